@@ -1,0 +1,24 @@
+"""Names to data: an embedded domain (data/docstrings.py, built on first use) or a path of one's own."""
+from pathlib import Path
+
+from data import docstrings
+from rt.config import UsageError
+
+
+def corpus_path(name: str, cache: Path) -> Path:
+    """Where the corpus called `name` is: a file or folder that rt.data.build_corpus reads."""
+    return _locate(name, cache, "corpus", "a text file, a folder of text files")
+
+
+def task_path(name: str, cache: Path) -> Path:
+    """Where the task called `name` is: a folder that rt.tasks.load_task reads."""
+    return _locate(name, cache, "task", "a folder with train, dev and test files")
+
+
+def _locate(name: str, cache: Path, kind: str, wanted: str) -> Path:
+    if name in docstrings.DOMAINS:
+        docstrings.build(name, Path(cache) / "docstrings")
+        return Path(cache) / "docstrings" / name / kind
+    if not Path(name).exists():
+        raise UsageError(f"{name}: there is no such {kind}; give {wanted}, or one of {', '.join(docstrings.DOMAINS)}")
+    return Path(name)

@@ -1,0 +1,136 @@
+"""Bases on disk. A checkpoint is a folder, written beside and renamed:
+
+    model.safetensors   encoder.* and head.* tensors, float32
+    tokenizer.json      the tokenizer it was trained with
+    meta.json           sizes, step, scores, fingerprint, parent's fingerprint (the lineage), config, argv, versions
+    optim.pt            optimizer state, only where training can go on from here; loaded weights-only
+
+The fingerprint is a hash of the encoder's content: a delta carries that of the base it was learned on.
+"""
+import hashlib
+import json
+import os
+import platform
+import shutil
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Iterator
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from rt import __version__
+from rt.config import UsageError
+from rt.model import Encoder, EncoderConfig, MaskedLM, MLMHead
+from rt.tokenizer import Tokenizer, load_tokenizer
+
+
+class StaleDelta(UsageError):
+    """A delta met a base that it was not learned on, outside recycling."""
+
+
+@dataclass
+class Base:
+    """An encoder with what belongs to it. Nothing changes a base in place: rt/deltas.py copies what it trains."""
+    encoder: Encoder
+    head: MLMHead | None
+    tokenizer: Tokenizer
+    meta: dict
+    fingerprint: str
+
+    def to(self, device: torch.device) -> "Base":
+        self.encoder.to(device)
+        return self
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Hash of names, shapes and values: 16 hex digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `folder` that takes its place when the block ends without an error."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    yield new
+    for file in new.iterdir():
+        with file.open("rb") as f:
+            os.fsync(f.fileno())
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def versions() -> dict:
+    return {"rt": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def save_base(folder: Path, model: MaskedLM, tokenizer: Tokenizer, meta: dict,
+              optimizer: torch.optim.Optimizer | None = None) -> str:
+    """Write a checkpoint; returns the fingerprint. `meta` is added to what is always recorded."""
+    mark = fingerprint(model.encoder)
+    with atomic_folder(folder) as new:
+        safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()},
+                                    new / "model.safetensors")
+        tokenizer.save(new)
+        if optimizer is not None:
+            torch.save(optimizer.state_dict(), new / "optim.pt")
+        facts = {"format": "rt-base-1", "encoder": asdict(model.encoder.config), "fingerprint": mark,
+                 "tokenizer": tokenizer.fingerprint, "versions": versions(), **meta}
+        (new / "meta.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    return mark
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file of ours; UsageError says which file is not one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path}: there is no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{path}: expected a JSON object")
+    return value
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; UsageError says which file is damaged."""
+    try:
+        return safetensors.torch.load_file(path)
+    except FileNotFoundError:
+        raise UsageError(f"{path}: there is no such file") from None
+    except Exception as error:  # SafetensorError, OSError: a damaged file
+        raise UsageError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def load_strict(module: nn.Module, state: dict[str, Tensor], source: Path | str) -> None:
+    """load_state_dict where missing, unexpected or misshapen tensors are one sentence."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise UsageError(f"{source}: the tensors do not fit the model: {first}") from None
+
+
+def load_base(folder: Path) -> Base:
+    """A checkpoint folder of ours. rt.hub.open_base also takes Hugging Face folders and ids."""
+    folder = Path(folder)
+    meta = read_json(folder / "meta.json")
+    if meta.get("format") != "rt-base-1":
+        raise UsageError(f"{folder / 'meta.json'}: not a base checkpoint (format {meta.get('format')!r}, expected 'rt-base-1')")
+    model = MaskedLM(Encoder(EncoderConfig(**meta["encoder"])), MLMHead(EncoderConfig(**meta["encoder"])))
+    load_strict(model, read_tensors(folder / "model.safetensors"), folder / "model.safetensors")
+    return Base(model.encoder, model.head, load_tokenizer(folder), meta, fingerprint(model.encoder))

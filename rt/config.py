@@ -1,0 +1,108 @@
+"""A dataclass is the config, the `--help` and the record in the checkpoint.
+
+A script declares one dataclass; the trailing `#` comment of a field is its help line, the annotation its type:
+
+    @dataclass
+    class Config:
+        '''What the script does; the first lines of --help.'''
+        lr: float = 1e-3  # peak learning rate
+        seeds: tuple[int, ...] = (0, 1, 2)  # comma-separated
+
+    config = parse(Config, sys.argv[1:])        # --lr 3e-4, --lr=3e-4, --flag, --no_flag
+
+An unknown flag is an error that names the nearest one.
+"""
+import difflib
+import inspect
+import re
+import sys
+import types
+import typing
+from dataclasses import asdict, fields
+from typing import Callable
+
+
+class UsageError(ValueError):
+    """Bad input from outside. The message is one sentence: what, where, what to do; scripts print it and exit with 2."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's `main`; a UsageError ends it with its sentence on stderr and exit code 2, Ctrl-C with 130."""
+    try:
+        main()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def parse(cls: type, argv: list[str]):
+    """`argv` (without the program's name) as an instance of the dataclass `cls`. Raises UsageError."""
+    types_of = typing.get_type_hints(cls)
+    values: dict = {}
+    rest = list(argv)
+    while rest:
+        flag = rest.pop(0)
+        if flag in ("-h", "--help"):
+            print(help_text(cls))
+            sys.exit(0)
+        if not flag.startswith("--"):
+            raise UsageError(f"unexpected argument '{flag}': every setting is written --name value")
+        name, eq, text = flag[2:].partition("=")
+        name = name.replace("-", "_")
+        if name.startswith("no_") and types_of.get(name[3:]) is bool and not eq:
+            values[name[3:]] = False
+        elif name not in types_of:
+            near = difflib.get_close_matches(name, types_of, n=1, cutoff=0.5)
+            hint = f"did you mean --{near[0]}?" if near else "see --help for all of them"
+            raise UsageError(f"there is no flag --{name}: {hint}")
+        elif types_of[name] is bool and not eq:
+            values[name] = True
+        else:
+            if not eq and (not rest or rest[0].startswith("--")):
+                raise UsageError(f"--{name} needs a value: {_type_name(types_of[name])}")
+            values[name] = _convert(name, text if eq else rest.pop(0), types_of[name])
+    return cls(**values)
+
+
+def _convert(name: str, text: str, kind):
+    """The text of one flag as a value of its annotation: bool, int, float, str, tuple of one of them, or None."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        if text.lower() in ("none", ""):
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    if typing.get_origin(kind) is tuple:
+        return tuple(_convert(name, part, typing.get_args(kind)[0]) for part in text.split(",") if part)
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if kind is int and re.fullmatch(r"\d+e\d+", text):  # --steps 1e4 is what people type
+            return int(float(text))
+        return kind(text)
+    except (ValueError, KeyError):
+        raise UsageError(f"--{name} {text}: not a {_type_name(kind)}") from None
+
+
+def _type_name(kind) -> str:
+    if typing.get_origin(kind) is tuple:
+        return f"comma-separated list of {_type_name(typing.get_args(kind)[0])}"
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return _type_name(next(k for k in typing.get_args(kind) if k is not type(None)))
+    return {bool: "true or false", int: "whole number", float: "number", str: "text"}[kind]
+
+
+def help_text(cls: type) -> str:
+    """The docstring of `cls`, then a line a flag with its default and the comment beside it."""
+    comments = dict(re.findall(r"^    (\w+):[^#\n]*?#\s*(.*)$", inspect.getsource(cls), re.M))
+    lines = [inspect.cleandoc(cls.__doc__ or ""), ""]
+    for field in fields(cls):
+        default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        lines.append(f"  --{field.name + ' ' + str(default):<34} {comments.get(field.name, '')}".rstrip())
+    return "\n".join(lines)
+
+
+def record(config) -> dict:
+    """The config as plain JSON values, for meta.json and summary.json."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}

@@ -1,0 +1,228 @@
+"""Corpora: text on disk -> memory-mapped token bins -> rows of a fixed number of tokens -> masked-LM batches.
+
+Which tokens row i of step t holds, and which of them are masked, is a function of (seed, t, i): no iterator has a state,
+so resuming needs none and another number of ranks reads the same data.
+"""
+import gzip
+import hashlib
+import json
+import lzma
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterator
+
+import numpy as np
+import torch
+
+from rt.checkpoint import atomic_folder, read_json
+from rt.config import UsageError
+from rt.log import progress
+from rt.mlm import Masker
+from rt.model import Batch
+from rt.tokenizer import Tokenizer
+
+TEXT_ENDINGS = (".txt", ".txt.gz", ".txt.xz", ".jsonl")
+HELDOUT_SHARE = 50     # of a corpus without a heldout file, one document in this many is held out
+ROW_SEQUENCES = 8      # a row holds this many sequences of the longest length, or more that are shorter
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(line number, line) of a plain, .gz or .xz text file; UsageError names the file and line that is not UTF-8."""
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    number = 0
+    try:
+        with opener(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}, line {number}: not valid UTF-8 ({error.reason}); convert the file first") from None
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise UsageError(f"{path}: cannot be read after line {number} ({error})") from None
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
+    """(line number, object) of a JSONL file; UsageError names the file and line that is not a JSON object."""
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
+        if not isinstance(row, dict):
+            raise UsageError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
+        yield number, row
+
+
+def read_documents(path: Path) -> Iterator[str]:
+    """The documents of one text file: a line each, or the `text` of a JSON object each. Blank ones are left out."""
+    if path.suffix == ".jsonl":
+        for number, row in read_jsonl(path):
+            if not isinstance(row.get("text"), str):
+                raise UsageError(f"{path}, line {number}: has no \"text\" string")
+            if row["text"].strip():
+                yield row["text"]
+    else:
+        yield from (line for _, line in read_lines(path) if line.strip())
+
+
+def corpus_files(path: Path) -> dict[str, list[Path]]:
+    """{'train': files, 'heldout': files}. `heldout.*` in a folder is held out; without it 'heldout' is empty."""
+    if not path.exists():
+        raise UsageError(f"{path}: there is no such corpus, file or folder")
+    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.name.endswith(TEXT_ENDINGS))
+    files = [f for f in files if f.name.endswith(TEXT_ENDINGS)]
+    if not files:
+        raise UsageError(f"{path}: no text there; a corpus is {', '.join(TEXT_ENDINGS)} files, one document a line")
+    heldout = [f for f in files if f.name.split(".")[0] == "heldout"]
+    return {"train": [f for f in files if f not in heldout], "heldout": heldout}
+
+
+def split_documents(path: Path) -> Iterator[tuple[str, str]]:
+    """('train' or 'heldout', document) for every document of a corpus. Without a heldout file the content decides, so
+    equal documents fall on the same side."""
+    files = corpus_files(path)
+    for part, members in files.items():
+        for file in members:
+            for text in read_documents(file):
+                if files["heldout"]:
+                    yield part, text
+                else:
+                    draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+                    yield "heldout" if draw % HELDOUT_SHARE == 0 else "train", text
+
+
+@dataclass
+class Corpus:
+    """Token ids of documents laid end to end; document i is tokens[offsets[i]:offsets[i+1]]."""
+    name: str
+    tokens: np.ndarray
+    offsets: np.ndarray
+
+
+def build_corpus(name: str, path: Path, tokenizer: Tokenizer, cache: Path) -> dict[str, Corpus]:
+    """{'train', 'heldout'} as memory-mapped bins under `cache`, tokenized on the first call and when the text or the
+    tokenizer has changed. `meta.json` there has the tokenizer's fingerprint and the counts."""
+    path = Path(path)
+    sources = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for fs in corpus_files(path).values() for f in fs]
+    key = hashlib.sha256(json.dumps([tokenizer.fingerprint, sources]).encode()).hexdigest()[:12]
+    folder = Path(cache) / f"{name}-{key}"
+    if not (folder / "meta.json").exists():
+        _tokenize(path, tokenizer, folder, name)
+    dtype = read_json(folder / "meta.json")["dtype"]
+    return {part: Corpus(name, np.memmap(folder / f"{part}.bin", dtype=dtype, mode="r"),
+                         np.load(folder / f"{part}.offsets.npy")) for part in ("train", "heldout")}
+
+
+def _tokenize(path: Path, tokenizer: Tokenizer, folder: Path, name: str, chunk: int = 1000) -> None:
+    """Write the bins: tokens as uint16 where the vocabulary allows, offsets as int64."""
+    dtype = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32
+    lengths: dict[str, list[int]] = {"train": [], "heldout": []}
+    with atomic_folder(folder) as new, progress(0, f"tokenizing {name}", unit="doc") as bar:
+        files = {part: (new / f"{part}.bin").open("wb") for part in lengths}
+        waiting: list[tuple[str, str]] = []
+
+        def flush():
+            for (part, _), ids in zip(waiting, tokenizer.encode([text for _, text in waiting])):
+                if ids:
+                    files[part].write(np.asarray(ids, dtype=dtype).tobytes())
+                    lengths[part].append(len(ids))
+            bar.update(len(waiting))
+            waiting.clear()
+
+        for pair in split_documents(path):
+            waiting.append(pair)
+            if len(waiting) == chunk:
+                flush()
+        flush()
+        for part, file in files.items():
+            file.close()
+            if not lengths[part]:
+                raise UsageError(f"{path}: no {part} documents in this corpus; it is empty or far too small")
+            np.save(new / f"{part}.offsets.npy", np.cumsum([0] + lengths[part]))
+        counts = {part: {"documents": len(ls), "tokens": sum(ls)} for part, ls in lengths.items()}
+        (new / "meta.json").write_text(json.dumps({"source": str(path), "tokenizer": tokenizer.fingerprint,
+                                                   "dtype": np.dtype(dtype).name, **counts}, indent=1) + "\n")
+
+
+class Rows:
+    """Rows of exactly `row_tokens` tokens out of a corpus, and masked-LM batches of them.
+
+    Documents are cut into sequences <s> ... </s> of at most `seq_len` tokens, permuted anew each epoch and laid end to end;
+    row r is tokens [r * row_tokens, (r+1) * row_tokens) of that line. So a row is always full: a sequence across its end
+    is cut there, and the remainder begins with its own <s>. Rows are permuted as well, which parts neighbours.
+    """
+
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, *, seq_len: int, mask_rate: float, seed: int):
+        self.corpus, self.seed, self.seq_len = corpus, seed, seq_len
+        self.bos, self.eos = tokenizer.bos_id, tokenizer.eos_id
+        self.row_tokens = ROW_SEQUENCES * seq_len
+        self.masker = Masker(tokenizer, round(mask_rate * self.row_tokens))
+        lengths = np.diff(corpus.offsets)
+        pieces = -(-lengths // (seq_len - 2))                                            # sequences of each document
+        nth = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)    # which one of its document
+        self.starts = np.repeat(corpus.offsets[:-1], pieces) + nth * (seq_len - 2)
+        self.lengths = np.minimum(np.repeat(lengths, pieces) - nth * (seq_len - 2), seq_len - 2) + 2
+        self.per_epoch = int(self.lengths.sum()) // self.row_tokens
+        if self.per_epoch == 0:
+            raise UsageError(f"corpus {corpus.name}: {self.lengths.sum()} tokens do not fill one row of {self.row_tokens}; "
+                             "it needs more text, or a smaller --seq_len")
+        self.epoch = -1
+
+    def _enter_epoch(self, epoch: int) -> None:
+        """Permutations of one epoch: a function of (seed, epoch), kept until another epoch is asked for."""
+        if epoch != self.epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            self.order = rng.permutation(len(self.lengths))
+            self.ends = np.cumsum(self.lengths[self.order])
+            self.row_order = rng.permutation(self.per_epoch)
+            self.epoch = epoch
+
+    def row(self, number: int) -> tuple[np.ndarray, list[int]]:
+        """Row `number` of the endless stream: ids (row_tokens,) and the lengths of its sequences."""
+        epoch, r = divmod(number, self.per_epoch)
+        self._enter_epoch(epoch)
+        begin = int(self.row_order[r]) * self.row_tokens
+        pieces: list[list[int]] = []
+        i = int(np.searchsorted(self.ends, begin, side="right"))
+        while sum(map(len, pieces)) < self.row_tokens:
+            piece, end = self.order[i], int(self.ends[i])
+            first = end - int(self.lengths[piece])
+            tokens = self.corpus.tokens[self.starts[piece]:self.starts[piece] + self.lengths[piece] - 2]
+            framed = [self.bos, *tokens.tolist(), self.eos][max(0, begin - first):begin + self.row_tokens - first]
+            framed[0] = self.bos
+            pieces.append(framed)
+            i += 1
+        pieces.sort(key=len)    # neighbours of equal length are cheaper in attention_ref
+        return np.concatenate(pieces).astype(np.int64), list(map(len, pieces))
+
+    def batch(self, step: int, batch_tokens: int, rank: int = 0, world: int = 1, part: int = 0, parts: int = 1) -> Batch:
+        """The masked batch of optimizer step `step`: a rank's share of its rows, `part` of `parts` of that when gradients
+        are accumulated."""
+        count, share = batch_tokens // self.row_tokens, batch_tokens // self.row_tokens // (world * parts)
+        first = step * count + (rank * parts + part) * share
+        ids, labels, predict, lengths = [], [], [], [0]
+        for n, number in enumerate(range(first, first + share)):
+            row, row_lengths = self.row(number)
+            masked, chosen, true = self.masker(row, np.random.default_rng([self.seed, 1, number]))
+            ids.append(masked)
+            labels.append(true)
+            predict.append(chosen + n * self.row_tokens)
+            lengths += row_lengths
+        tensors = [torch.from_numpy(np.concatenate(x)) for x in (ids, labels, predict)]
+        return Batch(tensors[0], torch.tensor(np.cumsum(lengths), dtype=torch.int32), max(lengths),
+                     labels=tensors[1], predict=tensors[2])
+
+    def check_batch(self, batch_tokens: int, shares: int) -> None:
+        """UsageError unless `batch_tokens` is a whole number of rows for each of `shares` (ranks x accumulation)."""
+        unit = self.row_tokens * shares
+        if batch_tokens % unit or batch_tokens <= 0:
+            raise UsageError(f"--batch_tokens {batch_tokens}: must be a multiple of {unit} "
+                             f"({ROW_SEQUENCES} sequences of --seq_len {self.seq_len}, times {shares} ranks x --accumulation)")
+
+
+def sequences_batch(sequences: list[list[int]], **fields) -> Batch:
+    """Sequences of ids (specials included) as one unpadded batch; `fields` are Batch's labels and index."""
+    lengths = [len(s) for s in sequences]
+    ids = torch.tensor([t for s in sequences for t in s], dtype=torch.int64)
+    return Batch(ids, torch.tensor(np.cumsum([0] + lengths), dtype=torch.int32), max(lengths), **fields)

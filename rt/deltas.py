@@ -1,0 +1,331 @@
+"""Deltas: what tuning on a task learned, apart from the base it was learned on.
+
+    full      every encoder weight; the delta is tuned - base
+    adapter   bottleneck modules after attention and after the FFN (Houlsby et al., 2019); LN trained with them
+    lora      low-rank updates of the projections named by target_modules (Hu et al., 2022)
+    bitfit    the biases (Ben Zaken et al., 2022)
+    prefix    learned keys and values in every layer (Li & Liang, 2021), behind a gate that starts closed
+
+The task head belongs to the delta. Freshly attached, every kind leaves the base's function as it was.
+A delta has three parts: `diffs` (tuned - base for weights that the base has), `modules` (weights it has not), `head`.
+
+Deltas are algebra: `2 * d`, `d1 + d2`, `d1 - d2`, `apply(base, d, scale=0.5)`, `merge(base, d)`. Sums and multiples are
+those of what the deltas do, not of their factors: LoRA factors and adapter bottlenecks are laid side by side.
+Nothing here changes a base in place: `attach` copies what is trained and shares what is frozen.
+"""
+import copy
+import json
+import math
+import shutil
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from rt.checkpoint import Base, StaleDelta, atomic_folder, load_strict, read_json, read_tensors, versions
+from rt.config import UsageError
+from rt.model import ClassificationHead, Classifier, Encoder, init_weights
+
+KINDS = ("full", "adapter", "lora", "bitfit", "prefix")
+# what PEFT's target_modules mean here: the Linear of a Block, and for the fused qkv which third of its output rows
+TARGETS = {"query": ("qkv", 0), "key": ("qkv", 1), "value": ("qkv", 2), "attention.output.dense": ("attention_output", None),
+           "intermediate.dense": ("intermediate", None), "output.dense": ("output", None)}
+
+
+@dataclass(frozen=True)
+class DeltaConfig:
+    """A kind of delta and its settings; settings of other kinds are ignored."""
+    kind: str = "adapter"
+    bottleneck: int = 24
+    r: int = 8
+    lora_alpha: float = 16.0
+    target_modules: tuple[str, ...] = ("query", "value")
+    prefix_len: int = 16
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise UsageError(f"delta {self.kind!r}: not one of {', '.join(KINDS)}")
+        for name in self.target_modules:
+            if name not in TARGETS:
+                raise UsageError(f"target module {name!r}: not one of {', '.join(TARGETS)}")
+
+
+class Adapter(nn.Module):
+    """x + up(gelu(down(x))). `up` starts at zero, so a new adapter is the identity."""
+
+    def __init__(self, hidden_size: int, bottleneck: int):
+        super().__init__()
+        self.down = nn.Linear(hidden_size, bottleneck)
+        self.up = nn.Linear(bottleneck, hidden_size)
+
+    def reset(self, generator: torch.Generator) -> None:
+        init_weights(self, generator)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.up(F.gelu(self.down(x)))
+
+
+class LoRA(nn.Module):
+    """y + scaling * B A x on the output rows of each target of one Linear. B starts at zero."""
+
+    def __init__(self, linear: nn.Linear, targets: dict[str, int | None], config: DeltaConfig):
+        super().__init__()
+        rows = linear.out_features // (3 if None not in targets.values() else 1)
+        self.first_row = {_key(name): (third or 0) * rows for name, third in targets.items()}
+        self.A = nn.ParameterDict({_key(name): torch.empty(config.r, linear.in_features) for name in targets})
+        self.B = nn.ParameterDict({_key(name): torch.empty(rows, config.r) for name in targets})
+        self.scaling = config.lora_alpha / config.r
+
+    def reset(self, generator: torch.Generator) -> None:
+        for name, a in self.A.items():
+            bound = 1 / math.sqrt(a.shape[1])       # kaiming_uniform_(a=sqrt(5)), as loralib and PEFT
+            nn.init.uniform_(a, -bound, bound, generator=generator)
+            nn.init.zeros_(self.B[name])
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        for name, first in self.first_row.items():
+            update = F.linear(F.linear(x, self.A[name]), self.B[name]) * self.scaling
+            y = y + (update if update.shape == y.shape else F.pad(update, (first, y.shape[-1] - first - update.shape[-1])))
+        return y
+
+    def weight(self, linear: nn.Linear) -> Tensor:
+        """The update as a matrix of the Linear's shape."""
+        full = torch.zeros_like(linear.weight)
+        for name, first in self.first_row.items():
+            full[first:first + len(self.B[name])] += self.scaling * self.B[name] @ self.A[name]
+        return full
+
+
+def _key(target: str) -> str:
+    return target.replace(".", "_")  # module names cannot hold a dot
+
+
+class Prefix(nn.Module):
+    """Keys and values of `prefix_len` learned positions for one layer, and a gate a head that starts at zero."""
+
+    def __init__(self, prefix_len: int, num_heads: int, head_size: int):
+        super().__init__()
+        self.k = nn.Parameter(torch.empty(prefix_len, num_heads, head_size))
+        self.v = nn.Parameter(torch.empty(prefix_len, num_heads, head_size))
+        self.gate = nn.Parameter(torch.empty(num_heads))
+
+    def reset(self, generator: torch.Generator) -> None:
+        nn.init.normal_(self.k, generator=generator)  # unit scale, about that of a trained layer's keys and values:
+        nn.init.normal_(self.v, generator=generator)  # the gate's first gradient is proportional to v
+        nn.init.zeros_(self.gate)
+
+    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.k, self.v, self.gate
+
+
+def _is_trained(kind: str, name: str) -> bool:
+    """Whether the base's own weight `name` is trained by this kind."""
+    return {"full": True, "bitfit": name.endswith(".bias"), "adapter": "norm." in name}.get(kind, False)
+
+
+def _plug_in(encoder: Encoder, config: DeltaConfig) -> list[nn.Module]:
+    """Fill the slots of `encoder` and return what was put there, not yet initialised."""
+    d, heads = encoder.config.hidden_size, encoder.config.num_heads
+    new: list[nn.Module] = []
+    for block in encoder.layers:
+        if config.kind == "adapter":
+            block.adapter_attention, block.adapter_ffn = Adapter(d, config.bottleneck), Adapter(d, config.bottleneck)
+            new += [block.adapter_attention, block.adapter_ffn]
+        elif config.kind == "prefix":
+            block.prefix = Prefix(config.prefix_len, heads, d // heads)
+            new.append(block.prefix)
+        elif config.kind == "lora":
+            for linear_name in dict.fromkeys(TARGETS[t][0] for t in config.target_modules):
+                targets = {t: TARGETS[t][1] for t in config.target_modules if TARGETS[t][0] == linear_name}
+                linear = getattr(block, linear_name)
+                linear.lora = LoRA(linear, targets, config)
+                new.append(linear.lora)
+    return new
+
+
+def new_head(base: Base, num_outputs: int, seed: int) -> ClassificationHead:
+    """A freshly initialised task head on the device of the base."""
+    config = base.encoder.config
+    head = ClassificationHead(config.hidden_size, num_outputs, config.dropout)
+    init_weights(head, torch.Generator().manual_seed(seed))
+    return head.to(base.encoder.embeddings.word.weight.device)
+
+
+def attach(base: Base, config: DeltaConfig, num_outputs: int, seed: int) -> Classifier:
+    """`base` with a fresh delta and head, ready to be tuned: what the kind trains requires a gradient and is a copy, the
+    rest is frozen and shared with the base. Its logits before tuning are those of base + head, whatever the kind."""
+    trained = {id(p) for name, p in base.encoder.named_parameters() if _is_trained(config.kind, name)}
+    shared = {id(p): p for p in base.encoder.parameters() if id(p) not in trained}
+    encoder = copy.deepcopy(base.encoder, memo=dict(shared))
+    for module in encoder.modules():
+        for name, p in module.named_parameters(recurse=False):
+            # a parameter of its own, where shared over the base's memory: requires_grad must not reach the base
+            setattr(module, name, nn.Parameter(p.data, requires_grad=id(p) not in shared))
+    generator = torch.Generator().manual_seed(seed)
+    for module in _plug_in(encoder, config):
+        module.reset(generator)
+    return Classifier(encoder, new_head(base, num_outputs, seed)).to(base.encoder.embeddings.word.weight.device)
+
+
+@dataclass
+class Delta:
+    """What tuning learned. `info`: task, labels, fingerprint and sizes of the base, tokenizer, scores."""
+    config: DeltaConfig
+    diffs: dict[str, Tensor]
+    modules: dict[str, Tensor]
+    head: dict[str, Tensor]
+    info: dict = field(default_factory=dict)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(self.info["labels"])
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.head["out.bias"])
+
+    def __mul__(self, a: float) -> "Delta":
+        """a * d: the change to the base's function is `a` times as large (of a module: its last, linear part); so is the
+        head, which makes `0.5 * d + 0.5 * d` equal `d`. To scale the change alone: apply(base, d, scale=a)."""
+        last = (".up.weight", ".up.bias", ".gate")
+        return replace(self, diffs={k: a * v for k, v in self.diffs.items()},
+                       modules={k: a * v if k.endswith(last) or ".lora.B." in k else v for k, v in self.modules.items()},
+                       head={k: a * v for k, v in self.head.items()})
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "Delta":
+        return -1.0 * self
+
+    def __sub__(self, other: "Delta") -> "Delta":
+        return self + -1.0 * other
+
+    def __add__(self, other: "Delta") -> "Delta":
+        """Raises UsageError unless both are of one kind, base and set of labels (prefix has no sum: its softmax is not
+        linear in the keys)."""
+        for what, mine, theirs in (("kinds", self.config.kind, other.config.kind),
+                                   ("bases", self.info.get("base"), other.info.get("base")),
+                                   ("labels", self.info.get("labels"), other.info.get("labels")),
+                                   ("tensors", [*self.diffs, *self.modules], [*other.diffs, *other.modules])):
+            if mine != theirs:
+                raise UsageError(f"deltas of different {what} cannot be added: {str(mine)[:80]} and {str(theirs)[:80]}")
+        if self.config.kind == "prefix":
+            raise UsageError("prefix deltas have no sum: their softmax is not linear in the keys")
+        a, b = _unit_scaling(self), _unit_scaling(other)
+        sizes = dict(bottleneck=a.config.bottleneck + b.config.bottleneck, r=a.config.r + b.config.r,
+                     lora_alpha=a.config.lora_alpha + b.config.lora_alpha)
+        return replace(a, config=replace(a.config, **sizes),
+                       diffs={k: v + b.diffs[k] for k, v in a.diffs.items()},
+                       modules={k: _side_by_side(k, v, b.modules[k]) for k, v in a.modules.items()},
+                       head={k: v + b.head[k] for k, v in a.head.items()})
+
+
+def _side_by_side(name: str, a: Tensor, b: Tensor) -> Tensor:
+    """Two bottlenecks as one: inputs stacked, outputs beside each other, output biases added."""
+    if name.endswith(".up.bias"):
+        return a + b
+    return torch.cat([a, b], dim=1 if name.endswith(".up.weight") or ".lora.B." in name else 0)
+
+
+def _unit_scaling(delta: Delta) -> Delta:
+    """The same LoRA with lora_alpha = r, its scaling moved into B; other kinds unchanged."""
+    s = delta.config.lora_alpha / delta.config.r
+    return replace(delta, config=replace(delta.config, lora_alpha=float(delta.config.r)),
+                   modules={k: s * v if ".lora.B." in k else v for k, v in delta.modules.items()})
+
+
+def extract(model: Classifier, base: Base, config: DeltaConfig, info: dict) -> Delta:
+    """The delta that makes `model` out of `base`; tensors are copies on the CPU."""
+    own = dict(base.encoder.named_parameters())
+    diffs, modules = {}, {}
+    for name, p in model.encoder.named_parameters():
+        if name not in own:
+            modules[name] = p.detach().cpu().clone()
+        elif p.requires_grad:
+            diffs[name] = (p.detach() - own[name].detach()).cpu()
+    head = {k: v.detach().cpu().clone() for k, v in model.head.state_dict().items()}
+    return Delta(config, diffs, modules, head, {**info, "base": base.fingerprint, "tokenizer": base.tokenizer.fingerprint,
+                                                "encoder": asdict(base.encoder.config)})
+
+
+def check_fits(base: Base, delta: Delta, stale_ok: bool) -> None:
+    """UsageError where `delta` cannot be put on `base` at all; StaleDelta where it was learned on another base of the same
+    sizes and tokenizer, unless `stale_ok`, which is what recycling asks for."""
+    mine, theirs = asdict(base.encoder.config), delta.info["encoder"]
+    other = [k for k in mine if mine[k] != theirs.get(k) and "dropout" not in k]
+    if other:
+        raise UsageError(f"the delta was learned on an encoder of other sizes: {other[0]} {theirs.get(other[0])}, here "
+                         f"{mine[other[0]]}")
+    if delta.info["tokenizer"] != base.tokenizer.fingerprint:
+        raise UsageError(f"the delta was learned with another tokenizer ({delta.info['tokenizer']}, the base has "
+                         f"{base.tokenizer.fingerprint}): its ids mean other words")
+    if delta.info["base"] != base.fingerprint and not stale_ok:
+        raise StaleDelta(f"the delta was learned on base {delta.info['base']}, this is {base.fingerprint}: "
+                         "recycle it with recycle.py, or give the base it belongs to")
+
+
+def apply(base: Base, delta: Delta, scale: float = 1.0, stale_ok: bool = False) -> Classifier:
+    """`base` changed by `scale` times `delta`, with the delta's head as it is (METHOD: apply). Trainable as `attach`'s."""
+    check_fits(base, delta, stale_ok)
+    model = attach(base, delta.config, delta.num_outputs, seed=0)
+    change = delta if scale == 1.0 else scale * delta
+    weights = dict(model.encoder.named_parameters())
+    missing = {k for k, p in weights.items() if p.requires_grad} ^ {*change.diffs, *change.modules}
+    if missing:
+        raise UsageError(f"the delta's tensors do not fit its kind {delta.config.kind}: {sorted(missing)[0]}")
+    with torch.no_grad():
+        for name, value in change.diffs.items():
+            weights[name] += value.to(weights[name].device)
+        for name, value in change.modules.items():
+            weights[name].copy_(value)
+    load_strict(model.head, delta.head, "the delta's head")
+    return model
+
+
+def merge(base: Base, delta: Delta, scale: float = 1.0, stale_ok: bool = False) -> dict[str, Tensor]:
+    """The weights of a plain encoder that computes what base + delta does, float32. full, lora and bitfit only: adapters
+    and prefixes add computation that no weight of the base can hold (UsageError)."""
+    if delta.config.kind in ("adapter", "prefix"):
+        raise UsageError(f"a delta of kind {delta.config.kind} cannot be merged into the base's weights")
+    model = apply(base, delta, scale, stale_ok)
+    merged = {k: v.detach().clone() for k, v in model.encoder.state_dict().items() if ".lora." not in k}
+    for i, block in enumerate(model.encoder.layers):
+        for name, linear in block.named_children():
+            if getattr(linear, "lora", None) is not None:
+                merged[f"layers.{i}.{name}.weight"] += linear.lora.weight(linear).detach()
+    return merged
+
+
+def save_delta(folder: Path, delta: Delta) -> None:
+    """delta.safetensors and delta.json, written beside and renamed."""
+    tensors = {f"{part}.{k}": v.contiguous() for part in ("diffs", "modules", "head")
+               for k, v in getattr(delta, part).items()}
+    with atomic_folder(folder) as new:
+        safetensors.torch.save_file(tensors, new / "delta.safetensors")
+        facts = {"format": "rt-delta-1", **asdict(delta.config), "info": delta.info, "versions": versions()}
+        (new / "delta.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        for file in (Path(folder) / "metrics.jsonl", Path(folder) / "summary.json"):    # of the run that learned it
+            if file.exists():
+                shutil.copy2(file, new)
+
+
+def load_delta(folder: Path) -> Delta:
+    """What `save_delta` wrote. Raises UsageError naming the file that is missing or is not what it should be."""
+    folder = Path(folder)
+    facts = read_json(folder / "delta.json")
+    if facts.get("format") != "rt-delta-1":
+        raise UsageError(f"{folder / 'delta.json'}: not a delta (format {facts.get('format')!r}, expected 'rt-delta-1')")
+    config = DeltaConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()
+                            if k in DeltaConfig.__dataclass_fields__})
+    parts: dict[str, dict] = {"diffs": {}, "modules": {}, "head": {}}
+    for name, tensor in read_tensors(folder / "delta.safetensors").items():
+        part, _, rest = name.partition(".")
+        if part not in parts:
+            raise UsageError(f"{folder / 'delta.safetensors'}: unexpected tensor {name}")
+        parts[part][rest] = tensor
+    return Delta(config, **parts, info=facts["info"])

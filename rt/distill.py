@@ -1,0 +1,81 @@
+"""What training minimises: the task's loss, and distillation from a frozen teacher (METHOD: losses).
+
+    task      CE(s, y); of a regression the squared error
+    KD        T^2 KL(softmax(t/T) || softmax(s/T)), mean over the batch; of a regression the squared error to t
+    patience  mean squared error between the <s> rows of teacher and student: embedding output, all layers but the last
+    total     (1 - alpha) task + alpha KD + beta patience
+
+`public_code` reproduces the numbers of thunlp/RecyclableTuning: KD averaged over the C classes as well, that is divided
+by C, and patience times 0.5.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import hidden_mse, kd_loss
+from rt.device import autocast
+from rt.model import Batch, Classifier
+from rt.tasks import Encoded
+
+
+@dataclass
+class TeacherCache:
+    """What a frozen teacher without dropout says of every training example: run once, read by `batch.index`."""
+    logits: Tensor  # (n, C) fp32
+    states: Tensor  # (n, num_layers, d) fp32, the <s> rows that patience compares
+
+
+@torch.no_grad()
+def run_teacher(teacher: Classifier, data: Encoded, device: torch.device, precision: torch.dtype,
+                batch_size: int = 64) -> TeacherCache:
+    """The cache for all of `data`, on `device`."""
+    teacher.eval()
+    logits, states, index = [], [], []
+    for i in range(0, len(data), batch_size):
+        batch = data.batch(list(range(i, min(i + batch_size, len(data))))).to(device)
+        with autocast(device, precision):
+            s, rows = teacher(batch, states=True)
+        logits.append(s.float())
+        states.append(rows.float())
+        index.append(batch.index)
+    place = torch.cat(index).argsort()      # a batch comes in its own order
+    return TeacherCache(torch.cat(logits)[place], torch.cat(states)[place])
+
+
+def task_loss(logits: Tensor, labels: Tensor, is_regression: bool) -> Tensor:
+    """(B,): CE of (B, C) logits and (B,) classes, or the squared error of (B, 1) and (B,) floats."""
+    if is_regression:
+        return (logits.float().squeeze(-1) - labels).square()
+    return F.cross_entropy(logits.float(), labels, reduction="none")
+
+
+@dataclass
+class Loss:
+    """The loss of one batch. Without a teacher it is the task's alone."""
+    is_regression: bool = False
+    teacher: TeacherCache | None = None
+    alpha: float = 0.0
+    beta: float = 0.0
+    T: float = 1.0
+    public_code: bool = False
+
+    def __call__(self, model: Classifier, batch: Batch) -> Tensor:
+        """Scalar; runs the student on `batch`."""
+        if self.teacher is None:
+            return task_loss(model(batch), batch.labels, self.is_regression).mean()
+        logits, states = model(batch, states=True)
+        t = self.teacher.logits[batch.index]
+        if self.is_regression:
+            rows = ((1 - self.alpha) * task_loss(logits, batch.labels, True)
+                    + self.alpha * task_loss(logits, t.squeeze(-1), True))
+        elif self.public_code:
+            rows = ((1 - self.alpha) * task_loss(logits, batch.labels, False)
+                    + self.alpha * kd_loss(logits, t, alpha=1.0, T=self.T) / logits.shape[-1])
+        else:
+            rows = kd_loss(logits, t, batch.labels, alpha=self.alpha, T=self.T)
+        if self.beta:
+            half = 0.5 if self.public_code else 1.0
+            rows = rows + self.beta * half * hidden_mse(states, self.teacher.states[batch.index])
+        return rows.mean()

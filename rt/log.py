@@ -1,0 +1,56 @@
+"""What a run leaves: metrics.jsonl (a row a step or an evaluation), summary.json, and a progress bar while it works."""
+import json
+import os
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+def write_json(path: Path, value) -> None:
+    """Written beside and renamed, so that a reader sees the old file or the new one, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a JSONL file; none where there is no file. A half-written last line (a killed run) is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class Log:
+    """metrics.jsonl of one run folder, a line a row, flushed as written. `keep` says which old rows stay on resuming."""
+
+    def __init__(self, folder: Path, keep=lambda row: False):
+        self.path = Path(folder) / "metrics.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [json.dumps(row) + "\n" for row in read_rows(self.path) if keep(row)]
+        temporary = self.path.with_name("metrics.jsonl.tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+        self.file = self.path.open("a", encoding="utf-8")
+
+    def row(self, **values) -> None:
+        self.file.write(json.dumps(values) + "\n")
+        self.file.flush()
+
+
+def progress(total: int, what: str, start: int = 0, unit: str = "step") -> tqdm:
+    """A bar on a terminal, nothing elsewhere (`disable=None`); it leaves no line behind."""
+    return tqdm(total=total, initial=start, desc=what, unit=unit, disable=None, leave=False, dynamic_ncols=True)
+
+
+def table(rows: list[list], header: list[str]) -> str:
+    """Aligned plain text: first column left, the rest right."""
+    cells = [header] + [[str(c) for c in row] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
+             for row in cells]
+    return "\n".join(line.rstrip() for line in lines)

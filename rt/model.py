@@ -1,0 +1,241 @@
+"""RoBERTa on unpadded batches: post-LN encoder, tied masked-LM head, classification head.
+
+A batch has no padding: the tokens of B sequences lie end to end, and everything but attention works on (N, d).
+Only `attention(q, k, v, cu_seqlens, max_seqlen)` knows where a sequence begins. The function computed is exactly that of
+RoBERTa (Liu et al., 2019): learned positions counted from pad_id + 1, exact GELU, LN after each residual.
+
+The slots where a delta plugs in are written out: `Linear.lora`, `Block.adapter_attention`, `Block.adapter_ffn`,
+`Block.prefix`. They are None in a base; rt/deltas.py fills them.
+"""
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import attention
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Sizes of an encoder. `max_len` is the longest sequence in tokens, <s> and </s> counted."""
+    vocab_size: int
+    hidden_size: int = 256
+    num_layers: int = 4
+    num_heads: int = 4
+    ffn_size: int = 1024
+    max_len: int = 512
+    pad_id: int = 1
+    dropout: float = 0.1  # embeddings and residuals
+    attention_dropout: float = 0.1
+    layer_norm_eps: float = 1e-5
+
+
+PRESETS = {
+    "tiny": dict(hidden_size=64, num_layers=2, num_heads=2, ffn_size=128, max_len=128),
+    "mini": dict(hidden_size=256, num_layers=4, num_heads=4, ffn_size=1024, max_len=512),
+    "small": dict(hidden_size=512, num_layers=6, num_heads=8, ffn_size=2048, max_len=512),
+    "base": dict(hidden_size=768, num_layers=12, num_heads=12, ffn_size=3072, max_len=512),
+    "large": dict(hidden_size=1024, num_layers=24, num_heads=16, ffn_size=4096, max_len=512),
+}
+
+
+@dataclass
+class Batch:
+    """B sequences laid end to end, N tokens in all. `cu_seqlens[i]` is where sequence i begins; the last entry is N."""
+    ids: Tensor                     # (N,) int64
+    cu_seqlens: Tensor              # (B+1,) int32
+    max_seqlen: int                 # length of the longest, known on the host so that nothing waits for the device
+    labels: Tensor | None = None    # (B,) class or float target of a task; (P,) token of each masked-LM prediction
+    index: Tensor | None = None     # (B,) which examples these are, for the teacher cache
+    predict: Tensor | None = None   # (P,) rows that masked-LM predicts
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on `device`; copies do not wait for the device."""
+        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """Inverted dropout. On CPU the mask comes from 16 random bits an element: several times faster than F.dropout."""
+    if not training or p == 0.0:
+        return x
+    if x.device.type != "cpu":
+        return F.dropout(x, p)
+    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    keep = words.view(torch.int16)[:x.numel()].view(x.shape) >= round(p * 65536) - 32768
+    return x * keep.to(x.dtype).mul_(1 / (1 - p))
+
+
+class Linear(nn.Linear):
+    """nn.Linear with a slot for a low-rank update."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features)
+        self.lora: nn.Module | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if self.lora is None else self.lora(x, y)
+
+
+class Embeddings(nn.Module):
+    """Word + position, LN, dropout. RoBERTa's single token type is part of the position table (rt/hub.py folds it in)."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        d = config.hidden_size
+        self.word = nn.Embedding(config.vocab_size, d)
+        self.position = nn.Embedding(config.max_len + config.pad_id + 1, d)
+        self.norm = nn.LayerNorm(d, eps=config.layer_norm_eps)
+        self.dropout = config.dropout
+        self.first_position = config.pad_id + 1
+
+    def forward(self, ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        rows = torch.arange(len(ids), device=ids.device, dtype=cu_seqlens.dtype)
+        sequence = torch.searchsorted(cu_seqlens, rows, right=True) - 1   # (N,) which sequence a row is in
+        position = rows - cu_seqlens[sequence] + self.first_position
+        x = self.norm(self.word(ids) + self.position(position))
+        return dropout(x, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each followed by residual and LN (post-LN)."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        d, eps = config.hidden_size, config.layer_norm_eps
+        self.num_heads = config.num_heads
+        self.qkv = Linear(d, 3 * d)
+        self.attention_output = Linear(d, d)
+        self.attention_norm = nn.LayerNorm(d, eps=eps)
+        self.intermediate = Linear(d, config.ffn_size)
+        self.output = Linear(config.ffn_size, d)
+        self.output_norm = nn.LayerNorm(d, eps=eps)
+        self.dropout, self.attention_dropout = config.dropout, config.attention_dropout
+        self.adapter_attention: nn.Module | None = None
+        self.adapter_ffn: nn.Module | None = None
+        self.prefix: nn.Module | None = None
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        N, d = x.shape
+        q, k, v = self.qkv(x).view(N, 3, self.num_heads, d // self.num_heads).unbind(1)      # 3 x (N, H, D)
+        h = attention(q, k, v, cu_seqlens, max_seqlen,
+                      dropout_p=self.attention_dropout if self.training else 0.0,
+                      prefix_kv=None if self.prefix is None else self.prefix())
+        h = dropout(self.attention_output(h.reshape(N, d)), self.dropout, self.training)
+        if self.adapter_attention is not None:
+            h = self.adapter_attention(h)
+        x = self.attention_norm(x + h)
+        h = dropout(self.output(F.gelu(self.intermediate(x))), self.dropout, self.training)
+        if self.adapter_ffn is not None:
+            h = self.adapter_ffn(h)
+        return self.output_norm(x + h)
+
+
+class Encoder(nn.Module):
+    """Token ids to contextual vectors."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+
+    def forward(self, batch: Batch, states: bool = False):
+        """(N, d); with `states` also the <s> rows of the embedding output and of every layer but the last,
+        (B, num_layers, d): what the patience loss compares (METHOD: patience)."""
+        x = self.embeddings(batch.ids, batch.cu_seqlens)
+        first = batch.cu_seqlens[:-1]
+        rows = []
+        for layer in self.layers:
+            if states:
+                rows.append(x[first])
+            x = layer(x, batch.cu_seqlens, batch.max_seqlen)
+        return (x, torch.stack(rows, dim=1)) if states else x
+
+
+class MLMHead(nn.Module):
+    """dense + GELU + LN, then scores over the vocabulary with the word embeddings as weights (tied) and a bias."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def features(self, h: Tensor) -> Tensor:
+        """(P, d) -> (P, d): what the tied scoring matrix is applied to."""
+        return self.norm(F.gelu(self.dense(h)))
+
+
+class MaskedLM(nn.Module):
+    """A base with its pre-training head."""
+
+    def __init__(self, encoder: Encoder, head: MLMHead):
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+    def features(self, batch: Batch) -> Tensor:
+        """(P, d) for the rows in `batch.predict`, or all N rows where it is None."""
+        h = self.encoder(batch)
+        return self.head.features(h if batch.predict is None else h[batch.predict])
+
+    def forward(self, batch: Batch) -> Tensor:
+        """(P, V) scores. Training does not call this: linear_cross_entropy never stores them."""
+        return F.linear(self.features(batch), self.encoder.embeddings.word.weight, self.head.bias)
+
+
+class ClassificationHead(nn.Module):
+    """RoBERTa's: dropout, dense, tanh, dropout, out, on the <s> row."""
+
+    def __init__(self, hidden_size: int, num_labels: int, dropout: float = 0.1):
+        super().__init__()
+        self.dense = nn.Linear(hidden_size, hidden_size)
+        self.out = nn.Linear(hidden_size, num_labels)
+        self.dropout = dropout
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = torch.tanh(self.dense(dropout(h, self.dropout, self.training)))
+        return self.out(dropout(h, self.dropout, self.training))
+
+
+class Classifier(nn.Module):
+    """An encoder (with a delta's modules in its slots) and the task head."""
+
+    def __init__(self, encoder: Encoder, head: ClassificationHead):
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+    def forward(self, batch: Batch, states: bool = False):
+        """(B, C) logits; with `states` also the encoder's <s> rows, (B, num_layers, d)."""
+        out = self.encoder(batch, states)
+        h, rows = out if states else (out, None)
+        logits = self.head(h[batch.cu_seqlens[:-1]])
+        return (logits, rows) if states else logits
+
+
+def init_weights(module: nn.Module, generator: torch.Generator, std: float = 0.02) -> None:
+    """Normal weights of `std`, zero biases, unit LN. In place, for freshly built modules only."""
+    for m in module.modules():
+        if isinstance(m, (nn.Linear, nn.Embedding)):
+            m.weight.data.normal_(0.0, std, generator=generator)
+        if isinstance(m, nn.Linear):
+            m.bias.data.zero_()
+
+
+def new_masked_lm(config: EncoderConfig, seed: int) -> MaskedLM:
+    """A freshly initialised base: RoBERTa's 0.02 at width 768, scaled with 1/sqrt(width), without which narrow post-LN
+    encoders stay long at the loss of word frequencies. The pad row of the word table starts at zero, as RoBERTa's does."""
+    model = MaskedLM(Encoder(config), MLMHead(config))
+    init_weights(model, torch.Generator().manual_seed(seed), std=0.02 * (768 / config.hidden_size) ** 0.5)
+    model.encoder.embeddings.word.weight.data[config.pad_id] = 0.0
+    return model
+
+
+def set_dropout(model: nn.Module, p: float) -> None:
+    """Use dropout `p` everywhere in `model` from now on; its config, and so its checkpoints, keep their own."""
+    for module in model.modules():
+        for name in {"dropout", "attention_dropout"} & set(vars(module)):
+            setattr(module, name, p)

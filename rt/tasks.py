@@ -1,0 +1,216 @@
+"""Labelled tasks: a folder with train, dev and test as .jsonl, .csv or .tsv; few-shot samples; encoded batches.
+
+A row has one text or a pair, and a label: a string or an integer is a class, a float makes the task a regression. GLUE's
+column names are understood beside `text`, `text_pair` and `label`.
+"""
+import csv
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Iterator
+
+import numpy as np
+import torch
+
+from rt.config import UsageError
+from rt.data import read_jsonl, read_lines, sequences_batch
+from rt.model import Batch
+from rt.tokenizer import Tokenizer
+
+PARTS = ("train", "dev", "test")
+COLUMNS = {
+    "text": ("text", "sentence1", "premise", "question", "question1", "sentence"),
+    "text_pair": ("text_pair", "sentence2", "hypothesis", "question2"),
+    "label": ("label", "gold_label", "score", "relatedness_score"),
+}
+PAIRED_SENTENCE = "sentence"  # the second text where the first is a `question` (GLUE's QNLI)
+
+
+@dataclass(frozen=True)
+class Example:
+    text: str
+    text_pair: str | None
+    label: str | float | None   # None only in texts to predict
+    source: str                 # file and line, for error messages
+
+
+@dataclass(frozen=True)
+class Task:
+    """`labels` are the class names in order, or empty for a regression."""
+    name: str
+    labels: tuple[str, ...]
+    parts: dict[str, list[Example]]
+
+    @property
+    def is_regression(self) -> bool:
+        return not self.labels
+
+    @property
+    def num_outputs(self) -> int:
+        return max(1, len(self.labels))
+
+
+def load_task(path: Path, name: str | None = None) -> Task:
+    """Read a task folder. Raises UsageError naming file and line for what does not fit."""
+    path = Path(path)
+    if not path.is_dir():
+        raise UsageError(f"{path}: a task is a folder with train, dev and test files (.jsonl, .csv or .tsv)")
+    parts = {part: read_examples(_part_file(path, part), labelled=True) for part in PARTS}
+    everything = [e for examples in parts.values() for e in examples]
+    floats = [isinstance(e.label, float) for e in everything]
+    if any(floats):
+        if not all(floats):
+            other = everything[floats.index(False)]
+            raise UsageError(f"{other.source}: label {other.label!r} is not a number, but other labels of this task are floats")
+        labels = ()
+    else:
+        found = {e.label for e in parts["train"]}
+        labels = tuple(sorted(found, key=lambda x: (0, int(x), x) if x.lstrip("-").isdecimal() else (1, 0, x)))
+        for e in everything:
+            if e.label not in found:
+                raise UsageError(f"{e.source}: label {e.label!r} does not occur in the training examples "
+                                 f"({', '.join(labels[:8])}{', ...' if len(labels) > 8 else ''})")
+        if len(labels) < 2:
+            raise UsageError(f"{path}: all training examples have the label {labels[0]!r}; a task needs two or more")
+    return Task(name or (path.parent.name if path.name == "task" else path.name), labels, parts)
+
+
+def _part_file(folder: Path, part: str) -> Path:
+    for ending in (".jsonl", ".csv", ".tsv"):
+        if (folder / (part + ending)).is_file():
+            return folder / (part + ending)
+    raise UsageError(f"{folder}: has no {part}.jsonl, {part}.csv or {part}.tsv")
+
+
+def read_examples(path: Path, labelled: bool) -> list[Example]:
+    """The examples of one file: .jsonl, .csv, .tsv, or (unlabelled only) .txt with a text a line."""
+    if not path.is_file():
+        raise UsageError(f"{path}: there is no such file")
+    examples = [_example(path, number, row, labelled) for number, row in _read_table(path)]
+    if not examples:
+        raise UsageError(f"{path}: the file has no examples")
+    if path.suffix in (".csv", ".tsv"):
+        examples = _numeric_labels(examples)
+    return examples
+
+
+def _read_table(path: Path) -> Iterator[tuple[int, dict]]:
+    """(line number, columns) for each row of a file."""
+    if path.suffix == ".jsonl":
+        yield from read_jsonl(path)
+    elif path.suffix in (".csv", ".tsv"):
+        # tsv files of the field (GLUE) do not quote: a lone " is a character there
+        style = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if path.suffix == ".tsv" else {}
+        reader = csv.reader((line + "\n" for _, line in read_lines(path)), **style)
+        header = next(reader, None)
+        for row in reader:
+            if not row:
+                continue
+            if len(row) != len(header):
+                raise UsageError(f"{path}, line {reader.line_num}: {len(row)} columns where the header has {len(header)}")
+            yield reader.line_num, dict(zip(header, row))
+    elif path.suffix == ".txt":
+        yield from ((number, {"text": line}) for number, line in read_lines(path) if line.strip())
+    else:
+        raise UsageError(f"{path}: examples come as .jsonl, .csv or .tsv")
+
+
+def _example(path: Path, number: int, row: dict, labelled: bool) -> Example:
+    source = f"{path}, line {number}"
+    found = {kind: next((n for n in names if n in row), None) for kind, names in COLUMNS.items()}
+    if found["text"] == "question" and found["text_pair"] is None and PAIRED_SENTENCE in row:
+        found["text_pair"] = PAIRED_SENTENCE
+    for kind in ("text", "label") if labelled else ("text",):
+        if found[kind] is None:
+            raise UsageError(f"{source}: no {kind} column (known names: {', '.join(COLUMNS[kind])}; "
+                             f"found: {', '.join(map(str, row))})")
+    for kind in ("text", "text_pair"):
+        text = row.get(found[kind], "")
+        if found[kind] and (not isinstance(text, str) or not text.strip()):
+            raise UsageError(f"{source}: {found[kind]} is empty or not a string")
+    label = row[found["label"]] if labelled else None
+    if isinstance(label, bool) or not isinstance(label, (str, int, float, type(None))) or labelled and label in (None, ""):
+        raise UsageError(f"{source}: label {label!r} is not a string, an integer or a float")
+    if isinstance(label, float) and not math.isfinite(label):
+        raise UsageError(f"{source}: label {label} is not a finite number")
+    return Example(row[found["text"]], row[found["text_pair"]] if found["text_pair"] else None,
+                   str(label) if isinstance(label, int) else label, source)
+
+
+def _numeric_labels(examples: list[Example]) -> list[Example]:
+    """A csv has no types: labels that are all numbers, not all of them whole, are floats."""
+    try:
+        values = [float(e.label) for e in examples]
+    except (TypeError, ValueError):
+        return examples
+    if not all(map(math.isfinite, values)) or all(e.label.lstrip("-").isdecimal() for e in examples):
+        return examples
+    return [replace(e, label=v) for e, v in zip(examples, values)]
+
+
+def few_shot(task: Task, shots: int, seed: int) -> Task:
+    """`shots` examples a label for train and for dev (of a regression: `shots` in all), drawn by `seed`; test stays whole.
+    A label with fewer keeps what it has."""
+    rng = np.random.default_rng([seed, shots])
+    parts = dict(task.parts)
+    for part in ("train", "dev"):
+        by_label: dict = {}
+        for e in task.parts[part]:
+            by_label.setdefault(None if task.is_regression else e.label, []).append(e)
+        parts[part] = [group[i] for _, group in sorted(by_label.items(), key=lambda kv: str(kv[0]))
+                       for i in rng.permutation(len(group))[:shots]]
+    return replace(task, parts=parts)
+
+
+@dataclass
+class Encoded:
+    """Examples as token ids, <s> and </s> included; `targets` are (n,) classes or floats."""
+    sequences: list[list[int]]
+    targets: torch.Tensor
+    truncated: int
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def batch(self, indices: list[int]) -> Batch:
+        """The examples at `indices`, put in order of length (which attention_ref likes); `index` says which is which."""
+        indices = sorted(indices, key=lambda i: len(self.sequences[i]))
+        index = torch.tensor(indices, dtype=torch.int64)
+        return sequences_batch([self.sequences[i] for i in indices], labels=self.targets[index], index=index)
+
+
+def encode(examples: list[Example], labels: tuple[str, ...], tokenizer: Tokenizer, max_len: int) -> Encoded:
+    """<s> text </s>, or <s> text </s></s> pair </s> (RoBERTa's); what is longer than `max_len` is cut, of a pair the
+    longer text first. `labels` are the class names in order; empty means float targets."""
+    texts = tokenizer.encode([e.text for e in examples])
+    pairs = tokenizer.encode([e.text_pair or "" for e in examples])
+    bos, eos = tokenizer.bos_id, tokenizer.eos_id
+    sequences, truncated = [], 0
+    for example, a, b in zip(examples, texts, pairs):
+        paired = example.text_pair is not None
+        room = max_len - (4 if paired else 2)
+        truncated += len(a) + len(b) > room
+        keep_a, keep_b = _fit(len(a), len(b), room)
+        sequences.append([bos, *a[:keep_a], eos, *([eos, *b[:keep_b], eos] if paired else [])])
+    place = {label: i for i, label in enumerate(labels)}
+    if labels:
+        targets = torch.tensor([place.get(e.label, -100) for e in examples])
+    else:
+        targets = torch.tensor([math.nan if e.label is None else float(e.label) for e in examples])
+    return Encoded(sequences, targets, truncated)
+
+
+def _fit(a: int, b: int, room: int) -> tuple[int, int]:
+    """How many tokens of a pair of lengths (a, b) stay when there is room for `room`: the longer gives first."""
+    if a + b <= room:
+        return a, b
+    short = min(a, b, room // 2)
+    return (room - short, short) if a > b else (short, room - short)
+
+
+def training_indices(n: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """The examples of training step `step`: epochs are permutations by (seed, epoch), cut into batches; a function of its
+    arguments, so nothing has to be remembered. The last batch of an epoch may be smaller."""
+    per_epoch = -(-n // batch_size)
+    epoch, i = divmod(step, per_epoch)
+    return np.random.default_rng([seed, 2, epoch]).permutation(n)[i * batch_size:(i + 1) * batch_size].tolist()

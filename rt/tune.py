@@ -1,0 +1,169 @@
+"""The one supervised loop: train a Classifier on a task, evaluate on dev every so often, keep the best, report test once."""
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rt.config import UsageError
+from rt.data import sequences_batch
+from rt.device import autocast, derive_seed
+from rt.distill import Loss
+from rt.log import progress
+from rt.model import Classifier
+from rt.optim import adamw, schedule, set_lr
+from rt.tasks import Encoded, Task, encode, training_indices
+from rt.tokenizer import Tokenizer
+
+
+@dataclass
+class TuneSettings:
+    """One run of `tune`. Learning rate: linear warm-up over `warmup` (a share of `steps`), then linear decay."""
+    steps: int
+    batch_size: int
+    lr: float
+    eval_every: int
+    seed: int
+    weight_decay: float = 0.01
+    warmup: float = 0.06
+    clip: float = 1.0
+
+
+@dataclass
+class TaskData:
+    """A task, encoded: what the loop reads. `labels` is empty for a regression."""
+    name: str
+    labels: tuple[str, ...]
+    train: Encoded
+    dev: Encoded
+    test: Encoded
+
+    @property
+    def num_outputs(self) -> int:
+        return max(1, len(self.labels))
+
+
+def encode_task(task: Task, tokenizer: Tokenizer, max_len: int) -> TaskData:
+    parts = {part: encode(examples, task.labels, tokenizer, max_len) for part, examples in task.parts.items()}
+    return TaskData(task.name, task.labels, **parts)
+
+
+@dataclass
+class TuneResult:
+    """`curve`: (step, dev score) pairs; scores are dicts whose first entry is the one that runs are compared by."""
+    best_step: int
+    dev: dict[str, float]
+    test: dict[str, float]
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def metrics(logits: Tensor, targets: Tensor) -> dict[str, float]:
+    """accuracy, macro_f1, micro_f1 of (n, C) logits and (n,) classes; pearson and spearman of (n, 1) and (n,) floats."""
+    if targets.is_floating_point():
+        prediction, truth = logits.squeeze(-1).double().numpy(), targets.double().numpy()
+        return {"pearson": _correlation(prediction, truth), "spearman": _correlation(_ranks(prediction), _ranks(truth))}
+    predicted = logits.argmax(-1)
+    C = logits.shape[-1]
+    confusion = torch.bincount(targets * C + predicted, minlength=C * C).view(C, C).double()    # truth x prediction
+    right, truth, said = confusion.diag(), confusion.sum(1), confusion.sum(0)
+    occurs = truth + said > 0   # as scikit-learn: classes in neither truth nor prediction do not count
+    f1 = (2 * right / (truth + said))[occurs].mean().item()
+    accuracy = (right.sum() / confusion.sum()).item()
+    return {"accuracy": accuracy, "macro_f1": f1, "micro_f1": accuracy}  # one label a text: micro-F1 is accuracy
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    norm = math.sqrt((a @ a) * (b @ b))
+    return float(a @ b / norm) if norm else 0.0
+
+
+def _ranks(x: np.ndarray) -> np.ndarray:
+    """Ranks with ties at their mean, as Spearman's coefficient wants them."""
+    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[inverse]
+
+
+@torch.no_grad()
+def predict(model: Classifier, sequences: list[list[int]], device: torch.device, precision: torch.dtype,
+            batch_size: int = 64) -> Tensor:
+    """(n, C) fp32 logits on the CPU, in the order of `sequences`; batches are made by length."""
+    model.eval()
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    chunks = []
+    for i in range(0, len(order), batch_size):
+        batch = sequences_batch([sequences[j] for j in order[i:i + batch_size]]).to(device)
+        with autocast(device, precision):
+            chunks.append(model(batch).float().cpu())
+    logits = torch.cat(chunks)
+    return torch.empty_like(logits).index_copy_(0, torch.tensor(order), logits)
+
+
+def evaluate(model: Classifier, data: Encoded, device: torch.device, precision: torch.dtype) -> dict[str, float]:
+    return metrics(predict(model, data.sequences, device, precision), data.targets)
+
+
+def score(values: dict[str, float]) -> float:
+    """The figure that runs are compared by: accuracy, or Pearson's correlation."""
+    return next(iter(values.values()))
+
+
+def tune(model: Classifier, data: TaskData, loss: Loss, settings: TuneSettings, *, device: torch.device,
+         precision: torch.dtype, on_eval: Callable[[dict], None] = lambda row: None, what: str = "tuning") -> TuneResult:
+    """Train what requires a gradient in `model`; on return it holds the weights that were best on dev.
+
+    Dev is also scored before the first step (step 0): what the start is worth. `on_eval` gets {'step', 'loss', 'dev'}.
+    Test is scored once, at the end. Batches and dropout are functions of (seed, step).
+    """
+    s, started = settings, time.perf_counter()
+    trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    optimizer = adamw(trained.values(), s.lr, s.weight_decay, betas=(0.9, 0.999))
+    result = TuneResult(0, {}, {})
+    best: dict[str, Tensor] = {}
+
+    def score_dev(step: int, mean_loss: float | None) -> None:
+        dev = evaluate(model, data.dev, device, precision)
+        result.curve.append((step, score(dev)))
+        on_eval({"step": step, "loss": mean_loss, "dev": dev})
+        if not result.dev or score(dev) > score(result.dev):
+            result.dev, result.best_step = dev, step
+            best.update({k: p.detach().clone() for k, p in trained.items()})
+
+    score_dev(0, None)
+    recent = torch.zeros((), device=device)
+    since = tokens = 0
+    with progress(s.steps, what) as bar:
+        for step in range(s.steps):
+            torch.manual_seed(derive_seed(s.seed, step))
+            set_lr(optimizer, schedule(step, s.steps, max(1, round(s.warmup * s.steps)), s.lr))
+            batch = data.train.batch(training_indices(len(data.train), s.batch_size, step, s.seed)).to(device)
+            model.train()
+            with autocast(device, precision):
+                value = loss(model, batch)
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(trained.values(), s.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            recent += value.detach()
+            since, tokens = since + 1, tokens + len(batch.ids)
+            if (step + 1) % s.eval_every == 0 or step + 1 == s.steps:
+                mean_loss = recent.item() / since
+                if not math.isfinite(mean_loss):
+                    raise UsageError(f"the loss is {mean_loss} after step {step + 1}: lower --lr ({s.lr})")
+                score_dev(step + 1, mean_loss)
+                recent.zero_()
+                since = 0
+                bar.set_postfix_str(f"loss {mean_loss:.3f}, dev {score(result.dev):.3f}, "
+                                    f"{tokens / (time.perf_counter() - started):,.0f} tok/s")
+            bar.update()
+    with torch.no_grad():
+        for k, p in trained.items():
+            p.copy_(best[k])
+    result.test = evaluate(model, data.test, device, precision)
+    result.seconds = time.perf_counter() - started
+    return result

@@ -1,0 +1,88 @@
+"""Shared small things: a tokenizer, random tiny bases, a task folder and a corpus, all from real docstrings."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")     # nothing here may reach a network
+
+from data import docstrings
+from rt.checkpoint import Base, fingerprint
+from rt.data import read_documents, sequences_batch
+from rt.model import PRESETS, EncoderConfig, new_masked_lm
+from rt.tokenizer import train_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def graphs(tmp_path_factory) -> Path:
+    """The embedded `graphs` domain: corpus/ and task/."""
+    out = tmp_path_factory.mktemp("docstrings")
+    docstrings.build("graphs", out)
+    return out / "graphs"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(graphs):
+    return train_tokenizer(read_documents(graphs / "corpus" / "heldout.jsonl"), 600)
+
+
+def random_base(tokenizer, seed: int = 0, std: float = 0.1) -> Base:
+    """A tiny base with weights large enough that every part of it matters to the output."""
+    config = EncoderConfig(tokenizer.vocab_size, pad_id=tokenizer.pad_id, **PRESETS["tiny"])
+    model = new_masked_lm(config, seed)
+    generator = torch.Generator().manual_seed(seed + 1000)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * std)
+    return Base(model.encoder.eval(), model.head.eval(), tokenizer, {"name": "random"}, fingerprint(model.encoder))
+
+
+@pytest.fixture
+def base(tokenizer):
+    return random_base(tokenizer)
+
+
+@pytest.fixture
+def other_base(tokenizer):
+    return random_base(tokenizer, seed=1)
+
+
+@pytest.fixture
+def batch(tokenizer):
+    """Five ragged sequences, one of them of two tokens."""
+    g = torch.Generator().manual_seed(0)
+    sequences = [[tokenizer.bos_id, *torch.randint(5, 500, (n,), generator=g).tolist(), tokenizer.eos_id]
+                 for n in (7, 0, 30, 1, 16)]
+    return sequences_batch(sequences, labels=torch.tensor([0, 1, 2, 1, 0]), index=torch.arange(5))
+
+
+def write_task(folder: Path, rows: dict[str, list[dict]]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, items in rows.items():
+        (folder / f"{part}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in items))
+    return folder
+
+
+@pytest.fixture
+def small_task(tmp_path, graphs) -> Path:
+    """Two labels, few and short texts: for runs of a few steps."""
+    rows = {}
+    for part, count in (("train", 24), ("dev", 12), ("test", 12)):
+        lines = [json.loads(line) for line in (graphs / "task" / f"{part}.jsonl").open()]
+        two = [r for r in lines if r["label"] in ("generators", "classes")]
+        rows[part] = [{"text": r["text"][:200], "label": r["label"]} for r in two][:count]
+    return write_task(tmp_path / "small_task", rows)
+
+
+def command(*arguments: str, code: int = 0, cwd: Path | None = None) -> str:
+    """Run a script of the checkout as a user would; returns stdout, or stderr where an error was expected."""
+    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd or ROOT, capture_output=True, text=True,
+                          timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout if code == 0 else done.stderr

@@ -1,0 +1,180 @@
+"""The real command line, as a user types it: tiny preset, few steps, every mode; resuming; errors with exit code 2."""
+import json
+
+import pytest
+from safetensors.torch import load_file
+
+from conftest import command
+from rt.log import read_rows
+
+SMALL = ("--preset", "tiny", "--vocab_size", "500", "--seq_len", "32", "--batch_tokens", "256", "--eval_tokens", "512",
+         "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def lineage(graphs, tmp_path_factory):
+    """M0, M1 of 4 steps each on two corpora of our own text, and where they are."""
+    home = tmp_path_factory.mktemp("cli")
+    lines = [json.loads(line)["text"].replace("\n", " ") for line in (graphs / "corpus" / "train.jsonl").open()]
+    (home / "one.txt").write_text("\n".join(lines[:300]))
+    (home / "two.txt").write_text("\n".join(lines[300:600]))
+    out = command("train.py", *SMALL, "--stream", f"{home}/one.txt,{home}/two.txt", "--steps", "4", "--snapshots", "1",
+                  "--out", home / "run", "--cache", home / "cache")
+    return home, out
+
+
+def test_pretraining_leaves_a_lineage(lineage):
+    home, out = lineage
+    run = home / "run"
+    assert "sample: '<s>" in out and "masked: '" in out and "<mask>" in out
+    assert out.splitlines()[-3].split()[:3] == ["after", "one", "two"] and out.splitlines()[-1].startswith("M1 (two)")
+    metas = [json.loads((run / name / "meta.json").read_text()) for name in ("M0", "M1")]
+    assert metas[0]["parent"] is None and metas[1]["parent"] == metas[0]["fingerprint"] != metas[1]["fingerprint"]
+    assert metas[1]["step"] == 4 and metas[1]["argv"] and metas[1]["config"]["stream"] and metas[1]["versions"]["torch"]
+    rows = read_rows(run / "metrics.jsonl")
+    assert [(r["stage"], r["step"]) for r in rows if "loss" in r] == [(m, s) for m in ("M0", "M1") for s in (1, 2, 3, 4)]
+    matrix = json.loads((run / "summary.json").read_text())["stages"]
+    assert [set(s["heldout"]) for s in matrix] == [{"one", "two"}] * 2
+    assert 0 < matrix[1]["heldout"]["one"]["loss"] < 10 and 0 <= matrix[1]["heldout"]["two"]["accuracy"] <= 1
+    assert (run / "M0-t00002" / "model.safetensors").exists() and not (run / "last").exists()
+
+
+def test_a_finished_run_is_left_alone_and_another_setting_refused(lineage):
+    home, _ = lineage
+    arguments = ("train.py", *SMALL, "--stream", f"{home}/one.txt,{home}/two.txt", "--snapshots", "1", "--out", home / "run",
+                 "--cache", home / "cache")
+    assert "is complete" in command(*arguments, "--steps", "4")
+    assert "was begun with --steps [4], not [5]" in command(*arguments, "--steps", "5", code=2)
+
+
+def test_init_continues_a_base(lineage):
+    home, _ = lineage
+    command("train.py", *SMALL, "--init", home / "run" / "M1", "--stream", home / "one.txt", "--steps", "2", "--snapshots", "0",
+            "--out", home / "more", "--cache", home / "cache")
+    meta = json.loads((home / "more" / "M2" / "meta.json").read_text())
+    assert meta["parent"] == json.loads((home / "run" / "M1" / "meta.json").read_text())["fingerprint"]
+
+
+def test_twenty_steps_are_ten_and_resume_and_ten(lineage):
+    home, _ = lineage
+    arguments = ("train.py", *SMALL, "--stream", f"{home}/one.txt,{home}/two.txt", "--steps", "14,6", "--cache", home / "cache",
+                 "--snapshots", "0", "--dropout", "0.1", "--accumulation", "1", "--precision", "fp32")
+    command(*arguments, "--out", home / "straight")
+    out = command(*arguments, "--out", home / "broken", "--stop_after", "10")
+    assert "stopped in M0 after step 10 of 14" in out
+    assert "unfinished run: add --resume" in command(*arguments, "--out", home / "broken", code=2)
+    command(*arguments, "--out", home / "broken", "--resume", "--stop_after", "7")      # stops again, inside M1
+    command(*arguments, "--out", home / "broken", "--resume")
+    for name in ("M0", "M1"):
+        a, b = (load_file(home / run / name / "model.safetensors") for run in ("straight", "broken"))
+        assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
+    assert read_rows(home / "straight" / "metrics.jsonl") == read_rows(home / "broken" / "metrics.jsonl")
+
+
+@pytest.fixture(scope="module")
+def task(graphs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tasks") / "two_way"
+    folder.mkdir()
+    for part, count in (("train", 24), ("dev", 10), ("test", 10)):
+        rows = [json.loads(line) for line in (graphs / "task" / f"{part}.jsonl").open()]
+        two = [{"text": r["text"][:150], "label": r["label"]} for r in rows if r["label"] in ("generators", "classes")]
+        (folder / f"{part}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in two[:count]))
+    return folder
+
+
+TUNE = ("--seq_len", "32", "--device", "cpu", "--eval_every", "2", "--batch_size", "8")
+
+
+@pytest.mark.parametrize("delta", ["full", "adapter", "lora", "bitfit", "prefix"])
+def test_tune_eval_and_predict(lineage, task, delta, tmp_path):
+    home, _ = lineage
+    base = ("--base", home / "run" / "M0")
+    out = command("train.py", "--mode", "tune", *base, "--task", task, "--delta", delta, "--tune_steps", "4", *TUNE,
+                  "--shots", "6", "--out", tmp_path / "d")
+    assert {f.name for f in (tmp_path / "d").iterdir()} == {"delta.safetensors", "delta.json", "metrics.jsonl", "summary.json"}
+    facts = json.loads((tmp_path / "d" / "delta.json").read_text())
+    assert facts["info"]["labels"] == ["classes", "generators"] and facts["kind"] == delta
+    assert [r["step"] for r in read_rows(tmp_path / "d" / "metrics.jsonl")] == [0, 2, 4]
+    tested = out.split("test accuracy ")[1].split(",")[0]
+    scored = command("train.py", "--mode", "eval", *base, "--task", task, "--delta_dir", tmp_path / "d", *TUNE)
+    assert f"test accuracy {tested}" in scored
+    (tmp_path / "texts.txt").write_text("Returns the complete graph.\n\nBase class for directed graphs.\n")
+    answers = [json.loads(line) for line in command("train.py", "--mode", "predict", *base, "--delta_dir", tmp_path / "d",
+                                                    "--input", tmp_path / "texts.txt", *TUNE).splitlines()]
+    assert [a["text"] for a in answers] == ["Returns the complete graph.", "Base class for directed graphs."]
+    for a in answers:
+        assert sum(a["probabilities"].values()) == pytest.approx(1, abs=1e-4)
+        assert a["label"] == max(a["probabilities"], key=a["probabilities"].get)
+
+
+def test_another_base_is_refused_with_one_sentence(lineage, task, tmp_path):
+    home, _ = lineage
+    command("train.py", "--mode", "tune", "--base", home / "run" / "M0", "--task", task, "--delta", "lora", "--tune_steps", "2",
+            *TUNE, "--out", tmp_path / "d")
+    error = command("train.py", "--mode", "eval", "--base", home / "run" / "M1", "--task", task, "--delta_dir", tmp_path / "d",
+                    code=2)
+    assert error.startswith("error: the delta was learned on base") and error.count("\n") == 1
+
+
+def test_recycle_all_modes_builds_the_old_delta_and_prints_the_table(lineage, task):
+    home, _ = lineage
+    arguments = ("recycle.py", "--old_base", home / "run" / "M0", "--base", home / "run" / "M1", "--task", task, "--shots", "6",
+                 "--seeds", "0,1", "--steps", "4", "--delta", "adapter", "--lr", "1e-3,2e-3", "--out", home / "recycled", *TUNE)
+    out = command(*arguments, "--mode", "all")
+    assert "building the old delta" in out
+    table = {line.split()[0]: line for line in out.splitlines() if line[:1].isalpha() and "±" in line}
+    assert set(table) == {"scratch", "apply", "init", "distill", "init+distill"}
+    summary = json.loads((home / "recycled" / "summary.json").read_text())["rows"]
+    assert len(summary) == 2 * (4 * 2 + 1)
+    assert {"mode", "delta", "task", "shots", "seed", "steps", "dev", "test", "steps_to_scratch_best", "seconds"} <= set(summary[0])
+    for row in summary:
+        if row["mode"] == "scratch" and row["steps_to_scratch_best"] is not None:
+            assert row["steps_to_scratch_best"] <= row["best_step"]
+    curve = [r for r in read_rows(home / "recycled" / "metrics.jsonl") if (r["mode"], r["seed"], r["lr"]) == ("init", 1, 1e-3)]
+    assert [r["step"] for r in curve] == [0, 2, 4]
+    assert (home / "recycled" / "deltas" / "init-s1-lr0.001" / "delta.safetensors").exists()
+    again = command(*arguments, "--mode", "init", "--public_code")
+    assert "building" not in again and "init" in again
+
+
+def test_init_from_a_task_with_other_labels_says_so(lineage, task, tmp_path):
+    home, _ = lineage
+    other = tmp_path / "renamed"
+    other.mkdir()
+    for part in ("train", "dev", "test"):
+        text = (task / f"{part}.jsonl").read_text()
+        (other / f"{part}.jsonl").write_text(text.replace('"classes"', '"k"').replace('"generators"', '"g"'))
+    command("train.py", "--mode", "tune", "--base", home / "run" / "M0", "--task", task, "--delta", "lora", "--tune_steps", "2",
+            *TUNE, "--out", tmp_path / "d")
+    arguments = ("recycle.py", "--old_base", home / "run" / "M0", "--base", home / "run" / "M1", "--task", other, "--seeds", "0",
+                 "--old_delta", tmp_path / "d", "--delta", "lora", "--steps", "2", "--out", tmp_path / "out", *TUNE)
+    assert "keeps the delta and starts a fresh head" in command(*arguments, "--mode", "scratch,init")
+    assert "labels" in command(*arguments, "--mode", "distill", code=2)
+
+
+def test_regression_tasks_run_through_every_mode(lineage, tmp_path):
+    home, _ = lineage
+    folder = tmp_path / "scores"
+    folder.mkdir()
+    for part, n in (("train", 16), ("dev", 8), ("test", 8)):
+        (folder / f"{part}.csv").write_text("text,label\n" + "".join(f"{'graph ' * (i % 5 + 1)},{i % 5 + 0.5}\n" for i in range(n)))
+    out = command("recycle.py", "--old_base", home / "run" / "M0", "--base", home / "run" / "M1", "--task", folder, "--delta", "lora",
+                  "--seeds", "0", "--steps", "4", "--shots", "none", "--out", tmp_path / "out", *TUNE)
+    assert "test pearson" in out
+    row = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"][0]
+    assert set(row["test"]) == {"pearson", "spearman"}
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (("train.py", "--mode", "tune", "--base", "nowhere", "--task", "math"), "nowhere: no base there"),
+    (("train.py", "--mode", "tune", "--task", "math"), "--mode tune needs --base"),
+    (("train.py", "--mode", "dance"), "--mode dance: not one of"),
+    (("train.py", "--preset", "huge", "--stream", "TEXT", "--out", "OUT"), "--preset huge: not one of"),
+    (("train.py", "--stream", "nowhere.txt", "--out", "OUT"), "there is no such corpus"),
+    (("train.py", "--device", "abacus", "--out", "OUT"), "not a device"),
+    (("recycle.py", "--mode", "burn"), "--mode burn: not one of")])
+def test_bad_input_is_one_sentence_and_exit_code_2(arguments, words, lineage, tmp_path):
+    home, _ = lineage
+    filled = [str(a).replace("TEXT", str(home / "one.txt")).replace("OUT", str(tmp_path / "out")) for a in arguments]
+    error = command(*filled, code=2)
+    assert error.startswith("error: ") and words in error and error.count("\n") == 1

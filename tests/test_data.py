@@ -1,0 +1,176 @@
+"""Corpora: readers and their errors, bins that are built once, rows and batches that are functions of (seed, step)."""
+import gzip
+import json
+import lzma
+
+import numpy as np
+import pytest
+import torch
+
+from rt.config import UsageError
+from rt.data import ROW_SEQUENCES, Rows, build_corpus, read_documents, split_documents
+from rt.mlm import Masker
+from rt.tokenizer import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def corpus(graphs, tokenizer, tmp_path_factory):
+    return build_corpus("graphs", graphs / "corpus", tokenizer, tmp_path_factory.mktemp("bins"))
+
+
+def rows_of(corpus, tokenizer, seed=3, seq_len=32, mask_rate=0.15):
+    return Rows(corpus["train"], tokenizer, seq_len=seq_len, mask_rate=mask_rate, seed=seed)
+
+
+def test_every_format_gives_the_same_documents(tmp_path):
+    documents = ["first one", "zweites, mit Umlaut ü", "third"]
+    text = "\n".join([documents[0], "", *documents[1:]]) + "\n"
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())    # as Windows writes it
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "a.txt.xz").write_bytes(lzma.compress(text.encode()))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
+    for name in ("a.txt", "b.txt", "a.txt.gz", "a.txt.xz", "a.jsonl"):
+        assert list(read_documents(tmp_path / name)) == documents
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("a.txt", b"fine\n\xff\xfe\n", "a.txt, line 2: not valid UTF-8"),
+    ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl, line 2: not valid JSON"),
+    ("a.jsonl", b'[1]\n', "a.jsonl, line 1: expected a JSON object"),
+    ("a.jsonl", b'{"body": "x"}\n', 'a.jsonl, line 1: has no "text" string'),
+    ("a.txt.gz", b"not gzip", "a.txt.gz: cannot be read")])
+def test_bad_files_are_named_with_their_line(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError) as error:
+        list(split_documents(tmp_path / name))
+    assert words in str(error.value)
+
+
+def test_empty_and_missing_corpora(tmp_path, tokenizer):
+    (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "folder").mkdir()
+    for path, words in ((tmp_path / "empty.txt", "no train documents"), (tmp_path / "folder", "no text there"),
+                        (tmp_path / "nowhere", "no such corpus")):
+        with pytest.raises(UsageError, match=words):
+            build_corpus("x", path, tokenizer, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*/meta.json"))
+
+
+def test_content_decides_what_is_held_out(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(f"document {i % 1500}\n" for i in range(3000)))     # each one twice
+    parts = {"train": [], "heldout": []}
+    for part, text in split_documents(tmp_path / "a.txt"):
+        parts[part].append(text)
+    assert not set(parts["train"]) & set(parts["heldout"])
+    assert 0.01 < len(parts["heldout"]) / 3000 < 0.04
+
+
+def test_bins_hold_the_tokens_and_are_reused_until_something_changes(tmp_path, tokenizer):
+    (tmp_path / "heldout.txt").write_text("held out\n")
+    (tmp_path / "train.txt").write_text("Return a graph.\nAdd the nodes of a path.\n")
+    built = build_corpus("x", tmp_path, tokenizer, tmp_path / "cache")
+    tokens, offsets = built["train"].tokens, built["train"].offsets
+    assert tokenizer.decode(tokens[offsets[1]:offsets[2]].tolist()) == "Add the nodes of a path."
+    meta, = (tmp_path / "cache").glob("*/meta.json")
+    facts = json.loads(meta.read_text())
+    assert facts["tokenizer"] == tokenizer.fingerprint and facts["train"] == {"documents": 2, "tokens": len(tokens)}
+    before = meta.stat().st_mtime_ns
+    build_corpus("x", tmp_path, tokenizer, tmp_path / "cache")
+    assert meta.stat().st_mtime_ns == before
+    (tmp_path / "train.txt").write_text("Something else, longer than before.\n")
+    again = build_corpus("x", tmp_path, tokenizer, tmp_path / "cache")
+    assert tokenizer.decode(again["train"].tokens.tolist()) == "Something else, longer than before."
+
+
+def test_an_epoch_has_every_token_once_but_for_the_cut_ones(corpus, tokenizer):
+    rows = rows_of(corpus, tokenizer)
+    seen = np.concatenate([rows.row(r)[0] for r in range(rows.per_epoch)])
+    assert len(seen) == rows.per_epoch * ROW_SEQUENCES * 32
+    count = np.bincount(seen, minlength=tokenizer.vocab_size)[5:]
+    there = np.bincount(corpus["train"].tokens, minlength=tokenizer.vocab_size)[5:]
+    assert (count <= there).all() and count.sum() > 0.97 * there.sum()
+
+
+def test_sequences_are_framed_and_fit(corpus, tokenizer):
+    rows = rows_of(corpus, tokenizer)
+    for r in range(20):
+        ids, lengths = rows.row(r)
+        assert sum(lengths) == len(ids) == rows.row_tokens and max(lengths) <= 32
+        starts = np.cumsum([0, *lengths[:-1]])
+        assert (ids[starts] == tokenizer.bos_id).all() and (ids == tokenizer.bos_id).sum() == len(lengths)
+        # a row cuts a sequence at its end, and at its beginning may have been left the </s> of one, which is now its <s>
+        assert len(lengths) - 2 <= (ids == tokenizer.eos_id).sum() <= len(lengths)
+
+
+def test_a_batch_is_a_function_of_seed_and_step(corpus, tokenizer):
+    rows, again, other = (rows_of(corpus, tokenizer, seed) for seed in (3, 3, 4))
+    size = 4 * rows.row_tokens
+    again.batch(70, size)   # reading another place first must not matter
+    a, b, c = rows.batch(5, size), again.batch(5, size), other.batch(5, size)
+    assert all(torch.equal(x, y) for x, y in zip((a.ids, a.labels, a.predict, a.cu_seqlens),
+                                                 (b.ids, b.labels, b.predict, b.cu_seqlens)))
+    assert not torch.equal(a.ids, c.ids) and not torch.equal(a.ids, rows.batch(6, size).ids)
+
+
+@pytest.mark.parametrize("world, parts", [(2, 1), (1, 2), (2, 2), (4, 1)])
+def test_ranks_and_parts_share_out_the_same_batch(corpus, tokenizer, world, parts):
+    rows = rows_of(corpus, tokenizer)
+    size = 4 * rows.row_tokens
+    whole = rows.batch(9, size)
+    shares = [rows.batch(9, size, rank, world, part, parts) for rank in range(world) for part in range(parts)]
+    assert torch.equal(torch.cat([s.ids for s in shares]), whole.ids)
+    assert torch.equal(torch.cat([s.labels for s in shares]), whole.labels)
+    assert torch.equal(torch.cat([s.predict + i * len(s.ids) for i, s in enumerate(shares)]), whole.predict)
+
+
+def test_sizes_that_do_not_divide_are_said(corpus, tokenizer):
+    rows = rows_of(corpus, tokenizer)
+    with pytest.raises(UsageError, match=f"must be a multiple of {2 * rows.row_tokens}"):
+        rows.check_batch(3 * rows.row_tokens, 2)
+    with pytest.raises(UsageError, match="do not fill one row"):
+        rows_of(corpus, tokenizer, seq_len=100_000)
+
+
+@pytest.mark.parametrize("rate", [0.15, 0.3])
+def test_mask_statistics_on_100_000_tokens(tokenizer, rate):
+    rng = np.random.default_rng(0)
+    row = 1000
+    masker = Masker(tokenizer, round(rate * row))
+    masked_count = kept = replaced = special = 0
+    for i in range(100):
+        ids = rng.integers(5, tokenizer.vocab_size, row)
+        ids[::50] = tokenizer.bos_id
+        out, chosen, true = masker(ids, np.random.default_rng([7, i]))
+        assert len(chosen) == len(set(chosen.tolist())) == round(rate * row) and (true == ids[chosen]).all()
+        untouched = np.setdiff1d(np.arange(row), chosen)
+        assert (out[untouched] == ids[untouched]).all()
+        special += (chosen % 50 == 0).sum() + np.isin(out[chosen], [tokenizer.bos_id, tokenizer.pad_id, tokenizer.eos_id]).sum()
+        masked_count += (out[chosen] == tokenizer.mask_id).sum()
+        kept += (out[chosen] == true).sum()
+        replaced += ((out[chosen] != true) & (out[chosen] != tokenizer.mask_id)).sum()
+    n = 100 * round(rate * row)
+    sigma = (0.8 * 0.2 / n) ** 0.5
+    assert special == 0
+    assert abs(masked_count / n - 0.8) < 4 * sigma
+    assert abs(kept / n - 0.1) < 4 * sigma and abs(replaced / n - 0.1) < 4 * sigma
+
+
+def test_too_few_tokens_to_mask_is_said(tokenizer):
+    with pytest.raises(UsageError, match="mask_rate"):
+        Masker(tokenizer, 3)(np.array([tokenizer.bos_id, 9, tokenizer.eos_id, 10]), np.random.default_rng(0))
+
+
+def test_tokenizer_files_round_trip(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    assert load_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
+    text = "Naïve graphs — 100% of them;\n  indented"
+    assert tokenizer.decode(tokenizer.encode([text])[0]) == text
+    (tmp_path / "pair").mkdir()
+    tokenizer.backend.model.save(str(tmp_path / "pair"))      # vocab.json and merges.txt, as RoBERTa ships them
+    assert load_tokenizer(tmp_path / "pair").encode([text]) == tokenizer.encode([text])
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UsageError, match="not a tokenizer file"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(UsageError, match="no tokenizer there"):
+        load_tokenizer(tmp_path / "nowhere")

@@ -1,0 +1,146 @@
+"""Every loss against a formula written out, at T != 1 and with student != teacher, gradients included."""
+import math
+
+import pytest
+import torch
+
+from conftest import random_base
+from kernels import hidden_mse, kd_loss, linear_cross_entropy
+from rt.deltas import DeltaConfig, attach
+from rt.distill import Loss, TeacherCache, run_teacher, task_loss
+from rt.tasks import Encoded
+
+
+def logits(rows=6, C=5, seed=0, scale=3.0):
+    g = torch.Generator().manual_seed(seed)
+    student = (scale * torch.randn(rows, C, generator=g, dtype=torch.float64)).requires_grad_()
+    return student, scale * torch.randn(rows, C, generator=g, dtype=torch.float64), torch.randint(C, (rows,), generator=g)
+
+
+def softmax(row):
+    e = [math.exp(x - max(row)) for x in row]
+    return [x / sum(e) for x in e]
+
+
+def kl(t, s, T):
+    p, q = softmax([x / T for x in t]), softmax([x / T for x in s])
+    return sum(a * math.log(a / b) for a, b in zip(p, q))
+
+
+@pytest.mark.parametrize("alpha, T", [(0.7, 5.0), (0.0, 2.0), (1.0, 0.5), (0.9, 20.0)])
+def test_kd_loss_is_the_formula_and_so_is_its_gradient(alpha, T):
+    student, teacher, labels = logits()
+    rows = kd_loss(student, teacher, labels, alpha=alpha, T=T)
+    for i, row in enumerate(rows.tolist()):
+        ce = -math.log(softmax(student[i].tolist())[labels[i]])
+        expected = (1 - alpha) * ce + alpha * T**2 * kl(teacher[i].tolist(), student[i].tolist(), T)
+        assert row == pytest.approx(expected, rel=1e-9)
+    weight = torch.linspace(-1, 2, len(rows), dtype=torch.float64)      # an upstream gradient that is not uniform
+    grad, = torch.autograd.grad((rows * weight).sum(), student)
+    # d/ds = (1 - alpha) (softmax(s) - onehot) + alpha T (softmax(s/T) - softmax(t/T))
+    onehot = torch.nn.functional.one_hot(labels, 5)
+    by_hand = ((1 - alpha) * (student.softmax(-1) - onehot)
+               + alpha * T * ((student / T).softmax(-1) - (teacher / T).softmax(-1))) * weight[:, None]
+    torch.testing.assert_close(grad, by_hand)
+
+
+def test_kd_loss_alone_ignored_rows_and_no_gradient_to_the_teacher():
+    student, teacher, labels = logits()
+    teacher.requires_grad_()
+    alone = kd_loss(student, teacher, alpha=0.6, T=3.0)
+    assert alone[2].item() == pytest.approx(0.6 * 9 * kl(teacher[2].tolist(), student[2].tolist(), 3.0))
+    labels[1] = -100
+    rows = kd_loss(student, teacher, labels, alpha=0.6, T=3.0)
+    assert rows[1] == 0
+    rows.sum().backward()
+    assert student.grad[1].abs().max() == 0 and student.grad[0].abs().max() > 0
+    assert teacher.grad is None
+    with pytest.raises(ValueError, match="positive"):
+        kd_loss(student, teacher, alpha=0.5, T=0.0)
+    with pytest.raises(ValueError, match="alike"):
+        kd_loss(student, teacher[:, :4], alpha=0.5, T=1.0)
+
+
+def test_kd_of_equal_logits_is_zero_and_small_where_probabilities_underflow():
+    student, _, _ = logits(scale=300.0)
+    assert kd_loss(student, student, alpha=1.0, T=1.0).abs().max() < 1e-9
+    assert torch.isfinite(kd_loss(student, -student, alpha=1.0, T=1.0)).all()
+
+
+def test_hidden_mse_is_the_mean_over_layers_and_width():
+    a, b = torch.randn(3, 2, 4, requires_grad=True), torch.randn(3, 2, 4)
+    rows = hidden_mse(a, b)
+    assert rows[1].item() == pytest.approx(sum((x - y) ** 2 for x, y in zip(a[1].flatten().tolist(), b[1].flatten().tolist())) / 8,
+                                           rel=1e-5)
+    rows.sum().backward()
+    torch.testing.assert_close(a.grad, 2 * (a.detach() - b) / 8)
+    with pytest.raises(ValueError, match="equal size"):
+        hidden_mse(a, b[:, :1])
+
+
+def test_linear_cross_entropy_is_the_formula():
+    g = torch.Generator().manual_seed(0)
+    x, w, b = (torch.randn(s, generator=g, dtype=torch.float64).requires_grad_() for s in ((4, 6), (9, 6), (9,)))
+    labels = torch.tensor([0, 8, -100, 3])
+    rows = linear_cross_entropy(x, w, b, labels)
+    scores = (x @ w.T + b).tolist()
+    for i, y in enumerate(labels.tolist()):
+        assert rows[i].item() == pytest.approx(0.0 if y == -100 else -math.log(softmax(scores[i])[y]), rel=1e-9)
+    p = (x @ w.T + b).softmax(-1) - torch.nn.functional.one_hot(labels.clamp(0), 9)
+    p[2] = 0
+    for got, expected in zip(torch.autograd.grad(rows.sum(), (x, w, b)), (p @ w, p.T @ x, p.sum(0))):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.fixture
+def distilling(tokenizer, batch):
+    """A student in double precision, a teacher's cache, and the student's logits and states on `batch`."""
+    student = attach(random_base(tokenizer), DeltaConfig("full"), 3, seed=1).double().eval()
+    g = torch.Generator().manual_seed(5)
+    cache = TeacherCache(torch.randn(9, 3, generator=g).double(), torch.randn(9, 2, 64, generator=g).double())
+    batch.index = torch.tensor([3, 0, 8, 1, 4])
+    s, states = student(batch, states=True)
+    return student, cache, s.tolist(), states.detach()
+
+
+@pytest.mark.parametrize("public_code", [False, True])
+def test_total_loss_is_the_sum_of_method(distilling, batch, public_code):
+    student, cache, s, states = distilling
+    alpha, beta, T = 0.7, 10.0, 5.0
+    loss = Loss(teacher=cache, alpha=alpha, beta=beta, T=T, public_code=public_code)(student, batch)
+    expected = 0.0
+    for i, n in enumerate(batch.index.tolist()):
+        task = -math.log(softmax(s[i])[batch.labels[i]])
+        kd = T**2 * kl(cache.logits[n].tolist(), s[i], T) / (3 if public_code else 1)
+        patience = (states[i].float() - cache.states[n].float()).square().mean().item() * (0.5 if public_code else 1)
+        expected += ((1 - alpha) * task + alpha * kd + beta * patience) / 5
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_regression_distils_by_squared_errors(tokenizer, batch):
+    student = attach(random_base(tokenizer), DeltaConfig("full"), 1, seed=1).eval()
+    batch.labels = torch.tensor([0.5, 1.0, -2.0, 0.0, 3.0])
+    cache = TeacherCache(torch.randn(5, 1), torch.zeros(5, 2, 64))
+    with torch.no_grad():
+        s = student(batch).squeeze(-1)
+        plain = Loss(is_regression=True)(student, batch)
+        mixed = Loss(is_regression=True, teacher=cache, alpha=0.25, T=3.0)(student, batch)
+    torch.testing.assert_close(plain, ((s - batch.labels) ** 2).mean())
+    torch.testing.assert_close(mixed, (0.75 * (s - batch.labels) ** 2 + 0.25 * (s - cache.logits[:, 0]) ** 2).mean())
+
+
+def test_the_cache_is_the_teacher_without_dropout_example_by_example(tokenizer):
+    teacher = attach(random_base(tokenizer), DeltaConfig("adapter"), 3, seed=2).train()
+    data = Encoded([[0, 8, 7, 6, 2], [0, 9, 2], [0, 2]], torch.tensor([0, 1, 2]), 0)
+    cache = run_teacher(teacher, data, torch.device("cpu"), torch.float32, batch_size=2)
+    with torch.no_grad():
+        for i in range(3):
+            s, states = teacher.eval()(data.batch([i]), states=True)
+            torch.testing.assert_close(cache.logits[i], s[0], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(cache.states[i], states[0], atol=1e-5, rtol=1e-5)
+
+
+def test_task_loss():
+    s = torch.tensor([[2.0, -1.0], [0.5, 0.5]])
+    torch.testing.assert_close(task_loss(s, torch.tensor([1, 0]), False),
+                               torch.tensor([3 + math.log1p(math.exp(-3)), math.log(2)]))

@@ -1,0 +1,119 @@
+"""The encoder computes RoBERTa's function; a sequence does not see its neighbours."""
+import pytest
+import torch
+
+from conftest import random_base
+from rt.data import sequences_batch
+from rt.deltas import DeltaConfig, attach
+from rt.hub import classification_head_state, load_hf
+from rt.model import ClassificationHead, Classifier, MaskedLM, dropout
+
+
+def padded(sequences, pad_id):
+    """(ids (B, S), attention mask (B, S)) as transformers wants them."""
+    length = max(map(len, sequences))
+    ids = torch.tensor([s + [pad_id] * (length - len(s)) for s in sequences])
+    mask = torch.tensor([[1] * len(s) + [0] * (length - len(s)) for s in sequences])
+    return ids, mask
+
+
+@pytest.fixture(scope="module")
+def hf_models(tokenizer, tmp_path_factory):
+    """Random RobertaForMaskedLM and RobertaForSequenceClassification of transformers, saved as it saves them."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.RobertaConfig(vocab_size=tokenizer.vocab_size, hidden_size=96, num_hidden_layers=3,
+                                        num_attention_heads=3, intermediate_size=200, max_position_embeddings=66,
+                                        type_vocab_size=1, layer_norm_eps=1e-5, num_labels=4)
+    models = {}
+    for name, cls in (("mlm", transformers.RobertaForMaskedLM), ("classify", transformers.RobertaForSequenceClassification)):
+        model = cls(config).eval()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.1 * torch.randn_like(p))   # biases and LN as well: what stays at its start tests nothing
+        folder = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folder)
+        tokenizer.save(folder)
+        models[name] = model, folder
+    return models
+
+
+def ragged(tokenizer):
+    g = torch.Generator().manual_seed(1)
+    return [[tokenizer.bos_id, *torch.randint(5, 500, (n,), generator=g).tolist(), tokenizer.eos_id]
+            for n in (12, 62, 0, 33, 1)]
+
+
+def test_masked_lm_logits_equal_transformers(hf_models, tokenizer):
+    theirs, folder = hf_models["mlm"]
+    base = load_hf(folder)
+    sequences = ragged(tokenizer)
+    ids, mask = padded(sequences, tokenizer.pad_id)
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+        ours = MaskedLM(base.encoder, base.head).eval()(sequences_batch(sequences))
+    assert expected.std() > 0.5
+    assert (ours - expected).abs().max() < 1e-5 * max(1, expected.abs().max())
+
+
+def test_classification_logits_equal_transformers(hf_models, tokenizer):
+    theirs, folder = hf_models["classify"]
+    base = load_hf(folder)
+    assert base.head is None    # the checkpoint has no masked-LM head
+    head = ClassificationHead(96, 4)
+    head.load_state_dict(classification_head_state(theirs.state_dict()))
+    sequences = ragged(tokenizer)
+    ids, mask = padded(sequences, tokenizer.pad_id)
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, attention_mask=mask).logits
+        ours = Classifier(base.encoder, head).eval()(sequences_batch(sequences))
+    assert expected.std() > 0.05
+    assert (ours - expected).abs().max() < 1e-5
+
+
+def test_weights_only_bin_gives_the_same_base(hf_models, tmp_path, tokenizer):
+    theirs, folder = hf_models["mlm"]
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+    tokenizer.save(tmp_path)
+    assert load_hf(tmp_path).fingerprint == load_hf(folder).fingerprint
+
+
+def test_a_sequence_does_not_depend_on_its_neighbours(base, batch):
+    bounds = batch.cu_seqlens.tolist()
+    with torch.no_grad():
+        together = base.encoder(batch)
+        for a, b in zip(bounds, bounds[1:]):
+            alone = base.encoder(sequences_batch([batch.ids[a:b].tolist()]))
+            torch.testing.assert_close(together[a:b], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_states_are_the_first_rows_of_every_layer_but_the_last(base, batch):
+    with torch.no_grad():
+        h, states = base.encoder(batch, states=True)
+        embedded = base.encoder.embeddings(batch.ids, batch.cu_seqlens)
+        after_first = base.encoder.layers[0](embedded, batch.cu_seqlens, batch.max_seqlen)
+    first = batch.cu_seqlens[:-1]
+    assert states.shape == (5, base.encoder.config.num_layers, h.shape[1])
+    assert torch.equal(states[:, 0], embedded[first]) and torch.equal(states[:, 1], after_first[first])
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_keeps_the_share_and_the_mean(p):
+    torch.manual_seed(0)
+    x = torch.ones(400_001, requires_grad=True)     # no multiple of 4: the mask comes in words of four
+    y = dropout(x, p, training=True)
+    kept = (y != 0)
+    assert abs(kept.float().mean() - (1 - p)) < 0.003
+    torch.testing.assert_close(y[kept], torch.full_like(y[kept], 1 / (1 - p)))
+    y.sum().backward()
+    assert torch.equal(x.grad != 0, kept)
+    assert dropout(x, p, training=False) is x
+
+
+def test_dropout_is_active_in_training_only(tokenizer, batch):
+    model = attach(random_base(tokenizer), DeltaConfig("full"), 3, seed=0)
+    model.eval()
+    assert torch.equal(model(batch), model(batch))
+    model.train()
+    assert not torch.equal(model(batch), model(batch))

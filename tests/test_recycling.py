@@ -1,0 +1,94 @@
+"""The modes: where each starts, what it minimises, what it refuses."""
+import pytest
+import torch
+
+from conftest import random_base
+from rt.checkpoint import fingerprint
+from rt.config import UsageError
+from rt.deltas import DeltaConfig, apply, attach, extract
+from rt.recycling import MODES, Recycling, start_from_old, start_fresh, teacher_of
+from rt.tasks import Encoded
+from rt.tune import TaskData, TuneSettings, evaluate, predict
+
+CPU = dict(device=torch.device("cpu"), precision=torch.float32)
+
+
+@pytest.fixture
+def recycling(tokenizer):
+    old, new = random_base(tokenizer, 0), random_base(tokenizer, 1)
+    model = attach(old, DeltaConfig("adapter"), 3, seed=4)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))))
+    delta = extract(model, old, DeltaConfig("adapter"), {"task": "t", "labels": ["a", "b", "c"]})
+    parts = [Encoded([[0, 9 + i, 30 + i % 7, 2] for i in range(n)], torch.arange(n) % 3, 0) for n in (24, 12, 12)]
+    return Recycling(old, delta, new, TaskData("t", ("a", "b", "c"), *parts), DeltaConfig("adapter"),
+                     TuneSettings(6, 8, 1e-3, 3, seed=0), 0.7, 1.0, 5.0, False, **CPU)
+
+
+def test_every_mode_returns_a_model_and_scores_and_leaves_the_bases_alone(recycling):
+    for mode, recycle in MODES.items():
+        model, result = recycle(recycling)
+        assert evaluate(model, recycling.data.test, **CPU) == result.test, mode
+        assert result.curve[0][0] == 0 and (result.curve[-1][0] == (0 if mode == "apply" else 6))
+    for base in (recycling.old_base, recycling.base):
+        assert fingerprint(base.encoder) == base.fingerprint
+
+
+def test_apply_is_new_base_plus_old_delta(recycling):
+    model, _ = MODES["apply"](recycling)
+    own = dict(recycling.base.encoder.named_parameters())
+    for name, p in model.encoder.named_parameters():
+        expected = own[name] + recycling.old_delta.diffs.get(name, 0) if name in own else recycling.old_delta.modules[name]
+        torch.testing.assert_close(p, expected)
+    assert torch.equal(model.head.out.weight, recycling.old_delta.head["out.weight"])
+
+
+def test_init_starts_at_apply_and_scratch_at_the_plain_base(recycling, batch):
+    with torch.no_grad():
+        a, b = start_from_old(recycling).eval(), apply(recycling.base, recycling.old_delta, stale_ok=True).eval()
+        assert torch.equal(a(batch), b(batch))
+        assert torch.equal(start_fresh(recycling).eval().encoder(batch), recycling.base.encoder(batch))
+
+
+def test_the_teacher_is_the_old_base_with_the_old_delta_and_runs_once(recycling):
+    cache = teacher_of(recycling)
+    expected = predict(apply(recycling.old_base, recycling.old_delta), recycling.data.train.sequences, **CPU)
+    torch.testing.assert_close(cache.logits, expected, atol=1e-5, rtol=1e-5)
+    assert teacher_of(recycling) is cache
+
+
+def test_distillation_alone_moves_the_student_to_the_teacher(recycling):
+    recycling.alpha, recycling.beta, recycling.T = 1.0, 0.0, 2.0
+    recycling.settings = TuneSettings(60, 8, 5e-3, 60, seed=0)
+    teacher = teacher_of(recycling).logits.softmax(-1)
+    wrong = (1 - torch.nn.functional.one_hot(recycling.data.train.targets, 3)).argmax(-1)
+    recycling.data.train.targets = wrong    # with alpha = 1 the labels do not count
+
+    def distance(model):
+        return (predict(model, recycling.data.train.sequences, **CPU).softmax(-1) - teacher).abs().mean().item()
+
+    before = distance(start_fresh(recycling))
+    recycling.data.dev.targets = teacher[:12].argmax(-1)        # best on dev: like the teacher
+    recycling.data.dev.sequences = recycling.data.train.sequences[:12]
+    model, _ = MODES["distill"](recycling)
+    assert distance(model) < 0.5 * before
+
+
+def test_other_labels_get_a_fresh_head_in_init_and_are_refused_elsewhere(recycling):
+    recycling.old_delta.info["labels"] = ["x", "y", "z"]
+    model = start_from_old(recycling)
+    assert not torch.equal(model.head.out.weight, recycling.old_delta.head["out.weight"])
+    name = next(iter(recycling.old_delta.modules))
+    assert torch.equal(dict(model.encoder.named_parameters())[name], recycling.old_delta.modules[name])
+    for mode in ("apply", "distill", "init+distill"):
+        with pytest.raises(UsageError, match="labels"):
+            MODES[mode](recycling)
+
+
+def test_init_refuses_another_kind_and_distill_does_not(recycling):
+    recycling.config = DeltaConfig("lora")
+    with pytest.raises(UsageError, match="init continues the old delta, which is adapter"):
+        MODES["init"](recycling)
+    MODES["distill"](recycling)

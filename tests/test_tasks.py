@@ -1,0 +1,131 @@
+"""Task folders: formats, column names, labels, errors of one sentence; few-shot samples; encoding."""
+import json
+
+import pytest
+import torch
+
+from conftest import write_task
+from rt.config import UsageError
+from rt.tasks import Example, _fit, encode, few_shot, load_task, read_examples, training_indices
+
+ROWS = [{"text": "good one", "label": "pos"}, {"text": "bad one", "label": "neg"}]
+
+
+def folder(tmp_path, train=ROWS, dev=ROWS, test=ROWS):
+    return write_task(tmp_path / "task_x", {"train": train, "dev": dev, "test": test})
+
+
+def test_jsonl_csv_and_tsv_agree(tmp_path):
+    rows = [{"text": 'say "hi", twice', "label": "pos"}, {"text": "bad one", "label": "neg"}]
+    plain = load_task(folder(tmp_path, rows, rows, rows))
+    for ending, lines in (("csv", 'text,label\n"say ""hi"", twice",pos\nbad one,neg\n'),
+                          ("tsv", 'text\tlabel\nsay "hi", twice\tpos\nbad one\tneg\n')):
+        other = tmp_path / ending
+        other.mkdir()
+        for part in ("train", "dev", "test"):
+            (other / f"{part}.{ending}").write_text(lines)
+        task = load_task(other)
+        assert task.labels == plain.labels == ("neg", "pos")
+        assert [(e.text, e.label) for e in task.parts["test"]] == [(e.text, e.label) for e in plain.parts["test"]]
+
+
+@pytest.mark.parametrize("names", [("sentence", None, "label"), ("sentence1", "sentence2", "gold_label"),
+                                   ("premise", "hypothesis", "label"), ("question", "sentence", "label"),
+                                   ("question1", "question2", "label")])
+def test_columns_of_glue_are_understood(tmp_path, names):
+    rows = [{k: v for k, v in zip(names, (f"a{i}", f"b{i}", i)) if k} for i in range(2)]
+    task = load_task(folder(tmp_path, rows, rows, rows))
+    assert task.labels == ("0", "1")
+    assert task.parts["dev"][1].text == "a1" and task.parts["dev"][1].text_pair == ("b1" if names[1] else None)
+
+
+def test_labels_are_ordered_as_numbers_or_names(tmp_path):
+    rows = [{"text": "x", "label": y} for y in (10, 2, -1)]
+    assert load_task(folder(tmp_path, rows, rows, rows)).labels == ("-1", "2", "10")
+
+
+def test_floats_make_a_regression(tmp_path):
+    rows = [{"text": "x", "label": y} for y in (0.5, 2.0)]
+    task = load_task(folder(tmp_path, rows, rows, rows))
+    assert task.is_regression and task.num_outputs == 1 and task.parts["train"][1].label == 2.0
+    (tmp_path / "csv").mkdir()
+    for part in ("train", "dev", "test"):
+        (tmp_path / "csv" / f"{part}.csv").write_text("text,label\nx,1\ny,2.5\n")
+    assert load_task(tmp_path / "csv").is_regression
+
+
+@pytest.mark.parametrize("parts, words", [
+    (dict(dev=[{"text": "x", "label": "neutral"}]), "dev.jsonl, line 1: label 'neutral' does not occur in the training"),
+    (dict(train=[ROWS[0], {"text": "  ", "label": "neg"}]), "train.jsonl, line 2: text is empty"),
+    (dict(train=[{"label": "neg"}]), "train.jsonl, line 1: no text column"),
+    (dict(test=[{"text": "x"}]), "test.jsonl, line 1: no label column"),
+    (dict(train=[{"text": "x", "label": [1]}]), "label [1] is not a string"),
+    (dict(train=[{"text": "x", "label": ""}]), "label '' is not a string"),
+    (dict(train=[{"text": "x", "label": 0.5}, {"text": "x", "label": "a"}]), "label 'a' is not a number"),
+    (dict(train=[{"text": "x", "label": float("nan")}]), "not a finite number"),
+    (dict(train=ROWS[:1], dev=ROWS[:1], test=ROWS[:1]), "have the label 'pos'"),
+    (dict(dev=[]), "dev.jsonl: the file has no examples")])
+def test_what_does_not_fit_is_named_with_file_and_line(tmp_path, parts, words):
+    with pytest.raises(UsageError) as error:
+        load_task(folder(tmp_path, **parts))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_wrong_folders_and_broken_tables(tmp_path):
+    with pytest.raises(UsageError, match="a task is a folder"):
+        load_task(tmp_path / "nowhere")
+    (tmp_path / "train.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    with pytest.raises(UsageError, match="has no dev.jsonl"):
+        load_task(tmp_path)
+    (tmp_path / "x.csv").write_text("text,label\na,1\nb,2,3\n")
+    with pytest.raises(UsageError, match="x.csv, line 3: 3 columns where the header has 2"):
+        read_examples(tmp_path / "x.csv", labelled=True)
+
+
+def test_few_shot_takes_k_a_label_by_seed_and_leaves_test(tmp_path):
+    rows = [{"text": f"t{i}", "label": "abc"[i % 3]} for i in range(60)]
+    task = load_task(folder(tmp_path, rows, rows, rows))
+    small, again, other = few_shot(task, 4, 1), few_shot(task, 4, 1), few_shot(task, 4, 2)
+    for part in ("train", "dev"):
+        assert sorted(e.label for e in small.parts[part]) == list("aaaabbbbcccc")
+    assert small.parts == again.parts and small.parts["train"] != other.parts["train"]
+    assert small.parts["test"] == task.parts["test"]
+
+
+def test_encoding_frames_truncates_and_counts(tokenizer):
+    words = "graph " * 50
+    examples = [Example("graph", None, "a", ""), Example(words, "node", "b", ""), Example(words, words, "b", "")]
+    encoded = encode(examples, ("a", "b"), tokenizer, 20)
+    s, bos, eos = encoded.sequences, tokenizer.bos_id, tokenizer.eos_id
+    assert s[0] == [bos, *tokenizer.encode(["graph"])[0], eos]
+    assert len(s[1]) == len(s[2]) == 20 and encoded.truncated == 2
+    assert s[2][9:11] == [eos, eos] and s[2].count(eos) == 3       # <s> 8 tokens </s></s> 8 tokens </s>
+    node = tokenizer.encode(["node"])[0]
+    assert s[1][-len(node) - 1:] == [*node, eos]                     # the short one of a pair stays whole
+    assert encoded.targets.tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize("a, b, room", [(5, 5, 20), (30, 3, 16), (3, 30, 16), (30, 30, 16), (30, 30, 17), (9, 8, 16)])
+def test_fit_fills_the_room(a, b, room):
+    keep_a, keep_b = _fit(a, b, room)
+    assert keep_a <= a and keep_b <= b and keep_a + keep_b == min(a + b, room)
+    if a + b > room:
+        assert min(keep_a, keep_b) == min(a, b, room // 2)
+
+
+def test_a_batch_says_which_examples_it_holds(tokenizer):
+    examples = [Example("graph " * n, None, "ab"[n % 2], "") for n in (9, 2, 5, 1)]
+    encoded = encode(examples, ("a", "b"), tokenizer, 64)
+    batch = encoded.batch([0, 3, 2])
+    bounds = batch.cu_seqlens.tolist()
+    assert sorted(batch.index.tolist()) == [0, 2, 3]
+    for i, (a, b) in zip(batch.index.tolist(), zip(bounds, bounds[1:])):
+        assert batch.ids[a:b].tolist() == encoded.sequences[i]
+    assert torch.equal(batch.labels, encoded.targets[batch.index])
+
+
+def test_training_order_visits_everything_once_an_epoch():
+    steps = [training_indices(10, 4, t, seed=5) for t in range(6)]
+    assert sorted(sum(steps[:3], [])) == sorted(sum(steps[3:], [])) == list(range(10))
+    assert steps[0] != steps[3] and steps == [training_indices(10, 4, t, seed=5) for t in range(6)]
+    assert steps[0] != training_indices(10, 4, 0, seed=6)

@@ -1,0 +1,86 @@
+"""Metrics against written-out formulas; the supervised loop: repeatable, keeps the best on dev, touches test once."""
+import math
+
+import pytest
+import torch
+
+from conftest import random_base
+from rt.deltas import DeltaConfig, attach
+from rt.distill import Loss
+from rt.tasks import Encoded
+from rt.tune import TaskData, TuneSettings, evaluate, metrics, predict, tune
+
+CPU = dict(device=torch.device("cpu"), precision=torch.float32)
+
+
+def test_classification_metrics():
+    targets = torch.tensor([0, 0, 0, 1, 1, 2])
+    predicted = torch.tensor([0, 0, 1, 1, 2, 0])
+    got = metrics(torch.nn.functional.one_hot(predicted, 4).float(), targets)      # class 3 occurs nowhere
+    f1 = [2 * 2 / (3 + 3), 2 * 1 / (2 + 2), 0.0]
+    assert got == pytest.approx({"accuracy": 3 / 6, "macro_f1": sum(f1) / 3, "micro_f1": 3 / 6})
+
+
+def test_regression_metrics():
+    truth = torch.tensor([1.0, 2.0, 3.0, 4.0, 4.0])
+    guess = torch.tensor([[1.0], [8.0], [27.0], [64.0], [64.0]])        # monotonic: the ranks agree, ties as well
+    got = metrics(guess, truth)
+    assert got["spearman"] == pytest.approx(1.0) and 0.9 < got["pearson"] < 0.999
+    x, y = guess[:, 0].tolist(), truth.tolist()
+    mx, my = sum(x) / 5, sum(y) / 5
+    r = sum((a - mx) * (b - my) for a, b in zip(x, y)) / math.sqrt(sum((a - mx) ** 2 for a in x) * sum((b - my) ** 2 for b in y))
+    assert got["pearson"] == pytest.approx(r)
+    assert metrics(torch.ones(5, 1), truth)["pearson"] == 0.0
+
+
+@pytest.fixture
+def toy():
+    """A task that is learned from one token: does 9 occur?"""
+    def part(n, seed):
+        g = torch.Generator().manual_seed(seed)
+        sequences, targets = [], torch.arange(n) % 2
+        for y in targets.tolist():
+            body = torch.randint(20, 60, (int(torch.randint(3, 9, (1,), generator=g)),), generator=g).tolist()
+            sequences.append([0, *body, *([9] if y else [10]), 2])
+        return Encoded(sequences, targets, 0)
+    return TaskData("toy", ("no", "yes"), part(64, 0), part(32, 1), part(32, 2))
+
+
+def run(tokenizer, toy, kind="full", seed=0, steps=40, **changes):
+    settings = TuneSettings(**{**dict(steps=steps, batch_size=16, lr=2e-3, eval_every=10, seed=seed), **changes})
+    model = attach(random_base(tokenizer), DeltaConfig(kind), 2, seed)
+    rows = []
+    return model, tune(model, toy, Loss(), settings, **CPU, on_eval=rows.append), rows
+
+
+@pytest.mark.parametrize("kind", ["full", "adapter", "lora", "bitfit", "prefix"])
+def test_every_kind_learns(tokenizer, toy, kind):
+    _, result, rows = run(tokenizer, toy, kind, steps=60, lr=2e-3 if kind == "full" else 1e-2)
+    assert rows[-1]["loss"] < 0.8 * math.log(2)
+    assert result.dev["accuracy"] >= 0.75 and result.test["accuracy"] >= 0.7
+
+
+def test_the_best_on_dev_is_kept_and_test_is_of_it(tokenizer, toy):
+    model, result, rows = run(tokenizer, toy)
+    assert [r["step"] for r in rows] == [0, 10, 20, 30, 40] == [step for step, _ in result.curve]
+    best = max(result.curve, key=lambda point: point[1])
+    assert result.dev["accuracy"] == best[1] and result.best_step == best[0]
+    assert evaluate(model, toy.dev, **CPU) == result.dev and evaluate(model, toy.test, **CPU) == result.test
+
+
+def test_a_worse_end_does_not_replace_the_best(tokenizer, toy):
+    _, result, _ = run(tokenizer, toy, lr=0.3, steps=20)     # far too large: it ends at chance
+    assert result.dev["accuracy"] == max(score for _, score in result.curve)
+
+
+def test_the_same_seed_is_bit_equal_and_another_is_not(tokenizer, toy):
+    a, b, c = (run(tokenizer, toy, seed=s, steps=12)[0] for s in (0, 0, 1))
+    weights = [m.encoder.layers[0].qkv.weight for m in (a, b, c)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_predictions_come_in_the_order_of_the_texts(tokenizer, toy):
+    model = attach(random_base(tokenizer), DeltaConfig("full"), 2, 0)
+    together = predict(model, toy.dev.sequences, **CPU, batch_size=5)
+    alone = torch.cat([predict(model, [s], **CPU) for s in toy.dev.sequences])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)

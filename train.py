@@ -1,0 +1,350 @@
+"""Pre-train a base on a stream of domains, tune a delta on a task, score it, use it.
+
+    python train.py                                                     # M0, M1, M2 under runs/demo, on embedded text
+    python train.py --mode tune --base runs/demo/M0 --task math --delta full
+    python train.py --mode eval --base runs/demo/M0 --delta_dir runs/demo/deltas/M0-math-full-s0
+    python train.py --mode predict --base ... --delta_dir ... --input texts.txt
+
+A stream (--stream python,math,dl) makes M0 on the first domain, M1 out of M0 on the second, and so on; --init starts from a
+checkpoint, a Hugging Face folder or a hub id instead, whose upgrade is then the first domain.
+"""
+import json
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.sources import corpus_path, task_path
+from rt.checkpoint import read_json, save_base
+from rt.config import UsageError, parse, record, run
+from rt.data import Rows, build_corpus, split_documents
+from rt.deltas import DeltaConfig, apply, attach, extract, load_delta, save_delta
+from rt.device import derive_seed, pick_device, pick_precision
+from rt.distill import Loss
+from rt.hub import open_base
+from rt.log import Log, progress, table, write_json
+from rt.model import PRESETS, EncoderConfig, MaskedLM, new_masked_lm, set_dropout
+from rt.optim import adamw
+from rt.pretrain import PretrainSettings, evaluate_mlm, pretrain
+from rt.tasks import encode, few_shot, load_task, read_examples
+from rt.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from rt.tune import TuneSettings, encode_task, evaluate, predict, tune
+
+
+@dataclass
+class Config:
+    """python train.py --mode pretrain|tune|eval|predict [--flag value ...]"""
+    mode: str = "pretrain"  # pretrain, tune, eval or predict
+    out: str | None = None  # folder to write; default runs/demo, for a delta beside its base
+    cache: str = "runs/cache"  # tokenized corpora and the embedded data
+    device: str = "auto"  # auto, cpu or cuda
+    precision: str = "auto"  # auto: bf16 where the device does it fast, else fp32
+    seed: int = 0  # of weights, data order, masks and dropout
+    # pretrain
+    stream: tuple[str, ...] = ("python", "math", "dl")  # domains in order: embedded names, or text files or folders
+    init: str | None = None  # continue from this base: checkpoint, Hugging Face folder or hub id
+    preset: str = "mini"  # size of a new base: tiny, mini, small, base, large
+    tokenizer: str | None = None  # tokenizer.json, or a folder with vocab.json and merges.txt; default: trained
+    vocab_size: int = 4096  # of a tokenizer trained on the first domain
+    steps: tuple[int, ...] = (600, 500, 350)  # optimizer steps of each stage; the last number serves all further ones
+    batch_tokens: int = 1024  # tokens an optimizer step, all ranks and accumulation together
+    accumulation: int = 1  # parts a batch is computed in
+    seq_len: int = 128  # longest sequence in tokens, <s> and </s> counted (tune: of a text)
+    mask_rate: float = 0.3  # share of tokens predicted; RoBERTa: 0.15, but more learns faster (Wettig et al., 2023)
+    lr: float | None = None  # peak learning rate; default 1e-3 to pretrain, by kind of delta to tune
+    warmup: float = 0.1  # share of the steps with rising learning rate, anew in every stage
+    dropout: float = 0.0  # while pre-training; 0 learns faster from few epochs (tuning uses the checkpoint's 0.1)
+    weight_decay: float = 0.01  # on matrices only
+    snapshots: int = 2  # checkpoints M_i(t) kept along a stage, evenly spaced
+    save_every: int = 100  # steps between resumable checkpoints
+    stop_after: int | None = None  # end after so many steps in all, as a time limit would; --resume goes on
+    resume: bool = False  # go on from the last resumable checkpoint in --out
+    eval_tokens: int = 16384  # held-out tokens scored a domain
+    # tune, eval, predict
+    base: str | None = None  # the base: checkpoint, Hugging Face folder or hub id
+    task: str | None = None  # embedded domain, or a folder with train, dev and test
+    delta: str = "adapter"  # full, adapter, lora, bitfit or prefix
+    shots: int | None = None  # examples a label for train and for dev; default: all
+    tune_steps: int = 300  # optimizer steps of tuning
+    batch_size: int = 16  # sequences a tuning step
+    eval_every: int = 25  # steps between scores on dev
+    bottleneck: int = 24  # adapter
+    r: int = 8  # lora
+    lora_alpha: float = 16.0  # lora
+    target_modules: tuple[str, ...] = ("query", "value")  # lora
+    prefix_len: int = 16  # prefix
+    delta_dir: str | None = None  # eval, predict: the delta
+    input: str | None = None  # predict: .txt, .jsonl, .csv or .tsv of texts
+
+
+NOT_SETTINGS = ("resume", "stop_after", "save_every", "cache", "device", "out")     # may differ when a run is resumed
+HELDOUT_MASK_RATE = 0.15    # whatever --mask_rate is, so that held-out losses compare
+PRETRAIN_LR = 1e-3
+TUNE_LR = {"full": 5e-4, "adapter": 5e-3, "lora": 5e-3, "bitfit": 5e-3, "prefix": 1e-2}     # of the mini preset
+
+
+def main() -> None:
+    config = parse(Config, sys.argv[1:])
+    modes = {"pretrain": pretrain_stream, "tune": tune_delta, "eval": eval_delta, "predict": predict_texts}
+    if config.mode not in modes:
+        raise UsageError(f"--mode {config.mode}: not one of {', '.join(modes)}")
+    modes[config.mode](config)
+
+
+# --- pretrain ---------------------------------------------------------------------------------------------------------
+
+def pretrain_stream(c: Config) -> None:
+    """M0, M1, ... of a stream: each stage continues the last one's weights with a fresh optimizer and schedule."""
+    out, device = Path(c.out or "runs/demo"), pick_device(c.device)
+    where = dict(device=device, precision=pick_precision(c.precision, device))
+    settings = {k: v for k, v in record(c).items() if k not in NOT_SETTINGS}
+    if not may_begin(out, settings, c.resume):
+        print(forgetting_table(read_json(out / "summary.json")["stages"]))
+        return
+    paths = {domain_name(entry): corpus_path(entry, c.cache) for entry in c.stream}
+    model, tokenizer, about = start_model(c, out, next(iter(paths.values())))
+    corpora = {name: build_corpus(name, path, tokenizer, c.cache) for name, path in paths.items()}
+    heldout = {name: Rows(parts["heldout"], tokenizer, seq_len=c.seq_len, mask_rate=HELDOUT_MASK_RATE, seed=0)
+               for name, parts in corpora.items()}
+    write_json(out / "config.json", settings)
+    tokenizer.save(out)
+    log = Log(out, keep=lambda row: c.resume and not beyond(row, out))
+    stages, allowance = [], c.stop_after or sys.maxsize
+    for i, domain in enumerate(corpora):
+        number = about["number"] = about["number"] + 1
+        name, steps = f"M{number}", c.steps[min(i, len(c.steps) - 1)]
+        if (out / name / "meta.json").exists():     # finished before an interruption
+            base = open_base(str(out / name))
+            model, about["parent"] = MaskedLM(base.encoder, base.head), base.fingerprint
+            set_dropout(model, c.dropout)
+            stages.append(base.meta["stage"])
+            continue
+        rows = Rows(corpora[domain]["train"], tokenizer, seq_len=c.seq_len, mask_rate=c.mask_rate,
+                    seed=derive_seed(c.seed, number))
+        about.update(name=name, domain=domain, config=settings, argv=sys.argv)
+        stage = Stage(c, out, model.to(device), tokenizer, rows, about, steps, log, where)
+        if not stages and stage.step == 0:
+            show_sample(rows, tokenizer)
+        allowance -= stage.train(allowance)
+        if stage.step < steps:
+            print(f"stopped in {name} after step {stage.step} of {steps}; the same command with --resume goes on")
+            return
+        scores = {d: evaluate_mlm(model, r, tokens=c.eval_tokens, **where) for d, r in heldout.items()}
+        stages.append({"name": name, "domain": domain, "steps": steps, "seconds": round(stage.seconds, 1), "heldout": scores})
+        log.row(stage=name, step=steps, heldout=scores)
+        about["parent"] = save_base(out / name, model, tokenizer, {**about, "step": steps, "stage": stages[-1]})
+    write_json(out / "summary.json", {"stages": stages, "config": settings, "argv": sys.argv})
+    shutil.rmtree(out / "last", ignore_errors=True)
+    print(forgetting_table(stages))
+
+
+def may_begin(out: Path, settings: dict, resume: bool) -> bool:
+    """Whether there is work to do in `out`. Refuses (UsageError) to overwrite a run or to go on with other settings."""
+    if (out / "config.json").exists():
+        begun = read_json(out / "config.json")
+        other = next((k for k in settings if settings[k] != begun.get(k)), None)
+        if other:
+            raise UsageError(f"{out} was begun with --{other} {begun.get(other)}, not {settings[other]}: "
+                             "give another --out, or remove the folder")
+        if (out / "summary.json").exists():
+            print(f"{out} is complete; remove it to train anew")
+            return False
+        if not resume:
+            raise UsageError(f"{out} holds an unfinished run: add --resume to go on, or remove the folder")
+    return True
+
+
+def beyond(row: dict, out: Path) -> bool:
+    """Whether a metrics row lies past the point that training resumes at, so that its step will be done again."""
+    if (out / row["stage"] / "meta.json").exists():
+        return False
+    last = read_json(out / "last" / "meta.json") if (out / "last").exists() else {}
+    return row["stage"] != last.get("name") or row["step"] > last["step"] or "heldout" in row
+
+
+def domain_name(entry: str) -> str:
+    return Path(entry).name.split(".")[0]
+
+
+def start_model(c: Config, out: Path, first_corpus: Path) -> tuple[MaskedLM, Tokenizer, dict]:
+    """(model, tokenizer, what is known of them): a new base of --preset, or --init."""
+    if c.init:
+        base = open_base(c.init)
+        config, tokenizer = base.encoder.config, base.tokenizer
+        head = base.head
+        if head is None:
+            print(f"{c.init} has no masked-LM head; it gets a fresh one")
+            head = new_masked_lm(config, c.seed).head
+        model = MaskedLM(base.encoder, head)
+        about = {"parent": base.fingerprint, "number": base.meta.get("number", 0)}
+    else:
+        if c.preset not in PRESETS:
+            raise UsageError(f"--preset {c.preset}: not one of {', '.join(PRESETS)}")
+        tokenizer = start_tokenizer(c, out, first_corpus)
+        config = EncoderConfig(tokenizer.vocab_size, pad_id=tokenizer.pad_id, **PRESETS[c.preset])
+        model, about = new_masked_lm(config, c.seed), {"parent": None, "number": -1}
+    if c.seq_len > config.max_len:
+        raise UsageError(f"--seq_len {c.seq_len}: the model has positions for {config.max_len} tokens")
+    set_dropout(model, c.dropout)
+    return model, tokenizer, about
+
+
+def start_tokenizer(c: Config, out: Path, first_corpus: Path) -> Tokenizer:
+    """Loaded, or trained on the first domain only: later domains are the future."""
+    if c.tokenizer:
+        return load_tokenizer(Path(c.tokenizer))
+    if c.resume and (out / "tokenizer.json").exists():
+        return load_tokenizer(out)
+    return train_tokenizer((text for part, text in split_documents(first_corpus) if part == "train"), c.vocab_size)
+
+
+def show_sample(rows: Rows, tokenizer: Tokenizer) -> None:
+    """The longest sequence of the first row that will be trained on, as it is and as the model sees it."""
+    batch, (ids, lengths) = rows.batch(0, rows.row_tokens), rows.row(0)
+    longest = int(np.argmax(lengths))
+    span = slice(sum(lengths[:longest]), sum(lengths[:longest + 1]))
+    print(f"sample: {tokenizer.decode(ids[span])!r}\nmasked: {tokenizer.decode(batch.ids[span].tolist())!r}")
+
+
+class Stage:
+    """The training of one M_i: the loop with what is written along the way."""
+
+    def __init__(self, c: Config, out: Path, model: MaskedLM, tokenizer: Tokenizer, rows: Rows, about: dict, steps: int,
+                 log: Log, where: dict):
+        self.c, self.out, self.model, self.tokenizer, self.rows = c, out, model, tokenizer, rows
+        self.about, self.steps, self.log, self.where = about, steps, log, where
+        self.optimizer = adamw(model.parameters(), 0.0, c.weight_decay)
+        self.step, self.seconds = 0, 0.0
+        if c.resume and (out / "last" / "meta.json").exists():
+            self.load_last()
+
+    def load_last(self) -> None:
+        """Go on from the resumable checkpoint, if it is one of this stage."""
+        base = open_base(str(self.out / "last"))
+        if base.meta["name"] == self.about["name"]:
+            self.model.load_state_dict(MaskedLM(base.encoder, base.head).state_dict())
+            self.optimizer.load_state_dict(torch.load(self.out / "last" / "optim.pt", weights_only=True))
+            self.step = base.meta["step"]
+
+    def save(self, folder: str, resumable: bool) -> None:
+        save_base(self.out / folder, self.model, self.tokenizer, {**self.about, "step": self.step},
+                  self.optimizer if resumable else None)
+
+    def train(self, allowance: int) -> int:
+        """Up to `allowance` steps; returns how many were done."""
+        c, started, first = self.c, time.perf_counter(), self.step
+        s = PretrainSettings(self.steps, c.batch_tokens, c.lr or PRETRAIN_LR, max(1, round(c.warmup * self.steps)),
+                             self.rows.seed, c.accumulation)
+        kept = {round(self.steps * (k + 1) / (c.snapshots + 1)) for k in range(c.snapshots)}
+        with progress(self.steps, f"{self.about['name']} {self.about['domain']}", self.step) as bar:
+            for row in pretrain(self.model, self.rows, self.optimizer, s, **self.where, start=self.step):
+                self.step, self.seconds = row["step"], time.perf_counter() - started
+                self.log.row(stage=self.about["name"], **row)
+                bar.set_postfix_str(f"loss {row['loss']:.3f}, "
+                                    f"{(self.step - first) * c.batch_tokens / self.seconds:,.0f} tok/s", refresh=False)
+                bar.update()
+                stopping = self.step - first == allowance and self.step < self.steps
+                if self.step in kept:
+                    self.save(f"{self.about['name']}-t{self.step:05d}", resumable=False)
+                if stopping or self.step % c.save_every == 0 and self.step < self.steps:
+                    self.save("last", resumable=True)
+                if stopping:
+                    break
+        return self.step - first
+
+
+def forgetting_table(stages: list[dict]) -> str:
+    """Held-out masked-LM loss (accuracy) of every domain after every stage."""
+    domains = list(stages[0]["heldout"])
+    rows = [[f"{s['name']} ({s['domain']})", *(f"{s['heldout'][d]['loss']:.3f} ({s['heldout'][d]['accuracy']:.3f})"
+                                               for d in domains)] for s in stages]
+    return "held-out masked-LM loss (accuracy)\n" + table(rows, ["after", *domains])
+
+
+# --- tune, eval, predict ----------------------------------------------------------------------------------------------
+
+def delta_config(c: Config) -> DeltaConfig:
+    return DeltaConfig(c.delta, c.bottleneck, c.r, c.lora_alpha, c.target_modules, c.prefix_len)
+
+
+def required(c: Config, *names: str) -> None:
+    for name in names:
+        if getattr(c, name) is None:
+            raise UsageError(f"--mode {c.mode} needs --{name}: see --help")
+
+
+def tune_delta(c: Config) -> None:
+    """Tune a fresh delta on a task; the folder it is written to holds the run's metrics and summary as well."""
+    required(c, "base", "task")
+    device = pick_device(c.device)
+    where = dict(device=device, precision=pick_precision(c.precision, device))
+    base, task = open_base(c.base).to(device), load_task(task_path(c.task, c.cache))
+    if c.shots:
+        task = few_shot(task, c.shots, c.seed)
+    encoded = encode_task(task, base.tokenizer, c.seq_len)
+    few = f"-k{c.shots}" if c.shots else ""
+    out = Path(c.out or Path(c.base).parent / "deltas" / f"{Path(c.base).name}-{task.name}-{c.delta}{few}-s{c.seed}")
+    config = delta_config(c)
+    model = attach(base, config, encoded.num_outputs, c.seed)
+    settings = TuneSettings(c.tune_steps, c.batch_size, c.lr or TUNE_LR[c.delta], c.eval_every, c.seed,
+                            c.weight_decay, c.warmup)
+    log = Log(out)
+    result = tune(model, encoded, Loss(task.is_regression), settings, **where, on_eval=lambda row: log.row(**row),
+                  what=f"{task.name} {c.delta}")
+    about = {"task": task.name, "labels": list(task.labels), "shots": c.shots, "seed": c.seed, "step": result.best_step,
+             "dev": result.dev, "test": result.test, "config": record(c), "argv": sys.argv}
+    save_delta(out, extract(model, base, config, about))
+    write_json(out / "summary.json", {**about, "base": base.fingerprint, "delta": c.delta, "seconds": round(result.seconds, 1)})
+    print(f"{task.name}, {c.delta}: dev {shown(result.dev)} at step {result.best_step}; test {shown(result.test)}; "
+          f"{result.seconds:.0f} s; delta in {out}")
+
+
+def shown(scores: dict[str, float]) -> str:
+    return ", ".join(f"{k} {v:.3f}" for k, v in scores.items())
+
+
+def open_tuned(c: Config):
+    """(base, delta, base + delta) of --base and --delta_dir; StaleDelta where they do not belong together."""
+    required(c, "base", "delta_dir")
+    device = pick_device(c.device)
+    base, delta = open_base(c.base).to(device), load_delta(c.delta_dir)
+    where = dict(device=device, precision=pick_precision(c.precision, device))
+    return base, delta, apply(base, delta), where
+
+
+def eval_delta(c: Config) -> None:
+    """Score a base + delta on dev and test of a task."""
+    required(c, "task")
+    base, delta, model, where = open_tuned(c)
+    task = load_task(task_path(c.task, c.cache))
+    if task.labels != delta.labels:
+        raise UsageError(f"{c.delta_dir} tells apart {', '.join(delta.labels[:6])}, but {c.task} has the labels "
+                         f"{', '.join(task.labels[:6])}")
+    encoded = encode_task(task, base.tokenizer, c.seq_len)
+    print(f"{task.name}: dev {shown(evaluate(model, encoded.dev, **where))}; "
+          f"test {shown(evaluate(model, encoded.test, **where))}")
+
+
+def predict_texts(c: Config) -> None:
+    """One JSON object a text, in order, to --out or standard output: label and probabilities, or the predicted value."""
+    required(c, "input")
+    base, delta, model, where = open_tuned(c)
+    examples = read_examples(Path(c.input), labelled=False)
+    encoded = encode(examples, (), base.tokenizer, c.seq_len)
+    out = open(c.out, "w", encoding="utf-8") if c.out else sys.stdout
+    for example, row in zip(examples, predict(model, encoded.sequences, **where)):
+        answer = {"text": example.text, **({"text_pair": example.text_pair} if example.text_pair else {})}
+        if delta.labels:
+            answer["label"] = delta.labels[int(row.argmax())]
+            answer["probabilities"] = dict(zip(delta.labels, [round(p, 6) for p in row.softmax(-1).tolist()]))
+        else:
+            answer["value"] = row.item()
+        print(json.dumps(answer, ensure_ascii=False), file=out)
+
+
+if __name__ == "__main__":
+    run(main)
