@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from data.sources import task_path
-from rt.config import UsageError, parse, record, run
+from rt.config import UsageError, parse, record, require_positive, run
 from rt.deltas import Delta, DeltaConfig, extract, load_delta, save_delta
 from rt.device import pick_device, pick_precision
 from rt.hub import open_base
@@ -75,6 +75,9 @@ def main() -> None:
     for mode in modes:
         if mode not in MODES:
             raise UsageError(f"--mode {mode}: not one of {', '.join(MODES)}, all")
+    require_positive(c, "steps", "batch_size", "eval_every", "seq_len", "shots", "T", "lr", "bottleneck", "r", "prefix_len")
+    if not 0 <= c.alpha <= 1 or c.beta < 0:
+        raise UsageError(f"--alpha {c.alpha} must lie between 0 and 1, --beta {c.beta} must not be negative")
     build_missing(c)
     device = pick_device(c.device)
     task = load_task(task_path(c.task, c.cache))

@@ -20,7 +20,7 @@ import torch
 
 from data.sources import corpus_path, task_path
 from rt.checkpoint import read_json, save_base
-from rt.config import UsageError, parse, record, run
+from rt.config import UsageError, parse, record, require_positive, run
 from rt.data import Rows, build_corpus, split_documents
 from rt.deltas import DeltaConfig, apply, attach, extract, load_delta, save_delta
 from rt.device import derive_seed, pick_device, pick_precision
@@ -92,6 +92,8 @@ def main() -> None:
     modes = {"pretrain": pretrain_stream, "tune": tune_delta, "eval": eval_delta, "predict": predict_texts}
     if config.mode not in modes:
         raise UsageError(f"--mode {config.mode}: not one of {', '.join(modes)}")
+    require_positive(config, "steps", "batch_tokens", "accumulation", "seq_len", "vocab_size", "save_every", "tune_steps",
+                     "batch_size", "eval_every", "shots", "bottleneck", "r", "prefix_len", "mask_rate", "lr")
     modes[config.mode](config)
 
 
@@ -106,15 +108,21 @@ def pretrain_stream(c: Config) -> None:
         print(forgetting_table(read_json(out / "summary.json")["stages"]))
         return
     paths = {domain_name(entry): corpus_path(entry, c.cache) for entry in c.stream}
+    if len(paths) < len(c.stream):
+        raise UsageError(f"--stream {','.join(c.stream)}: two domains have the same name; rename one of the files")
     model, tokenizer, about = start_model(c, out, next(iter(paths.values())))
     corpora = {name: build_corpus(name, path, tokenizer, c.cache) for name, path in paths.items()}
-    heldout = {name: Rows(parts["heldout"], tokenizer, seq_len=c.seq_len, mask_rate=HELDOUT_MASK_RATE, seed=0)
+    training = {name: Rows(parts["train"], tokenizer, seq_len=c.seq_len, mask_rate=c.mask_rate, seed=derive_seed(c.seed, i))
+                for i, (name, parts) in enumerate(corpora.items(), about["number"] + 1)}
+    for rows in training.values():
+        rows.check_batch(c.batch_tokens, c.accumulation)
+    heldout = {name: Rows(parts["heldout"], tokenizer, seq_len=c.seq_len, mask_rate=HELDOUT_MASK_RATE, seed=0, sequences=1)
                for name, parts in corpora.items()}
     write_json(out / "config.json", settings)
     tokenizer.save(out)
     log = Log(out, keep=lambda row: c.resume and not beyond(row, out))
     stages, allowance = [], c.stop_after or sys.maxsize
-    for i, domain in enumerate(corpora):
+    for i, (domain, rows) in enumerate(training.items()):
         number = about["number"] = about["number"] + 1
         name, steps = f"M{number}", c.steps[min(i, len(c.steps) - 1)]
         if (out / name / "meta.json").exists():     # finished before an interruption
@@ -123,8 +131,6 @@ def pretrain_stream(c: Config) -> None:
             set_dropout(model, c.dropout)
             stages.append(base.meta["stage"])
             continue
-        rows = Rows(corpora[domain]["train"], tokenizer, seq_len=c.seq_len, mask_rate=c.mask_rate,
-                    seed=derive_seed(c.seed, number))
         about.update(name=name, domain=domain, config=settings, argv=sys.argv)
         stage = Stage(c, out, model.to(device), tokenizer, rows, about, steps, log, where)
         if not stages and stage.step == 0:

@@ -93,6 +93,15 @@ def _type_name(kind) -> str:
     return {bool: "true or false", int: "whole number", float: "number", str: "text"}[kind]
 
 
+def require_positive(config, *names: str) -> None:
+    """UsageError for the first of these settings (each value of a list; None passes) that is not above zero."""
+    for name in names:
+        value = getattr(config, name)
+        for v in value if isinstance(value, tuple) else (value,):
+            if v is not None and not v > 0:
+                raise UsageError(f"--{name} {v}: must be above zero")
+
+
 def help_text(cls: type) -> str:
     """The docstring of `cls`, then a line a flag with its default and the comment beside it."""
     comments = dict(re.findall(r"^    (\w+):[^#\n]*?#\s*(.*)$", inspect.getsource(cls), re.M))

@@ -96,6 +96,7 @@ def split_documents(path: Path) -> Iterator[tuple[str, str]]:
 class Corpus:
     """Token ids of documents laid end to end; document i is tokens[offsets[i]:offsets[i+1]]."""
     name: str
+    part: str               # train or heldout
     tokens: np.ndarray
     offsets: np.ndarray
 
@@ -110,7 +111,7 @@ def build_corpus(name: str, path: Path, tokenizer: Tokenizer, cache: Path) -> di
     if not (folder / "meta.json").exists():
         _tokenize(path, tokenizer, folder, name)
     dtype = read_json(folder / "meta.json")["dtype"]
-    return {part: Corpus(name, np.memmap(folder / f"{part}.bin", dtype=dtype, mode="r"),
+    return {part: Corpus(name, part, np.memmap(folder / f"{part}.bin", dtype=dtype, mode="r"),
                          np.load(folder / f"{part}.offsets.npy")) for part in ("train", "heldout")}
 
 
@@ -153,10 +154,11 @@ class Rows:
     is cut there, and the remainder begins with its own <s>. Rows are permuted as well, which parts neighbours.
     """
 
-    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, *, seq_len: int, mask_rate: float, seed: int):
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, *, seq_len: int, mask_rate: float, seed: int,
+                 sequences: int = ROW_SEQUENCES):
         self.corpus, self.seed, self.seq_len = corpus, seed, seq_len
         self.bos, self.eos = tokenizer.bos_id, tokenizer.eos_id
-        self.row_tokens = ROW_SEQUENCES * seq_len
+        self.row_tokens = sequences * seq_len
         self.masker = Masker(tokenizer, round(mask_rate * self.row_tokens))
         lengths = np.diff(corpus.offsets)
         pieces = -(-lengths // (seq_len - 2))                                            # sequences of each document
@@ -165,8 +167,8 @@ class Rows:
         self.lengths = np.minimum(np.repeat(lengths, pieces) - nth * (seq_len - 2), seq_len - 2) + 2
         self.per_epoch = int(self.lengths.sum()) // self.row_tokens
         if self.per_epoch == 0:
-            raise UsageError(f"corpus {corpus.name}: {self.lengths.sum()} tokens do not fill one row of {self.row_tokens}; "
-                             "it needs more text, or a smaller --seq_len")
+            raise UsageError(f"corpus {corpus.name}: the {self.lengths.sum()} tokens of its {corpus.part} part do not fill "
+                             f"one row of {self.row_tokens}; it needs more text, or a smaller --seq_len")
         self.epoch = -1
 
     def _enter_epoch(self, epoch: int) -> None:
@@ -201,8 +203,12 @@ class Rows:
         are accumulated."""
         count, share = batch_tokens // self.row_tokens, batch_tokens // self.row_tokens // (world * parts)
         first = step * count + (rank * parts + part) * share
+        return self.masked(range(first, first + share))
+
+    def masked(self, numbers: range) -> Batch:
+        """The rows `numbers`, masked, as one batch."""
         ids, labels, predict, lengths = [], [], [], [0]
-        for n, number in enumerate(range(first, first + share)):
+        for n, number in enumerate(numbers):
             row, row_lengths = self.row(number)
             masked, chosen, true = self.masker(row, np.random.default_rng([self.seed, 1, number]))
             ids.append(masked)

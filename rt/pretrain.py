@@ -38,7 +38,6 @@ def pretrain(model: MaskedLM, rows: Rows, optimizer: torch.optim.Optimizer, sett
     nothing. Raises UsageError on a loss that is not finite.
     """
     s = settings
-    rows.check_batch(s.batch_tokens, s.accumulation)
     model.train()
     for step in range(start, s.steps):
         torch.manual_seed(derive_seed(s.seed, step))
@@ -64,10 +63,10 @@ def pretrain(model: MaskedLM, rows: Rows, optimizer: torch.optim.Optimizer, sett
 def evaluate_mlm(model: MaskedLM, rows: Rows, *, tokens: int, device: torch.device, precision: torch.dtype) -> dict:
     """Loss and accuracy on up to `tokens` tokens of `rows`, masked the same way at every call."""
     model.eval()
-    batches = max(1, min(tokens // rows.row_tokens, rows.per_epoch))
+    wanted = max(1, min(tokens // rows.row_tokens, rows.per_epoch))
     loss = right = count = 0.0
-    for i in range(batches):
-        batch = rows.batch(i, rows.row_tokens).to(device)
+    for first in range(0, wanted, 8):
+        batch = rows.masked(range(first, min(first + 8, wanted))).to(device)
         with autocast(device, precision):
             scores = model(batch).float()
         loss += torch.nn.functional.cross_entropy(scores, batch.labels, reduction="sum").item()

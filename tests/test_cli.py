@@ -172,6 +172,10 @@ def test_regression_tasks_run_through_every_mode(lineage, tmp_path):
     (("train.py", "--preset", "huge", "--stream", "TEXT", "--out", "OUT"), "--preset huge: not one of"),
     (("train.py", "--stream", "nowhere.txt", "--out", "OUT"), "there is no such corpus"),
     (("train.py", "--device", "abacus", "--out", "OUT"), "not a device"),
+    (("train.py", "--stream", "TEXT,TEXT", "--out", "OUT"), "two domains have the same name"),
+    (("train.py", "--batch_tokens", "1000", "--stream", "TEXT", "--out", "OUT"), "must be a multiple of 1024"),
+    (("train.py", "--batch_size", "0"), "--batch_size 0: must be above zero"),
+    (("recycle.py", "--T", "0"), "--T 0.0: must be above zero"),
     (("recycle.py", "--mode", "burn"), "--mode burn: not one of")])
 def test_bad_input_is_one_sentence_and_exit_code_2(arguments, words, lineage, tmp_path):
     home, _ = lineage

@@ -1,0 +1,94 @@
+"""Our top-level `kernels` shares its name with a Hugging Face package; pins have their reasons; imports keep their direction."""
+import ast
+import os
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+
+def python(code: str, **env: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, **env})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("theirs", [False, True])
+def test_our_kernels_wins_in_the_checkout_and_transformers_works_beside_it(tmp_path, theirs):
+    pytest.importorskip("transformers")
+    from transformers.utils import import_utils
+    if theirs:  # as installed: a package of that name, in the version that transformers looks for
+        (tmp_path / "kernels").mkdir()
+        (tmp_path / "kernels" / "__init__.py").write_text("raise RuntimeError('theirs was imported')")
+        version = getattr(import_utils, "KERNELS_MIN_VERSION", "0.9.0")
+        info = tmp_path / f"kernels-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {version}\n")
+    out = python("""
+import kernels, torch
+from transformers import RobertaConfig, RobertaForMaskedLM
+from transformers.utils.import_utils import is_kernels_available
+model = RobertaForMaskedLM(RobertaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=1,
+                                         intermediate_size=16))
+print(kernels.__file__, tuple(model(input_ids=torch.tensor([[0, 7, 2]])).logits.shape), is_kernels_available())
+""", PYTHONPATH=str(tmp_path), HF_HUB_OFFLINE="1")
+    assert out.split()[0] == str(ROOT / "kernels" / "__init__.py") and "(1, 3, 50)" in out
+
+
+def test_torch_that_was_just_installed_finds_its_triton():
+    """The pin on triton: torch.compile's front door imports."""
+    if sys.platform != "linux":
+        pytest.skip("triton is installed on Linux only")
+    python("import triton, torch._inductor.runtime.triton_heuristics")
+
+
+def test_the_interpreter_reads_a_loop_bound_from_memory(tmp_path):
+    """The pin on numpy: with 2.4, Triton's interpreter fails at exactly this, which every unpadded kernel does."""
+    if sys.platform != "linux":
+        pytest.skip("triton is installed on Linux only")
+    (tmp_path / "loop.py").write_text("""
+import torch, triton, triton.language as tl
+
+@triton.jit
+def total(x_ptr, count_ptr, out_ptr):
+    n = tl.load(count_ptr)
+    acc = 0.0
+    for i in range(0, n):
+        acc += tl.load(x_ptr + i)
+    tl.store(out_ptr, acc)
+
+out = torch.zeros(1)
+total[(1,)](torch.arange(5.0), torch.tensor([4], dtype=torch.int32), out)
+print(out.item())
+""")
+    done = subprocess.run([sys.executable, tmp_path / "loop.py"], capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert done.stdout.strip() == "6.0", done.stderr
+
+
+def imported(path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("room, may_not", [
+    ("kernels", {"rt", "data", "train", "recycle", "tests", "bench"}),
+    ("rt", {"data", "train", "recycle", "argparse", "tests", "bench", "transformers"}),
+    ("data", {"train", "recycle", "kernels", "tests", "bench"}),
+    (".", {"train", "recycle", "tests", "bench", "transformers"})])
+def test_imports_keep_their_direction(room, may_not):
+    files = list((ROOT / room).glob("*.py"))
+    assert files
+    for path in files:
+        assert not imported(path) & may_not, path
+        if room == "rt":
+            assert "sys.argv" not in "".join(line for line in path.read_text().splitlines(True) if "# " not in line
+                                             and "parse(Config" not in line), path
