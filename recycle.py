@@ -44,7 +44,7 @@ class Config:
     lr: tuple[float, ...] = ()  # peak learning rate; of several, each mode keeps the best on dev; default: LR below
     warmup: float = 0.06  # share of the steps
     weight_decay: float = 0.01  # on matrices only
-    eval_every: int = 5  # steps between scores on dev
+    eval_every: int = 10  # steps between scores on dev
     seq_len: int = 64  # longest text in tokens, longer ones are cut
     bottleneck: int = 24  # adapter
     r: int = 8  # lora
@@ -111,7 +111,7 @@ def main() -> None:
 def build_missing(c: Config) -> None:
     """Make the demo lineage and the old delta with train.py where they are not there yet."""
     demo = Path(Config.base).parent
-    if not Path(c.base).exists() and Path(c.base).parent == demo or not Path(c.old_base).exists() and Path(c.old_base).parent == demo:
+    if any(not path.exists() and path.parent == demo for path in (Path(c.base), Path(c.old_base))):
         unfinished = ["--resume"] if (demo / "config.json").exists() else []
         train("the demo lineage M0, M1, M2 (about 4 minutes on 2 cores)", "--out", str(demo), *unfinished)
     if c.old_delta is None:
@@ -133,7 +133,8 @@ def say_what(c: Config, task: Task, old: Delta) -> None:
     few = f"{c.shots} examples a label" if c.shots else f"{len(task.parts['train'])} examples"
     print(f"{task.name} ({few}, {max(1, len(task.labels))} outputs), {c.delta}: {c.old_base} + {c.old_delta} -> {c.base}")
     if old.labels != task.labels:
-        print(f"the old delta was learned on {old.info['task']}, with other labels: init keeps the delta and starts a fresh head")
+        print(f"the old delta was learned on {old.info['task']}, with other labels: init keeps the delta and starts a "
+              "fresh head")
 
 
 def delta_config(c: Config) -> DeltaConfig:

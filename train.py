@@ -8,6 +8,7 @@
 A stream (--stream python,math,dl) makes M0 on the first domain, M1 out of M0 on the second, and so on; --init starts from a
 checkpoint, a Hugging Face folder or a hub id instead, whose upgrade is then the first domain.
 """
+import contextlib
 import json
 import shutil
 import sys
@@ -30,7 +31,7 @@ from rt.log import Log, progress, table, write_json
 from rt.model import PRESETS, EncoderConfig, MaskedLM, new_masked_lm, set_dropout
 from rt.optim import adamw
 from rt.pretrain import PretrainSettings, evaluate_mlm, pretrain
-from rt.tasks import encode, few_shot, load_task, read_examples
+from rt.tasks import Example, encode, few_shot, load_task, read_examples
 from rt.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from rt.tune import TuneSettings, encode_task, evaluate, predict, tune
 
@@ -304,7 +305,7 @@ def tune_delta(c: Config) -> None:
     about = {"task": task.name, "labels": list(task.labels), "shots": c.shots, "seed": c.seed, "step": result.best_step,
              "dev": result.dev, "test": result.test, "config": record(c), "argv": sys.argv}
     save_delta(out, extract(model, base, config, about))
-    write_json(out / "summary.json", {**about, "base": base.fingerprint, "delta": c.delta, "seconds": round(result.seconds, 1)})
+    write_json(out / "summary.json", about | {"base": base.fingerprint, "delta": c.delta, "seconds": round(result.seconds, 1)})
     print(f"{task.name}, {c.delta}: dev {shown(result.dev)} at step {result.best_step}; test {shown(result.test)}; "
           f"{result.seconds:.0f} s; delta in {out}")
 
@@ -341,15 +342,19 @@ def predict_texts(c: Config) -> None:
     base, delta, model, where = open_tuned(c)
     examples = read_examples(Path(c.input), labelled=False)
     encoded = encode(examples, (), base.tokenizer, c.seq_len)
-    out = open(c.out, "w", encoding="utf-8") if c.out else sys.stdout
-    for example, row in zip(examples, predict(model, encoded.sequences, **where)):
-        answer = {"text": example.text, **({"text_pair": example.text_pair} if example.text_pair else {})}
-        if delta.labels:
-            answer["label"] = delta.labels[int(row.argmax())]
-            answer["probabilities"] = dict(zip(delta.labels, [round(p, 6) for p in row.softmax(-1).tolist()]))
-        else:
-            answer["value"] = row.item()
-        print(json.dumps(answer, ensure_ascii=False), file=out)
+    logits = predict(model, encoded.sequences, **where)
+    with open(c.out, "w", encoding="utf-8") if c.out else contextlib.nullcontext(sys.stdout) as out:
+        for example, row in zip(examples, logits):
+            print(json.dumps(answer(example, row, delta.labels), ensure_ascii=False), file=out)
+
+
+def answer(example: Example, row: torch.Tensor, labels: tuple[str, ...]) -> dict:
+    """What is said of one text, given its (C,) logits."""
+    said = {"text": example.text} | ({"text_pair": example.text_pair} if example.text_pair else {})
+    if not labels:
+        return said | {"value": row.item()}
+    return said | {"label": labels[int(row.argmax())],
+                   "probabilities": dict(zip(labels, [round(p, 6) for p in row.softmax(-1).tolist()]))}
 
 
 if __name__ == "__main__":

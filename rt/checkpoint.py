@@ -130,7 +130,8 @@ def load_base(folder: Path) -> Base:
     folder = Path(folder)
     meta = read_json(folder / "meta.json")
     if meta.get("format") != "rt-base-1":
-        raise UsageError(f"{folder / 'meta.json'}: not a base checkpoint (format {meta.get('format')!r}, expected 'rt-base-1')")
+        raise UsageError(f"{folder / 'meta.json'}: not a base checkpoint of ours (format {meta.get('format')!r}, expected "
+                         "'rt-base-1')")
     model = MaskedLM(Encoder(EncoderConfig(**meta["encoder"])), MLMHead(EncoderConfig(**meta["encoder"])))
     load_strict(model, read_tensors(folder / "model.safetensors"), folder / "model.safetensors")
     return Base(model.encoder, model.head, load_tokenizer(folder), meta, fingerprint(model.encoder))

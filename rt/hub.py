@@ -78,7 +78,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def encoder_state(weights: dict[str, Tensor], num_layers: int) -> dict[str, Tensor]:
-    """Hugging Face names (with or without the `roberta.` prefix) -> state dict of our Encoder. KeyError: a tensor is missing."""
+    """Hugging Face names (with or without `roberta.` before them) -> state dict of our Encoder. KeyError: one is missing."""
     w = {k.removeprefix("roberta."): v.float() for k, v in weights.items()}
     e = "embeddings."
     state = {e + "word.weight": w[e + "word_embeddings.weight"],
@@ -87,7 +87,8 @@ def encoder_state(weights: dict[str, Tensor], num_layers: int) -> dict[str, Tens
     for i in range(num_layers):
         theirs, ours = f"encoder.layer.{i}.", f"layers.{i}."
         for kind in ("weight", "bias"):
-            state[f"{ours}qkv.{kind}"] = torch.cat([w[f"{theirs}attention.self.{n}.{kind}"] for n in ("query", "key", "value")])
+            thirds = [w[f"{theirs}attention.self.{name}.{kind}"] for name in ("query", "key", "value")]
+            state[f"{ours}qkv.{kind}"] = torch.cat(thirds)
             for their_name, our_name in LAYER_NAMES.items():
                 state[f"{ours}{our_name}.{kind}"] = w[f"{theirs}{their_name}.{kind}"]
     return state

@@ -61,7 +61,7 @@ def load_task(path: Path, name: str | None = None) -> Task:
     if any(floats):
         if not all(floats):
             other = everything[floats.index(False)]
-            raise UsageError(f"{other.source}: label {other.label!r} is not a number, but other labels of this task are floats")
+            raise UsageError(f"{other.source}: label {other.label!r} is not a float as other labels of this task are")
         labels = ()
     else:
         found = {e.label for e in parts["train"]}

@@ -2,9 +2,9 @@
 import json
 
 import pytest
+from conftest import command
 from safetensors.torch import load_file
 
-from conftest import command
 from rt.log import read_rows
 
 SMALL = ("--preset", "tiny", "--vocab_size", "500", "--seq_len", "32", "--batch_tokens", "256", "--eval_tokens", "512",

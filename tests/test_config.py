@@ -2,8 +2,8 @@
 from dataclasses import dataclass
 
 import pytest
-
 from conftest import command
+
 from rt.config import UsageError, help_text, parse, record
 
 

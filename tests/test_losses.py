@@ -3,8 +3,8 @@ import math
 
 import pytest
 import torch
-
 from conftest import random_base
+
 from kernels import hidden_mse, kd_loss, linear_cross_entropy
 from rt.deltas import DeltaConfig, attach
 from rt.distill import Loss, TeacherCache, run_teacher, task_loss

@@ -1,8 +1,8 @@
 """The encoder computes RoBERTa's function; a sequence does not see its neighbours."""
 import pytest
 import torch
-
 from conftest import random_base
+
 from rt.data import sequences_batch
 from rt.deltas import DeltaConfig, attach
 from rt.hub import classification_head_state, load_hf

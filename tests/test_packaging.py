@@ -1,11 +1,10 @@
-"""Our top-level `kernels` shares its name with a Hugging Face package; pins have their reasons; imports keep their direction."""
+"""`kernels` shares its name with a Hugging Face package; pins have their reasons; imports keep their direction."""
 import ast
 import os
 import subprocess
 import sys
 
 import pytest
-
 from conftest import ROOT
 
 

@@ -1,12 +1,12 @@
 """The modes: where each starts, what it minimises, what it refuses."""
 import pytest
 import torch
-
 from conftest import random_base
+
 from rt.checkpoint import fingerprint
 from rt.config import UsageError
 from rt.deltas import DeltaConfig, apply, attach, extract
-from rt.recycling import MODES, Recycling, start_from_old, start_fresh, teacher_of
+from rt.recycling import MODES, Recycling, start_fresh, start_from_old, teacher_of
 from rt.tasks import Encoded
 from rt.tune import TaskData, TuneSettings, evaluate, predict
 

@@ -3,8 +3,8 @@ import json
 
 import pytest
 import torch
-
 from conftest import write_task
+
 from rt.config import UsageError
 from rt.tasks import Example, _fit, encode, few_shot, load_task, read_examples, training_indices
 
@@ -61,7 +61,7 @@ def test_floats_make_a_regression(tmp_path):
     (dict(test=[{"text": "x"}]), "test.jsonl, line 1: no label column"),
     (dict(train=[{"text": "x", "label": [1]}]), "label [1] is not a string"),
     (dict(train=[{"text": "x", "label": ""}]), "label '' is not a string"),
-    (dict(train=[{"text": "x", "label": 0.5}, {"text": "x", "label": "a"}]), "label 'a' is not a number"),
+    (dict(train=[{"text": "x", "label": 0.5}, {"text": "x", "label": "a"}]), "label 'a' is not a float as other labels"),
     (dict(train=[{"text": "x", "label": float("nan")}]), "not a finite number"),
     (dict(train=ROWS[:1], dev=ROWS[:1], test=ROWS[:1]), "have the label 'pos'"),
     (dict(dev=[]), "dev.jsonl: the file has no examples")])

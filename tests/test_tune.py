@@ -3,8 +3,8 @@ import math
 
 import pytest
 import torch
-
 from conftest import random_base
+
 from rt.deltas import DeltaConfig, attach
 from rt.distill import Loss
 from rt.tasks import Encoded
@@ -28,7 +28,8 @@ def test_regression_metrics():
     assert got["spearman"] == pytest.approx(1.0) and 0.9 < got["pearson"] < 0.999
     x, y = guess[:, 0].tolist(), truth.tolist()
     mx, my = sum(x) / 5, sum(y) / 5
-    r = sum((a - mx) * (b - my) for a, b in zip(x, y)) / math.sqrt(sum((a - mx) ** 2 for a in x) * sum((b - my) ** 2 for b in y))
+    covariance, variances = sum((a - mx) * (b - my) for a, b in zip(x, y)), sum((a - mx) ** 2 for a in x) * sum((b - my) ** 2 for b in y)
+    r = covariance / math.sqrt(variances)
     assert got["pearson"] == pytest.approx(r)
     assert metrics(torch.ones(5, 1), truth)["pearson"] == 0.0
 
