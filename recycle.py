@@ -7,6 +7,8 @@
 Modes: scratch (the baseline), apply, init, distill, init+distill; several with commas, or all. Every run leaves its curve in
 metrics.jsonl and a row in summary.json under --out, and its delta under --out/deltas.
 """
+import hashlib
+import json
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,12 +16,13 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from data.sources import task_path
+from rt.checkpoint import read_json
 from rt.config import UsageError, parse, record, require_positive, run
 from rt.deltas import Delta, DeltaConfig, extract, load_delta, save_delta
 from rt.device import pick_device, pick_precision
 from rt.hub import open_base
 from rt.log import Log, table, write_json
-from rt.recycling import MODES, TRAINED, Recycling
+from rt.recycling import MODES, NEEDS_TEACHER, TRAINED, Recycling
 from rt.tasks import Task, few_shot, load_task
 from rt.tune import TuneResult, TuneSettings, encode_task, score
 
@@ -58,7 +61,7 @@ class Config:
 
 
 # Best on dev of 2e-4, 5e-4, 1e-3 for each mode, full delta (results/demo/lr_search); of the other kinds one rate for all.
-LR = {"full": {"scratch": 1e-3, "init": 2e-4, "distill": 1e-3, "init+distill": 5e-4},
+LR = {"full": {"scratch": 1e-3, "init": 2e-4, "distill": 1e-3, "init+distill": 2e-4},
       "adapter": 5e-3, "lora": 5e-3, "bitfit": 5e-3, "prefix": 1e-2}
 
 
@@ -80,32 +83,81 @@ def main() -> None:
         raise UsageError(f"--alpha {c.alpha} must lie between 0 and 1, --beta {c.beta} must not be negative")
     build_missing(c)
     device = pick_device(c.device)
+    where = {"device": device, "precision": pick_precision(c.precision, device)}
     task = load_task(task_path(c.task, c.cache))
     old_base, old_delta, base = open_base(c.old_base).to(device), load_delta(c.old_delta), open_base(c.base).to(device)
+    modes = possible(c, modes, task, old_delta)
     out = Path(c.out or f"runs/recycle/{Path(c.base).name}-{task.name}-{c.delta}" + (f"-k{c.shots}" if c.shots else ""))
-    say_what(c, task, old_delta)
-    log, rows, teachers = Log(out), [], {}
+    plan = [(seed, mode, lr) for seed in c.seeds for mode in modes for lr in learning_rates(c, mode)]
+    book = Book(c, out, task, plan)
     for seed in c.seeds:
         data = encode_task(few_shot(task, c.shots, seed) if c.shots else task, base.tokenizer, c.seq_len)
-        if c.shots:
-            teachers = {}   # another sample, other examples to run the teacher on
-        for mode in modes:
-            for lr in learning_rates(c, mode):
-                r = Recycling(old_base, old_delta, base, data, delta_config(c), tune_settings(c, seed, lr or 0.0),
-                              c.alpha, c.beta, c.T, c.public_code, device, pick_precision(c.precision, device),
-                              lambda row: log.row(mode=mode, seed=seed, lr=lr, **row), teachers)
-                model, result = MODES[mode](r)
-                about = {"task": task.name, "labels": list(task.labels), "shots": c.shots, "seed": seed, "mode": mode,
-                         "dev": result.dev, "test": result.test, "config": record(c), "argv": sys.argv}
-                kind = old_delta.config if mode == "apply" else r.config
-                suffix = f"-lr{lr:g}" if len(c.lr) > 1 and lr else ""
-                save_delta(out / "deltas" / f"{mode}-s{seed}{suffix}", extract(model, base, kind, about))
-                rows.append(summary_row(c, task, mode, seed, lr, result))
-                add_steps_to_scratch(rows, seed)
-                write_json(out / "summary.json", {"rows": [{k: v for k, v in row.items() if k != "curve"} for row in rows],
-                                                  "config": record(c), "argv": sys.argv})
-    print(report(rows, modes, score_name=next(iter(rows[0]["test"]))))
+        r = Recycling(old_base, old_delta, base, data, delta_config(c), tune_settings(c, seed, 0.0), c.alpha, c.beta, c.T,
+                      c.public_code, **where)
+        for _, mode, lr in (entry for entry in plan if entry[0] == seed):
+            r.settings, r.on_eval = tune_settings(c, seed, lr or 0.0), book.curve(mode, seed, lr)
+            model, result = MODES[mode](r)
+            book.enter(mode, seed, lr, result, extract(model, base, old_delta.config if mode == "apply" else r.config,
+                                                       book.about(mode, seed, lr, result)))
+    print(report(book.rows, modes, c))
     print(f"rows in {out / 'summary.json'}, curves in {out / 'metrics.jsonl'}")
+
+
+def possible(c: Config, modes: list[str], task: Task, old: Delta) -> list[str]:
+    """Say what is about to be done; with another task's delta, `all` is what that can do."""
+    few = f"{c.shots} examples a label" if c.shots else f"{len(task.parts['train'])} examples"
+    print(f"{task.name} ({few}, {task.num_outputs} outputs), {c.delta}: {c.old_base} + {c.old_delta} -> {c.base}")
+    if old.labels == task.labels:
+        return modes
+    print(f"the old delta was learned on {old.info['task']}, with other labels: init keeps the delta and starts a fresh head")
+    return ["scratch", "init"] if c.mode == "all" else modes
+
+
+class Book:
+    """metrics.jsonl, summary.json and deltas/ of the output folder. What other calls have left there stays, unless the same
+    run (mode, seed, learning rate and settings) is done again."""
+
+    def __init__(self, c: Config, out: Path, task: Task, plan: list[tuple]):
+        self.c, self.out, self.task = c, out, task
+        again = {run_name(c, *entry) for entry in plan}
+        self.log = Log(out, keep=lambda row: row["run"] not in again)
+        before = read_json(out / "summary.json")["rows"] if (out / "summary.json").exists() else []
+        self.rows = [row for row in before if row["run"] not in again]
+
+    def curve(self, mode: str, seed: int, lr: float | None):
+        """What a run calls at every evaluation."""
+        return lambda row: self.log.row(run=run_name(self.c, seed, mode, lr), mode=mode, seed=seed, lr=lr, **row)
+
+    def about(self, mode: str, seed: int, lr: float | None, result: TuneResult) -> dict:
+        """What the delta's file says of how it came to be."""
+        return {"task": self.task.name, "labels": list(self.task.labels), "shots": self.c.shots, "seed": seed, "mode": mode,
+                "lr": lr, "dev": result.dev, "test": result.test, "config": record(self.c), "argv": sys.argv}
+
+    def enter(self, mode: str, seed: int, lr: float | None, result: TuneResult, delta: Delta) -> None:
+        """Write a finished run: its delta, and its row in the summary."""
+        name = run_name(self.c, seed, mode, lr)
+        save_delta(self.out / "deltas" / name, delta)
+        self.rows.append({
+            "run": name, "mode": mode, "delta": self.c.delta, "task": self.task.name, "shots": self.c.shots, "seed": seed,
+            "lr": lr, "steps": self.c.steps if mode in TRAINED else 0, "best_step": result.best_step, "dev": result.dev,
+            "test": result.test, "steps_to_scratch_best": None, "seconds": round(result.seconds, 1), "curve": result.curve,
+            "settings": settings_of(self.c, mode)})
+        add_steps_to_scratch([row for row in self.rows if row["settings"] == settings_of(self.c, row["mode"])])
+        write_json(self.out / "summary.json", {"rows": self.rows, "config": record(self.c), "argv": sys.argv})
+
+
+def settings_of(c: Config, mode: str) -> dict:
+    """The flags that a run of `mode` depends on, beside its seed and learning rate."""
+    free = {"mode", "seeds", "lr", "out", "cache", "device"}
+    if mode not in NEEDS_TEACHER:
+        free |= {"alpha", "beta", "T", "public_code"}
+    return {k: v for k, v in record(c).items() if k not in free}
+
+
+def run_name(c: Config, seed: int, mode: str, lr: float | None) -> str:
+    """Equal for equal runs: mode, seed, and a hash of all that they depend on."""
+    content = json.dumps([settings_of(c, mode), lr], sort_keys=True)
+    return f"{mode}-s{seed}-{hashlib.sha256(content.encode()).hexdigest()[:6]}"
 
 
 def build_missing(c: Config) -> None:
@@ -129,14 +181,6 @@ def train(what: str, *arguments: str) -> None:
         raise UsageError(f"could not build {what}: python train.py {' '.join(arguments)} failed")
 
 
-def say_what(c: Config, task: Task, old: Delta) -> None:
-    few = f"{c.shots} examples a label" if c.shots else f"{len(task.parts['train'])} examples"
-    print(f"{task.name} ({few}, {max(1, len(task.labels))} outputs), {c.delta}: {c.old_base} + {c.old_delta} -> {c.base}")
-    if old.labels != task.labels:
-        print(f"the old delta was learned on {old.info['task']}, with other labels: init keeps the delta and starts a "
-              "fresh head")
-
-
 def delta_config(c: Config) -> DeltaConfig:
     return DeltaConfig(c.delta, c.bottleneck, c.r, c.lora_alpha, c.target_modules, c.prefix_len)
 
@@ -145,35 +189,34 @@ def tune_settings(c: Config, seed: int, lr: float) -> TuneSettings:
     return TuneSettings(c.steps, c.batch_size, lr, c.eval_every, seed, c.weight_decay, c.warmup)
 
 
-def summary_row(c: Config, task: Task, mode: str, seed: int, lr: float | None, result: TuneResult) -> dict:
-    return {"mode": mode, "delta": c.delta, "task": task.name, "shots": c.shots, "seed": seed, "lr": lr,
-            "steps": c.steps if mode in TRAINED else 0, "best_step": result.best_step, "dev": result.dev,
-            "test": result.test, "steps_to_scratch_best": None, "seconds": round(result.seconds, 1), "curve": result.curve}
-
-
-def add_steps_to_scratch(rows: list[dict], seed: int) -> None:
-    """First step at which a run's dev score is that of scratch's best of the same seed, or above; None if never."""
-    best = max((score(row["dev"]) for row in rows if row["mode"] == "scratch" and row["seed"] == seed), default=None)
+def chosen(rows: list[dict], mode: str) -> list[dict]:
+    """The rows of a mode, one a seed, at the learning rate whose dev score is best on average."""
+    by_lr: dict = {}
     for row in rows:
-        if row["seed"] == seed and best is not None:
-            row["steps_to_scratch_best"] = next((step for step, dev in row["curve"] if dev >= best), None)
+        if row["mode"] == mode:
+            by_lr.setdefault(row["lr"], []).append(row)
+    return max(by_lr.values(), key=lambda group: mean(score(row["dev"]) for row in group), default=[])
 
 
-def report(rows: list[dict], modes: list[str], score_name: str) -> str:
-    """One line a mode: test over seeds at the learning rate that is best on dev, steps to scratch's best dev, seconds."""
+def add_steps_to_scratch(rows: list[dict]) -> None:
+    """First step at which a run's dev score is that of scratch's best of the same seed, or above; None if never."""
+    best = {row["seed"]: score(row["dev"]) for row in chosen(rows, "scratch")}
+    for row in rows:
+        if row["seed"] in best:
+            row["steps_to_scratch_best"] = next((step for step, dev in row["curve"] if dev >= best[row["seed"]]), None)
+
+
+def report(rows: list[dict], modes: list[str], c: Config) -> str:
+    """One line a mode: test over this call's seeds, steps to scratch's best dev, seconds."""
+    rows = [row for row in rows if row["settings"] == settings_of(c, row["mode"]) and row["seed"] in c.seeds]
     lines = []
     for mode in modes:
-        by_lr: dict = {}
-        for row in rows:
-            if row["mode"] == mode:
-                by_lr.setdefault(row["lr"], []).append(row)
-        lr, chosen = max(by_lr.items(), key=lambda item: mean(score(row["dev"]) for row in item[1]))
-        tests = [score(row["test"]) for row in chosen]
-        reached = [row["steps_to_scratch_best"] for row in chosen]
-        lines.append([mode, lr if lr else "-", f"{mean(tests):.3f} ± {stdev(tests) if len(tests) > 1 else 0:.3f}",
-                      " ".join("-" if step is None else str(step) for step in reached),
-                      f"{mean(row['seconds'] for row in chosen):.1f}"])
-    return table(lines, ["mode", "lr", f"test {score_name}", "steps to scratch's best dev, by seed", "seconds"])
+        group = chosen([row for row in rows if row["lr"] in learning_rates(c, mode)], mode)
+        tests = [score(row["test"]) for row in group]
+        steps = ["-" if row["steps_to_scratch_best"] is None else row["steps_to_scratch_best"] for row in group]
+        lines.append([mode, group[0]["lr"] or "-", f"{mean(tests):.3f} ± {stdev(tests) if len(tests) > 1 else 0:.3f}",
+                      " ".join(map(str, steps)), f"{mean(row['seconds'] for row in group):.1f}"])
+    return table(lines, ["mode", "lr", f"test {next(iter(group[0]['test']))}", "steps to scratch's best dev, by seed", "seconds"])
 
 
 if __name__ == "__main__":

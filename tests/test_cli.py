@@ -132,9 +132,15 @@ def test_recycle_all_modes_builds_the_old_delta_and_prints_the_table(lineage, ta
             assert row["steps_to_scratch_best"] <= row["best_step"]
     curve = [r for r in read_rows(home / "recycled" / "metrics.jsonl") if (r["mode"], r["seed"], r["lr"]) == ("init", 1, 1e-3)]
     assert [r["step"] for r in curve] == [0, 2, 4]
-    assert (home / "recycled" / "deltas" / "init-s1-lr0.001" / "delta.safetensors").exists()
-    again = command(*arguments, "--mode", "init", "--public_code")
-    assert "building" not in again and "init" in again
+    assert all((home / "recycled" / "deltas" / row["run"] / "delta.safetensors").exists() for row in summary)
+    # another call adds its rows and replaces only what it does again; scratch's rows serve it
+    more = command(*arguments, "--mode", "init,distill", "--alpha", "0.9")
+    assert "building" not in more and len([line for line in more.splitlines() if "±" in line]) == 2
+    after = json.loads((home / "recycled" / "summary.json").read_text())["rows"]
+    assert len(after) == len(summary) + 4 and {r["run"] for r in summary} < {r["run"] for r in after}
+    timeless = [{k: v for k, v in row.items() if k != "seconds"} for row in after]
+    assert all({k: v for k, v in row.items() if k != "seconds"} in timeless for row in summary)
+    assert len(read_rows(home / "recycled" / "metrics.jsonl")) == sum(len(row["curve"]) for row in after)
 
 
 def test_init_from_a_task_with_other_labels_says_so(lineage, task, tmp_path):
@@ -148,7 +154,9 @@ def test_init_from_a_task_with_other_labels_says_so(lineage, task, tmp_path):
             *TUNE, "--out", tmp_path / "d")
     arguments = ("recycle.py", "--old_base", home / "run" / "M0", "--base", home / "run" / "M1", "--task", other, "--seeds", "0",
                  "--old_delta", tmp_path / "d", "--delta", "lora", "--steps", "2", "--out", tmp_path / "out", *TUNE)
-    assert "keeps the delta and starts a fresh head" in command(*arguments, "--mode", "scratch,init")
+    out = command(*arguments, "--mode", "all")
+    assert "keeps the delta and starts a fresh head" in out
+    assert [line.split()[0] for line in out.splitlines() if "±" in line] == ["scratch", "init"]
     assert "labels" in command(*arguments, "--mode", "distill", code=2)
 
 
