@@ -17,12 +17,12 @@ from statistics import mean, stdev
 
 from data.sources import task_path
 from rt.checkpoint import read_json
-from rt.config import UsageError, parse, record, require_positive, run
+from rt.config import UsageError, parse, record, require_positive, require_seeds, run
 from rt.deltas import Delta, DeltaConfig, extract, load_delta, save_delta
 from rt.device import pick_device, pick_precision
 from rt.hub import open_base
-from rt.log import Log, table, write_json
-from rt.recycling import MODES, NEEDS_TEACHER, TRAINED, Recycling
+from rt.log import Log, claim, table, write_json
+from rt.recycling import MODES, NEEDS_TEACHER, TRAINED, Recycling, check, recycle
 from rt.tasks import Task, few_shot, load_task
 from rt.tune import TuneResult, TuneSettings, encode_task, score
 
@@ -54,7 +54,8 @@ class Config:
     lora_alpha: float = 16.0  # lora
     target_modules: tuple[str, ...] = ("query", "value")  # lora
     prefix_len: int = 16  # prefix
-    out: str | None = None  # folder to write; default runs/recycle/NEW-TASK-DELTA[-kSHOTS]
+    out: str | None = None  # folder to write; default runs/recycle/BASE-TASK-DELTA[-kSHOTS]
+    save_deltas: bool = True  # keep the delta of every run: MODE-sSEED-HASH under OUT/deltas
     cache: str = "runs/cache"  # the embedded data
     device: str = "auto"  # auto, cpu or cuda
     precision: str = "auto"  # auto: bf16 where the device does it fast, else fp32
@@ -69,7 +70,7 @@ def learning_rates(c: Config, mode: str) -> tuple[float | None, ...]:
     if mode not in TRAINED:
         return (None,)
     default = LR[c.delta]
-    return c.lr or ((default[mode] if isinstance(default, dict) else default),)
+    return c.lr or (default[mode] if isinstance(default, dict) else default,)
 
 
 def main() -> None:
@@ -79,25 +80,31 @@ def main() -> None:
         if mode not in MODES:
             raise UsageError(f"--mode {mode}: not one of {', '.join(MODES)}, all")
     require_positive(c, "steps", "batch_size", "eval_every", "seq_len", "shots", "T", "lr", "bottleneck", "r", "prefix_len")
+    require_seeds(*c.seeds)
     if not 0 <= c.alpha <= 1 or c.beta < 0:
         raise UsageError(f"--alpha {c.alpha} must lie between 0 and 1, --beta {c.beta} must not be negative")
-    build_missing(c)
-    device = pick_device(c.device)
+    config, device = delta_config(c), pick_device(c.device)
     where = {"device": device, "precision": pick_precision(c.precision, device)}
     task = load_task(task_path(c.task, c.cache))
+    build_missing(c, task)
     old_base, old_delta, base = open_base(c.old_base).to(device), load_delta(c.old_delta), open_base(c.base).to(device)
+    base.require_length(c.seq_len)
     modes = possible(c, modes, task, old_delta)
-    out = Path(c.out or f"runs/recycle/{Path(c.base).name}-{task.name}-{c.delta}" + (f"-k{c.shots}" if c.shots else ""))
+    lineage = "-".join(Path(c.base).parts[-2:])
+    out = Path(c.out or f"runs/recycle/{lineage}-{task.name}-{c.delta}" + (f"-k{c.shots}" if c.shots else ""))
     plan = [(seed, mode, lr) for seed in c.seeds for mode in modes for lr in learning_rates(c, mode)]
+    data = encode_task(task, base.tokenizer, c.seq_len)
+    r = Recycling(old_base, old_delta, base, data, config, tune_settings(c, 0, 0.0), c.alpha, c.beta, c.T, c.public_code, **where)
+    for mode in modes:
+        check(r, mode)
     book = Book(c, out, task, plan)
     for seed in c.seeds:
-        data = encode_task(few_shot(task, c.shots, seed) if c.shots else task, base.tokenizer, c.seq_len)
-        r = Recycling(old_base, old_delta, base, data, delta_config(c), tune_settings(c, seed, 0.0), c.alpha, c.beta, c.T,
-                      c.public_code, **where)
+        if c.shots:     # another sample, other examples to run the teacher on
+            r.data, r.teacher = encode_task(few_shot(task, c.shots, seed), base.tokenizer, c.seq_len), None
         for _, mode, lr in (entry for entry in plan if entry[0] == seed):
             r.settings, r.on_eval = tune_settings(c, seed, lr or 0.0), book.curve(mode, seed, lr)
-            model, result = MODES[mode](r)
-            book.enter(mode, seed, lr, result, extract(model, base, old_delta.config if mode == "apply" else r.config,
+            model, result = recycle(r, mode)
+            book.enter(mode, seed, lr, result, extract(model, base, old_delta.config if mode == "apply" else config,
                                                        book.about(mode, seed, lr, result)))
     print(report(book.rows, modes, c))
     print(f"rows in {out / 'summary.json'}, curves in {out / 'metrics.jsonl'}")
@@ -106,7 +113,8 @@ def main() -> None:
 def possible(c: Config, modes: list[str], task: Task, old: Delta) -> list[str]:
     """Say what is about to be done; with another task's delta, `all` is what that can do."""
     few = f"{c.shots} examples a label" if c.shots else f"{len(task.parts['train'])} examples"
-    print(f"{task.name} ({few}, {task.num_outputs} outputs), {c.delta}: {c.old_base} + {c.old_delta} -> {c.base}")
+    what = "regression" if task.is_regression else f"{len(task.labels)} labels"
+    print(f"{task.name} ({what}, {few}), {c.delta}: {c.old_base} + {c.old_delta} -> {c.base}")
     if old.labels == task.labels:
         return modes
     print(f"the old delta was learned on {old.info['task']}, with other labels: init keeps the delta and starts a fresh head")
@@ -119,6 +127,7 @@ class Book:
 
     def __init__(self, c: Config, out: Path, task: Task, plan: list[tuple]):
         self.c, self.out, self.task = c, out, task
+        claim(out, {"metrics.jsonl", "summary.json", "deltas"})
         again = {run_name(c, *entry) for entry in plan}
         self.log = Log(out, keep=lambda row: row["run"] not in again)
         before = read_json(out / "summary.json")["rows"] if (out / "summary.json").exists() else []
@@ -136,7 +145,8 @@ class Book:
     def enter(self, mode: str, seed: int, lr: float | None, result: TuneResult, delta: Delta) -> None:
         """Write a finished run: its delta, and its row in the summary."""
         name = run_name(self.c, seed, mode, lr)
-        save_delta(self.out / "deltas" / name, delta)
+        if self.c.save_deltas:
+            save_delta(self.out / "deltas" / name, delta)
         self.rows.append({
             "run": name, "mode": mode, "delta": self.c.delta, "task": self.task.name, "shots": self.c.shots, "seed": seed,
             "lr": lr, "steps": self.c.steps if mode in TRAINED else 0, "best_step": result.best_step, "dev": result.dev,
@@ -148,7 +158,7 @@ class Book:
 
 def settings_of(c: Config, mode: str) -> dict:
     """The flags that a run of `mode` depends on, beside its seed and learning rate."""
-    free = {"mode", "seeds", "lr", "out", "cache", "device"}
+    free = {"mode", "seeds", "lr", "out", "cache", "device", "save_deltas"}
     if mode not in NEEDS_TEACHER:
         free |= {"alpha", "beta", "T", "public_code"}
     return {k: v for k, v in record(c).items() if k not in free}
@@ -160,18 +170,20 @@ def run_name(c: Config, seed: int, mode: str, lr: float | None) -> str:
     return f"{mode}-s{seed}-{hashlib.sha256(content.encode()).hexdigest()[:6]}"
 
 
-def build_missing(c: Config) -> None:
+def build_missing(c: Config, task: Task) -> None:
     """Make the demo lineage and the old delta with train.py where they are not there yet."""
-    demo = Path(Config.base).parent
+    demo, same = Path(Config.base).parent, ("--device", c.device, "--precision", c.precision, "--cache", c.cache)
     if any(not path.exists() and path.parent == demo for path in (Path(c.base), Path(c.old_base))):
         unfinished = ["--resume"] if (demo / "config.json").exists() else []
-        train("the demo lineage M0, M1, M2 (about 4 minutes on 2 cores)", "--out", str(demo), *unfinished)
+        train("the demo lineage M0, M1, M2 (about 4 minutes on 2 cores)", "--out", str(demo), *same, *unfinished)
     if c.old_delta is None:
-        task = c.task if not Path(c.task).exists() else Path(c.task).name
-        c.old_delta = str(Path(c.old_base).parent / "deltas" / f"{Path(c.old_base).name}-{task}-{c.delta}-s0")
+        home = Path(c.old_base).parent if Path(c.old_base).exists() else Path("runs")       # a hub id has no place beside it
+        c.old_delta = str(home / "deltas" / f"{Path(c.old_base).name}-{task.name}-{c.delta}-s0")
     if not (Path(c.old_delta) / "delta.json").exists():
-        train(f"the old delta {c.old_delta} (about a minute)", "--mode", "tune", "--base", c.old_base, "--task", c.task,
-              "--delta", c.delta, "--out", c.old_delta, "--seq_len", str(c.seq_len), "--device", c.device)
+        sizes = ("bottleneck", "r", "lora_alpha", "prefix_len", "seq_len", "delta", "old_base", "task")
+        flags = [text for name in sizes for text in ("--" + name.replace("old_", ""), str(getattr(c, name)))]
+        train(f"the old delta {c.old_delta} (under a minute for mini on 2 cores)", "--mode", "tune", "--out", c.old_delta, *flags,
+              "--target_modules", ",".join(c.target_modules), *same)
 
 
 def train(what: str, *arguments: str) -> None:

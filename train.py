@@ -2,7 +2,7 @@
 
     python train.py                                                     # M0, M1, M2 under runs/demo, on embedded text
     python train.py --mode tune --base runs/demo/M0 --task math --delta full
-    python train.py --mode eval --base runs/demo/M0 --delta_dir runs/demo/deltas/M0-math-full-s0
+    python train.py --mode eval --base runs/demo/M0 --task math --delta_dir runs/demo/deltas/M0-math-full-s0
     python train.py --mode predict --base ... --delta_dir ... --input texts.txt
 
 A stream (--stream python,math,dl) makes M0 on the first domain, M1 out of M0 on the second, and so on; --init starts from a
@@ -21,13 +21,13 @@ import torch
 
 from data.sources import corpus_path, task_path
 from rt.checkpoint import read_json, save_base
-from rt.config import UsageError, parse, record, require_positive, run
+from rt.config import UsageError, parse, record, require_positive, require_seeds, run
 from rt.data import Rows, build_corpus, split_documents
-from rt.deltas import DeltaConfig, apply, attach, extract, load_delta, save_delta
+from rt.deltas import FILES, DeltaConfig, apply, attach, extract, load_delta, save_delta
 from rt.device import derive_seed, pick_device, pick_precision
 from rt.distill import Loss
 from rt.hub import open_base
-from rt.log import Log, progress, table, write_json
+from rt.log import Log, claim, progress, table, write_json
 from rt.model import PRESETS, EncoderConfig, MaskedLM, new_masked_lm, set_dropout
 from rt.optim import adamw
 from rt.pretrain import PretrainSettings, evaluate_mlm, pretrain
@@ -94,7 +94,12 @@ def main() -> None:
     if config.mode not in modes:
         raise UsageError(f"--mode {config.mode}: not one of {', '.join(modes)}")
     require_positive(config, "steps", "batch_tokens", "accumulation", "seq_len", "vocab_size", "save_every", "tune_steps",
-                     "batch_size", "eval_every", "shots", "bottleneck", "r", "prefix_len", "mask_rate", "lr")
+                     "batch_size", "eval_every", "shots", "bottleneck", "r", "prefix_len", "mask_rate", "lr", "stream")
+    require_seeds(config.seed)
+    if not 0 <= config.dropout < 1:
+        raise UsageError(f"--dropout {config.dropout}: must be at least 0 and below 1")
+    if config.seq_len < 8:
+        raise UsageError(f"--seq_len {config.seq_len}: must be 8 or more")
     modes[config.mode](config)
 
 
@@ -144,6 +149,9 @@ def pretrain_stream(c: Config) -> None:
         stages.append({"name": name, "domain": domain, "steps": steps, "seconds": round(stage.seconds, 1), "heldout": scores})
         log.row(stage=name, step=steps, heldout=scores)
         about["parent"] = save_base(out / name, model, tokenizer, {**about, "step": steps, "stage": stages[-1]})
+        if allowance == 0 and len(stages) < len(training):
+            print(f"stopped after {name}; the same command with --resume goes on")
+            return
     write_json(out / "summary.json", {"stages": stages, "config": settings, "argv": sys.argv})
     shutil.rmtree(out / "last", ignore_errors=True)
     print(forgetting_table(stages))
@@ -174,6 +182,7 @@ def beyond(row: dict, out: Path) -> bool:
 
 
 def domain_name(entry: str) -> str:
+    """What a domain is called in tables and files: an embedded name, or that of the file or folder without endings."""
     return Path(entry).name.split(".")[0]
 
 
@@ -234,7 +243,7 @@ class Stage:
         base = open_base(str(self.out / "last"))
         if base.meta["name"] == self.about["name"]:
             self.model.load_state_dict(MaskedLM(base.encoder, base.head).state_dict())
-            self.optimizer.load_state_dict(torch.load(self.out / "last" / "optim.pt", weights_only=True))
+            self.optimizer.load_state_dict(torch.load(self.out / "last" / "optim.pt", map_location="cpu", weights_only=True))
             self.step = base.meta["step"]
 
     def save(self, folder: str, resumable: bool) -> None:
@@ -289,16 +298,17 @@ def tune_delta(c: Config) -> None:
     required(c, "base", "task")
     device = pick_device(c.device)
     where = dict(device=device, precision=pick_precision(c.precision, device))
-    base, task = open_base(c.base).to(device), load_task(task_path(c.task, c.cache))
+    base, task, config = open_base(c.base).to(device), load_task(task_path(c.task, c.cache)), delta_config(c)
+    base.require_length(c.seq_len)
     if c.shots:
         task = few_shot(task, c.shots, c.seed)
     encoded = encode_task(task, base.tokenizer, c.seq_len)
     few = f"-k{c.shots}" if c.shots else ""
     out = Path(c.out or Path(c.base).parent / "deltas" / f"{Path(c.base).name}-{task.name}-{c.delta}{few}-s{c.seed}")
-    config = delta_config(c)
     model = attach(base, config, encoded.num_outputs, c.seed)
     settings = TuneSettings(c.tune_steps, c.batch_size, c.lr or TUNE_LR[c.delta], c.eval_every, c.seed,
                             c.weight_decay, c.warmup)
+    claim(out, FILES)
     log = Log(out)
     result = tune(model, encoded, Loss(task.is_regression), settings, **where, on_eval=lambda row: log.row(**row),
                   what=f"{task.name} {c.delta}")
@@ -319,6 +329,7 @@ def open_tuned(c: Config):
     required(c, "base", "delta_dir")
     device = pick_device(c.device)
     base, delta = open_base(c.base).to(device), load_delta(c.delta_dir)
+    base.require_length(c.seq_len)
     where = dict(device=device, precision=pick_precision(c.precision, device))
     return base, delta, apply(base, delta), where
 
@@ -341,11 +352,15 @@ def predict_texts(c: Config) -> None:
     required(c, "input")
     base, delta, model, where = open_tuned(c)
     examples = read_examples(Path(c.input), labelled=False)
+    try:
+        out = open(c.out, "w", encoding="utf-8") if c.out else contextlib.nullcontext(sys.stdout)
+    except OSError as error:
+        raise UsageError(f"--out {c.out}: cannot be written ({error.strerror})") from None
     encoded = encode(examples, (), base.tokenizer, c.seq_len)
     logits = predict(model, encoded.sequences, **where)
-    with open(c.out, "w", encoding="utf-8") if c.out else contextlib.nullcontext(sys.stdout) as out:
+    with out as file:
         for example, row in zip(examples, logits):
-            print(json.dumps(answer(example, row, delta.labels), ensure_ascii=False), file=out)
+            print(json.dumps(answer(example, row, delta.labels), ensure_ascii=False), file=file)
 
 
 def answer(example: Example, row: torch.Tensor, labels: tuple[str, ...]) -> dict:

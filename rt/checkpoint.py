@@ -44,6 +44,11 @@ class Base:
         self.encoder.to(device)
         return self
 
+    def require_length(self, seq_len: int) -> None:
+        """UsageError unless the base has positions for sequences of `seq_len` tokens."""
+        if seq_len > self.encoder.config.max_len:
+            raise UsageError(f"--seq_len {seq_len}: the base has positions for {self.encoder.config.max_len} tokens")
+
 
 def fingerprint(module: nn.Module) -> str:
     """Hash of names, shapes and values: 16 hex digits."""
@@ -132,6 +137,14 @@ def load_base(folder: Path) -> Base:
     if meta.get("format") != "rt-base-1":
         raise UsageError(f"{folder / 'meta.json'}: not a base checkpoint of ours (format {meta.get('format')!r}, expected "
                          "'rt-base-1')")
-    model = MaskedLM(Encoder(EncoderConfig(**meta["encoder"])), MLMHead(EncoderConfig(**meta["encoder"])))
+    try:
+        config = EncoderConfig(**meta["encoder"])
+    except (KeyError, TypeError):
+        raise UsageError(f"{folder / 'meta.json'}: its \"encoder\" does not hold the sizes of one") from None
+    model = MaskedLM(Encoder(config), MLMHead(config))
     load_strict(model, read_tensors(folder / "model.safetensors"), folder / "model.safetensors")
-    return Base(model.encoder, model.head, load_tokenizer(folder), meta, fingerprint(model.encoder))
+    tokenizer, mark = load_tokenizer(folder), fingerprint(model.encoder)
+    for what, found, noted in (("weights", mark, "fingerprint"), ("tokenizer", tokenizer.fingerprint, "tokenizer")):
+        if found != meta.get(noted):
+            raise UsageError(f"{folder}: the {what} are not those that meta.json was written for ({found}, not {meta.get(noted)})")
+    return Base(model.encoder, model.head, tokenizer, meta, mark)

@@ -94,12 +94,21 @@ def _type_name(kind) -> str:
 
 
 def require_positive(config, *names: str) -> None:
-    """UsageError for the first of these settings (each value of a list; None passes) that is not above zero."""
+    """UsageError for the first of these settings (each value of a list; None passes) that is not above zero, or that is an
+    empty list or text."""
     for name in names:
         value = getattr(config, name)
+        if value == () and type(config).__dataclass_fields__[name].default != ():
+            raise UsageError(f"--{name}: the list is empty")
         for v in value if isinstance(value, tuple) else (value,):
-            if v is not None and not v > 0:
+            if v is not None and not isinstance(v, str) and not v > 0:
                 raise UsageError(f"--{name} {v}: must be above zero")
+
+
+def require_seeds(*seeds: int) -> None:
+    """UsageError for no seed at all, or a negative one, which NumPy's generators do not take."""
+    if not seeds or min(seeds) < 0:
+        raise UsageError(f"seeds {list(seeds)}: must be whole numbers from 0 on, at least one")
 
 
 def help_text(cls: type) -> str:

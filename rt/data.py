@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator
@@ -36,7 +37,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}, line {number}: not valid UTF-8 ({error.reason}); convert the file first") from None
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise UsageError(f"{path}: cannot be read after line {number} ({error})") from None
 
 
@@ -51,6 +52,10 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
             raise UsageError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
         if not isinstance(row, dict):
             raise UsageError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
+        try:
+            "".join(v for v in row.values() if isinstance(v, str)).encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"{path}, line {number}: holds half of a surrogate pair, which is not a character") from None
         yield number, row
 
 

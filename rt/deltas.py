@@ -28,9 +28,12 @@ from torch import Tensor
 
 from rt.checkpoint import Base, StaleDelta, atomic_folder, load_strict, read_json, read_tensors, versions
 from rt.config import UsageError
+from rt.log import claim
 from rt.model import ClassificationHead, Classifier, Encoder, init_weights
 
 KINDS = ("full", "adapter", "lora", "bitfit", "prefix")
+USED = {"adapter": ("bottleneck",), "lora": ("r", "lora_alpha", "target_modules"), "prefix": ("prefix_len",)}
+FILES = {"delta.safetensors", "delta.json", "metrics.jsonl", "summary.json"}     # the last two are of the run that learned it
 # what PEFT's target_modules mean here: the Linear of a Block, and for the fused qkv which third of its output rows
 TARGETS = {"query": ("qkv", 0), "key": ("qkv", 1), "value": ("qkv", 2), "attention.output.dense": ("attention_output", None),
            "intermediate.dense": ("intermediate", None), "output.dense": ("output", None)}
@@ -52,6 +55,11 @@ class DeltaConfig:
         for name in self.target_modules:
             if name not in TARGETS:
                 raise UsageError(f"target module {name!r}: not one of {', '.join(TARGETS)}")
+
+    @property
+    def used(self) -> dict:
+        """The kind and the settings that it uses: two deltas with equal ones have equal tensors."""
+        return {k: getattr(self, k) for k in ("kind", *USED.get(self.kind, ()))}
 
 
 class Adapter(nn.Module):
@@ -217,8 +225,7 @@ class Delta:
         if self.config.kind == "prefix":
             raise UsageError("prefix deltas have no sum: their softmax is not linear in the keys")
         a, b = _unit_scaling(self), _unit_scaling(other)
-        sizes = dict(bottleneck=a.config.bottleneck + b.config.bottleneck, r=a.config.r + b.config.r,
-                     lora_alpha=a.config.lora_alpha + b.config.lora_alpha)
+        sizes = {k: getattr(a.config, k) + getattr(b.config, k) for k in USED.get(a.config.kind, ()) if k != "target_modules"}
         return replace(a, config=replace(a.config, **sizes),
                        diffs={k: v + b.diffs[k] for k, v in a.diffs.items()},
                        modules={k: _side_by_side(k, v, b.modules[k]) for k, v in a.modules.items()},
@@ -233,7 +240,9 @@ def _side_by_side(name: str, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _unit_scaling(delta: Delta) -> Delta:
-    """The same LoRA with lora_alpha = r, its scaling moved into B; other kinds unchanged."""
+    """The same LoRA with lora_alpha = r, its scaling moved into B; other kinds as they are."""
+    if delta.config.kind != "lora":
+        return delta
     s = delta.config.lora_alpha / delta.config.r
     return replace(delta, config=replace(delta.config, lora_alpha=float(delta.config.r)),
                    modules={k: s * v if ".lora.B." in k else v for k, v in delta.modules.items()})
@@ -302,16 +311,18 @@ def merge(base: Base, delta: Delta, scale: float = 1.0, stale_ok: bool = False) 
 
 
 def save_delta(folder: Path, delta: Delta) -> None:
-    """delta.safetensors and delta.json, written beside and renamed."""
+    """delta.safetensors and delta.json, written beside and renamed. The folder may hold nothing but a delta (UsageError)."""
+    folder = Path(folder)
+    claim(folder, FILES)
     tensors = {f"{part}.{k}": v.contiguous() for part in ("diffs", "modules", "head")
                for k, v in getattr(delta, part).items()}
     with atomic_folder(folder) as new:
         safetensors.torch.save_file(tensors, new / "delta.safetensors")
         facts = {"format": "rt-delta-1", **asdict(delta.config), "info": delta.info, "versions": versions()}
         (new / "delta.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        for file in (Path(folder) / "metrics.jsonl", Path(folder) / "summary.json"):    # of the run that learned it
-            if file.exists():
-                shutil.copy2(file, new)
+        for name in ("metrics.jsonl", "summary.json"):
+            if (folder / name).exists():
+                shutil.copy2(folder / name, new)
 
 
 def load_delta(folder: Path) -> Delta:
@@ -320,6 +331,8 @@ def load_delta(folder: Path) -> Delta:
     facts = read_json(folder / "delta.json")
     if facts.get("format") != "rt-delta-1":
         raise UsageError(f"{folder / 'delta.json'}: not a delta (format {facts.get('format')!r}, expected 'rt-delta-1')")
+    if not isinstance(facts.get("info"), dict) or not {"labels", "base", "tokenizer", "encoder"} <= facts["info"].keys():
+        raise UsageError(f"{folder / 'delta.json'}: does not say what base and labels the delta belongs to")
     config = DeltaConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()
                             if k in DeltaConfig.__dataclass_fields__})
     parts: dict[str, dict] = {"diffs": {}, "modules": {}, "head": {}}

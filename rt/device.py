@@ -13,12 +13,12 @@ def pick_device(name: str) -> torch.device:
     """`auto` is the first CUDA device where there is one, else the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"--device {name}: PyTorch {torch.__version__} sees no CUDA device here; use --device cpu")
     try:
-        return torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"--device {name}: not a device; use auto, cpu or cuda") from None
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"--device {name}: not a device that PyTorch {torch.__version__} can use here ({reason}); "
+                         "use auto, cpu or cuda") from None
 
 
 def bf16_is_fast(device: torch.device) -> bool:

@@ -56,10 +56,14 @@ class Loss:
     """The loss of one batch. Without a teacher it is the task's alone."""
     is_regression: bool = False
     teacher: TeacherCache | None = None
-    alpha: float = 0.0
-    beta: float = 0.0
-    T: float = 1.0
+    alpha: float | None = None      # with a teacher, alpha, beta and T must be given: the scripts own their defaults
+    beta: float | None = None
+    T: float | None = None
     public_code: bool = False
+
+    def __post_init__(self):
+        if self.teacher is not None and None in (self.alpha, self.beta, self.T):
+            raise ValueError("a loss with a teacher needs alpha, beta and T")
 
     def __call__(self, model: Classifier, batch: Batch) -> Tensor:
         """Scalar; runs the student on `batch`."""

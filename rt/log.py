@@ -5,6 +5,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from rt.config import UsageError
+
 
 def write_json(path: Path, value) -> None:
     """Written beside and renamed, so that a reader sees the old file or the new one, never half."""
@@ -23,6 +25,13 @@ def read_rows(path: Path) -> list[dict]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def claim(folder: Path, known: set[str]) -> None:
+    """UsageError where `folder` holds anything but `known` names: what is about to be written would destroy or mix with it."""
+    strange = {f.name for f in folder.iterdir()} - known if folder.is_dir() else set()
+    if strange or folder.resolve() == Path.cwd():
+        raise UsageError(f"{folder} holds other things ({', '.join(sorted(strange)[:3])}): give another --out")
 
 
 class Log:

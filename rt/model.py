@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import attention
+from kernels.attention import random_keep
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
         return x
     if x.device.type != "cpu":
         return F.dropout(x, p)
-    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    keep = words.view(torch.int16)[:x.numel()].view(x.shape) >= round(p * 65536) - 32768
-    return x * keep.to(x.dtype).mul_(1 / (1 - p))
+    return x * random_keep(x.shape, p, None, x.device).to(x.dtype).mul_(1 / (1 - p))
 
 
 class Linear(nn.Linear):

@@ -6,14 +6,15 @@
     distill        fresh delta, taught by old base + old delta
     init+distill   both
 """
-from dataclasses import dataclass, field, replace
+import time
+from dataclasses import dataclass, replace
 from typing import Callable
 
 import torch
 
 from rt.checkpoint import Base
 from rt.config import UsageError
-from rt.deltas import Delta, DeltaConfig, apply, attach, new_head
+from rt.deltas import Delta, DeltaConfig, apply, attach, check_fits, new_head
 from rt.distill import Loss, TeacherCache, run_teacher
 from rt.model import Classifier
 from rt.tune import TaskData, TuneResult, TuneSettings, evaluate, tune
@@ -35,11 +36,29 @@ class Recycling:
     device: torch.device
     precision: torch.dtype
     on_eval: Callable[[dict], None] = lambda row: None
-    teachers: dict[str, TeacherCache] = field(default_factory=dict)     # one entry: the cache, once it was needed
+    teacher: TeacherCache | None = None     # of data.train, once a mode has needed it
 
-    @property
-    def same_labels(self) -> bool:
-        return self.old_delta.labels == self.data.labels
+
+def check(r: Recycling, mode: str) -> None:
+    """UsageError where `mode` cannot be done with this old delta; before anything is trained."""
+    check_fits(r.old_base, r.old_delta, stale_ok=False)     # that it was learned on the old base is what all modes assume
+    if mode != "scratch" and mode != "init" and r.old_delta.labels != r.data.labels:
+        raise UsageError(f"{mode} needs an old delta with the labels of the task; this one's are "
+                         f"{', '.join(r.old_delta.labels[:6]) or 'those of a regression'}: use --mode init")
+    if mode in ("init", "init+distill") and r.old_delta.config.used != r.config.used:
+        raise UsageError(f"{mode} continues the old delta ({r.old_delta.config.used}), which is not what is asked for "
+                         f"({r.config.used}): use the same --delta and sizes, or --mode distill")
+    if mode in NEEDS_TEACHER and r.old_base.tokenizer.fingerprint != r.base.tokenizer.fingerprint:
+        raise UsageError(f"{mode} needs old and new base to have one tokenizer: the teacher reads the student's ids")
+
+
+def recycle(r: Recycling, mode: str) -> tuple[Classifier, TuneResult]:
+    """The tuned (or, with apply, put together) model for the new base, and its scores."""
+    check(r, mode)
+    started = time.perf_counter()
+    model, result = MODES[mode](r)
+    result.seconds = time.perf_counter() - started      # the teacher's run and the evaluations counted in
+    return model, result
 
 
 def start_fresh(r: Recycling) -> Classifier:
@@ -48,24 +67,17 @@ def start_fresh(r: Recycling) -> Classifier:
 
 def start_from_old(r: Recycling) -> Classifier:
     """The old delta on the new base; a fresh head where the task has other labels."""
-    if r.old_delta.config != r.config:
-        raise UsageError(f"init continues the old delta, which is {r.old_delta.config.kind} with other settings than the "
-                         f"{r.config.kind} asked for: use the same --delta and sizes, or --mode distill")
     model = apply(r.base, r.old_delta, stale_ok=True)
-    if not r.same_labels:
+    if r.old_delta.labels != r.data.labels:
         model.head = new_head(r.base, r.data.num_outputs, r.settings.seed)
     return model
 
 
 def teacher_of(r: Recycling) -> TeacherCache:
     """old base + old delta on every training example, run once."""
-    if not r.same_labels:
-        raise UsageError(f"distillation needs a teacher with the labels of the task; the old delta's are "
-                         f"{', '.join(r.old_delta.labels[:6]) or 'those of a regression'}: use --mode init")
-    if "cache" not in r.teachers:
-        teacher = apply(r.old_base, r.old_delta)
-        r.teachers["cache"] = run_teacher(teacher, r.data.train, r.device, r.precision)
-    return r.teachers["cache"]
+    if r.teacher is None:
+        r.teacher = run_teacher(apply(r.old_base, r.old_delta), r.data.train, r.device, r.precision)
+    return r.teacher
 
 
 def _train(r: Recycling, model: Classifier, loss: Loss, what: str) -> tuple[Classifier, TuneResult]:
@@ -85,8 +97,6 @@ def scratch(r: Recycling) -> tuple[Classifier, TuneResult]:
 
 
 def apply_only(r: Recycling) -> tuple[Classifier, TuneResult]:
-    if not r.same_labels:
-        raise UsageError("apply uses the old delta's head, which has other labels than this task: use --mode init")
     model = apply(r.base, r.old_delta, stale_ok=True)
     dev = evaluate(model, r.data.dev, r.device, r.precision)
     r.on_eval({"step": 0, "loss": None, "dev": dev})

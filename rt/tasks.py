@@ -45,24 +45,15 @@ class Task:
     def is_regression(self) -> bool:
         return not self.labels
 
-    @property
-    def num_outputs(self) -> int:
-        return max(1, len(self.labels))
-
-
-def load_task(path: Path, name: str | None = None) -> Task:
+def load_task(path: Path) -> Task:
     """Read a task folder. Raises UsageError naming file and line for what does not fit."""
     path = Path(path)
     if not path.is_dir():
         raise UsageError(f"{path}: a task is a folder with train, dev and test files (.jsonl, .csv or .tsv)")
     parts = {part: read_examples(_part_file(path, part), labelled=True) for part in PARTS}
     everything = [e for examples in parts.values() for e in examples]
-    floats = [isinstance(e.label, float) for e in everything]
-    if any(floats):
-        if not all(floats):
-            other = everything[floats.index(False)]
-            raise UsageError(f"{other.source}: label {other.label!r} is not a float as other labels of this task are")
-        labels = ()
+    if _is_regression(everything):
+        labels, parts = (), {part: [_with_float(e) for e in examples] for part, examples in parts.items()}
     else:
         found = {e.label for e in parts["train"]}
         labels = tuple(sorted(found, key=lambda x: (0, int(x), x) if x.lstrip("-").isdecimal() else (1, 0, x)))
@@ -72,7 +63,29 @@ def load_task(path: Path, name: str | None = None) -> Task:
                                  f"({', '.join(labels[:8])}{', ...' if len(labels) > 8 else ''})")
         if len(labels) < 2:
             raise UsageError(f"{path}: all training examples have the label {labels[0]!r}; a task needs two or more")
-    return Task(name or (path.parent.name if path.name == "task" else path.name), labels, parts)
+    return Task(path.parent.name if path.name == "task" else path.name, labels, parts)
+
+
+def _is_regression(examples: list[Example]) -> bool:
+    """Whether a label is a float. A csv or tsv has no types: there, labels that are all numbers, not all of them whole."""
+    if any(isinstance(e.label, float) for e in examples):
+        return True
+    try:
+        values = [float(e.label) for e in examples if ".jsonl, line" not in e.source]
+    except ValueError:
+        return False
+    return not all(map(float.is_integer, values))
+
+
+def _with_float(e: Example) -> Example:
+    """Floats and whole numbers are numbers together."""
+    try:
+        value = float(e.label)
+    except ValueError:
+        raise UsageError(f"{e.source}: label {e.label!r} is not a number as other labels of this task are") from None
+    if not math.isfinite(value):
+        raise UsageError(f"{e.source}: label {value} is not a finite number")
+    return replace(e, label=value)
 
 
 def _part_file(folder: Path, part: str) -> Path:
@@ -89,8 +102,6 @@ def read_examples(path: Path, labelled: bool) -> list[Example]:
     examples = [_example(path, number, row, labelled) for number, row in _read_table(path)]
     if not examples:
         raise UsageError(f"{path}: the file has no examples")
-    if path.suffix in (".csv", ".tsv"):
-        examples = _numeric_labels(examples)
     return examples
 
 
@@ -100,15 +111,16 @@ def _read_table(path: Path) -> Iterator[tuple[int, dict]]:
         yield from read_jsonl(path)
     elif path.suffix in (".csv", ".tsv"):
         # tsv files of the field (GLUE) do not quote: a lone " is a character there
-        style = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if path.suffix == ".tsv" else {}
+        style = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if path.suffix == ".tsv" else dict(strict=True)
         reader = csv.reader((line + "\n" for _, line in read_lines(path)), **style)
-        header = next(reader, None)
-        for row in reader:
-            if not row:
-                continue
-            if len(row) != len(header):
-                raise UsageError(f"{path}, line {reader.line_num}: {len(row)} columns where the header has {len(header)}")
-            yield reader.line_num, dict(zip(header, row))
+        try:
+            header = next(reader, None)
+            for row in filter(None, reader):
+                if len(row) != len(header):
+                    raise UsageError(f"{path}, line {reader.line_num}: {len(row)} columns where the header has {len(header)}")
+                yield reader.line_num, dict(zip(header, row))
+        except csv.Error as error:
+            raise UsageError(f"{path}, line {reader.line_num}: not a readable table ({error})") from None
     elif path.suffix == ".txt":
         yield from ((number, {"text": line}) for number, line in read_lines(path) if line.strip())
     else:
@@ -131,21 +143,8 @@ def _example(path: Path, number: int, row: dict, labelled: bool) -> Example:
     label = row[found["label"]] if labelled else None
     if isinstance(label, bool) or not isinstance(label, (str, int, float, type(None))) or labelled and label in (None, ""):
         raise UsageError(f"{source}: label {label!r} is not a string, an integer or a float")
-    if isinstance(label, float) and not math.isfinite(label):
-        raise UsageError(f"{source}: label {label} is not a finite number")
     return Example(row[found["text"]], row[found["text_pair"]] if found["text_pair"] else None,
                    str(label) if isinstance(label, int) else label, source)
-
-
-def _numeric_labels(examples: list[Example]) -> list[Example]:
-    """A csv has no types: labels that are all numbers, not all of them whole, are floats."""
-    try:
-        values = [float(e.label) for e in examples]
-    except (TypeError, ValueError):
-        return examples
-    if not all(map(math.isfinite, values)) or all(e.label.lstrip("-").isdecimal() for e in examples):
-        return examples
-    return [replace(e, label=v) for e, v in zip(examples, values)]
 
 
 def few_shot(task: Task, shots: int, seed: int) -> Task:

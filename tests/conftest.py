@@ -69,17 +69,6 @@ def write_task(folder: Path, rows: dict[str, list[dict]]) -> Path:
     return folder
 
 
-@pytest.fixture
-def small_task(tmp_path, graphs) -> Path:
-    """Two labels, few and short texts: for runs of a few steps."""
-    rows = {}
-    for part, count in (("train", 24), ("dev", 12), ("test", 12)):
-        lines = [json.loads(line) for line in (graphs / "task" / f"{part}.jsonl").open()]
-        two = [r for r in lines if r["label"] in ("generators", "classes")]
-        rows[part] = [{"text": r["text"][:200], "label": r["label"]} for r in two][:count]
-    return write_task(tmp_path / "small_task", rows)
-
-
 def command(*arguments: str, code: int = 0, cwd: Path | None = None) -> str:
     """Run a script of the checkout as a user would; returns stdout, or stderr where an error was expected."""
     done = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd or ROOT, capture_output=True, text=True,

@@ -1,5 +1,6 @@
 """The real command line, as a user types it: tiny preset, few steps, every mode; resuming; errors with exit code 2."""
 import json
+import shutil
 
 import pytest
 from conftest import command
@@ -63,7 +64,8 @@ def test_twenty_steps_are_ten_and_resume_and_ten(lineage):
     out = command(*arguments, "--out", home / "broken", "--stop_after", "10")
     assert "stopped in M0 after step 10 of 14" in out
     assert "unfinished run: add --resume" in command(*arguments, "--out", home / "broken", code=2)
-    command(*arguments, "--out", home / "broken", "--resume", "--stop_after", "7")      # stops again, inside M1
+    assert "stopped after M0" in command(*arguments, "--out", home / "broken", "--resume", "--stop_after", "4")
+    command(*arguments, "--out", home / "broken", "--resume", "--stop_after", "3")      # stops again, inside M1
     command(*arguments, "--out", home / "broken", "--resume")
     for name in ("M0", "M1"):
         a, b = (load_file(home / run / name / "model.safetensors") for run in ("straight", "broken"))
@@ -183,10 +185,27 @@ def test_regression_tasks_run_through_every_mode(lineage, tmp_path):
     (("train.py", "--stream", "TEXT,TEXT", "--out", "OUT"), "two domains have the same name"),
     (("train.py", "--batch_tokens", "1000", "--stream", "TEXT", "--out", "OUT"), "must be a multiple of 1024"),
     (("train.py", "--batch_size", "0"), "--batch_size 0: must be above zero"),
+    (("train.py", "--seed", "-1"), "seeds [-1]: must be whole numbers from 0"),
+    (("train.py", "--stream", ","), "--stream: the list is empty"),
+    (("train.py", "--dropout", "1"), "--dropout 1.0: must be at least 0 and below 1"),
+    (("train.py", "--mode", "tune", "--base", "M0", "--task", "TASK", "--seq_len", "999"), "--seq_len 999: the base has positions"),
+    (("train.py", "--mode", "tune", "--base", "M0", "--task", "TASK", "--out", "M0"), "M0 holds other things"),
+    (("train.py", "--mode", "tune", "--base", "M0", "--task", "BROKEN"), "dev.jsonl, line 2: not valid JSON"),
+    (("train.py", "--mode", "tune", "--base", "M0", "--task", "UNSEEN"), "line 1: label 'new' does not occur in the training"),
+    (("recycle.py", "--seeds", ","), "seeds []: must be whole numbers"),
+    (("recycle.py", "--delta", "bogus"), "delta 'bogus': not one of"),
+    (("recycle.py", "--task", "TASK", "--old_base", "M0", "--base", "M0", "--old_delta", "nowhere", "--out", "M0",
+      "--tune", "1"), "there is no flag --tune"),
     (("recycle.py", "--T", "0"), "--T 0.0: must be above zero"),
     (("recycle.py", "--mode", "burn"), "--mode burn: not one of")])
-def test_bad_input_is_one_sentence_and_exit_code_2(arguments, words, lineage, tmp_path):
+def test_bad_input_is_one_sentence_and_exit_code_2(arguments, words, lineage, task, tmp_path):
     home, _ = lineage
-    filled = [str(a).replace("TEXT", str(home / "one.txt")).replace("OUT", str(tmp_path / "out")) for a in arguments]
+    for name, line in (("BROKEN", '{"text": \n'), ("UNSEEN", '{"text": "x", "label": "new"}\n')):
+        shutil.copytree(task, tmp_path / name)
+        good = (task / "dev.jsonl").read_text().splitlines()[0] + "\n"
+        (tmp_path / name / "dev.jsonl").write_text(good + line if name == "BROKEN" else line)
+    names = {"TEXT": home / "one.txt", "OUT": tmp_path / "out", "M0": home / "run" / "M0", "TASK": task,
+             "BROKEN": tmp_path / "BROKEN", "UNSEEN": tmp_path / "UNSEEN", "TEXT,TEXT": f"{home}/one.txt,{home}/one.txt"}
+    filled = [names.get(a, a) for a in arguments]
     error = command(*filled, code=2)
     assert error.startswith("error: ") and words in error and error.count("\n") == 1

@@ -39,6 +39,7 @@ def test_every_format_gives_the_same_documents(tmp_path):
     ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl, line 2: not valid JSON"),
     ("a.jsonl", b'[1]\n', "a.jsonl, line 1: expected a JSON object"),
     ("a.jsonl", b'{"body": "x"}\n', 'a.jsonl, line 1: has no "text" string'),
+    ("a.jsonl", b'{"text": "x \\ud83d"}\n', "a.jsonl, line 1: holds half of a surrogate pair"),
     ("a.txt.gz", b"not gzip", "a.txt.gz: cannot be read")])
 def test_bad_files_are_named_with_their_line(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)

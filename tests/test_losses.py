@@ -124,7 +124,7 @@ def test_regression_distils_by_squared_errors(tokenizer, batch):
     with torch.no_grad():
         s = student(batch).squeeze(-1)
         plain = Loss(is_regression=True)(student, batch)
-        mixed = Loss(is_regression=True, teacher=cache, alpha=0.25, T=3.0)(student, batch)
+        mixed = Loss(is_regression=True, teacher=cache, alpha=0.25, beta=0.0, T=3.0)(student, batch)
     torch.testing.assert_close(plain, ((s - batch.labels) ** 2).mean())
     torch.testing.assert_close(mixed, (0.75 * (s - batch.labels) ** 2 + 0.25 * (s - cache.logits[:, 0]) ** 2).mean())
 

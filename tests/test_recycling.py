@@ -3,10 +3,10 @@ import pytest
 import torch
 from conftest import random_base
 
-from rt.checkpoint import fingerprint
+from rt.checkpoint import StaleDelta, fingerprint
 from rt.config import UsageError
 from rt.deltas import DeltaConfig, apply, attach, extract
-from rt.recycling import MODES, Recycling, start_fresh, start_from_old, teacher_of
+from rt.recycling import MODES, Recycling, recycle, start_fresh, start_from_old, teacher_of
 from rt.tasks import Encoded
 from rt.tune import TaskData, TuneSettings, evaluate, predict
 
@@ -28,8 +28,8 @@ def recycling(tokenizer):
 
 
 def test_every_mode_returns_a_model_and_scores_and_leaves_the_bases_alone(recycling):
-    for mode, recycle in MODES.items():
-        model, result = recycle(recycling)
+    for mode in MODES:
+        model, result = recycle(recycling, mode)
         assert evaluate(model, recycling.data.test, **CPU) == result.test, mode
         assert result.curve[0][0] == 0 and (result.curve[-1][0] == (0 if mode == "apply" else 6))
     for base in (recycling.old_base, recycling.base):
@@ -37,7 +37,7 @@ def test_every_mode_returns_a_model_and_scores_and_leaves_the_bases_alone(recycl
 
 
 def test_apply_is_new_base_plus_old_delta(recycling):
-    model, _ = MODES["apply"](recycling)
+    model, _ = recycle(recycling, "apply")
     own = dict(recycling.base.encoder.named_parameters())
     for name, p in model.encoder.named_parameters():
         expected = own[name] + recycling.old_delta.diffs.get(name, 0) if name in own else recycling.old_delta.modules[name]
@@ -72,7 +72,7 @@ def test_distillation_alone_moves_the_student_to_the_teacher(recycling):
     before = distance(start_fresh(recycling))
     recycling.data.dev.targets = teacher[:12].argmax(-1)        # best on dev: like the teacher
     recycling.data.dev.sequences = recycling.data.train.sequences[:12]
-    model, _ = MODES["distill"](recycling)
+    model, _ = recycle(recycling, "distill")
     assert distance(model) < 0.5 * before
 
 
@@ -84,11 +84,32 @@ def test_other_labels_get_a_fresh_head_in_init_and_are_refused_elsewhere(recycli
     assert torch.equal(dict(model.encoder.named_parameters())[name], recycling.old_delta.modules[name])
     for mode in ("apply", "distill", "init+distill"):
         with pytest.raises(UsageError, match="labels"):
-            MODES[mode](recycling)
+            recycle(recycling, mode)
 
 
 def test_init_refuses_another_kind_and_distill_does_not(recycling):
     recycling.config = DeltaConfig("lora")
-    with pytest.raises(UsageError, match="init continues the old delta, which is adapter"):
-        MODES["init"](recycling)
-    MODES["distill"](recycling)
+    with pytest.raises(UsageError, match="init continues the old delta .*adapter"):
+        recycle(recycling, "init")
+    recycle(recycling, "distill")
+
+
+def test_the_old_delta_must_be_of_the_old_base(recycling, tokenizer):
+    recycling.old_base = random_base(tokenizer, 5)
+    for mode in MODES:
+        with pytest.raises(StaleDelta):
+            recycle(recycling, mode)
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(recycling):
+    class Other:
+        fingerprint = "another"
+    recycling.old_base.tokenizer = Other
+    recycling.old_delta.info["tokenizer"] = "another"
+    with pytest.raises(UsageError, match="one tokenizer"):
+        recycle(recycling, "distill")
+
+
+def test_settings_of_other_kinds_do_not_stop_init(recycling):
+    recycling.config = DeltaConfig("adapter", r=99, prefix_len=3)
+    recycle(recycling, "init")

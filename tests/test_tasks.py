@@ -47,11 +47,16 @@ def test_labels_are_ordered_as_numbers_or_names(tmp_path):
 def test_floats_make_a_regression(tmp_path):
     rows = [{"text": "x", "label": y} for y in (0.5, 2.0)]
     task = load_task(folder(tmp_path, rows, rows, rows))
-    assert task.is_regression and task.num_outputs == 1 and task.parts["train"][1].label == 2.0
+    assert task.is_regression and task.parts["train"][1].label == 2.0
     (tmp_path / "csv").mkdir()
-    for part in ("train", "dev", "test"):
-        (tmp_path / "csv" / f"{part}.csv").write_text("text,label\nx,1\ny,2.5\n")
-    assert load_task(tmp_path / "csv").is_regression
+    for part, high in (("train", 2.5), ("dev", 3), ("test", 2)):      # a part may happen to have whole numbers only
+        (tmp_path / "csv" / f"{part}.csv").write_text(f"text,label\nx,1\ny,{high}\n")
+    task = load_task(tmp_path / "csv")
+    assert task.is_regression and [e.label for e in task.parts["dev"]] == [1.0, 3.0]
+    mixed = load_task(folder(tmp_path, [{"text": "x", "label": 3}, {"text": "x", "label": 2.5}], rows, rows))
+    assert [e.label for e in mixed.parts["train"]] == [3.0, 2.5]
+    strings = [{"text": "x", "label": y} for y in ("1.5", "2")]      # strings of a jsonl stay names
+    assert load_task(folder(tmp_path, strings, strings, strings)).labels == ("2", "1.5")
 
 
 @pytest.mark.parametrize("parts, words", [
@@ -61,7 +66,7 @@ def test_floats_make_a_regression(tmp_path):
     (dict(test=[{"text": "x"}]), "test.jsonl, line 1: no label column"),
     (dict(train=[{"text": "x", "label": [1]}]), "label [1] is not a string"),
     (dict(train=[{"text": "x", "label": ""}]), "label '' is not a string"),
-    (dict(train=[{"text": "x", "label": 0.5}, {"text": "x", "label": "a"}]), "label 'a' is not a float as other labels"),
+    (dict(train=[{"text": "x", "label": 0.5}, {"text": "x", "label": "a"}]), "label 'a' is not a number as other labels"),
     (dict(train=[{"text": "x", "label": float("nan")}]), "not a finite number"),
     (dict(train=ROWS[:1], dev=ROWS[:1], test=ROWS[:1]), "have the label 'pos'"),
     (dict(dev=[]), "dev.jsonl: the file has no examples")])
@@ -79,6 +84,9 @@ def test_wrong_folders_and_broken_tables(tmp_path):
         load_task(tmp_path)
     (tmp_path / "x.csv").write_text("text,label\na,1\nb,2,3\n")
     with pytest.raises(UsageError, match="x.csv, line 3: 3 columns where the header has 2"):
+        read_examples(tmp_path / "x.csv", labelled=True)
+    (tmp_path / "x.csv").write_text('text,label\n"never closed,1\n')
+    with pytest.raises(UsageError, match="x.csv, line 2: not a readable table"):
         read_examples(tmp_path / "x.csv", labelled=True)
 
 

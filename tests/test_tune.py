@@ -70,8 +70,18 @@ def test_the_best_on_dev_is_kept_and_test_is_of_it(tokenizer, toy):
 
 
 def test_a_worse_end_does_not_replace_the_best(tokenizer, toy):
-    _, result, _ = run(tokenizer, toy, lr=0.3, steps=20)     # far too large: it ends at chance
-    assert result.dev["accuracy"] == max(score for _, score in result.curve)
+    class Unlearning(Loss):     # from the 20th step on, the wrong labels
+        steps = 0
+
+        def __call__(self, model, batch):
+            self.steps += 1
+            batch.labels = batch.labels if self.steps <= 20 else 1 - batch.labels
+            return super().__call__(model, batch)
+
+    model = attach(random_base(tokenizer), DeltaConfig("full"), 2, 0)
+    result = tune(model, toy, Unlearning(), TuneSettings(150, 16, 3e-3, 10, 0), **CPU)
+    assert result.curve[-1][1] < result.dev["accuracy"] - 0.2
+    assert evaluate(model, toy.dev, **CPU) == result.dev and evaluate(model, toy.test, **CPU) == result.test
 
 
 def test_the_same_seed_is_bit_equal_and_another_is_not(tokenizer, toy):
