@@ -33,7 +33,7 @@ from rt.optim import adamw
 from rt.pretrain import PretrainSettings, evaluate_mlm, pretrain
 from rt.tasks import Example, encode, few_shot, load_task, read_examples
 from rt.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from rt.tune import TuneSettings, encode_task, evaluate, predict, tune
+from rt.tune import TaskData, TuneSettings, encode_task, evaluate, predict, tune
 
 
 @dataclass
@@ -189,6 +189,8 @@ def domain_name(entry: str) -> str:
 def start_model(c: Config, out: Path, first_corpus: Path) -> tuple[MaskedLM, Tokenizer, dict]:
     """(model, tokenizer, what is known of them): a new base of --preset, or --init."""
     if c.init:
+        if c.tokenizer:
+            raise UsageError("--tokenizer: a base of --init comes with its own")
         base = open_base(c.init)
         config, tokenizer = base.encoder.config, base.tokenizer
         head = base.head
@@ -305,6 +307,7 @@ def tune_delta(c: Config) -> None:
     encoded = encode_task(task, base.tokenizer, c.seq_len)
     few = f"-k{c.shots}" if c.shots else ""
     out = Path(c.out or Path(c.base).parent / "deltas" / f"{Path(c.base).name}-{task.name}-{c.delta}{few}-s{c.seed}")
+    say_cut(encoded, c.seq_len)
     model = attach(base, config, encoded.num_outputs, c.seed)
     settings = TuneSettings(c.tune_steps, c.batch_size, c.lr or TUNE_LR[c.delta], c.eval_every, c.seed,
                             c.weight_decay, c.warmup)
@@ -318,6 +321,13 @@ def tune_delta(c: Config) -> None:
     write_json(out / "summary.json", about | {"base": base.fingerprint, "delta": c.delta, "seconds": round(result.seconds, 1)})
     print(f"{task.name}, {c.delta}: dev {shown(result.dev)} at step {result.best_step}; test {shown(result.test)}; "
           f"{result.seconds:.0f} s; delta in {out}")
+
+
+def say_cut(encoded: TaskData, seq_len: int) -> None:
+    parts = (encoded.train, encoded.dev, encoded.test)
+    cut, count = sum(part.truncated for part in parts), sum(map(len, parts))
+    if cut:
+        print(f"{cut} of {count} texts are longer than --seq_len {seq_len} and were cut")
 
 
 def shown(scores: dict[str, float]) -> str:
