@@ -44,7 +44,7 @@ class Config:
     public_code: bool = False  # KD divided by the number of labels, patience halved, as in the paper's code
     steps: int = 50  # optimizer steps
     batch_size: int = 16  # sequences a step
-    lr: tuple[float, ...] = ()  # peak learning rate; of several, each mode keeps the best on dev; default: LR below
+    lr: tuple[float, ...] = ()  # peak learning rate; of several, each mode keeps the best on dev; default: LR in this file
     warmup: float = 0.06  # share of the steps
     weight_decay: float = 0.01  # on matrices only
     eval_every: int = 10  # steps between scores on dev
