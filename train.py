@@ -108,22 +108,12 @@ def main() -> None:
 def pretrain_stream(c: Config) -> None:
     """M0, M1, ... of a stream: each stage continues the last one's weights with a fresh optimizer and schedule."""
     out, device = Path(c.out or "runs/demo"), pick_device(c.device)
-    where = dict(device=device, precision=pick_precision(c.precision, device))
+    where = {"device": device, "precision": pick_precision(c.precision, device)}
     settings = {k: v for k, v in record(c).items() if k not in NOT_SETTINGS}
     if not may_begin(out, settings, c.resume):
         print(forgetting_table(read_json(out / "summary.json")["stages"]))
         return
-    paths = {domain_name(entry): corpus_path(entry, c.cache) for entry in c.stream}
-    if len(paths) < len(c.stream):
-        raise UsageError(f"--stream {','.join(c.stream)}: two domains have the same name; rename one of the files")
-    model, tokenizer, about = start_model(c, out, next(iter(paths.values())))
-    corpora = {name: build_corpus(name, path, tokenizer, c.cache) for name, path in paths.items()}
-    training = {name: Rows(parts["train"], tokenizer, seq_len=c.seq_len, mask_rate=c.mask_rate, seed=derive_seed(c.seed, i))
-                for i, (name, parts) in enumerate(corpora.items(), about["number"] + 1)}
-    for rows in training.values():
-        rows.check_batch(c.batch_tokens, c.accumulation)
-    heldout = {name: Rows(parts["heldout"], tokenizer, seq_len=c.seq_len, mask_rate=HELDOUT_MASK_RATE, seed=0, sequences=1)
-               for name, parts in corpora.items()}
+    model, tokenizer, about, training, heldout = prepare_stream(c, out)
     write_json(out / "config.json", settings)
     tokenizer.save(out)
     log = Log(out, keep=lambda row: c.resume and not beyond(row, out))
@@ -157,6 +147,22 @@ def pretrain_stream(c: Config) -> None:
     print(forgetting_table(stages))
 
 
+def prepare_stream(c: Config, out: Path) -> tuple[MaskedLM, Tokenizer, dict, dict[str, Rows], dict[str, Rows]]:
+    """(model, tokenizer, what is known of them, training rows and held-out rows of every domain); writes nothing to `out`."""
+    paths = {domain_name(entry): corpus_path(entry, c.cache) for entry in c.stream}
+    if len(paths) < len(c.stream):
+        raise UsageError(f"--stream {','.join(c.stream)}: two domains have the same name; rename one of the files")
+    model, tokenizer, about = start_model(c, out, next(iter(paths.values())))
+    corpora = {name: build_corpus(name, path, tokenizer, c.cache) for name, path in paths.items()}
+    training = {name: Rows(parts["train"], tokenizer, seq_len=c.seq_len, mask_rate=c.mask_rate, seed=derive_seed(c.seed, i))
+                for i, (name, parts) in enumerate(corpora.items(), about["number"] + 1)}
+    for rows in training.values():
+        rows.check_batch(c.batch_tokens, c.accumulation)
+    heldout = {name: Rows(parts["heldout"], tokenizer, seq_len=c.seq_len, mask_rate=HELDOUT_MASK_RATE, seed=0, sequences=1)
+               for name, parts in corpora.items()}
+    return model, tokenizer, about, training, heldout
+
+
 def may_begin(out: Path, settings: dict, resume: bool) -> bool:
     """Whether there is work to do in `out`. Refuses (UsageError) to overwrite a run or to go on with other settings."""
     if (out / "config.json").exists():
@@ -170,6 +176,8 @@ def may_begin(out: Path, settings: dict, resume: bool) -> bool:
             return False
         if not resume:
             raise UsageError(f"{out} holds an unfinished run: add --resume to go on, or remove the folder")
+    elif out.is_dir() and any(out.iterdir()):
+        raise UsageError(f"{out} holds other things than a stream of bases: give another --out")
     return True
 
 
@@ -299,7 +307,7 @@ def tune_delta(c: Config) -> None:
     """Tune a fresh delta on a task; the folder it is written to holds the run's metrics and summary as well."""
     required(c, "base", "task")
     device = pick_device(c.device)
-    where = dict(device=device, precision=pick_precision(c.precision, device))
+    where = {"device": device, "precision": pick_precision(c.precision, device)}
     base, task, config = open_base(c.base).to(device), load_task(task_path(c.task, c.cache)), delta_config(c)
     base.require_length(c.seq_len)
     if c.shots:
@@ -340,7 +348,7 @@ def open_tuned(c: Config):
     device = pick_device(c.device)
     base, delta = open_base(c.base).to(device), load_delta(c.delta_dir)
     base.require_length(c.seq_len)
-    where = dict(device=device, precision=pick_precision(c.precision, device))
+    where = {"device": device, "precision": pick_precision(c.precision, device)}
     return base, delta, apply(base, delta), where
 
 

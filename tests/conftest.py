@@ -16,6 +16,7 @@ from rt.data import read_documents, sequences_batch
 from rt.model import PRESETS, EncoderConfig, new_masked_lm
 from rt.tokenizer import train_tokenizer
 
+torch.set_num_threads(1)     # tiny models: more threads only wait for each other
 ROOT = Path(__file__).resolve().parent.parent
 
 

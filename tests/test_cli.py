@@ -185,6 +185,7 @@ def test_regression_tasks_run_through_every_mode(lineage, tmp_path):
     (("train.py", "--stream", "TEXT,TEXT", "--out", "OUT"), "two domains have the same name"),
     (("train.py", "--batch_tokens", "1000", "--stream", "TEXT", "--out", "OUT"), "must be a multiple of 1024"),
     (("train.py", "--batch_size", "0"), "--batch_size 0: must be above zero"),
+    (("train.py", "--stream", "TEXT", "--out", "TASK"), "holds other things than a stream of bases"),
     (("train.py", "--seed", "-1"), "seeds [-1]: must be whole numbers from 0"),
     (("train.py", "--stream", ","), "--stream: the list is empty"),
     (("train.py", "--dropout", "1"), "--dropout 1.0: must be at least 0 and below 1"),
