@@ -61,8 +61,8 @@ class Config:
     precision: str = "auto"  # auto: bf16 where the device does it fast, else fp32
 
 
-# Best on dev of 2e-4, 5e-4, 1e-3 for each mode, full delta (results/demo/lr_search); of the other kinds one rate for all.
-LR = {"full": {"scratch": 1e-3, "init": 2e-4, "distill": 1e-3, "init+distill": 2e-4},
+# Of 1e-4, 2e-4, 5e-4, 1e-3, 2e-3 the best on dev for each mode, full delta (results/demo/lr_search); other kinds: one for all.
+LR = {"full": {"scratch": 5e-4, "init": 1e-4, "distill": 1e-3, "init+distill": 1e-4},
       "adapter": 5e-3, "lora": 5e-3, "bitfit": 5e-3, "prefix": 1e-2}
 
 
