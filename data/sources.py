@@ -17,7 +17,12 @@ def task_path(name: str, cache: Path) -> Path:
 
 def _locate(name: str, cache: Path, kind: str, wanted: str) -> Path:
     if name in docstrings.DOMAINS:
-        docstrings.build(name, Path(cache) / "docstrings")
+        known = (Path(cache) / "docstrings" / name / "meta.json").exists()
+        meta = docstrings.build(name, Path(cache) / "docstrings")
+        if not known:
+            task = [str(sum(meta["task"][part].values())) for part in docstrings.PARTS]
+            print(f"embedded domain {name}: docstrings of {meta['package']} {meta['version']}, {meta['corpus']['train']} documents "
+                  f"and {meta['corpus']['heldout']} held out; task of {len(meta['task']['train'])} labels, {'/'.join(task)}")
         return Path(cache) / "docstrings" / name / kind
     if not Path(name).exists():
         raise UsageError(f"{name}: there is no such {kind}; give {wanted}, or one of {', '.join(docstrings.DOMAINS)}")
