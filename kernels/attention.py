@@ -1,22 +1,88 @@
 """Bidirectional attention over unpadded sequences.
 
-    out_i = sum_j softmax_j(scale * q_i . k_j) v_j        over the tokens j of the sequence that token i is in
+    out_i = sum_j keep_ij / (1 - p) softmax_j(scale q_i . k_j) v_j        over the tokens j of the sequence that token i is in
 
-`attention` is the one public function; `attention_ref` is the plain PyTorch it must agree with: the CPU path, the oracle of
-the tests and the baseline of the benchmark.
+Forward: one program for a block of queries of one sequence and head, online softmax over blocks of keys in base 2 (Dao et al.,
+2022; Milakov & Gimelshein, 2018), saving log2-sum-exp2 a row. Backward: P is recomputed from it, and with delta_i = out_i . dout_i
+
+    dV = (keep P / (1-p))^T dout    dP = keep (dout V^T) / (1-p)    dS = P (dP - delta)    dQ = scale dS K    dK = scale dS^T Q
+
+Two ways to dQ. `_backward_keys` goes through the queries of one block of keys and adds its share of dQ in fp32 with atomics: five
+matrix products a tile. Under torch.use_deterministic_algorithms `_backward_queries` makes dQ in a second launch, which recomputes S and
+dP: seven. Counted for 32 x 512 tokens, H 12, D 64: 64 GFLOP and 0.3 GB of L2 and memory traffic against 90 GFLOP; the atomics win
+wherever matrix products run below 0.7 PFLOP/s.
+
+Dropout is a function of (seed, head, query token, key token). Row i has hashed words a_i (odd) and b_i, key j has c_j, all made once by
+`_dropout_words`, and the weight is kept where the int32 a_i c_j + b_i is not below a threshold: one multiply-add, one comparison and
+one select an element, where Philox takes about 58 instructions. Along a row and along a column the values are as independent as the
+words are; kept with probability 1 - p to 2^-32; the same in the reference.
+
+Limits: D up to 128 (32, 64 and 128 as they are, others padded); fp32 (three TF32 products), fp16 and bf16, fp32 sums; float64 takes the
+reference. Not differentiable twice. Tested in Triton's interpreter; compiled for sm_80, 90, 100.
 """
 import itertools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import configs
+from kernels.common import launch, tl, triton, uses_triton
 
-def random_keep(shape: torch.Size, p: float, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """Boolean mask, each element kept with probability 1 - p (to 1/65536), from 16 random bits an element."""
-    n = shape.numel()
-    words = torch.empty((n + 3) // 4, dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
-    return words.view(torch.int16)[:n].view(shape) >= round(p * 65536) - 32768
+LOG2E = 1.4426950408889634
+PREFIX_ROWS = 512       # queries that share a partial sum of a prefix's gradients
 
+
+# ---------------------------------------------------------------- dropout: the same mask in the reference and in the kernels
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijection on 32 bits whose output bits each depend on all input bits; int64 tensors that hold values below 2^32."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
+    x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def _words(seed: Tensor, stream: int, heads: int, tokens: int) -> Tensor:
+    """(H, N) int32 random words; `stream` 0, 1, 2 are a, b, c of the module docstring."""
+    h = torch.arange(heads, device=seed.device)[:, None]
+    n = torch.arange(tokens, device=seed.device)
+    key = _mix(_mix((seed & 0xFFFFFFFF) + h & 0xFFFFFFFF) ^ (seed >> 32 & 0xFFFFFFFF))
+    words = _mix(_mix(3 * n + stream) + key & 0xFFFFFFFF)
+    return (words | 1 if stream == 0 else words).to(torch.int32)
+
+
+def _threshold(p: float) -> int:
+    """Words from here up, as int32, are kept: a share 1 - p of all."""
+    return min(round(p * 2**32), 2**32 - 1) - 2**31
+
+
+@triton.jit
+def _mix_kernel(x):
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _dropout_words(seed_ptr, words_ptr, N, H, blocks, BLOCK: tl.constexpr):     # (1,) int64, (3, H, N) int32
+    """`_words`, all three streams of one head for BLOCK tokens."""
+    h, n = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    seed = tl.load(seed_ptr)
+    key = _mix_kernel(_mix_kernel(seed.to(tl.uint32) + h.to(tl.uint32)) ^ (seed >> 32).to(tl.uint32))
+    for stream in tl.static_range(3):
+        words = _mix_kernel(_mix_kernel(3 * n.to(tl.uint32) + stream) + key)
+        if stream == 0:
+            words = words | 1
+        tl.store(words_ptr + (stream * H + h) * N.to(tl.int64) + n, words.to(tl.int32, bitcast=True), mask=n < N)
+
+
+@triton.jit
+def _word(words_ptr, stream: tl.constexpr, n, length, N, H):
+    """Words of the tokens `n` of one sequence and head, whose a begin at words_ptr."""
+    return tl.load(words_ptr + stream * H * N.to(tl.int64) + n, mask=n < length, other=0)
+
+
+# ---------------------------------------------------------------- reference
 
 def attention_ref(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, dropout_p: float = 0.0,
                   seed: Tensor | int | None = None, scale: float | None = None,
@@ -25,21 +91,26 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqle
     rows cost more. (Callers who sort a batch by length get long runs.)"""
     N, H, D = q.shape
     scale = D ** -0.5 if scale is None else scale
-    generator = None if seed is None else torch.Generator(q.device).manual_seed(int(seed))
     runs = [(length, len(list(group))) for length, group in itertools.groupby(cu_seqlens.diff().tolist())]
+    parts = [S * B for S, B in runs]
+    words = [[None] * 3] * len(runs)
+    if dropout_p:
+        words = zip(*(_words(_seed(seed, q.device), stream, H, N).split(parts, 1) for stream in range(3)))
     out = []
     # split, not slices: its backward is one concatenation instead of a zero-filled (N, H, D) for every run
-    for (S, B), *qkv in zip(runs, *(x.split([S * B for S, B in runs]) for x in (q * scale, k, v))):
+    for (S, B), abc, *qkv in zip(runs, words, *(x.split(parts) for x in (q * scale, k, v))):
         q_r, k_r, v_r = (x.reshape(B, S, H, D).transpose(1, 2) for x in qkv)              # (B, H, S, D)
         p = _softmax(q_r @ k_r.mT)                                                        # (B, H, S, S)
         if dropout_p:
-            p = p * random_keep(p.shape, dropout_p, generator, p.device).to(p.dtype).mul_(1 / (1 - dropout_p))
+            a, b, c = (w.reshape(H, B, S).transpose(0, 1) for w in abc)                   # (B, H, S)
+            keep = torch.addcmul(b[..., None], a[..., None], c[..., None, :]) >= _threshold(dropout_p)
+            p = p * keep.to(p.dtype).mul_(1 / (1 - dropout_p))
         out.append((p @ v_r).transpose(1, 2).reshape(B * S, H, D))
     out = torch.cat(out)
     if prefix_kv is not None:
-        k_p, v_p, gate = prefix_kv
-        s = torch.einsum("nhd,phd->nhp", q * scale, k_p.to(q.dtype))
-        out = out + gate.to(q.dtype)[:, None] * torch.einsum("nhp,phd->nhd", _softmax(s), v_p.to(q.dtype))
+        k_p, v_p, gate = (x.to(q.dtype) for x in prefix_kv)
+        s = torch.einsum("nhd,phd->nhp", q * scale, k_p)
+        out = out + gate[:, None] * torch.einsum("nhp,phd->nhd", _softmax(s), v_p)
     return out
 
 
@@ -48,16 +119,281 @@ def _softmax(s: Tensor) -> Tensor:
     return s.softmax(-1, dtype=torch.promote_types(s.dtype, torch.float32)).to(s.dtype)
 
 
+def _seed(seed: Tensor | int | None, device: torch.device) -> Tensor:
+    """(1,) int64 on the device; drawn there where none is given, so that a captured CUDA graph draws anew at every replay."""
+    if seed is None:
+        return torch.randint(2**63 - 1, (1,), device=device)
+    if isinstance(seed, Tensor):
+        return seed.to(device, torch.int64).view(1)
+    return torch.full((1,), seed, device=device, dtype=torch.int64)
+
+
+# ---------------------------------------------------------------- forward
+
+@triton.jit
+def _locate(cu_ptr, blocks, H):
+    """Which block, head and sequence a program works on, the sequence's first token and its length."""
+    pid = tl.program_id(0)
+    b = pid // (blocks * H)
+    start = tl.load(cu_ptr + b).to(tl.int64)
+    return pid % blocks, pid // blocks % H, b, start, (tl.load(cu_ptr + b + 1) - start).to(tl.int32)
+
+
+@triton.jit
+def _tile(ptr, stride, rows, length, D: tl.constexpr):
+    """(len(rows), D) from row-major memory, zeros past `length`."""
+    return tl.load(ptr + rows[:, None] * stride + tl.arange(0, D)[None, :], mask=rows[:, None] < length, other=0.0)
+
+
+@triton.jit
+def _online_softmax(acc, m, l, q, k_ptr, v_ptr, k_stride, v_stride, cols, keys, qk_scale, a, b, words_ptr, N, H, threshold,
+                    D: tl.constexpr, DROPOUT: tl.constexpr, TAIL: tl.constexpr):
+    """One block of keys: rescale what was summed so far to the new maximum m, add exp2(s - m) to l, exp2(s - m) v to acc."""
+    k = _tile(k_ptr, k_stride, cols, keys, D)
+    s = tl.dot(q, tl.trans(k), input_precision="tf32x3") * qk_scale
+    if TAIL:
+        s = tl.where(cols[None, :] < keys, s, -float("inf"))
+    m_new = tl.maximum(m, tl.max(s, 1))
+    shrink = tl.exp2(m - m_new)
+    p = tl.exp2(s - m_new[:, None])
+    l = l * shrink + tl.sum(p, 1)       # the softmax is normalised before weights are dropped
+    if DROPOUT:
+        c = _word(words_ptr, 2, cols, keys, N, H)
+        p = tl.where(a[:, None] * c[None, :] + b[:, None] >= threshold, p, 0.0)
+    v = _tile(v_ptr, v_stride, cols, keys, D)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="tf32x3")
+    return acc, m_new, l
+
+
+@triton.jit
+def _forward(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_ptr, words_ptr,    # (N, H, D) x 4, (H, N), (B+1,), (3, H, N)
+             q_stride, q_head, k_stride, k_head, v_stride, v_head,        # elements from one token, or head, to the next
+             N, H, blocks, prefix_len, qk_scale, threshold, keep_scale,
+             D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr, SHARED: tl.constexpr):
+    """One block of BLOCK_Q queries. SHARED: all sequences see the same prefix_len keys instead of their own."""
+    block, h, _, start, length = _locate(cu_ptr, blocks, H)
+    if block * BLOCK_Q >= length:
+        return
+    keys, key_start = (prefix_len, start * 0) if SHARED else (length, start)
+    k_ptr += key_start * k_stride + h * k_head
+    v_ptr += key_start * v_stride + h * v_head
+    rows, cols = block * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
+    q = _tile(q_ptr + start * q_stride + h * q_head, q_stride, rows, length, D)
+    a, b = rows, rows
+    if DROPOUT:
+        words_ptr += h * N.to(tl.int64) + start
+        a, b = _word(words_ptr, 0, rows, length, N, H), _word(words_ptr, 1, rows, length, N, H)
+    m = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
+    l = tl.zeros((BLOCK_Q,), tl.float32)
+    acc = tl.zeros((BLOCK_Q, D), tl.float32)
+    full = keys // BLOCK_K * BLOCK_K
+    for n in range(0, full, BLOCK_K):       # only the last block needs a mask
+        acc, m, l = _online_softmax(acc, m, l, q, k_ptr, v_ptr, k_stride, v_stride, n + cols, keys, qk_scale, a, b, words_ptr,
+                                    N, H, threshold, D, DROPOUT, False)
+    if full < keys:
+        acc, m, l = _online_softmax(acc, m, l, q, k_ptr, v_ptr, k_stride, v_stride, full + cols, keys, qk_scale, a, b, words_ptr,
+                                    N, H, threshold, D, DROPOUT, True)
+    inside = rows < length
+    tl.store(lse_ptr + h * N.to(tl.int64) + start + rows, m + tl.log2(l), mask=inside)
+    out_ptr += (start * H + h) * D
+    tl.store(out_ptr + rows[:, None] * (H * D) + tl.arange(0, D)[None, :],
+             (acc * (keep_scale / l)[:, None]).to(out_ptr.dtype.element_ty), mask=inside[:, None])
+
+
+# ---------------------------------------------------------------- backward
+
+@triton.jit
+def _backward_delta(out_ptr, dout_ptr, delta_ptr, N, H, blocks, D: tl.constexpr, BLOCK: tl.constexpr):   # (N, H, D) x 2, (H, N)
+    """delta_i = out_i . dout_i = sum_j P_ij dP_ij, what the softmax's gradient takes off dP."""
+    block, h = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    rows = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    out = _tile(out_ptr + h * D, H * D, rows, N, D).to(tl.float32)
+    dout = _tile(dout_ptr + h * D, H * D, rows, N, D).to(tl.float32)
+    tl.store(delta_ptr + h * N.to(tl.int64) + rows, tl.sum(out * dout, 1), mask=rows < N)
+
+
+@triton.jit
+def _backward_keys(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr, cu_ptr, words_ptr,
+                   q_stride, q_head, k_stride, k_head, v_stride, v_head, N, H, blocks, prefix_len, scale, qk_scale, threshold, keep_scale,
+                   D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr, SHARED: tl.constexpr,
+                   ATOMIC: tl.constexpr):
+    """dK and dV of BLOCK_K keys, tiles laid keys x queries so that neither P nor dS is transposed for them. With ATOMIC also the
+    keys' share of dQ (fp32). SHARED: the partial sums of one run of queries; the caller adds the runs up."""
+    block, h, sequence, start, length = _locate(cu_ptr, blocks, H)
+    keys, key_start, out_start = (prefix_len, start * 0, sequence.to(tl.int64) * prefix_len) if SHARED else (length, start, start)
+    if block * BLOCK_K >= keys:
+        return
+    cols = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    k = _tile(k_ptr + key_start * k_stride + h * k_head, k_stride, cols, keys, D)
+    v = _tile(v_ptr + key_start * v_stride + h * v_head, v_stride, cols, keys, D)
+    q_ptr += start * q_stride + h * q_head
+    dout_ptr += (start * H + h) * D
+    dq_ptr += (start * H + h) * D
+    lse_ptr += h * N.to(tl.int64) + start
+    delta_ptr += h * N.to(tl.int64) + start
+    if DROPOUT:
+        words_ptr += h * N.to(tl.int64) + start
+        c = _word(words_ptr, 2, cols, keys, N, H)
+    dk, dv = tl.zeros((BLOCK_K, D), tl.float32), tl.zeros((BLOCK_K, D), tl.float32)
+    for n in range(0, length, BLOCK_Q):
+        rows = n + tl.arange(0, BLOCK_Q)
+        q = _tile(q_ptr, q_stride, rows, length, D)
+        dout = _tile(dout_ptr, H * D, rows, length, D)
+        lse = tl.load(lse_ptr + rows, mask=rows < length, other=float("inf"))       # p = 0 in rows past the end
+        delta = tl.load(delta_ptr + rows, mask=rows < length, other=0.0)
+        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="tf32x3") * qk_scale - lse[None, :])      # (keys, queries)
+        if ATOMIC:      # keys past the end: their rows of dK and dV are not stored, but dQ is a sum over them
+            p = tl.where(cols[:, None] < keys, p, 0.0)
+        dp = tl.dot(v, tl.trans(dout), input_precision="tf32x3")
+        kept = p
+        if DROPOUT:
+            a, b = _word(words_ptr, 0, rows, length, N, H), _word(words_ptr, 1, rows, length, N, H)
+            keep = a[None, :] * c[:, None] + b[None, :] >= threshold
+            kept, dp = tl.where(keep, p, 0.0), tl.where(keep, dp * keep_scale, 0.0)
+        dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision="tf32x3")
+        ds = (p * (dp - delta[None, :])).to(q.dtype)
+        dk = tl.dot(ds, q, dk, input_precision="tf32x3")
+        if ATOMIC:
+            tl.atomic_add(dq_ptr + rows[:, None] * (H * D) + tl.arange(0, D)[None, :],
+                          tl.dot(tl.trans(ds), k, input_precision="tf32x3") * scale, mask=rows[:, None] < length, sem="relaxed")
+    place = (out_start * H + h) * D + cols[:, None] * (H * D) + tl.arange(0, D)[None, :]
+    inside = cols[:, None] < keys
+    tl.store(dk_ptr + place, (dk * scale).to(dk_ptr.dtype.element_ty), mask=inside)
+    tl.store(dv_ptr + place, (dv * keep_scale).to(dv_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward_queries(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, cu_ptr, words_ptr,
+                      q_stride, q_head, k_stride, k_head, v_stride, v_head, N, H, blocks, prefix_len, scale, qk_scale, threshold,
+                      keep_scale, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr,
+                      SHARED: tl.constexpr):
+    """dQ of BLOCK_Q queries, in one order of summation: the deterministic way."""
+    block, h, _, start, length = _locate(cu_ptr, blocks, H)
+    if block * BLOCK_Q >= length:
+        return
+    keys, key_start = (prefix_len, start * 0) if SHARED else (length, start)
+    k_ptr += key_start * k_stride + h * k_head
+    v_ptr += key_start * v_stride + h * v_head
+    rows = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    inside = rows < length
+    q = _tile(q_ptr + start * q_stride + h * q_head, q_stride, rows, length, D)
+    dout = _tile(dout_ptr + (start * H + h) * D, H * D, rows, length, D)
+    lse = tl.load(lse_ptr + h * N.to(tl.int64) + start + rows, mask=inside, other=float("inf"))
+    delta = tl.load(delta_ptr + h * N.to(tl.int64) + start + rows, mask=inside, other=0.0)
+    if DROPOUT:
+        words_ptr += h * N.to(tl.int64) + start
+        a, b = _word(words_ptr, 0, rows, length, N, H), _word(words_ptr, 1, rows, length, N, H)
+    dq = tl.zeros((BLOCK_Q, D), tl.float32)
+    for n in range(0, keys, BLOCK_K):
+        cols = n + tl.arange(0, BLOCK_K)
+        k = _tile(k_ptr, k_stride, cols, keys, D)
+        s = tl.dot(q, tl.trans(k), input_precision="tf32x3") * qk_scale
+        p = tl.where(cols[None, :] < keys, tl.exp2(s - lse[:, None]), 0.0)
+        dp = tl.dot(dout, tl.trans(_tile(v_ptr, v_stride, cols, keys, D)), input_precision="tf32x3")
+        if DROPOUT:
+            c = _word(words_ptr, 2, cols, keys, N, H)
+            dp = tl.where(a[:, None] * c[None, :] + b[:, None] >= threshold, dp * keep_scale, 0.0)
+        dq = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, dq, input_precision="tf32x3")
+    place = (start * H + h) * D + rows[:, None] * (H * D) + tl.arange(0, D)[None, :]
+    tl.store(dq_ptr + place, (dq * scale).to(dq_ptr.dtype.element_ty), mask=inside[:, None])
+
+
+# ---------------------------------------------------------------- ops
+
+@torch.library.custom_op("recyclable::attention", mutates_args=())
+def _attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seqlen: int, scale: float,
+               dropout_p: float, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """out (N, H, D), log2-sum-exp2 of the scaled scores (H, N), and the dropout's words (3, H, N) int32, none without dropout.
+    With `shared`, k and v are (P, H, D), seen by all queries."""
+    N, H, D = q.shape
+    out, lse = torch.empty(N, H, D, dtype=q.dtype, device=q.device), torch.empty(H, N, device=q.device)
+    words = torch.empty((3, H, N) if dropout_p else (0,), dtype=torch.int32, device=q.device)
+    if dropout_p:
+        launch(_dropout_words, triton.cdiv(N, 256) * H, seed, words, N, H, triton.cdiv(N, 256), BLOCK=256)
+    BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_forward", *_class(D, max_seqlen), q.dtype, q.device)
+    blocks = triton.cdiv(max_seqlen, BLOCK_Q)
+    launch(_forward, blocks * H * (len(cu_seqlens) - 1), q, k, v, out, lse, cu_seqlens, words, *_strides(q, k, v), N, H, blocks, len(k),
+           scale * LOG2E, _threshold(dropout_p), 1 / (1 - dropout_p), D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0,
+           SHARED=shared, num_warps=warps, num_stages=stages)
+    return out, lse, words
+
+
+@_attention.register_fake
+def _(q, k, v, cu_seqlens, seed, max_seqlen, scale, dropout_p, shared):
+    N, H, _ = q.shape
+    return (q.new_empty(q.shape), q.new_empty(H, N, dtype=torch.float32),
+            q.new_empty((3, H, N) if dropout_p else (0,), dtype=torch.int32))
+
+
+@torch.library.custom_op("recyclable::attention_backward", mutates_args=())
+def _attention_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, words: Tensor,
+                        cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout_p: float, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv in the shapes and dtypes of q, k, v."""
+    N, H, D = q.shape
+    B, P = len(cu_seqlens) - 1, len(k)
+    dout, delta = dout.contiguous(), torch.empty(H, N, device=q.device)
+    launch(_backward_delta, triton.cdiv(N, 64) * H, out, dout, delta, N, H, triton.cdiv(N, 64), D=D, BLOCK=64)
+    atomic = not torch.are_deterministic_algorithms_enabled()
+    dq = (torch.zeros if atomic else torch.empty)(N, H, D, device=q.device, dtype=torch.float32 if atomic else q.dtype)
+    dk, dv = (torch.empty(B * P if shared else N, H, D, device=q.device, dtype=torch.float32 if shared else k.dtype) for _ in range(2))
+    longest = P if shared else max_seqlen
+    BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_backward_keys", *_class(D, longest), q.dtype, q.device)
+    blocks = triton.cdiv(longest, BLOCK_K)
+    scales = scale, scale * LOG2E, _threshold(dropout_p), 1 / (1 - dropout_p)
+    launch(_backward_keys, blocks * H * B, q, k, v, dout, lse, delta, dq, dk, dv, cu_seqlens, words, *_strides(q, k, v), N, H, blocks, P,
+           *scales, D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0, SHARED=shared, ATOMIC=atomic, num_warps=warps,
+           num_stages=stages)
+    if not atomic:
+        BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_backward_queries", *_class(D, max_seqlen), q.dtype, q.device)
+        blocks = triton.cdiv(max_seqlen, BLOCK_Q)
+        launch(_backward_queries, blocks * H * B, q, k, v, dout, lse, delta, dq, cu_seqlens, words, *_strides(q, k, v), N, H, blocks, P,
+               *scales, D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0, SHARED=shared, num_warps=warps, num_stages=stages)
+    if shared:
+        dk, dv = (x.view(B, P, H, D).sum(0).to(k.dtype) for x in (dk, dv))
+    return dq.to(q.dtype), dk, dv
+
+
+@_attention_backward.register_fake
+def _(dout, q, k, v, out, lse, words, cu_seqlens, max_seqlen, scale, dropout_p, shared):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _save(ctx, inputs, output):
+    q, k, v, cu_seqlens, _, *ctx.rest = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, dout, dlse, dwords):
+    if dout is None:
+        return (None,) * 9
+    return *_attention_backward(dout, *ctx.saved_tensors, *ctx.rest), *(None,) * 6
+
+
+_attention.register_autograd(_differentiate, setup_context=_save)
+
+
+def _class(D: int, longest: int) -> tuple[int]:
+    """The `size` of a row of configs.TABLE: the head dimension; negative where all rows fit one small block."""
+    return (D if longest > 64 else -D,)
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(s for x in tensors for s in x.stride()[:2])
+
+
+# ---------------------------------------------------------------- public
+
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, dropout_p: float = 0.0,
               seed: Tensor | int | None = None, scale: float | None = None,
               prefix_kv: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
-    """Attention in which each of B sequences sees itself only.
+    """Attention in which each of B sequences sees itself only. Nothing waits for the device.
 
-    q, k, v      (N, H, D), any strides: the tokens of all sequences end to end
+    q, k, v      (N, H, D), any strides with a contiguous last dimension: the tokens of all sequences end to end
     cu_seqlens   (B+1,) int32, where each sequence begins, then N; empty sequences are allowed
-    max_seqlen   length of the longest
+    max_seqlen   length of the longest, or more
     dropout_p    probability with which an attention weight is dropped; kept ones are scaled by 1 / (1 - p)
-    seed         of the dropout mask; None draws from torch's default generator
+    seed         of the dropout mask, an int or a tensor of one int64; None draws from torch's default generator
     scale        of the scores; None is D ** -0.5
     prefix_kv    learned keys (P, H, D), values (P, H, D) and gate (H,): adds gate_h * softmax(scale q k_p^T) v_p, so a zero
                  gate is no prefix at all (Zhang et al., 2023, LLaMA-Adapter, without their tanh)
@@ -67,4 +403,25 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
         raise ValueError(f"q, k and v must be (N, H, D) and alike, not {[tuple(x.shape) for x in (q, k, v)]}")
     if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32:
         raise ValueError(f"cu_seqlens must be (B+1,) int32, not {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}")
-    return attention_ref(q, k, v, cu_seqlens, max_seqlen, dropout_p=dropout_p, seed=seed, scale=scale, prefix_kv=prefix_kv)
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be at least 0 and below 1, not {dropout_p}")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if not uses_triton(q):
+        return attention_ref(q, k, v, cu_seqlens, max_seqlen, dropout_p=dropout_p, seed=seed, scale=scale, prefix_kv=prefix_kv)
+    seed = _seed(seed, q.device) if dropout_p else None
+    out = _padded_attention(q, k, v, cu_seqlens, seed, max_seqlen, scale, dropout_p, False)
+    if prefix_kv is not None:
+        k_p, v_p, gate = (x.to(q.dtype) for x in prefix_kv)
+        runs = torch.arange(0, len(q) + PREFIX_ROWS, PREFIX_ROWS, device=q.device, dtype=torch.int32).clamp_(max=len(q))
+        out = out + gate[:, None] * _padded_attention(q, k_p, v_p, runs, None, PREFIX_ROWS, scale, 0.0, True)
+    return out
+
+
+def _padded_attention(q: Tensor, k: Tensor, v: Tensor, *rest) -> Tensor:
+    """The op, head dimensions between the kernels' own filled up with zeros."""
+    D = q.shape[-1]
+    wide = next((size for size in (32, 64, 128) if size >= D), None)
+    if wide is None:
+        raise ValueError(f"heads of {D} dimensions: the kernels go up to 128; RT_KERNELS=ref takes any")
+    q, k, v = (F.pad(x, (0, wide - D)) if D < wide else x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    return _attention(q, k, v, *rest)[0][..., :D]

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import attention
-from kernels.attention import random_keep
 
 
 @dataclass(frozen=True)
@@ -58,13 +57,20 @@ class Batch:
         return replace(self, **moved)
 
 
+def random_keep(shape: torch.Size, p: float) -> Tensor:
+    """Boolean mask on the CPU, each element kept with probability 1 - p (to 1/65536), from 16 random bits an element."""
+    n = shape.numel()
+    words = torch.empty((n + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    return words.view(torch.int16)[:n].view(shape) >= round(p * 65536) - 32768
+
+
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """Inverted dropout. On CPU the mask comes from 16 random bits an element: several times faster than F.dropout."""
     if not training or p == 0.0:
         return x
     if x.device.type != "cpu":
         return F.dropout(x, p)
-    return x * random_keep(x.shape, p, None, x.device).to(x.dtype).mul_(1 / (1 - p))
+    return x * random_keep(x.shape, p).to(x.dtype).mul_(1 / (1 - p))
 
 
 class Linear(nn.Linear):

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")     # nothing here may reach a network
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")   # read when kernels/ is imported: the kernels run, slowly, on the CPU
 
 from data import docstrings
 from rt.checkpoint import Base, fingerprint
@@ -18,6 +20,17 @@ from rt.tokenizer import train_tokenizer
 
 torch.set_num_threads(1)     # tiny models: more threads only wait for each other
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch) -> torch.device:
+    """Where a kernel is tested: in Triton's interpreter, and compiled where there is a GPU."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    if request.param == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("kernels are compiled here; TRITON_INTERPRET=1 interprets them")
+    monkeypatch.setenv("RT_KERNELS", "triton")
+    return torch.device(request.param)
 
 
 @pytest.fixture(scope="session")

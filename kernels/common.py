@@ -1,0 +1,65 @@
+"""What the kernel files share: Triton where there is one, which path a call takes, and the launch.
+
+    RT_KERNELS unset     CUDA tensors take the Triton kernels, all others the references in plain PyTorch
+    RT_KERNELS=ref       references everywhere
+    RT_KERNELS=triton    Triton everywhere; CPU tensors then need TRITON_INTERPRET=1, Triton's interpreter
+"""
+import os
+from contextlib import contextmanager
+from typing import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ImportError:     # no Triton for macOS and Windows: the kernels below stay unused text, the references work
+
+    class _Missing:
+        def __getattr__(self, name: str) -> Callable:
+            return lambda f=None: f
+
+    triton = tl = _Missing()
+    HAS_TRITON = False
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)     # what the kernels read; all of them compute in fp32
+_launched: list | None = None                               # see `recording`
+
+
+def uses_triton(x: Tensor) -> bool:
+    """Whether a call on `x` takes the Triton path (module docstring). float64 is the references' alone."""
+    mode = os.environ.get("RT_KERNELS", "auto")
+    if mode == "auto":
+        return HAS_TRITON and x.is_cuda and x.dtype in FLOATS
+    if mode not in ("ref", "triton"):
+        raise ValueError(f"RT_KERNELS={mode}: not one of auto, ref, triton")
+    if mode == "triton" and not (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1" or _launched is not None):
+        raise ValueError(f"RT_KERNELS=triton on a {x.device.type} tensor needs TRITON_INTERPRET=1")
+    return mode == "triton" and x.dtype in FLOATS
+
+
+def launch(kernel, programs: int, *args, **meta) -> None:
+    """Run `programs` copies of `kernel` on the device of its first tensor, which need not be the current one."""
+    if _launched is not None:
+        _launched.append((kernel, args, meta))
+        return
+    device = next(a.device for a in args if isinstance(a, Tensor))
+    if programs and device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[(programs,)](*args, **meta)
+    elif programs:
+        kernel[(programs,)](*args, **meta)
+
+
+@contextmanager
+def recording() -> Iterator[list]:
+    """Inside, `launch` runs nothing and notes (kernel, args, meta): how compile_check learns what the code launches."""
+    global _launched
+    _launched = []
+    try:
+        yield _launched
+    finally:
+        _launched = None

@@ -1,0 +1,163 @@
+"""Compile every kernel in every configuration the code can launch, without a GPU, and look at the machine code.
+
+    python -m kernels.compile_check                  sm_80, sm_90 and sm_100
+    python -m kernels.compile_check --arch 90 --kernel attention --json rows.json
+
+A row: registers a thread, spilled bytes, shared memory a block, matrix instructions (HMMA; HGMMA on Hopper; UTCHMMA on Blackwell), and
+instructions an element of a tile in the longest loop. Exit code 1 on a spill, on more shared memory than the chip has, or where a
+kernel with a matrix product has no matrix instruction. What is compiled is what the public functions launch: they are called on small
+tensors with every choice that changes the code, and their launches are recorded, not run.
+"""
+import argparse
+import concurrent.futures
+import importlib
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Iterator
+
+import torch
+from tqdm import tqdm
+
+from kernels import attention, configs
+from kernels.common import recording, triton
+
+SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}    # bytes a block; 80 stands for sm_86, 89 and 120 too
+MATRIX = re.compile(r"\b(HMMA|HGMMA|UTC[A-Z]*MMA)\b")
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64", torch.int32: "i32",
+         torch.int64: "i64", torch.bool: "i1"}
+
+
+def attention_calls(dtype: torch.dtype) -> Iterator:
+    for D, longest, dropout_p, deterministic in itertools.product((32, 64, 128), (64, 512), (0.0, 0.1), (False, True)):
+        q, k, v = torch.zeros(3, 4, 16, D, dtype=dtype, requires_grad=True).unbind()
+        prefix = tuple(torch.zeros(s, requires_grad=True) for s in ((64, 16, D), (64, 16, D), (16,))) if not dropout_p else None
+        torch.use_deterministic_algorithms(deterministic)
+        attention(q, k, v, torch.tensor([0, 4], dtype=torch.int32), longest, dropout_p=dropout_p, prefix_kv=prefix).sum().backward()
+    torch.use_deterministic_algorithms(False)
+
+
+CALLS = {"attention": attention_calls}
+
+
+def launches(arch: int, which: str) -> list[tuple]:
+    """What can be launched on `arch`, each once: (module, kernel, signature, constexprs, attributes, options)."""
+    found = {}
+    os.environ["RT_KERNELS"], configs._arch = "triton", arch
+    with recording() as recorded:
+        for name, calls in CALLS.items():
+            if which in name:
+                for dtype in (torch.bfloat16, torch.float16, torch.float32):
+                    calls(dtype)
+    for kernel, args, meta in recorded:
+        spec = describe(kernel, args, meta)
+        found[repr(spec)] = spec
+    return list(found.values())
+
+
+def describe(kernel, args: tuple, meta: dict) -> tuple:
+    """A launch as Triton's compiler wants it: as its own launcher does, 1 and None become constants, and pointers and integers that
+    16 divides are known to be so."""
+    options = {k: v for k, v in meta.items() if k not in kernel.arg_names}
+    values = dict(zip(kernel.arg_names, args)) | {k: v for k, v in meta.items() if k in kernel.arg_names}
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        value = values[name]
+        if isinstance(value, torch.Tensor):
+            signature[name] = "*" + TYPES[value.dtype]
+        elif kernel.params[i].is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, int):
+            signature[name] = "i32" if -2**31 <= value < 2**31 else "i64"
+        else:
+            signature[name] = "fp32"
+        if isinstance(value, torch.Tensor) or (signature[name] in ("i32", "i64") and value % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return kernel.fn.__module__, kernel.fn.__name__, signature, constants, attributes, options
+
+
+def compile_one(arch: int, spec: tuple) -> dict:
+    """Compile one launch for `arch` and read its machine code."""
+    module, name, signature, constants, attributes, options = spec
+    kernel = getattr(importlib.import_module(module), name)
+    row = {"kernel": name, "arch": arch, "types": ",".join(dict.fromkeys(t for t in signature.values() if t.startswith("*")))}
+    row["config"] = " ".join(f"{k}={v}" for k, v in {**constants, **options}.items() if k.isupper() or k.startswith("num"))
+    source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
+    try:
+        done = triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", arch, 32), options=options)
+    except Exception as error:      # whatever the compiler raises is this row's result
+        return row | {"error": str(error).strip().splitlines()[-1][:200]}
+    return row | machine_code(done, options.get("num_warps", 4) * 32, tile(constants)) | {
+        "shared": done.metadata.shared, "has_dot": "tt.dot" in done.asm["ttir"]}
+
+
+def tile(constants: dict) -> int:
+    return math.prod(v for k, v in constants.items() if k.startswith("BLOCK"))
+
+
+def machine_code(done, threads: int, elements: int) -> dict:
+    """Registers, spilled bytes, matrix instructions, and instructions an element in the longest loop (of all, without one)."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(done.asm["cubin"])
+        usage, text = (subprocess.run([TOOLS / tool, *flags, path], capture_output=True, text=True, check=True).stdout
+                       for tool, *flags in (("cuobjdump", "--dump-resource-usage"), ("cuobjdump", "--dump-sass")))
+    found = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    code = [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", text)]
+    loops = [(int(back, 16), at) for at, what in code for back in re.findall(r"BRA[^`]*? 0x([0-9a-f]+)", what) if int(back, 16) < at]
+    first, last = max(loops, key=lambda ends: ends[1] - ends[0], default=(0, code[-1][0]))
+    body = sum(first <= at <= last for at, _ in code)
+    return {"registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"],
+            "matrix": sum(bool(MATRIX.search(what)) for _, what in code), "instructions_per_element": body * threads / elements}
+
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def fault(row: dict) -> str:
+    """What is wrong with a row, or nothing."""
+    if "error" in row:
+        return row["error"]
+    if row["spilled"]:
+        return f"spills {row['spilled']} bytes"
+    if row["shared"] > SHARED_MEMORY[row["arch"]]:
+        return f"needs more than {SHARED_MEMORY[row['arch']]} bytes of shared memory"
+    return "a matrix product without matrix instructions" if row["has_dot"] and not row["matrix"] else ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", choices=configs.ARCHS, default=configs.ARCHS)
+    parser.add_argument("--kernel", default="", help="only files whose name has this in it: " + ", ".join(CALLS))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--json", help="file for the rows")
+    asked = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("TRITON_INTERPRET=1 replaces the compiler that is to be checked: unset it", file=sys.stderr)
+        return 2
+    work = [(arch, spec) for arch in asked.arch for spec in launches(arch, asked.kernel)]
+    with concurrent.futures.ProcessPoolExecutor(asked.jobs, multiprocessing.get_context("spawn")) as pool:
+        rows = list(tqdm(pool.map(compile_one, *zip(*work)), total=len(work), disable=None, desc="compiling"))
+    print(f"{'kernel':24} {'types':18} {'sm':>3} {'reg':>4} {'spill':>5} {'shared':>7} {'matrix':>6} {'instr/elt':>9}  config")
+    for row in rows:
+        if "error" not in row:
+            print(f"{row['kernel']:24} {row['types']:18} {row['arch']:3} {row['registers']:4} {row['spilled']:5} {row['shared']:7} "
+                  f"{row['matrix']:6} {row['instructions_per_element']:9.1f}  {row['config']}  {fault(row)}")
+        else:
+            print(f"{row['kernel']:24} {row['types']:18} {row['arch']:3} {row['error']}  {row['config']}")
+    if asked.json:
+        Path(asked.json).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    bad = sum(bool(fault(row)) for row in rows)
+    print(f"{len(rows)} compiled, {bad} with a fault")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""How large a tile each kernel works on: data, in one place.
+
+A row is (tile sizes ..., warps, stages); what the sizes are, the kernel's own docstring says. Rows are found by kernel name,
+then by architecture, by `size` (the head dimension, or the class of row length a kernel names) and by the bits of a number.
+`python -m kernels.compile_check` compiles every row for every architecture and shows its registers, spills and shared memory.
+
+Architectures: 90 is Hopper and 100 is data-centre Blackwell (227 KB of shared memory a block). 80 is Ampere and everything else, kept
+under 99 KB, which is what the consumer chips of sm_86, 89 and 120 have (an A100 has 163).
+
+RT_CONFIGS=FILE replaces rows by those of a JSON file {kernel: {"ARCH SIZE BITS": [..]}}, such as `python -m bench.kernels --tune`
+writes: for the curious; nothing is tuned behind the caller's back.
+"""
+import functools
+import json
+import os
+
+import torch
+
+ARCHS = (80, 90, 100)
+
+def _rows(by_size: dict[int, tuple[int, ...]], arch: int = 0, bits: int = 0) -> dict[tuple[int, int, int], tuple[int, ...]]:
+    return {(a, size, b): row for size, row in by_size.items() for a in ARCHS if arch in (0, a) for b in (16, 32) if bits in (0, b)}
+
+
+TABLE: dict[str, dict[tuple[int, int, int], tuple[int, ...]]] = {
+    # queries, keys, warps, stages; size: the head dimension, negative where the longest sequence has at most 64 tokens
+    "attention_forward": {
+        **_rows({32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 64, 8, 2), -32: (64, 64, 4, 2), -64: (64, 64, 4, 2),
+                 -128: (64, 64, 4, 2)}, bits=16),
+        **_rows({32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (64, 32, 8, 2), -32: (64, 32, 4, 2), -64: (64, 32, 4, 2),
+                 -128: (64, 32, 8, 2)}, bits=32)},
+    "attention_backward_keys": {
+        **_rows({32: (64, 128, 8, 2), 64: (64, 128, 8, 2), 128: (64, 64, 8, 2), -32: (64, 64, 4, 2), -64: (64, 64, 4, 2),
+                 -128: (64, 64, 8, 2)}, bits=16),
+        **_rows({32: (32, 64, 4, 2), 64: (32, 64, 8, 2), 128: (32, 32, 8, 1), -32: (32, 64, 4, 2), -64: (32, 64, 8, 2),
+                 -128: (32, 32, 8, 1)}, bits=32)},
+    "attention_backward_queries": {
+        **_rows({32: (128, 64, 8, 2), 64: (128, 64, 8, 2), 128: (64, 64, 8, 2), -32: (64, 64, 4, 2), -64: (64, 64, 4, 2),
+                 -128: (64, 64, 8, 2)}, bits=16),
+        **_rows({32: (64, 32, 4, 2), 64: (64, 32, 8, 2), 128: (32, 32, 8, 1), -32: (64, 32, 4, 2), -64: (64, 32, 8, 2),
+                 -128: (32, 32, 8, 1)}, bits=32)},
+}
+_arch: int | None = None        # compile_check sets what no device here can tell
+
+
+def architecture(device: torch.device) -> int:
+    """The row of the table for `device`; on a CPU, in the interpreter, that of an A100."""
+    if _arch is not None:
+        return _arch
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
+    return {9: 90, 10: 100}.get(major, 80)
+
+
+def pick(kernel: str, size: int, dtype: torch.dtype, device: torch.device) -> tuple[int, ...]:
+    """The row of `kernel` for tensors of `dtype` on `device`."""
+    key = (architecture(device), size, 8 * dtype.itemsize)
+    override = os.environ.get("RT_CONFIGS")
+    row = _read(override).get(kernel, {}).get(" ".join(map(str, key))) if override else None
+    return tuple(row) if row else TABLE[kernel][key]
+
+
+@functools.cache
+def _read(path: str) -> dict:
+    with open(path) as f:
+        return json.load(f)
