@@ -38,9 +38,11 @@ class Config:
     delta: str = "full"  # full, adapter, lora, bitfit or prefix
     shots: int | None = 16  # examples a label for train and for dev; none: all
     seeds: tuple[int, ...] = (0, 1, 2)  # of the few-shot sample, fresh weights, data order and dropout
-    alpha: float = 0.7  # share of distillation: (1 - alpha) task + alpha KD + beta patience
+    alpha: float = 0.7  # share of distillation: (1 - alpha) task + alpha KD + beta patience + gamma attention
     beta: float = 1.0  # weight of patience
     T: float = 5.0  # distillation temperature
+    gamma: float = 0.0  # weight of the divergence between attention maps; the teacher then runs at every step
+    att_layers: str = "last"  # whose maps: last or all
     public_code: bool = False  # KD divided by the number of labels, patience halved, as in the paper's code
     steps: int = 50  # optimizer steps
     batch_size: int = 16  # sequences a step
@@ -81,8 +83,10 @@ def main() -> None:
             raise UsageError(f"--mode {mode}: not one of {', '.join(MODES)}, all")
     require_positive(c, "steps", "batch_size", "eval_every", "seq_len", "shots", "T", "lr", "bottleneck", "r", "prefix_len")
     require_seeds(*c.seeds)
-    if not 0 <= c.alpha <= 1 or c.beta < 0:
-        raise UsageError(f"--alpha {c.alpha} must lie between 0 and 1, --beta {c.beta} must not be negative")
+    if not 0 <= c.alpha <= 1 or min(c.beta, c.gamma) < 0:
+        raise UsageError(f"--alpha {c.alpha} must lie between 0 and 1, --beta {c.beta} and --gamma {c.gamma} must not be negative")
+    if c.att_layers not in ("last", "all"):
+        raise UsageError(f"--att_layers {c.att_layers}: not one of last, all")
     config, device = delta_config(c), pick_device(c.device)
     where = {"device": device, "precision": pick_precision(c.precision, device)}
     task = load_task(task_path(c.task, c.cache))
@@ -94,7 +98,8 @@ def main() -> None:
     out = Path(c.out or f"runs/recycle/{lineage}-{task.name}-{c.delta}" + (f"-k{c.shots}" if c.shots else ""))
     plan = [(seed, mode, lr) for seed in c.seeds for mode in modes for lr in learning_rates(c, mode)]
     data = encode_task(task, base.tokenizer, c.seq_len)
-    r = Recycling(old_base, old_delta, base, data, config, tune_settings(c, 0, 0.0), c.alpha, c.beta, c.T, c.public_code, **where)
+    r = Recycling(old_base, old_delta, base, data, config, tune_settings(c, 0, 0.0), c.alpha, c.beta, c.T, c.public_code, gamma=c.gamma,
+                  att_layers=c.att_layers, **where)
     for mode in modes:
         check(r, mode)
     book = Book(c, out, task, plan)
@@ -160,7 +165,9 @@ def settings_of(c: Config, mode: str) -> dict:
     """The flags that a run of `mode` depends on, beside its seed and learning rate."""
     free = {"mode", "seeds", "lr", "out", "cache", "device", "save_deltas"}
     if mode not in NEEDS_TEACHER:
-        free |= {"alpha", "beta", "T", "public_code"}
+        free |= {"alpha", "beta", "T", "public_code", "gamma", "att_layers"}
+    if not c.gamma:
+        free |= {"gamma", "att_layers"}
     return {k: v for k, v in record(c).items() if k not in free}
 
 

@@ -13,12 +13,13 @@ dP: seven. Counted for 32 x 512 tokens, H 12, D 64: 64 GFLOP and 0.3 GB of L2 an
 wherever matrix products run below 0.7 PFLOP/s.
 
 Dropout is a function of (seed, head, query token, key token). Row i has hashed words a_i (odd) and b_i, key j has c_j, all made once by
-`_dropout_words`, and the weight is kept where the int32 a_i c_j + b_i is not below a threshold: one multiply-add, one comparison and
-one select an element, where Philox takes about 58 instructions. Along a row and along a column the values are as independent as the
-words are; kept with probability 1 - p to 2^-32; the same in the reference.
+`_dropout_words`, and the weight is dropped where the int32 a_i c_j + b_i is below a threshold: one multiply-add, one comparison, one
+select and one product an element, where Philox takes about 58 instructions. Along a row and along a column the values are as independent as the words
+are. The reference drops the same weights.
 
-Limits: D up to 128 (32, 64 and 128 as they are, others padded); fp32 (three TF32 products), fp16 and bf16, fp32 sums; float64 takes the
-reference. Not differentiable twice. Tested in Triton's interpreter; compiled for sm_80, 90, 100.
+Limits: D up to 128 (32, 64 and 128 as they are, others padded) in fp16 and bf16, up to 64 in fp32 (three TF32 products, whose operands
+fill the registers: the split backward only), fp32 sums. float64 and larger fp32 heads take the reference. Not differentiable twice.
+Tested in Triton's interpreter; compiled for sm_80, 90, 100.
 """
 import itertools
 
@@ -31,6 +32,7 @@ from kernels.common import launch, tl, triton, uses_triton
 
 LOG2E = 1.4426950408889634
 PREFIX_ROWS = 512       # queries that share a partial sum of a prefix's gradients
+RUNTIME = ["N", "H", "blocks", "prefix_len", "threshold"]      # not compiled anew where they are 1 or a multiple of 16
 
 
 # ---------------------------------------------------------------- dropout: the same mask in the reference and in the kernels
@@ -52,7 +54,7 @@ def _words(seed: Tensor, stream: int, heads: int, tokens: int) -> Tensor:
 
 
 def _threshold(p: float) -> int:
-    """Words from here up, as int32, are kept: a share 1 - p of all."""
+    """A weight is dropped where the int32 a c + b is below this: a share p of all."""
     return min(round(p * 2**32), 2**32 - 1) - 2**31
 
 
@@ -63,7 +65,7 @@ def _mix_kernel(x):
     return x ^ (x >> 16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def _dropout_words(seed_ptr, words_ptr, N, H, blocks, BLOCK: tl.constexpr):     # (1,) int64, (3, H, N) int32
     """`_words`, all three streams of one head for BLOCK tokens."""
     h, n = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -74,6 +76,13 @@ def _dropout_words(seed_ptr, words_ptr, N, H, blocks, BLOCK: tl.constexpr):     
         if stream == 0:
             words = words | 1
         tl.store(words_ptr + (stream * H + h) * N.to(tl.int64) + n, words.to(tl.int32, bitcast=True), mask=n < N)
+
+
+@triton.jit
+def _keep(a, b, c, threshold):
+    """1 where a weight is kept, else 0. As a factor: selecting by the comparison itself is moved behind the cast to 16 bits by the
+    compiler, and costs 7 to 9 instructions an element instead of 5."""
+    return tl.where(a * c + b < threshold, 0.0, 1.0)
 
 
 @triton.jit
@@ -136,7 +145,7 @@ def _locate(cu_ptr, blocks, H):
     pid = tl.program_id(0)
     b = pid // (blocks * H)
     start = tl.load(cu_ptr + b).to(tl.int64)
-    return pid % blocks, pid // blocks % H, b, start, (tl.load(cu_ptr + b + 1) - start).to(tl.int32)
+    return pid % blocks, (pid // blocks % H).to(tl.int64), b, start, (tl.load(cu_ptr + b + 1) - start).to(tl.int32)
 
 
 @triton.jit
@@ -159,13 +168,13 @@ def _online_softmax(acc, m, l, q, k_ptr, v_ptr, k_stride, v_stride, cols, keys, 
     l = l * shrink + tl.sum(p, 1)       # the softmax is normalised before weights are dropped
     if DROPOUT:
         c = _word(words_ptr, 2, cols, keys, N, H)
-        p = tl.where(a[:, None] * c[None, :] + b[:, None] >= threshold, p, 0.0)
+        p *= _keep(a[:, None], b[:, None], c[None, :], threshold)
     v = _tile(v_ptr, v_stride, cols, keys, D)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="tf32x3")
     return acc, m_new, l
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def _forward(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_ptr, words_ptr,    # (N, H, D) x 4, (H, N), (B+1,), (3, H, N)
              q_stride, q_head, k_stride, k_head, v_stride, v_head,        # elements from one token, or head, to the next
              N, H, blocks, prefix_len, qk_scale, threshold, keep_scale,
@@ -181,7 +190,7 @@ def _forward(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_ptr, words_ptr,    # (N, 
     q = _tile(q_ptr + start * q_stride + h * q_head, q_stride, rows, length, D)
     a, b = rows, rows
     if DROPOUT:
-        words_ptr += h * N.to(tl.int64) + start
+        words_ptr += h * N + start
         a, b = _word(words_ptr, 0, rows, length, N, H), _word(words_ptr, 1, rows, length, N, H)
     m = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
     l = tl.zeros((BLOCK_Q,), tl.float32)
@@ -194,7 +203,7 @@ def _forward(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_ptr, words_ptr,    # (N, 
         acc, m, l = _online_softmax(acc, m, l, q, k_ptr, v_ptr, k_stride, v_stride, full + cols, keys, qk_scale, a, b, words_ptr,
                                     N, H, threshold, D, DROPOUT, True)
     inside = rows < length
-    tl.store(lse_ptr + h * N.to(tl.int64) + start + rows, m + tl.log2(l), mask=inside)
+    tl.store(lse_ptr + h * N + start + rows, m + tl.log2(l), mask=inside)
     out_ptr += (start * H + h) * D
     tl.store(out_ptr + rows[:, None] * (H * D) + tl.arange(0, D)[None, :],
              (acc * (keep_scale / l)[:, None]).to(out_ptr.dtype.element_ty), mask=inside[:, None])
@@ -202,17 +211,17 @@ def _forward(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_ptr, words_ptr,    # (N, 
 
 # ---------------------------------------------------------------- backward
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def _backward_delta(out_ptr, dout_ptr, delta_ptr, N, H, blocks, D: tl.constexpr, BLOCK: tl.constexpr):   # (N, H, D) x 2, (H, N)
     """delta_i = out_i . dout_i = sum_j P_ij dP_ij, what the softmax's gradient takes off dP."""
-    block, h = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    block, h = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     rows = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     out = _tile(out_ptr + h * D, H * D, rows, N, D).to(tl.float32)
     dout = _tile(dout_ptr + h * D, H * D, rows, N, D).to(tl.float32)
-    tl.store(delta_ptr + h * N.to(tl.int64) + rows, tl.sum(out * dout, 1), mask=rows < N)
+    tl.store(delta_ptr + h * N + rows, tl.sum(out * dout, 1), mask=rows < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def _backward_keys(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr, cu_ptr, words_ptr,
                    q_stride, q_head, k_stride, k_head, v_stride, v_head, N, H, blocks, prefix_len, scale, qk_scale, threshold, keep_scale,
                    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr, SHARED: tl.constexpr,
@@ -229,10 +238,10 @@ def _backward_keys(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, dk
     q_ptr += start * q_stride + h * q_head
     dout_ptr += (start * H + h) * D
     dq_ptr += (start * H + h) * D
-    lse_ptr += h * N.to(tl.int64) + start
-    delta_ptr += h * N.to(tl.int64) + start
+    lse_ptr += h * N + start
+    delta_ptr += h * N + start
     if DROPOUT:
-        words_ptr += h * N.to(tl.int64) + start
+        words_ptr += h * N + start
         c = _word(words_ptr, 2, cols, keys, N, H)
     dk, dv = tl.zeros((BLOCK_K, D), tl.float32), tl.zeros((BLOCK_K, D), tl.float32)
     for n in range(0, length, BLOCK_Q):
@@ -248,8 +257,8 @@ def _backward_keys(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, dk
         kept = p
         if DROPOUT:
             a, b = _word(words_ptr, 0, rows, length, N, H), _word(words_ptr, 1, rows, length, N, H)
-            keep = a[None, :] * c[:, None] + b[None, :] >= threshold
-            kept, dp = tl.where(keep, p, 0.0), tl.where(keep, dp * keep_scale, 0.0)
+            keep = _keep(a[None, :], b[None, :], c[:, None], threshold)
+            kept, dp = p * keep, dp * keep * keep_scale
         dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision="tf32x3")
         ds = (p * (dp - delta[None, :])).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision="tf32x3")
@@ -262,7 +271,7 @@ def _backward_keys(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, dk
     tl.store(dv_ptr + place, (dv * keep_scale).to(dv_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def _backward_queries(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, cu_ptr, words_ptr,
                       q_stride, q_head, k_stride, k_head, v_stride, v_head, N, H, blocks, prefix_len, scale, qk_scale, threshold,
                       keep_scale, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr,
@@ -278,10 +287,10 @@ def _backward_queries(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
     inside = rows < length
     q = _tile(q_ptr + start * q_stride + h * q_head, q_stride, rows, length, D)
     dout = _tile(dout_ptr + (start * H + h) * D, H * D, rows, length, D)
-    lse = tl.load(lse_ptr + h * N.to(tl.int64) + start + rows, mask=inside, other=float("inf"))
-    delta = tl.load(delta_ptr + h * N.to(tl.int64) + start + rows, mask=inside, other=0.0)
+    lse = tl.load(lse_ptr + h * N + start + rows, mask=inside, other=float("inf"))
+    delta = tl.load(delta_ptr + h * N + start + rows, mask=inside, other=0.0)
     if DROPOUT:
-        words_ptr += h * N.to(tl.int64) + start
+        words_ptr += h * N + start
         a, b = _word(words_ptr, 0, rows, length, N, H), _word(words_ptr, 1, rows, length, N, H)
     dq = tl.zeros((BLOCK_Q, D), tl.float32)
     for n in range(0, keys, BLOCK_K):
@@ -292,7 +301,7 @@ def _backward_queries(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
         dp = tl.dot(dout, tl.trans(_tile(v_ptr, v_stride, cols, keys, D)), input_precision="tf32x3")
         if DROPOUT:
             c = _word(words_ptr, 2, cols, keys, N, H)
-            dp = tl.where(a[:, None] * c[None, :] + b[:, None] >= threshold, dp * keep_scale, 0.0)
+            dp *= _keep(a[:, None], b[:, None], c[None, :], threshold) * keep_scale
         dq = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, dq, input_precision="tf32x3")
     place = (start * H + h) * D + rows[:, None] * (H * D) + tl.arange(0, D)[None, :]
     tl.store(dq_ptr + place, (dq * scale).to(dq_ptr.dtype.element_ty), mask=inside[:, None])
@@ -333,7 +342,7 @@ def _attention_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tens
     B, P = len(cu_seqlens) - 1, len(k)
     dout, delta = dout.contiguous(), torch.empty(H, N, device=q.device)
     launch(_backward_delta, triton.cdiv(N, 64) * H, out, dout, delta, N, H, triton.cdiv(N, 64), D=D, BLOCK=64)
-    atomic = not torch.are_deterministic_algorithms_enabled()
+    atomic = q.dtype != torch.float32 and not torch.are_deterministic_algorithms_enabled()
     dq = (torch.zeros if atomic else torch.empty)(N, H, D, device=q.device, dtype=torch.float32 if atomic else q.dtype)
     dk, dv = (torch.empty(B * P if shared else N, H, D, device=q.device, dtype=torch.float32 if shared else k.dtype) for _ in range(2))
     longest = P if shared else max_seqlen
@@ -406,7 +415,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be at least 0 and below 1, not {dropout_p}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if not uses_triton(q):
+    if not uses_triton(q) or (q.dtype == torch.float32 and q.shape[-1] > 64):
         return attention_ref(q, k, v, cu_seqlens, max_seqlen, dropout_p=dropout_p, seed=seed, scale=scale, prefix_kv=prefix_kv)
     seed = _seed(seed, q.device) if dropout_p else None
     out = _padded_attention(q, k, v, cu_seqlens, seed, max_seqlen, scale, dropout_p, False)
@@ -418,10 +427,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
 
 
 def _padded_attention(q: Tensor, k: Tensor, v: Tensor, *rest) -> Tensor:
-    """The op, head dimensions between the kernels' own filled up with zeros."""
-    D = q.shape[-1]
+    return _attention(*padded(q, k, v), *rest)[0][..., :q.shape[-1]]
+
+
+def padded(*tensors: Tensor) -> list[Tensor]:
+    """Head dimensions between the kernels' own filled up with zeros, the last dimension contiguous."""
+    D = tensors[0].shape[-1]
     wide = next((size for size in (32, 64, 128) if size >= D), None)
     if wide is None:
         raise ValueError(f"heads of {D} dimensions: the kernels go up to 128; RT_KERNELS=ref takes any")
-    q, k, v = (F.pad(x, (0, wide - D)) if D < wide else x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    return _attention(q, k, v, *rest)[0][..., :D]
+    return [F.pad(x, (0, wide - D)) if D < wide else x if x.stride(-1) == 1 else x.contiguous() for x in tensors]

@@ -26,7 +26,7 @@ from typing import Iterator
 import torch
 from tqdm import tqdm
 
-from kernels import attention, configs
+from kernels import attention, attention_kd, configs
 from kernels.common import recording, triton
 
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}    # bytes a block; 80 stands for sm_86, 89 and 120 too
@@ -44,18 +44,25 @@ def attention_calls(dtype: torch.dtype) -> Iterator:
     torch.use_deterministic_algorithms(False)
 
 
-CALLS = {"attention": attention_calls}
+def attention_kd_calls(dtype: torch.dtype) -> Iterator:
+    equal = [(D, D, longest, dtype) for D in (32, 64, 128) for longest in (64, 512)]
+    for D_s, D_t, longest, dtype_t in [*equal, (64, 128, 512, torch.bfloat16), (128, 32, 512, torch.bfloat16)]:
+        q_s, k_s = torch.zeros(2, 4, 16, D_s, dtype=dtype, requires_grad=True).unbind()
+        q_t, k_t = torch.zeros(2, 4, 16, D_t, dtype=dtype_t).unbind()
+        attention_kd(q_s, k_s, q_t, k_t, torch.tensor([0, 4], dtype=torch.int32), longest).sum().backward()
 
 
-def launches(arch: int, which: str) -> list[tuple]:
+CALLS = {"attention": attention_calls, "attention_kd": attention_kd_calls}
+
+
+def launches(arch: int, which: list[str]) -> list[tuple]:
     """What can be launched on `arch`, each once: (module, kernel, signature, constexprs, attributes, options)."""
     found = {}
     os.environ["RT_KERNELS"], configs._arch = "triton", arch
     with recording() as recorded:
-        for name, calls in CALLS.items():
-            if which in name:
-                for dtype in (torch.bfloat16, torch.float16, torch.float32):
-                    calls(dtype)
+        for name in which:
+            for dtype in (torch.bfloat16, torch.float16, torch.float32):
+                CALLS[name](dtype)
     for kernel, args, meta in recorded:
         spec = describe(kernel, args, meta)
         found[repr(spec)] = spec
@@ -72,13 +79,14 @@ def describe(kernel, args: tuple, meta: dict) -> tuple:
         value = values[name]
         if isinstance(value, torch.Tensor):
             signature[name] = "*" + TYPES[value.dtype]
-        elif kernel.params[i].is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        elif kernel.params[i].is_constexpr or value is None or (value == 1 and not kernel.params[i].do_not_specialize):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, int):
             signature[name] = "i32" if -2**31 <= value < 2**31 else "i64"
         else:
             signature[name] = "fp32"
-        if isinstance(value, torch.Tensor) or (signature[name] in ("i32", "i64") and value % 16 == 0):
+        if isinstance(value, torch.Tensor) or (
+                signature[name] in ("i32", "i64") and value % 16 == 0 and not kernel.params[i].do_not_specialize):
             attributes[(i,)] = [["tt.divisibility", 16]]
     return kernel.fn.__module__, kernel.fn.__name__, signature, constants, attributes, options
 
@@ -135,7 +143,7 @@ def fault(row: dict) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", choices=configs.ARCHS, default=configs.ARCHS)
-    parser.add_argument("--kernel", default="", help="only files whose name has this in it: " + ", ".join(CALLS))
+    parser.add_argument("--kernel", nargs="+", choices=CALLS, default=list(CALLS))
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--json", help="file for the rows")
     asked = parser.parse_args()

@@ -3,7 +3,8 @@
     task      CE(s, y); of a regression the squared error
     KD        T^2 KL(softmax(t/T) || softmax(s/T)), mean over the batch; of a regression the squared error to t
     patience  mean squared error between the <s> rows of teacher and student: embedding output, all layers but the last
-    total     (1 - alpha) task + alpha KD + beta patience
+    attention KL(teacher's attention map || student's), mean over layers, heads and query tokens of the batch
+    total     (1 - alpha) task + alpha KD + beta patience + gamma attention
 
 `public_code` reproduces the numbers of thunlp/RecyclableTuning: KD averaged over the C classes as well, that is divided
 by C, and patience times 0.5.
@@ -14,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import hidden_mse, kd_loss
+from kernels import attention_kd, hidden_mse, kd_loss
 from rt.device import autocast
-from rt.model import Batch, Classifier
+from rt.model import Batch, Classifier, Trace
 from rt.tasks import Encoded
 
 
@@ -36,9 +37,8 @@ def run_teacher(teacher: Classifier, data: Encoded, device: torch.device, precis
     for i in range(0, len(data), batch_size):
         batch = data.batch(list(range(i, min(i + batch_size, len(data))))).to(device)
         with autocast(device, precision):
-            s, rows = teacher(batch, states=True)
-        logits.append(s.float())
-        states.append(rows.float())
+            logits.append(teacher(batch, trace := Trace()).float())
+        states.append(trace.states.float())
         index.append(batch.index)
     place = torch.cat(index).argsort()      # a batch comes in its own order
     return TeacherCache(torch.cat(logits)[place], torch.cat(states)[place])
@@ -60,16 +60,22 @@ class Loss:
     beta: float | None = None
     T: float | None = None
     public_code: bool = False
+    gamma: float = 0.0
+    maps_of: Classifier | None = None       # the teacher itself, for gamma: its queries and keys are too large to cache
+    att_layers: str = "last"                # whose maps are compared: last or all
 
     def __post_init__(self):
         if self.teacher is not None and None in (self.alpha, self.beta, self.T):
             raise ValueError("a loss with a teacher needs alpha, beta and T")
+        if self.gamma and self.maps_of is None:
+            raise ValueError("gamma needs the teacher itself, as maps_of")
 
     def __call__(self, model: Classifier, batch: Batch) -> Tensor:
         """Scalar; runs the student on `batch`."""
         if self.teacher is None:
             return task_loss(model(batch), batch.labels, self.is_regression).mean()
-        logits, states = model(batch, states=True)
+        trace = Trace(attention=self.layers(model))
+        logits = model(batch, trace)
         t = self.teacher.logits[batch.index]
         if self.is_regression:
             rows = ((1 - self.alpha) * task_loss(logits, batch.labels, True)
@@ -81,5 +87,17 @@ class Loss:
             rows = kd_loss(logits, t, batch.labels, alpha=self.alpha, T=self.T)
         if self.beta:
             half = 0.5 if self.public_code else 1.0
-            rows = rows + self.beta * half * hidden_mse(states, self.teacher.states[batch.index])
-        return rows.mean()
+            rows = rows + self.beta * half * hidden_mse(trace.states, self.teacher.states, batch.index)
+        return rows.mean() + self.gamma * self.attention(trace, batch) if self.gamma else rows.mean()
+
+    def layers(self, model: Classifier) -> tuple[int, ...]:
+        """Which layers' attention maps are compared, for student or teacher."""
+        count = len(model.encoder.layers)
+        return () if not self.gamma else (count - 1,) if self.att_layers == "last" else tuple(range(count))
+
+    def attention(self, trace: Trace, batch: Batch) -> Tensor:
+        """Scalar; runs the teacher on `batch`."""
+        with torch.no_grad():
+            self.maps_of.encoder(batch, teacher := Trace(attention=self.layers(self.maps_of)))
+        return torch.stack([attention_kd(*s, *t, batch.cu_seqlens, batch.max_seqlen).mean()
+                            for s, t in zip(trace.qk, teacher.qk, strict=True)]).mean()

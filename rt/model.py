@@ -7,7 +7,7 @@ RoBERTa (Liu et al., 2019): learned positions counted from pad_id + 1, exact GEL
 The slots where a delta plugs in are written out: `Linear.lora`, `Block.adapter_attention`, `Block.adapter_ffn`,
 `Block.prefix`. They are None in a base; rt/deltas.py fills them.
 """
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn as nn
@@ -55,6 +55,20 @@ class Batch:
         """The same batch on `device`; copies do not wait for the device."""
         moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
+
+
+@dataclass
+class Trace:
+    """What distillation compares, collected while an encoder runs: the <s> rows of the embedding output and of every layer but the last
+    (METHOD: patience), and the queries and keys (N, H, D) of the layers in `attention`."""
+    attention: tuple[int, ...] = ()
+    rows: list[Tensor] = field(default_factory=list)
+    qk: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    @property
+    def states(self) -> Tensor:
+        """(B, num_layers, d)."""
+        return torch.stack(self.rows, dim=1)
 
 
 def random_keep(shape: torch.Size, p: float) -> Tensor:
@@ -123,9 +137,11 @@ class Block(nn.Module):
         self.adapter_ffn: nn.Module | None = None
         self.prefix: nn.Module | None = None
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, qk: list | None = None) -> Tensor:
         N, d = x.shape
         q, k, v = self.qkv(x).view(N, 3, self.num_heads, d // self.num_heads).unbind(1)      # 3 x (N, H, D)
+        if qk is not None:
+            qk.append((q, k))
         h = attention(q, k, v, cu_seqlens, max_seqlen,
                       dropout_p=self.attention_dropout if self.training else 0.0,
                       prefix_kv=None if self.prefix is None else self.prefix())
@@ -148,17 +164,15 @@ class Encoder(nn.Module):
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
 
-    def forward(self, batch: Batch, states: bool = False):
-        """(N, d); with `states` also the <s> rows of the embedding output and of every layer but the last,
-        (B, num_layers, d): what the patience loss compares (METHOD: patience)."""
+    def forward(self, batch: Batch, trace: Trace | None = None) -> Tensor:
+        """(N, d); fills `trace`, where there is one."""
         x = self.embeddings(batch.ids, batch.cu_seqlens)
         first = batch.cu_seqlens[:-1]
-        rows = []
-        for layer in self.layers:
-            if states:
-                rows.append(x[first])
-            x = layer(x, batch.cu_seqlens, batch.max_seqlen)
-        return (x, torch.stack(rows, dim=1)) if states else x
+        for i, layer in enumerate(self.layers):
+            if trace is not None:
+                trace.rows.append(x[first])
+            x = layer(x, batch.cu_seqlens, batch.max_seqlen, trace.qk if trace is not None and i in trace.attention else None)
+        return x
 
 
 class MLMHead(nn.Module):
@@ -213,12 +227,9 @@ class Classifier(nn.Module):
         super().__init__()
         self.encoder, self.head = encoder, head
 
-    def forward(self, batch: Batch, states: bool = False):
-        """(B, C) logits; with `states` also the encoder's <s> rows, (B, num_layers, d)."""
-        out = self.encoder(batch, states)
-        h, rows = out if states else (out, None)
-        logits = self.head(h[batch.cu_seqlens[:-1]])
-        return (logits, rows) if states else logits
+    def forward(self, batch: Batch, trace: Trace | None = None) -> Tensor:
+        """(B, C) logits; the encoder fills `trace`, where there is one."""
+        return self.head(self.encoder(batch, trace)[batch.cu_seqlens[:-1]])
 
 
 def init_weights(module: nn.Module, generator: torch.Generator, std: float = 0.02) -> None:

@@ -36,6 +36,8 @@ class Recycling:
     device: torch.device
     precision: torch.dtype
     on_eval: Callable[[dict], None] = lambda row: None
+    gamma: float = 0.0
+    att_layers: str = "last"
     teacher: TeacherCache | None = None     # of data.train, once a mode has needed it
 
 
@@ -50,6 +52,13 @@ def check(r: Recycling, mode: str) -> None:
                          f"({r.config.used}): use the same --delta and sizes, or --mode distill")
     if mode in NEEDS_TEACHER and r.old_base.tokenizer.fingerprint != r.base.tokenizer.fingerprint:
         raise UsageError(f"{mode} needs old and new base to have one tokenizer: the teacher reads the student's ids")
+
+
+    old, new = r.old_base.encoder.config, r.base.encoder.config
+    if mode in NEEDS_TEACHER and r.gamma and (old.num_heads != new.num_heads
+                                              or (r.att_layers == "all" and old.num_layers != new.num_layers)):
+        raise UsageError(f"--gamma compares attention maps head by head: old base {old.num_layers} layers x {old.num_heads} heads, new base "
+                         f"{new.num_layers} x {new.num_heads}; heads must be as many, and with --att_layers all the layers too")
 
 
 def recycle(r: Recycling, mode: str) -> tuple[Classifier, TuneResult]:
@@ -73,10 +82,15 @@ def start_from_old(r: Recycling) -> Classifier:
     return model
 
 
+def teacher_model(r: Recycling) -> Classifier:
+    """old base + old delta, without dropout."""
+    return apply(r.old_base, r.old_delta).eval()
+
+
 def teacher_of(r: Recycling) -> TeacherCache:
-    """old base + old delta on every training example, run once."""
+    """The teacher on every training example, run once."""
     if r.teacher is None:
-        r.teacher = run_teacher(apply(r.old_base, r.old_delta), r.data.train, r.device, r.precision)
+        r.teacher = run_teacher(teacher_model(r), r.data.train, r.device, r.precision)
     return r.teacher
 
 
@@ -89,7 +103,8 @@ def _task_loss(r: Recycling) -> Loss:
 
 
 def _distillation_loss(r: Recycling) -> Loss:
-    return replace(_task_loss(r), teacher=teacher_of(r), alpha=r.alpha, beta=r.beta, T=r.T, public_code=r.public_code)
+    return replace(_task_loss(r), teacher=teacher_of(r), alpha=r.alpha, beta=r.beta, T=r.T, public_code=r.public_code, gamma=r.gamma,
+                   maps_of=teacher_model(r) if r.gamma else None, att_layers=r.att_layers)
 
 
 def scratch(r: Recycling) -> tuple[Classifier, TuneResult]:

@@ -1,10 +1,12 @@
-"""attention against a formula written token by token in float64: forward, gradients, ragged and empty sequences."""
+"""attention: the reference against a formula written token by token in float64, the kernels against the reference."""
+import json
 import math
 
 import pytest
 import torch
 
-from kernels import attention
+from kernels import attention, configs
+from kernels.attention import _attention, _attention_backward, attention_ref
 
 LENGTHS = (5, 0, 1, 17, 32)
 
@@ -67,19 +69,6 @@ def test_prefix_is_nothing_behind_a_closed_gate_and_the_formula_behind_an_open_o
     torch.testing.assert_close(opened, formula(*qkv.unbind(1), cu, 0.5, (k_p, v_p, gate)))
 
 
-def test_dropout_drops_weights_by_seed_and_keeps_the_mean():
-    N, p = 64, 0.25
-    q = torch.zeros(N, 1, 32)                      # uniform weights 1/N
-    v = torch.eye(N)[:, None, :32].contiguous()    # out[i, j] is the weight that row i gives token j
-    cu = torch.tensor([0, N], dtype=torch.int32)
-    out = attention(q, q, v, cu, N, dropout_p=p, seed=7)[:, 0]
-    kept = out != 0
-    torch.testing.assert_close(out[kept], torch.full_like(out[kept], 1 / N / (1 - p)))
-    assert abs(kept.float().mean().item() - (1 - p)) < 0.04
-    assert torch.equal(out, attention(q, q, v, cu, N, dropout_p=p, seed=7)[:, 0])
-    assert not torch.equal(out, attention(q, q, v, cu, N, dropout_p=p, seed=8)[:, 0])
-
-
 def test_views_of_a_fused_projection_are_read_in_place():
     qkv, cu = inputs(torch.float32)
     q, k, v = qkv.unbind(1)
@@ -94,3 +83,253 @@ def test_shapes_that_do_not_fit_are_said():
         attention(q, q[:3], q, cu, 4)
     with pytest.raises(ValueError, match="int32"):
         attention(q, q, q, cu.long(), 4)
+    with pytest.raises(ValueError, match="below 1"):
+        attention(q, q, q, cu, 4, dropout_p=1.0)
+
+
+# ---------------------------------------------------------------- the kernels
+
+INTERPRETED_BF16 = "Triton's interpreter multiplies the bits of bfloat16 numbers in tl.dot: checked on a GPU only"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture
+def deterministic(request):
+    torch.use_deterministic_algorithms(request.param)
+    yield request.param
+    torch.use_deterministic_algorithms(False)
+
+
+def prefix_of(P, H, D, device, dtype):
+    g = torch.Generator().manual_seed(9)
+    return [torch.randn(s, generator=g).to(device, dtype).requires_grad_() for s in ((P, H, D), (P, H, D), (H,))]
+
+
+def everything(function, qkv, cu, prefix=None, **arguments):
+    """Output and every gradient, under an upstream gradient that is not uniform."""
+    out = function(*qkv.unbind(1), cu, int(cu.diff().max()), prefix_kv=prefix and tuple(prefix), **arguments)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out)
+    return [out, *torch.autograd.grad((out * weight).sum(), [qkv, *(prefix or [])])]
+
+
+def assert_within_twice_the_references_error(qkv, cu, prefix=None, atol=2e-6, **arguments):
+    """err(kernel) <= 2 err(reference in the same precision) + atol against the reference in float64, output and gradients."""
+    def double(x):
+        return x.detach().double().requires_grad_()
+
+    ours = everything(attention, qkv, cu, prefix, **arguments)
+    theirs = everything(attention_ref, qkv, cu, prefix, **arguments)
+    truth = everything(attention_ref, double(qkv), cu, prefix and [double(x) for x in prefix], **arguments)
+    for a, b, t in zip(ours, theirs, truth):
+        assert a.dtype == b.dtype
+        err, budget = (a.double() - t).abs().max(), 2 * (b.double() - t).abs().max() + atol * t.abs().max()
+        assert err <= budget, f"error {err:.2e}, budget {budget:.2e}"
+
+
+@pytest.mark.parametrize("deterministic", [False, True], indirect=True, ids=["atomic", "split"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernels_are_the_reference_with_every_gradient(device, dtype, dropout_p, deterministic):
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        pytest.skip(INTERPRETED_BF16)
+    qkv, cu = inputs(dtype, (5, 0, 1, 70, 130), H=2)
+    assert_within_twice_the_references_error(qkv.detach().to(device).requires_grad_(), cu.to(device), dropout_p=dropout_p, seed=2**40 + 5)
+
+
+@pytest.mark.parametrize("D, dtype", [(64, torch.float16), (128, torch.float16), (48, torch.float16), (64, torch.float32)])
+def test_kernels_of_other_head_sizes_and_short_sequences(device, D, dtype):
+    qkv, cu = inputs(dtype, (64, 0, 3), H=2, D=D)
+    assert_within_twice_the_references_error(qkv.detach().to(device).requires_grad_(), cu.to(device), scale=0.2)
+
+
+@pytest.mark.parametrize("deterministic", [False, True], indirect=True, ids=["atomic", "split"])
+@pytest.mark.parametrize("P, lengths, dtype", [(20, (500, 30), torch.float16), (70, (90, 0, 1), torch.float16), (20, (3, 1), torch.float32)])
+def test_prefix_in_the_kernels(device, P, lengths, dtype, deterministic):
+    qkv, cu = inputs(dtype, lengths, H=4)     # more queries than PREFIX_ROWS; more keys than one block; fewer than either
+    assert_within_twice_the_references_error(qkv.detach().to(device).requires_grad_(), cu.to(device),
+                                             prefix_of(P, 4, 32, device, torch.float32),
+                                             atol=torch.finfo(dtype).eps / 2)    # the gate's gradient is one rounded number a head
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@pytest.mark.parametrize("lengths, D, dropout_p", [((8192, 1, 777), 64, 0.0), ((8192, 100), 128, 0.1), ((512,) * 16, 64, 0.1)])
+def test_long_sequences_in_bf16(device, lengths, D, dropout_p):
+    qkv, cu = inputs(torch.bfloat16, lengths, H=2, D=D)
+    assert_within_twice_the_references_error(qkv.detach().to(device).requires_grad_(), cu.to(device), dropout_p=dropout_p, seed=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_more_than_2_to_31_elements(device):
+    if torch.cuda.get_device_properties(0).total_memory < 60e9:
+        pytest.skip("needs 60 GB of GPU memory")
+    S, H, D = 128, 12, 64
+    B = 2**31 // (3 * S * H * D) + 2
+    qkv = torch.randn(B * S, 3, H, D, device=device, dtype=torch.bfloat16, requires_grad=True)
+    cu = torch.arange(B + 1, device=device, dtype=torch.int32) * S
+    out = attention(*qkv.unbind(1), cu, S)
+    grad, = torch.autograd.grad(out[-S:].square().sum(), qkv)
+    last = qkv.detach()[-S:].clone().requires_grad_()
+    expected = attention_ref(*last.unbind(1), cu[:2], S)
+    expected_grad, = torch.autograd.grad(expected.square().sum(), last)
+    torch.testing.assert_close(out[-S:], expected, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(grad[-S:], expected_grad, atol=5e-2, rtol=5e-2)
+
+
+def test_scores_far_below_zero_do_not_overflow(device):
+    q = torch.full((70, 1, 32), 8.0, device=device, requires_grad=True)
+    cu = torch.tensor([0, 70], dtype=torch.int32, device=device)
+    out = attention(q, -q, q, cu, 70)       # log2-sum-exp2 = -518: exp2 of its negative is infinite in fp32
+    torch.testing.assert_close(out, q)
+    assert torch.isfinite(torch.autograd.grad(out.sum(), q)[0]).all()
+
+
+def test_any_strides_with_a_contiguous_last_dimension_and_a_longer_max_seqlen(device):
+    x = torch.randn(3, 2, 40, 32, device=device)
+    cu = torch.tensor([0, 7, 40, 40, 40], dtype=torch.int32, device=device)     # padded to a fixed length by repeating N
+    views = [y.transpose(0, 1) for y in x]                                      # (N, H, D) whose heads lie far apart
+    torch.testing.assert_close(attention(*views, cu, 512), attention_ref(*views, cu, 33), atol=1e-5, rtol=1e-5)
+
+
+def test_finite_differences(device):
+    qkv, cu = inputs(torch.float32, (3, 2), H=1)
+    qkv, cu = qkv.detach().to(device).requires_grad_(), cu.to(device)
+
+    def loss(x):
+        return attention(*x.unbind(1), cu, 3, dropout_p=0.2, seed=3).square().sum()
+
+    grad, = torch.autograd.grad(loss(qkv), qkv)
+    for place in [(0, 0, 0, 1), (2, 1, 0, 5), (4, 2, 0, 31)]:
+        step = torch.zeros_like(qkv)
+        step[place] = 1e-2
+        with torch.no_grad():
+            assert ((loss(qkv + step) - loss(qkv - step)) / 2e-2).item() == pytest.approx(grad[place].item(), rel=1e-2, abs=1e-3)
+
+
+def weights(device, N, p, seed, H=1):
+    """(H, N, N) attention weights of one sequence of uniform scores: what the identity as values brings out, 32 columns a call."""
+    q, cu = torch.zeros(N, H, 32, device=device), torch.tensor([0, N], dtype=torch.int32, device=device)
+    eye = torch.eye(N, device=device)
+    out = [attention(q, q, eye[:, None, j:j + 32].expand(N, H, 32), cu, N, dropout_p=p, seed=seed) for j in range(0, N, 32)]
+    return torch.cat(out, -1).transpose(0, 1)
+
+
+def test_dropout_masks_of_kernel_and_reference_are_equal(device, monkeypatch):
+    seed = torch.tensor([-(2**62) + 12345])
+    ours = weights(device, 96, 0.25, seed.to(device), H=2)
+    monkeypatch.setenv("RT_KERNELS", "ref")
+    theirs = weights(torch.device("cpu"), 96, 0.25, seed, H=2)
+    assert torch.equal(ours.cpu() != 0, theirs != 0)
+    torch.testing.assert_close(ours.cpu(), theirs)
+
+
+def test_dropout_keeps_the_share_it_should_without_patterns():
+    N, p, cpu = 256, 0.25, torch.device("cpu")
+    w = weights(cpu, N, p, 7, H=2)
+    keep = w != 0
+    torch.testing.assert_close(w[keep], torch.full_like(w[keep], 1 / N / (1 - p)))
+    x = keep.float() - (1 - p)
+    sd = math.sqrt(p * (1 - p))
+    assert abs(x.mean()) < 4 * sd / math.sqrt(x.numel())
+    for axis in (1, 2):         # sums over rows and columns scatter as those of independent draws, not more and not less
+        assert (x.sum(axis).std() / sd / math.sqrt(N)).item() == pytest.approx(1, abs=0.15)
+    for a, b in [(x[:, 1:], x[:, :-1]), (x[..., 1:], x[..., :-1]), (x[0], x[1]), (x[0], x[0].T),
+                 (x[:, :128], x[:, 128:]), (x[..., :128], x[..., 128:])]:
+        assert abs((a * b).mean()) < 4 * sd**2 / math.sqrt(a.numel())
+    square = x[:, ::2, ::2] * x[:, 1::2, ::2] * x[:, ::2, 1::2] * x[:, 1::2, 1::2]      # four words decide four elements
+    assert abs(square.mean()) < 4 * sd**4 / math.sqrt(square.numel())
+    assert torch.equal(w, weights(cpu, N, p, 7, H=2))
+    other = weights(cpu, N, p, 8, H=2) != 0
+    assert abs((x * (other.float() - (1 - p))).mean()) < 4 * sd**2 / math.sqrt(x.numel())
+
+
+def test_dropout_without_a_seed_follows_torchs_generator(device):
+    qkv, cu = inputs(torch.float32, (20,), H=1)
+    arguments = *qkv.detach().to(device).unbind(1), cu.to(device), 20
+    torch.manual_seed(3)
+    first, second = attention(*arguments, dropout_p=0.5), attention(*arguments, dropout_p=0.5)
+    torch.manual_seed(3)
+    assert torch.equal(first, attention(*arguments, dropout_p=0.5)) and not torch.equal(first, second)
+
+
+def raw(device, dropout_p, shared):
+    """Arguments of the two ops, gradients wanted for q, k and v."""
+    x = torch.randn(3, 12, 2, 32, device=device)
+    q, k, v = (y.clone().requires_grad_() for y in x)
+    cu = torch.tensor([0, 5, 5, 12], dtype=torch.int32, device=device)
+    rest = (7, 0.2, dropout_p, shared)
+    return (q, k[:4].detach() if shared else k, v[:4].detach() if shared else v, cu, torch.tensor([4], device=device), *rest), rest
+
+
+@pytest.mark.parametrize("dropout_p, shared", [(0.0, False), (0.2, False), (0.0, True)])
+def test_ops_are_registered_as_torch_wants_them(device, dropout_p, shared):
+    arguments, rest = raw(device, dropout_p, shared)
+    torch.library.opcheck(_attention, arguments)
+    q, k, v, cu = (x.detach() for x in arguments[:4])
+    out, lse, words = _attention(*arguments)
+    torch.library.opcheck(_attention_backward, (torch.randn_like(q), q, k, v, out.detach(), lse.detach(), words, cu, *rest))
+
+
+def test_one_graph_under_torch_compile(device):
+    qkv, cu = inputs(torch.float16, (20, 3), H=1)
+    qkv, cu, prefix = qkv.detach().to(device).requires_grad_(), cu.to(device), prefix_of(5, 1, 32, device, torch.float32)
+
+    def f(x, cu):
+        return (2 * attention(*x.unbind(1), cu, 20, dropout_p=0.1, seed=3, prefix_kv=tuple(prefix))).sum()
+
+    compiled = torch.compile(f, fullgraph=True, backend="inductor" if device.type == "cuda" else "aot_eager")
+    torch.testing.assert_close(compiled(qkv, cu), f(qkv, cu))
+    torch.testing.assert_close(torch.autograd.grad(compiled(qkv, cu), qkv), torch.autograd.grad(f(qkv, cu), qkv))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_a_captured_graph_reads_new_inputs_and_draws_new_masks(device):
+    qkv, cu = inputs(torch.bfloat16, (100, 28), H=2)
+    x, cu = qkv.detach().to(device), cu.to(device)
+    attention(*x.unbind(1), cu, 100, dropout_p=0.5)         # compiled before the capture
+    plain, graph = torch.empty_like(x[:, 0]), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        plain = attention(*x.unbind(1), cu, 100)
+        dropped = attention(*x.unbind(1), cu, 100, dropout_p=0.5)
+    graph.replay()
+    first = dropped.clone()
+    graph.replay()
+    assert not torch.equal(first, dropped)
+    x.mul_(0.5)
+    graph.replay()
+    torch.testing.assert_close(plain, attention(*x.unbind(1), cu, 100))
+
+
+@pytest.mark.parametrize("deterministic", [True], indirect=True)
+def test_deterministic_gradients_are_equal_bit_for_bit(device, deterministic):
+    qkv, cu = inputs(torch.float16, (130, 70), H=1)
+    qkv, cu = qkv.detach().to(device).requires_grad_(), cu.to(device)
+    for a, b in zip(everything(attention, qkv, cu), everything(attention, qkv, cu)):
+        assert torch.equal(a, b)
+
+
+def test_what_the_kernels_cannot_do(device, monkeypatch):
+    q, cu = torch.zeros(4, 1, 160, device=device, dtype=torch.float16), torch.tensor([0, 4], dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match="up to 128"):
+        attention(q, q, q, cu, 4)
+    double = torch.randn(4, 1, 160, device=device, dtype=torch.float64)     # the reference takes it
+    assert torch.equal(attention(double, double, double, cu, 4), attention_ref(double, double, double, cu, 4))
+    monkeypatch.setenv("RT_KERNELS", "fast")
+    with pytest.raises(ValueError, match="auto, ref, triton"):
+        attention(q, q, q, cu, 4)
+    monkeypatch.setenv("RT_KERNELS", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+        attention(q.cpu(), q.cpu(), q.cpu(), cu.cpu(), 4)
+
+
+def test_rows_of_the_table_can_be_replaced_by_a_file(device, monkeypatch, tmp_path):
+    qkv, cu = inputs(torch.float16, (100,), H=1)
+    arguments = *qkv.detach().to(device).unbind(1), cu.to(device), 100
+    usual, arch = attention(*arguments), configs.architecture(device)
+    (tmp_path / "tuned.json").write_text(json.dumps({"attention_forward": {f"{arch} 32 16": [16, 32, 4, 1]}}))
+    monkeypatch.setenv("RT_CONFIGS", str(tmp_path / "tuned.json"))
+    assert configs.pick("attention_forward", 32, torch.float16, device) == (16, 32, 4, 1)
+    torch.testing.assert_close(attention(*arguments), usual, atol=1e-3, rtol=1e-2)

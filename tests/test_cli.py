@@ -136,7 +136,7 @@ def test_recycle_all_modes_builds_the_old_delta_and_prints_the_table(lineage, ta
     assert [r["step"] for r in curve] == [0, 2, 4]
     assert all((home / "recycled" / "deltas" / row["run"] / "delta.safetensors").exists() for row in summary)
     # another call adds its rows and replaces only what it does again; scratch's rows serve it
-    more = command(*arguments, "--mode", "init,distill", "--alpha", "0.9")
+    more = command(*arguments, "--mode", "init,distill", "--alpha", "0.9", "--gamma", "2", "--att_layers", "all")
     assert "building" not in more and len([line for line in more.splitlines() if "±" in line]) == 2
     after = json.loads((home / "recycled" / "summary.json").read_text())["rows"]
     assert len(after) == len(summary) + 4 and {r["run"] for r in summary} < {r["run"] for r in after}
@@ -198,6 +198,8 @@ def test_regression_tasks_run_through_every_mode(lineage, tmp_path):
     (("recycle.py", "--task", "TASK", "--old_base", "M0", "--base", "M0", "--old_delta", "nowhere", "--out", "M0",
       "--tune", "1"), "there is no flag --tune"),
     (("recycle.py", "--T", "0"), "--T 0.0: must be above zero"),
+    (("recycle.py", "--gamma", "-1"), "--gamma -1.0 must not be negative"),
+    (("recycle.py", "--att_layers", "first"), "--att_layers first: not one of last, all"),
     (("recycle.py", "--mode", "burn"), "--mode burn: not one of")])
 def test_bad_input_is_one_sentence_and_exit_code_2(arguments, words, lineage, task, tmp_path):
     home, _ = lineage

@@ -8,6 +8,7 @@ from conftest import random_base
 from kernels import hidden_mse, kd_loss, linear_cross_entropy
 from rt.deltas import DeltaConfig, attach
 from rt.distill import Loss, TeacherCache, run_teacher, task_loss
+from rt.model import Trace
 from rt.tasks import Encoded
 
 
@@ -99,8 +100,8 @@ def distilling(tokenizer, batch):
     g = torch.Generator().manual_seed(5)
     cache = TeacherCache(torch.randn(9, 3, generator=g).double(), torch.randn(9, 2, 64, generator=g).double())
     batch.index = torch.tensor([3, 0, 8, 1, 4])
-    s, states = student(batch, states=True)
-    return student, cache, s.tolist(), states.detach()
+    s = student(batch, trace := Trace())
+    return student, cache, s.tolist(), trace.states.detach()
 
 
 @pytest.mark.parametrize("public_code", [False, True])
@@ -115,6 +116,29 @@ def test_total_loss_is_the_sum_of_method(distilling, batch, public_code):
         patience = (states[i].float() - cache.states[n].float()).square().mean().item() * (0.5 if public_code else 1)
         expected += ((1 - alpha) * task + alpha * kd + beta * patience) / 5
     assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("att_layers", ["last", "all"])
+def test_gamma_adds_the_divergence_of_attention_maps(distilling, batch, att_layers, tokenizer):
+    student, cache, _, _ = distilling
+    teacher = attach(random_base(tokenizer, seed=3), DeltaConfig("adapter"), 3, seed=2).double().eval()
+    rest = dict(teacher=cache, alpha=0.7, beta=0.0, T=5.0)
+    loss = Loss(gamma=2.0, maps_of=teacher, att_layers=att_layers, **rest)(student, batch)
+    traces = []
+    for model in (student, teacher):
+        model(batch, trace := Trace(attention=(0, 1) if att_layers == "all" else (1,)))
+        traces.append(trace.qk)
+    rows = []
+    for (q_s, k_s), (q_t, k_t) in zip(*traces):
+        for a, b in zip(batch.cu_seqlens.tolist(), batch.cu_seqlens.tolist()[1:]):
+            for i in range(a, b):
+                for h in range(q_s.shape[1]):
+                    s, t = ((q[i, h] @ k[a:b, h].T / math.sqrt(q.shape[-1])).tolist() for q, k in ((q_s, k_s), (q_t, k_t)))
+                    rows.append(kl(t, s, 1.0))
+    assert loss.item() == pytest.approx(Loss(**rest)(student, batch).item() + 2.0 * sum(rows) / len(rows), rel=1e-6)
+    loss.backward()
+    assert student.encoder.layers[1].qkv.weight.grad is not None
+    assert all(p.grad is None for p in teacher.parameters())
 
 
 def test_regression_distils_by_squared_errors(tokenizer, batch):
@@ -135,9 +159,9 @@ def test_the_cache_is_the_teacher_without_dropout_example_by_example(tokenizer):
     cache = run_teacher(teacher, data, torch.device("cpu"), torch.float32, batch_size=2)
     with torch.no_grad():
         for i in range(3):
-            s, states = teacher.eval()(data.batch([i]), states=True)
+            s = teacher.eval()(data.batch([i]), trace := Trace())
             torch.testing.assert_close(cache.logits[i], s[0], atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(cache.states[i], states[0], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(cache.states[i], trace.states[0], atol=1e-5, rtol=1e-5)
 
 
 def test_task_loss():

@@ -6,7 +6,7 @@ from conftest import random_base
 from rt.data import sequences_batch
 from rt.deltas import DeltaConfig, attach
 from rt.hub import classification_head_state, load_hf
-from rt.model import ClassificationHead, Classifier, MaskedLM, dropout
+from rt.model import ClassificationHead, Classifier, MaskedLM, dropout, Trace
 
 
 def padded(sequences, pad_id):
@@ -90,12 +90,15 @@ def test_a_sequence_does_not_depend_on_its_neighbours(base, batch):
 
 def test_states_are_the_first_rows_of_every_layer_but_the_last(base, batch):
     with torch.no_grad():
-        h, states = base.encoder(batch, states=True)
+        h = base.encoder(batch, trace := Trace(attention=(1,)))
         embedded = base.encoder.embeddings(batch.ids, batch.cu_seqlens)
         after_first = base.encoder.layers[0](embedded, batch.cu_seqlens, batch.max_seqlen)
     first = batch.cu_seqlens[:-1]
+    states = trace.states
     assert states.shape == (5, base.encoder.config.num_layers, h.shape[1])
     assert torch.equal(states[:, 0], embedded[first]) and torch.equal(states[:, 1], after_first[first])
+    (q, k), = trace.qk      # of the second layer alone
+    assert torch.equal(torch.cat([q, k], 1).flatten(1), base.encoder.layers[1].qkv(after_first)[:, :2 * h.shape[1]])
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])

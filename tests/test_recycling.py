@@ -1,4 +1,6 @@
 """The modes: where each starts, what it minimises, what it refuses."""
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import random_base
@@ -6,7 +8,9 @@ from conftest import random_base
 from rt.checkpoint import StaleDelta, fingerprint
 from rt.config import UsageError
 from rt.deltas import DeltaConfig, apply, attach, extract
-from rt.recycling import MODES, Recycling, recycle, start_fresh, start_from_old, teacher_of
+from rt.distill import Loss
+from rt.model import EncoderConfig, Trace
+from rt.recycling import MODES, Recycling, recycle, start_fresh, start_from_old, teacher_model, teacher_of
 from rt.tasks import Encoded
 from rt.tune import TaskData, TuneSettings, evaluate, predict
 
@@ -74,6 +78,34 @@ def test_distillation_alone_moves_the_student_to_the_teacher(recycling):
     recycling.data.dev.sequences = recycling.data.train.sequences[:12]
     model, _ = recycle(recycling, "distill")
     assert distance(model) < 0.5 * before
+
+
+@pytest.mark.parametrize("att_layers", ["last", "all"])
+def test_gamma_brings_the_students_attention_maps_to_the_teachers(recycling, att_layers):
+    recycling.alpha, recycling.beta, recycling.att_layers = 0.0, 0.0, att_layers
+    recycling.config = DeltaConfig("full")
+    batch = recycling.data.train.batch(list(range(12)))
+
+    def divergence(gamma):
+        recycling.gamma = gamma
+        student = start_fresh(recycling)
+        loss = Loss(gamma=1.0, maps_of=teacher_model(recycling), att_layers=att_layers)
+        for step in range(20):
+            student.zero_grad()
+            replace(loss, teacher=teacher_of(recycling), alpha=0.0, beta=0.0, T=1.0, gamma=gamma)(student, batch).backward()
+            with torch.no_grad():
+                for p in student.parameters():
+                    p -= 0 if p.grad is None else 0.05 * p.grad
+        student(batch, trace := Trace(attention=loss.layers(student)))
+        return loss.attention(trace, batch).item()
+
+    assert divergence(20.0) < 0.7 * divergence(0.0)
+    recycling.gamma = 1.0
+    recycle(recycling, "distill")       # and through the mode itself
+    recycling.base.encoder.config = EncoderConfig(600, num_layers=3, num_heads=2)
+    if att_layers == "all":
+        with pytest.raises(UsageError, match="--att_layers all the layers too"):
+            recycle(recycling, "distill")
 
 
 def test_other_labels_get_a_fresh_head_in_init_and_are_refused_elsewhere(recycling):

@@ -1,0 +1,267 @@
+"""Distillation of attention maps (the objective of Wang et al., 2020, MiniLM), without the maps: for each query row i of each head
+
+    KL_i = sum_j P^t_ij (log P^t_ij - log P^s_ij)      P^s = softmax_j(scale_s q^s_i . k^s_j), P^t likewise, j in the sequence of i
+
+Forward: online softmax of student and teacher side by side, in base 2. With the running maxima m, s' = s - m^s and t' = t - m^t, the
+sums l^s = sum exp2(s'), l^t = sum exp2(t') and gap = sum exp2(t') (t' - s') give
+
+    KL = ln 2 (gap / l^t + log2(l^s / l^t))
+
+where all that is subtracted is small: shifting a row of scores, which changes no map, costs no digits, and equal maps give 0 to
+rounding. New maxima change s' and t' by the row's constants, so gap grows by l^t times the difference of the two.
+
+Backward: dKL_i / dS^s_ij = P^s_ij - P^t_ij, both from the saved log2-sum-exp2; so with the upstream gradient g_i
+
+    dQ_i = scale_s g_i sum_j (P^s - P^t)_ij K_j        dK_j = scale_s sum_i g_i (P^s - P^t)_ij Q_i
+
+Each is one launch of the same kernel, rows and columns swapped: six matrix products a tile in all and no atomics, so the order of
+summation is fixed. Memory is linear in tokens.
+
+Limits: head dimensions up to 128 (32, 64 and 128 as they are, others padded) in fp32 (three TF32 products), fp16 and bf16, which student
+and teacher need not share; fp32 sums. float64 takes the reference. Not differentiable twice. Tested in Triton's interpreter; compiled
+for sm_80, 90, 100.
+"""
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import configs
+from kernels.attention import LOG2E, RUNTIME, _class, _locate, _strides, _tile
+from kernels.common import launch, tl, triton, uses_triton
+
+
+# ---------------------------------------------------------------- reference
+
+def attention_kd_ref(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, cu_seqlens: Tensor, max_seqlen: int, *,
+                     scale_s: float | None = None, scale_t: float | None = None) -> Tensor:
+    """`attention_kd` with the maps, one run of neighbours of equal length after another; fp32 arithmetic, float64 where an input is."""
+    H, scale_s, scale_t = q_s.shape[1], _scale(scale_s, q_s), _scale(scale_t, q_t)
+    dtype = torch.promote_types(torch.promote_types(q_s.dtype, q_t.dtype), torch.float32)
+    runs = [(length, len(list(group))) for length, group in itertools.groupby(cu_seqlens.diff().tolist())]
+    parts = [S * B for S, B in runs]
+    out = []
+    for (S, B), *qk in zip(runs, *(x.to(dtype).split(parts) for x in (q_s, k_s, q_t, k_t))):
+        qs, ks, qt, kt = (x.reshape(B, S, H, x.shape[-1]).transpose(1, 2) for x in qk)                      # (B, H, S, D)
+        log_s, log_t = (scale_s * qs @ ks.mT).log_softmax(-1), (scale_t * qt @ kt.mT).log_softmax(-1)       # (B, H, S, S)
+        out.append(F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(-1).transpose(1, 2).reshape(B * S, H))
+    return torch.cat(out)
+
+
+def _scale(scale: float | None, q: Tensor) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+# ---------------------------------------------------------------- forward
+
+@triton.jit
+def _scores(x, x_ptr, y_ptr, x_stride, y_stride, xs, ys, length, scale, D: tl.constexpr):
+    """scale x y^T for rows `xs` of x, already loaded, and `ys` of y. With the parts that TF32 splits them into, fp32 rows of two wide
+    heads do not fit in registers: those are loaded anew, 32 dimensions at a time, and the loaded x is dropped by the compiler."""
+    if x_ptr.dtype.element_ty == tl.float32:
+        s = tl.zeros((xs.shape[0], ys.shape[0]), tl.float32)
+        for d in range(0, D, 32):
+            s = tl.dot(_tile(x_ptr + d, x_stride, xs, length, 32), tl.trans(_tile(y_ptr + d, y_stride, ys, length, 32)), s,
+                       input_precision="tf32x3")
+    else:
+        s = tl.dot(x, tl.trans(_tile(y_ptr, y_stride, ys, length, D)))
+    return s * scale
+
+
+@triton.jit
+def _online_kl(gap, m_s, l_s, m_t, l_t, s, t, inside, TAIL: tl.constexpr):
+    """One block of scores: sums so far move to the new maxima, then the block's own are added."""
+    if TAIL:    # not -inf, of which t - s would make NaN: -1e30 is as good a zero to exp2 and swallows a maximum when it is shifted
+        s, t = tl.where(inside, s, -1e30), tl.where(inside, t, -1e30)
+    max_s, max_t = tl.maximum(m_s, tl.max(s, 1)), tl.maximum(m_t, tl.max(t, 1))
+    s, t = s - max_s[:, None], t - max_t[:, None]
+    p = tl.exp2(t)
+    shrink = tl.exp2(m_t - max_t)
+    gap = (gap + l_t * ((m_t - max_t) - (m_s - max_s))) * shrink + tl.sum(p * (t - s), 1)
+    l_t = l_t * shrink + tl.sum(p, 1)
+    l_s = l_s * tl.exp2(m_s - max_s) + tl.sum(tl.exp2(s), 1)
+    return gap, max_s, l_s, max_t, l_t
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _kd_forward(q_s_ptr, k_s_ptr, q_t_ptr, k_t_ptr,     # (N, H, D_S) x 2, (N, H, D_T) x 2
+                kl_ptr, lse_ptr, cu_ptr,                # (N, H), (H, 2, N), (B+1,)
+                q_s_stride, q_s_head, k_s_stride, k_s_head, q_t_stride, q_t_head, k_t_stride, k_t_head, N, H, blocks, scale_s, scale_t,
+                D_S: tl.constexpr, D_T: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """KL and both log2-sum-exp2 of BLOCK_Q queries. Both scales come times log2(e)."""
+    block, h, _, start, length = _locate(cu_ptr, blocks, H)
+    if block * BLOCK_Q >= length:
+        return
+    h = h.to(tl.int64)
+    q_s_ptr += start * q_s_stride + h * q_s_head
+    q_t_ptr += start * q_t_stride + h * q_t_head
+    k_s_ptr += start * k_s_stride + h * k_s_head
+    k_t_ptr += start * k_t_stride + h * k_t_head
+    rows, cols = block * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
+    q_s, q_t = _tile(q_s_ptr, q_s_stride, rows, length, D_S), _tile(q_t_ptr, q_t_stride, rows, length, D_T)
+    zero = tl.zeros((BLOCK_Q,), tl.float32)
+    gap, m_s, l_s, m_t, l_t = zero, zero - 1e30, zero, zero - 1e30, zero        # maxima are finite: l_t * (m_t - ..) is to be 0 at first
+    full = length // BLOCK_K * BLOCK_K
+    for n in range(0, full, BLOCK_K):       # only the last block needs a mask
+        s = _scores(q_s, q_s_ptr, k_s_ptr, q_s_stride, k_s_stride, rows, n + cols, length, scale_s, D_S)
+        t = _scores(q_t, q_t_ptr, k_t_ptr, q_t_stride, k_t_stride, rows, n + cols, length, scale_t, D_T)
+        gap, m_s, l_s, m_t, l_t = _online_kl(gap, m_s, l_s, m_t, l_t, s, t, None, False)
+    if full < length:
+        s = _scores(q_s, q_s_ptr, k_s_ptr, q_s_stride, k_s_stride, rows, full + cols, length, scale_s, D_S)
+        t = _scores(q_t, q_t_ptr, k_t_ptr, q_t_stride, k_t_stride, rows, full + cols, length, scale_t, D_T)
+        gap, m_s, l_s, m_t, l_t = _online_kl(gap, m_s, l_s, m_t, l_t, s, t, full + cols[None, :] < length, True)
+    inside = rows < length
+    tl.store(kl_ptr + (start + rows) * H + h, 0.6931471805599453 * (gap / l_t + tl.log2(l_s / l_t)), mask=inside)
+    lse_ptr += 2 * h * N + start + rows     # the student's, then N further on the teacher's
+    tl.store(lse_ptr, m_s + tl.log2(l_s), mask=inside)
+    tl.store(lse_ptr + N, m_t + tl.log2(l_t), mask=inside)
+
+
+# ---------------------------------------------------------------- backward
+
+@triton.jit
+def _row_values(g_ptr, lse_ptr, rows, length, N, H):
+    """Of some queries: the upstream gradient and both log2-sum-exp2. Past the end 0 and inf, so that P is 0 there."""
+    inside = rows < length
+    return (tl.load(g_ptr + rows * H, mask=inside, other=0.0), tl.load(lse_ptr + rows, mask=inside, other=float("inf")),
+            tl.load(lse_ptr + N + rows, mask=inside, other=float("inf")))
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _kd_backward(x_s_ptr, y_s_ptr, x_t_ptr, y_t_ptr,        # (N, H, D_S) x 2, (N, H, D_T) x 2
+                 g_ptr, lse_ptr, dx_ptr, cu_ptr,            # (N, H), (H, 2, N), (N, H, D_S), (B+1,)
+                 x_s_stride, x_s_head, y_s_stride, y_s_head, x_t_stride, x_t_head, y_t_stride, y_t_head, N, H, blocks, scale,
+                 scale_s, scale_t, D_S: tl.constexpr, D_T: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr,
+                 X_IS_Q: tl.constexpr):
+    """The gradient of BLOCK_X rows of x, a sum over all rows of y. X_IS_Q: x are the queries and y the keys; else the reverse. `scale`
+    is the student's; scale_s and scale_t come times log2(e)."""
+    block, h, _, start, length = _locate(cu_ptr, blocks, H)
+    if block * BLOCK_X >= length:
+        return
+    h = h.to(tl.int64)
+    x_s_ptr += start * x_s_stride + h * x_s_head
+    x_t_ptr += start * x_t_stride + h * x_t_head
+    y_s_ptr += start * y_s_stride + h * y_s_head
+    y_t_ptr += start * y_t_stride + h * y_t_head
+    g_ptr += start * H + h
+    lse_ptr += 2 * h * N + start
+    xs = block * BLOCK_X + tl.arange(0, BLOCK_X)
+    x_s, x_t = _tile(x_s_ptr, x_s_stride, xs, length, D_S), _tile(x_t_ptr, x_t_stride, xs, length, D_T)
+    if X_IS_Q:
+        g, lse_s, lse_t = _row_values(g_ptr, lse_ptr, xs, length, N, H)
+        lse_s, lse_t = lse_s[:, None], lse_t[:, None]
+    dx = tl.zeros((BLOCK_X, D_S), tl.float32)
+    for n in range(0, length, BLOCK_Y):
+        ys = n + tl.arange(0, BLOCK_Y)
+        if not X_IS_Q:
+            g, lse_s, lse_t = _row_values(g_ptr, lse_ptr, ys, length, N, H)
+            lse_s, lse_t = lse_s[None, :], lse_t[None, :]
+        p_s = tl.exp2(_scores(x_s, x_s_ptr, y_s_ptr, x_s_stride, y_s_stride, xs, ys, length, scale_s, D_S) - lse_s)
+        p_t = tl.exp2(_scores(x_t, x_t_ptr, y_t_ptr, x_t_stride, y_t_stride, xs, ys, length, scale_t, D_T) - lse_t)
+        if X_IS_Q:      # g waits for the end, where no 16-bit type rounds it; keys past the end have P = exp2(-lse), maybe inf
+            ds = tl.where(ys[None, :] < length, p_s - p_t, 0.0)
+        else:
+            ds = (p_s - p_t) * g[None, :]
+        y_s = _tile(y_s_ptr, y_s_stride, ys, length, D_S)
+        dx = tl.dot(ds.to(y_s.dtype), y_s, dx, input_precision="tf32x3")
+    if X_IS_Q:
+        dx = dx * g[:, None]
+    place = (start * H + h) * D_S + xs[:, None] * (H * D_S) + tl.arange(0, D_S)[None, :]
+    tl.store(dx_ptr + place, (dx * scale).to(dx_ptr.dtype.element_ty), mask=xs[:, None] < length)
+
+
+# ---------------------------------------------------------------- ops
+
+def _pick(kernel: str, q_s: Tensor, q_t: Tensor, max_seqlen: int) -> tuple[int, ...]:
+    """The row of the table for the larger of student and teacher."""
+    dtype = max(q_s.dtype, q_t.dtype, key=lambda d: d.itemsize)
+    return configs.pick(kernel, *_class(max(q_s.shape[-1], q_t.shape[-1]), max_seqlen), dtype, q_s.device)
+
+
+@torch.library.custom_op("recyclable::attention_kd", mutates_args=())
+def _attention_kd(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale_s: float,
+                  scale_t: float) -> tuple[Tensor, Tensor]:
+    """KL (N, H) and the log2-sum-exp2 of the scaled scores (H, 2, N), student and teacher."""
+    N, H, D_S = q_s.shape
+    kl, lse = torch.empty(N, H, device=q_s.device), torch.empty(H, 2, N, device=q_s.device)
+    BLOCK_Q, BLOCK_K, warps, stages = _pick("attention_kd_forward", q_s, q_t, max_seqlen)
+    blocks = triton.cdiv(max_seqlen, BLOCK_Q)
+    launch(_kd_forward, blocks * H * (len(cu_seqlens) - 1), q_s, k_s, q_t, k_t, kl, lse, cu_seqlens, *_strides(q_s, k_s, q_t, k_t),
+           N, H, blocks, scale_s * LOG2E, scale_t * LOG2E, D_S=D_S, D_T=q_t.shape[-1], BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K,
+           num_warps=warps, num_stages=stages)
+    return kl, lse
+
+
+@_attention_kd.register_fake
+def _(q_s, k_s, q_t, k_t, cu_seqlens, max_seqlen, scale_s, scale_t):
+    N, H, _ = q_s.shape
+    return q_s.new_empty(N, H, dtype=torch.float32), q_s.new_empty(H, 2, N, dtype=torch.float32)
+
+
+@torch.library.custom_op("recyclable::attention_kd_backward", mutates_args=())
+def _attention_kd_backward(g: Tensor, q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, lse: Tensor, cu_seqlens: Tensor,
+                           max_seqlen: int, scale_s: float, scale_t: float) -> tuple[Tensor, Tensor]:
+    """dq_s and dk_s from the gradient g (N, H) of the KL."""
+    N, H, D_S = q_s.shape
+    g, grads = g.contiguous(), tuple(torch.empty(N, H, D_S, dtype=x.dtype, device=x.device) for x in (q_s, k_s))
+    BLOCK_X, BLOCK_Y, warps, stages = _pick("attention_kd_backward", q_s, q_t, max_seqlen)
+    blocks = triton.cdiv(max_seqlen, BLOCK_X)
+    for dx, xy, x_is_q in zip(grads, ((q_s, k_s, q_t, k_t), (k_s, q_s, k_t, q_t)), (True, False)):
+        launch(_kd_backward, blocks * H * (len(cu_seqlens) - 1), *xy, g, lse, dx, cu_seqlens, *_strides(*xy), N, H, blocks, scale_s,
+               scale_s * LOG2E, scale_t * LOG2E, D_S=D_S, D_T=q_t.shape[-1], BLOCK_X=BLOCK_X, BLOCK_Y=BLOCK_Y, X_IS_Q=x_is_q,
+               num_warps=warps, num_stages=stages)
+    return grads
+
+
+@_attention_kd_backward.register_fake
+def _(g, q_s, k_s, q_t, k_t, lse, cu_seqlens, max_seqlen, scale_s, scale_t):
+    return q_s.new_empty(q_s.shape), k_s.new_empty(k_s.shape)
+
+
+def _save(ctx, inputs, output):
+    *qk, cu_seqlens, max_seqlen, scale_s, scale_t = inputs
+    ctx.save_for_backward(*qk, output[1], cu_seqlens)
+    ctx.rest = max_seqlen, scale_s, scale_t
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, g, dlse):
+    grads = (None, None) if g is None else _attention_kd_backward(g, *ctx.saved_tensors, *ctx.rest)
+    return *grads, *(None,) * 6
+
+
+_attention_kd.register_autograd(_differentiate, setup_context=_save)
+
+
+# ---------------------------------------------------------------- public
+
+def attention_kd(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, cu_seqlens: Tensor, max_seqlen: int, *,
+                 scale_s: float | None = None, scale_t: float | None = None) -> Tensor:
+    """KL(teacher's attention map || student's) of each query row and head. Nothing waits for the device.
+
+    q_s, k_s          (N, H, D_s), the student's, any strides with a contiguous last dimension, as in `attention`
+    q_t, k_t          (N, H, D_t), the teacher's; no gradient reaches it
+    cu_seqlens        (B+1,) int32, where each sequence begins, then N; empty sequences are allowed
+    max_seqlen        length of the longest, or more
+    scale_s, scale_t  of the scores; None is D ** -0.5
+    Returns           (N, H) fp32, in nats; float64 where an input is. Raises ValueError where shapes do not fit.
+    """
+    if q_s.ndim != 3 or k_s.shape != q_s.shape or k_t.shape != q_t.shape or q_s.shape[:2] != q_t.shape[:-1]:
+        raise ValueError("q_s and k_s must be (N, H, D_s) and alike, q_t and k_t (N, H, D_t) with the same N and H, not "
+                         f"{[tuple(x.shape) for x in (q_s, k_s, q_t, k_t)]}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32:
+        raise ValueError(f"cu_seqlens must be (B+1,) int32, not {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}")
+    q_t, k_t, scale_s, scale_t = q_t.detach(), k_t.detach(), _scale(scale_s, q_s), _scale(scale_t, q_t)
+    if not (uses_triton(q_s) and uses_triton(q_t)):
+        return attention_kd_ref(q_s, k_s, q_t, k_t, cu_seqlens, max_seqlen, scale_s=scale_s, scale_t=scale_t)
+    return _attention_kd(*_padded(q_s, k_s), *_padded(q_t, k_t), cu_seqlens, max_seqlen, scale_s, scale_t)[0]
+
+
+def _padded(*tensors: Tensor) -> list[Tensor]:
+    """Head dimensions between the kernels' own filled up with zeros."""
+    D = tensors[0].shape[-1]
+    wide = next((size for size in (32, 64, 128) if size >= D), None)
+    if wide is None:
+        raise ValueError(f"heads of {D} dimensions: the kernels go up to 128; RT_KERNELS=ref takes any")
+    return [F.pad(x, (0, wide - D)) if D < wide else x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
