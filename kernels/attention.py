@@ -17,9 +17,9 @@ Dropout is a function of (seed, head, query token, key token). Row i has hashed 
 select and one product an element, where Philox takes about 58 instructions. Along a row and along a column the values are as independent as the words
 are. The reference drops the same weights.
 
-Limits: D up to 128 (32, 64 and 128 as they are, others padded) in fp16 and bf16, up to 64 in fp32 (three TF32 products, whose operands
-fill the registers: the split backward only), fp32 sums. float64 and larger fp32 heads take the reference. Not differentiable twice.
-Tested in Triton's interpreter; compiled for sm_80, 90, 100.
+Limits: D up to 128 (32, 64 and 128 as they are, others padded); fp16 and bf16, and fp32 by three TF32 products (slower, and the split
+backward only); fp32 sums. float64 takes the reference. Not differentiable twice. Tested in Triton's interpreter; compiled for sm_80,
+90, 100.
 """
 import itertools
 
@@ -155,11 +155,25 @@ def _tile(ptr, stride, rows, length, D: tl.constexpr):
 
 
 @triton.jit
-def _online_softmax(acc, m, l, q, k_ptr, v_ptr, k_stride, v_stride, cols, keys, qk_scale, a, b, words_ptr, N, H, threshold,
-                    D: tl.constexpr, DROPOUT: tl.constexpr, TAIL: tl.constexpr):
+def _product(x, x_ptr, x_stride, xs, x_length, y, y_ptr, y_stride, ys, y_length, D: tl.constexpr):
+    """x y^T of two tiles. Of fp32 rows the parts that TF32 splits them into do not fit in registers: those are loaded anew, 32 dimensions
+    at a time, and the tiles that came are dropped by the compiler where nothing else uses them."""
+    if x.dtype == tl.float32:
+        s = tl.zeros((xs.shape[0], ys.shape[0]), tl.float32)
+        for d in range(0, D, 32):
+            x_part, y_part = _tile(x_ptr + d, x_stride, xs, x_length, 32), _tile(y_ptr + d, y_stride, ys, y_length, 32)
+            s = tl.dot(x_part, tl.trans(y_part), s, input_precision="tf32x3")
+    else:
+        s = tl.dot(x, tl.trans(y))
+    return s
+
+
+@triton.jit
+def _online_softmax(acc, m, l, q, q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, rows, length, cols, keys, qk_scale, a, b, words_ptr,
+                    N, H, threshold, D: tl.constexpr, DROPOUT: tl.constexpr, TAIL: tl.constexpr):
     """One block of keys: rescale what was summed so far to the new maximum m, add exp2(s - m) to l, exp2(s - m) v to acc."""
     k = _tile(k_ptr, k_stride, cols, keys, D)
-    s = tl.dot(q, tl.trans(k), input_precision="tf32x3") * qk_scale
+    s = _product(q, q_ptr, q_stride, rows, length, k, k_ptr, k_stride, cols, keys, D) * qk_scale
     if TAIL:
         s = tl.where(cols[None, :] < keys, s, -float("inf"))
     m_new = tl.maximum(m, tl.max(s, 1))
@@ -184,10 +198,11 @@ def _forward(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_ptr, words_ptr,    # (N, 
     if block * BLOCK_Q >= length:
         return
     keys, key_start = (prefix_len, start * 0) if SHARED else (length, start)
+    q_ptr += start * q_stride + h * q_head
     k_ptr += key_start * k_stride + h * k_head
     v_ptr += key_start * v_stride + h * v_head
     rows, cols = block * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
-    q = _tile(q_ptr + start * q_stride + h * q_head, q_stride, rows, length, D)
+    q = _tile(q_ptr, q_stride, rows, length, D)
     a, b = rows, rows
     if DROPOUT:
         words_ptr += h * N + start
@@ -197,11 +212,11 @@ def _forward(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_ptr, words_ptr,    # (N, 
     acc = tl.zeros((BLOCK_Q, D), tl.float32)
     full = keys // BLOCK_K * BLOCK_K
     for n in range(0, full, BLOCK_K):       # only the last block needs a mask
-        acc, m, l = _online_softmax(acc, m, l, q, k_ptr, v_ptr, k_stride, v_stride, n + cols, keys, qk_scale, a, b, words_ptr,
-                                    N, H, threshold, D, DROPOUT, False)
+        acc, m, l = _online_softmax(acc, m, l, q, q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, rows, length, n + cols, keys,
+                                    qk_scale, a, b, words_ptr, N, H, threshold, D, DROPOUT, False)
     if full < keys:
-        acc, m, l = _online_softmax(acc, m, l, q, k_ptr, v_ptr, k_stride, v_stride, full + cols, keys, qk_scale, a, b, words_ptr,
-                                    N, H, threshold, D, DROPOUT, True)
+        acc, m, l = _online_softmax(acc, m, l, q, q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, rows, length, full + cols, keys,
+                                    qk_scale, a, b, words_ptr, N, H, threshold, D, DROPOUT, True)
     inside = rows < length
     tl.store(lse_ptr + h * N + start + rows, m + tl.log2(l), mask=inside)
     out_ptr += (start * H + h) * D
@@ -233,8 +248,9 @@ def _backward_keys(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, dk
     if block * BLOCK_K >= keys:
         return
     cols = block * BLOCK_K + tl.arange(0, BLOCK_K)
-    k = _tile(k_ptr + key_start * k_stride + h * k_head, k_stride, cols, keys, D)
-    v = _tile(v_ptr + key_start * v_stride + h * v_head, v_stride, cols, keys, D)
+    k_ptr += key_start * k_stride + h * k_head
+    v_ptr += key_start * v_stride + h * v_head
+    k, v = _tile(k_ptr, k_stride, cols, keys, D), _tile(v_ptr, v_stride, cols, keys, D)
     q_ptr += start * q_stride + h * q_head
     dout_ptr += (start * H + h) * D
     dq_ptr += (start * H + h) * D
@@ -250,10 +266,11 @@ def _backward_keys(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, dk
         dout = _tile(dout_ptr, H * D, rows, length, D)
         lse = tl.load(lse_ptr + rows, mask=rows < length, other=float("inf"))       # p = 0 in rows past the end
         delta = tl.load(delta_ptr + rows, mask=rows < length, other=0.0)
-        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="tf32x3") * qk_scale - lse[None, :])      # (keys, queries)
+        s = _product(k, k_ptr, k_stride, cols, keys, q, q_ptr, q_stride, rows, length, D)      # (keys, queries)
+        p = tl.exp2(s * qk_scale - lse[None, :])
         if ATOMIC:      # keys past the end: their rows of dK and dV are not stored, but dQ is a sum over them
             p = tl.where(cols[:, None] < keys, p, 0.0)
-        dp = tl.dot(v, tl.trans(dout), input_precision="tf32x3")
+        dp = _product(v, v_ptr, v_stride, cols, keys, dout, dout_ptr, H * D, rows, length, D)
         kept = p
         if DROPOUT:
             a, b = _word(words_ptr, 0, rows, length, N, H), _word(words_ptr, 1, rows, length, N, H)
@@ -285,8 +302,9 @@ def _backward_queries(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
     v_ptr += key_start * v_stride + h * v_head
     rows = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     inside = rows < length
-    q = _tile(q_ptr + start * q_stride + h * q_head, q_stride, rows, length, D)
-    dout = _tile(dout_ptr + (start * H + h) * D, H * D, rows, length, D)
+    q_ptr += start * q_stride + h * q_head
+    dout_ptr += (start * H + h) * D
+    q, dout = _tile(q_ptr, q_stride, rows, length, D), _tile(dout_ptr, H * D, rows, length, D)
     lse = tl.load(lse_ptr + h * N + start + rows, mask=inside, other=float("inf"))
     delta = tl.load(delta_ptr + h * N + start + rows, mask=inside, other=0.0)
     if DROPOUT:
@@ -296,9 +314,10 @@ def _backward_queries(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
     for n in range(0, keys, BLOCK_K):
         cols = n + tl.arange(0, BLOCK_K)
         k = _tile(k_ptr, k_stride, cols, keys, D)
-        s = tl.dot(q, tl.trans(k), input_precision="tf32x3") * qk_scale
+        s = _product(q, q_ptr, q_stride, rows, length, k, k_ptr, k_stride, cols, keys, D) * qk_scale
         p = tl.where(cols[None, :] < keys, tl.exp2(s - lse[:, None]), 0.0)
-        dp = tl.dot(dout, tl.trans(_tile(v_ptr, v_stride, cols, keys, D)), input_precision="tf32x3")
+        v = _tile(v_ptr, v_stride, cols, keys, D)
+        dp = _product(dout, dout_ptr, H * D, rows, length, v, v_ptr, v_stride, cols, keys, D)
         if DROPOUT:
             c = _word(words_ptr, 2, cols, keys, N, H)
             dp *= _keep(a[:, None], b[:, None], c[None, :], threshold) * keep_scale
@@ -415,7 +434,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be at least 0 and below 1, not {dropout_p}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if not uses_triton(q) or (q.dtype == torch.float32 and q.shape[-1] > 64):
+    if not uses_triton(q):
         return attention_ref(q, k, v, cu_seqlens, max_seqlen, dropout_p=dropout_p, seed=seed, scale=scale, prefix_kv=prefix_kv)
     seed = _seed(seed, q.device) if dropout_p else None
     out = _padded_attention(q, k, v, cu_seqlens, seed, max_seqlen, scale, dropout_p, False)

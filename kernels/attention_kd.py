@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import configs
-from kernels.attention import LOG2E, RUNTIME, _class, _locate, _strides, _tile
+from kernels.attention import LOG2E, RUNTIME, _class, _locate, _product, _strides, _tile, padded
 from kernels.common import launch, tl, triton, uses_triton
 
 
@@ -57,16 +57,9 @@ def _scale(scale: float | None, q: Tensor) -> float:
 
 @triton.jit
 def _scores(x, x_ptr, y_ptr, x_stride, y_stride, xs, ys, length, scale, D: tl.constexpr):
-    """scale x y^T for rows `xs` of x, already loaded, and `ys` of y. With the parts that TF32 splits them into, fp32 rows of two wide
-    heads do not fit in registers: those are loaded anew, 32 dimensions at a time, and the loaded x is dropped by the compiler."""
-    if x_ptr.dtype.element_ty == tl.float32:
-        s = tl.zeros((xs.shape[0], ys.shape[0]), tl.float32)
-        for d in range(0, D, 32):
-            s = tl.dot(_tile(x_ptr + d, x_stride, xs, length, 32), tl.trans(_tile(y_ptr + d, y_stride, ys, length, 32)), s,
-                       input_precision="tf32x3")
-    else:
-        s = tl.dot(x, tl.trans(_tile(y_ptr, y_stride, ys, length, D)))
-    return s * scale
+    """scale x y^T for rows `xs` of x, already loaded, and `ys` of y."""
+    y = _tile(y_ptr, y_stride, ys, length, D)
+    return _product(x, x_ptr, x_stride, xs, length, y, y_ptr, y_stride, ys, length, D) * scale
 
 
 @triton.jit
@@ -93,7 +86,6 @@ def _kd_forward(q_s_ptr, k_s_ptr, q_t_ptr, k_t_ptr,     # (N, H, D_S) x 2, (N, H
     block, h, _, start, length = _locate(cu_ptr, blocks, H)
     if block * BLOCK_Q >= length:
         return
-    h = h.to(tl.int64)
     q_s_ptr += start * q_s_stride + h * q_s_head
     q_t_ptr += start * q_t_stride + h * q_t_head
     k_s_ptr += start * k_s_stride + h * k_s_head
@@ -139,7 +131,6 @@ def _kd_backward(x_s_ptr, y_s_ptr, x_t_ptr, y_t_ptr,        # (N, H, D_S) x 2, (
     block, h, _, start, length = _locate(cu_ptr, blocks, H)
     if block * BLOCK_X >= length:
         return
-    h = h.to(tl.int64)
     x_s_ptr += start * x_s_stride + h * x_s_head
     x_t_ptr += start * x_t_stride + h * x_t_head
     y_s_ptr += start * y_s_stride + h * y_s_head
@@ -255,13 +246,4 @@ def attention_kd(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, cu_seqlens:
     q_t, k_t, scale_s, scale_t = q_t.detach(), k_t.detach(), _scale(scale_s, q_s), _scale(scale_t, q_t)
     if not (uses_triton(q_s) and uses_triton(q_t)):
         return attention_kd_ref(q_s, k_s, q_t, k_t, cu_seqlens, max_seqlen, scale_s=scale_s, scale_t=scale_t)
-    return _attention_kd(*_padded(q_s, k_s), *_padded(q_t, k_t), cu_seqlens, max_seqlen, scale_s, scale_t)[0]
-
-
-def _padded(*tensors: Tensor) -> list[Tensor]:
-    """Head dimensions between the kernels' own filled up with zeros."""
-    D = tensors[0].shape[-1]
-    wide = next((size for size in (32, 64, 128) if size >= D), None)
-    if wide is None:
-        raise ValueError(f"heads of {D} dimensions: the kernels go up to 128; RT_KERNELS=ref takes any")
-    return [F.pad(x, (0, wide - D)) if D < wide else x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+    return _attention_kd(*padded(q_s, k_s), *padded(q_t, k_t), cu_seqlens, max_seqlen, scale_s, scale_t)[0]

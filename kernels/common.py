@@ -20,7 +20,7 @@ except ImportError:     # no Triton for macOS and Windows: the kernels below sta
 
     class _Missing:
         def __getattr__(self, name: str) -> Callable:
-            return lambda f=None: f
+            return lambda f=None, **options: f or (lambda f: f)
 
     triton = tl = _Missing()
     HAS_TRITON = False

@@ -101,7 +101,7 @@ def compile_one(arch: int, spec: tuple) -> dict:
     try:
         done = triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", arch, 32), options=options)
     except Exception as error:      # whatever the compiler raises is this row's result
-        return row | {"error": str(error).strip().splitlines()[-1][:200]}
+        return row | {"error": " ".join(str(error.__cause__ or error).split())[-200:]}
     return row | machine_code(done, options.get("num_warps", 4) * 32, tile(constants)) | {
         "shared": done.metadata.shared, "has_dot": "tt.dot" in done.asm["ttir"]}
 
