@@ -104,7 +104,8 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqle
     parts = [S * B for S, B in runs]
     words = [[None] * 3] * len(runs)
     if dropout_p:
-        words = zip(*(_words(_seed(seed, q.device), stream, H, N).split(parts, 1) for stream in range(3)))
+        seed = _seed(seed, q.device)
+        words = zip(*(_words(seed, stream, H, N).split(parts, 1) for stream in range(3)))
     out = []
     # split, not slices: its backward is one concatenation instead of a zero-filled (N, H, D) for every run
     for (S, B), abc, *qkv in zip(runs, words, *(x.split(parts) for x in (q * scale, k, v))):

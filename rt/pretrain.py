@@ -26,7 +26,7 @@ class PretrainSettings:
 
 
 def mlm_loss(model: MaskedLM, batch: Batch) -> torch.Tensor:
-    """(P,) cross-entropy of the predicted rows only; the scores over the vocabulary belong to linear_cross_entropy."""
+    """Mean cross-entropy of the predicted rows; the scores over the vocabulary belong to linear_cross_entropy."""
     return linear_cross_entropy(model.features(batch), model.encoder.embeddings.word.weight, model.head.bias, batch.labels)
 
 
@@ -47,7 +47,7 @@ def pretrain(model: MaskedLM, rows: Rows, optimizer: torch.optim.Optimizer, sett
         for part in range(s.accumulation):
             batch = rows.batch(step, s.batch_tokens, part=part, parts=s.accumulation).to(device)
             with autocast(device, precision):
-                loss = mlm_loss(model, batch).mean() / s.accumulation
+                loss = mlm_loss(model, batch) / s.accumulation
             loss.backward()
             total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)

@@ -136,19 +136,19 @@ def test_kernels_are_the_reference_with_every_gradient(device, dtype, dropout_p,
     assert_within_twice_the_references_error(qkv.detach().to(device).requires_grad_(), cu.to(device), dropout_p=dropout_p, seed=2**40 + 5)
 
 
-@pytest.mark.parametrize("D, dtype", [(64, torch.float16), (128, torch.float16), (48, torch.float16), (64, torch.float32)])
+@pytest.mark.parametrize("D, dtype", [(64, torch.float16), (128, torch.float16), (48, torch.float16), (128, torch.float32)])
 def test_kernels_of_other_head_sizes_and_short_sequences(device, D, dtype):
     qkv, cu = inputs(dtype, (64, 0, 3), H=2, D=D)
     assert_within_twice_the_references_error(qkv.detach().to(device).requires_grad_(), cu.to(device), scale=0.2)
 
 
 @pytest.mark.parametrize("deterministic", [False, True], indirect=True, ids=["atomic", "split"])
-@pytest.mark.parametrize("P, lengths, dtype", [(20, (500, 30), torch.float16), (70, (90, 0, 1), torch.float16), (20, (3, 1), torch.float32)])
+@pytest.mark.parametrize("P, lengths, dtype", [(20, (500, 30), torch.float16), (70, (90, 0, 1), torch.float16), (20, (40, 1), torch.float32)])
 def test_prefix_in_the_kernels(device, P, lengths, dtype, deterministic):
     qkv, cu = inputs(dtype, lengths, H=4)     # more queries than PREFIX_ROWS; more keys than one block; fewer than either
     assert_within_twice_the_references_error(qkv.detach().to(device).requires_grad_(), cu.to(device),
                                              prefix_of(P, 4, 32, device, torch.float32),
-                                             atol=torch.finfo(dtype).eps / 2)    # the gate's gradient is one rounded number a head
+                                             atol=max(2e-6, torch.finfo(dtype).eps / 2))    # the gate's gradient is one rounded number a head
 
 
 @pytest.mark.gpu
@@ -311,6 +311,8 @@ def test_deterministic_gradients_are_equal_bit_for_bit(device, deterministic):
 
 
 def test_what_the_kernels_cannot_do(device, monkeypatch):
+    one = torch.randn(1, 1, 32, device=device)
+    assert torch.equal(attention(one, one, one, torch.tensor([0, 1], dtype=torch.int32, device=device), 1), one)    # one token can
     q, cu = torch.zeros(4, 1, 160, device=device, dtype=torch.float16), torch.tensor([0, 4], dtype=torch.int32, device=device)
     with pytest.raises(ValueError, match="up to 128"):
         attention(q, q, q, cu, 4)

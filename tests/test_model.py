@@ -1,12 +1,18 @@
 """The encoder computes RoBERTa's function; a sequence does not see its neighbours."""
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import random_base
 
 from rt.data import sequences_batch
 from rt.deltas import DeltaConfig, attach
+from rt.distill import Loss, run_teacher
 from rt.hub import classification_head_state, load_hf
-from rt.model import ClassificationHead, Classifier, MaskedLM, dropout, Trace
+from rt.model import ClassificationHead, Classifier, MaskedLM, Trace, dropout
+from rt.pretrain import mlm_loss
+from rt.tasks import Encoded
 
 
 def padded(sequences, pad_id):
@@ -120,3 +126,24 @@ def test_dropout_is_active_in_training_only(tokenizer, batch):
     assert torch.equal(model(batch), model(batch))
     model.train()
     assert not torch.equal(model(batch), model(batch))
+
+
+def test_training_is_the_same_through_the_kernels(device, base, batch, tokenizer, monkeypatch):
+    """Masked LM, and a prefix delta under all of distillation's terms: loss and gradients by kernels and by references."""
+    teacher = attach(random_base(tokenizer, seed=3), DeltaConfig("adapter"), 3, seed=2).to(device).eval()
+    cache = run_teacher(teacher, Encoded([[0, 5 + i, 2] for i in range(5)], torch.arange(5) % 3, 0), device, torch.float32)
+    student = attach(base, DeltaConfig("prefix"), 3, seed=1).to(device).eval()
+    torch.nn.init.constant_(student.encoder.layers[0].prefix.gate, 0.5)
+    loss = Loss(teacher=cache, alpha=0.7, beta=2.0, T=3.0, gamma=1.5, maps_of=teacher, att_layers="all")
+    masked = MaskedLM(copy.deepcopy(base.encoder), base.head).to(device).train()
+    batch = batch.to(device)
+    predicting = replace(batch, predict=torch.tensor([1, 4, 9, 20], device=device), labels=torch.tensor([7, 8, 9, 7], device=device))
+    results = []
+    for mode in ("triton", "ref"):
+        monkeypatch.setenv("RT_KERNELS", mode)
+        torch.manual_seed(1)        # dropout
+        total = loss(student, batch) + mlm_loss(masked, predicting)
+        parameters = [p for model in (student, masked) for p in model.parameters() if p.requires_grad]
+        results.append([total, *torch.autograd.grad(total, parameters)])
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)

@@ -1,0 +1,388 @@
+"""What is measured: for each kernel its inputs, ours, and what others offer for the same job, each in the layout it likes best.
+
+A `Problem` is built from a case, a dict such as {"kernel": "attention", "S": 512, ...}; its implementations are built one by one, since
+a peer may be missing, may not take the shape, or may not fit in memory. Liger is optional. With `exact` the same rounded inputs come in
+float64 and `truths` say what is right.
+"""
+import os
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Callable, Iterator, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kernels import linear_loss
+from kernels.attention import attention
+from kernels.attention_kd import attention_kd
+from kernels.kd_loss import TopK, hidden_mse, kd_loss, kd_loss_ref, top_k
+
+ALPHA, T = 0.5, 2.0
+PASSES = ("forward", "backward", "both")
+
+
+class Impl(NamedTuple):
+    function: Callable[..., Tensor]             # of the leaves
+    leaves: tuple[Tensor, ...]                  # what is differentiated; none: `function` is all there is to time
+    upstream: Tensor | None = None              # gradient of its output; None where that is a scalar
+    context: Callable = nullcontext             # entered around every call
+    canonical: Callable = lambda x: x           # its output, or a gradient, laid out as the truth is
+    truth: str = "default"
+    passes: tuple[str, ...] = PASSES            # what to time; none: its error is of interest, its time is not
+
+
+@dataclass
+class Problem:
+    impls: dict[str, Callable[[], Impl]]
+    truths: dict[str, Callable[[], Impl]]
+    unit: str                                   # "tflops" or "gbps"
+    work: dict[str, float]                      # a pass -> FLOPs of the algorithm, or bytes that must move
+    launch_bound: bool = False                  # so small that calls are timed in a row, not one by one behind a flushed cache
+
+
+@contextmanager
+def reference() -> Iterator[None]:
+    """Inside, our functions are their references in plain PyTorch."""
+    before = os.environ.get("RT_KERNELS")
+    os.environ["RT_KERNELS"] = "ref"
+    try:
+        yield
+    finally:
+        os.environ.pop("RT_KERNELS") if before is None else os.environ.update(RT_KERNELS=before)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """torch.use_deterministic_algorithms without its debugging aid, which writes NaN into every fresh tensor first."""
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def compiled(function: Callable) -> Callable:
+    """Static shapes. Backward alone is timed on one graph again and again, which buffers given away after a backward would forbid."""
+    import torch._functorch.config as config
+    config.donated_buffer = False
+    torch._dynamo.reset()       # a case more must not count as a recompilation of the last one
+    return torch.compile(function, dynamic=False)
+
+
+def graphed(impl: Impl) -> Impl:
+    """Forward and backward as one replay of a CUDA graph."""
+    def step() -> None:
+        torch.autograd.grad(impl.function(*impl.leaves), impl.leaves, impl.upstream)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return Impl(lambda: graph.replay(), (), passes=("both",))
+
+
+class Draws:
+    """Random numbers from one seed; the same ones, as float64, if `exact`."""
+    def __init__(self, device: torch.device, dtype: torch.dtype, exact: bool):
+        self.dtype, self.exact = dtype, exact
+        self.of = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+
+    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        """Inputs, rounded to the dtype that is measured."""
+        return self.widen(torch.randn(shape, **self.of).mul_(scale).to(self.dtype))
+
+    def near(self, x: Tensor) -> Tensor:
+        """Another of the kind of x, not far from it."""
+        return self.widen((x.float() + 0.1 * x.float().std() * torch.randn(x.shape, **self.of)).to(self.dtype))
+
+    def upstream(self, *shape: int) -> Tensor:
+        """The gradient of fp32 losses: positive, not uniform."""
+        return self.widen(torch.rand(shape, **self.of))
+
+    def below(self, n: int, count: int) -> Tensor:
+        return torch.randint(n, (count,), **self.of)
+
+    def widen(self, x: Tensor) -> Tensor:
+        return x.double() if self.exact else x
+
+
+def leaf(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_()
+
+
+# ---------------------------------------------------------------- attention
+
+def ragged_lengths(tokens: int, longest: int) -> list[int]:
+    """Log-normal lengths that sum to `tokens` and would be half padding if padded to `longest`, which one of them has."""
+    B = round(2 * tokens / longest)
+    z = torch.randn(B, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def lengths(sigma: float) -> list[int]:
+        return (longest * ((z - z.max()) * sigma).exp()).round().clamp(1).int().tolist()
+
+    low, high = 0.0, 20.0           # the wider, the shorter
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(lengths(middle)) > tokens else (low, middle)
+    out, i = lengths(high), 0
+    while sum(out) != tokens:       # what rounding left over: one token more here and there
+        step = 1 if sum(out) < tokens else -1
+        if 1 <= out[i % B] + step < longest:
+            out[i % B] += step
+        i += 1
+    return out
+
+
+class Layout:
+    """Sequences end to end, (N, ...), and as a padded batch, (B, S, ...); and how to get from one to the other."""
+    def __init__(self, case: dict, device: torch.device):
+        self.S = case["S"]
+        self.lengths = ragged_lengths(case["tokens"], self.S) if case.get("ragged") else [self.S] * (case["tokens"] // self.S)
+        lengths = torch.tensor(self.lengths)
+        self.ragged = bool(case.get("ragged"))
+        self.cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32)
+        self.document = torch.arange(len(lengths)).repeat_interleave(lengths).to(device)    # (N,)
+        self.valid = (torch.arange(self.S) < lengths[:, None]).to(device)                   # (B, S)
+
+    def pad(self, x: Tensor, fill: Callable = torch.randn_like) -> Tensor:
+        """(N, H, ...) to (B, H, S, ...), a view of (B, S, H, ...) as a model's projections give it."""
+        out = fill(x.new_empty(*self.valid.shape, *x.shape[1:]))
+        out[self.valid] = x
+        return out.transpose(1, 2)
+
+    def unpad(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)[self.valid]
+
+
+def attention_flops(case: dict, lengths: list[int]) -> dict[str, float]:
+    """Two products forward, five backward (S is computed again), 2 S^2 D each, by the true lengths."""
+    forward = 4.0 * case["H"] * case["D"] * sum(n * n for n in lengths)
+    return {"forward": forward, "backward": 2.5 * forward, "both": 3.5 * forward}
+
+
+def attention_problem(case: dict, device: torch.device, dtype: torch.dtype, exact: bool = False) -> Problem:
+    layout, p = Layout(case, device), case["dropout"]
+    draws = Draws(device, dtype, exact)
+    q, k, v, upstream = (draws.normal(case["tokens"], case["H"], case["D"]) for _ in range(4))
+    seed = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def ours(context: Callable = nullcontext) -> Impl:
+        return Impl(lambda q, k, v: attention(q, k, v, layout.cu_seqlens, case["S"], dropout_p=p, seed=seed),
+                    tuple(map(leaf, (q, k, v))), upstream, context)
+
+    def sdpa(*backends: str, wide_mask: bool = False) -> Impl:
+        mask = layout.valid[:, None, None, :] if layout.ragged else None
+        mask = mask.expand(-1, 1, case["S"], -1).contiguous() if wide_mask else mask
+        return Impl(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p),
+                    tuple(leaf(layout.pad(x)) for x in (q, k, v)), layout.pad(upstream, torch.zeros_like),
+                    lambda: sdpa_kernel([getattr(SDPBackend, b) for b in backends]), layout.unpad)
+
+    def flex() -> Impl:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+        function = compiled(flex_attention)
+        if not layout.ragged:
+            return sdpa("MATH")._replace(function=lambda q, k, v: function(q, k, v), context=nullcontext)
+        N, document = len(q), layout.document
+        mask = create_block_mask(lambda b, h, i, j: document[i] == document[j], None, None, N, N, device=device)
+        packed = [x.transpose(0, 1)[None] for x in (q, k, v, upstream)]
+        return Impl(lambda q, k, v: function(q, k, v, block_mask=mask), tuple(map(leaf, packed[:3])), packed[3],
+                    canonical=lambda x: x[0].transpose(0, 1))
+
+    def varlen() -> Impl:
+        from torch.nn.attention.varlen import varlen_attn
+        cu, S = layout.cu_seqlens, case["S"]
+        return ours()._replace(function=lambda q, k, v: varlen_attn(q, k, v, cu, cu, S, S))
+
+    names = ("flash", "cudnn", "efficient", "math") if device.type == "cuda" else ("flash", "math")
+    kinds = {"cudnn": "CUDNN_ATTENTION", "flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "math": "MATH"}
+    impls = {"ours": ours, "ours deterministic": lambda: ours(deterministic)}
+    impls |= {f"sdpa {name}": lambda kind=kinds[name]: sdpa(kind) for name in names}
+    if layout.ragged:       # what Hugging Face hands over; torch then chooses
+        impls["sdpa wide mask"] = lambda: sdpa(*(kinds[name] for name in names), wide_mask=True)
+    if not p:
+        impls["flash varlen"] = varlen
+        if case["S"] in (256, 512, 1024):       # the longest to compile, and the most to say at the lengths of encoders
+            impls["flex"] = flex
+    impls["reference"] = lambda: ours(reference)
+    return Problem(impls, {"default": ours if p else lambda: sdpa("MATH")}, "tflops", attention_flops(case, layout.lengths))
+
+
+def attention_kd_problem(case: dict, device: torch.device, dtype: torch.dtype, exact: bool = False) -> Problem:
+    layout = Layout(case, device)
+    draws = Draws(device, dtype, exact)
+    q_s, k_s, q_t, k_t = (draws.normal(case["tokens"], case["H"], case["D"]) for _ in range(4))
+    upstream = draws.upstream(case["tokens"], case["H"])
+
+    def ours(context: Callable = nullcontext) -> Impl:
+        return Impl(lambda q, k: attention_kd(q, k, q_t, k_t, layout.cu_seqlens, case["S"]), (leaf(q_s), leaf(k_s)), upstream, context)
+
+    def dense(wrap: Callable = lambda f: f) -> Impl:
+        qs, ks, qt, kt = (layout.pad(x) for x in (q_s, k_s, q_t, k_t))
+
+        def maps(qs: Tensor, ks: Tensor, qt: Tensor, kt: Tensor) -> Tensor:
+            log_s, log_t = (F.log_softmax(wide(q @ k.mT) * q.shape[-1] ** -0.5, -1) for q, k in ((qs, ks), (qt, kt)))
+            return F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(-1)
+        function = wrap(maps)
+        return Impl(lambda q, k: function(q, k, qt, kt), (leaf(qs), leaf(ks)), layout.pad(upstream, torch.zeros_like),
+                    canonical=layout.unpad)
+
+    flops = attention_flops(case, layout.lengths)["forward"]        # as much: two maps; backward both again, dQ and dK
+    return Problem({"ours": ours, "eager": dense, "compile": lambda: dense(compiled), "reference": lambda: ours(reference)},
+                   {"default": dense}, "tflops", {"forward": flops, "backward": 2 * flops, "both": 3 * flops})
+
+
+# ---------------------------------------------------------------- losses
+
+def wide(x: Tensor) -> Tensor:
+    """In at least fp32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def eager_kd(s: Tensor, t: Tensor, labels: Tensor | None, alpha: float = ALPHA) -> Tensor:
+    """What one writes down first: (R, C) raw logits twice -> (R,)."""
+    s, t = wide(s), wide(t)
+    rows = alpha * T**2 * F.kl_div(F.log_softmax(s / T, -1), F.log_softmax(t / T, -1), reduction="none", log_target=True).sum(-1)
+    return rows if labels is None else rows + (1 - alpha) * F.cross_entropy(s, labels, reduction="none")
+
+
+def mean_kl(s: Tensor, t: Tensor) -> Tensor:
+    """Liger's: the KL term alone, without alpha T^2, averaged."""
+    return eager_kd(s, t, None, alpha=1 / T**2).mean()
+
+
+def kd_problem(case: dict, device: torch.device, dtype: torch.dtype, exact: bool = False) -> Problem:
+    R, C, k = case["R"], case["C"], case["k"]
+    draws = Draws(device, dtype, exact)
+    s, t = draws.normal(R, C, scale=2.0), draws.normal(R, C, scale=2.0)
+    labels, upstream = draws.below(C, R), draws.upstream(R) / R
+    teacher = t
+    if k:       # chosen before widening: which of two equal logits is in the top is for one sort to say
+        ids, logits, tail = top_k(t.to(dtype), k, T)
+        teacher = TopK(ids, draws.widen(logits), draws.widen(tail))
+
+    def of(function: Callable, **more) -> Impl:
+        return Impl(function, (leaf(s),), **{"upstream": upstream} | more)
+
+    def ours(context: Callable = nullcontext) -> Impl:
+        return of(lambda s: kd_loss(s, teacher, labels, alpha=ALPHA, T=T), context=context)
+
+    def eager(wrap: Callable = lambda f: f) -> Impl:
+        function = wrap((lambda s, t: kd_loss_ref(s, t, labels, alpha=ALPHA, T=T)) if k else (lambda s, t: eager_kd(s, t, labels)))
+        return of(lambda s: function(s, teacher))
+
+    def liger() -> Impl:
+        from liger_kernel.transformers.functional import liger_kl_div
+        return of(lambda s: liger_kl_div(F.log_softmax(wide(s) / T, -1), F.log_softmax(wide(t) / T, -1), reduction="batchmean",
+                                         log_target=True), upstream=None, truth="mean KL")
+
+    impls = {"ours": ours, "eager": eager, "compile": lambda: eager(compiled)} | ({} if k else {"liger kl_div KL only": liger})
+    if R * C < 2**23 and s.is_cuda:
+        impls |= {"ours graph": lambda: graphed(ours()), "eager graph": lambda: graphed(eager())}
+    impls["reference"] = lambda: ours(reference)
+    once = R * C * s.element_size()     # the student's logits; a teacher of k costs nothing beside them
+    work = {"forward": once * (1 if k else 2), "backward": once * (2 if k else 3), "both": once * (3 if k else 5)}
+    return Problem(impls, {"default": eager, "mean KL": lambda: of(lambda s: mean_kl(s, t), upstream=None)}, "gbps", work,
+                   R * C < 2**23)
+
+
+def hidden_problem(case: dict, device: torch.device, dtype: torch.dtype, exact: bool = False) -> Problem:
+    B, L, d = case["B"], case["L"], case["d"]
+    draws = Draws(device, dtype, exact)
+    s, t, rows, upstream = draws.normal(B, L, d), draws.normal(4 * B, L, d), draws.below(4 * B, B), draws.upstream(B)
+
+    def ours(context: Callable = nullcontext) -> Impl:
+        return Impl(lambda s: hidden_mse(s, t, rows), (leaf(s),), upstream, context)
+
+    def eager(wrap: Callable = lambda f: f) -> Impl:
+        function = wrap(lambda s, t: (wide(s) - wide(t[rows])).square().mean((1, 2)))
+        return Impl(lambda s: function(s, t), (leaf(s),), upstream)
+
+    once = s.numel() * s.element_size()
+    return Problem({"ours": ours, "eager": eager, "compile": lambda: eager(compiled), "reference": lambda: ours(reference)},
+                   {"default": eager}, "gbps", {"forward": 2 * once, "backward": 3 * once, "both": 5 * once}, B * L * d < 2**23)
+
+
+def linear_problem(case: dict, device: torch.device, dtype: torch.dtype, exact: bool = False) -> Problem:
+    """linear_kd and linear_cross_entropy: a head of V words on N rows of width d, mean over rows. The teacher is near the student, and
+    "KL only" leaves out the labels' term: that is when rounded logits show in the gradient, which a label's 1 would hide."""
+    N, V, d, kd = case["N"], case["V"], case["d"], case["kernel"] == "linear_kd"
+    draws = Draws(device, dtype, exact)
+    x, w, b = draws.normal(N, d), draws.normal(V, d, scale=0.05), draws.normal(V, scale=0.1)
+    x_t, w_t, b_t = draws.near(x), draws.near(w), draws.near(b)
+    labels = draws.below(V, N)
+
+    def of(function: Callable, bias: bool = True, **more) -> Impl:
+        return Impl(function, tuple(map(leaf, (x, w, b) if bias else (x, w))), **more)
+
+    def ours(context: Callable = nullcontext) -> Impl:
+        if kd:
+            return of(lambda x, w, b: linear_loss.linear_kd(x, w, b, x_t, w_t, b_t, labels, alpha=ALPHA, T=T), context=context)
+        return of(lambda x, w, b: linear_loss.linear_cross_entropy(x, w, b, labels), context=context)
+
+    def eager(wrap: Callable = lambda f: f, raise_to: Callable = lambda x: x) -> Impl:
+        def loss(x: Tensor, w: Tensor, b: Tensor, x_t: Tensor, w_t: Tensor, b_t: Tensor) -> Tensor:
+            s = F.linear(raise_to(x), raise_to(w), raise_to(b))
+            if not kd:
+                return F.cross_entropy(wide(s), labels)
+            with torch.no_grad():
+                t = F.linear(raise_to(x_t), raise_to(w_t), raise_to(b_t))
+            return eager_kd(s, t, labels).mean()
+        function = wrap(loss)
+        return of(lambda x, w, b: function(x, w, b, x_t, w_t, b_t))
+
+    def kl_only(function: Callable) -> Callable[[], Impl]:
+        return lambda: of(function, bias=False, truth="mean KL", passes=())
+
+    def gemms() -> Impl:
+        """The matrix products alone, the vocabulary rounded up to where they are fastest."""
+        x_, x_t_, w_, w_t_ = (y.detach() for y in (x, x_t, F.pad(w, (0, 0, 0, -V % 128)), F.pad(w_t, (0, 0, 0, -V % 128))))
+        grad = draws.normal(N, len(w_))
+        return Impl(lambda: (x_ @ w_.T, x_t_ @ w_t_.T if kd else None, grad @ w_, grad.T @ x_), (), passes=("both",))
+
+    impls = {"ours": ours, "eager": eager, "compile": lambda: eager(compiled),
+             "gemm bound": gemms, "eager fp32 gemm": lambda: eager(raise_to=wide)._replace(passes=()), "reference": lambda: ours(reference)}
+    if kd:
+        impls |= {"ours KL only": kl_only(lambda x, w: linear_loss.linear_kd(x, w, None, x_t, w_t, None, alpha=1 / T**2, T=T)),
+                  "eager KL only": kl_only(lambda x, w: mean_kl(F.linear(x, w), F.linear(x_t, w_t))),
+                  "eager fp32 gemm KL only": kl_only(lambda x, w: mean_kl(F.linear(wide(x), wide(w)), F.linear(wide(x_t), wide(w_t))))}
+    products = 4 if kd else 3
+    return Problem(impls | (liger_kd(x_t, w_t, b_t, labels, of) if kd else liger_ce(labels, of)),
+                   {"default": eager, "mean KL": lambda: of(lambda x, w: mean_kl(F.linear(x, w), F.linear(x_t, w_t)), bias=False)},
+                   "tflops", {"both": products * 2.0 * N * V * d})
+
+
+def liger_kd(x_t: Tensor, w_t: Tensor, b_t: Tensor, labels: Tensor, of: Callable) -> dict[str, Callable[[], Impl]]:
+    """Liger's fused linear distillation losses. The first knows neither bias nor labels and so does less; the second does it all."""
+    def jsd() -> Impl:
+        from liger_kernel.transformers.functional import liger_fused_linear_jsd
+        return of(lambda x, w: liger_fused_linear_jsd(x, w, x_t, w_t, jsd_beta=0.0, temperature=T), bias=False, truth="mean KL")
+
+    def chunked() -> Impl:
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+        torch._dynamo.reset()
+        loss = LigerFusedLinearJSDLoss(weight_hard_loss=1 - ALPHA, weight_soft_loss=ALPHA * T**2, beta=0.0, temperature=T)
+        return of(lambda x, w, b: loss(x, w, x_t, w_t, labels, b, b_t))
+
+    return {"liger jsd KL only": jsd, "liger chunked": chunked}
+
+
+def liger_ce(labels: Tensor, of: Callable) -> dict[str, Callable[[], Impl]]:
+    def fused() -> Impl:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+        return of(lambda x, w, b: liger_fused_linear_cross_entropy(x, w, labels, b))
+    return {"liger fused": fused}
+
+
+PROBLEMS: dict[str, Callable[..., Problem]] = {
+    "attention": attention_problem, "attention_kd": attention_kd_problem, "kd_loss": kd_problem, "hidden_mse": hidden_problem,
+    "linear_kd": linear_problem, "linear_cross_entropy": linear_problem}

@@ -1,0 +1,290 @@
+"""bench.kernels: a run on the CPU from end to end, and what only a GPU would come to, on stand-ins."""
+import json
+import math
+import os
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import command
+
+from bench import kernels, peers, tables
+from kernels import configs
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch) -> None:
+    """Also where there is a GPU, on which these cases would be others."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory) -> tuple[list[dict], str]:
+    path = tmp_path_factory.mktemp("bench") / "out.jsonl"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        printed = command("-m", "bench.kernels", "--quick", "--json", path)
+    return [json.loads(line) for line in path.read_text().splitlines()], printed
+
+
+def test_a_run_has_ours_and_a_peer_for_every_kernel_and_says_where_it_ran(output):
+    rows, _ = output
+    assert rows[0]["kernel"] == "environment" and rows[0]["torch"] == torch.__version__ and rows[0]["argv"][0] == "--quick"
+    assert {r["impl"].split()[0] for r in rows if r["kernel"] == "limits"} == {"matmul", "copy"}
+    for kernel in peers.PROBLEMS:
+        timed = {r["impl"] for r in rows if r["kernel"] == kernel and "ms" in r}
+        assert "ours" in timed and any(map(tables.is_peer, timed)), kernel
+
+
+def test_ratios_are_quotients_of_ms_and_rates_follow_from_the_work(output):
+    rows = [r for r in output[0] if "ms" in r and r["kernel"] != "limits"]
+    ours = {(json.dumps(tables.case_of(r)), r["pass"]): r["ms"] for r in rows if r["impl"] == "ours"}
+    for r in rows:
+        assert r["p20"] <= r["ms"] <= r["p80"] and r["n"] >= 3
+        assert r["ratio"] == r["ms"] / ours[json.dumps(tables.case_of(r)), r["pass"]]
+    dense = next(r for r in rows if r["kernel"] == "attention" and not r["ragged"] and r["pass"] == "both")
+    assert math.isclose(dense["tflops"], 3.5 * 4 * 64**2 * 2 * 64 * 4 / (dense["ms"] * 1e-3) / 1e12)
+
+
+def test_every_error_is_small_and_every_failure_explained(output):
+    rows = output[0]
+    checks = [r for r in rows if r.get("pass", "").startswith("check")]
+    assert {r["kernel"] for r in checks} == set(peers.PROBLEMS)
+    # KL only is a small difference of large numbers, on purpose
+    assert all(r["error_l2"] < (1e-3 if "KL only" in r["impl"] else 1e-5) and r["error"] < 1e-3 for r in rows if "error" in r)
+    assert not [r for r in rows if "failed" in r and r["impl"] in ("ours", "eager", "reference", "sdpa math")]
+
+
+def test_tables_are_printed_last_and_fit(output):
+    rows, printed = output
+    assert all(tables.label(tables.case_of(r)) in printed for r in rows if r.get("impl") == "ours")
+    assert printed.count("needs a GPU") == len(tables.TARGETS) and "linear_kd / eager fp32" in printed
+    assert len(printed) < 12_000 and max(map(len, printed.splitlines())) <= 140
+
+
+def test_bad_flags_are_told():
+    assert "invalid choice" in command("-m", "bench.kernels", "--which", "attentoin", code=2)
+    assert "need --json" in command("-m", "bench.kernels", "--tune", code=2)
+
+
+# ---------------------------------------------------------------- inputs and formulas
+
+@pytest.mark.parametrize("tokens, longest", [(16384, 128), (16384, 4096), (32768, 512), (256, 64)])
+def test_ragged_lengths_would_be_half_padding(tokens, longest):
+    lengths = peers.ragged_lengths(tokens, longest)
+    assert sum(lengths) == tokens and max(lengths) == longest and min(lengths) >= 1
+    assert abs(1 - tokens / (len(lengths) * longest) - 0.5) < 0.02
+    assert lengths == peers.ragged_lengths(tokens, longest) and len(set(lengths)) > len(lengths) / 8
+
+
+def test_flops_of_attention_by_hand():
+    flops = peers.attention_flops({"H": 3, "D": 4}, [5, 2])
+    assert flops == {"forward": 4 * 29 * 12, "backward": 10 * 29 * 12, "both": 14 * 29 * 12}    # 4 S^2 H D each; 2.5 times that
+    assert peers.attention_flops({"H": 12, "D": 64}, [512] * 32)["forward"] == pytest.approx(25.8e9, rel=2e-3)
+
+
+def test_padding_there_and_back():
+    layout = peers.Layout({"tokens": 256, "S": 64, "ragged": True}, torch.device("cpu"))
+    x = torch.randn(256, 3, 4)
+    assert layout.pad(x).shape == (8, 3, 64, 4) and torch.equal(layout.unpad(layout.pad(x)), x)
+    assert torch.equal(layout.cu_seqlens.diff().long(), torch.bincount(layout.document))
+
+
+def test_float64_inputs_are_the_rounded_ones():
+    a, b = (peers.Draws(torch.device("cpu"), torch.bfloat16, exact) for exact in (False, True))
+    for name, *arguments in (("normal", 5, 7), ("upstream", 6), ("below", 9, 20), ("near", torch.arange(8.0))):
+        assert torch.equal(getattr(a, name)(*arguments).double(), getattr(b, name)(*arguments).double())
+
+
+def test_errors_see_what_is_wrong():
+    truth = torch.tensor([1.0, -4.0])
+    assert kernels.distance(truth, truth) == (0, 0)
+    assert kernels.distance(torch.tensor([1.0, -3.0]), truth) == (0.25, pytest.approx(1 / 17**0.5))
+    assert all(math.isnan(e) for e in kernels.distance(torch.tensor([1.0, math.nan]), truth))
+    assert kernels.worst([1.0, 3.0, 2.0]) == 3 and math.isnan(kernels.worst([1.0, math.nan, 2.0]))
+    with pytest.raises(ValueError):
+        kernels.distance(truth.sum(), truth)
+
+
+# ---------------------------------------------------------------- cases, targets, tables
+
+def test_the_most_important_cases_come_first_and_all_are_told_apart():
+    gpu = kernels.cases(True, list(kernels.GROUPS), quick=False)
+    assert all(c["kernel"] == "attention" and c["S"] == 512 for c in gpu[:8]) and not gpu[0]["ragged"] and not gpu[0]["dropout"]
+    assert len({json.dumps(c) for c in gpu}) == len(gpu) == len({tables.label(c) for c in gpu}) <= 60
+    grid = {(c["tokens"], c["S"], c["ragged"], c["dropout"]) for c in gpu if c["kernel"] == "attention" and c["D"] == 64}
+    assert len(grid) == 2 * 5 * 2 * 2
+    assert {c["kernel"] for c in kernels.cases(True, ["linear"], quick=True)} == {"linear_kd", "linear_cross_entropy"}
+    assert all(list(tables.case_of(c)) == list(c) for c in map(kernels.small, gpu))
+
+
+@pytest.mark.parametrize("value, reached", [(0.89, "missed"), (0.9, "floor"), (1.05, "aim"), (7, "stretch"), (math.nan, "missed")])
+def test_marks(value, reached):
+    assert tables.mark(value, {"floor": 0.9, "aim": 1.0, "stretch": 1.1}) == reached
+
+
+def test_marks_where_a_level_is_missing():
+    assert tables.mark(3.0, {"floor": None, "aim": 2.0, "stretch": None}) == "aim"
+    assert tables.mark(1.0, {"floor": None, "aim": 2.0, "stretch": None}) == "missed"
+
+
+def row(case: dict, impl: str, ms: float, which: str = "both", **more) -> dict:
+    return case | {"impl": impl, "pass": which, "ms": ms} | more
+
+
+def test_targets_take_the_worst_case_and_the_best_peer():
+    one, two = (kernels.attention(n, 512) for n in (16384, 32768))
+    drop, class_head = kernels.attention(16384, 512, dropout=0.1), kernels.kd(64, 20)
+    big, ce = kernels.kd(4096, 50265), kernels.linear("linear_kd", 256)
+    rows = [{"kernel": "environment", "gpu": "GPU"}, {"kernel": "limits", "impl": "copy", "pass": "both", "gbps": 4000.0},
+            *(row(one, name, ms, peak_mb=8.0) for name, ms in (("ours", 2.0), ("sdpa flash", 4.0), ("sdpa cudnn", 3.0))),
+            *(row(two, name, ms) for name, ms in (("ours", 4.0), ("sdpa flash", 4.4), ("reference", 0.1), ("flash varlen", 1.0))),
+            row(drop, "ours", 2.5), row(big, "ours", 1.0, gbps=3000.0),
+            *(row(class_head, name, ms) for name, ms in (("ours", 2.0), ("eager", 8.0), ("ours graph", 0.5), ("eager graph", 1.0))),
+            *(ce | {"impl": name, "pass": "check backward", "error_l2": e} for name, e in (
+                ("ours KL only", 1e-3), ("eager fp32 gemm KL only", 1e-3), ("ours", 1)))]
+    lines = {line[:43].strip(): line[43:].split() for line in tables.targets(rows)}
+    assert lines["attention both / flash"] == ["1.10", "2.00", "1.0", "1.2", "1.33", "floor"]
+    assert lines["attention both / cuDNN"][:2] == ["1.50", "1.50"] and lines["attention both / cuDNN"][-1] == "stretch"
+    assert lines["without dropout / with it"] == ["0.80", "0.80", "-", "0.83", "-", "missed"]
+    assert lines["kd_loss, share of copy bandwidth"][0] == "0.75" and lines["kd_loss, share of copy bandwidth"][-1] == "floor"
+    assert lines["class-head kd_loss / eager"][0] == "4.00" and lines["ours in a CUDA graph / eager"][-1] == "stretch"
+    assert lines["linear_kd gradient error, eager fp32"][-1] == "floor"
+    assert lines["ragged both / flash varlen"][-2:] == ["not", "measured"]
+
+
+def test_where_lines_must_go_the_winners_go():
+    cases = [kernels.kd(64, C) for C in range(2, 8)]
+    rows = [r for i, case in enumerate(cases) for r in (row(case, "ours", 1.0, gbps=5.0), row(case, "eager", 0.5 if i == 5 else 2.0))]
+    lines = tables.compact(rows, most=4)
+    assert len(lines) == 4 and "C2" in lines[1] and "C7" in lines[2] and "0.50 eager" in lines[2] and lines[3].startswith("... and 4 more")
+
+
+# ---------------------------------------------------------------- what a GPU would come to
+
+def run(path=None, **more) -> kernels.Run:
+    return kernels.Run(SimpleNamespace(**{"dtype": None, "quick": True, "peers": ["eager"], "budget": 60, "resume": False, "tune": False,
+                                          "json": path and str(path)} | more))
+
+
+@pytest.fixture
+def stand_in(monkeypatch) -> None:
+    """Enough of torch.cuda for a run to believe in it; tensors stay on the CPU."""
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = time.perf_counter()
+
+        def elapsed_time(self, end):
+            return 1e3 * (end.at - self.at)
+
+    for name, value in {"Event": Event, "synchronize": lambda: None, "reset_peak_memory_stats": lambda: None, "empty_cache": lambda: None,
+                        "memory_allocated": lambda: 2**20, "max_memory_allocated": lambda: 3 * 2**20,
+                        "get_device_name": lambda: "stand-in", "get_device_capability": lambda: (9, 0)}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(kernels, "clocks", lambda: {"clocks.sm": "1980"})
+
+
+def believing(**more) -> kernels.Run:
+    out = run(**more)
+    out.cuda = out.clock.cuda = True
+    out.clock.cache, out.clock.plan = torch.empty(8), lambda ms: (1, 5)
+    return out
+
+
+def test_measuring_with_events_memory_and_limits(stand_in, monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "limits", lambda run: None)
+    case = kernels.kd(16, 3)
+    there = believing()
+    assert kernels.measure(there, [case], []) == 0
+    timed = [r for r in there.rows if "ms" in r]
+    assert {r["impl"] for r in timed} == {"ours", "eager"} and all(r["peak_mb"] == 2 and r["n"] == 5 and r["error"] < 1e-5 for r in timed)
+    assert there.rows[0]["gpu"] == "stand-in" and there.rows[-1]["clocks.sm"] == "1980"
+    assert "not measured" in capsys.readouterr().out
+
+
+def test_samples_by_length_of_a_call():
+    clock = SimpleNamespace(cuda=True, quick=False)
+    assert [kernels.Clock.plan(clock, ms) for ms in (0.05, 5, 30, 300)] == [(10, 100), (10, 50), (10, 20), (3, 20)]
+
+
+def test_a_failing_peer_loses_nothing_else(monkeypatch, tmp_path):
+    build = peers.PROBLEMS["kd_loss"]
+
+    def with_faults(*arguments, **more):
+        problem = build(*arguments, **more)
+        problem.impls = {"eager missing": lambda: (_ for _ in ()).throw(ImportError("no such library")),
+                         "eager wrong": lambda: peers.Impl(lambda s: s.sum() * torch.nan, problem.impls["ours"]().leaves)} | problem.impls
+        return problem
+    monkeypatch.setitem(peers.PROBLEMS, "kd_loss", with_faults)
+    here = run(tmp_path / "rows.jsonl")
+    kernels.check(here, kernels.kd(16, 3))
+    kernels.bench(here, kernels.kd(16, 3))
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert {r["impl"] for r in rows if "no such library" in r.get("failed", "")} == {"eager missing"}
+    assert {r["impl"] for r in rows if "ms" in r} == {"ours", "eager", "eager wrong"}
+    assert any("failed" in r for r in rows if r["impl"] == "eager wrong" and r["pass"].startswith("check"))     # its shape
+
+
+def test_a_broken_context_hands_over_to_a_new_process(stand_in, monkeypatch, tmp_path):
+    def broken():
+        raise RuntimeError("illegal memory access")
+    calls = []
+    monkeypatch.setattr(kernels, "limits", lambda run: None)
+    monkeypatch.setattr(kernels.subprocess, "call", lambda arguments: calls.append(arguments) or 0)
+    there = believing(path=tmp_path / "rows.jsonl")
+    monkeypatch.setattr(kernels, "bench", lambda run, case: run.failed(case | {"impl": "ours", "pass": "both"}, RuntimeError("x")))
+    monkeypatch.setattr(kernels, "check", lambda run, case: monkeypatch.setattr(torch.cuda, "synchronize", broken))
+    kernels.measure(there, [kernels.kd(16, 3)] * 2, ["--json", "rows.jsonl"])
+    assert len(calls) == 1 and calls[0][1:-1] == ["-m", "bench.kernels", "--json", "rows.jsonl", "--resume", "--budget"]
+    assert tables.read(tmp_path / "rows.jsonl")[-1]["failed"] == "RuntimeError: x"
+
+
+def test_a_budget_that_is_spent_leaves_the_rest_for_resume(tmp_path, capsys, monkeypatch):
+    path, todo = tmp_path / "rows.jsonl", [kernels.kd(16, 3), kernels.kd(8, 5)]
+    first = run(path)
+    ticks = iter([False] * 4 + [True] * 99)         # enough for the check, and for ours
+    monkeypatch.setattr(first, "late", lambda: next(ticks))
+    kernels.measure(first, todo, [])
+    assert "no time was left for kd_loss R16 C3: eager; kd_loss R8 C5" in capsys.readouterr().out
+    second = run(path, resume=True)
+    kernels.measure(second, todo, ["--resume"])
+    rows = tables.read(path)
+    assert len([r for r in rows if r.get("impl") == "ours" and r.get("R") == 16 and "ms" in r]) == 3
+    assert {(r["R"], r["impl"]) for r in rows if "ms" in r and "R" in r} == {(R, i) for R in (16, 8) for i in ("ours", "eager")}
+
+
+def test_deterministic_and_reference_put_back_what_they_found(monkeypatch):
+    monkeypatch.setenv("RT_KERNELS", "triton")
+    with peers.reference(), peers.deterministic():
+        assert os.environ["RT_KERNELS"] == "ref" and torch.are_deterministic_algorithms_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    assert os.environ["RT_KERNELS"] == "triton" and not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+
+
+def test_tuning_writes_what_rt_configs_reads(monkeypatch, tmp_path, capsys):
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("kernels are compiled here; TRITON_INTERPRET=1 interprets them")
+    monkeypatch.setenv("RT_KERNELS", "triton")
+    monkeypatch.setitem(kernels.CANDIDATES, 4, [(0, 32, 4, 1), (32, 32, 4, 1)])       # the first cannot be
+    monkeypatch.setattr(kernels, "searches", lambda cuda: [("attention_forward", -32, kernels.attention(64, 32, D=32) | {"H": 1},
+                                                            "ours", "forward"), ("no such kernel", 32, kernels.kd(8, 5), "ours", "both")])
+    shipped = dict(configs.TABLE["attention_forward"])
+    path = tmp_path / "configs.json"
+    kernels.tune(run(path, tune=True), str(path), list(kernels.GROUPS))
+    assert "(0, 32, 4, 1): " in capsys.readouterr().out and configs.TABLE["attention_forward"] == shipped
+    found = json.loads(path.read_text())
+    assert list(found) == ["attention_forward"] and list(found["attention_forward"]) == ["80 -32 32"]
+    monkeypatch.setenv("RT_CONFIGS", str(path))
+    best = configs.pick("attention_forward", -32, torch.float32, torch.device("cpu"))
+    assert list(best) == found["attention_forward"]["80 -32 32"] and best in ((32, 32, 4, 1), shipped[80, -32, 32])
+
+
+def test_searches_name_rows_that_exist():
+    for cuda, arch in ((True, 90), (False, 80)):
+        for kernel, size, case, impl, which in kernels.searches(cuda):
+            assert len(configs.TABLE[kernel][arch, size, 16]) in kernels.CANDIDATES and case["kernel"] in peers.PROBLEMS

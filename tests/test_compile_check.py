@@ -1,0 +1,62 @@
+"""Every kernel in every configuration, compiled for sm_90 without a GPU; and that the check finds what it looks for."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+pytest.importorskip("triton")
+COMPILER = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}     # the interpreter has none
+
+
+def python(*arguments: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600, env={**COMPILER, **env})
+
+
+def test_all_of_sm_90_compiles_without_spills_and_with_matrix_instructions(tmp_path):
+    done = python("-m", "kernels.compile_check", "--arch", "90", "--json", str(tmp_path / "rows.jsonl"))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    names = {row["kernel"] for row in rows}
+    assert {"_dropout_words", "_backward_delta", "_backward_keys", "_backward_queries", "_kd_forward", "_kd_backward", "_mse_forward",
+            "_mse_backward", "_row"} < names
+    for row in rows:
+        assert row["spilled"] == 0 and row["shared"] <= 227 * 1024 and 0 < row["registers"] <= 255, row
+        assert row["matrix"] > 0 or not row["has_dot"], row
+    attention = [r for r in rows if r["kernel"] == "_forward" and "D=64" in r["config"] and "bf16" in r["types"] and "BLOCK_Q=128" in r["config"]]
+    plain, dropped = (next(r["instructions_per_element"] for r in attention if f"DROPOUT={d}" in r["config"]) for d in (False, True))
+    assert dropped - plain < 9.6        # what the two matrix products of an element cost at D 64, in instructions
+
+
+SPILL = """
+import torch, sys
+from kernels import compile_check, configs
+if __name__ == "__main__":
+    spec = next(s for s in compile_check.launches(90, ["attention"]) if s[1] == "_forward" and s[2]["q_ptr"] == "*fp32" and s[3]["D"] == 128)
+    row = compile_check.compile_one(90, spec)
+    print(compile_check.fault(row))
+"""
+
+
+def test_a_spill_is_found(tmp_path):
+    (tmp_path / "big.json").write_text(json.dumps({"attention_forward": {"90 128 32": [128, 64, 4, 2], "90 -128 32": [128, 64, 4, 2]}}))
+    done = python("-c", SPILL, RT_CONFIGS=str(tmp_path / "big.json"))
+    assert done.stdout.startswith("spills "), done.stdout + done.stderr
+
+
+def test_what_counts_as_a_fault():
+    done = python("-c", """
+from kernels.compile_check import fault
+good = {"arch": 90, "spilled": 0, "shared": 227 * 1024, "has_dot": True, "matrix": 4}
+print([fault(row) for row in (good, good | {"shared": 227 * 1024 + 1}, good | {"matrix": 0}, good | {"spilled": 8}, {"error": "no"},
+                              good | {"arch": 80, "shared": 100 * 1024})])
+""")
+    assert done.stdout.strip() == str(["", "needs more than 232448 bytes of shared memory", "a matrix product without matrix instructions",
+                                       "spills 8 bytes", "no", "needs more than 101376 bytes of shared memory"]), done.stderr
+
+
+def test_the_interpreter_is_refused():
+    done = python("-m", "kernels.compile_check", TRITON_INTERPRET="1")
+    assert done.returncode == 2 and "unset it" in done.stderr
