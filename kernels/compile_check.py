@@ -21,12 +21,11 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Iterator
 
 import torch
 from tqdm import tqdm
 
-from kernels import attention, attention_kd, configs
+from kernels import attention, attention_kd, configs, hidden_mse, kd_loss, linear_cross_entropy, linear_kd, top_k
 from kernels.common import recording, triton
 
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}    # bytes a block; 80 stands for sm_86, 89 and 120 too
@@ -35,7 +34,7 @@ TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", t
          torch.int64: "i64", torch.bool: "i1"}
 
 
-def attention_calls(dtype: torch.dtype) -> Iterator:
+def attention_calls(dtype: torch.dtype) -> None:
     for D, longest, dropout_p, deterministic in itertools.product((32, 64, 128), (64, 512), (0.0, 0.1), (False, True)):
         q, k, v = torch.zeros(3, 4, 16, D, dtype=dtype, requires_grad=True).unbind()
         prefix = tuple(torch.zeros(s, requires_grad=True) for s in ((64, 16, D), (64, 16, D), (16,))) if not dropout_p else None
@@ -44,7 +43,7 @@ def attention_calls(dtype: torch.dtype) -> Iterator:
     torch.use_deterministic_algorithms(False)
 
 
-def attention_kd_calls(dtype: torch.dtype) -> Iterator:
+def attention_kd_calls(dtype: torch.dtype) -> None:
     equal = [(D, D, longest, dtype) for D in (32, 64, 128) for longest in (64, 512)]
     for D_s, D_t, longest, dtype_t in [*equal, (64, 128, 512, torch.bfloat16), (128, 32, 512, torch.bfloat16)]:
         q_s, k_s = torch.zeros(2, 4, 16, D_s, dtype=dtype, requires_grad=True).unbind()
@@ -52,7 +51,27 @@ def attention_kd_calls(dtype: torch.dtype) -> Iterator:
         attention_kd(q_s, k_s, q_t, k_t, torch.tensor([0, 4], dtype=torch.int32), longest).sum().backward()
 
 
-CALLS = {"attention": attention_calls, "attention_kd": attention_kd_calls}
+def kd_loss_calls(dtype: torch.dtype) -> None:
+    labels = torch.zeros(4, dtype=torch.int64)
+    for C, T, y, dtype_t in itertools.product((20, 200, 1000, 5000), (1.0, 5.0), (None, labels), {dtype, torch.float32}):
+        student, teacher = torch.zeros(4, C, dtype=dtype, requires_grad=True), torch.zeros(4, C, dtype=dtype_t)
+        for t in (teacher, top_k(teacher, 16, T), *([] if y is None else [None])):
+            kd_loss(student, t, y, alpha=0.5, T=T).sum().backward()
+    for width, rows, dtype_t in itertools.product((256, 768, 9216), (None, labels), {dtype, torch.float32}):
+        hidden_mse(torch.zeros(4, 1, width, dtype=dtype, requires_grad=True), torch.zeros(4, 1, width, dtype=dtype_t), rows).sum().backward()
+
+
+def linear_loss_calls(dtype: torch.dtype) -> None:
+    labels = torch.zeros(4, dtype=torch.int64)
+    for V, with_bias, train in itertools.product((200, 1000, 5000), (False, True), (False, True)):
+        x, w = torch.zeros(4, 16, dtype=dtype, requires_grad=train), torch.zeros(V, 16)
+        bias = torch.zeros(V) if with_bias else None
+        linear_cross_entropy(x, w, bias, labels)
+        for y, T in itertools.product((None, labels), (1.0, 5.0)):
+            linear_kd(x, w, bias, x, w, bias, y, alpha=0.5, T=T)
+
+
+CALLS = {"attention": attention_calls, "attention_kd": attention_kd_calls, "kd_loss": kd_loss_calls, "linear_loss": linear_loss_calls}
 
 
 def launches(arch: int, which: list[str]) -> list[tuple]:

@@ -1,46 +1,404 @@
-"""Distillation losses from raw logits.
+"""Distillation losses from raw logits, one pass over them forward and one backward.
 
     row = (1 - alpha) * CE(s, y) + alpha * T^2 * KL(softmax(t / T) || softmax(s / T))
 
 T^2 keeps the gradient's size when T grows (Hinton et al., 2015); rows are returned one by one, so the mean over the batch,
 the definition of KL's "batchmean", is the caller's `.mean()`.
+
+Forward: one program a row, an online softmax of student and teacher side by side. With the running maxima M_s and M_t, s' = s - M_s and
+t' = t - M_t, the sums D_1 = sum e^s', D_s = sum e^(s'/T), D_t = sum e^(t'/T) and gap = sum e^(t'/T) (t' - s') give
+
+    CE = -s'_y + ln D_1        KL = gap / (T D_t) + ln(D_s / D_t)
+
+where all that is subtracted is small: shifting a row of logits costs no digits, and equal logits give exactly 0. Backward: from the
+saved maxima and sums, d row / ds = (1 - alpha) (e^s' / D_1 - onehot) + alpha T (e^(s'/T) / D_s - e^(t'/T) / D_t).
+
+A teacher known by its top k logits and the mass of the rest (`TopK`) makes it k + 1 outcomes. The student's bucket is one more class
+with the logit B_s = T ln sum_rest e^(s/T), whose derivative by s_j is r_j = e^((s_j - B_s)/T); so for j in the rest, with q and p the
+probabilities of student and teacher, d row / ds_j = alpha T (q_rest - p_rest) r_j = alpha T (q_j - p_rest r_j): what a full teacher
+gives whose logits there are t_j = s_j + B_t - B_s, the bucket filled in the student's own shape. The rest is summed by itself, never as
+1 - top, so no digits of a small bucket are lost.
+
+Limits: fp32, fp16 and bf16 logits, fp32 arithmetic; float64 takes the reference. Not differentiable twice. Tested in Triton's
+interpreter; compiled for sm_80, 90, 100.
 """
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import configs
+from kernels.common import launch, tl, triton, uses_triton
 
-def kd_loss_ref(student: Tensor, teacher: Tensor, labels: Tensor | None = None, *, alpha: float, T: float,
+LOG2E = 1.4426950408889634
+
+
+class TopK(NamedTuple):
+    """A teacher in short: its k largest logits and one bucket for all other classes, at one temperature."""
+    ids: Tensor     # (R, k) int32 or int64, distinct in a row, any order
+    logits: Tensor  # (R, k)
+    tail: Tensor    # (R,) the bucket's logit T logsumexp(rest / T); -inf where k is C
+
+
+@torch.no_grad()
+def top_k(teacher: Tensor, k: int, T: float) -> TopK:
+    """The `TopK` of logits (R, C), for distillation at temperature T."""
+    logits, ids = teacher.topk(k, dim=-1)
+    return TopK(ids, logits, _bucket(teacher.to(torch.promote_types(teacher.dtype, torch.float32)), ids, T))
+
+
+def _bucket(logits: Tensor, ids: Tensor, T: float) -> Tensor:
+    """(R,): the logit of all classes but `ids` taken as one."""
+    rest = logits.scatter(-1, ids.long(), -float("inf"))
+    empty = rest.isneginf().all(-1)         # of which logsumexp's gradient would be NaN
+    return torch.where(empty, -float("inf"), T * (rest.masked_fill(empty[:, None], 0.0) / T).logsumexp(-1))
+
+
+# ---------------------------------------------------------------- references
+
+def kd_loss_ref(student: Tensor, teacher: Tensor | TopK | None, labels: Tensor | None = None, *, alpha: float, T: float,
                 ignore_index: int = -100) -> Tensor:
     """`kd_loss` in plain PyTorch, at least fp32 arithmetic."""
     dtype = torch.promote_types(student.dtype, torch.float32)
-    student, teacher = student.to(dtype), teacher.to(dtype)
-    log_s, log_t = F.log_softmax(student / T, -1), F.log_softmax(teacher / T, -1)
-    rows = alpha * T**2 * (log_t.exp() * (log_t - log_s)).sum(-1)
+    s = student = student.to(dtype)
+    rows = student.new_zeros(len(student))
+    if isinstance(teacher, TopK):
+        s = torch.cat([student.gather(-1, teacher.ids.long()), _bucket(student, teacher.ids, T)[:, None]], -1)
+        teacher = torch.cat([teacher.logits.to(dtype), teacher.tail.to(dtype)[:, None]], -1)
+    if teacher is not None and alpha:
+        log_s, log_t = F.log_softmax(s / T, -1), F.log_softmax(teacher.detach().to(dtype) / T, -1)
+        p = log_t.exp()
+        rows = alpha * T**2 * torch.where(p > 0, p * (log_t - log_s), 0.0).sum(-1)
     if labels is not None:
-        ce = F.cross_entropy(student, labels, ignore_index=ignore_index, reduction="none")
-        rows = torch.where(labels == ignore_index, 0.0, rows + (1 - alpha) * ce)
+        if alpha != 1:
+            rows = rows + (1 - alpha) * F.cross_entropy(student, labels, ignore_index=ignore_index, reduction="none")
+        rows = torch.where(labels == ignore_index, 0.0, rows)
     return rows
 
 
-def kd_loss(student: Tensor, teacher: Tensor, labels: Tensor | None = None, *, alpha: float, T: float,
+def hidden_mse_ref(student: Tensor, teacher: Tensor, rows: Tensor | None = None) -> Tensor:
+    """`hidden_mse` in plain PyTorch."""
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    teacher = teacher.detach() if rows is None else teacher.detach()[rows]
+    return (student.to(dtype) - teacher.to(dtype)).square().mean(dim=(1, 2))
+
+
+# ---------------------------------------------------------------- what a row is made of; linear_loss.py uses it too
+
+@triton.jit
+def add_tile(s, t, M_s, D_1, D_s, M_t, D_t, gap, rate, CE: tl.constexpr, KD: tl.constexpr, UNIT_T: tl.constexpr):
+    """The row's statistics (module docstring) after one more tile of logits s and t, -inf past the end; t None: of s alone. Maxima
+    begin with -1e30, not -inf, of which differences would be NaN. `rate` is log2(e) / T, for exp2 is what the hardware has.
+
+    New maxima scale the sums by e^(old - new). In `gap` they also shift every t' - s' by the same number, so D_t times that is added."""
+    new = tl.maximum(M_s, tl.max(s, 0))
+    s, step_s, M_s = s - new, M_s - new, new
+    if KD:
+        D_s = D_s * tl.exp2(step_s * rate) + tl.sum(tl.exp2(s * rate), 0)
+    if CE:
+        D_1 = D_s if KD and UNIT_T else D_1 * tl.exp(step_s) + tl.sum(tl.exp(s), 0)
+    if t is not None:
+        new = tl.maximum(M_t, tl.max(t, 0))
+        t, step_t, M_t = t - new, M_t - new, new
+        e, shrink = tl.exp2(t * rate), tl.exp2(step_t * rate)
+        gap = tl.where(shrink > 0, shrink * (gap + D_t * (step_t - step_s)), 0.0)
+        gap += tl.sum(tl.where(e > 0, e * (t - s), 0.0), 0)     # where the teacher is 0 a student of -inf is no infinite loss
+        D_t = D_t * shrink + tl.sum(e, 0)
+    return M_s, D_1, D_s, M_t, D_t, gap
+
+
+@triton.jit
+def row_loss(s_y, M_s, D_1, D_s, D_t, gap, alpha, T, CE: tl.constexpr, KD: tl.constexpr):
+    loss = 0.0
+    if CE:
+        loss += (1 - alpha) * (M_s - s_y + tl.log(D_1))
+    if KD:
+        loss += alpha * T * (gap / D_t + T * tl.log(D_s / D_t))
+    return loss
+
+
+@triton.jit
+def tile_grad(s, t, at_label, M_s, D_1, D_s, M_t, D_t, rate, g_ce, g_kd, CE: tl.constexpr, KD: tl.constexpr, UNIT_T: tl.constexpr):
+    """The gradient of a tile of s; g_ce and g_kd are the upstream gradient times (1 - alpha) and alpha T."""
+    s = s - M_s
+    grad = tl.zeros(s.shape, tl.float32)
+    if KD:
+        e = tl.exp2(s * rate)
+        grad += (g_kd / D_s) * e - (g_kd / D_t) * tl.exp2((t - M_t) * rate)
+    if CE:
+        e_1 = e if KD and UNIT_T else tl.exp(s)
+        grad += (g_ce / D_1) * e_1 - tl.where(at_label, g_ce, 0.0)
+    return grad
+
+
+@triton.jit
+def read_label(labels_ptr, row, ignore_index):
+    """The row's label, -1 without labels, and whether the row counts."""
+    y, counts = row * 0 - 1, row >= 0
+    if labels_ptr is not None:
+        y = tl.load(labels_ptr + row)
+        counts = y != ignore_index
+    return y.to(tl.int32), counts
+
+
+@triton.jit
+def load_fp32(ptr, at, mask):
+    return tl.load(ptr + at, mask=mask, other=-float("inf")).to(tl.float32)
+
+
+# ---------------------------------------------------------------- kd_loss
+
+@triton.jit
+def _forward(s_ptr, t_ptr, ids_ptr, tail_ptr, labels_ptr, loss_ptr, stats_ptr,      # (R, C), (R, C or k), (R, k), (R,), (R,), (R,), (R, 6)
+             C, k, s_stride, t_stride, ignore_index, alpha, T, rate, CE: tl.constexpr, KD: tl.constexpr, UNIT_T: tl.constexpr,
+             K: tl.constexpr, BLOCK: tl.constexpr):
+    """Loss and statistics of one row. With ids (ascending) the loop sees the rest only, and the top k are one more tile at the end."""
+    row = tl.program_id(0).to(tl.int64)
+    s_ptr += row * s_stride
+    M_s, D_1, D_s, M_t, D_t, gap, shift = -1e30, 0.0, 0.0, -1e30, 0.0, 0.0, 0.0
+    if KD:
+        t_ptr += row * t_stride
+    if ids_ptr is not None:
+        top, met = tl.arange(0, K), 0
+        ids = tl.load(ids_ptr + row * k + top, mask=top < k, other=2**31 - 1)
+    for start in range(0, C, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        s, t = load_fp32(s_ptr, cols, cols < C), None
+        if ids_ptr is not None:
+            end = tl.sum((ids < start + BLOCK).to(tl.int32), 0)
+            for i in range(met, end):       # an id is looked for in its own tile only
+                s = tl.where(cols == tl.load(ids_ptr + row * k + i), -float("inf"), s)
+            met = end
+        elif KD:
+            t = load_fp32(t_ptr, cols, cols < C)
+        M_s, D_1, D_s, M_t, D_t, gap = add_tile(s, t, M_s, D_1, D_s, M_t, D_t, gap, rate, CE, KD, UNIT_T)
+    if ids_ptr is None:
+        D_k = D_s
+    else:       # the KL sees the bucket as one class with logit `bucket`; CE and gradient see all classes, D_s of them
+        tail = tl.load(tail_ptr + row).to(tl.float32)
+        bucket = M_s + T * tl.log(tl.maximum(D_s, 1.0))         # the maximum itself adds 1 to D_s: 0 is an empty bucket, still -1e30
+        shift = tail - bucket
+        gap = tl.where(D_s > 0, 0.0, float("inf"))              # counts where the teacher's bucket is not empty, too
+        s, t = load_fp32(s_ptr, ids, top < k), load_fp32(t_ptr, top, top < k)
+        _, _, D_k, M_t, D_t, gap = add_tile(s, t, bucket, 0.0, 1.0, tl.maximum(tail, -1e30), 1.0, gap, rate, False, KD, UNIT_T)
+        M_s, D_1, D_s, _, _, _ = add_tile(s, None, M_s, D_1, D_s, M_t, D_t, gap, rate, CE, KD, UNIT_T)
+    y, counts = read_label(labels_ptr, row, ignore_index)
+    s_y = tl.load(s_ptr + y, mask=(y >= 0) & (y < C), other=float("nan")).to(tl.float32)    # a label that is no class: a loss of NaN
+    tl.store(loss_ptr + row, tl.where(counts, row_loss(s_y, M_s, D_1, D_k, D_t, gap, alpha, T, CE, KD), 0.0))
+    stats_ptr += row * 6
+    tl.store(stats_ptr, M_s)
+    tl.store(stats_ptr + 1, D_1)
+    tl.store(stats_ptr + 2, D_s)
+    tl.store(stats_ptr + 3, M_t)
+    tl.store(stats_ptr + 4, D_t)
+    tl.store(stats_ptr + 5, shift)
+
+
+@triton.jit
+def _backward(s_ptr, t_ptr, ids_ptr, labels_ptr, stats_ptr, up_ptr, grad_ptr,      # (R, C), (R, C or k), (R, k), (R,), (R, 6), (R,), (R, C)
+              C, k, tiles, s_stride, t_stride, ignore_index, alpha, T, rate, CE: tl.constexpr, KD: tl.constexpr, UNIT_T: tl.constexpr,
+              K: tl.constexpr, BLOCK: tl.constexpr):
+    """The gradient of one tile of one row. With ids: as if all were the rest, then the top k of this tile anew."""
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    start = tl.program_id(0) % tiles * BLOCK
+    s_ptr += row * s_stride
+    grad_ptr += row * C
+    stats_ptr += row * 6
+    M_s, D_1, D_s = tl.load(stats_ptr), tl.load(stats_ptr + 1), tl.load(stats_ptr + 2)
+    M_t, D_t, shift = tl.load(stats_ptr + 3), tl.load(stats_ptr + 4), tl.load(stats_ptr + 5)
+    y, counts = read_label(labels_ptr, row, ignore_index)
+    up = tl.where(counts, tl.load(up_ptr + row), 0.0)
+    cols = start + tl.arange(0, BLOCK)
+    s = load_fp32(s_ptr, cols, cols < C)
+    t = s + shift       # the bucket in the student's shape; without a teacher, unused
+    if KD:
+        t_ptr += row * t_stride
+        if ids_ptr is None:
+            t = load_fp32(t_ptr, cols, cols < C)
+    grad = tile_grad(s, t, cols == y, M_s, D_1, D_s, M_t, D_t, rate, up * (1 - alpha), up * alpha * T, CE, KD, UNIT_T)
+    tl.store(grad_ptr + cols, grad.to(grad_ptr.dtype.element_ty), mask=cols < C)
+    if ids_ptr is not None:
+        top = tl.arange(0, K)
+        ids = tl.load(ids_ptr + row * k + top, mask=top < k, other=C)
+        here = (ids >= start) & (ids < tl.minimum(start + BLOCK, C))
+        grad = tile_grad(load_fp32(s_ptr, ids, here), load_fp32(t_ptr, top, here), ids == y, M_s, D_1, D_s, M_t, D_t, rate,
+                         up * (1 - alpha), up * alpha * T, CE, KD, UNIT_T)
+        tl.debug_barrier()      # other threads of this program wrote these elements just now, as part of the rest
+        tl.store(grad_ptr + ids, grad.to(grad_ptr.dtype.element_ty), mask=here)
+
+
+def row_class(C: int) -> int:
+    """The class of row length of the configuration table: the smallest that holds a row, or else the largest."""
+    return next((size for size in (32, 256, 1024) if C <= size), 4096)
+
+
+def flags(teacher: Tensor | None, labels: Tensor | None, alpha: float, T: float) -> dict[str, bool]:
+    """What of the loss is to be computed at all."""
+    return {"CE": labels is not None and alpha != 1, "KD": teacher is not None, "UNIT_T": T == 1}
+
+
+def packed(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Each with a contiguous last dimension, copied if need be."""
+    return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
+@torch.library.custom_op("recyclable::kd_loss", mutates_args=())
+def _kd_loss(student: Tensor, teacher: Tensor | None, ids: Tensor | None, tail: Tensor | None, labels: Tensor | None,
+             alpha: float, T: float, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Loss (R,) and, for the backward, statistics (R, 6). With ids (R, k), contiguous and ascending, `teacher` are their logits."""
+    (R, C), k = student.shape, 0 if ids is None else ids.shape[1]
+    student, teacher, tail, labels = packed(student, teacher, tail, labels)
+    loss, stats = (torch.empty(s, dtype=torch.float32, device=student.device) for s in ((R,), (R, 6)))
+    BLOCK, warps = configs.pick("kd_loss_forward", row_class(C), student.dtype, student.device)
+    launch(_forward, R, student, teacher, ids, tail, labels, loss, stats, C, k, student.stride(0),
+           0 if teacher is None else teacher.stride(0), ignore_index, alpha, T, LOG2E / T, **flags(teacher, labels, alpha, T),
+           K=triton.next_power_of_2(k), BLOCK=BLOCK, num_warps=warps)
+    return loss, stats
+
+
+@_kd_loss.register_fake
+def _(student, teacher, ids, tail, labels, alpha, T, ignore_index):
+    return student.new_empty(len(student), dtype=torch.float32), student.new_empty(len(student), 6, dtype=torch.float32)
+
+
+@torch.library.custom_op("recyclable::kd_loss_backward", mutates_args=())
+def _kd_loss_backward(up: Tensor, student: Tensor, teacher: Tensor | None, ids: Tensor | None, labels: Tensor | None, stats: Tensor,
+                      alpha: float, T: float, ignore_index: int) -> Tensor:
+    """The gradient of student (R, C), given that of the loss (R,)."""
+    (R, C), k = student.shape, 0 if ids is None else ids.shape[1]
+    student, teacher, labels, up = packed(student, teacher, labels, up)
+    grad = torch.empty(R, C, dtype=student.dtype, device=student.device)
+    BLOCK, warps = configs.pick("kd_loss_backward", row_class(C), student.dtype, student.device)
+    tiles = triton.cdiv(C, BLOCK)
+    launch(_backward, R * tiles, student, teacher, ids, labels, stats, up, grad, C, k, tiles, student.stride(0),
+           0 if teacher is None else teacher.stride(0), ignore_index, alpha, T, LOG2E / T, **flags(teacher, labels, alpha, T),
+           K=triton.next_power_of_2(k), BLOCK=BLOCK, num_warps=warps)
+    return grad
+
+
+@_kd_loss_backward.register_fake
+def _(up, student, teacher, ids, labels, stats, alpha, T, ignore_index):
+    return student.new_empty(student.shape)
+
+
+def _save(ctx, inputs, output):
+    student, teacher, ids, _, labels, *ctx.rest = inputs
+    ctx.save_for_backward(student, teacher, ids, labels, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx, up, _):
+    return _kd_loss_backward(up, *ctx.saved_tensors, *ctx.rest), *(None,) * 7
+
+
+_kd_loss.register_autograd(_differentiate, setup_context=_save)
+
+
+def kd_loss(student: Tensor, teacher: Tensor | TopK | None, labels: Tensor | None = None, *, alpha: float, T: float,
             ignore_index: int = -100) -> Tensor:
     """Cross-entropy and temperature-scaled KL to a teacher, per row.
 
-    student, teacher   (R, C) raw logits; no gradient reaches the teacher
-    labels             (R,) classes, or None for the KL term alone (still times alpha); `ignore_index` rows give 0
-    Returns            (R,). Raises ValueError where shapes do not fit or T is not positive.
+    student    (R, C) raw logits
+    teacher    (R, C) raw logits; or the `TopK` of such at this T, its KL then over k + 1 outcomes; or None, for (1 - alpha) CE alone.
+               No gradient reaches it
+    labels     (R,) classes, or None for the KL term alone (still times alpha); `ignore_index` rows give 0
+    Returns    (R,) fp32; float64 of float64 logits. Raises ValueError where shapes do not fit or T is not positive.
     """
-    if student.ndim != 2 or student.shape != teacher.shape:
-        raise ValueError(f"student and teacher must be (R, C) and alike, not {tuple(student.shape)}, {tuple(teacher.shape)}")
+    if isinstance(teacher, TopK):
+        fits = teacher.ids.shape == teacher.logits.shape and teacher.ids.shape[:-1] == teacher.tail.shape == student.shape[:1]
+    else:
+        fits = teacher is None or teacher.shape == student.shape
+    if student.ndim != 2 or not fits or (labels is not None and labels.shape != student.shape[:1]):
+        parts = [*teacher] if isinstance(teacher, TopK) else [teacher]
+        raise ValueError("student and teacher must be (R, C) and alike, or the teacher's top k (R, k), (R, k), (R,); labels (R,); not "
+                         f"{[None if x is None else tuple(x.shape) for x in (student, *parts, labels)]}")
     if T <= 0:
         raise ValueError(f"the temperature T must be positive, not {T}")
-    return kd_loss_ref(student, teacher.detach(), labels, alpha=alpha, T=T, ignore_index=ignore_index)
+    if teacher is None and labels is None:
+        raise ValueError("a loss needs a teacher or labels")
+    if not uses_triton(student):
+        return kd_loss_ref(student, teacher, labels, alpha=alpha, T=T, ignore_index=ignore_index)
+    logits, ids, tail = teacher if alpha else None, None, None
+    if isinstance(logits, TopK):
+        ids, order = teacher.ids.sort(-1)
+        ids, logits, tail = ids.contiguous(), teacher.logits.gather(-1, order), teacher.tail
+    logits, tail = (None if x is None else x.detach() for x in (logits, tail))
+    return _kd_loss(student, logits, ids, tail, labels, float(alpha), float(T), ignore_index)[0]
 
 
-def hidden_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared error between hidden rows, per example: (B, L, d), (B, L, d) -> (B,) in fp32 (METHOD: patience)."""
-    if student.shape != teacher.shape:
+# ---------------------------------------------------------------- hidden_mse
+
+@triton.jit
+def _mse_forward(s_ptr, t_ptr, rows_ptr, loss_ptr, width, s_stride, t_stride, BLOCK: tl.constexpr):    # (B, L d), (n, L d), (B,), (B,)
+    """One example: all its layers are one row."""
+    b = tl.program_id(0).to(tl.int64)
+    t_row = b if rows_ptr is None else tl.load(rows_ptr + b).to(tl.int64)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        s = tl.load(s_ptr + b * s_stride + cols, mask=cols < width, other=0.0).to(tl.float32)
+        d = s - tl.load(t_ptr + t_row * t_stride + cols, mask=cols < width, other=0.0).to(tl.float32)
+        total += d * d
+    tl.store(loss_ptr + b, tl.sum(total, 0) / width)
+
+
+@triton.jit
+def _mse_backward(s_ptr, t_ptr, rows_ptr, up_ptr, grad_ptr, width, tiles, s_stride, t_stride, BLOCK: tl.constexpr):
+    """One tile of one example's gradient (B, L d)."""
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    t_row = b if rows_ptr is None else tl.load(rows_ptr + b).to(tl.int64)
+    cols = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
+    s = tl.load(s_ptr + b * s_stride + cols, mask=cols < width).to(tl.float32)
+    d = s - tl.load(t_ptr + t_row * t_stride + cols, mask=cols < width).to(tl.float32)
+    tl.store(grad_ptr + b * width + cols, (d * (tl.load(up_ptr + b) * 2 / width)).to(grad_ptr.dtype.element_ty), mask=cols < width)
+
+
+@torch.library.custom_op("recyclable::hidden_mse", mutates_args=())
+def _hidden_mse(student: Tensor, teacher: Tensor, rows: Tensor | None) -> Tensor:
+    s, t = student.flatten(1), teacher.flatten(1)
+    loss = torch.empty(len(s), dtype=torch.float32, device=s.device)
+    BLOCK, warps = configs.pick("hidden_mse", row_class(s.shape[1]), s.dtype, s.device)
+    launch(_mse_forward, len(s), s, t, *packed(rows), loss, s.shape[1], s.stride(0), t.stride(0), BLOCK=BLOCK, num_warps=warps)
+    return loss
+
+
+@_hidden_mse.register_fake
+def _(student, teacher, rows):
+    return student.new_empty(len(student), dtype=torch.float32)
+
+
+@torch.library.custom_op("recyclable::hidden_mse_backward", mutates_args=())
+def _hidden_mse_backward(up: Tensor, student: Tensor, teacher: Tensor, rows: Tensor | None) -> Tensor:
+    s, t = student.flatten(1), teacher.flatten(1)
+    grad = torch.empty(student.shape, dtype=s.dtype, device=s.device)
+    BLOCK, warps = configs.pick("hidden_mse", row_class(s.shape[1]), s.dtype, s.device)
+    tiles = triton.cdiv(s.shape[1], BLOCK)
+    launch(_mse_backward, len(s) * tiles, s, t, *packed(rows, up), grad, s.shape[1], tiles, s.stride(0), t.stride(0),
+           BLOCK=BLOCK, num_warps=warps)
+    return grad
+
+
+@_hidden_mse_backward.register_fake
+def _(up, student, teacher, rows):
+    return student.new_empty(student.shape)
+
+
+_hidden_mse.register_autograd(lambda ctx, up: (_hidden_mse_backward(up, *ctx.saved_tensors), None, None),
+                              setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
+def hidden_mse(student: Tensor, teacher: Tensor, rows: Tensor | None = None) -> Tensor:
+    """Mean squared error between hidden rows, per example, over all layers and the width (METHOD: patience).
+
+    student    (B, L, d)
+    teacher    (n, L, d), a cache of which example b is compared with row `rows[b]`; no gradient reaches it
+    rows       (B,) int64 or int32, each below n; None: example b with row b
+    Returns    (B,) fp32; float64 of float64 states. Raises ValueError where sizes differ.
+    """
+    if student.shape[1:] != teacher.shape[1:] or len(student) != len(teacher if rows is None else rows):
         raise ValueError(f"patience needs teacher and student of equal size, not {tuple(teacher.shape)} and "
                          f"{tuple(student.shape)} (examples, layers, width)")
-    return (student.float() - teacher.detach().float()).square().mean(dim=(1, 2))
+    if not uses_triton(student):
+        return hidden_mse_ref(student, teacher, rows)
+    return _hidden_mse(student, teacher.detach(), rows)

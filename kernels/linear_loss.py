@@ -1,23 +1,251 @@
-"""A linear layer and its loss in one call, so that the logits of a large vocabulary need not be kept.
+"""A linear layer and its loss in one call, so that the logits of a large vocabulary are never stored: some rows at a time.
 
-Here the plain reference, which does keep them.
+    logits s = x W^T + b        rows (1 - alpha) CE(s, y) + alpha T^2 KL(softmax(t / T) || softmax(s / T)) as in kd_loss.py
+    teacher  t = x_t W_t^T + b_t        loss = sum of the rows, or their mean over those that are not ignored
+
+A chunk of rows is one GEMM (fp32 out), one kernel that reads the logits twice and overwrites them with G = d rows / ds, and the GEMMs
+dX = G W and dW += G^T X (fp32 sums over the chunks). So the gradients exist when the forward is done, of the plain sum of rows: the
+backward multiplies them by (upstream gradient) / (number of rows that count). Before that they are neither small nor large, so 16-bit
+types hold them; both factors stay on the device, and a loss scale takes part in the product before dX is rounded.
+
+Chunks are as large as CHUNK_BYTES of logits, a multiple of 128 rows, for each chunk reads and writes dW once: V d numbers for the
+2 V d operations a row costs. W is copied, cast to the dtype of x, to a multiple of 128 rows, for an odd V (50,265) makes rows of
+logits that no vector load and no tensor-core tile is aligned with; the loss kernel takes the logits past V for -inf.
+
+16-bit G is written over the fp32 logits it comes from: numbers [c, c + n) of a row into the bytes of the logits [c/2, (c + n)/2). Those
+have been read by then in earlier tiles or, in the first, in the same tile; a barrier between a tile's loads and its stores makes that
+true of all threads of the program, and no other program has to do with the row. Read as 16-bit numbers, the row is a GEMM operand with
+twice the row stride.
+
+Limits: as for kd_loss; G is rounded to the dtype of x; GEMMs follow PyTorch's settings (TF32 of fp32). Not differentiable twice. Tested
+in Triton's interpreter; compiled for sm_80, 90, 100.
 """
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import configs
+from kernels.common import launch, tl, triton, uses_triton
+from kernels.kd_loss import LOG2E, add_tile, flags, kd_loss_ref, load_fp32, packed, read_label, row_class, row_loss, tile_grad
 
-def linear_cross_entropy_ref(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
-                             ignore_index: int = -100) -> Tensor:
-    """`linear_cross_entropy` in plain PyTorch: logits in the dtype of `x`, loss in at least fp32."""
-    logits = F.linear(x, weight, bias)
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels,
-                           ignore_index=ignore_index, reduction="none")
+CHUNK_BYTES = 2**28     # all logits of a chunk together; tests lower it
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
-                         ignore_index: int = -100) -> Tensor:
-    """Cross-entropy of `x @ weight.T + bias`: x (R, d), weight (V, d), bias (V,), labels (R,) -> (R,) fp32."""
-    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1]:
-        raise ValueError(f"x (R, d) and weight (V, d) do not fit: {tuple(x.shape)}, {tuple(weight.shape)}")
-    return linear_cross_entropy_ref(x, weight, bias, labels, ignore_index)
+# ---------------------------------------------------------------- references
+
+def linear_cross_entropy_ref(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, ignore_index: int = -100,
+                             reduction: str = "mean") -> Tensor:
+    """`linear_cross_entropy` in plain PyTorch: logits kept, in the dtype of `x`; loss in at least fp32."""
+    rows = kd_loss_ref(F.linear(x, weight, bias), None, labels, alpha=0.0, T=1.0, ignore_index=ignore_index)
+    return _reduce(rows.sum(), len(x), labels, ignore_index, reduction)
+
+
+def linear_kd_ref(x: Tensor, weight: Tensor, bias: Tensor | None, x_teacher: Tensor, weight_teacher: Tensor, bias_teacher: Tensor | None,
+                  labels: Tensor | None = None, *, alpha: float, T: float, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
+    """`linear_kd` in plain PyTorch: logits kept, in the dtype of `x`; loss in at least fp32."""
+    with torch.no_grad():
+        teacher = F.linear(x_teacher, weight_teacher, bias_teacher)
+    rows = kd_loss_ref(F.linear(x, weight, bias), teacher, labels, alpha=alpha, T=T, ignore_index=ignore_index)
+    return _reduce(rows.sum(), len(x), labels, ignore_index, reduction)
+
+
+def _reduce(total: Tensor, R: int, labels: Tensor | None, ignore_index: int, reduction: str) -> Tensor:
+    """The sum of rows, or what it is divided by the number that count; 0, not NaN, where none does."""
+    if reduction == "sum":
+        return total
+    return total / (max(R, 1) if labels is None else (labels != ignore_index).sum().clamp(min=1))
+
+
+# ---------------------------------------------------------------- kernel
+
+@triton.jit
+def _logits(row_ptr, bias_ptr, cols, V, width):
+    """Some logits of a row, -inf from V on. Loads are masked by `width`, a multiple of any vector, not by V."""
+    s = load_fp32(row_ptr, cols, cols < width)
+    if bias_ptr is not None:
+        s += load_fp32(bias_ptr, cols, cols < width)
+    return tl.where(cols < V, s, -float("inf"))
+
+
+@triton.jit
+def _row(s_ptr, t_ptr, bias_ptr, bias_t_ptr, labels_ptr, loss_ptr, grad_ptr,   # (n, width) x 2, (width,) x 2 in fp32; (n,) x 2; (n, width)
+         V, width, grad_stride, ignore_index, alpha, T, rate, CE: tl.constexpr, KD: tl.constexpr, UNIT_T: tl.constexpr,
+         GRAD: tl.constexpr, BLOCK: tl.constexpr):
+    """The loss of one row of logits and, over the logits' own memory, its gradient."""
+    row = tl.program_id(0).to(tl.int64)
+    s_ptr += row * width
+    if KD:
+        t_ptr += row * width
+    M_s, D_1, D_s, M_t, D_t, gap = -1e30, 0.0, 0.0, -1e30, 0.0, 0.0
+    for start in range(0, width, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        s, t = _logits(s_ptr, bias_ptr, cols, V, width), None
+        if KD:
+            t = _logits(t_ptr, bias_t_ptr, cols, V, width)
+        M_s, D_1, D_s, M_t, D_t, gap = add_tile(s, t, M_s, D_1, D_s, M_t, D_t, gap, rate, CE, KD, UNIT_T)
+    y, counts = read_label(labels_ptr, row, ignore_index)
+    s_y = tl.load(s_ptr + y, mask=(y >= 0) & (y < V), other=float("nan"))       # a label that is no class: a loss of NaN
+    if bias_ptr is not None:
+        s_y += tl.load(bias_ptr + y, mask=(y >= 0) & (y < V), other=0.0)
+    tl.store(loss_ptr + row, tl.where(counts, row_loss(s_y, M_s, D_1, D_s, D_t, gap, alpha, T, CE, KD), 0.0))
+    if GRAD:
+        g_ce, g_kd = tl.where(counts, 1 - alpha, 0.0), tl.where(counts, alpha * T, 0.0)
+        for start in range(0, width, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            s, t = _logits(s_ptr, bias_ptr, cols, V, width), None
+            if KD:
+                t = _logits(t_ptr, bias_t_ptr, cols, V, width)
+            grad = tile_grad(s, t, cols == y, M_s, D_1, D_s, M_t, D_t, rate, g_ce, g_kd, CE, KD, UNIT_T)     # 0 from V on
+            tl.debug_barrier()      # what is stored now covers logits that other threads may have been about to load
+            tl.store(grad_ptr + row * grad_stride + cols, grad.to(grad_ptr.dtype.element_ty), mask=cols < width)
+
+
+# ---------------------------------------------------------------- op
+
+def _padded(x: Tensor | None, rows: int, dtype: torch.dtype) -> Tensor | None:
+    """x in `dtype` with zeros appended up to `rows`; x itself where that is all true already."""
+    if x is None or (len(x) == rows and x.dtype == dtype and x.is_contiguous()):
+        return x
+    out = torch.empty(rows, *x.shape[1:], dtype=dtype, device=x.device)
+    out[:len(x)].copy_(x)
+    out[len(x):].zero_()
+    return out
+
+
+def _chunk_rows(width: int, buffers: int) -> int:
+    """As many rows of `buffers` fp32 logits as CHUNK_BYTES hold, in whole tiles of a GEMM if that is any."""
+    rows = CHUNK_BYTES // (4 * width * buffers)
+    return rows - rows % 128 if rows > 128 else max(rows, 1)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in fp32."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype != torch.float32 else a.float() @ b.float()
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, fp32 sums."""
+    if not a.is_cuda or a.dtype == torch.float32:
+        total.addmm_(a.float(), b.float())
+    elif torch.__version__ >= "2.10":       # before, addmm refused a `total` of another dtype than a's
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += torch.mm(a, b, out_dtype=torch.float32)
+
+
+@torch.library.custom_op("recyclable::linear_loss", mutates_args=())
+def _linear_loss(x: Tensor, weight: Tensor, bias: Tensor | None, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None,
+                 labels: Tensor | None, alpha: float, T: float, ignore_index: int, need_x: bool, need_w: bool,
+                 need_b: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sum of the rows' losses, and its gradients by x, weight and bias, the last two in fp32; empty where not needed."""
+    (R, d), V = x.shape, len(weight)
+    width = triton.cdiv(V, 128) * 128
+    x, w, b = x.contiguous(), _padded(weight, width, x.dtype), _padded(bias, width, torch.float32)
+    w_t, b_t = None if x_t is None else _padded(weight_t, width, x_t.dtype), _padded(bias_t, width, torch.float32)
+    labels, loss = *packed(labels), torch.empty(R, device=x.device)
+    dx = torch.empty(R if need_x else 0, d, dtype=x.dtype, device=x.device)
+    dw, db = torch.zeros(width if need_w else 0, d, device=x.device), torch.zeros(width if need_b else 0, device=x.device)
+    BLOCK, warps = configs.pick("linear_loss", row_class(width), torch.float32, x.device)
+    chunk = _chunk_rows(width, 1 if x_t is None else 2)
+    with torch.autocast(x.device.type, enabled=False):
+        for start in range(0, R, chunk):
+            part = slice(start, start + chunk)
+            s, t = _product(x[part], w.T), None if x_t is None else _product(x_t[part], w_t.T)      # (n, width) fp32
+            g = s.view(x.dtype)[:, :width]
+            launch(_row, len(s), s, t, b, b_t, None if labels is None else labels[part], loss[part], g, V, width, g.stride(0),
+                   ignore_index, alpha, T, LOG2E / T, **flags(t, labels, alpha, T), GRAD=need_x or need_w or need_b, BLOCK=BLOCK,
+                   num_warps=warps)
+            if need_x:
+                torch.mm(g, w, out=dx[part])
+            if need_w:
+                _add_product(dw, g.T, x[part])
+            if need_b:
+                db += g.sum(0, dtype=torch.float32)
+            del s, t, g         # or the next chunk's would be made beside them
+    return loss.sum(), dx, dw[:V], db[:V]
+
+
+@_linear_loss.register_fake
+def _(x, weight, bias, x_t, weight_t, bias_t, labels, alpha, T, ignore_index, need_x, need_w, need_b):
+    (R, d), V = x.shape, len(weight)
+    return (x.new_empty((), dtype=torch.float32), x.new_empty(R if need_x else 0, d),
+            x.new_empty(V if need_w else 0, d, dtype=torch.float32), x.new_empty(V if need_b else 0, dtype=torch.float32))
+
+
+def _save(ctx, inputs, output):
+    ctx.dtypes = inputs[1].dtype, inputs[2].dtype if inputs[-1] else None
+    ctx.needs = inputs[-3:]
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _differentiate(ctx, up, *_):
+    grads = [g * up if need else None for g, need in zip(ctx.saved_tensors, ctx.needs)]
+    casts = [None if g is None else g.to(dtype) for g, dtype in zip(grads[1:], ctx.dtypes)]
+    return grads[0], *casts, *(None,) * 10
+
+
+_linear_loss.register_autograd(_differentiate, setup_context=_save)
+
+
+# ---------------------------------------------------------------- public
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, ignore_index: int = -100,
+                         reduction: str = "mean") -> Tensor:
+    """Cross-entropy of `x @ weight.T + bias`.
+
+    x            (R, d); under autocast it is cast, and `weight` always is, to the dtype of x
+    weight       (V, d)
+    bias         (V,) or None
+    labels       (R,) classes; `ignore_index` rows give 0
+    reduction    "mean" over the rows that are not ignored (0 if none), or "sum"
+    Returns      a scalar, fp32; float64 of float64 x. Raises ValueError where shapes do not fit.
+    """
+    _check(x, weight, bias, labels, reduction)
+    if not uses_triton(x):
+        return linear_cross_entropy_ref(x, weight, bias, labels, ignore_index=ignore_index, reduction=reduction)
+    return _fused(x, weight, bias, None, None, None, labels, 0.0, 1.0, ignore_index, reduction)
+
+
+def linear_kd(x: Tensor, weight: Tensor, bias: Tensor | None, x_teacher: Tensor, weight_teacher: Tensor, bias_teacher: Tensor | None,
+              labels: Tensor | None = None, *, alpha: float, T: float, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
+    """`kd_loss` of the logits `x @ weight.T + bias` and a teacher's.
+
+    x, weight, bias                            as in `linear_cross_entropy`
+    x_teacher, weight_teacher, bias_teacher    (R, d_t), (V, d_t), (V,) or None; no gradient reaches them
+    labels                                     (R,) classes, or None for the KL term alone (still times alpha); `ignore_index` rows give 0
+    reduction                                  "mean" over the rows that are not ignored (0 if none), or "sum"
+    Returns a scalar, fp32; float64 of float64 x. Raises ValueError where shapes do not fit or T is not positive.
+    """
+    _check(x, weight, bias, labels, reduction)
+    _check(x_teacher, weight_teacher, bias_teacher, labels, reduction)
+    if len(x) != len(x_teacher) or len(weight) != len(weight_teacher):
+        raise ValueError(f"student and teacher must have equally many rows and classes, not {tuple(x.shape)} {tuple(weight.shape)} and "
+                         f"{tuple(x_teacher.shape)} {tuple(weight_teacher.shape)}")
+    if T <= 0:
+        raise ValueError(f"the temperature T must be positive, not {T}")
+    if not (uses_triton(x) and uses_triton(x_teacher)):
+        return linear_kd_ref(x, weight, bias, x_teacher, weight_teacher, bias_teacher, labels, alpha=alpha, T=T,
+                             ignore_index=ignore_index, reduction=reduction)
+    teacher = [None if v is None or not alpha else v.detach() for v in (x_teacher, weight_teacher, bias_teacher)]
+    return _fused(x, weight, bias, *teacher, labels, float(alpha), float(T), ignore_index, reduction)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, reduction: str) -> None:
+    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
+        raise ValueError(f"x (R, d), weight (V, d) and bias (V,) do not fit: {tuple(x.shape)}, {tuple(weight.shape)}"
+                         + ("" if bias is None else f", {tuple(bias.shape)}"))
+    if labels is not None and labels.shape != x.shape[:1]:
+        raise ValueError(f"labels must be (R,) as x (R, d), not {tuple(labels.shape)} and {tuple(x.shape)}")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be mean or sum, not {reduction!r}")
+
+
+def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None,
+           labels: Tensor | None, alpha: float, T: float, ignore_index: int, reduction: str) -> Tensor:
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, x_t = x.to(dtype), None if x_t is None else x_t.to(dtype)
+    needs = [torch.is_grad_enabled() and v is not None and v.requires_grad for v in (x, weight, bias)]
+    total = _linear_loss(x, weight, bias, x_t, weight_t, bias_t, labels, alpha, T, ignore_index, *needs)[0]
+    return _reduce(total, len(x), labels, ignore_index, reduction)

@@ -6,6 +6,7 @@ import torch
 from conftest import random_base
 
 from kernels import hidden_mse, kd_loss, linear_cross_entropy
+from kernels.linear_loss import linear_kd
 from rt.deltas import DeltaConfig, attach
 from rt.distill import Loss, TeacherCache, run_teacher, task_loss
 from rt.model import Trace
@@ -79,18 +80,24 @@ def test_hidden_mse_is_the_mean_over_layers_and_width():
         hidden_mse(a, b[:, :1])
 
 
-def test_linear_cross_entropy_is_the_formula():
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_linear_losses_are_the_formula(reduction):
     g = torch.Generator().manual_seed(0)
     x, w, b = (torch.randn(s, generator=g, dtype=torch.float64).requires_grad_() for s in ((4, 6), (9, 6), (9,)))
+    teacher = [torch.randn(s, generator=g, dtype=torch.float64) for s in ((4, 5), (9, 5), (9,))]
     labels = torch.tensor([0, 8, -100, 3])
-    rows = linear_cross_entropy(x, w, b, labels)
-    scores = (x @ w.T + b).tolist()
-    for i, y in enumerate(labels.tolist()):
-        assert rows[i].item() == pytest.approx(0.0 if y == -100 else -math.log(softmax(scores[i])[y]), rel=1e-9)
-    p = (x @ w.T + b).softmax(-1) - torch.nn.functional.one_hot(labels.clamp(0), 9)
+    rows = 3 if reduction == "mean" else 1
+    s, t = x @ w.T + b, teacher[0] @ teacher[1].T + teacher[2]
+    counting = [(s[i].tolist(), t[i].tolist(), y) for i, y in enumerate(labels.tolist()) if y != -100]
+    ce = [-math.log(softmax(scores)[y]) for scores, _, y in counting]
+    loss = linear_cross_entropy(x, w, b, labels, reduction=reduction)
+    assert loss.item() == pytest.approx(sum(ce) / rows, rel=1e-9)
+    p = (s.softmax(-1) - torch.nn.functional.one_hot(labels.clamp(0), 9)) / rows
     p[2] = 0
-    for got, expected in zip(torch.autograd.grad(rows.sum(), (x, w, b)), (p @ w, p.T @ x, p.sum(0))):
+    for got, expected in zip(torch.autograd.grad(loss, (x, w, b)), (p @ w, p.T @ x, p.sum(0))):
         torch.testing.assert_close(got, expected)
+    expected = sum(0.4 * c + 0.6 * 9 * kl(b, a, 3.0) for c, (a, b, _) in zip(ce, counting)) / rows
+    assert linear_kd(x, w, b, *teacher, labels, alpha=0.6, T=3.0, reduction=reduction).item() == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.fixture

@@ -1,0 +1,263 @@
+"""linear_cross_entropy and linear_kd, the fused path: error budgets against float64, every gradient, chunks, 16-bit gradients in place."""
+import math
+
+import pytest
+import torch
+
+from kernels import linear_loss
+from kernels.linear_loss import _linear_loss, _padded, linear_cross_entropy, linear_cross_entropy_ref, linear_kd, linear_kd_ref
+
+EPS = torch.finfo(torch.float32).eps
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")      # -inf - -inf in masked lanes, said by numpy
+
+
+def inputs(R, V, d=8, dtype=torch.float32, device="cpu", bias=True):
+    """[x, weight, bias], which want gradients; the teacher's three, of another width; labels of which row 1 is ignored."""
+    g = torch.Generator().manual_seed(0)
+    student, teacher = ([torch.randn(R, w, generator=g), 3 * torch.randn(V, w, generator=g) / w**0.5,
+                         torch.randn(V, generator=g) if bias else None] for w in (d, d + 3))
+    y = torch.randint(V, (R,), generator=g)
+    y[1:2] = -100
+    student = [None if p is None else p.to(device, dtype).requires_grad_() for p in student]
+    return student, [None if p is None else p.to(device, dtype) for p in teacher], y.to(device)
+
+
+def double(parts):
+    return [None if p is None else p.detach().double().requires_grad_(p.requires_grad) for p in parts]
+
+
+def loss_and_gradients(function, student, teacher, y, **options):
+    """With an upstream gradient that is not 1."""
+    loss = function(*student, *teacher, y, **options)
+    return loss, *torch.autograd.grad(loss * 0.37, [p for p in student if p is not None and p.requires_grad])
+
+
+def assert_close(results, expected):
+    """To the order of summation, which differs between layouts and GEMMs."""
+    for x, z in zip(results, expected):
+        torch.testing.assert_close(x, z, rtol=1e-5, atol=1e-6)
+
+
+def assert_within_budget(student, teacher, y, **options):
+    """err(ours) <= 2 err(reference in that precision) + a few roundings. The interpreter cuts digits off where it makes a bfloat16, so
+    there an entry of G may be off by twice as much as of a GPU, which rounds; so may what is summed of them."""
+    fused, plain = (linear_kd, linear_kd_ref) if teacher else (linear_cross_entropy, linear_cross_entropy_ref)
+    exact = loss_and_gradients(plain, double(student), double(teacher), y, **options)
+    ours, ref = (loss_and_gradients(f, student, teacher, y, **options) for f in (fused, plain))
+    dtype = student[0].dtype
+    terms = exact[0].abs().item() + options.get("alpha", 0.0) * options.get("T", 1.0) ** 2 * math.log(len(student[1])) + 1
+    unit = max(8 * EPS, torch.finfo(dtype).eps * (0 if dtype == torch.float32 else 1 if dtype == torch.bfloat16 and not y.is_cuda else 0.5))
+    assert ours[0].dtype == torch.float32 and ours[0].shape == ()
+    for i, (x, r, z) in enumerate(zip(ours, ref, exact)):
+        assert i == 0 or (x.dtype == r.dtype and x.shape == r.shape)
+        error, budget = (x - z).abs().max().item(), 2 * (r - z).abs().max().item()
+        assert error <= budget + (4 * EPS * terms if i == 0 else unit * z.abs().max().item()), f"{i}: {error:.2e}, budget {budget:.2e}"
+
+
+@pytest.mark.parametrize("V", [2, 3, 128, 300, 1003])
+@pytest.mark.parametrize("alpha, T, kd, hard, bias, reduction", [
+    (0.0, 1.0, False, True, True, "mean"), (0.0, 1.0, False, True, False, "sum"), (0.7, 5.0, True, True, True, "mean"),
+    (0.7, 1.0, True, True, False, "mean"), (0.6, 2.0, True, False, True, "mean"), (1.0, 0.5, True, True, True, "sum")])
+def test_forward_and_gradients(device, V, alpha, T, kd, hard, bias, reduction):
+    student, teacher, y = inputs(5, V, device=device, bias=bias)
+    options = dict(alpha=alpha, T=T) if kd else {}
+    assert_within_budget(student, teacher if kd else [], y if hard else None, reduction=reduction, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("V, kd", [(50, True), (1003, False), (9001, True), (9001, False)])
+def test_gradients_written_over_the_logits_and_rows_of_several_tiles(device, dtype, V, kd):
+    student, teacher, y = inputs(4, V, 16, dtype, device)
+    assert_within_budget(student, teacher if kd else [], y, **(dict(alpha=0.7, T=2.0) if kd else {}))
+
+
+def test_16_bit_logits_are_not_rounded_on_the_way(device):
+    student, teacher, y = inputs(6, 300, 16, torch.bfloat16, device)
+    loss = linear_kd(*student, *teacher, y, alpha=0.7, T=3.0)
+    exact = linear_kd_ref(*double(student), *double(teacher), y, alpha=0.7, T=3.0)
+    assert abs(loss - exact) <= 4 * EPS * 9 * math.log(300)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of three rows of 384 columns, two logit buffers."""
+    monkeypatch.setattr(linear_loss, "CHUNK_BYTES", 3 * 2 * 384 * 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("R", [3, 8])
+def test_several_chunks(device, small_chunks, monkeypatch, dtype, bias, R):
+    student, teacher, y = inputs(R, 300, 8, dtype, device, bias)
+    rows, launch = [], linear_loss.launch
+    monkeypatch.setattr(linear_loss, "launch", lambda kernel, n, *a, **k: (rows.append(n), launch(kernel, n, *a, **k)))
+    assert_within_budget(student, teacher, y, alpha=0.7, T=2.0)
+    assert rows == {3: [3], 8: [3, 3, 2]}[R]
+    rows.clear()
+    assert_within_budget(student, [], y)
+    assert rows == {3: [3], 8: [6, 2]}[R]
+
+
+@pytest.mark.parametrize("megabytes, width, buffers, rows", [
+    (256, 50304, 2, 640), (256, 50304, 1, 1280), (1, 250112, 2, 1), (100, 250112, 1, 104)])
+def test_chunks_fill_the_memory_they_are_given_in_multiples_of_128_rows(monkeypatch, megabytes, width, buffers, rows):
+    monkeypatch.setattr(linear_loss, "CHUNK_BYTES", megabytes * 2**20)
+    assert linear_loss._chunk_rows(width, buffers) == rows
+
+
+@pytest.mark.parametrize("wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1)])
+def test_only_the_gradients_that_are_needed(device, small_chunks, wanted):
+    student, teacher, y = inputs(5, 300, device=device)
+    full = dict(zip(range(3), loss_and_gradients(linear_kd, student, teacher, y, alpha=0.5, T=2.0)[1:]))
+    partial = [p.detach().requires_grad_(bool(want)) for p, want in zip(student, wanted)]
+    _, *gradients = loss_and_gradients(linear_kd, partial, teacher, y, alpha=0.5, T=2.0)
+    assert len(gradients) == sum(wanted) and all(map(torch.equal, gradients, (full[i] for i in range(3) if wanted[i])))
+
+
+def test_without_gradients_the_same_loss(device):
+    student, teacher, y = inputs(4, 300, device=device)
+    loss = linear_kd(*student, *teacher, y, alpha=0.5, T=2.0)
+    with torch.no_grad():
+        assert torch.equal(linear_kd(*student, *teacher, y, alpha=0.5, T=2.0), loss)
+    detached = linear_kd(*(p.detach() for p in student), *(p.requires_grad_() for p in teacher), y, alpha=0.5, T=2.0)
+    assert torch.equal(detached, loss) and not detached.requires_grad
+    loss.backward()
+    assert all(p.grad is None for p in teacher) and all(p.grad is not None for p in student)
+
+
+@pytest.mark.parametrize("R", [0, 3])
+def test_where_no_row_counts_there_is_zero_and_no_nan(device, R):
+    student, teacher, y = inputs(R, 300, device=device)
+    y.fill_(-100)
+    for reduction in ("mean", "sum"):
+        for results in (loss_and_gradients(linear_cross_entropy, student, [], y, reduction=reduction),
+                        loss_and_gradients(linear_kd, student, teacher, y, alpha=0.5, T=2.0, reduction=reduction)):
+            assert all(torch.equal(x, torch.zeros_like(x)) for x in results) and results[2].shape == student[1].shape
+
+
+def test_other_ignore_indices_and_labels_that_are_no_class(device):
+    student, _, y = inputs(4, 20, device=device)
+    y[:] = torch.tensor([7, 7, 3, 19])
+    loss = linear_cross_entropy(*student, y, ignore_index=7)
+    assert_close([loss], [linear_cross_entropy(student[0][2:], *student[1:], y[2:])])
+    y[0] = 20       # there are 128 columns
+    assert linear_cross_entropy(*student, y).isnan()
+
+
+def test_columns_past_the_vocabulary_take_no_part(device):
+    """All logits are far below the 0 that a padded column has."""
+    student, teacher, y = inputs(3, 130, device=device)
+    with torch.no_grad():
+        student[2] -= 200
+        teacher[2] -= 300
+    assert_within_budget(student, teacher, y, alpha=0.5, T=2.0)
+    assert_within_budget([student[0], student[1] + 0, None], [], y)
+
+
+def test_the_weight_is_copied_only_where_that_is_needed(device):
+    weight = torch.randn(256, 8, device=device)
+    assert _padded(weight, 256, torch.float32) is weight and _padded(None, 256, torch.float32) is None
+    for x, rows, dtype in ((weight[:200], 256, torch.float32), (weight, 256, torch.float16), (weight.T.contiguous().T, 256, torch.float32)):
+        out = _padded(x, rows, dtype)
+        assert out.is_contiguous() and out.shape == (256, 8) and torch.equal(out[:len(x)], x.to(dtype)) and not out[len(x):].any()
+
+
+def test_minus_infinity_in_the_bias_masks_a_class(device):
+    student, teacher, y = inputs(4, 300, device=device)
+    with torch.no_grad():
+        student[2][5], teacher[2][5], teacher[2][200:] = -math.inf, -math.inf, -math.inf
+    y[0] = 250
+    assert_within_budget(student, teacher, y, alpha=0.5, T=2.0)
+
+
+def test_views_and_weights_of_other_dtypes(device):
+    student, teacher, y = inputs(5, 300, device=device)
+    expected = loss_and_gradients(linear_kd, student, teacher, y, alpha=0.5, T=2.0)
+    loose = [p.detach().T.contiguous().T.requires_grad_() for p in student[:2]]
+    loose.append(torch.stack([student[2].detach()] * 2, 1)[:, 0].requires_grad_())
+    wide = torch.stack([teacher[0], teacher[0]], 1)[:, 0]
+    assert not any(p.is_contiguous() for p in (*loose, wide))
+    assert_close(loss_and_gradients(linear_kd, loose, [wide, teacher[1].T.contiguous().T, teacher[2]], torch.stack([y, y], 1)[:, 0],
+                                    alpha=0.5, T=2.0), expected)
+    half = student[0].detach().half().requires_grad_(), *student[1:]       # x decides; gradients come in the dtype of each
+    results = loss_and_gradients(linear_cross_entropy, half, [], y)
+    assert [x.dtype for x in results] == [torch.float32, torch.float16, torch.float32, torch.float32]
+    rounded = [p.detach().half().float().requires_grad_() for p in student[:2]] + student[2:]
+    for x, z in zip(results, loss_and_gradients(linear_cross_entropy_ref, rounded, [], y)):
+        torch.testing.assert_close(x.float(), z, rtol=2e-3, atol=2e-4)
+
+
+def test_a_loss_scale_saves_small_fp16_gradients(device):
+    """1 / (rows that count) and the scale meet before dX is rounded: it is below fp16's smallest number, times the scale it is not."""
+    student, _, y = inputs(5, 300, dtype=torch.float16, device=device)
+    x = student[0]
+    gradient, = torch.autograd.grad(linear_cross_entropy(*student, y) / 2**20 * 2**20, x)
+    tiny, = torch.autograd.grad(linear_cross_entropy(*student, y) / 2**20, x)
+    again, = torch.autograd.grad(linear_cross_entropy(*student, y) * torch.tensor(2.0**-20, device=device) * 2**20, x)
+    assert torch.equal(gradient, again) and gradient.abs().max() > 0.01 and tiny.abs().max() < 1e-6
+
+
+def test_autocast(device):
+    student, teacher, y = inputs(5, 300, 16, device=device)
+    cast = [student[0].detach().bfloat16().requires_grad_(), *student[1:]], [teacher[0].bfloat16(), *teacher[1:]]
+    for function, options, kd in ((linear_cross_entropy, {}, False), (linear_kd, dict(alpha=0.5, T=2.0), True)):
+        expected = loss_and_gradients(function, cast[0], cast[1] if kd else [], y, **options)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            results = loss_and_gradients(function, student, teacher if kd else [], y, **options)
+        assert results[1].dtype == torch.float32        # of x, which autocast's copy stands in for
+        assert all(torch.equal(x, z.to(x.dtype)) for x, z in zip(results, expected))
+
+
+def test_finite_differences(device):
+    student, teacher, y = inputs(3, 5, 4, device=device)
+    _, *gradients = loss_and_gradients(linear_kd, student, teacher, y, alpha=0.6, T=2.0)
+    torch.autograd.gradcheck(lambda *s: linear_kd(*s, *double(teacher), y, alpha=0.6, T=2.0), double(student))     # float64: the reference
+    for i, gradient in enumerate(gradients):
+        step = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(i)).to(device)
+        up, down = (linear_kd(*(p + e * step if j == i else p for j, p in enumerate(student)), *teacher, y, alpha=0.6, T=2.0)
+                    for e in (1e-2, -1e-2))
+        torch.testing.assert_close((gradient * step).sum() / 0.37, (up - down) / 2e-2, rtol=2e-3, atol=1e-3)
+
+
+def test_both_paths_agree_and_the_cpu_takes_the_reference(device, monkeypatch):
+    student, teacher, y = inputs(4, 50, device=device)
+    ours, plain = (f(*student, *teacher, y, alpha=0.5, T=2.0) for f in (linear_kd, linear_kd_ref))
+    torch.testing.assert_close(ours, plain)
+    assert linear_kd(*double(student), *double(teacher), y, alpha=0.5, T=2.0).dtype == torch.float64
+    monkeypatch.delenv("RT_KERNELS")
+    assert torch.equal(linear_kd(*student, *teacher, y, alpha=0.5, T=2.0), plain if device.type == "cpu" else ours)
+    if device.type == "cpu":
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(linear_cross_entropy(*student, y), linear_cross_entropy_ref(*student, y))
+            assert torch.equal(linear_cross_entropy(*student, y), linear_cross_entropy_ref(*(p.bfloat16() for p in student), y))
+
+
+def test_the_op_is_registered_in_full(device):
+    student, teacher, y = inputs(3, 20, device=device)
+    for args, needs in (((*student, *teacher, y), (True, True, True)), ((*student, None, None, None, y), (True, True, True)),
+                        ((student[0].detach(), student[1], None, *teacher[:2], None, None), (False, True, False))):
+        torch.library.opcheck(_linear_loss, (*args, 0.5, 2.0, -100, *needs))
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_one_graph_under_torch_compile(device, amp):
+    student, teacher, y = inputs(3, 20, device=device)
+    compiled = torch.compile(lambda *a: linear_kd(*a, alpha=0.5, T=2.0), fullgraph=True, backend="aot_eager")
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
+        results = loss_and_gradients(compiled, student, teacher, y), loss_and_gradients(linear_kd, student, teacher, y, alpha=0.5, T=2.0)
+    assert all(map(torch.equal, *results))
+
+
+def test_shapes_that_do_not_fit_are_said(device):
+    (x, w, b), teacher, y = inputs(3, 20, device=device)
+    for wrong in ((x[:, :3], w, b, y), (x, w, b[:3], y), (x[0], w, b, y)):
+        with pytest.raises(ValueError, match="do not fit"):
+            linear_cross_entropy(*wrong)
+    with pytest.raises(ValueError, match="labels"):
+        linear_cross_entropy(x, w, b, y[:2])
+    with pytest.raises(ValueError, match="reduction"):
+        linear_cross_entropy(x, w, b, y, reduction="none")
+    with pytest.raises(ValueError, match="equally many"):
+        linear_kd(x, w, b, teacher[0], teacher[1][:9], None, y, alpha=0.5, T=2.0)
+    with pytest.raises(ValueError, match="positive"):
+        linear_kd(x, w, b, *teacher, y, alpha=0.5, T=0.0)
