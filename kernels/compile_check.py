@@ -51,36 +51,39 @@ def attention_kd_calls(dtype: torch.dtype) -> None:
         attention_kd(q_s, k_s, q_t, k_t, torch.tensor([0, 4], dtype=torch.int32), longest).sum().backward()
 
 
+LABELS = torch.zeros(4, dtype=torch.int64)
+TERMS = [(5.0, LABELS), (1.0, LABELS), (5.0, None)]     # both terms, both with one softmax, distillation alone
+
+
 def kd_loss_calls(dtype: torch.dtype) -> None:
-    labels = torch.zeros(4, dtype=torch.int64)
-    for C, T, y, dtype_t in itertools.product((20, 200, 1000, 5000), (1.0, 5.0), (None, labels), {dtype, torch.float32}):
+    for C, dtype_t in itertools.product((20, 200, 1000, 5000, 5008), {dtype, torch.float32}):    # rows of 5,000 are not aligned
         student, teacher = torch.zeros(4, C, dtype=dtype, requires_grad=True), torch.zeros(4, C, dtype=dtype_t)
-        for t in (teacher, top_k(teacher, 16, T), *([] if y is None else [None])):
-            kd_loss(student, t, y, alpha=0.5, T=T).sum().backward()
-    for width, rows, dtype_t in itertools.product((256, 768, 9216), (None, labels), {dtype, torch.float32}):
+        for (T, labels), k in itertools.product(TERMS, (0, 16)):
+            kd_loss(student, top_k(teacher, k, T) if k else teacher, labels, alpha=0.5, T=T).sum().backward()
+        kd_loss(student, None, LABELS, alpha=0.0, T=1.0).sum().backward()
+    for width, rows, dtype_t in itertools.product((256, 768, 9216), (None, LABELS), {dtype, torch.float32}):
         hidden_mse(torch.zeros(4, 1, width, dtype=dtype, requires_grad=True), torch.zeros(4, 1, width, dtype=dtype_t), rows).sum().backward()
 
 
 def linear_loss_calls(dtype: torch.dtype) -> None:
-    labels = torch.zeros(4, dtype=torch.int64)
     for V, with_bias, train in itertools.product((200, 1000, 5000), (False, True), (False, True)):
         x, w = torch.zeros(4, 16, dtype=dtype, requires_grad=train), torch.zeros(V, 16)
         bias = torch.zeros(V) if with_bias else None
-        linear_cross_entropy(x, w, bias, labels)
-        for y, T in itertools.product((None, labels), (1.0, 5.0)):
-            linear_kd(x, w, bias, x, w, bias, y, alpha=0.5, T=T)
+        linear_cross_entropy(x, w, bias, LABELS)
+        for T, labels in TERMS:
+            linear_kd(x, w, bias, x, w, bias, labels, alpha=0.5, T=T)
 
 
 CALLS = {"attention": attention_calls, "attention_kd": attention_kd_calls, "kd_loss": kd_loss_calls, "linear_loss": linear_loss_calls}
 
 
-def launches(arch: int, which: list[str]) -> list[tuple]:
+def launches(arch: int, which: list[str], dtypes: list[str] = ("bf16", "fp16", "fp32")) -> list[tuple]:
     """What can be launched on `arch`, each once: (module, kernel, signature, constexprs, attributes, options)."""
     found = {}
     os.environ["RT_KERNELS"], configs._arch = "triton", arch
     with recording() as recorded:
         for name in which:
-            for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for dtype in (dtype for dtype, short in TYPES.items() if short in dtypes):
                 CALLS[name](dtype)
     for kernel, args, meta in recorded:
         spec = describe(kernel, args, meta)
@@ -163,13 +166,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", choices=configs.ARCHS, default=configs.ARCHS)
     parser.add_argument("--kernel", nargs="+", choices=CALLS, default=list(CALLS))
+    parser.add_argument("--dtype", nargs="+", choices=("bf16", "fp16", "fp32"), default=("bf16", "fp16", "fp32"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--json", help="file for the rows")
     asked = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("TRITON_INTERPRET=1 replaces the compiler that is to be checked: unset it", file=sys.stderr)
         return 2
-    work = [(arch, spec) for arch in asked.arch for spec in launches(arch, asked.kernel)]
+    work = [(arch, spec) for arch in asked.arch for spec in launches(arch, asked.kernel, asked.dtype)]
     with concurrent.futures.ProcessPoolExecutor(asked.jobs, multiprocessing.get_context("spawn")) as pool:
         rows = list(tqdm(pool.map(compile_one, *zip(*work)), total=len(work), disable=None, desc="compiling"))
     print(f"{'kernel':24} {'types':18} {'sm':>3} {'reg':>4} {'spill':>5} {'shared':>7} {'matrix':>6} {'instr/elt':>9}  config")

@@ -97,7 +97,7 @@ def add_tile(s, t, M_s, D_1, D_s, M_t, D_t, gap, rate, CE: tl.constexpr, KD: tl.
     if KD:
         D_s = D_s * tl.exp2(step_s * rate) + tl.sum(tl.exp2(s * rate), 0)
     if CE:
-        D_1 = D_s if KD and UNIT_T else D_1 * tl.exp(step_s) + tl.sum(tl.exp(s), 0)
+        D_1 = D_s if UNIT_T else D_1 * tl.exp(step_s) + tl.sum(tl.exp(s), 0)
     if t is not None:
         new = tl.maximum(M_t, tl.max(t, 0))
         t, step_t, M_t = t - new, M_t - new, new
@@ -127,7 +127,7 @@ def tile_grad(s, t, at_label, M_s, D_1, D_s, M_t, D_t, rate, g_ce, g_kd, CE: tl.
         e = tl.exp2(s * rate)
         grad += (g_kd / D_s) * e - (g_kd / D_t) * tl.exp2((t - M_t) * rate)
     if CE:
-        e_1 = e if KD and UNIT_T else tl.exp(s)
+        e_1 = e if UNIT_T else tl.exp(s)
         grad += (g_ce / D_1) * e_1 - tl.where(at_label, g_ce, 0.0)
     return grad
 
@@ -234,8 +234,9 @@ def row_class(C: int) -> int:
 
 
 def flags(teacher: Tensor | None, labels: Tensor | None, alpha: float, T: float) -> dict[str, bool]:
-    """What of the loss is to be computed at all."""
-    return {"CE": labels is not None and alpha != 1, "KD": teacher is not None, "UNIT_T": T == 1}
+    """What of the loss is to be computed at all; UNIT_T: both terms, with one softmax of the student for both."""
+    CE, KD = labels is not None and alpha != 1, teacher is not None
+    return {"CE": CE, "KD": KD, "UNIT_T": CE and KD and T == 1}
 
 
 def packed(*tensors: Tensor | None) -> list[Tensor | None]:
