@@ -92,7 +92,7 @@ def launches(arch: int, which: list[str], dtypes: list[str] = ("bf16", "fp16", "
 
 
 def describe(kernel, args: tuple, meta: dict) -> tuple:
-    """A launch as Triton's compiler wants it: as its own launcher does, 1 and None become constants, and pointers and integers that
+    """A launch as Triton's compiler wants it: as its own launcher does, the integer 1 and None become constants, and pointers and integers that
     16 divides are known to be so."""
     options = {k: v for k, v in meta.items() if k not in kernel.arg_names}
     values = dict(zip(kernel.arg_names, args)) | {k: v for k, v in meta.items() if k in kernel.arg_names}
@@ -101,7 +101,7 @@ def describe(kernel, args: tuple, meta: dict) -> tuple:
         value = values[name]
         if isinstance(value, torch.Tensor):
             signature[name] = "*" + TYPES[value.dtype]
-        elif kernel.params[i].is_constexpr or value is None or (value == 1 and not kernel.params[i].do_not_specialize):
+        elif kernel.params[i].is_constexpr or value is None or (type(value) is int and value == 1 and not kernel.params[i].do_not_specialize):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, int):
             signature[name] = "i32" if -2**31 <= value < 2**31 else "i64"
