@@ -17,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kernels import linear_loss
 from kernels.attention import attention
 from kernels.attention_kd import attention_kd
-from kernels.kd_loss import TopK, hidden_mse, kd_loss, kd_loss_ref, top_k
+from kernels.hidden_mse import hidden_mse
+from kernels.kd_loss import TopK, kd_loss, kd_loss_ref, top_k
 
 ALPHA, T = 0.5, 2.0
 PASSES = ("forward", "backward", "both")

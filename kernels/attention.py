@@ -12,10 +12,7 @@ matrix products a tile. Under torch.use_deterministic_algorithms `_backward_quer
 dP: seven. Counted for 32 x 512 tokens, H 12, D 64: 64 GFLOP and 0.3 GB of L2 and memory traffic against 90 GFLOP; the atomics win
 wherever matrix products run below 0.7 PFLOP/s.
 
-Dropout is a function of (seed, head, query token, key token). Row i has hashed words a_i (odd) and b_i, key j has c_j, all made once by
-`_dropout_words`, and the weight is dropped where the int32 a_i c_j + b_i is below a threshold: one multiply-add, one comparison, one
-select and one product an element, where Philox takes about 58 instructions. Along a row and along a column the values are as independent as the words
-are. The reference drops the same weights.
+keep is a function of the seed, the head and the two tokens (kernels/dropout.py), made anew wherever it is needed.
 
 Limits: D up to 128 (32, 64 and 128 as they are, others padded); fp16 and bf16, and fp32 by three TF32 products (slower, and the split
 backward only); fp32 sums. float64 takes the reference. Not differentiable twice. Tested in Triton's interpreter; compiled for sm_80,
@@ -29,66 +26,11 @@ from torch import Tensor
 
 from kernels import configs
 from kernels.common import launch, tl, triton, uses_triton
+from kernels.dropout import dropout_words, keep_factor, threshold_of, word, words_ref
 
 LOG2E = 1.4426950408889634
 PREFIX_ROWS = 512       # queries that share a partial sum of a prefix's gradients
 RUNTIME = ["N", "H", "blocks", "prefix_len", "threshold"]      # not compiled anew where they are 1 or a multiple of 16
-
-
-# ---------------------------------------------------------------- dropout: the same mask in the reference and in the kernels
-
-def _mix(x: Tensor) -> Tensor:
-    """A bijection on 32 bits whose output bits each depend on all input bits; int64 tensors that hold values below 2^32."""
-    x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
-    x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
-    return x ^ (x >> 16)
-
-
-def _words(seed: Tensor, stream: int, heads: int, tokens: int) -> Tensor:
-    """(H, N) int32 random words; `stream` 0, 1, 2 are a, b, c of the module docstring."""
-    h = torch.arange(heads, device=seed.device)[:, None]
-    n = torch.arange(tokens, device=seed.device)
-    key = _mix(_mix((seed & 0xFFFFFFFF) + h & 0xFFFFFFFF) ^ (seed >> 32 & 0xFFFFFFFF))
-    words = _mix(_mix(3 * n + stream) + key & 0xFFFFFFFF)
-    return (words | 1 if stream == 0 else words).to(torch.int32)
-
-
-def _threshold(p: float) -> int:
-    """A weight is dropped where the int32 a c + b is below this: a share p of all."""
-    return min(round(p * 2**32), 2**32 - 1) - 2**31
-
-
-@triton.jit
-def _mix_kernel(x):
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return x ^ (x >> 16)
-
-
-@triton.jit(do_not_specialize=RUNTIME)
-def _dropout_words(seed_ptr, words_ptr, N, H, blocks, BLOCK: tl.constexpr):     # (1,) int64, (3, H, N) int32
-    """`_words`, all three streams of one head for BLOCK tokens."""
-    h, n = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    seed = tl.load(seed_ptr)
-    key = _mix_kernel(_mix_kernel(seed.to(tl.uint32) + h.to(tl.uint32)) ^ (seed >> 32).to(tl.uint32))
-    for stream in tl.static_range(3):
-        words = _mix_kernel(_mix_kernel(3 * n.to(tl.uint32) + stream) + key)
-        if stream == 0:
-            words = words | 1
-        tl.store(words_ptr + (stream * H + h) * N.to(tl.int64) + n, words.to(tl.int32, bitcast=True), mask=n < N)
-
-
-@triton.jit
-def _keep(a, b, c, threshold):
-    """1 where a weight is kept, else 0. As a factor: selecting by the comparison itself is moved behind the cast to 16 bits by the
-    compiler, and costs 7 to 9 instructions an element instead of 5."""
-    return tl.where(a * c + b < threshold, 0.0, 1.0)
-
-
-@triton.jit
-def _word(words_ptr, stream: tl.constexpr, n, length, N, H):
-    """Words of the tokens `n` of one sequence and head, whose a begin at words_ptr."""
-    return tl.load(words_ptr + stream * H * N.to(tl.int64) + n, mask=n < length, other=0)
 
 
 # ---------------------------------------------------------------- reference
@@ -105,7 +47,7 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqle
     words = [[None] * 3] * len(runs)
     if dropout_p:
         seed = _seed(seed, q.device)
-        words = zip(*(_words(seed, stream, H, N).split(parts, 1) for stream in range(3)))
+        words = zip(*(words_ref(seed, stream, H, N).split(parts, 1) for stream in range(3)))
     out = []
     # split, not slices: its backward is one concatenation instead of a zero-filled (N, H, D) for every run
     for (S, B), abc, *qkv in zip(runs, words, *(x.split(parts) for x in (q * scale, k, v))):
@@ -113,7 +55,7 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqle
         p = _softmax(q_r @ k_r.mT)                                                        # (B, H, S, S)
         if dropout_p:
             a, b, c = (w.reshape(H, B, S).transpose(0, 1) for w in abc)                   # (B, H, S)
-            keep = torch.addcmul(b[..., None], a[..., None], c[..., None, :]) >= _threshold(dropout_p)
+            keep = torch.addcmul(b[..., None], a[..., None], c[..., None, :]) >= threshold_of(dropout_p)
             p = p * keep.to(p.dtype).mul_(1 / (1 - dropout_p))
         out.append((p @ v_r).transpose(1, 2).reshape(B * S, H, D))
     out = torch.cat(out)
@@ -170,9 +112,9 @@ def _product(x, x_ptr, x_stride, xs, x_length, y, y_ptr, y_stride, ys, y_length,
 
 
 @triton.jit
-def _online_softmax(acc, m, l, q, q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, rows, length, cols, keys, qk_scale, a, b, words_ptr,
-                    N, H, threshold, D: tl.constexpr, DROPOUT: tl.constexpr, TAIL: tl.constexpr):
-    """One block of keys: rescale what was summed so far to the new maximum m, add exp2(s - m) to l, exp2(s - m) v to acc."""
+def _online_softmax(acc, m, total, q, q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, rows, length, cols, keys, qk_scale, a, b,
+                    words_ptr, N, H, threshold, D: tl.constexpr, DROPOUT: tl.constexpr, TAIL: tl.constexpr):
+    """One block of keys: rescale what was summed so far to the new maximum m, add exp2(s - m) to total, exp2(s - m) v to acc."""
     k = _tile(k_ptr, k_stride, cols, keys, D)
     s = _product(q, q_ptr, q_stride, rows, length, k, k_ptr, k_stride, cols, keys, D) * qk_scale
     if TAIL:
@@ -180,13 +122,13 @@ def _online_softmax(acc, m, l, q, q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_str
     m_new = tl.maximum(m, tl.max(s, 1))
     shrink = tl.exp2(m - m_new)
     p = tl.exp2(s - m_new[:, None])
-    l = l * shrink + tl.sum(p, 1)       # the softmax is normalised before weights are dropped
+    total = total * shrink + tl.sum(p, 1)       # the softmax is normalised before weights are dropped
     if DROPOUT:
-        c = _word(words_ptr, 2, cols, keys, N, H)
-        p *= _keep(a[:, None], b[:, None], c[None, :], threshold)
+        c = word(words_ptr, 2, cols, keys, N, H)
+        p *= keep_factor(a[:, None], b[:, None], c[None, :], threshold)
     v = _tile(v_ptr, v_stride, cols, keys, D)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="tf32x3")
-    return acc, m_new, l
+    return acc, m_new, total
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -207,22 +149,22 @@ def _forward(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_ptr, words_ptr,    # (N, 
     a, b = rows, rows
     if DROPOUT:
         words_ptr += h * N + start
-        a, b = _word(words_ptr, 0, rows, length, N, H), _word(words_ptr, 1, rows, length, N, H)
+        a, b = word(words_ptr, 0, rows, length, N, H), word(words_ptr, 1, rows, length, N, H)
     m = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
-    l = tl.zeros((BLOCK_Q,), tl.float32)
+    total = tl.zeros((BLOCK_Q,), tl.float32)
     acc = tl.zeros((BLOCK_Q, D), tl.float32)
     full = keys // BLOCK_K * BLOCK_K
     for n in range(0, full, BLOCK_K):       # only the last block needs a mask
-        acc, m, l = _online_softmax(acc, m, l, q, q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, rows, length, n + cols, keys,
-                                    qk_scale, a, b, words_ptr, N, H, threshold, D, DROPOUT, False)
+        acc, m, total = _online_softmax(acc, m, total, q, q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, rows, length, n + cols,
+                                        keys, qk_scale, a, b, words_ptr, N, H, threshold, D, DROPOUT, False)
     if full < keys:
-        acc, m, l = _online_softmax(acc, m, l, q, q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, rows, length, full + cols, keys,
-                                    qk_scale, a, b, words_ptr, N, H, threshold, D, DROPOUT, True)
+        acc, m, total = _online_softmax(acc, m, total, q, q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, rows, length, full + cols,
+                                        keys, qk_scale, a, b, words_ptr, N, H, threshold, D, DROPOUT, True)
     inside = rows < length
-    tl.store(lse_ptr + h * N + start + rows, m + tl.log2(l), mask=inside)
+    tl.store(lse_ptr + h * N + start + rows, m + tl.log2(total), mask=inside)
     out_ptr += (start * H + h) * D
     tl.store(out_ptr + rows[:, None] * (H * D) + tl.arange(0, D)[None, :],
-             (acc * (keep_scale / l)[:, None]).to(out_ptr.dtype.element_ty), mask=inside[:, None])
+             (acc * (keep_scale / total)[:, None]).to(out_ptr.dtype.element_ty), mask=inside[:, None])
 
 
 # ---------------------------------------------------------------- backward
@@ -259,7 +201,7 @@ def _backward_keys(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, dk
     delta_ptr += h * N + start
     if DROPOUT:
         words_ptr += h * N + start
-        c = _word(words_ptr, 2, cols, keys, N, H)
+        c = word(words_ptr, 2, cols, keys, N, H)
     dk, dv = tl.zeros((BLOCK_K, D), tl.float32), tl.zeros((BLOCK_K, D), tl.float32)
     for n in range(0, length, BLOCK_Q):
         rows = n + tl.arange(0, BLOCK_Q)
@@ -274,8 +216,8 @@ def _backward_keys(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, dk
         dp = _product(v, v_ptr, v_stride, cols, keys, dout, dout_ptr, H * D, rows, length, D)
         kept = p
         if DROPOUT:
-            a, b = _word(words_ptr, 0, rows, length, N, H), _word(words_ptr, 1, rows, length, N, H)
-            keep = _keep(a[None, :], b[None, :], c[:, None], threshold)
+            a, b = word(words_ptr, 0, rows, length, N, H), word(words_ptr, 1, rows, length, N, H)
+            keep = keep_factor(a[None, :], b[None, :], c[:, None], threshold)
             kept, dp = p * keep, dp * keep * keep_scale
         dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision="tf32x3")
         ds = (p * (dp - delta[None, :])).to(q.dtype)
@@ -310,7 +252,7 @@ def _backward_queries(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
     delta = tl.load(delta_ptr + h * N + start + rows, mask=inside, other=0.0)
     if DROPOUT:
         words_ptr += h * N + start
-        a, b = _word(words_ptr, 0, rows, length, N, H), _word(words_ptr, 1, rows, length, N, H)
+        a, b = word(words_ptr, 0, rows, length, N, H), word(words_ptr, 1, rows, length, N, H)
     dq = tl.zeros((BLOCK_Q, D), tl.float32)
     for n in range(0, keys, BLOCK_K):
         cols = n + tl.arange(0, BLOCK_K)
@@ -320,8 +262,8 @@ def _backward_queries(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
         v = _tile(v_ptr, v_stride, cols, keys, D)
         dp = _product(dout, dout_ptr, H * D, rows, length, v, v_ptr, v_stride, cols, keys, D)
         if DROPOUT:
-            c = _word(words_ptr, 2, cols, keys, N, H)
-            dp *= _keep(a[:, None], b[:, None], c[None, :], threshold) * keep_scale
+            c = word(words_ptr, 2, cols, keys, N, H)
+            dp *= keep_factor(a[:, None], b[:, None], c[None, :], threshold) * keep_scale
         dq = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, dq, input_precision="tf32x3")
     place = (start * H + h) * D + rows[:, None] * (H * D) + tl.arange(0, D)[None, :]
     tl.store(dq_ptr + place, (dq * scale).to(dq_ptr.dtype.element_ty), mask=inside[:, None])
@@ -338,11 +280,11 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seed: Tensor
     out, lse = torch.empty(N, H, D, dtype=q.dtype, device=q.device), torch.empty(H, N, device=q.device)
     words = torch.empty((3, H, N) if dropout_p else (0,), dtype=torch.int32, device=q.device)
     if dropout_p:
-        launch(_dropout_words, triton.cdiv(N, 256) * H, seed, words, N, H, triton.cdiv(N, 256), BLOCK=256)
+        launch(dropout_words, triton.cdiv(N, 256) * H, seed, words, N, H, triton.cdiv(N, 256), BLOCK=256)
     BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_forward", *_class(D, max_seqlen), q.dtype, q.device)
     blocks = triton.cdiv(max_seqlen, BLOCK_Q)
     launch(_forward, blocks * H * (len(cu_seqlens) - 1), q, k, v, out, lse, cu_seqlens, words, *_strides(q, k, v), N, H, blocks, len(k),
-           scale * LOG2E, _threshold(dropout_p), 1 / (1 - dropout_p), D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0,
+           scale * LOG2E, threshold_of(dropout_p), 1 / (1 - dropout_p), D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0,
            SHARED=shared, num_warps=warps, num_stages=stages)
     return out, lse, words
 
@@ -368,7 +310,7 @@ def _attention_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tens
     longest = P if shared else max_seqlen
     BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_backward_keys", *_class(D, longest), q.dtype, q.device)
     blocks = triton.cdiv(longest, BLOCK_K)
-    scales = scale, scale * LOG2E, _threshold(dropout_p), 1 / (1 - dropout_p)
+    scales = scale, scale * LOG2E, threshold_of(dropout_p), 1 / (1 - dropout_p)
     launch(_backward_keys, blocks * H * B, q, k, v, dout, lse, delta, dq, dk, dv, cu_seqlens, words, *_strides(q, k, v), N, H, blocks, P,
            *scales, D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0, SHARED=shared, ATOMIC=atomic, num_warps=warps,
            num_stages=stages)

@@ -31,7 +31,6 @@ from kernels import configs
 from kernels.attention import LOG2E, RUNTIME, _class, _locate, _product, _strides, _tile, padded
 from kernels.common import launch, tl, triton, uses_triton
 
-
 # ---------------------------------------------------------------- reference
 
 def attention_kd_ref(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, cu_seqlens: Tensor, max_seqlen: int, *,

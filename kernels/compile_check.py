@@ -62,7 +62,8 @@ def kd_loss_calls(dtype: torch.dtype) -> None:
             kd_loss(student, top_k(teacher, k, T) if k else teacher, labels, alpha=0.5, T=T).sum().backward()
         kd_loss(student, None, LABELS, alpha=0.0, T=1.0).sum().backward()
     for width, rows, dtype_t in itertools.product((256, 768, 9216), (None, LABELS), {dtype, torch.float32}):
-        hidden_mse(torch.zeros(4, 1, width, dtype=dtype, requires_grad=True), torch.zeros(4, 1, width, dtype=dtype_t), rows).sum().backward()
+        student, teacher = torch.zeros(4, 1, width, dtype=dtype, requires_grad=True), torch.zeros(4, 1, width, dtype=dtype_t)
+        hidden_mse(student, teacher, rows).sum().backward()
 
 
 def linear_loss_calls(dtype: torch.dtype) -> None:
@@ -92,23 +93,23 @@ def launches(arch: int, which: list[str], dtypes: list[str] = ("bf16", "fp16", "
 
 
 def describe(kernel, args: tuple, meta: dict) -> tuple:
-    """A launch as Triton's compiler wants it: as its own launcher does, the integer 1 and None become constants, and pointers and integers that
-    16 divides are known to be so."""
+    """A launch as Triton's compiler wants it: as its own launcher does, the integer 1 and None become constants, and pointers and
+    integers that 16 divides are known to be so."""
     options = {k: v for k, v in meta.items() if k not in kernel.arg_names}
     values = dict(zip(kernel.arg_names, args)) | {k: v for k, v in meta.items() if k in kernel.arg_names}
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         value = values[name]
+        specialized = type(value) is int and not kernel.params[i].do_not_specialize
         if isinstance(value, torch.Tensor):
             signature[name] = "*" + TYPES[value.dtype]
-        elif kernel.params[i].is_constexpr or value is None or (type(value) is int and value == 1 and not kernel.params[i].do_not_specialize):
+        elif kernel.params[i].is_constexpr or value is None or (specialized and value == 1):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, int):
             signature[name] = "i32" if -2**31 <= value < 2**31 else "i64"
         else:
             signature[name] = "fp32"
-        if isinstance(value, torch.Tensor) or (
-                signature[name] in ("i32", "i64") and value % 16 == 0 and not kernel.params[i].do_not_specialize):
+        if isinstance(value, torch.Tensor) or (specialized and signature[name] != "constexpr" and value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
     return kernel.fn.__module__, kernel.fn.__name__, signature, constants, attributes, options
 

@@ -77,13 +77,6 @@ def kd_loss_ref(student: Tensor, teacher: Tensor | TopK | None, labels: Tensor |
     return rows
 
 
-def hidden_mse_ref(student: Tensor, teacher: Tensor, rows: Tensor | None = None) -> Tensor:
-    """`hidden_mse` in plain PyTorch."""
-    dtype = torch.promote_types(student.dtype, torch.float32)
-    teacher = teacher.detach() if rows is None else teacher.detach()[rows]
-    return (student.to(dtype) - teacher.to(dtype)).square().mean(dim=(1, 2))
-
-
 # ---------------------------------------------------------------- what a row is made of; linear_loss.py uses it too
 
 @triton.jit
@@ -326,80 +319,3 @@ def kd_loss(student: Tensor, teacher: Tensor | TopK | None, labels: Tensor | Non
         ids, logits, tail = ids.contiguous(), teacher.logits.gather(-1, order), teacher.tail
     logits, tail = (None if x is None else x.detach() for x in (logits, tail))
     return _kd_loss(student, logits, ids, tail, labels, float(alpha), float(T), ignore_index)[0]
-
-
-# ---------------------------------------------------------------- hidden_mse
-
-@triton.jit
-def _mse_forward(s_ptr, t_ptr, rows_ptr, loss_ptr, width, s_stride, t_stride, BLOCK: tl.constexpr):    # (B, L d), (n, L d), (B,), (B,)
-    """One example: all its layers are one row."""
-    b = tl.program_id(0).to(tl.int64)
-    t_row = b if rows_ptr is None else tl.load(rows_ptr + b).to(tl.int64)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, width, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        s = tl.load(s_ptr + b * s_stride + cols, mask=cols < width, other=0.0).to(tl.float32)
-        d = s - tl.load(t_ptr + t_row * t_stride + cols, mask=cols < width, other=0.0).to(tl.float32)
-        total += d * d
-    tl.store(loss_ptr + b, tl.sum(total, 0) / width)
-
-
-@triton.jit
-def _mse_backward(s_ptr, t_ptr, rows_ptr, up_ptr, grad_ptr, width, tiles, s_stride, t_stride, BLOCK: tl.constexpr):
-    """One tile of one example's gradient (B, L d)."""
-    b = (tl.program_id(0) // tiles).to(tl.int64)
-    t_row = b if rows_ptr is None else tl.load(rows_ptr + b).to(tl.int64)
-    cols = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
-    s = tl.load(s_ptr + b * s_stride + cols, mask=cols < width).to(tl.float32)
-    d = s - tl.load(t_ptr + t_row * t_stride + cols, mask=cols < width).to(tl.float32)
-    tl.store(grad_ptr + b * width + cols, (d * (tl.load(up_ptr + b) * 2 / width)).to(grad_ptr.dtype.element_ty), mask=cols < width)
-
-
-@torch.library.custom_op("recyclable::hidden_mse", mutates_args=())
-def _hidden_mse(student: Tensor, teacher: Tensor, rows: Tensor | None) -> Tensor:
-    s, t = student.flatten(1), teacher.flatten(1)
-    loss = torch.empty(len(s), dtype=torch.float32, device=s.device)
-    BLOCK, warps = configs.pick("hidden_mse", row_class(s.shape[1]), s.dtype, s.device)
-    launch(_mse_forward, len(s), s, t, *packed(rows), loss, s.shape[1], s.stride(0), t.stride(0), BLOCK=BLOCK, num_warps=warps)
-    return loss
-
-
-@_hidden_mse.register_fake
-def _(student, teacher, rows):
-    return student.new_empty(len(student), dtype=torch.float32)
-
-
-@torch.library.custom_op("recyclable::hidden_mse_backward", mutates_args=())
-def _hidden_mse_backward(up: Tensor, student: Tensor, teacher: Tensor, rows: Tensor | None) -> Tensor:
-    s, t = student.flatten(1), teacher.flatten(1)
-    grad = torch.empty(student.shape, dtype=s.dtype, device=s.device)
-    BLOCK, warps = configs.pick("hidden_mse", row_class(s.shape[1]), s.dtype, s.device)
-    tiles = triton.cdiv(s.shape[1], BLOCK)
-    launch(_mse_backward, len(s) * tiles, s, t, *packed(rows, up), grad, s.shape[1], tiles, s.stride(0), t.stride(0),
-           BLOCK=BLOCK, num_warps=warps)
-    return grad
-
-
-@_hidden_mse_backward.register_fake
-def _(up, student, teacher, rows):
-    return student.new_empty(student.shape)
-
-
-_hidden_mse.register_autograd(lambda ctx, up: (_hidden_mse_backward(up, *ctx.saved_tensors), None, None),
-                              setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
-
-
-def hidden_mse(student: Tensor, teacher: Tensor, rows: Tensor | None = None) -> Tensor:
-    """Mean squared error between hidden rows, per example, over all layers and the width (METHOD: patience).
-
-    student    (B, L, d)
-    teacher    (n, L, d), a cache of which example b is compared with row `rows[b]`; no gradient reaches it
-    rows       (B,) int64 or int32, each below n; None: example b with row b
-    Returns    (B,) fp32; float64 of float64 states. Raises ValueError where sizes differ.
-    """
-    if student.shape[1:] != teacher.shape[1:] or len(student) != len(teacher if rows is None else rows):
-        raise ValueError(f"patience needs teacher and student of equal size, not {tuple(teacher.shape)} and "
-                         f"{tuple(student.shape)} (examples, layers, width)")
-    if not uses_triton(student):
-        return hidden_mse_ref(student, teacher, rows)
-    return _hidden_mse(student, teacher.detach(), rows)

@@ -57,8 +57,8 @@ def check(r: Recycling, mode: str) -> None:
     old, new = r.old_base.encoder.config, r.base.encoder.config
     if mode in NEEDS_TEACHER and r.gamma and (old.num_heads != new.num_heads
                                               or (r.att_layers == "all" and old.num_layers != new.num_layers)):
-        raise UsageError(f"--gamma compares attention maps head by head: old base {old.num_layers} layers x {old.num_heads} heads, new base "
-                         f"{new.num_layers} x {new.num_heads}; heads must be as many, and with --att_layers all the layers too")
+        raise UsageError(f"--gamma compares attention maps head by head: old base {old.num_layers} layers x {old.num_heads} heads, "
+                         f"new base {new.num_layers} x {new.num_heads}; heads must be as many, and with --att_layers all the layers too")
 
 
 def recycle(r: Recycling, mode: str) -> tuple[Classifier, TuneResult]:

@@ -143,12 +143,13 @@ def test_kernels_of_other_head_sizes_and_short_sequences(device, D, dtype):
 
 
 @pytest.mark.parametrize("deterministic", [False, True], indirect=True, ids=["atomic", "split"])
-@pytest.mark.parametrize("P, lengths, dtype", [(20, (500, 30), torch.float16), (70, (90, 0, 1), torch.float16), (20, (40, 1), torch.float32)])
+@pytest.mark.parametrize("P, lengths, dtype", [(20, (500, 30), torch.float16), (70, (90, 0, 1), torch.float16),
+                                               (20, (40, 1), torch.float32)])
 def test_prefix_in_the_kernels(device, P, lengths, dtype, deterministic):
     qkv, cu = inputs(dtype, lengths, H=4)     # more queries than PREFIX_ROWS; more keys than one block; fewer than either
     assert_within_twice_the_references_error(qkv.detach().to(device).requires_grad_(), cu.to(device),
                                              prefix_of(P, 4, 32, device, torch.float32),
-                                             atol=max(2e-6, torch.finfo(dtype).eps / 2))    # the gate's gradient is one rounded number a head
+                                             atol=max(2e-6, torch.finfo(dtype).eps / 2))    # the gate's gradient: one number a head
 
 
 @pytest.mark.gpu

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from kernels import hidden_mse, kd_loss
-from kernels.kd_loss import TopK, _hidden_mse, _hidden_mse_backward, _kd_loss, _kd_loss_backward, hidden_mse_ref, kd_loss_ref, top_k
+from kernels.hidden_mse import _hidden_mse, _hidden_mse_backward, hidden_mse_ref
+from kernels.kd_loss import TopK, _kd_loss, _kd_loss_backward, kd_loss_ref, top_k
 
 EPS = torch.finfo(torch.float32).eps
 TILES = (2, 3, 17, 300, 1003, 9001)         # classes: one of each size of tile, none a multiple of one, the last in several

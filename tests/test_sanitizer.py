@@ -45,5 +45,6 @@ def test_memcheck_finds_nothing():
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         pytest.skip("no compute-sanitizer")
-    done = run(tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", EVERY_KERNEL, "cuda", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    done = run(tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", EVERY_KERNEL, "cuda",
+               PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     assert done.returncode == 0 and "done" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
