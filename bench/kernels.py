@@ -61,7 +61,8 @@ def linear(kernel: str, N: int, V: int = 50265, d: int = 768) -> dict:
 GPU_CASES = [
     *(attention(n, 512, ragged, p) for p in (0.0, 0.1) for ragged in (False, True) for n in (16384, 32768)),
     linear("linear_kd", 4096), linear("linear_kd", 16384), kd(4096, 50265), kd(64, 20), kd(4096, 1000), kd(16384, 50304), kd(16, 3),
-    attention(16384, 512, kernel="attention_kd"), linear("linear_cross_entropy", 2458), kd(4096, 50265, 64),
+    attention(16384, 512, kernel="attention_kd"), attention(16384, 512, True, kernel="attention_kd"),
+    linear("linear_cross_entropy", 2458), kd(4096, 50265, 64),
     {"kernel": "hidden_mse", "B": 64, "L": 13, "d": 768},
     attention(16384, 512, D=128), linear("linear_kd", 2458), linear("linear_cross_entropy", 16384), linear("linear_cross_entropy", 4096),
     *(attention(n, S, ragged, p) for p in (0.0, 0.1) for n in (16384, 32768) for S in (1024, 256, 128, 4096) for ragged in (False, True)),
@@ -394,7 +395,8 @@ def tune(run: Run, path: str, groups: list[str], resume: bool = False) -> None:
     os.environ.pop("RT_CONFIGS", None)      # it would overrule the candidates
     out = json.loads(Path(path).read_text()) if resume and Path(path).exists() else {}
     for kernel, size, case, name, which in searches(run.cuda):
-        key = (configs.architecture(run.device), size, 8 * run.dtype.itemsize)
+        bits = 32 if kernel == "linear_loss" else 8 * run.dtype.itemsize      # its logits are fp32 always
+        key = (configs.architecture(run.device), size, bits)
         table = configs.TABLE.get(kernel, {})
         place = " ".join(map(str, key))
         wanted = any(case["kernel"] in GROUPS[group] for group in groups) and place not in out.get(kernel, {})

@@ -15,8 +15,8 @@ wherever matrix products run below 0.7 PFLOP/s.
 keep is a function of the seed, the head and the two tokens (kernels/dropout.py), made anew wherever it is needed.
 
 Limits: D up to 128 (32, 64 and 128 as they are, others padded); fp16 and bf16, and fp32 by three TF32 products (slower, and the split
-backward only); fp32 sums. float64 takes the reference. Not differentiable twice. Tested in Triton's interpreter; compiled for sm_80,
-90, 100.
+backward only); fp32 sums; within a sequence, tokens times the stride of a token stay below 2^31. float64 takes the reference. Not
+differentiable twice. Tested in Triton's interpreter; compiled for sm_80, 90, 100.
 """
 import itertools
 
@@ -376,10 +376,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
         raise ValueError(f"cu_seqlens must be (B+1,) int32, not {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be at least 0 and below 1, not {dropout_p}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must be of one dtype, not {[x.dtype for x in (q, k, v)]}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not uses_triton(q):
         return attention_ref(q, k, v, cu_seqlens, max_seqlen, dropout_p=dropout_p, seed=seed, scale=scale, prefix_kv=prefix_kv)
-    seed = _seed(seed, q.device) if dropout_p else None
+    cu_seqlens, seed = cu_seqlens.contiguous(), _seed(seed, q.device) if dropout_p else None
     out = _padded_attention(q, k, v, cu_seqlens, seed, max_seqlen, scale, dropout_p, False)
     if prefix_kv is not None:
         k_p, v_p, gate = (x.to(q.dtype) for x in prefix_kv)

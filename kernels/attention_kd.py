@@ -18,8 +18,8 @@ Each is one launch of the same kernel, rows and columns swapped: six matrix prod
 summation is fixed. Memory is linear in tokens.
 
 Limits: head dimensions up to 128 (32, 64 and 128 as they are, others padded) in fp32 (three TF32 products), fp16 and bf16, which student
-and teacher need not share; fp32 sums. float64 takes the reference. Not differentiable twice. Tested in Triton's interpreter; compiled
-for sm_80, 90, 100.
+and teacher need not share; fp32 sums; fp16 gradients want a loss scale. float64 takes the reference. Not differentiable twice.
+Tested in Triton's interpreter; compiled for sm_80, 90, 100.
 """
 import itertools
 
@@ -245,4 +245,4 @@ def attention_kd(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, cu_seqlens:
     q_t, k_t, scale_s, scale_t = q_t.detach(), k_t.detach(), _scale(scale_s, q_s), _scale(scale_t, q_t)
     if not (uses_triton(q_s) and uses_triton(q_t)):
         return attention_kd_ref(q_s, k_s, q_t, k_t, cu_seqlens, max_seqlen, scale_s=scale_s, scale_t=scale_t)
-    return _attention_kd(*padded(q_s, k_s), *padded(q_t, k_t), cu_seqlens, max_seqlen, scale_s, scale_t)[0]
+    return _attention_kd(*padded(q_s, k_s), *padded(q_t, k_t), cu_seqlens.contiguous(), max_seqlen, scale_s, scale_t)[0]

@@ -1,6 +1,6 @@
 """What the kernel files share: Triton where there is one, which path a call takes, and the launch.
 
-    RT_KERNELS unset     CUDA tensors take the Triton kernels, all others the references in plain PyTorch
+    RT_KERNELS unset or auto: CUDA tensors take the Triton kernels, all others the references in plain PyTorch
     RT_KERNELS=ref       references everywhere
     RT_KERNELS=triton    Triton everywhere; CPU tensors then need TRITON_INTERPRET=1, Triton's interpreter
 """

@@ -35,19 +35,20 @@ def _mse_forward(s_ptr, t_ptr, rows_ptr, loss_ptr, width, s_stride, t_stride, BL
 
 
 @triton.jit
-def _mse_backward(s_ptr, t_ptr, rows_ptr, up_ptr, grad_ptr, width, tiles, s_stride, t_stride, BLOCK: tl.constexpr):
+def _mse_backward(s_ptr, t_ptr, rows_ptr, up_ptr, grad_ptr, width, tiles, s_stride, t_stride, up_stride, BLOCK: tl.constexpr):
     """One tile of one example's gradient (B, L d)."""
     b = (tl.program_id(0) // tiles).to(tl.int64)
     t_row = b if rows_ptr is None else tl.load(rows_ptr + b).to(tl.int64)
     cols = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
     s = tl.load(s_ptr + b * s_stride + cols, mask=cols < width).to(tl.float32)
     d = s - tl.load(t_ptr + t_row * t_stride + cols, mask=cols < width).to(tl.float32)
-    tl.store(grad_ptr + b * width + cols, (d * (tl.load(up_ptr + b) * 2 / width)).to(grad_ptr.dtype.element_ty), mask=cols < width)
+    grad = d * (tl.load(up_ptr + b * up_stride) * 2 / width)
+    tl.store(grad_ptr + b * width + cols, grad.to(grad_ptr.dtype.element_ty), mask=cols < width)
 
 
 @torch.library.custom_op("recyclable::hidden_mse", mutates_args=())
 def _hidden_mse(student: Tensor, teacher: Tensor, rows: Tensor | None) -> Tensor:
-    s, t = student.flatten(1), teacher.flatten(1)
+    s, t = packed(student.flatten(1), teacher.flatten(1))
     loss = torch.empty(len(s), dtype=torch.float32, device=s.device)
     BLOCK, warps = configs.pick("hidden_mse", row_class(s.shape[1]), s.dtype, s.device)
     launch(_mse_forward, len(s), s, t, *packed(rows), loss, s.shape[1], s.stride(0), t.stride(0), BLOCK=BLOCK, num_warps=warps)
@@ -61,11 +62,11 @@ def _(student, teacher, rows):
 
 @torch.library.custom_op("recyclable::hidden_mse_backward", mutates_args=())
 def _hidden_mse_backward(up: Tensor, student: Tensor, teacher: Tensor, rows: Tensor | None) -> Tensor:
-    s, t = student.flatten(1), teacher.flatten(1)
+    s, t = packed(student.flatten(1), teacher.flatten(1))
     grad = torch.empty(student.shape, dtype=s.dtype, device=s.device)
     BLOCK, warps = configs.pick("hidden_mse", row_class(s.shape[1]), s.dtype, s.device)
     tiles = triton.cdiv(s.shape[1], BLOCK)
-    launch(_mse_backward, len(s) * tiles, s, t, *packed(rows, up), grad, s.shape[1], tiles, s.stride(0), t.stride(0),
+    launch(_mse_backward, len(s) * tiles, s, t, *packed(rows), up, grad, s.shape[1], tiles, s.stride(0), t.stride(0), up.stride(0),
            BLOCK=BLOCK, num_warps=warps)
     return grad
 

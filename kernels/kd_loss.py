@@ -10,7 +10,7 @@ t' = t - M_t, the sums D_1 = sum e^s', D_s = sum e^(s'/T), D_t = sum e^(t'/T) an
 
     CE = -s'_y + ln D_1        KL = gap / (T D_t) + ln(D_s / D_t)
 
-where all that is subtracted is small: shifting a row of logits costs no digits, and equal logits give exactly 0. Backward: from the
+where all that is subtracted is small: shifting a row of logits costs no digits, and equal logits give 0 to rounding. Backward: from the
 saved maxima and sums, d row / ds = (1 - alpha) (e^s' / D_1 - onehot) + alpha T (e^(s'/T) / D_s - e^(t'/T) / D_t).
 
 A teacher known by its top k logits and the mass of the rest (`TopK`) makes it k + 1 outcomes. The student's bucket is one more class
@@ -19,8 +19,8 @@ probabilities of student and teacher, d row / ds_j = alpha T (q_rest - p_rest) r
 gives whose logits there are t_j = s_j + B_t - B_s, the bucket filled in the student's own shape. The rest is summed by itself, never as
 1 - top, so no digits of a small bucket are lost.
 
-Limits: fp32, fp16 and bf16 logits, fp32 arithmetic; float64 takes the reference. Not differentiable twice. Tested in Triton's
-interpreter; compiled for sm_80, 90, 100.
+Limits: fp32, fp16 and bf16 logits, fp32 arithmetic; k up to 4,096, a top-k teacher is sorted by id before the launch; float64 takes the
+reference. Not differentiable twice. Tested in Triton's interpreter; compiled for sm_80, 90, 100.
 """
 from typing import NamedTuple
 
@@ -190,8 +190,8 @@ def _forward(s_ptr, t_ptr, ids_ptr, tail_ptr, labels_ptr, loss_ptr, stats_ptr,  
 
 @triton.jit
 def _backward(s_ptr, t_ptr, ids_ptr, labels_ptr, stats_ptr, up_ptr, grad_ptr,      # (R, C), (R, C or k), (R, k), (R,), (R, 6), (R,), (R, C)
-              C, k, tiles, s_stride, t_stride, ignore_index, alpha, T, rate, CE: tl.constexpr, KD: tl.constexpr, UNIT_T: tl.constexpr,
-              K: tl.constexpr, BLOCK: tl.constexpr):
+              C, k, tiles, s_stride, t_stride, up_stride, ignore_index, alpha, T, rate, CE: tl.constexpr, KD: tl.constexpr,
+              UNIT_T: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
     """The gradient of one tile of one row. With ids: as if all were the rest, then the top k of this tile anew."""
     row = (tl.program_id(0) // tiles).to(tl.int64)
     start = tl.program_id(0) % tiles * BLOCK
@@ -201,7 +201,7 @@ def _backward(s_ptr, t_ptr, ids_ptr, labels_ptr, stats_ptr, up_ptr, grad_ptr,   
     M_s, D_1, D_s = tl.load(stats_ptr), tl.load(stats_ptr + 1), tl.load(stats_ptr + 2)
     M_t, D_t, shift = tl.load(stats_ptr + 3), tl.load(stats_ptr + 4), tl.load(stats_ptr + 5)
     y, counts = read_label(labels_ptr, row, ignore_index)
-    up = tl.where(counts, tl.load(up_ptr + row), 0.0)
+    up = tl.where(counts, tl.load(up_ptr + row * up_stride), 0.0)
     cols = start + tl.arange(0, BLOCK)
     s = load_fp32(s_ptr, cols, cols < C)
     t = s + shift       # the bucket in the student's shape; without a teacher, unused
@@ -261,13 +261,13 @@ def _kd_loss_backward(up: Tensor, student: Tensor, teacher: Tensor | None, ids: 
                       alpha: float, T: float, ignore_index: int) -> Tensor:
     """The gradient of student (R, C), given that of the loss (R,)."""
     (R, C), k = student.shape, 0 if ids is None else ids.shape[1]
-    student, teacher, labels, up = packed(student, teacher, labels, up)
+    student, teacher, labels = packed(student, teacher, labels)
     grad = torch.empty(R, C, dtype=student.dtype, device=student.device)
     BLOCK, warps = configs.pick("kd_loss_backward", row_class(C), student.dtype, student.device)
     tiles = triton.cdiv(C, BLOCK)
     launch(_backward, R * tiles, student, teacher, ids, labels, stats, up, grad, C, k, tiles, student.stride(0),
-           0 if teacher is None else teacher.stride(0), ignore_index, alpha, T, LOG2E / T, **flags(teacher, labels, alpha, T),
-           K=triton.next_power_of_2(k), BLOCK=BLOCK, num_warps=warps)
+           0 if teacher is None else teacher.stride(0), up.stride(0), ignore_index, alpha, T, LOG2E / T,
+           **flags(teacher, labels, alpha, T), K=triton.next_power_of_2(k), BLOCK=BLOCK, num_warps=warps)
     return grad
 
 
@@ -315,6 +315,8 @@ def kd_loss(student: Tensor, teacher: Tensor | TopK | None, labels: Tensor | Non
         return kd_loss_ref(student, teacher, labels, alpha=alpha, T=T, ignore_index=ignore_index)
     logits, ids, tail = teacher if alpha else None, None, None
     if isinstance(logits, TopK):
+        if teacher.ids.shape[1] > 4096:
+            raise ValueError(f"a teacher's top {teacher.ids.shape[1]}: the kernels go up to 4096; RT_KERNELS=ref takes any")
         ids, order = teacher.ids.sort(-1)
         ids, logits, tail = ids.contiguous(), teacher.logits.gather(-1, order), teacher.tail
     logits, tail = (None if x is None else x.detach() for x in (logits, tail))

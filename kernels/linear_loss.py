@@ -5,8 +5,8 @@
 
 A chunk of rows is one GEMM (fp32 out), one kernel that reads the logits twice and overwrites them with G = d rows / ds, and the GEMMs
 dX = G W and dW += G^T X (fp32 sums over the chunks). So the gradients exist when the forward is done, of the plain sum of rows: the
-backward multiplies them by (upstream gradient) / (number of rows that count). Before that they are neither small nor large, so 16-bit
-types hold them; both factors stay on the device, and a loss scale takes part in the product before dX is rounded.
+backward multiplies them by (upstream gradient) / (number of rows that count); both factors stay on the device. The small G of a student
+near its teacher would underflow in fp16: there G is made times a power of two, and dX stays in fp32 until the backward.
 
 Chunks are as large as CHUNK_BYTES of logits, a multiple of 128 rows, for each chunk reads and writes dW once: V d numbers for the
 2 V d operations a row costs. W is copied, cast to the dtype of x, to a multiple of 128 rows, for an odd V (50,265) makes rows of
@@ -20,6 +20,8 @@ twice the row stride.
 Limits: as for kd_loss; G is rounded to the dtype of x; GEMMs follow PyTorch's settings (TF32 of fp32). Not differentiable twice. Tested
 in Triton's interpreter; compiled for sm_80, 90, 100.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -69,9 +71,9 @@ def _logits(row_ptr, bias_ptr, cols, V, width):
 
 @triton.jit
 def _row(s_ptr, t_ptr, bias_ptr, bias_t_ptr, labels_ptr, loss_ptr, grad_ptr,   # (n, width) x 2, (width,) x 2 in fp32; (n,) x 2; (n, width)
-         V, width, grad_stride, ignore_index, alpha, T, rate, CE: tl.constexpr, KD: tl.constexpr, UNIT_T: tl.constexpr,
+         V, width, grad_stride, ignore_index, alpha, T, rate, unit, CE: tl.constexpr, KD: tl.constexpr, UNIT_T: tl.constexpr,
          GRAD: tl.constexpr, BLOCK: tl.constexpr):
-    """The loss of one row of logits and, over the logits' own memory, its gradient."""
+    """The loss of one row of logits and, over the logits' own memory, its gradient times `unit`."""
     row = tl.program_id(0).to(tl.int64)
     s_ptr += row * width
     if KD:
@@ -89,7 +91,7 @@ def _row(s_ptr, t_ptr, bias_ptr, bias_t_ptr, labels_ptr, loss_ptr, grad_ptr,   #
         s_y += tl.load(bias_ptr + y, mask=(y >= 0) & (y < V), other=0.0)
     tl.store(loss_ptr + row, tl.where(counts, row_loss(s_y, M_s, D_1, D_s, D_t, gap, alpha, T, CE, KD), 0.0))
     if GRAD:
-        g_ce, g_kd = tl.where(counts, 1 - alpha, 0.0), tl.where(counts, alpha * T, 0.0)
+        g_ce, g_kd = tl.where(counts, unit * (1 - alpha), 0.0), tl.where(counts, unit * alpha * T, 0.0)
         for start in range(0, width, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             s, t = _logits(s_ptr, bias_ptr, cols, V, width), None
@@ -133,6 +135,10 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += torch.mm(a, b, out_dtype=torch.float32)
 
 
+def _dtype_of_dx(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
+
+
 @torch.library.custom_op("recyclable::linear_loss", mutates_args=())
 def _linear_loss(x: Tensor, weight: Tensor, bias: Tensor | None, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None,
                  labels: Tensor | None, alpha: float, T: float, ignore_index: int, need_x: bool, need_w: bool,
@@ -143,9 +149,10 @@ def _linear_loss(x: Tensor, weight: Tensor, bias: Tensor | None, x_t: Tensor | N
     x, w, b = x.contiguous(), _padded(weight, width, x.dtype), _padded(bias, width, torch.float32)
     w_t, b_t = None if x_t is None else _padded(weight_t, width, x_t.dtype), _padded(bias_t, width, torch.float32)
     labels, loss = *packed(labels), torch.empty(R, device=x.device)
-    dx = torch.empty(R if need_x else 0, d, dtype=x.dtype, device=x.device)
+    dx = torch.empty(R if need_x else 0, d, dtype=_dtype_of_dx(x), device=x.device)
     dw, db = torch.zeros(width if need_w else 0, d, device=x.device), torch.zeros(width if need_b else 0, device=x.device)
     BLOCK, warps = configs.pick("linear_loss", row_class(width), torch.float32, x.device)
+    unit = 2.0 ** math.floor(15 - math.log2(max(1.0, 1 - alpha + alpha * T))) if x.dtype == torch.float16 else 1.0     # |G| < 2^15
     chunk = _chunk_rows(width, 1 if x_t is None else 2)
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, R, chunk):
@@ -153,36 +160,41 @@ def _linear_loss(x: Tensor, weight: Tensor, bias: Tensor | None, x_t: Tensor | N
             s, t = _product(x[part], w.T), None if x_t is None else _product(x_t[part], w_t.T)      # (n, width) fp32
             g = s.view(x.dtype)[:, :width]
             launch(_row, len(s), s, t, b, b_t, None if labels is None else labels[part], loss[part], g, V, width, g.stride(0),
-                   ignore_index, alpha, T, LOG2E / T, **flags(t, labels, alpha, T), GRAD=need_x or need_w or need_b, BLOCK=BLOCK,
-                   num_warps=warps)
-            if need_x:
+                   ignore_index, alpha, T, LOG2E / T, unit, **flags(t, labels, alpha, T), GRAD=need_x or need_w or need_b,
+                   BLOCK=BLOCK, num_warps=warps)
+            if need_x and unit == 1:
                 torch.mm(g, w, out=dx[part])
+            elif need_x:
+                torch.div(_product(g, w), unit, out=dx[part])
             if need_w:
                 _add_product(dw, g.T, x[part])
             if need_b:
                 db += g.sum(0, dtype=torch.float32)
             del s, t, g         # or the next chunk's would be made beside them
+    if unit != 1:
+        dw, db = dw / unit, db / unit
     return loss.sum(), dx, dw[:V], db[:V]
 
 
 @_linear_loss.register_fake
 def _(x, weight, bias, x_t, weight_t, bias_t, labels, alpha, T, ignore_index, need_x, need_w, need_b):
     (R, d), V = x.shape, len(weight)
-    return (x.new_empty((), dtype=torch.float32), x.new_empty(R if need_x else 0, d),
+    return (x.new_empty((), dtype=torch.float32), x.new_empty(R if need_x else 0, d, dtype=_dtype_of_dx(x)),
             x.new_empty(V if need_w else 0, d, dtype=torch.float32), x.new_empty(V if need_b else 0, dtype=torch.float32))
 
 
 def _save(ctx, inputs, output):
-    ctx.dtypes = inputs[1].dtype, inputs[2].dtype if inputs[-1] else None
+    ctx.dtypes = inputs[0].dtype, inputs[1].dtype, inputs[2].dtype if inputs[-1] else None
     ctx.needs = inputs[-3:]
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _differentiate(ctx, up, *_):
-    grads = [g * up if need else None for g, need in zip(ctx.saved_tensors, ctx.needs)]
-    casts = [None if g is None else g.to(dtype) for g, dtype in zip(grads[1:], ctx.dtypes)]
-    return grads[0], *casts, *(None,) * 10
+    if torch.is_grad_enabled():     # create_graph: what was computed in the forward knows nothing of the upstream gradient's own graph
+        raise RuntimeError("linear_cross_entropy and linear_kd are not differentiable twice; RT_KERNELS=ref is")
+    grads = [(g * up).to(dtype) if need else None for g, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs)]
+    return *grads, *(None,) * 10
 
 
 _linear_loss.register_autograd(_differentiate, setup_context=_save)

@@ -58,6 +58,16 @@ print([fault(row) for row in (good, good | {"shared": 227 * 1024 + 1}, good | {"
                                        "spills 8 bytes", "no", "needs more than 101376 bytes of shared memory"]), done.stderr
 
 
+def test_no_float_becomes_a_constant():
+    """Triton compiles constants for integers alone; a check of other code than what is launched would prove nothing."""
+    done = python("-c", """
+from kernels.compile_check import launches
+specs = launches(90, ["attention", "kd_loss"], ["bf16"])
+print(len(specs) > 50, [v for s in specs for v in s[3].values() if isinstance(v, float)])
+""")
+    assert done.stdout.strip() == "True []", done.stderr
+
+
 def test_the_interpreter_is_refused():
     done = python("-m", "kernels.compile_check", TRITON_INTERPRET="1")
     assert done.returncode == 2 and "unset it" in done.stderr

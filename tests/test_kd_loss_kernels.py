@@ -316,6 +316,20 @@ def test_shapes_that_do_not_fit_are_said(device):
         kd_loss(s, None, alpha=0.5, T=2.0)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@pytest.mark.parametrize("C, k", [(50265, 0), (250_000, 0), (50265, 4096)])
+def test_the_longest_rows(device, C, k):
+    s, t, y = logits(5, C, device=device)
+    assert_within_budget(s, top_k(t, k, 2.0) if k else t, y, 0.7, 2.0)
+
+
+def test_a_teachers_top_k_has_a_limit(device):
+    s, t, _ = logits(2, 5000, device=device)
+    with pytest.raises(ValueError, match="up to 4096"):
+        kd_loss(s, top_k(t, 4097, 1.0), alpha=1.0, T=1.0)
+
+
 # ---------------------------------------------------------------- hidden_mse
 
 def states(B, n, L, d, dtype=torch.float32, device="cpu"):
@@ -343,6 +357,9 @@ def test_hidden_mse_of_views_with_few_launches_and_no_gradient_to_the_teacher(de
     expected = rows_and_gradient(hidden_mse, s, t, rows)
     loose = s.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()        # (L, B, d) in memory
     cache = torch.stack([t, t], 1)[:, 0].requires_grad_()
+    for view in (s.detach().repeat_interleave(2, -1)[..., ::2], s.detach()[..., :1].expand(s.shape)):     # last stride not 1
+        mine, plain = (rows_and_gradient(f, view.requires_grad_(), t, rows) for f in (hidden_mse, hidden_mse_ref))
+        assert_close(mine, plain)
     launched = counted(monkeypatch, hidden_mse)
     assert_close(rows_and_gradient(hidden_mse, loose, cache, torch.stack([rows, rows], 1)[:, 0]), expected)
     assert launched == ["_mse_forward", "_mse_backward"] and cache.grad is None

@@ -1,0 +1,71 @@
+"""Every kernel, forward and backward, in one go: under memcheck, in a CUDA graph, without a host synchronisation."""
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from every_kernel import inputs, step
+
+ALL = str(ROOT / "tests" / "every_kernel.py")
+
+
+def run(*command: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, env={**os.environ, **env})
+
+
+def test_the_small_run_itself():
+    done = run(sys.executable, ALL, "cpu", RT_KERNELS="triton", TRITON_INTERPRET="1")
+    assert done.stdout == "done\n", done.stderr
+
+
+def test_kernels_and_references_agree_on_it(device, monkeypatch):
+    ours = step(inputs(device.type))
+    monkeypatch.setenv("RT_KERNELS", "ref")
+    for a, b in zip(ours, step(inputs(device.type))):
+        assert (a - b).norm() <= 5e-3 * b.norm()      # both round to fp16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_all_of_it_in_a_cuda_graph(device):
+    i = inputs("cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            expected = step(i)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(i)
+    graph.replay()
+    for a, b in zip(captured, expected):
+        torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)      # atomics add in another order
+    i["seed"].add_(1)       # the mask is drawn from what the seed holds at replay
+    before = captured[0].clone()
+    graph.replay()
+    assert not torch.equal(before, captured[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_nothing_waits_for_the_device(device):
+    i = inputs("cuda")
+    step(i)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(i)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_memcheck_finds_nothing():
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        pytest.skip("no compute-sanitizer")
+    done = run(tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, ALL, "cuda", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    assert done.returncode == 0 and "done" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
