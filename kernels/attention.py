@@ -25,10 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import configs
-from kernels.common import launch, tl, triton, uses_triton
+from kernels.common import LOG2E, check_cu_seqlens, launch, tl, triton, uses_triton
 from kernels.dropout import dropout_words, keep_factor, threshold_of, word, words_ref
 
-LOG2E = 1.4426950408889634
 PREFIX_ROWS = 512       # queries that share a partial sum of a prefix's gradients
 RUNTIME = ["N", "H", "blocks", "prefix_len", "threshold"]      # not compiled anew where they are 1 or a multiple of 16
 
@@ -281,7 +280,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seed: Tensor
     words = torch.empty((3, H, N) if dropout_p else (0,), dtype=torch.int32, device=q.device)
     if dropout_p:
         launch(dropout_words, triton.cdiv(N, 256) * H, seed, words, N, H, triton.cdiv(N, 256), BLOCK=256)
-    BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_forward", *_class(D, max_seqlen), q.dtype, q.device)
+    BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_forward", size_class(D, max_seqlen), q.dtype, q.device)
     blocks = triton.cdiv(max_seqlen, BLOCK_Q)
     launch(_forward, blocks * H * (len(cu_seqlens) - 1), q, k, v, out, lse, cu_seqlens, words, *_strides(q, k, v), N, H, blocks, len(k),
            scale * LOG2E, threshold_of(dropout_p), 1 / (1 - dropout_p), D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0,
@@ -308,14 +307,14 @@ def _attention_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tens
     dq = (torch.zeros if atomic else torch.empty)(N, H, D, device=q.device, dtype=torch.float32 if atomic else q.dtype)
     dk, dv = (torch.empty(B * P if shared else N, H, D, device=q.device, dtype=torch.float32 if shared else k.dtype) for _ in range(2))
     longest = P if shared else max_seqlen
-    BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_backward_keys", *_class(D, longest), q.dtype, q.device)
+    BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_backward_keys", size_class(D, longest), q.dtype, q.device)
     blocks = triton.cdiv(longest, BLOCK_K)
     scales = scale, scale * LOG2E, threshold_of(dropout_p), 1 / (1 - dropout_p)
     launch(_backward_keys, blocks * H * B, q, k, v, dout, lse, delta, dq, dk, dv, cu_seqlens, words, *_strides(q, k, v), N, H, blocks, P,
            *scales, D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0, SHARED=shared, ATOMIC=atomic, num_warps=warps,
            num_stages=stages)
     if not atomic:
-        BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_backward_queries", *_class(D, max_seqlen), q.dtype, q.device)
+        BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_backward_queries", size_class(D, max_seqlen), q.dtype, q.device)
         blocks = triton.cdiv(max_seqlen, BLOCK_Q)
         launch(_backward_queries, blocks * H * B, q, k, v, dout, lse, delta, dq, cu_seqlens, words, *_strides(q, k, v), N, H, blocks, P,
                *scales, D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0, SHARED=shared, num_warps=warps, num_stages=stages)
@@ -344,9 +343,9 @@ def _differentiate(ctx, dout, dlse, dwords):
 _attention.register_autograd(_differentiate, setup_context=_save)
 
 
-def _class(D: int, longest: int) -> tuple[int]:
+def size_class(D: int, longest: int) -> int:
     """The `size` of a row of configs.TABLE: the head dimension; negative where all rows fit one small block."""
-    return (D if longest > 64 else -D,)
+    return D if longest > 64 else -D
 
 
 def _strides(*tensors: Tensor) -> tuple[int, ...]:
@@ -372,8 +371,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
     """
     if q.ndim != 3 or k.shape != q.shape or v.shape != q.shape:
         raise ValueError(f"q, k and v must be (N, H, D) and alike, not {[tuple(x.shape) for x in (q, k, v)]}")
-    if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32:
-        raise ValueError(f"cu_seqlens must be (B+1,) int32, not {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}")
+    check_cu_seqlens(cu_seqlens)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be at least 0 and below 1, not {dropout_p}")
     if not q.dtype == k.dtype == v.dtype:

@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import configs
-from kernels.attention import LOG2E, RUNTIME, _class, _locate, _product, _strides, _tile, padded
-from kernels.common import launch, tl, triton, uses_triton
+from kernels.attention import RUNTIME, _locate, _product, _strides, _tile, padded, size_class
+from kernels.common import LOG2E, check_cu_seqlens, launch, tl, triton, uses_triton
 
 # ---------------------------------------------------------------- reference
 
@@ -166,7 +166,7 @@ def _kd_backward(x_s_ptr, y_s_ptr, x_t_ptr, y_t_ptr,        # (N, H, D_S) x 2, (
 def _pick(kernel: str, q_s: Tensor, q_t: Tensor, max_seqlen: int) -> tuple[int, ...]:
     """The row of the table for the larger of student and teacher."""
     dtype = max(q_s.dtype, q_t.dtype, key=lambda d: d.itemsize)
-    return configs.pick(kernel, *_class(max(q_s.shape[-1], q_t.shape[-1]), max_seqlen), dtype, q_s.device)
+    return configs.pick(kernel, size_class(max(q_s.shape[-1], q_t.shape[-1]), max_seqlen), dtype, q_s.device)
 
 
 @torch.library.custom_op("recyclable::attention_kd", mutates_args=())
@@ -240,8 +240,7 @@ def attention_kd(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, cu_seqlens:
     if q_s.ndim != 3 or k_s.shape != q_s.shape or k_t.shape != q_t.shape or q_s.shape[:2] != q_t.shape[:-1]:
         raise ValueError("q_s and k_s must be (N, H, D_s) and alike, q_t and k_t (N, H, D_t) with the same N and H, not "
                          f"{[tuple(x.shape) for x in (q_s, k_s, q_t, k_t)]}")
-    if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32:
-        raise ValueError(f"cu_seqlens must be (B+1,) int32, not {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}")
+    check_cu_seqlens(cu_seqlens)
     q_t, k_t, scale_s, scale_t = q_t.detach(), k_t.detach(), _scale(scale_s, q_s), _scale(scale_t, q_t)
     if not (uses_triton(q_s) and uses_triton(q_t)):
         return attention_kd_ref(q_s, k_s, q_t, k_t, cu_seqlens, max_seqlen, scale_s=scale_s, scale_t=scale_t)

@@ -25,6 +25,7 @@ except ImportError:     # no Triton for macOS and Windows: the kernels below sta
     triton = tl = _Missing()
     HAS_TRITON = False
 
+LOG2E = 1.4426950408889634
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)     # what the kernels read; all of them compute in fp32
 _launched: list | None = None                               # see `recording`
 
@@ -39,6 +40,11 @@ def uses_triton(x: Tensor) -> bool:
     if mode == "triton" and not (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1" or _launched is not None):
         raise ValueError(f"RT_KERNELS=triton on a {x.device.type} tensor needs TRITON_INTERPRET=1")
     return mode == "triton" and x.dtype in FLOATS
+
+
+def check_cu_seqlens(cu_seqlens: Tensor) -> None:
+    if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32:
+        raise ValueError(f"cu_seqlens must be (B+1,) int32, not {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}")
 
 
 def launch(kernel, programs: int, *args, **meta) -> None:

@@ -29,9 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import configs
-from kernels.common import launch, tl, triton, uses_triton
-
-LOG2E = 1.4426950408889634
+from kernels.common import LOG2E, launch, tl, triton, uses_triton
 
 
 class TopK(NamedTuple):
