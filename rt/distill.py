@@ -6,6 +6,10 @@
     attention KL(teacher's attention map || student's), mean over layers, heads and query tokens of the batch
     total     (1 - alpha) task + alpha KD + beta patience + gamma attention
 
+Interpolation distillation: KD and patience are the mean over the student itself, mu = 1, and `itp` points of the straight line
+theta(mu) = (1 - mu) teacher + mu student through all their weights, mu ~ U(0, 1) drawn anew at every step. The gradient of a
+point reaches the student alone, times mu. Each point costs a step's time and holds one copy of all weights until the backward pass.
+
 `public_code` reproduces the numbers of thunlp/RecyclableTuning: KD averaged over the C classes as well, that is divided
 by C, and patience times 0.5.
 """
@@ -14,9 +18,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 
 from kernels import attention_kd, hidden_mse, kd_loss
 from rt.device import autocast
+from rt.functional import Weights, lerp
 from rt.model import Batch, Classifier, Trace
 from rt.tasks import Encoded
 
@@ -63,32 +69,52 @@ class Loss:
     gamma: float = 0.0
     maps_of: Classifier | None = None       # the teacher itself, for gamma: its queries and keys are too large to cache
     att_layers: str = "last"                # whose maps are compared: last or all
+    itp: int = 0                            # points between teacher and student
+    teacher_weights: Weights | None = None  # weights_of(teacher), for itp: of the student's names and sizes
 
     def __post_init__(self):
         if self.teacher is not None and None in (self.alpha, self.beta, self.T):
             raise ValueError("a loss with a teacher needs alpha, beta and T")
         if self.gamma and self.maps_of is None:
             raise ValueError("gamma needs the teacher itself, as maps_of")
+        if self.itp and (self.teacher is None or self.teacher_weights is None):
+            raise ValueError("itp needs a teacher and its weights, as teacher_weights")
 
     def __call__(self, model: Classifier, batch: Batch) -> Tensor:
         """Scalar; runs the student on `batch`."""
         if self.teacher is None:
             return task_loss(model(batch), batch.labels, self.is_regression).mean()
+        points = torch.rand(self.itp).tolist()      # on the CPU, whose generator tune() seeds by (seed, step)
         trace = Trace(attention=self.layers(model))
         logits = model(batch, trace)
-        t = self.teacher.logits[batch.index]
-        if self.is_regression:
-            rows = ((1 - self.alpha) * task_loss(logits, batch.labels, True)
-                    + self.alpha * task_loss(logits, t.squeeze(-1), True))
-        elif self.public_code:
-            rows = ((1 - self.alpha) * task_loss(logits, batch.labels, False)
-                    + self.alpha * kd_loss(logits, t, alpha=1.0, T=self.T) / logits.shape[-1])
+        if points:
+            parts = [self.rows(logits, trace, batch.index), *(self.at(mu, model, batch) for mu in points)]
+            rows = (1 - self.alpha) * task_loss(logits, batch.labels, self.is_regression) + torch.stack(parts).mean(0)
         else:
-            rows = kd_loss(logits, t, batch.labels, alpha=self.alpha, T=self.T)
+            rows = self.rows(logits, trace, batch.index, batch.labels)
+        return rows.mean() + self.gamma * self.attention(trace, batch) if self.gamma else rows.mean()
+
+    def rows(self, logits: Tensor, trace: Trace, index: Tensor, labels: Tensor | None = None) -> Tensor:
+        """(B,): alpha KD + beta patience, and with `labels` (1 - alpha) task too."""
+        t = self.teacher.logits[index]
+        if self.is_regression or self.public_code:
+            kd = (task_loss(logits, t.squeeze(-1), True) if self.is_regression
+                  else kd_loss(logits, t, alpha=1.0, T=self.T) / logits.shape[-1])
+            rows = self.alpha * kd
+            if labels is not None:
+                rows = (1 - self.alpha) * task_loss(logits, labels, self.is_regression) + rows
+        else:
+            rows = kd_loss(logits, t, labels, alpha=self.alpha, T=self.T)
         if self.beta:
             half = 0.5 if self.public_code else 1.0
-            rows = rows + self.beta * half * hidden_mse(trace.states, self.teacher.states, batch.index)
-        return rows.mean() + self.gamma * self.attention(trace, batch) if self.gamma else rows.mean()
+            rows = rows + self.beta * half * hidden_mse(trace.states, self.teacher.states, index)
+        return rows
+
+    def at(self, mu: float, model: Classifier, batch: Batch) -> Tensor:
+        """(B,): alpha KD + beta patience of the model at `mu` between teacher and `model`, frozen weights and head included."""
+        weights = lerp(self.teacher_weights, dict(model.named_parameters()), mu)
+        logits = functional_call(model, weights, (batch, trace := Trace()))
+        return self.rows(logits, trace, batch.index)
 
     def layers(self, model: Classifier) -> tuple[int, ...]:
         """Which layers' attention maps are compared, for student or teacher."""

@@ -5,19 +5,24 @@
     init           tuning starts from the old delta
     distill        fresh delta, taught by old base + old delta
     init+distill   both
+    project        the old delta through a map learned on other tasks (rt/project.py); nothing is trained on this one
+
+`chain` does a mode along several bases, from the recycled delta or from the first one.
 """
 import time
 from dataclasses import dataclass, replace
-from typing import Callable
+from typing import Callable, Iterator
 
 import torch
 
 from rt.checkpoint import Base
 from rt.config import UsageError
-from rt.deltas import Delta, DeltaConfig, apply, attach, check_fits, new_head
+from rt.deltas import Delta, DeltaConfig, apply, attach, check_fits, extract, new_head
 from rt.distill import Loss, TeacherCache, run_teacher
+from rt.functional import weights_of
 from rt.model import Classifier
-from rt.tune import TaskData, TuneResult, TuneSettings, evaluate, tune
+from rt.project import Projection, project
+from rt.tune import TaskData, TuneResult, TuneSettings, evaluate, score, tune
 
 
 @dataclass
@@ -39,6 +44,8 @@ class Recycling:
     gamma: float = 0.0
     att_layers: str = "last"
     teacher: TeacherCache | None = None     # of data.train, once a mode has needed it
+    itp: int = 0                            # distillation also at this many points between teacher and student
+    projection: Projection | None = None    # for project, learned beforehand
 
 
 def check(r: Recycling, mode: str) -> None:
@@ -52,13 +59,16 @@ def check(r: Recycling, mode: str) -> None:
                          f"({r.config.used}): use the same --delta and sizes, or --mode distill")
     if mode in NEEDS_TEACHER and r.old_base.tokenizer.fingerprint != r.base.tokenizer.fingerprint:
         raise UsageError(f"{mode} needs old and new base to have one tokenizer: the teacher reads the student's ids")
-
-
     old, new = r.old_base.encoder.config, r.base.encoder.config
     if mode in NEEDS_TEACHER and r.gamma and (old.num_heads != new.num_heads
                                               or (r.att_layers == "all" and old.num_layers != new.num_layers)):
         raise UsageError(f"--gamma compares attention maps head by head: old base {old.num_layers} layers x {old.num_heads} heads, "
                          f"new base {new.num_layers} x {new.num_heads}; heads must be as many, and with --att_layers all the layers too")
+    if mode in NEEDS_TEACHER and r.itp:
+        check_fits(r.base, r.old_delta, stale_ok=True)
+        if r.old_delta.config.used != r.config.used:
+            raise UsageError(f"--itp draws a line between teacher and student, weight by weight, but the old delta is "
+                             f"{r.old_delta.config.used}, the new one {r.config.used}: use the same --delta and sizes, or no --itp")
 
 
 def recycle(r: Recycling, mode: str) -> tuple[Classifier, TuneResult]:
@@ -104,7 +114,8 @@ def _task_loss(r: Recycling) -> Loss:
 
 def _distillation_loss(r: Recycling) -> Loss:
     return replace(_task_loss(r), teacher=teacher_of(r), alpha=r.alpha, beta=r.beta, T=r.T, public_code=r.public_code, gamma=r.gamma,
-                   maps_of=teacher_model(r) if r.gamma else None, att_layers=r.att_layers)
+                   maps_of=teacher_model(r) if r.gamma else None, att_layers=r.att_layers,
+                   itp=r.itp, teacher_weights=weights_of(teacher_model(r)) if r.itp else None)
 
 
 def scratch(r: Recycling) -> tuple[Classifier, TuneResult]:
@@ -114,8 +125,15 @@ def scratch(r: Recycling) -> tuple[Classifier, TuneResult]:
 def apply_only(r: Recycling) -> tuple[Classifier, TuneResult]:
     model = apply(r.base, r.old_delta, stale_ok=True)
     dev = evaluate(model, r.data.dev, r.device, r.precision)
+    test = evaluate(model, r.data.test, r.device, r.precision) if r.data.test is not None else {}
     r.on_eval({"step": 0, "loss": None, "dev": dev})
-    return model, TuneResult(0, dev, evaluate(model, r.data.test, r.device, r.precision), [(0, next(iter(dev.values())))])
+    return model, TuneResult(0, dev, test, [(0, score(dev))])
+
+
+def project_only(r: Recycling) -> tuple[Classifier, TuneResult]:
+    if r.projection is None:
+        raise ValueError("project needs a projection: rt.project.learn_projection")
+    return apply_only(replace(r, old_delta=project(r.projection, r.old_delta)))
 
 
 def init(r: Recycling) -> tuple[Classifier, TuneResult]:
@@ -131,6 +149,53 @@ def init_distill(r: Recycling) -> tuple[Classifier, TuneResult]:
 
 
 MODES: dict[str, Callable[[Recycling], tuple[Classifier, TuneResult]]] = {
-    "scratch": scratch, "apply": apply_only, "init": init, "distill": distill, "init+distill": init_distill}
+    "scratch": scratch, "apply": apply_only, "init": init, "distill": distill, "init+distill": init_distill, "project": project_only}
 TRAINED = ("scratch", "init", "distill", "init+distill")
 NEEDS_TEACHER = ("distill", "init+distill")
+
+
+def new_delta(r: Recycling, mode: str, model: Classifier) -> Delta:
+    """What `recycle` made of the old delta, as a delta of the new base."""
+    return extract(model, r.base, r.config if mode in TRAINED else r.old_delta.config,
+                   {"task": r.data.name, "labels": list(r.data.labels)})
+
+
+@dataclass
+class Step:
+    """A new base of a chain, reached by a route."""
+    base: str
+    route: str | None
+    delta: Delta
+    result: TuneResult
+
+
+def chain(r: Recycling, mode: str, bases: dict[str, Base]) -> Iterator[Step]:
+    """`mode` on M_1, M_2, ... (`bases`, by name) after r.old_base = M_0 and r.old_delta = Delta_0, by two routes:
+
+        chain   Delta_{i+1} = recycle(M_i, Delta_i, M_{i+1}), the recycled delta recycled again
+        direct  Delta_{i+1} = recycle(M_0, Delta_0, M_{i+1})
+
+    To M_1 both are one run, done once; scratch, which recycles nothing, has no route (None). r.base is not read. The rows
+    given to r.on_eval say their base and route too. Raises UsageError before anything is trained.
+    """
+    if len({base.tokenizer.fingerprint for base in bases.values()}) > 1:
+        raise UsageError("the bases of a chain must have one tokenizer: the task is encoded once")
+    for base in bases.values():
+        check(replace(r, base=base), mode)
+    last = r
+    for i, (name, base) in enumerate(bases.items()):
+        both = [((None,), r)] if mode == "scratch" else [(("direct", "chain"), r)] if i == 0 else [(("direct",), r), (("chain",), last)]
+        for routes, start in both:
+            def on_eval(row: dict, name=name, routes=routes) -> None:
+                for route in routes:
+                    r.on_eval({"base": name, "route": route, **row})
+
+            step = replace(start, base=base, on_eval=on_eval)
+            model, result = recycle(step, mode)
+            delta = new_delta(step, mode, model)
+            if "direct" in routes:
+                r.teacher = step.teacher    # the same for every base
+            if "chain" in routes:
+                last = replace(r, old_base=base, old_delta=delta, teacher=None)
+            for route in routes:
+                yield Step(name, route, delta, result)

@@ -34,12 +34,13 @@ class TuneSettings:
 
 @dataclass
 class TaskData:
-    """A task, encoded: what the loop reads. `labels` is empty for a regression."""
+    """A task, encoded: what the loop reads. `labels` is empty for a regression; without `test` a run is not scored on it,
+    as in a search, where only dev may choose."""
     name: str
     labels: tuple[str, ...]
     train: Encoded
     dev: Encoded
-    test: Encoded
+    test: Encoded | None
 
     @property
     def num_outputs(self) -> int:
@@ -118,7 +119,7 @@ def tune(model: Classifier, data: TaskData, loss: Loss, settings: TuneSettings, 
     """Train what requires a gradient in `model`; on return it holds the weights that were best on dev.
 
     Dev is also scored before the first step (step 0): what the start is worth. `on_eval` gets {'step', 'loss', 'dev'}.
-    Test is scored once, at the end. Batches and dropout are functions of (seed, step).
+    Test is scored once, at the end, where there is one. Batches and dropout are functions of (seed, step).
     """
     s, started = settings, time.perf_counter()
     trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
@@ -164,6 +165,6 @@ def tune(model: Classifier, data: TaskData, loss: Loss, settings: TuneSettings, 
     with torch.no_grad():
         for k, p in trained.items():
             p.copy_(best[k])
-    result.test = evaluate(model, data.test, device, precision)
+    result.test = evaluate(model, data.test, device, precision) if data.test is not None else {}
     result.seconds = time.perf_counter() - started
     return result

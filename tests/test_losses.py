@@ -1,4 +1,5 @@
 """Every loss against a formula written out, at T != 1 and with student != teacher, gradients included."""
+import copy
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from kernels import hidden_mse, kd_loss, linear_cross_entropy
 from kernels.linear_loss import linear_kd
 from rt.deltas import DeltaConfig, attach
 from rt.distill import Loss, TeacherCache, run_teacher, task_loss
+from rt.functional import weights_of
 from rt.model import Trace
 from rt.tasks import Encoded
 
@@ -175,3 +177,61 @@ def test_task_loss():
     s = torch.tensor([[2.0, -1.0], [0.5, 0.5]])
     torch.testing.assert_close(task_loss(s, torch.tensor([1, 0]), False),
                                torch.tensor([3 + math.log1p(math.exp(-3)), math.log(2)]))
+
+
+@pytest.mark.parametrize("kind", ["full", "adapter"])
+@pytest.mark.parametrize("regression", [False, True])
+def test_itp_is_the_mean_over_points_by_two_plain_forwards(tokenizer, batch, kind, regression):
+    outputs, alpha, beta, T = 1 if regression else 3, 0.7, 10.0, 2.0
+    student, teacher = (attach(random_base(tokenizer, i), DeltaConfig(kind), outputs, seed=i).double().eval() for i in (0, 3))
+    cache = TeacherCache(torch.randn(5, outputs).double(), torch.randn(5, 2, 64).double())
+    if regression:
+        batch.labels = torch.tensor([0.5, 1.0, -2.0, 0.0, 3.0])
+    loss = Loss(regression, cache, alpha, beta, T, itp=2, teacher_weights=weights_of(teacher))
+    torch.manual_seed(9)
+    points = torch.rand(2).tolist()
+    torch.manual_seed(9)
+    value = loss(student, batch)
+    value.backward()
+    assert all(p.grad is None for p in teacher.parameters()) and not any(w.requires_grad for w in loss.teacher_weights.values())
+
+    expected, grads = 0.0, {k: torch.zeros_like(p) for k, p in student.named_parameters()}
+    theirs = dict(teacher.named_parameters())
+    for mu in (1.0, *points):
+        model = copy.deepcopy(student).requires_grad_(True)     # a plain model whose weights were set by hand
+        model.zero_grad()
+        with torch.no_grad():
+            for k, p in model.named_parameters():
+                p.copy_((1 - mu) * theirs[k] + mu * p)
+        s = model(batch, trace := Trace())
+        kd = ((s - cache.logits).square().mean() if regression else
+              T**2 * (cache.logits / T).softmax(-1).mul((cache.logits / T).log_softmax(-1) - (s / T).log_softmax(-1)).sum() / 5)
+        term = (alpha * kd + beta * (trace.states - cache.states).square().mean()) / 3
+        if mu == 1.0:
+            term = term + (1 - alpha) * task_loss(s.double(), batch.labels, regression).mean()
+        term.backward()
+        expected += term.item()
+        for k, p in model.named_parameters():
+            grads[k] += mu * (0 if p.grad is None else p.grad)
+    assert value.item() == pytest.approx(expected, rel=1e-6)
+    for k, p in student.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, grads[k], rtol=1e-4, atol=1e-6)
+        else:
+            assert p.grad is None, k
+
+
+def test_itp_repeats_with_the_generator_and_none_draws_nothing(distilling, batch, tokenizer):
+    student, cache, _, _ = distilling
+    with pytest.raises(ValueError, match="itp needs a teacher and its weights"):
+        Loss(teacher=cache, alpha=0.7, beta=0.0, T=5.0, itp=1)
+    rest = dict(teacher=cache, alpha=0.7, beta=0.0, T=5.0)
+    itp = Loss(itp=1, teacher_weights=weights_of(attach(random_base(tokenizer, 3), DeltaConfig("full"), 3, seed=2).double()), **rest)
+    values = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        values.append(itp(student, batch).item())
+    assert values[0] == values[1] != values[2]
+    before = torch.get_rng_state()
+    Loss(**rest)(student, batch)
+    assert torch.equal(torch.get_rng_state(), before)

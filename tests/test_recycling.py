@@ -9,8 +9,10 @@ from rt.checkpoint import StaleDelta, fingerprint
 from rt.config import UsageError
 from rt.deltas import DeltaConfig, apply, attach, extract
 from rt.distill import Loss
+from rt.functional import weights_of
 from rt.model import EncoderConfig, Trace
-from rt.recycling import MODES, Recycling, recycle, start_fresh, start_from_old, teacher_model, teacher_of
+from rt.project import Projection
+from rt.recycling import MODES, TRAINED, Recycling, chain, new_delta, recycle, start_fresh, start_from_old, teacher_model, teacher_of
 from rt.tasks import Encoded
 from rt.tune import TaskData, TuneSettings, evaluate, predict
 
@@ -32,10 +34,11 @@ def recycling(tokenizer):
 
 
 def test_every_mode_returns_a_model_and_scores_and_leaves_the_bases_alone(recycling):
+    recycling.projection = Projection([recycling.old_delta], 2, "auto", False, True, seed=0)
     for mode in MODES:
         model, result = recycle(recycling, mode)
         assert evaluate(model, recycling.data.test, **CPU) == result.test, mode
-        assert result.curve[0][0] == 0 and (result.curve[-1][0] == (0 if mode == "apply" else 6))
+        assert result.curve[0][0] == 0 and result.curve[-1][0] == (6 if mode in TRAINED else 0)
     for base in (recycling.old_base, recycling.base):
         assert fingerprint(base.encoder) == base.fingerprint
 
@@ -145,3 +148,85 @@ def test_a_teacher_with_another_tokenizer_is_refused(recycling):
 def test_settings_of_other_kinds_do_not_stop_init(recycling):
     recycling.config = DeltaConfig("adapter", r=99, prefix_len=3)
     recycle(recycling, "init")
+
+
+def test_itp_runs_through_both_modes_and_needs_equal_deltas_and_bases(recycling):
+    for mode in ("distill", "init+distill"):
+        losses = []
+        for itp in (0, 2, 2):
+            rows = []
+            recycle(replace(recycling, itp=itp, on_eval=rows.append), mode)
+            losses.append([row["loss"] for row in rows])
+        assert losses[1] == losses[2] and losses[0][1:] != losses[1][1:]
+    recycle(replace(recycling, itp=2, config=DeltaConfig("lora")), "scratch")       # which has no teacher
+    with pytest.raises(UsageError, match="--itp draws a line .* weight by weight"):
+        recycle(replace(recycling, itp=2, config=DeltaConfig("lora")), "distill")
+    recycling.base.encoder.config = replace(recycling.base.encoder.config, ffn_size=7)
+    with pytest.raises(UsageError, match="other sizes"):
+        recycle(replace(recycling, itp=2), "distill")
+
+
+def test_apply_without_a_test_part_is_scored_on_dev_alone(recycling):
+    recycling.data.test = None
+    _, result = recycle(recycling, "apply")
+    assert result.dev and result.test == {}
+
+
+def test_project_is_apply_of_the_projected_delta(recycling):
+    with pytest.raises(ValueError, match="learn_projection"):
+        recycle(recycling, "project")
+    recycling.projection = Projection([recycling.old_delta], 2, "flat", True, True, seed=0)
+    with torch.no_grad():
+        recycling.projection.b[0].fill_(0.05)
+    model, result = recycle(recycling, "project")
+    assert evaluate(model, recycling.data.test, **CPU) == result.test
+    name = next(iter(recycling.old_delta.modules))
+    torch.testing.assert_close(dict(model.encoder.named_parameters())[name], recycling.old_delta.modules[name] + 0.05)
+
+
+@pytest.fixture
+def bases(tokenizer):
+    return {f"M{seed}": random_base(tokenizer, seed) for seed in (1, 2, 3)}
+
+
+def test_a_chain_of_apply_is_one_apply(recycling, bases):
+    recycling.old_delta = replace(recycling.old_delta, **{
+        part: {k: torch.zeros_like(v) for k, v in getattr(recycling.old_delta, part).items()} for part in ("diffs", "modules")})
+    for delta, close in ((recycling.old_delta, torch.equal), (None, torch.allclose)):
+        steps = {(s.base, s.route): s for s in chain(recycling, "apply", bases)}
+        assert list(steps) == [("M1", "direct"), ("M1", "chain"), ("M2", "direct"), ("M2", "chain"), ("M3", "direct"), ("M3", "chain")]
+        for name, base in bases.items():
+            model = apply(base, recycling.old_delta, stale_ok=True)
+            for route in ("direct", "chain"):
+                other = apply(base, steps[name, route].delta)       # a delta of this base: not stale
+                assert all(close(a, b) for a, b in zip(weights_of(model).values(), weights_of(other).values()))
+                assert steps[name, route].result.test == evaluate(model, recycling.data.test, **CPU)
+        recycling.old_delta.diffs = {k: torch.full_like(v, 0.01) for k, v in recycling.old_delta.diffs.items()}
+
+
+@pytest.mark.parametrize("mode", ["init", "init+distill"])
+def test_a_chain_recycles_the_recycled_delta_and_direct_the_first(recycling, bases, mode):
+    rows = []
+    recycling.on_eval, recycling.settings.lr, recycling.data.dev = rows.append, 1e-2, recycling.data.train
+    steps = {(s.base, s.route): s for s in chain(recycling, mode, bases)}
+    old = {"chain": (recycling.old_base, recycling.old_delta), "direct": (recycling.old_base, recycling.old_delta)}
+    for name, base in bases.items():
+        for route in ("chain", "direct"):
+            r = replace(recycling, old_base=old[route][0], old_delta=old[route][1], base=base, teacher=None, on_eval=lambda row: None)
+            model, result = recycle(r, mode)
+            step, delta = steps[name, route], new_delta(r, mode, model)
+            assert (step.result.dev, step.result.test, step.result.curve) == (result.dev, result.test, result.curve)
+            assert all(torch.equal(step.delta.modules[k], v) for k, v in delta.modules.items())
+            assert [row["step"] for row in rows if (row["base"], row["route"]) == (name, route)] == [0, 3, 6]
+            if route == "chain":
+                old["chain"] = base, delta
+    assert any(not torch.equal(v, steps["M3", "direct"].delta.modules[k]) for k, v in steps["M3", "chain"].delta.modules.items())
+
+
+def test_scratch_in_a_chain_is_one_run_a_base(recycling, bases):
+    assert [(s.base, s.route) for s in chain(recycling, "scratch", bases)] == [("M1", None), ("M2", None), ("M3", None)]
+    class Other:
+        fingerprint = "another"
+    bases["M2"].tokenizer = Other
+    with pytest.raises(UsageError, match="one tokenizer"):
+        next(chain(recycling, "scratch", bases))

@@ -1,0 +1,156 @@
+"""The claims C1 to C7 of METHOD.md on real text: every run behind results/claims, resumable, one row a run.
+
+    python -m bench.claims --data DIR                       # mini preset; about two hours on 2 cores
+    python -m bench.claims --data DIR --plan                # what is still to do, and about how long it takes
+    python -m bench.claims --data DIR --preset small --device cuda --budget 540     # in pieces: each call goes on
+    python -m bench.claims --report                         # results/claims/README.md and its figures, from the rows alone
+
+DIR holds corpora/ (wiki, bio, rev, cs, ns .txt.xz, one document a line) and tasks/ (chemprot, imdb, ...: folders with train,
+dev and test). M0 is trained on wiki, M1 to M4 on bio, rev, cs, ns in turn; IND, the independent base, from another seed on all
+of them. The learning rate of every arm is chosen on dev out of the same three, with the first seed; test is scored once, with
+the chosen one. A finished run is known by its facts (`run` in its rows) and not done again.
+"""
+import json
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+from bench.claims import runs
+from bench.claims.plan import PHASES, RATES, SCALES, SEEDS, Run, searched
+from rt.config import UsageError, parse, require_positive, run
+from rt.device import pick_device, pick_precision
+from rt.log import progress, read_rows, table
+
+
+@dataclass
+class Config:
+    """python -m bench.claims --data DIR [--flag value ...]"""
+    data: str | None = None  # folder with corpora/ and tasks/
+    preset: str = "mini"  # mini, small, base (tiny: to try the script out)
+    device: str = "auto"  # auto, cpu or cuda
+    precision: str = "auto"  # auto: bf16 where the device does it fast, else fp32
+    jobs: int | None = None  # runs side by side; default: one a core on a CPU (each on one thread), one on a GPU
+    budget: float | None = None  # seconds; nothing new begins after them. Default: until all is done
+    only: tuple[str, ...] = ()  # parts (bases, tuned, few, ...) to do; default: all
+    home: str = "runs/claims"  # bases and deltas
+    results: str = "results/claims"  # rows, and the report
+    plan: bool = False  # say what is to be done, and do nothing
+    report: bool = False  # write the report from the rows
+
+
+class Rows:
+    """PRESET-PART.jsonl in the results folder: read once, appended to as runs end."""
+
+    def __init__(self, folder: Path, preset: str):
+        self.folder, self.preset = folder, preset
+        self.rows = [row for path in sorted(folder.glob(f"{preset}-*.jsonl")) for row in read_rows(path)]
+
+    def done(self, run: Run) -> bool:
+        return any(row["run"] == run.facts for row in self.rows)
+
+    def add(self, run: Run, rows: list[dict], facts: dict) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        full = [{"run": run.facts, **row, **facts} for row in rows]
+        with (self.folder / f"{self.preset}-{run.part}.jsonl").open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in full))
+        self.rows += full
+
+    def rate(self, run: Run) -> tuple[float, ...]:
+        """The learning rates to run at: all where `run` is the search, else the one that dev chose there."""
+        if run == searched(run):
+            return RATES.get(run.kind, ())
+        chosen = [row["lr"] for row in self.rows if row["run"] == searched(run).facts and row.get("chosen")]
+        return tuple(chosen[:1])
+
+    def seconds(self, run: Run) -> float | None:
+        """What a run of this sort took on average, where one has been done."""
+        alike = {json.dumps(row["run"]): row["seconds"] for row in self.rows
+                 if (row["run"]["part"], row["run"]["what"]) == (run.part, run.what)}
+        return mean(alike.values()) if alike else None
+
+
+def main() -> None:
+    c = parse(Config, sys.argv[1:])
+    if c.preset not in SCALES:
+        raise UsageError(f"--preset {c.preset}: not one of {', '.join(SCALES)}")
+    require_positive(c, "jobs", "budget")
+    if c.report:
+        from bench.claims import report
+        print(report.write(Path(c.results)))
+        return
+    if not c.data or not (Path(c.data) / "corpora").is_dir() or not (Path(c.data) / "tasks").is_dir():
+        raise UsageError(f"--data {c.data}: not a folder with corpora/ and tasks/; see python -m bench.claims --help")
+    device = pick_device(c.device)
+    lab = runs.Lab(Path(c.data), Path(c.home) / c.preset, Path(c.home) / "cache", c.preset,
+                   SCALES[c.preset], device, pick_precision(c.precision, device))
+    rows = Rows(Path(c.results), c.preset)
+    if c.plan:
+        print(plan_table(lab, rows, c.only))
+    else:
+        work(c, lab, rows)
+
+
+def wanted(lab: runs.Lab, rows: Rows, only: tuple[str, ...]) -> list[list[Run]]:
+    """The runs that are not done, a list a phase, the first seed (which searches) before the others."""
+    phases = []
+    for phase in PHASES:
+        todo = [r for r in dict.fromkeys(phase(lab.scale)) if not rows.done(r) and (not only or r.part in only)]
+        first = [r for r in todo if r.seed in (None, SEEDS[0])]
+        phases += [first, [r for r in todo if r not in first]]
+    return phases
+
+
+def plan_table(lab: runs.Lab, rows: Rows, only: tuple[str, ...]) -> str:
+    counts: dict[tuple[str, str], list[float | None]] = {}
+    for r in (r for phase in wanted(lab, rows, only) for r in phase):
+        counts.setdefault((r.part, r.what), []).append(rows.seconds(r))
+    lines = [[f"{part}: {what}", len(each), "?" if None in each else f"{sum(each) / 60:.0f} min"]
+             for (part, what), each in counts.items()]
+    return table(lines, ["part: what", "runs to do", "one after another, by those done"]) if lines else "nothing is left to do"
+
+
+def work(c: Config, lab: runs.Lab, rows: Rows) -> None:
+    """Do what is not done, phase by phase, until the budget is used up."""
+    jobs = c.jobs or (torch.get_num_threads() if lab.device.type == "cpu" else 1)
+    end = time.monotonic() + c.budget if c.budget else None
+    facts = {"preset": c.preset, "device": device_name(lab.device), "threads": max(1, torch.get_num_threads() // jobs),
+             "jobs": jobs, "commit": commit(), "torch": torch.__version__}
+    phases = wanted(lab, rows, c.only)
+    with progress(sum(map(len, phases)), "claims", unit="run") as bar, \
+            ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (facts["threads"],)) as pool:
+        for phase in phases:
+            ready = [r for r in phase if rows.rate(r) or r.kind is None or r.what in ("apply", "walk", "heads", "distance")]
+            for done in as_completed([pool.submit(runs.attempt, lab, r, rows.rate(r), end) for r in ready]):
+                r, found, seconds = done.result()
+                if found:
+                    rows.add(r, found, {"seconds": round(seconds, 1), **facts})
+                bar.set_postfix_str(" ".join(str(v) for v in r.facts.values())[:60])
+                bar.update()
+    left = sum(map(len, wanted(lab, rows, c.only)))
+    print(f"{left} runs are left; the same command goes on" if left else "all runs are done: python -m bench.claims --report")
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] \
+        if cpuinfo.exists() else []
+    return f"CPU, {names[0] if names else 'unknown'}, {len(names)} threads"
+
+
+def commit() -> str:
+    """The checkout's commit, with + where files differ from it; nothing outside a checkout."""
+    done = subprocess.run(["git", "describe", "--always", "--dirty=+", "--exclude=*"], cwd=runs.ROOT, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+if __name__ == "__main__":
+    run(main)

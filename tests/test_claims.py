@@ -1,0 +1,111 @@
+"""The claims script: what it plans, that it resumes, what its report says of known rows; a small run of every part."""
+import json
+import lzma
+
+import pytest
+from conftest import command, write_task
+
+from bench.claims.__main__ import Rows, wanted
+from bench.claims.plan import PHASES, SCALES, SEEDS, Run, searched
+from bench.claims.report import Results, interval, per_seed, verdict, write
+from rt.log import read_rows
+
+BASES = ("M0", "M1", "M2", "M3", "M4", "IND")
+STREAM = ("wiki", "bio", "rev", "cs", "ns")
+
+
+def test_every_run_has_what_it_needs_before_it():
+    """Every delta that a phase reads is made by an earlier one, at every scale."""
+    for scale in SCALES.values():
+        made: set = set()
+        for phase in PHASES:
+            runs = list(phase(scale))
+            assert len({json.dumps(r.facts) for r in runs}) == len(runs), phase
+            now = {(r.base, r.task, r.kind, r.seed) for r in runs if r.what == "tune" or (r.what == "scratch" and r.shots is None)}
+            for r in runs:
+                needed = [(r.old_base, t, r.kind, r.seed) for t in {r.task, *(r.source or r.task or "").split(",")} if r.old_base]
+                needed += [(r.base, r.task, r.kind, r.seed)] if r.what in ("walk", "heads", "distance") else []
+                assert all(n in made | now for n in needed), (phase, r)
+            made |= now
+
+
+def test_no_transfer_between_tasks_that_share_sentences():
+    runs = [r for phase in PHASES for r in phase(SCALES["base"])]
+    assert not any({r.task, r.source} == {"sst2", "rotten_tomatoes"} for r in runs)
+
+
+def test_the_first_seed_searches_and_the_others_follow(tmp_path):
+    rows = Rows(tmp_path, "mini")
+    first, other = (Run("few", "init", "sick", "full", "M1", seed, 32, "M0", "sick", "same") for seed in SEEDS[:2])
+    assert searched(other) == first and len(rows.rate(first)) == 3 and rows.rate(other) == ()
+    rows.add(first, [{"lr": 1e-4, "chosen": False}, {"lr": 1e-3, "chosen": True}], {"seconds": 1.0})
+    assert rows.rate(other) == (1e-3,)
+    again = Rows(tmp_path, "mini")      # from the file
+    assert again.done(first) and not again.done(other) and again.seconds(other) == 1.0
+
+
+def test_intervals_and_verdicts():
+    assert interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.303 / 3 ** 0.5, abs=1e-3))
+    assert [verdict(v) for v in ([1.0, 1.1, 1.2], [-1.0, -1.1, -1.2], [1.0, -1.0, 0.1], [1.0])] == [
+        "shown", "opposite", "not shown", "not measured with enough seeds"]
+    a = {("x", 1): 3.0, ("y", 1): 5.0, ("x", 2): 1.0, ("y", 2): 1.0, ("z", 1): 9.0}
+    b = {("x", 1): 1.0, ("y", 1): 1.0, ("x", 2): 1.0, ("y", 2): 2.0, ("z", 1): 0.0}
+    assert per_seed(a, b) == [3.0, -0.5]        # z has no second seed and does not count
+
+
+def test_the_report_says_what_the_rows_say(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = Rows(tmp_path, "mini")
+    facts = {"seconds": 1.0, "device": "d", "commit": "c", "torch": "t", "threads": 1}
+    for seed in SEEDS:
+        for what, accuracy in (("scratch", 0.3), ("distill", 0.2), ("init+distill", 0.6)):
+            run = Run("few", what, "sick", "full", "M1", seed, 32, "M0", "sick", "same")
+            rows.add(run, [{"lr": 1.0, "chosen": False}, {"lr": 2.0, "chosen": True, "test": {"accuracy": accuracy + seed / 1000}}], facts)
+    write(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "distill above scratch: -0.100 ± 0.000: **opposite**" in text
+    assert "init+distill above scratch: 0.300 ± 0.000: **shown**" in text
+    assert "C7: project" in text and "Not run yet." in text
+    assert Results(tmp_path, "mini").tests(what="scratch") == {("sick", s): pytest.approx(0.3 + s / 1000) for s in SEEDS}
+
+
+@pytest.fixture(scope="module")
+def data(graphs, tmp_path_factory):
+    """Tiny corpora and tasks under the names that the plan uses."""
+    home = tmp_path_factory.mktemp("claims")
+    texts = [json.loads(line)["text"].replace("\n", " ")[:400] for line in (graphs / "corpus" / "train.jsonl").open()]
+    (home / "corpora").mkdir()
+    for i, name in enumerate(STREAM):
+        with lzma.open(home / "corpora" / f"{name}.txt.xz", "wt") as file:
+            file.write("\n".join(texts[100 * i:100 * i + 100]))
+    for i, name in enumerate(("chemprot", "rotten_tomatoes", "agnews", "sick", "acl_arc", "imdb", "mnli")):
+        labels = ("a", "b") if name in ("imdb", "rotten_tomatoes") else ("a", "b", "c")
+        part = [{"text": t[:80], "label": labels[j % len(labels)]} for j, t in enumerate(texts[600 + 30 * i:630 + 30 * i])]
+        write_task(home / "tasks" / name, {"train": part[:18], "dev": part[18:24], "test": part[24:]})
+    return home
+
+
+def test_every_part_runs_and_is_not_run_again(data):
+    pytest.importorskip("matplotlib")
+    arguments = ("-m", "bench.claims", "--preset", "tiny", "--device", "cpu", "--jobs", "1", "--results", data / "results")
+    work = (*arguments, "--data", data, "--home", data / "home")
+    assert "train" in command(*work, "--plan")
+    assert "runs are left" in command(*work, "--budget", "0.001")
+    command(*work)
+    files = {path.name: len(read_rows(path)) for path in (data / "results").glob("*.jsonl")}
+    assert set(files) == {f"tiny-{part}.jsonl" for part in ("bases", "tuned", "few", "full", "compatibility", "connectivity",
+                                                          "similarity", "distance", "transfer", "project", "chain")}
+    assert "all runs are done" in command(*work) and "nothing is left" in command(*work, "--plan")
+    assert {path.name: len(read_rows(path)) for path in (data / "results").glob("*.jsonl")} == files
+    for row in (row for path in (data / "results").glob("*.jsonl") for row in read_rows(path)):
+        assert row["run"]["part"] and row["seconds"] >= 0 and row["commit"] and "/tmp" not in json.dumps(row["run"])
+        if row.get("chosen") is False:
+            assert not row.get("test")          # the search never sees test
+    command(*arguments, "--report")
+    text = (data / "results" / "README.md").read_text()
+    assert "Not run yet" not in text and text.count("### C") == 7 and (data / "results" / "tiny-connectivity.png").exists()
+
+
+def test_missing_data_is_one_sentence(tmp_path):
+    assert "not a folder with corpora/ and tasks/" in command("-m", "bench.claims", "--data", tmp_path, code=2)
+    assert "no rows there" in command("-m", "bench.claims", "--report", "--results", tmp_path, code=2)

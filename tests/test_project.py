@@ -1,0 +1,185 @@
+"""The map of deltas: its formula at both granularities, what it learns, what it refuses."""
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import random_base
+
+from rt.checkpoint import Base, StaleDelta, fingerprint
+from rt.config import UsageError
+from rt.deltas import KINDS, DeltaConfig, apply, attach, extract
+from rt.distill import Loss, run_teacher
+from rt.model import new_masked_lm, set_dropout
+from rt.project import Projection, learn_projection, project, student_weights, tensors_of
+from rt.tasks import Encoded
+from rt.tune import TaskData, TuneSettings, evaluate, predict, score
+
+CPU = dict(device=torch.device("cpu"), precision=torch.float32)
+LOSS = dict(alpha=1.0, beta=1.0, T=2.0, public_code=False, **CPU)
+
+
+def tuned(base, kind, task, labels=3, seed=0, size=0.1):
+    """A delta as of tuning: every trained weight moved at random."""
+    model, generator = attach(base, DeltaConfig(kind), labels, seed), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(size * torch.randn(p.shape, generator=generator))
+    return extract(model, base, DeltaConfig(kind), {"task": task, "labels": [f"{task}{i}" for i in range(labels)]})
+
+
+def task_of(delta, base, first, n=24):
+    """Texts of their own, with the labels that base + delta gives them, so what is right is known; its head is set to use them all."""
+    sequences = [[0, *(5 + (first + 7 * i + 11 * j) % 400 for j in range(6)), 2] for i in range(n)]
+    logits = predict(apply(base, delta), sequences, **CPU)
+    size = 3 / logits.std(0)
+    delta.head.update({"out.weight": delta.head["out.weight"] * size[:, None],
+                       "out.bias": (delta.head["out.bias"] - logits.mean(0)) * size})
+    truth = predict(apply(base, delta), sequences, **CPU).argmax(-1)
+    part = Encoded(sequences, truth, 0)
+    return TaskData(delta.info["task"], delta.labels, part, part, None)
+
+
+def same(a, b, close=torch.equal):
+    a, b = tensors_of(a, True), tensors_of(b, True)
+    return a.keys() == b.keys() and all(close(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_no_product_b_alone_is_returned_and_residual_is_apply(base, kind):
+    delta, other = tuned(base, kind, "a"), tuned(base, kind, "b", seed=1)
+    for granularity in ("flat", "tensor"):
+        b_is_w = Projection([delta], 2, granularity, residual=False, with_head=True, seed=0)
+        assert same(project(b_is_w, delta), delta) and same(project(b_is_w, other), delta)
+        residual = Projection([delta], 2, granularity, residual=True, with_head=True, seed=0)
+        assert same(project(residual, other), other)
+        mean = project(Projection([delta, other], 2, granularity, False, True, seed=0), delta)
+        name = next(iter(delta.head))
+        torch.testing.assert_close(mean.head[name], (delta.head[name] + other.head[name]) / 2)
+    mapped = project(residual, other)
+    assert mapped.info == other.info and mapped.config == other.config
+    with pytest.raises(StaleDelta):
+        apply(random_base(base.tokenizer, 1), mapped)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("with_head", [False, True])
+def test_the_map_is_the_formula_with_the_n_by_n_matrix(base, residual, with_head):
+    delta, generator = tuned(base, "prefix", "a"), torch.Generator().manual_seed(0)
+    for granularity in ("flat", "tensor"):
+        projection = Projection([delta], 3, granularity, residual, with_head, seed=0)
+        with torch.no_grad():
+            for p in projection.parameters():
+                p.copy_(0.1 * torch.randn(p.shape, generator=generator))
+        mapped, tensors = tensors_of(project(projection, delta), True), tensors_of(delta, with_head)
+        if granularity == "flat":
+            w, W1, W2, b = torch.cat([v.flatten() for v in tensors.values()]), projection.W1[0], projection.W2[0], projection.b[0]
+            assert W1.shape == (len(w), 3) and W2.shape == (3, len(w)) and sum(p.numel() for p in projection.parameters()) == 7 * len(w)
+            expected = torch.stack([(w * (W1 @ W2[:, j])).sum() for j in range(40)]) + b[:40] + (w[:40] if residual else 0)
+            torch.testing.assert_close(torch.cat([mapped[k].flatten() for k in tensors])[:40], expected, rtol=1e-4, atol=1e-5)
+        else:
+            for (k, v), W1, W2, b in zip(tensors.items(), projection.W1, projection.W2, projection.b, strict=True):
+                matrix = W1 @ W2
+                assert matrix.shape == (v.shape[-1],) * 2 and W1.shape[1] == min(3, v.shape[-1])
+                expected = torch.einsum("...i,ij->...j", v, matrix) + b.view(v.shape) + (v if residual else 0)
+                torch.testing.assert_close(mapped[k], expected, rtol=1e-4, atol=1e-5)
+        if not with_head:
+            assert all(torch.equal(mapped[f"head.{k}"], v) for k, v in delta.head.items())
+
+
+def test_auto_is_by_tensors_for_full_and_flat_for_others(base):
+    for kind, expected in (("full", "tensor"), ("bitfit", "flat")):
+        assert Projection([tuned(base, kind, "a")], 2, "auto", False, False, seed=0).about()["granularity"] == expected
+    with pytest.raises(UsageError, match="granularity 'rows': not one of auto, flat, tensor"):
+        Projection([tuned(base, "lora", "a")], 2, "rows", False, False, seed=0)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_student_is_the_new_base_with_the_projected_delta_and_gradients_reach_the_map(base, other_base, batch, kind):
+    delta = tuned(base, kind, "a")
+    projection = Projection([delta], 2, "auto", False, True, seed=0)
+    with torch.no_grad():
+        for p in projection.W2:
+            p.copy_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    weights = student_weights({k: p.detach() for k, p in other_base.encoder.named_parameters()}, delta, projection)
+    expected = dict(apply(other_base, project(projection, delta), stale_ok=True).named_parameters())
+    for k, v in weights.items():
+        torch.testing.assert_close(v, expected[k])
+    sum(v.square().sum() for v in weights.values()).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in projection.parameters())
+
+
+def shifted(base, size):
+    """A base whose biases differ from those of `base` by a known vector each: a delta of biases can make up for it exactly."""
+    model, generator = new_masked_lm(base.encoder.config, 0), torch.Generator().manual_seed(7)
+    model.encoder.load_state_dict(base.encoder.state_dict())
+    with torch.no_grad():
+        for name, p in model.encoder.named_parameters():
+            if name.endswith(".bias"):
+                p.sub_(size * torch.randn(p.shape, generator=generator))
+    return Base(model.encoder.eval(), None, base.tokenizer, {}, fingerprint(model.encoder))
+
+
+def test_a_map_learned_on_two_tasks_makes_up_for_the_upgrade_on_a_third(base):
+    """All tasks need the same correction w' = w + shift, so what is learned on some holds for another. Without dropout: known answers."""
+    set_dropout(base.encoder, 0.0)
+    base.encoder.config = replace(base.encoder.config, dropout=0.0, attention_dropout=0.0)      # of the heads
+    new = shifted(base, 0.3)
+    deltas = [tuned(base, "bitfit", name, labels, seed) for seed, (name, labels) in enumerate((("a", 3), ("b", 5), ("c", 4)))]
+    datas = [task_of(delta, base, 40 * i, n=96) for i, delta in enumerate(deltas)]
+    rows = []
+    settings = TuneSettings(160, 24, 1e-2, 40, seed=0)
+    projection = learn_projection(base, new, list(zip(deltas[:2], datas[:2])), settings, r=4, granularity="flat", residual=True,
+                                  on_eval=rows.append, **LOSS)
+    assert [row["step"] for row in rows] == [0, 40, 80, 120, 160] and rows[-1]["loss"] < 0.2 * rows[1]["loss"]
+    assert set(rows[0]["dev"]) == {"mean", "a", "b"}
+    best = max(rows, key=lambda row: score(row["dev"]))
+    assert (projection.best_step, projection.dev) == (best["step"], best["dev"]) and projection.dev["mean"] > rows[0]["dev"]["mean"]
+    unseen, data = deltas[2], datas[2]
+    teacher = predict(apply(base, unseen), data.train.sequences, **CPU)
+    before, after = (predict(apply(new, delta, stale_ok=True), data.train.sequences, **CPU)
+                     for delta in (unseen, project(projection, unseen)))
+    assert (after - teacher).norm() < 0.65 * (before - teacher).norm()
+    right = [(logits.argmax(-1) == data.dev.targets).float().mean().item() for logits in (before, after)]
+    assert right[1] > right[0] + 0.1
+    for b in (base, new):
+        assert fingerprint(b.encoder) == b.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["full", "adapter"])
+def test_the_first_loss_is_that_of_apply_and_runs_repeat(base, other_base, kind):
+    delta = tuned(base, kind, "a")
+    data = task_of(delta, base, 0)
+    starts, rows = [], []
+    for _ in range(2):
+        projection = learn_projection(base, other_base, [(delta, data)], TuneSettings(1, 24, 1e-3, 1, seed=3), r=2, granularity="auto",
+                                      residual=False, with_head=True, on_eval=rows.append, **LOSS)
+        starts.append(project(projection, delta))
+    assert same(*starts) and rows[:2] == rows[2:]
+    student = apply(other_base, delta, stale_ok=True)
+    assert rows[0]["dev"]["a"] == score(evaluate(student, data.dev, **CPU))
+    for model in (base, other_base):
+        assert fingerprint(model.encoder) == model.fingerprint
+    # the step's loss has dropout; without it the loss at the start would be this one, so the two are of one size
+    cache = run_teacher(apply(base, delta), data.train, **CPU)
+    plain = Loss(teacher=cache, alpha=1.0, beta=1.0, T=2.0)(student.eval(), data.train.batch(list(range(24)))).item()
+    assert rows[1]["loss"] == pytest.approx(plain, rel=0.5)
+
+
+def test_what_does_not_fit_is_one_sentence(base, other_base, tokenizer):
+    delta, settings = tuned(base, "lora", "a"), TuneSettings(1, 8, 1e-3, 1, seed=0)
+    data = task_of(delta, base, 0)
+    rest = dict(r=2, granularity="auto", residual=False, **LOSS)
+    with pytest.raises(UsageError, match="deltas of one kind and size"):
+        learn_projection(base, other_base, [(delta, data), (tuned(base, "bitfit", "b"), replace(data, labels=("b0", "b1", "b2")))],
+                         settings, **rest)
+    with pytest.raises(UsageError, match="other labels than the source task"):
+        learn_projection(base, other_base, [(delta, replace(data, labels=("x", "y", "z")))], settings, **rest)
+    with pytest.raises(StaleDelta):
+        learn_projection(other_base, base, [(delta, data)], settings, **rest)
+    with pytest.raises(UsageError, match="use deltas of one kind, base and size"):
+        project(Projection([delta], 2, "auto", False, False, seed=0), tuned(base, "bitfit", "b"))
+    with pytest.raises(UsageError, match="use deltas of one kind, base and size"):      # heads of other sizes, where heads are mapped
+        project(Projection([delta], 2, "auto", False, True, seed=0), tuned(base, "lora", "b", labels=5))
+    with pytest.raises(UsageError, match="loss is nan after step 1: lower --lr"):
+        learn_projection(base, other_base, [(delta, data)], settings, **{**rest, "beta": float("nan")})
