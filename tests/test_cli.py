@@ -175,6 +175,81 @@ def test_regression_tasks_run_through_every_mode(lineage, tmp_path):
     assert set(row["test"]) == {"pearson", "spearman"}
 
 
+def test_itp_is_a_run_of_its_own_beside_the_plain_one(lineage, task, tmp_path):
+    home, _ = lineage
+    arguments = ("recycle.py", "--old_base", home / "run" / "M0", "--base", home / "run" / "M1", "--task", task, "--shots", "6",
+                 "--seeds", "0", "--steps", "4", "--delta", "lora", "--out", tmp_path / "out", *TUNE)
+    command(*arguments, "--mode", "scratch,distill")
+    command(*arguments, "--mode", "scratch,distill", "--itp", "2")
+    rows = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]
+    assert [(row["mode"], row["settings"].get("itp")) for row in rows] == [("distill", None), ("scratch", None), ("distill", 2)]
+    losses = [[r["loss"] for r in read_rows(tmp_path / "out" / "metrics.jsonl") if r["run"] == row["run"]] for row in rows]
+    assert losses[0] != losses[2]
+
+
+def test_project_maps_the_delta_by_other_tasks(lineage, task, graphs, tmp_path):
+    home, _ = lineage
+    other = tmp_path / "three_way"
+    other.mkdir()
+    for part, count in (("train", 18), ("dev", 9), ("test", 9)):
+        rows = [json.loads(line) for line in (graphs / "task" / f"{part}.jsonl").open()]
+        labels = sorted({r["label"] for r in rows} - {"generators", "classes"})[:3]
+        (other / f"{part}.jsonl").write_text("".join(json.dumps({"text": r["text"][:150], "label": label}) + "\n" for label in labels
+                                                     for r in [r for r in rows if r["label"] == label][:count // 3]))
+    arguments = ("recycle.py", "--old_base", home / "run" / "M0", "--base", home / "run" / "M1", "--task", task, "--seeds", "0,1",
+                 "--delta", "bitfit", "--out", tmp_path / "out", "--project_steps", "4", "--rank", "3", *TUNE)
+    out = command(*arguments, "--mode", "apply,project", "--source_task", other)
+    assert out.count("building the old delta") == out.count("building the source delta") == 1
+    assert [line.split()[0] for line in out.splitlines() if "±" in line] == ["apply", "project"]
+    rows = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]
+    assert [(row["mode"], "projection" in row) for row in rows] == [("apply", False), ("project", True)] * 2
+    about, settings = rows[1]["projection"], rows[1]["settings"]
+    assert about["sources"] == ["three_way"] and about["r"] == 3 and about["granularity"] == "flat" and not about["residual"]
+    assert not about["with_head"] and set(about["dev"]) == {"mean", "three_way"} and settings["source_task"] == [str(other)]
+    curve = [r for r in read_rows(tmp_path / "out" / "metrics.jsonl") if r["run"] == rows[1]["run"]]
+    assert [(r["step"], r.get("part")) for r in curve] == [(0, "projection"), (2, "projection"), (4, "projection"), (0, None)]
+    scored = command("train.py", "--mode", "eval", "--base", home / "run" / "M1", "--task", task, *TUNE,
+                     "--delta_dir", tmp_path / "out" / "deltas" / rows[1]["run"])       # the mapped delta is one of the new base
+    assert f"test accuracy {rows[1]['test']['accuracy']:.3f}" in scored
+    both = command(*arguments, "--mode", "project", "--source_task", f"{other},{task}2", "--source_delta",
+                   home / "run" / "deltas" / "M0-three_way-bitfit-s0", code=2)
+    assert "no such" in both or "is a folder" in both
+
+
+def test_chain_reports_both_routes_over_all_bases(lineage, task, tmp_path):
+    home, _ = lineage
+    command("train.py", *SMALL, "--init", home / "run" / "M1", "--stream", home / "one.txt", "--steps", "3", "--snapshots", "0",
+            "--out", tmp_path / "more", "--cache", home / "cache")
+    m1, m2 = home / "run" / "M1", tmp_path / "more" / "M2"
+    arguments = ("recycle.py", "--old_base", home / "run" / "M0", "--task", task, "--shots", "6", "--seeds", "0,1", "--steps", "4",
+                 "--delta", "lora", "--lr", "1e-2", "--out", tmp_path / "out", "--mode", "scratch,apply,init+distill", *TUNE)
+    out = command(*arguments, "--chain", f"{m1},{m2}")
+    lines = [line.split() for line in out.splitlines() if "±" in line]
+    assert [line[:2] for line in lines] == [["scratch", "-"], ["apply", "chain"], ["apply", "direct"], ["init+distill", "chain"],
+                                            ["init+distill", "direct"]]
+    assert all(line.count("±") == 2 for line in lines) and ["mode", "route", "lr", "M1", "M2"] in map(str.split, out.splitlines())
+    rows = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]
+    assert len(rows) == len({row["run"] for row in rows}) == 2 * 2 * (1 + 2 + 2)
+    by = {(row["mode"], row["route"], row["base"], row["seed"]): row for row in rows}
+    for mode in ("apply", "init+distill"):      # up to M1 both routes are one run
+        assert by[mode, "chain", str(m1), 0]["test"] == by[mode, "direct", str(m1), 0]["test"]
+    for seed in (0, 1):
+        scratch = by["scratch", None, str(m2), seed]["dev"]["accuracy"]
+        for row in rows:
+            if (row["base"], row["seed"]) == (str(m2), seed):
+                assert row["steps_to_scratch_best"] == next((step for step, dev in row["curve"] if dev >= scratch), None)
+    for row in read_rows(tmp_path / "out" / "metrics.jsonl"):
+        assert by[row["mode"], row["route"], row["base"], row["seed"]]["run"] == row["run"]
+    info = json.loads((tmp_path / "out" / "deltas" / by["init+distill", "chain", str(m2), 0]["run"] / "delta.json").read_text())["info"]
+    assert info["base"] == json.loads((m2 / "meta.json").read_text())["fingerprint"]
+    # a direct run is that of a call with --base alone, which takes its place
+    command(*arguments[:-len(TUNE) - 1], "init+distill", *TUNE, "--base", m2)
+    after = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]
+    assert {row["run"] for row in after} == {row["run"] for row in rows}
+    direct = next(row for row in after if row["run"] == by["init+distill", "direct", str(m2), 1]["run"])
+    assert "route" not in direct and direct["test"] == by["init+distill", "direct", str(m2), 1]["test"]
+
+
 @pytest.mark.parametrize("arguments, words", [
     (("train.py", "--mode", "tune", "--base", "nowhere", "--task", "math"), "nowhere: no base there"),
     (("train.py", "--mode", "tune", "--task", "math"), "--mode tune needs --base"),
@@ -200,7 +275,18 @@ def test_regression_tasks_run_through_every_mode(lineage, tmp_path):
     (("recycle.py", "--T", "0"), "--T 0.0: must be above zero"),
     (("recycle.py", "--gamma", "-1"), "--gamma -1.0 must not be negative"),
     (("recycle.py", "--att_layers", "first"), "--att_layers first: not one of last, all"),
-    (("recycle.py", "--mode", "burn"), "--mode burn: not one of")])
+    (("recycle.py", "--mode", "burn"), "--mode burn: not one of"),
+    (("recycle.py", "--itp", "-1"), "--itp -1: a number of points from 0 on"),
+    (("recycle.py", "--mode", "scratch,apply", "--itp", "2"), "for modes with a teacher (distill, init+distill)"),
+    (("recycle.py", "--mode", "project"), "--mode project needs --source_task"),
+    (("recycle.py", "--mode", "project", "--source_task", "dl", "--source_delta", "a,b"), "as many or none: 1 tasks, 2 deltas"),
+    (("recycle.py", "--mode", "init", "--source_task", "dl"), "--source_task and --source_delta are for --mode project"),
+    (("recycle.py", "--mode", "project", "--source_task", "math"), "--source_task math: is the --task itself"),
+    (("recycle.py", "--mode", "project", "--source_task", "dl", "--granularity", "rows"), "--granularity rows: not one of auto, flat"),
+    (("recycle.py", "--rank", "0"), "--rank 0: must be above zero"),
+    (("recycle.py", "--chain", "M0,M0"), "in order, each once, in place of --base"),
+    (("recycle.py", "--chain", "M0", "--base", "M0"), "in order, each once, in place of --base"),
+    (("recycle.py", "--mode", "project", "--source_task", "dl", "--chain", "M0"), "--chain has no --mode project")])
 def test_bad_input_is_one_sentence_and_exit_code_2(arguments, words, lineage, task, tmp_path):
     home, _ = lineage
     for name, line in (("BROKEN", '{"text": \n'), ("UNSEEN", '{"text": "x", "label": "new"}\n')):
@@ -208,7 +294,8 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, words, lineage, ta
         good = (task / "dev.jsonl").read_text().splitlines()[0] + "\n"
         (tmp_path / name / "dev.jsonl").write_text(good + line if name == "BROKEN" else line)
     names = {"TEXT": home / "one.txt", "OUT": tmp_path / "out", "M0": home / "run" / "M0", "TASK": task,
-             "BROKEN": tmp_path / "BROKEN", "UNSEEN": tmp_path / "UNSEEN", "TEXT,TEXT": f"{home}/one.txt,{home}/one.txt"}
+             "BROKEN": tmp_path / "BROKEN", "UNSEEN": tmp_path / "UNSEEN", "TEXT,TEXT": f"{home}/one.txt,{home}/one.txt",
+             "M0,M0": f"{home}/run/M0,{home}/run/M0"}
     filled = [names.get(a, a) for a in arguments]
     error = command(*filled, code=2)
     assert error.startswith("error: ") and words in error and error.count("\n") == 1

@@ -22,7 +22,7 @@ from statistics import mean
 
 import torch
 
-from bench.claims import runs
+from bench.claims import report, runs
 from bench.claims.plan import PHASES, RATES, SCALES, SEEDS, Run, searched
 from rt.config import UsageError, parse, require_positive, run
 from rt.device import pick_device, pick_precision
@@ -82,7 +82,6 @@ def main() -> None:
         raise UsageError(f"--preset {c.preset}: not one of {', '.join(SCALES)}")
     require_positive(c, "jobs", "budget")
     if c.report:
-        from bench.claims import report
         print(report.write(Path(c.results)))
         return
     if not c.data or not (Path(c.data) / "corpora").is_dir() or not (Path(c.data) / "tasks").is_dir():

@@ -3,11 +3,12 @@
 An interval is a 95% t-interval over seeds. A difference is paired: within one seed it is taken task by task and averaged over
 the tasks, and the interval is over the seeds' means. "shown" is an interval above zero, "opposite" one below, else "not shown".
 """
+import itertools
 import math
 from pathlib import Path
 from statistics import mean, stdev
 
-from bench.claims.plan import SEEDS, TRANSFERS, UPGRADES
+from bench.claims.plan import PROJECTIONS, SEEDS, TRANSFERS, UPGRADES
 from rt import plot
 from rt.config import UsageError
 from rt.log import read_rows
@@ -76,8 +77,29 @@ def by_task(scores: dict[Key, float], task: str) -> list[float]:
     return [v for (t, _), v in sorted(scores.items()) if t == task]
 
 
-def difference(name: str, values: list[float]) -> str:
-    return f"- {name}: {shown(values)}: **{verdict(values)}**\n"
+class Section:
+    """The text of one claim, and the differences that decide it."""
+
+    def __init__(self):
+        self.text, self.deciding = "", []
+
+    def add(self, text: str) -> None:
+        self.text += text
+
+    def difference(self, name: str, values: list[float], decides: bool = False) -> None:
+        """A line; `decides` makes it one of those that the claim is made of."""
+        if decides:
+            self.deciding.append((name, values))
+        self.add(f"- {name}: {shown(values)}: **{verdict(values)}**\n" if values else "")
+
+    def conclusion(self) -> str:
+        """One word for the claim: every part shown, a part opposite, or neither."""
+        words = [verdict(values) for _, values in self.deciding]
+        if all(w == "shown" for w in words):
+            return "shown"
+        if "opposite" in words:
+            return "opposite" if len(words) == 1 else f"opposite in part ({words.count('opposite')} of {len(words)} differences)"
+        return f"not shown ({words.count('shown')} of {len(words)} differences shown)" if len(words) > 1 else "not shown"
 
 
 def table_of_tasks(arms: dict[str, dict[Key, float]]) -> str:
@@ -85,22 +107,20 @@ def table_of_tasks(arms: dict[str, dict[Key, float]]) -> str:
     return markdown(["task", *arms], [[t, *(shown(by_task(scores, t)) for scores in arms.values())] for t in tasks])
 
 
-def c1(r: Results, folder: Path) -> str:
+def c1(r: Results, folder: Path, out: Section) -> None:
     """Compatibility."""
     at = {base: r.tests(part="compatibility", base=base) for base in
           dict.fromkeys(row["run"]["base"] for row in r.select(part="compatibility"))}
     if not at:
-        return ""
+        return
     chance = {key(row): row["chance"] for row in r.select(part="compatibility", base="M0")}
-    snapshots = [b for b in at if "-t" in b]
     plot.compatibility(compatibility_rows(r), folder / f"{r.preset}-compatibility")
-    return "".join((
-        table_of_tasks({"chance": chance, **at}),
-        f"\n![Delta_0 on later bases]({r.preset}-compatibility.png)\n\n",
-        difference("apply on M1 above chance", per_seed(at["M1"], chance)),
-        difference("apply on M4 above chance", per_seed(at["M4"], chance)),
-        difference("loss from M1 to M4 (falls with the number of domains)", per_seed(at["M1"], at["M4"])),
-        difference(f"loss from {snapshots[0]} to M1 (falls with t)", per_seed(at[snapshots[0]], at["M1"])) if snapshots else ""))
+    out.add(table_of_tasks({"chance": chance, **at}) + f"\n![Delta_0 on later bases]({r.preset}-compatibility.png)\n\n")
+    out.difference("apply on M1 above chance", per_seed(at["M1"], chance), True)
+    out.difference("apply on M4 above chance", per_seed(at["M4"], chance))
+    for snapshot in [b for b in at if "-t" in b][:1]:
+        out.difference(f"lost from {snapshot} to M1 (falls with t)", per_seed(at[snapshot], at["M1"]), True)
+    out.difference("lost from M1 to M4 (falls with the number of domains)", per_seed(at["M1"], at["M4"]), True)
 
 
 def compatibility_rows(r: Results) -> list[dict]:
@@ -121,12 +141,12 @@ def compatibility_rows(r: Results) -> list[dict]:
     return rows
 
 
-def c2(r: Results, folder: Path) -> str:
+def c2(r: Results, folder: Path, out: Section) -> None:
     """Linear mode connectivity."""
     found = r.select(part="connectivity")
     if not found:
-        return ""
-    barriers = {}
+        return
+    barriers: dict[tuple[str, str], dict[Key, float]] = {}
     for row in found:
         barriers.setdefault((row["path"], row["run"]["base"]), {})[key(row)] = row["barrier"]
     drawn = [{"study": "connectivity", "task": row["run"]["task"], "kind": "full", "seed": row["run"]["seed"],
@@ -134,27 +154,25 @@ def c2(r: Results, folder: Path) -> str:
     plot.connectivity(drawn, folder / f"{r.preset}-connectivity")
     arms = {f"M0-{base}" + ("" if path == "linear" else ", curve"): values for (path, base), values in barriers.items()}
     linear = {base: values for (path, base), values in barriers.items() if path == "linear"}
-    return "".join((
-        "Barrier of the test loss (nats):\n\n", table_of_tasks(arms), f"\n![paths]({r.preset}-connectivity.png)\n\n",
-        difference("barrier to IND above that to M1", per_seed(linear.get("IND", {}), linear.get("M1", {}))),
-        difference("barrier to M4 above that to M1", per_seed(linear.get("M4", {}), linear.get("M1", {})))))
+    out.add(f"Barrier of the test loss (nats):\n\n{table_of_tasks(arms)}\n![paths]({r.preset}-connectivity.png)\n\n")
+    out.difference("barrier to IND above that to M1", per_seed(linear.get("IND", {}), linear.get("M1", {})), True)
+    out.difference("barrier to M4 above that to M1", per_seed(linear.get("M4", {}), linear.get("M1", {})))
 
 
-def c3(r: Results, folder: Path) -> str:
+def c3(r: Results, folder: Path, out: Section) -> None:
     """Functional similarity."""
     def numbers(name: str) -> dict[str, dict[Key, float]]:
         return {base: {key(row): row[name] for row in r.select(part="similarity", base=base)} for base in (*UPGRADES, "IND")}
 
     share, own, other = numbers("share_own_best"), numbers("own"), numbers("best_other")
     if not share["M1"]:
-        return ""
+        return
     lines = [[f"M0-{b}", *(shown(list(x[b].values())) for x in (share, own, other))] for b in share if share[b]]
-    return "".join((
-        markdown(["pair", "share of heads whose best match is themselves", "divergence to the same head (nats)",
-                  "to the best other head"], lines), "\n",
-        difference("share, M1 above IND", per_seed(share["M1"], share["IND"])),
-        difference("divergence to the same head, IND above M1", per_seed(own["IND"], own["M1"])),
-        distance_table(r)))
+    out.add(markdown(["pair", "share of heads whose best match is themselves", "divergence to the same head (nats)",
+                      "to the best other head"], lines) + "\n")
+    out.difference("share, M1 above IND", per_seed(share["M1"], share["IND"]), True)
+    out.difference("divergence to the same head, IND above M1", per_seed(own["IND"], own["M1"]), True)
+    out.add(distance_table(r))
 
 
 def distance_table(r: Results) -> str:
@@ -167,38 +185,38 @@ def distance_table(r: Results) -> str:
     return "\nDistances over all encoder weights:\n\n" + markdown(["pair", "of", "L2 per weight", "cosine"], lines) if lines else ""
 
 
-def c4(r: Results, folder: Path) -> str:
+def c4(r: Results, folder: Path, out: Section) -> None:
     """Init: how soon, how high, and from which task."""
     full = {what: r.tests(part="full", what=what) for what in ("scratch", "init", "init+distill")}
     if not full["init"]:
-        return ""
-    lines = []
+        return
+    saved, lines = {}, []
     for task in r.tasks(part="full", what="init"):
-        reached = [steps_to_best(r, task, seed) for seed in SEEDS]
-        lines.append([task, " ".join("-" if s is None else str(s) for s in reached)])
-    order = {near: r.tests(part="transfer", what="init", near=near) for near in ("same", "similar", "different")}
+        steps = {seed: steps_to_best(r, task, seed) for seed in SEEDS}
+        saved |= {(task, seed): 1 - min(1.0, s[0] / s[1]) for seed, s in steps.items() if s}
+        lines.append([task, *("-" if s is None else f"{s[0]:.0f} of {s[1]}" for s in steps.values())])
+    out.add("All training examples, test accuracy on M1:\n\n" + table_of_tasks(full) + "\n")
+    out.difference("init above scratch", per_seed(full["init"], full["scratch"]), True)
+    out.add("\nFirst step at which init is as good on dev as scratch ever gets, of the steps that scratch took to get there "
+            "(inf: never):\n\n" + markdown(["task", *(f"seed {s}" for s in SEEDS)], lines) + "\n")
+    out.difference("share of scratch's steps saved", per_seed(saved, dict.fromkeys(saved, 0.0)), True)
+    order = {f"init, {near}": r.tests(part="transfer", what="init", near=near) for near in ("same", "similar", "different")}
     order["scratch"] = r.tests(part="transfer", what="scratch")
-    text = "".join((
-        "All training examples, test accuracy on M1:\n\n", table_of_tasks(full), "\n",
-        difference("init above scratch", per_seed(full["init"], full["scratch"])),
-        "\nFirst step at which init is as good on dev as scratch gets in all its steps (one figure a seed; -: never):\n\n",
-        markdown(["task", "step"], lines)))
-    if order["same"]:
-        text += "\n32 examples a label; the old delta's task (" + ", ".join(f"{t}: {s} {n}" for t, s, n in TRANSFERS) + "):\n\n"
-        text += table_of_tasks({f"init, {k}" if k != "scratch" else k: v for k, v in order.items()}) + "\n"
-        for a, b in (("same", "similar"), ("similar", "different"), ("different", "scratch")):
-            text += difference(f"{a} above {b}", per_seed(order[a], order[b]))
-    return text
+    if order["scratch"]:
+        out.add("\n32 examples a label; init from the old delta of the same task, of a similar or a different one ("
+                + ", ".join(f"{t}: {s} {n}" for t, s, n in TRANSFERS) + "):\n\n" + table_of_tasks(order) + "\n")
+    for a, b in zip(order, list(order)[1:]):
+        out.difference(f"{a} above {b}", per_seed(order[a], order[b]), True)
 
 
-def steps_to_best(r: Results, task: str, seed: int) -> int | None:
-    """The first evaluated step at which init's dev score is scratch's best or above."""
+def steps_to_best(r: Results, task: str, seed: int) -> tuple[float, int] | None:
+    """(first evaluated step at which init's dev score is scratch's best or above, step of scratch's best)."""
     curves = {what: row["curve"] for what in ("scratch", "init") for row in r.select(part="full", what=what, task=task, seed=seed)
               if row["chosen"]}
     if len(curves) < 2:
         return None
-    best = max(dev for _, dev in curves["scratch"])
-    return next((step for step, dev in curves["init"] if dev >= best), None)
+    at, best = max(curves["scratch"], key=lambda point: point[1])
+    return next((step for step, dev in curves["init"] if dev >= best), math.inf), max(at, 1)
 
 
 def few(r: Results, kind: str) -> dict[str, dict[Key, float]]:
@@ -206,61 +224,56 @@ def few(r: Results, kind: str) -> dict[str, dict[Key, float]]:
             for what in ("scratch", "apply", "init", "distill", "init+distill")}
 
 
-def c5(r: Results, folder: Path) -> str:
+def c5(r: Results, folder: Path, out: Section) -> None:
     """Few labels."""
-    text = ""
     for kind in ("full", "adapter", "lora"):
         arms = few(r, kind)
         if arms["distill"]:
-            text += f"32 examples a label, {kind} delta, test accuracy on M1:\n\n" + table_of_tasks(arms) + "\n"
+            out.add(f"32 examples a label, {kind} delta, test accuracy on M1:\n\n" + table_of_tasks(arms) + "\n")
             for arm in ("distill", "apply", "init", "init+distill"):
-                text += difference(f"{kind}: {arm} above scratch", per_seed(arms[arm], arms["scratch"]))
-            text += "\n"
-    return text
+                out.difference(f"{kind}: {arm} above scratch", per_seed(arms[arm], arms["scratch"]), (kind, arm) == ("full", "distill"))
+            out.add("\n")
 
 
-def c6(r: Results, folder: Path) -> str:
+def c6(r: Results, folder: Path, out: Section) -> None:
     """Both together, and what is beyond the paper."""
-    text = ""
     for kind in ("full", "adapter", "lora"):
         arms = few(r, kind)
-        if arms["init+distill"]:
-            text += difference(f"{kind}, 32 a label: init+distill above distill", per_seed(arms["init+distill"], arms["distill"]))
-            text += difference(f"{kind}, 32 a label: init+distill above init", per_seed(arms["init+distill"], arms["init"]))
-    if r.tests(part="full", what="init+distill"):
-        text += difference("full data: init+distill above init",
-                           per_seed(r.tests(part="full", what="init+distill"), r.tests(part="full", what="init")))
+        for arm in ("distill", "init") if arms["init+distill"] else ():
+            out.difference(f"{kind}, 32 a label: init+distill above {arm}", per_seed(arms["init+distill"], arms[arm]), kind == "full")
+    full = {what: r.tests(part="full", what=what) for what in ("init", "init+distill")}
+    out.difference("all examples: init+distill above init", per_seed(full["init+distill"], full["init"]))
     for variant, name in (("gamma", "attention-map distillation (gamma 1, all layers)"), ("itp", "interpolation distillation (K = 2)")):
         for what in ("distill", "init+distill"):
             beyond = r.tests(part="few", what=what, variant=variant)
-            if beyond:
-                text += difference(f"{what} with {name} above {what}", per_seed(beyond, few(r, "full")[what]))
-    return text + chain_table(r)
+            out.difference(f"{what} with {name} above {what}", per_seed(beyond, few(r, "full")[what]))
+    chain_table(r, out)
 
 
-def chain_table(r: Results) -> str:
-    lines, text = [], ""
-    for what in dict.fromkeys(row["run"]["what"] for row in r.select(part="chain")):
-        ends = {}
-        for route in ("chain", "direct"):
-            found = [row for row in r.select(part="chain", what=what) if row["route"] == route and row["chosen"]]
-            at = {b: {key(row): row["test"]["accuracy"] for row in found if row["at"] == b} for b in UPGRADES}
-            ends[route] = at["M4"]
-            if found:
-                lines.append([what, route, *(shown(per_seed(at[b], dict.fromkeys(at[b], 0.0))) for b in UPGRADES)])
-        text += difference(f"{what}: chain above direct on M4", per_seed(ends["chain"], ends["direct"])) if ends["chain"] else ""
-    header = "\nChains, 32 examples a label, test accuracy averaged over " + ", ".join(r.tasks(part="chain")) + ":\n\n"
-    return header + markdown(["mode", "route", *UPGRADES], lines) + "\n" + text if lines else ""
+def chain_table(r: Results, out: Section) -> None:
+    lines, ends = [], {}
+    modes = dict.fromkeys(row["run"]["what"] for row in r.select(part="chain"))
+    for what, route in itertools.product(modes, ("chain", "direct")):
+        found = [row for row in r.select(part="chain", what=what) if row["route"] == route and row["chosen"]]
+        at = {b: {key(row): row["test"]["accuracy"] for row in found if row["at"] == b} for b in UPGRADES}
+        ends[what, route] = at["M4"]
+        lines.append([what, route, *(shown(per_seed(at[b], dict.fromkeys(at[b], 0.0))) for b in UPGRADES)])
+    if lines:
+        out.add("\nChains, 32 examples a label, test accuracy averaged over " + ", ".join(r.tasks(part="chain")) + ":\n\n"
+                + markdown(["mode", "route", *UPGRADES], lines) + "\n")
+    for what in modes:
+        out.difference(f"{what}: chain above direct on M4", per_seed(ends[what, "chain"], ends[what, "direct"]))
 
 
-def c7(r: Results, folder: Path) -> str:
+def c7(r: Results, folder: Path, out: Section) -> None:
     """Projection."""
     arms = {"apply": r.tests(part="project", what="apply"), "project": r.tests(part="project", what="project", variant=None),
             "project, residual": r.tests(part="project", what="project", variant="residual")}
-    if not arms["project"]:
-        return ""
-    return table_of_tasks(arms) + "\n" + "".join(
-        difference(f"{arm} above apply", per_seed(arms[arm], arms["apply"])) for arm in list(arms)[1:])
+    if arms["project"]:
+        out.add("Learned on " + ", ".join(f"{' and '.join(s)} for {t}" for t, s in PROJECTIONS) + "; test accuracy on M1:\n\n"
+                + table_of_tasks(arms) + "\n")
+    out.difference("project above apply", per_seed(arms["project"], arms["apply"]), True)
+    out.difference("project, residual, above apply", per_seed(arms["project, residual"], arms["apply"]))
 
 
 CLAIMS = {
@@ -274,21 +287,25 @@ CLAIMS = {
 
 
 def write(folder: Path) -> str:
-    """Write README.md and the figures; returns what was written where. UsageError where there are no rows."""
+    """Write README.md and the figures; returns the summary. UsageError where there are no rows. What people have to say of a claim
+    stands in remarks/PRESET-CLAIM.md and is put below its numbers."""
     presets = list(dict.fromkeys(path.name.split("-")[0] for path in sorted(folder.glob("*-*.jsonl"))))
     if not presets:
         raise UsageError(f"{folder}: no rows there; run python -m bench.claims --data DIR first")
-    text = ["# The claims of the paper, as they come out here\n", __doc__.split("\n\n")[1] + "\n"]
-    remarks = folder / "remarks"
+    text, lines = [], []
     for preset in presets:
         r = Results(folder, preset)
-        facts = {k: sorted({str(row[k]) for row in r.rows}) for k in ("device", "commit", "torch", "threads")}
-        text.append(f"## Preset {preset}\n\n`python -m bench.claims --data DIR --preset {preset}`; "
-                    + "; ".join(f"{k} {', '.join(v)}" for k, v in facts.items()) + f"; {len(r.rows)} rows in `{preset}-*.jsonl`.\n")
+        facts = {k: sorted({str(row[k]) for row in r.rows}) for k in ("device", "threads", "torch", "commit")}
+        text.append(f"## Preset {preset}\n\n`python -m bench.claims --data DIR --preset {preset}`; {len(r.rows)} rows in "
+                    f"`{preset}-*.jsonl`; " + "; ".join(f"{k} {', '.join(v)}" for k, v in facts.items()) + ".\n")
         for name, (claim, section) in CLAIMS.items():
-            body = section(r, folder)
-            remark = remarks / f"{preset}-{name}.md"
+            section(r, folder, out := Section())
+            remark = folder / "remarks" / f"{preset}-{name}.md"
             said = "\n" + remark.read_text(encoding="utf-8") if remark.exists() else ""
-            text.append(f"### {name}: {claim}\n\n{body or 'Not run yet.' + chr(10)}{said}")
-    (folder / "README.md").write_text("\n".join(text), encoding="utf-8")
-    return f"{folder / 'README.md'}: {', '.join(presets)}"
+            text.append(f"### {name}: {claim}\n\n{out.text or 'Not run yet.' + chr(10)}{said}")
+            decided = "; ".join(f"{what} {shown(values)}" for what, values in out.deciding if values)
+            lines.append([preset, f"{name}: {claim}", decided or "not run yet", out.conclusion() if decided else "-"])
+    summary = markdown(["preset", "claim", "what decides it (mean ± 95% interval over seeds)", "here"], lines)
+    head = f"# The claims of the paper, as they come out here\n\n{__doc__.split(chr(10) * 2)[1]}\n\n{summary}"
+    (folder / "README.md").write_text("\n".join([head, *text]), encoding="utf-8")
+    return summary
