@@ -7,7 +7,7 @@
 
 DIR holds corpora/ (wiki, bio, rev, cs, ns .txt.xz, one document a line) and tasks/ (chemprot, imdb, ...: folders with train,
 dev and test). M0 is trained on wiki, M1 to M4 on bio, rev, cs, ns in turn; IND, the independent base, from another seed on all
-of them. The learning rate of every arm is chosen on dev out of the same three, with the first seed; test is scored once, with
+of them. The learning rate of every arm is chosen on dev out of the same few, with the first seed; test is scored once, with
 the chosen one. A finished run is known by its facts (`run` in its rows) and not done again.
 """
 import json
@@ -23,7 +23,7 @@ from statistics import mean
 import torch
 
 from bench.claims import report, runs
-from bench.claims.plan import PHASES, RATES, SCALES, SEEDS, Run, searched
+from bench.claims.plan import PHASES, SCALES, SEEDS, Run, searched
 from rt.config import UsageError, parse, require_positive, run
 from rt.device import pick_device, pick_precision
 from rt.log import progress, read_rows, table
@@ -49,7 +49,7 @@ class Rows:
     """PRESET-PART.jsonl in the results folder: read once, appended to as runs end."""
 
     def __init__(self, folder: Path, preset: str):
-        self.folder, self.preset = folder, preset
+        self.folder, self.preset, self.scale = folder, preset, SCALES[preset]
         self.rows = [row for path in sorted(folder.glob(f"{preset}-*.jsonl")) for row in read_rows(path)]
 
     def done(self, run: Run) -> bool:
@@ -65,7 +65,7 @@ class Rows:
     def rate(self, run: Run) -> tuple[float, ...]:
         """The learning rates to run at: all where `run` is the search, else the one that dev chose there."""
         if run == searched(run):
-            return RATES.get(run.kind, ())
+            return () if run.kind is None else self.scale.rates if run.kind == "full" else self.scale.module_rates
         chosen = [row["lr"] for row in self.rows if row["run"] == searched(run).facts and row.get("chosen")]
         return tuple(chosen[:1])
 
