@@ -6,28 +6,22 @@ the tasks, and the interval is over the seeds' means. "shown" is an interval abo
 import itertools
 import math
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 from bench.claims.plan import PROJECTIONS, SEEDS, TRANSFERS, UPGRADES
 from rt import plot
 from rt.config import UsageError
 from rt.log import read_rows
+from rt.plot import interval
 
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}     # Student's t, two-sided, by number of values
 Key = tuple[str, int]                               # task, seed
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95% interval (infinite for one value)."""
-    half = T95.get(len(values), 2.0) * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
-    return mean(values), half
 
 
 def shown(values: list[float], digits: int = 3) -> str:
     if not values:
         return "-"
     m, half = interval(values)
-    return f"{m:.{digits}f}" + (f" ± {half:.{digits}f}" if math.isfinite(half) else "")
+    return f"{m:.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else "")
 
 
 def verdict(values: list[float]) -> str:
