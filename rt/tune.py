@@ -109,6 +109,15 @@ def evaluate(model: Classifier, data: Encoded, device: torch.device, precision: 
     return metrics(predict(model, data.sequences, device, precision), data.targets)
 
 
+def chance(data: TaskData) -> dict[str, float]:
+    """The score on test without reading: of always saying the commonest training label, and of guessing ('uniform'); of a
+    regression 0."""
+    if not data.labels:
+        return {"pearson": 0.0, "spearman": 0.0}
+    commonest = data.train.targets.bincount().argmax()
+    return {"accuracy": (data.test.targets == commonest).float().mean().item(), "uniform": 1 / len(data.labels)}
+
+
 def score(values: dict[str, float]) -> float:
     """The figure that runs are compared by: accuracy, or Pearson's correlation."""
     return next(iter(values.values()))

@@ -1,5 +1,6 @@
 """Paths between models: their points against formulas, barriers against known ones, a curve that goes round a barrier."""
 import copy
+import math
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from conftest import random_base
 
 from rt import paths
+from rt.config import UsageError
 from rt.deltas import DeltaConfig, attach
 from rt.functional import weights_of
 from rt.model import Classifier
@@ -121,3 +123,16 @@ def test_the_control_point_is_a_function_of_the_seed_and_begins_in_the_middle(to
     assert torch.equal(one["head.out.weight"], two["head.out.weight"]) and not torch.equal(one["head.out.weight"], other["head.out.weight"])
     begun = paths.train_control(b, *ends, task, TuneSettings(0, 8, 1e-3, 3, 0), **CPU)
     torch.testing.assert_close(begun["head.out.weight"], a.head.out.weight + 0.5)
+
+
+def test_a_barrier_of_nan_is_nan_not_none():
+    assert math.isnan(paths.barrier([{"mu": 0.0, "loss": 1.0}, {"mu": 0.5, "loss": math.nan}, {"mu": 1.0, "loss": 1.0}]))
+
+
+def test_equal_ends_need_no_control_and_a_diverged_curve_is_an_error(tokenizer):
+    model, other = classifier(tokenizer), classifier(tokenizer, seed=1)
+    said = said_by(model)
+    task, a = TaskData("t", ("a", "b", "c"), said, said, said), weights_of(model)
+    assert paths.train_control(model, a, a, task, TuneSettings(2, 8, 1e-3, 1, seed=0), **CPU) == {}
+    with pytest.raises(UsageError, match="the curve's loss is"):
+        paths.train_control(model, a, weights_of(other), task, TuneSettings(8, 8, 1e30, 4, seed=0), **CPU)

@@ -20,7 +20,7 @@ from rt.hub import open_base
 from rt.model import Classifier
 from rt.recycling import Recycling, chain, recycle
 from rt.tasks import Encoded, Task, few_shot, load_task
-from rt.tune import TaskData, TuneResult, TuneSettings, encode_task, evaluate, score, tune
+from rt.tune import TaskData, TuneResult, TuneSettings, chance, encode_task, evaluate, score, tune
 
 ALPHA, BETA, T = 0.7, 1.0, 5.0      # of every arm with a teacher
 GAMMA, ITP = 1.0, 2                 # of the arms beyond them
@@ -180,19 +180,15 @@ def recycled(lab: Lab, run: Run, rates: tuple[float, ...]) -> list[dict]:
     r = recycling(lab, run, data, old, run.old_base, run.base)
     if run.what == "apply":
         _, result = recycle(r, "apply")
-        return [{"lr": None, "chosen": True, **scores(result), "test": result.test, **chance(data)}]
+        known = chance(data)
+        return [{"lr": None, "chosen": True, **scores(result), "test": result.test, "chance": known["accuracy"],
+                 "uniform": known["uniform"]}]
 
     def train(lr: float, blind: TaskData):
         r.settings, r.data = lab.settings(run, lr), blind
         return recycle(r, run.what)
 
     return best_of(lab, run, data, rates, train)[1]
-
-
-def chance(data: TaskData) -> dict:
-    """Accuracy on test without reading: of always saying the commonest training label, and of guessing."""
-    commonest = data.train.targets.bincount().argmax()
-    return {"chance": (data.test.targets == commonest).float().mean().item(), "uniform": 1 / len(data.labels)}
 
 
 def pair(lab: Lab, run: Run) -> tuple[Classifier, Classifier]:

@@ -1,0 +1,392 @@
+"""What is true of an outdated delta? The paper's studies (METHOD: studies 1 to 4), as rows, a table and figures.
+
+    python analyze.py --study connectivity                      # on the demo lineage; builds what is missing
+    python analyze.py --study compatibility --bases runs/mine/M0,runs/mine/M1,runs/mine/M2 --tasks my_task --seeds 0,1,2
+    python analyze.py --study similarity --independent runs/ind/M0 --heads 0.1,3.2 --sentence "Return the complete graph."
+
+Studies: compatibility (the first base's delta on all later ones), connectivity (the path between two tuned models), similarity
+(attention heads and hidden states), distance (of weights). A delta of every base, task and seed is looked for beside its base, as
+deltas/BASE-TASK-KIND-sSEED. Where one of a task is missing, deltas for all are tuned alike by train.py, as
+deltas/BASE-TASK-KIND-nSTEPS-sSEED. An independent base shares sizes and tokenizer with the others and nothing else:
+train.py --tokenizer runs/demo/tokenizer.json --seed 1 --stream python --out runs/ind.
+
+--out gets rows.jsonl, summary.json, and figures made from these rows as .png and .svg (pip install -e '.[plot]').
+"""
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Callable, Iterator
+
+import torch
+
+from data.sources import task_path
+from rt import paths, plot, similarity
+from rt.checkpoint import Base, StaleDelta
+from rt.config import UsageError, parse, record, require_positive, require_seeds, run
+from rt.deltas import KINDS, Delta, apply, check_fits, load_delta
+from rt.device import pick_device, pick_precision
+from rt.functional import weights_of
+from rt.hub import open_base
+from rt.log import claim, progress, read_rows, table, write_json
+from rt.model import Classifier
+from rt.tasks import Example, Task, encode, load_task
+from rt.tune import TaskData, TuneSettings, chance, encode_task, evaluate
+
+
+@dataclass
+class Config:
+    """python analyze.py --study compatibility|connectivity|similarity|distance [--flag value ...]"""
+    study: str = "connectivity"  # compatibility, connectivity, similarity or distance
+    bases: tuple[str, ...] = ("runs/demo/M0", "runs/demo/M1", "runs/demo/M2")  # M_0, M_1, ... in order
+    independent: str | None = None  # M_IND: same sizes and tokenizer, another random start
+    tasks: tuple[str, ...] = ("math",)  # embedded domains, or folders with train, dev and test
+    delta: str = "full"  # full, adapter, lora, bitfit or prefix
+    deltas: tuple[str, ...] = ()  # folders, one a base in order, the independent one last (one task, one seed); default: found or tuned
+    seeds: tuple[int, ...] = (0,)  # of the deltas
+    neighbours: bool = False  # pair each base with the next one instead of with the first
+    points: int = 26  # connectivity: on a path, ends included
+    curve: bool = False  # connectivity: train a curved path as well
+    curve_steps: int = 100  # optimizer steps of its control point
+    curve_lr: float = 1e-3  # their peak learning rate
+    batch_size: int = 16  # sequences of such a step
+    heads: tuple[str, ...] = ()  # similarity: LAYER.HEAD of the maps drawn, from 0; default: head 0 of first, middle and last layer
+    sentence: str | None = None  # similarity: whose maps are drawn; default: the test text of nearest to 16 tokens
+    max_examples: int = 64  # similarity: test texts compared
+    tune_steps: int = 100  # optimizer steps of a delta that is missing; all else as in train.py
+    seq_len: int = 64  # longest text in tokens, longer ones are cut
+    out: str | None = None  # folder to write; default runs/analyze/STUDY
+    cache: str = "runs/cache"  # the embedded data
+    device: str = "auto"  # auto, cpu or cuda
+    precision: str = "auto"  # auto: bf16 where the device does it fast, else fp32
+
+
+def main() -> None:
+    c = parse(Config, sys.argv[1:])
+    if c.study not in STUDIES:
+        raise UsageError(f"--study {c.study}: not one of {', '.join(STUDIES)}")
+    if c.delta not in KINDS:
+        raise UsageError(f"--delta {c.delta}: not one of {', '.join(KINDS)}")
+    require_positive(c, "bases", "tasks", "points", "curve_steps", "curve_lr", "max_examples", "tune_steps", "batch_size", "seq_len")
+    require_seeds(*c.seeds)
+    if c.points < 2 or len(c.bases) + bool(c.independent) < 2:
+        raise UsageError(f"--points {c.points} and --bases {','.join(c.bases)}: a study needs two points and two bases at least")
+    if c.deltas and (len(c.deltas) != len(c.bases) + bool(c.independent) or len(c.tasks) * len(c.seeds) > 1):
+        raise UsageError(f"--deltas {','.join(c.deltas)}: give one folder a base, for one task and one seed")
+    if c.study == "compatibility" and c.independent:
+        raise UsageError("--independent: compatibility follows one lineage; leave it out")
+    study, out = STUDIES[c.study], Path(c.out or f"runs/analyze/{c.study}")
+    figures = {f"{name}.{ending}" for name in study.figures for ending in ("png", "svg")}
+    claim(out, {"rows.jsonl", "summary.json", *figures})
+    lab = open_lab(c)
+    rows = study.rows(lab)
+    first = next(rows)      # what is wrong with the flags of this study shows here, before anything is written
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "rows.jsonl").open("w", encoding="utf-8") as file:      # as they come: a study that is killed leaves what it has
+        for row in chain([first], rows):
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+    numbers = study.numbers(read_rows(out / "rows.jsonl"))
+    write_json(out / "summary.json", {"study": c.study, "numbers": numbers, "deltas": lab.about, "config": record(c), "argv": sys.argv})
+    print(table([[shown(v) for v in row.values()] for row in numbers], [k.replace("_", " ") for k in numbers[0]]))
+    print(f"rows in {out / 'rows.jsonl'}, {draw(study, out)}")
+
+
+def shown(value) -> str:
+    """A cell: a name, or mean ± 95% interval of the values of all seeds."""
+    if not isinstance(value, list):
+        return str(value)
+    mean, half = plot.interval(value)
+    digits = 5 if 0 < abs(mean) < 0.01 else 3
+    return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if half else "")
+
+
+def draw(study: "Study", out: Path) -> str:
+    """The figures, from the rows on disk; returns what there is to say of them."""
+    rows = read_rows(out / "rows.jsonl")
+    try:
+        for name, function in study.figures.items():
+            function([row for row in rows if row.get("what", name) == name], out / name)
+    except UsageError as error:
+        return f"no figure: {error}"
+    return "figures " + ", ".join(str(out / f"{name}.png") for name in study.figures)
+
+
+# --- bases and deltas -------------------------------------------------------------------------------------------------
+
+@dataclass
+class Lab:
+    """What a study works on. `folders`: where a base is, by name; the independent one is called IND."""
+    c: Config
+    folders: dict[str, str]
+    bases: dict[str, Base]
+    data: dict[str, TaskData]
+    deltas: dict[tuple[str, str, int], Delta]
+    about: list[dict]
+    where: dict = field(default_factory=dict)
+
+    @property
+    def first(self) -> str:
+        return next(iter(self.bases))
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """The first base (or the one before) with each later one; the independent one always with the first."""
+        names = [name for name in self.bases if name != "IND"]
+        found = list(pairwise(names)) if self.c.neighbours else [(names[0], name) for name in names[1:]]
+        return found + [(names[0], "IND")] * ("IND" in self.bases)
+
+    def cells(self) -> Iterator[tuple[str, int, dict]]:
+        """(task, seed, what a row says of them)."""
+        for task in self.data:
+            for seed in self.c.seeds:
+                yield task, seed, {"study": self.c.study, "task": task, "kind": self.c.delta, "seed": seed}
+
+    def tuned(self, base: str, task: str, seed: int) -> Classifier:
+        return apply(self.bases[base], self.deltas[base, task, seed]).eval()
+
+
+def open_lab(c: Config) -> Lab:
+    device = pick_device(c.device)
+    where = {"device": device, "precision": pick_precision(c.precision, device)}
+    folders = {Path(b).name: b for b in c.bases} | ({"IND": c.independent} if c.independent else {})
+    tasks = [load_task(task_path(name, c.cache)) for name in c.tasks]
+    if len(folders) < len(c.bases) + bool(c.independent) or len({task.name for task in tasks}) < len(tasks):
+        raise UsageError(f"--bases {','.join(c.bases)}, --tasks {','.join(c.tasks)}: two have the same name; rename one of the folders")
+    build_lineage(c)
+    bases = {name: open_base(folder).to(device) for name, folder in folders.items()}
+    first = next(iter(bases))
+    for name, base in bases.items():
+        base.require_length(c.seq_len)
+        if sizes(base) != sizes(bases[first]):
+            raise UsageError(f"{folders[name]}: other sizes or another tokenizer than {folders[first]}; models are compared weight by "
+                             "weight, on the same tokens")
+    data = {task.name: encode_task(task, bases[first].tokenizer, c.seq_len) for task in tasks}
+    lab = Lab(c, folders, bases, data, {}, [], where)
+    for entry, task in zip(c.tasks, tasks):
+        for key, folder in delta_folders(c, folders, entry, task).items():
+            lab.deltas[key] = open_delta(folder, bases[key[0]], task, c.delta)
+            facts = lab.deltas[key].info
+            lab.about.append({"base": key[0], "task": key[1], "seed": key[2], "folder": str(folder), "step": facts.get("step"),
+                              "dev": facts.get("dev"), "test": facts.get("test")})
+    return lab
+
+
+def sizes(base: Base) -> dict:
+    """What two bases must have in common to be compared."""
+    return {k: v for k, v in asdict(base.encoder.config).items() if "dropout" not in k} | {"tokenizer": base.tokenizer.fingerprint}
+
+
+def open_delta(folder: Path, base: Base, task: Task, kind: str) -> Delta:
+    delta = load_delta(folder)
+    if delta.config.kind != kind:
+        raise UsageError(f"{folder}: is a delta of kind {delta.config.kind}, and what is asked for is --delta {kind}")
+    if delta.labels != task.labels:
+        raise UsageError(f"{folder}: tells apart {', '.join(delta.labels[:6])}, the task {task.name} {', '.join(task.labels[:6])}")
+    try:
+        check_fits(base, delta, stale_ok=False)
+    except StaleDelta as error:
+        raise UsageError(f"{folder}: {error}") from None
+    return delta
+
+
+def delta_folders(c: Config, folders: dict[str, str], entry: str, task: Task) -> dict[tuple[str, str, int], Path]:
+    """Where the delta of each (base, task, seed) is; tuned where it is not. All or none: one comparison, one number of steps."""
+    if c.deltas:
+        return {(name, task.name, c.seeds[0]): Path(folder) for name, folder in zip(folders, c.deltas)}
+
+    def place(name: str, seed: int, steps: str) -> Path:
+        base = Path(folders[name])
+        home = base.parent if base.exists() else Path("runs")       # a hub id has no place beside it
+        return home / "deltas" / f"{base.name}-{task.name}-{c.delta}{steps}-s{seed}"
+
+    keys = [(name, seed) for name in folders for seed in c.seeds]
+    if all((place(*key, "") / "delta.json").exists() for key in keys):
+        return {(name, task.name, seed): place(name, seed, "") for name, seed in keys}
+    found = {}
+    for name, seed in keys:
+        found[name, task.name, seed] = folder = place(name, seed, f"-n{c.tune_steps}")
+        if not (folder / "delta.json").exists():
+            flags = {"base": folders[name], "task": entry, "seed": seed} | {k: getattr(c, k) for k in ("delta", "tune_steps", "seq_len")}
+            train(c, f"the delta {folder}", "--mode", "tune", "--out", str(folder),
+                  *(text for k, v in flags.items() for text in (f"--{k}", str(v))))
+    return found
+
+
+def build_lineage(c: Config) -> None:
+    """The demo lineage, where it is asked for and not there yet."""
+    demo = Path(Config.bases[0]).parent
+    if any(not Path(b).exists() and Path(b).parent == demo for b in c.bases):
+        train(c, "the demo lineage M0, M1, M2 (about 4 minutes on 2 cores)", "--out", str(demo),
+              *(["--resume"] if (demo / "config.json").exists() else []))
+
+
+def train(c: Config, what: str, *arguments: str) -> None:
+    print(f"building {what}", flush=True)
+    arguments = (*arguments, "--device", c.device, "--precision", c.precision, "--cache", c.cache)
+    if subprocess.run([sys.executable, str(Path(__file__).with_name("train.py")), *arguments]).returncode:
+        raise UsageError(f"could not build {what}: python train.py {' '.join(arguments)} failed")
+
+
+# --- the studies: rows, and the numbers that sum them up --------------------------------------------------------------
+
+def compatibility(lab: Lab) -> Iterator[dict]:
+    """Delta_0 on every later base and on the snapshots on the way there; chance; what is tuned on each base itself."""
+    later = list(lab.bases)[1:]
+    with progress(len(lab.data) * len(lab.c.seeds) * len(later), "compatibility", unit="base") as bar:
+        for task, seed, same in lab.cells():
+            old, data = lab.deltas[lab.first, task, seed], lab.data[task]
+
+            def line(kind: str, base: str, stage: int, t: int | None, model: Classifier) -> dict:
+                return same | {"base": base, "stage": stage, "t": t, "line": kind, **evaluate(model, data.test, **lab.where)}
+
+            own = line("own", lab.first, 0, None, apply(lab.bases[lab.first], old))
+            yield from (own, own | {"line": "apply"}, same | {"base": lab.first, "stage": 0, "t": None, "line": "chance", **chance(data)})
+            for stage, name in enumerate(later, 1):
+                for t, folder in snapshots(Path(lab.folders[name])):
+                    base = open_base(str(folder)).to(lab.where["device"])
+                    yield line("apply", folder.name, stage, t, apply(base, old, stale_ok=True))
+                yield line("apply", name, stage, None, apply(lab.bases[name], old, stale_ok=True))
+                yield line("tuned", name, stage, None, lab.tuned(name, task, seed))
+                bar.update()
+
+
+def snapshots(base: Path) -> list[tuple[int, Path]]:
+    """(t, folder) of the checkpoints M_i(t) beside M_i."""
+    found = [(f.name.removeprefix(f"{base.name}-t"), f) for f in base.parent.glob(f"{base.name}-t*") if (f / "meta.json").exists()]
+    return sorted((int(t), f) for t, f in found if t.isdecimal())
+
+
+def compatibility_numbers(rows: list[dict]) -> list[dict]:
+    numbers = []
+    for (task,), part in plot.group(rows, "task").items():
+        score = plot.score_of(part)
+        lines = {line: found for (line,), found in plot.group(part, "line").items()}
+        for (base,), found in plot.group(lines["apply"], "base").items():
+            tuned = [row[score] for row in lines.get("tuned", []) + lines["own"] if row["base"] == base]
+            numbers.append({"task": task, "base": base, "apply": [row[score] for row in found], "tuned on that base": tuned or "-",
+                            "chance": [row[score] for row in lines["chance"]], "metric": score})
+    return numbers
+
+
+def connectivity(lab: Lab) -> Iterator[dict]:
+    """Loss and metrics on test along the path between two tuned models."""
+    c = lab.c
+    points = [i / (c.points - 1) for i in range(c.points)]
+    for task, seed, same in lab.cells():
+        data, settings = lab.data[task], TuneSettings(c.curve_steps, c.batch_size, c.curve_lr, c.curve_steps, seed)
+        for pair in lab.pairs:
+            a, b = (lab.tuned(base, task, seed) for base in pair)
+            ends = weights_of(a), weights_of(b)
+            ways = {"linear": paths.linear(*ends)}
+            if c.curve:
+                ways["curve"] = paths.bezier(ends[0], paths.train_control(b, *ends, data, settings, **lab.where), ends[1])
+            for name, way in ways.items():
+                for row in paths.walk(b, way, points, data.test, **lab.where):
+                    yield same | {"pair": "-".join(pair), "path": name, **row}
+
+
+def connectivity_numbers(rows: list[dict]) -> list[dict]:
+    numbers = []
+    for (task, pair, path), found in plot.group(rows, "task", "pair", "path").items():
+        walks, score = plot.walks(found), plot.score_of(found)
+        numbers.append({
+            "task": task, "pair": pair, "path": path, "barrier": [paths.barrier(walk) for walk in walks],
+            "loss at 0": [walk[0]["loss"] for walk in walks], "loss at 1": [walk[-1]["loss"] for walk in walks],
+            "metric": score, "at 0": [walk[0][score] for walk in walks], "at 1": [walk[-1][score] for walk in walks],
+            "lowest": [min(row[score] for row in walk) for walk in walks]})
+    return numbers
+
+
+def similarity_rows(lab: Lab) -> Iterator[dict]:
+    """Heads against heads and layers against layers over test texts; the maps of a few heads on one text, of the first seed."""
+    c, device = lab.c, lab.where["device"]
+    heads, drawn = chosen_heads(c, lab.bases[lab.first]), {task: sentence(lab, task) for task in lab.data}
+    with progress(len(lab.data) * len(c.seeds) * len(lab.pairs), "similarity", unit="pair") as bar:
+        for task, seed, same in lab.cells():
+            models = {name: lab.tuned(name, task, seed) for name in lab.bases}
+            if seed == c.seeds[0]:
+                for name, model in models.items():
+                    maps = similarity.attention_maps(model, drawn[task], device)
+                    for layer, head in heads:
+                        yield same | {"what": "attention", "base": name, "layer": layer, "head": head,
+                                      "tokens": words(lab, drawn[task]), "map": rounded(maps[layer, head])}
+            sequences = lab.data[task].test.sequences[:c.max_examples]
+            for pair in lab.pairs:
+                a, b = (models[name] for name in pair)
+                matrix = similarity.head_divergence(a, b, sequences, device)
+                alike = similarity.cka(a, b, sequences, device)
+                yield same | {"what": "heads", "pair": "-".join(pair), "heads": lab.bases[lab.first].encoder.config.num_heads,
+                              "sequences": len(sequences), **similarity.match_summary(matrix), "own_of_head": rounded(matrix.diagonal()),
+                              "best_of_head": rounded(matrix.amin(1)), "match_of_head": matrix.argmin(1).tolist(),
+                              "divergence": rounded(matrix), "cka_own": alike.diagonal().mean().item(), "cka": rounded(alike)}
+                bar.update()
+
+
+def chosen_heads(c: Config, base: Base) -> list[tuple[int, int]]:
+    L, H = base.encoder.config.num_layers, base.encoder.config.num_heads
+    known = {f"{layer}.{head}": (layer, head) for layer in range(L) for head in range(H)}
+    for name in c.heads:
+        if name not in known:
+            raise UsageError(f"--heads {name}: not a LAYER.HEAD of this model, 0.0 to {L - 1}.{H - 1}")
+    return [known[name] for name in c.heads or dict.fromkeys((f"{layer}.0" for layer in (0, L // 2, L - 1)))]
+
+
+def sentence(lab: Lab, task: str) -> list[int]:
+    if lab.c.sentence is not None:
+        return encode([Example(lab.c.sentence, None, None, "--sentence")], (), lab.bases[lab.first].tokenizer, lab.c.seq_len).sequences[0]
+    return min(lab.data[task].test.sequences, key=lambda ids: abs(len(ids) - 16))
+
+
+def words(lab: Lab, ids: list[int]) -> list[str]:
+    """Each token as it may stand on an axis: no space around it, line breaks written out."""
+    return [json.dumps(lab.bases[lab.first].tokenizer.decode([i]).strip(" "), ensure_ascii=False)[1:-1] for i in ids]
+
+
+def rounded(values: torch.Tensor) -> list:
+    return [round(v, 5) if isinstance(v, float) else [round(x, 5) for x in v] for v in values.tolist()]
+
+
+def similarity_numbers(rows: list[dict]) -> list[dict]:
+    return [{"task": task, "pair": pair, **{k: [row[k] for row in found] for k in ("share_own_best", "own", "best_other", "cka_own")}}
+            for (task, pair), found in plot.group([row for row in rows if row["what"] == "heads"], "task", "pair").items()]
+
+
+def distance(lab: Lab) -> Iterator[dict]:
+    """Between the encoders of two bases, and between their deltas, by part and in all. Without the head: it is kept as it is, not
+    as a change, and equal seeds start it equal, which would pass for likeness. (So are a delta's modules, in the kinds that have them.)"""
+    def pair_rows(same: dict, of: str, weights: dict[str, dict]) -> Iterator[dict]:
+        for a, b in lab.pairs:
+            yield from (same | {"pair": f"{a}-{b}", "of": of, **row} for row in similarity.distances(weights[a], weights[b]))
+
+    none = {"study": lab.c.study, "task": None, "kind": None, "seed": None}
+    yield from pair_rows(none, "bases", {name: dict(base.encoder.named_parameters()) for name, base in lab.bases.items()})
+    for task, seed, same in lab.cells():
+        own = {name: lab.deltas[name, task, seed] for name in lab.bases}
+        yield from pair_rows(same, "deltas", {name: delta.diffs | delta.modules for name, delta in own.items()})
+
+
+def distance_numbers(rows: list[dict]) -> list[dict]:
+    return [{"of": of, "task": task or "-", "pair": pair, **{k: [row[k] for row in found] for k in ("l2", "l2_per_weight", "cosine")},
+             "weights": found[0]["weights"]}
+            for (of, task, pair), found in plot.group([row for row in rows if row["part"] == "all"], "of", "task", "pair").items()]
+
+
+@dataclass(frozen=True)
+class Study:
+    rows: Callable[[Lab], Iterator[dict]]
+    numbers: Callable[[list[dict]], list[dict]]     # a dict a line of the table: names, and lists with a value a seed
+    figures: dict[str, Callable[[list[dict], Path], None]]      # by file name, which is also `what` its rows say, if they say
+
+
+STUDIES = {
+    "compatibility": Study(compatibility, compatibility_numbers, {"compatibility": plot.compatibility}),
+    "connectivity": Study(connectivity, connectivity_numbers, {"connectivity": plot.connectivity}),
+    "similarity": Study(similarity_rows, similarity_numbers, {"attention": plot.attention_heatmaps, "heads": plot.head_similarity}),
+    "distance": Study(distance, distance_numbers, {"distance": plot.distance})}
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,240 @@
+"""The studies, as a user types them (some without a process of their own), and the figures that are made of their rows."""
+import contextlib
+import io
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import command, random_base, write_task
+
+import analyze
+from rt import plot
+from rt.checkpoint import load_base, save_base
+from rt.config import UsageError, run
+from rt.deltas import DeltaConfig, attach, extract, save_delta
+from rt.log import read_rows
+from rt.model import MaskedLM
+
+FLAGS = ("--seq_len", "32", "--device", "cpu", "--precision", "fp32")
+
+
+@pytest.fixture(scope="module")
+def home(tokenizer, graphs, tmp_path_factory) -> Path:
+    """M0; M1 and M2, each a small step from the one before, with a snapshot of M1; IND of another start; a task; a delta of seed 0
+    for each, of seed 1 for none."""
+    home = tmp_path_factory.mktemp("studies")
+    rows = [json.loads(line) for line in (graphs / "task" / "train.jsonl").open()]
+    two = [{"text": r["text"][:80], "label": r["label"]} for r in rows if r["label"] in ("generators", "classes")]
+    write_task(home / "two_way", {"train": two[:24], "dev": two[24:34], "test": two[34:50]})
+    base, g = random_base(tokenizer), torch.Generator().manual_seed(0)
+    for folder in ("M0", "M1-t00005", "M1", "M2"):
+        if folder != "M0":
+            with torch.no_grad():
+                for p in base.encoder.parameters():
+                    p.add_(0.02 * torch.randn(p.shape, generator=g))
+        keep(home / "run" / folder, base)
+    keep(home / "ind" / "M0", random_base(tokenizer, 7))
+    return home
+
+
+def keep(folder: Path, base) -> None:
+    """A base, and beside it a delta that changes every weight a little."""
+    base.fingerprint = save_base(folder, MaskedLM(base.encoder, base.head), base.tokenizer, {"name": folder.name})
+    if "-t" not in folder.name:
+        model, g = attach(base, DeltaConfig("full"), 2, seed=0), torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.01 * torch.randn(p.shape, generator=g))
+        save_delta(folder.parent / "deltas" / f"{folder.name}-two_way-full-s0",
+                   extract(model, base, DeltaConfig("full"), {"task": "two_way", "labels": ["classes", "generators"]}))
+
+
+def here(*arguments) -> str:
+    """As `command`, without a process of its own."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.setattr(sys, "argv", list(map(str, arguments)))
+        analyze.main()
+    return out.getvalue()
+
+
+def of(home: Path, *bases: str) -> tuple:
+    """The flags that say what is compared."""
+    return ("--bases", ",".join(str(home / "run" / b) for b in bases), "--tasks", home / "two_way", *FLAGS)
+
+
+def study(home: Path, name: str, *more, bases: tuple[str, ...] = ("M0", "M1", "M2"), how=here) -> tuple[str, list[dict], dict]:
+    """(what is printed, rows, summary)."""
+    out = home / "out" / name
+    said = how("analyze.py", "--study", name, *of(home, *bases), "--out", out, *more)
+    rows, summary = read_rows(out / "rows.jsonl"), json.loads((out / "summary.json").read_text())
+    assert rows and all(row["study"] == name for row in rows) and "building" not in said
+    return said, rows, summary
+
+
+def test_compatibility_follows_the_lineage(home):
+    said, rows, summary = study(home, "compatibility")
+    at = {(row["line"], row["base"]): row for row in rows}
+    assert [base for line, base in at if line == "apply"] == ["M0", "M1-t00005", "M1", "M2"]
+    assert [(row["stage"], row["t"]) for row in rows if row["line"] == "apply"] == [(0, None), (1, 5), (1, None), (2, None)]
+    assert {base for line, base in at if line == "tuned"} == {"M1", "M2"}
+    assert at["own", "M0"]["accuracy"] == at["apply", "M0"]["accuracy"]
+    labels = {part: [json.loads(line)["label"] for line in (home / "two_way" / f"{part}.jsonl").open()] for part in ("train", "test")}
+    commonest = max(set(labels["train"]), key=labels["train"].count)
+    assert at["chance", "M0"]["accuracy"] == labels["test"].count(commonest) / len(labels["test"]) and at["chance", "M0"]["uniform"] == 0.5
+    assert [line.split()[1] for line in said.splitlines()[1:-1]] == ["M0", "M1-t00005", "M1", "M2"]
+    assert summary["numbers"][3]["apply"] == [at["apply", "M2"]["accuracy"]]
+
+
+def test_connectivity_walks_to_every_later_base_and_to_the_independent_one(home):
+    said, rows, summary = study(home, "connectivity", "--independent", home / "ind" / "M0", "--points", "5", "--curve",
+                                "--curve_steps", "3", how=command)
+    paths = plot.group(rows, "pair", "path")
+    assert list(paths) == [(pair, path) for pair in ("M0-M1", "M0-M2", "M0-IND") for path in ("linear", "curve")]
+    assert all([row["mu"] for row in path] == [0, 0.25, 0.5, 0.75, 1] for path in paths.values())
+    starts = [path[0]["loss"] for path in paths.values()]
+    assert starts == pytest.approx([starts[0]] * 6, rel=1e-4)       # they all begin at M0 + its delta
+    for pair in ("M0-M1", "M0-IND"):
+        assert paths[pair, "linear"][-1]["loss"] == pytest.approx(paths[pair, "curve"][-1]["loss"], rel=1e-4)
+    line = paths["M0-IND", "linear"]
+    height = max(row["loss"] - (1 - row["mu"]) * line[0]["loss"] - row["mu"] * line[-1]["loss"] for row in line)
+    assert summary["numbers"][4]["barrier"] == [pytest.approx(max(height, 0))] and f"{max(height, 0):.3f}"[:4] in said
+    assert {Path(d["folder"]).name for d in summary["deltas"]} == {f"M{i}-two_way-full-s0" for i in range(3)}
+
+
+def test_neighbours_are_paired_with_the_next(home):
+    _, rows, _ = study(home, "distance", "--neighbours", "--independent", home / "ind" / "M0")
+    total = {(row["of"], row["pair"]): row for row in rows if row["part"] == "all"}
+    assert list(dict.fromkeys(pair for _, pair in total)) == ["M0-M1", "M1-M2", "M0-IND"]
+    assert total["bases", "M0-M1"]["l2_per_weight"] == pytest.approx(0.02 * math.sqrt(2), rel=0.02)       # two small steps
+    assert total["bases", "M1-M2"]["l2_per_weight"] == pytest.approx(0.02, rel=0.02)
+    assert total["bases", "M0-IND"]["cosine"] < 0.9 < total["bases", "M0-M1"]["cosine"]
+    assert total["deltas", "M0-M1"]["cosine"] == pytest.approx(1, abs=1e-4)                               # the same change
+    assert {row["part"] for row in rows if row["of"] == "deltas"} == {"embeddings", "layers.0", "layers.1", "all"}
+
+
+def test_similarity_of_heads_and_one_sentence(home):
+    said, rows, _ = study(home, "similarity", "--heads", "0.1,1.0", "--sentence", "Returns the complete graph.", "--max_examples", "4",
+                          "--independent", home / "ind" / "M0", bases=("M0", "M1"))
+    maps = [row for row in rows if row["what"] == "attention"]
+    assert [(row["base"], row["layer"], row["head"]) for row in maps] == [(b, *h) for b in ("M0", "M1", "IND") for h in ((0, 1), (1, 0))]
+    assert maps[0]["tokens"][0] == "<s>" and maps[0]["tokens"][-1] == "</s>" and "graph" in "".join(maps[0]["tokens"])
+    assert all(sum(line) == pytest.approx(1, abs=1e-3) for line in maps[0]["map"])
+    near, far = (next(row for row in rows if row.get("pair") == pair) for pair in ("M0-M1", "M0-IND"))
+    assert near["share_own_best"] == 1.0 and near["own"] < far["own"] and near["cka_own"] > far["cka_own"] and near["sequences"] == 4
+    assert near["match_of_head"] == [0, 1, 2, 3] and near["own_of_head"] == [near["divergence"][i][i] for i in range(4)]
+    assert "share own best" in said
+    if "no figure" not in said:
+        out = home / "out" / "similarity"
+        assert {f.name for f in out.iterdir()} == {"rows.jsonl", "summary.json", *(f"{n}.{e}" for n in ("attention", "heads")
+                                                                                   for e in ("png", "svg"))}
+
+
+def test_a_class_task_and_a_regression_in_one_study(home):
+    parts = {part: [json.loads(line) for line in (home / "two_way" / f"{part}.jsonl").open()] for part in ("train", "dev", "test")}
+    write_task(home / "length", {part: [r | {"label": len(r["text"]) / 80} for r in rows] for part, rows in parts.items()})
+    for name in ("M0", "M1"):
+        base = load_base(home / "run" / name)
+        save_delta(home / "run" / "deltas" / f"{name}-length-full-s0",
+                   extract(attach(base, DeltaConfig("full"), 1, seed=0), base, DeltaConfig("full"), {"task": "length", "labels": []}))
+    for name in ("compatibility", "connectivity"):
+        here("analyze.py", "--study", name, *of(home, "M0", "M1"), "--tasks", f"{home / 'two_way'},{home / 'length'}", "--points", "2",
+             "--out", home / "out" / f"both-{name}")
+        numbers = json.loads((home / "out" / f"both-{name}" / "summary.json").read_text())["numbers"]
+        assert [n["metric"] for n in numbers if n["task"] == "length"][0] == "pearson" and numbers[0]["metric"] == "accuracy"
+
+
+def test_missing_deltas_are_tuned_once_and_all_alike(home):
+    """Seed 1 has none, so those of seed 0, of another number of steps, are not mixed in."""
+    arguments = ("analyze.py", "--study", "distance", *of(home, "M0", "M1"), "--seeds", "1", "--tune_steps", "2",
+                 "--out", home / "out" / "n2")
+    names = [f"M{i}-two_way-full-n2-s1" for i in (0, 1)]
+    said = here(*arguments)
+    assert all(f"building the delta {home / 'run' / 'deltas' / name}" in said for name in names)
+    assert "building" not in here(*arguments)
+    summary = json.loads((home / "out" / "n2" / "summary.json").read_text())
+    assert [Path(d["folder"]).name for d in summary["deltas"]] == names
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (("--study", "taste"), "--study taste: not one of compatibility"),
+    (("--points", "1"), "--points 1"), (("--bases", "M0"), "two bases at least"),
+    (("--delta", "bogus"), "--delta bogus: not one of"), (("--seeds", "-1"), "must be whole numbers"),
+    (("--heads", "9.0", "--study", "similarity"), "--heads 9.0: not a LAYER.HEAD of this model, 0.0 to 1.1"),
+    (("--bases", "M0,M0"), "two have the same name"), (("--deltas", "one"), "one folder a base"),
+    (("--deltas", "D1,D0"), "the delta was learned on base"),
+    (("--deltas", "D0,D1", "--delta", "lora"), "is a delta of kind full"), (("--out", "HOME"), "holds other things"),
+    (("--study", "compatibility", "--independent", "IND"), "follows one lineage")])
+def test_bad_input_is_one_sentence_and_exit_code_2(arguments, words, home, monkeypatch, capsys):
+    bases = home / "run"
+    names = {"M0": bases / "M0", "M0,M0": f"{bases / 'M0'},{bases / 'M0'}", "IND": home / "ind" / "M0", "HOME": home,
+             **{name: ",".join(str(bases / "deltas" / f"M{i}-two_way-full-s0") for i in name if i in "01") for name in ("D1,D0", "D0,D1")}}
+    given = {"--bases": f"{bases / 'M0'},{bases / 'M1'}", "--tasks": home / "two_way", "--out": home / "nothing"}
+    given |= {k: names.get(v, v) for k, v in zip(arguments[::2], arguments[1::2])}
+    monkeypatch.setattr(sys, "argv", ["analyze.py", *FLAGS, *(str(x) for pair in given.items() for x in pair)])
+    with pytest.raises(SystemExit) as end:
+        run(analyze.main)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ") and words in error and error.count("\n") == 1
+    assert not (home / "nothing").exists()
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+def test_an_interval_is_that_of_students_t():
+    assert plot.interval([0.5]) == (0.5, 0.0)
+    mean, half = plot.interval([1.0, 2.0, 3.0])
+    assert mean == 2.0 and half == pytest.approx(4.303 / math.sqrt(3))
+    assert plot.interval(range(30))[1] == pytest.approx(2.1 * 8.803 / math.sqrt(30), rel=1e-3)
+
+
+def test_snapshots_lie_evenly_on_the_way_to_their_base():
+    found = [("M0", 0, None), ("M1-t00100", 1, 100), ("M1", 1, None), ("M1-t00050", 1, 50), ("M2-t00010", 2, 10)]
+    at = plot.places([{"base": b, "stage": s, "t": t} for b, s, t in found])
+    assert at == pytest.approx({"M0": 0, "M1-t00050": 1 / 3, "M1-t00100": 2 / 3, "M1": 1, "M2-t00010": 1.5})
+
+
+def walk_rows(task: str, seed: int, height: float) -> list[dict]:
+    return [{"task": task, "kind": "full", "seed": seed, "pair": "M0-M1", "path": "linear", "mu": mu, "loss": 0.5 + height * (mu == 0.5),
+             "accuracy": 0.8} for mu in (0, 0.5, 1)]
+
+
+def test_figures_say_what_the_rows_say(tmp_path):
+    pytest.importorskip("matplotlib")
+    plot.connectivity([row for task in ("sick", "imdb") for seed, height in ((0, 0.1), (1, 0.3)) for row in walk_rows(task, seed, height)],
+                      tmp_path / "sub" / "paths")
+    picture = (tmp_path / "sub" / "paths.svg").read_text()
+    half = plot.interval([0.1, 0.3])[1]
+    assert picture.count(f"M0-M1: barrier 0.200 ± {half:.3f}") == 2 and "sick" in picture and "test loss (nats)" in picture
+    first = (tmp_path / "sub" / "paths.png").read_bytes()
+    assert first[:4] == b"\x89PNG"
+    same = [row for task in ("sick", "imdb") for seed, height in ((0, 0.1), (1, 0.3)) for row in walk_rows(task, seed, height)]
+    plot.connectivity(same, tmp_path / "again")
+    assert (tmp_path / "again.png").read_bytes() == first and (tmp_path / "again.svg").read_text() == picture
+
+
+def test_a_regression_is_drawn_by_its_correlation(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [{"task": "scores", "kind": "lora", "seed": s, "base": b, "stage": i, "t": None, "line": "apply", "pearson": 0.5 - 0.1 * i}
+            for s in (0, 1) for i, b in enumerate(("M0", "M1"))]
+    plot.compatibility(rows, tmp_path / "c")
+    assert "Pearson" in (tmp_path / "c.svg").read_text() and "chance" not in (tmp_path / "c.svg").read_text()
+
+
+def test_tokens_are_no_formulas(tmp_path):
+    pytest.importorskip("matplotlib")
+    tokens = ["$x", "_{", "y$", "$\\bogus$"]
+    plot.attention_heatmaps([{"task": "t", "base": "M0", "layer": 0, "head": 1, "tokens": tokens, "map": [[0.25] * 4] * 4}], tmp_path / "a")
+    assert "M0, layer 0, head 1" in (tmp_path / "a.svg").read_text()
+
+
+def test_without_matplotlib_the_rows_stay_and_a_sentence_says_so(home, tmp_path, monkeypatch):
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UsageError, match="matplotlib is not installed: pip install"):
+        plot.connectivity(walk_rows("t", 0, 0.1), tmp_path / "p")
+    said = here("analyze.py", "--study", "distance", *of(home, "M0", "M1"), "--out", tmp_path / "out")
+    assert "M0-M1" in said and "no figure: matplotlib is not installed" in said
+    assert {f.name for f in (tmp_path / "out").iterdir()} == {"rows.jsonl", "summary.json"}
