@@ -35,8 +35,11 @@ def compatibility(rows: list[dict], path: Path) -> None:
     a score, accuracy or pearson."""
     panels = group(rows, "task", "kind")
     place, steps = places(rows), {row["base"]: row["t"] for row in rows if row["t"] is not None}
-    with sheet(path, 1, len(panels), width=3.6, height=3.4) as (fig, axes):
-        for ax, panel in zip(axes[0], panels.values()):
+    columns = min(3, len(panels))
+    with sheet(path, -(-len(panels) // columns), columns, width=3.6, height=3.0) as (fig, axes):
+        for ax in axes.flat[len(panels):]:
+            ax.axis("off")
+        for ax, panel in zip(axes.flat, panels.values()):
             score = score_of(panel)
             for line, label, colour, dash, marker in (("apply", "old delta, no training", BLUE, "-", "o"),
                                                       ("tuned", "tuned on that base", VERMILION, "--", "s")):
@@ -51,7 +54,7 @@ def compatibility(rows: list[dict], path: Path) -> None:
             ax.set_xticks([place[base] for base in place if base not in steps], [base for base in place if base not in steps])
             ax.set_xticks([place[base] for base in steps], steps.values(), minor=True, rotation=90, fontsize=6)
             ax.set(title=title(panel, panels), xlabel="base" + (" (small: step t on the way to it)" if steps else ""), ylabel=SCORES[score])
-        shared_legend(fig, axes[0])
+        shared_legend(fig, axes.flat)
 
 
 def places(rows: list[dict]) -> dict[str, float]:
@@ -212,4 +215,4 @@ def sheet(path: Path, lines: int, columns: int, width: float, height: float, mat
 def shared_legend(fig, axes) -> None:
     """One legend below all panels: every label once."""
     found = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
-    fig.legend(found.values(), found.keys(), loc="outside lower center", ncols=2 if len(axes) == 1 else 4)
+    fig.legend(found.values(), found.keys(), loc="outside lower center", ncols=2 if len(list(axes)) == 1 else 4)

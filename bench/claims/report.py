@@ -6,7 +6,7 @@ the tasks, and the interval is over the seeds' means. "shown" is an interval abo
 import itertools
 import math
 from pathlib import Path
-from statistics import mean
+from statistics import correlation, mean
 
 from bench.claims.plan import PROJECTIONS, SEEDS, TRANSFERS, UPGRADES
 from rt import plot
@@ -103,8 +103,8 @@ def table_of_tasks(arms: dict[str, dict[Key, float]]) -> str:
 
 def c1(r: Results, folder: Path, out: Section) -> None:
     """Compatibility."""
-    at = {base: r.tests(part="compatibility", base=base) for base in
-          dict.fromkeys(row["run"]["base"] for row in r.select(part="compatibility"))}
+    bases = sorted({row["run"]["base"] for row in r.select(part="compatibility")}, key=lambda b: (b[:2], "-t" not in b, b))
+    at = {base: r.tests(part="compatibility", base=base) for base in bases}
     if not at:
         return
     chance = {key(row): row["chance"] for row in r.select(part="compatibility", base="M0")}
@@ -115,6 +115,21 @@ def c1(r: Results, folder: Path, out: Section) -> None:
     for snapshot in [b for b in at if "-t" in b][:1]:
         out.difference(f"lost from {snapshot} to M1 (falls with t)", per_seed(at[snapshot], at["M1"]), True)
     out.difference("lost from M1 to M4 (falls with the number of domains)", per_seed(at["M1"], at["M4"]), True)
+    forgetting(r, at, out)
+
+
+def forgetting(r: Results, at: dict[str, dict[Key, float]], out: Section) -> None:
+    """Does apply follow how much of M0's own domain a base has forgotten?"""
+    loss = {row["name"]: row["heldout"]["wiki"]["loss"] for row in r.select(part="bases", base="M0-M4")}
+    both = [b for b in at if b in loss]
+    if len(both) < 3:
+        return
+    score = {b: mean(at[b].values()) for b in both}
+    out.add("\nApply against what each base has kept of M0's domain (held-out masked-LM loss on wiki), accuracy averaged over tasks and "
+            "seeds:\n\n" + markdown(["", *both], [["apply", *(f"{score[b]:.3f}" for b in both)],
+                                                   ["loss on wiki", *(f"{loss[b]:.3f}" for b in both)]])
+            + f"\nTheir correlation is {correlation([score[b] for b in both], [loss[b] for b in both]):.2f} "
+              f"({len(both)} bases of one lineage).\n")
 
 
 def compatibility_rows(r: Results) -> list[dict]:
