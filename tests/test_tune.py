@@ -1,5 +1,6 @@
 """Metrics against written-out formulas; the supervised loop: repeatable, keeps the best on dev, touches test once."""
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from conftest import random_base
 from rt.deltas import DeltaConfig, attach
 from rt.distill import Loss
 from rt.tasks import Encoded
-from rt.tune import TaskData, TuneSettings, evaluate, metrics, predict, tune
+from rt.tune import TaskData, TuneSettings, chance, evaluate, metrics, predict, tune
 
 CPU = dict(device=torch.device("cpu"), precision=torch.float32)
 
@@ -67,6 +68,21 @@ def test_the_best_on_dev_is_kept_and_test_is_of_it(tokenizer, toy):
     best = max(result.curve, key=lambda point: point[1])
     assert result.dev["accuracy"] == best[1] and result.best_step == best[0]
     assert evaluate(model, toy.dev, **CPU) == result.dev and evaluate(model, toy.test, **CPU) == result.test
+
+
+def test_without_a_test_part_the_run_is_the_same_and_unscored(tokenizer, toy):
+    model, result, _ = run(tokenizer, toy)
+    blind, unscored, _ = run(tokenizer, replace(toy, test=None))
+    assert unscored.test == {} and unscored.curve == result.curve
+    assert torch.equal(blind.head.out.weight, model.head.out.weight)
+
+
+def test_chance_is_of_the_commonest_training_label():
+    def part(*targets):
+        return Encoded([[0, 2]] * len(targets), torch.tensor(targets), 0)
+    data = TaskData("t", ("a", "b", "c"), part(1, 1, 0), part(0), part(0, 1, 2, 2))
+    assert chance(data) == {"accuracy": 0.25, "uniform": 1 / 3}     # the commonest of test would be 2
+    assert chance(TaskData("r", (), part(0.5), part(0.5), part(0.5)))["pearson"] == 0.0
 
 
 def test_a_worse_end_does_not_replace_the_best(tokenizer, toy):
