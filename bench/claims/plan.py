@@ -114,7 +114,7 @@ def compatibility(s: Scale) -> Iterator[Run]:
 
 def ends(s: Scale) -> Iterator[Run]:
     """Deltas tuned on the other bases, at the rate chosen on M0: the ends of the paths, the upper line of compatibility."""
-    for seed in SEEDS[:2]:
+    for seed in SEEDS:
         for base in ("M1", "IND", *UPGRADES[1:]):
             for task in s.path_tasks:
                 yield Run("tuned", "tune", task, "full", base, seed)
@@ -122,7 +122,7 @@ def ends(s: Scale) -> Iterator[Run]:
 
 def walks(s: Scale) -> Iterator[Run]:
     """C2: linear paths from M0 + Delta_0 to each upgrade's and to IND's own; the curve to M1 and IND."""
-    for seed in SEEDS[:2]:
+    for seed in SEEDS:
         for task in s.path_tasks:
             for base in ("M1", "IND", "M2", "M3", "M4"):
                 yield Run("connectivity", "walk", task, "full", base, seed, old_base="M0")
@@ -134,7 +134,7 @@ def similarity(s: Scale) -> Iterator[Run]:
     """C3, and the distances."""
     for what in ("heads", "distance"):
         for task in s.path_tasks:
-            for seed in SEEDS[:2]:
+            for seed in SEEDS:
                 for base in ("M1", "M2", "M3", "M4", "IND"):
                     yield Run(what if what == "distance" else "similarity", what, task, "full", base, seed, old_base="M0")
 
