@@ -83,8 +83,11 @@ def connectivity(rows: list[dict], path: Path) -> None:
                 i = styles[pair]
                 for ax, key in zip(column, ("loss", score)):
                     curve(ax, line, lambda row: row["mu"], key, label, COLOURS[i], ":" if kind == "curve" else DASHES[i], MARKERS[i])
-            column[0].set(title=title(panel, panels), ylabel="test loss (nats)", ylim=(0, None))
+            column[0].set(title=title(panel, panels), ylabel="test loss (nats)")
             column[1].set(xlabel="mu, from the first model to the second", ylabel=SCORES[score])
+            for ax, key in zip(column, ("loss", score)):     # by what was measured: bands of two or three seeds reach far beyond
+                low, high = min(row[key] for row in panel), max(row[key] for row in panel)
+                ax.set_ylim(low - 0.1 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
             column[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.28), fontsize=8)
 
 
@@ -190,7 +193,7 @@ def curve(ax, rows: list[dict], x, key: str, label: str, colour: str, dash, mark
     ax.plot(xs, middle, color=colour, linestyle=dash, marker=marker, markersize=4, markevery=max(1, len(xs) // 6), linewidth=1.5,
             label=label)
     if any(half):
-        ax.fill_between(xs, [m - h for m, h in zip(middle, half)], [m + h for m, h in zip(middle, half)], color=colour, alpha=0.15,
+        ax.fill_between(xs, [m - h for m, h in zip(middle, half)], [m + h for m, h in zip(middle, half)], color=colour, alpha=0.1,
                         linewidth=0)
 
 

@@ -119,8 +119,8 @@ def work(c: Config, lab: runs.Lab, rows: Rows) -> None:
     """Do what is not done, phase by phase, until the budget is used up."""
     jobs = c.jobs or (torch.get_num_threads() if lab.device.type == "cpu" else 1)
     end = time.monotonic() + c.budget if c.budget else None
-    facts = {"preset": c.preset, "device": device_name(lab.device), "precision": str(lab.precision).removeprefix("torch."), "threads": max(1, torch.get_num_threads() // jobs),
-             "jobs": jobs, "commit": commit(), "torch": torch.__version__}
+    facts = {"preset": c.preset, "device": device_name(lab.device), "precision": str(lab.precision).removeprefix("torch."),
+             "threads": max(1, torch.get_num_threads() // jobs), "jobs": jobs, "commit": commit(), "torch": torch.__version__}
     phases = wanted(lab, rows, c.only)
     with progress(sum(map(len, phases)), "claims", unit="run") as bar, \
             ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (facts["threads"],)) as pool:

@@ -67,6 +67,11 @@ def per_seed(a: dict[Key, float], b: dict[Key, float]) -> list[float]:
     return [mean(a[t, s] - b[t, s] for t in tasks) for s in seeds] if tasks else []
 
 
+def over_tasks(scores: dict[Key, float]) -> list[float]:
+    """The mean over the tasks that all seeds have, a value a seed."""
+    return per_seed(scores, dict.fromkeys(scores, 0.0))
+
+
 def by_task(scores: dict[Key, float], task: str) -> list[float]:
     return [v for (t, _), v in sorted(scores.items()) if t == task]
 
@@ -176,21 +181,30 @@ def c3(r: Results, folder: Path, out: Section) -> None:
     share, own, other = numbers("share_own_best"), numbers("own"), numbers("best_other")
     if not share["M1"]:
         return
-    lines = [[f"M0-{b}", *(shown(list(x[b].values())) for x in (share, own, other))] for b in share if share[b]]
+    lines = [[f"M0-{b}", *(shown(over_tasks(x[b])) for x in (share, own, other))] for b in share if share[b]]
     out.add(markdown(["pair", "share of heads whose best match is themselves", "divergence to the same head (nats)",
                       "to the best other head"], lines) + "\n")
+    plot.head_similarity(heads_rows(r, r.tasks(part="similarity")[0], ("M1", "M4", "IND")), folder / f"{r.preset}-heads")
+    out.add(f"![heads against heads, layers against layers]({r.preset}-heads.png)\n\n")
     out.difference("share, M1 above IND", per_seed(share["M1"], share["IND"]), True)
     out.difference("divergence to the same head, IND above M1", per_seed(own["IND"], own["M1"]), True)
     out.add(distance_table(r))
 
 
+def heads_rows(r: Results, task: str, bases: tuple[str, ...]) -> list[dict]:
+    """As rt.plot.head_similarity reads them."""
+    return [{"task": task, "pair": f"M0-{base}", "heads": len(row["divergence"]) // (len(row["cka"]) - 1),
+             **{k: row[k] for k in ("divergence", "cka", "share_own_best")}}
+            for base in bases for row in r.select(part="similarity", task=task, base=base)]
+
+
 def distance_table(r: Results) -> str:
     lines = []
-    for base in (*UPGRADES, "IND"):
-        for of in ("bases", "deltas"):
-            found = [row for row in r.select(part="distance", base=base) if row["of"] == of and row["part"] == "all"]
-            if found:
-                lines.append([f"M0-{base}", of, *(shown([row[k] for row in found], 4) for k in ("l2_per_weight", "cosine"))])
+    for base, of in itertools.product((*UPGRADES, "IND"), ("bases", "deltas")):
+        found = [row for row in r.select(part="distance", base=base) if row["of"] == of and row["part"] == "all"]
+        if found:
+            numbers = ({key(row): row[k] for row in found} for k in ("l2_per_weight", "cosine"))
+            lines.append([f"M0-{base}", of, *(shown(over_tasks(n), 4) for n in numbers)])
     return "\nDistances over all encoder weights:\n\n" + markdown(["pair", "of", "L2 per weight", "cosine"], lines) if lines else ""
 
 
@@ -208,7 +222,7 @@ def c4(r: Results, folder: Path, out: Section) -> None:
     out.difference("init above scratch", per_seed(full["init"], full["scratch"]), True)
     out.add("\nFirst step at which init is as good on dev as scratch ever gets, of the steps that scratch took to get there "
             "(inf: never):\n\n" + markdown(["task", *(f"seed {s}" for s in SEEDS)], lines) + "\n")
-    out.difference("share of scratch's steps saved", per_seed(saved, dict.fromkeys(saved, 0.0)), True)
+    out.difference("share of scratch's steps saved", over_tasks(saved), True)
     order = {f"init, {near}": r.tests(part="transfer", what="init", near=near) for near in ("same", "similar", "different")}
     order["scratch"] = r.tests(part="transfer", what="scratch")
     if order["scratch"]:
@@ -266,7 +280,7 @@ def chain_table(r: Results, out: Section) -> None:
         found = [row for row in r.select(part="chain", what=what) if row["route"] == route and row["chosen"]]
         at = {b: {key(row): row["test"]["accuracy"] for row in found if row["at"] == b} for b in UPGRADES}
         ends[what, route] = at["M4"]
-        lines.append([what, route, *(shown(per_seed(at[b], dict.fromkeys(at[b], 0.0))) for b in UPGRADES)])
+        lines.append([what, route, *(shown(over_tasks(at[b])) for b in UPGRADES)])
     if lines:
         out.add("\nChains, 32 examples a label, test accuracy averaged over " + ", ".join(r.tasks(part="chain")) + ":\n\n"
                 + markdown(["mode", "route", *UPGRADES], lines) + "\n")

@@ -130,7 +130,8 @@ def pretrain(lab: Lab, run: Run, seconds: float | None) -> list[dict]:
         return []
     if done.returncode:
         raise UsageError(f"train.py ended with {done.returncode}: {done.stderr.strip()[-300:]}")
-    return [{**stage, "command": ["train.py", *command[2:]]} for stage in read_json(out / "summary.json")["stages"]]
+    said = " ".join(["train.py", *command[2:]]).replace(str(lab.data), "DIR")
+    return [{**stage, "command": said} for stage in read_json(out / "summary.json")["stages"]]
 
 
 def best_of(lab: Lab, run: Run, data: TaskData, rates: tuple[float, ...], train) -> tuple[Classifier, list[dict]]:
