@@ -40,13 +40,15 @@ class Scale:
     few_tasks: tuple[str, ...] = TASKS              # 32-shot recycling
     path_tasks: tuple[str, ...] = TASKS             # paths, chains, similarity
     module_tasks: tuple[str, ...] = TASKS           # adapter and lora
+    transfers: tuple[tuple[str, str, str], ...] = TRANSFERS
 
 
 SCALES = {
     "tiny": Scale(400, (4, 3), 1e-3, 256, 32, 1, 4, 3, 2, 2, 24, 16, 24, 12, (1e-4, 1e-3), (1e-3, 1e-2),
                   ("rotten_tomatoes", "agnews", "sick", "imdb", "mnli"), ("sick",), ("sick",), ("sick",), ("sick",)),
     "mini": Scale(8192, (5000, 1000), 5e-4, 1024, 128, 3, 200, 60, 100, 50, 64, 300, 1000, 300, (2e-4, 5e-4), (2e-3, 5e-3),
-                  TASKS[:6], TASKS[:3], TASKS[:4], TASKS[:2], TASKS[:1]),
+                  TASKS[:6], TASKS[:3], TASKS[:4], TASKS[:2], TASKS[:1],
+                  tuple(t for t in TRANSFERS if t[0] != "mnli")),       # which M0 does not learn at this size
     "small": Scale(16384, (20000, 5000), 5e-4, 16384, 128, 4, 600, 150, 300, 100, 128, 1000, 5000, 1000),
     "base": Scale(32768, (30000, 6000), 4e-4, 32768, 128, 4, 1000, 200, 500, 200, 128, 1000, 5000, 1000),
 }
@@ -151,10 +153,10 @@ def beyond(s: Scale) -> Iterator[Run]:
 def transfers(s: Scale) -> Iterator[Run]:
     """C4's order: init from the same, a similar and a different task, on M1."""
     for seed in SEEDS:
-        for task in dict.fromkeys(task for task, _, _ in TRANSFERS):
+        for task in dict.fromkeys(task for task, _, _ in s.transfers):
             for mode in ("scratch", "init"):
                 yield Run("transfer", mode, task, "full", "M1", seed, 32, "M0", task, "same")
-        for task, source, near in TRANSFERS:
+        for task, source, near in s.transfers:
             yield Run("transfer", "init", task, "full", "M1", seed, 32, "M0", source, near)
 
 
@@ -188,8 +190,8 @@ def modules(s: Scale) -> Iterator[Run]:
                     yield Run("few", mode, task, kind, "M1", seed, 32, "M0", task, "same")
 
 
-PHASES: tuple[Phase, ...] = (bases, old_deltas, few_shot, compatibility, ends, walks, similarity, full_data, projections, beyond,
-                             transfers, chains, modules)
+PHASES: tuple[Phase, ...] = (bases, old_deltas, few_shot, compatibility, ends, walks, similarity, full_data, transfers,
+                             projections, beyond, chains, modules)
 
 
 def snapshot_steps(s: Scale) -> list[int]:

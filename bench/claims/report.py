@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from statistics import correlation, mean
 
-from bench.claims.plan import PROJECTIONS, SEEDS, TRANSFERS, UPGRADES
+from bench.claims.plan import PROJECTIONS, SEEDS, UPGRADES
 from rt import plot
 from rt.config import UsageError
 from rt.log import read_rows
@@ -226,8 +226,10 @@ def c4(r: Results, folder: Path, out: Section) -> None:
     order = {f"init, {near}": r.tests(part="transfer", what="init", near=near) for near in ("same", "similar", "different")}
     order["scratch"] = r.tests(part="transfer", what="scratch")
     if order["scratch"]:
-        out.add("\n32 examples a label; init from the old delta of the same task, of a similar or a different one ("
-                + ", ".join(f"{t}: {s} {n}" for t, s, n in TRANSFERS) + "):\n\n" + table_of_tasks(order) + "\n")
+        runs = [row["run"] for row in r.select(part="transfer") if row["run"]["near"] != "same"]
+        pairs = ", ".join(dict.fromkeys(f"{run['task']}: {run['source']} {run['near']}" for run in runs))
+        out.add("\n32 examples a label; init from the old delta of the same task, of a similar or a different one "
+                f"({pairs}):\n\n{table_of_tasks(order)}\n")
     for a, b in zip(order, list(order)[1:]):
         out.difference(f"{a} above {b}", per_seed(order[a], order[b]), True)
 
