@@ -11,9 +11,10 @@ DOMAINS = ("wiki", "bio", "rev", "cs", "ns")
 UPGRADES = ("M1", "M2", "M3", "M4")
 TASKS = ("chemprot", "rotten_tomatoes", "agnews", "sick", "imdb", "mnli", "acl_arc")
 TRANSFERS = (   # task, source of the old delta, how near it is; never between rotten_tomatoes and sst2, which share sentences
-    ("imdb", "rotten_tomatoes", "similar"), ("sick", "mnli", "similar"), ("mnli", "sick", "similar"),
-    ("imdb", "agnews", "different"), ("sick", "agnews", "different"), ("mnli", "agnews", "different"))
-PROJECTIONS = (("imdb", ("rotten_tomatoes",)), ("sick", ("mnli",)), ("rotten_tomatoes", ("imdb",)))
+    ("imdb", "rotten_tomatoes", "similar"), ("rotten_tomatoes", "imdb", "similar"), ("sick", "mnli", "similar"),
+    ("mnli", "sick", "similar"), ("imdb", "agnews", "different"), ("rotten_tomatoes", "agnews", "different"),
+    ("sick", "agnews", "different"), ("mnli", "agnews", "different"))
+PROJECTIONS = (("imdb", "rotten_tomatoes"), ("rotten_tomatoes", "imdb"), ("sick", "mnli"))     # task, source tasks with commas
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Scale:
     path_tasks: tuple[str, ...] = TASKS             # paths, chains, similarity
     module_tasks: tuple[str, ...] = TASKS           # adapter and lora
     transfers: tuple[tuple[str, str, str], ...] = TRANSFERS
+    projections: tuple[tuple[str, str], ...] = PROJECTIONS
 
 
 SCALES = {
@@ -48,7 +50,8 @@ SCALES = {
                   ("rotten_tomatoes", "agnews", "sick", "imdb", "mnli"), ("sick",), ("sick",), ("sick",), ("sick",)),
     "mini": Scale(8192, (5000, 1000), 5e-4, 1024, 128, 3, 200, 60, 100, 50, 64, 300, 1000, 300, (2e-4, 5e-4), (2e-3, 5e-3),
                   TASKS[:6], TASKS[:3], TASKS[:4], TASKS[:2], TASKS[:1],
-                  tuple(t for t in TRANSFERS if t[0] != "mnli")),       # which M0 does not learn at this size
+                  # without what mnli takes part in, which M0 does not learn at this size
+                  tuple(t for t in TRANSFERS if t[0] in ("imdb", "rotten_tomatoes")), PROJECTIONS[:2]),
     "small": Scale(16384, (20000, 5000), 5e-4, 16384, 128, 4, 600, 150, 300, 100, 128, 1000, 5000, 1000),
     "base": Scale(32768, (30000, 6000), 4e-4, 32768, 128, 4, 1000, 200, 500, 200, 128, 1000, 5000, 1000),
 }
@@ -67,7 +70,7 @@ class Run:
     old_base: str | None = None     # where the old delta is from; of a walk or comparison, the other end
     source: str | None = None       # the old delta's task
     near: str | None = None         # same, similar or different: the source to the task
-    variant: str | None = None      # gamma, itp: beyond the paper's terms; curve: of a path; residual: of a projection
+    variant: str | None = None      # gamma, itp: beyond the paper's terms; longer: twice the steps; curve: path; residual: projection
 
     @property
     def facts(self) -> dict:
@@ -99,11 +102,12 @@ def few_shot(s: Scale) -> Iterator[Run]:
 
 
 def full_data(s: Scale) -> Iterator[Run]:
-    """C4: all examples, on M1."""
+    """C4: drawn from all examples, on M1; scratch also for as many steps as Delta_0 and init have together."""
     for seed in SEEDS:
         for task in s.full_tasks:
             for mode in ("scratch", "init", "init+distill"):
                 yield Run("full", mode, task, "full", "M1", seed, None, "M0", task, "same")
+            yield Run("full", "scratch", task, "full", "M1", seed, None, "M0", task, "same", "longer")
 
 
 def compatibility(s: Scale) -> Iterator[Run]:
@@ -163,18 +167,17 @@ def transfers(s: Scale) -> Iterator[Run]:
 def projections(s: Scale) -> Iterator[Run]:
     """C7: learned on one task, used on another, against apply."""
     for seed in SEEDS:
-        for task, sources in PROJECTIONS:
+        for task, sources in s.projections:
             yield Run("project", "apply", task, "full", "M1", seed, None, "M0", task)
             for variant in (None, "residual"):
-                yield Run("project", "project", task, "full", "M1", seed, None, "M0", ",".join(sources), None, variant)
+                yield Run("project", "project", task, "full", "M1", seed, None, "M0", sources, None, variant)
 
 
 def chains(s: Scale) -> Iterator[Run]:
     """M0 to M4, recycling the recycled delta or Delta_0 each time, few-shot."""
     for seed in SEEDS:
         for task in s.path_tasks:
-            for mode in ("init+distill",):
-                yield Run("chain", mode, task, "full", "M4", seed, 32, "M0", task, "same")
+            yield Run("chain", "init+distill", task, "full", "M4", seed, 32, "M0", task, "same")
 
 
 def modules(s: Scale) -> Iterator[Run]:
@@ -200,5 +203,7 @@ def snapshot_steps(s: Scale) -> list[int]:
 
 
 def searched(run: Run) -> Run:
-    """The run whose learning-rate search decides for `run`: the same with the first seed; for a path's end, Delta_0's."""
-    return replace(run, seed=SEEDS[0], base="M0" if run.what == "tune" else run.base)
+    """The run whose learning-rate search decides for `run`: the same with the first seed; for a path's end Delta_0's, for a
+    longer run the shorter one's."""
+    return replace(run, seed=SEEDS[0], base="M0" if run.what == "tune" else run.base,
+                   variant=None if run.variant == "longer" else run.variant)

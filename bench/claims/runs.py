@@ -63,6 +63,7 @@ class Lab:
     def settings(self, run: Run, lr: float) -> TuneSettings:
         s = self.scale
         steps = s.project_steps if run.what == "project" else s.few_steps if run.shots else s.tune_steps
+        steps *= 2 if run.variant == "longer" else 1
         return TuneSettings(steps, 16, lr, min(s.eval_every, steps // 3) or 1, run.seed)
 
 
@@ -244,11 +245,16 @@ def projected(lab: Lab, run: Run, rates: tuple[float, ...]) -> list[dict]:
             residual=run.variant == "residual", alpha=ALPHA, beta=BETA, T=T, public_code=False, **lab.where, on_eval=curve.append,
             with_head=len({target.num_outputs, *(d.num_outputs for d, _ in sources)}) == 1), max(score(row["dev"]) for row in curve)))
     best = max(range(len(rates)), key=lambda i: learned[i][1])
-    model = apply(base, project.project(learned[best][0], target), stale_ok=True)
-    data = lab.task(run, base)
-    return [{"lr": lr, "chosen": i == best, "source_dev": learned[i][1]} | (
-        {"dev": evaluate(model, data.dev, **lab.where), "test": evaluate(model, data.test, **lab.where)} if i == best else {})
-        for i, lr in enumerate(rates)]
+    data, projection = lab.task(run, base), learned[best][0]
+
+    def scored(delta: Delta) -> dict:
+        return evaluate(apply(base, project.project(projection, delta), stale_ok=True), data.test, **lab.where)
+
+    rows = [{"lr": lr, "chosen": i == best, "source_dev": learned[i][1]} for i, lr in enumerate(rates)]
+    # what the map says of a delta of zeros shows how much of the score is the task's own
+    rows[best] |= {"test": scored(target), "test_of_zeros": scored(0.0 * target if projection.with_head else replace(
+        0.0 * target, head=target.head))}
+    return rows
 
 
 def chained(lab: Lab, run: Run, rates: tuple[float, ...]) -> list[dict]:
