@@ -8,6 +8,7 @@ from conftest import command, write_task
 from bench.claims.__main__ import Rows
 from bench.claims.plan import PHASES, SCALES, SEEDS, Run, searched
 from bench.claims.report import Results, per_seed, verdict, write
+from rt.config import UsageError
 from rt.log import read_rows
 
 BASES = ("M0", "M1", "M2", "M3", "M4", "IND")
@@ -44,12 +45,29 @@ def test_the_first_seed_searches_and_the_others_follow(tmp_path):
     assert again.done(first) and not again.done(other) and again.seconds(other) == 1.0
 
 
+def test_a_run_cut_off_is_done_again_and_rows_of_other_sizes_are_refused(tmp_path):
+    first, second = (Run("few", what, "sick", "full", "M1", SEEDS[0], 32, "M0", "sick", "same") for what in ("init", "distill"))
+    rows = Rows(tmp_path, "mini")
+    for run in (first, second):
+        rows.add(run, [{"lr": 1e-4, "chosen": False}, {"lr": 1e-3, "chosen": True}], {"seconds": 1.0})
+    path = tmp_path / "mini-few.jsonl"
+    path.write_text(path.read_text()[:-20])     # killed while the last row was written
+    again = Rows(tmp_path, "mini")
+    assert again.done(first) and not again.done(second) and len(read_rows(path)) == 2
+    again.add(second, [{"lr": 1e-3, "chosen": True}], {"seconds": 1.0})
+    assert [row["lr"] for row in read_rows(path)] == [1e-4, 1e-3, 1e-3]
+    path.write_text(path.read_text().replace(rows.sizes, "00000000"))
+    with pytest.raises(UsageError, match="holds runs of other sizes"):
+        Rows(tmp_path, "mini")
+
+
 def test_intervals_and_verdicts():
+    assert [verdict([0.0, 0.001, -0.001], margin) for margin in (0.0, 0.01)] == ["not shown", "shown"]
     assert [verdict(v) for v in ([1.0, 1.1, 1.2], [-1.0, -1.1, -1.2], [1.0, -1.0, 0.1], [1.0])] == [
         "shown", "opposite", "not shown", "not measured with enough seeds"]
     a = {("x", 1): 3.0, ("y", 1): 5.0, ("x", 2): 1.0, ("y", 2): 1.0, ("z", 1): 9.0}
     b = {("x", 1): 1.0, ("y", 1): 1.0, ("x", 2): 1.0, ("y", 2): 2.0, ("z", 1): 0.0}
-    assert per_seed(a, b) == [3.0, -0.5]        # z has no second seed and does not count
+    assert per_seed(a, b) == [3.0, -0.5] and per_seed(a, b).tasks == 2        # z has no second seed and does not count
 
 
 def test_the_report_says_what_the_rows_say(tmp_path):
@@ -59,11 +77,14 @@ def test_the_report_says_what_the_rows_say(tmp_path):
     for seed in SEEDS:
         for what, accuracy in (("scratch", 0.3), ("distill", 0.2), ("init+distill", 0.6)):
             run = Run("few", what, "sick", "full", "M1", seed, 32, "M0", "sick", "same")
-            rows.add(run, [{"lr": 1.0, "chosen": False}, {"lr": 2.0, "chosen": True, "test": {"accuracy": accuracy + seed / 1000}}], facts)
+            test = {"accuracy": accuracy + seed / 1000, "macro_f1": accuracy / 2}
+            rows.add(run, [{"lr": 1.0, "chosen": False}, {"lr": 2.0, "chosen": True, "test": test}], facts)
     write(tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert "distill above scratch: -0.100 ± 0.000: **opposite**" in text
-    assert "init+distill above scratch: 0.300 ± 0.000: **shown**" in text
+    assert "accuracy, full: distill above scratch: -0.100 ± 0.000 (3 seeds, 1 tasks): **opposite**" in text
+    assert "macro-F1, full: init+distill above scratch: 0.150 ± 0.000 (3 seeds, 1 tasks): **shown**" in text
+    both = "accuracy, full: distill above scratch -0.100 ± 0.000; macro-F1, full: distill above scratch -0.050 ± 0.000"
+    assert f"| {both} | opposite |" in text
     assert "C7: project" in text and "Not run yet." in text
     assert Results(tmp_path, "mini").tests(what="scratch") == {("sick", s): pytest.approx(0.3 + s / 1000) for s in SEEDS}
 

@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -46,18 +47,29 @@ class Config:
 
 
 class Rows:
-    """PRESET-PART.jsonl in the results folder: read once, appended to as runs end."""
+    """PRESET-PART.jsonl in the results folder: read once, appended to as runs end. A run that was cut off while it was written is
+    taken out; rows of other sizes than `sizes` are refused (UsageError), as they would be mixed with new ones."""
 
     def __init__(self, folder: Path, preset: str):
-        self.folder, self.preset, self.scale = folder, preset, SCALES[preset]
-        self.rows = [row for path in sorted(folder.glob(f"{preset}-*.jsonl")) for row in read_rows(path)]
+        self.folder, self.preset, self.scale, self.sizes = folder, preset, SCALES[preset], runs.sizes(SCALES[preset])
+        self.rows: list[dict] = []
+        for path in sorted(folder.glob(f"{preset}-*.jsonl")):
+            rows = read_rows(path)
+            counts = Counter(json.dumps(row["run"]) for row in rows)
+            whole = [row for row in rows if counts[json.dumps(row["run"])] == row["rows"]]
+            other = next((row["sizes"] for row in whole if row["sizes"] != self.sizes), None)
+            if other:
+                raise UsageError(f"{path}: holds runs of other sizes ({other}, now {self.sizes}); move it away or give another --results")
+            if path.read_bytes()[-1:] != b"\n" or len(whole) < len(rows):
+                path.write_text("".join(json.dumps(row) + "\n" for row in whole), encoding="utf-8")
+            self.rows += whole
 
     def done(self, run: Run) -> bool:
         return any(row["run"] == run.facts for row in self.rows)
 
     def add(self, run: Run, rows: list[dict], facts: dict) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        full = [{"run": run.facts, **row, **facts} for row in rows]
+        full = [{"run": run.facts, "rows": len(rows), "sizes": self.sizes, **facts, **row} for row in rows]
         with (self.folder / f"{self.preset}-{run.part}.jsonl").open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row) + "\n" for row in full))
         self.rows += full
@@ -126,12 +138,19 @@ def work(c: Config, lab: runs.Lab, rows: Rows) -> None:
             ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (facts["threads"],)) as pool:
         for phase in phases:
             ready = [r for r in phase if rows.rate(r) or r.kind is None or r.what in ("apply", "walk", "heads", "distance")]
+            failed = []
             for done in as_completed([pool.submit(runs.attempt, lab, r, rows.rate(r), end) for r in ready]):
-                r, found, seconds = done.result()
+                try:
+                    r, found, seconds = done.result()
+                except UsageError as error:     # the others of the phase go on, and their rows are kept
+                    failed.append(error)
+                    continue
                 if found:
                     rows.add(r, found, {"seconds": round(seconds, 1), **facts})
                 bar.set_postfix_str(" ".join(str(v) for v in r.facts.values())[:60])
                 bar.update()
+            if failed:
+                raise UsageError(f"{len(failed)} of {len(ready)} runs failed, the first: {failed[0]}")
     left = sum(map(len, wanted(lab, rows, c.only)))
     print(f"{left} runs are left; the same command goes on" if left else "all runs are done: python -m bench.claims --report")
 

@@ -1,14 +1,17 @@
 """results/claims/README.md and its figures, from the rows alone: for each claim the numbers and one sentence.
 
-An interval is a 95% t-interval over seeds. A difference is paired: within one seed it is taken task by task and averaged over
-the tasks, and the interval is over the seeds' means. "shown" is an interval above zero, "opposite" one below, else "not shown".
+An interval is a 95% t-interval over seeds of tuning: of the few-shot sample, fresh weights, data order and dropout. There is one lineage
+of bases and one independent base, so what pre-training's chance adds is in no interval. A difference is paired: within one seed (equal
+fresh heads and data order) it is taken task by task and averaged over the tasks, and the interval is over the seeds. "shown" is an
+interval above zero (for "at least as good" above -.01), "opposite" one below, else "not shown". 32 examples a label are what the new base
+gets; the old delta saw the whole training set. IND had as many steps as all stages together, on all domains, under one schedule.
 """
 import itertools
-import math
+from collections import defaultdict
 from pathlib import Path
 from statistics import correlation, mean
 
-from bench.claims.plan import PROJECTIONS, SEEDS, UPGRADES
+from bench.claims.plan import SEEDS, UPGRADES
 from rt import plot
 from rt.config import UsageError
 from rt.log import read_rows
@@ -24,11 +27,15 @@ def shown(values: list[float], digits: int = 3) -> str:
     return f"{m:.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else "")
 
 
-def verdict(values: list[float]) -> str:
+AS_GOOD = 0.01      # how far an interval may reach below zero where the claim is "at least as good"
+GAIN = 0.03         # accuracy above chance from which a delta counts as learned
+
+
+def verdict(values: list[float], margin: float = 0.0) -> str:
     if len(values) < 2:
         return "not measured with enough seeds"
     m, half = interval(values)
-    return "shown" if m - half > 0 else "opposite" if m + half < 0 else "not shown"
+    return "shown" if m - half > -margin else "opposite" if m + half < -margin else "not shown"
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -59,15 +66,23 @@ class Results:
         return list(dict.fromkeys(row["run"]["task"] for row in self.select(**facts)))
 
 
-def per_seed(a: dict[Key, float], b: dict[Key, float]) -> list[float]:
-    """a - b averaged over the tasks that all seeds have, a value a seed."""
+class PerSeed(list):
+    """A value a seed, each the mean over `tasks` tasks."""
+
+    def __init__(self, values: list[float], tasks: int):
+        super().__init__(values)
+        self.tasks = tasks
+
+
+def per_seed(a: dict[Key, float], b: dict[Key, float]) -> PerSeed:
+    """a - b averaged over the tasks that all seeds have."""
     both = a.keys() & b.keys()
     seeds = sorted({seed for _, seed in both})
     tasks = [t for t in sorted({t for t, _ in both}) if all((t, s) in both for s in seeds)]
-    return [mean(a[t, s] - b[t, s] for t in tasks) for s in seeds] if tasks else []
+    return PerSeed([mean(a[t, s] - b[t, s] for t in tasks) for s in seeds] if tasks else [], len(tasks))
 
 
-def over_tasks(scores: dict[Key, float]) -> list[float]:
+def over_tasks(scores: dict[Key, float]) -> PerSeed:
     """The mean over the tasks that all seeds have, a value a seed."""
     return per_seed(scores, dict.fromkeys(scores, 0.0))
 
@@ -85,20 +100,20 @@ class Section:
     def add(self, text: str) -> None:
         self.text += text
 
-    def difference(self, name: str, values: list[float], decides: bool = False) -> None:
+    def difference(self, name: str, values: "PerSeed", decides: bool = False, margin: float = 0.0) -> None:
         """A line; `decides` makes it one of those that the claim is made of."""
         if decides:
-            self.deciding.append((name, values))
-        self.add(f"- {name}: {shown(values)}: **{verdict(values)}**\n" if values else "")
+            self.deciding.append((name, values, verdict(values, margin)))
+        if values:
+            self.add(f"- {name}: {shown(values)} ({len(values)} seeds, {values.tasks} tasks): **{verdict(values, margin)}**\n")
 
     def conclusion(self) -> str:
-        """One word for the claim: every part shown, a part opposite, or neither."""
-        words = [verdict(values) for _, values in self.deciding]
-        if all(w == "shown" for w in words):
-            return "shown"
-        if "opposite" in words:
-            return "opposite" if len(words) == 1 else f"opposite in part ({words.count('opposite')} of {len(words)} differences)"
-        return f"not shown ({words.count('shown')} of {len(words)} differences shown)" if len(words) > 1 else "not shown"
+        """One phrase for the claim: shown where all its parts are."""
+        words = [word for _, _, word in self.deciding]
+        parts = f"{words.count('shown')} of {len(words)} parts shown" + f", {words.count('opposite')} opposite" * ("opposite" in words)
+        if not all(values for _, values, _ in self.deciding):
+            return f"incomplete ({parts})"
+        return words[0] if len(set(words)) == 1 else parts
 
 
 def table_of_tasks(arms: dict[str, dict[Key, float]]) -> str:
@@ -109,18 +124,41 @@ def table_of_tasks(arms: dict[str, dict[Key, float]]) -> str:
 def c1(r: Results, folder: Path, out: Section) -> None:
     """Compatibility."""
     bases = sorted({row["run"]["base"] for row in r.select(part="compatibility")}, key=lambda b: (b[:2], "-t" not in b, b))
-    at = {base: r.tests(part="compatibility", base=base) for base in bases}
+    at = defaultdict(dict, {base: r.tests(part="compatibility", base=base) for base in bases})
     if not at:
         return
-    chance = {key(row): row["chance"] for row in r.select(part="compatibility", base="M0")}
+    chance = chances(r)
+    learned = [t for t in r.tasks(part="compatibility") if mean(by_task(at["M0"], t)) - mean(by_task(chance, t)) > GAIN]
+    kept = {(t, s): (at["M1"][t, s] - chance[t, s]) / mean(at["M0"][t, z] - chance[t, z] for z in SEEDS if (t, z) in chance)
+            for t, s in at["M1"] if t in learned}
     plot.compatibility(compatibility_rows(r), folder / f"{r.preset}-compatibility")
     out.add(table_of_tasks({"chance": chance, **at}) + f"\n![Delta_0 on later bases]({r.preset}-compatibility.png)\n\n")
-    out.difference("apply on M1 above chance", per_seed(at["M1"], chance), True)
-    out.difference("apply on M4 above chance", per_seed(at["M4"], chance))
+    out.add(f"Learned on M0 (more than {GAIN} above the commonest label): {', '.join(learned)}; only these count below.\n\n")
+    at, chance = ({base: only(values, learned) for base, values in at.items()}), only(chance, learned)
+    out.difference("apply on M1 above chance", per_seed(at.get("M1", {}), chance))
+    out.difference("apply on M4 above chance", per_seed(at.get("M4", {}), chance))
+    out.difference("share of Delta_0's gain over chance kept on M1, above a half (far above chance)",
+                   per_seed(kept, dict.fromkeys(kept, 0.5)), True)
     for snapshot in [b for b in at if "-t" in b][:1]:
-        out.difference(f"lost from {snapshot} to M1 (falls with t)", per_seed(at[snapshot], at["M1"]), True)
-    out.difference("lost from M1 to M4 (falls with the number of domains)", per_seed(at["M1"], at["M4"]), True)
+        out.difference(f"lost from {snapshot} to M1 (falls with t)", per_seed(at[snapshot], at.get("M1", {})), True)
+    out.difference("lost from M1 to M4 (falls with the number of domains)", per_seed(at.get("M1", {}), at.get("M4", {})), True)
     forgetting(r, at, out)
+
+
+def chances(r: Results) -> dict[Key, float]:
+    """Of always saying the commonest training label."""
+    return {key(row): row["chance"] for row in r.select(part="compatibility", base="M0")}
+
+
+def only(scores: dict[Key, float], tasks: list[str]) -> dict[Key, float]:
+    return {k: v for k, v in scores.items() if k[0] in tasks}
+
+
+def learned_ends(r: Results, base: str) -> set[Key]:
+    """Cells whose deltas on M0 and on `base` are both above chance: a path to a model that has learned nothing says nothing."""
+    chance = chances(r)
+    ends = [r.tests(part="tuned", base=b, kind="full") for b in ("M0", base)]
+    return {k for k in ends[0].keys() & ends[1].keys() if k in chance and min(end[k] for end in ends) - chance[k] > GAIN}
 
 
 def forgetting(r: Results, at: dict[str, dict[Key, float]], out: Section) -> None:
@@ -167,9 +205,14 @@ def c2(r: Results, folder: Path, out: Section) -> None:
               "pair": f"M0-{row['run']['base']}", **{k: row[k] for k in ("path", "mu", "loss", "accuracy")}} for row in found]
     plot.connectivity(drawn, folder / f"{r.preset}-connectivity")
     arms = {f"M0-{base}" + ("" if path == "linear" else ", curve"): values for (path, base), values in barriers.items()}
-    linear = {base: values for (path, base), values in barriers.items() if path == "linear"}
+    good = {base: learned_ends(r, base) for _, base in barriers}
+    linear = {base: {k: v for k, v in values.items() if k in good[base]} for (path, base), values in barriers.items() if path == "linear"}
     out.add(f"Barrier of the test loss (nats):\n\n{table_of_tasks(arms)}\n![paths]({r.preset}-connectivity.png)\n\n")
-    out.difference("barrier to IND above that to M1", per_seed(linear.get("IND", {}), linear.get("M1", {})), True)
+    out.add("Both ends have learned their task in " + ", ".join(
+        f"{len(good[b] & barriers['linear', b].keys())} of {len(barriers['linear', b])} paths to {b}" for b in linear)
+        + "; only these count below, and a task only with all its seeds.\n\n")
+    out.difference("barrier to IND above that to M1 (deep and no deep, as one comparison)",
+                   per_seed(linear.get("IND", {}), linear.get("M1", {})), True)
     out.difference("barrier to M4 above that to M1", per_seed(linear.get("M4", {}), linear.get("M1", {})))
 
 
@@ -204,24 +247,27 @@ def distance_table(r: Results) -> str:
         found = [row for row in r.select(part="distance", base=base) if row["of"] == of and row["part"] == "all"]
         if found:
             numbers = ({key(row): row[k] for row in found} for k in ("l2_per_weight", "cosine"))
-            lines.append([f"M0-{base}", of, *(shown(over_tasks(n), 4) for n in numbers)])
+            lines.append([f"M0-{base}", of, *(shown(over_tasks(n)[:None if of == "deltas" else 1], 4) for n in numbers)])
     return "\nDistances over all encoder weights:\n\n" + markdown(["pair", "of", "L2 per weight", "cosine"], lines) if lines else ""
 
 
 def c4(r: Results, folder: Path, out: Section) -> None:
     """Init: how soon, how high, and from which task."""
-    full = {what: r.tests(part="full", what=what) for what in ("scratch", "init", "init+distill")}
+    full = {what: r.tests(part="full", what=what, variant=None) for what in ("scratch", "init", "init+distill")}
+    full["scratch, twice the steps"] = r.tests(part="full", what="scratch", variant="longer")
     if not full["init"]:
         return
     saved, lines = {}, []
     for task in r.tasks(part="full", what="init"):
         steps = {seed: steps_to_best(r, task, seed) for seed in SEEDS}
-        saved |= {(task, seed): 1 - min(1.0, s[0] / s[1]) for seed, s in steps.items() if s}
-        lines.append([task, *("-" if s is None else f"{s[0]:.0f} of {s[1]}" for s in steps.values())])
-    out.add("All training examples, test accuracy on M1:\n\n" + table_of_tasks(full) + "\n")
-    out.difference("init above scratch", per_seed(full["init"], full["scratch"]), True)
-    out.add("\nFirst step at which init is as good on dev as scratch ever gets, of the steps that scratch took to get there "
-            "(inf: never):\n\n" + markdown(["task", *(f"seed {s}" for s in SEEDS)], lines) + "\n")
+        saved |= {(task, seed): 1 - s[0] / s[1] for seed, s in steps.items() if s}
+        lines.append([task, *("-" if s is None else f"{s[0]} of {s[1]}" for s in steps.values())])
+    out.add("Batches drawn from all training examples, test accuracy on M1:\n\n" + table_of_tasks(full) + "\n")
+    out.difference("init at least as high as scratch", per_seed(full["init"], full["scratch"]), True, AS_GOOD)
+    out.difference("init above scratch for twice the steps (as many as Delta_0 and init had together)",
+                   per_seed(full["init"], full["scratch, twice the steps"]))
+    out.add("\nFirst step at which init is as good on dev as scratch ever gets, of the step where scratch got there (never: counted as one "
+            "evaluation after the end):\n\n" + markdown(["task", *(f"seed {s}" for s in SEEDS)], lines) + "\n")
     out.difference("share of scratch's steps saved", over_tasks(saved), True)
     order = {f"init, {near}": r.tests(part="transfer", what="init", near=near) for near in ("same", "similar", "different")}
     order["scratch"] = r.tests(part="transfer", what="scratch")
@@ -234,44 +280,52 @@ def c4(r: Results, folder: Path, out: Section) -> None:
         out.difference(f"{a} above {b}", per_seed(order[a], order[b]), True)
 
 
-def steps_to_best(r: Results, task: str, seed: int) -> tuple[float, int] | None:
+def steps_to_best(r: Results, task: str, seed: int) -> tuple[int, int] | None:
     """(first evaluated step at which init's dev score is scratch's best or above, step of scratch's best)."""
-    curves = {what: row["curve"] for what in ("scratch", "init") for row in r.select(part="full", what=what, task=task, seed=seed)
-              if row["chosen"]}
+    curves = {what: row["curve"] for what in ("scratch", "init")
+              for row in r.select(part="full", what=what, task=task, seed=seed, variant=None) if row["chosen"]}
     if len(curves) < 2:
         return None
     at, best = max(curves["scratch"], key=lambda point: point[1])
-    return next((step for step, dev in curves["init"] if dev >= best), math.inf), max(at, 1)
+    never = 2 * curves["init"][-1][0] - curves["init"][-2][0]
+    return next((step for step, dev in curves["init"] if dev >= best), never), max(at, 1)
 
 
-def few(r: Results, kind: str) -> dict[str, dict[Key, float]]:
-    return {what: r.tests(part="few", what=what, kind=kind, variant=None)
+def few(r: Results, kind: str, metric: str = "accuracy") -> dict[str, dict[Key, float]]:
+    return {what: r.tests(metric, part="few", what=what, kind=kind, variant=None)
             for what in ("scratch", "apply", "init", "distill", "init+distill")}
 
 
+METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
+
+
 def c5(r: Results, folder: Path, out: Section) -> None:
-    """Few labels."""
-    for kind in ("full", "adapter", "lora"):
-        arms = few(r, kind)
+    """Few labels. The few-shot sample is balanced where the task is not, so a teacher that knows how often a label occurs gains
+    accuracy by that alone: macro-F1 decides too."""
+    chance = chances(r)
+    for kind, (metric, name) in itertools.product(("full", "adapter", "lora"), METRICS.items()):
+        arms = few(r, kind, metric)
         if arms["distill"]:
-            out.add(f"32 examples a label, {kind} delta, test accuracy on M1:\n\n" + table_of_tasks(arms) + "\n")
+            beside = {"commonest label": {k: v for k, v in chance.items() if k in arms["scratch"]}} if metric == "accuracy" else {}
+            out.add(f"32 examples a label, {kind} delta, test {name} on M1:\n\n" + table_of_tasks(beside | arms) + "\n")
             for arm in ("distill", "apply", "init", "init+distill"):
-                out.difference(f"{kind}: {arm} above scratch", per_seed(arms[arm], arms["scratch"]), (kind, arm) == ("full", "distill"))
+                decides = (kind, arm) == ("full", "distill")
+                out.difference(f"{name}, {kind}: {arm} above scratch", per_seed(arms[arm], arms["scratch"]), decides)
             out.add("\n")
 
 
 def c6(r: Results, folder: Path, out: Section) -> None:
     """Both together, and what is beyond the paper."""
-    for kind in ("full", "adapter", "lora"):
-        arms = few(r, kind)
-        for arm in ("distill", "init") if arms["init+distill"] else ():
-            out.difference(f"{kind}, 32 a label: init+distill above {arm}", per_seed(arms["init+distill"], arms[arm]), kind == "full")
-    full = {what: r.tests(part="full", what=what) for what in ("init", "init+distill")}
-    out.difference("all examples: init+distill above init", per_seed(full["init+distill"], full["init"]))
-    for variant, name in (("gamma", "attention-map distillation (gamma 1, all layers)"), ("itp", "interpolation distillation (K = 2)")):
-        for what in ("distill", "init+distill"):
-            beyond = r.tests(part="few", what=what, variant=variant)
-            out.difference(f"{what} with {name} above {what}", per_seed(beyond, few(r, "full")[what]))
+    for kind, arm, (metric, name) in itertools.product(("full", "adapter", "lora"), ("distill", "init"), METRICS.items()):
+        arms = few(r, kind, metric)
+        out.difference(f"{name}, {kind}, 32 a label: init+distill at least as good as {arm}",
+                       per_seed(arms["init+distill"], arms[arm]), kind == "full", AS_GOOD)
+    full = {what: r.tests(part="full", what=what, variant=None) for what in ("init", "init+distill")}
+    out.difference("all examples: init+distill at least as good as init", per_seed(full["init+distill"], full["init"]), False, AS_GOOD)
+    for variant, said in (("gamma", "attention-map distillation (gamma 1, all layers)"), ("itp", "interpolation distillation (K = 2)")):
+        for what, (metric, name) in itertools.product(("distill", "init+distill"), METRICS.items()):
+            beyond = r.tests(metric, part="few", what=what, variant=variant)
+            out.difference(f"{name}: {what} with {said} above {what}", per_seed(beyond, few(r, "full", metric)[what]))
     chain_table(r, out)
 
 
@@ -291,13 +345,17 @@ def chain_table(r: Results, out: Section) -> None:
 
 
 def c7(r: Results, folder: Path, out: Section) -> None:
-    """Projection."""
-    arms = {"apply": r.tests(part="project", what="apply"), "project": r.tests(part="project", what="project", variant=None),
-            "project, residual": r.tests(part="project", what="project", variant="residual")}
+    """Projection. Of zeros: what the map gives to a delta of zeros, in METHOD's form b, which was learned on the source alone."""
+    arms = {"apply": r.tests(part="project", what="apply")}
+    for variant, name in ((None, "project"), ("residual", "project, residual")):
+        found = [row for row in r.select(part="project", what="project", variant=variant) if row["chosen"]]
+        arms[name] = {key(row): row["test"]["accuracy"] for row in found}
+        arms[f"{name}, of zeros"] = {key(row): row["test_of_zeros"]["accuracy"] for row in found}
     if arms["project"]:
-        out.add("Learned on " + ", ".join(f"{' and '.join(s)} for {t}" for t, s in PROJECTIONS) + "; test accuracy on M1:\n\n"
-                + table_of_tasks(arms) + "\n")
+        sources = dict.fromkeys((row["run"]["task"], row["run"]["source"]) for row in r.select(part="project", what="project"))
+        out.add("Learned on " + ", ".join(f"{s} for {t}" for t, s in sources) + "; test accuracy on M1:\n\n" + table_of_tasks(arms) + "\n")
     out.difference("project above apply", per_seed(arms["project"], arms["apply"]), True)
+    out.difference("project above the map of zeros (uses the task's own delta)", per_seed(arms["project"], arms["project, of zeros"]), True)
     out.difference("project, residual, above apply", per_seed(arms["project, residual"], arms["apply"]))
 
 
@@ -320,15 +378,18 @@ def write(folder: Path) -> str:
     text, lines = [], []
     for preset in presets:
         r = Results(folder, preset)
-        facts = {k: sorted({str(row[k]) for row in r.rows}) for k in ("device", "threads", "torch", "commit")}
+        facts = {k: sorted({str(row[k]) for row in r.rows if k in row}) for k in ("device", "precision", "threads", "torch", "commit")}
+        bases = ", ".join(f"{row['name']} {row['heldout'][row['domain']]['loss']:.2f} ({row['domain']})" for row in
+                          r.select(part="bases", base="M0-M4"))
         text.append(f"## Preset {preset}\n\n`python -m bench.claims --data DIR --preset {preset}`; {len(r.rows)} rows in "
-                    f"`{preset}-*.jsonl`; " + "; ".join(f"{k} {', '.join(v)}" for k, v in facts.items()) + ".\n")
+                    f"`{preset}-*.jsonl`; " + "; ".join(f"{k} {', '.join(v)}" for k, v in facts.items()) + f" (+: with edited files). "
+                    f"Held-out masked-LM loss of the bases on their own domains: {bases}.\n")
         for name, (claim, section) in CLAIMS.items():
             section(r, folder, out := Section())
             remark = folder / "remarks" / f"{preset}-{name}.md"
             said = "\n" + remark.read_text(encoding="utf-8") if remark.exists() else ""
             text.append(f"### {name}: {claim}\n\n{out.text or 'Not run yet.' + chr(10)}{said}")
-            decided = "; ".join(f"{what} {shown(values)}" for what, values in out.deciding if values)
+            decided = "; ".join(f"{what} {shown(values)}" for what, values, _ in out.deciding if values)
             lines.append([preset, f"{name}: {claim}", decided or "not run yet", out.conclusion() if decided else "-"])
     summary = markdown(["preset", "claim", "what decides it (mean ± 95% interval over seeds)", "here"], lines)
     head = f"# The claims of the paper, as they come out here\n\n{__doc__.split(chr(10) * 2)[1]}\n\n{summary}"

@@ -1,8 +1,10 @@
 """Does one Run of the plan and returns its rows. What several runs need (bases, tuned deltas) lies under `home`."""
+import hashlib
+import json
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,6 +28,7 @@ ALPHA, BETA, T = 0.7, 1.0, 5.0      # of every arm with a teacher
 GAMMA, ITP = 1.0, 2                 # of the arms beyond them
 POINTS = 26                         # of a path, as in the paper
 CONTROL_LR = 3e-4                   # of a curve's control point
+TOKENIZER_SECONDS = 3600            # how long IND waits for the lineage's tokenizer
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -67,6 +70,12 @@ class Lab:
         return TuneSettings(steps, 16, lr, min(s.eval_every, steps // 3) or 1, run.seed)
 
 
+def sizes(scale: Scale) -> str:
+    """A mark of all numbers that a run depends on beside its facts; which tasks are run is not one of them."""
+    numbers = [v for v in asdict(scale).values() if not isinstance(v, tuple) or not isinstance(v[0], (str, tuple))]
+    return hashlib.sha256(json.dumps([numbers, ALPHA, BETA, T, GAMMA, ITP, POINTS, CONTROL_LR]).encode()).hexdigest()[:8]
+
+
 @lru_cache(maxsize=8)
 def _base(folder: Path, device: torch.device) -> Base:
     return open_base(str(folder)).to(device)
@@ -98,14 +107,13 @@ def attempt(lab: Lab, run: Run, rates: tuple[float, ...], end: float | None) -> 
 def do(lab: Lab, run: Run, rates: tuple[float, ...], seconds: float | None = None) -> list[dict]:
     """The rows of `run`, trained at each of `rates`; where there are several, dev chooses, and only the chosen is scored on
     test. `seconds` bounds pre-training, which goes on from its last checkpoint in the next call; no rows then."""
-    doers = {"train": pretrain, "tune": tuned, "walk": walk, "heads": heads, "distance": distance, "project": projected}
     if run.what == "train":
         return pretrain(lab, run, seconds)
     if run.part == "chain":
         return chained(lab, run, rates)
-    if run.what in doers:
-        return doers[run.what](lab, run, *((rates,) if run.what in ("tune", "project") else ()))
-    return recycled(lab, run, rates)
+    if run.what in ("walk", "heads", "distance"):
+        return {"walk": walk, "heads": heads, "distance": distance}[run.what](lab, run)
+    return {"tune": tuned, "project": projected}.get(run.what, recycled)(lab, run, rates)
 
 
 def pretrain(lab: Lab, run: Run, seconds: float | None) -> list[dict]:
@@ -117,8 +125,7 @@ def pretrain(lab: Lab, run: Run, seconds: float | None) -> list[dict]:
     if run.base == "IND":
         out, steps = independent, s.steps[0] + len(UPGRADES) * s.steps[1]
         flags |= {"stream": corpora, "tokenizer": lineage / "tokenizer.json", "steps": steps, "snapshots": 0, "seed": 1}
-        while not (lineage / "tokenizer.json").exists():
-            time.sleep(1)
+        wait_for(lineage / "tokenizer.json", seconds or TOKENIZER_SECONDS)
     else:
         out = lineage
         flags |= {"stream": ",".join(str(corpora / f"{d}.txt.xz") for d in DOMAINS), "vocab_size": s.vocab_size,
@@ -133,6 +140,14 @@ def pretrain(lab: Lab, run: Run, seconds: float | None) -> list[dict]:
         raise UsageError(f"train.py ended with {done.returncode}: {done.stderr.strip()[-300:]}")
     said = " ".join(["train.py", *command[2:]]).replace(str(lab.data), "DIR")
     return [{**stage, "command": said} for stage in read_json(out / "summary.json")["stages"]]
+
+
+def wait_for(path: Path, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > end:
+            raise UsageError(f"{path}: did not appear within {seconds:.0f} s; the run that writes it failed or was not begun")
+        time.sleep(0.2)
 
 
 def best_of(lab: Lab, run: Run, data: TaskData, rates: tuple[float, ...], train) -> tuple[Classifier, list[dict]]:
