@@ -97,7 +97,7 @@ def data(graphs, tmp_path_factory):
     (home / "corpora").mkdir()
     for i, name in enumerate(STREAM):
         with lzma.open(home / "corpora" / f"{name}.txt.xz", "wt") as file:
-            file.write("\n".join(texts[100 * i:100 * i + 100]))
+            file.write("\n".join(texts[i::len(STREAM)]))
     for i, name in enumerate(("chemprot", "rotten_tomatoes", "agnews", "sick", "acl_arc", "imdb", "mnli")):
         labels = ("a", "b") if name in ("imdb", "rotten_tomatoes") else ("a", "b", "c")
         part = [{"text": t[:80], "label": labels[j % len(labels)]} for j, t in enumerate(texts[600 + 30 * i:630 + 30 * i])]
@@ -124,6 +124,16 @@ def test_every_part_runs_and_is_not_run_again(data):
     command(*arguments, "--report")
     text = (data / "results" / "README.md").read_text()
     assert "Not run yet" not in text and text.count("### C") == 7 and (data / "results" / "tiny-connectivity.png").exists()
+
+
+def test_a_lineage_that_fails_ends_the_call_at_once(data, tmp_path):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "corpora").mkdir()
+    for name in STREAM:
+        (tmp_path / "corpora" / f"{name}.txt.xz").write_bytes(lzma.compress(b"one line\n"))
+    error = command("-m", "bench.claims", "--preset", "tiny", "--device", "cpu", "--jobs", "2", "--data", tmp_path, "--home", tmp_path,
+                    "--results", tmp_path / "r", "--only", "bases", code=2)
+    assert "2 of 2 runs failed" in error and error.count("\n") == 1
 
 
 def test_missing_data_is_one_sentence(tmp_path):

@@ -24,7 +24,7 @@ from statistics import mean
 import torch
 
 from bench.claims import report, runs
-from bench.claims.plan import PHASES, SCALES, SEEDS, Run, searched
+from bench.claims.plan import PHASES, SCALES, Run, searched
 from rt.config import UsageError, parse, require_positive, run
 from rt.device import pick_device, pick_precision
 from rt.log import progress, read_rows, table
@@ -109,11 +109,11 @@ def main() -> None:
 
 
 def wanted(lab: runs.Lab, rows: Rows, only: tuple[str, ...]) -> list[list[Run]]:
-    """The runs that are not done, a list a phase, the first seed (which searches) before the others."""
+    """The runs that are not done, a list a phase, those that search a learning rate before those that wait for it."""
     phases = []
     for phase in PHASES:
         todo = [r for r in dict.fromkeys(phase(lab.scale)) if not rows.done(r) and (not only or r.part in only)]
-        first = [r for r in todo if r.seed in (None, SEEDS[0])]
+        first = [r for r in todo if r == searched(r)]
         phases += [first, [r for r in todo if r not in first]]
     return phases
 

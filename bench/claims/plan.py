@@ -47,7 +47,8 @@ class Scale:
 
 SCALES = {
     "tiny": Scale(400, (4, 3), 1e-3, 256, 32, 1, 4, 3, 2, 2, 24, 16, 24, 12, (1e-4, 1e-3), (1e-3, 1e-2),
-                  ("rotten_tomatoes", "agnews", "sick", "imdb", "mnli"), ("sick",), ("sick",), ("sick",), ("sick",)),
+                  ("rotten_tomatoes", "agnews", "imdb"), ("imdb",), ("imdb",), ("imdb",), ("imdb",),
+                  tuple(t for t in TRANSFERS if t[0] == "imdb"), PROJECTIONS[:1]),
     "mini": Scale(8192, (5000, 1000), 5e-4, 1024, 128, 3, 200, 60, 100, 50, 64, 300, 1000, 300, (2e-4, 5e-4), (2e-3, 5e-3),
                   TASKS[:6], TASKS[:3], TASKS[:4], TASKS[:2], TASKS[:1],
                   # without what mnli takes part in, which M0 does not learn at this size

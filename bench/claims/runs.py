@@ -119,15 +119,16 @@ def do(lab: Lab, run: Run, rates: tuple[float, ...], seconds: float | None = Non
 def pretrain(lab: Lab, run: Run, seconds: float | None) -> list[dict]:
     """train.py in a process of its own: the lineage M0 to M4, or IND with the lineage's tokenizer."""
     s, corpora = lab.scale, lab.data / "corpora"
-    lineage, independent = lab.home / "bases", lab.home / "independent"
+    lineage, independent, failed = lab.home / "bases", lab.home / "independent", lab.home / "bases.failed"
     flags = {"preset": lab.preset, "lr": s.lr, "batch_tokens": s.batch_tokens, "seq_len": s.seq_len, "save_every": 500, "cache": lab.cache,
              "device": lab.device.type, "precision": "bf16" if lab.precision == torch.bfloat16 else "fp32"}
     if run.base == "IND":
         out, steps = independent, s.steps[0] + len(UPGRADES) * s.steps[1]
         flags |= {"stream": corpora, "tokenizer": lineage / "tokenizer.json", "steps": steps, "snapshots": 0, "seed": 1}
-        wait_for(lineage / "tokenizer.json", seconds or TOKENIZER_SECONDS)
+        wait_for(lineage / "tokenizer.json", failed, seconds or TOKENIZER_SECONDS)
     else:
         out = lineage
+        failed.unlink(missing_ok=True)
         flags |= {"stream": ",".join(str(corpora / f"{d}.txt.xz") for d in DOMAINS), "vocab_size": s.vocab_size,
                   "steps": f"{s.steps[0]},{s.steps[1]}", "snapshots": s.snapshots, "seed": 0}
     command = [sys.executable, str(ROOT / "train.py"), *(str(x) for k, v in (flags | {"out": out}).items() for x in (f"--{k}", v))]
@@ -137,16 +138,19 @@ def pretrain(lab: Lab, run: Run, seconds: float | None) -> list[dict]:
     except subprocess.TimeoutExpired:
         return []
     if done.returncode:
+        lab.home.mkdir(parents=True, exist_ok=True)
+        failed.touch()      # nobody need wait for its tokenizer
         raise UsageError(f"train.py ended with {done.returncode}: {done.stderr.strip()[-300:]}")
     said = " ".join(["train.py", *command[2:]]).replace(str(lab.data), "DIR")
     return [{**stage, "command": said} for stage in read_json(out / "summary.json")["stages"]]
 
 
-def wait_for(path: Path, seconds: float) -> None:
+def wait_for(path: Path, failed: Path, seconds: float) -> None:
+    """Until `path` is there; UsageError once `failed` is, or after `seconds`."""
     end = time.monotonic() + seconds
     while not path.exists():
-        if time.monotonic() > end:
-            raise UsageError(f"{path}: did not appear within {seconds:.0f} s; the run that writes it failed or was not begun")
+        if failed.exists() or time.monotonic() > end:
+            raise UsageError(f"{path}: is needed and did not appear; the run that writes it failed or takes longer than {seconds:.0f} s")
         time.sleep(0.2)
 
 
