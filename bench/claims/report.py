@@ -170,9 +170,10 @@ def forgetting(r: Results, at: dict[str, dict[Key, float]], out: Section) -> Non
     score = {b: mean(at[b].values()) for b in both}
     out.add("\nApply against what each base has kept of M0's domain (held-out masked-LM loss on wiki), accuracy averaged over tasks and "
             "seeds:\n\n" + markdown(["", *both], [["apply", *(f"{score[b]:.3f}" for b in both)],
-                                                   ["loss on wiki", *(f"{loss[b]:.3f}" for b in both)]])
-            + f"\nTheir correlation is {correlation([score[b] for b in both], [loss[b] for b in both]):.2f} "
-              f"({len(both)} bases of one lineage).\n")
+                                                   ["loss on wiki", *(f"{loss[b]:.3f}" for b in both)]]))
+    if min(len({*score.values()}), len({loss[b] for b in both})) > 1:
+        out.add(f"\nTheir correlation is {correlation([score[b] for b in both], [loss[b] for b in both]):.2f} "
+                f"({len(both)} bases of one lineage; looked for after the fact).\n")
 
 
 def compatibility_rows(r: Results) -> list[dict]:
