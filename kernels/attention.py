@@ -43,7 +43,8 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqle
     scale = D ** -0.5 if scale is None else scale
     lengths = cu_seqlens.diff().tolist()
     inputs = [q * scale, k, v]
-    words = [words_ref(_seed(seed, q.device), stream, H, N) for stream in range(3)] if dropout_p else []
+    seed = _seed(seed, q.device) if dropout_p else None     # drawn once: all three streams are of one seed
+    words = [words_ref(seed, stream, H, N) for stream in range(3)] if dropout_p else []
     order = None if lengths == sorted(lengths) else _by_length(cu_seqlens)
     if order is not None:
         lengths, inputs, words = sorted(lengths), [x[order] for x in inputs], [w[:, order] for w in words]
