@@ -83,13 +83,14 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(2**63 - 1, (1,), device=device)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """F.linear; of K runs side by side, weight (K, out, in) and bias (K, out), or bias alone, each for its own N / K rows of x."""
-    if bias.ndim == 1:
-        return F.linear(x, weight, bias)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear of rows (N, in); of K runs side by side, weight (K, out, in) or bias (K, out) or both, each for its own N / K rows."""
     if weight.ndim == 2:
-        return (F.linear(x, weight).view(len(bias), -1, len(weight)) + bias[:, None]).view(len(x), -1)
-    return torch.baddbmm(bias[:, None].to(x.dtype), x.view(len(weight), -1, x.shape[-1]), weight.mT).view(len(x), -1)
+        y = F.linear(x, weight, bias if bias is None or bias.ndim == 1 else None)
+        return y if bias is None or bias.ndim == 1 else (y.view(len(bias), -1, len(weight)) + bias[:, None]).view(y.shape)
+    x = x.view(len(weight), -1, x.shape[-1])
+    y = x @ weight.mT if bias is None else torch.baddbmm(bias[:, None], x, weight.mT)
+    return y.view(-1, weight.shape[1])
 
 
 class Linear(nn.Linear):
