@@ -304,9 +304,9 @@ def merge(base: Base, delta: Delta, scale: float = 1.0, stale_ok: bool = False) 
     model = apply(base, delta, scale, stale_ok)
     merged = {k: v.detach().clone() for k, v in model.encoder.state_dict().items() if ".lora." not in k}
     for i, block in enumerate(model.encoder.layers):
-        for name, linear in block.named_children():
-            if getattr(linear, "lora", None) is not None:
-                merged[f"layers.{i}.{name}.weight"] += linear.lora.weight(linear).detach()
+        for name, module in block.named_children():
+            if getattr(module, "lora", None) is not None:
+                merged[f"layers.{i}.{name}.weight"] += module.lora.weight(module).detach()
     return merged
 
 

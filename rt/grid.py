@@ -7,9 +7,10 @@ its own loss, clipped by its own norm, and its dropout is a function of its own 
 """
 import copy
 import math
+import os
 import time
 from dataclasses import dataclass, field, replace
-from typing import Callable
+from typing import Iterator
 
 import torch
 import torch.nn as nn
@@ -26,6 +27,7 @@ from rt.tasks import Encoded
 from rt.tune import TaskData, TuneResult, TuneSettings, evaluate, metrics, score, training_batch
 
 PAD_SEQUENCE = 16       # tokens of the sequences that fill a range up: short ones, for attention grows with the square
+CPU_BYTES = 2**31       # of a group on a CPU
 EVAL_TOKENS = 16384     # a forward pass over dev, all runs together
 
 
@@ -37,7 +39,7 @@ class Run:
     data: TaskData
     settings: TuneSettings
     loss: Loss
-    on_eval: Callable[[dict], None] = lambda row: None
+    rows: list[dict] = field(default_factory=list)  # {'step', 'loss', 'dev'} of every evaluation
     result: TuneResult = field(default_factory=lambda: TuneResult(0, {}, {}))
     best: Weights = field(default_factory=dict)     # of what is trained, where dev was best
 
@@ -244,6 +246,54 @@ def tune(runs: list[Run], *, device: torch.device, precision: torch.dtype, what:
         run.result.seconds = (time.perf_counter() - started) / len(runs)
 
 
+def tune_in_groups(runs: list[Run], limit: int, *, device: torch.device, precision: torch.dtype, what: str = "tuning") -> Iterator[Run]:
+    """`tune`, `limit` runs at once, or where that is 0 as many as are estimated to fit into memory; half as many where they do not.
+    Yields the runs of a group when it is done. UsageError where not one fits."""
+    size = limit or max(1, room(device) // step_bytes(runs[0], device, precision))
+    while runs:
+        size = -(-len(runs) // -(-len(runs) // size))      # equal groups: 7 by 4 is 4 and 3, 9 by 8 is 5 and 4
+        group = runs[:size]
+        try:
+            tune(group, device=device, precision=precision, what=what)
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            if size == 1:
+                raise UsageError(f"not even one run fits into the memory of {device}: lower --batch_size or --seq_len") from None
+            size //= 2
+        else:
+            yield from group
+            runs = runs[size:]
+            continue
+        for run in group:
+            run.rows, run.result, run.best = [], TuneResult(0, {}, {}), {}
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def room(device: torch.device) -> int:
+    """Bytes that a group may take: 60 % of what is free, and on a CPU no more than keeps its working set near the caches."""
+    if device.type == "cuda":
+        return int(0.6 * torch.cuda.mem_get_info(device)[0])
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else CPU_BYTES
+    return min(CPU_BYTES, int(0.6 * free))
+
+
+def step_bytes(run: Run, device: torch.device, precision: torch.dtype) -> int:
+    """What one run keeps for its backward pass, measured on its first batch, and its weights with gradients and moments."""
+    grid, loss, saved = stack([run.model]), GridLoss.of([run], device), {}
+    own = {p.untyped_storage().data_ptr() for p in grid.parameters()}
+
+    def note(x: Tensor) -> Tensor:
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    batch, shares = side_by_side([training_batch(run.data.train, run.settings, 0)])
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), autocast(device, precision):
+        loss(grid.train(), batch.to(device), shares.to(device)).sum()
+    return sum(n for place, n in saved.items() if place not in own) + sum(20 * p.numel() for p in trained(grid).values())
+
+
 def score_starts(runs: list[Run], device: torch.device, precision: torch.dtype) -> None:
     """Dev before the first step; runs that share their start and their examples are scored once."""
     for first in {(id(run.model), id(run.data)): run for run in runs}.values():
@@ -265,7 +315,7 @@ def score_runs(runs: list[Run], grid: Classifier, step: int, losses: list[float]
 def enter(run: Run, step: int, loss: float | None, dev: dict[str, float], weights: Weights) -> None:
     """Note an evaluation, and the weights (copied) where it is the best so far."""
     run.result.curve.append((step, score(dev)))
-    run.on_eval({"step": step, "loss": loss, "dev": dev})
+    run.rows.append({"step": step, "loss": loss, "dev": dev})
     if not run.result.dev or score(dev) > score(run.result.dev):
         run.result.dev, run.result.best_step = dev, step
         run.best = {k: w.clone() for k, w in weights.items()}

@@ -61,12 +61,10 @@ def stack_of_one(model):
 def test_four_runs_side_by_side_are_four_runs_alone(tokenizer, kind, taught):
     """Losses of every evaluation to 1e-5, which 9 steps in fp32 leave; the weights where dev was best to 1e-4."""
     runs = four_runs(tokenizer, kind, taught)
-    rows = [[] for _ in runs]
-    for run, own in zip(runs, rows):
-        run.on_eval = own.append
     before = [{k: p.detach().clone() for k, p in trained(run.model).items()} for run in runs]
     grid.tune(runs, **CPU)
-    for run, own, start in zip(runs, rows, before):
+    for run, start in zip(runs, before):
+        own = run.rows
         assert all(torch.equal(p, start[k]) for k, p in trained(run.model).items()), "a start was changed"
         expected, single = alone(run)
         assert [row["step"] for row in own] == [0, 2, 4, 6, 8, 9] and own[0]["loss"] is None
@@ -76,7 +74,7 @@ def test_four_runs_side_by_side_are_four_runs_alone(tokenizer, kind, taught):
         assert run.result.best_step == single.result.best_step and run.result.curve == single.result.curve
         for name, weight in single.best.items():
             torch.testing.assert_close(run.best[name], weight, atol=1e-4, rtol=1e-4)
-    assert len({own[-1]["loss"] for own in rows}) == 4
+    assert len({run.rows[-1]["loss"] for run in runs}) == 4
 
 
 def test_a_run_that_stops_early_leaves_the_others_to_themselves(tokenizer):
@@ -99,12 +97,9 @@ def test_regressions_and_the_public_codes_averaging(tokenizer):
         cache = replace(run.loss.teacher, logits=run.loss.teacher.logits[:, :1])
         run.loss = replace(run.loss, is_regression=True, public_code=True, teacher=cache)
         run.model = attach(random_base(tokenizer), DeltaConfig("bitfit"), 1, seed=0)
-    losses = [[] for _ in runs]
-    for run, own in zip(runs, losses):
-        run.on_eval = own.append
     grid.tune(runs, **CPU)
-    for run, own in zip(runs, losses):
-        for ours, theirs in zip(own[1:], alone(run)[0][1:], strict=True):
+    for run in runs:
+        for ours, theirs in zip(run.rows[1:], alone(run)[0][1:], strict=True):
             assert abs(ours["loss"] - theirs["loss"]) < 1e-4 * max(1, abs(theirs["loss"]))
 
 
