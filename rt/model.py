@@ -93,6 +93,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y.view(-1, weight.shape[1])
 
 
+class Tap(torch.autograd.Function):
+    """x and x[rows]; backwards the rows' gradient is added to that of x, where indexing would fill a second (N, d) with zeros."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(rows)
+        return x.view_as(x), x[rows]
+
+    @staticmethod
+    def backward(ctx, dx: Tensor, drows: Tensor) -> tuple[Tensor, None]:
+        return dx.index_add(0, *ctx.saved_tensors, drows), None
+
+
 class Linear(nn.Linear):
     """nn.Linear with a slot for a low-rank update. As everywhere below, weights may have a leading K: see `linear`."""
 
@@ -190,7 +203,8 @@ class Encoder(nn.Module):
         x = self.embeddings(batch.ids, batch.cu_seqlens, None if seeds is None else seeds[-1])
         for i, layer in enumerate(self.layers):
             if trace is not None:
-                trace.rows.append(x[first])
+                x, rows = Tap.apply(x, first)
+                trace.rows.append(rows)
             x = layer(x, batch.cu_seqlens, batch.max_seqlen, None if seeds is None else seeds[3 * i:3 * i + 3],
                       trace.qk if trace is not None and i in trace.attention else None)
         return x

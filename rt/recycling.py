@@ -128,13 +128,18 @@ def _train(r: Recycling, mode: str) -> tuple[Classifier, TuneResult]:
     return model, tune(model, r.data, loss_of(r, mode), r.settings, device=r.device, precision=r.precision, on_eval=r.on_eval, what=mode)
 
 
+def can_go_together(r: Recycling, mode: str) -> bool:
+    """Whether runs like this one can be trained side by side: not full deltas, which share no base, nor gamma and itp."""
+    return mode in TRAINED and r.config.kind != "full" and not (mode in NEEDS_TEACHER and (r.gamma or r.itp))
+
+
 def recycle_together(rs: list[Recycling], mode: str, limit: int = 0) -> Iterator[tuple[Recycling, Classifier, TuneResult]]:
     """`recycle` for runs that differ in seed, examples, learning rate, alpha, beta and T alone, trained side by side on one frozen base
     (rt/grid.py): the same results but for test, which is not scored. At most `limit` at once; 0: as many as fit into memory.
     Yields each with its model as soon as its group is done; its on_eval is called then."""
     for r in rs:
         check(r, mode)
-    if mode not in TRAINED or any(r.config.kind == "full" or mode in NEEDS_TEACHER and (r.gamma or r.itp) for r in rs):
+    if not all(can_go_together(r, mode) for r in rs):
         raise ValueError("full deltas, runs with gamma or itp and modes without training are not done side by side")
     starts: dict[int, Classifier] = {}
     teachers: dict[int, TeacherCache] = {}      # one for each sample of examples
