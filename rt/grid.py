@@ -6,6 +6,7 @@ dropout, learning rate, loss weights, early stop and best-on-dev, and gets what 
 its own loss, clipped by its own norm, and its dropout is a function of its own seed (kernels/dropout.py).
 """
 import copy
+import itertools
 import math
 import os
 import time
@@ -95,58 +96,40 @@ def side_by_side(batches: list[Batch], N: int = 0, B: int = 0) -> tuple[Batch, T
                  rows=torch.cat(rows)), shares
 
 
-@dataclass
 class GridLoss:
-    """The losses of K runs: `terms` with alpha, beta, T of each. `teacher` holds what the teachers of all runs say, run k's examples
-    from `offset[k]` on."""
-    terms: Loss
-    alpha: Tensor       # (K,), and so on
-    beta: Tensor
-    T: list[float]
-    offset: Tensor
+    """The losses of K runs, with alpha, beta and T of each."""
 
-    @classmethod
-    def of(cls, runs: list[Run], device: torch.device) -> "GridLoss":
+    def __init__(self, runs: list[Run], device: torch.device):
         losses = [run.loss for run in runs]
         if any(loss.gamma or loss.itp for loss in losses):
             raise ValueError("runs with gamma or itp are not trained side by side")
-        caches = {id(loss.teacher): loss.teacher for loss in losses}
-        if None in caches.values():
-            zeros = torch.zeros(len(runs), device=device)
-            return cls(losses[0], zeros, zeros, [], zeros.long())
-        starts, total = {}, 0
-        for key, cache in caches.items():
-            starts[key], total = total, total + len(cache.logits)
-        merged = TeacherCache(*(torch.cat([getattr(c, part) for c in caches.values()]) for part in ("logits", "states")))
-        alpha, beta = (torch.tensor([getattr(loss, name) for loss in losses], device=device) for name in ("alpha", "beta"))
-        return cls(replace(losses[0], teacher=merged), alpha, beta, [loss.T for loss in losses],
-                   torch.tensor([starts[id(loss.teacher)] for loss in losses], device=device))
-
-    def keep(self, runs: list[int]) -> "GridLoss":
-        """The losses of those runs."""
-        return replace(self, alpha=self.alpha[runs], beta=self.beta[runs], T=[self.T[k] for k in runs] if self.T else [],
-                       offset=self.offset[runs])
+        self.terms, caches = losses[0], {id(loss.teacher): loss.teacher for loss in losses}
+        self.taught = None not in caches.values()
+        if not self.taught:
+            return
+        # what the teachers of all runs say in one cache, run k's examples from offset[k] on
+        starts = dict(zip(caches, itertools.accumulate((len(cache.logits) for cache in caches.values()), initial=0)))
+        merged = TeacherCache(*(torch.cat([getattr(cache, part) for cache in caches.values()]) for part in ("logits", "states")))
+        self.terms = replace(self.terms, teacher=merged)
+        self.offset = torch.tensor([[starts[id(loss.teacher)]] for loss in losses], device=device)              # (K, 1), and so on
+        self.alpha, self.beta = (torch.tensor([[getattr(loss, name)] for loss in losses], device=device) for name in ("alpha", "beta"))
+        # runs of one temperature together: (T, which), and where each run is then found
+        by_T = {T: [k for k, loss in enumerate(losses) if loss.T == T] for T in dict.fromkeys(loss.T for loss in losses)}
+        self.by_T = [(T, torch.tensor(which, device=device)) for T, which in by_T.items()]
+        self.place = torch.cat([which for _, which in self.by_T]).argsort()
 
     def __call__(self, model: Classifier, batch: Batch, shares: Tensor) -> Tensor:
         """(K,)"""
-        K = len(shares)
+        K, terms = len(shares), self.terms
         logits = model(batch, trace := Trace())
-        rows = task_loss(logits, batch.labels, self.terms.is_regression).view(K, -1)
-        if self.T:
-            index = (batch.index.view(K, -1) + self.offset[:, None]).flatten()
-            kd = self.kd(logits.view(K, -1, logits.shape[-1]), self.terms.teacher.logits[index].view(K, -1, logits.shape[-1]))
-            patience = self.terms.patience(trace, index).view(K, -1)
-            rows = (1 - self.alpha)[:, None] * rows + self.alpha[:, None] * kd + self.beta[:, None] * patience
+        rows = task_loss(logits, batch.labels, terms.is_regression).view(K, -1)
+        if self.taught:
+            index = (batch.index.view(K, -1) + self.offset).flatten()
+            s, t = (x.view(K, -1, x.shape[-1]) for x in (logits, terms.teacher.logits[index]))
+            kd = [terms.kd(s[which].flatten(0, 1), t[which].flatten(0, 1), T).view(len(which), -1) for T, which in self.by_T]
+            patience = terms.patience(trace, index).view(K, -1)
+            rows = (1 - self.alpha) * rows + self.alpha * torch.cat(kd)[self.place] + self.beta * patience
         return (rows * shares).sum(1)
-
-    def kd(self, s: Tensor, t: Tensor) -> Tensor:
-        """(K, B) of (K, B, C): the runs of one temperature together."""
-        rows, places = [], []
-        for T in dict.fromkeys(self.T):
-            which = [k for k, other in enumerate(self.T) if other == T]
-            rows.append(self.terms.kd(s[which].flatten(0, 1), t[which].flatten(0, 1), T).view(len(which), -1))
-            places += which
-        return torch.cat(rows)[torch.tensor(places, device=s.device).argsort()]
 
 
 class GridAdamW:
@@ -213,7 +196,7 @@ def tune(runs: list[Run], *, device: torch.device, precision: torch.dtype, what:
     evaluation interval and decay; seeds, learning rates, warm-ups, losses and data are their own. A run that stops early leaves the
     others to themselves."""
     s, started = runs[0].settings, time.perf_counter()
-    grid, loss = stack([run.model for run in runs]), GridLoss.of(runs, device)
+    grid, loss = stack([run.model for run in runs]), GridLoss(runs, device)
     optimizer = GridAdamW(list(trained(grid).values()), s.weight_decay, s.clip)
     score_starts(runs, device, precision)
     active, recent, since, tokens = list(runs), torch.zeros(len(runs), device=device), 0, 0
@@ -236,7 +219,8 @@ def tune(runs: list[Run], *, device: torch.device, precision: torch.dtype, what:
                 if not going:
                     break
                 if len(going) < len(active):
-                    active, loss, grid = [active[k] for k in going], loss.keep(going), keep(grid, going)
+                    active, grid = [active[k] for k in going], keep(grid, going)
+                    loss = GridLoss(active, device)
                     optimizer.keep(going, list(trained(grid).values()))
                 recent, since = recent.new_zeros(len(active)), 0
                 bar.set_postfix_str(f"loss {values.mean().item():.3f}, best dev {max(score(r.result.dev) for r in runs):.3f}, "
@@ -281,7 +265,7 @@ def room(device: torch.device) -> int:
 
 def step_bytes(run: Run, device: torch.device, precision: torch.dtype) -> int:
     """What one run keeps for its backward pass, measured on its first batch, and its weights with gradients and moments."""
-    grid, loss, saved = stack([run.model]), GridLoss.of([run], device), {}
+    grid, loss, saved = stack([run.model]), GridLoss([run], device), {}
     own = {p.untyped_storage().data_ptr() for p in grid.parameters()}
 
     def note(x: Tensor) -> Tensor:
