@@ -50,6 +50,7 @@ class Batch:
     labels: Tensor | None = None    # (B,) class or float target of a task; (P,) token of each masked-LM prediction
     index: Tensor | None = None     # (B,) which examples these are, for the teacher cache
     predict: Tensor | None = None   # (P,) rows that masked-LM predicts
+    seeds: Tensor | None = None     # (1,) int64, of the dropout masks; None: drawn from torch's default generator
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; copies do not wait for the device."""
