@@ -99,6 +99,8 @@ def main() -> None:
     modes = {"pretrain": pretrain_stream, "tune": tune_delta, "eval": eval_delta, "predict": predict_texts}
     if config.mode not in modes:
         raise UsageError(f"--mode {config.mode}: not one of {', '.join(modes)}")
+    if launched() > 1 and config.mode != "pretrain":
+        raise UsageError(f"--mode {config.mode} is for one process: leave torchrun out")
     require_positive(config, "steps", "batch_tokens", "accumulation", "seq_len", "vocab_size", "save_every", "tune_steps",
                      "batch_size", "eval_every", "shots", "bottleneck", "r", "prefix_len", "mask_rate", "lr", "stream", "log_every")
     require_seeds(config.seed)

@@ -66,7 +66,7 @@ class Ranks:
 
     def parallel(self, module: nn.Module) -> nn.Module:
         """`module` with gradients averaged over the ranks, and rank 0's weights on all."""
-        return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True) if self.world > 1 else module
+        return DistributedDataParallel(module, gradient_as_bucket_view=True) if self.world > 1 else module
 
     def leave(self) -> None:
         if self.world > 1:

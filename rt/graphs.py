@@ -8,7 +8,7 @@ from typing import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from kernels.attention import attention_ref
+import rt.model
 from rt.config import UsageError
 from rt.dist import Ranks
 from rt.model import Batch
@@ -20,17 +20,18 @@ WARM_UP = 3     # runs before the capture: what is compiled, allocated or chosen
 def compiled(blocks: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
     """Inside, the blocks' forward is compiled, once for all blocks of one shape. Names in their state_dict stay as they are.
 
-    On CUDA a block is one graph, our ops inside. On a CPU the attention is left out of it: the reference goes through the sequences
-    in Python, and would be compiled anew for the lengths of every batch.
+    On CUDA a block is one graph, our ops inside. On a CPU the attention stays outside: the reference goes through the sequences in
+    Python, and would be compiled anew for the lengths of every batch.
     """
-    blocks = list(blocks)
-    if device.type != "cuda" and blocks:
-        torch._dynamo.disallow_in_graph(attention_ref)
+    blocks, attention, whole = list(blocks), rt.model.attention, device.type == "cuda"
+    if blocks and not whole:
+        rt.model.attention = torch.compiler.disable(attention)
     for block in blocks:
-        block.forward = torch.compile(block.forward, fullgraph=device.type == "cuda", dynamic=False)
+        block.forward = torch.compile(block.forward, fullgraph=whole, dynamic=False)
     try:
         yield
     finally:
+        rt.model.attention = attention
         for block in blocks:
             del block.forward       # the class's own again: evaluation has other shapes
 

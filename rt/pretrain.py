@@ -68,6 +68,7 @@ def ahead(items: Iterable[T], depth: int = AHEAD) -> Iterator[T]:
 
     def work():
         try:
+            room.acquire()
             for item in items:
                 ready.put((item, None))
                 room.acquire()
