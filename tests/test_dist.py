@@ -74,7 +74,7 @@ def test_what_is_for_one_process_and_what_is_not(monkeypatch, tmp_path):
 
 
 WORKER = """
-import sys, time, torch
+import copy, sys, time, torch
 from rt.config import UsageError
 from rt.dist import join
 from rt.optim import adamw, gather, load_state
@@ -107,7 +107,7 @@ for zero in (True, False):              # shared out again, and by one alone
     again, optimizer = fresh(zero)
     for new, old in zip(again, half):
         new.data.copy_(old.data)
-    load_state(optimizer, state)
+    load_state(optimizer, copy.deepcopy(state))     # or its tensors would be trained
     train(optimizer, again, range(3, 6))
     for a, b in zip(weights, again):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
