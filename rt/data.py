@@ -246,7 +246,7 @@ class Rows:
         self._enter_epoch(max(self.epoch, 0))
         ends = np.arange(1, self.per_epoch + 1) * self.row_tokens
         cut = len(ends) - np.isin(ends, self.ends).sum()
-        return {"rows": self.per_epoch, "fill": min(1.0, float(self.ends[-1] / ends[-1])), "cut": round(cut / len(self.lengths), 4)}
+        return {"rows": self.per_epoch, "fill": min(1.0, float(self.ends[-1] / ends[-1])), "cut": round(float(cut / len(self.lengths)), 4)}
 
     def check_batch(self, batch_tokens: int, shares: int) -> None:
         """UsageError unless `batch_tokens` is a whole number of rows for each of `shares` (ranks x accumulation)."""

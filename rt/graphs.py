@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import rt.model
+from kernels.common import uses_triton
 from rt.config import UsageError
 from rt.dist import Ranks
 from rt.model import Batch
@@ -20,12 +21,13 @@ WARM_UP = 3     # runs before the capture: what is compiled, allocated or chosen
 def compiled(blocks: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
     """Inside, the blocks' forward is compiled, once for all blocks of one shape. Names in their state_dict stay as they are.
 
-    On CUDA a block is one graph, our ops inside. On a CPU the attention stays outside: the reference goes through the sequences in
-    Python, and would be compiled anew for the lengths of every batch.
+    Where the kernels run, a block is one graph, our ops inside. Elsewhere the attention stays outside: its reference goes through the
+    sequences in Python, and would be compiled anew for the lengths of every batch.
     """
-    blocks, attention, whole = list(blocks), rt.model.attention, device.type == "cuda"
-    if blocks and not whole:
-        rt.model.attention = torch.compiler.disable(attention)
+    blocks, attention, whole = list(blocks), rt.model.attention, kernels_run(device)
+    if blocks:
+        torch._dynamo.config.optimize_ddp = False   # it cuts what it compiles at the gradients' buckets; blocks are small enough
+        rt.model.attention = attention if whole else torch.compiler.disable(attention)
     for block in blocks:
         block.forward = torch.compile(block.forward, fullgraph=whole, dynamic=False)
     try:
@@ -34,6 +36,11 @@ def compiled(blocks: Iterable[nn.Module], device: torch.device) -> Iterator[None
         rt.model.attention = attention
         for block in blocks:
             del block.forward       # the class's own again: evaluation has other shapes
+
+
+def kernels_run(device: torch.device) -> bool:
+    """Whether tensors on `device` take the kernels (RT_KERNELS), not the references."""
+    return uses_triton(torch.empty(0, device=device))
 
 
 class GraphedGradient:
@@ -95,6 +102,8 @@ def check_graphs(wanted: bool, ranks: Ranks) -> None:
     if wanted and ranks.world > 1:
         raise UsageError("--graphs is for one GPU: with several, the gradients' exchange runs beside the backward, which a captured one "
                          "cannot wait for; use --compile")
+    if wanted and not kernels_run(ranks.device):
+        raise UsageError("--graphs captures the kernels, and the references would run: install Triton, or leave RT_KERNELS=ref out")
 
 
 def tensors(batch: Batch) -> dict[str, Tensor]:

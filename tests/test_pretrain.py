@@ -1,5 +1,6 @@
 """The masked-LM loop: it learns, accumulation changes nothing, evaluation repeats itself, a loss that is no number ends it; batches
 made ahead, rows fetched late, compiled and captured steps are the plain ones."""
+import functools
 import itertools
 import shutil
 import threading
@@ -11,7 +12,7 @@ import torch
 from rt.config import UsageError
 from rt.data import Rows, build_corpus
 from rt.dist import Ranks
-from rt.graphs import check_graphs
+from rt.graphs import check_graphs, compiled
 from rt.model import PRESETS, EncoderConfig, new_masked_lm, set_dropout
 from rt.optim import adamw, schedule
 from rt.pretrain import PretrainSettings, ahead, evaluate_mlm, pretrain, shares
@@ -123,13 +124,29 @@ def test_the_step_without_a_finite_loss_is_named_when_seen_late(rows, tokenizer)
 
 
 def test_compiled_blocks_take_the_same_steps(rows, tokenizer):
-    """fp32, within 1e-4 of the loss over 20 steps; names in the state dict as before."""
+    """fp32, within 1e-5 of the loss over 20 steps; names in the state dict as before."""
     if not shutil.which("g++"):
         pytest.skip("no C++ compiler")
     (plain, a), (compiled, b) = (trained(rows, tokenizer, 20, compile=compile) for compile in (False, True))
     for x, y in zip(a, b):
-        assert x["loss"] == pytest.approx(y["loss"], rel=1e-4) and x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-3)
+        assert x["loss"] == pytest.approx(y["loss"], rel=1e-5) and x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-4)
     assert plain.state_dict().keys() == compiled.state_dict().keys() and "forward" not in vars(compiled.encoder.layers[0])
+
+
+def test_a_block_is_one_graph_with_our_ops_inside(device, base, batch, monkeypatch):
+    """As on a GPU, fullgraph, here with the kernels interpreted and no C++: two blocks, one compilation, the plain path's gradients."""
+    if device.type == "cpu":
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    encoder, batch = base.encoder.to(device), batch.to(device)
+    batch.cu_seqlens = torch.nn.functional.pad(batch.cu_seqlens, (0, 3), value=len(batch.ids))
+    weights = list(encoder.layers.parameters())
+    plain = torch.autograd.grad(encoder(batch).square().mean(), weights)
+    torch._dynamo.utils.counters.clear()
+    with compiled(encoder.layers, device):
+        ours = torch.autograd.grad(encoder(batch).square().mean(), weights)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    for a, b in zip(ours, plain):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
 def test_graphs_need_one_gpu():
@@ -142,7 +159,7 @@ def test_graphs_need_one_gpu():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("precision, tolerance", [(torch.float32, 5e-3), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("precision, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("how", [dict(compile=True), dict(graphs=True), dict(compile=True, graphs=True),
                                  dict(graphs=True, accumulation=2)], ids=str)
 def test_compiled_and_captured_steps_are_the_plain_ones(rows, tokenizer, how, precision, tolerance):
