@@ -37,45 +37,58 @@ RUNTIME = ["N", "H", "blocks", "prefix_len", "threshold"]      # not compiled an
 def attention_ref(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, dropout_p: float = 0.0,
                   seed: Tensor | int | None = None, scale: float | None = None,
                   prefix_kv: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
-    """`attention`, one run of neighbours of equal length after another: on a CPU this beats padding, whose masks and dead
-    rows cost more. (Callers who sort a batch by length get long runs.)"""
+    """`attention`, all sequences of one length after another: on a CPU this beats padding, whose masks and dead rows cost more. A batch
+    whose sequences are not in order of length is put in order and back."""
     N, H, D = q.shape
     scale = D ** -0.5 if scale is None else scale
-    runs = [(length, len(list(group))) for length, group in itertools.groupby(cu_seqlens.diff().tolist())]
+    lengths = cu_seqlens.diff().tolist()
+    inputs = [q * scale, k, v]
+    seed = _seed(seed, q.device) if dropout_p else None     # drawn once: all three streams are of one seed
+    words = [words_ref(seed, stream, H, N) for stream in range(3)] if dropout_p else []
+    order = None if lengths == sorted(lengths) else _by_length(cu_seqlens)
+    if order is not None:
+        lengths, inputs, words = sorted(lengths), [x[order] for x in inputs], [w[:, order] for w in words]
+    runs = [(S, len(list(group))) for S, group in itertools.groupby(lengths)]
     parts = [S * B for S, B in runs]
-    words = [[None] * 3] * len(runs)
-    if dropout_p:
-        seed = _seed(seed, q.device)
-        words = zip(*(words_ref(seed, stream, H, N).split(parts, 1) for stream in range(3)))
     out = []
     # split, not slices: its backward is one concatenation instead of a zero-filled (N, H, D) for every run
-    for (S, B), abc, *qkv in zip(runs, words, *(x.split(parts) for x in (q * scale, k, v))):
+    for (S, B), abc, *qkv in zip(runs, zip(*(w.split(parts, 1) for w in words)) if words else runs, *(x.split(parts) for x in inputs)):
         q_r, k_r, v_r = (x.reshape(B, S, H, D).transpose(1, 2) for x in qkv)              # (B, H, S, D)
-        p = _softmax(q_r @ k_r.mT)                                                        # (B, H, S, S)
+        p = (q_r @ k_r.mT).softmax(-1)                                                    # (B, H, S, S)
         if dropout_p:
             a, b, c = (w.reshape(H, B, S).transpose(0, 1) for w in abc)                   # (B, H, S)
             keep = torch.addcmul(b[..., None], a[..., None], c[..., None, :]) >= threshold_of(dropout_p)
             p = p * keep.to(p.dtype).mul_(1 / (1 - dropout_p))
         out.append((p @ v_r).transpose(1, 2).reshape(B * S, H, D))
-    out = torch.cat(out)
-    if prefix_kv is not None:
-        k_p, v_p, gate = (x.to(q.dtype) for x in prefix_kv)
-        s = torch.einsum("nhd,phd->nhp", q * scale, k_p)
-        out = out + gate[:, None] * torch.einsum("nhp,phd->nhd", _softmax(s), v_p)
-    return out
+    result = torch.cat(out)
+    if order is not None:
+        result = torch.empty_like(result).index_copy(0, order, result)
+    return result if prefix_kv is None else result + _prefix(q * scale, *prefix_kv)
 
 
-def _softmax(s: Tensor) -> Tensor:
-    """Over the last dimension with at least fp32 arithmetic, result in the dtype of `s`."""
-    return s.softmax(-1, dtype=torch.promote_types(s.dtype, torch.float32)).to(s.dtype)
+def _by_length(cu_seqlens: Tensor) -> Tensor:
+    """(N,) the tokens, sequence by sequence, the shortest sequence first."""
+    lengths = cu_seqlens.diff()
+    order = lengths.argsort(stable=True)
+    ends = lengths[order].cumsum(0)
+    first = cu_seqlens[order].to(ends.dtype) - (ends - lengths[order])
+    return torch.arange(int(cu_seqlens[-1]), device=ends.device) + first.repeat_interleave(lengths[order])
+
+
+def _prefix(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    """(N, H, D): what a learned prefix adds for scaled queries (N, H, D); of K prefixes, k and v (K, P, H, D) and gate (K, H), each for
+    its own N / K tokens."""
+    k, v, gate = (x.to(q.dtype) if x.ndim > n else x[None].to(q.dtype) for x, n in ((k, 3), (v, 3), (gate, 1)))
+    s = torch.einsum("knhd,kphd->knhp", q.view(len(k), -1, *q.shape[1:]), k)
+    return (gate[:, None, :, None] * torch.einsum("knhp,kphd->knhd", s.softmax(-1), v)).reshape(q.shape)
 
 
 def _seed(seed: Tensor | int | None, device: torch.device) -> Tensor:
-    """(1,) int64 on the device; drawn there where none is given, so that a captured CUDA graph draws anew at every replay."""
+    """(1,) or (K,) int64 on the device; drawn there where none is given, so that a captured CUDA graph draws anew at every replay."""
     if seed is None:
         return torch.randint(2**63 - 1, (1,), device=device)
     if isinstance(seed, Tensor):
-        return seed.to(device, torch.int64).view(1)
+        return seed.to(device, torch.int64).view(-1)
     return torch.full((1,), seed, device=device, dtype=torch.int64)
 
 
@@ -363,10 +376,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
     cu_seqlens   (B+1,) int32, where each sequence begins, then N; empty sequences are allowed
     max_seqlen   length of the longest, or more
     dropout_p    probability with which an attention weight is dropped; kept ones are scaled by 1 / (1 - p)
-    seed         of the dropout mask, an int or a tensor of one int64; None draws from torch's default generator
+    seed         of the dropout mask, an int or an int64 tensor (1,); None draws from torch's default generator. (K,): of K runs side by
+                 side, each with its own N / K tokens
     scale        of the scores; None is D ** -0.5
     prefix_kv    learned keys (P, H, D), values (P, H, D) and gate (H,): adds gate_h * softmax(scale q k_p^T) v_p, so a zero
-                 gate is no prefix at all (Zhang et al., 2023, LLaMA-Adapter, without their tanh)
+                 gate is no prefix at all (Zhang et al., 2023, LLaMA-Adapter, without their tanh); or K of them, with a leading K
     Returns      (N, H, D). Raises ValueError where shapes do not fit.
     """
     if q.ndim != 3 or k.shape != q.shape or v.shape != q.shape:
@@ -381,6 +395,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
         return attention_ref(q, k, v, cu_seqlens, max_seqlen, dropout_p=dropout_p, seed=seed, scale=scale, prefix_kv=prefix_kv)
     cu_seqlens, seed = cu_seqlens.contiguous(), _seed(seed, q.device) if dropout_p else None
     out = _padded_attention(q, k, v, cu_seqlens, seed, max_seqlen, scale, dropout_p, False)
+    if prefix_kv is not None and prefix_kv[0].ndim == 4:
+        return out + _prefix(q * scale, *prefix_kv)
     if prefix_kv is not None:
         k_p, v_p, gate = (x.to(q.dtype) for x in prefix_kv)
         runs = torch.arange(0, len(q) + PREFIX_ROWS, PREFIX_ROWS, device=q.device, dtype=torch.int32).clamp_(max=len(q))

@@ -19,17 +19,46 @@ def mix(x: Tensor) -> Tensor:
 
 
 def words_ref(seed: Tensor, stream: int, heads: int, tokens: int) -> Tensor:
-    """(H, N) int32 random words; `stream` 0, 1, 2 are a, b, c of the module docstring."""
-    h = torch.arange(heads, device=seed.device)[:, None]
-    n = torch.arange(tokens, device=seed.device)
-    key = mix(mix((seed & 0xFFFFFFFF) + h & 0xFFFFFFFF) ^ (seed >> 32 & 0xFFFFFFFF))
-    words = mix(mix(3 * n + stream) + key & 0xFFFFFFFF)
-    return (words | 1 if stream == 0 else words).to(torch.int32)
+    """(H, N) int32 random words; `stream` 0, 1, 2 are a, b, c of the module docstring. Of K seeds, each is for its own N / K tokens,
+    which are counted from 0 again: what K runs would draw, each by itself."""
+    h = torch.arange(heads, device=seed.device)[:, None, None]
+    n = torch.arange(tokens // len(seed), device=seed.device)
+    low, high = (seed & 0xFFFFFFFF)[:, None], (seed >> 32 & 0xFFFFFFFF)[:, None]
+    words = mix(mix(3 * n + stream) + mix(mix(low + h & 0xFFFFFFFF) ^ high) & 0xFFFFFFFF)      # (H, K, N / K)
+    return (words | 1 if stream == 0 else words).to(torch.int32).view(heads, tokens)
 
 
 def threshold_of(p: float) -> int:
     """A weight is dropped where the int32 a c + b is below this: a share p of all."""
     return min(round(p * 2**32), 2**32 - 1) - 2**31
+
+
+def site_seeds(seed: Tensor, sites: range) -> Tensor:
+    """(len(sites), K): for each place where a model drops something, and each of K seeds, a seed of its own."""
+    golden = -0x61C8864680B583EB     # 2^64 / golden ratio as int64; the product wraps around
+    return seed + golden * torch.arange(sites.start, sites.stop, device=seed.device)[:, None]
+
+
+def dropout_ref(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    N, d = x.shape
+    a, b = (words_ref(seed, stream, 1, N).view(N, 1) for stream in range(2))
+    c = words_ref(torch.zeros_like(seed[:1]), 2, 1, d)
+    keep = torch.addcmul(b, a, c) >= threshold_of(p)
+    return x * keep.to(x.dtype).mul_(1 / (1 - p))
+
+
+def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """Inverted dropout of rows (N, d): an element is kept with probability 1 - p and divided by it, or zero. Which ones is a function of
+    the seed, the row and the column.
+
+    seed       (K,) int64 on the device of x: K runs side by side, each with its own N / K rows; None: nothing is dropped
+    Returns    (N, d). Raises ValueError where K does not divide N.
+    """
+    if seed is None or p == 0.0:
+        return x
+    if len(x) % len(seed):
+        raise ValueError(f"dropout of {len(x)} rows by {len(seed)} seeds: each must have equally many")
+    return dropout_ref(x, p, seed)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import attention
+from kernels import add_norm, attention, dropout, layer_norm, site_seeds
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,18 @@ class Batch:
     labels: Tensor | None = None    # (B,) class or float target of a task; (P,) token of each masked-LM prediction
     index: Tensor | None = None     # (B,) which examples these are, for the teacher cache
     predict: Tensor | None = None   # (P,) rows that masked-LM predicts
-    seeds: Tensor | None = None     # (1,) int64, of the dropout masks; None: drawn from torch's default generator
+    seeds: Tensor | None = None     # (K,) int64 dropout seeds of K runs side by side, each with its own N / K rows; None: one is drawn
+    rows: Tensor | None = None      # (B,) the <s> rows of the sequences that count; None: of all
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; copies do not wait for the device."""
         moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
+
+    @property
+    def first(self) -> Tensor:
+        """(B,) rows of the <s> tokens."""
+        return self.cu_seqlens[:-1] if self.rows is None else self.rows
 
 
 @dataclass
@@ -72,32 +78,40 @@ class Trace:
         return torch.stack(self.rows, dim=1)
 
 
-def random_keep(shape: torch.Size, p: float) -> Tensor:
-    """Boolean mask on the CPU, each element kept with probability 1 - p (to 1/65536), from 16 random bits an element."""
-    n = shape.numel()
-    words = torch.empty((n + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    return words.view(torch.int16)[:n].view(shape) >= round(p * 65536) - 32768
+def draw_seed(device: torch.device) -> Tensor:
+    """(1,) from torch's default generator, for a batch that brings no dropout seeds."""
+    return torch.randint(2**63 - 1, (1,), device=device)
 
 
-def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """Inverted dropout. On CPU the mask comes from 16 random bits an element: several times faster than F.dropout."""
-    if not training or p == 0.0:
-        return x
-    if x.device.type != "cpu":
-        return F.dropout(x, p)
-    return x * random_keep(x.shape, p).to(x.dtype).mul_(1 / (1 - p))
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear of rows (N, in); of K runs side by side, weight (K, out, in) or bias (K, out) or both, each for its own N / K rows."""
+    if weight.ndim == 2:
+        y = F.linear(x, weight, bias if bias is None or bias.ndim == 1 else None)
+        return y if bias is None or bias.ndim == 1 else (y.view(len(bias), -1, len(weight)) + bias[:, None]).view(y.shape)
+    x = x.view(len(weight), -1, x.shape[-1])
+    y = x @ weight.mT if bias is None else torch.baddbmm(bias[:, None], x, weight.mT)
+    return y.view(-1, weight.shape[1])
 
 
 class Linear(nn.Linear):
-    """nn.Linear with a slot for a low-rank update."""
+    """nn.Linear with a slot for a low-rank update. As everywhere below, weights may have a leading K: see `linear`."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features)
         self.lora: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
+        y = linear(x, self.weight, self.bias)
         return y if self.lora is None else self.lora(x, y)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LN(x), or of a residual LN(x + dropout(h))."""
+
+    def forward(self, x: Tensor, h: Tensor | None = None, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
+        if h is None:
+            return layer_norm(x, self.weight, self.bias, self.eps)
+        return add_norm(x, h, self.weight, self.bias, self.eps, p, seed)
 
 
 class Embeddings(nn.Module):
@@ -108,16 +122,16 @@ class Embeddings(nn.Module):
         d = config.hidden_size
         self.word = nn.Embedding(config.vocab_size, d)
         self.position = nn.Embedding(config.max_len + config.pad_id + 1, d)
-        self.norm = nn.LayerNorm(d, eps=config.layer_norm_eps)
+        self.norm = LayerNorm(d, eps=config.layer_norm_eps)
         self.dropout = config.dropout
         self.first_position = config.pad_id + 1
 
-    def forward(self, ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, cu_seqlens: Tensor, seed: Tensor | None = None) -> Tensor:
         rows = torch.arange(len(ids), device=ids.device, dtype=cu_seqlens.dtype)
         sequence = torch.searchsorted(cu_seqlens, rows, right=True) - 1   # (N,) which sequence a row is in
         position = rows - cu_seqlens[sequence] + self.first_position
         x = self.norm(self.word(ids) + self.position(position))
-        return dropout(x, self.dropout, self.training)
+        return dropout(x, self.dropout, seed)
 
 
 class Block(nn.Module):
@@ -129,31 +143,34 @@ class Block(nn.Module):
         self.num_heads = config.num_heads
         self.qkv = Linear(d, 3 * d)
         self.attention_output = Linear(d, d)
-        self.attention_norm = nn.LayerNorm(d, eps=eps)
+        self.attention_norm = LayerNorm(d, eps=eps)
         self.intermediate = Linear(d, config.ffn_size)
         self.output = Linear(config.ffn_size, d)
-        self.output_norm = nn.LayerNorm(d, eps=eps)
+        self.output_norm = LayerNorm(d, eps=eps)
         self.dropout, self.attention_dropout = config.dropout, config.attention_dropout
         self.adapter_attention: nn.Module | None = None
         self.adapter_ffn: nn.Module | None = None
         self.prefix: nn.Module | None = None
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, qk: list | None = None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, seeds: Tensor | None = None, qk: list | None = None) -> Tensor:
+        """(N, d). `seeds` (3, K) are of the dropout in attention and after each half; None: nothing is dropped."""
         N, d = x.shape
+        seed_map, seed_attention, seed_output = (None,) * 3 if seeds is None else seeds
         q, k, v = self.qkv(x).view(N, 3, self.num_heads, d // self.num_heads).unbind(1)      # 3 x (N, H, D)
         if qk is not None:
             qk.append((q, k))
-        h = attention(q, k, v, cu_seqlens, max_seqlen,
-                      dropout_p=self.attention_dropout if self.training else 0.0,
+        h = attention(q, k, v, cu_seqlens, max_seqlen, dropout_p=0.0 if seeds is None else self.attention_dropout, seed=seed_map,
                       prefix_kv=None if self.prefix is None else self.prefix())
-        h = dropout(self.attention_output(h.reshape(N, d)), self.dropout, self.training)
-        if self.adapter_attention is not None:
-            h = self.adapter_attention(h)
-        x = self.attention_norm(x + h)
-        h = dropout(self.output(F.gelu(self.intermediate(x))), self.dropout, self.training)
-        if self.adapter_ffn is not None:
-            h = self.adapter_ffn(h)
-        return self.output_norm(x + h)
+        h = self.attention_output(h.reshape(N, d))
+        x = self.residual(self.attention_norm, self.adapter_attention, x, h, seed_attention)
+        h = self.output(F.gelu(self.intermediate(x)))
+        return self.residual(self.output_norm, self.adapter_ffn, x, h, seed_output)
+
+    def residual(self, norm: LayerNorm, adapter: nn.Module | None, x: Tensor, h: Tensor, seed: Tensor | None) -> Tensor:
+        """LN(x + adapter(dropout(h)))"""
+        if adapter is None:
+            return norm(x, h, self.dropout, seed)
+        return norm(x, adapter(dropout(h, self.dropout, seed)))
 
 
 class Encoder(nn.Module):
@@ -166,13 +183,16 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
 
     def forward(self, batch: Batch, trace: Trace | None = None) -> Tensor:
-        """(N, d); fills `trace`, where there is one."""
-        x = self.embeddings(batch.ids, batch.cu_seqlens)
-        first = batch.cu_seqlens[:-1]
+        """(N, d); fills `trace`, where there is one. While training, `batch.seeds` say what dropout drops."""
+        first, seeds = batch.first, None
+        if self.training:
+            seeds = site_seeds(draw_seed(batch.ids.device) if batch.seeds is None else batch.seeds, range(3 * len(self.layers) + 1))
+        x = self.embeddings(batch.ids, batch.cu_seqlens, None if seeds is None else seeds[-1])
         for i, layer in enumerate(self.layers):
             if trace is not None:
                 trace.rows.append(x[first])
-            x = layer(x, batch.cu_seqlens, batch.max_seqlen, trace.qk if trace is not None and i in trace.attention else None)
+            x = layer(x, batch.cu_seqlens, batch.max_seqlen, None if seeds is None else seeds[3 * i:3 * i + 3],
+                      trace.qk if trace is not None and i in trace.attention else None)
         return x
 
 
@@ -212,13 +232,15 @@ class ClassificationHead(nn.Module):
 
     def __init__(self, hidden_size: int, num_labels: int, dropout: float = 0.1):
         super().__init__()
-        self.dense = nn.Linear(hidden_size, hidden_size)
-        self.out = nn.Linear(hidden_size, num_labels)
+        self.dense = Linear(hidden_size, hidden_size)
+        self.out = Linear(hidden_size, num_labels)
         self.dropout = dropout
 
-    def forward(self, h: Tensor) -> Tensor:
-        h = torch.tanh(self.dense(dropout(h, self.dropout, self.training)))
-        return self.out(dropout(h, self.dropout, self.training))
+    def forward(self, h: Tensor, seeds: Tensor | None = None) -> Tensor:
+        """(B, d) -> (B, C). `seeds` (2, K) are of the two dropouts; None: nothing is dropped."""
+        before, after = (None, None) if seeds is None else seeds
+        h = torch.tanh(self.dense(dropout(h, self.dropout, before)))
+        return self.out(dropout(h, self.dropout, after))
 
 
 class Classifier(nn.Module):
@@ -229,8 +251,11 @@ class Classifier(nn.Module):
         self.encoder, self.head = encoder, head
 
     def forward(self, batch: Batch, trace: Trace | None = None) -> Tensor:
-        """(B, C) logits; the encoder fills `trace`, where there is one."""
-        return self.head(self.encoder(batch, trace)[batch.cu_seqlens[:-1]])
+        """(B, C) logits; the encoder fills `trace`, where there is one. While training, `batch.seeds` say what dropout drops."""
+        if not self.training:
+            return self.head(self.encoder(batch, trace)[batch.first])
+        batch = batch if batch.seeds is not None else replace(batch, seeds=draw_seed(batch.ids.device))
+        return self.head(self.encoder(batch, trace)[batch.first], site_seeds(batch.seeds, range(-2, 0)))
 
 
 def init_weights(module: nn.Module, generator: torch.Generator, std: float = 0.02) -> None:

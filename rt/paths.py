@@ -12,15 +12,14 @@ from typing import Callable, Sequence
 import torch
 
 from rt.config import UsageError
-from rt.data import Batch
 from rt.device import autocast, derive_seed
 from rt.distill import task_loss
 from rt.functional import Reweighted, Weights, lerp
 from rt.log import progress
 from rt.model import Classifier
 from rt.optim import adamw, schedule, set_lr
-from rt.tasks import Encoded, training_indices
-from rt.tune import TaskData, TuneSettings, metrics, predict
+from rt.tasks import Encoded
+from rt.tune import TaskData, TuneSettings, metrics, predict, training_batch
 
 Path = Callable[[float], Weights]
 
@@ -76,7 +75,7 @@ def train_control(model: Classifier, a: Weights, b: Weights, data: TaskData, set
             torch.manual_seed(derive_seed(s.seed, step))
             mu = torch.rand(()).item()
             set_lr(optimizer, schedule(step, s.steps, max(1, round(s.warmup * s.steps)), s.lr))
-            batch: Batch = data.train.batch(training_indices(len(data.train), s.batch_size, step, s.seed)).to(device)
+            batch = training_batch(data.train, s, step).to(device)
             with autocast(device, precision):
                 loss = task_loss(student(batch), batch.labels, not data.labels).mean()
             loss.backward()

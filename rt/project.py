@@ -29,8 +29,7 @@ from rt.distill import Loss, run_teacher
 from rt.functional import Reweighted, Weights
 from rt.log import progress
 from rt.optim import adamw, schedule, set_lr
-from rt.tasks import training_indices
-from rt.tune import TaskData, TuneSettings, evaluate, score
+from rt.tune import TaskData, TuneSettings, evaluate, score, training_batch
 
 GRANULARITIES = ("auto", "flat", "tensor")
 PARTS = ("diffs", "modules", "head")
@@ -161,7 +160,7 @@ def learn_projection(old_base: Base, base: Base, sources: list[tuple[Delta, Task
 
     def loss_of(step: int) -> Tensor:
         turn, i = divmod(step, len(sources))
-        batch = datas[i].train.batch(training_indices(len(datas[i].train), settings.batch_size, turn, settings.seed)).to(device)
+        batch = training_batch(datas[i].train, settings, turn).to(device)
         with autocast(device, precision):
             return losses[i](students[i].train(), batch)
 

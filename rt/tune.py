@@ -1,7 +1,7 @@
 """The one supervised loop: train a Classifier on a task, evaluate on dev every so often, keep the best, report test once."""
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Callable
 
 import numpy as np
@@ -13,7 +13,7 @@ from rt.data import sequences_batch
 from rt.device import autocast, derive_seed
 from rt.distill import Loss
 from rt.log import progress
-from rt.model import Classifier
+from rt.model import Batch, Classifier
 from rt.optim import adamw, schedule, set_lr
 from rt.tasks import Encoded, Task, encode, training_indices
 from rt.tokenizer import Tokenizer
@@ -30,6 +30,11 @@ class TuneSettings:
     weight_decay: float = 0.01
     warmup: float = 0.06
     clip: float = 1.0
+    early_stop: int = 0     # end when so many evaluations in a row have brought nothing better; 0: never
+
+    def stops(self, result: "TuneResult", step: int) -> bool:
+        """Whether a run that has been evaluated after `step` ends there."""
+        return 0 < self.early_stop * self.eval_every <= step - result.best_step
 
 
 @dataclass
@@ -123,6 +128,12 @@ def score(values: dict[str, float]) -> float:
     return next(iter(values.values()))
 
 
+def training_batch(data: Encoded, s: TuneSettings, step: int) -> Batch:
+    """The examples of one step and its dropout seed: a function of the run's seed and the step."""
+    batch = data.batch(training_indices(len(data), s.batch_size, step, s.seed))
+    return replace(batch, seeds=torch.tensor([derive_seed(s.seed, step)]))
+
+
 def tune(model: Classifier, data: TaskData, loss: Loss, settings: TuneSettings, *, device: torch.device,
          precision: torch.dtype, on_eval: Callable[[dict], None] = lambda row: None, what: str = "tuning") -> TuneResult:
     """Train what requires a gradient in `model`; on return it holds the weights that were best on dev.
@@ -149,9 +160,9 @@ def tune(model: Classifier, data: TaskData, loss: Loss, settings: TuneSettings, 
     since = tokens = 0
     with progress(s.steps, what) as bar:
         for step in range(s.steps):
-            torch.manual_seed(derive_seed(s.seed, step))
+            torch.manual_seed(derive_seed(s.seed, step))    # of interpolation's points
             set_lr(optimizer, schedule(step, s.steps, max(1, round(s.warmup * s.steps)), s.lr))
-            batch = data.train.batch(training_indices(len(data.train), s.batch_size, step, s.seed)).to(device)
+            batch = training_batch(data.train, s, step).to(device)
             model.train()
             with autocast(device, precision):
                 value = loss(model, batch)
@@ -170,6 +181,8 @@ def tune(model: Classifier, data: TaskData, loss: Loss, settings: TuneSettings, 
                 since = 0
                 bar.set_postfix_str(f"loss {mean_loss:.3f}, dev {score(result.dev):.3f}, "
                                     f"{tokens / (time.perf_counter() - started):,.0f} tok/s")
+                if s.stops(result, step + 1):
+                    break
             bar.update()
     with torch.no_grad():
         for k, p in trained.items():

@@ -6,11 +6,12 @@ import pytest
 import torch
 from conftest import random_base
 
+from kernels import dropout
 from rt.data import sequences_batch
 from rt.deltas import DeltaConfig, attach
 from rt.distill import Loss, run_teacher
 from rt.hub import classification_head_state, load_hf
-from rt.model import ClassificationHead, Classifier, MaskedLM, Trace, dropout
+from rt.model import ClassificationHead, Classifier, MaskedLM, Trace
 from rt.pretrain import mlm_loss
 from rt.tasks import Encoded
 
@@ -108,16 +109,26 @@ def test_states_are_the_first_rows_of_every_layer_but_the_last(base, batch):
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
-def test_dropout_keeps_the_share_and_the_mean(p):
-    torch.manual_seed(0)
-    x = torch.ones(400_001, requires_grad=True)     # no multiple of 4: the mask comes in words of four
-    y = dropout(x, p, training=True)
-    kept = (y != 0)
-    assert abs(kept.float().mean() - (1 - p)) < 0.003
+def test_dropout_keeps_the_share_and_the_mean_of_every_row_and_column(p):
+    x = torch.ones(1000, 600, requires_grad=True)
+    y = dropout(x, p, torch.tensor([3]))
+    kept = y != 0
+    assert abs(kept.float().mean() - (1 - p)) < 0.002
+    for dim, n in ((0, 1000), (1, 600)):        # within 5 standard deviations, as few of 1,600 means should not be
+        assert ((kept.float().mean(dim) - (1 - p)).abs() < 5 * (p * (1 - p) / n) ** 0.5).all()
     torch.testing.assert_close(y[kept], torch.full_like(y[kept], 1 / (1 - p)))
     y.sum().backward()
     assert torch.equal(x.grad != 0, kept)
-    assert dropout(x, p, training=False) is x
+    assert dropout(x, p, None) is x and not torch.equal(y, dropout(x, p, torch.tensor([4])))
+
+
+def test_dropout_of_runs_side_by_side_is_that_of_each_alone():
+    x = torch.randn(6, 40)
+    seeds = torch.tensor([7, 2**62 + 1, 9])
+    alone = [dropout(x[2 * i:2 * i + 2], 0.3, seeds[i:i + 1]) for i in range(3)]
+    assert torch.equal(dropout(x, 0.3, seeds), torch.cat(alone))
+    with pytest.raises(ValueError, match="6 rows by 4 seeds"):
+        dropout(x, 0.3, torch.tensor([1, 2, 3, 4]))
 
 
 def test_dropout_is_active_in_training_only(tokenizer, batch):
