@@ -134,9 +134,7 @@ def pretrain(model: MaskedLM, rows: Rows, optimizer: torch.optim.Optimizer, sett
             set_lr(optimizer, lr)
             total = torch.zeros((), device=ranks.device)
             for part in range(s.accumulation):
-                batch = next(batches)
-                torch.manual_seed(batch.seeds.item())
-                total += gradient(batch, part)
+                total += gradient(next(batches), part)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
             optimizer.step()
             waiting.append(({"step": step + 1, "lr": lr}, torch.stack([total, norm])))
