@@ -66,7 +66,7 @@ class Config:
     stop_after: int | None = None  # end after so many steps in all, as a time limit would; --resume goes on
     resume: bool = False  # go on from the last resumable checkpoint in --out
     eval_tokens: int = 16384  # held-out tokens scored a domain
-    compile: bool = False  # torch.compile of the blocks
+    compile: bool = False  # torch.compile of the blocks; for a GPU, on a CPU it does not pay
     graphs: bool = False  # forward and backward as a CUDA graph; one GPU
     zero: bool = False  # optimizer state shared out among the ranks of torchrun (ZeRO-1)
     log_every: int | None = None  # steps between looks at the loss (every step gets its row); default 1, on CUDA 10

@@ -228,9 +228,9 @@ class Rows:
         """The same batch in shapes that a compiled or captured step can rely on: cu_seqlens ends in repeated N, which are sequences of
         no token and change nothing; max_seqlen is seq_len.
 
-        The room is for the mean number of sequences and six standard deviations (by the renewal theorem), about one batch in a
-        billion needs more and gets it, in steps of 64. A bound that no batch can exceed would be that of the shortest documents alone,
-        and every sequence costs the attention a launched block, empty or not.
+        There is room for the mean number of sequences and six standard deviations more (renewal theory), which about one batch in a
+        billion exceeds; it gets more, in steps of 64. A bound that none can exceed would be that of the shortest documents alone, and
+        every sequence, empty or not, costs the attention launched blocks.
         """
         rows, n = len(batch.ids) // self.row_tokens, len(batch.ids)
         mean, deviation = n / self.lengths.mean(), self.lengths.std() * (n / self.lengths.mean() ** 3) ** 0.5
