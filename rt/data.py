@@ -8,7 +8,7 @@ import hashlib
 import json
 import lzma
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Iterator
 
@@ -223,6 +223,30 @@ class Rows:
         tensors = [torch.from_numpy(np.concatenate(x)) for x in (ids, labels, predict)]
         return Batch(tensors[0], torch.tensor(np.cumsum(lengths), dtype=torch.int32), max(lengths),
                      labels=tensors[1], predict=tensors[2])
+
+    def static(self, batch: Batch) -> Batch:
+        """The same batch in shapes that a compiled or captured step can rely on: cu_seqlens ends in repeated N, which are sequences of
+        no token and change nothing; max_seqlen is seq_len.
+
+        There is room for the mean number of sequences and six standard deviations more (renewal theory), which about one batch in a
+        billion exceeds; it gets more, in steps of 64. A bound that none can exceed would be that of the shortest documents alone, and
+        every sequence, empty or not, costs the attention launched blocks.
+        """
+        rows, n = len(batch.ids) // self.row_tokens, len(batch.ids)
+        mean, deviation = n / self.lengths.mean(), self.lengths.std() * (n / self.lengths.mean() ** 3) ** 0.5
+        most = max(mean + 6 * deviation + 2 * rows, len(batch.cu_seqlens) - 1)      # a row's ends cut sequences in two
+        room = -(-int(most) // 64) * 64 + 1
+        padded = torch.full((room,), n, dtype=torch.int32)
+        padded[:len(batch.cu_seqlens)] = batch.cu_seqlens
+        return replace(batch, cu_seqlens=padded, max_seqlen=self.seq_len)
+
+    def packing(self) -> dict:
+        """Of one epoch: the number of rows, the share of their tokens that documents fill (all of them: rows are cut out of one line),
+        and the share of sequences that are cut at a row's end for it."""
+        self._enter_epoch(max(self.epoch, 0))
+        ends = np.arange(1, self.per_epoch + 1) * self.row_tokens
+        cut = len(ends) - np.isin(ends, self.ends).sum()
+        return {"rows": self.per_epoch, "fill": min(1.0, float(self.ends[-1] / ends[-1])), "cut": round(float(cut / len(self.lengths)), 4)}
 
     def check_batch(self, batch_tokens: int, shares: int) -> None:
         """UsageError unless `batch_tokens` is a whole number of rows for each of `shares` (ranks x accumulation)."""

@@ -62,11 +62,11 @@ def test_twenty_steps_are_ten_and_resume_and_ten(lineage):
     arguments = ("train.py", *SMALL, "--stream", f"{home}/one.txt,{home}/two.txt", "--steps", "14,6", "--cache", home / "cache",
                  "--snapshots", "0", "--dropout", "0.1", "--accumulation", "1", "--precision", "fp32")
     command(*arguments, "--out", home / "straight")
-    out = command(*arguments, "--out", home / "broken", "--stop_after", "10")
+    out = command(*arguments, "--out", home / "broken", "--stop_after", "10", "--log_every", "4")
     assert "stopped in M0 after step 10 of 14" in out
     assert "unfinished run: add --resume" in command(*arguments, "--out", home / "broken", code=2)
     assert "stopped after M0" in command(*arguments, "--out", home / "broken", "--resume", "--stop_after", "4")
-    command(*arguments, "--out", home / "broken", "--resume", "--stop_after", "3")      # stops again, inside M1
+    command(*arguments, "--out", home / "broken", "--resume", "--stop_after", "3", "--log_every", "2")      # stops again, inside M1
     command(*arguments, "--out", home / "broken", "--resume")
     for name in ("M0", "M1"):
         a, b = (load_file(home / run / name / "model.safetensors") for run in ("straight", "broken"))
@@ -308,6 +308,7 @@ def test_chain_reports_both_routes_over_all_bases(lineage, task, tmp_path):
     (("train.py", "--stream", "TEXT", "--out", "TASK"), "holds other things than a stream of bases"),
     (("train.py", "--seed", "-1"), "seeds [-1]: must be whole numbers from 0"),
     (("train.py", "--stream", ","), "--stream: the list is empty"),
+    (("train.py", "--stream", "TEXT", "--out", "OUT", "--graphs", "--device", "cpu"), "--graphs captures CUDA graphs"),
     (("train.py", "--dropout", "1"), "--dropout 1.0: must be at least 0 and below 1"),
     (("train.py", "--mode", "tune", "--base", "M0", "--task", "TASK", "--seq_len", "999"), "--seq_len 999: the base has positions"),
     (("train.py", "--mode", "tune", "--base", "M0", "--task", "TASK", "--out", "M0"), "M0 holds other things"),
