@@ -25,6 +25,7 @@ from rt.config import UsageError, parse, record, require_positive, require_seeds
 from rt.deltas import Delta, DeltaConfig, apply, load_delta
 from rt.device import pick_precision
 from rt.dist import Ranks, join
+from rt.graphs import check_graphs
 from rt.hub import open_base
 from rt.log import claim, progress, table, write_json
 from rt.project import GRANULARITIES, check_sources, learn_projection
@@ -78,6 +79,7 @@ class Config:
     out: str | None = None  # folder to write; default runs/recycle/BASE-TASK-DELTA[-kSHOTS][-sweep]
     save_deltas: bool = True  # keep the delta of every run: MODE-sSEED-HASH under OUT/deltas
     cache: str = "runs/cache"  # the embedded data
+    graphs: bool = False  # CUDA: forward and backward as one CUDA graph; small batches wait for launches otherwise
     device: str = "auto"  # auto, cpu or cuda
     precision: str = "auto"  # auto: bf16 where the device does it fast, else fp32
 
@@ -98,6 +100,9 @@ def main() -> None:
     c = parse(Config, sys.argv[1:])
     modes, config = checked_modes(c), delta_config(c)
     ranks = join(c.device)
+    check_graphs(c.graphs, replace(ranks, world=1))     # of a sweep's ranks each captures its own
+    if c.graphs and c.itp:
+        raise UsageError("--graphs repeats a step as it was captured, and --itp draws its points anew: use one of them")
     if ranks.world > 1 and not c.sweep:
         raise UsageError("several processes share the runs of a --sweep; without one, start this script without torchrun")
     task, *source_tasks = ranks.main_first(lambda: [load_task(task_path(name, c.cache)) for name in (c.task, *c.source_task)])
@@ -336,7 +341,8 @@ def delta_config(c: Config) -> DeltaConfig:
 
 
 def tune_settings(c: Config, seed: int, lr: float) -> TuneSettings:
-    return TuneSettings(c.steps, c.batch_size, lr, c.eval_every, seed, c.weight_decay, c.warmup, early_stop=c.early_stop)
+    return TuneSettings(c.steps, c.batch_size, lr, c.eval_every, seed, c.weight_decay, c.warmup, graphs=c.graphs,
+                        early_stop=c.early_stop)
 
 
 def report(rows: list[dict], modes: list[str], c: Config) -> str:

@@ -302,8 +302,9 @@ def tune_delta(c: Config) -> None:
     out = Path(c.out or Path(c.base).parent / "deltas" / f"{Path(c.base).name}-{task.name}-{c.delta}{few}-s{c.seed}")
     say_cut(encoded, c.seq_len)
     model = attach(base, config, encoded.num_outputs, c.seed)
+    check_graphs(c.graphs, Ranks(device))
     settings = TuneSettings(c.tune_steps, c.batch_size, c.lr or TUNE_LR[c.delta], c.eval_every, c.seed,
-                            c.weight_decay, c.warmup)
+                            c.weight_decay, c.warmup, graphs=c.graphs)
     claim(out, FILES)
     log = Log(out)
     result = tune(model, encoded, Loss(task.is_regression), settings, **where, on_eval=lambda row: log.row(**row),

@@ -8,7 +8,7 @@ clock, all of that counted in:
 
     one at a time       --side_by_side 1: what is saved by scoring test for the best runs only and equal starts once
     side by side        as many at once as fit
-    side by side, 2 x   the same shared by `ranks` processes; on a CPU each with its share of the threads
+    side by side, ranks the same shared by `ranks` processes of torchrun, on a CPU of one thread each
 
 ratio = seconds of all runs alone (mean of the sample times their number) / seconds of the sweep.
 """
@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from bench.machine import environment
 from rt.config import UsageError, parse, run
+from rt.device import pick_device
 from rt.log import table
 from rt.sweep import swept
 
@@ -68,9 +68,11 @@ def main() -> None:
             rows.append({"way": way, "runs": total, "seconds": took, "per_run": took / total, "ratio": mean(seconds) * total / took})
     finally:
         shutil.rmtree(home)
+    device = pick_device(c.device)
+    about = {"device": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit()}
     with open(c.json, "a", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps({"bench": "cell", **row, "config": vars(c), **environment_of(c)}) + "\n")
+            file.write(json.dumps({"bench": "cell", **row, "config": vars(c), **about}) + "\n")
     lines = [[r["way"], r["runs"], f"{r['seconds']:.1f}", f"{r['per_run']:.2f}", f"{r.get('ratio', 1):.2f}"] for r in rows]
     print(table(lines, ["way", "runs", "seconds", "a run", "ratio to alone"]))
 
@@ -89,7 +91,8 @@ def alone(c: Config, grid: dict[str, list[str]], common: list[str], home: Path) 
 
 def swept_whole(way: str, c: Config, common: list[str], home: Path) -> float:
     """Seconds of the whole sweep."""
-    script = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={c.ranks}", "recycle.py"] if "ranks" in way else ["recycle.py"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={c.ranks}"]
+    script = [*torchrun, "recycle.py"] if "ranks" in way else ["recycle.py"]
     limit = ["--side_by_side", "1"] if way == "one at a time" else []
     started = time.perf_counter()
     command(*script, *common, "--sweep", c.sweep, *limit, "--out", str(home / way.replace(" ", "-")))

@@ -1,9 +1,9 @@
-"""Two ways to spend less time between kernels: torch.compile of the blocks, and a whole share's gradient as one CUDA graph.
+"""Two ways to spend less time between kernels: torch.compile of the blocks, and a forward and backward pass as one CUDA graph.
 
-Both need shapes that never change: Rows.static.
+Both need shapes that do not change: Rows.static in pre-training, rt.data.side_by_side with a bucket in tuning.
 """
 from contextlib import contextmanager
-from typing import Iterable, Iterator
+from typing import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from rt.config import UsageError
 from rt.dist import Ranks
 from rt.model import Batch
 
+BUCKET = 128    # tokens: the steps in which tuning's batches grow where each shape is a graph
 WARM_UP = 3     # runs before the capture: what is compiled, allocated or chosen at first use is so by then
 
 
@@ -41,6 +42,50 @@ def compiled(blocks: Iterable[nn.Module], device: torch.device) -> Iterator[None
 def kernels_run(device: torch.device) -> bool:
     """Whether tensors on `device` take the kernels (RT_KERNELS), not the references."""
     return uses_triton(torch.empty(0, device=device))
+
+
+class GraphedStep:
+    """gradient(batch, shares), a forward and backward pass, as a CUDA graph for each of the few shapes that batches have
+    (rt.data.side_by_side with a bucket): what a small batch waits for is a thousand launches.
+
+    Batch and shares come from the host and are copied into the graph's own. Each graph has gradients of its own, which `parameters` get
+    when it is replayed, and which the next replay overwrites. What `gradient` returns is on the device and lasts as long.
+    """
+
+    def __init__(self, gradient: Callable[[Batch, Tensor], Tensor], parameters: list[nn.Parameter], device: torch.device):
+        self.gradient, self.parameters, self.device = gradient, parameters, device
+        self.graphs: dict[tuple, tuple] = {}
+
+    def __call__(self, batch: Batch, shares: Tensor) -> Tensor:
+        new = [*tensors(batch).values(), shares]
+        key = (batch.max_seqlen, *(x.shape for x in new))
+        if key not in self.graphs:
+            self.graphs[key] = self._capture(batch.to(self.device), shares.to(self.device))
+        graph, ours, gradients, value = self.graphs[key]
+        for mine, x in zip(ours, new):
+            mine.copy_(x, non_blocking=True)
+        graph.replay()
+        for p, g in zip(self.parameters, gradients):
+            p.grad = g
+        return value
+
+    def _capture(self, batch: Batch, shares: Tensor) -> tuple:
+        def clear() -> None:
+            for p in self.parameters:
+                p.grad = None
+
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                clear()
+                self.gradient(batch, shares)
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        clear()     # so that the backward allocates gradients, in the graph's memory
+        graph, pool = torch.cuda.CUDAGraph(), next((graph.pool() for graph, *_ in self.graphs.values()), None)
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            value = self.gradient(batch, shares)
+        return graph, [*tensors(batch).values(), shares], [p.grad for p in self.parameters], value
 
 
 class GraphedGradient:

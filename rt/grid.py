@@ -11,23 +11,24 @@ import math
 import os
 import time
 from dataclasses import dataclass, field, replace
-from typing import Iterator
+from typing import Callable, Iterator
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from rt.config import UsageError
+from rt.data import side_by_side
 from rt.device import autocast
 from rt.distill import Loss, TeacherCache, task_loss
 from rt.functional import Weights
+from rt.graphs import BUCKET, GraphedStep
 from rt.log import progress
 from rt.model import Batch, Classifier, Trace
 from rt.optim import schedule
 from rt.tasks import Encoded
 from rt.tune import TaskData, TuneResult, TuneSettings, evaluate, metrics, score, training_batch
 
-PAD_SEQUENCE = 16       # tokens of the sequences that fill a range up: short ones, for attention grows with the square
 CPU_BYTES = 2**31       # of a group on a CPU
 EVAL_TOKENS = 16384     # a forward pass over dev, all runs together
 
@@ -75,25 +76,6 @@ def load(model: Classifier, weights: Weights) -> Classifier:
         for name, p in trained(model).items():
             p.copy_(weights[name])
     return model
-
-
-def side_by_side(batches: list[Batch], N: int = 0, B: int = 0) -> tuple[Batch, Tensor]:
-    """The batches of K runs as one, each in a range of its own, all ranges as long as the longest, or N tokens: what is missing is
-    filled with sequences that nothing reads. Also (K, B) the share of each example in the mean of its run: 1 / its batch's size, and 0
-    for the rows that make batches of unequal size equal (or of B sequences)."""
-    N, B = max(N, *(len(b.ids) for b in batches)), max(B, *(len(b.index) for b in batches))
-    ids, lengths, rows, labels, index, shares = [], [], [], [], [], torch.zeros(len(batches), B)
-    for k, batch in enumerate(batches):
-        short, n = N - len(batch.ids), len(batch.index)
-        ids += [batch.ids, batch.ids[:1].expand(short)]
-        lengths += batch.cu_seqlens.diff().tolist() + [min(PAD_SEQUENCE, short - i) for i in range(0, short, PAD_SEQUENCE)]
-        for parts, values in ((rows, batch.first + k * N), (labels, batch.labels), (index, batch.index)):
-            parts += [values, values[:1].expand(B - n)]
-        shares[k, :n] = 1 / n
-    seeds = None if batches[0].seeds is None else torch.cat([batch.seeds for batch in batches])
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    return Batch(torch.cat(ids), cu_seqlens, max(lengths), labels=torch.cat(labels), index=torch.cat(index), seeds=seeds,
-                 rows=torch.cat(rows)), shares
 
 
 class GridLoss:
@@ -196,8 +178,8 @@ def tune(runs: list[Run], *, device: torch.device, precision: torch.dtype, what:
     evaluation interval and decay; seeds, learning rates, warm-ups, losses and data are their own. A run that stops early leaves the
     others to themselves."""
     s, started = runs[0].settings, time.perf_counter()
-    grid, loss = stack([run.model for run in runs]), GridLoss(runs, device)
-    optimizer = GridAdamW(list(trained(grid).values()), s.weight_decay, s.clip)
+    grid = stack([run.model for run in runs])
+    gradient, optimizer = gradient_of(grid, runs, device, precision), GridAdamW(list(trained(grid).values()), s.weight_decay, s.clip)
     score_starts(runs, device, precision)
     active, recent, since, tokens = list(runs), torch.zeros(len(runs), device=device), 0, 0
     with progress(s.steps, f"{what}, {len(runs)} side by side") as bar:
@@ -205,29 +187,40 @@ def tune(runs: list[Run], *, device: torch.device, precision: torch.dtype, what:
             lr = [schedule(step, s.steps, max(1, round(r.settings.warmup * s.steps)), r.settings.lr) for r in active]
             alike = {(id(r.data), r.settings.seed): r for r in active}      # runs that read the same examples
             batches = {key: training_batch(r.data.train, r.settings, step) for key, r in alike.items()}
-            batch, shares = side_by_side([batches[id(r.data), r.settings.seed] for r in active])
+            batch, shares = side_by_side([batches[id(r.data), r.settings.seed] for r in active], BUCKET if s.graphs else 0)
             grid.train()
-            with autocast(device, precision):
-                values = loss(grid, batch.to(device), shares.to(device))
-            values.sum().backward()
+            recent += gradient(batch, shares)
             optimizer.step(torch.tensor(lr, device=device))
-            recent += values.detach()
             since, tokens = since + 1, tokens + len(batch.ids)
             if (step + 1) % s.eval_every == 0 or step + 1 == s.steps:
+                losses = (recent / since).mean().item()
                 score_runs(active, grid, step + 1, (recent / since).tolist(), device, precision)
                 going = [k for k, r in enumerate(active) if not r.settings.stops(r.result, step + 1)]
                 if not going:
                     break
                 if len(going) < len(active):
                     active, grid = [active[k] for k in going], keep(grid, going)
-                    loss = GridLoss(active, device)
+                    gradient = gradient_of(grid, active, device, precision)
                     optimizer.keep(going, list(trained(grid).values()))
                 recent, since = recent.new_zeros(len(active)), 0
-                bar.set_postfix_str(f"loss {values.mean().item():.3f}, best dev {max(score(r.result.dev) for r in runs):.3f}, "
+                bar.set_postfix_str(f"loss {losses:.3f}, best dev {max(score(r.result.dev) for r in runs):.3f}, "
                                     f"{tokens / (time.perf_counter() - started):,.0f} tok/s")
             bar.update()
     for run in runs:
         run.result.seconds = (time.perf_counter() - started) / len(runs)
+
+
+def gradient_of(grid: Classifier, runs: list[Run], device: torch.device, precision: torch.dtype) -> Callable[[Batch, Tensor], Tensor]:
+    """What a step computes of a batch and its shares, both on the host: (K,) losses, and every weight's gradient."""
+    loss = GridLoss(runs, device)
+
+    def gradient(batch: Batch, shares: Tensor) -> Tensor:
+        with autocast(device, precision):
+            values = loss(grid, batch.to(device), shares.to(device))
+        values.sum().backward()
+        return values.detach()
+
+    return GraphedStep(gradient, list(trained(grid).values()), device) if runs[0].settings.graphs else gradient
 
 
 def tune_in_groups(runs: list[Run], limit: int, *, device: torch.device, precision: torch.dtype, what: str = "tuning") -> Iterator[Run]:

@@ -7,9 +7,10 @@ from conftest import random_base
 
 from rt import grid
 from rt.config import UsageError
+from rt.data import PAD_SEQUENCES, side_by_side
 from rt.deltas import DeltaConfig, attach
 from rt.distill import Loss, TeacherCache
-from rt.grid import GridAdamW, Run, load, side_by_side, stack, trained
+from rt.grid import GridAdamW, Run, load, stack, trained
 from rt.optim import adamw
 from rt.tasks import Encoded
 from rt.tune import TaskData, TuneSettings, predict, tune
@@ -114,8 +115,9 @@ def test_predictions_side_by_side_are_in_each_runs_order(tokenizer, monkeypatch)
 def test_ranges_are_filled_up_and_shares_sum_to_one():
     data = task(21, 0).train
     batches = [data.batch([0, 1, 2]), data.batch([3]), data.batch([4, 5])]
-    batch, shares = side_by_side(batches, N=130, B=4)
-    assert len(batch.ids) == 390 and batch.cu_seqlens[-1] == 390 and batch.max_seqlen == int(batch.cu_seqlens.diff().max())
+    batch, shares = side_by_side(batches, bucket=130, B=4)
+    assert len(batch.ids) == 390 and batch.cu_seqlens[-1] == 390 and batch.max_seqlen == 64
+    assert len(batch.cu_seqlens) == 3 * (4 + PAD_SEQUENCES) + 1 and batch.cu_seqlens.diff().min() == 0
     assert shares.shape == (3, 4) and torch.equal(shares.sum(1), torch.ones(3)) and shares[1].tolist() == [1, 0, 0, 0]
     for k, own in enumerate(batches):
         assert torch.equal(batch.ids[k * 130:k * 130 + len(own.ids)], own.ids)
@@ -156,3 +158,25 @@ def test_interpolation_is_not_done_side_by_side(tokenizer):
     runs[1].loss = replace(runs[1].loss, itp=1, teacher_weights={})
     with pytest.raises(ValueError, match="itp"):
         grid.tune(runs, **CPU)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", FROZEN)
+def test_graphs_of_a_step_are_the_step(tokenizer, device, kind):
+    """Four runs side by side, and each alone, replayed as CUDA graphs: losses as without, to 1e-4 in fp32."""
+    if device.type == "cpu":
+        pytest.skip("CUDA graphs")
+    where = dict(device=device, precision=torch.float32)
+    curves = []
+    for graphs in (False, True):
+        runs = four_runs(tokenizer, kind)
+        for run in runs:
+            run.model.to(device)
+            cache = TeacherCache(run.loss.teacher.logits.to(device), run.loss.teacher.states.to(device))
+            run.settings, run.loss = replace(run.settings, graphs=graphs), replace(run.loss, teacher=cache)
+        grid.tune(runs, **where)
+        rows: list[dict] = []
+        tune(runs[0].model, replace(runs[0].data, test=None), runs[0].loss, runs[0].settings, **where, on_eval=rows.append)
+        curves.append([[row["loss"] for row in own[1:]] for own in (*(run.rows for run in runs), rows)])
+    for plain, replayed in zip(*curves):
+        assert plain == pytest.approx(replayed, rel=1e-4)
