@@ -324,7 +324,7 @@ class Bench:
 
     def run(self, cases: list[dict]) -> None:
         """Every case for which there is time and no row yet."""
-        self.add(environment(self.where.cuda, self.argv, ("transformers", "peft", "triton")) | {"bench": self.script})
+        self.add(environment(self.where.cuda, self.argv, ("transformers", "peft", "triton"), script=self.script))
         left = []
         try:
             rates = self.limits()
