@@ -47,7 +47,7 @@ DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 class Config:
     """The flags of `python -m bench.train` and `python -m bench.recycle`."""
     json: str | None = None  # append a row for every implementation of every case
-    sizes: tuple[str, ...] = ()  # presets; default: mini and small on a CPU, and base too on a GPU
+    sizes: tuple[str, ...] = ()  # presets; default: small and mini; on a GPU base before them
     only: tuple[str, ...] = ()  # kinds of cases; default: all
     dropouts: tuple[float, ...] = (0.1, 0.0)  # of embeddings, residuals, attention and head, in ours and in the peers
     device: str = "auto"  # auto, cpu or cuda
@@ -349,7 +349,7 @@ class Bench:
 
 
 def sizes_of(c: Config, cuda: bool) -> tuple[str, ...]:
-    sizes = c.sizes or (("tiny",) if c.quick else ("base", "small", "mini") if cuda else ("mini", "small"))
+    sizes = c.sizes or (("tiny",) if c.quick else ("base", "small", "mini") if cuda else ("small", "mini"))
     for size in sizes:
         if size not in PRESETS:
             raise UsageError(f"--sizes {size}: not one of {', '.join(PRESETS)}")
