@@ -34,7 +34,8 @@ def add_norm(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, eps: float, p: 
     p, seed        of the dropout, as in kernels.dropout; seed None: nothing is dropped
     Returns        (N, d) in the dtype of h. Raises ValueError where shapes do not fit.
     """
-    if x.ndim != 2 or x.shape != h.shape or any(t.shape[-1] != x.shape[1] or len(x) % (len(t) if t.ndim == 2 else 1) for t in (weight, bias)):
+    own = [t.shape[-1] == x.shape[-1] and (t.ndim == 1 or len(x) % len(t) == 0) for t in (weight, bias)]
+    if x.ndim != 2 or x.shape != h.shape or not all(own):
         raise ValueError(f"x and h must be (N, d) and alike, weight and bias (d,) or (K, d) with K a divisor of N, not "
                          f"{[tuple(t.shape) for t in (x, h, weight, bias)]}")
     return add_norm_ref(x, h, weight, bias, eps, p, seed)

@@ -30,6 +30,11 @@ class TuneSettings:
     weight_decay: float = 0.01
     warmup: float = 0.06
     clip: float = 1.0
+    early_stop: int = 0     # end when so many evaluations in a row have brought nothing better; 0: never
+
+    def stops(self, result: "TuneResult", step: int) -> bool:
+        """Whether a run that has been evaluated after `step` ends there."""
+        return 0 < self.early_stop * self.eval_every <= step - result.best_step
 
 
 @dataclass
@@ -176,6 +181,8 @@ def tune(model: Classifier, data: TaskData, loss: Loss, settings: TuneSettings, 
                 since = 0
                 bar.set_postfix_str(f"loss {mean_loss:.3f}, dev {score(result.dev):.3f}, "
                                     f"{tokens / (time.perf_counter() - started):,.0f} tok/s")
+                if s.stops(result, step + 1):
+                    break
             bar.update()
     with torch.no_grad():
         for k, p in trained.items():
