@@ -8,7 +8,7 @@ so that noise hits all alike. A row is one implementation of a case:
     against, ratio          what it is compared with, and its ms / that one's ms; ratio_p20 and ratio_p80 are of single rounds' ratios
     tokens, padded_tokens   a step, real and as computed by an implementation that pads; tokens_per_s counts the real ones
     tflop, mfu              of the algorithm on real tokens (matrix products forward and backward, nothing twice, scores of predicted
-                            rows only), and the share of the rate at which this run multiplied large matrices of that dtype
+                            rows only), and the share of the rate at which this run multiplied matrices of that dtype at best
     peak_mb                 CUDA: from before the model was built to the most during a step: weights, gradients, optimizer, activations
     saved_mb, grads_mb, state_mb    kept for the backward pass (weights not counted), gradients, the optimizer's state
     loss, loss_peer         of the same weights in fp32 without dropout; the case is not timed where they differ by more than 1e-4
@@ -256,15 +256,19 @@ class Bench:
         return [r for r in self.rows if case.items() <= r.items()]
 
     def limits(self) -> dict[torch.dtype, float]:
-        """FLOP/s of a large matrix product in each dtype, measured now."""
-        n = 256 if self.c.quick else 8192 if self.where.cuda else 2048
+        """FLOP/s of matrix products in each dtype: the fastest sample of several sizes, so that neither a size that suits the library
+        badly nor other work on the machine makes a step look better than it is."""
+        sizes, rates = (128, 256) if self.c.quick else (4096, 8192) if self.where.cuda else (512, 1024, 2048), {}
         for dtype in self.where.dtypes:
-            a, b = (torch.randn(n, n, device=self.where.device).to(dtype) for _ in range(2))
-            timed = self.clock(lambda: a @ b)
-            self.add({"kernel": "limits", "impl": f"matmul {n} {DTYPES[dtype]}", "pass": "forward"} | timed |
-                     {"tflops": 2 * n**3 / timed["ms"] / 1e9})
-        rates = {r["impl"].split()[-1]: r["tflops"] * 1e12 for r in self.rows if r.get("kernel") == "limits"}
-        return {dtype: rates[DTYPES[dtype]] for dtype in self.where.dtypes}
+            for n in sizes:
+                a, b = (torch.randn(n, n, device=self.where.device).to(dtype) for _ in range(2))
+                self.clock.sample(lambda: a @ b, 3)
+                times = self.clock.sample(lambda: a @ b, 20)
+                tflops = 2 * n**3 / min(times) / 1e9
+                self.add({"kernel": "limits", "impl": f"matmul {n} {DTYPES[dtype]}", "ms": statistics.median(times), "fastest": min(times),
+                          "tflops": tflops})
+                rates[dtype] = max(rates.get(dtype, 0.0), tflops * 1e12)
+        return rates
 
     def built(self, case: dict, impls: dict[str, Impl]) -> tuple[dict[str, Callable], dict[str, dict]]:
         """Those that could be, run twice, and the memory that each takes."""
