@@ -130,7 +130,7 @@ def main() -> None:
 
 def one_after_another(c: Config, r: Recycling, task: Task, modes: list[str], bases: dict[str, Base],
                       sources: list[tuple[Delta, TaskData]], out: Path) -> None:
-    book = Book(c, out, task, planned(c, modes))
+    book = Book(c, sys.argv, out, task, planned(c, modes))
     for seed in c.seeds:
         r = sample(c, r, task, seed)
         for mode, lr in ((mode, lr) for mode in modes for lr in learning_rates(c, mode)):
@@ -254,7 +254,7 @@ def sweep(c: Config, r: Recycling, task: Task, modes: list[str], out: Path, rank
             for seed in {one.seed for one in group} - samples.keys():
                 samples[seed] = sample(c, r, task, seed)
             for one, result, delta, curve in swept_runs(samples, group, c.side_by_side):
-                keep_run(out, one, task, result, delta, curve)
+                keep_run(out, sys.argv, one, task, result, delta, curve)
                 bar.update()
     ranks.from_main(lambda: finish_sweep(c, r, task, modes, list(runs), out))
 

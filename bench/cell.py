@@ -23,6 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
+import torch
+
+from bench.machine import commit, device_name
 from rt.config import UsageError, parse, run
 from rt.device import pick_device
 from rt.log import table

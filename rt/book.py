@@ -1,7 +1,6 @@
 """What recycle.py leaves: a row a run in summary.json, curves in metrics.jsonl, deltas. A run is told from others by all it depends on."""
 import hashlib
 import json
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,8 +76,8 @@ class Book:
     """metrics.jsonl, summary.json and deltas/ of the output folder. What other calls have left there stays, unless the same
     run (mode, seed, learning rate and settings) is done again."""
 
-    def __init__(self, c, out: Path, task: Task, plan: list[Run]):
-        self.c, self.out, self.task = c, out, task
+    def __init__(self, c, argv: list[str], out: Path, task: Task, plan: list[Run]):
+        self.facts, self.c, self.out, self.task = {"config": record(c), "argv": argv}, c, out, task
         claim(out, {"metrics.jsonl", "summary.json", "deltas"})
         again = {run.name for run in plan}
         self.log = Log(out, keep=lambda row: row["run"] not in again)
@@ -93,23 +92,23 @@ class Book:
         """Write a finished run: its delta, and its row in the summary, to which `about` is added."""
         c, row = run.c, row_of(run, self.task, result)
         if c.save_deltas:
-            keep_delta(self.out, self.c, row, self.task, delta)
+            keep_delta(self.out, row, self.task, delta, self.facts)
         self.rows.append({**row, **about})
         add_steps_to_scratch([row for row in self.rows if belongs(row, c)])
-        write_json(self.out / "summary.json", {"rows": self.rows, "config": record(self.c), "argv": sys.argv})
+        write_json(self.out / "summary.json", {"rows": self.rows, **self.facts})
 
 
-def keep_delta(out: Path, c, row: dict, task: Task, delta: Delta) -> Path:
-    """OUT/deltas/RUN, with the row's facts in it."""
+def keep_delta(out: Path, row: dict, task: Task, delta: Delta, about: dict) -> Path:
+    """OUT/deltas/RUN, with the row's facts and `about` in it."""
     facts = {k: row[k] for k in ("task", "shots", "seed", "mode", "lr", "dev", "test")}
-    info = {**facts, "labels": list(task.labels), "config": record(c), "argv": sys.argv, **delta.info}
+    info = {**facts, "labels": list(task.labels), **about, **delta.info}
     save_delta(out / "deltas" / row["run"], replace(delta, info=info))
     return out / "deltas" / row["run"]
 
 
-def keep_run(out: Path, run: Run, task: Task, result: TuneResult, delta: Delta, curve: list[dict]) -> None:
+def keep_run(out: Path, argv: list[str], run: Run, task: Task, result: TuneResult, delta: Delta, curve: list[dict]) -> None:
     """A folder for one run of a sweep; summary.json, the sign that it is complete, comes last."""
     row = row_of(run, task, result)
-    home = keep_delta(out, run.c, row, task, delta)
+    home = keep_delta(out, row, task, delta, {"config": record(run.c), "argv": argv})
     (home / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in curve), encoding="utf-8")
     write_json(home / "summary.json", row)
