@@ -404,6 +404,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
     return out
 
 
+def attention_qkv(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, **arguments) -> Tensor:
+    """`attention` of the packed projection (N, 3, H, D), with the same keyword arguments: q, k and v are its rows 0, 1, 2."""
+    if qkv.ndim != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"qkv must be (N, 3, H, D), not {tuple(qkv.shape)}")
+    return attention(*qkv.unbind(1), cu_seqlens, max_seqlen, **arguments)
+
+
 def _padded_attention(q: Tensor, k: Tensor, v: Tensor, *rest) -> Tensor:
     return _attention(*padded(q, k, v), *rest)[0][..., :q.shape[-1]]
 
