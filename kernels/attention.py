@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kernels import configs
 from kernels.common import LOG2E, check_cu_seqlens, launch, tl, triton, uses_triton
-from kernels.dropout import dropout_words, keep_factor, threshold_of, word, words_ref
+from kernels.dropout import check_seed, dropout_words, keep_factor, threshold_of, word, words_ref
 
 PREFIX_ROWS = 512       # queries that share a partial sum of a prefix's gradients
 RUNTIME = ["N", "H", "blocks", "prefix_len", "threshold"]      # not compiled anew where they are 1 or a multiple of 16
@@ -58,8 +58,9 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqle
         if dropout_p:
             a, b, c = (w.reshape(H, B, S).transpose(0, 1) for w in abc)                   # (B, H, S)
             keep = torch.addcmul(b[..., None], a[..., None], c[..., None, :]) >= threshold_of(dropout_p)
-            p = p * keep.to(p.dtype).mul_(1 / (1 - dropout_p))
-        out.append((p @ v_r).transpose(1, 2).reshape(B * S, H, D))
+            p = p * keep.to(p.dtype)
+        o = p @ v_r
+        out.append((o * (1 / (1 - dropout_p)) if dropout_p else o).transpose(1, 2).reshape(B * S, H, D))
     result = torch.cat(out)
     if order is not None:
         result = torch.empty_like(result).index_copy(0, order, result)
@@ -88,7 +89,7 @@ def _seed(seed: Tensor | int | None, device: torch.device) -> Tensor:
     if seed is None:
         return torch.randint(2**63 - 1, (1,), device=device)
     if isinstance(seed, Tensor):
-        return seed.to(device, torch.int64).view(-1)
+        return seed.to(device, torch.int64).reshape(-1).contiguous()
     return torch.full((1,), seed, device=device, dtype=torch.int64)
 
 
@@ -292,7 +293,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seed: Tensor
     out, lse = torch.empty(N, H, D, dtype=q.dtype, device=q.device), torch.empty(H, N, device=q.device)
     words = torch.empty((3, H, N) if dropout_p else (0,), dtype=torch.int32, device=q.device)
     if dropout_p:
-        launch(dropout_words, triton.cdiv(N, 256) * H, seed, words, N, H, triton.cdiv(N, 256), BLOCK=256)
+        launch(dropout_words, triton.cdiv(N, 256) * H, seed, words, N, H, N // len(seed), triton.cdiv(N, 256), BLOCK=256)
     BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_forward", size_class(D, max_seqlen), q.dtype, q.device)
     blocks = triton.cdiv(max_seqlen, BLOCK_Q)
     launch(_forward, blocks * H * (len(cu_seqlens) - 1), q, k, v, out, lse, cu_seqlens, words, *_strides(q, k, v), N, H, blocks, len(k),
@@ -390,6 +391,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
         raise ValueError(f"dropout_p must be at least 0 and below 1, not {dropout_p}")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must be of one dtype, not {[x.dtype for x in (q, k, v)]}")
+    if dropout_p and isinstance(seed, Tensor):
+        check_seed(len(q), seed.reshape(-1))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not uses_triton(q):
         return attention_ref(q, k, v, cu_seqlens, max_seqlen, dropout_p=dropout_p, seed=seed, scale=scale, prefix_kv=prefix_kv)
