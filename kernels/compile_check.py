@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from kernels import attention, attention_kd, configs, dropout, hidden_mse, kd_loss, linear_cross_entropy, linear_kd, top_k
+from kernels import add_norm, attention, attention_kd, configs, dropout, hidden_mse, kd_loss, linear_cross_entropy, linear_kd, top_k
 from kernels.common import recording, triton
 
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}    # bytes a block; 80 stands for sm_86, 89 and 120 too
@@ -78,6 +78,11 @@ def linear_loss_calls(dtype: torch.dtype) -> None:
 def norm_calls(dtype: torch.dtype) -> None:
     for d in (32, 768):
         dropout(torch.zeros(16, d, dtype=dtype, requires_grad=True), 0.1, LABELS).sum().backward()
+    for d, p, wide in ((32, 0.1, False), (256, 0.1, False), (768, 0.0, False), (768, 0.1, False), (768, 0.1, True), (4096, 0.1, False)):
+        x = torch.zeros(16, d, dtype=torch.float32 if wide else dtype, requires_grad=True)
+        h = torch.zeros(16, d, dtype=dtype, requires_grad=True)
+        weight, bias = (torch.zeros(d, requires_grad=True) for _ in range(2))
+        add_norm(x, h, weight, bias, 1e-5, p, LABELS).sum().backward()
 
 
 CALLS = {"attention": attention_calls, "attention_kd": attention_kd_calls, "kd_loss": kd_loss_calls, "linear_loss": linear_loss_calls,

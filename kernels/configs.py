@@ -60,8 +60,11 @@ TABLE: dict[str, dict[tuple[int, int, int], tuple[int, ...]]] = {
     "kd_loss_forward": _rows({32: (32, 1), 256: (256, 1), 1024: (1024, 4), 4096: (4096, 4)}),
     "hidden_mse": _rows({32: (32, 1), 256: (256, 1), 1024: (1024, 4), 4096: (4096, 8)}),
     **dict.fromkeys(("kd_loss_backward", "linear_loss"), _rows({32: (32, 1), 256: (256, 1), 1024: (1024, 4), 4096: (2048, 8)})),
-    # rows, columns, warps; size as above. add_norm takes whole rows: its columns are the power of two that holds one
+    # rows, columns, warps; size as above
     "dropout": _rows({32: (64, 32, 4), 256: (16, 256, 4), 1024: (16, 256, 4), 4096: (16, 256, 4)}),
+    # rows, warps; size as above; columns: the power of two that holds a row
+    "add_norm_forward": _rows({32: (32, 4), 256: (8, 4), 1024: (4, 4), 4096: (2, 8)}),
+    "add_norm_backward": _rows({32: (32, 4), 256: (8, 4), 1024: (4, 4), 4096: (2, 8)}),
 }
 _arch: int | None = None        # compile_check sets what no device here can tell
 
