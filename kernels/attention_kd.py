@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import configs
-from kernels.attention import RUNTIME, _locate, _product, _strides, _tile, padded, size_class
+from kernels.attention import _strides, padded, size_class
+from kernels.attention_kernels import RUNTIME, _locate, _product, _tile
 from kernels.common import LOG2E, check_cu_seqlens, launch, tl, triton, uses_triton
 
 # ---------------------------------------------------------------- reference

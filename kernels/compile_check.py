@@ -25,7 +25,19 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from kernels import add_norm, attention, attention_kd, configs, dropout, hidden_mse, kd_loss, linear_cross_entropy, linear_kd, top_k
+from kernels import (
+    add_norm,
+    attention,
+    attention_kd,
+    attention_qkv,
+    configs,
+    dropout,
+    hidden_mse,
+    kd_loss,
+    linear_cross_entropy,
+    linear_kd,
+    top_k,
+)
 from kernels.common import recording, triton
 
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}    # bytes a block; 80 stands for sm_86, 89 and 120 too
@@ -40,6 +52,8 @@ def attention_calls(dtype: torch.dtype) -> None:
         prefix = tuple(torch.zeros(s, requires_grad=True) for s in ((64, 16, D), (64, 16, D), (16,))) if not dropout_p else None
         torch.use_deterministic_algorithms(deterministic)
         attention(q, k, v, torch.tensor([0, 4], dtype=torch.int32), longest, dropout_p=dropout_p, prefix_kv=prefix).sum().backward()
+        qkv = torch.zeros(4, 3, 16, D, dtype=dtype, requires_grad=True)
+        attention_qkv(qkv, torch.tensor([0, 4], dtype=torch.int32), longest, dropout_p=dropout_p).sum().backward()
     torch.use_deterministic_algorithms(False)
 
 

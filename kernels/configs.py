@@ -64,7 +64,7 @@ TABLE: dict[str, dict[tuple[int, int, int], tuple[int, ...]]] = {
     "dropout": _rows({32: (64, 32, 4), 256: (16, 256, 4), 1024: (16, 256, 4), 4096: (16, 256, 4)}),
     # rows, warps; size as above; columns: the power of two that holds a row
     "add_norm_forward": _rows({32: (32, 4), 256: (8, 4), 1024: (4, 4), 4096: (2, 8)}),
-    "add_norm_backward": _rows({32: (32, 4), 256: (8, 4), 1024: (4, 4), 4096: (2, 8)}),
+    "add_norm_backward": {**_rows({32: (32, 4), 256: (8, 4), 1024: (4, 4), 4096: (2, 8)}), **_rows({1024: (4, 8)}, bits=16, arch=80)},
 }
 _arch: int | None = None        # compile_check sets what no device here can tell
 

@@ -95,13 +95,6 @@ INTERPRETED_BF16 = "Triton's interpreter multiplies the bits of bfloat16 numbers
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-@pytest.fixture
-def deterministic(request):
-    torch.use_deterministic_algorithms(request.param)
-    yield request.param
-    torch.use_deterministic_algorithms(False)
-
-
 def prefix_of(P, H, D, device, dtype):
     g = torch.Generator().manual_seed(9)
     return [torch.randn(s, generator=g).to(device, dtype).requires_grad_() for s in ((P, H, D), (P, H, D), (H,))]
