@@ -42,7 +42,7 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqle
     whose sequences are not in order of length is put in order and back."""
     N, H, D = q.shape
     scale = D ** -0.5 if scale is None else scale
-    lengths = cu_seqlens.diff().tolist()
+    lengths = [n for n in cu_seqlens.diff().tolist() if n] or [0]      # empty ones at the end must not put a sorted batch out of order
     inputs = [q * scale, k, v]
     seed = _seed(seed, q.device) if dropout_p else None     # drawn once: all three streams are of one seed
     words = [words_ref(seed, stream, H, N) for stream in range(3)] if dropout_p else []
@@ -245,7 +245,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
     """Attention in which each of B sequences sees itself only. Nothing waits for the device.
 
     q, k, v      (N, H, D), any strides with a contiguous last dimension: the tokens of all sequences end to end
-    cu_seqlens   (B+1,) int32, where each sequence begins, then N; empty sequences are allowed
+    cu_seqlens   (B+1,) int32, where each sequence begins, then N; empty sequences are allowed, such as those that fill it to a fixed
+                 length. On a GPU each of them costs H programs for every block of max_seqlen that read its bounds and end
     max_seqlen   length of the longest, or more
     dropout_p    probability with which an attention weight is dropped; kept ones are scaled by 1 / (1 - p)
     seed         of the dropout mask, an int or an int64 tensor (1,); None draws from torch's default generator. (K,): of K runs side by

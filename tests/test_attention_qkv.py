@@ -3,7 +3,7 @@ import pytest
 import torch
 from test_attention import everything, inputs, prefix_of
 
-from kernels import attention, attention_qkv
+from kernels import attention, attention_kd, attention_qkv
 from kernels.attention import _attention_qkv, _attention_qkv_backward
 
 
@@ -45,3 +45,56 @@ def test_ops_are_registered_as_torch_wants_them(device):
     out, lse, words = (x.detach() for x in _attention_qkv(*arguments))
     torch.library.opcheck(_attention_qkv_backward, (torch.randn_like(out), arguments[0].detach(), out, lse, words, cu.to(device), 7, 0.2,
                                                     dropout_p))
+
+
+# ---------------------------------------------------------------- cu_seqlens filled to a fixed length
+
+def filled(cu, count):
+    """With `count` empty sequences more."""
+    return torch.cat([cu, cu[-1:].expand(count)])
+
+
+@pytest.mark.parametrize("deterministic", [False, True], indirect=True, ids=["atomic", "split"])
+@pytest.mark.parametrize("path", ["triton", "ref"])
+def test_empty_sequences_at_the_end_change_nothing(device, path, deterministic, monkeypatch):
+    monkeypatch.setenv("RT_KERNELS", path)
+    dtype = torch.float32 if path == "ref" else torch.float16
+    qkv, cu = inputs(dtype, (3, 3, 70), H=1)        # in order of length, as the reference likes them
+    qkv, cu = qkv.detach().to(device).requires_grad_(), cu.to(device)
+    for function, x in ((attention, qkv.unbind(1)), (attention_qkv, (qkv,))):
+        found = []
+        for bounds in (cu, filled(cu, 60)):
+            out = function(*x, bounds, 70, dropout_p=0.2, seed=3)
+            weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out)
+            found.append([out, *torch.autograd.grad((out * weight).sum(), qkv)])
+        for a, b in zip(*found):
+            torch.testing.assert_close(a, b, atol=1e-3 if path == "triton" else 0, rtol=1e-3 if path == "triton" else 0)
+
+
+def test_the_reference_puts_nothing_in_order_for_them(monkeypatch):
+    qkv, cu = inputs(torch.float32, (3, 3, 7), H=1)
+    monkeypatch.setitem(attention.__globals__, "_by_length", None)
+    attention(*qkv.unbind(1), filled(cu, 4), 7)
+    with pytest.raises(TypeError):
+        attention(*qkv.unbind(1), torch.tensor([0, 7, 10, 13], dtype=torch.int32), 7)
+
+
+@pytest.mark.parametrize("path", ["triton", "ref"])
+def test_empty_sequences_in_the_distillation_of_maps(device, path, monkeypatch):
+    monkeypatch.setenv("RT_KERNELS", path)
+    qkv, cu = inputs(torch.float32, (3, 20), H=1)
+    x, cu, found = qkv.detach().to(device).requires_grad_(), cu.to(device), []
+    for bounds in (cu, filled(cu, 40)):
+        rows = attention_kd(x[:, 0], x[:, 1], x[:, 1].detach(), x[:, 2].detach(), bounds, 20)
+        found.append([rows, *torch.autograd.grad((rows * torch.arange(23.0, device=device)[:, None]).sum(), x)])
+    for a, b in zip(*found):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("path", ["triton", "ref"])
+def test_nothing_but_empty_sequences(device, path, monkeypatch):
+    monkeypatch.setenv("RT_KERNELS", path)
+    qkv = torch.zeros(0, 3, 1, 32, device=device, requires_grad=True)
+    cu = torch.zeros(5, dtype=torch.int32, device=device)
+    out = attention_qkv(qkv, cu, 8, dropout_p=0.1, seed=1)
+    assert out.shape == (0, 1, 32) and torch.autograd.grad(out.sum(), qkv)[0].shape == qkv.shape
