@@ -24,7 +24,7 @@ from rt.checkpoint import Base, read_json
 from rt.config import UsageError, parse, record, require_positive, require_seeds, run
 from rt.deltas import Delta, DeltaConfig, apply, load_delta
 from rt.device import pick_precision
-from rt.dist import Ranks, join
+from rt.dist import Ranks, environment_alone, join
 from rt.graphs import check_graphs
 from rt.hub import open_base
 from rt.log import claim, progress, table, write_json
@@ -332,7 +332,7 @@ def machine(c: Config) -> tuple[str, ...]:
 def train(what: str, *arguments: str) -> None:
     print(f"building {what}", flush=True)
     script = str(Path(__file__).with_name("train.py"))
-    if subprocess.run([sys.executable, script, *arguments]).returncode:
+    if subprocess.run([sys.executable, script, *arguments], env=environment_alone()).returncode:
         raise UsageError(f"could not build {what}: python train.py {' '.join(arguments)} failed")
 
 

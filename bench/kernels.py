@@ -33,7 +33,8 @@ import torch
 
 from bench.machine import clocks, environment
 from bench.measure import Clock, distance, evaluate, steps, worst
-from bench.peers import PROBLEMS, Impl
+from bench.peers import PROBLEMS
+from bench.problem import Impl
 from bench.tables import case_of, label, print_tables, read
 from kernels import configs
 
@@ -54,23 +55,29 @@ def linear(kernel: str, N: int, V: int = 50265, d: int = 768) -> dict:
     return {"kernel": kernel, "N": N, "V": V, "d": d}
 
 
+def norm(kernel: str, N: int, dropout: float, d: int = 768) -> dict:
+    return {"kernel": kernel, "dropout": dropout, "N": N, "d": d}
+
+
 GPU_CASES = [
     *(attention(n, 512, ragged, p) for p in (0.0, 0.1) for ragged in (False, True) for n in (16384, 32768)),
     linear("linear_kd", 4096), linear("linear_kd", 16384), kd(4096, 50265), kd(64, 20), kd(4096, 1000), kd(16384, 50304), kd(16, 3),
     attention(16384, 512, kernel="attention_kd"), attention(16384, 512, True, kernel="attention_kd"),
     linear("linear_cross_entropy", 2458), kd(4096, 50265, 64),
     {"kernel": "hidden_mse", "B": 64, "L": 13, "d": 768},
+    norm("add_norm", 16384, 0.1), norm("add_norm", 16384, 0.0), norm("dropout", 16384, 0.1),
     attention(16384, 512, D=128), linear("linear_kd", 2458), linear("linear_cross_entropy", 16384), linear("linear_cross_entropy", 4096),
     *(attention(n, S, ragged, p) for p in (0.0, 0.1) for n in (16384, 32768) for S in (1024, 256, 128, 4096) for ragged in (False, True)),
-    attention(16384, 2048, D=128), attention(16384, 512, True, D=128), attention(16384, 2048, True, D=128),
+    attention(16384, 2048, D=128),
 ]
 CPU_CASES = [
     *(attention(256, 64, ragged, p) | {"H": 2} for p in (0.0, 0.1) for ragged in (False, True)),
     linear("linear_kd", 96, 211, 32), linear("linear_cross_entropy", 96, 211, 32), kd(64, 1001), kd(16, 3), kd(64, 1001, 8),
     attention(256, 64, kernel="attention_kd") | {"H": 2}, {"kernel": "hidden_mse", "B": 8, "L": 3, "d": 48},
+    norm("add_norm", 96, 0.1, 48), norm("add_norm", 96, 0.0, 48), norm("dropout", 96, 0.1, 48),
 ]
 GROUPS = {"attention": ("attention",), "attention_kd": ("attention_kd",), "kd": ("kd_loss", "hidden_mse"),
-          "linear": ("linear_kd", "linear_cross_entropy")}
+          "linear": ("linear_kd", "linear_cross_entropy"), "norm": ("add_norm", "dropout")}
 SLOW_ON_CPU = ("compile", "flex", "liger", "graph", "flash varlen")     # minutes of compilation, or nothing but an error
 
 

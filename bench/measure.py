@@ -8,7 +8,7 @@ from typing import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from bench.peers import Impl
+from bench.problem import Impl
 
 
 class Clock:

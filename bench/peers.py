@@ -4,121 +4,22 @@ A `Problem` is built from a case, a dict such as {"kernel": "attention", "S": 51
 a peer may be missing, may not take the shape, or may not fit in memory. Liger is optional. With `exact` the same rounded inputs come in
 float64 and `truths` say what is right.
 """
-import os
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Callable, Iterator, NamedTuple
+from contextlib import nullcontext
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels import linear_loss
+from bench.problem import Draws, Impl, Problem, compiled, deterministic, graphed, leaf, reference, wide
+from kernels import add_norm, dropout, linear_loss
 from kernels.attention import attention
 from kernels.attention_kd import attention_kd
 from kernels.hidden_mse import hidden_mse
 from kernels.kd_loss import TopK, kd_loss, kd_loss_ref, top_k
 
 ALPHA, T = 0.5, 2.0
-PASSES = ("forward", "backward", "both")
-
-
-class Impl(NamedTuple):
-    function: Callable[..., Tensor]             # of the leaves
-    leaves: tuple[Tensor, ...]                  # what is differentiated; none: `function` is all there is to time
-    upstream: Tensor | None = None              # gradient of its output; None where that is a scalar
-    context: Callable = nullcontext             # entered around every call
-    canonical: Callable = lambda x: x           # its output, or a gradient, laid out as the truth is
-    truth: str = "default"
-    passes: tuple[str, ...] = PASSES            # what to time; none: its error is of interest, its time is not
-
-
-@dataclass
-class Problem:
-    impls: dict[str, Callable[[], Impl]]
-    truths: dict[str, Callable[[], Impl]]
-    unit: str                                   # "tflops" or "gbps"
-    work: dict[str, float]                      # a pass -> FLOPs of the algorithm, or bytes that must move
-    launch_bound: bool = False                  # so small that calls are timed in a row, not one by one behind a flushed cache
-
-
-@contextmanager
-def reference() -> Iterator[None]:
-    """Inside, our functions are their references in plain PyTorch."""
-    before = os.environ.get("RT_KERNELS")
-    os.environ["RT_KERNELS"] = "ref"
-    try:
-        yield
-    finally:
-        os.environ.pop("RT_KERNELS") if before is None else os.environ.update(RT_KERNELS=before)
-
-
-@contextmanager
-def deterministic() -> Iterator[None]:
-    """torch.use_deterministic_algorithms without its debugging aid, which writes NaN into every fresh tensor first."""
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
-
-
-def compiled(function: Callable) -> Callable:
-    """Static shapes. Backward alone is timed on one graph again and again, which buffers given away after a backward would forbid."""
-    import torch._functorch.config as config
-    config.donated_buffer = False
-    torch._dynamo.reset()       # a case more must not count as a recompilation of the last one
-    return torch.compile(function, dynamic=False)
-
-
-def graphed(impl: Impl) -> Impl:
-    """Forward and backward as one replay of a CUDA graph."""
-    def step() -> None:
-        torch.autograd.grad(impl.function(*impl.leaves), impl.leaves, impl.upstream)
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return Impl(lambda: graph.replay(), (), passes=("both",))
-
-
-class Draws:
-    """Random numbers from one seed; the same ones, as float64, if `exact`."""
-    def __init__(self, device: torch.device, dtype: torch.dtype, exact: bool):
-        self.dtype, self.exact = dtype, exact
-        self.of = {"generator": torch.Generator(device).manual_seed(0), "device": device}
-
-    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
-        """Inputs, rounded to the dtype that is measured."""
-        return self.widen(torch.randn(shape, **self.of).mul_(scale).to(self.dtype))
-
-    def near(self, x: Tensor) -> Tensor:
-        """Another of the kind of x, not far from it."""
-        return self.widen((x.float() + 0.1 * x.float().std() * torch.randn(x.shape, **self.of)).to(self.dtype))
-
-    def upstream(self, *shape: int) -> Tensor:
-        """The gradient of fp32 losses: positive, not uniform."""
-        return self.widen(torch.rand(shape, **self.of))
-
-    def below(self, n: int, count: int) -> Tensor:
-        return torch.randint(n, (count,), **self.of)
-
-    def widen(self, x: Tensor) -> Tensor:
-        return x.double() if self.exact else x
-
-
-def leaf(x: Tensor) -> Tensor:
-    return x.detach().requires_grad_()
 
 
 # ---------------------------------------------------------------- attention
@@ -243,11 +144,6 @@ def attention_kd_problem(case: dict, device: torch.device, dtype: torch.dtype, e
 
 
 # ---------------------------------------------------------------- losses
-
-def wide(x: Tensor) -> Tensor:
-    """In at least fp32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
 
 def eager_kd(s: Tensor, t: Tensor, labels: Tensor | None, alpha: float = ALPHA) -> Tensor:
     """What one writes down first: (R, C) raw logits twice -> (R,)."""
@@ -384,6 +280,47 @@ def liger_ce(labels: Tensor, of: Callable) -> dict[str, Callable[[], Impl]]:
     return {"liger fused": fused}
 
 
+# ---------------------------------------------------------------- norm and dropout
+
+def norm_problem(case: dict, device: torch.device, dtype: torch.dtype, exact: bool = False) -> Problem:
+    """add_norm, weights fp32 in ours and as wide as the rest for the others, since torch has no mixed layer norm on a GPU. Liger fuses
+    a residual with RMS norm only: no peer."""
+    N, d, p = case["N"], case["d"], case["dropout"]
+    draws = Draws(device, dtype, exact)
+    (x, h, upstream), (weight, bias) = (draws.normal(N, d) for _ in range(3)), (draws.normal(d) for _ in range(2))
+    seed = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def ours(context: Callable = nullcontext) -> Impl:
+        return Impl(lambda x, h, w, b: add_norm(x, h, w, b, 1e-5, p, seed), tuple(map(leaf, (x, h, wide(weight), wide(bias)))), upstream,
+                    context)
+
+    def eager(wrap: Callable = lambda f: f) -> Impl:
+        function = wrap(lambda x, h, w, b: F.layer_norm(x + F.dropout(h, p), (d,), w, b, 1e-5))
+        return Impl(function, tuple(map(leaf, (x, h, weight, bias))), upstream)
+
+    once = N * d * x.element_size()     # x, h and y; dy, one saved tensor, dx, and dh where it differs from dx
+    work = {"forward": 3 * once, "backward": (4 if p else 3) * once, "both": (7 if p else 6) * once}
+    return Problem({"ours": ours, "eager": eager, "compile": lambda: eager(compiled), "reference": lambda: ours(reference)},
+                   {"default": ours if p else eager}, "gbps", work, N * d < 2**23)
+
+
+def dropout_problem(case: dict, device: torch.device, dtype: torch.dtype, exact: bool = False) -> Problem:
+    """dropout of rows, words hashed in the kernel; the others draw Philox numbers."""
+    N, d, p = case["N"], case["d"], case["dropout"]
+    draws = Draws(device, dtype, exact)
+    x, upstream, seed = draws.normal(N, d), draws.normal(N, d), torch.zeros(1, dtype=torch.int64, device=device)
+
+    def ours(context: Callable = nullcontext) -> Impl:
+        return Impl(lambda x: dropout(x, p, seed), (leaf(x),), upstream, context)
+
+    def eager(wrap: Callable = lambda f: f) -> Impl:
+        return Impl(wrap(lambda x: F.dropout(x, p)), (leaf(x),), upstream)
+
+    once = N * d * x.element_size()
+    return Problem({"ours": ours, "eager": eager, "compile": lambda: eager(compiled), "reference": lambda: ours(reference)},
+                   {"default": ours}, "gbps", {"forward": 2 * once, "backward": 2 * once, "both": 4 * once}, N * d < 2**23)
+
+
 PROBLEMS: dict[str, Callable[..., Problem]] = {
     "attention": attention_problem, "attention_kd": attention_kd_problem, "kd_loss": kd_problem, "hidden_mse": hidden_problem,
-    "linear_kd": linear_problem, "linear_cross_entropy": linear_problem}
+    "linear_kd": linear_problem, "linear_cross_entropy": linear_problem, "add_norm": norm_problem, "dropout": dropout_problem}

@@ -1,30 +1,204 @@
 """Residual, dropout and layer norm in one: y = LN(x + dropout(h)).
 
-    z = x + keep h / (1 - p)        y = (z - mean) / sqrt(var + eps) * weight + bias        over the d columns of a row
+    z = x + keep h / (1 - p)        y = (z - mean) rstd weight + bias       rstd = 1 / sqrt(var + eps)      over the d columns of a row
 
 The sum and its statistics are fp32 (in the reference: of the wider dtype of x and h); y has the dtype of h, so that under autocast the
 residual stream is as narrow as the matrix products that read it. `weight` and `bias` may hold K rows, for K runs side by side.
+
+Backward, with z' = (z - mean) rstd and g = weight dy, means over a row, sums over the rows of a weight:
+
+    dz = rstd (g - mean(g) - z' mean(g z'))     dx = dz     dh = keep dz / (1 - p)      dweight = sum dy z'     dbias = sum dy
+
+Each program sums dweight and dbias over its own rows, in fp32; torch adds those up: no atomics, one order. Gradients that nobody asked
+for are neither computed nor stored, and where nothing is dropped dh is dx.
+
+z is saved, in the wider dtype of x and h. Bytes an element where both are 16 bits wide: forward 8 (x, h, y, z), backward 8 (dy, z, dx,
+dh; 6 where nothing is dropped). To read x and h again instead moves as many (6 and 10; 6 and 8) but keeps 4 bytes an element alive
+instead of 2 wherever no matrix product keeps x anyway, which is under every frozen base. Of an fp32 x, 24 bytes against 22. Without
+gradients z is not written.
+
+Limits: d up to 4096, wider rows and float64 take the reference; fp32, fp16 and bf16 each for x, h, weight and bias. Not differentiable
+twice. Tested in Triton's interpreter; compiled for sm_80, 90, 100.
 """
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.dropout import dropout_ref
+from kernels import configs
+from kernels.common import launch, left_to_compiler, packed, row_class, tl, triton, uses_triton
+from kernels.dropout import block_of_run, check_seed, dropout_ref, keep_tile, threshold_of
 
+PROGRAMS = 512      # that share the rows of a backward, each with its sums of 2 d numbers: about four for every SM of an H100
+RUNTIME = ["run", "N", "blocks", "seed_run", "threshold", "rows"]      # not compiled anew where they are 1 or a multiple of 16
+
+
+# ---------------------------------------------------------------- reference
 
 def layer_norm(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Layer norm of (N, d) by weight and bias (d,) or (K, d)."""
     d = z.shape[-1]
     if weight.ndim == bias.ndim == 1:
+        z = z.to(torch.promote_types(z.dtype, weight.dtype)) if z.is_cuda else z        # torch has no mixed layer norm there
         return F.layer_norm(z, (d,), weight, bias, eps)
-    K = len(weight) if weight.ndim == 2 else len(bias)
-    weight, bias = (x.unsqueeze(-2) for x in (weight, bias))
+    K, (weight, bias) = max(_runs(weight, bias)), (x.unsqueeze(-2) for x in (weight, bias))
     return (F.layer_norm(z, (d,), eps=eps).view(K, -1, d) * weight + bias).view(z.shape)
+
+
+def _runs(*tensors: Tensor) -> list[int]:
+    """For how many runs each holds weights, 1 where all runs share them."""
+    return [len(x) if x.ndim == 2 else 1 for x in tensors]
 
 
 def add_norm_ref(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, eps: float, p: float, seed: Tensor | None) -> Tensor:
     dropped = h if seed is None or p == 0.0 else dropout_ref(h, p, seed)
     return layer_norm(x + dropped, weight, bias, eps).to(h.dtype)
 
+
+# ---------------------------------------------------------------- kernels
+
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=["seed_ptr"])
+def _norm_forward(x_ptr, h_ptr, w_ptr, b_ptr, seed_ptr, y_ptr, z_ptr, stats_ptr,     # (N, d) x 2, (K, d) x 2, (K,), (N, d) x 2, (2, N)
+                  run, N, d, blocks, seed_run, x_stride, h_stride, out_stride, w_run, b_run, eps, threshold, keep_scale,
+                  BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """BLOCK_N whole rows of one run. w_run and b_run lead from the weights of a run to the next one's; 0 where all share them."""
+    k, start, n = block_of_run(tl.program_id(0), run, blocks, BLOCK_N)
+    cols, rows = tl.arange(0, BLOCK_D), start + n
+    inside = (n < run)[:, None] & (cols < d)[None, :]
+    h = tl.load(h_ptr + rows[:, None] * h_stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+    if seed_ptr is not None:
+        h *= keep_tile(seed_ptr, start, n, cols, seed_run, threshold, keep_scale)
+    z = h + tl.load(x_ptr + rows[:, None] * x_stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+    if z_ptr is not None:
+        tl.store(z_ptr + rows[:, None] * out_stride + cols[None, :], z.to(z_ptr.dtype.element_ty), mask=inside)
+    mean = tl.sum(z, 1) / d
+    z = tl.where(cols[None, :] < d, z - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(z * z, 1) / d + eps)
+    if z_ptr is not None:
+        tl.store(stats_ptr + rows, mean, mask=n < run)
+        tl.store(stats_ptr + N.to(tl.int64) + rows, rstd, mask=n < run)
+    w = tl.load(w_ptr + k.to(tl.int64) * w_run + cols, mask=cols < d, other=0.0).to(tl.float32)
+    b = tl.load(b_ptr + k.to(tl.int64) * b_run + cols, mask=cols < d, other=0.0).to(tl.float32)
+    y = z * rstd[:, None] * w[None, :] + b[None, :]
+    tl.store(y_ptr + rows[:, None] * out_stride + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=["seed_ptr"])
+def _norm_backward(dy_ptr, z_ptr, stats_ptr, w_ptr, seed_ptr, dx_ptr, dh_ptr, dw_ptr, db_ptr,      # d weight and d bias: (programs, d)
+                   run, N, d, blocks, rows, seed_run, dy_stride, out_stride, w_run, threshold, keep_scale,
+                   BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """`rows` rows of one run, BLOCK_N at a time. A gradient whose pointer is None is not wanted."""
+    k, start, n = block_of_run(tl.program_id(0), run, blocks, BLOCK_N)
+    first, cols = tl.program_id(0) % blocks * rows, tl.arange(0, BLOCK_D)
+    w = tl.load(w_ptr + k.to(tl.int64) * w_run + cols, mask=cols < d, other=0.0).to(tl.float32)
+    dw, db = tl.zeros((BLOCK_D,), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
+    for i in tl.range(first, tl.minimum(first + rows, run), BLOCK_N, num_stages=2):      # the next rows load while these are worked on
+        n = i + tl.arange(0, BLOCK_N)
+        row = start + n
+        inside = (n < run)[:, None] & (cols < d)[None, :]
+        dy = tl.load(dy_ptr + row[:, None] * dy_stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+        z = tl.load(z_ptr + row[:, None] * out_stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+        mean = tl.load(stats_ptr + row, mask=n < run, other=0.0)
+        rstd = tl.load(stats_ptr + N.to(tl.int64) + row, mask=n < run, other=0.0)
+        z = (z - mean[:, None]) * rstd[:, None]     # past the last column too, where dy is 0
+        if dw_ptr is not None:
+            dw += tl.sum(dy * z, 0)
+        if db_ptr is not None:
+            db += tl.sum(dy, 0)
+        g = dy * w[None, :]
+        dz = (g - (tl.sum(g, 1) / d)[:, None] - z * (tl.sum(g * z, 1) / d)[:, None]) * rstd[:, None]
+        place = row[:, None] * out_stride + cols[None, :]
+        if dx_ptr is not None:
+            tl.store(dx_ptr + place, dz.to(dx_ptr.dtype.element_ty), mask=inside)
+        if dh_ptr is not None:
+            if seed_ptr is not None:
+                dz *= keep_tile(seed_ptr, start, n, cols, seed_run, threshold, keep_scale)
+            tl.store(dh_ptr + place, dz.to(dh_ptr.dtype.element_ty), mask=inside)
+    place = tl.program_id(0).to(tl.int64) * out_stride + cols
+    if dw_ptr is not None:
+        tl.store(dw_ptr + place, dw, mask=cols < d)
+    if db_ptr is not None:
+        tl.store(db_ptr + place, db, mask=cols < d)
+
+
+# ---------------------------------------------------------------- ops
+
+@torch.library.custom_op("recyclable::add_norm", mutates_args=())
+def _add_norm(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, seed: Tensor | None, eps: float, p: float,
+              save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """y (N, d); with `save`, z (N, d) and its mean and rstd (2, N), else nothing."""
+    (N, d), (w_runs, b_runs), seeds = x.shape, _runs(weight, bias), 1 if seed is None else len(seed)
+    K = max(w_runs, b_runs, seeds)
+    x, h, w, b, seed = packed(x, h, weight.contiguous(), bias.contiguous(), seed)
+    y = torch.empty(N, d, dtype=h.dtype, device=h.device)
+    z = torch.empty((N, d) if save else (0,), dtype=torch.promote_types(x.dtype, h.dtype), device=h.device)
+    stats = torch.empty((2, N) if save else (0,), dtype=torch.float32, device=h.device)
+    BLOCK_N, warps = configs.pick("add_norm_forward", row_class(d), h.dtype, h.device)
+    blocks = triton.cdiv(N // K, BLOCK_N)
+    launch(_norm_forward, K * blocks, x, h, w, b, seed, y, z if save else None, stats, N // K, N, d, blocks, N // seeds, x.stride(0),
+           h.stride(0), d, d * (w_runs > 1), d * (b_runs > 1), eps, threshold_of(p), 1 / (1 - p), BLOCK_N=BLOCK_N,
+           BLOCK_D=triton.next_power_of_2(d), num_warps=warps)
+    return y, z, stats
+
+
+@_add_norm.register_fake
+def _(x, h, weight, bias, seed, eps, p, save):
+    return (h.new_empty(h.shape), h.new_empty(h.shape if save else (0,), dtype=torch.promote_types(x.dtype, h.dtype)),
+            h.new_empty((2, len(h)) if save else (0,), dtype=torch.float32))
+
+
+@torch.library.custom_op("recyclable::add_norm_backward", mutates_args=())
+def _add_norm_backward(dy: Tensor, z: Tensor, stats: Tensor, weight: Tensor, seed: Tensor | None, p: float, b_runs: int,
+                       wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx (N, d) in the dtype of z, dh (N, d) in that of dy, dweight in the shape of weight, dbias (b_runs, d): of each, whether it is
+    `wanted`; if not, it is empty."""
+    (N, d), (w_runs,), seeds = dy.shape, _runs(weight), 1 if seed is None else len(seed)
+    K = max(w_runs, b_runs, seeds)
+    dy, w, seed = packed(dy, weight.contiguous(), seed)
+    BLOCK_N, warps = configs.pick("add_norm_backward", row_class(d), dy.dtype, dy.device)
+    rows = triton.cdiv(triton.cdiv(N, max(PROGRAMS, K)), BLOCK_N) * BLOCK_N
+    blocks = triton.cdiv(N // K, rows)
+    shapes = (N, z.dtype), (N, dy.dtype), (K * blocks, torch.float32), (K * blocks, torch.float32)
+    dx, dh, dw, db = (torch.empty((n, d) if want else (0,), dtype=dtype, device=dy.device) for (n, dtype), want in zip(shapes, wanted))
+    launch(_norm_backward, K * blocks, dy, z, stats, w, seed, *(g if want else None for g, want in zip((dx, dh, dw, db), wanted)),
+           N // K, N, d, blocks, rows, N // seeds, dy.stride(0), d, d * (w_runs > 1), threshold_of(p), 1 / (1 - p), BLOCK_N=BLOCK_N,
+           BLOCK_D=triton.next_power_of_2(d), num_warps=warps)
+    dw, db = (g.view(n, K * blocks // n, d).sum(1) if want else g for g, n, want in zip((dw, db), (w_runs, b_runs), wanted[2:]))
+    return dx, dh, dw.view(weight.shape).to(weight.dtype) if wanted[2] else dw, db
+
+
+@_add_norm_backward.register_fake
+def _(dy, z, stats, weight, seed, p, b_runs, wanted):
+    x, h, w, b = wanted
+    return (dy.new_empty(dy.shape if x else (0,), dtype=z.dtype), dy.new_empty(dy.shape if h else (0,)),
+            weight.new_empty(weight.shape) if w else dy.new_empty((0,), dtype=torch.float32),
+            dy.new_empty((b_runs, dy.shape[1]) if b else (0,), dtype=torch.float32))
+
+
+def _save(ctx, inputs, output):
+    x, h, weight, bias, seed, _, ctx.p, save = inputs
+    ctx.like = x.dtype, bias.dtype, bias.shape
+    if save:
+        ctx.save_for_backward(*output[1:], weight, seed)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, dy, dz, dstats):
+    if dy is None:
+        return (None,) * 8
+    z, stats, weight, seed = ctx.saved_tensors
+    x_dtype, b_dtype, b_shape = ctx.like
+    x, h, w, b = ctx.needs_input_grad[:4]
+    same = seed is None and z.dtype == dy.dtype     # then dh is dx
+    dx, dh, dw, db = _add_norm_backward(dy, z, stats, weight, seed, ctx.p, b_shape.numel() // dy.shape[1],
+                                        [x or (h and same), h and not same, w, b])
+    return (dx.to(x_dtype) if x else None, (dx if same else dh) if h else None, dw if w else None,
+            db.view(b_shape).to(b_dtype) if b else None, None, None, None, None)
+
+
+_add_norm.register_autograd(_differentiate, setup_context=_save)
+
+
+# ---------------------------------------------------------------- public
 
 def add_norm(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, eps: float, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
     """LN(x + dropout(h)).
@@ -34,8 +208,17 @@ def add_norm(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, eps: float, p: 
     p, seed        of the dropout, as in kernels.dropout; seed None: nothing is dropped
     Returns        (N, d) in the dtype of h. Raises ValueError where shapes do not fit.
     """
-    own = [t.shape[-1] == x.shape[-1] and (t.ndim == 1 or len(x) % len(t) == 0) for t in (weight, bias)]
-    if x.ndim != 2 or x.shape != h.shape or not all(own):
-        raise ValueError(f"x and h must be (N, d) and alike, weight and bias (d,) or (K, d) with K a divisor of N, not "
+    if x.ndim != 2 or x.shape != h.shape or any(t.ndim > 2 or t.shape[-1] != x.shape[1] for t in (weight, bias)):
+        raise ValueError(f"x and h must be (N, d) and alike, weight and bias (d,) or (K, d), not "
                          f"{[tuple(t.shape) for t in (x, h, weight, bias)]}")
-    return add_norm_ref(x, h, weight, bias, eps, p, seed)
+    seed = None if p == 0.0 else seed
+    if seed is not None:
+        check_seed(len(x), seed)
+    several = {n for n in (*_runs(weight, bias), 1 if seed is None else len(seed)) if n > 1}
+    if len(several) > 1 or any(len(x) % n for n in several):
+        raise ValueError(f"weight, bias and seed of {sorted(several)} runs for {len(x)} rows: all must be of as many, or one for all, and "
+                         "each run has equally many rows")
+    if x.shape[1] > 4096 or not (uses_triton(x) and uses_triton(h)) or left_to_compiler():
+        return add_norm_ref(x, h, weight, bias, eps, p, seed)
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, h, weight, bias))
+    return _add_norm(x, h, weight, bias, seed, eps, p, save)[0]

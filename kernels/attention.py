@@ -25,11 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import configs
-from kernels.common import LOG2E, check_cu_seqlens, launch, tl, triton, uses_triton
-from kernels.dropout import dropout_words, keep_factor, threshold_of, word, words_ref
+from kernels.attention_kernels import _backward_delta, _backward_keys, _backward_queries, _forward
+from kernels.common import LOG2E, check_cu_seqlens, launch, packed, triton, uses_triton
+from kernels.dropout import check_seed, dropout_words, threshold_of, words_ref
 
+WIDTHS = (32, 64, 128)   # of heads, as the kernels have them
 PREFIX_ROWS = 512       # queries that share a partial sum of a prefix's gradients
-RUNTIME = ["N", "H", "blocks", "prefix_len", "threshold"]      # not compiled anew where they are 1 or a multiple of 16
 
 
 # ---------------------------------------------------------------- reference
@@ -41,7 +42,7 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqle
     whose sequences are not in order of length is put in order and back."""
     N, H, D = q.shape
     scale = D ** -0.5 if scale is None else scale
-    lengths = cu_seqlens.diff().tolist()
+    lengths = [n for n in cu_seqlens.diff().tolist() if n] or [0]      # empty ones at the end must not put a sorted batch out of order
     inputs = [q * scale, k, v]
     seed = _seed(seed, q.device) if dropout_p else None     # drawn once: all three streams are of one seed
     words = [words_ref(seed, stream, H, N) for stream in range(3)] if dropout_p else []
@@ -58,8 +59,9 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqle
         if dropout_p:
             a, b, c = (w.reshape(H, B, S).transpose(0, 1) for w in abc)                   # (B, H, S)
             keep = torch.addcmul(b[..., None], a[..., None], c[..., None, :]) >= threshold_of(dropout_p)
-            p = p * keep.to(p.dtype).mul_(1 / (1 - dropout_p))
-        out.append((p @ v_r).transpose(1, 2).reshape(B * S, H, D))
+            p = p * keep.to(p.dtype)
+        o = p @ v_r
+        out.append((o * (1 / (1 - dropout_p)) if dropout_p else o).transpose(1, 2).reshape(B * S, H, D))
     result = torch.cat(out)
     if order is not None:
         result = torch.empty_like(result).index_copy(0, order, result)
@@ -88,217 +90,61 @@ def _seed(seed: Tensor | int | None, device: torch.device) -> Tensor:
     if seed is None:
         return torch.randint(2**63 - 1, (1,), device=device)
     if isinstance(seed, Tensor):
-        return seed.to(device, torch.int64).view(-1)
+        return seed.to(device, torch.int64).reshape(-1).contiguous()
     return torch.full((1,), seed, device=device, dtype=torch.int64)
-
-
-# ---------------------------------------------------------------- forward
-
-@triton.jit
-def _locate(cu_ptr, blocks, H):
-    """Which block, head and sequence a program works on, the sequence's first token and its length."""
-    pid = tl.program_id(0)
-    b = pid // (blocks * H)
-    start = tl.load(cu_ptr + b).to(tl.int64)
-    return pid % blocks, (pid // blocks % H).to(tl.int64), b, start, (tl.load(cu_ptr + b + 1) - start).to(tl.int32)
-
-
-@triton.jit
-def _tile(ptr, stride, rows, length, D: tl.constexpr):
-    """(len(rows), D) from row-major memory, zeros past `length`."""
-    return tl.load(ptr + rows[:, None] * stride + tl.arange(0, D)[None, :], mask=rows[:, None] < length, other=0.0)
-
-
-@triton.jit
-def _product(x, x_ptr, x_stride, xs, x_length, y, y_ptr, y_stride, ys, y_length, D: tl.constexpr):
-    """x y^T of two tiles. Of fp32 rows the parts that TF32 splits them into do not fit in registers: those are loaded anew, 32 dimensions
-    at a time, and the tiles that came are dropped by the compiler where nothing else uses them."""
-    if x.dtype == tl.float32:
-        s = tl.zeros((xs.shape[0], ys.shape[0]), tl.float32)
-        for d in range(0, D, 32):
-            x_part, y_part = _tile(x_ptr + d, x_stride, xs, x_length, 32), _tile(y_ptr + d, y_stride, ys, y_length, 32)
-            s = tl.dot(x_part, tl.trans(y_part), s, input_precision="tf32x3")
-    else:
-        s = tl.dot(x, tl.trans(y))
-    return s
-
-
-@triton.jit
-def _online_softmax(acc, m, total, q, q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, rows, length, cols, keys, qk_scale, a, b,
-                    words_ptr, N, H, threshold, D: tl.constexpr, DROPOUT: tl.constexpr, TAIL: tl.constexpr):
-    """One block of keys: rescale what was summed so far to the new maximum m, add exp2(s - m) to total, exp2(s - m) v to acc."""
-    k = _tile(k_ptr, k_stride, cols, keys, D)
-    s = _product(q, q_ptr, q_stride, rows, length, k, k_ptr, k_stride, cols, keys, D) * qk_scale
-    if TAIL:
-        s = tl.where(cols[None, :] < keys, s, -float("inf"))
-    m_new = tl.maximum(m, tl.max(s, 1))
-    shrink = tl.exp2(m - m_new)
-    p = tl.exp2(s - m_new[:, None])
-    total = total * shrink + tl.sum(p, 1)       # the softmax is normalised before weights are dropped
-    if DROPOUT:
-        c = word(words_ptr, 2, cols, keys, N, H)
-        p *= keep_factor(a[:, None], b[:, None], c[None, :], threshold)
-    v = _tile(v_ptr, v_stride, cols, keys, D)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="tf32x3")
-    return acc, m_new, total
-
-
-@triton.jit(do_not_specialize=RUNTIME)
-def _forward(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_ptr, words_ptr,    # (N, H, D) x 4, (H, N), (B+1,), (3, H, N)
-             q_stride, q_head, k_stride, k_head, v_stride, v_head,        # elements from one token, or head, to the next
-             N, H, blocks, prefix_len, qk_scale, threshold, keep_scale,
-             D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr, SHARED: tl.constexpr):
-    """One block of BLOCK_Q queries. SHARED: all sequences see the same prefix_len keys instead of their own."""
-    block, h, _, start, length = _locate(cu_ptr, blocks, H)
-    if block * BLOCK_Q >= length:
-        return
-    keys, key_start = (prefix_len, start * 0) if SHARED else (length, start)
-    q_ptr += start * q_stride + h * q_head
-    k_ptr += key_start * k_stride + h * k_head
-    v_ptr += key_start * v_stride + h * v_head
-    rows, cols = block * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
-    q = _tile(q_ptr, q_stride, rows, length, D)
-    a, b = rows, rows
-    if DROPOUT:
-        words_ptr += h * N + start
-        a, b = word(words_ptr, 0, rows, length, N, H), word(words_ptr, 1, rows, length, N, H)
-    m = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
-    total = tl.zeros((BLOCK_Q,), tl.float32)
-    acc = tl.zeros((BLOCK_Q, D), tl.float32)
-    full = keys // BLOCK_K * BLOCK_K
-    for n in range(0, full, BLOCK_K):       # only the last block needs a mask
-        acc, m, total = _online_softmax(acc, m, total, q, q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, rows, length, n + cols,
-                                        keys, qk_scale, a, b, words_ptr, N, H, threshold, D, DROPOUT, False)
-    if full < keys:
-        acc, m, total = _online_softmax(acc, m, total, q, q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, rows, length, full + cols,
-                                        keys, qk_scale, a, b, words_ptr, N, H, threshold, D, DROPOUT, True)
-    inside = rows < length
-    tl.store(lse_ptr + h * N + start + rows, m + tl.log2(total), mask=inside)
-    out_ptr += (start * H + h) * D
-    tl.store(out_ptr + rows[:, None] * (H * D) + tl.arange(0, D)[None, :],
-             (acc * (keep_scale / total)[:, None]).to(out_ptr.dtype.element_ty), mask=inside[:, None])
-
-
-# ---------------------------------------------------------------- backward
-
-@triton.jit(do_not_specialize=RUNTIME)
-def _backward_delta(out_ptr, dout_ptr, delta_ptr, N, H, blocks, D: tl.constexpr, BLOCK: tl.constexpr):   # (N, H, D) x 2, (H, N)
-    """delta_i = out_i . dout_i = sum_j P_ij dP_ij, what the softmax's gradient takes off dP."""
-    block, h = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
-    rows = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    out = _tile(out_ptr + h * D, H * D, rows, N, D).to(tl.float32)
-    dout = _tile(dout_ptr + h * D, H * D, rows, N, D).to(tl.float32)
-    tl.store(delta_ptr + h * N + rows, tl.sum(out * dout, 1), mask=rows < N)
-
-
-@triton.jit(do_not_specialize=RUNTIME)
-def _backward_keys(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr, cu_ptr, words_ptr,
-                   q_stride, q_head, k_stride, k_head, v_stride, v_head, N, H, blocks, prefix_len, scale, qk_scale, threshold, keep_scale,
-                   D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr, SHARED: tl.constexpr,
-                   ATOMIC: tl.constexpr):
-    """dK and dV of BLOCK_K keys, tiles laid keys x queries so that neither P nor dS is transposed for them. With ATOMIC also the
-    keys' share of dQ (fp32). SHARED: the partial sums of one run of queries; the caller adds the runs up."""
-    block, h, sequence, start, length = _locate(cu_ptr, blocks, H)
-    keys, key_start, out_start = (prefix_len, start * 0, sequence.to(tl.int64) * prefix_len) if SHARED else (length, start, start)
-    if block * BLOCK_K >= keys:
-        return
-    cols = block * BLOCK_K + tl.arange(0, BLOCK_K)
-    k_ptr += key_start * k_stride + h * k_head
-    v_ptr += key_start * v_stride + h * v_head
-    k, v = _tile(k_ptr, k_stride, cols, keys, D), _tile(v_ptr, v_stride, cols, keys, D)
-    q_ptr += start * q_stride + h * q_head
-    dout_ptr += (start * H + h) * D
-    dq_ptr += (start * H + h) * D
-    lse_ptr += h * N + start
-    delta_ptr += h * N + start
-    if DROPOUT:
-        words_ptr += h * N + start
-        c = word(words_ptr, 2, cols, keys, N, H)
-    dk, dv = tl.zeros((BLOCK_K, D), tl.float32), tl.zeros((BLOCK_K, D), tl.float32)
-    for n in range(0, length, BLOCK_Q):
-        rows = n + tl.arange(0, BLOCK_Q)
-        q = _tile(q_ptr, q_stride, rows, length, D)
-        dout = _tile(dout_ptr, H * D, rows, length, D)
-        lse = tl.load(lse_ptr + rows, mask=rows < length, other=float("inf"))       # p = 0 in rows past the end
-        delta = tl.load(delta_ptr + rows, mask=rows < length, other=0.0)
-        s = _product(k, k_ptr, k_stride, cols, keys, q, q_ptr, q_stride, rows, length, D)      # (keys, queries)
-        p = tl.exp2(s * qk_scale - lse[None, :])
-        if ATOMIC:      # keys past the end: their rows of dK and dV are not stored, but dQ is a sum over them
-            p = tl.where(cols[:, None] < keys, p, 0.0)
-        dp = _product(v, v_ptr, v_stride, cols, keys, dout, dout_ptr, H * D, rows, length, D)
-        kept = p
-        if DROPOUT:
-            a, b = word(words_ptr, 0, rows, length, N, H), word(words_ptr, 1, rows, length, N, H)
-            keep = keep_factor(a[None, :], b[None, :], c[:, None], threshold)
-            kept, dp = p * keep, dp * keep * keep_scale
-        dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision="tf32x3")
-        ds = (p * (dp - delta[None, :])).to(q.dtype)
-        dk = tl.dot(ds, q, dk, input_precision="tf32x3")
-        if ATOMIC:
-            tl.atomic_add(dq_ptr + rows[:, None] * (H * D) + tl.arange(0, D)[None, :],
-                          tl.dot(tl.trans(ds), k, input_precision="tf32x3") * scale, mask=rows[:, None] < length, sem="relaxed")
-    place = (out_start * H + h) * D + cols[:, None] * (H * D) + tl.arange(0, D)[None, :]
-    inside = cols[:, None] < keys
-    tl.store(dk_ptr + place, (dk * scale).to(dk_ptr.dtype.element_ty), mask=inside)
-    tl.store(dv_ptr + place, (dv * keep_scale).to(dv_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=RUNTIME)
-def _backward_queries(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, cu_ptr, words_ptr,
-                      q_stride, q_head, k_stride, k_head, v_stride, v_head, N, H, blocks, prefix_len, scale, qk_scale, threshold,
-                      keep_scale, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr,
-                      SHARED: tl.constexpr):
-    """dQ of BLOCK_Q queries, in one order of summation: the deterministic way."""
-    block, h, _, start, length = _locate(cu_ptr, blocks, H)
-    if block * BLOCK_Q >= length:
-        return
-    keys, key_start = (prefix_len, start * 0) if SHARED else (length, start)
-    k_ptr += key_start * k_stride + h * k_head
-    v_ptr += key_start * v_stride + h * v_head
-    rows = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    inside = rows < length
-    q_ptr += start * q_stride + h * q_head
-    dout_ptr += (start * H + h) * D
-    q, dout = _tile(q_ptr, q_stride, rows, length, D), _tile(dout_ptr, H * D, rows, length, D)
-    lse = tl.load(lse_ptr + h * N + start + rows, mask=inside, other=float("inf"))
-    delta = tl.load(delta_ptr + h * N + start + rows, mask=inside, other=0.0)
-    if DROPOUT:
-        words_ptr += h * N + start
-        a, b = word(words_ptr, 0, rows, length, N, H), word(words_ptr, 1, rows, length, N, H)
-    dq = tl.zeros((BLOCK_Q, D), tl.float32)
-    for n in range(0, keys, BLOCK_K):
-        cols = n + tl.arange(0, BLOCK_K)
-        k = _tile(k_ptr, k_stride, cols, keys, D)
-        s = _product(q, q_ptr, q_stride, rows, length, k, k_ptr, k_stride, cols, keys, D) * qk_scale
-        p = tl.where(cols[None, :] < keys, tl.exp2(s - lse[:, None]), 0.0)
-        v = _tile(v_ptr, v_stride, cols, keys, D)
-        dp = _product(dout, dout_ptr, H * D, rows, length, v, v_ptr, v_stride, cols, keys, D)
-        if DROPOUT:
-            c = word(words_ptr, 2, cols, keys, N, H)
-            dp *= keep_factor(a[:, None], b[:, None], c[None, :], threshold) * keep_scale
-        dq = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, dq, input_precision="tf32x3")
-    place = (start * H + h) * D + rows[:, None] * (H * D) + tl.arange(0, D)[None, :]
-    tl.store(dq_ptr + place, (dq * scale).to(dq_ptr.dtype.element_ty), mask=inside[:, None])
 
 
 # ---------------------------------------------------------------- ops
 
-@torch.library.custom_op("recyclable::attention", mutates_args=())
-def _attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seqlen: int, scale: float,
-               dropout_p: float, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """out (N, H, D), log2-sum-exp2 of the scaled scores (H, N), and the dropout's words (3, H, N) int32, none without dropout.
-    With `shared`, k and v are (P, H, D), seen by all queries."""
+Outputs = tuple[Tensor, Tensor, Tensor]
+
+
+def _launch_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seqlen: int, scale: float,
+                    dropout_p: float, shared: bool) -> Outputs:
     N, H, D = q.shape
     out, lse = torch.empty(N, H, D, dtype=q.dtype, device=q.device), torch.empty(H, N, device=q.device)
     words = torch.empty((3, H, N) if dropout_p else (0,), dtype=torch.int32, device=q.device)
     if dropout_p:
-        launch(dropout_words, triton.cdiv(N, 256) * H, seed, words, N, H, triton.cdiv(N, 256), BLOCK=256)
+        launch(dropout_words, triton.cdiv(N, 256) * H, seed, words, N, H, N // len(seed), triton.cdiv(N, 256), BLOCK=256)
     BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_forward", size_class(D, max_seqlen), q.dtype, q.device)
     blocks = triton.cdiv(max_seqlen, BLOCK_Q)
     launch(_forward, blocks * H * (len(cu_seqlens) - 1), q, k, v, out, lse, cu_seqlens, words, *_strides(q, k, v), N, H, blocks, len(k),
            scale * LOG2E, threshold_of(dropout_p), 1 / (1 - dropout_p), D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0,
            SHARED=shared, num_warps=warps, num_stages=stages)
     return out, lse, words
+
+
+def _launch_backward(dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                     words: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout_p: float, shared: bool) -> None:
+    """Fill dq, dk, dv: heads of D contiguous numbers side by side, any stride from one token to the next, dk's and dv's alike."""
+    (N, H, D), B, P = q.shape, len(cu_seqlens) - 1, len(k)
+    dout, delta = dout.contiguous(), torch.empty(H, N, device=q.device)
+    launch(_backward_delta, triton.cdiv(N, 64) * H, out, dout, delta, N, H, triton.cdiv(N, 64), D=D, BLOCK=64)
+    atomic = q.dtype != torch.float32 and not torch.are_deterministic_algorithms_enabled()
+    sums = torch.zeros(N, H, D, device=q.device) if atomic else dq
+    longest = P if shared else max_seqlen
+    BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_backward_keys", size_class(D, longest), q.dtype, q.device)
+    blocks = triton.cdiv(longest, BLOCK_K)
+    scales = scale, scale * LOG2E, threshold_of(dropout_p), 1 / (1 - dropout_p)
+    launch(_backward_keys, blocks * H * B, q, k, v, dout, lse, delta, sums, dk, dv, cu_seqlens, words, *_strides(q, k, v), dk.stride(0),
+           N, H, blocks, P, *scales, D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0, SHARED=shared, ATOMIC=atomic,
+           num_warps=warps, num_stages=stages)
+    if atomic:
+        dq.copy_(sums)
+        return
+    BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_backward_queries", size_class(D, max_seqlen), q.dtype, q.device)
+    blocks = triton.cdiv(max_seqlen, BLOCK_Q)
+    launch(_backward_queries, blocks * H * B, q, k, v, dout, lse, delta, dq, cu_seqlens, words, *_strides(q, k, v), dq.stride(0), N, H,
+           blocks, P, *scales, D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0, SHARED=shared, num_warps=warps,
+           num_stages=stages)
+
+
+@torch.library.custom_op("recyclable::attention", mutates_args=())
+def _attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seqlen: int, scale: float,
+               dropout_p: float, shared: bool) -> Outputs:
+    """out (N, H, D), log2-sum-exp2 of the scaled scores (H, N), and the dropout's words (3, H, N) int32, none without dropout.
+    With `shared`, k and v are (P, H, D), seen by all queries."""
+    return _launch_forward(q, k, v, cu_seqlens, seed, max_seqlen, scale, dropout_p, shared)
 
 
 @_attention.register_fake
@@ -310,30 +156,15 @@ def _(q, k, v, cu_seqlens, seed, max_seqlen, scale, dropout_p, shared):
 
 @torch.library.custom_op("recyclable::attention_backward", mutates_args=())
 def _attention_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, words: Tensor,
-                        cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout_p: float, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
+                        cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout_p: float, shared: bool) -> Outputs:
     """dq, dk, dv in the shapes and dtypes of q, k, v."""
-    N, H, D = q.shape
-    B, P = len(cu_seqlens) - 1, len(k)
-    dout, delta = dout.contiguous(), torch.empty(H, N, device=q.device)
-    launch(_backward_delta, triton.cdiv(N, 64) * H, out, dout, delta, N, H, triton.cdiv(N, 64), D=D, BLOCK=64)
-    atomic = q.dtype != torch.float32 and not torch.are_deterministic_algorithms_enabled()
-    dq = (torch.zeros if atomic else torch.empty)(N, H, D, device=q.device, dtype=torch.float32 if atomic else q.dtype)
+    (N, H, D), B, P = q.shape, len(cu_seqlens) - 1, len(k)
+    dq = torch.empty(N, H, D, device=q.device, dtype=q.dtype)
     dk, dv = (torch.empty(B * P if shared else N, H, D, device=q.device, dtype=torch.float32 if shared else k.dtype) for _ in range(2))
-    longest = P if shared else max_seqlen
-    BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_backward_keys", size_class(D, longest), q.dtype, q.device)
-    blocks = triton.cdiv(longest, BLOCK_K)
-    scales = scale, scale * LOG2E, threshold_of(dropout_p), 1 / (1 - dropout_p)
-    launch(_backward_keys, blocks * H * B, q, k, v, dout, lse, delta, dq, dk, dv, cu_seqlens, words, *_strides(q, k, v), N, H, blocks, P,
-           *scales, D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0, SHARED=shared, ATOMIC=atomic, num_warps=warps,
-           num_stages=stages)
-    if not atomic:
-        BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_backward_queries", size_class(D, max_seqlen), q.dtype, q.device)
-        blocks = triton.cdiv(max_seqlen, BLOCK_Q)
-        launch(_backward_queries, blocks * H * B, q, k, v, dout, lse, delta, dq, cu_seqlens, words, *_strides(q, k, v), N, H, blocks, P,
-               *scales, D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0, SHARED=shared, num_warps=warps, num_stages=stages)
+    _launch_backward(dq, dk, dv, dout, q, k, v, out, lse, words, cu_seqlens, max_seqlen, scale, dropout_p, shared)
     if shared:
         dk, dv = (x.view(B, P, H, D).sum(0).to(k.dtype) for x in (dk, dv))
-    return dq.to(q.dtype), dk, dv
+    return dq, dk, dv
 
 
 @_attention_backward.register_fake
@@ -356,6 +187,47 @@ def _differentiate(ctx, dout, dlse, dwords):
 _attention.register_autograd(_differentiate, setup_context=_save)
 
 
+@torch.library.custom_op("recyclable::attention_qkv", mutates_args=())
+def _attention_qkv(qkv: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seqlen: int, scale: float, dropout_p: float) -> Outputs:
+    """`_attention` of the three rows of qkv (N, 3, H, D)."""
+    return _launch_forward(*packed(qkv)[0].unbind(1), cu_seqlens, seed, max_seqlen, scale, dropout_p, False)
+
+
+@_attention_qkv.register_fake
+def _(qkv, cu_seqlens, seed, max_seqlen, scale, dropout_p):
+    N, _, H, D = qkv.shape
+    return (qkv.new_empty(N, H, D), qkv.new_empty(H, N, dtype=torch.float32),
+            qkv.new_empty((3, H, N) if dropout_p else (0,), dtype=torch.int32))
+
+
+@torch.library.custom_op("recyclable::attention_qkv_backward", mutates_args=())
+def _attention_qkv_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, words: Tensor, cu_seqlens: Tensor, max_seqlen: int,
+                            scale: float, dropout_p: float) -> Tensor:
+    """dqkv (N, 3, H, D)."""
+    dqkv = torch.empty(qkv.shape, device=qkv.device, dtype=qkv.dtype)
+    _launch_backward(*dqkv.unbind(1), dout, *packed(qkv)[0].unbind(1), out, lse, words, cu_seqlens, max_seqlen, scale, dropout_p, False)
+    return dqkv
+
+
+@_attention_qkv_backward.register_fake
+def _(dout, qkv, out, lse, words, cu_seqlens, max_seqlen, scale, dropout_p):
+    return qkv.new_empty(qkv.shape)
+
+
+def _save_qkv(ctx, inputs, output):
+    qkv, cu_seqlens, _, *ctx.rest = inputs
+    ctx.save_for_backward(qkv, *output, cu_seqlens)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_qkv(ctx, dout, dlse, dwords):
+    dqkv = None if dout is None else _attention_qkv_backward(dout, *ctx.saved_tensors, *ctx.rest)
+    return dqkv, *(None,) * 5
+
+
+_attention_qkv.register_autograd(_differentiate_qkv, setup_context=_save_qkv)
+
+
 def size_class(D: int, longest: int) -> int:
     """The `size` of a row of configs.TABLE: the head dimension; negative where all rows fit one small block."""
     return D if longest > 64 else -D
@@ -373,7 +245,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
     """Attention in which each of B sequences sees itself only. Nothing waits for the device.
 
     q, k, v      (N, H, D), any strides with a contiguous last dimension: the tokens of all sequences end to end
-    cu_seqlens   (B+1,) int32, where each sequence begins, then N; empty sequences are allowed
+    cu_seqlens   (B+1,) int32, where each sequence begins, then N; empty sequences are allowed, such as those that fill it to a fixed
+                 length. On a GPU each of them costs H programs for every block of max_seqlen that read its bounds and end
     max_seqlen   length of the longest, or more
     dropout_p    probability with which an attention weight is dropped; kept ones are scaled by 1 / (1 - p)
     seed         of the dropout mask, an int or an int64 tensor (1,); None draws from torch's default generator. (K,): of K runs side by
@@ -385,11 +258,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
     """
     if q.ndim != 3 or k.shape != q.shape or v.shape != q.shape:
         raise ValueError(f"q, k and v must be (N, H, D) and alike, not {[tuple(x.shape) for x in (q, k, v)]}")
-    check_cu_seqlens(cu_seqlens)
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be at least 0 and below 1, not {dropout_p}")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must be of one dtype, not {[x.dtype for x in (q, k, v)]}")
+    _check(len(q), cu_seqlens, dropout_p, seed)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not uses_triton(q):
         return attention_ref(q, k, v, cu_seqlens, max_seqlen, dropout_p=dropout_p, seed=seed, scale=scale, prefix_kv=prefix_kv)
@@ -404,6 +275,28 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
     return out
 
 
+def attention_qkv(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, dropout_p: float = 0.0, seed: Tensor | int | None = None,
+                  scale: float | None = None, prefix_kv: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
+    """`attention` of the packed projection qkv (N, 3, H, D), of which q, k and v are rows 0, 1 and 2. The kernels write one gradient of
+    that shape, where autograd would copy three into it; with a prefix, or heads of other than 32, 64 or 128 dimensions, it does."""
+    if qkv.ndim != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"qkv must be (N, 3, H, D), not {tuple(qkv.shape)}")
+    N, _, _, D = qkv.shape
+    if prefix_kv is not None or D not in WIDTHS or not uses_triton(qkv):
+        return attention(*qkv.unbind(1), cu_seqlens, max_seqlen, dropout_p=dropout_p, seed=seed, scale=scale, prefix_kv=prefix_kv)
+    _check(N, cu_seqlens, dropout_p, seed)
+    cu_seqlens, seed = cu_seqlens.contiguous(), _seed(seed, qkv.device) if dropout_p else None
+    return _attention_qkv(qkv, cu_seqlens, seed, max_seqlen, D ** -0.5 if scale is None else scale, dropout_p)[0]
+
+
+def _check(N: int, cu_seqlens: Tensor, dropout_p: float, seed: Tensor | int | None) -> None:
+    check_cu_seqlens(cu_seqlens)
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be at least 0 and below 1, not {dropout_p}")
+    if dropout_p and isinstance(seed, Tensor):
+        check_seed(N, seed.reshape(-1))
+
+
 def _padded_attention(q: Tensor, k: Tensor, v: Tensor, *rest) -> Tensor:
     return _attention(*padded(q, k, v), *rest)[0][..., :q.shape[-1]]
 
@@ -411,7 +304,7 @@ def _padded_attention(q: Tensor, k: Tensor, v: Tensor, *rest) -> Tensor:
 def padded(*tensors: Tensor) -> list[Tensor]:
     """Head dimensions between the kernels' own filled up with zeros, the last dimension contiguous."""
     D = tensors[0].shape[-1]
-    wide = next((size for size in (32, 64, 128) if size >= D), None)
+    wide = next((size for size in WIDTHS if size >= D), None)
     if wide is None:
         raise ValueError(f"heads of {D} dimensions: the kernels go up to 128; RT_KERNELS=ref takes any")
     return [F.pad(x, (0, wide - D)) if D < wide else x if x.stride(-1) == 1 else x.contiguous() for x in tensors]

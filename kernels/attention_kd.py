@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import configs
-from kernels.attention import RUNTIME, _locate, _product, _strides, _tile, padded, size_class
+from kernels.attention import _strides, padded, size_class
+from kernels.attention_kernels import RUNTIME, _locate, _product, _tile
 from kernels.common import LOG2E, check_cu_seqlens, launch, tl, triton, uses_triton
 
 # ---------------------------------------------------------------- reference
@@ -38,7 +39,7 @@ def attention_kd_ref(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, cu_seql
     """`attention_kd` with the maps, one run of neighbours of equal length after another; fp32 arithmetic, float64 where an input is."""
     H, scale_s, scale_t = q_s.shape[1], _scale(scale_s, q_s), _scale(scale_t, q_t)
     dtype = torch.promote_types(torch.promote_types(q_s.dtype, q_t.dtype), torch.float32)
-    runs = [(length, len(list(group))) for length, group in itertools.groupby(cu_seqlens.diff().tolist())]
+    runs = [(length, len(list(group))) for length, group in itertools.groupby(n for n in cu_seqlens.diff().tolist() if n)] or [(0, 1)]
     parts = [S * B for S, B in runs]
     out = []
     for (S, B), *qk in zip(runs, *(x.to(dtype).split(parts) for x in (q_s, k_s, q_t, k_t))):

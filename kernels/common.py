@@ -3,6 +3,9 @@
     RT_KERNELS unset or auto: CUDA tensors take the Triton kernels, all others the references in plain PyTorch
     RT_KERNELS=ref       references everywhere
     RT_KERNELS=triton    Triton everywhere; CPU tensors then need TRITON_INTERPRET=1, Triton's interpreter
+
+    RT_FUSE unset or kernel: `dropout` and `add_norm` are our kernels under torch.compile too
+    RT_FUSE=compiler     torch.compile sees their references instead and fuses them with their neighbours; without it nothing changes
 """
 import os
 from contextlib import contextmanager
@@ -40,6 +43,24 @@ def uses_triton(x: Tensor) -> bool:
     if mode == "triton" and not (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1" or _launched is not None):
         raise ValueError(f"RT_KERNELS=triton on a {x.device.type} tensor needs TRITON_INTERPRET=1")
     return mode == "triton" and x.dtype in FLOATS
+
+
+def left_to_compiler() -> bool:
+    """Whether torch.compile is at work and is to fuse the operations for which RT_FUSE gives a choice (module docstring)."""
+    mode = os.environ.get("RT_FUSE", "kernel")
+    if mode not in ("kernel", "compiler"):
+        raise ValueError(f"RT_FUSE={mode}: not one of kernel, compiler")
+    return mode == "compiler" and torch.compiler.is_compiling()
+
+
+def row_class(C: int) -> int:
+    """The class of row length of the configuration table: the smallest that holds a row, or else the largest."""
+    return next((size for size in (32, 256, 1024) if C <= size), 4096)
+
+
+def packed(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Each with a contiguous last dimension, copied if need be."""
+    return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def check_cu_seqlens(cu_seqlens: Tensor) -> None:

@@ -25,7 +25,19 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from kernels import attention, attention_kd, configs, hidden_mse, kd_loss, linear_cross_entropy, linear_kd, top_k
+from kernels import (
+    add_norm,
+    attention,
+    attention_kd,
+    attention_qkv,
+    configs,
+    dropout,
+    hidden_mse,
+    kd_loss,
+    linear_cross_entropy,
+    linear_kd,
+    top_k,
+)
 from kernels.common import recording, triton
 
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}    # bytes a block; 80 stands for sm_86, 89 and 120 too
@@ -40,6 +52,8 @@ def attention_calls(dtype: torch.dtype) -> None:
         prefix = tuple(torch.zeros(s, requires_grad=True) for s in ((64, 16, D), (64, 16, D), (16,))) if not dropout_p else None
         torch.use_deterministic_algorithms(deterministic)
         attention(q, k, v, torch.tensor([0, 4], dtype=torch.int32), longest, dropout_p=dropout_p, prefix_kv=prefix).sum().backward()
+        qkv = torch.zeros(4, 3, 16, D, dtype=dtype, requires_grad=True)
+        attention_qkv(qkv, torch.tensor([0, 4], dtype=torch.int32), longest, dropout_p=dropout_p).sum().backward()
     torch.use_deterministic_algorithms(False)
 
 
@@ -75,7 +89,18 @@ def linear_loss_calls(dtype: torch.dtype) -> None:
             linear_kd(x, w, bias, x, w, bias, labels, alpha=0.5, T=T)
 
 
-CALLS = {"attention": attention_calls, "attention_kd": attention_kd_calls, "kd_loss": kd_loss_calls, "linear_loss": linear_loss_calls}
+def norm_calls(dtype: torch.dtype) -> None:
+    for d in (32, 768):
+        dropout(torch.zeros(16, d, dtype=dtype, requires_grad=True), 0.1, LABELS).sum().backward()
+    for d, p, wide in ((32, 0.1, False), (256, 0.1, False), (768, 0.0, False), (768, 0.1, False), (768, 0.1, True), (4096, 0.1, False)):
+        x = torch.zeros(16, d, dtype=torch.float32 if wide else dtype, requires_grad=True)
+        h = torch.zeros(16, d, dtype=dtype, requires_grad=True)
+        weight, bias = (torch.zeros(d, requires_grad=True) for _ in range(2))
+        add_norm(x, h, weight, bias, 1e-5, p, LABELS).sum().backward()
+
+
+CALLS = {"attention": attention_calls, "attention_kd": attention_kd_calls, "kd_loss": kd_loss_calls, "linear_loss": linear_loss_calls,
+         "norm": norm_calls}
 
 
 def launches(arch: int, which: list[str], dtypes: list[str] = ("bf16", "fp16", "fp32")) -> list[tuple]:
@@ -109,7 +134,8 @@ def describe(kernel, args: tuple, meta: dict) -> tuple:
             signature[name] = "i32" if -2**31 <= value < 2**31 else "i64"
         else:
             signature[name] = "fp32"
-        if isinstance(value, torch.Tensor) or (specialized and signature[name] != "constexpr" and value % 16 == 0):
+        aligned = isinstance(value, torch.Tensor) and not kernel.params[i].do_not_specialize_on_alignment
+        if aligned or (specialized and signature[name] != "constexpr" and value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
     return kernel.fn.__module__, kernel.fn.__name__, signature, constants, attributes, options
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels import configs
-from kernels.common import launch, tl, triton, uses_triton
-from kernels.kd_loss import packed, row_class
+from kernels.common import launch, packed, row_class, tl, triton, uses_triton
 
 
 def hidden_mse_ref(student: Tensor, teacher: Tensor, rows: Tensor | None = None) -> Tensor:

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import configs
-from kernels.common import LOG2E, launch, tl, triton, uses_triton
+from kernels.common import LOG2E, launch, packed, row_class, tl, triton, uses_triton
 
 
 class TopK(NamedTuple):
@@ -219,20 +219,10 @@ def _backward(s_ptr, t_ptr, ids_ptr, labels_ptr, stats_ptr, up_ptr, grad_ptr,   
         tl.store(grad_ptr + ids, grad.to(grad_ptr.dtype.element_ty), mask=here)
 
 
-def row_class(C: int) -> int:
-    """The class of row length of the configuration table: the smallest that holds a row, or else the largest."""
-    return next((size for size in (32, 256, 1024) if C <= size), 4096)
-
-
 def flags(teacher: Tensor | None, labels: Tensor | None, alpha: float, T: float) -> dict[str, bool]:
     """What of the loss is to be computed at all; UNIT_T: both terms, with one softmax of the student for both."""
     CE, KD = labels is not None and alpha != 1, teacher is not None
     return {"CE": CE, "KD": KD, "UNIT_T": CE and KD and T == 1}
-
-
-def packed(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Each with a contiguous last dimension, copied if need be."""
-    return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 @torch.library.custom_op("recyclable::kd_loss", mutates_args=())

@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import configs
-from kernels.common import LOG2E, launch, tl, triton, uses_triton
-from kernels.kd_loss import add_tile, flags, kd_loss_ref, load_fp32, packed, read_label, row_class, row_loss, tile_grad
+from kernels.common import LOG2E, launch, packed, row_class, tl, triton, uses_triton
+from kernels.kd_loss import add_tile, flags, kd_loss_ref, load_fp32, read_label, row_loss, tile_grad
 
 CHUNK_BYTES = 2**28     # all logits of a chunk together; tests lower it
 

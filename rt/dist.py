@@ -78,6 +78,11 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
+def environment_alone() -> dict[str, str]:
+    """The environment for a process that a rank starts and that is not one of torchrun's."""
+    return {k: v for k, v in os.environ.items() if k != "RANK"}
+
+
 def join(device: str) -> Ranks:
     """This process as one of torchrun's, or as the only one; `device` as in --device. UsageError where there are too few GPUs."""
     local = int(os.environ.get("LOCAL_RANK", 0)) if launched() > 1 else None

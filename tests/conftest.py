@@ -33,6 +33,13 @@ def device(request, monkeypatch) -> torch.device:
     return torch.device(request.param)
 
 
+@pytest.fixture
+def deterministic(request):
+    torch.use_deterministic_algorithms(request.param)
+    yield request.param
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="session")
 def graphs(tmp_path_factory) -> Path:
     """The embedded `graphs` domain: corpus/ and task/."""

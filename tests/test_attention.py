@@ -95,13 +95,6 @@ INTERPRETED_BF16 = "Triton's interpreter multiplies the bits of bfloat16 numbers
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-@pytest.fixture
-def deterministic(request):
-    torch.use_deterministic_algorithms(request.param)
-    yield request.param
-    torch.use_deterministic_algorithms(False)
-
-
 def prefix_of(P, H, D, device, dtype):
     g = torch.Generator().manual_seed(9)
     return [torch.randn(s, generator=g).to(device, dtype).requires_grad_() for s in ((P, H, D), (P, H, D), (H,))]
@@ -227,6 +220,23 @@ def test_dropout_masks_of_kernel_and_reference_are_equal(device, monkeypatch):
     theirs = weights(torch.device("cpu"), 96, 0.25, seed, H=2)
     assert torch.equal(ours.cpu() != 0, theirs != 0)
     torch.testing.assert_close(ours.cpu(), theirs)
+
+
+def test_runs_side_by_side_drop_what_each_would_alone(device, monkeypatch):
+    g = torch.Generator().manual_seed(1)
+    qkv = torch.randn(3 * 37, 3, 2, 32, generator=g).to(device).requires_grad_()      # 37 tokens a run: no block ends with one
+    cu = torch.tensor([37 * k + at for k in range(3) for at in (0, 5, 5)] + [111, 111], dtype=torch.int32, device=device)
+    seeds = torch.tensor([5, -(2**62), 5], device=device)
+    both = everything(attention, qkv, cu, dropout_p=0.4, seed=seeds)
+    for k in range(3):
+        one = qkv.detach()[37 * k:37 * (k + 1)].requires_grad_()
+        alone = everything(attention, one, cu[3 * k:3 * k + 4] - 37 * k, dropout_p=0.4, seed=seeds[k:k + 1])
+        torch.testing.assert_close(both[0][37 * k:37 * (k + 1)], alone[0])
+    monkeypatch.setenv("RT_KERNELS", "ref")
+    for a, b in zip(both, everything(attention, qkv, cu, dropout_p=0.4, seed=seeds)):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="multiple of K rows"):
+        attention(*qkv.unbind(1), cu, 37, dropout_p=0.4, seed=seeds[:2])
 
 
 def test_dropout_keeps_the_share_it_should_without_patterns():

@@ -1,0 +1,195 @@
+"""The Triton kernels of kernels/attention.py, which says what they compute and when each is launched."""
+from kernels.common import tl, triton
+from kernels.dropout import keep_factor, word
+
+RUNTIME = ["N", "H", "blocks", "prefix_len", "threshold"]      # not compiled anew where they are 1 or a multiple of 16
+
+
+# ---------------------------------------------------------------- forward
+
+@triton.jit
+def _locate(cu_ptr, blocks, H):
+    """Which block, head and sequence a program works on, the sequence's first token and its length."""
+    pid = tl.program_id(0)
+    b = pid // (blocks * H)
+    start = tl.load(cu_ptr + b).to(tl.int64)
+    return pid % blocks, (pid // blocks % H).to(tl.int64), b, start, (tl.load(cu_ptr + b + 1) - start).to(tl.int32)
+
+
+@triton.jit
+def _tile(ptr, stride, rows, length, D: tl.constexpr):
+    """(len(rows), D) from row-major memory, zeros past `length`."""
+    return tl.load(ptr + rows[:, None] * stride + tl.arange(0, D)[None, :], mask=rows[:, None] < length, other=0.0)
+
+
+@triton.jit
+def _product(x, x_ptr, x_stride, xs, x_length, y, y_ptr, y_stride, ys, y_length, D: tl.constexpr):
+    """x y^T of two tiles. Of fp32 rows the parts that TF32 splits them into do not fit in registers: those are loaded anew, 32 dimensions
+    at a time, and the tiles that came are dropped by the compiler where nothing else uses them."""
+    if x.dtype == tl.float32:
+        s = tl.zeros((xs.shape[0], ys.shape[0]), tl.float32)
+        for d in range(0, D, 32):
+            x_part, y_part = _tile(x_ptr + d, x_stride, xs, x_length, 32), _tile(y_ptr + d, y_stride, ys, y_length, 32)
+            s = tl.dot(x_part, tl.trans(y_part), s, input_precision="tf32x3")
+    else:
+        s = tl.dot(x, tl.trans(y))
+    return s
+
+
+@triton.jit
+def _online_softmax(acc, m, total, q, q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, rows, length, cols, keys, qk_scale, a, b,
+                    words_ptr, N, H, threshold, D: tl.constexpr, DROPOUT: tl.constexpr, TAIL: tl.constexpr):
+    """One block of keys: rescale what was summed so far to the new maximum m, add exp2(s - m) to total, exp2(s - m) v to acc."""
+    k = _tile(k_ptr, k_stride, cols, keys, D)
+    s = _product(q, q_ptr, q_stride, rows, length, k, k_ptr, k_stride, cols, keys, D) * qk_scale
+    if TAIL:
+        s = tl.where(cols[None, :] < keys, s, -float("inf"))
+    m_new = tl.maximum(m, tl.max(s, 1))
+    shrink = tl.exp2(m - m_new)
+    p = tl.exp2(s - m_new[:, None])
+    total = total * shrink + tl.sum(p, 1)       # the softmax is normalised before weights are dropped
+    if DROPOUT:
+        c = word(words_ptr, 2, cols, keys, N, H)
+        p *= keep_factor(a[:, None], b[:, None], c[None, :], threshold)
+    v = _tile(v_ptr, v_stride, cols, keys, D)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="tf32x3")
+    return acc, m_new, total
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _forward(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_ptr, words_ptr,    # (N, H, D) x 4, (H, N), (B+1,), (3, H, N)
+             q_stride, q_head, k_stride, k_head, v_stride, v_head,        # elements from one token, or head, to the next
+             N, H, blocks, prefix_len, qk_scale, threshold, keep_scale,
+             D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr, SHARED: tl.constexpr):
+    """One block of BLOCK_Q queries. SHARED: all sequences see the same prefix_len keys instead of their own."""
+    block, h, _, start, length = _locate(cu_ptr, blocks, H)
+    if block * BLOCK_Q >= length:
+        return
+    keys, key_start = (prefix_len, start * 0) if SHARED else (length, start)
+    q_ptr += start * q_stride + h * q_head
+    k_ptr += key_start * k_stride + h * k_head
+    v_ptr += key_start * v_stride + h * v_head
+    rows, cols = block * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
+    q = _tile(q_ptr, q_stride, rows, length, D)
+    a, b = rows, rows
+    if DROPOUT:
+        words_ptr += h * N + start
+        a, b = word(words_ptr, 0, rows, length, N, H), word(words_ptr, 1, rows, length, N, H)
+    m = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_Q,), tl.float32)
+    acc = tl.zeros((BLOCK_Q, D), tl.float32)
+    full = keys // BLOCK_K * BLOCK_K
+    for n in range(0, full, BLOCK_K):       # only the last block needs a mask
+        acc, m, total = _online_softmax(acc, m, total, q, q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, rows, length, n + cols,
+                                        keys, qk_scale, a, b, words_ptr, N, H, threshold, D, DROPOUT, False)
+    if full < keys:
+        acc, m, total = _online_softmax(acc, m, total, q, q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, rows, length, full + cols,
+                                        keys, qk_scale, a, b, words_ptr, N, H, threshold, D, DROPOUT, True)
+    inside = rows < length
+    tl.store(lse_ptr + h * N + start + rows, m + tl.log2(total), mask=inside)
+    out_ptr += (start * H + h) * D
+    tl.store(out_ptr + rows[:, None] * (H * D) + tl.arange(0, D)[None, :],
+             (acc * (keep_scale / total)[:, None]).to(out_ptr.dtype.element_ty), mask=inside[:, None])
+
+
+# ---------------------------------------------------------------- backward
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _backward_delta(out_ptr, dout_ptr, delta_ptr, N, H, blocks, D: tl.constexpr, BLOCK: tl.constexpr):   # (N, H, D) x 2, (H, N)
+    """delta_i = out_i . dout_i = sum_j P_ij dP_ij, what the softmax's gradient takes off dP."""
+    block, h = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
+    rows = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    out = _tile(out_ptr + h * D, H * D, rows, N, D).to(tl.float32)
+    dout = _tile(dout_ptr + h * D, H * D, rows, N, D).to(tl.float32)
+    tl.store(delta_ptr + h * N + rows, tl.sum(out * dout, 1), mask=rows < N)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _backward_keys(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr, cu_ptr, words_ptr,
+                   q_stride, q_head, k_stride, k_head, v_stride, v_head, dk_stride, N, H, blocks, prefix_len, scale, qk_scale, threshold,
+                   keep_scale, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr,
+                   SHARED: tl.constexpr, ATOMIC: tl.constexpr):
+    """dK and dV of BLOCK_K keys, stored dk_stride from token to token. Tiles are laid keys x queries so that neither P nor dS is
+    transposed for them. With ATOMIC also the keys' share of dQ (fp32, contiguous). SHARED: the partial sums of one run of queries; the
+    caller adds the runs up."""
+    block, h, sequence, start, length = _locate(cu_ptr, blocks, H)
+    keys, key_start, out_start = (prefix_len, start * 0, sequence.to(tl.int64) * prefix_len) if SHARED else (length, start, start)
+    if block * BLOCK_K >= keys:
+        return
+    cols = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    k_ptr += key_start * k_stride + h * k_head
+    v_ptr += key_start * v_stride + h * v_head
+    k, v = _tile(k_ptr, k_stride, cols, keys, D), _tile(v_ptr, v_stride, cols, keys, D)
+    q_ptr += start * q_stride + h * q_head
+    dout_ptr += (start * H + h) * D
+    dq_ptr += (start * H + h) * D
+    lse_ptr += h * N + start
+    delta_ptr += h * N + start
+    if DROPOUT:
+        words_ptr += h * N + start
+        c = word(words_ptr, 2, cols, keys, N, H)
+    dk, dv = tl.zeros((BLOCK_K, D), tl.float32), tl.zeros((BLOCK_K, D), tl.float32)
+    for n in range(0, length, BLOCK_Q):
+        rows = n + tl.arange(0, BLOCK_Q)
+        q = _tile(q_ptr, q_stride, rows, length, D)
+        dout = _tile(dout_ptr, H * D, rows, length, D)
+        lse = tl.load(lse_ptr + rows, mask=rows < length, other=float("inf"))       # p = 0 in rows past the end
+        delta = tl.load(delta_ptr + rows, mask=rows < length, other=0.0)
+        s = _product(k, k_ptr, k_stride, cols, keys, q, q_ptr, q_stride, rows, length, D)      # (keys, queries)
+        p = tl.exp2(s * qk_scale - lse[None, :])
+        if ATOMIC:      # keys past the end: their rows of dK and dV are not stored, but dQ is a sum over them
+            p = tl.where(cols[:, None] < keys, p, 0.0)
+        dp = _product(v, v_ptr, v_stride, cols, keys, dout, dout_ptr, H * D, rows, length, D)
+        kept = p
+        if DROPOUT:
+            a, b = word(words_ptr, 0, rows, length, N, H), word(words_ptr, 1, rows, length, N, H)
+            keep = keep_factor(a[None, :], b[None, :], c[:, None], threshold)
+            kept, dp = p * keep, dp * keep * keep_scale
+        dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision="tf32x3")
+        ds = (p * (dp - delta[None, :])).to(q.dtype)
+        dk = tl.dot(ds, q, dk, input_precision="tf32x3")
+        if ATOMIC:
+            tl.atomic_add(dq_ptr + rows[:, None] * (H * D) + tl.arange(0, D)[None, :],
+                          tl.dot(tl.trans(ds), k, input_precision="tf32x3") * scale, mask=rows[:, None] < length, sem="relaxed")
+    place = out_start * dk_stride + h * D + cols[:, None] * dk_stride + tl.arange(0, D)[None, :]
+    inside = cols[:, None] < keys
+    tl.store(dk_ptr + place, (dk * scale).to(dk_ptr.dtype.element_ty), mask=inside)
+    tl.store(dv_ptr + place, (dv * keep_scale).to(dv_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _backward_queries(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, cu_ptr, words_ptr,
+                      q_stride, q_head, k_stride, k_head, v_stride, v_head, dq_stride, N, H, blocks, prefix_len, scale, qk_scale,
+                      threshold, keep_scale, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+                      DROPOUT: tl.constexpr, SHARED: tl.constexpr):
+    """dQ of BLOCK_Q queries, in one order of summation: the deterministic way."""
+    block, h, _, start, length = _locate(cu_ptr, blocks, H)
+    if block * BLOCK_Q >= length:
+        return
+    keys, key_start = (prefix_len, start * 0) if SHARED else (length, start)
+    k_ptr += key_start * k_stride + h * k_head
+    v_ptr += key_start * v_stride + h * v_head
+    rows = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    inside = rows < length
+    q_ptr += start * q_stride + h * q_head
+    dout_ptr += (start * H + h) * D
+    q, dout = _tile(q_ptr, q_stride, rows, length, D), _tile(dout_ptr, H * D, rows, length, D)
+    lse = tl.load(lse_ptr + h * N + start + rows, mask=inside, other=float("inf"))
+    delta = tl.load(delta_ptr + h * N + start + rows, mask=inside, other=0.0)
+    if DROPOUT:
+        words_ptr += h * N + start
+        a, b = word(words_ptr, 0, rows, length, N, H), word(words_ptr, 1, rows, length, N, H)
+    dq = tl.zeros((BLOCK_Q, D), tl.float32)
+    for n in range(0, keys, BLOCK_K):
+        cols = n + tl.arange(0, BLOCK_K)
+        k = _tile(k_ptr, k_stride, cols, keys, D)
+        s = _product(q, q_ptr, q_stride, rows, length, k, k_ptr, k_stride, cols, keys, D) * qk_scale
+        p = tl.where(cols[None, :] < keys, tl.exp2(s - lse[:, None]), 0.0)
+        v = _tile(v_ptr, v_stride, cols, keys, D)
+        dp = _product(dout, dout_ptr, H * D, rows, length, v, v_ptr, v_stride, cols, keys, D)
+        if DROPOUT:
+            c = word(words_ptr, 2, cols, keys, N, H)
+            dp *= keep_factor(a[:, None], b[:, None], c[None, :], threshold) * keep_scale
+        dq = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, dq, input_precision="tf32x3")
+    place = start * dq_stride + h * D + rows[:, None] * dq_stride + tl.arange(0, D)[None, :]
+    tl.store(dq_ptr + place, (dq * scale).to(dq_ptr.dtype.element_ty), mask=inside[:, None])

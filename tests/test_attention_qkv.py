@@ -1,0 +1,100 @@
+"""attention_qkv, the packed projection with one gradient; and the empty sequences that fill cu_seqlens to a fixed length."""
+import pytest
+import torch
+from test_attention import everything, inputs, prefix_of
+
+from kernels import attention, attention_kd, attention_qkv
+from kernels.attention import _attention_qkv, _attention_qkv_backward
+
+
+@pytest.mark.parametrize("D, dtype, dropout_p, deterministic", [
+    (32, torch.float16, 0.3, False), (32, torch.float16, 0.3, True), (64, torch.float32, 0.0, False), (48, torch.float16, 0.0, False)],
+    indirect=["deterministic"])
+def test_the_packed_projection_is_the_three_views_with_one_gradient(device, D, dtype, dropout_p, deterministic):
+    qkv, cu = inputs(dtype, (70, 0, 3), H=2, D=D)
+    wide = torch.zeros(73, 3, 3, D, dtype=dtype, device=device)     # heads of a wider tensor
+    wide[:, :, :2] = qkv.detach()
+    whole, part, cu = qkv.detach().to(device).requires_grad_(), wide[:, :, :2].detach().requires_grad_(), cu.to(device)
+
+    expected = everything(attention, whole, cu, dropout_p=dropout_p, seed=3)
+    for x in (whole, part):
+        out = attention_qkv(x, cu, 70, dropout_p=dropout_p, seed=3)
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out)
+        grad, = torch.autograd.grad((out * weight).sum(), x)
+        assert grad.shape == x.shape
+        for a, b in zip((out, grad), expected):
+            torch.testing.assert_close(a, b, atol=1e-3 if dtype == torch.float16 else 1e-6, rtol=1e-3)     # atomics: any order
+
+
+def test_the_packed_projection_with_a_prefix_and_bad_shapes(device):
+    qkv, cu = inputs(torch.float32, (7, 3), H=2)
+    x, cu, prefix = qkv.detach().to(device), cu.to(device), tuple(prefix_of(5, 2, 32, device, torch.float32))
+    assert torch.equal(attention_qkv(x, cu, 7, prefix_kv=prefix, scale=0.3), attention(*x.unbind(1), cu, 7, prefix_kv=prefix, scale=0.3))
+    for bad in (x[:, 0], x[:, :2]):
+        with pytest.raises(ValueError, match=r"\(N, 3, H, D\)"):
+            attention_qkv(bad, cu, 7)
+    for cu_bad, p, what in ((cu.long(), 0.0, "int32"), (cu, 1.0, "below 1")):
+        with pytest.raises(ValueError, match=what):
+            attention_qkv(x, cu_bad, 7, dropout_p=p)
+
+
+def test_ops_are_registered_as_torch_wants_them(device):
+    (qkv, cu), dropout_p = inputs(torch.float32, (5, 0, 7), H=2), 0.2
+    arguments = qkv.detach().to(device).requires_grad_(), cu.to(device), torch.tensor([4], device=device), 7, 0.2, dropout_p
+    torch.library.opcheck(_attention_qkv, arguments)
+    out, lse, words = (x.detach() for x in _attention_qkv(*arguments))
+    torch.library.opcheck(_attention_qkv_backward, (torch.randn_like(out), arguments[0].detach(), out, lse, words, cu.to(device), 7, 0.2,
+                                                    dropout_p))
+
+
+# ---------------------------------------------------------------- cu_seqlens filled to a fixed length
+
+def filled(cu, count):
+    """With `count` empty sequences more."""
+    return torch.cat([cu, cu[-1:].expand(count)])
+
+
+@pytest.mark.parametrize("deterministic", [False, True], indirect=True, ids=["atomic", "split"])
+@pytest.mark.parametrize("path", ["triton", "ref"])
+def test_empty_sequences_at_the_end_change_nothing(device, path, deterministic, monkeypatch):
+    monkeypatch.setenv("RT_KERNELS", path)
+    dtype = torch.float32 if path == "ref" else torch.float16
+    qkv, cu = inputs(dtype, (3, 3, 70), H=1)        # in order of length, as the reference likes them
+    qkv, cu = qkv.detach().to(device).requires_grad_(), cu.to(device)
+    for function, x in ((attention, qkv.unbind(1)), (attention_qkv, (qkv,))):
+        found = []
+        for bounds in (cu, filled(cu, 60)):
+            out = function(*x, bounds, 70, dropout_p=0.2, seed=3)
+            weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out)
+            found.append([out, *torch.autograd.grad((out * weight).sum(), qkv)])
+        for a, b in zip(*found):
+            torch.testing.assert_close(a, b, atol=1e-3 if path == "triton" else 0, rtol=1e-3 if path == "triton" else 0)
+
+
+def test_the_reference_puts_nothing_in_order_for_them(monkeypatch):
+    qkv, cu = inputs(torch.float32, (3, 3, 7), H=1)
+    monkeypatch.setitem(attention.__globals__, "_by_length", None)
+    attention(*qkv.unbind(1), filled(cu, 4), 7)
+    with pytest.raises(TypeError):
+        attention(*qkv.unbind(1), torch.tensor([0, 7, 10, 13], dtype=torch.int32), 7)
+
+
+@pytest.mark.parametrize("path", ["triton", "ref"])
+def test_empty_sequences_in_the_distillation_of_maps(device, path, monkeypatch):
+    monkeypatch.setenv("RT_KERNELS", path)
+    qkv, cu = inputs(torch.float32, (3, 20), H=1)
+    x, cu, found = qkv.detach().to(device).requires_grad_(), cu.to(device), []
+    for bounds in (cu, filled(cu, 40)):
+        rows = attention_kd(x[:, 0], x[:, 1], x[:, 1].detach(), x[:, 2].detach(), bounds, 20)
+        found.append([rows, *torch.autograd.grad((rows * torch.arange(23.0, device=device)[:, None]).sum(), x)])
+    for a, b in zip(*found):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("path", ["triton", "ref"])
+def test_nothing_but_empty_sequences(device, path, monkeypatch):
+    monkeypatch.setenv("RT_KERNELS", path)
+    qkv = torch.zeros(0, 3, 1, 32, device=device, requires_grad=True)
+    cu = torch.zeros(5, dtype=torch.int32, device=device)
+    out = attention_qkv(qkv, cu, 8, dropout_p=0.1, seed=1)
+    assert out.shape == (0, 1, 32) and torch.autograd.grad(out.sum(), qkv)[0].shape == qkv.shape
