@@ -25,16 +25,16 @@ def compiled(blocks: Iterable[nn.Module], device: torch.device) -> Iterator[None
     Where the kernels run, a block is one graph, our ops inside. Elsewhere the attention stays outside: its reference goes through the
     sequences in Python, and would be compiled anew for the lengths of every batch.
     """
-    blocks, attention, whole = list(blocks), rt.model.attention, kernels_run(device)
+    blocks, attention, whole = list(blocks), rt.model.attention_qkv, kernels_run(device)
     if blocks:
         torch._dynamo.config.optimize_ddp = False   # it cuts what it compiles at the gradients' buckets; blocks are small enough
-        rt.model.attention = attention if whole else torch.compiler.disable(attention)
+        rt.model.attention_qkv = attention if whole else torch.compiler.disable(attention)
     for block in blocks:
         block.forward = torch.compile(block.forward, fullgraph=whole, dynamic=False)
     try:
         yield
     finally:
-        rt.model.attention = attention
+        rt.model.attention_qkv = attention
         for block in blocks:
             del block.forward       # the class's own again: evaluation has other shapes
 

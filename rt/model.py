@@ -1,7 +1,7 @@
 """RoBERTa on unpadded batches: post-LN encoder, tied masked-LM head, classification head.
 
 A batch has no padding: the tokens of B sequences lie end to end, and everything but attention works on (N, d).
-Only `attention(q, k, v, cu_seqlens, max_seqlen)` knows where a sequence begins. The function computed is exactly that of
+Only `attention_qkv(qkv, cu_seqlens, max_seqlen)` knows where a sequence begins. The function computed is exactly that of
 RoBERTa (Liu et al., 2019): learned positions counted from pad_id + 1, exact GELU, LN after each residual.
 
 The slots where a delta plugs in are written out: `Linear.lora`, `Block.adapter_attention`, `Block.adapter_ffn`,
@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import add_norm, attention, dropout, layer_norm, site_seeds
+from kernels import add_norm, attention_qkv, dropout, layer_norm, site_seeds
 
 
 @dataclass(frozen=True)
@@ -169,11 +169,11 @@ class Block(nn.Module):
         """(N, d). `seeds` (3, K) are of the dropout in attention and after each half; None: nothing is dropped."""
         N, d = x.shape
         seed_map, seed_attention, seed_output = (None,) * 3 if seeds is None else seeds
-        q, k, v = self.qkv(x).view(N, 3, self.num_heads, d // self.num_heads).unbind(1)      # 3 x (N, H, D)
+        qkv = self.qkv(x).view(N, 3, self.num_heads, d // self.num_heads)
         if qk is not None:
-            qk.append((q, k))
-        h = attention(q, k, v, cu_seqlens, max_seqlen, dropout_p=0.0 if seeds is None else self.attention_dropout, seed=seed_map,
-                      prefix_kv=None if self.prefix is None else self.prefix())
+            qk.append((qkv[:, 0], qkv[:, 1]))
+        h = attention_qkv(qkv, cu_seqlens, max_seqlen, dropout_p=0.0 if seeds is None else self.attention_dropout, seed=seed_map,
+                          prefix_kv=None if self.prefix is None else self.prefix())
         h = self.attention_output(h.reshape(N, d))
         x = self.residual(self.attention_norm, self.adapter_attention, x, h, seed_attention)
         h = self.output(F.gelu(self.intermediate(x)))
