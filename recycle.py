@@ -5,30 +5,35 @@
                       --base runs/demo/M1 --task math --shots 16 --seeds 0,1,2
     python recycle.py --mode apply,project --source_task dl                         # a map of deltas, learned on another task
     python recycle.py --mode scratch,init+distill --chain runs/demo/M1,runs/demo/M2     # upgrade after upgrade
+    python recycle.py --mode all --delta adapter --sweep "seed=0,1,2 alpha=.7,.9 beta=0,1,10 T=5,10"    # the best of each mode by dev
 
 Modes: scratch (the baseline), apply, init, distill, init+distill, project; several with commas, or all. Every run leaves its curve in
 metrics.jsonl and a row in summary.json under --out, and its delta under --out/deltas.
 """
-import hashlib
-import json
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
+from typing import Iterator
 
 from data.sources import task_path
+from rt.book import Book, Run, belongs, keep_run
 from rt.checkpoint import Base, read_json
 from rt.config import UsageError, parse, record, require_positive, require_seeds, run
-from rt.deltas import Delta, DeltaConfig, load_delta, save_delta
-from rt.device import pick_device, pick_precision
+from rt.deltas import Delta, DeltaConfig, apply, load_delta
+from rt.device import pick_precision
+from rt.dist import Ranks, environment_alone, join
+from rt.graphs import check_graphs
 from rt.hub import open_base
-from rt.log import Log, claim, table, write_json
+from rt.log import claim, progress, table, write_json
 from rt.project import GRANULARITIES, check_sources, learn_projection
-from rt.recycling import MODES, NEEDS_TEACHER, TRAINED, Recycling, chain, check, new_delta, recycle
+from rt.recycling import MODES, NEEDS_TEACHER, Recycling, can_go_together, chain, check, new_delta, recycle, recycle_together
+from rt.summary import add_steps_to_scratch, by_settings, chosen, spread, steps_of
+from rt.sweep import expand, groups, swept
 from rt.tasks import Task, few_shot, load_task
-from rt.tune import TaskData, TuneResult, TuneSettings, encode_task, score
+from rt.tune import TaskData, TuneResult, TuneSettings, encode_task, evaluate
 
 
 @dataclass
@@ -68,9 +73,13 @@ class Config:
     granularity: str = "auto"  # project: flat (w is the whole delta), tensor (w a tensor's rows); auto: tensor for full, else flat
     residual: bool = False  # project: w' = w + w W1 W2 + b
     project_steps: int = 200  # project: optimizer steps of the map
-    out: str | None = None  # folder to write; default runs/recycle/BASE-TASK-DELTA[-kSHOTS]
+    early_stop: int = 0  # end after so many scores on dev without a better one; 0: never
+    sweep: str | None = None  # grid of settings, "seed=0,1,2 lr=1e-3,5e-3 alpha=.7,.9": every combination, frozen-base deltas side by side
+    side_by_side: int = 0  # of a sweep: so many runs at once; 0: as many as fit into memory
+    out: str | None = None  # folder to write; default runs/recycle/BASE-TASK-DELTA[-kSHOTS][-sweep]
     save_deltas: bool = True  # keep the delta of every run: MODE-sSEED-HASH under OUT/deltas
     cache: str = "runs/cache"  # the embedded data
+    graphs: bool = False  # CUDA: forward and backward as one CUDA graph; small batches wait for launches otherwise
     device: str = "auto"  # auto, cpu or cuda
     precision: str = "auto"  # auto: bf16 where the device does it fast, else fp32
 
@@ -89,16 +98,23 @@ def learning_rates(c: Config, mode: str) -> tuple[float | None, ...]:
 
 def main() -> None:
     c = parse(Config, sys.argv[1:])
-    modes, config, device = checked_modes(c), delta_config(c), pick_device(c.device)
-    task, *source_tasks = [load_task(task_path(name, c.cache)) for name in (c.task, *c.source_task)]
-    build_missing(c, task, source_tasks)
-    bases = {name: open_base(name).to(device) for name in c.chain or (c.base,)}
-    old_base, old_delta, base = open_base(c.old_base).to(device), load_delta(c.old_delta), next(iter(bases.values()))
+    modes, config = checked_modes(c), delta_config(c)
+    ranks = join(c.device)
+    check_graphs(c.graphs, replace(ranks, world=1))     # of a sweep's ranks each captures its own
+    if c.graphs and c.itp:
+        raise UsageError("--graphs repeats a step as it was captured, and --itp draws its points anew: use one of them")
+    if ranks.world > 1 and not c.sweep:
+        raise UsageError("several processes share the runs of a --sweep; without one, start this script without torchrun")
+    task, *source_tasks = ranks.main_first(lambda: [load_task(task_path(name, c.cache)) for name in (c.task, *c.source_task)])
+    name_deltas(c, task, source_tasks)
+    ranks.from_main(lambda: build_missing(c))
+    bases = {name: open_base(name).to(ranks.device) for name in c.chain or (c.base,)}
+    old_base, old_delta, base = open_base(c.old_base).to(ranks.device), load_delta(c.old_delta), next(iter(bases.values()))
     modes = possible(c, modes, task, old_delta)
     out = Path(c.out or default_out(c, task))
     sources = [(load_delta(folder), encode_task(t, base.tokenizer, c.seq_len)) for folder, t in zip(c.source_delta, source_tasks)]
     r = Recycling(old_base, old_delta, base, encode_task(task, base.tokenizer, c.seq_len), config, tune_settings(c, 0, 0.0),
-                  c.alpha, c.beta, c.T, c.public_code, device, pick_precision(c.precision, device), gamma=c.gamma,
+                  c.alpha, c.beta, c.T, c.public_code, ranks.device, pick_precision(c.precision, ranks.device), gamma=c.gamma,
                   att_layers=c.att_layers, itp=c.itp)
     for each in bases.values():
         each.require_length(c.seq_len)
@@ -106,10 +122,17 @@ def main() -> None:
             check(replace(r, base=each), mode)
     if sources:
         check_sources(old_base, base, sources, old_delta)
-    book = Book(c, out, task, planned(c, modes))
+    if c.sweep is not None:
+        sweep(c, r, task, modes, out, ranks)
+    else:
+        one_after_another(c, r, task, modes, bases, sources, out)
+
+
+def one_after_another(c: Config, r: Recycling, task: Task, modes: list[str], bases: dict[str, Base],
+                      sources: list[tuple[Delta, TaskData]], out: Path) -> None:
+    book = Book(c, sys.argv, out, task, planned(c, modes))
     for seed in c.seeds:
-        if c.shots:     # another sample, other examples to run the teacher on
-            r.data, r.teacher = encode_task(few_shot(task, c.shots, seed), base.tokenizer, c.seq_len), None
+        r = sample(c, r, task, seed)
         for mode, lr in ((mode, lr) for mode in modes for lr in learning_rates(c, mode)):
             r.settings = tune_settings(c, seed, lr or 0.0)
             if c.chain:
@@ -118,6 +141,11 @@ def main() -> None:
                 run_one(r, sources, Run(c, mode, seed, lr), book)
     print(report_chain(book.rows, modes, c) if c.chain else report(book.rows, modes, c))
     print(f"rows in {out / 'summary.json'}, curves in {out / 'metrics.jsonl'}")
+
+
+def sample(c: Config, r: Recycling, task: Task, seed: int) -> Recycling:
+    """With --shots, on the few examples that `seed` draws; the teacher has not seen them yet."""
+    return replace(r, data=encode_task(few_shot(task, c.shots, seed), r.base.tokenizer, c.seq_len), teacher=None) if c.shots else r
 
 
 def checked_modes(c: Config) -> list[str]:
@@ -137,6 +165,10 @@ def checked_modes(c: Config) -> list[str]:
     if c.itp < 0 or c.itp and not {*modes} & {*NEEDS_TEACHER}:
         raise UsageError(f"--itp {c.itp}: a number of points from 0 on, for modes with a teacher ({', '.join(NEEDS_TEACHER)})")
     check_projection_flags(c, modes)
+    if c.sweep is not None and (c.chain or "project" in modes or not c.save_deltas):
+        raise UsageError("--sweep has no --chain and no --mode project, and keeps the deltas, from which it goes on when interrupted")
+    if c.side_by_side < 0 or c.early_stop < 0:
+        raise UsageError(f"--side_by_side {c.side_by_side} and --early_stop {c.early_stop} must not be negative")
     line = [str(Path(name)) for name in (c.old_base, *c.chain)]
     if c.chain and (c.base != Config.base or len({*line}) < len(line)):
         raise UsageError(f"--chain {','.join(c.chain)}: the bases after --old_base {c.old_base} in order, each once, in place of --base")
@@ -173,43 +205,17 @@ def default_out(c: Config, task: Task) -> str:
     """runs/recycle/BASE-TASK-DELTA, with shots -kSHOTS; of a chain all its bases."""
     first, *rest = c.chain or (c.base,)
     lineage = "-".join([*Path(first).parts[-2:], *(Path(name).name for name in rest)])
-    return f"runs/recycle/{lineage}-{task.name}-{c.delta}" + (f"-k{c.shots}" if c.shots else "")
+    return f"runs/recycle/{lineage}-{task.name}-{c.delta}" + (f"-k{c.shots}" if c.shots else "") + ("-sweep" if c.sweep else "")
 
 
-@dataclass(frozen=True)
-class Run:
-    """What makes a row of the summary. In a chain, `c` is the config of one base: see `at`."""
-    c: Config
-    mode: str
-    seed: int
-    lr: float | None
-    route: str | None = None    # chain or direct; None outside chains, and of scratch
-
-    @property
-    def settings(self) -> dict:
-        """A direct run's are those of a call with this --base and no --chain: so it is the same run."""
-        return settings_of(self.c if self.route == "chain" else replace(self.c, chain=()), self.mode)
-
-    @property
-    def name(self) -> str:
-        """Equal for equal runs: mode, seed, and a hash of all that they depend on."""
-        content = json.dumps([self.settings, self.lr], sort_keys=True)
-        return f"{self.mode}-s{self.seed}-{hashlib.sha256(content.encode()).hexdigest()[:6]}"
-
-    def at(self, base: str, route: str | None) -> "Run":
-        """This run on one base of --chain: its config ends there."""
-        until = self.c.chain.index(base) + 1
-        return replace(self, c=replace(self.c, base=base, chain=self.c.chain[:until]), route=route)
+def routes(mode: str) -> tuple[str | None, ...]:
+    return (None,) if mode == "scratch" else ("chain", "direct")
 
 
 def planned(c: Config, modes: list[str]) -> list[Run]:
     """Every row that this call will write."""
     runs = [Run(c, mode, seed, lr) for seed in c.seeds for mode in modes for lr in learning_rates(c, mode)]
     return [run.at(base, route) for run in runs for base in c.chain for route in routes(run.mode)] if c.chain else runs
-
-
-def routes(mode: str) -> tuple[str | None, ...]:
-    return (None,) if mode == "scratch" else ("chain", "direct")
 
 
 def run_one(r: Recycling, sources: list[tuple[Delta, TaskData]], run: Run, book: "Book") -> None:
@@ -235,66 +241,77 @@ def run_chain(c: Config, r: Recycling, bases: dict[str, Base], run: Run, book: "
         book.enter(run.at(step.base, step.route), step.result, step.delta, {"base": step.base, "route": step.route})
 
 
-class Book:
-    """metrics.jsonl, summary.json and deltas/ of the output folder. What other calls have left there stays, unless the same
-    run (mode, seed, learning rate and settings) is done again."""
-
-    def __init__(self, c: Config, out: Path, task: Task, plan: list[Run]):
-        self.c, self.out, self.task = c, out, task
-        claim(out, {"metrics.jsonl", "summary.json", "deltas"})
-        again = {run.name for run in plan}
-        self.log = Log(out, keep=lambda row: row["run"] not in again)
-        before = read_json(out / "summary.json")["rows"] if (out / "summary.json").exists() else []
-        self.rows = [row for row in before if row["run"] not in again]
-
-    def curve(self, run: Run, row: dict) -> None:
-        """Write what a run says at an evaluation."""
-        self.log.row(run=run.name, mode=run.mode, seed=run.seed, lr=run.lr, **row)
-
-    def enter(self, run: Run, result: TuneResult, delta: Delta, about: dict) -> None:
-        """Write a finished run: its delta, and its row in the summary, to which `about` is added."""
-        c, task = run.c, self.task
-        if c.save_deltas:
-            info = {"task": task.name, "labels": list(task.labels), "shots": c.shots, "seed": run.seed, "mode": run.mode, "lr": run.lr,
-                    "dev": result.dev, "test": result.test, "config": record(self.c), "argv": sys.argv}
-            save_delta(self.out / "deltas" / run.name, replace(delta, info={**info, **delta.info}))
-        self.rows.append({
-            "run": run.name, "mode": run.mode, "delta": c.delta, "task": task.name, "shots": c.shots, "seed": run.seed, "lr": run.lr,
-            "steps": c.steps if run.mode in TRAINED else 0, "best_step": result.best_step, "dev": result.dev, "test": result.test,
-            "steps_to_scratch_best": None, "seconds": round(result.seconds, 1), "curve": result.curve, "settings": run.settings, **about})
-        add_steps_to_scratch([row for row in self.rows if belongs(row, c)])
-        write_json(self.out / "summary.json", {"rows": self.rows, "config": record(self.c), "argv": sys.argv})
+def sweep(c: Config, r: Recycling, task: Task, modes: list[str], out: Path, ranks: Ranks) -> None:
+    """Every combination of --sweep. A finished run is a folder under OUT/deltas, with its curve and its row: it is not done again when
+    the same command is given again. Ranks share the runs of a group; rank 0 then scores the best of each mode on test."""
+    runs = {one.name: one for each in expand(c, c.sweep) for one in planned(each, checked_modes(each) and modes)}
+    ranks.from_main(lambda: claim(out, {"summary.json", "deltas"}))
+    samples: dict[int, Recycling] = {}
+    left = groups([one for one in runs.values() if not (out / "deltas" / one.name / "summary.json").exists()])
+    mine = [group[ranks.rank::ranks.world] for group in left]
+    with progress(sum(map(len, mine)), "sweep", unit="run") as bar:
+        for group in mine:
+            for seed in {one.seed for one in group} - samples.keys():
+                samples[seed] = sample(c, r, task, seed)
+            for one, result, delta, curve in swept_runs(samples, group, c.side_by_side):
+                keep_run(out, sys.argv, one, task, result, delta, curve)
+                bar.update()
+    ranks.from_main(lambda: finish_sweep(c, r, task, modes, list(runs), out))
 
 
-def settings_of(c: Config, mode: str) -> dict:
-    """The flags that a run of `mode` depends on, beside its seed and learning rate."""
-    free = {"mode", "seeds", "lr", "out", "cache", "device", "save_deltas"}
-    if mode not in (*NEEDS_TEACHER, "project"):
-        free |= {"alpha", "beta", "T", "public_code"}
-    if mode not in NEEDS_TEACHER or not c.gamma:
-        free |= {"gamma", "att_layers"}
-    if mode not in NEEDS_TEACHER or not c.itp:
-        free |= {"itp"}
-    if mode != "project":
-        free |= {"source_task", "source_delta", "rank", "granularity", "residual", "project_steps"}
-    if not c.chain:
-        free |= {"chain"}
-    return {k: v for k, v in record(c).items() if k not in free}
+def swept_runs(samples: dict[int, Recycling], group: list[Run], limit: int) -> Iterator[tuple[Run, TuneResult, Delta, list[dict]]]:
+    """The runs of one group as they are done, without a score on test: side by side where they can be."""
+    rs, curves = [], []
+    for one in group:
+        c = one.c
+        curves.append([])
+        rs.append(replace(samples[one.seed], settings=tune_settings(c, one.seed, one.lr or 0.0), alpha=c.alpha, beta=c.beta, T=c.T,
+                          gamma=c.gamma, itp=c.itp, on_eval=curves[-1].append))
+    if group and can_go_together(rs[0], group[0].mode):
+        at = {id(r): i for i, r in enumerate(rs)}
+        for r, model, result in recycle_together(rs, group[0].mode, limit):
+            yield group[at[id(r)]], result, new_delta(r, group[0].mode, model), curves[at[id(r)]]
+        return
+    for one, r, curve in zip(group, rs, curves):
+        model, result = recycle(replace(r, data=replace(r.data, test=None)), one.mode)
+        yield one, result, new_delta(r, one.mode, model), curve
 
 
-def belongs(row: dict, c: Config) -> bool:
-    """Whether a row, of this call or an earlier one, has the settings of `c`; in a chain, of any of its routes at this base."""
-    return any(row["settings"] == Run(c, row["mode"], 0, None, route).settings for route in ("direct", *(["chain"] if c.chain else [])))
+def finish_sweep(c: Config, r: Recycling, task: Task, modes: list[str], names: list[str], out: Path) -> None:
+    """Score the best runs by dev of each mode on test, write summary.json and print the table."""
+    rows = [read_json(out / "deltas" / name / "summary.json") for name in names]
+    settings = [name for name in swept(c.sweep) if name not in ("seed", "lr")]
+    lines = []
+    for mode in modes:
+        best = chosen(rows, mode, by_settings)
+        for row in best:
+            if not row["test"]:
+                model = apply(r.base, load_delta(out / "deltas" / row["run"]), stale_ok=mode == "apply")
+                row["test"] = evaluate(model, r.data.test, r.device, r.precision)
+                write_json(out / "deltas" / row["run"] / "summary.json", row)
+    add_steps_to_scratch(rows, by_settings)
+    for mode in modes:
+        best = chosen(rows, mode, by_settings)
+        values = [f"{name} {best[0]['settings'][name]:g}" for name in settings if name in best[0]["settings"]]
+        lines.append([mode, " ".join(values) or "-", best[0]["lr"] or "-", sum(row["mode"] == mode for row in rows), spread(best, "dev"),
+                      spread(best), steps_of(best)])
+    write_json(out / "summary.json", {"rows": rows, "config": record(c), "argv": sys.argv})
+    metric = next(iter(best[0]["test"]))
+    print(table(lines, ["mode", "best by dev", "lr", "runs", f"dev {metric}", f"test {metric}", "steps to scratch's best dev, by seed"]))
+    print(f"rows in {out / 'summary.json'}, curves and deltas in {out / 'deltas'}")
 
 
-def build_missing(c: Config, task: Task, source_tasks: list[Task]) -> None:
+def name_deltas(c: Config, task: Task, source_tasks: list[Task]) -> None:
+    c.old_delta = c.old_delta or default_delta(c, task)
+    c.source_delta = c.source_delta or tuple(default_delta(c, t) for t in source_tasks)
+
+
+def build_missing(c: Config) -> None:
     """Make the demo lineage, the old delta and those of the source tasks with train.py where they are not there yet."""
     demo = Path(Config.base).parent
     if any(not path.exists() and path.parent == demo for path in map(Path, (*(c.chain or (c.base,)), c.old_base))):
         unfinished = ["--resume"] if (demo / "config.json").exists() else []
         train("the demo lineage M0, M1, M2 (about 4 minutes on 2 cores)", "--out", str(demo), *machine(c), *unfinished)
-    c.old_delta = c.old_delta or default_delta(c, task)
-    c.source_delta = c.source_delta or tuple(default_delta(c, t) for t in source_tasks)
     for what, name, folder in (("old", c.task, c.old_delta), *(("source", *source) for source in zip(c.source_task, c.source_delta))):
         if not (Path(folder) / "delta.json").exists():
             sizes = ("bottleneck", "r", "lora_alpha", "prefix_len", "seq_len", "delta", "old_base")
@@ -315,7 +332,7 @@ def machine(c: Config) -> tuple[str, ...]:
 def train(what: str, *arguments: str) -> None:
     print(f"building {what}", flush=True)
     script = str(Path(__file__).with_name("train.py"))
-    if subprocess.run([sys.executable, script, *arguments]).returncode:
+    if subprocess.run([sys.executable, script, *arguments], env=environment_alone()).returncode:
         raise UsageError(f"could not build {what}: python train.py {' '.join(arguments)} failed")
 
 
@@ -324,24 +341,8 @@ def delta_config(c: Config) -> DeltaConfig:
 
 
 def tune_settings(c: Config, seed: int, lr: float) -> TuneSettings:
-    return TuneSettings(c.steps, c.batch_size, lr, c.eval_every, seed, c.weight_decay, c.warmup)
-
-
-def chosen(rows: list[dict], mode: str) -> list[dict]:
-    """The rows of a mode, one a seed, at the learning rate whose dev score is best on average."""
-    by_lr: dict = {}
-    for row in rows:
-        if row["mode"] == mode:
-            by_lr.setdefault(row["lr"], []).append(row)
-    return max(by_lr.values(), key=lambda group: mean(score(row["dev"]) for row in group), default=[])
-
-
-def add_steps_to_scratch(rows: list[dict]) -> None:
-    """First step at which a run's dev score is that of scratch's best of the same seed, or above; None if never."""
-    best = {row["seed"]: score(row["dev"]) for row in chosen(rows, "scratch")}
-    for row in rows:
-        if row["seed"] in best:
-            row["steps_to_scratch_best"] = next((step for step, dev in row["curve"] if dev >= best[row["seed"]]), None)
+    return TuneSettings(c.steps, c.batch_size, lr, c.eval_every, seed, c.weight_decay, c.warmup, graphs=c.graphs,
+                        early_stop=c.early_stop)
 
 
 def report(rows: list[dict], modes: list[str], c: Config) -> str:
@@ -350,9 +351,7 @@ def report(rows: list[dict], modes: list[str], c: Config) -> str:
     lines = []
     for mode in modes:
         group = chosen([row for row in rows if row["lr"] in learning_rates(c, mode)], mode)
-        steps = ["-" if row["steps_to_scratch_best"] is None else row["steps_to_scratch_best"] for row in group]
-        lines.append([mode, group[0]["lr"] or "-", spread(group), " ".join(map(str, steps)),
-                      f"{mean(row['seconds'] for row in group):.1f}"])
+        lines.append([mode, group[0]["lr"] or "-", spread(group), steps_of(group), f"{mean(row['seconds'] for row in group):.1f}"])
     return table(lines, ["mode", "lr", f"test {next(iter(group[0]['test']))}", "steps to scratch's best dev, by seed", "seconds"])
 
 
@@ -365,12 +364,6 @@ def report_chain(rows: list[dict], modes: list[str], c: Config) -> str:
         by_base = [spread([row for row in group if row["base"] == base]) for base in c.chain]
         lines.append([mode, route or "-", group[0]["lr"] or "-", *by_base])
     return f"test {next(iter(group[0]['test']))}\n" + table(lines, ["mode", "route", "lr", *(Path(base).name for base in c.chain)])
-
-
-def spread(rows: list[dict]) -> str:
-    """Mean and standard deviation of the test score."""
-    tests = [score(row["test"]) for row in rows]
-    return f"{mean(tests):.3f} ± {stdev(tests) if len(tests) > 1 else 0:.3f}"
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     python train.py --mode tune --base runs/demo/M0 --task math --delta full
     python train.py --mode eval --base runs/demo/M0 --task math --delta_dir runs/demo/deltas/M0-math-full-s0
     python train.py --mode predict --base ... --delta_dir ... --input texts.txt
+    torchrun --nproc_per_node=8 train.py ...                            # pre-training on several GPUs
 
 A stream (--stream python,math,dl) makes M0 on the first domain, M1 out of M0 on the second, and so on; --init starts from a
 checkpoint, a Hugging Face folder or a hub id instead, whose upgrade is then the first domain.
@@ -12,7 +13,6 @@ import contextlib
 import json
 import shutil
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,12 +25,13 @@ from rt.config import UsageError, parse, record, require_positive, require_seeds
 from rt.data import Rows, build_corpus, split_documents
 from rt.deltas import FILES, DeltaConfig, apply, attach, extract, load_delta, save_delta
 from rt.device import derive_seed, pick_device, pick_precision
+from rt.dist import Ranks, join, launched
 from rt.distill import Loss
+from rt.graphs import check_graphs
 from rt.hub import open_base
-from rt.log import Log, claim, progress, table, write_json
+from rt.log import Log, claim, table, write_json
 from rt.model import PRESETS, EncoderConfig, MaskedLM, new_masked_lm, set_dropout
-from rt.optim import adamw
-from rt.pretrain import PretrainSettings, evaluate_mlm, pretrain
+from rt.pretrain import PretrainSettings, Stage, evaluate_mlm
 from rt.tasks import Example, encode, few_shot, load_task, read_examples
 from rt.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from rt.tune import TaskData, TuneSettings, encode_task, evaluate, predict, tune
@@ -53,7 +54,7 @@ class Config:
     vocab_size: int = 4096  # of a tokenizer trained on the first domain
     steps: tuple[int, ...] = (600, 500, 350)  # optimizer steps of each stage; the last number serves all further ones
     batch_tokens: int = 1024  # tokens an optimizer step, all ranks and accumulation together
-    accumulation: int = 1  # parts a batch is computed in
+    accumulation: int = 1  # parts in which each rank computes its share of a batch
     seq_len: int = 128  # longest sequence in tokens, <s> and </s> counted (tune: of a text)
     mask_rate: float = 0.3  # share of tokens predicted; RoBERTa: 0.15, but more learns faster (Wettig et al., 2023)
     lr: float | None = None  # peak learning rate; default 1e-3 to pretrain, by kind of delta to tune
@@ -65,6 +66,10 @@ class Config:
     stop_after: int | None = None  # end after so many steps in all, as a time limit would; --resume goes on
     resume: bool = False  # go on from the last resumable checkpoint in --out
     eval_tokens: int = 16384  # held-out tokens scored a domain
+    compile: bool = False  # torch.compile of the blocks; for a GPU, on a CPU it does not pay
+    graphs: bool = False  # forward and backward as a CUDA graph; one GPU
+    zero: bool = False  # optimizer state shared out among the ranks of torchrun (ZeRO-1)
+    log_every: int | None = None  # steps between looks at the loss (every step gets its row); default 1, on CUDA 10
     # tune, eval, predict
     base: str | None = None  # the base: checkpoint, Hugging Face folder or hub id
     task: str | None = None  # embedded domain, or a folder with train, dev and test
@@ -82,7 +87,8 @@ class Config:
     input: str | None = None  # predict: .txt, .jsonl, .csv or .tsv of texts
 
 
-NOT_SETTINGS = ("resume", "stop_after", "save_every", "cache", "device", "out")     # may differ when a run is resumed
+NOT_SETTINGS = ("resume", "stop_after", "save_every", "cache", "device", "out", "accumulation", "compile", "graphs", "zero",
+                "log_every")     # may differ when a run is resumed
 HELDOUT_MASK_RATE = 0.15    # whatever --mask_rate is, so that held-out losses compare
 PRETRAIN_LR = 1e-3
 TUNE_LR = {"full": 5e-4, "adapter": 5e-3, "lora": 5e-3, "bitfit": 5e-3, "prefix": 1e-2}     # of the mini preset
@@ -93,8 +99,10 @@ def main() -> None:
     modes = {"pretrain": pretrain_stream, "tune": tune_delta, "eval": eval_delta, "predict": predict_texts}
     if config.mode not in modes:
         raise UsageError(f"--mode {config.mode}: not one of {', '.join(modes)}")
+    if launched() > 1 and config.mode != "pretrain":
+        raise UsageError(f"--mode {config.mode} is for one process: leave torchrun out")
     require_positive(config, "steps", "batch_tokens", "accumulation", "seq_len", "vocab_size", "save_every", "tune_steps",
-                     "batch_size", "eval_every", "shots", "bottleneck", "r", "prefix_len", "mask_rate", "lr", "stream")
+                     "batch_size", "eval_every", "shots", "bottleneck", "r", "prefix_len", "mask_rate", "lr", "stream", "log_every")
     require_seeds(config.seed)
     if not 0 <= config.dropout < 1:
         raise UsageError(f"--dropout {config.dropout}: must be at least 0 and below 1")
@@ -107,16 +115,26 @@ def main() -> None:
 
 def pretrain_stream(c: Config) -> None:
     """M0, M1, ... of a stream: each stage continues the last one's weights with a fresh optimizer and schedule."""
-    out, device = Path(c.out or "runs/demo"), pick_device(c.device)
-    where = {"device": device, "precision": pick_precision(c.precision, device)}
+    if c.zero and launched() == 1:
+        raise UsageError("--zero shares the optimizer's state out among ranks, and there is one: start several with torchrun")
+    ranks = join(c.device)
+    check_graphs(c.graphs, ranks)
+    train_stages(c, Path(c.out or "runs/demo"), ranks)
+    ranks.leave()
+
+
+def train_stages(c: Config, out: Path, ranks: Ranks) -> None:
+    """The stages that `out` does not hold yet, up to --stop_after steps of them."""
+    where = {"device": ranks.device, "precision": pick_precision(c.precision, ranks.device)}
     settings = {k: v for k, v in record(c).items() if k not in NOT_SETTINGS}
-    if not may_begin(out, settings, c.resume):
+    if not ranks.from_main(lambda: may_begin(out, settings, c.resume)):
         print(forgetting_table(read_json(out / "summary.json")["stages"]))
         return
-    model, tokenizer, about, training, heldout = prepare_stream(c, out)
-    write_json(out / "config.json", settings)
-    tokenizer.save(out)
-    log = Log(out, keep=lambda row: c.resume and not beyond(row, out))
+    model, tokenizer, about, training, heldout = prepare_stream(c, out, ranks)
+    if ranks.is_main:
+        write_json(out / "config.json", settings)
+        tokenizer.save(out)
+    log = Log(out, keep=lambda row: c.resume and not beyond(row, out), writes=ranks.is_main)
     stages, allowance = [], c.stop_after or sys.maxsize
     for i, (domain, rows) in enumerate(training.items()):
         number = about["number"] = about["number"] + 1
@@ -128,36 +146,48 @@ def pretrain_stream(c: Config) -> None:
             stages.append(base.meta["stage"])
             continue
         about.update(name=name, domain=domain, config=settings, argv=sys.argv)
-        stage = Stage(c, out, model.to(device), tokenizer, rows, about, steps, log, where)
+        stage = Stage(out, model.to(ranks.device), tokenizer, rows, about, stage_settings(c, steps, rows, ranks), where["precision"], ranks,
+                      log, c.weight_decay, c.zero, c.snapshots, c.save_every)
+        if c.resume:
+            stage.resume()
         if not stages and stage.step == 0:
             show_sample(rows, tokenizer)
         allowance -= stage.train(allowance)
         if stage.step < steps:
             print(f"stopped in {name} after step {stage.step} of {steps}; the same command with --resume goes on")
             return
-        scores = {d: evaluate_mlm(model, r, tokens=c.eval_tokens, **where) for d, r in heldout.items()}
-        stages.append({"name": name, "domain": domain, "steps": steps, "seconds": round(stage.seconds, 1), "heldout": scores})
+        scores = ranks.from_main(lambda: {d: evaluate_mlm(model, r, tokens=c.eval_tokens, **where) for d, r in heldout.items()})
+        stages.append({"name": name, "domain": domain, "steps": steps, "seconds": round(stage.seconds, 1), "heldout": scores,
+                       "packing": rows.packing(), "ranks": ranks.world})
         log.row(stage=name, step=steps, heldout=scores)
-        about["parent"] = save_base(out / name, model, tokenizer, {**about, "step": steps, "stage": stages[-1]})
+        if ranks.is_main:
+            about["parent"] = save_base(out / name, model, tokenizer, {**about, "step": steps, "stage": stages[-1]})
         if allowance == 0 and len(stages) < len(training):
             print(f"stopped after {name}; the same command with --resume goes on")
             return
-    write_json(out / "summary.json", {"stages": stages, "config": settings, "argv": sys.argv})
-    shutil.rmtree(out / "last", ignore_errors=True)
+    if ranks.is_main:
+        write_json(out / "summary.json", {"stages": stages, "config": settings, "argv": sys.argv})
+        shutil.rmtree(out / "last", ignore_errors=True)
     print(forgetting_table(stages))
 
 
-def prepare_stream(c: Config, out: Path) -> tuple[MaskedLM, Tokenizer, dict, dict[str, Rows], dict[str, Rows]]:
+def stage_settings(c: Config, steps: int, rows: Rows, ranks: Ranks) -> PretrainSettings:
+    log_every = c.log_every or (10 if ranks.device.type == "cuda" else 1)
+    return PretrainSettings(steps, c.batch_tokens, c.lr or PRETRAIN_LR, max(1, round(c.warmup * steps)), rows.seed, c.accumulation,
+                            log_every=log_every, compile=c.compile, graphs=c.graphs)
+
+
+def prepare_stream(c: Config, out: Path, ranks: Ranks) -> tuple[MaskedLM, Tokenizer, dict, dict[str, Rows], dict[str, Rows]]:
     """(model, tokenizer, what is known of them, training rows and held-out rows of every domain); writes nothing to `out`."""
-    paths = {domain_name(entry): corpus_path(entry, c.cache) for entry in c.stream}
+    paths = ranks.main_first(lambda: {domain_name(entry): corpus_path(entry, c.cache) for entry in c.stream})
     if len(paths) < len(c.stream):
         raise UsageError(f"--stream {','.join(c.stream)}: two domains have the same name; rename one of the files")
-    model, tokenizer, about = start_model(c, out, next(iter(paths.values())))
-    corpora = {name: build_corpus(name, path, tokenizer, c.cache) for name, path in paths.items()}
+    model, tokenizer, about = start_model(c, out, next(iter(paths.values())), ranks)
+    corpora = ranks.main_first(lambda: {name: build_corpus(name, path, tokenizer, c.cache) for name, path in paths.items()})
     training = {name: Rows(parts["train"], tokenizer, seq_len=c.seq_len, mask_rate=c.mask_rate, seed=derive_seed(c.seed, i))
                 for i, (name, parts) in enumerate(corpora.items(), about["number"] + 1)}
     for rows in training.values():
-        rows.check_batch(c.batch_tokens, c.accumulation)
+        rows.check_batch(c.batch_tokens, ranks.world * c.accumulation)
     heldout = {name: Rows(parts["heldout"], tokenizer, seq_len=c.seq_len, mask_rate=HELDOUT_MASK_RATE, seed=0, sequences=1)
                for name, parts in corpora.items()}
     return model, tokenizer, about, training, heldout
@@ -194,12 +224,12 @@ def domain_name(entry: str) -> str:
     return Path(entry).name.split(".")[0]
 
 
-def start_model(c: Config, out: Path, first_corpus: Path) -> tuple[MaskedLM, Tokenizer, dict]:
+def start_model(c: Config, out: Path, first_corpus: Path, ranks: Ranks) -> tuple[MaskedLM, Tokenizer, dict]:
     """(model, tokenizer, what is known of them): a new base of --preset, or --init."""
     if c.init:
         if c.tokenizer:
             raise UsageError("--tokenizer: a base of --init comes with its own")
-        base = open_base(c.init)
+        base = ranks.main_first(lambda: open_base(c.init))
         config, tokenizer = base.encoder.config, base.tokenizer
         head = base.head
         if head is None:
@@ -210,7 +240,7 @@ def start_model(c: Config, out: Path, first_corpus: Path) -> tuple[MaskedLM, Tok
     else:
         if c.preset not in PRESETS:
             raise UsageError(f"--preset {c.preset}: not one of {', '.join(PRESETS)}")
-        tokenizer = start_tokenizer(c, out, first_corpus)
+        tokenizer = ranks.from_main(lambda: start_tokenizer(c, out, first_corpus))
         config = EncoderConfig(tokenizer.vocab_size, pad_id=tokenizer.pad_id, **PRESETS[c.preset])
         model, about = new_masked_lm(config, c.seed), {"parent": None, "number": -1}
     if c.seq_len > config.max_len:
@@ -234,53 +264,8 @@ def show_sample(rows: Rows, tokenizer: Tokenizer) -> None:
     longest = int(np.argmax(lengths))
     span = slice(sum(lengths[:longest]), sum(lengths[:longest + 1]))
     print(f"sample: {tokenizer.decode(ids[span])!r}\nmasked: {tokenizer.decode(batch.ids[span].tolist())!r}")
-
-
-class Stage:
-    """The training of one M_i: the loop with what is written along the way."""
-
-    def __init__(self, c: Config, out: Path, model: MaskedLM, tokenizer: Tokenizer, rows: Rows, about: dict, steps: int,
-                 log: Log, where: dict):
-        self.c, self.out, self.model, self.tokenizer, self.rows = c, out, model, tokenizer, rows
-        self.about, self.steps, self.log, self.where = about, steps, log, where
-        self.optimizer = adamw(model.parameters(), 0.0, c.weight_decay)
-        self.step, self.seconds = 0, 0.0
-        if c.resume and (out / "last" / "meta.json").exists():
-            self.load_last()
-
-    def load_last(self) -> None:
-        """Go on from the resumable checkpoint, if it is one of this stage."""
-        base = open_base(str(self.out / "last"))
-        if base.meta["name"] == self.about["name"]:
-            self.model.load_state_dict(MaskedLM(base.encoder, base.head).state_dict())
-            self.optimizer.load_state_dict(torch.load(self.out / "last" / "optim.pt", map_location="cpu", weights_only=True))
-            self.step = base.meta["step"]
-
-    def save(self, folder: str, resumable: bool) -> None:
-        save_base(self.out / folder, self.model, self.tokenizer, {**self.about, "step": self.step},
-                  self.optimizer if resumable else None)
-
-    def train(self, allowance: int) -> int:
-        """Up to `allowance` steps; returns how many were done."""
-        c, started, first = self.c, time.perf_counter(), self.step
-        s = PretrainSettings(self.steps, c.batch_tokens, c.lr or PRETRAIN_LR, max(1, round(c.warmup * self.steps)),
-                             self.rows.seed, c.accumulation)
-        kept = {round(self.steps * (k + 1) / (c.snapshots + 1)) for k in range(c.snapshots)}
-        with progress(self.steps, f"{self.about['name']} {self.about['domain']}", self.step) as bar:
-            for row in pretrain(self.model, self.rows, self.optimizer, s, **self.where, start=self.step):
-                self.step, self.seconds = row["step"], time.perf_counter() - started
-                self.log.row(stage=self.about["name"], **row)
-                bar.set_postfix_str(f"loss {row['loss']:.3f}, "
-                                    f"{(self.step - first) * c.batch_tokens / self.seconds:,.0f} tok/s", refresh=False)
-                bar.update()
-                stopping = self.step - first == allowance and self.step < self.steps
-                if self.step in kept:
-                    self.save(f"{self.about['name']}-t{self.step:05d}", resumable=False)
-                if stopping or self.step % c.save_every == 0 and self.step < self.steps:
-                    self.save("last", resumable=True)
-                if stopping:
-                    break
-        return self.step - first
+    p = rows.packing()
+    print(f"{p['rows']} rows of {rows.row_tokens} tokens an epoch, {p['fill']:.0%} full; {p['cut']:.1%} of sequences cut at a row's end")
 
 
 def forgetting_table(stages: list[dict]) -> str:
@@ -317,8 +302,9 @@ def tune_delta(c: Config) -> None:
     out = Path(c.out or Path(c.base).parent / "deltas" / f"{Path(c.base).name}-{task.name}-{c.delta}{few}-s{c.seed}")
     say_cut(encoded, c.seq_len)
     model = attach(base, config, encoded.num_outputs, c.seed)
+    check_graphs(c.graphs, Ranks(device))
     settings = TuneSettings(c.tune_steps, c.batch_size, c.lr or TUNE_LR[c.delta], c.eval_every, c.seed,
-                            c.weight_decay, c.warmup)
+                            c.weight_decay, c.warmup, graphs=c.graphs)
     claim(out, FILES)
     log = Log(out)
     result = tune(model, encoded, Loss(task.is_regression), settings, **where, on_eval=lambda row: log.row(**row),

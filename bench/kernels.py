@@ -19,12 +19,9 @@ Times are of CUDA events, each call behind a flushed L2, after 10 warm-ups; laun
 ready made, in the layout of a model's projections. An implementation that breaks the CUDA context is noted; a new process does the rest.
 """
 import argparse
-import datetime
-import importlib.metadata
 import itertools
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -34,6 +31,7 @@ from typing import Iterator
 
 import torch
 
+from bench.machine import clocks, environment
 from bench.measure import Clock, distance, evaluate, steps, worst
 from bench.peers import PROBLEMS
 from bench.problem import Impl
@@ -208,36 +206,6 @@ def known_error(run: Run, case: dict, impl: str, which: str) -> dict:
 
 # ---------------------------------------------------------------- the machine
 
-def output_of(*command: str) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True, cwd=Path(__file__).parent).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-def clocks() -> dict:
-    fields = ("driver_version", "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
-    lines = output_of("nvidia-smi", "--query-gpu=" + ",".join(fields), "--format=csv,noheader,nounits").splitlines()
-    return dict(zip(fields, map(str.strip, lines[0].split(",")))) if lines else {}
-
-
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def environment(run: Run, argv: list[str]) -> dict:
-    commit, dirty = output_of("git", "rev-parse", "--short", "HEAD"), output_of("git", "status", "--porcelain", "-uno")
-    gpu = {"gpu": torch.cuda.get_device_name(), "capability": torch.cuda.get_device_capability()} if run.cuda else {"gpu": None}
-    return {"kernel": "environment", **gpu, "cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "cuda": torch.version.cuda, **{p: version(p) for p in ("triton", "liger-kernel")},
-            "dtype": str(run.dtype), "commit": commit and commit + ("+" if dirty else ""),
-            **{name: os.environ.get(name) for name in ("RT_KERNELS", "RT_CONFIGS")},
-            "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "argv": argv, **clocks()}
-
-
 def limits(run: Run) -> None:
     """What this machine reaches in a large matrix product and in a large copy, on random numbers."""
     n, size = (8192, 2**30) if run.cuda else (256, 2**22)
@@ -340,7 +308,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def measure(run: Run, todo: list[dict], argv: list[str]) -> int:
     """All cases for which there is time, then the tables; the exit code."""
-    run.add(environment(run, argv))
+    run.add(environment(run.cuda, argv, ("triton", "liger-kernel"), dtype=str(run.dtype)))
     try:
         limits(run)
         for i, case in enumerate(todo):

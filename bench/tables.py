@@ -1,8 +1,9 @@
 """The rows that bench.kernels writes, read: what a case is called, a line a case, and the targets with what was reached."""
-import json
 import math
 import textwrap
 from pathlib import Path
+
+from rt.log import read_rows
 
 CASE_FIELDS = ("kernel", "tokens", "S", "H", "D", "ragged", "dropout", "R", "C", "k", "B", "L", "N", "V", "d")
 
@@ -13,8 +14,8 @@ def case_of(row: dict) -> dict:
 
 def read(path: str) -> list[dict]:
     """The last run in a file; one that was resumed is one run."""
-    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    starts = [i for i, row in enumerate(rows) if row["kernel"] == "environment" and "--resume" not in row["argv"]]
+    rows = read_rows(Path(path))
+    starts = [i for i, row in enumerate(rows) if row.get("kernel") == "environment" and "--resume" not in row["argv"]]
     return rows[starts[-1] if starts else 0:]
 
 

@@ -48,7 +48,8 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqle
     words = [words_ref(seed, stream, H, N) for stream in range(3)] if dropout_p else []
     order = None if lengths == sorted(lengths) else _by_length(cu_seqlens)
     if order is not None:
-        lengths, inputs, words = sorted(lengths), [x[order] for x in inputs], [w[:, order] for w in words]
+        back = torch.empty_like(order).index_copy_(0, order, torch.arange(N, device=order.device))
+        lengths, inputs, words = sorted(lengths), [_Permute.apply(x, order, back) for x in inputs], [w[:, order] for w in words]
     runs = [(S, len(list(group))) for S, group in itertools.groupby(lengths)]
     parts = [S * B for S, B in runs]
     out = []
@@ -64,8 +65,22 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqle
         out.append((o * (1 / (1 - dropout_p)) if dropout_p else o).transpose(1, 2).reshape(B * S, H, D))
     result = torch.cat(out)
     if order is not None:
-        result = torch.empty_like(result).index_copy(0, order, result)
+        result = _Permute.apply(result, back, order)
     return result if prefix_kv is None else result + _prefix(q * scale, *prefix_kv)
+
+
+class _Permute(torch.autograd.Function):
+    """x[order], whose gradient is read by the inverse instead of added row by row."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(order, back)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
+        order, back = ctx.saved_tensors
+        return _Permute.apply(dy, back, order), None, None
 
 
 def _by_length(cu_seqlens: Tensor) -> Tensor:

@@ -63,18 +63,18 @@ def parse(cls: type, argv: list[str]):
         else:
             if not eq and (not rest or rest[0].startswith("--")):
                 raise UsageError(f"--{name} needs a value: {_type_name(types_of[name])}")
-            values[name] = _convert(name, text if eq else rest.pop(0), types_of[name])
+            values[name] = convert(name, text if eq else rest.pop(0), types_of[name])
     return cls(**values)
 
 
-def _convert(name: str, text: str, kind):
+def convert(name: str, text: str, kind):
     """The text of one flag as a value of its annotation: bool, int, float, str, tuple of one of them, or None."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         if text.lower() in ("none", ""):
             return None
         kind = next(k for k in typing.get_args(kind) if k is not type(None))
     if typing.get_origin(kind) is tuple:
-        return tuple(_convert(name, part, typing.get_args(kind)[0]) for part in text.split(",") if part)
+        return tuple(convert(name, part, typing.get_args(kind)[0]) for part in text.split(",") if part)
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]

@@ -8,12 +8,13 @@ import hashlib
 import json
 import lzma
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rt.checkpoint import atomic_folder, read_json
 from rt.config import UsageError
@@ -224,6 +225,30 @@ class Rows:
         return Batch(tensors[0], torch.tensor(np.cumsum(lengths), dtype=torch.int32), max(lengths),
                      labels=tensors[1], predict=tensors[2])
 
+    def static(self, batch: Batch) -> Batch:
+        """The same batch in shapes that a compiled or captured step can rely on: cu_seqlens ends in repeated N, which are sequences of
+        no token and change nothing; max_seqlen is seq_len.
+
+        There is room for the mean number of sequences and six standard deviations more (renewal theory), which about one batch in a
+        billion exceeds; it gets more, in steps of 64. A bound that none can exceed would be that of the shortest documents alone, and
+        every sequence, empty or not, costs the attention launched blocks.
+        """
+        rows, n = len(batch.ids) // self.row_tokens, len(batch.ids)
+        mean, deviation = n / self.lengths.mean(), self.lengths.std() * (n / self.lengths.mean() ** 3) ** 0.5
+        most = max(mean + 6 * deviation + 2 * rows, len(batch.cu_seqlens) - 1)      # a row's ends cut sequences in two
+        room = -(-int(most) // 64) * 64 + 1
+        padded = torch.full((room,), n, dtype=torch.int32)
+        padded[:len(batch.cu_seqlens)] = batch.cu_seqlens
+        return replace(batch, cu_seqlens=padded, max_seqlen=self.seq_len)
+
+    def packing(self) -> dict:
+        """Of one epoch: the number of rows, the share of their tokens that documents fill (all of them: rows are cut out of one line),
+        and the share of sequences that are cut at a row's end for it."""
+        self._enter_epoch(max(self.epoch, 0))
+        ends = np.arange(1, self.per_epoch + 1) * self.row_tokens
+        cut = len(ends) - np.isin(ends, self.ends).sum()
+        return {"rows": self.per_epoch, "fill": min(1.0, float(self.ends[-1] / ends[-1])), "cut": round(float(cut / len(self.lengths)), 4)}
+
     def check_batch(self, batch_tokens: int, shares: int) -> None:
         """UsageError unless `batch_tokens` is a whole number of rows for each of `shares` (ranks x accumulation)."""
         unit = self.row_tokens * shares
@@ -237,3 +262,35 @@ def sequences_batch(sequences: list[list[int]], **fields) -> Batch:
     lengths = [len(s) for s in sequences]
     ids = torch.tensor([t for s in sequences for t in s], dtype=torch.int64)
     return Batch(ids, torch.tensor(np.cumsum([0] + lengths), dtype=torch.int32), max(lengths), **fields)
+
+
+PAD_SEQUENCES = 8       # at most, that fill one range up: short ones, for attention grows with the square
+
+
+def side_by_side(batches: list[Batch], bucket: int = 0, B: int = 0) -> tuple[Batch, Tensor]:
+    """The batches of K runs as one, each in a range of its own, all ranges as long as the longest: what is missing is filled with
+    sequences that nothing reads. Also (K, B) the share of each example in the mean of its run: 1 / its batch's size, and 0 for the
+    rows that make batches of unequal size equal, or fill them up to B sequences.
+
+    With `bucket`, shapes are few, as a CUDA graph needs: ranges of a multiple of so many tokens, all the sequences that there may be
+    (the last ones empty), and a bound on their length that is a multiple of 64.
+    """
+    N, B = max(len(b.ids) for b in batches), max(B, *(len(b.index) for b in batches))
+    N = -(-N // bucket) * bucket if bucket else N
+    ids, lengths, rows, labels, index, shares = [], [], [], [], [], torch.zeros(len(batches), B)
+    for k, batch in enumerate(batches):
+        short, n = N - len(batch.ids), len(batch.index)
+        size = max(16, -(-short // PAD_SEQUENCES))
+        ids += [batch.ids, batch.ids[:1].expand(short)]
+        lengths += batch.cu_seqlens.diff().tolist() + [min(size, short - i) for i in range(0, short, size)]
+        for parts, values in ((rows, batch.first + k * N), (labels, batch.labels), (index, batch.index)):
+            parts += [values, values[:1].expand(B - n)]
+        shares[k, :n] = 1 / n
+    longest = max(lengths)
+    if bucket:
+        lengths += [0] * (len(batches) * (B + PAD_SEQUENCES) - len(lengths))
+        longest = -(-longest // 64) * 64
+    seeds = None if batches[0].seeds is None else torch.cat([batch.seeds for batch in batches])
+    cu_seqlens = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)
+    return Batch(torch.cat(ids), cu_seqlens, longest, labels=torch.cat(labels), index=torch.cat(index), seeds=seeds,
+                 rows=torch.cat(rows)), shares

@@ -29,7 +29,7 @@ from torch import Tensor
 from rt.checkpoint import Base, StaleDelta, atomic_folder, load_strict, read_json, read_tensors, versions
 from rt.config import UsageError
 from rt.log import claim
-from rt.model import ClassificationHead, Classifier, Encoder, init_weights
+from rt.model import ClassificationHead, Classifier, Encoder, Linear, init_weights, linear
 
 KINDS = ("full", "adapter", "lora", "bitfit", "prefix")
 USED = {"adapter": ("bottleneck",), "lora": ("r", "lora_alpha", "target_modules"), "prefix": ("prefix_len",)}
@@ -67,8 +67,8 @@ class Adapter(nn.Module):
 
     def __init__(self, hidden_size: int, bottleneck: int):
         super().__init__()
-        self.down = nn.Linear(hidden_size, bottleneck)
-        self.up = nn.Linear(bottleneck, hidden_size)
+        self.down = Linear(hidden_size, bottleneck)
+        self.up = Linear(bottleneck, hidden_size)
 
     def reset(self, generator: torch.Generator) -> None:
         init_weights(self, generator)
@@ -97,7 +97,7 @@ class LoRA(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         for name, first in self.first_row.items():
-            update = F.linear(F.linear(x, self.A[name]), self.B[name]) * self.scaling
+            update = linear(linear(x, self.A[name]), self.B[name]) * self.scaling
             y = y + (update if update.shape == y.shape else F.pad(update, (first, y.shape[-1] - first - update.shape[-1])))
         return y
 
@@ -304,9 +304,9 @@ def merge(base: Base, delta: Delta, scale: float = 1.0, stale_ok: bool = False) 
     model = apply(base, delta, scale, stale_ok)
     merged = {k: v.detach().clone() for k, v in model.encoder.state_dict().items() if ".lora." not in k}
     for i, block in enumerate(model.encoder.layers):
-        for name, linear in block.named_children():
-            if getattr(linear, "lora", None) is not None:
-                merged[f"layers.{i}.{name}.weight"] += linear.lora.weight(linear).detach()
+        for name, module in block.named_children():
+            if getattr(module, "lora", None) is not None:
+                merged[f"layers.{i}.{name}.weight"] += module.lora.weight(module).detach()
     return merged
 
 

@@ -98,17 +98,22 @@ class Loss:
         """(B,): alpha KD + beta patience, and with `labels` (1 - alpha) task too."""
         t = self.teacher.logits[index]
         if self.is_regression or self.public_code:
-            kd = (task_loss(logits, t.squeeze(-1), True) if self.is_regression
-                  else kd_loss(logits, t, alpha=1.0, T=self.T) / logits.shape[-1])
-            rows = self.alpha * kd
+            rows = self.alpha * self.kd(logits, t, self.T)
             if labels is not None:
                 rows = (1 - self.alpha) * task_loss(logits, labels, self.is_regression) + rows
         else:
             rows = kd_loss(logits, t, labels, alpha=self.alpha, T=self.T)
-        if self.beta:
-            half = 0.5 if self.public_code else 1.0
-            rows = rows + self.beta * half * hidden_mse(trace.states, self.teacher.states, index)
-        return rows
+        return rows + self.beta * self.patience(trace, index) if self.beta else rows
+
+    def kd(self, logits: Tensor, t: Tensor, T: float) -> Tensor:
+        """(B,), for logits and teacher's logits (B, C)."""
+        if self.is_regression:
+            return task_loss(logits, t.squeeze(-1), True)
+        return kd_loss(logits, t, alpha=1.0, T=T) / (logits.shape[-1] if self.public_code else 1)
+
+    def patience(self, trace: Trace, index: Tensor) -> Tensor:
+        """(B,)"""
+        return hidden_mse(trace.states, self.teacher.states, index) * (0.5 if self.public_code else 1.0)
 
     def at(self, mu: float, model: Classifier, batch: Batch) -> Tensor:
         """(B,): alpha KD + beta patience of the model at `mu` between teacher and `model`, frozen weights and head included."""

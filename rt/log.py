@@ -35,9 +35,13 @@ def claim(folder: Path, known: set[str]) -> None:
 
 
 class Log:
-    """metrics.jsonl of one run folder, a line a row, flushed as written. `keep` says which old rows stay on resuming."""
+    """metrics.jsonl of one run folder, a line a row, flushed as written. `keep` says which old rows stay on resuming; with several
+    ranks one `writes`."""
 
-    def __init__(self, folder: Path, keep=lambda row: False):
+    def __init__(self, folder: Path, keep=lambda row: False, writes: bool = True):
+        self.file = None
+        if not writes:
+            return
         self.path = Path(folder) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [json.dumps(row) + "\n" for row in read_rows(self.path) if keep(row)]
@@ -47,13 +51,15 @@ class Log:
         self.file = self.path.open("a", encoding="utf-8")
 
     def row(self, **values) -> None:
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
+        if self.file:
+            self.file.write(json.dumps(values) + "\n")
+            self.file.flush()
 
 
 def progress(total: int, what: str, start: int = 0, unit: str = "step") -> tqdm:
-    """A bar on a terminal, nothing elsewhere (`disable=None`); it leaves no line behind."""
-    return tqdm(total=total, initial=start, desc=what, unit=unit, disable=None, leave=False, dynamic_ncols=True)
+    """A bar with the time left on a terminal, nothing elsewhere (`disable=None`), nor on ranks but the first; it leaves no line behind."""
+    other = os.environ.get("RANK", "0") != "0"
+    return tqdm(total=total, initial=start, desc=what, unit=unit, disable=True if other else None, leave=False, dynamic_ncols=True)
 
 
 def table(rows: list[list], header: list[str]) -> str:

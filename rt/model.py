@@ -1,7 +1,7 @@
 """RoBERTa on unpadded batches: post-LN encoder, tied masked-LM head, classification head.
 
 A batch has no padding: the tokens of B sequences lie end to end, and everything but attention works on (N, d).
-Only `attention(q, k, v, cu_seqlens, max_seqlen)` knows where a sequence begins. The function computed is exactly that of
+Only `attention_qkv(qkv, cu_seqlens, max_seqlen)` knows where a sequence begins. The function computed is exactly that of
 RoBERTa (Liu et al., 2019): learned positions counted from pad_id + 1, exact GELU, LN after each residual.
 
 The slots where a delta plugs in are written out: `Linear.lora`, `Block.adapter_attention`, `Block.adapter_ffn`,
@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import add_norm, attention, dropout, layer_norm, site_seeds
+from kernels import add_norm, attention_qkv, dropout, layer_norm, site_seeds
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,27 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(2**63 - 1, (1,), device=device)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """F.linear; of K runs side by side, weight (K, out, in) and bias (K, out), or bias alone, each for its own N / K rows of x."""
-    if bias.ndim == 1:
-        return F.linear(x, weight, bias)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear of rows (N, in); of K runs side by side, weight (K, out, in) or bias (K, out) or both, each for its own N / K rows."""
     if weight.ndim == 2:
-        return (F.linear(x, weight).view(len(bias), -1, len(weight)) + bias[:, None]).view(len(x), -1)
-    return torch.baddbmm(bias[:, None].to(x.dtype), x.view(len(weight), -1, x.shape[-1]), weight.mT).view(len(x), -1)
+        y = F.linear(x, weight, bias if bias is None or bias.ndim == 1 else None)
+        return y if bias is None or bias.ndim == 1 else (y.view(len(bias), -1, len(weight)) + bias[:, None]).view(y.shape)
+    x = x.view(len(weight), -1, x.shape[-1])
+    y = x @ weight.mT if bias is None else torch.baddbmm(bias[:, None], x, weight.mT)
+    return y.view(-1, weight.shape[1])
+
+
+class Tap(torch.autograd.Function):
+    """x and x[rows]; backwards the rows' gradient is added to that of x, where indexing would fill a second (N, d) with zeros."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(rows)
+        return x.view_as(x), x[rows]
+
+    @staticmethod
+    def backward(ctx, dx: Tensor, drows: Tensor) -> tuple[Tensor, None]:
+        return dx.index_add(0, *ctx.saved_tensors, drows), None
 
 
 class Linear(nn.Linear):
@@ -155,11 +169,11 @@ class Block(nn.Module):
         """(N, d). `seeds` (3, K) are of the dropout in attention and after each half; None: nothing is dropped."""
         N, d = x.shape
         seed_map, seed_attention, seed_output = (None,) * 3 if seeds is None else seeds
-        q, k, v = self.qkv(x).view(N, 3, self.num_heads, d // self.num_heads).unbind(1)      # 3 x (N, H, D)
+        qkv = self.qkv(x).view(N, 3, self.num_heads, d // self.num_heads)
         if qk is not None:
-            qk.append((q, k))
-        h = attention(q, k, v, cu_seqlens, max_seqlen, dropout_p=0.0 if seeds is None else self.attention_dropout, seed=seed_map,
-                      prefix_kv=None if self.prefix is None else self.prefix())
+            qk.append((qkv[:, 0], qkv[:, 1]))
+        h = attention_qkv(qkv, cu_seqlens, max_seqlen, dropout_p=0.0 if seeds is None else self.attention_dropout, seed=seed_map,
+                          prefix_kv=None if self.prefix is None else self.prefix())
         h = self.attention_output(h.reshape(N, d))
         x = self.residual(self.attention_norm, self.adapter_attention, x, h, seed_attention)
         h = self.output(F.gelu(self.intermediate(x)))
@@ -189,7 +203,8 @@ class Encoder(nn.Module):
         x = self.embeddings(batch.ids, batch.cu_seqlens, None if seeds is None else seeds[-1])
         for i, layer in enumerate(self.layers):
             if trace is not None:
-                trace.rows.append(x[first])
+                x, rows = Tap.apply(x, first)
+                trace.rows.append(rows)
             x = layer(x, batch.cu_seqlens, batch.max_seqlen, None if seeds is None else seeds[3 * i:3 * i + 3],
                       trace.qk if trace is not None and i in trace.attention else None)
         return x

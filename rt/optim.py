@@ -1,16 +1,42 @@
-"""AdamW with decay by dimension, and the one learning-rate schedule: linear warm-up, linear decay to zero."""
+"""AdamW with decay by dimension, also shared out among ranks, and the one learning-rate schedule: linear warm-up, linear decay to zero."""
 from typing import Iterable
 
 import torch
 from torch.nn import Parameter
 
 
-def adamw(parameters: Iterable[Parameter], lr: float, weight_decay: float, betas=(0.9, 0.98)) -> torch.optim.AdamW:
-    """Matrices decay; biases, LN weights and gates do not (nanoGPT's rule). Only parameters that require a gradient."""
+def adamw(parameters: Iterable[Parameter], lr: float, weight_decay: float, betas=(0.9, 0.98), zero: bool = False) -> torch.optim.Optimizer:
+    """Matrices decay; biases, LN weights and gates do not (nanoGPT's rule). Only parameters that require a gradient.
+
+    `zero`: each rank keeps the state of its share of the parameters, updates those, and gets the others from their ranks (ZeRO stage
+    1, Rajbhandari et al., 2020); needs a process group.
+    """
     trained = [p for p in parameters if p.requires_grad]
     groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
               {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=1e-6, fused=True)
+    groups, settings = [g for g in groups if g["params"]], dict(lr=lr, betas=betas, eps=1e-6, fused=True)
+    if zero:
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # not in every build of PyTorch
+
+        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings)
+    return torch.optim.AdamW(groups, **settings)
+
+
+def gather(optimizer: torch.optim.Optimizer) -> None:
+    """Before `state_dict` on rank 0, on all ranks: fetch what is shared out. What is saved then is a plain AdamW's state."""
+    if hasattr(optimizer, "consolidate_state_dict"):
+        optimizer.consolidate_state_dict(to=0)
+
+
+def load_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """A plain AdamW's state into `optimizer`, of which a rank of a shared one takes its share."""
+    if hasattr(optimizer, "consolidate_state_dict"):
+        # not by the shared optimizer's own load_state_dict: it puts `step` on the CPU, where a fused step on CUDA cannot read it
+        number = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+        mine = [number[p] for group in optimizer.optim.param_groups for p in group["params"]]
+        optimizer = optimizer.optim
+        state = optimizer.state_dict() | {"state": {i: state["state"][n] for i, n in enumerate(mine)}}
+    optimizer.load_state_dict(state)
 
 
 def schedule(step: int, steps: int, warmup: int, peak: float) -> float:

@@ -1,21 +1,36 @@
-"""The masked-LM loop and its evaluation; train.py keeps the policy (stages, snapshots, resuming)."""
+"""The masked-LM loop, the training of one stage with what it writes, and the evaluation; train.py keeps the policy."""
 import math
-from dataclasses import dataclass
-from typing import Iterator
+import queue
+import threading
+import time
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Callable, Iterable, Iterator, TypeVar
 
 import torch
+from torch import Tensor, nn
 
 from kernels import linear_cross_entropy
+from rt.checkpoint import save_base
 from rt.config import UsageError
 from rt.data import Rows
 from rt.device import autocast, derive_seed
+from rt.dist import Ranks
+from rt.graphs import GraphedGradient, compiled
+from rt.hub import open_base
+from rt.log import Log, progress
 from rt.model import Batch, MaskedLM
-from rt.optim import schedule, set_lr
+from rt.optim import adamw, gather, load_state, schedule, set_lr
+from rt.tokenizer import Tokenizer
+
+AHEAD = 3       # batches prepared before they are asked for
+T = TypeVar("T")
 
 
 @dataclass
 class PretrainSettings:
-    """One stage of masked-LM training. `steps` are optimizer steps of `batch_tokens` tokens."""
+    """One stage of masked-LM training. `steps` are optimizer steps of `batch_tokens` tokens, of all ranks together."""
     steps: int
     batch_tokens: int
     lr: float
@@ -23,40 +38,202 @@ class PretrainSettings:
     seed: int
     accumulation: int = 1
     clip: float = 1.0
+    log_every: int = 1      # steps between looks at the loss, each of which waits for the device
+    compile: bool = False   # torch.compile of each block
+    graphs: bool = False    # a CUDA graph of forward and backward
 
 
-def mlm_loss(model: MaskedLM, batch: Batch) -> torch.Tensor:
+def mlm_loss(model: MaskedLM, batch: Batch) -> Tensor:
     """Mean cross-entropy of the predicted rows; the scores over the vocabulary belong to linear_cross_entropy."""
     return linear_cross_entropy(model.features(batch), model.encoder.embeddings.word.weight, model.head.bias, batch.labels)
 
 
-def pretrain(model: MaskedLM, rows: Rows, optimizer: torch.optim.Optimizer, settings: PretrainSettings, *,
-             device: torch.device, precision: torch.dtype, start: int = 0) -> Iterator[dict]:
-    """Train from step `start` on, yielding {'step', 'loss', 'lr', 'grad_norm'} after each optimizer step.
+class Objective(nn.Module):
+    """What a share of a batch adds to the loss, as a module of its own: DistributedDataParallel sees nothing outside a forward."""
 
-    Dropout is seeded by (seed, step) as the data are, so a loop that is left and entered again repeats nothing and skips
-    nothing. Raises UsageError on a loss that is not finite.
-    """
-    s = settings
-    model.train()
+    def __init__(self, model: MaskedLM, parts: int, precision: torch.dtype):
+        super().__init__()
+        self.model, self.parts, self.precision = model, parts, precision
+
+    def forward(self, batch: Batch) -> Tensor:
+        with autocast(batch.ids.device, self.precision):
+            return mlm_loss(self.model, batch) / self.parts
+
+
+def ahead(items: Iterable[T], depth: int = AHEAD) -> Iterator[T]:
+    """The same items, made on another thread up to `depth` before they are asked for. What the thread raises is raised here; when the
+    loop over this is left (close it), the thread ends."""
+    ready, room, left = queue.SimpleQueue(), threading.Semaphore(depth), threading.Event()
+    end = object()
+
+    def work():
+        try:
+            room.acquire()
+            for item in items:
+                ready.put((item, None))
+                room.acquire()
+                if left.is_set():
+                    return
+            ready.put((end, None))
+        except BaseException as error:
+            ready.put((end, error))
+
+    thread = threading.Thread(target=work, name="ahead", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            room.release()
+            if error is not None:
+                raise error
+            if item is end:
+                return
+            yield item
+    finally:
+        left.set()
+        room.release()
+        thread.join()
+
+
+def shares(rows: Rows, s: PretrainSettings, ranks: Ranks, start: int) -> Iterator[Batch]:
+    """This rank's batches from step `start` on, `accumulation` of them a step, each with the seed of its dropout masks: a function of
+    (seed, step, share), so that ranks and parts can stand in for each other. On CUDA pinned and, as always where the step is compiled,
+    of static shapes."""
+    cuda = ranks.device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(ranks.device)     # of this thread: pinning must not touch another GPU
     for step in range(start, s.steps):
-        torch.manual_seed(derive_seed(s.seed, step))
-        lr = schedule(step, s.steps, s.warmup, s.lr)
-        set_lr(optimizer, lr)
-        total = torch.zeros((), device=device)
         for part in range(s.accumulation):
-            batch = rows.batch(step, s.batch_tokens, part=part, parts=s.accumulation).to(device)
-            with autocast(device, precision):
-                loss = mlm_loss(model, batch) / s.accumulation
+            batch = rows.batch(step, s.batch_tokens, ranks.rank, ranks.world, part, s.accumulation)
+            batch.seeds = torch.tensor([derive_seed(s.seed, step, ranks.rank * s.accumulation + part)])
+            if cuda or s.compile:
+                batch = rows.static(batch)
+            yield pinned(batch) if cuda else batch
+
+
+def pinned(batch: Batch) -> Batch:
+    return replace(batch, **{k: v.pin_memory() for k, v in vars(batch).items() if isinstance(v, Tensor)})
+
+
+def pretrain(model: MaskedLM, rows: Rows, optimizer: torch.optim.Optimizer, settings: PretrainSettings, *, precision: torch.dtype,
+             device: torch.device | None = None, ranks: Ranks | None = None, start: int = 0,
+             exact: Callable[[int], bool] = lambda step: False) -> Iterator[dict]:
+    """Train from step `start` on, yielding {'step', 'loss', 'lr', 'grad_norm'} of every optimizer step.
+
+    Rows come `log_every` at a time, for nothing waits for the device before; so `model` may be ahead of a row, but not at steps that
+    `exact` names, nor at the last. Data and dropout are seeded by (seed, step, share), so a loop that is left and entered again
+    repeats nothing and skips nothing. Every rank runs this; the rows are the same on all. Raises UsageError on a loss that is not finite.
+    """
+    s, ranks = settings, ranks or Ranks(device)
+    model.train()
+    objective, waiting = Objective(model, s.accumulation, precision), []
+    with compiled(model.encoder.layers if s.compile else (), ranks.device), closing(ahead(shares(rows, s, ranks, start))) as batches:
+        gradient = GraphedGradient(objective, s.accumulation, ranks.device) if s.graphs else PlainGradient(objective, s.accumulation, ranks)
+        for step in range(start, s.steps):
+            lr = schedule(step, s.steps, s.warmup, s.lr)
+            set_lr(optimizer, lr)
+            total = torch.zeros((), device=ranks.device)
+            for part in range(s.accumulation):
+                total += gradient(next(batches), part)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
+            optimizer.step()
+            waiting.append(({"step": step + 1, "lr": lr}, torch.stack([total, norm])))
+            if (step + 1) % s.log_every == 0 or step + 1 == s.steps or exact(step + 1):
+                yield from fetched(waiting, s, ranks)
+                waiting.clear()
+
+
+class PlainGradient:
+    """`objective(batch).backward()`, averaged over the ranks in the last part of a step."""
+
+    def __init__(self, objective: Objective, parts: int, ranks: Ranks):
+        self.objective, self.parts, self.ranks = ranks.parallel(objective), parts, ranks
+
+    def __call__(self, batch: Batch, part: int) -> Tensor:
+        """The loss of `batch`, the `part`-th of its step."""
+        if part == 0:
+            self.objective.zero_grad(set_to_none=True)
+        alone = self.ranks.world > 1 and part < self.parts - 1
+        with self.objective.no_sync() if alone else nullcontext():
+            loss = self.objective(batch.to(self.ranks.device))
             loss.backward()
-            total += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        loss = total.item()
+        return loss.detach()
+
+
+def fetched(waiting: list[tuple[dict, Tensor]], s: PretrainSettings, ranks: Ranks) -> Iterator[dict]:
+    """The rows of some steps, completed by their losses and norms, which leave the device in one copy."""
+    values = ranks.mean(torch.stack([pair for _, pair in waiting])).tolist()
+    for (row, _), (loss, norm) in zip(waiting, values):
         if not math.isfinite(loss):
-            raise UsageError(f"the loss at step {step + 1} is {loss}: lower --lr ({s.lr}) or raise --warmup ({s.warmup})")
-        yield {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm.item()}
+            raise UsageError(f"the loss at step {row['step']} is {loss}: lower --lr ({s.lr}) or raise --warmup ({s.warmup})")
+        yield {"step": row["step"], "loss": loss, "lr": row["lr"], "grad_norm": norm}
+
+
+@dataclass
+class Stage:
+    """The training of one M_i in `out`: the loop, with the rows, snapshots and resumable checkpoints that it leaves. Rank 0 writes."""
+    out: Path
+    model: MaskedLM
+    tokenizer: Tokenizer
+    rows: Rows
+    about: dict             # for meta.json; `name` and `domain` among it
+    settings: PretrainSettings
+    precision: torch.dtype
+    ranks: Ranks
+    log: Log
+    weight_decay: float
+    zero: bool              # the optimizer's state shared out among the ranks
+    snapshots: int          # kept along the way, evenly spaced
+    save_every: int         # steps between resumable checkpoints
+    step: int = 0
+    seconds: float = 0.0
+    optimizer: torch.optim.Optimizer = field(init=False)
+
+    def __post_init__(self):
+        self.optimizer = adamw(self.model.parameters(), 0.0, self.weight_decay, zero=self.zero)
+
+    def resume(self) -> None:
+        """Go on from the resumable checkpoint, if there is one and it is of this stage."""
+        if not (self.out / "last" / "meta.json").exists():
+            return
+        base = open_base(str(self.out / "last"))
+        if base.meta["name"] == self.about["name"]:
+            self.model.load_state_dict(MaskedLM(base.encoder, base.head).state_dict())
+            load_state(self.optimizer, torch.load(self.out / "last" / "optim.pt", map_location="cpu", weights_only=True))
+            self.step = base.meta["step"]
+
+    def save(self, folder: str, resumable: bool) -> None:
+        if resumable:
+            gather(self.optimizer)
+        if self.ranks.is_main:
+            save_base(self.out / folder, self.model, self.tokenizer, {**self.about, "step": self.step},
+                      self.optimizer if resumable else None)
+
+    def train(self, allowance: int) -> int:
+        """Up to `allowance` steps; returns how many were done."""
+        s, started, first = self.settings, time.perf_counter(), self.step
+        end = min(first + allowance, s.steps)
+        kept = {round(s.steps * (k + 1) / (self.snapshots + 1)) for k in range(self.snapshots)}
+
+        def resumable(step: int) -> bool:
+            return step < s.steps and (step == end or step % self.save_every == 0)
+
+        steps = pretrain(self.model, self.rows, self.optimizer, s, precision=self.precision, ranks=self.ranks, start=first,
+                         exact=lambda step: step in kept or resumable(step))
+        with progress(s.steps, f"{self.about['name']} {self.about['domain']}", first) as bar, closing(steps):
+            for row in steps:
+                self.step, self.seconds = row["step"], time.perf_counter() - started
+                self.log.row(stage=self.about["name"], **row)
+                bar.set_postfix_str(f"loss {row['loss']:.3f}, {(self.step - first) * s.batch_tokens / self.seconds:,.0f} tok/s",
+                                    refresh=False)
+                bar.update()
+                if self.step in kept:
+                    self.save(f"{self.about['name']}-t{self.step:05d}", resumable=False)
+                if resumable(self.step):
+                    self.save("last", resumable=True)
+                if self.step == end:
+                    break
+        return self.step - first
 
 
 @torch.no_grad()

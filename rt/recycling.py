@@ -7,7 +7,7 @@
     init+distill   both
     project        the old delta through a map learned on other tasks (rt/project.py); nothing is trained on this one
 
-`chain` does a mode along several bases, from the recycled delta or from the first one.
+`chain` does a mode along several bases, from the recycled delta or from the first one; `recycle_together` many runs at once.
 """
 import time
 from dataclasses import dataclass, replace
@@ -15,6 +15,7 @@ from typing import Callable, Iterator
 
 import torch
 
+from rt import grid
 from rt.checkpoint import Base
 from rt.config import UsageError
 from rt.deltas import Delta, DeltaConfig, apply, attach, check_fits, extract, new_head
@@ -104,10 +105,6 @@ def teacher_of(r: Recycling) -> TeacherCache:
     return r.teacher
 
 
-def _train(r: Recycling, model: Classifier, loss: Loss, what: str) -> tuple[Classifier, TuneResult]:
-    return model, tune(model, r.data, loss, r.settings, device=r.device, precision=r.precision, on_eval=r.on_eval, what=what)
-
-
 def _task_loss(r: Recycling) -> Loss:
     return Loss(is_regression=not r.data.labels)
 
@@ -118,8 +115,50 @@ def _distillation_loss(r: Recycling) -> Loss:
                    itp=r.itp, teacher_weights=weights_of(teacher_model(r)) if r.itp else None)
 
 
+def start_of(r: Recycling, mode: str) -> Classifier:
+    return start_from_old(r) if mode in ("init", "init+distill") else start_fresh(r)
+
+
+def loss_of(r: Recycling, mode: str) -> Loss:
+    return _distillation_loss(r) if mode in NEEDS_TEACHER else _task_loss(r)
+
+
+def _train(r: Recycling, mode: str) -> tuple[Classifier, TuneResult]:
+    model = start_of(r, mode)
+    return model, tune(model, r.data, loss_of(r, mode), r.settings, device=r.device, precision=r.precision, on_eval=r.on_eval, what=mode)
+
+
+def can_go_together(r: Recycling, mode: str) -> bool:
+    """Whether runs like this one can be trained side by side: not full deltas, which share no base, nor gamma and itp."""
+    return mode in TRAINED and r.config.kind != "full" and not (mode in NEEDS_TEACHER and (r.gamma or r.itp))
+
+
+def recycle_together(rs: list[Recycling], mode: str, limit: int = 0) -> Iterator[tuple[Recycling, Classifier, TuneResult]]:
+    """`recycle` for runs that differ in seed, examples, learning rate, alpha, beta and T alone, trained side by side on one frozen base
+    (rt/grid.py): the same results but for test, which is not scored. At most `limit` at once; 0: as many as fit into memory.
+    Yields each with its model as soon as its group is done; its on_eval is called then."""
+    for r in rs:
+        check(r, mode)
+    if not all(can_go_together(r, mode) for r in rs):
+        raise ValueError("full deltas, runs with gamma or itp and modes without training are not done side by side")
+    starts: dict[int, Classifier] = {}
+    teachers: dict[int, TeacherCache] = {}      # one for each sample of examples
+    runs = []
+    for r in rs:
+        if mode in NEEDS_TEACHER:
+            r.teacher = teachers[id(r.data)] = teachers.get(id(r.data)) or teacher_of(r)
+        if r.settings.seed not in starts:
+            starts[r.settings.seed] = start_of(r, mode)
+        runs.append(grid.Run(starts[r.settings.seed], r.data, r.settings, loss_of(r, mode)))
+    place = {id(run): r for run, r in zip(runs, rs)}
+    for run in grid.tune_in_groups(runs, limit, device=rs[0].device, precision=rs[0].precision, what=mode):
+        for row in run.rows:
+            place[id(run)].on_eval(row)
+        yield place[id(run)], grid.reweighted(run.model, run.best), run.result
+
+
 def scratch(r: Recycling) -> tuple[Classifier, TuneResult]:
-    return _train(r, start_fresh(r), _task_loss(r), "scratch")
+    return _train(r, "scratch")
 
 
 def apply_only(r: Recycling) -> tuple[Classifier, TuneResult]:
@@ -137,15 +176,15 @@ def project_only(r: Recycling) -> tuple[Classifier, TuneResult]:
 
 
 def init(r: Recycling) -> tuple[Classifier, TuneResult]:
-    return _train(r, start_from_old(r), _task_loss(r), "init")
+    return _train(r, "init")
 
 
 def distill(r: Recycling) -> tuple[Classifier, TuneResult]:
-    return _train(r, start_fresh(r), _distillation_loss(r), "distill")
+    return _train(r, "distill")
 
 
 def init_distill(r: Recycling) -> tuple[Classifier, TuneResult]:
-    return _train(r, start_from_old(r), _distillation_loss(r), "init+distill")
+    return _train(r, "init+distill")
 
 
 MODES: dict[str, Callable[[Recycling], tuple[Classifier, TuneResult]]] = {

@@ -20,7 +20,7 @@ def run_layers(model: Classifier, sequences: list[list[int]], device: torch.devi
     x, states, qk = encoder.embeddings(batch.ids, batch.cu_seqlens), [], []
     states.append(x)
     for layer in encoder.layers:
-        x = layer(x, batch.cu_seqlens, batch.max_seqlen, qk)
+        x = layer(x, batch.cu_seqlens, batch.max_seqlen, qk=qk)
         states.append(x)
     return torch.stack(states).float(), qk, batch.cu_seqlens
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from rt.config import UsageError
-from rt.data import sequences_batch
+from rt.data import sequences_batch, side_by_side
 from rt.device import autocast, derive_seed
 from rt.distill import Loss
+from rt.graphs import BUCKET, GraphedStep
 from rt.log import progress
 from rt.model import Batch, Classifier
 from rt.optim import adamw, schedule, set_lr
@@ -30,6 +31,12 @@ class TuneSettings:
     weight_decay: float = 0.01
     warmup: float = 0.06
     clip: float = 1.0
+    graphs: bool = False    # a CUDA graph of forward and backward for each bucket of tokens
+    early_stop: int = 0     # end when so many evaluations in a row have brought nothing better; 0: never
+
+    def stops(self, result: "TuneResult", step: int) -> bool:
+        """Whether a run that has been evaluated after `step` ends there."""
+        return 0 < self.early_stop * self.eval_every <= step - result.best_step
 
 
 @dataclass
@@ -142,6 +149,12 @@ def tune(model: Classifier, data: TaskData, loss: Loss, settings: TuneSettings, 
     result = TuneResult(0, {}, {})
     best: dict[str, Tensor] = {}
 
+    def gradient(batch: Batch, shares: Tensor | None = None) -> Tensor:
+        with autocast(device, precision):
+            value = loss(model, batch.to(device))
+        value.backward()
+        return value.detach()
+
     def score_dev(step: int, mean_loss: float | None) -> None:
         dev = evaluate(model, data.dev, device, precision)
         result.curve.append((step, score(dev)))
@@ -150,6 +163,7 @@ def tune(model: Classifier, data: TaskData, loss: Loss, settings: TuneSettings, 
             result.dev, result.best_step = dev, step
             best.update({k: p.detach().clone() for k, p in trained.items()})
 
+    graphed = GraphedStep(gradient, list(trained.values()), device) if s.graphs else None
     score_dev(0, None)
     recent = torch.zeros((), device=device)
     since = tokens = 0
@@ -157,15 +171,12 @@ def tune(model: Classifier, data: TaskData, loss: Loss, settings: TuneSettings, 
         for step in range(s.steps):
             torch.manual_seed(derive_seed(s.seed, step))    # of interpolation's points
             set_lr(optimizer, schedule(step, s.steps, max(1, round(s.warmup * s.steps)), s.lr))
-            batch = training_batch(data.train, s, step).to(device)
+            batch = training_batch(data.train, s, step)
             model.train()
-            with autocast(device, precision):
-                value = loss(model, batch)
-            value.backward()
+            recent += graphed(*side_by_side([batch], BUCKET)) if s.graphs else gradient(batch)
             torch.nn.utils.clip_grad_norm_(trained.values(), s.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            recent += value.detach()
             since, tokens = since + 1, tokens + len(batch.ids)
             if (step + 1) % s.eval_every == 0 or step + 1 == s.steps:
                 mean_loss = recent.item() / since
@@ -176,6 +187,8 @@ def tune(model: Classifier, data: TaskData, loss: Loss, settings: TuneSettings, 
                 since = 0
                 bar.set_postfix_str(f"loss {mean_loss:.3f}, dev {score(result.dev):.3f}, "
                                     f"{tokens / (time.perf_counter() - started):,.0f} tok/s")
+                if s.stops(result, step + 1):
+                    break
             bar.update()
     with torch.no_grad():
         for k, p in trained.items():

@@ -1,6 +1,7 @@
 """The real command line, as a user types it: tiny preset, few steps, every mode; resuming; errors with exit code 2."""
 import json
 import shutil
+from collections import Counter
 
 import pytest
 from conftest import command
@@ -61,11 +62,11 @@ def test_twenty_steps_are_ten_and_resume_and_ten(lineage):
     arguments = ("train.py", *SMALL, "--stream", f"{home}/one.txt,{home}/two.txt", "--steps", "14,6", "--cache", home / "cache",
                  "--snapshots", "0", "--dropout", "0.1", "--accumulation", "1", "--precision", "fp32")
     command(*arguments, "--out", home / "straight")
-    out = command(*arguments, "--out", home / "broken", "--stop_after", "10")
+    out = command(*arguments, "--out", home / "broken", "--stop_after", "10", "--log_every", "4")
     assert "stopped in M0 after step 10 of 14" in out
     assert "unfinished run: add --resume" in command(*arguments, "--out", home / "broken", code=2)
     assert "stopped after M0" in command(*arguments, "--out", home / "broken", "--resume", "--stop_after", "4")
-    command(*arguments, "--out", home / "broken", "--resume", "--stop_after", "3")      # stops again, inside M1
+    command(*arguments, "--out", home / "broken", "--resume", "--stop_after", "3", "--log_every", "2")      # stops again, inside M1
     command(*arguments, "--out", home / "broken", "--resume")
     for name in ("M0", "M1"):
         a, b = (load_file(home / run / name / "model.safetensors") for run in ("straight", "broken"))
@@ -143,6 +144,53 @@ def test_recycle_all_modes_builds_the_old_delta_and_prints_the_table(lineage, ta
     timeless = [{k: v for k, v in row.items() if k != "seconds"} for row in after]
     assert all({k: v for k, v in row.items() if k != "seconds"} in timeless for row in summary)
     assert len(read_rows(home / "recycled" / "metrics.jsonl")) == sum(len(row["curve"]) for row in after)
+
+
+SWEEP = ("--mode", "all", "--shots", "6", "--steps", "4", "--delta", "adapter", "--precision", "fp32",
+         "--sweep", "seed=0,1 alpha=.5,.9 T=2,5 lr=1e-3,2e-3")
+
+
+def test_a_sweep_prints_the_best_of_every_mode_and_goes_on_where_it_was_interrupted(lineage, task, tmp_path):
+    home, _ = lineage
+    arguments = ("--old_base", home / "run" / "M0", "--base", home / "run" / "M1", "--task", task, *TUNE, *SWEEP, "--out",
+                 tmp_path / "sweep")
+    out = command("recycle.py", *arguments)
+    home = tmp_path / "sweep"
+    lines = {line.split()[0]: line.split() for line in out.splitlines() if "±" in line}
+    # alpha and T are nothing to scratch and init: 2 seeds x 2 rates; distillation 2 x 2 x 2 x 2; apply once a seed
+    rows = json.loads((home / "summary.json").read_text())["rows"]
+    assert Counter(row["mode"] for row in rows) == {"scratch": 4, "init": 4, "apply": 2, "distill": 16, "init+distill": 16}
+    assert lines["distill"][1] == "alpha" and lines["distill"][3] == "T" and lines["scratch"][1] == "-"
+    by_mode = {mode: [row for row in rows if row["mode"] == mode and row["test"]] for mode in lines}
+    assert all(len(best) == 2 and len({json.dumps([r["lr"], r["settings"]]) for r in best}) == 1 for best in by_mode.values())
+    # a run of the sweep is the run alone
+    first = next(row for row in rows if row["mode"] == "init+distill" and row["seed"] == 1 and row["test"])
+    same = [text for name in ("alpha", "T") for text in ("--" + name, str(first["settings"][name]))]
+    command("recycle.py", *arguments[:8], *TUNE, *SWEEP[2:10], "--mode", "init+distill", "--seeds", "1", "--lr", str(first["lr"]), *same,
+            "--out", tmp_path / "alone")
+    single, = json.loads((tmp_path / "alone" / "summary.json").read_text())["rows"]
+    assert single["run"] == first["run"] and single["curve"] == first["curve"] and single["test"] == first["test"]
+    losses = [[row["loss"] for row in read_rows(path)][1:] for path in (tmp_path / "alone" / "metrics.jsonl",
+                                                                       home / "deltas" / first["run"] / "metrics.jsonl")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    # two of its runs are lost, one of them whole: only those are done again
+    (home / "deltas" / first["run"] / "summary.json").unlink()
+    gone = next(row for row in rows if row["mode"] == "scratch")
+    shutil.rmtree(home / "deltas" / gone["run"])
+    stamps = {path: path.stat().st_mtime_ns for path in (home / "deltas").glob("*/delta.safetensors")}
+    assert command("recycle.py", *arguments).splitlines()[1:] == out.splitlines()[-len(lines) - 2:]
+    assert sum(path.stat().st_mtime_ns != stamp for path, stamp in stamps.items()) == 1
+
+
+def test_a_sweep_is_shared_by_ranks(lineage, task, tmp_path):
+    home, _ = lineage
+    arguments = ("--old_base", home / "run" / "M0", "--base", home / "run" / "M1", "--task", task, *TUNE, "--delta", "lora", "--shots", "6",
+                 "--steps", "2", "--mode", "init,apply", "--sweep", "seed=0,1,2", "--device", "cpu")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "recycle.py")
+    out = [command(*script, *arguments, "--out", tmp_path / name) for script, name in ((torchrun, "two"), (("recycle.py",), "one"))]
+    two, one = (json.loads((tmp_path / name / "summary.json").read_text())["rows"] for name in ("two", "one"))
+    assert [(r["run"], r["curve"], r["test"]) for r in two] == [(r["run"], r["curve"], r["test"]) for r in one] and len(two) == 6
+    assert [line for line in out[0].splitlines() if "±" in line] == [line for line in out[1].splitlines() if "±" in line]
 
 
 def test_init_from_a_task_with_other_labels_says_so(lineage, task, tmp_path):
@@ -260,6 +308,7 @@ def test_chain_reports_both_routes_over_all_bases(lineage, task, tmp_path):
     (("train.py", "--stream", "TEXT", "--out", "TASK"), "holds other things than a stream of bases"),
     (("train.py", "--seed", "-1"), "seeds [-1]: must be whole numbers from 0"),
     (("train.py", "--stream", ","), "--stream: the list is empty"),
+    (("train.py", "--stream", "TEXT", "--out", "OUT", "--graphs", "--device", "cpu"), "--graphs captures CUDA graphs"),
     (("train.py", "--dropout", "1"), "--dropout 1.0: must be at least 0 and below 1"),
     (("train.py", "--mode", "tune", "--base", "M0", "--task", "TASK", "--seq_len", "999"), "--seq_len 999: the base has positions"),
     (("train.py", "--mode", "tune", "--base", "M0", "--task", "TASK", "--out", "M0"), "M0 holds other things"),

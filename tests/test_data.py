@@ -6,10 +6,13 @@ import lzma
 import numpy as np
 import pytest
 import torch
+from conftest import random_base
 
 from rt.config import UsageError
 from rt.data import ROW_SEQUENCES, Rows, build_corpus, read_documents, split_documents
 from rt.mlm import Masker
+from rt.model import MaskedLM
+from rt.pretrain import mlm_loss
 from rt.tokenizer import load_tokenizer
 
 
@@ -123,6 +126,40 @@ def test_ranks_and_parts_share_out_the_same_batch(corpus, tokenizer, world, part
     assert torch.equal(torch.cat([s.ids for s in shares]), whole.ids)
     assert torch.equal(torch.cat([s.labels for s in shares]), whole.labels)
     assert torch.equal(torch.cat([s.predict + i * len(s.ids) for i, s in enumerate(shares)]), whole.predict)
+
+
+def test_static_shapes_change_nothing_but_shapes(corpus, tokenizer):
+    rows, base = rows_of(corpus, tokenizer), random_base(tokenizer)
+    batch = rows.batch(5, 4 * rows.row_tokens)
+    static = rows.static(batch)
+    assert len(static.cu_seqlens) > len(batch.cu_seqlens) and (static.cu_seqlens[len(batch.cu_seqlens):] == len(batch.ids)).all()
+    with torch.no_grad():
+        assert torch.equal(*(base.encoder.embeddings(b.ids, b.cu_seqlens) for b in (batch, static)))     # the same positions
+    model = MaskedLM(base.encoder, base.head)
+    results = [torch.autograd.grad(loss, model.parameters()) + (loss,) for loss in (mlm_loss(model, b) for b in (batch, static))]
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("seq_len", [8, 32])
+def test_static_shapes_are_the_same_for_every_batch_and_give_way_to_one_that_does_not_fit(corpus, tokenizer, seq_len):
+    rows = rows_of(corpus, tokenizer, seq_len=seq_len)
+    statics = [rows.static(rows.batch(t, 4 * rows.row_tokens)) for t in range(60)]
+    assert len({(len(b.ids), len(b.cu_seqlens), len(b.predict), b.max_seqlen) for b in statics}) == 1
+    crowded = rows.batch(0, 4 * rows.row_tokens)
+    crowded.cu_seqlens = torch.arange(len(crowded.ids) + 1, dtype=torch.int32)      # every token a sequence
+    wide = rows.static(crowded).cu_seqlens
+    assert len(wide) > len(statics[0].cu_seqlens) and torch.equal(wide[:len(crowded.cu_seqlens)], crowded.cu_seqlens)
+
+
+def test_rows_are_full_and_the_share_of_cut_sequences_is_counted(corpus, tokenizer):
+    rows = rows_of(corpus, tokenizer)
+    packing, ids = rows.packing(), np.concatenate([rows.row(r)[0] for r in range(rows.per_epoch)])
+    assert packing["rows"] == rows.per_epoch and packing["fill"] > 0.98 and (ids != tokenizer.pad_id).mean() > 0.98
+    # a sequence that a row's end cuts is two, each in a row of its own
+    parts = sum(len(rows.row(r)[1]) for r in range(rows.per_epoch))
+    unread = int((rows.ends > rows.per_epoch * rows.row_tokens).sum())      # of the epoch, after its last row
+    assert parts == len(rows.lengths) - unread + round(packing["cut"] * len(rows.lengths))
 
 
 def test_sizes_that_do_not_divide_are_said(corpus, tokenizer):

@@ -11,7 +11,6 @@ of them. The learning rate of every arm is chosen on dev out of the same few, wi
 the chosen one. A finished run is known by its facts (`run` in its rows) and not done again.
 """
 import json
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -25,6 +24,7 @@ import torch
 
 from bench.claims import report, runs
 from bench.claims.plan import PHASES, SCALES, Run, searched
+from bench.machine import commit, device_name
 from rt.config import UsageError, parse, require_positive, run
 from rt.device import pick_device, pick_precision
 from rt.log import progress, read_rows, table
@@ -153,21 +153,6 @@ def work(c: Config, lab: runs.Lab, rows: Rows) -> None:
                 raise UsageError(f"{len(failed)} of {len(ready)} runs failed, the first: {failed[0]}")
     left = sum(map(len, wanted(lab, rows, c.only)))
     print(f"{left} runs are left; the same command goes on" if left else "all runs are done: python -m bench.claims --report")
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] \
-        if cpuinfo.exists() else []
-    return f"CPU, {names[0] if names else 'unknown'}, {len(names)} threads"
-
-
-def commit() -> str:
-    """The checkout's commit, with + where files differ from it; nothing outside a checkout."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty=+", "--exclude=*"], cwd=runs.ROOT, capture_output=True, text=True)
-    return done.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,114 @@
+"""What recycle.py leaves: a row a run in summary.json, curves in metrics.jsonl, deltas. A run is told from others by all it depends on."""
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rt.checkpoint import read_json
+from rt.config import record
+from rt.deltas import Delta, save_delta
+from rt.log import Log, claim, write_json
+from rt.recycling import NEEDS_TEACHER, TRAINED
+from rt.summary import add_steps_to_scratch
+from rt.tasks import Task
+from rt.tune import TuneResult
+
+
+@dataclass(frozen=True)
+class Run:
+    """What makes a row of the summary. `c` is recycle.py's Config; in a chain, that of one base: see `at`."""
+    c: Any
+    mode: str
+    seed: int
+    lr: float | None
+    route: str | None = None    # chain or direct; None outside chains, and of scratch
+
+    @property
+    def settings(self) -> dict:
+        """A direct run's are those of a call with this --base and no --chain: so it is the same run."""
+        return settings_of(self.c if self.route == "chain" else replace(self.c, chain=()), self.mode)
+
+    @property
+    def name(self) -> str:
+        """Equal for equal runs: mode, seed, and a hash of all that they depend on."""
+        content = json.dumps([self.settings, self.lr], sort_keys=True)
+        return f"{self.mode}-s{self.seed}-{hashlib.sha256(content.encode()).hexdigest()[:6]}"
+
+    def at(self, base: str, route: str | None) -> "Run":
+        """This run on one base of --chain: its config ends there."""
+        until = self.c.chain.index(base) + 1
+        return replace(self, c=replace(self.c, base=base, chain=self.c.chain[:until]), route=route)
+
+
+def settings_of(c, mode: str) -> dict:
+    """The flags that a run of `mode` depends on, beside its seed and learning rate."""
+    free = {"mode", "seeds", "lr", "out", "cache", "device", "save_deltas", "sweep", "side_by_side", "graphs"}
+    if not c.early_stop:
+        free |= {"early_stop"}      # so that rows from before there was one are of equal runs
+    if mode not in (*NEEDS_TEACHER, "project"):
+        free |= {"alpha", "beta", "T", "public_code"}
+    if mode not in NEEDS_TEACHER or not c.gamma:
+        free |= {"gamma", "att_layers"}
+    if mode not in NEEDS_TEACHER or not c.itp:
+        free |= {"itp"}
+    if mode != "project":
+        free |= {"source_task", "source_delta", "rank", "granularity", "residual", "project_steps"}
+    if not c.chain:
+        free |= {"chain"}
+    return {k: v for k, v in record(c).items() if k not in free}
+
+
+def belongs(row: dict, c) -> bool:
+    """Whether a row, of this call or an earlier one, has the settings of `c`; in a chain, of any of its routes at this base."""
+    return any(row["settings"] == Run(c, row["mode"], 0, None, route).settings for route in ("direct", *(["chain"] if c.chain else [])))
+
+
+def row_of(run: Run, task: Task, result: TuneResult) -> dict:
+    """A run as a row of the summary."""
+    c = run.c
+    return {"run": run.name, "mode": run.mode, "delta": c.delta, "task": task.name, "shots": c.shots, "seed": run.seed, "lr": run.lr,
+            "steps": c.steps if run.mode in TRAINED else 0, "best_step": result.best_step, "dev": result.dev, "test": result.test,
+            "steps_to_scratch_best": None, "seconds": round(result.seconds, 1), "curve": result.curve, "settings": run.settings}
+
+
+class Book:
+    """metrics.jsonl, summary.json and deltas/ of the output folder. What other calls have left there stays, unless the same
+    run (mode, seed, learning rate and settings) is done again."""
+
+    def __init__(self, c, argv: list[str], out: Path, task: Task, plan: list[Run]):
+        self.facts, self.c, self.out, self.task = {"config": record(c), "argv": argv}, c, out, task
+        claim(out, {"metrics.jsonl", "summary.json", "deltas"})
+        again = {run.name for run in plan}
+        self.log = Log(out, keep=lambda row: row["run"] not in again)
+        before = read_json(out / "summary.json")["rows"] if (out / "summary.json").exists() else []
+        self.rows = [row for row in before if row["run"] not in again]
+
+    def curve(self, run: Run, row: dict) -> None:
+        """Write what a run says at an evaluation."""
+        self.log.row(run=run.name, mode=run.mode, seed=run.seed, lr=run.lr, **row)
+
+    def enter(self, run: Run, result: TuneResult, delta: Delta, about: dict) -> None:
+        """Write a finished run: its delta, and its row in the summary, to which `about` is added."""
+        c, row = run.c, row_of(run, self.task, result)
+        if c.save_deltas:
+            keep_delta(self.out, row, self.task, delta, self.facts)
+        self.rows.append({**row, **about})
+        add_steps_to_scratch([row for row in self.rows if belongs(row, c)])
+        write_json(self.out / "summary.json", {"rows": self.rows, **self.facts})
+
+
+def keep_delta(out: Path, row: dict, task: Task, delta: Delta, about: dict) -> Path:
+    """OUT/deltas/RUN, with the row's facts and `about` in it."""
+    facts = {k: row[k] for k in ("task", "shots", "seed", "mode", "lr", "dev", "test")}
+    info = {**facts, "labels": list(task.labels), **about, **delta.info}
+    save_delta(out / "deltas" / row["run"], replace(delta, info=info))
+    return out / "deltas" / row["run"]
+
+
+def keep_run(out: Path, argv: list[str], run: Run, task: Task, result: TuneResult, delta: Delta, curve: list[dict]) -> None:
+    """A folder for one run of a sweep; summary.json, the sign that it is complete, comes last."""
+    row = row_of(run, task, result)
+    home = keep_delta(out, row, task, delta, {"config": record(run.c), "argv": argv})
+    (home / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in curve), encoding="utf-8")
+    write_json(home / "summary.json", row)

@@ -1,0 +1,145 @@
+"""Two processes (gloo) are one with the same global batch: losses, resuming with another number of ranks, the optimizer's state
+shared out; what one rank does for all; errors end all."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, command
+
+from rt.config import UsageError
+from rt.dist import Ranks, join
+from rt.log import read_rows
+
+FLAGS = ("--preset", "tiny", "--vocab_size", "500", "--seq_len", "32", "--batch_tokens", "512", "--eval_tokens", "512", "--device", "cpu",
+         "--precision", "fp32", "--dropout", "0.1", "--snapshots", "1", "--steps", "20")
+TOLERANCE = 1e-5    # of a loss, relative: the sums of gradients are taken in another order
+
+
+def torchrun(*arguments, code: int = 0) -> str:
+    """A script of the checkout in two processes; stdout, or stderr where an error was expected."""
+    return command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *arguments, code=code)
+
+
+def losses(folder) -> list[float]:
+    rows = [r for r in read_rows(folder / "metrics.jsonl") if "loss" in r]
+    assert [r["step"] for r in rows] == list(range(1, 21))
+    return [r["loss"] for r in rows]
+
+
+@pytest.fixture(scope="module")
+def home(graphs, tmp_path_factory):
+    """A corpus, and the run of one process that the others are held to: two parts a step, as two ranks have one each."""
+    home = tmp_path_factory.mktemp("dist")
+    lines = [json.loads(line)["text"].replace("\n", " ") for line in (graphs / "corpus" / "train.jsonl").open()]
+    (home / "one.txt").write_text("\n".join(lines[:300]))
+    command("train.py", *FLAGS, *corpus(home), "--accumulation", "2", "--out", home / "alone")
+    return home
+
+
+def corpus(home) -> tuple:
+    return "--stream", home / "one.txt", "--cache", home / "cache"
+
+
+def test_two_ranks_are_one_with_the_same_batch(home):
+    out = torchrun("train.py", *FLAGS, "--stream", home / "one.txt", "--cache", home / "its_own_cache", "--out", home / "two")
+    assert losses(home / "two") == pytest.approx(losses(home / "alone"), rel=TOLERANCE)
+    assert out.count("sample:") == out.count("M0 (one)") == 1       # one rank prints
+    assert {f.name for f in (home / "two").iterdir()} == {f.name for f in (home / "alone").iterdir()}
+    summaries = [json.loads((home / name / "summary.json").read_text())["stages"][0] for name in ("alone", "two")]
+    assert [s["ranks"] for s in summaries] == [1, 2]
+    assert summaries[0]["heldout"]["one"]["loss"] == pytest.approx(summaries[1]["heldout"]["one"]["loss"], rel=TOLERANCE)
+
+
+def test_shared_state_changes_nothing_and_one_process_goes_on_from_it(home):
+    begun = torchrun("train.py", *FLAGS, *corpus(home), "--zero", "--out", home / "zero", "--stop_after", "10")
+    assert begun.count("stopped in M0 after step 10 of 20") == 1
+    command("train.py", *FLAGS, *corpus(home), "--accumulation", "2", "--out", home / "zero", "--resume")
+    assert losses(home / "zero") == pytest.approx(losses(home / "alone"), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("flags, words", [(("--batch_tokens", "256"), "multiple of 512"), (("--lr", "1e18"), "the loss at step")])
+def test_what_is_wrong_ends_all_ranks(home, flags, words, tmp_path):
+    error = torchrun("train.py", *FLAGS, *corpus(home), "--out", tmp_path / "out", *flags, code=1)
+    assert error.startswith("error: ") and words in error and 'train.py", line' not in error    # torchrun has a traceback of its own
+
+
+def test_what_is_for_one_process_and_what_is_not(monkeypatch, tmp_path):
+    assert "--zero shares" in command("train.py", "--zero", "--out", tmp_path / "out", code=2)
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert "--mode tune is for one process" in command("train.py", "--mode", "tune", code=2)
+
+
+WORKER = """
+import copy, sys, time, torch
+from rt.config import UsageError
+from rt.dist import join
+from rt.optim import adamw, gather, load_state
+
+def bad():
+    raise UsageError("only rank 0 saw it")
+
+def train(optimizer, weights, steps):
+    for step in steps:
+        for i, w in enumerate(weights):
+            w.grad = torch.full_like(w, i + step) + w.detach()
+        optimizer.step()
+
+def fresh(zero):
+    weights = [torch.nn.Parameter(torch.ones(shape)) for shape in ((4, 3), (3,), (2, 2), (5,))]
+    return weights, adamw(weights, 0.1, 0.01, zero=zero)
+
+ranks = join("cpu")
+assert ranks.from_main(lambda: ranks.rank) == 0 and ranks.mean(torch.tensor([float(ranks.rank)])).item() == 0.5
+ranks.main_first(lambda: open(sys.argv[1], "a").write(str(ranks.rank)))
+
+weights, optimizer = fresh(False)
+train(optimizer, weights, range(6))
+half, shared = fresh(True)
+train(shared, half, range(3))
+assert 0 < len(shared.optim.state) < 4
+gather(shared)
+state = ranks.from_main(shared.state_dict)
+for zero in (True, False):              # shared out again, and by one alone
+    again, optimizer = fresh(zero)
+    for new, old in zip(again, half):
+        new.data.copy_(old.data)
+    load_state(optimizer, copy.deepcopy(state))     # or its tensors would be trained
+    train(optimizer, again, range(3, 6))
+    for a, b in zip(weights, again):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+try:
+    ranks.from_main(bad)
+except UsageError as error:
+    assert str(error) == "only rank 0 saw it"
+    ranks.leave()
+    if ranks.is_main:
+        sys.exit(3)
+    time.sleep(600)     # ended by torchrun
+"""
+
+
+def test_shares_of_a_state_fit_together_and_rank_0_goes_first_and_its_errors_are_everyones(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "worker.py",
+                           tmp_path / "order"], cwd=ROOT, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 1 and "exitcode  : 3" in done.stderr, done.stderr
+    assert (tmp_path / "order").read_text() == "01"
+
+
+def test_without_torchrun_there_is_one_rank(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    ranks = join("cpu")
+    assert ranks == Ranks(torch.device("cpu")) and ranks.is_main and not torch.distributed.is_initialized()
+    assert ranks.from_main(lambda: 5) == ranks.main_first(lambda: 5) == 5
+    ranks.leave()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="with torchrun"):
+        join("cpu")

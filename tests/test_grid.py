@@ -1,0 +1,182 @@
+"""Runs side by side are the runs alone."""
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import random_base
+
+from rt import grid
+from rt.config import UsageError
+from rt.data import PAD_SEQUENCES, side_by_side
+from rt.deltas import DeltaConfig, attach
+from rt.distill import Loss, TeacherCache
+from rt.grid import GridAdamW, Run, load, stack, trained
+from rt.optim import adamw
+from rt.tasks import Encoded
+from rt.tune import TaskData, TuneSettings, predict, tune
+
+CPU = dict(device=torch.device("cpu"), precision=torch.float32)
+FROZEN = ("adapter", "lora", "bitfit", "prefix")
+
+
+def task(n: int, seed: int) -> TaskData:
+    """Ragged examples, whose number is no multiple of the batch: the last batch of an epoch is smaller."""
+    g = torch.Generator().manual_seed(seed)
+    parts = []
+    for count in (n, n - 3, 5):
+        sequences = [[0, *torch.randint(5, 500, (int(m),), generator=g).tolist(), 2] for m in torch.randint(1, 40, (count,), generator=g)]
+        parts.append(Encoded(sequences, torch.randint(3, (count,), generator=g), 0))
+    return TaskData("t", ("a", "b", "c"), *parts)
+
+
+def four_runs(tokenizer, kind: str, taught: bool = True) -> list[Run]:
+    """Everything differs that may: start, examples, their number, seed, learning rate, warm-up, alpha, beta, T, teacher."""
+    base = random_base(tokenizer)
+    config = DeltaConfig(kind, target_modules=("query", "value", "intermediate.dense"))
+    datas = [task(21, 0), task(18, 1)]
+    g = torch.Generator().manual_seed(5)
+    teachers = [TeacherCache(torch.randn(len(d.train), 3, generator=g), torch.randn(len(d.train), 2, 64, generator=g)) for d in datas]
+    runs = []
+    for k, (alpha, beta, T, lr, warmup) in enumerate(((.7, 1.0, 5.0, 3e-3, .1), (.9, 0.0, 2.0, 5e-3, .3), (.2, 7.0, 5.0, 1e-3, .1),
+                                                      (.0, 2.0, 1.0, 2e-3, .5))):
+        loss = Loss(teacher=teachers[k % 2], alpha=alpha, beta=beta, T=T) if taught else Loss()
+        model = attach(base, config, 3, seed=k // 2)
+        runs.append(Run(model, datas[k % 2], TuneSettings(9, 4, lr, 2, seed=10 + k, weight_decay=0.1, warmup=warmup), loss))
+    return runs
+
+
+def alone(run: Run) -> tuple[list[dict], Run]:
+    """The curve of one run by rt.tune.tune, and its result."""
+    rows: list[dict] = []
+    model = load(stack_of_one(run.model), {k: p.detach() for k, p in trained(run.model).items()})
+    result = tune(model, replace(run.data, test=None), run.loss, run.settings, **CPU, on_eval=rows.append)
+    return rows, replace(run, result=result, best={k: p.detach() for k, p in trained(model).items()})
+
+
+def stack_of_one(model):
+    return grid.reweighted(model, {k: p.detach().clone() for k, p in trained(model).items()})
+
+
+@pytest.mark.parametrize("taught", [True, False])
+@pytest.mark.parametrize("kind", FROZEN)
+def test_four_runs_side_by_side_are_four_runs_alone(tokenizer, kind, taught):
+    """Losses of every evaluation to 1e-5, which 9 steps in fp32 leave; the weights where dev was best to 1e-4."""
+    runs = four_runs(tokenizer, kind, taught)
+    before = [{k: p.detach().clone() for k, p in trained(run.model).items()} for run in runs]
+    grid.tune(runs, **CPU)
+    for run, start in zip(runs, before):
+        own = run.rows
+        assert all(torch.equal(p, start[k]) for k, p in trained(run.model).items()), "a start was changed"
+        expected, single = alone(run)
+        assert [row["step"] for row in own] == [0, 2, 4, 6, 8, 9] and own[0]["loss"] is None
+        for ours, theirs in zip(own[1:], expected[1:], strict=True):
+            assert abs(ours["loss"] - theirs["loss"]) < 1e-5 * max(1, abs(theirs["loss"]))
+            assert ours["dev"] == theirs["dev"]
+        assert run.result.best_step == single.result.best_step and run.result.curve == single.result.curve
+        for name, weight in single.best.items():
+            torch.testing.assert_close(run.best[name], weight, atol=1e-4, rtol=1e-4)
+    assert len({run.rows[-1]["loss"] for run in runs}) == 4
+
+
+def test_a_run_that_stops_early_leaves_the_others_to_themselves(tokenizer):
+    runs = four_runs(tokenizer, "adapter")
+    for k, run in enumerate(runs):
+        run.settings = replace(run.settings, steps=16, early_stop=2 if k % 2 else 0)
+    runs[1].settings = replace(runs[1].settings, lr=1e-9)       # nothing gets better
+    singles = [alone(run)[1] for run in runs]
+    grid.tune(runs, **CPU)
+    assert len(runs[1].result.curve) == 3 and len(runs[0].result.curve) == 9
+    for run, single in zip(runs, singles):
+        assert run.result.curve == single.result.curve
+
+
+def test_regressions_and_the_public_codes_averaging(tokenizer):
+    runs = four_runs(tokenizer, "bitfit")
+    for run in runs:
+        parts = [replace(part, targets=part.targets.float()) for part in (run.data.train, run.data.dev)]
+        run.data = TaskData("t", (), *parts, None)
+        cache = replace(run.loss.teacher, logits=run.loss.teacher.logits[:, :1])
+        run.loss = replace(run.loss, is_regression=True, public_code=True, teacher=cache)
+        run.model = attach(random_base(tokenizer), DeltaConfig("bitfit"), 1, seed=0)
+    grid.tune(runs, **CPU)
+    for run in runs:
+        for ours, theirs in zip(run.rows[1:], alone(run)[0][1:], strict=True):
+            assert abs(ours["loss"] - theirs["loss"]) < 1e-4 * max(1, abs(theirs["loss"]))
+
+
+def test_predictions_side_by_side_are_in_each_runs_order(tokenizer, monkeypatch):
+    monkeypatch.setattr(grid, "EVAL_TOKENS", 300)       # several passes, the runs ending at different ones
+    runs = four_runs(tokenizer, "lora")
+    parts = [run.data.dev for run in runs]
+    for run, part, logits in zip(runs, parts, grid.predict(stack([run.model for run in runs]), parts, **CPU)):
+        torch.testing.assert_close(logits, predict(run.model, part.sequences, **CPU), atol=2e-5, rtol=1e-4)
+
+
+def test_ranges_are_filled_up_and_shares_sum_to_one():
+    data = task(21, 0).train
+    batches = [data.batch([0, 1, 2]), data.batch([3]), data.batch([4, 5])]
+    batch, shares = side_by_side(batches, bucket=130, B=4)
+    assert len(batch.ids) == 390 and batch.cu_seqlens[-1] == 390 and batch.max_seqlen == 64
+    assert len(batch.cu_seqlens) == 3 * (4 + PAD_SEQUENCES) + 1 and batch.cu_seqlens.diff().min() == 0
+    assert shares.shape == (3, 4) and torch.equal(shares.sum(1), torch.ones(3)) and shares[1].tolist() == [1, 0, 0, 0]
+    for k, own in enumerate(batches):
+        assert torch.equal(batch.ids[k * 130:k * 130 + len(own.ids)], own.ids)
+        assert torch.equal(batch.rows[4 * k:4 * k + len(own.index)], own.first + 130 * k)
+        assert torch.equal(batch.labels[4 * k:4 * k + len(own.index)], own.labels)
+
+
+def test_the_optimizer_is_adamw_with_a_rate_and_a_norm_of_its_own():
+    torch.manual_seed(0)
+    shapes, rates = [(5, 4), (7,)], torch.tensor([1e-2, 3e-3])
+    single = [[torch.randn(s, requires_grad=True) for s in shapes] for _ in range(2)]
+    together = [torch.stack([s[i].detach() for s in single]).requires_grad_() for i in range(2)]
+    ours, theirs = GridAdamW(together, weight_decay=0.5, clip=1.0), [adamw(s, 0.0, 0.5, betas=(0.9, 0.999)) for s in single]
+    for _ in range(5):
+        grads = [torch.randn(2, *shape) * torch.tensor([0.01, 10.0]).view(2, *(1,) * len(shape)) for shape in shapes]
+        for w, g in zip(together, grads):
+            w.grad = g.clone()
+        ours.step(rates)
+        for k, (weights, optimizer) in enumerate(zip(single, theirs)):
+            for w, g in zip(weights, grads):
+                w.grad = g[k].clone()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = rates[k].item()
+            optimizer.step()
+    for i in range(2):
+        torch.testing.assert_close(together[i].detach(), torch.stack([s[i].detach() for s in single]))
+
+
+def test_a_loss_that_is_not_finite_names_the_learning_rate(tokenizer):
+    runs = four_runs(tokenizer, "adapter")
+    runs[2].settings = replace(runs[2].settings, lr=1e30)
+    with pytest.raises(UsageError, match=r"lower --lr \(1e\+30\)"):
+        grid.tune(runs, **CPU)
+
+
+def test_interpolation_is_not_done_side_by_side(tokenizer):
+    runs = four_runs(tokenizer, "adapter")
+    runs[1].loss = replace(runs[1].loss, itp=1, teacher_weights={})
+    with pytest.raises(ValueError, match="itp"):
+        grid.tune(runs, **CPU)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", FROZEN)
+def test_graphs_of_a_step_are_the_step(tokenizer, device, kind):
+    """Four runs side by side, and each alone, replayed as CUDA graphs: losses as without, to 1e-4 in fp32."""
+    if device.type == "cpu":
+        pytest.skip("CUDA graphs")
+    where = dict(device=device, precision=torch.float32)
+    curves = []
+    for graphs in (False, True):
+        runs = four_runs(tokenizer, kind)
+        for run in runs:
+            run.model.to(device)
+            cache = TeacherCache(run.loss.teacher.logits.to(device), run.loss.teacher.states.to(device))
+            run.settings, run.loss = replace(run.settings, graphs=graphs), replace(run.loss, teacher=cache)
+        grid.tune(runs, **where)
+        rows: list[dict] = []
+        tune(runs[0].model, replace(runs[0].data, test=None), runs[0].loss, runs[0].settings, **where, on_eval=rows.append)
+        curves.append([[row["loss"] for row in own[1:]] for own in (*(run.rows for run in runs), rows)])
+    for plain, replayed in zip(*curves):
+        assert plain == pytest.approx(replayed, rel=1e-4)

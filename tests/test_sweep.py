@@ -1,0 +1,52 @@
+"""--sweep: what a grid of settings becomes."""
+from dataclasses import dataclass
+
+import pytest
+
+from rt.config import UsageError
+from rt.summary import by_settings, chosen
+from rt.sweep import expand, groups, swept
+
+
+@dataclass
+class Config:
+    seeds: tuple[int, ...] = (0,)
+    lr: tuple[float, ...] = ()
+    alpha: float = 0.7
+    T: float = 5.0
+    steps: int = 50
+
+
+@dataclass
+class FakeRun:
+    mode: str
+    settings: dict
+
+
+def test_every_combination_in_the_order_written():
+    configs = expand(Config(), "seed=20,30,40 alpha=.7,.9 T=5,10,20 lr=1e-3")
+    assert len(configs) == 18 and configs[0] == Config((20,), (1e-3,), 0.7, 5.0) and configs[-1] == Config((40,), (1e-3,), 0.9, 20.0)
+    assert [c.T for c in configs[:4]] == [5, 10, 20, 5] and isinstance(configs[0].seeds[0], int)
+    assert expand(Config(), "") == [Config()]
+
+
+@pytest.mark.parametrize("spec, message", [
+    ("alfa=1", "did you mean alpha"), ("bottleneck=3", "cannot be swept; what can: seed, lr"), ("alpha", "no values"),
+    ("alpha=", "no values"), ("T=1 T=2", "T is there twice"), ("T=warm", "--sweep T warm: not a number"),
+    ("seed=1.5", "not a whole number"), ("=3", "cannot be swept")])
+def test_bad_grids_are_one_sentence(spec, message):
+    with pytest.raises(UsageError, match=message):
+        expand(Config(), spec)
+
+
+def test_runs_of_equal_shape_go_together():
+    runs = [FakeRun(mode, {"alpha": a, "T": 5, "steps": s}) for mode in ("init", "distill") for a in (1, 2) for s in (10, 20)]
+    assert [[(r.mode, r.settings["steps"]) for r in group] for group in groups(runs)] == [
+        [("init", 10)] * 2, [("init", 20)] * 2, [("distill", 10)] * 2, [("distill", 20)] * 2]
+
+
+def test_the_best_settings_are_best_on_average_over_seeds():
+    rows = [{"mode": "distill", "lr": 1.0, "seed": s, "settings": {"alpha": a}, "dev": {"accuracy": dev}}
+            for a, s, dev in ((0.7, 0, .9), (0.7, 1, .1), (0.9, 0, .6), (0.9, 1, .6))]
+    assert [row["settings"]["alpha"] for row in chosen(rows, "distill", by_settings)] == [0.9, 0.9]
+    assert swept("T=1,2 seed=3") == {"T": ["1", "2"], "seed": ["3"]}
