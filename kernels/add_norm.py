@@ -155,7 +155,7 @@ def _add_norm_backward(dy: Tensor, z: Tensor, stats: Tensor, weight: Tensor, see
     K = max(w_runs, b_runs, seeds)
     dy, w, seed = packed(dy, weight.contiguous(), seed)
     BLOCK_N, warps = configs.pick("add_norm_backward", row_class(d), dy.dtype, dy.device)
-    rows = triton.cdiv(triton.cdiv(N, max(PROGRAMS, K)), BLOCK_N) * BLOCK_N
+    rows = max(triton.cdiv(triton.cdiv(N, PROGRAMS), BLOCK_N), 1) * BLOCK_N
     blocks = triton.cdiv(N // K, rows)
     shapes = (N, z.dtype), (N, dy.dtype), (K * blocks, torch.float32), (K * blocks, torch.float32)
     dx, dh, dw, db = (torch.empty((n, d) if want else (0,), dtype=dtype, device=dy.device) for (n, dtype), want in zip(shapes, wanted))

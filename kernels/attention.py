@@ -136,7 +136,7 @@ def _launch_backward(dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor
     dout, delta = dout.contiguous(), torch.empty(H, N, device=q.device)
     launch(_backward_delta, triton.cdiv(N, 64) * H, out, dout, delta, N, H, triton.cdiv(N, 64), D=D, BLOCK=64)
     atomic = q.dtype != torch.float32 and not torch.are_deterministic_algorithms_enabled()
-    sums = torch.zeros(N, H, D, device=q.device) if atomic else dq
+    sums = torch.zeros(N, H, D, dtype=torch.float32, device=q.device) if atomic else dq
     longest = P if shared else max_seqlen
     BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_backward_keys", size_class(D, longest), q.dtype, q.device)
     blocks = triton.cdiv(longest, BLOCK_K)

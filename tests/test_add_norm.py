@@ -93,7 +93,13 @@ def test_without_gradients_nothing_is_kept(device, monkeypatch):
         y = add_norm(x, h, weight, bias, EPS)
     assert not y.requires_grad and [t.numel() for t in kept[0][1:]] == [0, 0]
     torch.testing.assert_close(y, add_norm_ref(x, h, weight, bias, EPS, 0.0, None))
-    assert add_norm(x[:0], h[:0], weight, bias, EPS).shape == (0, 8)
+
+
+def test_no_rows(device):
+    x, h, weight, bias = inputs(4, 8, torch.float32, device=device)
+    for p in (0.0, 0.3):
+        y, *grads = everything(add_norm, [x[:0], h[:0], weight, bias], p, SEEDS[:1].to(device))
+        assert y.shape == (0, 8) and [tuple(g.shape) for g in grads] == [(0, 8), (0, 8), (8,), (8,)] and not grads[2].any()
 
 
 def test_rows_far_from_zero_and_constant_rows(device):
@@ -135,7 +141,7 @@ def test_shapes_that_do_not_fit_are_said():
         add_norm(x, h, weight, bias.repeat(4, 1), EPS)
     with pytest.raises(ValueError, match="one for all"):
         add_norm(x, h, weight.repeat(2, 1), bias.repeat(3, 1), EPS)
-    with pytest.raises(ValueError, match="multiple of K rows"):
+    with pytest.raises(ValueError, match="each must have equally many"):
         add_norm(x, h, weight, bias, EPS, 0.5, torch.arange(4))
 
 
