@@ -48,5 +48,5 @@ def test_help_has_every_flag_with_its_default_and_comment():
 def test_scripts_teach_and_refuse(script):
     lines = [line for line in command(script, "--help").splitlines() if line.startswith("  --")]
     assert len(lines) > 20 and all(len(line.split(None, 2)) == 3 for line in lines)     # each has a comment
-    error = command(script, "--sede", "1", code=2)
-    assert error == "error: there is no flag --sede: did you mean --seed" + ("s?\n" if script == "recycle.py" else "?\n")
+    error = command(script, "--seds", "1", code=2)
+    assert error == "error: there is no flag --seds: did you mean --seed" + ("s?\n" if script == "recycle.py" else "?\n")
