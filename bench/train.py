@@ -42,6 +42,7 @@ from rt.config import run
 from rt.data import Corpus, Rows, sequences_batch
 from rt.deltas import DeltaConfig
 from rt.distill import Loss
+from rt.graphs import compile_blocks
 from rt.mlm import Masker
 from rt.model import Batch, EncoderConfig
 from rt.pretrain import mlm_loss
@@ -92,17 +93,13 @@ def uneven(case: dict) -> list[int]:
 
 # ---------------------------------------------------------------- implementations
 
-def compiled_blocks(model: nn.Module) -> nn.Module:
-    for block in model.encoder.layers:
-        block.forward = torch.compile(block.forward, fullgraph=True)
-    return model
-
-
 def ours(where: Where, build: Callable[[], tuple[nn.Module, Callable[[], Tensor]]], flops: float) -> dict[str, Impl]:
     """The product's step by `build`, which makes a model on the device and the function that runs it to its loss."""
     def step(precision: torch.dtype, compile: bool = False, graph: bool = False) -> Step:
         model, loss = build()
-        return Step(compiled_blocks(model) if compile else model, loss, precision, graph)
+        if compile:
+            compile_blocks(model.encoder.layers, where.device)
+        return Step(model, loss, precision, graph)
 
     out = {"ours": Impl(lambda: step(where.precision), where.precision, flops)}
     if where.compile:

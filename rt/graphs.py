@@ -18,25 +18,32 @@ BUCKET = 128    # tokens: the steps in which tuning's batches grow where each sh
 WARM_UP = 3     # runs before the capture: what is compiled, allocated or chosen at first use is so by then
 
 
-@contextmanager
-def compiled(blocks: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
-    """Inside, the blocks' forward is compiled, once for all blocks of one shape. Names in their state_dict stay as they are.
+def compile_blocks(blocks: Iterable[nn.Module], device: torch.device) -> None:
+    """Compile the blocks' forward, once for all blocks of one shape. Names in their state_dict stay as they are.
 
     Where the kernels run, a block is one graph, our ops inside. Elsewhere the attention stays outside: its reference goes through the
     sequences in Python, and would be compiled anew for the lengths of every batch.
     """
-    blocks, attention, whole = list(blocks), rt.model.attention_qkv, kernels_run(device)
-    if blocks:
-        torch._dynamo.config.optimize_ddp = False   # it cuts what it compiles at the gradients' buckets; blocks are small enough
-        rt.model.attention_qkv = attention if whole else torch.compiler.disable(attention)
+    whole = kernels_run(device)
+    torch._dynamo.config.optimize_ddp = False   # it cuts what it compiles at the gradients' buckets; blocks are small enough
+    if not whole:
+        rt.model.attention_qkv = torch.compiler.disable(rt.model.attention_qkv)
     for block in blocks:
         block.forward = torch.compile(block.forward, fullgraph=whole, dynamic=False)
+
+
+@contextmanager
+def compiled(blocks: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
+    """Inside, the blocks are compiled; evaluation, which has other shapes, is for outside."""
+    blocks, attention = list(blocks), rt.model.attention_qkv
+    if blocks:
+        compile_blocks(blocks, device)
     try:
         yield
     finally:
         rt.model.attention_qkv = attention
         for block in blocks:
-            del block.forward       # the class's own again: evaluation has other shapes
+            del block.forward       # the class's own again
 
 
 def kernels_run(device: torch.device) -> bool:

@@ -249,15 +249,6 @@ def test_compilation_that_fails_is_told(monkeypatch, tmp_path):
     assert failed == {"ours +compile", "hf +compile"} and {"ours", "hf"} <= timed(here.rows).keys()
 
 
-def test_every_block_is_compiled_whole(monkeypatch):
-    asked = []
-    monkeypatch.setattr(torch, "compile", lambda f, **more: asked.append(more) or f)
-    config = EncoderConfig(50, hidden_size=8, num_layers=2, num_heads=1, ffn_size=8, max_len=16)
-    model, batch = train.our_masked_lm(config, None).eval(), train.masked_batch(config, [3, 9])
-    before = model(batch)
-    assert torch.equal(train.compiled_blocks(model)(batch), before) and asked == [{"fullgraph": True}] * 2
-
-
 @pytest.mark.parametrize("tokens, S", [(1024, 128), (2048, 128), (64, 16), (16384, 512), (4096, 512)])
 def test_uneven_lengths_are_half_padding(tokens, S):
     lengths = train.uneven({"tokens": tokens, "S": S})

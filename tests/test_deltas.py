@@ -171,3 +171,18 @@ def test_damaged_folders_are_named(base, batch, tmp_path):
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(UsageError, match="delta.safetensors: not a readable safetensors file"):
         load_delta(tmp_path / "d")
+
+
+@pytest.mark.parametrize("kind, lowest", [("adapter", "embeddings.norm"), ("bitfit", "embeddings.norm"), ("lora", "layers.0.qkv"),
+                                          ("prefix", "layers.0.prefix")])
+def test_a_frozen_base_has_no_gradient_of_a_weight_nor_below_the_lowest_trained_module(base, batch, kind, lowest):
+    model = attach(base, DeltaConfig(kind), 3, seed=0)
+    asked = {}
+    for i, layer in enumerate(model.encoder.layers):
+        layer.register_forward_pre_hook(lambda module, inputs, i=i: asked.update({i: inputs[0].requires_grad}))
+    model(batch).sum().backward()
+    assert asked == {0: lowest == "embeddings.norm", 1: True}
+    trained = [name for name, p in model.encoder.named_parameters() if p.grad is not None]
+    assert any(name.startswith(lowest) for name in trained)
+    assert all(p.requires_grad == (p.grad is not None) for p in model.encoder.parameters())
+    assert not any(name.endswith(("word.weight", "position.weight")) for name in trained)
