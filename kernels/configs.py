@@ -39,6 +39,7 @@ TABLE: dict[str, dict[tuple[int, int, int], tuple[int, ...]]] = {
         **_rows({32: (32, 64, 4, 2), 64: (32, 64, 8, 2), 128: (16, 32, 4, 1)}, bits=32),
         **_rows({-32: (32, 64, 4, 2), -64: (32, 64, 8, 2), -128: (16, 32, 4, 1)}, bits=32),
         **_rows({64: (32, 128, 8, 2), -32: (32, 64, 4, 2), -64: (32, 64, 4, 2)}, bits=16, arch=80),
+        **_rows({32: (32, 128, 8, 2)}, bits=16, arch=100),
         **_rows({32: (32, 32, 4, 2), 64: (32, 32, 8, 2), 128: (16, 32, 8, 1)}, bits=32, arch=80),
         **_rows({-32: (32, 32, 4, 2), -64: (32, 32, 8, 2), -128: (16, 32, 8, 1)}, bits=32, arch=80)},
     "attention_backward_queries": {
@@ -46,7 +47,7 @@ TABLE: dict[str, dict[tuple[int, int, int], tuple[int, ...]]] = {
         **_rows({-32: (64, 64, 4, 2), -64: (64, 64, 4, 2), -128: (64, 64, 4, 2)}, bits=16),
         **_rows({32: (64, 32, 4, 2), 64: (64, 32, 8, 2), 128: (64, 16, 8, 2)}, bits=32),
         **_rows({-32: (64, 32, 4, 2), -64: (64, 32, 8, 2), -128: (64, 16, 8, 2)}, bits=32),
-        **_rows({128: (64, 32, 4, 2), -128: (64, 32, 4, 2)}, bits=16, arch=80),
+        **_rows({128: (64, 64, 8, 2), -128: (64, 64, 8, 2)}, bits=16, arch=80),
         **_rows({64: (32, 32, 8, 2), -64: (32, 32, 8, 2)}, bits=32, arch=80)},
     # queries, keys, warps, stages; size: the larger head dimension of student and teacher, negative as above
     "attention_kd_forward": {

@@ -46,10 +46,8 @@ def site_seeds(seed: Tensor, sites: range) -> Tensor:
 
 
 def check_seed(N: int, seed: Tensor) -> None:
-    if seed.ndim != 1:
-        raise ValueError(f"dropout seeds must be (K,), not {tuple(seed.shape)}")
-    if N % len(seed):
-        raise ValueError(f"dropout of {N} rows by {len(seed)} seeds: each must have equally many")
+    if seed.ndim != 1 or N % len(seed):
+        raise ValueError(f"dropout of {N} rows by seeds {tuple(seed.shape)}: K seeds (K,) need a multiple of K rows")
 
 
 def dropout_ref(x: Tensor, p: float, seed: Tensor) -> Tensor:
