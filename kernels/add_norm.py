@@ -37,11 +37,12 @@ RUNTIME = ["run", "N", "blocks", "seed_run", "threshold", "rows"]      # not com
 def layer_norm(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Layer norm of (N, d) by weight and bias (d,) or (K, d)."""
     d = z.shape[-1]
+    z = z.to(torch.promote_types(z.dtype, weight.dtype)) if z.is_cuda else z        # torch has no mixed layer norm there
     if weight.ndim == bias.ndim == 1:
-        z = z.to(torch.promote_types(z.dtype, weight.dtype)) if z.is_cuda else z        # torch has no mixed layer norm there
         return F.layer_norm(z, (d,), weight, bias, eps)
-    K, (weight, bias) = max(_runs(weight, bias)), (x.unsqueeze(-2) for x in (weight, bias))
-    return (F.layer_norm(z, (d,), eps=eps).view(K, -1, d) * weight + bias).view(z.shape)
+    K = max(_runs(weight, bias))
+    runs = zip(z.chunk(K), *(x.expand(K, d).unbind() for x in (weight, bias)))
+    return torch.cat([F.layer_norm(own, (d,), w, b, eps) for own, w, b in runs])     # the broadcast product is slower, and fp32
 
 
 def _runs(*tensors: Tensor) -> list[int]:
