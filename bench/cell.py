@@ -8,7 +8,7 @@ clock, all of that counted in:
 
     one at a time       --side_by_side 1: what is saved by scoring test for the best runs only and equal starts once
     side by side        as many at once as fit
-    side by side, ranks the same shared by `ranks` processes of torchrun, on a CPU of one thread each
+    ranks               side by side, the runs shared by `ranks` processes of torchrun, on a CPU of one thread each
 
 ratio = seconds of all runs alone (mean of the sample times their number) / seconds of the sweep.
 """
@@ -49,7 +49,7 @@ class Config:
     sample: int = 6  # runs done alone
     ranks: int = 2  # processes of the shared sweep
     device: str = "auto"
-    ways: tuple[str, ...] = ("one at a time", "side by side", "side by side, ranks")
+    ways: tuple[str, ...] = ("one at a time", "side by side", "ranks")  # of sweeping
 
 
 def main() -> None:
@@ -63,19 +63,23 @@ def main() -> None:
     common = ["--mode", c.mode, "--delta", c.delta, "--task", c.task, "--old_base", c.old_base, "--base", c.base, "--shots", str(c.shots),
               "--steps", str(c.steps), "--lr", str(c.lr), "--device", c.device]
     common += ["--old_delta", c.old_delta] if c.old_delta else []
+    about = {"config": vars(c), "device": device_name(pick_device(c.device)), "threads": torch.get_num_threads(), "torch": torch.__version__,
+             "commit": commit()}
+    rows: list[dict] = []
+
+    def enter(way: str, runs: int, seconds: float, **more) -> None:
+        rows.append({"bench": "cell", "way": way, "runs": runs, "seconds": seconds, "per_run": seconds / runs, **more})
+        with open(c.json, "a", encoding="utf-8") as file:
+            file.write(json.dumps(rows[-1] | about) + "\n")
+
     try:
-        seconds = alone(c, grid, common, home)
-        rows = [{"way": "alone", "runs": len(seconds), "seconds": sum(seconds), "per_run": mean(seconds), "each": seconds}]
+        each = alone(c, grid, common, home)
+        enter("alone", len(each), sum(each), each=each)
         for way in c.ways:
             took = swept_whole(way, c, common, home)
-            rows.append({"way": way, "runs": total, "seconds": took, "per_run": took / total, "ratio": mean(seconds) * total / took})
+            enter(way, total, took, ratio=mean(each) * total / took)
     finally:
         shutil.rmtree(home)
-    device = pick_device(c.device)
-    about = {"device": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit()}
-    with open(c.json, "a", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps({"bench": "cell", **row, "config": vars(c), **about}) + "\n")
     lines = [[r["way"], r["runs"], f"{r['seconds']:.1f}", f"{r['per_run']:.2f}", f"{r.get('ratio', 1):.2f}"] for r in rows]
     print(table(lines, ["way", "runs", "seconds", "a run", "ratio to alone"]))
 
@@ -95,7 +99,7 @@ def alone(c: Config, grid: dict[str, list[str]], common: list[str], home: Path) 
 def swept_whole(way: str, c: Config, common: list[str], home: Path) -> float:
     """Seconds of the whole sweep."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={c.ranks}"]
-    script = [*torchrun, "recycle.py"] if "ranks" in way else ["recycle.py"]
+    script = [*torchrun, "recycle.py"] if way == "ranks" else ["recycle.py"]
     limit = ["--side_by_side", "1"] if way == "one at a time" else []
     started = time.perf_counter()
     command(*script, *common, "--sweep", c.sweep, *limit, "--out", str(home / way.replace(" ", "-")))
@@ -105,7 +109,7 @@ def swept_whole(way: str, c: Config, common: list[str], home: Path) -> float:
 def command(*arguments: str) -> None:
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
     if done.returncode:
-        raise UsageError(f"python {' '.join(arguments)} failed: {done.stderr.strip().splitlines()[-1]}")
+        raise UsageError(f"python {' '.join(arguments)} failed:\n{done.stderr[-3000:]}")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from rt.optim import schedule
 from rt.tasks import Encoded
 from rt.tune import TaskData, TuneResult, TuneSettings, evaluate, metrics, score, training_batch
 
-CPU_BYTES = 2**31       # of a group on a CPU
+CPU_BYTES = 2**29       # of a group on a CPU: a dozen runs of the mini preset, beyond which a run's time grows again
 EVAL_TOKENS = 16384     # a forward pass over dev, all runs together
 
 
