@@ -256,6 +256,7 @@ def sweep(c: Config, r: Recycling, task: Task, modes: list[str], out: Path, rank
             for one, result, delta, curve in swept_runs(samples, group, c.side_by_side):
                 keep_run(out, sys.argv, one, task, result, delta, curve)
                 bar.update()
+    ranks.wait()
     ranks.from_main(lambda: finish_sweep(c, r, task, modes, list(runs), out))
 
 

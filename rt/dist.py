@@ -36,6 +36,11 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.world > 1:
+            dist.barrier(group=self.waiting)
+
     def from_main(self, make: Callable[[], T]) -> T:
         """make() of rank 0, pickled for the others, who wait for it; a UsageError of rank 0 is raised by all."""
         if self.world == 1:
