@@ -19,7 +19,7 @@ from statistics import mean
 from typing import Iterator
 
 from data.sources import task_path
-from rt.book import Book, Run, belongs, keep_run
+from rt.book import Book, Run, belongs, is_complete, keep_run, origin_of
 from rt.checkpoint import Base, read_json
 from rt.config import UsageError, parse, record, require_positive, require_seeds, run
 from rt.deltas import Delta, DeltaConfig, apply, load_delta
@@ -29,7 +29,7 @@ from rt.graphs import check_graphs
 from rt.hub import open_base
 from rt.log import claim, progress, table, write_json
 from rt.project import GRANULARITIES, check_sources, learn_projection
-from rt.recycling import MODES, NEEDS_TEACHER, Recycling, can_go_together, chain, check, new_delta, recycle, recycle_together
+from rt.recycling import MODES, NEEDS_TEACHER, Recycling, can_go_together, chain, check, new_delta, recycle, recycle_together, teacher_of
 from rt.summary import add_steps_to_scratch, by_settings, chosen, spread, steps_of
 from rt.sweep import expand, groups, swept
 from rt.tasks import Task, few_shot, load_task
@@ -101,13 +101,10 @@ def main() -> None:
     modes, config = checked_modes(c), delta_config(c)
     ranks = join(c.device)
     check_graphs(c.graphs, replace(ranks, world=1))     # of a sweep's ranks each captures its own
-    if c.graphs and c.itp:
-        raise UsageError("--graphs repeats a step as it was captured, and --itp draws its points anew: use one of them")
     if ranks.world > 1 and not c.sweep:
         raise UsageError("several processes share the runs of a --sweep; without one, start this script without torchrun")
     task, *source_tasks = ranks.main_first(lambda: [load_task(task_path(name, c.cache)) for name in (c.task, *c.source_task)])
-    name_deltas(c, task, source_tasks)
-    ranks.from_main(lambda: build_missing(c))
+    c.old_delta, c.source_delta = ranks.from_main(lambda: build_missing(c, task, source_tasks))
     bases = {name: open_base(name).to(ranks.device) for name in c.chain or (c.base,)}
     old_base, old_delta, base = open_base(c.old_base).to(ranks.device), load_delta(c.old_delta), next(iter(bases.values()))
     modes = possible(c, modes, task, old_delta)
@@ -126,6 +123,7 @@ def main() -> None:
         sweep(c, r, task, modes, out, ranks)
     else:
         one_after_another(c, r, task, modes, bases, sources, out)
+    ranks.leave()
 
 
 def one_after_another(c: Config, r: Recycling, task: Task, modes: list[str], bases: dict[str, Base],
@@ -167,6 +165,9 @@ def checked_modes(c: Config) -> list[str]:
     check_projection_flags(c, modes)
     if c.sweep is not None and (c.chain or "project" in modes or not c.save_deltas):
         raise UsageError("--sweep has no --chain and no --mode project, and keeps the deltas, from which it goes on when interrupted")
+    if c.graphs and (c.itp or c.gamma):
+        raise UsageError("--graphs repeats a step as it was captured: not with --itp, whose points are drawn anew, nor with --gamma, which "
+                         "would count the tokens that fill a batch up")
     if c.side_by_side < 0 or c.early_stop < 0:
         raise UsageError(f"--side_by_side {c.side_by_side} and --early_stop {c.early_stop} must not be negative")
     line = [str(Path(name)) for name in (c.old_base, *c.chain)]
@@ -245,16 +246,21 @@ def sweep(c: Config, r: Recycling, task: Task, modes: list[str], out: Path, rank
     """Every combination of --sweep. A finished run is a folder under OUT/deltas, with its curve and its row: it is not done again when
     the same command is given again. Ranks share the runs of a group; rank 0 then scores the best of each mode on test."""
     runs = {one.name: one for each in expand(c, c.sweep) for one in planned(each, checked_modes(each) and modes)}
+    for one in runs.values():
+        check(replace(r, gamma=one.c.gamma, itp=one.c.itp), one.mode)
+    origin = origin_of(r)
     ranks.from_main(lambda: claim(out, {"summary.json", "deltas"}))
+    done = ranks.from_main(lambda: {name for name in runs if is_complete(out, name, origin)})     # what all ranks go by
     samples: dict[int, Recycling] = {}
-    left = groups([one for one in runs.values() if not (out / "deltas" / one.name / "summary.json").exists()])
-    mine = [group[ranks.rank::ranks.world] for group in left]
+    mine = [group[ranks.rank::ranks.world] for group in groups([one for name, one in runs.items() if name not in done])]
     with progress(sum(map(len, mine)), "sweep", unit="run") as bar:
         for group in mine:
-            for seed in {one.seed for one in group} - samples.keys():
-                samples[seed] = sample(c, r, task, seed)
+            for seed in {one.seed for one in group}:
+                samples[seed] = samples.get(seed) or sample(c, r, task, seed)
+                if group[0].mode in NEEDS_TEACHER:
+                    teacher_of(samples[seed])       # once for all runs on this sample
             for one, result, delta, curve in swept_runs(samples, group, c.side_by_side):
-                keep_run(out, sys.argv, one, task, result, delta, curve)
+                keep_run(out, sys.argv, one, task, result, delta, curve, origin)
                 bar.update()
     ranks.wait()
     ranks.from_main(lambda: finish_sweep(c, r, task, modes, list(runs), out))
@@ -287,7 +293,7 @@ def finish_sweep(c: Config, r: Recycling, task: Task, modes: list[str], names: l
         best = chosen(rows, mode, by_settings)
         for row in best:
             if not row["test"]:
-                model = apply(r.base, load_delta(out / "deltas" / row["run"]), stale_ok=mode == "apply")
+                model = apply(r.base, load_delta(out / "deltas" / row["run"]))
                 row["test"] = evaluate(model, r.data.test, r.device, r.precision)
                 write_json(out / "deltas" / row["run"] / "summary.json", row)
     add_steps_to_scratch(rows, by_settings)
@@ -296,29 +302,29 @@ def finish_sweep(c: Config, r: Recycling, task: Task, modes: list[str], names: l
         values = [f"{name} {best[0]['settings'][name]:g}" for name in settings if name in best[0]["settings"]]
         lines.append([mode, " ".join(values) or "-", best[0]["lr"] or "-", sum(row["mode"] == mode for row in rows), spread(best, "dev"),
                       spread(best), steps_of(best)])
+    before = read_json(out / "summary.json")["rows"] if (out / "summary.json").exists() else []
+    rows = [row for row in before if row["run"] not in names] + rows      # those of other sweeps stay
     write_json(out / "summary.json", {"rows": rows, "config": record(c), "argv": sys.argv})
     metric = next(iter(best[0]["test"]))
     print(table(lines, ["mode", "best by dev", "lr", "runs", f"dev {metric}", f"test {metric}", "steps to scratch's best dev, by seed"]))
     print(f"rows in {out / 'summary.json'}, curves and deltas in {out / 'deltas'}")
 
 
-def name_deltas(c: Config, task: Task, source_tasks: list[Task]) -> None:
-    c.old_delta = c.old_delta or default_delta(c, task)
-    c.source_delta = c.source_delta or tuple(default_delta(c, t) for t in source_tasks)
-
-
-def build_missing(c: Config) -> None:
-    """Make the demo lineage, the old delta and those of the source tasks with train.py where they are not there yet."""
+def build_missing(c: Config, task: Task, source_tasks: list[Task]) -> tuple[str, tuple[str, ...]]:
+    """Make the demo lineage, the old delta and those of the source tasks with train.py where they are missing; the deltas' folders."""
     demo = Path(Config.base).parent
     if any(not path.exists() and path.parent == demo for path in map(Path, (*(c.chain or (c.base,)), c.old_base))):
         unfinished = ["--resume"] if (demo / "config.json").exists() else []
         train("the demo lineage M0, M1, M2 (about 4 minutes on 2 cores)", "--out", str(demo), *machine(c), *unfinished)
-    for what, name, folder in (("old", c.task, c.old_delta), *(("source", *source) for source in zip(c.source_task, c.source_delta))):
+    old_delta = c.old_delta or default_delta(c, task)       # beside the old base, which is there by now
+    source_delta = c.source_delta or tuple(default_delta(c, t) for t in source_tasks)
+    for what, name, folder in (("old", c.task, old_delta), *(("source", *source) for source in zip(c.source_task, source_delta))):
         if not (Path(folder) / "delta.json").exists():
             sizes = ("bottleneck", "r", "lora_alpha", "prefix_len", "seq_len", "delta", "old_base")
             flags = [text for size in sizes for text in ("--" + size.replace("old_", ""), str(getattr(c, size)))]
             train(f"the {what} delta {folder} (under a minute for mini on 2 cores)", "--mode", "tune", "--out", folder, *flags,
                   "--task", name, "--target_modules", ",".join(c.target_modules), *machine(c))
+    return old_delta, source_delta
 
 
 def default_delta(c: Config, task: Task) -> str:

@@ -5,11 +5,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rt.checkpoint import read_json
 from rt.config import record
 from rt.deltas import Delta, save_delta
 from rt.log import Log, claim, write_json
-from rt.recycling import NEEDS_TEACHER, TRAINED
+from rt.recycling import NEEDS_TEACHER, TRAINED, Recycling
 from rt.summary import add_steps_to_scratch
 from rt.tasks import Task
 from rt.tune import TuneResult
@@ -69,7 +71,8 @@ def row_of(run: Run, task: Task, result: TuneResult) -> dict:
     c = run.c
     return {"run": run.name, "mode": run.mode, "delta": c.delta, "task": task.name, "shots": c.shots, "seed": run.seed, "lr": run.lr,
             "steps": c.steps if run.mode in TRAINED else 0, "best_step": result.best_step, "dev": result.dev, "test": result.test,
-            "steps_to_scratch_best": None, "seconds": round(result.seconds, 1), "curve": result.curve, "settings": run.settings}
+            "steps_to_scratch_best": None, "seconds": round(result.seconds, 1), "curve": result.curve, "settings": run.settings,
+            **({"diverged": result.diverged} if result.diverged else {})}
 
 
 class Book:
@@ -98,17 +101,32 @@ class Book:
         write_json(self.out / "summary.json", {"rows": self.rows, **self.facts})
 
 
-def keep_delta(out: Path, row: dict, task: Task, delta: Delta, about: dict) -> Path:
+def keep_delta(out: Path, row: dict, task: Task, delta: Delta, about: dict) -> None:
     """OUT/deltas/RUN, with the row's facts and `about` in it."""
-    facts = {k: row[k] for k in ("task", "shots", "seed", "mode", "lr", "dev", "test")}
+    facts = {k: row[k] for k in ("task", "shots", "seed", "mode", "lr", "dev", "test") if row[k] != {}}
     info = {**facts, "labels": list(task.labels), **about, **delta.info}
     save_delta(out / "deltas" / row["run"], replace(delta, info=info))
-    return out / "deltas" / row["run"]
 
 
-def keep_run(out: Path, argv: list[str], run: Run, task: Task, result: TuneResult, delta: Delta, curve: list[dict]) -> None:
+def origin_of(r: Recycling) -> list[str]:
+    """What a run's settings name by path only: old base, new base and old delta, by content."""
+    tensors = (t for part in (r.old_delta.diffs, r.old_delta.modules, r.old_delta.head) for _, t in sorted(part.items()))
+    digest = hashlib.sha256(b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors))
+    return [r.old_base.fingerprint, r.base.fingerprint, digest.hexdigest()[:16]]
+
+
+def is_complete(out: Path, run: str, origin: list[str]) -> bool:
+    """Whether a sweep has left this run, of the same bases and old delta."""
+    path = out / "deltas" / run / "summary.json"
+    return path.exists() and read_json(path).get("origin") == origin
+
+
+def keep_run(out: Path, argv: list[str], run: Run, task: Task, result: TuneResult, delta: Delta, curve: list[dict],
+             origin: list[str]) -> None:
     """A folder for one run of a sweep; summary.json, the sign that it is complete, comes last."""
-    row = row_of(run, task, result)
-    home = keep_delta(out, row, task, delta, {"config": record(run.c), "argv": argv})
+    row = row_of(run, task, result) | {"origin": origin}
+    home = out / "deltas" / run.name
+    (home / "summary.json").unlink(missing_ok=True)
+    keep_delta(out, row, task, delta, {"config": record(run.c), "argv": argv})
     (home / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in curve), encoding="utf-8")
     write_json(home / "summary.json", row)

@@ -264,7 +264,7 @@ def sequences_batch(sequences: list[list[int]], **fields) -> Batch:
     return Batch(ids, torch.tensor(np.cumsum([0] + lengths), dtype=torch.int32), max(lengths), **fields)
 
 
-PAD_SEQUENCES = 8       # at most, that fill one range up: short ones, for attention grows with the square
+PAD_SEQUENCES = 8       # that fill one range up, or some more short ones: attention grows with the square
 
 
 def side_by_side(batches: list[Batch], bucket: int = 0, B: int = 0) -> tuple[Batch, Tensor]:
@@ -275,18 +275,17 @@ def side_by_side(batches: list[Batch], bucket: int = 0, B: int = 0) -> tuple[Bat
     With `bucket`, shapes are few, as a CUDA graph needs: ranges of a multiple of so many tokens, all the sequences that there may be
     (the last ones empty), and a bound on their length that is a multiple of 64.
     """
-    N, B = max(len(b.ids) for b in batches), max(B, *(len(b.index) for b in batches))
+    N, B, longest = max(len(b.ids) for b in batches), max(B, *(len(b.index) for b in batches)), max(b.max_seqlen for b in batches)
     N = -(-N // bucket) * bucket if bucket else N
     ids, lengths, rows, labels, index, shares = [], [], [], [], [], torch.zeros(len(batches), B)
     for k, batch in enumerate(batches):
         short, n = N - len(batch.ids), len(batch.index)
-        size = max(16, -(-short // PAD_SEQUENCES))
+        size = min(longest, max(16, -(-short // PAD_SEQUENCES)))       # never longer than the model may take
         ids += [batch.ids, batch.ids[:1].expand(short)]
         lengths += batch.cu_seqlens.diff().tolist() + [min(size, short - i) for i in range(0, short, size)]
         for parts, values in ((rows, batch.first + k * N), (labels, batch.labels), (index, batch.index)):
             parts += [values, values[:1].expand(B - n)]
         shares[k, :n] = 1 / n
-    longest = max(lengths)
     if bucket:
         lengths += [0] * (len(batches) * (B + PAD_SEQUENCES) - len(lengths))
         longest = -(-longest // 64) * 64

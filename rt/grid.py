@@ -175,8 +175,8 @@ def predict(grid: Classifier, parts: list[Encoded], device: torch.device, precis
 
 def tune(runs: list[Run], *, device: torch.device, precision: torch.dtype, what: str = "tuning") -> None:
     """rt.tune.tune for K runs at once; fills `result` (but for test) and `best` of each. All have the same steps, batch size,
-    evaluation interval and decay; seeds, learning rates, warm-ups, losses and data are their own. A run that stops early leaves the
-    others to themselves."""
+    evaluation interval and decay; seeds, learning rates, warm-ups, losses and data are their own. A run that stops early, or whose loss
+    is no longer finite (`result.diverged`), leaves the others to themselves."""
     s, started = runs[0].settings, time.perf_counter()
     grid = stack([run.model for run in runs])
     gradient, optimizer = gradient_of(grid, runs, device, precision), GridAdamW(list(trained(grid).values()), s.weight_decay, s.clip)
@@ -226,26 +226,25 @@ def gradient_of(grid: Classifier, runs: list[Run], device: torch.device, precisi
 def tune_in_groups(runs: list[Run], limit: int, *, device: torch.device, precision: torch.dtype, what: str = "tuning") -> Iterator[Run]:
     """`tune`, `limit` runs at once, or where that is 0 as many as are estimated to fit into memory; half as many where they do not.
     Yields the runs of a group when it is done. UsageError where not one fits."""
-    size = limit or max(1, room(device) // step_bytes(runs[0], device, precision))
+    size = limit
     while runs:
-        size = -(-len(runs) // -(-len(runs) // size))      # equal groups: 7 by 4 is 4 and 3, 9 by 8 is 5 and 4
-        group = runs[:size]
         try:
-            tune(group, device=device, precision=precision, what=what)
+            size = size or max(1, room(device) // step_bytes(runs[0], device, precision))
+            size = -(-len(runs) // -(-len(runs) // size))      # equal groups: 7 by 4 is 4 and 3, 9 by 8 is 5 and 4
+            tune(runs[:size], device=device, precision=precision, what=what)
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
-            if size == 1:
+            if size <= 1:
                 raise UsageError(f"not even one run fits into the memory of {device}: lower --batch_size or --seq_len") from None
+            for run in runs[:size]:
+                run.rows, run.result, run.best = [], TuneResult(0, {}, {}), {}
             size //= 2
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
         else:
-            yield from group
+            yield from runs[:size]
             runs = runs[size:]
-            continue
-        for run in group:
-            run.rows, run.result, run.best = [], TuneResult(0, {}, {}), {}
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 def room(device: torch.device) -> int:
@@ -281,12 +280,11 @@ def score_starts(runs: list[Run], device: torch.device, precision: torch.dtype) 
 
 
 def score_runs(runs: list[Run], grid: Classifier, step: int, losses: list[float], device: torch.device, precision: torch.dtype) -> None:
-    for run, loss in zip(runs, losses):
-        if not math.isfinite(loss):
-            raise UsageError(f"the loss is {loss} after step {step}: lower --lr ({run.settings.lr})")
     for k, (run, loss, logits) in enumerate(zip(runs, losses, predict(grid, [run.data.dev for run in runs], device, precision))):
-        weights = {name: p.detach()[k] for name, p in trained(grid).items()}
-        enter(run, step, loss, metrics(logits, run.data.dev.targets), weights)
+        if math.isfinite(loss):
+            enter(run, step, loss, metrics(logits, run.data.dev.targets), {name: p.detach()[k] for name, p in trained(grid).items()})
+        else:       # its gradient is its own: the others go on
+            run.result.diverged = step
 
 
 def enter(run: Run, step: int, loss: float | None, dev: dict[str, float], weights: Weights) -> None:

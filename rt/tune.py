@@ -36,7 +36,7 @@ class TuneSettings:
 
     def stops(self, result: "TuneResult", step: int) -> bool:
         """Whether a run that has been evaluated after `step` ends there."""
-        return 0 < self.early_stop * self.eval_every <= step - result.best_step
+        return bool(result.diverged) or 0 < self.early_stop * self.eval_every <= step - result.best_step
 
 
 @dataclass
@@ -67,6 +67,7 @@ class TuneResult:
     test: dict[str, float]
     curve: list[tuple[int, float]] = field(default_factory=list)
     seconds: float = 0.0
+    diverged: int = 0       # of runs side by side: the step after which the loss was no longer finite; 0: it was
 
 
 def metrics(logits: Tensor, targets: Tensor) -> dict[str, float]:

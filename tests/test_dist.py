@@ -95,6 +95,11 @@ def fresh(zero):
 ranks = join("cpu")
 assert ranks.from_main(lambda: ranks.rank) == 0 and ranks.mean(torch.tensor([float(ranks.rank)])).item() == 0.5
 ranks.main_first(lambda: open(sys.argv[1], "a").write(str(ranks.rank)))
+if ranks.rank == 1:                     # rank 0 does not read what rank 1 has not written
+    time.sleep(1)
+    open(sys.argv[1] + ".late", "w").close()
+ranks.wait()
+assert open(sys.argv[1] + ".late").read() == ""
 
 weights, optimizer = fresh(False)
 train(optimizer, weights, range(6))

@@ -146,11 +146,34 @@ def test_the_optimizer_is_adamw_with_a_rate_and_a_norm_of_its_own():
         torch.testing.assert_close(together[i].detach(), torch.stack([s[i].detach() for s in single]))
 
 
-def test_a_loss_that_is_not_finite_names_the_learning_rate(tokenizer):
+def test_a_run_whose_loss_is_not_finite_leaves_the_others_to_themselves(tokenizer):
     runs = four_runs(tokenizer, "adapter")
     runs[2].settings = replace(runs[2].settings, lr=1e30)
-    with pytest.raises(UsageError, match=r"lower --lr \(1e\+30\)"):
-        grid.tune(runs, **CPU)
+    singles = [alone(run)[1] for k, run in enumerate(runs) if k != 2]
+    grid.tune(runs, **CPU)
+    assert runs[2].result.diverged and runs[2].result.dev and runs[2].result.best_step < runs[2].result.diverged
+    assert all(row["loss"] is None or row["loss"] < 1e30 for row in runs[2].rows)
+    for run, single in zip((runs[0], runs[1], runs[3]), singles):
+        assert run.result.curve == single.result.curve and not run.result.diverged
+
+
+def test_groups_are_halved_until_they_fit(tokenizer, monkeypatch):
+    runs, sizes, real = four_runs(tokenizer, "adapter"), [], grid.tune
+
+    def small_memory(runs, **more):
+        sizes.append(len(runs))
+        runs[0].rows.append("of a try that failed")
+        if len(runs) > 1:
+            raise torch.OutOfMemoryError("no room")
+        runs[0].rows.clear()
+        real(runs, **more)
+
+    monkeypatch.setattr(grid, "tune", small_memory)
+    done = list(grid.tune_in_groups(runs, 0, **CPU))
+    assert sizes == [4, 2, 1, 1, 1, 1] and done == runs and all(len(run.rows) == 6 for run in runs)
+    monkeypatch.setattr(grid, "tune", lambda runs, **more: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
+    with pytest.raises(UsageError, match="not even one run fits"):
+        list(grid.tune_in_groups(runs, 0, **CPU))
 
 
 def test_interpolation_is_not_done_side_by_side(tokenizer):
