@@ -110,8 +110,10 @@ def keep_delta(out: Path, row: dict, task: Task, delta: Delta, about: dict) -> N
 
 def origin_of(r: Recycling) -> list[str]:
     """What a run's settings name by path only: old base, new base and old delta, by content."""
-    tensors = (t for part in (r.old_delta.diffs, r.old_delta.modules, r.old_delta.head) for _, t in sorted(part.items()))
-    digest = hashlib.sha256(b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors))
+    digest = hashlib.sha256()
+    for part in (r.old_delta.diffs, r.old_delta.modules, r.old_delta.head):
+        for name, tensor in sorted(part.items()):
+            digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return [r.old_base.fingerprint, r.base.fingerprint, digest.hexdigest()[:16]]
 
 
