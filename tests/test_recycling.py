@@ -5,11 +5,13 @@ import pytest
 import torch
 from conftest import random_base
 
+from rt.book import is_complete, origin_of
 from rt.checkpoint import StaleDelta, fingerprint
 from rt.config import UsageError
 from rt.deltas import DeltaConfig, apply, attach, extract
 from rt.distill import Loss
 from rt.functional import weights_of
+from rt.log import write_json
 from rt.model import EncoderConfig, Trace
 from rt.project import Projection
 from rt.recycling import MODES, TRAINED, Recycling, chain, new_delta, recycle, start_fresh, start_from_old, teacher_model, teacher_of
@@ -230,3 +232,12 @@ def test_scratch_in_a_chain_is_one_run_a_base(recycling, bases):
     bases["M2"].tokenizer = Other
     with pytest.raises(UsageError, match="one tokenizer"):
         next(chain(recycling, "scratch", bases))
+
+
+def test_a_run_of_a_sweep_is_known_by_the_content_of_what_it_was_made_from(recycling, tmp_path):
+    origin = origin_of(recycling)
+    others = [replace(recycling, old_delta=2 * recycling.old_delta), replace(recycling, base=recycling.old_base)]
+    assert origin == origin_of(replace(recycling)) and all(origin_of(other) != origin for other in others)
+    write_json(tmp_path / "deltas" / "run" / "summary.json", {"origin": origin})
+    assert is_complete(tmp_path, "run", origin) and not is_complete(tmp_path, "other", origin)
+    assert not is_complete(tmp_path, "run", origin_of(others[0]))
