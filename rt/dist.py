@@ -74,7 +74,9 @@ class Ranks:
         return DistributedDataParallel(module, gradient_as_bucket_view=True) if self.world > 1 else module
 
     def leave(self) -> None:
+        """The end, for all ranks: gloo aborts a process that goes while another still reads from it."""
         if self.world > 1:
+            self.wait()
             dist.destroy_process_group()
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import rt.model
+from kernels import attention_qkv
 from kernels.common import uses_triton
 from rt.config import UsageError
 from rt.dist import Ranks
@@ -26,8 +27,7 @@ def compile_blocks(blocks: Iterable[nn.Module], device: torch.device) -> None:
     """
     whole = kernels_run(device)
     torch._dynamo.config.optimize_ddp = False   # it cuts what it compiles at the gradients' buckets; blocks are small enough
-    if not whole:
-        rt.model.attention_qkv = torch.compiler.disable(rt.model.attention_qkv)
+    rt.model.attention_qkv = attention_qkv if whole else torch.compiler.disable(attention_qkv)
     for block in blocks:
         block.forward = torch.compile(block.forward, fullgraph=whole, dynamic=False)
 
