@@ -176,7 +176,7 @@ def open_lab(c: Config) -> Lab:
 
 def sizes(base: Base) -> dict:
     """What two bases must have in common to be compared."""
-    return {k: v for k, v in asdict(base.encoder.config).items() if "dropout" not in k} | {"tokenizer": base.tokenizer.fingerprint}
+    return {k: v for k, v in asdict(base.encoder.config).items() if "dropout" not in k} | {"vocabulary": base.tokenizer.vocabulary}
 
 
 def open_delta(folder: Path, base: Base, task: Task, kind: str) -> Delta:

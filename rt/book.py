@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from rt.checkpoint import read_json
-from rt.config import record
+from rt.config import UsageError, record
 from rt.deltas import Delta, save_delta
 from rt.log import Log, claim, write_json
 from rt.recycling import NEEDS_TEACHER, TRAINED, Recycling
 from rt.summary import add_steps_to_scratch
 from rt.tasks import Task
-from rt.tune import TuneResult
+from rt.tune import TuneResult, score
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,17 @@ def keep_delta(out: Path, row: dict, task: Task, delta: Delta, about: dict) -> N
     facts = {k: row[k] for k in ("task", "shots", "seed", "mode", "lr", "dev", "test") if row[k] != {}}
     info = {**facts, "labels": list(task.labels), **about, **delta.info}
     save_delta(out / "deltas" / row["run"], replace(delta, info=info))
+
+
+def best_delta(folder: str | Path) -> Path:
+    """`folder`, or where it is what recycle.py left, in it the delta of the run that is best on dev."""
+    folder = Path(folder)
+    if (folder / "delta.json").exists() or not (folder / "deltas").is_dir():
+        return folder
+    rows = [row for row in read_json(folder / "summary.json").get("rows", []) if (folder / "deltas" / row["run"] / "delta.json").exists()]
+    if not rows:
+        raise UsageError(f"{folder / 'summary.json'}: has no row of a run whose delta is still in {folder / 'deltas'}")
+    return folder / "deltas" / max(rows, key=lambda row: score(row["dev"]))["run"]
 
 
 def origin_of(r: Recycling) -> list[str]:

@@ -39,6 +39,7 @@ class Base:
     tokenizer: Tokenizer
     meta: dict
     fingerprint: str
+    pooler: dict[str, Tensor] | None = None     # of a BERT checkpoint: dense.weight and dense.bias, where a fresh task head begins
 
     def to(self, device: torch.device) -> "Base":
         self.encoder.to(device)
@@ -68,7 +69,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
     yield new
-    for file in new.iterdir():
+    for file in filter(Path.is_file, new.rglob("*")):
         with file.open("rb") as f:
             os.fsync(f.fileno())
     shutil.rmtree(old, ignore_errors=True)

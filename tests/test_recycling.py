@@ -143,7 +143,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(recycling):
         fingerprint = "another"
     recycling.old_base.tokenizer = Other
     recycling.old_delta.info["tokenizer"] = "another"
-    with pytest.raises(UsageError, match="one tokenizer"):
+    with pytest.raises(UsageError, match="one vocabulary"):
         recycle(recycling, "distill")
 
 
@@ -230,7 +230,7 @@ def test_scratch_in_a_chain_is_one_run_a_base(recycling, bases):
     class Other:
         fingerprint = "another"
     bases["M2"].tokenizer = Other
-    with pytest.raises(UsageError, match="one tokenizer"):
+    with pytest.raises(UsageError, match="one vocabulary"):
         next(chain(recycling, "scratch", bases))
 
 
