@@ -12,10 +12,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from rt.checkpoint import Base, atomic_folder, fingerprint, load_strict, read_json
+from rt.checkpoint import Base, atomic_folder, fingerprint, load_strict, read_json, read_weights
 from rt.config import UsageError
 from rt.deltas import Delta, DeltaConfig, check_sizes, merge, origin
-from rt.hub import read_weights
 from rt.log import claim
 from rt.model import Encoder, EncoderConfig, MLMHead
 from rt.tokenizer import Tokenizer, load_tokenizer

@@ -9,11 +9,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rt.checkpoint import Base, atomic_folder, read_json
+from rt.checkpoint import Base, atomic_folder, read_file, read_json
 from rt.config import UsageError
 from rt.deltas import TARGETS, Delta, DeltaConfig, apply, check_fits, origin
 from rt.hf import CLASSIFIERS, class_names, export_hf, family, hf_head_state, write_json_file, write_tensors
-from rt.hub import read_file
 from rt.log import claim
 
 PATHS = {target: target if third is None else f"attention.self.{target}" for target, (_, third) in TARGETS.items()}     # in their layer
