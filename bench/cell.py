@@ -1,6 +1,6 @@
 """A cell of a results table: a grid of recycling runs by one sweep, against the same runs one after another.
 
-    python -m bench.cell --json out.jsonl --task ../shared/realdata/tasks/chemprot --old_base M0 --old_delta DELTA --base M1
+    python -m bench.cell --json out.jsonl --task TASK --old_base M0 --old_delta DELTA --base M1
 
 Commands of the product are run and timed. "alone" is recycle.py without --sweep on `sample` runs of the grid, drawn by seed 0: its rows'
 own seconds, from the teacher's run to the score on test, without the start of Python or the reading of bases. Then the whole sweep by the
@@ -30,6 +30,8 @@ from rt.config import UsageError, parse, run
 from rt.device import pick_device
 from rt.log import table
 from rt.sweep import swept
+
+RECYCLE = str(Path(__file__).parent.parent / "recycle.py")
 
 
 @dataclass
@@ -90,7 +92,7 @@ def alone(c: Config, grid: dict[str, list[str]], common: list[str], home: Path) 
     for i in range(c.sample):
         point = {name: draw.choice(values) for name, values in grid.items()}
         flags = [text for name, value in point.items() for text in ("--seeds" if name == "seed" else f"--{name}", value)]
-        command("recycle.py", *common, *flags, "--out", str(home / f"alone{i}"))
+        command(RECYCLE, *common, *flags, "--out", str(home / f"alone{i}"))
         rows = json.loads((home / f"alone{i}" / "summary.json").read_text())["rows"]
         seconds += [row["seconds"] for row in rows]
     return seconds
@@ -99,7 +101,7 @@ def alone(c: Config, grid: dict[str, list[str]], common: list[str], home: Path) 
 def swept_whole(way: str, c: Config, common: list[str], home: Path) -> float:
     """Seconds of the whole sweep."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={c.ranks}"]
-    script = [*torchrun, "recycle.py"] if way == "ranks" else ["recycle.py"]
+    script = [*torchrun, RECYCLE] if way == "ranks" else [RECYCLE]
     limit = ["--side_by_side", "1"] if way == "one at a time" else []
     started = time.perf_counter()
     command(*script, *common, "--sweep", c.sweep, *limit, "--out", str(home / way.replace(" ", "-")))

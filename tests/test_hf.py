@@ -434,6 +434,24 @@ def test_a_fine_tune_is_recycled_on_a_continued_model_and_leaves_as_one(tokenize
     assert said == command(*scores, tmp_path / "delta")
 
 
+def test_bert_is_continued_and_its_tuned_classifier_recycled(tokenizer_of, graphs, tmp_path):
+    """From a checkpoint without a masked-LM head, which gets a fresh one, by all modes."""
+    tokenizer = tokenizer_of["bert"]
+    saved(theirs("bert", "SequenceClassification", tokenizer, std=0.02, id2label={0: "a", 1: "b"}), tokenizer, tmp_path / "old")
+    out = command("train.py", "--init", tmp_path / "old", "--stream", graphs / "corpus", "--steps", 2, "--snapshots", 0, "--seq_len", 32,
+                  "--batch_tokens", 256, "--eval_tokens", 512, "--out", tmp_path / "run", "--cache", tmp_path / "cache", "--device", "cpu")
+    assert "has no masked-LM head; it gets a fresh one" in out and "[CLS]" in out and "[MASK]" in out
+    base = load_base(tmp_path / "run" / "M1")
+    old = open_base(str(tmp_path / "old"))
+    assert base.encoder.config == old.encoder.config and base.meta["parent"] == old.fingerprint
+    rows = [{"text": f"text {i}", "text_pair": "another", "label": "ab"[i % 2]} for i in range(12)]
+    task = write_task(tmp_path / "task", {"train": rows, "dev": rows[:4], "test": rows})
+    out = command("recycle.py", "--mode", "all", "--old_base", tmp_path / "old", "--old_delta", tmp_path / "old", "--base",
+                  tmp_path / "run" / "M1", "--task", task, "--delta", "same", "--steps", 2, "--eval_every", 1, "--shots", 4, "--seeds", 0,
+                  "--seq_len", 16, "--out", tmp_path / "recycled", "--device", "cpu")
+    assert [line.split()[0] for line in out.splitlines() if "±" in line] == ["scratch", "apply", "init", "distill", "init+distill"]
+
+
 def test_a_bert_delta_survives_another_token_type(tokenizer_of, tmp_path):
     """What a full delta changes in the second token type counts, on pairs alone."""
     base = open_base(str(saved(theirs("bert", "MaskedLM", tokenizer_of["bert"]), tokenizer_of["bert"], tmp_path / "base")))
