@@ -118,4 +118,5 @@ def here(*arguments: str, code: int = 0) -> str:
         except SystemExit as end:
             ended = end.code
     assert ended == code, f"exit code {ended}\n{out.getvalue()}\n{error.getvalue()}"
+    print(error.getvalue(), end="", file=sys.stderr)     # for capsys
     return (out if code == 0 else error).getvalue()
