@@ -31,6 +31,11 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 0 if any(".py" in argument for argument in config.args) else 2
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest begins first, or one process would wait for it in the end."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch) -> torch.device:
     """Where a kernel is tested: in Triton's interpreter, and compiled where there is a GPU."""
@@ -108,11 +113,14 @@ def command(*arguments: str, code: int = 0, cwd: Path | None = None) -> str:
 
 
 def here(*arguments: str, code: int = 0) -> str:
-    """As `command`, without the seconds that a process of its own takes; for scripts that are typed as commands in other tests."""
-    script = importlib.import_module(arguments[0].removesuffix(".py"))
+    """As `command`, without the seconds that a process of its own takes; for what is typed as a command in other tests."""
+    name, *arguments = [arguments[0].removesuffix(".py"), *arguments[1:]] if arguments[0] != "-m" else arguments[1:]
+    script = importlib.import_module(name)
+    if not hasattr(script, "main"):
+        script = importlib.import_module(name + ".__main__")
     ended, out, error = 0, io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
-        patch.setattr(sys, "argv", list(map(str, arguments)))
+        patch.setattr(sys, "argv", [name, *map(str, arguments)])
         try:
             run(script.main)
         except SystemExit as end:
