@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import TextIO
 
 from data.sources import corpus_path, task_path
-from rt.checkpoint import read_json, save_base
+from rt.checkpoint import Base, read_json, save_base
 from rt.config import UsageError, parse, record, require_positive, require_seeds, run
 from rt.data import STDIN, Rows, build_corpus, split_documents
-from rt.deltas import FILES, DeltaConfig, apply, attach, extract, load_delta, save_delta
+from rt.deltas import FILES, Delta, DeltaConfig, apply, attach, extract, load_delta, save_delta
 from rt.device import derive_seed, pick_device, pick_precision
 from rt.dist import Ranks, join, launched
 from rt.distill import Loss
 from rt.graphs import check_graphs
 from rt.hub import open_base
 from rt.log import Log, claim, write_json
-from rt.model import PRESETS, EncoderConfig, MaskedLM, new_masked_lm, set_dropout
+from rt.model import PRESETS, Classifier, EncoderConfig, MaskedLM, new_masked_lm, set_dropout
 from rt.predict import answers, check_out, write_answers
 from rt.pretrain import PretrainSettings, Stage, evaluate_mlm
 from rt.stream import forgetting_table, has_work, is_done_again, sample_of
@@ -278,8 +278,8 @@ def say_cut(cut: int, count: int, seq_len: int, file: TextIO | None = None) -> N
         print(f"{cut} of {count} texts are longer than --seq_len {seq_len} and were cut", file=file)
 
 
-def open_tuned(c: Config):
-    """(base, delta, base + delta) of --base and --delta_dir; StaleDelta where they do not belong together."""
+def open_tuned(c: Config) -> tuple[Base, Delta, Classifier, dict]:
+    """(base, delta, base + delta, where to compute) of --base and --delta_dir; StaleDelta where they do not belong together."""
     required(c, "base", "delta_dir")
     device = pick_device(c.device)
     base, delta = open_base(c.base).to(device), load_delta(c.delta_dir)

@@ -260,7 +260,7 @@ class Rows:
                              f"({ROW_SEQUENCES} sequences of --seq_len {self.seq_len}, times {shares} ranks x --accumulation)")
 
 
-def sequences_batch(sequences: list[list[int]], **fields) -> Batch:
+def sequences_batch(sequences: list[list[int]], **fields: Tensor) -> Batch:
     """Sequences of ids (specials included) as one unpadded batch; `fields` are Batch's labels and index."""
     lengths = [len(s) for s in sequences]
     ids = torch.tensor([t for s in sequences for t in s], dtype=torch.int64)
