@@ -256,7 +256,7 @@ def tune_delta(c: Config) -> None:
     encoded = encode_task(task, base.tokenizer, c.seq_len)
     few = f"-k{c.shots}" if c.shots else ""
     out = Path(c.out or Path(c.base).parent / "deltas" / f"{Path(c.base).name}-{task.name}-{c.delta}{few}-s{c.seed}")
-    say_cut(*encoded.cut(), c.seq_len)
+    say_truncated(*encoded.truncated(), c.seq_len)
     model = attach(base, config, encoded.num_outputs, c.seed)
     check_graphs(c.graphs, Ranks(device))
     settings = TuneSettings(c.tune_steps, c.batch_size, c.lr or TUNE_LR[c.delta], c.eval_every, c.seed,
@@ -273,9 +273,9 @@ def tune_delta(c: Config) -> None:
           f"{result.seconds:.0f} s; delta in {out}")
 
 
-def say_cut(cut: int, count: int, seq_len: int, file: TextIO | None = None) -> None:
-    if cut:
-        print(f"{cut} of {count} texts are longer than --seq_len {seq_len} and were cut", file=file)
+def say_truncated(truncated: int, count: int, seq_len: int, file: TextIO | None = None) -> None:
+    if truncated:
+        print(f"{truncated} of {count} texts are longer than --seq_len {seq_len} and were cut", file=file)
 
 
 def open_tuned(c: Config) -> tuple[Base, Delta, Classifier, dict]:
@@ -310,8 +310,8 @@ def predict_texts(c: Config) -> None:
         check_out(out, source)
     base, delta, model, where = open_tuned(c)
     answered = answers(model, examples, delta.labels, base.tokenizer, c.seq_len, **where)
-    count, cut = write_answers(answered, out, source)
-    say_cut(cut, count, c.seq_len, sys.stderr)
+    count, truncated = write_answers(answered, out, source)
+    say_truncated(truncated, count, c.seq_len, sys.stderr)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def row_class(C: int) -> int:
     return next((size for size in (32, 256, 1024) if C <= size), 4096)
 
 
-def packed(*tensors: Tensor | None) -> list[Tensor | None]:
+def dense_rows(*tensors: Tensor | None) -> list[Tensor | None]:
     """Each with a contiguous last dimension, copied if need be."""
     return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
 

@@ -87,20 +87,21 @@ def count_lines(source: Path) -> int:
 def write_answers(answered: Iterable[tuple[list[dict], int]], out: Path | None, source: Path) -> tuple[int, int]:
     """JSONL to `out` (opened when there is something to write) or standard output, flushed chunk by chunk; returns how many texts were
     answered and how many cut. Ends early, without an error, when the reader of standard output has left, as `head` does."""
-    file, count, cut = None, 0, 0
+    file, count, truncated = None, 0, 0
     lines = count_lines(source) if sys.stderr.isatty() else 0       # for the bar alone
-    with progress(lines, "predict", unit="text") as bar, contextlib.ExitStack() as stack:
-        try:
-            for said, truncated in answered:
+    try:
+        with progress(lines, "predict", unit="text") as bar, contextlib.ExitStack() as stack:
+            for said, cut in answered:
                 file = file or (stack.enter_context(out.open("w", encoding="utf-8")) if out else sys.stdout)
                 only_ascii = (file.encoding or "utf-8").lower() != "utf-8"
                 bar.clear()
                 file.writelines(json.dumps(row, ensure_ascii=only_ascii) + "\n" for row in said)
                 file.flush()
                 bar.update(len(said))
-                count, cut = count + len(said), cut + truncated
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # what is left in its buffer is written at exit
-        except OSError as error:
-            raise UsageError(f"--out {out or 'standard output'}: cannot be written after {count} texts ({error.strerror})") from None
-    return count, cut
+                count, truncated = count + len(said), truncated + cut
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # what is left in its buffer is written at exit
+    except OSError as error:
+        place = f"--out {out}" if out else "standard output"
+        raise UsageError(f"{place}: cannot be written after {count} texts ({error.strerror})") from None
+    return count, truncated

@@ -24,9 +24,9 @@ def has_work(out: Path, settings: dict, resume: bool) -> bool:
             raise UsageError(f"{out} holds other things than a stream of bases: give another --out")
         return True
     begun = read_json(out / "config.json")
-    other = next((k for k in settings if settings[k] != begun.get(k)), None)
+    other = next((k for k in settings if k in begun and settings[k] != begun[k]), None)     # flags that it did not have changed nothing
     if other:
-        raise UsageError(f"{out} was begun with --{other} {begun.get(other)}, not {settings[other]}: "
+        raise UsageError(f"{out} was begun with --{other} {begun[other]}, not {settings[other]}: "
                          "give another --out, or remove the folder")
     complete = (out / "summary.json").exists()
     if not complete and not resume:

@@ -53,8 +53,8 @@ class TaskData:
     def num_outputs(self) -> int:
         return max(1, len(self.labels))
 
-    def cut(self) -> tuple[int, int]:
-        """(texts that were longer than there was room, all texts)."""
+    def truncated(self) -> tuple[int, int]:
+        """(texts that were cut, all texts)."""
         parts = [part for part in (self.train, self.dev, self.test) if part]
         return sum(part.truncated for part in parts), sum(map(len, parts))
 

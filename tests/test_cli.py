@@ -345,5 +345,5 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, words, lineage, ta
              "BROKEN": tmp_path / "BROKEN", "UNSEEN": tmp_path / "UNSEEN", "TEXT,TEXT": f"{home}/one.txt,{home}/one.txt",
              "M0,M0": f"{home}/run/M0,{home}/run/M0"}
     filled = [names.get(a, a) for a in arguments]
-    error = here(*filled, code=2)
+    error = here(*filled, "--cache", home / "cache", code=2)
     assert error.startswith("error: ") and words in error and error.count("\n") == 1

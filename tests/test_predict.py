@@ -179,12 +179,13 @@ def test_on_a_terminal_there_is_a_bar_and_how_much_is_left(tmp_path, monkeypatch
         assert "predict" in said and "text/s" in said and of in said and len(rows(sys.stdout.getvalue())) == 20
 
 
-def test_a_full_disk_is_one_sentence(tmp_path):
+@pytest.mark.parametrize("length", [10, 100_000])
+def test_a_full_disk_is_one_sentence(length):
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full")
     full = SimpleNamespace(open=lambda *a, **k: open("/dev/full", *a, **k))
     with pytest.raises(UsageError, match="cannot be written after 0 texts .No space left"):
-        predict.write_answers([([{"text": "x" * 100_000}], 0)], full, STDIN)
+        predict.write_answers([([{"text": "x" * length}], 0)], full, STDIN)
 
 
 def test_a_reader_that_leaves_ends_it_quietly(flags, tmp_path):
