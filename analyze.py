@@ -94,7 +94,7 @@ def main() -> None:
     print(f"rows in {out / 'rows.jsonl'}, {draw(study, out)}")
 
 
-def shown(value) -> str:
+def shown(value: object) -> str:
     """A cell: a name, or mean ± 95% interval of the values of all seeds."""
     if not isinstance(value, list):
         return str(value)

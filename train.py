@@ -3,7 +3,7 @@
     python train.py                                                     # M0, M1, M2 under runs/demo, on embedded text
     python train.py --mode tune --base runs/demo/M0 --task math --delta full
     python train.py --mode eval --base runs/demo/M0 --task math --delta_dir runs/demo/deltas/M0-math-full-s0
-    python train.py --mode predict --base ... --delta_dir ... --input texts.txt
+    python train.py --mode predict --base ... --delta_dir ... --input texts.txt    # or - for standard input
     python train.py --mode import --tuned my-roberta-finetune --base FacebookAI/roberta-base --out runs/mine/delta
     python train.py --mode export --base runs/demo/M1 --delta_dir runs/demo/deltas/M1-math-full-s0 --to hf --out exported
     torchrun --nproc_per_node=8 train.py ...                            # pre-training on several GPUs
@@ -11,35 +11,33 @@
 A stream (--stream python,math,dl) makes M0 on the first domain, M1 out of M0 on the second, and so on; --init starts from a
 checkpoint, a Hugging Face folder or a hub id instead, whose upgrade is then the first domain.
 """
-import contextlib
-import json
 import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
-import torch
+from typing import TextIO
 
 from data.sources import corpus_path, task_path
 from rt.book import best_delta
-from rt.checkpoint import read_json, save_base
+from rt.checkpoint import Base, read_json, save_base
 from rt.config import UsageError, parse, record, require_positive, require_seeds, run
-from rt.data import Rows, build_corpus, split_documents
-from rt.deltas import FILES, DeltaConfig, apply, attach, extract, save_delta
+from rt.data import STDIN, Rows, build_corpus, split_documents
+from rt.deltas import FILES, Delta, DeltaConfig, apply, attach, extract, save_delta
 from rt.device import derive_seed, pick_device, pick_precision
 from rt.dist import Ranks, join, launched
 from rt.distill import Loss
 from rt.graphs import check_graphs
 from rt.hf import export_hf
 from rt.hub import open_base, open_delta
-from rt.log import Log, claim, table, write_json
-from rt.model import PRESETS, EncoderConfig, MaskedLM, new_masked_lm, set_dropout
+from rt.log import Log, claim, write_json
+from rt.model import PRESETS, Classifier, EncoderConfig, MaskedLM, new_masked_lm, set_dropout
 from rt.peft import export_peft
+from rt.predict import answers, check_out, write_answers
 from rt.pretrain import PretrainSettings, Stage, evaluate_mlm
-from rt.tasks import Example, encode, few_shot, load_task, read_examples
+from rt.stream import forgetting_table, has_work, is_done_again, sample_of
+from rt.tasks import few_shot, load_task, read_examples
 from rt.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from rt.tune import TaskData, TuneSettings, encode_task, evaluate, predict, tune
+from rt.tune import TuneSettings, encode_task, evaluate, shown, tune
 
 
 @dataclass
@@ -89,7 +87,8 @@ class Config:
     target_modules: tuple[str, ...] = ("query", "value")  # lora
     prefix_len: int = 16  # prefix
     delta_dir: str | None = None  # eval, predict, export: the delta; a folder of recycle.py: its best by dev
-    input: str | None = None  # predict: .txt, .jsonl, .csv or .tsv of texts
+    input: str | None = None  # predict: .txt, .jsonl, .csv or .tsv of texts, also .gz or .xz of them; -: standard input
+    input_format: str | None = None  # predict: txt, jsonl, csv or tsv; default: what the ending says, of standard input txt
     tuned: str | None = None  # import: a ...ForSequenceClassification model or a PEFT LoRA adapter tuned from --base, folder or hub id
     labels: tuple[str, ...] = ()  # import: names of its classes in the order of its outputs; default: its own
     to: str = "hf"  # export: hf (Hugging Face, the delta merged) or peft (a LoRA adapter)
@@ -136,14 +135,15 @@ def train_stages(c: Config, out: Path, ranks: Ranks) -> None:
     """The stages that `out` does not hold yet, up to --stop_after steps of them."""
     where = {"device": ranks.device, "precision": pick_precision(c.precision, ranks.device)}
     settings = {k: v for k, v in record(c).items() if k not in NOT_SETTINGS}
-    if not ranks.from_main(lambda: may_begin(out, settings, c.resume)):
+    if not ranks.from_main(lambda: has_work(out, settings, c.resume)):
+        print(f"{out} is complete; remove it to train anew")
         print(forgetting_table(read_json(out / "summary.json")["stages"]))
         return
     model, tokenizer, about, training, heldout = prepare_stream(c, out, ranks)
     if ranks.is_main:
         write_json(out / "config.json", settings)
         tokenizer.save(out)
-    log = Log(out, keep=lambda row: c.resume and not beyond(row, out), writes=ranks.is_main)
+    log = Log(out, keep=lambda row: c.resume and not is_done_again(row, out), writes=ranks.is_main)
     stages, allowance = [], c.stop_after or sys.maxsize
     for i, (domain, rows) in enumerate(training.items()):
         number = about["number"] = about["number"] + 1
@@ -160,7 +160,7 @@ def train_stages(c: Config, out: Path, ranks: Ranks) -> None:
         if c.resume:
             stage.resume()
         if not stages and stage.step == 0:
-            show_sample(rows, tokenizer)
+            print(sample_of(rows, tokenizer))
         allowance -= stage.train(allowance)
         if stage.step < steps:
             print(f"stopped in {name} after step {stage.step} of {steps}; the same command with --resume goes on")
@@ -202,32 +202,6 @@ def prepare_stream(c: Config, out: Path, ranks: Ranks) -> tuple[MaskedLM, Tokeni
     return model, tokenizer, about, training, heldout
 
 
-def may_begin(out: Path, settings: dict, resume: bool) -> bool:
-    """Whether there is work to do in `out`. Refuses (UsageError) to overwrite a run or to go on with other settings."""
-    if (out / "config.json").exists():
-        begun = read_json(out / "config.json")
-        other = next((k for k in settings if settings[k] != begun.get(k)), None)
-        if other:
-            raise UsageError(f"{out} was begun with --{other} {begun.get(other)}, not {settings[other]}: "
-                             "give another --out, or remove the folder")
-        if (out / "summary.json").exists():
-            print(f"{out} is complete; remove it to train anew")
-            return False
-        if not resume:
-            raise UsageError(f"{out} holds an unfinished run: add --resume to go on, or remove the folder")
-    elif out.is_dir() and any(out.iterdir()):
-        raise UsageError(f"{out} holds other things than a stream of bases: give another --out")
-    return True
-
-
-def beyond(row: dict, out: Path) -> bool:
-    """Whether a metrics row lies past the point that training resumes at, so that its step will be done again."""
-    if (out / row["stage"] / "meta.json").exists():
-        return False
-    last = read_json(out / "last" / "meta.json") if (out / "last").exists() else {}
-    return row["stage"] != last.get("name") or row["step"] > last["step"] or "heldout" in row
-
-
 def domain_name(entry: str) -> str:
     """What a domain is called in tables and files: an embedded name, or that of the file or folder without endings."""
     return Path(entry).name.split(".")[0]
@@ -267,24 +241,6 @@ def start_tokenizer(c: Config, out: Path, first_corpus: Path) -> Tokenizer:
     return train_tokenizer((text for part, text in split_documents(first_corpus) if part == "train"), c.vocab_size)
 
 
-def show_sample(rows: Rows, tokenizer: Tokenizer) -> None:
-    """The longest sequence of the first row that will be trained on, as it is and as the model sees it."""
-    batch, (ids, lengths) = rows.batch(0, rows.row_tokens), rows.row(0)
-    longest = int(np.argmax(lengths))
-    span = slice(sum(lengths[:longest]), sum(lengths[:longest + 1]))
-    print(f"sample: {tokenizer.decode(ids[span])!r}\nmasked: {tokenizer.decode(batch.ids[span].tolist())!r}")
-    p = rows.packing()
-    print(f"{p['rows']} rows of {rows.row_tokens} tokens an epoch, {p['fill']:.0%} full; {p['cut']:.1%} of sequences cut at a row's end")
-
-
-def forgetting_table(stages: list[dict]) -> str:
-    """Held-out masked-LM loss (accuracy) of every domain after every stage."""
-    domains = list(stages[0]["heldout"])
-    rows = [[f"{s['name']} ({s['domain']})", *(f"{s['heldout'][d]['loss']:.3f} ({s['heldout'][d]['accuracy']:.3f})"
-                                               for d in domains)] for s in stages]
-    return "held-out masked-LM loss (accuracy)\n" + table(rows, ["after", *domains])
-
-
 # --- tune, eval, predict ----------------------------------------------------------------------------------------------
 
 def delta_config(c: Config) -> DeltaConfig:
@@ -309,7 +265,7 @@ def tune_delta(c: Config) -> None:
     encoded = encode_task(task, base.tokenizer, c.seq_len)
     few = f"-k{c.shots}" if c.shots else ""
     out = Path(c.out or Path(c.base).parent / "deltas" / f"{Path(c.base).name}-{task.name}-{c.delta}{few}-s{c.seed}")
-    say_cut(encoded, c.seq_len)
+    say_truncated(*encoded.truncated(), c.seq_len)
     model = attach(base, config, encoded.num_outputs, c.seed)
     check_graphs(c.graphs, Ranks(device))
     settings = TuneSettings(c.tune_steps, c.batch_size, c.lr or TUNE_LR[c.delta], c.eval_every, c.seed,
@@ -326,20 +282,14 @@ def tune_delta(c: Config) -> None:
           f"{result.seconds:.0f} s; delta in {out}")
 
 
-def say_cut(encoded: TaskData, seq_len: int) -> None:
-    parts = (encoded.train, encoded.dev, encoded.test)
-    cut, count = sum(part.truncated for part in parts), sum(map(len, parts))
-    if cut:
-        print(f"{cut} of {count} texts are longer than --seq_len {seq_len} and were cut")
+def say_truncated(truncated: int, count: int, seq_len: int, file: TextIO | None = None) -> None:
+    if truncated:
+        print(f"{truncated} of {count} texts are longer than --seq_len {seq_len} and were cut", file=file)
 
 
-def shown(scores: dict[str, float]) -> str:
-    return ", ".join(f"{k} {v:.3f}" for k, v in scores.items())
-
-
-def open_tuned(c: Config, labels: tuple[str, ...] = ()):
-    """(base, delta, base + delta) of --base and --delta_dir, the delta's outputs in the order of `labels` where these are its own;
-    StaleDelta where base and delta do not belong together."""
+def open_tuned(c: Config, labels: tuple[str, ...] = ()) -> tuple[Base, Delta, Classifier, dict]:
+    """(base, delta, base + delta, where to compute) of --base and --delta_dir, the delta's outputs in the order of `labels` where these
+    are its own; StaleDelta where base and delta do not belong together."""
     required(c, "base", "delta_dir")
     device = pick_device(c.device)
     base = open_base(c.base).to(device)
@@ -365,26 +315,14 @@ def eval_delta(c: Config) -> None:
 def predict_texts(c: Config) -> None:
     """One JSON object a text, in order, to --out or standard output: label and probabilities, or the predicted value."""
     required(c, "input")
+    source, out = STDIN if c.input == "-" else Path(c.input), Path(c.out) if c.out else None
+    examples = read_examples(source, labelled=False, format=c.input_format)
+    if out:
+        check_out(out, source)
     base, delta, model, where = open_tuned(c)
-    examples = read_examples(Path(c.input), labelled=False)
-    try:
-        out = open(c.out, "w", encoding="utf-8") if c.out else contextlib.nullcontext(sys.stdout)
-    except OSError as error:
-        raise UsageError(f"--out {c.out}: cannot be written ({error.strerror})") from None
-    encoded = encode(examples, (), base.tokenizer, c.seq_len)
-    logits = predict(model, encoded.sequences, **where)
-    with out as file:
-        for example, row in zip(examples, logits):
-            print(json.dumps(answer(example, row, delta.labels), ensure_ascii=False), file=file)
-
-
-def answer(example: Example, row: torch.Tensor, labels: tuple[str, ...]) -> dict:
-    """What is said of one text, given its (C,) logits."""
-    said = {"text": example.text} | ({"text_pair": example.text_pair} if example.text_pair else {})
-    if not labels:
-        return said | {"value": row.item()}
-    return said | {"label": labels[int(row.argmax())],
-                   "probabilities": dict(zip(labels, [round(p, 6) for p in row.softmax(-1).tolist()]))}
+    answered = answers(model, examples, delta.labels, base.tokenizer, c.seq_len, **where)
+    count, truncated = write_answers(answered, out, source)
+    say_truncated(truncated, count, c.seq_len, sys.stderr)
 
 
 # --- import, export ---------------------------------------------------------------------------------------------------

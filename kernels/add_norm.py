@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import configs
-from kernels.common import launch, left_to_compiler, packed, row_class, tl, triton, uses_triton
+from kernels.common import dense_rows, launch, left_to_compiler, row_class, tl, triton, uses_triton
 from kernels.dropout import block_of_run, check_seed, dropout_ref, keep_tile, threshold_of
 
 PROGRAMS = 512      # that share the rows of a backward, each with its sums of 2 d numbers: about four for every SM of an H100
@@ -129,7 +129,7 @@ def _add_norm(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, seed: Tensor |
     """y (N, d); with `save`, z (N, d) and its mean and rstd (2, N), else nothing."""
     (N, d), (w_runs, b_runs), seeds = x.shape, _runs(weight, bias), 1 if seed is None else len(seed)
     K = max(w_runs, b_runs, seeds)
-    x, h, w, b, seed = packed(x, h, weight.contiguous(), bias.contiguous(), seed)
+    x, h, w, b, seed = dense_rows(x, h, weight.contiguous(), bias.contiguous(), seed)
     y = torch.empty(N, d, dtype=h.dtype, device=h.device)
     z = torch.empty((N, d) if save else (0,), dtype=torch.promote_types(x.dtype, h.dtype), device=h.device)
     stats = torch.empty((2, N) if save else (0,), dtype=torch.float32, device=h.device)
@@ -154,7 +154,7 @@ def _add_norm_backward(dy: Tensor, z: Tensor, stats: Tensor, weight: Tensor, see
     `wanted`; if not, it is empty."""
     (N, d), (w_runs,), seeds = dy.shape, _runs(weight), 1 if seed is None else len(seed)
     K = max(w_runs, b_runs, seeds)
-    dy, w, seed = packed(dy, weight.contiguous(), seed)
+    dy, w, seed = dense_rows(dy, weight.contiguous(), seed)
     BLOCK_N, warps = configs.pick("add_norm_backward", row_class(d), dy.dtype, dy.device)
     rows = max(triton.cdiv(triton.cdiv(N, PROGRAMS), BLOCK_N), 1) * BLOCK_N
     blocks = triton.cdiv(N // K, rows)

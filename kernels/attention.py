@@ -14,7 +14,7 @@ wherever matrix products run below 0.7 PFLOP/s.
 
 keep is a function of the seed, the head and the two tokens (kernels/dropout.py), made anew wherever it is needed.
 
-Limits: D up to 128 (32, 64 and 128 as they are, others padded); fp16 and bf16, and fp32 by three TF32 products (slower, and the split
+Limits: D up to 128 (32, 64 and 128 as they are, others widened); fp16 and bf16, and fp32 by three TF32 products (slower, and the split
 backward only); fp32 sums; within a sequence, tokens times the stride of a token stay below 2^31. float64 takes the reference. Not
 differentiable twice. Tested in Triton's interpreter; compiled for sm_80, 90, 100.
 """
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kernels import configs
 from kernels.attention_kernels import _backward_delta, _backward_keys, _backward_queries, _forward
-from kernels.common import LOG2E, check_cu_seqlens, launch, packed, triton, uses_triton
+from kernels.common import LOG2E, check_cu_seqlens, dense_rows, launch, triton, uses_triton
 from kernels.dropout import check_seed, dropout_words, threshold_of, words_ref
 
 WIDTHS = (32, 64, 128)   # of heads, as the kernels have them
@@ -205,7 +205,7 @@ _attention.register_autograd(_differentiate, setup_context=_save)
 @torch.library.custom_op("recyclable::attention_qkv", mutates_args=())
 def _attention_qkv(qkv: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seqlen: int, scale: float, dropout_p: float) -> Outputs:
     """`_attention` of the three rows of qkv (N, 3, H, D)."""
-    return _launch_forward(*packed(qkv)[0].unbind(1), cu_seqlens, seed, max_seqlen, scale, dropout_p, False)
+    return _launch_forward(*dense_rows(qkv)[0].unbind(1), cu_seqlens, seed, max_seqlen, scale, dropout_p, False)
 
 
 @_attention_qkv.register_fake
@@ -220,7 +220,7 @@ def _attention_qkv_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor,
                             scale: float, dropout_p: float) -> Tensor:
     """dqkv (N, 3, H, D)."""
     dqkv = torch.empty(qkv.shape, device=qkv.device, dtype=qkv.dtype)
-    _launch_backward(*dqkv.unbind(1), dout, *packed(qkv)[0].unbind(1), out, lse, words, cu_seqlens, max_seqlen, scale, dropout_p, False)
+    _launch_backward(*dqkv.unbind(1), dout, *dense_rows(qkv)[0].unbind(1), out, lse, words, cu_seqlens, max_seqlen, scale, dropout_p, False)
     return dqkv
 
 
@@ -280,13 +280,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
     if not uses_triton(q):
         return attention_ref(q, k, v, cu_seqlens, max_seqlen, dropout_p=dropout_p, seed=seed, scale=scale, prefix_kv=prefix_kv)
     cu_seqlens, seed = cu_seqlens.contiguous(), _seed(seed, q.device) if dropout_p else None
-    out = _padded_attention(q, k, v, cu_seqlens, seed, max_seqlen, scale, dropout_p, False)
+    out = _widened_attention(q, k, v, cu_seqlens, seed, max_seqlen, scale, dropout_p, False)
     if prefix_kv is not None and prefix_kv[0].ndim == 4:
         return out + _prefix(q * scale, *prefix_kv)
     if prefix_kv is not None:
         k_p, v_p, gate = (x.to(q.dtype) for x in prefix_kv)
         runs = torch.arange(0, len(q) + PREFIX_ROWS, PREFIX_ROWS, device=q.device, dtype=torch.int32).clamp_(max=len(q))
-        out = out + gate[:, None] * _padded_attention(q, k_p, v_p, runs, None, PREFIX_ROWS, scale, 0.0, True)
+        out = out + gate[:, None] * _widened_attention(q, k_p, v_p, runs, None, PREFIX_ROWS, scale, 0.0, True)
     return out
 
 
@@ -312,11 +312,11 @@ def _check(N: int, cu_seqlens: Tensor, dropout_p: float, seed: Tensor | int | No
         check_seed(N, seed.reshape(-1))
 
 
-def _padded_attention(q: Tensor, k: Tensor, v: Tensor, *rest) -> Tensor:
-    return _attention(*padded(q, k, v), *rest)[0][..., :q.shape[-1]]
+def _widened_attention(q: Tensor, k: Tensor, v: Tensor, *rest) -> Tensor:
+    return _attention(*widened(q, k, v), *rest)[0][..., :q.shape[-1]]
 
 
-def padded(*tensors: Tensor) -> list[Tensor]:
+def widened(*tensors: Tensor) -> list[Tensor]:
     """Head dimensions between the kernels' own filled up with zeros, the last dimension contiguous."""
     D = tensors[0].shape[-1]
     wide = next((size for size in WIDTHS if size >= D), None)

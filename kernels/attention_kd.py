@@ -17,7 +17,7 @@ Backward: dKL_i / dS^s_ij = P^s_ij - P^t_ij, both from the saved log2-sum-exp2; 
 Each is one launch of the same kernel, rows and columns swapped: six matrix products a tile in all and no atomics, so the order of
 summation is fixed. Memory is linear in tokens.
 
-Limits: head dimensions up to 128 (32, 64 and 128 as they are, others padded) in fp32 (three TF32 products), fp16 and bf16, which student
+Limits: head dimensions up to 128 (32, 64 and 128 as they are, others widened) in fp32 (three TF32 products), fp16 and bf16, which student
 and teacher need not share; fp32 sums; fp16 gradients want a loss scale. float64 takes the reference. Not differentiable twice.
 Tested in Triton's interpreter; compiled for sm_80, 90, 100.
 """
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import configs
-from kernels.attention import _strides, padded, size_class
+from kernels.attention import _strides, size_class, widened
 from kernels.attention_kernels import RUNTIME, _locate, _product, _tile
 from kernels.common import LOG2E, check_cu_seqlens, launch, tl, triton, uses_triton
 
@@ -245,4 +245,4 @@ def attention_kd(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, cu_seqlens:
     q_t, k_t, scale_s, scale_t = q_t.detach(), k_t.detach(), _scale(scale_s, q_s), _scale(scale_t, q_t)
     if not (uses_triton(q_s) and uses_triton(q_t)):
         return attention_kd_ref(q_s, k_s, q_t, k_t, cu_seqlens, max_seqlen, scale_s=scale_s, scale_t=scale_t)
-    return _attention_kd(*padded(q_s, k_s), *padded(q_t, k_t), cu_seqlens.contiguous(), max_seqlen, scale_s, scale_t)[0]
+    return _attention_kd(*widened(q_s, k_s), *widened(q_t, k_t), cu_seqlens.contiguous(), max_seqlen, scale_s, scale_t)[0]

@@ -9,7 +9,7 @@
 """
 import os
 from contextlib import contextmanager
-from typing import Callable, Iterator
+from typing import Any, Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ def row_class(C: int) -> int:
     return next((size for size in (32, 256, 1024) if C <= size), 4096)
 
 
-def packed(*tensors: Tensor | None) -> list[Tensor | None]:
+def dense_rows(*tensors: Tensor | None) -> list[Tensor | None]:
     """Each with a contiguous last dimension, copied if need be."""
     return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
@@ -68,7 +68,7 @@ def check_cu_seqlens(cu_seqlens: Tensor) -> None:
         raise ValueError(f"cu_seqlens must be (B+1,) int32, not {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}")
 
 
-def launch(kernel, programs: int, *args, **meta) -> None:
+def launch(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
     """Run `programs` copies of `kernel` on the device of its first tensor, which need not be the current one."""
     if _launched is not None:
         _launched.append((kernel, args, meta))

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -117,7 +118,7 @@ def launches(arch: int, which: list[str], dtypes: list[str] = ("bf16", "fp16", "
     return list(found.values())
 
 
-def describe(kernel, args: tuple, meta: dict) -> tuple:
+def describe(kernel: Any, args: tuple, meta: dict) -> tuple:
     """A launch as Triton's compiler wants it: as its own launcher does, the integer 1 and None become constants, and pointers and
     integers that 16 divides are known to be so."""
     options = {k: v for k, v in meta.items() if k not in kernel.arg_names}
@@ -159,7 +160,7 @@ def tile(constants: dict) -> int:
     return math.prod(v for k, v in constants.items() if k.startswith("BLOCK"))
 
 
-def machine_code(done, threads: int, elements: int) -> dict:
+def machine_code(done: Any, threads: int, elements: int) -> dict:
     """Registers, spilled bytes, matrix instructions, and instructions an element in the longest loop (of all, without one)."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")

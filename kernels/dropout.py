@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels import configs
-from kernels.common import launch, left_to_compiler, packed, row_class, tl, triton, uses_triton
+from kernels.common import dense_rows, launch, left_to_compiler, row_class, tl, triton, uses_triton
 
 
 def mix(x: Tensor) -> Tensor:
@@ -138,10 +138,10 @@ def _dropout_rows(x_ptr, seed_ptr, out_ptr, run, d, blocks, tiles, x_stride, out
 @torch.library.custom_op("recyclable::dropout", mutates_args=())
 def _dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
     d, run = x.shape[1], len(x) // len(seed)
-    x, out = *packed(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    x, out = *dense_rows(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
     BLOCK_N, BLOCK_D, warps = configs.pick("dropout", row_class(d), x.dtype, x.device)
     blocks, tiles = triton.cdiv(run, BLOCK_N), triton.cdiv(d, BLOCK_D)
-    launch(_dropout_rows, len(seed) * blocks * tiles, x, *packed(seed), out, run, d, blocks, tiles, x.stride(0), d, threshold_of(p),
+    launch(_dropout_rows, len(seed) * blocks * tiles, x, *dense_rows(seed), out, run, d, blocks, tiles, x.stride(0), d, threshold_of(p),
            1 / (1 - p), BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, num_warps=warps)
     return out
 

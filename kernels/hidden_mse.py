@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels import configs
-from kernels.common import launch, packed, row_class, tl, triton, uses_triton
+from kernels.common import dense_rows, launch, row_class, tl, triton, uses_triton
 
 
 def hidden_mse_ref(student: Tensor, teacher: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -47,10 +47,10 @@ def _mse_backward(s_ptr, t_ptr, rows_ptr, up_ptr, grad_ptr, width, tiles, s_stri
 
 @torch.library.custom_op("recyclable::hidden_mse", mutates_args=())
 def _hidden_mse(student: Tensor, teacher: Tensor, rows: Tensor | None) -> Tensor:
-    s, t = packed(student.flatten(1), teacher.flatten(1))
+    s, t = dense_rows(student.flatten(1), teacher.flatten(1))
     loss = torch.empty(len(s), dtype=torch.float32, device=s.device)
     BLOCK, warps = configs.pick("hidden_mse", row_class(s.shape[1]), s.dtype, s.device)
-    launch(_mse_forward, len(s), s, t, *packed(rows), loss, s.shape[1], s.stride(0), t.stride(0), BLOCK=BLOCK, num_warps=warps)
+    launch(_mse_forward, len(s), s, t, *dense_rows(rows), loss, s.shape[1], s.stride(0), t.stride(0), BLOCK=BLOCK, num_warps=warps)
     return loss
 
 
@@ -61,11 +61,11 @@ def _(student, teacher, rows):
 
 @torch.library.custom_op("recyclable::hidden_mse_backward", mutates_args=())
 def _hidden_mse_backward(up: Tensor, student: Tensor, teacher: Tensor, rows: Tensor | None) -> Tensor:
-    s, t = packed(student.flatten(1), teacher.flatten(1))
+    s, t = dense_rows(student.flatten(1), teacher.flatten(1))
     grad = torch.empty(student.shape, dtype=s.dtype, device=s.device)
     BLOCK, warps = configs.pick("hidden_mse", row_class(s.shape[1]), s.dtype, s.device)
     tiles = triton.cdiv(s.shape[1], BLOCK)
-    launch(_mse_backward, len(s) * tiles, s, t, *packed(rows), up, grad, s.shape[1], tiles, s.stride(0), t.stride(0), up.stride(0),
+    launch(_mse_backward, len(s) * tiles, s, t, *dense_rows(rows), up, grad, s.shape[1], tiles, s.stride(0), t.stride(0), up.stride(0),
            BLOCK=BLOCK, num_warps=warps)
     return grad
 

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import configs
-from kernels.common import LOG2E, launch, packed, row_class, tl, triton, uses_triton
+from kernels.common import LOG2E, dense_rows, launch, row_class, tl, triton, uses_triton
 
 
 class TopK(NamedTuple):
@@ -230,7 +230,7 @@ def _kd_loss(student: Tensor, teacher: Tensor | None, ids: Tensor | None, tail: 
              alpha: float, T: float, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Loss (R,) and, for the backward, statistics (R, 6). With ids (R, k), contiguous and ascending, `teacher` are their logits."""
     (R, C), k = student.shape, 0 if ids is None else ids.shape[1]
-    student, teacher, tail, labels = packed(student, teacher, tail, labels)
+    student, teacher, tail, labels = dense_rows(student, teacher, tail, labels)
     loss, stats = (torch.empty(s, dtype=torch.float32, device=student.device) for s in ((R,), (R, 6)))
     BLOCK, warps = configs.pick("kd_loss_forward", row_class(C), student.dtype, student.device)
     launch(_forward, R, student, teacher, ids, tail, labels, loss, stats, C, k, student.stride(0),
@@ -249,7 +249,7 @@ def _kd_loss_backward(up: Tensor, student: Tensor, teacher: Tensor | None, ids: 
                       alpha: float, T: float, ignore_index: int) -> Tensor:
     """The gradient of student (R, C), given that of the loss (R,)."""
     (R, C), k = student.shape, 0 if ids is None else ids.shape[1]
-    student, teacher, labels = packed(student, teacher, labels)
+    student, teacher, labels = dense_rows(student, teacher, labels)
     grad = torch.empty(R, C, dtype=student.dtype, device=student.device)
     BLOCK, warps = configs.pick("kd_loss_backward", row_class(C), student.dtype, student.device)
     tiles = triton.cdiv(C, BLOCK)

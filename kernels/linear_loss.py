@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import configs
-from kernels.common import LOG2E, launch, packed, row_class, tl, triton, uses_triton
+from kernels.common import LOG2E, dense_rows, launch, row_class, tl, triton, uses_triton
 from kernels.kd_loss import add_tile, flags, kd_loss_ref, load_fp32, read_label, row_loss, tile_grad
 
 CHUNK_BYTES = 2**28     # all logits of a chunk together; tests lower it
@@ -148,7 +148,7 @@ def _linear_loss(x: Tensor, weight: Tensor, bias: Tensor | None, x_t: Tensor | N
     width = triton.cdiv(V, 128) * 128
     x, w, b = x.contiguous(), _padded(weight, width, x.dtype), _padded(bias, width, torch.float32)
     w_t, b_t = None if x_t is None else _padded(weight_t, width, x_t.dtype), _padded(bias_t, width, torch.float32)
-    labels, loss = *packed(labels), torch.empty(R, device=x.device)
+    labels, loss = *dense_rows(labels), torch.empty(R, device=x.device)
     dx = torch.empty(R if need_x else 0, d, dtype=_dtype_of_dx(x), device=x.device)
     dw, db = torch.zeros(width if need_w else 0, d, device=x.device), torch.zeros(width if need_b else 0, device=x.device)
     BLOCK, warps = configs.pick("linear_loss", row_class(width), torch.float32, x.device)

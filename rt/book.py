@@ -43,7 +43,7 @@ class Run:
         return replace(self, c=replace(self.c, base=base, chain=self.c.chain[:until]), route=route)
 
 
-def settings_of(c, mode: str) -> dict:
+def settings_of(c: Any, mode: str) -> dict:
     """The flags that a run of `mode` depends on, beside its seed and learning rate."""
     free = {"mode", "seeds", "lr", "out", "cache", "device", "save_deltas", "sweep", "side_by_side", "graphs"}
     if not c.early_stop:
@@ -61,7 +61,7 @@ def settings_of(c, mode: str) -> dict:
     return {k: v for k, v in record(c).items() if k not in free}
 
 
-def belongs(row: dict, c) -> bool:
+def belongs(row: dict, c: Any) -> bool:
     """Whether a row, of this call or an earlier one, has the settings of `c`; in a chain, of any of its routes at this base."""
     return any(row["settings"] == Run(c, row["mode"], 0, None, route).settings for route in ("direct", *(["chain"] if c.chain else [])))
 
@@ -79,7 +79,7 @@ class Book:
     """metrics.jsonl, summary.json and deltas/ of the output folder. What other calls have left there stays, unless the same
     run (mode, seed, learning rate and settings) is done again."""
 
-    def __init__(self, c, argv: list[str], out: Path, task: Task, plan: list[Run]):
+    def __init__(self, c: Any, argv: list[str], out: Path, task: Task, plan: list[Run]):
         self.facts, self.c, self.out, self.task = {"config": record(c), "argv": argv}, c, out, task
         claim(out, {"metrics.jsonl", "summary.json", "deltas"})
         again = {run.name for run in plan}

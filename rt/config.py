@@ -19,7 +19,9 @@ import sys
 import types
 import typing
 from dataclasses import asdict, fields
-from typing import Callable
+from typing import Any, Callable, TypeVar
+
+C = TypeVar("C")      # a script's Config
 
 
 class UsageError(ValueError):
@@ -38,7 +40,7 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def parse(cls: type, argv: list[str]):
+def parse(cls: type[C], argv: list[str]) -> C:
     """`argv` (without the program's name) as an instance of the dataclass `cls`. Raises UsageError."""
     types_of = typing.get_type_hints(cls)
     values: dict = {}
@@ -67,7 +69,7 @@ def parse(cls: type, argv: list[str]):
     return cls(**values)
 
 
-def convert(name: str, text: str, kind):
+def convert(name: str, text: str, kind: Any) -> Any:
     """The text of one flag as a value of its annotation: bool, int, float, str, tuple of one of them, or None."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         if text.lower() in ("none", ""):
@@ -93,7 +95,7 @@ def _type_name(kind) -> str:
     return {bool: "true or false", int: "whole number", float: "number", str: "text"}[kind]
 
 
-def require_positive(config, *names: str) -> None:
+def require_positive(config: Any, *names: str) -> None:
     """UsageError for the first of these settings (each value of a list; None passes) that is not above zero, or that is an
     empty list or text."""
     for name in names:
@@ -121,6 +123,6 @@ def help_text(cls: type) -> str:
     return "\n".join(lines)
 
 
-def record(config) -> dict:
+def record(config: Any) -> dict:
     """The config as plain JSON values, for meta.json and summary.json."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}

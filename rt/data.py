@@ -7,7 +7,9 @@ import gzip
 import hashlib
 import json
 import lzma
+import sys
 import zlib
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Iterator
@@ -23,17 +25,18 @@ from rt.mlm import Masker
 from rt.model import Batch
 from rt.tokenizer import Tokenizer
 
+STDIN = Path("standard input")      # stands for it (this object does, not a file of that name), and names it in errors
 TEXT_ENDINGS = (".txt", ".txt.gz", ".txt.xz", ".jsonl")
 HELDOUT_SHARE = 50     # of a corpus without a heldout file, one document in this many is held out
 ROW_SEQUENCES = 8      # a row holds this many sequences of the longest length, or more that are shorter
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number, line) of a plain, .gz or .xz text file; UsageError names the file and line that is not UTF-8."""
+    """(line number, line) of a plain, .gz or .xz text file, or of STDIN; UsageError names the file and line that is not UTF-8."""
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     number = 0
     try:
-        with opener(path, "rb") as file:
+        with nullcontext(sys.stdin.buffer) if path is STDIN else opener(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
@@ -257,7 +260,7 @@ class Rows:
                              f"({ROW_SEQUENCES} sequences of --seq_len {self.seq_len}, times {shares} ranks x --accumulation)")
 
 
-def sequences_batch(sequences: list[list[int]], **fields) -> Batch:
+def sequences_batch(sequences: list[list[int]], **fields: Tensor) -> Batch:
     """Sequences of ids (specials included) as one unpadded batch; `fields` are Batch's labels and index."""
     lengths = [len(s) for s in sequences]
     ids = torch.tensor([t for s in sequences for t in s], dtype=torch.int64)

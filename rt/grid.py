@@ -117,7 +117,8 @@ class GridLoss:
 class GridAdamW:
     """rt.optim.adamw for weights with a leading K, a learning rate and a gradient norm each."""
 
-    def __init__(self, weights: list[Tensor], weight_decay: float, clip: float, betas=(0.9, 0.999), eps: float = 1e-6):
+    def __init__(self, weights: list[Tensor], weight_decay: float, clip: float, betas: tuple[float, float] = (0.9, 0.999),
+                 eps: float = 1e-6):
         self.weights, self.weight_decay, self.clip, self.betas, self.eps = weights, weight_decay, clip, betas, eps
         self.m, self.v = ([torch.zeros_like(w) for w in weights] for _ in range(2))
         self.steps = 0

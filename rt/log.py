@@ -2,13 +2,14 @@
 import json
 import os
 from pathlib import Path
+from typing import Any, Callable
 
 from tqdm import tqdm
 
 from rt.config import UsageError
 
 
-def write_json(path: Path, value) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Written beside and renamed, so that a reader sees the old file or the new one, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -38,7 +39,7 @@ class Log:
     """metrics.jsonl of one run folder, a line a row, flushed as written. `keep` says which old rows stay on resuming; with several
     ranks one `writes`."""
 
-    def __init__(self, folder: Path, keep=lambda row: False, writes: bool = True):
+    def __init__(self, folder: Path, keep: Callable[[dict], bool] = lambda row: False, writes: bool = True):
         self.file = None
         if not writes:
             return
@@ -50,7 +51,7 @@ class Log:
         os.replace(temporary, self.path)
         self.file = self.path.open("a", encoding="utf-8")
 
-    def row(self, **values) -> None:
+    def row(self, **values: Any) -> None:
         if self.file:
             self.file.write(json.dumps(values) + "\n")
             self.file.flush()

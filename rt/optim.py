@@ -5,7 +5,8 @@ import torch
 from torch.nn import Parameter
 
 
-def adamw(parameters: Iterable[Parameter], lr: float, weight_decay: float, betas=(0.9, 0.98), zero: bool = False) -> torch.optim.Optimizer:
+def adamw(parameters: Iterable[Parameter], lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.98),
+          zero: bool = False) -> torch.optim.Optimizer:
     """Matrices decay; biases, LN weights and gates do not (nanoGPT's rule). Only parameters that require a gradient.
 
     `zero`: each rank keeps the state of its share of the parameters, updates those, and gets the others from their ranks (ZeRO stage

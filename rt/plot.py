@@ -7,7 +7,7 @@ import math
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Iterable, Iterator
+from typing import Any, Callable, Iterable, Iterator
 
 from rt.config import UsageError
 from rt.paths import barrier
@@ -183,7 +183,7 @@ def title(panel: list[dict], panels: dict) -> str:
     return f"{panel[0]['task']}, {panel[0]['kind']}" if several else panel[0]["task"]
 
 
-def curve(ax, rows: list[dict], x, key: str, label: str, colour: str, dash, marker: str) -> None:
+def curve(ax: Any, rows: list[dict], x: Callable[[dict], float], key: str, label: str, colour: str, dash: Any, marker: str) -> None:
     """Mean of `key` over x(row), with its band."""
     at: dict[float, list[float]] = {}
     for row in rows:
@@ -215,7 +215,7 @@ def sheet(path: Path, lines: int, columns: int, width: float, height: float, mat
             fig.savefig(path.with_name(f"{path.name}.{ending}"), metadata=metadata)
 
 
-def shared_legend(fig, axes) -> None:
+def shared_legend(fig: Any, axes: Iterable) -> None:
     """One legend below all panels: every label once."""
     found = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
     fig.legend(found.values(), found.keys(), loc="outside lower center", ncols=2 if len(list(axes)) == 1 else 4)

@@ -6,11 +6,11 @@ from typing import Callable
 from rt.tune import score
 
 
-def by_rate(row: dict):
+def by_rate(row: dict) -> float | None:
     return row["lr"]
 
 
-def by_settings(row: dict):
+def by_settings(row: dict) -> tuple[float | None, str]:
     return row["lr"], json.dumps(row["settings"], sort_keys=True)
 
 

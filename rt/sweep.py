@@ -4,6 +4,7 @@ import itertools
 import json
 import typing
 from dataclasses import replace
+from typing import Any
 
 from rt.config import UsageError, convert
 
@@ -29,7 +30,7 @@ def swept(spec: str) -> dict[str, list[str]]:
     return grid
 
 
-def expand(config, spec: str) -> list:
+def expand(config: Any, spec: str) -> list:
     """`config` once for every combination of the grid's values, in the order in which they are written."""
     kinds = typing.get_type_hints(type(config))
     choices = []

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 from rt.config import UsageError
-from rt.data import read_jsonl, read_lines, sequences_batch
+from rt.data import STDIN, read_jsonl, read_lines, sequences_batch
 from rt.model import Batch
 from rt.tokenizer import Tokenizer
 
 PARTS = ("train", "dev", "test")
+FORMATS = ("txt", "jsonl", "csv", "tsv")
 COLUMNS = {
     "text": ("text", "sentence1", "premise", "question", "question1", "sentence"),
     "text_pair": ("text_pair", "sentence2", "hypothesis", "question2"),
@@ -45,12 +46,13 @@ class Task:
     def is_regression(self) -> bool:
         return not self.labels
 
+
 def load_task(path: Path) -> Task:
     """Read a task folder. Raises UsageError naming file and line for what does not fit."""
     path = Path(path)
     if not path.is_dir():
         raise UsageError(f"{path}: a task is a folder with train, dev and test files (.jsonl, .csv or .tsv)")
-    parts = {part: read_examples(_part_file(path, part), labelled=True) for part in PARTS}
+    parts = {part: list(read_examples(_part_file(path, part), labelled=True)) for part in PARTS}
     everything = [e for examples in parts.values() for e in examples]
     if _is_regression(everything):
         labels, parts = (), {part: [_with_float(e) for e in examples] for part, examples in parts.items()}
@@ -95,23 +97,37 @@ def _part_file(folder: Path, part: str) -> Path:
     raise UsageError(f"{folder}: has no {part}.jsonl, {part}.csv or {part}.tsv")
 
 
-def read_examples(path: Path, labelled: bool) -> list[Example]:
-    """The examples of one file: .jsonl, .csv, .tsv, or (unlabelled only) .txt with a text a line."""
-    if not path.is_file():
+def read_examples(path: Path, labelled: bool, format: str | None = None) -> Iterator[Example]:
+    """The examples of a file (plain, .gz or .xz) or of STDIN, one after the other as they are read. `format` is txt (a text a line, for
+    unlabelled ones), jsonl, csv or tsv; None: what the file's ending says, of STDIN txt. Raises UsageError, also for no example at all."""
+    if path is not STDIN and (not path.exists() or path.is_dir()):
         raise UsageError(f"{path}: there is no such file")
-    examples = [_example(path, number, row, labelled) for number, row in _read_table(path)]
-    if not examples:
-        raise UsageError(f"{path}: the file has no examples")
-    return examples
+    if format is None:
+        format = "txt" if path is STDIN else path.name.removesuffix(".gz").removesuffix(".xz").rpartition(".")[2]
+        if format not in FORMATS:
+            raise UsageError(f"{path}: ends in none of .{', .'.join(FORMATS)}; say with --input_format which it is")
+    if format not in FORMATS:
+        raise UsageError(f"--input_format {format}: not one of {', '.join(FORMATS)}")
+    return _examples(path, labelled, format)
 
 
-def _read_table(path: Path) -> Iterator[tuple[int, dict]]:
+def _examples(path: Path, labelled: bool, format: str) -> Iterator[Example]:
+    row = None
+    for number, row in _read_table(path, format):
+        yield _example(path, number, row, labelled)
+    if row is None:
+        raise UsageError(f"{path}: has no examples")
+
+
+def _read_table(path: Path, format: str) -> Iterator[tuple[int, dict]]:
     """(line number, columns) for each row of a file."""
-    if path.suffix == ".jsonl":
+    if format == "txt":
+        yield from ((number, {"text": line}) for number, line in read_lines(path) if line.strip())
+    elif format == "jsonl":
         yield from read_jsonl(path)
-    elif path.suffix in (".csv", ".tsv"):
+    else:
         # tsv files of the field (GLUE) do not quote: a lone " is a character there
-        style = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if path.suffix == ".tsv" else dict(strict=True)
+        style = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if format == "tsv" else dict(strict=True)
         reader = csv.reader((line + "\n" for _, line in read_lines(path)), **style)
         try:
             header = next(reader, None)
@@ -121,10 +137,6 @@ def _read_table(path: Path) -> Iterator[tuple[int, dict]]:
                 yield reader.line_num, dict(zip(header, row))
         except csv.Error as error:
             raise UsageError(f"{path}, line {reader.line_num}: not a readable table ({error})") from None
-    elif path.suffix == ".txt":
-        yield from ((number, {"text": line}) for number, line in read_lines(path) if line.strip())
-    else:
-        raise UsageError(f"{path}: examples come as .jsonl, .csv or .tsv")
 
 
 def _example(path: Path, number: int, row: dict, labelled: bool) -> Example:

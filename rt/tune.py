@@ -53,6 +53,11 @@ class TaskData:
     def num_outputs(self) -> int:
         return max(1, len(self.labels))
 
+    def truncated(self) -> tuple[int, int]:
+        """(texts that were cut, all texts)."""
+        parts = [part for part in (self.train, self.dev, self.test) if part]
+        return sum(part.truncated for part in parts), sum(map(len, parts))
+
 
 def encode_task(task: Task, tokenizer: Tokenizer, max_len: int) -> TaskData:
     parts = {part: encode(examples, task.labels, tokenizer, max_len) for part, examples in task.parts.items()}
@@ -129,6 +134,11 @@ def chance(data: TaskData) -> dict[str, float]:
 def score(values: dict[str, float]) -> float:
     """The figure that runs are compared by: accuracy, or Pearson's correlation."""
     return next(iter(values.values()))
+
+
+def shown(values: dict[str, float]) -> str:
+    """Scores in a line of text."""
+    return ", ".join(f"{k} {v:.3f}" for k, v in values.items())
 
 
 def training_batch(data: Encoded, s: TuneSettings, step: int) -> Batch:

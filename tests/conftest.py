@@ -1,4 +1,7 @@
 """Shared small things: a tokenizer, random tiny bases, a task folder and a corpus, all from real docstrings."""
+import contextlib
+import importlib
+import io
 import json
 import os
 import subprocess
@@ -14,12 +17,23 @@ if not torch.cuda.is_available():
 
 from data import docstrings
 from rt.checkpoint import Base, fingerprint
+from rt.config import run
 from rt.data import read_documents, sequences_batch
 from rt.model import PRESETS, EncoderConfig, new_masked_lm
 from rt.tokenizer import train_tokenizer
 
 torch.set_num_threads(1)     # tiny models: more threads only wait for each other
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """The whole suite in two processes; files that are named on the command line in pytest's own, where a debugger works."""
+    return 0 if any(".py" in argument for argument in config.args) else 2
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest begins first, or one process would wait for it in the end."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -96,3 +110,21 @@ def command(*arguments: str, code: int = 0, cwd: Path | None = None) -> str:
                           timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout if code == 0 else done.stderr
+
+
+def here(*arguments: str, code: int = 0) -> str:
+    """As `command`, without the seconds that a process of its own takes; for what is typed as a command in other tests."""
+    name, *arguments = [arguments[0].removesuffix(".py"), *arguments[1:]] if arguments[0] != "-m" else arguments[1:]
+    script = importlib.import_module(name)
+    if not hasattr(script, "main"):
+        script = importlib.import_module(name + ".__main__")
+    ended, out, error = 0, io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        patch.setattr(sys, "argv", [name, *map(str, arguments)])
+        try:
+            run(script.main)
+        except SystemExit as end:
+            ended = end.code
+    assert ended == code, f"exit code {ended}\n{out.getvalue()}\n{error.getvalue()}"
+    print(error.getvalue(), end="", file=sys.stderr)     # for capsys
+    return (out if code == 0 else error).getvalue()

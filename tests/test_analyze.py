@@ -1,6 +1,4 @@
 """The studies, as a user types them (some without a process of their own), and the figures that are made of their rows."""
-import contextlib
-import io
 import json
 import math
 import sys
@@ -8,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import command, random_base, write_task
+from conftest import command, here, random_base, write_task
 
-import analyze
 from rt import plot
 from rt.checkpoint import load_base, save_base
-from rt.config import UsageError, run
+from rt.config import UsageError
 from rt.deltas import DeltaConfig, attach, extract, save_delta
 from rt.log import read_rows
 from rt.model import MaskedLM
@@ -50,14 +47,6 @@ def keep(folder: Path, base) -> None:
                 p.add_(0.01 * torch.randn(p.shape, generator=g))
         save_delta(folder.parent / "deltas" / f"{folder.name}-two_way-full-s0",
                    extract(model, base, DeltaConfig("full"), {"task": "two_way", "labels": ["classes", "generators"]}))
-
-
-def here(*arguments) -> str:
-    """As `command`, without a process of its own."""
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
-        patch.setattr(sys, "argv", list(map(str, arguments)))
-        analyze.main()
-    return out.getvalue()
 
 
 def of(home: Path, *bases: str) -> tuple:
@@ -167,17 +156,14 @@ def test_missing_deltas_are_tuned_once_and_all_alike(home):
     (("--deltas", "D1,D0"), "the delta was learned on base"),
     (("--deltas", "D0,D1", "--delta", "lora"), "is a delta of kind full"), (("--out", "HOME"), "holds other things"),
     (("--study", "compatibility", "--independent", "IND"), "follows one lineage")])
-def test_bad_input_is_one_sentence_and_exit_code_2(arguments, words, home, monkeypatch, capsys):
+def test_bad_input_is_one_sentence_and_exit_code_2(arguments, words, home):
     bases = home / "run"
     names = {"M0": bases / "M0", "M0,M0": f"{bases / 'M0'},{bases / 'M0'}", "IND": home / "ind" / "M0", "HOME": home,
              **{name: ",".join(str(bases / "deltas" / f"M{i}-two_way-full-s0") for i in name if i in "01") for name in ("D1,D0", "D0,D1")}}
     given = {"--bases": f"{bases / 'M0'},{bases / 'M1'}", "--tasks": home / "two_way", "--out": home / "nothing"}
     given |= {k: names.get(v, v) for k, v in zip(arguments[::2], arguments[1::2])}
-    monkeypatch.setattr(sys, "argv", ["analyze.py", *FLAGS, *(str(x) for pair in given.items() for x in pair)])
-    with pytest.raises(SystemExit) as end:
-        run(analyze.main)
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.startswith("error: ") and words in error and error.count("\n") == 1
+    error = here("analyze.py", *FLAGS, *(x for pair in given.items() for x in pair), code=2)
+    assert error.startswith("error: ") and words in error and error.count("\n") == 1
     assert not (home / "nothing").exists()
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import command
+from conftest import command, here
 
 from bench import kernels, peers, tables
 from kernels import configs
@@ -64,8 +64,8 @@ def test_tables_are_printed_last_and_fit(output):
 
 
 def test_bad_flags_are_told():
-    assert "invalid choice" in command("-m", "bench.kernels", "--which", "attentoin", code=2)
-    assert "need --json" in command("-m", "bench.kernels", "--tune", code=2)
+    assert "invalid choice" in here("-m", "bench.kernels", "--which", "attentoin", code=2)
+    assert "need --json" in here("-m", "bench.kernels", "--tune", code=2)
 
 
 # ---------------------------------------------------------------- inputs and formulas

@@ -3,7 +3,7 @@ import json
 import lzma
 
 import pytest
-from conftest import command, write_task
+from conftest import command, here, write_task
 
 from bench.claims.__main__ import Rows
 from bench.claims.plan import PHASES, SCALES, SEEDS, Run, searched
@@ -109,19 +109,19 @@ def test_every_part_runs_and_is_not_run_again(data):
     pytest.importorskip("matplotlib")
     arguments = ("-m", "bench.claims", "--preset", "tiny", "--device", "cpu", "--jobs", "1", "--results", data / "results")
     work = (*arguments, "--data", data, "--home", data / "home")
-    assert "train" in command(*work, "--plan")
+    assert "train" in here(*work, "--plan")
     assert "runs are left" in command(*work, "--budget", "0.001")
     command(*work)
     files = {path.name: len(read_rows(path)) for path in (data / "results").glob("*.jsonl")}
     assert set(files) == {f"tiny-{part}.jsonl" for part in ("bases", "tuned", "few", "full", "compatibility", "connectivity",
                                                           "similarity", "distance", "transfer", "project", "chain")}
-    assert "all runs are done" in command(*work) and "nothing is left" in command(*work, "--plan")
+    assert "all runs are done" in command(*work) and "nothing is left" in here(*work, "--plan")
     assert {path.name: len(read_rows(path)) for path in (data / "results").glob("*.jsonl")} == files
     for row in (row for path in (data / "results").glob("*.jsonl") for row in read_rows(path)):
         assert row["run"]["part"] and row["seconds"] >= 0 and row["commit"] and "/tmp" not in json.dumps(row["run"])
         if row.get("chosen") is False:
             assert not row.get("test")          # the search never sees test
-    command(*arguments, "--report")
+    here(*arguments, "--report")
     text = (data / "results" / "README.md").read_text()
     assert "Not run yet" not in text and text.count("### C") == 7 and (data / "results" / "tiny-connectivity.png").exists()
 
@@ -137,5 +137,5 @@ def test_a_lineage_that_fails_ends_the_call_at_once(data, tmp_path):
 
 
 def test_missing_data_is_one_sentence(tmp_path):
-    assert "not a folder with corpora/ and tasks/" in command("-m", "bench.claims", "--data", tmp_path, code=2)
-    assert "no rows there" in command("-m", "bench.claims", "--report", "--results", tmp_path, code=2)
+    assert "not a folder with corpora/ and tasks/" in here("-m", "bench.claims", "--data", tmp_path, code=2)
+    assert "no rows there" in here("-m", "bench.claims", "--report", "--results", tmp_path, code=2)

@@ -1,10 +1,11 @@
-"""The real command line, as a user types it: tiny preset, few steps, every mode; resuming; errors with exit code 2."""
+"""The command line, as a user types it: tiny preset, few steps, every mode; resuming; errors with exit code 2. Each way of calling is
+typed once as a real command; the rest is called `here`, which is faster."""
 import json
 import shutil
 from collections import Counter
 
 import pytest
-from conftest import command
+from conftest import command, here
 from safetensors.torch import load_file
 
 from rt.log import read_rows
@@ -45,14 +46,14 @@ def test_a_finished_run_is_left_alone_and_another_setting_refused(lineage):
     home, _ = lineage
     arguments = ("train.py", *SMALL, "--stream", f"{home}/one.txt,{home}/two.txt", "--snapshots", "1", "--out", home / "run",
                  "--cache", home / "cache")
-    assert "is complete" in command(*arguments, "--steps", "4")
-    assert "was begun with --steps [4], not [5]" in command(*arguments, "--steps", "5", code=2)
+    assert "is complete" in here(*arguments, "--steps", "4")
+    assert "was begun with --steps [4], not [5]" in here(*arguments, "--steps", "5", code=2)
 
 
 def test_init_continues_a_base(lineage):
     home, _ = lineage
-    command("train.py", *SMALL, "--init", home / "run" / "M1", "--stream", home / "one.txt", "--steps", "2", "--snapshots", "0",
-            "--out", home / "more", "--cache", home / "cache")
+    here("train.py", *SMALL, "--init", home / "run" / "M1", "--stream", home / "one.txt", "--steps", "2", "--snapshots", "0",
+         "--out", home / "more", "--cache", home / "cache")
     meta = json.loads((home / "more" / "M2" / "meta.json").read_text())
     assert meta["parent"] == json.loads((home / "run" / "M1" / "meta.json").read_text())["fingerprint"]
 
@@ -64,9 +65,9 @@ def test_twenty_steps_are_ten_and_resume_and_ten(lineage):
     command(*arguments, "--out", home / "straight")
     out = command(*arguments, "--out", home / "broken", "--stop_after", "10", "--log_every", "4")
     assert "stopped in M0 after step 10 of 14" in out
-    assert "unfinished run: add --resume" in command(*arguments, "--out", home / "broken", code=2)
-    assert "stopped after M0" in command(*arguments, "--out", home / "broken", "--resume", "--stop_after", "4")
-    command(*arguments, "--out", home / "broken", "--resume", "--stop_after", "3", "--log_every", "2")      # stops again, inside M1
+    assert "unfinished run: add --resume" in here(*arguments, "--out", home / "broken", code=2)
+    assert "stopped after M0" in here(*arguments, "--out", home / "broken", "--resume", "--stop_after", "4")
+    here(*arguments, "--out", home / "broken", "--resume", "--stop_after", "3", "--log_every", "2")      # stops again, inside M1
     command(*arguments, "--out", home / "broken", "--resume")
     for name in ("M0", "M1"):
         a, b = (load_file(home / run / name / "model.safetensors") for run in ("straight", "broken"))
@@ -91,19 +92,20 @@ TUNE = ("--seq_len", "32", "--device", "cpu", "--eval_every", "2", "--batch_size
 @pytest.mark.parametrize("delta", ["full", "adapter", "lora", "bitfit", "prefix"])
 def test_tune_eval_and_predict(lineage, task, delta, tmp_path):
     home, _ = lineage
+    call = command if delta == "full" else here
     base = ("--base", home / "run" / "M0")
-    out = command("train.py", "--mode", "tune", *base, "--task", task, "--delta", delta, "--tune_steps", "4", *TUNE,
-                  "--shots", "6", "--out", tmp_path / "d")
+    out = call("train.py", "--mode", "tune", *base, "--task", task, "--delta", delta, "--tune_steps", "4", *TUNE,
+               "--shots", "6", "--out", tmp_path / "d")
     assert {f.name for f in (tmp_path / "d").iterdir()} == {"delta.safetensors", "delta.json", "metrics.jsonl", "summary.json"}
     facts = json.loads((tmp_path / "d" / "delta.json").read_text())
     assert facts["info"]["labels"] == ["classes", "generators"] and facts["kind"] == delta
     assert [r["step"] for r in read_rows(tmp_path / "d" / "metrics.jsonl")] == [0, 2, 4]
     tested = out.split("test accuracy ")[1].split(",")[0]
-    scored = command("train.py", "--mode", "eval", *base, "--task", task, "--delta_dir", tmp_path / "d", *TUNE)
+    scored = call("train.py", "--mode", "eval", *base, "--task", task, "--delta_dir", tmp_path / "d", *TUNE)
     assert f"test accuracy {tested}" in scored
     (tmp_path / "texts.txt").write_text("Returns the complete graph.\n\nBase class for directed graphs.\n")
-    answers = [json.loads(line) for line in command("train.py", "--mode", "predict", *base, "--delta_dir", tmp_path / "d",
-                                                    "--input", tmp_path / "texts.txt", *TUNE).splitlines()]
+    answers = [json.loads(line) for line in call("train.py", "--mode", "predict", *base, "--delta_dir", tmp_path / "d",
+                                                 "--input", tmp_path / "texts.txt", *TUNE).splitlines()]
     assert [a["text"] for a in answers] == ["Returns the complete graph.", "Base class for directed graphs."]
     for a in answers:
         assert sum(a["probabilities"].values()) == pytest.approx(1, abs=1e-4)
@@ -112,10 +114,10 @@ def test_tune_eval_and_predict(lineage, task, delta, tmp_path):
 
 def test_another_base_is_refused_with_one_sentence(lineage, task, tmp_path):
     home, _ = lineage
-    command("train.py", "--mode", "tune", "--base", home / "run" / "M0", "--task", task, "--delta", "lora", "--tune_steps", "2",
-            *TUNE, "--out", tmp_path / "d")
-    error = command("train.py", "--mode", "eval", "--base", home / "run" / "M1", "--task", task, "--delta_dir", tmp_path / "d",
-                    code=2)
+    here("train.py", "--mode", "tune", "--base", home / "run" / "M0", "--task", task, "--delta", "lora", "--tune_steps", "2",
+         *TUNE, "--out", tmp_path / "d")
+    error = here("train.py", "--mode", "eval", "--base", home / "run" / "M1", "--task", task, "--delta_dir", tmp_path / "d",
+                 code=2)
     assert error.startswith("error: the delta was learned on base") and error.count("\n") == 1
 
 
@@ -137,7 +139,7 @@ def test_recycle_all_modes_builds_the_old_delta_and_prints_the_table(lineage, ta
     assert [r["step"] for r in curve] == [0, 2, 4]
     assert all((home / "recycled" / "deltas" / row["run"] / "delta.safetensors").exists() for row in summary)
     # another call adds its rows and replaces only what it does again; scratch's rows serve it
-    more = command(*arguments, "--mode", "init,distill", "--alpha", "0.9", "--gamma", "2", "--att_layers", "all")
+    more = here(*arguments, "--mode", "init,distill", "--alpha", "0.9", "--gamma", "2", "--att_layers", "all")
     assert "building" not in more and len([line for line in more.splitlines() if "±" in line]) == 2
     after = json.loads((home / "recycled" / "summary.json").read_text())["rows"]
     assert len(after) == len(summary) + 4 and {r["run"] for r in summary} < {r["run"] for r in after}
@@ -154,7 +156,7 @@ def test_a_sweep_prints_the_best_of_every_mode_and_goes_on_where_it_was_interrup
     home, _ = lineage
     arguments = ("--old_base", home / "run" / "M0", "--base", home / "run" / "M1", "--task", task, *TUNE, *SWEEP, "--out",
                  tmp_path / "sweep")
-    out = command("recycle.py", *arguments)
+    out = here("recycle.py", *arguments)
     home = tmp_path / "sweep"
     lines = {line.split()[0]: line.split() for line in out.splitlines() if "±" in line}
     # alpha and T are nothing to scratch and init: 2 seeds x 2 rates; distillation 2 x 2 x 2 x 2; apply once a seed
@@ -166,8 +168,8 @@ def test_a_sweep_prints_the_best_of_every_mode_and_goes_on_where_it_was_interrup
     # a run of the sweep is the run alone
     first = next(row for row in rows if row["mode"] == "init+distill" and row["seed"] == 1 and row["test"])
     same = [text for name in ("alpha", "T") for text in ("--" + name, str(first["settings"][name]))]
-    command("recycle.py", *arguments[:8], *TUNE, *SWEEP[2:10], "--mode", "init+distill", "--seeds", "1", "--lr", str(first["lr"]), *same,
-            "--out", tmp_path / "alone")
+    here("recycle.py", *arguments[:8], *TUNE, *SWEEP[2:10], "--mode", "init+distill", "--seeds", "1", "--lr", str(first["lr"]), *same,
+         "--out", tmp_path / "alone")
     single, = json.loads((tmp_path / "alone" / "summary.json").read_text())["rows"]
     assert single["run"] == first["run"] and single["curve"] == first["curve"] and single["test"] == first["test"]
     losses = [[row["loss"] for row in read_rows(path)][1:] for path in (tmp_path / "alone" / "metrics.jsonl",
@@ -187,7 +189,7 @@ def test_a_sweep_is_shared_by_ranks(lineage, task, tmp_path):
     arguments = ("--old_base", home / "run" / "M0", "--base", home / "run" / "M1", "--task", task, *TUNE, "--delta", "lora", "--shots", "6",
                  "--steps", "2", "--mode", "init,apply", "--sweep", "seed=0,1,2", "--device", "cpu")
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "recycle.py")
-    out = [command(*script, *arguments, "--out", tmp_path / name) for script, name in ((torchrun, "two"), (("recycle.py",), "one"))]
+    out = [command(*torchrun, *arguments, "--out", tmp_path / "two"), here("recycle.py", *arguments, "--out", tmp_path / "one")]
     two, one = (json.loads((tmp_path / name / "summary.json").read_text())["rows"] for name in ("two", "one"))
     assert [(r["run"], r["curve"], r["test"]) for r in two] == [(r["run"], r["curve"], r["test"]) for r in one] and len(two) == 6
     assert [line for line in out[0].splitlines() if "±" in line] == [line for line in out[1].splitlines() if "±" in line]
@@ -200,14 +202,14 @@ def test_init_from_a_task_with_other_labels_says_so(lineage, task, tmp_path):
     for part in ("train", "dev", "test"):
         text = (task / f"{part}.jsonl").read_text()
         (other / f"{part}.jsonl").write_text(text.replace('"classes"', '"k"').replace('"generators"', '"g"'))
-    command("train.py", "--mode", "tune", "--base", home / "run" / "M0", "--task", task, "--delta", "lora", "--tune_steps", "2",
-            *TUNE, "--out", tmp_path / "d")
+    here("train.py", "--mode", "tune", "--base", home / "run" / "M0", "--task", task, "--delta", "lora", "--tune_steps", "2",
+         *TUNE, "--out", tmp_path / "d")
     arguments = ("recycle.py", "--old_base", home / "run" / "M0", "--base", home / "run" / "M1", "--task", other, "--seeds", "0",
                  "--old_delta", tmp_path / "d", "--delta", "lora", "--steps", "2", "--out", tmp_path / "out", *TUNE)
-    out = command(*arguments, "--mode", "all")
+    out = here(*arguments, "--mode", "all")
     assert "keeps the delta and starts a fresh head" in out
     assert [line.split()[0] for line in out.splitlines() if "±" in line] == ["scratch", "init"]
-    assert "labels" in command(*arguments, "--mode", "distill", code=2)
+    assert "labels" in here(*arguments, "--mode", "distill", code=2)
 
 
 def test_regression_tasks_run_through_every_mode(lineage, tmp_path):
@@ -216,8 +218,8 @@ def test_regression_tasks_run_through_every_mode(lineage, tmp_path):
     folder.mkdir()
     for part, n in (("train", 16), ("dev", 8), ("test", 8)):
         (folder / f"{part}.csv").write_text("text,label\n" + "".join(f"{'graph ' * (i % 5 + 1)},{i % 5 + 0.5}\n" for i in range(n)))
-    out = command("recycle.py", "--old_base", home / "run" / "M0", "--base", home / "run" / "M1", "--task", folder, "--delta", "lora",
-                  "--seeds", "0", "--steps", "4", "--shots", "none", "--out", tmp_path / "out", *TUNE)
+    out = here("recycle.py", "--old_base", home / "run" / "M0", "--base", home / "run" / "M1", "--task", folder, "--delta", "lora",
+               "--seeds", "0", "--steps", "4", "--shots", "none", "--out", tmp_path / "out", *TUNE)
     assert "test pearson" in out
     row = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"][0]
     assert set(row["test"]) == {"pearson", "spearman"}
@@ -227,8 +229,8 @@ def test_itp_is_a_run_of_its_own_beside_the_plain_one(lineage, task, tmp_path):
     home, _ = lineage
     arguments = ("recycle.py", "--old_base", home / "run" / "M0", "--base", home / "run" / "M1", "--task", task, "--shots", "6",
                  "--seeds", "0", "--steps", "4", "--delta", "adapter", "--out", tmp_path / "out", *TUNE)
-    command(*arguments, "--mode", "scratch,distill")
-    command(*arguments, "--mode", "scratch,distill", "--itp", "2")
+    here(*arguments, "--mode", "scratch,distill")
+    here(*arguments, "--mode", "scratch,distill", "--itp", "2")
     rows = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]
     assert [(row["mode"], row["settings"].get("itp")) for row in rows] == [("distill", None), ("scratch", None), ("distill", 2)]
     losses = [[r["loss"] for r in read_rows(tmp_path / "out" / "metrics.jsonl") if r["run"] == row["run"]] for row in rows]
@@ -246,7 +248,7 @@ def test_project_maps_the_delta_by_other_tasks(lineage, task, graphs, tmp_path):
                                                      for r in [r for r in rows if r["label"] == label][:count // 3]))
     arguments = ("recycle.py", "--old_base", home / "run" / "M0", "--base", home / "run" / "M1", "--task", task, "--seeds", "0,1",
                  "--delta", "adapter", "--out", tmp_path / "out", "--project_steps", "4", "--rank", "3", *TUNE)
-    out = command(*arguments, "--mode", "apply,project", "--source_task", other)
+    out = here(*arguments, "--mode", "apply,project", "--source_task", other)
     assert "building the source delta" in out
     assert [line.split()[0] for line in out.splitlines() if "±" in line] == ["apply", "project"]
     rows = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]
@@ -256,19 +258,19 @@ def test_project_maps_the_delta_by_other_tasks(lineage, task, graphs, tmp_path):
     assert not about["with_head"] and set(about["dev"]) == {"mean", "three_way"} and settings["source_task"] == [str(other)]
     curve = [r for r in read_rows(tmp_path / "out" / "metrics.jsonl") if r["run"] == rows[1]["run"]]
     assert [(r["step"], r.get("part")) for r in curve] == [(0, "projection"), (2, "projection"), (4, "projection"), (0, None)]
-    scored = command("train.py", "--mode", "eval", "--base", home / "run" / "M1", "--task", task, *TUNE,
-                     "--delta_dir", tmp_path / "out" / "deltas" / rows[1]["run"])       # the mapped delta is one of the new base
+    scored = here("train.py", "--mode", "eval", "--base", home / "run" / "M1", "--task", task, *TUNE,
+                  "--delta_dir", tmp_path / "out" / "deltas" / rows[1]["run"])       # the mapped delta is one of the new base
     assert f"test accuracy {rows[1]['test']['accuracy']:.3f}" in scored
 
 
 def test_chain_reports_both_routes_over_all_bases(lineage, task, tmp_path):
     home, _ = lineage
-    command("train.py", *SMALL, "--init", home / "run" / "M1", "--stream", home / "one.txt", "--steps", "3", "--snapshots", "0",
-            "--out", tmp_path / "more", "--cache", home / "cache")
+    here("train.py", *SMALL, "--init", home / "run" / "M1", "--stream", home / "one.txt", "--steps", "3", "--snapshots", "0",
+         "--out", tmp_path / "more", "--cache", home / "cache")
     m1, m2 = home / "run" / "M1", tmp_path / "more" / "M2"
     arguments = ("recycle.py", "--old_base", home / "run" / "M0", "--task", task, "--shots", "6", "--seeds", "0,1", "--steps", "4",
                  "--delta", "adapter", "--lr", "1e-2", "--out", tmp_path / "out", "--mode", "scratch,apply,init+distill", *TUNE)
-    out = command(*arguments, "--chain", f"{m1},{m2}")
+    out = here(*arguments, "--chain", f"{m1},{m2}")
     lines = [line.split() for line in out.splitlines() if "±" in line]
     assert [line[:2] for line in lines] == [["scratch", "-"], ["apply", "chain"], ["apply", "direct"], ["init+distill", "chain"],
                                             ["init+distill", "direct"]]
@@ -288,7 +290,7 @@ def test_chain_reports_both_routes_over_all_bases(lineage, task, tmp_path):
     info = json.loads((tmp_path / "out" / "deltas" / by["init+distill", "chain", str(m2), 0]["run"] / "delta.json").read_text())["info"]
     assert info["base"] == json.loads((m2 / "meta.json").read_text())["fingerprint"]
     # a direct run is that of a call with --base alone, which takes its place
-    command(*arguments[:-len(TUNE) - 1], "init+distill", *TUNE, "--base", m2)
+    here(*arguments[:-len(TUNE) - 1], "init+distill", *TUNE, "--base", m2)
     after = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]
     assert {row["run"] for row in after} == {row["run"] for row in rows}
     direct = next(row for row in after if row["run"] == by["init+distill", "direct", str(m2), 1]["run"])
@@ -343,5 +345,5 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, words, lineage, ta
              "BROKEN": tmp_path / "BROKEN", "UNSEEN": tmp_path / "UNSEEN", "TEXT,TEXT": f"{home}/one.txt,{home}/one.txt",
              "M0,M0": f"{home}/run/M0,{home}/run/M0"}
     filled = [names.get(a, a) for a in arguments]
-    error = command(*filled, code=2)
+    error = here(*filled, "--cache", home / "cache", code=2)
     assert error.startswith("error: ") and words in error and error.count("\n") == 1

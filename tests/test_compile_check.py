@@ -15,6 +15,7 @@ def python(*arguments: str, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600, env={**COMPILER, **env})
 
 
+@pytest.mark.long
 def test_all_of_sm_90_compiles_without_spills_and_with_matrix_instructions(tmp_path):
     # fp16 takes bf16's tiles; the command by itself compiles it too
     done = python("-m", "kernels.compile_check", "--arch", "90", "--dtype", "bf16", "fp32", "--json", str(tmp_path / "rows.jsonl"))

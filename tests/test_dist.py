@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, command
+from conftest import ROOT, command, here
 
 from rt.config import UsageError
 from rt.dist import Ranks, join
@@ -67,10 +67,10 @@ def test_what_is_wrong_ends_all_ranks(home, flags, words, tmp_path):
 
 
 def test_what_is_for_one_process_and_what_is_not(monkeypatch, tmp_path):
-    assert "--zero shares" in command("train.py", "--zero", "--out", tmp_path / "out", code=2)
+    assert "--zero shares" in here("train.py", "--zero", "--out", tmp_path / "out", code=2)
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
-    assert "--mode tune is for one process" in command("train.py", "--mode", "tune", code=2)
+    assert "--mode tune is for one process" in here("train.py", "--mode", "tune", code=2)
 
 
 WORKER = """

@@ -69,7 +69,7 @@ def test_floats_make_a_regression(tmp_path):
     (dict(train=[{"text": "x", "label": 0.5}, {"text": "x", "label": "a"}]), "label 'a' is not a number as other labels"),
     (dict(train=[{"text": "x", "label": float("nan")}]), "not a finite number"),
     (dict(train=ROWS[:1], dev=ROWS[:1], test=ROWS[:1]), "have the label 'pos'"),
-    (dict(dev=[]), "dev.jsonl: the file has no examples")])
+    (dict(dev=[]), "dev.jsonl: has no examples")])
 def test_what_does_not_fit_is_named_with_file_and_line(tmp_path, parts, words):
     with pytest.raises(UsageError) as error:
         load_task(folder(tmp_path, **parts))
@@ -84,10 +84,10 @@ def test_wrong_folders_and_broken_tables(tmp_path):
         load_task(tmp_path)
     (tmp_path / "x.csv").write_text("text,label\na,1\nb,2,3\n")
     with pytest.raises(UsageError, match="x.csv, line 3: 3 columns where the header has 2"):
-        read_examples(tmp_path / "x.csv", labelled=True)
+        list(read_examples(tmp_path / "x.csv", labelled=True))
     (tmp_path / "x.csv").write_text('text,label\n"never closed,1\n')
     with pytest.raises(UsageError, match="x.csv, line 2: not a readable table"):
-        read_examples(tmp_path / "x.csv", labelled=True)
+        list(read_examples(tmp_path / "x.csv", labelled=True))
 
 
 def test_few_shot_takes_k_a_label_by_seed_and_leaves_test(tmp_path):

@@ -1,0 +1,59 @@
+"""The folder of a stream of bases: whether a run may begin there or go on, and what is said of it.
+
+    config.json     the settings it was begun with
+    M0, M1, ...     bases; M1-t00250: the snapshot of M1 after 250 steps; last: the resumable checkpoint, while the run is unfinished
+    metrics.jsonl   a row a step, and a row of held-out scores a base
+    summary.json    the forgetting matrix, when all is done
+"""
+from pathlib import Path
+
+import numpy as np
+
+from rt.checkpoint import read_json
+from rt.config import UsageError
+from rt.data import Rows
+from rt.log import table
+from rt.tokenizer import Tokenizer
+
+
+def has_work(out: Path, settings: dict, resume: bool) -> bool:
+    """Whether a run with these settings is to begin in `out`, or to go on: False where it is complete. UsageError where it would
+    overwrite something, or go on with other settings."""
+    if not (out / "config.json").exists():
+        if out.is_dir() and any(out.iterdir()):
+            raise UsageError(f"{out} holds other things than a stream of bases: give another --out")
+        return True
+    begun = read_json(out / "config.json")
+    other = next((k for k in settings if k in begun and settings[k] != begun[k]), None)     # flags that it did not have changed nothing
+    if other:
+        raise UsageError(f"{out} was begun with --{other} {begun[other]}, not {settings[other]}: "
+                         "give another --out, or remove the folder")
+    complete = (out / "summary.json").exists()
+    if not complete and not resume:
+        raise UsageError(f"{out} holds an unfinished run: add --resume to go on, or remove the folder")
+    return not complete
+
+
+def is_done_again(row: dict, out: Path) -> bool:
+    """Whether a row of metrics.jsonl lies past the point that training resumes at, so that there will be another of its step."""
+    if (out / row["stage"] / "meta.json").exists():
+        return False
+    last = read_json(out / "last" / "meta.json") if (out / "last").exists() else {}
+    return row["stage"] != last.get("name") or row["step"] > last["step"] or "heldout" in row
+
+
+def sample_of(rows: Rows, tokenizer: Tokenizer) -> str:
+    """The longest sequence of the first row that will be trained on, as it is and as the model sees it; and how rows are packed."""
+    batch, (ids, lengths) = rows.batch(0, rows.row_tokens), rows.row(0)
+    longest = int(np.argmax(lengths))
+    span, p = slice(sum(lengths[:longest]), sum(lengths[:longest + 1])), rows.packing()
+    return (f"sample: {tokenizer.decode(ids[span])!r}\nmasked: {tokenizer.decode(batch.ids[span].tolist())!r}\n"
+            f"{p['rows']} rows of {rows.row_tokens} tokens an epoch, {p['fill']:.0%} full; {p['cut']:.1%} of sequences cut at a row's end")
+
+
+def forgetting_table(stages: list[dict]) -> str:
+    """Held-out masked-LM loss (accuracy) of every domain after every stage."""
+    domains = list(stages[0]["heldout"])
+    rows = [[f"{s['name']} ({s['domain']})", *(f"{s['heldout'][d]['loss']:.3f} ({s['heldout'][d]['accuracy']:.3f})"
+                                               for d in domains)] for s in stages]
+    return "held-out masked-LM loss (accuracy)\n" + table(rows, ["after", *domains])

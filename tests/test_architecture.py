@@ -1,0 +1,151 @@
+"""Who may import whom (scripts -> rt -> kernels), in whatever form an import is written; and the habits that hold in every file."""
+import ast
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
+OURS = {"rt", "kernels", "data", "bench", "tests", *SCRIPTS}
+# What a room may import beside itself and the standard library. kernels/ can be copied out; what trains needs no framework.
+MAY = {"kernels": {"torch", "triton", "tqdm"},
+       "rt": {"kernels", "torch", "numpy", "safetensors", "tokenizers", "huggingface_hub", "tqdm", "matplotlib"},
+       "data": {"rt.config", "rt.data", "rt.tasks"},
+       "scripts": {"rt", "data", "torch", "numpy"}}
+NEVER = {"rt": {"argparse"}, "bench": {"tests", *SCRIPTS}}      # bench may import anything else: it measures peers
+CALLS = {"import_module", "__import__", "run_path", "run_module"}
+
+
+def room_of(path: Path) -> str:
+    """kernels, rt, data, bench, or scripts; `path` is relative to the checkout."""
+    return path.parts[0] if len(path.parts) > 1 else "scripts"
+
+
+def imported(source: str, path: Path) -> set[str]:
+    """Full names of the modules that `source` imports anywhere, also by a function that takes their name. Those of `from a import b`
+    are a and a.b: b may be a module."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = list(path.parts[:-node.level]) if node.level else []
+            module = ".".join([*above, *filter(None, [node.module])])
+            names |= {module, *(f"{module}.{alias.name}".lstrip(".") for alias in node.names)}
+        elif isinstance(node, ast.Call) and (getattr(node.func, "attr", None) or getattr(node.func, "id", None)) in CALLS:
+            names |= {str(a.value).removesuffix(".py") for a in node.args[:1] if isinstance(a, ast.Constant)}
+    return {name for name in names if name}
+
+
+def strangers(source: str, path: Path) -> list[str]:
+    """The imports of one file that its room may not have."""
+    room, found = room_of(path), []
+    for name in sorted(imported(source, path)):
+        first = name.split(".")[0]
+        allowed = first == room or room == "bench" or first in MAY[room] or name in MAY[room] or name.rpartition(".")[0] in MAY[room]
+        standard = first in sys.stdlib_module_names and first not in OURS
+        if first in NEVER.get(room, ()) or not (allowed or standard) or room == "scripts" and first in SCRIPTS:
+            found.append(name)
+    return found
+
+
+def product() -> list[Path]:
+    """The files of all rooms but tests, relative to the checkout."""
+    files = [*ROOT.glob("*.py"), *(file for room in ("kernels", "rt", "data", "bench") for file in (ROOT / room).rglob("*.py"))]
+    return [file.relative_to(ROOT) for file in files if file.name != "setup.py"]
+
+
+@pytest.mark.parametrize("path", product(), ids=str)
+def test_imports_keep_their_direction(path):
+    assert not strangers((ROOT / path).read_text(encoding="utf-8"), path)
+
+
+@pytest.mark.parametrize("path, source, found", [
+    ("rt/a.py", "import train", ["train"]), ("rt/a.py", "def f():\n    from recycle import main", ["recycle", "recycle.main"]),
+    ("rt/a.py", "import argparse as a", ["argparse"]), ("rt/a.py", "import data.sources", ["data.sources"]),
+    ("rt/a.py", "from .. import train", ["train"]), ("rt/sub/a.py", "from ..b import c\nfrom ... import bench", ["bench"]),
+    ("rt/a.py", "import importlib\nimportlib.import_module('analyze')", ["analyze"]), ("rt/a.py", "run_path('train.py')", ["train"]),
+    ("rt/a.py", "if x:\n    import transformers.models", ["transformers.models"]), ("rt/a.py", "import os, torch\nimport kernels", []),
+    ("kernels/a.py", "from rt.model import Batch", ["rt.model", "rt.model.Batch"]), ("kernels/a.py", "import numpy", ["numpy"]),
+    ("kernels/a.py", "from . import common\nimport triton.language as tl\nimport argparse", []),
+    ("data/a.py", "from rt.model import Batch\nfrom rt.data import read_lines", ["rt.model", "rt.model.Batch"]),
+    ("data/a.py", "from rt import model", ["rt", "rt.model"]), ("bench/a.py", "from tests import conftest", ["tests", "tests.conftest"]),
+    ("bench/claims/a.py", "import peft\nfrom bench import steps\nfrom ..train import main", []), ("bench/a.py", "import train", ["train"]),
+    ("new.py", "from train import main\nimport bench", ["bench", "train", "train.main"]), ("new.py", "import peft", ["peft"])])
+def test_the_check_finds_what_is_planted(path, source, found):
+    assert strangers(source, Path(path)) == found
+
+
+# --- habits -----------------------------------------------------------------------------------------------------------
+
+def unhinted(source: str) -> list[str]:
+    """Public functions and methods with a parameter that has no type hint, or without one for what they return. Triton's kernels have
+    no types to give, and those of an autograd Function's static methods are torch's."""
+    found = []
+
+    def look(body: list[ast.stmt], inside: str = "", autograd: bool = False) -> None:
+        for node in body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                look(node.body, node.name + ".", any("Function" in ast.unparse(base) for base in node.bases))
+            elif isinstance(node, ast.FunctionDef):
+                decorators = [ast.unparse(d) for d in node.decorator_list]
+                private = node.name.startswith("_") and not node.name.startswith("__")
+                if not private and not any("jit" in d for d in decorators) and not (autograd and "staticmethod" in decorators):
+                    a = node.args
+                    parameters = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]
+                    if inside and "staticmethod" not in decorators:
+                        parameters = parameters[1:]     # self
+                    missing = [p.arg for p in parameters if p.annotation is None]
+                    if node.returns is None and gives(node):
+                        missing.append("return")
+                    found.extend(f"{inside}{node.name}: {name}" for name in missing)
+
+    look(ast.parse(source).body)
+    return found
+
+
+def gives(function: ast.FunctionDef) -> bool:
+    """Whether a function returns or yields something, functions inside it left out."""
+    nodes, inner = list(function.body), (ast.FunctionDef, ast.Lambda, ast.ClassDef)
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, (ast.Yield, ast.YieldFrom)) or isinstance(node, ast.Return) and node.value is not None:
+            return True
+        nodes += [] if isinstance(node, inner) else ast.iter_child_nodes(node)
+    return False
+
+
+@pytest.mark.parametrize("path", [path for path in product() if room_of(path) != "bench"], ids=str)
+def test_public_functions_have_type_hints(path):
+    assert not unhinted((ROOT / path).read_text(encoding="utf-8"))
+
+
+def test_a_missing_hint_is_found():
+    source = """
+class Mean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): return x
+class A:
+    def __init__(self, a, *, b: int = 1): self.a = a
+    def f(self) -> int: return 1
+    def g(self): return 1
+    def h(self): return
+    def _h(self, x): return x
+@triton.jit
+def kernel(x_ptr, N: tl.constexpr): return x_ptr
+def rows(n: int, *more):
+    def inner(x): return x
+    yield n
+def main(): print()
+"""
+    assert unhinted(source) == ["A.__init__: a", "A.g: return", "rows: more", "rows: return"]
+
+
+def test_ruff_finds_nothing():
+    if importlib.util.find_spec("ruff") is None:
+        pytest.skip("ruff is not installed: pip install -e '.[test]'")
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "."], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,43 @@
+"""The folder of a stream: when a run may begin or go on there, which rows it does again, what is said of it."""
+import json
+
+import pytest
+
+from rt.config import UsageError
+from rt.log import write_json
+from rt.stream import forgetting_table, has_work, is_done_again
+
+
+def test_a_run_begins_goes_on_or_is_complete_and_overwrites_nothing(tmp_path):
+    settings = {"lr": 0.1, "stream": ["a", "b"]}
+    out = tmp_path / "run"
+    assert has_work(out, settings, resume=False) and has_work(out, settings, resume=True)
+    write_json(out / "config.json", settings)
+    with pytest.raises(UsageError, match="unfinished run: add --resume"):
+        has_work(out, settings, resume=False)
+    assert has_work(out, settings, resume=True)
+    assert has_work(out, settings | {"came_later": "hf"}, resume=True)      # a flag that there was not yet changed nothing
+    with pytest.raises(UsageError, match=r"begun with --stream \['a', 'b'\], not \['a'\]"):
+        has_work(out, settings | {"stream": ["a"]}, resume=True)
+    write_json(out / "summary.json", {})
+    assert not has_work(out, settings, resume=False) and not has_work(out, settings, resume=True)
+    with pytest.raises(UsageError, match="other things than a stream"):
+        has_work(tmp_path, settings, resume=True)
+
+
+def test_rows_past_the_resumable_checkpoint_are_done_again(tmp_path):
+    rows = [{"stage": "M0", "step": 9}, {"stage": "M0", "step": 10, "heldout": {}}, {"stage": "M1", "step": 4}, {"stage": "M1", "step": 5},
+            {"stage": "M1", "step": 4, "heldout": {}}]
+    assert all(is_done_again(row, tmp_path) for row in rows)
+    (tmp_path / "M0").mkdir()
+    (tmp_path / "M0" / "meta.json").touch()
+    (tmp_path / "last").mkdir()
+    (tmp_path / "last" / "meta.json").write_text(json.dumps({"name": "M1", "step": 4}))
+    assert [is_done_again(row, tmp_path) for row in rows] == [False, False, False, True, True]
+
+
+def test_the_table_has_a_line_a_base_and_a_column_a_domain():
+    stages = [{"name": f"M{i}", "domain": d, "heldout": {e: {"loss": i + 1.5, "accuracy": 0.25} for e in "ab"}} for i, d in enumerate("ab")]
+    lines = forgetting_table(stages).splitlines()
+    assert [line.split() for line in lines[1:]] == [["after", "a", "b"], ["M0", "(a)", *["1.500", "(0.250)"] * 2],
+                                                    ["M1", "(b)", *["2.500", "(0.250)"] * 2]]
