@@ -26,7 +26,7 @@ from rt.deltas import Delta, DeltaConfig, apply, load_delta
 from rt.device import pick_precision
 from rt.dist import Ranks, environment_alone, join
 from rt.graphs import check_graphs
-from rt.hub import open_base, open_delta
+from rt.hub import beside, open_base, open_delta
 from rt.log import claim, progress, table, write_json
 from rt.project import GRANULARITIES, check_sources, learn_projection
 from rt.recycling import MODES, NEEDS_TEACHER, Recycling, can_go_together, chain, check, new_delta, recycle, recycle_together, teacher_of
@@ -344,8 +344,7 @@ def build_missing(c: Config, task: Task, source_tasks: list[Task]) -> tuple[str,
 
 
 def default_delta(c: Config, task: Task) -> str:
-    home = Path(c.old_base).parent if Path(c.old_base).exists() else Path("runs")       # a hub id has no place beside it
-    return str(home / "deltas" / f"{Path(c.old_base).name}-{task.name}-{c.delta}-s0")
+    return str(beside(c.old_base) / "deltas" / f"{Path(c.old_base).name}-{task.name}-{c.delta}-s0")
 
 
 def machine(c: Config) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ from rt.dist import Ranks, join, launched
 from rt.distill import Loss
 from rt.graphs import check_graphs
 from rt.hf import export_hf
-from rt.hub import open_base, open_delta
+from rt.hub import beside, open_base, open_delta
 from rt.log import Log, claim, write_json
 from rt.model import PRESETS, Classifier, EncoderConfig, MaskedLM, new_masked_lm, set_dropout
 from rt.peft import export_peft
@@ -264,7 +264,7 @@ def tune_delta(c: Config) -> None:
         task = few_shot(task, c.shots, c.seed)
     encoded = encode_task(task, base.tokenizer, c.seq_len)
     few = f"-k{c.shots}" if c.shots else ""
-    out = Path(c.out or Path(c.base).parent / "deltas" / f"{Path(c.base).name}-{task.name}-{c.delta}{few}-s{c.seed}")
+    out = Path(c.out or beside(c.base) / "deltas" / f"{Path(c.base).name}-{task.name}-{c.delta}{few}-s{c.seed}")
     say_truncated(*encoded.truncated(), c.seq_len)
     model = attach(base, config, encoded.num_outputs, c.seed)
     check_graphs(c.graphs, Ranks(device))
@@ -293,10 +293,18 @@ def open_tuned(c: Config, labels: tuple[str, ...] = ()) -> tuple[Base, Delta, Cl
     required(c, "base", "delta_dir")
     device = pick_device(c.device)
     base = open_base(c.base).to(device)
-    delta = open_delta(str(best_delta(c.delta_dir)), base).ordered(labels)
+    delta = chosen_delta(c, base).ordered(labels)
     base.require_length(c.seq_len)
     where = {"device": device, "precision": pick_precision(c.precision, device)}
     return base, delta, apply(base, delta), where
+
+
+def chosen_delta(c: Config, base: Base) -> Delta:
+    """--delta_dir, or of a folder of recycle.py's runs the best."""
+    folder = best_delta(c.delta_dir)
+    if folder != Path(c.delta_dir):
+        print(f"best on dev of {c.delta_dir}: {folder.name}", file=sys.stderr)
+    return open_delta(str(folder), base)
 
 
 def eval_delta(c: Config) -> None:
@@ -341,7 +349,7 @@ def export_model(c: Config) -> None:
     """The base, or base + delta, in the format of transformers or PEFT."""
     required(c, "base", "out")
     base = open_base(c.base)
-    delta = open_delta(str(best_delta(c.delta_dir)), base) if c.delta_dir else None
+    delta = chosen_delta(c, base) if c.delta_dir else None
     if c.to == "hf":
         print(f"{export_hf(Path(c.out), base, delta)} and AutoTokenizer load {c.out}")
     elif c.to == "peft":

@@ -4,7 +4,6 @@ Names map one to one, but for three things. Query, key and value are one matrix 
 table, and of BERT's second the difference to the first is kept (Embeddings.second_type). The head's first layer is called pooler in
 BERT, where masked-LM pre-training's next-sentence loss trains it: a fresh head on such a base begins with it.
 """
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from rt.checkpoint import Base, atomic_folder, fingerprint, load_strict, read_json, read_weights
 from rt.config import UsageError
 from rt.deltas import Delta, DeltaConfig, check_sizes, merge, origin
-from rt.log import claim
+from rt.log import claim, write_json
 from rt.model import Encoder, EncoderConfig, MLMHead
 from rt.tokenizer import Tokenizer, load_tokenizer
 
@@ -263,7 +262,7 @@ def export_hf(folder: Path, base: Base, delta: Delta | None = None, labels: tupl
     claim(folder, WRITTEN)
     with atomic_folder(folder) as new:
         write_tensors(new / "model.safetensors", weights)
-        write_json_file(new / "config.json", hf_config(config, base.tokenizer, task, labels))
+        write_json(new / "config.json", hf_config(config, base.tokenizer, task, labels))
         export_tokenizer(new, base.tokenizer, config)
     return f"AutoModelFor{task}" if task else "AutoModel"
 
@@ -274,17 +273,13 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     safetensors.torch.save_file(own, path, metadata={"format": "pt"})
 
 
-def write_json_file(path: Path, value) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def export_tokenizer(folder: Path, tokenizer: Tokenizer, config: EncoderConfig) -> None:
     """tokenizer.json, which frames a text as we do, and tokenizer_config.json, which makes AutoTokenizer read it as it is."""
     tokenizer.framed().save(str(folder / "tokenizer.json"))
     token = tokenizer.backend.id_to_token
     first, last = token(tokenizer.bos_id), token(tokenizer.eos_id)
     unknown = next((t for t in ("<unk>", "[UNK]") if tokenizer.backend.token_to_id(t) is not None), last)
-    write_json_file(folder / "tokenizer_config.json", {
+    write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_len,
         "cls_token": first, "sep_token": last, "bos_token": first, "eos_token": last,
         "pad_token": token(tokenizer.pad_id), "mask_token": token(tokenizer.mask_id), "unk_token": unknown,

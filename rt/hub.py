@@ -38,6 +38,11 @@ def open_delta(name: str, base: Base, labels: tuple[str, ...] = (), task: str | 
                      "adapter_config.json (PEFT), or a hub id")
 
 
+def beside(name: str) -> Path:
+    """The folder that the base `name` is in; `runs` for a hub id."""
+    return Path(name).parent if Path(name).exists() else Path("runs")
+
+
 def find(name: str) -> Path:
     """The folder called `name`, or that of a hub id in the local cache, downloaded where it is not there yet."""
     path = Path(name)

@@ -12,8 +12,8 @@ from torch import Tensor
 from rt.checkpoint import Base, atomic_folder, read_file, read_json
 from rt.config import UsageError
 from rt.deltas import TARGETS, Delta, DeltaConfig, apply, check_fits, origin
-from rt.hf import CLASSIFIERS, class_names, export_hf, family, hf_head_state, write_json_file, write_tensors
-from rt.log import claim
+from rt.hf import CLASSIFIERS, class_names, export_hf, family, hf_head_state, write_tensors
+from rt.log import claim, write_json
 
 PATHS = {target: target if third is None else f"attention.self.{target}" for target, (_, third) in TARGETS.items()}     # in their layer
 ONLY = {"peft_type": ("LORA",), "task_type": ("SEQ_CLS",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
@@ -132,11 +132,11 @@ def export_peft(folder: Path, base: Base, name: str, delta: Delta) -> Path | str
     claim(folder, WRITTEN)
     with atomic_folder(folder) as new:
         write_tensors(new / "adapter_model.safetensors", {f"base_model.model.{k}": v for k, v in weights.items()})
-        write_json_file(new / "adapter_config.json", {
+        write_json(new / "adapter_config.json", {
             "peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": str(Path(folder) / "base") if ours else name,
             "r": c.r, "lora_alpha": c.lora_alpha, "lora_dropout": 0.0, "bias": "none", "target_modules": targets, "inference_mode": True,
             "modules_to_save": sorted({theirs.split(".")[0] for theirs in CLASSIFIERS[model].values()})})
-        write_json_file(new / "labels.json", {"labels": list(delta.labels)})
+        write_json(new / "labels.json", {"labels": list(delta.labels)})
         if ours:
             export_hf(new / "base", base, labels=delta.labels)
     return Path(folder) / "base" if ours else name
