@@ -118,7 +118,8 @@ def load_hf(folder: Path) -> Base:
     folder = Path(folder)
     config = encoder_config(read_json(folder / "config.json"), folder / "config.json")
     weights, tokenizer = read_weights(folder), load_tokenizer(folder)
-    config = replace(config, sep_id=tokenizer.eos_id if config.is_bert else None)
+    if config.is_bert and tokenizer.framed().encode("a", "b").type_ids[-1]:      # RoBERTa's framing, for one, gives a second text no type
+        config = replace(config, sep_id=tokenizer.eos_id)
     encoder = load_encoder(weights, config, folder)
     if tokenizer.vocab_size > config.vocab_size:
         raise UsageError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}")

@@ -32,7 +32,7 @@ class EncoderConfig:
     attention_dropout: float = 0.1
     layer_norm_eps: float = 1e-5
     model_type: str = "roberta"  # Hugging Face's name of the family: roberta, xlm-roberta, camembert (one function) or bert
-    sep_id: int | None = None  # bert: what follows the first of these in a sequence is the second text
+    sep_id: int | None = None  # bert: after the first of these in a sequence comes the second text, of another type; None: of the same
 
     @property
     def is_bert(self) -> bool:
@@ -151,13 +151,13 @@ class Embeddings(nn.Module):
         self.second_type = nn.Parameter(torch.zeros(d)) if config.is_bert else None
         self.norm = LayerNorm(d, eps=config.layer_norm_eps)
         self.dropout = config.dropout
-        self.first_position, self.sep_id = config.first_position, config.sep_id
+        self.first_position, self.sep_id = config.first_position, -1 if config.sep_id is None else config.sep_id
 
     def forward(self, ids: Tensor, cu_seqlens: Tensor, seed: Tensor | None = None) -> Tensor:
         rows = torch.arange(len(ids), device=ids.device, dtype=cu_seqlens.dtype)
         sequence = torch.searchsorted(cu_seqlens, rows, right=True) - 1   # (N,) which sequence a row is in
         first = cu_seqlens[sequence]                                      # (N,) where that begins
-        x = self.word(ids) + self.position(rows - first + self.first_position)
+        x = self.word(ids.maximum(~ids)) + self.position(rows - first + self.first_position)     # ~i: see rt/tasks.py: encode
         if self.second_type is not None:
             is_sep = ids == self.sep_id
             before = is_sep.cumsum(0) - is_sep.long()                     # (N,) separators in the rows above

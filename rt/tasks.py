@@ -192,7 +192,7 @@ class Encoded:
 
 def encode(examples: list[Example], labels: tuple[str, ...], tokenizer: Tokenizer, max_len: int) -> Encoded:
     """<s> text </s>, or <s> text </s></s> pair </s> (BERT's: [CLS] text [SEP] pair [SEP]); what is longer than `max_len` is cut, of a
-    pair the longer text first. `labels` are the class names in order; empty means float targets."""
+    pair the longer text first. Where a text itself spells [SEP], that is written ~id: it parts no texts. `labels` are the class names in order; empty means float targets."""
     texts = tokenizer.encode([e.text for e in examples])
     pairs = tokenizer.encode([e.text_pair or "" for e in examples])
     bos, eos, between = tokenizer.bos_id, tokenizer.eos_id, [tokenizer.eos_id] * (tokenizer.separators - 1)
@@ -202,6 +202,8 @@ def encode(examples: list[Example], labels: tuple[str, ...], tokenizer: Tokenize
         room = max_len - 2 - (tokenizer.separators if paired else 0)
         truncated += len(a) + len(b) > room
         keep_a, keep_b = _fit(len(a), len(b), room)
+        if not between and eos in a:
+            a = [~i if i == eos else i for i in a]
         sequences.append([bos, *a[:keep_a], eos, *([*between, *b[:keep_b], eos] if paired else [])])
     place = {label: i for i, label in enumerate(labels)}
     if labels:

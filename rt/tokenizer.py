@@ -28,8 +28,10 @@ class Tokenizer:
         self.backend = backend
         self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1     # ids may have gaps
         ids = {}
+        is_bert = "[CLS]" in backend.encode("a").tokens     # a user may have added <s> to BERT's tokens
         for role, names in ROLES.items():
-            ids[role] = next((backend.token_to_id(n) for n in names if backend.token_to_id(n) is not None), None)
+            found = [backend.token_to_id(n) for n in (reversed(names) if is_bert else names)]
+            ids[role] = next((i for i in found if i is not None), None)
             if ids[role] is None:
                 raise UsageError(f"{source}: has no {role} token (looked for {' and '.join(names)})")
         self.bos_id, self.pad_id, self.eos_id, self.mask_id = ids["bos"], ids["pad"], ids["eos"], ids["mask"]
@@ -49,7 +51,7 @@ class Tokenizer:
         return [e.ids for e in self.backend.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, ids: list[int]) -> str:
-        return self.backend.decode(list(ids), skip_special_tokens=False)
+        return self.backend.decode([max(i, ~i) for i in ids], skip_special_tokens=False)    # ~i: see rt/tasks.py: encode
 
     def framed(self) -> tokenizers.Tokenizer:
         """The backend with the special tokens around a text or a pair that rt/tasks.py puts there; BERT's second text has type 1."""

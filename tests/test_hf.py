@@ -452,6 +452,40 @@ def test_bert_is_continued_and_its_tuned_classifier_recycled(tokenizer_of, graph
     assert [line.split()[0] for line in out.splitlines() if "±" in line] == ["scratch", "apply", "init", "distill", "init+distill"]
 
 
+def said_by_both(folder, texts) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of a tuned checkpoint, taken as its own base, from raw text: ours and those of AutoTokenizer and AutoModel."""
+    base = open_base(str(folder))
+    sequences = encode([Example(a, b, None, "") for a, b in texts], (), base.tokenizer, 64).sequences
+    ours = predict(apply(base, open_delta(str(folder), base)), sequences, torch.device("cpu"), torch.float32)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    framed = transformers.AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        return ours, torch.cat([model(**framed(a, b, return_tensors="pt")).logits for a, b in texts])
+
+
+def test_a_separator_that_a_text_spells_begins_no_second_text(tokenizer_of, tmp_path):
+    model = theirs("bert", "SequenceClassification", tokenizer_of["bert"], num_labels=3)
+    texts = [("a title [SEP] and what follows it", None), ("a graph [SEP] a [SEP]", "the second [SEP] text"), ("no separator", None)]
+    close(*said_by_both(saved(model, tokenizer_of["bert"], tmp_path), texts))
+    ids = encode([Example(*texts[0], None, "")], (), tokenizer_of["bert"], 64).sequences[0]
+    assert tokenizer_of["bert"].decode(ids).split().count("[SEP]") == 2
+
+
+def test_what_frames_a_text_is_the_template_not_what_is_in_the_vocabulary_too(tokenizer_of, tmp_path):
+    tokenizer = wordpiece(["a graph of nodes and edges"])
+    tokenizer.backend.add_special_tokens(["<s>", "</s>"])
+    tokenizer = Tokenizer(tokenizer.backend)
+    close(*said_by_both(saved(theirs("bert", "SequenceClassification", tokenizer, num_labels=3), tokenizer, tmp_path), TEXTS))
+
+
+def test_a_bert_whose_tokenizer_gives_both_texts_one_type(tokenizer_of, tmp_path):
+    tokenizer = Tokenizer(tokenizer_of["roberta"].framed())
+    folder = saved(theirs("bert", "SequenceClassification", tokenizer, num_labels=3), tokenizer, tmp_path)
+    roles = {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>", "mask_token": "<mask>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **roles}))
+    close(*said_by_both(folder, TEXTS))
+
+
 def test_a_bert_delta_survives_another_token_type(tokenizer_of, tmp_path):
     """What a full delta changes in the second token type counts, on pairs alone."""
     base = open_base(str(saved(theirs("bert", "MaskedLM", tokenizer_of["bert"]), tokenizer_of["bert"], tmp_path / "base")))
