@@ -28,6 +28,7 @@ CLASSIFIERS = {"roberta": {"dense": "classifier.dense", "out": "classifier.out_p
                "bert": {"dense": "pooler.dense", "out": "classifier"}}
 ONLY = {"hidden_act": ("gelu", "gelu_python"), "position_embedding_type": ("absolute",), "is_decoder": (False,),
         "add_cross_attention": (False,)}        # the settings of a config.json that we compute; the first is the default
+PROBE = "The Été's  N°\t½ e\u0301 中文,\n naïve ﬁn"        # of it, tokenizers that differ make different ids
 WRITTEN = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 
@@ -174,7 +175,8 @@ def import_tuned(folder: Path, base: Base, labels: tuple[str, ...] = (), task: s
 
 
 def check_vocabulary(folder: Path, base: Base) -> None:
-    """UsageError where a tuned model brings a tokenizer whose ids mean other words than the base's; without one it has the base's."""
+    """UsageError where a tuned model brings a tokenizer whose ids mean other words than the base's, or that makes other ids of a text;
+    without one it has the base's."""
     try:
         tokenizer = load_tokenizer(folder)
     except UsageError as error:
@@ -183,6 +185,9 @@ def check_vocabulary(folder: Path, base: Base) -> None:
         raise
     if tokenizer.vocabulary != base.tokenizer.vocabulary:
         raise UsageError(f"{folder}: its tokenizer has another vocabulary than the base's; give the base that it was tuned from")
+    if tokenizer.framed().encode(PROBE, PROBE).ids != base.tokenizer.framed().encode(PROBE, PROBE).ids:
+        raise UsageError(f"{folder}: its tokenizer has the base's vocabulary but makes other ids of a text (case, accents, first space, "
+                         "special tokens around it); give a copy of the base with this tokenizer")
 
 
 def class_names(facts: dict, outputs: int, given: tuple[str, ...], source: Path) -> tuple[str, ...]:

@@ -9,8 +9,9 @@ from rt.deltas import Delta, load_delta
 from rt.hf import import_tuned, load_hf
 from rt.peft import import_lora
 
-HUB_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "adapter_config.json", "labels.json",
-             "adapter_model.safetensors", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
+HUB_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json",
+             "adapter_config.json", "labels.json", "adapter_model.safetensors", "model.safetensors", "model-*.safetensors",
+             "model.safetensors.index.json"]
 
 
 def open_base(name: str) -> Base:

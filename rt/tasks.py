@@ -192,7 +192,8 @@ class Encoded:
 
 def encode(examples: list[Example], labels: tuple[str, ...], tokenizer: Tokenizer, max_len: int) -> Encoded:
     """<s> text </s>, or <s> text </s></s> pair </s> (BERT's: [CLS] text [SEP] pair [SEP]); what is longer than `max_len` is cut, of a
-    pair the longer text first. Where a text itself spells [SEP], that is written ~id: it parts no texts. `labels` are the class names in order; empty means float targets."""
+    pair the longer text first. Where a text itself spells [SEP], that is written ~id: it parts no texts. `labels` are the class names in
+    order; empty means float targets."""
     texts = tokenizer.encode([e.text for e in examples])
     pairs = tokenizer.encode([e.text_pair or "" for e in examples])
     bos, eos, between = tokenizer.bos_id, tokenizer.eos_id, [tokenizer.eos_id] * (tokenizer.separators - 1)

@@ -486,6 +486,59 @@ def test_a_bert_whose_tokenizer_gives_both_texts_one_type(tokenizer_of, tmp_path
     close(*said_by_both(folder, TEXTS))
 
 
+def prefixed(tokenizer: Tokenizer) -> Tokenizer:
+    """RoBERTa's with add_prefix_space."""
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return Tokenizer(backend)
+
+
+def test_a_tuned_model_or_adapter_whose_tokenizer_makes_other_ids_is_refused(tokenizer_of, base, tmp_path):
+    for family, changed in (("roberta", prefixed(tokenizer_of["roberta"])), ("bert", Tokenizer(tokenizer_of["bert"].framed()))):
+        if family == "bert":
+            changed.backend.normalizer = normalizers.BertNormalizer(lowercase=False)
+        plain = open_base(str(saved(theirs(family, "MaskedLM", changed), tokenizer_of[family], tmp_path / f"{family}-base")))
+        folder = saved(theirs(family, "SequenceClassification", changed), changed, tmp_path / f"{family}-tuned")
+        with pytest.raises(UsageError, match="makes other ids of a text"):
+            open_delta(str(folder), plain)
+    folder = lora_folder(tmp_path / "lora", base)
+    base.tokenizer.save(folder)
+    assert open_delta(folder, base).labels == LABELS
+    prefixed(base.tokenizer).save(folder)
+    with pytest.raises(UsageError, match="makes other ids of a text"):
+        open_delta(folder, base)
+
+
+@pytest.mark.parametrize("family, said", [("roberta", {"add_prefix_space": True}), ("bert", {"do_lower_case": False}),
+                                          ("bert", {"strip_accents": False, "tokenize_chinese_chars": False})])
+@pytest.mark.parametrize("layout", ["tokenizer.json", "vocabulary"])
+def test_what_tokenizer_config_says_holds_and_a_vocabulary_alone_will_do(family, said, layout, tokenizer_of, tmp_path):
+    tokenizer, words = tokenizer_of[family], tokenizer_of[family].vocab_size
+    larger = tokenizer.framed()
+    larger.add_tokens(["<br>", "NewWord"])
+    model = theirs(family, "SequenceClassification", Tokenizer(larger), num_labels=3)
+    folder = saved(model, Tokenizer(tokenizer.framed()), tmp_path)
+    more = {} if layout == "tokenizer.json" else {"<br>": words, "NewWord": words + 1}
+    if layout == "vocabulary":
+        facts = json.loads((folder / "tokenizer.json").read_text())["model"]
+        (folder / "tokenizer.json").unlink()
+        (folder / "added_tokens.json").write_text(json.dumps(more))
+        if family == "bert":
+            (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in facts["vocab"]))
+        else:
+            (folder / "vocab.json").write_text(json.dumps(facts["vocab"]))
+            (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(" ".join(pair) + "\n" for pair in facts["merges"]))
+    class_of = {"roberta": "RobertaTokenizer", "bert": "BertTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": class_of[family], **said}))
+    texts = [(f"A {' '.join(more)} Graph", "Nodes"), ("the Café of É. Galois 中文", None), ("graph", None)]
+    close(*said_by_both(folder, texts))
+    backend = load_hf(folder).tokenizer.backend
+    assert {token: backend.token_to_id(token) for token in more} == more
+    (folder / "tokenizer_config.json").write_text('{"word_tokenizer_type": "mecab"}' if layout == "vocabulary" and family == "bert" else "[")
+    with pytest.raises(UsageError, match="no tokenizer there" if layout == "vocabulary" and family == "bert" else "not a tokenizer file"):
+        load_hf(folder)
+
+
 def test_a_bert_delta_survives_another_token_type(tokenizer_of, tmp_path):
     """What a full delta changes in the second token type counts, on pairs alone."""
     base = open_base(str(saved(theirs("bert", "MaskedLM", tokenizer_of["bert"]), tokenizer_of["bert"], tmp_path / "base")))
