@@ -119,7 +119,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UsageError(f"{path}: there is no such file") from None
     except Exception as error:  # SafetensorError, OSError: a damaged file
-        raise UsageError(f"{path}: not a readable safetensors file ({error})") from None
+        raise UsageError(f"{path}: not a readable safetensors file ({_reason(path, error)})") from None
+
+
+def _reason(file: Path, error: Exception) -> str:
+    """Why a file cannot be read; a Git LFS pointer is what a clone without LFS has in its place."""
+    with file.open("rb") as opened:
+        if opened.read(40).startswith(b"version https://git-lfs"):
+            return "it is a Git LFS pointer: git lfs pull fetches the file"
+    return str(error).partition(". ")[0].partition("\n")[0] or type(error).__name__
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -137,9 +145,12 @@ def read_file(file: Path) -> dict[str, Tensor]:
     if file.suffix == ".safetensors":
         return read_tensors(file)
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        weights = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a pickle that asks for code is refused here as well
-        raise UsageError(f"{file}: not a weights-only PyTorch file ({str(error).splitlines()[0]})") from None
+        raise UsageError(f"{file}: not a weights-only PyTorch file ({_reason(file, error)})") from None
+    if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
+        raise UsageError(f"{file}: holds something else than tensors by name")
+    return weights
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ WRITTEN = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_conf
 
 def encoder_config(facts: dict, source: Path | str) -> EncoderConfig:
     """Hugging Face's config.json as ours, but for sep_id, which is the tokenizer's. UsageError names what is not supported."""
-    kind = facts.get("model_type")
+    kind, facts = facts.get("model_type"), {k: v for k, v in facts.items() if v is not None}     # null: the default
     if kind not in CLASSES:
         raise UsageError(f"{source}: model_type {kind!r} is not supported, only {', '.join(CLASSES)}")
     for name, allowed in ONLY.items():
@@ -45,6 +45,9 @@ def encoder_config(facts: dict, source: Path | str) -> EncoderConfig:
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings"):
         if not isinstance(facts.get(name), int) or facts[name] < 1:
             raise UsageError(f"{source}: {name} must be a whole number above zero, and is {facts.get(name)!r}")
+    for name in ("pad_token_id", "hidden_dropout_prob", "attention_probs_dropout_prob", "layer_norm_eps"):
+        if not isinstance(facts.get(name, 0), (int, float)) or facts.get(name, 0) < 0:
+            raise UsageError(f"{source}: {name} must be a number from zero on, and is {facts[name]!r}")
     if facts["hidden_size"] % facts["num_attention_heads"]:
         raise UsageError(f"{source}: hidden_size {facts['hidden_size']} is not a multiple of num_attention_heads "
                          f"{facts['num_attention_heads']}")
@@ -55,7 +58,7 @@ def encoder_config(facts: dict, source: Path | str) -> EncoderConfig:
         max_len=facts["max_position_embeddings"] - (0 if kind == "bert" else pad_id + 1), pad_id=pad_id,
         dropout=facts.get("hidden_dropout_prob", 0.1),
         attention_dropout=facts.get("attention_probs_dropout_prob", 0.1),
-        layer_norm_eps=facts.get("layer_norm_eps", 1e-12 if kind == "bert" else 1e-5),
+        layer_norm_eps=facts.get("layer_norm_eps", 1e-12),
         model_type=kind)
 
 
@@ -200,6 +203,8 @@ def class_names(facts: dict, outputs: int, given: tuple[str, ...], source: Path)
             raise UsageError(f"{source}: a regression with {outputs} outputs and {len(given)} labels is not supported, only one and none")
         return ()
     found = facts.get("id2label") or {}
+    if not isinstance(found, dict):
+        raise UsageError(f"{source}: id2label is not an object of names by numbers")
     names = given or tuple(str(found.get(str(i), f"LABEL_{i}")) for i in range(outputs))
     if len(names) != outputs or len({*names}) < outputs:
         raise UsageError(f"{source}: {len({*names})} different labels ({', '.join(names[:6])}) for a head of {outputs} outputs")

@@ -313,6 +313,7 @@ def test_a_tuned_model_that_does_not_fit_its_base_is_named(tokenizer_of, tmp_pat
     assert open_delta(str(folder), base).labels == ("0", "1")
     facts = json.loads((folder / "config.json").read_text())
     for change, words in (({"problem_type": "multi_label_classification"}, "multi_label_classification"),
+                          ({"id2label": ["a", "b"]}, "id2label is not an object"),
                           ({"num_attention_heads": 4}, "num_heads 4, the base has 3")):
         (folder / "config.json").write_text(json.dumps(facts | change))
         with pytest.raises(UsageError, match=words):
@@ -534,9 +535,41 @@ def test_what_tokenizer_config_says_holds_and_a_vocabulary_alone_will_do(family,
     close(*said_by_both(folder, texts))
     backend = load_hf(folder).tokenizer.backend
     assert {token: backend.token_to_id(token) for token in more} == more
-    (folder / "tokenizer_config.json").write_text('{"word_tokenizer_type": "mecab"}' if layout == "vocabulary" and family == "bert" else "[")
-    with pytest.raises(UsageError, match="no tokenizer there" if layout == "vocabulary" and family == "bert" else "not a tokenizer file"):
+    japanese = layout == "vocabulary" and family == "bert"
+    (folder / "tokenizer_config.json").write_text('{"word_tokenizer_type": "mecab"}' if japanese else "[")
+    with pytest.raises(UsageError, match="no tokenizer there" if japanese else "not a tokenizer file"):
         load_hf(folder)
+
+
+def test_settings_that_config_json_leaves_out_or_null_are_transformers_defaults(tokenizer_of, tmp_path):
+    for family in FAMILIES:
+        folder = saved(theirs(family, "MaskedLM", tokenizer_of[family]), tokenizer_of[family], tmp_path / family)
+        facts = json.loads((folder / "config.json").read_text())
+        optional = ("layer_norm_eps", "pad_token_id", "hidden_dropout_prob", "attention_probs_dropout_prob", "hidden_act", "is_decoder")
+        plain = getattr(transformers, FAMILIES[family] + "Config")()
+        for change in ({}, dict.fromkeys(optional)):
+            (folder / "config.json").write_text(json.dumps({k: v for k, v in facts.items() if k not in optional} | change))
+            config = load_hf(folder).encoder.config
+            assert (config.layer_norm_eps, config.pad_id, config.dropout, config.attention_dropout) == (
+                plain.layer_norm_eps, plain.pad_token_id, plain.hidden_dropout_prob, plain.attention_probs_dropout_prob)
+        (folder / "config.json").write_text(json.dumps(facts | {"layer_norm_eps": "1e-5"}))
+        with pytest.raises(UsageError, match="layer_norm_eps must be a number from zero on, and is '1e-5'"):
+            load_hf(folder)
+
+
+@pytest.mark.parametrize("content, words", [({"model": {}, "epoch": 3}, "something else than tensors"), ([1], "something else than tensors"),
+                                            (b"", "EOFError"), (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer")])
+def test_a_bin_file_that_is_no_checkpoint_is_named(content, words, tokenizer_of, tmp_path):
+    folder = saved(theirs("roberta", "MaskedLM", tokenizer_of["roberta"]), tokenizer_of["roberta"], tmp_path)
+    (folder / "model.safetensors").unlink()
+    file = folder / "pytorch_model.bin"
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    with pytest.raises(UsageError, match=words):
+        load_hf(folder)
+    if words == "Git LFS pointer":
+        file.rename(folder / "model.safetensors")
+        with pytest.raises(UsageError, match=words):
+            load_hf(folder)
 
 
 def test_a_bert_delta_survives_another_token_type(tokenizer_of, tmp_path):
