@@ -128,6 +128,7 @@ def _read_table(path: Path, format: str) -> Iterator[tuple[int, dict]]:
     else:
         # tsv files of the field (GLUE) do not quote: a lone " is a character there
         style = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if format == "tsv" else dict(strict=True)
+        csv.field_size_limit(2**31 - 1)     # a text may be longer than the 131,072 characters that are the default
         reader = csv.reader((line + "\n" for _, line in read_lines(path)), **style)
         try:
             header = next(reader, None)
@@ -150,6 +151,8 @@ def _example(path: Path, number: int, row: dict, labelled: bool) -> Example:
                              f"found: {', '.join(map(str, row))})")
     for kind in ("text", "text_pair"):
         text = row.get(found[kind], "")
+        if kind == "text_pair" and text is None:     # JSON's null: this one has none
+            continue
         if found[kind] and (not isinstance(text, str) or not text.strip()):
             raise UsageError(f"{source}: {found[kind]} is empty or not a string")
     label = row[found["label"]] if labelled else None
