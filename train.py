@@ -301,7 +301,7 @@ def open_tuned(c: Config, labels: tuple[str, ...] = ()) -> tuple[Base, Delta, Cl
 
 def chosen_delta(c: Config, base: Base) -> Delta:
     """--delta_dir, or of a folder of recycle.py's runs the best."""
-    folder = best_delta(c.delta_dir)
+    folder = best_delta(c.delta_dir, base.fingerprint)
     if folder != Path(c.delta_dir):
         print(f"best on dev of {c.delta_dir}: {folder.name}", file=sys.stderr)
     return open_delta(str(folder), base)

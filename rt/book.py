@@ -108,15 +108,17 @@ def keep_delta(out: Path, row: dict, task: Task, delta: Delta, about: dict) -> N
     save_delta(out / "deltas" / row["run"], replace(delta, info=info))
 
 
-def best_delta(folder: str | Path) -> Path:
-    """`folder`, or where it is what recycle.py left, in it the delta of the run that is best on dev."""
+def best_delta(folder: str | Path, base: str) -> Path:
+    """`folder`, or where it is what recycle.py left, in it the delta of the run that is best on dev: of a chain's, those for the base of
+    fingerprint `base`."""
     folder = Path(folder)
     if (folder / "delta.json").exists() or not (folder / "deltas").is_dir():
         return folder
     rows = [row for row in read_json(folder / "summary.json").get("rows", []) if (folder / "deltas" / row["run"] / "delta.json").exists()]
     if not rows:
         raise UsageError(f"{folder / 'summary.json'}: has no row of a run whose delta is still in {folder / 'deltas'}")
-    return folder / "deltas" / max(rows, key=lambda row: score(row["dev"]))["run"]
+    fitting = [row for row in rows if read_json(folder / "deltas" / row["run"] / "delta.json")["info"]["base"] == base]
+    return folder / "deltas" / max(fitting or rows, key=lambda row: score(row["dev"]))["run"]
 
 
 def origin_of(r: Recycling) -> list[str]:

@@ -289,6 +289,8 @@ def test_chain_reports_both_routes_over_all_bases(lineage, task, tmp_path):
         assert by[row["mode"], row["route"], row["base"], row["seed"]]["run"] == row["run"]
     info = json.loads((tmp_path / "out" / "deltas" / by["init+distill", "chain", str(m2), 0]["run"] / "delta.json").read_text())["info"]
     assert info["base"] == json.loads((m2 / "meta.json").read_text())["fingerprint"]
+    for base in (m1, m2):       # of the folder each base gets the best of its own
+        assert "accuracy" in here("train.py", "--mode", "eval", "--base", base, "--delta_dir", tmp_path / "out", "--task", task, *TUNE)
     # a direct run is that of a call with --base alone, which takes its place
     here(*arguments[:-len(TUNE) - 1], "init+distill", *TUNE, "--base", m2)
     after = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]

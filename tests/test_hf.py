@@ -558,7 +558,8 @@ def test_settings_that_config_json_leaves_out_or_null_are_transformers_defaults(
 
 
 @pytest.mark.parametrize("content, words", [({"model": {}, "epoch": 3}, "something else than tensors"), (b"", "EOFError"),
-                                            ([1], "something else than tensors"), (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer")])
+                                            ([1], "something else than tensors"),
+                                            (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer")])
 def test_a_bin_file_that_is_no_checkpoint_is_named(content, words, tokenizer_of, tmp_path):
     folder = saved(theirs("roberta", "MaskedLM", tokenizer_of["roberta"]), tokenizer_of["roberta"], tmp_path)
     (folder / "model.safetensors").unlink()
