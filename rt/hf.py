@@ -120,10 +120,14 @@ def classification_head_state(weights: dict[str, Tensor], config: EncoderConfig)
 def load_hf(folder: Path) -> Base:
     """A checkpoint folder (config.json, weights, tokenizer files) as a Base."""
     folder = Path(folder)
-    config = encoder_config(read_json(folder / "config.json"), folder / "config.json")
+    facts = read_json(folder / "config.json")
+    config = encoder_config(facts, folder / "config.json")
     weights, tokenizer = read_weights(folder), load_tokenizer(folder)
-    if config.is_bert and tokenizer.framed().encode("a", "b").type_ids[-1]:      # RoBERTa's framing, for one, gives a second text no type
-        config = replace(config, sep_id=tokenizer.eos_id)
+    if tokenizer.framed().encode("a", "b").type_ids[-1]:     # not in RoBERTa's framing: there both texts of a pair have one type
+        if not config.is_bert and facts.get("type_vocab_size", 2) > 1:
+            raise UsageError(f"{folder}: its tokenizer gives the second text of a pair a token type of its own, which is supported of bert "
+                             f"only, not of {config.model_type}")
+        config = replace(config, sep_id=tokenizer.eos_id if config.is_bert else None)
     encoder = load_encoder(weights, config, folder)
     if tokenizer.vocab_size > config.vocab_size:
         raise UsageError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}")

@@ -487,6 +487,15 @@ def test_a_bert_whose_tokenizer_gives_both_texts_one_type(tokenizer_of, tmp_path
     close(*said_by_both(folder, TEXTS))
 
 
+def test_a_roberta_with_token_types_that_its_tokenizer_uses_is_refused(tokenizer_of, tmp_path):
+    folder = saved(theirs("roberta", "MaskedLM", tokenizer_of["bert"]), tokenizer_of["bert"], tmp_path)
+    load_hf(folder)     # with one type there is no other to give
+    facts = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(facts | {"type_vocab_size": 2}))
+    with pytest.raises(UsageError, match="a token type of its own, which is supported of bert only, not of roberta"):
+        load_hf(folder)
+
+
 def prefixed(tokenizer: Tokenizer) -> Tokenizer:
     """RoBERTa's with add_prefix_space."""
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
