@@ -332,6 +332,10 @@ def lora_folder(folder, base, change: dict | None = None, drop: str = "", add: d
     return str(folder)
 
 
+def test_an_adapter_without_a_task_type_is_a_classifiers_where_it_holds_one(base, tmp_path):
+    assert open_delta(lora_folder(tmp_path / "a", base, {"task_type": None}), base).labels == LABELS
+
+
 @pytest.mark.parametrize("change, drop, add, words", [
     ({"use_dora": True}, "", None, "use_dora True is not supported"), ({"r": 3}, "", None, "has rank 2"),
     ({"bias": "all"}, "", None, "bias 'all' is not supported, only 'none'"),
