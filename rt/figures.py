@@ -1,4 +1,5 @@
 """The figures of the studies, one function a figure: rows, as analyze.py and bench/claims write them, to PATH.png and PATH.svg.
+(rt/plot.py draws any run with what is below: sheets, curves, intervals.)
 
 Colours are Okabe and Ito's, which the colour-blind tell apart; line styles and markers say the same again for print in black and
 white. A band is the 95% t-interval of the mean over seeds. matplotlib comes with the `plot` extra and is imported only to draw.
@@ -7,7 +8,7 @@ import math
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Iterable, Iterator
+from typing import Callable, Iterable, Iterator
 
 from rt.config import UsageError
 from rt.paths import barrier
@@ -163,6 +164,19 @@ def distance(rows: list[dict], path: Path) -> None:
             for ax in column:
                 ax.set_xticks(range(len(parts)), [part.replace("layers.", "layer ") for part in parts], rotation=45, ha="right")
         shared_legend(fig, axes[0])
+
+
+# the figures of each study of analyze.py by file name, which is also `what` its rows say, if they say
+OF_STUDY: dict[str, dict[str, Callable[[list[dict], Path], None]]] = {
+    "compatibility": {"compatibility": compatibility}, "connectivity": {"connectivity": connectivity},
+    "similarity": {"attention": attention_heatmaps, "heads": head_similarity}, "distance": {"distance": distance}}
+
+
+def of_study(study: str, rows: list[dict], folder: Path) -> list[str]:
+    """Draw all figures of a study in `folder`; their names. UsageError without matplotlib."""
+    for name, figure in OF_STUDY[study].items():
+        figure([row for row in rows if row.get("what", name) == name], folder / name)
+    return list(OF_STUDY[study])
 
 
 def group(rows: list[dict], *keys: str) -> dict[tuple, list[dict]]:
