@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from data.sources import corpus_path, task_path
-from rt.checkpoint import read_json, save_base
+from rt.checkpoint import save_base
 from rt.config import UsageError, parse, record, require_positive, require_seeds, run
 from rt.data import Rows, build_corpus, split_documents
 from rt.deltas import FILES, DeltaConfig, apply, attach, extract, load_delta, save_delta
@@ -29,9 +29,10 @@ from rt.dist import Ranks, join, launched
 from rt.distill import Loss
 from rt.graphs import check_graphs
 from rt.hub import open_base
-from rt.log import Log, claim, table, write_json
+from rt.log import Log, claim, read_json, strangers, write_json
 from rt.model import PRESETS, EncoderConfig, MaskedLM, new_masked_lm, set_dropout
 from rt.pretrain import PretrainSettings, Stage, evaluate_mlm
+from rt.summary import forgetting_table
 from rt.tasks import Example, encode, few_shot, load_task, read_examples
 from rt.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from rt.tune import TaskData, TuneSettings, encode_task, evaluate, predict, tune
@@ -206,7 +207,7 @@ def may_begin(out: Path, settings: dict, resume: bool) -> bool:
             return False
         if not resume:
             raise UsageError(f"{out} holds an unfinished run: add --resume to go on, or remove the folder")
-    elif out.is_dir() and any(out.iterdir()):
+    elif strangers(out, set()):
         raise UsageError(f"{out} holds other things than a stream of bases: give another --out")
     return True
 
@@ -266,14 +267,6 @@ def show_sample(rows: Rows, tokenizer: Tokenizer) -> None:
     print(f"sample: {tokenizer.decode(ids[span])!r}\nmasked: {tokenizer.decode(batch.ids[span].tolist())!r}")
     p = rows.packing()
     print(f"{p['rows']} rows of {rows.row_tokens} tokens an epoch, {p['fill']:.0%} full; {p['cut']:.1%} of sequences cut at a row's end")
-
-
-def forgetting_table(stages: list[dict]) -> str:
-    """Held-out masked-LM loss (accuracy) of every domain after every stage."""
-    domains = list(stages[0]["heldout"])
-    rows = [[f"{s['name']} ({s['domain']})", *(f"{s['heldout'][d]['loss']:.3f} ({s['heldout'][d]['accuracy']:.3f})"
-                                               for d in domains)] for s in stages]
-    return "held-out masked-LM loss (accuracy)\n" + table(rows, ["after", *domains])
 
 
 # --- tune, eval, predict ----------------------------------------------------------------------------------------------

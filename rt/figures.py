@@ -22,11 +22,18 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)     # Stu
 SCORES = {"accuracy": "test accuracy", "pearson": "test Pearson's r"}
 
 
-def interval(values: Iterable[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95% t-interval; 0 for a single value, of which nothing is known."""
+def finite(value) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def interval(values: Iterable[float | None]) -> tuple[float, float]:
+    """Mean, and half the width of its 95% t-interval; 0 for a single value, of which nothing is known. NaN where a value is missing or
+    no number (a run that diverged is not left out), or where there is none."""
     values = list(values)
+    if not values or not all(map(finite, values)):
+        return math.nan, 0.0
     if len(values) < 2:
-        return mean(values), 0.0
+        return values[0], 0.0
     return mean(values), (T95[len(values) - 2] if len(values) <= 10 else 2.1) * stdev(values) / math.sqrt(len(values))
 
 
@@ -49,9 +56,9 @@ def compatibility(rows: list[dict], path: Path) -> None:
                     curve(ax, found, lambda row: place[row["base"]], score, label, colour, dash, marker)
             for line, label, colour, dash in (("own", "old base + old delta", GREEN, "-."),
                                               ("chance", "chance: commonest label", BLACK, ":")):
-                found = [row[score] for row in panel if row["line"] == line]
+                found = [row.get(score) for row in panel if row["line"] == line]
                 if found:
-                    ax.axhline(mean(found), color=colour, linestyle=dash, linewidth=1.3, label=label)
+                    ax.axhline(interval(found)[0], color=colour, linestyle=dash, linewidth=1.3, label=label)
             ax.set_xticks([place[base] for base in place if base not in steps], [base for base in place if base not in steps])
             ax.set_xticks([place[base] for base in steps], steps.values(), minor=True, rotation=90, fontsize=6)
             ax.set(title=title(panel, panels), xlabel="base" + (" (small: step t on the way to it)" if steps else ""), ylabel=SCORES[score])
@@ -79,22 +86,22 @@ def connectivity(rows: list[dict], path: Path) -> None:
         for column, panel in zip(axes.T, panels.values()):
             score = score_of(panel)
             for (pair, kind), line in group(panel, "pair", "path").items():
-                height, half = interval(barrier(walk) for walk in walks(line))
+                height, half = interval(barrier(walk) for walk in walks(line) if (walk[0]["mu"], walk[-1]["mu"]) == (0, 1))
                 label = f"{pair}{', curve' if kind == 'curve' else ''}: barrier {height:.3f}" + (f" ± {half:.3f}" if half else "")
                 i = styles[pair]
                 for ax, key in zip(column, ("loss", score)):
                     curve(ax, line, lambda row: row["mu"], key, label, COLOURS[i], ":" if kind == "curve" else DASHES[i], MARKERS[i])
             column[0].set(title=title(panel, panels), ylabel="test loss (nats)")
             column[1].set(xlabel="mu, from the first model to the second", ylabel=SCORES[score])
-            for ax, key in zip(column, ("loss", score)):     # by what was measured: bands of two or three seeds reach far beyond
-                low, high = min(row[key] for row in panel), max(row[key] for row in panel)
-                ax.set_ylim(low - 0.1 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
+            for ax, key in zip(column, ("loss", score)):
+                set_limits(ax, [row.get(key) for row in panel])
             column[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.28), fontsize=8)
 
 
 def walks(rows: list[dict]) -> list[list[dict]]:
-    """The rows of one pair and path, a list a seed in order of mu."""
-    return [sorted(walk, key=lambda row: row["mu"]) for walk in group(rows, "seed").values()]
+    """The rows of one pair and path, a list a seed in order of mu; a loss that is missing is NaN."""
+    return [sorted(({**row, "loss": math.nan if row.get("loss") is None else row["loss"]} for row in walk), key=lambda row: row["mu"])
+            for walk in group(rows, "seed").values()]
 
 
 def attention_heatmaps(rows: list[dict], path: Path) -> None:
@@ -104,7 +111,7 @@ def attention_heatmaps(rows: list[dict], path: Path) -> None:
     n = max(len(row["tokens"]) for row in rows)
     with sheet(path, len(lines), len(bases), width=max(2.0, 0.15 * n), height=max(2.0, 0.15 * n), matrices=True) as (fig, axes):
         for y, ((task, layer, head), line) in enumerate(lines.items()):
-            top = max(max(map(max, row["map"])) for row in line)
+            top = highest(row["map"] for row in line)
             for x, base in enumerate(bases):
                 ax, row = axes[y][x], next((row for row in line if row["base"] == base), None)
                 if row is None:
@@ -124,10 +131,10 @@ def head_similarity(rows: list[dict], path: Path) -> None:
     over seeds. Rows: task, pair, heads (of a layer), divergence (heads x heads), share_own_best, cka (layers + 1 squared)."""
     panels = group(rows, "task", "pair")
     with sheet(path, 2, len(panels), width=3.0, height=2.9, matrices=True) as (fig, axes):
-        images, most = {}, max(max(map(max, row["divergence"])) for row in rows)     # of ln 2 at most
+        images, most = {}, highest(row["divergence"] for row in rows)     # of ln 2 at most
         for column, ((task, pair), panel) in zip(axes.T, panels.items()):
             a, _, b = pair.partition("-")
-            share, half = interval(row["share_own_best"] for row in panel)
+            share, half = interval(row.get("share_own_best") for row in panel)
             own = f"own head best: {share:.2f}" + (f" ± {half:.2f}" if half else "")
             for ax, key, top, scheme in zip(column, ("divergence", "cka"), (most, 1.0), ("cividis_r", "cividis")):
                 images[key] = ax.imshow(averaged([row[key] for row in panel]), cmap=scheme, vmin=0, vmax=top)
@@ -141,6 +148,10 @@ def head_similarity(rows: list[dict], path: Path) -> None:
             column[1].set(xlabel=f"layer of {b}", ylabel=f"layer of {a}")
         fig.colorbar(images["divergence"], ax=list(axes[0]), shrink=0.8, label="JS divergence (nats)")
         fig.colorbar(images["cka"], ax=list(axes[1]), shrink=0.8, label="CKA of hidden states")
+
+
+def highest(matrices: Iterable[list[list[float]]]) -> float:
+    return max((v for matrix in matrices for line in matrix for v in line if finite(v)), default=1.0)
 
 
 def averaged(matrices: list[list[list[float]]]) -> list[list[float]]:
@@ -188,7 +199,7 @@ def group(rows: list[dict], *keys: str) -> dict[tuple, list[dict]]:
 
 
 def score_of(rows: list[dict]) -> str:
-    return next(score for score in SCORES if score in rows[0])
+    return next((score for score in SCORES if score in rows[0]), "accuracy")
 
 
 def title(panel: list[dict], panels: dict) -> str:
@@ -201,7 +212,7 @@ def curve(ax, rows: list[dict], x, key: str, label: str, colour: str, dash, mark
     """Mean of `key` over x(row), with its band."""
     at: dict[float, list[float]] = {}
     for row in rows:
-        at.setdefault(x(row), []).append(row[key])
+        at.setdefault(x(row), []).append(row.get(key))
     xs = sorted(at)
     middle, half = zip(*(interval(at[v]) for v in xs))
     ax.plot(xs, middle, color=colour, linestyle=dash, marker=marker, markersize=4, markevery=max(1, len(xs) // 6), linewidth=1.5,
@@ -209,6 +220,13 @@ def curve(ax, rows: list[dict], x, key: str, label: str, colour: str, dash, mark
     if any(half):
         ax.fill_between(xs, [m - h for m, h in zip(middle, half)], [m + h for m, h in zip(middle, half)], color=colour, alpha=0.1,
                         linewidth=0)
+
+
+def set_limits(ax, values: list) -> None:
+    """The vertical axis by what was measured: bands of two or three seeds reach far beyond."""
+    values = [v for v in values if finite(v)] or [0.0]
+    margin = 0.1 * (max(values) - min(values)) + 1e-3
+    ax.set_ylim(min(values) - margin, max(values) + margin)
 
 
 @contextmanager
@@ -231,5 +249,6 @@ def sheet(path: Path, lines: int, columns: int, width: float, height: float, mat
 
 def shared_legend(fig, axes) -> None:
     """One legend below all panels: every label once."""
+    axes = list(axes)
     found = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
-    fig.legend(found.values(), found.keys(), loc="outside lower center", ncols=2 if len(list(axes)) == 1 else 4)
+    fig.legend(found.values(), found.keys(), loc="outside lower center", ncols=2 if len(axes) == 1 else 4)
