@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+import train
 from rt import plot
 from rt.config import UsageError, run
 from rt.log import FIGURES, claim
@@ -268,6 +269,9 @@ def test_figures_are_nobodys_stranger(tmp_path):
     """tests/test_cli.py and test_analyze.py draw, and go on in the same folders."""
     (tmp_path / FIGURES).mkdir()
     claim(tmp_path, set())
+    assert train.may_begin(tmp_path, {}, resume=False)
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(UsageError, match="thesis.tex"):
         claim(tmp_path, set())
+    with pytest.raises(UsageError, match="holds other things than a stream of bases"):
+        train.may_begin(tmp_path, {}, resume=False)
