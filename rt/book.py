@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from rt.checkpoint import read_json
 from rt.config import UsageError, record
 from rt.deltas import Delta, save_delta
-from rt.log import Log, claim, write_json
+from rt.log import Log, claim, read_json, write_json
 from rt.recycling import NEEDS_TEACHER, TRAINED, Recycling
 from rt.summary import add_steps_to_scratch
 from rt.tasks import Task
