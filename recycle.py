@@ -26,8 +26,8 @@ from rt.deltas import Delta, DeltaConfig, apply, load_delta
 from rt.device import pick_precision
 from rt.dist import Ranks, environment_alone, join
 from rt.graphs import check_graphs
-from rt.hub import open_base
-from rt.log import claim, progress, read_json, table, write_json
+from rt.hub import open_base, open_delta
+from rt.log import FIGURES, claim, progress, read_json, table, write_json
 from rt.project import GRANULARITIES, check_sources, learn_projection
 from rt.recycling import MODES, NEEDS_TEACHER, Recycling, can_go_together, chain, check, new_delta, recycle, recycle_together, teacher_of
 from rt.summary import add_steps_to_scratch, by_settings, chosen, spread, steps_of
@@ -41,11 +41,11 @@ class Config:
     """python recycle.py --mode scratch|apply|init|distill|init+distill|project|all [--flag value ...]"""
     mode: str = "all"  # one mode, several with commas, or all (project only with --source_task)
     old_base: str = "runs/demo/M0"  # M_i: the base the old delta was learned on
-    old_delta: str | None = None  # the outdated delta; default: the one of --task beside the old base, tuned if missing
+    old_delta: str | None = None  # the outdated delta, or a tuned Hugging Face or PEFT folder; default: beside the old base, else tuned
     base: str = "runs/demo/M1"  # M_{i+1}: the upgraded base
     chain: tuple[str, ...] = ()  # instead of --base: the bases after --old_base, in order; deltas recycled again against Delta_0 each time
     task: str = "math"  # embedded domain, or a folder with train, dev and test
-    delta: str = "full"  # full, adapter, lora, bitfit or prefix
+    delta: str = "full"  # full, adapter, lora, bitfit or prefix; same: kind and sizes of --old_delta
     shots: int | None = 16  # examples a label for train and for dev; none: all
     seeds: tuple[int, ...] = (0, 1, 2)  # of the few-shot sample, fresh weights, data order and dropout
     alpha: float = 0.7  # share of distillation: (1 - alpha) task + alpha KD + beta patience + gamma attention
@@ -98,19 +98,23 @@ def learning_rates(c: Config, mode: str) -> tuple[float | None, ...]:
 
 def main() -> None:
     c = parse(Config, sys.argv[1:])
-    modes, config = checked_modes(c), delta_config(c)
+    modes = checked_modes(c)
     ranks = join(c.device)
     check_graphs(c.graphs, replace(ranks, world=1))     # of a sweep's ranks each captures its own
     if ranks.world > 1 and not c.sweep:
         raise UsageError("several processes share the runs of a --sweep; without one, start this script without torchrun")
     task, *source_tasks = ranks.main_first(lambda: [load_task(task_path(name, c.cache)) for name in (c.task, *c.source_task)])
     c.old_delta, c.source_delta = ranks.from_main(lambda: build_missing(c, task, source_tasks))
+    old_base = open_base(c.old_base).to(ranks.device)
+    old_delta = open_delta(c.old_delta, old_base).ordered(task.labels)
+    c = like(c, old_delta) if c.delta == "same" else c
     bases = {name: open_base(name).to(ranks.device) for name in c.chain or (c.base,)}
-    old_base, old_delta, base = open_base(c.old_base).to(ranks.device), load_delta(c.old_delta), next(iter(bases.values()))
+    base = next(iter(bases.values()))
     modes = possible(c, modes, task, old_delta)
     out = Path(c.out or default_out(c, task))
-    sources = [(load_delta(folder), encode_task(t, base.tokenizer, c.seq_len)) for folder, t in zip(c.source_delta, source_tasks)]
-    r = Recycling(old_base, old_delta, base, encode_task(task, base.tokenizer, c.seq_len), config, tune_settings(c, 0, 0.0),
+    sources = [(open_delta(folder, old_base).ordered(t.labels), encode_task(t, base.tokenizer, c.seq_len))
+               for folder, t in zip(c.source_delta, source_tasks)]
+    r = Recycling(old_base, old_delta, base, encode_task(task, base.tokenizer, c.seq_len), delta_config(c), tune_settings(c, 0, 0.0),
                   c.alpha, c.beta, c.T, c.public_code, ranks.device, pick_precision(c.precision, ranks.device), gamma=c.gamma,
                   att_layers=c.att_layers, itp=c.itp)
     for each in bases.values():
@@ -124,6 +128,12 @@ def main() -> None:
     else:
         one_after_another(c, r, task, modes, bases, sources, out)
     ranks.leave()
+
+
+def like(c: Config, old: Delta) -> Config:
+    """With the kind and sizes of the old delta as the flags for them."""
+    used = old.config.used
+    return replace(c, delta=used.pop("kind"), **used)
 
 
 def one_after_another(c: Config, r: Recycling, task: Task, modes: list[str], bases: dict[str, Base],
@@ -162,6 +172,10 @@ def checked_modes(c: Config) -> list[str]:
             raise UsageError(f"--{name} {value}: not one of {', '.join(allowed)}")
     if c.itp < 0 or c.itp and not {*modes} & {*NEEDS_TEACHER}:
         raise UsageError(f"--itp {c.itp}: a number of points from 0 on, for modes with a teacher ({', '.join(NEEDS_TEACHER)})")
+    if c.delta != "same":
+        delta_config(c)
+    elif not c.old_delta or c.source_task and not c.source_delta:
+        raise UsageError("--delta same is as the --old_delta that is given, with the --source_delta where there is a --source_task")
     check_projection_flags(c, modes)
     if c.sweep is not None and (c.chain or "project" in modes or not c.save_deltas):
         raise UsageError("--sweep has no --chain and no --mode project, and keeps the deltas, from which it goes on when interrupted")
@@ -249,7 +263,7 @@ def sweep(c: Config, r: Recycling, task: Task, modes: list[str], out: Path, rank
     for one in runs.values():
         check(replace(r, gamma=one.c.gamma, itp=one.c.itp), one.mode)
     origin = origin_of(r)
-    ranks.from_main(lambda: claim(out, {"summary.json", "deltas"}))
+    ranks.from_main(lambda: claim(out, {"summary.json", "deltas", FIGURES}))
     done = ranks.from_main(lambda: {name for name in runs if is_complete(out, name, origin)})     # what all ranks go by
     samples: dict[int, Recycling] = {}
     mine = [group[ranks.rank::ranks.world] for group in groups([one for name, one in runs.items() if name not in done])]
@@ -319,7 +333,9 @@ def build_missing(c: Config, task: Task, source_tasks: list[Task]) -> tuple[str,
     old_delta = c.old_delta or default_delta(c, task)       # beside the old base, which is there by now
     source_delta = c.source_delta or tuple(default_delta(c, t) for t in source_tasks)
     for what, name, folder in (("old", c.task, old_delta), *(("source", *source) for source in zip(c.source_task, source_delta))):
-        if not (Path(folder) / "delta.json").exists():
+        if not any((Path(folder) / name).exists() for name in ("delta.json", "config.json", "adapter_config.json")):
+            if c.delta == "same":
+                raise UsageError(f"{folder}: no delta there that --delta same could be as")
             sizes = ("bottleneck", "r", "lora_alpha", "prefix_len", "seq_len", "delta", "old_base")
             flags = [text for size in sizes for text in ("--" + size.replace("old_", ""), str(getattr(c, size)))]
             train(f"the {what} delta {folder} (under a minute for mini on 2 cores)", "--mode", "tune", "--out", folder, *flags,

@@ -4,6 +4,8 @@
     python train.py --mode tune --base runs/demo/M0 --task math --delta full
     python train.py --mode eval --base runs/demo/M0 --task math --delta_dir runs/demo/deltas/M0-math-full-s0
     python train.py --mode predict --base ... --delta_dir ... --input texts.txt
+    python train.py --mode import --tuned my-roberta-finetune --base FacebookAI/roberta-base --out runs/mine/delta
+    python train.py --mode export --base runs/demo/M1 --delta_dir runs/demo/deltas/M1-math-full-s0 --to hf --out exported
     torchrun --nproc_per_node=8 train.py ...                            # pre-training on several GPUs
 
 A stream (--stream python,math,dl) makes M0 on the first domain, M1 out of M0 on the second, and so on; --init starts from a
@@ -13,24 +15,27 @@ import contextlib
 import json
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from data.sources import corpus_path, task_path
+from rt.book import best_delta
 from rt.checkpoint import save_base
 from rt.config import UsageError, parse, record, require_positive, require_seeds, run
 from rt.data import Rows, build_corpus, split_documents
-from rt.deltas import FILES, DeltaConfig, apply, attach, extract, load_delta, save_delta
+from rt.deltas import FILES, DeltaConfig, apply, attach, extract, save_delta
 from rt.device import derive_seed, pick_device, pick_precision
 from rt.dist import Ranks, join, launched
 from rt.distill import Loss
 from rt.graphs import check_graphs
-from rt.hub import open_base
-from rt.log import Log, claim, read_json, strangers, write_json
+from rt.hf import export_hf
+from rt.hub import open_base, open_delta
+from rt.log import FIGURES, Log, claim, read_json, write_json
 from rt.model import PRESETS, EncoderConfig, MaskedLM, new_masked_lm, set_dropout
+from rt.peft import export_peft
 from rt.pretrain import PretrainSettings, Stage, evaluate_mlm
 from rt.summary import forgetting_table
 from rt.tasks import Example, encode, few_shot, load_task, read_examples
@@ -40,8 +45,8 @@ from rt.tune import TaskData, TuneSettings, encode_task, evaluate, predict, tune
 
 @dataclass
 class Config:
-    """python train.py --mode pretrain|tune|eval|predict [--flag value ...]"""
-    mode: str = "pretrain"  # pretrain, tune, eval or predict
+    """python train.py --mode pretrain|tune|eval|predict|import|export [--flag value ...]"""
+    mode: str = "pretrain"  # pretrain, tune, eval, predict, import or export
     out: str | None = None  # folder to write; default runs/demo, for a delta beside its base
     cache: str = "runs/cache"  # tokenized corpora and the embedded data
     device: str = "auto"  # auto, cpu or cuda
@@ -71,7 +76,7 @@ class Config:
     graphs: bool = False  # forward and backward as a CUDA graph; one GPU
     zero: bool = False  # optimizer state shared out among the ranks of torchrun (ZeRO-1)
     log_every: int | None = None  # steps between looks at the loss (every step gets its row); default 1, on CUDA 10
-    # tune, eval, predict
+    # tune, eval, predict, import, export
     base: str | None = None  # the base: checkpoint, Hugging Face folder or hub id
     task: str | None = None  # embedded domain, or a folder with train, dev and test
     delta: str = "adapter"  # full, adapter, lora, bitfit or prefix
@@ -84,8 +89,11 @@ class Config:
     lora_alpha: float = 16.0  # lora
     target_modules: tuple[str, ...] = ("query", "value")  # lora
     prefix_len: int = 16  # prefix
-    delta_dir: str | None = None  # eval, predict: the delta
+    delta_dir: str | None = None  # eval, predict, export: the delta; a folder of recycle.py: its best by dev
     input: str | None = None  # predict: .txt, .jsonl, .csv or .tsv of texts
+    tuned: str | None = None  # import: a ...ForSequenceClassification model or a PEFT LoRA adapter tuned from --base, folder or hub id
+    labels: tuple[str, ...] = ()  # import: names of its classes in the order of its outputs; default: its own
+    to: str = "hf"  # export: hf (Hugging Face, the delta merged) or peft (a LoRA adapter)
 
 
 NOT_SETTINGS = ("resume", "stop_after", "save_every", "cache", "device", "out", "accumulation", "compile", "graphs", "zero",
@@ -97,7 +105,8 @@ TUNE_LR = {"full": 5e-4, "adapter": 5e-3, "lora": 5e-3, "bitfit": 5e-3, "prefix"
 
 def main() -> None:
     config = parse(Config, sys.argv[1:])
-    modes = {"pretrain": pretrain_stream, "tune": tune_delta, "eval": eval_delta, "predict": predict_texts}
+    modes = {"pretrain": pretrain_stream, "tune": tune_delta, "eval": eval_delta, "predict": predict_texts,
+             "import": import_delta, "export": export_model}
     if config.mode not in modes:
         raise UsageError(f"--mode {config.mode}: not one of {', '.join(modes)}")
     if launched() > 1 and config.mode != "pretrain":
@@ -207,7 +216,7 @@ def may_begin(out: Path, settings: dict, resume: bool) -> bool:
             return False
         if not resume:
             raise UsageError(f"{out} holds an unfinished run: add --resume to go on, or remove the folder")
-    elif strangers(out, set()):
+    elif out.is_dir() and {f.name for f in out.iterdir()} - {FIGURES}:
         raise UsageError(f"{out} holds other things than a stream of bases: give another --out")
     return True
 
@@ -321,11 +330,13 @@ def shown(scores: dict[str, float]) -> str:
     return ", ".join(f"{k} {v:.3f}" for k, v in scores.items())
 
 
-def open_tuned(c: Config):
-    """(base, delta, base + delta) of --base and --delta_dir; StaleDelta where they do not belong together."""
+def open_tuned(c: Config, labels: tuple[str, ...] = ()):
+    """(base, delta, base + delta) of --base and --delta_dir, the delta's outputs in the order of `labels` where these are its own;
+    StaleDelta where base and delta do not belong together."""
     required(c, "base", "delta_dir")
     device = pick_device(c.device)
-    base, delta = open_base(c.base).to(device), load_delta(c.delta_dir)
+    base = open_base(c.base).to(device)
+    delta = open_delta(str(best_delta(c.delta_dir)), base).ordered(labels)
     base.require_length(c.seq_len)
     where = {"device": device, "precision": pick_precision(c.precision, device)}
     return base, delta, apply(base, delta), where
@@ -334,8 +345,8 @@ def open_tuned(c: Config):
 def eval_delta(c: Config) -> None:
     """Score a base + delta on dev and test of a task."""
     required(c, "task")
-    base, delta, model, where = open_tuned(c)
     task = load_task(task_path(c.task, c.cache))
+    base, delta, model, where = open_tuned(c, task.labels)
     if task.labels != delta.labels:
         raise UsageError(f"{c.delta_dir} tells apart {', '.join(delta.labels[:6])}, but {c.task} has the labels "
                          f"{', '.join(task.labels[:6])}")
@@ -367,6 +378,32 @@ def answer(example: Example, row: torch.Tensor, labels: tuple[str, ...]) -> dict
         return said | {"value": row.item()}
     return said | {"label": labels[int(row.argmax())],
                    "probabilities": dict(zip(labels, [round(p, 6) for p in row.softmax(-1).tolist()]))}
+
+
+# --- import, export ---------------------------------------------------------------------------------------------------
+
+def import_delta(c: Config) -> None:
+    """A model that was tuned elsewhere, as a delta of its base."""
+    required(c, "base", "tuned", "out")
+    base = open_base(c.base)
+    delta = open_delta(c.tuned, base, c.labels, domain_name(c.task) if c.task else None)
+    save_delta(Path(c.out), replace(delta, info=delta.info | {"config": record(c), "argv": sys.argv}))
+    what = f"{len(delta.labels)} labels ({', '.join(delta.labels[:6])})" if delta.labels else "a regression"
+    print(f"{c.tuned}: a {delta.config.kind} delta of {c.base}, {what}; in {c.out}")
+
+
+def export_model(c: Config) -> None:
+    """The base, or base + delta, in the format of transformers or PEFT."""
+    required(c, "base", "out")
+    base = open_base(c.base)
+    delta = open_delta(str(best_delta(c.delta_dir)), base) if c.delta_dir else None
+    if c.to == "hf":
+        print(f"{export_hf(Path(c.out), base, delta)} and AutoTokenizer load {c.out}")
+    elif c.to == "peft":
+        required(c, "delta_dir")
+        print(f"PeftModel loads {c.out} on {export_peft(Path(c.out), base, c.base, delta)}")
+    else:
+        raise UsageError(f"--to {c.to}: not one of hf, peft")
 
 
 if __name__ == "__main__":

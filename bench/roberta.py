@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rt.checkpoint import Base
 from rt.deltas import DeltaConfig, attach
-from rt.hub import classification_head_state, encoder_state, mlm_head_state
+from rt.hf import classification_head_state, encoder_state, mlm_head_state
 from rt.model import Batch, Classifier, EncoderConfig, MaskedLM, new_masked_lm
 
 LABELS = 13     # ChemProt's
@@ -20,7 +20,7 @@ class StandIn:
     """As much of a tokenizer as masking and bases need."""
     bos_id, pad_id, eos_id, mask_id = 0, 1, 2, 4
     special_ids = [0, 1, 2, 3, 4]
-    fingerprint = "stand-in"
+    fingerprint = vocabulary = "stand-in"
 
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
@@ -30,7 +30,7 @@ def stand_in_base(config: EncoderConfig, seed: int, state: dict[str, Tensor] | N
     """A base with random weights, or with those of `state`, our names or Hugging Face's."""
     model = new_masked_lm(config, seed)
     if state is not None:
-        model.encoder.load_state_dict(encoder_state(state, config.num_layers))
+        model.encoder.load_state_dict(encoder_state(state, config))
     return Base(model.encoder, model.head, StandIn(config.vocab_size), {"name": "stand-in"}, "stand-in")
 
 
@@ -63,8 +63,8 @@ def our_masked_lm(config: EncoderConfig, state: dict[str, Tensor] | None) -> Mas
     """On the CPU, with the weights of a RobertaForMaskedLM."""
     model = new_masked_lm(config, seed=0)
     if state is not None:
-        model.encoder.load_state_dict(encoder_state(state, config.num_layers))
-        model.head.load_state_dict(mlm_head_state(state))
+        model.encoder.load_state_dict(encoder_state(state, config))
+        model.head.load_state_dict(mlm_head_state(state, config))
     return model
 
 
@@ -73,7 +73,7 @@ def our_classifier(config: EncoderConfig, state: dict[str, Tensor] | None, delta
     base = stand_in_base(config, 0, state).to(device)
     model = attach(base, delta, LABELS, seed=0)
     if state is not None:
-        model.head.load_state_dict(classification_head_state(state))
+        model.head.load_state_dict(classification_head_state(state, config))
     return model
 
 

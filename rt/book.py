@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from rt.config import record
+from rt.config import UsageError, record
 from rt.deltas import Delta, save_delta
-from rt.log import Log, claim, read_json, write_json
+from rt.log import FIGURES, Log, claim, read_json, write_json
 from rt.recycling import NEEDS_TEACHER, TRAINED, Recycling
 from rt.summary import add_steps_to_scratch
 from rt.tasks import Task
-from rt.tune import TuneResult
+from rt.tune import TuneResult, score
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Book:
 
     def __init__(self, c, argv: list[str], out: Path, task: Task, plan: list[Run]):
         self.facts, self.c, self.out, self.task = {"config": record(c), "argv": argv}, c, out, task
-        claim(out, {"metrics.jsonl", "summary.json", "deltas"})
+        claim(out, {"metrics.jsonl", "summary.json", "deltas", FIGURES})
         again = {run.name for run in plan}
         self.log = Log(out, keep=lambda row: row["run"] not in again)
         before = read_json(out / "summary.json")["rows"] if (out / "summary.json").exists() else []
@@ -105,6 +105,17 @@ def keep_delta(out: Path, row: dict, task: Task, delta: Delta, about: dict) -> N
     facts = {k: row[k] for k in ("task", "shots", "seed", "mode", "lr", "dev", "test") if row[k] != {}}
     info = {**facts, "labels": list(task.labels), **about, **delta.info}
     save_delta(out / "deltas" / row["run"], replace(delta, info=info))
+
+
+def best_delta(folder: str | Path) -> Path:
+    """`folder`, or where it is what recycle.py left, in it the delta of the run that is best on dev."""
+    folder = Path(folder)
+    if (folder / "delta.json").exists() or not (folder / "deltas").is_dir():
+        return folder
+    rows = [row for row in read_json(folder / "summary.json").get("rows", []) if (folder / "deltas" / row["run"] / "delta.json").exists()]
+    if not rows:
+        raise UsageError(f"{folder / 'summary.json'}: has no row of a run whose delta is still in {folder / 'deltas'}")
+    return folder / "deltas" / max(rows, key=lambda row: score(row["dev"]))["run"]
 
 
 def origin_of(r: Recycling) -> list[str]:

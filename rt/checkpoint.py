@@ -40,6 +40,7 @@ class Base:
     tokenizer: Tokenizer
     meta: dict
     fingerprint: str
+    pooler: dict[str, Tensor] | None = None     # of a BERT checkpoint: dense.weight and dense.bias, where a fresh task head begins
 
     def to(self, device: torch.device) -> "Base":
         self.encoder.to(device)
@@ -69,7 +70,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
     yield new
-    for file in (f for f in new.rglob("*") if f.is_file()):
+    for file in filter(Path.is_file, new.rglob("*")):
         with file.open("rb") as f:
             os.fsync(f.fileno())
     shutil.rmtree(old, ignore_errors=True)
@@ -107,6 +108,43 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UsageError(f"{path}: there is no such file") from None
     except Exception as error:  # SafetensorError, OSError: a damaged file
         raise UsageError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of model.safetensors or pytorch_model.bin, in one file or in shards with an index. UsageError names what is wrong."""
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / stem).is_file():
+            return read_file(folder / stem)
+        if (folder / f"{stem}.index.json").is_file():
+            return _read_shards(folder / f"{stem}.index.json")
+    raise UsageError(f"{folder}: has neither model.safetensors nor pytorch_model.bin, nor an index of either's shards")
+
+
+def read_file(file: Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors or, by any other ending, weights-only PyTorch file."""
+    if file.suffix == ".safetensors":
+        return read_tensors(file)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a pickle that asks for code is refused here as well
+        raise UsageError(f"{file}: not a weights-only PyTorch file ({str(error).splitlines()[0]})") from None
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+        raise UsageError(f"{index}: has no \"weight_map\" of tensor names to files")
+    weights: dict[str, Tensor] = {}
+    for shard in sorted(set(places.values())):
+        if Path(shard).name != shard or Path(shard).suffix not in (".safetensors", ".bin"):     # nothing outside the folder
+            raise UsageError(f"{index}: {shard!r} is not the name of a shard beside it")
+        if not (index.parent / shard).is_file():
+            raise UsageError(f"{index.parent / shard}: the shard is missing")
+        weights |= read_file(index.parent / shard)
+    missing = sorted(places.keys() - weights.keys())
+    if missing:
+        raise UsageError(f"{index}: the shards do not hold {missing[0]}")
+    return weights
 
 
 def load_strict(module: nn.Module, state: dict[str, Tensor], source: Path | str) -> None:

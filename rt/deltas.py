@@ -17,7 +17,7 @@ import copy
 import json
 import math
 import shutil
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -29,11 +29,11 @@ from torch import Tensor
 from rt.checkpoint import Base, StaleDelta, atomic_folder, load_strict, read_tensors, versions
 from rt.config import UsageError
 from rt.log import FIGURES, claim, read_json
-from rt.model import ClassificationHead, Classifier, Encoder, Linear, init_weights, linear
+from rt.model import ClassificationHead, Classifier, Encoder, EncoderConfig, Linear, init_weights, linear
 
 KINDS = ("full", "adapter", "lora", "bitfit", "prefix")
 USED = {"adapter": ("bottleneck",), "lora": ("r", "lora_alpha", "target_modules"), "prefix": ("prefix_len",)}
-FILES = {"delta.safetensors", "delta.json", "metrics.jsonl", "summary.json"}     # the last two are of the run that learned it
+FILES = {"delta.safetensors", "delta.json", "metrics.jsonl", "summary.json", FIGURES}    # the last three are of the run that learned it
 # what PEFT's target_modules mean here: the Linear of a Block, and for the fused qkv which third of its output rows
 TARGETS = {"query": ("qkv", 0), "key": ("qkv", 1), "value": ("qkv", 2), "attention.output.dense": ("attention_output", None),
            "intermediate.dense": ("intermediate", None), "output.dense": ("output", None)}
@@ -157,10 +157,12 @@ def _plug_in(encoder: Encoder, config: DeltaConfig) -> list[nn.Module]:
 
 
 def new_head(base: Base, num_outputs: int, seed: int) -> ClassificationHead:
-    """A freshly initialised task head on the device of the base."""
+    """A freshly initialised task head on the device of the base; its dense layer is the base's pooler, where there is one."""
     config = base.encoder.config
     head = ClassificationHead(config.hidden_size, num_outputs, config.dropout)
     init_weights(head, torch.Generator().manual_seed(seed))
+    if base.pooler is not None:
+        head.load_state_dict({**head.state_dict(), **base.pooler})
     return head.to(base.encoder.embeddings.word.weight.device)
 
 
@@ -196,6 +198,14 @@ class Delta:
     @property
     def num_outputs(self) -> int:
         return len(self.head["out.bias"])
+
+    def ordered(self, labels: tuple[str, ...]) -> "Delta":
+        """The same delta with its outputs in the order of `labels`, where these are its own in another order; else itself."""
+        if labels == self.labels or sorted(labels) != sorted(self.labels):
+            return self
+        rows = [self.labels.index(label) for label in labels]
+        head = self.head | {name: self.head[name][rows] for name in ("out.weight", "out.bias")}
+        return replace(self, head=head, info=self.info | {"labels": list(labels)})
 
     def __mul__(self, a: float) -> "Delta":
         """a * d: the change to the base's function is `a` times as large (of a module: its last, linear part); so is the
@@ -258,21 +268,34 @@ def extract(model: Classifier, base: Base, config: DeltaConfig, info: dict) -> D
         elif p.requires_grad:
             diffs[name] = (p.detach() - own[name].detach()).cpu()
     head = {k: v.detach().cpu().clone() for k, v in model.head.state_dict().items()}
-    return Delta(config, diffs, modules, head, {**info, "base": base.fingerprint, "tokenizer": base.tokenizer.fingerprint,
-                                                "encoder": asdict(base.encoder.config)})
+    return Delta(config, diffs, modules, head, {**info, **origin(base)})
+
+
+def origin(base: Base) -> dict:
+    """What a delta says of the base it was learned on."""
+    return {"base": base.fingerprint, "tokenizer": base.tokenizer.fingerprint, "vocabulary": base.tokenizer.vocabulary,
+            "encoder": asdict(base.encoder.config)}
+
+
+def check_sizes(base: Base, theirs: EncoderConfig, what: str) -> None:
+    """UsageError unless `theirs`, the encoder of `what`, has the tensors of the base's and the same function of them."""
+    mine = base.encoder.config
+    for name in ("is_bert", *(f.name for f in fields(mine) if "dropout" not in f.name and f.name != "model_type")):
+        if getattr(mine, name) != getattr(theirs, name):
+            raise UsageError(f"{what} an encoder of other sizes: {name} {getattr(theirs, name)}, the base has {getattr(mine, name)}")
 
 
 def check_fits(base: Base, delta: Delta, stale_ok: bool) -> None:
     """UsageError where `delta` cannot be put on `base` at all; StaleDelta where it was learned on another base of the same
     sizes and tokenizer, unless `stale_ok`, which is what recycling asks for."""
-    mine, theirs = asdict(base.encoder.config), delta.info["encoder"]
-    other = [k for k in mine if mine[k] != theirs.get(k) and "dropout" not in k]
-    if other:
-        raise UsageError(f"the delta was learned on an encoder of other sizes: {other[0]} {theirs.get(other[0])}, here "
-                         f"{mine[other[0]]}")
-    if delta.info["tokenizer"] != base.tokenizer.fingerprint:
+    try:
+        theirs = EncoderConfig(**delta.info["encoder"])
+    except TypeError:
+        raise UsageError("the delta does not hold the sizes of the encoder that it was learned on") from None
+    check_sizes(base, theirs, "the delta was learned on")
+    if delta.info["tokenizer"] != base.tokenizer.fingerprint and delta.info.get("vocabulary") != base.tokenizer.vocabulary:
         raise UsageError(f"the delta was learned with another tokenizer ({delta.info['tokenizer']}, the base has "
-                         f"{base.tokenizer.fingerprint}): its ids mean other words")
+                         f"{base.tokenizer.fingerprint}, of another vocabulary): its ids mean other words")
     if delta.info["base"] != base.fingerprint and not stale_ok:
         raise StaleDelta(f"the delta was learned on base {delta.info['base']}, this is {base.fingerprint}: "
                          "recycle it with recycle.py, or give the base it belongs to")

@@ -2,7 +2,8 @@
 
 A batch has no padding: the tokens of B sequences lie end to end, and everything but attention works on (N, d).
 Only `attention_qkv(qkv, cu_seqlens, max_seqlen)` knows where a sequence begins. The function computed is exactly that of
-RoBERTa (Liu et al., 2019): learned positions counted from pad_id + 1, exact GELU, LN after each residual.
+RoBERTa (Liu et al., 2019): learned positions counted from pad_id + 1, exact GELU, LN after each residual; or of BERT (Devlin et
+al., 2019), whose positions count from 0 and whose second text has a token type of its own.
 
 The slots where a delta plugs in are written out: `Linear.lora`, `Block.adapter_attention`, `Block.adapter_ffn`,
 `Block.prefix`. They are None in a base; rt/deltas.py fills them.
@@ -30,6 +31,17 @@ class EncoderConfig:
     dropout: float = 0.1  # embeddings and residuals
     attention_dropout: float = 0.1
     layer_norm_eps: float = 1e-5
+    model_type: str = "roberta"  # Hugging Face's name of the family: roberta, xlm-roberta, camembert (one function) or bert
+    sep_id: int | None = None  # bert: what follows the first of these in a sequence is the second text
+
+    @property
+    def is_bert(self) -> bool:
+        return self.model_type == "bert"
+
+    @property
+    def first_position(self) -> int:
+        """The row of the position table that a sequence begins at."""
+        return 0 if self.is_bert else self.pad_id + 1
 
 
 PRESETS = {
@@ -128,23 +140,29 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Embeddings(nn.Module):
-    """Word + position, LN, dropout. RoBERTa's single token type is part of the position table (rt/hub.py folds it in)."""
+    """Word + position, LN, dropout. The first token type is part of the position table (rt/hf.py folds it in); `second_type`, of BERT, is
+    what the second differs from it by."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
         d = config.hidden_size
         self.word = nn.Embedding(config.vocab_size, d)
-        self.position = nn.Embedding(config.max_len + config.pad_id + 1, d)
+        self.position = nn.Embedding(config.max_len + config.first_position, d)
+        self.second_type = nn.Parameter(torch.zeros(d)) if config.is_bert else None
         self.norm = LayerNorm(d, eps=config.layer_norm_eps)
         self.dropout = config.dropout
-        self.first_position = config.pad_id + 1
+        self.first_position, self.sep_id = config.first_position, config.sep_id
 
     def forward(self, ids: Tensor, cu_seqlens: Tensor, seed: Tensor | None = None) -> Tensor:
         rows = torch.arange(len(ids), device=ids.device, dtype=cu_seqlens.dtype)
         sequence = torch.searchsorted(cu_seqlens, rows, right=True) - 1   # (N,) which sequence a row is in
-        position = rows - cu_seqlens[sequence] + self.first_position
-        x = self.norm(self.word(ids) + self.position(position))
-        return dropout(x, self.dropout, seed)
+        first = cu_seqlens[sequence]                                      # (N,) where that begins
+        x = self.word(ids) + self.position(rows - first + self.first_position)
+        if self.second_type is not None:
+            is_sep = ids == self.sep_id
+            before = is_sep.cumsum(0) - is_sep.long()                     # (N,) separators in the rows above
+            x = x + (before > before[first])[:, None] * self.second_type
+        return dropout(self.norm(x), self.dropout, seed)
 
 
 class Block(nn.Module):

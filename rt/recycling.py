@@ -58,8 +58,8 @@ def check(r: Recycling, mode: str) -> None:
     if mode in ("init", "init+distill") and r.old_delta.config.used != r.config.used:
         raise UsageError(f"{mode} continues the old delta ({r.old_delta.config.used}), which is not what is asked for "
                          f"({r.config.used}): use the same --delta and sizes, or --mode distill")
-    if mode in NEEDS_TEACHER and r.old_base.tokenizer.fingerprint != r.base.tokenizer.fingerprint:
-        raise UsageError(f"{mode} needs old and new base to have one tokenizer: the teacher reads the student's ids")
+    if mode in NEEDS_TEACHER and r.old_base.tokenizer.vocabulary != r.base.tokenizer.vocabulary:
+        raise UsageError(f"{mode} needs old and new base to have one vocabulary: the teacher reads the student's ids")
     old, new = r.old_base.encoder.config, r.base.encoder.config
     if mode in NEEDS_TEACHER and r.gamma and (old.num_heads != new.num_heads
                                               or (r.att_layers == "all" and old.num_layers != new.num_layers)):
@@ -217,8 +217,8 @@ def chain(r: Recycling, mode: str, bases: dict[str, Base]) -> Iterator[Step]:
     To M_1 both are one run, done once; scratch, which recycles nothing, has no route (None). r.base is not read. The rows
     given to r.on_eval say their base and route too. Raises UsageError before anything is trained.
     """
-    if len({base.tokenizer.fingerprint for base in bases.values()}) > 1:
-        raise UsageError("the bases of a chain must have one tokenizer: the task is encoded once")
+    if len({base.tokenizer.vocabulary for base in bases.values()}) > 1:
+        raise UsageError("the bases of a chain must have one vocabulary: the task is encoded once")
     for base in bases.values():
         check(replace(r, base=base), mode)
     last = r

@@ -179,18 +179,18 @@ class Encoded:
 
 
 def encode(examples: list[Example], labels: tuple[str, ...], tokenizer: Tokenizer, max_len: int) -> Encoded:
-    """<s> text </s>, or <s> text </s></s> pair </s> (RoBERTa's); what is longer than `max_len` is cut, of a pair the
-    longer text first. `labels` are the class names in order; empty means float targets."""
+    """<s> text </s>, or <s> text </s></s> pair </s> (BERT's: [CLS] text [SEP] pair [SEP]); what is longer than `max_len` is cut, of a
+    pair the longer text first. `labels` are the class names in order; empty means float targets."""
     texts = tokenizer.encode([e.text for e in examples])
     pairs = tokenizer.encode([e.text_pair or "" for e in examples])
-    bos, eos = tokenizer.bos_id, tokenizer.eos_id
+    bos, eos, between = tokenizer.bos_id, tokenizer.eos_id, [tokenizer.eos_id] * (tokenizer.separators - 1)
     sequences, truncated = [], 0
     for example, a, b in zip(examples, texts, pairs):
         paired = example.text_pair is not None
-        room = max_len - (4 if paired else 2)
+        room = max_len - 2 - (tokenizer.separators if paired else 0)
         truncated += len(a) + len(b) > room
         keep_a, keep_b = _fit(len(a), len(b), room)
-        sequences.append([bos, *a[:keep_a], eos, *([eos, *b[:keep_b], eos] if paired else [])])
+        sequences.append([bos, *a[:keep_a], eos, *([*between, *b[:keep_b], eos] if paired else [])])
     place = {label: i for i, label in enumerate(labels)}
     if labels:
         targets = torch.tensor([place.get(e.label, -100) for e in examples])

@@ -1,14 +1,17 @@
-"""Byte-level BPE through `tokenizers`: trained on a corpus, or loaded.
+"""Tokenizers through `tokenizers`: byte-level BPE trained on a corpus, or whatever a tokenizer.json holds (BPE, WordPiece, Unigram).
 
-`Tokenizer` adds what the rest needs to know: which ids are <s>, </s>, <pad> and <mask>, and a fingerprint of the content,
-so that a base and a corpus made with different tokenizers are told apart.
+`Tokenizer` adds what the rest needs to know: which ids are <s>, </s>, <pad> and <mask> ([CLS], [SEP], [PAD], [MASK]), how a pair of
+texts is parted, a fingerprint of the content, so that a base and a corpus made with different tokenizers are told apart, and one of
+the vocabulary alone: where that is equal, ids mean the same words.
 """
 import hashlib
+import json
+from functools import cached_property
 from pathlib import Path
 from typing import Iterable
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
 from rt.config import UsageError
 
@@ -23,7 +26,7 @@ class Tokenizer:
         backend.no_padding()
         backend.no_truncation()
         self.backend = backend
-        self.vocab_size = backend.get_vocab_size()
+        self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1     # ids may have gaps
         ids = {}
         for role, names in ROLES.items():
             ids[role] = next((backend.token_to_id(n) for n in names if backend.token_to_id(n) is not None), None)
@@ -31,8 +34,16 @@ class Tokenizer:
                 raise UsageError(f"{source}: has no {role} token (looked for {' and '.join(names)})")
         self.bos_id, self.pad_id, self.eos_id, self.mask_id = ids["bos"], ids["pad"], ids["eos"], ids["mask"]
         specials = {backend.token_to_id(n) for n in SPECIALS + [n for names in ROLES.values() for n in names] + ["[UNK]"]}
+        specials |= {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
         self.special_ids = sorted(specials - {None})
-        self.fingerprint = hashlib.sha256(backend.to_str().encode()).hexdigest()[:16]
+        framing = backend.num_special_tokens_to_add(True) or (3 if backend.id_to_token(self.bos_id) == "[CLS]" else 4)
+        self.separators = 1 if framing == 3 else 2      # between the texts of a pair: BERT's one, RoBERTa's two
+        self.fingerprint = hashlib.sha256(_content(backend).encode()).hexdigest()[:16]
+
+    @cached_property
+    def vocabulary(self) -> str:
+        """Hash of which token each id stands for: 16 hex digits."""
+        return hashlib.sha256(json.dumps(sorted(self.backend.get_vocab().items())).encode()).hexdigest()[:16]
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         return [e.ids for e in self.backend.encode_batch(texts, add_special_tokens=False)]
@@ -40,8 +51,28 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
+    def framed(self) -> tokenizers.Tokenizer:
+        """The backend with the special tokens around a text or a pair that rt/tasks.py puts there; BERT's second text has type 1."""
+        framed = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        if self.backend.num_special_tokens_to_add(True) == 0:
+            first, last = self.backend.id_to_token(self.bos_id), self.backend.id_to_token(self.eos_id)
+            second = ["$B:1", f"{last}:1"] if self.separators == 1 else [last, "$B", last]
+            framed.post_processor = processors.TemplateProcessing(
+                single=[first, "$A", last], pair=[first, "$A", last, *second], special_tokens=[(first, self.bos_id), (last, self.eos_id)])
+        return framed
+
     def save(self, folder: Path) -> None:
         self.backend.save(str(Path(folder) / "tokenizer.json"))
+
+
+def _content(backend: tokenizers.Tokenizer) -> str:
+    """What a tokenizer.json says. Scores of a Unigram model are rounded: written and read again they differ in the last digit."""
+    text = backend.to_str()
+    if not isinstance(backend.model, models.Unigram):
+        return text
+    facts = json.loads(text)
+    facts["model"]["vocab"] = [[token, f"{score:.6g}"] for token, score in facts["model"]["vocab"]]
+    return json.dumps(facts)
 
 
 def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:

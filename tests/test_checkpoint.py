@@ -55,8 +55,8 @@ def test_what_is_no_base(tmp_path):
         open_base(str(tmp_path))
     with pytest.raises(UsageError, match="neither a folder here nor to be had from the hub"):
         open_base("nobody/no-such-model")       # conftest forbids the network
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(UsageError, match="model_type 'bert' is not supported"):
+    (tmp_path / "config.json").write_text('{"model_type": "electra"}')
+    with pytest.raises(UsageError, match="model_type 'electra' is not supported"):
         open_base(str(tmp_path))
 
 

@@ -10,7 +10,7 @@ from kernels import dropout
 from rt.data import sequences_batch
 from rt.deltas import DeltaConfig, attach
 from rt.distill import Loss, run_teacher
-from rt.hub import classification_head_state, load_hf
+from rt.hf import classification_head_state, load_hf
 from rt.model import ClassificationHead, Classifier, MaskedLM, Trace
 from rt.pretrain import mlm_loss
 from rt.tasks import Encoded
@@ -68,7 +68,7 @@ def test_classification_logits_equal_transformers(hf_models, tokenizer):
     base = load_hf(folder)
     assert base.head is None    # the checkpoint has no masked-LM head
     head = ClassificationHead(96, 4)
-    head.load_state_dict(classification_head_state(theirs.state_dict()))
+    head.load_state_dict(classification_head_state(theirs.state_dict(), base.encoder.config))
     sequences = ragged(tokenizer)
     ids, mask = padded(sequences, tokenizer.pad_id)
     with torch.no_grad():

@@ -140,10 +140,10 @@ def test_the_old_delta_must_be_of_the_old_base(recycling, tokenizer):
 
 def test_a_teacher_with_another_tokenizer_is_refused(recycling):
     class Other:
-        fingerprint = "another"
+        fingerprint = vocabulary = "another"
     recycling.old_base.tokenizer = Other
     recycling.old_delta.info["tokenizer"] = "another"
-    with pytest.raises(UsageError, match="one tokenizer"):
+    with pytest.raises(UsageError, match="one vocabulary"):
         recycle(recycling, "distill")
 
 
@@ -228,9 +228,9 @@ def test_a_chain_recycles_the_recycled_delta_and_direct_the_first(recycling, bas
 def test_scratch_in_a_chain_is_one_run_a_base(recycling, bases):
     assert [(s.base, s.route) for s in chain(recycling, "scratch", bases)] == [("M1", None), ("M2", None), ("M3", None)]
     class Other:
-        fingerprint = "another"
+        fingerprint = vocabulary = "another"
     bases["M2"].tokenizer = Other
-    with pytest.raises(UsageError, match="one tokenizer"):
+    with pytest.raises(UsageError, match="one vocabulary"):
         next(chain(recycling, "scratch", bases))
 
 

@@ -1,0 +1,444 @@
+"""Checkpoints of other libraries, in and out: the same logits here and in the installed transformers and PEFT, for four families."""
+import json
+import pickle
+import warnings
+from dataclasses import replace
+
+import pytest
+import tokenizers
+import torch
+from conftest import command, write_task
+from safetensors.torch import load_file, save_file
+from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
+
+from rt.checkpoint import StaleDelta, load_base, save_base
+from rt.config import UsageError
+from rt.data import read_documents, sequences_batch
+from rt.deltas import DeltaConfig, apply, attach, extract, load_delta, save_delta
+from rt.hf import export_hf, load_hf
+from rt.hub import open_base, open_delta
+from rt.model import MaskedLM
+from rt.peft import export_peft
+from rt.tasks import Example, encode
+from rt.tokenizer import Tokenizer
+from rt.tune import predict
+
+transformers = pytest.importorskip("transformers")
+FAMILIES = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert", "bert": "Bert"}
+TEXTS = [("Returns the complete graph.", None), ("A directed graph is an ordered pair of sets", "nodes and edges, without loops"),
+         ("x", "y"), ("The shortest path between two nodes of a weighted graph, by Dijkstra's algorithm and a heap.", None)]
+LABELS = ("entailment", "neutral", "contradiction")
+
+
+def wordpiece(texts) -> Tokenizer:
+    backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    backend.train_from_iterator(texts, trainers.WordPieceTrainer(
+        vocab_size=400, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], show_progress=False))
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0", pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    return Tokenizer(backend)
+
+
+def sentencepiece(texts) -> Tokenizer:
+    backend = tokenizers.Tokenizer(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    backend.train_from_iterator(texts, trainers.UnigramTrainer(
+        vocab_size=400, unk_token="<unk>", special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"], show_progress=False))
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+    return Tokenizer(backend)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_of(graphs, tokenizer):
+    texts = list(read_documents(graphs / "corpus" / "heldout.jsonl"))
+    unigram = sentencepiece(texts)
+    return {"roberta": tokenizer, "xlm-roberta": unigram, "camembert": unigram, "bert": wordpiece(texts)}
+
+
+def theirs(family: str, task: str, tokenizer: Tokenizer, seed: int = 0, std: float = 0.2, **more):
+    """A random model of transformers whose every weight matters, in evaluation mode."""
+    settings = dict(vocab_size=tokenizer.vocab_size, hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=80,
+                    max_position_embeddings=64 if family == "bert" else 66, type_vocab_size=2 if family == "bert" else 1,
+                    pad_token_id=tokenizer.pad_id, layer_norm_eps=1e-12 if family == "bert" else 1e-5, **more)
+    torch.manual_seed(seed)
+    config = getattr(transformers, FAMILIES[family] + "Config")(**settings)
+    model = getattr(transformers, f"{FAMILIES[family]}For{task}")(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * std)
+    return model
+
+
+def saved(model, tokenizer: Tokenizer, folder, **options):
+    model.save_pretrained(folder, **options)
+    tokenizer.save(folder)
+    return folder
+
+
+def inputs(tokenizer: Tokenizer) -> dict[str, torch.Tensor]:
+    """TEXTS for transformers: padded, token types by the tokenizer's own template."""
+    backend = tokenizer.framed()
+    encoded = [backend.encode(a) if b is None else backend.encode(a, b) for a, b in TEXTS]
+    longest = max(len(e.ids) for e in encoded)
+    rows = {"input_ids": [e.ids + [tokenizer.pad_id] * (longest - len(e.ids)) for e in encoded],
+            "attention_mask": [[1] * len(e.ids) + [0] * (longest - len(e.ids)) for e in encoded],
+            "token_type_ids": [e.type_ids + [0] * (longest - len(e.ids)) for e in encoded]}
+    if tokenizer.separators == 2:
+        del rows["token_type_ids"]      # as RoBERTa's tokenizers: all 0
+    return {k: torch.tensor(v) for k, v in rows.items()}
+
+
+def our_sequences(tokenizer: Tokenizer) -> list[list[int]]:
+    return encode([Example(a, b, None, "") for a, b in TEXTS], (), tokenizer, 64).sequences
+
+
+def logits_of(model, tokenizer: Tokenizer) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs(tokenizer)).logits
+
+
+def our_logits(base, delta) -> torch.Tensor:
+    return predict(apply(base, delta), our_sequences(base.tokenizer), torch.device("cpu"), torch.float32)
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    assert b.std() > 0.05
+    assert (a - b).abs().max() < 1e-5 * max(1, b.abs().max())
+
+
+def trained(base, config: DeltaConfig, labels=LABELS, seed: int = 1):
+    """A delta of random content."""
+    model = attach(base, config, len(labels) or 1, seed)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.1)
+    return extract(model, base, config, {"task": "t", "labels": list(labels)})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_masked_lm_in_and_out(family, tokenizer_of, tmp_path):
+    tokenizer = tokenizer_of[family]
+    model = theirs(family, "MaskedLM", tokenizer)
+    base = open_base(str(saved(model, tokenizer, tmp_path / "in")))
+    mask = inputs(tokenizer)["attention_mask"].bool()
+    sequences = our_sequences(tokenizer)
+    assert sequences == [row[m].tolist() for row, m in zip(inputs(tokenizer)["input_ids"], mask)]
+    expected = logits_of(model, tokenizer)[mask]
+    with torch.no_grad():
+        close(MaskedLM(base.encoder, base.head).eval()(sequences_batch(sequences)), expected)
+    # ours on disk, opened again, out, and loaded by transformers
+    save_base(tmp_path / "ours", MaskedLM(base.encoder, base.head), tokenizer, {})
+    assert export_hf(tmp_path / "out", load_base(tmp_path / "ours")) == "AutoModelForMaskedLM"
+    again, info = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and type(again) is type(model)
+    close(logits_of(again.eval(), tokenizer)[mask], expected)
+    assert load_hf(tmp_path / "out").fingerprint == base.fingerprint or family == "bert"    # BERT's folded types: to rounding
+    theirs_of = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for (a, b), ids in zip(TEXTS, sequences):
+        encoded = theirs_of(a, b) if b else theirs_of(a)
+        assert encoded["input_ids"] == ids and ("token_type_ids" in encoded) == (family == "bert")
+    assert theirs_of.mask_token_id == tokenizer.mask_id and theirs_of.model_max_length == 64
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tuned_classifier_becomes_a_full_delta_and_goes_back(family, tokenizer_of, tmp_path):
+    tokenizer = tokenizer_of[family]
+    base = open_base(str(saved(theirs(family, "MaskedLM", tokenizer), tokenizer, tmp_path / "base")))
+    model = theirs(family, "SequenceClassification", tokenizer, seed=1, id2label=dict(enumerate(LABELS)),
+                   label2id={name: i for i, name in enumerate(LABELS)})
+    delta = open_delta(str(saved(model, tokenizer, tmp_path / "tuned")), base, task="nli")
+    assert delta.config.kind == "full" and delta.labels == LABELS and delta.info["task"] == "nli"
+    expected = logits_of(model, tokenizer)
+    save_delta(tmp_path / "delta", delta)
+    delta = load_delta(tmp_path / "delta")
+    close(our_logits(base, delta), expected)
+    assert export_hf(tmp_path / "out", base, delta) == "AutoModelForSequenceClassification"
+    again, info = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and type(again) is type(model)
+    close(logits_of(again.eval(), tokenizer), expected)
+    assert again.config.id2label == dict(enumerate(LABELS)) and again.config.label2id["neutral"] == 1
+
+
+def test_the_order_of_labels_is_the_tasks_or_the_models_as_asked(tokenizer_of, tmp_path):
+    tokenizer = tokenizer_of["roberta"]
+    base = open_base(str(saved(theirs("roberta", "MaskedLM", tokenizer), tokenizer, tmp_path / "base")))
+    delta = trained(base, DeltaConfig("lora"))
+    turned = delta.ordered(("neutral", "contradiction", "entailment"))
+    assert torch.equal(our_logits(base, turned), our_logits(base, delta)[:, [1, 2, 0]]) and turned.labels[0] == "neutral"
+    assert delta.ordered(LABELS) is delta and delta.ordered(("yes", "no")) is delta
+
+
+@pytest.mark.parametrize("kind", ["lora", "bitfit", "full"])
+def test_deltas_learned_here_are_merged_for_transformers(kind, base, tmp_path):
+    delta = trained(base, DeltaConfig(kind, target_modules=("query", "value", "attention.output.dense")))
+    export_hf(tmp_path / "out", base, delta)
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    close(logits_of(again, base.tokenizer), our_logits(base, delta))
+
+
+def test_a_regression_goes_both_ways(tokenizer_of, tmp_path):
+    tokenizer = tokenizer_of["bert"]
+    base = open_base(str(saved(theirs("bert", "MaskedLM", tokenizer), tokenizer, tmp_path / "base")))
+    model = theirs("bert", "SequenceClassification", tokenizer, num_labels=1)
+    delta = open_delta(str(saved(model, tokenizer, tmp_path / "tuned")), base)
+    assert delta.labels == ()
+    export_hf(tmp_path / "out", base, delta)
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    close(logits_of(again, tokenizer), logits_of(model, tokenizer))
+    assert again.config.num_labels == 1 and again.config.problem_type == "regression"
+
+
+@pytest.mark.parametrize("family", ["roberta", "bert"])
+@pytest.mark.parametrize("kind", ["shards", "bin", "bin shards"])
+def test_shards_and_weights_only_files_give_the_same_base(family, kind, tokenizer_of, tmp_path):
+    tokenizer = tokenizer_of[family]
+    model = theirs(family, "MaskedLM", tokenizer)
+    whole = load_hf(saved(model, tokenizer, tmp_path / "whole"))
+    folder = saved(model, tokenizer, tmp_path / "parts", max_shard_size="60KB") if kind == "shards" else tmp_path / "parts"
+    if kind != "shards":
+        folder.mkdir()
+        (folder / "config.json").write_text((tmp_path / "whole" / "config.json").read_text())
+        tokenizer.save(folder)
+        # BERT's old names, as in google-bert/bert-base-uncased
+        state = {k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta") if family == "bert" else k: v
+                 for k, v in model.state_dict().items()}
+        halves = [dict(list(state.items())[i::2]) for i in range(2)] if kind == "bin shards" else [state]
+        for i, half in enumerate(halves):
+            torch.save(half, folder / (f"pytorch_model-{i}.bin" if kind == "bin shards" else "pytorch_model.bin"))
+        if kind == "bin shards":
+            (folder / "pytorch_model.bin.index.json").write_text(json.dumps(
+                {"weight_map": {k: f"pytorch_model-{i}.bin" for i, half in enumerate(halves) for k in half}}))
+    assert not (folder / "model.safetensors").exists()
+    assert load_hf(folder).fingerprint == whole.fingerprint and load_hf(folder).head is not None
+
+
+def test_a_fresh_head_on_bert_begins_with_the_pooler(tokenizer_of, tmp_path):
+    tokenizer = tokenizer_of["bert"]
+    model = theirs("bert", "PreTraining", tokenizer)
+    base = open_base(str(saved(model, tokenizer, tmp_path / "base")))
+    head = attach(base, DeltaConfig("full"), 3, seed=0).head
+    assert torch.equal(head.dense.weight, model.bert.pooler.dense.weight) and torch.equal(head.dense.bias, model.bert.pooler.dense.bias)
+
+
+PEFT_SETTINGS = {"default": dict(target_modules=["query", "value"]), "all": dict(target_modules=["query", "key", "value", "dense"]),
+                 "rslora": dict(target_modules=["key", "intermediate.dense"], use_rslora=True), "regex": dict(target_modules=r".*\.query")}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["roberta", "bert"])
+@pytest.mark.parametrize("settings", PEFT_SETTINGS)
+def test_peft_lora_in_and_out(family, settings, tokenizer_of, tmp_path):
+    peft = pytest.importorskip("peft")
+    tokenizer = tokenizer_of[family]
+    folder = saved(theirs(family, "PreTraining" if family == "bert" else "MaskedLM", tokenizer), tokenizer, tmp_path / "base")
+
+    def on_base():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+
+    torch.manual_seed(2)
+    model = peft.get_peft_model(on_base(), peft.LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=6, lora_dropout=0.1,
+                                                           **PEFT_SETTINGS[settings])).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.2)
+    model.save_pretrained(tmp_path / "adapter")
+    expected = logits_of(model, tokenizer)
+    base = open_base(str(folder))
+    delta = open_delta(str(tmp_path / "adapter"), base, LABELS)
+    assert delta.config.kind == "lora" and delta.config.r == 4
+    close(our_logits(base, delta), expected)
+    assert export_peft(tmp_path / "out", base, str(folder), delta) == str(folder)
+    again = peft.PeftModel.from_pretrained(on_base(), tmp_path / "out").eval()
+    close(logits_of(again, tokenizer), expected)
+    assert open_delta(str(tmp_path / "out"), base).labels == LABELS
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("targets", [("query", "value"), ("output.dense",), ("value", "output.dense", "attention.output.dense")])
+def test_a_lora_learned_here_goes_to_peft_with_its_base(base, targets, tmp_path):
+    peft = pytest.importorskip("peft")
+    save_base(tmp_path / "ours", MaskedLM(base.encoder, base.head), base.tokenizer, {})
+    delta = trained(base, DeltaConfig("lora", r=3, lora_alpha=5.0, target_modules=targets))
+    assert export_peft(tmp_path / "out", base, str(tmp_path / "ours"), delta) == tmp_path / "out" / "base"
+    model = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    close(logits_of(model, base.tokenizer), our_logits(base, delta))
+    assert model.config.id2label == dict(enumerate(LABELS))
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out" / "base")(*TEXTS[2])["input_ids"] == our_sequences(base.tokenizer)[2]
+
+
+def test_what_is_not_supported_is_named(tokenizer_of, tmp_path):
+    tokenizer = tokenizer_of["roberta"]
+    model = theirs("roberta", "MaskedLM", tokenizer)
+    folder = saved(model, tokenizer, tmp_path / "base")
+    facts = json.loads((folder / "config.json").read_text())
+    for change, words in (({"model_type": "electra"}, "'electra' is not supported, only roberta, xlm-roberta, camembert, bert"),
+                          ({"hidden_act": "relu"}, "hidden_act 'relu'"), ({"position_embedding_type": "relative_key"}, "relative_key"),
+                          ({"is_decoder": True}, "is_decoder True"), ({"vocab_size": None}, "vocab_size"),
+                          ({"num_hidden_layers": 1}, "encoder.layer.1")):
+        (folder / "config.json").write_text(json.dumps(facts | change))
+        with pytest.raises(UsageError, match=words):
+            load_hf(folder)
+    (folder / "config.json").write_text(json.dumps(facts))
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"lm_head.decoder.weight": torch.zeros(tokenizer.vocab_size, 48)}, folder / "model.safetensors")
+    with pytest.raises(UsageError, match="scoring weights of its own"):
+        load_hf(folder)
+    del weights["roberta.encoder.layer.1.output.dense.bias"]
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(UsageError, match="no tensor encoder.layer.1.output.dense.bias"):
+        load_hf(folder)
+
+
+def test_a_tuned_model_that_does_not_fit_its_base_is_named(tokenizer_of, tmp_path):
+    tokenizer = tokenizer_of["roberta"]
+    base = open_base(str(saved(theirs("roberta", "MaskedLM", tokenizer), tokenizer, tmp_path / "base")))
+    folder = saved(theirs("roberta", "SequenceClassification", tokenizer, num_labels=2), tokenizer, tmp_path / "tuned")
+    assert open_delta(str(folder), base).labels == ("0", "1") and open_delta(str(folder), base, ("no", "yes")).labels == ("no", "yes")
+    for labels in (("no",), ("no", "no"), ("a", "b", "c")):
+        with pytest.raises(UsageError, match="for a head of 2 outputs"):
+            open_delta(str(folder), base, labels)
+    with pytest.raises(UsageError, match="no head for sequence classification"):
+        open_delta(str(tmp_path / "base"), base)
+    tokenizer_of["xlm-roberta"].save(folder)
+    with pytest.raises(UsageError, match="another vocabulary than the base's"):
+        open_delta(str(folder), base)
+    (folder / "tokenizer.json").unlink()
+    assert open_delta(str(folder), base).labels == ("0", "1")
+    facts = json.loads((folder / "config.json").read_text())
+    for change, words in (({"problem_type": "multi_label_classification"}, "multi_label_classification"),
+                          ({"num_attention_heads": 4}, "num_heads 4, the base has 3")):
+        (folder / "config.json").write_text(json.dumps(facts | change))
+        with pytest.raises(UsageError, match=words):
+            open_delta(str(folder), base)
+    with pytest.raises(UsageError, match="nothing tuned there"):
+        open_delta(str(tmp_path), base)
+
+
+def lora_folder(folder, base, change: dict | None = None, drop: str = "", add: dict | None = None):
+    """An exported adapter, spoilt."""
+    export_peft(folder, base, "a/base", trained(base, DeltaConfig("lora", r=2)))
+    facts = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(facts | (change or {})))
+    weights = {k: v for k, v in load_file(folder / "adapter_model.safetensors").items() if not drop or drop not in k}
+    save_file(weights | (add or {}), folder / "adapter_model.safetensors")
+    return str(folder)
+
+
+@pytest.mark.parametrize("change, drop, add, words", [
+    ({"use_dora": True}, "", None, "use_dora True is not supported"), ({"r": 3}, "", None, "has rank 2"),
+    ({"bias": "all"}, "", None, "bias 'all' is not supported, only 'none'"),
+    ({"peft_type": "IA3"}, "", None, "'IA3' is not supported, only 'LORA'"), ({"task_type": "TOKEN_CLS"}, "", None, "TOKEN_CLS"),
+    ({"rank_pattern": {"query": 4}}, "", None, "rank_pattern"), ({"init_lora_weights": "pissa"}, "", None, "pissa"),
+    ({"a_new_setting": 3}, "", None, "a_new_setting 3"), ({"r": 0}, "", None, "with peft_type, r and lora_alpha"),
+    ({}, "layer.1.attention.self.query.", None, "only some of the 2 layers"),
+    ({}, "layer.0.attention.self.query.lora_A", None, "only one of lora_A"),
+    ({}, "classifier", None, "holds no classifier.dense"), ({}, "lora_", None, "no factors at all"),
+    ({}, "", {"base_model.model.roberta.embeddings.word_embeddings.weight": torch.zeros(2, 2)}, "word_embeddings.weight is not supported"),
+    ({}, "", {f"base_model.model.roberta.encoder.layer.9.output.dense.lora_{x}.weight": torch.zeros(2, 2) for x in "AB"}, "layer.9")])
+def test_an_adapter_that_cannot_be_used_is_named(change, drop, add, words, base, tmp_path):
+    with pytest.raises(UsageError, match=words):
+        open_delta(lora_folder(tmp_path / "a", base, change, drop, add), base)
+
+
+def test_what_cannot_be_exported_is_named(base, other_base, tmp_path):
+    with pytest.raises(UsageError, match="adapter cannot be merged"):
+        export_hf(tmp_path / "out", base, trained(base, DeltaConfig("adapter")))
+    with pytest.raises(UsageError, match="for a delta of kind lora, this is full; --to hf merges it"):
+        export_peft(tmp_path / "out", base, "x", trained(base, DeltaConfig("full")))
+    for export in (lambda d: export_hf(tmp_path / "out", other_base, d), lambda d: export_peft(tmp_path / "out", other_base, "x", d)):
+        with pytest.raises(StaleDelta):
+            export(trained(base, DeltaConfig("lora")))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("all I have")
+    with pytest.raises(UsageError, match="holds other things"):
+        export_hf(tmp_path / "full", base)
+    assert not (tmp_path / "out").exists() and (tmp_path / "full" / "thesis.tex").read_text() == "all I have"
+
+
+@pytest.mark.parametrize("place", ["../model-1.safetensors", "/etc/passwd", "shard.pkl", 7])
+def test_an_index_that_leads_out_of_the_folder_is_refused(place, tokenizer_of, tmp_path):
+    folder = saved(theirs("roberta", "MaskedLM", tokenizer_of["roberta"]), tokenizer_of["roberta"], tmp_path / "base")
+    (folder / "model.safetensors").rename(tmp_path / "model-1.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"roberta.embeddings.LayerNorm.bias": place}}))
+    with pytest.raises(UsageError, match="shard beside it|weight_map"):
+        load_hf(folder)
+
+
+def test_shards_that_are_missing_or_incomplete_are_named(tokenizer_of, tmp_path):
+    tokenizer = tokenizer_of["roberta"]
+    folder = saved(theirs("roberta", "MaskedLM", tokenizer), tokenizer, tmp_path / "base", max_shard_size="60KB")
+    shard = sorted(folder.glob("model-*.safetensors"))[0]
+    weights = load_file(shard)
+    save_file(dict(list(weights.items())[1:]), shard)
+    with pytest.raises(UsageError, match="the shards do not hold"):
+        load_hf(folder)
+    shard.unlink()
+    with pytest.raises(UsageError, match="the shard is missing"):
+        load_hf(folder)
+
+
+def test_an_adapters_pickle_runs_nothing(base, tmp_path):
+    folder = tmp_path / "a"
+    lora_folder(folder, base)
+    (folder / "adapter_model.safetensors").unlink()
+
+    class Bomb:
+        def __reduce__(self):
+            return exec, (f"open({str(tmp_path / 'exploded')!r}, 'w')",)
+
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps({"w": Bomb()}))
+    with pytest.raises(UsageError, match="not a weights-only PyTorch file"):
+        open_delta(str(folder), base)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_fine_tune_is_recycled_on_a_continued_model_and_leaves_as_one(tokenizer_of, graphs, tmp_path):
+    """The command lines: RoBERTa, a fine-tune of it, a continued RoBERTa, and back; also from BERT's side the import alone."""
+    tokenizer = tokenizer_of["roberta"]
+    old = theirs("roberta", "MaskedLM", tokenizer, std=0.02)
+    saved(old, tokenizer, tmp_path / "old")
+    with torch.no_grad():
+        for p in old.parameters():
+            p.add_(torch.randn_like(p) * 0.01)
+    saved(old, tokenizer, tmp_path / "new")
+    names = {"id2label": {0: "walks", 1: "classes"}, "label2id": {"walks": 0, "classes": 1}}    # not the order of the alphabet
+    saved(theirs("roberta", "SequenceClassification", tokenizer, std=0.1, **names), tokenizer, tmp_path / "tuned")
+    rows = [{"text": f"text number {i}", "label": ("walks", "classes")[i % 2]} for i in range(12)]
+    task = write_task(tmp_path / "task", {"train": rows, "dev": rows[:4], "test": rows})
+    flags = ("--seq_len", 16, "--device", "cpu", "--precision", "fp32")
+    out = command("recycle.py", "--mode", "apply,init", "--old_base", tmp_path / "old", "--old_delta", tmp_path / "tuned", "--base",
+                  tmp_path / "new", "--task", task, "--delta", "same", "--steps", 2, "--eval_every", 1, "--shots", 4, "--seeds", 0,
+                  "--lr", "1e-4", "--out", tmp_path / "recycled", *flags)
+    assert "init" in out and "apply" in out
+    exported = command("train.py", "--mode", "export", "--base", tmp_path / "new", "--delta_dir", tmp_path / "recycled", "--out",
+                       tmp_path / "back")
+    assert exported.startswith("AutoModelForSequenceClassification")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "back").eval()
+    assert model.config.id2label == {0: "classes", 1: "walks"}
+    best = max(json.loads((tmp_path / "recycled" / "summary.json").read_text())["rows"], key=lambda row: row["dev"]["accuracy"])
+    base = open_base(str(tmp_path / "new"))
+    close(logits_of(model, tokenizer), our_logits(base, load_delta(tmp_path / "recycled" / "deltas" / best["run"])))
+    # the same fine-tune as a delta on disk, used directly or imported, says the same
+    scores = ("train.py", "--mode", "eval", "--base", tmp_path / "old", "--task", task, *flags, "--delta_dir")
+    said = command(*scores, tmp_path / "tuned")
+    assert "2 labels (walks, classes)" in command("train.py", "--mode", "import", "--base", tmp_path / "old", "--tuned", tmp_path / "tuned",
+                                                  "--task", "my_task", "--out", tmp_path / "delta")
+    assert json.loads((tmp_path / "delta" / "delta.json").read_text())["info"]["task"] == "my_task"
+    assert said == command(*scores, tmp_path / "delta")
+
+
+def test_a_bert_delta_survives_another_token_type(tokenizer_of, tmp_path):
+    """What a full delta changes in the second token type counts, on pairs alone."""
+    base = open_base(str(saved(theirs("bert", "MaskedLM", tokenizer_of["bert"]), tokenizer_of["bert"], tmp_path / "base")))
+    delta = trained(base, DeltaConfig("full"))
+    without = replace(delta, diffs=delta.diffs | {"embeddings.second_type": torch.zeros(48)})
+    paired = torch.tensor([pair is not None for _, pair in TEXTS])
+    differs = (our_logits(base, delta) != our_logits(base, without)).any(1)
+    assert torch.equal(differs, paired)
