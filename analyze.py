@@ -30,7 +30,7 @@ from rt.deltas import KINDS, Delta, apply, check_fits, load_delta
 from rt.device import pick_device, pick_precision
 from rt.functional import weights_of
 from rt.hub import open_base
-from rt.log import claim, progress, read_rows, table, write_json
+from rt.log import FIGURES, claim, progress, read_rows, table, write_json
 from rt.model import Classifier
 from rt.tasks import Example, Task, encode, load_task
 from rt.tune import TaskData, TuneSettings, chance, encode_task, evaluate
@@ -78,7 +78,8 @@ def main() -> None:
     if c.study == "compatibility" and c.independent:
         raise UsageError("--independent: compatibility follows one lineage; leave it out")
     study, out = STUDIES[c.study], Path(c.out or f"runs/analyze/{c.study}")
-    claim(out, {"rows.jsonl", "summary.json", *(f"{name}.{ending}" for name in figures.OF_STUDY[c.study] for ending in ("png", "svg"))})
+    drawn = {f"{name}.{ending}" for name in figures.OF_STUDY[c.study] for ending in ("png", "svg")}
+    claim(out, {"rows.jsonl", "summary.json", FIGURES, *drawn})
     lab = open_lab(c)
     rows = study.rows(lab)
     first = next(rows)      # what is wrong with the flags of this study shows here, before anything is written

@@ -70,7 +70,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
     yield new
-    for file in (f for f in new.rglob("*") if f.is_file()):
+    for file in filter(Path.is_file, new.rglob("*")):
         with file.open("rb") as f:
             os.fsync(f.fileno())
     shutil.rmtree(old, ignore_errors=True)

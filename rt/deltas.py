@@ -33,7 +33,7 @@ from rt.model import ClassificationHead, Classifier, Encoder, EncoderConfig, Lin
 
 KINDS = ("full", "adapter", "lora", "bitfit", "prefix")
 USED = {"adapter": ("bottleneck",), "lora": ("r", "lora_alpha", "target_modules"), "prefix": ("prefix_len",)}
-FILES = {"delta.safetensors", "delta.json", "metrics.jsonl", "summary.json"}     # the last two are of the run that learned it
+FILES = {"delta.safetensors", "delta.json", "metrics.jsonl", "summary.json", FIGURES}    # the last three are of the run that learned it
 # what PEFT's target_modules mean here: the Linear of a Block, and for the fused qkv which third of its output rows
 TARGETS = {"query": ("qkv", 0), "key": ("qkv", 1), "value": ("qkv", 2), "attention.output.dense": ("attention_output", None),
            "intermediate.dense": ("intermediate", None), "output.dense": ("output", None)}

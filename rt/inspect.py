@@ -64,14 +64,15 @@ def scores(values: dict | None) -> str:
 
 def sizes(e: dict) -> str:
     """Of an encoder, by our names of its sizes."""
-    return (f"{e.get('num_layers')} layers x {e.get('hidden_size')}, {e.get('num_heads')} heads, FFN {e.get('ffn_size')}, "
-            f"{e.get('vocab_size')} words, up to {e.get('max_len')} tokens")
+    return (f"{e.get('model_type', 'roberta')}, {e.get('num_layers')} layers x {e.get('hidden_size')}, {e.get('num_heads')} heads, "
+            f"FFN {e.get('ffn_size')}, {e.get('vocab_size')} words, up to {e.get('max_len')} tokens")
 
 
 def encoder_count(e: dict) -> int:
     """Numbers in the weights of rt.model.Encoder."""
-    d, ffn = e["hidden_size"], e["ffn_size"]
-    return (e["vocab_size"] + e["max_len"] + e["pad_id"] + 3) * d + e["num_layers"] * (4 * d * d + 2 * d * ffn + 9 * d + ffn)
+    d, ffn, is_bert = e["hidden_size"], e["ffn_size"], e.get("model_type") == "bert"
+    rows = e["vocab_size"] + e["max_len"] + (1 if is_bert else e["pad_id"] + 1) + 2     # of BERT the second token type; the layer norm
+    return rows * d + e["num_layers"] * (4 * d * d + 2 * d * ffn + 9 * d + ffn)
 
 
 def made_by(facts: dict) -> dict[str, str]:
@@ -122,15 +123,15 @@ def delta(folder: Path) -> dict[str, str]:
     info, kind = facts.get("info", {}), facts.get("kind")
     settings = "".join(f", {name} {listed(v) if isinstance(v := facts.get(name), list) else v}" for name in SETTINGS.get(kind, ()))
     trained, whole = count(tensors, "diffs.", "modules."), encoder_count(info["encoder"]) if info.get("encoder") else 0
-    learned = "by tuning" if info.get("mode") is None else f"by recycling, {info['mode']}"
+    how = "by tuning" if info.get("mode") is None else f"by recycling, {info['mode']}"
     few = f"{info['shots']} examples a label" if info.get("shots") else "all examples"
+    learned = f"elsewhere, imported from {info['source']}" if "source" in info else f"{how}, seed {info.get('seed')}, {few}"
     labels = info.get("labels") or []
     return {"is": f"a delta ({facts.get('format')}): {kind}{settings}",
             "size": f"{trained:,} parameters" + (f", {trained / whole:.2%} of the encoder's" if whole else "")
                     + f", and a head of {count(tensors, 'head.'):,}; {disk(folder.iterdir())}",
             "task": f"{info.get('task')}: " + (f"{len(labels)} labels: {listed(labels)}" if labels else "a regression"),
-            "learned": f"{learned}, seed {info.get('seed')}, {few}",
-            "dev": scores(info.get("dev")) + (f", at step {info['step']}" if info.get("step") is not None else ""),
+            "learned": learned, "dev": scores(info.get("dev")) + (f", at step {info['step']}" if info.get("step") is not None else ""),
             "test": scores(info.get("test")),
             "base": f"{base_of(folder, info)}; {sizes(info.get('encoder', {}))}",
             "fingerprints": f"of the base {info.get('base')}, of the tokenizer {info.get('tokenizer')}",
@@ -161,11 +162,17 @@ def run_folder(folder: Path) -> dict[str, str]:
 
 # --- of others --------------------------------------------------------------------------------------------------------
 
+def weight_files(path: Path) -> list[Path]:
+    """The file, or the shards beside it that its index names; none where there is neither."""
+    index = path.with_name(f"{path.name}.index.json")
+    if path.exists() or not index.exists():
+        return [path] * path.exists()
+    return sorted({path.with_name(Path(name).name) for name in read_json(index)["weight_map"].values()})
+
+
 def hugging_face(folder: Path) -> dict[str, str]:
     c = read_json(folder / "config.json")
-    index = folder / "model.safetensors.index.json"
-    files = sorted({folder / name for name in read_json(index).get("weight_map", {}).values()}) if index.exists() else \
-        [path for path in (folder / "model.safetensors", folder / "pytorch_model.bin") if path.exists()][:1]
+    files = next(filter(None, (weight_files(folder / stem) for stem in ("model.safetensors", "pytorch_model.bin"))), [])
     whole = bool(files) and files[0].suffix == ".safetensors"
     tensors = {name: t for path in files for name, t in header(path).items()} if whole else {}
     parts = [what for what, words in (("masked-LM head", ("lm_head", "cls.predictions")), ("classifier", ("classifier",)),
@@ -174,7 +181,7 @@ def hugging_face(folder: Path) -> dict[str, str]:
     texts = sorted(f.name for f in folder.iterdir() if f.name.startswith(("tokenizer", "vocab", "merges", "sentencepiece")))
     ours = {"num_layers": c.get("num_hidden_layers"), "num_heads": c.get("num_attention_heads"), "ffn_size": c.get("intermediate_size"),
             "max_len": c.get("max_position_embeddings")}
-    return {"is": f"a Hugging Face checkpoint: {c.get('model_type')}, {', '.join(c.get('architectures') or ['no architecture named'])}",
+    return {"is": f"a Hugging Face checkpoint: {', '.join(c.get('architectures') or ['no architecture named'])}",
             "size": f"{count(tensors):,} parameters, " * whole + f"{disk(files)} in {len(files)} weight file{'s' * (len(files) != 1)}",
             "architecture": sizes(c | ours).replace("tokens", "positions"),
             "holds": ", ".join(["encoder", *parts]) if whole else "unknown: not in safetensors' format" if files else "no weights",

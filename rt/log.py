@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from rt.config import UsageError
 
-FIGURES = "figures"     # in a run's folder: what rt/plot.py drew of it, which may be there whatever is done next
+FIGURES = "figures"     # in a run's folder what rt/plot.py drew of it: in nobody's way, and left where it is
 
 def write_json(path: Path, value: Any) -> None:
     """Written beside and renamed, so that a reader sees the old file or the new one, never half."""
@@ -42,14 +42,9 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 
-def strangers(folder: Path, known: set[str]) -> set[str]:
-    """What `folder` holds beside `known` names and the figures of rt/plot.py."""
-    return {f.name for f in folder.iterdir()} - known - {FIGURES} if folder.is_dir() else set()
-
-
 def claim(folder: Path, known: set[str]) -> None:
     """UsageError where `folder` holds anything but `known` names: what is about to be written would destroy or mix with it."""
-    strange = strangers(folder, known)
+    strange = {f.name for f in folder.iterdir()} - known if folder.is_dir() else set()
     if strange or folder.resolve() == Path.cwd():
         raise UsageError(f"{folder} holds other things ({', '.join(sorted(strange)[:3])}): give another --out")
 

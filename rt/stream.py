@@ -11,7 +11,7 @@ import numpy as np
 
 from rt.config import UsageError
 from rt.data import Rows
-from rt.log import read_json, strangers
+from rt.log import FIGURES, read_json
 from rt.tokenizer import Tokenizer
 
 
@@ -19,7 +19,7 @@ def has_work(out: Path, settings: dict, resume: bool) -> bool:
     """Whether a run with these settings is to begin in `out`, or to go on: False where it is complete. UsageError where it would
     overwrite something, or go on with other settings."""
     if not (out / "config.json").exists():
-        if strangers(out, set()):
+        if out.is_dir() and {f.name for f in out.iterdir()} - {FIGURES}:
             raise UsageError(f"{out} holds other things than a stream of bases: give another --out")
         return True
     begun = read_json(out / "config.json")

@@ -3,6 +3,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from rt import deltas
 from rt.checkpoint import save_base
 from rt.config import UsageError, run
 from rt.inspect import SETTINGS, encoder_count, header, inspect, main
-from rt.model import MaskedLM
+from rt.model import PRESETS, Encoder, EncoderConfig, MaskedLM
 
 LABELS = [f"label{i}" for i in range(10)]
 
@@ -49,7 +50,7 @@ def test_a_base_and_its_lineage(run_home, tokenizer):
     base = random_base(tokenizer)
     encoder, head = (sum(p.numel() for p in module.parameters()) for module in (base.encoder, base.head))
     assert facts["is"] == "a base (rt-base-1)" and f"{encoder + head:,} parameters (encoder {encoder:,})" in facts["size"]
-    assert facts["architecture"] == f"2 layers x 64, 2 heads, FFN 128, {tokenizer.vocab_size} words, up to 128 tokens"
+    assert facts["architecture"] == f"roberta, 2 layers x 64, 2 heads, FFN 128, {tokenizer.vocab_size} words, up to 128 tokens"
     assert facts["lineage"] == "M2 <- M1 <- M0 <- a random start" and facts["trained"] == "on rev, 4 steps of 4"
     assert facts["held out"] == "loss (accuracy): bio 5.125 (0.250), rev 6.500 (0.125)"
     assert meta["fingerprint"] in facts["fingerprint"] and tokenizer.fingerprint in facts["fingerprint"]
@@ -84,7 +85,7 @@ def test_a_delta_and_the_base_it_was_learned_on(run_home, tokenizer, tmp_path):
     assert facts["task"] == "sick: 10 labels: " + ", ".join(LABELS[:8]) + " and 2 more"
     assert facts["learned"] == "by tuning, seed 3, 16 examples a label"
     assert facts["dev"] == "accuracy 0.500, macro_f1 0.250, at step 25" and facts["test"] == "accuracy 0.438"
-    assert facts["base"].startswith(f"{run_home / 'M1'}; 2 layers x 64") and facts["made by"] == "train.py --mode tune"
+    assert facts["base"].startswith(f"{run_home / 'M1'}; roberta, 2 layers x 64") and facts["made by"] == "train.py --mode tune"
     assert json.loads((run_home / "M1" / "meta.json").read_text())["fingerprint"] in facts["fingerprints"]
     shutil.copytree(run_home / "deltas" / "M1-sick", tmp_path / "a" / "b")
     assert inspect(tmp_path / "a" / "b")["base"].startswith("not found")
@@ -96,12 +97,15 @@ def test_a_delta_and_the_base_it_was_learned_on(run_home, tokenizer, tmp_path):
     facts = inspect(tmp_path / "a" / "b")
     assert facts["learned"] == "by recycling, init, seed 3, all examples" and facts["task"] == "sick: a regression"
     assert facts["base"].startswith(str(run_home / "M1"))
+    path.write_text(json.dumps(about | {"info": {**about["info"], "source": "my-finetune"}}))
+    assert inspect(tmp_path / "a" / "b")["learned"] == "elsewhere, imported from my-finetune"
 
 
 def test_the_settings_shown_are_those_that_a_kind_uses(tokenizer):
     assert SETTINGS == deltas.USED
-    base = random_base(tokenizer)
-    assert encoder_count(vars(base.encoder.config)) == sum(p.numel() for p in base.encoder.parameters())
+    for family in ("roberta", "bert"):
+        encoder = Encoder(EncoderConfig(tokenizer.vocab_size, pad_id=tokenizer.pad_id, model_type=family, sep_id=2, **PRESETS["tiny"]))
+        assert encoder_count(asdict(encoder.config)) == sum(p.numel() for p in encoder.parameters())
 
 
 def test_a_run_lists_what_it_holds(run_home, tmp_path):
@@ -121,17 +125,18 @@ def test_checkpoints_of_transformers_and_peft(tmp_path):
     tuned = transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**sizes, **names))
     tuned.save_pretrained(tmp_path / "tuned")
     facts = inspect(tmp_path / "tuned")
-    assert facts["is"] == "a Hugging Face checkpoint: roberta, RobertaForSequenceClassification" and facts["labels"] == "no, maybe, yes"
+    assert facts["is"] == "a Hugging Face checkpoint: RobertaForSequenceClassification" and facts["labels"] == "no, maybe, yes"
     assert f"{sum(p.numel() for p in tuned.parameters()):,} parameters" in facts["size"] and "1 weight file" in facts["size"]
-    assert facts["architecture"].startswith("2 layers x 16, 2 heads, FFN 32, 90 words") and facts["holds"] == "encoder, classifier"
+    assert facts["architecture"].startswith("roberta, 2 layers x 16, 2 heads, FFN 32, 90 words") and facts["holds"] == "encoder, classifier"
     masked = transformers.BertForMaskedLM(transformers.BertConfig(**sizes))
     masked.save_pretrained(tmp_path / "masked", max_shard_size="10KB")
     facts = inspect(tmp_path / "masked")
     assert f"{sum(p.numel() for p in masked.parameters()):,} parameters" in facts["size"] and facts["holds"] == "encoder, masked-LM head"
     assert len(list((tmp_path / "masked").glob("*.safetensors"))) > 1 and facts["labels"] == "none"
-    torch.save({}, tmp_path / "masked" / "pytorch_model.bin")
     for path in (tmp_path / "masked").glob("*.safetensors*"):
         path.unlink()
+    assert inspect(tmp_path / "masked")["holds"] == "no weights"
+    torch.save({}, tmp_path / "masked" / "pytorch_model.bin")
     assert inspect(tmp_path / "masked")["holds"] == "unknown: not in safetensors' format"
     lora = peft.LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=32, use_rslora=True, target_modules=["query", "value"])
     peft.get_peft_model(tuned, lora).save_pretrained(tmp_path / "peft")

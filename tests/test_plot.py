@@ -265,13 +265,13 @@ def test_equal_rows_give_equal_files(tmp_path):
     assert a == b
 
 
-def test_figures_are_nobodys_stranger(tmp_path):
+def test_figures_are_in_nobodys_way(tmp_path):
     """tests/test_cli.py and test_analyze.py draw, and go on in the same folders."""
     (tmp_path / FIGURES).mkdir()
-    claim(tmp_path, set())
+    claim(tmp_path, {FIGURES})
     assert has_work(tmp_path, {}, resume=False)
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(UsageError, match="thesis.tex"):
-        claim(tmp_path, set())
+    with pytest.raises(UsageError, match="figures, thesis.tex"):
+        claim(tmp_path, set())      # where no run is, as in exporting, they are somebody's
     with pytest.raises(UsageError, match="holds other things than a stream of bases"):
         has_work(tmp_path, {}, resume=False)
