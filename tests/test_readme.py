@@ -146,7 +146,7 @@ def stage(folder: Path, corpus: list[str], tokenizer) -> None:
 def test_flags_and_functions_that_the_pages_name_are_there():
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     place = r"((?:rt|kernels|data|tests|bench|results|docs)/[\w./-]*\w)"
-    for path in re.findall(r"(?<!--json )" + place, text):      # not what a command is to write
+    for path in re.findall(r"(?<![\w/])(?<!--json )" + place, text):      # not what a command is to write
         assert (ROOT / path).exists() or (ROOT / f"{path}.py").exists(), path
     named = re.findall(place + r": (\w+(?:, \w+)*)(?=[`;]|$)", text.replace(TREE, ""), re.M)
     assert len(named) > 15
