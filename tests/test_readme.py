@@ -156,7 +156,8 @@ def test_flags_and_functions_that_the_pages_name_are_there():
     import analyze
     import recycle
     import train
-    known = {name for script in (train, recycle, analyze) for name in vars(parse(script.Config, []))}
+    from bench import cell
+    known = {name for script in (train, recycle, analyze, cell) for name in vars(parse(script.Config, []))}
     for page in PAGES[:1]:
         for words in (w for _, marker, language, code in blocks() if language == "sh" and not marker.startswith("run by")
                       for w in commands(code)):
