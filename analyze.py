@@ -23,14 +23,14 @@ from typing import Callable, Iterator
 import torch
 
 from data.sources import task_path
-from rt import paths, plot, similarity
+from rt import figures, paths, similarity
 from rt.checkpoint import Base, StaleDelta
 from rt.config import UsageError, parse, record, require_positive, require_seeds, run
 from rt.deltas import KINDS, Delta, apply, check_fits, load_delta
 from rt.device import pick_device, pick_precision
 from rt.functional import weights_of
 from rt.hub import open_base
-from rt.log import claim, progress, read_rows, table, write_json
+from rt.log import FIGURES, claim, progress, read_rows, table, write_json
 from rt.model import Classifier
 from rt.tasks import Example, Task, encode, load_task
 from rt.tune import TaskData, TuneSettings, chance, encode_task, evaluate
@@ -78,8 +78,8 @@ def main() -> None:
     if c.study == "compatibility" and c.independent:
         raise UsageError("--independent: compatibility follows one lineage; leave it out")
     study, out = STUDIES[c.study], Path(c.out or f"runs/analyze/{c.study}")
-    figures = {f"{name}.{ending}" for name in study.figures for ending in ("png", "svg")}
-    claim(out, {"rows.jsonl", "summary.json", *figures})
+    drawn = {f"{name}.{ending}" for name in figures.OF_STUDY[c.study] for ending in ("png", "svg")}
+    claim(out, {"rows.jsonl", "summary.json", FIGURES, *drawn})
     lab = open_lab(c)
     rows = study.rows(lab)
     first = next(rows)      # what is wrong with the flags of this study shows here, before anything is written
@@ -91,27 +91,25 @@ def main() -> None:
     numbers = study.numbers(read_rows(out / "rows.jsonl"))
     write_json(out / "summary.json", {"study": c.study, "numbers": numbers, "deltas": lab.about, "config": record(c), "argv": sys.argv})
     print(table([[shown(v) for v in row.values()] for row in numbers], [k.replace("_", " ") for k in numbers[0]]))
-    print(f"rows in {out / 'rows.jsonl'}, {draw(study, out)}")
+    print(f"rows in {out / 'rows.jsonl'}, {draw(c.study, out)}")
 
 
 def shown(value: object) -> str:
     """A cell: a name, or mean ± 95% interval of the values of all seeds."""
     if not isinstance(value, list):
         return str(value)
-    mean, half = plot.interval(value)
+    mean, half = figures.interval(value)
     digits = 5 if 0 < abs(mean) < 0.01 else 3
     return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if half else "")
 
 
-def draw(study: "Study", out: Path) -> str:
+def draw(study: str, out: Path) -> str:
     """The figures, from the rows on disk; returns what there is to say of them."""
-    rows = read_rows(out / "rows.jsonl")
     try:
-        for name, function in study.figures.items():
-            function([row for row in rows if row.get("what", name) == name], out / name)
+        names = figures.of_study(study, read_rows(out / "rows.jsonl"), out)
     except UsageError as error:
         return f"no figure: {error}"
-    return "figures " + ", ".join(str(out / f"{name}.png") for name in study.figures)
+    return "figures " + ", ".join(str(out / f"{name}.png") for name in names)
 
 
 # --- bases and deltas -------------------------------------------------------------------------------------------------
@@ -261,10 +259,10 @@ def snapshots(base: Path) -> list[tuple[int, Path]]:
 
 def compatibility_numbers(rows: list[dict]) -> list[dict]:
     numbers = []
-    for (task,), part in plot.group(rows, "task").items():
-        score = plot.score_of(part)
-        lines = {line: found for (line,), found in plot.group(part, "line").items()}
-        for (base,), found in plot.group(lines["apply"], "base").items():
+    for (task,), part in figures.group(rows, "task").items():
+        score = figures.score_of(part)
+        lines = {line: found for (line,), found in figures.group(part, "line").items()}
+        for (base,), found in figures.group(lines["apply"], "base").items():
             tuned = [row[score] for row in lines.get("tuned", []) + lines["own"] if row["base"] == base]
             numbers.append({"task": task, "base": base, "apply": [row[score] for row in found], "tuned on that base": tuned or "-",
                             "chance": [row[score] for row in lines["chance"]], "metric": score})
@@ -290,8 +288,8 @@ def connectivity(lab: Lab) -> Iterator[dict]:
 
 def connectivity_numbers(rows: list[dict]) -> list[dict]:
     numbers = []
-    for (task, pair, path), found in plot.group(rows, "task", "pair", "path").items():
-        walks, score = plot.walks(found), plot.score_of(found)
+    for (task, pair, path), found in figures.group(rows, "task", "pair", "path").items():
+        walks, score = figures.walks(found), figures.score_of(found)
         numbers.append({
             "task": task, "pair": pair, "path": path, "barrier": [paths.barrier(walk) for walk in walks],
             "loss at 0": [walk[0]["loss"] for walk in walks], "loss at 1": [walk[-1]["loss"] for walk in walks],
@@ -351,7 +349,7 @@ def rounded(values: torch.Tensor) -> list:
 
 def similarity_numbers(rows: list[dict]) -> list[dict]:
     return [{"task": task, "pair": pair, **{k: [row[k] for row in found] for k in ("share_own_best", "own", "best_other", "cka_own")}}
-            for (task, pair), found in plot.group([row for row in rows if row["what"] == "heads"], "task", "pair").items()]
+            for (task, pair), found in figures.group([row for row in rows if row["what"] == "heads"], "task", "pair").items()]
 
 
 def distance(lab: Lab) -> Iterator[dict]:
@@ -371,21 +369,17 @@ def distance(lab: Lab) -> Iterator[dict]:
 def distance_numbers(rows: list[dict]) -> list[dict]:
     return [{"of": of, "task": task or "-", "pair": pair, **{k: [row[k] for row in found] for k in ("l2", "l2_per_weight", "cosine")},
              "weights": found[0]["weights"]}
-            for (of, task, pair), found in plot.group([row for row in rows if row["part"] == "all"], "of", "task", "pair").items()]
+            for (of, task, pair), found in figures.group([row for row in rows if row["part"] == "all"], "of", "task", "pair").items()]
 
 
 @dataclass(frozen=True)
 class Study:
     rows: Callable[[Lab], Iterator[dict]]
     numbers: Callable[[list[dict]], list[dict]]     # a dict a line of the table: names, and lists with a value a seed
-    figures: dict[str, Callable[[list[dict], Path], None]]      # by file name, which is also `what` its rows say, if they say
 
 
-STUDIES = {
-    "compatibility": Study(compatibility, compatibility_numbers, {"compatibility": plot.compatibility}),
-    "connectivity": Study(connectivity, connectivity_numbers, {"connectivity": plot.connectivity}),
-    "similarity": Study(similarity_rows, similarity_numbers, {"attention": plot.attention_heatmaps, "heads": plot.head_similarity}),
-    "distance": Study(distance, distance_numbers, {"distance": plot.distance})}
+STUDIES = {"compatibility": Study(compatibility, compatibility_numbers), "connectivity": Study(connectivity, connectivity_numbers),
+           "similarity": Study(similarity_rows, similarity_numbers), "distance": Study(distance, distance_numbers)}
 
 
 if __name__ == "__main__":

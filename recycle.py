@@ -20,14 +20,14 @@ from typing import Iterator
 
 from data.sources import task_path
 from rt.book import Book, Run, belongs, is_complete, keep_run, origin_of
-from rt.checkpoint import Base, read_json
+from rt.checkpoint import Base
 from rt.config import UsageError, parse, record, require_positive, require_seeds, run
 from rt.deltas import Delta, DeltaConfig, apply, load_delta
 from rt.device import pick_precision
 from rt.dist import Ranks, environment_alone, join
 from rt.graphs import check_graphs
 from rt.hub import beside, open_base, open_delta
-from rt.log import claim, progress, table, write_json
+from rt.log import FIGURES, claim, progress, read_json, table, write_json
 from rt.project import GRANULARITIES, check_sources, learn_projection
 from rt.recycling import MODES, NEEDS_TEACHER, Recycling, can_go_together, chain, check, new_delta, recycle, recycle_together, teacher_of
 from rt.summary import add_steps_to_scratch, by_settings, chosen, spread, steps_of
@@ -263,7 +263,7 @@ def sweep(c: Config, r: Recycling, task: Task, modes: list[str], out: Path, rank
     for one in runs.values():
         check(replace(r, gamma=one.c.gamma, itp=one.c.itp), one.mode)
     origin = origin_of(r)
-    ranks.from_main(lambda: claim(out, {"summary.json", "deltas"}))
+    ranks.from_main(lambda: claim(out, {"summary.json", "deltas", FIGURES}))
     done = ranks.from_main(lambda: {name for name in runs if is_complete(out, name, origin)})     # what all ranks go by
     samples: dict[int, Recycling] = {}
     mine = [group[ranks.rank::ranks.world] for group in groups([one for name, one in runs.items() if name not in done])]

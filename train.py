@@ -19,7 +19,7 @@ from typing import TextIO
 
 from data.sources import corpus_path, task_path
 from rt.book import best_delta
-from rt.checkpoint import Base, read_json, save_base
+from rt.checkpoint import Base, save_base
 from rt.config import UsageError, parse, record, require_positive, require_seeds, run
 from rt.data import STDIN, Rows, build_corpus, split_documents
 from rt.deltas import FILES, Delta, DeltaConfig, apply, attach, extract, save_delta
@@ -29,12 +29,13 @@ from rt.distill import Loss
 from rt.graphs import check_graphs
 from rt.hf import export_hf
 from rt.hub import beside, open_base, open_delta
-from rt.log import Log, claim, write_json
+from rt.log import Log, claim, read_json, write_json
 from rt.model import PRESETS, Classifier, EncoderConfig, MaskedLM, new_masked_lm, set_dropout
 from rt.peft import export_peft
 from rt.predict import answers, check_out, write_answers
 from rt.pretrain import PretrainSettings, Stage, evaluate_mlm
-from rt.stream import forgetting_table, has_work, is_done_again, sample_of
+from rt.stream import has_work, is_done_again, sample_of
+from rt.summary import forgetting_table
 from rt.tasks import few_shot, load_task, read_examples
 from rt.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from rt.tune import TuneSettings, encode_task, evaluate, shown, tune

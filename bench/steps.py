@@ -163,14 +163,6 @@ class Step:
         return {"saved_mb": sum(kept.values()) / MiB, "grads_mb": grads / MiB, "state_mb": state / MiB}
 
 
-def encoder_flops(config: EncoderConfig, lengths: list[int]) -> float:
-    """Matrix products of a step on sequences of these lengths: 2 a multiply-add forward, twice that backward."""
-    d, N = config.hidden_size, sum(lengths)
-    linears = 2 * N * (4 * d * d + 2 * d * config.ffn_size)
-    attention = 4 * d * sum(n * n for n in lengths)
-    return 3.0 * config.num_layers * (linears + attention)
-
-
 def agreement(ours: float, peer: float) -> dict[str, float]:
     """For the rows; ValueError where two implementations do not compute the same."""
     if not abs(ours - peer) <= 1e-4 * max(1.0, abs(peer)):

@@ -37,7 +37,7 @@ from bench.roberta import (
     peer,
     peer_state,
 )
-from bench.steps import Config, Impl, Problem, Step, Where, agreement, encoder_flops, main, sizes_of
+from bench.steps import Config, Impl, Problem, Step, Where, agreement, main, sizes_of
 from rt.config import run
 from rt.data import Corpus, Rows, sequences_batch
 from rt.deltas import DeltaConfig
@@ -45,6 +45,7 @@ from rt.distill import Loss
 from rt.graphs import compile_blocks
 from rt.mlm import Masker
 from rt.model import Batch, EncoderConfig
+from rt.pace import step_flops
 from rt.pretrain import mlm_loss
 
 MASK_RATE = 0.3     # train.py's
@@ -148,8 +149,7 @@ def masked_lm(where: Where, config: EncoderConfig, batches: dict[str, Batch], sa
         return model, lambda: mlm_loss(model, batch)
 
     def flops(batch: Batch) -> float:
-        head = 6.0 * len(batch.labels) * config.hidden_size * (config.hidden_size + config.vocab_size)
-        return encoder_flops(config, batch.cu_seqlens.diff().tolist()) + head
+        return step_flops(config, batch.cu_seqlens.diff().tolist(), predicted=len(batch.labels))
 
     for name, batch in batches.items():
         batch = batch.to(where.device)
@@ -189,7 +189,7 @@ def ragged(case: dict, where: Where) -> Problem:
     config, lengths = where.encoder_config(case), uneven(case)
     batch = labelled_batch(config, lengths).to(where.device)
     state = peer_state("RobertaForSequenceClassification", config)
-    flops = encoder_flops(config, lengths)
+    flops = step_flops(config, lengths)
 
     def build():
         model, loss = our_classifier(config, state, DeltaConfig("full"), where.device), Loss()

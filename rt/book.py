@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from rt.checkpoint import read_json
 from rt.config import UsageError, record
 from rt.deltas import Delta, save_delta
-from rt.log import Log, claim, write_json
+from rt.log import FIGURES, Log, claim, read_json, write_json
 from rt.recycling import NEEDS_TEACHER, TRAINED, Recycling
 from rt.summary import add_steps_to_scratch
 from rt.tasks import Task
@@ -81,7 +80,7 @@ class Book:
 
     def __init__(self, c: Any, argv: list[str], out: Path, task: Task, plan: list[Run]):
         self.facts, self.c, self.out, self.task = {"config": record(c), "argv": argv}, c, out, task
-        claim(out, {"metrics.jsonl", "summary.json", "deltas"})
+        claim(out, {"metrics.jsonl", "summary.json", "deltas", FIGURES})
         again = {run.name for run in plan}
         self.log = Log(out, keep=lambda row: row["run"] not in again)
         before = read_json(out / "summary.json")["rows"] if (out / "summary.json").exists() else []

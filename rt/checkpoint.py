@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from rt import __version__
 from rt.config import UsageError
+from rt.log import read_json
 from rt.model import Encoder, EncoderConfig, MaskedLM, MLMHead
 from rt.tokenizer import Tokenizer, load_tokenizer
 
@@ -97,19 +98,6 @@ def save_base(folder: Path, model: MaskedLM, tokenizer: Tokenizer, meta: dict,
                  "tokenizer": tokenizer.fingerprint, "versions": versions(), **meta}
         (new / "meta.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return mark
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file of ours; UsageError says which file is not one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{path}: there is no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UsageError(f"{path}: expected a JSON object")
-    return value
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

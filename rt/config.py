@@ -40,16 +40,22 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def parse(cls: type[C], argv: list[str]) -> C:
-    """`argv` (without the program's name) as an instance of the dataclass `cls`. Raises UsageError."""
+def parse(cls: type[C], argv: list[str], words: str | None = None) -> C:
+    """`argv` (without the program's name) as an instance of the dataclass `cls`. Words without a flag are an error, or the values of
+    the field `words` (a tuple of text), which then is no flag. Raises UsageError."""
     types_of = typing.get_type_hints(cls)
     values: dict = {}
+    if words:
+        del types_of[words]
     rest = list(argv)
     while rest:
         flag = rest.pop(0)
         if flag in ("-h", "--help"):
-            print(help_text(cls))
+            print(help_text(cls, words))
             sys.exit(0)
+        if words and not flag.startswith("-"):
+            values[words] = (*values.get(words, ()), flag)
+            continue
         if not flag.startswith("--"):
             raise UsageError(f"unexpected argument '{flag}': every setting is written --name value")
         name, eq, text = flag[2:].partition("=")
@@ -113,13 +119,14 @@ def require_seeds(*seeds: int) -> None:
         raise UsageError(f"seeds {list(seeds)}: must be whole numbers from 0 on, at least one")
 
 
-def help_text(cls: type) -> str:
-    """The docstring of `cls`, then a line a flag with its default and the comment beside it."""
+def help_text(cls: type, words: str | None = None) -> str:
+    """The docstring of `cls`, then a line a flag with its default and the comment beside it; the field `words` is written as WORDS."""
     comments = dict(re.findall(r"^    (\w+):[^#\n]*?#\s*(.*)$", inspect.getsource(cls), re.M))
     lines = [inspect.cleandoc(cls.__doc__ or ""), ""]
     for field in fields(cls):
         default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-        lines.append(f"  --{field.name + ' ' + str(default):<34} {comments.get(field.name, '')}".rstrip())
+        name = field.name.upper() if field.name == words else f"--{field.name} {default}"
+        lines.append(f"  {name:<36} {comments.get(field.name, '')}".rstrip())
     return "\n".join(lines)
 
 

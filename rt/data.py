@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rt.checkpoint import atomic_folder, read_json
+from rt.checkpoint import atomic_folder
 from rt.config import UsageError
-from rt.log import progress
+from rt.log import progress, read_json
 from rt.mlm import Masker
 from rt.model import Batch
 from rt.tokenizer import Tokenizer

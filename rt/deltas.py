@@ -26,14 +26,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from rt.checkpoint import Base, StaleDelta, atomic_folder, load_strict, read_json, read_tensors, versions
+from rt.checkpoint import Base, StaleDelta, atomic_folder, load_strict, read_tensors, versions
 from rt.config import UsageError
-from rt.log import claim
+from rt.log import FIGURES, claim, read_json
 from rt.model import ClassificationHead, Classifier, Encoder, EncoderConfig, Linear, init_weights, linear
 
 KINDS = ("full", "adapter", "lora", "bitfit", "prefix")
 USED = {"adapter": ("bottleneck",), "lora": ("r", "lora_alpha", "target_modules"), "prefix": ("prefix_len",)}
-FILES = {"delta.safetensors", "delta.json", "metrics.jsonl", "summary.json"}     # the last two are of the run that learned it
+FILES = {"delta.safetensors", "delta.json", "metrics.jsonl", "summary.json", FIGURES}    # the last three are of the run that learned it
 # what PEFT's target_modules mean here: the Linear of a Block, and for the fused qkv which third of its output rows
 TARGETS = {"query": ("qkv", 0), "key": ("qkv", 1), "value": ("qkv", 2), "attention.output.dense": ("attention_output", None),
            "intermediate.dense": ("intermediate", None), "output.dense": ("output", None)}
@@ -346,6 +346,8 @@ def save_delta(folder: Path, delta: Delta) -> None:
         for name in ("metrics.jsonl", "summary.json"):
             if (folder / name).exists():
                 shutil.copy2(folder / name, new)
+        if (folder / FIGURES).is_dir():
+            shutil.copytree(folder / FIGURES, new / FIGURES)
 
 
 def load_delta(folder: Path) -> Delta:

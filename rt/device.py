@@ -1,5 +1,6 @@
 """Where to compute, in which precision, and seeds that are a function of what is computed."""
 import platform
+import re
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -7,6 +8,13 @@ import numpy as np
 import torch
 
 from rt.config import UsageError
+
+# Dense products of bfloat16 with float32 sums, in 1e12 FLOP/s, by the word in the device's name; the first that fits. NVIDIA's data sheets
+# (where they give figures with sparsity, half of those) and, of GeForce and RTX, the whitepapers on GA102 and AD102.
+PEAKS = (("GB200", 2500), ("B200", 2250), ("GH200", 989.5), ("H200 NVL", 835.5), ("H200", 989.5), ("H100 PCIe", 756.5), ("H100 NVL", 835.5),
+         ("H100", 989.5), ("A100", 312), ("A40", 149.7), ("A30", 165), ("A10", 125), ("L40S", 362), ("L40", 181), ("L4", 121),
+         ("RTX 6000 Ada", 364.2), ("RTX A6000", 154.8), ("RTX 4090", 165.2), ("RTX 3090 Ti", 80), ("RTX 3090", 71))
+OTHER = r"\b(MIG|Laptop|Max-Q|4090 D)\b"       # a share of a chip, or a slower one of the same name
 
 
 def pick_device(name: str) -> torch.device:
@@ -44,6 +52,17 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager:
     """Matrix products in `precision`, reductions and weights in float32."""
     return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
+def peak_flops(device: torch.device, precision: torch.dtype) -> float | None:
+    """FLOP/s of dense matrix products in `precision` that the maker gives for this chip; None where it is not known (other chips and
+    precisions than bfloat16 on those of PEAKS)."""
+    if device.type != "cuda" or precision != torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name(device)
+    if re.search(OTHER, name):
+        return None
+    return next((1e12 * peak for word, peak in PEAKS if re.search(rf"\b{word}\b", name)), None)
 
 
 def derive_seed(*keys: int) -> int:

@@ -7,6 +7,7 @@ files, so that with several nodes --out and --cache must be on a file system tha
 """
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Callable, TypeVar
@@ -74,9 +75,14 @@ class Ranks:
         return DistributedDataParallel(module, gradient_as_bucket_view=True) if self.world > 1 else module
 
     def leave(self) -> None:
-        """The end, for all ranks: gloo aborts a process that goes while another still reads from it."""
+        """The end, for all ranks: gloo aborts a process that goes while another still reads from it, so each tells by the store, which is
+        not gloo's, that it has read the last barrier."""
         if self.world > 1:
             self.wait()
+            with suppress(RuntimeError):        # the store may go with the first that is through
+                store = dist.distributed_c10d._get_default_store()
+                store.set(f"left by {self.rank}", "1")
+                store.wait([f"left by {rank}" for rank in range(self.world)])
             dist.destroy_process_group()
 
 

@@ -26,6 +26,7 @@ from rt.graphs import BUCKET, GraphedStep
 from rt.log import progress
 from rt.model import Batch, Classifier, Trace
 from rt.optim import schedule
+from rt.pace import Pace
 from rt.tasks import Encoded
 from rt.tune import TaskData, TuneResult, TuneSettings, evaluate, metrics, score, training_batch
 
@@ -182,7 +183,8 @@ def tune(runs: list[Run], *, device: torch.device, precision: torch.dtype, what:
     grid = stack([run.model for run in runs])
     gradient, optimizer = gradient_of(grid, runs, device, precision), GridAdamW(list(trained(grid).values()), s.weight_decay, s.clip)
     score_starts(runs, device, precision)
-    active, recent, since, tokens = list(runs), torch.zeros(len(runs), device=device), 0, 0
+    active, recent, since = list(runs), torch.zeros(len(runs), device=device), 0
+    pace = Pace(grid.encoder.config, device, precision, frozen=True)
     with progress(s.steps, f"{what}, {len(runs)} side by side") as bar:
         for step in range(s.steps):
             lr = [schedule(step, s.steps, max(1, round(r.settings.warmup * s.steps)), r.settings.lr) for r in active]
@@ -192,10 +194,13 @@ def tune(runs: list[Run], *, device: torch.device, precision: torch.dtype, what:
             grid.train()
             recent += gradient(batch, shares)
             optimizer.step(torch.tensor(lr, device=device))
-            since, tokens = since + 1, tokens + len(batch.ids)
+            since += 1
+            for r in active:
+                pace.count(batches[id(r.data), r.settings.seed])
             if (step + 1) % s.eval_every == 0 or step + 1 == s.steps:
                 losses = (recent / since).mean().item()
-                score_runs(active, grid, step + 1, (recent / since).tolist(), device, precision)
+                with pace.pause():
+                    score_runs(active, grid, step + 1, (recent / since).tolist(), device, precision)
                 going = [k for k, r in enumerate(active) if not r.settings.stops(r.result, step + 1)]
                 if not going:
                     break
@@ -204,8 +209,7 @@ def tune(runs: list[Run], *, device: torch.device, precision: torch.dtype, what:
                     gradient = gradient_of(grid, active, device, precision)
                     optimizer.keep(going, list(trained(grid).values()))
                 recent, since = recent.new_zeros(len(active)), 0
-                bar.set_postfix_str(f"loss {losses:.3f}, best dev {max(score(r.result.dev) for r in runs):.3f}, "
-                                    f"{tokens / (time.perf_counter() - started):,.0f} tok/s")
+                bar.set_postfix_str(f"loss {losses:.3f}, best dev {max(score(r.result.dev) for r in runs):.3f}, {pace}")
             bar.update()
     for run in runs:
         run.result.seconds = (time.perf_counter() - started) / len(runs)

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from rt.config import UsageError
 
+FIGURES = "figures"     # in a run's folder what rt/plot.py drew of it: in nobody's way, and left where it is
 
 def write_json(path: Path, value: Any) -> None:
     """Written beside and renamed, so that a reader sees the old file or the new one, never half."""
@@ -17,10 +18,23 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
+def read_json(path: Path) -> dict:
+    """A JSON object from a file of ours; UsageError says which file is not one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path}: there is no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{path}: expected a JSON object")
+    return value
+
+
 def read_rows(path: Path) -> list[dict]:
     """The rows of a JSONL file; none where there is no file. A half-written last line (a killed run) is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

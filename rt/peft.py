@@ -9,11 +9,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rt.checkpoint import Base, atomic_folder, read_file, read_json
+from rt.checkpoint import Base, atomic_folder, read_file
 from rt.config import UsageError
 from rt.deltas import TARGETS, Delta, DeltaConfig, apply, check_fits, origin
 from rt.hf import CLASSIFIERS, check_vocabulary, class_names, export_hf, family, hf_head_state, write_tensors
-from rt.log import claim, write_json
+from rt.log import claim, read_json, write_json
 
 PATHS = {target: target if third is None else f"attention.self.{target}" for target, (_, third) in TARGETS.items()}     # in their layer
 ONLY = {"peft_type": ("LORA",), "task_type": ("SEQ_CLS", None), "bias": ("none",), "init_lora_weights": (True, False, "gaussian")}

@@ -1,221 +1,327 @@
-"""The figures of the studies, one function a figure: rows, as analyze.py and bench/claims write them, to PATH.png and PATH.svg.
+"""Draws what a run left, or has left so far, from its rows alone: curves as text, then PNG and SVG where matplotlib is.
 
-Colours are Okabe and Ito's, which the colour-blind tell apart; line styles and markers say the same again for print in black and
-white. A band is the 95% t-interval of the mean over seeds. matplotlib comes with the `plot` extra and is imported only to draw.
+    python -m rt.plot RUN [RUN ...]         the figures of each into RUN/figures
+    python -m rt.plot runs/demo --out DIR
+
+A RUN is a folder that a script wrote:
+
+    train.py                loss (and learning rate, over all stages) and forgetting (held-out loss, stages x domains)
+    train.py --mode tune    tuning: loss and score on dev
+    recycle.py              convergence: dev over steps, a line a mode at the settings that are best on dev
+    analyze.py              the figures of its study (rt/figures.py)
 """
+import json
 import math
-from contextlib import contextmanager
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Any, Callable, Iterable, Iterator
+from statistics import mean
+from typing import Callable
 
-from rt.config import UsageError
-from rt.paths import barrier
+from rt import figures
+from rt.config import UsageError, parse, run
+from rt.figures import BLACK, BLUE, COLOURS, DASHES, MARKERS, VERMILION, curve, finite, group, set_limits, shared_legend, sheet
+from rt.log import FIGURES, read_json, read_rows, table
+from rt.summary import chosen, forgetting_table, spread
 
-BLUE, VERMILION, GREEN, BLACK = "#0072B2", "#D55E00", "#009E73", "#000000"
-COLOURS = (BLUE, VERMILION, GREEN, "#CC79A7", "#E69F00", "#56B4E9", BLACK)
-MARKERS, DASHES = "osD^vPX", ("-", "--", "-.", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
-STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False,
-         "legend.frameon": False, "savefig.dpi": 150, "svg.hashsalt": "rt"}
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)     # Student's t, two-sided, for 2, 3, ... 10 values
-SCORES = {"accuracy": "test accuracy", "pearson": "test Pearson's r"}
+BLOCKS = "▁▂▃▄▅▆▇█"
+DRAWN, PRINTED = 400, 40    # points of a curve: longer ones are drawn as means of neighbours
 
 
-def interval(values: Iterable[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95% t-interval; 0 for a single value, of which nothing is known."""
-    values = list(values)
-    if len(values) < 2:
-        return mean(values), 0.0
-    return mean(values), (T95[len(values) - 2] if len(values) <= 10 else 2.1) * stdev(values) / math.sqrt(len(values))
+@dataclass
+class Config:
+    """python -m rt.plot RUN [RUN ...] [--out DIR]"""
+    runs: tuple[str, ...] = ()  # folders that train.py, recycle.py or analyze.py wrote, or are writing
+    out: str | None = None  # folder for the figures, of several runs each in a folder of its name; default RUN/figures
 
 
-def compatibility(rows: list[dict], path: Path) -> None:
-    """METHOD: study 1. A panel a task: Delta_0 on M_1(t) and on M_1, M_2, ..., with M_0 + Delta_0, what is tuned on the base
-    itself, and chance. Rows: task, kind, seed, base, stage, t (None: the stage is complete), line (apply, own, tuned, chance) and
-    a score, accuracy or pearson."""
-    panels = group(rows, "task", "kind")
-    place, steps = places(rows), {row["base"]: row["t"] for row in rows if row["t"] is not None}
+@dataclass
+class Run:
+    """A folder, the rows of its metrics.jsonl (of a study: rows.jsonl) and its summary; what is not there yet is empty."""
+    folder: Path
+    rows: list[dict]
+    summary: dict
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of run: what it is told by, what is said of it, and what draws it, returning the figures' names."""
+    what: str
+    is_one: Callable[[Run], bool]
+    text: Callable[[Run], str]
+    draw: Callable[[Run, Path], list[str]]
+
+
+def open_run(folder: Path) -> tuple[Kind, Run]:
+    """UsageError where a folder is no run."""
+    rows = [row for name in ("metrics.jsonl", "rows.jsonl") for row in read_rows(folder / name) if isinstance(row, dict)]
+    found = Run(folder, rows, read_json(folder / "summary.json") if (folder / "summary.json").exists() else {})
+    for kind in KINDS:
+        if kind.is_one(found):
+            return kind, found
+    raise UsageError(f"{folder}: no run with rows to draw; expected a folder that train.py, recycle.py or analyze.py wrote, with "
+                     "metrics.jsonl, rows.jsonl or summary.json")
+
+
+# --- curves as text ---------------------------------------------------------------------------------------------------
+
+def points(rows: list[dict], y: str, x: str = "step") -> list[tuple[float, float]]:
+    """(x, y) of the rows that have both as numbers."""
+    return [(row[x], row[y]) for row in rows if finite(row.get(x)) and finite(row.get(y))]
+
+
+def thinned(pairs: list[tuple[float, float]], most: int) -> list[tuple[float, float]]:
+    """At most `most` points, each the mean of as many neighbours."""
+    size = max(1, -(-len(pairs) // most))
+    return [tuple(map(mean, zip(*pairs[i:i + size]))) for i in range(0, len(pairs), size)]
+
+
+def sparklines(curves: list[list[tuple[float, float]]], one_scale: bool = False) -> list[str]:
+    """A line a curve: blocks from its lowest to its highest value, or from the lowest to the highest of all of them."""
+    values = [[y for _, y in thinned(pairs, PRINTED)] for pairs in curves]
+    lines = []
+    for own in values:
+        scale = [y for each in values for y in each] if one_scale else own
+        low, span = min(scale), max(scale) - min(scale)
+        lines.append("".join(BLOCKS[round((len(BLOCKS) - 1) * (y - low) / span) if span else 0] for y in own))
+    return [line.ljust(max(map(len, lines))) for line in lines]
+
+
+def printed(curves: dict[str, list[tuple[float, float]]]) -> str:
+    """A line a curve: name, sparkline, first and last value, lowest and highest."""
+    curves = {name: pairs for name, pairs in curves.items() if pairs}
+    values = [[y for _, y in pairs] for pairs in curves.values()]
+    rows = [[name, line, *(f"{v:.4g}" for v in (own[0], own[-1], min(own), max(own)))]
+            for name, line, own in zip(curves, sparklines([*curves.values()]), values)]
+    return table(rows, ["", "", "first", "last", "lowest", "highest"]) if rows else "no numbers yet"
+
+
+# --- pre-training: a stream of bases ----------------------------------------------------------------------------------
+
+def stages_of(r: Run) -> list[dict]:
+    """name, domain, rows and heldout (None where it is not scored yet) of every stage, in order."""
+    known = {stage.get("name"): stage for stage in r.summary.get("stages", [])}
+    rows = {name: found for (name,), found in group(r.rows, "stage").items()}
+    heldout = {name: next((row["heldout"] for row in rows.get(name, []) if row.get("heldout")), known.get(name, {}).get("heldout"))
+               for name in dict.fromkeys([*known, *rows])}
+    domains = next((list(scores) for scores in heldout.values() if scores), [])      # the stream's, in its order
+    return [{"name": name, "domain": domains[i] if i < len(domains) else "?", "rows": rows.get(name, []), "heldout": scores}
+            for i, (name, scores) in enumerate(heldout.items())]
+
+
+def pretraining_text(r: Run) -> str:
+    stages = stages_of(r)
+    curves = {f"{key} {s['name']} ({s['domain']})": points(s["rows"], key) for key in ("loss", "lr") for s in stages}
+    scored = [s for s in stages if s["heldout"]]
+    return printed(curves) + ("\n" + forgetting_table(scored) if scored else "")
+
+
+def draw_pretraining(r: Run, out: Path) -> list[str]:
+    stages, names = stages_of(r), []
+    scored = [s for s in stages if s["heldout"]]
+    if any(points(s["rows"], "loss") for s in stages):
+        draw_loss(stages, out / "loss")
+        names.append("loss")
+    if scored:
+        draw_forgetting(scored, out / "forgetting")
+        names.append("forgetting")
+    return names
+
+
+def draw_loss(stages: list[dict], path: Path) -> None:
+    """Loss above, learning rate below, over the steps of all stages."""
+    total = sum(len(s["rows"]) for s in stages)
+    with sheet(path, 2, 1, width=6.4, height=2.2) as (fig, ((above,), (below,))):
+        start, size = 0, -(-total // DRAWN)
+        for stage in stages:
+            for ax, key in ((above, "loss"), (below, "lr")):
+                pairs = [(start + x, y) for x, y in thinned(points(stage["rows"], key), max(1, len(stage["rows"]) // size))]
+                ax.plot(*zip(*pairs) if pairs else ((), ()), color=BLUE, linewidth=1.2)
+                ax.axvline(start, color=BLACK, linestyle=":", linewidth=0.8)
+            above.annotate(f" {stage['name']} ({stage['domain']})", (start, 1), xycoords=("data", "axes fraction"), va="bottom", fontsize=8)
+            start += max((x for x, _ in points(stage["rows"], "step")), default=0)
+        above.set(ylabel="training loss (nats)" + (f"\nmean of {size} steps" if size > 1 else ""))
+        below.set(xlabel="optimizer steps", ylabel="learning rate", ylim=(0, None))
+
+
+def draw_forgetting(stages: list[dict], path: Path) -> None:
+    """Held-out loss of every domain (columns) after every stage (rows); in bold the domain that the stage was trained on."""
+    domains = list(stages[0]["heldout"])
+    values = [[(stage["heldout"].get(domain) or {}).get("loss", math.nan) for domain in domains] for stage in stages]
+    with sheet(path, 1, 1, width=max(3.4, 0.9 * len(domains) + 1.4), height=0.5 * len(stages) + 1, matrices=True) as (fig, ((ax,),)):
+        image = ax.imshow(values, cmap="cividis_r", aspect="auto")
+        for y, line in enumerate(values):
+            for x, value in enumerate(line):
+                dark = finite(value) and sum(image.cmap(image.norm(value))[:3]) < 1.5
+                ax.text(x, y, f"{value:.3f}" if finite(value) else "-", ha="center", va="center", color="white" if dark else "black",
+                        fontweight="bold" if stages[y]["domain"] == domains[x] else "normal")
+        ax.set_xticks(range(len(domains)), domains)
+        ax.set_yticks(range(len(stages)), [f"{s['name']} ({s['domain']})" for s in stages])
+        ax.set(xlabel="held-out text of", ylabel="after", title="bold: the stage's own domain")
+        fig.colorbar(image, ax=ax, label="held-out loss (nats)")
+
+
+# --- tuning: a delta --------------------------------------------------------------------------------------------------
+
+def dev_rows(rows: list[dict]) -> tuple[str, list[dict]]:
+    """(metric, {'step', 'loss', 'score'} of every evaluation)."""
+    scored = [row for row in rows if isinstance(row.get("dev"), dict) and row["dev"]]
+    metric = next(iter(scored[0]["dev"]), "score") if scored else "score"
+    return metric, [{"step": row.get("step"), "loss": row.get("loss"), "score": row["dev"].get(metric)} for row in scored]
+
+
+def tuning_text(r: Run) -> str:
+    metric, rows = dev_rows(r.rows)
+    test = ", ".join(f"{k} {v:.3f}" for k, v in (r.summary.get("test") or {}).items() if finite(v))
+    return printed({"loss": points(rows, "loss"), f"dev {metric}": points(rows, "score")}) + (f"\ntest {test}" if test else "")
+
+
+def draw_tuning(r: Run, out: Path) -> list[str]:
+    metric, rows = dev_rows(r.rows)
+    losses, scores = points(rows, "loss"), points(rows, "score")
+    with sheet(out / "tuning", 1, 2, width=3.4, height=2.6) as (fig, (axes,)):
+        for ax, pairs, label, colour, marker in ((axes[0], losses, "training loss since the last evaluation", VERMILION, "s"),
+                                                 (axes[1], scores, f"dev {metric}", BLUE, "o")):
+            ax.plot(*zip(*pairs) if pairs else ((), ()), color=colour, marker=marker, markersize=3, linewidth=1.5)
+            ax.xaxis.get_major_locator().set_params(integer=True)
+            ax.set(xlabel="optimizer steps", ylabel=label)
+        if scores:      # the first of the best, which is kept
+            step, best = max(scores, key=lambda pair: pair[1])
+            axes[1].plot(step, best, color=BLACK, marker="*", markersize=11, linestyle="", label=f"kept: {best:.3f}, step {step:g}")
+            axes[1].legend(fontsize=8)
+    return ["tuning"]
+
+
+# --- recycling: modes over seeds --------------------------------------------------------------------------------------
+
+def recycled(r: Run) -> list[dict]:
+    """A row a run, of summary.json; of an interrupted sweep those of its finished runs; else of the curves so far."""
+    rows = r.summary.get("rows") or [read_json(path) for path in sorted(r.folder.glob("deltas/*/summary.json"))]
+    if not any("curve" in row for row in rows):
+        rows = []
+        for (_, mode), found in group([row for row in r.rows if "part" not in row], "run", "mode").items():
+            metric, scored = dev_rows(found)
+            rows.append({**found[0], "mode": mode, "dev": {metric: 0}, "curve": points(scored, "score")})
+    return [whole for whole in map(completed, rows) if whole["curve"] and whole["mode"]]
+
+
+def completed(row: dict) -> dict:
+    """The row with all that is read of it here; its curve without what is no number, its dev score the best of that."""
+    settings = row.get("settings") or {}
+    curve = [(step, value) for step, value in row.get("curve") or [] if finite(step) and finite(value)]
+    metric = next(iter(row.get("dev") or {}), "score")
+    facts = {"base": settings.get("base"), **dict.fromkeys(("mode", "route", "seed", "lr", "task", "delta", "shots")),
+             "alone": None if "route" in row else settings.get("base")}
+    return facts | row | {"settings": settings, "curve": curve, "metric": metric, "dev": {metric: max((y for _, y in curve), default=0)}}
+
+
+def setting(row: dict) -> tuple:
+    """What a line is chosen by: for each base, in a chain for all its bases together."""
+    return row["lr"], json.dumps({k: v for k, v in row["settings"].items() if k not in ("base", "chain")}, sort_keys=True)
+
+
+def panels_of(r: Run) -> dict[tuple, dict[tuple, list[dict]]]:
+    """{(task, delta, shots, base): {(mode, route): the rows of its best setting on dev}}."""
+    panels: dict[tuple, dict] = {}
+    for (mode, route, *_), rows in group(recycled(r), "mode", "route", "task", "delta", "shots", "alone").items():
+        for panel, found in group(chosen(rows, mode, setting), "task", "delta", "shots", "base").items():
+            panels.setdefault(panel, {})[mode, route] = found
+    return panels
+
+
+def named(panel: tuple) -> str:
+    task, delta, shots, base = panel
+    return ", ".join(str(part) for part in (task, delta, shots and f"{shots} a label", base and f"on {Path(base).name}") if part) or "runs"
+
+
+def recycling_text(r: Run) -> str:
+    said = []
+    for panel, lines in panels_of(r).items():
+        rows, curves = [], {}
+        for line, found in lines.items():
+            at = group([{"step": step, "score": y} for row in found for step, y in row["curve"]], "step")
+            curves[line] = sorted((step, mean(row["score"] for row in here)) for (step,), here in at.items())
+        for (line, found), drawn in zip(lines.items(), sparklines([*curves.values()], one_scale=True)):
+            tested = all(finite(next(iter((row.get("test") or {}).values()), None)) for row in found)
+            rows.append([" ".join(filter(None, line)), drawn, spread(found, "dev"), spread(found) if tested else "-",
+                         len(found)])
+        metric = next(iter(lines.values()))[0]["metric"]
+        said.append(f"{named(panel)}\n" + table(rows, ["mode", "dev over steps".ljust(len(drawn)), f"best dev {metric}", "test", "seeds"]))
+    return "\n".join(said)
+
+
+def draw_convergence(r: Run, out: Path) -> list[str]:
+    """A panel a task and base, a line a mode: dev's mean over seeds and its 95% t-interval. Modes without training are levels, and so is
+    the best of scratch, averaged over seeds."""
+    panels = panels_of(r)
+    styles = {line: i for i, line in enumerate(dict.fromkeys(line for lines in panels.values() for line in lines))}
     columns = min(3, len(panels))
-    with sheet(path, -(-len(panels) // columns), columns, width=3.6, height=3.0) as (fig, axes):
+    with sheet(out / "convergence", -(-len(panels) // columns), columns, width=4.2, height=3.2) as (fig, axes):
         for ax in axes.flat[len(panels):]:
             ax.axis("off")
-        for ax, panel in zip(axes.flat, panels.values()):
-            score = score_of(panel)
-            for line, label, colour, dash, marker in (("apply", "old delta, no training", BLUE, "-", "o"),
-                                                      ("tuned", "tuned on that base", VERMILION, "--", "s")):
-                found = [row for row in panel if row["line"] == line]
-                if found:
-                    curve(ax, found, lambda row: place[row["base"]], score, label, colour, dash, marker)
-            for line, label, colour, dash in (("own", "old base + old delta", GREEN, "-."),
-                                              ("chance", "chance: commonest label", BLACK, ":")):
-                found = [row[score] for row in panel if row["line"] == line]
-                if found:
-                    ax.axhline(mean(found), color=colour, linestyle=dash, linewidth=1.3, label=label)
-            ax.set_xticks([place[base] for base in place if base not in steps], [base for base in place if base not in steps])
-            ax.set_xticks([place[base] for base in steps], steps.values(), minor=True, rotation=90, fontsize=6)
-            ax.set(title=title(panel, panels), xlabel="base" + (" (small: step t on the way to it)" if steps else ""), ylabel=SCORES[score])
+        for ax, (panel, lines) in zip(axes.flat, panels.items()):
+            for line, found in lines.items():
+                i, label = styles[line], " ".join(filter(None, line))
+                colour, dash, marker = COLOURS[i % 7], DASHES[(i + i // 7) % 7], MARKERS[(i + i // 7) % 7]
+                rows = [{"step": step, "score": y} for row in found for step, y in row["curve"]]
+                if any(row["step"] for row in rows):
+                    curve(ax, rows, lambda row: row["step"], "score", label, colour, dash, marker)
+                else:
+                    ax.axhline(mean(row["score"] for row in rows), color=colour, linestyle=dash, linewidth=1.2, label=label)
+                if line[0] == "scratch":
+                    ax.axhline(mean(row["dev"][row["metric"]] for row in found), color=BLACK, linestyle=":", linewidth=1.2,
+                               label="scratch's best")
+            set_limits(ax, [y for found in lines.values() for row in found for _, y in row["curve"]])
+            ax.xaxis.get_major_locator().set_params(integer=True)
+            ax.set(title=named(panel), xlabel="optimizer steps", ylabel=f"dev {next(iter(lines.values()))[0]['metric']}")
         shared_legend(fig, axes.flat)
+    return ["convergence"]
 
 
-def places(rows: list[dict]) -> dict[str, float]:
-    """Where bases lie on the axis: M_i at i, its snapshots evenly before it, as train.py keeps them."""
-    stages: dict[int, dict[str, float]] = {}
-    for row in rows:
-        stages.setdefault(row["stage"], {})[row["base"]] = math.inf if row["t"] is None else row["t"]
-    place = {}
-    for stage, at in stages.items():
-        whole = len(at) + (math.inf not in at.values())     # a complete base that was not asked for keeps its place
-        place |= {base: stage - 1 + (i + 1) / whole for i, base in enumerate(sorted(at, key=at.get))}
-    return place
+# --- studies ----------------------------------------------------------------------------------------------------------
+
+# of each study: what a line is made of, where along it a row lies, and what is read there (None: the score)
+LINES = {"compatibility": (("task", "line"), "base", None), "connectivity": (("task", "pair", "path"), "mu", "loss"),
+         "distance": (("of", "task", "pair"), "part", "l2_per_weight"), "similarity": (("task", "pair"), "what", "share_own_best")}
 
 
-def connectivity(rows: list[dict], path: Path) -> None:
-    """METHOD: study 2. A column a task: test loss above, score below, along the path of each pair, with the height of its
-    barrier. Rows: task, kind, seed, pair, path (linear, curve), mu, loss and a score, accuracy or pearson."""
-    panels = group(rows, "task", "kind")
-    styles = {pair: i % len(COLOURS) for i, pair in enumerate(dict.fromkeys(row["pair"] for row in rows))}
-    with sheet(path, 2, len(panels), width=3.6, height=2.5) as (fig, axes):
-        for column, panel in zip(axes.T, panels.values()):
-            score = score_of(panel)
-            for (pair, kind), line in group(panel, "pair", "path").items():
-                height, half = interval(barrier(walk) for walk in walks(line))
-                label = f"{pair}{', curve' if kind == 'curve' else ''}: barrier {height:.3f}" + (f" ± {half:.3f}" if half else "")
-                i = styles[pair]
-                for ax, key in zip(column, ("loss", score)):
-                    curve(ax, line, lambda row: row["mu"], key, label, COLOURS[i], ":" if kind == "curve" else DASHES[i], MARKERS[i])
-            column[0].set(title=title(panel, panels), ylabel="test loss (nats)")
-            column[1].set(xlabel="mu, from the first model to the second", ylabel=SCORES[score])
-            for ax, key in zip(column, ("loss", score)):     # by what was measured: bands of two or three seeds reach far beyond
-                low, high = min(row[key] for row in panel), max(row[key] for row in panel)
-                ax.set_ylim(low - 0.1 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
-            column[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.28), fontsize=8)
+def study_text(r: Run) -> str:
+    keys, along, y = LINES[r.rows[0]["study"]]
+    rows, curves = [row for row in r.rows if row.get("what") != "attention"], {}
+    for names, found in group(rows, *keys).items():
+        values = [[row.get(y or figures.score_of(found)) for row in here] for here in group(found, along).values()]
+        curves[" ".join(map(str, filter(None, names)))] = [(i, mean(v)) for i, v in enumerate(values) if all(map(finite, v))]
+    return f"{y or 'score'} along {along}, mean over seeds\n{printed(curves)}"
 
 
-def walks(rows: list[dict]) -> list[list[dict]]:
-    """The rows of one pair and path, a list a seed in order of mu."""
-    return [sorted(walk, key=lambda row: row["mu"]) for walk in group(rows, "seed").values()]
+KINDS = (
+    Kind("a study", lambda r: bool(r.rows) and r.rows[0].get("study") in figures.OF_STUDY, study_text,
+         lambda r, out: figures.of_study(r.rows[0]["study"], r.rows, out)),
+    Kind("pre-training", lambda r: "stages" in r.summary or bool(r.rows) and "stage" in r.rows[0], pretraining_text, draw_pretraining),
+    Kind("tuning", lambda r: bool(r.rows) and "run" not in r.rows[0] and bool(dev_rows(r.rows)[1]), tuning_text, draw_tuning),
+    Kind("recycling", lambda r: bool(recycled(r)), recycling_text, draw_convergence))
 
 
-def attention_heatmaps(rows: list[dict], path: Path) -> None:
-    """METHOD: study 3. A line of maps a head, a column a model, on one sentence. Rows: task, base, layer, head, tokens (n words)
-    and map (n x n, query by key)."""
-    lines, bases = group(rows, "task", "layer", "head"), list(dict.fromkeys(row["base"] for row in rows))
-    n = max(len(row["tokens"]) for row in rows)
-    with sheet(path, len(lines), len(bases), width=max(2.0, 0.15 * n), height=max(2.0, 0.15 * n), matrices=True) as (fig, axes):
-        for y, ((task, layer, head), line) in enumerate(lines.items()):
-            top = max(max(map(max, row["map"])) for row in line)
-            for x, base in enumerate(bases):
-                ax, row = axes[y][x], next((row for row in line if row["base"] == base), None)
-                if row is None:
-                    ax.axis("off")
-                    continue
-                image = ax.imshow(row["map"], cmap="cividis", vmin=0, vmax=top)
-                shown = range(len(row["tokens"]))
-                ax.set_xticks(shown, row["tokens"] if y == len(lines) - 1 else [], rotation=90, fontsize=7, parse_math=False)
-                ax.set_yticks(shown, row["tokens"] if x == 0 else [], fontsize=7, parse_math=False)
-                ax.set(title=f"{base}, layer {layer}, head {head}", xlabel="key" if y == len(lines) - 1 else "")
-            axes[y][0].set_ylabel(f"{task}: query")
-            fig.colorbar(image, ax=list(axes[y]), shrink=0.8, label="attention")
+def main(argv: list[str]) -> None:
+    c = parse(Config, argv, words="runs")
+    if not c.runs:
+        raise UsageError("which run? python -m rt.plot RUN [RUN ...], folders that train.py, recycle.py or analyze.py wrote")
+    places = {name: Path(c.out or Path(name) / FIGURES) / (Path(name).resolve().name if c.out and len(c.runs) > 1 else "")
+              for name in c.runs}
+    if len({*places.values()}) < len(places):
+        raise UsageError(f"--out {c.out}: two of the runs have the same name; leave it out, or draw them one by one")
+    for (kind, r), out in zip([open_run(Path(name)) for name in places], places.values()):
+        print(f"{r.folder}: {kind.what}\n{kind.text(r)}")
+        try:
+            names = kind.draw(r, out)
+        except UsageError as error:     # no matplotlib
+            print(f"no figures: {error}")
+        except OSError as error:
+            raise UsageError(f"{out}: cannot be written ({error.strerror}): give another --out") from None
+        else:
+            print("figures " + ", ".join(str(out / f"{name}.png") for name in names))
 
 
-def head_similarity(rows: list[dict], path: Path) -> None:
-    """METHOD: study 3. A column a task and pair: divergence of every head to every head above, CKA of the layers below; means
-    over seeds. Rows: task, pair, heads (of a layer), divergence (heads x heads), share_own_best, cka (layers + 1 squared)."""
-    panels = group(rows, "task", "pair")
-    with sheet(path, 2, len(panels), width=3.0, height=2.9, matrices=True) as (fig, axes):
-        images, most = {}, max(max(map(max, row["divergence"])) for row in rows)     # of ln 2 at most
-        for column, ((task, pair), panel) in zip(axes.T, panels.items()):
-            a, _, b = pair.partition("-")
-            share, half = interval(row["share_own_best"] for row in panel)
-            own = f"own head best: {share:.2f}" + (f" ± {half:.2f}" if half else "")
-            for ax, key, top, scheme in zip(column, ("divergence", "cka"), (most, 1.0), ("cividis_r", "cividis")):
-                images[key] = ax.imshow(averaged([row[key] for row in panel]), cmap=scheme, vmin=0, vmax=top)
-            H = panel[0]["heads"]
-            starts = range(0, len(panel[0]["divergence"]), H)
-            for set_ticks in (column[0].set_xticks, column[0].set_yticks):
-                set_ticks([s - 0.5 for s in starts], [str(s // H) for s in starts])
-            for set_ticks in (column[1].set_xticks, column[1].set_yticks):
-                set_ticks(range(len(panel[0]["cka"])), ["emb", *(str(i) for i in range(len(panel[0]["cka"]) - 1))])
-            column[0].set(title=f"{task}, {pair}\n{own}", xlabel=f"head of {b}, by layer", ylabel=f"head of {a}, by layer")
-            column[1].set(xlabel=f"layer of {b}", ylabel=f"layer of {a}")
-        fig.colorbar(images["divergence"], ax=list(axes[0]), shrink=0.8, label="JS divergence (nats)")
-        fig.colorbar(images["cka"], ax=list(axes[1]), shrink=0.8, label="CKA of hidden states")
-
-
-def averaged(matrices: list[list[list[float]]]) -> list[list[float]]:
-    return [[mean(values) for values in zip(*lines)] for lines in zip(*matrices)]
-
-
-def distance(rows: list[dict], path: Path) -> None:
-    """METHOD: study 4. Columns for bases and for each task's deltas; L2 per weight above, cosine below, by layer. Rows: task
-    (None for bases), seed, pair, of, part, l2_per_weight and cosine."""
-    panels = group(rows, "of", "task")
-    pairs = list(dict.fromkeys(row["pair"] for row in rows))
-    with sheet(path, 2, len(panels), width=3.6, height=2.5) as (fig, axes):
-        for column, ((of, task), panel) in zip(axes.T, panels.items()):
-            parts = list(dict.fromkeys(row["part"] for row in panel))
-            for (pair, whole), line in group([row | {"whole": row["part"] == "all"} for row in panel], "pair", "whole").items():
-                i = pairs.index(pair) % len(COLOURS)        # the whole is no point of the curve over layers
-                for ax, key in zip(column, ("l2_per_weight", "cosine")):
-                    curve(ax, line, lambda row: parts.index(row["part"]), key, pair, COLOURS[i], DASHES[i], MARKERS[i])
-            column[0].set(title=of + (f", {task}" if task else ""), ylabel="L2 per weight", ylim=(0, None))
-            column[1].set(ylabel="cosine")
-            for ax in column:
-                ax.set_xticks(range(len(parts)), [part.replace("layers.", "layer ") for part in parts], rotation=45, ha="right")
-        shared_legend(fig, axes[0])
-
-
-def group(rows: list[dict], *keys: str) -> dict[tuple, list[dict]]:
-    """Rows by their values of `keys`, in order of appearance."""
-    groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row.get(k) for k in keys), []).append(row)
-    return groups
-
-
-def score_of(rows: list[dict]) -> str:
-    return next(score for score in SCORES if score in rows[0])
-
-
-def title(panel: list[dict], panels: dict) -> str:
-    """The task; its kind of delta too where there are several."""
-    several = len({kind for _, kind in panels}) > 1
-    return f"{panel[0]['task']}, {panel[0]['kind']}" if several else panel[0]["task"]
-
-
-def curve(ax: Any, rows: list[dict], x: Callable[[dict], float], key: str, label: str, colour: str, dash: Any, marker: str) -> None:
-    """Mean of `key` over x(row), with its band."""
-    at: dict[float, list[float]] = {}
-    for row in rows:
-        at.setdefault(x(row), []).append(row[key])
-    xs = sorted(at)
-    middle, half = zip(*(interval(at[v]) for v in xs))
-    ax.plot(xs, middle, color=colour, linestyle=dash, marker=marker, markersize=4, markevery=max(1, len(xs) // 6), linewidth=1.5,
-            label=label)
-    if any(half):
-        ax.fill_between(xs, [m - h for m, h in zip(middle, half)], [m + h for m, h in zip(middle, half)], color=colour, alpha=0.1,
-                        linewidth=0)
-
-
-@contextmanager
-def sheet(path: Path, lines: int, columns: int, width: float, height: float, matrices: bool = False) -> Iterator[tuple]:
-    """(figure, array of axes) of `lines` x `columns` panels of so many inches, written to PATH.png and PATH.svg when the block
-    ends. No window, and nothing of pyplot's global state; equal rows give equal files. UsageError without matplotlib."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("matplotlib is not installed: pip install -e '.[plot]'") from None
-    path = Path(path)
-    with matplotlib.rc_context(STYLE | {"axes.grid": not matrices}):
-        fig = Figure(figsize=(max(4.0, width * columns + 0.6), height * lines + 0.8), layout="constrained")
-        yield fig, fig.subplots(lines, columns, squeeze=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for ending, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-            fig.savefig(path.with_name(f"{path.name}.{ending}"), metadata=metadata)
-
-
-def shared_legend(fig: Any, axes: Iterable) -> None:
-    """One legend below all panels: every label once."""
-    found = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
-    fig.legend(found.values(), found.keys(), loc="outside lower center", ncols=2 if len(list(axes)) == 1 else 4)
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")    # the blocks of a curve, where an encoding has none
+    run(lambda: main(sys.argv[1:]))

@@ -22,6 +22,7 @@ from rt.hub import open_base
 from rt.log import Log, progress
 from rt.model import Batch, MaskedLM
 from rt.optim import adamw, gather, load_state, schedule, set_lr
+from rt.pace import Pace
 from rt.tokenizer import Tokenizer
 
 AHEAD = 3       # batches prepared before they are asked for
@@ -117,12 +118,13 @@ def pinned(batch: Batch) -> Batch:
 
 def pretrain(model: MaskedLM, rows: Rows, optimizer: torch.optim.Optimizer, settings: PretrainSettings, *, precision: torch.dtype,
              device: torch.device | None = None, ranks: Ranks | None = None, start: int = 0,
-             exact: Callable[[int], bool] = lambda step: False) -> Iterator[dict]:
+             exact: Callable[[int], bool] = lambda step: False, pace: Pace | None = None) -> Iterator[dict]:
     """Train from step `start` on, yielding {'step', 'loss', 'lr', 'grad_norm'} of every optimizer step.
 
     Rows come `log_every` at a time, for nothing waits for the device before; so `model` may be ahead of a row, but not at steps that
     `exact` names, nor at the last. Data and dropout are seeded by (seed, step, share), so a loop that is left and entered again
-    repeats nothing and skips nothing. Every rank runs this; the rows are the same on all. Raises UsageError on a loss that is not finite.
+    repeats nothing and skips nothing. Every rank runs this; the rows are the same on all. `pace` counts what is trained on. Raises
+    UsageError on a loss that is not finite.
     """
     s, ranks = settings, ranks or Ranks(device)
     model.train()
@@ -134,7 +136,10 @@ def pretrain(model: MaskedLM, rows: Rows, optimizer: torch.optim.Optimizer, sett
             set_lr(optimizer, lr)
             total = torch.zeros((), device=ranks.device)
             for part in range(s.accumulation):
-                total += gradient(next(batches), part)
+                batch = next(batches)
+                total += gradient(batch, part)
+                if pace:
+                    pace.count(batch)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
             optimizer.step()
             waiting.append(({"step": step + 1, "lr": lr}, torch.stack([total, norm])))
@@ -218,19 +223,22 @@ class Stage:
         def resumable(step: int) -> bool:
             return step < s.steps and (step == end or step % self.save_every == 0)
 
+        pace = Pace(self.model.encoder.config, self.ranks.device, self.precision, world=self.ranks.world)
         steps = pretrain(self.model, self.rows, self.optimizer, s, precision=self.precision, ranks=self.ranks, start=first,
-                         exact=lambda step: step in kept or resumable(step))
+                         exact=lambda step: step in kept or resumable(step), pace=pace)
         with progress(s.steps, f"{self.about['name']} {self.about['domain']}", first) as bar, closing(steps):
             for row in steps:
                 self.step, self.seconds = row["step"], time.perf_counter() - started
                 self.log.row(stage=self.about["name"], **row)
-                bar.set_postfix_str(f"loss {row['loss']:.3f}, {(self.step - first) * s.batch_tokens / self.seconds:,.0f} tok/s",
-                                    refresh=False)
+                bar.set_postfix_str(f"loss {row['loss']:.3f}, {pace}", refresh=False)
                 bar.update()
-                if self.step in kept:
-                    self.save(f"{self.about['name']}-t{self.step:05d}", resumable=False)
-                if resumable(self.step):
-                    self.save("last", resumable=True)
+                if self.step == first + 1:
+                    pace.restart()      # what is compiled or captured is so by the first look at the loss
+                with pace.pause():
+                    if self.step in kept:
+                        self.save(f"{self.about['name']}-t{self.step:05d}", resumable=False)
+                    if resumable(self.step):
+                        self.save("last", resumable=True)
                 if self.step == end:
                     break
         return self.step - first

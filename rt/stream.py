@@ -9,10 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from rt.checkpoint import read_json
 from rt.config import UsageError
 from rt.data import Rows
-from rt.log import table
+from rt.log import FIGURES, read_json
 from rt.tokenizer import Tokenizer
 
 
@@ -20,7 +19,7 @@ def has_work(out: Path, settings: dict, resume: bool) -> bool:
     """Whether a run with these settings is to begin in `out`, or to go on: False where it is complete. UsageError where it would
     overwrite something, or go on with other settings."""
     if not (out / "config.json").exists():
-        if out.is_dir() and any(out.iterdir()):
+        if out.is_dir() and {f.name for f in out.iterdir()} - {FIGURES}:
             raise UsageError(f"{out} holds other things than a stream of bases: give another --out")
         return True
     begun = read_json(out / "config.json")
@@ -49,11 +48,3 @@ def sample_of(rows: Rows, tokenizer: Tokenizer) -> str:
     span, p = slice(sum(lengths[:longest]), sum(lengths[:longest + 1])), rows.packing()
     return (f"sample: {tokenizer.decode(ids[span])!r}\nmasked: {tokenizer.decode(batch.ids[span].tolist())!r}\n"
             f"{p['rows']} rows of {rows.row_tokens} tokens an epoch, {p['fill']:.0%} full; {p['cut']:.1%} of sequences cut at a row's end")
-
-
-def forgetting_table(stages: list[dict]) -> str:
-    """Held-out masked-LM loss (accuracy) of every domain after every stage."""
-    domains = list(stages[0]["heldout"])
-    rows = [[f"{s['name']} ({s['domain']})", *(f"{s['heldout'][d]['loss']:.3f} ({s['heldout'][d]['accuracy']:.3f})"
-                                               for d in domains)] for s in stages]
-    return "held-out masked-LM loss (accuracy)\n" + table(rows, ["after", *domains])

@@ -1,8 +1,9 @@
-"""What the rows of a summary say together: rows are dicts with mode, seed, lr, settings, dev, test and curve, one a run."""
+"""What the rows of a summary say together: recycle.py's are dicts with mode, seed, lr, settings, dev, test and curve, one a run."""
 import json
 from statistics import mean, stdev
 from typing import Callable
 
+from rt.log import table
 from rt.tune import score
 
 
@@ -40,3 +41,13 @@ def spread(rows: list[dict], part: str = "test") -> str:
 def steps_of(rows: list[dict]) -> str:
     """Steps to scratch's best dev, one figure a seed."""
     return " ".join("-" if row["steps_to_scratch_best"] is None else str(row["steps_to_scratch_best"]) for row in rows)
+
+
+def forgetting_table(stages: list[dict]) -> str:
+    """Held-out masked-LM loss (accuracy) of every domain after every stage of pre-training: dicts with name, domain and heldout."""
+    def cell(scores: dict | None) -> str:
+        return f"{scores['loss']:.3f} ({scores['accuracy']:.3f})" if scores else "-"
+
+    domains = list(stages[0]["heldout"])
+    rows = [[f"{s['name']} ({s['domain']})", *(cell(s["heldout"].get(d)) for d in domains)] for s in stages]
+    return "held-out masked-LM loss (accuracy)\n" + table(rows, ["after", *domains])

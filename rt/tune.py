@@ -16,6 +16,7 @@ from rt.graphs import BUCKET, GraphedStep
 from rt.log import progress
 from rt.model import Batch, Classifier
 from rt.optim import adamw, schedule, set_lr
+from rt.pace import Pace
 from rt.tasks import Encoded, Task, encode, training_indices
 from rt.tokenizer import Tokenizer
 
@@ -176,8 +177,8 @@ def tune(model: Classifier, data: TaskData, loss: Loss, settings: TuneSettings, 
 
     graphed = GraphedStep(gradient, list(trained.values()), device) if s.graphs else None
     score_dev(0, None)
-    recent = torch.zeros((), device=device)
-    since = tokens = 0
+    pace = Pace(model.encoder.config, device, precision, frozen=not model.encoder.layers[0].qkv.weight.requires_grad)
+    recent, since = torch.zeros((), device=device), 0
     with progress(s.steps, what) as bar:
         for step in range(s.steps):
             torch.manual_seed(derive_seed(s.seed, step))    # of interpolation's points
@@ -188,16 +189,17 @@ def tune(model: Classifier, data: TaskData, loss: Loss, settings: TuneSettings, 
             torch.nn.utils.clip_grad_norm_(trained.values(), s.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            since, tokens = since + 1, tokens + len(batch.ids)
+            since += 1
+            pace.count(batch)
             if (step + 1) % s.eval_every == 0 or step + 1 == s.steps:
                 mean_loss = recent.item() / since
                 if not math.isfinite(mean_loss):
                     raise UsageError(f"the loss is {mean_loss} after step {step + 1}: lower --lr ({s.lr})")
-                score_dev(step + 1, mean_loss)
+                with pace.pause():
+                    score_dev(step + 1, mean_loss)
                 recent.zero_()
                 since = 0
-                bar.set_postfix_str(f"loss {mean_loss:.3f}, dev {score(result.dev):.3f}, "
-                                    f"{tokens / (time.perf_counter() - started):,.0f} tok/s")
+                bar.set_postfix_str(f"loss {mean_loss:.3f}, best dev {score(result.dev):.3f}, {pace}")
                 if s.stops(result, step + 1):
                     break
             bar.update()

@@ -8,11 +8,11 @@ import pytest
 import torch
 from conftest import command, here, random_base, write_task
 
-from rt import plot
+from rt import figures
 from rt.checkpoint import load_base, save_base
 from rt.config import UsageError
 from rt.deltas import DeltaConfig, attach, extract, save_delta
-from rt.log import read_rows
+from rt.log import FIGURES, read_rows
 from rt.model import MaskedLM
 
 FLAGS = ("--seq_len", "32", "--device", "cpu", "--precision", "fp32")
@@ -80,7 +80,7 @@ def test_compatibility_follows_the_lineage(home):
 def test_connectivity_walks_to_every_later_base_and_to_the_independent_one(home):
     said, rows, summary = study(home, "connectivity", "--independent", home / "ind" / "M0", "--points", "5", "--curve",
                                 "--curve_steps", "3", how=command)
-    paths = plot.group(rows, "pair", "path")
+    paths = figures.group(rows, "pair", "path")
     assert list(paths) == [(pair, path) for pair in ("M0-M1", "M0-M2", "M0-IND") for path in ("linear", "curve")]
     assert all([row["mu"] for row in path] == [0, 0.25, 0.5, 0.75, 1] for path in paths.values())
     starts = [path[0]["loss"] for path in paths.values()]
@@ -142,6 +142,7 @@ def test_missing_deltas_are_tuned_once_and_all_alike(home):
     names = [f"M{i}-two_way-full-n2-s1" for i in (0, 1)]
     said = here(*arguments)
     assert all(f"building the delta {home / 'run' / 'deltas' / name}" in said for name in names)
+    (home / "out" / "n2" / FIGURES).mkdir()     # as rt.plot leaves it
     assert "building" not in here(*arguments)
     summary = json.loads((home / "out" / "n2" / "summary.json").read_text())
     assert [Path(d["folder"]).name for d in summary["deltas"]] == names
@@ -170,15 +171,15 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, words, home):
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 def test_an_interval_is_that_of_students_t():
-    assert plot.interval([0.5]) == (0.5, 0.0)
-    mean, half = plot.interval([1.0, 2.0, 3.0])
+    assert figures.interval([0.5]) == (0.5, 0.0)
+    mean, half = figures.interval([1.0, 2.0, 3.0])
     assert mean == 2.0 and half == pytest.approx(4.303 / math.sqrt(3))
-    assert plot.interval(range(30))[1] == pytest.approx(2.1 * 8.803 / math.sqrt(30), rel=1e-3)
+    assert figures.interval(range(30))[1] == pytest.approx(2.1 * 8.803 / math.sqrt(30), rel=1e-3)
 
 
 def test_snapshots_lie_evenly_on_the_way_to_their_base():
     found = [("M0", 0, None), ("M1-t00100", 1, 100), ("M1", 1, None), ("M1-t00050", 1, 50), ("M2-t00010", 2, 10)]
-    at = plot.places([{"base": b, "stage": s, "t": t} for b, s, t in found])
+    at = figures.places([{"base": b, "stage": s, "t": t} for b, s, t in found])
     assert at == pytest.approx({"M0": 0, "M1-t00050": 1 / 3, "M1-t00100": 2 / 3, "M1": 1, "M2-t00010": 1.5})
 
 
@@ -189,15 +190,14 @@ def walk_rows(task: str, seed: int, height: float) -> list[dict]:
 
 def test_figures_say_what_the_rows_say(tmp_path):
     pytest.importorskip("matplotlib")
-    plot.connectivity([row for task in ("sick", "imdb") for seed, height in ((0, 0.1), (1, 0.3)) for row in walk_rows(task, seed, height)],
-                      tmp_path / "sub" / "paths")
+    rows = [row for task in ("sick", "imdb") for seed, height in ((0, 0.1), (1, 0.3)) for row in walk_rows(task, seed, height)]
+    figures.connectivity(rows, tmp_path / "sub" / "paths")
     picture = (tmp_path / "sub" / "paths.svg").read_text()
-    half = plot.interval([0.1, 0.3])[1]
+    half = figures.interval([0.1, 0.3])[1]
     assert picture.count(f"M0-M1: barrier 0.200 ± {half:.3f}") == 2 and "sick" in picture and "test loss (nats)" in picture
     first = (tmp_path / "sub" / "paths.png").read_bytes()
     assert first[:4] == b"\x89PNG"
-    same = [row for task in ("sick", "imdb") for seed, height in ((0, 0.1), (1, 0.3)) for row in walk_rows(task, seed, height)]
-    plot.connectivity(same, tmp_path / "again")
+    figures.connectivity(rows, tmp_path / "again")
     assert (tmp_path / "again.png").read_bytes() == first and (tmp_path / "again.svg").read_text() == picture
 
 
@@ -205,14 +205,15 @@ def test_a_regression_is_drawn_by_its_correlation(tmp_path):
     pytest.importorskip("matplotlib")
     rows = [{"task": "scores", "kind": "lora", "seed": s, "base": b, "stage": i, "t": None, "line": "apply", "pearson": 0.5 - 0.1 * i}
             for s in (0, 1) for i, b in enumerate(("M0", "M1"))]
-    plot.compatibility(rows, tmp_path / "c")
+    figures.compatibility(rows, tmp_path / "c")
     assert "Pearson" in (tmp_path / "c.svg").read_text() and "chance" not in (tmp_path / "c.svg").read_text()
 
 
 def test_tokens_are_no_formulas(tmp_path):
     pytest.importorskip("matplotlib")
     tokens = ["$x", "_{", "y$", "$\\bogus$"]
-    plot.attention_heatmaps([{"task": "t", "base": "M0", "layer": 0, "head": 1, "tokens": tokens, "map": [[0.25] * 4] * 4}], tmp_path / "a")
+    rows = [{"task": "t", "base": "M0", "layer": 0, "head": 1, "tokens": tokens, "map": [[0.25] * 4] * 4}]
+    figures.attention_heatmaps(rows, tmp_path / "a")
     assert "M0, layer 0, head 1" in (tmp_path / "a.svg").read_text()
 
 
@@ -220,7 +221,7 @@ def test_without_matplotlib_the_rows_stay_and_a_sentence_says_so(home, tmp_path,
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UsageError, match="matplotlib is not installed: pip install"):
-        plot.connectivity(walk_rows("t", 0, 0.1), tmp_path / "p")
+        figures.connectivity(walk_rows("t", 0, 0.1), tmp_path / "p")
     said = here("analyze.py", "--study", "distance", *of(home, "M0", "M1"), "--out", tmp_path / "out")
     assert "M0-M1" in said and "no figure: matplotlib is not installed" in said
     assert {f.name for f in (tmp_path / "out").iterdir()} == {"rows.jsonl", "summary.json"}

@@ -8,10 +8,17 @@ import pytest
 from conftest import command, here
 from safetensors.torch import load_file
 
-from rt.log import read_rows
+from rt import plot
+from rt.log import FIGURES, read_rows
 
 SMALL = ("--preset", "tiny", "--vocab_size", "500", "--seq_len", "32", "--batch_tokens", "256", "--eval_tokens", "512",
          "--device", "cpu")
+
+
+def drawn(folder) -> set[str]:
+    """The figures of a run as it is now, in its folder; they are in nobody's way."""
+    plot.main([str(folder)])
+    return {f.stem for f in (folder / FIGURES).iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +53,7 @@ def test_a_finished_run_is_left_alone_and_another_setting_refused(lineage):
     home, _ = lineage
     arguments = ("train.py", *SMALL, "--stream", f"{home}/one.txt,{home}/two.txt", "--snapshots", "1", "--out", home / "run",
                  "--cache", home / "cache")
+    assert drawn(home / "run") == {"loss", "forgetting"}
     assert "is complete" in here(*arguments, "--steps", "4")
     assert "was begun with --steps [4], not [5]" in here(*arguments, "--steps", "5", code=2)
 
@@ -64,7 +72,7 @@ def test_twenty_steps_are_ten_and_resume_and_ten(lineage):
                  "--snapshots", "0", "--dropout", "0.1", "--accumulation", "1", "--precision", "fp32")
     command(*arguments, "--out", home / "straight")
     out = command(*arguments, "--out", home / "broken", "--stop_after", "10", "--log_every", "4")
-    assert "stopped in M0 after step 10 of 14" in out
+    assert "stopped in M0 after step 10 of 14" in out and drawn(home / "broken") == {"loss"}
     assert "unfinished run: add --resume" in here(*arguments, "--out", home / "broken", code=2)
     assert "stopped after M0" in here(*arguments, "--out", home / "broken", "--resume", "--stop_after", "4")
     here(*arguments, "--out", home / "broken", "--resume", "--stop_after", "3", "--log_every", "2")      # stops again, inside M1
@@ -100,6 +108,7 @@ def test_tune_eval_and_predict(lineage, task, delta, tmp_path):
     facts = json.loads((tmp_path / "d" / "delta.json").read_text())
     assert facts["info"]["labels"] == ["classes", "generators"] and facts["kind"] == delta
     assert [r["step"] for r in read_rows(tmp_path / "d" / "metrics.jsonl")] == [0, 2, 4]
+    assert drawn(tmp_path / "d") == {"tuning"}
     tested = out.split("test accuracy ")[1].split(",")[0]
     scored = call("train.py", "--mode", "eval", *base, "--task", task, "--delta_dir", tmp_path / "d", *TUNE)
     assert f"test accuracy {tested}" in scored
@@ -180,6 +189,7 @@ def test_a_sweep_prints_the_best_of_every_mode_and_goes_on_where_it_was_interrup
     gone = next(row for row in rows if row["mode"] == "scratch")
     shutil.rmtree(home / "deltas" / gone["run"])
     stamps = {path: path.stat().st_mtime_ns for path in (home / "deltas").glob("*/delta.safetensors")}
+    assert drawn(home) == {"convergence"} and drawn(home / "deltas" / by_mode["init"][0]["run"]) == {"tuning"}
     assert command("recycle.py", *arguments).splitlines()[1:] == out.splitlines()[-len(lines) - 2:]
     assert sum(path.stat().st_mtime_ns != stamp for path, stamp in stamps.items()) == 1
 
@@ -230,6 +240,7 @@ def test_itp_is_a_run_of_its_own_beside_the_plain_one(lineage, task, tmp_path):
     arguments = ("recycle.py", "--old_base", home / "run" / "M0", "--base", home / "run" / "M1", "--task", task, "--shots", "6",
                  "--seeds", "0", "--steps", "4", "--delta", "adapter", "--out", tmp_path / "out", *TUNE)
     here(*arguments, "--mode", "scratch,distill")
+    assert drawn(tmp_path / "out") == {"convergence"}
     here(*arguments, "--mode", "scratch,distill", "--itp", "2")
     rows = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]
     assert [(row["mode"], row["settings"].get("itp")) for row in rows] == [("distill", None), ("scratch", None), ("distill", 2)]

@@ -37,6 +37,26 @@ def test_errors_are_one_sentence(argv, words):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+@dataclass
+class Files:
+    """What it does to files."""
+    files: tuple[str, ...] = ()  # one or more
+    out: str | None = None  # where to
+
+
+def test_words_without_a_flag_are_one_field_where_a_script_says_so():
+    assert parse(Files, ["a", "--out", "x", "b", "--out=y"], "files") == Files(("a", "b"), "y")
+    assert parse(Files, [], "files") == Files()
+    for argv, words in ((["--files", "a"], "there is no flag --files"), (["a", "-o"], "unexpected argument '-o'"),
+                        (["a", "--out"], "--out needs a value")):
+        with pytest.raises(UsageError, match=words):
+            parse(Files, argv, "files")
+    with pytest.raises(UsageError, match="unexpected argument 'a'"):
+        parse(Files, ["a"])
+    lines = help_text(Files, "files").splitlines()
+    assert lines[2].split() == ["FILES", "one", "or", "more"] and lines[3].split() == ["--out", "None", "where", "to"]
+
+
 def test_help_has_every_flag_with_its_default_and_comment():
     text = help_text(Config)
     assert text.startswith("What it does.")

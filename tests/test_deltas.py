@@ -7,6 +7,7 @@ import torch
 from rt.checkpoint import StaleDelta, fingerprint
 from rt.config import UsageError
 from rt.deltas import KINDS, DeltaConfig, apply, attach, extract, load_delta, merge, save_delta
+from rt.log import FIGURES
 from rt.model import ClassificationHead, Classifier, Encoder
 
 LABELS = ["a", "b", "c"]
@@ -68,6 +69,15 @@ def test_extract_save_load_apply_gives_the_tuned_logits(kind, base, batch, tmp_p
     again = load_delta(tmp_path / "delta")
     assert again.config == CONFIGS[kind] and again.labels == tuple(LABELS)
     torch.testing.assert_close(logits(apply(base, again), batch), logits(model, batch), atol=1e-5, rtol=1e-4)
+
+
+def test_a_delta_that_takes_anothers_place_leaves_its_figures(base, batch, tmp_path):
+    delta = trained(base, "lora", batch)[1]
+    save_delta(tmp_path / "d", delta)
+    (tmp_path / "d" / FIGURES).mkdir()
+    (tmp_path / "d" / FIGURES / "tuning.png").write_bytes(b"drawn")
+    save_delta(tmp_path / "d", delta)
+    assert (tmp_path / "d" / FIGURES / "tuning.png").read_bytes() == b"drawn"
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "prefix"])

@@ -89,8 +89,22 @@ def test_imports_keep_their_direction(room, may_not):
     for path in files:
         assert not imported(path) & may_not, path
         if room == "rt":
-            assert "sys.argv" not in "".join(line for line in path.read_text().splitlines(True) if "# " not in line
-                                             and "parse(Config" not in line), path
+            assert not reads_argv(path.read_text()), path
+
+
+def reads_argv(source: str) -> bool:
+    """Whether the command line is read anywhere but in a module's `if __name__ == "__main__":` block."""
+    main = "__name__ == '__main__'"
+    body = [node for node in ast.parse(source).body if not (isinstance(node, ast.If) and ast.unparse(node.test) == main)]
+    return any(isinstance(node, ast.Attribute) and node.attr == "argv" or isinstance(node, ast.alias) and node.name == "argv"
+               for top in body for node in ast.walk(top))
+
+
+@pytest.mark.parametrize("source, reads", [
+    ("import sys\ndef main(argv): ...\nif __name__ == '__main__':\n    main(sys.argv)", False), ('"""parse(Config, sys.argv)"""', False),
+    ("import sys\ndef main():\n    return sys.argv", True), ("from sys import argv", True), ("import sys\nif True:\n    sys.argv", True)])
+def test_only_a_main_block_reads_the_command_line(source, reads):
+    assert reads_argv(source) is reads
 
 
 def test_without_triton_the_references_work():

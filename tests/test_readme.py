@@ -19,6 +19,7 @@ from rt.model import MaskedLM
 from rt.peft import export_peft
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TREE = README.split("## The tree")[1].split("## ")[0]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LABELS = ("no", "yes")
 # what is added to a command so that it takes seconds; of two equal flags the last counts
@@ -144,15 +145,19 @@ def stage(folder: Path, corpus: list[str], tokenizer) -> None:
 
 def test_flags_and_functions_that_the_pages_name_are_there():
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
-    for path, names in re.findall(r"`?((?:rt|kernels|data|tests|bench|results|docs)/[\w./-]*\w)(?:: (\w+(?:, \w+)*))?", text):
-        if (ROOT / path).suffix or not names:
-            assert (ROOT / path).exists() or (ROOT / f"{path}.py").exists(), path
-        for name in names.split(", ") if names else []:
-            assert re.search(rf"^\s*(?:def|class) {name}\b|^{name}\b.* = ", (ROOT / path).read_text(), re.M), (path, name)
+    place = r"((?:rt|kernels|data|tests|bench|results|docs)/[\w./-]*\w)"
+    for path in re.findall(r"(?<![\w/])(?<!--json )" + place, text):      # not what a command is to write
+        assert (ROOT / path).exists() or (ROOT / f"{path}.py").exists(), path
+    named = re.findall(place + r": (\w+(?:, \w+)*)(?=[`;]|$)", text.replace(TREE, ""), re.M)
+    assert len(named) > 15
+    for path, names in named:
+        for name in names.split(", "):
+            assert re.search(rf"^\s*(?:def|class) {name}\b", (ROOT / path).read_text(), re.M), (path, name)
     import analyze
     import recycle
     import train
-    known = {name for script in (train, recycle, analyze) for name in vars(parse(script.Config, []))}
+    from bench import cell
+    known = {name for script in (train, recycle, analyze, cell) for name in vars(parse(script.Config, []))}
     for page in PAGES[:1]:
         for words in (w for _, marker, language, code in blocks() if language == "sh" and not marker.startswith("run by")
                       for w in commands(code)):
@@ -161,7 +166,6 @@ def test_flags_and_functions_that_the_pages_name_are_there():
 
 
 def test_every_module_is_in_the_tree():
-    tree = README.split("## The tree")[1].split("## ")[0]
     for room in ("rt", "kernels", "bench", "data"):
         for path in (ROOT / room).glob("*.py"):
-            assert path.name == "__init__.py" or path.name in tree, path
+            assert path.name == "__init__.py" or path.name in TREE, path

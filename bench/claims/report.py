@@ -12,10 +12,10 @@ from pathlib import Path
 from statistics import correlation, mean
 
 from bench.claims.plan import SEEDS, UPGRADES
-from rt import plot
+from rt import figures
 from rt.config import UsageError
+from rt.figures import interval
 from rt.log import read_rows
-from rt.plot import interval
 
 Key = tuple[str, int]                               # task, seed
 
@@ -131,7 +131,7 @@ def c1(r: Results, folder: Path, out: Section) -> None:
     learned = [t for t in r.tasks(part="compatibility") if mean(by_task(at["M0"], t)) - mean(by_task(chance, t)) > GAIN]
     kept = {(t, s): (at["M1"][t, s] - chance[t, s]) / mean(at["M0"][t, z] - chance[t, z] for z in SEEDS if (t, z) in chance)
             for t, s in at["M1"] if t in learned}
-    plot.compatibility(compatibility_rows(r), folder / f"{r.preset}-compatibility")
+    figures.compatibility(compatibility_rows(r), folder / f"{r.preset}-compatibility")
     out.add(table_of_tasks({"chance": chance, **at}) + f"\n![Delta_0 on later bases]({r.preset}-compatibility.png)\n\n")
     out.add(f"Learned on M0 (more than {GAIN} above the commonest label): {', '.join(learned)}; only these count below.\n\n")
     at, chance = ({base: only(values, learned) for base, values in at.items()}), only(chance, learned)
@@ -177,7 +177,7 @@ def forgetting(r: Results, at: dict[str, dict[Key, float]], out: Section) -> Non
 
 
 def compatibility_rows(r: Results) -> list[dict]:
-    """As rt.plot.compatibility reads them."""
+    """As rt.figures.compatibility reads them."""
     rows = []
     for row in r.select(part="compatibility"):
         f, base = row["run"], row["run"]["base"]
@@ -204,7 +204,7 @@ def c2(r: Results, folder: Path, out: Section) -> None:
         barriers.setdefault((row["path"], row["run"]["base"]), {})[key(row)] = row["barrier"]
     drawn = [{"study": "connectivity", "task": row["run"]["task"], "kind": "full", "seed": row["run"]["seed"],
               "pair": f"M0-{row['run']['base']}", **{k: row[k] for k in ("path", "mu", "loss", "accuracy")}} for row in found]
-    plot.connectivity(drawn, folder / f"{r.preset}-connectivity")
+    figures.connectivity(drawn, folder / f"{r.preset}-connectivity")
     arms = {f"M0-{base}" + ("" if path == "linear" else ", curve"): values for (path, base), values in barriers.items()}
     good = {base: learned_ends(r, base) for _, base in barriers}
     linear = {base: {k: v for k, v in values.items() if k in good[base]} for (path, base), values in barriers.items() if path == "linear"}
@@ -228,7 +228,7 @@ def c3(r: Results, folder: Path, out: Section) -> None:
     lines = [[f"M0-{b}", *(shown(over_tasks(x[b])) for x in (share, own, other))] for b in share if share[b]]
     out.add(markdown(["pair", "share of heads whose best match is themselves", "divergence to the same head (nats)",
                       "to the best other head"], lines) + "\n")
-    plot.head_similarity(heads_rows(r, r.tasks(part="similarity")[0], ("M1", "M4", "IND")), folder / f"{r.preset}-heads")
+    figures.head_similarity(heads_rows(r, r.tasks(part="similarity")[0], ("M1", "M4", "IND")), folder / f"{r.preset}-heads")
     out.add(f"![heads against heads, layers against layers]({r.preset}-heads.png)\n\n")
     out.difference("share, M1 above IND", per_seed(share["M1"], share["IND"]), True)
     out.difference("divergence to the same head, IND above M1", per_seed(own["IND"], own["M1"]), True)
@@ -236,7 +236,7 @@ def c3(r: Results, folder: Path, out: Section) -> None:
 
 
 def heads_rows(r: Results, task: str, bases: tuple[str, ...]) -> list[dict]:
-    """As rt.plot.head_similarity reads them."""
+    """As rt.figures.head_similarity reads them."""
     return [{"task": task, "pair": f"M0-{base}", "heads": len(row["divergence"]) // (len(row["cka"]) - 1),
              **{k: row[k] for k in ("divergence", "cka", "share_own_best")}}
             for base in bases for row in r.select(part="similarity", task=task, base=base)]

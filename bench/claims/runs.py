@@ -13,12 +13,13 @@ import torch
 
 from bench.claims.plan import DOMAINS, UPGRADES, Run, Scale
 from rt import paths, project, similarity
-from rt.checkpoint import Base, read_json
+from rt.checkpoint import Base
 from rt.config import UsageError
 from rt.deltas import Delta, DeltaConfig, apply, attach, extract, load_delta, save_delta
 from rt.distill import Loss
 from rt.functional import weights_of
 from rt.hub import open_base
+from rt.log import read_json
 from rt.model import Classifier
 from rt.recycling import Recycling, chain, recycle
 from rt.tasks import Encoded, Task, few_shot, load_task

@@ -1,0 +1,195 @@
+"""What a folder is: ours as saved, theirs as transformers and PEFT save them, runs; nothing loaded; what is damaged or unknown."""
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, random_base
+
+from rt import deltas
+from rt.checkpoint import save_base
+from rt.config import UsageError, run
+from rt.inspect import SETTINGS, encoder_count, header, inspect, main
+from rt.model import PRESETS, Encoder, EncoderConfig, MaskedLM
+
+LABELS = [f"label{i}" for i in range(10)]
+
+
+def kept(folder: Path, tokenizer, seed: int, **meta):
+    base = random_base(tokenizer, seed)
+    base.fingerprint = save_base(folder, MaskedLM(base.encoder, base.head), tokenizer, meta)
+    return base
+
+
+@pytest.fixture(scope="module")
+def run_home(tokenizer, tmp_path_factory) -> Path:
+    """M0 -> M1 -> M2 with a snapshot, a delta of M1, and the summary of it all."""
+    home, parent = tmp_path_factory.mktemp("inspect") / "run", None
+    heldout = {"bio": {"loss": 5.125, "accuracy": 0.25, "predictions": 8}, "rev": {"loss": 6.5, "accuracy": 0.125, "predictions": 8}}
+    for i, name in enumerate(("M0", "M1-t00002", "M1", "M2")):
+        stage = {} if "-t" in name else {"stage": {"name": name, "steps": 4, "heldout": heldout}}
+        base = kept(home / name, tokenizer, i, name=name[:2], domain="rev", step=2 if "-t" in name else 4, parent=parent,
+                    argv=["train.py", "--stream", "my texts"], **stage)
+        parent = parent if "-t" in name else base.fingerprint
+        if name == "M1":
+            config = deltas.DeltaConfig("lora", r=4)
+            info = {"task": "sick", "labels": LABELS, "seed": 3, "step": 25, "dev": {"accuracy": 0.5, "macro_f1": 0.25},
+                    "test": {"accuracy": 0.4375}, "shots": 16, "argv": ["train.py", "--mode", "tune"]}
+            deltas.save_delta(home / "deltas" / "M1-sick", deltas.extract(deltas.attach(base, config, 10, seed=0), base, config, info))
+    (home / "metrics.jsonl").write_text('{"stage": "M0", "step": 1, "loss": 6.0}\n' * 3)
+    (home / "summary.json").write_text(json.dumps({"stages": [{"name": "M0", "domain": "bio"}], "argv": ["train.py"]}))
+    return home
+
+
+def test_a_base_and_its_lineage(run_home, tokenizer):
+    facts, meta = inspect(run_home / "M2"), json.loads((run_home / "M2" / "meta.json").read_text())
+    base = random_base(tokenizer)
+    encoder, head = (sum(p.numel() for p in module.parameters()) for module in (base.encoder, base.head))
+    assert facts["is"] == "a base (rt-base-1)" and f"{encoder + head:,} parameters (encoder {encoder:,})" in facts["size"]
+    assert facts["architecture"] == f"roberta, 2 layers x 64, 2 heads, FFN 128, {tokenizer.vocab_size} words, up to 128 tokens"
+    assert facts["lineage"] == "M2 <- M1 <- M0 <- a random start" and facts["trained"] == "on rev, 4 steps of 4"
+    assert facts["held out"] == "loss (accuracy): bio 5.125 (0.250), rev 6.500 (0.125)"
+    assert meta["fingerprint"] in facts["fingerprint"] and tokenizer.fingerprint in facts["fingerprint"]
+    assert f"torch {torch.__version__}" in facts["versions"] and facts["made by"] == "train.py --stream 'my texts'"
+    assert len(facts) <= 10
+
+
+def test_a_snapshot_and_a_base_whose_parent_is_elsewhere(run_home, tmp_path):
+    snapshot = inspect(run_home / "M1-t00002")
+    assert snapshot["lineage"] == "M1-t00002 <- M0 <- a random start" and snapshot["held out"] == "not scored"
+    shutil.copytree(run_home / "M2", tmp_path / "alone")
+    parent = json.loads((tmp_path / "alone" / "meta.json").read_text())["parent"]
+    assert inspect(tmp_path / "alone")["lineage"] == f"alone <- {parent} (not beside it)"
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "meta.json").write_text("{")     # a broken neighbour is passed over
+    assert parent in inspect(tmp_path / "alone")["lineage"]
+
+
+def test_a_lineage_that_turns_back_on_itself_ends(run_home, tmp_path):
+    shutil.copytree(run_home / "M0", tmp_path / "M0")
+    meta = json.loads((tmp_path / "M0" / "meta.json").read_text())
+    (tmp_path / "M0" / "meta.json").write_text(json.dumps(meta | {"parent": meta["fingerprint"]}))
+    assert inspect(tmp_path / "M0")["lineage"].startswith("M0 <- M0")
+
+
+def test_a_delta_and_the_base_it_was_learned_on(run_home, tokenizer, tmp_path):
+    facts = inspect(run_home / "deltas" / "M1-sick")
+    encoder = sum(p.numel() for p in random_base(tokenizer).encoder.parameters())
+    trained = 2 * 2 * 2 * 4 * 64        # layers, targets, A and B, r, width
+    assert facts["is"] == "a delta (rt-delta-1): lora, r 4, lora_alpha 16.0, target_modules query, value"
+    assert f"{trained:,} parameters, {trained / encoder:.2%} of the encoder's, and a head of {64 * 64 + 64 + 640 + 10:,}" in facts["size"]
+    assert facts["task"] == "sick: 10 labels: " + ", ".join(LABELS[:8]) + " and 2 more"
+    assert facts["learned"] == "by tuning, seed 3, 16 examples a label"
+    assert facts["dev"] == "accuracy 0.500, macro_f1 0.250, at step 25" and facts["test"] == "accuracy 0.438"
+    assert facts["base"].startswith(f"{run_home / 'M1'}; roberta, 2 layers x 64") and facts["made by"] == "train.py --mode tune"
+    assert json.loads((run_home / "M1" / "meta.json").read_text())["fingerprint"] in facts["fingerprints"]
+    shutil.copytree(run_home / "deltas" / "M1-sick", tmp_path / "a" / "b")
+    assert inspect(tmp_path / "a" / "b")["base"].startswith("not found")
+    # recycled, and as its config says learned on a base that lies elsewhere
+    path = tmp_path / "a" / "b" / "delta.json"
+    about = json.loads(path.read_text())
+    about["info"] |= {"mode": "init", "labels": [], "shots": None, "config": {"base": str(run_home / "M1")}}
+    path.write_text(json.dumps(about))
+    facts = inspect(tmp_path / "a" / "b")
+    assert facts["learned"] == "by recycling, init, seed 3, all examples" and facts["task"] == "sick: a regression"
+    assert facts["base"].startswith(str(run_home / "M1"))
+    path.write_text(json.dumps(about | {"info": {**about["info"], "source": "my-finetune"}}))
+    assert inspect(tmp_path / "a" / "b")["learned"] == "elsewhere, imported from my-finetune"
+
+
+def test_the_settings_shown_are_those_that_a_kind_uses(tokenizer):
+    assert SETTINGS == deltas.USED
+    for family in ("roberta", "bert"):
+        encoder = Encoder(EncoderConfig(tokenizer.vocab_size, pad_id=tokenizer.pad_id, model_type=family, sep_id=2, **PRESETS["tiny"]))
+        assert encoder_count(asdict(encoder.config)) == sum(p.numel() for p in encoder.parameters())
+
+
+def test_a_run_lists_what_it_holds(run_home, tmp_path):
+    facts = inspect(run_home)
+    assert facts["is"] == "a run" and facts["deltas"] == "M1-sick" and facts["stages"] == "M0 (bio)" and facts["made by"] == "train.py"
+    assert sorted(facts["bases"].split(", ")) == ["M0", "M1", "M1-t00002", "M2"] and facts["rows"] == "3 in metrics.jsonl"
+    assert inspect(run_home / "deltas")["is"] == "a run, unfinished or part of one"
+    rows = [{"mode": mode} for mode in ("scratch", "init", "init")]
+    (tmp_path / "summary.json").write_text(json.dumps({"rows": rows, "argv": ["recycle.py"]}))
+    assert inspect(tmp_path)["runs"] == "1 scratch, 2 init"
+
+
+def test_checkpoints_of_transformers_and_peft(tmp_path):
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    sizes = dict(vocab_size=90, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    names = {"id2label": {0: "no", 1: "maybe", 2: "yes"}, "label2id": {"no": 0, "maybe": 1, "yes": 2}}
+    tuned = transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**sizes, **names))
+    tuned.save_pretrained(tmp_path / "tuned")
+    facts = inspect(tmp_path / "tuned")
+    assert facts["is"] == "a Hugging Face checkpoint: RobertaForSequenceClassification" and facts["labels"] == "no, maybe, yes"
+    assert f"{sum(p.numel() for p in tuned.parameters()):,} parameters" in facts["size"] and "1 weight file" in facts["size"]
+    assert facts["architecture"].startswith("roberta, 2 layers x 16, 2 heads, FFN 32, 90 words") and facts["holds"] == "encoder, classifier"
+    masked = transformers.BertForMaskedLM(transformers.BertConfig(**sizes))
+    masked.save_pretrained(tmp_path / "masked", max_shard_size="10KB")
+    facts = inspect(tmp_path / "masked")
+    assert f"{sum(p.numel() for p in masked.parameters()):,} parameters" in facts["size"] and facts["holds"] == "encoder, masked-LM head"
+    assert len(list((tmp_path / "masked").glob("*.safetensors"))) > 1 and facts["labels"] == "none"
+    for path in (tmp_path / "masked").glob("*.safetensors*"):
+        path.unlink()
+    assert inspect(tmp_path / "masked")["holds"] == "no weights"
+    torch.save({}, tmp_path / "masked" / "pytorch_model.bin")
+    assert inspect(tmp_path / "masked")["holds"] == "unknown: not in safetensors' format"
+    lora = peft.LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=32, use_rslora=True, target_modules=["query", "value"])
+    peft.get_peft_model(tuned, lora).save_pretrained(tmp_path / "peft")
+    facts = inspect(tmp_path / "peft")
+    assert facts["is"] == "a PEFT adapter: LORA, SEQ_CLS" and facts["settings"].startswith("r 4, lora_alpha 32, rsLoRA True")
+    assert facts["target"] == "modules query, value" and "classifier" in facts["saved"]
+    assert f"{2 * 2 * 2 * 4 * 16 + 16 * 16 + 16 + 3 * 16 + 3:,} parameters" in facts["size"]
+
+
+def test_no_tensor_is_read_and_torch_not_imported(run_home, tmp_path):
+    shutil.copytree(run_home / "M0", tmp_path / "M0")
+    path = tmp_path / "M0" / "model.safetensors"
+    size = path.stat().st_size
+    start = int.from_bytes(path.read_bytes()[:8], "little") + 8
+    with path.open("r+b") as file:
+        file.truncate(start)
+        file.truncate(size)     # of the size it had, and nothing but zeros after the header
+    assert inspect(tmp_path / "M0")["size"] == inspect(run_home / "M0")["size"]
+    code = f"import sys; from rt.inspect import main; main([{str(run_home / 'M0')!r}]); print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60).stdout
+    assert out.splitlines()[0] == f"{run_home / 'M0'}: a base (rt-base-1)" and out.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[:20], lambda data: b"", lambda data: b"\xff" * 100,
+                                    lambda data: (2).to_bytes(8, "little") + b"[]", lambda data: (9).to_bytes(8, "little") + b'{"a": {}}'])
+def test_a_damaged_file_is_one_sentence(damage, run_home, tokenizer, tmp_path):
+    shutil.copytree(run_home / "M0", tmp_path / "M0")
+    path = tmp_path / "M0" / "model.safetensors"
+    assert header(path)["head.bias"] == {"dtype": "F32", "shape": [tokenizer.vocab_size]}
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UsageError, match="M0/model.safetensors: not a whole safetensors file"):
+        inspect(tmp_path / "M0")
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ([], "what? python -m rt.inspect PATH"), (["nowhere"], "nowhere: nothing known here"), (["empty"], "empty: nothing known here"),
+    (["corpus"], "nothing known here"), (["hollow"], "model.safetensors: cannot be read (No such file"), (["bad"], "not valid JSON"),
+    (["odd"], "its JSON does not hold what it should")])
+def test_bad_input_is_one_sentence_and_exit_code_2(arguments, words, tmp_path, run_home, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, file, text in (("empty", "notes.txt", ""), ("corpus", "meta.json", '{"source": "x"}'), ("bad", "delta.json", "{"),
+                             ("hollow", "meta.json", '{"encoder": {}}'), ("odd", "delta.json", '{"info": []}')):
+        Path(name).mkdir()
+        (Path(name) / file).write_text(text)
+    shutil.copy(run_home / "deltas" / "M1-sick" / "delta.safetensors", "odd")
+    with pytest.raises(SystemExit) as end:
+        run(lambda: main(arguments))
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ") and words in error and error.count("\n") == 1
+
+
+def test_several_paths_are_told_one_after_the_other(run_home, capsys):
+    main([str(run_home), str(run_home / "M0")])
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"{run_home}: a run" and f"{run_home / 'M0'}: a base (rt-base-1)" in said
+    assert all(line.startswith("  ") for line in said if not line.startswith(str(run_home)))

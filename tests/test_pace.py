@@ -1,0 +1,121 @@
+"""What a progress bar says: the arithmetic of a step against a count of PyTorch's own, peaks by name, time that does not count; and that
+it says nothing where there is no terminal."""
+import io
+import sys
+from functools import partial
+
+import pytest
+import torch
+from conftest import random_base
+from test_pretrain import rows  # noqa: F401  (a fixture)
+from test_tune import run, toy  # noqa: F401  (toy is one)
+from torch.utils.flop_counter import FlopCounterMode
+
+from rt import grid, log, pace
+from rt.deltas import DeltaConfig, attach
+from rt.device import peak_flops
+from rt.dist import Ranks
+from rt.distill import Loss
+from rt.log import Log, read_rows
+from rt.model import PRESETS, EncoderConfig, MaskedLM, new_masked_lm
+from rt.pace import Pace, step_flops
+from rt.pretrain import PretrainSettings, Stage, mlm_loss
+from rt.tune import TuneSettings
+
+CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+
+
+def counted(compute) -> int:
+    with FlopCounterMode(display=False) as counter:
+        compute()
+    return counter.get_total_flops()
+
+
+def test_flops_are_those_that_pytorch_counts(tokenizer, batch):
+    """Of the encoder alone, forward and backward."""
+    base, lengths = random_base(tokenizer), batch.cu_seqlens.diff().tolist()
+    config = base.encoder.config
+    assert counted(lambda: base.encoder(batch).sum().backward()) == step_flops(config, lengths)
+    frozen = attach(base, DeltaConfig("bitfit"), 2, seed=0)
+    full = counted(lambda: base.encoder(batch).sum().backward())
+    less = counted(lambda: frozen.encoder(batch).sum().backward())
+    assert less == step_flops(config, lengths, frozen=True) < full
+
+
+def test_the_head_counts_predicted_rows_only(tokenizer, batch):
+    base, config = random_base(tokenizer), random_base(tokenizer).encoder.config
+    batch.predict, batch.labels = torch.tensor([3, 9, 20]), torch.tensor([7, 8, 9])
+    found = counted(lambda: mlm_loss(MaskedLM(base.encoder, base.head), batch).backward())
+    assert found == step_flops(config, batch.cu_seqlens.diff().tolist(), predicted=3)
+
+
+@pytest.mark.parametrize("name, peak", [
+    ("NVIDIA H100 80GB HBM3", 989.5), ("NVIDIA H100 PCIe", 756.5), ("NVIDIA H100 NVL", 835.5), ("NVIDIA H200", 989.5),
+    ("NVIDIA B200", 2250),
+    ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A100 80GB PCIe", 312), ("NVIDIA A10", 125), ("NVIDIA A10G", None), ("NVIDIA L4", 121),
+    ("NVIDIA L40S", 362), ("NVIDIA GeForce RTX 4090", 165.2), ("NVIDIA GeForce RTX 4090 D", None), ("NVIDIA GeForce RTX 3090 Ti", 80),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("Tesla V100-SXM2-16GB", None)])
+def test_peaks_by_name(name, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(CUDA, torch.bfloat16) == (peak and pytest.approx(peak * 1e12))
+    assert peak_flops(CUDA, torch.float32) is None and peak_flops(CPU, torch.bfloat16) is None
+
+
+def test_tokens_a_second_and_mfu_without_the_pauses(tokenizer, batch, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: clock[0])
+    config = random_base(tokenizer).encoder.config
+    flops = step_flops(config, batch.cu_seqlens.diff().tolist())
+    monkeypatch.setattr(pace, "peak_flops", lambda device, precision: flops)        # a step in a second is all it can do
+    p = Pace(config, CUDA, torch.bfloat16, world=2)
+    assert str(p) == "- tok/s"
+    p.count(batch)
+    clock[0] += 2.0
+    with p.pause():
+        clock[0] += 50.0
+    clock[0] += 2.0
+    assert str(p) == f"{2 * len(batch.ids) / 4:,.0f} tok/s, MFU 25.0%"
+    p.restart()
+    assert str(p) == "- tok/s"
+    monkeypatch.setattr(pace, "peak_flops", lambda device, precision: None)
+    p = Pace(config, CPU, torch.float32)
+    p.count(batch)
+    clock[0] += 1.0
+    assert str(p) == f"{len(batch.ids):,} tok/s"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def pretraining(tokenizer, toy, rows, tmp_path) -> None:  # noqa: F811
+    model = new_masked_lm(EncoderConfig(tokenizer.vocab_size, **PRESETS["tiny"]), seed=0)
+    settings = PretrainSettings(steps=4, batch_tokens=512, lr=1e-3, warmup=1, seed=0)
+    Stage(tmp_path, model, tokenizer, rows["train"], {"name": "M0", "domain": "graphs"}, settings, torch.float32, Ranks(CPU), Log(tmp_path),
+          weight_decay=0.01, zero=False, snapshots=0, save_every=100).train(4)
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def tuning(tokenizer, toy, rows, tmp_path) -> None:  # noqa: F811
+    run(tokenizer, toy, "lora", steps=4, eval_every=2)
+
+
+def side_by_side(tokenizer, toy, rows, tmp_path) -> None:  # noqa: F811
+    model = attach(random_base(tokenizer), DeltaConfig("lora"), 2, seed=0)
+    runs = [grid.Run(model, toy, TuneSettings(4, 16, lr, 2, seed=0), Loss()) for lr in (1e-3, 1e-2)]
+    grid.tune(runs, device=CPU, precision=torch.float32)
+
+
+@pytest.mark.parametrize("loop", [pretraining, tuning, side_by_side])
+def test_a_bar_on_a_terminal_and_nothing_elsewhere(loop, tokenizer, toy, rows, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr(pace, "peak_flops", lambda device, precision: 1e12)
+    monkeypatch.setattr(log, "tqdm", partial(log.tqdm, mininterval=0))
+    loop(tokenizer, toy, rows, tmp_path)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(sys, "stderr", screen := Terminal())
+    loop(tokenizer, toy, rows, tmp_path)
+    *_, last, cleared, end = screen.getvalue().split("\r")
+    assert not cleared.strip() and not end      # it leaves no line behind
+    for words in ("4/4 [", "<00:00", "loss ", " tok/s, MFU "):     # steps, time left, ...
+        assert words in last

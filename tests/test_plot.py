@@ -1,0 +1,277 @@
+"""Any run folder, drawn and summed up from its rows: finished, unfinished, with numbers that are none; without matplotlib; no run."""
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from rt import plot
+from rt.config import UsageError, run
+from rt.log import FIGURES, claim
+from rt.plot import main, open_run, sparklines, thinned
+from rt.stream import has_work
+
+DEMO = ROOT / "results" / "demo"
+
+
+def write(folder: Path, metrics: list[dict] = (), summary: dict | None = None, name: str = "metrics.jsonl") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    if metrics:
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    if summary is not None:
+        (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def pretraining(folder: Path, steps: int = 6, stages: int = 2, finished: bool = True) -> Path:
+    """As train.py leaves it; unfinished in the last stage."""
+    rows, done, domains = [], [], ["bio", "rev", "news"]
+    for i in range(stages):
+        rows += [{"stage": f"M{i}", "step": t + 1, "loss": 6 - i - 0.01 * t, "lr": 1e-3, "grad_norm": 1.0} for t in range(steps)]
+        if finished or i < stages - 1:
+            heldout = {d: {"loss": 5.5 + abs(i - j) / 8, "accuracy": 0.1, "predictions": 80} for j, d in enumerate(domains)}
+            rows.append({"stage": f"M{i}", "step": steps, "heldout": heldout})
+            done.append({"name": f"M{i}", "domain": domains[i], "steps": steps, "heldout": heldout})
+    return write(folder, rows, {"stages": done} if finished else None)
+
+
+def tuning(folder: Path) -> Path:
+    rows = [{"step": 5 * t, "loss": 2.0 - 0.1 * t if t else None, "dev": {"accuracy": a, "macro_f1": 0.1}}
+            for t, a in enumerate((0.1, 0.4, 0.7, 0.7, 0.6))]
+    return write(folder, rows, {"task": "t", "test": {"accuracy": 0.65, "macro_f1": 0.2}, "delta": "lora"})
+
+
+def recycled(mode: str, seed: int, curve: list[float], lr: float | None = 1e-3, base: str = "runs/M1", **more) -> dict:
+    steps = [[10 * i, y] for i, y in enumerate(curve)]
+    best = max(curve)
+    return {"run": f"{mode}-s{seed}-{lr}-{base}", "mode": mode, "delta": "full", "task": "sick", "shots": 16, "seed": seed, "lr": lr,
+            "dev": {"accuracy": best}, "test": {"accuracy": best - 0.1}, "curve": steps, "settings": {"base": base, "steps": 20}, **more}
+
+
+def recycling(folder: Path) -> Path:
+    rows = [recycled("scratch", s, [0.1, 0.2 + 0.2 * s, 0.2]) for s in (0, 1)]
+    rows += [recycled("scratch", s, [0.1, 0.2, 0.2], lr=9.0) for s in (0, 1)]
+    rows += [recycled("apply", s, [0.5], lr=None) for s in (0, 1)] + [recycled("init", s, [0.5, 0.6, 0.8]) for s in (0, 1)]
+    return write(folder, summary={"rows": rows})
+
+
+def study(folder: Path) -> Path:
+    rows = [{"study": "connectivity", "task": "sick", "kind": "full", "seed": seed, "pair": "M0-M1", "path": "linear", "mu": mu,
+             "loss": 0.5 + (0.2 + 0.1 * seed) * (mu == 0.5), "accuracy": 0.8} for seed in (0, 1) for mu in (0, 0.5, 1)]
+    return write(folder, rows, {"study": "connectivity"}, "rows.jsonl")
+
+
+ALL = {"pretraining": (pretraining, ["loss", "forgetting"]), "tuning": (tuning, ["tuning"]), "recycling": (recycling, ["convergence"]),
+       "study": (study, ["connectivity"])}
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_every_kind_of_run_is_drawn_beside_its_rows(kind, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    make, names = ALL[kind]
+    folder = make(tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    main([str(folder)])
+    said = capsys.readouterr().out
+    assert said.endswith("figures " + ", ".join(f"{folder / FIGURES / name}.png" for name in names) + "\n")
+    assert {f.name for f in (folder / FIGURES).iterdir()} == {f"{name}.{end}" for name in names for end in ("png", "svg")}
+    assert all((folder / FIGURES / f"{name}.png").read_bytes()[:4] == b"\x89PNG" for name in names)
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != FIGURES} == before
+    assert any(block in said for block in plot.BLOCKS)
+
+
+def picture(folder: Path, name: str) -> str:
+    main([str(folder), "--out", str(folder / "out")])
+    return (folder / "out" / f"{name}.svg").read_text()
+
+
+def test_forgetting_has_its_values_in_the_cells_and_in_the_terminal(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    folder = pretraining(tmp_path / "run")
+    drawn, said = picture(folder, "forgetting"), capsys.readouterr().out
+    assert all(f"<!-- {text} -->" in drawn for text in ("5.500", "5.625", "5.750", "M0 (bio)", "M1 (rev)", "news"))
+    lines = said.splitlines()
+    table = lines[lines.index("held-out masked-LM loss (accuracy)") + 1:-1]
+    assert [line.split() for line in table] == [text.split() for text in (
+        "after bio rev news", "M0 (bio) 5.500 (0.100) 5.625 (0.100) 5.750 (0.100)", "M1 (rev) 5.625 (0.100) 5.500 (0.100) 5.625 (0.100)")]
+
+
+def test_an_unfinished_stream_has_the_stages_so_far(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    folder = pretraining(tmp_path / "run", finished=False)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "M1", "st')       # killed while it wrote
+    drawn = picture(folder, "loss")
+    assert "<!--  M0 (bio) -->" in drawn and "<!--  M1 (rev) -->" in drawn and "mean of" not in drawn
+    assert "M1 (rev)" not in (folder / "out" / "forgetting.svg").read_text()
+    assert "loss M1 (rev)" in capsys.readouterr().out
+    first = pretraining(tmp_path / "first", stages=1, finished=False)
+    main([str(first)])
+    assert {f.stem for f in (first / FIGURES).iterdir()} == {"loss"} and "held-out" not in capsys.readouterr().out
+
+
+def test_a_long_run_is_drawn_as_means(tmp_path):
+    pytest.importorskip("matplotlib")
+    assert "mean of 5 steps" in picture(pretraining(tmp_path / "run", steps=900), "loss")
+    assert thinned([(x, 2.0 * x) for x in range(10)], 4) == [(1, 2), (4, 8), (7, 14), (9, 18)]
+
+
+def test_convergence_takes_the_setting_that_is_best_on_dev(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    drawn, said = picture(recycling(tmp_path / "run"), "convergence"), capsys.readouterr().out
+    assert all(f"<!-- {text} -->" in drawn for text in ("scratch", "scratch's best", "apply", "init", "sick, full, 16 a label, on M1"))
+    lines = {line.split()[0]: line.split() for line in said.splitlines() if "±" in line}
+    # dev .2 and .4 at lr 1e-3, .2 and .2 at the other; blocks on one scale, .1 to .8, of the means .1, .3, .2
+    assert lines["scratch"][1:] == ["▁▃▂", "0.300", "±", "0.141", "0.200", "±", "0.141", "2"]
+    assert lines["init"][1] == "▅▆█" and lines["apply"][1] == "▅"
+
+
+def test_a_chain_has_a_panel_a_base_and_a_line_a_route(tmp_path, capsys):
+    rows = [recycled("init", s, [0.1, y], lr, base) | {"base": base, "route": route}
+            for s in (0, 1) for base in ("M1", "M2") for route in ("direct", "chain")
+            for lr, y in ((1e-3, 0.5 if base == "M1" else 0.2), (2e-3, 0.4))]
+    for row in rows:
+        if row["route"] == "chain":     # as rt.book.Run: a chain's settings end at their base
+            row["settings"]["chain"] = ["M1"] if row["base"] == "M1" else ["M1", "M2"]
+    panels = plot.panels_of(open_run(write(tmp_path / "run", summary={"rows": rows}))[1])
+    assert [panel[-1] for panel in panels] == ["M1", "M2"]
+    assert all(list(lines) == [("init", "direct"), ("init", "chain")] for lines in panels.values())
+    assert {row["lr"] for lines in panels.values() for found in lines.values() for row in found} == {2e-3}     # best over both bases
+
+
+def test_interrupted_recycling_is_drawn_from_what_is_there(tmp_path, capsys):
+    rows = [{"run": f"init-s{s}", "mode": "init", "seed": s, "lr": 1e-3, "step": t, "loss": None, "dev": {"accuracy": 0.1 * t + 0.1 * s}}
+            for s in (0, 1) for t in (0, 1, 2)]
+    rows.append({"run": "project-s0", "mode": "project", "part": "projection", "step": 0, "dev": {"mean": 1.0}})     # no score of its own
+    plain = write(tmp_path / "plain", rows)
+    swept = tmp_path / "sweep"
+    for s in (0, 1):
+        write(swept / "deltas" / f"init-s{s}", summary=recycled("init", s, [0.1, 0.3]) | {"test": {}})
+    main([str(plain), str(swept)])
+    said = capsys.readouterr().out
+    assert [line.split() for line in said.splitlines() if "±" in line] == [
+        ["init", "▁▅█", "0.250", "±", "0.071", "-", "2"], ["init", "▁█", "0.300", "±", "0.000", "-", "2"]]
+
+
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, None, "gone"])
+def test_a_number_that_is_none_is_passed_over(kind, bad, tmp_path, capsys):
+    """Every number of every other row, one after the other, or all of them missing."""
+    pytest.importorskip("matplotlib")
+    make, names = ALL[kind]
+    folder = make(tmp_path / "run")
+    for name in ("metrics.jsonl", "rows.jsonl", "summary.json"):
+        if (folder / name).exists():
+            whole = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+            rows = whole[0].get("rows", whole[0].get("stages", [])) if name == "summary.json" else whole
+            for row in rows[1::2]:
+                spoil(row, bad)
+            (folder / name).write_text("".join(json.dumps(row) + "\n" for row in whole))
+    main([str(folder)])
+    assert {f.stem for f in (folder / FIGURES).iterdir()} == {*names} and "figures" in capsys.readouterr().out
+
+
+def spoil(row: dict, bad) -> None:
+    for key in ("loss", "lr", "accuracy", "curve", "dev", "test", "heldout"):
+        if key in row:
+            if bad == "gone":
+                del row[key]
+            elif isinstance(row[key], dict):
+                row[key] = {k: {"loss": bad, "accuracy": 0.1} if key == "heldout" and bad else bad for k in row[key]}
+            elif key == "curve":
+                row[key] = [[step, bad] for step, _ in row[key]]
+            else:
+                row[key] = bad
+
+
+@pytest.mark.parametrize("name", ["compatibility", "similarity", "distance"])
+def test_studies_with_numbers_that_are_none(name, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    nan, same = math.nan, {"study": name, "task": "sick", "kind": "full"}
+    rows = {"compatibility": [same | {"seed": s, "base": f"M{i}", "stage": i, "t": None, "line": line, "accuracy": nan if i else 0.5}
+                              for s in (0, 1) for i in (0, 1) for line in ("apply", "own", "chance")],
+            "similarity": [same | {"what": "heads", "seed": s, "pair": "M0-M1", "heads": 1, "share_own_best": nan, "divergence": [[nan]],
+                                   "cka": [[nan, 1.0], [0.0, nan]]} for s in (0, 1)]
+            + [same | {"what": "attention", "seed": 0, "base": "M0", "layer": 0, "head": 0, "tokens": ["a"], "map": [[nan]]}],
+            "distance": [same | {"seed": s, "of": "deltas", "pair": "M0-M1", "part": part, "l2_per_weight": nan if s else 1, "cosine": None}
+                         for s in (0, 1) for part in ("layers.0", "all")]}[name]
+    main([str(write(tmp_path / "run", rows, name="rows.jsonl"))])
+    assert "figures " in capsys.readouterr().out
+
+
+def test_the_demos_own_rows(tmp_path, capsys):
+    """What the scripts really left (results/demo): the numbers are those of the README."""
+    (tmp_path / "recycle").mkdir()
+    (tmp_path / "recycle" / "summary.json").write_text((DEMO / "recycle" / "summary.json").read_text())
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain" / "summary.json").write_text((DEMO / "pretrain" / "summary.json").read_text())
+    for name in ("recycle", "pretrain"):
+        kind, r = open_run(tmp_path / name)
+        print(kind.text(r))
+    said = capsys.readouterr().out
+    rows = {line.split()[0]: line for line in said.splitlines() if "±" in line}
+    stages = json.loads((DEMO / "pretrain" / "summary.json").read_text())["stages"]
+    assert list(rows) == ["scratch", "apply", "init", "distill", "init+distill"] and "0.492 ± 0.011" in rows["init"]
+    assert f"{stages[1]['heldout']['math']['loss']:.3f}" in said
+
+
+def test_without_matplotlib_the_terminal_is_enough(tmp_path, monkeypatch, capsys):
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for kind, (make, _) in ALL.items():
+        run(lambda: main([str(make(tmp_path / kind))]))
+        said = capsys.readouterr().out
+        assert any(block in said for block in plot.BLOCKS)
+        assert said.splitlines()[-1] == "no figures: matplotlib is not installed: pip install -e '.[plot]'"
+        assert not (tmp_path / kind / FIGURES).exists()
+
+
+def test_sparklines():
+    up, flat = [(0, 1.0), (1, 2.0), (2, 3.0)], [(0, 2.0), (1, 2.0)]
+    assert sparklines([up, flat]) == ["▁▅█", "▁▁ "] and sparklines([up, flat], one_scale=True) == ["▁▅█", "▅▅ "]
+    assert len(sparklines([[(x, x) for x in range(1000)]])[0]) == 40 and sparklines([]) == []
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ([], "which run?"), (["nowhere"], "nowhere: no run with rows"), (["empty"], "no run with rows"), (["other"], "no run with rows"),
+    (["good", "empty"], "no run with rows"), (["broken"], "not valid JSON"),
+    (["good", "a/good", "--out", "out"], "two of the runs have the same name"),
+    (["good", "--out", "file/under"], "cannot be written"), (["good", "--frames", "3"], "there is no flag --frames")])
+def test_bad_input_is_one_sentence_and_exit_code_2(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tuning(Path("good")), tuning(Path("a/good")), Path("empty").mkdir(), Path("file").write_text("")
+    write(Path("other"), [{"epoch": 1, "loss": 2.0}, {"epoch": 2}])
+    write(Path("broken"))
+    Path("broken/summary.json").write_text("{")
+    with pytest.raises(SystemExit) as end:
+        run(lambda: main(arguments))
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ") and words in error and error.count("\n") == 1
+    assert not any(Path(".").rglob(FIGURES))
+
+
+def test_several_runs_each_get_a_folder(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    main([str(tuning(Path("one"))), str(recycling(Path("two")) / "."), "--out", "pictures"])
+    assert {str(f.relative_to("pictures")) for f in Path("pictures").rglob("*.svg")} == {"one/tuning.svg", "two/convergence.svg"}
+
+
+def test_equal_rows_give_equal_files(tmp_path):
+    pytest.importorskip("matplotlib")
+    a, b = (picture(recycling(tmp_path / name), "convergence") for name in "ab")
+    assert a == b
+
+
+def test_figures_are_in_nobodys_way(tmp_path):
+    """tests/test_cli.py and test_analyze.py draw, and go on in the same folders."""
+    (tmp_path / FIGURES).mkdir()
+    claim(tmp_path, {FIGURES})
+    assert has_work(tmp_path, {}, resume=False)
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(UsageError, match="figures, thesis.tex"):
+        claim(tmp_path, set())      # where no run is, as in exporting, they are somebody's
+    with pytest.raises(UsageError, match="holds other things than a stream of bases"):
+        has_work(tmp_path, {}, resume=False)
