@@ -196,6 +196,12 @@ class Delta:
         return tuple(self.info["labels"])
 
     @property
+    def seq_len(self) -> int | None:
+        """The longest text that it was learned on, where that is known."""
+        config = self.info.get("config")
+        return config.get("seq_len") if isinstance(config, dict) and isinstance(config.get("seq_len"), int) else None
+
+    @property
     def num_outputs(self) -> int:
         return len(self.head["out.bias"])
 
@@ -302,7 +308,7 @@ def check_fits(base: Base, delta: Delta, stale_ok: bool) -> None:
 
 
 def apply(base: Base, delta: Delta, scale: float = 1.0, stale_ok: bool = False) -> Classifier:
-    """`base` changed by `scale` times `delta`, with the delta's head as it is (METHOD: apply). Trainable as `attach`'s."""
+    """`base` changed by `scale` times `delta`, with the delta's head as it is: the mode apply. Trainable as `attach`'s."""
     check_fits(base, delta, stale_ok)
     model = attach(base, delta.config, delta.num_outputs, seed=0)
     change = delta if scale == 1.0 else scale * delta

@@ -39,9 +39,13 @@ def open_delta(name: str, base: Base, labels: tuple[str, ...] = (), task: str | 
                      "adapter_config.json (PEFT), or a hub id")
 
 
-def beside(name: str) -> Path:
-    """The folder that the base `name` is in; `runs` for a hub id."""
-    return Path(name).parent if Path(name).exists() else Path("runs")
+NAMING = "python train.py --mode import --tuned ... --base ... --labels names,in,the,order,of,its,outputs"
+
+
+def place_of_delta(base: str, task: str, kind: str, more: str = "", seed: int = 0) -> Path:
+    """Where a delta is put and looked for where no flag says: beside its base, or for a hub id under runs."""
+    home = Path(base).parent if Path(base).exists() else Path("runs")
+    return home / "deltas" / f"{Path(base).name}-{task}-{kind}{more}-s{seed}"
 
 
 def find(name: str) -> Path:

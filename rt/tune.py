@@ -1,4 +1,4 @@
-"""The one supervised loop: train a Classifier on a task, evaluate on dev every so often, keep the best, report test once."""
+"""The supervised loop (of many runs side by side: rt/grid.py): train a Classifier on a task, evaluate on dev every so often, keep the best, report test once."""
 import math
 import time
 from dataclasses import dataclass, field, replace

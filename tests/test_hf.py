@@ -3,6 +3,7 @@ import json
 import pickle
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -11,6 +12,7 @@ from conftest import command, write_task
 from safetensors.torch import load_file, save_file
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
+from rt.book import best_delta
 from rt.checkpoint import StaleDelta, load_base, save_base
 from rt.config import UsageError
 from rt.data import read_documents, sequences_batch
@@ -594,3 +596,14 @@ def test_a_bert_delta_survives_another_token_type(tokenizer_of, tmp_path):
     paired = torch.tensor([pair is not None for _, pair in TEXTS])
     differs = (our_logits(base, delta) != our_logits(base, without)).any(1)
     assert torch.equal(differs, paired)
+
+
+def test_of_recycled_runs_the_best_is_taken_and_of_equal_ones_one_that_recycles(base, other_base, tmp_path):
+    rows = []
+    runs = (("scratch", base, 0.8), ("init", base, 0.8), ("distill", base, 0.7), ("init", other_base, 0.9))
+    for i, (mode, learned_on, accuracy) in enumerate(runs):
+        save_delta(tmp_path / "deltas" / f"{mode}-{i}", trained(learned_on, DeltaConfig("bitfit")))
+        rows.append({"run": f"{mode}-{i}", "mode": mode, "dev": {"accuracy": accuracy}})
+    (tmp_path / "summary.json").write_text(json.dumps({"rows": rows}))
+    assert best_delta(tmp_path, base.fingerprint).name == "init-1" and best_delta(tmp_path, other_base.fingerprint).name == "init-3"
+    assert best_delta("an/id", base.fingerprint) == Path("an/id")
