@@ -3,10 +3,10 @@
     w' = w W1 W2 + b        w (rows, m): trained weights of a delta;  W1 (m, r), W2 (r, m);  b as large as w
     w' = w + w W1 W2 + b    `residual`
 
-Two granularities. `flat`: all weights end to end are one row of m = n, as in the paper's public code: (2r + 1) n numbers.
-`tensor`: every tensor is a matrix, m its last dimension, with W1 and W2 of its own (r at most m): n + 2 r x the sum of last dimensions.
-No n x n matrix exists in either. Training takes 16 bytes a number (weight, gradient, AdamW's moments): of all 125 M weights of RoBERTa-base at r = 16, 66 GB
-flat and 2 GB by tensors; of its adapters, 1 GB flat.
+Two granularities. `flat`: all weights end to end are one row of m = n, as in the paper's public code: (2r + 1) n numbers. `tensor`: every
+tensor is a matrix, m its last dimension, with W1 and W2 of its own (r at most m): n + 2 r x the sum of last dimensions. No n x n matrix
+exists in either. Training takes 16 bytes a number (weight, gradient, AdamW's moments): of all 125 M weights of RoBERTa-base at r = 16, 66
+GB flat and 2 GB by tensors; of its adapters, 1 GB flat.
 
 The start is W2 = 0 with W1 random, so large that w W1 is about 1, and b the mean of the sources' w; residual: b = 0. So training starts
 from `apply` of the mean source, or of the delta itself. What the first form keeps of an unseen delta is what passes through r numbers
