@@ -128,8 +128,8 @@ def test_rows_of_a_base_that_was_made_anew_are_told_from_its_own(lineage, task, 
     shutil.copytree(home / "run" / "M1", tmp_path / "M1")
     here("train.py", "--mode", "tune", "--base", tmp_path / "M0", "--task", task, "--delta", "bitfit", "--tune_steps", "2", *TUNE, "--out",
          tmp_path / "d")
-    again = ("recycle.py", "--old_base", tmp_path / "M0", "--old_delta", tmp_path / "d", "--base", tmp_path / "M1", "--task", task, "--delta",
-             "bitfit", "--steps", "2", "--shots", "4", "--seeds", "0", "--out", tmp_path / "out", *TUNE, "--mode")
+    again = ("recycle.py", "--old_base", tmp_path / "M0", "--old_delta", tmp_path / "d", "--base", tmp_path / "M1", "--task", task,
+             "--delta", "bitfit", "--steps", "2", "--shots", "4", "--seeds", "0", "--out", tmp_path / "out", *TUNE, "--mode")
     here(*again, "scratch,init")
     shutil.rmtree(tmp_path / "M1")
     shutil.copytree(home / "run" / "M0", tmp_path / "M1")
