@@ -379,7 +379,7 @@ def test_chain_reports_both_routes_over_all_bases(lineage, task, tmp_path):
     (("recycle.py", "--warmup", "3"), "--warmup 3.0: must lie between 0 and 1"),
     (("train.py", "--stop_after", "-5"), "--stop_after -5: must be above zero"),
     (("train.py", "--weight_decay", "-1"), "--weight_decay -1.0: must not be negative"),
-    (("recycle.py", "--old_base", "M0", "--base", "M0", "--task", "TASK", "--old_delta", "runs/my/typo"), "runs/my/typo: nothing tuned there"),
+    (("recycle.py", "--old_base", "M0", "--base", "M0", "--task", "TASK", "--old_delta", "runs/my/typo"), "typo: nothing tuned there"),
     (("recycle.py", "--chain", "M0,M0"), "in order, each once, in place of --base"),
     (("recycle.py", "--chain", "M0", "--base", "M0"), "in order, each once, in place of --base"),
     (("recycle.py", "--mode", "project", "--source_task", "dl", "--chain", "M0"), "--chain has no --mode project")])
