@@ -25,6 +25,7 @@ from rt.config import UsageError, parse, record, require_not_negative, require_p
 from rt.deltas import Delta, DeltaConfig, apply, load_delta
 from rt.device import pick_precision
 from rt.dist import Ranks, environment_alone, join
+from rt.folders import locked
 from rt.graphs import check_graphs
 from rt.hub import NAMING, open_base, open_delta, place_of_delta
 from rt.log import FIGURES, claim, progress, read_json, table, write_json
@@ -123,10 +124,11 @@ def main() -> None:
             check(replace(r, base=each), mode)
     if sources:
         check_sources(old_base, base, sources, old_delta)
-    if c.sweep is not None:
-        sweep(c, r, task, modes, out, ranks)
-    else:
-        one_after_another(c, r, task, modes, bases, sources, out)
+    with locked(out, ranks.from_main):
+        if c.sweep is not None:
+            sweep(c, r, task, modes, out, ranks)
+        else:
+            one_after_another(c, r, task, modes, bases, sources, out)
     ranks.leave()
 
 

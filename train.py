@@ -11,7 +11,6 @@
 A stream (--stream python,math,dl) makes M0 on the first domain, M1 out of M0 on the second, and so on; --init starts from a
 checkpoint, a Hugging Face folder or a hub id instead, whose upgrade is then the first domain.
 """
-import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,19 +21,21 @@ from rt.book import best_delta
 from rt.checkpoint import Base, save_base
 from rt.config import UsageError, parse, record, require_not_negative, require_positive, require_seeds, require_seq_len, require_share, run
 from rt.data import STDIN, Rows, build_corpus, split_documents
-from rt.deltas import FILES, Delta, DeltaConfig, apply, attach, extract, save_delta
+from rt.deltas import Delta, DeltaConfig, apply, attach, delta_folder, extract, save_delta, write_delta
 from rt.device import derive_seed, pick_device, pick_precision
 from rt.dist import Ranks, join, launched
 from rt.distill import Loss
+from rt.folders import locked
 from rt.graphs import check_graphs
 from rt.hf import export_hf
 from rt.hub import NAMING, open_base, open_delta, place_of_delta
-from rt.log import Log, claim, read_json, write_json
+from rt.log import Log, read_json, write_json
 from rt.model import PRESETS, Classifier, EncoderConfig, MaskedLM, new_masked_lm, set_dropout
 from rt.peft import export_peft
 from rt.predict import answers, check_out, write_answers
 from rt.pretrain import PretrainSettings, Stage, evaluate_mlm
-from rt.stream import has_work, is_done_again, sample_of
+from rt.signals import Interrupted, Stop
+from rt.stream import forget_last, has_work, is_done_again, sample_of
 from rt.summary import forgetting_table
 from rt.tasks import few_shot, load_task, read_examples
 from rt.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -134,57 +135,71 @@ def pretrain_stream(c: Config) -> None:
         raise UsageError("--zero shares the optimizer's state out among ranks, and there is one: start several with torchrun")
     ranks = join(c.device)
     check_graphs(c.graphs, ranks)
-    train_stages(c, Path(c.out or "runs/demo"), ranks)
+    out = Path(c.out or "runs/demo")
+    with locked(out, ranks.from_main):
+        interrupted = train_stages(c, out, ranks)
     ranks.leave()
+    if interrupted:
+        raise interrupted
 
 
-def train_stages(c: Config, out: Path, ranks: Ranks) -> None:
-    """The stages that `out` does not hold yet, up to --stop_after steps of them."""
+def train_stages(c: Config, out: Path, ranks: Ranks) -> Interrupted | None:
+    """The stages that `out` does not hold yet, up to --stop_after steps of them, or until a signal asks for the end, which is returned."""
     where = {"device": ranks.device, "precision": pick_precision(c.precision, ranks.device)}
     settings = {k: v for k, v in record(c).items() if k not in NOT_SETTINGS}
     if not ranks.from_main(lambda: has_work(out, settings, c.resume)):
         print(f"{out} is complete; remove it to train anew")
         print(forgetting_table(read_json(out / "summary.json")["stages"]))
-        return
+        return None
     model, tokenizer, about, training, heldout = prepare_stream(c, out, ranks)
     if ranks.is_main:
         write_json(out / "config.json", settings)
         tokenizer.save(out)
     log = Log(out, keep=lambda row: c.resume and not is_done_again(row, out), writes=ranks.is_main)
     stages, allowance = [], c.stop_after or sys.maxsize
-    for i, (domain, rows) in enumerate(training.items()):
-        number = about["number"] = about["number"] + 1
-        name, steps = f"M{number}", c.steps[min(i, len(c.steps) - 1)]
-        if (out / name / "meta.json").exists():     # finished before an interruption
-            base = open_base(str(out / name))
-            model, about["parent"] = MaskedLM(base.encoder, base.head), base.fingerprint
-            set_dropout(model, c.dropout)
-            stages.append(base.meta["stage"])
-            continue
-        about.update(name=name, domain=domain, config=settings, argv=sys.argv)
-        stage = Stage(out, model.to(ranks.device), tokenizer, rows, about, stage_settings(c, steps, rows, ranks), where["precision"], ranks,
-                      log, c.weight_decay, c.zero, c.snapshots, c.save_every)
-        if c.resume:
-            stage.resume()
-        if not stages and stage.step == 0:
-            print(sample_of(rows, tokenizer))
-        allowance -= stage.train(allowance)
-        if stage.step < steps:
-            print(f"stopped in {name} after step {stage.step} of {steps}; the same command with --resume goes on")
-            return
-        scores = ranks.from_main(lambda: {d: evaluate_mlm(model, r, tokens=c.eval_tokens, **where) for d, r in heldout.items()})
-        stages.append({"name": name, "domain": domain, "steps": steps, "seconds": round(stage.seconds, 1), "heldout": scores,
-                       "packing": rows.packing(), "ranks": ranks.world})
-        log.row(stage=name, step=steps, heldout=scores)
-        if ranks.is_main:
-            about["parent"] = save_base(out / name, model, tokenizer, {**about, "step": steps, "stage": stages[-1]})
-        if allowance == 0 and len(stages) < len(training):
-            print(f"stopped after {name}; the same command with --resume goes on")
-            return
+    with Stop() as stop:
+        for i, (domain, rows) in enumerate(training.items()):
+            number = about["number"] = about["number"] + 1
+            name, steps = f"M{number}", c.steps[min(i, len(c.steps) - 1)]
+            if (out / name / "meta.json").exists():     # finished before an interruption
+                base = open_base(str(out / name))
+                model, about["parent"] = MaskedLM(base.encoder, base.head), base.fingerprint
+                set_dropout(model, c.dropout)
+                stages.append(base.meta["stage"])
+                continue
+            about.update(name=name, domain=domain, config=settings, argv=sys.argv)
+            stage = Stage(out, model.to(ranks.device), tokenizer, rows, about, stage_settings(c, steps, rows, ranks), where["precision"],
+                          ranks, log, c.weight_decay, c.zero, c.snapshots, c.save_every, stop)
+            if c.resume:
+                stage.resume()
+            if not stages and stage.step == 0:
+                print(sample_of(rows, tokenizer))
+            allowance -= stage.train(allowance)
+            if stage.step < steps:
+                return stopped(f"in {name} after step {stage.step} of {steps}", stop)
+            scores = ranks.from_main(lambda: {d: evaluate_mlm(model, r, tokens=c.eval_tokens, **where) for d, r in heldout.items()})
+            stages.append({"name": name, "domain": domain, "steps": steps, "seconds": round(stage.seconds, 1), "heldout": scores,
+                           "packing": rows.packing(), "ranks": ranks.world})
+            log.row(stage=name, step=steps, heldout=scores)
+            if ranks.is_main:
+                log.sync()
+                about["parent"] = save_base(out / name, model, tokenizer, {**about, "step": steps, "stage": stages[-1]})
+            if len(stages) < len(training) and (allowance == 0 or ranks.any(bool(stop.number))):
+                return stopped(f"after {name}", stop)
     if ranks.is_main:
         write_json(out / "summary.json", {"stages": stages, "config": settings, "argv": sys.argv})
-        shutil.rmtree(out / "last", ignore_errors=True)
+        forget_last(out)
     print(forgetting_table(stages))
+    return None
+
+
+def stopped(where: str, stop: Stop) -> Interrupted | None:
+    """Say where training has ended and how it goes on; where a signal asked for it, as what is to be raised."""
+    said = f"stopped {where}; the same command with --resume goes on"
+    if stop.number:
+        return Interrupted(stop.number, said)
+    print(said)
+    return None
 
 
 def stage_settings(c: Config, steps: int, rows: Rows, ranks: Ranks) -> PretrainSettings:
@@ -261,7 +276,8 @@ def required(c: Config, *names: str) -> None:
 
 
 def tune_delta(c: Config) -> None:
-    """Tune a fresh delta on a task; the folder it is written to holds the run's metrics and summary as well."""
+    """Tune a fresh delta on a task. The folder it is written to holds the run's metrics and summary as well, and appears, or takes the
+    place of an earlier one, when all is done; until then metrics.jsonl is in OUT.part."""
     required(c, "base", "task")
     device = pick_device(c.device)
     where = {"device": device, "precision": pick_precision(c.precision, device)}
@@ -277,14 +293,14 @@ def tune_delta(c: Config) -> None:
     check_graphs(c.graphs, Ranks(device))
     settings = TuneSettings(c.tune_steps, c.batch_size, c.lr or TUNE_LR[c.delta], c.eval_every, c.seed,
                             c.weight_decay, c.warmup, graphs=c.graphs)
-    claim(out, FILES)
-    log = Log(out)
-    result = tune(model, encoded, Loss(task.is_regression), settings, **where, on_eval=lambda row: log.row(**row),
-                  what=f"{task.name} {c.delta}")
-    about = {"task": task.name, "labels": list(task.labels), "shots": c.shots, "seed": c.seed, "step": result.best_step,
-             "dev": result.dev, "test": result.test, "config": record(c), "argv": sys.argv}
-    save_delta(out, extract(model, base, config, about))
-    write_json(out / "summary.json", about | {"base": base.fingerprint, "delta": c.delta, "seconds": round(result.seconds, 1)})
+    about = {"task": task.name, "labels": list(task.labels), "shots": c.shots, "seed": c.seed, "config": record(c), "argv": sys.argv}
+    with locked(out), delta_folder(out, sum(p.nbytes for p in model.parameters() if p.requires_grad)) as new:
+        log = Log(new)
+        result = tune(model, encoded, Loss(task.is_regression), settings, **where, on_eval=lambda row: log.row(**row),
+                      what=f"{task.name} {c.delta}")
+        about |= {"step": result.best_step, "dev": result.dev, "test": result.test}
+        write_delta(new, extract(model, base, config, about))
+        write_json(new / "summary.json", about | {"base": base.fingerprint, "delta": c.delta, "seconds": round(result.seconds, 1)})
     print(f"{task.name}, {c.delta}: dev {shown(result.dev)} at step {result.best_step}; test {shown(result.test)}; "
           f"{result.seconds:.0f} s; delta in {out}")
 

@@ -9,7 +9,7 @@ import torch
 
 from rt.config import UsageError, record
 from rt.deltas import Delta, save_delta
-from rt.log import FIGURES, Log, claim, read_json, write_json
+from rt.log import FIGURES, Log, claim, read_json, write_json, write_whole
 from rt.recycling import NEEDS_TEACHER, TRAINED, Recycling
 from rt.summary import add_steps_to_scratch
 from rt.tasks import Task
@@ -76,15 +76,19 @@ def row_of(run: Run, task: Task, result: TuneResult) -> dict:
 
 class Book:
     """metrics.jsonl, summary.json and deltas/ of the output folder. What other calls have left there stays, unless the same
-    run (mode, seed, learning rate and settings) is done again. `origins`: `origin_of` for each new base, by its name."""
+    run (mode, seed, learning rate and settings) is done again: then it goes first, so that a killed call leaves rows of whole runs, and
+    none of two bases. `origins`: `origin_of` for each new base, by its name."""
 
     def __init__(self, c: Any, argv: list[str], out: Path, task: Task, plan: list[Run], origins: dict[str, list[str]]):
         self.facts, self.c, self.out, self.task, self.origins = {"config": record(c), "argv": argv}, c, out, task, origins
         claim(out, {"metrics.jsonl", "summary.json", "deltas", FIGURES})
         again = {run.name for run in plan}
-        self.log = Log(out, keep=lambda row: row["run"] not in again)
         before = read_json(out / "summary.json")["rows"] if (out / "summary.json").exists() else []
         self.rows = [row for row in before if row["run"] not in again]
+        if len(self.rows) < len(before):    # first, so that a row never is without its curve
+            write_json(out / "summary.json", {"rows": self.rows, **self.facts})
+        kept = {row["run"] for row in self.rows}        # a curve without a row is of a run that was killed
+        self.log = Log(out, keep=lambda row: row["run"] in kept)
 
     def curve(self, run: Run, row: dict) -> None:
         """Write what a run says at an evaluation."""
@@ -95,6 +99,7 @@ class Book:
         c, row = run.c, row_of(run, self.task, result) | {"origin": self.origins[run.c.base]}
         if c.save_deltas:
             keep_delta(self.out, row, self.task, delta, self.facts)
+        self.log.sync()
         self.rows.append({**row, **about})
         add_steps_to_scratch(self.belonging(c))
         write_json(self.out / "summary.json", {"rows": self.rows, **self.facts})
@@ -148,5 +153,5 @@ def keep_run(out: Path, argv: list[str], run: Run, task: Task, result: TuneResul
     home = out / "deltas" / run.name
     (home / "summary.json").unlink(missing_ok=True)
     keep_delta(out, row, task, delta, {"config": record(run.c), "argv": argv})
-    (home / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in curve), encoding="utf-8")
+    write_whole(home / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in curve))
     write_json(home / "summary.json", row)

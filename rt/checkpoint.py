@@ -1,21 +1,19 @@
-"""Bases on disk. A checkpoint is a folder, written beside and renamed:
+"""Bases on disk. A checkpoint is a folder that appears whole (rt/folders.py):
 
     model.safetensors   encoder.* and head.* tensors, float32
     tokenizer.json      the tokenizer it was trained with
-    meta.json           sizes, step, scores, fingerprint, parent's fingerprint (the lineage), config, argv, versions
+    meta.json           sizes, step, scores, fingerprint, parent's fingerprint (the lineage), config, argv, versions,
+                        and the sha256 of the files beside it and of itself, checked on loading
     optim.pt            optimizer state, only where training can go on from here; loaded weights-only
 
 The fingerprint is a hash of the encoder's content: a delta carries that of the base it was learned on.
 """
 import hashlib
-import json
-import os
 import platform
-import shutil
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Iterator
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 
 from rt import __version__
 from rt.config import UsageError
+from rt.folders import atomic_folder, check_seal, found, seal
 from rt.log import read_json
 from rt.model import Encoder, EncoderConfig, MaskedLM, MLMHead
 from rt.tokenizer import Tokenizer, load_tokenizer
@@ -61,42 +60,28 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-@contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `folder` that takes its place when the block ends without an error."""
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
-    yield new
-    for file in filter(Path.is_file, new.rglob("*")):
-        with file.open("rb") as f:
-            os.fsync(f.fileno())
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def versions() -> dict:
     return {"rt": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def save_base(folder: Path, model: MaskedLM, tokenizer: Tokenizer, meta: dict,
-              optimizer: torch.optim.Optimizer | None = None) -> str:
-    """Write a checkpoint; returns the fingerprint. `meta` is added to what is always recorded."""
+              optimizer: torch.optim.Optimizer | None = None, keep: bool = False) -> str:
+    """Write a checkpoint; returns the fingerprint. `meta` is added to what is always recorded; `keep` leaves the one before as
+    FOLDER.old. UsageError where the disk is full: the one before then stays."""
     mark = fingerprint(model.encoder)
-    with atomic_folder(folder) as new:
-        safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()},
-                                    new / "model.safetensors")
+    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    state = optimizer.state_dict() if optimizer is not None else None
+    moments = [x for each in state["state"].values() for x in each.values() if isinstance(x, Tensor)] if state else []
+    with atomic_folder(folder, needs=sum(x.nbytes for x in (*weights.values(), *moments)), keep=keep) as new:
+        safetensors.torch.save_file(weights, new / "model.safetensors")
         tokenizer.save(new)
-        if optimizer is not None:
-            torch.save(optimizer.state_dict(), new / "optim.pt")
-        facts = {"format": "rt-base-1", "encoder": asdict(model.encoder.config), "fingerprint": mark,
-                 "tokenizer": tokenizer.fingerprint, "versions": versions(), **meta}
-        (new / "meta.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        files = ["model.safetensors", "tokenizer.json"]
+        if state is not None:
+            with (new / "optim.pt").open("wb") as file:     # Python's, whose error says that the disk is full
+                torch.save(state, file)
+            files.append("optim.pt")
+        seal(new, "meta.json", {"format": "rt-base-1", "encoder": asdict(model.encoder.config), "fingerprint": mark,
+                                "tokenizer": tokenizer.fingerprint, "versions": versions(), **meta}, files)
     return mark
 
 
@@ -128,14 +113,19 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     raise UsageError(f"{folder}: has neither model.safetensors nor pytorch_model.bin, nor an index of either's shards")
 
 
+def read_state(file: Path) -> Any:
+    """What a PyTorch file holds, loaded weights-only: a pickle that asks for code is refused (UsageError)."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many classes: damaged, or refused
+        raise UsageError(f"{file}: not a weights-only PyTorch file ({_reason(file, error)})") from None
+
+
 def read_file(file: Path) -> dict[str, Tensor]:
     """The tensors of one safetensors or, by any other ending, weights-only PyTorch file."""
     if file.suffix == ".safetensors":
         return read_tensors(file)
-    try:
-        weights = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a pickle that asks for code is refused here as well
-        raise UsageError(f"{file}: not a weights-only PyTorch file ({_reason(file, error)})") from None
+    weights = read_state(file)
     if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
         raise UsageError(f"{file}: holds something else than tensors by name")
     return weights
@@ -168,8 +158,9 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], source: Path | str)
 
 
 def load_base(folder: Path) -> Base:
-    """A checkpoint folder of ours. rt.hub.open_base also takes Hugging Face folders and ids."""
-    folder = Path(folder)
+    """A checkpoint folder of ours, checked against the hashes in its meta.json; where that is of before there were any, against the
+    fingerprint. rt.hub.open_base also takes Hugging Face folders and ids."""
+    folder = found(Path(folder))
     meta = read_json(folder / "meta.json")
     if meta.get("format") != "rt-base-1":
         raise UsageError(f"{folder / 'meta.json'}: not a base checkpoint of ours (format {meta.get('format')!r}, expected "
@@ -178,10 +169,14 @@ def load_base(folder: Path) -> Base:
         config = EncoderConfig(**meta["encoder"])
     except (KeyError, TypeError):
         raise UsageError(f"{folder / 'meta.json'}: its \"encoder\" does not hold the sizes of one") from None
-    model = MaskedLM(Encoder(config), MLMHead(config))
-    load_strict(model, read_tensors(folder / "model.safetensors"), folder / "model.safetensors")
-    tokenizer, mark = load_tokenizer(folder), fingerprint(model.encoder)
-    for what, found, noted in (("weights", mark, "fingerprint"), ("tokenizer", tokenizer.fingerprint, "tokenizer")):
-        if found != meta.get(noted):
-            raise UsageError(f"{folder}: the {what} are not those that meta.json was written for ({found}, not {meta.get(noted)})")
+    with ThreadPoolExecutor(1) as pool:     # the file is hashed while its tensors are read
+        checked = pool.submit(check_seal, folder, "meta.json", meta, ("model.safetensors", "tokenizer.json"))
+        model = MaskedLM(Encoder(config), MLMHead(config))
+        load_strict(model, read_tensors(folder / "model.safetensors"), folder / "model.safetensors")
+        tokenizer = load_tokenizer(folder)
+        checked.result()
+    mark = meta.get("fingerprint") if "sha256" in meta else fingerprint(model.encoder)      # the weights are those it was made of
+    for what, seen, noted in (("weights", mark, "fingerprint"), ("tokenizer", tokenizer.fingerprint, "tokenizer")):
+        if seen != meta.get(noted):
+            raise UsageError(f"{folder}: the {what} are not those that meta.json was written for ({seen}, not {meta.get(noted)})")
     return Base(model.encoder, model.head, tokenizer, meta, mark)

@@ -21,6 +21,8 @@ import typing
 from dataclasses import asdict, fields
 from typing import Any, Callable, TypeVar
 
+from rt.signals import Interrupted, handled, raise_interrupted
+
 C = TypeVar("C")      # a script's Config
 
 
@@ -29,15 +31,16 @@ class UsageError(ValueError):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`; a UsageError ends it with its sentence on stderr and exit code 2, Ctrl-C with 130."""
+    """Run a script's `main`; a UsageError ends it with its sentence on stderr and exit code 2, Ctrl-C with 130, SIGTERM with 143."""
     try:
-        main()
+        with handled(raise_interrupted):
+            main()
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    except Interrupted as end:
+        print(end, file=sys.stderr)
+        sys.exit(end.code)
 
 
 def parse(cls: type[C], argv: list[str], words: str | None = None) -> C:

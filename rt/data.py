@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rt.checkpoint import atomic_folder
 from rt.config import UsageError
+from rt.folders import atomic_folder, locked
 from rt.log import progress, read_json
 from rt.mlm import Masker
 from rt.model import Batch
@@ -128,7 +128,7 @@ def _tokenize(path: Path, tokenizer: Tokenizer, folder: Path, name: str, chunk: 
     """Write the bins: tokens as uint16 where the vocabulary allows, offsets as int64."""
     dtype = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32
     lengths: dict[str, list[int]] = {"train": [], "heldout": []}
-    with atomic_folder(folder) as new, progress(0, f"tokenizing {name}", unit="doc") as bar:
+    with locked(folder), atomic_folder(folder) as new, progress(0, f"tokenizing {name}", unit="doc") as bar:
         files = {part: (new / f"{part}.bin").open("wb") for part in lengths}
         waiting: list[tuple[str, str]] = []
 

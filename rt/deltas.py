@@ -14,11 +14,12 @@ those of what the deltas do, not of their factors: LoRA factors and adapter bott
 Nothing here changes a base in place: `attach` copies what is trained and shares what is frozen.
 """
 import copy
-import json
 import math
 import shutil
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Iterator
 
 import safetensors.torch
 import torch
@@ -26,14 +27,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from rt.checkpoint import Base, StaleDelta, atomic_folder, load_strict, read_tensors, versions
+from rt.checkpoint import Base, StaleDelta, load_strict, read_tensors, versions
 from rt.config import UsageError
+from rt.folders import atomic_folder, check_seal, found, seal
 from rt.log import FIGURES, claim, read_json
 from rt.model import ClassificationHead, Classifier, Encoder, EncoderConfig, Linear, init_weights, linear
 
 KINDS = ("full", "adapter", "lora", "bitfit", "prefix")
 USED = {"adapter": ("bottleneck",), "lora": ("r", "lora_alpha", "target_modules"), "prefix": ("prefix_len",)}
 FILES = {"delta.safetensors", "delta.json", "metrics.jsonl", "summary.json", FIGURES}    # the last three are of the run that learned it
+PARTS = ("diffs", "modules", "head")
 # what PEFT's target_modules mean here: the Linear of a Block, and for the fused qkv which third of its output rows
 TARGETS = {"query": ("qkv", 0), "key": ("qkv", 1), "value": ("qkv", 2), "attention.output.dense": ("attention_output", None),
            "intermediate.dense": ("intermediate", None), "output.dense": ("output", None)}
@@ -205,6 +208,10 @@ class Delta:
     def num_outputs(self) -> int:
         return len(self.head["out.bias"])
 
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for part in PARTS for x in getattr(self, part).values())
+
     def ordered(self, labels: tuple[str, ...]) -> "Delta":
         """The same delta with its outputs in the order of `labels`, where these are its own in another order; else itself."""
         if labels == self.labels or sorted(labels) != sorted(self.labels):
@@ -339,26 +346,39 @@ def merge(base: Base, delta: Delta, scale: float = 1.0, stale_ok: bool = False) 
     return merged
 
 
-def save_delta(folder: Path, delta: Delta) -> None:
-    """delta.safetensors and delta.json, written beside and renamed. The folder may hold nothing but a delta (UsageError)."""
-    folder = Path(folder)
+@contextmanager
+def delta_folder(folder: Path, needs: int) -> Iterator[Path]:
+    """A folder to write a delta of about `needs` bytes into, which takes the place of `folder` when it is whole; of that, which may hold
+    nothing else than a delta (UsageError), the figures stay."""
     claim(folder, FILES)
-    tensors = {f"{part}.{k}": v.contiguous() for part in ("diffs", "modules", "head")
-               for k, v in getattr(delta, part).items()}
-    with atomic_folder(folder) as new:
-        safetensors.torch.save_file(tensors, new / "delta.safetensors")
-        facts = {"format": "rt-delta-1", **asdict(delta.config), "info": delta.info, "versions": versions()}
-        (new / "delta.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        for name in ("metrics.jsonl", "summary.json"):
-            if (folder / name).exists():
-                shutil.copy2(folder / name, new)
+    with atomic_folder(folder, needs) as new:
+        yield new
         if (folder / FIGURES).is_dir():
             shutil.copytree(folder / FIGURES, new / FIGURES)
 
 
+def save_delta(folder: Path, delta: Delta) -> None:
+    """delta.safetensors and delta.json in a folder that appears whole. What another holds of the run that learned it stays. UsageError
+    where it holds anything else."""
+    folder = Path(folder)
+    with delta_folder(folder, delta.nbytes) as new:
+        write_delta(new, delta)
+        for name in ("metrics.jsonl", "summary.json"):
+            if (folder / name).exists():
+                shutil.copy2(folder / name, new)
+
+
+def write_delta(folder: Path, delta: Delta) -> None:
+    """delta.safetensors and, with its hash, delta.json into a folder that is being made."""
+    tensors = {f"{part}.{k}": v.contiguous() for part in PARTS for k, v in getattr(delta, part).items()}
+    safetensors.torch.save_file(tensors, folder / "delta.safetensors")
+    seal(folder, "delta.json", {"format": "rt-delta-1", **asdict(delta.config), "info": delta.info, "versions": versions()},
+         ["delta.safetensors"])
+
+
 def load_delta(folder: Path) -> Delta:
     """What `save_delta` wrote. Raises UsageError naming the file that is missing or is not what it should be."""
-    folder = Path(folder)
+    folder = found(Path(folder))
     facts = read_json(folder / "delta.json")
     if facts.get("format") != "rt-delta-1":
         raise UsageError(f"{folder / 'delta.json'}: not a delta (format {facts.get('format')!r}, expected 'rt-delta-1')")
@@ -366,10 +386,11 @@ def load_delta(folder: Path) -> Delta:
         raise UsageError(f"{folder / 'delta.json'}: does not say what base and labels the delta belongs to")
     config = DeltaConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()
                             if k in DeltaConfig.__dataclass_fields__})
-    parts: dict[str, dict] = {"diffs": {}, "modules": {}, "head": {}}
+    parts: dict[str, dict] = {part: {} for part in PARTS}
     for name, tensor in read_tensors(folder / "delta.safetensors").items():
         part, _, rest = name.partition(".")
         if part not in parts:
             raise UsageError(f"{folder / 'delta.safetensors'}: unexpected tensor {name}")
         parts[part][rest] = tensor
+    check_seal(folder, "delta.json", facts)
     return Delta(config, **parts, info=facts["info"])

@@ -70,6 +70,14 @@ class Ranks:
             x /= self.world
         return x
 
+    def any(self, mine: bool) -> bool:
+        """Whether it is so on some rank. Waits for all, not for the device."""
+        if self.world == 1:
+            return mine
+        box = torch.tensor(int(mine))
+        dist.all_reduce(box, dist.ReduceOp.MAX, group=self.waiting)
+        return bool(box)
+
     def parallel(self, module: nn.Module) -> nn.Module:
         """`module` with gradients averaged over the ranks, and rank 0's weights on all."""
         return DistributedDataParallel(module, gradient_as_bucket_view=True) if self.world > 1 else module

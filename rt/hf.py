@@ -11,9 +11,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from rt.checkpoint import Base, atomic_folder, fingerprint, load_strict, read_weights
+from rt.checkpoint import Base, fingerprint, load_strict, read_weights
 from rt.config import UsageError
 from rt.deltas import Delta, DeltaConfig, check_sizes, merge, origin
+from rt.folders import atomic_folder
 from rt.log import claim, read_json, write_json
 from rt.model import Encoder, EncoderConfig, MLMHead
 from rt.tokenizer import Tokenizer, load_tokenizer

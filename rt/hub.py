@@ -6,6 +6,7 @@ from pathlib import Path
 from rt.checkpoint import Base, load_base
 from rt.config import UsageError
 from rt.deltas import Delta, load_delta
+from rt.folders import found
 from rt.hf import import_tuned, load_hf
 from rt.peft import import_lora
 
@@ -50,7 +51,7 @@ def place_of_delta(base: str, task: str, kind: str, more: str = "", seed: int = 
 
 def find(name: str) -> Path:
     """The folder called `name`, or that of a hub id in the local cache, downloaded where it is not there yet."""
-    path = Path(name)
+    path = found(Path(name))
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         return path
     from huggingface_hub import snapshot_download  # comes with tokenizers; slow to import, so only here

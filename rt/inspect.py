@@ -1,9 +1,10 @@
 """Tells in about ten lines what a folder is: a base or a delta of ours, a run, a Hugging Face checkpoint, a PEFT adapter.
 
     python -m rt.inspect PATH [PATH ...]
+    python -m rt.inspect --verify PATH [PATH ...]
 
 It reads JSON and the headers of safetensors files, no tensor, and does not import torch, so it answers at once. What the files say of
-themselves is repeated, not checked: rt.checkpoint.load_base and rt.deltas.load_delta do that.
+themselves is repeated, not checked: `--verify` does that for every base and delta at or below PATH, reading each file once.
 """
 import json
 import math
@@ -11,20 +12,23 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterable
+from typing import Callable, Iterable, Iterator
 
 from rt.config import UsageError, parse, run
+from rt.folders import differing
 from rt.log import FIGURES, read_json, read_rows
 
 SETTINGS = {"adapter": ("bottleneck",), "lora": ("r", "lora_alpha", "target_modules"), "prefix": ("prefix_len",)}  # = rt.deltas.USED
 DELTAS = ("*/delta.json", "deltas/*/delta.json")      # where a run's folder has them
+SEALED, FORMATS = {"meta.json": "model.safetensors", "delta.json": "delta.safetensors"}, ("rt-base-1", "rt-delta-1")
 SHOWN = 8       # labels, deltas or target modules that are named; of more, how many
 
 
 @dataclass
 class Config:
-    """python -m rt.inspect PATH [PATH ...]"""
+    """python -m rt.inspect [--verify] PATH [PATH ...]"""
     paths: tuple[str, ...] = ()  # folders: a base, a delta, a run, a Hugging Face checkpoint or a PEFT adapter
+    verify: bool = False  # hash every base and delta there again; exit code 1 where one is not as it was written
 
 
 def header(path: Path) -> dict[str, dict]:
@@ -222,10 +226,43 @@ def inspect(path: Path) -> dict[str, str]:
                      "config.json (Hugging Face), or one that a run left")
 
 
+# --- as it was written? -----------------------------------------------------------------------------------------------
+
+def verified(path: Path) -> Iterator[tuple[Path, str, bool]]:
+    """(folder, what there is to say of it, whether it is as it was written) of every base and delta of ours at or below `path`; what is
+    still being written is passed over."""
+    folders = {(file.parent, fact) for fact, weights in SEALED.items() for name in (fact, weights) for file in path.rglob(name)
+               if not (file.parent / "config.json").exists()}       # which Hugging Face's checkpoints have
+    for folder, name in sorted(folders):
+        try:
+            facts = read_json(folder / name)
+            if facts.get("format") not in FORMATS or folder.suffix == ".part":
+                continue
+            wrong = differing(folder, name, facts)
+        except UsageError as error:
+            yield folder, f"DIFFERS: {error}", False
+            continue
+        said = f"as it was written ({len(facts['sha256'])} files)" if "sha256" in facts else "has no hashes: written before there were any"
+        yield folder, f"DIFFERS: {', '.join(wrong)}" if wrong else said, not wrong
+
+
+def verify(paths: Iterable[str]) -> None:
+    """A line a base and delta; the process ends with 1 where one differs."""
+    said = [line for path in paths for line in verified(Path(path))]
+    if not said:
+        raise UsageError(f"{', '.join(paths)}: no base or delta of ours there")
+    for folder, what, _ in said:
+        print(f"{folder}: {what}")
+    if not all(same for *_, same in said):
+        sys.exit(1)
+
+
 def main(argv: list[str]) -> None:
     c = parse(Config, argv, words="paths")
     if not c.paths:
         raise UsageError("what? python -m rt.inspect PATH, the folder of a base, a delta or a run")
+    if c.verify:
+        return verify(c.paths)
     for path in c.paths:
         facts = inspect(Path(path))
         print(f"{path}: {facts.pop('is')}")

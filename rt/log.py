@@ -1,20 +1,70 @@
 """What a run leaves: metrics.jsonl (a row a step or an evaluation), summary.json, and a progress bar while it works."""
+import errno
 import json
 import os
+import re
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 from tqdm import tqdm
 
 from rt.config import UsageError
 
 FIGURES = "figures"     # in a run's folder what rt/plot.py drew of it: in nobody's way, and left where it is
+LOCK = ".lock"          # rt/folders.py: in a run's folder, where it cannot be beside it
+
+
+def sync(path: Path) -> None:
+    """To the disk itself: a file's content, or what names a folder has."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether what went wrong, or what led to it, is a full disk or quota; Rust's errors say so in words only."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        if re.search(r"No space left|quota exceeded|File too large", str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextmanager
+def with_room(path: Path, needs: int | None, part: Path | None = None) -> Iterator[None]:
+    """UsageError where writing `path` fails for want of room: how many bytes it `needs` (None: more than are in the folder `part`,
+    which goes) and how many are free."""
+    try:
+        yield
+    except Exception as error:
+        if not is_full(error):
+            raise
+        wants = f"{needs:,}" if needs else f"more than {sum(f.stat().st_size for f in part.rglob('*')) if part else 0:,}"
+        if part:
+            shutil.rmtree(part, ignore_errors=True)
+        free = shutil.disk_usage(path.parent).free
+        raise UsageError(f"{path}: no room to write it: it needs {wants} bytes in {path.parent}, where {free:,} are free for this user or "
+                         "fewer by quota; what was there before is as it was") from None
+
 
 def write_json(path: Path, value: Any) -> None:
     """Written beside and renamed, so that a reader sees the old file or the new one, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """As `write_json`, of any text. UsageError where the disk is full."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    with with_room(path, len(text.encode())):
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
     os.replace(temporary, path)
 
 
@@ -42,9 +92,15 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 
+def strangers(folder: Path, known: set[str]) -> set[str]:
+    """What lies in `folder` beside `known` names and what writing those leaves when it is killed."""
+    names = {f.name for f in folder.iterdir()} if folder.is_dir() else set()
+    return names - known - {f"{name}.tmp" for name in known} - {LOCK}
+
+
 def claim(folder: Path, known: set[str]) -> None:
     """UsageError where `folder` holds anything but `known` names: what is about to be written would destroy or mix with it."""
-    strange = {f.name for f in folder.iterdir()} - known if folder.is_dir() else set()
+    strange = strangers(folder, known)
     if folder.resolve() == Path.cwd():
         raise UsageError(f"{folder} is the folder you are in: give another --out")
     if strange:
@@ -61,16 +117,20 @@ class Log:
             return
         self.path = Path(folder) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [json.dumps(row) + "\n" for row in read_rows(self.path) if keep(row)]
-        temporary = self.path.with_name("metrics.jsonl.tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, self.path)
-        self.file = self.path.open("a", encoding="utf-8")
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in read_rows(self.path) if keep(row)))
+        self.file = self.path.open("ab", buffering=0)       # a row is one write: a killed process leaves all of it or none
 
     def row(self, **values: Any) -> None:
         if self.file:
-            self.file.write(json.dumps(values) + "\n")
-            self.file.flush()
+            line = (json.dumps(values) + "\n").encode()
+            with with_room(self.path, len(line)):
+                if self.file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def sync(self) -> None:
+        """To the disk itself: before a checkpoint that the rows must not fall behind."""
+        if self.file:
+            os.fsync(self.file.fileno())
 
 
 def progress(total: int, what: str, start: int = 0, unit: str = "step") -> tqdm:

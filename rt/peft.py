@@ -9,9 +9,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rt.checkpoint import Base, atomic_folder, read_file
+from rt.checkpoint import Base, read_file
 from rt.config import UsageError
 from rt.deltas import TARGETS, Delta, DeltaConfig, apply, check_fits, origin
+from rt.folders import atomic_folder
 from rt.hf import CLASSIFIERS, check_vocabulary, class_names, export_hf, family, hf_head_state, write_tensors
 from rt.log import claim, read_json, write_json
 

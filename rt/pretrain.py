@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from kernels import linear_cross_entropy
-from rt.checkpoint import save_base
+from rt.checkpoint import load_base, read_state, save_base
 from rt.config import UsageError
 from rt.data import Rows
 from rt.device import autocast, derive_seed
 from rt.dist import Ranks
 from rt.graphs import GraphedGradient, compiled
-from rt.hub import open_base
-from rt.log import Log, progress
+from rt.log import Log, progress, read_json
 from rt.model import Batch, MaskedLM
 from rt.optim import adamw, gather, load_state, schedule, set_lr
 from rt.pace import Pace
+from rt.signals import Stop
 from rt.tokenizer import Tokenizer
 
 AHEAD = 3       # batches prepared before they are asked for
@@ -143,7 +143,7 @@ def pretrain(model: MaskedLM, rows: Rows, optimizer: torch.optim.Optimizer, sett
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
             optimizer.step()
             waiting.append(({"step": step + 1, "lr": lr}, torch.stack([total, norm])))
-            if (step + 1) % s.log_every == 0 or step + 1 == s.steps or exact(step + 1):
+            if exact(step + 1) or (step + 1) % s.log_every == 0 or step + 1 == s.steps:
                 yield from fetched(waiting, s, ranks)
                 waiting.clear()
 
@@ -190,6 +190,7 @@ class Stage:
     zero: bool              # the optimizer's state shared out among the ranks
     snapshots: int          # kept along the way, evenly spaced
     save_every: int         # steps between resumable checkpoints
+    stop: Stop = field(default_factory=Stop)    # a signal that has asked for the end
     step: int = 0
     seconds: float = 0.0
     optimizer: torch.optim.Optimizer = field(init=False)
@@ -199,23 +200,29 @@ class Stage:
 
     def resume(self) -> None:
         """Go on from the resumable checkpoint, if there is one and it is of this stage."""
-        if not (self.out / "last" / "meta.json").exists():
-            return
-        base = open_base(str(self.out / "last"))
-        if base.meta["name"] == self.about["name"]:
+        last = self.out / "last"
+        if last.exists() and read_json(last / "meta.json").get("name") == self.about["name"]:
+            base = load_base(last)
             self.model.load_state_dict(MaskedLM(base.encoder, base.head).state_dict())
-            load_state(self.optimizer, torch.load(self.out / "last" / "optim.pt", map_location="cpu", weights_only=True))
+            load_state(self.optimizer, read_state(last / "optim.pt"))
             self.step = base.meta["step"]
 
     def save(self, folder: str, resumable: bool) -> None:
         if resumable:
             gather(self.optimizer)
         if self.ranks.is_main:
+            self.log.sync()
             save_base(self.out / folder, self.model, self.tokenizer, {**self.about, "step": self.step},
-                      self.optimizer if resumable else None)
+                      self.optimizer if resumable else None, keep=resumable)
+
+    def asked_to_stop(self, step: int) -> bool:
+        """Whether a signal has asked for the end, which ranks agree on where they wait for each other anyway."""
+        if self.ranks.world == 1:
+            return bool(self.stop.number)
+        return step % self.settings.log_every == 0 and self.ranks.any(bool(self.stop.number))
 
     def train(self, allowance: int) -> int:
-        """Up to `allowance` steps; returns how many were done."""
+        """Up to `allowance` steps, fewer where a signal asks for the end; returns how many were done."""
         s, started, first = self.settings, time.perf_counter(), self.step
         end = min(first + allowance, s.steps)
         kept = {round(s.steps * (k + 1) / (self.snapshots + 1)) for k in range(self.snapshots)}
@@ -223,9 +230,15 @@ class Stage:
         def resumable(step: int) -> bool:
             return step < s.steps and (step == end or step % self.save_every == 0)
 
+        def exact(step: int) -> bool:
+            nonlocal end
+            if step < end and self.asked_to_stop(step):
+                end = step
+            return step in kept or resumable(step)
+
         pace = Pace(self.model.encoder.config, self.ranks.device, self.precision, world=self.ranks.world)
         steps = pretrain(self.model, self.rows, self.optimizer, s, precision=self.precision, ranks=self.ranks, start=first,
-                         exact=lambda step: step in kept or resumable(step), pace=pace)
+                         exact=exact, pace=pace)
         with progress(s.steps, f"{self.about['name']} {self.about['domain']}", first) as bar, closing(steps):
             for row in steps:
                 self.step, self.seconds = row["step"], time.perf_counter() - started

@@ -1,17 +1,22 @@
 """The folder of a stream of bases: whether a run may begin there or go on, and what is said of it.
 
     config.json     the settings it was begun with
-    M0, M1, ...     bases; M1-t00250: the snapshot of M1 after 250 steps; last: the resumable checkpoint, while the run is unfinished
+    M0, M1, ...     bases; M1-t00250: the snapshot of M1 after 250 steps
+    last, last.old  the resumable checkpoint and the one before, while the run is unfinished; last.damaged: one that could not be used
     metrics.jsonl   a row a step, and a row of held-out scores a base
     summary.json    the forgetting matrix, when all is done
 """
+import itertools
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 
 from rt.config import UsageError
 from rt.data import Rows
-from rt.log import FIGURES, read_json
+from rt.folders import check_seal, settle
+from rt.log import FIGURES, read_json, strangers
 from rt.tokenizer import Tokenizer
 
 
@@ -19,7 +24,7 @@ def has_work(out: Path, settings: dict, resume: bool) -> bool:
     """Whether a run with these settings is to begin in `out`, or to go on: False where it is complete. UsageError where it would
     overwrite something, or go on with other settings."""
     if not (out / "config.json").exists():
-        if out.is_dir() and {f.name for f in out.iterdir()} - {FIGURES}:
+        if strangers(out, {FIGURES, "config.json"}):
             raise UsageError(f"{out} holds other things than a stream of bases: give another --out")
         return True
     begun = read_json(out / "config.json")
@@ -30,7 +35,36 @@ def has_work(out: Path, settings: dict, resume: bool) -> bool:
     complete = (out / "summary.json").exists()
     if not complete and not resume:
         raise UsageError(f"{out} holds an unfinished run: add --resume to go on, or remove the folder")
+    if complete:
+        forget_last(out)    # where the process was killed before it could
+    else:
+        mend(out)
     return not complete
+
+
+def mend(out: Path) -> None:
+    """What a killed process left half renamed is put right. OUT/last is then the newest resumable checkpoint that is as it was written;
+    one that is not is kept as last.damaged, and said on stderr. UsageError where there are only such."""
+    for path in sorted(out.glob("*.new")) + sorted(out.glob("*.old")):
+        settle(path.with_suffix(""))
+    last = out / "last"
+    while last.exists():
+        try:
+            check_seal(last, "meta.json", read_json(last / "meta.json"))
+            return
+        except UsageError as error:
+            if not (out / "last.old").exists():
+                raise UsageError(f"{error}; there is none before it to resume from: move {last} away to begin its stage again") from None
+            aside = next(path for n in itertools.count(1) if not (path := out / f"last.damaged{n if n > 1 else ''}").exists())
+            last.rename(aside)
+            print(f"{error}; it is kept as {aside}, and the checkpoint before it is used", file=sys.stderr)
+            settle(last)
+
+
+def forget_last(out: Path) -> None:
+    """Remove the resumable checkpoints of a complete run."""
+    for name in ("last", "last.old", "last.new", "last.part"):
+        shutil.rmtree(out / name, ignore_errors=True)
 
 
 def is_done_again(row: dict, out: Path) -> bool:

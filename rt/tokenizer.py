@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from rt.config import UsageError
+from rt.log import write_whole
 
 SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 ROLES = {"bos": ("<s>", "[CLS]"), "pad": ("<pad>", "[PAD]"), "eos": ("</s>", "[SEP]"), "mask": ("<mask>", "[MASK]")}
@@ -64,7 +65,8 @@ class Tokenizer:
         return framed
 
     def save(self, folder: Path) -> None:
-        self.backend.save(str(Path(folder) / "tokenizer.json"))
+        """tokenizer.json in `folder`, which appears whole."""
+        write_whole(Path(folder) / "tokenizer.json", self.backend.to_str(pretty=True))
 
 
 def _content(backend: tokenizers.Tokenizer) -> str:

@@ -5,8 +5,9 @@ import pickle
 import pytest
 import torch
 
-from rt.checkpoint import atomic_folder, fingerprint, load_base, save_base
+from rt.checkpoint import fingerprint, load_base, save_base
 from rt.config import UsageError
+from rt.folders import atomic_folder
 from rt.hub import open_base
 from rt.model import MaskedLM
 

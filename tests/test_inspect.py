@@ -193,3 +193,26 @@ def test_several_paths_are_told_one_after_the_other(run_home, capsys):
     said = capsys.readouterr().out.splitlines()
     assert said[0] == f"{run_home}: a run" and f"{run_home / 'M0'}: a base (rt-base-1)" in said
     assert all(line.startswith("  ") for line in said if not line.startswith(str(run_home)))
+
+
+def test_verify_hashes_a_run_again_and_names_what_differs(run_home, tmp_path, capsys):
+    run_ = shutil.copytree(run_home, tmp_path / "run")
+    main(["--verify", str(run_)])
+    assert capsys.readouterr().out.count("as it was written") == 5      # four bases, one delta
+    for name, change in (("M1", lambda w: w[:-1] + bytes([w[-1] ^ 1])), ("M2", lambda w: b"")):
+        path = run_ / name / "model.safetensors"
+        path.write_bytes(change(path.read_bytes()))
+    (run_ / "M0" / "meta.json").unlink()
+    meta = json.loads((run_ / "M1-t00002" / "meta.json").read_text())
+    (run_ / "M1-t00002" / "meta.json").write_text(json.dumps({k: v for k, v in meta.items() if k != "sha256"}))
+    facts = run_ / "deltas" / "M1-sick" / "delta.json"
+    facts.write_text(facts.read_text().replace('"label3"', '"label4"'))
+    with pytest.raises(SystemExit) as end:
+        main(["--verify", str(run_)])
+    said = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert end.value.code == 1 and said == {
+        str(run_ / "M0"): f"DIFFERS: {run_ / 'M0' / 'meta.json'}: there is no such file", str(run_ / "M1"): "DIFFERS: model.safetensors",
+        str(run_ / "M1-t00002"): "has no hashes: written before there were any", str(run_ / "M2"): "DIFFERS: model.safetensors",
+        str(run_ / "deltas" / "M1-sick"): "DIFFERS: delta.json"}
+    with pytest.raises(UsageError, match="no base or delta of ours there"):
+        main(["--verify", str(tmp_path / "nothing")])

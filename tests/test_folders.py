@@ -1,0 +1,314 @@
+"""Folders that appear whole: a kill between any two steps loses nothing; content is checked; a full disk leaves what there was; one
+process at a time."""
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+from rt.checkpoint import load_base, save_base
+from rt.config import UsageError
+from rt.deltas import DeltaConfig, attach, extract, load_delta, save_delta
+from rt.folders import atomic_folder, check_seal, differing, found, locked, seal, settle, started
+from rt.log import Log, read_json, read_rows, write_json
+from rt.model import MaskedLM
+from rt.optim import adamw
+from rt.stream import mend
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL: raised where a system call would have been the last."""
+
+
+def write(folder, text: str, keep: bool = False) -> None:
+    with atomic_folder(folder, keep=keep) as new:
+        (new / "a").write_text(text)
+        (new / "b").write_text(text)
+
+
+def content(folder) -> set[str]:
+    return {(folder / name).read_text() for name in ("a", "b")}
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_kill_between_any_two_steps_loses_nothing(tmp_path, monkeypatch, keep):
+    """Every call that changes the disk is the last one once; what is found then is whole, old or new, and the next write goes through."""
+    calls = {"count": 0, "last": 10**9}
+
+    def counted(call):
+        def step(*arguments, **named):
+            calls["count"] += 1
+            if calls["count"] > calls["last"]:
+                raise Killed
+            return call(*arguments, **named)
+        return step
+
+    for owner, name in ((os, "rename"), (os, "mkdir"), (os, "unlink"), (os, "rmdir"), (os, "fsync")):
+        monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
+    seen = set()
+    for last in range(60):
+        folder = tmp_path / str(last) / "x"
+        calls.update(count=0, last=10**9)
+        write(folder, "1", keep)
+        write(folder, "2", keep)
+        calls.update(count=0, last=last)
+        try:
+            write(folder, "3", keep)
+            break
+        except Killed:
+            pass
+        calls["last"] = 10**9
+        now = content(found(folder))
+        assert now in ({"2"}, {"3"}), last
+        seen |= now
+        settle(folder)
+        assert content(folder) in ({"2"}, {"3"}) and content(folder) >= now - {"2"}
+        write(folder, "4", keep)
+        assert content(folder) == {"4"} and folder.with_name("x.old").exists() == keep
+        assert not {f.name for f in folder.parent.iterdir()} - {"x", "x.old"}
+    assert last > 10 and seen == {"2", "3"} and content(folder) == {"3"}
+
+
+def test_what_a_kill_left_is_found_and_said(tmp_path, base, capsys):
+    save_base(tmp_path / "M0", MaskedLM(base.encoder, base.head), base.tokenizer, {"name": "M0"})
+    (tmp_path / "M0").rename(tmp_path / "M0.old")
+    assert load_base(tmp_path / "M0").fingerprint == base.fingerprint
+    assert f"{tmp_path / 'M0.old'} is used" in capsys.readouterr().err
+    delta = extract(attach(base, DeltaConfig("lora"), 2, seed=0), base, DeltaConfig("lora"), {"labels": ["a", "b"]})
+    save_delta(tmp_path / "d", delta)
+    (tmp_path / "d").rename(tmp_path / "d.new")
+    assert load_delta(tmp_path / "d").labels == ("a", "b") and "d.new is used" in capsys.readouterr().err
+
+
+def test_a_seal_names_what_is_not_as_it_was_written(tmp_path):
+    (tmp_path / "w").write_bytes(bytes(range(256)) * 50)
+    (tmp_path / "t").write_text("tokens")
+    seal(tmp_path, "meta.json", {"step": 5, "scores": (0.1, 1e-9), "by": {1: "one"}}, ["w", "t"])
+    facts = read_json(tmp_path / "meta.json")
+    assert differing(tmp_path, "meta.json", facts) == [] and set(facts["sha256"]) == {"w", "t", "meta.json"}
+    whole = (tmp_path / "w").read_bytes()
+    for damaged in (whole[:-1], whole + b"\0", whole[:700] + bytes([whole[700] ^ 1]) + whole[701:]):
+        (tmp_path / "w").write_bytes(damaged)
+        assert differing(tmp_path, "meta.json", facts) == ["w"] and differing(tmp_path, "meta.json", facts, ["t"]) == []
+        with pytest.raises(UsageError, match="w is damaged: its content is not what was written"):
+            check_seal(tmp_path, "meta.json", facts)
+    (tmp_path / "w").unlink()
+    with pytest.raises(UsageError, match="w is damaged: the file is gone"):
+        check_seal(tmp_path, "meta.json", facts)
+    (tmp_path / "w").write_bytes(whole)
+    assert differing(tmp_path, "meta.json", {**facts, "step": 4}) == ["meta.json"]
+    other = {**facts, "sha256": {**facts["sha256"], "t": facts["sha256"]["w"]}}
+    assert differing(tmp_path, "meta.json", other) == ["t", "meta.json"]
+    del facts["sha256"]
+    assert differing(tmp_path, "meta.json", facts) == []        # written before there were hashes
+
+
+@pytest.mark.parametrize("place", [0.1, 0.6, 0.999])
+def test_a_flipped_bit_of_a_base_or_delta_is_named(tmp_path, base, place):
+    save_base(tmp_path / "M0", MaskedLM(base.encoder, base.head), base.tokenizer, {"name": "M0", "step": 12})
+    delta = extract(attach(base, DeltaConfig("lora"), 2, seed=0), base, DeltaConfig("lora"), {"labels": ["a", "b"]})
+    save_delta(tmp_path / "d", delta)
+    for file, load in ((tmp_path / "M0" / "model.safetensors", load_base), (tmp_path / "d" / "delta.safetensors", load_delta)):
+        load(file.parent)
+        whole = bytearray(file.read_bytes())
+        whole[int(place * len(whole))] ^= 4
+        file.write_bytes(whole)
+        with pytest.raises(UsageError, match=f"{file.name}"):
+            load(file.parent)
+    for file, load in ((tmp_path / "M0" / "meta.json", load_base), (tmp_path / "d" / "delta.json", load_delta)):
+        save_base(tmp_path / "M0", MaskedLM(base.encoder, base.head), base.tokenizer, {"name": "M0", "step": 12})
+        save_delta(tmp_path / "d", delta)
+        facts = read_json(file)
+        write_json(file, facts | {"versions": {}})
+        with pytest.raises(UsageError, match=f"{file.name} is damaged"):
+            load(file.parent)
+        facts.pop("sha256")
+        write_json(file, facts)
+        load(file.parent)       # as written before there were hashes
+
+
+# --- the checkpoint to resume from ------------------------------------------------------------------------------------
+
+@pytest.fixture
+def run(tmp_path, base):
+    """A run's folder with `last` at step 20 and `last.old` at step 10."""
+    model = MaskedLM(base.encoder, base.head)
+    optimizer = adamw(model.parameters(), 1e-3, 0.0)
+    for p in model.parameters():
+        p.grad = p.detach() * 0.0
+    optimizer.step()
+    for step in (5, 10, 20):
+        save_base(tmp_path / "run" / "last", model, base.tokenizer, {"name": "M0", "step": step}, optimizer, keep=True)
+    yield tmp_path / "run"
+    for p in model.parameters():
+        p.grad = None
+
+
+def step_of(folder) -> int:
+    return read_json(folder / "meta.json")["step"]
+
+
+def test_the_newest_whole_checkpoint_is_resumed_from(run, capsys):
+    mend(run)
+    assert (step_of(run / "last"), step_of(run / "last.old")) == (20, 10) and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "half deleted", "no meta"])
+def test_a_damaged_one_is_named_and_kept_and_the_one_before_is_used(run, capsys, damage):
+    file = run / "last" / ("meta.json" if damage == "no meta" else "optim.pt")
+    whole = bytearray(file.read_bytes())
+    if damage in ("half deleted", "no meta"):
+        file.unlink()
+    else:
+        whole[len(whole) // 2] ^= 1
+        file.write_bytes(whole if damage == "flipped" else whole[:-7])
+    mend(run)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and str(file) in said and "last.damaged" in said
+    assert step_of(run / "last") == 10 and (run / "last.damaged" / "model.safetensors").exists() and not (run / "last.old").exists()
+    (run / "last" / "optim.pt").unlink()
+    with pytest.raises(UsageError, match="optim.pt is damaged: the file is gone.*; there is none before it"):
+        mend(run)
+    assert (run / "last" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("left, step", [({"last": "last.new", "last.old": "last.old"}, 20), ({"last": "last.old"}, 20),
+                                        ({"last": "last.new", "last.old": "last"}, 20), ({"last": "last.part", "last.old": "last"}, 10)])
+def test_half_a_renaming_is_finished(run, left, step):
+    """`last` is the checkpoint of step 20; a .part may be anything and is not read."""
+    (run / "last").rename(run / "20")
+    (run / "last.old").rename(run / "10")
+    for name, at in left.items():
+        (run / {"last": "20", "last.old": "10"}[name]).rename(run / at)
+    for name in ("10", "20"):
+        shutil.rmtree(run / name, ignore_errors=True)
+    mend(run)
+    assert step_of(run / "last") == step
+
+
+# --- a full disk ------------------------------------------------------------------------------------------------------
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_how_much_is_needed(run, base):
+    """A limit on the size of a file stands for it where no small disk can be mounted."""
+    model = MaskedLM(base.encoder, base.head)
+    size = sum(x.nbytes for x in model.state_dict().values())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (size // 2, 100):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            with pytest.raises(UsageError, match=f"last: no room to write it: it needs {size:,} bytes in {run}, where [0-9,]+ are free"):
+                save_base(run / "last", model, base.tokenizer, {"name": "M0", "step": 30}, keep=True)
+            with pytest.raises(UsageError, match="config.json: no room"):
+                write_json(run / "config.json", {"x": "y" * size})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert (step_of(run / "last"), step_of(run / "last.old")) == (20, 10) and not (run / "last.part").exists()
+        mend(run)
+
+
+def test_a_row_that_does_not_fit_is_an_error_and_not_half_a_row(tmp_path):
+    log = Log(tmp_path)
+    log.row(step=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
+    try:
+        with pytest.raises(UsageError, match="metrics.jsonl: no room to write it: it needs [0-9]+ bytes"):
+            log.row(step=2, text="x" * 50)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1}]
+
+
+SMALL_DISK = """
+import sys, torch
+from pathlib import Path
+from rt.checkpoint import save_base
+from rt.config import UsageError
+from rt.log import read_json
+from rt.model import EncoderConfig, PRESETS, new_masked_lm
+from rt.optim import adamw
+from rt.stream import mend
+from rt.tokenizer import load_tokenizer
+tokenizer, out = load_tokenizer(sys.argv[1]), Path(sys.argv[2])
+model = new_masked_lm(EncoderConfig(tokenizer.vocab_size, **PRESETS["tiny"]), 0)
+optimizer = adamw(model.parameters(), 1e-3, 0.0)
+for p in model.parameters():
+    p.grad = torch.ones_like(p)
+optimizer.step()
+for step in range(9):
+    try:
+        save_base(out / "last", model, tokenizer, {"name": "M0", "step": step}, optimizer, keep=True)
+    except UsageError as error:
+        print(step, error)
+        break
+    (out / f"ballast{step}").write_bytes(bytes(1_000_000))
+mend(out)
+print(read_json(out / "last" / "meta.json")["step"])
+"""
+
+
+def test_a_small_disk_that_fills_up(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    (tmp_path / "disk").mkdir()
+    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", tmp_path / "disk"], capture_output=True).returncode:
+        pytest.skip("no mounting here")
+    mounted = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=8m none "$0" && exec "$@"', tmp_path / "disk"]
+    done = subprocess.run([*mounted, sys.executable, "-c", SMALL_DISK, tmp_path, tmp_path / "disk"], cwd=ROOT, capture_output=True,
+                          text=True, timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    said, last = done.stdout.splitlines()
+    failed = int(said.split()[0])
+    assert "last: no room to write it: it needs" in said and failed >= 1 and int(last) == failed - 1
+
+
+# --- one process at a time --------------------------------------------------------------------------------------------
+
+def test_the_second_process_is_refused_with_pid_and_host(tmp_path):
+    with locked(tmp_path / "run"):
+        held = read_json(tmp_path / "run.lock")
+        assert held["pid"] == os.getpid() and held["host"] == socket.gethostname()
+        with pytest.raises(UsageError, match=f"being written to by process {os.getpid()} on {socket.gethostname()} since"), \
+                locked(tmp_path / "run"):
+            pass
+        with pytest.raises(UsageError), locked(tmp_path / "there" / ".." / "run"):      # by another name
+            pass
+    assert not list(tmp_path.glob("run*"))
+    with pytest.raises(RuntimeError), locked(tmp_path / "run"):
+        raise RuntimeError
+    assert not list(tmp_path.glob("run*"))
+
+
+def test_a_lock_that_a_killed_process_left_is_taken_over(tmp_path):
+    child = subprocess.Popen(["sleep", "60"])
+    began = started(child.pid)
+    assert began
+    lock, host = tmp_path / "run.lock", socket.gethostname()
+    write_json(lock, {"pid": child.pid, "host": host, "started": began, "since": "now"})
+    with pytest.raises(UsageError, match=f"process {child.pid}"), locked(tmp_path / "run"):
+        pass
+    write_json(lock, {"pid": child.pid, "host": host, "started": began - 5, "since": "now"})    # its number went to another process
+    with locked(tmp_path / "run"):
+        pass
+    write_json(lock, {"pid": child.pid, "host": host, "started": began, "since": "now"})
+    child.send_signal(signal.SIGKILL)
+    for _ in range(200):        # dead, though nobody has waited for it yet
+        if started(child.pid) is None:
+            break
+        time.sleep(0.01)
+    with locked(tmp_path / "run"):
+        assert read_json(lock)["pid"] == os.getpid()
+    child.wait()
+    lock.touch()        # killed before it had written a word
+    with locked(tmp_path / "run"):
+        pass
+    write_json(lock, {"pid": 1, "host": "elsewhere", "started": 1, "since": "yesterday"})
+    with pytest.raises(UsageError, match=f"1 on elsewhere since yesterday.*if it has gone, remove {lock}"), locked(tmp_path / "run"):
+        pass
+    assert json.loads(lock.read_text())["host"] == "elsewhere" and [f.name for f in tmp_path.iterdir()] == ["run.lock"]
