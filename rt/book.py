@@ -10,6 +10,7 @@ import torch
 from rt.config import UsageError, record
 from rt.deltas import Delta, save_delta
 from rt.log import FIGURES, Log, claim, read_json, write_json
+from rt.outside import MISSHAPEN
 from rt.recycling import NEEDS_TEACHER, TRAINED, Recycling
 from rt.summary import add_steps_to_scratch
 from rt.tasks import Task
@@ -112,10 +113,17 @@ def best_delta(folder: str | Path) -> Path:
     folder = Path(folder)
     if (folder / "delta.json").exists() or not (folder / "deltas").is_dir():
         return folder
-    rows = [row for row in read_json(folder / "summary.json").get("rows", []) if (folder / "deltas" / row["run"] / "delta.json").exists()]
-    if not rows:
+    try:
+        rows = [row for row in read_json(folder / "summary.json").get("rows", [])
+                if Path(row["run"]).name == row["run"] != ".." and (folder / "deltas" / row["run"] / "delta.json").exists()]
+        best = max(rows, key=lambda row: score(row["dev"]), default=None)
+    except UsageError:
+        raise
+    except MISSHAPEN as error:
+        raise UsageError(f"{folder / 'summary.json'}: its rows do not hold what they should ({type(error).__name__}: {error})") from None
+    if best is None:
         raise UsageError(f"{folder / 'summary.json'}: has no row of a run whose delta is still in {folder / 'deltas'}")
-    return folder / "deltas" / max(rows, key=lambda row: score(row["dev"]))["run"]
+    return folder / "deltas" / best["run"]
 
 
 def origin_of(r: Recycling) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import linear_cross_entropy
-from rt.checkpoint import save_base
+from rt.checkpoint import read_torch, save_base
 from rt.config import UsageError
 from rt.data import Rows
 from rt.device import autocast, derive_seed
@@ -204,7 +204,7 @@ class Stage:
         base = open_base(str(self.out / "last"))
         if base.meta["name"] == self.about["name"]:
             self.model.load_state_dict(MaskedLM(base.encoder, base.head).state_dict())
-            load_state(self.optimizer, torch.load(self.out / "last" / "optim.pt", map_location="cpu", weights_only=True))
+            load_state(self.optimizer, read_torch(self.out / "last" / "optim.pt"))
             self.step = base.meta["step"]
 
     def save(self, folder: str, resumable: bool) -> None:

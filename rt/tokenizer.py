@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
 from rt.config import UsageError
+from rt.outside import JSON_BYTES
 
 SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 ROLES = {"bos": ("<s>", "[CLS]"), "pad": ("<pad>", "[PAD]"), "eos": ("</s>", "[SEP]"), "mask": ("<mask>", "[MASK]")}
@@ -26,7 +27,9 @@ class Tokenizer:
         backend.no_padding()
         backend.no_truncation()
         self.backend = backend
-        self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1     # ids may have gaps
+        self.vocab_size, self.source = max(backend.get_vocab().values(), default=-1) + 1, source     # ids may have gaps
+        if self.vocab_size > 2 * backend.get_vocab_size() + 1000:
+            raise UsageError(f"{source}: its ids go up to {self.vocab_size - 1}, for {backend.get_vocab_size()} tokens")
         ids = {}
         for role, names in ROLES.items():
             ids[role] = next((backend.token_to_id(n) for n in names if backend.token_to_id(n) is not None), None)
@@ -46,7 +49,10 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(sorted(self.backend.get_vocab().items())).encode()).hexdigest()[:16]
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        return [e.ids for e in self.backend.encode_batch(texts, add_special_tokens=False)]
+        try:
+            return [e.ids for e in self.backend.encode_batch(texts, add_special_tokens=False)]
+        except Exception as error:      # tokenizers raises bare Exception, as for a word without a token for what is unknown
+            raise UsageError(f"{self.source}: the tokenizer cannot encode a text ({error})") from None
 
     def decode(self, ids: list[int]) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=False)
@@ -100,6 +106,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
     vocab, merges = path / "vocab.json", path / "merges.txt"
+    for each in (file, vocab, merges):
+        if each.is_file() and each.stat().st_size > JSON_BYTES:
+            raise UsageError(f"{each}: is longer than {JSON_BYTES >> 20} MB, too long for a tokenizer")
     try:
         if file.is_file():
             return Tokenizer(tokenizers.Tokenizer.from_file(str(file)), str(file))
@@ -107,8 +116,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
             backend = _byte_level(models.BPE.from_file(str(vocab), str(merges)))
             backend.add_special_tokens(_special_tokens())
             return Tokenizer(backend, str(vocab))
-    except UsageError:
+    except (UsageError, KeyboardInterrupt):
         raise
-    except Exception as error:  # tokenizers raises bare Exception for anything it cannot read
+    except BaseException as error:  # tokenizers raises bare Exception for what it cannot read, or panics, which is no Exception
         raise UsageError(f"{file if file.is_file() else vocab}: not a tokenizer file ({error})") from None
     raise UsageError(f"{path}: no tokenizer there; expected tokenizer.json, or vocab.json with merges.txt")

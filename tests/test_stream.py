@@ -5,7 +5,8 @@ import pytest
 
 from rt.config import UsageError
 from rt.log import write_json
-from rt.stream import forgetting_table, has_work, is_done_again
+from rt.stream import has_work, is_done_again
+from rt.summary import forgetting_table
 
 
 def test_a_run_begins_goes_on_or_is_complete_and_overwrites_nothing(tmp_path):
