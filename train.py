@@ -20,7 +20,7 @@ from typing import TextIO
 from data.sources import corpus_path, task_path
 from rt.book import best_delta
 from rt.checkpoint import Base, save_base
-from rt.config import UsageError, parse, record, require_positive, require_seeds, run
+from rt.config import UsageError, parse, record, require_not_negative, require_positive, require_seeds, require_seq_len, require_share, run
 from rt.data import STDIN, Rows, build_corpus, split_documents
 from rt.deltas import FILES, Delta, DeltaConfig, apply, attach, extract, save_delta
 from rt.device import derive_seed, pick_device, pick_precision
@@ -28,7 +28,7 @@ from rt.dist import Ranks, join, launched
 from rt.distill import Loss
 from rt.graphs import check_graphs
 from rt.hf import export_hf
-from rt.hub import beside, open_base, open_delta
+from rt.hub import NAMING, open_base, open_delta, place_of_delta
 from rt.log import Log, claim, read_json, write_json
 from rt.model import PRESETS, Classifier, EncoderConfig, MaskedLM, new_masked_lm, set_dropout
 from rt.peft import export_peft
@@ -59,7 +59,7 @@ class Config:
     steps: tuple[int, ...] = (600, 500, 350)  # optimizer steps of each stage; the last number serves all further ones
     batch_tokens: int = 1024  # tokens an optimizer step, all ranks and accumulation together
     accumulation: int = 1  # parts in which each rank computes its share of a batch
-    seq_len: int = 128  # longest sequence in tokens, <s> and </s> counted (tune: of a text)
+    seq_len: int | None = None  # longest sequence or text in tokens, <s> and </s> counted; default 128, to eval and predict the delta's own
     mask_rate: float = 0.3  # share of tokens predicted; RoBERTa: 0.15, but more learns faster (Wettig et al., 2023)
     lr: float | None = None  # peak learning rate; default 1e-3 to pretrain, by kind of delta to tune
     warmup: float = 0.1  # share of the steps with rising learning rate, anew in every stage
@@ -98,6 +98,7 @@ class Config:
 NOT_SETTINGS = ("resume", "stop_after", "save_every", "cache", "device", "out", "accumulation", "compile", "graphs", "zero",
                 "log_every")     # may differ when a run is resumed
 HELDOUT_MASK_RATE = 0.15    # whatever --mask_rate is, so that held-out losses compare
+SEQ_LEN = 128
 PRETRAIN_LR = 1e-3
 TUNE_LR = {"full": 5e-4, "adapter": 5e-3, "lora": 5e-3, "bitfit": 5e-3, "prefix": 1e-2}     # of the mini preset
 
@@ -111,12 +112,17 @@ def main() -> None:
     if launched() > 1 and config.mode != "pretrain":
         raise UsageError(f"--mode {config.mode} is for one process: leave torchrun out")
     require_positive(config, "steps", "batch_tokens", "accumulation", "seq_len", "vocab_size", "save_every", "tune_steps",
-                     "batch_size", "eval_every", "shots", "bottleneck", "r", "prefix_len", "mask_rate", "lr", "stream", "log_every")
+                     "batch_size", "eval_every", "shots", "bottleneck", "r", "prefix_len", "mask_rate", "lr", "stream", "log_every",
+                     "stop_after")
+    require_share(config, "warmup", "mask_rate")
     require_seeds(config.seed)
     if not 0 <= config.dropout < 1:
         raise UsageError(f"--dropout {config.dropout}: must be at least 0 and below 1")
-    if config.seq_len < 8:
-        raise UsageError(f"--seq_len {config.seq_len}: must be 8 or more")
+    require_not_negative(config, "weight_decay", "snapshots")
+    if config.mode not in ("eval", "predict"):
+        config.seq_len = config.seq_len or SEQ_LEN
+    if config.seq_len:
+        require_seq_len(config.seq_len)
     modes[config.mode](config)
 
 
@@ -265,7 +271,7 @@ def tune_delta(c: Config) -> None:
         task = few_shot(task, c.shots, c.seed)
     encoded = encode_task(task, base.tokenizer, c.seq_len)
     few = f"-k{c.shots}" if c.shots else ""
-    out = Path(c.out or beside(c.base) / "deltas" / f"{Path(c.base).name}-{task.name}-{c.delta}{few}-s{c.seed}")
+    out = Path(c.out or place_of_delta(c.base, task.name, c.delta, few, c.seed))
     say_truncated(*encoded.truncated(), c.seq_len)
     model = attach(base, config, encoded.num_outputs, c.seed)
     check_graphs(c.graphs, Ranks(device))
@@ -295,6 +301,7 @@ def open_tuned(c: Config, labels: tuple[str, ...] = ()) -> tuple[Base, Delta, Cl
     device = pick_device(c.device)
     base = open_base(c.base).to(device)
     delta = chosen_delta(c, base).ordered(labels)
+    c.seq_len = c.seq_len or delta.seq_len or min(SEQ_LEN, base.encoder.config.max_len)
     base.require_length(c.seq_len)
     where = {"device": device, "precision": pick_precision(c.precision, device)}
     return base, delta, apply(base, delta), where
@@ -302,7 +309,7 @@ def open_tuned(c: Config, labels: tuple[str, ...] = ()) -> tuple[Base, Delta, Cl
 
 def chosen_delta(c: Config, base: Base) -> Delta:
     """--delta_dir, or of a folder of recycle.py's runs the best."""
-    folder = best_delta(c.delta_dir)
+    folder = best_delta(c.delta_dir, base.fingerprint)
     if folder != Path(c.delta_dir):
         print(f"best on dev of {c.delta_dir}: {folder.name}", file=sys.stderr)
     return open_delta(str(folder), base)
@@ -314,8 +321,8 @@ def eval_delta(c: Config) -> None:
     task = load_task(task_path(c.task, c.cache))
     base, delta, model, where = open_tuned(c, task.labels)
     if task.labels != delta.labels:
-        raise UsageError(f"{c.delta_dir} tells apart {', '.join(delta.labels[:6])}, but {c.task} has the labels "
-                         f"{', '.join(task.labels[:6])}")
+        raise UsageError(f"{c.delta_dir} has the labels {', '.join(delta.labels[:6]) or 'of a regression'}, but {c.task} "
+                         f"{', '.join(task.labels[:6]) or 'those of a regression'}: if they are the same under other names, {NAMING}")
     encoded = encode_task(task, base.tokenizer, c.seq_len)
     print(f"{task.name}: dev {shown(evaluate(model, encoded.dev, **where))}; "
           f"test {shown(evaluate(model, encoded.test, **where))}")

@@ -33,7 +33,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Equal for equal runs: mode, seed, and a hash of all that they depend on."""
+        """Equal for equal runs: mode, seed, and a hash of the flags that they depend on; for what these name by path see `origin_of`."""
         content = json.dumps([self.settings, self.lr], sort_keys=True)
         return f"{self.mode}-s{self.seed}-{hashlib.sha256(content.encode()).hexdigest()[:6]}"
 
@@ -77,10 +77,10 @@ def row_of(run: Run, task: Task, result: TuneResult) -> dict:
 
 class Book:
     """metrics.jsonl, summary.json and deltas/ of the output folder. What other calls have left there stays, unless the same
-    run (mode, seed, learning rate and settings) is done again."""
+    run (mode, seed, learning rate and settings) is done again. `origins`: `origin_of` for each new base, by its name."""
 
-    def __init__(self, c: Any, argv: list[str], out: Path, task: Task, plan: list[Run]):
-        self.facts, self.c, self.out, self.task = {"config": record(c), "argv": argv}, c, out, task
+    def __init__(self, c: Any, argv: list[str], out: Path, task: Task, plan: list[Run], origins: dict[str, list[str]]):
+        self.facts, self.c, self.out, self.task, self.origins = {"config": record(c), "argv": argv}, c, out, task, origins
         claim(out, {"metrics.jsonl", "summary.json", "deltas", FIGURES})
         again = {run.name for run in plan}
         self.log = Log(out, keep=lambda row: row["run"] not in again)
@@ -93,12 +93,18 @@ class Book:
 
     def enter(self, run: Run, result: TuneResult, delta: Delta, about: dict) -> None:
         """Write a finished run: its delta, and its row in the summary, to which `about` is added."""
-        c, row = run.c, row_of(run, self.task, result)
+        c, row = run.c, row_of(run, self.task, result) | {"origin": self.origins[run.c.base]}
         if c.save_deltas:
             keep_delta(self.out, row, self.task, delta, self.facts)
         self.rows.append({**row, **about})
-        add_steps_to_scratch([row for row in self.rows if belongs(row, c)])
+        add_steps_to_scratch(self.belonging(c))
         write_json(self.out / "summary.json", {"rows": self.rows, **self.facts})
+
+
+    def belonging(self, c: Any) -> list[dict]:
+        """The rows with the settings of `c`, of this call or an earlier one, as long as old base, old delta and new base were the same."""
+        origin = self.origins[c.base]
+        return [row for row in self.rows if row.get("origin", origin) == origin and belongs(row, c)]
 
 
 def keep_delta(out: Path, row: dict, task: Task, delta: Delta, about: dict) -> None:
@@ -108,15 +114,17 @@ def keep_delta(out: Path, row: dict, task: Task, delta: Delta, about: dict) -> N
     save_delta(out / "deltas" / row["run"], replace(delta, info=info))
 
 
-def best_delta(folder: str | Path) -> Path:
-    """`folder`, or where it is what recycle.py left, in it the delta of the run that is best on dev."""
+def best_delta(folder: str | Path, base: str) -> Path:
+    """`folder`, or where it is what recycle.py left, in it the delta of the run that is best on dev: of a chain's, those for the base of
+    fingerprint `base`; of equal ones one that recycles."""
     folder = Path(folder)
     if (folder / "delta.json").exists() or not (folder / "deltas").is_dir():
         return folder
     try:
         rows = [row for row in read_json(folder / "summary.json").get("rows", [])
                 if Path(row["run"]).name == row["run"] != ".." and (folder / "deltas" / row["run"] / "delta.json").exists()]
-        best = max(rows, key=lambda row: score(row["dev"]), default=None)
+        fitting = [row for row in rows if read_json(folder / "deltas" / row["run"] / "delta.json")["info"]["base"] == base]
+        best = max(fitting or rows, key=lambda row: (score(row["dev"]), row["mode"] != "scratch"), default=None)
     except UsageError:
         raise
     except MISSHAPEN as error:

@@ -108,7 +108,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except Exception as error:  # SafetensorError, OSError: a damaged file
-        raise UsageError(f"{path}: not a readable safetensors file ({error})") from None
+        raise UsageError(f"{path}: not a readable safetensors file ({_reason(path, error)})") from None
+
+
+def _reason(file: Path, error: Exception) -> str:
+    """Why a file cannot be read; a Git LFS pointer is what a clone without LFS has in its place."""
+    with file.open("rb") as opened:
+        if opened.read(40).startswith(b"version https://git-lfs"):
+            return "it is a Git LFS pointer: git lfs pull fetches the file"
+    return str(error).partition(". ")[0].partition("\n")[0] or type(error).__name__
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -127,7 +135,7 @@ def read_file(file: Path) -> dict[str, Tensor]:
         return read_tensors(file)
     tensors = read_torch(file)
     if not isinstance(tensors, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items()):
-        raise UsageError(f"{file}: holds something else than names and their tensors")
+        raise UsageError(f"{file}: holds something else than tensors by name")
     return {k: v.clone() for k, v in tensors.items()}      # no longer of the file, which they are mapped from
 
 
@@ -144,8 +152,10 @@ def read_torch(path: Path) -> Any:
                     raise ValueError("its parts are packed, or larger than the file")
         value = torch.load(str(path), map_location="cpu", weights_only=True, mmap=is_zip)
         check_plain(value, 4 * size)    # tied weights are there twice
+    except FileNotFoundError:
+        raise UsageError(f"{path}: there is no such file") from None
     except Exception as error:  # a pickle that asks for code is refused here as well
-        raise UsageError(f"{path}: not a weights-only PyTorch file ({(str(error) or type(error).__name__).splitlines()[0]})") from None
+        raise UsageError(f"{path}: not a weights-only PyTorch file ({_reason(path, error)})") from None
     return value
 
 

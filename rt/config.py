@@ -125,6 +125,26 @@ def require_positive(config: Any, *names: str) -> None:
                 raise UsageError(f"--{name} {v}: must be above zero")
 
 
+def require_not_negative(config: Any, *names: str) -> None:
+    """UsageError for the first of these settings that is below zero."""
+    for name in names:
+        if getattr(config, name) < 0:
+            raise UsageError(f"--{name} {getattr(config, name)}: must not be negative")
+
+
+def require_share(config: Any, *names: str) -> None:
+    """UsageError for the first of these settings that does not lie between 0 and 1."""
+    for name in names:
+        if not 0 <= getattr(config, name) <= 1:
+            raise UsageError(f"--{name} {getattr(config, name)}: must lie between 0 and 1")
+
+
+def require_seq_len(seq_len: int) -> None:
+    """UsageError where a text of so many tokens has no room for the special tokens of a pair and some of both texts."""
+    if seq_len < 8:
+        raise UsageError(f"--seq_len {seq_len}: must be 8 or more")
+
+
 def require_seeds(*seeds: int) -> None:
     """UsageError for no seed at all, or a negative one, which NumPy's generators do not take."""
     if not seeds or min(seeds) < 0:

@@ -202,6 +202,12 @@ class Delta:
         return tuple(self.info["labels"])
 
     @property
+    def seq_len(self) -> int | None:
+        """The longest text that it was learned on, where that is known."""
+        config = self.info.get("config")
+        return config.get("seq_len") if isinstance(config, dict) and isinstance(config.get("seq_len"), int) else None
+
+    @property
     def num_outputs(self) -> int:
         return len(self.head["out.bias"])
 
@@ -320,7 +326,7 @@ def check_tensors(base: Base, delta: Delta) -> None:
 
 
 def apply(base: Base, delta: Delta, scale: float = 1.0, stale_ok: bool = False) -> Classifier:
-    """`base` changed by `scale` times `delta`, with the delta's head as it is (METHOD: apply). Trainable as `attach`'s."""
+    """`base` changed by `scale` times `delta`, with the delta's head as it is: the mode apply. Trainable as `attach`'s."""
     check_fits(base, delta, stale_ok)
     check_tensors(base, delta)
     model = attach(base, delta.config, delta.num_outputs, seed=0)

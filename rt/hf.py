@@ -29,6 +29,7 @@ CLASSIFIERS = {"roberta": {"dense": "classifier.dense", "out": "classifier.out_p
                "bert": {"dense": "pooler.dense", "out": "classifier"}}
 ONLY = {"hidden_act": ("gelu", "gelu_python"), "position_embedding_type": ("absolute",), "is_decoder": (False,),
         "add_cross_attention": (False,)}        # the settings of a config.json that we compute; the first is the default
+PROBE = "The Été's  N°\t½ e\u0301 中文,\n naïve ﬁn"        # of it, tokenizers that differ make different ids
 WRITTEN = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 
@@ -36,7 +37,7 @@ WRITTEN = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_conf
 
 def encoder_config(facts: dict, source: Path | str) -> EncoderConfig:
     """Hugging Face's config.json as ours, but for sep_id, which is the tokenizer's. UsageError names what is not supported."""
-    kind = facts.get("model_type")
+    kind, facts = facts.get("model_type"), {k: v for k, v in facts.items() if v is not None}     # null: the default
     if not isinstance(kind, str) or kind not in CLASSES:
         raise UsageError(f"{source}: model_type {kind!r} is not supported, only {', '.join(CLASSES)}")
     for name, allowed in ONLY.items():
@@ -45,6 +46,9 @@ def encoder_config(facts: dict, source: Path | str) -> EncoderConfig:
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings"):
         if not is_whole(facts.get(name), 1):
             raise UsageError(f"{source}: {name} must be a whole number above zero, and is {facts.get(name)!r}")
+    for name in ("pad_token_id", "hidden_dropout_prob", "attention_probs_dropout_prob", "layer_norm_eps"):
+        if not isinstance(facts.get(name, 0), (int, float)) or facts.get(name, 0) < 0:
+            raise UsageError(f"{source}: {name} must be a number from zero on, and is {facts[name]!r}")
     if facts["hidden_size"] % facts["num_attention_heads"]:
         raise UsageError(f"{source}: hidden_size {facts['hidden_size']} is not a multiple of num_attention_heads "
                          f"{facts['num_attention_heads']}")
@@ -58,7 +62,7 @@ def encoder_config(facts: dict, source: Path | str) -> EncoderConfig:
         max_len=facts["max_position_embeddings"] - (0 if kind == "bert" else pad_id + 1), pad_id=pad_id,
         dropout=facts.get("hidden_dropout_prob", 0.1),
         attention_dropout=facts.get("attention_probs_dropout_prob", 0.1),
-        layer_norm_eps=facts.get("layer_norm_eps", 1e-12 if kind == "bert" else 1e-5),
+        layer_norm_eps=facts.get("layer_norm_eps", 1e-12),
         model_type=kind), source)
 
 
@@ -121,9 +125,14 @@ def classification_head_state(weights: dict[str, Tensor], config: EncoderConfig)
 def load_hf(folder: Path) -> Base:
     """A checkpoint folder (config.json, weights, tokenizer files) as a Base."""
     folder = Path(folder)
-    config = encoder_config(read_json(folder / "config.json"), folder / "config.json")
+    facts = read_json(folder / "config.json")
+    config = encoder_config(facts, folder / "config.json")
     weights, tokenizer = read_weights(folder), load_tokenizer(folder)
-    config = replace(config, sep_id=tokenizer.eos_id if config.is_bert else None)
+    if tokenizer.framed().encode("a", "b").type_ids[-1]:     # not in RoBERTa's framing: there both texts of a pair have one type
+        if not config.is_bert and facts.get("type_vocab_size", 2) > 1:
+            raise UsageError(f"{folder}: its tokenizer gives the second text of a pair a token type of its own, which is supported of bert "
+                             f"only, not of {config.model_type}")
+        config = replace(config, sep_id=tokenizer.eos_id if config.is_bert else None)
     encoder = load_encoder(weights, config, folder)
     if tokenizer.vocab_size > config.vocab_size:
         raise UsageError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}")
@@ -180,7 +189,8 @@ def import_tuned(folder: Path, base: Base, labels: tuple[str, ...] = (), task: s
 
 
 def check_vocabulary(folder: Path, base: Base) -> None:
-    """UsageError where a tuned model brings a tokenizer whose ids mean other words than the base's; without one it has the base's."""
+    """UsageError where a tuned model brings a tokenizer whose ids mean other words than the base's, or that makes other ids of a text;
+    without one it has the base's."""
     try:
         tokenizer = load_tokenizer(folder)
     except UsageError as error:
@@ -189,6 +199,9 @@ def check_vocabulary(folder: Path, base: Base) -> None:
         raise
     if tokenizer.vocabulary != base.tokenizer.vocabulary:
         raise UsageError(f"{folder}: its tokenizer has another vocabulary than the base's; give the base that it was tuned from")
+    if tokenizer.framed().encode(PROBE, PROBE).ids != base.tokenizer.framed().encode(PROBE, PROBE).ids:
+        raise UsageError(f"{folder}: its tokenizer has the base's vocabulary but makes other ids of a text (case, accents, first space, "
+                         "special tokens around it); give a copy of the base with this tokenizer")
 
 
 def class_names(facts: dict, outputs: int, given: tuple[str, ...], source: Path) -> tuple[str, ...]:
@@ -202,7 +215,7 @@ def class_names(facts: dict, outputs: int, given: tuple[str, ...], source: Path)
         return ()
     found = facts.get("id2label") or {}
     if not isinstance(found, dict):
-        raise UsageError(f"{source}: id2label is no object of numbers and labels")
+        raise UsageError(f"{source}: id2label is not an object of names by numbers")
     names = given or tuple(str(found.get(str(i), f"LABEL_{i}")) for i in range(outputs))
     if len(names) != outputs or len({*names}) < outputs:
         raise UsageError(f"{source}: {len({*names})} different labels ({', '.join(names[:6])}) for a head of {outputs} outputs")

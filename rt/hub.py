@@ -13,8 +13,9 @@ from rt.deltas import Delta, load_delta
 from rt.hf import import_tuned, load_hf
 from rt.peft import import_lora
 
-HUB_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "adapter_config.json", "labels.json",
-             "adapter_model.safetensors", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
+HUB_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json",
+             "adapter_config.json", "labels.json", "adapter_model.safetensors", "model.safetensors", "model-*.safetensors",
+             "model.safetensors.index.json"]
 SECONDS = 10    # that the hub has for its first answer
 
 
@@ -43,9 +44,13 @@ def open_delta(name: str, base: Base, labels: tuple[str, ...] = (), task: str | 
                      "adapter_config.json (PEFT), or a hub id")
 
 
-def beside(name: str) -> Path:
-    """The folder that the base `name` is in; `runs` for a hub id."""
-    return Path(name).parent if Path(name).exists() else Path("runs")
+NAMING = "python train.py --mode import --tuned ... --base ... --labels names,in,the,order,of,its,outputs"
+
+
+def place_of_delta(base: str, task: str, kind: str, more: str = "", seed: int = 0) -> Path:
+    """Where a delta is put and looked for where no flag says: beside its base, or for a hub id under runs."""
+    home = Path(base).parent if Path(base).exists() else Path("runs")
+    return home / "deltas" / f"{Path(base).name}-{task}-{kind}{more}-s{seed}"
 
 
 def is_hub_id(name: str) -> bool:

@@ -48,7 +48,9 @@ def read_rows(path: Path) -> list[dict]:
 def claim(folder: Path, known: set[str]) -> None:
     """UsageError where `folder` holds anything but `known` names: what is about to be written would destroy or mix with it."""
     strange = {f.name for f in folder.iterdir()} - known if folder.is_dir() else set()
-    if strange or folder.resolve() == Path.cwd():
+    if folder.resolve() == Path.cwd():
+        raise UsageError(f"{folder} is the folder you are in: give another --out")
+    if strange:
         raise UsageError(f"{folder} holds other things ({', '.join(sorted(strange)[:3])}): give another --out")
 
 

@@ -79,7 +79,10 @@ def header(path: Path) -> dict[str, dict]:
 
     try:
         with path.open("rb") as file:
-            size, length = path.stat().st_size, int.from_bytes(file.read(8), "little")
+            size, first = path.stat().st_size, file.read(8)
+            if first == b"version ":    # what a clone without Git LFS has in a file's place
+                raise bad("it is a Git LFS pointer: git lfs pull fetches the file")
+            length = int.from_bytes(first, "little")
             if not 2 <= length <= min(size - 8, HEADER_BYTES):
                 raise bad(f"a header of {length} bytes in a file of {size}; a header has up to {HEADER_BYTES >> 20} MB")
             text = file.read(length).decode()

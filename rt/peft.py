@@ -12,12 +12,12 @@ from torch import Tensor
 from rt.checkpoint import Base, atomic_folder, check_head, read_file
 from rt.config import UsageError
 from rt.deltas import TARGETS, Delta, DeltaConfig, apply, check_fits, origin
-from rt.hf import CLASSIFIERS, class_names, export_hf, family, hf_head_state, write_tensors
+from rt.hf import CLASSIFIERS, check_vocabulary, class_names, export_hf, family, hf_head_state, write_tensors
 from rt.log import claim, read_json, write_json
 from rt.outside import is_number, is_whole
 
 PATHS = {target: target if third is None else f"attention.self.{target}" for target, (_, third) in TARGETS.items()}     # in their layer
-ONLY = {"peft_type": ("LORA",), "task_type": ("SEQ_CLS",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
+ONLY = {"peft_type": ("LORA",), "task_type": ("SEQ_CLS", None), "bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
 # settings that a loaded adapter does not depend on, or that are read off its tensors; any other that is set is not supported
 FREE = {"auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r", "lora_alpha", "lora_dropout",
         "use_rslora", "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "megatron_core",
@@ -30,6 +30,7 @@ def import_lora(folder: Path, base: Base, labels: tuple[str, ...] = (), task: st
     it, or numbers. UsageError names what is not supported or does not fit the base."""
     folder = Path(folder)
     facts = checked_settings(folder / "adapter_config.json")
+    check_vocabulary(folder, base)
     weights = next((folder / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (folder / name).is_file()), None)
     if weights is None:
         raise UsageError(f"{folder}: has neither adapter_model.safetensors nor adapter_model.bin")

@@ -162,6 +162,7 @@ def _read_table(path: Path, format: str) -> Iterator[tuple[int, dict]]:
     else:
         # tsv files of the field (GLUE) do not quote: a lone " is a character there
         style = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if format == "tsv" else dict(strict=True)
+        csv.field_size_limit(2**31 - 1)     # a text may be longer than the 131,072 characters that are the default
         reader = csv.reader((line + "\n" for _, line in read_lines(path)), **style)
         try:
             header = next(reader, [])
@@ -186,6 +187,8 @@ def _example(path: Path, number: int, row: dict, labelled: bool) -> Example:
                              f"found: {', '.join(map(str, row))})")
     for kind in ("text", "text_pair"):
         text = row.get(found[kind], "")
+        if kind == "text_pair" and text is None:     # JSON's null: this one has none
+            continue
         if found[kind] and (not isinstance(text, str) or not text.strip()):
             raise UsageError(f"{source}: {found[kind]} is empty or not a string")
     label = row[found["label"]] if labelled else None
@@ -227,7 +230,8 @@ class Encoded:
 
 def encode(examples: list[Example], labels: tuple[str, ...], tokenizer: Tokenizer, max_len: int) -> Encoded:
     """<s> text </s>, or <s> text </s></s> pair </s> (BERT's: [CLS] text [SEP] pair [SEP]); what is longer than `max_len` is cut, of a
-    pair the longer text first. `labels` are the class names in order; empty means float targets."""
+    pair the longer text first. Where a text itself spells [SEP], that is written ~id: it parts no texts. `labels` are the class names in
+    order; empty means float targets."""
     texts = tokenizer.encode([e.text for e in examples])
     pairs = tokenizer.encode([e.text_pair or "" for e in examples])
     bos, eos, between = tokenizer.bos_id, tokenizer.eos_id, [tokenizer.eos_id] * (tokenizer.separators - 1)
@@ -237,6 +241,8 @@ def encode(examples: list[Example], labels: tuple[str, ...], tokenizer: Tokenize
         room = max_len - 2 - (tokenizer.separators if paired else 0)
         truncated += len(a) + len(b) > room
         keep_a, keep_b = _fit(len(a), len(b), room)
+        if not between and eos in a:
+            a = [~i if i == eos else i for i in a]
         sequences.append([bos, *a[:keep_a], eos, *([*between, *b[:keep_b], eos] if paired else [])])
     place = {label: i for i, label in enumerate(labels)}
     if labels:

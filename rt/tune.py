@@ -1,4 +1,5 @@
-"""The one supervised loop: train a Classifier on a task, evaluate on dev every so often, keep the best, report test once."""
+"""The supervised loop: train a Classifier on a task, evaluate on dev every so often, keep the best, report test once. The loop of many
+runs side by side is in rt/grid.py."""
 import math
 import time
 from dataclasses import dataclass, field, replace

@@ -27,10 +27,10 @@ PRETRAIN = "--preset tiny --vocab_size 500 --seq_len 32 --batch_tokens 256 --ste
 TINY = {"pretrain": PRETRAIN, "demo": PRETRAIN + " --stream graphs,math,arrays",
         "tune": "--tune_steps 2 --eval_every 1 --seq_len 32 --shots 4", "eval": "--seq_len 32", "predict": "--seq_len 32", "import": "",
         "export": "", "bench.cell": ("--sweep", "seed=0,1", "--ways", "side by side", "--steps", "2", "--shots", "4", "--sample", "1"),
-        "recycle.py": "--steps 2 --eval_every 1 --seq_len 32 --seeds 0,1 --shots 4",
+        "recycle.py": "--steps 2 --eval_every 1 --seq_len 32 --seeds 0,1",
         "analyze.py": "--seq_len 32 --tune_steps 2 --points 3 --max_examples 4"}
 DEVICE = {"train.py": ("--device", "cpu"), "recycle.py": ("--device", "cpu"), "analyze.py": ("--device", "cpu")}
-LEFT = {"Two commands": ("runs/demo/M2/model.safetensors", "runs/recycle/*/summary.json", "runs/analyze/*/rows.jsonl"),
+LEFT = {"Two commands to a result": ("runs/demo/M2/model.safetensors", "runs/recycle/*/summary.json", "runs/analyze/*/rows.jsonl"),
         "Results": ("out.jsonl",), "One's own model, text and task": (
             "recycled-roberta/config.json", "recycled-lora/adapter_config.json", "mine-for-transformers/model.safetensors",
             "runs/mine/imported/delta.json", "runs/mine/recycled/figures/*.svg")}
@@ -89,7 +89,7 @@ def corpus(graphs) -> list[str]:
     return [json.loads(line)["text"].replace("\n", " ") for line in (graphs / "corpus" / "train.jsonl").open()]
 
 
-@pytest.mark.parametrize("sections", [("Two commands", "The method"), ("Results",), ("One's own model, text and task",)])
+@pytest.mark.parametrize("sections", [("Two commands to a result", "The method"), ("Results",), ("One's own model, text and task",)])
 def test_the_commands_are_typed_as_they_stand(sections, corpus, tokenizer, tmp_path):
     stage(tmp_path, corpus, tokenizer)
     run = [block for block in blocks() if block[0] in sections and block[1] == "run"]
