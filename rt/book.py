@@ -10,6 +10,7 @@ import torch
 from rt.config import UsageError, record
 from rt.deltas import Delta, save_delta
 from rt.log import FIGURES, Log, claim, read_json, write_json, write_whole
+from rt.outside import MISSHAPEN
 from rt.recycling import NEEDS_TEACHER, TRAINED, Recycling
 from rt.summary import add_steps_to_scratch
 from rt.tasks import Task
@@ -124,11 +125,18 @@ def best_delta(folder: str | Path, base: str) -> Path:
     folder = Path(folder)
     if (folder / "delta.json").exists() or not (folder / "deltas").is_dir():
         return folder
-    rows = [row for row in read_json(folder / "summary.json").get("rows", []) if (folder / "deltas" / row["run"] / "delta.json").exists()]
-    if not rows:
+    try:
+        rows = [row for row in read_json(folder / "summary.json").get("rows", [])
+                if Path(row["run"]).name == row["run"] != ".." and (folder / "deltas" / row["run"] / "delta.json").exists()]
+        fitting = [row for row in rows if read_json(folder / "deltas" / row["run"] / "delta.json")["info"]["base"] == base]
+        best = max(fitting or rows, key=lambda row: (score(row["dev"]), row["mode"] != "scratch"), default=None)
+    except UsageError:
+        raise
+    except MISSHAPEN as error:
+        raise UsageError(f"{folder / 'summary.json'}: its rows do not hold what they should ({type(error).__name__}: {error})") from None
+    if best is None:
         raise UsageError(f"{folder / 'summary.json'}: has no row of a run whose delta is still in {folder / 'deltas'}")
-    fitting = [row for row in rows if read_json(folder / "deltas" / row["run"] / "delta.json")["info"]["base"] == base]
-    return folder / "deltas" / max(fitting or rows, key=lambda row: (score(row["dev"]), row["mode"] != "scratch"))["run"]
+    return folder / "deltas" / best["run"]
 
 
 def origin_of(r: Recycling) -> list[str]:

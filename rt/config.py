@@ -30,13 +30,22 @@ class UsageError(ValueError):
     """Bad input from outside. The message is one sentence: what, where, what to do; scripts print it and exit with 2."""
 
 
+SENTENCE = 1000     # characters of an error that are shown: what it quotes from a file may be long
+
+
+def sentence(error: Exception) -> str:
+    """What is said of an error: one line, whatever a file that it quotes has put into it."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error)[:SENTENCE + 1])
+    return text if len(text) <= SENTENCE else text[:SENTENCE] + "..."
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`; a UsageError ends it with its sentence on stderr and exit code 2, Ctrl-C with 130, SIGTERM with 143."""
     try:
         with handled(raise_interrupted):
             main()
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {sentence(error)}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as end:
         print(end, file=sys.stderr)
@@ -90,9 +99,12 @@ def convert(name: str, text: str, kind: Any) -> Any:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         if kind is int and re.fullmatch(r"\d+e\d+", text):  # --steps 1e4 is what people type
-            return int(float(text))
-        return kind(text)
-    except (ValueError, KeyError):
+            text = str(int(float(text)))
+        value = kind(text)
+        if kind in (int, float) and not abs(value) < 2**63:     # neither infinite nor NaN, nor more than a tensor can hold
+            raise ValueError
+        return value
+    except (ValueError, KeyError, OverflowError):
         raise UsageError(f"--{name} {text}: not a {_type_name(kind)}") from None
 
 

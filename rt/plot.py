@@ -13,15 +13,17 @@ A RUN is a folder that a script wrote:
 import json
 import math
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Callable
+from typing import Callable, Iterator
 
 from rt import figures
 from rt.config import UsageError, parse, run
 from rt.figures import BLACK, BLUE, COLOURS, DASHES, MARKERS, VERMILION, curve, finite, group, set_limits, shared_legend, sheet
 from rt.log import FIGURES, read_json, read_rows, table
+from rt.outside import MISSHAPEN
 from rt.summary import chosen, forgetting_table, spread
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -52,13 +54,25 @@ class Kind:
     draw: Callable[[Folder, Path], list[str]]
 
 
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """UsageError for what rows raise that are not of the shape that a script of ours writes."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except MISSHAPEN as error:
+        raise UsageError(f"{folder}: its rows do not hold what they should ({type(error).__name__}: {error})") from None
+
+
 def open_run(folder: Path) -> tuple[Kind, Folder]:
     """UsageError where a folder is no run."""
     rows = [row for name in ("metrics.jsonl", "rows.jsonl") for row in read_rows(folder / name) if isinstance(row, dict)]
     found = Folder(folder, rows, read_json(folder / "summary.json") if (folder / "summary.json").exists() else {})
-    for kind in KINDS:
-        if kind.is_one(found):
-            return kind, found
+    with readable(folder):
+        for kind in KINDS:
+            if kind.is_one(found):
+                return kind, found
     raise UsageError(f"{folder}: no run with rows to draw; expected a folder that train.py, recycle.py or analyze.py wrote, with "
                      "metrics.jsonl, rows.jsonl or summary.json")
 
@@ -311,10 +325,12 @@ def main(argv: list[str]) -> None:
     if len({*places.values()}) < len(places):
         raise UsageError(f"--out {c.out}: two of the runs have the same name; leave it out, or draw them one by one")
     for (kind, r), out in zip([open_run(Path(name)) for name in places], places.values()):
-        print(f"{r.folder}: {kind.what}\n{kind.text(r)}")
+        with readable(r.folder):
+            print(f"{r.folder}: {kind.what}\n{kind.text(r)}")
         try:
-            names = kind.draw(r, out)
-        except UsageError as error:     # no matplotlib
+            with readable(r.folder):
+                names = kind.draw(r, out)
+        except UsageError as error:     # no matplotlib, or numbers that cannot be drawn
             print(f"no figures: {error}")
         except OSError as error:
             raise UsageError(f"{out}: cannot be written ({error.strerror}): give another --out") from None

@@ -14,7 +14,8 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from rt.config import UsageError
-from rt.log import write_whole
+from rt.log import read_json, write_whole
+from rt.outside import JSON_BYTES
 
 SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 ROLES = {"bos": ("<s>", "[CLS]"), "pad": ("<pad>", "[PAD]"), "eos": ("</s>", "[SEP]"), "mask": ("<mask>", "[MASK]")}
@@ -27,7 +28,9 @@ class Tokenizer:
         backend.no_padding()
         backend.no_truncation()
         self.backend = backend
-        self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1     # ids may have gaps
+        self.vocab_size, self.source = max(backend.get_vocab().values(), default=-1) + 1, source     # ids may have gaps
+        if self.vocab_size > 2 * backend.get_vocab_size() + 1000:
+            raise UsageError(f"{source}: its ids go up to {self.vocab_size - 1}, for {backend.get_vocab_size()} tokens")
         ids = {}
         is_bert = "[CLS]" in backend.encode("a").tokens     # a user may have added <s> to BERT's tokens
         for role, names in ROLES.items():
@@ -49,7 +52,10 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(sorted(self.backend.get_vocab().items())).encode()).hexdigest()[:16]
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        return [e.ids for e in self.backend.encode_batch(texts, add_special_tokens=False)]
+        try:
+            return [e.ids for e in self.backend.encode_batch(texts, add_special_tokens=False)]
+        except Exception as error:      # tokenizers raises bare Exception, as for a word without a token for what is unknown
+            raise UsageError(f"{self.source}: the tokenizer cannot encode a text ({error})") from None
 
     def decode(self, ids: list[int]) -> str:
         return self.backend.decode([max(i, ~i) for i in ids], skip_special_tokens=False)    # ~i: see rt/tasks.py: encode
@@ -105,6 +111,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
     vocab, merges, words = path / "vocab.json", path / "merges.txt", path / "vocab.txt"
+    for each in (file, vocab, merges, words):
+        if each.is_file() and each.stat().st_size > JSON_BYTES:
+            raise UsageError(f"{each}: is longer than {JSON_BYTES >> 20} MB, too long for a tokenizer")
     try:
         facts = _facts(path / "tokenizer_config.json")
         if file.is_file():
@@ -117,16 +126,16 @@ def load_tokenizer(path: Path) -> Tokenizer:
         if words.is_file() and of_bert and "word_tokenizer_type" not in facts:      # which Japanese ones have
             file, backend = words, _wordpiece(words)
             return Tokenizer(_with_added(_as_configured(backend, facts), path, facts), str(words))
-    except UsageError:
+    except (UsageError, KeyboardInterrupt):
         raise
-    except Exception as error:  # tokenizers raises bare Exception for anything it cannot read
+    except BaseException as error:  # tokenizers raises bare Exception for what it cannot read, or panics, which is no Exception
         raise UsageError(f"{file}: not a tokenizer file ({error})") from None
     raise UsageError(f"{path}: no tokenizer there; expected tokenizer.json, or vocab.json with merges.txt, or BERT's vocab.txt "
                      "(transformers' AutoTokenizer.from_pretrained and save_pretrained make a tokenizer.json of others)")
 
 
 def _facts(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _wordpiece(vocab: Path) -> tokenizers.Tokenizer:

@@ -552,7 +552,7 @@ def test_what_tokenizer_config_says_holds_and_a_vocabulary_alone_will_do(family,
     assert {token: backend.token_to_id(token) for token in more} == more
     japanese = layout == "vocabulary" and family == "bert"
     (folder / "tokenizer_config.json").write_text('{"word_tokenizer_type": "mecab"}' if japanese else "[")
-    with pytest.raises(UsageError, match="no tokenizer there" if japanese else "not a tokenizer file"):
+    with pytest.raises(UsageError, match="no tokenizer there" if japanese else "tokenizer_config.json: not valid JSON"):
         load_hf(folder)
 
 
