@@ -23,7 +23,7 @@ from rt.book import Book, Run, best_delta, is_complete, keep_run, origin_of
 from rt.checkpoint import Base
 from rt.config import UsageError, parse, record, require_not_negative, require_positive, require_seeds, require_seq_len, require_share, run
 from rt.deltas import Delta, DeltaConfig, apply, load_delta
-from rt.device import pick_precision
+from rt.device import make_deterministic, pick_precision
 from rt.dist import Ranks, environment_alone, join
 from rt.folders import locked
 from rt.graphs import check_graphs
@@ -83,6 +83,7 @@ class Config:
     graphs: bool = False  # CUDA: forward and backward as one CUDA graph; small batches wait for launches otherwise
     device: str = "auto"  # auto, cpu or cuda
     precision: str = "auto"  # auto: bf16 where the device does it fast, else fp32
+    deterministic: bool = False  # the same bits from the same command on a GPU too; on a CPU they are so anyway
 
 
 # Of 1e-4, 2e-4, 5e-4, 1e-3, 2e-3 the best on dev for each mode, full delta (results/demo/lr_search); other kinds: one for all.
@@ -100,6 +101,8 @@ def learning_rates(c: Config, mode: str) -> tuple[float | None, ...]:
 def main() -> None:
     c = parse(Config, sys.argv[1:])
     modes = checked_modes(c)
+    if c.deterministic:
+        make_deterministic()
     ranks = join(c.device)
     check_graphs(c.graphs, replace(ranks, world=1))     # of a sweep's ranks each captures its own
     if ranks.world > 1 and not c.sweep:
@@ -347,7 +350,7 @@ def tuned(c: Config, name: str, task: Task) -> str:
 
 
 def machine(c: Config) -> tuple[str, ...]:
-    return ("--device", c.device, "--precision", c.precision, "--cache", c.cache)
+    return ("--device", c.device, "--precision", c.precision, "--cache", c.cache, *["--deterministic"] * c.deterministic)
 
 
 def train(what: str, *arguments: str) -> None:

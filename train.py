@@ -22,7 +22,7 @@ from rt.checkpoint import Base, save_base
 from rt.config import UsageError, parse, record, require_not_negative, require_positive, require_seeds, require_seq_len, require_share, run
 from rt.data import STDIN, Rows, build_corpus, split_documents
 from rt.deltas import Delta, DeltaConfig, apply, attach, delta_folder, extract, save_delta, write_delta
-from rt.device import derive_seed, pick_device, pick_precision
+from rt.device import derive_seed, make_deterministic, pick_device, pick_precision
 from rt.dist import Ranks, join, launched
 from rt.distill import Loss
 from rt.folders import locked
@@ -50,6 +50,7 @@ class Config:
     cache: str = "runs/cache"  # tokenized corpora and the embedded data
     device: str = "auto"  # auto, cpu or cuda
     precision: str = "auto"  # auto: bf16 where the device does it fast, else fp32
+    deterministic: bool = False  # the same bits from the same command on a GPU too; on a CPU they are so anyway
     seed: int = 0  # of weights, data order, masks and dropout
     # pretrain
     stream: tuple[str, ...] = ("python", "math", "dl")  # domains in order: embedded names, or text files or folders
@@ -97,7 +98,7 @@ class Config:
 
 
 NOT_SETTINGS = ("resume", "stop_after", "save_every", "cache", "device", "out", "accumulation", "compile", "graphs", "zero",
-                "log_every")     # may differ when a run is resumed
+                "log_every", "deterministic")     # may differ when a run is resumed
 HELDOUT_MASK_RATE = 0.15    # whatever --mask_rate is, so that held-out losses compare
 SEQ_LEN = 128
 PRETRAIN_LR = 1e-3
@@ -124,6 +125,8 @@ def main() -> None:
         config.seq_len = config.seq_len or SEQ_LEN
     if config.seq_len:
         require_seq_len(config.seq_len)
+    if config.deterministic:
+        make_deterministic()
     modes[config.mode](config)
 
 

@@ -45,7 +45,7 @@ class Run:
 
 def settings_of(c: Any, mode: str) -> dict:
     """The flags that a run of `mode` depends on, beside its seed and learning rate."""
-    free = {"mode", "seeds", "lr", "out", "cache", "device", "save_deltas", "sweep", "side_by_side", "graphs"}
+    free = {"mode", "seeds", "lr", "out", "cache", "device", "save_deltas", "sweep", "side_by_side", "graphs", "deterministic"}
     if not c.early_stop:
         free |= {"early_stop"}      # so that rows from before there was one are of equal runs
     if mode not in (*NEEDS_TEACHER, "project"):

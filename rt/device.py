@@ -1,4 +1,5 @@
 """Where to compute, in which precision, and seeds that are a function of what is computed."""
+import os
 import platform
 import re
 from contextlib import AbstractContextManager
@@ -27,6 +28,14 @@ def pick_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(f"--device {name}: not a device that PyTorch {torch.__version__} can use here ({reason}); "
                          "use auto, cpu or cuda") from None
+
+
+def make_deterministic() -> None:
+    """From here on the same command gives the same bits on a GPU too (of one kind, with one version of PyTorch): no sums in whatever order
+    threads come, at some cost. PyTorch raises at an operation that has no such way."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # read when cuBLAS is first used
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False     # a debugging aid, which writes all fresh memory once
 
 
 def bf16_is_fast(device: torch.device) -> bool:

@@ -194,3 +194,13 @@ def test_only_matrices_decay(tokenizer):
     decayed, plain = adamw(model.parameters(), 1e-3, 0.1).param_groups
     assert decayed["weight_decay"] == 0.1 and all(p.dim() == 2 for p in decayed["params"])
     assert plain["weight_decay"] == 0.0 and all(p.dim() == 1 for p in plain["params"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("deterministic", [True], indirect=True)
+def test_a_gpu_gives_the_same_bits_twice_where_asked(rows, tokenizer, precision, deterministic):
+    where = {"device": torch.device("cuda", 0), "precision": precision}
+    (one, a), (two, b) = (trained(rows, tokenizer, 20, where=where, dropout=0.1) for _ in range(2))
+    assert a == b and all(x.equal(y) for x, y in zip(one.state_dict().values(), two.state_dict().values()))

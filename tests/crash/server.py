@@ -8,6 +8,8 @@ import json
 import os
 import sys
 
+import torch._dynamo  # noqa: F401, which the first optimizer imports
+
 import recycle  # noqa: F401
 import train  # noqa: F401
 from rt.config import run
