@@ -112,7 +112,8 @@ def test_a_run_that_diverges_says_where_to_begin_again(graphs, tmp_path):
     lines = [json.loads(line)["text"].replace("\n", " ") for line in (graphs / "corpus" / "train.jsonl").open()]
     (tmp_path / "one.txt").write_text("\n".join(lines[:300]))
     flags = ("train.py", "--preset", "tiny", "--vocab_size", "500", "--seq_len", "32", "--batch_tokens", "256", "--device", "cpu",
-             "--steps", "40", "--lr", "1e18", "--warmup", "0.5", "--stream", tmp_path / "one.txt", "--cache", tmp_path / "cache", "--snapshots", "0")
+             "--steps", "40", "--lr", "1e18", "--warmup", "0.5", "--stream", tmp_path / "one.txt", "--cache",
+             tmp_path / "cache", "--snapshots", "0")
     error = here(*flags, "--out", tmp_path / "run", "--save_every", "1", code=2)
     step = json.loads((tmp_path / "run" / "last" / "meta.json").read_text())["step"]
     assert f"{tmp_path / 'run' / 'last'} is of step {step} of M0; --init" in error and error.count("\n") == 1
