@@ -182,7 +182,7 @@ def train_stages(c: Config, out: Path, ranks: Ranks) -> Interrupted | None:
                 return stopped(f"in {name} after step {stage.step} of {steps}", stop)
             scores = ranks.from_main(lambda: {d: evaluate_mlm(model, r, tokens=c.eval_tokens, **where) for d, r in heldout.items()})
             stages.append({"name": name, "domain": domain, "steps": steps, "seconds": round(stage.seconds, 1), "heldout": scores,
-                           "packing": rows.packing(), "ranks": ranks.world})
+                           "packing": rows.packing(), "ranks": ranks.world, **stage.note()})
             log.row(stage=name, step=steps, heldout=scores)
             if ranks.is_main:
                 log.sync()

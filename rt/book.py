@@ -72,7 +72,7 @@ def row_of(run: Run, task: Task, result: TuneResult) -> dict:
     return {"run": run.name, "mode": run.mode, "delta": c.delta, "task": task.name, "shots": c.shots, "seed": run.seed, "lr": run.lr,
             "steps": c.steps if run.mode in TRAINED else 0, "best_step": result.best_step, "dev": result.dev, "test": result.test,
             "steps_to_scratch_best": None, "seconds": round(result.seconds, 1), "curve": result.curve, "settings": run.settings,
-            **({"diverged": result.diverged} if result.diverged else {})}
+            **{name: count for name in ("skipped", "diverged") if (count := getattr(result, name))}}
 
 
 class Book:

@@ -2,8 +2,9 @@
 import os
 import platform
 import re
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Iterator
 
 import numpy as np
 import torch
@@ -72,6 +73,21 @@ def peak_flops(device: torch.device, precision: torch.dtype) -> float | None:
     if re.search(OTHER, name):
         return None
     return next((1e12 * peak for word, peak in PEAKS if re.search(rf"\b{word}\b", name)), None)
+
+
+@contextmanager
+def memory_for(what: str, lower: str) -> Iterator[None]:
+    """UsageError where memory runs out inside: `what` did not fit, and what to `lower`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UsageError(f"{what} did not fit into memory: lower {lower}") from None
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def derive_seed(*keys: int) -> int:

@@ -7,7 +7,6 @@ its own loss, clipped by its own norm, and its dropout is a function of its own 
 """
 import copy
 import itertools
-import math
 import os
 import time
 from dataclasses import dataclass, field, replace
@@ -19,13 +18,13 @@ from torch import Tensor
 
 from rt.config import UsageError
 from rt.data import side_by_side
-from rt.device import autocast
+from rt.device import autocast, is_out_of_memory
 from rt.distill import Loss, TeacherCache, task_loss
 from rt.functional import Weights
 from rt.graphs import BUCKET, GraphedStep
-from rt.log import progress
+from rt.log import loss_text, progress
 from rt.model import Batch, Classifier, Trace
-from rt.optim import schedule
+from rt.optim import Watch, schedule
 from rt.pace import Pace
 from rt.tasks import Encoded
 from rt.tune import TaskData, TuneResult, TuneSettings, evaluate, metrics, score, training_batch
@@ -122,25 +121,31 @@ class GridAdamW:
                  eps: float = 1e-6):
         self.weights, self.weight_decay, self.clip, self.betas, self.eps = weights, weight_decay, clip, betas, eps
         self.m, self.v = ([torch.zeros_like(w) for w in weights] for _ in range(2))
-        self.steps = 0
+        self.steps = torch.zeros(len(weights[0]), dtype=torch.float64, device=weights[0].device)
 
     @torch.no_grad()
-    def step(self, lr: Tensor) -> None:
-        """One step at learning rates `lr` (K,)."""
-        self.steps += 1
-        b1, b2 = self.betas
+    def step(self, lr: Tensor, losses: Tensor, watch: Watch) -> None:
+        """One step at learning rates `lr` (K,), counted by `watch`. A run whose loss or gradient is not finite keeps weights and moments:
+        its gradient is taken for 0, its betas for 1, its rate for 0."""
         grads = [w.grad for w in self.weights]
         norms = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).norm(dim=0)
+        skip = watch.count(losses, norms)
+        taken, lr = 1 - skip, lr * (1 - skip)
+        self.steps += taken
+        b1, b2 = (torch.where(skip > 0, 1.0, b) for b in self.betas)
+        c1, c2 = (1 - b ** self.steps.clamp(min=1) for b in self.betas)
         torch._foreach_mul_(grads, [self.each((self.clip / (norms + 1e-6)).clamp(max=1.0), g) for g in grads])
-        torch._foreach_mul_(self.m, b1)
-        torch._foreach_add_(self.m, grads, alpha=1 - b1)
-        torch._foreach_mul_(self.v, b2)
-        torch._foreach_addcmul_(self.v, grads, grads, value=1 - b2)
+        for g in grads:
+            g.masked_fill_(self.each(skip > 0, g), 0.0)
+        torch._foreach_mul_(self.m, [self.each(b1, m) for m in self.m])
+        torch._foreach_add_(self.m, grads, alpha=1 - self.betas[0])
+        torch._foreach_mul_(self.v, [self.each(b2, v) for v in self.v])
+        torch._foreach_addcmul_(self.v, grads, grads, value=1 - self.betas[1])
         root = torch._foreach_sqrt(self.v)
-        torch._foreach_mul_(root, (1 - b2 ** self.steps) ** -0.5)
+        torch._foreach_mul_(root, [self.each((c2 ** -0.5).float(), v) for v in self.v])
         torch._foreach_add_(root, self.eps)
         update = torch._foreach_div(self.m, root)
-        torch._foreach_mul_(update, [self.each(lr / (1 - b1 ** self.steps), w) for w in self.weights])
+        torch._foreach_mul_(update, [self.each(lr / c1.float(), w) for w in self.weights])
         decayed = [w for w in self.weights if w.dim() > 2]      # matrices, as rt.optim.adamw
         torch._foreach_mul_(decayed, [self.each(1 - lr * self.weight_decay, w) for w in decayed])
         torch._foreach_sub_(self.weights, update)
@@ -154,6 +159,7 @@ class GridAdamW:
     def keep(self, runs: list[int], weights: list[Tensor]) -> None:
         """Go on with `weights`, those of these runs."""
         self.weights, self.m, self.v = weights, [m[runs] for m in self.m], [v[runs] for v in self.v]
+        self.steps = self.steps[runs]
 
 
 @torch.no_grad()
@@ -177,13 +183,13 @@ def predict(grid: Classifier, parts: list[Encoded], device: torch.device, precis
 
 def tune(runs: list[Run], *, device: torch.device, precision: torch.dtype, what: str = "tuning") -> None:
     """rt.tune.tune for K runs at once; fills `result` (but for test) and `best` of each. All have the same steps, batch size,
-    evaluation interval and decay; seeds, learning rates, warm-ups, losses and data are their own. A run that stops early, or whose loss
-    is no longer finite (`result.diverged`), leaves the others to themselves."""
+    evaluation interval and decay; seeds, learning rates, warm-ups, losses and data are their own. A run that stops early, or of which
+    too many steps in a row were skipped (`result.diverged`), leaves the others to themselves."""
     s, started = runs[0].settings, time.perf_counter()
     grid = stack([run.model for run in runs])
     gradient, optimizer = gradient_of(grid, runs, device, precision), GridAdamW(list(trained(grid).values()), s.weight_decay, s.clip)
     score_starts(runs, device, precision)
-    active, recent, since = list(runs), torch.zeros(len(runs), device=device), 0
+    active, watch = list(runs), Watch((len(runs),), device)
     pace = Pace(grid.encoder.config, device, precision, frozen=True)
     with progress(s.steps, f"{what}, {len(runs)} side by side") as bar:
         for step in range(s.steps):
@@ -192,15 +198,14 @@ def tune(runs: list[Run], *, device: torch.device, precision: torch.dtype, what:
             batches = {key: training_batch(r.data.train, r.settings, step) for key, r in alike.items()}
             batch, shares = side_by_side([batches[id(r.data), r.settings.seed] for r in active], BUCKET if s.graphs else 0)
             grid.train()
-            recent += gradient(batch, shares)
-            optimizer.step(torch.tensor(lr, device=device))
-            since += 1
+            losses = gradient(batch, shares)
+            optimizer.step(torch.tensor(lr, device=device), losses, watch)
             for r in active:
                 pace.count(batches[id(r.data), r.settings.seed])
             if (step + 1) % s.eval_every == 0 or step + 1 == s.steps:
-                losses = (recent / since).mean().item()
+                seen = watch.look()
                 with pace.pause():
-                    score_runs(active, grid, step + 1, (recent / since).tolist(), device, precision)
+                    score_runs(active, grid, step + 1, seen, device, precision)
                 going = [k for k, r in enumerate(active) if not r.settings.stops(r.result, step + 1)]
                 if not going:
                     break
@@ -208,8 +213,10 @@ def tune(runs: list[Run], *, device: torch.device, precision: torch.dtype, what:
                     active, grid = [active[k] for k in going], keep(grid, going)
                     gradient = gradient_of(grid, active, device, precision)
                     optimizer.keep(going, list(trained(grid).values()))
-                recent, since = recent.new_zeros(len(active)), 0
-                bar.set_postfix_str(f"loss {losses:.3f}, best dev {max(score(r.result.dev) for r in runs):.3f}, {pace}")
+                    watch.keep(going)
+                found = [loss for loss, *_ in seen if loss is not None]
+                losses = loss_text(sum(found) / len(found) if found else None, sum(r.result.skipped for r in runs))
+                bar.set_postfix_str(f"{losses}, best dev {max(score(r.result.dev) for r in runs):.3f}, {pace}")
             bar.update()
     for run in runs:
         run.result.seconds = (time.perf_counter() - started) / len(runs)
@@ -238,7 +245,7 @@ def tune_in_groups(runs: list[Run], limit: int, *, device: torch.device, precisi
             size = -(-len(runs) // -(-len(runs) // size))      # equal groups: 7 by 4 is 4 and 3, 9 by 8 is 5 and 4
             tune(runs[:size], device=device, precision=precision, what=what)
         except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            if not is_out_of_memory(error):
                 raise
             if size <= 1:
                 raise UsageError(f"not even one run fits into the memory of {device}: lower --batch_size or --seq_len") from None
@@ -285,18 +292,22 @@ def score_starts(runs: list[Run], device: torch.device, precision: torch.dtype) 
                 enter(run, 0, None, dev, {k: p.detach() for k, p in trained(first.model).items()})
 
 
-def score_runs(runs: list[Run], grid: Classifier, step: int, losses: list[float], device: torch.device, precision: torch.dtype) -> None:
-    for k, (run, loss, logits) in enumerate(zip(runs, losses, predict(grid, [run.data.dev for run in runs], device, precision))):
-        if math.isfinite(loss):
-            enter(run, step, loss, metrics(logits, run.data.dev.targets), {name: p.detach()[k] for name, p in trained(grid).items()})
-        else:       # its gradient is its own: the others go on
+def score_runs(runs: list[Run], grid: Classifier, step: int, seen: list[tuple[float | None, int, bool]], device: torch.device,
+               precision: torch.dtype) -> None:
+    for k, (run, (loss, skipped, diverged), logits) in enumerate(
+            zip(runs, seen, predict(grid, [run.data.dev for run in runs], device, precision))):
+        run.result.skipped += skipped
+        if diverged:       # its gradient is its own: the others go on
             run.result.diverged = step
+        else:
+            weights = {name: p.detach()[k] for name, p in trained(grid).items()}
+            enter(run, step, loss, metrics(logits, run.data.dev.targets), weights, skipped)
 
 
-def enter(run: Run, step: int, loss: float | None, dev: dict[str, float], weights: Weights) -> None:
+def enter(run: Run, step: int, loss: float | None, dev: dict[str, float], weights: Weights, skipped: int = 0) -> None:
     """Note an evaluation, and the weights (copied) where it is the best so far."""
     run.result.curve.append((step, score(dev)))
-    run.rows.append({"step": step, "loss": loss, "dev": dev})
+    run.rows.append({"step": step, "loss": loss, "dev": dev, **({"skipped": skipped} if skipped else {})})
     if not run.result.dev or score(dev) > score(run.result.dev):
         run.result.dev, run.result.best_step = dev, step
         run.best = {k: w.clone() for k, w in weights.items()}

@@ -142,6 +142,11 @@ def progress(total: int, what: str, start: int = 0, unit: str = "step") -> tqdm:
     return tqdm(total=total, initial=start, desc=what, unit=unit, disable=True if other else None, leave=False, dynamic_ncols=True)
 
 
+def loss_text(loss: float | None, skipped: int) -> str:
+    """Of a loop, for its bar: the loss, and how many steps were skipped."""
+    return ("no loss" if loss is None else f"loss {loss:.3f}") + (f", {skipped} steps skipped" if skipped else "")
+
+
 def table(rows: list[list], header: list[str]) -> str:
     """Aligned plain text: first column left, the rest right."""
     cells = [header] + [[str(c) for c in row] for row in rows]

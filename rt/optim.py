@@ -1,4 +1,5 @@
-"""AdamW with decay by dimension, also shared out among ranks, and the one learning-rate schedule: linear warm-up, linear decay to zero."""
+"""AdamW with decay by dimension, also shared out among ranks; steps that are skipped because they are not finite; the one learning-rate
+schedule: linear warm-up, linear decay to zero."""
 from typing import Iterable
 
 import torch
@@ -6,6 +7,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from rt.config import UsageError
+
+MOST_SKIPPED = 10   # in a row: an unlucky batch or an overflow passes in one or two steps, weights that are lost never do
+
+
+class Diverged(UsageError):
+    """More than MOST_SKIPPED steps in a row had no finite loss or gradient."""
 
 
 def adamw(parameters: Iterable[Parameter], lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.98),
@@ -66,3 +73,48 @@ def schedule(step: int, steps: int, warmup: int, peak: float) -> float:
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def not_finite(loss: Tensor, norm: Tensor) -> Tensor:
+    """1.0 where a step is to be skipped, else 0.0, of losses and gradient norms of one shape; on their device, which nobody waits for."""
+    return (~(loss.isfinite() & norm.isfinite())).float()
+
+
+def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+    """optimizer.step(), which where `skip` (a scalar on the device) is 1 changes nothing: no weight, no moment, no count of steps. Of a
+    fused AdamW; what a gradient scaler gives it (torch.amp.GradScaler.step)."""
+    own = getattr(optimizer, "optim", optimizer)    # of a shared one this rank's
+    own.found_inf = skip
+    optimizer.step()
+
+
+class Watch:
+    """The losses of a loop, of one run () or of K (K,), and which of its steps were skipped: summed up on the device until `look`."""
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device):
+        self.losses, self.skipped, self.row, self.longest = (torch.zeros(shape, device=device) for _ in range(4))
+        self.steps = 0
+
+    def count(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """Of one step; where it is to be skipped, as `not_finite`."""
+        skip = not_finite(loss, norm)
+        self.losses += torch.where(skip > 0, 0.0, loss)
+        self.skipped += skip
+        self.row = (self.row + 1) * skip
+        self.longest = torch.maximum(self.longest, self.row)
+        self.steps += 1
+        return skip
+
+    def look(self) -> list[tuple[float | None, int, bool]]:
+        """Since the last look, of each run: (mean loss of the steps that were taken, None where there are none; how many were skipped;
+        whether more than MOST_SKIPPED in a row were)."""
+        values = torch.stack([self.losses, self.skipped, self.longest]).view(3, -1).T.tolist()
+        found = [(loss / (self.steps - skipped) if skipped < self.steps else None, int(skipped), longest > MOST_SKIPPED)
+                 for loss, skipped, longest in values]
+        self.losses, self.skipped, self.longest = (torch.zeros_like(x) for x in (self.losses, self.skipped, self.longest))
+        self.steps = 0
+        return found
+
+    def keep(self, runs: list[int]) -> None:
+        """Go on with these of the K."""
+        self.losses, self.skipped, self.row, self.longest = (x[runs] for x in (self.losses, self.skipped, self.row, self.longest))

@@ -3,7 +3,7 @@ import math
 import queue
 import threading
 import time
-from contextlib import closing, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, TypeVar
@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 from kernels import linear_cross_entropy
 from rt.checkpoint import load_base, read_torch, save_base
-from rt.config import UsageError
 from rt.data import Rows
-from rt.device import autocast, derive_seed
+from rt.device import autocast, derive_seed, memory_for
 from rt.dist import Ranks
 from rt.graphs import GraphedGradient, compiled
-from rt.log import Log, progress, read_json
+from rt.log import Log, loss_text, progress, read_json
 from rt.model import Batch, MaskedLM
-from rt.optim import adamw, gather, load_state, schedule, set_lr
+from rt.optim import MOST_SKIPPED, Diverged, adamw, gather, load_state, not_finite, schedule, set_lr, step_unless
 from rt.pace import Pace
 from rt.signals import Stop
 from rt.tokenizer import Tokenizer
@@ -123,12 +122,14 @@ def pretrain(model: MaskedLM, rows: Rows, optimizer: torch.optim.Optimizer, sett
 
     Rows come `log_every` at a time, for nothing waits for the device before; so `model` may be ahead of a row, but not at steps that
     `exact` names, nor at the last. Data and dropout are seeded by (seed, step, share), so a loop that is left and entered again
-    repeats nothing and skips nothing. Every rank runs this; the rows are the same on all. `pace` counts what is trained on. Raises
-    UsageError on a loss that is not finite.
+    repeats nothing and leaves nothing out. Every rank runs this; the rows are the same on all. `pace` counts what is trained on.
+
+    A step whose loss or gradient is not finite changes nothing: its row has 'skipped', and None for what is not. Raises Diverged after
+    more than MOST_SKIPPED in a row, UsageError where a share does not fit into memory.
     """
     s, ranks = settings, ranks or Ranks(device)
     model.train()
-    objective, waiting = Objective(model, s.accumulation, precision), []
+    objective, waiting, in_a_row = Objective(model, s.accumulation, precision), [], 0
     with compiled(model.encoder.layers if s.compile else (), ranks.device), closing(ahead(shares(rows, s, ranks, start))) as batches:
         gradient = GraphedGradient(objective, s.accumulation, ranks.device) if s.graphs else PlainGradient(objective, s.accumulation, ranks)
         for step in range(start, s.steps):
@@ -137,14 +138,22 @@ def pretrain(model: MaskedLM, rows: Rows, optimizer: torch.optim.Optimizer, sett
             total = torch.zeros((), device=ranks.device)
             for part in range(s.accumulation):
                 batch = next(batches)
-                total += gradient(batch, part)
+                with memory_for(f"a share of {len(batch.ids)} tokens", f"--batch_tokens ({s.batch_tokens}), or raise --accumulation "
+                                f"({s.accumulation})"):
+                    total += gradient(batch, part)
                 if pace:
                     pace.count(batch)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
-            optimizer.step()
+            total = ranks.mean(total)       # all skip a step or none; like the gradients' exchange, nothing that the host waits for
+            step_unless(optimizer, not_finite(total, norm))
             waiting.append(({"step": step + 1, "lr": lr}, torch.stack([total, norm])))
             if exact(step + 1) or (step + 1) % s.log_every == 0 or step + 1 == s.steps:
-                yield from fetched(waiting, s, ranks)
+                for row in fetched(waiting):
+                    in_a_row = in_a_row + 1 if "skipped" in row else 0
+                    if in_a_row > MOST_SKIPPED:
+                        raise Diverged(f"the loss at step {row['step'] - MOST_SKIPPED} or its gradient is not finite, nor are those of the "
+                                       f"{MOST_SKIPPED} steps after it: lower --lr ({s.lr}) or raise --warmup ({s.warmup} steps)")
+                    yield row
                 waiting.clear()
 
 
@@ -165,13 +174,14 @@ class PlainGradient:
         return loss.detach()
 
 
-def fetched(waiting: list[tuple[dict, Tensor]], s: PretrainSettings, ranks: Ranks) -> Iterator[dict]:
-    """The rows of some steps, completed by their losses and norms, which leave the device in one copy."""
-    values = ranks.mean(torch.stack([pair for _, pair in waiting])).tolist()
-    for (row, _), (loss, norm) in zip(waiting, values):
-        if not math.isfinite(loss):
-            raise UsageError(f"the loss at step {row['step']} is {loss}: lower --lr ({s.lr}) or raise --warmup ({s.warmup})")
-        yield {"step": row["step"], "loss": loss, "lr": row["lr"], "grad_norm": norm}
+def fetched(waiting: list[tuple[dict, Tensor]]) -> Iterator[dict]:
+    """The rows of some steps, completed by their losses and norms, which leave the device in one copy. JSON has no word for what is not
+    finite: None, and that the step was skipped."""
+    values = torch.stack([pair for _, pair in waiting]).tolist()
+    for (row, _), pair in zip(waiting, values):
+        loss, norm = (x if math.isfinite(x) else None for x in pair)
+        skipped = {"skipped": True} if None in (loss, norm) else {}
+        yield {"step": row["step"], "loss": loss, "lr": row["lr"], "grad_norm": norm, **skipped}
 
 
 @dataclass
@@ -193,6 +203,7 @@ class Stage:
     stop: Stop = field(default_factory=Stop)    # a signal that has asked for the end
     step: int = 0
     seconds: float = 0.0
+    skipped: int = 0        # steps whose loss or gradient was not finite
     optimizer: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self):
@@ -205,21 +216,37 @@ class Stage:
             base = load_base(last)
             self.model.load_state_dict(MaskedLM(base.encoder, base.head).state_dict())
             load_state(self.optimizer, read_torch(last / "optim.pt"))
-            self.step = base.meta["step"]
+            self.step, self.skipped = base.meta["step"], base.meta.get("skipped", 0)
 
     def save(self, folder: str, resumable: bool) -> None:
         if resumable:
             gather(self.optimizer)
         if self.ranks.is_main:
             self.log.sync()
-            save_base(self.out / folder, self.model, self.tokenizer, {**self.about, "step": self.step},
+            save_base(self.out / folder, self.model, self.tokenizer, {**self.about, "step": self.step, **self.note()},
                       self.optimizer if resumable else None, keep=resumable)
+
+    def note(self) -> dict:
+        """How many steps were skipped, where some were."""
+        return {"skipped": self.skipped} if self.skipped else {}
 
     def asked_to_stop(self, step: int) -> bool:
         """Whether a signal has asked for the end, which ranks agree on where they wait for each other anyway."""
         if self.ranks.world == 1:
             return bool(self.stop.number)
         return step % self.settings.log_every == 0 and self.ranks.any(bool(self.stop.number))
+
+    @contextmanager
+    def lost(self) -> Iterator[None]:
+        """Says of a training that diverged inside what it can begin again from."""
+        try:
+            yield
+        except Diverged as error:
+            last = self.out / "last"
+            step = read_json(last / "meta.json") if self.ranks.is_main and last.exists() else None
+            left = f"{last} is of step {step['step']} of {step['name']}; --init {last} with another --out begins there" if step else \
+                f"no checkpoint of it had been written in {self.out}"
+            raise Diverged(f"{error}; {left}") from None
 
     def train(self, allowance: int) -> int:
         """Up to `allowance` steps, fewer where a signal asks for the end; returns how many were done."""
@@ -239,18 +266,19 @@ class Stage:
         pace = Pace(self.model.encoder.config, self.ranks.device, self.precision, world=self.ranks.world)
         steps = pretrain(self.model, self.rows, self.optimizer, s, precision=self.precision, ranks=self.ranks, start=first,
                          exact=exact, pace=pace)
-        with progress(s.steps, f"{self.about['name']} {self.about['domain']}", first) as bar, closing(steps):
+        with progress(s.steps, f"{self.about['name']} {self.about['domain']}", first) as bar, closing(steps), self.lost():
             for row in steps:
                 self.step, self.seconds = row["step"], time.perf_counter() - started
+                self.skipped += "skipped" in row
                 self.log.row(stage=self.about["name"], **row)
-                bar.set_postfix_str(f"loss {row['loss']:.3f}, {pace}", refresh=False)
+                bar.set_postfix_str(f"{loss_text(row['loss'], self.skipped)}, {pace}", refresh=False)
                 bar.update()
                 if self.step == first + 1:
                     pace.restart()      # what is compiled or captured is so by the first look at the loss
                 with pace.pause():
                     if self.step in kept:
                         self.save(f"{self.about['name']}-t{self.step:05d}", resumable=False)
-                    if resumable(self.step):
+                    if resumable(self.step) and ("skipped" not in row or self.step == end):     # else the one before is better
                         self.save("last", resumable=True)
                 if self.step == end:
                     break

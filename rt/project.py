@@ -12,7 +12,6 @@ The start is W2 = 0 with W1 random, so large that w W1 is about 1, and b the mea
 from `apply` of the mean source, or of the delta itself. What the first form keeps of an unseen delta is what passes through r numbers
 (of each row); the residual form keeps the delta and adds to it.
 """
-import math
 from dataclasses import replace
 from functools import partial
 from typing import Callable
@@ -23,16 +22,15 @@ from torch import Tensor
 
 from rt.checkpoint import Base
 from rt.config import UsageError
-from rt.deltas import Delta, apply, attach, check_fits
+from rt.deltas import PARTS, Delta, apply, attach, check_fits
 from rt.device import autocast, derive_seed
 from rt.distill import Loss, run_teacher
 from rt.functional import Reweighted, Weights
-from rt.log import progress
-from rt.optim import adamw, schedule, set_lr
+from rt.log import loss_text, progress
+from rt.optim import MOST_SKIPPED, Diverged, Watch, adamw, schedule, set_lr, step_unless
 from rt.tune import TaskData, TuneSettings, evaluate, score, training_batch
 
 GRANULARITIES = ("auto", "flat", "tensor")
-PARTS = ("diffs", "modules", "head")
 
 
 def tensors_of(delta: Delta, with_head: bool) -> dict[str, Tensor]:
@@ -139,7 +137,7 @@ def learn_projection(old_base: Base, base: Base, sources: list[tuple[Delta, Task
 
     `with_head` asks for as many labels in every source, and later in the target. Returned as it was best on dev, mean over the
     sources; `on_eval` gets {'step', 'loss', 'dev'}, dev with that mean first, then each source. Batches and dropout are functions
-    of (seed, step). Raises UsageError where deltas and bases do not fit together or the loss is not finite.
+    of (seed, step). Raises UsageError where deltas and bases do not fit together or the loss stays without a finite value.
     """
     check_sources(old_base, base, sources)
     deltas, datas = [_to(delta, device) for delta, _ in sources], [data for _, data in sources]
@@ -174,7 +172,7 @@ def _minimise(projection: Projection, loss_of: Callable[[int], Tensor], score_de
               s: TuneSettings) -> None:
     """rt.tune.tune's optimizer, schedule and clipping, for a loss that is a function of the step."""
     optimizer = adamw(projection.parameters(), s.lr, s.weight_decay, betas=(0.9, 0.999))
-    recent: list[Tensor] = []
+    watch = Watch((), next(projection.parameters()).device)
     score_dev(0, None)
     with progress(s.steps, "projection") as bar:
         for step in range(s.steps):
@@ -182,15 +180,14 @@ def _minimise(projection: Projection, loss_of: Callable[[int], Tensor], score_de
             set_lr(optimizer, schedule(step, s.steps, max(1, round(s.warmup * s.steps)), s.lr))
             value = loss_of(step)
             value.backward()
-            torch.nn.utils.clip_grad_norm_(projection.parameters(), s.clip)
-            optimizer.step()
+            norm = torch.nn.utils.clip_grad_norm_(projection.parameters(), s.clip)
+            step_unless(optimizer, watch.count(value.detach(), norm))
             optimizer.zero_grad(set_to_none=True)
-            recent.append(value.detach())
             if (step + 1) % s.eval_every == 0 or step + 1 == s.steps:
-                mean_loss = torch.stack(recent).mean().item()
-                recent.clear()
-                if not math.isfinite(mean_loss):
-                    raise UsageError(f"the projection's loss is {mean_loss} after step {step + 1}: lower --lr ({s.lr})")
+                (mean_loss, skipped, diverged), = watch.look()
+                if diverged:
+                    raise Diverged(f"more than {MOST_SKIPPED} of the projection's steps in a row before step {step + 2} had no finite loss "
+                                   f"and gradient: lower --lr ({s.lr})")
                 score_dev(step + 1, mean_loss)
-                bar.set_postfix_str(f"loss {mean_loss:.3f}")
+                bar.set_postfix_str(loss_text(mean_loss, skipped))
             bar.update()

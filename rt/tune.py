@@ -9,14 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rt.config import UsageError
 from rt.data import sequences_batch, side_by_side
-from rt.device import autocast, derive_seed
+from rt.device import autocast, derive_seed, memory_for
 from rt.distill import Loss
 from rt.graphs import BUCKET, GraphedStep
-from rt.log import progress
+from rt.log import loss_text, progress
 from rt.model import Batch, Classifier
-from rt.optim import adamw, schedule, set_lr
+from rt.optim import MOST_SKIPPED, Diverged, Watch, adamw, schedule, set_lr, step_unless
 from rt.pace import Pace
 from rt.tasks import Encoded, Task, encode, training_indices
 from rt.tokenizer import Tokenizer
@@ -74,7 +73,8 @@ class TuneResult:
     test: dict[str, float]
     curve: list[tuple[int, float]] = field(default_factory=list)
     seconds: float = 0.0
-    diverged: int = 0       # of runs side by side: the step after which the loss was no longer finite; 0: it was
+    skipped: int = 0        # steps whose loss or gradient was not finite
+    diverged: int = 0       # of runs side by side: the step after which too many in a row were not; 0: never
 
 
 def metrics(logits: Tensor, targets: Tensor) -> dict[str, float]:
@@ -114,7 +114,7 @@ def predict(model: Classifier, sequences: list[list[int]], device: torch.device,
     chunks = []
     for i in range(0, len(order), batch_size):
         batch = sequences_batch([sequences[j] for j in order[i:i + batch_size]]).to(device)
-        with autocast(device, precision):
+        with memory_for(f"{len(batch.cu_seqlens) - 1} texts of up to {batch.max_seqlen} tokens", "--seq_len"), autocast(device, precision):
             chunks.append(model(batch).float().cpu())
     logits = torch.cat(chunks)
     return torch.empty_like(logits).index_copy_(0, torch.tensor(order), logits)
@@ -151,7 +151,8 @@ def training_batch(data: Encoded, s: TuneSettings, step: int) -> Batch:
 
 def tune(model: Classifier, data: TaskData, loss: Loss, settings: TuneSettings, *, device: torch.device,
          precision: torch.dtype, on_eval: Callable[[dict], None] = lambda row: None, what: str = "tuning") -> TuneResult:
-    """Train what requires a gradient in `model`; on return it holds the weights that were best on dev.
+    """Train what requires a gradient in `model`; on return it holds the weights that were best on dev. A step whose loss or gradient is not
+    finite is skipped and counted; Diverged after more than MOST_SKIPPED in a row.
 
     Dev is also scored before the first step (step 0): what the start is worth. `on_eval` gets {'step', 'loss', 'dev'}.
     Test is scored once, at the end, where there is one. Batches and dropout are functions of (seed, step).
@@ -168,10 +169,10 @@ def tune(model: Classifier, data: TaskData, loss: Loss, settings: TuneSettings, 
         value.backward()
         return value.detach()
 
-    def score_dev(step: int, mean_loss: float | None) -> None:
+    def score_dev(step: int, mean_loss: float | None, skipped: int = 0) -> None:
         dev = evaluate(model, data.dev, device, precision)
         result.curve.append((step, score(dev)))
-        on_eval({"step": step, "loss": mean_loss, "dev": dev})
+        on_eval({"step": step, "loss": mean_loss, "dev": dev, **({"skipped": skipped} if skipped else {})})
         if not result.dev or score(dev) > score(result.dev):
             result.dev, result.best_step = dev, step
             best.update({k: p.detach().clone() for k, p in trained.items()})
@@ -179,28 +180,29 @@ def tune(model: Classifier, data: TaskData, loss: Loss, settings: TuneSettings, 
     graphed = GraphedStep(gradient, list(trained.values()), device) if s.graphs else None
     score_dev(0, None)
     pace = Pace(model.encoder.config, device, precision, frozen=not model.encoder.layers[0].qkv.weight.requires_grad)
-    recent, since = torch.zeros((), device=device), 0
+    watch = Watch((), device)
     with progress(s.steps, what) as bar:
         for step in range(s.steps):
             torch.manual_seed(derive_seed(s.seed, step))    # of interpolation's points
             set_lr(optimizer, schedule(step, s.steps, max(1, round(s.warmup * s.steps)), s.lr))
             batch = training_batch(data.train, s, step)
             model.train()
-            recent += graphed(*side_by_side([batch], BUCKET)) if s.graphs else gradient(batch)
-            torch.nn.utils.clip_grad_norm_(trained.values(), s.clip)
-            optimizer.step()
+            what = f"a batch of {s.batch_size} sequences of up to {batch.max_seqlen} tokens"
+            with memory_for(what, f"--batch_size ({s.batch_size}) or --seq_len"):
+                value = graphed(*side_by_side([batch], BUCKET)) if s.graphs else gradient(batch)
+            norm = torch.nn.utils.clip_grad_norm_(trained.values(), s.clip)
+            step_unless(optimizer, watch.count(value, norm))
             optimizer.zero_grad(set_to_none=True)
-            since += 1
             pace.count(batch)
             if (step + 1) % s.eval_every == 0 or step + 1 == s.steps:
-                mean_loss = recent.item() / since
-                if not math.isfinite(mean_loss):
-                    raise UsageError(f"the loss is {mean_loss} after step {step + 1}: lower --lr ({s.lr})")
+                (mean_loss, skipped, diverged), = watch.look()
+                result.skipped += skipped
+                if diverged:
+                    raise Diverged(f"more than {MOST_SKIPPED} steps in a row before step {step + 2} had no finite loss and gradient: "
+                                   f"lower --lr ({s.lr})")
                 with pace.pause():
-                    score_dev(step + 1, mean_loss)
-                recent.zero_()
-                since = 0
-                bar.set_postfix_str(f"loss {mean_loss:.3f}, best dev {score(result.dev):.3f}, {pace}")
+                    score_dev(step + 1, mean_loss, skipped)
+                bar.set_postfix_str(f"{loss_text(mean_loss, result.skipped)}, best dev {score(result.dev):.3f}, {pace}")
                 if s.stops(result, step + 1):
                     break
             bar.update()

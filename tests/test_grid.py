@@ -5,13 +5,14 @@ import pytest
 import torch
 from conftest import random_base
 
+import rt.optim
 from rt import grid
 from rt.config import UsageError
 from rt.data import PAD_SEQUENCES, side_by_side
 from rt.deltas import DeltaConfig, attach
 from rt.distill import Loss, TeacherCache
 from rt.grid import GridAdamW, Run, load, stack, trained
-from rt.optim import adamw
+from rt.optim import Watch, adamw
 from rt.tasks import Encoded
 from rt.tune import TaskData, TuneSettings, predict, tune
 
@@ -131,12 +132,18 @@ def test_the_optimizer_is_adamw_with_a_rate_and_a_norm_of_its_own():
     single = [[torch.randn(s, requires_grad=True) for s in shapes] for _ in range(2)]
     together = [torch.stack([s[i].detach() for s in single]).requires_grad_() for i in range(2)]
     ours, theirs = GridAdamW(together, weight_decay=0.5, clip=1.0), [adamw(s, 0.0, 0.5, betas=(0.9, 0.999)) for s in single]
-    for _ in range(5):
+    watch = Watch((2,), torch.device("cpu"))
+    for step in range(6):
+        losses = torch.ones(2)
         grads = [torch.randn(2, *shape) * torch.tensor([0.01, 10.0]).view(2, *(1,) * len(shape)) for shape in shapes]
         for w, g in zip(together, grads):
             w.grad = g.clone()
-        ours.step(rates)
+        if step in (0, 3):      # of the second run: a gradient, then a loss that is no number; the first goes on
+            (together[0].grad if step else losses)[1] = float("nan")
+        ours.step(rates, losses, watch)
         for k, (weights, optimizer) in enumerate(zip(single, theirs)):
+            if k == 1 and step in (0, 3):
+                continue
             for w, g in zip(weights, grads):
                 w.grad = g[k].clone()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -144,14 +151,17 @@ def test_the_optimizer_is_adamw_with_a_rate_and_a_norm_of_its_own():
             optimizer.step()
     for i in range(2):
         torch.testing.assert_close(together[i].detach(), torch.stack([s[i].detach() for s in single]))
+    assert watch.look() == [(1.0, 0, False), (1.0, 2, False)]
 
 
-def test_a_run_whose_loss_is_not_finite_leaves_the_others_to_themselves(tokenizer):
+def test_a_run_whose_loss_is_not_finite_leaves_the_others_to_themselves(tokenizer, monkeypatch):
+    monkeypatch.setattr(rt.optim, "MOST_SKIPPED", 2)
     runs = four_runs(tokenizer, "adapter")
     runs[2].settings = replace(runs[2].settings, lr=1e30)
     singles = [alone(run)[1] for k, run in enumerate(runs) if k != 2]
     grid.tune(runs, **CPU)
     assert runs[2].result.diverged and runs[2].result.dev and runs[2].result.best_step < runs[2].result.diverged
+    assert runs[2].result.skipped > 2 and not runs[0].result.skipped
     assert all(row["loss"] is None or row["loss"] < 1e30 for row in runs[2].rows)
     for run, single in zip((runs[0], runs[1], runs[3]), singles):
         assert run.result.curve == single.result.curve and not run.result.diverged

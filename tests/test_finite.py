@@ -1,0 +1,176 @@
+"""Numbers gone wrong: a step without a finite loss or gradient changes nothing and is counted; too many in a row end the run, which says
+what to try; what does not fit into memory is named."""
+import copy
+import json
+
+import pytest
+import torch
+from conftest import here
+
+import rt.pretrain
+from rt.checkpoint import load_base
+from rt.config import UsageError
+from rt.data import Rows, build_corpus
+from rt.deltas import DeltaConfig, attach
+from rt.distill import Loss
+from rt.log import read_rows
+from rt.model import PRESETS, EncoderConfig, new_masked_lm
+from rt.optim import MOST_SKIPPED, Diverged, Watch, adamw, step_unless
+from rt.pretrain import PretrainSettings, pretrain
+from rt.tasks import Encoded
+from rt.tune import TaskData, TuneSettings, predict, tune
+
+CPU = {"device": torch.device("cpu"), "precision": torch.float32}
+
+
+@pytest.fixture(scope="module")
+def rows(graphs, tokenizer, tmp_path_factory):
+    corpus = build_corpus("graphs", graphs / "corpus", tokenizer, tmp_path_factory.mktemp("bins"))
+    return Rows(corpus["train"], tokenizer, seq_len=32, mask_rate=0.3, seed=0)
+
+
+def poisoned(model: torch.nn.Module, steps: set[int], where: str) -> None:
+    """From now on the training passes numbered so (from 1 on) have a loss, or a gradient alone, that is no number."""
+    weight = model.encoder.embeddings.norm.weight
+    weight.passes = 0
+
+    def forward(module, arguments, output):
+        if module.training:
+            weight.passes += 1
+        return output * float("nan") if module.training and weight.passes in steps and where == "loss" else output
+
+    model.encoder.embeddings.register_forward_hook(forward)
+    weight.register_hook(lambda grad: grad * float("inf") if weight.passes in steps and where == "gradient" else grad)
+
+
+def start(tokenizer):
+    model = new_masked_lm(EncoderConfig(tokenizer.vocab_size, **PRESETS["tiny"]), seed=0)
+    return model, adamw(model.parameters(), 0.0, 0.01)
+
+
+def equal(a: dict, b: dict) -> bool:
+    return all(x.equal(y) for x, y in zip(a.values(), b.values()))
+
+
+def test_a_step_is_skipped_whole_or_taken_whole():
+    def fresh():
+        torch.manual_seed(0)
+        weights = [torch.randn(4, 3, requires_grad=True), torch.randn(3, requires_grad=True)]
+        for w in weights:
+            w.grad = torch.randn_like(w)
+        return weights, adamw(weights, 0.1, 0.5)
+
+    (plain, one), (ours, other) = fresh(), fresh()
+    for step in range(3):
+        one.step()
+        step_unless(other, torch.tensor(0.0))
+        before = [w.detach().clone() for w in ours], copy.deepcopy(other.state_dict()["state"])
+        kept = [w.grad.clone() for w in ours]
+        for w in ours:
+            w.grad = w.grad * float("nan")
+        step_unless(other, torch.tensor(1.0))
+        for w, grad in zip(ours, kept):
+            w.grad = grad
+        assert all(a.equal(b) for a, b in zip(before[0], ours))
+        after = other.state_dict()["state"]
+        assert all(after[i][k].equal(v) for i, state in before[1].items() for k, v in state.items())
+    assert all(a.equal(b) for a, b in zip(plain, ours)) and one.state_dict()["state"][0]["step"] == 3
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("log_every", [1, 4])
+def test_a_bad_step_of_pretraining_is_left_out(rows, tokenizer, where, log_every):
+    s = PretrainSettings(8, 512, 2e-3, 3, 0, log_every=log_every)
+    model, optimizer = start(tokenizer)
+    poisoned(model, {5}, where)
+    found = list(pretrain(model, rows, optimizer, s, **CPU))
+    assert [row["step"] for row in found] == list(range(1, 9)) and [row["step"] for row in found if "skipped" in row] == [5]
+    assert found[4]["grad_norm"] is None and (found[4]["loss"] is None) == (where == "loss")
+    json.dumps(found, allow_nan=False)
+    other, optimizer = start(tokenizer)     # as if there were no step 5
+    for row in pretrain(other, rows, optimizer, s, **CPU, exact=lambda step: step == 4):
+        if row["step"] == 4:
+            break
+    rest = list(pretrain(other, rows, optimizer, s, **CPU, start=5))
+    assert rest == found[5:] and equal(model.state_dict(), other.state_dict())
+
+
+def test_too_many_in_a_row_end_it_and_fewer_do_not(rows, tokenizer):
+    s = PretrainSettings(MOST_SKIPPED + 4, 512, 2e-3, 3, 0, log_every=5)
+    for last, ends in ((MOST_SKIPPED + 1, False), (MOST_SKIPPED + 2, True)):
+        model, optimizer = start(tokenizer)
+        poisoned(model, set(range(2, last + 1)), "loss")
+        if ends:
+            with pytest.raises(Diverged, match=f"the loss at step 2 or its gradient is not finite, nor .* the {MOST_SKIPPED} steps"):
+                list(pretrain(model, rows, optimizer, s, **CPU))
+        else:
+            assert sum("skipped" in row for row in pretrain(model, rows, optimizer, s, **CPU)) == MOST_SKIPPED
+        assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_run_that_diverges_says_where_to_begin_again(graphs, tmp_path):
+    lines = [json.loads(line)["text"].replace("\n", " ") for line in (graphs / "corpus" / "train.jsonl").open()]
+    (tmp_path / "one.txt").write_text("\n".join(lines[:300]))
+    flags = ("train.py", "--preset", "tiny", "--vocab_size", "500", "--seq_len", "32", "--batch_tokens", "256", "--device", "cpu",
+             "--steps", "40", "--lr", "1e18", "--warmup", "0.5", "--stream", tmp_path / "one.txt", "--cache",
+             tmp_path / "cache", "--snapshots", "0")
+    error = here(*flags, "--out", tmp_path / "run", "--save_every", "1", code=2)
+    step = json.loads((tmp_path / "run" / "last" / "meta.json").read_text())["step"]
+    assert f"{tmp_path / 'run' / 'last'} is of step {step} of M0; --init" in error and error.count("\n") == 1
+    load_base(tmp_path / "run" / "last")
+    seen = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in seen if "skipped" in row] == list(range(step + 1, step + 1 + MOST_SKIPPED))
+    assert "no checkpoint of it had been written" in here(*flags, "--out", tmp_path / "other", code=2)
+    assert not list(tmp_path.glob("*.lock"))
+
+
+def task() -> TaskData:
+    g = torch.Generator().manual_seed(0)
+    sequences = [[0, *torch.randint(5, 500, (int(n),), generator=g).tolist(), 2] for n in torch.randint(1, 20, (12,), generator=g)]
+    part = Encoded(sequences, torch.randint(3, (12,), generator=g), 0)
+    return TaskData("t", ("a", "b", "c"), part, part, part)
+
+
+def test_bad_steps_of_tuning_are_counted_and_too_many_end_it(base):
+    s, seen = TuneSettings(15, 4, 1e-3, 5, seed=0), []
+    model = attach(base, DeltaConfig("full"), 3, seed=0)
+    poisoned(model, {2, 7, 8}, "gradient")
+    result = tune(model, task(), Loss(False), s, **CPU, on_eval=seen.append)
+    assert result.skipped == 3 and [row.get("skipped") for row in seen] == [None, 1, 2, None]
+    assert all(row["loss"] is None or row["loss"] < 10 for row in seen)
+    for many in ({*range(1, MOST_SKIPPED + 1)}, {*range(3, MOST_SKIPPED + 4)}):
+        model = attach(base, DeltaConfig("full"), 3, seed=0)
+        poisoned(model, many, "loss")
+        if len(many) > MOST_SKIPPED:
+            with pytest.raises(Diverged, match="more than 10 steps in a row before step 16 had no finite loss and gradient: lower --lr"):
+                tune(model, task(), Loss(False), s, **CPU)
+        else:
+            assert tune(model, task(), Loss(False), s, **CPU).skipped == MOST_SKIPPED
+
+
+def test_a_row_of_bad_steps_is_seen_across_looks():
+    watch, bad, good = Watch((), torch.device("cpu")), torch.tensor(float("nan")), torch.tensor(2.0)
+    for value in (good, *[bad] * 6):
+        watch.count(value, good)
+    assert watch.look() == [(2.0, 6, False)]
+    for value in [bad] * 5:
+        watch.count(good, value)
+    assert watch.look() == [(None, 5, True)]
+    watch.count(good, good)
+    assert watch.look() == [(2.0, 0, False)]
+
+
+def test_what_does_not_fit_into_memory_is_named(rows, tokenizer, base, monkeypatch):
+    def full(*arguments, **named):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has ...")
+
+    data, model = task(), attach(base, DeltaConfig("lora"), 3, seed=0)
+    with pytest.raises(UsageError, match=r"4 sequences of up to [0-9]+ tokens did not fit into memory: lower --batch_size \(4\) or"):
+        tune(model, data, full, TuneSettings(3, 4, 1e-3, 5, seed=0), **CPU)
+    model.forward = full
+    with pytest.raises(UsageError, match="12 texts of up to [0-9]+ tokens did not fit into memory: lower --seq_len"):
+        predict(model, data.train.sequences, **CPU)
+    monkeypatch.setattr(rt.pretrain, "mlm_loss", full)
+    model, optimizer = start(tokenizer)
+    with pytest.raises(UsageError, match=r"a share of 512 tokens did not fit into memory: lower --batch_tokens \(1024\), or raise --accum"):
+        list(pretrain(model, rows, optimizer, PretrainSettings(2, 1024, 1e-3, 1, 0, accumulation=2), **CPU))
