@@ -15,7 +15,6 @@ import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TextIO
 
 from data.sources import corpus_path, task_path
 from rt.book import best_delta
@@ -34,11 +33,11 @@ from rt.model import PRESETS, Classifier, EncoderConfig, MaskedLM, new_masked_lm
 from rt.peft import export_peft
 from rt.predict import answers, check_out, write_answers
 from rt.pretrain import PretrainSettings, Stage, evaluate_mlm
-from rt.stream import has_work, is_done_again, sample_of
+from rt.stream import check_content, has_work, is_done_again, sample_of
 from rt.summary import forgetting_table
 from rt.tasks import few_shot, load_task, read_examples
 from rt.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from rt.tune import TuneSettings, encode_task, evaluate, shown, tune
+from rt.tune import TuneSettings, encode_task, evaluate, say_changed, say_truncated, shown, tune
 
 
 @dataclass
@@ -133,6 +132,7 @@ def pretrain_stream(c: Config) -> None:
     if c.zero and launched() == 1:
         raise UsageError("--zero shares the optimizer's state out among ranks, and there is one: start several with torchrun")
     ranks = join(c.device)
+    ranks.agree({f"--{k}": v for k, v in record(c).items()})
     check_graphs(c.graphs, ranks)
     train_stages(c, Path(c.out or "runs/demo"), ranks)
     ranks.leave()
@@ -148,7 +148,7 @@ def train_stages(c: Config, out: Path, ranks: Ranks) -> None:
         return
     model, tokenizer, about, training, heldout = prepare_stream(c, out, ranks)
     if ranks.is_main:
-        write_json(out / "config.json", settings)
+        write_json(out / "config.json", settings | {"content": about.pop("content")})
         tokenizer.save(out)
     log = Log(out, keep=lambda row: c.resume and not is_done_again(row, out), writes=ranks.is_main)
     stages, allowance = [], c.stop_after or sys.maxsize
@@ -204,9 +204,13 @@ def prepare_stream(c: Config, out: Path, ranks: Ranks) -> tuple[MaskedLM, Tokeni
                 for i, (name, parts) in enumerate(corpora.items(), about["number"] + 1)}
     for rows in training.values():
         rows.check_batch(c.batch_tokens, ranks.world * c.accumulation)
+    content = {"tokenizer": tokenizer.fingerprint, "--init": about["parent"],
+               **{f"corpus {name}": parts["train"].content for name, parts in corpora.items()}}
+    ranks.agree(content)
+    ranks.from_main(lambda: check_content(out, content))
     heldout = {name: Rows(parts["heldout"], tokenizer, seq_len=c.seq_len, mask_rate=HELDOUT_MASK_RATE, seed=0, sequences=1)
                for name, parts in corpora.items()}
-    return model, tokenizer, about, training, heldout
+    return model, tokenizer, about | {"content": content}, training, heldout
 
 
 def domain_name(entry: str) -> str:
@@ -267,6 +271,7 @@ def tune_delta(c: Config) -> None:
     where = {"device": device, "precision": pick_precision(c.precision, device)}
     base, task, config = open_base(c.base).to(device), load_task(task_path(c.task, c.cache)), delta_config(c)
     base.require_length(c.seq_len)
+    about = {"task": task.name, "task_hash": task.hash, "labels": list(task.labels), "shots": c.shots, "seed": c.seed}
     if c.shots:
         task = few_shot(task, c.shots, c.seed)
     encoded = encode_task(task, base.tokenizer, c.seq_len)
@@ -281,17 +286,11 @@ def tune_delta(c: Config) -> None:
     log = Log(out)
     result = tune(model, encoded, Loss(task.is_regression), settings, **where, on_eval=lambda row: log.row(**row),
                   what=f"{task.name} {c.delta}")
-    about = {"task": task.name, "labels": list(task.labels), "shots": c.shots, "seed": c.seed, "step": result.best_step,
-             "dev": result.dev, "test": result.test, "config": record(c), "argv": sys.argv}
+    about |= {"step": result.best_step, "dev": result.dev, "test": result.test, "config": record(c), "argv": sys.argv}
     save_delta(out, extract(model, base, config, about))
     write_json(out / "summary.json", about | {"base": base.fingerprint, "delta": c.delta, "seconds": round(result.seconds, 1)})
     print(f"{task.name}, {c.delta}: dev {shown(result.dev)} at step {result.best_step}; test {shown(result.test)}; "
           f"{result.seconds:.0f} s; delta in {out}")
-
-
-def say_truncated(truncated: int, count: int, seq_len: int, file: TextIO | None = None) -> None:
-    if truncated:
-        print(f"{truncated} of {count} texts are longer than --seq_len {seq_len} and were cut", file=file)
 
 
 def open_tuned(c: Config, labels: tuple[str, ...] = ()) -> tuple[Base, Delta, Classifier, dict]:
@@ -323,7 +322,9 @@ def eval_delta(c: Config) -> None:
     if task.labels != delta.labels:
         raise UsageError(f"{c.delta_dir} has the labels {', '.join(delta.labels[:6]) or 'of a regression'}, but {c.task} "
                          f"{', '.join(task.labels[:6]) or 'those of a regression'}: if they are the same under other names, {NAMING}")
+    say_changed(delta.info, task)
     encoded = encode_task(task, base.tokenizer, c.seq_len)
+    say_truncated(*encoded.truncated(), c.seq_len, sys.stderr)
     print(f"{task.name}: dev {shown(evaluate(model, encoded.dev, **where))}; "
           f"test {shown(evaluate(model, encoded.test, **where))}")
 
