@@ -34,7 +34,7 @@ from rt.recycling import MODES, NEEDS_TEACHER, Recycling, can_go_together, chain
 from rt.summary import add_steps_to_scratch, by_settings, chosen, spread, steps_of
 from rt.sweep import expand, groups, swept
 from rt.tasks import Task, few_shot, load_task
-from rt.tune import TaskData, TuneResult, TuneSettings, encode_task, evaluate
+from rt.tune import TaskData, TuneResult, TuneSettings, encode_task, evaluate, say_changed, say_truncated
 
 
 @dataclass
@@ -104,10 +104,12 @@ def main() -> None:
     if c.deterministic:
         make_deterministic()
     ranks = join(c.device)
+    ranks.agree({f"--{k}": v for k, v in record(c).items()})
     check_graphs(c.graphs, replace(ranks, world=1))     # of a sweep's ranks each captures its own
     if ranks.world > 1 and not c.sweep:
         raise UsageError("several processes share the runs of a --sweep; without one, start this script without torchrun")
     task, *source_tasks = ranks.main_first(lambda: [load_task(task_path(name, c.cache)) for name in (c.task, *c.source_task)])
+    ranks.agree({f"task {each.name}": each.hash for each in (task, *source_tasks)})
     c.old_delta, c.source_delta = ranks.from_main(lambda: build_missing(c, task, source_tasks))
     old_base = open_base(c.old_base).to(ranks.device)
     old_delta = open_delta(str(best_delta(c.old_delta, old_base.fingerprint)), old_base).ordered(task.labels)
@@ -115,12 +117,16 @@ def main() -> None:
     bases = {name: open_base(name).to(ranks.device) for name in c.chain or (c.base,)}
     base = next(iter(bases.values()))
     modes = possible(c, modes, task, old_delta)
+    if ranks.is_main:
+        say_changed(old_delta.info, task)
     out = Path(c.out or default_out(c, task))
     sources = [(open_delta(folder, old_base).ordered(t.labels), encode_task(t, base.tokenizer, c.seq_len))
                for folder, t in zip(c.source_delta, source_tasks)]
     r = Recycling(old_base, old_delta, base, encode_task(task, base.tokenizer, c.seq_len), delta_config(c), tune_settings(c, 0, 0.0),
                   c.alpha, c.beta, c.T, c.public_code, ranks.device, pick_precision(c.precision, ranks.device), gamma=c.gamma,
                   att_layers=c.att_layers, itp=c.itp)
+    if ranks.is_main:
+        say_truncated(*r.data.truncated(), c.seq_len, sys.stderr)
     for each in bases.values():
         each.require_length(c.seq_len)
         for mode in modes:

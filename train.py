@@ -14,7 +14,6 @@ checkpoint, a Hugging Face folder or a hub id instead, whose upgrade is then the
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TextIO
 
 from data.sources import corpus_path, task_path
 from rt.book import best_delta
@@ -35,11 +34,11 @@ from rt.peft import export_peft
 from rt.predict import answers, check_out, write_answers
 from rt.pretrain import PretrainSettings, Stage, evaluate_mlm
 from rt.signals import Interrupted, Stop
-from rt.stream import forget_last, has_work, is_done_again, sample_of
+from rt.stream import check_content, forget_last, has_work, is_done_again, sample_of
 from rt.summary import forgetting_table
 from rt.tasks import few_shot, load_task, read_examples
 from rt.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from rt.tune import TuneSettings, encode_task, evaluate, shown, tune
+from rt.tune import TuneSettings, encode_task, evaluate, say_changed, say_truncated, shown, tune
 
 
 @dataclass
@@ -137,6 +136,7 @@ def pretrain_stream(c: Config) -> None:
     if c.zero and launched() == 1:
         raise UsageError("--zero shares the optimizer's state out among ranks, and there is one: start several with torchrun")
     ranks = join(c.device)
+    ranks.agree({f"--{k}": v for k, v in record(c).items()})
     check_graphs(c.graphs, ranks)
     out = Path(c.out or "runs/demo")
     with locked(out, ranks.from_main):
@@ -156,7 +156,7 @@ def train_stages(c: Config, out: Path, ranks: Ranks) -> Interrupted | None:
         return None
     model, tokenizer, about, training, heldout = prepare_stream(c, out, ranks)
     if ranks.is_main:
-        write_json(out / "config.json", settings)
+        write_json(out / "config.json", settings | {"content": about.pop("content")})
         tokenizer.save(out)
     log = Log(out, keep=lambda row: c.resume and not is_done_again(row, out), writes=ranks.is_main)
     stages, allowance = [], c.stop_after or sys.maxsize
@@ -222,9 +222,13 @@ def prepare_stream(c: Config, out: Path, ranks: Ranks) -> tuple[MaskedLM, Tokeni
                 for i, (name, parts) in enumerate(corpora.items(), about["number"] + 1)}
     for rows in training.values():
         rows.check_batch(c.batch_tokens, ranks.world * c.accumulation)
+    content = {"tokenizer": tokenizer.fingerprint, "--init": about["parent"],
+               **{f"corpus {name}": parts["train"].content for name, parts in corpora.items()}}
+    ranks.agree(content)
+    ranks.from_main(lambda: check_content(out, content))
     heldout = {name: Rows(parts["heldout"], tokenizer, seq_len=c.seq_len, mask_rate=HELDOUT_MASK_RATE, seed=0, sequences=1)
                for name, parts in corpora.items()}
-    return model, tokenizer, about, training, heldout
+    return model, tokenizer, about | {"content": content}, training, heldout
 
 
 def domain_name(entry: str) -> str:
@@ -286,6 +290,7 @@ def tune_delta(c: Config) -> None:
     where = {"device": device, "precision": pick_precision(c.precision, device)}
     base, task, config = open_base(c.base).to(device), load_task(task_path(c.task, c.cache)), delta_config(c)
     base.require_length(c.seq_len)
+    about = {"task": task.name, "task_hash": task.hash, "labels": list(task.labels), "shots": c.shots, "seed": c.seed}
     if c.shots:
         task = few_shot(task, c.shots, c.seed)
     encoded = encode_task(task, base.tokenizer, c.seq_len)
@@ -296,7 +301,7 @@ def tune_delta(c: Config) -> None:
     check_graphs(c.graphs, Ranks(device))
     settings = TuneSettings(c.tune_steps, c.batch_size, c.lr or TUNE_LR[c.delta], c.eval_every, c.seed,
                             c.weight_decay, c.warmup, graphs=c.graphs)
-    about = {"task": task.name, "labels": list(task.labels), "shots": c.shots, "seed": c.seed, "config": record(c), "argv": sys.argv}
+    about |= {"config": record(c), "argv": sys.argv}
     with locked(out), delta_folder(out, sum(p.nbytes for p in model.parameters() if p.requires_grad)) as new:
         log = Log(new)
         result = tune(model, encoded, Loss(task.is_regression), settings, **where, on_eval=lambda row: log.row(**row),
@@ -306,11 +311,6 @@ def tune_delta(c: Config) -> None:
         write_json(new / "summary.json", about | {"base": base.fingerprint, "delta": c.delta, "seconds": round(result.seconds, 1)})
     print(f"{task.name}, {c.delta}: dev {shown(result.dev)} at step {result.best_step}; test {shown(result.test)}; "
           f"{result.seconds:.0f} s; delta in {out}")
-
-
-def say_truncated(truncated: int, count: int, seq_len: int, file: TextIO | None = None) -> None:
-    if truncated:
-        print(f"{truncated} of {count} texts are longer than --seq_len {seq_len} and were cut", file=file)
 
 
 def open_tuned(c: Config, labels: tuple[str, ...] = ()) -> tuple[Base, Delta, Classifier, dict]:
@@ -342,7 +342,9 @@ def eval_delta(c: Config) -> None:
     if task.labels != delta.labels:
         raise UsageError(f"{c.delta_dir} has the labels {', '.join(delta.labels[:6]) or 'of a regression'}, but {c.task} "
                          f"{', '.join(task.labels[:6]) or 'those of a regression'}: if they are the same under other names, {NAMING}")
+    say_changed(delta.info, task)
     encoded = encode_task(task, base.tokenizer, c.seq_len)
+    say_truncated(*encoded.truncated(), c.seq_len, sys.stderr)
     print(f"{task.name}: dev {shown(evaluate(model, encoded.dev, **where))}; "
           f"test {shown(evaluate(model, encoded.test, **where))}")
 

@@ -109,13 +109,13 @@ class Book:
     def belonging(self, c: Any) -> list[dict]:
         """The rows with the settings of `c`, of this call or an earlier one, as long as old base, old delta and new base were the same."""
         origin = self.origins[c.base]
-        return [row for row in self.rows if row.get("origin", origin) == origin and belongs(row, c)]
+        return [row for row in self.rows if is_same(row.get("origin", origin), origin) and belongs(row, c)]
 
 
 def keep_delta(out: Path, row: dict, task: Task, delta: Delta, about: dict) -> None:
     """OUT/deltas/RUN, with the row's facts and `about` in it."""
     facts = {k: row[k] for k in ("task", "shots", "seed", "mode", "lr", "dev", "test") if row[k] != {}}
-    info = {**facts, "labels": list(task.labels), **about, **delta.info}
+    info = {**facts, "labels": list(task.labels), "task_hash": task.hash, **about, **delta.info}
     save_delta(out / "deltas" / row["run"], replace(delta, info=info))
 
 
@@ -140,18 +140,23 @@ def best_delta(folder: str | Path, base: str) -> Path:
 
 
 def origin_of(r: Recycling) -> list[str]:
-    """What a run's settings name by path only: old base, new base and old delta, by content."""
+    """What a run's settings name by path only: old base, new base, old delta and task, by content."""
     digest = hashlib.sha256()
     for part in (r.old_delta.diffs, r.old_delta.modules, r.old_delta.head):
         for name, tensor in sorted(part.items()):
             digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return [r.old_base.fingerprint, r.base.fingerprint, digest.hexdigest()[:16]]
+    return [r.old_base.fingerprint, r.base.fingerprint, digest.hexdigest()[:16], r.data.hash]
 
 
 def is_complete(out: Path, run: str, origin: list[str]) -> bool:
     """Whether a sweep has left this run, of the same bases and old delta."""
     path = out / "deltas" / run / "summary.json"
-    return path.exists() and read_json(path).get("origin") == origin
+    return path.exists() and is_same(read_json(path).get("origin"), origin)
+
+
+def is_same(found: object, origin: list[str]) -> bool:
+    """Whether a row's origin is this one; rows from before that of the task was noted have one less."""
+    return isinstance(found, list) and len(found) >= len(origin) - 1 and found == origin[:len(found)]
 
 
 def keep_run(out: Path, argv: list[str], run: Run, task: Task, result: TuneResult, delta: Delta, curve: list[dict],

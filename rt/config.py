@@ -14,12 +14,14 @@ An unknown flag is an error that names the nearest one.
 """
 import difflib
 import inspect
+import os
 import re
 import sys
+import traceback
 import types
 import typing
 from dataclasses import asdict, fields
-from typing import Any, Callable, TypeVar
+from typing import Any, Callable, NoReturn, TypeVar
 
 from rt.signals import Interrupted, handled, raise_interrupted
 
@@ -33,23 +35,49 @@ class UsageError(ValueError):
 SENTENCE = 1000     # characters of an error that are shown: what it quotes from a file may be long
 
 
-def sentence(error: Exception) -> str:
+def sentence(error: Exception | str) -> str:
     """What is said of an error: one line, whatever a file that it quotes has put into it."""
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error)[:SENTENCE + 1])
     return text if len(text) <= SENTENCE else text[:SENTENCE] + "..."
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`; a UsageError ends it with its sentence on stderr and exit code 2, Ctrl-C with 130, SIGTERM with 143."""
+    """Run a script's `main`; a UsageError ends it with its sentence on stderr and exit code 2, Ctrl-C with 130, SIGTERM with 143. Of
+    several ranks each ends at once and in one sentence, whatever it raised, and torchrun then ends the others."""
     try:
         with handled(raise_interrupted):
             main()
     except UsageError as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
-        sys.exit(2)
-    except Interrupted as end:
-        print(end, file=sys.stderr)
-        sys.exit(end.code)
+        end(2)
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        end(stopped.code)
+    except Exception as error:
+        if not among_ranks():
+            raise
+        rank, where = os.environ.get("RANK"), traceback.extract_tb(error.__traceback__)[-1]
+        if re.search(r"gloo|NCCL|TCPStore|[Cc]onnection (closed|reset)", str(error)):
+            said = "another rank has ended or does not answer; the cause is what that one, or torchrun, says. --resume goes on"
+        else:
+            said = f"{type(error).__name__}: {error} ({where.filename}, line {where.lineno})"
+        print(f"error: rank {rank}: {sentence(said)}", file=sys.stderr)
+        end(1)
+
+
+def among_ranks() -> bool:
+    """Whether this process has joined others (rt/dist.py)."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def end(code: int) -> NoReturn:
+    """Exit; as one of several ranks without taking the process group down, which could wait for what the others never answer."""
+    if among_ranks():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def parse(cls: type[C], argv: list[str], words: str | None = None) -> C:

@@ -107,6 +107,7 @@ class Corpus:
     part: str               # train or heldout
     tokens: np.ndarray
     offsets: np.ndarray
+    content: str = ""       # hash of the tokens of both parts; "" of what was tokenized before there was one
 
 
 def build_corpus(name: str, path: Path, tokenizer: Tokenizer, cache: Path) -> dict[str, Corpus]:
@@ -118,11 +119,11 @@ def build_corpus(name: str, path: Path, tokenizer: Tokenizer, cache: Path) -> di
     folder = Path(cache) / f"{name}-{key}"
     if not (folder / "meta.json").exists():
         _tokenize(path, tokenizer, folder, name)
-    noted = read_json(folder / "meta.json").get("dtype")
+    meta = read_json(folder / "meta.json")
     try:
-        dtype = {"uint16": np.uint16, "uint32": np.uint32}[noted]
+        dtype, content = {"uint16": np.uint16, "uint32": np.uint32}[meta["dtype"]], str(meta.get("content", ""))
         found = {part: Corpus(name, part, np.memmap(folder / f"{part}.bin", dtype=dtype, mode="r"),
-                              np.load(folder / f"{part}.offsets.npy")) for part in ("train", "heldout")}
+                              np.load(folder / f"{part}.offsets.npy"), content) for part in ("train", "heldout")}
         whole = all(len(c.tokens) == c.offsets[-1] and (np.diff(c.offsets) > 0).all() for c in found.values())
     except (*MISSHAPEN, OSError):
         whole = False
@@ -133,7 +134,7 @@ def build_corpus(name: str, path: Path, tokenizer: Tokenizer, cache: Path) -> di
 
 def _tokenize(path: Path, tokenizer: Tokenizer, folder: Path, name: str, chunk: int = 1000) -> None:
     """Write the bins: tokens as uint16 where the vocabulary allows, offsets as int64."""
-    dtype = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32
+    dtype, digest = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32, hashlib.sha256()
     lengths: dict[str, list[int]] = {"train": [], "heldout": []}
     with locked(folder), atomic_folder(folder) as new, progress(0, f"tokenizing {name}", unit="doc") as bar:
         files = {part: (new / f"{part}.bin").open("wb") for part in lengths}
@@ -143,6 +144,7 @@ def _tokenize(path: Path, tokenizer: Tokenizer, folder: Path, name: str, chunk: 
             for (part, _), ids in zip(waiting, tokenizer.encode([text for _, text in waiting])):
                 if ids:
                     files[part].write(np.asarray(ids, dtype=dtype).tobytes())
+                    digest.update(np.asarray([part == "heldout", *ids], dtype=dtype).tobytes())
                     lengths[part].append(len(ids))
             bar.update(len(waiting))
             waiting.clear()
@@ -158,8 +160,9 @@ def _tokenize(path: Path, tokenizer: Tokenizer, folder: Path, name: str, chunk: 
                 raise UsageError(f"{path}: no {part} documents in this corpus; it is empty or far too small")
             np.save(new / f"{part}.offsets.npy", np.cumsum([0] + lengths[part]))
         counts = {part: {"documents": len(ls), "tokens": sum(ls)} for part, ls in lengths.items()}
-        (new / "meta.json").write_text(json.dumps({"source": str(path), "tokenizer": tokenizer.fingerprint,
-                                                   "dtype": np.dtype(dtype).name, **counts}, indent=1) + "\n")
+        facts = {"source": str(path), "tokenizer": tokenizer.fingerprint, "dtype": np.dtype(dtype).name,
+                 "content": digest.hexdigest()[:16], **counts}
+        (new / "meta.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 class Rows:

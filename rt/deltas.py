@@ -208,7 +208,7 @@ class Delta:
     def seq_len(self) -> int | None:
         """The longest text that it was learned on, where that is known."""
         config = self.info.get("config")
-        return config.get("seq_len") if isinstance(config, dict) and isinstance(config.get("seq_len"), int) else None
+        return config.get("seq_len") if isinstance(config, dict) and is_whole(config.get("seq_len"), 8) else None
 
     @property
     def num_outputs(self) -> int:

@@ -14,7 +14,7 @@ JSON_BYTES = 100 * 2**20        # of a JSON file of ours or of a tokenizer: rows
 LINE_BYTES = 16 * 2**20         # of a line of text: a document of some 3 million tokens
 HEADER_BYTES = 16 * 2**20       # of a safetensors file's header: some 100,000 tensors
 # what reading JSON of another shape than it should have raises, where the shape is not checked field by field
-MISSHAPEN = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
+MISSHAPEN = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError, StopIteration)
 BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32,
         "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64}
 

@@ -117,21 +117,28 @@ def load_tokenizer(path: Path) -> Tokenizer:
     try:
         facts = _facts(path / "tokenizer_config.json")
         if file.is_file():
-            return Tokenizer(_as_configured(tokenizers.Tokenizer.from_file(str(file)), facts), str(file))
+            return _rereadable(_as_configured(tokenizers.Tokenizer.from_file(str(file)), facts), file)
         if vocab.is_file() and merges.is_file():
             file, backend = vocab, _byte_level(models.BPE.from_file(str(vocab), str(merges)))
             backend.add_special_tokens(_special_tokens())
-            return Tokenizer(_with_added(_as_configured(backend, facts), path, facts), str(vocab))
+            return _rereadable(_with_added(_as_configured(backend, facts), path, facts), vocab)
         of_bert = str(facts.get("tokenizer_class", "BertTokenizer")).startswith("BertTokenizer")
         if words.is_file() and of_bert and "word_tokenizer_type" not in facts:      # which Japanese ones have
             file, backend = words, _wordpiece(words)
-            return Tokenizer(_with_added(_as_configured(backend, facts), path, facts), str(words))
+            return _rereadable(_with_added(_as_configured(backend, facts), path, facts), words)
     except (UsageError, KeyboardInterrupt):
         raise
     except BaseException as error:  # tokenizers raises bare Exception for what it cannot read, or panics, which is no Exception
         raise UsageError(f"{file}: not a tokenizer file ({error})") from None
     raise UsageError(f"{path}: no tokenizer there; expected tokenizer.json, or vocab.json with merges.txt, or BERT's vocab.txt "
                      "(transformers' AutoTokenizer.from_pretrained and save_pretrained make a tokenizer.json of others)")
+
+
+def _rereadable(backend: tokenizers.Tokenizer, source: Path) -> Tokenizer:
+    """The Tokenizer, if what a base would keep of it can be read again: merges may need tokens that the vocabulary lacks."""
+    found = Tokenizer(backend, str(source))     # which bounds the ids first: to_str() takes memory for the largest
+    tokenizers.Tokenizer.from_str(backend.to_str())
+    return found
 
 
 def _facts(path: Path) -> dict:
