@@ -38,7 +38,7 @@ from rt.tasks import encode, load_task, read_examples
 from rt.tokenizer import load_tokenizer
 from rt.tune import encode_task
 
-MUTATED, LONG_MUTATED = 32, 650         # cases a target, in CI and in the long run
+MUTATED, LONG_MUTATED = 24, 650         # cases a target, in CI and in the long run
 EXAMPLES, LONG_EXAMPLES = 30, 400       # of each that hypothesis makes
 SECONDS, MEGABYTES = 10, 1024           # that a case may take
 PIECES = [b"\0", b"\xff\xfe", b"\xef\xbb\xbf", "\u2028".encode(), b"\xed\xa0\x80", b"\r\n", b"\r", b"\n", b'"', b"\\",
