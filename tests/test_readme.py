@@ -161,7 +161,8 @@ def test_flags_and_functions_that_the_pages_name_are_there():
     import recycle
     import train
     from bench import cell
-    known = {name for script in (train, recycle, analyze, cell) for name in vars(parse(script.Config, []))}
+    from rt import inspect
+    known = {name for script in (train, recycle, analyze, cell, inspect) for name in vars(parse(script.Config, []))}
     for page in PAGES[:1]:
         for words in (w for _, marker, language, code in blocks() if language == "sh" and not marker.startswith("run by")
                       for w in commands(code)):
