@@ -1,4 +1,4 @@
-"""What is true of an outdated delta? The paper's studies (METHOD: studies 1 to 4), as rows, a table and figures.
+"""What is true of an outdated delta? The paper's studies (README, The method: 1 to 4), as rows, a table and figures.
 
     python analyze.py --study connectivity                      # on the demo lineage; builds what is missing
     python analyze.py --study compatibility --bases runs/mine/M0,runs/mine/M1,runs/mine/M2 --tasks my_task --seeds 0,1,2
@@ -25,11 +25,11 @@ import torch
 from data.sources import task_path
 from rt import figures, paths, similarity
 from rt.checkpoint import Base, StaleDelta
-from rt.config import UsageError, parse, record, require_positive, require_seeds, run
-from rt.deltas import KINDS, Delta, apply, check_fits, load_delta
+from rt.config import UsageError, parse, record, require_positive, require_seeds, require_seq_len, run
+from rt.deltas import KINDS, Delta, apply, check_fits
 from rt.device import pick_device, pick_precision
 from rt.functional import weights_of
-from rt.hub import open_base
+from rt.hub import open_base, open_delta, place_of_delta
 from rt.log import FIGURES, claim, progress, read_rows, table, write_json
 from rt.model import Classifier
 from rt.tasks import Example, Task, encode, load_task
@@ -71,6 +71,7 @@ def main() -> None:
         raise UsageError(f"--delta {c.delta}: not one of {', '.join(KINDS)}")
     require_positive(c, "bases", "tasks", "points", "curve_steps", "curve_lr", "max_examples", "tune_steps", "batch_size", "seq_len")
     require_seeds(*c.seeds)
+    require_seq_len(c.seq_len)
     if c.points < 2 or len(c.bases) + bool(c.independent) < 2:
         raise UsageError(f"--points {c.points} and --bases {','.join(c.bases)}: a study needs two points and two bases at least")
     if c.deltas and (len(c.deltas) != len(c.bases) + bool(c.independent) or len(c.tasks) * len(c.seeds) > 1):
@@ -165,7 +166,7 @@ def open_lab(c: Config) -> Lab:
     lab = Lab(c, folders, bases, data, {}, [], where)
     for entry, task in zip(c.tasks, tasks):
         for key, folder in delta_folders(c, folders, entry, task).items():
-            lab.deltas[key] = open_delta(folder, bases[key[0]], task, c.delta)
+            lab.deltas[key] = checked_delta(folder, bases[key[0]], task, c.delta)
             facts = lab.deltas[key].info
             lab.about.append({"base": key[0], "task": key[1], "seed": key[2], "folder": str(folder), "step": facts.get("step"),
                               "dev": facts.get("dev"), "test": facts.get("test")})
@@ -177,8 +178,9 @@ def sizes(base: Base) -> dict:
     return {k: v for k, v in asdict(base.encoder.config).items() if "dropout" not in k} | {"vocabulary": base.tokenizer.vocabulary}
 
 
-def open_delta(folder: Path, base: Base, task: Task, kind: str) -> Delta:
-    delta = load_delta(folder)
+def checked_delta(folder: Path, base: Base, task: Task, kind: str) -> Delta:
+    """UsageError unless the delta in `folder` is of this kind, task and base."""
+    delta = open_delta(str(folder), base).ordered(task.labels)
     if delta.config.kind != kind:
         raise UsageError(f"{folder}: is a delta of kind {delta.config.kind}, and what is asked for is --delta {kind}")
     if delta.labels != task.labels:
@@ -196,9 +198,7 @@ def delta_folders(c: Config, folders: dict[str, str], entry: str, task: Task) ->
         return {(name, task.name, c.seeds[0]): Path(folder) for name, folder in zip(folders, c.deltas)}
 
     def place(name: str, seed: int, steps: str) -> Path:
-        base = Path(folders[name])
-        home = base.parent if base.exists() else Path("runs")       # a hub id has no place beside it
-        return home / "deltas" / f"{base.name}-{task.name}-{c.delta}{steps}-s{seed}"
+        return place_of_delta(folders[name], task.name, c.delta, steps, seed)
 
     keys = [(name, seed) for name in folders for seed in c.seeds]
     if all((place(*key, "") / "delta.json").exists() for key in keys):

@@ -8,7 +8,7 @@
     python recycle.py --mode all --delta adapter --sweep "seed=0,1,2 alpha=.7,.9 beta=0,1,10 T=5,10"    # the best of each mode by dev
 
 Modes: scratch (the baseline), apply, init, distill, init+distill, project; several with commas, or all. Every run leaves its curve in
-metrics.jsonl and a row in summary.json under --out, and its delta under --out/deltas.
+metrics.jsonl and a row in summary.json under --out, and its delta under --out/deltas (of a sweep: all three in a folder there).
 """
 import subprocess
 import sys
@@ -19,22 +19,22 @@ from statistics import mean
 from typing import Iterator
 
 from data.sources import task_path
-from rt.book import Book, Run, belongs, is_complete, keep_run, origin_of
+from rt.book import Book, Run, best_delta, is_complete, keep_run, origin_of
 from rt.checkpoint import Base
-from rt.config import UsageError, parse, record, require_positive, require_seeds, run
+from rt.config import UsageError, parse, record, require_not_negative, require_positive, require_seeds, require_seq_len, require_share, run
 from rt.deltas import Delta, DeltaConfig, apply, load_delta
 from rt.device import make_deterministic, pick_precision
 from rt.dist import Ranks, environment_alone, join
 from rt.folders import locked
 from rt.graphs import check_graphs
-from rt.hub import beside, open_base, open_delta
+from rt.hub import NAMING, open_base, open_delta, place_of_delta
 from rt.log import FIGURES, claim, progress, read_json, table, write_json
 from rt.project import GRANULARITIES, check_sources, learn_projection
 from rt.recycling import MODES, NEEDS_TEACHER, Recycling, can_go_together, chain, check, new_delta, recycle, recycle_together, teacher_of
 from rt.summary import add_steps_to_scratch, by_settings, chosen, spread, steps_of
 from rt.sweep import expand, groups, swept
 from rt.tasks import Task, few_shot, load_task
-from rt.tune import TaskData, TuneResult, TuneSettings, encode_task, evaluate
+from rt.tune import TaskData, TuneResult, TuneSettings, encode_task, evaluate, say_changed, say_truncated
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Config:
     """python recycle.py --mode scratch|apply|init|distill|init+distill|project|all [--flag value ...]"""
     mode: str = "all"  # one mode, several with commas, or all (project only with --source_task)
     old_base: str = "runs/demo/M0"  # M_i: the base the old delta was learned on
-    old_delta: str | None = None  # the outdated delta, or a tuned Hugging Face or PEFT folder; default: beside the old base, else tuned
+    old_delta: str | None = None  # the outdated delta, ours, Hugging Face's or PEFT's: folder or hub id; default: tuned if missing
     base: str = "runs/demo/M1"  # M_{i+1}: the upgraded base
     chain: tuple[str, ...] = ()  # instead of --base: the bases after --old_base, in order; deltas recycled again against Delta_0 each time
     task: str = "math"  # embedded domain, or a folder with train, dev and test
@@ -58,7 +58,7 @@ class Config:
     public_code: bool = False  # KD divided by the number of labels, patience halved, as in the paper's code
     steps: int = 50  # optimizer steps
     batch_size: int = 16  # sequences a step
-    lr: tuple[float, ...] = ()  # peak learning rate; of several, each mode keeps the best on dev; default: LR in this file
+    lr: tuple[float, ...] = ()  # peak learning rate; of several, each mode keeps the best on dev; default: that of the demo's mini bases
     warmup: float = 0.06  # share of the steps
     weight_decay: float = 0.01  # on matrices only
     eval_every: int = 10  # steps between scores on dev
@@ -104,23 +104,29 @@ def main() -> None:
     if c.deterministic:
         make_deterministic()
     ranks = join(c.device)
+    ranks.agree({f"--{k}": v for k, v in record(c).items()})
     check_graphs(c.graphs, replace(ranks, world=1))     # of a sweep's ranks each captures its own
     if ranks.world > 1 and not c.sweep:
         raise UsageError("several processes share the runs of a --sweep; without one, start this script without torchrun")
     task, *source_tasks = ranks.main_first(lambda: [load_task(task_path(name, c.cache)) for name in (c.task, *c.source_task)])
+    ranks.agree({f"task {each.name}": each.hash for each in (task, *source_tasks)})
     c.old_delta, c.source_delta = ranks.from_main(lambda: build_missing(c, task, source_tasks))
     old_base = open_base(c.old_base).to(ranks.device)
-    old_delta = open_delta(c.old_delta, old_base).ordered(task.labels)
+    old_delta = open_delta(str(best_delta(c.old_delta, old_base.fingerprint)), old_base).ordered(task.labels)
     c = like(c, old_delta) if c.delta == "same" else c
     bases = {name: open_base(name).to(ranks.device) for name in c.chain or (c.base,)}
     base = next(iter(bases.values()))
     modes = possible(c, modes, task, old_delta)
+    if ranks.is_main:
+        say_changed(old_delta.info, task)
     out = Path(c.out or default_out(c, task))
     sources = [(open_delta(folder, old_base).ordered(t.labels), encode_task(t, base.tokenizer, c.seq_len))
                for folder, t in zip(c.source_delta, source_tasks)]
     r = Recycling(old_base, old_delta, base, encode_task(task, base.tokenizer, c.seq_len), delta_config(c), tune_settings(c, 0, 0.0),
                   c.alpha, c.beta, c.T, c.public_code, ranks.device, pick_precision(c.precision, ranks.device), gamma=c.gamma,
                   att_layers=c.att_layers, itp=c.itp)
+    if ranks.is_main:
+        say_truncated(*r.data.truncated(), c.seq_len, sys.stderr)
     for each in bases.values():
         each.require_length(c.seq_len)
         for mode in modes:
@@ -143,7 +149,7 @@ def like(c: Config, old: Delta) -> Config:
 
 def one_after_another(c: Config, r: Recycling, task: Task, modes: list[str], bases: dict[str, Base],
                       sources: list[tuple[Delta, TaskData]], out: Path) -> None:
-    book = Book(c, sys.argv, out, task, planned(c, modes))
+    book = Book(c, sys.argv, out, task, planned(c, modes), {name: origin_of(replace(r, base=base)) for name, base in bases.items()})
     for seed in c.seeds:
         r = sample(c, r, task, seed)
         for mode, lr in ((mode, lr) for mode in modes for lr in learning_rates(c, mode)):
@@ -152,7 +158,7 @@ def one_after_another(c: Config, r: Recycling, task: Task, modes: list[str], bas
                 run_chain(c, r, bases, Run(c, mode, seed, lr), book)
             else:
                 run_one(r, sources, Run(c, mode, seed, lr), book)
-    print(report_chain(book.rows, modes, c) if c.chain else report(book.rows, modes, c))
+    print(report_chain(book.rows, modes, c) if c.chain else report(book.belonging(c), modes, c))
     print(f"rows in {out / 'summary.json'}, curves in {out / 'metrics.jsonl'}")
 
 
@@ -170,8 +176,9 @@ def checked_modes(c: Config) -> list[str]:
     require_positive(c, "steps", "batch_size", "eval_every", "seq_len", "shots", "T", "lr", "bottleneck", "r", "prefix_len", "rank",
                      "project_steps")
     require_seeds(*c.seeds)
-    if not 0 <= c.alpha <= 1 or min(c.beta, c.gamma) < 0:
-        raise UsageError(f"--alpha {c.alpha} must lie between 0 and 1, --beta {c.beta} and --gamma {c.gamma} must not be negative")
+    require_seq_len(c.seq_len)
+    require_share(c, "alpha", "warmup")
+    require_not_negative(c, "beta", "gamma", "weight_decay", "side_by_side", "early_stop")
     for name, value, allowed in (("att_layers", c.att_layers, ("last", "all")), ("granularity", c.granularity, GRANULARITIES)):
         if value not in allowed:
             raise UsageError(f"--{name} {value}: not one of {', '.join(allowed)}")
@@ -187,8 +194,6 @@ def checked_modes(c: Config) -> list[str]:
     if c.graphs and (c.itp or c.gamma):
         raise UsageError("--graphs repeats a step as it was captured: not with --itp, whose points are drawn anew, nor with --gamma, which "
                          "would count the tokens that fill a batch up")
-    if c.side_by_side < 0 or c.early_stop < 0:
-        raise UsageError(f"--side_by_side {c.side_by_side} and --early_stop {c.early_stop} must not be negative")
     line = [str(Path(name)) for name in (c.old_base, *c.chain)]
     if c.chain and (c.base != Config.base or len({*line}) < len(line)):
         raise UsageError(f"--chain {','.join(c.chain)}: the bases after --old_base {c.old_base} in order, each once, in place of --base")
@@ -217,7 +222,8 @@ def possible(c: Config, modes: list[str], task: Task, old: Delta) -> list[str]:
     print(f"{task.name} ({what}, {few}), {c.delta}: {c.old_base} + {c.old_delta} -> {' -> '.join(c.chain or (c.base,))}")
     if old.labels == task.labels:
         return modes
-    print(f"the old delta was learned on {old.info['task']}, with other labels: init keeps the delta and starts a fresh head")
+    print(f"the old delta was learned on {old.info['task']}, with other labels: init keeps the delta and starts a fresh head"
+          + (f" (if its {', '.join(old.labels[:4])} are those of the task: {NAMING})" if len(old.labels) == len(task.labels) else ""))
     return ["scratch", "init"] if c.mode == "all" else modes
 
 
@@ -330,26 +336,23 @@ def finish_sweep(c: Config, r: Recycling, task: Task, modes: list[str], names: l
 
 
 def build_missing(c: Config, task: Task, source_tasks: list[Task]) -> tuple[str, tuple[str, ...]]:
-    """Make the demo lineage, the old delta and those of the source tasks with train.py where they are missing; the deltas' folders."""
+    """Make the demo lineage with train.py where it is missing, and those deltas that no flag names; the folders of all deltas."""
     demo = Path(Config.base).parent
     if any(not path.exists() and path.parent == demo for path in map(Path, (*(c.chain or (c.base,)), c.old_base))):
         unfinished = ["--resume"] if (demo / "config.json").exists() else []
         train("the demo lineage M0, M1, M2 (about 4 minutes on 2 cores)", "--out", str(demo), *machine(c), *unfinished)
-    old_delta = c.old_delta or default_delta(c, task)       # beside the old base, which is there by now
-    source_delta = c.source_delta or tuple(default_delta(c, t) for t in source_tasks)
-    for what, name, folder in (("old", c.task, old_delta), *(("source", *source) for source in zip(c.source_task, source_delta))):
-        if not any((Path(folder) / name).exists() for name in ("delta.json", "config.json", "adapter_config.json")):
-            if c.delta == "same":
-                raise UsageError(f"{folder}: no delta there that --delta same could be as")
-            sizes = ("bottleneck", "r", "lora_alpha", "prefix_len", "seq_len", "delta", "old_base")
-            flags = [text for size in sizes for text in ("--" + size.replace("old_", ""), str(getattr(c, size)))]
-            train(f"the {what} delta {folder} (under a minute for mini on 2 cores)", "--mode", "tune", "--out", folder, *flags,
-                  "--task", name, "--target_modules", ",".join(c.target_modules), *machine(c))
-    return old_delta, source_delta
+    return c.old_delta or tuned(c, c.task, task), c.source_delta or tuple(tuned(c, *source) for source in zip(c.source_task, source_tasks))
 
 
-def default_delta(c: Config, task: Task) -> str:
-    return str(beside(c.old_base) / "deltas" / f"{Path(c.old_base).name}-{task.name}-{c.delta}-s0")
+def tuned(c: Config, name: str, task: Task) -> str:
+    """Where the delta of the old base for a task is, beside the base; made by train.py where it is not."""
+    folder = place_of_delta(c.old_base, task.name, c.delta)
+    if not (folder / "delta.json").exists():
+        flags = {"base": c.old_base, "task": name, "out": folder, "target_modules": ",".join(c.target_modules)}
+        flags |= {size: getattr(c, size) for size in ("delta", "seq_len", "bottleneck", "r", "lora_alpha", "prefix_len")}
+        train(f"the old delta {folder} (under a minute for mini on 2 cores)", "--mode", "tune", *machine(c),
+              *(text for flag, value in flags.items() for text in (f"--{flag}", str(value))))
+    return str(folder)
 
 
 def machine(c: Config) -> tuple[str, ...]:
@@ -374,7 +377,7 @@ def tune_settings(c: Config, seed: int, lr: float) -> TuneSettings:
 
 def report(rows: list[dict], modes: list[str], c: Config) -> str:
     """One line a mode: test over this call's seeds, steps to scratch's best dev, seconds."""
-    rows = [row for row in rows if belongs(row, c) and row["seed"] in c.seeds]
+    rows = [row for row in rows if row["seed"] in c.seeds]
     lines = []
     for mode in modes:
         group = chosen([row for row in rows if row["lr"] in learning_rates(c, mode)], mode)

@@ -20,7 +20,7 @@ setup(
         "safetensors>=0.4",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.5,<1", "transformers>=4.50", "matplotlib>=3.8"],
+        "test": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6", "ruff>=0.5,<1", "transformers>=4.50", "matplotlib>=3.8"],
         "plot": ["matplotlib>=3.8"],
         "bench": ["transformers>=4.50", "peft>=0.14", "liger-kernel>=0.6; platform_system == 'Linux'"],
     },

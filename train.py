@@ -14,12 +14,11 @@ checkpoint, a Hugging Face folder or a hub id instead, whose upgrade is then the
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TextIO
 
 from data.sources import corpus_path, task_path
 from rt.book import best_delta
 from rt.checkpoint import Base, save_base
-from rt.config import UsageError, parse, record, require_positive, require_seeds, run
+from rt.config import UsageError, parse, record, require_not_negative, require_positive, require_seeds, require_seq_len, require_share, run
 from rt.data import STDIN, Rows, build_corpus, split_documents
 from rt.deltas import Delta, DeltaConfig, apply, attach, delta_folder, extract, save_delta, write_delta
 from rt.device import derive_seed, make_deterministic, pick_device, pick_precision
@@ -28,18 +27,18 @@ from rt.distill import Loss
 from rt.folders import locked
 from rt.graphs import check_graphs
 from rt.hf import export_hf
-from rt.hub import beside, open_base, open_delta
+from rt.hub import NAMING, open_base, open_delta, place_of_delta
 from rt.log import Log, read_json, write_json
 from rt.model import PRESETS, Classifier, EncoderConfig, MaskedLM, new_masked_lm, set_dropout
 from rt.peft import export_peft
 from rt.predict import answers, check_out, write_answers
 from rt.pretrain import PretrainSettings, Stage, evaluate_mlm
 from rt.signals import Interrupted, Stop
-from rt.stream import forget_last, has_work, is_done_again, sample_of
+from rt.stream import check_content, forget_last, has_work, is_done_again, sample_of
 from rt.summary import forgetting_table
 from rt.tasks import few_shot, load_task, read_examples
 from rt.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from rt.tune import TuneSettings, encode_task, evaluate, shown, tune
+from rt.tune import TuneSettings, encode_task, evaluate, say_changed, say_truncated, shown, tune
 
 
 @dataclass
@@ -61,7 +60,7 @@ class Config:
     steps: tuple[int, ...] = (600, 500, 350)  # optimizer steps of each stage; the last number serves all further ones
     batch_tokens: int = 1024  # tokens an optimizer step, all ranks and accumulation together
     accumulation: int = 1  # parts in which each rank computes its share of a batch
-    seq_len: int = 128  # longest sequence in tokens, <s> and </s> counted (tune: of a text)
+    seq_len: int | None = None  # longest sequence or text in tokens, <s> and </s> counted; default 128, to eval and predict the delta's own
     mask_rate: float = 0.3  # share of tokens predicted; RoBERTa: 0.15, but more learns faster (Wettig et al., 2023)
     lr: float | None = None  # peak learning rate; default 1e-3 to pretrain, by kind of delta to tune
     warmup: float = 0.1  # share of the steps with rising learning rate, anew in every stage
@@ -100,6 +99,7 @@ class Config:
 NOT_SETTINGS = ("resume", "stop_after", "save_every", "cache", "device", "out", "accumulation", "compile", "graphs", "zero",
                 "log_every", "deterministic")     # may differ when a run is resumed
 HELDOUT_MASK_RATE = 0.15    # whatever --mask_rate is, so that held-out losses compare
+SEQ_LEN = 128
 PRETRAIN_LR = 1e-3
 TUNE_LR = {"full": 5e-4, "adapter": 5e-3, "lora": 5e-3, "bitfit": 5e-3, "prefix": 1e-2}     # of the mini preset
 
@@ -113,12 +113,17 @@ def main() -> None:
     if launched() > 1 and config.mode != "pretrain":
         raise UsageError(f"--mode {config.mode} is for one process: leave torchrun out")
     require_positive(config, "steps", "batch_tokens", "accumulation", "seq_len", "vocab_size", "save_every", "tune_steps",
-                     "batch_size", "eval_every", "shots", "bottleneck", "r", "prefix_len", "mask_rate", "lr", "stream", "log_every")
+                     "batch_size", "eval_every", "shots", "bottleneck", "r", "prefix_len", "mask_rate", "lr", "stream", "log_every",
+                     "stop_after")
+    require_share(config, "warmup", "mask_rate")
     require_seeds(config.seed)
     if not 0 <= config.dropout < 1:
         raise UsageError(f"--dropout {config.dropout}: must be at least 0 and below 1")
-    if config.seq_len < 8:
-        raise UsageError(f"--seq_len {config.seq_len}: must be 8 or more")
+    require_not_negative(config, "weight_decay", "snapshots")
+    if config.mode not in ("eval", "predict"):
+        config.seq_len = config.seq_len or SEQ_LEN
+    if config.seq_len:
+        require_seq_len(config.seq_len)
     if config.deterministic:
         make_deterministic()
     modes[config.mode](config)
@@ -131,6 +136,7 @@ def pretrain_stream(c: Config) -> None:
     if c.zero and launched() == 1:
         raise UsageError("--zero shares the optimizer's state out among ranks, and there is one: start several with torchrun")
     ranks = join(c.device)
+    ranks.agree({f"--{k}": v for k, v in record(c).items()})
     check_graphs(c.graphs, ranks)
     out = Path(c.out or "runs/demo")
     with locked(out, ranks.from_main):
@@ -150,7 +156,7 @@ def train_stages(c: Config, out: Path, ranks: Ranks) -> Interrupted | None:
         return None
     model, tokenizer, about, training, heldout = prepare_stream(c, out, ranks)
     if ranks.is_main:
-        write_json(out / "config.json", settings)
+        write_json(out / "config.json", settings | {"content": about.pop("content")})
         tokenizer.save(out)
     log = Log(out, keep=lambda row: c.resume and not is_done_again(row, out), writes=ranks.is_main)
     stages, allowance = [], c.stop_after or sys.maxsize
@@ -216,9 +222,13 @@ def prepare_stream(c: Config, out: Path, ranks: Ranks) -> tuple[MaskedLM, Tokeni
                 for i, (name, parts) in enumerate(corpora.items(), about["number"] + 1)}
     for rows in training.values():
         rows.check_batch(c.batch_tokens, ranks.world * c.accumulation)
+    content = {"tokenizer": tokenizer.fingerprint, "--init": about["parent"],
+               **{f"corpus {name}": parts["train"].content for name, parts in corpora.items()}}
+    ranks.agree(content)
+    ranks.from_main(lambda: check_content(out, content))
     heldout = {name: Rows(parts["heldout"], tokenizer, seq_len=c.seq_len, mask_rate=HELDOUT_MASK_RATE, seed=0, sequences=1)
                for name, parts in corpora.items()}
-    return model, tokenizer, about, training, heldout
+    return model, tokenizer, about | {"content": content}, training, heldout
 
 
 def domain_name(entry: str) -> str:
@@ -280,17 +290,18 @@ def tune_delta(c: Config) -> None:
     where = {"device": device, "precision": pick_precision(c.precision, device)}
     base, task, config = open_base(c.base).to(device), load_task(task_path(c.task, c.cache)), delta_config(c)
     base.require_length(c.seq_len)
+    about = {"task": task.name, "task_hash": task.hash, "labels": list(task.labels), "shots": c.shots, "seed": c.seed}
     if c.shots:
         task = few_shot(task, c.shots, c.seed)
     encoded = encode_task(task, base.tokenizer, c.seq_len)
     few = f"-k{c.shots}" if c.shots else ""
-    out = Path(c.out or beside(c.base) / "deltas" / f"{Path(c.base).name}-{task.name}-{c.delta}{few}-s{c.seed}")
+    out = Path(c.out or place_of_delta(c.base, task.name, c.delta, few, c.seed))
     say_truncated(*encoded.truncated(), c.seq_len)
     model = attach(base, config, encoded.num_outputs, c.seed)
     check_graphs(c.graphs, Ranks(device))
     settings = TuneSettings(c.tune_steps, c.batch_size, c.lr or TUNE_LR[c.delta], c.eval_every, c.seed,
                             c.weight_decay, c.warmup, graphs=c.graphs)
-    about = {"task": task.name, "labels": list(task.labels), "shots": c.shots, "seed": c.seed, "config": record(c), "argv": sys.argv}
+    about |= {"config": record(c), "argv": sys.argv}
     with locked(out), delta_folder(out, sum(p.nbytes for p in model.parameters() if p.requires_grad)) as new:
         log = Log(new)
         result = tune(model, encoded, Loss(task.is_regression), settings, **where, on_eval=lambda row: log.row(**row),
@@ -302,11 +313,6 @@ def tune_delta(c: Config) -> None:
           f"{result.seconds:.0f} s; delta in {out}")
 
 
-def say_truncated(truncated: int, count: int, seq_len: int, file: TextIO | None = None) -> None:
-    if truncated:
-        print(f"{truncated} of {count} texts are longer than --seq_len {seq_len} and were cut", file=file)
-
-
 def open_tuned(c: Config, labels: tuple[str, ...] = ()) -> tuple[Base, Delta, Classifier, dict]:
     """(base, delta, base + delta, where to compute) of --base and --delta_dir, the delta's outputs in the order of `labels` where these
     are its own; StaleDelta where base and delta do not belong together."""
@@ -314,6 +320,7 @@ def open_tuned(c: Config, labels: tuple[str, ...] = ()) -> tuple[Base, Delta, Cl
     device = pick_device(c.device)
     base = open_base(c.base).to(device)
     delta = chosen_delta(c, base).ordered(labels)
+    c.seq_len = c.seq_len or delta.seq_len or min(SEQ_LEN, base.encoder.config.max_len)
     base.require_length(c.seq_len)
     where = {"device": device, "precision": pick_precision(c.precision, device)}
     return base, delta, apply(base, delta), where
@@ -321,7 +328,7 @@ def open_tuned(c: Config, labels: tuple[str, ...] = ()) -> tuple[Base, Delta, Cl
 
 def chosen_delta(c: Config, base: Base) -> Delta:
     """--delta_dir, or of a folder of recycle.py's runs the best."""
-    folder = best_delta(c.delta_dir)
+    folder = best_delta(c.delta_dir, base.fingerprint)
     if folder != Path(c.delta_dir):
         print(f"best on dev of {c.delta_dir}: {folder.name}", file=sys.stderr)
     return open_delta(str(folder), base)
@@ -333,9 +340,11 @@ def eval_delta(c: Config) -> None:
     task = load_task(task_path(c.task, c.cache))
     base, delta, model, where = open_tuned(c, task.labels)
     if task.labels != delta.labels:
-        raise UsageError(f"{c.delta_dir} tells apart {', '.join(delta.labels[:6])}, but {c.task} has the labels "
-                         f"{', '.join(task.labels[:6])}")
+        raise UsageError(f"{c.delta_dir} has the labels {', '.join(delta.labels[:6]) or 'of a regression'}, but {c.task} "
+                         f"{', '.join(task.labels[:6]) or 'those of a regression'}: if they are the same under other names, {NAMING}")
+    say_changed(delta.info, task)
     encoded = encode_task(task, base.tokenizer, c.seq_len)
+    say_truncated(*encoded.truncated(), c.seq_len, sys.stderr)
     print(f"{task.name}: dev {shown(evaluate(model, encoded.dev, **where))}; "
           f"test {shown(evaluate(model, encoded.test, **where))}")
 

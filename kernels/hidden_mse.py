@@ -80,7 +80,7 @@ _hidden_mse.register_autograd(lambda ctx, up: (_hidden_mse_backward(up, *ctx.sav
 
 
 def hidden_mse(student: Tensor, teacher: Tensor, rows: Tensor | None = None) -> Tensor:
-    """Mean squared error between hidden rows, per example, over all layers and the width (METHOD: patience).
+    """Mean squared error between hidden rows, per example, over all layers and the width: the patience term (Sun et al., 2019).
 
     student    (B, L, d)
     teacher    (n, L, d), a cache of which example b is compared with row `rows[b]`; no gradient reaches it

@@ -10,6 +10,7 @@ import torch
 from rt.config import UsageError, record
 from rt.deltas import Delta, save_delta
 from rt.log import FIGURES, Log, claim, read_json, write_json, write_whole
+from rt.outside import MISSHAPEN
 from rt.recycling import NEEDS_TEACHER, TRAINED, Recycling
 from rt.summary import add_steps_to_scratch
 from rt.tasks import Task
@@ -32,7 +33,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Equal for equal runs: mode, seed, and a hash of all that they depend on."""
+        """Equal for equal runs: mode, seed, and a hash of the flags that they depend on; for what these name by path see `origin_of`."""
         content = json.dumps([self.settings, self.lr], sort_keys=True)
         return f"{self.mode}-s{self.seed}-{hashlib.sha256(content.encode()).hexdigest()[:6]}"
 
@@ -77,10 +78,10 @@ def row_of(run: Run, task: Task, result: TuneResult) -> dict:
 class Book:
     """metrics.jsonl, summary.json and deltas/ of the output folder. What other calls have left there stays, unless the same
     run (mode, seed, learning rate and settings) is done again: then it goes first, so that a killed call leaves rows of whole runs, and
-    none of two bases."""
+    none of two bases. `origins`: `origin_of` for each new base, by its name."""
 
-    def __init__(self, c: Any, argv: list[str], out: Path, task: Task, plan: list[Run]):
-        self.facts, self.c, self.out, self.task = {"config": record(c), "argv": argv}, c, out, task
+    def __init__(self, c: Any, argv: list[str], out: Path, task: Task, plan: list[Run], origins: dict[str, list[str]]):
+        self.facts, self.c, self.out, self.task, self.origins = {"config": record(c), "argv": argv}, c, out, task, origins
         claim(out, {"metrics.jsonl", "summary.json", "deltas", FIGURES})
         again = {run.name for run in plan}
         before = read_json(out / "summary.json")["rows"] if (out / "summary.json").exists() else []
@@ -96,46 +97,66 @@ class Book:
 
     def enter(self, run: Run, result: TuneResult, delta: Delta, about: dict) -> None:
         """Write a finished run: its delta, and its row in the summary, to which `about` is added."""
-        c, row = run.c, row_of(run, self.task, result)
+        c, row = run.c, row_of(run, self.task, result) | {"origin": self.origins[run.c.base]}
         if c.save_deltas:
             keep_delta(self.out, row, self.task, delta, self.facts)
         self.log.sync()
         self.rows.append({**row, **about})
-        add_steps_to_scratch([row for row in self.rows if belongs(row, c)])
+        add_steps_to_scratch(self.belonging(c))
         write_json(self.out / "summary.json", {"rows": self.rows, **self.facts})
+
+
+    def belonging(self, c: Any) -> list[dict]:
+        """The rows with the settings of `c`, of this call or an earlier one, as long as old base, old delta and new base were the same."""
+        origin = self.origins[c.base]
+        return [row for row in self.rows if is_same(row.get("origin", origin), origin) and belongs(row, c)]
 
 
 def keep_delta(out: Path, row: dict, task: Task, delta: Delta, about: dict) -> None:
     """OUT/deltas/RUN, with the row's facts and `about` in it."""
     facts = {k: row[k] for k in ("task", "shots", "seed", "mode", "lr", "dev", "test") if row[k] != {}}
-    info = {**facts, "labels": list(task.labels), **about, **delta.info}
+    info = {**facts, "labels": list(task.labels), "task_hash": task.hash, **about, **delta.info}
     save_delta(out / "deltas" / row["run"], replace(delta, info=info))
 
 
-def best_delta(folder: str | Path) -> Path:
-    """`folder`, or where it is what recycle.py left, in it the delta of the run that is best on dev."""
+def best_delta(folder: str | Path, base: str) -> Path:
+    """`folder`, or where it is what recycle.py left, in it the delta of the run that is best on dev: of a chain's, those for the base of
+    fingerprint `base`; of equal ones one that recycles."""
     folder = Path(folder)
     if (folder / "delta.json").exists() or not (folder / "deltas").is_dir():
         return folder
-    rows = [row for row in read_json(folder / "summary.json").get("rows", []) if (folder / "deltas" / row["run"] / "delta.json").exists()]
-    if not rows:
+    try:
+        rows = [row for row in read_json(folder / "summary.json").get("rows", [])
+                if Path(row["run"]).name == row["run"] != ".." and (folder / "deltas" / row["run"] / "delta.json").exists()]
+        fitting = [row for row in rows if read_json(folder / "deltas" / row["run"] / "delta.json")["info"]["base"] == base]
+        best = max(fitting or rows, key=lambda row: (score(row["dev"]), row["mode"] != "scratch"), default=None)
+    except UsageError:
+        raise
+    except MISSHAPEN as error:
+        raise UsageError(f"{folder / 'summary.json'}: its rows do not hold what they should ({type(error).__name__}: {error})") from None
+    if best is None:
         raise UsageError(f"{folder / 'summary.json'}: has no row of a run whose delta is still in {folder / 'deltas'}")
-    return folder / "deltas" / max(rows, key=lambda row: score(row["dev"]))["run"]
+    return folder / "deltas" / best["run"]
 
 
 def origin_of(r: Recycling) -> list[str]:
-    """What a run's settings name by path only: old base, new base and old delta, by content."""
+    """What a run's settings name by path only: old base, new base, old delta and task, by content."""
     digest = hashlib.sha256()
     for part in (r.old_delta.diffs, r.old_delta.modules, r.old_delta.head):
         for name, tensor in sorted(part.items()):
             digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return [r.old_base.fingerprint, r.base.fingerprint, digest.hexdigest()[:16]]
+    return [r.old_base.fingerprint, r.base.fingerprint, digest.hexdigest()[:16], r.data.hash]
 
 
 def is_complete(out: Path, run: str, origin: list[str]) -> bool:
     """Whether a sweep has left this run, of the same bases and old delta."""
     path = out / "deltas" / run / "summary.json"
-    return path.exists() and read_json(path).get("origin") == origin
+    return path.exists() and is_same(read_json(path).get("origin"), origin)
+
+
+def is_same(found: object, origin: list[str]) -> bool:
+    """Whether a row's origin is this one; rows from before that of the task was noted have one less."""
+    return isinstance(found, list) and len(found) >= len(origin) - 1 and found == origin[:len(found)]
 
 
 def keep_run(out: Path, argv: list[str], run: Run, task: Task, result: TuneResult, delta: Delta, curve: list[dict],

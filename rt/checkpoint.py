@@ -10,9 +10,11 @@ The fingerprint is a hash of the encoder's content: a delta carries that of the 
 """
 import hashlib
 import platform
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any, Callable
 
 import safetensors.torch
 import torch
@@ -23,6 +25,7 @@ from rt.config import UsageError
 from rt.folders import atomic_folder, check_seal, found, seal
 from rt.log import read_json
 from rt.model import Encoder, EncoderConfig, MaskedLM, MLMHead
+from rt.outside import header, is_number, is_whole
 from rt.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -86,12 +89,19 @@ def save_base(folder: Path, model: MaskedLM, tokenizer: Tokenizer, meta: dict,
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file; UsageError says which file is damaged."""
+    header(path)
     try:
         return safetensors.torch.load_file(path)
-    except FileNotFoundError:
-        raise UsageError(f"{path}: there is no such file") from None
     except Exception as error:  # SafetensorError, OSError: a damaged file
-        raise UsageError(f"{path}: not a readable safetensors file ({error})") from None
+        raise UsageError(f"{path}: not a readable safetensors file ({_reason(path, error)})") from None
+
+
+def _reason(file: Path, error: Exception) -> str:
+    """Why a file cannot be read; a Git LFS pointer is what a clone without LFS has in its place."""
+    with file.open("rb") as opened:
+        if opened.read(40).startswith(b"version https://git-lfs"):
+            return "it is a Git LFS pointer: git lfs pull fetches the file"
+    return str(error).partition(". ")[0].partition("\n")[0] or type(error).__name__
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -108,10 +118,51 @@ def read_file(file: Path) -> dict[str, Tensor]:
     """The tensors of one safetensors or, by any other ending, weights-only PyTorch file."""
     if file.suffix == ".safetensors":
         return read_tensors(file)
+    tensors = read_torch(file)
+    if not isinstance(tensors, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items()):
+        raise UsageError(f"{file}: holds something else than tensors by name")
+    return {k: v.clone() for k, v in tensors.items()}      # no longer of the file, which they are mapped from
+
+
+def read_torch(path: Path) -> Any:
+    """What torch.save wrote, of tensors, numbers, texts, lists and dicts. UsageError for all else, for what asks for code, and for tensors
+    or packed parts that are larger than the file."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            is_zip, size = file.read(2) == b"PK", path.stat().st_size
+        if is_zip:      # torch.save packs nothing; mapped, as a tensor that is read may claim more than there is
+            with zipfile.ZipFile(path) as parts:
+                if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()) or \
+                        sum(part.file_size for part in parts.infolist()) > size:
+                    raise ValueError("its parts are packed, or larger than the file")
+        value = torch.load(str(path), map_location="cpu", weights_only=True, mmap=is_zip)
+        check_plain(value, 4 * size)    # tied weights are there twice
+    except FileNotFoundError:
+        raise UsageError(f"{path}: there is no such file") from None
     except Exception as error:  # a pickle that asks for code is refused here as well
-        raise UsageError(f"{file}: not a weights-only PyTorch file ({str(error).splitlines()[0]})") from None
+        raise UsageError(f"{path}: not a weights-only PyTorch file ({_reason(path, error)})") from None
+    return value
+
+
+def check_plain(value: Any, most: int) -> None:
+    """ValueError unless `value` is made of dicts, lists, numbers, texts and dense tensors that have their memory, `most` bytes in all."""
+    todo, seen = [value], set()
+    while todo:
+        part = todo.pop()
+        if id(part) in seen:    # a file of a few bytes can name one list a billion times
+            continue
+        seen.add(id(part))
+        if isinstance(part, dict):
+            todo += [*part.keys(), *part.values()]
+        elif isinstance(part, (list, tuple)):
+            todo += part
+        elif isinstance(part, Tensor):
+            size = part.numel() * part.element_size()
+            most -= size
+            if part.layout != torch.strided or part.device.type != "cpu" or size > part.untyped_storage().nbytes() or most < 0:
+                raise ValueError("a tensor is not dense, or larger than what the file holds of it")
+        elif not isinstance(part, (str, int, float, type(None))):
+            raise ValueError(f"holds a {type(part).__name__}")
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
@@ -140,6 +191,61 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], source: Path | str)
         raise UsageError(f"{source}: the tensors do not fit the model: {first}") from None
 
 
+def check_encoder(config: EncoderConfig, source: Path | str) -> EncoderConfig:
+    """The same; UsageError names the first setting that no encoder can have."""
+    c = config
+    right = {name: is_whole(getattr(c, name), 1) for name in ("hidden_size", "num_layers", "ffn_size", "max_len", "vocab_size")}
+    tokens = c.vocab_size if right["vocab_size"] else 0
+    right |= {"num_heads": right["hidden_size"] and is_whole(c.num_heads, 1) and c.hidden_size % c.num_heads == 0,
+              "pad_id": is_whole(c.pad_id, 0, tokens - 1), "sep_id": c.sep_id is None or is_whole(c.sep_id, 0, tokens - 1),
+              "dropout": is_number(c.dropout, 0, 0.99), "attention_dropout": is_number(c.attention_dropout, 0, 0.99),
+              "layer_norm_eps": is_number(c.layer_norm_eps, 1e-20, 0.1), "model_type": isinstance(c.model_type, str)}
+    for name, is_right in right.items():
+        if not is_right:
+            raise UsageError(f"{source}: {name} {getattr(c, name)!r} is not what an encoder can have"
+                             + (f" whose hidden_size is {c.hidden_size!r}" if name == "num_heads" else ""))
+    return config
+
+
+def check_sizes(base: Base, theirs: EncoderConfig, what: str) -> None:
+    """UsageError unless `theirs`, the encoder of `what`, has the tensors of the base's and the same function of them."""
+    mine = base.encoder.config
+    for name in ("is_bert", *(f.name for f in fields(mine) if "dropout" not in f.name and f.name != "model_type")):
+        if getattr(mine, name) != getattr(theirs, name):
+            raise UsageError(f"{what} an encoder of other sizes: {name} {getattr(theirs, name)}, the base has {getattr(mine, name)}")
+
+
+def check_head(head: dict[str, Tensor], d: int, source: Path | str) -> None:
+    """UsageError unless these are the tensors of a ClassificationHead of width `d`."""
+    n = len(head["out.bias"]) if "out.bias" in head and head["out.bias"].dim() else 0
+    right = {"dense.weight": (d, d), "dense.bias": (d,), "out.weight": (n, d), "out.bias": (n,)}
+    wrong = next((k for k in {**right, **head} if k not in head or tuple(head[k].shape) != right.get(k) or
+                  not head[k].is_floating_point()), None) if n else "out.bias"
+    if wrong:
+        raise UsageError(f"{source}: {wrong} is not that of a head for sequence classification of width {d}")
+
+
+def build(make: Callable[[EncoderConfig], nn.Module], config: EncoderConfig, state: dict[str, Tensor], source: Path | str) -> nn.Module:
+    """make(config) holding the tensors of `state`. It is made without memory first: what a configuration claims and the tensors are not is
+    a UsageError before anything is allocated for it."""
+    def misfit(why: str) -> UsageError:
+        return UsageError(f"{source}: the tensors do not fit the model: {why}")
+
+    try:
+        with torch.device("meta"):
+            expected = make(config).state_dict()
+    except (RuntimeError, OverflowError) as error:
+        raise misfit(str(error).partition("\n")[0]) from None
+    for name in sorted(expected.keys() | state.keys()):
+        if name not in state or name not in expected:
+            raise misfit(f"{name} is " + ("missing" if name in expected else "none of its own"))
+        if state[name].shape != expected[name].shape or not state[name].is_floating_point():
+            raise misfit(f"{name} is {state[name].dtype} {tuple(state[name].shape)}, not {tuple(expected[name].shape)}")
+    module = make(config)
+    load_strict(module, state, source)
+    return module
+
+
 def load_base(folder: Path) -> Base:
     """A checkpoint folder of ours, checked against the hashes in its meta.json; where that is of before there were any, against the
     fingerprint. rt.hub.open_base also takes Hugging Face folders and ids."""
@@ -152,10 +258,17 @@ def load_base(folder: Path) -> Base:
         config = EncoderConfig(**meta["encoder"])
     except (KeyError, TypeError):
         raise UsageError(f"{folder / 'meta.json'}: its \"encoder\" does not hold the sizes of one") from None
+    check_encoder(config, folder / "meta.json")
+    for name, is_right in (("number", is_whole(meta.get("number", 0), -1)), ("step", is_whole(meta.get("step", 0), 0)),
+                           ("name", isinstance(meta.get("name", ""), str)), ("stage", isinstance(meta.get("stage", {}), dict))):
+        if not is_right:
+            raise UsageError(f"{folder / 'meta.json'}: its {name} is {meta[name]!r}, which no base has")
     with ThreadPoolExecutor(1) as pool:     # the file is hashed while its tensors are read
         checked = pool.submit(check_seal, folder, "meta.json", meta, ("model.safetensors", "tokenizer.json"))
-        model = MaskedLM(Encoder(config), MLMHead(config))
-        load_strict(model, read_tensors(folder / "model.safetensors"), folder / "model.safetensors")
+        state, file = read_tensors(folder / "model.safetensors"), folder / "model.safetensors"
+        if config.num_layers > len(state):      # a layer takes time even without memory
+            raise UsageError(f"{file}: the tensors do not fit the model: {len(state)} tensors, {config.num_layers} layers")
+        model = build(lambda c: MaskedLM(Encoder(c), MLMHead(c)), config, state, file)
         tokenizer = load_tokenizer(folder)
         checked.result()
     mark = meta.get("fingerprint") if "sha256" in meta else fingerprint(model.encoder)      # the weights are those it was made of

@@ -14,12 +14,14 @@ An unknown flag is an error that names the nearest one.
 """
 import difflib
 import inspect
+import os
 import re
 import sys
+import traceback
 import types
 import typing
 from dataclasses import asdict, fields
-from typing import Any, Callable, TypeVar
+from typing import Any, Callable, NoReturn, TypeVar
 
 from rt.signals import Interrupted, handled, raise_interrupted
 
@@ -30,17 +32,52 @@ class UsageError(ValueError):
     """Bad input from outside. The message is one sentence: what, where, what to do; scripts print it and exit with 2."""
 
 
+SENTENCE = 1000     # characters of an error that are shown: what it quotes from a file may be long
+
+
+def sentence(error: Exception | str) -> str:
+    """What is said of an error: one line, whatever a file that it quotes has put into it."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error)[:SENTENCE + 1])
+    return text if len(text) <= SENTENCE else text[:SENTENCE] + "..."
+
+
 def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`; a UsageError ends it with its sentence on stderr and exit code 2, Ctrl-C with 130, SIGTERM with 143."""
+    """Run a script's `main`; a UsageError ends it with its sentence on stderr and exit code 2, Ctrl-C with 130, SIGTERM with 143. Of
+    several ranks each ends at once and in one sentence, whatever it raised, and torchrun then ends the others."""
     try:
         with handled(raise_interrupted):
             main()
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except Interrupted as end:
-        print(end, file=sys.stderr)
-        sys.exit(end.code)
+        print(f"error: {sentence(error)}", file=sys.stderr)
+        end(2)
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        end(stopped.code)
+    except Exception as error:
+        if not among_ranks():
+            raise
+        rank, where = os.environ.get("RANK"), traceback.extract_tb(error.__traceback__)[-1]
+        if re.search(r"gloo|NCCL|TCPStore|[Cc]onnection (closed|reset)", str(error)):
+            said = "another rank has ended or does not answer; the cause is what that one, or torchrun, says. --resume goes on"
+        else:
+            said = f"{type(error).__name__}: {error} ({where.filename}, line {where.lineno})"
+        print(f"error: rank {rank}: {sentence(said)}", file=sys.stderr)
+        end(1)
+
+
+def among_ranks() -> bool:
+    """Whether this process has joined others (rt/dist.py)."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def end(code: int) -> NoReturn:
+    """Exit; as one of several ranks without taking the process group down, which could wait for what the others never answer."""
+    if among_ranks():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def parse(cls: type[C], argv: list[str], words: str | None = None) -> C:
@@ -90,9 +127,12 @@ def convert(name: str, text: str, kind: Any) -> Any:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         if kind is int and re.fullmatch(r"\d+e\d+", text):  # --steps 1e4 is what people type
-            return int(float(text))
-        return kind(text)
-    except (ValueError, KeyError):
+            text = str(int(float(text)))
+        value = kind(text)
+        if kind in (int, float) and not abs(value) < 2**63:     # neither infinite nor NaN, nor more than a tensor can hold
+            raise ValueError
+        return value
+    except (ValueError, KeyError, OverflowError):
         raise UsageError(f"--{name} {text}: not a {_type_name(kind)}") from None
 
 
@@ -114,6 +154,26 @@ def require_positive(config: Any, *names: str) -> None:
         for v in value if isinstance(value, tuple) else (value,):
             if v is not None and not isinstance(v, str) and not v > 0:
                 raise UsageError(f"--{name} {v}: must be above zero")
+
+
+def require_not_negative(config: Any, *names: str) -> None:
+    """UsageError for the first of these settings that is below zero."""
+    for name in names:
+        if getattr(config, name) < 0:
+            raise UsageError(f"--{name} {getattr(config, name)}: must not be negative")
+
+
+def require_share(config: Any, *names: str) -> None:
+    """UsageError for the first of these settings that does not lie between 0 and 1."""
+    for name in names:
+        if not 0 <= getattr(config, name) <= 1:
+            raise UsageError(f"--{name} {getattr(config, name)}: must lie between 0 and 1")
+
+
+def require_seq_len(seq_len: int) -> None:
+    """UsageError where a text of so many tokens has no room for the special tokens of a pair and some of both texts."""
+    if seq_len < 8:
+        raise UsageError(f"--seq_len {seq_len}: must be 8 or more")
 
 
 def require_seeds(*seeds: int) -> None:

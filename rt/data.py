@@ -23,6 +23,7 @@ from rt.folders import atomic_folder, locked
 from rt.log import progress, read_json
 from rt.mlm import Masker
 from rt.model import Batch
+from rt.outside import LINE_BYTES, MISSHAPEN, parse_json
 from rt.tokenizer import Tokenizer
 
 STDIN = Path("standard input")      # stands for it (this object does, not a file of that name), and names it in errors
@@ -32,16 +33,21 @@ ROW_SEQUENCES = 8      # a row holds this many sequences of the longest length, 
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number, line) of a plain, .gz or .xz text file, or of STDIN; UsageError names the file and line that is not UTF-8."""
+    """(line number, line) of a plain, .gz or .xz text file, or of STDIN, of which one line is held at a time. UsageError names the file and
+    the line that is not UTF-8, holds a NUL (as UTF-16 and what is no text do) or is longer than LINE_BYTES."""
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     number = 0
     try:
         with nullcontext(sys.stdin.buffer) if path is STDIN else opener(path, "rb") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES + 1), b""), 1):
+                if len(line) > LINE_BYTES:
+                    raise UsageError(f"{path}, line {number}: is longer than {LINE_BYTES >> 20} MB; a document or an example is a line")
+                if b"\0" in line:
+                    raise UsageError(f"{path}, line {number}: holds a NUL byte, which no text in UTF-8 does; convert the file first")
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}, line {number}: not valid UTF-8 ({error.reason}); convert the file first") from None
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+    except (OSError, EOFError, MemoryError, lzma.LZMAError, zlib.error) as error:
         raise UsageError(f"{path}: cannot be read after line {number} ({error})") from None
 
 
@@ -50,16 +56,9 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
     for number, line in read_lines(path):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
+        row = parse_json(line, f"{path}, line {number}")
         if not isinstance(row, dict):
             raise UsageError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
-        try:
-            "".join(v for v in row.values() if isinstance(v, str)).encode()
-        except UnicodeEncodeError:
-            raise UsageError(f"{path}, line {number}: holds half of a surrogate pair, which is not a character") from None
         yield number, row
 
 
@@ -108,6 +107,7 @@ class Corpus:
     part: str               # train or heldout
     tokens: np.ndarray
     offsets: np.ndarray
+    content: str = ""       # hash of the tokens of both parts; "" of what was tokenized before there was one
 
 
 def build_corpus(name: str, path: Path, tokenizer: Tokenizer, cache: Path) -> dict[str, Corpus]:
@@ -119,14 +119,22 @@ def build_corpus(name: str, path: Path, tokenizer: Tokenizer, cache: Path) -> di
     folder = Path(cache) / f"{name}-{key}"
     if not (folder / "meta.json").exists():
         _tokenize(path, tokenizer, folder, name)
-    dtype = read_json(folder / "meta.json")["dtype"]
-    return {part: Corpus(name, part, np.memmap(folder / f"{part}.bin", dtype=dtype, mode="r"),
-                         np.load(folder / f"{part}.offsets.npy")) for part in ("train", "heldout")}
+    meta = read_json(folder / "meta.json")
+    try:
+        dtype, content = {"uint16": np.uint16, "uint32": np.uint32}[meta["dtype"]], str(meta.get("content", ""))
+        found = {part: Corpus(name, part, np.memmap(folder / f"{part}.bin", dtype=dtype, mode="r"),
+                              np.load(folder / f"{part}.offsets.npy"), content) for part in ("train", "heldout")}
+        whole = all(len(c.tokens) == c.offsets[-1] and (np.diff(c.offsets) > 0).all() for c in found.values())
+    except (*MISSHAPEN, OSError):
+        whole = False
+    if not whole:
+        raise UsageError(f"{folder}: these tokens of corpus {name} are damaged; remove the folder, and they are made anew")
+    return found
 
 
 def _tokenize(path: Path, tokenizer: Tokenizer, folder: Path, name: str, chunk: int = 1000) -> None:
     """Write the bins: tokens as uint16 where the vocabulary allows, offsets as int64."""
-    dtype = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32
+    dtype, digest = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32, hashlib.sha256()
     lengths: dict[str, list[int]] = {"train": [], "heldout": []}
     with locked(folder), atomic_folder(folder) as new, progress(0, f"tokenizing {name}", unit="doc") as bar:
         files = {part: (new / f"{part}.bin").open("wb") for part in lengths}
@@ -136,6 +144,7 @@ def _tokenize(path: Path, tokenizer: Tokenizer, folder: Path, name: str, chunk: 
             for (part, _), ids in zip(waiting, tokenizer.encode([text for _, text in waiting])):
                 if ids:
                     files[part].write(np.asarray(ids, dtype=dtype).tobytes())
+                    digest.update(np.asarray([part == "heldout", *ids], dtype=dtype).tobytes())
                     lengths[part].append(len(ids))
             bar.update(len(waiting))
             waiting.clear()
@@ -151,8 +160,9 @@ def _tokenize(path: Path, tokenizer: Tokenizer, folder: Path, name: str, chunk: 
                 raise UsageError(f"{path}: no {part} documents in this corpus; it is empty or far too small")
             np.save(new / f"{part}.offsets.npy", np.cumsum([0] + lengths[part]))
         counts = {part: {"documents": len(ls), "tokens": sum(ls)} for part, ls in lengths.items()}
-        (new / "meta.json").write_text(json.dumps({"source": str(path), "tokenizer": tokenizer.fingerprint,
-                                                   "dtype": np.dtype(dtype).name, **counts}, indent=1) + "\n")
+        facts = {"source": str(path), "tokenizer": tokenizer.fingerprint, "dtype": np.dtype(dtype).name,
+                 "content": digest.hexdigest()[:16], **counts}
+        (new / "meta.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 class Rows:

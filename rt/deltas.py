@@ -17,7 +17,7 @@ import copy
 import math
 import shutil
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Iterator
 
@@ -27,11 +27,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from rt.checkpoint import Base, StaleDelta, load_strict, read_tensors, versions
+from rt.checkpoint import Base, StaleDelta, check_head, check_sizes, load_strict, read_tensors, versions
 from rt.config import UsageError
 from rt.folders import atomic_folder, check_seal, found, seal
 from rt.log import FIGURES, claim, read_json
 from rt.model import ClassificationHead, Classifier, Encoder, EncoderConfig, Linear, init_weights, linear
+from rt.outside import check_label, is_number, is_whole
 
 KINDS = ("full", "adapter", "lora", "bitfit", "prefix")
 USED = {"adapter": ("bottleneck",), "lora": ("r", "lora_alpha", "target_modules"), "prefix": ("prefix_len",)}
@@ -55,8 +56,13 @@ class DeltaConfig:
     def __post_init__(self):
         if self.kind not in KINDS:
             raise UsageError(f"delta {self.kind!r}: not one of {', '.join(KINDS)}")
+        for name in ("bottleneck", "r", "prefix_len"):
+            if not is_whole(getattr(self, name), 1):
+                raise UsageError(f"{name} {getattr(self, name)!r} of a delta: must be a whole number above zero")
+        if not is_number(self.lora_alpha):
+            raise UsageError(f"lora_alpha {self.lora_alpha!r} of a delta: must be a number")
         for name in self.target_modules:
-            if name not in TARGETS:
+            if not isinstance(name, str) or name not in TARGETS:
                 raise UsageError(f"target module {name!r}: not one of {', '.join(TARGETS)}")
 
     @property
@@ -199,6 +205,12 @@ class Delta:
         return tuple(self.info["labels"])
 
     @property
+    def seq_len(self) -> int | None:
+        """The longest text that it was learned on, where that is known."""
+        config = self.info.get("config")
+        return config.get("seq_len") if isinstance(config, dict) and is_whole(config.get("seq_len"), 8) else None
+
+    @property
     def num_outputs(self) -> int:
         return len(self.head["out.bias"])
 
@@ -284,14 +296,6 @@ def origin(base: Base) -> dict:
             "encoder": asdict(base.encoder.config)}
 
 
-def check_sizes(base: Base, theirs: EncoderConfig, what: str) -> None:
-    """UsageError unless `theirs`, the encoder of `what`, has the tensors of the base's and the same function of them."""
-    mine = base.encoder.config
-    for name in ("is_bert", *(f.name for f in fields(mine) if "dropout" not in f.name and f.name != "model_type")):
-        if getattr(mine, name) != getattr(theirs, name):
-            raise UsageError(f"{what} an encoder of other sizes: {name} {getattr(theirs, name)}, the base has {getattr(mine, name)}")
-
-
 def check_fits(base: Base, delta: Delta, stale_ok: bool) -> None:
     """UsageError where `delta` cannot be put on `base` at all; StaleDelta where it was learned on another base of the same
     sizes and tokenizer, unless `stale_ok`, which is what recycling asks for."""
@@ -308,15 +312,33 @@ def check_fits(base: Base, delta: Delta, stale_ok: bool) -> None:
                          "recycle it with recycle.py, or give the base it belongs to")
 
 
+def check_tensors(base: Base, delta: Delta) -> None:
+    """UsageError where the delta's tensors are not those of its kind and settings on `base`; no memory is taken for what it claims."""
+    check_head(delta.head, base.encoder.config.hidden_size, "the delta's head")
+    kind, own = delta.config.kind, dict(base.encoder.named_parameters())
+    try:
+        with torch.device("meta"):
+            encoder = Encoder(base.encoder.config)
+            _plug_in(encoder, delta.config)
+    except (RuntimeError, OverflowError) as error:
+        raise UsageError(f"the delta's settings are too large: {str(error).splitlines()[0]}") from None
+    expected = {k: p.shape for k, p in encoder.named_parameters() if k not in own or _is_trained(kind, k)}
+    found = {k: v for part, ours in ((delta.diffs, True), (delta.modules, False)) for k, v in part.items() if (k in own) is ours}
+    for name in sorted({*expected, *delta.diffs, *delta.modules}):
+        if name not in expected or name not in found or found[name].shape != expected[name] or not found[name].is_floating_point():
+            raise UsageError(f"the delta's tensors do not fit its kind {kind}: {name} is "
+                             f"{tuple(found[name].shape) if name in found else 'missing'}, not {tuple(expected.get(name, ()))}")
+    if len(delta.diffs) + len(delta.modules) > len(expected):
+        raise UsageError(f"the delta's tensors do not fit its kind {kind}: a weight of the base is among the modules, or the reverse")
+
+
 def apply(base: Base, delta: Delta, scale: float = 1.0, stale_ok: bool = False) -> Classifier:
-    """`base` changed by `scale` times `delta`, with the delta's head as it is (METHOD: apply). Trainable as `attach`'s."""
+    """`base` changed by `scale` times `delta`, with the delta's head as it is: the mode apply. Trainable as `attach`'s."""
     check_fits(base, delta, stale_ok)
+    check_tensors(base, delta)
     model = attach(base, delta.config, delta.num_outputs, seed=0)
     change = delta if scale == 1.0 else scale * delta
     weights = dict(model.encoder.named_parameters())
-    missing = {k for k, p in weights.items() if p.requires_grad} ^ {*change.diffs, *change.modules}
-    if missing:
-        raise UsageError(f"the delta's tensors do not fit its kind {delta.config.kind}: {sorted(missing)[0]}")
     with torch.no_grad():
         for name, value in change.diffs.items():
             weights[name] += value.to(weights[name].device)
@@ -376,8 +398,11 @@ def load_delta(folder: Path) -> Delta:
     facts = read_json(folder / "delta.json")
     if facts.get("format") != "rt-delta-1":
         raise UsageError(f"{folder / 'delta.json'}: not a delta (format {facts.get('format')!r}, expected 'rt-delta-1')")
-    if not isinstance(facts.get("info"), dict) or not {"labels", "base", "tokenizer", "encoder"} <= facts["info"].keys():
+    info = facts.get("info")
+    if not isinstance(info, dict) or not {"labels", "base", "tokenizer", "encoder"} <= info.keys() or not isinstance(info["labels"], list):
         raise UsageError(f"{folder / 'delta.json'}: does not say what base and labels the delta belongs to")
+    if not isinstance(facts.get("target_modules", []), list):
+        raise UsageError(f"{folder / 'delta.json'}: target_modules is no list")
     config = DeltaConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()
                             if k in DeltaConfig.__dataclass_fields__})
     parts: dict[str, dict] = {part: {} for part in PARTS}
@@ -387,4 +412,9 @@ def load_delta(folder: Path) -> Delta:
             raise UsageError(f"{folder / 'delta.safetensors'}: unexpected tensor {name}")
         parts[part][rest] = tensor
     check_seal(folder, "delta.json", facts)
-    return Delta(config, **parts, info=facts["info"])
+    labels, outputs = info["labels"], parts["head"].get("out.bias", torch.empty(0)).numel()
+    if any(not isinstance(label, str) for label in labels) or len({*labels}) != (outputs if labels else 0) or not labels and outputs != 1:
+        raise UsageError(f"{folder / 'delta.json'}: its labels ({str(labels)[:80]}) are not those of a head of {outputs} outputs")
+    for label in labels:
+        check_label(label, folder / "delta.json")
+    return Delta(config, **parts, info=info)

@@ -63,6 +63,17 @@ class Ranks:
         self.from_main(lambda: made.append(make()))
         return made[0] if self.is_main else make()
 
+    def agree(self, what: dict) -> None:
+        """UsageError, on all ranks, where `what` (plain values by name) is not the same on all of them: the first that differs."""
+        if self.world == 1:
+            return
+        found: list = [None] * self.world
+        dist.all_gather_object(found, what, group=self.waiting)
+        for name, mine in found[0].items():
+            rank, theirs = next(((i, each.get(name)) for i, each in enumerate(found) if each.get(name) != mine), (0, mine))
+            if rank:
+                raise UsageError(f"{name} is {theirs} on rank {rank} and {mine} on rank 0: start all with the same flags and files")
+
     def mean(self, x: Tensor) -> Tensor:
         """Over the ranks, in place."""
         if self.world > 1:

@@ -1,4 +1,4 @@
-"""What training minimises: the task's loss, and distillation from a frozen teacher (METHOD: losses).
+"""What training minimises: the task's loss, and distillation from a frozen teacher (README, The method: the formulas).
 
     task      CE(s, y); of a regression the squared error
     KD        T^2 KL(softmax(t/T) || softmax(s/T)), mean over the batch; of a regression the squared error to t

@@ -38,7 +38,7 @@ def interval(values: Iterable[float | None]) -> tuple[float, float]:
 
 
 def compatibility(rows: list[dict], path: Path) -> None:
-    """METHOD: study 1. A panel a task: Delta_0 on M_1(t) and on M_1, M_2, ..., with M_0 + Delta_0, what is tuned on the base
+    """Study 1  A panel a task: Delta_0 on M_1(t) and on M_1, M_2, ..., with M_0 + Delta_0, what is tuned on the base
     itself, and chance. Rows: task, kind, seed, base, stage, t (None: the stage is complete), line (apply, own, tuned, chance) and
     a score, accuracy or pearson."""
     panels = group(rows, "task", "kind")
@@ -78,7 +78,7 @@ def places(rows: list[dict]) -> dict[str, float]:
 
 
 def connectivity(rows: list[dict], path: Path) -> None:
-    """METHOD: study 2. A column a task: test loss above, score below, along the path of each pair, with the height of its
+    """Study 2  A column a task: test loss above, score below, along the path of each pair, with the height of its
     barrier. Rows: task, kind, seed, pair, path (linear, curve), mu, loss and a score, accuracy or pearson."""
     panels = group(rows, "task", "kind")
     styles = {pair: i % len(COLOURS) for i, pair in enumerate(dict.fromkeys(row["pair"] for row in rows))}
@@ -105,7 +105,7 @@ def walks(rows: list[dict]) -> list[list[dict]]:
 
 
 def attention_heatmaps(rows: list[dict], path: Path) -> None:
-    """METHOD: study 3. A line of maps a head, a column a model, on one sentence. Rows: task, base, layer, head, tokens (n words)
+    """Study 3  A line of maps a head, a column a model, on one sentence. Rows: task, base, layer, head, tokens (n words)
     and map (n x n, query by key)."""
     lines, bases = group(rows, "task", "layer", "head"), list(dict.fromkeys(row["base"] for row in rows))
     n = max(len(row["tokens"]) for row in rows)
@@ -127,7 +127,7 @@ def attention_heatmaps(rows: list[dict], path: Path) -> None:
 
 
 def head_similarity(rows: list[dict], path: Path) -> None:
-    """METHOD: study 3. A column a task and pair: divergence of every head to every head above, CKA of the layers below; means
+    """Study 3  A column a task and pair: divergence of every head to every head above, CKA of the layers below; means
     over seeds. Rows: task, pair, heads (of a layer), divergence (heads x heads), share_own_best, cka (layers + 1 squared)."""
     panels = group(rows, "task", "pair")
     with sheet(path, 2, len(panels), width=3.0, height=2.9, matrices=True) as (fig, axes):
@@ -159,7 +159,7 @@ def averaged(matrices: list[list[list[float]]]) -> list[list[float]]:
 
 
 def distance(rows: list[dict], path: Path) -> None:
-    """METHOD: study 4. Columns for bases and for each task's deltas; L2 per weight above, cosine below, by layer. Rows: task
+    """Study 4  Columns for bases and for each task's deltas; L2 per weight above, cosine below, by layer. Rows: task
     (None for bases), seed, pair, of, part, l2_per_weight and cosine."""
     panels = group(rows, "of", "task")
     pairs = list(dict.fromkeys(row["pair"] for row in rows))

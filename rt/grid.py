@@ -263,7 +263,8 @@ def room(device: torch.device) -> int:
     """Bytes that a group may take: 60 % of what is free, and on a CPU no more than keeps its working set near the caches."""
     if device.type == "cuda":
         return int(0.6 * torch.cuda.mem_get_info(device)[0])
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else CPU_BYTES
+    known = "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {})       # not on macOS, nor on Windows
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else CPU_BYTES
     return min(CPU_BYTES, int(0.6 * free))
 
 

@@ -11,12 +11,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from rt.checkpoint import Base, fingerprint, load_strict, read_weights
+from rt.checkpoint import Base, build, check_encoder, check_head, check_sizes, fingerprint, read_weights
 from rt.config import UsageError
-from rt.deltas import Delta, DeltaConfig, check_sizes, merge, origin
+from rt.deltas import Delta, DeltaConfig, merge, origin
 from rt.folders import atomic_folder
 from rt.log import claim, read_json, write_json
 from rt.model import Encoder, EncoderConfig, MLMHead
+from rt.outside import check_label, is_whole
 from rt.tokenizer import Tokenizer, load_tokenizer
 
 CLASSES = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert", "bert": "Bert"}
@@ -29,6 +30,7 @@ CLASSIFIERS = {"roberta": {"dense": "classifier.dense", "out": "classifier.out_p
                "bert": {"dense": "pooler.dense", "out": "classifier"}}
 ONLY = {"hidden_act": ("gelu", "gelu_python"), "position_embedding_type": ("absolute",), "is_decoder": (False,),
         "add_cross_attention": (False,)}        # the settings of a config.json that we compute; the first is the default
+PROBE = "The Été's  N°\t½ e\u0301 中文,\n naïve ﬁn"        # of it, tokenizers that differ make different ids
 WRITTEN = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 
@@ -36,27 +38,33 @@ WRITTEN = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_conf
 
 def encoder_config(facts: dict, source: Path | str) -> EncoderConfig:
     """Hugging Face's config.json as ours, but for sep_id, which is the tokenizer's. UsageError names what is not supported."""
-    kind = facts.get("model_type")
-    if kind not in CLASSES:
+    kind, facts = facts.get("model_type"), {k: v for k, v in facts.items() if v is not None}     # null: the default
+    if not isinstance(kind, str) or kind not in CLASSES:
         raise UsageError(f"{source}: model_type {kind!r} is not supported, only {', '.join(CLASSES)}")
     for name, allowed in ONLY.items():
         if facts.get(name, allowed[0]) not in allowed:
             raise UsageError(f"{source}: {name} {facts[name]!r} is not supported, only {allowed[0]!r}")
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings"):
-        if not isinstance(facts.get(name), int) or facts[name] < 1:
+        if not is_whole(facts.get(name), 1):
             raise UsageError(f"{source}: {name} must be a whole number above zero, and is {facts.get(name)!r}")
+    for name in ("pad_token_id", "hidden_dropout_prob", "attention_probs_dropout_prob", "layer_norm_eps"):
+        if not isinstance(facts.get(name, 0), (int, float)) or facts.get(name, 0) < 0:
+            raise UsageError(f"{source}: {name} must be a number from zero on, and is {facts[name]!r}")
     if facts["hidden_size"] % facts["num_attention_heads"]:
         raise UsageError(f"{source}: hidden_size {facts['hidden_size']} is not a multiple of num_attention_heads "
                          f"{facts['num_attention_heads']}")
     pad_id = facts.get("pad_token_id", 0 if kind == "bert" else 1)
-    return EncoderConfig(
+    if not is_whole(pad_id, 0, facts["vocab_size"] - 1) or facts["max_position_embeddings"] < pad_id + 2:
+        raise UsageError(f"{source}: pad_token_id {pad_id!r} is no token, or leaves none of max_position_embeddings "
+                         f"{facts['max_position_embeddings']}")
+    return check_encoder(EncoderConfig(
         vocab_size=facts["vocab_size"], hidden_size=facts["hidden_size"], num_layers=facts["num_hidden_layers"],
         num_heads=facts["num_attention_heads"], ffn_size=facts["intermediate_size"],
         max_len=facts["max_position_embeddings"] - (0 if kind == "bert" else pad_id + 1), pad_id=pad_id,
         dropout=facts.get("hidden_dropout_prob", 0.1),
         attention_dropout=facts.get("attention_probs_dropout_prob", 0.1),
-        layer_norm_eps=facts.get("layer_norm_eps", 1e-12 if kind == "bert" else 1e-5),
-        model_type=kind)
+        layer_norm_eps=facts.get("layer_norm_eps", 1e-12),
+        model_type=kind), source)
 
 
 def family(config: EncoderConfig) -> str:
@@ -78,9 +86,10 @@ def plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def encoder_state(weights: dict[str, Tensor], config: EncoderConfig) -> dict[str, Tensor]:
     """Hugging Face's tensors -> state dict of our Encoder. KeyError: one is missing, ValueError: the encoder has one that we have not."""
     w, e = plain_names(weights), "embeddings."
-    types = w.pop(e + "token_type_embeddings.weight")
-    state = {e + "word.weight": w.pop(e + "word_embeddings.weight"),
-             e + "position.weight": w.pop(e + "position_embeddings.weight") + types[0],
+    types, position = w.pop(e + "token_type_embeddings.weight"), w.pop(e + "position_embeddings.weight")
+    if types.shape[1:] != position.shape[1:]:       # or their sum could be larger than both
+        raise RuntimeError(f"token types are {tuple(types.shape)}, positions {tuple(position.shape)}")
+    state = {e + "word.weight": w.pop(e + "word_embeddings.weight"), e + "position.weight": position + types[0],
              e + "norm.weight": w.pop(e + "LayerNorm.weight"), e + "norm.bias": w.pop(e + "LayerNorm.bias")}
     if config.is_bert:
         state[e + "second_type"] = types[1] - types[0] if len(types) > 1 else torch.zeros_like(types[0])
@@ -117,32 +126,38 @@ def classification_head_state(weights: dict[str, Tensor], config: EncoderConfig)
 def load_hf(folder: Path) -> Base:
     """A checkpoint folder (config.json, weights, tokenizer files) as a Base."""
     folder = Path(folder)
-    config = encoder_config(read_json(folder / "config.json"), folder / "config.json")
+    facts = read_json(folder / "config.json")
+    config = encoder_config(facts, folder / "config.json")
     weights, tokenizer = read_weights(folder), load_tokenizer(folder)
-    config = replace(config, sep_id=tokenizer.eos_id if config.is_bert else None)
+    if tokenizer.framed().encode("a", "b").type_ids[-1]:     # not in RoBERTa's framing: there both texts of a pair have one type
+        if not config.is_bert and facts.get("type_vocab_size", 2) > 1:
+            raise UsageError(f"{folder}: its tokenizer gives the second text of a pair a token type of its own, which is supported of bert "
+                             f"only, not of {config.model_type}")
+        config = replace(config, sep_id=tokenizer.eos_id if config.is_bert else None)
     encoder = load_encoder(weights, config, folder)
     if tokenizer.vocab_size > config.vocab_size:
         raise UsageError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}")
     head, head_state = None, mlm_head_state(weights, config)
     if head_state is not None:
         check_tied(weights, config, folder)
-        head = MLMHead(config)
-        load_strict(head, head_state, folder)
-    pooler = _head_state(weights, {"dense": "pooler.dense"}) if config.is_bert else None
+        head = build(MLMHead, config, head_state, folder)
+    pooler, d = _head_state(weights, {"dense": "pooler.dense"}) if config.is_bert else None, config.hidden_size
+    if pooler is not None and (pooler["dense.weight"].shape, pooler["dense.bias"].shape) != ((d, d), (d,)):
+        raise UsageError(f"{folder}: the tensors do not fit the model: pooler.dense is {tuple(pooler['dense.weight'].shape)}, not {(d, d)}")
     mark = fingerprint(encoder)
     return Base(encoder, head, tokenizer, {"name": folder.name, "fingerprint": mark}, mark, pooler)
 
 
 def load_encoder(weights: dict[str, Tensor], config: EncoderConfig, folder: Path) -> Encoder:
     """UsageError names the tensor that is missing, of another shape, or not ours."""
-    encoder = Encoder(config)
     try:
-        load_strict(encoder, encoder_state(weights, config), folder)
+        return build(Encoder, config, encoder_state(weights, config), folder)
     except KeyError as error:
         raise UsageError(f"{folder}: the checkpoint has no tensor {error.args[0]}") from None
     except ValueError as error:
         raise error if isinstance(error, UsageError) else UsageError(f"{folder}: the encoder has a tensor that is not supported, {error}")
-    return encoder
+    except (RuntimeError, IndexError) as error:
+        raise UsageError(f"{folder}: the tensors do not fit the model: {str(error).partition(chr(10))[0]}") from None
 
 
 def check_tied(weights: dict[str, Tensor], config: EncoderConfig, folder: Path) -> None:
@@ -166,6 +181,7 @@ def import_tuned(folder: Path, base: Base, labels: tuple[str, ...] = (), task: s
     encoder, head = load_encoder(weights, config, folder), classification_head_state(weights, config)
     if head is None:
         raise UsageError(f"{folder}: has no head for sequence classification ({', '.join(CLASSIFIERS[family(config)].values())})")
+    check_head(head, config.hidden_size, folder)
     labels = class_names(facts, len(head["out.bias"]), labels, folder)
     theirs = dict(base.encoder.named_parameters())
     diffs = {name: p.detach() - theirs[name].detach().cpu() for name, p in encoder.named_parameters()}
@@ -174,7 +190,8 @@ def import_tuned(folder: Path, base: Base, labels: tuple[str, ...] = (), task: s
 
 
 def check_vocabulary(folder: Path, base: Base) -> None:
-    """UsageError where a tuned model brings a tokenizer whose ids mean other words than the base's; without one it has the base's."""
+    """UsageError where a tuned model brings a tokenizer whose ids mean other words than the base's, or that makes other ids of a text;
+    without one it has the base's."""
     try:
         tokenizer = load_tokenizer(folder)
     except UsageError as error:
@@ -183,6 +200,9 @@ def check_vocabulary(folder: Path, base: Base) -> None:
         raise
     if tokenizer.vocabulary != base.tokenizer.vocabulary:
         raise UsageError(f"{folder}: its tokenizer has another vocabulary than the base's; give the base that it was tuned from")
+    if tokenizer.framed().encode(PROBE, PROBE).ids != base.tokenizer.framed().encode(PROBE, PROBE).ids:
+        raise UsageError(f"{folder}: its tokenizer has the base's vocabulary but makes other ids of a text (case, accents, first space, "
+                         "special tokens around it); give a copy of the base with this tokenizer")
 
 
 def class_names(facts: dict, outputs: int, given: tuple[str, ...], source: Path) -> tuple[str, ...]:
@@ -195,9 +215,13 @@ def class_names(facts: dict, outputs: int, given: tuple[str, ...], source: Path)
             raise UsageError(f"{source}: a regression with {outputs} outputs and {len(given)} labels is not supported, only one and none")
         return ()
     found = facts.get("id2label") or {}
+    if not isinstance(found, dict):
+        raise UsageError(f"{source}: id2label is not an object of names by numbers")
     names = given or tuple(str(found.get(str(i), f"LABEL_{i}")) for i in range(outputs))
     if len(names) != outputs or len({*names}) < outputs:
         raise UsageError(f"{source}: {len({*names})} different labels ({', '.join(names[:6])}) for a head of {outputs} outputs")
+    for name in names:
+        check_label(name, source)
     if names == tuple(f"LABEL_{i}" for i in range(outputs)):
         return tuple(map(str, range(outputs)))
     return names

@@ -1,5 +1,9 @@
 """Where models come from: a folder of ours, a folder in Hugging Face's format, or a hub id. The network is asked only where a hub id was
-given that is not in the local cache."""
+given, and not with HF_HUB_OFFLINE=1, when the hub's local cache has to do.
+
+A hub id is OWNER/NAME, both of letters, digits, _, - and . (not at the beginning), where nothing here is called OWNER/NAME or OWNER, and
+OWNER is not runs, where ours are. All else is a path: runs/M9, ./OWNER/NAME, a/b/c.
+"""
 import re
 from pathlib import Path
 
@@ -10,8 +14,10 @@ from rt.folders import found
 from rt.hf import import_tuned, load_hf
 from rt.peft import import_lora
 
-HUB_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "adapter_config.json", "labels.json",
-             "adapter_model.safetensors", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
+HUB_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json",
+             "adapter_config.json", "labels.json", "adapter_model.safetensors", "model.safetensors", "model-*.safetensors",
+             "model.safetensors.index.json"]
+SECONDS = 10    # that the hub has for its first answer
 
 
 def open_base(name: str) -> Base:
@@ -39,23 +45,40 @@ def open_delta(name: str, base: Base, labels: tuple[str, ...] = (), task: str | 
                      "adapter_config.json (PEFT), or a hub id")
 
 
-def beside(name: str) -> Path:
-    """The folder that the base `name` is in; `runs` for a hub id."""
-    return Path(name).parent if Path(name).exists() else Path("runs")
+NAMING = "python train.py --mode import --tuned ... --base ... --labels names,in,the,order,of,its,outputs"
+
+
+def place_of_delta(base: str, task: str, kind: str, more: str = "", seed: int = 0) -> Path:
+    """Where a delta is put and looked for where no flag says: beside its base, or for a hub id under runs."""
+    home = Path(base).parent if Path(base).exists() else Path("runs")
+    return home / "deltas" / f"{Path(base).name}-{task}-{kind}{more}-s{seed}"
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether the network may be asked for `name`; see above."""
+    path = Path(name)
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not (
+        path.exists() or path.parent.exists() or path.parts[0] == "runs")
 
 
 def find(name: str) -> Path:
     """The folder called `name`, or that of a hub id in the local cache, downloaded where it is not there yet."""
     path = found(Path(name))
-    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+    if not is_hub_id(name):
         return path
-    from huggingface_hub import snapshot_download  # comes with tokenizers; slow to import, so only here
+    from huggingface_hub import HfApi, snapshot_download  # comes with tokenizers; slow to import, so only here
     try:
-        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        HfApi().model_info(name, timeout=SECONDS)       # whether there is a connection: a download itself would wait for one for minutes
+    except Exception as error:  # network, offline, authorisation, not found: the library has a class for each
+        reason, only_local = (str(error) or type(error).__name__).splitlines()[0], {"local_files_only": True}
+    else:
+        reason, only_local = "", {}
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES, **only_local))
         if not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, "pytorch_model*.bin", "pytorch_model.bin.index.json",
-                                                                   "adapter_model.bin"]))
+                                                                   "adapter_model.bin"], **only_local))
         return folder
-    except Exception as error:  # network, authorisation, not found: the library has a class for each
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:
+        reason = reason or (str(error) or type(error).__name__).splitlines()[0]
         raise UsageError(f"{name}: neither a folder here nor to be had from the hub ({reason})") from None

@@ -6,7 +6,6 @@
 It reads JSON and the headers of safetensors files, no tensor, and does not import torch, so it answers at once. What the files say of
 themselves is repeated, not checked: `--verify` does that for every base and delta at or below PATH, reading each file once.
 """
-import json
 import math
 import shlex
 import sys
@@ -17,6 +16,7 @@ from typing import Callable, Iterable, Iterator
 from rt.config import UsageError, parse, run
 from rt.folders import differing
 from rt.log import FIGURES, read_json, read_rows
+from rt.outside import MISSHAPEN, header
 
 SETTINGS = {"adapter": ("bottleneck",), "lora": ("r", "lora_alpha", "target_modules"), "prefix": ("prefix_len",)}  # = rt.deltas.USED
 DELTAS = ("*/delta.json", "deltas/*/delta.json")      # where a run's folder has them
@@ -29,22 +29,6 @@ class Config:
     """python -m rt.inspect [--verify] PATH [PATH ...]"""
     paths: tuple[str, ...] = ()  # folders: a base, a delta, a run, a Hugging Face checkpoint or a PEFT adapter
     verify: bool = False  # hash every base and delta there again; exit code 1 where one is not as it was written
-
-
-def header(path: Path) -> dict[str, dict]:
-    """{tensor: {'dtype', 'shape'}} of a safetensors file, from its first bytes. UsageError where the file is damaged or cut off."""
-    try:
-        with path.open("rb") as file:
-            size, length = path.stat().st_size, int.from_bytes(file.read(8), "little")
-            tensors = json.loads(file.read(min(length, size)))
-        tensors.pop("__metadata__", None)
-        if 8 + length + max((t["data_offsets"][1] for t in tensors.values()), default=0) != size:
-            raise ValueError("its size is not what its header says")
-        return {name: {"dtype": t["dtype"], "shape": t["shape"]} for name, t in tensors.items()}
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise UsageError(f"{path}: not a whole safetensors file ({error})") from None
 
 
 def count(tensors: dict[str, dict], *prefixes: str) -> int:
@@ -216,12 +200,14 @@ KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path], dict[str, str]]], ..
 
 def inspect(path: Path) -> dict[str, str]:
     """What there is to say of a folder, a line each; the first says what it `is`. UsageError where it is nothing known."""
-    for is_one, facts in KINDS:
-        if is_one(path):
-            try:
+    try:
+        for is_one, facts in KINDS:
+            if is_one(path):
                 return facts(path.resolve())
-            except (AttributeError, KeyError, TypeError) as error:
-                raise UsageError(f"{path}: its JSON does not hold what it should ({type(error).__name__}: {error})") from None
+    except UsageError:
+        raise
+    except (*MISSHAPEN, OSError) as error:
+        raise UsageError(f"{path}: its JSON does not hold what it should ({type(error).__name__}: {error})") from None
     raise UsageError(f"{path}: nothing known here; expected a folder with meta.json (base), delta.json, adapter_config.json (PEFT), "
                      "config.json (Hugging Face), or one that a run left")
 

@@ -11,6 +11,7 @@ from typing import Any, Callable, Iterator
 from tqdm import tqdm
 
 from rt.config import UsageError
+from rt.outside import JSON_BYTES, parse_json, read_bytes
 
 FIGURES = "figures"     # in a run's folder what rt/plot.py drew of it: in nobody's way, and left where it is
 LOCK = ".lock"          # rt/folders.py: in a run's folder, where it cannot be beside it
@@ -71,11 +72,10 @@ def write_whole(path: Path, text: str) -> None:
 def read_json(path: Path) -> dict:
     """A JSON object from a file of ours; UsageError says which file is not one."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{path}: there is no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        text = read_bytes(path, JSON_BYTES).decode()
+    except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not valid JSON ({error})") from None
+    value = parse_json(text, path)
     if not isinstance(value, dict):
         raise UsageError(f"{path}: expected a JSON object")
     return value
@@ -84,11 +84,14 @@ def read_json(path: Path) -> dict:
 def read_rows(path: Path) -> list[dict]:
     """The rows of a JSONL file; none where there is no file. A half-written last line (a killed run) is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = parse_json(line, path)
+        except UsageError:
             break
+        if not isinstance(row, dict):
+            break
+        rows.append(row)
     return rows
 
 
@@ -101,7 +104,9 @@ def strangers(folder: Path, known: set[str]) -> set[str]:
 def claim(folder: Path, known: set[str]) -> None:
     """UsageError where `folder` holds anything but `known` names: what is about to be written would destroy or mix with it."""
     strange = strangers(folder, known)
-    if strange or folder.resolve() == Path.cwd():
+    if folder.resolve() == Path.cwd():
+        raise UsageError(f"{folder} is the folder you are in: give another --out")
+    if strange:
         raise UsageError(f"{folder} holds other things ({', '.join(sorted(strange)[:3])}): give another --out")
 
 

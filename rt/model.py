@@ -1,9 +1,9 @@
 """RoBERTa on unpadded batches: post-LN encoder, tied masked-LM head, classification head.
 
 A batch has no padding: the tokens of B sequences lie end to end, and everything but attention works on (N, d).
-Only `attention_qkv(qkv, cu_seqlens, max_seqlen)` knows where a sequence begins. The function computed is exactly that of
-RoBERTa (Liu et al., 2019): learned positions counted from pad_id + 1, exact GELU, LN after each residual; or of BERT (Devlin et
-al., 2019), whose positions count from 0 and whose second text has a token type of its own.
+Only the embeddings, `attention_qkv(qkv, cu_seqlens, max_seqlen)` and the heads know where a sequence begins. The function computed is
+exactly that of RoBERTa (Liu et al., 2019): learned positions counted from pad_id + 1, exact GELU, LN after each residual; or of BERT
+(Devlin et al., 2019), whose positions count from 0 and whose second text has a token type of its own.
 
 The slots where a delta plugs in are written out: `Linear.lora`, `Block.adapter_attention`, `Block.adapter_ffn`,
 `Block.prefix`. They are None in a base; rt/deltas.py fills them.
@@ -32,7 +32,7 @@ class EncoderConfig:
     attention_dropout: float = 0.1
     layer_norm_eps: float = 1e-5
     model_type: str = "roberta"  # Hugging Face's name of the family: roberta, xlm-roberta, camembert (one function) or bert
-    sep_id: int | None = None  # bert: what follows the first of these in a sequence is the second text
+    sep_id: int | None = None  # bert: after the first of these in a sequence comes the second text, of another type; None: of the same
 
     @property
     def is_bert(self) -> bool:
@@ -79,7 +79,7 @@ class Batch:
 @dataclass
 class Trace:
     """What distillation compares, collected while an encoder runs: the <s> rows of the embedding output and of every layer but the last
-    (METHOD: patience), and the queries and keys (N, H, D) of the layers in `attention`."""
+    (the patience of rt/distill.py), and the queries and keys (N, H, D) of the layers in `attention`."""
     attention: tuple[int, ...] = ()
     rows: list[Tensor] = field(default_factory=list)
     qk: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -151,13 +151,14 @@ class Embeddings(nn.Module):
         self.second_type = nn.Parameter(torch.zeros(d)) if config.is_bert else None
         self.norm = LayerNorm(d, eps=config.layer_norm_eps)
         self.dropout = config.dropout
-        self.first_position, self.sep_id = config.first_position, config.sep_id
+        self.first_position, self.sep_id = config.first_position, -1 if config.sep_id is None else config.sep_id
 
     def forward(self, ids: Tensor, cu_seqlens: Tensor, seed: Tensor | None = None) -> Tensor:
         rows = torch.arange(len(ids), device=ids.device, dtype=cu_seqlens.dtype)
         sequence = torch.searchsorted(cu_seqlens, rows, right=True) - 1   # (N,) which sequence a row is in
         first = cu_seqlens[sequence]                                      # (N,) where that begins
-        x = self.word(ids) + self.position(rows - first + self.first_position)
+        words = ids if self.second_type is None else ids.maximum(~ids)    # ~i: see rt/tasks.py: encode
+        x = self.word(words) + self.position(rows - first + self.first_position)
         if self.second_type is not None:
             is_sep = ids == self.sep_id
             before = is_sep.cumsum(0) - is_sep.long()                     # (N,) separators in the rows above

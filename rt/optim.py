@@ -40,14 +40,27 @@ def gather(optimizer: torch.optim.Optimizer) -> None:
 
 
 def load_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """A plain AdamW's state into `optimizer`, of which a rank of a shared one takes its share."""
+    """A plain AdamW's state into `optimizer`, of which a rank of a shared one takes its share; rates and the like stay the optimizer's.
+    UsageError where it is not that of the same parameters."""
+    check_state(optimizer, state)
+    moments = {i: {k: x.clone() for k, x in s.items()} for i, s in state["state"].items()}      # no longer of a file
     if hasattr(optimizer, "consolidate_state_dict"):
         # not by the shared optimizer's own load_state_dict: it puts `step` on the CPU, where a fused step on CUDA cannot read it
         number = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
         mine = [number[p] for group in optimizer.optim.param_groups for p in group["params"]]
         optimizer = optimizer.optim
-        state = optimizer.state_dict() | {"state": {i: state["state"][n] for i, n in enumerate(mine)}}
-    optimizer.load_state_dict(state)
+        moments = {i: moments[n] for i, n in enumerate(mine)}
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+
+
+def check_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """UsageError unless `state` has moments of the shapes of all the optimizer's parameters, or of none."""
+    shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
+    found = state.get("state") if isinstance(state, dict) else None
+    if not isinstance(found, dict) or found.keys() != {*range(len(shapes))} or not all(
+            isinstance(s, dict) and s.keys() == {"step", "exp_avg", "exp_avg_sq"} and all(isinstance(x, Tensor) for x in s.values())
+            and s["step"].numel() == 1 and s["exp_avg"].shape == s["exp_avg_sq"].shape == shapes[i] for i, s in found.items()):
+        raise UsageError("the optimizer's state (optim.pt) is not that of this model: it is damaged, or of another run")
 
 
 def schedule(step: int, steps: int, warmup: int, peak: float) -> float:

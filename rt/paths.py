@@ -1,4 +1,4 @@
-"""Paths between two tuned models in the space of weights, base and delta interpolated together (METHOD: study 2).
+"""Paths between two tuned models in the space of weights, base and delta interpolated together (README, The method: study 2).
 
     linear    theta(mu) = (1 - mu) a + mu b
     curve     theta(mu) = (1 - mu)^2 a + 2 mu (1 - mu) control + mu^2 b, a quadratic Bezier whose control point is trained to keep

@@ -9,15 +9,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rt.checkpoint import Base, read_file
+from rt.checkpoint import Base, check_head, read_file
 from rt.config import UsageError
 from rt.deltas import TARGETS, Delta, DeltaConfig, apply, check_fits, origin
 from rt.folders import atomic_folder
-from rt.hf import CLASSIFIERS, class_names, export_hf, family, hf_head_state, write_tensors
+from rt.hf import CLASSIFIERS, check_vocabulary, class_names, export_hf, family, hf_head_state, write_tensors
 from rt.log import claim, read_json, write_json
+from rt.outside import is_number, is_whole
 
 PATHS = {target: target if third is None else f"attention.self.{target}" for target, (_, third) in TARGETS.items()}     # in their layer
-ONLY = {"peft_type": ("LORA",), "task_type": ("SEQ_CLS",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
+ONLY = {"peft_type": ("LORA",), "task_type": ("SEQ_CLS", None), "bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
 # settings that a loaded adapter does not depend on, or that are read off its tensors; any other that is set is not supported
 FREE = {"auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r", "lora_alpha", "lora_dropout",
         "use_rslora", "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "megatron_core",
@@ -30,6 +31,7 @@ def import_lora(folder: Path, base: Base, labels: tuple[str, ...] = (), task: st
     it, or numbers. UsageError names what is not supported or does not fit the base."""
     folder = Path(folder)
     facts = checked_settings(folder / "adapter_config.json")
+    check_vocabulary(folder, base)
     weights = next((folder / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (folder / name).is_file()), None)
     if weights is None:
         raise UsageError(f"{folder}: has neither adapter_model.safetensors nor adapter_model.bin")
@@ -37,9 +39,13 @@ def import_lora(folder: Path, base: Base, labels: tuple[str, ...] = (), task: st
     r = facts["r"]
     scaling = facts["lora_alpha"] / (math.sqrt(r) if facts.get("use_rslora") else r)
     head = head_of(base, factors, saved, scaling, weights)
+    check_head(head, base.encoder.config.hidden_size, weights)
     modules, targets = layers_of(base, factors, r, weights)
     if not labels and (folder / "labels.json").is_file():
-        labels = tuple(map(str, read_json(folder / "labels.json").get("labels", ())))
+        found = read_json(folder / "labels.json").get("labels", [])
+        if not isinstance(found, list):
+            raise UsageError(f"{folder / 'labels.json'}: \"labels\" is no list")
+        labels = tuple(map(str, found))
     names = class_names({}, len(head["out.bias"]), labels, folder)
     config = DeltaConfig("lora", r=r, lora_alpha=scaling * r, target_modules=targets)
     delta = Delta(config, {}, modules, head, {"task": task or folder.name, "labels": list(names), "source": str(folder), **origin(base)})
@@ -54,8 +60,7 @@ def checked_settings(path: Path) -> dict:
         allowed = ONLY.get(name)
         if name not in FREE and (value not in allowed if allowed else value not in (None, False, {}, [])):
             raise UsageError(f"{path}: {name} {value!r} is not supported" + (f", only {allowed[0]!r}" if allowed else ""))
-    if facts.get("peft_type") != "LORA" or not isinstance(facts.get("r"), int) or facts["r"] < 1 \
-            or not isinstance(facts.get("lora_alpha"), (int, float)):
+    if facts.get("peft_type") != "LORA" or not is_whole(facts.get("r"), 1) or not is_number(facts.get("lora_alpha"), -1e9, 1e9):
         raise UsageError(f"{path}: is not the configuration of a LoRA adapter with peft_type, r and lora_alpha")
     return facts
 
@@ -74,9 +79,11 @@ def sorted_out(weights: dict[str, Tensor], source: Path) -> tuple[dict[str, dict
             saved[name] = tensor.float()
         else:
             raise UsageError(f"{source}: tensor {full} is not supported: only LoRA factors of linear layers, and the classifier")
-    half = next((module for module, pair in factors.items() if len(pair) < 2), None)
-    if half:
-        raise UsageError(f"{source}: {half} has only one of lora_A and lora_B")
+    for module, pair in factors.items():
+        if len(pair) < 2:
+            raise UsageError(f"{source}: {module} has only one of lora_A and lora_B")
+        if any(factor.dim() != 2 for factor in pair.values()):
+            raise UsageError(f"{source}: lora_A and lora_B of {module} are no matrices")
     return factors, saved
 
 
@@ -88,6 +95,8 @@ def head_of(base: Base, factors: dict[str, dict[str, Tensor]], saved: dict[str, 
         head |= {f"{ours}.{kind}": saved[f"{theirs}.{kind}"] for kind in ("weight", "bias") if f"{theirs}.{kind}" in saved}
         pair = factors.pop(theirs, None)
         if pair and f"{ours}.weight" in head:
+            if head[f"{ours}.weight"].shape != (len(pair["B"]), pair["A"].shape[1]) or len(pair["A"]) != pair["B"].shape[1]:
+                raise UsageError(f"{source}: lora_A and lora_B of {theirs} do not make a matrix of its size")
             head[f"{ours}.weight"] = head[f"{ours}.weight"] + scaling * pair["B"] @ pair["A"]
         if not {f"{ours}.weight", f"{ours}.bias"} <= head.keys():
             raise UsageError(f"{source}: holds no {theirs}; an adapter without the whole head (modules_to_save) cannot be used")

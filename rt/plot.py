@@ -13,15 +13,17 @@ A RUN is a folder that a script wrote:
 import json
 import math
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Callable
+from typing import Callable, Iterator
 
 from rt import figures
 from rt.config import UsageError, parse, run
 from rt.figures import BLACK, BLUE, COLOURS, DASHES, MARKERS, VERMILION, curve, finite, group, set_limits, shared_legend, sheet
 from rt.log import FIGURES, read_json, read_rows, table
+from rt.outside import MISSHAPEN
 from rt.summary import chosen, forgetting_table, spread
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -36,7 +38,7 @@ class Config:
 
 
 @dataclass
-class Run:
+class Folder:
     """A folder, the rows of its metrics.jsonl (of a study: rows.jsonl) and its summary; what is not there yet is empty."""
     folder: Path
     rows: list[dict]
@@ -47,18 +49,30 @@ class Run:
 class Kind:
     """A kind of run: what it is told by, what is said of it, and what draws it, returning the figures' names."""
     what: str
-    is_one: Callable[[Run], bool]
-    text: Callable[[Run], str]
-    draw: Callable[[Run, Path], list[str]]
+    is_one: Callable[[Folder], bool]
+    text: Callable[[Folder], str]
+    draw: Callable[[Folder, Path], list[str]]
 
 
-def open_run(folder: Path) -> tuple[Kind, Run]:
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """UsageError for what rows raise that are not of the shape that a script of ours writes."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except MISSHAPEN as error:
+        raise UsageError(f"{folder}: its rows do not hold what they should ({type(error).__name__}: {error})") from None
+
+
+def open_run(folder: Path) -> tuple[Kind, Folder]:
     """UsageError where a folder is no run."""
     rows = [row for name in ("metrics.jsonl", "rows.jsonl") for row in read_rows(folder / name) if isinstance(row, dict)]
-    found = Run(folder, rows, read_json(folder / "summary.json") if (folder / "summary.json").exists() else {})
-    for kind in KINDS:
-        if kind.is_one(found):
-            return kind, found
+    found = Folder(folder, rows, read_json(folder / "summary.json") if (folder / "summary.json").exists() else {})
+    with readable(folder):
+        for kind in KINDS:
+            if kind.is_one(found):
+                return kind, found
     raise UsageError(f"{folder}: no run with rows to draw; expected a folder that train.py, recycle.py or analyze.py wrote, with "
                      "metrics.jsonl, rows.jsonl or summary.json")
 
@@ -98,7 +112,7 @@ def printed(curves: dict[str, list[tuple[float, float]]]) -> str:
 
 # --- pre-training: a stream of bases ----------------------------------------------------------------------------------
 
-def stages_of(r: Run) -> list[dict]:
+def stages_of(r: Folder) -> list[dict]:
     """name, domain, rows and heldout (None where it is not scored yet) of every stage, in order."""
     known = {stage.get("name"): stage for stage in r.summary.get("stages", [])}
     rows = {name: found for (name,), found in group(r.rows, "stage").items()}
@@ -109,14 +123,14 @@ def stages_of(r: Run) -> list[dict]:
             for i, (name, scores) in enumerate(heldout.items())]
 
 
-def pretraining_text(r: Run) -> str:
+def pretraining_text(r: Folder) -> str:
     stages = stages_of(r)
     curves = {f"{key} {s['name']} ({s['domain']})": points(s["rows"], key) for key in ("loss", "lr") for s in stages}
     scored = [s for s in stages if s["heldout"]]
     return printed(curves) + ("\n" + forgetting_table(scored) if scored else "")
 
 
-def draw_pretraining(r: Run, out: Path) -> list[str]:
+def draw_pretraining(r: Folder, out: Path) -> list[str]:
     stages, names = stages_of(r), []
     scored = [s for s in stages if s["heldout"]]
     if any(points(s["rows"], "loss") for s in stages):
@@ -170,13 +184,13 @@ def dev_rows(rows: list[dict]) -> tuple[str, list[dict]]:
     return metric, [{"step": row.get("step"), "loss": row.get("loss"), "score": row["dev"].get(metric)} for row in scored]
 
 
-def tuning_text(r: Run) -> str:
+def tuning_text(r: Folder) -> str:
     metric, rows = dev_rows(r.rows)
     test = ", ".join(f"{k} {v:.3f}" for k, v in (r.summary.get("test") or {}).items() if finite(v))
     return printed({"loss": points(rows, "loss"), f"dev {metric}": points(rows, "score")}) + (f"\ntest {test}" if test else "")
 
 
-def draw_tuning(r: Run, out: Path) -> list[str]:
+def draw_tuning(r: Folder, out: Path) -> list[str]:
     metric, rows = dev_rows(r.rows)
     losses, scores = points(rows, "loss"), points(rows, "score")
     with sheet(out / "tuning", 1, 2, width=3.4, height=2.6) as (fig, (axes,)):
@@ -194,7 +208,7 @@ def draw_tuning(r: Run, out: Path) -> list[str]:
 
 # --- recycling: modes over seeds --------------------------------------------------------------------------------------
 
-def recycled(r: Run) -> list[dict]:
+def recycled(r: Folder) -> list[dict]:
     """A row a run, of summary.json; of an interrupted sweep those of its finished runs; else of the curves so far."""
     rows = r.summary.get("rows") or [read_json(path) for path in sorted(r.folder.glob("deltas/*/summary.json"))]
     if not any("curve" in row for row in rows):
@@ -220,7 +234,7 @@ def setting(row: dict) -> tuple:
     return row["lr"], json.dumps({k: v for k, v in row["settings"].items() if k not in ("base", "chain")}, sort_keys=True)
 
 
-def panels_of(r: Run) -> dict[tuple, dict[tuple, list[dict]]]:
+def panels_of(r: Folder) -> dict[tuple, dict[tuple, list[dict]]]:
     """{(task, delta, shots, base): {(mode, route): the rows of its best setting on dev}}."""
     panels: dict[tuple, dict] = {}
     for (mode, route, *_), rows in group(recycled(r), "mode", "route", "task", "delta", "shots", "alone").items():
@@ -234,7 +248,7 @@ def named(panel: tuple) -> str:
     return ", ".join(str(part) for part in (task, delta, shots and f"{shots} a label", base and f"on {Path(base).name}") if part) or "runs"
 
 
-def recycling_text(r: Run) -> str:
+def recycling_text(r: Folder) -> str:
     said = []
     for panel, lines in panels_of(r).items():
         rows, curves = [], {}
@@ -250,7 +264,7 @@ def recycling_text(r: Run) -> str:
     return "\n".join(said)
 
 
-def draw_convergence(r: Run, out: Path) -> list[str]:
+def draw_convergence(r: Folder, out: Path) -> list[str]:
     """A panel a task and base, a line a mode: dev's mean over seeds and its 95% t-interval. Modes without training are levels, and so is
     the best of scratch, averaged over seeds."""
     panels = panels_of(r)
@@ -285,7 +299,7 @@ LINES = {"compatibility": (("task", "line"), "base", None), "connectivity": (("t
          "distance": (("of", "task", "pair"), "part", "l2_per_weight"), "similarity": (("task", "pair"), "what", "share_own_best")}
 
 
-def study_text(r: Run) -> str:
+def study_text(r: Folder) -> str:
     keys, along, y = LINES[r.rows[0]["study"]]
     rows, curves = [row for row in r.rows if row.get("what") != "attention"], {}
     for names, found in group(rows, *keys).items():
@@ -311,10 +325,12 @@ def main(argv: list[str]) -> None:
     if len({*places.values()}) < len(places):
         raise UsageError(f"--out {c.out}: two of the runs have the same name; leave it out, or draw them one by one")
     for (kind, r), out in zip([open_run(Path(name)) for name in places], places.values()):
-        print(f"{r.folder}: {kind.what}\n{kind.text(r)}")
+        with readable(r.folder):
+            print(f"{r.folder}: {kind.what}\n{kind.text(r)}")
         try:
-            names = kind.draw(r, out)
-        except UsageError as error:     # no matplotlib
+            with readable(r.folder):
+                names = kind.draw(r, out)
+        except UsageError as error:     # no matplotlib, or numbers that cannot be drawn
             print(f"no figures: {error}")
         except OSError as error:
             raise UsageError(f"{out}: cannot be written ({error.strerror}): give another --out") from None

@@ -15,6 +15,7 @@ from rt.config import UsageError
 from rt.data import STDIN
 from rt.log import progress
 from rt.model import Classifier
+from rt.outside import parse_json
 from rt.tasks import Example, encode
 from rt.tokenizer import Tokenizer
 from rt.tune import predict
@@ -69,8 +70,8 @@ def check_out(out: Path, source: Path) -> None:
     with out.open(encoding="utf-8", errors="replace") as file:
         line = file.readline(1_000_000)
     try:
-        row = json.loads(line or '{"value": 0}')    # an empty file may be written to
-    except json.JSONDecodeError:
+        row = parse_json(line or '{"value": 0}', out)       # an empty file may be written to
+    except UsageError:
         row = None
     if not isinstance(row, dict) or not {"probabilities", "value"} & row.keys():
         raise UsageError(f"--out {out}: holds something else than answers of --mode predict; give another, or remove the file")

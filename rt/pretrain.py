@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import linear_cross_entropy
-from rt.checkpoint import load_base, read_file, save_base
+from rt.checkpoint import load_base, read_torch, save_base
 from rt.data import Rows
 from rt.device import autocast, derive_seed, memory_for
 from rt.dist import Ranks
@@ -215,7 +215,7 @@ class Stage:
         if last.exists() and read_json(last / "meta.json").get("name") == self.about["name"]:
             base = load_base(last)
             self.model.load_state_dict(MaskedLM(base.encoder, base.head).state_dict())
-            load_state(self.optimizer, read_file(last / "optim.pt"))
+            load_state(self.optimizer, read_torch(last / "optim.pt"))
             self.step, self.skipped = base.meta["step"], base.meta.get("skipped", 0)
 
     def save(self, folder: str, resumable: bool) -> None:

@@ -1,15 +1,15 @@
-"""Recycling without training on the task: a low-rank map from old deltas to new ones, learned on other tasks (METHOD: project).
+"""Recycling without training on the task: a low-rank map from old deltas to new ones, learned on other tasks.
 
     w' = w W1 W2 + b        w (rows, m): trained weights of a delta;  W1 (m, r), W2 (r, m);  b as large as w
     w' = w + w W1 W2 + b    `residual`
 
-Two granularities. `flat`: all weights end to end are one row of m = n (METHOD): (2r + 1) n numbers. `tensor`: every tensor is a
-matrix, m its last dimension, with W1 and W2 of its own (r at most m): n + 2 r x the sum of last dimensions. No n x n matrix exists in
-either. Training takes 16 bytes a number (weight, gradient, AdamW's moments): of all 125 M weights of RoBERTa-base at r = 16, 66 GB
-flat and 2 GB by tensors; of its adapters, 1 GB flat.
+Two granularities. `flat`: all weights end to end are one row of m = n, as in the paper's public code: (2r + 1) n numbers. `tensor`: every
+tensor is a matrix, m its last dimension, with W1 and W2 of its own (r at most m): n + 2 r x the sum of last dimensions. No n x n matrix
+exists in either. Training takes 16 bytes a number (weight, gradient, AdamW's moments): of all 125 M weights of RoBERTa-base at r = 16, 66
+GB flat and 2 GB by tensors; of its adapters, 1 GB flat.
 
 The start is W2 = 0 with W1 random, so large that w W1 is about 1, and b the mean of the sources' w; residual: b = 0. So training starts
-from `apply` of the mean source, or of the delta itself. What METHOD's form keeps of an unseen delta is what passes through r numbers
+from `apply` of the mean source, or of the delta itself. What the first form keeps of an unseen delta is what passes through r numbers
 (of each row); the residual form keeps the delta and adds to it.
 """
 from dataclasses import replace
@@ -41,7 +41,7 @@ def tensors_of(delta: Delta, with_head: bool) -> dict[str, Tensor]:
 class Projection(nn.Module):
     """The map, at its start. `sources`: the deltas that b and the scale of W1 are made of; all deltas that are projected must have
     their kind and sizes. Without `with_head` heads are no part of the map: tasks may have other numbers of labels. `granularity` auto
-    is METHOD's flat where that is small: tensor for full tuning, flat for all other kinds."""
+    is the public code's, flat, where that is small: tensor for full tuning, flat for all other kinds."""
 
     def __init__(self, sources: list[Delta], r: int, granularity: str, residual: bool, with_head: bool, seed: int):
         super().__init__()

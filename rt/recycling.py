@@ -1,4 +1,4 @@
-"""Ways to reuse an outdated delta on a new base, one short function a mode, all with the same arguments and return.
+"""Ways to reuse an outdated delta on a new base: a mode is where training starts and what it minimises (MODES).
 
     scratch        fresh delta and head on the new base, tuned: the baseline
     apply          the old delta on the new base as it stands; nothing is trained
@@ -58,9 +58,14 @@ def check(r: Recycling, mode: str) -> None:
     if mode in ("init", "init+distill") and r.old_delta.config.used != r.config.used:
         raise UsageError(f"{mode} continues the old delta ({r.old_delta.config.used}), which is not what is asked for "
                          f"({r.config.used}): use the same --delta and sizes, or --mode distill")
+    if mode in ("apply", "init", "init+distill"):
+        check_fits(r.base, r.old_delta, stale_ok=True)
     if mode in NEEDS_TEACHER and r.old_base.tokenizer.vocabulary != r.base.tokenizer.vocabulary:
         raise UsageError(f"{mode} needs old and new base to have one vocabulary: the teacher reads the student's ids")
     old, new = r.old_base.encoder.config, r.base.encoder.config
+    if mode in NEEDS_TEACHER and r.beta and (old.num_layers, old.hidden_size) != (new.num_layers, new.hidden_size):
+        raise UsageError(f"--beta compares hidden states layer by layer: old base {old.num_layers} layers x {old.hidden_size}, new base "
+                         f"{new.num_layers} x {new.hidden_size}: use --beta 0")
     if mode in NEEDS_TEACHER and r.gamma and (old.num_heads != new.num_heads
                                               or (r.att_layers == "all" and old.num_layers != new.num_layers)):
         raise UsageError(f"--gamma compares attention maps head by head: old base {old.num_layers} layers x {old.num_heads} heads, "
@@ -73,12 +78,25 @@ def check(r: Recycling, mode: str) -> None:
 
 
 def recycle(r: Recycling, mode: str) -> tuple[Classifier, TuneResult]:
-    """The tuned (or, with apply, put together) model for the new base, and its scores."""
+    """The tuned (or, with apply and project, put together) model for the new base, and its scores. Its seconds count the teacher's run
+    where this is the first to ask for it, and the evaluations."""
     check(r, mode)
     started = time.perf_counter()
-    model, result = MODES[mode](r)
-    result.seconds = time.perf_counter() - started      # the teacher's run and the evaluations counted in
+    model, loss = MODES[mode].start(r), MODES[mode].loss
+    if loss is None:
+        result = scored(r, model)
+    else:
+        result = tune(model, r.data, loss(r), r.settings, device=r.device, precision=r.precision, on_eval=r.on_eval, what=mode)
+    result.seconds = time.perf_counter() - started
     return model, result
+
+
+def scored(r: Recycling, model: Classifier) -> TuneResult:
+    """The result of a mode without training."""
+    dev = evaluate(model, r.data.dev, r.device, r.precision)
+    test = evaluate(model, r.data.test, r.device, r.precision) if r.data.test is not None else {}
+    r.on_eval({"step": 0, "loss": None, "dev": dev})
+    return TuneResult(0, dev, test, [(0, score(dev))])
 
 
 def start_fresh(r: Recycling) -> Classifier:
@@ -93,6 +111,13 @@ def start_from_old(r: Recycling) -> Classifier:
     return model
 
 
+def start_projected(r: Recycling) -> Classifier:
+    """The old delta through the map that was learned beforehand (rt/project.py)."""
+    if r.projection is None:
+        raise ValueError("project needs a projection: rt.project.learn_projection")
+    return start_from_old(replace(r, old_delta=project(r.projection, r.old_delta)))
+
+
 def teacher_model(r: Recycling) -> Classifier:
     """old base + old delta, without dropout."""
     return apply(r.old_base, r.old_delta).eval()
@@ -105,27 +130,28 @@ def teacher_of(r: Recycling) -> TeacherCache:
     return r.teacher
 
 
-def _task_loss(r: Recycling) -> Loss:
+def plain_loss(r: Recycling) -> Loss:
     return Loss(is_regression=not r.data.labels)
 
 
-def _distillation_loss(r: Recycling) -> Loss:
-    return replace(_task_loss(r), teacher=teacher_of(r), alpha=r.alpha, beta=r.beta, T=r.T, public_code=r.public_code, gamma=r.gamma,
+def distillation_loss(r: Recycling) -> Loss:
+    return replace(plain_loss(r), teacher=teacher_of(r), alpha=r.alpha, beta=r.beta, T=r.T, public_code=r.public_code, gamma=r.gamma,
                    maps_of=teacher_model(r) if r.gamma else None, att_layers=r.att_layers,
                    itp=r.itp, teacher_weights=weights_of(teacher_model(r)) if r.itp else None)
 
 
-def start_of(r: Recycling, mode: str) -> Classifier:
-    return start_from_old(r) if mode in ("init", "init+distill") else start_fresh(r)
+@dataclass(frozen=True)
+class Mode:
+    """Where a mode starts, and what it minimises; without a loss nothing is trained."""
+    start: Callable[[Recycling], Classifier]
+    loss: Callable[[Recycling], Loss] | None
 
 
-def loss_of(r: Recycling, mode: str) -> Loss:
-    return _distillation_loss(r) if mode in NEEDS_TEACHER else _task_loss(r)
-
-
-def _train(r: Recycling, mode: str) -> tuple[Classifier, TuneResult]:
-    model = start_of(r, mode)
-    return model, tune(model, r.data, loss_of(r, mode), r.settings, device=r.device, precision=r.precision, on_eval=r.on_eval, what=mode)
+MODES = {"scratch": Mode(start_fresh, plain_loss), "apply": Mode(start_from_old, None), "init": Mode(start_from_old, plain_loss),
+         "distill": Mode(start_fresh, distillation_loss), "init+distill": Mode(start_from_old, distillation_loss),
+         "project": Mode(start_projected, None)}
+TRAINED = tuple(name for name, mode in MODES.items() if mode.loss)
+NEEDS_TEACHER = tuple(name for name, mode in MODES.items() if mode.loss is distillation_loss)
 
 
 def can_go_together(r: Recycling, mode: str) -> bool:
@@ -148,49 +174,13 @@ def recycle_together(rs: list[Recycling], mode: str, limit: int = 0) -> Iterator
         if mode in NEEDS_TEACHER:
             r.teacher = teachers[id(r.data)] = teachers.get(id(r.data)) or teacher_of(r)
         if r.settings.seed not in starts:
-            starts[r.settings.seed] = start_of(r, mode)
-        runs.append(grid.Run(starts[r.settings.seed], r.data, r.settings, loss_of(r, mode)))
+            starts[r.settings.seed] = MODES[mode].start(r)
+        runs.append(grid.Run(starts[r.settings.seed], r.data, r.settings, MODES[mode].loss(r)))
     place = {id(run): r for run, r in zip(runs, rs)}
     for run in grid.tune_in_groups(runs, limit, device=rs[0].device, precision=rs[0].precision, what=mode):
         for row in run.rows:
             place[id(run)].on_eval(row)
         yield place[id(run)], grid.reweighted(run.model, run.best), run.result
-
-
-def scratch(r: Recycling) -> tuple[Classifier, TuneResult]:
-    return _train(r, "scratch")
-
-
-def apply_only(r: Recycling) -> tuple[Classifier, TuneResult]:
-    model = apply(r.base, r.old_delta, stale_ok=True)
-    dev = evaluate(model, r.data.dev, r.device, r.precision)
-    test = evaluate(model, r.data.test, r.device, r.precision) if r.data.test is not None else {}
-    r.on_eval({"step": 0, "loss": None, "dev": dev})
-    return model, TuneResult(0, dev, test, [(0, score(dev))])
-
-
-def project_only(r: Recycling) -> tuple[Classifier, TuneResult]:
-    if r.projection is None:
-        raise ValueError("project needs a projection: rt.project.learn_projection")
-    return apply_only(replace(r, old_delta=project(r.projection, r.old_delta)))
-
-
-def init(r: Recycling) -> tuple[Classifier, TuneResult]:
-    return _train(r, "init")
-
-
-def distill(r: Recycling) -> tuple[Classifier, TuneResult]:
-    return _train(r, "distill")
-
-
-def init_distill(r: Recycling) -> tuple[Classifier, TuneResult]:
-    return _train(r, "init+distill")
-
-
-MODES: dict[str, Callable[[Recycling], tuple[Classifier, TuneResult]]] = {
-    "scratch": scratch, "apply": apply_only, "init": init, "distill": distill, "init+distill": init_distill, "project": project_only}
-TRAINED = ("scratch", "init", "distill", "init+distill")
-NEEDS_TEACHER = ("distill", "init+distill")
 
 
 def new_delta(r: Recycling, mode: str, model: Classifier) -> Delta:

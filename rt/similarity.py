@@ -1,4 +1,4 @@
-"""How alike two tuned models are inside (METHOD: studies 3 and 4): attention maps head by head, hidden states, weights.
+"""How alike two tuned models are inside (README, The method: studies 3 and 4): attention maps head by head, hidden states, weights.
 
 Heads are numbered layer by layer: head h of layer l is l * H + h. A prefix's keys are left out of the maps: they have no
 counterpart in the sentence.

@@ -1,6 +1,6 @@
 """The folder of a stream of bases: whether a run may begin there or go on, and what is said of it.
 
-    config.json     the settings it was begun with
+    config.json     the settings it was begun with, and hashes of the content of its corpora, tokenizer and --init
     M0, M1, ...     bases; M1-t00250: the snapshot of M1 after 250 steps
     last, last.old  the resumable checkpoint and the one before, while the run is unfinished; last.damaged: one that could not be used
     metrics.jsonl   a row a step, and a row of held-out scores a base
@@ -17,6 +17,7 @@ from rt.config import UsageError
 from rt.data import Rows
 from rt.folders import check_seal, settle
 from rt.log import FIGURES, read_json, strangers
+from rt.outside import is_number
 from rt.tokenizer import Tokenizer
 
 
@@ -67,12 +68,24 @@ def forget_last(out: Path) -> None:
         shutil.rmtree(out / name, ignore_errors=True)
 
 
+def check_content(out: Path, content: dict) -> None:
+    """UsageError where what a run in `out` was begun with has other content by now: `content` is {what: hash}."""
+    begun = read_json(out / "config.json").get("content", {}) if (out / "config.json").exists() else {}
+    for what, mark in content.items():
+        if isinstance(begun, dict) and mark and begun.get(what) not in (None, "", mark):
+            raise UsageError(f"{out}: {what} has changed since the run was begun (its content was {begun[what]}, and is {mark}): "
+                             "restore it, or give another --out")
+
+
 def is_done_again(row: dict, out: Path) -> bool:
     """Whether a row of metrics.jsonl lies past the point that training resumes at, so that there will be another of its step."""
-    if (out / row["stage"] / "meta.json").exists():
+    stage, step = row.get("stage"), row.get("step")
+    if not isinstance(stage, str) or not is_number(step):
+        raise UsageError(f"{out / 'metrics.jsonl'}: has a row that is of no step of a stage: {str(row)[:80]}")
+    if (out / stage / "meta.json").exists():
         return False
     last = read_json(out / "last" / "meta.json") if (out / "last").exists() else {}
-    return row["stage"] != last.get("name") or row["step"] > last["step"] or "heldout" in row
+    return stage != last.get("name") or not is_number(last.get("step")) or step > last["step"] or "heldout" in row
 
 
 def sample_of(rows: Rows, tokenizer: Tokenizer) -> str:

@@ -10,7 +10,7 @@ from rt.config import UsageError, convert
 
 # what a run may differ in; those of SIDE_BY_SIDE even within one group (rt/grid.py)
 SWEPT = ("seed", "lr", "alpha", "beta", "T", "gamma", "itp", "steps", "batch_size", "warmup", "weight_decay", "early_stop")
-SIDE_BY_SIDE = ("lr", "alpha", "beta", "T")     # and the seed, which is not among a run's settings
+SIDE_BY_SIDE = ("alpha", "beta", "T")     # and seed and rate, which are not among a run's settings
 LISTS = {"seed": "seeds", "lr": "lr"}           # fields of a config that hold several
 
 

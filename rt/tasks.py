@@ -4,8 +4,13 @@ A row has one text or a pair, and a label: a string or an integer is a class, a 
 column names are understood beside `text`, `text_pair` and `label`.
 """
 import csv
+import hashlib
+import json
 import math
+import re
+from collections import Counter
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Iterator
 
@@ -15,6 +20,7 @@ import torch
 from rt.config import UsageError
 from rt.data import STDIN, read_jsonl, read_lines, sequences_batch
 from rt.model import Batch
+from rt.outside import LINE_BYTES, check_label
 from rt.tokenizer import Tokenizer
 
 PARTS = ("train", "dev", "test")
@@ -24,6 +30,8 @@ COLUMNS = {
     "text_pair": ("text_pair", "sentence2", "hypothesis", "question2"),
     "label": ("label", "gold_label", "score", "relatedness_score"),
 }
+MOST_LABELS = 5000     # a confusion matrix of as many squared is kept
+csv.field_size_limit(LINE_BYTES)
 PAIRED_SENTENCE = "sentence"  # the second text where the first is a `question` (GLUE's QNLI)
 
 
@@ -31,7 +39,7 @@ PAIRED_SENTENCE = "sentence"  # the second text where the first is a `question` 
 class Example:
     text: str
     text_pair: str | None
-    label: str | float | None   # None only in texts to predict
+    label: str | int | float | None     # a whole number only before it is a class of a Task, None only in texts to predict
     source: str                 # file and line, for error messages
 
 
@@ -46,6 +54,15 @@ class Task:
     def is_regression(self) -> bool:
         return not self.labels
 
+    @cached_property
+    def hash(self) -> str:
+        """Of all texts and labels, in order: 16 hex digits. A delta carries that of the task it was learned on."""
+        digest = hashlib.sha256()
+        for part, examples in self.parts.items():
+            for e in examples:
+                digest.update(json.dumps([part, e.text, e.text_pair, e.label]).encode())
+        return digest.hexdigest()[:16]
+
 
 def load_task(path: Path) -> Task:
     """Read a task folder. Raises UsageError naming file and line for what does not fit."""
@@ -57,8 +74,16 @@ def load_task(path: Path) -> Task:
     if _is_regression(everything):
         labels, parts = (), {part: [_with_float(e) for e in examples] for part, examples in parts.items()}
     else:
-        found = {e.label for e in parts["train"]}
-        labels = tuple(sorted(found, key=lambda x: (0, int(x), x) if x.lstrip("-").isdecimal() else (1, 0, x)))
+        _check_one_type(everything)
+        parts = {part: [replace(e, label=str(e.label)) for e in examples] for part, examples in parts.items()}
+        everything = [e for examples in parts.values() for e in examples]
+        found = {e.label: e.source for e in parts["train"]}
+        if len(found) > MOST_LABELS:
+            raise UsageError(f"{path}: the training examples have {len(found)} labels, and up to {MOST_LABELS} are supported: is the label "
+                             "column the right one? (numbers with a point make a regression)")
+        for label, source in found.items():
+            check_label(label, source)
+        labels = tuple(sorted(found, key=lambda x: (0, int(x), x) if re.fullmatch(r"-?\d{1,18}", x) else (1, 0, x)))
         for e in everything:
             if e.label not in found:
                 raise UsageError(f"{e.source}: label {e.label!r} does not occur in the training examples "
@@ -73,17 +98,26 @@ def _is_regression(examples: list[Example]) -> bool:
     if any(isinstance(e.label, float) for e in examples):
         return True
     try:
-        values = [float(e.label) for e in examples if ".jsonl, line" not in e.source]
+        values = [float(e.label) for e in examples if isinstance(e.label, str) and ".jsonl, line" not in e.source]
     except ValueError:
         return False
     return not all(map(float.is_integer, values))
+
+
+def _check_one_type(examples: list[Example]) -> None:
+    """UsageError where some labels are strings and some numbers: of "1" and 1 nobody knows whether they are one class."""
+    typed = [e for e in examples if ".jsonl, line" in e.source]
+    name, number = (next((e for e in typed if isinstance(e.label, kind)), None) for kind in (str, int))
+    if name and number:
+        raise UsageError(f"{name.source}: label {name.label!r} is a string, but the one of {number.source} is a number ({number.label}): "
+                         "write all of them as one or the other")
 
 
 def _with_float(e: Example) -> Example:
     """Floats and whole numbers are numbers together."""
     try:
         value = float(e.label)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise UsageError(f"{e.source}: label {e.label!r} is not a number as other labels of this task are") from None
     if not math.isfinite(value):
         raise UsageError(f"{e.source}: label {value} is not a finite number")
@@ -128,9 +162,12 @@ def _read_table(path: Path, format: str) -> Iterator[tuple[int, dict]]:
     else:
         # tsv files of the field (GLUE) do not quote: a lone " is a character there
         style = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if format == "tsv" else dict(strict=True)
+        csv.field_size_limit(2**31 - 1)     # a text may be longer than the 131,072 characters that are the default
         reader = csv.reader((line + "\n" for _, line in read_lines(path)), **style)
         try:
-            header = next(reader, None)
+            header = next(reader, [])
+            if len({*header}) < len(header):
+                raise UsageError(f"{path}, line 1: two columns are called {Counter(header).most_common(1)[0][0]!r}")
             for row in filter(None, reader):
                 if len(row) != len(header):
                     raise UsageError(f"{path}, line {reader.line_num}: {len(row)} columns where the header has {len(header)}")
@@ -150,13 +187,14 @@ def _example(path: Path, number: int, row: dict, labelled: bool) -> Example:
                              f"found: {', '.join(map(str, row))})")
     for kind in ("text", "text_pair"):
         text = row.get(found[kind], "")
+        if kind == "text_pair" and text is None:     # JSON's null: this one has none
+            continue
         if found[kind] and (not isinstance(text, str) or not text.strip()):
             raise UsageError(f"{source}: {found[kind]} is empty or not a string")
     label = row[found["label"]] if labelled else None
     if isinstance(label, bool) or not isinstance(label, (str, int, float, type(None))) or labelled and label in (None, ""):
         raise UsageError(f"{source}: label {label!r} is not a string, an integer or a float")
-    return Example(row[found["text"]], row[found["text_pair"]] if found["text_pair"] else None,
-                   str(label) if isinstance(label, int) else label, source)
+    return Example(row[found["text"]], row[found["text_pair"]] if found["text_pair"] else None, label, source)
 
 
 def few_shot(task: Task, shots: int, seed: int) -> Task:
@@ -192,7 +230,8 @@ class Encoded:
 
 def encode(examples: list[Example], labels: tuple[str, ...], tokenizer: Tokenizer, max_len: int) -> Encoded:
     """<s> text </s>, or <s> text </s></s> pair </s> (BERT's: [CLS] text [SEP] pair [SEP]); what is longer than `max_len` is cut, of a
-    pair the longer text first. `labels` are the class names in order; empty means float targets."""
+    pair the longer text first. Where a text itself spells [SEP], that is written ~id: it parts no texts. `labels` are the class names in
+    order; empty means float targets."""
     texts = tokenizer.encode([e.text for e in examples])
     pairs = tokenizer.encode([e.text_pair or "" for e in examples])
     bos, eos, between = tokenizer.bos_id, tokenizer.eos_id, [tokenizer.eos_id] * (tokenizer.separators - 1)
@@ -202,6 +241,8 @@ def encode(examples: list[Example], labels: tuple[str, ...], tokenizer: Tokenize
         room = max_len - 2 - (tokenizer.separators if paired else 0)
         truncated += len(a) + len(b) > room
         keep_a, keep_b = _fit(len(a), len(b), room)
+        if not between and eos in a:
+            a = [~i if i == eos else i for i in a]
         sequences.append([bos, *a[:keep_a], eos, *([*between, *b[:keep_b], eos] if paired else [])])
     place = {label: i for i, label in enumerate(labels)}
     if labels:

@@ -1,8 +1,10 @@
-"""The one supervised loop: train a Classifier on a task, evaluate on dev every so often, keep the best, report test once."""
+"""The supervised loop: train a Classifier on a task, evaluate on dev every so often, keep the best, report test once. The loop of many
+runs side by side is in rt/grid.py."""
 import math
+import sys
 import time
 from dataclasses import dataclass, field, replace
-from typing import Callable
+from typing import Callable, TextIO
 
 import numpy as np
 import torch
@@ -48,6 +50,7 @@ class TaskData:
     train: Encoded
     dev: Encoded
     test: Encoded | None
+    hash: str = ""      # Task.hash; "" of what is made of no task
 
     @property
     def num_outputs(self) -> int:
@@ -61,7 +64,19 @@ class TaskData:
 
 def encode_task(task: Task, tokenizer: Tokenizer, max_len: int) -> TaskData:
     parts = {part: encode(examples, task.labels, tokenizer, max_len) for part, examples in task.parts.items()}
-    return TaskData(task.name, task.labels, **parts)
+    return TaskData(task.name, task.labels, **parts, hash=task.hash)
+
+
+def say_truncated(truncated: int, count: int, seq_len: int, file: TextIO | None = None) -> None:
+    if truncated:
+        print(f"{truncated} of {count} texts are longer than --seq_len {seq_len} and were cut", file=file)
+
+
+def say_changed(info: dict, task: Task) -> None:
+    """On stderr, where a delta (of which `info` tells) was learned on a task of other content than `task`."""
+    if info.get("task_hash", task.hash) != task.hash:
+        print(f"note: the delta was learned on task {info.get('task')} of content {info['task_hash']}; {task.name} is of content "
+              f"{task.hash}: it has other texts or labels", file=sys.stderr)
 
 
 @dataclass

@@ -4,6 +4,8 @@ import importlib
 import io
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +104,25 @@ def write_task(folder: Path, rows: dict[str, list[dict]]) -> Path:
     for part, items in rows.items():
         (folder / f"{part}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in items))
     return folder
+
+
+@contextlib.contextmanager
+def bounded(seconds: int = 10, megabytes: int = 1024):
+    """What is done inside may take no longer, and no more memory than there is mapped already and this (Linux); else it is an error."""
+    def late(*_):
+        raise TimeoutError(f"not done in {seconds} s")
+
+    limits, before = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, late)
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if Path("/proc/self/statm").exists() else None
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        if mapped:
+            resource.setrlimit(resource.RLIMIT_AS, (mapped + megabytes * 2**20, limits[1]))
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+        signal.signal(signal.SIGALRM, before)
 
 
 def command(*arguments: str, code: int = 0, cwd: Path | None = None) -> str:

@@ -126,6 +126,7 @@ def test_every_part_runs_and_is_not_run_again(data):
     assert "Not run yet" not in text and text.count("### C") == 7 and (data / "results" / "tiny-connectivity.png").exists()
 
 
+@pytest.mark.marathon
 def test_a_lineage_that_fails_ends_the_call_at_once(data, tmp_path):
     (tmp_path / "tasks").mkdir()
     (tmp_path / "corpora").mkdir()

@@ -121,6 +121,37 @@ def test_tune_eval_and_predict(lineage, task, delta, tmp_path):
         assert a["label"] == max(a["probabilities"], key=a["probabilities"].get)
 
 
+def test_rows_of_a_base_that_was_made_anew_are_told_from_its_own(lineage, task, tmp_path):
+    """Equal flags, other weights at the same place: what scratch reached there is no yardstick any more."""
+    home, _ = lineage
+    shutil.copytree(home / "run" / "M0", tmp_path / "M0")
+    shutil.copytree(home / "run" / "M1", tmp_path / "M1")
+    here("train.py", "--mode", "tune", "--base", tmp_path / "M0", "--task", task, "--delta", "bitfit", "--tune_steps", "2", *TUNE, "--out",
+         tmp_path / "d")
+    again = ("recycle.py", "--old_base", tmp_path / "M0", "--old_delta", tmp_path / "d", "--base", tmp_path / "M1", "--task", task,
+             "--delta", "bitfit", "--steps", "2", "--shots", "4", "--seeds", "0", "--out", tmp_path / "out", *TUNE, "--mode")
+    here(*again, "scratch,init")
+    shutil.rmtree(tmp_path / "M1")
+    shutil.copytree(home / "run" / "M0", tmp_path / "M1")
+    here(*again, "init")
+    after = {row["mode"]: row for row in json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]}
+    assert after["init"]["origin"] != after["scratch"]["origin"] and after["init"]["steps_to_scratch_best"] is None
+
+
+def test_texts_are_scored_at_the_length_that_the_delta_was_learned_on(lineage, task, tmp_path):
+    home, _ = lineage
+    base = ("--base", home / "run" / "M0")
+    out = here("train.py", "--mode", "tune", *base, "--task", task, "--tune_steps", "2", "--eval_every", "1", "--seq_len", "16", "--out",
+               tmp_path / "d")
+    scores = ("train.py", "--mode", "eval", *base, "--task", task, "--delta_dir", tmp_path / "d")
+    tested = out.split("test ")[1].split(";")[0]
+    assert here(*scores).split("test ")[1].strip() == tested
+    (tmp_path / "texts.txt").write_text("word " * 40)
+    answers = [here("train.py", "--mode", "predict", *base, "--delta_dir", tmp_path / "d", "--input", tmp_path / "texts.txt", *more)
+               for more in ((), ("--seq_len", "16"), ("--seq_len", "100"))]
+    assert answers[0] == answers[1] != answers[2]
+
+
 def test_another_base_is_refused_with_one_sentence(lineage, task, tmp_path):
     home, _ = lineage
     here("train.py", "--mode", "tune", "--base", home / "run" / "M0", "--task", task, "--delta", "lora", "--tune_steps", "2",
@@ -260,7 +291,7 @@ def test_project_maps_the_delta_by_other_tasks(lineage, task, graphs, tmp_path):
     arguments = ("recycle.py", "--old_base", home / "run" / "M0", "--base", home / "run" / "M1", "--task", task, "--seeds", "0,1",
                  "--delta", "adapter", "--out", tmp_path / "out", "--project_steps", "4", "--rank", "3", *TUNE)
     out = here(*arguments, "--mode", "apply,project", "--source_task", other)
-    assert "building the source delta" in out
+    assert "building the old delta" in out and "three_way-adapter-s0" in out
     assert [line.split()[0] for line in out.splitlines() if "±" in line] == ["apply", "project"]
     rows = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]
     assert [(row["mode"], "projection" in row) for row in rows] == [("apply", False), ("project", True)] * 2
@@ -300,6 +331,8 @@ def test_chain_reports_both_routes_over_all_bases(lineage, task, tmp_path):
         assert by[row["mode"], row["route"], row["base"], row["seed"]]["run"] == row["run"]
     info = json.loads((tmp_path / "out" / "deltas" / by["init+distill", "chain", str(m2), 0]["run"] / "delta.json").read_text())["info"]
     assert info["base"] == json.loads((m2 / "meta.json").read_text())["fingerprint"]
+    for base in (m1, m2):       # of the folder each base gets the best of its own
+        assert "accuracy" in here("train.py", "--mode", "eval", "--base", base, "--delta_dir", tmp_path / "out", "--task", task, *TUNE)
     # a direct run is that of a call with --base alone, which takes its place
     here(*arguments[:-len(TUNE) - 1], "init+distill", *TUNE, "--base", m2)
     after = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]
@@ -332,7 +365,7 @@ def test_chain_reports_both_routes_over_all_bases(lineage, task, tmp_path):
     (("recycle.py", "--task", "TASK", "--old_base", "M0", "--base", "M0", "--old_delta", "nowhere", "--out", "M0",
       "--tune", "1"), "there is no flag --tune"),
     (("recycle.py", "--T", "0"), "--T 0.0: must be above zero"),
-    (("recycle.py", "--gamma", "-1"), "--gamma -1.0 must not be negative"),
+    (("recycle.py", "--gamma", "-1"), "--gamma -1.0: must not be negative"),
     (("recycle.py", "--att_layers", "first"), "--att_layers first: not one of last, all"),
     (("recycle.py", "--mode", "burn"), "--mode burn: not one of"),
     (("recycle.py", "--itp", "-1"), "--itp -1: a number of points from 0 on"),
@@ -342,7 +375,11 @@ def test_chain_reports_both_routes_over_all_bases(lineage, task, tmp_path):
     (("recycle.py", "--mode", "init", "--source_task", "dl"), "--source_task and --source_delta are for --mode project"),
     (("recycle.py", "--mode", "project", "--source_task", "math"), "--source_task math: is the --task itself"),
     (("recycle.py", "--mode", "project", "--source_task", "dl", "--granularity", "rows"), "--granularity rows: not one of auto, flat"),
-    (("recycle.py", "--rank", "0"), "--rank 0: must be above zero"),
+    (("recycle.py", "--rank", "0"), "--rank 0: must be above zero"), (("recycle.py", "--seq_len", "3"), "--seq_len 3: must be 8 or more"),
+    (("recycle.py", "--warmup", "3"), "--warmup 3.0: must lie between 0 and 1"),
+    (("train.py", "--stop_after", "-5"), "--stop_after -5: must be above zero"),
+    (("train.py", "--weight_decay", "-1"), "--weight_decay -1.0: must not be negative"),
+    (("recycle.py", "--old_base", "M0", "--base", "M0", "--task", "TASK", "--old_delta", "runs/my/typo"), "typo: nothing tuned there"),
     (("recycle.py", "--chain", "M0,M0"), "in order, each once, in place of --base"),
     (("recycle.py", "--chain", "M0", "--base", "M0"), "in order, each once, in place of --base"),
     (("recycle.py", "--mode", "project", "--source_task", "dl", "--chain", "M0"), "--chain has no --mode project")])

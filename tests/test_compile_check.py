@@ -1,4 +1,5 @@
-"""Every kernel in every configuration, compiled for sm_90 without a GPU; and that the check finds what it looks for."""
+"""Every kernel in every configuration, compiled for sm_90 in bf16 (`-m marathon`: all there is) without a GPU; and that the check finds
+what it looks for."""
 import json
 import os
 import subprocess
@@ -8,26 +9,28 @@ import pytest
 from conftest import ROOT
 
 pytest.importorskip("triton")
+SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}    # bytes a block
 COMPILER = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}     # the interpreter has none
 
 
 def python(*arguments: str, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600, env={**COMPILER, **env})
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=1500, env={**COMPILER, **env})
 
 
 @pytest.mark.long
-def test_all_of_sm_90_compiles_without_spills_and_with_matrix_instructions(tmp_path):
-    # fp16 takes bf16's tiles; the command by itself compiles it too
-    done = python("-m", "kernels.compile_check", "--arch", "90", "--dtype", "bf16", "fp32", "--json", str(tmp_path / "rows.jsonl"))
+@pytest.mark.parametrize("which", [("--arch", "90", "--dtype", "bf16"), pytest.param((), marks=pytest.mark.marathon)])
+def test_all_compiles_without_spills_and_with_matrix_instructions(which, tmp_path):
+    done = python("-m", "kernels.compile_check", *which, "--json", str(tmp_path / "rows.jsonl"))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     names = {row["kernel"] for row in rows}
     assert {"dropout_words", "_backward_delta", "_backward_keys", "_backward_queries", "_kd_forward", "_kd_backward", "_mse_forward",
             "_mse_backward", "_row", "_dropout_rows", "_norm_forward", "_norm_backward"} < names
     for row in rows:
-        assert row["spilled"] == 0 and row["shared"] <= 227 * 1024 and 0 < row["registers"] <= 255, row
+        assert row["spilled"] == 0 and row["shared"] <= SHARED_MEMORY[row["arch"]] and 0 < row["registers"] <= 255, row
         assert row["matrix"] > 0 or not row["has_dot"], row
-    attention = [r for r in rows if r["kernel"] == "_forward" and "bf16" in r["types"] and "D=64 BLOCK_Q=128" in r["config"]]
+    attention = [r for r in rows if r["arch"] == 90 and r["kernel"] == "_forward" and "bf16" in r["types"]
+                 and "D=64 BLOCK_Q=128" in r["config"]]
     plain, dropped = (next(r["instructions_per_element"] for r in attention if f"DROPOUT={d}" in r["config"]) for d in (False, True))
     assert dropped - plain < 9.6        # what the two matrix products of an element cost at D 64, in instructions
 

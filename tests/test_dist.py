@@ -117,6 +117,12 @@ for zero in (True, False):              # shared out again, and by one alone
     for a, b in zip(weights, again):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
+ranks.agree({"--lr": 0.1, "corpus a": "1"})
+try:
+    ranks.agree({"--lr": 0.1, "corpus a": "12"[ranks.rank]})
+    raise AssertionError
+except UsageError as error:
+    assert str(error) == "corpus a is 2 on rank 1 and 1 on rank 0: start all with the same flags and files"
 try:
     ranks.from_main(bad)
 except UsageError as error:

@@ -3,6 +3,7 @@ import json
 import pickle
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -11,6 +12,7 @@ from conftest import command, write_task
 from safetensors.torch import load_file, save_file
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
+from rt.book import best_delta
 from rt.checkpoint import StaleDelta, load_base, save_base
 from rt.config import UsageError
 from rt.data import read_documents, sequences_batch
@@ -313,6 +315,7 @@ def test_a_tuned_model_that_does_not_fit_its_base_is_named(tokenizer_of, tmp_pat
     assert open_delta(str(folder), base).labels == ("0", "1")
     facts = json.loads((folder / "config.json").read_text())
     for change, words in (({"problem_type": "multi_label_classification"}, "multi_label_classification"),
+                          ({"id2label": ["a", "b"]}, "id2label is not an object"),
                           ({"num_attention_heads": 4}, "num_heads 4, the base has 3")):
         (folder / "config.json").write_text(json.dumps(facts | change))
         with pytest.raises(UsageError, match=words):
@@ -329,6 +332,10 @@ def lora_folder(folder, base, change: dict | None = None, drop: str = "", add: d
     weights = {k: v for k, v in load_file(folder / "adapter_model.safetensors").items() if not drop or drop not in k}
     save_file(weights | (add or {}), folder / "adapter_model.safetensors")
     return str(folder)
+
+
+def test_an_adapter_without_a_task_type_is_a_classifiers_where_it_holds_one(base, tmp_path):
+    assert open_delta(lora_folder(tmp_path / "a", base, {"task_type": None}), base).labels == LABELS
 
 
 @pytest.mark.parametrize("change, drop, add, words", [
@@ -452,6 +459,135 @@ def test_bert_is_continued_and_its_tuned_classifier_recycled(tokenizer_of, graph
     assert [line.split()[0] for line in out.splitlines() if "±" in line] == ["scratch", "apply", "init", "distill", "init+distill"]
 
 
+def said_by_both(folder, texts) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of a tuned checkpoint, taken as its own base, from raw text: ours and those of AutoTokenizer and AutoModel."""
+    base = open_base(str(folder))
+    sequences = encode([Example(a, b, None, "") for a, b in texts], (), base.tokenizer, 64).sequences
+    ours = predict(apply(base, open_delta(str(folder), base)), sequences, torch.device("cpu"), torch.float32)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    framed = transformers.AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        return ours, torch.cat([model(**framed(a, b, return_tensors="pt")).logits for a, b in texts])
+
+
+def test_a_separator_that_a_text_spells_begins_no_second_text(tokenizer_of, tmp_path):
+    model = theirs("bert", "SequenceClassification", tokenizer_of["bert"], num_labels=3)
+    texts = [("a title [SEP] and what follows it", None), ("a graph [SEP] a [SEP]", "the second [SEP] text"), ("no separator", None)]
+    close(*said_by_both(saved(model, tokenizer_of["bert"], tmp_path), texts))
+    ids = encode([Example(*texts[0], None, "")], (), tokenizer_of["bert"], 64).sequences[0]
+    assert tokenizer_of["bert"].decode(ids).split().count("[SEP]") == 2
+
+
+def test_what_frames_a_text_is_the_template_not_what_is_in_the_vocabulary_too(tokenizer_of, tmp_path):
+    tokenizer = wordpiece(["a graph of nodes and edges"])
+    tokenizer.backend.add_special_tokens(["<s>", "</s>"])
+    tokenizer = Tokenizer(tokenizer.backend)
+    close(*said_by_both(saved(theirs("bert", "SequenceClassification", tokenizer, num_labels=3), tokenizer, tmp_path), TEXTS))
+
+
+def test_a_bert_whose_tokenizer_gives_both_texts_one_type(tokenizer_of, tmp_path):
+    tokenizer = Tokenizer(tokenizer_of["roberta"].framed())
+    folder = saved(theirs("bert", "SequenceClassification", tokenizer, num_labels=3), tokenizer, tmp_path)
+    roles = {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>", "mask_token": "<mask>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **roles}))
+    close(*said_by_both(folder, TEXTS))
+
+
+def test_a_roberta_with_token_types_that_its_tokenizer_uses_is_refused(tokenizer_of, tmp_path):
+    folder = saved(theirs("roberta", "MaskedLM", tokenizer_of["bert"]), tokenizer_of["bert"], tmp_path)
+    load_hf(folder)     # with one type there is no other to give
+    facts = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(facts | {"type_vocab_size": 2}))
+    with pytest.raises(UsageError, match="a token type of its own, which is supported of bert only, not of roberta"):
+        load_hf(folder)
+
+
+def prefixed(tokenizer: Tokenizer) -> Tokenizer:
+    """RoBERTa's with add_prefix_space."""
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return Tokenizer(backend)
+
+
+def test_a_tuned_model_or_adapter_whose_tokenizer_makes_other_ids_is_refused(tokenizer_of, base, tmp_path):
+    for family, changed in (("roberta", prefixed(tokenizer_of["roberta"])), ("bert", Tokenizer(tokenizer_of["bert"].framed()))):
+        if family == "bert":
+            changed.backend.normalizer = normalizers.BertNormalizer(lowercase=False)
+        plain = open_base(str(saved(theirs(family, "MaskedLM", changed), tokenizer_of[family], tmp_path / f"{family}-base")))
+        folder = saved(theirs(family, "SequenceClassification", changed), changed, tmp_path / f"{family}-tuned")
+        with pytest.raises(UsageError, match="makes other ids of a text"):
+            open_delta(str(folder), plain)
+    folder = lora_folder(tmp_path / "lora", base)
+    base.tokenizer.save(folder)
+    assert open_delta(folder, base).labels == LABELS
+    prefixed(base.tokenizer).save(folder)
+    with pytest.raises(UsageError, match="makes other ids of a text"):
+        open_delta(folder, base)
+
+
+@pytest.mark.parametrize("family, said", [("roberta", {"add_prefix_space": True}), ("bert", {"do_lower_case": False}),
+                                          ("bert", {"strip_accents": False, "tokenize_chinese_chars": False})])
+@pytest.mark.parametrize("layout", ["tokenizer.json", "vocabulary"])
+def test_what_tokenizer_config_says_holds_and_a_vocabulary_alone_will_do(family, said, layout, tokenizer_of, tmp_path):
+    tokenizer, words = tokenizer_of[family], tokenizer_of[family].vocab_size
+    larger = tokenizer.framed()
+    larger.add_tokens(["<br>", "NewWord"])
+    model = theirs(family, "SequenceClassification", Tokenizer(larger), num_labels=3)
+    folder = saved(model, Tokenizer(tokenizer.framed()), tmp_path)
+    more = {} if layout == "tokenizer.json" else {"<br>": words, "NewWord": words + 1}
+    if layout == "vocabulary":
+        facts = json.loads((folder / "tokenizer.json").read_text())["model"]
+        (folder / "tokenizer.json").unlink()
+        (folder / "added_tokens.json").write_text(json.dumps(more))
+        if family == "bert":
+            (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in facts["vocab"]))
+        else:
+            (folder / "vocab.json").write_text(json.dumps(facts["vocab"]))
+            (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(" ".join(pair) + "\n" for pair in facts["merges"]))
+    class_of = {"roberta": "RobertaTokenizer", "bert": "BertTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": class_of[family], **said}))
+    texts = [(f"A {' '.join(more)} Graph", "Nodes"), ("the Café of É. Galois 中文", None), ("graph", None)]
+    close(*said_by_both(folder, texts))
+    backend = load_hf(folder).tokenizer.backend
+    assert {token: backend.token_to_id(token) for token in more} == more
+    japanese = layout == "vocabulary" and family == "bert"
+    (folder / "tokenizer_config.json").write_text('{"word_tokenizer_type": "mecab"}' if japanese else "[")
+    with pytest.raises(UsageError, match="no tokenizer there" if japanese else "tokenizer_config.json: not valid JSON"):
+        load_hf(folder)
+
+
+def test_settings_that_config_json_leaves_out_or_null_are_transformers_defaults(tokenizer_of, tmp_path):
+    for family in FAMILIES:
+        folder = saved(theirs(family, "MaskedLM", tokenizer_of[family]), tokenizer_of[family], tmp_path / family)
+        facts = json.loads((folder / "config.json").read_text())
+        optional = ("layer_norm_eps", "pad_token_id", "hidden_dropout_prob", "attention_probs_dropout_prob", "hidden_act", "is_decoder")
+        plain = getattr(transformers, FAMILIES[family] + "Config")()
+        for change in ({}, dict.fromkeys(optional)):
+            (folder / "config.json").write_text(json.dumps({k: v for k, v in facts.items() if k not in optional} | change))
+            config = load_hf(folder).encoder.config
+            assert (config.layer_norm_eps, config.pad_id, config.dropout, config.attention_dropout) == (
+                plain.layer_norm_eps, plain.pad_token_id, plain.hidden_dropout_prob, plain.attention_probs_dropout_prob)
+        (folder / "config.json").write_text(json.dumps(facts | {"layer_norm_eps": "1e-5"}))
+        with pytest.raises(UsageError, match="layer_norm_eps must be a number from zero on, and is '1e-5'"):
+            load_hf(folder)
+
+
+@pytest.mark.parametrize("content, words", [({"model": {}, "epoch": 3}, "something else than tensors"), (b"", "EOFError"),
+                                            ([1], "something else than tensors"),
+                                            (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer")])
+def test_a_bin_file_that_is_no_checkpoint_is_named(content, words, tokenizer_of, tmp_path):
+    folder = saved(theirs("roberta", "MaskedLM", tokenizer_of["roberta"]), tokenizer_of["roberta"], tmp_path)
+    (folder / "model.safetensors").unlink()
+    file = folder / "pytorch_model.bin"
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    with pytest.raises(UsageError, match=words):
+        load_hf(folder)
+    if words == "Git LFS pointer":
+        file.rename(folder / "model.safetensors")
+        with pytest.raises(UsageError, match=words):
+            load_hf(folder)
+
+
 def test_a_bert_delta_survives_another_token_type(tokenizer_of, tmp_path):
     """What a full delta changes in the second token type counts, on pairs alone."""
     base = open_base(str(saved(theirs("bert", "MaskedLM", tokenizer_of["bert"]), tokenizer_of["bert"], tmp_path / "base")))
@@ -460,3 +596,14 @@ def test_a_bert_delta_survives_another_token_type(tokenizer_of, tmp_path):
     paired = torch.tensor([pair is not None for _, pair in TEXTS])
     differs = (our_logits(base, delta) != our_logits(base, without)).any(1)
     assert torch.equal(differs, paired)
+
+
+def test_of_recycled_runs_the_best_is_taken_and_of_equal_ones_one_that_recycles(base, other_base, tmp_path):
+    rows = []
+    runs = (("scratch", base, 0.8), ("init", base, 0.8), ("distill", base, 0.7), ("init", other_base, 0.9))
+    for i, (mode, learned_on, accuracy) in enumerate(runs):
+        save_delta(tmp_path / "deltas" / f"{mode}-{i}", trained(learned_on, DeltaConfig("bitfit")))
+        rows.append({"run": f"{mode}-{i}", "mode": mode, "dev": {"accuracy": accuracy}})
+    (tmp_path / "summary.json").write_text(json.dumps({"rows": rows}))
+    assert best_delta(tmp_path, base.fingerprint).name == "init-1" and best_delta(tmp_path, other_base.fingerprint).name == "init-3"
+    assert best_delta("an/id", base.fingerprint) == Path("an/id")

@@ -167,13 +167,13 @@ def test_a_damaged_file_is_one_sentence(damage, run_home, tokenizer, tmp_path):
     path = tmp_path / "M0" / "model.safetensors"
     assert header(path)["head.bias"] == {"dtype": "F32", "shape": [tokenizer.vocab_size]}
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UsageError, match="M0/model.safetensors: not a whole safetensors file"):
+    with pytest.raises(UsageError, match="M0/model.safetensors: not a readable safetensors file"):
         inspect(tmp_path / "M0")
 
 
 @pytest.mark.parametrize("arguments, words", [
     ([], "what? python -m rt.inspect PATH"), (["nowhere"], "nowhere: nothing known here"), (["empty"], "empty: nothing known here"),
-    (["corpus"], "nothing known here"), (["hollow"], "model.safetensors: cannot be read (No such file"), (["bad"], "not valid JSON"),
+    (["corpus"], "nothing known here"), (["hollow"], "model.safetensors: there is no such file"), (["bad"], "not valid JSON"),
     (["odd"], "its JSON does not hold what it should")])
 def test_bad_input_is_one_sentence_and_exit_code_2(arguments, words, tmp_path, run_home, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -113,6 +113,14 @@ def test_pairs_and_regressions(flags, tmp_path):
     assert all(set(row) == {"text", "text_pair", "value"} for row in said) and said[0]["value"] != said[1]["value"]
 
 
+def test_a_pair_that_is_null_is_none_and_a_text_may_be_long(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"text": "a", "text_pair": "b"}\n{"text": "a", "text_pair": null}\n{"text": "a"}\n')
+    assert [e.text_pair for e in read_examples(tmp_path / "pairs.jsonl", labelled=False)] == ["b", None, None]
+    for format in ("csv", "tsv"):
+        (tmp_path / f"long.{format}").write_text("text\n" + "word " * 40_000 + "\nshort\n")
+        assert [len(e.text) for e in read_examples(tmp_path / f"long.{format}", labelled=False)] == [200_000, 5]
+
+
 def test_what_comes_before_a_bad_line_is_written(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(predict, "CHUNK", 2)
     give(monkeypatch, '{"text": "one"}\n{"text": "two"}\n{"text": "three"}\n{"text": \n{"text": "five"}\n')

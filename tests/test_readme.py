@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, random_base, write_task
+from conftest import ROOT, here, random_base, write_task
 
 from rt.checkpoint import save_base
 from rt.config import parse
@@ -24,13 +24,14 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LABELS = ("no", "yes")
 # what is added to a command so that it takes seconds; of two equal flags the last counts
 PRETRAIN = "--preset tiny --vocab_size 500 --seq_len 32 --batch_tokens 256 --steps 3 --snapshots 1 --eval_tokens 512"
-TINY = {"pretrain": PRETRAIN, "demo": PRETRAIN + " --stream graphs,math,arrays",
+TINY = {"pretrain": PRETRAIN, "demo": PRETRAIN + " --stream papers.txt.xz,news,more.txt",
         "tune": "--tune_steps 2 --eval_every 1 --seq_len 32 --shots 4", "eval": "--seq_len 32", "predict": "--seq_len 32", "import": "",
         "export": "", "bench.cell": ("--sweep", "seed=0,1", "--ways", "side by side", "--steps", "2", "--shots", "4", "--sample", "1"),
-        "recycle.py": "--steps 2 --eval_every 1 --seq_len 32 --seeds 0,1 --shots 4",
-        "analyze.py": "--seq_len 32 --tune_steps 2 --points 3 --max_examples 4"}
+        "recycle.py": "--steps 2 --eval_every 1 --seq_len 32 --seeds 0,1",
+        "analyze.py": "--tasks my_task --seq_len 32 --tune_steps 2 --points 3 --max_examples 4"}
+DEMO = "--task my_task --old_delta runs/demo/deltas/M0-math-full-s0 --out runs/recycle/demo-M1-math-full-k16"
 DEVICE = {"train.py": ("--device", "cpu"), "recycle.py": ("--device", "cpu"), "analyze.py": ("--device", "cpu")}
-LEFT = {"Two commands": ("runs/demo/M2/model.safetensors", "runs/recycle/*/summary.json", "runs/analyze/*/rows.jsonl"),
+LEFT = {"Two commands to a result": ("runs/demo/M2/model.safetensors", "runs/recycle/*/summary.json", "runs/analyze/*/rows.jsonl"),
         "Results": ("out.jsonl",), "One's own model, text and task": (
             "recycled-roberta/config.json", "recycled-lora/adapter_config.json", "mine-for-transformers/model.safetensors",
             "runs/mine/imported/delta.json", "runs/mine/recycled/figures/*.svg")}
@@ -61,10 +62,11 @@ def mode_of(words: list[str]) -> str:
 
 def type_in(words: list[str], folder: Path) -> str:
     """Run one command of the README in `folder`; returns what it printed."""
-    if words[1] == "-m":
-        words = [sys.executable, *words[1:], *TINY.get(words[2], ())]
-    else:
-        words = [sys.executable, str(ROOT / words[1]), *words[2:], *TINY[mode_of(words)].split(), *DEVICE.get(words[1], ())]
+    if words[1] != "-m":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            return here(*words[1:], *TINY[mode_of(words)].split(), *DEVICE.get(words[1], ()))
+    words = [sys.executable, *words[1:], *TINY.get(words[2], ())]
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=300,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
@@ -89,7 +91,7 @@ def corpus(graphs) -> list[str]:
     return [json.loads(line)["text"].replace("\n", " ") for line in (graphs / "corpus" / "train.jsonl").open()]
 
 
-@pytest.mark.parametrize("sections", [("Two commands", "The method"), ("Results",), ("One's own model, text and task",)])
+@pytest.mark.parametrize("sections", [("Two commands to a result", "The method"), ("Results",), ("One's own model, text and task",)])
 def test_the_commands_are_typed_as_they_stand(sections, corpus, tokenizer, tmp_path):
     stage(tmp_path, corpus, tokenizer)
     run = [block for block in blocks() if block[0] in sections and block[1] == "run"]
@@ -103,8 +105,9 @@ def test_the_commands_are_typed_as_they_stand(sections, corpus, tokenizer, tmp_p
             if words[0] == "pip":
                 continue        # what .ci/run does
             if words[:2] == ["python", "recycle.py"] and "--old_delta" not in words:        # which would tune it for a minute
-                type_in("python train.py --mode tune --base runs/demo/M0 --task math --delta full --out runs/demo/deltas/M0-math-full-s0"
+                type_in("python train.py --mode tune --base runs/demo/M0 --task my_task --delta full --out runs/demo/deltas/M0-math-full-s0"
                         .split(), tmp_path)
+                words += DEMO.split()
             printed = type_in(words, tmp_path)
             if mode_of(words) == "predict":
                 assert [json.loads(line)["text"] for line in printed.splitlines()] == corpus[:3]
@@ -123,6 +126,7 @@ def stage(folder: Path, corpus: list[str], tokenizer) -> None:
     (folder / "news").mkdir()
     (folder / "papers.txt.xz").write_bytes(lzma.compress("\n".join(next(texts) for _ in range(300)).encode()))
     (folder / "news" / "a.txt").write_text("\n".join(next(texts) for _ in range(300)))
+    (folder / "more.txt").write_text("\n".join(corpus[:300]))
     (folder / "texts.txt").write_text("\n".join(corpus[:3]) + "\n")
     rows = [{"text": text[:100], "label": LABELS[i % 2]} for i, text in enumerate(corpus[:40])]
     write_task(folder / "my_task", {"train": rows[:20], "dev": rows[20:30], "test": rows[30:]})

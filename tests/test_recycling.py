@@ -12,9 +12,9 @@ from rt.deltas import DeltaConfig, apply, attach, extract
 from rt.distill import Loss
 from rt.functional import weights_of
 from rt.log import write_json
-from rt.model import EncoderConfig, Trace
+from rt.model import EncoderConfig, Trace, new_masked_lm
 from rt.project import Projection
-from rt.recycling import MODES, TRAINED, Recycling, chain, new_delta, recycle, start_fresh, start_from_old, teacher_model, teacher_of
+from rt.recycling import MODES, TRAINED, Recycling, chain, check, new_delta, recycle, start_fresh, start_from_old, teacher_model, teacher_of
 from rt.tasks import Encoded
 from rt.tune import TaskData, TuneSettings, evaluate, predict
 
@@ -241,3 +241,14 @@ def test_a_run_of_a_sweep_is_known_by_the_content_of_what_it_was_made_from(recyc
     write_json(tmp_path / "deltas" / "run" / "summary.json", {"origin": origin})
     assert is_complete(tmp_path, "run", origin) and not is_complete(tmp_path, "other", origin)
     assert not is_complete(tmp_path, "run", origin_of(others[0]))
+
+
+@pytest.mark.parametrize("mode", ["apply", "init", "distill", "init+distill"])
+def test_bases_of_other_sizes_are_refused_before_anything_is_trained(recycling, mode):
+    config = replace(recycling.base.encoder.config, num_layers=3)
+    wider = replace(recycling.base, encoder=new_masked_lm(config, 0).encoder)
+    with pytest.raises(UsageError, match="--beta compares hidden states" if mode == "distill" else "num_layers"):
+        check(replace(recycling, base=wider), mode)
+    if mode == "distill":
+        check(replace(recycling, base=wider, beta=0.0), mode)
+    check(replace(recycling, base=wider), "scratch")

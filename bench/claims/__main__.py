@@ -1,4 +1,4 @@
-"""The claims C1 to C7 of METHOD.md on real text: every run behind results/claims, resumable, one row a run.
+"""The claims C1 to C7 of the paper on real text: every run behind results/claims, resumable, one row a run.
 
     python -m bench.claims --data DIR                       # mini preset; about two hours on 2 cores
     python -m bench.claims --data DIR --plan                # what is still to do, and about how long it takes

@@ -346,7 +346,7 @@ def chain_table(r: Results, out: Section) -> None:
 
 
 def c7(r: Results, folder: Path, out: Section) -> None:
-    """Projection. Of zeros: what the map gives to a delta of zeros, in METHOD's form b, which was learned on the source alone."""
+    """Projection. Of zeros: what the map gives to a delta of zeros, in the public code's form b, which was learned on the source alone."""
     arms = {"apply": r.tests(part="project", what="apply")}
     for variant, name in ((None, "project"), ("residual", "project, residual")):
         found = [row for row in r.select(part="project", what="project", variant=variant) if row["chosen"]]

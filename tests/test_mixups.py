@@ -1,0 +1,198 @@
+"""What does not belong together is an error or is said aloud: another tokenizer, base or architecture, other labels, a task, corpus,
+tokenizer or base whose content has changed under its name, text longer than the model, labels and tables that say two things."""
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import here, random_base, write_task
+
+from rt.checkpoint import load_base, save_base
+from rt.config import UsageError
+from rt.deltas import DeltaConfig, attach, extract, load_delta, save_delta
+from rt.log import read_json, write_json
+from rt.model import MaskedLM
+from rt.stream import check_content
+from rt.tasks import load_task
+from rt.tokenizer import load_tokenizer, train_tokenizer
+
+ROWS = [{"text": f"a graph of {i} nodes", "label": "ab"[i % 2]} for i in range(12)]
+FAST = ("--device", "cpu", "--precision", "fp32")
+TUNE = ("--tune_steps", "2", "--eval_every", "2", "--batch_size", "4", "--seq_len", "16", *FAST)
+
+
+@pytest.fixture(scope="module")
+def home(tokenizer, tmp_path_factory) -> Path:
+    """Two bases of one tokenizer, one of another, a task, and a delta for M0."""
+    home = tmp_path_factory.mktemp("mixups")
+    for i in (0, 1):
+        base = random_base(tokenizer, i)
+        save_base(home / f"M{i}", MaskedLM(base.encoder, base.head), tokenizer, {"name": f"M{i}", "parent": None})
+    other = random_base(train_tokenizer([row["text"] for row in ROWS] * 9, len(tokenizer.backend.get_vocab())))
+    save_base(home / "other", MaskedLM(other.encoder, other.head), other.tokenizer, {"name": "other", "parent": None})
+    write_task(home / "nodes", dict.fromkeys(("train", "dev", "test"), ROWS))
+    here("train.py", "--mode", "tune", "--base", home / "M0", "--task", home / "nodes", "--delta", "bitfit", "--out", home / "delta", *TUNE)
+    return home
+
+
+def evaluated(home: Path, task: Path, *more, code: int = 0, base: str = "M0") -> str:
+    return here("train.py", "--mode", "eval", "--base", home / base, "--task", task, "--delta_dir", home / "delta", *FAST, *more, code=code)
+
+
+def test_a_delta_on_another_base_tokenizer_or_architecture_is_an_error(home, tmp_path):
+    assert "was learned on base" in evaluated(home, home / "nodes", base="M1", code=2)
+    error = evaluated(home, home / "nodes", base="other", code=2)
+    assert "with another tokenizer" in error or "vocab_size" in error
+    folder = shutil.copytree(home / "M0", tmp_path / "M0")
+    shutil.copy(home / "other" / "tokenizer.json", folder)
+    with pytest.raises(UsageError, match="the tokenizer are not those|tokenizer.json"):
+        load_base(folder)
+
+
+def test_a_task_that_has_changed_is_said_aloud_and_other_labels_are_an_error(home, tmp_path, capsys):
+    facts = read_json(home / "delta" / "delta.json")["info"]
+    assert facts["task_hash"] == load_task(home / "nodes").hash
+    evaluated(home, home / "nodes")
+    assert capsys.readouterr().err == ""
+    same = write_task(tmp_path / "same", dict.fromkeys(("train", "dev", "test"), ROWS))
+    evaluated(home, same)
+    assert capsys.readouterr().err == ""        # the content counts, not the name
+    texts = write_task(tmp_path / "texts", {"train": ROWS, "dev": ROWS, "test": [ROWS[0] | {"text": "another"}, *ROWS[1:]]})
+    evaluated(home, texts)
+    assert f"learned on task nodes of content {facts['task_hash']}; texts is of content" in capsys.readouterr().err
+    labels = write_task(tmp_path / "labels", dict.fromkeys(("train", "dev", "test"), [row | {"label": row["label"] + "x"} for row in ROWS]))
+    assert "has the labels a, b, but" in evaluated(home, labels, code=2)
+
+
+def recycled(home: Path, task: Path, out: Path, *more) -> str:
+    return here("recycle.py", "--old_base", home / "M0", "--old_delta", home / "delta", "--base", home / "M1", "--task", task, "--delta",
+                "bitfit", "--shots", "2", "--steps", "2", "--eval_every", "2", "--batch_size", "4", *FAST, "--out", out, *more)
+
+
+def test_recycling_says_what_was_cut_and_what_has_changed(home, tmp_path, capsys):
+    recycled(home, home / "nodes", tmp_path / "out", "--mode", "apply", "--seeds", "0")
+    assert capsys.readouterr().err == ""
+    long = [row | {"text": row["text"] * 9} for row in ROWS[:6]] + ROWS[6:]
+    changed = write_task(tmp_path / "task", {"train": long, "dev": ROWS, "test": ROWS})
+    out = recycled(home, changed, tmp_path / "out2", "--mode", "apply,init", "--seeds", "0", "--seq_len", "16")
+    said = capsys.readouterr().err
+    assert "6 of 36 texts are longer than --seq_len 16 and were cut" in said and "note: the delta was learned on task" in said
+    assert "were cut" not in out and "note:" not in out     # standard output is the table
+    (folder,) = (tmp_path / "out2" / "deltas").glob("init*")
+    assert load_delta(folder).info["task_hash"] == load_task(changed).hash
+    capsys.readouterr()
+    evaluated(home, changed, "--seq_len", "16")
+    assert "6 of 36 texts are longer" in capsys.readouterr().err
+
+
+def test_a_sweep_does_not_take_runs_on_another_task_for_its_own(home, tmp_path):
+    task = write_task(tmp_path / "task", dict.fromkeys(("train", "dev", "test"), ROWS))
+    sweep = ("--mode", "init", "--sweep", "seed=0,1 lr=1e-3")
+    recycled(home, task, tmp_path / "out", *sweep)
+    places = sorted((tmp_path / "out" / "deltas").glob("*/delta.safetensors"))
+    before = [path.stat().st_mtime_ns for path in places]
+    recycled(home, task, tmp_path / "out", *sweep)
+    assert [path.stat().st_mtime_ns for path in places] == before
+    write_task(task, {"train": ROWS[::-1]})
+    recycled(home, task, tmp_path / "out", *sweep)
+    assert all(path.stat().st_mtime_ns > time for path, time in zip(places, before))
+
+
+def test_scratch_of_another_task_is_not_what_init_is_held_to(home, tmp_path):
+    task = write_task(tmp_path / "task", dict.fromkeys(("train", "dev", "test"), ROWS))
+    recycled(home, task, tmp_path / "out", "--mode", "scratch", "--seeds", "0")
+    write_task(task, {"train": ROWS[::-1]})
+    recycled(home, task, tmp_path / "out", "--mode", "init", "--seeds", "0")
+    rows = {row["mode"]: row for row in read_json(tmp_path / "out" / "summary.json")["rows"]}
+    assert rows["init"]["steps_to_scratch_best"] is None and rows["init"]["origin"][:3] == rows["scratch"]["origin"][:3]
+
+
+def test_a_head_with_other_labels_than_its_delta_says_is_an_error(home, tmp_path, base):
+    config = DeltaConfig("bitfit")
+    save_delta(tmp_path / "d", extract(attach(base, config, 3, 0), base, config, {"task": "t", "labels": list("abc")}))
+    for labels in (["a", "b"], ["a", "b", "c", "d"], ["a", "b", "b"], []):
+        facts = {k: v for k, v in read_json(tmp_path / "d" / "delta.json").items() if k != "sha256"}
+        write_json(tmp_path / "d" / "delta.json", facts | {"info": facts["info"] | {"labels": labels}})
+        with pytest.raises(UsageError, match="are not those of a head of 3 outputs"):
+            load_delta(tmp_path / "d")
+
+
+def begun(tmp_path: Path, *more) -> list:
+    """The command that goes on with a run of pre-training that was stopped."""
+    (tmp_path / "a.txt").write_text("".join(f"the graph number {i} has {i * 7 % 31} nodes and {i * 3 % 17} edges\n" for i in range(400)))
+    arguments = ["train.py", "--stream", tmp_path / "a.txt", "--steps", "4", "--seq_len", "16", "--batch_tokens", "128",
+                 "--eval_tokens", "128", "--snapshots", "0", "--cache", tmp_path / "cache", "--out", tmp_path / "out", *FAST, *more]
+    here(*arguments, "--stop_after", "2")
+    return arguments + ["--resume"]
+
+
+def test_a_resumed_run_with_other_flags_corpus_or_base_is_an_error(home, tmp_path):
+    shutil.copytree(home / "M0", tmp_path / "M0")
+    again = begun(tmp_path, "--init", tmp_path / "M0")
+    assert "was begun with --lr None, not 0.5" in here(*again, "--lr", "0.5", code=2)
+    text = (tmp_path / "a.txt").read_text()
+    (tmp_path / "a.txt").write_text(text.replace("number 7 ", "number seven "))
+    assert "corpus a has changed since the run was begun" in here(*again, code=2)
+    (tmp_path / "a.txt").write_text(text)       # another time of change, the same content
+    shutil.rmtree(tmp_path / "M0")
+    shutil.copytree(home / "M1", tmp_path / "M0")
+    assert "--init has changed since the run was begun" in here(*again, code=2)
+    shutil.rmtree(tmp_path / "M0")
+    shutil.copytree(home / "M0", tmp_path / "M0")
+    assert "M1 (a)" in here(*again)
+
+
+def test_a_runs_tokenizer_that_was_replaced_is_an_error(home, tmp_path):
+    again = begun(tmp_path, "--preset", "tiny", "--vocab_size", "400")
+    shutil.copy(home / "other" / "tokenizer.json", tmp_path / "out")
+    assert load_tokenizer(tmp_path / "out").fingerprint
+    assert "tokenizer has changed since the run was begun" in here(*again, code=2)
+
+
+def test_content_that_was_not_noted_is_not_compared(tmp_path):
+    check_content(tmp_path, {"tokenizer": "1"})
+    write_json(tmp_path / "config.json", {"lr": 1, "content": {"tokenizer": "1", "corpus a": ""}})
+    check_content(tmp_path, {"tokenizer": "1", "corpus a": "2", "corpus b": "3", "--init": None})
+    with pytest.raises(UsageError, match="tokenizer has changed"):
+        check_content(tmp_path, {"tokenizer": "2"})
+
+
+@pytest.mark.parametrize("rows, words", [
+    ([{"text": "x", "label": "1"}, {"text": "y", "label": 1}], "label '1' is a string, but the one of"),
+    ([{"text": "x", "label": "a\nb"}, {"text": "y", "label": "c"}], "holds control characters"),
+    ([{"text": "x", "label": "a\u2028b"}, {"text": "y", "label": "c"}], "holds control characters"),
+    ([{"text": "x", "label": "\x1b[31m"}, {"text": "y", "label": "c"}], "holds control characters"),
+    ([{"text": "x", "label": "  "}, {"text": "y", "label": "c"}], "is blank")])
+def test_labels_that_say_two_things_are_an_error(rows, words, tmp_path):
+    with pytest.raises(UsageError) as error:
+        load_task(write_task(tmp_path / "task", dict.fromkeys(("train", "dev", "test"), rows)))
+    assert words in str(error.value) and "train.jsonl, line" in str(error.value)
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("csv", b"text,label,text\na,b,c\n", "two columns are called 'text'"), ("csv", b"text,label\na\0b,c\n", "line 2: holds a NUL byte"),
+    ("tsv", b"text\tlabel\n\xffa\tb\n", "line 2: not valid UTF-8"), ("csv", b"text,label\n,b\n", "line 2: text is empty"),
+    ("csv", b"text,label\na,\n", "line 2: label '' is not"),
+    ("jsonl", b'{"text": "a", "text": "b", "label": 1}\n', "'text' is there twice"),
+    ("jsonl", b'{"text": "a", "label": "\\ud800"}\n', "half of a surrogate pair"), ("csv", b"", "has no examples")])
+def test_tables_that_say_two_things_or_nothing_are_an_error(name, content, words, tmp_path):
+    for part in ("train", "dev", "test"):
+        (tmp_path / f"{part}.{name}").write_bytes(content)
+    with pytest.raises(UsageError) as error:
+        load_task(tmp_path)
+    assert words in str(error.value) and f"train.{name}" in str(error.value)
+
+
+def test_what_windows_writes_and_line_separators_inside_a_text_change_nothing(tmp_path):
+    plain = b"text,label\nfirst \xe2\x80\xa8 one,a\nsecond,b\n"
+    tasks = []
+    for name, content in (("unix", plain), ("windows", b"\xef\xbb\xbf" + plain.replace(b"\n", b"\r\n"))):
+        for part in ("train", "dev", "test"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / f"{part}.csv").write_bytes(content)
+        tasks.append(load_task(tmp_path / name))
+    assert tasks[0].hash == tasks[1].hash and tasks[0].parts["dev"][0].text == "first \u2028 one"
+    rows = [{"text": "a \u2028 b", "label": "x"}, {"text": "c", "label": "y"}]
+    for part in ("train", "dev", "test"):
+        (tmp_path / f"{part}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert load_task(tmp_path).parts["train"][0].text == "a \u2028 b"
