@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -47,11 +48,13 @@ class Commands:
         asked = {"argv": list(map(str, argv)), "env": {"RT_SLOW_WRITES": slow}, "log": str(log)}
         self.server.stdin.write((json.dumps(asked) + "\n").encode())
         pid, end = int(self.server.stdout.readline()), time.monotonic() + after
+        assert pid > 1, "not a process of ours to kill"
         while until is not None and not until.exists() and time.monotonic() < end:
             time.sleep(0.002)
         left = max(0.0, end - time.monotonic()) if until is None else 0.0
         if not select.select([self.server.stdout], [], [], left)[0]:
-            os.kill(pid, send or signal.SIGKILL)
+            with suppress(ProcessLookupError):      # it has ended in between
+                os.kill(pid, send or signal.SIGKILL)
         code = int(self.server.stdout.readline())
         assert send or code != -signal.SIGKILL, f"not done in {after} s: {log.read_text()}"
         return code, log.read_text()
