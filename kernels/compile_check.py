@@ -118,6 +118,14 @@ def launches(arch: int, which: list[str], dtypes: list[str] = ("bf16", "fp16", "
     return list(found.values())
 
 
+def one_in(n: int, specs: list[tuple]) -> list[tuple]:
+    """The first launch of each kernel, and each n-th after it."""
+    by_kernel = {}
+    for spec in specs:
+        by_kernel.setdefault(spec[:2], []).append(spec)
+    return [spec for alike in by_kernel.values() for spec in alike[::n]]
+
+
 def describe(kernel: Any, args: tuple, meta: dict) -> tuple:
     """A launch as Triton's compiler wants it: as its own launcher does, the integer 1 and None become constants, and pointers and
     integers that 16 divides are known to be so."""
@@ -195,13 +203,14 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="+", choices=configs.ARCHS, default=configs.ARCHS)
     parser.add_argument("--kernel", nargs="+", choices=CALLS, default=list(CALLS))
     parser.add_argument("--dtype", nargs="+", choices=("bf16", "fp16", "fp32"), default=("bf16", "fp16", "fp32"))
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="one in N configurations of each kernel; default: all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--json", help="file for the rows")
     asked = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("TRITON_INTERPRET=1 replaces the compiler that is to be checked: unset it", file=sys.stderr)
         return 2
-    work = [(arch, spec) for arch in asked.arch for spec in launches(arch, asked.kernel, asked.dtype)]
+    work = [(arch, spec) for arch in asked.arch for spec in one_in(asked.every, launches(arch, asked.kernel, asked.dtype))]
     with concurrent.futures.ProcessPoolExecutor(asked.jobs, multiprocessing.get_context("spawn")) as pool:
         rows = list(tqdm(pool.map(compile_one, *zip(*work)), total=len(work), disable=None, desc="compiling"))
     print(f"{'kernel':24} {'types':18} {'sm':>3} {'reg':>4} {'spill':>5} {'shared':>7} {'matrix':>6} {'instr/elt':>9}  config")

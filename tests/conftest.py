@@ -14,6 +14,7 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")     # nothing here may reach a network
+os.environ.setdefault("OMP_NUM_THREADS", "1")    # also of the commands that tests start: two test processes have two cores
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")   # read when kernels/ is imported: the kernels run, slowly, on the CPU
 

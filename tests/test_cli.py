@@ -70,8 +70,8 @@ def test_twenty_steps_are_ten_and_resume_and_ten(lineage):
     home, _ = lineage
     arguments = ("train.py", *SMALL, "--stream", f"{home}/one.txt,{home}/two.txt", "--steps", "14,6", "--cache", home / "cache",
                  "--snapshots", "0", "--dropout", "0.1", "--accumulation", "1", "--precision", "fp32")
-    command(*arguments, "--out", home / "straight")
-    out = command(*arguments, "--out", home / "broken", "--stop_after", "10", "--log_every", "4")
+    here(*arguments, "--out", home / "straight")
+    out = here(*arguments, "--out", home / "broken", "--stop_after", "10", "--log_every", "4")
     assert "stopped in M0 after step 10 of 14" in out and drawn(home / "broken") == {"loss"}
     assert "unfinished run: add --resume" in here(*arguments, "--out", home / "broken", code=2)
     assert "stopped after M0" in here(*arguments, "--out", home / "broken", "--resume", "--stop_after", "4")
@@ -97,12 +97,19 @@ def task(graphs, tmp_path_factory):
 TUNE = ("--seq_len", "32", "--device", "cpu", "--eval_every", "2", "--batch_size", "8")
 
 
+def tuned(home, task, delta, tmp_path):
+    """An old delta of two steps, where recycle.py would tune one for longer."""
+    here("train.py", "--mode", "tune", "--base", home / "run" / "M0", "--task", task, "--delta", delta, "--tune_steps", "2", *TUNE, "--out",
+         tmp_path / "d")
+    return tmp_path / "d"
+
+
 @pytest.mark.parametrize("delta", ["full", "adapter", "lora", "bitfit", "prefix"])
 def test_tune_eval_and_predict(lineage, task, delta, tmp_path):
     home, _ = lineage
     call = command if delta == "full" else here
     base = ("--base", home / "run" / "M0")
-    out = call("train.py", "--mode", "tune", *base, "--task", task, "--delta", delta, "--tune_steps", "4", *TUNE,
+    out = here("train.py", "--mode", "tune", *base, "--task", task, "--delta", delta, "--tune_steps", "4", *TUNE,
                "--shots", "6", "--out", tmp_path / "d")
     assert {f.name for f in (tmp_path / "d").iterdir()} == {"delta.safetensors", "delta.json", "metrics.jsonl", "summary.json"}
     facts = json.loads((tmp_path / "d" / "delta.json").read_text())
@@ -126,10 +133,9 @@ def test_rows_of_a_base_that_was_made_anew_are_told_from_its_own(lineage, task, 
     home, _ = lineage
     shutil.copytree(home / "run" / "M0", tmp_path / "M0")
     shutil.copytree(home / "run" / "M1", tmp_path / "M1")
-    here("train.py", "--mode", "tune", "--base", tmp_path / "M0", "--task", task, "--delta", "bitfit", "--tune_steps", "2", *TUNE, "--out",
-         tmp_path / "d")
-    again = ("recycle.py", "--old_base", tmp_path / "M0", "--old_delta", tmp_path / "d", "--base", tmp_path / "M1", "--task", task,
-             "--delta", "bitfit", "--steps", "2", "--shots", "4", "--seeds", "0", "--out", tmp_path / "out", *TUNE, "--mode")
+    again = ("recycle.py", "--old_base", tmp_path / "M0", "--old_delta", tuned(home, task, "bitfit", tmp_path), "--base",
+             tmp_path / "M1", "--task", task, "--delta", "bitfit", "--steps", "2", "--shots", "4", "--seeds", "0",
+             "--out", tmp_path / "out", *TUNE, "--mode")
     here(*again, "scratch,init")
     shutil.rmtree(tmp_path / "M1")
     shutil.copytree(home / "run" / "M0", tmp_path / "M1")
@@ -154,8 +160,7 @@ def test_texts_are_scored_at_the_length_that_the_delta_was_learned_on(lineage, t
 
 def test_another_base_is_refused_with_one_sentence(lineage, task, tmp_path):
     home, _ = lineage
-    here("train.py", "--mode", "tune", "--base", home / "run" / "M0", "--task", task, "--delta", "lora", "--tune_steps", "2",
-         *TUNE, "--out", tmp_path / "d")
+    tuned(home, task, "lora", tmp_path)
     error = here("train.py", "--mode", "eval", "--base", home / "run" / "M1", "--task", task, "--delta_dir", tmp_path / "d",
                  code=2)
     assert error.startswith("error: the delta was learned on base") and error.count("\n") == 1
@@ -227,8 +232,9 @@ def test_a_sweep_prints_the_best_of_every_mode_and_goes_on_where_it_was_interrup
 
 def test_a_sweep_is_shared_by_ranks(lineage, task, tmp_path):
     home, _ = lineage
-    arguments = ("--old_base", home / "run" / "M0", "--base", home / "run" / "M1", "--task", task, *TUNE, "--delta", "lora", "--shots", "6",
-                 "--steps", "2", "--mode", "init,apply", "--sweep", "seed=0,1,2", "--device", "cpu")
+    arguments = ("--old_base", home / "run" / "M0", "--old_delta", tuned(home, task, "lora", tmp_path), "--base", home / "run" / "M1",
+                 "--task", task, *TUNE, "--delta", "lora", "--shots", "6", "--steps", "2",
+                 "--mode", "init,apply", "--sweep", "seed=0,1,2", "--device", "cpu")
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "recycle.py")
     out = [command(*torchrun, *arguments, "--out", tmp_path / "two"), here("recycle.py", *arguments, "--out", tmp_path / "one")]
     two, one = (json.loads((tmp_path / name / "summary.json").read_text())["rows"] for name in ("two", "one"))
@@ -243,10 +249,8 @@ def test_init_from_a_task_with_other_labels_says_so(lineage, task, tmp_path):
     for part in ("train", "dev", "test"):
         text = (task / f"{part}.jsonl").read_text()
         (other / f"{part}.jsonl").write_text(text.replace('"classes"', '"k"').replace('"generators"', '"g"'))
-    here("train.py", "--mode", "tune", "--base", home / "run" / "M0", "--task", task, "--delta", "lora", "--tune_steps", "2",
-         *TUNE, "--out", tmp_path / "d")
     arguments = ("recycle.py", "--old_base", home / "run" / "M0", "--base", home / "run" / "M1", "--task", other, "--seeds", "0",
-                 "--old_delta", tmp_path / "d", "--delta", "lora", "--steps", "2", "--out", tmp_path / "out", *TUNE)
+                 "--old_delta", tuned(home, task, "lora", tmp_path), "--delta", "lora", "--steps", "2", "--out", tmp_path / "out", *TUNE)
     out = here(*arguments, "--mode", "all")
     assert "keeps the delta and starts a fresh head" in out
     assert [line.split()[0] for line in out.splitlines() if "±" in line] == ["scratch", "init"]
@@ -259,8 +263,9 @@ def test_regression_tasks_run_through_every_mode(lineage, tmp_path):
     folder.mkdir()
     for part, n in (("train", 16), ("dev", 8), ("test", 8)):
         (folder / f"{part}.csv").write_text("text,label\n" + "".join(f"{'graph ' * (i % 5 + 1)},{i % 5 + 0.5}\n" for i in range(n)))
-    out = here("recycle.py", "--old_base", home / "run" / "M0", "--base", home / "run" / "M1", "--task", folder, "--delta", "lora",
-               "--seeds", "0", "--steps", "4", "--shots", "none", "--out", tmp_path / "out", *TUNE)
+    old = tuned(home, folder, "lora", tmp_path)
+    out = here("recycle.py", "--old_base", home / "run" / "M0", "--old_delta", old, "--base", home / "run" / "M1", "--task", folder,
+               "--delta", "lora", "--seeds", "0", "--steps", "4", "--shots", "none", "--out", tmp_path / "out", *TUNE)
     assert "test pearson" in out
     row = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"][0]
     assert set(row["test"]) == {"pearson", "spearman"}
@@ -288,8 +293,9 @@ def test_project_maps_the_delta_by_other_tasks(lineage, task, graphs, tmp_path):
         labels = sorted({r["label"] for r in rows} - {"generators", "classes"})[:3]
         (other / f"{part}.jsonl").write_text("".join(json.dumps({"text": r["text"][:150], "label": label}) + "\n" for label in labels
                                                      for r in [r for r in rows if r["label"] == label][:count // 3]))
-    arguments = ("recycle.py", "--old_base", home / "run" / "M0", "--base", home / "run" / "M1", "--task", task, "--seeds", "0,1",
-                 "--delta", "adapter", "--out", tmp_path / "out", "--project_steps", "4", "--rank", "3", *TUNE)
+    arguments = ("recycle.py", "--old_base", home / "run" / "M0", "--old_delta", tuned(home, task, "adapter", tmp_path), "--base",
+                 home / "run" / "M1", "--task", task, "--seeds", "0,1", "--delta", "adapter", "--out", tmp_path / "out", "--project_steps",
+                 "4", "--rank", "3", *TUNE)
     out = here(*arguments, "--mode", "apply,project", "--source_task", other)
     assert "building the old delta" in out and "three_way-adapter-s0" in out
     assert [line.split()[0] for line in out.splitlines() if "±" in line] == ["apply", "project"]

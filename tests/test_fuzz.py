@@ -170,7 +170,6 @@ def runs(home: Path) -> None:
     rows.append({"stage": "M1", "step": 2, "heldout": heldout})
     write_json(home / "stream" / "summary.json", {"stages": stages, "argv": ["train.py"]})
     write_json(home / "stream" / "config.json", {"lr": 0.1, "stream": ["a"]})
-    write_json(home / "stream" / "last" / "meta.json", {"name": "M1", "step": 1})
     recycled = [{"run": f"{mode}-s{seed}-0", "mode": mode, "seed": seed, "lr": 1e-3, "task": "t", "delta": "full", "shots": 4,
                  "dev": {"accuracy": 0.5}, "test": {"accuracy": 0.5}, "curve": [[0, 0.2], [5, 0.5]], "settings": {"base": "M1"}}
                 for mode in ("scratch", "init") for seed in (0, 1)]
@@ -185,6 +184,8 @@ def runs(home: Path) -> None:
     for name, lines in (("stream/metrics", rows), ("tuning/metrics", tuned), ("study/rows", study),
                         ("recycled/metrics", [{"run": "x", "mode": "init", "step": 0, "dev": {"accuracy": 0.1}}])):
         (home / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shutil.copytree(home / "stream", home / "unfinished", ignore=lambda *_: ["summary.json"])
+    write_json(home / "unfinished" / "last" / "meta.json", {"name": "M1", "step": 1})
 
 
 def shown(folder: Path) -> None:
@@ -221,7 +222,8 @@ TARGETS: dict[str, tuple[tuple[str, ...], Callable]] = {
     "lora": (("delta.json",), lambda f, t, b: (inspect.main([str(f)]), apply(b, load_delta(f), stale_ok=True))),
     "peft": (("adapter_config.json", "adapter_model.safetensors", "labels.json"), lambda f, t, b: open_delta(str(f), b)),
     "bin": (("new.bin", "old.bin"), lambda f, t, b: [read_file(f / name) for name in ("new.bin", "old.bin")]),
-    "stream": (("summary.json", "metrics.jsonl", "config.json", "last/meta.json"), lambda f, t, b: (begun(f), shown(f))),
+    "stream": (("summary.json", "metrics.jsonl", "config.json"), lambda f, t, b: (begun(f), shown(f))),
+    "unfinished": (("metrics.jsonl", "config.json", "last/meta.json"), lambda f, t, b: (begun(f), shown(f))),
     "tuning": (("metrics.jsonl",), lambda f, t, b: shown(f)),
     "study": (("rows.jsonl",), lambda f, t, b: shown(f)),
     "recycled": (("summary.json", "metrics.jsonl"), lambda f, t, b: (shown(f), best_delta(f, "0"))),

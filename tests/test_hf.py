@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
-from conftest import command, write_task
+from conftest import command, here, write_task
 from safetensors.torch import load_file, save_file
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
@@ -424,7 +424,7 @@ def test_a_fine_tune_is_recycled_on_a_continued_model_and_leaves_as_one(tokenize
                   tmp_path / "new", "--task", task, "--delta", "same", "--steps", 2, "--eval_every", 1, "--shots", 4, "--seeds", 0,
                   "--lr", "1e-4", "--out", tmp_path / "recycled", *flags)
     assert "init" in out and "apply" in out
-    exported = command("train.py", "--mode", "export", "--base", tmp_path / "new", "--delta_dir", tmp_path / "recycled", "--out",
+    exported = here("train.py", "--mode", "export", "--base", tmp_path / "new", "--delta_dir", tmp_path / "recycled", "--out",
                        tmp_path / "back")
     assert exported.startswith("AutoModelForSequenceClassification")
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "back").eval()
@@ -434,18 +434,18 @@ def test_a_fine_tune_is_recycled_on_a_continued_model_and_leaves_as_one(tokenize
     close(logits_of(model, tokenizer), our_logits(base, load_delta(tmp_path / "recycled" / "deltas" / best["run"])))
     # the same fine-tune as a delta on disk, used directly or imported, says the same
     scores = ("train.py", "--mode", "eval", "--base", tmp_path / "old", "--task", task, *flags, "--delta_dir")
-    said = command(*scores, tmp_path / "tuned")
-    assert "2 labels (walks, classes)" in command("train.py", "--mode", "import", "--base", tmp_path / "old", "--tuned", tmp_path / "tuned",
-                                                  "--task", "my_task", "--out", tmp_path / "delta")
+    said = here(*scores, tmp_path / "tuned")
+    assert "2 labels (walks, classes)" in here("train.py", "--mode", "import", "--base", tmp_path / "old", "--tuned", tmp_path / "tuned",
+                                               "--task", "my_task", "--out", tmp_path / "delta")
     assert json.loads((tmp_path / "delta" / "delta.json").read_text())["info"]["task"] == "my_task"
-    assert said == command(*scores, tmp_path / "delta")
+    assert said == here(*scores, tmp_path / "delta")
 
 
 def test_bert_is_continued_and_its_tuned_classifier_recycled(tokenizer_of, graphs, tmp_path):
     """From a checkpoint without a masked-LM head, which gets a fresh one, by all modes."""
     tokenizer = tokenizer_of["bert"]
     saved(theirs("bert", "SequenceClassification", tokenizer, std=0.02, id2label={0: "a", 1: "b"}), tokenizer, tmp_path / "old")
-    out = command("train.py", "--init", tmp_path / "old", "--stream", graphs / "corpus", "--steps", 2, "--snapshots", 0, "--seq_len", 32,
+    out = here("train.py", "--init", tmp_path / "old", "--stream", graphs / "corpus", "--steps", 2, "--snapshots", 0, "--seq_len", 32,
                   "--batch_tokens", 256, "--eval_tokens", 512, "--out", tmp_path / "run", "--cache", tmp_path / "cache", "--device", "cpu")
     assert "has no masked-LM head; it gets a fresh one" in out and "[CLS]" in out and "[MASK]" in out
     base = load_base(tmp_path / "run" / "M1")
@@ -453,7 +453,7 @@ def test_bert_is_continued_and_its_tuned_classifier_recycled(tokenizer_of, graph
     assert base.encoder.config == old.encoder.config and base.meta["parent"] == old.fingerprint
     rows = [{"text": f"text {i}", "text_pair": "another", "label": "ab"[i % 2]} for i in range(12)]
     task = write_task(tmp_path / "task", {"train": rows, "dev": rows[:4], "test": rows})
-    out = command("recycle.py", "--mode", "all", "--old_base", tmp_path / "old", "--old_delta", tmp_path / "old", "--base",
+    out = here("recycle.py", "--mode", "all", "--old_base", tmp_path / "old", "--old_delta", tmp_path / "old", "--base",
                   tmp_path / "run" / "M1", "--task", task, "--delta", "same", "--steps", 2, "--eval_every", 1, "--shots", 4, "--seeds", 0,
                   "--seq_len", 16, "--out", tmp_path / "recycled", "--device", "cpu")
     assert [line.split()[0] for line in out.splitlines() if "±" in line] == ["scratch", "apply", "init", "distill", "init+distill"]

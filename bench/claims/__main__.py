@@ -76,9 +76,10 @@ class Rows:
 
     def rate(self, run: Run) -> tuple[float, ...]:
         """The learning rates to run at: all where `run` is the search, else the one that dev chose there."""
-        if run == searched(run):
+        search = searched(run)
+        if run == search:
             return () if run.kind is None else self.scale.rates if run.kind == "full" else self.scale.module_rates
-        chosen = [row["lr"] for row in self.rows if row["run"] == searched(run).facts and row.get("chosen")]
+        chosen = [row["lr"] for row in self.rows if row["run"] == search.facts and row.get("chosen")]
         return tuple(chosen[:1])
 
     def seconds(self, run: Run) -> float | None:

@@ -4,6 +4,7 @@ A phase is a function from the rows so far to the runs it wants; a learning rate
 phases after it. Phases that many others need, and those that speak to the most claims, come first.
 """
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Callable, Iterator
 
 SEEDS = (20, 30, 40)        # as in the paper's configuration files
@@ -74,8 +75,9 @@ class Run:
     near: str | None = None         # same, similar or different: the source to the task
     variant: str | None = None      # gamma, itp: beyond the paper's terms; longer: twice the steps; curve: path; residual: projection
 
-    @property
+    @cached_property
     def facts(self) -> dict:
+        """What has a meaning for it, as rows hold it."""
         return {k: v for k, v in asdict(self).items() if v is not None}
 
 
