@@ -28,6 +28,7 @@ from rt.checkpoint import Base, StaleDelta
 from rt.config import UsageError, parse, record, require_positive, require_seeds, require_seq_len, run
 from rt.deltas import KINDS, Delta, apply, check_fits
 from rt.device import pick_device, pick_precision
+from rt.folders import locked
 from rt.functional import weights_of
 from rt.hub import open_base, open_delta, place_of_delta
 from rt.log import FIGURES, claim, progress, read_rows, table, write_json
@@ -81,6 +82,12 @@ def main() -> None:
     study, out = STUDIES[c.study], Path(c.out or f"runs/analyze/{c.study}")
     drawn = {f"{name}.{ending}" for name in figures.OF_STUDY[c.study] for ending in ("png", "svg")}
     claim(out, {"rows.jsonl", "summary.json", FIGURES, *drawn})
+    with locked(out):
+        conduct(c, study, out)
+
+
+def conduct(c: Config, study: "Study", out: Path) -> None:
+    """Rows as they come, then the numbers and figures made from them."""
     lab = open_lab(c)
     rows = study.rows(lab)
     first = next(rows)      # what is wrong with the flags of this study shows here, before anything is written

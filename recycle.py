@@ -78,6 +78,7 @@ class Config:
     sweep: str | None = None  # grid of settings, "seed=0,1,2 lr=1e-3,5e-3 alpha=.7,.9": every combination, frozen-base deltas side by side
     side_by_side: int = 0  # of a sweep: so many runs at once; 0: as many as fit into memory
     out: str | None = None  # folder to write; default runs/recycle/BASE-TASK-DELTA[-kSHOTS][-sweep]
+    resume: bool = False  # keep the runs that an earlier call has finished, and do the others; a --sweep does so anyway
     save_deltas: bool = True  # keep the delta of every run: MODE-sSEED-HASH under OUT/deltas
     cache: str = "runs/cache"  # the embedded data
     graphs: bool = False  # CUDA: forward and backward as one CUDA graph; small batches wait for launches otherwise
@@ -152,12 +153,14 @@ def one_after_another(c: Config, r: Recycling, task: Task, modes: list[str], bas
     book = Book(c, sys.argv, out, task, planned(c, modes), {name: origin_of(replace(r, base=base)) for name, base in bases.items()})
     for seed in c.seeds:
         r = sample(c, r, task, seed)
-        for mode, lr in ((mode, lr) for mode in modes for lr in learning_rates(c, mode)):
-            r.settings = tune_settings(c, seed, lr or 0.0)
+        for one in (Run(c, mode, seed, lr) for mode in modes for lr in learning_rates(c, mode)):
+            r.settings = tune_settings(c, seed, one.lr or 0.0)
+            if one.key in book.done:
+                continue
             if c.chain:
-                run_chain(c, r, bases, Run(c, mode, seed, lr), book)
+                run_chain(c, r, bases, one, book)
             else:
-                run_one(r, sources, Run(c, mode, seed, lr), book)
+                run_one(r, sources, one, book)
     print(report_chain(book.rows, modes, c) if c.chain else report(book.belonging(c), modes, c))
     print(f"rows in {out / 'summary.json'}, curves in {out / 'metrics.jsonl'}")
 

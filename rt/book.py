@@ -37,6 +37,11 @@ class Run:
         content = json.dumps([self.settings, self.lr], sort_keys=True)
         return f"{self.mode}-s{self.seed}-{hashlib.sha256(content.encode()).hexdigest()[:6]}"
 
+    @property
+    def key(self) -> tuple[str, int, float | None]:
+        """Tells the runs of one call apart; in a chain equal for all of its bases and routes, which are done together."""
+        return self.mode, self.seed, self.lr
+
     def at(self, base: str, route: str | None) -> "Run":
         """This run on one base of --chain: its config ends there."""
         until = self.c.chain.index(base) + 1
@@ -45,7 +50,7 @@ class Run:
 
 def settings_of(c: Any, mode: str) -> dict:
     """The flags that a run of `mode` depends on, beside its seed and learning rate."""
-    free = {"mode", "seeds", "lr", "out", "cache", "device", "save_deltas", "sweep", "side_by_side", "graphs", "deterministic"}
+    free = {"mode", "seeds", "lr", "out", "cache", "device", "resume", "save_deltas", "sweep", "side_by_side", "graphs", "deterministic"}
     if not c.early_stop:
         free |= {"early_stop"}      # so that rows from before there was one are of equal runs
     if mode not in (*NEEDS_TEACHER, "project"):
@@ -78,13 +83,17 @@ def row_of(run: Run, task: Task, result: TuneResult) -> dict:
 class Book:
     """metrics.jsonl, summary.json and deltas/ of the output folder. What other calls have left there stays, unless the same
     run (mode, seed, learning rate and settings) is done again: then it goes first, so that a killed call leaves rows of whole runs, and
-    none of two bases. `origins`: `origin_of` for each new base, by its name."""
+    none of two bases. `done`, with --resume, are the keys of those that need not be. `origins`: `origin_of` for each new base, by its
+    name."""
 
     def __init__(self, c: Any, argv: list[str], out: Path, task: Task, plan: list[Run], origins: dict[str, list[str]]):
         self.facts, self.c, self.out, self.task, self.origins = {"config": record(c), "argv": argv}, c, out, task, origins
         claim(out, {"metrics.jsonl", "summary.json", "deltas", FIGURES})
-        again = {run.name for run in plan}
         before = read_json(out / "summary.json")["rows"] if (out / "summary.json").exists() else []
+        whole = {row["run"]: row.get("origin") for row in before if c.resume and (not c.save_deltas or has_delta(out, row))}
+        missing = {run.key for run in plan if not is_same(whole.get(run.name), origins[run.c.base])}
+        self.done = {run.key for run in plan} - missing
+        again = {run.name for run in plan if run.key in missing}
         self.rows = [row for row in before if row["run"] not in again]
         if len(self.rows) < len(before):    # first, so that a row never is without its curve
             write_json(out / "summary.json", {"rows": self.rows, **self.facts})
@@ -105,7 +114,6 @@ class Book:
         add_steps_to_scratch(self.belonging(c))
         write_json(self.out / "summary.json", {"rows": self.rows, **self.facts})
 
-
     def belonging(self, c: Any) -> list[dict]:
         """The rows with the settings of `c`, of this call or an earlier one, as long as old base, old delta and new base were the same."""
         origin = self.origins[c.base]
@@ -119,6 +127,10 @@ def keep_delta(out: Path, row: dict, task: Task, delta: Delta, about: dict) -> N
     save_delta(out / "deltas" / row["run"], replace(delta, info=info))
 
 
+def has_delta(out: Path, row: dict) -> bool:
+    return Path(row["run"]).name == row["run"] != ".." and (out / "deltas" / row["run"] / "delta.json").exists()
+
+
 def best_delta(folder: str | Path, base: str) -> Path:
     """`folder`, or where it is what recycle.py left, in it the delta of the run that is best on dev: of a chain's, those for the base of
     fingerprint `base`; of equal ones one that recycles."""
@@ -126,8 +138,7 @@ def best_delta(folder: str | Path, base: str) -> Path:
     if (folder / "delta.json").exists() or not (folder / "deltas").is_dir():
         return folder
     try:
-        rows = [row for row in read_json(folder / "summary.json").get("rows", [])
-                if Path(row["run"]).name == row["run"] != ".." and (folder / "deltas" / row["run"] / "delta.json").exists()]
+        rows = [row for row in read_json(folder / "summary.json").get("rows", []) if has_delta(folder, row)]
         fitting = [row for row in rows if read_json(folder / "deltas" / row["run"] / "delta.json")["info"]["base"] == base]
         best = max(fitting or rows, key=lambda row: (score(row["dev"]), row["mode"] != "scratch"), default=None)
     except UsageError:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from kernels import attention_kd, hidden_mse, kd_loss
-from rt.device import autocast
+from rt.device import autocast, memory_for
 from rt.functional import Weights, lerp
 from rt.model import Batch, Classifier, Trace
 from rt.tasks import Encoded
@@ -42,7 +42,8 @@ def run_teacher(teacher: Classifier, data: Encoded, device: torch.device, precis
     logits, states, index = [], [], []
     for i in range(0, len(data), batch_size):
         batch = data.batch(list(range(i, min(i + batch_size, len(data))))).to(device)
-        with autocast(device, precision):
+        what = f"the teacher's states for {len(data)} texts, with {batch_size} of up to {batch.max_seqlen} tokens at once,"
+        with memory_for(what, "--seq_len or --shots"), autocast(device, precision):
             logits.append(teacher(batch, trace := Trace()).float())
         states.append(trace.states.float())
         index.append(batch.index)

@@ -12,7 +12,7 @@ from typing import Callable, Sequence
 import torch
 
 from rt.config import UsageError
-from rt.device import autocast, derive_seed
+from rt.device import autocast, derive_seed, memory_for
 from rt.distill import task_loss
 from rt.functional import Reweighted, Weights, lerp
 from rt.log import progress
@@ -76,9 +76,10 @@ def train_control(model: Classifier, a: Weights, b: Weights, data: TaskData, set
             mu = torch.rand(()).item()
             set_lr(optimizer, schedule(step, s.steps, max(1, round(s.warmup * s.steps)), s.lr))
             batch = training_batch(data.train, s, step).to(device)
-            with autocast(device, precision):
-                loss = task_loss(student(batch), batch.labels, not data.labels).mean()
-            loss.backward()
+            with memory_for(f"a batch of {s.batch_size} texts on the curve", f"--batch_size ({s.batch_size}) or --seq_len"):
+                with autocast(device, precision):
+                    loss = task_loss(student(batch), batch.labels, not data.labels).mean()
+                loss.backward()
             torch.nn.utils.clip_grad_norm_(control.values(), s.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -23,7 +23,7 @@ from torch import Tensor
 from rt.checkpoint import Base
 from rt.config import UsageError
 from rt.deltas import PARTS, Delta, apply, attach, check_fits
-from rt.device import autocast, derive_seed
+from rt.device import autocast, derive_seed, memory_for
 from rt.distill import Loss, run_teacher
 from rt.functional import Reweighted, Weights
 from rt.log import loss_text, progress
@@ -178,8 +178,9 @@ def _minimise(projection: Projection, loss_of: Callable[[int], Tensor], score_de
         for step in range(s.steps):
             torch.manual_seed(derive_seed(s.seed, step))
             set_lr(optimizer, schedule(step, s.steps, max(1, round(s.warmup * s.steps)), s.lr))
-            value = loss_of(step)
-            value.backward()
+            with memory_for(f"a batch of {s.batch_size} texts on projected weights", f"--batch_size ({s.batch_size}), --seq_len or --rank"):
+                value = loss_of(step)
+                value.backward()
             norm = torch.nn.utils.clip_grad_norm_(projection.parameters(), s.clip)
             step_unless(optimizer, watch.count(value.detach(), norm))
             optimizer.zero_grad(set_to_none=True)

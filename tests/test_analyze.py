@@ -1,6 +1,7 @@
 """The studies, as a user types them (some without a process of their own), and the figures that are made of their rows."""
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from rt import figures
 from rt.checkpoint import load_base, save_base
 from rt.config import UsageError
 from rt.deltas import DeltaConfig, attach, extract, save_delta
+from rt.folders import locked
 from rt.log import FIGURES, read_rows
 from rt.model import MaskedLM
 
@@ -225,3 +227,9 @@ def test_without_matplotlib_the_rows_stay_and_a_sentence_says_so(home, tmp_path,
     said = here("analyze.py", "--study", "distance", *of(home, "M0", "M1"), "--out", tmp_path / "out")
     assert "M0-M1" in said and "no figure: matplotlib is not installed" in said
     assert {f.name for f in (tmp_path / "out").iterdir()} == {"rows.jsonl", "summary.json"}
+
+
+def test_a_second_process_leaves_the_rows_of_the_first_alone(home, tmp_path):
+    with locked(tmp_path / "out"):
+        said = here("analyze.py", "--study", "distance", *of(home, "M0", "M1"), "--out", tmp_path / "out", code=2)
+    assert f"is being written to by process {os.getpid()}" in said and not (tmp_path / "out").exists()

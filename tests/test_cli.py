@@ -183,6 +183,14 @@ def test_recycle_all_modes_builds_the_old_delta_and_prints_the_table(lineage, ta
     curve = [r for r in read_rows(home / "recycled" / "metrics.jsonl") if (r["mode"], r["seed"], r["lr"]) == ("init", 1, 1e-3)]
     assert [r["step"] for r in curve] == [0, 2, 4]
     assert all((home / "recycled" / "deltas" / row["run"] / "delta.safetensors").exists() for row in summary)
+    # with --resume only what is missing is done again, and all is as it was
+    path, gone = home / "recycled" / "summary.json", next(row for row in summary if row["mode"] == "distill" and row["seed"] == 1)
+    path.write_text(json.dumps({"rows": [row for row in summary if row is not gone]}))
+    stamps = {p: p.stat().st_mtime_ns for p in (home / "recycled" / "deltas").glob("*/delta.safetensors")}
+    resumed = [line[:50] for line in here(*arguments, "--mode", "all", "--resume").splitlines() if "±" in line]
+    assert resumed == [line[:50] for line in out.splitlines() if "±" in line]
+    assert {p.parent.name for p in stamps if p.stat().st_mtime_ns != stamps[p]} == {gone["run"]}
+    summary = json.loads(path.read_text())["rows"]
     # another call adds its rows and replaces only what it does again; scratch's rows serve it
     more = here(*arguments, "--mode", "init,distill", "--alpha", "0.9", "--gamma", "2", "--att_layers", "all")
     assert "building" not in more and len([line for line in more.splitlines() if "±" in line]) == 2

@@ -20,7 +20,8 @@ from conftest import ROOT
 
 from rt.log import read_rows
 
-KILLS = {"ci": {"pretrain": 5, "tune": 2, "recycle": 3, "sweep": 3}, "marathon": {"pretrain": 100, "tune": 30, "recycle": 40, "sweep": 30}}
+KILLS = {"ci": {"pretrain": 5, "tune": 2, "recycle": 2, "recycle, resumed": 2, "sweep": 2},
+         "marathon": {"pretrain": 100, "tune": 30, "recycle": 20, "recycle, resumed": 20, "sweep": 30}}
 IN_A_ROW = 3        # kills until a command may end
 SLOW = ("0", "0.03")        # RT_SLOW_WRITES, in turn: with it a third or more of the time is spent writing
 TIMES = {"seconds", "argv", "config"}     # what may differ; the config names the folder
@@ -91,6 +92,7 @@ def home(graphs, commands, tmp_path_factory) -> dict:
              # one run at a time: what is left of a group is trained in a smaller one, which rounds differently
              "sweep": (*RECYCLE, *bases, "--task", home / "task", "--mode", "apply,init+distill", "--sweep", "seed=0,1 alpha=.5,.9",
                        "--side_by_side", "1", *data)}
+    given["recycle, resumed"] = given["recycle"]
     seconds = {}
     for name, argv in given.items():
         for out in (name, f"{name} twice"):
@@ -159,7 +161,7 @@ def killed_and_given_again(name: str, kills: int, seed: int, home: dict, command
             assert reached(out) >= far, "less is left than there was before the kill"
             far = reached(out)
             writing += any(p.suffix in (".part", ".new") for p in (*out.parent.glob(f"{out.name}.*"), *out.rglob("*.*")))
-            again = ("--resume",) if name == "pretrain" else ()
+            again = ("--resume",) if name in ("pretrain", "recycle, resumed") else ()
         code, said = commands(*argv, "--out", out, *again)
         assert code == 0, said
         same(home["home"] / name, out)
