@@ -111,8 +111,11 @@ def seal(folder: Path, name: str, facts: dict, files: Iterable[str]) -> None:
 
 
 def differing(folder: Path, name: str, facts: dict, files: Iterable[str] | None = None) -> list[str]:
-    """Which of `files` (of all that were there) and `name`, which holds `facts`, are not what `seal` saw: none without hashes."""
+    """Which of `files` (of all that were there) and `name`, which holds `facts`, are not what `seal` saw: none without hashes. UsageError
+    where there are hashes, but not of files in `folder` and of the facts."""
     hashes = facts.get("sha256", {})
+    if not isinstance(hashes, dict) or "sha256" in facts and name not in hashes or any(Path(file).name != file for file in hashes):
+        raise UsageError(f"{folder / name}: its sha256 are not the hashes of the files beside it")
     wanted = {file: hashes[file] for file in hashes if file != name and (files is None or file in files)}
     wrong = [file for file, noted in wanted.items() if not (folder / file).is_file() or sha256(folder / file) != noted]
     if hashes:

@@ -7,6 +7,7 @@
     summary.json    the forgetting matrix, when all is done
 """
 import itertools
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -80,7 +81,7 @@ def check_content(out: Path, content: dict) -> None:
 def is_done_again(row: dict, out: Path) -> bool:
     """Whether a row of metrics.jsonl lies past the point that training resumes at, so that there will be another of its step."""
     stage, step = row.get("stage"), row.get("step")
-    if not isinstance(stage, str) or not is_number(step):
+    if not isinstance(stage, str) or not re.fullmatch(r"M[0-9]{1,9}", stage) or not is_number(step):
         raise UsageError(f"{out / 'metrics.jsonl'}: has a row that is of no step of a stage: {str(row)[:80]}")
     if (out / stage / "meta.json").exists():
         return False

@@ -106,6 +106,9 @@ def test_a_seal_names_what_is_not_as_it_was_written(tmp_path):
     assert differing(tmp_path, "meta.json", {**facts, "step": 4}) == ["meta.json"]
     other = {**facts, "sha256": {**facts["sha256"], "t": facts["sha256"]["w"]}}
     assert differing(tmp_path, "meta.json", other) == ["t", "meta.json"]
+    for hashes in ("ab", 5, None, {}, {"w": facts["sha256"]["w"]}, {**facts["sha256"], "../w": "0"}):
+        with pytest.raises(UsageError, match="its sha256 are not the hashes of the files beside it"):
+            differing(tmp_path, "meta.json", {**facts, "sha256": hashes})
     del facts["sha256"]
     assert differing(tmp_path, "meta.json", facts) == []        # written before there were hashes
 

@@ -80,8 +80,7 @@ def test_a_killed_rank_ends_all_and_the_run_is_gone_on_with(home, tmp_path):
 
 
 @pytest.mark.parametrize("other, words", [
-    ("UsageError", "error: this batch is bad"), pytest.param("-- --lr 0.5", "--lr is 0.5 on rank 1 and None on rank 0",
-                                                                 marks=pytest.mark.marathon)])
+    ("UsageError", "error: this batch is bad"), ("-- --lr 0.5", "--lr is 0.5 on rank 1 and None on rank 0")])
 def test_a_rank_that_raises_or_has_other_flags_ends_all_in_a_sentence(other, words, home, tmp_path):
     *errors, said = ended(home, tmp_path / "out", other)
     assert any(words in error for error in errors), said

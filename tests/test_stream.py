@@ -35,6 +35,9 @@ def test_rows_past_the_resumable_checkpoint_are_done_again(tmp_path):
     (tmp_path / "last").mkdir()
     (tmp_path / "last" / "meta.json").write_text(json.dumps({"name": "M1", "step": 4}))
     assert [is_done_again(row, tmp_path) for row in rows] == [False, False, False, True, True]
+    for stage in ("../x", "M" * 5000, "M0/../..", "", None, "M-1"):
+        with pytest.raises(UsageError, match="a row that is of no step of a stage"):
+            is_done_again({"stage": stage, "step": 1}, tmp_path)
 
 
 def test_the_table_has_a_line_a_base_and_a_column_a_domain():
