@@ -15,7 +15,6 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean
 from typing import Iterator
 
 from data.sources import task_path
@@ -28,10 +27,10 @@ from rt.dist import Ranks, environment_alone, join
 from rt.folders import locked
 from rt.graphs import check_graphs
 from rt.hub import NAMING, open_base, open_delta, place_of_delta
-from rt.log import FIGURES, claim, progress, read_json, table, write_json
+from rt.log import FIGURES, claim, progress, read_json, write_json
 from rt.project import GRANULARITIES, check_sources, learn_projection
 from rt.recycling import MODES, NEEDS_TEACHER, Recycling, can_go_together, chain, check, new_delta, recycle, recycle_together, teacher_of
-from rt.summary import add_steps_to_scratch, by_settings, chosen, spread, steps_of
+from rt.summary import add_steps_to_scratch, by_settings, chosen, report, report_chain, report_sweep, routes
 from rt.sweep import expand, groups, swept
 from rt.tasks import Task, few_shot, load_task
 from rt.tune import TaskData, TuneResult, TuneSettings, encode_task, evaluate, say_changed, say_truncated
@@ -161,7 +160,8 @@ def one_after_another(c: Config, r: Recycling, task: Task, modes: list[str], bas
                 run_chain(c, r, bases, one, book)
             else:
                 run_one(r, sources, one, book)
-    print(report_chain(book.rows, modes, c) if c.chain else report(book.belonging(c), modes, c))
+    rows = [row for row in book.rows if row["run"] in book.plan]
+    print(report_chain(rows, modes, c.chain) if c.chain else report(rows, modes))
     print(f"rows in {out / 'summary.json'}, curves in {out / 'metrics.jsonl'}")
 
 
@@ -235,10 +235,6 @@ def default_out(c: Config, task: Task) -> str:
     first, *rest = c.chain or (c.base,)
     lineage = "-".join([*Path(first).parts[-2:], *(Path(name).name for name in rest)])
     return f"runs/recycle/{lineage}-{task.name}-{c.delta}" + (f"-k{c.shots}" if c.shots else "") + ("-sweep" if c.sweep else "")
-
-
-def routes(mode: str) -> tuple[str | None, ...]:
-    return (None,) if mode == "scratch" else ("chain", "direct")
 
 
 def planned(c: Config, modes: list[str]) -> list[Run]:
@@ -316,25 +312,15 @@ def finish_sweep(c: Config, r: Recycling, task: Task, modes: list[str], names: l
     """Score the best runs by dev of each mode on test, write summary.json and print the table."""
     rows = [read_json(out / "deltas" / name / "summary.json") for name in names]
     settings = [name for name in swept(c.sweep) if name not in ("seed", "lr")]
-    lines = []
-    for mode in modes:
-        best = chosen(rows, mode, by_settings)
-        for row in best:
-            if not row["test"]:
-                model = apply(r.base, load_delta(out / "deltas" / row["run"]))
-                row["test"] = evaluate(model, r.data.test, r.device, r.precision)
-                write_json(out / "deltas" / row["run"] / "summary.json", row)
+    for row in (row for mode in modes for row in chosen(rows, mode, by_settings) if not row["test"]):
+        row["test"] = evaluate(apply(r.base, load_delta(out / "deltas" / row["run"])), r.data.test, r.device, r.precision)
+        write_json(out / "deltas" / row["run"] / "summary.json", row)
     add_steps_to_scratch(rows, by_settings)
-    for mode in modes:
-        best = chosen(rows, mode, by_settings)
-        values = [f"{name} {best[0]['settings'][name]:g}" for name in settings if name in best[0]["settings"]]
-        lines.append([mode, " ".join(values) or "-", best[0]["lr"] or "-", sum(row["mode"] == mode for row in rows), spread(best, "dev"),
-                      spread(best), steps_of(best)])
+    said = report_sweep(rows, modes, settings)
     before = read_json(out / "summary.json")["rows"] if (out / "summary.json").exists() else []
     rows = [row for row in before if row["run"] not in names] + rows      # those of other sweeps stay
     write_json(out / "summary.json", {"rows": rows, "config": record(c), "argv": sys.argv})
-    metric = next(iter(best[0]["test"]))
-    print(table(lines, ["mode", "best by dev", "lr", "runs", f"dev {metric}", f"test {metric}", "steps to scratch's best dev, by seed"]))
+    print(said)
     print(f"rows in {out / 'summary.json'}, curves and deltas in {out / 'deltas'}")
 
 
@@ -376,27 +362,6 @@ def delta_config(c: Config) -> DeltaConfig:
 def tune_settings(c: Config, seed: int, lr: float) -> TuneSettings:
     return TuneSettings(c.steps, c.batch_size, lr, c.eval_every, seed, c.weight_decay, c.warmup, graphs=c.graphs,
                         early_stop=c.early_stop)
-
-
-def report(rows: list[dict], modes: list[str], c: Config) -> str:
-    """One line a mode: test over this call's seeds, steps to scratch's best dev, seconds."""
-    rows = [row for row in rows if row["seed"] in c.seeds]
-    lines = []
-    for mode in modes:
-        group = chosen([row for row in rows if row["lr"] in learning_rates(c, mode)], mode)
-        lines.append([mode, group[0]["lr"] or "-", spread(group), steps_of(group), f"{mean(row['seconds'] for row in group):.1f}"])
-    return table(lines, ["mode", "lr", f"test {next(iter(group[0]['test']))}", "steps to scratch's best dev, by seed", "seconds"])
-
-
-def report_chain(rows: list[dict], modes: list[str], c: Config) -> str:
-    """One line a mode and route, one column a base: test over this call's seeds, at the learning rate best on dev over all bases."""
-    written = {run.name for run in planned(c, modes)}
-    lines = []
-    for mode, route in ((mode, route) for mode in modes for route in routes(mode)):
-        group = chosen([row for row in rows if row["run"] in written and row["route"] == route], mode)
-        by_base = [spread([row for row in group if row["base"] == base]) for base in c.chain]
-        lines.append([mode, route or "-", group[0]["lr"] or "-", *by_base])
-    return f"test {next(iter(group[0]['test']))}\n" + table(lines, ["mode", "route", "lr", *(Path(base).name for base in c.chain)])
 
 
 if __name__ == "__main__":

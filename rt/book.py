@@ -88,6 +88,7 @@ class Book:
 
     def __init__(self, c: Any, argv: list[str], out: Path, task: Task, plan: list[Run], origins: dict[str, list[str]]):
         self.facts, self.c, self.out, self.task, self.origins = {"config": record(c), "argv": argv}, c, out, task, origins
+        self.plan = {run.name for run in plan}
         claim(out, {"metrics.jsonl", "summary.json", "deltas", FIGURES})
         before = read_json(out / "summary.json")["rows"] if (out / "summary.json").exists() else []
         whole = {row["run"]: row.get("origin") for row in before if c.resume and (not c.save_deltas or has_delta(out, row))}

@@ -1,5 +1,6 @@
 """What the rows of a summary say together: recycle.py's are dicts with mode, seed, lr, settings, dev, test and curve, one a run."""
 import json
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Callable
 
@@ -41,6 +42,44 @@ def spread(rows: list[dict], part: str = "test") -> str:
 def steps_of(rows: list[dict]) -> str:
     """Steps to scratch's best dev, one figure a seed."""
     return " ".join("-" if row["steps_to_scratch_best"] is None else str(row["steps_to_scratch_best"]) for row in rows)
+
+
+def metric_of(row: dict) -> str:
+    return next(iter(row["test"]))
+
+
+def report(rows: list[dict], modes: list[str]) -> str:
+    """One line a mode at its best learning rate: test, steps to scratch's best dev, seconds."""
+    groups = {mode: chosen(rows, mode) for mode in modes}
+    lines = [[mode, group[0]["lr"] or "-", spread(group), steps_of(group), f"{mean(row['seconds'] for row in group):.1f}"]
+             for mode, group in groups.items()]
+    return table(lines, ["mode", "lr", f"test {metric_of(groups[modes[0]][0])}", "steps to scratch's best dev, by seed", "seconds"])
+
+
+def report_sweep(rows: list[dict], modes: list[str], settings: list[str]) -> str:
+    """One line a mode at its best combination of `settings` and learning rate, whose rows must have a score on test."""
+    groups, lines = {mode: chosen(rows, mode, by_settings) for mode in modes}, []
+    for mode, best in groups.items():
+        values = [f"{name} {best[0]['settings'][name]:g}" for name in settings if name in best[0]["settings"]]
+        lines.append([mode, " ".join(values) or "-", best[0]["lr"] or "-", sum(row["mode"] == mode for row in rows), spread(best, "dev"),
+                      spread(best), steps_of(best)])
+    metric = metric_of(groups[modes[0]][0])
+    return table(lines, ["mode", "best by dev", "lr", "runs", f"dev {metric}", f"test {metric}", "steps to scratch's best dev, by seed"])
+
+
+def routes(mode: str) -> tuple[str | None, ...]:
+    """By which a chain goes from base to base."""
+    return (None,) if mode == "scratch" else ("chain", "direct")
+
+
+def report_chain(rows: list[dict], modes: list[str], bases: tuple[str, ...]) -> str:
+    """One line a mode and route, one column a base: test, at the learning rate best on dev over all bases."""
+    lines = []
+    for mode, route in ((mode, route) for mode in modes for route in routes(mode)):
+        group = chosen([row for row in rows if row["route"] == route], mode)
+        by_base = [spread([row for row in group if row["base"] == base]) for base in bases]
+        lines.append([mode, route or "-", group[0]["lr"] or "-", *by_base])
+    return f"test {metric_of(group[0])}\n" + table(lines, ["mode", "route", "lr", *(Path(base).name for base in bases)])
 
 
 def forgetting_table(stages: list[dict]) -> str:
