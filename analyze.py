@@ -27,7 +27,8 @@ from rt import figures, paths, similarity
 from rt.checkpoint import Base, StaleDelta
 from rt.config import UsageError, parse, record, require_positive, require_seeds, require_seq_len, run
 from rt.deltas import KINDS, Delta, apply, check_fits
-from rt.device import pick_device, pick_precision
+from rt.device import make_deterministic, pick_device, pick_precision
+from rt.dist import environment_alone
 from rt.folders import locked
 from rt.functional import weights_of
 from rt.hub import open_base, open_delta, place_of_delta
@@ -61,7 +62,8 @@ class Config:
     out: str | None = None  # folder to write; default runs/analyze/STUDY
     cache: str = "runs/cache"  # the embedded data
     device: str = "auto"  # auto, cpu or cuda
-    precision: str = "auto"  # auto: bf16 where the device does it fast, else fp32
+    precision: str = "auto"  # bf16, fp32, or auto: bf16 where the device does it fast
+    deterministic: bool = False  # the same bits from the same command on a GPU too; on a CPU they are so anyway
 
 
 def main() -> None:
@@ -79,6 +81,8 @@ def main() -> None:
         raise UsageError(f"--deltas {','.join(c.deltas)}: give one folder a base, for one task and one seed")
     if c.study == "compatibility" and c.independent:
         raise UsageError("--independent: compatibility follows one lineage; leave it out")
+    if c.deterministic:
+        make_deterministic()
     study, out = STUDIES[c.study], Path(c.out or f"runs/analyze/{c.study}")
     drawn = {f"{name}.{ending}" for name in figures.OF_STUDY[c.study] for ending in ("png", "svg")}
     claim(out, {"rows.jsonl", "summary.json", FIGURES, *drawn})
@@ -155,6 +159,7 @@ class Lab:
 
 
 def open_lab(c: Config) -> Lab:
+    """Bases, tasks and deltas of the flags, those deltas tuned that are missing. UsageError where they do not fit together."""
     device = pick_device(c.device)
     where = {"device": device, "precision": pick_precision(c.precision, device)}
     folders = {Path(b).name: b for b in c.bases} | ({"IND": c.independent} if c.independent else {})
@@ -177,7 +182,19 @@ def open_lab(c: Config) -> Lab:
             facts = lab.deltas[key].info
             lab.about.append({"base": key[0], "task": key[1], "seed": key[2], "folder": str(folder), "step": facts.get("step"),
                               "dev": facts.get("dev"), "test": facts.get("test")})
+    say_unequal(c, list(lab.deltas.values()))
     return lab
+
+
+def say_unequal(c: Config, deltas: list[Delta]) -> None:
+    """On stderr, where the deltas that were found were not learned alike, or not on texts as long as they are compared on."""
+    lengths = {delta.seq_len for delta in deltas if delta.seq_len} | {c.seq_len}
+    steps = {config.get("tune_steps") for delta in deltas if isinstance(config := delta.info.get("config"), dict)}
+    if len(lengths) > 1:
+        theirs = " and ".join(str(n) for n in sorted(lengths - {c.seq_len}))
+        print(f"note: deltas learned on texts of up to {theirs} tokens are compared at --seq_len {c.seq_len}", file=sys.stderr)
+    if len(steps) > 1:
+        print(f"note: the deltas were tuned for unequal numbers of steps ({', '.join(sorted(map(str, steps)))})", file=sys.stderr)
 
 
 def sizes(base: Base) -> dict:
@@ -224,14 +241,14 @@ def build_lineage(c: Config) -> None:
     """The demo lineage, where it is asked for and not there yet."""
     demo = Path(Config.bases[0]).parent
     if any(not Path(b).exists() and Path(b).parent == demo for b in c.bases):
-        train(c, "the demo lineage M0, M1, M2 (about 4 minutes on 2 cores)", "--out", str(demo),
+        train(c, "the demo lineage M0, M1, M2 (about 3 minutes on 2 cores)", "--out", str(demo),
               *(["--resume"] if (demo / "config.json").exists() else []))
 
 
 def train(c: Config, what: str, *arguments: str) -> None:
     print(f"building {what}", flush=True)
-    arguments = (*arguments, "--device", c.device, "--precision", c.precision, "--cache", c.cache)
-    if subprocess.run([sys.executable, str(Path(__file__).with_name("train.py")), *arguments]).returncode:
+    arguments = (*arguments, "--device", c.device, "--precision", c.precision, "--cache", c.cache, *["--deterministic"] * c.deterministic)
+    if subprocess.run([sys.executable, str(Path(__file__).with_name("train.py")), *arguments], env=environment_alone()).returncode:
         raise UsageError(f"could not build {what}: python train.py {' '.join(arguments)} failed")
 
 

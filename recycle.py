@@ -82,16 +82,18 @@ class Config:
     cache: str = "runs/cache"  # the embedded data
     graphs: bool = False  # CUDA: forward and backward as one CUDA graph; small batches wait for launches otherwise
     device: str = "auto"  # auto, cpu or cuda
-    precision: str = "auto"  # auto: bf16 where the device does it fast, else fp32
+    precision: str = "auto"  # bf16, fp32, or auto: bf16 where the device does it fast
     deterministic: bool = False  # the same bits from the same command on a GPU too; on a CPU they are so anyway
 
 
-# Of 1e-4, 2e-4, 5e-4, 1e-3, 2e-3 the best on dev for each mode, full delta (results/demo/lr_search); other kinds: one for all.
+# Of 1e-4, 2e-4, 5e-4, 1e-3, 2e-3 the best on dev for each mode, full delta (results/demo/lr_search; project: as init); other kinds: one
+# for all.
 LR = {"full": {"scratch": 5e-4, "init": 1e-4, "distill": 1e-3, "init+distill": 1e-4, "project": 1e-4},
       "adapter": 5e-3, "lora": 5e-3, "bitfit": 5e-3, "prefix": 1e-2}
 
 
 def learning_rates(c: Config, mode: str) -> tuple[float | None, ...]:
+    """At which a mode is run; of one that does not train None."""
     if mode == "apply":
         return (None,)
     default = LR[c.delta]
@@ -157,7 +159,7 @@ def one_after_another(c: Config, r: Recycling, task: Task, modes: list[str], bas
             if one.key in book.done:
                 continue
             if c.chain:
-                run_chain(c, r, bases, one, book)
+                run_chain(r, bases, one, book)
             else:
                 run_one(r, sources, one, book)
     rows = [row for row in book.rows if row["run"] in book.plan]
@@ -185,8 +187,9 @@ def checked_modes(c: Config) -> list[str]:
     for name, value, allowed in (("att_layers", c.att_layers, ("last", "all")), ("granularity", c.granularity, GRANULARITIES)):
         if value not in allowed:
             raise UsageError(f"--{name} {value}: not one of {', '.join(allowed)}")
-    if c.itp < 0 or c.itp and not {*modes} & {*NEEDS_TEACHER}:
-        raise UsageError(f"--itp {c.itp}: a number of points from 0 on, for modes with a teacher ({', '.join(NEEDS_TEACHER)})")
+    if c.itp < 0 or (c.itp or c.gamma) and not {*modes} & {*NEEDS_TEACHER}:
+        what = f"--gamma {c.gamma}: a weight" if c.gamma else f"--itp {c.itp}: a number of points from 0 on"
+        raise UsageError(f"{what}, for modes with a teacher ({', '.join(NEEDS_TEACHER)})")
     if c.delta != "same":
         delta_config(c)
     elif not c.old_delta or c.source_task and not c.source_delta:
@@ -244,6 +247,7 @@ def planned(c: Config, modes: list[str]) -> list[Run]:
 
 
 def run_one(r: Recycling, sources: list[tuple[Delta, TaskData]], run: Run, book: "Book") -> None:
+    """One run, and before --mode project the learning of its map; their rows are in `book` then."""
     started, about = time.perf_counter(), {}
     if run.mode == "project":
         c, names = run.c, [data.name for _, data in sources]
@@ -260,10 +264,11 @@ def run_one(r: Recycling, sources: list[tuple[Delta, TaskData]], run: Run, book:
     book.enter(run, result, new_delta(r, run.mode, model), about)
 
 
-def run_chain(c: Config, r: Recycling, bases: dict[str, Base], run: Run, book: "Book") -> None:
+def run_chain(r: Recycling, bases: dict[str, Base], run: Run, book: "Book") -> None:
+    """One mode along all bases of --chain, by all its routes."""
     r.on_eval = lambda row: book.curve(run.at(row["base"], row["route"]), row)
-    for step in chain(r, run.mode, bases):
-        book.enter(run.at(step.base, step.route), step.result, step.delta, {"base": step.base, "route": step.route})
+    for link in chain(r, run.mode, bases):
+        book.enter(run.at(link.base, link.route), link.result, link.delta, {"base": link.base, "route": link.route})
 
 
 def sweep(c: Config, r: Recycling, task: Task, modes: list[str], out: Path, ranks: Ranks) -> None:
@@ -287,7 +292,7 @@ def sweep(c: Config, r: Recycling, task: Task, modes: list[str], out: Path, rank
                 keep_run(out, sys.argv, one, task, result, delta, curve, origin)
                 bar.update()
     ranks.wait()
-    ranks.from_main(lambda: finish_sweep(c, r, task, modes, list(runs), out))
+    ranks.from_main(lambda: finish_sweep(c, r, modes, list(runs), out))
 
 
 def swept_runs(samples: dict[int, Recycling], group: list[Run], limit: int) -> Iterator[tuple[Run, TuneResult, Delta, list[dict]]]:
@@ -308,7 +313,7 @@ def swept_runs(samples: dict[int, Recycling], group: list[Run], limit: int) -> I
         yield one, result, new_delta(r, one.mode, model), curve
 
 
-def finish_sweep(c: Config, r: Recycling, task: Task, modes: list[str], names: list[str], out: Path) -> None:
+def finish_sweep(c: Config, r: Recycling, modes: list[str], names: list[str], out: Path) -> None:
     """Score the best runs by dev of each mode on test, write summary.json and print the table."""
     rows = [read_json(out / "deltas" / name / "summary.json") for name in names]
     settings = [name for name in swept(c.sweep) if name not in ("seed", "lr")]
@@ -329,7 +334,7 @@ def build_missing(c: Config, task: Task, source_tasks: list[Task]) -> tuple[str,
     demo = Path(Config.base).parent
     if any(not path.exists() and path.parent == demo for path in map(Path, (*(c.chain or (c.base,)), c.old_base))):
         unfinished = ["--resume"] if (demo / "config.json").exists() else []
-        train("the demo lineage M0, M1, M2 (about 4 minutes on 2 cores)", "--out", str(demo), *machine(c), *unfinished)
+        train("the demo lineage M0, M1, M2 (about 3 minutes on 2 cores)", "--out", str(demo), *machine(c), *unfinished)
     return c.old_delta or tuned(c, c.task, task), c.source_delta or tuple(tuned(c, *source) for source in zip(c.source_task, source_tasks))
 
 

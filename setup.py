@@ -1,5 +1,5 @@
 """pip install -e .            (scripts are run from the checkout)
-pip install -e '.[test]'    what the tests need
+pip install -e '.[test]'    what the tests need; [plot]: figures; [bench]: the peers that are measured against
 """
 from setuptools import setup
 

@@ -45,13 +45,13 @@ from rt.tune import TuneSettings, encode_task, evaluate, say_changed, say_trunca
 class Config:
     """python train.py --mode pretrain|tune|eval|predict|import|export [--flag value ...]"""
     mode: str = "pretrain"  # pretrain, tune, eval, predict, import or export
-    out: str | None = None  # folder to write; default runs/demo, for a delta beside its base
+    out: str | None = None  # folder to write: default runs/demo, tune: beside the base; predict: a file, default standard output
     cache: str = "runs/cache"  # tokenized corpora and the embedded data
     device: str = "auto"  # auto, cpu or cuda
-    precision: str = "auto"  # auto: bf16 where the device does it fast, else fp32
+    precision: str = "auto"  # bf16, fp32, or auto: bf16 where the device does it fast
     deterministic: bool = False  # the same bits from the same command on a GPU too; on a CPU they are so anyway
     seed: int = 0  # of weights, data order, masks and dropout
-    # pretrain
+    # pretrain (seq_len, lr, warmup, weight_decay and graphs: tune as well)
     stream: tuple[str, ...] = ("python", "math", "dl")  # domains in order: embedded names, or text files or folders
     init: str | None = None  # continue from this base: checkpoint, Hugging Face folder or hub id
     preset: str = "mini"  # size of a new base: tiny, mini, small, base, large
@@ -88,7 +88,7 @@ class Config:
     lora_alpha: float = 16.0  # lora
     target_modules: tuple[str, ...] = ("query", "value")  # lora
     prefix_len: int = 16  # prefix
-    delta_dir: str | None = None  # eval, predict, export: the delta; a folder of recycle.py: its best by dev
+    delta_dir: str | None = None  # eval, predict, export: the delta; a folder of recycle.py: its best by dev, mean over seeds
     input: str | None = None  # predict: .txt, .jsonl, .csv or .tsv of texts, also .gz or .xz of them; -: standard input
     input_format: str | None = None  # predict: txt, jsonl, csv or tsv; default: what the ending says, of standard input txt
     tuned: str | None = None  # import: a ...ForSequenceClassification model or a PEFT LoRA adapter tuned from --base, folder or hub id
@@ -110,6 +110,9 @@ def main() -> None:
              "import": import_delta, "export": export_model}
     if config.mode not in modes:
         raise UsageError(f"--mode {config.mode}: not one of {', '.join(modes)}")
+    for mode, wrong, right in (("tune", "steps", "tune_steps"), ("pretrain", "tune_steps", "steps")):
+        if config.mode == mode and getattr(config, wrong) != getattr(Config, wrong):
+            raise UsageError(f"--{wrong} says nothing to --mode {mode}: did you mean --{right}?")
     if launched() > 1 and config.mode != "pretrain":
         raise UsageError(f"--mode {config.mode} is for one process: leave torchrun out")
     require_positive(config, "steps", "batch_tokens", "accumulation", "seq_len", "vocab_size", "save_every", "tune_steps",

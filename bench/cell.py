@@ -65,7 +65,8 @@ def main() -> None:
     common = ["--mode", c.mode, "--delta", c.delta, "--task", c.task, "--old_base", c.old_base, "--base", c.base, "--shots", str(c.shots),
               "--steps", str(c.steps), "--lr", str(c.lr), "--device", c.device]
     common += ["--old_delta", c.old_delta] if c.old_delta else []
-    about = {"config": vars(c), "device": device_name(pick_device(c.device)), "threads": torch.get_num_threads(),
+    asked = {k: v for k, v in vars(c).items() if k != "json"}
+    about = {"config": asked, "device": device_name(pick_device(c.device)), "threads": torch.get_num_threads(),
              "torch": torch.__version__, "commit": commit()}
     rows: list[dict] = []
 

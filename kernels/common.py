@@ -64,6 +64,7 @@ def dense_rows(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def check_cu_seqlens(cu_seqlens: Tensor) -> None:
+    """ValueError unless it is (B + 1,) int32, where sequences begin and the last one ends."""
     if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32:
         raise ValueError(f"cu_seqlens must be (B+1,) int32, not {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}")
 

@@ -46,11 +46,13 @@ def site_seeds(seed: Tensor, sites: range) -> Tensor:
 
 
 def check_seed(N: int, seed: Tensor) -> None:
+    """ValueError unless `seed` is (K,) with K a divisor of the N rows."""
     if seed.ndim != 1 or N % len(seed):
         raise ValueError(f"dropout of {N} rows by seeds {tuple(seed.shape)}: K seeds (K,) need a multiple of K rows")
 
 
 def dropout_ref(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """`dropout` of x (N, d) in plain PyTorch, with the same mask."""
     N, d = x.shape
     a, b = (words_ref(seed, stream, 1, N).view(N, 1) for stream in range(2))
     c = words_ref(torch.zeros_like(seed[:1]), 2, 1, d)

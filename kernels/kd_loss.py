@@ -285,6 +285,7 @@ def kd_loss(student: Tensor, teacher: Tensor | TopK | None, labels: Tensor | Non
     teacher    (R, C) raw logits; or the `TopK` of such at this T, its KL then over k + 1 outcomes; or None, for (1 - alpha) CE alone.
                No gradient reaches it
     labels     (R,) classes, or None for the KL term alone (still times alpha); `ignore_index` rows give 0
+    alpha, T   share of the KL term, from 0 to 1; temperature of its softmaxes
     Returns    (R,) fp32; float64 of float64 logits. Raises ValueError where shapes do not fit or T is not positive.
     """
     if isinstance(teacher, TopK):

@@ -226,6 +226,7 @@ def linear_kd(x: Tensor, weight: Tensor, bias: Tensor | None, x_teacher: Tensor,
     x, weight, bias                            as in `linear_cross_entropy`
     x_teacher, weight_teacher, bias_teacher    (R, d_t), (V, d_t), (V,) or None; no gradient reaches them
     labels                                     (R,) classes, or None for the KL term alone (still times alpha); `ignore_index` rows give 0
+    alpha, T                                   share of the KL term, from 0 to 1; temperature of its softmaxes
     reduction                                  "mean" over the rows that are not ignored (0 if none), or "sum"
     Returns a scalar, fp32; float64 of float64 x. Raises ValueError where shapes do not fit or T is not positive.
     """

@@ -3,6 +3,7 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from rt.deltas import Delta, save_delta
 from rt.log import FIGURES, Log, claim, read_json, write_json, write_whole
 from rt.outside import MISSHAPEN
 from rt.recycling import NEEDS_TEACHER, TRAINED, Recycling
-from rt.summary import add_steps_to_scratch
+from rt.summary import add_steps_to_scratch, by_settings
 from rt.tasks import Task
 from rt.tune import TuneResult, score
 
@@ -133,15 +134,20 @@ def has_delta(out: Path, row: dict) -> bool:
 
 
 def best_delta(folder: str | Path, base: str) -> Path:
-    """`folder`, or where it is what recycle.py left, in it the delta of the run that is best on dev: of a chain's, those for the base of
-    fingerprint `base`; of equal ones one that recycles."""
+    """`folder`, or where it is what recycle.py left, in it the best delta: of the mode and settings that are best on dev in the mean over
+    seeds, each of which may have drawn another dev set, the best seed. Of a chain's, those for the base of fingerprint `base`; of equal
+    ones one that recycles."""
     folder = Path(folder)
     if (folder / "delta.json").exists() or not (folder / "deltas").is_dir():
         return folder
     try:
         rows = [row for row in read_json(folder / "summary.json").get("rows", []) if has_delta(folder, row)]
         fitting = [row for row in rows if read_json(folder / "deltas" / row["run"] / "delta.json")["info"]["base"] == base]
-        best = max(fitting or rows, key=lambda row: (score(row["dev"]), row["mode"] != "scratch"), default=None)
+        groups: dict = {}
+        for row in fitting or rows:
+            groups.setdefault((row["mode"], row.get("route"), *by_settings(row)), []).append(row)
+        group = max(groups.values(), key=lambda g: (mean(score(row["dev"]) for row in g), g[0]["mode"] != "scratch"), default=[])
+        best = max(group, key=lambda row: score(row["dev"]), default=None)
     except UsageError:
         raise
     except MISSHAPEN as error:

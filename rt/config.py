@@ -183,10 +183,14 @@ def require_seeds(*seeds: int) -> None:
 
 
 def help_text(cls: type, words: str | None = None) -> str:
-    """The docstring of `cls`, then a line a flag with its default and the comment beside it; the field `words` is written as WORDS."""
-    comments = dict(re.findall(r"^    (\w+):[^#\n]*?#\s*(.*)$", inspect.getsource(cls), re.M))
+    """The docstring of `cls`, then a line a flag with its default and the comment beside it, below the comments that stand alone; the
+    field `words` is written as WORDS."""
+    source = inspect.getsource(cls)
+    comments = dict(re.findall(r"^    (\w+):[^#\n]*?#\s*(.*)$", source, re.M))
+    headings = {name: text for text, name in re.findall(r"^    # (.*)\n    (\w+):", source, re.M)}
     lines = [inspect.cleandoc(cls.__doc__ or ""), ""]
     for field in fields(cls):
+        lines += ["", f"{headings[field.name]}:"] if field.name in headings else []
         default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         name = field.name.upper() if field.name == words else f"--{field.name} {default}"
         lines.append(f"  {name:<36} {comments.get(field.name, '')}".rstrip())

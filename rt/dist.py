@@ -21,7 +21,7 @@ from rt.config import UsageError
 from rt.device import pick_device
 
 TIMEOUT = timedelta(minutes=10)     # of the collectives of a step: where one rank is lost, the others end after this long at the latest
-PATIENCE = timedelta(hours=12)      # of waiting for what rank 0 does alone: tokenizing, evaluating
+PATIENT = timedelta(hours=12)      # of waiting for what rank 0 does alone: tokenizing, evaluating
 T = TypeVar("T")
 
 
@@ -131,7 +131,7 @@ def join(device: str) -> Ranks:
     if "MASTER_ADDR" not in os.environ:
         raise UsageError("RANK and WORLD_SIZE are set, but MASTER_ADDR is not: start several processes with torchrun")
     dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=TIMEOUT)
-    ranks = Ranks(where, dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=PATIENCE))
+    ranks = Ranks(where, dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=PATIENT))
     if not ranks.is_main:
         sys.stdout = open(os.devnull, "w")
     return ranks

@@ -34,7 +34,7 @@ EVAL_TOKENS = 16384     # a forward pass over dev, all runs together
 
 
 @dataclass
-class Run:
+class GridRun:
     """One of the runs. Those with one start, or one sample of examples, may share `model` and `data`: nothing here changes either.
     The loss must be without gamma and itp; all runs' losses have a teacher, or none has."""
     model: Classifier
@@ -81,7 +81,7 @@ def load(model: Classifier, weights: Weights) -> Classifier:
 class GridLoss:
     """The losses of K runs, with alpha, beta and T of each."""
 
-    def __init__(self, runs: list[Run], device: torch.device):
+    def __init__(self, runs: list[GridRun], device: torch.device):
         losses = [run.loss for run in runs]
         if any(loss.gamma or loss.itp for loss in losses):
             raise ValueError("runs with gamma or itp are not trained side by side")
@@ -181,7 +181,7 @@ def predict(grid: Classifier, parts: list[Encoded], device: torch.device, precis
     return [torch.cat(c)[torch.tensor(order).argsort()] for c, order in zip(chunks, orders)]
 
 
-def tune(runs: list[Run], *, device: torch.device, precision: torch.dtype, what: str = "tuning") -> None:
+def tune(runs: list[GridRun], *, device: torch.device, precision: torch.dtype, what: str = "tuning") -> None:
     """rt.tune.tune for K runs at once; fills `result` (but for test) and `best` of each. All have the same steps, batch size,
     evaluation interval and decay; seeds, learning rates, warm-ups, losses and data are their own. A run that stops early, or of which
     too many steps in a row were skipped (`result.diverged`), leaves the others to themselves."""
@@ -222,7 +222,7 @@ def tune(runs: list[Run], *, device: torch.device, precision: torch.dtype, what:
         run.result.seconds = (time.perf_counter() - started) / len(runs)
 
 
-def gradient_of(grid: Classifier, runs: list[Run], device: torch.device, precision: torch.dtype) -> Callable[[Batch, Tensor], Tensor]:
+def gradient_of(grid: Classifier, runs: list[GridRun], device: torch.device, precision: torch.dtype) -> Callable[[Batch, Tensor], Tensor]:
     """What a step computes of a batch and its shares, both on the host: (K,) losses, and every weight's gradient."""
     loss = GridLoss(runs, device)
 
@@ -235,7 +235,8 @@ def gradient_of(grid: Classifier, runs: list[Run], device: torch.device, precisi
     return GraphedStep(gradient, list(trained(grid).values()), device) if runs[0].settings.graphs else gradient
 
 
-def tune_in_groups(runs: list[Run], limit: int, *, device: torch.device, precision: torch.dtype, what: str = "tuning") -> Iterator[Run]:
+def tune_in_groups(runs: list[GridRun], limit: int, *, device: torch.device, precision: torch.dtype,
+                   what: str = "tuning") -> Iterator[GridRun]:
     """`tune`, `limit` runs at once, or where that is 0 as many as are estimated to fit into memory; half as many where they do not.
     Yields the runs of a group when it is done. UsageError where not one fits."""
     size = limit
@@ -268,7 +269,7 @@ def room(device: torch.device) -> int:
     return min(CPU_BYTES, int(0.6 * free))
 
 
-def step_bytes(run: Run, device: torch.device, precision: torch.dtype) -> int:
+def step_bytes(run: GridRun, device: torch.device, precision: torch.dtype) -> int:
     """What one run keeps for its backward pass, measured on its first batch, and its weights with gradients and moments."""
     grid, loss, saved = stack([run.model]), GridLoss([run], device), {}
     own = {p.untyped_storage().data_ptr() for p in grid.parameters()}
@@ -283,7 +284,7 @@ def step_bytes(run: Run, device: torch.device, precision: torch.dtype) -> int:
     return sum(n for place, n in saved.items() if place not in own) + sum(20 * p.numel() for p in trained(grid).values())
 
 
-def score_starts(runs: list[Run], device: torch.device, precision: torch.dtype) -> None:
+def score_starts(runs: list[GridRun], device: torch.device, precision: torch.dtype) -> None:
     """Dev before the first step; runs that share their start and their examples are scored once."""
     for first in {(id(run.model), id(run.data)): run for run in runs}.values():
         dev = evaluate(first.model, first.data.dev, device, precision)
@@ -292,7 +293,7 @@ def score_starts(runs: list[Run], device: torch.device, precision: torch.dtype) 
                 enter(run, 0, None, dev, {k: p.detach() for k, p in trained(first.model).items()})
 
 
-def score_runs(runs: list[Run], grid: Classifier, step: int, seen: list[tuple[float | None, int, bool]], device: torch.device,
+def score_runs(runs: list[GridRun], grid: Classifier, step: int, seen: list[tuple[float | None, int, bool]], device: torch.device,
                precision: torch.dtype) -> None:
     for k, (run, (loss, skipped, diverged), logits) in enumerate(
             zip(runs, seen, predict(grid, [run.data.dev for run in runs], device, precision))):
@@ -304,7 +305,7 @@ def score_runs(runs: list[Run], grid: Classifier, step: int, seen: list[tuple[fl
             enter(run, step, loss, metrics(logits, run.data.dev.targets), weights, skipped)
 
 
-def enter(run: Run, step: int, loss: float | None, dev: dict[str, float], weights: Weights, skipped: int = 0) -> None:
+def enter(run: GridRun, step: int, loss: float | None, dev: dict[str, float], weights: Weights, skipped: int = 0) -> None:
     """Note an evaluation, and the weights (copied) where it is the best so far."""
     run.result.curve.append((step, score(dev)))
     run.rows.append({"step": step, "loss": loss, "dev": dev, **({"skipped": skipped} if skipped else {})})

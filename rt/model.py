@@ -119,7 +119,8 @@ class Tap(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """nn.Linear with a slot for a low-rank update. As everywhere below, weights may have a leading K: see `linear`."""
+    """nn.Linear, (N, in) to (N, out), with a slot for a low-rank update. As everywhere below, weights may have a leading K: see
+    `linear`."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features)
@@ -140,8 +141,8 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Embeddings(nn.Module):
-    """Word + position, LN, dropout. The first token type is part of the position table (rt/hf.py folds it in); `second_type`, of BERT, is
-    what the second differs from it by."""
+    """Word + position, LN, dropout: (N, d) of ids (N,) and cu_seqlens (B + 1,). The first token type is part of the position table
+    (rt/hf.py folds it in); `second_type`, of BERT, is what the second differs from it by."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
@@ -256,7 +257,7 @@ class MaskedLM(nn.Module):
         return self.head.features(h if batch.predict is None else h[batch.predict])
 
     def forward(self, batch: Batch) -> Tensor:
-        """(P, V) scores. Training does not call this: linear_cross_entropy never stores them."""
+        """(P, V) logits. Training does not call this: linear_cross_entropy never stores them."""
         return F.linear(self.features(batch), self.encoder.embeddings.word.weight, self.head.bias)
 
 

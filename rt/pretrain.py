@@ -34,7 +34,7 @@ class PretrainSettings:
     steps: int
     batch_tokens: int
     lr: float
-    warmup: int
+    warmup_steps: int
     seed: int
     accumulation: int = 1
     clip: float = 1.0
@@ -44,7 +44,7 @@ class PretrainSettings:
 
 
 def mlm_loss(model: MaskedLM, batch: Batch) -> Tensor:
-    """Mean cross-entropy of the predicted rows; the scores over the vocabulary belong to linear_cross_entropy."""
+    """Mean cross-entropy of the predicted rows; the logits over the vocabulary stay in linear_cross_entropy."""
     return linear_cross_entropy(model.features(batch), model.encoder.embeddings.word.weight, model.head.bias, batch.labels)
 
 
@@ -133,7 +133,7 @@ def pretrain(model: MaskedLM, rows: Rows, optimizer: torch.optim.Optimizer, sett
     with compiled(model.encoder.layers if s.compile else (), ranks.device), closing(ahead(shares(rows, s, ranks, start))) as batches:
         gradient = GraphedGradient(objective, s.accumulation, ranks.device) if s.graphs else PlainGradient(objective, s.accumulation, ranks)
         for step in range(start, s.steps):
-            lr = schedule(step, s.steps, s.warmup, s.lr)
+            lr = schedule(step, s.steps, s.warmup_steps, s.lr)
             set_lr(optimizer, lr)
             total = torch.zeros((), device=ranks.device)
             for part in range(s.accumulation):
@@ -152,7 +152,7 @@ def pretrain(model: MaskedLM, rows: Rows, optimizer: torch.optim.Optimizer, sett
                     in_a_row = in_a_row + 1 if "skipped" in row else 0
                     if in_a_row > MOST_SKIPPED:
                         raise Diverged(f"the loss at step {row['step'] - MOST_SKIPPED} or its gradient is not finite, nor are those of the "
-                                       f"{MOST_SKIPPED} steps after it: lower --lr ({s.lr}) or raise --warmup ({s.warmup} steps)")
+                                       f"{MOST_SKIPPED} steps after it: lower --lr ({s.lr}) or raise --warmup (now {s.warmup_steps} steps)")
                     yield row
                 waiting.clear()
 
@@ -202,7 +202,7 @@ class Stage:
     save_every: int         # steps between resumable checkpoints
     stop: Stop = field(default_factory=Stop)    # a signal that has asked for the end
     step: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0    # of training, those before an interruption too
     skipped: int = 0        # steps whose loss or gradient was not finite
     optimizer: torch.optim.Optimizer = field(init=False)
 
@@ -216,15 +216,15 @@ class Stage:
             base = load_base(last)
             self.model.load_state_dict(MaskedLM(base.encoder, base.head).state_dict())
             load_state(self.optimizer, read_torch(last / "optim.pt"))
-            self.step, self.skipped = base.meta["step"], base.meta.get("skipped", 0)
+            self.step, self.skipped, self.seconds = base.meta["step"], base.meta.get("skipped", 0), base.meta.get("seconds", 0.0)
 
     def save(self, folder: str, resumable: bool) -> None:
         if resumable:
             gather(self.optimizer)
         if self.ranks.is_main:
             self.log.sync()
-            save_base(self.out / folder, self.model, self.tokenizer, {**self.about, "step": self.step, **self.note()},
-                      self.optimizer if resumable else None, keep=resumable)
+            facts = {**self.about, "step": self.step, **({"seconds": self.seconds} if resumable else {}), **self.note()}
+            save_base(self.out / folder, self.model, self.tokenizer, facts, self.optimizer if resumable else None, keep=resumable)
 
     def note(self) -> dict:
         """How many steps were skipped, where some were."""
@@ -250,7 +250,7 @@ class Stage:
 
     def train(self, allowance: int) -> int:
         """Up to `allowance` steps, fewer where a signal asks for the end; returns how many were done."""
-        s, started, first = self.settings, time.perf_counter(), self.step
+        s, started, first = self.settings, time.perf_counter() - self.seconds, self.step
         end = min(first + allowance, s.steps)
         kept = {round(s.steps * (k + 1) / (self.snapshots + 1)) for k in range(self.snapshots)}
 
@@ -294,9 +294,9 @@ def evaluate_mlm(model: MaskedLM, rows: Rows, *, tokens: int, device: torch.devi
     for first in range(0, wanted, 8):
         batch = rows.masked(range(first, min(first + 8, wanted))).to(device)
         with autocast(device, precision):
-            scores = model(batch).float()
-        loss += torch.nn.functional.cross_entropy(scores, batch.labels, reduction="sum").item()
-        right += (scores.argmax(-1) == batch.labels).sum().item()
+            logits = model(batch).float()
+        loss += torch.nn.functional.cross_entropy(logits, batch.labels, reduction="sum").item()
+        right += (logits.argmax(-1) == batch.labels).sum().item()
         count += len(batch.labels)
     model.train()
     return {"loss": loss / count, "accuracy": right / count, "predictions": int(count)}

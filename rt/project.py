@@ -133,7 +133,7 @@ def learn_projection(old_base: Base, base: Base, sources: list[tuple[Delta, Task
                      granularity: str, residual: bool, alpha: float, beta: float, T: float, public_code: bool, device: torch.device,
                      precision: torch.dtype, on_eval: Callable[[dict], None] = lambda row: None, with_head: bool = False) -> Projection:
     """A map from deltas of `old_base` to deltas of `base`, trained on source tasks in turn: step i on source i mod S. The loss is
-    distillation's total (rt/distill.py): teacher = old base + the source's delta, student = new base + its projection.
+    distillation's total without attention (rt/distill.py): teacher = old base + the source's delta, student = new base + its projection.
 
     `with_head` asks for as many labels in every source, and later in the target. Returned as it was best on dev, mean over the
     sources; `on_eval` gets {'step', 'loss', 'dev'}, dev with that mean first, then each source. Batches and dropout are functions

@@ -100,6 +100,7 @@ def scored(r: Recycling, model: Classifier) -> TuneResult:
 
 
 def start_fresh(r: Recycling) -> Classifier:
+    """A fresh delta and head on the new base."""
     return attach(r.base, r.config, r.data.num_outputs, r.settings.seed)
 
 
@@ -131,10 +132,12 @@ def teacher_of(r: Recycling) -> TeacherCache:
 
 
 def plain_loss(r: Recycling) -> Loss:
+    """The task's alone."""
     return Loss(is_regression=not r.data.labels)
 
 
 def distillation_loss(r: Recycling) -> Loss:
+    """The total, with old base + old delta as the teacher."""
     return replace(plain_loss(r), teacher=teacher_of(r), alpha=r.alpha, beta=r.beta, T=r.T, public_code=r.public_code, gamma=r.gamma,
                    maps_of=teacher_model(r) if r.gamma else None, att_layers=r.att_layers,
                    itp=r.itp, teacher_weights=weights_of(teacher_model(r)) if r.itp else None)
@@ -175,7 +178,7 @@ def recycle_together(rs: list[Recycling], mode: str, limit: int = 0) -> Iterator
             r.teacher = teachers[id(r.data)] = teachers.get(id(r.data)) or teacher_of(r)
         if r.settings.seed not in starts:
             starts[r.settings.seed] = MODES[mode].start(r)
-        runs.append(grid.Run(starts[r.settings.seed], r.data, r.settings, MODES[mode].loss(r)))
+        runs.append(grid.GridRun(starts[r.settings.seed], r.data, r.settings, MODES[mode].loss(r)))
     place = {id(run): r for run, r in zip(runs, rs)}
     for run in grid.tune_in_groups(runs, limit, device=rs[0].device, precision=rs[0].precision, what=mode):
         for row in run.rows:
@@ -190,7 +193,7 @@ def new_delta(r: Recycling, mode: str, model: Classifier) -> Delta:
 
 
 @dataclass
-class Step:
+class Link:
     """A new base of a chain, reached by a route."""
     base: str
     route: str | None
@@ -198,7 +201,7 @@ class Step:
     result: TuneResult
 
 
-def chain(r: Recycling, mode: str, bases: dict[str, Base]) -> Iterator[Step]:
+def chain(r: Recycling, mode: str, bases: dict[str, Base]) -> Iterator[Link]:
     """`mode` on M_1, M_2, ... (`bases`, by name) after r.old_base = M_0 and r.old_delta = Delta_0, by two routes:
 
         chain   Delta_{i+1} = recycle(M_i, Delta_i, M_{i+1}), the recycled delta recycled again
@@ -227,4 +230,4 @@ def chain(r: Recycling, mode: str, bases: dict[str, Base]) -> Iterator[Step]:
             if "chain" in routes:
                 last = replace(r, old_base=base, old_delta=delta, teacher=None)
             for route in routes:
-                yield Step(name, route, delta, result)
+                yield Link(name, route, delta, result)

@@ -63,6 +63,7 @@ class TaskData:
 
 
 def encode_task(task: Task, tokenizer: Tokenizer, max_len: int) -> TaskData:
+    """All parts of a task as ids, texts cut to `max_len` tokens. UsageError where a label or text does not fit (rt/tasks.py: encode)."""
     parts = {part: encode(examples, task.labels, tokenizer, max_len) for part, examples in task.parts.items()}
     return TaskData(task.name, task.labels, **parts, hash=task.hash)
 
@@ -135,6 +136,7 @@ def predict(model: Classifier, sequences: list[list[int]], device: torch.device,
 
 
 def evaluate(model: Classifier, data: Encoded, device: torch.device, precision: torch.dtype) -> dict[str, float]:
+    """`metrics` of the model, without dropout, on all of `data`."""
     return metrics(predict(model, data.sequences, device, precision), data.targets)
 
 

@@ -14,7 +14,7 @@ from rt.checkpoint import load_base, save_base
 from rt.config import UsageError
 from rt.deltas import DeltaConfig, attach, extract, save_delta
 from rt.folders import locked
-from rt.log import FIGURES, read_rows
+from rt.log import FIGURES, read_json, read_rows, write_json
 from rt.model import MaskedLM
 
 FLAGS = ("--seq_len", "32", "--device", "cpu", "--precision", "fp32")
@@ -137,7 +137,7 @@ def test_a_class_task_and_a_regression_in_one_study(home):
         assert [n["metric"] for n in numbers if n["task"] == "length"][0] == "pearson" and numbers[0]["metric"] == "accuracy"
 
 
-def test_missing_deltas_are_tuned_once_and_all_alike(home):
+def test_missing_deltas_are_tuned_once_and_all_alike(home, capsys):
     """Seed 1 has none, so those of seed 0, of another number of steps, are not mixed in."""
     arguments = ("analyze.py", "--study", "distance", *of(home, "M0", "M1"), "--seeds", "1", "--tune_steps", "2",
                  "--out", home / "out" / "n2")
@@ -148,6 +148,14 @@ def test_missing_deltas_are_tuned_once_and_all_alike(home):
     assert "building" not in here(*arguments)
     summary = json.loads((home / "out" / "n2" / "summary.json").read_text())
     assert [Path(d["folder"]).name for d in summary["deltas"]] == names
+    here(*arguments[:-2], "--seq_len", "16", "--out", home / "out" / "short")
+    said = capsys.readouterr().err
+    assert "note: deltas learned on texts of up to 32 tokens are compared at --seq_len 16" in said and "unequal" not in said
+    facts = read_json(home / "run" / "deltas" / names[0] / "delta.json")
+    facts["info"]["config"]["tune_steps"] = 5
+    write_json(home / "run" / "deltas" / names[0] / "delta.json", {k: v for k, v in facts.items() if k != "sha256"})
+    here(*arguments[:-2], "--out", home / "out" / "unequal")
+    assert "note: the deltas were tuned for unequal numbers of steps (2, 5)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -9,7 +9,7 @@ from conftest import command, here
 from safetensors.torch import load_file
 
 from rt import plot
-from rt.log import FIGURES, read_rows
+from rt.log import FIGURES, read_json, read_rows
 
 SMALL = ("--preset", "tiny", "--vocab_size", "500", "--seq_len", "32", "--batch_tokens", "256", "--eval_tokens", "512",
          "--device", "cpu")
@@ -73,6 +73,7 @@ def test_twenty_steps_are_ten_and_resume_and_ten(lineage):
     here(*arguments, "--out", home / "straight")
     out = here(*arguments, "--out", home / "broken", "--stop_after", "10", "--log_every", "4")
     assert "stopped in M0 after step 10 of 14" in out and drawn(home / "broken") == {"loss"}
+    seconds = read_json(home / "broken" / "last" / "meta.json")["seconds"]
     assert "unfinished run: add --resume" in here(*arguments, "--out", home / "broken", code=2)
     assert "stopped after M0" in here(*arguments, "--out", home / "broken", "--resume", "--stop_after", "4")
     here(*arguments, "--out", home / "broken", "--resume", "--stop_after", "3", "--log_every", "2")      # stops again, inside M1
@@ -81,6 +82,7 @@ def test_twenty_steps_are_ten_and_resume_and_ten(lineage):
         a, b = (load_file(home / run / name / "model.safetensors") for run in ("straight", "broken"))
         assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
     assert read_rows(home / "straight" / "metrics.jsonl") == read_rows(home / "broken" / "metrics.jsonl")
+    assert read_json(home / "broken" / "M0" / "meta.json")["stage"]["seconds"] >= round(seconds, 1)
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +172,7 @@ def test_recycle_all_modes_builds_the_old_delta_and_prints_the_table(lineage, ta
     home, _ = lineage
     arguments = ("recycle.py", "--old_base", home / "run" / "M0", "--base", home / "run" / "M1", "--task", task, "--shots", "6",
                  "--seeds", "0,1", "--steps", "4", "--delta", "adapter", "--lr", "1e-3,2e-3", "--out", home / "recycled", *TUNE)
+    shutil.rmtree(home / "run" / "deltas", ignore_errors=True)     # that of another test
     out = command(*arguments, "--mode", "all")
     assert "building the old delta" in out
     table = {line.split()[0]: line for line in out.splitlines() if line[:1].isalpha() and "±" in line}
@@ -381,6 +384,9 @@ def test_chain_reports_both_routes_over_all_bases(lineage, task, tmp_path):
     (("recycle.py", "--T", "0"), "--T 0.0: must be above zero"),
     (("recycle.py", "--gamma", "-1"), "--gamma -1.0: must not be negative"),
     (("recycle.py", "--att_layers", "first"), "--att_layers first: not one of last, all"),
+    (("recycle.py", "--mode", "scratch,project", "--source_task", "dl", "--gamma", "1"), "--gamma 1.0: a weight, for modes with a teacher"),
+    (("train.py", "--mode", "tune", "--steps", "4"), "--steps says nothing to --mode tune: did you mean --tune_steps?"),
+    (("train.py", "--tune_steps", "4"), "did you mean --steps?"),
     (("recycle.py", "--mode", "burn"), "--mode burn: not one of"),
     (("recycle.py", "--itp", "-1"), "--itp -1: a number of points from 0 on"),
     (("recycle.py", "--mode", "scratch,apply", "--itp", "2"), "for modes with a teacher (distill, init+distill)"),

@@ -13,6 +13,7 @@ class Config:
     lr: float = 1e-3  # peak learning rate
     steps: int = 10  # how many
     name: str | None = None  # of the run
+    # the data
     seeds: tuple[int, ...] = (0, 1)  # comma-separated
     fast: bool = False  # hurry
     warm: bool = True  # up
@@ -60,6 +61,7 @@ def test_words_without_a_flag_are_one_field_where_a_script_says_so():
 def test_help_has_every_flag_with_its_default_and_comment():
     text = help_text(Config)
     assert text.startswith("What it does.")
+    assert "\n\nthe data:\n  --seeds" in text
     for words in ("--lr 0.001", "peak learning rate", "--seeds 0,1", "comma-separated", "--warm True"):
         assert words in text
 

@@ -11,7 +11,7 @@ from rt.config import UsageError
 from rt.data import PAD_SEQUENCES, side_by_side
 from rt.deltas import DeltaConfig, attach
 from rt.distill import Loss, TeacherCache
-from rt.grid import GridAdamW, Run, load, stack, trained
+from rt.grid import GridAdamW, GridRun, load, stack, trained
 from rt.optim import Watch, adamw
 from rt.tasks import Encoded
 from rt.tune import TaskData, TuneSettings, predict, tune
@@ -30,7 +30,7 @@ def task(n: int, seed: int) -> TaskData:
     return TaskData("t", ("a", "b", "c"), *parts)
 
 
-def four_runs(tokenizer, kind: str, taught: bool = True) -> list[Run]:
+def four_runs(tokenizer, kind: str, taught: bool = True) -> list[GridRun]:
     """Everything differs that may: start, examples, their number, seed, learning rate, warm-up, alpha, beta, T, teacher."""
     base = random_base(tokenizer)
     config = DeltaConfig(kind, target_modules=("query", "value", "intermediate.dense"))
@@ -42,11 +42,11 @@ def four_runs(tokenizer, kind: str, taught: bool = True) -> list[Run]:
                                                       (.0, 2.0, 1.0, 2e-3, .5))):
         loss = Loss(teacher=teachers[k % 2], alpha=alpha, beta=beta, T=T) if taught else Loss()
         model = attach(base, config, 3, seed=k // 2)
-        runs.append(Run(model, datas[k % 2], TuneSettings(9, 4, lr, 2, seed=10 + k, weight_decay=0.1, warmup=warmup), loss))
+        runs.append(GridRun(model, datas[k % 2], TuneSettings(9, 4, lr, 2, seed=10 + k, weight_decay=0.1, warmup=warmup), loss))
     return runs
 
 
-def alone(run: Run) -> tuple[list[dict], Run]:
+def alone(run: GridRun) -> tuple[list[dict], GridRun]:
     """The curve of one run by rt.tune.tune, and its result."""
     rows: list[dict] = []
     model = load(stack_of_one(run.model), {k: p.detach() for k, p in trained(run.model).items()})

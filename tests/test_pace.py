@@ -91,7 +91,7 @@ class Terminal(io.StringIO):
 
 def pretraining(tokenizer, toy, rows, tmp_path) -> None:  # noqa: F811
     model = new_masked_lm(EncoderConfig(tokenizer.vocab_size, **PRESETS["tiny"]), seed=0)
-    settings = PretrainSettings(steps=4, batch_tokens=512, lr=1e-3, warmup=1, seed=0)
+    settings = PretrainSettings(steps=4, batch_tokens=512, lr=1e-3, warmup_steps=1, seed=0)
     Stage(tmp_path, model, tokenizer, rows["train"], {"name": "M0", "domain": "graphs"}, settings, torch.float32, Ranks(CPU), Log(tmp_path),
           weight_decay=0.01, zero=False, snapshots=0, save_every=100).train(4)
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
@@ -103,7 +103,7 @@ def tuning(tokenizer, toy, rows, tmp_path) -> None:  # noqa: F811
 
 def side_by_side(tokenizer, toy, rows, tmp_path) -> None:  # noqa: F811
     model = attach(random_base(tokenizer), DeltaConfig("lora"), 2, seed=0)
-    runs = [grid.Run(model, toy, TuneSettings(4, 16, lr, 2, seed=0), Loss()) for lr in (1e-3, 1e-2)]
+    runs = [grid.GridRun(model, toy, TuneSettings(4, 16, lr, 2, seed=0), Loss()) for lr in (1e-3, 1e-2)]
     grid.tune(runs, device=CPU, precision=torch.float32)
 
 

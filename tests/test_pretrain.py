@@ -29,7 +29,7 @@ def rows(graphs, tokenizer, tmp_path_factory):
 def trained(rows, tokenizer, steps, lr=2e-3, dropout=0.0, where=CPU, **changes):
     model = new_masked_lm(EncoderConfig(tokenizer.vocab_size, **PRESETS["tiny"]), seed=0).to(where["device"])
     set_dropout(model, dropout)
-    settings = PretrainSettings(**{**dict(steps=steps, batch_tokens=512, lr=lr, warmup=3, seed=0), **changes})
+    settings = PretrainSettings(**{**dict(steps=steps, batch_tokens=512, lr=lr, warmup_steps=3, seed=0), **changes})
     log = list(pretrain(model, rows["train"], adamw(model.parameters(), 0.0, 0.01), settings, **where))
     return model, log
 

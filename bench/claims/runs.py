@@ -7,6 +7,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
@@ -155,7 +156,8 @@ def wait_for(path: Path, failed: Path, seconds: float) -> None:
         time.sleep(0.2)
 
 
-def best_of(lab: Lab, run: Run, data: TaskData, rates: tuple[float, ...], train) -> tuple[Classifier, list[dict]]:
+def best_of(lab: Lab, data: TaskData, rates: tuple[float, ...],
+            train: Callable[[float, TaskData], tuple[Classifier, TuneResult]]) -> tuple[Classifier, list[dict]]:
     """`train(lr, data without test)` -> (model, TuneResult) at each rate; (the best model on dev, a row a rate). Test is
     scored with that model alone."""
     blind, rows, best = replace(data, test=None), [], None
@@ -178,11 +180,11 @@ def tuned(lab: Lab, run: Run, rates: tuple[float, ...]) -> list[dict]:
     base, config = lab.base(run.base), DeltaConfig(run.kind)
     data = lab.task(run, base)
 
-    def train(lr: float, blind: TaskData):
+    def train(lr: float, blind: TaskData) -> tuple[Classifier, TuneResult]:
         model = attach(base, config, data.num_outputs, run.seed)
         return model, tune(model, blind, Loss(), lab.settings(run, lr), **lab.where, what=f"{run.base} {run.task}")
 
-    model, rows = best_of(lab, run, data, rates, train)
+    model, rows = best_of(lab, data, rates, train)
     about = {"task": run.task, "labels": list(data.labels), "seed": run.seed}
     save_delta(lab.delta_folder(run.base, run.task, run.kind, run.seed), extract(model, base, config, about))
     return rows
@@ -206,11 +208,11 @@ def recycled(lab: Lab, run: Run, rates: tuple[float, ...]) -> list[dict]:
         return [{"lr": None, "chosen": True, **scores(result), "test": result.test, "chance": known["accuracy"],
                  "uniform": known["uniform"]}]
 
-    def train(lr: float, blind: TaskData):
+    def train(lr: float, blind: TaskData) -> tuple[Classifier, TuneResult]:
         r.settings, r.data = lab.settings(run, lr), blind
         return recycle(r, run.what)
 
-    return best_of(lab, run, data, rates, train)[1]
+    return best_of(lab, data, rates, train)[1]
 
 
 def pair(lab: Lab, run: Run) -> tuple[Classifier, Classifier]:
