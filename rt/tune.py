@@ -165,6 +165,24 @@ def training_batch(data: Encoded, s: TuneSettings, step: int) -> Batch:
     return replace(batch, seeds=torch.tensor([derive_seed(s.seed, step)]))
 
 
+def gradient_of(model: Classifier, loss: Loss, s: TuneSettings, device: torch.device, precision: torch.dtype) -> Callable[[Batch], Tensor]:
+    """What a step computes of a batch on the host: the loss, and the gradient of what is trained. UsageError where memory runs out."""
+    def plain(batch: Batch, shares: Tensor | None = None) -> Tensor:
+        with autocast(device, precision):
+            value = loss(model, batch.to(device))
+        value.backward()
+        return value.detach()
+
+    graphed = GraphedStep(plain, [p for p in model.parameters() if p.requires_grad], device) if s.graphs else None
+
+    def gradient(batch: Batch) -> Tensor:
+        what = f"a batch of {s.batch_size} sequences of up to {batch.max_seqlen} tokens"
+        with memory_for(what, f"--batch_size ({s.batch_size}) or --seq_len"):
+            return graphed(*side_by_side([batch], BUCKET)) if graphed else plain(batch)
+
+    return gradient
+
+
 def tune(model: Classifier, data: TaskData, loss: Loss, settings: TuneSettings, *, device: torch.device,
          precision: torch.dtype, on_eval: Callable[[dict], None] = lambda row: None, what: str = "tuning") -> TuneResult:
     """Train what requires a gradient in `model`; on return it holds the weights that were best on dev. A step whose loss or gradient is not
@@ -179,12 +197,6 @@ def tune(model: Classifier, data: TaskData, loss: Loss, settings: TuneSettings, 
     result = TuneResult(0, {}, {})
     best: dict[str, Tensor] = {}
 
-    def gradient(batch: Batch, shares: Tensor | None = None) -> Tensor:
-        with autocast(device, precision):
-            value = loss(model, batch.to(device))
-        value.backward()
-        return value.detach()
-
     def score_dev(step: int, mean_loss: float | None, skipped: int = 0) -> None:
         dev = evaluate(model, data.dev, device, precision)
         result.curve.append((step, score(dev)))
@@ -193,7 +205,7 @@ def tune(model: Classifier, data: TaskData, loss: Loss, settings: TuneSettings, 
             result.dev, result.best_step = dev, step
             best.update({k: p.detach().clone() for k, p in trained.items()})
 
-    graphed = GraphedStep(gradient, list(trained.values()), device) if s.graphs else None
+    gradient = gradient_of(model, loss, s, device, precision)
     score_dev(0, None)
     pace = Pace(model.encoder.config, device, precision, frozen=not model.encoder.layers[0].qkv.weight.requires_grad)
     watch = Watch((), device)
@@ -203,9 +215,7 @@ def tune(model: Classifier, data: TaskData, loss: Loss, settings: TuneSettings, 
             set_lr(optimizer, schedule(step, s.steps, max(1, round(s.warmup * s.steps)), s.lr))
             batch = training_batch(data.train, s, step)
             model.train()
-            what = f"a batch of {s.batch_size} sequences of up to {batch.max_seqlen} tokens"
-            with memory_for(what, f"--batch_size ({s.batch_size}) or --seq_len"):
-                value = graphed(*side_by_side([batch], BUCKET)) if s.graphs else gradient(batch)
+            value = gradient(batch)
             norm = torch.nn.utils.clip_grad_norm_(trained.values(), s.clip)
             step_unless(optimizer, watch.count(value, norm))
             optimizer.zero_grad(set_to_none=True)
