@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Iterator
 
 from data.sources import task_path
-from rt.book import Book, Run, best_delta, is_complete, keep_run, origin_of
+from rt.book import Book, Run, best_delta, is_complete, keep_run, origin_of, summary_rows
 from rt.checkpoint import Base
 from rt.config import UsageError, parse, record, require_not_negative, require_positive, require_seeds, require_seq_len, require_share, run
 from rt.deltas import Delta, DeltaConfig, apply, load_delta
@@ -151,7 +151,9 @@ def like(c: Config, old: Delta) -> Config:
 
 def one_after_another(c: Config, r: Recycling, task: Task, modes: list[str], bases: dict[str, Base],
                       sources: list[tuple[Delta, TaskData]], out: Path) -> None:
-    book = Book(c, sys.argv, out, task, planned(c, modes), {name: origin_of(replace(r, base=base)) for name, base in bases.items()})
+    origins = {name: origin_of(replace(r, base=base)) for name, base in bases.items()}
+    projected = origin_of(r, sources)
+    book = Book(c, sys.argv, out, task, planned(c, modes), lambda run: projected if run.mode == "project" else origins[run.c.base])
     for seed in c.seeds:
         r = sample(c, r, task, seed)
         for one in (Run(c, mode, seed, lr) for mode in modes for lr in learning_rates(c, mode)):
@@ -162,8 +164,7 @@ def one_after_another(c: Config, r: Recycling, task: Task, modes: list[str], bas
                 run_chain(r, bases, one, book)
             else:
                 run_one(r, sources, one, book)
-    rows = [row for row in book.rows if row["run"] in book.plan]
-    print(report_chain(rows, modes, c.chain) if c.chain else report(rows, modes))
+    print(report_chain(book.planned(), modes, c.chain) if c.chain else report(book.planned(), modes))
     print(f"rows in {out / 'summary.json'}, curves in {out / 'metrics.jsonl'}")
 
 
@@ -279,7 +280,7 @@ def sweep(c: Config, r: Recycling, task: Task, modes: list[str], out: Path, rank
         check(replace(r, gamma=one.c.gamma, itp=one.c.itp), one.mode)
     origin = origin_of(r)
     ranks.from_main(lambda: claim(out, {"summary.json", "deltas", FIGURES}))
-    done = ranks.from_main(lambda: {name for name in runs if is_complete(out, name, origin)})     # what all ranks go by
+    done = ranks.from_main(lambda: {name for name, one in runs.items() if is_complete(out, one, origin)})     # what all ranks go by
     samples: dict[int, Recycling] = {}
     mine = [group[ranks.rank::ranks.world] for group in groups([one for name, one in runs.items() if name not in done])]
     with progress(sum(map(len, mine)), "sweep", unit="run") as bar:
@@ -322,8 +323,7 @@ def finish_sweep(c: Config, r: Recycling, modes: list[str], names: list[str], ou
         write_json(out / "deltas" / row["run"] / "summary.json", row)
     add_steps_to_scratch(rows, by_settings)
     said = report_sweep(rows, modes, settings)
-    before = read_json(out / "summary.json")["rows"] if (out / "summary.json").exists() else []
-    rows = [row for row in before if row["run"] not in names] + rows      # those of other sweeps stay
+    rows = [row for row in summary_rows(out / "summary.json") if row["run"] not in names] + rows      # those of other sweeps stay
     write_json(out / "summary.json", {"rows": rows, "config": record(c), "argv": sys.argv})
     print(said)
     print(f"rows in {out / 'summary.json'}, curves and deltas in {out / 'deltas'}")

@@ -30,6 +30,7 @@ from rt.hf import export_hf
 from rt.hub import NAMING, open_base, open_delta, place_of_delta
 from rt.log import Log, read_json, write_json
 from rt.model import PRESETS, Classifier, EncoderConfig, MaskedLM, new_masked_lm, set_dropout
+from rt.outside import MISSHAPEN
 from rt.peft import export_peft
 from rt.predict import answers, check_out, write_answers
 from rt.pretrain import PretrainSettings, Stage, evaluate_mlm
@@ -155,7 +156,10 @@ def train_stages(c: Config, out: Path, ranks: Ranks) -> Interrupted | None:
     settings = {k: v for k, v in record(c).items() if k not in NOT_SETTINGS}
     if not ranks.from_main(lambda: has_work(out, settings, c.resume)):
         print(f"{out} is complete; remove it to train anew")
-        print(forgetting_table(read_json(out / "summary.json")["stages"]))
+        try:
+            print(forgetting_table(read_json(out / "summary.json")["stages"]))
+        except MISSHAPEN:
+            raise UsageError(f"{out / 'summary.json'} does not hold the stages of a stream") from None
         return None
     model, tokenizer, about, training, heldout = prepare_stream(c, out, ranks)
     if ranks.is_main:
@@ -171,7 +175,7 @@ def train_stages(c: Config, out: Path, ranks: Ranks) -> Interrupted | None:
                 base = open_base(str(out / name))
                 model, about["parent"] = MaskedLM(base.encoder, base.head), base.fingerprint
                 set_dropout(model, c.dropout)
-                stages.append(base.meta["stage"])
+                stages.append(note_of(base, out / name))
                 continue
             about.update(name=name, domain=domain, config=settings, argv=sys.argv)
             stage = Stage(out, model.to(ranks.device), tokenizer, rows, about, stage_settings(c, steps, rows, ranks), where["precision"],
@@ -197,6 +201,14 @@ def train_stages(c: Config, out: Path, ranks: Ranks) -> Interrupted | None:
         forget_last(out)
     print(forgetting_table(stages))
     return None
+
+
+def note_of(base: Base, folder: Path) -> dict:
+    """What is in summary.json of a stage that is done. UsageError where its base does not hold it, as a resumable checkpoint does not."""
+    stage = base.meta.get("stage")
+    if not isinstance(stage, dict) or not isinstance(stage.get("heldout"), dict):
+        raise UsageError(f"{folder} is no base that a stage has ended with: move it away, and its stage is done again")
+    return stage
 
 
 def stopped(where: str, stop: Stop) -> Interrupted | None:

@@ -82,16 +82,18 @@ def read_json(path: Path) -> dict:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a JSONL file; none where there is no file. A half-written last line (a killed run) is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []:
+    """The rows of a JSONL file; none where there is no file. A half-written last line (a killed run) is left out; UsageError names any
+    other that is no row."""
+    lines, rows = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else [], []
+    for number, line in enumerate(lines, 1):
         try:
             row = parse_json(line, path)
         except UsageError:
-            break
-        if not isinstance(row, dict):
-            break
-        rows.append(row)
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        elif number < len(lines):
+            raise UsageError(f"{path}, line {number}: is not a row, a JSON object: mend it or take it out")
     return rows
 
 
@@ -119,6 +121,8 @@ class Log:
         if not writes:
             return
         self.path = Path(folder) / "metrics.jsonl"
+        if self.path.is_dir():
+            raise UsageError(f"{self.path} is a folder, and is to be a file: give another --out")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in read_rows(self.path) if keep(row)))
         self.file = self.path.open("ab", buffering=0)       # a row is one write: a killed process leaves all of it or none

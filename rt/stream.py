@@ -18,8 +18,10 @@ from rt.config import UsageError
 from rt.data import Rows
 from rt.folders import check_seal, settle
 from rt.log import FIGURES, read_json, strangers
-from rt.outside import is_number
+from rt.outside import is_number, is_whole
 from rt.tokenizer import Tokenizer
+
+RESUMABLE = ("model.safetensors", "tokenizer.json", "optim.pt")
 
 
 def has_work(out: Path, settings: dict, resume: bool) -> bool:
@@ -52,7 +54,7 @@ def mend(out: Path) -> None:
     last = out / "last"
     while last.exists():
         try:
-            check_seal(last, "meta.json", read_json(last / "meta.json"))
+            check_last(last)
             return
         except UsageError as error:
             if not (out / "last.old").exists():
@@ -61,6 +63,14 @@ def mend(out: Path) -> None:
             last.rename(aside)
             print(f"{error}; it is kept as {aside}, and the checkpoint before it is used", file=sys.stderr)
             settle(last)
+
+
+def check_last(last: Path) -> None:
+    """UsageError unless `last` is a resumable checkpoint as it was written; one without hashes could be anything's."""
+    facts = read_json(last / "meta.json")
+    check_seal(last, "meta.json", facts)
+    if not isinstance(facts.get("name"), str) or not is_whole(facts.get("step"), 1) or not {*RESUMABLE} <= facts.get("sha256", {}).keys():
+        raise UsageError(f"{last / 'meta.json'} is damaged: it does not hold name, step and hashes of a resumable checkpoint")
 
 
 def forget_last(out: Path) -> None:

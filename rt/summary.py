@@ -17,12 +17,13 @@ def by_settings(row: dict) -> tuple[float | None, str]:
 
 
 def chosen(rows: list[dict], mode: str, by: Callable[[dict], object] = by_rate) -> list[dict]:
-    """The rows of a mode, one a seed, at the learning rate (or whatever `by` tells apart) whose dev score is best on average."""
+    """The rows of a mode, one a seed, at the learning rate (or whatever `by` tells apart) whose dev score is best on average, of those
+    that most seeds have been run at: a mean over fewer is of other examples."""
     groups: dict = {}
     for row in rows:
         if row["mode"] == mode:
             groups.setdefault(by(row), []).append(row)
-    return max(groups.values(), key=lambda group: mean(score(row["dev"]) for row in group), default=[])
+    return max(groups.values(), key=lambda group: (len(group), mean(score(row["dev"]) for row in group)), default=[])
 
 
 def add_steps_to_scratch(rows: list[dict], by: Callable[[dict], object] = by_rate) -> None:
@@ -41,7 +42,7 @@ def spread(rows: list[dict], part: str = "test") -> str:
 
 def steps_of(rows: list[dict]) -> str:
     """Steps to scratch's best dev, one figure a seed."""
-    return " ".join("-" if row["steps_to_scratch_best"] is None else str(row["steps_to_scratch_best"]) for row in rows)
+    return " ".join("-" if row.get("steps_to_scratch_best") is None else str(row["steps_to_scratch_best"]) for row in rows)
 
 
 def metric_of(row: dict) -> str:

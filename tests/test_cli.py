@@ -204,6 +204,68 @@ def test_recycle_all_modes_builds_the_old_delta_and_prints_the_table(lineage, ta
     assert len(read_rows(home / "recycled" / "metrics.jsonl")) == sum(len(row["curve"]) for row in after)
 
 
+def resumed(arguments, out) -> tuple[list[str], set[str]]:
+    """The lines of the table of a call with --resume, and the runs that it did; every curve is there once."""
+    deltas = {p: p.stat().st_mtime_ns for p in (out / "deltas").glob("*/delta.json")}
+    lines = [line for line in here(*arguments, "--resume").splitlines() if "±" in line]
+    rows = read_json(out / "summary.json")["rows"]
+    curves = Counter(row["run"] for row in read_rows(out / "metrics.jsonl") if "part" not in row)
+    own = [row for row in rows if not (out / "deltas" / row["run"] / "summary.json").exists()]      # a sweep's curves are there
+    assert all(curves[row["run"]] == len(row["curve"]) for row in own) and {*curves} <= {row["run"] for row in rows}
+    assert len({row["run"] for row in rows}) == len(rows)
+    return lines, {p.parent.name for p in (out / "deltas").glob("*/delta.json") if p.stat().st_mtime_ns != deltas.get(p)}
+
+
+def test_resuming_keeps_what_is_whole_and_of_the_same_and_nothing_else(lineage, task, tmp_path):
+    home, _ = lineage
+    out, old = tmp_path / "out", tuned(home, task, "bitfit", tmp_path)
+    shutil.copytree(home / "run" / "M1", tmp_path / "M1")
+    call = ("recycle.py", "--old_base", home / "run" / "M0", "--old_delta", old, "--task", task, "--delta", "bitfit", "--steps", "2",
+            "--shots", "4", "--out", out, *TUNE)
+    some = (*call, "--base", tmp_path / "M1", "--mode", "scratch,init", "--seeds", "0,1", "--lr", "1e-2")
+    table = [line for line in here(*some).splitlines() if "±" in line]
+    names = [row["run"] for row in read_json(out / "summary.json")["rows"]]
+    assert resumed(some, out) == (table, set())
+    (out / "deltas" / names[0] / "delta.safetensors").unlink()
+    (out / "deltas" / names[1] / "delta.json").write_text("")
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(line for line in lines if names[2] not in line or '"step": 0' in line))
+    table_again, done = resumed(some, out)
+    assert done == set(names[:3]) and [row["run"] for row in read_json(out / "summary.json")["rows"]] == names
+    assert [line[:60] for line in table_again] == [line[:60] for line in table]
+    # another base at the same place; a delta that is not of the row that is beside it
+    shutil.rmtree(tmp_path / "M1")
+    shutil.copytree(home / "run" / "M0", tmp_path / "M1")
+    here(*some, "--no_save_deltas")
+    assert not [name for name in names if (out / "deltas" / name).exists()] and resumed(some, out)[1] == set(names)
+    # a damaged line is named, and nothing is lost
+    damaged = "x" + (out / "metrics.jsonl").read_text()
+    (out / "metrics.jsonl").write_text(damaged)
+    assert "metrics.jsonl, line 1: is not a row" in here(*some, "--resume", code=2)
+    assert (out / "metrics.jsonl").read_text() == damaged
+
+
+def test_a_resumed_call_is_told_from_others_in_its_folder(lineage, task, tmp_path):
+    """Other seeds and rates, chains, sweeps: their rows are neither shown nor taken for its own."""
+    home, _ = lineage
+    m1 = home / "run" / "M1"
+    call = ("recycle.py", "--old_base", home / "run" / "M0", "--old_delta", tuned(home, task, "bitfit", tmp_path), "--task", task,
+            "--delta", "bitfit", "--steps", "4", "--shots", "4", *TUNE, "--mode", "scratch,init")
+    alone = (*call, "--base", m1, "--seeds", "0,1,2", "--lr", "5e-2", "--out")
+    whole = [line[:70] for line in here(*alone, tmp_path / "alone").splitlines() if "±" in line]
+    here(*call, "--base", m1, "--seeds", "1", "--lr", "2e-3,5e-2", "--out", tmp_path / "mixed")
+    lines, done = resumed((*alone, tmp_path / "mixed"), tmp_path / "mixed")
+    assert [line[:70] for line in lines] == whole and len(done) == 4
+    chain = (*call, "--chain", m1, "--seeds", "0,1,2", "--lr", "5e-2", "--out", tmp_path / "mixed")
+    lines, done = resumed(chain, tmp_path / "mixed")        # init by the other route is what is not there
+    assert len(lines) == 3 and all("init" in name for name in done)
+    here(*call, "--base", m1, "--sweep", "seed=0,1,2 lr=5e-2,2e-3", "--out", tmp_path / "sweep")
+    lines, done = resumed((*alone, tmp_path / "sweep"), tmp_path / "sweep")
+    assert [line[:70] for line in lines] == whole and len(done) == 6        # whose curves are not in metrics.jsonl
+    (tmp_path / "mixed" / "summary.json").write_text('{"rows": [{"run": "x"}]}')
+    assert "its rows are not those of runs" in here(*chain, code=2)
+
+
 SWEEP = ("--mode", "all", "--shots", "6", "--steps", "4", "--delta", "adapter", "--precision", "fp32",
          "--sweep", "seed=0,1 alpha=.5,.9 T=2,5 lr=1e-3,2e-3")
 

@@ -163,12 +163,15 @@ def test_the_newest_whole_checkpoint_is_resumed_from(run, capsys):
     assert (step_of(run / "last"), step_of(run / "last.old")) == (20, 10) and capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "half deleted", "no meta"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "half deleted", "no meta", "empty meta", "no hashes", "no step"])
 def test_a_damaged_one_is_named_and_kept_and_the_one_before_is_used(run, capsys, damage):
-    file = run / "last" / ("meta.json" if damage == "no meta" else "optim.pt")
+    file = run / "last" / ("meta.json" if damage in ("no meta", "empty meta", "no hashes", "no step") else "optim.pt")
     whole = bytearray(file.read_bytes())
     if damage in ("half deleted", "no meta"):
         file.unlink()
+    elif file.name == "meta.json":
+        gone = {"empty meta": read_json(file).keys(), "no hashes": ["sha256"], "no step": ["step", "sha256"]}[damage]
+        write_json(file, {k: v for k, v in read_json(file).items() if k not in gone})
     else:
         whole[len(whole) // 2] ^= 1
         file.write_bytes(whole if damage == "flipped" else whole[:-7])

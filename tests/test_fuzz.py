@@ -27,12 +27,13 @@ from rt.checkpoint import load_base, read_file, save_base
 from rt.config import UsageError, parse, run
 from rt.data import split_documents
 from rt.deltas import DeltaConfig, apply, attach, extract, load_delta, save_delta
+from rt.folders import seal
 from rt.hf import export_hf
 from rt.hub import open_base, open_delta
 from rt.log import write_json
 from rt.model import MaskedLM
 from rt.peft import export_peft
-from rt.stream import has_work, is_done_again
+from rt.stream import RESUMABLE, has_work, is_done_again
 from rt.sweep import expand
 from rt.tasks import encode, load_task, read_examples
 from rt.tokenizer import load_tokenizer
@@ -174,7 +175,8 @@ def runs(home: Path) -> None:
     write_json(home / "stream" / "summary.json", {"stages": stages, "argv": ["train.py"]})
     write_json(home / "stream" / "config.json", {"lr": 0.1, "stream": ["a"]})
     recycled = [{"run": f"{mode}-s{seed}-0", "mode": mode, "seed": seed, "lr": 1e-3, "task": "t", "delta": "full", "shots": 4,
-                 "dev": {"accuracy": 0.5}, "test": {"accuracy": 0.5}, "curve": [[0, 0.2], [5, 0.5]], "settings": {"base": "M1"}}
+                 "dev": {"accuracy": 0.5}, "test": {"accuracy": 0.5}, "curve": [[0, 0.2], [5, 0.5]], "settings": {"base": "M1"},
+                 "seconds": 1.0}
                 for mode in ("scratch", "init") for seed in (0, 1)]
     write_json(home / "recycled" / "summary.json", {"rows": recycled, "argv": ["recycle.py"]})
     for name in ("scratch-s0-0", "init-s0-0"):
@@ -188,7 +190,11 @@ def runs(home: Path) -> None:
                         ("recycled/metrics", [{"run": "x", "mode": "init", "step": 0, "dev": {"accuracy": 0.1}}])):
         (home / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     shutil.copytree(home / "stream", home / "unfinished", ignore=lambda *_: ["summary.json"])
-    write_json(home / "unfinished" / "last" / "meta.json", {"name": "M1", "step": 1})
+    last = home / "unfinished" / "last"
+    last.mkdir()
+    for name in RESUMABLE:
+        (last / name).write_text(name)
+    seal(last, "meta.json", {"name": "M1", "step": 1}, RESUMABLE)
 
 
 def unsealed(path: Path) -> None:

@@ -603,7 +603,8 @@ def test_of_recycled_runs_the_best_is_taken_and_of_equal_ones_one_that_recycles(
     runs = (("scratch", base, 0.8), ("init", base, 0.8), ("distill", base, 0.9), ("init", other_base, 0.9), ("distill", base, 0.6))
     for i, (mode, learned_on, accuracy) in enumerate(runs):     # distill: one lucky seed of two
         save_delta(tmp_path / "deltas" / f"{mode}-{i}", trained(learned_on, DeltaConfig("bitfit")))
-        rows.append({"run": f"{mode}-{i}", "mode": mode, "lr": 1e-3, "settings": {}, "dev": {"accuracy": accuracy}})
+        rows.append({"run": f"{mode}-{i}", "mode": mode, "seed": i, "lr": 1e-3, "settings": {}, "dev": {"accuracy": accuracy}, "test": {},
+                     "curve": [], "seconds": 1.0})
     (tmp_path / "summary.json").write_text(json.dumps({"rows": rows}))
     assert best_delta(tmp_path, base.fingerprint).name == "init-1" and best_delta(tmp_path, other_base.fingerprint).name == "init-3"
     assert best_delta("an/id", base.fingerprint) == Path("an/id")

@@ -306,8 +306,11 @@ def test_json_is_bounded(tmp_path):
     assert f"is longer than {JSON_BYTES >> 20} MB" in said(read_json, tmp_path / "x.json")
     (tmp_path / "folder").mkdir()
     assert "cannot be read" in said(read_json, tmp_path / "folder") and "cannot be read" in said(read_json, Path("a\0b"))
-    (tmp_path / "rows.jsonl").write_text('{"a": "\u2028"}\n{"b": 1}\n' + "[" * 10**5 + "\n")
-    assert read_rows(tmp_path / "rows.jsonl") == [{"a": "\u2028"}, {"b": 1}]
+    (tmp_path / "rows.jsonl").write_text('{"a": "\u2028"}\n{"b": 1}\n' + "[" * 10**5)
+    assert read_rows(tmp_path / "rows.jsonl") == [{"a": "\u2028"}, {"b": 1}]      # the last line may be half
+    for line in ("[" * 10**5, "", "5", '{"c": '):
+        (tmp_path / "rows.jsonl").write_text(f'{{"a": 1}}\n{line}\n{{"b": 1}}\n')
+        assert f"{tmp_path / 'rows.jsonl'}, line 2: is not a row" in said(read_rows, tmp_path / "rows.jsonl")
 
 
 @pytest.mark.parametrize("name, pack", [("a.txt", bytes), ("a.txt.gz", lambda text: gzip.compress(text, 1)),

@@ -1,5 +1,6 @@
 """The modes: where each starts, what it minimises, what it refuses."""
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from conftest import random_base
 from rt.book import is_complete, origin_of
 from rt.checkpoint import StaleDelta, fingerprint
 from rt.config import UsageError
-from rt.deltas import DeltaConfig, apply, attach, extract
+from rt.deltas import DeltaConfig, apply, attach, extract, save_delta
 from rt.distill import Loss
 from rt.functional import weights_of
 from rt.log import write_json
@@ -238,9 +239,20 @@ def test_a_run_of_a_sweep_is_known_by_the_content_of_what_it_was_made_from(recyc
     origin = origin_of(recycling)
     others = [replace(recycling, old_delta=2 * recycling.old_delta), replace(recycling, base=recycling.old_base)]
     assert origin == origin_of(replace(recycling)) and all(origin_of(other) != origin for other in others)
-    write_json(tmp_path / "deltas" / "run" / "summary.json", {"origin": origin})
-    assert is_complete(tmp_path, "run", origin) and not is_complete(tmp_path, "other", origin)
-    assert not is_complete(tmp_path, "run", origin_of(others[0]))
+    old = recycling.old_delta
+    assert len({tuple(origin_of(recycling, sources)) for sources in ((), [(old, recycling.data)], [(2 * old, recycling.data)],
+                                                                     [(old, replace(recycling.data, hash="other"))])}) == 4
+    run, other = (SimpleNamespace(name="run", lr=lr, settings={"base": "M1"}) for lr in (1e-3, 2e-3))
+    row = {"run": "run", "mode": "init", "seed": 0, "lr": 1e-3, "settings": {"base": "M1"}, "dev": {"accuracy": 0.5}, "test": {},
+           "curve": [], "seconds": 1.0, "origin": origin}
+    home = tmp_path / "deltas" / "run"
+    save_delta(home, replace(old, info=old.info | {"origin": origin}))
+    assert not is_complete(tmp_path, run, origin)       # its summary comes last
+    write_json(home / "summary.json", row)
+    assert is_complete(tmp_path, run, origin) and not is_complete(tmp_path, other, origin)      # two of one name
+    assert not is_complete(tmp_path, run, origin_of(others[0]))
+    (home / "delta.safetensors").write_bytes((home / "delta.safetensors").read_bytes()[:-1])
+    assert not is_complete(tmp_path, run, origin)
 
 
 @pytest.mark.parametrize("mode", ["apply", "init", "distill", "init+distill"])
