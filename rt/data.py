@@ -37,6 +37,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     the line that is not UTF-8, holds a NUL (as UTF-16 and what is no text do) or is longer than LINE_BYTES."""
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     number = 0
+    if path is STDIN and sys.stdin is None:
+        raise UsageError(f"{path}: is closed; pipe the texts in, or name a file")
     try:
         with nullcontext(sys.stdin.buffer) if path is STDIN else opener(path, "rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES + 1), b""), 1):
