@@ -83,6 +83,7 @@ def main() -> None:
         raise UsageError("--independent: compatibility follows one lineage; leave it out")
     if c.deterministic:
         make_deterministic()
+    record(c)       # now rather than at the end: what cannot be recorded
     study, out = STUDIES[c.study], Path(c.out or f"runs/analyze/{c.study}")
     drawn = {f"{name}.{ending}" for name in figures.OF_STUDY[c.study] for ending in ("png", "svg")}
     claim(out, {"rows.jsonl", "summary.json", FIGURES, *drawn})

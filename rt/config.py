@@ -252,5 +252,19 @@ def help_text(cls: type, words: str | None = None) -> str:
 
 
 def record(config: Any) -> dict:
-    """The config as plain JSON values, for meta.json and summary.json."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
+    """The config as plain JSON values, for meta.json and summary.json. UsageError for text that is not UTF-8, as a file's name may be: the
+    files that hold it could not be read again."""
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
+    for name, value in values.items():
+        if not is_utf8("".join(map(str, value)) if isinstance(value, list) else str(value)):
+            raise UsageError(f"--{name} {value}: is not UTF-8, and could not be read again where it is recorded; rename the file or folder")
+    return values
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text, such as a file's name, has no bytes in it that are none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rt.config import UsageError
+from rt.config import UsageError, is_utf8
 from rt.folders import atomic_folder, locked
 from rt.log import progress, read_json
 from rt.mlm import Masker
@@ -116,6 +116,8 @@ def build_corpus(name: str, path: Path, tokenizer: Tokenizer, cache: Path) -> di
     """{'train', 'heldout'} as memory-mapped bins under `cache`, tokenized on the first call and when the text or the
     tokenizer has changed. `meta.json` there has the tokenizer's fingerprint and the counts."""
     path = Path(path)
+    if not is_utf8(f"{name} {path}"):
+        raise UsageError(f"{path}: its name is not UTF-8, and could not be read again where it is recorded; rename it")
     sources = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for fs in corpus_files(path).values() for f in fs]
     key = hashlib.sha256(json.dumps([tokenizer.fingerprint, sources]).encode()).hexdigest()[:12]
     folder = Path(cache) / f"{name}-{key}"

@@ -61,6 +61,12 @@ def test_words_without_a_flag_are_one_field_where_a_script_says_so():
     assert lines[2].split() == ["FILES", "one", "or", "more"] and lines[3].split() == ["--out", "None", "where", "to"]
 
 
+def test_what_is_not_utf_8_is_not_recorded():
+    for argv in (["--name", "c\udcff"], ["--name=\udc80/M0"]):
+        with pytest.raises(UsageError, match="--name .*: is not UTF-8, and could not be read again"):
+            record(parse(Config, argv))
+
+
 def test_help_has_every_flag_with_its_default_and_comment():
     text = help_text(Config)
     assert text.startswith("What it does.")
