@@ -61,8 +61,9 @@ def making(path: Path) -> Iterator[None]:
 
 
 def unmade(path: Path, error: OSError) -> UsageError:
-    where = f" at {error.filename}" if error.filename and str(error.filename) != str(path) else ""
-    return UsageError(f"{path}: cannot be made ({error.strerror}{where}): make room for it, or give another place")
+    why = "a file is in its way" if isinstance(error, (FileExistsError, NotADirectoryError)) else error.strerror
+    where = f": {error.filename}" if error.filename and str(error.filename) != str(path) else ""
+    return UsageError(f"{path}: cannot be made ({why}{where}); make room for it, or give another place")
 
 
 @contextmanager
@@ -196,7 +197,7 @@ def take(folder: Path) -> Path:
     folder = Path(folder).resolve()
     with making(folder):
         if not folder.name or folder.exists() and not folder.is_dir():
-            raise UsageError(f"{folder} cannot be used as a folder to write to: give another")
+            raise UsageError(f"{folder} cannot be used as a folder ({'Not a directory' if folder.name else 'the root'}): give another")
         folder.parent.mkdir(parents=True, exist_ok=True)
     beside = os.access(folder.parent, os.W_OK) or not folder.exists()   # else, of a volume that is mounted there, inside
     path = named(folder, "lock") if beside else folder / LOCK
