@@ -29,10 +29,10 @@ from rt.config import UsageError, parse, record, require_positive, require_seeds
 from rt.deltas import KINDS, Delta, apply, check_fits
 from rt.device import make_deterministic, pick_device, pick_precision
 from rt.dist import environment_alone
-from rt.folders import locked
+from rt.folders import locked, making, write_all
 from rt.functional import weights_of
 from rt.hub import open_base, open_delta, place_of_delta
-from rt.log import FIGURES, claim, progress, read_rows, table, write_json
+from rt.log import FIGURES, claim, progress, read_rows, table, with_room, write_json
 from rt.model import Classifier
 from rt.tasks import Example, Task, encode, load_task
 from rt.tune import TaskData, TuneSettings, chance, encode_task, evaluate
@@ -83,6 +83,7 @@ def main() -> None:
         raise UsageError("--independent: compatibility follows one lineage; leave it out")
     if c.deterministic:
         make_deterministic()
+    record(c)       # now rather than at the end: what cannot be recorded
     study, out = STUDIES[c.study], Path(c.out or f"runs/analyze/{c.study}")
     drawn = {f"{name}.{ending}" for name in figures.OF_STUDY[c.study] for ending in ("png", "svg")}
     claim(out, {"rows.jsonl", "summary.json", FIGURES, *drawn})
@@ -95,12 +96,16 @@ def conduct(c: Config, study: "Study", out: Path) -> None:
     lab = open_lab(c)
     rows = study.rows(lab)
     first = next(rows)      # what is wrong with the flags of this study shows here, before anything is written
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "rows.jsonl").open("w", encoding="utf-8") as file:      # as they come: a study that is killed leaves what it has
-        for row in chain([first], rows):
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-    numbers = study.numbers(read_rows(out / "rows.jsonl"))
+    path = out / "rows.jsonl"
+    with making(path):
+        out.mkdir(parents=True, exist_ok=True)
+        file = path.open("wb", buffering=0)
+    with file:
+        for row in chain([first], rows):      # as they come: a study that is killed leaves what it has
+            line = (json.dumps(row) + "\n").encode()
+            with with_room(path, len(line)):
+                write_all(file, line)
+    numbers = study.numbers(read_rows(path))
     write_json(out / "summary.json", {"study": c.study, "numbers": numbers, "deltas": lab.about, "config": record(c), "argv": sys.argv})
     print(table([[shown(v) for v in row.values()] for row in numbers], [k.replace("_", " ") for k in numbers[0]]))
     print(f"rows in {out / 'rows.jsonl'}, {draw(c.study, out)}")

@@ -264,6 +264,8 @@ def _publish(final: Path, rows: dict[str, list[dict]], meta: dict) -> None:
         if final.exists():
             os.replace(final, old)  # a folder cannot be renamed onto a full one
         os.replace(new, final)
+    except OSError as error:
+        raise UsageError(f"{final}: cannot be written ({error.strerror}); make room for it, or give another place (--cache)") from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

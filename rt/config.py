@@ -16,10 +16,12 @@ import difflib
 import inspect
 import os
 import re
+import signal
 import sys
 import traceback
 import types
 import typing
+from contextlib import suppress
 from dataclasses import asdict, fields
 from typing import Any, Callable, NoReturn, TypeVar
 
@@ -32,6 +34,7 @@ class UsageError(ValueError):
     """Bad input from outside. The message is one sentence: what, where, what to do; scripts print it and exit with 2."""
 
 
+READER_LEFT = 128 + signal.SIGPIPE
 SENTENCE = 1000     # characters of an error that are shown: what it quotes from a file may be long
 
 
@@ -43,15 +46,17 @@ def sentence(error: Exception | str) -> str:
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`; a UsageError ends it with its sentence on stderr and exit code 2, Ctrl-C with 130, SIGTERM with 143. Of
-    several ranks each ends at once and in one sentence, whatever it raised, and torchrun then ends the others."""
+    several ranks each ends at once and in one sentence, whatever it raised, and torchrun then ends the others. Where standard output
+    cannot be written, that is a UsageError; where its reader has left, as `head` does, it ends without a word."""
+    open_streams()
     try:
         with handled(raise_interrupted):
-            main()
+            printed(main)
     except UsageError as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
+        say(f"error: {sentence(error)}")
         end(2)
     except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
+        say(str(stopped))
         end(stopped.code)
     except Exception as error:
         if not among_ranks():
@@ -61,8 +66,55 @@ def run(main: Callable[[], None]) -> None:
             said = "another rank has ended or does not answer; the cause is what that one, or torchrun, says. --resume goes on"
         else:
             said = f"{type(error).__name__}: {error} ({where.filename}, line {where.lineno})"
-        print(f"error: rank {rank}: {sentence(said)}", file=sys.stderr)
+        say(f"error: rank {rank}: {sentence(said)}")
         end(1)
+
+
+def open_streams() -> None:
+    """Standard output and errors go nowhere where whoever started the process has closed them; what the encoding of output has no
+    character for is written as its number."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def say(text: str) -> None:
+    """On stderr, where that can be written."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        to_nowhere(sys.stderr)
+
+
+def to_nowhere(stream: typing.TextIO) -> None:
+    """What it holds, and what is written to it from now on: it would fail again when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def printed(main: Callable[[], None]) -> None:
+    """`main`, and what it prints written out."""
+    try:
+        main()
+    except (OSError, SystemExit) as error:
+        # of an error that names no file a line more tells whether it is output that failed, which may be unbuffered and hold nothing
+        write_out("\n" if isinstance(error, OSError) and error.filename is None else "")
+        if isinstance(error, BrokenPipeError) and not among_ranks():
+            end(READER_LEFT)
+        raise
+    write_out()
+
+
+def write_out(more: str = "") -> None:
+    """What standard output still holds, and `more`, is written: UsageError where it cannot be."""
+    try:
+        print(end=more, flush=True)
+    except OSError as error:
+        to_nowhere(sys.stdout)
+        if isinstance(error, BrokenPipeError):
+            end(READER_LEFT)
+        raise UsageError(f"standard output: cannot be written ({error.strerror})") from None
 
 
 def among_ranks() -> bool:
@@ -73,9 +125,11 @@ def among_ranks() -> bool:
 
 def end(code: int) -> NoReturn:
     """Exit; as one of several ranks without taking the process group down, which could wait for what the others never answer."""
+    with suppress(UsageError, SystemExit):
+        write_out()
     if among_ranks():
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):
+            sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
@@ -198,5 +252,19 @@ def help_text(cls: type, words: str | None = None) -> str:
 
 
 def record(config: Any) -> dict:
-    """The config as plain JSON values, for meta.json and summary.json."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
+    """The config as plain JSON values, for meta.json and summary.json. UsageError for text that is not UTF-8, as a file's name may be: the
+    files that hold it could not be read again."""
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
+    for name, value in values.items():
+        if not is_utf8("".join(map(str, value)) if isinstance(value, list) else str(value)):
+            raise UsageError(f"--{name} {value}: is not UTF-8, and could not be read again where it is recorded; rename the file or folder")
+    return values
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text, such as a file's name, has no bytes in it that are none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

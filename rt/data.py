@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rt.config import UsageError
+from rt.config import UsageError, is_utf8
 from rt.folders import atomic_folder, locked
 from rt.log import progress, read_json
 from rt.mlm import Masker
@@ -37,6 +37,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     the line that is not UTF-8, holds a NUL (as UTF-16 and what is no text do) or is longer than LINE_BYTES."""
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     number = 0
+    if path is STDIN and sys.stdin is None:
+        raise UsageError(f"{path}: is closed; pipe the texts in, or name a file")
     try:
         with nullcontext(sys.stdin.buffer) if path is STDIN else opener(path, "rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES + 1), b""), 1):
@@ -114,6 +116,8 @@ def build_corpus(name: str, path: Path, tokenizer: Tokenizer, cache: Path) -> di
     """{'train', 'heldout'} as memory-mapped bins under `cache`, tokenized on the first call and when the text or the
     tokenizer has changed. `meta.json` there has the tokenizer's fingerprint and the counts."""
     path = Path(path)
+    if not is_utf8(f"{name} {path}"):
+        raise UsageError(f"{path}: its name is not UTF-8, and could not be read again where it is recorded; rename it")
     sources = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for fs in corpus_files(path).values() for f in fs]
     key = hashlib.sha256(json.dumps([tokenizer.fingerprint, sources]).encode()).hexdigest()[:12]
     folder = Path(cache) / f"{name}-{key}"

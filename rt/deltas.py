@@ -27,8 +27,8 @@ from torch import Tensor
 
 from rt.checkpoint import Base, StaleDelta, check_head, check_sizes, load_strict, read_tensors, versions
 from rt.config import UsageError
-from rt.folders import atomic_folder, check_seal, found, seal
-from rt.log import FIGURES, claim, read_json
+from rt.folders import atomic_folder, check_seal, claim_whole, found, seal
+from rt.log import FIGURES, read_json
 from rt.model import ClassificationHead, Classifier, Encoder, EncoderConfig, init_weights
 from rt.modules import Adapter, LoRA, Prefix
 from rt.outside import check_label, is_number, is_whole
@@ -296,7 +296,7 @@ def merge(base: Base, delta: Delta, scale: float = 1.0, stale_ok: bool = False) 
 def delta_folder(folder: Path, needs: int) -> Iterator[Path]:
     """A folder to write a delta of about `needs` bytes into, which takes the place of `folder` when it is whole; of that, which may hold
     nothing else than a delta (UsageError), the figures stay."""
-    claim(folder, FILES)
+    claim_whole(folder, FILES)
     with atomic_folder(folder, needs) as new:
         yield new
         if (folder / FIGURES).is_dir():

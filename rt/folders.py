@@ -8,7 +8,9 @@
 
 A process may be killed between any two of these steps: `settle` finishes them, `found` reads what is there.
 """
+import errno
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -21,7 +23,8 @@ from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
 from rt.config import UsageError
-from rt.log import LOCK, sync, with_room
+from rt.log import LOCK, claim, strangers, sync, with_room
+from rt.outside import is_whole
 
 PIECE = 1 << 22     # bytes of a file that are hashed at a time
 
@@ -37,17 +40,45 @@ def named(folder: Path, ending: str) -> Path:
     return folder.with_name(f"{folder.name}.{ending}")
 
 
+def claim_whole(folder: Path, known: set[str]) -> None:
+    """As `claim`, of `folder` and of those beside it that `atomic_folder` would replace: they may be somebody else's."""
+    claim(folder, known)
+    for ending in ("part", "new", "old"):
+        beside = named(folder, ending)
+        strange = strangers(beside, known | {f"{name}.{left}" for name in known for left in ("part", "new", "old")})
+        if strange:
+            raise UsageError(f"{beside} holds other things ({', '.join(sorted(strange)[:3])}) and would be lost when {folder} is written: "
+                             "move it away, or give another --out")
+
+
+@contextmanager
+def making(path: Path) -> Iterator[None]:
+    """UsageError where what is done inside to make `path` fails: the disk is full or read only, the place another's, or a file."""
+    try:
+        yield
+    except OSError as error:
+        raise unmade(path, error) from None
+
+
+def unmade(path: Path, error: OSError) -> UsageError:
+    why = "a file is in its way" if isinstance(error, (FileExistsError, NotADirectoryError)) else error.strerror
+    where = f": {error.filename}" if error.filename and str(error.filename) != str(path) else ""
+    return UsageError(f"{path}: cannot be made ({why}{where}); make room for it, or give another place")
+
+
 @contextmanager
 def atomic_folder(folder: Path, needs: int | None = None, keep: bool = False) -> Iterator[Path]:
     """Yields an empty folder that takes the place of `folder` when the block ends without an error; `keep` leaves the one before as
     NAME.old. UsageError where the disk is full, with the bytes that it `needs`; `folder` is then as it was."""
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    settle(folder)
+    with making(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        settle(folder)
     part = named(folder, "part")
     shutil.rmtree(part, ignore_errors=True)
     with with_room(folder, needs, part):
-        part.mkdir()
+        with making(folder):
+            part.mkdir()
         slow()
         yield part
         slow()
@@ -164,17 +195,37 @@ def locked(folder: Path, from_main: Callable[[Callable[[], None]], None] = lambd
 def take(folder: Path) -> Path:
     """The lock of `folder`, written now."""
     folder = Path(folder).resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = os.access(folder.parent, os.W_OK)      # else, of a volume that is mounted there, inside
+    with making(folder):
+        if not folder.name or folder.exists() and not folder.is_dir():
+            raise UsageError(f"{folder} cannot be used as a folder ({'Not a directory' if folder.name else 'the root'}): give another")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = os.access(folder.parent, os.W_OK) or not folder.exists()   # else, of a volume that is mounted there, inside
     path = named(folder, "lock") if beside else folder / LOCK
     me = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": started(os.getpid()), "since": time.strftime("%F %T")})
     while True:
         try:
-            with path.open("x", encoding="utf-8") as file:
-                file.write(me)
-            return path
+            return write_new(path, me.encode())
         except FileExistsError:
             refuse_or_remove(folder, path)
+        except OSError as error:
+            raise unmade(path, error) from None
+
+
+def write_new(path: Path, content: bytes) -> Path:
+    """A file that was not there, nor is where its content does not fit."""
+    with path.open("xb", buffering=0) as file:
+        try:
+            write_all(file, content)
+        except OSError:
+            path.unlink()
+            raise
+    return path
+
+
+def write_all(file: io.RawIOBase, content: bytes) -> None:
+    """To an unbuffered file, whose `write` takes less without an error where a disk fills up."""
+    if file.write(content) < len(content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def refuse_or_remove(folder: Path, path: Path) -> None:
@@ -186,11 +237,17 @@ def refuse_or_remove(folder: Path, path: Path) -> None:
             text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return
+    except (OSError, ValueError):       # a folder, or no text
+        text = "no lock"
+    holder, pid, host, since = {}, 0, socket.gethostname(), ""
     try:
-        holder = json.loads(text)
-        pid, host, since = holder["pid"], holder["host"], holder["since"]
-    except (ValueError, KeyError, TypeError):
-        holder, host = {}, socket.gethostname()
+        if text:
+            holder = json.loads(text)
+            pid, host, since = holder["pid"], holder["host"], holder["since"]
+            if not is_whole(pid, 1):
+                raise ValueError
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise UsageError(f"{path} is where the lock of {folder} would be, and is none: move it away, or give another --out") from None
     if host != socket.gethostname():
         raise UsageError(f"{folder} is being written to by process {pid} on {host} since {since}: end it first, or if it has gone, "
                          f"remove {path}")

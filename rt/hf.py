@@ -14,8 +14,8 @@ from torch import Tensor
 from rt.checkpoint import Base, build, check_encoder, check_head, check_sizes, fingerprint, read_weights
 from rt.config import UsageError
 from rt.deltas import Delta, DeltaConfig, merge, origin
-from rt.folders import atomic_folder
-from rt.log import claim, read_json, write_json
+from rt.folders import atomic_folder, claim_whole
+from rt.log import read_json, write_json
 from rt.model import Encoder, EncoderConfig, MLMHead
 from rt.outside import check_label, is_whole
 from rt.tokenizer import Tokenizer, load_tokenizer
@@ -284,7 +284,7 @@ def export_hf(folder: Path, base: Base, delta: Delta | None = None, labels: tupl
         encoder, task, labels = merge(base, delta), "SequenceClassification", delta.labels
         head = hf_head_state(delta.head, CLASSIFIERS[names])
     weights = hf_encoder_state(encoder, config) | head
-    claim(folder, WRITTEN)
+    claim_whole(folder, WRITTEN)
     with atomic_folder(folder) as new:
         write_tensors(new / "model.safetensors", weights)
         write_json(new / "config.json", hf_config(config, base.tokenizer, task, labels))

@@ -220,10 +220,14 @@ def verified(path: Path) -> Iterator[tuple[Path, str, bool]]:
     folders = {(file.parent, fact) for fact, weights in SEALED.items() for name in (fact, weights) for file in path.rglob(name)
                if not (file.parent / "config.json").exists()}       # which Hugging Face's checkpoints have
     for folder, name in sorted(folders):
+        if folder.suffix == ".part":
+            continue
         try:
             facts = read_json(folder / name)
-            if facts.get("format") not in FORMATS or folder.suffix == ".part":
-                continue
+            if facts.get("format") not in FORMATS:
+                if not (folder / SEALED[name]).exists():    # a meta.json of something else, as of tokens
+                    continue
+                raise UsageError(f"{name} is not of a base or delta (format {facts.get('format')!r})")
             wrong = differing(folder, name, facts)
         except UsageError as error:
             yield folder, f"DIFFERS: {error}", False

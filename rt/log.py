@@ -98,8 +98,14 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def strangers(folder: Path, known: set[str]) -> set[str]:
-    """What lies in `folder` beside `known` names and what writing those leaves when it is killed."""
-    names = {f.name for f in folder.iterdir()} if folder.is_dir() else set()
+    """What lies in `folder` beside `known` names and what writing those leaves when it is killed. UsageError where it is no folder, or
+    none that can be read."""
+    try:
+        names = {f.name for f in folder.iterdir()}
+    except FileNotFoundError:
+        return set()
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be used as a folder ({error.strerror}): give another --out") from None
     return names - known - {f"{name}.tmp" for name in known} - {LOCK}
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from rt.checkpoint import Base, check_head, read_file
 from rt.config import UsageError
 from rt.deltas import TARGETS, Delta, DeltaConfig, apply, check_fits, origin
-from rt.folders import atomic_folder
+from rt.folders import atomic_folder, claim_whole
 from rt.hf import CLASSIFIERS, check_vocabulary, class_names, export_hf, family, hf_head_state, write_tensors
-from rt.log import claim, read_json, write_json
+from rt.log import read_json, write_json
 from rt.outside import is_number, is_whole
 
 PATHS = {target: target if third is None else f"attention.self.{target}" for target, (_, third) in TARGETS.items()}     # in their layer
@@ -139,7 +139,7 @@ def export_peft(folder: Path, base: Base, name: str, delta: Delta) -> Path | str
                f"layers.{i}.{TARGETS[t][0]}.lora.{which}.{t.replace('.', '_')}"]
                for i in range(base.encoder.config.num_layers) for t in c.target_modules for which in "AB"}
     weights = factors | hf_head_state(delta.head, CLASSIFIERS[model])
-    claim(folder, WRITTEN)
+    claim_whole(folder, WRITTEN)
     with atomic_folder(folder) as new:
         write_tensors(new / "adapter_model.safetensors", {f"base_model.model.{k}": v for k, v in weights.items()})
         write_json(new / "adapter_config.json", {

@@ -31,7 +31,6 @@ COLUMNS = {
     "label": ("label", "gold_label", "score", "relatedness_score"),
 }
 MOST_LABELS = 5000     # a confusion matrix of as many squared is kept
-csv.field_size_limit(LINE_BYTES)
 PAIRED_SENTENCE = "sentence"  # the second text where the first is a `question` (GLUE's QNLI)
 
 
@@ -162,13 +161,27 @@ def _read_table(path: Path, format: str) -> Iterator[tuple[int, dict]]:
     else:
         # tsv files of the field (GLUE) do not quote: a lone " is a character there
         style = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if format == "tsv" else dict(strict=True)
-        csv.field_size_limit(2**31 - 1)     # a text may be longer than the 131,072 characters that are the default
-        reader = csv.reader((line + "\n" for _, line in read_lines(path)), **style)
+        csv.field_size_limit(LINE_BYTES)    # a text may be longer than the 131,072 characters that are the default
+        held = 0        # characters of the row that is being read: a quoted text may have any number of lines
+
+        def lines() -> Iterator[str]:
+            nonlocal held
+            for number, line in read_lines(path):
+                held += len(line)
+                if held > LINE_BYTES:
+                    raise UsageError(f"{path}, line {number}: a row that ends here or later is longer than {LINE_BYTES >> 20} MB; is there "
+                                     "a quote that is never closed?")
+                yield line + "\n"
+
+        reader = csv.reader(lines(), **style)
         try:
-            header = next(reader, [])
+            header, held = next(reader, []), 0
             if len({*header}) < len(header):
                 raise UsageError(f"{path}, line 1: two columns are called {Counter(header).most_common(1)[0][0]!r}")
-            for row in filter(None, reader):
+            for row in reader:
+                held = 0
+                if not row:
+                    continue
                 if len(row) != len(header):
                     raise UsageError(f"{path}, line {reader.line_num}: {len(row)} columns where the header has {len(header)}")
                 yield reader.line_num, dict(zip(header, row))

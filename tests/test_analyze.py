@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from conftest import command, here, random_base, write_task
 
+import analyze
 from rt import figures
 from rt.checkpoint import load_base, save_base
 from rt.config import UsageError
@@ -241,3 +243,18 @@ def test_a_second_process_leaves_the_rows_of_the_first_alone(home, tmp_path):
     with locked(tmp_path / "out"):
         said = here("analyze.py", "--study", "distance", *of(home, "M0", "M1"), "--out", tmp_path / "out", code=2)
     assert f"is being written to by process {os.getpid()}" in said and not (tmp_path / "out").exists()
+
+
+def test_rows_that_cannot_be_written_are_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(analyze, "open_lab", lambda c: None)
+    study = analyze.Study(lambda lab: iter([{"a": "x" * 50}] * 2), lambda rows: [])
+    (tmp_path / "rows.jsonl").mkdir()
+    with pytest.raises(UsageError, match="rows.jsonl: cannot be made .Is a directory"):
+        analyze.conduct(analyze.Config(), study, tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (80, hard))
+    try:
+        with pytest.raises(UsageError, match="rows.jsonl: no room to write it: it needs 60 bytes"):
+            analyze.conduct(analyze.Config(), study, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -133,3 +133,11 @@ def test_an_unknown_domain_or_missing_package_is_a_usage_error(tmp_path, monkeyp
     monkeypatch.setitem(docstrings.DOMAINS, "chess", "no_such_package_here")
     with pytest.raises(UsageError, match="pip install no_such_package_here"):
         docstrings.build("chess", tmp_path)
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
+    fake_package(tmp_path, monkeypatch)
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(UsageError, match="kitchen: cannot be written .Not a directory"):
+        docstrings.build("kitchen", tmp_path / "file" / "cache")
+    assert (tmp_path / "file").read_text() == "precious"

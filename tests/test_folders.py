@@ -1,5 +1,6 @@
 """Folders that appear whole: a kill between any two steps loses nothing; content is checked; a full disk leaves what there was; one
 process at a time."""
+import errno
 import json
 import os
 import resource
@@ -13,14 +14,17 @@ import time
 import pytest
 from conftest import ROOT
 
+import rt.folders
 from rt.checkpoint import load_base, save_base
 from rt.config import UsageError
 from rt.deltas import DeltaConfig, attach, extract, load_delta, save_delta
 from rt.folders import atomic_folder, check_seal, differing, found, locked, seal, settle, started
-from rt.log import Log, read_json, read_rows, write_json
+from rt.hf import export_hf
+from rt.log import Log, claim, read_json, read_rows, write_json
 from rt.model import MaskedLM
 from rt.optim import adamw
-from rt.stream import mend
+from rt.peft import export_peft
+from rt.stream import has_work, mend
 
 
 class Killed(BaseException):
@@ -274,6 +278,92 @@ def test_a_small_disk_that_fills_up(tokenizer, tmp_path):
     assert "last: no room to write it: it needs" in said and failed >= 1 and int(last) == failed - 1
 
 
+# --- what is somebody else's, and where nothing can be made ----------------------------------------------------------
+
+def lora(base):
+    return extract(attach(base, DeltaConfig("lora"), 2, seed=0), base, DeltaConfig("lora"), {"labels": ["a", "b"]})
+
+
+@pytest.mark.parametrize("ending", ["old", "new", "part"])
+def test_what_lies_beside_and_is_not_ours_stays(tmp_path, base, ending):
+    delta = lora(base)
+    beside = tmp_path / f"g.{ending}"
+    beside.mkdir()
+    (beside / "delta.json.tmp").write_text("what a killed process of ours left")
+    save_delta(tmp_path / "g", delta)
+    assert [f.name for f in tmp_path.iterdir()] == ["g"] or ending == "new"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    (beside / "thesis.txt").write_text("precious")
+    for write_it in (lambda: save_delta(tmp_path / "g", delta), lambda: export_hf(tmp_path / "g", base),
+                     lambda: export_peft(tmp_path / "g", base, "M0", delta)):
+        shutil.rmtree(tmp_path / "g", ignore_errors=True)
+        with pytest.raises(UsageError, match=f"g.{ending} holds other things .thesis.txt. and would be lost"):
+            write_it()
+    assert (beside / "thesis.txt").read_text() == "precious" and not (tmp_path / "g").exists()
+
+
+def test_what_a_killed_export_left_is_replaced(tmp_path, base):
+    (tmp_path / "g.part" / "base.part").mkdir(parents=True)
+    export_peft(tmp_path / "g", base, "M0", lora(base))
+    assert [f.name for f in tmp_path.iterdir()] == ["g"]
+
+
+@pytest.mark.parametrize("out", ["file", "file/x", "file/x/y"])
+def test_a_file_in_the_place_of_a_folder_is_left_alone(tmp_path, base, out):
+    (tmp_path / "file").write_text("precious")
+    delta = lora(base)
+    for write_it in (lambda path: save_delta(path, delta), lambda path: export_hf(path, base), lambda path: claim(path, set()),
+                     lambda path: has_work(path, {}, False), lambda path: locked(path).__enter__()):
+        with pytest.raises(UsageError, match="file.* cannot be (used as a folder|made)"):
+            write_it(tmp_path / out)
+    assert (tmp_path / "file").read_text() == "precious" and [f.name for f in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_lock_or_folder_that_cannot_be_made_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, code):
+    def fails(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    words = f"run.*: cannot be made .{os.strerror(code)}|run: no room to write it"
+    with monkeypatch.context() as patch:
+        patch.setattr(rt.folders, "write_all", fails)       # the file is there, and its text does not fit
+        with pytest.raises(UsageError, match=words), locked(tmp_path / "run"):
+            pass
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "mkdir", fails)
+        with pytest.raises(UsageError, match=words), atomic_folder(tmp_path / "run"):
+            pass
+        with pytest.raises(UsageError, match=words), locked(tmp_path / "not" / "there" / "run"):
+            pass
+    assert not list(tmp_path.iterdir())
+
+
+READ_ONLY = """
+from pathlib import Path
+import sys
+from rt.config import UsageError
+from rt.folders import atomic_folder, locked
+out = Path(sys.argv[1])
+for context in (locked(out / "run"), locked(out / "there"), locked(out / "a" / "b"), atomic_folder(out / "run"),
+                atomic_folder(out / "there")):
+    try:
+        with context:
+            print("made")
+    except UsageError as error:
+        print(error)
+"""
+
+
+def test_a_disk_that_is_read_only(tmp_path):
+    mount = 'mount -t tmpfs none "$0" && mkdir "$0/there" && mount -o remount,ro "$0" && exec "$@"'
+    mounted = ["unshare", "-rm", "sh", "-c", mount, tmp_path]
+    if subprocess.run([*mounted, "true"], capture_output=True).returncode:
+        pytest.skip("no mounting here")
+    done = subprocess.run([*mounted, sys.executable, "-c", READ_ONLY, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and done.stdout.count("cannot be made (Read-only file system") == 5, done.stdout + done.stderr
+
+
 # --- one process at a time --------------------------------------------------------------------------------------------
 
 def test_the_second_process_is_refused_with_pid_and_host(tmp_path):
@@ -318,3 +408,16 @@ def test_a_lock_that_a_killed_process_left_is_taken_over(tmp_path):
     with pytest.raises(UsageError, match=f"1 on elsewhere since yesterday.*if it has gone, remove {lock}"), locked(tmp_path / "run"):
         pass
     assert json.loads(lock.read_text())["host"] == "elsewhere" and [f.name for f in tmp_path.iterdir()] == ["run.lock"]
+
+
+@pytest.mark.parametrize("content", [b"precious", b"[]", b'{"pid": -1, "host": "a", "since": 1}', b'{"pid": "x", "host": "a", "since": 1}',
+                                     b"\xff", None])
+def test_a_file_that_is_no_lock_is_left_alone(tmp_path, content):
+    lock = tmp_path / "run.lock"
+    if content is None:
+        lock.mkdir()
+    else:
+        lock.write_bytes(content)
+    with pytest.raises(UsageError, match="run.lock is where the lock of .* and is none"), locked(tmp_path / "run"):
+        pass
+    assert lock.exists()

@@ -216,3 +216,22 @@ def test_verify_hashes_a_run_again_and_names_what_differs(run_home, tmp_path, ca
         str(run_ / "deltas" / "M1-sick"): "DIFFERS: delta.json"}
     with pytest.raises(UsageError, match="no base or delta of ours there"):
         main(["--verify", str(tmp_path / "nothing")])
+
+
+@pytest.mark.parametrize("facts", ["{}", '{"format": [1]}', '{"format": "rt-base-2"}'])
+def test_verify_reports_facts_that_are_of_no_known_format(run_home, facts, tmp_path, capsys):
+    run_ = shutil.copytree(run_home, tmp_path / "run")
+    broken = [run_ / "M1" / "meta.json", run_ / "deltas" / "M1-sick" / "delta.json"]
+    for path in broken:
+        path.write_text(facts)
+    for beside in ("theirs", "tokens", "M9.part"):       # of Hugging Face, of a corpus, half written
+        (run_ / beside).mkdir()
+        (run_ / beside / "meta.json").write_text(facts)
+        if beside != "tokens":
+            (run_ / beside / "model.safetensors").touch()
+    (run_ / "theirs" / "config.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        main(["--verify", str(run_)])
+    said = capsys.readouterr().out
+    assert said.count("DIFFERS") == 2 and said.count("as it was written") == 3
+    assert all(f"{path.parent}: DIFFERS: {path.name} is not of a base or delta (format " in said for path in broken)

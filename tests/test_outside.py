@@ -350,6 +350,13 @@ def test_damaged_tokens_in_the_cache_are_named(tmp_path, tokenizer):
         assert "are damaged; remove the folder" in said(build_corpus, "a", tmp_path / "a.txt", tokenizer, tmp_path / "cache")
 
 
+def test_a_name_that_is_not_utf_8_is_refused_before_it_is_recorded(tmp_path, tokenizer):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/c\xff.txt"))
+    path.write_text("a document\n" * 3)
+    assert "c\\udcff.txt: its name is not UTF-8" in sentence(said(build_corpus, "c", path, tokenizer, tmp_path / "cache"))
+    assert not (tmp_path / "cache").exists()
+
+
 # --- places -----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("run", ["../../elsewhere", "/etc", "..", "a/b", 5, None])

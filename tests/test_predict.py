@@ -203,3 +203,8 @@ def test_a_reader_that_leaves_ends_it_quietly(flags, tmp_path):
     assert json.loads(process.stdout.readline())["text"] == "a graph"
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait(60) == 0
+
+
+def test_standard_input_that_is_closed_is_one_sentence(flags, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert here(*flags, "--input", "-", code=2) == "error: standard input: is closed; pipe the texts in, or name a file\n"

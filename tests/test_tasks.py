@@ -1,9 +1,10 @@
 """Task folders: formats, column names, labels, errors of one sentence; few-shot samples; encoding."""
+import gzip
 import json
 
 import pytest
 import torch
-from conftest import write_task
+from conftest import bounded, write_task
 
 from rt.config import UsageError
 from rt.tasks import Example, _fit, encode, few_shot, load_task, read_examples, training_indices
@@ -88,6 +89,16 @@ def test_wrong_folders_and_broken_tables(tmp_path):
     (tmp_path / "x.csv").write_text('text,label\n"never closed,1\n')
     with pytest.raises(UsageError, match="x.csv, line 2: not a readable table"):
         list(read_examples(tmp_path / "x.csv", labelled=True))
+
+
+def test_a_quote_that_is_never_closed_is_refused_without_being_held(tmp_path):
+    line = b"x" * 2**20 + b"\n"
+    for row in (b'a,"' + line * 200, b'"' + (line * 9 + b'","') * 40):      # one long text, many
+        (tmp_path / "x.csv.gz").write_bytes(gzip.compress(b"text,label\nb,1\n" + row, 1))
+        with bounded(10, 150), pytest.raises(UsageError, match="x.csv.gz, line 1[0-9]: a row .* is longer than 16 MB; is there a quote"):
+            list(read_examples(tmp_path / "x.csv.gz", labelled=True))
+    (tmp_path / "x.csv").write_text("text,label\n" + f'"{"y" * 10**6}",1\n' * 20)     # of rows any number
+    assert len(list(read_examples(tmp_path / "x.csv", labelled=True))) == 20
 
 
 def test_few_shot_takes_k_a_label_by_seed_and_leaves_test(tmp_path):
