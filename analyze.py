@@ -257,7 +257,7 @@ def train(c: Config, what: str, *arguments: str) -> None:
         raise UsageError(f"could not build {what}: python train.py {' '.join(arguments)} failed")
 
 
-# --- the studies: rows, and the numbers that sum them up --------------------------------------------------------------
+# --- the studies: their rows (the numbers and figures made of these: rt/figures.py) -----------------------------------
 
 def compatibility(lab: Lab) -> Iterator[dict]:
     """Delta_0 on every later base and on the snapshots on the way there; chance; what is tuned on each base itself."""
@@ -286,18 +286,6 @@ def snapshots(base: Path) -> list[tuple[int, Path]]:
     return sorted((int(t), f) for t, f in found if t.isdecimal())
 
 
-def compatibility_numbers(rows: list[dict]) -> list[dict]:
-    numbers = []
-    for (task,), part in figures.group(rows, "task").items():
-        score = figures.score_of(part)
-        lines = {line: found for (line,), found in figures.group(part, "line").items()}
-        for (base,), found in figures.group(lines["apply"], "base").items():
-            tuned = [row[score] for row in lines.get("tuned", []) + lines["own"] if row["base"] == base]
-            numbers.append({"task": task, "base": base, "apply": [row[score] for row in found], "tuned on that base": tuned or "-",
-                            "chance": [row[score] for row in lines["chance"]], "metric": score})
-    return numbers
-
-
 def connectivity(lab: Lab) -> Iterator[dict]:
     """Loss and metrics on test along the path between two tuned models."""
     c = lab.c
@@ -313,18 +301,6 @@ def connectivity(lab: Lab) -> Iterator[dict]:
             for name, way in ways.items():
                 for row in paths.walk(b, way, points, data.test, **lab.where):
                     yield same | {"pair": "-".join(pair), "path": name, **row}
-
-
-def connectivity_numbers(rows: list[dict]) -> list[dict]:
-    numbers = []
-    for (task, pair, path), found in figures.group(rows, "task", "pair", "path").items():
-        walks, score = figures.walks(found), figures.score_of(found)
-        numbers.append({
-            "task": task, "pair": pair, "path": path, "barrier": [paths.barrier(walk) for walk in walks],
-            "loss at 0": [walk[0]["loss"] for walk in walks], "loss at 1": [walk[-1]["loss"] for walk in walks],
-            "metric": score, "at 0": [walk[0][score] for walk in walks], "at 1": [walk[-1][score] for walk in walks],
-            "lowest": [min(row[score] for row in walk) for walk in walks]})
-    return numbers
 
 
 def similarity_rows(lab: Lab) -> Iterator[dict]:
@@ -376,11 +352,6 @@ def rounded(values: torch.Tensor) -> list:
     return [round(v, 5) if isinstance(v, float) else [round(x, 5) for x in v] for v in values.tolist()]
 
 
-def similarity_numbers(rows: list[dict]) -> list[dict]:
-    return [{"task": task, "pair": pair, **{k: [row[k] for row in found] for k in ("share_own_best", "own", "best_other", "cka_own")}}
-            for (task, pair), found in figures.group([row for row in rows if row["what"] == "heads"], "task", "pair").items()]
-
-
 def distance(lab: Lab) -> Iterator[dict]:
     """Between the encoders of two bases, and between their deltas, by part and in all. Without the head: it is kept as it is, not
     as a change, and equal seeds start it equal, which would pass for likeness. (So are a delta's modules, in the kinds that have them.)"""
@@ -395,20 +366,15 @@ def distance(lab: Lab) -> Iterator[dict]:
         yield from pair_rows(same, "deltas", {name: delta.diffs | delta.modules for name, delta in own.items()})
 
 
-def distance_numbers(rows: list[dict]) -> list[dict]:
-    return [{"of": of, "task": task or "-", "pair": pair, **{k: [row[k] for row in found] for k in ("l2", "l2_per_weight", "cosine")},
-             "weights": found[0]["weights"]}
-            for (of, task, pair), found in figures.group([row for row in rows if row["part"] == "all"], "of", "task", "pair").items()]
-
-
 @dataclass(frozen=True)
 class Study:
     rows: Callable[[Lab], Iterator[dict]]
     numbers: Callable[[list[dict]], list[dict]]     # a dict a line of the table: names, and lists with a value a seed
 
 
-STUDIES = {"compatibility": Study(compatibility, compatibility_numbers), "connectivity": Study(connectivity, connectivity_numbers),
-           "similarity": Study(similarity_rows, similarity_numbers), "distance": Study(distance, distance_numbers)}
+STUDIES = {"compatibility": Study(compatibility, figures.compatibility_numbers),
+           "connectivity": Study(connectivity, figures.connectivity_numbers),
+           "similarity": Study(similarity_rows, figures.similarity_numbers), "distance": Study(distance, figures.distance_numbers)}
 
 
 if __name__ == "__main__":

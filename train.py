@@ -28,14 +28,13 @@ from rt.folders import locked
 from rt.graphs import check_graphs
 from rt.hf import export_hf
 from rt.hub import NAMING, open_base, open_delta, place_of_delta
-from rt.log import Log, read_json, write_json
+from rt.log import Log, write_json
 from rt.model import PRESETS, Classifier, EncoderConfig, MaskedLM, new_masked_lm, set_dropout
-from rt.outside import MISSHAPEN
 from rt.peft import export_peft
 from rt.predict import answers, check_out, write_answers
 from rt.pretrain import PretrainSettings, Stage, evaluate_mlm
 from rt.signals import Interrupted, Stop
-from rt.stream import check_content, forget_last, has_work, is_done_again, sample_of
+from rt.stream import check_content, forget_last, has_work, is_done_again, sample_of, stage_of, table_of
 from rt.summary import forgetting_table
 from rt.tasks import few_shot, load_task, read_examples
 from rt.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -156,10 +155,7 @@ def train_stages(c: Config, out: Path, ranks: Ranks) -> Interrupted | None:
     settings = {k: v for k, v in record(c).items() if k not in NOT_SETTINGS}
     if not ranks.from_main(lambda: has_work(out, settings, c.resume)):
         print(f"{out} is complete; remove it to train anew")
-        try:
-            print(forgetting_table(read_json(out / "summary.json")["stages"]))
-        except MISSHAPEN:
-            raise UsageError(f"{out / 'summary.json'} does not hold the stages of a stream") from None
+        print(table_of(out))
         return None
     model, tokenizer, about, training, heldout = prepare_stream(c, out, ranks)
     if ranks.is_main:
@@ -175,7 +171,7 @@ def train_stages(c: Config, out: Path, ranks: Ranks) -> Interrupted | None:
                 base = open_base(str(out / name))
                 model, about["parent"] = MaskedLM(base.encoder, base.head), base.fingerprint
                 set_dropout(model, c.dropout)
-                stages.append(note_of(base, out / name))
+                stages.append(stage_of(base.meta, out / name))
                 continue
             about.update(name=name, domain=domain, config=settings, argv=sys.argv)
             stage = Stage(out, model.to(ranks.device), tokenizer, rows, about, stage_settings(c, steps, rows, ranks), where["precision"],
@@ -201,14 +197,6 @@ def train_stages(c: Config, out: Path, ranks: Ranks) -> Interrupted | None:
         forget_last(out)
     print(forgetting_table(stages))
     return None
-
-
-def note_of(base: Base, folder: Path) -> dict:
-    """What is in summary.json of a stage that is done. UsageError where its base does not hold it, as a resumable checkpoint does not."""
-    stage = base.meta.get("stage")
-    if not isinstance(stage, dict) or not isinstance(stage.get("heldout"), dict):
-        raise UsageError(f"{folder} is no base that a stage has ended with: move it away, and its stage is done again")
-    return stage
 
 
 def stopped(where: str, stop: Stop) -> Interrupted | None:

@@ -16,7 +16,6 @@ import difflib
 import inspect
 import os
 import re
-import signal
 import sys
 import traceback
 import types
@@ -34,7 +33,7 @@ class UsageError(ValueError):
     """Bad input from outside. The message is one sentence: what, where, what to do; scripts print it and exit with 2."""
 
 
-READER_LEFT = 128 + signal.SIGPIPE
+READER_LEFT = 141       # as of a process that SIGPIPE ends
 SENTENCE = 1000     # characters of an error that are shown: what it quotes from a file may be long
 
 

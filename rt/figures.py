@@ -1,4 +1,5 @@
-"""The figures of the studies, one function a figure: rows, as analyze.py and bench/claims write them, to PATH.png and PATH.svg.
+"""The figures and tables of the studies, one function a figure or table: rows, as analyze.py and bench/claims write them, to PATH.png and
+PATH.svg, or to a table's numbers.
 (rt/plot.py draws any run with what is below: sheets, curves, intervals.)
 
 Colours are Okabe and Ito's, which the colour-blind tell apart; line styles and markers say the same again for print in black and
@@ -189,6 +190,49 @@ def of_study(study: str, rows: list[dict], folder: Path) -> list[str]:
         figure([row for row in rows if row.get("what", name) == name], folder / name)
     return list(OF_STUDY[study])
 
+
+# --- a table's numbers: a dict a line, of names, and of lists with a value a seed
+
+def compatibility_numbers(rows: list[dict]) -> list[dict]:
+    """Scores of Delta_0 by base, of what is tuned there, and by chance."""
+    numbers = []
+    for (task,), part in group(rows, "task").items():
+        score = score_of(part)
+        lines = {line: found for (line,), found in group(part, "line").items()}
+        for (base,), found in group(lines["apply"], "base").items():
+            tuned = [row[score] for row in lines.get("tuned", []) + lines["own"] if row["base"] == base]
+            numbers.append({"task": task, "base": base, "apply": [row[score] for row in found], "tuned on that base": tuned or "-",
+                            "chance": [row[score] for row in lines["chance"]], "metric": score})
+    return numbers
+
+
+def connectivity_numbers(rows: list[dict]) -> list[dict]:
+    """Barriers and scores of each path."""
+    numbers = []
+    for (task, pair, path), found in group(rows, "task", "pair", "path").items():
+        each, score = walks(found), score_of(found)
+        numbers.append({
+            "task": task, "pair": pair, "path": path, "barrier": [barrier(walk) for walk in each],
+            "loss at 0": [walk[0]["loss"] for walk in each], "loss at 1": [walk[-1]["loss"] for walk in each],
+            "metric": score, "at 0": [walk[0][score] for walk in each], "at 1": [walk[-1][score] for walk in each],
+            "lowest": [min(row[score] for row in walk) for walk in each]})
+    return numbers
+
+
+def similarity_numbers(rows: list[dict]) -> list[dict]:
+    """How alike the heads and layers of a pair are."""
+    return [{"task": task, "pair": pair, **{k: [row[k] for row in found] for k in ("share_own_best", "own", "best_other", "cka_own")}}
+            for (task, pair), found in group([row for row in rows if row["what"] == "heads"], "task", "pair").items()]
+
+
+def distance_numbers(rows: list[dict]) -> list[dict]:
+    """Between pairs of bases and of deltas, all parts together."""
+    return [{"of": of, "task": task or "-", "pair": pair, **{k: [row[k] for row in found] for k in ("l2", "l2_per_weight", "cosine")},
+             "weights": found[0]["weights"]}
+            for (of, task, pair), found in group([row for row in rows if row["part"] == "all"], "of", "task", "pair").items()]
+
+
+# --- rows
 
 def group(rows: list[dict], *keys: str) -> dict[tuple, list[dict]]:
     """Rows by their values of `keys`, in order of appearance."""

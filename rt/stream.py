@@ -18,7 +18,8 @@ from rt.config import UsageError
 from rt.data import Rows
 from rt.folders import check_seal, settle
 from rt.log import FIGURES, read_json, strangers
-from rt.outside import is_number, is_whole
+from rt.outside import MISSHAPEN, is_number, is_whole
+from rt.summary import forgetting_table
 from rt.tokenizer import Tokenizer
 
 RESUMABLE = ("model.safetensors", "tokenizer.json", "optim.pt")
@@ -97,6 +98,23 @@ def is_done_again(row: dict, out: Path) -> bool:
         return False
     last = read_json(out / "last" / "meta.json") if (out / "last").exists() else {}
     return stage != last.get("name") or not is_number(last.get("step")) or step > last["step"] or "heldout" in row
+
+
+def stage_of(meta: dict, folder: Path) -> dict:
+    """What summary.json says of a stage that is done. UsageError where its base does not hold it, as a resumable checkpoint does not."""
+    stage = meta.get("stage")
+    if not isinstance(stage, dict) or not isinstance(stage.get("heldout"), dict):
+        raise UsageError(f"{folder} is no base that a stage has ended with: move it away, and its stage is done again")
+    return stage
+
+
+def table_of(out: Path) -> str:
+    """The forgetting matrix of a complete run."""
+    facts = read_json(out / "summary.json")
+    try:
+        return forgetting_table(facts["stages"])
+    except MISSHAPEN:
+        raise UsageError(f"{out / 'summary.json'} does not hold the stages of a stream") from None
 
 
 def sample_of(rows: Rows, tokenizer: Tokenizer) -> str:

@@ -89,7 +89,8 @@ def load_task(path: Path) -> Task:
                                  f"({', '.join(labels[:8])}{', ...' if len(labels) > 8 else ''})")
         if len(labels) < 2:
             raise UsageError(f"{path}: all training examples have the label {labels[0]!r}; a task needs two or more")
-    return Task(path.parent.name if path.name == "task" else path.name, labels, parts)
+    place = path.absolute()
+    return Task(place.parent.name if place.name == "task" else place.name, labels, parts)
 
 
 def _is_regression(examples: list[Example]) -> bool:

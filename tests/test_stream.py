@@ -5,7 +5,7 @@ import pytest
 
 from rt.config import UsageError
 from rt.log import write_json
-from rt.stream import has_work, is_done_again
+from rt.stream import has_work, is_done_again, stage_of, table_of
 from rt.summary import forgetting_table
 
 
@@ -24,6 +24,19 @@ def test_a_run_begins_goes_on_or_is_complete_and_overwrites_nothing(tmp_path):
     assert not has_work(out, settings, resume=False) and not has_work(out, settings, resume=True)
     with pytest.raises(UsageError, match="other things than a stream"):
         has_work(tmp_path, settings, resume=True)
+
+
+def test_what_a_complete_run_does_not_hold_is_said(tmp_path):
+    stage = {"name": "M0", "domain": "a", "heldout": {"a": {"loss": 2.0, "accuracy": 0.5}}}
+    write_json(tmp_path / "summary.json", {"stages": [stage]})
+    assert "2.000 (0.500)" in table_of(tmp_path) and stage_of({"stage": stage}, tmp_path) == stage
+    for stages in (3, [], [3], [{"heldout": {"a": {"loss": "x"}}}], [stage | {"heldout": {"a": {"loss": "x", "accuracy": 1}}}], None):
+        write_json(tmp_path / "summary.json", {"stages": stages})
+        with pytest.raises(UsageError, match="does not hold the stages"):
+            table_of(tmp_path)
+    for meta in ({}, {"stage": 3}, {"stage": {}}):
+        with pytest.raises(UsageError, match="is no base that a stage has ended with"):
+            stage_of(meta, tmp_path)
 
 
 def test_rows_past_the_resumable_checkpoint_are_done_again(tmp_path):
