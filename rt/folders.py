@@ -45,7 +45,8 @@ def claim_whole(folder: Path, known: set[str]) -> None:
     claim(folder, known)
     for ending in ("part", "new", "old"):
         beside = named(folder, ending)
-        strange = strangers(beside, known | {f"{name}.{left}" for name in known for left in ("part", "new", "old")})
+        strange = {name for name in strangers(beside, known | {f"{name}.{left}" for name in known for left in ("part", "new", "old")})
+                   if not name.startswith(".tmp")}      # what safetensors leaves where it is killed
         if strange:
             raise UsageError(f"{beside} holds other things ({', '.join(sorted(strange)[:3])}) and would be lost when {folder} is written: "
                              "move it away, or give another --out")
@@ -145,7 +146,8 @@ def differing(folder: Path, name: str, facts: dict, files: Iterable[str] | None 
     """Which of `files` (of all that were there) and `name`, which holds `facts`, are not what `seal` saw: none without hashes. UsageError
     where there are hashes, but not of files in `folder` and of the facts."""
     hashes = facts.get("sha256", {})
-    if not isinstance(hashes, dict) or "sha256" in facts and name not in hashes or any(Path(file).name != file for file in hashes):
+    if not isinstance(hashes, dict) or "sha256" in facts and name not in hashes or any(
+            Path(file).name != file or len(file.encode()) > 255 for file in hashes):
         raise UsageError(f"{folder / name}: its sha256 are not the hashes of the files beside it")
     wanted = {file: hashes[file] for file in hashes if file != name and (files is None or file in files)}
     wrong = [file for file, noted in wanted.items() if not (folder / file).is_file() or sha256(folder / file) != noted]

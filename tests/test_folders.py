@@ -110,7 +110,8 @@ def test_a_seal_names_what_is_not_as_it_was_written(tmp_path):
     assert differing(tmp_path, "meta.json", {**facts, "step": 4}) == ["meta.json"]
     other = {**facts, "sha256": {**facts["sha256"], "t": facts["sha256"]["w"]}}
     assert differing(tmp_path, "meta.json", other) == ["t", "meta.json"]
-    for hashes in ("ab", 5, None, {}, {"w": facts["sha256"]["w"]}, {**facts["sha256"], "../w": "0"}):
+    for hashes in ("ab", 5, None, {}, {"w": facts["sha256"]["w"]}, {**facts["sha256"], "../w": "0"},
+                   {**facts["sha256"], "w" * 300: "0"}):
         with pytest.raises(UsageError, match="its sha256 are not the hashes of the files beside it"):
             differing(tmp_path, "meta.json", {**facts, "sha256": hashes})
     del facts["sha256"]
@@ -289,7 +290,8 @@ def test_what_lies_beside_and_is_not_ours_stays(tmp_path, base, ending):
     delta = lora(base)
     beside = tmp_path / f"g.{ending}"
     beside.mkdir()
-    (beside / "delta.json.tmp").write_text("what a killed process of ours left")
+    for name in ("delta.json.tmp", ".tmpA1b2C3"):
+        (beside / name).write_text("what a killed process of ours left, or of ours in safetensors")
     save_delta(tmp_path / "g", delta)
     assert [f.name for f in tmp_path.iterdir()] == ["g"] or ending == "new"
     shutil.rmtree(beside, ignore_errors=True)
