@@ -110,11 +110,11 @@ def main() -> None:
              "import": import_delta, "export": export_model}
     if config.mode not in modes:
         raise UsageError(f"--mode {config.mode}: not one of {', '.join(modes)}")
+    if launched() > 1 and config.mode != "pretrain":
+        raise UsageError(f"--mode {config.mode} is for one process: leave torchrun out")
     for mode, wrong, right in (("tune", "steps", "tune_steps"), ("pretrain", "tune_steps", "steps")):
         if config.mode == mode and getattr(config, wrong) != getattr(Config, wrong):
             raise UsageError(f"--{wrong} says nothing to --mode {mode}: did you mean --{right}?")
-    if launched() > 1 and config.mode != "pretrain":
-        raise UsageError(f"--mode {config.mode} is for one process: leave torchrun out")
     require_positive(config, "steps", "batch_tokens", "accumulation", "seq_len", "vocab_size", "save_every", "tune_steps",
                      "batch_size", "eval_every", "shots", "bottleneck", "r", "prefix_len", "mask_rate", "lr", "stream", "log_every",
                      "stop_after")
