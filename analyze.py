@@ -13,7 +13,6 @@ train.py --tokenizer runs/demo/tokenizer.json --seed 1 --stream python --out run
 --out gets rows.jsonl, summary.json, and figures made from these rows as .png and .svg (pip install -e '.[plot]').
 """
 import json
-import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
 from itertools import chain, pairwise
@@ -24,15 +23,15 @@ import torch
 
 from data.sources import task_path
 from rt import figures, paths, similarity
+from rt.build import build, build_lineage
 from rt.checkpoint import Base, StaleDelta
 from rt.config import UsageError, parse, record, require_positive, require_seeds, require_seq_len, run
 from rt.deltas import KINDS, Delta, apply, check_fits
 from rt.device import make_deterministic, pick_device, pick_precision
-from rt.dist import environment_alone
-from rt.folders import locked, making, write_all
+from rt.folders import locked
 from rt.functional import weights_of
 from rt.hub import open_base, open_delta, place_of_delta
-from rt.log import FIGURES, claim, progress, read_rows, table, with_room, write_json
+from rt.log import FIGURES, Log, claim, progress, read_rows, table, write_json
 from rt.model import Classifier
 from rt.tasks import Example, Task, encode, load_task
 from rt.tune import TaskData, TuneSettings, chance, encode_task, evaluate
@@ -96,16 +95,10 @@ def conduct(c: Config, study: "Study", out: Path) -> None:
     lab = open_lab(c)
     rows = study.rows(lab)
     first = next(rows)      # what is wrong with the flags of this study shows here, before anything is written
-    path = out / "rows.jsonl"
-    with making(path):
-        out.mkdir(parents=True, exist_ok=True)
-        file = path.open("wb", buffering=0)
-    with file:
-        for row in chain([first], rows):      # as they come: a study that is killed leaves what it has
-            line = (json.dumps(row) + "\n").encode()
-            with with_room(path, len(line)):
-                write_all(file, line)
-    numbers = study.numbers(read_rows(path))
+    log = Log(out, name="rows.jsonl")
+    for row in chain([first], rows):      # as they come: a study that is killed leaves what it has
+        log.row(**row)
+    numbers = study.numbers(read_rows(log.path))
     write_json(out / "summary.json", {"study": c.study, "numbers": numbers, "deltas": lab.about, "config": record(c), "argv": sys.argv})
     print(table([[shown(v) for v in row.values()] for row in numbers], [k.replace("_", " ") for k in numbers[0]]))
     print(f"rows in {out / 'rows.jsonl'}, {draw(c.study, out)}")
@@ -171,7 +164,7 @@ def open_lab(c: Config) -> Lab:
     tasks = [load_task(task_path(name, c.cache)) for name in c.tasks]
     if len(folders) < len(c.bases) + bool(c.independent) or len({task.name for task in tasks}) < len(tasks):
         raise UsageError(f"--bases {','.join(c.bases)}, --tasks {','.join(c.tasks)}: two have the same name; rename one of the folders")
-    build_lineage(c)
+    build_lineage(c, Path(Config.bases[0]).parent, c.bases)
     bases = {name: open_base(folder).to(device) for name, folder in folders.items()}
     first = next(iter(bases))
     for name, base in bases.items():
@@ -236,25 +229,9 @@ def delta_folders(c: Config, folders: dict[str, str], entry: str, task: Task) ->
     for name, seed in keys:
         found[name, task.name, seed] = folder = place(name, seed, f"-n{c.tune_steps}")
         if not (folder / "delta.json").exists():
-            flags = {"base": folders[name], "task": entry, "seed": seed} | {k: getattr(c, k) for k in ("delta", "tune_steps", "seq_len")}
-            train(c, f"the delta {folder}", "--mode", "tune", "--out", str(folder),
-                  *(text for k, v in flags.items() for text in (f"--{k}", str(v))))
+            build(c, f"the delta {folder}", mode="tune", out=folder, base=folders[name], task=entry, seed=seed, delta=c.delta,
+                  tune_steps=c.tune_steps, seq_len=c.seq_len)
     return found
-
-
-def build_lineage(c: Config) -> None:
-    """The demo lineage, where it is asked for and not there yet."""
-    demo = Path(Config.bases[0]).parent
-    if any(not Path(b).exists() and Path(b).parent == demo for b in c.bases):
-        train(c, "the demo lineage M0, M1, M2 (about 3 minutes on 2 cores)", "--out", str(demo),
-              *(["--resume"] if (demo / "config.json").exists() else []))
-
-
-def train(c: Config, what: str, *arguments: str) -> None:
-    print(f"building {what}", flush=True)
-    arguments = (*arguments, "--device", c.device, "--precision", c.precision, "--cache", c.cache, *["--deterministic"] * c.deterministic)
-    if subprocess.run([sys.executable, str(Path(__file__).with_name("train.py")), *arguments], env=environment_alone()).returncode:
-        raise UsageError(f"could not build {what}: python train.py {' '.join(arguments)} failed")
 
 
 # --- the studies: their rows (the numbers and figures made of these: rt/figures.py) -----------------------------------

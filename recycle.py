@@ -10,7 +10,6 @@
 Modes: scratch (the baseline), apply, init, distill, init+distill, project; several with commas, or all. Every run leaves its curve in
 metrics.jsonl and a row in summary.json under --out, and its delta under --out/deltas (of a sweep: all three in a folder there).
 """
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -19,11 +18,12 @@ from typing import Iterator
 
 from data.sources import task_path
 from rt.book import Book, Run, best_delta, is_complete, keep_run, origin_of, summary_rows
+from rt.build import build, build_lineage
 from rt.checkpoint import Base
 from rt.config import UsageError, parse, record, require_not_negative, require_positive, require_seeds, require_seq_len, require_share, run
 from rt.deltas import Delta, DeltaConfig, apply, load_delta
 from rt.device import make_deterministic, pick_precision
-from rt.dist import Ranks, environment_alone, join
+from rt.dist import Ranks, join
 from rt.folders import locked
 from rt.graphs import check_graphs
 from rt.hub import NAMING, open_base, open_delta, place_of_delta
@@ -331,10 +331,7 @@ def finish_sweep(c: Config, r: Recycling, modes: list[str], names: list[str], ou
 
 def build_missing(c: Config, task: Task, source_tasks: list[Task]) -> tuple[str, tuple[str, ...]]:
     """Make the demo lineage with train.py where it is missing, and those deltas that no flag names; the folders of all deltas."""
-    demo = Path(Config.base).parent
-    if any(not path.exists() and path.parent == demo for path in map(Path, (*(c.chain or (c.base,)), c.old_base))):
-        unfinished = ["--resume"] if (demo / "config.json").exists() else []
-        train("the demo lineage M0, M1, M2 (about 3 minutes on 2 cores)", "--out", str(demo), *machine(c), *unfinished)
+    build_lineage(c, Path(Config.base).parent, (*(c.chain or (c.base,)), c.old_base))
     return c.old_delta or tuned(c, c.task, task), c.source_delta or tuple(tuned(c, *source) for source in zip(c.source_task, source_tasks))
 
 
@@ -342,22 +339,10 @@ def tuned(c: Config, name: str, task: Task) -> str:
     """Where the delta of the old base for a task is, beside the base; made by train.py where it is not."""
     folder = place_of_delta(c.old_base, task.name, c.delta)
     if not (folder / "delta.json").exists():
-        flags = {"base": c.old_base, "task": name, "out": folder, "target_modules": ",".join(c.target_modules)}
-        flags |= {size: getattr(c, size) for size in ("delta", "seq_len", "bottleneck", "r", "lora_alpha", "prefix_len")}
-        train(f"the old delta {folder} (under a minute for mini on 2 cores)", "--mode", "tune", *machine(c),
-              *(text for flag, value in flags.items() for text in (f"--{flag}", str(value))))
+        sizes = {size: getattr(c, size) for size in ("delta", "seq_len", "bottleneck", "r", "lora_alpha", "prefix_len")}
+        build(c, f"the old delta {folder} (under a minute for mini on 2 cores)", mode="tune", base=c.old_base, task=name, out=folder,
+              target_modules=",".join(c.target_modules), **sizes)
     return str(folder)
-
-
-def machine(c: Config) -> tuple[str, ...]:
-    return ("--device", c.device, "--precision", c.precision, "--cache", c.cache, *["--deterministic"] * c.deterministic)
-
-
-def train(what: str, *arguments: str) -> None:
-    print(f"building {what}", flush=True)
-    script = str(Path(__file__).with_name("train.py"))
-    if subprocess.run([sys.executable, script, *arguments], env=environment_alone()).returncode:
-        raise UsageError(f"could not build {what}: python train.py {' '.join(arguments)} failed")
 
 
 def delta_config(c: Config) -> DeltaConfig:

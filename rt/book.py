@@ -15,7 +15,7 @@ from rt.config import UsageError, record
 from rt.deltas import Delta, save_delta
 from rt.folders import differing
 from rt.log import FIGURES, Log, claim, read_json, read_rows, write_json, write_whole
-from rt.outside import MISSHAPEN
+from rt.outside import shaped
 from rt.recycling import NEEDS_TEACHER, TRAINED, Recycling
 from rt.summary import add_steps_to_scratch, by_settings
 from rt.tasks import Task
@@ -193,7 +193,7 @@ def best_delta(folder: str | Path, base: str) -> Path:
     folder = Path(folder)
     if (folder / "delta.json").exists() or not (folder / "deltas").is_dir():
         return folder
-    try:
+    with shaped(folder / "summary.json", "its rows do not hold what they should"):
         rows = [row for row in summary_rows(folder / "summary.json") if (folder / "deltas" / row["run"] / "delta.json").exists()]
         fitting = [row for row in rows if read_json(folder / "deltas" / row["run"] / "delta.json")["info"]["base"] == base]
         groups: dict = {}
@@ -201,10 +201,6 @@ def best_delta(folder: str | Path, base: str) -> Path:
             groups.setdefault((row["mode"], row.get("route"), *by_settings(row)), []).append(row)
         group = max(groups.values(), key=lambda g: (mean(score(row["dev"]) for row in g), g[0]["mode"] != "scratch"), default=[])
         best = max(group, key=lambda row: score(row["dev"]), default=None)
-    except UsageError:
-        raise
-    except MISSHAPEN as error:
-        raise UsageError(f"{folder / 'summary.json'}: its rows do not hold what they should ({type(error).__name__}: {error})") from None
     if best is None:
         raise UsageError(f"{folder / 'summary.json'}: has no row of a run whose delta is still in {folder / 'deltas'}")
     return folder / "deltas" / best["run"]

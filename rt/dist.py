@@ -21,7 +21,7 @@ from rt.config import UsageError
 from rt.device import pick_device
 
 TIMEOUT = timedelta(minutes=10)     # of the collectives of a step: where one rank is lost, the others end after this long at the latest
-PATIENT = timedelta(hours=12)      # of waiting for what rank 0 does alone: tokenizing, evaluating
+PATIENT = timedelta(hours=12)       # of waiting for what rank 0 does alone: tokenizing, evaluating
 T = TypeVar("T")
 
 

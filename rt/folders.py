@@ -8,9 +8,7 @@
 
 A process may be killed between any two of these steps: `settle` finishes them, `found` reads what is there.
 """
-import errno
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -23,7 +21,7 @@ from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
 from rt.config import UsageError
-from rt.log import LOCK, claim, strangers, sync, with_room
+from rt.log import LOCK, claim, making, strangers, sync, unmade, with_room, write_all
 from rt.outside import is_whole
 
 PIECE = 1 << 22     # bytes of a file that are hashed at a time
@@ -50,21 +48,6 @@ def claim_whole(folder: Path, known: set[str]) -> None:
         if strange:
             raise UsageError(f"{beside} holds other things ({', '.join(sorted(strange)[:3])}) and would be lost when {folder} is written: "
                              "move it away, or give another --out")
-
-
-@contextmanager
-def making(path: Path) -> Iterator[None]:
-    """UsageError where what is done inside to make `path` fails: the disk is full or read only, the place another's, or a file."""
-    try:
-        yield
-    except OSError as error:
-        raise unmade(path, error) from None
-
-
-def unmade(path: Path, error: OSError) -> UsageError:
-    why = "a file is in its way" if isinstance(error, (FileExistsError, NotADirectoryError)) else error.strerror
-    where = f": {error.filename}" if error.filename and str(error.filename) != str(path) else ""
-    return UsageError(f"{path}: cannot be made ({why}{where}); make room for it, or give another place")
 
 
 @contextmanager
@@ -222,12 +205,6 @@ def write_new(path: Path, content: bytes) -> Path:
             path.unlink()
             raise
     return path
-
-
-def write_all(file: io.RawIOBase, content: bytes) -> None:
-    """To an unbuffered file, whose `write` takes less without an error where a disk fills up."""
-    if file.write(content) < len(content):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def refuse_or_remove(folder: Path, path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Callable, Iterable, Iterator
 from rt.config import UsageError, parse, run
 from rt.folders import differing
 from rt.log import FIGURES, read_json, read_rows
-from rt.outside import MISSHAPEN, header
+from rt.outside import header, shaped
 
 SETTINGS = {"adapter": ("bottleneck",), "lora": ("r", "lora_alpha", "target_modules"), "prefix": ("prefix_len",)}  # = rt.deltas.USED
 DELTAS = ("*/delta.json", "deltas/*/delta.json")      # where a run's folder has them
@@ -200,14 +200,10 @@ KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path], dict[str, str]]], ..
 
 def inspect(path: Path) -> dict[str, str]:
     """What there is to say of a folder, a line each; the first says what it `is`. UsageError where it is nothing known."""
-    try:
+    with shaped(path, "its JSON does not hold what it should", also=(OSError,)):
         for is_one, facts in KINDS:
             if is_one(path):
                 return facts(path.resolve())
-    except UsageError:
-        raise
-    except (*MISSHAPEN, OSError) as error:
-        raise UsageError(f"{path}: its JSON does not hold what it should ({type(error).__name__}: {error})") from None
     raise UsageError(f"{path}: nothing known here; expected a folder with meta.json (base), delta.json, adapter_config.json (PEFT), "
                      "config.json (Hugging Face), or one that a run left")
 

@@ -1,5 +1,6 @@
 """What a run leaves: metrics.jsonl (a row a step or an evaluation), summary.json, and a progress bar while it works."""
 import errno
+import io
 import json
 import os
 import re
@@ -52,6 +53,28 @@ def with_room(path: Path, needs: int | None, part: Path | None = None) -> Iterat
         free = shutil.disk_usage(path.parent).free
         raise UsageError(f"{path}: no room to write it: it needs {wants} bytes in {path.parent}, where {free:,} are free for this user or "
                          "fewer by quota; what was there before is as it was") from None
+
+
+@contextmanager
+def making(path: Path) -> Iterator[None]:
+    """UsageError where what is done inside to make `path` fails: the disk is full or read only, the place another's, or a file."""
+    try:
+        yield
+    except OSError as error:
+        raise unmade(path, error) from None
+
+
+def unmade(path: Path, error: OSError) -> UsageError:
+    """What there is to say of it."""
+    why = "a file is in its way" if isinstance(error, (FileExistsError, NotADirectoryError)) else error.strerror
+    where = f": {error.filename}" if error.filename and str(error.filename) != str(path) else ""
+    return UsageError(f"{path}: cannot be made ({why}{where}); make room for it, or give another place")
+
+
+def write_all(file: io.RawIOBase, content: bytes) -> None:
+    """To an unbuffered file, whose `write` takes less without an error where a disk fills up."""
+    if file.write(content) < len(content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -119,26 +142,24 @@ def claim(folder: Path, known: set[str]) -> None:
 
 
 class Log:
-    """metrics.jsonl of one run folder, a line a row, flushed as written. `keep` says which old rows stay on resuming; with several
-    ranks one `writes`."""
+    """metrics.jsonl (or `name`) of one run folder, a line a row, flushed as written. `keep` says which old rows stay on resuming: without
+    it none. With several ranks one `writes`. UsageError where it cannot be written."""
 
-    def __init__(self, folder: Path, keep: Callable[[dict], bool] = lambda row: False, writes: bool = True):
-        self.file = None
+    def __init__(self, folder: Path, keep: Callable[[dict], bool] | None = None, writes: bool = True, name: str = "metrics.jsonl"):
+        self.file, self.path = None, Path(folder) / name
         if not writes:
             return
-        self.path = Path(folder) / "metrics.jsonl"
-        if self.path.is_dir():
-            raise UsageError(f"{self.path} is a folder, and is to be a file: give another --out")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in read_rows(self.path) if keep(row)))
-        self.file = self.path.open("ab", buffering=0)       # a row is one write: a killed process leaves all of it or none
+        kept = [row for row in read_rows(self.path) if keep(row)] if keep else []
+        with making(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+            self.file = self.path.open("ab", buffering=0)       # a row is one write: a killed process leaves all of it or none
 
     def row(self, **values: Any) -> None:
         if self.file:
             line = (json.dumps(values) + "\n").encode()
             with with_room(self.path, len(line)):
-                if self.file.write(line) < len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                write_all(self.file, line)
 
     def sync(self) -> None:
         """To the disk itself: before a checkpoint that the rows must not fall behind."""

@@ -5,8 +5,9 @@ import math
 import re
 import unicodedata
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 from rt.config import UsageError
 
@@ -17,6 +18,17 @@ HEADER_BYTES = 16 * 2**20       # of a safetensors file's header: some 100,000 t
 MISSHAPEN = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError, StopIteration)
 BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32,
         "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64}
+
+
+@contextmanager
+def shaped(source: Path | str, what: str, also: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """UsageError, which says `what`, for what reading JSON of another shape raises inside, and for errors of the kinds `also`."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (*MISSHAPEN, *also) as error:
+        raise UsageError(f"{source}: {what} ({type(error).__name__}: {error})") from None
 
 
 def parse_json(text: str, source: Path | str) -> Any:

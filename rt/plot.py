@@ -13,17 +13,17 @@ A RUN is a folder that a script wrote:
 import json
 import math
 import sys
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Callable, Iterator
+from typing import Callable
 
 from rt import figures
 from rt.config import UsageError, parse, run
 from rt.figures import BLACK, BLUE, COLOURS, DASHES, MARKERS, VERMILION, curve, finite, group, set_limits, shared_legend, sheet
 from rt.log import FIGURES, read_json, read_rows, table
-from rt.outside import MISSHAPEN
+from rt.outside import shaped
 from rt.summary import chosen, forgetting_table, spread
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -54,15 +54,9 @@ class Kind:
     draw: Callable[[Folder, Path], list[str]]
 
 
-@contextmanager
-def readable(folder: Path) -> Iterator[None]:
+def readable(folder: Path) -> AbstractContextManager:
     """UsageError for what rows raise that are not of the shape that a script of ours writes."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except MISSHAPEN as error:
-        raise UsageError(f"{folder}: its rows do not hold what they should ({type(error).__name__}: {error})") from None
+    return shaped(folder, "its rows do not hold what they should")
 
 
 def open_run(folder: Path) -> tuple[Kind, Folder]:

@@ -18,7 +18,7 @@ from rt.config import UsageError
 from rt.data import Rows
 from rt.folders import check_seal, settle
 from rt.log import FIGURES, read_json, strangers
-from rt.outside import MISSHAPEN, is_number, is_whole
+from rt.outside import is_number, is_whole, shaped
 from rt.summary import forgetting_table
 from rt.tokenizer import Tokenizer
 
@@ -110,11 +110,8 @@ def stage_of(meta: dict, folder: Path) -> dict:
 
 def table_of(out: Path) -> str:
     """The forgetting matrix of a complete run."""
-    facts = read_json(out / "summary.json")
-    try:
-        return forgetting_table(facts["stages"])
-    except MISSHAPEN:
-        raise UsageError(f"{out / 'summary.json'} does not hold the stages of a stream") from None
+    with shaped(out / "summary.json", "does not hold the stages of a stream"):
+        return forgetting_table(read_json(out / "summary.json")["stages"])
 
 
 def sample_of(rows: Rows, tokenizer: Tokenizer) -> str:
