@@ -198,7 +198,8 @@ def test_the_same_command_twice_and_another_seed(home, commands, tmp_path):
 @pytest.mark.parametrize("number, code, word", [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")])
 def test_a_signal_leaves_a_resumable_checkpoint(number, code, word, home, commands, tmp_path):
     argv = (*home["given"]["pretrain"], "--out", tmp_path / "run", "--save_every", "1000")
-    ended, said = commands(*argv, send=number, until=tmp_path / "run" / "M0-t00004")
+    # which is followed by a pause, or on a busy machine all steps may be done before the signal is sent
+    ended, said = commands(*argv, send=number, until=tmp_path / "run" / "M0-t00004", slow="0.3")
     assert ended == code and said.splitlines()[-1].startswith(f"{word}: stopped in M0 after step "), said
     assert "Traceback" not in said and said.splitlines()[-1].endswith("the same command with --resume goes on")
     step = int(said.split("after step ")[1].split()[0])
@@ -212,7 +213,7 @@ def test_a_signal_leaves_a_resumable_checkpoint(number, code, word, home, comman
 def test_a_signal_ends_the_others_with_a_sentence(name, home, commands, tmp_path):
     out = tmp_path / name
     begun = {"tune": out.with_name("tune.part"), "recycle": out / "summary.json", "sweep": out / "deltas"}[name]
-    code, said = commands(*home["given"][name], "--out", out, send=signal.SIGTERM, until=begun)
+    code, said = commands(*home["given"][name], "--out", out, send=signal.SIGTERM, until=begun, slow="0.1")
     assert code == 143 and said.splitlines()[-1] == "terminated: what was finished is kept" and "Traceback" not in said, said
     assert commands(*home["given"][name], "--out", out)[0] == 0
     same(home["home"] / name, out)
