@@ -22,18 +22,22 @@ from typing import Callable, Iterator
 import torch
 
 from data.sources import task_path
-from rt import figures, paths, similarity
-from rt.build import build, build_lineage
-from rt.checkpoint import Base, StaleDelta
-from rt.config import UsageError, parse, record, require_positive, require_seeds, require_seq_len, run
-from rt.deltas import KINDS, Delta, apply, check_fits
-from rt.device import make_deterministic, pick_device, pick_precision
-from rt.folders import locked
-from rt.functional import weights_of
-from rt.hub import open_base, open_delta, place_of_delta
-from rt.log import FIGURES, Log, claim, progress, read_rows, table, write_json
+from rt import analysis
+from rt.data import Example, Task, encode
+from rt.deltas import Base, Delta, apply, check_fits
+from rt.errors import InputError, StaleDelta
+from rt.formats.atomic import locked
+from rt.formats.files import FIGURES, claim, read_rows, write_json
+from rt.formats.hub import open_base, open_delta, place_of_delta
+from rt.formats.tasks import load_task
+from rt.kinds import KINDS
+from rt.losses import weights_of
 from rt.model import Classifier
-from rt.tasks import Example, Task, encode, load_task
+from rt.report import figures
+from rt.runs.build import build, build_lineage
+from rt.runs.config import parse, record, require_positive, require_seeds, require_seq_len, run
+from rt.runs.log import Log, progress, table
+from rt.speed.device import make_deterministic, pick_device, pick_precision
 from rt.tune import TaskData, TuneSettings, chance, encode_task, evaluate
 
 
@@ -68,18 +72,18 @@ class Config:
 def main() -> None:
     c = parse(Config, sys.argv[1:])
     if c.study not in STUDIES:
-        raise UsageError(f"--study {c.study}: not one of {', '.join(STUDIES)}")
+        raise InputError(f"--study {c.study}: not one of {', '.join(STUDIES)}")
     if c.delta not in KINDS:
-        raise UsageError(f"--delta {c.delta}: not one of {', '.join(KINDS)}")
+        raise InputError(f"--delta {c.delta}: not one of {', '.join(KINDS)}")
     require_positive(c, "bases", "tasks", "points", "curve_steps", "curve_lr", "max_examples", "tune_steps", "batch_size", "seq_len")
     require_seeds(*c.seeds)
     require_seq_len(c.seq_len)
     if c.points < 2 or len(c.bases) + bool(c.independent) < 2:
-        raise UsageError(f"--points {c.points} and --bases {','.join(c.bases)}: a study needs two points and two bases at least")
+        raise InputError(f"--points {c.points} and --bases {','.join(c.bases)}: a study needs two points and two bases at least")
     if c.deltas and (len(c.deltas) != len(c.bases) + bool(c.independent) or len(c.tasks) * len(c.seeds) > 1):
-        raise UsageError(f"--deltas {','.join(c.deltas)}: give one folder a base, for one task and one seed")
+        raise InputError(f"--deltas {','.join(c.deltas)}: give one folder a base, for one task and one seed")
     if c.study == "compatibility" and c.independent:
-        raise UsageError("--independent: compatibility follows one lineage; leave it out")
+        raise InputError("--independent: compatibility follows one lineage; leave it out")
     if c.deterministic:
         make_deterministic()
     record(c)       # now rather than at the end: what cannot be recorded
@@ -117,7 +121,7 @@ def draw(study: str, out: Path) -> str:
     """The figures, from the rows on disk; returns what there is to say of them."""
     try:
         names = figures.of_study(study, read_rows(out / "rows.jsonl"), out)
-    except UsageError as error:
+    except InputError as error:
         return f"no figure: {error}"
     return "figures " + ", ".join(str(out / f"{name}.png") for name in names)
 
@@ -157,20 +161,20 @@ class Lab:
 
 
 def open_lab(c: Config) -> Lab:
-    """Bases, tasks and deltas of the flags, those deltas tuned that are missing. UsageError where they do not fit together."""
+    """Bases, tasks and deltas of the flags, those deltas tuned that are missing. InputError where they do not fit together."""
     device = pick_device(c.device)
     where = {"device": device, "precision": pick_precision(c.precision, device)}
     folders = {Path(b).name: b for b in c.bases} | ({"IND": c.independent} if c.independent else {})
     tasks = [load_task(task_path(name, c.cache)) for name in c.tasks]
     if len(folders) < len(c.bases) + bool(c.independent) or len({task.name for task in tasks}) < len(tasks):
-        raise UsageError(f"--bases {','.join(c.bases)}, --tasks {','.join(c.tasks)}: two have the same name; rename one of the folders")
+        raise InputError(f"--bases {','.join(c.bases)}, --tasks {','.join(c.tasks)}: two have the same name; rename one of the folders")
     build_lineage(c, Path(Config.bases[0]).parent, c.bases)
     bases = {name: open_base(folder).to(device) for name, folder in folders.items()}
     first = next(iter(bases))
     for name, base in bases.items():
         base.require_length(c.seq_len)
         if sizes(base) != sizes(bases[first]):
-            raise UsageError(f"{folders[name]}: other sizes or another tokenizer than {folders[first]}; models are compared weight by "
+            raise InputError(f"{folders[name]}: other sizes or another tokenizer than {folders[first]}; models are compared weight by "
                              "weight, on the same tokens")
     data = {task.name: encode_task(task, bases[first].tokenizer, c.seq_len) for task in tasks}
     lab = Lab(c, folders, bases, data, {}, [], where)
@@ -201,16 +205,16 @@ def sizes(base: Base) -> dict:
 
 
 def checked_delta(folder: Path, base: Base, task: Task, kind: str) -> Delta:
-    """UsageError unless the delta in `folder` is of this kind, task and base."""
+    """InputError unless the delta in `folder` is of this kind, task and base."""
     delta = open_delta(str(folder), base).ordered(task.labels)
     if delta.config.kind != kind:
-        raise UsageError(f"{folder}: is a delta of kind {delta.config.kind}, and what is asked for is --delta {kind}")
+        raise InputError(f"{folder}: is a delta of kind {delta.config.kind}, and what is asked for is --delta {kind}")
     if delta.labels != task.labels:
-        raise UsageError(f"{folder}: tells apart {', '.join(delta.labels[:6])}, the task {task.name} {', '.join(task.labels[:6])}")
+        raise InputError(f"{folder}: tells apart {', '.join(delta.labels[:6])}, the task {task.name} {', '.join(task.labels[:6])}")
     try:
         check_fits(base, delta, stale_ok=False)
     except StaleDelta as error:
-        raise UsageError(f"{folder}: {error}") from None
+        raise InputError(f"{folder}: {error}") from None
     return delta
 
 
@@ -272,11 +276,11 @@ def connectivity(lab: Lab) -> Iterator[dict]:
         for pair in lab.pairs:
             a, b = (lab.tuned(base, task, seed) for base in pair)
             ends = weights_of(a), weights_of(b)
-            ways = {"linear": paths.linear(*ends)}
+            ways = {"linear": analysis.linear(*ends)}
             if c.curve:
-                ways["curve"] = paths.bezier(ends[0], paths.train_control(b, *ends, data, settings, **lab.where), ends[1])
+                ways["curve"] = analysis.bezier(ends[0], analysis.train_control(b, *ends, data, settings, **lab.where), ends[1])
             for name, way in ways.items():
-                for row in paths.walk(b, way, points, data.test, **lab.where):
+                for row in analysis.walk(b, way, points, data.test, **lab.where):
                     yield same | {"pair": "-".join(pair), "path": name, **row}
 
 
@@ -289,17 +293,17 @@ def similarity_rows(lab: Lab) -> Iterator[dict]:
             models = {name: lab.tuned(name, task, seed) for name in lab.bases}
             if seed == c.seeds[0]:
                 for name, model in models.items():
-                    maps = similarity.attention_maps(model, drawn[task], device)
+                    maps = analysis.attention_maps(model, drawn[task], device)
                     for layer, head in heads:
                         yield same | {"what": "attention", "base": name, "layer": layer, "head": head,
                                       "tokens": words(lab, drawn[task]), "map": rounded(maps[layer, head])}
             sequences = lab.data[task].test.sequences[:c.max_examples]
             for pair in lab.pairs:
                 a, b = (models[name] for name in pair)
-                matrix = similarity.head_divergence(a, b, sequences, device)
-                alike = similarity.cka(a, b, sequences, device)
+                matrix = analysis.head_divergence(a, b, sequences, device)
+                alike = analysis.cka(a, b, sequences, device)
                 yield same | {"what": "heads", "pair": "-".join(pair), "heads": lab.bases[lab.first].encoder.config.num_heads,
-                              "sequences": len(sequences), **similarity.match_summary(matrix), "own_of_head": rounded(matrix.diagonal()),
+                              "sequences": len(sequences), **analysis.match_summary(matrix), "own_of_head": rounded(matrix.diagonal()),
                               "best_of_head": rounded(matrix.amin(1)), "match_of_head": matrix.argmin(1).tolist(),
                               "divergence": rounded(matrix), "cka_own": alike.diagonal().mean().item(), "cka": rounded(alike)}
                 bar.update()
@@ -310,7 +314,7 @@ def chosen_heads(c: Config, base: Base) -> list[tuple[int, int]]:
     known = {f"{layer}.{head}": (layer, head) for layer in range(L) for head in range(H)}
     for name in c.heads:
         if name not in known:
-            raise UsageError(f"--heads {name}: not a LAYER.HEAD of this model, 0.0 to {L - 1}.{H - 1}")
+            raise InputError(f"--heads {name}: not a LAYER.HEAD of this model, 0.0 to {L - 1}.{H - 1}")
     return [known[name] for name in c.heads or dict.fromkeys((f"{layer}.0" for layer in (0, L // 2, L - 1)))]
 
 
@@ -334,7 +338,7 @@ def distance(lab: Lab) -> Iterator[dict]:
     as a change, and equal seeds start it equal, which would pass for likeness. (So are a delta's modules, in the kinds that have them.)"""
     def pair_rows(same: dict, of: str, weights: dict[str, dict]) -> Iterator[dict]:
         for a, b in lab.pairs:
-            yield from (same | {"pair": f"{a}-{b}", "of": of, **row} for row in similarity.distances(weights[a], weights[b]))
+            yield from (same | {"pair": f"{a}-{b}", "of": of, **row} for row in analysis.distances(weights[a], weights[b]))
 
     none = {"study": lab.c.study, "task": None, "kind": None, "seed": None}
     yield from pair_rows(none, "bases", {name: dict(base.encoder.named_parameters()) for name, base in lab.bases.items()})

@@ -17,22 +17,26 @@ from pathlib import Path
 from typing import Iterator
 
 from data.sources import task_path
-from rt.book import Book, Run, best_delta, is_complete, keep_run, origin_of, summary_rows
-from rt.build import build, build_lineage
-from rt.checkpoint import Base
-from rt.config import UsageError, parse, record, require_not_negative, require_positive, require_seeds, require_seq_len, require_share, run
-from rt.deltas import Delta, DeltaConfig, apply, load_delta
-from rt.device import make_deterministic, pick_precision
-from rt.dist import Ranks, join
-from rt.folders import locked
-from rt.graphs import check_graphs
-from rt.hub import NAMING, open_base, open_delta, place_of_delta
-from rt.log import FIGURES, claim, progress, read_json, write_json
-from rt.project import GRANULARITIES, check_sources, learn_projection
+from rt.data import Task, few_shot
+from rt.deltas import Base, Delta, apply
+from rt.errors import InputError
+from rt.formats.atomic import locked
+from rt.formats.delta_files import load_delta
+from rt.formats.files import FIGURES, claim, read_json, write_json
+from rt.formats.hub import NAMING, open_base, open_delta, place_of_delta
+from rt.formats.tasks import load_task
+from rt.kinds import DeltaConfig
 from rt.recycling import MODES, NEEDS_TEACHER, Recycling, can_go_together, chain, check, new_delta, recycle, recycle_together, teacher_of
-from rt.summary import add_steps_to_scratch, by_settings, chosen, report, report_chain, report_sweep, routes
-from rt.sweep import expand, groups, swept
-from rt.tasks import Task, few_shot, load_task
+from rt.runs.build import build, build_lineage
+from rt.runs.config import parse, record, require_not_negative, require_positive, require_seeds, require_seq_len, require_share, run
+from rt.runs.log import progress
+from rt.runs.results import Book, Run, best_delta, is_complete, keep_run, origin_of, summary_rows
+from rt.runs.summary import add_steps_to_scratch, by_settings, chosen, report, report_chain, report_sweep, routes
+from rt.runs.sweep import expand, groups, swept
+from rt.speed.device import make_deterministic, pick_precision
+from rt.speed.dist import Ranks, join
+from rt.speed.graphs import check_graphs
+from rt.transport import GRANULARITIES, check_sources, learn_projection
 from rt.tune import TaskData, TuneResult, TuneSettings, encode_task, evaluate, say_changed, say_truncated
 
 
@@ -109,7 +113,7 @@ def main() -> None:
     ranks.agree({f"--{k}": v for k, v in record(c).items()})
     check_graphs(c.graphs, replace(ranks, world=1))     # of a sweep's ranks each captures its own
     if ranks.world > 1 and not c.sweep:
-        raise UsageError("several processes share the runs of a --sweep; without one, start this script without torchrun")
+        raise InputError("several processes share the runs of a --sweep; without one, start this script without torchrun")
     task, *source_tasks = ranks.main_first(lambda: [load_task(task_path(name, c.cache)) for name in (c.task, *c.source_task)])
     ranks.agree({f"task {each.name}": each.hash for each in (task, *source_tasks)})
     c.old_delta, c.source_delta = ranks.from_main(lambda: build_missing(c, task, source_tasks))
@@ -174,11 +178,11 @@ def sample(c: Config, r: Recycling, task: Task, seed: int) -> Recycling:
 
 
 def checked_modes(c: Config) -> list[str]:
-    """The modes asked for; UsageError for settings that make no sense, alone or together."""
+    """The modes asked for; InputError for settings that make no sense, alone or together."""
     modes = [mode for mode in MODES if mode != "project" or c.source_task] if c.mode == "all" else c.mode.split(",")
     for mode in modes:
         if mode not in MODES:
-            raise UsageError(f"--mode {mode}: not one of {', '.join(MODES)}, all")
+            raise InputError(f"--mode {mode}: not one of {', '.join(MODES)}, all")
     require_positive(c, "steps", "batch_size", "eval_every", "seq_len", "shots", "T", "lr", "bottleneck", "r", "prefix_len", "rank",
                      "project_steps")
     require_seeds(*c.seeds)
@@ -187,39 +191,39 @@ def checked_modes(c: Config) -> list[str]:
     require_not_negative(c, "beta", "gamma", "weight_decay", "side_by_side", "early_stop")
     for name, value, allowed in (("att_layers", c.att_layers, ("last", "all")), ("granularity", c.granularity, GRANULARITIES)):
         if value not in allowed:
-            raise UsageError(f"--{name} {value}: not one of {', '.join(allowed)}")
+            raise InputError(f"--{name} {value}: not one of {', '.join(allowed)}")
     if c.itp < 0 or (c.itp or c.gamma) and not {*modes} & {*NEEDS_TEACHER}:
         what = f"--gamma {c.gamma}: a weight" if c.gamma else f"--itp {c.itp}: a number of points from 0 on"
-        raise UsageError(f"{what}, for modes with a teacher ({', '.join(NEEDS_TEACHER)})")
+        raise InputError(f"{what}, for modes with a teacher ({', '.join(NEEDS_TEACHER)})")
     if c.delta != "same":
         delta_config(c)
     elif not c.old_delta or c.source_task and not c.source_delta:
-        raise UsageError("--delta same is as the --old_delta that is given, with the --source_delta where there is a --source_task")
+        raise InputError("--delta same is as the --old_delta that is given, with the --source_delta where there is a --source_task")
     check_projection_flags(c, modes)
     if c.sweep is not None and (c.chain or "project" in modes or not c.save_deltas):
-        raise UsageError("--sweep has no --chain and no --mode project, and keeps the deltas, from which it goes on when interrupted")
+        raise InputError("--sweep has no --chain and no --mode project, and keeps the deltas, from which it goes on when interrupted")
     if c.graphs and (c.itp or c.gamma):
-        raise UsageError("--graphs repeats a step as it was captured: not with --itp, whose points are drawn anew, nor with --gamma, which "
+        raise InputError("--graphs repeats a step as it was captured: not with --itp, whose points are drawn anew, nor with --gamma, which "
                          "would count the tokens that fill a batch up")
     line = [str(Path(name)) for name in (c.old_base, *c.chain)]
     if c.chain and (c.base != Config.base or len({*line}) < len(line)):
-        raise UsageError(f"--chain {','.join(c.chain)}: the bases after --old_base {c.old_base} in order, each once, in place of --base")
+        raise InputError(f"--chain {','.join(c.chain)}: the bases after --old_base {c.old_base} in order, each once, in place of --base")
     return modes
 
 
 def check_projection_flags(c: Config, modes: list[str]) -> None:
-    """UsageError where --mode project and the flags that are for it do not fit together."""
+    """InputError where --mode project and the flags that are for it do not fit together."""
     if "project" not in modes:
         if c.source_task or c.source_delta:
-            raise UsageError("--source_task and --source_delta are for --mode project")
+            raise InputError("--source_task and --source_delta are for --mode project")
         return
     if not c.source_task or c.source_delta and len(c.source_delta) != len(c.source_task):
-        raise UsageError(f"--mode project needs --source_task, and of --source_delta as many or none: {len(c.source_task)} tasks, "
+        raise InputError(f"--mode project needs --source_task, and of --source_delta as many or none: {len(c.source_task)} tasks, "
                          f"{len(c.source_delta)} deltas")
     if c.task in c.source_task:
-        raise UsageError(f"--source_task {c.task}: is the --task itself, and a projection is for a task that it was not learned on")
+        raise InputError(f"--source_task {c.task}: is the --task itself, and a projection is for a task that it was not learned on")
     if c.chain:
-        raise UsageError("--chain has no --mode project: a projection is learned for two bases")
+        raise InputError("--chain has no --mode project: a projection is learned for two bases")
 
 
 def possible(c: Config, modes: list[str], task: Task, old: Delta) -> list[str]:

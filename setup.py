@@ -7,7 +7,7 @@ setup(
     name="recyclable-tuning",
     version="0.1.0",
     description="Recyclable tuning for continual pre-training: a minimal, from-scratch research codebase",
-    packages=["rt", "kernels"],
+    packages=["rt", "rt.formats", "rt.runs", "rt.speed", "rt.report", "kernels"],
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.8,<2.14",

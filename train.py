@@ -16,28 +16,34 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data.sources import corpus_path, task_path
-from rt.book import best_delta
-from rt.checkpoint import Base, save_base
-from rt.config import UsageError, parse, record, require_not_negative, require_positive, require_seeds, require_seq_len, require_share, run
-from rt.data import STDIN, Rows, build_corpus, split_documents
-from rt.deltas import Delta, DeltaConfig, apply, attach, delta_folder, extract, save_delta, write_delta
-from rt.device import derive_seed, make_deterministic, pick_device, pick_precision
-from rt.dist import Ranks, join, launched
-from rt.distill import Loss
-from rt.folders import locked
-from rt.graphs import check_graphs
-from rt.hf import export_hf
-from rt.hub import NAMING, open_base, open_delta, place_of_delta
-from rt.log import Log, write_json
+from rt.data import Rows, few_shot
+from rt.deltas import Base, Delta, apply, attach, extract
+from rt.errors import InputError
+from rt.formats.atomic import locked
+from rt.formats.checkpoint import save_base
+from rt.formats.corpora import STDIN, build_corpus, split_documents
+from rt.formats.delta_files import delta_folder, save_delta, write_delta
+from rt.formats.files import write_json
+from rt.formats.hf import export_hf
+from rt.formats.hub import NAMING, open_base, open_delta, place_of_delta
+from rt.formats.peft import export_peft
+from rt.formats.tasks import load_task, read_examples
+from rt.formats.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from rt.kinds import DeltaConfig
+from rt.losses import Loss
 from rt.model import PRESETS, Classifier, EncoderConfig, MaskedLM, new_masked_lm, set_dropout
-from rt.peft import export_peft
-from rt.predict import answers, check_out, write_answers
+from rt.optim import derive_seed
 from rt.pretrain import PretrainSettings, Stage, evaluate_mlm
-from rt.signals import Interrupted, Stop
-from rt.stream import check_content, forget_last, has_work, is_done_again, sample_of, stage_of, table_of
-from rt.summary import forgetting_table
-from rt.tasks import few_shot, load_task, read_examples
-from rt.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from rt.runs.config import parse, record, require_not_negative, require_positive, require_seeds, require_seq_len, require_share, run
+from rt.runs.log import Log
+from rt.runs.predict import answers, check_out, write_answers
+from rt.runs.results import best_delta
+from rt.runs.resume import check_content, forget_last, has_work, is_done_again, sample_of, stage_of, table_of
+from rt.runs.signals import Interrupted, Stop
+from rt.runs.summary import forgetting_table
+from rt.speed.device import make_deterministic, pick_device, pick_precision
+from rt.speed.dist import Ranks, join, launched
+from rt.speed.graphs import check_graphs
 from rt.tune import TuneSettings, encode_task, evaluate, say_changed, say_truncated, shown, tune
 
 
@@ -109,19 +115,19 @@ def main() -> None:
     modes = {"pretrain": pretrain_stream, "tune": tune_delta, "eval": eval_delta, "predict": predict_texts,
              "import": import_delta, "export": export_model}
     if config.mode not in modes:
-        raise UsageError(f"--mode {config.mode}: not one of {', '.join(modes)}")
+        raise InputError(f"--mode {config.mode}: not one of {', '.join(modes)}")
     if launched() > 1 and config.mode != "pretrain":
-        raise UsageError(f"--mode {config.mode} is for one process: leave torchrun out")
+        raise InputError(f"--mode {config.mode} is for one process: leave torchrun out")
     for mode, wrong, right in (("tune", "steps", "tune_steps"), ("pretrain", "tune_steps", "steps")):
         if config.mode == mode and getattr(config, wrong) != getattr(Config, wrong):
-            raise UsageError(f"--{wrong} says nothing to --mode {mode}: did you mean --{right}?")
+            raise InputError(f"--{wrong} says nothing to --mode {mode}: did you mean --{right}?")
     require_positive(config, "steps", "batch_tokens", "accumulation", "seq_len", "vocab_size", "save_every", "tune_steps",
                      "batch_size", "eval_every", "shots", "bottleneck", "r", "prefix_len", "mask_rate", "lr", "stream", "log_every",
                      "stop_after")
     require_share(config, "warmup", "mask_rate")
     require_seeds(config.seed)
     if not 0 <= config.dropout < 1:
-        raise UsageError(f"--dropout {config.dropout}: must be at least 0 and below 1")
+        raise InputError(f"--dropout {config.dropout}: must be at least 0 and below 1")
     require_not_negative(config, "weight_decay", "snapshots")
     if config.mode not in ("eval", "predict"):
         config.seq_len = config.seq_len or SEQ_LEN
@@ -137,7 +143,7 @@ def main() -> None:
 def pretrain_stream(c: Config) -> None:
     """M0, M1, ... of a stream: each stage continues the last one's weights with a fresh optimizer and schedule."""
     if c.zero and launched() == 1:
-        raise UsageError("--zero shares the optimizer's state out among ranks, and there is one: start several with torchrun")
+        raise InputError("--zero shares the optimizer's state out among ranks, and there is one: start several with torchrun")
     ranks = join(c.device)
     ranks.agree({f"--{k}": v for k, v in record(c).items()})
     check_graphs(c.graphs, ranks)
@@ -218,7 +224,7 @@ def prepare_stream(c: Config, out: Path, ranks: Ranks) -> tuple[MaskedLM, Tokeni
     """(model, tokenizer, what is known of them, training rows and held-out rows of every domain); writes nothing to `out`."""
     paths = ranks.main_first(lambda: {domain_name(entry): corpus_path(entry, c.cache) for entry in c.stream})
     if len(paths) < len(c.stream):
-        raise UsageError(f"--stream {','.join(c.stream)}: two domains have the same name; rename one of the files")
+        raise InputError(f"--stream {','.join(c.stream)}: two domains have the same name; rename one of the files")
     model, tokenizer, about = start_model(c, out, next(iter(paths.values())), ranks)
     corpora = ranks.main_first(lambda: {name: build_corpus(name, path, tokenizer, c.cache) for name, path in paths.items()})
     training = {name: Rows(parts["train"], tokenizer, seq_len=c.seq_len, mask_rate=c.mask_rate, seed=derive_seed(c.seed, i))
@@ -243,7 +249,7 @@ def start_model(c: Config, out: Path, first_corpus: Path, ranks: Ranks) -> tuple
     """(model, tokenizer, what is known of them): a new base of --preset, or --init."""
     if c.init:
         if c.tokenizer:
-            raise UsageError("--tokenizer: a base of --init comes with its own")
+            raise InputError("--tokenizer: a base of --init comes with its own")
         base = ranks.main_first(lambda: open_base(c.init))
         config, tokenizer = base.encoder.config, base.tokenizer
         head = base.head
@@ -254,12 +260,12 @@ def start_model(c: Config, out: Path, first_corpus: Path, ranks: Ranks) -> tuple
         about = {"parent": base.fingerprint, "number": base.meta.get("number", 0)}
     else:
         if c.preset not in PRESETS:
-            raise UsageError(f"--preset {c.preset}: not one of {', '.join(PRESETS)}")
+            raise InputError(f"--preset {c.preset}: not one of {', '.join(PRESETS)}")
         tokenizer = ranks.from_main(lambda: start_tokenizer(c, out, first_corpus))
         config = EncoderConfig(tokenizer.vocab_size, pad_id=tokenizer.pad_id, **PRESETS[c.preset])
         model, about = new_masked_lm(config, c.seed), {"parent": None, "number": -1}
     if c.seq_len > config.max_len:
-        raise UsageError(f"--seq_len {c.seq_len}: the model has positions for {config.max_len} tokens")
+        raise InputError(f"--seq_len {c.seq_len}: the model has positions for {config.max_len} tokens")
     set_dropout(model, c.dropout)
     return model, tokenizer, about
 
@@ -282,7 +288,7 @@ def delta_config(c: Config) -> DeltaConfig:
 def required(c: Config, *names: str) -> None:
     for name in names:
         if getattr(c, name) is None:
-            raise UsageError(f"--mode {c.mode} needs --{name}: see --help")
+            raise InputError(f"--mode {c.mode} needs --{name}: see --help")
 
 
 def tune_delta(c: Config) -> None:
@@ -343,7 +349,7 @@ def eval_delta(c: Config) -> None:
     task = load_task(task_path(c.task, c.cache))
     base, delta, model, where = open_tuned(c, task.labels)
     if task.labels != delta.labels:
-        raise UsageError(f"{c.delta_dir} has the labels {', '.join(delta.labels[:6]) or 'of a regression'}, but {c.task} "
+        raise InputError(f"{c.delta_dir} has the labels {', '.join(delta.labels[:6]) or 'of a regression'}, but {c.task} "
                          f"{', '.join(task.labels[:6]) or 'those of a regression'}: if they are the same under other names, {NAMING}")
     say_changed(delta.info, task)
     encoded = encode_task(task, base.tokenizer, c.seq_len)
@@ -388,7 +394,7 @@ def export_model(c: Config) -> None:
         required(c, "delta_dir")
         print(f"PeftModel loads {c.out} on {export_peft(Path(c.out), base, c.base, delta)}")
     else:
-        raise UsageError(f"--to {c.to}: not one of hf, peft")
+        raise InputError(f"--to {c.to}: not one of hf, peft")
 
 
 if __name__ == "__main__":

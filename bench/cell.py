@@ -26,10 +26,11 @@ from statistics import mean
 import torch
 
 from bench.machine import commit, device_name
-from rt.config import UsageError, parse, run
-from rt.device import pick_device
-from rt.log import table
-from rt.sweep import swept
+from rt.errors import InputError
+from rt.runs.config import parse, run
+from rt.runs.log import table
+from rt.runs.sweep import swept
+from rt.speed.device import pick_device
 
 RECYCLE = str(Path(__file__).parent.parent / "recycle.py")
 
@@ -58,7 +59,7 @@ def main() -> None:
     c = parse(Config, sys.argv[1:])
     grid = swept(c.sweep)
     if "seed" not in grid:
-        raise UsageError(f"--sweep {c.sweep}: give the seeds, seed=0,1,2")
+        raise InputError(f"--sweep {c.sweep}: give the seeds, seed=0,1,2")
     total, home = 1, Path(tempfile.mkdtemp(prefix="cell"))
     for values in grid.values():
         total *= len(values)
@@ -112,7 +113,7 @@ def swept_whole(way: str, c: Config, common: list[str], home: Path) -> float:
 def command(*arguments: str) -> None:
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
     if done.returncode:
-        raise UsageError(f"python {' '.join(arguments)} failed:\n{done.stderr[-3000:]}")
+        raise InputError(f"python {' '.join(arguments)} failed:\n{done.stderr[-3000:]}")
 
 
 if __name__ == "__main__":

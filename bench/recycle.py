@@ -31,11 +31,12 @@ from bench.roberta import (
 )
 from bench.steps import Config, Impl, Problem, Step, Where, agreement, main, sizes_of
 from bench.train import labelled_batch, uneven
-from rt.config import run
-from rt.deltas import KINDS, DeltaConfig, attach
-from rt.distill import Loss, run_teacher
+from rt.data import Encoded
+from rt.deltas import attach
+from rt.kinds import KINDS, DeltaConfig
+from rt.losses import Loss, run_teacher
 from rt.model import Batch
-from rt.tasks import Encoded
+from rt.runs.config import run
 
 ALPHA, BETA, T = 0.7, 1.0, 5.0      # recycle.py's
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rt.checkpoint import Base
-from rt.deltas import DeltaConfig, attach
-from rt.hf import classification_head_state, encoder_state, mlm_head_state
+from rt.deltas import Base, attach
+from rt.formats.hf import classification_head_state, encoder_state, mlm_head_state
+from rt.kinds import DeltaConfig
 from rt.model import Batch, Classifier, EncoderConfig, MaskedLM, new_masked_lm
 
 LABELS = 13     # ChemProt's

@@ -34,10 +34,11 @@ from bench.machine import commit, device_name, environment, version
 from bench.measure import Clock
 from bench.step_tables import tables, title
 from bench.tables import read
-from rt.config import UsageError, parse, require_positive
-from rt.device import autocast, bf16_is_fast, pick_device
+from rt.errors import InputError
 from rt.model import PRESETS, EncoderConfig
-from rt.optim import adamw
+from rt.optim import adamw, autocast
+from rt.runs.config import parse, require_positive
+from rt.speed.device import bf16_is_fast, pick_device
 
 MiB = 2**20
 DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -348,7 +349,7 @@ def sizes_of(c: Config, cuda: bool) -> tuple[str, ...]:
     sizes = c.sizes or (("tiny",) if c.quick else ("base", "small", "mini") if cuda else ("small", "mini"))
     for size in sizes:
         if size not in PRESETS:
-            raise UsageError(f"--sizes {size}: not one of {', '.join(PRESETS)}")
+            raise InputError(f"--sizes {size}: not one of {', '.join(PRESETS)}")
     return sizes
 
 
@@ -360,14 +361,14 @@ def main(script: str, doc: str, problems: dict[str, Callable[[dict, Where], Prob
     require_positive(c, "vocab", "budget")
     for kind in c.only:
         if kind not in problems:
-            raise UsageError(f"--only {kind}: not one of {', '.join(problems)}")
+            raise InputError(f"--only {kind}: not one of {', '.join(problems)}")
     if any(not 0 <= p < 1 for p in c.dropouts):
-        raise UsageError(f"--dropouts {','.join(map(str, c.dropouts))}: each must be at least 0 and below 1")
+        raise InputError(f"--dropouts {','.join(map(str, c.dropouts))}: each must be at least 0 and below 1")
     if c.resume and not c.json:
-        raise UsageError("--resume needs the rows of --json FILE")
+        raise InputError("--resume needs the rows of --json FILE")
     if c.table:
         if not Path(c.table).is_file():
-            raise UsageError(f"{c.table}: there is no such file; --table prints what --json FILE wrote")
+            raise InputError(f"{c.table}: there is no such file; --table prints what --json FILE wrote")
         print(tables(read(c.table)))
         return
     bench = Bench(c, script, problems, argv)

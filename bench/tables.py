@@ -3,7 +3,7 @@ import math
 import textwrap
 from pathlib import Path
 
-from rt.log import read_rows
+from rt.formats.files import read_rows
 
 CASE_FIELDS = ("kernel", "tokens", "S", "H", "D", "ragged", "dropout", "R", "C", "k", "B", "L", "N", "V", "d")
 

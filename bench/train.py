@@ -38,15 +38,14 @@ from bench.roberta import (
     peer_state,
 )
 from bench.steps import Config, Impl, Problem, Step, Where, agreement, main, sizes_of
-from rt.config import run
-from rt.data import Corpus, Rows, sequences_batch
-from rt.deltas import DeltaConfig
-from rt.distill import Loss
-from rt.graphs import compile_blocks
-from rt.mlm import Masker
+from rt.data import Corpus, Masker, Rows, sequences_batch
+from rt.kinds import DeltaConfig
+from rt.losses import Loss
 from rt.model import Batch, EncoderConfig
-from rt.pace import step_flops
 from rt.pretrain import mlm_loss
+from rt.runs.config import run
+from rt.speed.graphs import compile_blocks
+from rt.speed.throughput import step_flops
 
 MASK_RATE = 0.3     # train.py's
 

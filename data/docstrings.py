@@ -29,7 +29,8 @@ import warnings
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from rt.config import UsageError, run
+from rt.errors import InputError
+from rt.runs.config import run
 
 DOMAINS = {"python": "stdlib", "arrays": "numpy", "math": "sympy", "graphs": "networkx", "dl": "torch"}
 FORMAT = 1  # raise it whenever the code below would write something else
@@ -47,13 +48,13 @@ TRANSPARENT = "algorithms"
 def package_root(domain: str) -> tuple[Path, str]:
     """The folder and the version of the domain's package, found without importing it."""
     if domain not in DOMAINS:
-        raise UsageError(f"unknown domain {domain!r}; the known ones are {', '.join(DOMAINS)}")
+        raise InputError(f"unknown domain {domain!r}; the known ones are {', '.join(DOMAINS)}")
     package = DOMAINS[domain]
     if package == "stdlib":
         return Path(sysconfig.get_paths()["stdlib"]), platform.python_version()
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise UsageError(f"domain {domain!r} needs the package {package}, which is missing: pip install {package}")
+        raise InputError(f"domain {domain!r} needs the package {package}, which is missing: pip install {package}")
     try:
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -265,7 +266,7 @@ def _publish(final: Path, rows: dict[str, list[dict]], meta: dict) -> None:
             os.replace(final, old)  # a folder cannot be renamed onto a full one
         os.replace(new, final)
     except OSError as error:
-        raise UsageError(f"{final}: cannot be written ({error.strerror}); make room for it, or give another place (--cache)") from None
+        raise InputError(f"{final}: cannot be written ({error.strerror}); make room for it, or give another place (--cache)") from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

@@ -2,7 +2,7 @@
 from pathlib import Path
 
 from data import docstrings
-from rt.config import UsageError
+from rt.errors import InputError
 
 
 def corpus_path(name: str, cache: Path) -> Path:
@@ -25,5 +25,5 @@ def _locate(name: str, cache: Path, kind: str, wanted: str) -> Path:
                   f"and {meta['corpus']['heldout']} held out; task of {len(meta['task']['train'])} labels, {'/'.join(task)}")
         return Path(cache) / "docstrings" / name / kind
     if not Path(name).exists():
-        raise UsageError(f"{name}: there is no such {kind}; give {wanted}, or one of {', '.join(docstrings.DOMAINS)}")
+        raise InputError(f"{name}: there is no such {kind}; give {wanted}, or one of {', '.join(docstrings.DOMAINS)}")
     return Path(name)

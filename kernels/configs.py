@@ -2,7 +2,7 @@
 
 A row is (tile sizes ..., warps, stages); what the sizes are, the kernel's own docstring says. Rows are found by kernel name,
 then by architecture, by `size` (the head dimension, or the class of row length a kernel names) and by the bits of a number.
-`python -m kernels.compile_check` compiles every row for every architecture and shows its registers, spills and shared memory.
+`python -m bench.compile_check` compiles every row for every architecture and shows its registers, spills and shared memory.
 
 Architectures: 90 is Hopper and 100 is data-centre Blackwell (227 KB of shared memory a block). 80 is Ampere and everything else, kept
 under 99 KB, which is what the consumer chips of sm_86, 89 and 120 have (an A100 has 163).

@@ -1,105 +1,152 @@
-"""Corpora: text on disk -> memory-mapped token bins -> rows of a fixed number of tokens -> masked-LM batches.
+"""Masked language modelling: which tokens are predicted and what stands in their place (Devlin et al., 2019: 80/10/10).
+
+Corpora: text on disk -> memory-mapped token bins -> rows of a fixed number of tokens -> masked-LM batches.
 
 Which tokens row i of step t holds, and which of them are masked, is a function of (seed, t, i): no iterator has a state,
 so resuming needs none and another number of ranks reads the same data.
 """
-import gzip
 import hashlib
 import json
-import lzma
-import sys
-import zlib
-from contextlib import nullcontext
+import math
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Iterator
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rt.config import UsageError, is_utf8
-from rt.folders import atomic_folder, locked
-from rt.log import progress, read_json
-from rt.mlm import Masker
+from rt.errors import InputError
+from rt.formats.tokenizer import Tokenizer
 from rt.model import Batch
-from rt.outside import LINE_BYTES, MISSHAPEN, parse_json
-from rt.tokenizer import Tokenizer
-
-STDIN = Path("standard input")      # stands for it (this object does, not a file of that name), and names it in errors
-TEXT_ENDINGS = (".txt", ".txt.gz", ".txt.xz", ".jsonl")
-HELDOUT_SHARE = 50     # of a corpus without a heldout file, one document in this many is held out
-ROW_SEQUENCES = 8      # a row holds this many sequences of the longest length, or more that are shorter
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number, line) of a plain, .gz or .xz text file, or of STDIN, of which one line is held at a time. UsageError names the file and
-    the line that is not UTF-8, holds a NUL (as UTF-16 and what is no text do) or is longer than LINE_BYTES."""
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    number = 0
-    if path is STDIN and sys.stdin is None:
-        raise UsageError(f"{path}: is closed; pipe the texts in, or name a file")
-    try:
-        with nullcontext(sys.stdin.buffer) if path is STDIN else opener(path, "rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES + 1), b""), 1):
-                if len(line) > LINE_BYTES:
-                    raise UsageError(f"{path}, line {number}: is longer than {LINE_BYTES >> 20} MB; a document or an example is a line")
-                if b"\0" in line:
-                    raise UsageError(f"{path}, line {number}: holds a NUL byte, which no text in UTF-8 does; convert the file first")
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}, line {number}: not valid UTF-8 ({error.reason}); convert the file first") from None
-    except (OSError, EOFError, MemoryError, lzma.LZMAError, zlib.error) as error:
-        raise UsageError(f"{path}: cannot be read after line {number} ({error})") from None
+class Masker:
+    """Predicts exactly `count` tokens a row, so that shapes never change; special tokens are never chosen."""
+
+    def __init__(self, tokenizer: Tokenizer, count: int):
+        self.count, self.mask_id = count, tokenizer.mask_id
+        self.is_special = np.zeros(tokenizer.vocab_size, dtype=bool)
+        self.is_special[tokenizer.special_ids] = True
+        self.regular = np.flatnonzero(~self.is_special)
+
+    def __call__(self, ids: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """ids (R,) -> masked ids (R,), chosen rows (count,) in order, their true tokens (count,)."""
+        candidates = np.flatnonzero(~self.is_special[ids])
+        if len(candidates) < self.count:
+            raise InputError(f"a row of {len(ids)} tokens has {len(candidates)} that can be predicted, {self.count} are to "
+                             "be: its documents are too short for this --mask_rate")
+        rows = np.sort(rng.choice(candidates, self.count, replace=False))
+        draw = rng.random(self.count)
+        random_tokens = rng.choice(self.regular, self.count)
+        masked = ids.copy()
+        masked[rows] = np.where(draw < 0.8, self.mask_id, np.where(draw < 0.9, random_tokens, ids[rows]))
+        return masked, rows, ids[rows]
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
-    """(line number, object) of a JSONL file; UsageError names the file and line that is not a JSON object."""
-    for number, line in read_lines(path):
-        if not line.strip():
-            continue
-        row = parse_json(line, f"{path}, line {number}")
-        if not isinstance(row, dict):
-            raise UsageError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
-        yield number, row
+PARTS = ("train", "dev", "test")
 
 
-def read_documents(path: Path) -> Iterator[str]:
-    """The documents of one text file: a line each, or the `text` of a JSON object each. Blank ones are left out."""
-    if path.suffix == ".jsonl":
-        for number, row in read_jsonl(path):
-            if not isinstance(row.get("text"), str):
-                raise UsageError(f"{path}, line {number}: has no \"text\" string")
-            if row["text"].strip():
-                yield row["text"]
+@dataclass(frozen=True)
+class Example:
+    text: str
+    text_pair: str | None
+    label: str | int | float | None     # a whole number only before it is a class of a Task, None only in texts to predict
+    source: str                 # file and line, for error messages
+
+
+@dataclass(frozen=True)
+class Task:
+    """`labels` are the class names in order, or empty for a regression."""
+    name: str
+    labels: tuple[str, ...]
+    parts: dict[str, list[Example]]
+
+    @property
+    def is_regression(self) -> bool:
+        return not self.labels
+
+    @cached_property
+    def hash(self) -> str:
+        """Of all texts and labels, in order: 16 hex digits. A delta carries that of the task it was learned on."""
+        digest = hashlib.sha256()
+        for part, examples in self.parts.items():
+            for e in examples:
+                digest.update(json.dumps([part, e.text, e.text_pair, e.label]).encode())
+        return digest.hexdigest()[:16]
+
+
+def few_shot(task: Task, shots: int, seed: int) -> Task:
+    """`shots` examples a label for train and for dev (of a regression: `shots` in all), drawn by `seed`; test stays whole.
+    A label with fewer keeps what it has."""
+    rng = np.random.default_rng([seed, shots])
+    parts = dict(task.parts)
+    for part in ("train", "dev"):
+        by_label: dict = {}
+        for e in task.parts[part]:
+            by_label.setdefault(None if task.is_regression else e.label, []).append(e)
+        parts[part] = [group[i] for _, group in sorted(by_label.items(), key=lambda kv: str(kv[0]))
+                       for i in rng.permutation(len(group))[:shots]]
+    return replace(task, parts=parts)
+
+
+@dataclass
+class Encoded:
+    """Examples as token ids, <s> and </s> included; `targets` are (n,) classes or floats."""
+    sequences: list[list[int]]
+    targets: torch.Tensor
+    truncated: int
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def batch(self, indices: list[int]) -> Batch:
+        """The examples at `indices`, put in order of length (which attention_ref likes); `index` says which is which."""
+        indices = sorted(indices, key=lambda i: len(self.sequences[i]))
+        index = torch.tensor(indices, dtype=torch.int64)
+        return sequences_batch([self.sequences[i] for i in indices], labels=self.targets[index], index=index)
+
+
+def encode(examples: list[Example], labels: tuple[str, ...], tokenizer: Tokenizer, max_len: int) -> Encoded:
+    """<s> text </s>, or <s> text </s></s> pair </s> (BERT's: [CLS] text [SEP] pair [SEP]); what is longer than `max_len` is cut, of a
+    pair the longer text first. Where a text itself spells [SEP], that is written ~id: it parts no texts. `labels` are the class names in
+    order; empty means float targets."""
+    texts = tokenizer.encode([e.text for e in examples])
+    pairs = tokenizer.encode([e.text_pair or "" for e in examples])
+    bos, eos, between = tokenizer.bos_id, tokenizer.eos_id, [tokenizer.eos_id] * (tokenizer.separators - 1)
+    sequences, truncated = [], 0
+    for example, a, b in zip(examples, texts, pairs):
+        paired = example.text_pair is not None
+        room = max_len - 2 - (tokenizer.separators if paired else 0)
+        truncated += len(a) + len(b) > room
+        keep_a, keep_b = _fit(len(a), len(b), room)
+        if not between and eos in a:
+            a = [~i if i == eos else i for i in a]
+        sequences.append([bos, *a[:keep_a], eos, *([*between, *b[:keep_b], eos] if paired else [])])
+    place = {label: i for i, label in enumerate(labels)}
+    if labels:
+        targets = torch.tensor([place.get(e.label, -100) for e in examples])
     else:
-        yield from (line for _, line in read_lines(path) if line.strip())
+        targets = torch.tensor([math.nan if e.label is None else float(e.label) for e in examples])
+    return Encoded(sequences, targets, truncated)
 
 
-def corpus_files(path: Path) -> dict[str, list[Path]]:
-    """{'train': files, 'heldout': files}. `heldout.*` in a folder is held out; without it 'heldout' is empty."""
-    if not path.exists():
-        raise UsageError(f"{path}: there is no such corpus, file or folder")
-    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.name.endswith(TEXT_ENDINGS))
-    files = [f for f in files if f.name.endswith(TEXT_ENDINGS)]
-    if not files:
-        raise UsageError(f"{path}: no text there; a corpus is {', '.join(TEXT_ENDINGS)} files, one document a line")
-    heldout = [f for f in files if f.name.split(".")[0] == "heldout"]
-    return {"train": [f for f in files if f not in heldout], "heldout": heldout}
+def _fit(a: int, b: int, room: int) -> tuple[int, int]:
+    """How many tokens of a pair of lengths (a, b) stay when there is room for `room`: the longer gives first."""
+    if a + b <= room:
+        return a, b
+    short = min(a, b, room // 2)
+    return (room - short, short) if a > b else (short, room - short)
 
 
-def split_documents(path: Path) -> Iterator[tuple[str, str]]:
-    """('train' or 'heldout', document) for every document of a corpus. Without a heldout file the content decides, so
-    equal documents fall on the same side."""
-    files = corpus_files(path)
-    for part, members in files.items():
-        for file in members:
-            for text in read_documents(file):
-                if files["heldout"]:
-                    yield part, text
-                else:
-                    draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
-                    yield "heldout" if draw % HELDOUT_SHARE == 0 else "train", text
+def training_indices(n: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """The examples of training step `step`: epochs are permutations by (seed, epoch), cut into batches; a function of its
+    arguments, so nothing has to be remembered. The last batch of an epoch may be smaller."""
+    per_epoch = -(-n // batch_size)
+    epoch, i = divmod(step, per_epoch)
+    return np.random.default_rng([seed, 2, epoch]).permutation(n)[i * batch_size:(i + 1) * batch_size].tolist()
+
+
+ROW_SEQUENCES = 8      # a row holds this many sequences of the longest length, or more that are shorter
 
 
 @dataclass
@@ -110,63 +157,6 @@ class Corpus:
     tokens: np.ndarray
     offsets: np.ndarray
     content: str = ""       # hash of the tokens of both parts; "" of what was tokenized before there was one
-
-
-def build_corpus(name: str, path: Path, tokenizer: Tokenizer, cache: Path) -> dict[str, Corpus]:
-    """{'train', 'heldout'} as memory-mapped bins under `cache`, tokenized on the first call and when the text or the
-    tokenizer has changed. `meta.json` there has the tokenizer's fingerprint and the counts."""
-    path = Path(path)
-    if not is_utf8(f"{name} {path}"):
-        raise UsageError(f"{path}: its name is not UTF-8, and could not be read again where it is recorded; rename it")
-    sources = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for fs in corpus_files(path).values() for f in fs]
-    key = hashlib.sha256(json.dumps([tokenizer.fingerprint, sources]).encode()).hexdigest()[:12]
-    folder = Path(cache) / f"{name}-{key}"
-    if not (folder / "meta.json").exists():
-        _tokenize(path, tokenizer, folder, name)
-    meta = read_json(folder / "meta.json")
-    try:
-        dtype, content = {"uint16": np.uint16, "uint32": np.uint32}[meta["dtype"]], str(meta.get("content", ""))
-        found = {part: Corpus(name, part, np.memmap(folder / f"{part}.bin", dtype=dtype, mode="r"),
-                              np.load(folder / f"{part}.offsets.npy"), content) for part in ("train", "heldout")}
-        whole = all(len(c.tokens) == c.offsets[-1] and (np.diff(c.offsets) > 0).all() for c in found.values())
-    except (*MISSHAPEN, OSError):
-        whole = False
-    if not whole:
-        raise UsageError(f"{folder}: these tokens of corpus {name} are damaged; remove the folder, and they are made anew")
-    return found
-
-
-def _tokenize(path: Path, tokenizer: Tokenizer, folder: Path, name: str, chunk: int = 1000) -> None:
-    """Write the bins: tokens as uint16 where the vocabulary allows, offsets as int64."""
-    dtype, digest = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32, hashlib.sha256()
-    lengths: dict[str, list[int]] = {"train": [], "heldout": []}
-    with locked(folder), atomic_folder(folder) as new, progress(0, f"tokenizing {name}", unit="doc") as bar:
-        files = {part: (new / f"{part}.bin").open("wb") for part in lengths}
-        waiting: list[tuple[str, str]] = []
-
-        def flush():
-            for (part, _), ids in zip(waiting, tokenizer.encode([text for _, text in waiting])):
-                if ids:
-                    files[part].write(np.asarray(ids, dtype=dtype).tobytes())
-                    digest.update(np.asarray([part == "heldout", *ids], dtype=dtype).tobytes())
-                    lengths[part].append(len(ids))
-            bar.update(len(waiting))
-            waiting.clear()
-
-        for pair in split_documents(path):
-            waiting.append(pair)
-            if len(waiting) == chunk:
-                flush()
-        flush()
-        for part, file in files.items():
-            file.close()
-            if not lengths[part]:
-                raise UsageError(f"{path}: no {part} documents in this corpus; it is empty or far too small")
-            np.save(new / f"{part}.offsets.npy", np.cumsum([0] + lengths[part]))
-        counts = {part: {"documents": len(ls), "tokens": sum(ls)} for part, ls in lengths.items()}
-        facts = {"source": str(path), "tokenizer": tokenizer.fingerprint, "dtype": np.dtype(dtype).name,
-                 "content": digest.hexdigest()[:16], **counts}
-        (new / "meta.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 class Rows:
@@ -190,7 +180,7 @@ class Rows:
         self.lengths = np.minimum(np.repeat(lengths, pieces) - nth * (seq_len - 2), seq_len - 2) + 2
         self.per_epoch = int(self.lengths.sum()) // self.row_tokens
         if self.per_epoch == 0:
-            raise UsageError(f"corpus {corpus.name}: the {self.lengths.sum()} tokens of its {corpus.part} part do not fill "
+            raise InputError(f"corpus {corpus.name}: the {self.lengths.sum()} tokens of its {corpus.part} part do not fill "
                              f"one row of {self.row_tokens}; it needs more text, or a smaller --seq_len")
         self.epoch = -1
 
@@ -267,10 +257,10 @@ class Rows:
         return {"rows": self.per_epoch, "fill": min(1.0, float(self.ends[-1] / ends[-1])), "cut": round(float(cut / len(self.lengths)), 4)}
 
     def check_batch(self, batch_tokens: int, shares: int) -> None:
-        """UsageError unless `batch_tokens` is a whole number of rows for each of `shares` (ranks x accumulation)."""
+        """InputError unless `batch_tokens` is a whole number of rows for each of `shares` (ranks x accumulation)."""
         unit = self.row_tokens * shares
         if batch_tokens % unit or batch_tokens <= 0:
-            raise UsageError(f"--batch_tokens {batch_tokens}: must be a multiple of {unit} "
+            raise InputError(f"--batch_tokens {batch_tokens}: must be a multiple of {unit} "
                              f"({ROW_SEQUENCES} sequences of --seq_len {self.seq_len}, times {shares} ranks x --accumulation)")
 
 

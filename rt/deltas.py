@@ -14,85 +14,78 @@ those of what the deltas do, not of their factors: LoRA factors and adapter bott
 Nothing here changes a base in place: `attach` copies what is trained and shares what is frozen.
 """
 import copy
-import shutil
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+import hashlib
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Iterator
 
-import safetensors.torch
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from rt.checkpoint import Base, StaleDelta, check_head, check_sizes, load_strict, read_tensors, versions
-from rt.config import UsageError
-from rt.folders import atomic_folder, check_seal, claim_whole, found, seal
-from rt.log import FIGURES, read_json
-from rt.model import ClassificationHead, Classifier, Encoder, EncoderConfig, init_weights
-from rt.modules import Adapter, LoRA, Prefix
-from rt.outside import check_label, is_number, is_whole
+from rt.errors import InputError, StaleDelta
+from rt.formats.tokenizer import Tokenizer
+from rt.formats.untrusted import is_whole
+from rt.kinds import USED, DeltaConfig, _is_trained, _plug_in
+from rt.model import ClassificationHead, Classifier, Encoder, EncoderConfig, MLMHead, init_weights
 
-KINDS = ("full", "adapter", "lora", "bitfit", "prefix")
-USED = {"adapter": ("bottleneck",), "lora": ("r", "lora_alpha", "target_modules"), "prefix": ("prefix_len",)}
-FILES = {"delta.safetensors", "delta.json", "metrics.jsonl", "summary.json", FIGURES}    # the last three are of the run that learned it
+
+@dataclass
+class Base:
+    """An encoder with what belongs to it. Nothing changes a base in place: rt/deltas.py copies what it trains."""
+    encoder: Encoder
+    head: MLMHead | None
+    tokenizer: Tokenizer
+    meta: dict
+    fingerprint: str
+    pooler: dict[str, Tensor] | None = None     # of a BERT checkpoint: dense.weight and dense.bias, where a fresh task head begins
+
+    def to(self, device: torch.device) -> "Base":
+        self.encoder.to(device)
+        return self
+
+    def require_length(self, seq_len: int) -> None:
+        """InputError unless the base has positions for sequences of `seq_len` tokens."""
+        if seq_len > self.encoder.config.max_len:
+            raise InputError(f"--seq_len {seq_len}: the base has positions for {self.encoder.config.max_len} tokens")
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Hash of names, shapes and values: 16 hex digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def load_strict(module: nn.Module, state: dict[str, Tensor], source: Path | str) -> None:
+    """load_state_dict where missing, unexpected or misshapen tensors are one sentence."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise InputError(f"{source}: the tensors do not fit the model: {first}") from None
+
+
+def check_sizes(base: Base, theirs: EncoderConfig, what: str) -> None:
+    """InputError unless `theirs`, the encoder of `what`, has the tensors of the base's and the same function of them."""
+    mine = base.encoder.config
+    for name in ("is_bert", *(f.name for f in fields(mine) if "dropout" not in f.name and f.name != "model_type")):
+        if getattr(mine, name) != getattr(theirs, name):
+            raise InputError(f"{what} an encoder of other sizes: {name} {getattr(theirs, name)}, the base has {getattr(mine, name)}")
+
+
+def check_head(head: dict[str, Tensor], d: int, source: Path | str) -> None:
+    """InputError unless these are the tensors of a ClassificationHead of width `d`."""
+    n = len(head["out.bias"]) if "out.bias" in head and head["out.bias"].dim() else 0
+    right = {"dense.weight": (d, d), "dense.bias": (d,), "out.weight": (n, d), "out.bias": (n,)}
+    wrong = next((k for k in {**right, **head} if k not in head or tuple(head[k].shape) != right.get(k) or
+                  not head[k].is_floating_point()), None) if n else "out.bias"
+    if wrong:
+        raise InputError(f"{source}: {wrong} is not that of a head for sequence classification of width {d}")
+
+
 PARTS = ("diffs", "modules", "head")
-# what PEFT's target_modules mean here: the Linear of a Block, and for the fused qkv which third of its output rows
-TARGETS = {"query": ("qkv", 0), "key": ("qkv", 1), "value": ("qkv", 2), "attention.output.dense": ("attention_output", None),
-           "intermediate.dense": ("intermediate", None), "output.dense": ("output", None)}
-
-
-@dataclass(frozen=True)
-class DeltaConfig:
-    """A kind of delta and its settings; settings of other kinds are ignored."""
-    kind: str = "adapter"
-    bottleneck: int = 24
-    r: int = 8
-    lora_alpha: float = 16.0
-    target_modules: tuple[str, ...] = ("query", "value")
-    prefix_len: int = 16
-
-    def __post_init__(self):
-        if self.kind not in KINDS:
-            raise UsageError(f"delta {self.kind!r}: not one of {', '.join(KINDS)}")
-        for name in ("bottleneck", "r", "prefix_len"):
-            if not is_whole(getattr(self, name), 1):
-                raise UsageError(f"{name} {getattr(self, name)!r} of a delta: must be a whole number above zero")
-        if not is_number(self.lora_alpha):
-            raise UsageError(f"lora_alpha {self.lora_alpha!r} of a delta: must be a number")
-        for name in self.target_modules:
-            if not isinstance(name, str) or name not in TARGETS:
-                raise UsageError(f"target module {name!r}: not one of {', '.join(TARGETS)}")
-
-    @property
-    def used(self) -> dict:
-        """The kind and the settings that it uses: two deltas with equal ones have equal tensors."""
-        return {k: getattr(self, k) for k in ("kind", *USED.get(self.kind, ()))}
-
-
-def _is_trained(kind: str, name: str) -> bool:
-    """Whether the base's own weight `name` is trained by this kind."""
-    return {"full": True, "bitfit": name.endswith(".bias"), "adapter": "norm." in name}.get(kind, False)
-
-
-def _plug_in(encoder: Encoder, config: DeltaConfig) -> list[nn.Module]:
-    """Fill the slots of `encoder` and return what was put there, not yet initialised."""
-    d, heads = encoder.config.hidden_size, encoder.config.num_heads
-    new: list[nn.Module] = []
-    for block in encoder.layers:
-        if config.kind == "adapter":
-            block.adapter_attention, block.adapter_ffn = Adapter(d, config.bottleneck), Adapter(d, config.bottleneck)
-            new += [block.adapter_attention, block.adapter_ffn]
-        elif config.kind == "prefix":
-            block.prefix = Prefix(config.prefix_len, heads, d // heads)
-            new.append(block.prefix)
-        elif config.kind == "lora":
-            for linear_name in dict.fromkeys(TARGETS[t][0] for t in config.target_modules):
-                targets = {t: TARGETS[t][1] for t in config.target_modules if TARGETS[t][0] == linear_name}
-                linear = getattr(block, linear_name)
-                linear.lora = LoRA(linear, targets, config.r, config.lora_alpha)
-                new.append(linear.lora)
-    return new
 
 
 def new_head(base: Base, num_outputs: int, seed: int) -> ClassificationHead:
@@ -173,16 +166,16 @@ class Delta:
         return self + -1.0 * other
 
     def __add__(self, other: "Delta") -> "Delta":
-        """Raises UsageError unless both are of one kind, base and set of labels (prefix has no sum: its softmax is not
+        """Raises InputError unless both are of one kind, base and set of labels (prefix has no sum: its softmax is not
         linear in the keys)."""
         for what, mine, theirs in (("kinds", self.config.kind, other.config.kind),
                                    ("bases", self.info.get("base"), other.info.get("base")),
                                    ("labels", self.info.get("labels"), other.info.get("labels")),
                                    ("tensors", [*self.diffs, *self.modules], [*other.diffs, *other.modules])):
             if mine != theirs:
-                raise UsageError(f"deltas of different {what} cannot be added: {str(mine)[:80]} and {str(theirs)[:80]}")
+                raise InputError(f"deltas of different {what} cannot be added: {str(mine)[:80]} and {str(theirs)[:80]}")
         if self.config.kind == "prefix":
-            raise UsageError("prefix deltas have no sum: their softmax is not linear in the keys")
+            raise InputError("prefix deltas have no sum: their softmax is not linear in the keys")
         a, b = _unit_scaling(self), _unit_scaling(other)
         sizes = {k: getattr(a.config, k) + getattr(b.config, k) for k in USED.get(a.config.kind, ()) if k != "target_modules"}
         return replace(a, config=replace(a.config, **sizes),
@@ -227,15 +220,15 @@ def origin(base: Base) -> dict:
 
 
 def check_fits(base: Base, delta: Delta, stale_ok: bool) -> None:
-    """UsageError where `delta` cannot be put on `base` at all; StaleDelta where it was learned on another base of the same
+    """InputError where `delta` cannot be put on `base` at all; StaleDelta where it was learned on another base of the same
     sizes and tokenizer, unless `stale_ok`, which is what recycling asks for."""
     try:
         theirs = EncoderConfig(**delta.info["encoder"])
     except TypeError:
-        raise UsageError("the delta does not hold the sizes of the encoder that it was learned on") from None
+        raise InputError("the delta does not hold the sizes of the encoder that it was learned on") from None
     check_sizes(base, theirs, "the delta was learned on")
     if delta.info["tokenizer"] != base.tokenizer.fingerprint and delta.info.get("vocabulary") != base.tokenizer.vocabulary:
-        raise UsageError(f"the delta was learned with another tokenizer ({delta.info['tokenizer']}, the base has "
+        raise InputError(f"the delta was learned with another tokenizer ({delta.info['tokenizer']}, the base has "
                          f"{base.tokenizer.fingerprint}, of another vocabulary): its ids mean other words")
     if delta.info["base"] != base.fingerprint and not stale_ok:
         raise StaleDelta(f"the delta was learned on base {delta.info['base']}, this is {base.fingerprint}: "
@@ -243,7 +236,7 @@ def check_fits(base: Base, delta: Delta, stale_ok: bool) -> None:
 
 
 def check_tensors(base: Base, delta: Delta) -> None:
-    """UsageError where the delta's tensors are not those of its kind and settings on `base`; no memory is taken for what it claims."""
+    """InputError where the delta's tensors are not those of its kind and settings on `base`; no memory is taken for what it claims."""
     check_head(delta.head, base.encoder.config.hidden_size, "the delta's head")
     kind, own = delta.config.kind, dict(base.encoder.named_parameters())
     try:
@@ -251,15 +244,15 @@ def check_tensors(base: Base, delta: Delta) -> None:
             encoder = Encoder(base.encoder.config)
             _plug_in(encoder, delta.config)
     except (RuntimeError, OverflowError) as error:
-        raise UsageError(f"the delta's settings are too large: {str(error).splitlines()[0]}") from None
+        raise InputError(f"the delta's settings are too large: {str(error).splitlines()[0]}") from None
     expected = {k: p.shape for k, p in encoder.named_parameters() if k not in own or _is_trained(kind, k)}
     found = {k: v for part, ours in ((delta.diffs, True), (delta.modules, False)) for k, v in part.items() if (k in own) is ours}
     for name in sorted({*expected, *delta.diffs, *delta.modules}):
         if name not in expected or name not in found or found[name].shape != expected[name] or not found[name].is_floating_point():
-            raise UsageError(f"the delta's tensors do not fit its kind {kind}: {name} is "
+            raise InputError(f"the delta's tensors do not fit its kind {kind}: {name} is "
                              f"{tuple(found[name].shape) if name in found else 'missing'}, not {tuple(expected.get(name, ()))}")
     if len(delta.diffs) + len(delta.modules) > len(expected):
-        raise UsageError(f"the delta's tensors do not fit its kind {kind}: a weight of the base is among the modules, or the reverse")
+        raise InputError(f"the delta's tensors do not fit its kind {kind}: a weight of the base is among the modules, or the reverse")
 
 
 def apply(base: Base, delta: Delta, scale: float = 1.0, stale_ok: bool = False) -> Classifier:
@@ -280,9 +273,9 @@ def apply(base: Base, delta: Delta, scale: float = 1.0, stale_ok: bool = False) 
 
 def merge(base: Base, delta: Delta, scale: float = 1.0, stale_ok: bool = False) -> dict[str, Tensor]:
     """The weights of a plain encoder that computes what base + delta does, float32. full, lora and bitfit only: adapters
-    and prefixes add computation that no weight of the base can hold (UsageError)."""
+    and prefixes add computation that no weight of the base can hold (InputError)."""
     if delta.config.kind in ("adapter", "prefix"):
-        raise UsageError(f"a delta of kind {delta.config.kind} cannot be merged into the base's weights")
+        raise InputError(f"a delta of kind {delta.config.kind} cannot be merged into the base's weights")
     model = apply(base, delta, scale, stale_ok)
     merged = {k: v.detach().clone() for k, v in model.encoder.state_dict().items() if ".lora." not in k}
     for i, block in enumerate(model.encoder.layers):
@@ -290,61 +283,3 @@ def merge(base: Base, delta: Delta, scale: float = 1.0, stale_ok: bool = False) 
             if getattr(module, "lora", None) is not None:
                 merged[f"layers.{i}.{name}.weight"] += module.lora.weight(module).detach()
     return merged
-
-
-@contextmanager
-def delta_folder(folder: Path, needs: int) -> Iterator[Path]:
-    """A folder to write a delta of about `needs` bytes into, which takes the place of `folder` when it is whole; of that, which may hold
-    nothing else than a delta (UsageError), the figures stay."""
-    claim_whole(folder, FILES)
-    with atomic_folder(folder, needs) as new:
-        yield new
-        if (folder / FIGURES).is_dir():
-            shutil.copytree(folder / FIGURES, new / FIGURES)
-
-
-def save_delta(folder: Path, delta: Delta) -> None:
-    """delta.safetensors and delta.json in a folder that appears whole. What another holds of the run that learned it stays. UsageError
-    where it holds anything else."""
-    folder = Path(folder)
-    with delta_folder(folder, delta.nbytes) as new:
-        write_delta(new, delta)
-        for name in ("metrics.jsonl", "summary.json"):
-            if (folder / name).exists():
-                shutil.copy2(folder / name, new)
-
-
-def write_delta(folder: Path, delta: Delta) -> None:
-    """delta.safetensors and, with its hash, delta.json into a folder that is being made."""
-    tensors = {f"{part}.{k}": v.contiguous() for part in PARTS for k, v in getattr(delta, part).items()}
-    safetensors.torch.save_file(tensors, folder / "delta.safetensors")
-    seal(folder, "delta.json", {"format": "rt-delta-1", **asdict(delta.config), "info": delta.info, "versions": versions()},
-         ["delta.safetensors"])
-
-
-def load_delta(folder: Path) -> Delta:
-    """What `save_delta` wrote. Raises UsageError naming the file that is missing or is not what it should be."""
-    folder = found(Path(folder))
-    facts = read_json(folder / "delta.json")
-    if facts.get("format") != "rt-delta-1":
-        raise UsageError(f"{folder / 'delta.json'}: not a delta (format {facts.get('format')!r}, expected 'rt-delta-1')")
-    info = facts.get("info")
-    if not isinstance(info, dict) or not {"labels", "base", "tokenizer", "encoder"} <= info.keys() or not isinstance(info["labels"], list):
-        raise UsageError(f"{folder / 'delta.json'}: does not say what base and labels the delta belongs to")
-    if not isinstance(facts.get("target_modules", []), list):
-        raise UsageError(f"{folder / 'delta.json'}: target_modules is no list")
-    config = DeltaConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()
-                            if k in DeltaConfig.__dataclass_fields__})
-    parts: dict[str, dict] = {part: {} for part in PARTS}
-    for name, tensor in read_tensors(folder / "delta.safetensors").items():
-        part, _, rest = name.partition(".")
-        if part not in parts:
-            raise UsageError(f"{folder / 'delta.safetensors'}: unexpected tensor {name}")
-        parts[part][rest] = tensor
-    check_seal(folder, "delta.json", facts)
-    labels, outputs = info["labels"], parts["head"].get("out.bias", torch.empty(0)).numel()
-    if any(not isinstance(label, str) for label in labels) or len({*labels}) != (outputs if labels else 0) or not labels and outputs != 1:
-        raise UsageError(f"{folder / 'delta.json'}: its labels ({str(labels)[:80]}) are not those of a head of {outputs} outputs")
-    for label in labels:
-        check_label(label, folder / "delta.json")
-    return Delta(config, **parts, info=info)

@@ -1,18 +1,43 @@
 """AdamW with decay by dimension, also shared out among ranks; steps that are skipped because they are not finite; the one learning-rate
 schedule: linear warm-up, linear decay to zero."""
-from typing import Iterable
+from contextlib import AbstractContextManager, contextmanager
+from typing import Iterable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from rt.config import UsageError
+from rt.errors import InputError
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager:
+    """Matrix products in `precision`, reductions and weights in float32."""
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
+@contextmanager
+def memory_for(what: str, lower: str) -> Iterator[None]:
+    """InputError where memory runs out inside: `what` did not fit, and what to `lower`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(f"{what} did not fit into memory: lower {lower}") from None
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def derive_seed(*keys: int) -> int:
+    """A 63-bit seed that is a function of `keys` (run seed, stage, step, rank ...): restarting needs no generator state."""
+    high, low = np.random.SeedSequence(keys).generate_state(2)
+    return (int(high) << 32 | int(low)) >> 1
+
 
 MOST_SKIPPED = 10   # in a row: an unlucky batch or an overflow passes in one or two steps, weights that are lost never do
-
-
-class Diverged(UsageError):
-    """More than MOST_SKIPPED steps in a row had no finite loss or gradient."""
 
 
 def adamw(parameters: Iterable[Parameter], lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.98),
@@ -41,7 +66,7 @@ def gather(optimizer: torch.optim.Optimizer) -> None:
 
 def load_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """A plain AdamW's state into `optimizer`, of which a rank of a shared one takes its share; rates and the like stay the optimizer's.
-    UsageError where it is not that of the same parameters."""
+    InputError where it is not that of the same parameters."""
     check_state(optimizer, state)
     moments = {i: {k: x.clone() for k, x in s.items()} for i, s in state["state"].items()}      # no longer of a file
     if hasattr(optimizer, "consolidate_state_dict"):
@@ -54,13 +79,13 @@ def load_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
 
 
 def check_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """UsageError unless `state` has moments of the shapes of all the optimizer's parameters, or of none."""
+    """InputError unless `state` has moments of the shapes of all the optimizer's parameters, or of none."""
     shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
     found = state.get("state") if isinstance(state, dict) else None
     if not isinstance(found, dict) or found.keys() != {*range(len(shapes))} or not all(
             isinstance(s, dict) and s.keys() == {"step", "exp_avg", "exp_avg_sq"} and all(isinstance(x, Tensor) for x in s.values())
             and s["step"].numel() == 1 and s["exp_avg"].shape == s["exp_avg_sq"].shape == shapes[i] for i, s in found.items()):
-        raise UsageError("the optimizer's state (optim.pt) is not that of this model: it is damaged, or of another run")
+        raise InputError("the optimizer's state (optim.pt) is not that of this model: it is damaged, or of another run")
 
 
 def schedule(step: int, steps: int, warmup: int, peak: float) -> float:

@@ -12,19 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from kernels import linear_cross_entropy
-from rt.checkpoint import load_base, read_torch, save_base
 from rt.data import Rows
-from rt.device import autocast, derive_seed, memory_for
-from rt.dist import Ranks
-from rt.graphs import GraphedGradient, compiled
-from rt.log import Log, loss_text, progress, read_json
+from rt.errors import Diverged
+from rt.formats.checkpoint import load_base, read_torch, save_base
+from rt.formats.files import read_json
+from rt.formats.tokenizer import Tokenizer
 from rt.model import Batch, MaskedLM
-from rt.optim import MOST_SKIPPED, Diverged, adamw, gather, load_state, not_finite, schedule, set_lr, step_unless
-from rt.pace import Pace
-from rt.signals import Stop
-from rt.tokenizer import Tokenizer
+from rt.optim import MOST_SKIPPED, adamw, autocast, derive_seed, gather, load_state, memory_for, not_finite, schedule, set_lr, step_unless
+from rt.runs.log import Log, loss_text, progress
+from rt.runs.signals import Stop
+from rt.speed.dist import Ranks
+from rt.speed.graphs import GraphedGradient, compiled
+from rt.speed.throughput import Pace
 
 AHEAD = 3       # batches prepared before they are asked for
+
+
 T = TypeVar("T")
 
 
@@ -125,7 +128,7 @@ def pretrain(model: MaskedLM, rows: Rows, optimizer: torch.optim.Optimizer, sett
     repeats nothing and leaves nothing out. Every rank runs this; the rows are the same on all. `pace` counts what is trained on.
 
     A step whose loss or gradient is not finite changes nothing: its row has 'skipped', and None for what is not. Raises Diverged after
-    more than MOST_SKIPPED in a row, UsageError where a share does not fit into memory.
+    more than MOST_SKIPPED in a row, InputError where a share does not fit into memory.
     """
     s, ranks = settings, ranks or Ranks(device)
     model.train()

@@ -15,14 +15,13 @@ from typing import Callable, Iterator
 
 import torch
 
-from rt import grid
-from rt.checkpoint import Base
-from rt.config import UsageError
-from rt.deltas import Delta, DeltaConfig, apply, attach, check_fits, extract, new_head
-from rt.distill import Loss, TeacherCache, run_teacher
-from rt.functional import weights_of
+from rt.deltas import Base, Delta, apply, attach, check_fits, extract, new_head
+from rt.errors import InputError
+from rt.kinds import DeltaConfig
+from rt.losses import Loss, TeacherCache, run_teacher, weights_of
 from rt.model import Classifier
-from rt.project import Projection, project
+from rt.speed import multi_run as grid
+from rt.transport import Projection, project
 from rt.tune import TaskData, TuneResult, TuneSettings, evaluate, score, tune
 
 
@@ -50,30 +49,30 @@ class Recycling:
 
 
 def check(r: Recycling, mode: str) -> None:
-    """UsageError where `mode` cannot be done with this old delta; before anything is trained."""
+    """InputError where `mode` cannot be done with this old delta; before anything is trained."""
     check_fits(r.old_base, r.old_delta, stale_ok=False)     # that it was learned on the old base is what all modes assume
     if mode != "scratch" and mode != "init" and r.old_delta.labels != r.data.labels:
-        raise UsageError(f"{mode} needs an old delta with the labels of the task; this one's are "
+        raise InputError(f"{mode} needs an old delta with the labels of the task; this one's are "
                          f"{', '.join(r.old_delta.labels[:6]) or 'those of a regression'}: use --mode init")
     if mode in ("init", "init+distill") and r.old_delta.config.used != r.config.used:
-        raise UsageError(f"{mode} continues the old delta ({r.old_delta.config.used}), which is not what is asked for "
+        raise InputError(f"{mode} continues the old delta ({r.old_delta.config.used}), which is not what is asked for "
                          f"({r.config.used}): use the same --delta and sizes, or --mode distill")
     if mode in ("apply", "init", "init+distill"):
         check_fits(r.base, r.old_delta, stale_ok=True)
     if mode in NEEDS_TEACHER and r.old_base.tokenizer.vocabulary != r.base.tokenizer.vocabulary:
-        raise UsageError(f"{mode} needs old and new base to have one vocabulary: the teacher reads the student's ids")
+        raise InputError(f"{mode} needs old and new base to have one vocabulary: the teacher reads the student's ids")
     old, new = r.old_base.encoder.config, r.base.encoder.config
     if mode in NEEDS_TEACHER and r.beta and (old.num_layers, old.hidden_size) != (new.num_layers, new.hidden_size):
-        raise UsageError(f"--beta compares hidden states layer by layer: old base {old.num_layers} layers x {old.hidden_size}, new base "
+        raise InputError(f"--beta compares hidden states layer by layer: old base {old.num_layers} layers x {old.hidden_size}, new base "
                          f"{new.num_layers} x {new.hidden_size}: use --beta 0")
     if mode in NEEDS_TEACHER and r.gamma and (old.num_heads != new.num_heads
                                               or (r.att_layers == "all" and old.num_layers != new.num_layers)):
-        raise UsageError(f"--gamma compares attention maps head by head: old base {old.num_layers} layers x {old.num_heads} heads, "
+        raise InputError(f"--gamma compares attention maps head by head: old base {old.num_layers} layers x {old.num_heads} heads, "
                          f"new base {new.num_layers} x {new.num_heads}; heads must be as many, and with --att_layers all the layers too")
     if mode in NEEDS_TEACHER and r.itp:
         check_fits(r.base, r.old_delta, stale_ok=True)
         if r.old_delta.config.used != r.config.used:
-            raise UsageError(f"--itp draws a line between teacher and student, weight by weight, but the old delta is "
+            raise InputError(f"--itp draws a line between teacher and student, weight by weight, but the old delta is "
                              f"{r.old_delta.config.used}, the new one {r.config.used}: use the same --delta and sizes, or no --itp")
 
 
@@ -153,7 +152,11 @@ class Mode:
 MODES = {"scratch": Mode(start_fresh, plain_loss), "apply": Mode(start_from_old, None), "init": Mode(start_from_old, plain_loss),
          "distill": Mode(start_fresh, distillation_loss), "init+distill": Mode(start_from_old, distillation_loss),
          "project": Mode(start_projected, None)}
+
+
 TRAINED = tuple(name for name, mode in MODES.items() if mode.loss)
+
+
 NEEDS_TEACHER = tuple(name for name, mode in MODES.items() if mode.loss is distillation_loss)
 
 
@@ -208,10 +211,10 @@ def chain(r: Recycling, mode: str, bases: dict[str, Base]) -> Iterator[Link]:
         direct  Delta_{i+1} = recycle(M_0, Delta_0, M_{i+1})
 
     To M_1 both are one run, done once; scratch, which recycles nothing, has no route (None). r.base is not read. The rows
-    given to r.on_eval say their base and route too. Raises UsageError before anything is trained.
+    given to r.on_eval say their base and route too. Raises InputError before anything is trained.
     """
     if len({base.tokenizer.vocabulary for base in bases.values()}) > 1:
-        raise UsageError("the bases of a chain must have one vocabulary: the task is encoded once")
+        raise InputError("the bases of a chain must have one vocabulary: the task is encoded once")
     for base in bases.values():
         check(replace(r, base=base), mode)
     last = r

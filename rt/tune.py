@@ -10,16 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rt.data import sequences_batch, side_by_side
-from rt.device import autocast, derive_seed, memory_for
-from rt.distill import Loss
-from rt.graphs import BUCKET, GraphedStep
-from rt.log import loss_text, progress
+from rt.data import Encoded, Task, encode, sequences_batch, side_by_side, training_indices
+from rt.errors import Diverged
+from rt.formats.tokenizer import Tokenizer
+from rt.losses import Loss
 from rt.model import Batch, Classifier
-from rt.optim import MOST_SKIPPED, Diverged, Watch, adamw, schedule, set_lr, step_unless
-from rt.pace import Pace
-from rt.tasks import Encoded, Task, encode, training_indices
-from rt.tokenizer import Tokenizer
+from rt.optim import MOST_SKIPPED, Watch, adamw, autocast, derive_seed, memory_for, schedule, set_lr, step_unless
+from rt.runs.log import loss_text, progress
+from rt.speed.graphs import BUCKET, GraphedStep
+from rt.speed.throughput import Pace
 
 
 @dataclass
@@ -63,7 +62,7 @@ class TaskData:
 
 
 def encode_task(task: Task, tokenizer: Tokenizer, max_len: int) -> TaskData:
-    """All parts of a task as ids, texts cut to `max_len` tokens. UsageError where a label or text does not fit (rt/tasks.py: encode)."""
+    """All parts of a task as ids, texts cut to `max_len` tokens. InputError where a label or text does not fit (rt/tasks.py: encode)."""
     parts = {part: encode(examples, task.labels, tokenizer, max_len) for part, examples in task.parts.items()}
     return TaskData(task.name, task.labels, **parts, hash=task.hash)
 
@@ -166,7 +165,7 @@ def training_batch(data: Encoded, s: TuneSettings, step: int) -> Batch:
 
 
 def gradient_of(model: Classifier, loss: Loss, s: TuneSettings, device: torch.device, precision: torch.dtype) -> Callable[[Batch], Tensor]:
-    """What a step computes of a batch on the host: the loss, and the gradient of what is trained. UsageError where memory runs out."""
+    """What a step computes of a batch on the host: the loss, and the gradient of what is trained. InputError where memory runs out."""
     def plain(batch: Batch, shares: Tensor | None = None) -> Tensor:
         with autocast(device, precision):
             value = loss(model, batch.to(device))

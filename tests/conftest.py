@@ -19,11 +19,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")   # read when kernels/ is imported: the kernels run, slowly, on the CPU
 
 from data import docstrings
-from rt.checkpoint import Base, fingerprint
-from rt.config import run
-from rt.data import read_documents, sequences_batch
+from rt.data import sequences_batch
+from rt.deltas import Base, fingerprint
+from rt.formats.corpora import read_documents
+from rt.formats.tokenizer import train_tokenizer
 from rt.model import PRESETS, EncoderConfig, new_masked_lm
-from rt.tokenizer import train_tokenizer
+from rt.runs.config import run
 
 torch.set_num_threads(1)     # tiny models: more threads only wait for each other
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,13 +11,15 @@ import torch
 from conftest import command, here, random_base, write_task
 
 import analyze
-from rt import figures
-from rt.checkpoint import load_base, save_base
-from rt.config import UsageError
-from rt.deltas import DeltaConfig, attach, extract, save_delta
-from rt.folders import locked
-from rt.log import FIGURES, read_json, read_rows, write_json
+from rt.deltas import attach, extract
+from rt.errors import InputError
+from rt.formats.atomic import locked
+from rt.formats.checkpoint import load_base, save_base
+from rt.formats.delta_files import save_delta
+from rt.formats.files import FIGURES, read_json, read_rows, write_json
+from rt.kinds import DeltaConfig
 from rt.model import MaskedLM
+from rt.report import figures
 
 FLAGS = ("--seq_len", "32", "--device", "cpu", "--precision", "fp32")
 
@@ -232,7 +234,7 @@ def test_tokens_are_no_formulas(tmp_path):
 def test_without_matplotlib_the_rows_stay_and_a_sentence_says_so(home, tmp_path, monkeypatch):
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UsageError, match="matplotlib is not installed: pip install"):
+    with pytest.raises(InputError, match="matplotlib is not installed: pip install"):
         figures.connectivity(walk_rows("t", 0, 0.1), tmp_path / "p")
     said = here("analyze.py", "--study", "distance", *of(home, "M0", "M1"), "--out", tmp_path / "out")
     assert "M0-M1" in said and "no figure: matplotlib is not installed" in said
@@ -249,12 +251,12 @@ def test_rows_that_cannot_be_written_are_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(analyze, "open_lab", lambda c: None)
     study = analyze.Study(lambda lab: iter([{"a": "x" * 50}] * 2), lambda rows: [])
     (tmp_path / "rows.jsonl").mkdir()
-    with pytest.raises(UsageError, match="rows.jsonl: cannot be made .Is a directory"):
+    with pytest.raises(InputError, match="rows.jsonl: cannot be made .Is a directory"):
         analyze.conduct(analyze.Config(), study, tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (80, hard))
     try:
-        with pytest.raises(UsageError, match="rows.jsonl: no room to write it: it needs 60 bytes"):
+        with pytest.raises(InputError, match="rows.jsonl: no room to write it: it needs 60 bytes"):
             analyze.conduct(analyze.Config(), study, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

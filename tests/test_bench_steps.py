@@ -13,7 +13,7 @@ from conftest import command
 from bench import recycle, step_tables, steps, train
 from bench.roberta import masked_lm_losses, padded_inputs, peer
 from bench.tables import read
-from rt.config import UsageError
+from rt.errors import InputError
 from rt.model import EncoderConfig
 
 pytest.importorskip("transformers")
@@ -113,7 +113,7 @@ def test_the_table_of_a_file_is_what_was_printed(outputs, tmp_path, capsys):
     (("--sizes", "huge"), "huge: not one of"), (("--only", "sparse"), "sparse: not one of dense"), (("--resume",), "--json"),
     (("--dropouts", "1"), "below 1"), (("--table", "no such file"), "no such file"), (("--budget", "0"), "above zero")])
 def test_bad_flags_are_told(flags, told):
-    with pytest.raises(UsageError, match=told):
+    with pytest.raises(InputError, match=told):
         steps.main("bench.train", train.__doc__, train.PROBLEMS, train.cases, [*QUICK, *flags])
 
 

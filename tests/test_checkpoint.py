@@ -5,10 +5,11 @@ import pickle
 import pytest
 import torch
 
-from rt.checkpoint import fingerprint, load_base, save_base
-from rt.config import UsageError
-from rt.folders import atomic_folder
-from rt.hub import open_base
+from rt.deltas import fingerprint
+from rt.errors import InputError
+from rt.formats.atomic import atomic_folder
+from rt.formats.checkpoint import load_base, save_base
+from rt.formats.hub import open_base
 from rt.model import MaskedLM
 
 
@@ -38,26 +39,26 @@ def test_damage_is_named(saved):
     file = saved / "model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:len(whole) // 2])
-    with pytest.raises(UsageError, match="model.safetensors: not a readable safetensors file"):
+    with pytest.raises(InputError, match="model.safetensors: not a readable safetensors file"):
         load_base(saved)
     file.write_bytes(whole)
     meta = json.loads((saved / "meta.json").read_text())
     meta["encoder"]["num_layers"] += 1
     (saved / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(UsageError, match="do not fit the model"):
+    with pytest.raises(InputError, match="do not fit the model"):
         load_base(saved)
     (saved / "meta.json").write_text("{")
-    with pytest.raises(UsageError, match="meta.json: not valid JSON"):
+    with pytest.raises(InputError, match="meta.json: not valid JSON"):
         load_base(saved)
 
 
 def test_what_is_no_base(tmp_path):
-    with pytest.raises(UsageError, match="no base there"):
+    with pytest.raises(InputError, match="no base there"):
         open_base(str(tmp_path))
-    with pytest.raises(UsageError, match="neither a folder here nor to be had from the hub"):
+    with pytest.raises(InputError, match="neither a folder here nor to be had from the hub"):
         open_base("nobody/no-such-model")       # conftest forbids the network
     (tmp_path / "config.json").write_text('{"model_type": "electra"}')
-    with pytest.raises(UsageError, match="model_type 'electra' is not supported"):
+    with pytest.raises(InputError, match="model_type 'electra' is not supported"):
         open_base(str(tmp_path))
 
 
@@ -71,7 +72,7 @@ def test_a_pickle_that_asks_for_code_is_refused(tmp_path, tokenizer):
         "intermediate_size": 8, "max_position_embeddings": 10}))
     with open(tmp_path / "pytorch_model.bin", "wb") as f:
         pickle.dump({"w": Bomb()}, f)
-    with pytest.raises(UsageError, match="not a weights-only PyTorch file"):
+    with pytest.raises(InputError, match="not a weights-only PyTorch file"):
         open_base(str(tmp_path))
     assert not (tmp_path / "exploded").exists()
 

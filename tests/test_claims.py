@@ -5,12 +5,12 @@ import lzma
 import pytest
 from conftest import command, here, write_task
 
-from bench.claims import plan
-from bench.claims.__main__ import Rows
-from bench.claims.plan import PHASES, SCALES, SEEDS, Run, searched
-from bench.claims.report import Results, per_seed, verdict, write
-from rt.config import UsageError
-from rt.log import read_rows
+from experiments.claims import plan
+from experiments.claims.__main__ import Rows
+from experiments.claims.plan import PHASES, SCALES, SEEDS, Run, searched
+from experiments.claims.report import Results, per_seed, verdict, write
+from rt.errors import InputError
+from rt.formats.files import read_rows
 
 BASES = ("M0", "M1", "M2", "M3", "M4", "IND")
 STREAM = ("wiki", "bio", "rev", "cs", "ns")
@@ -58,7 +58,7 @@ def test_a_run_cut_off_is_done_again_and_rows_of_other_sizes_are_refused(tmp_pat
     again.add(second, [{"lr": 1e-3, "chosen": True}], {"seconds": 1.0})
     assert [row["lr"] for row in read_rows(path)] == [1e-4, 1e-3, 1e-3]
     path.write_text(path.read_text().replace(rows.sizes, "00000000"))
-    with pytest.raises(UsageError, match="holds runs of other sizes"):
+    with pytest.raises(InputError, match="holds runs of other sizes"):
         Rows(tmp_path, "mini")
 
 
@@ -110,7 +110,7 @@ def data(graphs, tmp_path_factory):
 def test_every_part_runs_and_is_not_run_again(data, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(plan, "SEEDS", SEEDS[:2])
-    arguments = ("-m", "bench.claims", "--preset", "tiny", "--device", "cpu", "--jobs", "1", "--results", data / "results")
+    arguments = ("-m", "experiments.claims", "--preset", "tiny", "--device", "cpu", "--jobs", "1", "--results", data / "results")
     work = (*arguments, "--data", data, "--home", data / "home")
     assert "train" in here(*work, "--plan")
     assert "runs are left" in here(*work, "--budget", "0.001", "--only", "bases")
@@ -135,11 +135,11 @@ def test_a_lineage_that_fails_ends_the_call_at_once(data, tmp_path):
     (tmp_path / "corpora").mkdir()
     for name in STREAM:
         (tmp_path / "corpora" / f"{name}.txt.xz").write_bytes(lzma.compress(b"one line\n"))
-    error = command("-m", "bench.claims", "--preset", "tiny", "--device", "cpu", "--jobs", "2", "--data", tmp_path, "--home", tmp_path,
-                    "--results", tmp_path / "r", "--only", "bases", code=2)
+    error = command("-m", "experiments.claims", "--preset", "tiny", "--device", "cpu", "--jobs", "2", "--data", tmp_path,
+                    "--home", tmp_path, "--results", tmp_path / "r", "--only", "bases", code=2)
     assert "2 of 2 runs failed" in error and error.count("\n") == 1
 
 
 def test_missing_data_is_one_sentence(tmp_path):
-    assert "not a folder with corpora/ and tasks/" in here("-m", "bench.claims", "--data", tmp_path, code=2)
-    assert "no rows there" in here("-m", "bench.claims", "--report", "--results", tmp_path, code=2)
+    assert "not a folder with corpora/ and tasks/" in here("-m", "experiments.claims", "--data", tmp_path, code=2)
+    assert "no rows there" in here("-m", "experiments.claims", "--report", "--results", tmp_path, code=2)

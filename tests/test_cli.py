@@ -8,8 +8,8 @@ import pytest
 from conftest import command, here
 from safetensors.torch import load_file
 
-from rt import plot
-from rt.log import FIGURES, read_json, read_rows
+from rt.formats.files import FIGURES, read_json, read_rows
+from rt.report import plot
 
 SMALL = ("--preset", "tiny", "--vocab_size", "500", "--seq_len", "32", "--batch_tokens", "256", "--eval_tokens", "512",
          "--device", "cpu")

@@ -20,7 +20,7 @@ def python(*arguments: str, **env: str) -> subprocess.CompletedProcess:
 @pytest.mark.long
 @pytest.mark.parametrize("which", [("--dtype", "bf16", "--every", "10"), pytest.param((), marks=pytest.mark.marathon)])
 def test_all_compiles_without_spills_and_with_matrix_instructions(which, tmp_path):
-    done = python("-m", "kernels.compile_check", *which, "--json", str(tmp_path / "rows.jsonl"))
+    done = python("-m", "bench.compile_check", *which, "--json", str(tmp_path / "rows.jsonl"))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     names = {row["kernel"] for row in rows}
@@ -32,7 +32,7 @@ def test_all_compiles_without_spills_and_with_matrix_instructions(which, tmp_pat
 
 
 DROPOUT = """
-from kernels.compile_check import compile_one, launches
+from bench.compile_check import compile_one, launches
 if __name__ == "__main__":
     specs = [s for s in launches(90, ["attention"], ["bf16"]) if s[1] == "_forward" and s[3]["D"] == 64 and s[3]["BLOCK_Q"] == 128]
     plain, dropped = (next(compile_one(90, s) for s in specs if s[3]["DROPOUT"] == d) for d in (False, True))
@@ -47,7 +47,8 @@ def test_dropout_costs_less_than_the_matrix_products_beside_it():
 
 SPILL = """
 import torch, sys
-from kernels import compile_check, configs
+from bench import compile_check
+from kernels import configs
 if __name__ == "__main__":
     spec = next(s for s in compile_check.launches(90, ["attention"], ["fp32"]) if s[1] == "_forward" and s[3]["D"] == 128)
     row = compile_check.compile_one(90, spec)
@@ -63,7 +64,7 @@ def test_a_spill_is_found(tmp_path):
 
 def test_what_counts_as_a_fault():
     done = python("-c", """
-from kernels.compile_check import fault
+from bench.compile_check import fault
 good = {"arch": 90, "spilled": 0, "shared": 227 * 1024, "has_dot": True, "matrix": 4}
 print([fault(row) for row in (good, good | {"shared": 227 * 1024 + 1}, good | {"matrix": 0}, good | {"spilled": 8}, {"error": "no"},
                               good | {"arch": 80, "shared": 100 * 1024})])
@@ -75,7 +76,7 @@ print([fault(row) for row in (good, good | {"shared": 227 * 1024 + 1}, good | {"
 def test_no_float_becomes_a_constant():
     """Triton compiles constants for integers alone; a check of other code than what is launched would prove nothing."""
     done = python("-c", """
-from kernels.compile_check import launches
+from bench.compile_check import launches
 specs = launches(90, ["attention", "kd_loss"], ["bf16"])
 print(len(specs) > 50, [v for s in specs for v in s[3].values() if isinstance(v, float)])
 """)
@@ -83,5 +84,5 @@ print(len(specs) > 50, [v for s in specs for v in s[3].values() if isinstance(v,
 
 
 def test_the_interpreter_is_refused():
-    done = python("-m", "kernels.compile_check", TRITON_INTERPRET="1")
+    done = python("-m", "bench.compile_check", TRITON_INTERPRET="1")
     assert done.returncode == 2 and "unset it" in done.stderr

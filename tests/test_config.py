@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pytest
 from conftest import ROOT, command
 
-from rt.config import UsageError, help_text, parse, record
+from rt.errors import InputError
+from rt.runs.config import help_text, parse, record
 
 
 @dataclass
@@ -36,7 +37,7 @@ def test_values_are_converted():
     (["--lr", "--fast"], "--lr needs a value"), (["3"], "unexpected argument '3'"), (["--seeds", "1,x"], "--seeds x"),
     (["--fast=maybe"], "not a true or false")])
 def test_errors_are_one_sentence(argv, words):
-    with pytest.raises(UsageError) as error:
+    with pytest.raises(InputError) as error:
         parse(Config, argv)
     assert words in str(error.value) and "\n" not in str(error.value)
 
@@ -53,9 +54,9 @@ def test_words_without_a_flag_are_one_field_where_a_script_says_so():
     assert parse(Files, [], "files") == Files()
     for argv, words in ((["--files", "a"], "there is no flag --files"), (["a", "-o"], "unexpected argument '-o'"),
                         (["a", "--out"], "--out needs a value")):
-        with pytest.raises(UsageError, match=words):
+        with pytest.raises(InputError, match=words):
             parse(Files, argv, "files")
-    with pytest.raises(UsageError, match="unexpected argument 'a'"):
+    with pytest.raises(InputError, match="unexpected argument 'a'"):
         parse(Files, ["a"])
     lines = help_text(Files, "files").splitlines()
     assert lines[2].split() == ["FILES", "one", "or", "more"] and lines[3].split() == ["--out", "None", "where", "to"]
@@ -63,7 +64,7 @@ def test_words_without_a_flag_are_one_field_where_a_script_says_so():
 
 def test_what_is_not_utf_8_is_not_recorded():
     for argv in (["--name", "c\udcff"], ["--name=\udc80/M0"]):
-        with pytest.raises(UsageError, match="--name .*: is not UTF-8, and could not be read again"):
+        with pytest.raises(InputError, match="--name .*: is not UTF-8, and could not be read again"):
             record(parse(Config, argv))
 
 
@@ -85,7 +86,7 @@ def test_scripts_teach_and_refuse(script):
 
 def shell(line: str, code: str, unbuffered: str) -> tuple[int, str, str]:
     """(exit code, output, errors) of a shell's `line` in which $RUN is a process that gives `code` as `main` to rt.config.run."""
-    main = f"import sys, time\nfrom rt.config import UsageError, run\ndef main():\n    {code}\nrun(main)"
+    main = f"import sys, time\nfrom rt.config import InputError, run\ndef main():\n    {code}\nrun(main)"
     env = {**os.environ, "PYTHON": sys.executable, "CODE": main, "PYTHONUNBUFFERED": unbuffered}
     done = subprocess.run(["bash", "-o", "pipefail", "-c", line.replace("$RUN", '"$PYTHON" -c "$CODE"')], cwd=ROOT, capture_output=True,
                           text=True, timeout=60, env=env)
@@ -98,12 +99,12 @@ FULL = "error: standard output: cannot be written (No space left on device)\n"
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("line, code, ends", [
     ("$RUN >&-", "print('a')", (0, "", "")), ("$RUN 2>&-", "print('a', file=sys.stderr)", (0, "", "")),
-    ("$RUN 2>&-", "raise UsageError('a')", (2, "", "")), ("$RUN 2>/dev/full", "raise UsageError('a')", (2, "", "")),
+    ("$RUN 2>&-", "raise InputError('a')", (2, "", "")), ("$RUN 2>/dev/full", "raise InputError('a')", (2, "", "")),
     ("$RUN | true", "time.sleep(0.3), print('a')", (141, "", "")),
     ("$RUN | true", "time.sleep(0.3), print('a'), sys.exit(1)", (141, "", "")),
     ("$RUN | head -n 1", "[print('a') for _ in range(100_000)]", (141, "a\n", "")),
     ("$RUN >/dev/full", "print('a')", (2, "", FULL)), ("$RUN >/dev/full", "print('a'), sys.exit(1)", (2, "", FULL)),
-    ("$RUN >/dev/full", "print('a' * 100_000)", (2, "", FULL)), ("$RUN >/dev/full", "raise UsageError('b')", (2, "", "error: b\n")),
+    ("$RUN >/dev/full", "print('a' * 100_000)", (2, "", FULL)), ("$RUN >/dev/full", "raise InputError('b')", (2, "", "error: b\n")),
     ("PYTHONIOENCODING=ascii $RUN", "print('1 \u00b1 2')", (0, "1 \\xb1 2\n", ""))])
 def test_streams_that_are_closed_full_or_ascii(line, code, ends, unbuffered):
     if "/dev/full" in line and not os.path.exists("/dev/full"):
@@ -112,4 +113,4 @@ def test_streams_that_are_closed_full_or_ascii(line, code, ends, unbuffered):
 
 
 def test_an_error_is_said_though_output_is_lost():
-    assert shell("$RUN | true", "time.sleep(0.3); print('a'); raise UsageError('b')", "") == (2, "", "error: b\n")
+    assert shell("$RUN | true", "time.sleep(0.3); print('a'); raise InputError('b')", "") == (2, "", "error: b\n")

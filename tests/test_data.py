@@ -8,12 +8,12 @@ import pytest
 import torch
 from conftest import random_base
 
-from rt.config import UsageError
-from rt.data import ROW_SEQUENCES, Rows, build_corpus, read_documents, split_documents
-from rt.mlm import Masker
+from rt.data import ROW_SEQUENCES, Masker, Rows
+from rt.errors import InputError
+from rt.formats.corpora import build_corpus, read_documents, split_documents
+from rt.formats.tokenizer import load_tokenizer
 from rt.model import MaskedLM
 from rt.pretrain import mlm_loss
-from rt.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_every_format_gives_the_same_documents(tmp_path):
     ("a.txt.gz", b"not gzip", "a.txt.gz: cannot be read")])
 def test_bad_files_are_named_with_their_line(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UsageError) as error:
+    with pytest.raises(InputError) as error:
         list(split_documents(tmp_path / name))
     assert words in str(error.value)
 
@@ -56,7 +56,7 @@ def test_empty_and_missing_corpora(tmp_path, tokenizer):
     (tmp_path / "folder").mkdir()
     for path, words in ((tmp_path / "empty.txt", "no train documents"), (tmp_path / "folder", "no text there"),
                         (tmp_path / "nowhere", "no such corpus")):
-        with pytest.raises(UsageError, match=words):
+        with pytest.raises(InputError, match=words):
             build_corpus("x", path, tokenizer, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*/meta.json"))
 
@@ -164,9 +164,9 @@ def test_rows_are_full_and_the_share_of_cut_sequences_is_counted(corpus, tokeniz
 
 def test_sizes_that_do_not_divide_are_said(corpus, tokenizer):
     rows = rows_of(corpus, tokenizer)
-    with pytest.raises(UsageError, match=f"must be a multiple of {2 * rows.row_tokens}"):
+    with pytest.raises(InputError, match=f"must be a multiple of {2 * rows.row_tokens}"):
         rows.check_batch(3 * rows.row_tokens, 2)
-    with pytest.raises(UsageError, match="do not fill one row"):
+    with pytest.raises(InputError, match="do not fill one row"):
         rows_of(corpus, tokenizer, seq_len=100_000)
 
 
@@ -195,7 +195,7 @@ def test_mask_statistics_on_100_000_tokens(tokenizer, rate):
 
 
 def test_too_few_tokens_to_mask_is_said(tokenizer):
-    with pytest.raises(UsageError, match="mask_rate"):
+    with pytest.raises(InputError, match="mask_rate"):
         Masker(tokenizer, 3)(np.array([tokenizer.bos_id, 9, tokenizer.eos_id, 10]), np.random.default_rng(0))
 
 
@@ -208,7 +208,7 @@ def test_tokenizer_files_round_trip(tokenizer, tmp_path):
     tokenizer.backend.model.save(str(tmp_path / "pair"))      # vocab.json and merges.txt, as RoBERTa ships them
     assert load_tokenizer(tmp_path / "pair").encode([text]) == tokenizer.encode([text])
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UsageError, match="not a tokenizer file"):
+    with pytest.raises(InputError, match="not a tokenizer file"):
         load_tokenizer(tmp_path)
-    with pytest.raises(UsageError, match="no tokenizer there"):
+    with pytest.raises(InputError, match="no tokenizer there"):
         load_tokenizer(tmp_path / "nowhere")

@@ -4,10 +4,11 @@ import json
 import pytest
 import torch
 
-from rt.checkpoint import StaleDelta, fingerprint
-from rt.config import UsageError
-from rt.deltas import KINDS, DeltaConfig, apply, attach, extract, load_delta, merge, save_delta
-from rt.log import FIGURES
+from rt.deltas import apply, attach, extract, fingerprint, merge
+from rt.errors import InputError, StaleDelta
+from rt.formats.delta_files import load_delta, save_delta
+from rt.formats.files import FIGURES
+from rt.kinds import KINDS, DeltaConfig
 from rt.model import ClassificationHead, Classifier, Encoder
 
 LABELS = ["a", "b", "c"]
@@ -132,7 +133,7 @@ def test_merged_equals_unmerged(kind, base, batch):
 
 @pytest.mark.parametrize("kind", ["adapter", "prefix"])
 def test_modules_cannot_be_merged(kind, base, batch):
-    with pytest.raises(UsageError, match="cannot be merged"):
+    with pytest.raises(InputError, match="cannot be merged"):
         merge(base, trained(base, kind, batch)[1])
 
 
@@ -142,7 +143,7 @@ def test_sums_need_equal_kind_base_and_labels(base, other_base, batch):
     _, elsewhere = trained(other_base, "lora", batch)
     _, prefix = trained(base, "prefix", batch)
     for a, b, word in ((lora, full, "kinds"), (lora, elsewhere, "bases"), (prefix, prefix, "no sum")):
-        with pytest.raises(UsageError, match=word):
+        with pytest.raises(InputError, match=word):
             a + b
 
 
@@ -166,7 +167,7 @@ def test_another_tokenizer_or_size_is_refused_even_in_recycling(base, batch):
                           ({"encoder": {"depth": 9}}, "does not hold the sizes"),
                           ({"encoder": {**encoder, "model_type": "bert"}}, "is_bert True")):
         delta.info = info | change
-        with pytest.raises(UsageError, match=words):
+        with pytest.raises(InputError, match=words):
             apply(base, delta, stale_ok=True)
     delta.info = info | {"tokenizer": "0" * 16}     # written in another way, as by transformers: the ids mean the same words
     apply(base, delta, stale_ok=True)
@@ -177,16 +178,16 @@ def test_another_tokenizer_or_size_is_refused_even_in_recycling(base, batch):
 
 def test_damaged_folders_are_named(base, batch, tmp_path):
     save_delta(tmp_path / "d", trained(base, "lora", batch)[1])
-    with pytest.raises(UsageError, match="delta.json: there is no such file"):
+    with pytest.raises(InputError, match="delta.json: there is no such file"):
         load_delta(tmp_path / "nowhere")
     facts = json.loads((tmp_path / "d" / "delta.json").read_text())
     (tmp_path / "d" / "delta.json").write_text(json.dumps({**facts, "kind": "magic"}))
-    with pytest.raises(UsageError, match="magic"):
+    with pytest.raises(InputError, match="magic"):
         load_delta(tmp_path / "d")
     (tmp_path / "d" / "delta.json").write_text(json.dumps(facts))
     file = tmp_path / "d" / "delta.safetensors"
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(UsageError, match="delta.safetensors: not a readable safetensors file"):
+    with pytest.raises(InputError, match="delta.safetensors: not a readable safetensors file"):
         load_delta(tmp_path / "d")
 
 

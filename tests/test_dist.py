@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import ROOT, command, here
 
-from rt.config import UsageError
-from rt.dist import Ranks, join
-from rt.log import read_rows
+from rt.errors import InputError
+from rt.formats.files import read_rows
+from rt.speed.dist import Ranks, join
 
 FLAGS = ("--preset", "tiny", "--vocab_size", "500", "--seq_len", "32", "--batch_tokens", "512", "--eval_tokens", "512", "--device", "cpu",
          "--precision", "fp32", "--dropout", "0.1", "--snapshots", "1", "--steps", "20")
@@ -75,12 +75,12 @@ def test_what_is_for_one_process_and_what_is_not(monkeypatch, tmp_path):
 
 WORKER = """
 import copy, sys, time, torch
-from rt.config import UsageError
-from rt.dist import join
+from rt.errors import InputError
+from rt.speed.dist import join
 from rt.optim import adamw, gather, load_state
 
 def bad():
-    raise UsageError("only rank 0 saw it")
+    raise InputError("only rank 0 saw it")
 
 def train(optimizer, weights, steps):
     for step in steps:
@@ -121,11 +121,11 @@ ranks.agree({"--lr": 0.1, "corpus a": "1"})
 try:
     ranks.agree({"--lr": 0.1, "corpus a": "12"[ranks.rank]})
     raise AssertionError
-except UsageError as error:
+except InputError as error:
     assert str(error) == "corpus a is 2 on rank 1 and 1 on rank 0: start all with the same flags and files"
 try:
     ranks.from_main(bad)
-except UsageError as error:
+except InputError as error:
     assert str(error) == "only rank 0 saw it"
     ranks.leave()
     if ranks.is_main:
@@ -152,5 +152,5 @@ def test_without_torchrun_there_is_one_rank(monkeypatch):
     ranks.leave()
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="with torchrun"):
+    with pytest.raises(InputError, match="with torchrun"):
         join("cpu")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from data import docstrings
-from rt.config import UsageError
+from rt.errors import InputError
 
 TEXT = "This sentence number {} is long enough to be kept as one document of its own."
 
@@ -128,16 +128,16 @@ def test_a_second_build_does_nothing_and_a_new_format_builds_again(tmp_path, mon
 
 
 def test_an_unknown_domain_or_missing_package_is_a_usage_error(tmp_path, monkeypatch):
-    with pytest.raises(UsageError, match="'chess'.*graphs"):
+    with pytest.raises(InputError, match="'chess'.*graphs"):
         docstrings.build("chess", tmp_path)
     monkeypatch.setitem(docstrings.DOMAINS, "chess", "no_such_package_here")
-    with pytest.raises(UsageError, match="pip install no_such_package_here"):
+    with pytest.raises(InputError, match="pip install no_such_package_here"):
         docstrings.build("chess", tmp_path)
 
 
 def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
     fake_package(tmp_path, monkeypatch)
     (tmp_path / "file").write_text("precious")
-    with pytest.raises(UsageError, match="kitchen: cannot be written .Not a directory"):
+    with pytest.raises(InputError, match="kitchen: cannot be written .Not a directory"):
         docstrings.build("kitchen", tmp_path / "file" / "cache")
     assert (tmp_path / "file").read_text() == "precious"

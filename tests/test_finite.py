@@ -7,20 +7,20 @@ import pytest
 import torch
 from conftest import here
 
-import rt.paths
+import rt.analysis
 import rt.pretrain
-from rt.checkpoint import load_base
-from rt.config import UsageError
-from rt.data import Rows, build_corpus
-from rt.deltas import DeltaConfig, attach, extract
-from rt.distill import Loss, run_teacher
-from rt.functional import weights_of
-from rt.log import read_rows
+from rt.data import Encoded, Rows
+from rt.deltas import attach, extract
+from rt.errors import Diverged, InputError
+from rt.formats.checkpoint import load_base
+from rt.formats.corpora import build_corpus
+from rt.formats.files import read_rows
+from rt.kinds import DeltaConfig
+from rt.losses import Loss, run_teacher, weights_of
 from rt.model import PRESETS, EncoderConfig, new_masked_lm
-from rt.optim import MOST_SKIPPED, Diverged, Watch, adamw, step_unless
+from rt.optim import MOST_SKIPPED, Watch, adamw, step_unless
 from rt.pretrain import PretrainSettings, pretrain
-from rt.project import learn_projection
-from rt.tasks import Encoded
+from rt.transport import learn_projection
 from rt.tune import TaskData, TuneSettings, predict, tune
 
 CPU = {"device": torch.device("cpu"), "precision": torch.float32}
@@ -168,14 +168,14 @@ def test_what_does_not_fit_into_memory_is_named(rows, tokenizer, base, monkeypat
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has ...")
 
     data, model = task(), attach(base, DeltaConfig("lora"), 3, seed=0)
-    with pytest.raises(UsageError, match=r"4 sequences of up to [0-9]+ tokens did not fit into memory: lower --batch_size \(4\) or"):
+    with pytest.raises(InputError, match=r"4 sequences of up to [0-9]+ tokens did not fit into memory: lower --batch_size \(4\) or"):
         tune(model, data, full, TuneSettings(3, 4, 1e-3, 5, seed=0), **CPU)
     model.forward = full
-    with pytest.raises(UsageError, match="12 texts of up to [0-9]+ tokens did not fit into memory: lower --seq_len"):
+    with pytest.raises(InputError, match="12 texts of up to [0-9]+ tokens did not fit into memory: lower --seq_len"):
         predict(model, data.train.sequences, **CPU)
     monkeypatch.setattr(rt.pretrain, "mlm_loss", full)
     model, optimizer = start(tokenizer)
-    with pytest.raises(UsageError, match=r"a share of 512 tokens did not fit into memory: lower --batch_tokens \(1024\), or raise --accum"):
+    with pytest.raises(InputError, match=r"a share of 512 tokens did not fit into memory: lower --batch_tokens \(1024\), or raise --accum"):
         list(pretrain(model, rows, optimizer, PretrainSettings(2, 1024, 1e-3, 1, 0, accumulation=2), **CPU))
 
 
@@ -186,14 +186,14 @@ def test_nor_does_a_teacher_a_projection_or_a_curve_end_with_a_traceback(base, o
     data, s, config = task(), TuneSettings(3, 4, 1e-3, 5, seed=0), DeltaConfig("lora")
     teacher = attach(base, config, 3, seed=0)
     delta = extract(teacher, base, config, {"task": "t", "labels": list(data.labels)})
-    with monkeypatch.context() as patch, pytest.raises(UsageError, match="for 12 texts, .* did not fit into memory: lower --seq_len or"):
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="for 12 texts, .* did not fit into memory: lower --seq_len or"):
         patch.setattr(teacher, "forward", full)
         run_teacher(teacher, data.train, **CPU)
-    with monkeypatch.context() as patch, pytest.raises(UsageError, match=r"lower --batch_size \(4\), --seq_len or --rank"):
+    with monkeypatch.context() as patch, pytest.raises(InputError, match=r"lower --batch_size \(4\), --seq_len or --rank"):
         patch.setattr(Loss, "__call__", full)
         learn_projection(base, other_base, [(delta, data)], s, r=2, granularity="flat", residual=False, alpha=0.5, beta=1.0, T=1.0,
                          public_code=False, **CPU)
     ends = [weights_of(attach(each, config, 3, seed=0)) for each in (base, other_base)]
-    with monkeypatch.context() as patch, pytest.raises(UsageError, match="4 texts on the curve did not fit into memory: lower --batch"):
-        patch.setattr(rt.paths, "task_loss", full)
-        rt.paths.train_control(teacher, *ends, data, s, **CPU)
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="4 texts on the curve did not fit into memory: lower --batch"):
+        patch.setattr(rt.analysis, "task_loss", full)
+        rt.analysis.train_control(teacher, *ends, data, s, **CPU)

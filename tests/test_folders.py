@@ -14,17 +14,20 @@ import time
 import pytest
 from conftest import ROOT
 
-import rt.folders
-from rt.checkpoint import load_base, save_base
-from rt.config import UsageError
-from rt.deltas import DeltaConfig, attach, extract, load_delta, save_delta
-from rt.folders import atomic_folder, check_seal, differing, found, locked, seal, settle, started
-from rt.hf import export_hf
-from rt.log import Log, claim, read_json, read_rows, write_json
+import rt.formats.atomic
+from rt.deltas import attach, extract
+from rt.errors import InputError
+from rt.formats.atomic import atomic_folder, check_seal, differing, found, locked, seal, settle, started
+from rt.formats.checkpoint import load_base, save_base
+from rt.formats.delta_files import load_delta, save_delta
+from rt.formats.files import claim, read_json, read_rows, write_json
+from rt.formats.hf import export_hf
+from rt.formats.peft import export_peft
+from rt.kinds import DeltaConfig
 from rt.model import MaskedLM
 from rt.optim import adamw
-from rt.peft import export_peft
-from rt.stream import has_work, mend
+from rt.runs.log import Log
+from rt.runs.resume import has_work, mend
 
 
 class Killed(BaseException):
@@ -101,10 +104,10 @@ def test_a_seal_names_what_is_not_as_it_was_written(tmp_path):
     for damaged in (whole[:-1], whole + b"\0", whole[:700] + bytes([whole[700] ^ 1]) + whole[701:]):
         (tmp_path / "w").write_bytes(damaged)
         assert differing(tmp_path, "meta.json", facts) == ["w"] and differing(tmp_path, "meta.json", facts, ["t"]) == []
-        with pytest.raises(UsageError, match="w is damaged: its content is not what was written"):
+        with pytest.raises(InputError, match="w is damaged: its content is not what was written"):
             check_seal(tmp_path, "meta.json", facts)
     (tmp_path / "w").unlink()
-    with pytest.raises(UsageError, match="w is damaged: the file is gone"):
+    with pytest.raises(InputError, match="w is damaged: the file is gone"):
         check_seal(tmp_path, "meta.json", facts)
     (tmp_path / "w").write_bytes(whole)
     assert differing(tmp_path, "meta.json", {**facts, "step": 4}) == ["meta.json"]
@@ -112,7 +115,7 @@ def test_a_seal_names_what_is_not_as_it_was_written(tmp_path):
     assert differing(tmp_path, "meta.json", other) == ["t", "meta.json"]
     for hashes in ("ab", 5, None, {}, {"w": facts["sha256"]["w"]}, {**facts["sha256"], "../w": "0"},
                    {**facts["sha256"], "w" * 300: "0"}):
-        with pytest.raises(UsageError, match="its sha256 are not the hashes of the files beside it"):
+        with pytest.raises(InputError, match="its sha256 are not the hashes of the files beside it"):
             differing(tmp_path, "meta.json", {**facts, "sha256": hashes})
     del facts["sha256"]
     assert differing(tmp_path, "meta.json", facts) == []        # written before there were hashes
@@ -128,14 +131,14 @@ def test_a_flipped_bit_of_a_base_or_delta_is_named(tmp_path, base, place):
         whole = bytearray(file.read_bytes())
         whole[int(place * len(whole))] ^= 4
         file.write_bytes(whole)
-        with pytest.raises(UsageError, match=f"{file.name}"):
+        with pytest.raises(InputError, match=f"{file.name}"):
             load(file.parent)
     for file, load in ((tmp_path / "M0" / "meta.json", load_base), (tmp_path / "d" / "delta.json", load_delta)):
         save_base(tmp_path / "M0", MaskedLM(base.encoder, base.head), base.tokenizer, {"name": "M0", "step": 12})
         save_delta(tmp_path / "d", delta)
         facts = read_json(file)
         write_json(file, facts | {"versions": {}})
-        with pytest.raises(UsageError, match=f"{file.name} is damaged"):
+        with pytest.raises(InputError, match=f"{file.name} is damaged"):
             load(file.parent)
         facts.pop("sha256")
         write_json(file, facts)
@@ -185,7 +188,7 @@ def test_a_damaged_one_is_named_and_kept_and_the_one_before_is_used(run, capsys,
     assert said.count("\n") == 1 and str(file) in said and "last.damaged" in said
     assert step_of(run / "last") == 10 and (run / "last.damaged" / "model.safetensors").exists() and not (run / "last.old").exists()
     (run / "last" / "optim.pt").unlink()
-    with pytest.raises(UsageError, match="optim.pt is damaged: the file is gone.*; there is none before it"):
+    with pytest.raises(InputError, match="optim.pt is damaged: the file is gone.*; there is none before it"):
         mend(run)
     assert (run / "last" / "model.safetensors").exists()
 
@@ -214,9 +217,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_how_much_is_needed(run,
     for limit in (size // 2, 100):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
-            with pytest.raises(UsageError, match=f"last: no room to write it: it needs {size:,} bytes in {run}, where [0-9,]+ are free"):
+            with pytest.raises(InputError, match=f"last: no room to write it: it needs {size:,} bytes in {run}, where [0-9,]+ are free"):
                 save_base(run / "last", model, base.tokenizer, {"name": "M0", "step": 30}, keep=True)
-            with pytest.raises(UsageError, match="config.json: no room"):
+            with pytest.raises(InputError, match="config.json: no room"):
                 write_json(run / "config.json", {"x": "y" * size})
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -230,7 +233,7 @@ def test_a_row_that_does_not_fit_is_an_error_and_not_half_a_row(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
     try:
-        with pytest.raises(UsageError, match="metrics.jsonl: no room to write it: it needs [0-9]+ bytes"):
+        with pytest.raises(InputError, match="metrics.jsonl: no room to write it: it needs [0-9]+ bytes"):
             log.row(step=2, text="x" * 50)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -240,13 +243,13 @@ def test_a_row_that_does_not_fit_is_an_error_and_not_half_a_row(tmp_path):
 SMALL_DISK = """
 import sys, torch
 from pathlib import Path
-from rt.checkpoint import save_base
-from rt.config import UsageError
-from rt.log import read_json
+from rt.formats.checkpoint import save_base
+from rt.errors import InputError
+from rt.formats.files import read_json
 from rt.model import EncoderConfig, PRESETS, new_masked_lm
 from rt.optim import adamw
-from rt.stream import mend
-from rt.tokenizer import load_tokenizer
+from rt.runs.resume import mend
+from rt.formats.tokenizer import load_tokenizer
 tokenizer, out = load_tokenizer(sys.argv[1]), Path(sys.argv[2])
 model = new_masked_lm(EncoderConfig(tokenizer.vocab_size, **PRESETS["tiny"]), 0)
 optimizer = adamw(model.parameters(), 1e-3, 0.0)
@@ -256,7 +259,7 @@ optimizer.step()
 for step in range(9):
     try:
         save_base(out / "last", model, tokenizer, {"name": "M0", "step": step}, optimizer, keep=True)
-    except UsageError as error:
+    except InputError as error:
         print(step, error)
         break
     (out / f"ballast{step}").write_bytes(bytes(1_000_000))
@@ -300,7 +303,7 @@ def test_what_lies_beside_and_is_not_ours_stays(tmp_path, base, ending):
     for write_it in (lambda: save_delta(tmp_path / "g", delta), lambda: export_hf(tmp_path / "g", base),
                      lambda: export_peft(tmp_path / "g", base, "M0", delta)):
         shutil.rmtree(tmp_path / "g", ignore_errors=True)
-        with pytest.raises(UsageError, match=f"g.{ending} holds other things .thesis.txt. and would be lost"):
+        with pytest.raises(InputError, match=f"g.{ending} holds other things .thesis.txt. and would be lost"):
             write_it()
     assert (beside / "thesis.txt").read_text() == "precious" and not (tmp_path / "g").exists()
 
@@ -317,7 +320,7 @@ def test_a_file_in_the_place_of_a_folder_is_left_alone(tmp_path, base, out):
     delta = lora(base)
     for write_it in (lambda path: save_delta(path, delta), lambda path: export_hf(path, base), lambda path: claim(path, set()),
                      lambda path: has_work(path, {}, False), lambda path: locked(path).__enter__()):
-        with pytest.raises(UsageError, match="file.* cannot be (used as a folder|made)"):
+        with pytest.raises(InputError, match="file.* cannot be (used as a folder|made)"):
             write_it(tmp_path / out)
     assert (tmp_path / "file").read_text() == "precious" and [f.name for f in tmp_path.iterdir()] == ["file"]
 
@@ -329,14 +332,14 @@ def test_a_lock_or_folder_that_cannot_be_made_is_one_sentence_and_leaves_nothing
 
     words = f"run.*: cannot be made .{os.strerror(code)}|run: no room to write it"
     with monkeypatch.context() as patch:
-        patch.setattr(rt.folders, "write_all", fails)       # the file is there, and its text does not fit
-        with pytest.raises(UsageError, match=words), locked(tmp_path / "run"):
+        patch.setattr(rt.formats.atomic, "write_all", fails)       # the file is there, and its text does not fit
+        with pytest.raises(InputError, match=words), locked(tmp_path / "run"):
             pass
     with monkeypatch.context() as patch:
         patch.setattr(os, "mkdir", fails)
-        with pytest.raises(UsageError, match=words), atomic_folder(tmp_path / "run"):
+        with pytest.raises(InputError, match=words), atomic_folder(tmp_path / "run"):
             pass
-        with pytest.raises(UsageError, match=words), locked(tmp_path / "not" / "there" / "run"):
+        with pytest.raises(InputError, match=words), locked(tmp_path / "not" / "there" / "run"):
             pass
     assert not list(tmp_path.iterdir())
 
@@ -344,15 +347,15 @@ def test_a_lock_or_folder_that_cannot_be_made_is_one_sentence_and_leaves_nothing
 READ_ONLY = """
 from pathlib import Path
 import sys
-from rt.config import UsageError
-from rt.folders import atomic_folder, locked
+from rt.errors import InputError
+from rt.formats.atomic import atomic_folder, locked
 out = Path(sys.argv[1])
 for context in (locked(out / "run"), locked(out / "there"), locked(out / "a" / "b"), atomic_folder(out / "run"),
                 atomic_folder(out / "there")):
     try:
         with context:
             print("made")
-    except UsageError as error:
+    except InputError as error:
         print(error)
 """
 
@@ -372,10 +375,10 @@ def test_the_second_process_is_refused_with_pid_and_host(tmp_path):
     with locked(tmp_path / "run"):
         held = read_json(tmp_path / "run.lock")
         assert held["pid"] == os.getpid() and held["host"] == socket.gethostname()
-        with pytest.raises(UsageError, match=f"being written to by process {os.getpid()} on {socket.gethostname()} since"), \
+        with pytest.raises(InputError, match=f"being written to by process {os.getpid()} on {socket.gethostname()} since"), \
                 locked(tmp_path / "run"):
             pass
-        with pytest.raises(UsageError), locked(tmp_path / "there" / ".." / "run"):      # by another name
+        with pytest.raises(InputError), locked(tmp_path / "there" / ".." / "run"):      # by another name
             pass
     assert not list(tmp_path.glob("run*"))
     with pytest.raises(RuntimeError), locked(tmp_path / "run"):
@@ -389,7 +392,7 @@ def test_a_lock_that_a_killed_process_left_is_taken_over(tmp_path):
     assert began
     lock, host = tmp_path / "run.lock", socket.gethostname()
     write_json(lock, {"pid": child.pid, "host": host, "started": began, "since": "now"})
-    with pytest.raises(UsageError, match=f"process {child.pid}"), locked(tmp_path / "run"):
+    with pytest.raises(InputError, match=f"process {child.pid}"), locked(tmp_path / "run"):
         pass
     write_json(lock, {"pid": child.pid, "host": host, "started": began - 5, "since": "now"})    # its number went to another process
     with locked(tmp_path / "run"):
@@ -407,7 +410,7 @@ def test_a_lock_that_a_killed_process_left_is_taken_over(tmp_path):
     with locked(tmp_path / "run"):
         pass
     write_json(lock, {"pid": 1, "host": "elsewhere", "started": 1, "since": "yesterday"})
-    with pytest.raises(UsageError, match=f"1 on elsewhere since yesterday.*if it has gone, remove {lock}"), locked(tmp_path / "run"):
+    with pytest.raises(InputError, match=f"1 on elsewhere since yesterday.*if it has gone, remove {lock}"), locked(tmp_path / "run"):
         pass
     assert json.loads(lock.read_text())["host"] == "elsewhere" and [f.name for f in tmp_path.iterdir()] == ["run.lock"]
 
@@ -420,6 +423,6 @@ def test_a_file_that_is_no_lock_is_left_alone(tmp_path, content):
         lock.mkdir()
     else:
         lock.write_bytes(content)
-    with pytest.raises(UsageError, match="run.lock is where the lock of .* and is none"), locked(tmp_path / "run"):
+    with pytest.raises(InputError, match="run.lock is where the lock of .* and is none"), locked(tmp_path / "run"):
         pass
     assert lock.exists()

@@ -21,22 +21,26 @@ from safetensors.torch import load_file
 
 import recycle
 import train
-from rt import inspect, plot
-from rt.book import best_delta
-from rt.checkpoint import load_base, read_file, save_base
-from rt.config import UsageError, parse, run
-from rt.data import split_documents
-from rt.deltas import DeltaConfig, apply, attach, extract, load_delta, save_delta
-from rt.folders import seal
-from rt.hf import export_hf
-from rt.hub import open_base, open_delta
-from rt.log import write_json
+from rt.data import encode
+from rt.deltas import apply, attach, extract
+from rt.errors import InputError
+from rt.formats.atomic import seal
+from rt.formats.checkpoint import load_base, read_file, save_base
+from rt.formats.corpora import split_documents
+from rt.formats.delta_files import load_delta, save_delta
+from rt.formats.files import write_json
+from rt.formats.hf import export_hf
+from rt.formats.hub import open_base, open_delta
+from rt.formats.peft import export_peft
+from rt.formats.tasks import load_task, read_examples
+from rt.formats.tokenizer import load_tokenizer
+from rt.kinds import DeltaConfig
 from rt.model import MaskedLM
-from rt.peft import export_peft
-from rt.stream import RESUMABLE, has_work, is_done_again
-from rt.sweep import expand
-from rt.tasks import encode, load_task, read_examples
-from rt.tokenizer import load_tokenizer
+from rt.report import inspect, plot
+from rt.runs.config import parse, run
+from rt.runs.results import best_delta
+from rt.runs.resume import RESUMABLE, has_work, is_done_again
+from rt.runs.sweep import expand
 from rt.tune import encode_task
 
 MUTATED, LONG_MUTATED = 24, 4000         # cases a target, in CI and in the long run
@@ -211,7 +215,7 @@ def shown(folder: Path) -> None:
 
 def verified(folder: Path) -> None:
     if any("DIFFERS" in what for _, what, _ in inspect.verified(folder)):
-        raise UsageError("the hashes say so")
+        raise InputError("the hashes say so")
 
 
 def begun(folder: Path) -> None:
@@ -303,7 +307,7 @@ def checked(cls: type, argv: list[str]) -> None:
     if cls is recycle.Config:
         recycle.checked_modes(config)
     elif config.mode == "pretrain":
-        raise UsageError("read far enough")
+        raise InputError("read far enough")
     else:
         train.required(config, "base", "task")
 

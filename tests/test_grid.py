@@ -6,14 +6,14 @@ import torch
 from conftest import random_base
 
 import rt.optim
-from rt import grid
-from rt.config import UsageError
-from rt.data import PAD_SEQUENCES, side_by_side
-from rt.deltas import DeltaConfig, attach
-from rt.distill import Loss, TeacherCache
-from rt.grid import GridAdamW, GridRun, load, stack, trained
+from rt.data import PAD_SEQUENCES, Encoded, side_by_side
+from rt.deltas import attach
+from rt.errors import InputError
+from rt.kinds import DeltaConfig
+from rt.losses import Loss, TeacherCache
 from rt.optim import Watch, adamw
-from rt.tasks import Encoded
+from rt.speed import multi_run as grid
+from rt.speed.multi_run import GridAdamW, GridRun, load, stack, trained
 from rt.tune import TaskData, TuneSettings, predict, tune
 
 CPU = dict(device=torch.device("cpu"), precision=torch.float32)
@@ -182,7 +182,7 @@ def test_groups_are_halved_until_they_fit(tokenizer, monkeypatch):
     done = list(grid.tune_in_groups(runs, 0, **CPU))
     assert sizes == [4, 2, 1, 1, 1, 1] and done == runs and all(len(run.rows) == 6 for run in runs)
     monkeypatch.setattr(grid, "tune", lambda runs, **more: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
-    with pytest.raises(UsageError, match="not even one run fits"):
+    with pytest.raises(InputError, match="not even one run fits"):
         list(grid.tune_in_groups(runs, 0, **CPU))
 
 

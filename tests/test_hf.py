@@ -12,17 +12,19 @@ from conftest import command, here, write_task
 from safetensors.torch import load_file, save_file
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
-from rt.book import best_delta
-from rt.checkpoint import StaleDelta, load_base, save_base
-from rt.config import UsageError
-from rt.data import read_documents, sequences_batch
-from rt.deltas import DeltaConfig, apply, attach, extract, load_delta, save_delta
-from rt.hf import export_hf, load_hf
-from rt.hub import open_base, open_delta
+from rt.data import Example, encode, sequences_batch
+from rt.deltas import apply, attach, extract
+from rt.errors import InputError, StaleDelta
+from rt.formats.checkpoint import load_base, save_base
+from rt.formats.corpora import read_documents
+from rt.formats.delta_files import load_delta, save_delta
+from rt.formats.hf import export_hf, load_hf
+from rt.formats.hub import open_base, open_delta
+from rt.formats.peft import export_peft
+from rt.formats.tokenizer import Tokenizer
+from rt.kinds import DeltaConfig
 from rt.model import MaskedLM
-from rt.peft import export_peft
-from rt.tasks import Example, encode
-from rt.tokenizer import Tokenizer
+from rt.runs.results import best_delta
 from rt.tune import predict
 
 transformers = pytest.importorskip("transformers")
@@ -285,16 +287,16 @@ def test_what_is_not_supported_is_named(tokenizer_of, tmp_path):
                           ({"is_decoder": True}, "is_decoder True"), ({"vocab_size": None}, "vocab_size"),
                           ({"num_hidden_layers": 1}, "encoder.layer.1")):
         (folder / "config.json").write_text(json.dumps(facts | change))
-        with pytest.raises(UsageError, match=words):
+        with pytest.raises(InputError, match=words):
             load_hf(folder)
     (folder / "config.json").write_text(json.dumps(facts))
     weights = load_file(folder / "model.safetensors")
     save_file(weights | {"lm_head.decoder.weight": torch.zeros(tokenizer.vocab_size, 48)}, folder / "model.safetensors")
-    with pytest.raises(UsageError, match="scoring weights of its own"):
+    with pytest.raises(InputError, match="scoring weights of its own"):
         load_hf(folder)
     del weights["roberta.encoder.layer.1.output.dense.bias"]
     save_file(weights, folder / "model.safetensors")
-    with pytest.raises(UsageError, match="no tensor encoder.layer.1.output.dense.bias"):
+    with pytest.raises(InputError, match="no tensor encoder.layer.1.output.dense.bias"):
         load_hf(folder)
 
 
@@ -304,12 +306,12 @@ def test_a_tuned_model_that_does_not_fit_its_base_is_named(tokenizer_of, tmp_pat
     folder = saved(theirs("roberta", "SequenceClassification", tokenizer, num_labels=2), tokenizer, tmp_path / "tuned")
     assert open_delta(str(folder), base).labels == ("0", "1") and open_delta(str(folder), base, ("no", "yes")).labels == ("no", "yes")
     for labels in (("no",), ("no", "no"), ("a", "b", "c")):
-        with pytest.raises(UsageError, match="for a head of 2 outputs"):
+        with pytest.raises(InputError, match="for a head of 2 outputs"):
             open_delta(str(folder), base, labels)
-    with pytest.raises(UsageError, match="no head for sequence classification"):
+    with pytest.raises(InputError, match="no head for sequence classification"):
         open_delta(str(tmp_path / "base"), base)
     tokenizer_of["xlm-roberta"].save(folder)
-    with pytest.raises(UsageError, match="another vocabulary than the base's"):
+    with pytest.raises(InputError, match="another vocabulary than the base's"):
         open_delta(str(folder), base)
     (folder / "tokenizer.json").unlink()
     assert open_delta(str(folder), base).labels == ("0", "1")
@@ -318,9 +320,9 @@ def test_a_tuned_model_that_does_not_fit_its_base_is_named(tokenizer_of, tmp_pat
                           ({"id2label": ["a", "b"]}, "id2label is not an object"),
                           ({"num_attention_heads": 4}, "num_heads 4, the base has 3")):
         (folder / "config.json").write_text(json.dumps(facts | change))
-        with pytest.raises(UsageError, match=words):
+        with pytest.raises(InputError, match=words):
             open_delta(str(folder), base)
-    with pytest.raises(UsageError, match="nothing tuned there"):
+    with pytest.raises(InputError, match="nothing tuned there"):
         open_delta(str(tmp_path), base)
 
 
@@ -350,21 +352,21 @@ def test_an_adapter_without_a_task_type_is_a_classifiers_where_it_holds_one(base
     ({}, "", {"base_model.model.roberta.embeddings.word_embeddings.weight": torch.zeros(2, 2)}, "word_embeddings.weight is not supported"),
     ({}, "", {f"base_model.model.roberta.encoder.layer.9.output.dense.lora_{x}.weight": torch.zeros(2, 2) for x in "AB"}, "layer.9")])
 def test_an_adapter_that_cannot_be_used_is_named(change, drop, add, words, base, tmp_path):
-    with pytest.raises(UsageError, match=words):
+    with pytest.raises(InputError, match=words):
         open_delta(lora_folder(tmp_path / "a", base, change, drop, add), base)
 
 
 def test_what_cannot_be_exported_is_named(base, other_base, tmp_path):
-    with pytest.raises(UsageError, match="adapter cannot be merged"):
+    with pytest.raises(InputError, match="adapter cannot be merged"):
         export_hf(tmp_path / "out", base, trained(base, DeltaConfig("adapter")))
-    with pytest.raises(UsageError, match="for a delta of kind lora, this is full; --to hf merges it"):
+    with pytest.raises(InputError, match="for a delta of kind lora, this is full; --to hf merges it"):
         export_peft(tmp_path / "out", base, "x", trained(base, DeltaConfig("full")))
     for export in (lambda d: export_hf(tmp_path / "out", other_base, d), lambda d: export_peft(tmp_path / "out", other_base, "x", d)):
         with pytest.raises(StaleDelta):
             export(trained(base, DeltaConfig("lora")))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("all I have")
-    with pytest.raises(UsageError, match="holds other things"):
+    with pytest.raises(InputError, match="holds other things"):
         export_hf(tmp_path / "full", base)
     assert not (tmp_path / "out").exists() and (tmp_path / "full" / "thesis.tex").read_text() == "all I have"
 
@@ -374,7 +376,7 @@ def test_an_index_that_leads_out_of_the_folder_is_refused(place, tokenizer_of, t
     folder = saved(theirs("roberta", "MaskedLM", tokenizer_of["roberta"]), tokenizer_of["roberta"], tmp_path / "base")
     (folder / "model.safetensors").rename(tmp_path / "model-1.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"roberta.embeddings.LayerNorm.bias": place}}))
-    with pytest.raises(UsageError, match="shard beside it|weight_map"):
+    with pytest.raises(InputError, match="shard beside it|weight_map"):
         load_hf(folder)
 
 
@@ -384,10 +386,10 @@ def test_shards_that_are_missing_or_incomplete_are_named(tokenizer_of, tmp_path)
     shard = sorted(folder.glob("model-*.safetensors"))[0]
     weights = load_file(shard)
     save_file(dict(list(weights.items())[1:]), shard)
-    with pytest.raises(UsageError, match="the shards do not hold"):
+    with pytest.raises(InputError, match="the shards do not hold"):
         load_hf(folder)
     shard.unlink()
-    with pytest.raises(UsageError, match="the shard is missing"):
+    with pytest.raises(InputError, match="the shard is missing"):
         load_hf(folder)
 
 
@@ -401,7 +403,7 @@ def test_an_adapters_pickle_runs_nothing(base, tmp_path):
             return exec, (f"open({str(tmp_path / 'exploded')!r}, 'w')",)
 
     (folder / "adapter_model.bin").write_bytes(pickle.dumps({"w": Bomb()}))
-    with pytest.raises(UsageError, match="not a weights-only PyTorch file"):
+    with pytest.raises(InputError, match="not a weights-only PyTorch file"):
         open_delta(str(folder), base)
     assert not (tmp_path / "exploded").exists()
 
@@ -498,7 +500,7 @@ def test_a_roberta_with_token_types_that_its_tokenizer_uses_is_refused(tokenizer
     load_hf(folder)     # with one type there is no other to give
     facts = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(facts | {"type_vocab_size": 2}))
-    with pytest.raises(UsageError, match="a token type of its own, which is supported of bert only, not of roberta"):
+    with pytest.raises(InputError, match="a token type of its own, which is supported of bert only, not of roberta"):
         load_hf(folder)
 
 
@@ -515,13 +517,13 @@ def test_a_tuned_model_or_adapter_whose_tokenizer_makes_other_ids_is_refused(tok
             changed.backend.normalizer = normalizers.BertNormalizer(lowercase=False)
         plain = open_base(str(saved(theirs(family, "MaskedLM", changed), tokenizer_of[family], tmp_path / f"{family}-base")))
         folder = saved(theirs(family, "SequenceClassification", changed), changed, tmp_path / f"{family}-tuned")
-        with pytest.raises(UsageError, match="makes other ids of a text"):
+        with pytest.raises(InputError, match="makes other ids of a text"):
             open_delta(str(folder), plain)
     folder = lora_folder(tmp_path / "lora", base)
     base.tokenizer.save(folder)
     assert open_delta(folder, base).labels == LABELS
     prefixed(base.tokenizer).save(folder)
-    with pytest.raises(UsageError, match="makes other ids of a text"):
+    with pytest.raises(InputError, match="makes other ids of a text"):
         open_delta(folder, base)
 
 
@@ -552,7 +554,7 @@ def test_what_tokenizer_config_says_holds_and_a_vocabulary_alone_will_do(family,
     assert {token: backend.token_to_id(token) for token in more} == more
     japanese = layout == "vocabulary" and family == "bert"
     (folder / "tokenizer_config.json").write_text('{"word_tokenizer_type": "mecab"}' if japanese else "[")
-    with pytest.raises(UsageError, match="no tokenizer there" if japanese else "tokenizer_config.json: not valid JSON"):
+    with pytest.raises(InputError, match="no tokenizer there" if japanese else "tokenizer_config.json: not valid JSON"):
         load_hf(folder)
 
 
@@ -568,7 +570,7 @@ def test_settings_that_config_json_leaves_out_or_null_are_transformers_defaults(
             assert (config.layer_norm_eps, config.pad_id, config.dropout, config.attention_dropout) == (
                 plain.layer_norm_eps, plain.pad_token_id, plain.hidden_dropout_prob, plain.attention_probs_dropout_prob)
         (folder / "config.json").write_text(json.dumps(facts | {"layer_norm_eps": "1e-5"}))
-        with pytest.raises(UsageError, match="layer_norm_eps must be a number from zero on, and is '1e-5'"):
+        with pytest.raises(InputError, match="layer_norm_eps must be a number from zero on, and is '1e-5'"):
             load_hf(folder)
 
 
@@ -580,11 +582,11 @@ def test_a_bin_file_that_is_no_checkpoint_is_named(content, words, tokenizer_of,
     (folder / "model.safetensors").unlink()
     file = folder / "pytorch_model.bin"
     file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
-    with pytest.raises(UsageError, match=words):
+    with pytest.raises(InputError, match=words):
         load_hf(folder)
     if words == "Git LFS pointer":
         file.rename(folder / "model.safetensors")
-        with pytest.raises(UsageError, match=words):
+        with pytest.raises(InputError, match=words):
             load_hf(folder)
 
 

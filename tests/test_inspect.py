@@ -10,11 +10,13 @@ import pytest
 import torch
 from conftest import ROOT, random_base
 
-from rt import deltas
-from rt.checkpoint import save_base
-from rt.config import UsageError, run
-from rt.inspect import SETTINGS, encoder_count, header, inspect, main
+from rt import deltas, kinds
+from rt.errors import InputError
+from rt.formats import delta_files
+from rt.formats.checkpoint import save_base
 from rt.model import PRESETS, Encoder, EncoderConfig, MaskedLM
+from rt.report.inspect import SETTINGS, encoder_count, header, inspect, main
+from rt.runs.config import run
 
 LABELS = [f"label{i}" for i in range(10)]
 
@@ -39,7 +41,7 @@ def run_home(tokenizer, tmp_path_factory) -> Path:
             config = deltas.DeltaConfig("lora", r=4)
             info = {"task": "sick", "labels": LABELS, "seed": 3, "step": 25, "dev": {"accuracy": 0.5, "macro_f1": 0.25},
                     "test": {"accuracy": 0.4375}, "shots": 16, "argv": ["train.py", "--mode", "tune"]}
-            deltas.save_delta(home / "deltas" / "M1-sick", deltas.extract(deltas.attach(base, config, 10, seed=0), base, config, info))
+            delta_files.save_delta(home / "deltas" / "M1-sick", deltas.extract(deltas.attach(base, config, 10, seed=0), base, config, info))
     (home / "metrics.jsonl").write_text('{"stage": "M0", "step": 1, "loss": 6.0}\n' * 3)
     (home / "summary.json").write_text(json.dumps({"stages": [{"name": "M0", "domain": "bio"}], "argv": ["train.py"]}))
     return home
@@ -102,7 +104,7 @@ def test_a_delta_and_the_base_it_was_learned_on(run_home, tokenizer, tmp_path):
 
 
 def test_the_settings_shown_are_those_that_a_kind_uses(tokenizer):
-    assert SETTINGS == deltas.USED
+    assert SETTINGS == kinds.USED
     for family in ("roberta", "bert"):
         encoder = Encoder(EncoderConfig(tokenizer.vocab_size, pad_id=tokenizer.pad_id, model_type=family, sep_id=2, **PRESETS["tiny"]))
         assert encoder_count(asdict(encoder.config)) == sum(p.numel() for p in encoder.parameters())
@@ -167,12 +169,12 @@ def test_a_damaged_file_is_one_sentence(damage, run_home, tokenizer, tmp_path):
     path = tmp_path / "M0" / "model.safetensors"
     assert header(path)["head.bias"] == {"dtype": "F32", "shape": [tokenizer.vocab_size]}
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UsageError, match="M0/model.safetensors: not a readable safetensors file"):
+    with pytest.raises(InputError, match="M0/model.safetensors: not a readable safetensors file"):
         inspect(tmp_path / "M0")
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ([], "what? python -m rt.inspect PATH"), (["nowhere"], "nowhere: nothing known here"), (["empty"], "empty: nothing known here"),
+    ([], "what? python -m rt.report.inspect PATH"), (["nowhere"], "nowhere: nothing known here"), (["empty"], "empty: nothing known here"),
     (["corpus"], "nothing known here"), (["hollow"], "model.safetensors: there is no such file"), (["bad"], "not valid JSON"),
     (["odd"], "its JSON does not hold what it should")])
 def test_bad_input_is_one_sentence_and_exit_code_2(arguments, words, tmp_path, run_home, monkeypatch, capsys):
@@ -214,7 +216,7 @@ def test_verify_hashes_a_run_again_and_names_what_differs(run_home, tmp_path, ca
         str(run_ / "M0"): f"DIFFERS: {run_ / 'M0' / 'meta.json'}: there is no such file", str(run_ / "M1"): "DIFFERS: model.safetensors",
         str(run_ / "M1-t00002"): "has no hashes: written before there were any", str(run_ / "M2"): "DIFFERS: model.safetensors",
         str(run_ / "deltas" / "M1-sick"): "DIFFERS: delta.json"}
-    with pytest.raises(UsageError, match="no base or delta of ours there"):
+    with pytest.raises(InputError, match="no base or delta of ours there"):
         main(["--verify", str(tmp_path / "nothing")])
 
 

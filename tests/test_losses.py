@@ -8,11 +8,11 @@ from conftest import random_base
 
 from kernels import hidden_mse, kd_loss, linear_cross_entropy
 from kernels.linear_loss import linear_kd
-from rt.deltas import DeltaConfig, attach
-from rt.distill import Loss, TeacherCache, run_teacher, task_loss
-from rt.functional import weights_of
+from rt.data import Encoded
+from rt.deltas import attach
+from rt.kinds import DeltaConfig
+from rt.losses import Loss, TeacherCache, run_teacher, task_loss, weights_of
 from rt.model import Trace
-from rt.tasks import Encoded
 
 
 def logits(rows=6, C=5, seed=0, scale=3.0):

@@ -7,14 +7,16 @@ from pathlib import Path
 import pytest
 from conftest import here, random_base, write_task
 
-from rt.checkpoint import load_base, save_base
-from rt.config import UsageError
-from rt.deltas import DeltaConfig, attach, extract, load_delta, save_delta
-from rt.log import read_json, write_json
+from rt.deltas import attach, extract
+from rt.errors import InputError
+from rt.formats.checkpoint import load_base, save_base
+from rt.formats.delta_files import load_delta, save_delta
+from rt.formats.files import read_json, write_json
+from rt.formats.tasks import load_task
+from rt.formats.tokenizer import load_tokenizer, train_tokenizer
+from rt.kinds import DeltaConfig
 from rt.model import MaskedLM
-from rt.stream import check_content
-from rt.tasks import load_task
-from rt.tokenizer import load_tokenizer, train_tokenizer
+from rt.runs.resume import check_content
 
 ROWS = [{"text": f"a graph of {i} nodes", "label": "ab"[i % 2]} for i in range(12)]
 FAST = ("--device", "cpu", "--precision", "fp32")
@@ -45,7 +47,7 @@ def test_a_delta_on_another_base_tokenizer_or_architecture_is_an_error(home, tmp
     assert "with another tokenizer" in error or "vocab_size" in error
     folder = shutil.copytree(home / "M0", tmp_path / "M0")
     shutil.copy(home / "other" / "tokenizer.json", folder)
-    with pytest.raises(UsageError, match="the tokenizer are not those|tokenizer.json"):
+    with pytest.raises(InputError, match="the tokenizer are not those|tokenizer.json"):
         load_base(folder)
 
 
@@ -113,7 +115,7 @@ def test_a_head_with_other_labels_than_its_delta_says_is_an_error(home, tmp_path
     for labels in (["a", "b"], ["a", "b", "c", "d"], ["a", "b", "b"], []):
         facts = {k: v for k, v in read_json(tmp_path / "d" / "delta.json").items() if k != "sha256"}
         write_json(tmp_path / "d" / "delta.json", facts | {"info": facts["info"] | {"labels": labels}})
-        with pytest.raises(UsageError, match="are not those of a head of 3 outputs"):
+        with pytest.raises(InputError, match="are not those of a head of 3 outputs"):
             load_delta(tmp_path / "d")
 
 
@@ -153,7 +155,7 @@ def test_content_that_was_not_noted_is_not_compared(tmp_path):
     check_content(tmp_path, {"tokenizer": "1"})
     write_json(tmp_path / "config.json", {"lr": 1, "content": {"tokenizer": "1", "corpus a": ""}})
     check_content(tmp_path, {"tokenizer": "1", "corpus a": "2", "corpus b": "3", "--init": None})
-    with pytest.raises(UsageError, match="tokenizer has changed"):
+    with pytest.raises(InputError, match="tokenizer has changed"):
         check_content(tmp_path, {"tokenizer": "2"})
 
 
@@ -164,7 +166,7 @@ def test_content_that_was_not_noted_is_not_compared(tmp_path):
     ([{"text": "x", "label": "\x1b[31m"}, {"text": "y", "label": "c"}], "holds control characters"),
     ([{"text": "x", "label": "  "}, {"text": "y", "label": "c"}], "is blank")])
 def test_labels_that_say_two_things_are_an_error(rows, words, tmp_path):
-    with pytest.raises(UsageError) as error:
+    with pytest.raises(InputError) as error:
         load_task(write_task(tmp_path / "task", dict.fromkeys(("train", "dev", "test"), rows)))
     assert words in str(error.value) and "train.jsonl, line" in str(error.value)
 
@@ -178,7 +180,7 @@ def test_labels_that_say_two_things_are_an_error(rows, words, tmp_path):
 def test_tables_that_say_two_things_or_nothing_are_an_error(name, content, words, tmp_path):
     for part in ("train", "dev", "test"):
         (tmp_path / f"{part}.{name}").write_bytes(content)
-    with pytest.raises(UsageError) as error:
+    with pytest.raises(InputError) as error:
         load_task(tmp_path)
     assert words in str(error.value) and f"train.{name}" in str(error.value)
 

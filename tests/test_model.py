@@ -7,13 +7,13 @@ import torch
 from conftest import random_base
 
 from kernels import dropout
-from rt.data import sequences_batch
-from rt.deltas import DeltaConfig, attach
-from rt.distill import Loss, run_teacher
-from rt.hf import classification_head_state, load_hf
+from rt.data import Encoded, sequences_batch
+from rt.deltas import attach
+from rt.formats.hf import classification_head_state, load_hf
+from rt.kinds import DeltaConfig
+from rt.losses import Loss, run_teacher
 from rt.model import ClassificationHead, Classifier, MaskedLM, Trace
 from rt.pretrain import mlm_loss
-from rt.tasks import Encoded
 
 
 def padded(sequences, pad_id):

@@ -18,20 +18,23 @@ import torch
 from conftest import ROOT, bounded, random_base, write_task
 from safetensors.torch import load_file, save_file
 
-from rt.book import best_delta
-from rt.checkpoint import load_base, read_file, read_tensors, read_torch, save_base
-from rt.config import UsageError, sentence
-from rt.data import build_corpus, read_documents
-from rt.deltas import DeltaConfig, apply, attach, extract, load_delta, save_delta
-from rt.hf import export_hf
-from rt.hub import is_hub_id, open_base, open_delta
-from rt.log import read_json, read_rows, write_json
+from rt.deltas import apply, attach, extract
+from rt.errors import InputError
+from rt.formats.checkpoint import load_base, read_file, read_tensors, read_torch, save_base
+from rt.formats.corpora import build_corpus, read_documents
+from rt.formats.delta_files import load_delta, save_delta
+from rt.formats.files import read_json, read_rows, write_json
+from rt.formats.hf import export_hf
+from rt.formats.hub import is_hub_id, open_base, open_delta
+from rt.formats.peft import export_peft
+from rt.formats.tasks import load_task
+from rt.formats.tokenizer import load_tokenizer
+from rt.formats.untrusted import JSON_BYTES, LINE_BYTES, header, parse_json
+from rt.kinds import DeltaConfig
 from rt.model import MaskedLM
 from rt.optim import adamw, load_state
-from rt.outside import JSON_BYTES, LINE_BYTES, header, parse_json
-from rt.peft import export_peft
-from rt.tasks import load_task
-from rt.tokenizer import load_tokenizer
+from rt.runs.config import sentence
+from rt.runs.results import best_delta
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,7 @@ def home(tokenizer, tmp_path_factory) -> Path:
 
 def said(call, *arguments) -> str:
     """The sentence with which a call is refused, in bounded time and memory."""
-    with bounded(), pytest.raises(UsageError) as error:
+    with bounded(), pytest.raises(InputError) as error:
         call(*arguments)
     assert "allocat" not in str(error.value) and "\n" not in sentence(error.value)
     return str(error.value)
@@ -317,7 +320,7 @@ def test_json_is_bounded(tmp_path):
                                         ("a.txt.xz", lambda text: lzma.compress(text, preset=0))])
 def test_a_line_of_100_mb_is_refused_without_being_held(name, pack, tmp_path):
     (tmp_path / name).write_bytes(pack(b"x" * 10**8))
-    with bounded(10, 80), pytest.raises(UsageError, match=f"{name}, line 1: is longer than {LINE_BYTES >> 20} MB"):
+    with bounded(10, 80), pytest.raises(InputError, match=f"{name}, line 1: is longer than {LINE_BYTES >> 20} MB"):
         list(read_documents(tmp_path / name))
 
 
@@ -402,8 +405,8 @@ import socket, time
 def refuse(*_, **__):
     raise OSError(101, "Network is unreachable")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-from rt.config import run
-from rt.hub import open_base
+from rt.runs.config import run
+from rt.formats.hub import open_base
 started = time.monotonic()
 try:
     run(lambda: open_base("nobody/no-such-model"))
@@ -421,6 +424,6 @@ def test_without_a_connection_a_hub_id_is_one_sentence_at_once(tmp_path):
 
 
 def test_a_sentence_is_one_line_whatever_it_quotes():
-    assert sentence(UsageError("a\nb\x1b[31m\ud800\u2028ü")) == "a\\nb\\x1b[31m\\ud800\\u2028ü"
-    assert len(sentence(UsageError("x" * 10**6))) < 1100
+    assert sentence(InputError("a\nb\x1b[31m\ud800\u2028ü")) == "a\\nb\\x1b[31m\\ud800\\u2028ü"
+    assert len(sentence(InputError("x" * 10**6))) < 1100
     assert parse_json("[1, NaN]", "x")[0] == 1

@@ -11,15 +11,19 @@ from test_pretrain import rows  # noqa: F401  (a fixture)
 from test_tune import run, toy  # noqa: F401  (toy is one)
 from torch.utils.flop_counter import FlopCounterMode
 
-from rt import grid, log, pace
-from rt.deltas import DeltaConfig, attach
-from rt.device import peak_flops
-from rt.dist import Ranks
-from rt.distill import Loss
-from rt.log import Log, read_rows
+from rt.deltas import attach
+from rt.formats.files import read_rows
+from rt.kinds import DeltaConfig
+from rt.losses import Loss
 from rt.model import PRESETS, EncoderConfig, MaskedLM, new_masked_lm
-from rt.pace import Pace, step_flops
 from rt.pretrain import PretrainSettings, Stage, mlm_loss
+from rt.runs import log
+from rt.runs.log import Log
+from rt.speed import multi_run as grid
+from rt.speed import throughput as pace
+from rt.speed.device import peak_flops
+from rt.speed.dist import Ranks
+from rt.speed.throughput import Pace, step_flops
 from rt.tune import TuneSettings
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")

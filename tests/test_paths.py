@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from conftest import random_base
 
-from rt import paths
-from rt.config import UsageError
-from rt.deltas import DeltaConfig, attach
-from rt.functional import weights_of
+from rt import analysis as paths
+from rt.data import Encoded
+from rt.deltas import attach
+from rt.errors import InputError
+from rt.kinds import DeltaConfig
+from rt.losses import weights_of
 from rt.model import Classifier
-from rt.tasks import Encoded
 from rt.tune import TaskData, TuneSettings, evaluate, predict
 
 CPU = dict(device=torch.device("cpu"), precision=torch.float32)
@@ -134,5 +135,5 @@ def test_equal_ends_need_no_control_and_a_diverged_curve_is_an_error(tokenizer):
     said = said_by(model)
     task, a = TaskData("t", ("a", "b", "c"), said, said, said), weights_of(model)
     assert paths.train_control(model, a, a, task, TuneSettings(2, 8, 1e-3, 1, seed=0), **CPU) == {}
-    with pytest.raises(UsageError, match="the curve's loss is"):
+    with pytest.raises(InputError, match="the curve's loss is"):
         paths.train_control(model, a, weights_of(other), task, TuneSettings(8, 8, 1e30, 4, seed=0), **CPU)

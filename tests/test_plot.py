@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from rt import plot
-from rt.config import UsageError, run
-from rt.log import FIGURES, claim
-from rt.plot import main, open_run, sparklines, thinned
-from rt.stream import has_work
+from rt.errors import InputError
+from rt.formats.files import FIGURES, claim
+from rt.report import plot
+from rt.report.plot import main, open_run, sparklines, thinned
+from rt.runs.config import run
+from rt.runs.resume import has_work
 
 DEMO = ROOT / "results" / "demo"
 
@@ -271,7 +272,7 @@ def test_figures_are_in_nobodys_way(tmp_path):
     claim(tmp_path, {FIGURES})
     assert has_work(tmp_path, {}, resume=False)
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(UsageError, match="figures, thesis.tex"):
+    with pytest.raises(InputError, match="figures, thesis.tex"):
         claim(tmp_path, set())      # where no run is, as in exporting, they are somebody's
-    with pytest.raises(UsageError, match="holds other things than a stream of bases"):
+    with pytest.raises(InputError, match="holds other things than a stream of bases"):
         has_work(tmp_path, {}, resume=False)

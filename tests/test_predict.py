@@ -12,13 +12,16 @@ import pytest
 import torch
 from conftest import ROOT, here, random_base
 
-from rt import predict
-from rt.checkpoint import save_base
-from rt.config import UsageError
-from rt.data import STDIN
-from rt.deltas import DeltaConfig, attach, extract, save_delta
+from rt.data import Example
+from rt.deltas import attach, extract
+from rt.errors import InputError
+from rt.formats.checkpoint import save_base
+from rt.formats.corpora import STDIN
+from rt.formats.delta_files import save_delta
+from rt.formats.tasks import read_examples
+from rt.kinds import DeltaConfig
 from rt.model import MaskedLM
-from rt.tasks import Example, read_examples
+from rt.runs import predict
 
 TEXTS = [f"Returns the {'complete ' * (i % 5)}graph number {i}, \"é\"." for i in range(23)]
 CPU = {"device": torch.device("cpu"), "precision": torch.float32}
@@ -192,7 +195,7 @@ def test_a_full_disk_is_one_sentence(length):
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full")
     full = SimpleNamespace(open=lambda *a, **k: open("/dev/full", *a, **k))
-    with pytest.raises(UsageError, match="cannot be written after 0 texts .No space left"):
+    with pytest.raises(InputError, match="cannot be written after 0 texts .No space left"):
         predict.write_answers([([{"text": "x" * length}], 0)], full, STDIN)
 
 

@@ -9,13 +9,14 @@ import time
 import pytest
 import torch
 
-from rt.config import UsageError
-from rt.data import Rows, build_corpus
-from rt.dist import Ranks
-from rt.graphs import check_graphs, compiled
+from rt.data import Rows
+from rt.errors import InputError
+from rt.formats.corpora import build_corpus
 from rt.model import PRESETS, EncoderConfig, new_masked_lm, set_dropout
 from rt.optim import adamw, schedule
 from rt.pretrain import PretrainSettings, ahead, evaluate_mlm, pretrain, shares
+from rt.speed.dist import Ranks
+from rt.speed.graphs import check_graphs, compiled
 
 CPU = {"device": torch.device("cpu"), "precision": torch.float32}
 
@@ -56,7 +57,7 @@ def test_accumulation_is_the_same_step_in_parts(rows, tokenizer):
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_advice(rows, tokenizer):
-    with pytest.raises(UsageError, match="lower --lr"):
+    with pytest.raises(InputError, match="lower --lr"):
         trained(rows, tokenizer, 30, lr=1e18, clip=1e30)
 
 
@@ -76,10 +77,10 @@ def test_items_come_from_another_thread_in_order_and_no_further_ahead_than_asked
 def test_an_error_of_the_other_thread_is_raised_here_and_leaving_ends_it():
     def items():
         yield from range(3)
-        raise UsageError("line 4: bad")
+        raise InputError("line 4: bad")
     got = ahead(items())
     assert list(itertools.islice(got, 3)) == [0, 1, 2]
-    with pytest.raises(UsageError, match="line 4"):
+    with pytest.raises(InputError, match="line 4"):
         next(got)
     endless = ahead(threading.current_thread() for _ in itertools.count())
     thread = next(endless)
@@ -117,7 +118,7 @@ def test_rows_fetched_late_are_the_same_and_the_model_is_exact_where_asked(rows,
 def test_the_step_without_a_finite_loss_is_named_when_seen_late(rows, tokenizer):
     seen = []
     for log_every in (1, 7):
-        with pytest.raises(UsageError, match="lower --lr") as error:
+        with pytest.raises(InputError, match="lower --lr") as error:
             trained(rows, tokenizer, 30, lr=1e18, clip=1e30, log_every=log_every)
         seen.append(str(error.value))
     assert seen[0] == seen[1]
@@ -150,9 +151,9 @@ def test_a_block_is_one_graph_with_our_ops_inside(device, base, batch, monkeypat
 
 
 def test_graphs_need_one_gpu():
-    with pytest.raises(UsageError, match="--device cuda"):
+    with pytest.raises(InputError, match="--device cuda"):
         check_graphs(True, Ranks(torch.device("cpu")))
-    with pytest.raises(UsageError, match="for one GPU"):
+    with pytest.raises(InputError, match="for one GPU"):
         check_graphs(True, Ranks(torch.device("cuda", 0), 1, 2))
     check_graphs(False, Ranks(torch.device("cpu")))
 

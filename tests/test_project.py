@@ -5,13 +5,13 @@ import pytest
 import torch
 from conftest import random_base
 
-from rt.checkpoint import Base, StaleDelta, fingerprint
-from rt.config import UsageError
-from rt.deltas import KINDS, DeltaConfig, apply, attach, extract
-from rt.distill import Loss, run_teacher
+from rt.data import Encoded
+from rt.deltas import Base, apply, attach, extract, fingerprint
+from rt.errors import InputError, StaleDelta
+from rt.kinds import KINDS, DeltaConfig
+from rt.losses import Loss, run_teacher
 from rt.model import new_masked_lm, set_dropout
-from rt.project import Projection, learn_projection, project, student_weights, tensors_of
-from rt.tasks import Encoded
+from rt.transport import Projection, learn_projection, project, student_weights, tensors_of
 from rt.tune import TaskData, TuneSettings, evaluate, predict, score
 
 CPU = dict(device=torch.device("cpu"), precision=torch.float32)
@@ -90,7 +90,7 @@ def test_the_map_is_the_formula_with_the_n_by_n_matrix(base, residual, with_head
 def test_auto_is_by_tensors_for_full_and_flat_for_others(base):
     for kind, expected in (("full", "tensor"), ("bitfit", "flat")):
         assert Projection([tuned(base, kind, "a")], 2, "auto", False, False, seed=0).about()["granularity"] == expected
-    with pytest.raises(UsageError, match="granularity 'rows': not one of auto, flat, tensor"):
+    with pytest.raises(InputError, match="granularity 'rows': not one of auto, flat, tensor"):
         Projection([tuned(base, "lora", "a")], 2, "rows", False, False, seed=0)
 
 
@@ -170,16 +170,16 @@ def test_what_does_not_fit_is_one_sentence(base, other_base, tokenizer):
     delta, settings = tuned(base, "lora", "a"), TuneSettings(1, 8, 1e-3, 1, seed=0)
     data = task_of(delta, base, 0)
     rest = dict(r=2, granularity="auto", residual=False, **LOSS)
-    with pytest.raises(UsageError, match="deltas of one kind and size"):
+    with pytest.raises(InputError, match="deltas of one kind and size"):
         learn_projection(base, other_base, [(delta, data), (tuned(base, "bitfit", "b"), replace(data, labels=("b0", "b1", "b2")))],
                          settings, **rest)
-    with pytest.raises(UsageError, match="other labels than the source task"):
+    with pytest.raises(InputError, match="other labels than the source task"):
         learn_projection(base, other_base, [(delta, replace(data, labels=("x", "y", "z")))], settings, **rest)
     with pytest.raises(StaleDelta):
         learn_projection(other_base, base, [(delta, data)], settings, **rest)
-    with pytest.raises(UsageError, match="use deltas of one kind, base and size"):
+    with pytest.raises(InputError, match="use deltas of one kind, base and size"):
         project(Projection([delta], 2, "auto", False, False, seed=0), tuned(base, "bitfit", "b"))
-    with pytest.raises(UsageError, match="use deltas of one kind, base and size"):      # heads of other sizes, where heads are mapped
+    with pytest.raises(InputError, match="use deltas of one kind, base and size"):      # heads of other sizes, where heads are mapped
         project(Projection([delta], 2, "auto", False, True, seed=0), tuned(base, "lora", "b", labels=5))
-    with pytest.raises(UsageError, match="more than 10 of the projection's steps in a row before step 13 .*: lower --lr"):
+    with pytest.raises(InputError, match="more than 10 of the projection's steps in a row before step 13 .*: lower --lr"):
         learn_projection(base, other_base, [(delta, data)], replace(settings, steps=20, eval_every=4), **{**rest, "beta": float("nan")})

@@ -20,7 +20,8 @@ SCRIPT = """
 import os, signal, sys
 import train
 from rt import data
-from rt.config import UsageError, run
+from rt.errors import InputError
+from rt.runs.config import run
 
 other = os.environ["OTHER"].split() if os.environ["RANK"] == os.environ["WHO"] else []
 if other and other[0] == "--":
@@ -32,7 +33,7 @@ elif other:
         if len(steps) == 9:     # of which three are made ahead
             if other[0] == "KILL":
                 os.kill(os.getpid(), signal.SIGKILL)
-            raise {"UsageError": UsageError, "RuntimeError": RuntimeError}[other[0]]("this batch is bad")
+            raise {"InputError": InputError, "RuntimeError": RuntimeError}[other[0]]("this batch is bad")
         return whole(self, numbers)
     data.Rows.masked = masked
 run(train.main)
@@ -80,7 +81,7 @@ def test_a_killed_rank_ends_all_and_the_run_is_gone_on_with(home, tmp_path):
 
 
 @pytest.mark.parametrize("other, words", [
-    ("UsageError", "error: this batch is bad"), ("-- --lr 0.5", "--lr is 0.5 on rank 1 and None on rank 0")])
+    ("InputError", "error: this batch is bad"), ("-- --lr 0.5", "--lr is 0.5 on rank 1 and None on rank 0")])
 def test_a_rank_that_raises_or_has_other_flags_ends_all_in_a_sentence(other, words, home, tmp_path):
     *errors, said = ended(home, tmp_path / "out", other)
     assert any(words in error for error in errors), said
@@ -89,7 +90,7 @@ def test_a_rank_that_raises_or_has_other_flags_ends_all_in_a_sentence(other, wor
 
 @pytest.mark.marathon
 @pytest.mark.parametrize("ranks, who, other, words", [
-    (4, 3, "RuntimeError", "error: rank 3: RuntimeError: this batch is bad"), (4, 0, "UsageError", "error: this batch is bad"),
+    (4, 3, "RuntimeError", "error: rank 3: RuntimeError: this batch is bad"), (4, 0, "InputError", "error: this batch is bad"),
     (3, 0, "KILL", "Signal 9 (SIGKILL)"), (3, 2, "-- --no_such_flag", "there is no flag --no_such_flag"),
     (2, 0, "RuntimeError", "rank 0: RuntimeError"),
     (4, 2, "-- --stream TWO", "--stream is"), (2, 1, "-- --mode tune", "--mode tune is for one process"), (4, 1, "KILL", "Signal 9")])

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, here, random_base, write_task
 
-from rt.checkpoint import save_base
-from rt.config import parse
-from rt.deltas import DeltaConfig, attach, extract, save_delta
-from rt.hf import export_hf
+from rt.deltas import attach, extract
+from rt.formats.checkpoint import save_base
+from rt.formats.delta_files import save_delta
+from rt.formats.hf import export_hf
+from rt.formats.peft import export_peft
+from rt.kinds import DeltaConfig
 from rt.model import MaskedLM
-from rt.peft import export_peft
+from rt.runs.config import parse
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TREE = README.split("## The tree")[1].split("## ")[0]
@@ -161,7 +163,7 @@ def test_flags_and_functions_that_the_pages_name_are_there():
     import recycle
     import train
     from bench import cell
-    from rt import inspect
+    from rt.report import inspect
     known = {name for script in (train, recycle, analyze, cell, inspect) for name in vars(parse(script.Config, []))}
     for page in PAGES[:1]:
         for words in (w for _, marker, language, code in blocks() if language == "sh" and not marker.startswith("run by")

@@ -4,8 +4,9 @@ import itertools
 import pytest
 from conftest import ROOT
 
-from rt.data import split_documents
-from rt.tasks import few_shot, load_task
+from rt.data import few_shot
+from rt.formats.corpora import split_documents
+from rt.formats.tasks import load_task
 
 REAL = ROOT.parent / "shared" / "realdata"
 pytestmark = pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} is not there")

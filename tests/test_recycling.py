@@ -6,17 +6,17 @@ import pytest
 import torch
 from conftest import random_base
 
-from rt.book import is_complete, origin_of
-from rt.checkpoint import StaleDelta, fingerprint
-from rt.config import UsageError
-from rt.deltas import DeltaConfig, apply, attach, extract, save_delta
-from rt.distill import Loss
-from rt.functional import weights_of
-from rt.log import write_json
+from rt.data import Encoded
+from rt.deltas import apply, attach, extract, fingerprint
+from rt.errors import InputError, StaleDelta
+from rt.formats.delta_files import save_delta
+from rt.formats.files import write_json
+from rt.kinds import DeltaConfig
+from rt.losses import Loss, weights_of
 from rt.model import EncoderConfig, Trace, new_masked_lm
-from rt.project import Projection
 from rt.recycling import MODES, TRAINED, Recycling, chain, check, new_delta, recycle, start_fresh, start_from_old, teacher_model, teacher_of
-from rt.tasks import Encoded
+from rt.runs.results import is_complete, origin_of
+from rt.transport import Projection
 from rt.tune import TaskData, TuneSettings, evaluate, predict
 
 CPU = dict(device=torch.device("cpu"), precision=torch.float32)
@@ -110,7 +110,7 @@ def test_gamma_brings_the_students_attention_maps_to_the_teachers(recycling, att
     recycle(recycling, "distill")       # and through the mode itself
     recycling.base.encoder.config = EncoderConfig(600, num_layers=3, num_heads=2)
     if att_layers == "all":
-        with pytest.raises(UsageError, match="--att_layers all the layers too"):
+        with pytest.raises(InputError, match="--att_layers all the layers too"):
             recycle(recycling, "distill")
 
 
@@ -121,13 +121,13 @@ def test_other_labels_get_a_fresh_head_in_init_and_are_refused_elsewhere(recycli
     name = next(iter(recycling.old_delta.modules))
     assert torch.equal(dict(model.encoder.named_parameters())[name], recycling.old_delta.modules[name])
     for mode in ("apply", "distill", "init+distill"):
-        with pytest.raises(UsageError, match="labels"):
+        with pytest.raises(InputError, match="labels"):
             recycle(recycling, mode)
 
 
 def test_init_refuses_another_kind_and_distill_does_not(recycling):
     recycling.config = DeltaConfig("lora")
-    with pytest.raises(UsageError, match="init continues the old delta .*adapter"):
+    with pytest.raises(InputError, match="init continues the old delta .*adapter"):
         recycle(recycling, "init")
     recycle(recycling, "distill")
 
@@ -144,7 +144,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(recycling):
         fingerprint = vocabulary = "another"
     recycling.old_base.tokenizer = Other
     recycling.old_delta.info["tokenizer"] = "another"
-    with pytest.raises(UsageError, match="one vocabulary"):
+    with pytest.raises(InputError, match="one vocabulary"):
         recycle(recycling, "distill")
 
 
@@ -162,10 +162,10 @@ def test_itp_runs_through_both_modes_and_needs_equal_deltas_and_bases(recycling)
             losses.append([row["loss"] for row in rows])
         assert losses[1] == losses[2] and losses[0][1:] != losses[1][1:]
     recycle(replace(recycling, itp=2, config=DeltaConfig("lora")), "scratch")       # which has no teacher
-    with pytest.raises(UsageError, match="--itp draws a line .* weight by weight"):
+    with pytest.raises(InputError, match="--itp draws a line .* weight by weight"):
         recycle(replace(recycling, itp=2, config=DeltaConfig("lora")), "distill")
     recycling.base.encoder.config = replace(recycling.base.encoder.config, ffn_size=7)
-    with pytest.raises(UsageError, match="other sizes"):
+    with pytest.raises(InputError, match="other sizes"):
         recycle(replace(recycling, itp=2), "distill")
 
 
@@ -231,7 +231,7 @@ def test_scratch_in_a_chain_is_one_run_a_base(recycling, bases):
     class Other:
         fingerprint = vocabulary = "another"
     bases["M2"].tokenizer = Other
-    with pytest.raises(UsageError, match="one vocabulary"):
+    with pytest.raises(InputError, match="one vocabulary"):
         next(chain(recycling, "scratch", bases))
 
 
@@ -259,7 +259,7 @@ def test_a_run_of_a_sweep_is_known_by_the_content_of_what_it_was_made_from(recyc
 def test_bases_of_other_sizes_are_refused_before_anything_is_trained(recycling, mode):
     config = replace(recycling.base.encoder.config, num_layers=3)
     wider = replace(recycling.base, encoder=new_masked_lm(config, 0).encoder)
-    with pytest.raises(UsageError, match="--beta compares hidden states" if mode == "distill" else "num_layers"):
+    with pytest.raises(InputError, match="--beta compares hidden states" if mode == "distill" else "num_layers"):
         check(replace(recycling, base=wider), mode)
     if mode == "distill":
         check(replace(recycling, base=wider, beta=0.0), mode)

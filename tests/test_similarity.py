@@ -7,10 +7,11 @@ import torch
 from conftest import random_base
 
 from kernels import attention
-from rt import similarity
+from rt import analysis as similarity
 from rt.data import sequences_batch
-from rt.deltas import DeltaConfig, attach
-from rt.functional import weights_of
+from rt.deltas import attach
+from rt.kinds import DeltaConfig
+from rt.losses import weights_of
 from rt.model import Classifier
 
 CPU = torch.device("cpu")

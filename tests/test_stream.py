@@ -3,10 +3,10 @@ import json
 
 import pytest
 
-from rt.config import UsageError
-from rt.log import write_json
-from rt.stream import has_work, is_done_again, stage_of, table_of
-from rt.summary import forgetting_table
+from rt.errors import InputError
+from rt.formats.files import write_json
+from rt.runs.resume import has_work, is_done_again, stage_of, table_of
+from rt.runs.summary import forgetting_table
 
 
 def test_a_run_begins_goes_on_or_is_complete_and_overwrites_nothing(tmp_path):
@@ -14,15 +14,15 @@ def test_a_run_begins_goes_on_or_is_complete_and_overwrites_nothing(tmp_path):
     out = tmp_path / "run"
     assert has_work(out, settings, resume=False) and has_work(out, settings, resume=True)
     write_json(out / "config.json", settings)
-    with pytest.raises(UsageError, match="unfinished run: add --resume"):
+    with pytest.raises(InputError, match="unfinished run: add --resume"):
         has_work(out, settings, resume=False)
     assert has_work(out, settings, resume=True)
     assert has_work(out, settings | {"came_later": "hf"}, resume=True)      # a flag that there was not yet changed nothing
-    with pytest.raises(UsageError, match=r"begun with --stream \['a', 'b'\], not \['a'\]"):
+    with pytest.raises(InputError, match=r"begun with --stream \['a', 'b'\], not \['a'\]"):
         has_work(out, settings | {"stream": ["a"]}, resume=True)
     write_json(out / "summary.json", {})
     assert not has_work(out, settings, resume=False) and not has_work(out, settings, resume=True)
-    with pytest.raises(UsageError, match="other things than a stream"):
+    with pytest.raises(InputError, match="other things than a stream"):
         has_work(tmp_path, settings, resume=True)
 
 
@@ -32,10 +32,10 @@ def test_what_a_complete_run_does_not_hold_is_said(tmp_path):
     assert "2.000 (0.500)" in table_of(tmp_path) and stage_of({"stage": stage}, tmp_path) == stage
     for stages in (3, [], [3], [{"heldout": {"a": {"loss": "x"}}}], [stage | {"heldout": {"a": {"loss": "x", "accuracy": 1}}}], None):
         write_json(tmp_path / "summary.json", {"stages": stages})
-        with pytest.raises(UsageError, match="does not hold the stages"):
+        with pytest.raises(InputError, match="does not hold the stages"):
             table_of(tmp_path)
     for meta in ({}, {"stage": 3}, {"stage": {}}):
-        with pytest.raises(UsageError, match="is no base that a stage has ended with"):
+        with pytest.raises(InputError, match="is no base that a stage has ended with"):
             stage_of(meta, tmp_path)
 
 
@@ -49,7 +49,7 @@ def test_rows_past_the_resumable_checkpoint_are_done_again(tmp_path):
     (tmp_path / "last" / "meta.json").write_text(json.dumps({"name": "M1", "step": 4}))
     assert [is_done_again(row, tmp_path) for row in rows] == [False, False, False, True, True]
     for stage in ("../x", "M" * 5000, "M0/../..", "", None, "M-1"):
-        with pytest.raises(UsageError, match="a row that is of no step of a stage"):
+        with pytest.raises(InputError, match="a row that is of no step of a stage"):
             is_done_again({"stage": stage, "step": 1}, tmp_path)
 
 

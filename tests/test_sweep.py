@@ -3,9 +3,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from rt.config import UsageError
-from rt.summary import by_settings, chosen
-from rt.sweep import expand, groups, swept
+from rt.errors import InputError
+from rt.runs.summary import by_settings, chosen
+from rt.runs.sweep import expand, groups, swept
 
 
 @dataclass
@@ -35,7 +35,7 @@ def test_every_combination_in_the_order_written():
     ("alpha=", "no values"), ("T=1 T=2", "T is there twice"), ("T=warm", "--sweep T warm: not a number"),
     ("seed=1.5", "not a whole number"), ("=3", "cannot be swept")])
 def test_bad_grids_are_one_sentence(spec, message):
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(InputError, match=message):
         expand(Config(), spec)
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import bounded, write_task
 
-from rt.config import UsageError
-from rt.tasks import Example, _fit, encode, few_shot, load_task, read_examples, training_indices
+from rt.data import Example, _fit, encode, few_shot, training_indices
+from rt.errors import InputError
+from rt.formats.tasks import load_task, read_examples
 
 ROWS = [{"text": "good one", "label": "pos"}, {"text": "bad one", "label": "neg"}]
 
@@ -72,22 +73,22 @@ def test_floats_make_a_regression(tmp_path):
     (dict(train=ROWS[:1], dev=ROWS[:1], test=ROWS[:1]), "have the label 'pos'"),
     (dict(dev=[]), "dev.jsonl: has no examples")])
 def test_what_does_not_fit_is_named_with_file_and_line(tmp_path, parts, words):
-    with pytest.raises(UsageError) as error:
+    with pytest.raises(InputError) as error:
         load_task(folder(tmp_path, **parts))
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
 def test_wrong_folders_and_broken_tables(tmp_path):
-    with pytest.raises(UsageError, match="a task is a folder"):
+    with pytest.raises(InputError, match="a task is a folder"):
         load_task(tmp_path / "nowhere")
     (tmp_path / "train.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
-    with pytest.raises(UsageError, match="has no dev.jsonl"):
+    with pytest.raises(InputError, match="has no dev.jsonl"):
         load_task(tmp_path)
     (tmp_path / "x.csv").write_text("text,label\na,1\nb,2,3\n")
-    with pytest.raises(UsageError, match="x.csv, line 3: 3 columns where the header has 2"):
+    with pytest.raises(InputError, match="x.csv, line 3: 3 columns where the header has 2"):
         list(read_examples(tmp_path / "x.csv", labelled=True))
     (tmp_path / "x.csv").write_text('text,label\n"never closed,1\n')
-    with pytest.raises(UsageError, match="x.csv, line 2: not a readable table"):
+    with pytest.raises(InputError, match="x.csv, line 2: not a readable table"):
         list(read_examples(tmp_path / "x.csv", labelled=True))
 
 
@@ -95,7 +96,7 @@ def test_a_quote_that_is_never_closed_is_refused_without_being_held(tmp_path):
     line = b"x" * 2**20 + b"\n"
     for row in (b'a,"' + line * 200, b'"' + (line * 9 + b'","') * 40):      # one long text, many
         (tmp_path / "x.csv.gz").write_bytes(gzip.compress(b"text,label\nb,1\n" + row, 1))
-        with bounded(10, 150), pytest.raises(UsageError, match="x.csv.gz, line 1[0-9]: a row .* is longer than 16 MB; is there a quote"):
+        with bounded(10, 150), pytest.raises(InputError, match="x.csv.gz, line 1[0-9]: a row .* is longer than 16 MB; is there a quote"):
             list(read_examples(tmp_path / "x.csv.gz", labelled=True))
     (tmp_path / "x.csv").write_text("text,label\n" + f'"{"y" * 10**6}",1\n' * 20)     # of rows any number
     assert len(list(read_examples(tmp_path / "x.csv", labelled=True))) == 20

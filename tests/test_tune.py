@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import random_base
 
-from rt.deltas import DeltaConfig, attach
-from rt.distill import Loss
-from rt.tasks import Encoded
+from rt.data import Encoded
+from rt.deltas import attach
+from rt.kinds import DeltaConfig
+from rt.losses import Loss
 from rt.tune import TaskData, TuneSettings, chance, evaluate, metrics, predict, tune
 
 CPU = dict(device=torch.device("cpu"), precision=torch.float32)

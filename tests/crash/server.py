@@ -12,7 +12,7 @@ import torch._dynamo  # noqa: F401, which the first optimizer imports
 
 import recycle  # noqa: F401
 import train  # noqa: F401
-from rt.config import run
+from rt.runs.config import run
 
 
 def serve() -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from rt.log import read_rows
+from rt.formats.files import read_rows
 
 KILLS = {"ci": {"pretrain": 5, "tune": 2, "recycle": 2, "recycle, resumed": 2, "sweep": 2},
          "marathon": {"pretrain": 100, "tune": 30, "recycle": 20, "recycle, resumed": 20, "sweep": 30}}

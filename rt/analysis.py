@@ -1,0 +1,173 @@
+"""Paths between two tuned models in the space of weights, base and delta interpolated together (README, The method: study 2).
+
+    linear    theta(mu) = (1 - mu) a + mu b
+    curve     theta(mu) = (1 - mu)^2 a + 2 mu (1 - mu) control + mu^2 b, a quadratic Bezier whose control point is trained to keep
+              the task's loss low along it (Garipov et al., 2018; the paper's public code)
+
+The barrier of a path is the greatest height of its loss above the straight line between the losses of its ends.
+
+
+How alike two tuned models are inside (README, The method: studies 3 and 4): attention maps head by head, hidden states, weights.
+
+Heads are numbered layer by layer: head h of layer l is l * H + h. A prefix's keys are left out of the maps: they have no
+counterpart in the sentence.
+"""
+import math
+from typing import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from rt.data import Encoded, sequences_batch
+from rt.errors import InputError
+from rt.losses import Reweighted, Weights, lerp, task_loss
+from rt.model import Classifier
+from rt.optim import adamw, autocast, derive_seed, memory_for, schedule, set_lr
+from rt.runs.log import progress
+from rt.tune import TaskData, TuneSettings, metrics, predict, training_batch
+
+Path = Callable[[float], Weights]
+
+
+def linear(a: Weights, b: Weights) -> Path:
+    return lambda mu: lerp(a, b, mu)
+
+
+def bezier(a: Weights, control: Weights, b: Weights) -> Path:
+    """Weights that `control` lacks are equal at both ends and stay so."""
+    def at(mu: float) -> Weights:
+        return {k: (1 - mu) ** 2 * a[k] + 2 * mu * (1 - mu) * control[k] + mu ** 2 * b[k] if k in control else b[k] for k in b}
+    return at
+
+
+def walk(model: Classifier, path: Path, points: Sequence[float], data: Encoded, device: torch.device,
+         precision: torch.dtype) -> list[dict]:
+    """A row {'mu', 'loss', metrics...} a point: `model` with the path's weights on `data`. The loss is the task's, mean, in
+    nats. `model` lends its shape only and is not changed."""
+    rows = []
+    with progress(len(points), "path", unit="point") as bar:
+        for mu in points:
+            weights = path(mu)
+            logits = predict(Reweighted(model, lambda: weights), data.sequences, device, precision)
+            loss = task_loss(logits, data.targets, data.targets.is_floating_point()).mean().item()
+            rows.append({"mu": mu, "loss": loss, **metrics(logits, data.targets)})
+            bar.update()
+    return rows
+
+
+def barrier(rows: list[dict]) -> float:
+    """Of the rows of a walk: max over mu of the loss above the straight line between the ends' losses, in nats; 0 or more."""
+    first, last = rows[0], rows[-1]
+    share = [(row["mu"] - first["mu"]) / (last["mu"] - first["mu"]) for row in rows]
+    heights = [row["loss"] - (1 - s) * first["loss"] - s * last["loss"] for row, s in zip(rows, share)]
+    return math.nan if any(map(math.isnan, heights)) else max(0.0, *heights)    # max() passes over a NaN: no barrier where nothing is known
+
+
+def train_control(model: Classifier, a: Weights, b: Weights, data: TaskData, settings: TuneSettings, device: torch.device,
+                  precision: torch.dtype) -> Weights:
+    """The control point of the curve from `a` to `b`: begun at the middle, trained on the task's loss at one mu ~ U(0, 1) a step.
+    Holds the weights that differ between the ends, the others need none."""
+    s = settings
+    middle = {k: v for k, v in lerp(a, b, 0.5).items() if not torch.equal(a[k], b[k])}
+    if not middle:
+        return {}       # equal ends: nothing to go round
+    control = {k: v.clone().requires_grad_() for k, v in middle.items()}
+    optimizer = adamw(control.values(), s.lr, s.weight_decay, betas=(0.9, 0.999))
+    path = bezier(a, control, b)
+    student = Reweighted(model, lambda: path(mu)).train()
+    with progress(s.steps, "curve") as bar:
+        for step in range(s.steps):
+            torch.manual_seed(derive_seed(s.seed, step))
+            mu = torch.rand(()).item()
+            set_lr(optimizer, schedule(step, s.steps, max(1, round(s.warmup * s.steps)), s.lr))
+            batch = training_batch(data.train, s, step).to(device)
+            with memory_for(f"a batch of {s.batch_size} texts on the curve", f"--batch_size ({s.batch_size}) or --seq_len"):
+                with autocast(device, precision):
+                    loss = task_loss(student(batch), batch.labels, not data.labels).mean()
+                loss.backward()
+            torch.nn.utils.clip_grad_norm_(control.values(), s.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if not math.isfinite(loss.item()):
+                raise InputError(f"the curve's loss is {loss.item()} after step {step + 1}: lower its learning rate ({s.lr})")
+            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+            bar.update()
+    return {k: v.detach() for k, v in control.items()}
+
+
+@torch.no_grad()
+def run_layers(model: Classifier, sequences: list[list[int]], device: torch.device) -> tuple[Tensor, list[tuple[Tensor, Tensor]], Tensor]:
+    """(hidden states (L+1, N, d) of embedding output and every layer, queries and keys (N, H, D) of each layer, cu_seqlens)."""
+    batch, encoder = sequences_batch(sequences).to(device), model.eval().encoder
+    x, states, qk = encoder.embeddings(batch.ids, batch.cu_seqlens), [], []
+    states.append(x)
+    for layer in encoder.layers:
+        x = layer(x, batch.cu_seqlens, batch.max_seqlen, qk=qk)
+        states.append(x)
+    return torch.stack(states).float(), qk, batch.cu_seqlens
+
+
+def attention_maps(model: Classifier, sequence: list[int], device: torch.device) -> Tensor:
+    """(L, H, n, n) fp32: row i is what token i attends to, without dropout."""
+    _, qk, _ = run_layers(model, [sequence], device)
+    return torch.stack([torch.einsum("ihd,jhd->hij", q.float(), k.float()).div(math.sqrt(q.shape[-1])).softmax(-1) for q, k in qk])
+
+
+def head_divergence(a: Classifier, b: Classifier, sequences: list[list[int]], device: torch.device) -> Tensor:
+    """(heads of a, heads of b): Jensen-Shannon divergence between their attention maps in nats, 0 to ln 2, mean over all query
+    tokens of `sequences`. Memory: a few maps of all heads of one sequence."""
+    total, rows = 0.0, 0
+    for sequence in sequences:
+        P, Q = (attention_maps(model, sequence, device).flatten(0, 1) for model in (a, b))     # (L H, n, n)
+        own, other = entropy(P), entropy(Q)                                                    # (L H, n)
+        pairs = [entropy((p + Q) / 2) - (h + other) / 2 for p, h in zip(P, own)]
+        total = total + torch.stack(pairs).sum(-1).double()
+        rows += len(sequence)
+    return (total / rows).clamp_min(0).float().cpu()
+
+
+def entropy(p: Tensor) -> Tensor:
+    """Of the last dimension, in nats."""
+    return torch.special.entr(p).sum(-1)
+
+
+def match_summary(matrix: Tensor) -> dict:
+    """Of a matrix of head_divergence: 'own', mean divergence to the same head; 'best_other', to the best match among all others;
+    'best', to the best of all; 'share_own_best', share of heads whose best match is themselves."""
+    own, others = matrix.diagonal(), matrix.clone().fill_diagonal_(math.inf).amin(1)
+    return {"own": own.mean().item(), "best_other": others.mean().item(), "best": matrix.amin(1).mean().item(),
+            "share_own_best": (own < others).double().mean().item()}
+
+
+def cka(a: Classifier, b: Classifier, sequences: list[list[int]], device: torch.device) -> Tensor:
+    """(L_a + 1, L_b + 1) linear centred kernel alignment of the hidden states of all tokens (Kornblith et al., 2019), 0 to 1:
+    embedding output and every layer of `a` against those of `b`."""
+    X, Y = (states - states.mean(1, keepdim=True) for states, _, _ in (run_layers(m, sequences, device) for m in (a, b)))
+
+    def product(x: Tensor, y: Tensor) -> Tensor:
+        return (x.T @ y).square().sum()
+
+    own_x, own_y = ([product(z, z).sqrt() for z in Z] for Z in (X, Y))
+    return torch.stack([torch.stack([product(x, y) / (nx * ny) for y, ny in zip(Y, own_y)]) for x, nx in zip(X, own_x)]).cpu()
+
+
+def distances(a: Weights, b: Weights) -> list[dict]:
+    """A row for embeddings, each layer, the rest (head) and all: 'l2' of b - a, 'l2_per_weight' (root mean square), 'cosine' of a
+    and b, and how many weights. Only what both have takes part."""
+    parts: dict[str, list[str]] = {}
+    for name in sorted(a.keys() & b.keys()):
+        parts.setdefault(part_of(name), []).append(name)
+    rows = []
+    parts = {part: parts[part] for part in sorted(parts, key=lambda part: (part != "embeddings", part == "head", len(part), part))}
+    for part, names in (parts | {"all": sum(parts.values(), [])}).items():
+        x, y = (torch.cat([w[k].detach().double().flatten().cpu() for k in names]) for w in (a, b))
+        norm = x.norm() * y.norm()
+        rows.append({"part": part, "l2": (y - x).norm().item(), "l2_per_weight": ((y - x).norm() / math.sqrt(len(x))).item(),
+                     "cosine": (x @ y / norm).item() if norm else 0.0, "weights": len(x)})
+    return rows
+
+
+def part_of(name: str) -> str:
+    """'embeddings', 'layers.3' or 'head', from a parameter's name."""
+    words = name.removeprefix("encoder.").split(".")
+    return ".".join(words[:2]) if words[0] == "layers" else words[0]

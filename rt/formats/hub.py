@@ -1,0 +1,87 @@
+"""Where models come from: a folder of ours, a folder in Hugging Face's format, or a hub id. The network is asked only where a hub id was
+given, and not with HF_HUB_OFFLINE=1, when the hub's local cache has to do.
+
+A hub id is OWNER/NAME, both of letters, digits, _, - and . (not at the beginning), where nothing here is called OWNER/NAME or OWNER, and
+OWNER is not runs, where ours are. All else is a path: runs/M9, ./OWNER/NAME, a/b/c.
+"""
+import re
+from pathlib import Path
+
+from rt.deltas import Base, Delta
+from rt.errors import InputError
+from rt.formats.atomic import found
+from rt.formats.checkpoint import load_base
+from rt.formats.delta_files import load_delta
+from rt.formats.hf import import_tuned, load_hf
+from rt.formats.peft import import_lora
+
+HUB_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json",
+             "adapter_config.json", "labels.json", "adapter_model.safetensors", "model.safetensors", "model-*.safetensors",
+             "model.safetensors.index.json"]
+
+
+SECONDS = 10    # that the hub has for its first answer
+
+
+def open_base(name: str) -> Base:
+    """A base from a checkpoint folder of ours, a Hugging Face folder, or a hub id such as FacebookAI/roberta-base."""
+    path = find(name)
+    if (path / "meta.json").is_file():
+        return load_base(path)
+    if (path / "config.json").is_file():
+        return load_hf(path)
+    raise InputError(f"{name}: no base there; expected a folder with meta.json (ours) or config.json (Hugging Face), or a "
+                     "hub id such as FacebookAI/roberta-base")
+
+
+def open_delta(name: str, base: Base, labels: tuple[str, ...] = (), task: str | None = None) -> Delta:
+    """A delta of ours, or what a model tuned from `base` elsewhere is as one: a ...ForSequenceClassification checkpoint or a PEFT LoRA
+    adapter, folder or hub id. `labels` name the classes of those in the order of their outputs, `task` what they were tuned on."""
+    path = find(name)
+    if (path / "delta.json").is_file():
+        return load_delta(path)
+    if (path / "adapter_config.json").is_file():
+        return import_lora(path, base, labels, task)
+    if (path / "config.json").is_file():
+        return import_tuned(path, base, labels, task)
+    raise InputError(f"{name}: nothing tuned there; expected a folder with delta.json (ours), config.json (a tuned Hugging Face model) or "
+                     "adapter_config.json (PEFT), or a hub id")
+
+
+NAMING = "python train.py --mode import --tuned ... --base ... --labels names,in,the,order,of,its,outputs"
+
+
+def place_of_delta(base: str, task: str, kind: str, more: str = "", seed: int = 0) -> Path:
+    """Where a delta is put and looked for where no flag says: beside its base, or for a hub id under runs."""
+    home = Path(base).parent if Path(base).exists() else Path("runs")
+    return home / "deltas" / f"{Path(base).name}-{task}-{kind}{more}-s{seed}"
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether the network may be asked for `name`; see above."""
+    path = Path(name)
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not (
+        path.exists() or path.parent.exists() or path.parts[0] == "runs")
+
+
+def find(name: str) -> Path:
+    """The folder called `name`, or that of a hub id in the local cache, downloaded where it is not there yet."""
+    path = found(Path(name))
+    if not is_hub_id(name):
+        return path
+    from huggingface_hub import HfApi, snapshot_download  # comes with tokenizers; slow to import, so only here
+    try:
+        HfApi().model_info(name, timeout=SECONDS)       # whether there is a connection: a download itself would wait for one for minutes
+    except Exception as error:  # network, offline, authorisation, not found: the library has a class for each
+        reason, only_local = (str(error) or type(error).__name__).splitlines()[0], {"local_files_only": True}
+    else:
+        reason, only_local = "", {}
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES, **only_local))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, "pytorch_model*.bin", "pytorch_model.bin.index.json",
+                                                                   "adapter_model.bin"], **only_local))
+        return folder
+    except Exception as error:
+        reason = reason or (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{name}: neither a folder here nor to be had from the hub ({reason})") from None

@@ -1,0 +1,185 @@
+"""Tokenizers through `tokenizers`: byte-level BPE trained on a corpus, or whatever a tokenizer.json holds (BPE, WordPiece, Unigram).
+
+`Tokenizer` adds what the rest needs to know: which ids are <s>, </s>, <pad> and <mask> ([CLS], [SEP], [PAD], [MASK]), how a pair of
+texts is parted, a fingerprint of the content, so that a base and a corpus made with different tokenizers are told apart, and one of
+the vocabulary alone: where that is equal, ids mean the same words.
+"""
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Iterable
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from rt.errors import InputError
+from rt.formats.files import read_json, write_whole
+from rt.formats.untrusted import JSON_BYTES
+
+SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+
+
+ROLES = {"bos": ("<s>", "[CLS]"), "pad": ("<pad>", "[PAD]"), "eos": ("</s>", "[SEP]"), "mask": ("<mask>", "[MASK]")}
+
+
+class Tokenizer:
+    """Text to ids without special tokens, and back. Raises InputError where a special token is missing."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, source: str = "tokenizer"):
+        backend.no_padding()
+        backend.no_truncation()
+        self.backend = backend
+        self.vocab_size, self.source = max(backend.get_vocab().values(), default=-1) + 1, source     # ids may have gaps
+        if self.vocab_size > 2 * backend.get_vocab_size() + 1000:
+            raise InputError(f"{source}: its ids go up to {self.vocab_size - 1}, for {backend.get_vocab_size()} tokens")
+        ids = {}
+        is_bert = "[CLS]" in backend.encode("a").tokens     # a user may have added <s> to BERT's tokens
+        for role, names in ROLES.items():
+            found = [backend.token_to_id(n) for n in (reversed(names) if is_bert else names)]
+            ids[role] = next((i for i in found if i is not None), None)
+            if ids[role] is None:
+                raise InputError(f"{source}: has no {role} token (looked for {' and '.join(names)})")
+        self.bos_id, self.pad_id, self.eos_id, self.mask_id = ids["bos"], ids["pad"], ids["eos"], ids["mask"]
+        specials = {backend.token_to_id(n) for n in SPECIALS + [n for names in ROLES.values() for n in names] + ["[UNK]"]}
+        specials |= {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+        self.special_ids = sorted(specials - {None})
+        framing = backend.num_special_tokens_to_add(True) or (3 if backend.id_to_token(self.bos_id) == "[CLS]" else 4)
+        self.separators = 1 if framing == 3 else 2      # between the texts of a pair: BERT's one, RoBERTa's two
+        self.fingerprint = hashlib.sha256(_content(backend).encode()).hexdigest()[:16]
+
+    @cached_property
+    def vocabulary(self) -> str:
+        """Hash of which token each id stands for: 16 hex digits."""
+        return hashlib.sha256(json.dumps(sorted(self.backend.get_vocab().items())).encode()).hexdigest()[:16]
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        try:
+            return [e.ids for e in self.backend.encode_batch(texts, add_special_tokens=False)]
+        except Exception as error:      # tokenizers raises bare Exception, as for a word without a token for what is unknown
+            raise InputError(f"{self.source}: the tokenizer cannot encode a text ({error})") from None
+
+    def decode(self, ids: list[int]) -> str:
+        return self.backend.decode([max(i, ~i) for i in ids], skip_special_tokens=False)    # ~i: see rt/tasks.py: encode
+
+    def framed(self) -> tokenizers.Tokenizer:
+        """The backend with the special tokens around a text or a pair that rt/tasks.py puts there; BERT's second text has type 1."""
+        framed = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        if self.backend.num_special_tokens_to_add(True) == 0:
+            first, last = self.backend.id_to_token(self.bos_id), self.backend.id_to_token(self.eos_id)
+            second = ["$B:1", f"{last}:1"] if self.separators == 1 else [last, "$B", last]
+            framed.post_processor = processors.TemplateProcessing(
+                single=[first, "$A", last], pair=[first, "$A", last, *second], special_tokens=[(first, self.bos_id), (last, self.eos_id)])
+        return framed
+
+    def save(self, folder: Path) -> None:
+        """tokenizer.json in `folder`, which appears whole."""
+        write_whole(Path(folder) / "tokenizer.json", self.backend.to_str(pretty=True))
+
+
+def _content(backend: tokenizers.Tokenizer) -> str:
+    """What a tokenizer.json says. Scores of a Unigram model are rounded: written and read again they differ in the last digit."""
+    text = backend.to_str()
+    if not isinstance(backend.model, models.Unigram):
+        return text
+    facts = json.loads(text)
+    facts["model"]["vocab"] = [[token, f"{score:.6g}"] for token, score in facts["model"]["vocab"]]
+    return json.dumps(facts)
+
+
+def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _special_tokens() -> list[AddedToken]:
+    return [AddedToken(s, special=True, normalized=False, lstrip=s == "<mask>") for s in SPECIALS]
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE of at most `vocab_size` tokens; the special tokens are ids 0 to 4 as in RoBERTa (but <mask>)."""
+    backend = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, special_tokens=_special_tokens(),
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend)
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """From a `tokenizer.json`, or a folder with one, or with RoBERTa's `vocab.json` and `merges.txt`, or BERT's `vocab.txt`. What a
+    tokenizer_config.json beside them says of case, accents and the first space holds, as in transformers."""
+    path = Path(path)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    vocab, merges, words = path / "vocab.json", path / "merges.txt", path / "vocab.txt"
+    for each in (file, vocab, merges, words):
+        if each.is_file() and each.stat().st_size > JSON_BYTES:
+            raise InputError(f"{each}: is longer than {JSON_BYTES >> 20} MB, too long for a tokenizer")
+    try:
+        facts = _facts(path / "tokenizer_config.json")
+        if file.is_file():
+            return _rereadable(_as_configured(tokenizers.Tokenizer.from_file(str(file)), facts), file)
+        if vocab.is_file() and merges.is_file():
+            file, backend = vocab, _byte_level(models.BPE.from_file(str(vocab), str(merges)))
+            backend.add_special_tokens(_special_tokens())
+            return _rereadable(_with_added(_as_configured(backend, facts), path, facts), vocab)
+        of_bert = str(facts.get("tokenizer_class", "BertTokenizer")).startswith("BertTokenizer")
+        if words.is_file() and of_bert and "word_tokenizer_type" not in facts:      # which Japanese ones have
+            file, backend = words, _wordpiece(words)
+            return _rereadable(_with_added(_as_configured(backend, facts), path, facts), words)
+    except (InputError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # tokenizers raises bare Exception for what it cannot read, or panics, which is no Exception
+        raise InputError(f"{file}: not a tokenizer file ({error})") from None
+    raise InputError(f"{path}: no tokenizer there; expected tokenizer.json, or vocab.json with merges.txt, or BERT's vocab.txt "
+                     "(transformers' AutoTokenizer.from_pretrained and save_pretrained make a tokenizer.json of others)")
+
+
+def _rereadable(backend: tokenizers.Tokenizer, source: Path) -> Tokenizer:
+    """The Tokenizer, if what a base would keep of it can be read again: merges may need tokens that the vocabulary lacks."""
+    found = Tokenizer(backend, str(source))     # which bounds the ids first: to_str() takes memory for the largest
+    tokenizers.Tokenizer.from_str(backend.to_str())
+    return found
+
+
+def _facts(path: Path) -> dict:
+    return read_json(path) if path.is_file() else {}
+
+
+def _wordpiece(vocab: Path) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(models.WordPiece.from_file(str(vocab), unk_token="[UNK]"))
+    backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    present = [t for t in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if backend.token_to_id(t) is not None]
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in present])
+    return backend
+
+
+def _as_configured(backend: tokenizers.Tokenizer, facts: dict) -> tokenizers.Tokenizer:
+    """With the settings that a tokenizer_config.json states of a class that goes by them."""
+    if str(facts.get("tokenizer_class")).startswith(("PreTrainedTokenizer", "TokenizersBackend")):
+        return backend
+    normalizer, splitter = backend.normalizer, backend.pre_tokenizer
+    if isinstance(normalizer, normalizers.BertNormalizer):
+        for theirs, name in (("do_lower_case", "lowercase"), ("strip_accents", "strip_accents"),
+                             ("tokenize_chinese_chars", "handle_chinese_chars")):
+            if theirs in facts:
+                setattr(normalizer, name, facts[theirs])
+        backend.normalizer = normalizer
+    if isinstance(splitter, pre_tokenizers.ByteLevel) and "add_prefix_space" in facts:
+        splitter.add_prefix_space = facts["add_prefix_space"]
+        backend.pre_tokenizer = splitter
+    return backend
+
+
+def _with_added(backend: tokenizers.Tokenizer, folder: Path, facts: dict) -> tokenizers.Tokenizer:
+    """With the tokens that a user added to the files of a vocabulary."""
+    added = {i: AddedToken(token) for token, i in _facts(folder / "added_tokens.json").items()}
+    added |= {int(i): AddedToken(**{k: v for k, v in token.items() if k != "__type"})
+              for i, token in facts.get("added_tokens_decoder", {}).items()}
+    for i, token in sorted(added.items()):
+        backend.add_tokens([token])
+        if backend.token_to_id(token.content) != i:
+            raise InputError(f"{folder}: the added token {token.content!r} should be {i} and becomes {backend.token_to_id(token.content)}")
+    return backend

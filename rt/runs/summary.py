@@ -1,0 +1,93 @@
+"""What the rows of a summary say together: recycle.py's are dicts with mode, seed, lr, settings, dev, test and curve, one a run."""
+import json
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Callable
+
+from rt.runs.log import table
+from rt.tune import score
+
+
+def by_rate(row: dict) -> float | None:
+    return row["lr"]
+
+
+def by_settings(row: dict) -> tuple[float | None, str]:
+    return row["lr"], json.dumps(row["settings"], sort_keys=True)
+
+
+def chosen(rows: list[dict], mode: str, by: Callable[[dict], object] = by_rate) -> list[dict]:
+    """The rows of a mode, one a seed, at the learning rate (or whatever `by` tells apart) whose dev score is best on average, of those
+    that most seeds have been run at: a mean over fewer is of other examples."""
+    groups: dict = {}
+    for row in rows:
+        if row["mode"] == mode:
+            groups.setdefault(by(row), []).append(row)
+    return max(groups.values(), key=lambda group: (len(group), mean(score(row["dev"]) for row in group)), default=[])
+
+
+def add_steps_to_scratch(rows: list[dict], by: Callable[[dict], object] = by_rate) -> None:
+    """First step at which a run's dev score is that of scratch's best of the same seed, or above; None if never."""
+    best = {row["seed"]: score(row["dev"]) for row in chosen(rows, "scratch", by)}
+    for row in rows:
+        if row["seed"] in best:
+            row["steps_to_scratch_best"] = next((step for step, dev in row["curve"] if dev >= best[row["seed"]]), None)
+
+
+def spread(rows: list[dict], part: str = "test") -> str:
+    """Mean and standard deviation of the score on test, or dev."""
+    values = [score(row[part]) for row in rows]
+    return f"{mean(values):.3f} ± {stdev(values) if len(values) > 1 else 0:.3f}"
+
+
+def steps_of(rows: list[dict]) -> str:
+    """Steps to scratch's best dev, one figure a seed."""
+    return " ".join("-" if row.get("steps_to_scratch_best") is None else str(row["steps_to_scratch_best"]) for row in rows)
+
+
+def metric_of(row: dict) -> str:
+    return next(iter(row["test"]))
+
+
+def report(rows: list[dict], modes: list[str]) -> str:
+    """One line a mode at its best learning rate: test, steps to scratch's best dev, seconds."""
+    groups = {mode: chosen(rows, mode) for mode in modes}
+    lines = [[mode, group[0]["lr"] or "-", spread(group), steps_of(group), f"{mean(row['seconds'] for row in group):.1f}"]
+             for mode, group in groups.items()]
+    return table(lines, ["mode", "lr", f"test {metric_of(groups[modes[0]][0])}", "steps to scratch's best dev, by seed", "seconds"])
+
+
+def report_sweep(rows: list[dict], modes: list[str], settings: list[str]) -> str:
+    """One line a mode at its best combination of `settings` and learning rate, whose rows must have a score on test."""
+    groups, lines = {mode: chosen(rows, mode, by_settings) for mode in modes}, []
+    for mode, best in groups.items():
+        values = [f"{name} {best[0]['settings'][name]:g}" for name in settings if name in best[0]["settings"]]
+        lines.append([mode, " ".join(values) or "-", best[0]["lr"] or "-", sum(row["mode"] == mode for row in rows), spread(best, "dev"),
+                      spread(best), steps_of(best)])
+    metric = metric_of(groups[modes[0]][0])
+    return table(lines, ["mode", "best by dev", "lr", "runs", f"dev {metric}", f"test {metric}", "steps to scratch's best dev, by seed"])
+
+
+def routes(mode: str) -> tuple[str | None, ...]:
+    """By which a chain goes from base to base."""
+    return (None,) if mode == "scratch" else ("chain", "direct")
+
+
+def report_chain(rows: list[dict], modes: list[str], bases: tuple[str, ...]) -> str:
+    """One line a mode and route, one column a base: test, at the learning rate best on dev over all bases."""
+    lines = []
+    for mode, route in ((mode, route) for mode in modes for route in routes(mode)):
+        group = chosen([row for row in rows if row["route"] == route], mode)
+        by_base = [spread([row for row in group if row["base"] == base]) for base in bases]
+        lines.append([mode, route or "-", group[0]["lr"] or "-", *by_base])
+    return f"test {metric_of(group[0])}\n" + table(lines, ["mode", "route", "lr", *(Path(base).name for base in bases)])
+
+
+def forgetting_table(stages: list[dict]) -> str:
+    """Held-out masked-LM loss (accuracy) of every domain after every stage of pre-training: dicts with name, domain and heldout."""
+    def cell(scores: dict | None) -> str:
+        return f"{scores['loss']:.3f} ({scores['accuracy']:.3f})" if scores else "-"
+
+    domains = list(stages[0]["heldout"])
+    rows = [[f"{s['name']} ({s['domain']})", *(cell(s["heldout"].get(d)) for d in domains)] for s in stages]
+    return "held-out masked-LM loss (accuracy)\n" + table(rows, ["after", *domains])

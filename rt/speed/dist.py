@@ -1,0 +1,141 @@
+"""Several processes, one a device, under torchrun: who is who, and what one of them does for all.
+
+    torchrun --nproc_per_node=8 train.py ...        RANK, WORLD_SIZE and LOCAL_RANK come from torchrun; NCCL on CUDA, gloo on a CPU
+
+Without torchrun there is one rank, and torch.distributed is not touched. Rank 0 alone writes and prints. All ranks read the same
+files, so that with several nodes --out and --cache must be on a file system that every node sees.
+"""
+import os
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Callable, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from rt.errors import InputError
+from rt.speed.device import pick_device
+
+TIMEOUT = timedelta(minutes=10)     # of the collectives of a step: where one rank is lost, the others end after this long at the latest
+
+
+PATIENT = timedelta(hours=12)       # of waiting for what rank 0 does alone: tokenizing, evaluating
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `world`. `waiting` is the group (gloo, patient) that objects go through."""
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+    waiting: dist.ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.world > 1:
+            dist.barrier(group=self.waiting)
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """make() of rank 0, pickled for the others, who wait for it; a InputError of rank 0 is raised by all."""
+        if self.world == 1:
+            return make()
+        box = [None, None]
+        if self.is_main:
+            try:
+                box[0] = make()
+            except InputError as error:
+                box[1] = error
+        dist.broadcast_object_list(box, src=0, group=self.waiting)
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+    def main_first(self, make: Callable[[], T]) -> T:
+        """make() on rank 0, then on the others, which find the files that it left."""
+        made = []
+        self.from_main(lambda: made.append(make()))
+        return made[0] if self.is_main else make()
+
+    def agree(self, what: dict) -> None:
+        """InputError, on all ranks, where `what` (plain values by name) is not the same on all of them: the first that differs."""
+        if self.world == 1:
+            return
+        found: list = [None] * self.world
+        dist.all_gather_object(found, what, group=self.waiting)
+        for name, mine in found[0].items():
+            rank, theirs = next(((i, each.get(name)) for i, each in enumerate(found) if each.get(name) != mine), (0, mine))
+            if rank:
+                raise InputError(f"{name} is {theirs} on rank {rank} and {mine} on rank 0: start all with the same flags and files")
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Over the ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(x)
+            x /= self.world
+        return x
+
+    def any(self, mine: bool) -> bool:
+        """Whether it is so on some rank. Waits for all, not for the device."""
+        if self.world == 1:
+            return mine
+        box = torch.tensor(int(mine))
+        dist.all_reduce(box, dist.ReduceOp.MAX, group=self.waiting)
+        return bool(box)
+
+    def parallel(self, module: nn.Module) -> nn.Module:
+        """`module` with gradients averaged over the ranks, and rank 0's weights on all."""
+        return DistributedDataParallel(module, gradient_as_bucket_view=True) if self.world > 1 else module
+
+    def leave(self) -> None:
+        """The end, for all ranks: gloo aborts a process that goes while another still reads from it, so each tells by the store, which is
+        not gloo's, that it has read the last barrier."""
+        if self.world > 1:
+            self.wait()
+            with suppress(RuntimeError):        # the store may go with the first that is through
+                store = dist.distributed_c10d._get_default_store()
+                store.set(f"left by {self.rank}", "1")
+                store.wait([f"left by {rank}" for rank in range(self.world)])
+            dist.destroy_process_group()
+
+
+def launched() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+
+
+def environment_alone() -> dict[str, str]:
+    """The environment for a process that a rank starts and that is not one of torchrun's."""
+    return {k: v for k, v in os.environ.items() if k != "RANK"}
+
+
+def join(device: str) -> Ranks:
+    """This process as one of torchrun's, or as the only one; `device` as in --device. InputError where there are too few GPUs."""
+    local = int(os.environ.get("LOCAL_RANK", 0)) if launched() > 1 else None
+    if local is not None and torch.cuda.is_available() and device != "cpu":
+        if local >= torch.cuda.device_count():
+            raise InputError(f"rank {local} of this machine has none of its {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+        torch.cuda.set_device(local)    # before anything is put on "cuda", or every rank would take some of the first GPU
+        device = "cuda"
+    where = pick_device(device)
+    if where.type == "cuda" and where.index is None:
+        where = torch.device("cuda", torch.cuda.current_device())
+    if local is None:
+        return Ranks(where)
+    if "MASTER_ADDR" not in os.environ:
+        raise InputError("RANK and WORLD_SIZE are set, but MASTER_ADDR is not: start several processes with torchrun")
+    dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=TIMEOUT)
+    ranks = Ranks(where, dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=PATIENT))
+    if not ranks.is_main:
+        sys.stdout = open(os.devnull, "w")
+    return ranks
