@@ -8,8 +8,8 @@ from typing import Literal
 import pytest
 from conftest import ROOT, command
 
+from rt import limits
 from rt.errors import InputError
-from rt.runs import config
 from rt.runs.config import help_text, parse, record, replace_flags
 
 
@@ -48,7 +48,7 @@ def test_errors_are_one_sentence(argv, words):
 class Kind:
     """A nested part."""
     kind: str = "adapter"  # which
-    size: config.PositiveInt = 24  # of it
+    size: limits.PositiveInt = 24  # of it
 
 
 @dataclass
@@ -56,18 +56,18 @@ class Limited:
     """Values with limits, in parts."""
     part: Literal["dev", "test"] = "dev"  # scored
     parts: tuple[Literal["dev", "test"], ...] = ("dev",)  # several
-    rate: config.Positive | None = None  # of learning
-    rates: tuple[config.Positive, ...] = ()  # some
-    shots: config.PositiveInt | None = 16  # a label
-    mask: config.PositiveShare = 0.3  # share
+    rate: limits.Positive | None = None  # of learning
+    rates: tuple[limits.Positive, ...] = ()  # some
+    shots: limits.PositiveInt | None = 16  # a label
+    mask: limits.PositiveShare = 0.3  # share
     # the rest
     delta: Kind = Kind("full")  # full or other
-    seed: config.Seed = 0  # one
-    seeds: config.Seeds = (0, 1)  # many
-    share: config.Share = 0.5  # all or nothing
-    dropout: config.ShareBelowOne = 0.0  # while training
-    decay: config.NonNegative = 0.0  # of weights
-    seq_len: config.SeqLen = 64  # tokens
+    seed: limits.Seed = 0  # one
+    seeds: limits.Seeds = (0, 1)  # many
+    share: limits.Share = 0.5  # all or nothing
+    dropout: limits.ShareBelowOne = 0.0  # while training
+    decay: limits.NonNegative = 0.0  # of weights
+    seq_len: limits.SeqLen = 64  # tokens
 
 
 @pytest.mark.parametrize("argument, words", [
@@ -104,6 +104,20 @@ def test_fields_of_a_nested_dataclass_are_flags_of_their_own_names():
     assert "\n\nthe rest:\n  --delta full" in help_text(Limited)
     assert [line.split() for line in help_text(Limited).splitlines() if "size" in line or "delta" in line] == [
         ["--delta", "full", "full", "or", "other"], ["--size", "24", "of", "it"]]
+
+
+@dataclass
+class Needed:
+    """One flag has no default."""
+    base: str  # where the base is
+    delta: Kind = Kind()  # which
+
+
+def test_a_flag_without_a_default_must_be_given():
+    assert parse(Needed, ["--size", "3", "--base", "M0"]) == Needed("M0", Kind(size=3))
+    with pytest.raises(InputError, match="--base is missing: where the base is"):
+        parse(Needed, ["--size", "3"])
+    assert ["--base", "BASE", "where", "the", "base", "is"] in map(str.split, help_text(Needed).splitlines())
 
 
 @dataclass

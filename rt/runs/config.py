@@ -11,8 +11,9 @@
 
     config = parse(Config, sys.argv[1:])        # --lr 3e-4, --lr=3e-4, --flag, --no_flag, --seeds 0,1
 
-A field's comment is its help line, a comment on a line of its own a heading, the annotation the type and its limits. The fields of a nested
-dataclass are flags of their own names, except that its field `kind` is the flag named by the field that holds it (--delta).
+A field's comment is its help line, a comment on a line of its own a heading, the annotation the type and its limits
+(rt/limits.py); a flag without a default must be given. The fields of a nested dataclass are flags of their own names, except that its field
+`kind` is the flag named by the field that holds it (--delta).
 """
 import argparse
 import difflib
@@ -25,7 +26,7 @@ import sys
 import traceback
 import types
 import typing
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import MISSING, fields, is_dataclass, replace
 from typing import Annotated, Any, Callable, NamedTuple, NoReturn, TypeVar
 
 from rt.errors import InputError
@@ -35,30 +36,6 @@ from rt.runs.signals import Interrupted, handled, raise_interrupted
 C = TypeVar("C")        # a Config
 READER_LEFT = 141       # exit code of a process whose reader has left, as SIGPIPE gives it
 MAX_SENTENCE = 1000     # characters of an error that are shown: what it quotes from a file may be long
-
-
-# --- limits of a value, as annotations ---------------------------------------------------------------------------------
-
-class Limit(NamedTuple):
-    """In Annotated[type, Limit(...)]: the values of a flag for which `holds` is false are refused with `sentence`."""
-    holds: Callable[[Any], bool]
-    sentence: str
-
-
-ABOVE_ZERO = Limit(lambda v: v > 0, "--{name} {value}: must be above zero")
-NOT_NEGATIVE = Limit(lambda v: v >= 0, "--{name} {value}: must not be negative")
-SEEDS = "seeds {value}: must be whole numbers from 0 on, at least one"      # NumPy's generators take no negative ones
-
-Positive = Annotated[float, ABOVE_ZERO]
-PositiveInt = Annotated[int, ABOVE_ZERO]
-NonNegative = Annotated[float, NOT_NEGATIVE]
-NonNegativeInt = Annotated[int, NOT_NEGATIVE]
-Share = Annotated[float, Limit(lambda v: 0 <= v <= 1, "--{name} {value}: must lie between 0 and 1")]
-PositiveShare = Annotated[Share, ABOVE_ZERO]
-ShareBelowOne = Annotated[float, Limit(lambda v: 0 <= v < 1, "--{name} {value}: must be at least 0 and below 1")]
-Seed = Annotated[int, Limit(lambda v: v >= 0, SEEDS.replace("{value}", "[{value}]"))]
-Seeds = Annotated[tuple[int, ...], Limit(lambda v: bool(v) and min(v) >= 0, SEEDS)]
-SeqLen = Annotated[int, Limit(lambda v: v >= 8, "--{name} {value}: must be 8 or more")]     # the special tokens of a pair, and some text
 
 
 # --- from flags to a Config --------------------------------------------------------------------------------------------
@@ -75,13 +52,14 @@ class Flag(NamedTuple):
 
 @functools.cache
 def flags_of(cls: type) -> tuple[Flag, ...]:
-    """The flags of a dataclass in their order, those of nested dataclasses included. All fields must have defaults."""
-    source, default, hints = inspect.getsource(cls), cls(), typing.get_type_hints(cls, include_extras=True)
+    """The flags of a dataclass in their order, those of nested dataclasses included."""
+    source, hints = inspect.getsource(cls), typing.get_type_hints(cls, include_extras=True)
     comments = dict(re.findall(r"^    (\w+):[^#\n]*?#\s*(.*)$", source, re.M))
     headings = {name: text for text, name in re.findall(r"^    # (.*)\n    (\w+):", source, re.M)}
     flags: list[Flag] = []
     for field in fields(cls):
-        value, comment, heading = getattr(default, field.name), comments.get(field.name, ""), headings.get(field.name)
+        value = field.default_factory() if field.default_factory is not MISSING else field.default
+        comment, heading = comments.get(field.name, ""), headings.get(field.name)
         if not is_dataclass(value):
             flags.append(Flag(field.name, (field.name,), hints[field.name], value, comment, heading))
             continue
@@ -112,7 +90,11 @@ def parse(cls: type[C], argv: list[str], words: str | None = None) -> C:
     for name, value in values.items():
         if value == () and flags[name].default != ():
             raise InputError(f"--{name}: the list is empty")
-    return replace_flags(cls(), **values)
+    required = [name for name, flag in flags.items() if flag.default is MISSING]
+    for name in required:
+        if name not in values:
+            raise InputError(f"--{name} is missing: {flags[name].help}")
+    return replace_flags(cls(**{name: values[name] for name in required}), **values)
 
 
 def replace_flags(config: C, **values: Any) -> C:
@@ -158,7 +140,7 @@ def _parser(cls: type, words: str | None) -> argparse.ArgumentParser:
             group.add_argument(words, nargs="*", metavar=words.upper(), help=text)
         else:
             default = ",".join(map(str, flag.default)) if isinstance(flag.default, tuple) else str(flag.default)
-            group.add_argument(f"--{flag.name}", metavar=default, help=text)
+            group.add_argument(f"--{flag.name}", metavar=flag.name.upper() if flag.default is MISSING else default, help=text)
     return parser
 
 
@@ -191,7 +173,7 @@ def convert(name: str, text: str, kind: Any) -> Any:
         value = convert(name, text, inner[0])
         for limit in inner[1:]:
             if not limit.holds(value):
-                raise InputError(limit.sentence.format(name=name, value=list(value) if isinstance(value, tuple) else value))
+                raise InputError(as_flags(limit.sentence.format(name=name, value=list(value) if isinstance(value, tuple) else value)))
         return value
     if origin in (typing.Union, types.UnionType):
         return None if text.lower() in ("none", "") else convert(name, text, inner[0])
@@ -245,7 +227,7 @@ def run(main: Callable[[], None]) -> None:
                 raise
             sys.stdout.flush()
     except InputError as error:
-        end(2, "error: " + re.sub(r"`(\w+)`", r"--\1", sentence(error)))       # rt/*.py names a setting as `name`
+        end(2, f"error: {as_flags(sentence(error))}")
     except Interrupted as stopped:
         end(stopped.code, str(stopped))
     except BrokenPipeError:
@@ -262,6 +244,11 @@ def sentence(error: Exception | str) -> str:
     """The error message as one printable line."""
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error)[:MAX_SENTENCE + 1])
     return text if len(text) <= MAX_SENTENCE else text[:MAX_SENTENCE] + "..."
+
+
+def as_flags(text: str) -> str:
+    """`lr`, as rt/*.py names a setting, as the flag --lr."""
+    return re.sub(r"`(\w+)`", r"--\1", text)
 
 
 def rank_error(error: Exception) -> str:
