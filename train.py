@@ -1,43 +1,37 @@
-"""Pre-train a base on a stream of domains, tune a delta on a task, score it, use it.
+"""Pre-train a base on a stream of domains, tune a delta on a task, score it.
 
     python train.py                                                     # M0, M1, M2 under runs/demo, on embedded text
     python train.py --mode tune --base runs/demo/M0 --task math --delta full
     python train.py --mode eval --base runs/demo/M0 --task math --delta_dir runs/demo/deltas/M0-math-full-s0
-    python train.py --mode predict --base ... --delta_dir ... --input texts.txt    # or - for standard input
-    python train.py --mode import --tuned my-roberta-finetune --base FacebookAI/roberta-base --out runs/mine/delta
-    python train.py --mode export --base runs/demo/M1 --delta_dir runs/demo/deltas/M1-math-full-s0 --to hf --out exported
     torchrun --nproc_per_node=8 train.py ...                            # pre-training on several GPUs
 
 A stream (--stream python,math,dl) makes M0 on the first domain, M1 out of M0 on the second, and so on; --init starts from a
 checkpoint, a Hugging Face folder or a hub id instead, whose upgrade is then the first domain.
 """
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from data.sources import corpus_path, task_path
 from rt.data import Rows, few_shot
-from rt.deltas import Base, Delta, apply, attach, extract
+from rt.deltas import attach, extract
 from rt.errors import InputError
 from rt.formats.atomic import locked
 from rt.formats.checkpoint import save_base
-from rt.formats.corpora import STDIN, build_corpus, split_documents
-from rt.formats.delta_files import delta_folder, save_delta, write_delta
+from rt.formats.corpora import build_corpus, split_documents
+from rt.formats.delta_files import delta_folder, write_delta
 from rt.formats.files import write_json
-from rt.formats.hf import export_hf
-from rt.formats.hub import NAMING, open_base, open_delta, place_of_delta
-from rt.formats.peft import export_peft
-from rt.formats.tasks import load_task, read_examples
+from rt.formats.hub import NAMING, open_base, place_of_delta
+from rt.formats.tasks import load_task
 from rt.formats.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from rt.kinds import DeltaConfig
 from rt.losses import Loss
-from rt.model import PRESETS, Classifier, EncoderConfig, MaskedLM, new_masked_lm, set_dropout
+from rt.model import PRESETS, EncoderConfig, MaskedLM, new_masked_lm, set_dropout
 from rt.optim import derive_seed
 from rt.pretrain import PretrainSettings, Stage, evaluate_mlm
 from rt.runs.config import parse, record, require_not_negative, require_positive, require_seeds, require_seq_len, require_share, run
 from rt.runs.log import Log
-from rt.runs.predict import answers, check_out, write_answers
-from rt.runs.results import best_delta
+from rt.runs.predict import open_tuned
 from rt.runs.resume import check_content, forget_last, has_work, is_done_again, sample_of, stage_of, table_of
 from rt.runs.signals import Interrupted, Stop
 from rt.runs.summary import forgetting_table
@@ -49,9 +43,9 @@ from rt.tune import TuneSettings, encode_task, evaluate, say_changed, say_trunca
 
 @dataclass
 class Config:
-    """python train.py --mode pretrain|tune|eval|predict|import|export [--flag value ...]"""
-    mode: str = "pretrain"  # pretrain, tune, eval, predict, import or export
-    out: str | None = None  # folder to write: default runs/demo, tune: beside the base; predict: a file, default standard output
+    """python train.py --mode pretrain|tune|eval [--flag value ...]"""
+    mode: str = "pretrain"  # pretrain, tune or eval
+    out: str | None = None  # folder to write: default runs/demo, tune: beside the base
     cache: str = "runs/cache"  # tokenized corpora and the embedded data
     device: str = "auto"  # auto, cpu or cuda
     precision: str = "auto"  # bf16, fp32, or auto: bf16 where the device does it fast
@@ -66,7 +60,7 @@ class Config:
     steps: tuple[int, ...] = (600, 500, 350)  # optimizer steps of each stage; the last number serves all further ones
     batch_tokens: int = 1024  # tokens an optimizer step, all ranks and accumulation together
     accumulation: int = 1  # parts in which each rank computes its share of a batch
-    seq_len: int | None = None  # longest sequence or text in tokens, <s> and </s> counted; default 128, to eval and predict the delta's own
+    seq_len: int | None = None  # longest sequence or text in tokens, <s> and </s> counted; default 128, to eval the delta's own
     mask_rate: float = 0.3  # share of tokens predicted; RoBERTa: 0.15, but more learns faster (Wettig et al., 2023)
     lr: float | None = None  # peak learning rate; default 1e-3 to pretrain, by kind of delta to tune
     warmup: float = 0.1  # share of the steps with rising learning rate, anew in every stage
@@ -81,7 +75,7 @@ class Config:
     graphs: bool = False  # forward and backward as a CUDA graph; one GPU
     zero: bool = False  # optimizer state shared out among the ranks of torchrun (ZeRO-1)
     log_every: int | None = None  # steps between looks at the loss (every step gets its row); default 1, on CUDA 10
-    # tune, eval, predict, import, export
+    # tune, eval
     base: str | None = None  # the base: checkpoint, Hugging Face folder or hub id
     task: str | None = None  # embedded domain, or a folder with train, dev and test
     delta: str = "adapter"  # full, adapter, lora, bitfit or prefix
@@ -94,12 +88,7 @@ class Config:
     lora_alpha: float = 16.0  # lora
     target_modules: tuple[str, ...] = ("query", "value")  # lora
     prefix_len: int = 16  # prefix
-    delta_dir: str | None = None  # eval, predict, export: the delta; a folder of recycle.py: its best by dev, mean over seeds
-    input: str | None = None  # predict: .txt, .jsonl, .csv or .tsv of texts, also .gz or .xz of them; -: standard input
-    input_format: str | None = None  # predict: txt, jsonl, csv or tsv; default: what the ending says, of standard input txt
-    tuned: str | None = None  # import: a ...ForSequenceClassification model or a PEFT LoRA adapter tuned from --base, folder or hub id
-    labels: tuple[str, ...] = ()  # import: names of its classes in the order of its outputs; default: its own
-    to: str = "hf"  # export: hf (Hugging Face, the delta merged) or peft (a LoRA adapter)
+    delta_dir: str | None = None  # eval: the delta; a folder of recycle.py: its best by dev, mean over seeds
 
 
 NOT_SETTINGS = ("resume", "stop_after", "save_every", "cache", "device", "out", "accumulation", "compile", "graphs", "zero",
@@ -112,8 +101,7 @@ TUNE_LR = {"full": 5e-4, "adapter": 5e-3, "lora": 5e-3, "bitfit": 5e-3, "prefix"
 
 def main() -> None:
     config = parse(Config, sys.argv[1:])
-    modes = {"pretrain": pretrain_stream, "tune": tune_delta, "eval": eval_delta, "predict": predict_texts,
-             "import": import_delta, "export": export_model}
+    modes = {"pretrain": pretrain_stream, "tune": tune_delta, "eval": eval_delta}
     if config.mode not in modes:
         raise InputError(f"--mode {config.mode}: not one of {', '.join(modes)}")
     if launched() > 1 and config.mode != "pretrain":
@@ -129,7 +117,7 @@ def main() -> None:
     if not 0 <= config.dropout < 1:
         raise InputError(f"--dropout {config.dropout}: must be at least 0 and below 1")
     require_not_negative(config, "weight_decay", "snapshots")
-    if config.mode not in ("eval", "predict"):
+    if config.mode != "eval":
         config.seq_len = config.seq_len or SEQ_LEN
     if config.seq_len:
         require_seq_len(config.seq_len)
@@ -279,7 +267,7 @@ def start_tokenizer(c: Config, out: Path, first_corpus: Path) -> Tokenizer:
     return train_tokenizer((text for part, text in split_documents(first_corpus) if part == "train"), c.vocab_size)
 
 
-# --- tune, eval, predict ----------------------------------------------------------------------------------------------
+# --- tune, eval ----------------------------------------------------------------------------------------------------
 
 def delta_config(c: Config) -> DeltaConfig:
     return DeltaConfig(c.delta, c.bottleneck, c.r, c.lora_alpha, c.target_modules, c.prefix_len)
@@ -322,79 +310,19 @@ def tune_delta(c: Config) -> None:
           f"{result.seconds:.0f} s; delta in {out}")
 
 
-def open_tuned(c: Config, labels: tuple[str, ...] = ()) -> tuple[Base, Delta, Classifier, dict]:
-    """(base, delta, base + delta, where to compute) of --base and --delta_dir, the delta's outputs in the order of `labels` where these
-    are its own; StaleDelta where base and delta do not belong together."""
-    required(c, "base", "delta_dir")
-    device = pick_device(c.device)
-    base = open_base(c.base).to(device)
-    delta = chosen_delta(c, base).ordered(labels)
-    c.seq_len = c.seq_len or delta.seq_len or min(SEQ_LEN, base.encoder.config.max_len)
-    base.require_length(c.seq_len)
-    where = {"device": device, "precision": pick_precision(c.precision, device)}
-    return base, delta, apply(base, delta), where
-
-
-def chosen_delta(c: Config, base: Base) -> Delta:
-    """--delta_dir, or of a folder of recycle.py's runs the best."""
-    folder = best_delta(c.delta_dir, base.fingerprint)
-    if folder != Path(c.delta_dir):
-        print(f"best on dev of {c.delta_dir}: {folder.name}", file=sys.stderr)
-    return open_delta(str(folder), base)
-
-
 def eval_delta(c: Config) -> None:
     """Score a base + delta on dev and test of a task."""
-    required(c, "task")
+    required(c, "task", "base", "delta_dir")
     task = load_task(task_path(c.task, c.cache))
-    base, delta, model, where = open_tuned(c, task.labels)
+    base, delta, model, seq_len, where = open_tuned(c, task.labels)
     if task.labels != delta.labels:
         raise InputError(f"{c.delta_dir} has the labels {', '.join(delta.labels[:6]) or 'of a regression'}, but {c.task} "
                          f"{', '.join(task.labels[:6]) or 'those of a regression'}: if they are the same under other names, {NAMING}")
     say_changed(delta.info, task)
-    encoded = encode_task(task, base.tokenizer, c.seq_len)
-    say_truncated(*encoded.truncated(), c.seq_len, sys.stderr)
+    encoded = encode_task(task, base.tokenizer, seq_len)
+    say_truncated(*encoded.truncated(), seq_len, sys.stderr)
     print(f"{task.name}: dev {shown(evaluate(model, encoded.dev, **where))}; "
           f"test {shown(evaluate(model, encoded.test, **where))}")
-
-
-def predict_texts(c: Config) -> None:
-    """One JSON object a text, in order, to --out or standard output: label and probabilities, or the predicted value."""
-    required(c, "input")
-    source, out = STDIN if c.input == "-" else Path(c.input), Path(c.out) if c.out else None
-    examples = read_examples(source, labelled=False, format=c.input_format)
-    if out:
-        check_out(out, source)
-    base, delta, model, where = open_tuned(c)
-    answered = answers(model, examples, delta.labels, base.tokenizer, c.seq_len, **where)
-    count, truncated = write_answers(answered, out, source)
-    say_truncated(truncated, count, c.seq_len, sys.stderr)
-
-
-# --- import, export ---------------------------------------------------------------------------------------------------
-
-def import_delta(c: Config) -> None:
-    """A model that was tuned elsewhere, as a delta of its base."""
-    required(c, "base", "tuned", "out")
-    base = open_base(c.base)
-    delta = open_delta(c.tuned, base, c.labels, domain_name(c.task) if c.task else None)
-    save_delta(Path(c.out), replace(delta, info=delta.info | {"config": record(c), "argv": sys.argv}))
-    what = f"{len(delta.labels)} labels ({', '.join(delta.labels[:6])})" if delta.labels else "a regression"
-    print(f"{c.tuned}: a {delta.config.kind} delta of {c.base}, {what}; in {c.out}")
-
-
-def export_model(c: Config) -> None:
-    """The base, or base + delta, in the format of transformers or PEFT."""
-    required(c, "base", "out")
-    base = open_base(c.base)
-    delta = chosen_delta(c, base) if c.delta_dir else None
-    if c.to == "hf":
-        print(f"{export_hf(Path(c.out), base, delta)} and AutoTokenizer load {c.out}")
-    elif c.to == "peft":
-        required(c, "delta_dir")
-        print(f"PeftModel loads {c.out} on {export_peft(Path(c.out), base, c.base, delta)}")
-    else:
-        raise InputError(f"--to {c.to}: not one of hf, peft")
 
 
 if __name__ == "__main__":
