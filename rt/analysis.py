@@ -141,8 +141,8 @@ def cka(a: Classifier, b: Classifier, sequences: list[list[int]], device: torch.
 
 
 def distances(a: Weights, b: Weights) -> list[dict]:
-    """A row for embeddings, each layer, the rest (head) and all: 'l2' of b - a, 'l2_per_weight' (root mean square), 'cosine' of a and b, and
-    the number of weights. Only weights that both have are counted."""
+    """A row for embeddings, each layer, the rest (head) and all: 'l2' of b - a, 'l2_per_weight' (root mean square), 'cosine' of a and b,
+    and the number of weights. Only weights that both have are counted."""
     parts: dict[str, list[str]] = {}
     for name in sorted(a.keys() & b.keys()):
         parts.setdefault(part_of(name), []).append(name)

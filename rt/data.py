@@ -158,8 +158,8 @@ def encode_task(task: Task, tokenizer: Tokenizer, max_len: int) -> TaskData:
 
 
 def training_indices(n: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """The examples of training step `step`, out of n: an epoch is a permutation by (seed, epoch), cut into batches, of which the last may be
-    smaller."""
+    """The examples of training step `step`, out of n: an epoch is a permutation by (seed, epoch), cut into batches, of which the last may
+    be smaller."""
     per_epoch = -(-n // batch_size)
     epoch, i = divmod(step, per_epoch)
     return np.random.default_rng([seed, 2, epoch]).permutation(n)[i * batch_size:(i + 1) * batch_size].tolist()

@@ -3,9 +3,9 @@
 A delta has three parts: `diffs` (tuned - base for weights that the base has), `modules` (weights that it lacks) and `head`: the task head
 belongs to the delta. The kinds are in rt/kinds.py. Freshly attached, every kind leaves the base's function as it was.
 
-Deltas are algebra: `2 * d`, `d1 + d2`, `d1 - d2`, `apply(base, d, scale=0.5)`, `merge(base, d)`. A sum or a multiple acts on what the deltas
-compute, not on their factors: LoRA factors and adapter bottlenecks are laid side by side. Nothing here changes a base in place: `attach`
-copies what is trained and shares what is frozen.
+Deltas are algebra: `2 * d`, `d1 + d2`, `d1 - d2`, `apply(base, d, scale=0.5)`, `merge(base, d)`. A sum or a multiple acts on what the
+deltas compute, not on their factors: LoRA factors and adapter bottlenecks are laid side by side. Nothing here changes a base in place:
+`attach` copies what is trained and shares what is frozen.
 """
 import copy
 import hashlib
@@ -75,8 +75,8 @@ def plug_in(encoder: Encoder, config: DeltaConfig) -> list[nn.Module]:
 
 
 def attach(base: Base, config: DeltaConfig, num_outputs: int, seed: int) -> Classifier:
-    """`base` with a fresh delta and head, ready to be tuned: what the kind trains is a copy that requires a gradient, the rest is frozen and
-    shares the base's memory. Its logits before tuning are those of base + head, whatever the kind."""
+    """`base` with a fresh delta and head, ready to be tuned: what the kind trains is a copy that requires a gradient, the rest is frozen
+    and shares the base's memory. Its logits before tuning are those of base + head, whatever the kind."""
     trains = KINDS[config.check().kind].trains
     shared = {id(p): p for name, p in base.encoder.named_parameters() if not trains(name)}
     encoder = copy.deepcopy(base.encoder, memo=dict(shared))

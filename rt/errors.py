@@ -1,5 +1,5 @@
-"""Input that cannot be used. A message is one sentence: what is wrong and what to do. It names a setting in backticks, `lr`, which the scripts
-print as the flag that sets it."""
+"""Input that cannot be used. A message is one sentence: what is wrong and what to do. It names a setting in backticks, `lr`, which the
+scripts print as the flag that sets it."""
 
 
 class InputError(ValueError):

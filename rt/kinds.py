@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rt.errors import InputError
+from rt.limits import PositiveInt
 from rt.model import Block, Linear, init_weights, linear
 
 
@@ -25,11 +26,11 @@ from rt.model import Block, Linear, init_weights, linear
 class DeltaConfig:
     """A kind of delta and its settings; settings of other kinds are ignored."""
     kind: str = "adapter"  # full, adapter, lora, bitfit or prefix
-    bottleneck: int = 24  # adapter
-    r: int = 8  # lora
+    bottleneck: PositiveInt = 24  # adapter
+    r: PositiveInt = 8  # lora
     lora_alpha: float = 16.0  # lora
     target_modules: tuple[str, ...] = ("query", "value")  # lora
-    prefix_len: int = 16  # prefix
+    prefix_len: PositiveInt = 16  # prefix
 
     def check(self) -> "DeltaConfig":
         """The same config. Raises InputError if no delta can have these settings."""

@@ -23,6 +23,7 @@ from torch.func import functional_call
 
 from kernels import attention_kd, hidden_mse, kd_loss
 from rt.data import Encoded
+from rt.limits import NonNegative, NonNegativeInt, Positive, Share
 from rt.model import Activations, Batch, Classifier
 from rt.optim import autocast, memory_for
 
@@ -32,12 +33,12 @@ Weights = dict[str, Tensor]     # by parameter name, as in Classifier.named_para
 @dataclass(frozen=True)
 class DistillConfig:
     """Weights and settings of distillation."""
-    alpha: float = 0.7  # share of distillation: (1 - alpha) task + alpha KD + beta patience + gamma attention
-    beta: float = 1.0  # weight of patience
-    T: float = 5.0  # distillation temperature
-    gamma: float = 0.0  # weight of the divergence between attention maps; the teacher then runs at every step
+    alpha: Share = 0.7  # share of distillation: (1 - alpha) task + alpha KD + beta patience + gamma attention
+    beta: NonNegative = 1.0  # weight of patience
+    T: Positive = 5.0  # distillation temperature
+    gamma: NonNegative = 0.0  # weight of the divergence between attention maps; the teacher then runs at every step
     att_layers: Literal["last", "all"] = "last"  # layers whose maps are compared: last or all
-    itp: int = 0  # interpolation distillation: KD and patience also at so many random points between teacher and student
+    itp: NonNegativeInt = 0  # interpolation distillation: KD and patience also at so many random points between teacher and student
     public_code: bool = False  # KD divided by the number of labels, patience halved, as in the paper's code
 
 

@@ -33,8 +33,8 @@ def mlm_loss(model: MaskedLM, batch: Batch) -> Tensor:
 
 
 class MLMLoss(nn.Module):
-    """The share of a microbatch, one of `parts`, in the loss of its step. It is a module because DistributedDataParallel sees nothing outside
-    a forward."""
+    """The share of a microbatch, one of `parts`, in the loss of its step. It is a module because DistributedDataParallel sees nothing
+    outside a forward."""
 
     def __init__(self, model: MaskedLM, parts: int, precision: torch.dtype):
         super().__init__()
@@ -46,8 +46,8 @@ class MLMLoss(nn.Module):
 
 
 def microbatches(rows: Rows, s: PretrainSettings, rank: int = 0, world: int = 1, start: int = 0) -> Iterator[Batch]:
-    """A rank's batches from step `start` on, `accumulation` of them a step, each with the seed of its dropout masks. All of it is a function of
-    (seed, step, microbatch), so that ranks and accumulation can stand in for each other."""
+    """A rank's batches from step `start` on, `accumulation` of them a step, each with the seed of its dropout masks. All of it is a
+    function of (seed, step, microbatch), so that ranks and accumulation can stand in for each other."""
     for step in range(start, s.steps):
         for part in range(s.accumulation):
             batch = rows.batch(step, s.batch_tokens, rank, world, part, s.accumulation)

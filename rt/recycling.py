@@ -145,8 +145,8 @@ def chain(r: Recycling, mode: str, bases: dict[str, Base]) -> Iterator[Link]:
         chain   Delta_{i+1} = recycle(M_i, Delta_i, M_{i+1}), the recycled delta recycled again
         direct  Delta_{i+1} = recycle(M_0, Delta_0, M_{i+1})
 
-    To M_1 both are one run, done once; scratch, which recycles nothing, has no route (None). r.base is not read. The rows given to r.on_eval
-    have their base and route too. Raises InputError before anything is trained.
+    To M_1 both are one run, done once; scratch, which recycles nothing, has no route (None). r.base is not read. The rows given to
+    r.on_eval have their base and route too. Raises InputError before anything is trained.
     """
     if len({base.tokenizer.vocabulary for base in bases.values()}) > 1:
         raise InputError("the bases of a chain must have one vocabulary: the task is encoded once")

@@ -8,9 +8,9 @@ tensor is a matrix, m its last dimension, with a W1 and W2 of its own (r at most
 exists in either. Training takes 16 bytes a number (weight, gradient, AdamW's moments): for all 125 M weights of RoBERTa-base at r = 16, 66
 GB flat and 2 GB by tensors; for its adapters, 1 GB flat.
 
-The start is W2 = 0 with W1 random, so large that w W1 is about 1, and b the mean of the sources' w; residual: b = 0. So training starts from
-`apply` of the mean source, or of the delta itself. The first form keeps of an unseen delta what passes through r numbers (of each row);
-the residual form keeps the delta and adds to it.
+The start is W2 = 0 with W1 random, so large that w W1 is about 1, and b the mean of the sources' w; residual: b = 0. So training starts
+from `apply` of the mean source, or of the delta itself. The first form keeps of an unseen delta what passes through r numbers (of each
+row); the residual form keeps the delta and adds to it.
 """
 from dataclasses import replace
 from functools import partial
@@ -105,8 +105,8 @@ def _to(delta: Delta, device: torch.device) -> Delta:
 
 
 def student_weights(own: Weights, delta: Delta, projection: Projection) -> Weights:
-    """New base (`own`, the encoder's weights) + projected delta as weights of a Classifier. If heads are no part of the map, the delta's own
-    head is taken."""
+    """New base (`own`, the encoder's weights) + projected delta as weights of a Classifier. If heads are no part of the map, the delta's
+    own head is taken."""
     weights = {f"head.{k}": v for k, v in delta.head.items()}
     for name, tensor in projection(delta).items():
         part, _, k = name.partition(".")
@@ -127,11 +127,12 @@ def check_sources(old_base: Base, base: Base, sources: list[tuple[Delta, TaskDat
 
 
 def learn_projection(old_base: Base, base: Base, sources: list[tuple[Delta, TaskData]], settings: TuneSettings, distill: DistillConfig, *,
-                     r: int, granularity: Granularity, residual: bool, device: torch.device, precision: torch.dtype, with_head: bool = False,
-                     on_step: Callable[[Batch], None] = lambda batch: None, on_eval: Callable[[dict], None] = lambda row: None) -> Projection:
+                     r: int, granularity: Granularity, residual: bool, device: torch.device, precision: torch.dtype,
+                     with_head: bool = False, on_step: Callable[[Batch], None] = lambda batch: None,
+                     on_eval: Callable[[dict], None] = lambda row: None) -> Projection:
     """A map from deltas of `old_base` to deltas of `base`, trained on source tasks in turn: step i on source i mod S. The loss is
-    distillation's without attention maps and interpolation (rt/losses.py): teacher = old base + the source's delta, student = new base + its
-    projection.
+    distillation's without attention maps and interpolation (rt/losses.py): teacher = old base + the source's delta, student = new base +
+    its projection.
 
     `with_head` asks for as many labels in every source, and later in the target. Returned as it was best on dev, mean over the sources;
     `on_eval` gets {'step', 'loss', 'dev'}, dev with that mean first, then each source. Batches and dropout are functions of (seed, step).

@@ -133,9 +133,9 @@ def tune(model: Classifier, data: TaskData, loss: Loss, settings: TuneSettings, 
          make_gradient: Callable[..., Callable[[Batch], Tensor]] = plain_gradient) -> TuneResult:
     """Train what requires a gradient in `model`; on return it holds the weights that were best on dev.
 
-    Dev is also scored before the first step (step 0): what the start is worth. Test is scored once, at the end, if there is one. Batches and
-    dropout are functions of (seed, step). `on_step` gets the batch of every step, `on_eval` {'step', 'loss', 'dev'} of every evaluation;
-    `make_gradient` may be rt.speed.graphs.graphed_gradient. Raises Diverged as `minimise` does, InputError if memory runs out.
+    Dev is also scored before the first step (step 0): what the start is worth. Test is scored once, at the end, if there is one. Batches
+    and dropout are functions of (seed, step). `on_step` gets the batch of every step, `on_eval` {'step', 'loss', 'dev'} of every
+    evaluation; `make_gradient` may be rt.speed.graphs.graphed_gradient. Raises Diverged as `minimise` does, InputError if memory runs out.
     """
     s, started = settings, time.perf_counter()
     gradient_of = make_gradient(model, loss, device, precision)

@@ -12,7 +12,7 @@ from typing import Any, Callable, Iterable
 
 import torch
 
-from rt.data import Task
+from rt.data import Task, TaskData
 from rt.deltas import Base, Delta
 from rt.errors import InputError
 from rt.formats.atomic import differing
@@ -24,7 +24,7 @@ from rt.recycling import NEEDS_TEACHER, TRAINED, Recycling
 from rt.runs.config import record
 from rt.runs.log import Log
 from rt.runs.summary import add_steps_to_scratch, by_settings
-from rt.tune import TaskData, TuneResult, score
+from rt.tune import TuneResult, score
 
 
 @dataclass(frozen=True)

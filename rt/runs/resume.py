@@ -104,7 +104,8 @@ def check_checkpoint(folder: Path) -> None:
 
 
 def is_done_again(row: dict, out: Path, newest: dict) -> bool:
-    """Whether a row of metrics.jsonl lies past the point that training resumes at (`newest`: name and step), so that its step is done again."""
+    """Whether a row of metrics.jsonl lies past the point that training resumes at (`newest`: name and step), so that its step is done
+    again."""
     stage, step = row.get("stage"), row.get("step")
     if not isinstance(stage, str) or not re.fullmatch(r"M[0-9]{1,9}", stage) or not is_number(step):
         raise InputError(f"{out / 'metrics.jsonl'}: has a row that is of no step of a stage: {str(row)[:80]}")
@@ -171,8 +172,8 @@ class PretrainRun:
 
     def start_stage(self, about: dict, s: PretrainSettings, rows: Rows, model: MaskedLM, optimizer: torch.optim.Optimizer,
                     throughput: Throughput) -> int:
-        """The first step of a stage: 0, or if it was interrupted, the step of its newest checkpoint, which is loaded. `about` is for meta.json:
-        name, domain, number and parent are among it."""
+        """The first step of a stage: 0, or if it was interrupted, the step of its newest checkpoint, which is loaded. `about` is for
+        meta.json: name, domain, number and parent are among it."""
         self.about, self.s, self.rows, self.model, self.optimizer, self.throughput = about, s, rows, model, optimizer, throughput
         self.step = self.skipped = self.in_a_row = 0
         seconds, self.waiting = 0.0, []
@@ -203,8 +204,8 @@ class PretrainRun:
     def after_step(self, step: int, lr: float, loss: Tensor, norm: Tensor) -> bool:
         """Note a step, write the checkpoints that are due after it, and tell whether the run stops here, before the stage's end.
 
-        Rows are fetched `log_every` at a time, for the device is not waited for in between, and whenever a checkpoint is due. Raises Diverged
-        after more than MOST_SKIPPED steps in a row without a finite loss and gradient.
+        Rows are fetched `log_every` at a time, for the device is not waited for in between, and whenever a checkpoint is due. Raises
+        Diverged after more than MOST_SKIPPED steps in a row without a finite loss and gradient.
         """
         self.waiting.append(({"step": step, "lr": lr}, torch.stack([loss, norm])))
         if step < self.end and self.asked_to_stop(step):
@@ -226,8 +227,8 @@ class PretrainRun:
         """A row of the log, and of the bar."""
         self.in_a_row = self.in_a_row + 1 if "skipped" in row else 0
         if self.in_a_row > MOST_SKIPPED:
-            raise Diverged(f"the loss at step {row['step'] - MOST_SKIPPED} or its gradient is not finite, nor are those of the {MOST_SKIPPED} "
-                           f"steps after it: lower --lr ({self.s.lr}) or raise --warmup (now {self.s.warmup_steps} steps); {self.left()}")
+            raise Diverged(f"the loss at step {row['step'] - MOST_SKIPPED} or its gradient is not finite, nor are those of the "
+                           f"{MOST_SKIPPED} steps after it: lower --lr ({self.s.lr}) or raise --warmup (now {self.s.warmup_steps} steps); {self.left()}")
         self.step = row["step"]
         self.skipped += "skipped" in row
         self.log.row(stage=self.about["name"], **row)
@@ -300,12 +301,13 @@ class PretrainRun:
 
 
 def fetched(waiting: list[tuple[dict, Tensor]]) -> list[dict]:
-    """Rows of steps completed by their losses and norms, which leave the device in one copy. JSON has no word for a number that is not finite:
-    it is None, and the step was skipped."""
+    """Rows of steps completed by their losses and norms, which leave the device in one copy. JSON has no word for a number that is not
+    finite: it is None, and the step was skipped."""
     rows = []
     for (row, _), pair in zip(waiting, torch.stack([pair for _, pair in waiting]).tolist()):
         loss, norm = (x if math.isfinite(x) else None for x in pair)
-        rows.append({"step": row["step"], "loss": loss, "lr": row["lr"], "grad_norm": norm, **({"skipped": True} if None in (loss, norm) else {})})
+        skipped = {"skipped": True} if None in (loss, norm) else {}
+        rows.append({"step": row["step"], "loss": loss, "lr": row["lr"], "grad_norm": norm, **skipped})
     return rows
 
 

@@ -150,8 +150,8 @@ def gather(optimizer: torch.optim.Optimizer) -> None:
 
 
 def load_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load a plain AdamW's state; a rank of a shared optimizer takes its share. Rates and the like stay the optimizer's. Raises InputError if
-    the state is not that of the same parameters."""
+    """Load a plain AdamW's state; a rank of a shared optimizer takes its share. Rates and the like stay the optimizer's. Raises InputError
+    if the state is not that of the same parameters."""
     check_state(optimizer, state)
     moments = {i: {k: x.clone() for k, x in s.items()} for i, s in state["state"].items()}      # no longer mapped from a file
     if hasattr(optimizer, "consolidate_state_dict"):

@@ -54,12 +54,12 @@ def staged(batches: Iterable[Batch], rows: Rows, device: torch.device, static: b
 
 
 def static_batch(rows: Rows, batch: Batch) -> Batch:
-    """The same batch in shapes that a compiled or captured step can rely on: cu_seqlens ends in repeated N, which are sequences without tokens
-    and change nothing; max_seqlen is seq_len.
+    """The same batch in shapes that a compiled or captured step can rely on: cu_seqlens ends in repeated N, which are sequences without
+    tokens and change nothing; max_seqlen is seq_len.
 
     There is room for the mean number of sequences and six standard deviations more (renewal theory), which about one batch in a billion
-    exceeds; that one gets more, in steps of 64. A bound that no batch can exceed would be far higher, and every sequence, empty or not, costs
-    attention a launched block.
+    exceeds; that one gets more, in steps of 64. A bound that no batch can exceed would be far higher, and every sequence, empty or not,
+    costs attention a launched block.
     """
     n, per_row = len(batch.ids), len(batch.ids) // rows.row_tokens
     deviation = rows.length_deviation * (n / rows.mean_length ** 3) ** 0.5
@@ -78,8 +78,8 @@ def tensors(batch: Batch) -> dict[str, Tensor]:
 
 @contextmanager
 def compiled(blocks: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
-    """Inside, the blocks' forward is compiled, once for all blocks of one shape; evaluation, which has other shapes, is for outside. Names in
-    their state_dict stay as they are.
+    """Inside, the blocks' forward is compiled, once for all blocks of one shape; evaluation, which has other shapes, is for outside. Names
+    in their state_dict stay as they are.
 
     If the kernels run on `device`, a block is one graph, our ops inside. Otherwise attention stays outside the graph: its reference loops
     over the sequences in Python, and would be compiled anew for the lengths of every batch.
@@ -107,13 +107,14 @@ def kernels_run(device: torch.device) -> bool:
 
 def make_gradient(model: MaskedLM, s: PretrainSettings, ranks: Ranks, precision: torch.dtype,
                   graphs: bool = False) -> Callable[[Batch, int], Tensor]:
-    """gradient(batch, part) adds the gradient of the `part`-th microbatch of a step to the model's, which part 0 clears, and returns the loss;
-    the last part averages over the ranks. `graphs`: by CUDA graphs. Raises InputError if memory runs out."""
+    """gradient(batch, part) adds the gradient of the `part`-th microbatch of a step to the model's, which part 0 clears, and returns the
+    loss; the last part averages over the ranks. `graphs`: by CUDA graphs. Raises InputError if memory runs out."""
     loss = MLMLoss(model, s.accumulation, precision)
     gradient_of = GraphedGradient(loss, s.accumulation, ranks.device) if graphs else PlainGradient(loss, s.accumulation, ranks)
 
     def gradient(batch: Batch, part: int) -> Tensor:
-        with memory_for(f"a share of {len(batch.ids)} tokens", f"`batch_tokens` ({s.batch_tokens}), or raise `accumulation` ({s.accumulation})"):
+        with memory_for(f"a share of {len(batch.ids)} tokens",
+                        f"`batch_tokens` ({s.batch_tokens}), or raise `accumulation` ({s.accumulation})"):
             return gradient_of(batch, part)
 
     return gradient
@@ -196,8 +197,8 @@ class GraphedStep:
     """gradient(batch, shares), a forward and backward pass, as a CUDA graph for each of the few shapes that batches have: otherwise a small
     batch waits for a thousand launches.
 
-    Batch and shares come from the host and are copied into the graph's own. Each graph has gradients of its own, which `parameters` get when
-    it is replayed, and which the next replay overwrites. The value of `gradient` is on the device and lasts as long.
+    Batch and shares come from the host and are copied into the graph's own. Each graph has gradients of its own, which `parameters` get
+    when it is replayed, and which the next replay overwrites. The value of `gradient` is on the device and lasts as long.
     """
 
     def __init__(self, gradient: Callable[[Batch, Tensor], Tensor], parameters: list[nn.Parameter], device: torch.device):

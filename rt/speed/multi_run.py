@@ -72,8 +72,8 @@ def stack(models: list[Classifier]) -> Classifier:
 
 def side_by_side(batches: list[Batch], bucket: int = 0, B: int = 0) -> tuple[Batch, Tensor]:
     """The batches of K runs as one, each in a range of its own, all ranges as long as the longest; the rest is filled with sequences that
-    nothing reads. Also (K, B) the share of each example in its run's mean: 1 / the run's batch size, and 0 for the rows that make batches of
-    unequal size equal, or fill them up to B sequences.
+    nothing reads. Also (K, B) the share of each example in its run's mean: 1 / the run's batch size, and 0 for the rows that make batches
+    of unequal size equal, or fill them up to B sequences.
 
     With `bucket`, shapes are few, as a CUDA graph needs: ranges of a multiple of so many tokens, the greatest number of sequences (the last
     ones empty), and a bound on their length that is a multiple of 64.
@@ -284,8 +284,8 @@ class SideBySide:
 def tune(runs: list[SideRun], *, device: torch.device, precision: torch.dtype, graphs: bool = False,
          on_step: Callable[[Batch], None] = lambda batch: None) -> None:
     """rt.tune.tune for K runs at once; fills `result` (but for test) and `best` of each. All have the same steps, batch size, evaluation
-    interval and decay; seeds, learning rates, warm-ups, losses and data are their own. A run that stops early, or of which too many steps in a
-    row were skipped (`result.diverged`), leaves the others to themselves."""
+    interval and decay; seeds, learning rates, warm-ups, losses and data are their own. A run that stops early, or of which too many steps
+    in a row were skipped (`result.diverged`), leaves the others to themselves."""
     started, together = time.perf_counter(), SideBySide(runs, device, precision, graphs, on_step)
     training_loop(runs[0].settings, together.gradient, together.update, together.evaluate)
     for run in runs:
@@ -294,8 +294,8 @@ def tune(runs: list[SideRun], *, device: torch.device, precision: torch.dtype, g
 
 def tune_in_groups(runs: list[SideRun], limit: int, *, device: torch.device, precision: torch.dtype, graphs: bool = False,
                    on_step: Callable[[Batch], None] = lambda batch: None) -> Iterator[SideRun]:
-    """`tune`, `limit` runs at once, or if that is 0 as many as are estimated to fit into memory; half as many if they do not. Yields the runs
-    of a group when it is done. Raises InputError if not one fits."""
+    """`tune`, `limit` runs at once, or if that is 0 as many as are estimated to fit into memory; half as many if they do not. Yields the
+    runs of a group when it is done. Raises InputError if not one fits."""
     size = limit
     while runs:
         try:
@@ -350,9 +350,9 @@ def can_go_together(r: Recycling, mode: str) -> bool:
 
 def recycle_together(rs: list[Recycling], mode: str, limit: int = 0,
                      graphs: bool = False) -> Iterator[tuple[Recycling, Classifier, TuneResult]]:
-    """rt.recycling.recycle for runs that differ in seed, examples, learning rate, alpha, beta and T alone, trained side by side on one frozen
-    base: the same results but for test, which is not scored. At most `limit` at once; 0: as many as fit into memory. Yields each with its
-    model as soon as its group is done; its on_eval is called then."""
+    """rt.recycling.recycle for runs that differ in seed, examples, learning rate, alpha, beta and T alone, trained side by side on one
+    frozen base: the same results but for test, which is not scored. At most `limit` at once; 0: as many as fit into memory. Yields each
+    with its model as soon as its group is done; its on_eval is called then."""
     for r in rs:
         check(r, mode)
     if not all(can_go_together(r, mode) for r in rs):
