@@ -5,17 +5,17 @@ import pytest
 import torch
 from conftest import random_base
 
-from rt.data import Encoded
+from rt.data import Encoded, TaskData
 from rt.deltas import Base, apply, attach, extract, fingerprint
 from rt.errors import InputError, StaleDelta
 from rt.kinds import KINDS, DeltaConfig
-from rt.losses import Loss, run_teacher
+from rt.losses import DistillConfig, Loss, run_teacher
 from rt.model import new_masked_lm, set_dropout
 from rt.transport import Projection, learn_projection, project, student_weights, tensors_of
-from rt.tune import TaskData, TuneSettings, evaluate, predict, score
+from rt.tune import TuneSettings, evaluate, predict, score
 
 CPU = dict(device=torch.device("cpu"), precision=torch.float32)
-LOSS = dict(alpha=1.0, beta=1.0, T=2.0, public_code=False, **CPU)
+LOSS = dict(distill=DistillConfig(1.0, 1.0, 2.0), **CPU)
 
 
 def tuned(base, kind, task, labels=3, seed=0, size=0.1):
@@ -162,7 +162,7 @@ def test_the_first_loss_is_that_of_apply_and_runs_repeat(base, other_base, kind)
         assert fingerprint(model.encoder) == model.fingerprint
     # the step's loss has dropout; without it the loss at the start would be this one, so the two are of one size
     cache = run_teacher(apply(base, delta), data.train, **CPU)
-    plain = Loss(teacher=cache, alpha=1.0, beta=1.0, T=2.0)(student.eval(), data.train.batch(list(range(24)))).item()
+    plain = Loss(teacher=cache, config=DistillConfig(1.0, 1.0, 2.0))(student.eval(), data.train.batch(list(range(24)))).item()
     assert rows[1]["loss"] == pytest.approx(plain, rel=0.5)
 
 
@@ -181,5 +181,6 @@ def test_what_does_not_fit_is_one_sentence(base, other_base, tokenizer):
         project(Projection([delta], 2, "auto", False, False, seed=0), tuned(base, "bitfit", "b"))
     with pytest.raises(InputError, match="use deltas of one kind, base and size"):      # heads of other sizes, where heads are mapped
         project(Projection([delta], 2, "auto", False, True, seed=0), tuned(base, "lora", "b", labels=5))
-    with pytest.raises(InputError, match="more than 10 of the projection's steps in a row before step 13 .*: lower --lr"):
-        learn_projection(base, other_base, [(delta, data)], replace(settings, steps=20, eval_every=4), **{**rest, "beta": float("nan")})
+    with pytest.raises(InputError, match="more than 10 steps in a row before step 13 .*: lower `lr`"):
+        rest["distill"] = DistillConfig(1.0, float("nan"), 2.0)
+        learn_projection(base, other_base, [(delta, data)], replace(settings, steps=20, eval_every=4), **rest)

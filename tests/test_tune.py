@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import random_base
 
-from rt.data import Encoded
+from rt.data import Encoded, TaskData
 from rt.deltas import attach
 from rt.kinds import DeltaConfig
 from rt.losses import Loss
-from rt.tune import TaskData, TuneSettings, chance, evaluate, metrics, predict, tune
+from rt.tune import TuneSettings, chance, evaluate, metrics, predict, tune
 
 CPU = dict(device=torch.device("cpu"), precision=torch.float32)
 

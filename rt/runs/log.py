@@ -53,10 +53,11 @@ class StepBar:
     """The bar of a supervised loop: with StepBar(...) as bar, give `on_step=bar.on_step` and `on_eval=bar.on_eval` to rt.tune.tune. It
     shows the loss, the best score on dev, tokens per second and the time left."""
 
-    def __init__(self, steps: int, what: str, encoder: Encoder, device: torch.device, precision: torch.dtype):
+    def __init__(self, steps: int, what: str, encoder: Encoder, device: torch.device, precision: torch.dtype, runs: int = 1):
         frozen = not encoder.layers[0].qkv.weight.requires_grad
         self.throughput = Throughput(encoder.config, device, precision, frozen=frozen)
-        self.bar, self.skipped, self.best, self.stepped = progress(steps, what), 0, -math.inf, time.perf_counter()
+        self.bar, self.runs, self.batches = progress(steps, what), runs, 0
+        self.skipped, self.best, self.stepped = 0, -math.inf, time.perf_counter()
 
     def __enter__(self) -> "StepBar":
         self.throughput.restart()
@@ -67,13 +68,15 @@ class StepBar:
 
     def on_step(self, batch: Batch) -> None:
         self.throughput.count(batch)
-        self.bar.update()
+        self.batches += 1
+        self.bar.update(self.batches // self.runs - self.bar.n)
         self.stepped = time.perf_counter()
 
     def on_eval(self, row: dict) -> None:
         if row["step"] == 0:
             return self.throughput.restart()
         self.throughput.since += time.perf_counter() - self.stepped     # evaluation is no training
+        self.stepped = time.perf_counter()
         self.skipped += row.get("skipped", 0)
         self.best = max(self.best, score(row["dev"]))
         self.bar.set_postfix_str(f"{loss_text(row['loss'], self.skipped)}, best dev {self.best:.3f}, {self.throughput}")

@@ -228,7 +228,8 @@ class PretrainRun:
         self.in_a_row = self.in_a_row + 1 if "skipped" in row else 0
         if self.in_a_row > MOST_SKIPPED:
             raise Diverged(f"the loss at step {row['step'] - MOST_SKIPPED} or its gradient is not finite, nor are those of the "
-                           f"{MOST_SKIPPED} steps after it: lower --lr ({self.s.lr}) or raise --warmup (now {self.s.warmup_steps} steps); {self.left()}")
+                           f"{MOST_SKIPPED} steps after it: lower --lr ({self.s.lr}) or raise --warmup "
+                           f"(now {self.s.warmup_steps} steps); {self.left()}")
         self.step = row["step"]
         self.skipped += "skipped" in row
         self.log.row(stage=self.about["name"], **row)
