@@ -89,8 +89,8 @@ def check_meta(meta: dict, source: Path) -> EncoderConfig:
         raise InputError(f"{source}: its \"encoder\" does not hold the sizes of one") from None
 
 
-def check_encoder(config: EncoderConfig, source: Path | str) -> EncoderConfig:
-    """The same config. InputError names the first setting that no encoder can have."""
+def check_encoder(config: EncoderConfig, source: Path | str, names: dict[str, str] | None = None) -> EncoderConfig:
+    """The same config. InputError names the first setting that no encoder can have, by its name in `names` if it has another there."""
     c = config
     right = {name: is_whole(getattr(c, name), 1) for name in ("hidden_size", "num_layers", "ffn_size", "max_len", "vocab_size")}
     tokens = c.vocab_size if right["vocab_size"] else 0
@@ -100,7 +100,7 @@ def check_encoder(config: EncoderConfig, source: Path | str) -> EncoderConfig:
               "layer_norm_eps": is_number(c.layer_norm_eps, 1e-20, 0.1), "model_type": isinstance(c.model_type, str)}
     for name, is_right in right.items():
         if not is_right:
-            raise InputError(f"{source}: {name} {getattr(c, name)!r} is not what an encoder can have"
+            raise InputError(f"{source}: {(names or {}).get(name, name)} {getattr(c, name)!r} is not what an encoder can have"
                              + (f" whose hidden_size is {c.hidden_size!r}" if name == "num_heads" else ""))
     return config
 

@@ -23,11 +23,10 @@ from rt.kinds import DeltaConfig
 from rt.model import Encoder, EncoderConfig, MLMHead
 
 CLASSES = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert", "bert": "Bert"}
-# the settings of a config.json: theirs -> ours, with the default of those that may be missing
-SIZES = {"vocab_size": "vocab_size", "hidden_size": "hidden_size", "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads",
-         "intermediate_size": "ffn_size"}
-NUMBERS = {"hidden_dropout_prob": ("dropout", 0.1), "attention_probs_dropout_prob": ("attention_dropout", 0.1),
-           "layer_norm_eps": ("layer_norm_eps", 1e-12)}
+# the settings of a config.json: theirs -> ours, and the default of those that may be missing
+SETTINGS = {"vocab_size": ("vocab_size", None), "hidden_size": ("hidden_size", None), "num_hidden_layers": ("num_layers", None),
+            "num_attention_heads": ("num_heads", None), "intermediate_size": ("ffn_size", None), "hidden_dropout_prob": ("dropout", 0.1),
+            "attention_probs_dropout_prob": ("attention_dropout", 0.1), "layer_norm_eps": ("layer_norm_eps", 1e-12)}
 ONLY = {"hidden_act": ("gelu", "gelu_python"), "position_embedding_type": ("absolute",), "is_decoder": (False,),
         "add_cross_attention": (False,)}        # the only values that are computed here; the first is the default
 # the tensors: ours -> theirs
@@ -36,11 +35,13 @@ EMBEDDINGS = {"word.weight": "word_embeddings.weight", "position.weight": "posit
 LAYER = {"qkv": ("attention.self.query", "attention.self.key", "attention.self.value"), "attention_output": ("attention.output.dense",),
          "attention_norm": ("attention.output.LayerNorm",), "intermediate": ("intermediate.dense",), "output": ("output.dense",),
          "output_norm": ("output.LayerNorm",)}
+# the modules of a head: ours -> theirs, by family
 HEADS = {"roberta": {"dense": "lm_head.dense", "norm": "lm_head.layer_norm", "bias": "lm_head.bias"},
          "bert": {"dense": "cls.predictions.transform.dense", "norm": "cls.predictions.transform.LayerNorm",
                   "bias": "cls.predictions.bias"}}
 CLASSIFIERS = {"roberta": {"dense": "classifier.dense", "out": "classifier.out_proj"},
                "bert": {"dense": "pooler.dense", "out": "classifier"}}
+POOLERS = {"roberta": {}, "bert": {"dense": "pooler.dense"}}
 PROBE = "The Été's  N°\t½ e\u0301 中文,\n naïve ﬁn"        # tokenizers that differ make different ids of it
 WRITTEN = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
@@ -61,9 +62,9 @@ def encoder_names(config: EncoderConfig) -> Iterator[tuple[str, tuple[str, ...]]
                 yield f"layers.{i}.{ours}.{kind}", tuple(f"encoder.layer.{i}.{name}.{kind}" for name in theirs)
 
 
-def head_names(modules: dict[str, str]) -> dict[str, str]:
-    """{our tensor: theirs} of a head, by the names of its modules in HEADS or CLASSIFIERS, of which `bias` is itself a tensor."""
-    return {f"{ours}{kind}": f"{theirs}{kind}" for ours, theirs in modules.items()
+def head_names(config: EncoderConfig, modules: dict[str, dict[str, str]]) -> dict[str, str]:
+    """{our tensor: theirs} of a head, by HEADS, CLASSIFIERS or POOLERS, in which `bias` is itself a tensor."""
+    return {f"{ours}{kind}": f"{theirs}{kind}" for ours, theirs in modules[family(config)].items()
             for kind in (("",) if ours == "bias" else (".weight", ".bias"))}
 
 
@@ -84,22 +85,13 @@ def encoder_config(facts: dict, source: Path | str) -> EncoderConfig:
     for name, allowed in ONLY.items():
         if facts.get(name, allowed[0]) not in allowed:
             raise InputError(f"{source}: {name} {facts[name]!r} is not supported, only {allowed[0]!r}")
-    for name in (*SIZES, "max_position_embeddings"):
-        if not is_whole(facts.get(name), 1):
-            raise InputError(f"{source}: {name} must be a whole number above zero, and is {facts.get(name)!r}")
-    for name in ("pad_token_id", *NUMBERS):
-        if not isinstance(facts.get(name, 0), (int, float)) or facts.get(name, 0) < 0:
-            raise InputError(f"{source}: {name} must be a number from zero on, and is {facts[name]!r}")
-    if facts["hidden_size"] % facts["num_attention_heads"]:
-        raise InputError(f"{source}: hidden_size {facts['hidden_size']} is not a multiple of num_attention_heads "
-                         f"{facts['num_attention_heads']}")
-    pad_id, positions = facts.get("pad_token_id", 0 if kind == "bert" else 1), facts["max_position_embeddings"]
-    if not is_whole(pad_id, 0, facts["vocab_size"] - 1) or positions < pad_id + 2:
-        raise InputError(f"{source}: pad_token_id {pad_id!r} is no token, or leaves none of max_position_embeddings {positions}")
+    pad_id, positions = facts.get("pad_token_id", 0 if kind == "bert" else 1), facts.get("max_position_embeddings")
+    if not is_whole(pad_id, 0) or not is_whole(positions, pad_id + 2):
+        raise InputError(f"{source}: pad_token_id {pad_id!r} is no token, or leaves none of max_position_embeddings {positions!r}")
     return check_encoder(EncoderConfig(
-        **{ours: facts[theirs] for theirs, ours in SIZES.items()},
-        **{ours: facts.get(theirs, default) for theirs, (ours, default) in NUMBERS.items()},
-        max_len=positions - (0 if kind == "bert" else pad_id + 1), pad_id=pad_id, model_type=kind), source)
+        **{ours: facts.get(theirs, default) for theirs, (ours, default) in SETTINGS.items()},
+        max_len=positions - (0 if kind == "bert" else pad_id + 1), pad_id=pad_id, model_type=kind), source,
+        {ours: theirs for theirs, (ours, _) in SETTINGS.items()})
 
 
 def encoder_state(weights: dict[str, Tensor], config: EncoderConfig, source: Path | str = "the weights") -> dict[str, Tensor]:
@@ -126,21 +118,10 @@ def encoder_state(weights: dict[str, Tensor], config: EncoderConfig, source: Pat
     return state
 
 
-def head_state(weights: dict[str, Tensor], modules: dict[str, str]) -> dict[str, Tensor] | None:
-    """State dict of a head of ours, whose modules are called `modules` there; None if the checkpoint does not have all of it."""
-    w = plain_names(weights)
-    names = head_names(modules)
-    return {ours: w[theirs] for ours, theirs in names.items()} if w.keys() >= {*names.values()} else None
-
-
-def mlm_head_state(weights: dict[str, Tensor], config: EncoderConfig) -> dict[str, Tensor] | None:
-    """State dict of our MLMHead, or None if the checkpoint has no masked-LM head."""
-    return head_state(weights, HEADS[family(config)])
-
-
-def classification_head_state(weights: dict[str, Tensor], config: EncoderConfig) -> dict[str, Tensor] | None:
-    """State dict of our ClassificationHead from ...ForSequenceClassification's, or None if there is none."""
-    return head_state(weights, CLASSIFIERS[family(config)])
+def head_state(weights: dict[str, Tensor], config: EncoderConfig, modules: dict[str, dict[str, str]]) -> dict[str, Tensor] | None:
+    """State dict of our MLMHead by HEADS, of our ClassificationHead by CLASSIFIERS; None if the checkpoint does not have all of it."""
+    w, names = plain_names(weights), head_names(config, modules)
+    return {ours: w[theirs] for ours, theirs in names.items()} if names and w.keys() >= {*names.values()} else None
 
 
 def load_hf(folder: Path) -> Base:
@@ -157,11 +138,11 @@ def load_hf(folder: Path) -> Base:
     encoder = build(Encoder, config, encoder_state(weights, config, folder), folder)
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}")
-    head, state = None, mlm_head_state(weights, config)
+    head, state = None, head_state(weights, config, HEADS)
     if state is not None:
         check_tied(weights, config, folder)
         head = build(MLMHead, config, state, folder)
-    pooler, d = head_state(weights, {"dense": "pooler.dense"}) if config.is_bert else None, config.hidden_size
+    pooler, d = head_state(weights, config, POOLERS), config.hidden_size
     if pooler is not None and (pooler["dense.weight"].shape, pooler["dense.bias"].shape) != ((d, d), (d,)):
         raise InputError(f"{folder}: the tensors do not fit the model: pooler.dense is {tuple(pooler['dense.weight'].shape)}, not {(d, d)}")
     mark = fingerprint(encoder)
@@ -187,7 +168,7 @@ def import_tuned(folder: Path, base: Base, labels: tuple[str, ...] = (), task: s
     check_sizes(base, config, f"{folder}: holds")
     weights = read_weights(folder)
     encoder = build(Encoder, config, encoder_state(weights, config, folder), folder)
-    head = classification_head_state(weights, config)
+    head = head_state(weights, config, CLASSIFIERS)
     if head is None:
         raise InputError(f"{folder}: has no head for sequence classification ({', '.join(CLASSIFIERS[family(config)].values())})")
     check_head(head, config.hidden_size, folder)
@@ -244,9 +225,9 @@ def hf_encoder_state(state: dict[str, Tensor], config: EncoderConfig) -> dict[st
     return {f"{family(config)}.{k}": v for k, v in (out | {"embeddings.token_type_embeddings.weight": types}).items()}
 
 
-def hf_head_state(state: dict[str, Tensor], modules: dict[str, str]) -> dict[str, Tensor]:
+def hf_head_state(state: dict[str, Tensor], config: EncoderConfig, modules: dict[str, dict[str, str]]) -> dict[str, Tensor]:
     """The state dict of a head under Hugging Face's names: `head_state` backwards."""
-    return {("bert." if theirs.startswith("pooler.") else "") + theirs: state[ours] for ours, theirs in head_names(modules).items()}
+    return {"bert." * theirs.startswith("pooler.") + theirs: state[ours] for ours, theirs in head_names(config, modules).items()}
 
 
 def hf_config(config: EncoderConfig, tokenizer: Tokenizer, task: str, labels: tuple[str, ...] | None = None) -> dict:
@@ -256,8 +237,7 @@ def hf_config(config: EncoderConfig, tokenizer: Tokenizer, task: str, labels: tu
         "label2id": {label: i for i, label in enumerate(labels or ("LABEL_0",))},
         "problem_type": "single_label_classification" if labels else "regression"}
     return {"architectures": [CLASSES[config.model_type] + (f"For{task}" if task else "Model")], "model_type": config.model_type,
-            **{theirs: getattr(config, ours) for theirs, ours in SIZES.items()},
-            **{theirs: getattr(config, ours) for theirs, (ours, _) in NUMBERS.items()},
+            **{theirs: getattr(config, ours) for theirs, (ours, _) in SETTINGS.items()},
             "max_position_embeddings": config.max_len + config.first_position, "type_vocab_size": 2 if config.is_bert else 1,
             "hidden_act": "gelu", "pad_token_id": config.pad_id, "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id,
             "tie_word_embeddings": True, "torch_dtype": "float32", **heads}
@@ -267,13 +247,13 @@ def export_hf(folder: Path, base: Base, delta: Delta | None = None, labels: tupl
     """Write base, or base + delta merged, as AutoModelForMaskedLM or AutoModelForSequenceClassification and AutoTokenizer load it; returns
     the name of the first. `labels` are those that a base is to be tuned on, if known. InputError if the delta cannot be merged (adapter,
     prefix) or was learned on another base."""
-    config, names = base.encoder.config, family(base.encoder.config)
+    config = base.encoder.config
     if delta is None:
         encoder, task = base.encoder.state_dict(), "MaskedLM" if base.head else ""
-        head = hf_head_state(base.head.state_dict(), HEADS[names]) if base.head else {}
+        head = hf_head_state(base.head.state_dict(), config, HEADS) if base.head else {}
     else:
         encoder, task, labels = merge(base, delta), "SequenceClassification", delta.labels
-        head = hf_head_state(delta.head, CLASSIFIERS[names])
+        head = hf_head_state(delta.head, config, CLASSIFIERS)
     with atomic_folder(folder, WRITTEN) as new:
         write_tensors(new / "model.safetensors", hf_encoder_state(encoder, config) | head)
         write_json(new / "config.json", hf_config(config, base.tokenizer, task, labels))

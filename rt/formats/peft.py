@@ -146,7 +146,7 @@ def export_peft(folder: Path, base: Base, name: str, delta: Delta) -> Path | str
         targets = r".*\.layer\.\d+\.(" + "|".join(PATHS[t].replace(".", r"\.") for t in targets) + ")"
     factors = {f"{model}.{their_module(i, target)}.lora_{which}.weight": delta.modules[our_factor(i, target, which)]
                for i in range(base.encoder.config.num_layers) for target in c.target_modules for which in "AB"}
-    weights = factors | hf_head_state(delta.head, CLASSIFIERS[model])
+    weights = factors | hf_head_state(delta.head, base.encoder.config, CLASSIFIERS)
     with atomic_folder(folder, WRITTEN) as new:
         write_tensors(new / "adapter_model.safetensors", {f"base_model.model.{k}": v for k, v in weights.items()})
         write_json(new / "adapter_config.json", {
