@@ -27,7 +27,7 @@ from rt.data import Example, Task, encode
 from rt.deltas import Base, Delta, apply, check_fits
 from rt.errors import InputError, StaleDelta
 from rt.formats.atomic import locked
-from rt.formats.files import FIGURES, claim, read_rows, write_json
+from rt.formats.files import FIGURES, check_overwritable, read_rows, write_json
 from rt.formats.hub import open_base, open_delta, place_of_delta
 from rt.formats.tasks import load_task
 from rt.kinds import KINDS
@@ -89,7 +89,7 @@ def main() -> None:
     record(c)       # now rather than at the end: what cannot be recorded
     study, out = STUDIES[c.study], Path(c.out or f"runs/analyze/{c.study}")
     drawn = {f"{name}.{ending}" for name in figures.OF_STUDY[c.study] for ending in ("png", "svg")}
-    claim(out, {"rows.jsonl", "summary.json", FIGURES, *drawn})
+    check_overwritable(out, {"rows.jsonl", "summary.json", FIGURES, *drawn})
     with locked(out):
         conduct(c, study, out)
 

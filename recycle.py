@@ -22,7 +22,7 @@ from rt.deltas import Base, Delta, apply
 from rt.errors import InputError
 from rt.formats.atomic import locked
 from rt.formats.delta_files import load_delta
-from rt.formats.files import FIGURES, claim, read_json, write_json
+from rt.formats.files import FIGURES, check_overwritable, read_json, write_json
 from rt.formats.hub import NAMING, open_base, open_delta, place_of_delta
 from rt.formats.tasks import load_task
 from rt.kinds import DeltaConfig
@@ -283,7 +283,7 @@ def sweep(c: Config, r: Recycling, task: Task, modes: list[str], out: Path, rank
     for one in runs.values():
         check(replace(r, gamma=one.c.gamma, itp=one.c.itp), one.mode)
     origin = origin_of(r)
-    ranks.from_main(lambda: claim(out, {"summary.json", "deltas", FIGURES}))
+    ranks.from_main(lambda: check_overwritable(out, {"summary.json", "deltas", FIGURES}))
     done = ranks.from_main(lambda: {name for name, one in runs.items() if is_complete(out, one, origin)})     # what all ranks go by
     samples: dict[int, Recycling] = {}
     mine = [group[ranks.rank::ranks.world] for group in groups([one for name, one in runs.items() if name not in done])]

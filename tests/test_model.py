@@ -9,7 +9,7 @@ from conftest import random_base
 from kernels import dropout
 from rt.data import Encoded, sequences_batch
 from rt.deltas import attach
-from rt.formats.hf import classification_head_state, load_hf
+from rt.formats.hf import CLASSIFIERS, head_state, load_hf
 from rt.kinds import DeltaConfig
 from rt.losses import DistillConfig, Loss, run_teacher
 from rt.model import Activations, ClassificationHead, Classifier, MaskedLM
@@ -68,7 +68,7 @@ def test_classification_logits_equal_transformers(hf_models, tokenizer):
     base = load_hf(folder)
     assert base.head is None    # the checkpoint has no masked-LM head
     head = ClassificationHead(96, 4)
-    head.load_state_dict(classification_head_state(theirs.state_dict(), base.encoder.config))
+    head.load_state_dict(head_state(theirs.state_dict(), base.encoder.config, CLASSIFIERS))
     sequences = ragged(tokenizer)
     ids, mask = padded(sequences, tokenizer.pad_id)
     with torch.no_grad():

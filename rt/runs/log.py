@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from rt.data import Task
-from rt.formats.files import making, read_rows, with_room, write_all, write_whole
+from rt.formats.files import read_rows, write_all, write_errors, write_whole
 from rt.model import Batch, Encoder
 from rt.speed.throughput import Throughput
 from rt.tune import score
@@ -26,7 +26,7 @@ class Log:
         if not writes:
             return
         kept = [row for row in read_rows(self.path) if keep(row)] if keep else []
-        with making(self.path):
+        with write_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
             self.file = self.path.open("ab", buffering=0)       # a row is one write: a killed process leaves all of it or none
@@ -34,7 +34,7 @@ class Log:
     def row(self, **values: Any) -> None:
         if self.file:
             line = (json.dumps(values) + "\n").encode()
-            with with_room(self.path, len(line)):
+            with write_errors(self.path, len(line)):
                 write_all(self.file, line)
 
     def sync(self) -> None:

@@ -17,7 +17,7 @@ from rt.deltas import Base, Delta
 from rt.errors import InputError
 from rt.formats.atomic import differing
 from rt.formats.delta_files import save_delta
-from rt.formats.files import FIGURES, claim, read_json, read_rows, write_json, write_whole
+from rt.formats.files import FIGURES, check_overwritable, read_json, read_rows, write_json, write_whole
 from rt.formats.hub import open_delta
 from rt.formats.untrusted import shaped
 from rt.recycling import NEEDS_TEACHER, TRAINED, Recycling
@@ -99,7 +99,7 @@ class Book:
     def __init__(self, c: Any, argv: list[str], out: Path, task: Task, plan: list[Run], origin: Callable[[Run], list[str]]):
         self.facts, self.c, self.out, self.task, self.plan, self.origin = {"config": record(c), "argv": argv}, c, out, task, plan, origin
         self.place = {run.name: i for i, run in enumerate(plan)}
-        claim(out, {"metrics.jsonl", "summary.json", "deltas", FIGURES})
+        check_overwritable(out, {"metrics.jsonl", "summary.json", "deltas", FIGURES})
         before = summary_rows(out / "summary.json")
         missing = {run.key for run in plan}
         if c.resume:
