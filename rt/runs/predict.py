@@ -25,11 +25,11 @@ from rt.formats.untrusted import parse_json
 from rt.limits import SeqLen
 from rt.model import Classifier
 from rt.runs.config import parse, run
-from rt.runs.log import progress
+from rt.runs.log import note_truncated, progress
 from rt.runs.results import open_best
 from rt.speed.device import make_deterministic, pick_device, pick_precision
 from rt.speed.dist import launched
-from rt.tune import predict, say_truncated
+from rt.tune import predict
 
 CHUNK = 1024    # texts that are held at once, and sorted by length
 SEQ_LEN = 128   # of a delta that was tuned elsewhere
@@ -61,7 +61,7 @@ def main() -> None:
         check_out(out, source)
     base, delta, model, seq_len, where = open_tuned(c)
     count, truncated = write_answers(answers(model, examples, delta.labels, base.tokenizer, seq_len, **where), out, source)
-    say_truncated(truncated, count, seq_len, sys.stderr)
+    note_truncated(truncated, count, seq_len, sys.stderr)
 
 
 def open_tuned(c: Any, labels: tuple[str, ...] = ()) -> tuple[Base, Delta, Classifier, int, dict]:

@@ -19,7 +19,7 @@ from typing import Any, Callable, Iterable
 
 import torch
 
-from rt.data import Task
+from rt.data import Task, TaskData
 from rt.deltas import Base, Delta
 from rt.errors import InputError
 from rt.formats.atomic import differing
@@ -31,7 +31,7 @@ from rt.recycling import NEEDS_TEACHER, TRAINED, Recycling
 from rt.runs.config import flags_of, record
 from rt.runs.log import Log
 from rt.runs.summary import add_steps_to_scratch, by_settings
-from rt.tune import TaskData, TuneResult, score
+from rt.tune import TuneResult, score
 
 # flags that do not change what a run computes, or that its row holds beside its settings
 NOT_SETTINGS = {"mode", "seeds", "lr", "out", "cache", "device", "resume", "save_deltas", "sweep", "side_by_side", "graphs", "deterministic"}
