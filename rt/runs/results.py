@@ -1,5 +1,4 @@
-"""What recycle.py leaves in --out: a folder a run under deltas/, which appears whole; the rows of all runs in summary.json; in
-metrics.jsonl the evaluations of all runs as they come.
+"""What recycle.py leaves in --out: under deltas/ a folder for each run, which appears whole, and in summary.json the rows of all runs.
 
     deltas/RUN/delta.safetensors, delta.json    unless --no_save_deltas
     deltas/RUN/metrics.jsonl                    the run's evaluations
@@ -15,7 +14,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
-from typing import Any, Callable, Iterable
+from typing import Any, Iterable
 
 import torch
 
@@ -29,13 +28,13 @@ from rt.formats.hub import open_delta
 from rt.formats.untrusted import shaped
 from rt.recycling import NEEDS_TEACHER, TRAINED, Recycling
 from rt.runs.config import flags_of, record
-from rt.runs.log import Log
 from rt.runs.summary import add_steps_to_scratch, by_settings
 from rt.tune import TuneResult, score
 
 # flags that do not change what a run computes, or that its row holds beside its settings
-NOT_SETTINGS = {"mode", "seeds", "lr", "out", "cache", "device", "resume", "save_deltas", "sweep", "side_by_side", "graphs", "deterministic"}
-USED_BY = {"distill": (*NEEDS_TEACHER, "project"), "project": ("project",)}     # nested settings of recycle.Config: the modes that read them
+NOT_SETTINGS = {"mode", "seeds", "lr", "out", "cache", "device", "resume", "save_deltas", "sweep", "side_by_side", "graphs",
+                "deterministic"}
+USED_BY = {"distill": (*NEEDS_TEACHER, "project"), "project": ("project",)}     # parts of a Config: the modes that read them
 
 
 # --- equal names for equal runs ----------------------------------------------------------------------------------------
@@ -54,7 +53,9 @@ class Run:
         """The flags that the run depends on, beside its seed and learning rate. Those of a direct run are as of a call with this --base
         and no --chain, so that it is the same run."""
         values = record(self.c if self.route == "chain" else replace(self.c, chain=()))
-        off = {name for name in ("chain", "early_stop", "gamma", "itp") if not values[name]} | (set() if values["gamma"] else {"att_layers"})
+        off = {name for name in ("chain", "early_stop", "gamma", "itp") if not values[name]}
+        if not values["gamma"]:
+            off.add("att_layers")
         return {k: v for k, v in values.items() if k not in NOT_SETTINGS | unread(type(self.c), self.mode) | off}
 
     @property
@@ -90,8 +91,9 @@ def save_run(out: Path, run: Run, task: Task, result: TuneResult, delta: Delta, 
     """Write OUT/deltas/RUN; returns its row, to which `more` is added."""
     c = run.c
     row = {"run": run.name, "mode": run.mode, "delta": c.delta.kind, "task": task.name, "shots": c.shots, "seed": run.seed,
-           "lr": run.lr, "steps": c.steps if run.mode in TRAINED else 0, "best_step": result.best_step, "dev": result.dev, "test": result.test,
-           "steps_to_scratch_best": None, "seconds": round(result.seconds, 1), "curve": result.curve, "settings": run.settings,
+           "lr": run.lr, "steps": c.steps if run.mode in TRAINED else 0, "best_step": result.best_step, "dev": result.dev,
+           "test": result.test, "steps_to_scratch_best": None, "seconds": round(result.seconds, 1), "curve": result.curve,
+           "settings": run.settings,
            **{name: count for name in ("skipped", "diverged") if (count := getattr(result, name))}, "origin": origin, **more}
     with delta_folder(out / "deltas" / run.name, delta.nbytes) as new:
         if c.save_deltas:
@@ -118,57 +120,43 @@ def finished_row(out: Path, run: Run, origin: list[str]) -> dict | None:
 
 # --- all runs ----------------------------------------------------------------------------------------------------------
 
-class Results:
-    """The rows of all runs in `out`, those of other calls too. `plan` are the runs of this call in order, together those that are done
-    together. With --resume the finished ones stay; the others go before anything is done, so that a call that is killed leaves rows of
-    whole runs alone, and none of two origins."""
-
-    def __init__(self, c: Any, out: Path, task: Task, plan: list[list[Run]], origin: Callable[[Run], list[str]]):
-        self.c, self.out, self.task, self.origin, self.plan = c, out, task, origin, [run for runs in plan for run in runs]
-        claim(out, {"metrics.jsonl", "summary.json", "deltas", FIGURES})
-        self.done: dict[str, dict] = {}
-        for runs in plan if c.resume else ():
-            rows = [finished_row(out, run, origin(run)) for run in runs]
-            if all(row and row["test"] for row in rows):
-                self.done |= {row["run"]: row for row in rows}
-        names = {run.name for run in self.plan}
-        for name in names - self.done.keys():
-            shutil.rmtree(out / "deltas" / name, ignore_errors=True)
-        self.others = [row for row in summary_rows(out / "summary.json") if row["run"] not in names]
-        kept = {row["run"] for row in self.others} | self.done.keys()
-        self.write()
-        self.log = Log(out, keep=lambda row: row.get("run") in kept)
-        self.curves: dict[str, list[dict]] = {}
-
-    def evaluated(self, run: Run, row: dict) -> None:
-        """Note an evaluation of a run that is being done."""
-        self.curves.setdefault(run.name, []).append(row)
-        self.log.row(run=run.name, mode=run.mode, seed=run.seed, lr=run.lr, **row)
-
-    def add(self, run: Run, result: TuneResult, delta: Delta, **more: Any) -> None:
-        """Write a run that is done, with `more` in its row."""
-        self.done[run.name] = save_run(self.out, run, self.task, result, delta, self.curves.pop(run.name), self.origin(run), more)
-        self.write()
-
-    def write(self) -> None:
-        """summary.json: the rows of other calls, then those of this one in its order."""
-        rows = self.others + [self.done[run.name] for run in self.plan if run.name in self.done]
-        groups: dict[str, list[dict]] = {}      # rows that one run of scratch is the yardstick of
-        without = unread(type(self.c), "scratch") | {"chain"}
-        for row in rows:
-            content = {k: v for k, v in row["settings"].items() if k not in without}, [*row.get("origin", ())[:2], *row.get("origin", ())[3:]]
-            groups.setdefault(json.dumps(content, sort_keys=True), []).append(row)
-        for group in groups.values():
-            add_steps_to_scratch(group)
-        write_summary(self.out, self.c, rows)
-
-    def planned(self) -> list[dict]:
-        """The rows of this call, done now or found, in its order; of a chain with base and route."""
-        return [self.done[run.name] | ({"base": run.c.base, "route": run.route} if self.c.chain else {}) for run in self.plan]
+def begin(c: Any, out: Path, runs: list[Run], origin: dict[str, list[str]]) -> set[str]:
+    """The names of the runs that need not be done: with --resume or --sweep, those that an earlier call has finished. The others go before
+    anything is done, so that a call that is killed leaves rows of whole runs alone, and none of two origins."""
+    claim(out, {"metrics.jsonl", "summary.json", "deltas", FIGURES})
+    summary_rows(out / "summary.json")      # that can be read, before anything goes
+    finished = set()
+    for run in runs:
+        row = finished_row(out, run, origin[run.name]) if c.resume or c.sweep is not None else None
+        if row and (row["test"] or c.sweep is not None):
+            finished.add(run.name)
+        else:
+            shutil.rmtree(out / "deltas" / run.name, ignore_errors=True)
+    write_summary(c, out, runs)
+    return finished
 
 
-def write_summary(out: Path, c: Any, rows: list[dict]) -> None:
+def write_summary(c: Any, out: Path, runs: list[Run]) -> list[dict]:
+    """summary.json: the rows of other calls, then those of these runs, as far as they are done, which are returned."""
+    paths = {run.name: out / "deltas" / run.name / "summary.json" for run in runs}
+    place = {run.name: {"base": run.c.base, "route": run.route} if c.chain else {} for run in runs}
+    own = [read_json(path) | place[name] for name, path in paths.items() if path.exists()]
+    rows = [row for row in summary_rows(out / "summary.json") if row["run"] not in paths] + own
+    for group in [own] if c.sweep is not None else comparable(rows, unread(type(c), "scratch")):
+        add_steps_to_scratch(group)
     write_json(out / "summary.json", {"rows": rows, "config": record(c), "argv": sys.argv})
+    return own
+
+
+def comparable(rows: list[dict], more: set[str]) -> list[list[dict]]:
+    """The rows in groups to which the same runs of scratch are the baseline: of the same origin but for the old delta, and of the same
+    settings but for `more`, which scratch does not read, and the chain."""
+    found: dict[str, list[dict]] = {}
+    for row in rows:
+        settings = {k: v for k, v in row["settings"].items() if k not in more | {"chain"}}
+        origin = row.get("origin", [])
+        found.setdefault(json.dumps([origin[:2], origin[3:], settings], sort_keys=True), []).append(row)
+    return list(found.values())
 
 
 def summary_rows(path: Path) -> list[dict]:

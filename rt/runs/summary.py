@@ -26,9 +26,9 @@ def chosen(rows: list[dict], mode: str, by: Callable[[dict], object] = by_rate) 
     return max(groups.values(), key=lambda group: (len(group), mean(score(row["dev"]) for row in group)), default=[])
 
 
-def add_steps_to_scratch(rows: list[dict], by: Callable[[dict], object] = by_rate) -> None:
-    """First step at which a run's dev score is that of scratch's best of the same seed, or above; None if never."""
-    best = {row["seed"]: score(row["dev"]) for row in chosen(rows, "scratch", by)}
+def add_steps_to_scratch(rows: list[dict]) -> None:
+    """Into each row the first step at which its dev score reaches scratch's best for the same seed; None if never."""
+    best = {row["seed"]: score(row["dev"]) for row in chosen(rows, "scratch", by_settings)}
     for row in rows:
         if row["seed"] in best:
             row["steps_to_scratch_best"] = next((step for step, dev in row["curve"] if dev >= best[row["seed"]]), None)
