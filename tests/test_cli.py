@@ -380,7 +380,8 @@ def test_project_maps_the_delta_by_other_tasks(lineage, task, graphs, tmp_path):
     about, settings = rows[1]["projection"], rows[1]["settings"]
     assert about["sources"] == ["three_way"] and about["r"] == 3 and about["granularity"] == "flat" and not about["residual"]
     assert not about["with_head"] and set(about["dev"]) == {"mean", "three_way"} and settings["source_task"] == [str(other)]
-    assert [(r["step"], r.get("part")) for r in curve(tmp_path / "out", rows[1])] == [(0, "projection"), (2, "projection"), (4, "projection"), (0, None)]
+    parts = [(r["step"], r.get("part")) for r in curve(tmp_path / "out", rows[1])]
+    assert parts == [(0, "projection"), (2, "projection"), (4, "projection"), (0, None)]
     scored = here("train.py", "--mode", "eval", "--base", home / "run" / "M1", "--task", task, *TUNE,
                   "--delta_dir", tmp_path / "out" / "deltas" / rows[1]["run"])       # the mapped delta is one of the new base
     assert f"test accuracy {rows[1]['test']['accuracy']:.3f}" in scored

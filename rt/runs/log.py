@@ -53,8 +53,8 @@ class StepBar:
     """The bar of a supervised loop: with StepBar(...) as bar, give `on_step=bar.on_step` and `on_eval=bar.on_eval` to rt.tune.tune. It
     shows the loss, the best score on dev, tokens per second and the time left."""
 
-    def __init__(self, steps: int, what: str, encoder: Encoder, device: torch.device, precision: torch.dtype, frozen: bool | None = None):
-        frozen = not encoder.layers[0].qkv.weight.requires_grad if frozen is None else frozen
+    def __init__(self, steps: int, what: str, encoder: Encoder, device: torch.device, precision: torch.dtype):
+        frozen = not encoder.layers[0].qkv.weight.requires_grad
         self.throughput = Throughput(encoder.config, device, precision, frozen=frozen)
         self.bar, self.skipped, self.best, self.stepped = progress(steps, what), 0, -math.inf, time.perf_counter()
 
