@@ -35,7 +35,7 @@ from rt.runs.build import build, build_lineage
 from rt.runs.config import parse, record, run
 from rt.runs.log import StepBar, note_changed_task, note_truncated, progress
 from rt.runs.results import Run, begin, best_delta, origin_of, save_run, write_summary
-from rt.runs.summary import by_settings, chosen, report, report_chain, report_sweep, routes
+from rt.runs.summary import by_settings, chosen, report, report_chain, report_sweep
 from rt.runs.sweep import LISTS, expand, groups, swept
 from rt.speed.device import make_deterministic, pick_precision
 from rt.speed.dist import Ranks, join
@@ -126,7 +126,10 @@ def main() -> None:
                for folder, t in zip(source_deltas, source_tasks)]
     r = Recycling(old_base, old_delta, base, encode_task(task, base.tokenizer, c.seq_len), c.delta, tune_settings(c, 0, 0.0), c.distill,
                   ranks.device, pick_precision(c.precision, ranks.device), make_gradient=graphed_gradient if c.graphs else plain_gradient)
-    check_together(c, r, modes, bases, sources, task if ranks.is_main else None)
+    if ranks.is_main:
+        note_changed_task(old_delta.info, task)
+        note_truncated(*r.data.truncated(), c.seq_len, sys.stderr)
+    check_together(c, r, modes, bases, sources)
     out = Path(c.out or default_out(c, task))
     with locked(out, ranks.from_main):
         do_runs(c, r, task, modes, bases, sources, out, ranks)
@@ -138,39 +141,31 @@ def main() -> None:
 def checked_modes(c: Config) -> list[str]:
     """The modes asked for. InputError if flags make no sense together."""
     modes = [mode for mode in MODES if mode != "project" or c.project.source_task] if "all" in c.mode else [*c.mode]
-    if (c.distill.itp or c.distill.gamma) and not {*modes} & {*NEEDS_TEACHER}:
-        what = f"--gamma {c.distill.gamma}: a weight" if c.distill.gamma else f"--itp {c.distill.itp}: a number of points"
-        raise InputError(f"{what}, for modes with a teacher ({', '.join(NEEDS_TEACHER)})")
     if c.delta.kind != "same":
         c.delta.check()
-    elif not c.old_delta or c.project.source_task and not c.project.source_delta:
-        raise InputError("--delta same is as the --old_delta that is given, with the --source_delta where there is a --source_task")
-    check_projection_flags(c, modes)
-    if c.sweep is not None and (c.chain or "project" in modes or not c.save_deltas):
-        raise InputError("--sweep has no --chain and no --mode project, and keeps the deltas, from which it goes on when interrupted")
-    if c.graphs and (c.distill.itp or c.distill.gamma):
-        raise InputError("--graphs repeats a step as it was captured: not with --itp, whose points are drawn anew, nor with --gamma, which "
-                         "would count the tokens that fill a batch up")
+    taught, itp, gamma = {*modes} & {*NEEDS_TEACHER}, c.distill.itp, c.distill.gamma
+    project, tasks, deltas = "project" in modes, c.project.source_task, c.project.source_delta
     line = [str(Path(name)) for name in (c.old_base, *c.chain)]
-    if c.chain and (c.base != Config.base or len({*line}) < len(line)):
-        raise InputError(f"--chain {','.join(c.chain)}: the bases after --old_base {c.old_base} in order, each once, in place of --base")
+    for is_wrong, sentence in (
+            (gamma and not taught, f"--gamma {gamma}: a weight, for modes with a teacher ({', '.join(NEEDS_TEACHER)})"),
+            (itp and not taught, f"--itp {itp}: a number of points, for modes with a teacher ({', '.join(NEEDS_TEACHER)})"),
+            (c.delta.kind == "same" and (not c.old_delta or tasks and not deltas),
+             "--delta same is as the --old_delta that is given, with the --source_delta where there is a --source_task"),
+            (not project and (tasks or deltas), "--source_task and --source_delta are for --mode project"),
+            (project and (not tasks or len(deltas) not in (0, len(tasks))),
+             f"--mode project needs --source_task, and of --source_delta as many or none: {len(tasks)} tasks, {len(deltas)} deltas"),
+            (c.task in tasks, f"--source_task {c.task}: is the --task itself, and a projection is for a task that it was not learned on"),
+            (project and c.chain, "--chain has no --mode project: a projection is learned for two bases"),
+            (c.sweep is not None and (c.chain or project or not c.save_deltas),
+             "--sweep has no --chain and no --mode project, and keeps the deltas, from which it goes on when interrupted"),
+            (c.graphs and (itp or gamma),
+             "--graphs repeats a step as it was captured: not with --itp, whose points are drawn anew, nor with --gamma, which would count "
+             "the tokens that fill a batch up"),
+            (c.chain and (c.base != Config.base or len({*line}) < len(line)),
+             f"--chain {','.join(c.chain)}: the bases after --old_base {c.old_base} in order, each once, in place of --base")):
+        if is_wrong:
+            raise InputError(sentence)
     return modes
-
-
-def check_projection_flags(c: Config, modes: list[str]) -> None:
-    """InputError if --mode project and the flags that are for it do not fit together."""
-    tasks, deltas = c.project.source_task, c.project.source_delta
-    if "project" not in modes:
-        if tasks or deltas:
-            raise InputError("--source_task and --source_delta are for --mode project")
-        return
-    if not tasks or deltas and len(deltas) != len(tasks):
-        raise InputError(f"--mode project needs --source_task, and of --source_delta as many or none: {len(tasks)} tasks, "
-                         f"{len(deltas)} deltas")
-    if c.task in tasks:
-        raise InputError(f"--source_task {c.task}: is the --task itself, and a projection is for a task that it was not learned on")
-    if c.chain:
-        raise InputError("--chain has no --mode project: a projection is learned for two bases")
 
 
 def announce(c: Config, modes: list[str], task: Task, old: Delta) -> list[str]:
@@ -185,11 +180,8 @@ def announce(c: Config, modes: list[str], task: Task, old: Delta) -> list[str]:
     return ["scratch", "init"] if "all" in c.mode else modes
 
 
-def check_together(c: Config, r: Recycling, modes: list[str], bases: dict[str, Base], sources: Sources, task: Task | None) -> None:
-    """InputError if a mode cannot be done with what was opened. With `task`, notes on stderr what was cut and what has changed."""
-    if task:
-        note_changed_task(r.old_delta.info, task)
-        note_truncated(*r.data.truncated(), c.seq_len, sys.stderr)
+def check_together(c: Config, r: Recycling, modes: list[str], bases: dict[str, Base], sources: Sources) -> None:
+    """InputError if a mode cannot be done with what was opened."""
     for base in bases.values():
         base.require_length(c.seq_len)
         for mode in modes:
@@ -208,14 +200,10 @@ def default_out(c: Config, task: Task) -> str:
 def planned(c: Config, modes: list[str]) -> list[Run]:
     """A run for every seed, mode and learning rate of every combination of --sweep."""
     points = [c] if c.sweep is None else expand(c, c.sweep)
-    runs = [Run(point, mode, seed, lr) for point in points if checked_modes(point) for seed in point.seeds for mode in modes
-            for lr in learning_rates(point, mode)]
-    return [*{one.name: one for one in runs}.values()]      # of a sweep many are equal: alpha is nothing to scratch
-
-
-def rows_of(one: Run) -> list[Run]:
-    """The rows that a run makes: one, or in a chain one for each base and route."""
-    return [one.at(base, route) for base in one.c.chain for route in routes(one.mode)] if one.c.chain else [one]
+    for point in points:
+        checked_modes(point)
+    runs = [Run(point, mode, seed, lr) for point in points for seed in point.seeds for mode in modes for lr in learning_rates(point, mode)]
+    return [*{one.name: one for one in runs}.values()]      # many points of a sweep are one run: scratch does not read alpha
 
 
 def learning_rates(c: Config, mode: str) -> tuple[float | None, ...]:
@@ -240,13 +228,13 @@ def do_runs(c: Config, r: Recycling, task: Task, modes: list[str], bases: dict[s
     for one in plan:
         check(replace(r, distill=one.c.distill), one.mode)
     origins, projected = {name: origin_of(replace(r, base=base)) for name, base in bases.items()}, origin_of(r, sources)
-    origin = {row.name: projected if row.mode == "project" else origins[row.c.base] for one in plan for row in rows_of(one)}
-    rows = [row for one in plan for row in rows_of(one)]
+    origin = {row.name: projected if row.mode == "project" else origins[row.c.base] for one in plan for row in one.rows()}
+    rows = [row for one in plan for row in one.rows()]
     finished = ranks.from_main(lambda: begin(c, out, rows, origin))
-    todo = [one for one in plan if not finished.issuperset(row.name for row in rows_of(one))]
+    todo = [one for one in plan if not finished.issuperset(row.name for row in one.rows())]
     mine = [[one] for one in todo] if c.sweep is None else [*filter(None, (g[ranks.rank::ranks.world] for g in groups(todo)))]
     start, samples = r if c.sweep is None else replace(r, data=replace(r.data, test=None)), {}
-    with progress(sum(map(len, mine)) if c.sweep else 0, "sweep", unit="run") as bar:
+    with progress(sum(map(len, mine)), "recycle", unit="run") as bar:
         for group in mine:
             for seed in {one.seed for one in group} - samples.keys():
                 samples[seed] = sample(c, start, task, seed)
@@ -289,7 +277,7 @@ def run_group(samples: dict[int, Recycling], group: list[Run], bases: dict[str, 
 def run_alone(r: Recycling, one: Run, bases: dict[str, Base], sources: Sources) -> Iterator[Done]:
     """A run by itself; in a chain, one mode along all bases by all routes."""
     c, curves, more, started = one.c, defaultdict(list), {}, time.perf_counter()
-    steps = c.project.project_steps if one.mode == "project" else c.steps * len(rows_of(one)) * (one.mode in TRAINED)
+    steps = c.project.project_steps if one.mode == "project" else c.steps * len(one.rows()) * (one.mode in TRAINED)
     with StepBar(steps, one.mode, r.base.encoder, r.device, r.precision) as bar:
         def on_eval(row: dict, **part) -> None:
             curves[row.get("base"), row.get("route")].append({**part, **row})

@@ -28,7 +28,7 @@ from rt.formats.hub import open_delta
 from rt.formats.untrusted import shaped
 from rt.recycling import NEEDS_TEACHER, TRAINED, Recycling
 from rt.runs.config import flags_of, record
-from rt.runs.summary import add_steps_to_scratch, by_settings
+from rt.runs.summary import add_steps_to_scratch, by_settings, routes
 from rt.tune import TuneResult, score
 
 # flags that do not change what a run computes, or that its row holds beside its settings
@@ -67,6 +67,10 @@ class Run:
         """This run on one base of --chain: its config ends there."""
         until = self.c.chain.index(base) + 1
         return replace(self, c=replace(self.c, base=base, chain=self.c.chain[:until]), route=route)
+
+    def rows(self) -> list["Run"]:
+        """Itself, or in a chain one for each base and route."""
+        return [self.at(base, route) for base in self.c.chain for route in routes(self.mode)] if self.c.chain else [self]
 
 
 def unread(config: type, mode: str) -> set[str]:
