@@ -207,9 +207,7 @@ def unsealed(path: Path) -> None:
 
 
 def shown(folder: Path) -> None:
-    kind, found = plot.open_run(folder)
-    with plot.readable(folder):
-        print(kind.text(found))
+    print(plot.report(folder).text)
     inspect.main([str(folder)])
 
 

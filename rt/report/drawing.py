@@ -7,14 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
-from typing import Any, Callable, Iterable, Iterator
+from typing import Any, Callable, Iterator, Literal
 
 from rt.errors import InputError
-from rt.formats.untrusted import shaped
-from rt.report.rows import Points, by_x, finite, interval
+from rt.formats.untrusted import is_number, shaped
+from rt.report.rows import Points, by_x, interval
 from rt.runs.log import table
 
-Matrix = list[list[float]]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES, MARKERS = ("-", "--", "-.", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (8, 2))), "osD^vPX"
 REFERENCE = {"color": "black", "linestyle": ":", "marker": ""}      # the look of what other lines are compared to
@@ -32,8 +31,7 @@ class Panel:
     lines: dict[str, Points]
     looks: dict[str, dict] = field(default_factory=dict)    # matplotlib's properties of lines that do not look like the next one in order
     ticks: dict[float, str] = field(default_factory=dict)
-    small_ticks: dict[float, str] = field(default_factory=dict)
-    from_zero: bool = False     # the vertical axis; else it spans what was measured, and bands of few seeds are cut off
+    limits: Literal["measured", "bands", "zero"] = "bands"    # of y: all of the bands; from zero; or what was measured, cutting wide bands
     own_legend: bool = False    # below the panel instead of below the figure
 
 
@@ -58,7 +56,7 @@ def sparklines(curves: list[Points], one_scale: bool = False) -> list[str]:
 
 def as_text(panels: list[Panel]) -> str:
     """A row for each line: its name, sparkline, first and last value, lowest and highest."""
-    lines = {f"{panel.ylabel} {label}": points for panel in panels for label, points in panel.lines.items() if points}
+    lines = {f"{panel.ylabel} {label}".rstrip(): points for panel in panels for label, points in panel.lines.items() if points}
     rows = []
     for (name, points), blocks in zip(lines.items(), sparklines([*lines.values()])):
         ys = [y for _, y in points]
@@ -76,17 +74,18 @@ def look(i: int) -> dict[str, Any]:
 
 def draw_panels(path: Path, panels: list[Panel], columns: int = 3, width: float = 3.8, height: float = 3.0) -> None:
     """Panels in rows of `columns`. A label looks the same in all of them."""
-    labels, columns = list(dict.fromkeys(label for panel in panels for label in panel.lines)), min(columns, len(panels))
+    labels = list(dict.fromkeys(label for panel in panels for label in panel.lines if label not in panel.looks))
+    columns = min(columns, len(panels))
     with saved_figure(path, -(-len(panels) // columns), columns, width, height) as axes:
         for ax, panel in zip(axes.flat, panels):
             for label, points in panel.lines.items():
                 if points:
-                    draw_line(ax, points, label, **panel.looks.get(label, look(labels.index(label))))
+                    draw_line(ax, points, label, **panel.looks[label] if label in panel.looks else look(labels.index(label)))
             draw_axes(ax, panel)
         for ax in axes.flat[len(panels):]:
             ax.axis("off")
         handles = {label: handle for ax in axes.flat if not ax.get_legend() for handle, label in zip(*ax.get_legend_handles_labels())}
-        if len(handles) > 1 and not any(panel.own_legend for panel in panels):
+        if handles and not any(panel.own_legend for panel in panels):
             ax.figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2 if len(panels) == 1 else 4)
 
 
@@ -104,29 +103,30 @@ def draw_line(ax: Any, points: Points, label: str, **look: Any) -> None:
 
 
 def draw_axes(ax: Any, panel: Panel) -> None:
-    measured = [y for points in panel.lines.values() for _, y in points if finite(y)] or [0.0]
-    margin = 0.1 * (max(measured) - min(measured)) + 1e-3
     ax.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
-    ax.set_ylim(0 if panel.from_zero else min(measured) - margin, None if panel.from_zero else max(measured) + margin)
+    if panel.limits == "zero":
+        ax.set_ylim(0, None)
+    if panel.limits == "measured":
+        measured = [y for points in panel.lines.values() for _, y in points if is_number(y)] or [0.0]
+        margin = 0.1 * (max(measured) - min(measured)) + 1e-3
+        ax.set_ylim(min(measured) - margin, max(measured) + margin)
     if panel.ticks:
-        ax.set_xticks([*panel.ticks], panel.ticks.values())
-        ax.set_xticks([*panel.small_ticks], panel.small_ticks.values(), minor=True, rotation=90, fontsize=6)
+        ax.set_xticks([*panel.ticks], panel.ticks.values(), rotation=90 * any(x % 1 for x in panel.ticks))     # some are close
     elif all(float(x).is_integer() for points in panel.lines.values() for x, _ in points):
         ax.xaxis.get_major_locator().set_params(integer=True)
     if panel.own_legend:
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.28), fontsize=8)
 
 
-def draw_heatmaps(axes: Iterable[Any], matrices: list[Matrix | None], label: str, top: float = 0.0, cmap: str | None = None) -> None:
+def draw_heatmaps(axes: Any, matrices: list[Any], label: str, top: float = 0.0, cmap: str | None = None) -> None:
     """A row of matrices on one scale from 0 to `top` (default: their highest value) with one colour bar; None leaves a panel empty."""
-    axes = list(axes)
-    top = top or max((v for matrix in matrices for line in matrix or () for v in line if finite(v)), default=1.0)
+    top = top or max((v for matrix in matrices if matrix is not None for line in matrix for v in line if is_number(v)), default=1.0)
     for ax, matrix in zip(axes, matrices):
         if matrix is None:
             ax.axis("off")
         else:
             image = ax.imshow(matrix, cmap=cmap, vmin=0, vmax=top)
-    axes[0].figure.colorbar(image, ax=axes, shrink=0.8, label=label)
+    axes[0].figure.colorbar(image, ax=list(axes), shrink=0.8, label=label)
 
 
 def draw_all(figures: dict[str, Callable[[Path], None]], out: Path, source: Path) -> str:

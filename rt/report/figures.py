@@ -3,12 +3,14 @@ of a table. A score is accuracy, or pearson of a regression."""
 import math
 from functools import partial
 from pathlib import Path
-from statistics import mean
 from typing import Callable
 
+import numpy as np
+
 from rt.analysis import barrier
-from rt.report.drawing import REFERENCE, Matrix, Panel, draw_heatmaps, draw_panels, look, saved_figure
-from rt.report.rows import finite, group, with_interval
+from rt.formats.untrusted import is_number
+from rt.report.drawing import REFERENCE, Panel, draw_heatmaps, draw_panels, look, saved_figure
+from rt.report.rows import group, with_interval
 from rt.runs.log import table
 
 SCORES = {"accuracy": "test accuracy", "pearson": "test Pearson's r"}
@@ -31,15 +33,13 @@ def collected(rows: list[dict], names: tuple[str, ...], values: tuple[str, ...])
 def compatibility(rows: list[dict], path: Path) -> None:
     """A panel for each task: Delta_0 on M_1(t) and on M_1, M_2, ..., beside M_0 + Delta_0, what is tuned on the base itself, and
     chance. Rows: task, seed, base, stage, t (None: the stage is complete), line (a key of COMPATIBILITY) and a score."""
-    place, steps = places(rows), {row["base"]: row["t"] for row in rows if row["t"] is not None}
-    ticks = {place[base]: base for base in place if base not in steps}
-    panels = []
+    place, panels = places(rows), []
+    ticks = {x: base for base, x in place.items()}
     for (task,), panel in group(rows, "task").items():
         score, lines = score_of(panel), group(panel, "line")
         points = {label: [(place[row["base"]], row.get(score)) for row in lines[line,]]
                   for line, label in COMPATIBILITY.items() if (line,) in lines}
-        panels.append(Panel(task, "base" + " (small: step t on the way to it)" * bool(steps), SCORES[score], points,
-                            {COMPATIBILITY["chance"]: REFERENCE}, ticks, {place[base]: t for base, t in steps.items()}))
+        panels.append(Panel(task, "base", SCORES[score], points, {COMPATIBILITY["chance"]: REFERENCE}, ticks))
     draw_panels(path, panels)
 
 
@@ -79,7 +79,8 @@ def connectivity(rows: list[dict], path: Path) -> None:
             paths[label], looks[label] = line, look(pairs.index(pair)) | ({"linestyle": ":"} if kind == "curve" else {})
         for column, key, name in ((above, "loss", "test loss (nats)"), (below, score := score_of(panel), SCORES[score])):
             points = {label: [(row["mu"], row.get(key)) for row in line] for label, line in paths.items()}
-            column.append(Panel(task, "mu, from the first model to the second", name, points, looks, own_legend=column is below))
+            column.append(Panel(task, "mu, from the first model to the second", name, points, looks, limits="measured",
+                                own_legend=column is below))
     draw_panels(path, above + below, columns=len(above))
 
 
@@ -101,7 +102,7 @@ def connectivity_numbers(rows: list[dict]) -> list[dict]:
         seeds, score = walks(found), score_of(found)
         ends = {f"{name}at {end}": [walk[-end].get(key) for walk in seeds]       # walk[-0] is the first, walk[-1] the last
                 for name, key in (("loss ", "loss"), ("", score)) for end in (0, 1)}
-        lowest = [min(filter(finite, (row.get(score) for row in walk)), default=math.nan) for walk in seeds]
+        lowest = [min(filter(is_number, (row.get(score) for row in walk)), default=math.nan) for walk in seeds]
         numbers.append({"task": task, "pair": pair, "path": path, "barrier": barriers(seeds), **ends, "lowest": lowest, "metric": score})
     return numbers
 
@@ -131,7 +132,7 @@ def head_similarity(rows: list[dict], path: Path) -> None:
     task, pair, heads (of a layer), divergence (heads x heads), share_own_best, cka (layers + 1 squared)."""
     panels = group(rows, "task", "pair")
     with saved_figure(path, 2, len(panels), width=3.0, height=2.9, matrices=True) as axes:
-        means = {key: [averaged([row[key] for row in panel]) for panel in panels.values()] for key in ("divergence", "cka")}
+        means = {key: [np.mean([row[key] for row in panel], axis=0) for panel in panels.values()] for key in ("divergence", "cka")}
         draw_heatmaps(axes[0], means["divergence"], "JS divergence (nats)", cmap="cividis_r")
         draw_heatmaps(axes[1], means["cka"], "CKA of hidden states", 1.0)
         for (above, below), ((task, pair), panel) in zip(axes.T, panels.items()):
@@ -146,10 +147,6 @@ def head_similarity(rows: list[dict], path: Path) -> None:
             below.set(xlabel=f"layer of {b}", ylabel=f"layer of {a}")
 
 
-def averaged(matrices: list[Matrix]) -> Matrix:
-    return [[mean(values) for values in zip(*lines)] for lines in zip(*matrices)]
-
-
 def similarity_numbers(rows: list[dict]) -> list[dict]:
     """How alike the heads and layers of a pair are."""
     return collected([row for row in rows if row["what"] == "heads"], ("task", "pair"), ("share_own_best", "own", "best_other", "cka_own"))
@@ -161,13 +158,13 @@ def distance(rows: list[dict], path: Path) -> None:
     """A column for the bases and for the deltas of each task: L2 per weight above, cosine below, by layer. Rows: task (None for bases),
     seed, pair, of, part, l2_per_weight and cosine."""
     panels = []
-    for key, name in (("l2_per_weight", "L2 per weight"), ("cosine", "cosine")):
+    for key, name, limits in (("l2_per_weight", "L2 per weight", "zero"), ("cosine", "cosine", "bands")):
         for (of, task), panel in group(rows, "of", "task").items():
             place = {part: i for i, part in enumerate(dict.fromkeys(row["part"] for row in panel))}
             gap = [(place["all"] - 0.5, math.nan)] if "all" in place else []     # all parts together are no point of the curve over layers
             points = {pair: [(place[row["part"]], row.get(key)) for row in line] + gap for (pair,), line in group(panel, "pair").items()}
             ticks = {i: part.replace("embeddings", "emb").replace("layers.", "") for part, i in place.items()}
-            panels.append(Panel(of + (f", {task}" if task else ""), "layer", name, points, ticks=ticks, from_zero=key == "l2_per_weight"))
+            panels.append(Panel(of + (f", {task}" if task else ""), "layer", name, points, ticks=ticks, limits=limits))
     draw_panels(path, panels, columns=len(panels) // 2)
 
 

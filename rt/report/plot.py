@@ -20,10 +20,10 @@ from typing import Callable
 
 from rt.errors import InputError
 from rt.formats.files import FIGURES, read_json, read_rows
-from rt.formats.untrusted import shaped
-from rt.report.drawing import REFERENCE, Panel, as_text, draw_all, draw_panels, saved_figure, sparklines, thinned
+from rt.formats.untrusted import is_number, shaped
+from rt.report.drawing import REFERENCE, Panel, as_text, draw_all, draw_panels, look, saved_figure, sparklines, thinned
 from rt.report.figures import STUDIES, figures_of, numbers_of, numbers_table
-from rt.report.rows import Points, by_x, finite, group
+from rt.report.rows import Points, by_x, group
 from rt.runs.config import parse, run
 from rt.runs.log import table
 from rt.runs.summary import chosen, forgetting_table, spread
@@ -66,7 +66,7 @@ def report(folder: Path) -> Report:
 
 def points_of(rows: list[dict], y: str, x: str = "step") -> Points:
     """(x, y) of the rows in which both are finite numbers."""
-    return [(row[x], row[y]) for row in rows if finite(row.get(x)) and finite(row.get(y))]
+    return [(row[x], row[y]) for row in rows if is_number(row.get(x)) and is_number(row.get(y))]
 
 
 # --- pre-training: a stream of bases ----------------------------------------------------------------------------------
@@ -91,14 +91,16 @@ def stages_of(rows: list[dict], summary: dict) -> list[dict]:
 def loss_panels(stages: list[dict]) -> list[Panel]:
     """Loss and learning rate over the steps of all stages, a line for each stage."""
     size, start = max(1, -(-sum(len(points_of(stage["rows"], "loss")) for stage in stages) // DRAWN)), 0
-    lines: dict[str, dict[str, Points]] = {"loss": {}, "lr": {}}
-    for stage in stages:
-        for key in lines:
-            points = [(start + x, y) for x, y in points_of(stage["rows"], key)]
-            lines[key][f"{stage['name']} ({stage['domain']})"] = thinned(points, max(1, len(points) // size))
-        start += max((x for x, _ in points_of(stage["rows"], "step")), default=0)
-    means = f", mean of {size} steps" if size > 1 else ""
-    return [Panel("", "", "loss" + means, lines["loss"]), Panel("", "optimizer steps", "lr", lines["lr"], from_zero=True)]
+    losses, rates, looks = {}, {}, {}
+    for i, stage in enumerate(stages):
+        name = f"{stage['name']} ({stage['domain']})"
+        for lines, key in ((losses, "loss"), (rates, "lr")):
+            points = [(start + step, y) for step, y in points_of(stage["rows"], key)]
+            lines[name] = thinned(points, max(1, -(-len(points) // size)))
+        looks[name] = look(i) | {"linestyle": "-", "marker": ""}
+        start += max((step for step, _ in points_of(stage["rows"], "step")), default=0)
+    return [Panel("", "", "training loss" + (f", mean of {size} steps" if size > 1 else ""), losses, looks),
+            Panel("", "optimizer steps", "learning rate", rates, looks, limits="zero")]
 
 
 def draw_forgetting(stages: list[dict], path: Path) -> None:
@@ -109,8 +111,8 @@ def draw_forgetting(stages: list[dict], path: Path) -> None:
         image = ax.imshow(values, cmap="cividis_r", aspect="auto")
         for y, stage in enumerate(stages):
             for x, (domain, value) in enumerate(zip(domains, values[y])):
-                is_dark = finite(value) and sum(image.cmap(image.norm(value))[:3]) < 1.5
-                ax.text(x, y, f"{value:.3f}" if finite(value) else "-", ha="center", va="center", color="white" if is_dark else "black",
+                is_dark = is_number(value) and sum(image.cmap(image.norm(value))[:3]) < 1.5
+                ax.text(x, y, f"{value:.3f}" if is_number(value) else "-", ha="center", va="center", color="white" if is_dark else "black",
                         fontweight="bold" if stage["domain"] == domain else "normal")
         ax.set_xticks(range(len(domains)), domains)
         ax.set_yticks(range(len(stages)), [f"{stage['name']} ({stage['domain']})" for stage in stages])
@@ -130,13 +132,10 @@ def scored(rows: list[dict]) -> tuple[str, list[dict]]:
 def tuning(rows: list[dict], summary: dict) -> Report:
     metric, rows = scored(rows)
     losses, scores = points_of(rows, "loss"), points_of(rows, "score")
-    panels = [Panel("", "optimizer steps", "loss", {"since the last evaluation": losses}),
-              Panel("", "optimizer steps", f"dev {metric}", {"": scores})]
-    if scores:
-        step, best = max(scores, key=lambda point: point[1])    # the first of the best
-        panels[1].lines[kept := f"kept: {best:.3f}, step {step:g}"] = [(0, best)]
-        panels[1].looks[kept] = REFERENCE
-    test = ", ".join(f"{k} {v:.3f}" for k, v in (summary.get("test") or {}).items() if finite(v))
+    kept = "kept: {1:.3f}, step {0:g}".format(*max(scores, key=lambda point: point[1])) if scores else ""     # the first of the best
+    panels = [Panel("", "optimizer steps", "loss since the last evaluation", {"": losses}),
+              Panel(kept, "optimizer steps", f"dev {metric}", {"": scores})]
+    test = ", ".join(f"{k} {v:.3f}" for k, v in (summary.get("test") or {}).items() if is_number(v))
     return Report("tuning", as_text(panels) + (f"\ntest {test}" if test else ""), {"tuning": lambda path: draw_panels(path, panels)})
 
 
@@ -150,17 +149,16 @@ def results_of(folder: Path, rows: list[dict], summary: dict) -> list[dict]:
         for found in group([row for row in rows if "part" not in row], "run", "mode").values():
             metric, scores = scored(found)
             results.append(found[0] | {"dev": {metric: 0}, "curve": points_of(scores, "score")})
-    return [row for row in map(completed, results) if row["curve"] and row["mode"]]
+    return [row for row in map(completed, results) if row["curve"] and row.get("mode")]
 
 
 def completed(row: dict) -> dict:
-    """The row with all that is read of it here; only the numbers of its curve, and as its dev score the best of them."""
+    """The row with what is read of it here: only the numbers of its curve, the best of them as its dev score, and its base."""
     settings, metric = row.get("settings") or {}, next(iter(row.get("dev") or {}), "score")
-    base = settings.get("base")
-    curve = [(step, score) for step, score in row.get("curve") or [] if finite(step) and finite(score)]
-    default = dict.fromkeys(("mode", "route", "seed", "lr", "task", "delta", "shots")) | {"base": base}
-    return default | row | {"settings": settings, "curve": curve, "metric": metric, "dev": {metric: max((y for _, y in curve), default=0)},
-                            "chosen_by_base": None if "route" in row else base}     # the bases of a chain share one setting
+    curve = [(step, score) for step, score in row.get("curve") or [] if is_number(step) and is_number(score)]
+    return {"base": settings.get("base"), "lr": None} | row | {
+        "settings": settings, "curve": curve, "metric": metric, "dev": {metric: max((y for _, y in curve), default=0)},
+        "chosen_by_base": None if "route" in row else settings.get("base")}     # the bases of a chain share one setting
 
 
 def setting(row: dict) -> tuple[float | None, str]:
@@ -191,7 +189,7 @@ def convergence_table(lines: dict[str, list[dict]]) -> str:
     means = [[(step, mean(ys)) for step, ys in by_x(curve_of(rows)).items()] for rows in lines.values()]
     cells = []
     for (name, rows), blocks in zip(lines.items(), sparklines(means, one_scale=True)):
-        is_tested = all(finite(next(iter((row.get("test") or {}).values()), None)) for row in rows)
+        is_tested = all(is_number(next(iter((row.get("test") or {}).values()), None)) for row in rows)
         cells.append([name, blocks, spread(rows, "dev"), spread(rows) if is_tested else "-", len(rows)])
     return table(cells, ["mode", "dev over steps".ljust(len(blocks)), f"best dev {metric_of(lines)}", "test", "seeds"])
 
@@ -203,7 +201,7 @@ def convergence_panel(title: str, lines: dict[str, list[dict]]) -> Panel:
         points[name] = curve_of(rows)
         if rows[0]["mode"] == "scratch":
             points["scratch's best"] = [(0, row["dev"][row["metric"]]) for row in rows]
-    return Panel(title, "optimizer steps", f"dev {metric_of(lines)}", points, {"scratch's best": REFERENCE})
+    return Panel(title, "optimizer steps", f"dev {metric_of(lines)}", points, {"scratch's best": REFERENCE}, limits="measured")
 
 
 def curve_of(rows: list[dict]) -> Points:

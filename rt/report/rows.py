@@ -1,7 +1,9 @@
 """Rows of a run or a study: put into groups, and summed up over seeds."""
 import math
 from statistics import mean, stdev
-from typing import Any, Iterable
+from typing import Iterable
+
+from rt.formats.untrusted import is_number
 
 Points = list[tuple[float, float]]
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)     # Student's t, two-sided, for 2, 3, ... 10 values
@@ -23,15 +25,11 @@ def by_x(points: Points) -> dict[float, list[float]]:
     return dict(sorted(found.items()))
 
 
-def finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
 def interval(values: Iterable[float | None]) -> tuple[float, float]:
     """Mean, and half the width of its 95% t-interval (0 for a single value). NaN if there is no value, or if one is missing or not
     finite: a run that diverged is not left out."""
     values = list(values)
-    if not values or not all(map(finite, values)):
+    if not values or not all(map(is_number, values)):
         return math.nan, 0.0
     if len(values) == 1:
         return values[0], 0.0
