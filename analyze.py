@@ -35,7 +35,7 @@ from rt.limits import Limit, Positive, PositiveInt, Seeds, SeqLen
 from rt.losses import Weights, weights_of
 from rt.model import Classifier
 from rt.report.drawing import draw_all
-from rt.report.figures import figures_of, numbers_of, numbers_table
+from rt.report.figures import NUMBERS, figures_of, numbers_table
 from rt.runs.build import build, build_lineage
 from rt.runs.config import parse, record, run
 from rt.runs.log import Log, progress
@@ -63,7 +63,7 @@ class Config:
     curve_lr: Positive = 1e-3  # their peak learning rate
     batch_size: PositiveInt = 16  # sequences of such a step
     heads: tuple[str, ...] = ()  # similarity: LAYER.HEAD of the maps drawn, from 0; default: head 0 of first, middle and last layer
-    sentence: str | None = None  # similarity: whose maps are drawn; default: the test text of nearest to 16 tokens
+    sentence: str | None = None  # similarity: whose maps are drawn; default: the test text nearest to 16 tokens
     max_examples: PositiveInt = 64  # similarity: test texts compared
     tune_steps: PositiveInt = 100  # optimizer steps of a delta that is missing; all else as in train.py
     seq_len: SeqLen = 64  # longest text in tokens, longer ones are cut
@@ -101,7 +101,7 @@ def run_study(c: Config, out: Path) -> None:
     for row in chain([first], rows):
         log.row(**row)
     rows = read_rows(log.path)
-    numbers = numbers_of(c.study, rows)
+    numbers = NUMBERS[c.study](rows)
     write_json(out / "summary.json",
                {"study": c.study, "numbers": numbers, "deltas": context.origins, "config": record(c), "argv": sys.argv})
     print(numbers_table(numbers))

@@ -174,19 +174,15 @@ def distance_numbers(rows: list[dict]) -> list[dict]:
     return collected(whole, ("of", "task", "pair", "weights"), ("l2", "l2_per_weight", "cosine"))
 
 
-# --- all of them ------------------------------------------------------------------------------------------------------
+# --- by the name of a study -------------------------------------------------------------------------------------------
 
-# the numbers of each study, and its figures by file name, which is also `what` a row is for, if it says so
-STUDIES: dict[str, tuple[Callable[[list[dict]], list[dict]], dict[str, Callable[[list[dict], Path], None]]]] = {
-    "compatibility": (compatibility_numbers, {"compatibility": compatibility}),
-    "connectivity": (connectivity_numbers, {"connectivity": connectivity}),
-    "similarity": (similarity_numbers, {"attention": attention_heatmaps, "heads": head_similarity}),
-    "distance": (distance_numbers, {"distance": distance})}
-
-
-def numbers_of(study: str, rows: list[dict]) -> list[dict]:
-    """Lines of a table: names, and lists with a value for each seed."""
-    return STUDIES[study][0](rows)
+# lines of a table: names, and lists with a value for each seed
+NUMBERS: dict[str, Callable[[list[dict]], list[dict]]] = {"compatibility": compatibility_numbers, "connectivity": connectivity_numbers,
+                                                          "similarity": similarity_numbers, "distance": distance_numbers}
+# by file name, which is also `what` a row is for, if it says so
+FIGURES: dict[str, dict[str, Callable[[list[dict], Path], None]]] = {
+    "compatibility": {"compatibility": compatibility}, "connectivity": {"connectivity": connectivity},
+    "similarity": {"attention": attention_heatmaps, "heads": head_similarity}, "distance": {"distance": distance}}
 
 
 def numbers_table(numbers: list[dict]) -> str:
@@ -197,4 +193,4 @@ def numbers_table(numbers: list[dict]) -> str:
 
 def figures_of(study: str, rows: list[dict]) -> dict[str, Callable[[Path], None]]:
     """{name: what draws the figure to a path}."""
-    return {name: partial(draw, [row for row in rows if row.get("what", name) == name]) for name, draw in STUDIES[study][1].items()}
+    return {name: partial(draw, [row for row in rows if row.get("what", name) == name]) for name, draw in FIGURES[study].items()}

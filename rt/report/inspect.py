@@ -11,7 +11,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable, Iterator
+from typing import Iterable
 
 from rt.errors import InputError
 from rt.formats.atomic import differing
@@ -20,7 +20,7 @@ from rt.formats.untrusted import header, shaped
 from rt.runs.config import parse, run
 
 WEIGHTS = {"meta.json": "model.safetensors", "delta.json": "delta.safetensors"}     # of a base and of a delta
-FORMATS = ("rt-base-1", "rt-delta-1")
+FORMATS, DIFFERS = ("rt-base-1", "rt-delta-1"), "DIFFERS"
 # Older delta.json files hold the settings of all kinds; these are the ones that each kind uses.
 OLD_SETTINGS = {"adapter": ("bottleneck",), "lora": ("r", "lora_alpha", "target_modules"), "prefix": ("prefix_len",)}
 SHOWN = 8       # labels, deltas or target modules that are named; of more only how many
@@ -215,37 +215,27 @@ def peft(folder: Path) -> dict[str, str]:
 
 # --- verify -----------------------------------------------------------------------------------------------------------
 
-def verified(path: Path) -> Iterator[tuple[Path, str, bool]]:
-    """(folder, verdict, whether it is as it was written) of every base and delta of ours at or below `path`. What is still being written
-    is passed over."""
-    for folder, name in sorted({(file.parent, facts) for facts, weights in WEIGHTS.items() for pattern in (facts, weights)
-                                for file in path.rglob(pattern)}):
-        if folder.suffix == ".part" or (folder / "config.json").exists():       # being written; Hugging Face's
-            continue
-        try:
-            facts = read_json(folder / name)
-            if facts.get("format") in FORMATS:
-                wrong = differing(folder, name, facts)
-            elif (folder / WEIGHTS[name]).exists():
-                raise InputError(f"{name} is not of a base or delta (format {facts.get('format')!r})")
-            else:
-                continue        # a meta.json of something else, as of tokens
-        except InputError as error:
-            yield folder, f"DIFFERS: {error}", False
-            continue
-        whole = f"as it was written ({len(facts['sha256'])} files)" if "sha256" in facts else "has no hashes: written before there were any"
-        yield folder, f"DIFFERS: {', '.join(wrong)}" if wrong else whole, not wrong
+def verified(path: Path) -> dict[Path, str]:
+    """{folder: verdict} of every base and delta of ours at or below `path`, without those that are still being written."""
+    found = {(file.parent, facts) for facts, weights in WEIGHTS.items() for name in (facts, weights) for file in path.rglob(name)
+             if not (file.parent / "config.json").exists() and file.parent.suffix != ".part"}       # a config.json: Hugging Face's
+    verdicts = {folder: verdict(folder, facts) for folder, facts in sorted(found)}
+    return {folder: words for folder, words in verdicts.items() if words}
 
 
-def verify(paths: Iterable[str]) -> None:
-    """A line for each base and delta; the process ends with 1 if one differs."""
-    found = [line for path in paths for line in verified(Path(path))]
-    if not found:
-        raise InputError(f"{', '.join(paths)}: no base or delta of ours there")
-    for folder, verdict, _ in found:
-        print(f"{folder}: {verdict}")
-    if not all(is_same for *_, is_same in found):
-        sys.exit(1)
+def verdict(folder: Path, name: str) -> str:
+    """Whether the files beside the facts in `name` are as they were written; empty for the facts of something else, as of tokens."""
+    try:
+        facts = read_json(folder / name)
+        if facts.get("format") not in FORMATS:
+            if not (folder / WEIGHTS[name]).exists():
+                return ""
+            raise InputError(f"{name} is not of a base or delta (format {facts.get('format')!r})")
+        if wrong := differing(folder, name, facts):
+            raise InputError(", ".join(wrong))
+    except InputError as error:
+        return f"{DIFFERS}: {error}"
+    return f"as it was written ({len(facts['sha256'])} files)" if "sha256" in facts else "has no hashes: written before there were any"
 
 
 def main(argv: list[str]) -> None:
@@ -253,12 +243,17 @@ def main(argv: list[str]) -> None:
     if not c.paths:
         raise InputError("what? python -m rt.report.inspect PATH, the folder of a base, a delta or a run")
     if c.verify:
-        return verify(c.paths)
+        verdicts = {folder: words for path in c.paths for folder, words in verified(Path(path)).items()}
+        if not verdicts:
+            raise InputError(f"{', '.join(c.paths)}: no base or delta of ours there")
+        print("\n".join(f"{folder}: {words}" for folder, words in verdicts.items()))
+        if any(words.startswith(DIFFERS) for words in verdicts.values()):
+            sys.exit(1)
+        return
     for path in c.paths:
         facts = inspect(Path(path))
         print(f"{path}: {facts.pop('is')}")
-        for name, value in facts.items():
-            print(f"  {name:<13} {value}")
+        print("\n".join(f"  {name:<13} {value}" for name, value in facts.items()))
 
 
 if __name__ == "__main__":

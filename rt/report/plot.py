@@ -14,6 +14,7 @@ import json
 import math
 import sys
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from statistics import mean
 from typing import Callable
@@ -22,7 +23,7 @@ from rt.errors import InputError
 from rt.formats.files import FIGURES, read_json, read_rows
 from rt.formats.untrusted import is_number, shaped
 from rt.report.drawing import REFERENCE, Panel, as_text, draw_all, draw_panels, look, saved_figure, sparklines, thinned
-from rt.report.figures import STUDIES, figures_of, numbers_of, numbers_table
+from rt.report.figures import NUMBERS, figures_of, numbers_table
 from rt.report.rows import Points, by_x, group
 from rt.runs.config import parse, run
 from rt.runs.log import table
@@ -52,8 +53,8 @@ def report(folder: Path) -> Report:
     summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else {}
     with shaped(folder, "its rows do not hold what they should"):
         first = rows[0] if rows else {}
-        if first.get("study") in STUDIES:
-            return Report("a study", numbers_table(numbers_of(first["study"], rows)), figures_of(first["study"], rows))
+        if (study := first.get("study")) in NUMBERS:
+            return Report("a study", numbers_table(NUMBERS[study](rows)), figures_of(study, rows))
         if "stages" in summary or "stage" in first:
             return pretraining(rows, summary)
         if "run" not in first and any(scored(rows)[1]):
@@ -80,12 +81,14 @@ def pretraining(rows: list[dict], summary: dict) -> Report:
 
 
 def stages_of(rows: list[dict], summary: dict) -> list[dict]:
-    """name, domain, rows and heldout (None before it is scored) of every stage, in order."""
+    """name, domain, title, rows and heldout (None before it is scored) of every stage, in order."""
     rows = rows + [{"stage": stage.get("name"), "heldout": stage.get("heldout")} for stage in summary.get("stages", [])]
-    stages = [{"name": name, "domain": "?", "rows": found, "heldout": next(filter(None, (row.get("heldout") for row in found)), None)}
+    stages = [{"name": name, "rows": found, "heldout": next(filter(None, (row.get("heldout") for row in found)), None)}
               for (name,), found in group(rows, "stage").items()]
     domains = next((list(stage["heldout"]) for stage in stages if stage["heldout"]), [])      # the stream's, in its order
-    return [stage | {"domain": domain} for stage, domain in zip(stages, domains)] + stages[len(domains):]
+    for stage, domain in zip_longest(stages, domains[:len(stages)], fillvalue="?"):
+        stage |= {"domain": domain, "title": f"{stage['name']} ({domain})"}
+    return stages
 
 
 def loss_panels(stages: list[dict]) -> list[Panel]:
@@ -93,11 +96,10 @@ def loss_panels(stages: list[dict]) -> list[Panel]:
     size, start = max(1, -(-sum(len(points_of(stage["rows"], "loss")) for stage in stages) // DRAWN)), 0
     losses, rates, looks = {}, {}, {}
     for i, stage in enumerate(stages):
-        name = f"{stage['name']} ({stage['domain']})"
         for lines, key in ((losses, "loss"), (rates, "lr")):
             points = [(start + step, y) for step, y in points_of(stage["rows"], key)]
-            lines[name] = thinned(points, max(1, -(-len(points) // size)))
-        looks[name] = look(i) | {"linestyle": "-", "marker": ""}
+            lines[stage["title"]] = thinned(points, max(1, -(-len(points) // size)))
+        looks[stage["title"]] = look(i) | {"linestyle": "-", "marker": ""}
         start += max((step for step, _ in points_of(stage["rows"], "step")), default=0)
     return [Panel("", "", "training loss" + (f", mean of {size} steps" if size > 1 else ""), losses, looks),
             Panel("", "optimizer steps", "learning rate", rates, looks, limits="zero")]
@@ -115,7 +117,7 @@ def draw_forgetting(stages: list[dict], path: Path) -> None:
                 ax.text(x, y, f"{value:.3f}" if is_number(value) else "-", ha="center", va="center", color="white" if is_dark else "black",
                         fontweight="bold" if stage["domain"] == domain else "normal")
         ax.set_xticks(range(len(domains)), domains)
-        ax.set_yticks(range(len(stages)), [f"{stage['name']} ({stage['domain']})" for stage in stages])
+        ax.set_yticks(range(len(stages)), [stage["title"] for stage in stages])
         ax.set(xlabel="held-out text of", ylabel="after", title="bold: the stage's own domain")
         ax.figure.colorbar(image, ax=ax, label="held-out loss (nats)")
 
@@ -223,11 +225,11 @@ def main(argv: list[str]) -> None:
     for (name, out), found in zip(places.items(), [report(Path(name)) for name in places]):
         print(f"{Path(name)}: {found.what}\n{found.text}")
         try:
-            print(draw_all(found.figures, out, Path(name)))
+            drawn = draw_all(found.figures, out, Path(name))
         except OSError as error:
             raise InputError(f"{out}: cannot be written ({error.strerror}): give another --out") from None
+        print(drawn)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")    # the blocks of a curve, if an encoding has none
     run(lambda: main(sys.argv[1:]))
