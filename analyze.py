@@ -175,11 +175,11 @@ def sizes(base: Base) -> dict:
 
 def delta_folders(c: Config, folders: dict[str, str], entry: str, task: Task) -> dict[DeltaKey, Path]:
     """The folder of each delta of a task. If one is missing, all are tuned for the same number of steps, so that one comparison has one."""
-    keys = [(name, task.name, seed) for name in folders for seed in c.seeds]
     if c.deltas:
-        return dict(zip(keys, map(Path, c.deltas)))
+        return {(name, task.name, c.seeds[0]): Path(folder) for name, folder in zip(folders, c.deltas)}
     for steps in ("", f"-n{c.tune_steps}"):
-        found = {(name, *key): place_of_delta(folders[name], task.name, c.delta, steps, key[-1]) for name, *key in keys}
+        found = {(name, task.name, seed): place_of_delta(base, task.name, c.delta, steps, seed)
+                 for name, base in folders.items() for seed in c.seeds}
         if all((folder / "delta.json").exists() for folder in found.values()):
             return found
     for (name, _, seed), folder in found.items():
@@ -245,7 +245,7 @@ def snapshots(base: Path) -> list[tuple[int, Path]]:
 
 def connectivity(context: StudyContext) -> Iterator[dict]:
     """Loss and metrics on test along the path between two tuned models."""
-    c, where = context.c, context.where
+    c = context.c
     points = [i / (c.points - 1) for i in range(c.points)]
     with progress(len(context.data) * len(c.seeds) * len(context.pairs) * (1 + c.curve) * c.points, "paths", unit="point") as bar:
         for task, seed, facts in context.cells():
@@ -257,7 +257,7 @@ def connectivity(context: StudyContext) -> Iterator[dict]:
                     paths["curve"] = analysis.bezier(ends[0], control_point(context, b, ends, task, seed), ends[1])
                 for name, path in paths.items():
                     for mu in points:
-                        row, = analysis.walk(b, path, [mu], context.data[task].test, **where)
+                        row, = analysis.walk(b, path, [mu], context.data[task].test, **context.where)
                         yield facts | {"pair": "-".join(pair), "path": name, **row}
                         bar.update()
 

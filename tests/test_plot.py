@@ -187,6 +187,15 @@ def spoil(row: dict, bad) -> None:
                 row[key] = bad
 
 
+def test_a_study_that_was_killed_has_the_numbers_so_far(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    folder = study(tmp_path / "run")
+    rows = (folder / "rows.jsonl").read_text().splitlines(keepends=True)
+    for count, height in ((1, "nan"), (3, "0.200"), (5, "0.200"), (6, "0.250 ± 0.635")):      # of 2 walks of 3 points
+        (folder / "rows.jsonl").write_text("".join(rows[:count]))
+        assert f"<!-- M0-M1: barrier {height} -->" in picture(folder, "connectivity") and f"  {height}  " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["compatibility", "similarity", "distance"])
 def test_studies_with_numbers_that_are_none(name, tmp_path, capsys):
     pytest.importorskip("matplotlib")
