@@ -15,7 +15,7 @@ from experiments.claims.plan import SEEDS, UPGRADES
 from rt.errors import InputError
 from rt.formats.files import read_rows
 from rt.report import figures
-from rt.report.figures import interval
+from rt.report.rows import interval
 
 Key = tuple[str, int]                               # task, seed
 
