@@ -1,105 +1,94 @@
-"""Pre-train a base on a stream of domains, tune a delta on a task, score it, use it.
+"""Pre-train a base on a stream of domains, tune a delta on a task, score it.
 
     python train.py                                                     # M0, M1, M2 under runs/demo, on embedded text
     python train.py --mode tune --base runs/demo/M0 --task math --delta full
     python train.py --mode eval --base runs/demo/M0 --task math --delta_dir runs/demo/deltas/M0-math-full-s0
-    python train.py --mode predict --base ... --delta_dir ... --input texts.txt    # or - for standard input
-    python train.py --mode import --tuned my-roberta-finetune --base FacebookAI/roberta-base --out runs/mine/delta
-    python train.py --mode export --base runs/demo/M1 --delta_dir runs/demo/deltas/M1-math-full-s0 --to hf --out exported
     torchrun --nproc_per_node=8 train.py ...                            # pre-training on several GPUs
 
-A stream (--stream python,math,dl) makes M0 on the first domain, M1 out of M0 on the second, and so on; --init starts from a
-checkpoint, a Hugging Face folder or a hub id instead, whose upgrade is then the first domain.
+A stream (--stream python,math,dl) makes M0 on the first domain, M1 out of M0 on the second, and so on; --init starts from a checkpoint, a
+Hugging Face folder or a hub id instead, whose upgrade is then the first domain.
 """
 import sys
-from dataclasses import dataclass, replace
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+import torch
 
 from data.sources import corpus_path, task_path
-from rt.data import Rows, few_shot
-from rt.deltas import Base, Delta, apply, attach, extract
+from rt.data import Corpus, Rows, encode_task, few_shot
+from rt.deltas import attach, extract
 from rt.errors import InputError
 from rt.formats.atomic import locked
-from rt.formats.checkpoint import save_base
-from rt.formats.corpora import STDIN, build_corpus, split_documents
-from rt.formats.delta_files import delta_folder, save_delta, write_delta
+from rt.formats.corpora import build_corpus, split_documents
+from rt.formats.delta_files import delta_folder, write_delta
 from rt.formats.files import write_json
-from rt.formats.hf import export_hf
-from rt.formats.hub import NAMING, open_base, open_delta, place_of_delta
-from rt.formats.peft import export_peft
-from rt.formats.tasks import load_task, read_examples
+from rt.formats.hub import NAMING, open_base, place_of_delta
+from rt.formats.tasks import load_task
 from rt.formats.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from rt.kinds import DeltaConfig
+from rt.limits import NonNegative, NonNegativeInt, Positive, PositiveInt, PositiveShare, Seed, SeqLen, Share, ShareBelowOne
 from rt.losses import Loss
-from rt.model import PRESETS, Classifier, EncoderConfig, MaskedLM, new_masked_lm, set_dropout
-from rt.optim import derive_seed
-from rt.pretrain import PretrainSettings, Stage, evaluate_mlm
-from rt.runs.config import parse, record, require_not_negative, require_positive, require_seeds, require_seq_len, require_share, run
-from rt.runs.log import Log
-from rt.runs.predict import answers, check_out, write_answers
-from rt.runs.results import best_delta
-from rt.runs.resume import check_content, forget_last, has_work, is_done_again, sample_of, stage_of, table_of
-from rt.runs.signals import Interrupted, Stop
-from rt.runs.summary import forgetting_table
+from rt.model import PRESETS, EncoderConfig, MaskedLM, new_masked_lm, set_dropout
+from rt.optim import adamw, derive_seed, not_finite, set_lr, step_unless
+from rt.pretrain import PretrainSettings, evaluate_mlm, microbatches
+from rt.runs.config import parse, record, run
+from rt.runs.log import Log, StepBar, note_changed_task, note_truncated, scores_text
+from rt.runs.predict import open_tuned
+from rt.runs.resume import PretrainRun, sample_of, table_of
+from rt.runs.signals import Interrupted
 from rt.speed.device import make_deterministic, pick_device, pick_precision
 from rt.speed.dist import Ranks, join, launched
-from rt.speed.graphs import check_graphs
-from rt.tune import TuneSettings, encode_task, evaluate, say_changed, say_truncated, shown, tune
+from rt.speed.graphs import check_graphs, compiled, make_gradient, prefetch, staged
+from rt.speed.multi_run import graphed_gradient
+from rt.speed.throughput import Throughput
+from rt.tune import TuneSettings, evaluate, plain_gradient, tune
 
 
 @dataclass
 class Config:
-    """python train.py --mode pretrain|tune|eval|predict|import|export [--flag value ...]"""
-    mode: str = "pretrain"  # pretrain, tune, eval, predict, import or export
-    out: str | None = None  # folder to write: default runs/demo, tune: beside the base; predict: a file, default standard output
+    """python train.py --mode pretrain|tune|eval [--flag value ...]"""
+    mode: Literal["pretrain", "tune", "eval"] = "pretrain"  # pretrain, tune or eval
+    out: str | None = None  # folder to write: default runs/demo, tune: beside the base
     cache: str = "runs/cache"  # tokenized corpora and the embedded data
     device: str = "auto"  # auto, cpu or cuda
     precision: str = "auto"  # bf16, fp32, or auto: bf16 where the device does it fast
     deterministic: bool = False  # the same bits from the same command on a GPU too; on a CPU they are so anyway
-    seed: int = 0  # of weights, data order, masks and dropout
+    seed: Seed = 0  # of weights, data order, masks and dropout
     # pretrain (seq_len, lr, warmup, weight_decay and graphs: tune as well)
     stream: tuple[str, ...] = ("python", "math", "dl")  # domains in order: embedded names, or text files or folders
     init: str | None = None  # continue from this base: checkpoint, Hugging Face folder or hub id
-    preset: str = "mini"  # size of a new base: tiny, mini, small, base, large
+    preset: Literal["tiny", "mini", "small", "base", "large"] = "mini"  # size of a new base: tiny, mini, small, base, large
     tokenizer: str | None = None  # tokenizer.json, or a folder with vocab.json and merges.txt; default: trained
-    vocab_size: int = 4096  # of a tokenizer trained on the first domain
-    steps: tuple[int, ...] = (600, 500, 350)  # optimizer steps of each stage; the last number serves all further ones
-    batch_tokens: int = 1024  # tokens an optimizer step, all ranks and accumulation together
-    accumulation: int = 1  # parts in which each rank computes its share of a batch
-    seq_len: int | None = None  # longest sequence or text in tokens, <s> and </s> counted; default 128, to eval and predict the delta's own
-    mask_rate: float = 0.3  # share of tokens predicted; RoBERTa: 0.15, but more learns faster (Wettig et al., 2023)
-    lr: float | None = None  # peak learning rate; default 1e-3 to pretrain, by kind of delta to tune
-    warmup: float = 0.1  # share of the steps with rising learning rate, anew in every stage
-    dropout: float = 0.0  # while pre-training; 0 learns faster from few epochs (tuning uses the checkpoint's 0.1)
-    weight_decay: float = 0.01  # on matrices only
-    snapshots: int = 2  # checkpoints M_i(t) kept along a stage, evenly spaced
-    save_every: int = 100  # steps between resumable checkpoints
-    stop_after: int | None = None  # end after so many steps in all, as a time limit would; --resume goes on
-    resume: bool = False  # go on from the last resumable checkpoint in --out
+    vocab_size: PositiveInt = 4096  # of a tokenizer trained on the first domain
+    steps: tuple[PositiveInt, ...] = (600, 500, 350)  # optimizer steps of each stage; the last number serves all further ones
+    batch_tokens: PositiveInt = 1024  # tokens an optimizer step, all ranks and accumulation together
+    accumulation: PositiveInt = 1  # microbatches in which each rank computes its share of a batch
+    seq_len: SeqLen | None = None  # longest sequence or text in tokens, <s> and </s> counted; default 128, to eval the delta's own
+    mask_rate: PositiveShare = 0.3  # share of tokens predicted; RoBERTa: 0.15, but more learns faster (Wettig et al., 2023)
+    lr: Positive | None = None  # peak learning rate; default 1e-3 to pretrain, by kind of delta to tune
+    warmup: Share = 0.1  # share of the steps with rising learning rate, anew in every stage
+    dropout: ShareBelowOne = 0.0  # while pre-training; 0 learns faster from few epochs (tuning uses the checkpoint's 0.1)
+    weight_decay: NonNegative = 0.01  # on matrices only
+    snapshots: NonNegativeInt = 2  # checkpoints M_i(t) kept along a stage, evenly spaced
+    save_every: PositiveInt = 100  # steps between resumable checkpoints
+    stop_after: PositiveInt | None = None  # end after so many steps in all, as a time limit would; --resume goes on
+    resume: bool = False  # go on from the newest resumable checkpoint in --out
     eval_tokens: int = 16384  # held-out tokens scored a domain
     compile: bool = False  # torch.compile of the blocks; for a GPU, on a CPU it does not pay
     graphs: bool = False  # forward and backward as a CUDA graph; one GPU
     zero: bool = False  # optimizer state shared out among the ranks of torchrun (ZeRO-1)
-    log_every: int | None = None  # steps between looks at the loss (every step gets its row); default 1, on CUDA 10
-    # tune, eval, predict, import, export
+    log_every: PositiveInt | None = None  # steps between looks at the loss (every step gets its row); default 1, on CUDA 10
+    # tune, eval
     base: str | None = None  # the base: checkpoint, Hugging Face folder or hub id
     task: str | None = None  # embedded domain, or a folder with train, dev and test
-    delta: str = "adapter"  # full, adapter, lora, bitfit or prefix
-    shots: int | None = None  # examples a label for train and for dev; default: all
-    tune_steps: int = 300  # optimizer steps of tuning
-    batch_size: int = 16  # sequences a tuning step
-    eval_every: int = 25  # steps between scores on dev
-    bottleneck: int = 24  # adapter
-    r: int = 8  # lora
-    lora_alpha: float = 16.0  # lora
-    target_modules: tuple[str, ...] = ("query", "value")  # lora
-    prefix_len: int = 16  # prefix
-    delta_dir: str | None = None  # eval, predict, export: the delta; a folder of recycle.py: its best by dev, mean over seeds
-    input: str | None = None  # predict: .txt, .jsonl, .csv or .tsv of texts, also .gz or .xz of them; -: standard input
-    input_format: str | None = None  # predict: txt, jsonl, csv or tsv; default: what the ending says, of standard input txt
-    tuned: str | None = None  # import: a ...ForSequenceClassification model or a PEFT LoRA adapter tuned from --base, folder or hub id
-    labels: tuple[str, ...] = ()  # import: names of its classes in the order of its outputs; default: its own
-    to: str = "hf"  # export: hf (Hugging Face, the delta merged) or peft (a LoRA adapter)
+    delta: DeltaConfig = DeltaConfig("adapter")  # full, adapter, lora, bitfit or prefix
+    shots: PositiveInt | None = None  # examples a label for train and for dev; default: all
+    tune_steps: PositiveInt = 300  # optimizer steps of tuning
+    batch_size: PositiveInt = 16  # sequences a tuning step
+    eval_every: PositiveInt = 25  # steps between scores on dev
+    delta_dir: str | None = None  # eval: the delta; a folder of recycle.py: its best by dev, mean over seeds
 
 
 NOT_SETTINGS = ("resume", "stop_after", "save_every", "cache", "device", "out", "accumulation", "compile", "graphs", "zero",
@@ -107,167 +96,138 @@ NOT_SETTINGS = ("resume", "stop_after", "save_every", "cache", "device", "out", 
 HELDOUT_MASK_RATE = 0.15    # whatever --mask_rate is, so that held-out losses compare
 SEQ_LEN = 128
 PRETRAIN_LR = 1e-3
-TUNE_LR = {"full": 5e-4, "adapter": 5e-3, "lora": 5e-3, "bitfit": 5e-3, "prefix": 1e-2}     # of the mini preset
+TUNE_LR = {"full": 5e-4, "prefix": 1e-2}     # of the mini preset; other kinds: 5e-3
 
 
 def main() -> None:
-    config = parse(Config, sys.argv[1:])
-    modes = {"pretrain": pretrain_stream, "tune": tune_delta, "eval": eval_delta, "predict": predict_texts,
-             "import": import_delta, "export": export_model}
-    if config.mode not in modes:
-        raise InputError(f"--mode {config.mode}: not one of {', '.join(modes)}")
-    if launched() > 1 and config.mode != "pretrain":
-        raise InputError(f"--mode {config.mode} is for one process: leave torchrun out")
+    c = parse(Config, sys.argv[1:])
+    if launched() > 1 and c.mode != "pretrain":
+        raise InputError(f"--mode {c.mode} is for one process: leave torchrun out")
     for mode, wrong, right in (("tune", "steps", "tune_steps"), ("pretrain", "tune_steps", "steps")):
-        if config.mode == mode and getattr(config, wrong) != getattr(Config, wrong):
+        if c.mode == mode and getattr(c, wrong) != getattr(Config, wrong):
             raise InputError(f"--{wrong} says nothing to --mode {mode}: did you mean --{right}?")
-    require_positive(config, "steps", "batch_tokens", "accumulation", "seq_len", "vocab_size", "save_every", "tune_steps",
-                     "batch_size", "eval_every", "shots", "bottleneck", "r", "prefix_len", "mask_rate", "lr", "stream", "log_every",
-                     "stop_after")
-    require_share(config, "warmup", "mask_rate")
-    require_seeds(config.seed)
-    if not 0 <= config.dropout < 1:
-        raise InputError(f"--dropout {config.dropout}: must be at least 0 and below 1")
-    require_not_negative(config, "weight_decay", "snapshots")
-    if config.mode not in ("eval", "predict"):
-        config.seq_len = config.seq_len or SEQ_LEN
-    if config.seq_len:
-        require_seq_len(config.seq_len)
-    if config.deterministic:
+    c.delta.check()
+    if c.mode != "eval":
+        c.seq_len = c.seq_len or SEQ_LEN
+    if c.deterministic:
         make_deterministic()
-    modes[config.mode](config)
+    {"pretrain": pretrain, "tune": tune_delta, "eval": eval_delta}[c.mode](c)
 
 
 # --- pretrain ---------------------------------------------------------------------------------------------------------
 
-def pretrain_stream(c: Config) -> None:
+def pretrain(c: Config) -> None:
     """M0, M1, ... of a stream: each stage continues the last one's weights with a fresh optimizer and schedule."""
     if c.zero and launched() == 1:
         raise InputError("--zero shares the optimizer's state out among ranks, and there is one: start several with torchrun")
-    ranks = join(c.device)
-    ranks.agree({f"--{k}": v for k, v in record(c).items()})
+    ranks, out = join(c.device), Path(c.out or "runs/demo")
+    ranks.assert_same({f"--{k}": v for k, v in record(c).items()})
     check_graphs(c.graphs, ranks)
-    out = Path(c.out or "runs/demo")
-    with locked(out, ranks.from_main):
-        interrupted = train_stages(c, out, ranks)
+    settings = {k: v for k, v in record(c).items() if k not in NOT_SETTINGS}
+    with PretrainRun(out, ranks, settings, sys.argv, resume=c.resume, snapshots=c.snapshots, save_every=c.save_every,
+                     log_every=c.log_every or (10 if ranks.device.type == "cuda" else 1), stop_after=c.stop_after) as stream:
+        interrupted = train_stages(c, stream, ranks) if stream.has_work else None
+        if not stream.has_work:
+            print(f"{out} is complete; remove it to train anew\n{table_of(out)}")
     ranks.leave()
     if interrupted:
         raise interrupted
 
 
-def train_stages(c: Config, out: Path, ranks: Ranks) -> Interrupted | None:
-    """The stages that `out` does not hold yet, up to --stop_after steps of them, or until a signal asks for the end, which is returned."""
-    where = {"device": ranks.device, "precision": pick_precision(c.precision, ranks.device)}
-    settings = {k: v for k, v in record(c).items() if k not in NOT_SETTINGS}
-    if not ranks.from_main(lambda: has_work(out, settings, c.resume)):
-        print(f"{out} is complete; remove it to train anew")
-        print(table_of(out))
-        return None
-    model, tokenizer, about, training, heldout = prepare_stream(c, out, ranks)
-    if ranks.is_main:
-        write_json(out / "config.json", settings | {"content": about.pop("content")})
-        tokenizer.save(out)
-    log = Log(out, keep=lambda row: c.resume and not is_done_again(row, out), writes=ranks.is_main)
-    stages, allowance = [], c.stop_after or sys.maxsize
-    with Stop() as stop:
-        for i, (domain, rows) in enumerate(training.items()):
-            number = about["number"] = about["number"] + 1
-            name, steps = f"M{number}", c.steps[min(i, len(c.steps) - 1)]
-            if (out / name / "meta.json").exists():     # finished before an interruption
-                base = open_base(str(out / name))
-                model, about["parent"] = MaskedLM(base.encoder, base.head), base.fingerprint
-                set_dropout(model, c.dropout)
-                stages.append(stage_of(base.meta, out / name))
-                continue
-            about.update(name=name, domain=domain, config=settings, argv=sys.argv)
-            stage = Stage(out, model.to(ranks.device), tokenizer, rows, about, stage_settings(c, steps, rows, ranks), where["precision"],
-                          ranks, log, c.weight_decay, c.zero, c.snapshots, c.save_every, stop)
-            if c.resume:
-                stage.resume()
-            if not stages and stage.step == 0:
-                print(sample_of(rows, tokenizer))
-            allowance -= stage.train(allowance)
-            if stage.step < steps:
-                return stopped(f"in {name} after step {stage.step} of {steps}", stop)
-            scores = ranks.from_main(lambda: {d: evaluate_mlm(model, r, tokens=c.eval_tokens, **where) for d, r in heldout.items()})
-            stages.append({"name": name, "domain": domain, "steps": steps, "seconds": round(stage.seconds, 1), "heldout": scores,
-                           "packing": rows.packing(), "ranks": ranks.world, **stage.note()})
-            log.row(stage=name, step=steps, heldout=scores)
-            if ranks.is_main:
-                log.sync()
-                about["parent"] = save_base(out / name, model, tokenizer, {**about, "step": steps, "stage": stages[-1]})
-            if len(stages) < len(training) and (allowance == 0 or ranks.any(bool(stop.number))):
-                return stopped(f"after {name}", stop)
-    if ranks.is_main:
-        write_json(out / "summary.json", {"stages": stages, "config": settings, "argv": sys.argv})
-        forget_last(out)
-    print(forgetting_table(stages))
-    return None
-
-
-def stopped(where: str, stop: Stop) -> Interrupted | None:
-    """Say where training has ended and how it goes on; where a signal asked for it, as what is to be raised."""
-    said = f"stopped {where}; the same command with --resume goes on"
-    if stop.number:
-        return Interrupted(stop.number, said)
-    print(said)
-    return None
-
-
-def stage_settings(c: Config, steps: int, rows: Rows, ranks: Ranks) -> PretrainSettings:
-    log_every = c.log_every or (10 if ranks.device.type == "cuda" else 1)
-    return PretrainSettings(steps, c.batch_tokens, c.lr or PRETRAIN_LR, max(1, round(c.warmup * steps)), rows.seed, c.accumulation,
-                            log_every=log_every, compile=c.compile, graphs=c.graphs)
-
-
-def prepare_stream(c: Config, out: Path, ranks: Ranks) -> tuple[MaskedLM, Tokenizer, dict, dict[str, Rows], dict[str, Rows]]:
-    """(model, tokenizer, what is known of them, training rows and held-out rows of every domain); writes nothing to `out`."""
+def train_stages(c: Config, stream: PretrainRun, ranks: Ranks) -> Interrupted | None:
+    """The stages that are not finished yet. Returns the exception to raise if a signal has asked for the end."""
     paths = ranks.main_first(lambda: {domain_name(entry): corpus_path(entry, c.cache) for entry in c.stream})
     if len(paths) < len(c.stream):
         raise InputError(f"--stream {','.join(c.stream)}: two domains have the same name; rename one of the files")
-    model, tokenizer, about = start_model(c, out, next(iter(paths.values())), ranks)
+    model, tokenizer, parent, number = start_model(c, stream.out, next(iter(paths.values())), ranks)
     corpora = ranks.main_first(lambda: {name: build_corpus(name, path, tokenizer, c.cache) for name, path in paths.items()})
-    training = {name: Rows(parts["train"], tokenizer, seq_len=c.seq_len, mask_rate=c.mask_rate, seed=derive_seed(c.seed, i))
-                for i, (name, parts) in enumerate(corpora.items(), about["number"] + 1)}
-    for rows in training.values():
-        rows.check_batch(c.batch_tokens, ranks.world * c.accumulation)
-    content = {"tokenizer": tokenizer.fingerprint, "--init": about["parent"],
-               **{f"corpus {name}": parts["train"].content for name, parts in corpora.items()}}
-    ranks.agree(content)
-    ranks.from_main(lambda: check_content(out, content))
-    heldout = {name: Rows(parts["heldout"], tokenizer, seq_len=c.seq_len, mask_rate=HELDOUT_MASK_RATE, seed=0, sequences=1)
-               for name, parts in corpora.items()}
-    return model, tokenizer, about | {"content": content}, training, heldout
+    content = {"tokenizer": tokenizer.fingerprint, "--init": parent, **{f"corpus {k}": v["train"].content for k, v in corpora.items()}}
+    ranks.assert_same(content)
+    training, heldout = rows_of(c, corpora, tokenizer, number + 1, ranks)
+    stream.begin(content, tokenizer)
+    where = {"device": ranks.device, "precision": pick_precision(c.precision, ranks.device)}
+    for i, (domain, rows) in enumerate(training.items()):
+        name, number = f"M{number + 1}", number + 1
+        if (base := stream.finished(name)):     # before an interruption
+            model, parent = MaskedLM(base.encoder, base.head), base.fingerprint
+            set_dropout(model, c.dropout)
+            continue
+        steps = c.steps[min(i, len(c.steps) - 1)]
+        s = PretrainSettings(steps, c.batch_tokens, c.lr or PRETRAIN_LR, max(1, round(c.warmup * steps)), rows.seed, c.accumulation)
+        model = model.to(ranks.device)
+        optimizer = adamw(model.parameters(), 0.0, c.weight_decay, zero=c.zero)
+        throughput = Throughput(model.encoder.config, **where, world=ranks.world)
+        about = {"name": name, "domain": domain, "number": number, "parent": parent}
+        first = stream.start_stage(about, s, rows, model, optimizer, throughput)
+        if not stream.stages and first == 0:
+            print(sample_of(rows, tokenizer))
+        if train_stage(model, rows, optimizer, s, stream, ranks, where["precision"], first, compile=c.compile, graphs=c.graphs):
+            return stream.suspended(f"in {name} after step {stream.step} of {steps}")
+        parent = stream.finish_stage(lambda: {d: evaluate_mlm(model, r, tokens=c.eval_tokens, **where) for d, r in heldout.items()})
+        if i + 1 < len(training) and stream.stops_between_stages():
+            return stream.suspended(f"after {name}")
+    stream.complete()
+    return None
+
+
+def train_stage(model: MaskedLM, rows: Rows, optimizer: torch.optim.Optimizer, s: PretrainSettings, stream: PretrainRun, ranks: Ranks,
+                precision: torch.dtype, first: int = 0, compile: bool = False, graphs: bool = False) -> bool:
+    """The loop of pre-training, from step `first` on; whether it stops before the stage's end. Data and dropout are functions of (seed,
+    step, microbatch), so a loop that is left and entered again repeats nothing and leaves nothing out."""
+    model.train()
+    batches = prefetch(staged(microbatches(rows, s, ranks.rank, ranks.world, first), rows, ranks.device, static=compile))
+    with compiled(model.encoder.layers if compile else (), ranks.device), closing(batches):
+        gradient = make_gradient(model, s, ranks, precision, graphs)    # plain, compiled, or a CUDA graph
+        for step in range(first, s.steps):
+            lr = set_lr(optimizer, s.lr_at(step))
+            loss = torch.zeros((), device=ranks.device)
+            for part in range(s.accumulation):
+                batch = next(batches)
+                loss += gradient(batch, part)
+                stream.throughput.count(batch)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
+            loss = ranks.mean(loss)                                     # all ranks skip a step or none does
+            step_unless(optimizer, not_finite(loss, norm))
+            if stream.after_step(step + 1, lr, loss, norm):             # rows, checkpoints, signals
+                return True
+    return False
 
 
 def domain_name(entry: str) -> str:
-    """What a domain is called in tables and files: an embedded name, or that of the file or folder without endings."""
+    """The name of a domain in tables and files: an embedded name, or that of the file or folder without endings."""
     return Path(entry).name.split(".")[0]
 
 
-def start_model(c: Config, out: Path, first_corpus: Path, ranks: Ranks) -> tuple[MaskedLM, Tokenizer, dict]:
-    """(model, tokenizer, what is known of them): a new base of --preset, or --init."""
+def rows_of(c: Config, corpora: dict[str, dict[str, Corpus]], tokenizer: Tokenizer, number: int,
+            ranks: Ranks) -> tuple[dict[str, Rows], dict[str, Rows]]:
+    """(training rows, held-out rows) of every domain; the first domain's stage is M`number`."""
+    training = {name: Rows(parts["train"], tokenizer, seq_len=c.seq_len, mask_rate=c.mask_rate, seed=derive_seed(c.seed, i))
+                for i, (name, parts) in enumerate(corpora.items(), number)}
+    for rows in training.values():
+        rows.check_batch(c.batch_tokens, ranks.world * c.accumulation)
+    heldout = {name: Rows(parts["heldout"], tokenizer, seq_len=c.seq_len, mask_rate=HELDOUT_MASK_RATE, seed=0, sequences=1)
+               for name, parts in corpora.items()}
+    return training, heldout
+
+
+def start_model(c: Config, out: Path, first_corpus: Path, ranks: Ranks) -> tuple[MaskedLM, Tokenizer, str | None, int]:
+    """(model, tokenizer, fingerprint and number of the parent): a new base of --preset (None, -1), or --init."""
     if c.init:
         if c.tokenizer:
             raise InputError("--tokenizer: a base of --init comes with its own")
         base = ranks.main_first(lambda: open_base(c.init))
-        config, tokenizer = base.encoder.config, base.tokenizer
-        head = base.head
-        if head is None:
+        config, tokenizer, parent, number = base.encoder.config, base.tokenizer, base.fingerprint, base.meta.get("number", 0)
+        if base.head is None:
             print(f"{c.init} has no masked-LM head; it gets a fresh one")
-            head = new_masked_lm(config, c.seed).head
-        model = MaskedLM(base.encoder, head)
-        about = {"parent": base.fingerprint, "number": base.meta.get("number", 0)}
+        model = MaskedLM(base.encoder, base.head or new_masked_lm(config, c.seed).head)
     else:
-        if c.preset not in PRESETS:
-            raise InputError(f"--preset {c.preset}: not one of {', '.join(PRESETS)}")
         tokenizer = ranks.from_main(lambda: start_tokenizer(c, out, first_corpus))
-        config = EncoderConfig(tokenizer.vocab_size, pad_id=tokenizer.pad_id, **PRESETS[c.preset])
-        model, about = new_masked_lm(config, c.seed), {"parent": None, "number": -1}
+        config, parent, number = EncoderConfig(tokenizer.vocab_size, pad_id=tokenizer.pad_id, **PRESETS[c.preset]), None, -1
+        model = new_masked_lm(config, c.seed)
     if c.seq_len > config.max_len:
         raise InputError(f"--seq_len {c.seq_len}: the model has positions for {config.max_len} tokens")
     set_dropout(model, c.dropout)
-    return model, tokenizer, about
+    return model, tokenizer, parent, number
 
 
 def start_tokenizer(c: Config, out: Path, first_corpus: Path) -> Tokenizer:
@@ -279,11 +239,7 @@ def start_tokenizer(c: Config, out: Path, first_corpus: Path) -> Tokenizer:
     return train_tokenizer((text for part, text in split_documents(first_corpus) if part == "train"), c.vocab_size)
 
 
-# --- tune, eval, predict ----------------------------------------------------------------------------------------------
-
-def delta_config(c: Config) -> DeltaConfig:
-    return DeltaConfig(c.delta, c.bottleneck, c.r, c.lora_alpha, c.target_modules, c.prefix_len)
-
+# --- tune, eval -------------------------------------------------------------------------------------------------------
 
 def required(c: Config, *names: str) -> None:
     for name in names:
@@ -292,109 +248,49 @@ def required(c: Config, *names: str) -> None:
 
 
 def tune_delta(c: Config) -> None:
-    """Tune a fresh delta on a task. The folder it is written to holds the run's metrics and summary as well, and appears, or takes the
-    place of an earlier one, when all is done; until then metrics.jsonl is in OUT.part."""
+    """Tune a fresh delta on a task. Its folder holds the run's metrics and summary as well, and appears, or takes the place of an earlier
+    one, when all is done; until then metrics.jsonl is in OUT.part."""
     required(c, "base", "task")
-    device = pick_device(c.device)
+    device, kind = pick_device(c.device), c.delta.kind
     where = {"device": device, "precision": pick_precision(c.precision, device)}
-    base, task, config = open_base(c.base).to(device), load_task(task_path(c.task, c.cache)), delta_config(c)
+    base, task = open_base(c.base).to(device), load_task(task_path(c.task, c.cache))
     base.require_length(c.seq_len)
     about = {"task": task.name, "task_hash": task.hash, "labels": list(task.labels), "shots": c.shots, "seed": c.seed}
-    if c.shots:
-        task = few_shot(task, c.shots, c.seed)
-    encoded = encode_task(task, base.tokenizer, c.seq_len)
-    few = f"-k{c.shots}" if c.shots else ""
-    out = Path(c.out or place_of_delta(c.base, task.name, c.delta, few, c.seed))
-    say_truncated(*encoded.truncated(), c.seq_len)
-    model = attach(base, config, encoded.num_outputs, c.seed)
+    data = encode_task(few_shot(task, c.shots, c.seed) if c.shots else task, base.tokenizer, c.seq_len)
+    out = Path(c.out or place_of_delta(c.base, task.name, kind, f"-k{c.shots}" if c.shots else "", c.seed))
+    note_truncated(*data.truncated(), c.seq_len)
+    model = attach(base, c.delta, data.num_outputs, c.seed)
     check_graphs(c.graphs, Ranks(device))
-    settings = TuneSettings(c.tune_steps, c.batch_size, c.lr or TUNE_LR[c.delta], c.eval_every, c.seed,
-                            c.weight_decay, c.warmup, graphs=c.graphs)
+    s = TuneSettings(c.tune_steps, c.batch_size, c.lr or TUNE_LR.get(kind, 5e-3), c.eval_every, c.seed, c.weight_decay, c.warmup)
     about |= {"config": record(c), "argv": sys.argv}
     with locked(out), delta_folder(out, sum(p.nbytes for p in model.parameters() if p.requires_grad)) as new:
         log = Log(new)
-        result = tune(model, encoded, Loss(task.is_regression), settings, **where, on_eval=lambda row: log.row(**row),
-                      what=f"{task.name} {c.delta}")
+        with StepBar(s.steps, f"{task.name} {kind}", model.encoder, **where) as bar:
+            def on_eval(row: dict) -> None:
+                log.row(**row)
+                bar.on_eval(row)
+
+            result = tune(model, data, Loss(task.is_regression), s, **where, on_step=bar.on_step, on_eval=on_eval,
+                          make_gradient=graphed_gradient if c.graphs else plain_gradient)
         about |= {"step": result.best_step, "dev": result.dev, "test": result.test}
-        write_delta(new, extract(model, base, config, about))
-        write_json(new / "summary.json", about | {"base": base.fingerprint, "delta": c.delta, "seconds": round(result.seconds, 1)})
-    print(f"{task.name}, {c.delta}: dev {shown(result.dev)} at step {result.best_step}; test {shown(result.test)}; "
+        write_delta(new, extract(model, base, c.delta, about))
+        write_json(new / "summary.json", about | {"base": base.fingerprint, "delta": kind, "seconds": round(result.seconds, 1)})
+    print(f"{task.name}, {kind}: dev {scores_text(result.dev)} at step {result.best_step}; test {scores_text(result.test)}; "
           f"{result.seconds:.0f} s; delta in {out}")
-
-
-def open_tuned(c: Config, labels: tuple[str, ...] = ()) -> tuple[Base, Delta, Classifier, dict]:
-    """(base, delta, base + delta, where to compute) of --base and --delta_dir, the delta's outputs in the order of `labels` where these
-    are its own; StaleDelta where base and delta do not belong together."""
-    required(c, "base", "delta_dir")
-    device = pick_device(c.device)
-    base = open_base(c.base).to(device)
-    delta = chosen_delta(c, base).ordered(labels)
-    c.seq_len = c.seq_len or delta.seq_len or min(SEQ_LEN, base.encoder.config.max_len)
-    base.require_length(c.seq_len)
-    where = {"device": device, "precision": pick_precision(c.precision, device)}
-    return base, delta, apply(base, delta), where
-
-
-def chosen_delta(c: Config, base: Base) -> Delta:
-    """--delta_dir, or of a folder of recycle.py's runs the best."""
-    folder = best_delta(c.delta_dir, base.fingerprint)
-    if folder != Path(c.delta_dir):
-        print(f"best on dev of {c.delta_dir}: {folder.name}", file=sys.stderr)
-    return open_delta(str(folder), base)
 
 
 def eval_delta(c: Config) -> None:
     """Score a base + delta on dev and test of a task."""
-    required(c, "task")
+    required(c, "task", "base", "delta_dir")
     task = load_task(task_path(c.task, c.cache))
-    base, delta, model, where = open_tuned(c, task.labels)
+    base, delta, model, seq_len, where = open_tuned(c, task.labels)
     if task.labels != delta.labels:
         raise InputError(f"{c.delta_dir} has the labels {', '.join(delta.labels[:6]) or 'of a regression'}, but {c.task} "
                          f"{', '.join(task.labels[:6]) or 'those of a regression'}: if they are the same under other names, {NAMING}")
-    say_changed(delta.info, task)
-    encoded = encode_task(task, base.tokenizer, c.seq_len)
-    say_truncated(*encoded.truncated(), c.seq_len, sys.stderr)
-    print(f"{task.name}: dev {shown(evaluate(model, encoded.dev, **where))}; "
-          f"test {shown(evaluate(model, encoded.test, **where))}")
-
-
-def predict_texts(c: Config) -> None:
-    """One JSON object a text, in order, to --out or standard output: label and probabilities, or the predicted value."""
-    required(c, "input")
-    source, out = STDIN if c.input == "-" else Path(c.input), Path(c.out) if c.out else None
-    examples = read_examples(source, labelled=False, format=c.input_format)
-    if out:
-        check_out(out, source)
-    base, delta, model, where = open_tuned(c)
-    answered = answers(model, examples, delta.labels, base.tokenizer, c.seq_len, **where)
-    count, truncated = write_answers(answered, out, source)
-    say_truncated(truncated, count, c.seq_len, sys.stderr)
-
-
-# --- import, export ---------------------------------------------------------------------------------------------------
-
-def import_delta(c: Config) -> None:
-    """A model that was tuned elsewhere, as a delta of its base."""
-    required(c, "base", "tuned", "out")
-    base = open_base(c.base)
-    delta = open_delta(c.tuned, base, c.labels, domain_name(c.task) if c.task else None)
-    save_delta(Path(c.out), replace(delta, info=delta.info | {"config": record(c), "argv": sys.argv}))
-    what = f"{len(delta.labels)} labels ({', '.join(delta.labels[:6])})" if delta.labels else "a regression"
-    print(f"{c.tuned}: a {delta.config.kind} delta of {c.base}, {what}; in {c.out}")
-
-
-def export_model(c: Config) -> None:
-    """The base, or base + delta, in the format of transformers or PEFT."""
-    required(c, "base", "out")
-    base = open_base(c.base)
-    delta = chosen_delta(c, base) if c.delta_dir else None
-    if c.to == "hf":
-        print(f"{export_hf(Path(c.out), base, delta)} and AutoTokenizer load {c.out}")
-    elif c.to == "peft":
-        required(c, "delta_dir")
-        print(f"PeftModel loads {c.out} on {export_peft(Path(c.out), base, c.base, delta)}")
-    else:
-        raise InputError(f"--to {c.to}: not one of hf, peft")
+    note_changed_task(delta.info, task)
+    data = encode_task(task, base.tokenizer, seq_len)
+    note_truncated(*data.truncated(), seq_len, sys.stderr)
+    print(f"{task.name}: dev {scores_text(evaluate(model, data.dev, **where))}; test {scores_text(evaluate(model, data.test, **where))}")
 
 
 if __name__ == "__main__":

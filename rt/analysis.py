@@ -1,30 +1,24 @@
-"""Paths between two tuned models in the space of weights, base and delta interpolated together (README, The method: study 2).
+"""What is true of an outdated delta? Paths between tuned models, and how alike two tuned models are inside.
 
-    linear    theta(mu) = (1 - mu) a + mu b
-    curve     theta(mu) = (1 - mu)^2 a + 2 mu (1 - mu) control + mu^2 b, a quadratic Bezier whose control point is trained to keep
-              the task's loss low along it (Garipov et al., 2018; the paper's public code)
+    linear    theta(mu) = (1 - mu) a + mu b, base and delta interpolated together
+    bezier    theta(mu) = (1 - mu)^2 a + 2 mu (1 - mu) control + mu^2 b, a quadratic curve whose control point is trained to keep the task's
+              loss low along it (Garipov et al., 2018; the paper's public code)
+    barrier   the greatest height of a path's loss above the straight line between the losses of its ends
 
-The barrier of a path is the greatest height of its loss above the straight line between the losses of its ends.
-
-
-How alike two tuned models are inside (README, The method: studies 3 and 4): attention maps head by head, hidden states, weights.
-
-Heads are numbered layer by layer: head h of layer l is l * H + h. A prefix's keys are left out of the maps: they have no
-counterpart in the sentence.
+Attention heads are compared by the Jensen-Shannon divergence of their maps, hidden states by CKA, weights by distance. Heads are numbered
+layer by layer: head h of layer l is l * H + h. A prefix's keys are left out of the maps: they have no counterpart in the sentence.
 """
 import math
-from typing import Callable, Sequence
+from typing import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from rt.data import Encoded, sequences_batch
-from rt.errors import InputError
+from rt.data import Encoded, TaskData, sequences_batch
 from rt.losses import Reweighted, Weights, lerp, task_loss
-from rt.model import Classifier
-from rt.optim import adamw, autocast, derive_seed, memory_for, schedule, set_lr
-from rt.runs.log import progress
-from rt.tune import TaskData, TuneSettings, metrics, predict, training_batch
+from rt.model import Batch, Classifier
+from rt.optim import autocast, memory_for
+from rt.tune import TuneSettings, metrics, minimise, predict, training_batch
 
 Path = Callable[[float], Weights]
 
@@ -40,60 +34,55 @@ def bezier(a: Weights, control: Weights, b: Weights) -> Path:
     return at
 
 
-def walk(model: Classifier, path: Path, points: Sequence[float], data: Encoded, device: torch.device,
-         precision: torch.dtype) -> list[dict]:
-    """A row {'mu', 'loss', metrics...} a point: `model` with the path's weights on `data`. The loss is the task's, mean, in
-    nats. `model` lends its shape only and is not changed."""
+def walk(model: Classifier, path: Path, points: Iterable[float], data: Encoded, device: torch.device, precision: torch.dtype) -> list[dict]:
+    """A row {'mu', 'loss', metrics...} a point: `model` with the path's weights on `data`. The loss is the task's mean, in nats. `model`
+    lends its shape only and is not changed."""
     rows = []
-    with progress(len(points), "path", unit="point") as bar:
-        for mu in points:
-            weights = path(mu)
-            logits = predict(Reweighted(model, lambda: weights), data.sequences, device, precision)
-            loss = task_loss(logits, data.targets, data.targets.is_floating_point()).mean().item()
-            rows.append({"mu": mu, "loss": loss, **metrics(logits, data.targets)})
-            bar.update()
+    for mu in points:
+        weights = path(mu)
+        logits = predict(Reweighted(model, lambda: weights), data.sequences, device, precision)
+        loss = task_loss(logits, data.targets, data.targets.is_floating_point()).mean().item()
+        rows.append({"mu": mu, "loss": loss, **metrics(logits, data.targets)})
     return rows
 
 
-def barrier(rows: list[dict]) -> float:
-    """Of the rows of a walk: max over mu of the loss above the straight line between the ends' losses, in nats; 0 or more."""
+def barrier(rows: Sequence[dict]) -> float:
+    """Barrier of the rows of a walk: max over mu of the loss above the straight line between the ends' losses, in nats; 0 or more. NaN if a
+    loss is not a number."""
     first, last = rows[0], rows[-1]
     share = [(row["mu"] - first["mu"]) / (last["mu"] - first["mu"]) for row in rows]
     heights = [row["loss"] - (1 - s) * first["loss"] - s * last["loss"] for row, s in zip(rows, share)]
-    return math.nan if any(map(math.isnan, heights)) else max(0.0, *heights)    # max() passes over a NaN: no barrier where nothing is known
+    return math.nan if any(map(math.isnan, heights)) else max(0.0, *heights)    # max() ignores a NaN, and there would be no barrier
 
 
 def train_control(model: Classifier, a: Weights, b: Weights, data: TaskData, settings: TuneSettings, device: torch.device,
-                  precision: torch.dtype) -> Weights:
-    """The control point of the curve from `a` to `b`: begun at the middle, trained on the task's loss at one mu ~ U(0, 1) a step.
-    Holds the weights that differ between the ends, the others need none."""
+                  precision: torch.dtype, on_step: Callable[[Batch], None] = lambda batch: None) -> Weights:
+    """The control point of the curve from `a` to `b`: starts at the middle and is trained on the task's loss at one mu ~ U(0, 1) a step.
+    It holds the weights that differ between the ends; the others need none. Raises Diverged as rt.tune.minimise does."""
     s = settings
-    middle = {k: v for k, v in lerp(a, b, 0.5).items() if not torch.equal(a[k], b[k])}
-    if not middle:
+    control = {k: v.clone().requires_grad_() for k, v in lerp(a, b, 0.5).items() if not torch.equal(a[k], b[k])}
+    if not control:
         return {}       # equal ends: nothing to go round
-    control = {k: v.clone().requires_grad_() for k, v in middle.items()}
-    optimizer = adamw(control.values(), s.lr, s.weight_decay, betas=(0.9, 0.999))
     path = bezier(a, control, b)
     student = Reweighted(model, lambda: path(mu)).train()
-    with progress(s.steps, "curve") as bar:
-        for step in range(s.steps):
-            torch.manual_seed(derive_seed(s.seed, step))
-            mu = torch.rand(()).item()
-            set_lr(optimizer, schedule(step, s.steps, max(1, round(s.warmup * s.steps)), s.lr))
-            batch = training_batch(data.train, s, step).to(device)
-            with memory_for(f"a batch of {s.batch_size} texts on the curve", f"--batch_size ({s.batch_size}) or --seq_len"):
-                with autocast(device, precision):
-                    loss = task_loss(student(batch), batch.labels, not data.labels).mean()
-                loss.backward()
-            torch.nn.utils.clip_grad_norm_(control.values(), s.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if not math.isfinite(loss.item()):
-                raise InputError(f"the curve's loss is {loss.item()} after step {step + 1}: lower its learning rate ({s.lr})")
-            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-            bar.update()
+
+    def gradient(step: int) -> Tensor:
+        nonlocal mu
+        mu = torch.rand(()).item()      # the loop seeds it by (seed, step)
+        batch = training_batch(data.train, s, step).to(device)
+        with memory_for(f"a batch of {s.batch_size} texts on the curve", f"`batch_size` ({s.batch_size}) or `seq_len`"):
+            with autocast(device, precision):
+                loss = task_loss(student(batch), batch.labels, not data.labels).mean()
+            loss.backward()
+        on_step(batch)
+        return loss.detach()
+
+    mu = 0.5
+    minimise(control, gradient, s, None)
     return {k: v.detach() for k, v in control.items()}
 
+
+# --- likeness ---------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def run_layers(model: Classifier, sequences: list[list[int]], device: torch.device) -> tuple[Tensor, list[tuple[Tensor, Tensor]], Tensor]:
@@ -108,14 +97,14 @@ def run_layers(model: Classifier, sequences: list[list[int]], device: torch.devi
 
 
 def attention_maps(model: Classifier, sequence: list[int], device: torch.device) -> Tensor:
-    """(L, H, n, n) fp32: row i is what token i attends to, without dropout."""
+    """(L, H, n, n) fp32 without dropout: row i is the distribution of token i's attention."""
     _, qk, _ = run_layers(model, [sequence], device)
     return torch.stack([torch.einsum("ihd,jhd->hij", q.float(), k.float()).div(math.sqrt(q.shape[-1])).softmax(-1) for q, k in qk])
 
 
 def head_divergence(a: Classifier, b: Classifier, sequences: list[list[int]], device: torch.device) -> Tensor:
-    """(heads of a, heads of b): Jensen-Shannon divergence between their attention maps in nats, 0 to ln 2, mean over all query
-    tokens of `sequences`. Memory: a few maps of all heads of one sequence."""
+    """(heads of a, heads of b): Jensen-Shannon divergence between their attention maps in nats, 0 to ln 2, mean over all query tokens of
+    `sequences`. Memory: a few maps of all heads of one sequence."""
     total, rows = 0.0, 0
     for sequence in sequences:
         P, Q = (attention_maps(model, sequence, device).flatten(0, 1) for model in (a, b))     # (L H, n, n)
@@ -127,12 +116,12 @@ def head_divergence(a: Classifier, b: Classifier, sequences: list[list[int]], de
 
 
 def entropy(p: Tensor) -> Tensor:
-    """Of the last dimension, in nats."""
+    """Entropy over the last dimension, in nats."""
     return torch.special.entr(p).sum(-1)
 
 
 def match_summary(matrix: Tensor) -> dict:
-    """Of a matrix of head_divergence: 'own', mean divergence to the same head; 'best_other', to the best match among all others;
+    """Summary of a matrix of head_divergence: 'own', mean divergence to the same head; 'best_other', to the best match among all others;
     'best', to the best of all; 'share_own_best', share of heads whose best match is themselves."""
     own, others = matrix.diagonal(), matrix.clone().fill_diagonal_(math.inf).amin(1)
     return {"own": own.mean().item(), "best_other": others.mean().item(), "best": matrix.amin(1).mean().item(),
@@ -140,8 +129,8 @@ def match_summary(matrix: Tensor) -> dict:
 
 
 def cka(a: Classifier, b: Classifier, sequences: list[list[int]], device: torch.device) -> Tensor:
-    """(L_a + 1, L_b + 1) linear centred kernel alignment of the hidden states of all tokens (Kornblith et al., 2019), 0 to 1:
-    embedding output and every layer of `a` against those of `b`."""
+    """(L_a + 1, L_b + 1) linear centred kernel alignment of the hidden states of all tokens (Kornblith et al., 2019), 0 to 1: embedding
+    output and every layer of `a` against those of `b`."""
     X, Y = (states - states.mean(1, keepdim=True) for states, _, _ in (run_layers(m, sequences, device) for m in (a, b)))
 
     def product(x: Tensor, y: Tensor) -> Tensor:
@@ -152,8 +141,8 @@ def cka(a: Classifier, b: Classifier, sequences: list[list[int]], device: torch.
 
 
 def distances(a: Weights, b: Weights) -> list[dict]:
-    """A row for embeddings, each layer, the rest (head) and all: 'l2' of b - a, 'l2_per_weight' (root mean square), 'cosine' of a
-    and b, and how many weights. Only what both have takes part."""
+    """A row for embeddings, each layer, the rest (head) and all: 'l2' of b - a, 'l2_per_weight' (root mean square), 'cosine' of a and b,
+    and the number of weights. Only weights that both have are counted."""
     parts: dict[str, list[str]] = {}
     for name in sorted(a.keys() & b.keys()):
         parts.setdefault(part_of(name), []).append(name)

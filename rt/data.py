@@ -1,56 +1,48 @@
-"""Masked language modelling: which tokens are predicted and what stands in their place (Devlin et al., 2019: 80/10/10).
+"""Text as token ids: labelled tasks and few-shot samples, rows of a corpus with masks, and the batches made of both.
 
-Corpora: text on disk -> memory-mapped token bins -> rows of a fixed number of tokens -> masked-LM batches.
-
-Which tokens row i of step t holds, and which of them are masked, is a function of (seed, t, i): no iterator has a state,
-so resuming needs none and another number of ranks reads the same data.
+Which examples or tokens a step sees, and which tokens are masked, is a function of (seed, step): no iterator has a state, so resuming needs
+none, and another number of ranks reads the same data. Reading files is the job of rt/formats.
 """
 import hashlib
 import json
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rt.errors import InputError
-from rt.formats.tokenizer import Tokenizer
 from rt.model import Batch
 
-
-class Masker:
-    """Predicts exactly `count` tokens a row, so that shapes never change; special tokens are never chosen."""
-
-    def __init__(self, tokenizer: Tokenizer, count: int):
-        self.count, self.mask_id = count, tokenizer.mask_id
-        self.is_special = np.zeros(tokenizer.vocab_size, dtype=bool)
-        self.is_special[tokenizer.special_ids] = True
-        self.regular = np.flatnonzero(~self.is_special)
-
-    def __call__(self, ids: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """ids (R,) -> masked ids (R,), chosen rows (count,) in order, their true tokens (count,)."""
-        candidates = np.flatnonzero(~self.is_special[ids])
-        if len(candidates) < self.count:
-            raise InputError(f"a row of {len(ids)} tokens has {len(candidates)} that can be predicted, {self.count} are to "
-                             "be: its documents are too short for this --mask_rate")
-        rows = np.sort(rng.choice(candidates, self.count, replace=False))
-        draw = rng.random(self.count)
-        random_tokens = rng.choice(self.regular, self.count)
-        masked = ids.copy()
-        masked[rows] = np.where(draw < 0.8, self.mask_id, np.where(draw < 0.9, random_tokens, ids[rows]))
-        return masked, rows, ids[rows]
-
-
 PARTS = ("train", "dev", "test")
+ROW_SEQUENCES = 8      # a row of a corpus has room for this many sequences of the longest length
 
+
+class Tokenizer(Protocol):
+    """What is needed of a tokenizer here; rt/formats/tokenizer.py has one."""
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    mask_id: int
+    pad_id: int
+    special_ids: list[int]
+    separators: int     # between the texts of a pair: RoBERTa's two, BERT's one
+    fingerprint: str    # of all that it does
+    vocabulary: str     # hash of which token each id stands for
+
+    def encode(self, texts: list[str]) -> list[list[int]]: ...
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Example:
     text: str
     text_pair: str | None
-    label: str | int | float | None     # a whole number only before it is a class of a Task, None only in texts to predict
+    label: str | int | float | None     # a whole number only before it is a class of a Task; None only in texts to predict
     source: str                 # file and line, for error messages
 
 
@@ -67,7 +59,7 @@ class Task:
 
     @cached_property
     def hash(self) -> str:
-        """Of all texts and labels, in order: 16 hex digits. A delta carries that of the task it was learned on."""
+        """Hash of all texts and labels in order, 16 hex digits. A delta carries its task's."""
         digest = hashlib.sha256()
         for part, examples in self.parts.items():
             for e in examples:
@@ -76,8 +68,8 @@ class Task:
 
 
 def few_shot(task: Task, shots: int, seed: int) -> Task:
-    """`shots` examples a label for train and for dev (of a regression: `shots` in all), drawn by `seed`; test stays whole.
-    A label with fewer keeps what it has."""
+    """`shots` examples a label for train and for dev (for a regression: `shots` in all), drawn by `seed`; test stays whole. A label with
+    fewer examples keeps all of them."""
     rng = np.random.default_rng([seed, shots])
     parts = dict(task.parts)
     for part in ("train", "dev"):
@@ -93,23 +85,23 @@ def few_shot(task: Task, shots: int, seed: int) -> Task:
 class Encoded:
     """Examples as token ids, <s> and </s> included; `targets` are (n,) classes or floats."""
     sequences: list[list[int]]
-    targets: torch.Tensor
-    truncated: int
+    targets: Tensor
+    truncated: int      # how many were cut
 
     def __len__(self) -> int:
         return len(self.sequences)
 
     def batch(self, indices: list[int]) -> Batch:
-        """The examples at `indices`, put in order of length (which attention_ref likes); `index` says which is which."""
+        """The examples at `indices`, in order of length (which attention_ref likes); the batch's `index` tells which is which."""
         indices = sorted(indices, key=lambda i: len(self.sequences[i]))
         index = torch.tensor(indices, dtype=torch.int64)
         return sequences_batch([self.sequences[i] for i in indices], labels=self.targets[index], index=index)
 
 
 def encode(examples: list[Example], labels: tuple[str, ...], tokenizer: Tokenizer, max_len: int) -> Encoded:
-    """<s> text </s>, or <s> text </s></s> pair </s> (BERT's: [CLS] text [SEP] pair [SEP]); what is longer than `max_len` is cut, of a
-    pair the longer text first. Where a text itself spells [SEP], that is written ~id: it parts no texts. `labels` are the class names in
-    order; empty means float targets."""
+    """<s> text </s>, or <s> text </s></s> pair </s> (BERT: [CLS] text [SEP] pair [SEP]). Longer sequences are cut to `max_len`, of a pair
+    the longer text first. A [SEP] that a BERT text spells itself is written ~id: it does not separate the texts of a pair. `labels` are
+    the class names in order; if there are none, targets are floats."""
     texts = tokenizer.encode([e.text for e in examples])
     pairs = tokenizer.encode([e.text_pair or "" for e in examples])
     bos, eos, between = tokenizer.bos_id, tokenizer.eos_id, [tokenizer.eos_id] * (tokenizer.separators - 1)
@@ -131,22 +123,79 @@ def encode(examples: list[Example], labels: tuple[str, ...], tokenizer: Tokenize
 
 
 def _fit(a: int, b: int, room: int) -> tuple[int, int]:
-    """How many tokens of a pair of lengths (a, b) stay when there is room for `room`: the longer gives first."""
+    """How many tokens of a pair of lengths (a, b) stay if there is room for `room`: the longer text is cut first."""
     if a + b <= room:
         return a, b
     short = min(a, b, room // 2)
     return (room - short, short) if a > b else (short, room - short)
 
 
+@dataclass
+class TaskData:
+    """An encoded task. `labels` is empty for a regression. `test` is None if a run must not be scored on it, as in a search, where only
+    dev may choose."""
+    name: str
+    labels: tuple[str, ...]
+    train: Encoded
+    dev: Encoded
+    test: Encoded | None
+    hash: str = ""      # Task.hash
+
+    @property
+    def num_outputs(self) -> int:
+        return max(1, len(self.labels))
+
+    def truncated(self) -> tuple[int, int]:
+        """(number of texts that were cut, number of texts)"""
+        parts = [part for part in (self.train, self.dev, self.test) if part]
+        return sum(part.truncated for part in parts), sum(map(len, parts))
+
+
+def encode_task(task: Task, tokenizer: Tokenizer, max_len: int) -> TaskData:
+    """All parts of a task as ids, texts cut to `max_len` tokens."""
+    parts = {part: encode(examples, task.labels, tokenizer, max_len) for part, examples in task.parts.items()}
+    return TaskData(task.name, task.labels, **parts, hash=task.hash)
+
+
 def training_indices(n: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """The examples of training step `step`: epochs are permutations by (seed, epoch), cut into batches; a function of its
-    arguments, so nothing has to be remembered. The last batch of an epoch may be smaller."""
+    """The examples of training step `step`, out of n: an epoch is a permutation by (seed, epoch), cut into batches, of which the last may
+    be smaller."""
     per_epoch = -(-n // batch_size)
     epoch, i = divmod(step, per_epoch)
     return np.random.default_rng([seed, 2, epoch]).permutation(n)[i * batch_size:(i + 1) * batch_size].tolist()
 
 
-ROW_SEQUENCES = 8      # a row holds this many sequences of the longest length, or more that are shorter
+def sequences_batch(sequences: list[list[int]], **fields: Tensor) -> Batch:
+    """Sequences of ids (specials included) as one unpadded batch; `fields` are Batch's labels and index."""
+    lengths = [len(s) for s in sequences]
+    ids = torch.tensor([t for s in sequences for t in s], dtype=torch.int64)
+    return Batch(ids, torch.tensor(np.cumsum([0] + lengths), dtype=torch.int32), max(lengths), **fields)
+
+
+# --- masked language modelling ----------------------------------------------------------------------------------------
+
+class Masker:
+    """Chooses exactly `count` tokens of a row, so that shapes never change, and never special tokens. 80 % become <mask>, 10 % a random
+    token, 10 % stay (Devlin et al., 2019)."""
+
+    def __init__(self, tokenizer: Tokenizer, count: int):
+        self.count, self.mask_id = count, tokenizer.mask_id
+        self.is_special = np.zeros(tokenizer.vocab_size, dtype=bool)
+        self.is_special[tokenizer.special_ids] = True
+        self.regular = np.flatnonzero(~self.is_special)
+
+    def __call__(self, ids: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """ids (R,) -> masked ids (R,), chosen rows (count,) in order, their true tokens (count,)."""
+        candidates = np.flatnonzero(~self.is_special[ids])
+        if len(candidates) < self.count:
+            raise InputError(f"a row of {len(ids)} tokens has {len(candidates)} that can be predicted, {self.count} are to "
+                             "be: its documents are too short for this `mask_rate`")
+        rows = np.sort(rng.choice(candidates, self.count, replace=False))
+        draw = rng.random(self.count)
+        random_tokens = rng.choice(self.regular, self.count)
+        masked = ids.copy()
+        masked[rows] = np.where(draw < 0.8, self.mask_id, np.where(draw < 0.9, random_tokens, ids[rows]))
+        return masked, rows, ids[rows]
 
 
 @dataclass
@@ -156,19 +205,18 @@ class Corpus:
     part: str               # train or heldout
     tokens: np.ndarray
     offsets: np.ndarray
-    content: str = ""       # hash of the tokens of both parts; "" of what was tokenized before there was one
+    content: str = ""       # hash of the tokens of both parts; "" if they were tokenized before there was one
 
 
 class Rows:
     """Rows of exactly `row_tokens` tokens out of a corpus, and masked-LM batches of them.
 
-    Documents are cut into sequences <s> ... </s> of at most `seq_len` tokens, permuted anew each epoch and laid end to end;
-    row r is tokens [r * row_tokens, (r+1) * row_tokens) of that line. So a row is always full: a sequence across its end
-    is cut there, and the remainder begins with its own <s>. Rows are permuted as well, which parts neighbours.
+    Documents are cut into sequences <s> ... </s> of at most `seq_len` tokens, permuted anew each epoch and laid end to end; row r is tokens
+    [r * row_tokens, (r+1) * row_tokens) of that line. So a row is always full: a sequence across its end is cut there, and the remainder
+    begins with its own <s>. Rows are permuted as well, which separates neighbours.
     """
 
-    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, *, seq_len: int, mask_rate: float, seed: int,
-                 sequences: int = ROW_SEQUENCES):
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, *, seq_len: int, mask_rate: float, seed: int, sequences: int = ROW_SEQUENCES):
         self.corpus, self.seed, self.seq_len = corpus, seed, seq_len
         self.bos, self.eos = tokenizer.bos_id, tokenizer.eos_id
         self.row_tokens = sequences * seq_len
@@ -178,10 +226,11 @@ class Rows:
         nth = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)    # which one of its document
         self.starts = np.repeat(corpus.offsets[:-1], pieces) + nth * (seq_len - 2)
         self.lengths = np.minimum(np.repeat(lengths, pieces) - nth * (seq_len - 2), seq_len - 2) + 2
+        self.mean_length, self.length_deviation = self.lengths.mean(), self.lengths.std()
         self.per_epoch = int(self.lengths.sum()) // self.row_tokens
         if self.per_epoch == 0:
             raise InputError(f"corpus {corpus.name}: the {self.lengths.sum()} tokens of its {corpus.part} part do not fill "
-                             f"one row of {self.row_tokens}; it needs more text, or a smaller --seq_len")
+                             f"one row of {self.row_tokens}; it needs more text, or a smaller `seq_len`")
         self.epoch = -1
 
     def _enter_epoch(self, epoch: int) -> None:
@@ -212,8 +261,7 @@ class Rows:
         return np.concatenate(pieces).astype(np.int64), list(map(len, pieces))
 
     def batch(self, step: int, batch_tokens: int, rank: int = 0, world: int = 1, part: int = 0, parts: int = 1) -> Batch:
-        """The masked batch of optimizer step `step`: a rank's share of its rows, `part` of `parts` of that when gradients
-        are accumulated."""
+        """The masked batch of optimizer step `step`: a rank's share of its rows, and of that the microbatch `part` of `parts`."""
         count, share = batch_tokens // self.row_tokens, batch_tokens // self.row_tokens // (world * parts)
         first = step * count + (rank * parts + part) * share
         return self.masked(range(first, first + share))
@@ -229,74 +277,19 @@ class Rows:
             predict.append(chosen + n * self.row_tokens)
             lengths += row_lengths
         tensors = [torch.from_numpy(np.concatenate(x)) for x in (ids, labels, predict)]
-        return Batch(tensors[0], torch.tensor(np.cumsum(lengths), dtype=torch.int32), max(lengths),
-                     labels=tensors[1], predict=tensors[2])
-
-    def static(self, batch: Batch) -> Batch:
-        """The same batch in shapes that a compiled or captured step can rely on: cu_seqlens ends in repeated N, which are sequences of
-        no token and change nothing; max_seqlen is seq_len.
-
-        There is room for the mean number of sequences and six standard deviations more (renewal theory), which about one batch in a
-        billion exceeds; it gets more, in steps of 64. A bound that none can exceed would be that of the shortest documents alone, and
-        every sequence, empty or not, costs the attention launched blocks.
-        """
-        rows, n = len(batch.ids) // self.row_tokens, len(batch.ids)
-        mean, deviation = n / self.lengths.mean(), self.lengths.std() * (n / self.lengths.mean() ** 3) ** 0.5
-        most = max(mean + 6 * deviation + 2 * rows, len(batch.cu_seqlens) - 1)      # a row's ends cut sequences in two
-        room = -(-int(most) // 64) * 64 + 1
-        padded = torch.full((room,), n, dtype=torch.int32)
-        padded[:len(batch.cu_seqlens)] = batch.cu_seqlens
-        return replace(batch, cu_seqlens=padded, max_seqlen=self.seq_len)
+        return Batch(tensors[0], torch.tensor(np.cumsum(lengths), dtype=torch.int32), max(lengths), labels=tensors[1], predict=tensors[2])
 
     def packing(self) -> dict:
-        """Of one epoch: the number of rows, the share of their tokens that documents fill (all of them: rows are cut out of one line),
-        and the share of sequences that are cut at a row's end for it."""
+        """Packing statistics of an epoch: number of rows, fill rate (all of it: rows are cut out of one line), and the share of sequences
+        that are cut at a row's end."""
         self._enter_epoch(max(self.epoch, 0))
         ends = np.arange(1, self.per_epoch + 1) * self.row_tokens
         cut = len(ends) - np.isin(ends, self.ends).sum()
         return {"rows": self.per_epoch, "fill": min(1.0, float(self.ends[-1] / ends[-1])), "cut": round(float(cut / len(self.lengths)), 4)}
 
     def check_batch(self, batch_tokens: int, shares: int) -> None:
-        """InputError unless `batch_tokens` is a whole number of rows for each of `shares` (ranks x accumulation)."""
+        """Raises InputError unless `batch_tokens` is a whole number of rows for each of `shares` (ranks x accumulation)."""
         unit = self.row_tokens * shares
         if batch_tokens % unit or batch_tokens <= 0:
-            raise InputError(f"--batch_tokens {batch_tokens}: must be a multiple of {unit} "
-                             f"({ROW_SEQUENCES} sequences of --seq_len {self.seq_len}, times {shares} ranks x --accumulation)")
-
-
-def sequences_batch(sequences: list[list[int]], **fields: Tensor) -> Batch:
-    """Sequences of ids (specials included) as one unpadded batch; `fields` are Batch's labels and index."""
-    lengths = [len(s) for s in sequences]
-    ids = torch.tensor([t for s in sequences for t in s], dtype=torch.int64)
-    return Batch(ids, torch.tensor(np.cumsum([0] + lengths), dtype=torch.int32), max(lengths), **fields)
-
-
-PAD_SEQUENCES = 8       # that fill one range up, or some more short ones: attention grows with the square
-
-
-def side_by_side(batches: list[Batch], bucket: int = 0, B: int = 0) -> tuple[Batch, Tensor]:
-    """The batches of K runs as one, each in a range of its own, all ranges as long as the longest: what is missing is filled with
-    sequences that nothing reads. Also (K, B) the share of each example in the mean of its run: 1 / its batch's size, and 0 for the
-    rows that make batches of unequal size equal, or fill them up to B sequences.
-
-    With `bucket`, shapes are few, as a CUDA graph needs: ranges of a multiple of so many tokens, all the sequences that there may be
-    (the last ones empty), and a bound on their length that is a multiple of 64.
-    """
-    N, B, longest = max(len(b.ids) for b in batches), max(B, *(len(b.index) for b in batches)), max(b.max_seqlen for b in batches)
-    N = -(-N // bucket) * bucket if bucket else N
-    ids, lengths, rows, labels, index, shares = [], [], [], [], [], torch.zeros(len(batches), B)
-    for k, batch in enumerate(batches):
-        short, n = N - len(batch.ids), len(batch.index)
-        size = min(longest, max(16, -(-short // PAD_SEQUENCES)))       # never longer than the model may take
-        ids += [batch.ids, batch.ids[:1].expand(short)]
-        lengths += batch.cu_seqlens.diff().tolist() + [min(size, short - i) for i in range(0, short, size)]
-        for parts, values in ((rows, batch.first + k * N), (labels, batch.labels), (index, batch.index)):
-            parts += [values, values[:1].expand(B - n)]
-        shares[k, :n] = 1 / n
-    if bucket:
-        lengths += [0] * (len(batches) * (B + PAD_SEQUENCES) - len(lengths))
-        longest = -(-longest // 64) * 64
-    seeds = None if batches[0].seeds is None else torch.cat([batch.seeds for batch in batches])
-    cu_seqlens = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)
-    return Batch(torch.cat(ids), cu_seqlens, longest, labels=torch.cat(labels), index=torch.cat(index), seeds=seeds,
-                 rows=torch.cat(rows)), shares
+            raise InputError(f"`batch_tokens` {batch_tokens}: must be a multiple of {unit} "
+                             f"({ROW_SEQUENCES} sequences of `seq_len` {self.seq_len}, times {shares} ranks x `accumulation`)")

@@ -1,8 +1,9 @@
-"""What is wrong with what came from outside, as one sentence."""
+"""Input that cannot be used. A message is one sentence: what is wrong and what to do. It names a setting in backticks, `lr`, which the
+scripts print as the flag that sets it."""
 
 
 class InputError(ValueError):
-    """Bad input from outside. The message is one sentence: what, where, what to do; scripts print it and exit with 2."""
+    """Bad input: the scripts print the message and exit with 2."""
 
 
 class StaleDelta(InputError):
@@ -10,4 +11,4 @@ class StaleDelta(InputError):
 
 
 class Diverged(InputError):
-    """More than MOST_SKIPPED steps in a row had no finite loss or gradient."""
+    """Too many steps in a row had no finite loss or gradient."""

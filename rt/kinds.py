@@ -1,6 +1,16 @@
-"""What a delta puts into an encoder that the base has not. Freshly reset, each leaves the encoder's function as it was."""
+"""The kinds of delta: what each plugs into an encoder, which of the base's own weights it trains, and how two of them add up.
+
+    full      every encoder weight; the delta is tuned - base
+    adapter   bottleneck modules after attention and after the FFN (Houlsby et al., 2019); LN is trained with them
+    lora      low-rank updates of the projections named by target_modules (Hu et al., 2022)
+    bitfit    the biases (Ben Zaken et al., 2022)
+    prefix    learned keys and values in every layer (Li & Liang, 2021), behind a gate that starts closed
+
+A new kind is one module class, whose `reset` makes it the identity, and one row of KINDS; settings of its own are fields of DeltaConfig.
+"""
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Callable
 
 import torch
 import torch.nn as nn
@@ -8,8 +18,56 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rt.errors import InputError
-from rt.formats.untrusted import is_number, is_whole
-from rt.model import Encoder, Linear, init_weights, linear
+from rt.limits import PositiveInt
+from rt.model import Block, Linear, init_weights, linear
+
+
+@dataclass(frozen=True)
+class DeltaConfig:
+    """A kind of delta and its settings; settings of other kinds are ignored."""
+    kind: str = "adapter"  # full, adapter, lora, bitfit or prefix
+    bottleneck: PositiveInt = 24  # adapter
+    r: PositiveInt = 8  # lora
+    lora_alpha: float = 16.0  # lora
+    target_modules: tuple[str, ...] = ("query", "value")  # lora
+    prefix_len: PositiveInt = 16  # prefix
+
+    def check(self) -> "DeltaConfig":
+        """The same config. Raises InputError if no delta can have these settings."""
+        if self.kind not in KINDS:
+            raise InputError(f"delta {self.kind!r}: not one of {', '.join(KINDS)}")
+        for name, value in vars(self).items():
+            if name in ("bottleneck", "r", "prefix_len") and (type(value) is not int or not 0 < value < 2**31):
+                raise InputError(f"{name} {value!r} of a delta: must be a whole number above zero")
+        if type(self.lora_alpha) not in (int, float) or not math.isfinite(self.lora_alpha):
+            raise InputError(f"lora_alpha {self.lora_alpha!r} of a delta: must be a number")
+        for name in self.target_modules:
+            if not isinstance(name, str) or name not in TARGETS:
+                raise InputError(f"target module {name!r}: not one of {', '.join(TARGETS)}")
+        return self
+
+    @property
+    def used(self) -> dict:
+        """The kind and the settings that it uses: deltas of one base whose `used` are equal have equal tensors."""
+        return {name: getattr(self, name) for name in ("kind", *(KINDS[self.kind].settings if self.kind in KINDS else ()))}
+
+
+# How a module's tensor takes part in the algebra of rt/deltas.py. INPUT: a * d leaves it alone, d1 + d2 stacks it along dimension 0.
+# OUTPUT: a * d scales it, d1 + d2 lays it side by side along dimension 1. ADDED: a * d scales it, d1 + d2 adds it.
+INPUT, OUTPUT, ADDED = "input", "output", "added"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A row of KINDS. The module that `modules` puts into a slot of a Block has `reset(generator)`; one in a slot `lora` is called with
+    (x, y) and, if the kind is mergeable, has `weight(linear)`, the update as a matrix."""
+    modules: Callable[[Block, DeltaConfig], dict[str, nn.Module]] = lambda block, config: {}    # by slot, not yet reset
+    trains: Callable[[str], bool] = lambda name: False      # whether the base's own weight of this name is trained
+    settings: tuple[str, ...] = ()                          # the fields of DeltaConfig that it uses
+    roles: dict[str, str] = field(default_factory=dict)     # part of a tensor's name -> INPUT, OUTPUT or ADDED
+    scaling: Callable[[DeltaConfig], float] = lambda config: 1.0            # the factor that a module puts before its OUTPUT
+    joined: Callable[[DeltaConfig, DeltaConfig], DeltaConfig] | None = lambda a, b: a   # settings of a sum, scaling 1; None: no sum
+    is_mergeable: bool = False                              # whether plain weights can do the same
 
 
 class Adapter(nn.Module):
@@ -28,15 +86,25 @@ class Adapter(nn.Module):
         return x + self.up(F.gelu(self.down(x)))
 
 
+def adapters(block: Block, c: DeltaConfig) -> dict[str, nn.Module]:
+    return {slot: Adapter(block.qkv.in_features, c.bottleneck) for slot in ("adapter_attention", "adapter_ffn")}
+
+
+# what PEFT's target_modules mean here: the Linear of a Block, and for the fused qkv which third of its output rows
+TARGETS = {"query": ("qkv", 0), "key": ("qkv", 1), "value": ("qkv", 2), "attention.output.dense": ("attention_output", None),
+           "intermediate.dense": ("intermediate", None), "output.dense": ("output", None)}
+
+
 class LoRA(nn.Module):
     """y + scaling * B A x on the output rows of each target of one Linear. B starts at zero."""
 
     def __init__(self, linear: nn.Linear, targets: dict[str, int | None], r: int, lora_alpha: float):
         super().__init__()
         rows = linear.out_features // (3 if None not in targets.values() else 1)
-        self.first_row = {_key(name): (third or 0) * rows for name, third in targets.items()}
-        self.A = nn.ParameterDict({_key(name): torch.empty(r, linear.in_features) for name in targets})
-        self.B = nn.ParameterDict({_key(name): torch.empty(rows, r) for name in targets})
+        names = {target: target.replace(".", "_") for target in targets}        # module names cannot hold a dot
+        self.first_row = {names[target]: (third or 0) * rows for target, third in targets.items()}
+        self.A = nn.ParameterDict({name: torch.empty(r, linear.in_features) for name in self.first_row})
+        self.B = nn.ParameterDict({name: torch.empty(rows, r) for name in self.first_row})
         self.scaling = lora_alpha / r
 
     def reset(self, generator: torch.Generator) -> None:
@@ -59,12 +127,15 @@ class LoRA(nn.Module):
         return full
 
 
-def _key(target: str) -> str:
-    return target.replace(".", "_")  # module names cannot hold a dot
+def loras(block: Block, c: DeltaConfig) -> dict[str, nn.Module]:
+    """One a Linear, for all of its targets."""
+    names = dict.fromkeys(TARGETS[target][0] for target in c.target_modules)
+    targets = {name: {t: TARGETS[t][1] for t in c.target_modules if TARGETS[t][0] == name} for name in names}
+    return {f"{name}.lora": LoRA(getattr(block, name), targets[name], c.r, c.lora_alpha) for name in names}
 
 
 class Prefix(nn.Module):
-    """Keys and values of `prefix_len` learned positions for one layer, and a gate a head that starts at zero."""
+    """Keys and values of `prefix_len` learned positions for one layer, and one gate a head that starts at zero."""
 
     def __init__(self, prefix_len: int, num_heads: int, head_size: int):
         super().__init__()
@@ -81,65 +152,19 @@ class Prefix(nn.Module):
         return self.k, self.v, self.gate
 
 
-KINDS = ("full", "adapter", "lora", "bitfit", "prefix")
+def prefixes(block: Block, c: DeltaConfig) -> dict[str, nn.Module]:
+    return {"prefix": Prefix(c.prefix_len, block.num_heads, block.qkv.in_features // block.num_heads)}
 
 
-USED = {"adapter": ("bottleneck",), "lora": ("r", "lora_alpha", "target_modules"), "prefix": ("prefix_len",)}
-
-
-# what PEFT's target_modules mean here: the Linear of a Block, and for the fused qkv which third of its output rows
-TARGETS = {"query": ("qkv", 0), "key": ("qkv", 1), "value": ("qkv", 2), "attention.output.dense": ("attention_output", None),
-           "intermediate.dense": ("intermediate", None), "output.dense": ("output", None)}
-
-
-@dataclass(frozen=True)
-class DeltaConfig:
-    """A kind of delta and its settings; settings of other kinds are ignored."""
-    kind: str = "adapter"
-    bottleneck: int = 24
-    r: int = 8
-    lora_alpha: float = 16.0
-    target_modules: tuple[str, ...] = ("query", "value")
-    prefix_len: int = 16
-
-    def __post_init__(self):
-        if self.kind not in KINDS:
-            raise InputError(f"delta {self.kind!r}: not one of {', '.join(KINDS)}")
-        for name in ("bottleneck", "r", "prefix_len"):
-            if not is_whole(getattr(self, name), 1):
-                raise InputError(f"{name} {getattr(self, name)!r} of a delta: must be a whole number above zero")
-        if not is_number(self.lora_alpha):
-            raise InputError(f"lora_alpha {self.lora_alpha!r} of a delta: must be a number")
-        for name in self.target_modules:
-            if not isinstance(name, str) or name not in TARGETS:
-                raise InputError(f"target module {name!r}: not one of {', '.join(TARGETS)}")
-
-    @property
-    def used(self) -> dict:
-        """The kind and the settings that it uses: two deltas with equal ones have equal tensors."""
-        return {k: getattr(self, k) for k in ("kind", *USED.get(self.kind, ()))}
-
-
-def _is_trained(kind: str, name: str) -> bool:
-    """Whether the base's own weight `name` is trained by this kind."""
-    return {"full": True, "bitfit": name.endswith(".bias"), "adapter": "norm." in name}.get(kind, False)
-
-
-def _plug_in(encoder: Encoder, config: DeltaConfig) -> list[nn.Module]:
-    """Fill the slots of `encoder` and return what was put there, not yet initialised."""
-    d, heads = encoder.config.hidden_size, encoder.config.num_heads
-    new: list[nn.Module] = []
-    for block in encoder.layers:
-        if config.kind == "adapter":
-            block.adapter_attention, block.adapter_ffn = Adapter(d, config.bottleneck), Adapter(d, config.bottleneck)
-            new += [block.adapter_attention, block.adapter_ffn]
-        elif config.kind == "prefix":
-            block.prefix = Prefix(config.prefix_len, heads, d // heads)
-            new.append(block.prefix)
-        elif config.kind == "lora":
-            for linear_name in dict.fromkeys(TARGETS[t][0] for t in config.target_modules):
-                targets = {t: TARGETS[t][1] for t in config.target_modules if TARGETS[t][0] == linear_name}
-                linear = getattr(block, linear_name)
-                linear.lora = LoRA(linear, targets, config.r, config.lora_alpha)
-                new.append(linear.lora)
-    return new
+KINDS = {
+    "full": Kind(trains=lambda name: True, is_mergeable=True),
+    "adapter": Kind(adapters, trains=lambda name: "norm." in name, settings=("bottleneck",),
+                    roles={".down.": INPUT, ".up.weight": OUTPUT, ".up.bias": ADDED},
+                    joined=lambda a, b: replace(a, bottleneck=a.bottleneck + b.bottleneck)),
+    "lora": Kind(loras, settings=("r", "lora_alpha", "target_modules"), roles={".lora.A.": INPUT, ".lora.B.": OUTPUT},
+                 scaling=lambda c: c.lora_alpha / c.r, joined=lambda a, b: replace(a, r=a.r + b.r, lora_alpha=float(a.r + b.r)),
+                 is_mergeable=True),
+    "bitfit": Kind(trains=lambda name: name.endswith(".bias"), is_mergeable=True),
+    # the softmax over a prefix is not linear in its keys: no sum
+    "prefix": Kind(prefixes, settings=("prefix_len",), roles={".prefix.k": INPUT, ".prefix.v": INPUT, ".prefix.gate": ADDED}, joined=None),
+}

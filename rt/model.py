@@ -1,12 +1,12 @@
 """RoBERTa on unpadded batches: post-LN encoder, tied masked-LM head, classification head.
 
-A batch has no padding: the tokens of B sequences lie end to end, and everything but attention works on (N, d).
-Only the embeddings, `attention_qkv(qkv, cu_seqlens, max_seqlen)` and the heads know where a sequence begins. The function computed is
-exactly that of RoBERTa (Liu et al., 2019): learned positions counted from pad_id + 1, exact GELU, LN after each residual; or of BERT
-(Devlin et al., 2019), whose positions count from 0 and whose second text has a token type of its own.
+A batch has no padding: the tokens of B sequences lie end to end, and everything but attention works on (N, d). Only the embeddings,
+`attention_qkv(qkv, cu_seqlens, max_seqlen)` and the heads know where a sequence begins. The function computed is exactly RoBERTa's
+(Liu et al., 2019): learned positions counted from pad_id + 1, exact GELU, LN after each residual. With model_type "bert" it is BERT's
+(Devlin et al., 2019): positions count from 0, and the second text of a pair has a token type of its own.
 
-The slots where a delta plugs in are written out: `Linear.lora`, `Block.adapter_attention`, `Block.adapter_ffn`,
-`Block.prefix`. They are None in a base; rt/deltas.py fills them.
+A delta plugs into four slots: `Linear.lora`, `Block.adapter_attention`, `Block.adapter_ffn`, `Block.prefix`. They are None in a base;
+rt/kinds.py fills them.
 """
 from dataclasses import dataclass, field, replace
 
@@ -28,11 +28,11 @@ class EncoderConfig:
     ffn_size: int = 1024
     max_len: int = 512
     pad_id: int = 1
-    dropout: float = 0.1  # embeddings and residuals
+    dropout: float = 0.1  # of embeddings and residuals
     attention_dropout: float = 0.1
     layer_norm_eps: float = 1e-5
-    model_type: str = "roberta"  # Hugging Face's name of the family: roberta, xlm-roberta, camembert (one function) or bert
-    sep_id: int | None = None  # bert: after the first of these in a sequence comes the second text, of another type; None: of the same
+    model_type: str = "roberta"  # Hugging Face's name: roberta, xlm-roberta, camembert (one function) or bert
+    sep_id: int | None = None  # bert: the first of these in a sequence ends the first text; None: both texts have the first token type
 
     @property
     def is_bert(self) -> bool:
@@ -58,11 +58,11 @@ class Batch:
     """B sequences laid end to end, N tokens in all. `cu_seqlens[i]` is where sequence i begins; the last entry is N."""
     ids: Tensor                     # (N,) int64
     cu_seqlens: Tensor              # (B+1,) int32
-    max_seqlen: int                 # length of the longest, known on the host so that nothing waits for the device
+    max_seqlen: int                 # length of the longest sequence, known on the host so that nothing waits for the device
     labels: Tensor | None = None    # (B,) class or float target of a task; (P,) token of each masked-LM prediction
     index: Tensor | None = None     # (B,) which examples these are, for the teacher cache
     predict: Tensor | None = None   # (P,) rows that masked-LM predicts
-    seeds: Tensor | None = None     # (K,) int64 dropout seeds of K runs side by side, each with its own N / K rows; None: one is drawn
+    seeds: Tensor | None = None     # (K,) int64 dropout seeds of K runs side by side, N / K rows each; None: one is drawn
     rows: Tensor | None = None      # (B,) the <s> rows of the sequences that count; None: of all
 
     def to(self, device: torch.device) -> "Batch":
@@ -77,26 +77,26 @@ class Batch:
 
 
 @dataclass
-class Trace:
-    """What distillation compares, collected while an encoder runs: the <s> rows of the embedding output and of every layer but the last
-    (the patience of rt/distill.py), and the queries and keys (N, H, D) of the layers in `attention`."""
+class Activations:
+    """What distillation compares, collected while an encoder runs: the <s> rows of the embedding output and of all layers but the last
+    (patience), and the queries and keys (N, H, D) of the layers in `attention`."""
     attention: tuple[int, ...] = ()
     rows: list[Tensor] = field(default_factory=list)
     qk: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     @property
     def states(self) -> Tensor:
-        """(B, num_layers, d)."""
+        """(B, num_layers, d)"""
         return torch.stack(self.rows, dim=1)
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """(1,) from torch's default generator, for a batch that brings no dropout seeds."""
+    """(1,) dropout seed from torch's default generator, for a batch that brings none."""
     return torch.randint(2**63 - 1, (1,), device=device)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear of rows (N, in); of K runs side by side, weight (K, out, in) or bias (K, out) or both, each for its own N / K rows."""
+    """F.linear of rows (N, in). For K runs side by side, weight (K, out, in) or bias (K, out) or both apply to N / K rows each."""
     if weight.ndim == 2:
         y = F.linear(x, weight, bias if bias is None or bias.ndim == 1 else None)
         return y if bias is None or bias.ndim == 1 else (y.view(len(bias), -1, len(weight)) + bias[:, None]).view(y.shape)
@@ -105,8 +105,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y.view(-1, weight.shape[1])
 
 
-class Tap(torch.autograd.Function):
-    """x and x[rows]; backwards the rows' gradient is added to that of x, where indexing would fill a second (N, d) with zeros."""
+class SelectRows(torch.autograd.Function):
+    """x -> (x, x[rows]). The backward adds the rows' gradient to x's; plain indexing would fill a second (N, d) with zeros."""
 
     @staticmethod
     def forward(ctx, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,8 +119,7 @@ class Tap(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """nn.Linear, (N, in) to (N, out), with a slot for a low-rank update. As everywhere below, weights may have a leading K: see
-    `linear`."""
+    """nn.Linear, (N, in) -> (N, out), with a slot for a low-rank update. Here and below, weights may have a leading K: see `linear`."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features)
@@ -132,7 +131,7 @@ class Linear(nn.Linear):
 
 
 class LayerNorm(nn.LayerNorm):
-    """LN(x), or of a residual LN(x + dropout(h))."""
+    """LN(x), or with a residual branch h: LN(x + dropout(h))."""
 
     def forward(self, x: Tensor, h: Tensor | None = None, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
         if h is None:
@@ -141,8 +140,8 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Embeddings(nn.Module):
-    """Word + position, LN, dropout: (N, d) of ids (N,) and cu_seqlens (B + 1,). The first token type is part of the position table
-    (rt/hf.py folds it in); `second_type`, of BERT, is what the second differs from it by."""
+    """Word + position, LN, dropout: ids (N,) and cu_seqlens (B + 1,) -> (N, d). The first token type is folded into the position table
+    (rt/formats/hf.py does it); BERT's `second_type` is the second type minus the first."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
@@ -156,9 +155,9 @@ class Embeddings(nn.Module):
 
     def forward(self, ids: Tensor, cu_seqlens: Tensor, seed: Tensor | None = None) -> Tensor:
         rows = torch.arange(len(ids), device=ids.device, dtype=cu_seqlens.dtype)
-        sequence = torch.searchsorted(cu_seqlens, rows, right=True) - 1   # (N,) which sequence a row is in
-        first = cu_seqlens[sequence]                                      # (N,) where that begins
-        words = ids if self.second_type is None else ids.maximum(~ids)    # ~i: see rt/tasks.py: encode
+        sequence = torch.searchsorted(cu_seqlens, rows, right=True) - 1   # (N,) the sequence that a row belongs to
+        first = cu_seqlens[sequence]                                      # (N,) where that sequence begins
+        words = ids if self.second_type is None else ids.maximum(~ids)    # ~id marks a [SEP] that a text spells: rt.data.encode
         x = self.word(words) + self.position(rows - first + self.first_position)
         if self.second_type is not None:
             is_sep = ids == self.sep_id
@@ -186,7 +185,8 @@ class Block(nn.Module):
         self.prefix: nn.Module | None = None
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, seeds: Tensor | None = None, qk: list | None = None) -> Tensor:
-        """(N, d). `seeds` (3, K) are of the dropout in attention and after each half; None: nothing is dropped."""
+        """(N, d) -> (N, d). `seeds` (3, K) are for dropout on the attention map and after each half; None: nothing is dropped.
+        Queries and keys are appended to `qk` if it is given."""
         N, d = x.shape
         seed_map, seed_attention, seed_output = (None,) * 3 if seeds is None else seeds
         qkv = self.qkv(x).view(N, 3, self.num_heads, d // self.num_heads)
@@ -215,18 +215,18 @@ class Encoder(nn.Module):
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
 
-    def forward(self, batch: Batch, trace: Trace | None = None) -> Tensor:
-        """(N, d); fills `trace`, where there is one. While training, `batch.seeds` say what dropout drops."""
+    def forward(self, batch: Batch, activations: Activations | None = None) -> Tensor:
+        """(N, d); fills `activations` if given. In training, `batch.seeds` determine what dropout drops."""
         first, seeds = batch.first, None
         if self.training:
             seeds = site_seeds(draw_seed(batch.ids.device) if batch.seeds is None else batch.seeds, range(3 * len(self.layers) + 1))
         x = self.embeddings(batch.ids, batch.cu_seqlens, None if seeds is None else seeds[-1])
         for i, layer in enumerate(self.layers):
-            if trace is not None:
-                x, rows = Tap.apply(x, first)
-                trace.rows.append(rows)
+            if activations is not None:
+                x, rows = SelectRows.apply(x, first)
+                activations.rows.append(rows)
             x = layer(x, batch.cu_seqlens, batch.max_seqlen, None if seeds is None else seeds[3 * i:3 * i + 3],
-                      trace.qk if trace is not None and i in trace.attention else None)
+                      activations.qk if activations is not None and i in activations.attention else None)
         return x
 
 
@@ -240,7 +240,7 @@ class MLMHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def features(self, h: Tensor) -> Tensor:
-        """(P, d) -> (P, d): what the tied scoring matrix is applied to."""
+        """(P, d) -> (P, d): the input of the tied scoring matrix."""
         return self.norm(F.gelu(self.dense(h)))
 
 
@@ -252,7 +252,7 @@ class MaskedLM(nn.Module):
         self.encoder, self.head = encoder, head
 
     def features(self, batch: Batch) -> Tensor:
-        """(P, d) for the rows in `batch.predict`, or all N rows where it is None."""
+        """(P, d) for the rows in `batch.predict`, or (N, d) if that is None."""
         h = self.encoder(batch)
         return self.head.features(h if batch.predict is None else h[batch.predict])
 
@@ -271,7 +271,7 @@ class ClassificationHead(nn.Module):
         self.dropout = dropout
 
     def forward(self, h: Tensor, seeds: Tensor | None = None) -> Tensor:
-        """(B, d) -> (B, C). `seeds` (2, K) are of the two dropouts; None: nothing is dropped."""
+        """(B, d) -> (B, C). `seeds` (2, K) are for the two dropouts; None: nothing is dropped."""
         before, after = (None, None) if seeds is None else seeds
         h = torch.tanh(self.dense(dropout(h, self.dropout, before)))
         return self.out(dropout(h, self.dropout, after))
@@ -284,16 +284,16 @@ class Classifier(nn.Module):
         super().__init__()
         self.encoder, self.head = encoder, head
 
-    def forward(self, batch: Batch, trace: Trace | None = None) -> Tensor:
-        """(B, C) logits; the encoder fills `trace`, where there is one. While training, `batch.seeds` say what dropout drops."""
+    def forward(self, batch: Batch, activations: Activations | None = None) -> Tensor:
+        """(B, C) logits; fills `activations` if given. In training, `batch.seeds` determine what dropout drops."""
         if not self.training:
-            return self.head(self.encoder(batch, trace)[batch.first])
+            return self.head(self.encoder(batch, activations)[batch.first])
         batch = batch if batch.seeds is not None else replace(batch, seeds=draw_seed(batch.ids.device))
-        return self.head(self.encoder(batch, trace)[batch.first], site_seeds(batch.seeds, range(-2, 0)))
+        return self.head(self.encoder(batch, activations)[batch.first], site_seeds(batch.seeds, range(-2, 0)))
 
 
 def init_weights(module: nn.Module, generator: torch.Generator, std: float = 0.02) -> None:
-    """Normal weights of `std`, zero biases, unit LN. In place, for freshly built modules only."""
+    """Normal weights with standard deviation `std`, zero biases, unit LN; in place, for freshly built modules only."""
     for m in module.modules():
         if isinstance(m, (nn.Linear, nn.Embedding)):
             m.weight.data.normal_(0.0, std, generator=generator)
@@ -302,8 +302,8 @@ def init_weights(module: nn.Module, generator: torch.Generator, std: float = 0.0
 
 
 def new_masked_lm(config: EncoderConfig, seed: int) -> MaskedLM:
-    """A freshly initialised base: RoBERTa's 0.02 at width 768, scaled with 1/sqrt(width), without which narrow post-LN
-    encoders stay long at the loss of word frequencies. The pad row of the word table starts at zero, as RoBERTa's does."""
+    """A freshly initialised base. RoBERTa's std of 0.02 at width 768 is scaled with 1/sqrt(width), without which narrow post-LN encoders
+    stay long at the loss of word frequencies. The pad row of the word table starts at zero, as RoBERTa's does."""
     model = MaskedLM(Encoder(config), MLMHead(config))
     init_weights(model, torch.Generator().manual_seed(seed), std=0.02 * (768 / config.hidden_size) ** 0.5)
     model.encoder.embeddings.word.weight.data[config.pad_id] = 0.0

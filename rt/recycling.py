@@ -1,13 +1,13 @@
-"""Ways to reuse an outdated delta on a new base: a mode is where training starts and what it minimises (MODES).
+"""Ways to reuse an outdated delta on a new base. A mode is where training starts and what it minimises (MODES):
 
     scratch        fresh delta and head on the new base, tuned: the baseline
-    apply          the old delta on the new base as it stands; nothing is trained
+    apply          the old delta on the new base as it is; nothing is trained
     init           tuning starts from the old delta
     distill        fresh delta, taught by old base + old delta
     init+distill   both
-    project        the old delta through a map learned on other tasks (rt/project.py); nothing is trained on this one
+    project        the old delta through a map learned on other tasks (rt/transport.py); nothing is trained on this one
 
-`chain` does a mode along several bases, from the recycled delta or from the first one; `recycle_together` many runs at once.
+`chain` follows a mode along several bases. rt/speed/multi_run.py does many runs side by side.
 """
 import time
 from dataclasses import dataclass, replace
@@ -15,14 +15,14 @@ from typing import Callable, Iterator
 
 import torch
 
+from rt.data import TaskData
 from rt.deltas import Base, Delta, apply, attach, check_fits, extract, new_head
 from rt.errors import InputError
 from rt.kinds import DeltaConfig
-from rt.losses import Loss, TeacherCache, run_teacher, weights_of
-from rt.model import Classifier
-from rt.speed import multi_run as grid
+from rt.losses import DistillConfig, Loss, TeacherCache, run_teacher, weights_of
+from rt.model import Batch, Classifier
 from rt.transport import Projection, project
-from rt.tune import TaskData, TuneResult, TuneSettings, evaluate, score, tune
+from rt.tune import TuneResult, TuneSettings, evaluate, plain_gradient, score, tune
 
 
 @dataclass
@@ -34,58 +34,27 @@ class Recycling:
     data: TaskData
     config: DeltaConfig                 # kind of the delta to be learned
     settings: TuneSettings
-    alpha: float
-    beta: float
-    T: float
-    public_code: bool
+    distill: DistillConfig
     device: torch.device
     precision: torch.dtype
+    on_step: Callable[[Batch], None] = lambda batch: None
     on_eval: Callable[[dict], None] = lambda row: None
-    gamma: float = 0.0
-    att_layers: str = "last"
-    teacher: TeacherCache | None = None     # of data.train, once a mode has needed it
-    itp: int = 0                            # distillation also at this many points between teacher and student
+    make_gradient: Callable = plain_gradient
+    teacher: TeacherCache | None = None     # its outputs on data.train, once a mode has needed them
     projection: Projection | None = None    # for project, learned beforehand
 
 
-def check(r: Recycling, mode: str) -> None:
-    """InputError where `mode` cannot be done with this old delta; before anything is trained."""
-    check_fits(r.old_base, r.old_delta, stale_ok=False)     # that it was learned on the old base is what all modes assume
-    if mode != "scratch" and mode != "init" and r.old_delta.labels != r.data.labels:
-        raise InputError(f"{mode} needs an old delta with the labels of the task; this one's are "
-                         f"{', '.join(r.old_delta.labels[:6]) or 'those of a regression'}: use --mode init")
-    if mode in ("init", "init+distill") and r.old_delta.config.used != r.config.used:
-        raise InputError(f"{mode} continues the old delta ({r.old_delta.config.used}), which is not what is asked for "
-                         f"({r.config.used}): use the same --delta and sizes, or --mode distill")
-    if mode in ("apply", "init", "init+distill"):
-        check_fits(r.base, r.old_delta, stale_ok=True)
-    if mode in NEEDS_TEACHER and r.old_base.tokenizer.vocabulary != r.base.tokenizer.vocabulary:
-        raise InputError(f"{mode} needs old and new base to have one vocabulary: the teacher reads the student's ids")
-    old, new = r.old_base.encoder.config, r.base.encoder.config
-    if mode in NEEDS_TEACHER and r.beta and (old.num_layers, old.hidden_size) != (new.num_layers, new.hidden_size):
-        raise InputError(f"--beta compares hidden states layer by layer: old base {old.num_layers} layers x {old.hidden_size}, new base "
-                         f"{new.num_layers} x {new.hidden_size}: use --beta 0")
-    if mode in NEEDS_TEACHER and r.gamma and (old.num_heads != new.num_heads
-                                              or (r.att_layers == "all" and old.num_layers != new.num_layers)):
-        raise InputError(f"--gamma compares attention maps head by head: old base {old.num_layers} layers x {old.num_heads} heads, "
-                         f"new base {new.num_layers} x {new.num_heads}; heads must be as many, and with --att_layers all the layers too")
-    if mode in NEEDS_TEACHER and r.itp:
-        check_fits(r.base, r.old_delta, stale_ok=True)
-        if r.old_delta.config.used != r.config.used:
-            raise InputError(f"--itp draws a line between teacher and student, weight by weight, but the old delta is "
-                             f"{r.old_delta.config.used}, the new one {r.config.used}: use the same --delta and sizes, or no --itp")
-
-
 def recycle(r: Recycling, mode: str) -> tuple[Classifier, TuneResult]:
-    """The tuned (or, with apply and project, put together) model for the new base, and its scores. Its seconds count the teacher's run
-    where this is the first to ask for it, and the evaluations."""
+    """The model for the new base, tuned (or, with apply and project, put together), and its scores. Its seconds count the evaluations, and
+    the teacher's run if this is the first to need it."""
     check(r, mode)
     started = time.perf_counter()
     model, loss = MODES[mode].start(r), MODES[mode].loss
     if loss is None:
         result = scored(r, model)
     else:
-        result = tune(model, r.data, loss(r), r.settings, device=r.device, precision=r.precision, on_eval=r.on_eval, what=mode)
+        result = tune(model, r.data, loss(r), r.settings, device=r.device, precision=r.precision, on_step=r.on_step, on_eval=r.on_eval,
+                      make_gradient=r.make_gradient)
     result.seconds = time.perf_counter() - started
     return model, result
 
@@ -104,7 +73,7 @@ def start_fresh(r: Recycling) -> Classifier:
 
 
 def start_from_old(r: Recycling) -> Classifier:
-    """The old delta on the new base; a fresh head where the task has other labels."""
+    """The old delta on the new base, with a fresh head if the task has other labels."""
     model = apply(r.base, r.old_delta, stale_ok=True)
     if r.old_delta.labels != r.data.labels:
         model.head = new_head(r.base, r.data.num_outputs, r.settings.seed)
@@ -112,9 +81,9 @@ def start_from_old(r: Recycling) -> Classifier:
 
 
 def start_projected(r: Recycling) -> Classifier:
-    """The old delta through the map that was learned beforehand (rt/project.py)."""
+    """The old delta through the map that was learned beforehand."""
     if r.projection is None:
-        raise ValueError("project needs a projection: rt.project.learn_projection")
+        raise ValueError("project needs a projection: rt.transport.learn_projection")
     return start_from_old(replace(r, old_delta=project(r.projection, r.old_delta)))
 
 
@@ -124,7 +93,7 @@ def teacher_model(r: Recycling) -> Classifier:
 
 
 def teacher_of(r: Recycling) -> TeacherCache:
-    """The teacher on every training example, run once."""
+    """The teacher's outputs on every training example, computed once."""
     if r.teacher is None:
         r.teacher = run_teacher(teacher_model(r), r.data.train, r.device, r.precision)
     return r.teacher
@@ -137,9 +106,8 @@ def plain_loss(r: Recycling) -> Loss:
 
 def distillation_loss(r: Recycling) -> Loss:
     """The total, with old base + old delta as the teacher."""
-    return replace(plain_loss(r), teacher=teacher_of(r), alpha=r.alpha, beta=r.beta, T=r.T, public_code=r.public_code, gamma=r.gamma,
-                   maps_of=teacher_model(r) if r.gamma else None, att_layers=r.att_layers,
-                   itp=r.itp, teacher_weights=weights_of(teacher_model(r)) if r.itp else None)
+    return Loss(not r.data.labels, teacher_of(r), r.distill, attention_teacher=teacher_model(r) if r.distill.gamma else None,
+                teacher_weights=weights_of(teacher_model(r)) if r.distill.itp else None)
 
 
 @dataclass(frozen=True)
@@ -152,52 +120,19 @@ class Mode:
 MODES = {"scratch": Mode(start_fresh, plain_loss), "apply": Mode(start_from_old, None), "init": Mode(start_from_old, plain_loss),
          "distill": Mode(start_fresh, distillation_loss), "init+distill": Mode(start_from_old, distillation_loss),
          "project": Mode(start_projected, None)}
-
-
 TRAINED = tuple(name for name, mode in MODES.items() if mode.loss)
-
-
 NEEDS_TEACHER = tuple(name for name, mode in MODES.items() if mode.loss is distillation_loss)
 
 
-def can_go_together(r: Recycling, mode: str) -> bool:
-    """Whether runs like this one can be trained side by side: not full deltas, which share no base, nor gamma and itp."""
-    return mode in TRAINED and r.config.kind != "full" and not (mode in NEEDS_TEACHER and (r.gamma or r.itp))
-
-
-def recycle_together(rs: list[Recycling], mode: str, limit: int = 0) -> Iterator[tuple[Recycling, Classifier, TuneResult]]:
-    """`recycle` for runs that differ in seed, examples, learning rate, alpha, beta and T alone, trained side by side on one frozen base
-    (rt/grid.py): the same results but for test, which is not scored. At most `limit` at once; 0: as many as fit into memory.
-    Yields each with its model as soon as its group is done; its on_eval is called then."""
-    for r in rs:
-        check(r, mode)
-    if not all(can_go_together(r, mode) for r in rs):
-        raise ValueError("full deltas, runs with gamma or itp and modes without training are not done side by side")
-    starts: dict[int, Classifier] = {}
-    teachers: dict[int, TeacherCache] = {}      # one for each sample of examples
-    runs = []
-    for r in rs:
-        if mode in NEEDS_TEACHER:
-            r.teacher = teachers[id(r.data)] = teachers.get(id(r.data)) or teacher_of(r)
-        if r.settings.seed not in starts:
-            starts[r.settings.seed] = MODES[mode].start(r)
-        runs.append(grid.GridRun(starts[r.settings.seed], r.data, r.settings, MODES[mode].loss(r)))
-    place = {id(run): r for run, r in zip(runs, rs)}
-    for run in grid.tune_in_groups(runs, limit, device=rs[0].device, precision=rs[0].precision, what=mode):
-        for row in run.rows:
-            place[id(run)].on_eval(row)
-        yield place[id(run)], grid.reweighted(run.model, run.best), run.result
-
-
 def new_delta(r: Recycling, mode: str, model: Classifier) -> Delta:
-    """What `recycle` made of the old delta, as a delta of the new base."""
+    """What `recycle` returned, as a delta of the new base."""
     return extract(model, r.base, r.config if mode in TRAINED else r.old_delta.config,
                    {"task": r.data.name, "labels": list(r.data.labels)})
 
 
 @dataclass
 class Link:
-    """A new base of a chain, reached by a route."""
+    """A delta for one base of a chain, and the route by which it was reached."""
     base: str
     route: str | None
     delta: Delta
@@ -210,8 +145,8 @@ def chain(r: Recycling, mode: str, bases: dict[str, Base]) -> Iterator[Link]:
         chain   Delta_{i+1} = recycle(M_i, Delta_i, M_{i+1}), the recycled delta recycled again
         direct  Delta_{i+1} = recycle(M_0, Delta_0, M_{i+1})
 
-    To M_1 both are one run, done once; scratch, which recycles nothing, has no route (None). r.base is not read. The rows
-    given to r.on_eval say their base and route too. Raises InputError before anything is trained.
+    To M_1 both are one run, done once; scratch, which recycles nothing, has no route (None). r.base is not read. The rows given to
+    r.on_eval have their base and route too. Raises InputError before anything is trained.
     """
     if len({base.tokenizer.vocabulary for base in bases.values()}) > 1:
         raise InputError("the bases of a chain must have one vocabulary: the task is encoded once")
@@ -234,3 +169,36 @@ def chain(r: Recycling, mode: str, bases: dict[str, Base]) -> Iterator[Link]:
                 last = replace(r, old_base=base, old_delta=delta, teacher=None)
             for route in routes:
                 yield Link(name, route, delta, result)
+
+
+def check(r: Recycling, mode: str) -> None:
+    """Raises InputError if `mode` cannot be done with this old delta; before anything is trained."""
+    check_fits(r.old_base, r.old_delta, stale_ok=False)     # all modes assume that it was learned on the old base
+    if mode not in ("scratch", "init") and r.old_delta.labels != r.data.labels:
+        raise InputError(f"{mode} needs an old delta with the labels of the task; this one's are "
+                         f"{', '.join(r.old_delta.labels[:6]) or 'those of a regression'}: use `mode` init")
+    if mode in ("init", "init+distill") and r.old_delta.config.used != r.config.used:
+        raise InputError(f"{mode} continues the old delta ({r.old_delta.config.used}), which is not what is asked for "
+                         f"({r.config.used}): use the same `delta` and sizes, or `mode` distill")
+    if mode in ("apply", "init", "init+distill"):
+        check_fits(r.base, r.old_delta, stale_ok=True)
+    if mode in NEEDS_TEACHER:
+        check_teacher(r, mode)
+
+
+def check_teacher(r: Recycling, mode: str) -> None:
+    """Raises InputError if old and new base are too different for what distillation compares."""
+    old, new = r.old_base.encoder.config, r.base.encoder.config
+    if r.old_base.tokenizer.vocabulary != r.base.tokenizer.vocabulary:
+        raise InputError(f"{mode} needs old and new base to have one vocabulary: the teacher reads the student's ids")
+    if r.distill.beta and (old.num_layers, old.hidden_size) != (new.num_layers, new.hidden_size):
+        raise InputError(f"`beta` compares hidden states layer by layer: old base {old.num_layers} layers x {old.hidden_size}, new base "
+                         f"{new.num_layers} x {new.hidden_size}: use `beta` 0")
+    if r.distill.gamma and (old.num_heads != new.num_heads or (r.distill.att_layers == "all" and old.num_layers != new.num_layers)):
+        raise InputError(f"`gamma` compares attention maps head by head: old base {old.num_layers} layers x {old.num_heads} heads, "
+                         f"new base {new.num_layers} x {new.num_heads}; heads must be as many, and with `att_layers` all the layers too")
+    if r.distill.itp:
+        check_fits(r.base, r.old_delta, stale_ok=True)
+        if r.old_delta.config.used != r.config.used:
+            raise InputError(f"`itp` draws a line between teacher and student, weight by weight, but the old delta is "
+                             f"{r.old_delta.config.used}, the new one {r.config.used}: use the same `delta` and sizes, or no `itp`")

@@ -4,30 +4,31 @@
     w' = w + w W1 W2 + b    `residual`
 
 Two granularities. `flat`: all weights end to end are one row of m = n, as in the paper's public code: (2r + 1) n numbers. `tensor`: every
-tensor is a matrix, m its last dimension, with W1 and W2 of its own (r at most m): n + 2 r x the sum of last dimensions. No n x n matrix
-exists in either. Training takes 16 bytes a number (weight, gradient, AdamW's moments): of all 125 M weights of RoBERTa-base at r = 16, 66
-GB flat and 2 GB by tensors; of its adapters, 1 GB flat.
+tensor is a matrix, m its last dimension, with a W1 and W2 of its own (r at most m): n + 2 r x the sum of last dimensions. No n x n matrix
+exists in either. Training takes 16 bytes a number (weight, gradient, AdamW's moments): for all 125 M weights of RoBERTa-base at r = 16, 66
+GB flat and 2 GB by tensors; for its adapters, 1 GB flat.
 
 The start is W2 = 0 with W1 random, so large that w W1 is about 1, and b the mean of the sources' w; residual: b = 0. So training starts
-from `apply` of the mean source, or of the delta itself. What the first form keeps of an unseen delta is what passes through r numbers
-(of each row); the residual form keeps the delta and adds to it.
+from `apply` of the mean source, or of the delta itself. The first form keeps of an unseen delta what passes through r numbers (of each
+row); the residual form keeps the delta and adds to it.
 """
 from dataclasses import replace
 from functools import partial
-from typing import Callable
+from typing import Callable, Literal, get_args
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from rt.data import TaskData
 from rt.deltas import PARTS, Base, Delta, apply, attach, check_fits
-from rt.errors import Diverged, InputError
-from rt.losses import Loss, Reweighted, Weights, run_teacher
-from rt.optim import MOST_SKIPPED, Watch, adamw, autocast, derive_seed, memory_for, schedule, set_lr, step_unless
-from rt.runs.log import loss_text, progress
-from rt.tune import TaskData, TuneSettings, evaluate, score, training_batch
+from rt.errors import InputError
+from rt.losses import DistillConfig, Loss, Reweighted, Weights, run_teacher
+from rt.model import Batch
+from rt.optim import autocast, memory_for
+from rt.tune import TuneSettings, evaluate, minimise, score, training_batch
 
-GRANULARITIES = ("auto", "flat", "tensor")
+Granularity = Literal["auto", "flat", "tensor"]     # auto: the public code's, flat, if that is small: for all kinds but full
 
 
 def tensors_of(delta: Delta, with_head: bool) -> dict[str, Tensor]:
@@ -36,14 +37,13 @@ def tensors_of(delta: Delta, with_head: bool) -> dict[str, Tensor]:
 
 
 class Projection(nn.Module):
-    """The map, at its start. `sources`: the deltas that b and the scale of W1 are made of; all deltas that are projected must have
-    their kind and sizes. Without `with_head` heads are no part of the map: tasks may have other numbers of labels. `granularity` auto
-    is the public code's, flat, where that is small: tensor for full tuning, flat for all other kinds."""
+    """The map, at its start. `sources` are the deltas that b and the scale of W1 are made of; every delta that is projected must have their
+    kind and sizes. Without `with_head` heads are no part of the map: tasks may have other numbers of labels."""
 
-    def __init__(self, sources: list[Delta], r: int, granularity: str, residual: bool, with_head: bool, seed: int):
+    def __init__(self, sources: list[Delta], r: int, granularity: Granularity, residual: bool, with_head: bool, seed: int):
         super().__init__()
-        if granularity not in GRANULARITIES:
-            raise InputError(f"granularity {granularity!r}: not one of {', '.join(GRANULARITIES)}")
+        if granularity not in get_args(Granularity):
+            raise InputError(f"granularity {granularity!r}: not one of {', '.join(get_args(Granularity))}")
         if granularity == "auto":
             granularity = "tensor" if sources[0].config.kind == "full" else "flat"
         self.r, self.granularity, self.residual, self.with_head = r, granularity, residual, with_head
@@ -62,7 +62,7 @@ class Projection(nn.Module):
         self.best_step, self.dev = 0, {}
 
     def rows(self, delta: Delta) -> list[Tensor]:
-        """The delta as matrices (rows, m): one, or one a tensor. InputError where its kind or sizes are others."""
+        """The delta as matrices (rows, m): one, or one a tensor. Raises InputError if its kind or sizes are others."""
         tensors = tensors_of(delta, self.with_head)
         if delta.config.used != self.used or {k: v.shape for k, v in tensors.items()} != self.shapes:
             raise InputError(f"the projection is one of {self.used} with {len(self.shapes)} tensors; the delta of task "
@@ -83,15 +83,15 @@ class Projection(nn.Module):
         return {k: y.view(shape) for (k, shape), y in zip(self.shapes.items(), mapped, strict=True)}
 
     def about(self) -> dict:
-        """What a row of results says of the map."""
+        """Its settings and training, for a row of results."""
         return {"r": self.r, "granularity": self.granularity, "residual": self.residual, "with_head": self.with_head,
                 "numbers": sum(p.numel() for p in self.parameters()), "best_step": self.best_step, "dev": self.dev}
 
 
 @torch.no_grad()
 def project(projection: Projection, delta: Delta) -> Delta:
-    """The delta mapped to the new base; its tensors are on the CPU. It still names the old base as its own, so it is put on the new
-    one by apply(base, delta, stale_ok=True)."""
+    """The delta mapped to the new base; its tensors are on the CPU. It still names the old base as its own, so it is put on the new one by
+    apply(base, delta, stale_ok=True)."""
     mapped = projection(_to(delta, projection.b[0].device))
     parts = {part: dict(getattr(delta, part)) for part in PARTS}
     for name, tensor in mapped.items():
@@ -105,8 +105,8 @@ def _to(delta: Delta, device: torch.device) -> Delta:
 
 
 def student_weights(own: Weights, delta: Delta, projection: Projection) -> Weights:
-    """New base (`own`, the encoder's weights) + projected delta as weights of a Classifier; the delta's own head where heads are no
-    part of the map."""
+    """New base (`own`, the encoder's weights) + projected delta as weights of a Classifier. If heads are no part of the map, the delta's
+    own head is taken."""
     weights = {f"head.{k}": v for k, v in delta.head.items()}
     for name, tensor in projection(delta).items():
         part, _, k = name.partition(".")
@@ -115,7 +115,7 @@ def student_weights(own: Weights, delta: Delta, projection: Projection) -> Weigh
 
 
 def check_sources(old_base: Base, base: Base, sources: list[tuple[Delta, TaskData]], target: Delta | None = None) -> None:
-    """InputError where a projection cannot be learned from these deltas of the old base, or not be used on `target`."""
+    """Raises InputError if a projection cannot be learned from these deltas of the old base, or not be used on `target`."""
     for delta, data in sources:
         check_fits(old_base, delta, stale_ok=False)
         check_fits(base, delta, stale_ok=True)      # equal sizes, and equal ids for teacher and student
@@ -126,66 +126,41 @@ def check_sources(old_base: Base, base: Base, sources: list[tuple[Delta, TaskDat
             raise InputError(f"a projection needs all deltas of one kind and size, not {sources[0][0].config.used} and {delta.config.used}")
 
 
-def learn_projection(old_base: Base, base: Base, sources: list[tuple[Delta, TaskData]], settings: TuneSettings, *, r: int,
-                     granularity: str, residual: bool, alpha: float, beta: float, T: float, public_code: bool, device: torch.device,
-                     precision: torch.dtype, on_eval: Callable[[dict], None] = lambda row: None, with_head: bool = False) -> Projection:
+def learn_projection(old_base: Base, base: Base, sources: list[tuple[Delta, TaskData]], settings: TuneSettings, distill: DistillConfig, *,
+                     r: int, granularity: Granularity, residual: bool, device: torch.device, precision: torch.dtype,
+                     with_head: bool = False, on_step: Callable[[Batch], None] = lambda batch: None,
+                     on_eval: Callable[[dict], None] = lambda row: None) -> Projection:
     """A map from deltas of `old_base` to deltas of `base`, trained on source tasks in turn: step i on source i mod S. The loss is
-    distillation's total without attention (rt/distill.py): teacher = old base + the source's delta, student = new base + its projection.
+    distillation's without attention maps and interpolation (rt/losses.py): teacher = old base + the source's delta, student = new base +
+    its projection.
 
-    `with_head` asks for as many labels in every source, and later in the target. Returned as it was best on dev, mean over the
-    sources; `on_eval` gets {'step', 'loss', 'dev'}, dev with that mean first, then each source. Batches and dropout are functions
-    of (seed, step). Raises InputError where deltas and bases do not fit together or the loss stays without a finite value.
+    `with_head` asks for as many labels in every source, and later in the target. Returned as it was best on dev, mean over the sources;
+    `on_eval` gets {'step', 'loss', 'dev'}, dev with that mean first, then each source. Batches and dropout are functions of (seed, step).
+    Raises InputError if deltas and bases do not fit together, Diverged as rt.tune.minimise does.
     """
     check_sources(old_base, base, sources)
-    deltas, datas = [_to(delta, device) for delta, _ in sources], [data for _, data in sources]
-    projection = Projection(deltas, r, granularity, residual, with_head, settings.seed)
+    deltas, datas, s = [_to(delta, device) for delta, _ in sources], [data for _, data in sources], settings
+    projection = Projection(deltas, r, granularity, residual, with_head, s.seed)
     # one skeleton for all: every weight it trains is replaced, the head too, whatever its number of labels
-    model, own = attach(base, deltas[0].config, 1, settings.seed), {k: p.detach() for k, p in base.encoder.named_parameters()}
+    model, own = attach(base, deltas[0].config, 1, s.seed), {k: p.detach() for k, p in base.encoder.named_parameters()}
     students = [Reweighted(model, partial(student_weights, own, delta, projection)) for delta in deltas]
-    losses = [Loss(not data.labels, run_teacher(apply(old_base, delta), data.train, device, precision), alpha, beta, T, public_code)
+    losses = [Loss(not data.labels, run_teacher(apply(old_base, delta), data.train, device, precision), replace(distill, gamma=0.0, itp=0))
               for delta, data in zip(deltas, datas)]
 
-    def score_dev(step: int, mean_loss: float | None) -> None:
-        each = {data.name: score(evaluate(student, data.dev, device, precision)) for student, data in zip(students, datas)}
-        dev = {"mean": sum(each.values()) / len(each), **each}
-        on_eval({"step": step, "loss": mean_loss, "dev": dev})
-        if not projection.dev or score(dev) > score(projection.dev):
-            projection.best_step, projection.dev = step, dev
-            best.update({k: p.detach().clone() for k, p in projection.named_parameters()})
-
-    def loss_of(step: int) -> Tensor:
+    def gradient(step: int) -> Tensor:
         turn, i = divmod(step, len(sources))
-        batch = training_batch(datas[i].train, settings, turn).to(device)
-        with autocast(device, precision):
-            return losses[i](students[i].train(), batch)
+        batch = training_batch(datas[i].train, s, turn).to(device)
+        with memory_for(f"a batch of {s.batch_size} texts on projected weights", f"`batch_size` ({s.batch_size}), `seq_len` or `rank`"):
+            with autocast(device, precision):
+                value = losses[i](students[i].train(), batch)
+            value.backward()
+        on_step(batch)
+        return value.detach()
 
-    best: dict[str, Tensor] = {}
-    _minimise(projection, loss_of, score_dev, settings)
-    projection.load_state_dict(best)
+    def dev_scores() -> dict[str, float]:
+        each = {data.name: score(evaluate(student, data.dev, device, precision)) for student, data in zip(students, datas)}
+        return {"mean": sum(each.values()) / len(each), **each}
+
+    result = minimise(dict(projection.named_parameters()), gradient, s, dev_scores, on_eval)
+    projection.best_step, projection.dev = result.best_step, result.dev
     return projection
-
-
-def _minimise(projection: Projection, loss_of: Callable[[int], Tensor], score_dev: Callable[[int, float | None], None],
-              s: TuneSettings) -> None:
-    """rt.tune.tune's optimizer, schedule and clipping, for a loss that is a function of the step."""
-    optimizer = adamw(projection.parameters(), s.lr, s.weight_decay, betas=(0.9, 0.999))
-    watch = Watch((), next(projection.parameters()).device)
-    score_dev(0, None)
-    with progress(s.steps, "projection") as bar:
-        for step in range(s.steps):
-            torch.manual_seed(derive_seed(s.seed, step))
-            set_lr(optimizer, schedule(step, s.steps, max(1, round(s.warmup * s.steps)), s.lr))
-            with memory_for(f"a batch of {s.batch_size} texts on projected weights", f"--batch_size ({s.batch_size}), --seq_len or --rank"):
-                value = loss_of(step)
-                value.backward()
-            norm = torch.nn.utils.clip_grad_norm_(projection.parameters(), s.clip)
-            step_unless(optimizer, watch.count(value.detach(), norm))
-            optimizer.zero_grad(set_to_none=True)
-            if (step + 1) % s.eval_every == 0 or step + 1 == s.steps:
-                (mean_loss, skipped, diverged), = watch.look()
-                if diverged:
-                    raise Diverged(f"more than {MOST_SKIPPED} of the projection's steps in a row before step {step + 2} had no finite loss "
-                                   f"and gradient: lower --lr ({s.lr})")
-                score_dev(step + 1, mean_loss)
-                bar.set_postfix_str(loss_text(mean_loss, skipped))
-            bar.update()

@@ -122,8 +122,8 @@ def test_tune_eval_and_predict(lineage, task, delta, tmp_path):
     scored = call("train.py", "--mode", "eval", *base, "--task", task, "--delta_dir", tmp_path / "d", *TUNE)
     assert f"test accuracy {tested}" in scored
     (tmp_path / "texts.txt").write_text("Returns the complete graph.\n\nBase class for directed graphs.\n")
-    answers = [json.loads(line) for line in call("train.py", "--mode", "predict", *base, "--delta_dir", tmp_path / "d",
-                                                 "--input", tmp_path / "texts.txt", *TUNE).splitlines()]
+    answers = [json.loads(line) for line in call("-m", "rt.runs.predict", *base, "--delta_dir", tmp_path / "d",
+                                                 "--input", tmp_path / "texts.txt", *TUNE[:4]).splitlines()]
     assert [a["text"] for a in answers] == ["Returns the complete graph.", "Base class for directed graphs."]
     for a in answers:
         assert sum(a["probabilities"].values()) == pytest.approx(1, abs=1e-4)
@@ -155,7 +155,7 @@ def test_texts_are_scored_at_the_length_that_the_delta_was_learned_on(lineage, t
     tested = out.split("test ")[1].split(";")[0]
     assert here(*scores).split("test ")[1].strip() == tested
     (tmp_path / "texts.txt").write_text("word " * 40)
-    answers = [here("train.py", "--mode", "predict", *base, "--delta_dir", tmp_path / "d", "--input", tmp_path / "texts.txt", *more)
+    answers = [here("-m", "rt.runs.predict", *base, "--delta_dir", tmp_path / "d", "--input", tmp_path / "texts.txt", *more)
                for more in ((), ("--seq_len", "16"), ("--seq_len", "100"))]
     assert answers[0] == answers[1] != answers[2]
 

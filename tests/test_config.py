@@ -3,12 +3,14 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from typing import Literal
 
 import pytest
 from conftest import ROOT, command
 
+from rt import limits
 from rt.errors import InputError
-from rt.runs.config import help_text, parse, record
+from rt.runs.config import help_text, parse, record, replace_flags
 
 
 @dataclass
@@ -40,6 +42,82 @@ def test_errors_are_one_sentence(argv, words):
     with pytest.raises(InputError) as error:
         parse(Config, argv)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A nested part."""
+    kind: str = "adapter"  # which
+    size: limits.PositiveInt = 24  # of it
+
+
+@dataclass
+class Limited:
+    """Values with limits, in parts."""
+    part: Literal["dev", "test"] = "dev"  # scored
+    parts: tuple[Literal["dev", "test"], ...] = ("dev",)  # several
+    rate: limits.Positive | None = None  # of learning
+    rates: tuple[limits.Positive, ...] = ()  # some
+    shots: limits.PositiveInt | None = 16  # a label
+    mask: limits.PositiveShare = 0.3  # share
+    # the rest
+    delta: Kind = Kind("full")  # full or other
+    seed: limits.Seed = 0  # one
+    seeds: limits.Seeds = (0, 1)  # many
+    share: limits.Share = 0.5  # all or nothing
+    dropout: limits.ShareBelowOne = 0.0  # while training
+    decay: limits.NonNegative = 0.0  # of weights
+    seq_len: limits.SeqLen = 64  # tokens
+
+
+@pytest.mark.parametrize("argument, words", [
+    ("part=all", "--part all: not one of dev, test"), ("parts=dev,all", "--parts all: not one of dev, test"),
+    ("parts=,", "--parts: the list is empty"), ("rate=0", "--rate 0.0: must be above zero"), ("rate=x", "--rate x: not a number"),
+    ("rates=1,-1", "--rates -1.0: must be above zero"), ("shots=0", "--shots 0: must be above zero"),
+    ("mask=0", "--mask 0.0: must be above zero"), ("mask=1.5", "--mask 1.5: must lie between 0 and 1"),
+    ("size=0", "--size 0: must be above zero"), ("kind=x", "there is no flag --kind"),
+    ("seed=-1", "seeds [-1]: must be whole numbers from 0 on, at least one"), ("seeds=,", "seeds []: must be whole numbers from 0"),
+    ("seeds=3,-1", "seeds [3, -1]: must be"), ("share=-0.1", "--share -0.1: must lie between 0 and 1"),
+    ("dropout=1", "--dropout 1.0: must be at least 0 and below 1"), ("decay=-1", "--decay -1.0: must not be negative"),
+    ("seq_len=7", "--seq_len 7: must be 8 or more")])
+def test_limits_of_the_annotations(argument, words):
+    with pytest.raises(InputError) as error:
+        parse(Limited, ["--" + argument])
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_limits_let_everything_else_through_and_a_flag_needs_its_value():
+    c = parse(Limited, "--part test --rate none --rates , --shots none --share 1 --mask 1 --seeds 7 --decay 0".split())
+    assert (c.part, c.rate, c.rates, c.shots, c.share, c.seeds) == ("test", None, (), None, 1.0, (7,))
+    for name, kind in (("part", "one of dev, test"), ("rates", "comma-separated list of number"), ("shots", "whole number")):
+        with pytest.raises(InputError, match=f"--{name} needs a value: {kind}"):
+            parse(Limited, ["--" + name])
+
+
+def test_fields_of_a_nested_dataclass_are_flags_of_their_own_names():
+    c = parse(Limited, ["--delta", "lora", "--size=3"])
+    assert c.delta == Kind("lora", 3) and parse(Limited, []).delta == Kind("full", 24)
+    assert list(record(c)) == ["part", "parts", "rate", "rates", "shots", "mask", "delta", "size", "seed", "seeds", "share", "dropout",
+                               "decay", "seq_len"] and (record(c)["delta"], record(c)["size"]) == ("lora", 3)
+    again = replace_flags(c, size=5, delta="same", seed=4)
+    assert (again.delta, again.seed, c.delta) == (Kind("same", 5), 4, Kind("lora", 3))
+    assert "\n\nthe rest:\n  --delta full" in help_text(Limited)
+    assert [line.split() for line in help_text(Limited).splitlines() if "size" in line or "delta" in line] == [
+        ["--delta", "full", "full", "or", "other"], ["--size", "24", "of", "it"]]
+
+
+@dataclass
+class Needed:
+    """One flag has no default."""
+    base: str  # where the base is
+    delta: Kind = Kind()  # which
+
+
+def test_a_flag_without_a_default_must_be_given():
+    assert parse(Needed, ["--size", "3", "--base", "M0"]) == Needed("M0", Kind(size=3))
+    with pytest.raises(InputError, match="--base is missing: where the base is"):
+        parse(Needed, ["--size", "3"])
+    assert ["--base", "BASE", "where", "the", "base", "is"] in map(str.split, help_text(Needed).splitlines())
 
 
 @dataclass
@@ -85,8 +163,8 @@ def test_scripts_teach_and_refuse(script):
 
 
 def shell(line: str, code: str, unbuffered: str) -> tuple[int, str, str]:
-    """(exit code, output, errors) of a shell's `line` in which $RUN is a process that gives `code` as `main` to rt.config.run."""
-    main = f"import sys, time\nfrom rt.config import InputError, run\ndef main():\n    {code}\nrun(main)"
+    """(exit code, output, errors) of a shell's `line` in which $RUN is a process that gives `code` as `main` to rt.runs.config.run."""
+    main = f"import sys, time\nfrom rt.errors import InputError\nfrom rt.runs.config import run\ndef main():\n    {code}\nrun(main)"
     env = {**os.environ, "PYTHON": sys.executable, "CODE": main, "PYTHONUNBUFFERED": unbuffered}
     done = subprocess.run(["bash", "-o", "pipefail", "-c", line.replace("$RUN", '"$PYTHON" -c "$CODE"')], cwd=ROOT, capture_output=True,
                           text=True, timeout=60, env=env)
@@ -110,6 +188,11 @@ def test_streams_that_are_closed_full_or_ascii(line, code, ends, unbuffered):
     if "/dev/full" in line and not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full")
     assert shell(line, code, unbuffered) == ends
+
+
+def test_a_setting_in_backticks_is_printed_as_a_flag():
+    assert shell("$RUN", "raise InputError('lower `lr` (0.01) or `batch_size`, not `x y`')", "") == (
+        2, "", "error: lower --lr (0.01) or --batch_size, not `x y`\n")
 
 
 def test_an_error_is_said_though_output_is_lost():

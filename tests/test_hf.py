@@ -426,7 +426,7 @@ def test_a_fine_tune_is_recycled_on_a_continued_model_and_leaves_as_one(tokenize
                   tmp_path / "new", "--task", task, "--delta", "same", "--steps", 2, "--eval_every", 1, "--shots", 4, "--seeds", 0,
                   "--lr", "1e-4", "--out", tmp_path / "recycled", *flags)
     assert "init" in out and "apply" in out
-    exported = here("train.py", "--mode", "export", "--base", tmp_path / "new", "--delta_dir", tmp_path / "recycled", "--out",
+    exported = here("-m", "rt.runs.convert", "export", "--base", tmp_path / "new", "--delta_dir", tmp_path / "recycled", "--out",
                        tmp_path / "back")
     assert exported.startswith("AutoModelForSequenceClassification")
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "back").eval()
@@ -437,7 +437,7 @@ def test_a_fine_tune_is_recycled_on_a_continued_model_and_leaves_as_one(tokenize
     # the same fine-tune as a delta on disk, used directly or imported, says the same
     scores = ("train.py", "--mode", "eval", "--base", tmp_path / "old", "--task", task, *flags, "--delta_dir")
     said = here(*scores, tmp_path / "tuned")
-    assert "2 labels (walks, classes)" in here("train.py", "--mode", "import", "--base", tmp_path / "old", "--tuned", tmp_path / "tuned",
+    assert "2 labels (walks, classes)" in here("-m", "rt.runs.convert", "import", "--base", tmp_path / "old", "--tuned", tmp_path / "tuned",
                                                "--task", "my_task", "--out", tmp_path / "delta")
     assert json.loads((tmp_path / "delta" / "delta.json").read_text())["info"]["task"] == "my_task"
     assert said == here(*scores, tmp_path / "delta")

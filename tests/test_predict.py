@@ -1,4 +1,4 @@
-"""--mode predict: the same answers from every format, a chunk at a time; what is written stays when a line is bad; nothing is destroyed."""
+"""rt.runs.predict: the same answers from every format, a chunk at a time; what is written stays if a line is bad; nothing is lost."""
 import gzip
 import io
 import json
@@ -22,6 +22,7 @@ from rt.formats.tasks import read_examples
 from rt.kinds import DeltaConfig
 from rt.model import MaskedLM
 from rt.runs import predict
+from rt.runs.config import READER_LEFT
 
 TEXTS = [f"Returns the {'complete ' * (i % 5)}graph number {i}, \"é\"." for i in range(23)]
 CPU = {"device": torch.device("cpu"), "precision": torch.float32}
@@ -35,7 +36,7 @@ def flags(tokenizer, tmp_path_factory) -> tuple:
     for name, labels in (("classes", ["no", "yes", "perhaps"]), ("scores", [])):
         model = attach(base, DeltaConfig("lora"), max(1, len(labels)), seed=0)
         save_delta(home / name, extract(model, base, DeltaConfig("lora"), {"task": name, "labels": labels}))
-    return ("train.py", "--mode", "predict", "--base", home / "M0", "--delta_dir", home / "classes", "--seq_len", "32", "--device", "cpu",
+    return ("-m", "rt.runs.predict", "--base", home / "M0", "--delta_dir", home / "classes", "--seq_len", "32", "--device", "cpu",
             "--precision", "fp32")
 
 
@@ -205,7 +206,7 @@ def test_a_reader_that_leaves_ends_it_quietly(flags, tmp_path):
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert json.loads(process.stdout.readline())["text"] == "a graph"
     process.stdout.close()
-    assert process.stderr.read() == "" and process.wait(60) == 0
+    assert process.stderr.read() == "" and process.wait(60) == READER_LEFT
 
 
 def test_standard_input_that_is_closed_is_one_sentence(flags, monkeypatch):

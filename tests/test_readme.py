@@ -18,7 +18,7 @@ from rt.formats.hf import export_hf
 from rt.formats.peft import export_peft
 from rt.kinds import DeltaConfig
 from rt.model import MaskedLM
-from rt.runs.config import parse
+from rt.runs.config import flags_of
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TREE = README.split("## The tree")[1].split("## ")[0]
@@ -27,8 +27,8 @@ LABELS = ("no", "yes")
 # what is added to a command so that it takes seconds; of two equal flags the last counts
 PRETRAIN = "--preset tiny --vocab_size 500 --seq_len 32 --batch_tokens 256 --steps 3 --snapshots 1 --eval_tokens 512"
 TINY = {"pretrain": PRETRAIN, "demo": PRETRAIN + " --stream papers.txt.xz,news,more.txt",
-        "tune": "--tune_steps 2 --eval_every 1 --seq_len 32 --shots 4", "eval": "--seq_len 32", "predict": "--seq_len 32", "import": "",
-        "export": "", "bench.cell": ("--sweep", "seed=0,1", "--ways", "side by side", "--steps", "2", "--shots", "4", "--sample", "1"),
+        "tune": "--tune_steps 2 --eval_every 1 --seq_len 32 --shots 4", "eval": "--seq_len 32", "rt.runs.predict": ("--seq_len", "32", "--device", "cpu"),
+        "bench.cell": ("--sweep", "seed=0,1", "--ways", "side by side", "--steps", "2", "--shots", "4", "--sample", "1"),
         "recycle.py": "--steps 2 --eval_every 1 --seq_len 32 --seeds 0,1",
         "analyze.py": "--tasks my_task --seq_len 32 --tune_steps 2 --points 3 --max_examples 4"}
 DEMO = "--task my_task --old_delta runs/demo/deltas/M0-math-full-s0 --out runs/recycle/demo-M1-math-full-k16"
@@ -111,7 +111,7 @@ def test_the_commands_are_typed_as_they_stand(sections, corpus, tokenizer, tmp_p
                         .split(), tmp_path)
                 words += DEMO.split()
             printed = type_in(words, tmp_path)
-            if mode_of(words) == "predict":
+            if "rt.runs.predict" in words:
                 assert [json.loads(line)["text"] for line in printed.splitlines()] == corpus[:3]
     for pattern in LEFT[sections[0]]:
         assert list(tmp_path.glob(pattern)), pattern
@@ -164,7 +164,9 @@ def test_flags_and_functions_that_the_pages_name_are_there():
     import train
     from bench import cell
     from rt.report import inspect
-    known = {name for script in (train, recycle, analyze, cell, inspect) for name in vars(parse(script.Config, []))}
+    from rt.runs import convert, predict
+    configs = (*(script.Config for script in (train, recycle, analyze, cell, inspect, predict)), convert.Import, convert.Export)
+    known = {flag.name for config in configs for flag in flags_of(config)}
     for page in PAGES[:1]:
         for words in (w for _, marker, language, code in blocks() if language == "sh" and not marker.startswith("run by")
                       for w in commands(code)):

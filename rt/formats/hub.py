@@ -48,7 +48,7 @@ def open_delta(name: str, base: Base, labels: tuple[str, ...] = (), task: str | 
                      "adapter_config.json (PEFT), or a hub id")
 
 
-NAMING = "python train.py --mode import --tuned ... --base ... --labels names,in,the,order,of,its,outputs"
+NAMING = "python -m rt.runs.convert import --tuned ... --base ... --labels names,in,the,order,of,its,outputs"
 
 
 def place_of_delta(base: str, task: str, kind: str, more: str = "", seed: int = 0) -> Path:

@@ -1,18 +1,24 @@
-"""A dataclass is the config, the `--help` and the record in the checkpoint.
-
-A script declares one dataclass; the trailing `#` comment of a field is its help line, the annotation its type:
+"""A dataclass is a script's settings, its command line, its `--help`, and the record in what the script writes.
 
     @dataclass
     class Config:
         '''What the script does; the first lines of --help.'''
-        lr: float = 1e-3  # peak learning rate
-        seeds: tuple[int, ...] = (0, 1, 2)  # comma-separated
+        lr: Positive = 1e-3  # peak learning rate
+        # the data
+        seeds: Seeds = (0, 1, 2)  # comma-separated
+        part: Literal["dev", "test"] = "dev"  # what is scored
+        delta: DeltaConfig = DeltaConfig("full")  # full, adapter, ...
 
-    config = parse(Config, sys.argv[1:])        # --lr 3e-4, --lr=3e-4, --flag, --no_flag
+    config = parse(Config, sys.argv[1:])        # --lr 3e-4, --lr=3e-4, --flag, --no_flag, --seeds 0,1
 
-An unknown flag is an error that names the nearest one.
+A field's comment is its help line, a comment on a line of its own a heading, the annotation the type and its limits
+(rt/limits.py); a flag without a default must be given. The fields of a nested dataclass are flags of their own names, except that its field
+`kind` is the flag named by the field that holds it (--delta).
 """
+import argparse
 import difflib
+import errno
+import functools
 import inspect
 import os
 import re
@@ -20,162 +26,163 @@ import sys
 import traceback
 import types
 import typing
-from contextlib import suppress
-from dataclasses import asdict, fields
-from typing import Any, Callable, NoReturn, TypeVar
+from dataclasses import MISSING, fields, is_dataclass, replace
+from typing import Annotated, Any, Callable, NamedTuple, NoReturn, TypeVar
 
 from rt.errors import InputError
 from rt.formats.untrusted import is_utf8
 from rt.runs.signals import Interrupted, handled, raise_interrupted
 
-C = TypeVar("C")      # a script's Config
+C = TypeVar("C")        # a Config
+READER_LEFT = 141       # exit code of a process whose reader has left, as SIGPIPE gives it
+MAX_SENTENCE = 1000     # characters of an error that are shown: what it quotes from a file may be long
 
 
-READER_LEFT = 141       # as of a process that SIGPIPE ends
+# --- from flags to a Config --------------------------------------------------------------------------------------------
+
+class Flag(NamedTuple):
+    """One setting of a Config: `path` are the names of the fields that lead to it."""
+    name: str
+    path: tuple[str, ...]
+    kind: Any
+    default: Any
+    help: str
+    heading: str | None
 
 
-SENTENCE = 1000     # characters of an error that are shown: what it quotes from a file may be long
-
-
-def sentence(error: Exception | str) -> str:
-    """What is said of an error: one line, whatever a file that it quotes has put into it."""
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error)[:SENTENCE + 1])
-    return text if len(text) <= SENTENCE else text[:SENTENCE] + "..."
-
-
-def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`; a InputError ends it with its sentence on stderr and exit code 2, Ctrl-C with 130, SIGTERM with 143. Of
-    several ranks each ends at once and in one sentence, whatever it raised, and torchrun then ends the others. Where standard output
-    cannot be written, that is a InputError; where its reader has left, as `head` does, it ends without a word."""
-    open_streams()
-    try:
-        with handled(raise_interrupted):
-            printed(main)
-    except InputError as error:
-        say(f"error: {sentence(error)}")
-        end(2)
-    except Interrupted as stopped:
-        say(str(stopped))
-        end(stopped.code)
-    except Exception as error:
-        if not among_ranks():
-            raise
-        rank, where = os.environ.get("RANK"), traceback.extract_tb(error.__traceback__)[-1]
-        if re.search(r"gloo|NCCL|TCPStore|[Cc]onnection (closed|reset)", str(error)):
-            said = "another rank has ended or does not answer; the cause is what that one, or torchrun, says. --resume goes on"
-        else:
-            said = f"{type(error).__name__}: {error} ({where.filename}, line {where.lineno})"
-        say(f"error: rank {rank}: {sentence(said)}")
-        end(1)
-
-
-def open_streams() -> None:
-    """Standard output and errors go nowhere where whoever started the process has closed them; what the encoding of output has no
-    character for is written as its number."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-
-def say(text: str) -> None:
-    """On stderr, where that can be written."""
-    try:
-        print(text, file=sys.stderr, flush=True)
-    except OSError:
-        to_nowhere(sys.stderr)
-
-
-def to_nowhere(stream: typing.TextIO) -> None:
-    """What it holds, and what is written to it from now on: it would fail again when Python ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def printed(main: Callable[[], None]) -> None:
-    """`main`, and what it prints written out."""
-    try:
-        main()
-    except (OSError, SystemExit) as error:
-        # of an error that names no file a line more tells whether it is output that failed, which may be unbuffered and hold nothing
-        write_out("\n" if isinstance(error, OSError) and error.filename is None else "")
-        if isinstance(error, BrokenPipeError) and not among_ranks():
-            end(READER_LEFT)
-        raise
-    write_out()
-
-
-def write_out(more: str = "") -> None:
-    """What standard output still holds, and `more`, is written: InputError where it cannot be."""
-    try:
-        print(end=more, flush=True)
-    except OSError as error:
-        to_nowhere(sys.stdout)
-        if isinstance(error, BrokenPipeError):
-            end(READER_LEFT)
-        raise InputError(f"standard output: cannot be written ({error.strerror})") from None
-
-
-def among_ranks() -> bool:
-    """Whether this process has joined others (rt/dist.py)."""
-    distributed = sys.modules.get("torch.distributed")
-    return distributed is not None and distributed.is_available() and distributed.is_initialized()
-
-
-def end(code: int) -> NoReturn:
-    """Exit; as one of several ranks without taking the process group down, which could wait for what the others never answer."""
-    with suppress(InputError, SystemExit):
-        write_out()
-    if among_ranks():
-        with suppress(OSError):
-            sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+@functools.cache
+def flags_of(cls: type) -> tuple[Flag, ...]:
+    """The flags of a dataclass in their order, those of nested dataclasses included."""
+    source, hints = inspect.getsource(cls), typing.get_type_hints(cls, include_extras=True)
+    comments = dict(re.findall(r"^    (\w+):[^#\n]*?#\s*(.*)$", source, re.M))
+    headings = {name: text for text, name in re.findall(r"^    # (.*)\n    (\w+):", source, re.M)}
+    flags: list[Flag] = []
+    for field in fields(cls):
+        value = field.default_factory() if field.default_factory is not MISSING else field.default
+        comment, heading = comments.get(field.name, ""), headings.get(field.name)
+        if not is_dataclass(value):
+            flags.append(Flag(field.name, (field.name,), hints[field.name], value, comment, heading))
+            continue
+        for i, inner in enumerate(flags_of(type(value))):
+            flags.append(inner._replace(path=(field.name, *inner.path), default=functools.reduce(getattr, inner.path, value),
+                                        heading=inner.heading if i else heading))
+            if inner.name == "kind":
+                flags[-1] = flags[-1]._replace(name=field.name, help=comment or inner.help)
+    return tuple(flags)
 
 
 def parse(cls: type[C], argv: list[str], words: str | None = None) -> C:
     """`argv` (without the program's name) as an instance of the dataclass `cls`. Words without a flag are an error, or the values of
-    the field `words` (a tuple of text), which then is no flag. Raises InputError."""
-    types_of = typing.get_type_hints(cls)
-    values: dict = {}
-    if words:
-        del types_of[words]
-    rest = list(argv)
-    while rest:
-        flag = rest.pop(0)
-        if flag in ("-h", "--help"):
-            print(help_text(cls, words))
-            sys.exit(0)
-        if words and not flag.startswith("-"):
-            values[words] = (*values.get(words, ()), flag)
-            continue
-        if not flag.startswith("--"):
-            raise InputError(f"unexpected argument '{flag}': every setting is written --name value")
-        name, eq, text = flag[2:].partition("=")
-        name = name.replace("-", "_")
-        if name.startswith("no_") and types_of.get(name[3:]) is bool and not eq:
-            values[name[3:]] = False
-        elif name not in types_of:
-            near = difflib.get_close_matches(name, types_of, n=1, cutoff=0.5)
-            hint = f"did you mean --{near[0]}?" if near else "see --help for all of them"
-            raise InputError(f"there is no flag --{name}: {hint}")
-        elif types_of[name] is bool and not eq:
-            values[name] = True
+    the field `words` (a tuple of text), which then is no flag. Raises InputError; --help prints the help and exits."""
+    flags = {flag.name: flag for flag in flags_of(cls) if flag.name != words}
+    bools = {name for name, flag in flags.items() if flag.kind is bool}
+    try:
+        given, rest = _parser(cls, words).parse_known_args([_spelled(argument, bools) for argument in argv])
+    except argparse.ArgumentError as error:
+        name = (error.argument_name or "").lstrip("-")
+        raise InputError(f"--{name} needs a value: {_type_name(flags[name].kind)}") from None
+    values = vars(given)
+    for argument in rest:
+        if words is None or argument.startswith("-"):
+            raise _unknown(argument, list(flags))
+        values[words] = [*values.get(words, ()), argument]
+    values = {name: tuple(text) if name == words else convert(name, text, flags[name].kind) for name, text in values.items()}
+    for name, value in values.items():
+        if value == () and flags[name].default != ():
+            raise InputError(f"--{name}: the list is empty")
+    required = [name for name, flag in flags.items() if flag.default is MISSING]
+    for name in required:
+        if name not in values:
+            raise InputError(f"--{name} is missing: {flags[name].help}")
+    return replace_flags(cls(**{name: values[name] for name in required}), **values)
+
+
+def replace_flags(config: C, **values: Any) -> C:
+    """The config with the flags of these names set, in whatever nested dataclass each is."""
+    def changed(part: Any, path: tuple[str, ...], value: Any) -> Any:
+        first, *rest = path
+        return replace(part, **{first: changed(getattr(part, first), rest, value) if rest else value})
+
+    paths = {flag.name: flag.path for flag in flags_of(type(config))}
+    for name, value in values.items():
+        config = changed(config, paths[name], value)
+    return config
+
+
+def record(config: Any) -> dict:
+    """The flags and their values as plain JSON values, for meta.json and summary.json. InputError for text that is not UTF-8, as a file's
+    name may be: the files that hold it could not be read again."""
+    values = {flag.name: functools.reduce(getattr, flag.path, config) for flag in flags_of(type(config))}
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    for name, value in values.items():
+        if not is_utf8("".join(map(str, value)) if isinstance(value, list) else str(value)):
+            raise InputError(f"--{name} {value}: is not UTF-8, and could not be read again where it is recorded; rename the file or folder")
+    return values
+
+
+def help_text(cls: type, words: str | None = None) -> str:
+    """The docstring of `cls`, then every flag with its default and comment."""
+    return _parser(cls, words).format_help()
+
+
+def _parser(cls: type, words: str | None) -> argparse.ArgumentParser:
+    """Takes the arguments apart; what the values are is for `convert` to say."""
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=inspect.cleandoc(cls.__doc__ or ""), add_help=False, allow_abbrev=False, exit_on_error=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=40))
+    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+    group = parser.add_argument_group(None)
+    for flag in flags_of(cls):
+        group = parser.add_argument_group(flag.heading) if flag.heading else group
+        text = flag.help.replace("%", "%%")
+        if flag.name == words:
+            group.add_argument(words, nargs="*", metavar=words.upper(), help=text)
         else:
-            if not eq and (not rest or rest[0].startswith("--")):
-                raise InputError(f"--{name} needs a value: {_type_name(types_of[name])}")
-            values[name] = convert(name, text if eq else rest.pop(0), types_of[name])
-    return cls(**values)
+            default = ",".join(map(str, flag.default)) if isinstance(flag.default, tuple) else str(flag.default)
+            group.add_argument(f"--{flag.name}", metavar=flag.name.upper() if flag.default is MISSING else default, help=text)
+    return parser
+
+
+def _spelled(argument: str, bools: set[str]) -> str:
+    """--a-b=x as --a_b=x; of the flags `bools`, --flag as --flag=true and --no_flag as --flag=false."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, text = argument[2:].partition("=")
+    name = name.replace("-", "_")
+    if not equals and name in bools:
+        return f"--{name}=true"
+    if not equals and name.startswith("no_") and name[3:] in bools:
+        return f"--{name[3:]}=false"
+    return f"--{name}{equals}{text}"
+
+
+def _unknown(argument: str, names: list[str]) -> InputError:
+    if not argument.startswith("--"):
+        return InputError(f"unexpected argument '{argument}': every setting is written --name value")
+    name = argument[2:].partition("=")[0]
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return InputError(f"there is no flag --{name}: " + (f"did you mean --{near[0]}?" if near else "see --help for all of them"))
 
 
 def convert(name: str, text: str, kind: Any) -> Any:
-    """The text of one flag as a value of its annotation: bool, int, float, str, tuple of one of them, or None."""
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        if text.lower() in ("none", ""):
-            return None
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
-    if typing.get_origin(kind) is tuple:
-        return tuple(convert(name, part, typing.get_args(kind)[0]) for part in text.split(",") if part)
+    """The text of the flag `name` as a value of the annotation `kind`: bool, int, float, str, Literal, a tuple of one of them, or None;
+    InputError for any other and beyond the limits of an Annotated."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        value = convert(name, text, inner[0])
+        for limit in inner[1:]:
+            if not limit.holds(value):
+                raise InputError(as_flags(limit.sentence.format(name=name, value=list(value) if isinstance(value, tuple) else value)))
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return None if text.lower() in ("none", "") else convert(name, text, inner[0])
+    if origin is tuple:
+        return tuple(convert(name, part, inner[0]) for part in text.split(",") if part)
+    if origin is typing.Literal:
+        if text not in inner:
+            raise InputError(f"--{name} {text}: not one of {', '.join(inner)}")
+        return text
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
@@ -189,13 +196,89 @@ def convert(name: str, text: str, kind: Any) -> Any:
         raise InputError(f"--{name} {text}: not a {_type_name(kind)}") from None
 
 
-def _type_name(kind) -> str:
-    if typing.get_origin(kind) is tuple:
-        return f"comma-separated list of {_type_name(typing.get_args(kind)[0])}"
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return _type_name(next(k for k in typing.get_args(kind) if k is not type(None)))
+def _type_name(kind: Any) -> str:
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple:
+        return f"comma-separated list of {_type_name(inner[0])}"
+    if origin is typing.Literal:
+        return "one of " + ", ".join(inner)
+    if origin is not None:      # Annotated, or a type or None
+        return _type_name(inner[0])
     return {bool: "true or false", int: "whole number", float: "number", str: "text"}[kind]
 
+
+# --- how a script ends -------------------------------------------------------------------------------------------------
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's `main`. An InputError ends the process with one sentence on stderr and exit code 2, Ctrl-C with 130, SIGTERM with 143,
+    a reader of standard output that leaves, as `head` does, with 141 and no word. Each of several ranks ends at once and in one sentence,
+    whatever it raised, and torchrun then ends the others."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:      # closed by whoever started the process
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")       # characters that its encoding does not have
+    try:
+        with handled(raise_interrupted):
+            try:
+                main()
+            except SystemExit:
+                sys.stdout.flush()
+                raise
+            sys.stdout.flush()
+    except InputError as error:
+        end(2, f"error: {as_flags(sentence(error))}")
+    except Interrupted as stopped:
+        end(stopped.code, str(stopped))
+    except BrokenPipeError:
+        end(READER_LEFT)
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            end(2, f"error: standard output: cannot be written ({error.strerror})")
+        if not among_ranks():
+            raise
+        end(1, f"error: rank {os.environ.get('RANK')}: {sentence(rank_error(error))}")
+
+
+def sentence(error: Exception | str) -> str:
+    """The error message as one printable line."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error)[:MAX_SENTENCE + 1])
+    return text if len(text) <= MAX_SENTENCE else text[:MAX_SENTENCE] + "..."
+
+
+def as_flags(text: str) -> str:
+    """`lr`, as rt/*.py names a setting, as the flag --lr."""
+    return re.sub(r"`(\w+)`", r"--\1", text)
+
+
+def rank_error(error: Exception) -> str:
+    """What a rank says of an error that no InputError explains."""
+    if re.search(r"gloo|NCCL|TCPStore|[Cc]onnection (closed|reset)", str(error)):
+        return "another rank has ended or does not answer; the cause is what that one, or torchrun, says. --resume goes on"
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+
+
+def among_ranks() -> bool:
+    """Whether this process has joined others (rt/speed/dist.py)."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def end(code: int, message: str = "") -> NoReturn:
+    """Print a line on stderr and exit; one of several ranks without taking the process group down, which could wait for what the others
+    never answer. A stream that cannot be written loses what it holds: writing it would fail again when Python ends."""
+    for stream, text in ((sys.stderr, message + "\n" if message else ""), (sys.stdout, "")):
+        try:
+            print(end=text, file=stream, flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    if among_ranks():
+        os._exit(code)
+    sys.exit(code)
+
+
+# --- until every Config has its limits in its annotations ------------------------------------------------------------
 
 def require_positive(config: Any, *names: str) -> None:
     """InputError for the first of these settings (each value of a list; None passes) that is not above zero, or that is an
@@ -233,28 +316,3 @@ def require_seeds(*seeds: int) -> None:
     """InputError for no seed at all, or a negative one, which NumPy's generators do not take."""
     if not seeds or min(seeds) < 0:
         raise InputError(f"seeds {list(seeds)}: must be whole numbers from 0 on, at least one")
-
-
-def help_text(cls: type, words: str | None = None) -> str:
-    """The docstring of `cls`, then a line a flag with its default and the comment beside it, below the comments that stand alone; the
-    field `words` is written as WORDS."""
-    source = inspect.getsource(cls)
-    comments = dict(re.findall(r"^    (\w+):[^#\n]*?#\s*(.*)$", source, re.M))
-    headings = {name: text for text, name in re.findall(r"^    # (.*)\n    (\w+):", source, re.M)}
-    lines = [inspect.cleandoc(cls.__doc__ or ""), ""]
-    for field in fields(cls):
-        lines += ["", f"{headings[field.name]}:"] if field.name in headings else []
-        default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-        name = field.name.upper() if field.name == words else f"--{field.name} {default}"
-        lines.append(f"  {name:<36} {comments.get(field.name, '')}".rstrip())
-    return "\n".join(lines)
-
-
-def record(config: Any) -> dict:
-    """The config as plain JSON values, for meta.json and summary.json. InputError for text that is not UTF-8, as a file's name may be: the
-    files that hold it could not be read again."""
-    values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
-    for name, value in values.items():
-        if not is_utf8("".join(map(str, value)) if isinstance(value, list) else str(value)):
-            raise InputError(f"--{name} {value}: is not UTF-8, and could not be read again where it is recorded; rename the file or folder")
-    return values

@@ -1,12 +1,20 @@
 """metrics.jsonl of a run, its progress bar, and tables."""
 import json
+import math
 import os
+import sys
+import time
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, TextIO
 
+import torch
 from tqdm import tqdm
 
+from rt.data import Task
 from rt.formats.files import making, read_rows, with_room, write_all, write_whole
+from rt.model import Batch, Encoder
+from rt.speed.throughput import Throughput
+from rt.tune import score
 
 
 class Log:
@@ -41,6 +49,36 @@ def progress(total: int, what: str, start: int = 0, unit: str = "step") -> tqdm:
     return tqdm(total=total, initial=start, desc=what, unit=unit, disable=True if other else None, leave=False, dynamic_ncols=True)
 
 
+class StepBar:
+    """The bar of a supervised loop: with StepBar(...) as bar, give `on_step=bar.on_step` and `on_eval=bar.on_eval` to rt.tune.tune. It
+    shows the loss, the best score on dev, tokens per second and the time left."""
+
+    def __init__(self, steps: int, what: str, encoder: Encoder, device: torch.device, precision: torch.dtype):
+        frozen = not encoder.layers[0].qkv.weight.requires_grad
+        self.throughput = Throughput(encoder.config, device, precision, frozen=frozen)
+        self.bar, self.skipped, self.best, self.stepped = progress(steps, what), 0, -math.inf, time.perf_counter()
+
+    def __enter__(self) -> "StepBar":
+        self.throughput.restart()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.bar.close()
+
+    def on_step(self, batch: Batch) -> None:
+        self.throughput.count(batch)
+        self.bar.update()
+        self.stepped = time.perf_counter()
+
+    def on_eval(self, row: dict) -> None:
+        if row["step"] == 0:
+            return self.throughput.restart()
+        self.throughput.since += time.perf_counter() - self.stepped     # evaluation is no training
+        self.skipped += row.get("skipped", 0)
+        self.best = max(self.best, score(row["dev"]))
+        self.bar.set_postfix_str(f"{loss_text(row['loss'], self.skipped)}, best dev {self.best:.3f}, {self.throughput}")
+
+
 def loss_text(loss: float | None, skipped: int) -> str:
     """Of a loop, for its bar: the loss, and how many steps were skipped."""
     return ("no loss" if loss is None else f"loss {loss:.3f}") + (f", {skipped} steps skipped" if skipped else "")
@@ -53,3 +91,21 @@ def table(rows: list[list], header: list[str]) -> str:
     lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
              for row in cells]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def scores_text(values: dict[str, float]) -> str:
+    """Scores in a line of text."""
+    return ", ".join(f"{k} {v:.3f}" for k, v in values.items())
+
+
+def note_truncated(truncated: int, count: int, seq_len: int, file: TextIO | None = None) -> None:
+    """Print how many texts were cut, if some were."""
+    if truncated:
+        print(f"{truncated} of {count} texts are longer than --seq_len {seq_len} and were cut", file=file)
+
+
+def note_changed_task(info: dict, task: Task) -> None:
+    """Print to stderr if a delta (with this `info`) was learned on a task of other content than `task`."""
+    if info.get("task_hash", task.hash) != task.hash:
+        print(f"note: the delta was learned on task {info.get('task')} of content {info['task_hash']}; {task.name} is of content "
+              f"{task.hash}: it has other texts or labels", file=sys.stderr)

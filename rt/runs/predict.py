@@ -1,30 +1,82 @@
-"""Answers to texts: read, encoded, put into batches by length, answered in the order of the input and written, a chunk at a time, so that
-memory does not grow with the input.
+"""Label texts with a base + delta, one JSON object a text, in the order of the input.
+
+    python -m rt.runs.predict --base runs/demo/M0 --delta_dir runs/demo/deltas/M0-math-full-s0 --input texts.txt    # or -: standard input
+
+Texts are read, batched by length and answered a chunk at a time, so that memory does not grow with the input.
 """
 import contextlib
 import json
-import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable, Iterator
+from typing import Any, Iterable, Iterator, Literal
 
 import torch
 from torch import Tensor
 
 from rt.data import Example, encode
+from rt.deltas import Base, Delta, apply
 from rt.errors import InputError
 from rt.formats.corpora import STDIN
+from rt.formats.hub import open_base
+from rt.formats.tasks import read_examples
 from rt.formats.tokenizer import Tokenizer
 from rt.formats.untrusted import parse_json
+from rt.limits import SeqLen
 from rt.model import Classifier
-from rt.runs.log import progress
+from rt.runs.config import parse, run
+from rt.runs.log import note_truncated, progress
+from rt.runs.results import open_best
+from rt.speed.device import make_deterministic, pick_device, pick_precision
+from rt.speed.dist import launched
 from rt.tune import predict
 
 CHUNK = 1024    # texts that are held at once, and sorted by length
+SEQ_LEN = 128   # of a delta that was tuned elsewhere
+
+
+@dataclass
+class Config:
+    """python -m rt.runs.predict --base BASE --delta_dir DELTA --input TEXTS [--flag value ...]"""
+    base: str  # the base: checkpoint, Hugging Face folder or hub id
+    delta_dir: str  # the delta: a folder, or hub id; a folder of recycle.py: its best by dev, mean over seeds
+    input: str  # .txt, .jsonl, .csv or .tsv of texts, also .gz or .xz of them; -: standard input
+    input_format: Literal["txt", "jsonl", "csv", "tsv"] | None = None  # default: what the ending says, of standard input txt
+    out: str | None = None  # file to write; default: standard output
+    seq_len: SeqLen | None = None  # longest text in tokens; default: the delta's own
+    device: str = "auto"  # auto, cpu or cuda
+    precision: str = "auto"  # bf16, fp32, or auto: bf16 where the device does it fast
+    deterministic: bool = False  # the same bits from the same command on a GPU too; on a CPU they are so anyway
+
+
+def main() -> None:
+    if launched() > 1:
+        raise InputError("rt.runs.predict is for one process: leave torchrun out")
+    c = parse(Config, sys.argv[1:])
+    if c.deterministic:
+        make_deterministic()
+    source, out = STDIN if c.input == "-" else Path(c.input), Path(c.out) if c.out else None
+    examples = read_examples(source, labelled=False, format=c.input_format)
+    if out:
+        check_out(out, source)
+    base, delta, model, seq_len, where = open_tuned(c)
+    count, truncated = write_answers(answers(model, examples, delta.labels, base.tokenizer, seq_len, **where), out, source)
+    note_truncated(truncated, count, seq_len, sys.stderr)
+
+
+def open_tuned(c: Any, labels: tuple[str, ...] = ()) -> tuple[Base, Delta, Classifier, int, dict]:
+    """(base, delta, base + delta, longest text in tokens, device and precision) of a config with base, delta_dir, seq_len, device and
+    precision, the delta's outputs in the order of `labels` if these are its own. StaleDelta if the delta is not of this base."""
+    device = pick_device(c.device)
+    base = open_base(c.base).to(device)
+    delta = open_best(c.delta_dir, base).ordered(labels)
+    seq_len = c.seq_len or delta.seq_len or min(SEQ_LEN, base.encoder.config.max_len)
+    base.require_length(seq_len)
+    return base, delta, apply(base, delta), seq_len, {"device": device, "precision": pick_precision(c.precision, device)}
 
 
 def chunks(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
-    """The examples in lists of `size`. Where reading fails, those before the bad line come first, then the InputError."""
+    """The examples in lists of `size`. If reading fails, the examples before the bad line come first, then the InputError."""
     chunk: list[Example] = []
     try:
         for example in examples:
@@ -41,12 +93,12 @@ def chunks(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
 
 
 def answer(example: Example, logits: Tensor, labels: tuple[str, ...]) -> dict:
-    """What is said of one text, given its (C,) logits: label and probabilities or, without `labels`, the value of a regression."""
-    said = {"text": example.text} | ({"text_pair": example.text_pair} if example.text_pair else {})
+    """The text with its label and probabilities, from its (C,) logits; without `labels`, with the value of a regression."""
+    row = {"text": example.text} | ({"text_pair": example.text_pair} if example.text_pair else {})
     if not labels:
-        return said | {"value": logits.item()}
-    return said | {"label": labels[int(logits.argmax())],
-                   "probabilities": dict(zip(labels, [round(p, 6) for p in logits.softmax(-1).tolist()]))}
+        return row | {"value": logits.item()}
+    return row | {"label": labels[int(logits.argmax())],
+                  "probabilities": dict(zip(labels, [round(p, 6) for p in logits.softmax(-1).tolist()]))}
 
 
 def answers(model: Classifier, examples: Iterable[Example], labels: tuple[str, ...], tokenizer: Tokenizer, max_len: int,
@@ -59,8 +111,7 @@ def answers(model: Classifier, examples: Iterable[Example], labels: tuple[str, .
 
 
 def check_out(out: Path, source: Path) -> None:
-    """InputError where answers written to `out` would destroy the input, or a file that does not begin as answers do; or where it has no
-    folder."""
+    """InputError if `out` is the input, lies in no folder, or is a file that does not begin as answers do."""
     if not out.parent.is_dir():
         raise InputError(f"--out {out}: there is no folder {out.parent}")
     if not out.is_file():
@@ -74,11 +125,11 @@ def check_out(out: Path, source: Path) -> None:
     except InputError:
         row = None
     if not isinstance(row, dict) or not {"probabilities", "value"} & row.keys():
-        raise InputError(f"--out {out}: holds something else than answers of --mode predict; give another, or remove the file")
+        raise InputError(f"--out {out}: holds something else than answers; give another, or remove the file")
 
 
 def count_lines(source: Path) -> int:
-    """How many texts a plain file holds at most; 0, not known, where counting would use the input up or unpack it."""
+    """How many texts a plain file holds at most; 0 if counting would use the input up or unpack it."""
     if source is STDIN or not source.is_file() or source.suffix in (".gz", ".xz"):
         return 0
     with source.open("rb") as file:
@@ -86,23 +137,27 @@ def count_lines(source: Path) -> int:
 
 
 def write_answers(answered: Iterable[tuple[list[dict], int]], out: Path | None, source: Path) -> tuple[int, int]:
-    """JSONL to `out` (opened when there is something to write) or standard output, flushed chunk by chunk; returns how many texts were
-    answered and how many cut. Ends early, without an error, when the reader of standard output has left, as `head` does."""
+    """Write JSONL to `out`, opened with the first answers, or to standard output, flushed chunk by chunk. Returns how many texts were
+    answered and how many cut. InputError if the place cannot be written."""
     file, count, truncated = None, 0, 0
     lines = count_lines(source) if sys.stderr.isatty() else 0       # for the bar alone
     try:
         with progress(lines, "predict", unit="text") as bar, contextlib.ExitStack() as stack:
-            for said, cut in answered:
+            for rows, cut in answered:
                 file = file or (stack.enter_context(out.open("w", encoding="utf-8")) if out else sys.stdout)
                 only_ascii = (file.encoding or "utf-8").lower() != "utf-8"
                 bar.clear()
-                file.writelines(json.dumps(row, ensure_ascii=only_ascii) + "\n" for row in said)
+                file.writelines(json.dumps(row, ensure_ascii=only_ascii) + "\n" for row in rows)
                 file.flush()
-                bar.update(len(said))
-                count, truncated = count + len(said), truncated + cut
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # what is left in its buffer is written at exit
+                bar.update(len(rows))
+                count, truncated = count + len(rows), truncated + cut
+    except BrokenPipeError:     # the reader has left
+        raise
     except OSError as error:
         place = f"--out {out}" if out else "standard output"
         raise InputError(f"{place}: cannot be written after {count} texts ({error.strerror})") from None
     return count, truncated
+
+
+if __name__ == "__main__":
+    run(main)

@@ -2,6 +2,7 @@
 import hashlib
 import json
 import shutil
+import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,18 +12,19 @@ from typing import Any, Callable, Iterable
 
 import torch
 
-from rt.data import Task
-from rt.deltas import Delta
+from rt.data import Task, TaskData
+from rt.deltas import Base, Delta
 from rt.errors import InputError
 from rt.formats.atomic import differing
 from rt.formats.delta_files import save_delta
 from rt.formats.files import FIGURES, claim, read_json, read_rows, write_json, write_whole
+from rt.formats.hub import open_delta
 from rt.formats.untrusted import shaped
 from rt.recycling import NEEDS_TEACHER, TRAINED, Recycling
 from rt.runs.config import record
 from rt.runs.log import Log
 from rt.runs.summary import add_steps_to_scratch, by_settings
-from rt.tune import TaskData, TuneResult, score
+from rt.tune import TuneResult, score
 
 
 @dataclass(frozen=True)
@@ -243,3 +245,11 @@ def keep_run(out: Path, argv: list[str], run: Run, task: Task, result: TuneResul
     keep_delta(out, row, task, delta, {"config": record(run.c), "argv": argv})
     write_whole(home / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in curve))
     write_json(home / "summary.json", row)
+
+
+def open_best(folder: str, base: Base) -> Delta:
+    """A delta, or of a folder of recycle.py's runs the best one for `base`, which is said on stderr."""
+    best = best_delta(folder, base.fingerprint)
+    if best != Path(folder):
+        print(f"best on dev of {folder}: {best.name}", file=sys.stderr)
+    return open_delta(str(best), base)

@@ -1,39 +1,57 @@
-"""The folder of a stream of bases: whether a run may begin there or go on, and what is said of it.
+"""What pre-training leaves in its folder, and how it goes on after an interruption.
 
-    config.json     the settings it was begun with, and hashes of the content of its corpora, tokenizer and --init
+    config.json     the settings that the run was begun with, and hashes of the content of its corpora, tokenizer and --init
     M0, M1, ...     bases; M1-t00250: the snapshot of M1 after 250 steps
-    last, last.old  the resumable checkpoint and the one before, while the run is unfinished; last.damaged: one that could not be used
+    resume/         while the run is unfinished its two newest checkpoints with the optimizer's state, such as resume/M1-t00300
     metrics.jsonl   a row a step, and a row of held-out scores a base
     summary.json    the forgetting matrix, when all is done
+
+Every folder is written once, under another name, and renamed when it is whole. To resume is to take the newest checkpoint whose hashes are
+right.
 """
-import itertools
+import math
 import re
 import shutil
 import sys
+import time
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Callable
 
-import numpy as np
+import torch
+from torch import Tensor
 
-from rt.data import Rows
-from rt.errors import InputError
-from rt.formats.atomic import check_seal, settle
-from rt.formats.files import FIGURES, read_json, strangers
-from rt.formats.tokenizer import Tokenizer
+from rt.data import Rows, Tokenizer
+from rt.deltas import Base
+from rt.errors import Diverged, InputError
+from rt.formats.atomic import check_seal, locked
+from rt.formats.checkpoint import load_base, read_torch, save_base
+from rt.formats.files import FIGURES, read_json, strangers, write_json
 from rt.formats.untrusted import is_number, is_whole, shaped
+from rt.model import MaskedLM
+from rt.optim import MOST_SKIPPED
+from rt.pretrain import PretrainSettings
+from rt.runs.log import Log, loss_text, progress
+from rt.runs.signals import Interrupted, Stop
 from rt.runs.summary import forgetting_table
+from rt.speed.dist import Ranks, gather, load_state
+from rt.speed.throughput import Throughput
 
 RESUMABLE = ("model.safetensors", "tokenizer.json", "optim.pt")
+KEPT = 2        # resumable checkpoints: one that turns out to be damaged has another before it
 
+
+# --- the folder -------------------------------------------------------------------------------------------------------
 
 def has_work(out: Path, settings: dict, resume: bool) -> bool:
-    """Whether a run with these settings is to begin in `out`, or to go on: False where it is complete. InputError where it would
-    overwrite something, or go on with other settings."""
+    """Whether a run with these settings may begin in `out` or go on: False if it is complete. Raises InputError if it would overwrite
+    something, or go on with other settings."""
     if not (out / "config.json").exists():
         if strangers(out, {FIGURES, "config.json"}):
             raise InputError(f"{out} holds other things than a stream of bases: give another --out")
         return True
     begun = read_json(out / "config.json")
-    other = next((k for k in settings if k in begun and settings[k] != begun[k]), None)     # flags that it did not have changed nothing
+    other = next((k for k in settings if k in begun and settings[k] != begun[k]), None)     # a flag that there was not yet changed nothing
     if other:
         raise InputError(f"{out} was begun with --{other} {begun[other]}, not {settings[other]}: "
                          "give another --out, or remove the folder")
@@ -41,47 +59,12 @@ def has_work(out: Path, settings: dict, resume: bool) -> bool:
     if not complete and not resume:
         raise InputError(f"{out} holds an unfinished run: add --resume to go on, or remove the folder")
     if complete:
-        forget_last(out)    # where the process was killed before it could
-    else:
-        mend(out)
+        shutil.rmtree(out / "resume", ignore_errors=True)       # the process was killed before it could
     return not complete
 
 
-def mend(out: Path) -> None:
-    """What a killed process left half renamed is put right. OUT/last is then the newest resumable checkpoint that is as it was written;
-    one that is not is kept as last.damaged, and said on stderr. InputError where there are only such."""
-    for path in sorted(out.glob("*.new")) + sorted(out.glob("*.old")):
-        settle(path.with_suffix(""))
-    last = out / "last"
-    while last.exists():
-        try:
-            check_last(last)
-            return
-        except InputError as error:
-            if not (out / "last.old").exists():
-                raise InputError(f"{error}; there is none before it to resume from: move {last} away to begin its stage again") from None
-            aside = next(path for n in itertools.count(1) if not (path := out / f"last.damaged{n if n > 1 else ''}").exists())
-            last.rename(aside)
-            print(f"{error}; it is kept as {aside}, and the checkpoint before it is used", file=sys.stderr)
-            settle(last)
-
-
-def check_last(last: Path) -> None:
-    """InputError unless `last` is a resumable checkpoint as it was written; one without hashes could be anything's."""
-    facts = read_json(last / "meta.json")
-    check_seal(last, "meta.json", facts)
-    if not isinstance(facts.get("name"), str) or not is_whole(facts.get("step"), 1) or not {*RESUMABLE} <= facts.get("sha256", {}).keys():
-        raise InputError(f"{last / 'meta.json'} is damaged: it does not hold name, step and hashes of a resumable checkpoint")
-
-
-def forget_last(out: Path) -> None:
-    """Remove the resumable checkpoints of a complete run."""
-    for name in ("last", "last.old", "last.new", "last.part"):
-        shutil.rmtree(out / name, ignore_errors=True)
-
-
 def check_content(out: Path, content: dict) -> None:
-    """InputError where what a run in `out` was begun with has other content by now: `content` is {what: hash}."""
+    """Raises InputError if a file that the run in `out` was begun with has other content by now: `content` is {what: hash}."""
     begun = read_json(out / "config.json").get("content", {}) if (out / "config.json").exists() else {}
     for what, mark in content.items():
         if isinstance(begun, dict) and mark and begun.get(what) not in (None, "", mark):
@@ -89,19 +72,50 @@ def check_content(out: Path, content: dict) -> None:
                              "restore it, or give another --out")
 
 
-def is_done_again(row: dict, out: Path) -> bool:
-    """Whether a row of metrics.jsonl lies past the point that training resumes at, so that there will be another of its step."""
+def checkpoints(out: Path) -> list[Path]:
+    """The resumable checkpoints in `out`, the newest first."""
+    found = [(match, path) for path in (out / "resume").glob("*") if (match := re.fullmatch(r"M([0-9]{1,9})-t([0-9]{5,9})", path.name))]
+    return [path for match, path in sorted(found, key=lambda pair: tuple(map(int, pair[0].groups())), reverse=True)]
+
+
+def newest_checkpoint(out: Path) -> Path | None:
+    """The newest resumable checkpoint that is as it was written; a damaged one is named on stderr. Raises InputError if all are damaged."""
+    damaged: list[InputError] = []
+    for path in checkpoints(out):
+        try:
+            check_checkpoint(path)
+        except InputError as error:
+            damaged.append(error)
+            continue
+        if damaged:
+            print(f"{damaged[0]}; the checkpoint before it, {path}, is used", file=sys.stderr)
+        return path
+    if damaged:
+        raise InputError(f"{damaged[0]}; there is none before it to resume from: remove {out / 'resume'} to begin its stage again")
+    return None
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Raises InputError unless `folder` is a resumable checkpoint as it was written; one without hashes could be anything's."""
+    facts = read_json(folder / "meta.json")
+    check_seal(folder, "meta.json", facts)
+    if not isinstance(facts.get("name"), str) or not is_whole(facts.get("step"), 1) or not {*RESUMABLE} <= facts.get("sha256", {}).keys():
+        raise InputError(f"{folder / 'meta.json'} is damaged: it does not hold name, step and hashes of a resumable checkpoint")
+
+
+def is_done_again(row: dict, out: Path, newest: dict) -> bool:
+    """Whether a row of metrics.jsonl lies past the point that training resumes at (`newest`: name and step), so that its step is done
+    again."""
     stage, step = row.get("stage"), row.get("step")
     if not isinstance(stage, str) or not re.fullmatch(r"M[0-9]{1,9}", stage) or not is_number(step):
         raise InputError(f"{out / 'metrics.jsonl'}: has a row that is of no step of a stage: {str(row)[:80]}")
     if (out / stage / "meta.json").exists():
         return False
-    last = read_json(out / "last" / "meta.json") if (out / "last").exists() else {}
-    return stage != last.get("name") or not is_number(last.get("step")) or step > last["step"] or "heldout" in row
+    return stage != newest.get("name") or not is_number(newest.get("step")) or step > newest["step"] or "heldout" in row
 
 
 def stage_of(meta: dict, folder: Path) -> dict:
-    """What summary.json says of a stage that is done. InputError where its base does not hold it, as a resumable checkpoint does not."""
+    """The stage in a base's meta.json, for summary.json. Raises InputError if the base was not the end of a stage."""
     stage = meta.get("stage")
     if not isinstance(stage, dict) or not isinstance(stage.get("heldout"), dict):
         raise InputError(f"{folder} is no base that a stage has ended with: move it away, and its stage is done again")
@@ -114,10 +128,193 @@ def table_of(out: Path) -> str:
         return forgetting_table(read_json(out / "summary.json")["stages"])
 
 
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+class PretrainRun:
+    """What one command of pre-training reads and writes in `out`: a lock, rows, snapshots, resumable checkpoints and bases. It also obeys
+    SIGTERM, Ctrl-C and `stop_after`. Rank 0 writes; all ranks call everything."""
+
+    def __init__(self, out: Path, ranks: Ranks, settings: dict, argv: list[str], *, resume: bool, snapshots: int, save_every: int,
+                 log_every: int, stop_after: int | None):
+        self.out, self.ranks, self.settings, self.argv, self.resume = out, ranks, settings, argv, resume
+        self.snapshots, self.save_every, self.log_every = snapshots, save_every, log_every
+        self.allowance = stop_after or sys.maxsize      # steps that may still be taken
+        self.stages: list[dict] = []
+        self.stop, self.stack = Stop(), ExitStack()
+
+    def __enter__(self) -> "PretrainRun":
+        self.stack.enter_context(locked(self.out, self.ranks.from_main))
+        self.has_work = self.ranks.from_main(lambda: has_work(self.out, self.settings, self.resume))
+        self.checkpoint = self.ranks.from_main(lambda: newest_checkpoint(self.out) if self.has_work and self.resume else None)
+        self.stack.enter_context(self.stop)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.stack.close()
+
+    def begin(self, content: dict, tokenizer: Tokenizer) -> None:
+        """Record settings and content, or check them against those of the interrupted run; open the log."""
+        self.ranks.from_main(lambda: check_content(self.out, content))
+        self.tokenizer = tokenizer
+        newest = read_json(self.checkpoint / "meta.json") if self.checkpoint else {}
+        if self.ranks.is_main:
+            write_json(self.out / "config.json", self.settings | {"content": content})
+            tokenizer.save(self.out)
+        self.log = Log(self.out, keep=lambda row: self.resume and not is_done_again(row, self.out, newest), writes=self.ranks.is_main)
+
+    def finished(self, name: str) -> Base | None:
+        """The base of a stage that an interrupted run has finished."""
+        if not (self.out / name / "meta.json").exists():
+            return None
+        base = load_base(self.out / name)
+        self.stages.append(stage_of(base.meta, self.out / name))
+        return base
+
+    def start_stage(self, about: dict, s: PretrainSettings, rows: Rows, model: MaskedLM, optimizer: torch.optim.Optimizer,
+                    throughput: Throughput) -> int:
+        """The first step of a stage: 0, or if it was interrupted, the step of its newest checkpoint, which is loaded. `about` is for
+        meta.json: name, domain, number and parent are among it."""
+        self.about, self.s, self.rows, self.model, self.optimizer, self.throughput = about, s, rows, model, optimizer, throughput
+        self.step = self.skipped = self.in_a_row = 0
+        seconds, self.waiting = 0.0, []
+        if self.checkpoint and read_json(self.checkpoint / "meta.json")["name"] == about["name"]:
+            base = load_base(self.checkpoint)
+            model.load_state_dict(MaskedLM(base.encoder, base.head).state_dict())
+            load_state(optimizer, read_torch(self.checkpoint / "optim.pt"))
+            self.step, self.skipped, seconds = base.meta["step"], base.meta.get("skipped", 0), base.meta.get("seconds", 0.0)
+        self.first, self.started = self.step, time.perf_counter() - seconds
+        self.end = min(self.step + self.allowance, s.steps)
+        self.kept = {round(s.steps * (k + 1) / (self.snapshots + 1)) for k in range(self.snapshots)}
+        self.bar = self.stack.enter_context(progress(s.steps, f"{about['name']} {about['domain']}", self.step))
+        return self.step
+
+    def seconds(self) -> float:
+        """Of this stage's training, those before an interruption too."""
+        return time.perf_counter() - self.started
+
+    def is_checkpoint(self, step: int) -> bool:
+        return step < self.s.steps and (step == self.end or step % self.save_every == 0)
+
+    def asked_to_stop(self, step: int) -> bool:
+        """Whether a signal has asked for the end. Ranks agree on it at steps at which they wait for each other anyway."""
+        if self.ranks.world == 1:
+            return bool(self.stop.number)
+        return step % self.log_every == 0 and self.ranks.any(bool(self.stop.number))
+
+    def after_step(self, step: int, lr: float, loss: Tensor, norm: Tensor) -> bool:
+        """Note a step, write the checkpoints that are due after it, and tell whether the run stops here, before the stage's end.
+
+        Rows are fetched `log_every` at a time, for the device is not waited for in between, and whenever a checkpoint is due. Raises
+        Diverged after more than MOST_SKIPPED steps in a row without a finite loss and gradient.
+        """
+        self.waiting.append(({"step": step, "lr": lr}, torch.stack([loss, norm])))
+        if step < self.end and self.asked_to_stop(step):
+            self.end = step
+        due = step in self.kept or self.is_checkpoint(step)
+        if due or step % self.log_every == 0 or step == self.s.steps:
+            for row in fetched(self.waiting):
+                self.note(row)
+            self.waiting.clear()
+        if due:
+            with self.throughput.pause():
+                if step in self.kept:
+                    self.save(self.out / f"{self.about['name']}-t{step:05d}")
+                if self.is_checkpoint(step) and (not self.in_a_row or step == self.end):     # else the one before is better
+                    self.save_checkpoint()
+        return step == self.end < self.s.steps
+
+    def note(self, row: dict) -> None:
+        """A row of the log, and of the bar."""
+        self.in_a_row = self.in_a_row + 1 if "skipped" in row else 0
+        if self.in_a_row > MOST_SKIPPED:
+            raise Diverged(f"the loss at step {row['step'] - MOST_SKIPPED} or its gradient is not finite, nor are those of the "
+                           f"{MOST_SKIPPED} steps after it: lower --lr ({self.s.lr}) or raise --warmup (now {self.s.warmup_steps} steps); {self.left()}")
+        self.step = row["step"]
+        self.skipped += "skipped" in row
+        self.log.row(stage=self.about["name"], **row)
+        self.bar.set_postfix_str(f"{loss_text(row['loss'], self.skipped)}, {self.throughput}", refresh=False)
+        self.bar.update()
+        if self.step == self.first + 1:
+            self.throughput.restart()      # compilation and capture are over by the first look at the loss
+
+    def left(self) -> str:
+        """From which checkpoint a training that has diverged can begin again."""
+        newest = next(iter(checkpoints(self.out)), None)
+        if newest is None:
+            return f"no checkpoint of it had been written in {self.out}"
+        meta = read_json(newest / "meta.json")
+        return f"{newest} is of step {meta['step']} of {meta['name']}; --init {newest} with another --out begins there"
+
+    def facts(self) -> dict:
+        return {**self.about, "config": self.settings, "argv": self.argv, "step": self.step,
+                **({"skipped": self.skipped} if self.skipped else {})}
+
+    def save(self, folder: Path) -> None:
+        """A snapshot."""
+        if self.ranks.is_main:
+            self.log.sync()
+            save_base(folder, self.model, self.tokenizer, self.facts())
+
+    def save_checkpoint(self) -> None:
+        gather(self.optimizer)
+        if self.ranks.is_main:
+            self.log.sync()
+            folder = self.out / "resume" / f"{self.about['name']}-t{self.step:05d}"
+            save_base(folder, self.model, self.tokenizer, {**self.facts(), "seconds": self.seconds()}, self.optimizer)
+            for old in checkpoints(self.out)[KEPT:]:
+                shutil.rmtree(old)
+
+    def finish_stage(self, evaluate: Callable[[], dict]) -> str:
+        """Score the base on every domain's held-out text and write it; returns its fingerprint."""
+        seconds, about = self.seconds(), self.about
+        self.bar.close()
+        self.allowance -= self.s.steps - self.first
+        scores = self.ranks.from_main(evaluate)
+        stage = {"name": about["name"], "domain": about["domain"], "steps": self.s.steps, "seconds": round(seconds, 1), "heldout": scores,
+                 "packing": self.rows.packing(), "ranks": self.ranks.world, **({"skipped": self.skipped} if self.skipped else {})}
+        self.stages.append(stage)
+        self.log.row(stage=about["name"], step=self.s.steps, heldout=scores)
+
+        def write() -> str:
+            self.log.sync()
+            return save_base(self.out / about["name"], self.model, self.tokenizer, {**self.facts(), "stage": stage})
+
+        return self.ranks.from_main(write)
+
+    def stops_between_stages(self) -> bool:
+        return self.allowance == 0 or self.ranks.any(bool(self.stop.number))
+
+    def suspended(self, where: str) -> Interrupted | None:
+        """Say where training has ended and how it goes on; if a signal asked for it, as the exception to raise."""
+        sentence = f"stopped {where}; the same command with --resume goes on"
+        if self.stop.number:
+            return Interrupted(self.stop.number, sentence)
+        print(sentence)
+        return None
+
+    def complete(self) -> None:
+        """Write summary.json, remove the resumable checkpoints, print the forgetting matrix."""
+        if self.ranks.is_main:
+            write_json(self.out / "summary.json", {"stages": self.stages, "config": self.settings, "argv": self.argv})
+            shutil.rmtree(self.out / "resume", ignore_errors=True)
+        print(forgetting_table(self.stages))
+
+
+def fetched(waiting: list[tuple[dict, Tensor]]) -> list[dict]:
+    """Rows of steps completed by their losses and norms, which leave the device in one copy. JSON has no word for a number that is not
+    finite: it is None, and the step was skipped."""
+    rows = []
+    for (row, _), pair in zip(waiting, torch.stack([pair for _, pair in waiting]).tolist()):
+        loss, norm = (x if math.isfinite(x) else None for x in pair)
+        skipped = {"skipped": True} if None in (loss, norm) else {}
+        rows.append({"step": row["step"], "loss": loss, "lr": row["lr"], "grad_norm": norm, **skipped})
+    return rows
+
+
 def sample_of(rows: Rows, tokenizer: Tokenizer) -> str:
-    """The longest sequence of the first row that will be trained on, as it is and as the model sees it; and how rows are packed."""
+    """The longest sequence of the first row that will be trained on, as it is and as the model sees it; and packing statistics."""
     batch, (ids, lengths) = rows.batch(0, rows.row_tokens), rows.row(0)
-    longest = int(np.argmax(lengths))
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
     span, p = slice(sum(lengths[:longest]), sum(lengths[:longest + 1])), rows.packing()
     return (f"sample: {tokenizer.decode(ids[span])!r}\nmasked: {tokenizer.decode(batch.ids[span].tolist())!r}\n"
             f"{p['rows']} rows of {rows.row_tokens} tokens an epoch, {p['fill']:.0%} full; {p['cut']:.1%} of sequences cut at a row's end")

@@ -67,7 +67,7 @@ class Ranks:
         self.from_main(lambda: made.append(make()))
         return made[0] if self.is_main else make()
 
-    def agree(self, what: dict) -> None:
+    def assert_same(self, what: dict) -> None:
         """InputError, on all ranks, where `what` (plain values by name) is not the same on all of them: the first that differs."""
         if self.world == 1:
             return
@@ -139,3 +139,35 @@ def join(device: str) -> Ranks:
     if not ranks.is_main:
         sys.stdout = open(os.devnull, "w")
     return ranks
+
+
+# --- the optimizer's state, shared out among ranks (ZeRO) or not ------------------------------------------------------
+
+def gather(optimizer: torch.optim.Optimizer) -> None:
+    """Fetch a shared optimizer's state to rank 0; call it on all ranks before `state_dict` there, which then is a plain AdamW's."""
+    if hasattr(optimizer, "consolidate_state_dict"):
+        optimizer.consolidate_state_dict(to=0)
+
+
+def load_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load a plain AdamW's state; a rank of a shared optimizer takes its share. Rates and the like stay the optimizer's. Raises InputError
+    if the state is not that of the same parameters."""
+    check_state(optimizer, state)
+    moments = {i: {k: x.clone() for k, x in s.items()} for i, s in state["state"].items()}      # no longer mapped from a file
+    if hasattr(optimizer, "consolidate_state_dict"):
+        # not by the shared optimizer's own load_state_dict: it puts `step` on the CPU, where a fused step on CUDA cannot read it
+        number = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+        mine = [number[p] for group in optimizer.optim.param_groups for p in group["params"]]
+        optimizer = optimizer.optim
+        moments = {i: moments[n] for i, n in enumerate(mine)}
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+
+
+def check_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Raises InputError unless `state` has moments of the shapes of all the optimizer's parameters."""
+    shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
+    found = state.get("state") if isinstance(state, dict) else None
+    if not isinstance(found, dict) or found.keys() != {*range(len(shapes))} or not all(
+            isinstance(s, dict) and s.keys() == {"step", "exp_avg", "exp_avg_sq"} and all(isinstance(x, Tensor) for x in s.values())
+            and s["step"].numel() == 1 and s["exp_avg"].shape == s["exp_avg_sq"].shape == shapes[i] for i, s in found.items()):
+        raise InputError("the optimizer's state (optim.pt) is not that of this model: it is damaged, or of another run")

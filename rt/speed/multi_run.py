@@ -2,8 +2,8 @@
 
 The trained weights of K models get a leading K (`stack`); a batch holds the rows of run k in the k-th of K equal ranges (`side_by_side`).
 So the base's matrices see one large batch, and a delta's are one batched product (rt.model.linear). Every run keeps its own data order,
-dropout, learning rate, loss weights, early stop and best-on-dev, and gets what it would get alone, to rounding: its gradient is that of
-its own loss, clipped by its own norm, and its dropout is a function of its own seed (kernels/dropout.py).
+dropout, learning rate, loss weights, early stop and best-on-dev, and gets what it would get alone, to rounding: its gradient is that of its
+own loss, clipped by its own norm, and its dropout is a function of its own seed (kernels/dropout.py).
 """
 import copy
 import itertools
@@ -12,37 +12,43 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Callable, Iterator
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from rt.data import Encoded, side_by_side
+from rt.data import Encoded, TaskData
 from rt.errors import InputError
-from rt.losses import Loss, TeacherCache, Weights, task_loss
-from rt.model import Batch, Classifier, Trace
-from rt.optim import Watch, autocast, is_out_of_memory, schedule
-from rt.runs.log import loss_text, progress
-from rt.speed.graphs import BUCKET, GraphedStep
-from rt.speed.throughput import Pace
-from rt.tune import TaskData, TuneResult, TuneSettings, evaluate, metrics, score, training_batch
+from rt.losses import AT_POINTS, TERMS, DistillConfig, Loss, TeacherCache, Weights, patience, task_loss
+from rt.model import Activations, Batch, Classifier
+from rt.optim import SkipTracker, autocast, is_out_of_memory
+from rt.recycling import MODES, NEEDS_TEACHER, TRAINED, Recycling, check, teacher_of
+from rt.speed.graphs import GraphedStep
+from rt.tune import TuneResult, TuneSettings, eval_row, evaluate, metrics, plain_gradient, training_batch, training_loop
 
 CPU_BYTES = 2**29       # of a group on a CPU: a dozen runs of the mini preset, beyond which a run's time grows again
-
-
-EVAL_TOKENS = 16384     # a forward pass over dev, all runs together
+EVAL_TOKENS = 16384     # of a forward pass over dev, all runs together
+BUCKET = 128            # tokens: the steps in which batches grow if each shape is a CUDA graph
+PAD_SEQUENCES = 8       # that fill up a range, or some more short ones: attention grows with the square of the length
 
 
 @dataclass
-class GridRun:
-    """One of the runs. Those with one start, or one sample of examples, may share `model` and `data`: nothing here changes either.
-    The loss must be without gamma and itp; all runs' losses have a teacher, or none has."""
+class SideRun:
+    """One of the runs. Those with one start, or one sample of examples, may share `model` and `data`: nothing here changes either. The loss
+    must be without gamma and itp; all runs' losses have a teacher, or none has."""
     model: Classifier
     data: TaskData
     settings: TuneSettings
     loss: Loss
     rows: list[dict] = field(default_factory=list)  # {'step', 'loss', 'dev'} of every evaluation
-    result: TuneResult = field(default_factory=lambda: TuneResult(0, {}, {}))
+    result: TuneResult = field(default_factory=TuneResult)
     best: Weights = field(default_factory=dict)     # of what is trained, where dev was best
+
+    def add(self, step: int, loss: float | None, dev: dict[str, float], weights: Weights, skipped: int = 0) -> None:
+        """Note an evaluation, and a copy of the weights if it is the best so far."""
+        self.rows.append(eval_row(step, loss, dev, skipped))
+        if self.result.add(step, dev):
+            self.best = {k: w.clone() for k, w in weights.items()}
 
 
 def trained(model: nn.Module) -> Weights:
@@ -50,7 +56,7 @@ def trained(model: nn.Module) -> Weights:
 
 
 def reweighted(model: Classifier, weights: Weights) -> Classifier:
-    """`model` with `weights` in place of those it trains, of whatever shape; what is frozen is shared."""
+    """`model` with `weights`, of whatever shape, in place of those it trains; what is frozen is shared."""
     other = copy.deepcopy(model, memo={id(p): p for p in model.parameters()})
     for name, w in weights.items():
         owner, _, last = name.rpartition(".")
@@ -64,56 +70,84 @@ def stack(models: list[Classifier]) -> Classifier:
     return reweighted(models[0], {name: torch.stack([w[name].detach() for w in weights]) for name in weights[0]})
 
 
-def keep(grid: Classifier, runs: list[int]) -> Classifier:
-    """The grid of those runs alone."""
-    return reweighted(grid, {name: p.detach()[runs] for name, p in trained(grid).items()})
+def side_by_side(batches: list[Batch], bucket: int = 0, B: int = 0) -> tuple[Batch, Tensor]:
+    """The batches of K runs as one, each in a range of its own, all ranges as long as the longest; the rest is filled with sequences that
+    nothing reads. Also (K, B) the share of each example in its run's mean: 1 / the run's batch size, and 0 for the rows that make batches
+    of unequal size equal, or fill them up to B sequences.
+
+    With `bucket`, shapes are few, as a CUDA graph needs: ranges of a multiple of so many tokens, the greatest number of sequences (the last
+    ones empty), and a bound on their length that is a multiple of 64.
+    """
+    N, B, longest = max(len(b.ids) for b in batches), max(B, *(len(b.index) for b in batches)), max(b.max_seqlen for b in batches)
+    N = -(-N // bucket) * bucket if bucket else N
+    ids, lengths, rows, labels, index, shares = [], [], [], [], [], torch.zeros(len(batches), B)
+    for k, batch in enumerate(batches):
+        short, n = N - len(batch.ids), len(batch.index)
+        size = min(longest, max(16, -(-short // PAD_SEQUENCES)))       # never longer than the model may take
+        ids += [batch.ids, batch.ids[:1].expand(short)]
+        lengths += batch.cu_seqlens.diff().tolist() + [min(size, short - i) for i in range(0, short, size)]
+        for parts, values in ((rows, batch.first + k * N), (labels, batch.labels), (index, batch.index)):
+            parts += [values, values[:1].expand(B - n)]
+        shares[k, :n] = 1 / n
+    if bucket:
+        lengths += [0] * (len(batches) * (B + PAD_SEQUENCES) - len(lengths))
+        longest = -(-longest // 64) * 64
+    seeds = None if batches[0].seeds is None else torch.cat([batch.seeds for batch in batches])
+    cu_seqlens = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)
+    return Batch(torch.cat(ids), cu_seqlens, longest, labels=torch.cat(labels), index=torch.cat(index), seeds=seeds,
+                 rows=torch.cat(rows)), shares
 
 
-def load(model: Classifier, weights: Weights) -> Classifier:
-    """`model`, holding `weights` from now on in what it trains."""
-    with torch.no_grad():
-        for name, p in trained(model).items():
-            p.copy_(weights[name])
-    return model
+def graphed_gradient(model: Classifier, loss: Loss, device: torch.device, precision: torch.dtype) -> Callable[[Batch], Tensor]:
+    """rt.tune.plain_gradient as CUDA graphs, one for each bucket of tokens."""
+    plain = plain_gradient(model, loss, device, precision)
+    graphed = GraphedStep(lambda batch, shares: plain(batch), [p for p in model.parameters() if p.requires_grad], device)
+    return lambda batch: graphed(*side_by_side([batch], BUCKET))
 
 
-class GridLoss:
+class SideLoss:
     """The losses of K runs, with alpha, beta and T of each."""
 
-    def __init__(self, runs: list[GridRun], device: torch.device):
+    def __init__(self, runs: list[SideRun], device: torch.device):
         losses = [run.loss for run in runs]
-        if any(loss.gamma or loss.itp for loss in losses):
+        if not all(can_be_stacked(loss.config) for loss in losses):
             raise ValueError("runs with gamma or itp are not trained side by side")
         self.terms, caches = losses[0], {id(loss.teacher): loss.teacher for loss in losses}
-        self.taught = None not in caches.values()
-        if not self.taught:
+        self.is_taught = None not in caches.values()
+        if not self.is_taught:
             return
-        # what the teachers of all runs say in one cache, run k's examples from offset[k] on
+        # the teachers' outputs of all runs in one cache, run k's examples from offset[k] on
         starts = dict(zip(caches, itertools.accumulate((len(cache.logits) for cache in caches.values()), initial=0)))
         merged = TeacherCache(*(torch.cat([getattr(cache, part) for cache in caches.values()]) for part in ("logits", "states")))
         self.terms = replace(self.terms, teacher=merged)
+        configs = [loss.config for loss in losses]
         self.offset = torch.tensor([[starts[id(loss.teacher)]] for loss in losses], device=device)              # (K, 1), and so on
-        self.alpha, self.beta = (torch.tensor([[getattr(loss, name)] for loss in losses], device=device) for name in ("alpha", "beta"))
+        self.alpha, self.beta = (torch.tensor([[getattr(c, name)] for c in configs], device=device) for name in ("alpha", "beta"))
         # runs of one temperature together: (T, which), and where each run is then found
-        by_T = {T: [k for k, loss in enumerate(losses) if loss.T == T] for T in dict.fromkeys(loss.T for loss in losses)}
+        by_T = {T: [k for k, c in enumerate(configs) if c.T == T] for T in dict.fromkeys(c.T for c in configs)}
         self.by_T = [(T, torch.tensor(which, device=device)) for T, which in by_T.items()]
         self.place = torch.cat([which for _, which in self.by_T]).argsort()
 
     def __call__(self, model: Classifier, batch: Batch, shares: Tensor) -> Tensor:
         """(K,)"""
         K, terms = len(shares), self.terms
-        logits = model(batch, trace := Trace())
+        logits = model(batch, activations := Activations())
         rows = task_loss(logits, batch.labels, terms.is_regression).view(K, -1)
-        if self.taught:
+        if self.is_taught:
             index = (batch.index.view(K, -1) + self.offset).flatten()
             s, t = (x.view(K, -1, x.shape[-1]) for x in (logits, terms.teacher.logits[index]))
             kd = [terms.kd(s[which].flatten(0, 1), t[which].flatten(0, 1), T).view(len(which), -1) for T, which in self.by_T]
-            patience = terms.patience(trace, index).view(K, -1)
-            rows = (1 - self.alpha) * rows + self.alpha * torch.cat(kd)[self.place] + self.beta * patience
+            hidden = patience(terms, logits, activations, replace(batch, index=index)).view(K, -1)
+            rows = (1 - self.alpha) * rows + self.alpha * torch.cat(kd)[self.place] + self.beta * hidden
         return (rows * shares).sum(1)
 
 
-class GridAdamW:
+def can_be_stacked(c: DistillConfig | None) -> bool:
+    """Whether SideLoss has all terms of a loss: neither interpolation, nor a term of the student alone, such as gamma."""
+    return c is None or not c.itp and not any(getattr(c, name, 0) for name in TERMS if name not in AT_POINTS)
+
+
+class SideAdamW:
     """rt.optim.adamw for weights with a leading K, a learning rate and a gradient norm each."""
 
     def __init__(self, weights: list[Tensor], weight_decay: float, clip: float, betas: tuple[float, float] = (0.9, 0.999),
@@ -123,12 +157,12 @@ class GridAdamW:
         self.steps = torch.zeros(len(weights[0]), dtype=torch.float64, device=weights[0].device)
 
     @torch.no_grad()
-    def step(self, lr: Tensor, losses: Tensor, watch: Watch) -> None:
-        """One step at learning rates `lr` (K,), counted by `watch`. A run whose loss or gradient is not finite keeps weights and moments:
+    def step(self, lr: Tensor, losses: Tensor, tracker: SkipTracker) -> None:
+        """One step at learning rates `lr` (K,), counted by `tracker`. A run whose loss or gradient is not finite keeps weights and moments:
         its gradient is taken for 0, its betas for 1, its rate for 0."""
         grads = [w.grad for w in self.weights]
         norms = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).norm(dim=0)
-        skip = watch.count(losses, norms)
+        skip = tracker.count(losses, norms)
         taken, lr = 1 - skip, lr * (1 - skip)
         self.steps += taken
         b1, b2 = (torch.where(skip > 0, 1.0, b) for b in self.betas)
@@ -156,15 +190,15 @@ class GridAdamW:
         return values.view(-1, *(1,) * (like.dim() - 1))
 
     def keep(self, runs: list[int], weights: list[Tensor]) -> None:
-        """Go on with `weights`, those of these runs."""
+        """Go on with these of the runs, whose weights are `weights`."""
         self.weights, self.m, self.v = weights, [m[runs] for m in self.m], [v[runs] for v in self.v]
         self.steps = self.steps[runs]
 
 
 @torch.no_grad()
-def predict(grid: Classifier, parts: list[Encoded], device: torch.device, precision: torch.dtype) -> list[Tensor]:
-    """For each run the (n, C) fp32 logits on the CPU of its examples, as rt.tune.predict."""
-    grid.eval()
+def predict(stacked: Classifier, parts: list[Encoded], device: torch.device, precision: torch.dtype) -> list[Tensor]:
+    """For each run the (n, C) fp32 logits of its examples, on the CPU, as rt.tune.predict."""
+    stacked.eval()
     orders = [sorted(range(len(part)), key=lambda i: len(part.sequences[i])) for part in parts]
     longest = max(len(part.sequences[order[-1]]) for part, order in zip(parts, orders))
     size = max(1, EVAL_TOKENS // (longest * len(parts)))
@@ -174,83 +208,107 @@ def predict(grid: Classifier, parts: list[Encoded], device: torch.device, precis
         picks = [order[first:first + size] or order[-1:] for order in orders]
         batch, _ = side_by_side([part.batch(pick) for part, pick in zip(parts, picks)])
         with autocast(device, precision):
-            logits = grid(batch.to(device)).float().view(len(parts), -1, grid.head.out.weight.shape[1]).cpu()
+            logits = stacked(batch.to(device)).float().view(len(parts), -1, stacked.head.out.weight.shape[1]).cpu()
         for k, order in enumerate(orders):
             chunks[k].append(logits[k, :len(order[first:first + size])])
     return [torch.cat(c)[torch.tensor(order).argsort()] for c, order in zip(chunks, orders)]
 
 
-def tune(runs: list[GridRun], *, device: torch.device, precision: torch.dtype, what: str = "tuning") -> None:
-    """rt.tune.tune for K runs at once; fills `result` (but for test) and `best` of each. All have the same steps, batch size,
-    evaluation interval and decay; seeds, learning rates, warm-ups, losses and data are their own. A run that stops early, or of which
-    too many steps in a row were skipped (`result.diverged`), leaves the others to themselves."""
-    s, started = runs[0].settings, time.perf_counter()
-    grid = stack([run.model for run in runs])
-    gradient, optimizer = gradient_of(grid, runs, device, precision), GridAdamW(list(trained(grid).values()), s.weight_decay, s.clip)
-    score_starts(runs, device, precision)
-    active, watch = list(runs), Watch((len(runs),), device)
-    pace = Pace(grid.encoder.config, device, precision, frozen=True)
-    with progress(s.steps, f"{what}, {len(runs)} side by side") as bar:
-        for step in range(s.steps):
-            lr = [schedule(step, s.steps, max(1, round(r.settings.warmup * s.steps)), r.settings.lr) for r in active]
-            alike = {(id(r.data), r.settings.seed): r for r in active}      # runs that read the same examples
-            batches = {key: training_batch(r.data.train, r.settings, step) for key, r in alike.items()}
-            batch, shares = side_by_side([batches[id(r.data), r.settings.seed] for r in active], BUCKET if s.graphs else 0)
-            grid.train()
-            losses = gradient(batch, shares)
-            optimizer.step(torch.tensor(lr, device=device), losses, watch)
-            for r in active:
-                pace.count(batches[id(r.data), r.settings.seed])
-            if (step + 1) % s.eval_every == 0 or step + 1 == s.steps:
-                seen = watch.look()
-                with pace.pause():
-                    score_runs(active, grid, step + 1, seen, device, precision)
-                going = [k for k, r in enumerate(active) if not r.settings.stops(r.result, step + 1)]
-                if not going:
-                    break
-                if len(going) < len(active):
-                    active, grid = [active[k] for k in going], keep(grid, going)
-                    gradient = gradient_of(grid, active, device, precision)
-                    optimizer.keep(going, list(trained(grid).values()))
-                    watch.keep(going)
-                found = [loss for loss, *_ in seen if loss is not None]
-                losses = loss_text(sum(found) / len(found) if found else None, sum(r.result.skipped for r in runs))
-                bar.set_postfix_str(f"{losses}, best dev {max(score(r.result.dev) for r in runs):.3f}, {pace}")
-            bar.update()
+class SideBySide:
+    """The functions of rt.tune.training_loop for K runs at once, of which those that are over leave the others to themselves."""
+
+    def __init__(self, runs: list[SideRun], device: torch.device, precision: torch.dtype, graphs: bool, on_step: Callable[[Batch], None]):
+        self.runs, self.device, self.precision, self.graphs, self.on_step = runs, device, precision, graphs, on_step
+        self.stacked, s = stack([run.model for run in runs]), runs[0].settings
+        self.optimizer = SideAdamW(list(trained(self.stacked).values()), s.weight_decay, s.clip)
+        self.tracker = SkipTracker((len(runs),), device)
+        self.prepare()
+
+    def prepare(self) -> None:
+        """The gradient of the runs that go on: a function of a batch and its shares, both on the host; (K,) losses."""
+        loss, stacked = SideLoss(self.runs, self.device), self.stacked
+
+        def plain(batch: Batch, shares: Tensor) -> Tensor:
+            with autocast(self.device, self.precision):
+                values = loss(stacked, batch.to(self.device), shares.to(self.device))
+            values.sum().backward()
+            return values.detach()
+
+        self.gradient_of = GraphedStep(plain, list(trained(stacked).values()), self.device) if self.graphs else plain
+
+    def gradient(self, step: int) -> Tensor:
+        alike = {(id(r.data), r.settings.seed): r for r in self.runs}      # runs that read the same examples
+        batches = {key: training_batch(r.data.train, r.settings, step) for key, r in alike.items()}
+        each = [batches[id(r.data), r.settings.seed] for r in self.runs]
+        batch, shares = side_by_side(each, BUCKET if self.graphs else 0)
+        self.stacked.train()
+        losses = self.gradient_of(batch, shares)
+        for one in each:
+            self.on_step(one)
+        return losses
+
+    def update(self, step: int, losses: Tensor) -> None:
+        self.optimizer.step(torch.tensor([r.settings.lr_at(step) for r in self.runs], device=self.device), losses, self.tracker)
+
+    def evaluate(self, step: int) -> bool:
+        """Score dev; whether a run goes on."""
+        if step == 0:
+            self.score_starts()
+            return True
+        scored = predict(self.stacked, [run.data.dev for run in self.runs], self.device, self.precision)
+        for k, (run, (loss, skipped, diverged), logits) in enumerate(zip(self.runs, self.tracker.read(), scored)):
+            run.result.skipped += skipped
+            if diverged:       # its gradient is its own: the others go on
+                run.result.diverged = step
+            else:
+                weights = {name: p.detach()[k] for name, p in trained(self.stacked).items()}
+                run.add(step, loss, metrics(logits, run.data.dev.targets), weights, skipped)
+        going = [k for k, run in enumerate(self.runs) if not run.result.is_over(run.settings, step)]
+        if going and len(going) < len(self.runs):
+            self.runs = [self.runs[k] for k in going]
+            self.stacked = reweighted(self.stacked, {name: p.detach()[going] for name, p in trained(self.stacked).items()})
+            self.optimizer.keep(going, list(trained(self.stacked).values()))
+            self.tracker.keep(going)
+            self.prepare()
+        return bool(going)
+
+    def score_starts(self) -> None:
+        """Dev before the first step; runs that share their start and their examples are scored once."""
+        for first in {(id(run.model), id(run.data)): run for run in self.runs}.values():
+            dev = evaluate(first.model, first.data.dev, self.device, self.precision)
+            for run in self.runs:
+                if run.model is first.model and run.data is first.data:
+                    run.add(0, None, dev, {k: p.detach() for k, p in trained(first.model).items()})
+
+
+def tune(runs: list[SideRun], *, device: torch.device, precision: torch.dtype, graphs: bool = False,
+         on_step: Callable[[Batch], None] = lambda batch: None) -> None:
+    """rt.tune.tune for K runs at once; fills `result` (but for test) and `best` of each. All have the same steps, batch size, evaluation
+    interval and decay; seeds, learning rates, warm-ups, losses and data are their own. A run that stops early, or of which too many steps
+    in a row were skipped (`result.diverged`), leaves the others to themselves."""
+    started, together = time.perf_counter(), SideBySide(runs, device, precision, graphs, on_step)
+    training_loop(runs[0].settings, together.gradient, together.update, together.evaluate)
     for run in runs:
         run.result.seconds = (time.perf_counter() - started) / len(runs)
 
 
-def gradient_of(grid: Classifier, runs: list[GridRun], device: torch.device, precision: torch.dtype) -> Callable[[Batch, Tensor], Tensor]:
-    """What a step computes of a batch and its shares, both on the host: (K,) losses, and every weight's gradient."""
-    loss = GridLoss(runs, device)
-
-    def gradient(batch: Batch, shares: Tensor) -> Tensor:
-        with autocast(device, precision):
-            values = loss(grid, batch.to(device), shares.to(device))
-        values.sum().backward()
-        return values.detach()
-
-    return GraphedStep(gradient, list(trained(grid).values()), device) if runs[0].settings.graphs else gradient
-
-
-def tune_in_groups(runs: list[GridRun], limit: int, *, device: torch.device, precision: torch.dtype,
-                   what: str = "tuning") -> Iterator[GridRun]:
-    """`tune`, `limit` runs at once, or where that is 0 as many as are estimated to fit into memory; half as many where they do not.
-    Yields the runs of a group when it is done. InputError where not one fits."""
+def tune_in_groups(runs: list[SideRun], limit: int, *, device: torch.device, precision: torch.dtype, graphs: bool = False,
+                   on_step: Callable[[Batch], None] = lambda batch: None) -> Iterator[SideRun]:
+    """`tune`, `limit` runs at once, or if that is 0 as many as are estimated to fit into memory; half as many if they do not. Yields the
+    runs of a group when it is done. Raises InputError if not one fits."""
     size = limit
     while runs:
         try:
-            size = size or max(1, room(device) // step_bytes(runs[0], device, precision))
+            size = size or max(1, free_bytes(device) // step_bytes(runs[0], device, precision))
             size = -(-len(runs) // -(-len(runs) // size))      # equal groups: 7 by 4 is 4 and 3, 9 by 8 is 5 and 4
-            tune(runs[:size], device=device, precision=precision, what=what)
+            tune(runs[:size], device=device, precision=precision, graphs=graphs, on_step=on_step)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             if size <= 1:
-                raise InputError(f"not even one run fits into the memory of {device}: lower --batch_size or --seq_len") from None
+                raise InputError(f"not even one run fits into the memory of {device}: lower `batch_size` or `seq_len`") from None
             for run in runs[:size]:
-                run.rows, run.result, run.best = [], TuneResult(0, {}, {}), {}
+                run.rows, run.result, run.best = [], TuneResult(), {}
             size //= 2
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -259,7 +317,7 @@ def tune_in_groups(runs: list[GridRun], limit: int, *, device: torch.device, pre
             runs = runs[size:]
 
 
-def room(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
     """Bytes that a group may take: 60 % of what is free, and on a CPU no more than keeps its working set near the caches."""
     if device.type == "cuda":
         return int(0.6 * torch.cuda.mem_get_info(device)[0])
@@ -268,10 +326,10 @@ def room(device: torch.device) -> int:
     return min(CPU_BYTES, int(0.6 * free))
 
 
-def step_bytes(run: GridRun, device: torch.device, precision: torch.dtype) -> int:
+def step_bytes(run: SideRun, device: torch.device, precision: torch.dtype) -> int:
     """What one run keeps for its backward pass, measured on its first batch, and its weights with gradients and moments."""
-    grid, loss, saved = stack([run.model]), GridLoss([run], device), {}
-    own = {p.untyped_storage().data_ptr() for p in grid.parameters()}
+    stacked, loss, saved = stack([run.model]), SideLoss([run], device), {}
+    own = {p.untyped_storage().data_ptr() for p in stacked.parameters()}
 
     def note(x: Tensor) -> Tensor:
         saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
@@ -279,35 +337,37 @@ def step_bytes(run: GridRun, device: torch.device, precision: torch.dtype) -> in
 
     batch, shares = side_by_side([training_batch(run.data.train, run.settings, 0)])
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), autocast(device, precision):
-        loss(grid.train(), batch.to(device), shares.to(device)).sum()
-    return sum(n for place, n in saved.items() if place not in own) + sum(20 * p.numel() for p in trained(grid).values())
+        loss(stacked.train(), batch.to(device), shares.to(device)).sum()
+    return sum(n for place, n in saved.items() if place not in own) + sum(20 * p.numel() for p in trained(stacked).values())
 
 
-def score_starts(runs: list[GridRun], device: torch.device, precision: torch.dtype) -> None:
-    """Dev before the first step; runs that share their start and their examples are scored once."""
-    for first in {(id(run.model), id(run.data)): run for run in runs}.values():
-        dev = evaluate(first.model, first.data.dev, device, precision)
-        for run in runs:
-            if run.model is first.model and run.data is first.data:
-                enter(run, 0, None, dev, {k: p.detach() for k, p in trained(first.model).items()})
+# --- recycling, side by side ------------------------------------------------------------------------------------------
+
+def can_go_together(r: Recycling, mode: str) -> bool:
+    """Whether runs like this one can be trained side by side: not full deltas, which share no base, nor losses that cannot be stacked."""
+    return mode in TRAINED and r.config.kind != "full" and (mode not in NEEDS_TEACHER or can_be_stacked(r.distill))
 
 
-def score_runs(runs: list[GridRun], grid: Classifier, step: int, seen: list[tuple[float | None, int, bool]], device: torch.device,
-               precision: torch.dtype) -> None:
-    for k, (run, (loss, skipped, diverged), logits) in enumerate(
-            zip(runs, seen, predict(grid, [run.data.dev for run in runs], device, precision))):
-        run.result.skipped += skipped
-        if diverged:       # its gradient is its own: the others go on
-            run.result.diverged = step
-        else:
-            weights = {name: p.detach()[k] for name, p in trained(grid).items()}
-            enter(run, step, loss, metrics(logits, run.data.dev.targets), weights, skipped)
-
-
-def enter(run: GridRun, step: int, loss: float | None, dev: dict[str, float], weights: Weights, skipped: int = 0) -> None:
-    """Note an evaluation, and the weights (copied) where it is the best so far."""
-    run.result.curve.append((step, score(dev)))
-    run.rows.append({"step": step, "loss": loss, "dev": dev, **({"skipped": skipped} if skipped else {})})
-    if not run.result.dev or score(dev) > score(run.result.dev):
-        run.result.dev, run.result.best_step = dev, step
-        run.best = {k: w.clone() for k, w in weights.items()}
+def recycle_together(rs: list[Recycling], mode: str, limit: int = 0,
+                     graphs: bool = False) -> Iterator[tuple[Recycling, Classifier, TuneResult]]:
+    """rt.recycling.recycle for runs that differ in seed, examples, learning rate, alpha, beta and T alone, trained side by side on one
+    frozen base: the same results but for test, which is not scored. At most `limit` at once; 0: as many as fit into memory. Yields each
+    with its model as soon as its group is done; its on_eval is called then."""
+    for r in rs:
+        check(r, mode)
+    if not all(can_go_together(r, mode) for r in rs):
+        raise ValueError("full deltas, runs with gamma or itp and modes without training are not done side by side")
+    starts: dict[int, Classifier] = {}
+    teachers: dict[int, TeacherCache] = {}      # one for each sample of examples
+    runs = []
+    for r in rs:
+        if mode in NEEDS_TEACHER:
+            r.teacher = teachers[id(r.data)] = teachers.get(id(r.data)) or teacher_of(r)
+        if r.settings.seed not in starts:
+            starts[r.settings.seed] = MODES[mode].start(r)
+        runs.append(SideRun(starts[r.settings.seed], r.data, r.settings, MODES[mode].loss(r)))
+    place = {id(run): r for run, r in zip(runs, rs)}
+    for run in tune_in_groups(runs, limit, device=rs[0].device, precision=rs[0].precision, graphs=graphs, on_step=rs[0].on_step):
+        for row in run.rows:
+            place[id(run)].on_eval(row)
+        yield place[id(run)], reweighted(run.model, run.best), run.result

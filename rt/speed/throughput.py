@@ -23,7 +23,7 @@ def step_flops(config: EncoderConfig, lengths: list[int], predicted: int = 0, fr
     return config.num_layers * ((2.0 if frozen else 3.0) * linears + 3.0 * attention) + 3.0 * head
 
 
-class Pace:
+class Throughput:
     """What a bar says of the speed of a loop: count its batches, then str(pace). `world` ranks are taken to go as fast as this one."""
 
     def __init__(self, config: EncoderConfig, device: torch.device, precision: torch.dtype, frozen: bool = False, world: int = 1):

@@ -1,0 +1,74 @@
+"""To and from the formats of transformers and PEFT.
+
+    python -m rt.runs.convert import --tuned my-roberta-finetune --base FacebookAI/roberta-base --out runs/mine/delta
+    python -m rt.runs.convert export --base runs/demo/M1 --delta_dir runs/demo/deltas/M1-math-full-s0 --to hf --out exported
+
+import makes a delta of a model that was tuned elsewhere; export writes a base, or base + delta, for the libraries to load.
+"""
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from rt.errors import InputError
+from rt.formats.delta_files import save_delta
+from rt.formats.hf import export_hf
+from rt.formats.hub import open_base, open_delta
+from rt.formats.peft import export_peft
+from rt.runs.config import parse, record, run
+from rt.runs.results import open_best
+from rt.speed.dist import launched
+
+
+@dataclass
+class Import:
+    """python -m rt.runs.convert import --tuned MODEL --base BASE --out FOLDER [--labels no,yes] [--task NAME]"""
+    tuned: str  # a ...ForSequenceClassification model or a PEFT LoRA adapter tuned from --base, folder or hub id
+    base: str  # the base: checkpoint, Hugging Face folder or hub id
+    out: str  # folder to write the delta to
+    labels: tuple[str, ...] = ()  # names of its classes in the order of its outputs; default: its own
+    task: str | None = None  # what it was tuned on; the name or folder of a task
+
+
+@dataclass
+class Export:
+    """python -m rt.runs.convert export --base BASE --out FOLDER [--delta_dir DELTA] [--to hf|peft]"""
+    base: str  # the base: checkpoint, Hugging Face folder or hub id
+    out: str  # folder to write
+    delta_dir: str | None = None  # the delta; a folder of recycle.py: its best by dev, mean over seeds
+    to: Literal["hf", "peft"] = "hf"  # Hugging Face's format, the delta merged, or a LoRA adapter
+
+
+def import_delta(c: Import) -> None:
+    base, task = open_base(c.base), Path(c.task).name.split(".")[0] if c.task else None
+    delta = open_delta(c.tuned, base, c.labels, task)
+    save_delta(Path(c.out), replace(delta, info=delta.info | {"config": record(c), "argv": sys.argv}))
+    what = f"{len(delta.labels)} labels ({', '.join(delta.labels[:6])})" if delta.labels else "a regression"
+    print(f"{c.tuned}: a {delta.config.kind} delta of {c.base}, {what}; in {c.out}")
+
+
+def export_model(c: Export) -> None:
+    base = open_base(c.base)
+    delta = open_best(c.delta_dir, base) if c.delta_dir else None
+    if c.to == "hf":
+        print(f"{export_hf(Path(c.out), base, delta)} and AutoTokenizer load {c.out}")
+    elif delta is None:
+        raise InputError("--to peft needs --delta_dir: an adapter is a delta")
+    else:
+        print(f"PeftModel loads {c.out} on {export_peft(Path(c.out), base, c.base, delta)}")
+
+
+def main() -> None:
+    if launched() > 1:
+        raise InputError("rt.runs.convert is for one process: leave torchrun out")
+    way, *argv = sys.argv[1:] or [""]
+    if way == "import":
+        import_delta(parse(Import, argv))
+    elif way == "export":
+        export_model(parse(Export, argv))
+    else:
+        raise InputError(f"python -m rt.runs.convert import|export, not '{way}'; import --help and export --help say what each needs")
+
+
+if __name__ == "__main__":
+    run(main)
