@@ -21,6 +21,7 @@ of a model's projections.
 import sys
 import warnings
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -28,7 +29,7 @@ from bench import tune
 from bench.cases import cases, small
 from bench.measure import distance, evaluate, passes, timed, worst
 from bench.peers import PROBLEMS
-from bench.runner import DTYPES, Run, options
+from bench.runner import DTYPES, Run, RunFlags, options
 from bench.tables import label
 from rt.errors import InputError
 from rt.runs.config import run as run_script
@@ -37,19 +38,14 @@ from rt.speed.device import pick_device
 
 @dataclass
 class Config:
-    """The flags of `python -m bench.kernels`."""
-    json: str | None = None  # append a row for every measurement; with --tune, where the configurations go
-    only: tuple[str, ...] = ()  # kernels; default: all
+    only: tuple[Literal[tuple(PROBLEMS)], ...] = ()  # kernels; default: all
     peers: tuple[str, ...] = ()  # only peers whose name has one of these words; default: all
-    device: str = "auto"  # auto, cpu or cuda
-    dtype: str | None = None  # bf16, fp16 or fp32; default: bf16 on a GPU, fp32 elsewhere
-    budget: float = 540.0  # seconds; nothing new is started after them
-    quick: bool = False  # few samples; on a GPU only two cases of each kernel
-    resume: bool = False  # keep the rows of --json, and measure what is not there
-    table: str | None = None  # measure nothing, print the tables of this file
-    tune: bool = False  # search better rows of kernels/configs.py
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 on a GPU, fp32 elsewhere
+    run: RunFlags = RunFlags()
+    tune: bool = False  # search better rows of kernels/configs.py, which go to --json
 
 
+Config.__doc__ = __doc__
 SLOW_ON_CPU = ("compile", "flex", "liger", "graph", "flash varlen")     # minutes of compilation, or nothing but an error
 
 
@@ -123,21 +119,19 @@ class Bench:
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    c = options(Config, __doc__, PROBLEMS, argv)
+    c = options(Config, argv)
     if c is None:
         return
-    if c.tune and not c.json:
+    if c.tune and not c.run.json:
         raise InputError("--tune needs --json FILE, where the configurations go")
-    device = pick_device(c.device)
-    names = {name: dtype for dtype, name in DTYPES.items()}
-    dtype = c.dtype or ("bf16" if device.type == "cuda" else "fp32")
-    if dtype not in names:
-        raise InputError(f"--dtype {dtype}: not one of {', '.join(names)}")
+    device = pick_device(c.run.device)
+    name = c.dtype if c.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"
+    dtype = next(dtype for dtype, short in DTYPES.items() if short == name)
     if c.tune:
-        tune.tune(c, device, names[dtype])
+        tune.tune(c.run, c.only or tuple(PROBLEMS), device, dtype)
         return
-    run = Run(c, "bench.kernels", argv, device, (names[dtype],))
-    run.measure_all(cases(run.cuda, c.only, c.quick), Bench(run, names[dtype], c.peers).measure)
+    run = Run(c.run, "bench.kernels", argv, (dtype,))
+    run.measure_all(cases(run.cuda, c.only, c.run.quick), Bench(run, dtype, c.peers).measure)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.problem import Impl
+from rt.speed.graphs import warm_up
 
 MiB = 2**20
 
@@ -58,13 +59,7 @@ def peak(step: Callable, before: int) -> float:
 
 def captured(step: Callable, clear: Callable = lambda: None) -> torch.cuda.CUDAGraph:
     """`step` as a CUDA graph; `clear` forgets what a run before the capture has left."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-            clear()
-    torch.cuda.current_stream().wait_stream(side)
+    warm_up(step, clear, torch.device("cuda"))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()

@@ -15,22 +15,32 @@ Sequences are of uneven length, up to 128 tokens. Cases:
 Fields of a row: bench/steps.py. On a GPU "+graphs" replays forward and backward as a CUDA graph.
 """
 import sys
+from dataclasses import dataclass
 from functools import partial
-from typing import Callable
+from typing import Callable, Literal
 
 import torch
 
 from bench.roberta import LABELS, classifier_loss, our_classifier, peer, peer_state, stand_in_base
-from bench.steps import Config, Impl, Problem, Step, Where, agreement, main, sizes_of
+from bench.runner import RunFlags
+from bench.steps import Impl, Problem, Step, StepFlags, Where, agreement, main, sizes_of
 from bench.train import labelled_batch, peers, uneven
 from rt.data import Encoded
 from rt.deltas import attach
 from rt.kinds import KINDS, DeltaConfig
-from rt.losses import Loss, run_teacher
+from rt.losses import DistillConfig, Loss, run_teacher
 from rt.model import Batch, Classifier
 from rt.runs.config import run
 
-ALPHA, BETA, T = 0.7, 1.0, 5.0      # recycle.py's
+
+@dataclass
+class Config:
+    only: tuple[Literal["distill", "frozen", "peft"], ...] = ()  # kinds of cases; default: all
+    run: RunFlags = RunFlags()
+    steps: StepFlags = StepFlags()
+
+
+Config.__doc__ = __doc__
 
 
 def batch_of(case: dict, where: Where) -> Batch:
@@ -55,7 +65,7 @@ def distill(case: dict, where: Where) -> Problem:
     teacher = run_teacher(attach(old_base, delta, LABELS, seed=1), Encoded(ids, batch.labels.cpu(), truncated=0), where.device,
                           where.precision)
     student = partial(attach, base, delta, LABELS, seed=0)
-    taught = Loss(teacher=teacher, alpha=ALPHA, beta=BETA, T=T)
+    taught = Loss(teacher=teacher, config=DistillConfig())
     return problem(case, where, batch, {"plain": (student, Loss()), "distill": (student, taught)}, "plain")
 
 
@@ -92,11 +102,12 @@ PROBLEMS = {"distill": distill, "frozen": frozen, "peft": peft}      # a functio
 
 def cases(c: Config, cuda: bool) -> list[dict]:
     """The most important first."""
-    S, counts = (16, (4, 8)) if c.quick else (128, (16, 128))
+    S, counts = (16, (4, 8)) if c.run.quick else (128, (16, 128))
     kinds = [{"case": "distill", "delta": "full"}, {"case": "distill", "delta": "adapter"}, {"case": "frozen"}, {"case": "peft"}]
+    kinds = [kind for kind in kinds if not c.only or kind["case"] in c.only]
     return [{"bench": "recycle", "case": kind["case"], "size": size, **kind, "sequences": B, "tokens": B * S // 2, "S": S, "dropout": p}
-            for size in sizes_of(c, cuda) for p in c.dropouts[:1] for B in counts for kind in kinds if kind["case"] in (c.only or PROBLEMS)]
+            for size in sizes_of(c, cuda) for p in c.steps.dropouts[:1] for B in counts for kind in kinds]
 
 
 if __name__ == "__main__":
-    run(lambda: main("bench.recycle", __doc__, PROBLEMS, cases, sys.argv[1:]))
+    run(lambda: main(Config, "bench.recycle", PROBLEMS, cases, sys.argv[1:]))

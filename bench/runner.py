@@ -8,9 +8,10 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, Callable, NoReturn, TypeVar
+from typing import Callable, NoReturn, TypeVar
 
 import torch
 
@@ -18,7 +19,9 @@ from bench.machine import commit, device_name, environment, version
 from bench.measure import sample
 from bench.tables import label, read, tables
 from rt.errors import InputError
-from rt.runs.config import parse, require_positive
+from rt.limits import Positive
+from rt.runs.config import parse
+from rt.speed.device import pick_device
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 C = TypeVar("C")        # the flags of a benchmark
@@ -28,29 +31,35 @@ class Broken(BaseException):
     """The CUDA context is gone, and with it everything this process could still measure. Not an Exception: no failing case catches it."""
 
 
-def options(cls: type[C], doc: str, kinds: dict[str, Any], argv: list[str]) -> C | None:
-    """The flags of a benchmark, or None if --table has printed what there was to print. `kinds`: the choices of --only. A `cls` has the
-    flags json, only, budget, resume, quick and table."""
-    cls.__doc__ = doc       # the beginning of --help
+@dataclass(frozen=True)
+class RunFlags:
+    """The flags of every benchmark."""
+    json: str | None = None  # append a row for every measurement
+    resume: bool = False  # keep the rows of --json, and measure what is not there
+    budget: Positive = 480.0  # seconds; nothing is begun that would not end before
+    quick: bool = False  # few and small cases, few samples: to see that it runs
+    device: str = "auto"  # auto, cpu or cuda
+    table: str | None = None  # measure nothing, print the tables of this file
+
+
+def options(cls: type[C], argv: list[str]) -> C | None:
+    """The flags of a benchmark, whose `run` are RunFlags; None if --table has printed what there was to print."""
     c = parse(cls, argv)
-    require_positive(c, "budget")
-    wrong = next((kind for kind in c.only if kind not in kinds), None)
-    if wrong:
-        raise InputError(f"--only {wrong}: not one of {', '.join(kinds)}")
-    if c.resume and not c.json:
+    if c.run.resume and not c.run.json:
         raise InputError("--resume needs the rows of --json FILE")
-    if not c.table:
+    if not c.run.table:
         return c
-    if not Path(c.table).is_file():
-        raise InputError(f"{c.table}: there is no such file; --table prints what --json FILE wrote")
-    print(tables(read(c.table)))
+    if not Path(c.run.table).is_file():
+        raise InputError(f"{c.run.table}: there is no such file; --table prints what --json FILE wrote")
+    print(tables(read(c.run.table)))
     return None
 
 
 class Run:
     """Where a run takes place, what it has measured so far, and until when it may begin more."""
 
-    def __init__(self, c: Any, script: str, argv: list[str], device: torch.device, dtypes: tuple[torch.dtype, ...]):
+    def __init__(self, c: RunFlags, script: str, argv: list[str], dtypes: tuple[torch.dtype, ...]):
+        device = pick_device(c.device)
         self.script, self.argv, self.quick, self.device, self.dtypes = script, argv, c.quick, device, dtypes
         self.cuda = device.type == "cuda"
         self.deadline, self.longest = time.monotonic() + c.budget, 0.0

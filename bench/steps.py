@@ -19,35 +19,27 @@ import random
 import time
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Callable, NamedTuple
+from typing import Any, Callable, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bench.measure import MiB, captured, peak, sample, spread
 from bench.runner import DTYPES, Run, options
-from rt.errors import InputError
+from rt.limits import Positive, PositiveInt, ShareBelowOne
 from rt.model import PRESETS, EncoderConfig
 from rt.optim import adamw, autocast
-from rt.runs.config import require_positive
 from rt.speed.device import bf16_is_fast, pick_device
 
 
-@dataclass
-class Config:
-    """The flags of `python -m bench.train` and `python -m bench.recycle`."""
-    json: str | None = None  # append a row for every implementation of every case
-    sizes: tuple[str, ...] = ()  # presets; default: small and mini; on a GPU base before them
-    only: tuple[str, ...] = ()  # kinds of cases; default: all
-    dropouts: tuple[float, ...] = (0.1, 0.0)  # of embeddings, residuals, attention and head, in ours and in the peers
-    device: str = "auto"  # auto, cpu or cuda
-    vocab: int | None = None  # words; default: 8192 for tiny and mini, 50265 for the others
-    budget: float = 480.0  # seconds; no case is begun that would not end before
-    case_seconds: float = 20.0  # timing a case ends after so many seconds and 5 rounds, or after 25 rounds
+@dataclass(frozen=True)
+class StepFlags:
+    """The flags that bench.train and bench.recycle share."""
+    sizes: tuple[Literal[tuple(PRESETS)], ...] = ()  # presets; default: small and mini; on a GPU base before them
+    dropouts: tuple[ShareBelowOne, ...] = (0.1, 0.0)  # of embeddings, residuals, attention and head, in ours and in the peers
+    vocab: PositiveInt | None = None  # words; default: 8192 for tiny and mini, 50265 for the others
+    case_seconds: Positive = 20.0  # timing a case ends after so many seconds and 5 rounds, or after 25 rounds
     compile: bool = False  # torch.compile on a CPU too, a minute or more each; on a GPU always
-    resume: bool = False  # keep the rows of --json, and measure the cases that are not there
-    quick: bool = False  # the tiny preset, a few tokens, three rounds: to see that it runs
-    table: str | None = None  # measure nothing, print the tables of this file
 
 
 @dataclass(frozen=True)
@@ -223,28 +215,21 @@ class Bench:
                          memory[name] | problem.facts)
 
 
-def start(c: Config, script: str, argv: list[str], problems: dict[str, Callable]) -> Bench:
-    """The run that the flags ask for."""
-    device = pick_device(c.device)
-    where = Where(device, bf16_is_fast(device), c.compile or device.type == "cuda", c.vocab)
-    return Bench(Run(c, script, argv, device, where.dtypes), where, problems, c.case_seconds)
+def start(c: Any, script: str, argv: list[str], problems: dict[str, Callable]) -> Bench:
+    """The run that the flags ask for: `c` has RunFlags (`run`) and StepFlags (`steps`)."""
+    device = pick_device(c.run.device)
+    where = Where(device, bf16_is_fast(device), c.steps.compile or device.type == "cuda", c.steps.vocab)
+    return Bench(Run(c.run, script, argv, where.dtypes), where, problems, c.steps.case_seconds)
 
 
-def sizes_of(c: Config, cuda: bool) -> tuple[str, ...]:
-    return c.sizes or (("tiny",) if c.quick else ("base", "small", "mini") if cuda else ("small", "mini"))
+def sizes_of(c: Any, cuda: bool) -> tuple[str, ...]:
+    return c.steps.sizes or (("tiny",) if c.run.quick else ("base", "small", "mini") if cuda else ("small", "mini"))
 
 
-def main(script: str, doc: str, problems: dict[str, Callable[[dict, Where], Problem]], cases: Callable[[Config, bool], list[dict]],
+def main(cls: type, script: str, problems: dict[str, Callable[[dict, Where], Problem]], cases: Callable[[Any, bool], list[dict]],
          argv: list[str]) -> None:
-    """A benchmark's command line: `python -m SCRIPT` with the flags of Config. `cases` of (flags, whether there is a GPU)."""
-    c = options(Config, doc, problems, argv)
-    if c is None:
-        return
-    require_positive(c, "vocab")
-    wrong = next((size for size in c.sizes if size not in PRESETS), None)
-    if wrong:
-        raise InputError(f"--sizes {wrong}: not one of {', '.join(PRESETS)}")
-    if any(not 0 <= p < 1 for p in c.dropouts):
-        raise InputError(f"--dropouts {','.join(map(str, c.dropouts))}: each must be at least 0 and below 1")
-    bench = start(c, script, argv, problems)
-    bench.run.measure_all(cases(c, bench.where.cuda), bench.measure)
+    """The command line of a benchmark: `python -m SCRIPT` with the flags of `cls`. `cases` of (flags, whether there is a GPU)."""
+    c = options(cls, argv)
+    if c is not None:
+        bench = start(c, script, argv, problems)
+        bench.run.measure_all(cases(c, bench.where.cuda), bench.measure)

@@ -19,8 +19,9 @@ which the library does not offer but anybody can write; "eager" is the library's
 dropped. Fields of a row: bench/steps.py.
 """
 import sys
+from dataclasses import dataclass
 from functools import partial
-from typing import Callable
+from typing import Callable, Literal
 
 import numpy as np
 import torch
@@ -37,17 +38,28 @@ from bench.roberta import (
     peer,
     peer_state,
 )
-from bench.steps import Config, Impl, Problem, Step, Where, agreement, main, sizes_of
+from bench.runner import RunFlags
+from bench.steps import Impl, Problem, Step, StepFlags, Where, agreement, main, sizes_of
 from rt.data import Corpus, Masker, Rows, sequences_batch
 from rt.kinds import DeltaConfig
 from rt.losses import Loss
 from rt.model import Batch, EncoderConfig
 from rt.pretrain import mlm_loss
 from rt.runs.config import run
-from rt.speed.graphs import compile_blocks
+from rt.speed.graphs import compiled
 from rt.speed.throughput import step_flops
 
 MASK_RATE = 0.3     # train.py's
+
+
+@dataclass
+class Config:
+    only: tuple[Literal["dense", "ragged", "ragged mlm"], ...] = ()  # kinds of cases; default: all
+    run: RunFlags = RunFlags()
+    steps: StepFlags = StepFlags()
+
+
+Config.__doc__ = __doc__
 
 
 # ---------------------------------------------------------------- batches
@@ -95,9 +107,11 @@ def ours(where: Where, build: Callable[[], tuple[nn.Module, Callable[[], Tensor]
     """The product's step by `build`, which makes a model on the device and the function that runs it to its loss."""
     def step(precision: torch.dtype, compile: bool, graph: bool) -> Step:
         model, loss = build()
-        if compile:
-            compile_blocks(model.encoder.layers, where.device)
-        return Step(model, loss, precision, graph)
+        blocks = compiled(model.encoder.layers if compile else (), where.device)
+        blocks.__enter__()      # as long as the step lives
+        step = Step(model, loss, precision, graph)
+        step.blocks = blocks
+        return step
 
     out = {}
     for graph in (False, True) if where.cuda else (False,):
@@ -201,13 +215,15 @@ PROBLEMS = {"dense": masked_lm, "ragged": ragged, "ragged mlm": masked_lm}
 
 def cases(c: Config, cuda: bool) -> list[dict]:
     """The most important first: large batches and every dropout of the first size, then of the next."""
-    S = 32 if c.quick else 512 if cuda else 128
-    tokens = {"dense": (256,) if c.quick else (16384, 32768) if cuda else (1024,),
-              "ragged": (128,) if c.quick else (16384, 4096) if cuda else (1024, 2048),
-              "ragged mlm": (16384,) if cuda and not c.quick else ()}
+    quick = c.run.quick
+    S = 32 if quick else 512 if cuda else 128
+    tokens = {"dense": (256,) if quick else (16384, 32768) if cuda else (1024,),
+              "ragged": (128,) if quick else (16384, 4096) if cuda else (1024, 2048),
+              "ragged mlm": (16384,) if cuda and not quick else ()}
     return [{"bench": "train", "case": kind, "size": size, "tokens": tokens[kind][n], "S": S, "dropout": p}
-            for n in range(2) for size in sizes_of(c, cuda) for kind in c.only or PROBLEMS for p in c.dropouts if n < len(tokens[kind])]
+            for n in range(2) for size in sizes_of(c, cuda) for kind in c.only or PROBLEMS if n < len(tokens[kind])
+            for p in c.steps.dropouts]
 
 
 if __name__ == "__main__":
-    run(lambda: main("bench.train", __doc__, PROBLEMS, cases, sys.argv[1:]))
+    run(lambda: main(Config, "bench.train", PROBLEMS, cases, sys.argv[1:]))

@@ -4,7 +4,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Iterator
 
 import torch
 
@@ -12,6 +12,7 @@ from bench import cases
 from bench.measure import distance, evaluate, passes, timed, worst
 from bench.peers import PROBLEMS
 from bench.problem import Impl
+from bench.runner import RunFlags
 from kernels import configs
 
 CANDIDATES = {      # by the number of numbers in a row: two tile sizes, warps, stages; columns, warps
@@ -60,8 +61,8 @@ def fastest(impl: Impl, which: str, table: dict, key: tuple, name: str, cuda: bo
     return best and best[1]
 
 
-def tune(c: Any, device: torch.device, dtype: torch.dtype) -> None:
-    """Write {kernel: {"ARCH SIZE BITS": row}} after every search, so that a stop leaves what was found. `c`: the flags of bench.kernels."""
+def tune(c: RunFlags, only: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> None:
+    """Write {kernel: {"ARCH SIZE BITS": row}} after every search, so that a stop leaves what was found."""
     os.environ.pop("RT_CONFIGS", None)      # it would overrule the candidates
     path, cuda, end = Path(c.json), device.type == "cuda", time.monotonic() + c.budget
     out = json.loads(path.read_text()) if c.resume and path.exists() else {}
@@ -69,7 +70,7 @@ def tune(c: Any, device: torch.device, dtype: torch.dtype) -> None:
         bits = 32 if kernel == "linear_loss" else 8 * dtype.itemsize      # its logits are always fp32
         key, table = (configs.architecture(device), size, bits), configs.TABLE.get(kernel, {})
         place = " ".join(map(str, key))
-        wanted = case["kernel"] in (c.only or PROBLEMS) and key in table and place not in out.get(kernel, {})
+        wanted = case["kernel"] in only and key in table and place not in out.get(kernel, {})
         if not wanted or time.monotonic() > end:
             continue
         impl = PROBLEMS[case["kernel"]](case, device, dtype).impls[name]()

@@ -165,8 +165,8 @@ def test_a_ratio_stands_beside_the_case_that_it_is_of():
 # ---------------------------------------------------------------- a run, and what a GPU would come to
 
 def bench(path=None, cuda: bool = False, **more) -> kernels.Bench:
-    c = kernels.Config(json=path and str(path), quick=True, **{"budget": 60.0} | more)
-    run = runner.Run(c, "bench.kernels", ["--resume"] if c.resume else [], torch.device("cpu"), (torch.float32,))
+    flags = runner.RunFlags(json=path and str(path), quick=True, device="cpu", **{"budget": 60.0} | more)
+    run = runner.Run(flags, "bench.kernels", ["--resume"] if flags.resume else [], (torch.float32,))
     run.cuda, run.limits = cuda, lambda: {torch.float32: 1.0}
     return kernels.Bench(run, torch.float32, ("eager",))
 
@@ -261,7 +261,7 @@ def test_tuning_writes_what_rt_configs_reads(monkeypatch, tmp_path, capsys):
                                                          "ours", "forward"), ("no such kernel", 32, cases.kd(8, 5), "ours", "both")])
     shipped = dict(configs.TABLE["attention_forward"])
     path = tmp_path / "configs.json"
-    tune.tune(kernels.Config(json=str(path), tune=True, quick=True), torch.device("cpu"), torch.float32)
+    tune.tune(runner.RunFlags(json=str(path), quick=True), tuple(peers.PROBLEMS), torch.device("cpu"), torch.float32)
     assert "(0, 32, 4, 1): " in capsys.readouterr().out and configs.TABLE["attention_forward"] == shipped
     found = json.loads(path.read_text())
     assert list(found) == ["attention_forward"] and list(found["attention_forward"]) == ["80 -32 32"]

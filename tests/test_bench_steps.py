@@ -104,7 +104,7 @@ def test_peft_has_our_loss(outputs):
 def test_the_table_of_a_file_is_what_was_printed(outputs, tmp_path, capsys):
     for name, (rows, printed) in outputs.items():
         (tmp_path / name).write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"half a ro')
-        steps.main(f"bench.{name}", "", {}, None, ["--table", str(tmp_path / name)])
+        steps.main(train.Config, f"bench.{name}", {}, None, ["--table", str(tmp_path / name)])
         assert capsys.readouterr().out == printed
         assert printed.index("ms / ms of") < printed.index("figures")
         assert all(len({line.count("|") for line in block.splitlines() if line.startswith("|")}) <= 1 for block in printed.split("\n\n"))
@@ -115,7 +115,7 @@ def test_the_table_of_a_file_is_what_was_printed(outputs, tmp_path, capsys):
     (("--dropouts", "1"), "below 1"), (("--table", "no such file"), "no such file"), (("--budget", "0"), "above zero")])
 def test_bad_flags_are_told(flags, told):
     with pytest.raises(InputError, match=told):
-        steps.main("bench.train", train.__doc__, train.PROBLEMS, train.cases, [*QUICK, *flags])
+        steps.main(train.Config, "bench.train", train.PROBLEMS, train.cases, [*QUICK, *flags])
 
 
 def test_a_usage_error_ends_with_2():
@@ -150,8 +150,8 @@ def cases_of(*sizes: str) -> list[dict]:
 
 
 def bench(tmp_path, names=("ours", "broken", "hf"), **flags) -> steps.Bench:
-    c = steps.Config(json=str(tmp_path / "rows.jsonl"), device="cpu", quick=True, **flags)
-    return steps.start(c, "bench.train", ["--resume"] if c.resume else [], made_up(names))
+    run = runner.RunFlags(json=str(tmp_path / "rows.jsonl"), device="cpu", quick=True, **flags)
+    return steps.start(train.Config(run=run), "bench.train", ["--resume"] if run.resume else [], made_up(names))
 
 
 def measured(here: steps.Bench, todo: list[dict]) -> list[dict]:
@@ -243,7 +243,7 @@ def test_compilation_that_fails_is_told(monkeypatch, tmp_path):
     def no(*arguments, **more):
         raise RuntimeError("no compiler")
     monkeypatch.setattr(torch, "compile", no)
-    c = steps.Config(device="cpu", quick=True, compile=True, only=("ragged",), dropouts=(0.0,))
+    c = train.Config(("ragged",), runner.RunFlags(device="cpu", quick=True), steps.StepFlags(compile=True, dropouts=(0.0,)))
     rows = measured(steps.start(c, "bench.train", [], train.PROBLEMS), train.cases(c, cuda=False))
     failed = {r["impl"] for r in rows if "no compiler" in r.get("failed", "")}
     assert failed == {"ours +compile", "hf +compile"} and {"ours", "hf"} <= timed(rows).keys()
@@ -276,8 +276,7 @@ def test_a_padded_peer_sees_the_same_tokens_and_both_of_its_losses_are_one():
 
 
 def test_on_a_gpu_base_comes_first_with_every_implementation():
-    c = steps.Config()
-    todo = train.cases(c, cuda=True)
+    todo = train.cases(train.Config(), cuda=True)
     assert todo[0] == {"bench": "train", "case": "dense", "size": "base", "tokens": 16384, "S": 512, "dropout": 0.1}
     assert len({json.dumps(case) for case in todo}) == len(todo) and {case["case"] for case in todo} == set(train.PROBLEMS)
     assert all(case["tokens"] % (8 * case["S"]) == 0 for case in todo if case["case"] == "dense")
@@ -285,7 +284,7 @@ def test_on_a_gpu_base_comes_first_with_every_implementation():
     assert list(train.ours(where, None, 0.0)) == ["ours", "ours +compile", "ours +graphs", "ours +compile +graphs"]
     hf = train.transformers_peers(where, EncoderConfig(9), None, "RobertaForMaskedLM", None, 0.0)
     assert {"hf +compile", "hf predicted rows +compile", "hf fp32"} <= hf.keys() and "hf eager" not in hf
-    assert [case["sequences"] for case in recycle.cases(c, cuda=True)].count(128) == 12
+    assert [case["sequences"] for case in recycle.cases(recycle.Config(), cuda=True)].count(128) == 12
 
 
 @pytest.mark.gpu

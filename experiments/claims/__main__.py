@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -24,7 +25,8 @@ from experiments.claims import report, runs
 from experiments.claims.plan import SCALES, Run, phases, searched
 from experiments.claims.rows import GrowingRows
 from rt.errors import InputError
-from rt.runs.config import parse, require_positive, run
+from rt.limits import Positive, PositiveInt
+from rt.runs.config import parse, run
 from rt.runs.log import progress, table
 from rt.speed.device import pick_device, pick_precision
 
@@ -35,11 +37,11 @@ RATELESS = ("apply", "walk", "heads", "distance")       # nothing is trained, or
 class Config:
     """python -m experiments.claims --data DIR [--flag value ...]"""
     data: str | None = None  # folder with corpora/ and tasks/
-    preset: str = "mini"  # mini, small, base (tiny: to try the script out)
+    preset: Literal[tuple(SCALES)] = "mini"  # tiny (to try the script out), mini, small or base
     device: str = "auto"  # auto, cpu or cuda
-    precision: str = "auto"  # auto: bf16 where the device does it fast, else fp32
-    jobs: int | None = None  # runs side by side; default: one a core on a CPU (each on one thread), one on a GPU
-    budget: float | None = None  # seconds; nothing new begins after them. Default: until all is done
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 if the device does it fast, else fp32
+    jobs: PositiveInt | None = None  # runs side by side; default: one a core on a CPU (each on one thread), one on a GPU
+    budget: Positive | None = None  # seconds; nothing new begins after them. Default: until all is done
     only: tuple[str, ...] = ()  # parts (bases, tuned, few, ...) to do; default: all
     home: str = "runs/claims"  # bases and deltas
     results: str = "results/claims"  # rows, and the report
@@ -49,9 +51,6 @@ class Config:
 
 def main() -> None:
     c = parse(Config, sys.argv[1:])
-    if c.preset not in SCALES:
-        raise InputError(f"--preset {c.preset}: not one of {', '.join(SCALES)}")
-    require_positive(c, "jobs", "budget")
     if c.report:
         print(report.write(Path(c.results)))
         return

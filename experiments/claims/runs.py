@@ -14,7 +14,7 @@ import torch
 
 from experiments.claims.plan import DOMAINS, UPGRADES, Run, Scale
 from rt import analysis, transport
-from rt.data import Encoded, Task, few_shot
+from rt.data import Encoded, Task, TaskData, encode_task, few_shot
 from rt.deltas import Base, Delta, apply, attach, extract
 from rt.errors import InputError
 from rt.formats.delta_files import load_delta, save_delta
@@ -22,10 +22,10 @@ from rt.formats.files import read_json
 from rt.formats.hub import open_base
 from rt.formats.tasks import load_task
 from rt.kinds import DeltaConfig
-from rt.losses import Loss, weights_of
+from rt.losses import DistillConfig, Loss, weights_of
 from rt.model import Classifier
 from rt.recycling import Recycling, chain, recycle
-from rt.tune import TaskData, TuneResult, TuneSettings, chance, encode_task, evaluate, score, tune
+from rt.tune import TuneResult, TuneSettings, chance, evaluate, score, tune
 
 ALPHA, BETA, T = 0.7, 1.0, 5.0      # of every arm with a teacher
 GAMMA, ITP = 1.0, 2                 # of the arms beyond them
@@ -178,7 +178,7 @@ def tuned(study: Study, run: Run, rates: tuple[float, ...]) -> list[dict]:
 
     def train(lr: float, blind: TaskData) -> tuple[Classifier, TuneResult]:
         model = attach(base, config, data.num_outputs, run.seed)
-        return model, tune(model, blind, Loss(), study.settings(run, lr), **study.where, what=f"{run.base} {run.task}")
+        return model, tune(model, blind, Loss(), study.settings(run, lr), **study.where)
 
     model, rows = best_of(study, data, rates, train)
     about = {"task": run.task, "labels": list(data.labels), "seed": run.seed}
@@ -190,7 +190,7 @@ def recycling(study: Study, run: Run, data: TaskData, old_delta: Delta, base: st
     """The old delta on its own base and `base`, as recycle.py would put them together; the rate is still to be set."""
     beyond = {"gamma": {"gamma": GAMMA, "att_layers": "all"}, "itp": {"itp": ITP}}.get(run.variant, {})
     return Recycling(study.base(run.old_base), old_delta, study.base(base), data, DeltaConfig(run.kind), study.settings(run, 0.0),
-                     ALPHA, BETA, T, False, **study.where, **beyond)
+                     DistillConfig(ALPHA, BETA, T, **beyond), **study.where)
 
 
 def applied(study: Study, run: Run, rates: tuple[float, ...]) -> list[dict]:
@@ -257,20 +257,19 @@ def projected(study: Study, run: Run, rates: tuple[float, ...]) -> list[dict]:
     """A projection learned on the source tasks, chosen on their dev; then this task's delta through it, nothing trained."""
     base, old_base = study.base(run.base), study.base(run.old_base)
     sources = [(study.delta(run, run.old_base, name), study.task(run, base, name)) for name in run.source.split(",")]
-    learned, target = [], study.delta(run, run.old_base)
-    for lr in rates:
-        curve: list[dict] = []
-        learned.append((transport.learn_projection(
-            old_base, base, [(d, replace(t, test=None)) for d, t in sources], study.settings(run, lr), r=16, granularity="auto",
-            residual=run.variant == "residual", alpha=ALPHA, beta=BETA, T=T, public_code=False, **study.where, on_eval=curve.append,
-            with_head=len({target.num_outputs, *(d.num_outputs for d, _ in sources)}) == 1), max(score(row["dev"]) for row in curve)))
-    best = max(range(len(rates)), key=lambda i: learned[i][1])
-    data, projection = study.task(run, base), learned[best][0]
+    target = study.delta(run, run.old_base)
+    with_head = len({target.num_outputs, *(d.num_outputs for d, _ in sources)}) == 1
+    blind = [(delta, replace(task, test=None)) for delta, task in sources]
+    learned = [transport.learn_projection(old_base, base, blind, study.settings(run, lr), DistillConfig(ALPHA, BETA, T), r=16,
+                                          granularity="auto", residual=run.variant == "residual", with_head=with_head, **study.where)
+               for lr in rates]
+    best = max(range(len(rates)), key=lambda i: score(learned[i].dev))
+    data, projection = study.task(run, base), learned[best]
 
     def scored(delta: Delta) -> dict:
         return evaluate(apply(base, transport.project(projection, delta), stale_ok=True), data.test, **study.where)
 
-    rows = [{"lr": lr, "chosen": i == best, "source_dev": learned[i][1]} for i, lr in enumerate(rates)]
+    rows = [{"lr": lr, "chosen": i == best, "source_dev": score(learned[i].dev)} for i, lr in enumerate(rates)]
     # what the map says of a delta of zeros shows how much of the score is the task's own
     rows[best] |= {"test": scored(target), "test_of_zeros": scored(0.0 * target if projection.with_head else replace(
         0.0 * target, head=target.head))}
