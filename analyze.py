@@ -87,7 +87,8 @@ def main() -> None:
         make_deterministic()
     record(c)       # so that a value that cannot be recorded is refused now rather than at the end
     out = Path(c.out or f"runs/analyze/{c.study}")
-    check_overwritable(out, {"rows.jsonl", "summary.json", FIGURES, *(f"{name}.{end}" for name in figures_of(c.study, []) for end in ("png", "svg"))})
+    drawn = {f"{name}.{ending}" for name in figures_of(c.study, []) for ending in ("png", "svg")}
+    check_overwritable(out, {"rows.jsonl", "summary.json", FIGURES, *drawn})
     with locked(out):
         run_study(c, out)
 
