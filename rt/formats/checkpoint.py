@@ -122,7 +122,7 @@ def build(make: Callable[[EncoderConfig], nn.Module], config: EncoderConfig, sta
         if state[name].shape != expected[name].shape or not state[name].is_floating_point():
             raise misfit(f"{name} is {state[name].dtype} {tuple(state[name].shape)}, not {tuple(expected[name].shape)}")
     module = make(config)
-    load_strict(module, state, source)
+    load_strict(module, state, str(source))
     return module
 
 

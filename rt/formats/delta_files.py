@@ -13,7 +13,7 @@ from rt.errors import InputError
 from rt.formats.atomic import atomic_folder, check_seal, found, seal
 from rt.formats.checkpoint import read_tensors, versions
 from rt.formats.files import FIGURES, read_json
-from rt.formats.untrusted import check_label
+from rt.formats.untrusted import check_label, shaped
 from rt.kinds import DeltaConfig
 
 OF_THE_RUN = ("metrics.jsonl", "summary.json")      # of the run that learned the delta
@@ -61,7 +61,9 @@ def load_delta(folder: Path) -> Delta:
         raise InputError(f"{source}: does not say what base and labels the delta belongs to")
     if not isinstance(facts.get("target_modules", []), list):
         raise InputError(f"{source}: target_modules is no list")
-    config = DeltaConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items() if k in DeltaConfig.__dataclass_fields__})
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items() if k in DeltaConfig.__dataclass_fields__}
+    with shaped(source, "its settings are not those of a delta"):
+        config = DeltaConfig(**settings).check()
     parts: dict[str, dict] = {part: {} for part in PARTS}
     for name, tensor in read_tensors(weights).items():
         part, _, rest = name.partition(".")

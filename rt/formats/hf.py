@@ -70,9 +70,11 @@ def head_names(config: EncoderConfig, modules: dict[str, dict[str, str]]) -> dic
 
 def plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """float32 tensors, without the model's name in front, and with BERT's old names of layer norms made new."""
-    return {name.removeprefix("roberta.").removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight")
-            .replace("LayerNorm.beta", "LayerNorm.bias"): tensor.float() if tensor.is_floating_point() else tensor
-            for name, tensor in weights.items()}
+    def plain(name: str) -> str:
+        name = name.removeprefix("roberta.").removeprefix("bert.")
+        return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+
+    return {plain(name): tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
 
 
 # --- in ---------------------------------------------------------------------------------------------------------------
@@ -171,7 +173,7 @@ def import_tuned(folder: Path, base: Base, labels: tuple[str, ...] = (), task: s
     head = head_state(weights, config, CLASSIFIERS)
     if head is None:
         raise InputError(f"{folder}: has no head for sequence classification ({', '.join(CLASSIFIERS[family(config)].values())})")
-    check_head(head, config.hidden_size, folder)
+    check_head(head, config.hidden_size, str(folder))
     labels = class_names(facts, len(head["out.bias"]), labels, folder)
     theirs = dict(base.encoder.named_parameters())
     diffs = {name: p.detach() - theirs[name].detach().cpu() for name, p in encoder.named_parameters()}

@@ -51,7 +51,7 @@ def import_lora(folder: Path, base: Base, labels: tuple[str, ...] = (), task: st
     r = facts["r"]
     scaling = facts["lora_alpha"] / (math.sqrt(r) if facts.get("use_rslora") else r)
     head = head_of(base, factors, saved, scaling, weights)
-    check_head(head, base.encoder.config.hidden_size, weights)
+    check_head(head, base.encoder.config.hidden_size, str(weights))
     modules, targets = layers_of(base, factors, r, weights)
     if not labels and (folder / "labels.json").is_file():
         kept = read_json(folder / "labels.json").get("labels", [])
