@@ -20,6 +20,7 @@ from rt.formats.files import FIGURES, read_json, read_rows, write_json
 from rt.kinds import DeltaConfig
 from rt.model import MaskedLM
 from rt.report import figures
+from rt.report.rows import group, interval
 
 FLAGS = ("--seq_len", "32", "--device", "cpu", "--precision", "fp32")
 
@@ -86,7 +87,7 @@ def test_compatibility_follows_the_lineage(home):
 def test_connectivity_walks_to_every_later_base_and_to_the_independent_one(home):
     said, rows, summary = study(home, "connectivity", "--independent", home / "ind" / "M0", "--points", "5", "--curve",
                                 "--curve_steps", "3", how=command)
-    paths = figures.group(rows, "pair", "path")
+    paths = group(rows, "pair", "path")
     assert list(paths) == [(pair, path) for pair in ("M0-M1", "M0-M2", "M0-IND") for path in ("linear", "curve")]
     assert all([row["mu"] for row in path] == [0, 0.25, 0.5, 0.75, 1] for path in paths.values())
     starts = [path[0]["loss"] for path in paths.values()]
@@ -185,10 +186,10 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, words, home):
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 def test_an_interval_is_that_of_students_t():
-    assert figures.interval([0.5]) == (0.5, 0.0)
-    mean, half = figures.interval([1.0, 2.0, 3.0])
+    assert interval([0.5]) == (0.5, 0.0)
+    mean, half = interval([1.0, 2.0, 3.0])
     assert mean == 2.0 and half == pytest.approx(4.303 / math.sqrt(3))
-    assert figures.interval(range(30))[1] == pytest.approx(2.1 * 8.803 / math.sqrt(30), rel=1e-3)
+    assert interval(range(30))[1] == pytest.approx(2.1 * 8.803 / math.sqrt(30), rel=1e-3)
 
 
 def test_snapshots_lie_evenly_on_the_way_to_their_base():
@@ -207,7 +208,7 @@ def test_figures_say_what_the_rows_say(tmp_path):
     rows = [row for task in ("sick", "imdb") for seed, height in ((0, 0.1), (1, 0.3)) for row in walk_rows(task, seed, height)]
     figures.connectivity(rows, tmp_path / "sub" / "paths")
     picture = (tmp_path / "sub" / "paths.svg").read_text()
-    half = figures.interval([0.1, 0.3])[1]
+    half = interval([0.1, 0.3])[1]
     assert picture.count(f"M0-M1: barrier 0.200 ± {half:.3f}") == 2 and "sick" in picture and "test loss (nats)" in picture
     first = (tmp_path / "sub" / "paths.png").read_bytes()
     assert first[:4] == b"\x89PNG"
@@ -237,7 +238,7 @@ def test_without_matplotlib_the_rows_stay_and_a_sentence_says_so(home, tmp_path,
     with pytest.raises(InputError, match="matplotlib is not installed: pip install"):
         figures.connectivity(walk_rows("t", 0, 0.1), tmp_path / "p")
     said = here("analyze.py", "--study", "distance", *of(home, "M0", "M1"), "--out", tmp_path / "out")
-    assert "M0-M1" in said and "no figure: matplotlib is not installed" in said
+    assert "M0-M1" in said and "no figures: matplotlib is not installed" in said
     assert {f.name for f in (tmp_path / "out").iterdir()} == {"rows.jsonl", "summary.json"}
 
 
@@ -248,15 +249,15 @@ def test_a_second_process_leaves_the_rows_of_the_first_alone(home, tmp_path):
 
 
 def test_rows_that_cannot_be_written_are_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(analyze, "open_lab", lambda c: None)
-    study = analyze.Study(lambda lab: iter([{"a": "x" * 50}] * 2), lambda rows: [])
+    monkeypatch.setattr(analyze, "open_study", lambda c: None)
+    monkeypatch.setitem(analyze.ROWS, "connectivity", lambda context: iter([{"a": "x" * 50}] * 2))
     (tmp_path / "rows.jsonl").mkdir()
     with pytest.raises(InputError, match="rows.jsonl: cannot be made .Is a directory"):
-        analyze.conduct(analyze.Config(), study, tmp_path)
+        analyze.run_study(analyze.Config(), tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (80, hard))
     try:
         with pytest.raises(InputError, match="rows.jsonl: no room to write it: it needs 60 bytes"):
-            analyze.conduct(analyze.Config(), study, tmp_path / "out")
+            analyze.run_study(analyze.Config(), tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

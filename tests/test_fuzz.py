@@ -206,14 +206,12 @@ def unsealed(path: Path) -> None:
 
 
 def shown(folder: Path) -> None:
-    kind, found = plot.open_run(folder)
-    with plot.readable(folder):
-        print(kind.text(found))
+    print(plot.report(folder).text)
     inspect.main([str(folder)])
 
 
 def verified(folder: Path) -> None:
-    if any("DIFFERS" in what for _, what, _ in inspect.verified(folder)):
+    if any("DIFFERS" in verdict for verdict in inspect.verified(folder).values()):
         raise InputError("the hashes say so")
 
 

@@ -15,7 +15,7 @@ from rt.errors import InputError
 from rt.formats import delta_files
 from rt.formats.checkpoint import save_base
 from rt.model import PRESETS, Encoder, EncoderConfig, MaskedLM
-from rt.report.inspect import SETTINGS, encoder_count, header, inspect, main
+from rt.report.inspect import OLD_SETTINGS, encoder_count, header, inspect, main, settings_of
 from rt.runs.config import run
 
 LABELS = [f"label{i}" for i in range(10)]
@@ -104,7 +104,12 @@ def test_a_delta_and_the_base_it_was_learned_on(run_home, tokenizer, tmp_path):
 
 
 def test_the_settings_shown_are_those_that_a_kind_uses(tokenizer):
-    assert SETTINGS == kinds.USED
+    assert OLD_SETTINGS == {name: kind.settings for name, kind in kinds.KINDS.items() if kind.settings}
+    for kind in kinds.KINDS:
+        config, more = kinds.DeltaConfig(kind), {"format": "rt-delta-1", "info": {}, "versions": {}, "sha256": {}}
+        own = {k: v for k, v in config.used.items() if k != "kind"}
+        assert settings_of(asdict(config) | more) == settings_of(config.used | more) == own     # as before, and as from now on
+    assert settings_of({"kind": "a new one", "temperature": 2} | more) == {"temperature": 2}
     for family in ("roberta", "bert"):
         encoder = Encoder(EncoderConfig(tokenizer.vocab_size, pad_id=tokenizer.pad_id, model_type=family, sep_id=2, **PRESETS["tiny"]))
         assert encoder_count(asdict(encoder.config)) == sum(p.numel() for p in encoder.parameters())
@@ -157,7 +162,7 @@ def test_no_tensor_is_read_and_torch_not_imported(run_home, tmp_path):
         file.truncate(start)
         file.truncate(size)     # of the size it had, and nothing but zeros after the header
     assert inspect(tmp_path / "M0")["size"] == inspect(run_home / "M0")["size"]
-    code = f"import sys; from rt.inspect import main; main([{str(run_home / 'M0')!r}]); print('torch' in sys.modules)"
+    code = f"import sys; from rt.report.inspect import main; main([{str(run_home / 'M0')!r}]); print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60).stdout
     assert out.splitlines()[0] == f"{run_home / 'M0'}: a base (rt-base-1)" and out.splitlines()[-1] == "False"
 

@@ -9,8 +9,8 @@ from conftest import ROOT
 
 from rt.errors import InputError
 from rt.formats.files import FIGURES, check_overwritable
-from rt.report import plot
-from rt.report.plot import main, open_run, sparklines, thinned
+from rt.report.drawing import BLOCKS, sparklines, thinned
+from rt.report.plot import best_by_panel, main, report, results_of
 from rt.runs.config import run
 from rt.runs.resume import has_work
 
@@ -80,7 +80,7 @@ def test_every_kind_of_run_is_drawn_beside_its_rows(kind, tmp_path, capsys):
     assert {f.name for f in (folder / FIGURES).iterdir()} == {f"{name}.{end}" for name in names for end in ("png", "svg")}
     assert all((folder / FIGURES / f"{name}.png").read_bytes()[:4] == b"\x89PNG" for name in names)
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != FIGURES} == before
-    assert any(block in said for block in plot.BLOCKS)
+    assert any(block in said for block in BLOCKS) or kind == "study" and "0.250 ± 0.635" in said     # its numbers: a barrier
 
 
 def picture(folder: Path, name: str) -> str:
@@ -105,7 +105,7 @@ def test_an_unfinished_stream_has_the_stages_so_far(tmp_path, capsys):
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"stage": "M1", "st')       # killed while it wrote
     drawn = picture(folder, "loss")
-    assert "<!--  M0 (bio) -->" in drawn and "<!--  M1 (rev) -->" in drawn and "mean of" not in drawn
+    assert "<!-- M0 (bio) -->" in drawn and "<!-- M1 (rev) -->" in drawn and "mean of" not in drawn
     assert "M1 (rev)" not in (folder / "out" / "forgetting.svg").read_text()
     assert "loss M1 (rev)" in capsys.readouterr().out
     first = pretraining(tmp_path / "first", stages=1, finished=False)
@@ -136,9 +136,9 @@ def test_a_chain_has_a_panel_a_base_and_a_line_a_route(tmp_path, capsys):
     for row in rows:
         if row["route"] == "chain":     # as rt.book.Run: a chain's settings end at their base
             row["settings"]["chain"] = ["M1"] if row["base"] == "M1" else ["M1", "M2"]
-    panels = plot.panels_of(open_run(write(tmp_path / "run", summary={"rows": rows}))[1])
-    assert [panel[-1] for panel in panels] == ["M1", "M2"]
-    assert all(list(lines) == [("init", "direct"), ("init", "chain")] for lines in panels.values())
+    panels = best_by_panel(results_of(tmp_path, [], {"rows": rows}))
+    assert [panel.split(", ")[-1] for panel in panels] == ["on M1", "on M2"]
+    assert all(list(lines) == ["init direct", "init chain"] for lines in panels.values())
     assert {row["lr"] for lines in panels.values() for found in lines.values() for row in found} == {2e-3}     # best over both bases
 
 
@@ -187,6 +187,15 @@ def spoil(row: dict, bad) -> None:
                 row[key] = bad
 
 
+def test_a_study_that_was_killed_has_the_numbers_so_far(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    folder = study(tmp_path / "run")
+    rows = (folder / "rows.jsonl").read_text().splitlines(keepends=True)
+    for count, height in ((1, "nan"), (3, "0.200"), (5, "0.200"), (6, "0.250 ± 0.635")):      # of 2 walks of 3 points
+        (folder / "rows.jsonl").write_text("".join(rows[:count]))
+        assert f"<!-- M0-M1: barrier {height} -->" in picture(folder, "connectivity") and f"  {height}  " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["compatibility", "similarity", "distance"])
 def test_studies_with_numbers_that_are_none(name, tmp_path, capsys):
     pytest.importorskip("matplotlib")
@@ -209,8 +218,7 @@ def test_the_demos_own_rows(tmp_path, capsys):
     (tmp_path / "pretrain").mkdir()
     (tmp_path / "pretrain" / "summary.json").write_text((DEMO / "pretrain" / "summary.json").read_text())
     for name in ("recycle", "pretrain"):
-        kind, r = open_run(tmp_path / name)
-        print(kind.text(r))
+        print(report(tmp_path / name).text)
     said = capsys.readouterr().out
     rows = {line.split()[0]: line for line in said.splitlines() if "±" in line}
     stages = json.loads((DEMO / "pretrain" / "summary.json").read_text())["stages"]
@@ -224,7 +232,7 @@ def test_without_matplotlib_the_terminal_is_enough(tmp_path, monkeypatch, capsys
     for kind, (make, _) in ALL.items():
         run(lambda: main([str(make(tmp_path / kind))]))
         said = capsys.readouterr().out
-        assert any(block in said for block in plot.BLOCKS)
+        assert any(block in said for block in BLOCKS) or kind == "study"
         assert said.splitlines()[-1] == "no figures: matplotlib is not installed: pip install -e '.[plot]'"
         assert not (tmp_path / kind / FIGURES).exists()
 

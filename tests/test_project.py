@@ -159,7 +159,8 @@ def test_a_map_learned_on_two_tasks_makes_up_for_the_upgrade_on_a_third(base):
     for seed in range(3):
         base = without_dropout(random_base(base.tokenizer, seed))
         new = shifted(base, 0.1)
-        deltas = [alike(base, name, labels, seed, 100 * (seed + 1) + i) for i, (name, labels) in enumerate((("a", 64), ("b", 64), ("c", 4)))]
+        tasks = (("a", 64), ("b", 64), ("c", 4))
+        deltas = [alike(base, name, labels, seed, 100 * (seed + 1) + i) for i, (name, labels) in enumerate(tasks)]
         datas, rows = [task_of(delta, base, 40 * i, n=96) for i, delta in enumerate(deltas)], []
         projection = learn_projection(base, new, list(zip(deltas[:2], datas[:2])), TuneSettings(160, 24, 5e-3, 40, seed=seed), r=4,
                                       granularity="flat", residual=True, on_eval=rows.append, **{**LOSS, "beta": 10.0})

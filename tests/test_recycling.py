@@ -1,6 +1,5 @@
 """The modes: where each starts, what it minimises, what it refuses."""
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,13 +8,10 @@ from conftest import random_base
 from rt.data import Encoded, TaskData
 from rt.deltas import apply, attach, extract, fingerprint
 from rt.errors import InputError, StaleDelta
-from rt.formats.delta_files import save_delta
-from rt.formats.files import write_json
 from rt.kinds import DeltaConfig
 from rt.losses import DistillConfig, Loss, attention, weights_of
 from rt.model import Activations, EncoderConfig, new_masked_lm
 from rt.recycling import MODES, TRAINED, Recycling, chain, check, new_delta, recycle, start_fresh, start_from_old, teacher_model, teacher_of
-from rt.runs.results import is_complete, origin_of
 from rt.transport import Projection
 from rt.tune import TuneSettings, evaluate, predict
 
@@ -237,26 +233,6 @@ def test_scratch_in_a_chain_is_one_run_a_base(recycling, bases):
     bases["M2"].tokenizer = Other
     with pytest.raises(InputError, match="one vocabulary"):
         next(chain(recycling, "scratch", bases))
-
-
-def test_a_run_of_a_sweep_is_known_by_the_content_of_what_it_was_made_from(recycling, tmp_path):
-    origin = origin_of(recycling)
-    others = [replace(recycling, old_delta=2 * recycling.old_delta), replace(recycling, base=recycling.old_base)]
-    assert origin == origin_of(replace(recycling)) and all(origin_of(other) != origin for other in others)
-    old = recycling.old_delta
-    assert len({tuple(origin_of(recycling, sources)) for sources in ((), [(old, recycling.data)], [(2 * old, recycling.data)],
-                                                                     [(old, replace(recycling.data, hash="other"))])}) == 4
-    run, other = (SimpleNamespace(name="run", lr=lr, settings={"base": "M1"}) for lr in (1e-3, 2e-3))
-    row = {"run": "run", "mode": "init", "seed": 0, "lr": 1e-3, "settings": {"base": "M1"}, "dev": {"accuracy": 0.5}, "test": {},
-           "curve": [], "seconds": 1.0, "origin": origin}
-    home = tmp_path / "deltas" / "run"
-    save_delta(home, replace(old, info=old.info | {"origin": origin}))
-    assert not is_complete(tmp_path, run, origin)       # its summary comes last
-    write_json(home / "summary.json", row)
-    assert is_complete(tmp_path, run, origin) and not is_complete(tmp_path, other, origin)      # two of one name
-    assert not is_complete(tmp_path, run, origin_of(others[0]))
-    (home / "delta.safetensors").write_bytes((home / "delta.safetensors").read_bytes()[:-1])
-    assert not is_complete(tmp_path, run, origin)
 
 
 @pytest.mark.parametrize("mode", ["apply", "init", "distill", "init+distill"])

@@ -1,4 +1,4 @@
-"""Draws what a run left, or has left so far, from its rows alone: curves as text, then PNG and SVG where matplotlib is.
+"""Draws what a run left, or has left so far, from its rows alone: curves as text, then PNG and SVG if matplotlib is installed.
 
     python -m rt.report.plot RUN [RUN ...]         the figures of each into RUN/figures
     python -m rt.report.plot runs/demo --out DIR
@@ -7,31 +7,29 @@ A RUN is a folder that a script wrote:
 
     train.py                loss (and learning rate, over all stages) and forgetting (held-out loss, stages x domains)
     train.py --mode tune    tuning: loss and score on dev
-    recycle.py              convergence: dev over steps, a line a mode at the settings that are best on dev
-    analyze.py              the figures of its study (rt/figures.py)
+    recycle.py              convergence: dev over steps, a line for each mode at the settings that are best on dev
+    analyze.py              the figures of its study (rt/report/figures.py)
 """
 import json
 import math
 import sys
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from statistics import mean
 from typing import Callable
 
 from rt.errors import InputError
 from rt.formats.files import FIGURES, read_json, read_rows
-from rt.formats.untrusted import shaped
-from rt.report import figures
-from rt.report.figures import BLACK, BLUE, COLOURS, DASHES, MARKERS, VERMILION, curve, finite, group, set_limits, shared_legend, sheet
+from rt.formats.untrusted import is_number, shaped
+from rt.report.drawing import REFERENCE, Panel, as_text, draw_all, draw_panels, look, saved_figure, sparklines, thinned
+from rt.report.figures import NUMBERS, figures_of, numbers_table
+from rt.report.rows import Points, by_x, group
 from rt.runs.config import parse, run
 from rt.runs.log import table
 from rt.runs.summary import chosen, forgetting_table, spread
 
-BLOCKS = "▁▂▃▄▅▆▇█"
-
-
-DRAWN, PRINTED = 400, 40    # points of a curve: longer ones are drawn as means of neighbours
+DRAWN = 400     # points of the loss at most; longer curves are shown as means of neighbours
 
 
 @dataclass
@@ -41,277 +39,179 @@ class Config:
     out: str | None = None  # folder for the figures, of several runs each in a folder of its name; default RUN/figures
 
 
-@dataclass
-class Folder:
-    """A folder, the rows of its metrics.jsonl (of a study: rows.jsonl) and its summary; what is not there yet is empty."""
-    folder: Path
-    rows: list[dict]
-    summary: dict
-
-
 @dataclass(frozen=True)
-class Kind:
-    """A kind of run: what it is told by, what is said of it, and what draws it, returning the figures' names."""
+class Report:
+    """What a run is, its numbers as text, and for each of its figures by name what draws it to a path."""
     what: str
-    is_one: Callable[[Folder], bool]
-    text: Callable[[Folder], str]
-    draw: Callable[[Folder, Path], list[str]]
+    text: str
+    figures: dict[str, Callable[[Path], None]]
 
 
-def readable(folder: Path) -> AbstractContextManager:
-    """InputError for what rows raise that are not of the shape that a script of ours writes."""
-    return shaped(folder, "its rows do not hold what they should")
-
-
-def open_run(folder: Path) -> tuple[Kind, Folder]:
-    """InputError where a folder is no run."""
-    rows = [row for name in ("metrics.jsonl", "rows.jsonl") for row in read_rows(folder / name) if isinstance(row, dict)]
-    found = Folder(folder, rows, read_json(folder / "summary.json") if (folder / "summary.json").exists() else {})
-    with readable(folder):
-        for kind in KINDS:
-            if kind.is_one(found):
-                return kind, found
+def report(folder: Path) -> Report:
+    """InputError if `folder` is not a run, or if its rows are not as our scripts write them."""
+    rows = [row for name in ("metrics.jsonl", "rows.jsonl") for row in read_rows(folder / name)]
+    summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else {}
+    with shaped(folder, "its rows do not hold what they should"):
+        first = rows[0] if rows else {}
+        if (study := first.get("study")) in NUMBERS:
+            return Report("a study", numbers_table(NUMBERS[study](rows)), figures_of(study, rows))
+        if "stages" in summary or "stage" in first:
+            return pretraining(rows, summary)
+        if "run" not in first and any(scored(rows)[1]):
+            return tuning(rows, summary)
+        if results := results_of(folder, rows, summary):
+            return recycling(results)
     raise InputError(f"{folder}: no run with rows to draw; expected a folder that train.py, recycle.py or analyze.py wrote, with "
                      "metrics.jsonl, rows.jsonl or summary.json")
 
 
-# --- curves as text ---------------------------------------------------------------------------------------------------
-
-def points(rows: list[dict], y: str, x: str = "step") -> list[tuple[float, float]]:
-    """(x, y) of the rows that have both as numbers."""
-    return [(row[x], row[y]) for row in rows if finite(row.get(x)) and finite(row.get(y))]
-
-
-def thinned(pairs: list[tuple[float, float]], most: int) -> list[tuple[float, float]]:
-    """At most `most` points, each the mean of as many neighbours."""
-    size = max(1, -(-len(pairs) // most))
-    return [tuple(map(mean, zip(*pairs[i:i + size]))) for i in range(0, len(pairs), size)]
-
-
-def sparklines(curves: list[list[tuple[float, float]]], one_scale: bool = False) -> list[str]:
-    """A line a curve: blocks from its lowest to its highest value, or from the lowest to the highest of all of them."""
-    values = [[y for _, y in thinned(pairs, PRINTED)] for pairs in curves]
-    lines = []
-    for own in values:
-        scale = [y for each in values for y in each] if one_scale else own
-        low, span = min(scale), max(scale) - min(scale)
-        lines.append("".join(BLOCKS[round((len(BLOCKS) - 1) * (y - low) / span) if span else 0] for y in own))
-    return [line.ljust(max(map(len, lines))) for line in lines]
-
-
-def printed(curves: dict[str, list[tuple[float, float]]]) -> str:
-    """A line a curve: name, sparkline, first and last value, lowest and highest."""
-    curves = {name: pairs for name, pairs in curves.items() if pairs}
-    values = [[y for _, y in pairs] for pairs in curves.values()]
-    rows = [[name, line, *(f"{v:.4g}" for v in (own[0], own[-1], min(own), max(own)))]
-            for name, line, own in zip(curves, sparklines([*curves.values()]), values)]
-    return table(rows, ["", "", "first", "last", "lowest", "highest"]) if rows else "no numbers yet"
+def points_of(rows: list[dict], y: str, x: str = "step") -> Points:
+    """(x, y) of the rows in which both are finite numbers."""
+    return [(row[x], row[y]) for row in rows if is_number(row.get(x)) and is_number(row.get(y))]
 
 
 # --- pre-training: a stream of bases ----------------------------------------------------------------------------------
 
-def stages_of(r: Folder) -> list[dict]:
-    """name, domain, rows and heldout (None where it is not scored yet) of every stage, in order."""
-    known = {stage.get("name"): stage for stage in r.summary.get("stages", [])}
-    rows = {name: found for (name,), found in group(r.rows, "stage").items()}
-    heldout = {name: next((row["heldout"] for row in rows.get(name, []) if row.get("heldout")), known.get(name, {}).get("heldout"))
-               for name in dict.fromkeys([*known, *rows])}
-    domains = next((list(scores) for scores in heldout.values() if scores), [])      # the stream's, in its order
-    return [{"name": name, "domain": domains[i] if i < len(domains) else "?", "rows": rows.get(name, []), "heldout": scores}
-            for i, (name, scores) in enumerate(heldout.items())]
+def pretraining(rows: list[dict], summary: dict) -> Report:
+    stages = stages_of(rows, summary)
+    panels, scored = loss_panels(stages), [stage for stage in stages if stage["heldout"]]
+    figures = {"loss": lambda path: draw_panels(path, panels, columns=1, width=6.4, height=2.2)} if any(points_of(rows, "loss")) else {}
+    figures |= {"forgetting": lambda path: draw_forgetting(scored, path)} if scored else {}
+    return Report("pre-training", as_text(panels) + ("\n" + forgetting_table(scored) if scored else ""), figures)
 
 
-def pretraining_text(r: Folder) -> str:
-    stages = stages_of(r)
-    curves = {f"{key} {s['name']} ({s['domain']})": points(s["rows"], key) for key in ("loss", "lr") for s in stages}
-    scored = [s for s in stages if s["heldout"]]
-    return printed(curves) + ("\n" + forgetting_table(scored) if scored else "")
+def stages_of(rows: list[dict], summary: dict) -> list[dict]:
+    """name, domain, title, rows and heldout (None before it is scored) of every stage, in order."""
+    rows = rows + [{"stage": stage.get("name"), "heldout": stage.get("heldout")} for stage in summary.get("stages", [])]
+    stages = [{"name": name, "rows": found, "heldout": next(filter(None, (row.get("heldout") for row in found)), None)}
+              for (name,), found in group(rows, "stage").items()]
+    domains = next((list(stage["heldout"]) for stage in stages if stage["heldout"]), [])      # the stream's, in its order
+    for stage, domain in zip_longest(stages, domains[:len(stages)], fillvalue="?"):
+        stage |= {"domain": domain, "title": f"{stage['name']} ({domain})"}
+    return stages
 
 
-def draw_pretraining(r: Folder, out: Path) -> list[str]:
-    stages, names = stages_of(r), []
-    scored = [s for s in stages if s["heldout"]]
-    if any(points(s["rows"], "loss") for s in stages):
-        draw_loss(stages, out / "loss")
-        names.append("loss")
-    if scored:
-        draw_forgetting(scored, out / "forgetting")
-        names.append("forgetting")
-    return names
-
-
-def draw_loss(stages: list[dict], path: Path) -> None:
-    """Loss above, learning rate below, over the steps of all stages."""
-    total = sum(len(s["rows"]) for s in stages)
-    with sheet(path, 2, 1, width=6.4, height=2.2) as (fig, ((above,), (below,))):
-        start, size = 0, -(-total // DRAWN)
-        for stage in stages:
-            for ax, key in ((above, "loss"), (below, "lr")):
-                pairs = [(start + x, y) for x, y in thinned(points(stage["rows"], key), max(1, len(stage["rows"]) // size))]
-                ax.plot(*zip(*pairs) if pairs else ((), ()), color=BLUE, linewidth=1.2)
-                ax.axvline(start, color=BLACK, linestyle=":", linewidth=0.8)
-            above.annotate(f" {stage['name']} ({stage['domain']})", (start, 1), xycoords=("data", "axes fraction"), va="bottom", fontsize=8)
-            start += max((x for x, _ in points(stage["rows"], "step")), default=0)
-        above.set(ylabel="training loss (nats)" + (f"\nmean of {size} steps" if size > 1 else ""))
-        below.set(xlabel="optimizer steps", ylabel="learning rate", ylim=(0, None))
+def loss_panels(stages: list[dict]) -> list[Panel]:
+    """Loss and learning rate over the steps of all stages, a line for each stage."""
+    size, start = max(1, -(-sum(len(points_of(stage["rows"], "loss")) for stage in stages) // DRAWN)), 0
+    losses, rates, looks = {}, {}, {}
+    for i, stage in enumerate(stages):
+        for lines, key in ((losses, "loss"), (rates, "lr")):
+            points = [(start + step, y) for step, y in points_of(stage["rows"], key)]
+            lines[stage["title"]] = thinned(points, max(1, -(-len(points) // size)))
+        looks[stage["title"]] = look(i) | {"linestyle": "-", "marker": ""}
+        start += max((step for step, _ in points_of(stage["rows"], "step")), default=0)
+    return [Panel("", "", "training loss" + (f", mean of {size} steps" if size > 1 else ""), losses, looks),
+            Panel("", "optimizer steps", "learning rate", rates, looks, limits="zero")]
 
 
 def draw_forgetting(stages: list[dict], path: Path) -> None:
     """Held-out loss of every domain (columns) after every stage (rows); in bold the domain that the stage was trained on."""
     domains = list(stages[0]["heldout"])
     values = [[(stage["heldout"].get(domain) or {}).get("loss", math.nan) for domain in domains] for stage in stages]
-    with sheet(path, 1, 1, width=max(3.4, 0.9 * len(domains) + 1.4), height=0.5 * len(stages) + 1, matrices=True) as (fig, ((ax,),)):
+    with saved_figure(path, 1, 1, width=max(3.4, 0.9 * len(domains) + 1.4), height=0.5 * len(stages) + 1, matrices=True) as ((ax,),):
         image = ax.imshow(values, cmap="cividis_r", aspect="auto")
-        for y, line in enumerate(values):
-            for x, value in enumerate(line):
-                dark = finite(value) and sum(image.cmap(image.norm(value))[:3]) < 1.5
-                ax.text(x, y, f"{value:.3f}" if finite(value) else "-", ha="center", va="center", color="white" if dark else "black",
-                        fontweight="bold" if stages[y]["domain"] == domains[x] else "normal")
+        for y, stage in enumerate(stages):
+            for x, (domain, value) in enumerate(zip(domains, values[y])):
+                is_dark = is_number(value) and sum(image.cmap(image.norm(value))[:3]) < 1.5
+                ax.text(x, y, f"{value:.3f}" if is_number(value) else "-", ha="center", va="center", color="white" if is_dark else "black",
+                        fontweight="bold" if stage["domain"] == domain else "normal")
         ax.set_xticks(range(len(domains)), domains)
-        ax.set_yticks(range(len(stages)), [f"{s['name']} ({s['domain']})" for s in stages])
+        ax.set_yticks(range(len(stages)), [stage["title"] for stage in stages])
         ax.set(xlabel="held-out text of", ylabel="after", title="bold: the stage's own domain")
-        fig.colorbar(image, ax=ax, label="held-out loss (nats)")
+        ax.figure.colorbar(image, ax=ax, label="held-out loss (nats)")
 
 
 # --- tuning: a delta --------------------------------------------------------------------------------------------------
 
-def dev_rows(rows: list[dict]) -> tuple[str, list[dict]]:
-    """(metric, {'step', 'loss', 'score'} of every evaluation)."""
-    scored = [row for row in rows if isinstance(row.get("dev"), dict) and row["dev"]]
-    metric = next(iter(scored[0]["dev"]), "score") if scored else "score"
-    return metric, [{"step": row.get("step"), "loss": row.get("loss"), "score": row["dev"].get(metric)} for row in scored]
+def scored(rows: list[dict]) -> tuple[str, list[dict]]:
+    """(metric, {'step', 'loss', 'score'} of every evaluation on dev)."""
+    rows = [row for row in rows if isinstance(row.get("dev"), dict) and row["dev"]]
+    metric = next(iter(rows[0]["dev"])) if rows else "score"
+    return metric, [{"step": row.get("step"), "loss": row.get("loss"), "score": row["dev"].get(metric)} for row in rows]
 
 
-def tuning_text(r: Folder) -> str:
-    metric, rows = dev_rows(r.rows)
-    test = ", ".join(f"{k} {v:.3f}" for k, v in (r.summary.get("test") or {}).items() if finite(v))
-    return printed({"loss": points(rows, "loss"), f"dev {metric}": points(rows, "score")}) + (f"\ntest {test}" if test else "")
-
-
-def draw_tuning(r: Folder, out: Path) -> list[str]:
-    metric, rows = dev_rows(r.rows)
-    losses, scores = points(rows, "loss"), points(rows, "score")
-    with sheet(out / "tuning", 1, 2, width=3.4, height=2.6) as (fig, (axes,)):
-        for ax, pairs, label, colour, marker in ((axes[0], losses, "training loss since the last evaluation", VERMILION, "s"),
-                                                 (axes[1], scores, f"dev {metric}", BLUE, "o")):
-            ax.plot(*zip(*pairs) if pairs else ((), ()), color=colour, marker=marker, markersize=3, linewidth=1.5)
-            ax.xaxis.get_major_locator().set_params(integer=True)
-            ax.set(xlabel="optimizer steps", ylabel=label)
-        if scores:      # the first of the best, which is kept
-            step, best = max(scores, key=lambda pair: pair[1])
-            axes[1].plot(step, best, color=BLACK, marker="*", markersize=11, linestyle="", label=f"kept: {best:.3f}, step {step:g}")
-            axes[1].legend(fontsize=8)
-    return ["tuning"]
+def tuning(rows: list[dict], summary: dict) -> Report:
+    metric, rows = scored(rows)
+    losses, scores = points_of(rows, "loss"), points_of(rows, "score")
+    kept = "kept: {1:.3f}, step {0:g}".format(*max(scores, key=lambda point: point[1])) if scores else ""     # the first of the best
+    panels = [Panel("", "optimizer steps", "loss since the last evaluation", {"": losses}),
+              Panel(kept, "optimizer steps", f"dev {metric}", {"": scores})]
+    test = ", ".join(f"{k} {v:.3f}" for k, v in (summary.get("test") or {}).items() if is_number(v))
+    return Report("tuning", as_text(panels) + (f"\ntest {test}" if test else ""), {"tuning": lambda path: draw_panels(path, panels)})
 
 
 # --- recycling: modes over seeds --------------------------------------------------------------------------------------
 
-def recycled(r: Folder) -> list[dict]:
-    """A row a run, of summary.json; of an interrupted sweep those of its finished runs; else of the curves so far."""
-    rows = r.summary.get("rows") or [read_json(path) for path in sorted(r.folder.glob("deltas/*/summary.json"))]
-    if not any("curve" in row for row in rows):
-        rows = []
-        for (_, mode), found in group([row for row in r.rows if "part" not in row], "run", "mode").items():
-            metric, scored = dev_rows(found)
-            rows.append({**found[0], "mode": mode, "dev": {metric: 0}, "curve": points(scored, "score")})
-    return [whole for whole in map(completed, rows) if whole["curve"] and whole["mode"]]
+def results_of(folder: Path, rows: list[dict], summary: dict) -> list[dict]:
+    """A row for each run: of summary.json; if a sweep was interrupted, of the runs that had finished; else of the curves so far."""
+    results = summary.get("rows") or [read_json(path) for path in sorted(folder.glob("deltas/*/summary.json"))]
+    if not any("curve" in row for row in results):
+        results = []
+        for found in group([row for row in rows if "part" not in row], "run", "mode").values():
+            metric, scores = scored(found)
+            results.append(found[0] | {"dev": {metric: 0}, "curve": points_of(scores, "score")})
+    return [row for row in map(completed, results) if row["curve"] and row.get("mode")]
 
 
 def completed(row: dict) -> dict:
-    """The row with all that is read of it here; its curve without what is no number, its dev score the best of that."""
-    settings = row.get("settings") or {}
-    curve = [(step, value) for step, value in row.get("curve") or [] if finite(step) and finite(value)]
-    metric = next(iter(row.get("dev") or {}), "score")
-    facts = {"base": settings.get("base"), **dict.fromkeys(("mode", "route", "seed", "lr", "task", "delta", "shots")),
-             "alone": None if "route" in row else settings.get("base")}
-    return facts | row | {"settings": settings, "curve": curve, "metric": metric, "dev": {metric: max((y for _, y in curve), default=0)}}
+    """The row with what is read of it here: only the numbers of its curve, the best of them as its dev score, and its base."""
+    settings, metric = row.get("settings") or {}, next(iter(row.get("dev") or {}), "score")
+    curve = [(step, score) for step, score in row.get("curve") or [] if is_number(step) and is_number(score)]
+    return {"base": settings.get("base"), "lr": None} | row | {
+        "settings": settings, "curve": curve, "metric": metric, "dev": {metric: max((y for _, y in curve), default=0)},
+        "chosen_by_base": None if "route" in row else settings.get("base")}     # the bases of a chain share one setting
 
 
-def setting(row: dict) -> tuple:
-    """What a line is chosen by: for each base, in a chain for all its bases together."""
+def setting(row: dict) -> tuple[float | None, str]:
+    """What the line of a mode is chosen by, equal for all bases of a chain."""
     return row["lr"], json.dumps({k: v for k, v in row["settings"].items() if k not in ("base", "chain")}, sort_keys=True)
 
 
-def panels_of(r: Folder) -> dict[tuple, dict[tuple, list[dict]]]:
-    """{(task, delta, shots, base): {(mode, route): the rows of its best setting on dev}}."""
-    panels: dict[tuple, dict] = {}
-    for (mode, route, *_), rows in group(recycled(r), "mode", "route", "task", "delta", "shots", "alone").items():
-        for panel, found in group(chosen(rows, mode, setting), "task", "delta", "shots", "base").items():
-            panels.setdefault(panel, {})[mode, route] = found
+def best_by_panel(results: list[dict]) -> dict[str, dict[str, list[dict]]]:
+    """{task and base: {mode and route: the rows of its best setting on dev}}."""
+    panels: dict[str, dict] = {}
+    for (mode, route, *_), rows in group(results, "mode", "route", "task", "delta", "shots", "chosen_by_base").items():
+        for (task, delta, shots, base), found in group(chosen(rows, mode, setting), "task", "delta", "shots", "base").items():
+            words = (task, delta, shots and f"{shots} a label", base and f"on {Path(base).name}")
+            lines = panels.setdefault(", ".join(str(word) for word in words if word) or "runs", {})
+            lines[f"{mode} {route}" if route else mode] = found
     return panels
 
 
-def named(panel: tuple) -> str:
-    task, delta, shots, base = panel
-    return ", ".join(str(part) for part in (task, delta, shots and f"{shots} a label", base and f"on {Path(base).name}") if part) or "runs"
+def recycling(results: list[dict]) -> Report:
+    best = best_by_panel(results)
+    text = "\n".join(f"{title}\n{convergence_table(lines)}" for title, lines in best.items())
+    panels = [convergence_panel(title, lines) for title, lines in best.items()]
+    return Report("recycling", text, {"convergence": lambda path: draw_panels(path, panels, width=4.2, height=3.2)})
 
 
-def recycling_text(r: Folder) -> str:
-    said = []
-    for panel, lines in panels_of(r).items():
-        rows, curves = [], {}
-        for line, found in lines.items():
-            at = group([{"step": step, "score": y} for row in found for step, y in row["curve"]], "step")
-            curves[line] = sorted((step, mean(row["score"] for row in here)) for (step,), here in at.items())
-        for (line, found), drawn in zip(lines.items(), sparklines([*curves.values()], one_scale=True)):
-            tested = all(finite(next(iter((row.get("test") or {}).values()), None)) for row in found)
-            rows.append([" ".join(filter(None, line)), drawn, spread(found, "dev"), spread(found) if tested else "-",
-                         len(found)])
-        metric = next(iter(lines.values()))[0]["metric"]
-        said.append(f"{named(panel)}\n" + table(rows, ["mode", "dev over steps".ljust(len(drawn)), f"best dev {metric}", "test", "seeds"]))
-    return "\n".join(said)
+def convergence_table(lines: dict[str, list[dict]]) -> str:
+    """A row for each mode: mean dev over steps, best dev and test with standard deviations."""
+    means = [[(step, mean(ys)) for step, ys in by_x(curve_of(rows)).items()] for rows in lines.values()]
+    cells = []
+    for (name, rows), blocks in zip(lines.items(), sparklines(means, one_scale=True)):
+        is_tested = all(is_number(next(iter((row.get("test") or {}).values()), None)) for row in rows)
+        cells.append([name, blocks, spread(rows, "dev"), spread(rows) if is_tested else "-", len(rows)])
+    return table(cells, ["mode", "dev over steps".ljust(len(blocks)), f"best dev {metric_of(lines)}", "test", "seeds"])
 
 
-def draw_convergence(r: Folder, out: Path) -> list[str]:
-    """A panel a task and base, a line a mode: dev's mean over seeds and its 95% t-interval. Modes without training are levels, and so is
-    the best of scratch, averaged over seeds."""
-    panels = panels_of(r)
-    styles = {line: i for i, line in enumerate(dict.fromkeys(line for lines in panels.values() for line in lines))}
-    columns = min(3, len(panels))
-    with sheet(out / "convergence", -(-len(panels) // columns), columns, width=4.2, height=3.2) as (fig, axes):
-        for ax in axes.flat[len(panels):]:
-            ax.axis("off")
-        for ax, (panel, lines) in zip(axes.flat, panels.items()):
-            for line, found in lines.items():
-                i, label = styles[line], " ".join(filter(None, line))
-                colour, dash, marker = COLOURS[i % 7], DASHES[(i + i // 7) % 7], MARKERS[(i + i // 7) % 7]
-                rows = [{"step": step, "score": y} for row in found for step, y in row["curve"]]
-                if any(row["step"] for row in rows):
-                    curve(ax, rows, lambda row: row["step"], "score", label, colour, dash, marker)
-                else:
-                    ax.axhline(mean(row["score"] for row in rows), color=colour, linestyle=dash, linewidth=1.2, label=label)
-                if line[0] == "scratch":
-                    ax.axhline(mean(row["dev"][row["metric"]] for row in found), color=BLACK, linestyle=":", linewidth=1.2,
-                               label="scratch's best")
-            set_limits(ax, [y for found in lines.values() for row in found for _, y in row["curve"]])
-            ax.xaxis.get_major_locator().set_params(integer=True)
-            ax.set(title=named(panel), xlabel="optimizer steps", ylabel=f"dev {next(iter(lines.values()))[0]['metric']}")
-        shared_legend(fig, axes.flat)
-    return ["convergence"]
+def convergence_panel(title: str, lines: dict[str, list[dict]]) -> Panel:
+    """Dev over steps, a line for each mode; modes without training are levels, and so is scratch's best."""
+    points = {}
+    for name, rows in lines.items():
+        points[name] = curve_of(rows)
+        if rows[0]["mode"] == "scratch":
+            points["scratch's best"] = [(0, row["dev"][row["metric"]]) for row in rows]
+    return Panel(title, "optimizer steps", f"dev {metric_of(lines)}", points, {"scratch's best": REFERENCE}, limits="measured")
 
 
-# --- studies ----------------------------------------------------------------------------------------------------------
-
-# of each study: what a line is made of, where along it a row lies, and what is read there (None: the score)
-LINES = {"compatibility": (("task", "line"), "base", None), "connectivity": (("task", "pair", "path"), "mu", "loss"),
-         "distance": (("of", "task", "pair"), "part", "l2_per_weight"), "similarity": (("task", "pair"), "what", "share_own_best")}
+def curve_of(rows: list[dict]) -> Points:
+    return [point for row in rows for point in row["curve"]]
 
 
-def study_text(r: Folder) -> str:
-    keys, along, y = LINES[r.rows[0]["study"]]
-    rows, curves = [row for row in r.rows if row.get("what") != "attention"], {}
-    for names, found in group(rows, *keys).items():
-        values = [[row.get(y or figures.score_of(found)) for row in here] for here in group(found, along).values()]
-        curves[" ".join(map(str, filter(None, names)))] = [(i, mean(v)) for i, v in enumerate(values) if all(map(finite, v))]
-    return f"{y or 'score'} along {along}, mean over seeds\n{printed(curves)}"
-
-
-KINDS = (
-    Kind("a study", lambda r: bool(r.rows) and r.rows[0].get("study") in figures.OF_STUDY, study_text,
-         lambda r, out: figures.of_study(r.rows[0]["study"], r.rows, out)),
-    Kind("pre-training", lambda r: "stages" in r.summary or bool(r.rows) and "stage" in r.rows[0], pretraining_text, draw_pretraining),
-    Kind("tuning", lambda r: bool(r.rows) and "run" not in r.rows[0] and bool(dev_rows(r.rows)[1]), tuning_text, draw_tuning),
-    Kind("recycling", lambda r: bool(recycled(r)), recycling_text, draw_convergence))
+def metric_of(lines: dict[str, list[dict]]) -> str:
+    return next(iter(lines.values()))[0]["metric"]
 
 
 def main(argv: list[str]) -> None:
@@ -322,20 +222,14 @@ def main(argv: list[str]) -> None:
               for name in c.runs}
     if len({*places.values()}) < len(places):
         raise InputError(f"--out {c.out}: two of the runs have the same name; leave it out, or draw them one by one")
-    for (kind, r), out in zip([open_run(Path(name)) for name in places], places.values()):
-        with readable(r.folder):
-            print(f"{r.folder}: {kind.what}\n{kind.text(r)}")
+    for (name, out), found in zip(places.items(), [report(Path(name)) for name in places]):
+        print(f"{Path(name)}: {found.what}\n{found.text}")
         try:
-            with readable(r.folder):
-                names = kind.draw(r, out)
-        except InputError as error:     # no matplotlib, or numbers that cannot be drawn
-            print(f"no figures: {error}")
+            drawn = draw_all(found.figures, out, Path(name))
         except OSError as error:
             raise InputError(f"{out}: cannot be written ({error.strerror}): give another --out") from None
-        else:
-            print("figures " + ", ".join(str(out / f"{name}.png") for name in names))
+        print(drawn)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")    # the blocks of a curve, where an encoding has none
     run(lambda: main(sys.argv[1:]))
