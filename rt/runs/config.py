@@ -119,9 +119,9 @@ def record(config: Any) -> dict:
     for flag in flags_of(type(config)):
         value = functools.reduce(getattr, flag.path, config)
         values[flag.name] = list(value) if isinstance(value, tuple) else value
-        if not is_utf8(str(value) if not isinstance(value, tuple) else "".join(map(str, value))):
-            raise InputError(f"--{flag.name} {values[flag.name]}: is not UTF-8, and could not be read again where it is recorded; rename the "
-                             "file or folder")
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        if not is_utf8(text):
+            raise InputError(f"--{flag.name} {text}: is not UTF-8, and could not be read again from a record; rename the file or folder")
     return values
 
 
