@@ -27,7 +27,7 @@ from rt.data import Example, Task, TaskData, Tokenizer, encode, encode_task
 from rt.deltas import Base, Delta, apply, check_fits
 from rt.errors import Diverged, InputError, StaleDelta
 from rt.formats.atomic import locked
-from rt.formats.files import FIGURES, claim, read_rows, write_json
+from rt.formats.files import FIGURES, check_overwritable, read_rows, write_json
 from rt.formats.hub import open_base, open_delta, place_of_delta
 from rt.formats.tasks import load_task
 from rt.kinds import KINDS
@@ -87,7 +87,8 @@ def main() -> None:
         make_deterministic()
     record(c)       # so that a value that cannot be recorded is refused now rather than at the end
     out = Path(c.out or f"runs/analyze/{c.study}")
-    claim(out, {"rows.jsonl", "summary.json", FIGURES, *(f"{name}.{end}" for name in figures_of(c.study, []) for end in ("png", "svg"))})
+    drawn = {f"{name}.{ending}" for name in figures_of(c.study, []) for ending in ("png", "svg")}
+    check_overwritable(out, {"rows.jsonl", "summary.json", FIGURES, *drawn})
     with locked(out):
         run_study(c, out)
 

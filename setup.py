@@ -18,6 +18,8 @@ setup(
         "tokenizers>=0.20",
         "tqdm",
         "safetensors>=0.4",
+        # a process that is refused leaves what the lock says of its holder
+        "filelock>=3.30",
     ],
     extras_require={
         "test": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6", "ruff>=0.5,<1", "transformers>=4.50", "matplotlib>=3.8"],

@@ -2,24 +2,24 @@
 
     python -m bench.cell --json out.jsonl --task TASK --old_base M0 --old_delta DELTA --base M1
 
-Commands of the product are run and timed. "alone" is recycle.py without --sweep on `sample` runs of the grid, drawn by seed 0: its rows'
-own seconds, from the teacher's run to the score on test, without the start of Python or the reading of bases. Then the whole sweep by the
-clock, all of that counted in:
+Commands of the product are run and timed. "alone" is recycle.py without --sweep on `sample` runs of the grid, drawn by seed 0: the seconds
+in its rows, from the teacher's run to the score on test, without the start of Python or the reading of bases. Then the whole sweep by the
+clock, with all of that:
 
-    one at a time       --side_by_side 1: what is saved by scoring test for the best runs only and equal starts once
+    one at a time       --side_by_side 1: saves by scoring test for the best runs only and by sharing equal starts
     side by side        as many at once as fit
     ranks               side by side, the runs shared by `ranks` processes of torchrun, on a CPU of one thread each
 
 ratio = seconds of all runs alone (mean of the sample times their number) / seconds of the sweep.
 """
 import json
+import math
 import random
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 
@@ -33,6 +33,7 @@ from rt.runs.sweep import swept
 from rt.speed.device import pick_device
 
 RECYCLE = str(Path(__file__).parent.parent / "recycle.py")
+PASSED_ON = ("mode", "delta", "task", "old_base", "old_delta", "base", "shots", "steps", "lr", "device")     # flags of recycle.py
 
 
 @dataclass
@@ -60,32 +61,24 @@ def main() -> None:
     grid = swept(c.sweep)
     if "seed" not in grid:
         raise InputError(f"--sweep {c.sweep}: give the seeds, seed=0,1,2")
-    total, home = 1, Path(tempfile.mkdtemp(prefix="cell"))
-    for values in grid.values():
-        total *= len(values)
-    common = ["--mode", c.mode, "--delta", c.delta, "--task", c.task, "--old_base", c.old_base, "--base", c.base, "--shots", str(c.shots),
-              "--steps", str(c.steps), "--lr", str(c.lr), "--device", c.device]
-    common += ["--old_delta", c.old_delta] if c.old_delta else []
-    asked = {k: v for k, v in vars(c).items() if k != "json"}
-    about = {"config": asked, "device": device_name(pick_device(c.device)), "threads": torch.get_num_threads(),
-             "torch": torch.__version__, "commit": commit()}
-    rows: list[dict] = []
-
-    def enter(way: str, runs: int, seconds: float, **more) -> None:
-        rows.append({"bench": "cell", "way": way, "runs": runs, "seconds": seconds, "per_run": seconds / runs, **more})
-        with open(c.json, "a", encoding="utf-8") as file:
-            file.write(json.dumps(rows[-1] | about) + "\n")
-
-    try:
-        each = alone(c, grid, common, home)
-        enter("alone", len(each), sum(each), each=each)
-        for way in c.ways:
-            took = swept_whole(way, c, common, home)
-            enter(way, total, took, ratio=mean(each) * total / took)
-    finally:
-        shutil.rmtree(home)
-    lines = [[r["way"], r["runs"], f"{r['seconds']:.1f}", f"{r['per_run']:.2f}", f"{r.get('ratio', 1):.2f}"] for r in rows]
-    print(table(lines, ["way", "runs", "seconds", "a run", "ratio to alone"]))
+    common = [text for name in PASSED_ON if getattr(c, name) is not None for text in (f"--{name}", str(getattr(c, name)))]
+    total, rows = math.prod(map(len, grid.values())), []
+    facts = {"config": {k: v for k, v in asdict(c).items() if k != "json"}, "device": device_name(pick_device(c.device)),
+             "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit()}
+    with tempfile.TemporaryDirectory(prefix="cell") as home, open(c.json, "a", encoding="utf-8") as file:
+        for way in ("alone", *c.ways):
+            if way == "alone":
+                times = alone(c, grid, common, Path(home))
+                row = {"bench": "cell", "way": way, "runs": len(times), "seconds": sum(times), "per_run": mean(times), "each": times}
+            else:
+                seconds = sweep(way, c, common, Path(home))
+                row = {"bench": "cell", "way": way, "runs": total, "seconds": seconds, "per_run": seconds / total,
+                       "ratio": mean(times) * total / seconds}
+            rows.append(row)
+            file.write(json.dumps(row | facts) + "\n")
+            file.flush()
+    print(table([[r["way"], r["runs"], f"{r['seconds']:.1f}", f"{r['per_run']:.2f}", f"{r.get('ratio', 1):.2f}"] for r in rows],
+                ["way", "runs", "seconds", "a run", "ratio to alone"]))
 
 
 def alone(c: Config, grid: dict[str, list[str]], common: list[str], home: Path) -> list[float]:
@@ -95,22 +88,21 @@ def alone(c: Config, grid: dict[str, list[str]], common: list[str], home: Path) 
         point = {name: draw.choice(values) for name, values in grid.items()}
         flags = [text for name, value in point.items() for text in ("--seeds" if name == "seed" else f"--{name}", value)]
         command(RECYCLE, *common, *flags, "--out", str(home / f"alone{i}"))
-        rows = json.loads((home / f"alone{i}" / "summary.json").read_text())["rows"]
-        seconds += [row["seconds"] for row in rows]
+        seconds += [row["seconds"] for row in json.loads((home / f"alone{i}" / "summary.json").read_text())["rows"]]
     return seconds
 
 
-def swept_whole(way: str, c: Config, common: list[str], home: Path) -> float:
+def sweep(way: str, c: Config, common: list[str], home: Path) -> float:
     """Seconds of the whole sweep."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={c.ranks}"]
-    script = [*torchrun, RECYCLE] if way == "ranks" else [RECYCLE]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={c.ranks}"] if way == "ranks" else []
     limit = ["--side_by_side", "1"] if way == "one at a time" else []
     started = time.perf_counter()
-    command(*script, *common, "--sweep", c.sweep, *limit, "--out", str(home / way.replace(" ", "-")))
+    command(*torchrun, RECYCLE, *common, "--sweep", c.sweep, *limit, "--out", str(home / way.replace(" ", "-")))
     return time.perf_counter() - started
 
 
 def command(*arguments: str) -> None:
+    """Run Python with these arguments. InputError if it fails."""
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
     if done.returncode:
         raise InputError(f"python {' '.join(arguments)} failed:\n{done.stderr[-3000:]}")

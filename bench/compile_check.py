@@ -4,13 +4,13 @@
     python -m bench.compile_check --arch 90 --kernel attention --json rows.json
 
 A row: registers a thread, spilled bytes, shared memory a block, matrix instructions (HMMA; HGMMA on Hopper; UTCHMMA on Blackwell), and
-instructions an element of a tile in the longest loop. Exit code 1 on a spill, on more shared memory than the chip has, or where a
-kernel with a matrix product has no matrix instruction. What is compiled is what the public functions launch: they are called on small
-tensors with every choice that changes the code, and their launches are recorded, not run.
+instructions per element of a tile in the longest loop. The exit code is 1 if a program spills, needs more shared memory than the chip
+has, or has a matrix product but no matrix instruction.
+
+The public functions are called on small tensors, with every choice that changes the code. Their launches are recorded, not run, and
+Triton's own launcher says which program each would need (`jit_cache_hook`); its `preload` compiles that program in another process.
 """
 import argparse
-import concurrent.futures
-import importlib
 import itertools
 import json
 import math
@@ -20,49 +20,49 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from kernels import (
-    add_norm,
-    attention,
-    attention_kd,
-    attention_qkv,
-    configs,
-    dropout,
-    hidden_mse,
-    kd_loss,
-    linear_cross_entropy,
-    linear_kd,
-    top_k,
-)
+from kernels import add_norm, attention, attention_kd, attention_qkv, configs, dropout, hidden_mse, kd_loss, top_k
 from kernels.common import recording, triton
+from kernels.linear_loss import linear_cross_entropy, linear_kd
+from rt.runs.log import table
 
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}    # bytes a block; 80 stands for sm_86, 89 and 120 too
 MATRIX = re.compile(r"\b(HMMA|HGMMA|UTC[A-Z]*MMA)\b")
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64", torch.int32: "i32",
-         torch.int64: "i64", torch.bool: "i1"}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+COLUMNS = ("kernel", "types", "arch", "registers", "spilled", "shared", "matrix", "instructions_per_element", "config")
+
+
+# ---------------------------------------------------------------- calls that reach every configuration
+
+def zeros(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = True) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, requires_grad=grad)
 
 
 def attention_calls(dtype: torch.dtype) -> None:
-    for D, longest, dropout_p, deterministic in itertools.product((32, 64, 128), (64, 512), (0.0, 0.1), (False, True)):
-        q, k, v = torch.zeros(3, 4, 16, D, dtype=dtype, requires_grad=True).unbind()
-        prefix = tuple(torch.zeros(s, requires_grad=True) for s in ((64, 16, D), (64, 16, D), (16,))) if not dropout_p else None
+    cu_seqlens = torch.tensor([0, 4], dtype=torch.int32)
+    for D, longest, p, deterministic in itertools.product((32, 64, 128), (64, 512), (0.0, 0.1), (False, True)):
+        q, k, v = zeros(3, 4, 16, D, dtype=dtype).unbind()
+        prefix = None if p else (zeros(64, 16, D), zeros(64, 16, D), zeros(16))
         torch.use_deterministic_algorithms(deterministic)
-        attention(q, k, v, torch.tensor([0, 4], dtype=torch.int32), longest, dropout_p=dropout_p, prefix_kv=prefix).sum().backward()
-        qkv = torch.zeros(4, 3, 16, D, dtype=dtype, requires_grad=True)
-        attention_qkv(qkv, torch.tensor([0, 4], dtype=torch.int32), longest, dropout_p=dropout_p).sum().backward()
+        attention(q, k, v, cu_seqlens, longest, dropout_p=p, prefix_kv=prefix).sum().backward()
+        attention_qkv(zeros(4, 3, 16, D, dtype=dtype), cu_seqlens, longest, dropout_p=p).sum().backward()
     torch.use_deterministic_algorithms(False)
 
 
 def attention_kd_calls(dtype: torch.dtype) -> None:
     equal = [(D, D, longest, dtype) for D in (32, 64, 128) for longest in (64, 512)]
     for D_s, D_t, longest, dtype_t in [*equal, (64, 128, 512, torch.bfloat16), (128, 32, 512, torch.bfloat16)]:
-        q_s, k_s = torch.zeros(2, 4, 16, D_s, dtype=dtype, requires_grad=True).unbind()
-        q_t, k_t = torch.zeros(2, 4, 16, D_t, dtype=dtype_t).unbind()
+        q_s, k_s = zeros(2, 4, 16, D_s, dtype=dtype).unbind()
+        q_t, k_t = zeros(2, 4, 16, D_t, dtype=dtype_t, grad=False).unbind()
         attention_kd(q_s, k_s, q_t, k_t, torch.tensor([0, 4], dtype=torch.int32), longest).sum().backward()
 
 
@@ -71,20 +71,19 @@ TERMS = [(5.0, LABELS), (1.0, LABELS), (5.0, None)]     # both terms, both with 
 
 
 def kd_loss_calls(dtype: torch.dtype) -> None:
-    for C, dtype_t in itertools.product((20, 200, 1000, 5000, 5008), {dtype, torch.float32}):    # rows of 5,000 are not aligned
-        student, teacher = torch.zeros(4, C, dtype=dtype, requires_grad=True), torch.zeros(4, C, dtype=dtype_t)
+    teachers = [dtype] if dtype == torch.float32 else [dtype, torch.float32]
+    for C, dtype_t in itertools.product((20, 200, 1000, 5000, 5008), teachers):     # rows of 5,000 are not aligned
+        student, teacher = zeros(4, C, dtype=dtype), zeros(4, C, dtype=dtype_t, grad=False)
         for (T, labels), k in itertools.product(TERMS, (0, 16) if C < 5000 else (0, 64, 4096)):
             kd_loss(student, top_k(teacher, k, T) if k else teacher, labels, alpha=0.5, T=T).sum().backward()
         kd_loss(student, None, LABELS, alpha=0.0, T=1.0).sum().backward()
-    for width, rows, dtype_t in itertools.product((256, 768, 9216), (None, LABELS), {dtype, torch.float32}):
-        student, teacher = torch.zeros(4, 1, width, dtype=dtype, requires_grad=True), torch.zeros(4, 1, width, dtype=dtype_t)
-        hidden_mse(student, teacher, rows).sum().backward()
+    for width, rows, dtype_t in itertools.product((256, 768, 9216), (None, LABELS), teachers):
+        hidden_mse(zeros(4, 1, width, dtype=dtype), zeros(4, 1, width, dtype=dtype_t, grad=False), rows).sum().backward()
 
 
 def linear_loss_calls(dtype: torch.dtype) -> None:
     for V, with_bias, train in itertools.product((200, 1000, 5000), (False, True), (False, True)):
-        x, w = torch.zeros(4, 16, dtype=dtype, requires_grad=train), torch.zeros(V, 16)
-        bias = torch.zeros(V) if with_bias else None
+        x, w, bias = zeros(4, 16, dtype=dtype, grad=train), zeros(V, 16, grad=False), zeros(V, grad=False) if with_bias else None
         linear_cross_entropy(x, w, bias, LABELS)
         for T, labels in TERMS:
             linear_kd(x, w, bias, x, w, bias, labels, alpha=0.5, T=T)
@@ -92,99 +91,97 @@ def linear_loss_calls(dtype: torch.dtype) -> None:
 
 def norm_calls(dtype: torch.dtype) -> None:
     for d in (32, 768):
-        dropout(torch.zeros(16, d, dtype=dtype, requires_grad=True), 0.1, LABELS).sum().backward()
+        dropout(zeros(16, d, dtype=dtype), 0.1, LABELS).sum().backward()
     for d, p, wide in ((32, 0.1, False), (256, 0.1, False), (768, 0.0, False), (768, 0.1, False), (768, 0.1, True), (4096, 0.1, False)):
-        x = torch.zeros(16, d, dtype=torch.float32 if wide else dtype, requires_grad=True)
-        h = torch.zeros(16, d, dtype=dtype, requires_grad=True)
-        weight, bias = (torch.zeros(d, requires_grad=True) for _ in range(2))
-        add_norm(x, h, weight, bias, 1e-5, p, LABELS).sum().backward()
+        x = zeros(16, d, dtype=torch.float32 if wide else dtype)
+        add_norm(x, zeros(16, d, dtype=dtype), zeros(d), zeros(d), 1e-5, p, LABELS).sum().backward()
 
 
 CALLS = {"attention": attention_calls, "attention_kd": attention_kd_calls, "kd_loss": kd_loss_calls, "linear_loss": linear_loss_calls,
          "norm": norm_calls}
 
 
-def launches(arch: int, which: list[str], dtypes: list[str] = ("bf16", "fp16", "fp32")) -> list[tuple]:
-    """What can be launched on `arch`, each once: (module, kernel, signature, constexprs, attributes, options)."""
-    found = {}
+# ---------------------------------------------------------------- programs
+
+class Program(NamedTuple):
+    """One program that a launch needs."""
+    module: str
+    kernel: str
+    constants: dict[str, Any]
+    types: tuple[str, ...]      # of its pointers
+    data: str                   # Triton's description of it, for `preload`
+
+
+def aim_at(arch: int) -> None:
+    """Let Triton compile for a chip that need not be there."""
+    target = triton.backends.compiler.GPUTarget("cuda", arch, 32)
+    triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: arch,
+                                                     get_current_stream=lambda device: 0))
+
+
+def launches(arch: int, which: list[str], dtypes: list[str] = tuple(DTYPES)) -> list[Program]:
+    """The programs that can be launched on `arch`, each once."""
+    found: dict[tuple, Program] = {}
+
+    def note(key: Any, fn: Any, compile: dict, **rest: Any) -> bool:
+        names = fn.jit_function.arg_names
+        constants = {names[path[0]]: value for path, value in compile["constants"].items()}
+        constants |= {option: compile[option] for option in ("num_warps", "num_stages")}
+        types = dict.fromkeys(t for t in compile["signature"].values() if t.startswith("*"))
+        found[fn.name, str(key)] = Program(fn.module, fn.jit_function.__name__, constants, tuple(types), compile["specialization_data"])
+        return True     # compile nothing now
+
     os.environ["RT_KERNELS"], configs._arch = "triton", arch
     with recording() as recorded:
-        for name in which:
-            for dtype in (dtype for dtype, short in TYPES.items() if short in dtypes):
-                CALLS[name](dtype)
-    for kernel, args, meta in recorded:
-        spec = describe(kernel, args, meta)
-        found[repr(spec)] = spec
+        for name, dtype in itertools.product(which, dtypes):
+            CALLS[name](DTYPES[dtype])
+    aim_at(arch)
+    triton.knobs.runtime.jit_cache_hook = note
+    try:
+        for kernel, args, meta in recorded:
+            kernel.warmup(*(a.dtype if isinstance(a, Tensor) else a for a in args), grid=(1,), **meta)
+    finally:
+        triton.knobs.runtime.jit_cache_hook = None
     return list(found.values())
 
 
-def one_in(n: int, specs: list[tuple]) -> list[tuple]:
-    """The first launch of each kernel, and each n-th after it."""
-    by_kernel = {}
-    for spec in specs:
-        by_kernel.setdefault(spec[:2], []).append(spec)
-    return [spec for alike in by_kernel.values() for spec in alike[::n]]
+def one_in(n: int, programs: list[Program]) -> list[Program]:
+    """The first program of each kernel, and each n-th after it."""
+    by_kernel: dict[tuple, list[Program]] = {}
+    for program in programs:
+        by_kernel.setdefault((program.module, program.kernel), []).append(program)
+    return [program for alike in by_kernel.values() for program in alike[::n]]
 
 
-def describe(kernel: Any, args: tuple, meta: dict) -> tuple:
-    """A launch as Triton's compiler wants it: as its own launcher does, the integer 1 and None become constants, and pointers and
-    integers that 16 divides are known to be so."""
-    options = {k: v for k, v in meta.items() if k not in kernel.arg_names}
-    values = dict(zip(kernel.arg_names, args)) | {k: v for k, v in meta.items() if k in kernel.arg_names}
-    signature, constants, attributes = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        value = values[name]
-        specialized = type(value) is int and not kernel.params[i].do_not_specialize
-        if isinstance(value, torch.Tensor):
-            signature[name] = "*" + TYPES[value.dtype]
-        elif kernel.params[i].is_constexpr or value is None or (specialized and value == 1):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, int):
-            signature[name] = "i32" if -2**31 <= value < 2**31 else "i64"
-        else:
-            signature[name] = "fp32"
-        aligned = isinstance(value, torch.Tensor) and not kernel.params[i].do_not_specialize_on_alignment
-        if aligned or (specialized and signature[name] != "constexpr" and value % 16 == 0):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    return kernel.fn.__module__, kernel.fn.__name__, signature, constants, attributes, options
-
-
-def compile_one(arch: int, spec: tuple) -> dict:
-    """Compile one launch for `arch` and read its machine code."""
-    module, name, signature, constants, attributes, options = spec
-    kernel = getattr(importlib.import_module(module), name)
-    row = {"kernel": name, "arch": arch, "types": ",".join(dict.fromkeys(t for t in signature.values() if t.startswith("*")))}
-    row["config"] = " ".join(f"{k}={v}" for k, v in {**constants, **options}.items() if k.isupper() or k.startswith("num"))
-    source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
+def compile_one(arch: int, program: Program) -> dict:
+    """Compile one program for `arch` and read its machine code."""
+    shown = " ".join(f"{k}={v}" for k, v in program.constants.items() if k.isupper() or k.startswith("num"))
+    row = {"kernel": program.kernel, "arch": arch, "types": ",".join(program.types), "config": shown}
+    aim_at(arch)
     try:
-        done = triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", arch, 32), options=options)
+        done = getattr(import_module(program.module), program.kernel).preload(program.data)
     except Exception as error:      # whatever the compiler raises is this row's result
         return row | {"error": " ".join(str(error.__cause__ or error).split())[-200:]}
-    return row | machine_code(done, options.get("num_warps", 4) * 32, tile(constants)) | {
+    tile = math.prod(v for k, v in program.constants.items() if k.startswith("BLOCK"))
+    return row | machine_code(done.asm["cubin"], program.constants["num_warps"] * 32 / tile) | {
         "shared": done.metadata.shared, "has_dot": "tt.dot" in done.asm["ttir"]}
 
 
-def tile(constants: dict) -> int:
-    return math.prod(v for k, v in constants.items() if k.startswith("BLOCK"))
-
-
-def machine_code(done: Any, threads: int, elements: int) -> dict:
-    """Registers, spilled bytes, matrix instructions, and instructions an element in the longest loop (of all, without one)."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(done.asm["cubin"])
-        usage, text = (subprocess.run([TOOLS / tool, *flags, path], capture_output=True, text=True, check=True).stdout
-                       for tool, *flags in (("cuobjdump", "--dump-resource-usage"), ("cuobjdump", "--dump-sass")))
+def machine_code(cubin: bytes, threads_per_element: float) -> dict:
+    """Registers, spilled bytes, matrix instructions, and instructions per element in the longest loop (of all, without a loop)."""
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, text = (subprocess.run([cuobjdump, flag, file.name], capture_output=True, text=True, check=True).stdout
+                       for flag in ("--dump-resource-usage", "--dump-sass"))
     found = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     code = [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", text)]
     loops = [(int(back, 16), at) for at, what in code for back in re.findall(r"BRA[^`]*? 0x([0-9a-f]+)", what) if int(back, 16) < at]
     first, last = max(loops, key=lambda ends: ends[1] - ends[0], default=(0, code[-1][0]))
-    body = sum(first <= at <= last for at, _ in code)
     return {"registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"],
-            "matrix": sum(bool(MATRIX.search(what)) for _, what in code), "instructions_per_element": body * threads / elements}
-
-
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+            "matrix": sum(bool(MATRIX.search(what)) for _, what in code),
+            "instructions_per_element": sum(first <= at <= last for at, _ in code) * threads_per_element}
 
 
 def fault(row: dict) -> str:
@@ -202,7 +199,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", choices=configs.ARCHS, default=configs.ARCHS)
     parser.add_argument("--kernel", nargs="+", choices=CALLS, default=list(CALLS))
-    parser.add_argument("--dtype", nargs="+", choices=("bf16", "fp16", "fp32"), default=("bf16", "fp16", "fp32"))
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--every", type=int, default=1, metavar="N", help="one in N configurations of each kernel; default: all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--json", help="file for the rows")
@@ -210,19 +207,14 @@ def main() -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("TRITON_INTERPRET=1 replaces the compiler that is to be checked: unset it", file=sys.stderr)
         return 2
-    work = [(arch, spec) for arch in asked.arch for spec in one_in(asked.every, launches(arch, asked.kernel, asked.dtype))]
-    with concurrent.futures.ProcessPoolExecutor(asked.jobs, multiprocessing.get_context("spawn")) as pool:
+    work = [(arch, program) for arch in asked.arch for program in one_in(asked.every, launches(arch, asked.kernel, asked.dtype))]
+    with ProcessPoolExecutor(asked.jobs, multiprocessing.get_context("spawn")) as pool:
         rows = list(tqdm(pool.map(compile_one, *zip(*work)), total=len(work), disable=None, desc="compiling"))
-    print(f"{'kernel':24} {'types':18} {'sm':>3} {'reg':>4} {'spill':>5} {'shared':>7} {'matrix':>6} {'instr/elt':>9}  config")
-    for row in rows:
-        if "error" not in row:
-            print(f"{row['kernel']:24} {row['types']:18} {row['arch']:3} {row['registers']:4} {row['spilled']:5} {row['shared']:7} "
-                  f"{row['matrix']:6} {row['instructions_per_element']:9.1f}  {row['config']}  {fault(row)}")
-        else:
-            print(f"{row['kernel']:24} {row['types']:18} {row['arch']:3} {row['error']}  {row['config']}")
+    cells = [[f"{row.get(c, '-'):.1f}" if isinstance(row.get(c), float) else row.get(c, "-") for c in COLUMNS] for row in rows]
+    print(table([[*line, fault(row)] for line, row in zip(cells, rows)], [*COLUMNS, "fault"]))
     if asked.json:
         Path(asked.json).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    bad = sum(bool(fault(row)) for row in rows)
+    bad = sum(map(bool, map(fault, rows)))
     print(f"{len(rows)} compiled, {bad} with a fault")
     return 1 if bad else 0
 

@@ -1,72 +1,73 @@
-"""How an implementation is timed, and how far it is from the truth."""
+"""How long a call takes, how much memory, and how far its result is from the truth."""
 import math
-import statistics
 import time
 import warnings
 from typing import Callable, Iterable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bench.problem import Impl
+from rt.speed.graphs import warm_up
+
+MiB = 2**20
 
 
-class Clock:
-    """Times calls: with events behind a flushed cache on a GPU, with the host's clock elsewhere."""
-    def __init__(self, cuda: bool, quick: bool):
-        self.cuda, self.quick = cuda, quick
-        self.cache = torch.empty(2**28, dtype=torch.int8, device="cuda") if cuda else None      # several times the L2
-
-    def plan(self, ms: float) -> tuple[int, int]:
-        """(warm-ups, samples) for calls of that length."""
-        if not self.cuda:
-            return (0, 3) if self.quick else (1, 7)
-        return (3, 10) if self.quick else (10 if ms <= 100 else 3, 100 if ms < 1 else 50 if ms <= 20 else 20)
-
-    def sample(self, step: Callable, count: int, calls: int = 1) -> list[float]:
-        """Milliseconds a call, `count` times."""
-        if not self.cuda:
-            out = []
-            for _ in range(count):
-                start = time.perf_counter()
-                step()
-                out.append(1e3 * (time.perf_counter() - start))
-            return out
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+def sample(step: Callable, cuda: bool, calls: int = 1) -> float:
+    """Milliseconds a call, of `calls` in a row, by the host's clock."""
+    if cuda:
         torch.cuda.synchronize()
-        for start, end in events:
-            if calls == 1:
-                self.cache.zero_()
-            start.record()
-            for _ in range(calls):
-                step()
-            end.record()
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) / calls for start, end in events]
-
-    def __call__(self, step: Callable, launch_bound: bool = False) -> dict:
-        calls = 20 if launch_bound and self.cuda else 1
-        self.sample(step, 1, calls)                                         # compiles, allocates
-        warm, n = self.plan(min(self.sample(step, 2, calls)))
-        self.sample(step, warm, calls)
-        times = sorted(self.sample(step, n, calls))
-        low, high = (times[round(q * (n - 1))] for q in (0.2, 0.8))
-        return {"ms": statistics.median(times), "p20": low, "p80": high, "n": n, "peak_mb": self.peak(step)}
-
-    def peak(self, step: Callable) -> float | None:
-        """MiB that one call takes beyond what was allocated before."""
-        if not self.cuda:
-            return None
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    start = time.perf_counter()
+    for _ in range(calls):
         step()
+    if cuda:
         torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    return 1e3 * (time.perf_counter() - start) / calls
 
 
-def steps(impl: Impl) -> Iterator[tuple[str, Callable]]:
-    """(pass, what to time)."""
+def spread(values: list[float]) -> tuple[float, float, float]:
+    """Median, 20th and 80th percentile."""
+    return tuple(np.quantile(values, (0.5, 0.2, 0.8), method="nearest").tolist())
+
+
+def timed(step: Callable, cuda: bool, quick: bool, launch_bound: bool = False) -> dict:
+    """The fields of a row that say how long `step` takes. On a GPU by CUDA events behind a flushed L2 (triton.testing), or of 20 calls in a
+    row if launching takes longer than computing; on a CPU by the host's clock."""
+    sample(step, cuda)      # compiles, allocates
+    if cuda:
+        from triton.testing import do_bench
+        calls = 20 if launch_bound else 1
+        most = (25, 200) if quick else (100, 2000)      # milliseconds of samples: at least, at most; 20 samples in between
+        rep = min(max(20 * calls * sample(step, cuda, calls), most[0]), most[1])
+        times = [ms / calls for ms in do_bench(lambda: [step() for _ in range(calls)], rep / 5, rep, return_mode="all")]
+    else:
+        times = [sample(step, cuda) for _ in range(3 if quick else 7)]
+    ms, low, high = spread(times)
+    before = torch.cuda.memory_allocated() if cuda else 0
+    return {"ms": ms, "p20": low, "p80": high, "n": len(times), "peak_mb": peak(step, before) if cuda else None}
+
+
+def peak(step: Callable, before: int) -> float:
+    """MiB of a GPU that are allocated at most while `step` runs, above `before` bytes."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / MiB
+
+
+def captured(step: Callable, clear: Callable = lambda: None) -> torch.cuda.CUDAGraph:
+    """`step` as a CUDA graph; `clear` forgets what a run before the capture has left."""
+    warm_up(step, clear, torch.device("cuda"))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+def passes(impl: Impl) -> Iterator[tuple[str, Callable]]:
+    """(pass, the call to time): "forward" keeps what a backward needs, "backward" is autograd.grad alone, "both" is one after the other."""
     def forward() -> Tensor:
         return impl.function(*impl.leaves)
 
@@ -83,9 +84,9 @@ def steps(impl: Impl) -> Iterator[tuple[str, Callable]]:
 
 
 def evaluate(impl: Impl) -> list[Tensor]:
-    """Output and gradients in the truth's layout."""
+    """Output and gradients in float64 and in the truth's layout."""
     stale = [torch.full_like(x, math.nan) for x in (*impl.leaves, *impl.leaves, impl.upstream) if x is not None]
-    del stale       # memory that is handed out next, so that what is never written does not look like the last right answer
+    del stale       # this memory is handed out next, so that an element that is never written does not look like the last right answer
     with warnings.catch_warnings(), impl.context():
         warnings.simplefilter("ignore")
         out = impl.function(*impl.leaves)
@@ -103,5 +104,5 @@ def distance(given: Tensor, truth: Tensor) -> tuple[float, float]:
 
 
 def worst(values: Iterable[float]) -> float:
-    """The largest, or NaN if there is one, which `max` may overlook."""
+    """The largest value, or NaN if there is one, which `max` may overlook."""
     return max(values, key=lambda e: math.inf if math.isnan(e) else e)

@@ -1,8 +1,7 @@
 """What is measured: for each kernel its inputs, ours, and what others offer for the same job, each in the layout it likes best.
 
-A `Problem` is built from a case, a dict such as {"kernel": "attention", "S": 512, ...}; its implementations are built one by one, since
-a peer may be missing, may not take the shape, or may not fit in memory. Liger is optional. With `exact` the same rounded inputs come in
-float64 and `truths` say what is right.
+A `Problem` is built from a case, a dict such as {"kernel": "attention", "S": 512, ...}. Liger is optional. With `exact` the same rounded
+inputs come in float64, and `truths` compute the right results.
 """
 from contextlib import nullcontext
 from typing import Callable
@@ -12,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.problem import Draws, Impl, Problem, compiled, deterministic, graphed, leaf, reference, wide
+from bench.measure import captured
+from bench.problem import Draws, Impl, Problem, against_eager, compiled, deterministic, leaf, reference, wide, work
 from kernels import add_norm, dropout, linear_loss
 from kernels.attention import attention
 from kernels.attention_kd import attention_kd
@@ -20,38 +20,38 @@ from kernels.hidden_mse import hidden_mse
 from kernels.kd_loss import TopK, kd_loss, kd_loss_ref, top_k
 
 ALPHA, T = 0.5, 2.0
+SMALL = 2**23       # elements below which launching takes as long as computing
 
 
 # ---------------------------------------------------------------- attention
 
 def ragged_lengths(tokens: int, longest: int) -> list[int]:
-    """Log-normal lengths that sum to `tokens` and would be half padding if padded to `longest`, which one of them has."""
+    """Log-normal lengths of at least 2 that sum to `tokens`; one is `longest`, and half of a batch padded to it would be padding."""
     B = round(2 * tokens / longest)
     z = torch.randn(B, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
     def lengths(sigma: float) -> list[int]:
-        return (longest * ((z - z.max()) * sigma).exp()).round().clamp(1).int().tolist()
+        return (longest * ((z - z.max()) * sigma).exp()).round().clamp(2).int().tolist()
 
     low, high = 0.0, 20.0           # the wider, the shorter
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if sum(lengths(middle)) > tokens else (low, middle)
     out, i = lengths(high), 0
-    while sum(out) != tokens:       # what rounding left over: one token more here and there
+    while sum(out) != tokens:       # rounding is made good by single tokens here and there
         step = 1 if sum(out) < tokens else -1
-        if 1 <= out[i % B] + step < longest:
+        if 2 <= out[i % B] + step < longest:
             out[i % B] += step
         i += 1
     return out
 
 
 class Layout:
-    """Sequences end to end, (N, ...), and as a padded batch, (B, S, ...); and how to get from one to the other."""
+    """Sequences end to end, (N, ...), and as a padded batch, (B, S, ...), with ways from one to the other."""
     def __init__(self, case: dict, device: torch.device):
-        self.S = case["S"]
-        self.lengths = ragged_lengths(case["tokens"], self.S) if case.get("ragged") else [self.S] * (case["tokens"] // self.S)
+        self.S, self.ragged = case["S"], case["ragged"]
+        self.lengths = ragged_lengths(case["tokens"], self.S) if self.ragged else [self.S] * (case["tokens"] // self.S)
         lengths = torch.tensor(self.lengths)
-        self.ragged = bool(case.get("ragged"))
         self.cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32)
         self.document = torch.arange(len(lengths)).repeat_interleave(lengths).to(device)    # (N,)
         self.valid = (torch.arange(self.S) < lengths[:, None]).to(device)                   # (B, S)
@@ -69,22 +69,20 @@ class Layout:
 def attention_flops(case: dict, lengths: list[int]) -> dict[str, float]:
     """Two products forward, five backward (S is computed again), 2 S^2 D each, by the true lengths."""
     forward = 4.0 * case["H"] * case["D"] * sum(n * n for n in lengths)
-    return {"forward": forward, "backward": 2.5 * forward, "both": 3.5 * forward}
+    return work(forward, 2.5 * forward)
 
 
 def attention_problem(case: dict, device: torch.device, dtype: torch.dtype, exact: bool = False) -> Problem:
-    layout, p = Layout(case, device), case["dropout"]
-    draws = Draws(device, dtype, exact)
+    layout, draws, p, S = Layout(case, device), Draws(device, dtype, exact), case["dropout"], case["S"]
     q, k, v, upstream = (draws.normal(case["tokens"], case["H"], case["D"]) for _ in range(4))
-    seed = torch.zeros(1, dtype=torch.int64, device=device)
+    seed, cu = torch.zeros(1, dtype=torch.int64, device=device), layout.cu_seqlens
 
     def ours(context: Callable = nullcontext) -> Impl:
-        return Impl(lambda q, k, v: attention(q, k, v, layout.cu_seqlens, case["S"], dropout_p=p, seed=seed),
-                    tuple(map(leaf, (q, k, v))), upstream, context)
+        return Impl(lambda q, k, v: attention(q, k, v, cu, S, dropout_p=p, seed=seed), tuple(map(leaf, (q, k, v))), upstream, context)
 
     def sdpa(*backends: str, wide_mask: bool = False) -> Impl:
         mask = layout.valid[:, None, None, :] if layout.ragged else None
-        mask = mask.expand(-1, 1, case["S"], -1).contiguous() if wide_mask else mask
+        mask = mask.expand(-1, 1, S, -1).contiguous() if wide_mask else mask
         return Impl(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p),
                     tuple(leaf(layout.pad(x)) for x in (q, k, v)), layout.pad(upstream, torch.zeros_like),
                     lambda: sdpa_kernel([getattr(SDPBackend, b) for b in backends]), layout.unpad)
@@ -102,45 +100,42 @@ def attention_problem(case: dict, device: torch.device, dtype: torch.dtype, exac
 
     def varlen() -> Impl:
         from torch.nn.attention.varlen import varlen_attn
-        cu, S = layout.cu_seqlens, case["S"]
         return ours()._replace(function=lambda q, k, v: varlen_attn(q, k, v, cu, cu, S, S))
 
-    names = ("flash", "cudnn", "efficient", "math") if device.type == "cuda" else ("flash", "math")
-    kinds = {"cudnn": "CUDNN_ATTENTION", "flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "math": "MATH"}
+    names = {"flash": "FLASH_ATTENTION", "math": "MATH"}
+    if device.type == "cuda":
+        names |= {"cudnn": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
     impls = {"ours": ours, "ours deterministic": lambda: ours(deterministic)}
-    impls |= {f"sdpa {name}": lambda kind=kinds[name]: sdpa(kind) for name in names}
+    impls |= {f"sdpa {name}": lambda backend=backend: sdpa(backend) for name, backend in names.items()}
     if layout.ragged:       # what Hugging Face hands over; torch then chooses
-        impls["sdpa wide mask"] = lambda: sdpa(*(kinds[name] for name in names), wide_mask=True)
+        impls["sdpa wide mask"] = lambda: sdpa(*names.values(), wide_mask=True)
     if not p:
         impls["flash varlen"] = varlen
-        if case["S"] in (256, 512, 1024):       # the longest to compile, and the most to say at the lengths of encoders
+        if S in (256, 512, 1024):       # the lengths of encoders alone: it takes longest to compile
             impls["flex"] = flex
     impls["reference"] = lambda: ours(reference)
     return Problem(impls, {"default": ours if p else lambda: sdpa("MATH")}, "tflops", attention_flops(case, layout.lengths))
 
 
 def attention_kd_problem(case: dict, device: torch.device, dtype: torch.dtype, exact: bool = False) -> Problem:
-    layout = Layout(case, device)
-    draws = Draws(device, dtype, exact)
+    layout, draws = Layout(case, device), Draws(device, dtype, exact)
     q_s, k_s, q_t, k_t = (draws.normal(case["tokens"], case["H"], case["D"]) for _ in range(4))
     upstream = draws.upstream(case["tokens"], case["H"])
 
-    def ours(context: Callable = nullcontext) -> Impl:
-        return Impl(lambda q, k: attention_kd(q, k, q_t, k_t, layout.cu_seqlens, case["S"]), (leaf(q_s), leaf(k_s)), upstream, context)
+    def ours() -> Impl:
+        return Impl(lambda q, k: attention_kd(q, k, q_t, k_t, layout.cu_seqlens, case["S"]), (leaf(q_s), leaf(k_s)), upstream)
 
-    def dense(wrap: Callable = lambda f: f) -> Impl:
+    def dense() -> Impl:
         qs, ks, qt, kt = (layout.pad(x) for x in (q_s, k_s, q_t, k_t))
 
-        def maps(qs: Tensor, ks: Tensor, qt: Tensor, kt: Tensor) -> Tensor:
+        def maps(qs: Tensor, ks: Tensor) -> Tensor:
             log_s, log_t = (F.log_softmax(wide(q @ k.mT) * q.shape[-1] ** -0.5, -1) for q, k in ((qs, ks), (qt, kt)))
             return F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(-1)
-        function = wrap(maps)
-        return Impl(lambda q, k: function(q, k, qt, kt), (leaf(qs), leaf(ks)), layout.pad(upstream, torch.zeros_like),
-                    canonical=layout.unpad)
+
+        return Impl(maps, (leaf(qs), leaf(ks)), layout.pad(upstream, torch.zeros_like), canonical=layout.unpad)
 
     flops = attention_flops(case, layout.lengths)["forward"]        # as much: two maps; backward both again, dQ and dK
-    return Problem({"ours": ours, "eager": dense, "compile": lambda: dense(compiled), "reference": lambda: ours(reference)},
-                   {"default": dense}, "tflops", {"forward": flops, "backward": 2 * flops, "both": 3 * flops})
+    return Problem(against_eager(ours, dense), {"default": dense}, "tflops", work(flops, 2 * flops))
 
 
 # ---------------------------------------------------------------- losses
@@ -158,60 +153,58 @@ def mean_kl(s: Tensor, t: Tensor) -> Tensor:
 
 
 def kd_problem(case: dict, device: torch.device, dtype: torch.dtype, exact: bool = False) -> Problem:
-    R, C, k = case["R"], case["C"], case["k"]
-    draws = Draws(device, dtype, exact)
+    R, C, k, draws = case["R"], case["C"], case["k"], Draws(device, dtype, exact)
     s, t = draws.normal(R, C, scale=2.0), draws.normal(R, C, scale=2.0)
     labels, upstream = draws.below(C, R), draws.upstream(R) / R
     teacher = t
-    if k:       # chosen before widening: which of two equal logits is in the top is for one sort to say
+    if k:       # chosen before widening: one sort must decide which of two equal logits is in the top
         ids, logits, tail = top_k(t.to(dtype), k, T)
         teacher = TopK(ids, draws.widen(logits), draws.widen(tail))
 
-    def of(function: Callable, **more) -> Impl:
-        return Impl(function, (leaf(s),), **{"upstream": upstream} | more)
+    def ours() -> Impl:
+        return Impl(lambda s: kd_loss(s, teacher, labels, alpha=ALPHA, T=T), (leaf(s),), upstream)
 
-    def ours(context: Callable = nullcontext) -> Impl:
-        return of(lambda s: kd_loss(s, teacher, labels, alpha=ALPHA, T=T), context=context)
-
-    def eager(wrap: Callable = lambda f: f) -> Impl:
-        function = wrap((lambda s, t: kd_loss_ref(s, t, labels, alpha=ALPHA, T=T)) if k else (lambda s, t: eager_kd(s, t, labels)))
-        return of(lambda s: function(s, teacher))
+    def eager() -> Impl:
+        return Impl((lambda s: kd_loss_ref(s, teacher, labels, alpha=ALPHA, T=T)) if k else (lambda s: eager_kd(s, t, labels)),
+                    (leaf(s),), upstream)
 
     def liger() -> Impl:
         from liger_kernel.transformers.functional import liger_kl_div
-        return of(lambda s: liger_kl_div(F.log_softmax(wide(s) / T, -1), F.log_softmax(wide(t) / T, -1), reduction="batchmean",
-                                         log_target=True), upstream=None, truth="mean KL")
+        return Impl(lambda s: liger_kl_div(F.log_softmax(wide(s) / T, -1), F.log_softmax(wide(t) / T, -1), reduction="batchmean",
+                                           log_target=True), (leaf(s),), truth="mean KL")
 
-    impls = {"ours": ours, "eager": eager, "compile": lambda: eager(compiled)} | ({} if k else {"liger kl_div KL only": liger})
-    if R * C < 2**23 and s.is_cuda:
-        impls |= {"ours graph": lambda: graphed(ours()), "eager graph": lambda: graphed(eager())}
-    impls["reference"] = lambda: ours(reference)
+    def graphed(build: Callable[[], Impl]) -> Impl:
+        """Forward and backward as one replay of a CUDA graph."""
+        impl = build()
+        graph = captured(lambda: torch.autograd.grad(impl.function(*impl.leaves), impl.leaves, impl.upstream))
+        return Impl(lambda: graph.replay(), (), passes=("both",))
+
+    more = {} if k else {"liger kl_div KL only": liger}
+    if R * C < SMALL and s.is_cuda:
+        more |= {"ours graph": lambda: graphed(ours), "eager graph": lambda: graphed(eager)}
     once = R * C * s.element_size()     # the student's logits; a teacher of k costs nothing beside them
-    work = {"forward": once * (1 if k else 2), "backward": once * (2 if k else 3), "both": once * (3 if k else 5)}
-    return Problem(impls, {"default": eager, "mean KL": lambda: of(lambda s: mean_kl(s, t), upstream=None)}, "gbps", work,
-                   R * C < 2**23)
+    return Problem(against_eager(ours, eager, **more), {"default": eager, "mean KL": lambda: Impl(lambda s: mean_kl(s, t), (leaf(s),))},
+                   "gbps", work(once * (1 if k else 2), once * (2 if k else 3)), R * C < SMALL)
 
 
 def hidden_problem(case: dict, device: torch.device, dtype: torch.dtype, exact: bool = False) -> Problem:
     B, L, d = case["B"], case["L"], case["d"]
     draws = Draws(device, dtype, exact)
     s, t, rows, upstream = draws.normal(B, L, d), draws.normal(4 * B, L, d), draws.below(4 * B, B), draws.upstream(B)
-
-    def ours(context: Callable = nullcontext) -> Impl:
-        return Impl(lambda s: hidden_mse(s, t, rows), (leaf(s),), upstream, context)
-
-    def eager(wrap: Callable = lambda f: f) -> Impl:
-        function = wrap(lambda s, t: (wide(s) - wide(t[rows])).square().mean((1, 2)))
-        return Impl(lambda s: function(s, t), (leaf(s),), upstream)
-
     once = s.numel() * s.element_size()
-    return Problem({"ours": ours, "eager": eager, "compile": lambda: eager(compiled), "reference": lambda: ours(reference)},
-                   {"default": eager}, "gbps", {"forward": 2 * once, "backward": 3 * once, "both": 5 * once}, B * L * d < 2**23)
+
+    def ours() -> Impl:
+        return Impl(lambda s: hidden_mse(s, t, rows), (leaf(s),), upstream)
+
+    def eager() -> Impl:
+        return Impl(lambda s: (wide(s) - wide(t[rows])).square().mean((1, 2)), (leaf(s),), upstream)
+
+    return Problem(against_eager(ours, eager), {"default": eager}, "gbps", work(2 * once, 3 * once), B * L * d < SMALL)
 
 
 def linear_problem(case: dict, device: torch.device, dtype: torch.dtype, exact: bool = False) -> Problem:
     """linear_kd and linear_cross_entropy: a head of V words on N rows of width d, mean over rows. The teacher is near the student, and
-    "KL only" leaves out the labels' term: that is when rounded logits show in the gradient, which a label's 1 would hide."""
+    "KL only" leaves out the labels' term: rounded logits then show in the gradient, which a label's 1 would hide."""
     N, V, d, kd = case["N"], case["V"], case["d"], case["kernel"] == "linear_kd"
     draws = Draws(device, dtype, exact)
     x, w, b = draws.normal(N, d), draws.normal(V, d, scale=0.05), draws.normal(V, scale=0.1)
@@ -221,41 +214,41 @@ def linear_problem(case: dict, device: torch.device, dtype: torch.dtype, exact: 
     def of(function: Callable, bias: bool = True, **more) -> Impl:      # ours makes gradients in the forward: only both compare
         return Impl(function, tuple(map(leaf, (x, w, b) if bias else (x, w))), **{"passes": ("both",)} | more)
 
-    def ours(context: Callable = nullcontext) -> Impl:
+    def ours() -> Impl:
         if kd:
-            return of(lambda x, w, b: linear_loss.linear_kd(x, w, b, x_t, w_t, b_t, labels, alpha=ALPHA, T=T), context=context)
-        return of(lambda x, w, b: linear_loss.linear_cross_entropy(x, w, b, labels), context=context)
+            return of(lambda x, w, b: linear_loss.linear_kd(x, w, b, x_t, w_t, b_t, labels, alpha=ALPHA, T=T))
+        return of(lambda x, w, b: linear_loss.linear_cross_entropy(x, w, b, labels))
 
-    def eager(wrap: Callable = lambda f: f, raise_to: Callable = lambda x: x) -> Impl:
-        def loss(x: Tensor, w: Tensor, b: Tensor, x_t: Tensor, w_t: Tensor, b_t: Tensor) -> Tensor:
+    def eager(raise_to: Callable = lambda x: x) -> Impl:
+        def loss(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
             s = F.linear(raise_to(x), raise_to(w), raise_to(b))
             if not kd:
                 return F.cross_entropy(wide(s), labels)
             with torch.no_grad():
                 t = F.linear(raise_to(x_t), raise_to(w_t), raise_to(b_t))
             return eager_kd(s, t, labels).mean()
-        function = wrap(loss)
-        return of(lambda x, w, b: function(x, w, b, x_t, w_t, b_t))
+        return of(loss)
 
     def kl_only(function: Callable) -> Callable[[], Impl]:
         return lambda: of(function, bias=False, truth="mean KL", passes=())
 
     def gemms() -> Impl:
-        """The matrix products alone, the vocabulary rounded up to where they are fastest."""
+        """The matrix products alone, the vocabulary rounded up to a size at which they are fastest."""
         x_, x_t_, w_, w_t_ = (y.detach() for y in (x, x_t, F.pad(w, (0, 0, 0, -V % 128)), F.pad(w_t, (0, 0, 0, -V % 128))))
         grad = draws.normal(N, len(w_))
         return Impl(lambda: (x_ @ w_.T, x_t_ @ w_t_.T if kd else None, grad @ w_, grad.T @ x_), (), passes=("both",))
 
-    impls = {"ours": ours, "eager": eager, "compile": lambda: eager(compiled),
-             "gemm bound": gemms, "eager fp32 gemm": lambda: eager(raise_to=wide)._replace(passes=()), "reference": lambda: ours(reference)}
+    def linear_mean_kl(x: Tensor, w: Tensor) -> Tensor:
+        return mean_kl(F.linear(x, w), F.linear(x_t, w_t))
+
+    more = {"gemm bound": gemms, "eager fp32 gemm": lambda: eager(wide)._replace(passes=())}
     if kd:
-        impls |= {"ours KL only": kl_only(lambda x, w: linear_loss.linear_kd(x, w, None, x_t, w_t, None, alpha=1 / T**2, T=T)),
-                  "eager KL only": kl_only(lambda x, w: mean_kl(F.linear(x, w), F.linear(x_t, w_t))),
-                  "eager fp32 gemm KL only": kl_only(lambda x, w: mean_kl(F.linear(wide(x), wide(w)), F.linear(wide(x_t), wide(w_t))))}
-    products = 4 if kd else 3
-    return Problem(impls | (liger_kd(x_t, w_t, b_t, labels, of) if kd else liger_ce(labels, of)),
-                   {"default": eager, "mean KL": lambda: of(lambda x, w: mean_kl(F.linear(x, w), F.linear(x_t, w_t)), bias=False)},
-                   "tflops", {"both": products * 2.0 * N * V * d})
+        more |= {"ours KL only": kl_only(lambda x, w: linear_loss.linear_kd(x, w, None, x_t, w_t, None, alpha=1 / T**2, T=T)),
+                 "eager KL only": kl_only(linear_mean_kl),
+                 "eager fp32 gemm KL only": kl_only(lambda x, w: mean_kl(F.linear(wide(x), wide(w)), F.linear(wide(x_t), wide(w_t))))}
+    more |= liger_kd(x_t, w_t, b_t, labels, of) if kd else liger_ce(labels, of)
+    return Problem(against_eager(ours, eager, **more), {"default": eager, "mean KL": lambda: of(linear_mean_kl, bias=False)}, "tflops",
+                   {"both": (4 if kd else 3) * 2.0 * N * V * d})
 
 
 def liger_kd(x_t: Tensor, w_t: Tensor, b_t: Tensor, labels: Tensor, of: Callable) -> dict[str, Callable[[], Impl]]:
@@ -283,42 +276,37 @@ def liger_ce(labels: Tensor, of: Callable) -> dict[str, Callable[[], Impl]]:
 # ---------------------------------------------------------------- norm and dropout
 
 def norm_problem(case: dict, device: torch.device, dtype: torch.dtype, exact: bool = False) -> Problem:
-    """add_norm, weights fp32 in ours and as wide as the rest for the others, since torch has no mixed layer norm on a GPU. Liger fuses
-    a residual with RMS norm only: no peer."""
-    N, d, p = case["N"], case["d"], case["dropout"]
-    draws = Draws(device, dtype, exact)
+    """add_norm, with fp32 weights in ours and weights as wide as the rest in the others, since torch has no mixed layer norm on a GPU.
+    Liger fuses a residual with RMS norm only, so it is no peer here."""
+    N, d, p, draws = case["N"], case["d"], case["dropout"], Draws(device, dtype, exact)
     (x, h, upstream), (weight, bias) = (draws.normal(N, d) for _ in range(3)), (draws.normal(d) for _ in range(2))
     seed = torch.zeros(1, dtype=torch.int64, device=device)
 
-    def ours(context: Callable = nullcontext) -> Impl:
-        return Impl(lambda x, h, w, b: add_norm(x, h, w, b, 1e-5, p, seed), tuple(map(leaf, (x, h, wide(weight), wide(bias)))), upstream,
-                    context)
+    def ours() -> Impl:
+        return Impl(lambda x, h, w, b: add_norm(x, h, w, b, 1e-5, p, seed), tuple(map(leaf, (x, h, wide(weight), wide(bias)))), upstream)
 
-    def eager(wrap: Callable = lambda f: f) -> Impl:
-        function = wrap(lambda x, h, w, b: F.layer_norm(x + F.dropout(h, p), (d,), w, b, 1e-5))
-        return Impl(function, tuple(map(leaf, (x, h, weight, bias))), upstream)
+    def eager() -> Impl:
+        leaves = tuple(map(leaf, (x, h, weight, bias)))
+        return Impl(lambda x, h, w, b: F.layer_norm(x + F.dropout(h, p), (d,), w, b, 1e-5), leaves, upstream)
 
     once = N * d * x.element_size()     # x, h and y; dy, one saved tensor, dx, and dh where it differs from dx
-    work = {"forward": 3 * once, "backward": (4 if p else 3) * once, "both": (7 if p else 6) * once}
-    return Problem({"ours": ours, "eager": eager, "compile": lambda: eager(compiled), "reference": lambda: ours(reference)},
-                   {"default": ours if p else eager}, "gbps", work, N * d < 2**23)
+    return Problem(against_eager(ours, eager), {"default": ours if p else eager}, "gbps", work(3 * once, (4 if p else 3) * once),
+                   N * d < SMALL)
 
 
 def dropout_problem(case: dict, device: torch.device, dtype: torch.dtype, exact: bool = False) -> Problem:
-    """dropout of rows, words hashed in the kernel; the others draw Philox numbers."""
-    N, d, p = case["N"], case["d"], case["dropout"]
-    draws = Draws(device, dtype, exact)
+    """dropout of rows: ours hashes in the kernel, the others draw Philox numbers."""
+    N, d, p, draws = case["N"], case["d"], case["dropout"], Draws(device, dtype, exact)
     x, upstream, seed = draws.normal(N, d), draws.normal(N, d), torch.zeros(1, dtype=torch.int64, device=device)
-
-    def ours(context: Callable = nullcontext) -> Impl:
-        return Impl(lambda x: dropout(x, p, seed), (leaf(x),), upstream, context)
-
-    def eager(wrap: Callable = lambda f: f) -> Impl:
-        return Impl(wrap(lambda x: F.dropout(x, p)), (leaf(x),), upstream)
-
     once = N * d * x.element_size()
-    return Problem({"ours": ours, "eager": eager, "compile": lambda: eager(compiled), "reference": lambda: ours(reference)},
-                   {"default": ours}, "gbps", {"forward": 2 * once, "backward": 2 * once, "both": 4 * once}, N * d < 2**23)
+
+    def ours() -> Impl:
+        return Impl(lambda x: dropout(x, p, seed), (leaf(x),), upstream)
+
+    def eager() -> Impl:
+        return Impl(lambda x: F.dropout(x, p), (leaf(x),), upstream)
+
+    return Problem(against_eager(ours, eager), {"default": ours}, "gbps", work(2 * once, 2 * once), N * d < SMALL)
 
 
 PROBLEMS: dict[str, Callable[..., Problem]] = {

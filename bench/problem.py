@@ -1,8 +1,9 @@
-"""What a measured problem consists of: implementations of one job, inputs rounded alike for all of them, and ways to run them."""
+"""A measured problem: implementations of one job, with inputs that are rounded alike for all of them."""
 import os
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Callable, Iterator, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -11,33 +12,34 @@ PASSES = ("forward", "backward", "both")
 
 
 class Impl(NamedTuple):
+    """One implementation, ready to be called."""
     function: Callable[..., Tensor]             # of the leaves
-    leaves: tuple[Tensor, ...]                  # what is differentiated; none: `function` is all there is to time
-    upstream: Tensor | None = None              # gradient of its output; None where that is a scalar
+    leaves: tuple[Tensor, ...]                  # differentiated; none: `function` is all there is to time
+    upstream: Tensor | None = None              # gradient of its output; None if that is a scalar
     context: Callable = nullcontext             # entered around every call
-    canonical: Callable = lambda x: x           # its output, or a gradient, laid out as the truth is
+    canonical: Callable = lambda x: x           # lays out its output, or a gradient, as the truth is
     truth: str = "default"
-    passes: tuple[str, ...] = PASSES            # what to time; none: its error is of interest, its time is not
+    passes: tuple[str, ...] = PASSES            # timed; none: only its error is measured
 
 
 @dataclass
 class Problem:
+    """Implementations of one case by name; they are built one by one, since a peer may be missing or not fit in memory."""
     impls: dict[str, Callable[[], Impl]]
     truths: dict[str, Callable[[], Impl]]
     unit: str                                   # "tflops" or "gbps"
-    work: dict[str, float]                      # a pass -> FLOPs of the algorithm, or bytes that must move
-    launch_bound: bool = False                  # so small that calls are timed in a row, not one by one behind a flushed cache
+    work: dict[str, float]                      # pass -> FLOPs of the algorithm, or bytes that must move
+    launch_bound: bool = False                  # too small to be timed one call at a time
 
 
-@contextmanager
-def reference() -> Iterator[None]:
+def work(forward: float, backward: float) -> dict[str, float]:
+    """`Problem.work` of the two passes and their sum."""
+    return {"forward": forward, "backward": backward, "both": forward + backward}
+
+
+def reference() -> patch.dict:
     """Inside, our functions are their references in plain PyTorch."""
-    before = os.environ.get("RT_KERNELS")
-    os.environ["RT_KERNELS"] = "ref"
-    try:
-        yield
-    finally:
-        os.environ.pop("RT_KERNELS") if before is None else os.environ.update(RT_KERNELS=before)
+    return patch.dict(os.environ, RT_KERNELS="ref")
 
 
 @contextmanager
@@ -54,52 +56,46 @@ def deterministic() -> Iterator[None]:
 
 
 def compiled(function: Callable) -> Callable:
-    """Static shapes. Backward alone is timed on one graph again and again, which buffers given away after a backward would forbid."""
+    """torch.compile for static shapes. Backward alone is timed on one graph again and again, which donated buffers would forbid."""
     import torch._functorch.config as config
     config.donated_buffer = False
-    torch._dynamo.reset()       # a case more must not count as a recompilation of the last one
+    torch._dynamo.reset()       # another case must not count as a recompilation of the last one
     return torch.compile(function, dynamic=False)
 
 
-def graphed(impl: Impl) -> Impl:
-    """Forward and backward as one replay of a CUDA graph."""
-    def step() -> None:
-        torch.autograd.grad(impl.function(*impl.leaves), impl.leaves, impl.upstream)
+def against_eager(ours: Callable[[], Impl], eager: Callable[[], Impl], **more: Callable[[], Impl]) -> dict[str, Callable[[], Impl]]:
+    """Ours and its reference beside the plain PyTorch version, eager and compiled, and `more` peers."""
+    def compiled_eager() -> Impl:
+        impl = eager()
+        return impl._replace(function=compiled(impl.function))
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return Impl(lambda: graph.replay(), (), passes=("both",))
+    return {"ours": ours, "eager": eager, "compile": compiled_eager, **more, "reference": lambda: ours()._replace(context=reference)}
 
 
 class Draws:
-    """Random numbers from one seed; the same ones, as float64, if `exact`."""
+    """Random numbers from one seed, rounded to `dtype`; the same numbers as float64 if `exact`."""
     def __init__(self, device: torch.device, dtype: torch.dtype, exact: bool):
         self.dtype, self.exact = dtype, exact
-        self.of = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+        self.options = {"generator": torch.Generator(device).manual_seed(0), "device": device}
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
         """Inputs, rounded to the dtype that is measured."""
-        return self.widen(torch.randn(shape, **self.of).mul_(scale).to(self.dtype))
+        return self.widen(torch.randn(shape, **self.options).mul_(scale).to(self.dtype))
 
     def near(self, x: Tensor) -> Tensor:
-        """Another of the kind of x, not far from it."""
-        return self.widen((x.float() + 0.1 * x.float().std() * torch.randn(x.shape, **self.of)).to(self.dtype))
+        """A tensor like x and not far from it."""
+        return self.widen((x.float() + 0.1 * x.float().std() * torch.randn(x.shape, **self.options)).to(self.dtype))
 
     def upstream(self, *shape: int) -> Tensor:
         """The gradient of fp32 losses: positive, not uniform."""
-        return self.widen(torch.rand(shape, **self.of))
+        return self.widen(torch.rand(shape, **self.options))
 
     def below(self, n: int, count: int) -> Tensor:
-        return torch.randint(n, (count,), **self.of)
+        """`count` whole numbers below n."""
+        return torch.randint(n, (count,), **self.options)
 
     def widen(self, x: Tensor) -> Tensor:
+        """float64 if `exact`."""
         return x.double() if self.exact else x
 
 

@@ -15,117 +15,86 @@ Sequences are of uneven length, up to 128 tokens. Cases:
 Fields of a row: bench/steps.py. On a GPU "+graphs" replays forward and backward as a CUDA graph.
 """
 import sys
+from dataclasses import dataclass
 from functools import partial
-from typing import Callable
+from typing import Callable, Literal
 
 import torch
-from torch import Tensor
 
-from bench.roberta import (
-    LABELS,
-    classifier_loss,
-    our_classifier,
-    peer,
-    peer_state,
-    stand_in_base,
-)
-from bench.steps import Config, Impl, Problem, Step, Where, agreement, main, sizes_of
-from bench.train import labelled_batch, uneven
+from bench.roberta import LABELS, classifier_loss, our_classifier, peer, peer_state, stand_in_base
+from bench.runner import RunFlags
+from bench.steps import Impl, Problem, Step, StepFlags, Where, agreement, main, sizes_of
+from bench.train import labelled_batch, peers, uneven
 from rt.data import Encoded
 from rt.deltas import attach
 from rt.kinds import KINDS, DeltaConfig
-from rt.losses import Loss, run_teacher
-from rt.model import Batch
+from rt.losses import DistillConfig, Loss, run_teacher
+from rt.model import Batch, Classifier
 from rt.runs.config import run
 
-ALPHA, BETA, T = 0.7, 1.0, 5.0      # recycle.py's
+
+@dataclass
+class Config:
+    only: tuple[Literal["distill", "frozen", "peft"], ...] = ()  # kinds of cases; default: all
+    run: RunFlags = RunFlags()
+    steps: StepFlags = StepFlags()
 
 
-def sequences_of(case: dict, where: Where) -> tuple[Batch, Encoded]:
-    """The batch of a case on the device, and the same as a task's training examples."""
-    batch = labelled_batch(where.encoder_config(case), uneven(case)).to(where.device)
-    ids = [ids.tolist() for ids in batch.ids.split(batch.cu_seqlens.diff().tolist())]
-    return batch, Encoded(ids, batch.labels.cpu(), truncated=0)
+Config.__doc__ = __doc__
 
 
-def with_graphs(where: Where, impls: dict[str, Callable[[bool], Step]]) -> dict[str, Impl]:
-    """Each as it is and, on a GPU, as a CUDA graph; all in the product's own precision."""
-    out = {name: Impl(partial(build, False), where.precision) for name, build in impls.items()}
-    if where.cuda:
-        out |= {f"{name} +graphs": Impl(partial(build, True), where.precision) for name, build in impls.items()}
-    return out
+def batch_of(case: dict, where: Where) -> Batch:
+    return labelled_batch(where.encoder_config(case), uneven(case)).to(where.device)
 
 
-def problem(case: dict, impls: dict[str, Impl], against: str, **facts) -> Problem:
-    return Problem(impls, against, case["tokens"], {"padded_tokens": case["sequences"] * case["S"], **facts})
-
-
-# ---------------------------------------------------------------- cases
-
-def distill(case: dict, where: Where) -> Problem:
-    config = where.encoder_config(case)
-    batch, examples = sequences_of(case, where)
-    base, delta = stand_in_base(config, seed=0).to(where.device), DeltaConfig(case["delta"])
-    teacher = attach(stand_in_base(config, seed=1).to(where.device), delta, LABELS, seed=1)
-    cache = run_teacher(teacher, examples, where.device, where.precision)
-    del teacher
-
-    def build(loss: Loss, graph: bool) -> Step:
-        model = attach(base, delta, LABELS, seed=0)
+def problem(case: dict, where: Where, batch: Batch, builds: dict[str, tuple[Callable[[], Classifier], Loss]], against: str) -> Problem:
+    """A step of each model on its loss, in the product's own precision; on a GPU also as a CUDA graph."""
+    def step(build: Callable[[], Classifier], loss: Loss, graph: bool) -> Step:
+        model = build()
         return Step(model, lambda: loss(model, batch), where.precision, graph)
 
-    taught = Loss(teacher=cache, alpha=ALPHA, beta=BETA, T=T)
-    return problem(case, with_graphs(where, {"plain": partial(build, Loss()), "distill": partial(build, taught)}), "plain")
+    impls = {name + " +graphs" * graph: Impl(partial(step, *parts, graph), where.precision)
+             for graph in ((False, True) if where.cuda else (False,)) for name, parts in builds.items()}
+    return Problem(impls, case["tokens"], against, {"padded_tokens": case["sequences"] * case["S"]})
+
+
+def distill(case: dict, where: Where) -> Problem:
+    config, delta, batch = where.encoder_config(case), DeltaConfig(case["delta"]), batch_of(case, where)
+    base, old_base = (stand_in_base(config, seed).to(where.device) for seed in (0, 1))
+    ids = [ids.tolist() for ids in batch.ids.split(batch.cu_seqlens.diff().tolist())]
+    teacher = run_teacher(attach(old_base, delta, LABELS, seed=1), Encoded(ids, batch.labels.cpu(), truncated=0), where.device,
+                          where.precision)
+    student = partial(attach, base, delta, LABELS, seed=0)
+    taught = Loss(teacher=teacher, config=DistillConfig())
+    return problem(case, where, batch, {"plain": (student, Loss()), "distill": (student, taught)}, "plain")
 
 
 def frozen(case: dict, where: Where) -> Problem:
-    batch, _ = sequences_of(case, where)
     base = stand_in_base(where.encoder_config(case), seed=0).to(where.device)
-
-    def build(kind: str, graph: bool) -> Step:
-        model, loss = attach(base, DeltaConfig(kind), LABELS, seed=0), Loss()
-        return Step(model, lambda: loss(model, batch), where.precision, graph)
-
-    return problem(case, with_graphs(where, {kind: partial(build, kind) for kind in KINDS}), "full")
+    builds = {kind: (partial(attach, base, DeltaConfig(kind), LABELS, seed=0), Loss()) for kind in KINDS}
+    return problem(case, where, batch_of(case, where), builds, "full")
 
 
 def peft(case: dict, where: Where) -> Problem:
-    config, name = where.encoder_config(case), "RobertaForSequenceClassification"
-    batch, _ = sequences_of(case, where)
-    state, delta = peer_state(name, config), DeltaConfig("lora")
+    config, name, delta, batch = where.encoder_config(case), "RobertaForSequenceClassification", DeltaConfig("lora"), batch_of(case, where)
+    state = peer_state(name, config)
+    mine = partial(our_classifier, config, state, delta, where.device)
 
-    def theirs() -> torch.nn.Module:
+    def theirs(attention: str) -> torch.nn.Module:
         from peft import LoraConfig, get_peft_model  # a peer
         settings = LoraConfig(task_type="SEQ_CLS", r=delta.r, lora_alpha=delta.lora_alpha, target_modules=list(delta.target_modules),
                               lora_dropout=0.0)
-        return get_peft_model(peer(name, config, "sdpa", state), settings).to(where.device)
+        return get_peft_model(peer(name, config, attention, state), settings)
 
-    def our_step(graph: bool) -> Step:
-        model, loss = our_classifier(config, state, delta, where.device), Loss()
-        return Step(model, lambda: loss(model, batch), where.precision, graph)
-
-    def peer_step(dtype: torch.dtype, compile: bool = False) -> Step:
-        model = theirs()
-        loss: Callable[[], Tensor] = classifier_loss(model, batch, config.pad_id)
-        return Step(model, torch.compile(loss, dynamic=False) if compile else loss, dtype)
-
-    impls = with_graphs(where, {"ours": our_step})
-    for dtype in where.dtypes:
-        label = " fp32" if dtype == torch.float32 != where.precision else ""
-        impls["peft" + label] = Impl(partial(peer_step, dtype), dtype)
-    if where.compile:
-        impls["peft +compile"] = Impl(partial(peer_step, where.precision, True), where.precision)
-    return problem(case, impls, "ours", **same_loss(our_step, theirs, batch, config.pad_id))
-
-
-def same_loss(our_step: Callable[[bool], Step], theirs: Callable[[], torch.nn.Module], batch: Batch, pad_id: int) -> dict[str, float]:
-    """Both losses, of fresh deltas on the same weights, in fp32 without dropout; nothing where PEFT is missing."""
+    found = problem(case, where, batch, {"ours": (mine, Loss())}, "ours")
+    found.impls |= peers(where, "peft", theirs, lambda model: {"": classifier_loss(model, batch, config.pad_id)})
     try:
-        peer_loss = classifier_loss(theirs().eval(), batch, pad_id)
+        reference = theirs("sdpa").to(where.device).eval()
     except ImportError:
-        return {}
+        return found
     with torch.no_grad():
-        return agreement(Loss()(our_step(False).model.eval(), batch).item(), peer_loss().item())
+        found.facts |= agreement(Loss()(mine().eval(), batch).item(), classifier_loss(reference, batch, config.pad_id)().item())
+    return found
 
 
 PROBLEMS = {"distill": distill, "frozen": frozen, "peft": peft}      # a function of (case, where) more is a kind of case more
@@ -133,13 +102,12 @@ PROBLEMS = {"distill": distill, "frozen": frozen, "peft": peft}      # a functio
 
 def cases(c: Config, cuda: bool) -> list[dict]:
     """The most important first."""
-    S, counts = (16, (4, 8)) if c.quick else (128, (16, 128))
-    wanted = [(kind, delta, B) for B in counts for kind, delta in (("distill", "full"), ("distill", "adapter"), ("frozen", None),
-                                                                   ("peft", None))]
-    return [{"bench": "recycle", "case": kind, "size": size, **({"delta": delta} if delta else {}), "sequences": B, "tokens": B * S // 2,
-             "S": S, "dropout": p}
-            for size in sizes_of(c, cuda) for p in c.dropouts[:1] for kind, delta, B in wanted if kind in (c.only or PROBLEMS)]
+    S, counts = (16, (4, 8)) if c.run.quick else (128, (16, 128))
+    kinds = [{"case": "distill", "delta": "full"}, {"case": "distill", "delta": "adapter"}, {"case": "frozen"}, {"case": "peft"}]
+    kinds = [kind for kind in kinds if not c.only or kind["case"] in c.only]
+    return [{"bench": "recycle", "case": kind["case"], "size": size, **kind, "sequences": B, "tokens": B * S // 2, "S": S, "dropout": p}
+            for size in sizes_of(c, cuda) for p in c.steps.dropouts[:1] for B in counts for kind in kinds]
 
 
 if __name__ == "__main__":
-    run(lambda: main("bench.recycle", __doc__, PROBLEMS, cases, sys.argv[1:]))
+    run(lambda: main(Config, "bench.recycle", PROBLEMS, cases, sys.argv[1:]))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rt.deltas import Base, attach
-from rt.formats.hf import classification_head_state, encoder_state, mlm_head_state
+from rt.formats.hf import CLASSIFIERS, HEADS, encoder_state, head_state
 from rt.kinds import DeltaConfig
 from rt.model import Batch, Classifier, EncoderConfig, MaskedLM, new_masked_lm
 
@@ -64,7 +64,7 @@ def our_masked_lm(config: EncoderConfig, state: dict[str, Tensor] | None) -> Mas
     model = new_masked_lm(config, seed=0)
     if state is not None:
         model.encoder.load_state_dict(encoder_state(state, config))
-        model.head.load_state_dict(mlm_head_state(state, config))
+        model.head.load_state_dict(head_state(state, config, HEADS))
     return model
 
 
@@ -73,7 +73,7 @@ def our_classifier(config: EncoderConfig, state: dict[str, Tensor] | None, delta
     base = stand_in_base(config, 0, state).to(device)
     model = attach(base, delta, LABELS, seed=0)
     if state is not None:
-        model.head.load_state_dict(classification_head_state(state, config))
+        model.head.load_state_dict(head_state(state, config, CLASSIFIERS))
     return model
 
 

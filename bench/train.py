@@ -12,15 +12,16 @@ Cases. On a CPU rows are of 128 tokens, on a GPU of 512.
                     which makes half of its tokens padding, with an attention mask
     ragged mlm      (GPU) the same lengths under the masked-LM loss
 
-Implementations. `ours` is the product's model, loss and optimizer in its own precision (bf16 under autocast where the device has it);
+Implementations. `ours` is the product's model, loss and optimizer in its own precision (bf16 under autocast if the device has it);
 fp32 peers are named so. "+compile": torch.compile of each block, of the peer's whole forward. "+graphs": forward and backward replayed
 as a CUDA graph. "hf" has SDPA attention, fused AdamW and the same clipping; "predicted rows" applies the masked-LM head to those only,
-which the library does not offer but anybody can write; "eager" is the library's other attention, on a CPU faster where weights are
+which the library does not offer but anybody can write; "eager" is the library's other attention, on a CPU faster if weights are
 dropped. Fields of a row: bench/steps.py.
 """
 import sys
+from dataclasses import dataclass
 from functools import partial
-from typing import Callable
+from typing import Callable, Literal
 
 import numpy as np
 import torch
@@ -37,17 +38,28 @@ from bench.roberta import (
     peer,
     peer_state,
 )
-from bench.steps import Config, Impl, Problem, Step, Where, agreement, main, sizes_of
+from bench.runner import RunFlags
+from bench.steps import Impl, Problem, Step, StepFlags, Where, agreement, main, sizes_of
 from rt.data import Corpus, Masker, Rows, sequences_batch
 from rt.kinds import DeltaConfig
 from rt.losses import Loss
 from rt.model import Batch, EncoderConfig
 from rt.pretrain import mlm_loss
 from rt.runs.config import run
-from rt.speed.graphs import compile_blocks
+from rt.speed.graphs import compiled
 from rt.speed.throughput import step_flops
 
 MASK_RATE = 0.3     # train.py's
+
+
+@dataclass
+class Config:
+    only: tuple[Literal["dense", "ragged", "ragged mlm"], ...] = ()  # kinds of cases; default: all
+    run: RunFlags = RunFlags()
+    steps: StepFlags = StepFlags()
+
+
+Config.__doc__ = __doc__
 
 
 # ---------------------------------------------------------------- batches
@@ -85,140 +97,133 @@ def labelled_batch(config: EncoderConfig, lengths: list[int]) -> Batch:
 
 
 def uneven(case: dict) -> list[int]:
-    """Lengths in order, as rt.tasks.Encoded and rt.data.Rows have them; half of (B, S) would be padding. None is below 2."""
-    lengths = [max(2, n) for n in ragged_lengths(case["tokens"], case["S"])]
-    lengths[lengths.index(max(n for n in lengths if n < case["S"]))] -= sum(lengths) - case["tokens"]
-    return sorted(lengths)
+    """Lengths in order, as tasks and corpora have them; half of (B, S) would be padding."""
+    return sorted(ragged_lengths(case["tokens"], case["S"]))
 
 
 # ---------------------------------------------------------------- implementations
 
 def ours(where: Where, build: Callable[[], tuple[nn.Module, Callable[[], Tensor]]], flops: float) -> dict[str, Impl]:
     """The product's step by `build`, which makes a model on the device and the function that runs it to its loss."""
-    def step(precision: torch.dtype, compile: bool = False, graph: bool = False) -> Step:
+    def step(precision: torch.dtype, compile: bool, graph: bool) -> Step:
         model, loss = build()
-        if compile:
-            compile_blocks(model.encoder.layers, where.device)
-        return Step(model, loss, precision, graph)
+        blocks = compiled(model.encoder.layers if compile else (), where.device)
+        blocks.__enter__()      # as long as the step lives
+        step = Step(model, loss, precision, graph)
+        step.blocks = blocks
+        return step
 
-    out = {"ours": Impl(lambda: step(where.precision), where.precision, flops)}
-    if where.compile:
-        out["ours +compile"] = Impl(lambda: step(where.precision, compile=True), where.precision, flops)
-    if where.cuda:
-        out["ours +graphs"] = Impl(lambda: step(where.precision, graph=True), where.precision, flops)
-        out["ours +compile +graphs"] = Impl(lambda: step(where.precision, compile=True, graph=True), where.precision, flops)
-    elif where.fast:
-        out["ours fp32"] = Impl(lambda: step(torch.float32), torch.float32, flops)
+    out = {}
+    for graph in (False, True) if where.cuda else (False,):
+        for compile in (False, True) if where.compile else (False,):
+            name = "ours" + " +compile" * compile + " +graphs" * graph
+            out[name] = Impl(partial(step, where.precision, compile, graph), where.precision, flops)
+    if where.fast and not where.cuda:
+        out["ours fp32"] = Impl(partial(step, torch.float32, False, False), torch.float32, flops)
     return out
 
 
-def peers(where: Where, config: EncoderConfig, state: dict[str, Tensor] | None, name: str, losses: Callable[[nn.Module], dict],
-          flops: float) -> dict[str, Impl]:
-    """transformers' step: with each of `losses` (of a model on the device: {suffix: function}), attention and dtype worth having."""
-    def step(suffix: str, dtype: torch.dtype, attention: str = "sdpa", compile: bool = False) -> Step:
-        model = peer(name, config, attention, state).to(where.device)
+def peers(where: Where, name: str, build: Callable[[str], nn.Module], losses: Callable[[nn.Module], dict[str, Callable[[], Tensor]]],
+          flops: float | None = None, suffixes: tuple[str, ...] = ("",), eager: bool = False) -> dict[str, Impl]:
+    """A library's step, in each dtype worth having: `build` makes a model with an attention ("sdpa", "eager"), `losses` gives for a model
+    the function to its loss by suffix of the name. With `eager` also the library's own attention."""
+    def step(suffix: str, dtype: torch.dtype, attention: str, compile: bool) -> Step:
+        model = build(attention).to(where.device)
         loss = losses(model)[suffix]
         return Step(model, torch.compile(loss, dynamic=False) if compile else loss, dtype)
 
-    suffixes = ("", " predicted rows") if name == "RobertaForMaskedLM" else ("",)
     out: dict[str, Impl] = {}
-
-    def offer(label: str, dtype: torch.dtype, *more) -> None:
-        for suffix in suffixes:
-            out[f"hf{suffix}{label}"] = Impl(partial(step, suffix, dtype, *more), dtype, flops)
-
     for dtype in where.dtypes:
-        label = " fp32" if dtype == torch.float32 != where.precision else ""
-        offer(label, dtype)
-        if not where.cuda and config.dropout and dtype == where.precision:
-            out["hf eager" + label] = Impl(partial(step, "", dtype, "eager"), dtype, flops)
-        if where.compile and dtype == where.precision:
-            offer(label + " +compile", dtype, "sdpa", True)
+        own = dtype == where.precision
+        for suffix in suffixes:
+            out[f"{name}{suffix}" + " fp32" * (not own)] = Impl(partial(step, suffix, dtype, "sdpa", False), dtype, flops)
+        if own and eager:
+            out[f"{name} eager"] = Impl(partial(step, "", dtype, "eager", False), dtype, flops)
+        if own and where.compile:
+            out |= {f"{name}{suffix} +compile": Impl(partial(step, suffix, dtype, "sdpa", True), dtype, flops) for suffix in suffixes}
     return out
 
 
-def masked_lm(where: Where, config: EncoderConfig, batches: dict[str, Batch], same: Batch) -> tuple[dict[str, Impl], dict]:
-    """Implementations of the masked-LM step: ours on each of `batches` (name: batch), the peer on `same`; and the losses of both on it."""
-    state = peer_state("RobertaForMaskedLM", config)
-    same = same.to(where.device)
-    impls: dict[str, Impl] = {}
+def transformers_peers(where: Where, config: EncoderConfig, state: dict[str, Tensor] | None, name: str, losses: Callable[[nn.Module], dict],
+                       flops: float) -> dict[str, Impl]:
+    """RobertaForMaskedLM or RobertaForSequenceClassification with the weights of `state`."""
+    suffixes = ("", " predicted rows") if name == "RobertaForMaskedLM" else ("",)
+    return peers(where, "hf", lambda attention: peer(name, config, attention, state), losses, flops, suffixes,
+                 eager=not where.cuda and config.dropout > 0)
 
-    def build(batch: Batch):
+
+# ---------------------------------------------------------------- cases
+
+def masked_lm(case: dict, where: Where) -> Problem:
+    """The masked-LM step: ours on packed documents in the dense case, all others on one sequence a row."""
+    config, name = where.encoder_config(case), "RobertaForMaskedLM"
+    dense = case["case"] == "dense"
+    lengths = [case["S"]] * (case["tokens"] // case["S"]) if dense else uneven(case)
+    same = masked_batch(config, lengths).to(where.device)
+    batches = {"ours": packed_batch(config, case["tokens"], case["S"]), "ours one sequence a row": same} if dense else {"ours": same}
+    state = peer_state(name, config)
+
+    def build(batch: Batch) -> tuple[nn.Module, Callable[[], Tensor]]:
         model = our_masked_lm(config, state).to(where.device)
         return model, lambda: mlm_loss(model, batch)
 
     def flops(batch: Batch) -> float:
         return step_flops(config, batch.cu_seqlens.diff().tolist(), predicted=len(batch.labels))
 
-    for name, batch in batches.items():
-        batch = batch.to(where.device)
-        found = ours(where, partial(build, batch), flops(batch))
-        impls |= found if name == "ours" else {name: found["ours"]}
-    impls |= peers(where, config, state, "RobertaForMaskedLM", lambda model: masked_lm_losses(model, same, config.pad_id), flops(same))
-    if state is None:
-        return impls, {}
-    with torch.no_grad():
-        mine = mlm_loss(our_masked_lm(config, state).to(where.device).eval(), same).item()
-        theirs = [f().item() for f in masked_lm_losses(peer("RobertaForMaskedLM", config, "sdpa", state).to(where.device).eval(), same,
-                                                       config.pad_id).values()]
-    agreement(theirs[1], theirs[0])
-    return impls, agreement(mine, theirs[0])
+    def losses(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
+        return masked_lm_losses(model, same, config.pad_id)
 
-
-# ---------------------------------------------------------------- cases
-
-def dense(case: dict, where: Where) -> Problem:
-    config = where.encoder_config(case)
-    one = masked_batch(config, [case["S"]] * (case["tokens"] // case["S"]))
-    packed = packed_batch(config, case["tokens"], case["S"])
-    impls, facts = masked_lm(where, config, {"ours": packed, "ours one sequence a row": one}, one)
-    return Problem(impls, "ours", case["tokens"], facts | {"padded_tokens": case["tokens"], "sequences": len(packed.cu_seqlens) - 1,
-                                                           "predicted": len(packed.labels), "vocab": config.vocab_size})
-
-
-def ragged_mlm(case: dict, where: Where) -> Problem:
-    config, lengths = where.encoder_config(case), uneven(case)
-    batch = masked_batch(config, lengths)
-    impls, facts = masked_lm(where, config, {"ours": batch}, batch)
-    return Problem(impls, "ours", case["tokens"], facts | {"padded_tokens": len(lengths) * max(lengths), "sequences": len(lengths),
-                                                           "predicted": len(batch.labels), "vocab": config.vocab_size})
+    impls: dict[str, Impl] = {}
+    for called, batch in batches.items():
+        found = ours(where, partial(build, batch.to(where.device)), flops(batch))
+        impls |= found if called == "ours" else {called: found["ours"]}
+    impls |= transformers_peers(where, config, state, name, losses, flops(same))
+    facts = {"padded_tokens": len(lengths) * max(lengths), "sequences": len(batches["ours"].cu_seqlens) - 1,
+             "predicted": len(batches["ours"].labels), "vocab": config.vocab_size}
+    if state is not None:
+        with torch.no_grad():
+            mine = mlm_loss(our_masked_lm(config, state).to(where.device).eval(), same).item()
+            full, predicted = (f().item() for f in losses(peer(name, config, "sdpa", state).to(where.device).eval()).values())
+        agreement(predicted, full)
+        facts |= agreement(mine, full)
+    return Problem(impls, case["tokens"], facts=facts)
 
 
 def ragged(case: dict, where: Where) -> Problem:
-    config, lengths = where.encoder_config(case), uneven(case)
+    """Full tuning of a classifier on sequences of uneven length."""
+    config, name, lengths = where.encoder_config(case), "RobertaForSequenceClassification", uneven(case)
     batch = labelled_batch(config, lengths).to(where.device)
-    state = peer_state("RobertaForSequenceClassification", config)
-    flops = step_flops(config, lengths)
+    state, flops, full = peer_state(name, config), step_flops(config, lengths), DeltaConfig("full")
 
-    def build():
-        model, loss = our_classifier(config, state, DeltaConfig("full"), where.device), Loss()
+    def build() -> tuple[nn.Module, Callable[[], Tensor]]:
+        model, loss = our_classifier(config, state, full, where.device), Loss()
         return model, lambda: loss(model, batch)
 
-    impls = ours(where, build, flops) | peers(where, config, state, "RobertaForSequenceClassification",
-                                              lambda model: {"": classifier_loss(model, batch, config.pad_id)}, flops)
+    impls = ours(where, build, flops) | transformers_peers(where, config, state, name,
+                                                           lambda model: {"": classifier_loss(model, batch, config.pad_id)}, flops)
     facts = {"padded_tokens": len(lengths) * max(lengths), "sequences": len(lengths), "vocab": config.vocab_size}
     if state is not None:
         with torch.no_grad():
-            mine = Loss()(our_classifier(config, state, DeltaConfig("full"), where.device).eval(), batch).item()
-            theirs = peer("RobertaForSequenceClassification", config, "sdpa", state).to(where.device).eval()
+            mine = Loss()(our_classifier(config, state, full, where.device).eval(), batch).item()
+            theirs = peer(name, config, "sdpa", state).to(where.device).eval()
             facts |= agreement(mine, classifier_loss(theirs, batch, config.pad_id)().item())
-    return Problem(impls, "ours", case["tokens"], facts)
+    return Problem(impls, case["tokens"], facts=facts)
 
 
-PROBLEMS = {"dense": dense, "ragged": ragged, "ragged mlm": ragged_mlm}
+PROBLEMS = {"dense": masked_lm, "ragged": ragged, "ragged mlm": masked_lm}
 
 
 def cases(c: Config, cuda: bool) -> list[dict]:
     """The most important first: large batches and every dropout of the first size, then of the next."""
-    S = 32 if c.quick else 512 if cuda else 128
-    tokens = {"dense": (256,) if c.quick else (16384, 32768) if cuda else (1024,),
-              "ragged": (128,) if c.quick else (16384, 4096) if cuda else (1024, 2048),
-              "ragged mlm": (16384,) if cuda and not c.quick else ()}
-    kinds = c.only or tuple(PROBLEMS)
-    found = [{"bench": "train", "case": kind, "size": size, "tokens": tokens[kind][n], "S": S, "dropout": p}
-             for n in range(2) for size in sizes_of(c, cuda) for kind in kinds for p in c.dropouts if n < len(tokens[kind])]
-    return found
+    quick = c.run.quick
+    S = 32 if quick else 512 if cuda else 128
+    tokens = {"dense": (256,) if quick else (16384, 32768) if cuda else (1024,),
+              "ragged": (128,) if quick else (16384, 4096) if cuda else (1024, 2048),
+              "ragged mlm": (16384,) if cuda and not quick else ()}
+    return [{"bench": "train", "case": kind, "size": size, "tokens": tokens[kind][n], "S": S, "dropout": p}
+            for n in range(2) for size in sizes_of(c, cuda) for kind in c.only or PROBLEMS if n < len(tokens[kind])
+            for p in c.steps.dropouts]
 
 
 if __name__ == "__main__":
-    run(lambda: main("bench.train", __doc__, PROBLEMS, cases, sys.argv[1:]))
+    run(lambda: main(Config, "bench.train", PROBLEMS, cases, sys.argv[1:]))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,12 +23,36 @@ from data import docstrings
 from rt.data import sequences_batch
 from rt.deltas import Base, fingerprint
 from rt.formats.corpora import read_documents
+from rt.formats.files import read_rows
 from rt.formats.tokenizer import train_tokenizer
 from rt.model import PRESETS, EncoderConfig, new_masked_lm
 from rt.runs.config import run
+from rt.runs.resume import PretrainRun
+from rt.speed.dist import Ranks
+from rt.speed.throughput import Throughput
+from train import train_stage
 
-torch.set_num_threads(1)     # tiny models: more threads only wait for each other
+torch.set_num_threads(int(os.environ.get("RT_TEST_THREADS", 1)))     # tiny models: more threads only wait for each other
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def change_seeds(by: int) -> None:
+    """Every generator that is seeded in the tests' own process draws other numbers: weights, heads, toys, samples, orders, masks. What a
+    test states should hold for any; RT_TEST_SEED=1 (or 2, ...) asks."""
+    generator, seed_all, default_rng, sequence = torch.Generator, torch.manual_seed, np.random.default_rng, np.random.SeedSequence
+
+    class Generator(generator):
+        def manual_seed(self, seed: int) -> torch.Generator:
+            return super().manual_seed(seed + by)
+
+    torch.Generator = Generator
+    torch.manual_seed = lambda seed: seed_all(seed + by)
+    np.random.default_rng = lambda seed: default_rng([*np.atleast_1d(seed).tolist(), by])
+    np.random.SeedSequence = lambda keys: sequence([*keys, by])
+
+
+if os.environ.get("RT_TEST_SEED"):
+    change_seeds(int(os.environ["RT_TEST_SEED"]))
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -99,6 +124,20 @@ def batch(tokenizer):
     sequences = [[tokenizer.bos_id, *torch.randint(5, 500, (n,), generator=g).tolist(), tokenizer.eos_id]
                  for n in (7, 0, 30, 1, 16)]
     return sequences_batch(sequences, labels=torch.tensor([0, 1, 2, 1, 0]), index=torch.arange(5))
+
+
+def pretrained(folder: Path, model, rows, optimizer, settings, tokenizer, *, device=torch.device("cpu"), precision=torch.float32,
+               first: int | None = None, stop_after: int | None = None, log_every: int = 1, compile=False, graphs=False) -> list[dict]:
+    """train.py's loop for one stage in `folder`, from step `first` on, or from the newest checkpoint there; returns the rows there are
+    now."""
+    ranks = Ranks(device)
+    with PretrainRun(folder, ranks, {}, [], resume=True, snapshots=0, save_every=10**9, log_every=log_every, stop_after=stop_after) as run:
+        run.begin({}, tokenizer)
+        throughput = Throughput(model.encoder.config, device, precision)
+        about = {"name": "M0", "domain": "d", "number": 0, "parent": None}
+        start = run.start_stage(about, settings, rows, model, optimizer, throughput)
+        train_stage(model, rows, optimizer, settings, run, ranks, precision, start if first is None else first, compile, graphs)
+    return [{k: v for k, v in row.items() if k != "stage"} for row in read_rows(folder / "metrics.jsonl")]
 
 
 def write_task(folder: Path, rows: dict[str, list[dict]]) -> Path:

@@ -2,14 +2,13 @@
 import json
 import math
 import os
-import time
-from types import SimpleNamespace
+from importlib.util import find_spec
 
 import pytest
 import torch
 from conftest import command, here
 
-from bench import kernels, peers, tables
+from bench import cases, kernels, measure, peers, problem, runner, tables, targets, tune
 from kernels import configs
 
 
@@ -34,7 +33,7 @@ def test_a_run_has_ours_and_a_peer_for_every_kernel_and_says_where_it_ran(output
     assert {r["impl"].split()[0] for r in rows if r["kernel"] == "limits"} == {"matmul", "copy"}
     for kernel in peers.PROBLEMS:
         timed = {r["impl"] for r in rows if r["kernel"] == kernel and "ms" in r}
-        assert "ours" in timed and any(map(tables.is_peer, timed)), kernel
+        assert "ours" in timed and any(name.startswith(("eager", "sdpa")) for name in timed), kernel
 
 
 def test_ratios_are_quotients_of_ms_and_rates_follow_from_the_work(output):
@@ -50,22 +49,24 @@ def test_ratios_are_quotients_of_ms_and_rates_follow_from_the_work(output):
 def test_every_error_is_small_and_every_failure_explained(output):
     rows = output[0]
     checks = [r for r in rows if r.get("pass", "").startswith("check")]
-    assert {r["kernel"] for r in checks} == set(peers.PROBLEMS)
+    assert {r["kernel"] for r in checks} == set(peers.PROBLEMS) and not any("ms" in r for r in checks)
     # KL only is a small difference of large numbers, on purpose
     assert all(r["error_l2"] < (1e-3 if "KL only" in r["impl"] else 1e-5) and r["error"] < 1e-3 for r in rows if "error" in r)
     assert not [r for r in rows if "failed" in r and r["impl"] in ("ours", "eager", "reference", "sdpa math")]
 
 
-def test_tables_are_printed_last_and_fit(output):
+def test_tables_have_every_case_and_ratios_first(output):
     rows, printed = output
-    assert all(tables.label(tables.case_of(r)) in printed for r in rows if r.get("impl") == "ours")
-    assert printed.count("needs a GPU") == len(tables.TARGETS) and "linear_kd / eager fp32" in printed
-    assert len(printed) < 12_000 and max(map(len, printed.splitlines())) <= 140
+    assert all(tables.line_of(r) in printed for r in rows if r.get("impl") == "ours")
+    assert printed.count("needs a GPU") == len(targets.TARGETS) and "linear_kd / eager fp32" in printed
+    assert printed.index("ms / ms of ours") < printed.index("relative error against float64") < printed.index("figures")
 
 
 def test_bad_flags_are_told():
-    assert "invalid choice" in here("-m", "bench.kernels", "--which", "attentoin", code=2)
-    assert "need --json" in here("-m", "bench.kernels", "--tune", code=2)
+    assert "attentoin: not one of attention, " in here("-m", "bench.kernels", "--only", "attentoin", code=2)
+    assert "--tune needs --json" in here("-m", "bench.kernels", "--tune", code=2)
+    assert "--resume needs" in here("-m", "bench.kernels", "--resume", code=2)
+    assert "fp8: not one of" in here("-m", "bench.kernels", "--dtype", "fp8", code=2)
 
 
 # ---------------------------------------------------------------- inputs and formulas
@@ -73,7 +74,7 @@ def test_bad_flags_are_told():
 @pytest.mark.parametrize("tokens, longest", [(16384, 128), (16384, 4096), (32768, 512), (256, 64)])
 def test_ragged_lengths_would_be_half_padding(tokens, longest):
     lengths = peers.ragged_lengths(tokens, longest)
-    assert sum(lengths) == tokens and max(lengths) == longest and min(lengths) >= 1
+    assert sum(lengths) == tokens and max(lengths) == longest and min(lengths) >= 2
     assert abs(1 - tokens / (len(lengths) * longest) - 0.5) < 0.02
     assert lengths == peers.ragged_lengths(tokens, longest) and len(set(lengths)) > len(lengths) / 8
 
@@ -92,41 +93,41 @@ def test_padding_there_and_back():
 
 
 def test_float64_inputs_are_the_rounded_ones():
-    a, b = (peers.Draws(torch.device("cpu"), torch.bfloat16, exact) for exact in (False, True))
+    a, b = (problem.Draws(torch.device("cpu"), torch.bfloat16, exact) for exact in (False, True))
     for name, *arguments in (("normal", 5, 7), ("upstream", 6), ("below", 9, 20), ("near", torch.arange(8.0))):
         assert torch.equal(getattr(a, name)(*arguments).double(), getattr(b, name)(*arguments).double())
 
 
 def test_errors_see_what_is_wrong():
     truth = torch.tensor([1.0, -4.0])
-    assert kernels.distance(truth, truth) == (0, 0)
-    assert kernels.distance(torch.tensor([1.0, -3.0]), truth) == (0.25, pytest.approx(1 / 17**0.5))
-    assert all(math.isnan(e) for e in kernels.distance(torch.tensor([1.0, math.nan]), truth))
-    assert kernels.worst([1.0, 3.0, 2.0]) == 3 and math.isnan(kernels.worst([1.0, math.nan, 2.0]))
+    assert measure.distance(truth, truth) == (0, 0)
+    assert measure.distance(torch.tensor([1.0, -3.0]), truth) == (0.25, pytest.approx(1 / 17**0.5))
+    assert all(math.isnan(e) for e in measure.distance(torch.tensor([1.0, math.nan]), truth))
+    assert measure.worst([1.0, 3.0, 2.0]) == 3 and math.isnan(measure.worst([1.0, math.nan, 2.0]))
     with pytest.raises(ValueError):
-        kernels.distance(truth.sum(), truth)
+        measure.distance(truth.sum(), truth)
 
 
 # ---------------------------------------------------------------- cases, targets, tables
 
 def test_the_most_important_cases_come_first_and_all_are_told_apart():
-    gpu = kernels.cases(True, list(kernels.GROUPS), quick=False)
+    gpu = cases.cases(True, (), quick=False)
     assert all(c["kernel"] == "attention" and c["S"] == 512 for c in gpu[:8]) and not gpu[0]["ragged"] and not gpu[0]["dropout"]
     assert len({json.dumps(c) for c in gpu}) == len(gpu) == len({tables.label(c) for c in gpu}) <= 60
     grid = {(c["tokens"], c["S"], c["ragged"], c["dropout"]) for c in gpu if c["kernel"] == "attention" and c["D"] == 64}
     assert len(grid) == 2 * 5 * 2 * 2
-    assert {c["kernel"] for c in kernels.cases(True, ["linear"], quick=True)} == {"linear_kd", "linear_cross_entropy"}
-    assert all(list(tables.case_of(c)) == list(c) for c in map(kernels.small, gpu))
+    quick = cases.cases(True, ("linear_kd", "linear_cross_entropy"), quick=True)
+    assert [c["kernel"] for c in quick].count("linear_kd") == [c["kernel"] for c in quick].count("linear_cross_entropy") == 2
+    assert all(tables.case_of(c | {"impl": "ours", "ms": 1.0}) == c for c in map(cases.small, gpu))
 
 
 @pytest.mark.parametrize("value, reached", [(0.89, "missed"), (0.9, "floor"), (1.05, "aim"), (7, "stretch"), (math.nan, "missed")])
-def test_marks(value, reached):
-    assert tables.mark(value, {"floor": 0.9, "aim": 1.0, "stretch": 1.1}) == reached
+def test_levels(value, reached):
+    assert targets.reached(value, (0.9, 1.0, 1.1)) == reached
 
 
-def test_marks_where_a_level_is_missing():
-    assert tables.mark(3.0, {"floor": None, "aim": 2.0, "stretch": None}) == "aim"
-    assert tables.mark(1.0, {"floor": None, "aim": 2.0, "stretch": None}) == "missed"
+def test_levels_if_one_is_missing():
+    assert targets.reached(3.0, (None, 2.0, None)) == "aim" and targets.reached(1.0, (None, 2.0, None)) == "missed"
 
 
 def row(case: dict, impl: str, ms: float, which: str = "both", **more) -> dict:
@@ -134,9 +135,9 @@ def row(case: dict, impl: str, ms: float, which: str = "both", **more) -> dict:
 
 
 def test_targets_take_the_worst_case_and_the_best_peer():
-    one, two = (kernels.attention(n, 512) for n in (16384, 32768))
-    drop, class_head = kernels.attention(16384, 512, dropout=0.1), kernels.kd(64, 20)
-    big, ce = kernels.kd(4096, 50265), kernels.linear("linear_kd", 256)
+    one, two = (cases.attention(n, 512) for n in (16384, 32768))
+    drop, class_head = cases.attention(16384, 512, dropout=0.1), cases.kd(64, 20)
+    big, ce = cases.kd(4096, 50265), cases.linear("linear_kd", 256)
     rows = [{"kernel": "environment", "gpu": "GPU"}, {"kernel": "limits", "impl": "copy", "pass": "both", "gbps": 4000.0},
             *(row(one, name, ms, peak_mb=8.0) for name, ms in (("ours", 2.0), ("sdpa flash", 4.0), ("sdpa cudnn", 3.0))),
             *(row(two, name, ms) for name, ms in (("ours", 4.0), ("sdpa flash", 4.4), ("reference", 0.1), ("flash varlen", 1.0))),
@@ -144,85 +145,66 @@ def test_targets_take_the_worst_case_and_the_best_peer():
             *(row(class_head, name, ms) for name, ms in (("ours", 2.0), ("eager", 8.0), ("ours graph", 0.5), ("eager graph", 1.0))),
             *(ce | {"impl": name, "pass": "check backward", "error_l2": e} for name, e in (
                 ("ours KL only", 1e-3), ("eager fp32 gemm KL only", 1e-3), ("ours", 1)))]
-    lines = {line[:43].strip(): line[43:].split() for line in tables.targets(rows)}
+    lines = {line[:43].strip(): line[43:].split() for line in targets.targets(rows)}
     assert lines["attention both / flash"] == ["1.10", "2.00", "1.0", "1.2", "1.33", "floor"]
     assert lines["attention both / cuDNN"][:2] == ["1.50", "1.50"] and lines["attention both / cuDNN"][-1] == "stretch"
     assert lines["without dropout / with it"] == ["0.80", "0.80", "-", "0.83", "-", "missed"]
     assert lines["kd_loss, share of copy bandwidth"][0] == "0.75" and lines["kd_loss, share of copy bandwidth"][-1] == "floor"
-    assert lines["class-head kd_loss / eager"][0] == "4.00" and lines["ours in a CUDA graph / eager"][-1] == "stretch"
+    assert lines["class-head kd_loss / eager"][0] == "4.00" and lines["class-head kd_loss in a CUDA graph / eager"][-1] == "stretch"
     assert lines["linear_kd gradient error, eager fp32"][-1] == "floor"
     assert lines["ragged both / flash varlen"][-2:] == ["not", "measured"]
 
 
-def test_where_lines_must_go_the_winners_go():
-    cases = [kernels.kd(64, C) for C in range(2, 8)]
-    rows = [r for i, case in enumerate(cases) for r in (row(case, "ours", 1.0, gbps=5.0), row(case, "eager", 0.5 if i == 5 else 2.0))]
-    lines = tables.compact(rows, most=4)
-    assert len(lines) == 4 and "C2" in lines[1] and "C7" in lines[2] and "0.50 eager" in lines[2] and lines[3].startswith("... and 4 more")
+def test_a_ratio_stands_beside_the_case_that_it_is_of():
+    todo = [cases.kd(64, C) for C in (2, 3)]
+    rows = [r | {"against": "ours", "ratio": r["ms"]} for i, case in enumerate(todo)
+            for r in (row(case, "ours", 1.0, gbps=5.0), row(case, "eager", 0.5 + i))]
+    assert tables.pivot(rows, "kd", tables.ratio)[2:] == ["| R 64 C 2 both | 1 ms | 0.50 |", "| R 64 C 3 both | 1 ms | 1.50 |"]
 
 
-# ---------------------------------------------------------------- what a GPU would come to
+# ---------------------------------------------------------------- a run, and what a GPU would come to
 
-def run(path=None, **more) -> kernels.Run:
-    return kernels.Run(SimpleNamespace(**{"dtype": None, "quick": True, "peers": ["eager"], "budget": 60, "resume": False, "tune": False,
-                                          "json": path and str(path)} | more))
+def bench(path=None, cuda: bool = False, **more) -> kernels.Bench:
+    flags = runner.RunFlags(json=path and str(path), quick=True, device="cpu", **{"budget": 60.0} | more)
+    run = runner.Run(flags, "bench.kernels", ["--resume"] if flags.resume else [], (torch.float32,))
+    run.cuda, run.limits = cuda, lambda: {torch.float32: 1.0}
+    return kernels.Bench(run, torch.float32, ("eager",))
 
 
 @pytest.fixture
 def stand_in(monkeypatch) -> None:
     """Enough of torch.cuda for a run to believe in it; tensors stay on the CPU."""
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            self.at = time.perf_counter()
-
-        def elapsed_time(self, end):
-            return 1e3 * (end.at - self.at)
-
-    for name, value in {"Event": Event, "synchronize": lambda: None, "reset_peak_memory_stats": lambda: None, "empty_cache": lambda: None,
+    for name, value in {"synchronize": lambda: None, "reset_peak_memory_stats": lambda: None, "empty_cache": lambda: None,
                         "memory_allocated": lambda: 2**20, "max_memory_allocated": lambda: 3 * 2**20,
-                        "get_device_name": lambda: "stand-in", "get_device_capability": lambda: (9, 0)}.items():
+                        "get_device_name": lambda *device: "stand-in", "get_device_capability": lambda *device: (9, 0)}.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(kernels, "clocks", lambda: {"clocks.sm": "1980"})
+    monkeypatch.setattr(runner, "environment", lambda *arguments, **more: {"kernel": "environment", "gpu": "stand-in", "argv": []})
 
 
-def believing(**more) -> kernels.Run:
-    out = run(**more)
-    out.cuda = out.clock.cuda = True
-    out.clock.cache, out.clock.plan = torch.empty(8), lambda ms: (1, 5)
-    return out
-
-
-def test_measuring_with_events_memory_and_limits(stand_in, monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "limits", lambda run: None)
-    case = kernels.kd(16, 3)
-    there = believing()
-    assert kernels.measure(there, [case], []) == 0
-    timed = [r for r in there.rows if "ms" in r]
-    assert {r["impl"] for r in timed} == {"ours", "eager"} and all(r["peak_mb"] == 2 and r["n"] == 5 and r["error"] < 1e-5 for r in timed)
-    assert there.rows[0]["gpu"] == "stand-in" and there.rows[-1]["clocks.sm"] == "1980"
-    assert "not measured" in capsys.readouterr().out
-
-
-def test_samples_by_length_of_a_call():
-    clock = SimpleNamespace(cuda=True, quick=False)
-    assert [kernels.Clock.plan(clock, ms) for ms in (0.05, 5, 30, 300)] == [(10, 100), (10, 50), (10, 20), (3, 20)]
+@pytest.mark.skipif(not find_spec("triton"), reason="no Triton")
+def test_measuring_with_events_and_memory(stand_in, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr("triton.testing.do_bench", lambda step, warmup, rep, return_mode:
+                        calls.append((step(), warmup, rep)) or [40.0, 20.0, 60.0])      # of 20 calls in a row
+    there = bench(cuda=True)
+    there.run.measure_all([cases.kd(16, 3)], there.measure)
+    timed = [r for r in there.run.rows if "ms" in r]
+    assert {r["impl"] for r in timed} == {"ours", "eager"}
+    assert all((r["ms"], r["p20"], r["p80"], r["n"], r["peak_mb"], r["ratio"]) == (2.0, 1.0, 3.0, 3, 2, 1) for r in timed)
+    assert all(len(results) == 20 and 25 <= rep <= 200 and warmup == rep / 5 for results, warmup, rep in calls)
+    assert all(r["error"] < 1e-5 for r in there.run.rows if "error" in r) and "not measured" in capsys.readouterr().out
 
 
 def test_a_failing_peer_loses_nothing_else(monkeypatch, tmp_path):
     build = peers.PROBLEMS["kd_loss"]
 
     def with_faults(*arguments, **more):
-        problem = build(*arguments, **more)
-        problem.impls = {"eager missing": lambda: (_ for _ in ()).throw(ImportError("no such library")),
-                         "eager wrong": lambda: peers.Impl(lambda s: s.sum() * torch.nan, problem.impls["ours"]().leaves)} | problem.impls
-        return problem
+        found = build(*arguments, **more)
+        found.impls = {"eager missing": lambda: (_ for _ in ()).throw(ImportError("no such library")),
+                       "eager wrong": lambda: problem.Impl(lambda s: s.sum() * torch.nan, found.impls["ours"]().leaves)} | found.impls
+        return found
     monkeypatch.setitem(peers.PROBLEMS, "kd_loss", with_faults)
-    here = run(tmp_path / "rows.jsonl")
-    kernels.check(here, kernels.kd(16, 3))
-    kernels.bench(here, kernels.kd(16, 3))
+    bench(tmp_path / "rows.jsonl").measure(cases.kd(16, 3))
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert {r["impl"] for r in rows if "no such library" in r.get("failed", "")} == {"eager missing"}
     assert {r["impl"] for r in rows if "ms" in r} == {"ours", "eager", "eager wrong"}
@@ -232,26 +214,30 @@ def test_a_failing_peer_loses_nothing_else(monkeypatch, tmp_path):
 def test_a_broken_context_hands_over_to_a_new_process(stand_in, monkeypatch, tmp_path):
     def broken():
         raise RuntimeError("illegal memory access")
+
+    def measure_one(case: dict) -> None:
+        monkeypatch.setattr(torch.cuda, "synchronize", broken)
+        there.run.failed(case | {"impl": "ours", "pass": "both"}, RuntimeError("x"))
     calls = []
-    monkeypatch.setattr(kernels, "limits", lambda run: None)
-    monkeypatch.setattr(kernels.subprocess, "call", lambda arguments: calls.append(arguments) or 0)
-    there = believing(path=tmp_path / "rows.jsonl")
-    monkeypatch.setattr(kernels, "bench", lambda run, case: run.failed(case | {"impl": "ours", "pass": "both"}, RuntimeError("x")))
-    monkeypatch.setattr(kernels, "check", lambda run, case: monkeypatch.setattr(torch.cuda, "synchronize", broken))
-    kernels.measure(there, [kernels.kd(16, 3)] * 2, ["--json", "rows.jsonl"])
+    monkeypatch.setattr(runner.subprocess, "call", lambda arguments: calls.append(arguments) or 0)
+    there = bench(tmp_path / "rows.jsonl", cuda=True)
+    there.run.argv = ["--json", "rows.jsonl"]
+    with pytest.raises(SystemExit) as end:
+        there.run.measure_all([cases.kd(16, 3)] * 2, measure_one)
+    assert end.value.code == 0
     assert len(calls) == 1 and calls[0][1:-1] == ["-m", "bench.kernels", "--json", "rows.jsonl", "--resume", "--budget"]
     assert tables.read(tmp_path / "rows.jsonl")[-1]["failed"] == "RuntimeError: x"
 
 
 def test_a_budget_that_is_spent_leaves_the_rest_for_resume(tmp_path, capsys, monkeypatch):
-    path, todo = tmp_path / "rows.jsonl", [kernels.kd(16, 3), kernels.kd(8, 5)]
-    first = run(path)
+    path, todo = tmp_path / "rows.jsonl", [cases.kd(16, 3), cases.kd(8, 5)]
+    first = bench(path)
     ticks = iter([False] * 4 + [True] * 99)         # enough for the check, and for ours
-    monkeypatch.setattr(first, "late", lambda: next(ticks))
-    kernels.measure(first, todo, [])
-    assert "no time was left for kd_loss R16 C3: eager; kd_loss R8 C5" in capsys.readouterr().out
-    second = run(path, resume=True)
-    kernels.measure(second, todo, ["--resume"])
+    monkeypatch.setattr(first.run, "late", lambda seconds=0.0: next(ticks))
+    first.run.measure_all(todo, first.measure)
+    assert "no time was left for kd_loss R 16 C 3: eager; kd_loss R 8 C 5" in capsys.readouterr().err
+    second = bench(path, resume=True)
+    second.run.measure_all(todo, second.measure)
     rows = tables.read(path)
     assert len([r for r in rows if r.get("impl") == "ours" and r.get("R") == 16 and "ms" in r]) == 3
     assert {(r["R"], r["impl"]) for r in rows if "ms" in r and "R" in r} == {(R, i) for R in (16, 8) for i in ("ours", "eager")}
@@ -259,7 +245,7 @@ def test_a_budget_that_is_spent_leaves_the_rest_for_resume(tmp_path, capsys, mon
 
 def test_deterministic_and_reference_put_back_what_they_found(monkeypatch):
     monkeypatch.setenv("RT_KERNELS", "triton")
-    with peers.reference(), peers.deterministic():
+    with problem.reference(), problem.deterministic():
         assert os.environ["RT_KERNELS"] == "ref" and torch.are_deterministic_algorithms_enabled()
         assert not torch.utils.deterministic.fill_uninitialized_memory
     assert os.environ["RT_KERNELS"] == "triton" and not torch.are_deterministic_algorithms_enabled()
@@ -270,12 +256,12 @@ def test_tuning_writes_what_rt_configs_reads(monkeypatch, tmp_path, capsys):
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("kernels are compiled here; TRITON_INTERPRET=1 interprets them")
     monkeypatch.setenv("RT_KERNELS", "triton")
-    monkeypatch.setitem(kernels.CANDIDATES, 4, [(0, 32, 4, 1), (32, 32, 4, 1)])       # the first cannot be
-    monkeypatch.setattr(kernels, "searches", lambda cuda: [("attention_forward", -32, kernels.attention(64, 32, D=32) | {"H": 1},
-                                                            "ours", "forward"), ("no such kernel", 32, kernels.kd(8, 5), "ours", "both")])
+    monkeypatch.setitem(tune.CANDIDATES, 4, [(0, 32, 4, 1), (32, 32, 4, 1)])       # the first cannot be
+    monkeypatch.setattr(tune, "searches", lambda cuda: [("attention_forward", -32, cases.attention(64, 32, D=32) | {"H": 1},
+                                                         "ours", "forward"), ("no such kernel", 32, cases.kd(8, 5), "ours", "both")])
     shipped = dict(configs.TABLE["attention_forward"])
     path = tmp_path / "configs.json"
-    kernels.tune(run(path, tune=True), str(path), list(kernels.GROUPS))
+    tune.tune(runner.RunFlags(json=str(path), quick=True), tuple(peers.PROBLEMS), torch.device("cpu"), torch.float32)
     assert "(0, 32, 4, 1): " in capsys.readouterr().out and configs.TABLE["attention_forward"] == shipped
     found = json.loads(path.read_text())
     assert list(found) == ["attention_forward"] and list(found["attention_forward"]) == ["80 -32 32"]
@@ -286,5 +272,5 @@ def test_tuning_writes_what_rt_configs_reads(monkeypatch, tmp_path, capsys):
 
 def test_searches_name_rows_that_exist():
     for cuda, arch in ((True, 90), (False, 80)):
-        for kernel, size, case, impl, which in kernels.searches(cuda):
-            assert len(configs.TABLE[kernel][arch, size, 16]) in kernels.CANDIDATES and case["kernel"] in peers.PROBLEMS
+        for kernel, size, case, impl, which in tune.searches(cuda):
+            assert len(configs.TABLE[kernel][arch, size, 16]) in tune.CANDIDATES and case["kernel"] in peers.PROBLEMS

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import command
 
-from bench import recycle, step_tables, steps, train
+from bench import recycle, runner, steps, tables, train
 from bench.roberta import masked_lm_losses, padded_inputs, peer
 from bench.tables import read
 from rt.errors import InputError
@@ -42,8 +42,9 @@ def timed(rows: list[dict], **where) -> dict[str, dict]:
 def test_a_run_says_where_it_was_and_loses_no_implementation(rows):
     assert rows[0]["kernel"] == "environment" and rows[0]["transformers"] and "--quick" in rows[0]["argv"]
     limits = [r for r in rows if r.get("kernel") == "limits"]
-    assert limits and all(math.isclose(r["tflops"], 2 * int(r["impl"].split()[1])**3 / r["fastest"] / 1e9) and r["fastest"] <= r["ms"]
-                          for r in limits)
+    products = [r for r in limits if r["impl"] != "copy"]
+    assert products and all(math.isclose(r["tflops"], 2 * int(r["impl"].split()[1])**3 / r["fastest"] / 1e9) for r in products)
+    assert len(limits) == len(products) + 1 and all(r["fastest"] <= r["ms"] for r in limits)
     assert not [r for r in rows if "failed" in r and not r["impl"].startswith("peft")]
     for r in rows[1:]:
         if "bench" in r:
@@ -52,10 +53,10 @@ def test_a_run_says_where_it_was_and_loses_no_implementation(rows):
 
 
 def test_ratios_are_quotients_of_ms(rows):
-    cases = {step_tables.case_key(r) for r in rows if "bench" in r}
+    cases = {json.dumps(tables.case_of(r)) for r in rows if "bench" in r}
     assert len(cases) == (2 if rows[0]["script"] == "bench.train" else 8)
     for r in (r for r in rows if "bench" in r and "ms" in r):
-        other = next(o for o in rows if o.get("impl") == r["against"] and step_tables.case_key(o) == step_tables.case_key(r))
+        other = next(o for o in rows if o.get("impl") == r["against"] and tables.case_of(o) == tables.case_of(r))
         assert r["ratio"] == r["ms"] / other["ms"] and r["ratio_p20"] <= r["ratio_p80"]
         assert r["p20"] <= r["ms"] <= r["p80"] and r["n"] == 3
         assert math.isclose(r["tokens_per_s"], 1e3 * r["tokens"] / r["ms"]) and r["tokens"] <= r["padded_tokens"]
@@ -103,7 +104,7 @@ def test_peft_has_our_loss(outputs):
 def test_the_table_of_a_file_is_what_was_printed(outputs, tmp_path, capsys):
     for name, (rows, printed) in outputs.items():
         (tmp_path / name).write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"half a ro')
-        steps.main(f"bench.{name}", "", {}, None, ["--table", str(tmp_path / name)])
+        steps.main(train.Config, f"bench.{name}", {}, None, ["--table", str(tmp_path / name)])
         assert capsys.readouterr().out == printed
         assert printed.index("ms / ms of") < printed.index("figures")
         assert all(len({line.count("|") for line in block.splitlines() if line.startswith("|")}) <= 1 for block in printed.split("\n\n"))
@@ -114,7 +115,7 @@ def test_the_table_of_a_file_is_what_was_printed(outputs, tmp_path, capsys):
     (("--dropouts", "1"), "below 1"), (("--table", "no such file"), "no such file"), (("--budget", "0"), "above zero")])
 def test_bad_flags_are_told(flags, told):
     with pytest.raises(InputError, match=told):
-        steps.main("bench.train", train.__doc__, train.PROBLEMS, train.cases, [*QUICK, *flags])
+        steps.main(train.Config, "bench.train", train.PROBLEMS, train.cases, [*QUICK, *flags])
 
 
 def test_a_usage_error_ends_with_2():
@@ -124,7 +125,7 @@ def test_a_usage_error_ends_with_2():
 def test_what_failed_once_and_then_ran_has_run():
     case = {"bench": "train", "case": "dense", "size": "tiny"}
     ran, failed = case | {"impl": "ours", "ms": 1.0}, case | {"impl": "ours", "failed": "no"}
-    assert step_tables.latest([failed, ran]) == step_tables.latest([ran, failed]) == [ran]
+    assert tables.latest([failed, ran]) == tables.latest([ran, failed]) == [ran]
 
 
 # ---------------------------------------------------------------- a run, in this process
@@ -140,7 +141,7 @@ def made_up(names: tuple[str, ...]):
     def problem(case: dict, where: steps.Where) -> steps.Problem:
         if case["size"] == "wrong":
             steps.agreement(1.0, 1.001)
-        return steps.Problem({n: steps.Impl(partial(step, n, 1e-3), torch.float32, 1e9) for n in names}, "ours", case["tokens"])
+        return steps.Problem({n: steps.Impl(partial(step, n, 1e-3), torch.float32, 1e9) for n in names}, case["tokens"])
     return {"dense": problem}
 
 
@@ -149,76 +150,75 @@ def cases_of(*sizes: str) -> list[dict]:
 
 
 def bench(tmp_path, names=("ours", "broken", "hf"), **flags) -> steps.Bench:
-    c = steps.Config(json=str(tmp_path / "rows.jsonl"), device="cpu", quick=True, **flags)
-    return steps.Bench(c, "bench.train", made_up(names), ["--resume"] if c.resume else [])
+    run = runner.RunFlags(json=str(tmp_path / "rows.jsonl"), device="cpu", quick=True, **flags)
+    return steps.start(train.Config(run=run), "bench.train", ["--resume"] if run.resume else [], made_up(names))
+
+
+def measured(here: steps.Bench, todo: list[dict]) -> list[dict]:
+    """The rows after a run over these cases."""
+    here.run.measure_all(todo, here.measure)
+    return here.run.rows
 
 
 def test_what_fails_is_a_row_and_the_rest_is_timed(tmp_path):
-    bench(tmp_path).run(cases_of("tiny", "wrong"))
+    measured(bench(tmp_path), cases_of("tiny", "wrong"))
     rows = [r for r in read(tmp_path / "rows.jsonl") if "bench" in r]
     assert {r["impl"]: "ms" in r for r in rows if r["size"] == "tiny"} == {"ours": True, "broken": False, "hf": True}
     assert "cannot be built" in next(r["failed"] for r in rows if r["impl"] == "broken")
     assert [r.get("failed", "")[:40] for r in rows if r["size"] == "wrong"] == ["ValueError: of the same weights our loss"]
-    assert "failed: tiny, 8 tokens, broken: RuntimeError" in step_tables.tables(rows)
+    assert "failed: dense tiny tokens 8, broken: RuntimeError" in tables.tables(rows)
 
 
 def test_without_the_one_that_is_held_against_there_is_no_ratio(tmp_path):
-    here = bench(tmp_path, names=("hf",))
-    here.run(cases_of("tiny"))
-    assert "ratio" not in timed(here.rows)["hf"] and "hf" in step_tables.tables(here.rows)
+    rows = measured(bench(tmp_path, names=("hf",)), cases_of("tiny"))
+    assert "ratio" not in timed(rows)["hf"] and "hf" in tables.tables(rows)
 
 
 def test_resuming_repeats_no_case(tmp_path):
-    bench(tmp_path).run(cases_of("tiny", "mini")[:1])
-    bench(tmp_path, resume=True).run(cases_of("tiny", "mini"))
+    measured(bench(tmp_path), cases_of("tiny"))
+    measured(bench(tmp_path, resume=True), cases_of("tiny", "mini"))
     rows = [(r["size"], r["impl"]) for r in read(tmp_path / "rows.jsonl") if "bench" in r]
     assert sorted(rows) == sorted((size, impl) for size in ("tiny", "mini") for impl in ("ours", "broken", "hf"))
 
 
 def test_a_case_that_would_end_too_late_is_left(tmp_path, capsys):
     here = bench(tmp_path, budget=52.0)
-    here.attempt, todo = lambda case, rates: setattr(here, "started", here.started - 50), cases_of("tiny", "mini", "small")
-    here.longest = 5.0
-    here.run(todo)
+    here.run.longest = 5.0
+    here.run.measure_all(cases_of("tiny", "mini", "small"), lambda case: setattr(here.run, "deadline", here.run.deadline - 50))
     assert "no time was left for dense mini tokens 8; dense small tokens 8" in capsys.readouterr().err
 
 
-def test_a_broken_context_hands_over_to_a_new_process(tmp_path, monkeypatch):
-    def broken():
-        raise RuntimeError("illegal memory access")
-    calls = []
-    monkeypatch.setattr(steps.subprocess, "call", lambda arguments: calls.append(arguments) or 0)
-    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+def test_what_broke_the_context_is_left_out_by_the_next_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: (_ for _ in ()).throw(RuntimeError("illegal memory access")))
+    monkeypatch.setattr(runner, "environment", lambda *arguments, **more: {"kernel": "environment", "argv": []})
+    monkeypatch.setattr(runner.subprocess, "call", lambda arguments: 0)
     here = bench(tmp_path)
-    monkeypatch.setattr(here, "limits", lambda: {torch.float32: 1.0})
-    here.where = SimpleNamespace(cuda=True, compile=False)
-    here.built = lambda case, impls: here.failed(case | {"impl": "hf"}, RuntimeError("illegal memory access"))
-    monkeypatch.setattr(steps, "environment", lambda *arguments, **more: {"kernel": "environment", "argv": []})
+    monkeypatch.setattr(here.run, "limits", lambda: {torch.float32: 1.0})
+    here.run.cuda = True
+    here.built = lambda case, impls: here.run.failed(case | {"impl": "hf"}, RuntimeError("illegal memory access"))
     with pytest.raises(SystemExit) as end:
-        here.run(cases_of("tiny", "mini"))
-    assert end.value.code == 0 and [call[1:-1] for call in calls] == [["-m", "bench.train", "--resume", "--budget"]]
-    again = bench(tmp_path, resume=True)        # leaves out what broke it
-    again.run(cases_of("tiny"))
-    assert timed(again.rows).keys() == {"ours"}
+        here.run.measure_all(cases_of("tiny", "mini"), here.measure)
+    assert end.value.code == 0
+    assert timed(measured(bench(tmp_path, resume=True), cases_of("tiny"))).keys() == {"ours"}
 
 
-def test_implementations_take_turns_and_short_steps_are_timed_in_rows():
+def test_implementations_take_turns_and_short_steps_are_timed_in_rows(monkeypatch):
     log = []
-    clock = SimpleNamespace(cuda=True, quick=False, sample=lambda step, count, calls=1: log.append((step, calls)) or [20.0] * count)
-    times = steps.in_turns(clock, {name: name for name in "abc"}, seconds=0.0)
+    monkeypatch.setattr(steps, "sample", lambda step, cuda, calls=1: log.append((step, calls)) or 20.0)
+    times = steps.in_turns({name: name for name in "abc"}, cuda=True, quick=False, seconds=0.0)
     assert all(len(own) == 5 for own in times.values())
     rounds = [log[i:i + 3] for i in range(3, len(log), 3)]
     assert len(rounds) == 5 and all({s for s, _ in r} == set("abc") and {calls for _, calls in r} == {3} for r in rounds)
     assert len({tuple(s for s, _ in r) for r in rounds}) > 1
 
 
-def test_the_machine_is_as_fast_as_its_best_sample_of_any_size(tmp_path):
-    samples = iter([[9.0] * 3, [2.0, 4.0, 8.0], [9.0] * 3, [64.0, 32.0, 80.0]])       # warm-ups and samples of 128, then of 256
-    here = bench(tmp_path)
-    here.where = steps.Where(torch.device("cpu"), fast=False, compile=False, vocab=None)
-    here.clock = SimpleNamespace(sample=lambda product, count: next(samples))
+def test_the_machine_is_as_fast_as_its_best_sample_of_any_size(tmp_path, monkeypatch):
+    samples = iter([9.0, *[4.0] * 19, 2.0, 9.0, *[64.0] * 19, 32.0, 9.0, *[1.0] * 20])     # warm-up and samples of 128, of 256, of a copy
+    monkeypatch.setattr(runner, "sample", lambda step, cuda, calls=1: next(samples))
+    here = bench(tmp_path).run
+    here.dtypes = (torch.float32,)
     assert here.limits() == {torch.float32: pytest.approx(2 * 128**3 / 2e-3)}
-    assert [(r["fastest"], r["ms"]) for r in here.rows] == [(2.0, 4.0), (32.0, 64.0)]
+    assert [(r["fastest"], r["ms"]) for r in here.rows] == [(2.0, 4.0), (32.0, 64.0), (1.0, 1.0)]
 
 
 def test_ratios_of_rounds():
@@ -243,11 +243,10 @@ def test_compilation_that_fails_is_told(monkeypatch, tmp_path):
     def no(*arguments, **more):
         raise RuntimeError("no compiler")
     monkeypatch.setattr(torch, "compile", no)
-    c = steps.Config(device="cpu", quick=True, compile=True, only=("ragged",), dropouts=(0.0,))
-    here = steps.Bench(c, "bench.train", train.PROBLEMS, [])
-    here.run(train.cases(c, cuda=False))
-    failed = {r["impl"] for r in here.rows if "no compiler" in r.get("failed", "")}
-    assert failed == {"ours +compile", "hf +compile"} and {"ours", "hf"} <= timed(here.rows).keys()
+    c = train.Config(("ragged",), runner.RunFlags(device="cpu", quick=True), steps.StepFlags(compile=True, dropouts=(0.0,)))
+    rows = measured(steps.start(c, "bench.train", [], train.PROBLEMS), train.cases(c, cuda=False))
+    failed = {r["impl"] for r in rows if "no compiler" in r.get("failed", "")}
+    assert failed == {"ours +compile", "hf +compile"} and {"ours", "hf"} <= timed(rows).keys()
 
 
 @pytest.mark.parametrize("tokens, S", [(1024, 128), (2048, 128), (64, 16), (16384, 512), (4096, 512)])
@@ -277,16 +276,15 @@ def test_a_padded_peer_sees_the_same_tokens_and_both_of_its_losses_are_one():
 
 
 def test_on_a_gpu_base_comes_first_with_every_implementation():
-    c = steps.Config()
-    todo = train.cases(c, cuda=True)
+    todo = train.cases(train.Config(), cuda=True)
     assert todo[0] == {"bench": "train", "case": "dense", "size": "base", "tokens": 16384, "S": 512, "dropout": 0.1}
     assert len({json.dumps(case) for case in todo}) == len(todo) and {case["case"] for case in todo} == set(train.PROBLEMS)
     assert all(case["tokens"] % (8 * case["S"]) == 0 for case in todo if case["case"] == "dense")
     where = SimpleNamespace(cuda=True, compile=True, fast=True, precision=torch.bfloat16, dtypes=(torch.bfloat16, torch.float32))
     assert list(train.ours(where, None, 0.0)) == ["ours", "ours +compile", "ours +graphs", "ours +compile +graphs"]
-    assert {"hf +compile", "hf predicted rows +compile", "hf fp32"} <= train.peers(where, EncoderConfig(9), None, "RobertaForMaskedLM",
-                                                                                 None, 0.0).keys()
-    assert [case["sequences"] for case in recycle.cases(c, cuda=True)].count(128) == 12
+    hf = train.transformers_peers(where, EncoderConfig(9), None, "RobertaForMaskedLM", None, 0.0)
+    assert {"hf +compile", "hf predicted rows +compile", "hf fp32"} <= hf.keys() and "hf eager" not in hf
+    assert [case["sequences"] for case in recycle.cases(recycle.Config(), cuda=True)].count(128) == 12
 
 
 @pytest.mark.gpu

@@ -6,9 +6,9 @@ import pytest
 from conftest import command, here, write_task
 
 from experiments.claims import plan
-from experiments.claims.__main__ import Rows
-from experiments.claims.plan import PHASES, SCALES, SEEDS, Run, searched
-from experiments.claims.report import Results, per_seed, verdict, write
+from experiments.claims.plan import SCALES, SEEDS, Run, phases, searched
+from experiments.claims.report import per_seed, verdict, write
+from experiments.claims.rows import GrowingRows, Rows
 from rt.errors import InputError
 from rt.formats.files import read_rows
 
@@ -20,8 +20,7 @@ def test_every_run_has_what_it_needs_before_it():
     """Every delta that a phase reads is made by an earlier one, at every scale."""
     for scale in SCALES.values():
         made: set = set()
-        for phase in PHASES:
-            runs = list(phase(scale))
+        for phase, runs in enumerate(phases(scale)):
             assert len({json.dumps(r.facts) for r in runs}) == len(runs), phase
             now = {(r.base, r.task, r.kind, r.seed) for r in runs if r.what == "tune" or (r.what == "scratch" and r.shots is None)}
             for r in runs:
@@ -32,34 +31,34 @@ def test_every_run_has_what_it_needs_before_it():
 
 
 def test_no_transfer_between_tasks_that_share_sentences():
-    runs = [r for phase in PHASES for r in phase(SCALES["base"])]
+    runs = [r for phase in phases(SCALES["base"]) for r in phase]
     assert not any({r.task, r.source} == {"sst2", "rotten_tomatoes"} for r in runs)
 
 
 def test_the_first_seed_searches_and_the_others_follow(tmp_path):
-    rows = Rows(tmp_path, "mini")
+    rows = GrowingRows(tmp_path, "mini")
     first, other = (Run("few", "init", "sick", "full", "M1", seed, 32, "M0", "sick", "same") for seed in SEEDS[:2])
-    assert searched(other) == first and rows.rate(first) == SCALES["mini"].rates and rows.rate(other) == ()
+    assert searched(other) == first and rows.rates(first) == SCALES["mini"].rates and rows.rates(other) == ()
     rows.add(first, [{"lr": 1e-4, "chosen": False}, {"lr": 1e-3, "chosen": True}], {"seconds": 1.0})
-    assert rows.rate(other) == (1e-3,)
-    again = Rows(tmp_path, "mini")      # from the file
+    assert rows.rates(other) == (1e-3,)
+    again = GrowingRows(tmp_path, "mini")      # from the file
     assert again.done(first) and not again.done(other) and again.seconds(other) == 1.0
 
 
 def test_a_run_cut_off_is_done_again_and_rows_of_other_sizes_are_refused(tmp_path):
     first, second = (Run("few", what, "sick", "full", "M1", SEEDS[0], 32, "M0", "sick", "same") for what in ("init", "distill"))
-    rows = Rows(tmp_path, "mini")
+    rows = GrowingRows(tmp_path, "mini")
     for run in (first, second):
         rows.add(run, [{"lr": 1e-4, "chosen": False}, {"lr": 1e-3, "chosen": True}], {"seconds": 1.0})
     path = tmp_path / "mini-few.jsonl"
     path.write_text(path.read_text()[:-20])     # killed while the last row was written
-    again = Rows(tmp_path, "mini")
+    again = GrowingRows(tmp_path, "mini")
     assert again.done(first) and not again.done(second) and len(read_rows(path)) == 2
     again.add(second, [{"lr": 1e-3, "chosen": True}], {"seconds": 1.0})
     assert [row["lr"] for row in read_rows(path)] == [1e-4, 1e-3, 1e-3]
     path.write_text(path.read_text().replace(rows.sizes, "00000000"))
     with pytest.raises(InputError, match="holds runs of other sizes"):
-        Rows(tmp_path, "mini")
+        GrowingRows(tmp_path, "mini")
 
 
 def test_intervals_and_verdicts():
@@ -73,7 +72,7 @@ def test_intervals_and_verdicts():
 
 def test_the_report_says_what_the_rows_say(tmp_path):
     pytest.importorskip("matplotlib")
-    rows = Rows(tmp_path, "mini")
+    rows = GrowingRows(tmp_path, "mini")
     facts = {"seconds": 1.0, "device": "d", "commit": "c", "torch": "t", "threads": 1}
     for seed in SEEDS:
         for what, accuracy in (("scratch", 0.3), ("distill", 0.2), ("init+distill", 0.6)):
@@ -87,7 +86,7 @@ def test_the_report_says_what_the_rows_say(tmp_path):
     both = "accuracy, full: distill above scratch -0.100 ± 0.000; macro-F1, full: distill above scratch -0.050 ± 0.000"
     assert f"| {both} | opposite |" in text
     assert "C7: project" in text and "Not run yet." in text
-    assert Results(tmp_path, "mini").tests(what="scratch") == {("sick", s): pytest.approx(0.3 + s / 1000) for s in SEEDS}
+    assert Rows(tmp_path, "mini").tests(what="scratch") == {("sick", s): pytest.approx(0.3 + s / 1000) for s in SEEDS}
 
 
 @pytest.fixture(scope="module")

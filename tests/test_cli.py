@@ -96,6 +96,11 @@ def task(graphs, tmp_path_factory):
     return folder
 
 
+def curve(out, row: dict) -> list[dict]:
+    """The evaluations of a recycled run."""
+    return read_rows(out / "deltas" / row["run"] / "metrics.jsonl")
+
+
 TUNE = ("--seq_len", "32", "--device", "cpu", "--eval_every", "2", "--batch_size", "8")
 
 
@@ -183,12 +188,14 @@ def test_recycle_all_modes_builds_the_old_delta_and_prints_the_table(lineage, ta
     for row in summary:
         if row["mode"] == "scratch" and row["steps_to_scratch_best"] is not None:
             assert row["steps_to_scratch_best"] <= row["best_step"]
-    curve = [r for r in read_rows(home / "recycled" / "metrics.jsonl") if (r["mode"], r["seed"], r["lr"]) == ("init", 1, 1e-3)]
-    assert [r["step"] for r in curve] == [0, 2, 4]
+    one, = (row for row in summary if (row["mode"], row["seed"], row["lr"]) == ("init", 1, 1e-3))
+    assert [r["step"] for r in curve(home / "recycled", one)] == [0, 2, 4]
+    assert drawn(home / "recycled" / "deltas" / one["run"]) == {"tuning"}
     assert all((home / "recycled" / "deltas" / row["run"] / "delta.safetensors").exists() for row in summary)
     # with --resume only what is missing is done again, and all is as it was
     path, gone = home / "recycled" / "summary.json", next(row for row in summary if row["mode"] == "distill" and row["seed"] == 1)
-    path.write_text(json.dumps({"rows": [row for row in summary if row is not gone]}))
+    path.write_text(json.dumps({"rows": [row for row in summary if row["mode"] != "init"]}))       # which their folders still hold
+    (home / "recycled" / "deltas" / gone["run"] / "summary.json").unlink()
     stamps = {p: p.stat().st_mtime_ns for p in (home / "recycled" / "deltas").glob("*/delta.safetensors")}
     resumed = [line[:50] for line in here(*arguments, "--mode", "all", "--resume").splitlines() if "±" in line]
     assert resumed == [line[:50] for line in out.splitlines() if "±" in line]
@@ -201,18 +208,16 @@ def test_recycle_all_modes_builds_the_old_delta_and_prints_the_table(lineage, ta
     assert len(after) == len(summary) + 4 and {r["run"] for r in summary} < {r["run"] for r in after}
     timeless = [{k: v for k, v in row.items() if k != "seconds"} for row in after]
     assert all({k: v for k, v in row.items() if k != "seconds"} in timeless for row in summary)
-    assert len(read_rows(home / "recycled" / "metrics.jsonl")) == sum(len(row["curve"]) for row in after)
+    assert all(len(curve(home / "recycled", row)) == len(row["curve"]) for row in after)
 
 
 def resumed(arguments, out) -> tuple[list[str], set[str]]:
-    """The lines of the table of a call with --resume, and the runs that it did; every curve is there once."""
+    """The lines of the table of a call with --resume, and the runs that it did; every row and curve is there once."""
     deltas = {p: p.stat().st_mtime_ns for p in (out / "deltas").glob("*/delta.json")}
     lines = [line for line in here(*arguments, "--resume").splitlines() if "±" in line]
     rows = read_json(out / "summary.json")["rows"]
-    curves = Counter(row["run"] for row in read_rows(out / "metrics.jsonl") if "part" not in row)
-    own = [row for row in rows if not (out / "deltas" / row["run"] / "summary.json").exists()]      # a sweep's curves are there
-    assert all(curves[row["run"]] == len(row["curve"]) for row in own) and {*curves} <= {row["run"] for row in rows}
-    assert len({row["run"] for row in rows}) == len(rows)
+    assert all(len(curve(out, row)) == len(row["curve"]) for row in rows)
+    assert len({row["run"] for row in rows}) == len(rows) and {row["run"] for row in rows} == {p.name for p in (out / "deltas").iterdir()}
     return lines, {p.parent.name for p in (out / "deltas").glob("*/delta.json") if p.stat().st_mtime_ns != deltas.get(p)}
 
 
@@ -228,8 +233,7 @@ def test_resuming_keeps_what_is_whole_and_of_the_same_and_nothing_else(lineage, 
     assert resumed(some, out) == (table, set())
     (out / "deltas" / names[0] / "delta.safetensors").unlink()
     (out / "deltas" / names[1] / "delta.json").write_text("")
-    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (out / "metrics.jsonl").write_text("".join(line for line in lines if names[2] not in line or '"step": 0' in line))
+    (out / "deltas" / names[2] / "summary.json").write_text((out / "deltas" / names[2] / "summary.json").read_text()[:-9])
     table_again, done = resumed(some, out)
     assert done == set(names[:3]) and [row["run"] for row in read_json(out / "summary.json")["rows"]] == names
     assert [line[:60] for line in table_again] == [line[:60] for line in table]
@@ -237,12 +241,12 @@ def test_resuming_keeps_what_is_whole_and_of_the_same_and_nothing_else(lineage, 
     shutil.rmtree(tmp_path / "M1")
     shutil.copytree(home / "run" / "M0", tmp_path / "M1")
     here(*some, "--no_save_deltas")
-    assert not [name for name in names if (out / "deltas" / name).exists()] and resumed(some, out)[1] == set(names)
-    # a damaged line is named, and nothing is lost
-    damaged = "x" + (out / "metrics.jsonl").read_text()
-    (out / "metrics.jsonl").write_text(damaged)
-    assert "metrics.jsonl, line 1: is not a row" in here(*some, "--resume", code=2)
-    assert (out / "metrics.jsonl").read_text() == damaged
+    assert not [*out.glob("deltas/*/delta.*")] and resumed(some, out)[1] == set(names)
+    # damaged rows of other calls are named, and nothing is lost
+    damaged = "x" + (out / "summary.json").read_text()
+    (out / "summary.json").write_text(damaged)
+    assert "summary.json: not valid JSON" in here(*some, code=2)
+    assert (out / "summary.json").read_text() == damaged and len([*out.glob("deltas/*/delta.json")]) == len(names)
 
 
 def test_a_resumed_call_is_told_from_others_in_its_folder(lineage, task, tmp_path):
@@ -261,7 +265,7 @@ def test_a_resumed_call_is_told_from_others_in_its_folder(lineage, task, tmp_pat
     assert len(lines) == 3 and all("init" in name for name in done)
     here(*call, "--base", m1, "--sweep", "seed=0,1,2 lr=5e-2,2e-3", "--out", tmp_path / "sweep")
     lines, done = resumed((*alone, tmp_path / "sweep"), tmp_path / "sweep")
-    assert [line[:70] for line in lines] == whole and len(done) == 6        # whose curves are not in metrics.jsonl
+    assert [line[:70] for line in lines] == whole and not done        # the best of a sweep are scored on test, and so whole
     (tmp_path / "mixed" / "summary.json").write_text('{"rows": [{"run": "x"}]}')
     assert "its rows are not those of runs" in here(*chain, code=2)
 
@@ -290,8 +294,7 @@ def test_a_sweep_prints_the_best_of_every_mode_and_goes_on_where_it_was_interrup
          "--out", tmp_path / "alone")
     single, = json.loads((tmp_path / "alone" / "summary.json").read_text())["rows"]
     assert single["run"] == first["run"] and single["curve"] == first["curve"] and single["test"] == first["test"]
-    losses = [[row["loss"] for row in read_rows(path)][1:] for path in (tmp_path / "alone" / "metrics.jsonl",
-                                                                       home / "deltas" / first["run"] / "metrics.jsonl")]
+    losses = [[row["loss"] for row in curve(out, first)][1:] for out in (tmp_path / "alone", home)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     # two of its runs are lost, one of them whole: only those are done again
     (home / "deltas" / first["run"] / "summary.json").unlink()
@@ -353,7 +356,7 @@ def test_itp_is_a_run_of_its_own_beside_the_plain_one(lineage, task, tmp_path):
     here(*arguments, "--mode", "scratch,distill", "--itp", "2")
     rows = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]
     assert [(row["mode"], row["settings"].get("itp")) for row in rows] == [("distill", None), ("scratch", None), ("distill", 2)]
-    losses = [[r["loss"] for r in read_rows(tmp_path / "out" / "metrics.jsonl") if r["run"] == row["run"]] for row in rows]
+    losses = [[r["loss"] for r in curve(tmp_path / "out", row)] for row in rows]
     assert losses[0] != losses[2]
 
 
@@ -377,8 +380,8 @@ def test_project_maps_the_delta_by_other_tasks(lineage, task, graphs, tmp_path):
     about, settings = rows[1]["projection"], rows[1]["settings"]
     assert about["sources"] == ["three_way"] and about["r"] == 3 and about["granularity"] == "flat" and not about["residual"]
     assert not about["with_head"] and set(about["dev"]) == {"mean", "three_way"} and settings["source_task"] == [str(other)]
-    curve = [r for r in read_rows(tmp_path / "out" / "metrics.jsonl") if r["run"] == rows[1]["run"]]
-    assert [(r["step"], r.get("part")) for r in curve] == [(0, "projection"), (2, "projection"), (4, "projection"), (0, None)]
+    parts = [(r["step"], r.get("part")) for r in curve(tmp_path / "out", rows[1])]
+    assert parts == [(0, "projection"), (2, "projection"), (4, "projection"), (0, None)]
     scored = here("train.py", "--mode", "eval", "--base", home / "run" / "M1", "--task", task, *TUNE,
                   "--delta_dir", tmp_path / "out" / "deltas" / rows[1]["run"])       # the mapped delta is one of the new base
     assert f"test accuracy {rows[1]['test']['accuracy']:.3f}" in scored
@@ -406,8 +409,8 @@ def test_chain_reports_both_routes_over_all_bases(lineage, task, tmp_path):
         for row in rows:
             if (row["base"], row["seed"]) == (str(m2), seed):
                 assert row["steps_to_scratch_best"] == next((step for step, dev in row["curve"] if dev >= scratch), None)
-    for row in read_rows(tmp_path / "out" / "metrics.jsonl"):
-        assert by[row["mode"], row["route"], row["base"], row["seed"]]["run"] == row["run"]
+    for (_, route, base, _), row in by.items():
+        assert {(r["base"], r["route"]) for r in curve(tmp_path / "out", row)} == {(base, route)}
     info = json.loads((tmp_path / "out" / "deltas" / by["init+distill", "chain", str(m2), 0]["run"] / "delta.json").read_text())["info"]
     assert info["base"] == json.loads((m2 / "meta.json").read_text())["fingerprint"]
     for base in (m1, m2):       # of the folder each base gets the best of its own
@@ -450,7 +453,7 @@ def test_chain_reports_both_routes_over_all_bases(lineage, task, tmp_path):
     (("train.py", "--mode", "tune", "--steps", "4"), "--steps says nothing to --mode tune: did you mean --tune_steps?"),
     (("train.py", "--tune_steps", "4"), "did you mean --steps?"),
     (("recycle.py", "--mode", "burn"), "--mode burn: not one of"),
-    (("recycle.py", "--itp", "-1"), "--itp -1: a number of points from 0 on"),
+    (("recycle.py", "--itp", "-1"), "--itp -1: must not be negative"),
     (("recycle.py", "--mode", "scratch,apply", "--itp", "2"), "for modes with a teacher (distill, init+distill)"),
     (("recycle.py", "--mode", "project"), "--mode project needs --source_task"),
     (("recycle.py", "--mode", "project", "--source_task", "dl", "--source_delta", "a,b"), "as many or none: 1 tasks, 2 deltas"),

@@ -34,8 +34,9 @@ def test_all_compiles_without_spills_and_with_matrix_instructions(which, tmp_pat
 DROPOUT = """
 from bench.compile_check import compile_one, launches
 if __name__ == "__main__":
-    specs = [s for s in launches(90, ["attention"], ["bf16"]) if s[1] == "_forward" and s[3]["D"] == 64 and s[3]["BLOCK_Q"] == 128]
-    plain, dropped = (next(compile_one(90, s) for s in specs if s[3]["DROPOUT"] == d) for d in (False, True))
+    specs = [s for s in launches(90, ["attention"], ["bf16"]) if s.kernel == "_forward" and s.constants["D"] == 64
+             and s.constants["BLOCK_Q"] == 128]
+    plain, dropped = (next(compile_one(90, s) for s in specs if s.constants["DROPOUT"] == d) for d in (False, True))
     print(dropped["instructions_per_element"] - plain["instructions_per_element"])
 """
 
@@ -50,7 +51,7 @@ import torch, sys
 from bench import compile_check
 from kernels import configs
 if __name__ == "__main__":
-    spec = next(s for s in compile_check.launches(90, ["attention"], ["fp32"]) if s[1] == "_forward" and s[3]["D"] == 128)
+    spec = next(s for s in compile_check.launches(90, ["attention"], ["fp32"]) if s.kernel == "_forward" and s.constants["D"] == 128)
     row = compile_check.compile_one(90, spec)
     print(compile_check.fault(row))
 """
@@ -78,7 +79,7 @@ def test_no_float_becomes_a_constant():
     done = python("-c", """
 from bench.compile_check import launches
 specs = launches(90, ["attention", "kd_loss"], ["bf16"])
-print(len(specs) > 50, [v for s in specs for v in s[3].values() if isinstance(v, float)])
+print(len(specs) > 50, [v for s in specs for v in s.constants.values() if isinstance(v, float)])
 """)
     assert done.stdout.strip() == "True []", done.stderr
 

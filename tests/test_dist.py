@@ -76,8 +76,8 @@ def test_what_is_for_one_process_and_what_is_not(monkeypatch, tmp_path):
 WORKER = """
 import copy, sys, time, torch
 from rt.errors import InputError
-from rt.speed.dist import join
-from rt.optim import adamw, gather, load_state
+from rt.speed.dist import gather, join, load_state
+from rt.optim import adamw
 
 def bad():
     raise InputError("only rank 0 saw it")
@@ -117,9 +117,9 @@ for zero in (True, False):              # shared out again, and by one alone
     for a, b in zip(weights, again):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
-ranks.agree({"--lr": 0.1, "corpus a": "1"})
+ranks.assert_same({"--lr": 0.1, "corpus a": "1"})
 try:
-    ranks.agree({"--lr": 0.1, "corpus a": "12"[ranks.rank]})
+    ranks.assert_same({"--lr": 0.1, "corpus a": "12"[ranks.rank]})
     raise AssertionError
 except InputError as error:
     assert str(error) == "corpus a is 2 on rank 1 and 1 on rank 0: start all with the same flags and files"

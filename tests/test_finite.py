@@ -5,23 +5,24 @@ import json
 
 import pytest
 import torch
-from conftest import here
+from conftest import here, pretrained
 
 import rt.analysis
 import rt.pretrain
-from rt.data import Encoded, Rows
+from rt.data import Encoded, Rows, TaskData
 from rt.deltas import attach, extract
 from rt.errors import Diverged, InputError
 from rt.formats.checkpoint import load_base
 from rt.formats.corpora import build_corpus
 from rt.formats.files import read_rows
 from rt.kinds import DeltaConfig
-from rt.losses import Loss, run_teacher, weights_of
+from rt.losses import DistillConfig, Loss, run_teacher, weights_of
 from rt.model import PRESETS, EncoderConfig, new_masked_lm
-from rt.optim import MOST_SKIPPED, Watch, adamw, step_unless
-from rt.pretrain import PretrainSettings, pretrain
+from rt.optim import MOST_SKIPPED, SkipTracker, adamw, step_unless
+from rt.pretrain import PretrainSettings
+from rt.runs.resume import checkpoints
 from rt.transport import learn_projection
-from rt.tune import TaskData, TuneSettings, predict, tune
+from rt.tune import TuneSettings, predict, tune
 
 CPU = {"device": torch.device("cpu"), "precision": torch.float32}
 
@@ -82,32 +83,31 @@ def test_a_step_is_skipped_whole_or_taken_whole():
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 @pytest.mark.parametrize("log_every", [1, 4])
-def test_a_bad_step_of_pretraining_is_left_out(rows, tokenizer, where, log_every):
-    s = PretrainSettings(8, 512, 2e-3, 3, 0, log_every=log_every)
+def test_a_bad_step_of_pretraining_is_left_out(rows, tokenizer, where, log_every, tmp_path):
+    s = PretrainSettings(8, 512, 2e-3, 3, 0)
     model, optimizer = start(tokenizer)
     poisoned(model, {5}, where)
-    found = list(pretrain(model, rows, optimizer, s, **CPU))
+    found = pretrained(tmp_path / "one", model, rows, optimizer, s, tokenizer, log_every=log_every)
     assert [row["step"] for row in found] == list(range(1, 9)) and [row["step"] for row in found if "skipped" in row] == [5]
     assert found[4]["grad_norm"] is None and (found[4]["loss"] is None) == (where == "loss")
     json.dumps(found, allow_nan=False)
     other, optimizer = start(tokenizer)     # as if there were no step 5
-    for row in pretrain(other, rows, optimizer, s, **CPU, exact=lambda step: step == 4):
-        if row["step"] == 4:
-            break
-    rest = list(pretrain(other, rows, optimizer, s, **CPU, start=5))
-    assert rest == found[5:] and equal(model.state_dict(), other.state_dict())
+    pretrained(tmp_path / "other", other, rows, optimizer, s, tokenizer, log_every=log_every, stop_after=4)
+    rest = pretrained(tmp_path / "other", other, rows, optimizer, s, tokenizer, log_every=log_every, first=5)
+    assert rest[4:] == found[5:] and equal(model.state_dict(), other.state_dict())
 
 
-def test_too_many_in_a_row_end_it_and_fewer_do_not(rows, tokenizer):
-    s = PretrainSettings(MOST_SKIPPED + 4, 512, 2e-3, 3, 0, log_every=5)
+def test_too_many_in_a_row_end_it_and_fewer_do_not(rows, tokenizer, tmp_path):
+    s = PretrainSettings(MOST_SKIPPED + 4, 512, 2e-3, 3, 0)
     for last, ends in ((MOST_SKIPPED + 1, False), (MOST_SKIPPED + 2, True)):
         model, optimizer = start(tokenizer)
         poisoned(model, set(range(2, last + 1)), "loss")
         if ends:
             with pytest.raises(Diverged, match=f"the loss at step 2 or its gradient is not finite, nor .* the {MOST_SKIPPED} steps"):
-                list(pretrain(model, rows, optimizer, s, **CPU))
+                pretrained(tmp_path / "a", model, rows, optimizer, s, tokenizer, log_every=5)
         else:
-            assert sum("skipped" in row for row in pretrain(model, rows, optimizer, s, **CPU)) == MOST_SKIPPED
+            found = pretrained(tmp_path / "b", model, rows, optimizer, s, tokenizer, log_every=5)
+            assert sum("skipped" in row for row in found) == MOST_SKIPPED
         assert all(p.isfinite().all() for p in model.parameters())
 
 
@@ -118,9 +118,10 @@ def test_a_run_that_diverges_says_where_to_begin_again(graphs, tmp_path):
              "--steps", "40", "--lr", "1e18", "--warmup", "0.5", "--stream", tmp_path / "one.txt", "--cache",
              tmp_path / "cache", "--snapshots", "0")
     error = here(*flags, "--out", tmp_path / "run", "--save_every", "1", code=2)
-    step = json.loads((tmp_path / "run" / "last" / "meta.json").read_text())["step"]
-    assert f"{tmp_path / 'run' / 'last'} is of step {step} of M0; --init" in error and error.count("\n") == 1
-    load_base(tmp_path / "run" / "last")
+    last = checkpoints(tmp_path / "run")[0]
+    step = json.loads((last / "meta.json").read_text())["step"]
+    assert f"{last} is of step {step} of M0; --init" in error and error.count("\n") == 1
+    load_base(last)
     seen = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in seen if "skipped" in row] == list(range(step + 1, step + 1 + MOST_SKIPPED))
     assert "no checkpoint of it had been written" in here(*flags, "--out", tmp_path / "other", code=2)
@@ -145,38 +146,38 @@ def test_bad_steps_of_tuning_are_counted_and_too_many_end_it(base):
         model = attach(base, DeltaConfig("full"), 3, seed=0)
         poisoned(model, many, "loss")
         if len(many) > MOST_SKIPPED:
-            with pytest.raises(Diverged, match="more than 10 steps in a row before step 16 had no finite loss and gradient: lower --lr"):
+            with pytest.raises(Diverged, match="more than 10 steps in a row before step 16 had no finite loss and gradient: lower `lr`"):
                 tune(model, task(), Loss(False), s, **CPU)
         else:
             assert tune(model, task(), Loss(False), s, **CPU).skipped == MOST_SKIPPED
 
 
 def test_a_row_of_bad_steps_is_seen_across_looks():
-    watch, bad, good = Watch((), torch.device("cpu")), torch.tensor(float("nan")), torch.tensor(2.0)
+    tracker, bad, good = SkipTracker((), torch.device("cpu")), torch.tensor(float("nan")), torch.tensor(2.0)
     for value in (good, *[bad] * 6):
-        watch.count(value, good)
-    assert watch.look() == [(2.0, 6, False)]
+        tracker.count(value, good)
+    assert tracker.read() == [(2.0, 6, False)]
     for value in [bad] * 5:
-        watch.count(good, value)
-    assert watch.look() == [(None, 5, True)]
-    watch.count(good, good)
-    assert watch.look() == [(2.0, 0, False)]
+        tracker.count(good, value)
+    assert tracker.read() == [(None, 5, True)]
+    tracker.count(good, good)
+    assert tracker.read() == [(2.0, 0, False)]
 
 
-def test_what_does_not_fit_into_memory_is_named(rows, tokenizer, base, monkeypatch):
+def test_what_does_not_fit_into_memory_is_named(rows, tokenizer, base, monkeypatch, tmp_path):
     def full(*arguments, **named):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has ...")
 
     data, model = task(), attach(base, DeltaConfig("lora"), 3, seed=0)
-    with pytest.raises(InputError, match=r"4 sequences of up to [0-9]+ tokens did not fit into memory: lower --batch_size \(4\) or"):
+    with pytest.raises(InputError, match=r"4 sequences of up to [0-9]+ tokens did not fit into memory: lower `batch_size` \(4\) or"):
         tune(model, data, full, TuneSettings(3, 4, 1e-3, 5, seed=0), **CPU)
     model.forward = full
-    with pytest.raises(InputError, match="12 texts of up to [0-9]+ tokens did not fit into memory: lower --seq_len"):
+    with pytest.raises(InputError, match="12 texts of up to [0-9]+ tokens did not fit into memory: lower `seq_len`"):
         predict(model, data.train.sequences, **CPU)
     monkeypatch.setattr(rt.pretrain, "mlm_loss", full)
     model, optimizer = start(tokenizer)
-    with pytest.raises(InputError, match=r"a share of 512 tokens did not fit into memory: lower --batch_tokens \(1024\), or raise --accum"):
-        list(pretrain(model, rows, optimizer, PretrainSettings(2, 1024, 1e-3, 1, 0, accumulation=2), **CPU))
+    with pytest.raises(InputError, match=r"a share of 512 tokens did not fit into memory: lower `batch_tokens` \(1024\), or raise `accum"):
+        pretrained(tmp_path, model, rows, optimizer, PretrainSettings(2, 1024, 1e-3, 1, 0, accumulation=2), tokenizer)
 
 
 def test_nor_does_a_teacher_a_projection_or_a_curve_end_with_a_traceback(base, other_base, monkeypatch):
@@ -186,14 +187,13 @@ def test_nor_does_a_teacher_a_projection_or_a_curve_end_with_a_traceback(base, o
     data, s, config = task(), TuneSettings(3, 4, 1e-3, 5, seed=0), DeltaConfig("lora")
     teacher = attach(base, config, 3, seed=0)
     delta = extract(teacher, base, config, {"task": "t", "labels": list(data.labels)})
-    with monkeypatch.context() as patch, pytest.raises(InputError, match="for 12 texts, .* did not fit into memory: lower --seq_len or"):
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="for 12 texts, .* did not fit into memory: lower `seq_len` or"):
         patch.setattr(teacher, "forward", full)
         run_teacher(teacher, data.train, **CPU)
-    with monkeypatch.context() as patch, pytest.raises(InputError, match=r"lower --batch_size \(4\), --seq_len or --rank"):
+    with monkeypatch.context() as patch, pytest.raises(InputError, match=r"lower `batch_size` \(4\), `seq_len` or `rank`"):
         patch.setattr(Loss, "__call__", full)
-        learn_projection(base, other_base, [(delta, data)], s, r=2, granularity="flat", residual=False, alpha=0.5, beta=1.0, T=1.0,
-                         public_code=False, **CPU)
+        learn_projection(base, other_base, [(delta, data)], s, DistillConfig(), r=2, granularity="flat", residual=False, **CPU)
     ends = [weights_of(attach(each, config, 3, seed=0)) for each in (base, other_base)]
-    with monkeypatch.context() as patch, pytest.raises(InputError, match="4 texts on the curve did not fit into memory: lower --batch"):
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="4 texts on the curve did not fit into memory: lower `batch"):
         patch.setattr(rt.analysis, "task_loss", full)
         rt.analysis.train_control(teacher, *ends, data, s, **CPU)

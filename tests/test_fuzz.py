@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 import recycle
 import train
-from rt.data import encode
+from rt.data import encode, encode_task
 from rt.deltas import apply, attach, extract
 from rt.errors import InputError
 from rt.formats.atomic import seal
@@ -41,7 +41,6 @@ from rt.runs.config import parse, run
 from rt.runs.results import best_delta
 from rt.runs.resume import RESUMABLE, has_work, is_done_again
 from rt.runs.sweep import expand
-from rt.tune import encode_task
 
 MUTATED, LONG_MUTATED = 24, 4000         # cases a target, in CI and in the long run
 EXAMPLES, LONG_EXAMPLES = 30, 2000       # of each that hypothesis makes

@@ -6,15 +6,15 @@ import torch
 from conftest import random_base
 
 import rt.optim
-from rt.data import PAD_SEQUENCES, Encoded, side_by_side
+from rt.data import Encoded, TaskData
 from rt.deltas import attach
 from rt.errors import InputError
 from rt.kinds import DeltaConfig
-from rt.losses import Loss, TeacherCache
-from rt.optim import Watch, adamw
+from rt.losses import DistillConfig, Loss, TeacherCache
+from rt.optim import SkipTracker, adamw
 from rt.speed import multi_run as grid
-from rt.speed.multi_run import GridAdamW, GridRun, load, stack, trained
-from rt.tune import TaskData, TuneSettings, predict, tune
+from rt.speed.multi_run import PAD_SEQUENCES, SideAdamW, SideRun, side_by_side, stack, trained
+from rt.tune import TuneSettings, predict, tune
 
 CPU = dict(device=torch.device("cpu"), precision=torch.float32)
 FROZEN = ("adapter", "lora", "bitfit", "prefix")
@@ -30,7 +30,7 @@ def task(n: int, seed: int) -> TaskData:
     return TaskData("t", ("a", "b", "c"), *parts)
 
 
-def four_runs(tokenizer, kind: str, taught: bool = True) -> list[GridRun]:
+def four_runs(tokenizer, kind: str, taught: bool = True) -> list[SideRun]:
     """Everything differs that may: start, examples, their number, seed, learning rate, warm-up, alpha, beta, T, teacher."""
     base = random_base(tokenizer)
     config = DeltaConfig(kind, target_modules=("query", "value", "intermediate.dense"))
@@ -40,16 +40,16 @@ def four_runs(tokenizer, kind: str, taught: bool = True) -> list[GridRun]:
     runs = []
     for k, (alpha, beta, T, lr, warmup) in enumerate(((.7, 1.0, 5.0, 3e-3, .1), (.9, 0.0, 2.0, 5e-3, .3), (.2, 7.0, 5.0, 1e-3, .1),
                                                       (.0, 2.0, 1.0, 2e-3, .5))):
-        loss = Loss(teacher=teachers[k % 2], alpha=alpha, beta=beta, T=T) if taught else Loss()
+        loss = Loss(teacher=teachers[k % 2], config=DistillConfig(alpha, beta, T)) if taught else Loss()
         model = attach(base, config, 3, seed=k // 2)
-        runs.append(GridRun(model, datas[k % 2], TuneSettings(9, 4, lr, 2, seed=10 + k, weight_decay=0.1, warmup=warmup), loss))
+        runs.append(SideRun(model, datas[k % 2], TuneSettings(9, 4, lr, 2, seed=10 + k, weight_decay=0.1, warmup=warmup), loss))
     return runs
 
 
-def alone(run: GridRun) -> tuple[list[dict], GridRun]:
+def alone(run: SideRun) -> tuple[list[dict], SideRun]:
     """The curve of one run by rt.tune.tune, and its result."""
     rows: list[dict] = []
-    model = load(stack_of_one(run.model), {k: p.detach() for k, p in trained(run.model).items()})
+    model = stack_of_one(run.model)
     result = tune(model, replace(run.data, test=None), run.loss, run.settings, **CPU, on_eval=rows.append)
     return rows, replace(run, result=result, best={k: p.detach() for k, p in trained(model).items()})
 
@@ -97,7 +97,7 @@ def test_regressions_and_the_public_codes_averaging(tokenizer):
         parts = [replace(part, targets=part.targets.float()) for part in (run.data.train, run.data.dev)]
         run.data = TaskData("t", (), *parts, None)
         cache = replace(run.loss.teacher, logits=run.loss.teacher.logits[:, :1])
-        run.loss = replace(run.loss, is_regression=True, public_code=True, teacher=cache)
+        run.loss = replace(run.loss, is_regression=True, config=replace(run.loss.config, public_code=True), teacher=cache)
         run.model = attach(random_base(tokenizer), DeltaConfig("bitfit"), 1, seed=0)
     grid.tune(runs, **CPU)
     for run in runs:
@@ -131,8 +131,8 @@ def test_the_optimizer_is_adamw_with_a_rate_and_a_norm_of_its_own():
     shapes, rates = [(5, 4), (7,)], torch.tensor([1e-2, 3e-3])
     single = [[torch.randn(s, requires_grad=True) for s in shapes] for _ in range(2)]
     together = [torch.stack([s[i].detach() for s in single]).requires_grad_() for i in range(2)]
-    ours, theirs = GridAdamW(together, weight_decay=0.5, clip=1.0), [adamw(s, 0.0, 0.5, betas=(0.9, 0.999)) for s in single]
-    watch = Watch((2,), torch.device("cpu"))
+    ours, theirs = SideAdamW(together, weight_decay=0.5, clip=1.0), [adamw(s, 0.0, 0.5, betas=(0.9, 0.999)) for s in single]
+    tracker = SkipTracker((2,), torch.device("cpu"))
     for step in range(6):
         losses = torch.ones(2)
         grads = [torch.randn(2, *shape) * torch.tensor([0.01, 10.0]).view(2, *(1,) * len(shape)) for shape in shapes]
@@ -140,7 +140,7 @@ def test_the_optimizer_is_adamw_with_a_rate_and_a_norm_of_its_own():
             w.grad = g.clone()
         if step in (0, 3):      # of the second run: a gradient, then a loss that is no number; the first goes on
             (together[0].grad if step else losses)[1] = float("nan")
-        ours.step(rates, losses, watch)
+        ours.step(rates, losses, tracker)
         for k, (weights, optimizer) in enumerate(zip(single, theirs)):
             if k == 1 and step in (0, 3):
                 continue
@@ -151,7 +151,7 @@ def test_the_optimizer_is_adamw_with_a_rate_and_a_norm_of_its_own():
             optimizer.step()
     for i in range(2):
         torch.testing.assert_close(together[i].detach(), torch.stack([s[i].detach() for s in single]))
-    assert watch.look() == [(1.0, 0, False), (1.0, 2, False)]
+    assert tracker.read() == [(1.0, 0, False), (1.0, 2, False)]
 
 
 def test_a_run_whose_loss_is_not_finite_leaves_the_others_to_themselves(tokenizer, monkeypatch):
@@ -188,7 +188,7 @@ def test_groups_are_halved_until_they_fit(tokenizer, monkeypatch):
 
 def test_interpolation_is_not_done_side_by_side(tokenizer):
     runs = four_runs(tokenizer, "adapter")
-    runs[1].loss = replace(runs[1].loss, itp=1, teacher_weights={})
+    runs[1].loss = replace(runs[1].loss, config=replace(runs[1].loss.config, itp=1), teacher_weights={})
     with pytest.raises(ValueError, match="itp"):
         grid.tune(runs, **CPU)
 

@@ -1,6 +1,7 @@
 """Every loss against a formula written out, at T != 1 and with student != teacher, gradients included."""
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from kernels.linear_loss import linear_kd
 from rt.data import Encoded
 from rt.deltas import attach
 from rt.kinds import DeltaConfig
-from rt.losses import Loss, TeacherCache, run_teacher, task_loss, weights_of
-from rt.model import Trace
+from rt.losses import DistillConfig, Loss, TeacherCache, run_teacher, task_loss, weights_of
+from rt.model import Activations
 
 
 def logits(rows=6, C=5, seed=0, scale=3.0):
@@ -109,15 +110,15 @@ def distilling(tokenizer, batch):
     g = torch.Generator().manual_seed(5)
     cache = TeacherCache(torch.randn(9, 3, generator=g).double(), torch.randn(9, 2, 64, generator=g).double())
     batch.index = torch.tensor([3, 0, 8, 1, 4])
-    s = student(batch, trace := Trace())
-    return student, cache, s.tolist(), trace.states.detach()
+    s = student(batch, activations := Activations())
+    return student, cache, s.tolist(), activations.states.detach()
 
 
 @pytest.mark.parametrize("public_code", [False, True])
 def test_total_loss_is_the_sum_of_method(distilling, batch, public_code):
     student, cache, s, states = distilling
     alpha, beta, T = 0.7, 10.0, 5.0
-    loss = Loss(teacher=cache, alpha=alpha, beta=beta, T=T, public_code=public_code)(student, batch)
+    loss = Loss(teacher=cache, config=DistillConfig(alpha, beta, T, public_code=public_code))(student, batch)
     expected = 0.0
     for i, n in enumerate(batch.index.tolist()):
         task = -math.log(softmax(s[i])[batch.labels[i]])
@@ -131,12 +132,12 @@ def test_total_loss_is_the_sum_of_method(distilling, batch, public_code):
 def test_gamma_adds_the_divergence_of_attention_maps(distilling, batch, att_layers, tokenizer):
     student, cache, _, _ = distilling
     teacher = attach(random_base(tokenizer, seed=3), DeltaConfig("adapter"), 3, seed=2).double().eval()
-    rest = dict(teacher=cache, alpha=0.7, beta=0.0, T=5.0)
-    loss = Loss(gamma=2.0, maps_of=teacher, att_layers=att_layers, **rest)(student, batch)
+    plain = DistillConfig(alpha=0.7, beta=0.0, T=5.0)
+    loss = Loss(False, cache, replace(plain, gamma=2.0, att_layers=att_layers), attention_teacher=teacher)(student, batch)
     traces = []
     for model in (student, teacher):
-        model(batch, trace := Trace(attention=(0, 1) if att_layers == "all" else (1,)))
-        traces.append(trace.qk)
+        model(batch, activations := Activations(attention=(0, 1) if att_layers == "all" else (1,)))
+        traces.append(activations.qk)
     rows = []
     for (q_s, k_s), (q_t, k_t) in zip(*traces):
         for a, b in zip(batch.cu_seqlens.tolist(), batch.cu_seqlens.tolist()[1:]):
@@ -144,7 +145,7 @@ def test_gamma_adds_the_divergence_of_attention_maps(distilling, batch, att_laye
                 for h in range(q_s.shape[1]):
                     s, t = ((q[i, h] @ k[a:b, h].T / math.sqrt(q.shape[-1])).tolist() for q, k in ((q_s, k_s), (q_t, k_t)))
                     rows.append(kl(t, s, 1.0))
-    assert loss.item() == pytest.approx(Loss(**rest)(student, batch).item() + 2.0 * sum(rows) / len(rows), rel=1e-6)
+    assert loss.item() == pytest.approx(Loss(False, cache, plain)(student, batch).item() + 2.0 * sum(rows) / len(rows), rel=1e-6)
     loss.backward()
     assert student.encoder.layers[1].qkv.weight.grad is not None
     assert all(p.grad is None for p in teacher.parameters())
@@ -157,7 +158,7 @@ def test_regression_distils_by_squared_errors(tokenizer, batch):
     with torch.no_grad():
         s = student(batch).squeeze(-1)
         plain = Loss(is_regression=True)(student, batch)
-        mixed = Loss(is_regression=True, teacher=cache, alpha=0.25, beta=0.0, T=3.0)(student, batch)
+        mixed = Loss(is_regression=True, teacher=cache, config=DistillConfig(0.25, 0.0, 3.0))(student, batch)
     torch.testing.assert_close(plain, ((s - batch.labels) ** 2).mean())
     torch.testing.assert_close(mixed, (0.75 * (s - batch.labels) ** 2 + 0.25 * (s - cache.logits[:, 0]) ** 2).mean())
 
@@ -168,9 +169,9 @@ def test_the_cache_is_the_teacher_without_dropout_example_by_example(tokenizer):
     cache = run_teacher(teacher, data, torch.device("cpu"), torch.float32, batch_size=2)
     with torch.no_grad():
         for i in range(3):
-            s = teacher.eval()(data.batch([i]), trace := Trace())
+            s = teacher.eval()(data.batch([i]), activations := Activations())
             torch.testing.assert_close(cache.logits[i], s[0], atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(cache.states[i], trace.states[0], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(cache.states[i], activations.states[0], atol=1e-5, rtol=1e-5)
 
 
 def test_task_loss():
@@ -187,7 +188,7 @@ def test_itp_is_the_mean_over_points_by_two_plain_forwards(tokenizer, batch, kin
     cache = TeacherCache(torch.randn(5, outputs).double(), torch.randn(5, 2, 64).double())
     if regression:
         batch.labels = torch.tensor([0.5, 1.0, -2.0, 0.0, 3.0])
-    loss = Loss(regression, cache, alpha, beta, T, itp=2, teacher_weights=weights_of(teacher))
+    loss = Loss(regression, cache, DistillConfig(alpha, beta, T, itp=2), teacher_weights=weights_of(teacher))
     torch.manual_seed(9)
     points = torch.rand(2).tolist()
     torch.manual_seed(9)
@@ -203,10 +204,10 @@ def test_itp_is_the_mean_over_points_by_two_plain_forwards(tokenizer, batch, kin
         with torch.no_grad():
             for k, p in model.named_parameters():
                 p.copy_((1 - mu) * theirs[k] + mu * p)
-        s = model(batch, trace := Trace())
+        s = model(batch, activations := Activations())
         kd = ((s - cache.logits).square().mean() if regression else
               T**2 * (cache.logits / T).softmax(-1).mul((cache.logits / T).log_softmax(-1) - (s / T).log_softmax(-1)).sum() / 5)
-        term = (alpha * kd + beta * (trace.states - cache.states).square().mean()) / 3
+        term = (alpha * kd + beta * (activations.states - cache.states).square().mean()) / 3
         if mu == 1.0:
             term = term + (1 - alpha) * task_loss(s.double(), batch.labels, regression).mean()
         term.backward()
@@ -224,14 +225,15 @@ def test_itp_is_the_mean_over_points_by_two_plain_forwards(tokenizer, batch, kin
 def test_itp_repeats_with_the_generator_and_none_draws_nothing(distilling, batch, tokenizer):
     student, cache, _, _ = distilling
     with pytest.raises(ValueError, match="itp needs a teacher and its weights"):
-        Loss(teacher=cache, alpha=0.7, beta=0.0, T=5.0, itp=1)
-    rest = dict(teacher=cache, alpha=0.7, beta=0.0, T=5.0)
-    itp = Loss(itp=1, teacher_weights=weights_of(attach(random_base(tokenizer, 3), DeltaConfig("full"), 3, seed=2).double()), **rest)
+        Loss(teacher=cache, config=DistillConfig(0.7, 0.0, 5.0, itp=1))
+    plain = DistillConfig(alpha=0.7, beta=0.0, T=5.0)
+    teacher = attach(random_base(tokenizer, 3), DeltaConfig("full"), 3, seed=2).double()
+    itp = Loss(False, cache, replace(plain, itp=1), teacher_weights=weights_of(teacher))
     values = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         values.append(itp(student, batch).item())
     assert values[0] == values[1] != values[2]
     before = torch.get_rng_state()
-    Loss(**rest)(student, batch)
+    Loss(False, cache, plain)(student, batch)
     assert torch.equal(torch.get_rng_state(), before)

@@ -9,10 +9,10 @@ from conftest import random_base
 from kernels import dropout
 from rt.data import Encoded, sequences_batch
 from rt.deltas import attach
-from rt.formats.hf import classification_head_state, load_hf
+from rt.formats.hf import CLASSIFIERS, head_state, load_hf
 from rt.kinds import DeltaConfig
-from rt.losses import Loss, run_teacher
-from rt.model import ClassificationHead, Classifier, MaskedLM, Trace
+from rt.losses import DistillConfig, Loss, run_teacher
+from rt.model import Activations, ClassificationHead, Classifier, MaskedLM
 from rt.pretrain import mlm_loss
 
 
@@ -68,7 +68,7 @@ def test_classification_logits_equal_transformers(hf_models, tokenizer):
     base = load_hf(folder)
     assert base.head is None    # the checkpoint has no masked-LM head
     head = ClassificationHead(96, 4)
-    head.load_state_dict(classification_head_state(theirs.state_dict(), base.encoder.config))
+    head.load_state_dict(head_state(theirs.state_dict(), base.encoder.config, CLASSIFIERS))
     sequences = ragged(tokenizer)
     ids, mask = padded(sequences, tokenizer.pad_id)
     with torch.no_grad():
@@ -97,14 +97,14 @@ def test_a_sequence_does_not_depend_on_its_neighbours(base, batch):
 
 def test_states_are_the_first_rows_of_every_layer_but_the_last(base, batch):
     with torch.no_grad():
-        h = base.encoder(batch, trace := Trace(attention=(1,)))
+        h = base.encoder(batch, activations := Activations(attention=(1,)))
         embedded = base.encoder.embeddings(batch.ids, batch.cu_seqlens)
         after_first = base.encoder.layers[0](embedded, batch.cu_seqlens, batch.max_seqlen)
     first = batch.cu_seqlens[:-1]
-    states = trace.states
+    states = activations.states
     assert states.shape == (5, base.encoder.config.num_layers, h.shape[1])
     assert torch.equal(states[:, 0], embedded[first]) and torch.equal(states[:, 1], after_first[first])
-    (q, k), = trace.qk      # of the second layer alone
+    (q, k), = activations.qk      # of the second layer alone
     assert torch.equal(torch.cat([q, k], 1).flatten(1), base.encoder.layers[1].qkv(after_first)[:, :2 * h.shape[1]])
 
 
@@ -145,7 +145,7 @@ def test_training_is_the_same_through_the_kernels(device, base, batch, tokenizer
     cache = run_teacher(teacher, Encoded([[0, 5 + i, 2] for i in range(5)], torch.arange(5) % 3, 0), device, torch.float32)
     student = attach(base, DeltaConfig("prefix"), 3, seed=1).to(device).eval()
     torch.nn.init.constant_(student.encoder.layers[0].prefix.gate, 0.5)
-    loss = Loss(teacher=cache, alpha=0.7, beta=2.0, T=3.0, gamma=1.5, maps_of=teacher, att_layers="all")
+    loss = Loss(teacher=cache, config=DistillConfig(0.7, 2.0, 3.0, gamma=1.5, att_layers="all"), attention_teacher=teacher)
     masked = MaskedLM(copy.deepcopy(base.encoder), base.head).to(device).train()
     batch = batch.to(device)
     predicting = replace(batch, predict=torch.tensor([1, 4, 9, 20], device=device), labels=torch.tensor([7, 8, 9, 7], device=device))

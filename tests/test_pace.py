@@ -6,25 +6,24 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import random_base
+from conftest import pretrained, random_base
 from test_pretrain import rows  # noqa: F401  (a fixture)
-from test_tune import run, toy  # noqa: F401  (toy is one)
+from test_tune import toy  # noqa: F401  (the same)
 from torch.utils.flop_counter import FlopCounterMode
 
 from rt.deltas import attach
-from rt.formats.files import read_rows
 from rt.kinds import DeltaConfig
 from rt.losses import Loss
 from rt.model import PRESETS, EncoderConfig, MaskedLM, new_masked_lm
-from rt.pretrain import PretrainSettings, Stage, mlm_loss
+from rt.optim import adamw
+from rt.pretrain import PretrainSettings, mlm_loss
 from rt.runs import log
-from rt.runs.log import Log
+from rt.runs.log import StepBar
 from rt.speed import multi_run as grid
 from rt.speed import throughput as pace
 from rt.speed.device import peak_flops
-from rt.speed.dist import Ranks
-from rt.speed.throughput import Pace, step_flops
-from rt.tune import TuneSettings
+from rt.speed.throughput import Throughput, step_flops
+from rt.tune import TuneSettings, tune
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -71,7 +70,7 @@ def test_tokens_a_second_and_mfu_without_the_pauses(tokenizer, batch, monkeypatc
     config = random_base(tokenizer).encoder.config
     flops = step_flops(config, batch.cu_seqlens.diff().tolist())
     monkeypatch.setattr(pace, "peak_flops", lambda device, precision: flops)        # a step in a second is all it can do
-    p = Pace(config, CUDA, torch.bfloat16, world=2)
+    p = Throughput(config, CUDA, torch.bfloat16, world=2)
     assert str(p) == "- tok/s"
     p.count(batch)
     clock[0] += 2.0
@@ -82,7 +81,7 @@ def test_tokens_a_second_and_mfu_without_the_pauses(tokenizer, batch, monkeypatc
     p.restart()
     assert str(p) == "- tok/s"
     monkeypatch.setattr(pace, "peak_flops", lambda device, precision: None)
-    p = Pace(config, CPU, torch.float32)
+    p = Throughput(config, CPU, torch.float32)
     p.count(batch)
     clock[0] += 1.0
     assert str(p) == f"{len(batch.ids):,} tok/s"
@@ -96,19 +95,23 @@ class Terminal(io.StringIO):
 def pretraining(tokenizer, toy, rows, tmp_path) -> None:  # noqa: F811
     model = new_masked_lm(EncoderConfig(tokenizer.vocab_size, **PRESETS["tiny"]), seed=0)
     settings = PretrainSettings(steps=4, batch_tokens=512, lr=1e-3, warmup_steps=1, seed=0)
-    Stage(tmp_path, model, tokenizer, rows["train"], {"name": "M0", "domain": "graphs"}, settings, torch.float32, Ranks(CPU), Log(tmp_path),
-          weight_decay=0.01, zero=False, snapshots=0, save_every=100).train(4)
-    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    folder, optimizer = tmp_path / str(len(list(tmp_path.iterdir()))), adamw(model.parameters(), 0.0, 0.01)
+    found = pretrained(folder, model, rows["train"], optimizer, settings, tokenizer)
+    assert [row["step"] for row in found] == [1, 2, 3, 4]
 
 
 def tuning(tokenizer, toy, rows, tmp_path) -> None:  # noqa: F811
-    run(tokenizer, toy, "lora", steps=4, eval_every=2)
+    model = attach(random_base(tokenizer), DeltaConfig("lora"), 2, seed=0)
+    with StepBar(4, "tuning", model.encoder, CPU, torch.float32) as bar:
+        tune(model, toy, Loss(), TuneSettings(4, 16, 1e-3, 2, seed=0), device=CPU, precision=torch.float32, on_step=bar.on_step,
+             on_eval=bar.on_eval)
 
 
 def side_by_side(tokenizer, toy, rows, tmp_path) -> None:  # noqa: F811
     model = attach(random_base(tokenizer), DeltaConfig("lora"), 2, seed=0)
-    runs = [grid.GridRun(model, toy, TuneSettings(4, 16, lr, 2, seed=0), Loss()) for lr in (1e-3, 1e-2)]
-    grid.tune(runs, device=CPU, precision=torch.float32)
+    runs = [grid.SideRun(model, toy, TuneSettings(4, 16, lr, 2, seed=0), Loss()) for lr in (1e-3, 1e-2)]
+    with StepBar(4, "tuning", model.encoder, CPU, torch.float32, runs=2) as bar:
+        grid.tune(runs, device=CPU, precision=torch.float32, on_step=bar.on_step, on_eval=bar.on_eval)
 
 
 @pytest.mark.parametrize("loop", [pretraining, tuning, side_by_side])

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 from rt.errors import InputError
-from rt.formats.files import FIGURES, claim
+from rt.formats.files import FIGURES, check_overwritable
 from rt.report.drawing import BLOCKS, sparklines, thinned
 from rt.report.plot import best_by_panel, main, report, results_of
 from rt.runs.config import run
@@ -277,10 +277,10 @@ def test_equal_rows_give_equal_files(tmp_path):
 def test_figures_are_in_nobodys_way(tmp_path):
     """tests/test_cli.py and test_analyze.py draw, and go on in the same folders."""
     (tmp_path / FIGURES).mkdir()
-    claim(tmp_path, {FIGURES})
+    check_overwritable(tmp_path, {FIGURES})
     assert has_work(tmp_path, {}, resume=False)
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(InputError, match="figures, thesis.tex"):
-        claim(tmp_path, set())      # where no run is, as in exporting, they are somebody's
+        check_overwritable(tmp_path, set())      # where no run is, as in exporting, they are somebody's
     with pytest.raises(InputError, match="holds other things than a stream of bases"):
         has_work(tmp_path, {}, resume=False)

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, here
 
+from rt.runs.resume import checkpoints
+
 SOON = 60       # seconds; it is a fraction of one, where nothing else runs
 FLAGS = ("--preset", "tiny", "--vocab_size", "500", "--seq_len", "32", "--batch_tokens", "512", "--eval_tokens", "512", "--device", "cpu",
          "--precision", "fp32", "--dropout", "0.1", "--snapshots", "0")
@@ -71,7 +73,7 @@ def ended(home: Path, out: Path, other: str, who: int = 1, ranks: int = 2, *more
 def test_a_killed_rank_ends_all_and_the_run_is_gone_on_with(home, tmp_path):
     *errors, said = ended(home, tmp_path / "out", "KILL")
     assert "Signal 9 (SIGKILL)" in said and all("rank 0: another rank has ended" in error for error in errors)
-    assert (tmp_path / "out" / "last" / "meta.json").exists()
+    assert checkpoints(tmp_path / "out")
     again = ("train.py", *FLAGS, "--stream", home / "one.txt", "--cache", home / "cache", "--steps", "12", "--save_every", "2")
     here(*again, "--accumulation", "2", "--out", tmp_path / "out", "--resume")
     here(*again, "--accumulation", "2", "--out", tmp_path / "whole")

@@ -27,7 +27,8 @@ LABELS = ("no", "yes")
 # what is added to a command so that it takes seconds; of two equal flags the last counts
 PRETRAIN = "--preset tiny --vocab_size 500 --seq_len 32 --batch_tokens 256 --steps 3 --snapshots 1 --eval_tokens 512"
 TINY = {"pretrain": PRETRAIN, "demo": PRETRAIN + " --stream papers.txt.xz,news,more.txt",
-        "tune": "--tune_steps 2 --eval_every 1 --seq_len 32 --shots 4", "eval": "--seq_len 32", "rt.runs.predict": ("--seq_len", "32", "--device", "cpu"),
+        "tune": "--tune_steps 2 --eval_every 1 --seq_len 32 --shots 4", "eval": "--seq_len 32",
+        "rt.runs.predict": ("--seq_len", "32", "--device", "cpu"),
         "bench.cell": ("--sweep", "seed=0,1", "--ways", "side by side", "--steps", "2", "--shots", "4", "--sample", "1"),
         "recycle.py": "--steps 2 --eval_every 1 --seq_len 32 --seeds 0,1",
         "analyze.py": "--tasks my_task --seq_len 32 --tune_steps 2 --points 3 --max_examples 4"}

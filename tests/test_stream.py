@@ -1,5 +1,4 @@
 """The folder of a stream: when a run may begin or go on there, which rows it does again, what is said of it."""
-import json
 
 import pytest
 
@@ -42,15 +41,14 @@ def test_what_a_complete_run_does_not_hold_is_said(tmp_path):
 def test_rows_past_the_resumable_checkpoint_are_done_again(tmp_path):
     rows = [{"stage": "M0", "step": 9}, {"stage": "M0", "step": 10, "heldout": {}}, {"stage": "M1", "step": 4}, {"stage": "M1", "step": 5},
             {"stage": "M1", "step": 4, "heldout": {}}]
-    assert all(is_done_again(row, tmp_path) for row in rows)
+    assert all(is_done_again(row, tmp_path, {}) for row in rows)
     (tmp_path / "M0").mkdir()
     (tmp_path / "M0" / "meta.json").touch()
-    (tmp_path / "last").mkdir()
-    (tmp_path / "last" / "meta.json").write_text(json.dumps({"name": "M1", "step": 4}))
-    assert [is_done_again(row, tmp_path) for row in rows] == [False, False, False, True, True]
+    newest = {"name": "M1", "step": 4}
+    assert [is_done_again(row, tmp_path, newest) for row in rows] == [False, False, False, True, True]
     for stage in ("../x", "M" * 5000, "M0/../..", "", None, "M-1"):
         with pytest.raises(InputError, match="a row that is of no step of a stage"):
-            is_done_again({"stage": stage, "step": 1}, tmp_path)
+            is_done_again({"stage": stage, "step": 1}, tmp_path, newest)
 
 
 def test_the_table_has_a_line_a_base_and_a_column_a_domain():

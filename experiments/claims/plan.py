@@ -1,11 +1,12 @@
-"""What is run for the claims, in which order, and what decides it: sizes a preset, then phases of runs.
+"""What is run for the claims, and in which order: the sizes of each preset, then phases of runs.
 
-A phase is a function from the rows so far to the runs it wants; a learning rate chosen by an earlier row is known to the
-phases after it. Phases that many others need, and those that speak to the most claims, come first.
+A learning rate that a row has chosen is known to the phases after it. Phases that many others need, and phases that speak to the most
+claims, come first.
 """
+import itertools
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Callable, Iterator
+from typing import Any
 
 SEEDS = (20, 30, 40)        # as in the paper's configuration files
 DOMAINS = ("wiki", "bio", "rev", "cs", "ns")
@@ -53,7 +54,7 @@ SCALES = {
                   tuple(t for t in TRANSFERS if t[0] == "imdb"), PROJECTIONS[:1]),
     "mini": Scale(8192, (5000, 1000), 5e-4, 1024, 128, 3, 200, 60, 100, 50, 64, 300, 1000, 300, (2e-4, 5e-4), (2e-3, 5e-3),
                   TASKS[:6], TASKS[:3], TASKS[:4], TASKS[:2], TASKS[:1], TASKS[:1],
-                  # without what mnli takes part in, which M0 does not learn at this size
+                  # without mnli, which M0 does not learn at this size
                   tuple(t for t in TRANSFERS if t[0] in ("imdb", "rotten_tomatoes")), PROJECTIONS[:2]),
     "small": Scale(16384, (20000, 5000), 5e-4, 16384, 128, 4, 600, 150, 300, 100, 128, 1000, 5000, 1000),
     "base": Scale(32768, (30000, 6000), 4e-4, 32768, 128, 4, 1000, 200, 500, 200, 128, 1000, 5000, 1000),
@@ -62,7 +63,7 @@ SCALES = {
 
 @dataclass(frozen=True)
 class Run:
-    """One thing to do once. `part` is the file its rows go to; what has no meaning for it stays None."""
+    """One thing to do once. `part` is the file its rows go to; fields without a meaning for it stay None."""
     part: str
     what: str                       # train, tune, a mode of recycle.py, apply, walk, heads, distance
     task: str | None = None
@@ -77,128 +78,71 @@ class Run:
 
     @cached_property
     def facts(self) -> dict:
-        """What has a meaning for it, as rows hold it."""
+        """The fields that have a meaning for it, as rows hold them."""
         return {k: v for k, v in asdict(self).items() if v is not None}
 
 
-Phase = Callable[[Scale], Iterator[Run]]
+OWN = "the task itself"     # a source that is the run's own task
 
 
-def bases(s: Scale) -> Iterator[Run]:
-    yield Run("bases", "train", base="M0-M4")
-    yield Run("bases", "train", base="IND")
+def each(**choices: Any) -> list[Run]:
+    """A run for every combination of the choices; what is not a tuple has no choice."""
+    lists = [value if isinstance(value, tuple) else (value,) for value in choices.values()]
+    runs = [Run(**dict(zip(choices, point))) for point in itertools.product(*lists)]
+    return [replace(run, source=run.task) if run.source == OWN else run for run in runs]
 
 
-def old_deltas(s: Scale) -> Iterator[Run]:
-    """Delta_0, full tuning on every task."""
-    for seed in SEEDS:
-        for task in s.tasks:
-            yield Run("tuned", "tune", task, "full", "M0", seed)
+def phases(s: Scale) -> list[list[Run]]:
+    """All runs of a preset, in the order in which they are done."""
+    bases = each(part="bases", what="train", base=("M0-M4", "IND"))
+    # Delta_0: full tuning on every task
+    old_deltas = each(part="tuned", what="tune", kind="full", base="M0", seed=SEEDS, task=s.tasks)
+    # C4: drawn from all examples, on M1; scratch also for as many steps as Delta_0 and init have together
+    full = few("full") | {"part": "full", "task": s.full_tasks}
+    full_data = each(**full, what=("scratch", "init", "init+distill")) + each(**full, what="scratch", variant="longer")
+    # C1: Delta_0 on every snapshot of the first upgrade, and on every upgrade
+    snapshots = tuple(f"M1-t{t:05d}" for t in snapshot_steps(s))
+    compatibility = each(part="compatibility", what="apply", kind="full", task=s.tasks, base=("M0", *snapshots, *UPGRADES), seed=SEEDS,
+                         old_base="M0", source=OWN)
+    # deltas tuned on the other bases, at the rate chosen on M0: the ends of the paths, the upper line of compatibility
+    ends = each(part="tuned", what="tune", kind="full", seed=SEEDS, base=("M1", "IND", *UPGRADES[1:]), task=s.path_tasks)
+    # C2: linear paths from M0 + Delta_0 to each upgrade's and to IND's own; the curve to M1 and IND
+    pair = {"kind": "full", "seed": SEEDS, "task": s.path_tasks, "old_base": "M0"}
+    walks = each(part="connectivity", what="walk", **pair, base=("M1", "IND", *UPGRADES[1:])) \
+        + each(part="connectivity", what="walk", **pair, base=("M1", "IND"), variant="curve")
+    # C3, and the distances
+    similarity = each(part="similarity", what="heads", **pair, base=(*UPGRADES, "IND")) \
+        + each(part="distance", what="distance", **pair, base=(*UPGRADES, "IND"))
+    # attention-map and interpolation distillation beside the paper's terms
+    beyond = each(**few("full"), task=s.beyond_tasks, what=("init+distill", "distill"), shots=32, variant=("gamma", "itp"))
+    # C4's order: init from the same, a similar and a different task, on M1
+    transfer = {"part": "transfer", "kind": "full", "base": "M1", "seed": SEEDS, "shots": 32, "old_base": "M0"}
+    targets = tuple(dict.fromkeys(task for task, _, _ in s.transfers))
+    transfers = each(**transfer, what=("scratch", "init"), task=targets, source=OWN, near="same")
+    transfers += [run for task, source, near in s.transfers for run in each(**transfer, what="init", task=task, source=source, near=near)]
+    # C7: learned on one task, used on another, against apply
+    projected = {"part": "project", "kind": "full", "base": "M1", "seed": SEEDS, "old_base": "M0"}
+    projections = [run for task, sources in s.projections for run in each(**projected, what="apply", task=task, source=task)
+                   + each(**projected, what="project", task=task, source=sources, variant=(None, "residual"))]
+    # M0 to M4, recycling the recycled delta or Delta_0 each time, few-shot
+    chains = each(part="chain", what="init+distill", kind="full", base="M4", seed=SEEDS, task=s.path_tasks, shots=32, old_base="M0",
+                  source=OWN, near="same")
+    # adapter and LoRA: Delta_0, and the modes with few labels
+    kinds = ("adapter", "lora")
+    modules = each(part="tuned", what="tune", base="M0", kind=kinds, seed=SEEDS, task=s.module_tasks) + few_shot(s.module_tasks, kinds)
+    return [bases, old_deltas, few_shot(s.few_tasks), compatibility, ends, walks, similarity, full_data, transfers, projections, beyond,
+            chains, modules]
 
 
-def few_shot(s: Scale) -> Iterator[Run]:
-    """C5 and C6: 32 examples a label on M1."""
-    for seed in SEEDS:
-        for task in s.few_tasks:
-            yield Run("few", "apply", task, "full", "M1", seed, None, "M0", task, "same")
-            for mode in ("scratch", "init", "distill", "init+distill"):
-                yield Run("few", mode, task, "full", "M1", seed, 32, "M0", task, "same")
+def few(kind: str | tuple[str, ...]) -> dict[str, Any]:
+    """What all runs with few labels on M1 have in common."""
+    return {"part": "few", "kind": kind, "base": "M1", "seed": SEEDS, "old_base": "M0", "source": OWN, "near": "same"}
 
 
-def full_data(s: Scale) -> Iterator[Run]:
-    """C4: drawn from all examples, on M1; scratch also for as many steps as Delta_0 and init have together."""
-    for seed in SEEDS:
-        for task in s.full_tasks:
-            for mode in ("scratch", "init", "init+distill"):
-                yield Run("full", mode, task, "full", "M1", seed, None, "M0", task, "same")
-            yield Run("full", "scratch", task, "full", "M1", seed, None, "M0", task, "same", "longer")
-
-
-def compatibility(s: Scale) -> Iterator[Run]:
-    """C1: Delta_0 on every snapshot of the first upgrade, and on every upgrade."""
-    for task in s.tasks:
-        for base in ("M0", *(f"M1-t{t:05d}" for t in snapshot_steps(s)), *UPGRADES):
-            for seed in SEEDS:
-                yield Run("compatibility", "apply", task, "full", base, seed, None, "M0", task)
-
-
-def ends(s: Scale) -> Iterator[Run]:
-    """Deltas tuned on the other bases, at the rate chosen on M0: the ends of the paths, the upper line of compatibility."""
-    for seed in SEEDS:
-        for base in ("M1", "IND", *UPGRADES[1:]):
-            for task in s.path_tasks:
-                yield Run("tuned", "tune", task, "full", base, seed)
-
-
-def walks(s: Scale) -> Iterator[Run]:
-    """C2: linear paths from M0 + Delta_0 to each upgrade's and to IND's own; the curve to M1 and IND."""
-    for seed in SEEDS:
-        for task in s.path_tasks:
-            for base in ("M1", "IND", "M2", "M3", "M4"):
-                yield Run("connectivity", "walk", task, "full", base, seed, old_base="M0")
-            for base in ("M1", "IND"):
-                yield Run("connectivity", "walk", task, "full", base, seed, old_base="M0", variant="curve")
-
-
-def similarity(s: Scale) -> Iterator[Run]:
-    """C3, and the distances."""
-    for what in ("heads", "distance"):
-        for task in s.path_tasks:
-            for seed in SEEDS:
-                for base in ("M1", "M2", "M3", "M4", "IND"):
-                    yield Run(what if what == "distance" else "similarity", what, task, "full", base, seed, old_base="M0")
-
-
-def beyond(s: Scale) -> Iterator[Run]:
-    """Attention-map and interpolation distillation beside the paper's terms, few-shot."""
-    for seed in SEEDS:
-        for task in s.beyond_tasks:
-            for variant in ("gamma", "itp"):
-                yield Run("few", "init+distill", task, "full", "M1", seed, 32, "M0", task, "same", variant)
-                yield Run("few", "distill", task, "full", "M1", seed, 32, "M0", task, "same", variant)
-
-
-def transfers(s: Scale) -> Iterator[Run]:
-    """C4's order: init from the same, a similar and a different task, on M1."""
-    for seed in SEEDS:
-        for task in dict.fromkeys(task for task, _, _ in s.transfers):
-            for mode in ("scratch", "init"):
-                yield Run("transfer", mode, task, "full", "M1", seed, 32, "M0", task, "same")
-        for task, source, near in s.transfers:
-            yield Run("transfer", "init", task, "full", "M1", seed, 32, "M0", source, near)
-
-
-def projections(s: Scale) -> Iterator[Run]:
-    """C7: learned on one task, used on another, against apply."""
-    for seed in SEEDS:
-        for task, sources in s.projections:
-            yield Run("project", "apply", task, "full", "M1", seed, None, "M0", task)
-            for variant in (None, "residual"):
-                yield Run("project", "project", task, "full", "M1", seed, None, "M0", sources, None, variant)
-
-
-def chains(s: Scale) -> Iterator[Run]:
-    """M0 to M4, recycling the recycled delta or Delta_0 each time, few-shot."""
-    for seed in SEEDS:
-        for task in s.path_tasks:
-            yield Run("chain", "init+distill", task, "full", "M4", seed, 32, "M0", task, "same")
-
-
-def modules(s: Scale) -> Iterator[Run]:
-    """Adapter and LoRA: Delta_0, and the modes with few labels."""
-    for seed in SEEDS:
-        for kind in ("adapter", "lora"):
-            for task in s.module_tasks:
-                yield Run("tuned", "tune", task, kind, "M0", seed)
-        for kind in ("adapter", "lora"):
-            for task in s.module_tasks:
-                yield Run("few", "apply", task, kind, "M1", seed, None, "M0", task, "same")
-                for mode in ("scratch", "init", "distill", "init+distill"):
-                    yield Run("few", mode, task, kind, "M1", seed, 32, "M0", task, "same")
-
-
-PHASES: tuple[Phase, ...] = (bases, old_deltas, few_shot, compatibility, ends, walks, similarity, full_data, transfers,
-                             projections, beyond, chains, modules)
+def few_shot(tasks: tuple[str, ...], kind: str | tuple[str, ...] = "full") -> list[Run]:
+    """C5 and C6: 32 examples a label on M1, for each mode; and the old delta as it is."""
+    return each(**few(kind), task=tasks, what="apply") \
+        + each(**few(kind), task=tasks, what=("scratch", "init", "distill", "init+distill"), shots=32)
 
 
 def snapshot_steps(s: Scale) -> list[int]:
@@ -207,7 +151,7 @@ def snapshot_steps(s: Scale) -> list[int]:
 
 
 def searched(run: Run) -> Run:
-    """The run whose learning-rate search decides for `run`: the same with the first seed; for a path's end Delta_0's, for a
+    """The run whose learning-rate search decides for `run`: the same with the first seed; for the ends of paths that of Delta_0, for a
     longer run the shorter one's."""
     return replace(run, seed=SEEDS[0], base="M0" if run.what == "tune" else run.base,
                    variant=None if run.variant == "longer" else run.variant)

@@ -12,23 +12,24 @@ from pathlib import Path
 from statistics import correlation, mean
 
 from experiments.claims.plan import SEEDS, UPGRADES
+from experiments.claims.rows import Key, Rows, key
 from rt.errors import InputError
-from rt.formats.files import read_rows
 from rt.report import figures
 from rt.report.rows import interval
 
-Key = tuple[str, int]                               # task, seed
+AS_GOOD = 0.01      # how far an interval may reach below zero if the claim is "at least as good"
+GAIN = 0.03         # accuracy above chance from which a delta counts as learned
+KINDS = ("full", "adapter", "lora")
+METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
 
+
+# ---------------------------------------------------------------- numbers
 
 def shown(values: list[float], digits: int = 3) -> str:
     if not values:
         return "-"
     m, half = interval(values)
     return f"{m:.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else "")
-
-
-AS_GOOD = 0.01      # how far an interval may reach below zero where the claim is "at least as good"
-GAIN = 0.03         # accuracy above chance from which a delta counts as learned
 
 
 def verdict(values: list[float], margin: float = 0.0) -> str:
@@ -40,30 +41,6 @@ def verdict(values: list[float], margin: float = 0.0) -> str:
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (header, ["---"] * len(header), *rows)) + "\n"
-
-
-def key(row: dict) -> Key:
-    return row["run"]["task"], row["run"]["seed"]
-
-
-class Results:
-    """The rows of one preset, looked up by their facts."""
-
-    def __init__(self, folder: Path, preset: str):
-        self.preset = preset
-        self.rows = [row for path in sorted(folder.glob(f"{preset}-*.jsonl")) for row in read_rows(path)]
-
-    def select(self, **facts) -> list[dict]:
-        """Rows whose run has these facts; None is the absence of one."""
-        return [row for row in self.rows if all(row["run"].get(k) == v for k, v in facts.items())]
-
-    def tests(self, metric: str = "accuracy", **facts) -> dict[Key, float]:
-        """Test score of the chosen rows by (task, seed)."""
-        return {key(row): row["test"][metric] for row in self.select(**facts)
-                if row.get("chosen") and row.get("test")}
-
-    def tasks(self, **facts) -> list[str]:
-        return list(dict.fromkeys(row["run"]["task"] for row in self.select(**facts)))
 
 
 class PerSeed(list):
@@ -100,15 +77,17 @@ class Section:
     def add(self, text: str) -> None:
         self.text += text
 
-    def difference(self, name: str, values: "PerSeed", decides: bool = False, margin: float = 0.0) -> None:
-        """A line; `decides` makes it one of those that the claim is made of."""
+    def difference(self, name: str, a: dict[Key, float], b: dict[Key, float] | None = None, decides: bool = False,
+                   margin: float = 0.0) -> None:
+        """A line on a - b (without b: on a); `decides` makes it one of the parts of the claim."""
+        values = per_seed(a, dict.fromkeys(a, 0.0) if b is None else b)
         if decides:
             self.deciding.append((name, values, verdict(values, margin)))
         if values:
             self.add(f"- {name}: {shown(values)} ({len(values)} seeds, {values.tasks} tasks): **{verdict(values, margin)}**\n")
 
     def conclusion(self) -> str:
-        """One phrase for the claim: shown where all its parts are."""
+        """One phrase for the claim: shown if all its parts are."""
         words = [word for _, _, word in self.deciding]
         parts = f"{words.count('shown')} of {len(words)} parts shown" + f", {words.count('opposite')} opposite" * ("opposite" in words)
         if not all(values for _, values, _ in self.deciding):
@@ -116,12 +95,14 @@ class Section:
         return words[0] if len(set(words)) == 1 else parts
 
 
+# ---------------------------------------------------------------- sections
+
 def table_of_tasks(arms: dict[str, dict[Key, float]]) -> str:
     tasks = list(dict.fromkeys(t for scores in arms.values() for t, _ in scores))
     return markdown(["task", *arms], [[t, *(shown(by_task(scores, t)) for scores in arms.values())] for t in tasks])
 
 
-def c1(r: Results, folder: Path, out: Section) -> None:
+def c1(r: Rows, folder: Path, out: Section) -> None:
     """Compatibility."""
     bases = sorted({row["run"]["base"] for row in r.select(part="compatibility")}, key=lambda b: (b[:2], "-t" not in b, b))
     at = defaultdict(dict, {base: r.tests(part="compatibility", base=base) for base in bases})
@@ -135,33 +116,33 @@ def c1(r: Results, folder: Path, out: Section) -> None:
     out.add(table_of_tasks({"chance": chance, **at}) + f"\n![Delta_0 on later bases]({r.preset}-compatibility.png)\n\n")
     out.add(f"Learned on M0 (more than {GAIN} above the commonest label): {', '.join(learned)}; only these count below.\n\n")
     at, chance = ({base: only(values, learned) for base, values in at.items()}), only(chance, learned)
-    out.difference("apply on M1 above chance", per_seed(at.get("M1", {}), chance))
-    out.difference("apply on M4 above chance", per_seed(at.get("M4", {}), chance))
+    out.difference("apply on M1 above chance", at.get("M1", {}), chance)
+    out.difference("apply on M4 above chance", at.get("M4", {}), chance)
     out.difference("share of Delta_0's gain over chance kept on M1, above a half (far above chance)",
-                   per_seed(kept, dict.fromkeys(kept, 0.5)), True)
+                   kept, dict.fromkeys(kept, 0.5), True)
     for snapshot in [b for b in at if "-t" in b][:1]:
-        out.difference(f"lost from {snapshot} to M1 (falls with t)", per_seed(at[snapshot], at.get("M1", {})), True)
-    out.difference("lost from M1 to M4 (falls with the number of domains)", per_seed(at.get("M1", {}), at.get("M4", {})), True)
+        out.difference(f"lost from {snapshot} to M1 (falls with t)", at[snapshot], at.get("M1", {}), True)
+    out.difference("lost from M1 to M4 (falls with the number of domains)", at.get("M1", {}), at.get("M4", {}), True)
     forgetting(r, at, out)
 
 
-def chances(r: Results) -> dict[Key, float]:
-    """Of always saying the commonest training label."""
-    return {key(row): row["chance"] for row in r.select(part="compatibility", base="M0")}
+def chances(r: Rows) -> dict[Key, float]:
+    """The accuracy of always saying the commonest training label."""
+    return r.numbers("chance", part="compatibility", base="M0")
 
 
 def only(scores: dict[Key, float], tasks: list[str]) -> dict[Key, float]:
     return {k: v for k, v in scores.items() if k[0] in tasks}
 
 
-def learned_ends(r: Results, base: str) -> set[Key]:
+def learned_ends(r: Rows, base: str) -> set[Key]:
     """Cells whose deltas on M0 and on `base` are both above chance: a path to a model that has learned nothing says nothing."""
     chance = chances(r)
     ends = [r.tests(part="tuned", base=b, kind="full") for b in ("M0", base)]
     return {k for k in ends[0].keys() & ends[1].keys() if k in chance and min(end[k] for end in ends) - chance[k] > GAIN}
 
 
-def forgetting(r: Results, at: dict[str, dict[Key, float]], out: Section) -> None:
+def forgetting(r: Rows, at: dict[str, dict[Key, float]], out: Section) -> None:
     """Does apply follow how much of M0's own domain a base has forgotten?"""
     loss = {row["name"]: row["heldout"]["wiki"]["loss"] for row in r.select(part="bases", base="M0-M4")}
     both = [b for b in at if b in loss]
@@ -176,25 +157,22 @@ def forgetting(r: Results, at: dict[str, dict[Key, float]], out: Section) -> Non
                 f"({len(both)} bases of one lineage; looked for after the fact).\n")
 
 
-def compatibility_rows(r: Results) -> list[dict]:
-    """As rt.figures.compatibility reads them."""
-    rows = []
-    for row in r.select(part="compatibility"):
-        f, base = row["run"], row["run"]["base"]
-        stage, _, t = base.partition("-t")
-        same = {"study": "compatibility", "task": f["task"], "kind": f["kind"], "seed": f["seed"], "base": base,
-                "stage": int(stage[1:]), "t": int(t) if t else None}
-        rows.append(same | {"line": "apply", "accuracy": row["test"]["accuracy"]})
-        if base == "M0":
-            rows += [same | {"line": "own", "accuracy": row["test"]["accuracy"]},
-                     same | {"line": "chance", "accuracy": row["chance"], "uniform": row["uniform"]}]
-    for base in UPGRADES:
-        rows += [{"study": "compatibility", "task": t, "kind": "full", "seed": s, "base": base, "stage": int(base[1:]), "t": None,
-                  "line": "tuned", "accuracy": a} for (t, s), a in r.tests(part="tuned", base=base, kind="full").items()]
-    return rows
+def compatibility_rows(r: Rows) -> list[dict]:
+    """The rows that figures.compatibility draws."""
+    def drawn(line: str, row: dict, **more) -> dict:
+        stage, _, t = row["run"]["base"].partition("-t")
+        return {"study": "compatibility", **{k: row["run"][k] for k in ("task", "kind", "seed", "base")}, "stage": int(stage[1:]),
+                "t": int(t) if t else None, "line": line, "accuracy": row["test"]["accuracy"], **more}
+
+    applied = r.select(part="compatibility")
+    rows = [drawn("apply", row) for row in applied]
+    for row in (row for row in applied if row["run"]["base"] == "M0"):
+        rows += [drawn("own", row), drawn("chance", row) | {"accuracy": row["chance"], "uniform": row["uniform"]}]
+    return rows + [drawn("tuned", row) for base in UPGRADES for row in r.select(part="tuned", base=base, kind="full")
+                   if row["chosen"] and row["test"]]
 
 
-def c2(r: Results, folder: Path, out: Section) -> None:
+def c2(r: Rows, folder: Path, out: Section) -> None:
     """Linear mode connectivity."""
     found = r.select(part="connectivity")
     if not found:
@@ -213,36 +191,31 @@ def c2(r: Results, folder: Path, out: Section) -> None:
         f"{len(good[b] & barriers['linear', b].keys())} of {len(barriers['linear', b])} paths to {b}" for b in linear)
         + "; only these count below, and a task only with all its seeds.\n\n")
     out.difference("barrier to IND above that to M1 (deep and no deep, as one comparison)",
-                   per_seed(linear.get("IND", {}), linear.get("M1", {})), True)
-    out.difference("barrier to M4 above that to M1", per_seed(linear.get("M4", {}), linear.get("M1", {})))
+                   linear.get("IND", {}), linear.get("M1", {}), True)
+    out.difference("barrier to M4 above that to M1", linear.get("M4", {}), linear.get("M1", {}))
 
 
-def c3(r: Results, folder: Path, out: Section) -> None:
+def c3(r: Rows, folder: Path, out: Section) -> None:
     """Functional similarity."""
-    def numbers(name: str) -> dict[str, dict[Key, float]]:
-        return {base: {key(row): row[name] for row in r.select(part="similarity", base=base)} for base in (*UPGRADES, "IND")}
-
-    share, own, other = numbers("share_own_best"), numbers("own"), numbers("best_other")
+    share, own, other = ({base: r.numbers(name, part="similarity", base=base) for base in (*UPGRADES, "IND")}
+                         for name in ("share_own_best", "own", "best_other"))
     if not share["M1"]:
         return
     lines = [[f"M0-{b}", *(shown(over_tasks(x[b])) for x in (share, own, other))] for b in share if share[b]]
     out.add(markdown(["pair", "share of heads whose best match is themselves", "divergence to the same head (nats)",
                       "to the best other head"], lines) + "\n")
-    figures.head_similarity(heads_rows(r, r.tasks(part="similarity")[0], ("M1", "M4", "IND")), folder / f"{r.preset}-heads")
+    task = r.tasks(part="similarity")[0]
+    drawn = [{"task": task, "pair": f"M0-{base}", "heads": len(row["divergence"]) // (len(row["cka"]) - 1),
+              **{k: row[k] for k in ("divergence", "cka", "share_own_best")}}
+             for base in ("M1", "M4", "IND") for row in r.select(part="similarity", task=task, base=base)]
+    figures.head_similarity(drawn, folder / f"{r.preset}-heads")
     out.add(f"![heads against heads, layers against layers]({r.preset}-heads.png)\n\n")
-    out.difference("share, M1 above IND", per_seed(share["M1"], share["IND"]), True)
-    out.difference("divergence to the same head, IND above M1", per_seed(own["IND"], own["M1"]), True)
+    out.difference("share, M1 above IND", share["M1"], share["IND"], True)
+    out.difference("divergence to the same head, IND above M1", own["IND"], own["M1"], True)
     out.add(distance_table(r))
 
 
-def heads_rows(r: Results, task: str, bases: tuple[str, ...]) -> list[dict]:
-    """As rt.figures.head_similarity reads them."""
-    return [{"task": task, "pair": f"M0-{base}", "heads": len(row["divergence"]) // (len(row["cka"]) - 1),
-             **{k: row[k] for k in ("divergence", "cka", "share_own_best")}}
-            for base in bases for row in r.select(part="similarity", task=task, base=base)]
-
-
-def distance_table(r: Results) -> str:
+def distance_table(r: Rows) -> str:
     lines = []
     for base, of in itertools.product((*UPGRADES, "IND"), ("bases", "deltas")):
         found = [row for row in r.select(part="distance", base=base) if row["of"] == of and row["part"] == "all"]
@@ -252,7 +225,7 @@ def distance_table(r: Results) -> str:
     return "\nDistances over all encoder weights:\n\n" + markdown(["pair", "of", "L2 per weight", "cosine"], lines) if lines else ""
 
 
-def c4(r: Results, folder: Path, out: Section) -> None:
+def c4(r: Rows, folder: Path, out: Section) -> None:
     """Init: how soon, how high, and from which task."""
     full = {what: r.tests(part="full", what=what, variant=None) for what in ("scratch", "init", "init+distill")}
     full["scratch, twice the steps"] = r.tests(part="full", what="scratch", variant="longer")
@@ -264,12 +237,12 @@ def c4(r: Results, folder: Path, out: Section) -> None:
         saved |= {(task, seed): 1 - s[0] / s[1] for seed, s in steps.items() if s}
         lines.append([task, *("-" if s is None else f"{s[0]} of {s[1]}" for s in steps.values())])
     out.add("Batches drawn from all training examples, test accuracy on M1:\n\n" + table_of_tasks(full) + "\n")
-    out.difference("init at least as high as scratch", per_seed(full["init"], full["scratch"]), True, AS_GOOD)
+    out.difference("init at least as high as scratch", full["init"], full["scratch"], True, AS_GOOD)
     out.difference("init above scratch for twice the steps (as many as Delta_0 and init had together)",
-                   per_seed(full["init"], full["scratch, twice the steps"]))
+                   full["init"], full["scratch, twice the steps"])
     out.add("\nFirst step at which init is as good on dev as scratch ever gets, of the step where scratch got there (never: counted as one "
             "evaluation after the end):\n\n" + markdown(["task", *(f"seed {s}" for s in SEEDS)], lines) + "\n")
-    out.difference("share of scratch's steps saved", over_tasks(saved), True)
+    out.difference("share of scratch's steps saved", saved, decides=True)
     order = {f"init, {near}": r.tests(part="transfer", what="init", near=near) for near in ("same", "similar", "different")}
     order["scratch"] = r.tests(part="transfer", what="scratch")
     if order["scratch"]:
@@ -278,10 +251,10 @@ def c4(r: Results, folder: Path, out: Section) -> None:
         out.add("\n32 examples a label; init from the old delta of the same task, of a similar or a different one "
                 f"({pairs}):\n\n{table_of_tasks(order)}\n")
     for a, b in zip(order, list(order)[1:]):
-        out.difference(f"{a} above {b}", per_seed(order[a], order[b]), True)
+        out.difference(f"{a} above {b}", order[a], order[b], True)
 
 
-def steps_to_best(r: Results, task: str, seed: int) -> tuple[int, int] | None:
+def steps_to_best(r: Rows, task: str, seed: int) -> tuple[int, int] | None:
     """(first evaluated step at which init's dev score is scratch's best or above, step of scratch's best)."""
     curves = {what: row["curve"] for what in ("scratch", "init")
               for row in r.select(part="full", what=what, task=task, seed=seed, variant=None) if row["chosen"]}
@@ -292,45 +265,41 @@ def steps_to_best(r: Results, task: str, seed: int) -> tuple[int, int] | None:
     return next((step for step, dev in curves["init"] if dev >= best), never), max(at, 1)
 
 
-def few(r: Results, kind: str, metric: str = "accuracy") -> dict[str, dict[Key, float]]:
+def few(r: Rows, kind: str, metric: str = "accuracy") -> dict[str, dict[Key, float]]:
     return {what: r.tests(metric, part="few", what=what, kind=kind, variant=None)
             for what in ("scratch", "apply", "init", "distill", "init+distill")}
 
 
-METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
-
-
-def c5(r: Results, folder: Path, out: Section) -> None:
+def c5(r: Rows, folder: Path, out: Section) -> None:
     """Few labels. The few-shot sample is balanced where the task is not, so a teacher that knows how often a label occurs gains
     accuracy by that alone: macro-F1 decides too."""
     chance = chances(r)
-    for kind, (metric, name) in itertools.product(("full", "adapter", "lora"), METRICS.items()):
+    for kind, (metric, name) in itertools.product(KINDS, METRICS.items()):
         arms = few(r, kind, metric)
         if arms["distill"]:
             beside = {"commonest label": {k: v for k, v in chance.items() if k in arms["scratch"]}} if metric == "accuracy" else {}
             out.add(f"32 examples a label, {kind} delta, test {name} on M1:\n\n" + table_of_tasks(beside | arms) + "\n")
             for arm in ("distill", "apply", "init", "init+distill"):
-                decides = (kind, arm) == ("full", "distill")
-                out.difference(f"{name}, {kind}: {arm} above scratch", per_seed(arms[arm], arms["scratch"]), decides)
+                out.difference(f"{name}, {kind}: {arm} above scratch", arms[arm], arms["scratch"], (kind, arm) == ("full", "distill"))
             out.add("\n")
 
 
-def c6(r: Results, folder: Path, out: Section) -> None:
+def c6(r: Rows, folder: Path, out: Section) -> None:
     """Both together, and what is beyond the paper."""
-    for kind, arm, (metric, name) in itertools.product(("full", "adapter", "lora"), ("distill", "init"), METRICS.items()):
+    for kind, arm, (metric, name) in itertools.product(KINDS, ("distill", "init"), METRICS.items()):
         arms = few(r, kind, metric)
         out.difference(f"{name}, {kind}, 32 a label: init+distill at least as good as {arm}",
-                       per_seed(arms["init+distill"], arms[arm]), kind == "full", AS_GOOD)
+                       arms["init+distill"], arms[arm], kind == "full", AS_GOOD)
     full = {what: r.tests(part="full", what=what, variant=None) for what in ("init", "init+distill")}
-    out.difference("all examples: init+distill at least as good as init", per_seed(full["init+distill"], full["init"]), False, AS_GOOD)
-    for variant, said in (("gamma", "attention-map distillation (gamma 1, all layers)"), ("itp", "interpolation distillation (K = 2)")):
+    out.difference("all examples: init+distill at least as good as init", full["init+distill"], full["init"], False, AS_GOOD)
+    for variant, term in (("gamma", "attention-map distillation (gamma 1, all layers)"), ("itp", "interpolation distillation (K = 2)")):
         for what, (metric, name) in itertools.product(("distill", "init+distill"), METRICS.items()):
             beyond = r.tests(metric, part="few", what=what, variant=variant)
-            out.difference(f"{name}: {what} with {said} above {what}", per_seed(beyond, few(r, "full", metric)[what]))
+            out.difference(f"{name}: {what} with {term} above {what}", beyond, few(r, "full", metric)[what])
     chain_table(r, out)
 
 
-def chain_table(r: Results, out: Section) -> None:
+def chain_table(r: Rows, out: Section) -> None:
     lines, ends = [], {}
     modes = dict.fromkeys(row["run"]["what"] for row in r.select(part="chain"))
     for what, route in itertools.product(modes, ("chain", "direct")):
@@ -342,10 +311,10 @@ def chain_table(r: Results, out: Section) -> None:
         out.add("\nChains, 32 examples a label, test accuracy averaged over " + ", ".join(r.tasks(part="chain")) + ":\n\n"
                 + markdown(["mode", "route", *UPGRADES], lines) + "\n")
     for what in modes:
-        out.difference(f"{what}: chain above direct on M4", per_seed(ends[what, "chain"], ends[what, "direct"]))
+        out.difference(f"{what}: chain above direct on M4", ends[what, "chain"], ends[what, "direct"])
 
 
-def c7(r: Results, folder: Path, out: Section) -> None:
+def c7(r: Rows, folder: Path, out: Section) -> None:
     """Projection. Of zeros: what the map gives to a delta of zeros, in the public code's form b, which was learned on the source alone."""
     arms = {"apply": r.tests(part="project", what="apply")}
     for variant, name in ((None, "project"), ("residual", "project, residual")):
@@ -355,9 +324,9 @@ def c7(r: Results, folder: Path, out: Section) -> None:
     if arms["project"]:
         sources = dict.fromkeys((row["run"]["task"], row["run"]["source"]) for row in r.select(part="project", what="project"))
         out.add("Learned on " + ", ".join(f"{s} for {t}" for t, s in sources) + "; test accuracy on M1:\n\n" + table_of_tasks(arms) + "\n")
-    out.difference("project above apply", per_seed(arms["project"], arms["apply"]), True)
-    out.difference("project above the map of zeros (uses the task's own delta)", per_seed(arms["project"], arms["project, of zeros"]), True)
-    out.difference("project, residual, above apply", per_seed(arms["project, residual"], arms["apply"]))
+    out.difference("project above apply", arms["project"], arms["apply"], True)
+    out.difference("project above the map of zeros (uses the task's own delta)", arms["project"], arms["project, of zeros"], True)
+    out.difference("project, residual, above apply", arms["project, residual"], arms["apply"])
 
 
 CLAIMS = {
@@ -371,14 +340,14 @@ CLAIMS = {
 
 
 def write(folder: Path) -> str:
-    """Write README.md and the figures; returns the summary. InputError where there are no rows. What people have to say of a claim
-    stands in remarks/PRESET-CLAIM.md and is put below its numbers."""
+    """Write README.md and the figures, return the summary. A remark on a claim, written by hand, is in remarks/PRESET-CLAIM.md and is put
+    below its numbers. InputError if there are no rows."""
     presets = list(dict.fromkeys(path.name.split("-")[0] for path in sorted(folder.glob("*-*.jsonl"))))
     if not presets:
         raise InputError(f"{folder}: no rows there; run python -m experiments.claims --data DIR first")
     text, lines = [], []
     for preset in presets:
-        r = Results(folder, preset)
+        r = Rows(folder, preset)
         facts = {k: sorted({str(row[k]) for row in r.rows if k in row}) for k in ("device", "precision", "threads", "torch", "commit")}
         bases = ", ".join(f"{row['name']} {row['heldout'][row['domain']]['loss']:.2f} ({row['domain']})" for row in
                           r.select(part="bases", base="M0-M4"))
@@ -388,8 +357,8 @@ def write(folder: Path) -> str:
         for name, (claim, section) in CLAIMS.items():
             section(r, folder, out := Section())
             remark = folder / "remarks" / f"{preset}-{name}.md"
-            said = "\n" + remark.read_text(encoding="utf-8") if remark.exists() else ""
-            text.append(f"### {name}: {claim}\n\n{out.text or 'Not run yet.' + chr(10)}{said}")
+            remarks = "\n" + remark.read_text(encoding="utf-8") if remark.exists() else ""
+            text.append(f"### {name}: {claim}\n\n{out.text or 'Not run yet.' + chr(10)}{remarks}")
             decided = "; ".join(f"{what} {shown(values)}" for what, values, _ in out.deciding if values)
             lines.append([preset, f"{name}: {claim}", decided or "not run yet", out.conclusion() if decided else "-"])
     summary = markdown(["preset", "claim", "what decides it (mean ± 95% interval over seeds)", "here"], lines)

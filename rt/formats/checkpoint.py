@@ -1,4 +1,4 @@
-"""Bases on disk. A checkpoint is a folder that appears whole (rt/folders.py):
+"""Bases on disk. A checkpoint is a folder that appears whole (rt/formats/atomic.py):
 
     model.safetensors   encoder.* and head.* tensors, float32
     tokenizer.json      the tokenizer it was trained with
@@ -25,7 +25,7 @@ from rt.errors import InputError
 from rt.formats.atomic import atomic_folder, check_seal, found, seal
 from rt.formats.files import read_json
 from rt.formats.tokenizer import Tokenizer, load_tokenizer
-from rt.formats.untrusted import header, is_number, is_whole
+from rt.formats.untrusted import is_number, is_whole, reading
 from rt.model import Encoder, EncoderConfig, MaskedLM, MLMHead
 
 
@@ -33,43 +33,100 @@ def versions() -> dict:
     return {"rt": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
-def save_base(folder: Path, model: MaskedLM, tokenizer: Tokenizer, meta: dict,
-              optimizer: torch.optim.Optimizer | None = None, keep: bool = False) -> str:
-    """Write a checkpoint; returns the fingerprint. `meta` is added to what is always recorded; `keep` leaves the one before as
-    FOLDER.old. InputError where the disk is full: the one before then stays."""
+# --- checkpoints of ours ----------------------------------------------------------------------------------------------
+
+def save_base(folder: Path, model: MaskedLM, tokenizer: Tokenizer, meta: dict, optimizer: torch.optim.Optimizer | None = None) -> str:
+    """Write a checkpoint; returns the fingerprint. `meta` is added to what is always recorded. InputError if the disk is full; the
+    checkpoint before then stays."""
     mark = fingerprint(model.encoder)
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    state = optimizer.state_dict() if optimizer is not None else None
-    moments = [x for each in state["state"].values() for x in each.values() if isinstance(x, Tensor)] if state else []
-    with atomic_folder(folder, needs=sum(x.nbytes for x in (*weights.values(), *moments)), keep=keep) as new:
+    state = optimizer.state_dict() if optimizer is not None else {"state": {}}
+    moments = [x for values in state["state"].values() for x in values.values() if isinstance(x, Tensor)]
+    with atomic_folder(folder, needs=sum(x.nbytes for x in (*weights.values(), *moments))) as new:
         safetensors.torch.save_file(weights, new / "model.safetensors")
         tokenizer.save(new)
-        files = ["model.safetensors", "tokenizer.json"]
-        if state is not None:
-            with (new / "optim.pt").open("wb") as file:     # Python's, whose error says that the disk is full
+        if optimizer is not None:
+            with (new / "optim.pt").open("wb") as file:     # Python's file: its error says that the disk is full
                 torch.save(state, file)
-            files.append("optim.pt")
         seal(new, "meta.json", {"format": "rt-base-1", "encoder": asdict(model.encoder.config), "fingerprint": mark,
-                                "tokenizer": tokenizer.fingerprint, "versions": versions(), **meta}, files)
+                                "tokenizer": tokenizer.fingerprint, "versions": versions(), **meta}, sorted(f.name for f in new.iterdir()))
     return mark
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; InputError says which file is damaged."""
-    header(path)
+def load_base(folder: Path) -> Base:
+    """A checkpoint folder of ours, checked against the hashes in its meta.json; if it is older than those, against the fingerprint.
+    rt.formats.hub.open_base also takes Hugging Face folders and ids."""
+    folder = found(Path(folder))
+    facts, file = folder / "meta.json", folder / "model.safetensors"
+    meta = read_json(facts)
+    config = check_meta(meta, facts)
+    with ThreadPoolExecutor(1) as pool:     # the file is hashed while its tensors are read
+        checked = pool.submit(check_seal, folder, "meta.json", meta, ("model.safetensors", "tokenizer.json"))
+        state = read_tensors(file)
+        if config.num_layers > len(state):      # a layer takes time even without memory
+            raise InputError(f"{file}: the tensors do not fit the model: {len(state)} tensors, {config.num_layers} layers")
+        model = build(lambda c: MaskedLM(Encoder(c), MLMHead(c)), config, state, file)
+        tokenizer = load_tokenizer(folder)
+        checked.result()
+    mark = meta.get("fingerprint") if "sha256" in meta else fingerprint(model.encoder)      # checked weights have the fingerprint noted
+    for what, seen, noted in (("weights", mark, "fingerprint"), ("tokenizer", tokenizer.fingerprint, "tokenizer")):
+        if seen != meta.get(noted):
+            raise InputError(f"{folder}: the {what} are not those that meta.json was written for ({seen}, not {meta.get(noted)})")
+    return Base(model.encoder, model.head, tokenizer, meta, mark)
+
+
+def check_meta(meta: dict, source: Path) -> EncoderConfig:
+    """The sizes of the encoder that a meta.json tells of. InputError if it is not that of a base."""
+    if meta.get("format") != "rt-base-1":
+        raise InputError(f"{source}: not a base checkpoint of ours (format {meta.get('format')!r}, expected 'rt-base-1')")
+    for name, is_right in (("number", is_whole(meta.get("number", 0), -1)), ("step", is_whole(meta.get("step", 0), 0)),
+                           ("name", isinstance(meta.get("name", ""), str)), ("stage", isinstance(meta.get("stage", {}), dict))):
+        if not is_right:
+            raise InputError(f"{source}: its {name} is {meta[name]!r}, which no base has")
     try:
-        return safetensors.torch.load_file(path)
-    except Exception as error:  # SafetensorError, OSError: a damaged file
-        raise InputError(f"{path}: not a readable safetensors file ({_reason(path, error)})") from None
+        return check_encoder(EncoderConfig(**meta["encoder"]), source)
+    except (KeyError, TypeError):
+        raise InputError(f"{source}: its \"encoder\" does not hold the sizes of one") from None
 
 
-def _reason(file: Path, error: Exception) -> str:
-    """Why a file cannot be read; a Git LFS pointer is what a clone without LFS has in its place."""
-    with file.open("rb") as opened:
-        if opened.read(40).startswith(b"version https://git-lfs"):
-            return "it is a Git LFS pointer: git lfs pull fetches the file"
-    return str(error).partition(". ")[0].partition("\n")[0] or type(error).__name__
+def check_encoder(config: EncoderConfig, source: Path | str, names: dict[str, str] | None = None) -> EncoderConfig:
+    """The same config. InputError names the first setting that no encoder can have, by its name in `names` if it has another there."""
+    c = config
+    right = {name: is_whole(getattr(c, name), 1) for name in ("hidden_size", "num_layers", "ffn_size", "max_len", "vocab_size")}
+    tokens = c.vocab_size if right["vocab_size"] else 0
+    right |= {"num_heads": right["hidden_size"] and is_whole(c.num_heads, 1) and c.hidden_size % c.num_heads == 0,
+              "pad_id": is_whole(c.pad_id, 0, tokens - 1), "sep_id": c.sep_id is None or is_whole(c.sep_id, 0, tokens - 1),
+              "dropout": is_number(c.dropout, 0, 0.99), "attention_dropout": is_number(c.attention_dropout, 0, 0.99),
+              "layer_norm_eps": is_number(c.layer_norm_eps, 1e-20, 0.1), "model_type": isinstance(c.model_type, str)}
+    for name, is_right in right.items():
+        if not is_right:
+            raise InputError(f"{source}: {(names or {}).get(name, name)} {getattr(c, name)!r} is not what an encoder can have"
+                             + (f" whose hidden_size is {c.hidden_size!r}" if name == "num_heads" else ""))
+    return config
 
+
+def build(make: Callable[[EncoderConfig], nn.Module], config: EncoderConfig, state: dict[str, Tensor], source: Path | str) -> nn.Module:
+    """make(config) with the tensors of `state`. InputError if they do not fit, before memory is taken for what `config` claims: the module
+    is first made without memory."""
+    def misfit(why: str) -> InputError:
+        return InputError(f"{source}: the tensors do not fit the model: {why}")
+
+    try:
+        with torch.device("meta"):
+            expected = make(config).state_dict()
+    except (RuntimeError, OverflowError) as error:
+        raise misfit(str(error).partition("\n")[0]) from None
+    for name in sorted(expected.keys() | state.keys()):
+        if name not in state or name not in expected:
+            raise misfit(f"{name} is " + ("missing" if name in expected else "none of its own"))
+        if state[name].shape != expected[name].shape or not state[name].is_floating_point():
+            raise misfit(f"{name} is {state[name].dtype} {tuple(state[name].shape)}, not {tuple(expected[name].shape)}")
+    module = make(config)
+    load_strict(module, state, source)
+    return module
+
+
+# --- files of tensors, also of strangers ------------------------------------------------------------------------------
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """The tensors of model.safetensors or pytorch_model.bin, in one file or in shards with an index. InputError names what is wrong."""
@@ -81,6 +138,22 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     raise InputError(f"{folder}: has neither model.safetensors nor pytorch_model.bin, nor an index of either's shards")
 
 
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+        raise InputError(f"{index}: has no \"weight_map\" of tensor names to files")
+    weights: dict[str, Tensor] = {}
+    for shard in sorted(set(places.values())):
+        if Path(shard).name != shard or Path(shard).suffix not in (".safetensors", ".bin"):     # nothing outside the folder
+            raise InputError(f"{index}: {shard!r} is not the name of a shard beside it")
+        if not (index.parent / shard).is_file():
+            raise InputError(f"{index.parent / shard}: the shard is missing")
+        weights |= read_file(index.parent / shard)
+    if missing := sorted(places.keys() - weights.keys()):
+        raise InputError(f"{index}: the shards do not hold {missing[0]}")
+    return weights
+
+
 def read_file(file: Path) -> dict[str, Tensor]:
     """The tensors of one safetensors or, by any other ending, weights-only PyTorch file."""
     if file.suffix == ".safetensors":
@@ -88,27 +161,29 @@ def read_file(file: Path) -> dict[str, Tensor]:
     tensors = read_torch(file)
     if not isinstance(tensors, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items()):
         raise InputError(f"{file}: holds something else than tensors by name")
-    return {k: v.clone() for k, v in tensors.items()}      # no longer of the file, which they are mapped from
+    return {k: v.clone() for k, v in tensors.items()}      # memory of their own: they were mapped from the file
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, none of which is larger than the file. InputError says which file is damaged."""
+    with reading(path, "readable safetensors file"):
+        return safetensors.torch.load_file(path)
 
 
 def read_torch(path: Path) -> Any:
-    """What torch.save wrote, of tensors, numbers, texts, lists and dicts. InputError for all else, for what asks for code, and for tensors
-    or packed parts that are larger than the file."""
-    try:
+    """What torch.save wrote, if it is made of tensors, numbers, texts, lists and dicts. InputError for anything else, for a pickle that
+    asks for code, and for tensors or packed parts that are larger than the file."""
+    with reading(path, "weights-only PyTorch file"):
         with path.open("rb") as file:
             is_zip, size = file.read(2) == b"PK", path.stat().st_size
-        if is_zip:      # torch.save packs nothing; mapped, as a tensor that is read may claim more than there is
+        if is_zip:      # torch.save compresses nothing; mapped, because a tensor that is read may claim more than there is
             with zipfile.ZipFile(path) as parts:
                 if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()) or \
                         sum(part.file_size for part in parts.infolist()) > size:
                     raise ValueError("its parts are packed, or larger than the file")
         value = torch.load(str(path), map_location="cpu", weights_only=True, mmap=is_zip)
         check_plain(value, 4 * size)    # tied weights are there twice
-    except FileNotFoundError:
-        raise InputError(f"{path}: there is no such file") from None
-    except Exception as error:  # a pickle that asks for code is refused here as well
-        raise InputError(f"{path}: not a weights-only PyTorch file ({_reason(path, error)})") from None
-    return value
+        return value
 
 
 def check_plain(value: Any, most: int) -> None:
@@ -130,89 +205,3 @@ def check_plain(value: Any, most: int) -> None:
                 raise ValueError("a tensor is not dense, or larger than what the file holds of it")
         elif not isinstance(part, (str, int, float, type(None))):
             raise ValueError(f"holds a {type(part).__name__}")
-
-
-def _read_shards(index: Path) -> dict[str, Tensor]:
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
-        raise InputError(f"{index}: has no \"weight_map\" of tensor names to files")
-    weights: dict[str, Tensor] = {}
-    for shard in sorted(set(places.values())):
-        if Path(shard).name != shard or Path(shard).suffix not in (".safetensors", ".bin"):     # nothing outside the folder
-            raise InputError(f"{index}: {shard!r} is not the name of a shard beside it")
-        if not (index.parent / shard).is_file():
-            raise InputError(f"{index.parent / shard}: the shard is missing")
-        weights |= read_file(index.parent / shard)
-    missing = sorted(places.keys() - weights.keys())
-    if missing:
-        raise InputError(f"{index}: the shards do not hold {missing[0]}")
-    return weights
-
-
-def check_encoder(config: EncoderConfig, source: Path | str) -> EncoderConfig:
-    """The same; InputError names the first setting that no encoder can have."""
-    c = config
-    right = {name: is_whole(getattr(c, name), 1) for name in ("hidden_size", "num_layers", "ffn_size", "max_len", "vocab_size")}
-    tokens = c.vocab_size if right["vocab_size"] else 0
-    right |= {"num_heads": right["hidden_size"] and is_whole(c.num_heads, 1) and c.hidden_size % c.num_heads == 0,
-              "pad_id": is_whole(c.pad_id, 0, tokens - 1), "sep_id": c.sep_id is None or is_whole(c.sep_id, 0, tokens - 1),
-              "dropout": is_number(c.dropout, 0, 0.99), "attention_dropout": is_number(c.attention_dropout, 0, 0.99),
-              "layer_norm_eps": is_number(c.layer_norm_eps, 1e-20, 0.1), "model_type": isinstance(c.model_type, str)}
-    for name, is_right in right.items():
-        if not is_right:
-            raise InputError(f"{source}: {name} {getattr(c, name)!r} is not what an encoder can have"
-                             + (f" whose hidden_size is {c.hidden_size!r}" if name == "num_heads" else ""))
-    return config
-
-
-def build(make: Callable[[EncoderConfig], nn.Module], config: EncoderConfig, state: dict[str, Tensor], source: Path | str) -> nn.Module:
-    """make(config) holding the tensors of `state`. It is made without memory first: what a configuration claims and the tensors are not is
-    a InputError before anything is allocated for it."""
-    def misfit(why: str) -> InputError:
-        return InputError(f"{source}: the tensors do not fit the model: {why}")
-
-    try:
-        with torch.device("meta"):
-            expected = make(config).state_dict()
-    except (RuntimeError, OverflowError) as error:
-        raise misfit(str(error).partition("\n")[0]) from None
-    for name in sorted(expected.keys() | state.keys()):
-        if name not in state or name not in expected:
-            raise misfit(f"{name} is " + ("missing" if name in expected else "none of its own"))
-        if state[name].shape != expected[name].shape or not state[name].is_floating_point():
-            raise misfit(f"{name} is {state[name].dtype} {tuple(state[name].shape)}, not {tuple(expected[name].shape)}")
-    module = make(config)
-    load_strict(module, state, source)
-    return module
-
-
-def load_base(folder: Path) -> Base:
-    """A checkpoint folder of ours, checked against the hashes in its meta.json; where that is of before there were any, against the
-    fingerprint. rt.hub.open_base also takes Hugging Face folders and ids."""
-    folder = found(Path(folder))
-    meta = read_json(folder / "meta.json")
-    if meta.get("format") != "rt-base-1":
-        raise InputError(f"{folder / 'meta.json'}: not a base checkpoint of ours (format {meta.get('format')!r}, expected "
-                         "'rt-base-1')")
-    try:
-        config = EncoderConfig(**meta["encoder"])
-    except (KeyError, TypeError):
-        raise InputError(f"{folder / 'meta.json'}: its \"encoder\" does not hold the sizes of one") from None
-    check_encoder(config, folder / "meta.json")
-    for name, is_right in (("number", is_whole(meta.get("number", 0), -1)), ("step", is_whole(meta.get("step", 0), 0)),
-                           ("name", isinstance(meta.get("name", ""), str)), ("stage", isinstance(meta.get("stage", {}), dict))):
-        if not is_right:
-            raise InputError(f"{folder / 'meta.json'}: its {name} is {meta[name]!r}, which no base has")
-    with ThreadPoolExecutor(1) as pool:     # the file is hashed while its tensors are read
-        checked = pool.submit(check_seal, folder, "meta.json", meta, ("model.safetensors", "tokenizer.json"))
-        state, file = read_tensors(folder / "model.safetensors"), folder / "model.safetensors"
-        if config.num_layers > len(state):      # a layer takes time even without memory
-            raise InputError(f"{file}: the tensors do not fit the model: {len(state)} tensors, {config.num_layers} layers")
-        model = build(lambda c: MaskedLM(Encoder(c), MLMHead(c)), config, state, file)
-        tokenizer = load_tokenizer(folder)
-        checked.result()
-    mark = meta.get("fingerprint") if "sha256" in meta else fingerprint(model.encoder)      # the weights are those it was made of
-    for what, seen, noted in (("weights", mark, "fingerprint"), ("tokenizer", tokenizer.fingerprint, "tokenizer")):
-        if seen != meta.get(noted):
-            raise InputError(f"{folder}: the {what} are not those that meta.json was written for ({seen}, not {meta.get(noted)})")
-    return Base(model.encoder, model.head, tokenizer, meta, mark)

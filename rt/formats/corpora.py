@@ -1,36 +1,35 @@
-"""Corpora: text on disk, tokenized once."""
+"""Corpora: text on disk, tokenized once into memory-mapped bins."""
 import gzip
 import hashlib
 import json
 import lzma
 import sys
 import zlib
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Iterator
 
 import numpy as np
+from tqdm import tqdm
 
 from rt.data import Corpus
 from rt.errors import InputError
 from rt.formats.atomic import atomic_folder, locked
-from rt.formats.files import read_json
+from rt.formats.files import read_json, write_json
 from rt.formats.tokenizer import Tokenizer
-from rt.formats.untrusted import LINE_BYTES, MISSHAPEN, is_utf8, parse_json
-from rt.runs.log import progress
+from rt.formats.untrusted import LINE_BYTES, is_utf8, parse_json, shaped
 
-STDIN = Path("standard input")      # stands for it (this object does, not a file of that name), and names it in errors
-
-
+STDIN = Path("standard input")      # this object, not a file of that name, stands for it; errors name it so
 TEXT_ENDINGS = (".txt", ".txt.gz", ".txt.xz", ".jsonl")
-
-
-HELDOUT_SHARE = 50     # of a corpus without a heldout file, one document in this many is held out
+HELDOUT_SHARE = 50      # one document in so many is held out of a corpus that has no heldout file
+PARTS = ("train", "heldout")
+CHUNK = 1000            # documents that are tokenized at a time
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number, line) of a plain, .gz or .xz text file, or of STDIN, of which one line is held at a time. InputError names the file and
-    the line that is not UTF-8, holds a NUL (as UTF-16 and what is no text do) or is longer than LINE_BYTES."""
+    """(line number, line) of a plain, .gz or .xz text file, or of STDIN; one line is held at a time. InputError names the file and the line
+    that is not UTF-8, holds a NUL (as UTF-16 and files that are no text do) or is longer than LINE_BYTES."""
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     number = 0
     if path is STDIN and sys.stdin is None:
@@ -50,14 +49,13 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
-    """(line number, object) of a JSONL file; InputError names the file and line that is not a JSON object."""
+    """(line number, object) of a JSONL file. InputError names the file and line that is not a JSON object."""
     for number, line in read_lines(path):
-        if not line.strip():
-            continue
-        row = parse_json(line, f"{path}, line {number}")
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
-        yield number, row
+        if line.strip():
+            row = parse_json(line, f"{path}, line {number}")
+            if not isinstance(row, dict):
+                raise InputError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
+            yield number, row
 
 
 def read_documents(path: Path) -> Iterator[str]:
@@ -76,8 +74,7 @@ def corpus_files(path: Path) -> dict[str, list[Path]]:
     """{'train': files, 'heldout': files}. `heldout.*` in a folder is held out; without it 'heldout' is empty."""
     if not path.exists():
         raise InputError(f"{path}: there is no such corpus, file or folder")
-    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.name.endswith(TEXT_ENDINGS))
-    files = [f for f in files if f.name.endswith(TEXT_ENDINGS)]
+    files = [f for f in ([path] if path.is_file() else sorted(path.iterdir())) if f.name.endswith(TEXT_ENDINGS)]
     if not files:
         raise InputError(f"{path}: no text there; a corpus is {', '.join(TEXT_ENDINGS)} files, one document a line")
     heldout = [f for f in files if f.name.split(".")[0] == "heldout"]
@@ -85,22 +82,20 @@ def corpus_files(path: Path) -> dict[str, list[Path]]:
 
 
 def split_documents(path: Path) -> Iterator[tuple[str, str]]:
-    """('train' or 'heldout', document) for every document of a corpus. Without a heldout file the content decides, so
-    equal documents fall on the same side."""
+    """('train' or 'heldout', document) for every document of a corpus. Without a heldout file the content decides, so that equal documents
+    fall on the same side."""
     files = corpus_files(path)
-    for part, members in files.items():
-        for file in members:
-            for text in read_documents(file):
-                if files["heldout"]:
-                    yield part, text
-                else:
-                    draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
-                    yield "heldout" if draw % HELDOUT_SHARE == 0 else "train", text
+    for part, file in ((part, file) for part, members in files.items() for file in members):
+        for text in read_documents(file):
+            if not files["heldout"]:
+                draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+                part = "heldout" if draw % HELDOUT_SHARE == 0 else "train"
+            yield part, text
 
 
 def build_corpus(name: str, path: Path, tokenizer: Tokenizer, cache: Path) -> dict[str, Corpus]:
-    """{'train', 'heldout'} as memory-mapped bins under `cache`, tokenized on the first call and when the text or the
-    tokenizer has changed. `meta.json` there has the tokenizer's fingerprint and the counts."""
+    """{'train', 'heldout'} as memory-mapped bins under `cache`, tokenized on the first call and when the text or the tokenizer has changed.
+    `meta.json` there has the tokenizer's fingerprint and the counts."""
     path = Path(path)
     if not is_utf8(f"{name} {path}"):
         raise InputError(f"{path}: its name is not UTF-8, and could not be read again where it is recorded; rename it")
@@ -110,46 +105,36 @@ def build_corpus(name: str, path: Path, tokenizer: Tokenizer, cache: Path) -> di
     if not (folder / "meta.json").exists():
         _tokenize(path, tokenizer, folder, name)
     meta = read_json(folder / "meta.json")
-    try:
+    with shaped(folder, f"these tokens of corpus {name} are damaged; remove the folder, and they are made anew", also=(OSError, EOFError)):
         dtype, content = {"uint16": np.uint16, "uint32": np.uint32}[meta["dtype"]], str(meta.get("content", ""))
-        found = {part: Corpus(name, part, np.memmap(folder / f"{part}.bin", dtype=dtype, mode="r"),
-                              np.load(folder / f"{part}.offsets.npy"), content) for part in ("train", "heldout")}
-        whole = all(len(c.tokens) == c.offsets[-1] and (np.diff(c.offsets) > 0).all() for c in found.values())
-    except (*MISSHAPEN, OSError):
-        whole = False
-    if not whole:
-        raise InputError(f"{folder}: these tokens of corpus {name} are damaged; remove the folder, and they are made anew")
-    return found
+        corpora = {part: Corpus(name, part, np.memmap(folder / f"{part}.bin", dtype=dtype, mode="r"),
+                                np.load(folder / f"{part}.offsets.npy"), content) for part in PARTS}
+        for c in corpora.values():
+            if len(c.tokens) != c.offsets[-1] or (np.diff(c.offsets) <= 0).any():
+                raise ValueError("the bins do not hold what the offsets say")
+        return corpora
 
 
-def _tokenize(path: Path, tokenizer: Tokenizer, folder: Path, name: str, chunk: int = 1000) -> None:
-    """Write the bins: tokens as uint16 where the vocabulary allows, offsets as int64."""
+def _tokenize(path: Path, tokenizer: Tokenizer, folder: Path, name: str) -> None:
+    """Write the bins: tokens as uint16 if the vocabulary allows it, offsets as int64."""
     dtype, digest = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32, hashlib.sha256()
-    lengths: dict[str, list[int]] = {"train": [], "heldout": []}
-    with locked(folder), atomic_folder(folder) as new, progress(0, f"tokenizing {name}", unit="doc") as bar:
-        files = {part: (new / f"{part}.bin").open("wb") for part in lengths}
-        waiting: list[tuple[str, str]] = []
-
-        def flush():
-            for (part, _), ids in zip(waiting, tokenizer.encode([text for _, text in waiting])):
-                if ids:
-                    files[part].write(np.asarray(ids, dtype=dtype).tobytes())
-                    digest.update(np.asarray([part == "heldout", *ids], dtype=dtype).tobytes())
-                    lengths[part].append(len(ids))
-            bar.update(len(waiting))
-            waiting.clear()
-
-        for pair in split_documents(path):
-            waiting.append(pair)
-            if len(waiting) == chunk:
-                flush()
-        flush()
-        for part, file in files.items():
-            file.close()
+    lengths: dict[str, list[int]] = {part: [] for part in PARTS}
+    documents = split_documents(path)
+    with locked(folder), atomic_folder(folder) as new:
+        with ExitStack() as stack:
+            files = {part: stack.enter_context((new / f"{part}.bin").open("wb")) for part in PARTS}
+            bar = stack.enter_context(tqdm(desc=f"tokenizing {name}", unit="doc", disable=None, leave=False))
+            while chunk := list(islice(documents, CHUNK)):
+                for (part, _), ids in zip(chunk, tokenizer.encode([text for _, text in chunk])):
+                    if ids:
+                        files[part].write(np.asarray(ids, dtype=dtype).tobytes())
+                        digest.update(np.asarray([part == "heldout", *ids], dtype=dtype).tobytes())
+                        lengths[part].append(len(ids))
+                bar.update(len(chunk))
+        for part in PARTS:
             if not lengths[part]:
                 raise InputError(f"{path}: no {part} documents in this corpus; it is empty or far too small")
             np.save(new / f"{part}.offsets.npy", np.cumsum([0] + lengths[part]))
         counts = {part: {"documents": len(ls), "tokens": sum(ls)} for part, ls in lengths.items()}
-        facts = {"source": str(path), "tokenizer": tokenizer.fingerprint, "dtype": np.dtype(dtype).name,
-                 "content": digest.hexdigest()[:16], **counts}
-        (new / "meta.json").write_text(json.dumps(facts, indent=1) + "\n")
+        write_json(new / "meta.json", {"source": str(path), "tokenizer": tokenizer.fingerprint, "dtype": np.dtype(dtype).name,
+                                       "content": digest.hexdigest()[:16], **counts})

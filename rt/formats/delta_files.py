@@ -1,4 +1,4 @@
-"""Deltas on disk."""
+"""Deltas on disk: a folder with delta.safetensors (tensors named PART.NAME) and delta.json (the config, what it was learned on, hashes)."""
 import shutil
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -10,33 +10,33 @@ import torch
 
 from rt.deltas import PARTS, Delta
 from rt.errors import InputError
-from rt.formats.atomic import atomic_folder, check_seal, claim_whole, found, seal
+from rt.formats.atomic import atomic_folder, check_seal, found, seal
 from rt.formats.checkpoint import read_tensors, versions
 from rt.formats.files import FIGURES, read_json
 from rt.formats.untrusted import check_label
 from rt.kinds import DeltaConfig
 
-FILES = {"delta.safetensors", "delta.json", "metrics.jsonl", "summary.json", FIGURES}    # the last three are of the run that learned it
+OF_THE_RUN = ("metrics.jsonl", "summary.json")      # of the run that learned the delta
+FILES = {"delta.safetensors", "delta.json", *OF_THE_RUN, FIGURES}
 
 
 @contextmanager
 def delta_folder(folder: Path, needs: int) -> Iterator[Path]:
-    """A folder to write a delta of about `needs` bytes into, which takes the place of `folder` when it is whole; of that, which may hold
-    nothing else than a delta (InputError), the figures stay."""
-    claim_whole(folder, FILES)
-    with atomic_folder(folder, needs) as new:
+    """A folder to write a delta of about `needs` bytes into. It takes the place of `folder` when it is whole, and takes over its figures.
+    InputError if `folder` holds anything but a delta."""
+    with atomic_folder(folder, FILES, needs) as new:
         yield new
         if (folder / FIGURES).is_dir():
             shutil.copytree(folder / FIGURES, new / FIGURES)
 
 
 def save_delta(folder: Path, delta: Delta) -> None:
-    """delta.safetensors and delta.json in a folder that appears whole. What another holds of the run that learned it stays. InputError
-    where it holds anything else."""
+    """Write a delta as a folder that appears whole and takes over the run's files and figures that are there. InputError if anything else
+    is there."""
     folder = Path(folder)
     with delta_folder(folder, delta.nbytes) as new:
         write_delta(new, delta)
-        for name in ("metrics.jsonl", "summary.json"):
+        for name in OF_THE_RUN:
             if (folder / name).exists():
                 shutil.copy2(folder / name, new)
 
@@ -50,28 +50,32 @@ def write_delta(folder: Path, delta: Delta) -> None:
 
 
 def load_delta(folder: Path) -> Delta:
-    """What `save_delta` wrote. Raises InputError naming the file that is missing or is not what it should be."""
+    """The delta that `save_delta` wrote. InputError names the file that is missing, damaged or not a delta's."""
     folder = found(Path(folder))
-    facts = read_json(folder / "delta.json")
+    source, weights = folder / "delta.json", folder / "delta.safetensors"
+    facts = read_json(source)
     if facts.get("format") != "rt-delta-1":
-        raise InputError(f"{folder / 'delta.json'}: not a delta (format {facts.get('format')!r}, expected 'rt-delta-1')")
+        raise InputError(f"{source}: not a delta (format {facts.get('format')!r}, expected 'rt-delta-1')")
     info = facts.get("info")
     if not isinstance(info, dict) or not {"labels", "base", "tokenizer", "encoder"} <= info.keys() or not isinstance(info["labels"], list):
-        raise InputError(f"{folder / 'delta.json'}: does not say what base and labels the delta belongs to")
+        raise InputError(f"{source}: does not say what base and labels the delta belongs to")
     if not isinstance(facts.get("target_modules", []), list):
-        raise InputError(f"{folder / 'delta.json'}: target_modules is no list")
-    config = DeltaConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()
-                            if k in DeltaConfig.__dataclass_fields__})
+        raise InputError(f"{source}: target_modules is no list")
+    config = DeltaConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items() if k in DeltaConfig.__dataclass_fields__})
     parts: dict[str, dict] = {part: {} for part in PARTS}
-    for name, tensor in read_tensors(folder / "delta.safetensors").items():
+    for name, tensor in read_tensors(weights).items():
         part, _, rest = name.partition(".")
         if part not in parts:
-            raise InputError(f"{folder / 'delta.safetensors'}: unexpected tensor {name}")
+            raise InputError(f"{weights}: unexpected tensor {name}")
         parts[part][rest] = tensor
     check_seal(folder, "delta.json", facts)
-    labels, outputs = info["labels"], parts["head"].get("out.bias", torch.empty(0)).numel()
-    if any(not isinstance(label, str) for label in labels) or len({*labels}) != (outputs if labels else 0) or not labels and outputs != 1:
-        raise InputError(f"{folder / 'delta.json'}: its labels ({str(labels)[:80]}) are not those of a head of {outputs} outputs")
-    for label in labels:
-        check_label(label, folder / "delta.json")
+    check_labels(info["labels"], parts["head"].get("out.bias", torch.empty(0)).numel(), source)
     return Delta(config, **parts, info=info)
+
+
+def check_labels(labels: list, outputs: int, source: Path) -> None:
+    """InputError unless `labels` are different texts, one an output of the head; a regression has one output and no label."""
+    if any(not isinstance(label, str) for label in labels) or len({*labels}) != (outputs if labels else 0) or not labels and outputs != 1:
+        raise InputError(f"{source}: its labels ({str(labels)[:80]}) are not those of a head of {outputs} outputs")
+    for label in labels:
+        check_label(label, source)

@@ -1,11 +1,12 @@
 """Hugging Face's format, in and out: RoBERTa, XLM-R, CamemBERT and BERT as a Base, a tuned classifier as a full delta, and back.
 
 Names map one to one, but for three things. Query, key and value are one matrix here. The first token type is added to the position
-table, and of BERT's second the difference to the first is kept (Embeddings.second_type). The head's first layer is called pooler in
+table; of BERT's second type, its difference to the first is kept (Embeddings.second_type). The head's first layer is called pooler in
 BERT, where masked-LM pre-training's next-sentence loss trains it: a fresh head on such a base begins with it.
 """
 from dataclasses import replace
 from pathlib import Path
+from typing import Iterator
 
 import safetensors.torch
 import torch
@@ -13,40 +14,65 @@ from torch import Tensor
 
 from rt.deltas import Base, Delta, check_head, check_sizes, fingerprint, merge, origin
 from rt.errors import InputError
-from rt.formats.atomic import atomic_folder, claim_whole
+from rt.formats.atomic import atomic_folder
 from rt.formats.checkpoint import build, check_encoder, read_weights
 from rt.formats.files import read_json, write_json
-from rt.formats.tokenizer import Tokenizer, load_tokenizer
+from rt.formats.tokenizer import NoTokenizer, Tokenizer, load_tokenizer
 from rt.formats.untrusted import check_label, is_whole
 from rt.kinds import DeltaConfig
 from rt.model import Encoder, EncoderConfig, MLMHead
 
 CLASSES = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert", "bert": "Bert"}
-
-
-LAYER = {"attention_output": "attention.output.dense", "attention_norm": "attention.output.LayerNorm", "intermediate": "intermediate.dense",
-         "output": "output.dense", "output_norm": "output.LayerNorm"}                               # ours: theirs, in each layer
-
-
-TRANSFORM = "cls.predictions.transform."
-
-
+# the settings of a config.json: theirs -> ours, and the default of those that may be missing
+SETTINGS = {"vocab_size": ("vocab_size", None), "hidden_size": ("hidden_size", None), "num_hidden_layers": ("num_layers", None),
+            "num_attention_heads": ("num_heads", None), "intermediate_size": ("ffn_size", None), "hidden_dropout_prob": ("dropout", 0.1),
+            "attention_probs_dropout_prob": ("attention_dropout", 0.1), "layer_norm_eps": ("layer_norm_eps", 1e-12)}
+ONLY = {"hidden_act": ("gelu", "gelu_python"), "position_embedding_type": ("absolute",), "is_decoder": (False,),
+        "add_cross_attention": (False,)}        # the only values that are computed here; the first is the default
+# the tensors: ours -> theirs
+EMBEDDINGS = {"word.weight": "word_embeddings.weight", "position.weight": "position_embeddings.weight", "norm.weight": "LayerNorm.weight",
+              "norm.bias": "LayerNorm.bias"}
+LAYER = {"qkv": ("attention.self.query", "attention.self.key", "attention.self.value"), "attention_output": ("attention.output.dense",),
+         "attention_norm": ("attention.output.LayerNorm",), "intermediate": ("intermediate.dense",), "output": ("output.dense",),
+         "output_norm": ("output.LayerNorm",)}
+# the modules of a head: ours -> theirs, by family
 HEADS = {"roberta": {"dense": "lm_head.dense", "norm": "lm_head.layer_norm", "bias": "lm_head.bias"},
-         "bert": {"dense": TRANSFORM + "dense", "norm": TRANSFORM + "LayerNorm", "bias": "cls.predictions.bias"}}
-
-
+         "bert": {"dense": "cls.predictions.transform.dense", "norm": "cls.predictions.transform.LayerNorm",
+                  "bias": "cls.predictions.bias"}}
 CLASSIFIERS = {"roberta": {"dense": "classifier.dense", "out": "classifier.out_proj"},
                "bert": {"dense": "pooler.dense", "out": "classifier"}}
-
-
-ONLY = {"hidden_act": ("gelu", "gelu_python"), "position_embedding_type": ("absolute",), "is_decoder": (False,),
-        "add_cross_attention": (False,)}        # the settings of a config.json that we compute; the first is the default
-
-
-PROBE = "The Été's  N°\t½ e\u0301 中文,\n naïve ﬁn"        # of it, tokenizers that differ make different ids
-
-
+POOLERS = {"roberta": {}, "bert": {"dense": "pooler.dense"}}
+PROBE = "The Été's  N°\t½ e\u0301 中文,\n naïve ﬁn"        # tokenizers that differ make different ids of it
 WRITTEN = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+def family(config: EncoderConfig) -> str:
+    """Whose names the tensors have: roberta or bert."""
+    return "bert" if config.is_bert else "roberta"
+
+
+def encoder_names(config: EncoderConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """(our tensor, the tensors of theirs that it joins) of an encoder, but for the token types."""
+    yield from ((f"embeddings.{ours}", (f"embeddings.{theirs}",)) for ours, theirs in EMBEDDINGS.items())
+    for i in range(config.num_layers):
+        for ours, theirs in LAYER.items():
+            for kind in ("weight", "bias"):
+                yield f"layers.{i}.{ours}.{kind}", tuple(f"encoder.layer.{i}.{name}.{kind}" for name in theirs)
+
+
+def head_names(config: EncoderConfig, modules: dict[str, dict[str, str]]) -> dict[str, str]:
+    """{our tensor: theirs} of a head, by HEADS, CLASSIFIERS or POOLERS, in which `bias` is itself a tensor."""
+    return {f"{ours}{kind}": f"{theirs}{kind}" for ours, theirs in modules[family(config)].items()
+            for kind in (("",) if ours == "bias" else (".weight", ".bias"))}
+
+
+def plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """float32 tensors, without the model's name in front, and with BERT's old names of layer norms made new."""
+    return {name.removeprefix("roberta.").removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight")
+            .replace("LayerNorm.beta", "LayerNorm.bias"): tensor.float() if tensor.is_floating_point() else tensor
+            for name, tensor in weights.items()}
 
 
 # --- in ---------------------------------------------------------------------------------------------------------------
@@ -59,83 +85,43 @@ def encoder_config(facts: dict, source: Path | str) -> EncoderConfig:
     for name, allowed in ONLY.items():
         if facts.get(name, allowed[0]) not in allowed:
             raise InputError(f"{source}: {name} {facts[name]!r} is not supported, only {allowed[0]!r}")
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings"):
-        if not is_whole(facts.get(name), 1):
-            raise InputError(f"{source}: {name} must be a whole number above zero, and is {facts.get(name)!r}")
-    for name in ("pad_token_id", "hidden_dropout_prob", "attention_probs_dropout_prob", "layer_norm_eps"):
-        if not isinstance(facts.get(name, 0), (int, float)) or facts.get(name, 0) < 0:
-            raise InputError(f"{source}: {name} must be a number from zero on, and is {facts[name]!r}")
-    if facts["hidden_size"] % facts["num_attention_heads"]:
-        raise InputError(f"{source}: hidden_size {facts['hidden_size']} is not a multiple of num_attention_heads "
-                         f"{facts['num_attention_heads']}")
-    pad_id = facts.get("pad_token_id", 0 if kind == "bert" else 1)
-    if not is_whole(pad_id, 0, facts["vocab_size"] - 1) or facts["max_position_embeddings"] < pad_id + 2:
-        raise InputError(f"{source}: pad_token_id {pad_id!r} is no token, or leaves none of max_position_embeddings "
-                         f"{facts['max_position_embeddings']}")
+    pad_id, positions = facts.get("pad_token_id", 0 if kind == "bert" else 1), facts.get("max_position_embeddings")
+    if not is_whole(pad_id, 0) or not is_whole(positions, pad_id + 2):
+        raise InputError(f"{source}: pad_token_id {pad_id!r} is no token, or leaves none of max_position_embeddings {positions!r}")
     return check_encoder(EncoderConfig(
-        vocab_size=facts["vocab_size"], hidden_size=facts["hidden_size"], num_layers=facts["num_hidden_layers"],
-        num_heads=facts["num_attention_heads"], ffn_size=facts["intermediate_size"],
-        max_len=facts["max_position_embeddings"] - (0 if kind == "bert" else pad_id + 1), pad_id=pad_id,
-        dropout=facts.get("hidden_dropout_prob", 0.1),
-        attention_dropout=facts.get("attention_probs_dropout_prob", 0.1),
-        layer_norm_eps=facts.get("layer_norm_eps", 1e-12),
-        model_type=kind), source)
+        **{ours: facts.get(theirs, default) for theirs, (ours, default) in SETTINGS.items()},
+        max_len=positions - (0 if kind == "bert" else pad_id + 1), pad_id=pad_id, model_type=kind), source,
+        {ours: theirs for theirs, (ours, _) in SETTINGS.items()})
 
 
-def family(config: EncoderConfig) -> str:
-    """Whose names the tensors have: roberta or bert."""
-    return "bert" if config.is_bert else "roberta"
-
-
-def plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """float32, without the model's name before a tensor's, and with BERT's old names of layer norms made new."""
-    renamed = {}
-    for name, tensor in weights.items():
-        for before, after in (("roberta.", ""), ("bert.", "")):
-            name = after + name.removeprefix(before)
-        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        renamed[name] = tensor.float() if tensor.is_floating_point() else tensor
-    return renamed
-
-
-def encoder_state(weights: dict[str, Tensor], config: EncoderConfig) -> dict[str, Tensor]:
-    """Hugging Face's tensors -> state dict of our Encoder. KeyError: one is missing, ValueError: the encoder has one that we have not."""
-    w, e = plain_names(weights), "embeddings."
-    types, position = w.pop(e + "token_type_embeddings.weight"), w.pop(e + "position_embeddings.weight")
-    if types.shape[1:] != position.shape[1:]:       # or their sum could be larger than both
-        raise RuntimeError(f"token types are {tuple(types.shape)}, positions {tuple(position.shape)}")
-    state = {e + "word.weight": w.pop(e + "word_embeddings.weight"), e + "position.weight": position + types[0],
-             e + "norm.weight": w.pop(e + "LayerNorm.weight"), e + "norm.bias": w.pop(e + "LayerNorm.bias")}
-    if config.is_bert:
-        state[e + "second_type"] = types[1] - types[0] if len(types) > 1 else torch.zeros_like(types[0])
-    for i in range(config.num_layers):
-        theirs, ours = f"encoder.layer.{i}.", f"layers.{i}."
-        for kind in ("weight", "bias"):
-            state[f"{ours}qkv.{kind}"] = torch.cat([w.pop(f"{theirs}attention.self.{name}.{kind}") for name in ("query", "key", "value")])
-            for our_name, their_name in LAYER.items():
-                state[f"{ours}{our_name}.{kind}"] = w.pop(f"{theirs}{their_name}.{kind}")
-    rest = [k for k in w if k.startswith(("encoder.", e)) and not k.endswith(("position_ids", "token_type_ids"))]
-    if rest:
-        raise ValueError(rest[0])
+def encoder_state(weights: dict[str, Tensor], config: EncoderConfig, source: Path | str = "the weights") -> dict[str, Tensor]:
+    """Hugging Face's tensors -> state dict of our Encoder. InputError names the tensor that is missing, of another shape, or not ours."""
+    w, position, types = plain_names(weights), "embeddings.position_embeddings.weight", "embeddings.token_type_embeddings.weight"
+    state = {}
+    try:
+        type_rows = w.pop(types)
+        if type_rows.shape[1:] != w[position].shape[1:]:       # or their sum could be larger than both
+            raise RuntimeError(f"token types are {tuple(type_rows.shape)}, positions {tuple(w[position].shape)}")
+        w[position] = w[position] + type_rows[0]
+        for ours, theirs in encoder_names(config):
+            parts = [w.pop(name) for name in theirs]
+            state[ours] = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if config.is_bert:
+            state["embeddings.second_type"] = type_rows[1] - type_rows[0] if len(type_rows) > 1 else torch.zeros_like(type_rows[0])
+    except KeyError as error:
+        raise InputError(f"{source}: the checkpoint has no tensor {error.args[0]}") from None
+    except (RuntimeError, IndexError) as error:
+        raise InputError(f"{source}: the tensors do not fit the model: {str(error).partition(chr(10))[0]}") from None
+    for name in w:
+        if name.startswith(("encoder.", "embeddings.")) and not name.endswith(("position_ids", "token_type_ids")):
+            raise InputError(f"{source}: the encoder has a tensor that is not supported, {name}")
     return state
 
 
-def _head_state(weights: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor] | None:
-    """The state dict of a head of ours by {our module: theirs}; None where the checkpoint does not have all of it."""
-    w = plain_names(weights)
-    state = {f"{ours}{kind}": w.get(f"{theirs}{kind}") for ours, theirs in names.items()
-             for kind in (("",) if ours == "bias" else (".weight", ".bias"))}
-    return None if any(v is None for v in state.values()) else state
-
-
-def mlm_head_state(weights: dict[str, Tensor], config: EncoderConfig) -> dict[str, Tensor] | None:
-    """State dict of our MLMHead, or None where the checkpoint has no masked-LM head."""
-    return _head_state(weights, HEADS[family(config)])
-
-
-def classification_head_state(weights: dict[str, Tensor], config: EncoderConfig) -> dict[str, Tensor] | None:
-    """State dict of our ClassificationHead from ...ForSequenceClassification's, or None where there is none."""
-    return _head_state(weights, CLASSIFIERS[family(config)])
+def head_state(weights: dict[str, Tensor], config: EncoderConfig, modules: dict[str, dict[str, str]]) -> dict[str, Tensor] | None:
+    """State dict of our MLMHead by HEADS, of our ClassificationHead by CLASSIFIERS; None if the checkpoint does not have all of it."""
+    w, names = plain_names(weights), head_names(config, modules)
+    return {ours: w[theirs] for ours, theirs in names.items()} if names and w.keys() >= {*names.values()} else None
 
 
 def load_hf(folder: Path) -> Base:
@@ -149,34 +135,22 @@ def load_hf(folder: Path) -> Base:
             raise InputError(f"{folder}: its tokenizer gives the second text of a pair a token type of its own, which is supported of bert "
                              f"only, not of {config.model_type}")
         config = replace(config, sep_id=tokenizer.eos_id if config.is_bert else None)
-    encoder = load_encoder(weights, config, folder)
+    encoder = build(Encoder, config, encoder_state(weights, config, folder), folder)
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}")
-    head, head_state = None, mlm_head_state(weights, config)
-    if head_state is not None:
+    head, state = None, head_state(weights, config, HEADS)
+    if state is not None:
         check_tied(weights, config, folder)
-        head = build(MLMHead, config, head_state, folder)
-    pooler, d = _head_state(weights, {"dense": "pooler.dense"}) if config.is_bert else None, config.hidden_size
+        head = build(MLMHead, config, state, folder)
+    pooler, d = head_state(weights, config, POOLERS), config.hidden_size
     if pooler is not None and (pooler["dense.weight"].shape, pooler["dense.bias"].shape) != ((d, d), (d,)):
         raise InputError(f"{folder}: the tensors do not fit the model: pooler.dense is {tuple(pooler['dense.weight'].shape)}, not {(d, d)}")
     mark = fingerprint(encoder)
     return Base(encoder, head, tokenizer, {"name": folder.name, "fingerprint": mark}, mark, pooler)
 
 
-def load_encoder(weights: dict[str, Tensor], config: EncoderConfig, folder: Path) -> Encoder:
-    """InputError names the tensor that is missing, of another shape, or not ours."""
-    try:
-        return build(Encoder, config, encoder_state(weights, config), folder)
-    except KeyError as error:
-        raise InputError(f"{folder}: the checkpoint has no tensor {error.args[0]}") from None
-    except ValueError as error:
-        raise error if isinstance(error, InputError) else InputError(f"{folder}: the encoder has a tensor that is not supported, {error}")
-    except (RuntimeError, IndexError) as error:
-        raise InputError(f"{folder}: the tensors do not fit the model: {str(error).partition(chr(10))[0]}") from None
-
-
 def check_tied(weights: dict[str, Tensor], config: EncoderConfig, folder: Path) -> None:
-    """InputError where the masked-LM head does not score with the word embeddings, as ours does."""
+    """InputError if the masked-LM head does not score with the word embeddings, as ours does."""
     w = plain_names(weights)
     scores = w.get("cls.predictions.decoder.weight" if config.is_bert else "lm_head.decoder.weight")
     if scores is not None and not torch.equal(scores, w["embeddings.word_embeddings.weight"]):
@@ -186,14 +160,15 @@ def check_tied(weights: dict[str, Tensor], config: EncoderConfig, folder: Path) 
 
 def import_tuned(folder: Path, base: Base, labels: tuple[str, ...] = (), task: str | None = None) -> Delta:
     """A ...ForSequenceClassification checkpoint that was tuned from `base`, as a full delta: weights minus those of the base, and the head.
-    InputError where the two are not of one architecture and vocabulary, or there is no such head."""
+    InputError if the two are not of one architecture and vocabulary, or there is no such head."""
     folder = Path(folder)
     facts = read_json(folder / "config.json")
     config = replace(encoder_config(facts, folder / "config.json"), sep_id=base.encoder.config.sep_id)
     check_vocabulary(folder, base)
     check_sizes(base, config, f"{folder}: holds")
     weights = read_weights(folder)
-    encoder, head = load_encoder(weights, config, folder), classification_head_state(weights, config)
+    encoder = build(Encoder, config, encoder_state(weights, config, folder), folder)
+    head = head_state(weights, config, CLASSIFIERS)
     if head is None:
         raise InputError(f"{folder}: has no head for sequence classification ({', '.join(CLASSIFIERS[family(config)].values())})")
     check_head(head, config.hidden_size, folder)
@@ -205,14 +180,12 @@ def import_tuned(folder: Path, base: Base, labels: tuple[str, ...] = (), task: s
 
 
 def check_vocabulary(folder: Path, base: Base) -> None:
-    """InputError where a tuned model brings a tokenizer whose ids mean other words than the base's, or that makes other ids of a text;
-    without one it has the base's."""
+    """InputError if a tuned model brings a tokenizer whose ids mean other words than the base's, or that makes other ids of a text; one
+    without a tokenizer uses the base's."""
     try:
         tokenizer = load_tokenizer(folder)
-    except InputError as error:
-        if "no tokenizer there" in str(error):
-            return
-        raise
+    except NoTokenizer:
+        return
     if tokenizer.vocabulary != base.tokenizer.vocabulary:
         raise InputError(f"{folder}: its tokenizer has another vocabulary than the base's; give the base that it was tuned from")
     if tokenizer.framed().encode(PROBE, PROBE).ids != base.tokenizer.framed().encode(PROBE, PROBE).ids:
@@ -221,55 +194,40 @@ def check_vocabulary(folder: Path, base: Base) -> None:
 
 
 def class_names(facts: dict, outputs: int, given: tuple[str, ...], source: Path) -> tuple[str, ...]:
-    """The labels of a classifier's outputs: `given`, those of config.json, or where it has placeholders (LABEL_0) their numbers; none for
+    """The labels of a classifier's outputs: `given`, or those of config.json, or their numbers if it has placeholders (LABEL_0); none for
     a regression."""
-    if facts.get("problem_type") not in (None, "regression", "single_label_classification"):
-        raise InputError(f"{source}: problem_type {facts['problem_type']!r} is not supported: one label a text, or a regression")
-    if facts.get("problem_type") == "regression" or outputs == 1:
+    problem, placeholders = facts.get("problem_type"), tuple(f"LABEL_{i}" for i in range(outputs))
+    if problem not in (None, "regression", "single_label_classification"):
+        raise InputError(f"{source}: problem_type {problem!r} is not supported: one label a text, or a regression")
+    if problem == "regression" or outputs == 1:
         if outputs > 1 or given:
             raise InputError(f"{source}: a regression with {outputs} outputs and {len(given)} labels is not supported, only one and none")
         return ()
-    found = facts.get("id2label") or {}
-    if not isinstance(found, dict):
+    named = facts.get("id2label") or {}
+    if not isinstance(named, dict):
         raise InputError(f"{source}: id2label is not an object of names by numbers")
-    names = given or tuple(str(found.get(str(i), f"LABEL_{i}")) for i in range(outputs))
+    names = given or tuple(str(named.get(str(i), name)) for i, name in enumerate(placeholders))
     if len(names) != outputs or len({*names}) < outputs:
         raise InputError(f"{source}: {len({*names})} different labels ({', '.join(names[:6])}) for a head of {outputs} outputs")
     for name in names:
         check_label(name, source)
-    if names == tuple(f"LABEL_{i}" for i in range(outputs)):
-        return tuple(map(str, range(outputs)))
-    return names
+    return names if names != placeholders else tuple(map(str, range(outputs)))
 
 
 # --- out --------------------------------------------------------------------------------------------------------------
 
 def hf_encoder_state(state: dict[str, Tensor], config: EncoderConfig) -> dict[str, Tensor]:
     """The state dict of an Encoder under Hugging Face's names: `encoder_state` backwards."""
-    before, e = family(config) + ".", "embeddings."
     types = torch.zeros(2 if config.is_bert else 1, config.hidden_size)
     if config.is_bert:
-        types[1] = state[e + "second_type"]
-    out = {e + "word_embeddings.weight": state[e + "word.weight"], e + "position_embeddings.weight": state[e + "position.weight"],
-           e + "token_type_embeddings.weight": types, e + "LayerNorm.weight": state[e + "norm.weight"],
-           e + "LayerNorm.bias": state[e + "norm.bias"]}
-    for i in range(config.num_layers):
-        theirs, ours = f"encoder.layer.{i}.", f"layers.{i}."
-        for kind in ("weight", "bias"):
-            thirds = state[f"{ours}qkv.{kind}"].chunk(3)
-            out |= {f"{theirs}attention.self.{name}.{kind}": third for name, third in zip(("query", "key", "value"), thirds)}
-            out |= {f"{theirs}{their_name}.{kind}": state[f"{ours}{our_name}.{kind}"] for our_name, their_name in LAYER.items()}
-    return {before + k: v for k, v in out.items()}
+        types[1] = state["embeddings.second_type"]
+    out = {name: part for ours, theirs in encoder_names(config) for name, part in zip(theirs, state[ours].chunk(len(theirs)))}
+    return {f"{family(config)}.{k}": v for k, v in (out | {"embeddings.token_type_embeddings.weight": types}).items()}
 
 
-def hf_head_state(state: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
-    """The state dict of a head under the names of HEADS or CLASSIFIERS."""
-    renamed = {}
-    for name, tensor in state.items():
-        module, dot, kind = name.partition(".")
-        theirs = names[module] + dot + kind
-        renamed["bert." + theirs if theirs.startswith("pooler.") else theirs] = tensor
-    return renamed
+def hf_head_state(state: dict[str, Tensor], config: EncoderConfig, modules: dict[str, dict[str, str]]) -> dict[str, Tensor]:
+    """The state dict of a head under Hugging Face's names: `head_state` backwards."""
+    return {"bert." * theirs.startswith("pooler.") + theirs: state[ours] for ours, theirs in head_names(config, modules).items()}
 
 
 def hf_config(config: EncoderConfig, tokenizer: Tokenizer, task: str, labels: tuple[str, ...] | None = None) -> dict:
@@ -279,29 +237,25 @@ def hf_config(config: EncoderConfig, tokenizer: Tokenizer, task: str, labels: tu
         "label2id": {label: i for i, label in enumerate(labels or ("LABEL_0",))},
         "problem_type": "single_label_classification" if labels else "regression"}
     return {"architectures": [CLASSES[config.model_type] + (f"For{task}" if task else "Model")], "model_type": config.model_type,
-            "vocab_size": config.vocab_size, "hidden_size": config.hidden_size, "num_hidden_layers": config.num_layers,
-            "num_attention_heads": config.num_heads, "intermediate_size": config.ffn_size, "hidden_act": "gelu",
+            **{theirs: getattr(config, ours) for theirs, (ours, _) in SETTINGS.items()},
             "max_position_embeddings": config.max_len + config.first_position, "type_vocab_size": 2 if config.is_bert else 1,
-            "hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": config.attention_dropout,
-            "layer_norm_eps": config.layer_norm_eps, "pad_token_id": config.pad_id, "bos_token_id": tokenizer.bos_id,
-            "eos_token_id": tokenizer.eos_id, "tie_word_embeddings": True, "torch_dtype": "float32", **heads}
+            "hidden_act": "gelu", "pad_token_id": config.pad_id, "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id,
+            "tie_word_embeddings": True, "torch_dtype": "float32", **heads}
 
 
 def export_hf(folder: Path, base: Base, delta: Delta | None = None, labels: tuple[str, ...] | None = None) -> str:
     """Write base, or base + delta merged, as AutoModelForMaskedLM or AutoModelForSequenceClassification and AutoTokenizer load it; returns
-    the name of the first. `labels` are those that a base is to be tuned on, if known. InputError where the delta cannot be merged
-    (adapter, prefix) or was learned on another base."""
-    config, names = base.encoder.config, family(base.encoder.config)
+    the name of the first. `labels` are those that a base is to be tuned on, if known. InputError if the delta cannot be merged (adapter,
+    prefix) or was learned on another base."""
+    config = base.encoder.config
     if delta is None:
         encoder, task = base.encoder.state_dict(), "MaskedLM" if base.head else ""
-        head = hf_head_state(base.head.state_dict(), HEADS[names]) if base.head else {}
+        head = hf_head_state(base.head.state_dict(), config, HEADS) if base.head else {}
     else:
         encoder, task, labels = merge(base, delta), "SequenceClassification", delta.labels
-        head = hf_head_state(delta.head, CLASSIFIERS[names])
-    weights = hf_encoder_state(encoder, config) | head
-    claim_whole(folder, WRITTEN)
-    with atomic_folder(folder) as new:
-        write_tensors(new / "model.safetensors", weights)
+        head = hf_head_state(delta.head, config, CLASSIFIERS)
+    with atomic_folder(folder, WRITTEN) as new:
+        write_tensors(new / "model.safetensors", hf_encoder_state(encoder, config) | head)
         write_json(new / "config.json", hf_config(config, base.tokenizer, task, labels))
         export_tokenizer(new, base.tokenizer, config)
     return f"AutoModelFor{task}" if task else "AutoModel"

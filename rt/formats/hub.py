@@ -1,8 +1,8 @@
-"""Where models come from: a folder of ours, a folder in Hugging Face's format, or a hub id. The network is asked only where a hub id was
-given, and not with HF_HUB_OFFLINE=1, when the hub's local cache has to do.
+"""Where models come from: a folder of ours, a folder in Hugging Face's format, or a hub id. The network is asked only if a hub id is given,
+and with HF_HUB_OFFLINE=1 only the hub's local cache is.
 
-A hub id is OWNER/NAME, both of letters, digits, _, - and . (not at the beginning), where nothing here is called OWNER/NAME or OWNER, and
-OWNER is not runs, where ours are. All else is a path: runs/M9, ./OWNER/NAME, a/b/c.
+A hub id is OWNER/NAME, both made of letters, digits, _, - and . (not at the beginning), if nothing here is called OWNER/NAME or OWNER, and
+OWNER is not runs, the home of our own runs. Anything else is a path: runs/M9, ./OWNER/NAME, a/b/c.
 """
 import re
 from pathlib import Path
@@ -18,9 +18,9 @@ from rt.formats.peft import import_lora
 HUB_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json",
              "adapter_config.json", "labels.json", "adapter_model.safetensors", "model.safetensors", "model-*.safetensors",
              "model.safetensors.index.json"]
-
-
+BIN_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin"]     # asked for if there are no safetensors
 SECONDS = 10    # that the hub has for its first answer
+NAMING = "python -m rt.runs.convert import --tuned ... --base ... --labels names,in,the,order,of,its,outputs"
 
 
 def open_base(name: str) -> Base:
@@ -35,8 +35,8 @@ def open_base(name: str) -> Base:
 
 
 def open_delta(name: str, base: Base, labels: tuple[str, ...] = (), task: str | None = None) -> Delta:
-    """A delta of ours, or what a model tuned from `base` elsewhere is as one: a ...ForSequenceClassification checkpoint or a PEFT LoRA
-    adapter, folder or hub id. `labels` name the classes of those in the order of their outputs, `task` what they were tuned on."""
+    """A delta of ours, or a model that was tuned from `base` elsewhere as a delta: a ...ForSequenceClassification checkpoint or a PEFT LoRA
+    adapter, folder or hub id. `labels` name its classes in the order of its outputs, `task` what it was tuned on."""
     path = find(name)
     if (path / "delta.json").is_file():
         return load_delta(path)
@@ -48,11 +48,8 @@ def open_delta(name: str, base: Base, labels: tuple[str, ...] = (), task: str | 
                      "adapter_config.json (PEFT), or a hub id")
 
 
-NAMING = "python -m rt.runs.convert import --tuned ... --base ... --labels names,in,the,order,of,its,outputs"
-
-
 def place_of_delta(base: str, task: str, kind: str, more: str = "", seed: int = 0) -> Path:
-    """Where a delta is put and looked for where no flag says: beside its base, or for a hub id under runs."""
+    """Where a delta is written and looked for unless a flag says: beside its base, or for a hub id under runs."""
     home = Path(base).parent if Path(base).exists() else Path("runs")
     return home / "deltas" / f"{Path(base).name}-{task}-{kind}{more}-s{seed}"
 
@@ -65,23 +62,24 @@ def is_hub_id(name: str) -> bool:
 
 
 def find(name: str) -> Path:
-    """The folder called `name`, or that of a hub id in the local cache, downloaded where it is not there yet."""
-    path = found(Path(name))
+    """The folder called `name`, or that of a hub id in the local cache, downloaded if it is not there yet."""
     if not is_hub_id(name):
-        return path
+        return found(Path(name))
     from huggingface_hub import HfApi, snapshot_download  # comes with tokenizers; slow to import, so only here
+
+    def first_line(error: Exception) -> str:
+        return (str(error) or type(error).__name__).splitlines()[0]
+
+    reason = ""
     try:
         HfApi().model_info(name, timeout=SECONDS)       # whether there is a connection: a download itself would wait for one for minutes
     except Exception as error:  # network, offline, authorisation, not found: the library has a class for each
-        reason, only_local = (str(error) or type(error).__name__).splitlines()[0], {"local_files_only": True}
-    else:
-        reason, only_local = "", {}
+        reason = first_line(error)
     try:
-        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES, **only_local))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, "pytorch_model*.bin", "pytorch_model.bin.index.json",
-                                                                   "adapter_model.bin"], **only_local))
+        for patterns in (HUB_FILES, HUB_FILES + BIN_FILES):
+            folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=bool(reason)))
+            if any(folder.glob("*.safetensors")):
+                break
         return folder
     except Exception as error:
-        reason = reason or (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{name}: neither a folder here nor to be had from the hub ({reason})") from None
+        raise InputError(f"{name}: neither a folder here nor to be had from the hub ({reason or first_line(error)})") from None

@@ -1,6 +1,6 @@
 """PEFT's LoRA adapters, in and out, as the delta kind lora (Hu et al., 2022): adapter_config.json and adapter_model.safetensors.
 
-Both say W + scaling * B A. Ours has one factor pair a target and layer, in every layer the same targets; scaling is lora_alpha / r, for
+Both compute W + scaling * B A. Ours has one factor pair a target and layer, in every layer the same targets; scaling is lora_alpha / r, for
 PEFT's rank-stabilised form (rsLoRA) lora_alpha / sqrt(r). PEFT saves a task head beside the factors (modules_to_save): it is the
 delta's head. Where PEFT's target `dense` also meets a layer of the head, that update is added to the head's weights.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rt.deltas import Base, Delta, apply, check_fits, check_head, origin
 from rt.errors import InputError
-from rt.formats.atomic import atomic_folder, claim_whole
+from rt.formats.atomic import atomic_folder
 from rt.formats.checkpoint import read_file
 from rt.formats.files import read_json, write_json
 from rt.formats.hf import CLASSIFIERS, check_vocabulary, class_names, export_hf, family, hf_head_state, write_tensors
@@ -19,18 +19,23 @@ from rt.formats.untrusted import is_number, is_whole
 from rt.kinds import TARGETS, DeltaConfig
 
 PATHS = {target: target if third is None else f"attention.self.{target}" for target, (_, third) in TARGETS.items()}     # in their layer
-
-
 ONLY = {"peft_type": ("LORA",), "task_type": ("SEQ_CLS", None), "bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
-
-
-# settings that a loaded adapter does not depend on, or that are read off its tensors; any other that is set is not supported
+# settings that a loaded adapter does not depend on, or that its tensors show; any other that is set is not supported
 FREE = {"auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r", "lora_alpha", "lora_dropout",
         "use_rslora", "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "megatron_core",
         "runtime_config", "qalora_group_size"}
-
-
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 WRITTEN = {"adapter_config.json", "adapter_model.safetensors", "labels.json", "base"}
+
+
+def their_module(layer: int, target: str) -> str:
+    """Hugging Face's name of the linear layer that a target means in a layer of the encoder."""
+    return f"encoder.layer.{layer}.{PATHS[target]}"
+
+
+def our_factor(layer: int, target: str, which: str) -> str:
+    """Our name of factor A (r, in) or B (out, r) of a target, in Delta.modules."""
+    return f"layers.{layer}.{TARGETS[target][0]}.lora.{which}.{target.replace('.', '_')}"
 
 
 def import_lora(folder: Path, base: Base, labels: tuple[str, ...] = (), task: str | None = None) -> Delta:
@@ -39,9 +44,9 @@ def import_lora(folder: Path, base: Base, labels: tuple[str, ...] = (), task: st
     folder = Path(folder)
     facts = checked_settings(folder / "adapter_config.json")
     check_vocabulary(folder, base)
-    weights = next((folder / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (folder / name).is_file()), None)
+    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if weights is None:
-        raise InputError(f"{folder}: has neither adapter_model.safetensors nor adapter_model.bin")
+        raise InputError(f"{folder}: has neither {' nor '.join(WEIGHTS)}")
     factors, saved = sorted_out(read_file(weights), weights)
     r = facts["r"]
     scaling = facts["lora_alpha"] / (math.sqrt(r) if facts.get("use_rslora") else r)
@@ -49,19 +54,19 @@ def import_lora(folder: Path, base: Base, labels: tuple[str, ...] = (), task: st
     check_head(head, base.encoder.config.hidden_size, weights)
     modules, targets = layers_of(base, factors, r, weights)
     if not labels and (folder / "labels.json").is_file():
-        found = read_json(folder / "labels.json").get("labels", [])
-        if not isinstance(found, list):
+        kept = read_json(folder / "labels.json").get("labels", [])
+        if not isinstance(kept, list):
             raise InputError(f"{folder / 'labels.json'}: \"labels\" is no list")
-        labels = tuple(map(str, found))
+        labels = tuple(map(str, kept))
     names = class_names({}, len(head["out.bias"]), labels, folder)
     config = DeltaConfig("lora", r=r, lora_alpha=scaling * r, target_modules=targets)
     delta = Delta(config, {}, modules, head, {"task": task or folder.name, "labels": list(names), "source": str(folder), **origin(base)})
-    apply(base, delta)      # whether all shapes fit is best said here
+    apply(base, delta)      # checks that all shapes fit
     return delta
 
 
 def checked_settings(path: Path) -> dict:
-    """adapter_config.json; InputError names the first setting that is not supported."""
+    """adapter_config.json. InputError names the first setting that is not supported."""
     facts = read_json(path)
     for name, value in facts.items():
         allowed = ONLY.get(name)
@@ -79,8 +84,8 @@ def sorted_out(weights: dict[str, Tensor], source: Path) -> tuple[dict[str, dict
     for full, tensor in weights.items():
         name = full.removeprefix("base_model.model.").removeprefix("roberta.").removeprefix("bert.")
         name = name.replace(".modules_to_save", "").replace(".default", "").replace(".base_layer", "")
-        module, found, rest = name.partition(".lora_")
-        if found and rest in ("A.weight", "B.weight"):
+        module, is_factor, rest = name.partition(".lora_")
+        if is_factor and rest in ("A.weight", "B.weight"):
             factors.setdefault(module, {})[rest[0]] = tensor.float()
         elif name.startswith(("classifier.", "pooler.")):
             saved[name] = tensor.float()
@@ -95,59 +100,54 @@ def sorted_out(weights: dict[str, Tensor], source: Path) -> tuple[dict[str, dict
 
 
 def head_of(base: Base, factors: dict[str, dict[str, Tensor]], saved: dict[str, Tensor], scaling: float, source: Path) -> dict[str, Tensor]:
-    """The delta's head: what the adapter saved, of BERT the base's pooler where it did not; with the updates that meet the head, which are
-    taken out of `factors`."""
+    """The delta's head: the adapter's, or BERT's pooler of the base if the adapter did not save one. Updates of the head's own layers are
+    added to it and taken out of `factors`."""
     head = {f"dense.{k.split('.')[-1]}": v.clone() for k, v in (base.pooler or {}).items()}
     for ours, theirs in CLASSIFIERS[family(base.encoder.config)].items():
+        weight, bias = f"{ours}.weight", f"{ours}.bias"
         head |= {f"{ours}.{kind}": saved[f"{theirs}.{kind}"] for kind in ("weight", "bias") if f"{theirs}.{kind}" in saved}
-        pair = factors.pop(theirs, None)
-        if pair and f"{ours}.weight" in head:
-            if head[f"{ours}.weight"].shape != (len(pair["B"]), pair["A"].shape[1]) or len(pair["A"]) != pair["B"].shape[1]:
-                raise InputError(f"{source}: lora_A and lora_B of {theirs} do not make a matrix of its size")
-            head[f"{ours}.weight"] = head[f"{ours}.weight"] + scaling * pair["B"] @ pair["A"]
-        if not {f"{ours}.weight", f"{ours}.bias"} <= head.keys():
+        if not {weight, bias} <= head.keys():
             raise InputError(f"{source}: holds no {theirs}; an adapter without the whole head (modules_to_save) cannot be used")
+        if pair := factors.pop(theirs, None):
+            if head[weight].shape != (len(pair["B"]), pair["A"].shape[1]) or len(pair["A"]) != pair["B"].shape[1]:
+                raise InputError(f"{source}: lora_A and lora_B of {theirs} do not make a matrix of its size")
+            head[weight] = head[weight] + scaling * pair["B"] @ pair["A"]
     return head
 
 
 def layers_of(base: Base, factors: dict[str, dict[str, Tensor]], r: int, source: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """(the modules of a lora delta, its target_modules) out of the factors of the encoder's layers, which must be of the same targets."""
-    places = {f"encoder.layer.{i}.{path}": (i, target) for i in range(base.encoder.config.num_layers) for target, path in PATHS.items()}
+    """(the modules of a lora delta, its target_modules) from the factors of the encoder's layers. InputError unless each layer has factors
+    of rank `r` for the same targets."""
+    layers = base.encoder.config.num_layers
+    places = {their_module(i, target): (i, target) for i in range(layers) for target in TARGETS}
     strange = next((module for module in factors if module not in places), None)
     if strange or not factors:
-        raise InputError(f"{source}: has {strange or 'no factors at all'}; what can have them in each of the base's "
-                         f"{base.encoder.config.num_layers} layers: {', '.join(PATHS.values())}")
+        raise InputError(f"{source}: has {strange or 'no factors at all'}; what can have them in each of the base's {layers} layers: "
+                         f"{', '.join(PATHS.values())}")
     targets = tuple(target for target in TARGETS if any(places[module][1] == target for module in factors))
-    if len(factors) < len(targets) * base.encoder.config.num_layers:
-        raise InputError(f"{source}: only some of the {base.encoder.config.num_layers} layers have factors for {', '.join(targets)}; "
-                         "what is supported is all")
-    modules = {}
+    if len(factors) < len(targets) * layers:
+        raise InputError(f"{source}: only some of the {layers} layers have factors for {', '.join(targets)}; what is supported is all")
     for module, pair in factors.items():
-        i, target = places[module]
         if len(pair["A"]) != r:
             raise InputError(f"{source}: {module} has rank {len(pair['A'])}, where r is {r}; ranks that differ are not supported")
-        modules |= {f"layers.{i}.{TARGETS[target][0]}.lora.{which}.{target.replace('.', '_')}": pair[which] for which in "AB"}
-    return modules, targets
+    return {our_factor(*places[module], which): pair[which] for module, pair in factors.items() for which in "AB"}, targets
 
 
 def export_peft(folder: Path, base: Base, name: str, delta: Delta) -> Path | str:
-    """Write a lora delta of `base`, called `name`, as PeftModel loads it; returns the base to load it on: `name`, or where that is a
-    checkpoint of ours the folder `base` inside, which holds it in Hugging Face's format. InputError for another kind or base."""
+    """Write a lora delta of `base`, called `name`, as PeftModel loads it. Returns the base to load it on: `name`, or if that is a
+    checkpoint of ours, the folder `base` inside, which holds it in Hugging Face's format. InputError for another kind or base."""
     if delta.config.kind != "lora":
         raise InputError(f"--to peft is for a delta of kind lora, this is {delta.config.kind}" +
                          ("; --to hf merges it" if delta.config.kind in ("full", "bitfit") else ""))
     check_fits(base, delta, stale_ok=False)
-    c, model = delta.config, family(base.encoder.config)
-    ours = (Path(name) / "meta.json").is_file()
+    c, model, ours = delta.config, family(base.encoder.config), (Path(name) / "meta.json").is_file()
     targets = list(c.target_modules)
-    if "output.dense" in targets and "attention.output.dense" not in targets:   # PEFT compares the ends of names: say which one
+    if "output.dense" in targets and "attention.output.dense" not in targets:   # PEFT compares the ends of names: give the whole name
         targets = r".*\.layer\.\d+\.(" + "|".join(PATHS[t].replace(".", r"\.") for t in targets) + ")"
-    factors = {f"{model}.encoder.layer.{i}.{PATHS[t]}.lora_{which}.weight": delta.modules[
-               f"layers.{i}.{TARGETS[t][0]}.lora.{which}.{t.replace('.', '_')}"]
-               for i in range(base.encoder.config.num_layers) for t in c.target_modules for which in "AB"}
-    weights = factors | hf_head_state(delta.head, CLASSIFIERS[model])
-    claim_whole(folder, WRITTEN)
-    with atomic_folder(folder) as new:
+    factors = {f"{model}.{their_module(i, target)}.lora_{which}.weight": delta.modules[our_factor(i, target, which)]
+               for i in range(base.encoder.config.num_layers) for target in c.target_modules for which in "AB"}
+    weights = factors | hf_head_state(delta.head, base.encoder.config, CLASSIFIERS)
+    with atomic_folder(folder, WRITTEN) as new:
         write_tensors(new / "adapter_model.safetensors", {f"base_model.model.{k}": v for k, v in weights.items()})
         write_json(new / "adapter_config.json", {
             "peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": str(Path(folder) / "base") if ours else name,

@@ -1,4 +1,4 @@
-"""Labelled tasks: a folder with train, dev and test as .jsonl, .csv or .tsv; few-shot samples; encoded batches.
+"""Labelled tasks: a folder with train, dev and test as .jsonl, .csv or .tsv.
 
 A row has one text or a pair, and a label: a string or an integer is a class, a float makes the task a regression. GLUE's
 column names are understood beside `text`, `text_pair` and `label`.
@@ -16,24 +16,21 @@ from rt.errors import InputError
 from rt.formats.corpora import STDIN, read_jsonl, read_lines
 from rt.formats.untrusted import LINE_BYTES, check_label
 
-FORMATS = ("txt", "jsonl", "csv", "tsv")
-
-
+TABLES = ("jsonl", "csv", "tsv")
+FORMATS = ("txt", *TABLES)
 COLUMNS = {
     "text": ("text", "sentence1", "premise", "question", "question1", "sentence"),
     "text_pair": ("text_pair", "sentence2", "hypothesis", "question2"),
     "label": ("label", "gold_label", "score", "relatedness_score"),
 }
+PAIRED_SENTENCE = "sentence"    # the second text if the first is a `question` (GLUE's QNLI)
+MOST_LABELS = 5000              # of so many, squared, a confusion matrix is held
 
 
-MOST_LABELS = 5000     # a confusion matrix of as many squared is kept
-
-
-PAIRED_SENTENCE = "sentence"  # the second text where the first is a `question` (GLUE's QNLI)
-
+# --- tasks ------------------------------------------------------------------------------------------------------------
 
 def load_task(path: Path) -> Task:
-    """Read a task folder. Raises InputError naming file and line for what does not fit."""
+    """Read a task folder. InputError names the file and line that does not fit."""
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"{path}: a task is a folder with train, dev and test files (.jsonl, .csv or .tsv)")
@@ -44,46 +41,61 @@ def load_task(path: Path) -> Task:
     else:
         _check_one_type(everything)
         parts = {part: [replace(e, label=str(e.label)) for e in examples] for part, examples in parts.items()}
-        everything = [e for examples in parts.values() for e in examples]
-        found = {e.label: e.source for e in parts["train"]}
-        if len(found) > MOST_LABELS:
-            raise InputError(f"{path}: the training examples have {len(found)} labels, and up to {MOST_LABELS} are supported: is the label "
-                             "column the right one? (numbers with a point make a regression)")
-        for label, source in found.items():
-            check_label(label, source)
-        labels = tuple(sorted(found, key=lambda x: (0, int(x), x) if re.fullmatch(r"-?\d{1,18}", x) else (1, 0, x)))
-        for e in everything:
-            if e.label not in found:
-                raise InputError(f"{e.source}: label {e.label!r} does not occur in the training examples "
-                                 f"({', '.join(labels[:8])}{', ...' if len(labels) > 8 else ''})")
-        if len(labels) < 2:
-            raise InputError(f"{path}: all training examples have the label {labels[0]!r}; a task needs two or more")
+        labels = _classes(path, parts)
     place = path.absolute()
     return Task(place.parent.name if place.name == "task" else place.name, labels, parts)
 
 
+def _part_file(folder: Path, part: str) -> Path:
+    for ending in TABLES:
+        if (folder / f"{part}.{ending}").is_file():
+            return folder / f"{part}.{ending}"
+    raise InputError(f"{folder}: has no {part}.jsonl, {part}.csv or {part}.tsv")
+
+
+def _classes(path: Path, parts: dict[str, list[Example]]) -> tuple[str, ...]:
+    """The labels of the training examples, ordered as numbers or as names. InputError if another part has others, or they are of no use."""
+    sources = {e.label: e.source for e in parts["train"]}
+    if len(sources) > MOST_LABELS:
+        raise InputError(f"{path}: the training examples have {len(sources)} labels, and up to {MOST_LABELS} are supported: is the label "
+                         "column the right one? (numbers with a point make a regression)")
+    for label, source in sources.items():
+        check_label(label, source)
+    labels = tuple(sorted(sources, key=lambda x: (0, int(x), x) if re.fullmatch(r"-?\d{1,18}", x) else (1, 0, x)))
+    for e in (e for examples in parts.values() for e in examples):
+        if e.label not in sources:
+            raise InputError(f"{e.source}: label {e.label!r} does not occur in the training examples "
+                             f"({', '.join(labels[:8])}{', ...' if len(labels) > 8 else ''})")
+    if len(labels) < 2:
+        raise InputError(f"{path}: all training examples have the label {labels[0]!r}; a task needs two or more")
+    return labels
+
+
 def _is_regression(examples: list[Example]) -> bool:
-    """Whether a label is a float. A csv or tsv has no types: there, labels that are all numbers, not all of them whole."""
+    """Whether a label is a float. A csv or tsv has no types: there, whether all labels are numbers and some of them not whole."""
     if any(isinstance(e.label, float) for e in examples):
         return True
     try:
-        values = [float(e.label) for e in examples if isinstance(e.label, str) and ".jsonl, line" not in e.source]
+        values = [float(e.label) for e in examples if isinstance(e.label, str) and not _is_typed(e)]
     except ValueError:
         return False
     return not all(map(float.is_integer, values))
 
 
+def _is_typed(e: Example) -> bool:
+    return ".jsonl, line" in e.source
+
+
 def _check_one_type(examples: list[Example]) -> None:
-    """InputError where some labels are strings and some numbers: of "1" and 1 nobody knows whether they are one class."""
-    typed = [e for e in examples if ".jsonl, line" in e.source]
-    name, number = (next((e for e in typed if isinstance(e.label, kind)), None) for kind in (str, int))
+    """InputError if some labels are strings and some numbers: whether "1" and 1 are one class, nobody can know."""
+    name, number = (next((e for e in examples if _is_typed(e) and isinstance(e.label, kind)), None) for kind in (str, int))
     if name and number:
         raise InputError(f"{name.source}: label {name.label!r} is a string, but the one of {number.source} is a number ({number.label}): "
                          "write all of them as one or the other")
 
 
 def _with_float(e: Example) -> Example:
-    """Floats and whole numbers are numbers together."""
+    """The example of a regression, in which whole numbers are floats too."""
     try:
         value = float(e.label)
     except (ValueError, OverflowError):
@@ -93,16 +105,11 @@ def _with_float(e: Example) -> Example:
     return replace(e, label=value)
 
 
-def _part_file(folder: Path, part: str) -> Path:
-    for ending in (".jsonl", ".csv", ".tsv"):
-        if (folder / (part + ending)).is_file():
-            return folder / (part + ending)
-    raise InputError(f"{folder}: has no {part}.jsonl, {part}.csv or {part}.tsv")
-
+# --- files of examples ------------------------------------------------------------------------------------------------
 
 def read_examples(path: Path, labelled: bool, format: str | None = None) -> Iterator[Example]:
     """The examples of a file (plain, .gz or .xz) or of STDIN, one after the other as they are read. `format` is txt (a text a line, for
-    unlabelled ones), jsonl, csv or tsv; None: what the file's ending says, of STDIN txt. Raises InputError, also for no example at all."""
+    unlabelled ones), jsonl, csv or tsv; by default the file's ending says it, and STDIN is txt. InputError, also if there is no example."""
     if path is not STDIN and (not path.exists() or path.is_dir()):
         raise InputError(f"{path}: there is no such file")
     if format is None:
@@ -117,7 +124,7 @@ def read_examples(path: Path, labelled: bool, format: str | None = None) -> Iter
 def _examples(path: Path, labelled: bool, format: str) -> Iterator[Example]:
     row = None
     for number, row in _read_table(path, format):
-        yield _example(path, number, row, labelled)
+        yield _example(f"{path}, line {number}", row, labelled)
     if row is None:
         raise InputError(f"{path}: has no examples")
 
@@ -125,56 +132,55 @@ def _examples(path: Path, labelled: bool, format: str) -> Iterator[Example]:
 def _read_table(path: Path, format: str) -> Iterator[tuple[int, dict]]:
     """(line number, columns) for each row of a file."""
     if format == "txt":
-        yield from ((number, {"text": line}) for number, line in read_lines(path) if line.strip())
-    elif format == "jsonl":
-        yield from read_jsonl(path)
-    else:
-        # tsv files of the field (GLUE) do not quote: a lone " is a character there
-        style = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if format == "tsv" else dict(strict=True)
-        csv.field_size_limit(LINE_BYTES)    # a text may be longer than the 131,072 characters that are the default
-        held = 0        # characters of the row that is being read: a quoted text may have any number of lines
+        return ((number, {"text": line}) for number, line in read_lines(path) if line.strip())
+    if format == "jsonl":
+        return read_jsonl(path)
+    # the tsv files of the field (GLUE) do not quote: a lone " is a character there
+    return _read_csv(path, dict(delimiter="\t", quoting=csv.QUOTE_NONE) if format == "tsv" else dict(strict=True))
 
-        def lines() -> Iterator[str]:
-            nonlocal held
-            for number, line in read_lines(path):
-                held += len(line)
-                if held > LINE_BYTES:
-                    raise InputError(f"{path}, line {number}: a row that ends here or later is longer than {LINE_BYTES >> 20} MB; is there "
-                                     "a quote that is never closed?")
-                yield line + "\n"
 
-        reader = csv.reader(lines(), **style)
-        try:
-            header, held = next(reader, []), 0
-            if len({*header}) < len(header):
-                raise InputError(f"{path}, line 1: two columns are called {Counter(header).most_common(1)[0][0]!r}")
-            for row in reader:
-                held = 0
-                if not row:
-                    continue
-                if len(row) != len(header):
-                    raise InputError(f"{path}, line {reader.line_num}: {len(row)} columns where the header has {len(header)}")
+def _read_csv(path: Path, style: dict) -> Iterator[tuple[int, dict]]:
+    csv.field_size_limit(LINE_BYTES)    # a text may be longer than the 131,072 characters that are the default
+    held = 0        # characters of the row that is being read: a quoted text may have any number of lines
+
+    def lines() -> Iterator[str]:
+        nonlocal held
+        for number, line in read_lines(path):
+            held += len(line)
+            if held > LINE_BYTES:
+                raise InputError(f"{path}, line {number}: a row that ends here or later is longer than {LINE_BYTES >> 20} MB; is there "
+                                 "a quote that is never closed?")
+            yield line + "\n"
+
+    reader = csv.reader(lines(), **style)
+    try:
+        header, held = next(reader, []), 0
+        if len({*header}) < len(header):
+            raise InputError(f"{path}, line 1: two columns are called {Counter(header).most_common(1)[0][0]!r}")
+        for row in reader:
+            held = 0
+            if row and len(row) != len(header):
+                raise InputError(f"{path}, line {reader.line_num}: {len(row)} columns where the header has {len(header)}")
+            if row:
                 yield reader.line_num, dict(zip(header, row))
-        except csv.Error as error:
-            raise InputError(f"{path}, line {reader.line_num}: not a readable table ({error})") from None
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: not a readable table ({error})") from None
 
 
-def _example(path: Path, number: int, row: dict, labelled: bool) -> Example:
-    source = f"{path}, line {number}"
-    found = {kind: next((n for n in names if n in row), None) for kind, names in COLUMNS.items()}
-    if found["text"] == "question" and found["text_pair"] is None and PAIRED_SENTENCE in row:
-        found["text_pair"] = PAIRED_SENTENCE
+def _example(source: str, row: dict, labelled: bool) -> Example:
+    """The example in a row, whose columns may have any of the known names. InputError if one is missing, or of another type."""
+    column = {kind: next((name for name in names if name in row), None) for kind, names in COLUMNS.items()}
+    if column["text"] == "question" and column["text_pair"] is None and PAIRED_SENTENCE in row:
+        column["text_pair"] = PAIRED_SENTENCE
     for kind in ("text", "label") if labelled else ("text",):
-        if found[kind] is None:
-            raise InputError(f"{source}: no {kind} column (known names: {', '.join(COLUMNS[kind])}; "
-                             f"found: {', '.join(map(str, row))})")
-    for kind in ("text", "text_pair"):
-        text = row.get(found[kind], "")
-        if kind == "text_pair" and text is None:     # JSON's null: this one has none
-            continue
-        if found[kind] and (not isinstance(text, str) or not text.strip()):
-            raise InputError(f"{source}: {found[kind]} is empty or not a string")
-    label = row[found["label"]] if labelled else None
-    if isinstance(label, bool) or not isinstance(label, (str, int, float, type(None))) or labelled and label in (None, ""):
+        if column[kind] is None:
+            raise InputError(f"{source}: no {kind} column (known names: {', '.join(COLUMNS[kind])}; found: {', '.join(map(str, row))})")
+    text, pair, label = (row[column[kind]] if column[kind] else None for kind in ("text", "text_pair", "label"))
+    for kind, value in (("text", text), ("text_pair", pair)):
+        if (kind == "text" or value is not None) and (not isinstance(value, str) or not value.strip()):     # null: no second text
+            raise InputError(f"{source}: {column[kind]} is empty or not a string")
+    if not labelled:
+        return Example(text, pair, None, source)
+    if isinstance(label, bool) or not isinstance(label, (str, int, float)) or label == "":
         raise InputError(f"{source}: label {label!r} is not a string, an integer or a float")
-    return Example(row[found["text"]], row[found["text_pair"]] if found["text_pair"] else None, label, source)
+    return Example(text, pair, label, source)

@@ -1,8 +1,8 @@
 """Tokenizers through `tokenizers`: byte-level BPE trained on a corpus, or whatever a tokenizer.json holds (BPE, WordPiece, Unigram).
 
-`Tokenizer` adds what the rest needs to know: which ids are <s>, </s>, <pad> and <mask> ([CLS], [SEP], [PAD], [MASK]), how a pair of
-texts is parted, a fingerprint of the content, so that a base and a corpus made with different tokenizers are told apart, and one of
-the vocabulary alone: where that is equal, ids mean the same words.
+`Tokenizer` adds what the rest needs to know: which ids are <s>, </s>, <pad> and <mask> ([CLS], [SEP], [PAD], [MASK]), how the texts of a
+pair are separated, a fingerprint of the content, which tells apart bases and corpora made with different tokenizers, and a hash of the
+vocabulary alone: if that is equal, ids mean the same words.
 """
 import hashlib
 import json
@@ -18,30 +18,33 @@ from rt.formats.files import read_json, write_whole
 from rt.formats.untrusted import JSON_BYTES
 
 SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-
-
+OF_BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 ROLES = {"bos": ("<s>", "[CLS]"), "pad": ("<pad>", "[PAD]"), "eos": ("</s>", "[SEP]"), "mask": ("<mask>", "[MASK]")}
 
 
+class NoTokenizer(InputError):
+    """A folder holds no tokenizer that can be read."""
+
+
 class Tokenizer:
-    """Text to ids without special tokens, and back. Raises InputError where a special token is missing."""
+    """Text to ids without special tokens, and back. InputError if a special token is missing."""
 
     def __init__(self, backend: tokenizers.Tokenizer, source: str = "tokenizer"):
         backend.no_padding()
         backend.no_truncation()
-        self.backend = backend
-        self.vocab_size, self.source = max(backend.get_vocab().values(), default=-1) + 1, source     # ids may have gaps
+        self.backend, self.source = backend, source
+        self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1     # ids may have gaps
         if self.vocab_size > 2 * backend.get_vocab_size() + 1000:
             raise InputError(f"{source}: its ids go up to {self.vocab_size - 1}, for {backend.get_vocab_size()} tokens")
-        ids = {}
         is_bert = "[CLS]" in backend.encode("a").tokens     # a user may have added <s> to BERT's tokens
+        ids = {}
         for role, names in ROLES.items():
-            found = [backend.token_to_id(n) for n in (reversed(names) if is_bert else names)]
-            ids[role] = next((i for i in found if i is not None), None)
-            if ids[role] is None:
+            known = [i for name in (reversed(names) if is_bert else names) if (i := backend.token_to_id(name)) is not None]
+            if not known:
                 raise InputError(f"{source}: has no {role} token (looked for {' and '.join(names)})")
+            ids[role] = known[0]
         self.bos_id, self.pad_id, self.eos_id, self.mask_id = ids["bos"], ids["pad"], ids["eos"], ids["mask"]
-        specials = {backend.token_to_id(n) for n in SPECIALS + [n for names in ROLES.values() for n in names] + ["[UNK]"]}
+        specials = {backend.token_to_id(name) for name in SPECIALS + OF_BERT}
         specials |= {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
         self.special_ids = sorted(specials - {None})
         framing = backend.num_special_tokens_to_add(True) or (3 if backend.id_to_token(self.bos_id) == "[CLS]" else 4)
@@ -56,14 +59,14 @@ class Tokenizer:
     def encode(self, texts: list[str]) -> list[list[int]]:
         try:
             return [e.ids for e in self.backend.encode_batch(texts, add_special_tokens=False)]
-        except Exception as error:      # tokenizers raises bare Exception, as for a word without a token for what is unknown
+        except Exception as error:      # tokenizers raises bare Exception, as for an unknown word if there is no token for those
             raise InputError(f"{self.source}: the tokenizer cannot encode a text ({error})") from None
 
     def decode(self, ids: list[int]) -> str:
-        return self.backend.decode([max(i, ~i) for i in ids], skip_special_tokens=False)    # ~i: see rt/tasks.py: encode
+        return self.backend.decode([max(i, ~i) for i in ids], skip_special_tokens=False)    # ~i: see rt/data.py: encode
 
     def framed(self) -> tokenizers.Tokenizer:
-        """The backend with the special tokens around a text or a pair that rt/tasks.py puts there; BERT's second text has type 1."""
+        """The backend with the special tokens around a text or a pair that rt/data.py puts there; BERT's second text has type 1."""
         framed = tokenizers.Tokenizer.from_str(self.backend.to_str())
         if self.backend.num_special_tokens_to_add(True) == 0:
             first, last = self.backend.id_to_token(self.bos_id), self.backend.id_to_token(self.eos_id)
@@ -73,18 +76,27 @@ class Tokenizer:
         return framed
 
     def save(self, folder: Path) -> None:
-        """tokenizer.json in `folder`, which appears whole."""
+        """Write tokenizer.json into `folder`; the file appears whole."""
         write_whole(Path(folder) / "tokenizer.json", self.backend.to_str(pretty=True))
 
 
 def _content(backend: tokenizers.Tokenizer) -> str:
-    """What a tokenizer.json says. Scores of a Unigram model are rounded: written and read again they differ in the last digit."""
+    """The text of a tokenizer.json. Scores of a Unigram model are rounded: written and read again they differ in the last digit."""
     text = backend.to_str()
     if not isinstance(backend.model, models.Unigram):
         return text
     facts = json.loads(text)
     facts["model"]["vocab"] = [[token, f"{score:.6g}"] for token, score in facts["model"]["vocab"]]
     return json.dumps(facts)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE of at most `vocab_size` tokens; the special tokens are ids 0 to 4 as in RoBERTa (but <mask>)."""
+    backend = _byte_level(models.BPE())
+    backend.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, min_frequency=2, special_tokens=_special(SPECIALS), show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return Tokenizer(backend)
 
 
 def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
@@ -94,70 +106,59 @@ def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
     return backend
 
 
-def _special_tokens() -> list[AddedToken]:
-    return [AddedToken(s, special=True, normalized=False, lstrip=s == "<mask>") for s in SPECIALS]
+def _wordpiece(vocab: Path) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(models.WordPiece.from_file(str(vocab), unk_token="[UNK]"))
+    backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    backend.add_special_tokens(_special(name for name in OF_BERT if backend.token_to_id(name) is not None))
+    return backend
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE of at most `vocab_size` tokens; the special tokens are ids 0 to 4 as in RoBERTa (but <mask>)."""
-    backend = _byte_level(models.BPE())
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, special_tokens=_special_tokens(),
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    backend.train_from_iterator(texts, trainer)
-    return Tokenizer(backend)
+def _special(names: Iterable[str]) -> list[AddedToken]:
+    return [AddedToken(name, special=True, normalized=False, lstrip=name == "<mask>") for name in names]
 
+
+# --- from files -------------------------------------------------------------------------------------------------------
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """From a `tokenizer.json`, or a folder with one, or with RoBERTa's `vocab.json` and `merges.txt`, or BERT's `vocab.txt`. What a
-    tokenizer_config.json beside them says of case, accents and the first space holds, as in transformers."""
+    """A tokenizer from a `tokenizer.json`, or a folder with one, or with RoBERTa's `vocab.json` and `merges.txt`, or BERT's `vocab.txt`.
+    As in transformers, a tokenizer_config.json beside them decides on case, accents and the first space. NoTokenizer (an InputError) if
+    there is none, InputError if it cannot be read."""
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
     vocab, merges, words = path / "vocab.json", path / "merges.txt", path / "vocab.txt"
-    for each in (file, vocab, merges, words):
-        if each.is_file() and each.stat().st_size > JSON_BYTES:
-            raise InputError(f"{each}: is longer than {JSON_BYTES >> 20} MB, too long for a tokenizer")
+    for long in (file, vocab, merges, words):
+        if long.is_file() and long.stat().st_size > JSON_BYTES:
+            raise InputError(f"{long}: is longer than {JSON_BYTES >> 20} MB, too long for a tokenizer")
     try:
         facts = _facts(path / "tokenizer_config.json")
+        of_bert = str(facts.get("tokenizer_class", "BertTokenizer")).startswith("BertTokenizer") and "word_tokenizer_type" not in facts
         if file.is_file():
-            return _rereadable(_as_configured(tokenizers.Tokenizer.from_file(str(file)), facts), file)
-        if vocab.is_file() and merges.is_file():
+            backend = _as_configured(tokenizers.Tokenizer.from_file(str(file)), facts)
+        elif vocab.is_file() and merges.is_file():
             file, backend = vocab, _byte_level(models.BPE.from_file(str(vocab), str(merges)))
-            backend.add_special_tokens(_special_tokens())
-            return _rereadable(_with_added(_as_configured(backend, facts), path, facts), vocab)
-        of_bert = str(facts.get("tokenizer_class", "BertTokenizer")).startswith("BertTokenizer")
-        if words.is_file() and of_bert and "word_tokenizer_type" not in facts:      # which Japanese ones have
-            file, backend = words, _wordpiece(words)
-            return _rereadable(_with_added(_as_configured(backend, facts), path, facts), words)
+            backend.add_special_tokens(_special(SPECIALS))
+            backend = _with_added(_as_configured(backend, facts), path, facts)
+        elif words.is_file() and of_bert:       # word_tokenizer_type: Japanese ones, which need other libraries
+            file, backend = words, _with_added(_as_configured(_wordpiece(words), facts), path, facts)
+        else:
+            raise NoTokenizer(f"{path}: no tokenizer there; expected tokenizer.json, or vocab.json with merges.txt, or BERT's vocab.txt "
+                              "(transformers' AutoTokenizer.from_pretrained and save_pretrained make a tokenizer.json of others)")
+        tokenizer = Tokenizer(backend, str(file))     # bounds the ids: to_str() takes memory for the largest
+        tokenizers.Tokenizer.from_str(backend.to_str())     # can a base read it again? merges may need tokens that the vocabulary lacks
+        return tokenizer
     except (InputError, KeyboardInterrupt):
         raise
     except BaseException as error:  # tokenizers raises bare Exception for what it cannot read, or panics, which is no Exception
         raise InputError(f"{file}: not a tokenizer file ({error})") from None
-    raise InputError(f"{path}: no tokenizer there; expected tokenizer.json, or vocab.json with merges.txt, or BERT's vocab.txt "
-                     "(transformers' AutoTokenizer.from_pretrained and save_pretrained make a tokenizer.json of others)")
-
-
-def _rereadable(backend: tokenizers.Tokenizer, source: Path) -> Tokenizer:
-    """The Tokenizer, if what a base would keep of it can be read again: merges may need tokens that the vocabulary lacks."""
-    found = Tokenizer(backend, str(source))     # which bounds the ids first: to_str() takes memory for the largest
-    tokenizers.Tokenizer.from_str(backend.to_str())
-    return found
 
 
 def _facts(path: Path) -> dict:
     return read_json(path) if path.is_file() else {}
 
 
-def _wordpiece(vocab: Path) -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer(models.WordPiece.from_file(str(vocab), unk_token="[UNK]"))
-    backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    backend.decoder = decoders.WordPiece()
-    present = [t for t in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if backend.token_to_id(t) is not None]
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in present])
-    return backend
-
-
 def _as_configured(backend: tokenizers.Tokenizer, facts: dict) -> tokenizers.Tokenizer:
-    """With the settings that a tokenizer_config.json states of a class that goes by them."""
+    """With the settings of a tokenizer_config.json, if its class is one that obeys them."""
     if str(facts.get("tokenizer_class")).startswith(("PreTrainedTokenizer", "TokenizersBackend")):
         return backend
     normalizer, splitter = backend.normalizer, backend.pre_tokenizer

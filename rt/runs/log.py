@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from rt.data import Task
-from rt.formats.files import making, read_rows, with_room, write_all, write_whole
+from rt.formats.files import read_rows, write_all, write_errors, write_whole
 from rt.model import Batch, Encoder
 from rt.speed.throughput import Throughput
 from rt.tune import score
@@ -26,7 +26,7 @@ class Log:
         if not writes:
             return
         kept = [row for row in read_rows(self.path) if keep(row)] if keep else []
-        with making(self.path):
+        with write_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
             self.file = self.path.open("ab", buffering=0)       # a row is one write: a killed process leaves all of it or none
@@ -34,7 +34,7 @@ class Log:
     def row(self, **values: Any) -> None:
         if self.file:
             line = (json.dumps(values) + "\n").encode()
-            with with_room(self.path, len(line)):
+            with write_errors(self.path, len(line)):
                 write_all(self.file, line)
 
     def sync(self) -> None:
@@ -53,10 +53,11 @@ class StepBar:
     """The bar of a supervised loop: with StepBar(...) as bar, give `on_step=bar.on_step` and `on_eval=bar.on_eval` to rt.tune.tune. It
     shows the loss, the best score on dev, tokens per second and the time left."""
 
-    def __init__(self, steps: int, what: str, encoder: Encoder, device: torch.device, precision: torch.dtype):
+    def __init__(self, steps: int, what: str, encoder: Encoder, device: torch.device, precision: torch.dtype, runs: int = 1):
         frozen = not encoder.layers[0].qkv.weight.requires_grad
         self.throughput = Throughput(encoder.config, device, precision, frozen=frozen)
-        self.bar, self.skipped, self.best, self.stepped = progress(steps, what), 0, -math.inf, time.perf_counter()
+        self.bar, self.runs, self.batches = progress(steps, what), runs, 0
+        self.skipped, self.best, self.stepped = 0, -math.inf, time.perf_counter()
 
     def __enter__(self) -> "StepBar":
         self.throughput.restart()
@@ -67,13 +68,15 @@ class StepBar:
 
     def on_step(self, batch: Batch) -> None:
         self.throughput.count(batch)
-        self.bar.update()
+        self.batches += 1
+        self.bar.update(self.batches // self.runs - self.bar.n)
         self.stepped = time.perf_counter()
 
     def on_eval(self, row: dict) -> None:
         if row["step"] == 0:
             return self.throughput.restart()
         self.throughput.since += time.perf_counter() - self.stepped     # evaluation is no training
+        self.stepped = time.perf_counter()
         self.skipped += row.get("skipped", 0)
         self.best = max(self.best, score(row["dev"]))
         self.bar.set_postfix_str(f"{loss_text(row['loss'], self.skipped)}, best dev {self.best:.3f}, {self.throughput}")

@@ -1,14 +1,20 @@
-"""What recycle.py leaves: a row a run in summary.json, curves in metrics.jsonl, deltas. A run is told from others by all it depends on."""
+"""What recycle.py leaves in --out: under deltas/ a folder for each run, which appears whole, and in summary.json the rows of all runs.
+
+    deltas/RUN/delta.safetensors, delta.json    unless --no_save_deltas
+    deltas/RUN/metrics.jsonl                    the run's evaluations
+    deltas/RUN/summary.json                     the run's row
+
+Equal runs have equal names, whichever call they are of: a name is a hash of all the flags that the run depends on. What flags name by path
+(bases, deltas, tasks) is compared by content, the row's `origin`.
+"""
 import hashlib
 import json
 import shutil
 import sys
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
-from types import NoneType
-from typing import Any, Callable, Iterable
+from typing import Any, Iterable
 
 import torch
 
@@ -16,20 +22,26 @@ from rt.data import Task, TaskData
 from rt.deltas import Base, Delta
 from rt.errors import InputError
 from rt.formats.atomic import differing
-from rt.formats.delta_files import save_delta
-from rt.formats.files import FIGURES, claim, read_json, read_rows, write_json, write_whole
+from rt.formats.delta_files import delta_folder, write_delta
+from rt.formats.files import FIGURES, check_overwritable, read_json, write_json, write_whole
 from rt.formats.hub import open_delta
 from rt.formats.untrusted import shaped
 from rt.recycling import NEEDS_TEACHER, TRAINED, Recycling
-from rt.runs.config import record
-from rt.runs.log import Log
-from rt.runs.summary import add_steps_to_scratch, by_settings
+from rt.runs.config import flags_of, record
+from rt.runs.summary import add_steps_to_scratch, by_settings, routes
 from rt.tune import TuneResult, score
 
+# flags that do not change what a run computes, or that its row holds beside its settings
+NOT_SETTINGS = {"mode", "seeds", "lr", "out", "cache", "device", "resume", "save_deltas", "sweep", "side_by_side", "graphs",
+                "deterministic"}
+USED_BY = {"distill": (*NEEDS_TEACHER, "project"), "project": ("project",)}     # parts of a Config: the modes that read them
+
+
+# --- equal names for equal runs ----------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Run:
-    """What makes a row of the summary. `c` is recycle.py's Config; in a chain, that of one base: see `at`."""
+    """One row of the results. `c` is recycle.py's Config; in a chain, the config of one base: see `at`."""
     c: Any
     mode: str
     seed: int
@@ -38,168 +50,147 @@ class Run:
 
     @property
     def settings(self) -> dict:
-        """A direct run's are those of a call with this --base and no --chain: so it is the same run."""
-        return settings_of(self.c if self.route == "chain" else replace(self.c, chain=()), self.mode)
+        """The flags that the run depends on, beside its seed and learning rate. Those of a direct run are as of a call with this --base
+        and no --chain, so that it is the same run."""
+        values = record(self.c if self.route == "chain" else replace(self.c, chain=()))
+        off = {name for name in ("chain", "early_stop", "gamma", "itp") if not values[name]}
+        if not values["gamma"]:
+            off.add("att_layers")
+        return {k: v for k, v in values.items() if k not in NOT_SETTINGS | unread(type(self.c), self.mode) | off}
 
     @property
     def name(self) -> str:
-        """Equal for equal runs: mode, seed, and a hash of the flags that they depend on; for what these name by path see `origin_of`."""
         content = json.dumps([self.settings, self.lr], sort_keys=True)
         return f"{self.mode}-s{self.seed}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
-
-    @property
-    def key(self) -> tuple[str, int, float | None]:
-        """Tells the runs of one call apart; in a chain equal for all of its bases and routes, which are done together."""
-        return self.mode, self.seed, self.lr
 
     def at(self, base: str, route: str | None) -> "Run":
         """This run on one base of --chain: its config ends there."""
         until = self.c.chain.index(base) + 1
         return replace(self, c=replace(self.c, base=base, chain=self.c.chain[:until]), route=route)
 
-
-def settings_of(c: Any, mode: str) -> dict:
-    """The flags that a run of `mode` depends on, beside its seed and learning rate."""
-    free = {"mode", "seeds", "lr", "out", "cache", "device", "resume", "save_deltas", "sweep", "side_by_side", "graphs", "deterministic"}
-    if not c.early_stop:
-        free |= {"early_stop"}      # so that rows from before there was one are of equal runs
-    if mode not in (*NEEDS_TEACHER, "project"):
-        free |= {"alpha", "beta", "T", "public_code"}
-    if mode not in NEEDS_TEACHER or not c.gamma:
-        free |= {"gamma", "att_layers"}
-    if mode not in NEEDS_TEACHER or not c.itp:
-        free |= {"itp"}
-    if mode != "project":
-        free |= {"source_task", "source_delta", "rank", "granularity", "residual", "project_steps"}
-    if not c.chain:
-        free |= {"chain"}
-    return {k: v for k, v in record(c).items() if k not in free}
+    def rows(self) -> list["Run"]:
+        """Itself, or in a chain one for each base and route."""
+        return [self.at(base, route) for base in self.c.chain for route in routes(self.mode)] if self.c.chain else [self]
 
 
-def belongs(row: dict, c: Any) -> bool:
-    """Whether a row, of this call or an earlier one, has the settings of `c`; in a chain, of any of its routes at this base."""
-    return any(row["settings"] == Run(c, row["mode"], 0, None, route).settings for route in ("direct", *(["chain"] if c.chain else [])))
+def unread(config: type, mode: str) -> set[str]:
+    """The flags of nested settings that `mode` does not read."""
+    return {flag.name for flag in flags_of(config) if mode not in USED_BY.get(flag.path[0], (mode,))}
 
 
-def row_of(run: Run, task: Task, result: TuneResult) -> dict:
-    """A run as a row of the summary."""
+def origin_of(r: Recycling, sources: Iterable[tuple[Delta, TaskData]] = ()) -> list[str]:
+    """Hashes of what a run's settings name by path: old base, new base, old delta (with source deltas and tasks), and task."""
+    digest = hashlib.sha256()
+    for delta, data in ((r.old_delta, None), *sources):
+        for part in (delta.diffs, delta.modules, delta.head):
+            for name, tensor in sorted(part.items()):
+                digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(data.hash.encode() if data else b"")
+    return [r.old_base.fingerprint, r.base.fingerprint, digest.hexdigest()[:16], r.data.hash]
+
+
+# --- a run -------------------------------------------------------------------------------------------------------------
+
+def save_run(out: Path, run: Run, task: Task, result: TuneResult, delta: Delta, curve: list[dict], origin: list[str], more: dict) -> dict:
+    """Write OUT/deltas/RUN; returns its row, to which `more` is added."""
     c = run.c
-    return {"run": run.name, "mode": run.mode, "delta": c.delta, "task": task.name, "shots": c.shots, "seed": run.seed, "lr": run.lr,
-            "steps": c.steps if run.mode in TRAINED else 0, "best_step": result.best_step, "dev": result.dev, "test": result.test,
-            "steps_to_scratch_best": None, "seconds": round(result.seconds, 1), "curve": result.curve, "settings": run.settings,
-            **{name: count for name in ("skipped", "diverged") if (count := getattr(result, name))}}
-
-
-class Book:
-    """metrics.jsonl, summary.json and deltas/ of the output folder. What other calls have left there stays, unless the same
-    run (mode, seed, learning rate and settings) is done again: then it goes first, so that a killed call leaves rows of whole runs, and
-    none of two bases. `done`, with --resume, are the keys of those that need not be: their row, curve and delta are there, and of the
-    same `origin`, a function of the run."""
-
-    def __init__(self, c: Any, argv: list[str], out: Path, task: Task, plan: list[Run], origin: Callable[[Run], list[str]]):
-        self.facts, self.c, self.out, self.task, self.plan, self.origin = {"config": record(c), "argv": argv}, c, out, task, plan, origin
-        self.place = {run.name: i for i, run in enumerate(plan)}
-        claim(out, {"metrics.jsonl", "summary.json", "deltas", FIGURES})
-        before = summary_rows(out / "summary.json")
-        missing = {run.key for run in plan}
-        if c.resume:
-            rows = {row["run"]: row for row in before}
-            curves = Counter(str(row.get("run")) for row in read_rows(out / "metrics.jsonl") if "part" not in row)
-            missing = {run.key for run in plan if not self.is_whole(run, rows.get(run.name), curves[run.name])}
-        self.done = {run.key for run in plan} - missing
-        again = {run.name for run in plan if run.key in missing}
-        self.rows = [row for row in before if row["run"] not in again]
-        if len(self.rows) < len(before):    # first, so that a row never is without its curve
-            write_json(out / "summary.json", {"rows": self.rows, **self.facts})
-        for name in again if not c.save_deltas else ():
-            shutil.rmtree(out / "deltas" / name, ignore_errors=True)        # of what the run was before
-        kept = {row["run"] for row in self.rows}        # a curve without a row is of a run that was killed
-        self.log = Log(out, keep=lambda row: isinstance(row.get("run"), str) and row["run"] in kept)
-
-    def is_whole(self, run: Run, row: dict | None, evaluations: int) -> bool:
-        """Whether an earlier call has finished this run; `evaluations` is the number of rows of its curve."""
-        return row is not None and is_of(row, run, self.origin(run)) and bool(row["test"]) and evaluations == len(row["curve"]) and (
-            not self.c.save_deltas or has_whole_delta(self.out, run.name, self.origin(run)))
-
-    def curve(self, run: Run, row: dict) -> None:
-        """Write what a run says at an evaluation."""
-        self.log.row(run=run.name, mode=run.mode, seed=run.seed, lr=run.lr, **row)
-
-    def enter(self, run: Run, result: TuneResult, delta: Delta, about: dict) -> None:
-        """Write a finished run: its delta, and its row in the summary, to which `about` is added."""
-        c, row = run.c, row_of(run, self.task, result) | {"origin": self.origin(run)}
+    row = {"run": run.name, "mode": run.mode, "delta": c.delta.kind, "task": task.name, "shots": c.shots, "seed": run.seed,
+           "lr": run.lr, "steps": c.steps if run.mode in TRAINED else 0, "best_step": result.best_step, "dev": result.dev,
+           "test": result.test, "steps_to_scratch_best": None, "seconds": round(result.seconds, 1), "curve": result.curve,
+           "settings": run.settings,
+           **{name: count for name in ("skipped", "diverged") if (count := getattr(result, name))}, "origin": origin, **more}
+    with delta_folder(out / "deltas" / run.name, delta.nbytes) as new:
         if c.save_deltas:
-            keep_delta(self.out, row, self.task, delta, self.facts)
-        self.log.sync()
-        self.rows.append({**row, **about})
-        self.rows.sort(key=lambda row: self.place.get(row["run"], -1))      # as if none had been there before
-        add_steps_to_scratch(self.belonging(c))
-        write_json(self.out / "summary.json", {"rows": self.rows, **self.facts})
+            facts = {k: row[k] for k in ("task", "shots", "seed", "mode", "lr", "dev", "test", "origin") if row[k] != {}}
+            facts |= {"labels": list(task.labels), "task_hash": task.hash, "config": record(c), "argv": sys.argv}
+            write_delta(new, replace(delta, info=facts | delta.info))
+        write_whole(new / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in curve))
+        write_json(new / "summary.json", row)
+    return row
 
-    def belonging(self, c: Any) -> list[dict]:
-        """The rows with the settings of `c`, of this call or an earlier one, as long as old base, old delta and new base were the same."""
-        def is_one(row: dict) -> bool:
-            origin = self.origin(Run(c, row["mode"], row["seed"], row["lr"]))
-            return is_same(row.get("origin", origin), origin) and belongs(row, c)
 
-        return [row for row in self.rows if is_one(row)]
+def finished_row(out: Path, run: Run, origin: list[str]) -> dict | None:
+    """The row of a run that an earlier call has left whole, of the same settings and origin; None if there is none."""
+    folder = out / "deltas" / run.name
+    try:
+        row = read_json(folder / "summary.json")
+        check_rows([row], folder / "summary.json")
+        if run.c.save_deltas and differing(folder, "delta.json", read_json(folder / "delta.json")):
+            return None
+    except (InputError, OSError):
+        return None
+    return row if (row.get("origin"), row["lr"], row["settings"]) == (origin, run.lr, run.settings) else None
 
-    def planned(self) -> list[dict]:
-        """The rows of this call, done now or found, in its order; of a chain with base and route."""
-        rows = {row["run"]: row for row in self.rows}
-        return [rows[run.name] | ({"base": run.c.base, "route": run.route} if self.c.chain else {}) for run in self.plan]
+
+# --- all runs ----------------------------------------------------------------------------------------------------------
+
+def begin(c: Any, out: Path, runs: list[Run], origin: dict[str, list[str]]) -> set[str]:
+    """The names of the runs that need not be done: with --resume or --sweep, those that an earlier call has finished. The others go before
+    anything is done, so that a call that is killed leaves rows of whole runs alone, and none of two origins."""
+    check_overwritable(out, {"metrics.jsonl", "summary.json", "deltas", FIGURES})
+    summary_rows(out / "summary.json")      # that can be read, before anything goes
+    finished = set()
+    for run in runs:
+        row = finished_row(out, run, origin[run.name]) if c.resume or c.sweep is not None else None
+        if row and (row["test"] or c.sweep is not None):
+            finished.add(run.name)
+        else:
+            shutil.rmtree(out / "deltas" / run.name, ignore_errors=True)
+    write_summary(c, out, runs)
+    return finished
+
+
+def write_summary(c: Any, out: Path, runs: list[Run]) -> list[dict]:
+    """summary.json: the rows of other calls, then those of these runs, as far as they are done, which are returned."""
+    paths = {run.name: out / "deltas" / run.name / "summary.json" for run in runs}
+    place = {run.name: {"base": run.c.base, "route": run.route} if c.chain else {} for run in runs}
+    own = [read_json(path) | place[name] for name, path in paths.items() if path.exists()]
+    rows = [row for row in summary_rows(out / "summary.json") if row["run"] not in paths] + own
+    for group in [own] if c.sweep is not None else comparable(rows, unread(type(c), "scratch")):
+        add_steps_to_scratch(group)
+    write_json(out / "summary.json", {"rows": rows, "config": record(c), "argv": sys.argv})
+    return own
+
+
+def comparable(rows: list[dict], more: set[str]) -> list[list[dict]]:
+    """The rows in groups to which the same runs of scratch are the baseline: of the same origin but for the old delta, and of the same
+    settings but for `more`, which scratch does not read, and the chain."""
+    found: dict[str, list[dict]] = {}
+    for row in rows:
+        settings = {k: v for k, v in row["settings"].items() if k not in more | {"chain"}}
+        origin = row.get("origin", [])
+        found.setdefault(json.dumps([origin[:2], origin[3:], settings], sort_keys=True), []).append(row)
+    return list(found.values())
 
 
 def summary_rows(path: Path) -> list[dict]:
-    """The rows of a summary.json of recycle.py; none where there is no file. InputError where it holds others."""
+    """The rows of a summary.json of recycle.py, none if there is no file. InputError for a file of another kind."""
     rows = read_json(path).get("rows") if path.exists() else []
-    if not isinstance(rows, list) or not all(map(is_row, rows)):
-        raise InputError(f"{path}: its rows are not those of runs of recycle.py: give another --out, or move the file away")
+    check_rows(rows, path)
     return rows
 
 
-def is_row(row: object) -> bool:
-    """Whether all that is read of a row later is there."""
-    number = (int, float)
-    kinds = {"run": str, "mode": str, "seed": int, "lr": (*number, NoneType), "dev": dict, "test": dict, "seconds": number,
-             "settings": dict, "curve": list}
-    return isinstance(row, dict) and all(name in row and isinstance(row[name], kind) for name, kind in kinds.items()) and (
-        Path(row["run"]).name == row["run"] != ".." and len(row["dev"]) > 0
-        and all(isinstance(value, number) for value in (*row["dev"].values(), *row["test"].values()))
-        and all(isinstance(point, list) and len(point) == 2 and all(isinstance(x, number) for x in point) for point in row["curve"]))
+def check_rows(rows: list[dict], path: Path) -> None:
+    """InputError unless all that is read of these rows later is there, of the right type."""
+    with shaped(path, "its rows are not those of runs of recycle.py: give another --out, or move the file away"):
+        for row in rows:
+            if Path(row["run"]).name != row["run"] or row["run"] == ".." or not isinstance(row.get("origin", []), list):
+                raise ValueError(row["run"])
+            row["mode"].upper(), row["settings"].keys(), [0 + n for n in (row["seconds"], row["seed"], row["lr"] or 0, score(row["dev"]))]
+            [0 + value for value in row["test"].values()], [0 + step + value for step, value in row["curve"]]
 
 
-def is_of(row: dict, run: Run, origin: list[str]) -> bool:
-    """Whether a row is of this run, and of the same bases, old delta and task."""
-    return is_same(row.get("origin"), origin) and row["lr"] == run.lr and row["settings"] == json.loads(json.dumps(run.settings))
-
-
-def keep_delta(out: Path, row: dict, task: Task, delta: Delta, about: dict) -> None:
-    """OUT/deltas/RUN, with the row's facts and `about` in it."""
-    facts = {k: row[k] for k in ("task", "shots", "seed", "mode", "lr", "dev", "test", "origin") if row[k] != {}}
-    info = {**facts, "labels": list(task.labels), "task_hash": task.hash, **about, **delta.info}
-    save_delta(out / "deltas" / row["run"], replace(delta, info=info))
-
-
-def has_whole_delta(out: Path, run: str, origin: list[str]) -> bool:
-    """Whether OUT/deltas/RUN is as it was written, and of this origin."""
-    folder = out / "deltas" / run
-    try:
-        facts = read_json(folder / "delta.json")
-        return isinstance(facts.get("info"), dict) and facts["info"].get("origin") == origin and not differing(folder, "delta.json", facts)
-    except (InputError, OSError):
-        return False
-
+# --- the best delta ----------------------------------------------------------------------------------------------------
 
 def best_delta(folder: str | Path, base: str) -> Path:
-    """`folder`, or where it is what recycle.py left, in it the best delta: of the mode and settings that are best on dev in the mean over
-    seeds, each of which may have drawn another dev set, the best seed. Of a chain's, those for the base of fingerprint `base`; of equal
-    ones one that recycles."""
+    """`folder`, or the best delta in it if recycle.py wrote it: of the mode and settings that are best on dev in the mean over seeds, each
+    of which may have drawn another dev set, the best seed. Of a chain's deltas those for the base of fingerprint `base` count; of equal
+    ones, one that recycles is taken."""
     folder = Path(folder)
     if (folder / "delta.json").exists() or not (folder / "deltas").is_dir():
         return folder
+    rows = [row for row in summary_rows(folder / "summary.json") if (folder / "deltas" / row["run"] / "delta.json").exists()]
     with shaped(folder / "summary.json", "its rows do not hold what they should"):
-        rows = [row for row in summary_rows(folder / "summary.json") if (folder / "deltas" / row["run"] / "delta.json").exists()]
         fitting = [row for row in rows if read_json(folder / "deltas" / row["run"] / "delta.json")["info"]["base"] == base]
         groups: dict = {}
         for row in fitting or rows:
@@ -211,44 +202,8 @@ def best_delta(folder: str | Path, base: str) -> Path:
     return folder / "deltas" / best["run"]
 
 
-def origin_of(r: Recycling, sources: Iterable[tuple[Delta, TaskData]] = ()) -> list[str]:
-    """What a run's settings name by path only: old base, new base, old delta (and source deltas and tasks) and task, by content."""
-    digest = hashlib.sha256()
-    for delta, data in ((r.old_delta, None), *sources):
-        for part in (delta.diffs, delta.modules, delta.head):
-            for name, tensor in sorted(part.items()):
-                digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
-        digest.update(data.hash.encode() if data else b"")
-    return [r.old_base.fingerprint, r.base.fingerprint, digest.hexdigest()[:16], r.data.hash]
-
-
-def is_complete(out: Path, run: Run, origin: list[str]) -> bool:
-    """Whether a sweep has left this run, of the same bases and old delta, whole."""
-    path = out / "deltas" / run.name / "summary.json"
-    if not path.exists():
-        return False
-    row = read_json(path)
-    return is_row(row) and is_of(row, run, origin) and has_whole_delta(out, run.name, origin)
-
-
-def is_same(found: object, origin: list[str]) -> bool:
-    """Whether a row's origin is this one; rows from before that of the task was noted have one less."""
-    return isinstance(found, list) and len(found) >= len(origin) - 1 and found == origin[:len(found)]
-
-
-def keep_run(out: Path, argv: list[str], run: Run, task: Task, result: TuneResult, delta: Delta, curve: list[dict],
-             origin: list[str]) -> None:
-    """A folder for one run of a sweep; summary.json, the sign that it is complete, comes last."""
-    row = row_of(run, task, result) | {"origin": origin}
-    home = out / "deltas" / run.name
-    (home / "summary.json").unlink(missing_ok=True)
-    keep_delta(out, row, task, delta, {"config": record(run.c), "argv": argv})
-    write_whole(home / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in curve))
-    write_json(home / "summary.json", row)
-
-
 def open_best(folder: str, base: Base) -> Delta:
-    """A delta, or of a folder of recycle.py's runs the best one for `base`, which is said on stderr."""
+    """The delta in `folder` (or of a hub id), or the best one for `base` of a folder of recycle.py, which is then named on stderr."""
     best = best_delta(folder, base.fingerprint)
     if best != Path(folder):
         print(f"best on dev of {folder}: {best.name}", file=sys.stderr)

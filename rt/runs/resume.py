@@ -26,7 +26,7 @@ from rt.deltas import Base
 from rt.errors import Diverged, InputError
 from rt.formats.atomic import check_seal, locked
 from rt.formats.checkpoint import load_base, read_torch, save_base
-from rt.formats.files import FIGURES, read_json, strangers, write_json
+from rt.formats.files import FIGURES, read_json, unknown_names, write_json
 from rt.formats.untrusted import is_number, is_whole, shaped
 from rt.model import MaskedLM
 from rt.optim import MOST_SKIPPED
@@ -47,7 +47,7 @@ def has_work(out: Path, settings: dict, resume: bool) -> bool:
     """Whether a run with these settings may begin in `out` or go on: False if it is complete. Raises InputError if it would overwrite
     something, or go on with other settings."""
     if not (out / "config.json").exists():
-        if strangers(out, {FIGURES, "config.json"}):
+        if unknown_names(out, {FIGURES, "config.json"}):
             raise InputError(f"{out} holds other things than a stream of bases: give another --out")
         return True
     begun = read_json(out / "config.json")
@@ -228,7 +228,8 @@ class PretrainRun:
         self.in_a_row = self.in_a_row + 1 if "skipped" in row else 0
         if self.in_a_row > MOST_SKIPPED:
             raise Diverged(f"the loss at step {row['step'] - MOST_SKIPPED} or its gradient is not finite, nor are those of the "
-                           f"{MOST_SKIPPED} steps after it: lower --lr ({self.s.lr}) or raise --warmup (now {self.s.warmup_steps} steps); {self.left()}")
+                           f"{MOST_SKIPPED} steps after it: lower --lr ({self.s.lr}) or raise --warmup "
+                           f"(now {self.s.warmup_steps} steps); {self.left()}")
         self.step = row["step"]
         self.skipped += "skipped" in row
         self.log.row(stage=self.about["name"], **row)

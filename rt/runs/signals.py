@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: raised at once as an exception, or noted and obeyed where it suits."""
+"""SIGTERM and Ctrl-C: raised at once as an exception, or noted until the loop asks."""
 import signal
 import threading
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal that asked for the end; rt.config.run prints the sentence and ends with `code`."""
+    """A signal has asked for the end; rt.runs.config.run prints the sentence and exits with `code`."""
 
     def __init__(self, number: int, sentence: str = "what was finished is kept"):
         super().__init__(f"{'interrupted' if number == signal.SIGINT else 'terminated'}: {sentence}")
@@ -18,8 +18,8 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def handled(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Inside, `handler` gets the signals, but those that whoever started the process wants ignored (nohup). In other threads than the
-    main one, which can have no handlers, nothing changes."""
+    """Inside, `handler` gets the signals, except those that the parent process wants ignored (nohup). Only the main thread can have
+    handlers: in others nothing changes."""
     before = {}
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, handler) for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN}
@@ -35,7 +35,7 @@ def raise_interrupted(number: int, frame: FrameType | None) -> None:
 
 
 class Stop:
-    """with Stop() as stop: the first signal is noted in `stop.number` (0: none), a second one raises."""
+    """with Stop() as stop: the first signal is noted in `stop.number` (0: none yet), a second one raises Interrupted."""
     number = 0
 
     def note(self, number: int, frame: FrameType | None) -> None:

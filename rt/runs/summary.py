@@ -1,4 +1,5 @@
-"""What the rows of a summary say together: recycle.py's are dicts with mode, seed, lr, settings, dev, test and curve, one a run."""
+"""Tables over many rows: recycle.py's are dicts with mode, seed, lr, settings, dev, test and curve, one for each run; pre-training's are
+stages."""
 import json
 from pathlib import Path
 from statistics import mean, stdev
@@ -17,8 +18,8 @@ def by_settings(row: dict) -> tuple[float | None, str]:
 
 
 def chosen(rows: list[dict], mode: str, by: Callable[[dict], object] = by_rate) -> list[dict]:
-    """The rows of a mode, one a seed, at the learning rate (or whatever `by` tells apart) whose dev score is best on average, of those
-    that most seeds have been run at: a mean over fewer is of other examples."""
+    """The rows of a mode, one for each seed, at the learning rate (or other key `by`) with the best mean dev score, among those that most
+    seeds have been run at: a mean over fewer seeds is of other examples."""
     groups: dict = {}
     for row in rows:
         if row["mode"] == mode:
@@ -26,9 +27,9 @@ def chosen(rows: list[dict], mode: str, by: Callable[[dict], object] = by_rate) 
     return max(groups.values(), key=lambda group: (len(group), mean(score(row["dev"]) for row in group)), default=[])
 
 
-def add_steps_to_scratch(rows: list[dict], by: Callable[[dict], object] = by_rate) -> None:
-    """First step at which a run's dev score is that of scratch's best of the same seed, or above; None if never."""
-    best = {row["seed"]: score(row["dev"]) for row in chosen(rows, "scratch", by)}
+def add_steps_to_scratch(rows: list[dict]) -> None:
+    """Into each row the first step at which its dev score reaches scratch's best for the same seed; None if never."""
+    best = {row["seed"]: score(row["dev"]) for row in chosen(rows, "scratch", by_settings)}
     for row in rows:
         if row["seed"] in best:
             row["steps_to_scratch_best"] = next((step for step, dev in row["curve"] if dev >= best[row["seed"]]), None)
@@ -41,7 +42,7 @@ def spread(rows: list[dict], part: str = "test") -> str:
 
 
 def steps_of(rows: list[dict]) -> str:
-    """Steps to scratch's best dev, one figure a seed."""
+    """Steps to scratch's best dev, one number for each seed."""
     return " ".join("-" if row.get("steps_to_scratch_best") is None else str(row["steps_to_scratch_best"]) for row in rows)
 
 
@@ -50,7 +51,7 @@ def metric_of(row: dict) -> str:
 
 
 def report(rows: list[dict], modes: list[str]) -> str:
-    """One line a mode at its best learning rate: test, steps to scratch's best dev, seconds."""
+    """A line for each mode at its best learning rate: test, steps to scratch's best dev, seconds."""
     groups = {mode: chosen(rows, mode) for mode in modes}
     lines = [[mode, group[0]["lr"] or "-", spread(group), steps_of(group), f"{mean(row['seconds'] for row in group):.1f}"]
              for mode, group in groups.items()]
@@ -58,7 +59,7 @@ def report(rows: list[dict], modes: list[str]) -> str:
 
 
 def report_sweep(rows: list[dict], modes: list[str], settings: list[str]) -> str:
-    """One line a mode at its best combination of `settings` and learning rate, whose rows must have a score on test."""
+    """A line for each mode at its best combination of `settings` and learning rate, whose rows must have a score on test."""
     groups, lines = {mode: chosen(rows, mode, by_settings) for mode in modes}, []
     for mode, best in groups.items():
         values = [f"{name} {best[0]['settings'][name]:g}" for name in settings if name in best[0]["settings"]]
@@ -69,12 +70,12 @@ def report_sweep(rows: list[dict], modes: list[str], settings: list[str]) -> str
 
 
 def routes(mode: str) -> tuple[str | None, ...]:
-    """By which a chain goes from base to base."""
+    """The routes by which a chain takes a mode from base to base."""
     return (None,) if mode == "scratch" else ("chain", "direct")
 
 
 def report_chain(rows: list[dict], modes: list[str], bases: tuple[str, ...]) -> str:
-    """One line a mode and route, one column a base: test, at the learning rate best on dev over all bases."""
+    """A line for each mode and route, a column for each base: test, at the learning rate that is best on dev over all bases."""
     lines = []
     for mode, route in ((mode, route) for mode in modes for route in routes(mode)):
         group = chosen([row for row in rows if row["route"] == route], mode)
@@ -84,7 +85,7 @@ def report_chain(rows: list[dict], modes: list[str], bases: tuple[str, ...]) -> 
 
 
 def forgetting_table(stages: list[dict]) -> str:
-    """Held-out masked-LM loss (accuracy) of every domain after every stage of pre-training: dicts with name, domain and heldout."""
+    """Held-out masked-LM loss (accuracy) of every domain after every stage of pre-training; stages are dicts with name, domain, heldout."""
     def cell(scores: dict | None) -> str:
         return f"{scores['loss']:.3f} ({scores['accuracy']:.3f})" if scores else "-"
 

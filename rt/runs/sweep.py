@@ -2,25 +2,18 @@
 import difflib
 import itertools
 import json
-import typing
-from dataclasses import replace
-from typing import Any
 
 from rt.errors import InputError
-from rt.runs.config import convert
+from rt.runs.config import C, convert, flags_of, replace_flags
 
-# what a run may differ in; those of SIDE_BY_SIDE even within one group (rt/grid.py)
+# what a run may differ in; the runs of a group that is done side by side, in SIDE_BY_SIDE, seed and learning rate
 SWEPT = ("seed", "lr", "alpha", "beta", "T", "gamma", "itp", "steps", "batch_size", "warmup", "weight_decay", "early_stop")
-
-
-SIDE_BY_SIDE = ("alpha", "beta", "T")     # and seed and rate, which are not among a run's settings
-
-
-LISTS = {"seed": "seeds", "lr": "lr"}           # fields of a config that hold several
+SIDE_BY_SIDE = ("alpha", "beta", "T")
+LISTS = {"seed": "seeds", "lr": "lr"}           # flags that hold several values
 
 
 def swept(spec: str) -> dict[str, list[str]]:
-    """{name: its values as text} of a grid. InputError for what is not name=value,value,... of SWEPT."""
+    """{name: its values as text} of a grid. InputError unless it is name=value,value,... of names in SWEPT."""
     grid: dict[str, list[str]] = {}
     for part in spec.split():
         name, _, text = part.partition("=")
@@ -35,18 +28,18 @@ def swept(spec: str) -> dict[str, list[str]]:
     return grid
 
 
-def expand(config: Any, spec: str) -> list:
+def expand(config: C, spec: str) -> list[C]:
     """`config` once for every combination of the grid's values, in the order in which they are written."""
-    kinds = typing.get_type_hints(type(config))
+    kinds = {flag.name: flag.kind for flag in flags_of(type(config))}
     choices = []
     for name, texts in swept(spec).items():
-        field = LISTS.get(name, name)
-        choices.append([(field, convert(f"sweep {name}", text, kinds[field])) for text in texts])
-    return [replace(config, **dict(combination)) for combination in itertools.product(*choices)]
+        flag = LISTS.get(name, name)
+        choices.append([(flag, convert(f"sweep {name}", text, kinds[flag])) for text in texts])
+    return [replace_flags(config, **dict(combination)) for combination in itertools.product(*choices)]
 
 
 def groups(runs: list) -> list[list]:
-    """Runs (with `mode` and `settings`) that may go side by side, together."""
+    """Runs (with `mode` and `settings`) in groups that may be done side by side."""
     together: dict[str, list] = {}
     for run in runs:
         rest = {k: v for k, v in run.settings.items() if k not in SIDE_BY_SIDE}

@@ -217,8 +217,9 @@ def predict(stacked: Classifier, parts: list[Encoded], device: torch.device, pre
 class SideBySide:
     """The functions of rt.tune.training_loop for K runs at once, of which those that are over leave the others to themselves."""
 
-    def __init__(self, runs: list[SideRun], device: torch.device, precision: torch.dtype, graphs: bool, on_step: Callable[[Batch], None]):
-        self.runs, self.device, self.precision, self.graphs, self.on_step = runs, device, precision, graphs, on_step
+    def __init__(self, runs: list[SideRun], device: torch.device, precision: torch.dtype, graphs: bool, on_step: Callable[[Batch], None],
+                 on_eval: Callable[[dict], None]):
+        self.runs, self.device, self.precision, self.graphs, self.on_step, self.on_eval = runs, device, precision, graphs, on_step, on_eval
         self.stacked, s = stack([run.model for run in runs]), runs[0].settings
         self.optimizer = SideAdamW(list(trained(self.stacked).values()), s.weight_decay, s.clip)
         self.tracker = SkipTracker((len(runs),), device)
@@ -254,6 +255,7 @@ class SideBySide:
         """Score dev; whether a run goes on."""
         if step == 0:
             self.score_starts()
+            self.on_eval(self.runs[0].rows[-1])
             return True
         scored = predict(self.stacked, [run.data.dev for run in self.runs], self.device, self.precision)
         for k, (run, (loss, skipped, diverged), logits) in enumerate(zip(self.runs, self.tracker.read(), scored)):
@@ -263,6 +265,7 @@ class SideBySide:
             else:
                 weights = {name: p.detach()[k] for name, p in trained(self.stacked).items()}
                 run.add(step, loss, metrics(logits, run.data.dev.targets), weights, skipped)
+                self.on_eval(run.rows[-1])
         going = [k for k, run in enumerate(self.runs) if not run.result.is_over(run.settings, step)]
         if going and len(going) < len(self.runs):
             self.runs = [self.runs[k] for k in going]
@@ -282,18 +285,19 @@ class SideBySide:
 
 
 def tune(runs: list[SideRun], *, device: torch.device, precision: torch.dtype, graphs: bool = False,
-         on_step: Callable[[Batch], None] = lambda batch: None) -> None:
+         on_step: Callable[[Batch], None] = lambda batch: None, on_eval: Callable[[dict], None] = lambda row: None) -> None:
     """rt.tune.tune for K runs at once; fills `result` (but for test) and `best` of each. All have the same steps, batch size, evaluation
     interval and decay; seeds, learning rates, warm-ups, losses and data are their own. A run that stops early, or of which too many steps
     in a row were skipped (`result.diverged`), leaves the others to themselves."""
-    started, together = time.perf_counter(), SideBySide(runs, device, precision, graphs, on_step)
+    started, together = time.perf_counter(), SideBySide(runs, device, precision, graphs, on_step, on_eval)
     training_loop(runs[0].settings, together.gradient, together.update, together.evaluate)
     for run in runs:
         run.result.seconds = (time.perf_counter() - started) / len(runs)
 
 
 def tune_in_groups(runs: list[SideRun], limit: int, *, device: torch.device, precision: torch.dtype, graphs: bool = False,
-                   on_step: Callable[[Batch], None] = lambda batch: None) -> Iterator[SideRun]:
+                   on_step: Callable[[Batch], None] = lambda batch: None,
+                   on_eval: Callable[[dict], None] = lambda row: None) -> Iterator[SideRun]:
     """`tune`, `limit` runs at once, or if that is 0 as many as are estimated to fit into memory; half as many if they do not. Yields the
     runs of a group when it is done. Raises InputError if not one fits."""
     size = limit
@@ -301,7 +305,7 @@ def tune_in_groups(runs: list[SideRun], limit: int, *, device: torch.device, pre
         try:
             size = size or max(1, free_bytes(device) // step_bytes(runs[0], device, precision))
             size = -(-len(runs) // -(-len(runs) // size))      # equal groups: 7 by 4 is 4 and 3, 9 by 8 is 5 and 4
-            tune(runs[:size], device=device, precision=precision, graphs=graphs, on_step=on_step)
+            tune(runs[:size], device=device, precision=precision, graphs=graphs, on_step=on_step, on_eval=on_eval)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -348,8 +352,8 @@ def can_go_together(r: Recycling, mode: str) -> bool:
     return mode in TRAINED and r.config.kind != "full" and (mode not in NEEDS_TEACHER or can_be_stacked(r.distill))
 
 
-def recycle_together(rs: list[Recycling], mode: str, limit: int = 0,
-                     graphs: bool = False) -> Iterator[tuple[Recycling, Classifier, TuneResult]]:
+def recycle_together(rs: list[Recycling], mode: str, limit: int = 0, graphs: bool = False,
+                     on_eval: Callable[[dict], None] = lambda row: None) -> Iterator[tuple[Recycling, Classifier, TuneResult]]:
     """rt.recycling.recycle for runs that differ in seed, examples, learning rate, alpha, beta and T alone, trained side by side on one
     frozen base: the same results but for test, which is not scored. At most `limit` at once; 0: as many as fit into memory. Yields each
     with its model as soon as its group is done; its on_eval is called then."""
@@ -367,7 +371,8 @@ def recycle_together(rs: list[Recycling], mode: str, limit: int = 0,
             starts[r.settings.seed] = MODES[mode].start(r)
         runs.append(SideRun(starts[r.settings.seed], r.data, r.settings, MODES[mode].loss(r)))
     place = {id(run): r for run, r in zip(runs, rs)}
-    for run in tune_in_groups(runs, limit, device=rs[0].device, precision=rs[0].precision, graphs=graphs, on_step=rs[0].on_step):
+    for run in tune_in_groups(runs, limit, device=rs[0].device, precision=rs[0].precision, graphs=graphs,
+                              on_step=rs[0].on_step, on_eval=on_eval):
         for row in run.rows:
             place[id(run)].on_eval(row)
         yield place[id(run)], reweighted(run.model, run.best), run.result

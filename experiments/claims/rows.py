@@ -1,0 +1,86 @@
+"""The rows of the claims: results/claims/PRESET-PART.jsonl, read for the report and added to as runs end."""
+import json
+from collections import Counter
+from pathlib import Path
+from statistics import mean
+
+from experiments.claims.plan import SCALES, Run, searched
+from experiments.claims.runs import sizes
+from rt.errors import InputError
+from rt.formats.files import read_rows
+
+Key = tuple[str, int]                               # task, seed
+
+
+def key(row: dict) -> Key:
+    return row["run"]["task"], row["run"]["seed"]
+
+
+class Rows:
+    """The rows of one preset, looked up by the facts of their runs."""
+
+    def __init__(self, folder: Path, preset: str):
+        self.folder, self.preset = folder, preset
+        self.rows = [row for path in sorted(folder.glob(f"{preset}-*.jsonl")) for row in self.read(path)]
+
+    def read(self, path: Path) -> list[dict]:
+        return read_rows(path)
+
+    def select(self, **facts) -> list[dict]:
+        """Rows whose run has these facts; None is the absence of one."""
+        return [row for row in self.rows if all(row["run"].get(k) == v for k, v in facts.items())]
+
+    def numbers(self, name: str, **facts) -> dict[Key, float]:
+        """A number of the rows by (task, seed)."""
+        return {key(row): row[name] for row in self.select(**facts)}
+
+    def tests(self, metric: str = "accuracy", **facts) -> dict[Key, float]:
+        """Test score of the chosen rows by (task, seed)."""
+        return {key(row): row["test"][metric] for row in self.select(**facts) if row.get("chosen") and row.get("test")}
+
+    def tasks(self, **facts) -> list[str]:
+        return list(dict.fromkeys(row["run"]["task"] for row in self.select(**facts)))
+
+
+class GrowingRows(Rows):
+    """Rows to be added to. A run that was cut off while it was written is taken out of its file; rows of other sizes than those of the
+    preset are refused (InputError), as they would be mixed with new ones."""
+
+    def __init__(self, folder: Path, preset: str):
+        self.scale, self.sizes = SCALES[preset], sizes(SCALES[preset])
+        super().__init__(folder, preset)
+
+    def read(self, path: Path) -> list[dict]:
+        rows = read_rows(path)
+        counts = Counter(json.dumps(row["run"]) for row in rows)
+        whole = [row for row in rows if counts[json.dumps(row["run"])] == row["rows"]]
+        other = next((row["sizes"] for row in whole if row["sizes"] != self.sizes), None)
+        if other:
+            raise InputError(f"{path}: holds runs of other sizes ({other}, now {self.sizes}); move it away or give another --results")
+        if path.read_bytes()[-1:] != b"\n" or len(whole) < len(rows):
+            path.write_text("".join(json.dumps(row) + "\n" for row in whole), encoding="utf-8")
+        return whole
+
+    def done(self, run: Run) -> bool:
+        return any(row["run"] == run.facts for row in self.rows)
+
+    def add(self, run: Run, rows: list[dict], facts: dict) -> None:
+        """Append the rows of a run, each with what the run was and the `facts` of where it ran."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        full = [{"run": run.facts, "rows": len(rows), "sizes": self.sizes, **facts, **row} for row in rows]
+        with (self.folder / f"{self.preset}-{run.part}.jsonl").open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in full))
+        self.rows += full
+
+    def rates(self, run: Run) -> tuple[float, ...]:
+        """The learning rates to run at: all if `run` is the search, else the one that dev chose there (none before the search)."""
+        search = searched(run)
+        if run == search:
+            return () if run.kind is None else self.scale.rates if run.kind == "full" else self.scale.module_rates
+        chosen = [row["lr"] for row in self.rows if row["run"] == search.facts and row.get("chosen")]
+        return tuple(chosen[:1])
+
+    def seconds(self, run: Run) -> float | None:
+        """The mean seconds of runs of this sort, if any has been done."""
+        alike = {json.dumps(row["run"]): row["seconds"] for row in self.select(part=run.part, what=run.what)}
+        return mean(alike.values()) if alike else None

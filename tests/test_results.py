@@ -1,0 +1,106 @@
+"""What recycle.py leaves: equal names for equal runs, rows that are of other calls or of another origin, the best delta."""
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import random_base
+
+import recycle
+from rt.data import Encoded, TaskData
+from rt.deltas import attach, extract
+from rt.errors import InputError
+from rt.formats.delta_files import save_delta
+from rt.formats.files import write_json
+from rt.kinds import DeltaConfig
+from rt.losses import DistillConfig
+from rt.recycling import Recycling
+from rt.runs.config import parse
+from rt.runs.results import Run, best_delta, comparable, finished_row, origin_of, summary_rows, unread
+from rt.tune import TuneSettings
+
+
+@pytest.fixture
+def recycling(tokenizer):
+    old, new = random_base(tokenizer, 0), random_base(tokenizer, 1)
+    delta = extract(attach(old, DeltaConfig("adapter"), 3, seed=4), old, DeltaConfig("adapter"), {"task": "t", "labels": ["a", "b", "c"]})
+    parts = [Encoded([[0, 9 + i, 2] for i in range(n)], torch.arange(n) % 3, 0) for n in (12, 6, 6)]
+    return Recycling(old, delta, new, TaskData("t", ("a", "b", "c"), *parts), DeltaConfig("adapter"), TuneSettings(6, 8, 1e-3, 3, seed=0),
+                     DistillConfig(), torch.device("cpu"), torch.float32)
+
+
+def test_origins_are_equal_for_equal_content(recycling):
+    origin, old = origin_of(recycling), recycling.old_delta
+    others = [replace(recycling, old_delta=2 * old), replace(recycling, base=recycling.old_base)]
+    assert origin == origin_of(replace(recycling)) and all(origin_of(other) != origin for other in others)
+    assert len({tuple(origin_of(recycling, sources)) for sources in ((), [(old, recycling.data)], [(2 * old, recycling.data)],
+                                                                     [(old, replace(recycling.data, hash="other"))])}) == 4
+
+
+def run(mode: str, *flags, lr: float | None = 1e-3, seed: int = 0) -> Run:
+    return Run(parse(recycle.Config, [*map(str, flags)]), mode, seed, lr)
+
+
+def test_equal_runs_have_equal_names_whatever_the_call_is():
+    plain = run("init")
+    assert plain.name == "init-s0-" + plain.name[-10:] and run("init", seed=1).name == plain.name.replace("s0", "s1")
+    free = ("--alpha", 0.5, "--gamma", 3, "--rank", 4, "--out", "x", "--seeds", "7", "--device", "cpu", "--resume", "--no_save_deltas")
+    assert run("init", *free).name == plain.name
+    for flags in (("--delta", "lora"), ("--r", 4), ("--task", "dl"), ("--shots", "none"), ("--steps", 7), ("--early_stop", 2),
+                  ("--base", "b"), ("--precision", "fp32")):
+        assert run("init", *flags).name != plain.name
+    assert run("init", lr=2e-3).name != plain.name
+    assert len({run("distill", *f).name for f in ((), ("--alpha", 0.5), ("--beta", 2), ("--T", 3), ("--gamma", 1), ("--itp", 1))}) == 6
+    assert run("distill", "--att_layers", "all").name == run("distill").name        # of no attention maps
+    assert run("distill", "--gamma", 1, "--att_layers", "all").name != run("distill", "--gamma", 1).name
+    assert run("project", "--rank", 4).name != run("project").name and run("distill", "--rank", 4).name == run("distill").name
+    chain = run("init", "--chain", "a,b")
+    assert chain.at("b", "direct").name == run("init", "--base", "b").name != chain.at("b", "chain").name
+
+
+def test_a_row_is_taken_for_that_of_a_run_if_all_of_it_is_there(recycling, tmp_path):
+    origin, one = origin_of(recycling), run("init", "--old_delta", "d")
+    row = {"run": one.name, "mode": "init", "seed": 0, "lr": 1e-3, "settings": one.settings, "dev": {"accuracy": 0.5}, "test": {},
+           "curve": [], "seconds": 1.0, "origin": origin}
+    home = tmp_path / "deltas" / one.name
+    save_delta(home, recycling.old_delta)
+    assert finished_row(tmp_path, one, origin) is None       # no row
+    write_json(home / "summary.json", row)
+    assert finished_row(tmp_path, one, origin) == json.loads(json.dumps(row))
+    assert finished_row(tmp_path, one, origin_of(replace(recycling, base=recycling.old_base))) is None
+    for other in ({"lr": 2e-3}, {"settings": one.settings | {"steps": 1}}, {"curve": None}, {"dev": {}}):     # two of one name, or damaged
+        write_json(home / "summary.json", row | other)
+        assert finished_row(tmp_path, one, origin) is None
+    write_json(home / "summary.json", row)
+    (home / "delta.safetensors").write_bytes((home / "delta.safetensors").read_bytes()[:-1])
+    assert finished_row(tmp_path, one, origin) is None
+    assert finished_row(tmp_path, replace(one, c=replace(one.c, save_deltas=False)), origin) is not None
+
+
+def test_scratch_is_the_baseline_of_rows_of_its_own_bases_task_and_settings():
+    def row(mode: str, origin: list[str], *flags) -> dict:
+        return {"mode": mode, "origin": origin, "settings": run(mode, *flags).settings}
+
+    same = [row("scratch", ["0", "1", "d", "t"]), row("distill", ["0", "1", "e", "t"], "--alpha", 0.5), row("init", ["0", "1", "d", "t"])]
+    others = [row("init", ["0", "2", "d", "t"]), row("init", ["0", "1", "d", "u"]), row("init", ["0", "1", "d", "t"], "--steps", 9)]
+    assert comparable([*same, *others], unread(recycle.Config, "scratch")) == [same, *([other] for other in others)]
+
+
+@pytest.mark.parametrize("rows", [[{"run": "x"}], {"a": 1}, "abc", 5, [5], [None]])
+def test_rows_of_something_else_are_one_sentence(rows, tmp_path):
+    write_json(tmp_path / "summary.json", {"rows": rows})
+    with pytest.raises(InputError, match="its rows are not those of runs of recycle.py"):
+        summary_rows(tmp_path / "summary.json")
+
+
+def test_rows_that_an_earlier_version_wrote_are_read(recycling, tmp_path):
+    """All curves in one metrics.jsonl, and deltas beside it without rows of their own."""
+    rows = [{"run": f"{mode}-s0-0123456789", "mode": mode, "delta": "adapter", "task": "t", "shots": 4, "seed": 0, "lr": lr, "steps": 4,
+             "best_step": 4, "dev": {"accuracy": dev, "macro_f1": dev}, "test": {"accuracy": 0.5}, "steps_to_scratch_best": None,
+             "seconds": 0.2, "curve": [[0, 0.1], [4, dev]], "settings": {"old_base": "M0", "base": "M1", "steps": 4}}
+            for mode, lr, dev in (("scratch", 1e-3, 0.2), ("apply", None, 0.9), ("init", 1e-3, 0.3))]
+    write_json(tmp_path / "summary.json", {"rows": rows, "config": {}, "argv": []})
+    for row in rows[:2]:
+        save_delta(tmp_path / "deltas" / row["run"], recycling.old_delta)
+    assert summary_rows(tmp_path / "summary.json") == rows
+    assert best_delta(tmp_path, recycling.old_base.fingerprint).name == rows[1]["run"]
