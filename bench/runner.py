@@ -15,7 +15,7 @@ from typing import Callable, NoReturn, TypeVar
 
 import torch
 
-from bench.machine import commit, device_name, environment, version
+from bench.machine import clocks, commit, device_name, environment, version
 from bench.measure import sample
 from bench.tables import label, read, tables
 from rt.errors import InputError
@@ -118,7 +118,7 @@ class Run:
         calls = 5 if self.cuda else 1
         sample(step, self.cuda, 3)
         times = [sample(step, self.cuda, calls) for _ in range(20)]
-        self.add({"kernel": "limits", "impl": name, "ms": median(times), "fastest": min(times), unit: work / min(times)})
+        self.add({"kernel": "limits", "impl": name, "ms": median(times), "fastest": min(times), unit: work / min(times)} | clocks())
         return work / min(times)
 
     def measure_all(self, todo: list[dict], measure: Callable[[dict], None]) -> None:
@@ -142,6 +142,8 @@ class Run:
             print(f"the CUDA context broke: {error}", file=sys.stderr, flush=True)
             if self.file and not self.late(20):
                 self.hand_over()
+        if self.cuda:
+            self.add({"kernel": "environment after"} | clocks())
         print(tables(self.rows))
         if self.left:
             print("no time was left for " + "; ".join(self.left) + ": --resume goes on", file=sys.stderr)

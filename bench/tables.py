@@ -105,4 +105,8 @@ def tables(rows: list[dict]) -> str:
                          f"commit {r['commit']}" for r in timed)
     out += [f"{r['impl']}: {number(r.get('tflops', r.get('gbps')))} {'TFLOP/s' if 'tflops' in r else 'GB/s'}"
             for r in rows if r.get("kernel") == "limits"]
-    return "\n".join(out + [f"failed: {kind_of(r)} {line_of(r)}, {r['impl']}: {r['failed']}" for r in failed])
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for r in failed:
+        reasons.setdefault((r["impl"], r["failed"]), []).append(f"{kind_of(r)} {line_of(r)}")
+    return "\n".join(out + [f"failed: {lines[0]}{f' and {len(lines) - 1} more' if lines[1:] else ''}, {impl}: {why}"
+                            for (impl, why), lines in reasons.items()])

@@ -19,6 +19,7 @@ which the library does not offer but anybody can write; "eager" is the library's
 dropped. Fields of a row: bench/steps.py.
 """
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Callable, Literal
@@ -107,8 +108,8 @@ def ours(where: Where, build: Callable[[], tuple[nn.Module, Callable[[], Tensor]
     """The product's step by `build`, which makes a model on the device and the function that runs it to its loss."""
     def step(precision: torch.dtype, compile: bool, graph: bool) -> Step:
         model, loss = build()
-        blocks = compiled(model.encoder.layers if compile else (), where.device)
-        blocks.__enter__()      # as long as the step lives
+        blocks = compiled(model.encoder.layers, where.device) if compile else nullcontext()
+        blocks.__enter__()      # left when the step is dropped
         step = Step(model, loss, precision, graph)
         step.blocks = blocks
         return step
