@@ -1,4 +1,5 @@
 """The map of deltas: its formula at both granularities, what it learns, what it refuses."""
+import math
 from dataclasses import replace
 
 import pytest
@@ -120,30 +121,63 @@ def shifted(base, size):
     return Base(model.encoder.eval(), None, base.tokenizer, {}, fingerprint(model.encoder))
 
 
-def test_a_map_learned_on_two_tasks_makes_up_for_the_upgrade_on_a_third(base):
-    """All tasks need the same correction w' = w + shift, so what is learned on some holds for another. Without dropout: known answers."""
+def without_dropout(base):
+    """Known answers: the step's loss is then the loss itself."""
     set_dropout(base.encoder, 0.0)
     base.encoder.config = replace(base.encoder.config, dropout=0.0, attention_dropout=0.0)      # of the heads
-    new = shifted(base, 0.3)
-    deltas = [tuned(base, "bitfit", name, labels, seed) for seed, (name, labels) in enumerate((("a", 3), ("b", 5), ("c", 4)))]
-    datas = [task_of(delta, base, 40 * i, n=96) for i, delta in enumerate(deltas)]
-    rows = []
-    settings = TuneSettings(160, 24, 1e-2, 40, seed=0)
-    projection = learn_projection(base, new, list(zip(deltas[:2], datas[:2])), settings, r=4, granularity="flat", residual=True,
-                                  on_eval=rows.append, **LOSS)
-    assert [row["step"] for row in rows] == [0, 40, 80, 120, 160] and rows[-1]["loss"] < 0.2 * rows[1]["loss"]
-    assert set(rows[0]["dev"]) == {"mean", "a", "b"}
-    best = max(rows, key=lambda row: score(row["dev"]))
-    assert (projection.best_step, projection.dev) == (best["step"], best["dev"]) and projection.dev["mean"] > rows[0]["dev"]["mean"]
-    unseen, data = deltas[2], datas[2]
-    teacher = predict(apply(base, unseen), data.train.sequences, **CPU)
-    before, after = (predict(apply(new, delta, stale_ok=True), data.train.sequences, **CPU)
-                     for delta in (unseen, project(projection, unseen)))
-    assert (after - teacher).norm() < 0.65 * (before - teacher).norm()
-    right = [(logits.argmax(-1) == data.dev.targets).float().mean().item() for logits in (before, after)]
-    assert right[1] > right[0] + 0.1
-    for b in (base, new):
-        assert fingerprint(b.encoder) == b.fingerprint
+    return base
+
+
+def kl(teacher, student):
+    return (teacher.softmax(-1) * (teacher.log_softmax(-1) - student.log_softmax(-1))).sum(-1).mean().item()
+
+
+def test_the_shift_as_b_makes_up_for_the_upgrade_whatever_the_delta(base):
+    """The closed form: w' = w + (old biases - new biases), which is residual with W2 = 0, gives old base + delta on the new base."""
+    new, delta, own = shifted(base, 0.3), tuned(base, "bitfit", "a", labels=5), dict(base.encoder.named_parameters())
+    projection = Projection([delta], 4, "flat", residual=True, with_head=False, seed=0)
+    with torch.no_grad():
+        projection.b[0].copy_(torch.cat([(own[k] - new.encoder.get_parameter(k)).flatten() for k in delta.diffs]))
+    sequences = task_of(delta, base, 0).train.sequences
+    teacher, before, after = (predict(model, sequences, **CPU) for model in (
+        apply(base, delta), apply(new, delta, stale_ok=True), apply(new, project(projection, delta), stale_ok=True)))
+    torch.testing.assert_close(after, teacher, rtol=1e-4, atol=1e-4)
+    assert kl(teacher, before) > 0.1
+
+
+def alike(base, task, labels, seed, own):
+    """A delta of the weights that all tasks have in common, by `seed`, and a tenth as much of its own."""
+    common, mine = tuned(base, "bitfit", task, labels, seed), tuned(base, "bitfit", task, labels, own, size=0.01)
+    return replace(mine, diffs={k: v + common.diffs[k] for k, v in mine.diffs.items()})
+
+
+def test_a_map_learned_on_two_tasks_makes_up_for_the_upgrade_on_a_third(base):
+    """All tasks need the same correction w' = w + shift, so what is learned on some holds for another: the sources' 64 labels ask for all
+    of a hidden state. Twelve other seeds: of the divergence from the teacher on the third .001 to .08 was left, the logarithm -4.3 with
+    a standard deviation of 1.2; .41 more of its answers were right, +- .17. A mean of five is more than four standard errors clear."""
+    falls, gains = [], []
+    for seed in range(5):
+        base = without_dropout(random_base(base.tokenizer, seed))
+        new = shifted(base, 0.1)
+        deltas = [alike(base, *task, seed, 100 * (seed + 1) + i) for i, task in enumerate((("a", 64), ("b", 64), ("c", 4)))]
+        datas, rows = [task_of(delta, base, 40 * i, n=96) for i, delta in enumerate(deltas)], []
+        projection = learn_projection(base, new, list(zip(deltas[:2], datas[:2])), TuneSettings(160, 24, 5e-3, 40, seed=seed), r=4,
+                                      granularity="flat", residual=True, on_eval=rows.append, **{**LOSS, "beta": 10.0})
+        assert [row["step"] for row in rows] == [0, 40, 80, 120, 160] and rows[-1]["loss"] < 0.2 * rows[1]["loss"]
+        assert set(rows[0]["dev"]) == {"mean", "a", "b"}
+        best = max(rows, key=lambda row: score(row["dev"]))
+        assert (projection.best_step, projection.dev) == (best["step"], best["dev"])
+        assert projection.dev["mean"] > rows[0]["dev"]["mean"] + 0.3
+        unseen, data = deltas[2], datas[2]
+        teacher = predict(apply(base, unseen), data.train.sequences, **CPU)
+        before, after = (predict(apply(new, delta, stale_ok=True), data.train.sequences, **CPU)
+                         for delta in (unseen, project(projection, unseen)))
+        falls.append(math.log(kl(teacher, after) / kl(teacher, before)))
+        right = [(logits.argmax(-1) == data.dev.targets).float().mean().item() for logits in (before, after)]
+        gains.append(right[1] - right[0])
+        for b in (base, new):
+            assert fingerprint(b.encoder) == b.fingerprint
+    assert sum(falls) / 5 < math.log(0.25) and sum(gains) / 5 > 0.1, (falls, gains)
 
 
 @pytest.mark.parametrize("kind", ["full", "adapter"])
@@ -160,10 +194,11 @@ def test_the_first_loss_is_that_of_apply_and_runs_repeat(base, other_base, kind)
     assert rows[0]["dev"]["a"] == score(evaluate(student, data.dev, **CPU))
     for model in (base, other_base):
         assert fingerprint(model.encoder) == model.fingerprint
-    # the step's loss has dropout; without it the loss at the start would be this one, so the two are of one size
+    learn_projection(without_dropout(base), without_dropout(other_base), [(delta, data)], TuneSettings(1, 24, 1e-3, 1, seed=3), r=2,
+                     granularity="auto", residual=False, with_head=True, on_eval=rows.append, **LOSS)
     cache = run_teacher(apply(base, delta), data.train, **CPU)
     plain = Loss(teacher=cache, alpha=1.0, beta=1.0, T=2.0)(student.eval(), data.train.batch(list(range(24)))).item()
-    assert rows[1]["loss"] == pytest.approx(plain, rel=0.5)
+    assert rows[-1]["loss"] == pytest.approx(plain, rel=1e-5) and rows[1]["loss"] != pytest.approx(plain, rel=1e-5)
 
 
 def test_what_does_not_fit_is_one_sentence(base, other_base, tokenizer):

@@ -45,7 +45,7 @@ def toy():
             body = torch.randint(20, 60, (int(torch.randint(3, 9, (1,), generator=g)),), generator=g).tolist()
             sequences.append([0, *body, *([9] if y else [10]), 2])
         return Encoded(sequences, targets, 0)
-    return TaskData("toy", ("no", "yes"), part(64, 0), part(32, 1), part(32, 2))
+    return TaskData("toy", ("no", "yes"), part(256, 0), part(64, 1), part(256, 2))
 
 
 def run(tokenizer, toy, kind="full", seed=0, steps=40, **changes):
@@ -57,9 +57,11 @@ def run(tokenizer, toy, kind="full", seed=0, steps=40, **changes):
 
 @pytest.mark.parametrize("kind", ["full", "adapter", "lora", "bitfit", "prefix"])
 def test_every_kind_learns(tokenizer, toy, kind):
-    _, result, rows = run(tokenizer, toy, kind, steps=60, lr=2e-3 if kind == "full" else 1e-2)
+    """Guessing gets .5 of 256 right, with a standard error of .03: .8 is ten of them off. All kinds were at .93 or above, for six seeds."""
+    steps, lr = {"full": (100, 2e-3), "prefix": (160, 2e-2)}.get(kind, (100, 1e-2))     # a prefix's gate starts closed
+    _, result, rows = run(tokenizer, toy, kind, steps=steps, lr=lr)
     assert rows[-1]["loss"] < 0.8 * math.log(2)
-    assert result.dev["accuracy"] >= 0.75 and result.test["accuracy"] >= 0.7
+    assert result.dev["accuracy"] >= 0.8 and result.test["accuracy"] >= 0.8
 
 
 def test_the_best_on_dev_is_kept_and_test_is_of_it(tokenizer, toy):
