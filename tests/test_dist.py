@@ -90,7 +90,7 @@ def train(optimizer, weights, steps):
 
 def fresh(zero):
     weights = [torch.nn.Parameter(torch.ones(shape)) for shape in ((4, 3), (3,), (2, 2), (5,))]
-    return weights, adamw(weights, 0.1, 0.01, zero=zero)
+    return weights, adamw(weights, 0.1, 0.01, make=zero if shared else torch.optim.AdamW)
 
 ranks = join("cpu")
 assert ranks.from_main(lambda: ranks.rank) == 0 and ranks.mean(torch.tensor([float(ranks.rank)])).item() == 0.5

@@ -6,8 +6,9 @@ import torch
 from conftest import random_base
 
 from rt.data import Encoded, TaskData
-from rt.deltas import apply, attach, extract, fingerprint
+from rt.deltas import apply, attach, extract
 from rt.errors import InputError, StaleDelta
+from rt.formats.checkpoint import fingerprint
 from rt.kinds import DeltaConfig
 from rt.losses import DistillConfig, Loss, attention, weights_of
 from rt.model import Activations, EncoderConfig, new_masked_lm

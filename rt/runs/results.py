@@ -22,7 +22,7 @@ from rt.data import Task, TaskData
 from rt.deltas import Base, Delta
 from rt.errors import InputError
 from rt.formats.atomic import differing
-from rt.formats.delta_files import delta_folder, write_delta
+from rt.formats.delta_files import delta_folder, nbytes, write_delta
 from rt.formats.files import FIGURES, check_overwritable, read_json, write_json, write_whole
 from rt.formats.hub import open_delta
 from rt.formats.untrusted import shaped
@@ -99,7 +99,7 @@ def save_run(out: Path, run: Run, task: Task, result: TuneResult, delta: Delta, 
            "test": result.test, "steps_to_scratch_best": None, "seconds": round(result.seconds, 1), "curve": result.curve,
            "settings": run.settings,
            **{name: count for name in ("skipped", "diverged") if (count := getattr(result, name))}, "origin": origin, **more}
-    with delta_folder(out / "deltas" / run.name, delta.nbytes) as new:
+    with delta_folder(out / "deltas" / run.name, nbytes(delta)) as new:
         if c.save_deltas:
             facts = {k: row[k] for k in ("task", "shots", "seed", "mode", "lr", "dev", "test", "origin") if row[k] != {}}
             facts |= {"labels": list(task.labels), "task_hash": task.hash, "config": record(c), "argv": sys.argv}
