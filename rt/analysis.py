@@ -9,16 +9,16 @@ Attention heads are compared by the Jensen-Shannon divergence of their maps, hid
 layer by layer: head h of layer l is l * H + h. A prefix's keys are left out of the maps: they have no counterpart in the sentence.
 """
 import math
+from functools import partial
 from typing import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from rt.data import Encoded, TaskData, sequences_batch
-from rt.losses import Reweighted, Weights, lerp, task_loss
-from rt.model import Batch, Classifier
-from rt.optim import autocast, memory_for
-from rt.tune import TuneSettings, metrics, minimise, predict, training_batch
+from rt.losses import Loss, Reweighted, Weights, lerp, task_loss
+from rt.model import Classifier
+from rt.tune import Hook, TuneSettings, ignore, metrics, minimise, plain_gradient, predict, train_step
 
 Path = Callable[[float], Weights]
 
@@ -56,29 +56,16 @@ def barrier(rows: Sequence[dict]) -> float:
 
 
 def train_control(model: Classifier, a: Weights, b: Weights, data: TaskData, settings: TuneSettings, device: torch.device,
-                  precision: torch.dtype, on_step: Callable[[Batch], None] = lambda batch: None) -> Weights:
+                  precision: torch.dtype, on_step: Hook = ignore) -> Weights:
     """The control point of the curve from `a` to `b`: starts at the middle and is trained on the task's loss at one mu ~ U(0, 1) a step.
-    It holds the weights that differ between the ends; the others need none. Raises Diverged as rt.tune.minimise does."""
-    s = settings
+    It holds only the weights that differ between the ends. Raises Diverged as rt.tune.minimise does."""
     control = {k: v.clone().requires_grad_() for k, v in lerp(a, b, 0.5).items() if not torch.equal(a[k], b[k])}
     if not control:
         return {}       # equal ends: nothing to go round
     path = bezier(a, control, b)
-    student = Reweighted(model, lambda: path(mu)).train()
-
-    def gradient(step: int) -> Tensor:
-        nonlocal mu
-        mu = torch.rand(()).item()      # the loop seeds it by (seed, step)
-        batch = training_batch(data.train, s, step).to(device)
-        with memory_for(f"a batch of {s.batch_size} texts on the curve", f"`batch_size` ({s.batch_size}) or `seq_len`"):
-            with autocast(device, precision):
-                loss = task_loss(student(batch), batch.labels, not data.labels).mean()
-            loss.backward()
-        on_step(batch)
-        return loss.detach()
-
-    mu = 0.5
-    minimise(control, gradient, s, None)
+    student = Reweighted(model, lambda: path(torch.rand(()).item()))       # mu: the loop seeds it by (seed, step)
+    gradient = plain_gradient(student, Loss(not data.labels), device, precision)
+    minimise(control, partial(train_step, gradient, data.train, settings, on_step, place=" on the curve"), settings, None)
     return {k: v.detach() for k, v in control.items()}
 
 

@@ -136,8 +136,10 @@ class Loss:
 
     def layers(self, model: Classifier) -> tuple[int, ...]:
         """The layers whose attention maps are compared, in student or teacher."""
-        count = len(model.encoder.layers)
-        return () if not self.config.gamma else (count - 1,) if self.config.att_layers == "last" else tuple(range(count))
+        if not self.config.gamma:
+            return ()
+        last = len(model.encoder.layers) - 1
+        return tuple(range(0 if self.config.att_layers == "all" else last, last + 1))
 
 
 # --- terms: (loss, the student's logits and activations, batch) -> (B,) or a scalar, the mean over the batch ------------
@@ -164,6 +166,11 @@ AT_POINTS = ("beta",)   # imposed at the points of interpolation too; the others
 def weights_of(model: Classifier) -> Weights:
     """All weights, trained and frozen, encoder and head, detached."""
     return {k: p.detach() for k, p in model.named_parameters()}
+
+
+def trained_weights(model: nn.Module) -> Weights:
+    """The parameters that require a gradient."""
+    return {k: p for k, p in model.named_parameters() if p.requires_grad}
 
 
 def lerp(a: Weights, b: Weights, mu: float) -> Weights:

@@ -20,9 +20,9 @@ from rt.deltas import Base, Delta, apply, attach, check_fits, extract, new_head
 from rt.errors import InputError
 from rt.kinds import DeltaConfig
 from rt.losses import DistillConfig, Loss, TeacherCache, run_teacher, weights_of
-from rt.model import Batch, Classifier
+from rt.model import Classifier
 from rt.transport import Projection, project
-from rt.tune import TuneResult, TuneSettings, evaluate, plain_gradient, score, tune
+from rt.tune import Hook, TuneResult, TuneSettings, ignore, plain_gradient, tune
 
 
 @dataclass
@@ -37,8 +37,8 @@ class Recycling:
     distill: DistillConfig
     device: torch.device
     precision: torch.dtype
-    on_step: Callable[[Batch], None] = lambda batch: None
-    on_eval: Callable[[dict], None] = lambda row: None
+    on_step: Hook = ignore
+    on_eval: Hook = ignore
     make_gradient: Callable = plain_gradient
     teacher: TeacherCache | None = None     # its outputs on data.train, once a mode has needed them
     projection: Projection | None = None    # for project, learned beforehand
@@ -50,21 +50,11 @@ def recycle(r: Recycling, mode: str) -> tuple[Classifier, TuneResult]:
     check(r, mode)
     started = time.perf_counter()
     model, loss = MODES[mode].start(r), MODES[mode].loss
-    if loss is None:
-        result = scored(r, model)
-    else:
-        result = tune(model, r.data, loss(r), r.settings, device=r.device, precision=r.precision, on_step=r.on_step, on_eval=r.on_eval,
-                      make_gradient=r.make_gradient)
+    settings = r.settings if loss else replace(r.settings, steps=0)     # nothing is trained: dev and test are scored
+    result = tune(model, r.data, (loss or plain_loss)(r), settings, device=r.device, precision=r.precision, on_step=r.on_step,
+                  on_eval=r.on_eval, make_gradient=r.make_gradient)
     result.seconds = time.perf_counter() - started
     return model, result
-
-
-def scored(r: Recycling, model: Classifier) -> TuneResult:
-    """The result of a mode without training."""
-    dev = evaluate(model, r.data.dev, r.device, r.precision)
-    test = evaluate(model, r.data.test, r.device, r.precision) if r.data.test is not None else {}
-    r.on_eval({"step": 0, "loss": None, "dev": dev})
-    return TuneResult(0, dev, test, [(0, score(dev))])
 
 
 def start_fresh(r: Recycling) -> Classifier:
@@ -145,7 +135,7 @@ def chain(r: Recycling, mode: str, bases: dict[str, Base]) -> Iterator[Link]:
         chain   Delta_{i+1} = recycle(M_i, Delta_i, M_{i+1}), the recycled delta recycled again
         direct  Delta_{i+1} = recycle(M_0, Delta_0, M_{i+1})
 
-    To M_1 both are one run, done once; scratch, which recycles nothing, has no route (None). r.base is not read. The rows given to
+    Both routes to M_1 are one run, done once; scratch, which recycles nothing, has no route (None). r.base is not read. The rows given to
     r.on_eval have their base and route too. Raises InputError before anything is trained.
     """
     if len({base.tokenizer.vocabulary for base in bases.values()}) > 1:
@@ -154,8 +144,8 @@ def chain(r: Recycling, mode: str, bases: dict[str, Base]) -> Iterator[Link]:
         check(replace(r, base=base), mode)
     last = r
     for i, (name, base) in enumerate(bases.items()):
-        both = [((None,), r)] if mode == "scratch" else [(("direct", "chain"), r)] if i == 0 else [(("direct",), r), (("chain",), last)]
-        for routes, start in both:
+        runs = [((None,), r)] if mode == "scratch" else [(("direct", "chain"), r)] if i == 0 else [(("direct",), r), (("chain",), last)]
+        for routes, start in runs:
             def on_eval(row: dict, name=name, routes=routes) -> None:
                 for route in routes:
                     r.on_eval({"base": name, "route": route, **row})
@@ -167,38 +157,38 @@ def chain(r: Recycling, mode: str, bases: dict[str, Base]) -> Iterator[Link]:
                 r.teacher = step.teacher    # the same for every base
             if "chain" in routes:
                 last = replace(r, old_base=base, old_delta=delta, teacher=None)
-            for route in routes:
-                yield Link(name, route, delta, result)
+            yield from (Link(name, route, delta, result) for route in routes)
 
 
 def check(r: Recycling, mode: str) -> None:
     """Raises InputError if `mode` cannot be done with this old delta; before anything is trained."""
-    check_fits(r.old_base, r.old_delta, stale_ok=False)     # all modes assume that it was learned on the old base
-    if mode not in ("scratch", "init") and r.old_delta.labels != r.data.labels:
+    old, starts_from_old = r.old_delta, MODES[mode].start is start_from_old
+    check_fits(r.old_base, old, stale_ok=False)     # all modes assume that it was learned on the old base
+    if mode not in ("scratch", "init") and old.labels != r.data.labels:
         raise InputError(f"{mode} needs an old delta with the labels of the task; this one's are "
-                         f"{', '.join(r.old_delta.labels[:6]) or 'those of a regression'}: use `mode` init")
-    if mode in ("init", "init+distill") and r.old_delta.config.used != r.config.used:
-        raise InputError(f"{mode} continues the old delta ({r.old_delta.config.used}), which is not what is asked for "
-                         f"({r.config.used}): use the same `delta` and sizes, or `mode` distill")
-    if mode in ("apply", "init", "init+distill"):
-        check_fits(r.base, r.old_delta, stale_ok=True)
+                         f"{', '.join(old.labels[:6]) or 'those of a regression'}: use `mode` init")
+    if starts_from_old and mode in TRAINED and old.config.used != r.config.used:
+        raise InputError(f"{mode} continues the old delta ({old.config.used}), which is not what is asked for ({r.config.used}): "
+                         "use the same `delta` and sizes, or `mode` distill")
+    if starts_from_old:
+        check_fits(r.base, old, stale_ok=True)
     if mode in NEEDS_TEACHER:
         check_teacher(r, mode)
 
 
 def check_teacher(r: Recycling, mode: str) -> None:
     """Raises InputError if old and new base are too different for what distillation compares."""
-    old, new = r.old_base.encoder.config, r.base.encoder.config
+    c, old, new = r.distill, r.old_base.encoder.config, r.base.encoder.config
     if r.old_base.tokenizer.vocabulary != r.base.tokenizer.vocabulary:
         raise InputError(f"{mode} needs old and new base to have one vocabulary: the teacher reads the student's ids")
-    if r.distill.beta and (old.num_layers, old.hidden_size) != (new.num_layers, new.hidden_size):
+    if c.beta and (old.num_layers, old.hidden_size) != (new.num_layers, new.hidden_size):
         raise InputError(f"`beta` compares hidden states layer by layer: old base {old.num_layers} layers x {old.hidden_size}, new base "
                          f"{new.num_layers} x {new.hidden_size}: use `beta` 0")
-    if r.distill.gamma and (old.num_heads != new.num_heads or (r.distill.att_layers == "all" and old.num_layers != new.num_layers)):
+    if c.gamma and (old.num_heads != new.num_heads or c.att_layers == "all" and old.num_layers != new.num_layers):
         raise InputError(f"`gamma` compares attention maps head by head: old base {old.num_layers} layers x {old.num_heads} heads, "
                          f"new base {new.num_layers} x {new.num_heads}; heads must be as many, and with `att_layers` all the layers too")
-    if r.distill.itp:
+    if c.itp:
         check_fits(r.base, r.old_delta, stale_ok=True)
-        if r.old_delta.config.used != r.config.used:
-            raise InputError(f"`itp` draws a line between teacher and student, weight by weight, but the old delta is "
-                             f"{r.old_delta.config.used}, the new one {r.config.used}: use the same `delta` and sizes, or no `itp`")
+    if c.itp and r.old_delta.config.used != r.config.used:
+        raise InputError(f"`itp` draws a line between teacher and student, weight by weight, but the old delta is "
+                         f"{r.old_delta.config.used}, the new one {r.config.used}: use the same `delta` and sizes, or no `itp`")

@@ -14,7 +14,7 @@ row); the residual form keeps the delta and adds to it.
 """
 from dataclasses import replace
 from functools import partial
-from typing import Callable, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn as nn
@@ -24,9 +24,7 @@ from rt.data import TaskData
 from rt.deltas import PARTS, Base, Delta, apply, attach, check_fits
 from rt.errors import InputError
 from rt.losses import DistillConfig, Loss, Reweighted, Weights, run_teacher
-from rt.model import Batch
-from rt.optim import autocast, memory_for
-from rt.tune import TuneSettings, evaluate, minimise, score, training_batch
+from rt.tune import Hook, TuneSettings, evaluate, ignore, minimise, plain_gradient, score, train_step
 
 Granularity = Literal["auto", "flat", "tensor"]     # auto: the public code's, flat, if that is small: for all kinds but full
 
@@ -128,8 +126,7 @@ def check_sources(old_base: Base, base: Base, sources: list[tuple[Delta, TaskDat
 
 def learn_projection(old_base: Base, base: Base, sources: list[tuple[Delta, TaskData]], settings: TuneSettings, distill: DistillConfig, *,
                      r: int, granularity: Granularity, residual: bool, device: torch.device, precision: torch.dtype,
-                     with_head: bool = False, on_step: Callable[[Batch], None] = lambda batch: None,
-                     on_eval: Callable[[dict], None] = lambda row: None) -> Projection:
+                     with_head: bool = False, on_step: Hook = ignore, on_eval: Hook = ignore) -> Projection:
     """A map from deltas of `old_base` to deltas of `base`, trained on source tasks in turn: step i on source i mod S. The loss is
     distillation's without attention maps and interpolation (rt/losses.py): teacher = old base + the source's delta, student = new base +
     its projection.
@@ -146,16 +143,11 @@ def learn_projection(old_base: Base, base: Base, sources: list[tuple[Delta, Task
     students = [Reweighted(model, partial(student_weights, own, delta, projection)) for delta in deltas]
     losses = [Loss(not data.labels, run_teacher(apply(old_base, delta), data.train, device, precision), replace(distill, gamma=0.0, itp=0))
               for delta, data in zip(deltas, datas)]
+    gradients = [plain_gradient(student, loss, device, precision) for student, loss in zip(students, losses)]
 
     def gradient(step: int) -> Tensor:
         turn, i = divmod(step, len(sources))
-        batch = training_batch(datas[i].train, s, turn).to(device)
-        with memory_for(f"a batch of {s.batch_size} texts on projected weights", f"`batch_size` ({s.batch_size}), `seq_len` or `rank`"):
-            with autocast(device, precision):
-                value = losses[i](students[i].train(), batch)
-            value.backward()
-        on_step(batch)
-        return value.detach()
+        return train_step(gradients[i], datas[i].train, s, on_step, turn, " on projected weights", ", `seq_len` or `rank`")
 
     def dev_scores() -> dict[str, float]:
         each = {data.name: score(evaluate(student, data.dev, device, precision)) for student, data in zip(students, datas)}

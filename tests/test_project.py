@@ -162,8 +162,8 @@ def test_a_map_learned_on_two_tasks_makes_up_for_the_upgrade_on_a_third(base):
         new = shifted(base, 0.1)
         deltas = [alike(base, *task, seed, 100 * (seed + 1) + i) for i, task in enumerate((("a", 64), ("b", 64), ("c", 4)))]
         datas, rows = [task_of(delta, base, 40 * i, n=96) for i, delta in enumerate(deltas)], []
-        projection = learn_projection(base, new, list(zip(deltas[:2], datas[:2])), TuneSettings(160, 24, 5e-3, 40, seed=seed), r=4,
-                                      granularity="flat", residual=True, on_eval=rows.append, **{**LOSS, "beta": 10.0})
+        projection = learn_projection(base, new, list(zip(deltas[:2], datas[:2])), TuneSettings(160, 24, 5e-3, 40, seed=seed),
+                                      DistillConfig(1.0, 10.0, 2.0), r=4, granularity="flat", residual=True, on_eval=rows.append, **CPU)
         assert [row["step"] for row in rows] == [0, 40, 80, 120, 160] and rows[-1]["loss"] < 0.2 * rows[1]["loss"]
         assert set(rows[0]["dev"]) == {"mean", "a", "b"}
         best = max(rows, key=lambda row: score(row["dev"]))
