@@ -1,12 +1,12 @@
-"""What is true of an outdated delta? Paths between tuned models, and how alike two tuned models are inside.
+"""Paths between tuned models, and how alike two tuned models are inside.
 
     linear    theta(mu) = (1 - mu) a + mu b, base and delta interpolated together
     bezier    theta(mu) = (1 - mu)^2 a + 2 mu (1 - mu) control + mu^2 b, a quadratic curve whose control point is trained to keep the task's
               loss low along it (Garipov et al., 2018; the paper's public code)
     barrier   the greatest height of a path's loss above the straight line between the losses of its ends
 
-Attention heads are compared by the Jensen-Shannon divergence of their maps, hidden states by CKA, weights by distance. Heads are numbered
-layer by layer: head h of layer l is l * H + h. A prefix's keys are left out of the maps: they have no counterpart in the sentence.
+Attention heads are compared by the Jensen-Shannon divergence of their maps (a prefix's keys left out), hidden states by CKA, weights by
+distance. Head h of layer l has the number l * H + h.
 """
 import math
 from functools import partial
@@ -35,8 +35,7 @@ def bezier(a: Weights, control: Weights, b: Weights) -> Path:
 
 
 def walk(model: Classifier, path: Path, points: Iterable[float], data: Encoded, device: torch.device, precision: torch.dtype) -> list[dict]:
-    """A row {'mu', 'loss', metrics...} a point: `model` with the path's weights on `data`. The loss is the task's mean, in nats. `model`
-    lends its shape only and is not changed."""
+    """A row {'mu', 'loss', metrics...} a point: a model like `model` with the path's weights on `data`; loss in nats."""
     rows = []
     for mu in points:
         weights = path(mu)
@@ -47,8 +46,7 @@ def walk(model: Classifier, path: Path, points: Iterable[float], data: Encoded, 
 
 
 def barrier(rows: Sequence[dict]) -> float:
-    """Barrier of the rows of a walk: max over mu of the loss above the straight line between the ends' losses, in nats; 0 or more. NaN if a
-    loss is not a number."""
+    """Barrier of the rows of a walk, in nats: 0 or more, NaN if a loss is not a number."""
     first, last = rows[0], rows[-1]
     share = [(row["mu"] - first["mu"]) / (last["mu"] - first["mu"]) for row in rows]
     heights = [row["loss"] - (1 - s) * first["loss"] - s * last["loss"] for row, s in zip(rows, share)]
@@ -74,12 +72,10 @@ def train_control(model: Classifier, a: Weights, b: Weights, data: TaskData, set
 @torch.no_grad()
 def run_layers(model: Classifier, sequences: list[list[int]], device: torch.device) -> tuple[Tensor, list[tuple[Tensor, Tensor]], Tensor]:
     """(hidden states (L+1, N, d) of embedding output and every layer, queries and keys (N, H, D) of each layer, cu_seqlens)."""
-    batch, encoder = sequences_batch(sequences).to(device), model.eval().encoder
-    x, states, qk = encoder.embeddings(batch.ids, batch.cu_seqlens), [], []
-    states.append(x)
+    batch, encoder, qk = sequences_batch(sequences).to(device), model.eval().encoder, []
+    states = [encoder.embeddings(batch.ids, batch.cu_seqlens)]
     for layer in encoder.layers:
-        x = layer(x, batch.cu_seqlens, batch.max_seqlen, qk=qk)
-        states.append(x)
+        states.append(layer(states[-1], batch.cu_seqlens, batch.max_seqlen, qk=qk))
     return torch.stack(states).float(), qk, batch.cu_seqlens
 
 
@@ -108,8 +104,8 @@ def entropy(p: Tensor) -> Tensor:
 
 
 def match_summary(matrix: Tensor) -> dict:
-    """Summary of a matrix of head_divergence: 'own', mean divergence to the same head; 'best_other', to the best match among all others;
-    'best', to the best of all; 'share_own_best', share of heads whose best match is themselves."""
+    """Of a matrix of head_divergence: means of the divergence to the same head ('own'), to the best match among the others ('best_other')
+    and among all ('best'), and the share of heads that match themselves best ('share_own_best')."""
     own, others = matrix.diagonal(), matrix.clone().fill_diagonal_(math.inf).amin(1)
     return {"own": own.mean().item(), "best_other": others.mean().item(), "best": matrix.amin(1).mean().item(),
             "share_own_best": (own < others).double().mean().item()}
@@ -128,13 +124,11 @@ def cka(a: Classifier, b: Classifier, sequences: list[list[int]], device: torch.
 
 
 def distances(a: Weights, b: Weights) -> list[dict]:
-    """A row for embeddings, each layer, the rest (head) and all: 'l2' of b - a, 'l2_per_weight' (root mean square), 'cosine' of a and b,
-    and the number of weights. Only weights that both have are counted."""
-    parts: dict[str, list[str]] = {}
-    for name in sorted(a.keys() & b.keys()):
+    """A row for embeddings, each layer, head and all, of the weights that both have: 'l2' of b - a, 'l2_per_weight' (root mean square),
+    'cosine' of a and b, and the number of 'weights'."""
+    rows, parts = [], {}
+    for name in (k for k in a if k in b):
         parts.setdefault(part_of(name), []).append(name)
-    rows = []
-    parts = {part: parts[part] for part in sorted(parts, key=lambda part: (part != "embeddings", part == "head", len(part), part))}
     for part, names in (parts | {"all": sum(parts.values(), [])}).items():
         x, y = (torch.cat([w[k].detach().double().flatten().cpu() for k in names]) for w in (a, b))
         norm = x.norm() * y.norm()

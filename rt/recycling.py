@@ -45,8 +45,7 @@ class Recycling:
 
 
 def recycle(r: Recycling, mode: str) -> tuple[Classifier, TuneResult]:
-    """The model for the new base, tuned (or, with apply and project, put together), and its scores. Its seconds count the evaluations, and
-    the teacher's run if this is the first to need it."""
+    """The model for the new base and its scores. Its seconds count evaluations, and the teacher's run if this is the first to need it."""
     check(r, mode)
     started = time.perf_counter()
     model, loss = MODES[mode].start(r), MODES[mode].loss
@@ -165,11 +164,10 @@ def check(r: Recycling, mode: str) -> None:
     old, starts_from_old = r.old_delta, MODES[mode].start is start_from_old
     check_fits(r.old_base, old, stale_ok=False)     # all modes assume that it was learned on the old base
     if mode not in ("scratch", "init") and old.labels != r.data.labels:
-        raise InputError(f"{mode} needs an old delta with the labels of the task; this one's are "
-                         f"{', '.join(old.labels[:6]) or 'those of a regression'}: use `mode` init")
+        labels = ", ".join(old.labels[:6]) or "those of a regression"
+        raise InputError(f"{mode} needs an old delta with the task's labels; this one's are {labels}: use `mode` init")
     if starts_from_old and mode in TRAINED and old.config.used != r.config.used:
-        raise InputError(f"{mode} continues the old delta ({old.config.used}), which is not what is asked for ({r.config.used}): "
-                         "use the same `delta` and sizes, or `mode` distill")
+        raise InputError(f"{mode} continues the old delta: use its `delta` and sizes ({old.config.used}), or `mode` distill")
     if starts_from_old:
         check_fits(r.base, old, stale_ok=True)
     if mode in NEEDS_TEACHER:
@@ -185,10 +183,9 @@ def check_teacher(r: Recycling, mode: str) -> None:
         raise InputError(f"`beta` compares hidden states layer by layer: old base {old.num_layers} layers x {old.hidden_size}, new base "
                          f"{new.num_layers} x {new.hidden_size}: use `beta` 0")
     if c.gamma and (old.num_heads != new.num_heads or c.att_layers == "all" and old.num_layers != new.num_layers):
-        raise InputError(f"`gamma` compares attention maps head by head: old base {old.num_layers} layers x {old.num_heads} heads, "
-                         f"new base {new.num_layers} x {new.num_heads}; heads must be as many, and with `att_layers` all the layers too")
+        raise InputError("`gamma` compares attention maps: both bases must have as many heads, and with `att_layers` all the layers too")
     if c.itp:
         check_fits(r.base, r.old_delta, stale_ok=True)
     if c.itp and r.old_delta.config.used != r.config.used:
-        raise InputError(f"`itp` draws a line between teacher and student, weight by weight, but the old delta is "
-                         f"{r.old_delta.config.used}, the new one {r.config.used}: use the same `delta` and sizes, or no `itp`")
+        raise InputError("`itp` draws a line from teacher to student, weight by weight: use the old delta's `delta` and sizes "
+                         f"({r.old_delta.config.used}), or no `itp`")

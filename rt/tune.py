@@ -56,8 +56,8 @@ class TuneResult:
 
 def training_loop(s: TuneSettings, gradient: Callable[[int], Tensor], update: Callable[[int, Tensor], None],
                   evaluate: Callable[[int], bool]) -> None:
-    """gradient(step) computes the loss, () or (K,) of K runs, and every trained weight's gradient; update(step, loss) takes the optimizer's
-    step; evaluate(step), before the first step (0), every `eval_every` steps and after the last, returns whether to go on."""
+    """gradient(step) computes the loss, () or (K,) of K runs, and the gradients; update(step, loss) takes the step; evaluate(n)
+    after n = 0, `eval_every`, ... steps and the last returns whether to go on."""
     evaluate(0)
     for step in range(s.steps):
         torch.manual_seed(derive_seed(s.seed, step))    # for interpolation's points
@@ -100,8 +100,7 @@ class Fit:
 
 def minimise(trained: dict[str, Tensor], gradient: Callable[[int], Tensor], s: TuneSettings, dev_scores: Callable[[], dict] | None,
              on_eval: Hook = ignore) -> TuneResult:
-    """`training_loop` for one run. On return `trained` holds the weights that were best by `dev_scores`, or without it the last ones.
-    Raises Diverged as Fit does."""
+    """`training_loop` for one run; `trained` ends with the weights that were best by `dev_scores`, without it the last. Raises Diverged."""
     fit = Fit(trained, s, on_eval)
     training_loop(s, gradient, fit.update, lambda step: fit.evaluated(step, dev_scores() if dev_scores else None))
     with torch.no_grad():

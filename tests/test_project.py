@@ -13,7 +13,7 @@ from rt.formats.checkpoint import fingerprint
 from rt.kinds import KINDS, DeltaConfig
 from rt.losses import DistillConfig, Loss, run_teacher
 from rt.model import new_masked_lm, set_dropout
-from rt.transport import Projection, learn_projection, project, student_weights, tensors_of
+from rt.transport import Projection, learn_projection, project, student_weights
 from rt.tune import TuneSettings, evaluate, predict, score
 
 CPU = dict(device=torch.device("cpu"), precision=torch.float32)
@@ -43,7 +43,7 @@ def task_of(delta, base, first, n=24):
 
 
 def same(a, b, close=torch.equal):
-    a, b = tensors_of(a, True), tensors_of(b, True)
+    a, b = a.tensors(), b.tensors()
     return a.keys() == b.keys() and all(close(a[k], b[k]) for k in a)
 
 
@@ -73,7 +73,7 @@ def test_the_map_is_the_formula_with_the_n_by_n_matrix(base, residual, with_head
         with torch.no_grad():
             for p in projection.parameters():
                 p.copy_(0.1 * torch.randn(p.shape, generator=generator))
-        mapped, tensors = tensors_of(project(projection, delta), True), tensors_of(delta, with_head)
+        mapped, tensors = project(projection, delta).tensors(), delta.tensors(with_head)
         if granularity == "flat":
             w, W1, W2, b = torch.cat([v.flatten() for v in tensors.values()]), projection.W1[0], projection.W2[0], projection.b[0]
             assert W1.shape == (len(w), 3) and W2.shape == (3, len(w)) and sum(p.numel() for p in projection.parameters()) == 7 * len(w)
