@@ -14,6 +14,7 @@ from typing import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.special import entr
 
 from rt.data import Encoded, TaskData, sequences_batch
 from rt.losses import Loss, Reweighted, Weights, lerp, task_loss
@@ -29,9 +30,7 @@ def linear(a: Weights, b: Weights) -> Path:
 
 def bezier(a: Weights, control: Weights, b: Weights) -> Path:
     """Weights that `control` lacks are equal at both ends and stay so."""
-    def at(mu: float) -> Weights:
-        return {k: (1 - mu) ** 2 * a[k] + 2 * mu * (1 - mu) * control[k] + mu ** 2 * b[k] if k in control else b[k] for k in b}
-    return at
+    return lambda mu: {k: (1 - mu) ** 2 * a[k] + 2 * mu * (1 - mu) * control[k] + mu ** 2 * b[k] if k in control else b[k] for k in b}
 
 
 def walk(model: Classifier, path: Path, points: Iterable[float], data: Encoded, device: torch.device, precision: torch.dtype) -> list[dict]:
@@ -91,16 +90,11 @@ def head_divergence(a: Classifier, b: Classifier, sequences: list[list[int]], de
     total, rows = 0.0, 0
     for sequence in sequences:
         P, Q = (attention_maps(model, sequence, device).flatten(0, 1) for model in (a, b))     # (L H, n, n)
-        own, other = entropy(P), entropy(Q)                                                    # (L H, n)
-        pairs = [entropy((p + Q) / 2) - (h + other) / 2 for p, h in zip(P, own)]
+        own, other = entr(P).sum(-1), entr(Q).sum(-1)                                          # (L H, n)
+        pairs = [entr((p + Q) / 2).sum(-1) - (h + other) / 2 for p, h in zip(P, own)]
         total = total + torch.stack(pairs).sum(-1).double()
         rows += len(sequence)
     return (total / rows).clamp_min(0).float().cpu()
-
-
-def entropy(p: Tensor) -> Tensor:
-    """Entropy over the last dimension, in nats."""
-    return torch.special.entr(p).sum(-1)
 
 
 def match_summary(matrix: Tensor) -> dict:
@@ -112,15 +106,10 @@ def match_summary(matrix: Tensor) -> dict:
 
 
 def cka(a: Classifier, b: Classifier, sequences: list[list[int]], device: torch.device) -> Tensor:
-    """(L_a + 1, L_b + 1) linear centred kernel alignment of the hidden states of all tokens (Kornblith et al., 2019), 0 to 1: embedding
-    output and every layer of `a` against those of `b`."""
+    """(L_a + 1, L_b + 1) linear CKA of all tokens' hidden states, embedding output and layers, 0 to 1 (Kornblith et al., 2019)."""
     X, Y = (states - states.mean(1, keepdim=True) for states, _, _ in (run_layers(m, sequences, device) for m in (a, b)))
-
-    def product(x: Tensor, y: Tensor) -> Tensor:
-        return (x.T @ y).square().sum()
-
-    own_x, own_y = ([product(z, z).sqrt() for z in Z] for Z in (X, Y))
-    return torch.stack([torch.stack([product(x, y) / (nx * ny) for y, ny in zip(Y, own_y)]) for x, nx in zip(X, own_x)]).cpu()
+    own_x, own_y = ([torch.norm(z.T @ z) for z in Z] for Z in (X, Y))
+    return torch.stack([torch.stack([torch.norm(x.T @ y) ** 2 / (nx * ny) for y, ny in zip(Y, own_y)]) for x, nx in zip(X, own_x)]).cpu()
 
 
 def distances(a: Weights, b: Weights) -> list[dict]:
@@ -128,16 +117,12 @@ def distances(a: Weights, b: Weights) -> list[dict]:
     'cosine' of a and b, and the number of 'weights'."""
     rows, parts = [], {}
     for name in (k for k in a if k in b):
-        parts.setdefault(part_of(name), []).append(name)
+        words = name.removeprefix("encoder.").split(".")
+        part = ".".join(words[:2]) if words[0] == "layers" else words[0]
+        parts.setdefault(part, []).append(name)
     for part, names in (parts | {"all": sum(parts.values(), [])}).items():
         x, y = (torch.cat([w[k].detach().double().flatten().cpu() for k in names]) for w in (a, b))
-        norm = x.norm() * y.norm()
-        rows.append({"part": part, "l2": (y - x).norm().item(), "l2_per_weight": ((y - x).norm() / math.sqrt(len(x))).item(),
-                     "cosine": (x @ y / norm).item() if norm else 0.0, "weights": len(x)})
+        l2, norms = (y - x).norm().item(), (x.norm() * y.norm()).item()
+        rows.append({"part": part, "l2": l2, "l2_per_weight": l2 / math.sqrt(len(x)), "cosine": (x @ y).item() / norms if norms else 0.0,
+                     "weights": len(x)})
     return rows
-
-
-def part_of(name: str) -> str:
-    """'embeddings', 'layers.3' or 'head', from a parameter's name."""
-    words = name.removeprefix("encoder.").split(".")
-    return ".".join(words[:2]) if words[0] == "layers" else words[0]

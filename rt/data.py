@@ -58,11 +58,8 @@ class Task:
     @cached_property
     def hash(self) -> str:
         """Hash of all texts and labels in order, 16 hex digits. A delta carries its task's."""
-        digest = hashlib.sha256()
-        for part, examples in self.parts.items():
-            for e in examples:
-                digest.update(json.dumps([part, e.text, e.text_pair, e.label]).encode())
-        return digest.hexdigest()[:16]
+        lines = [json.dumps([part, e.text, e.text_pair, e.label]) for part, examples in self.parts.items() for e in examples]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
 
 def few_shot(task: Task, shots: int, seed: int) -> Task:
@@ -94,9 +91,8 @@ class Encoded:
 
 
 def encode(examples: list[Example], labels: tuple[str, ...], tokenizer: Tokenizer, max_len: int) -> Encoded:
-    """<s> text </s>, or <s> text </s></s> pair </s> (BERT: [CLS] text [SEP] pair [SEP]). Longer sequences are cut to `max_len`, of a pair
-    the longer text first. A [SEP] that a BERT text spells itself is written ~id: it does not separate the texts of a pair. `labels` are
-    the class names in order; if there are none, targets are floats."""
+    """<s> text </s>, or <s> text </s></s> pair </s> (BERT: [CLS] text [SEP] pair [SEP]), cut to `max_len`, of a pair the longer text first.
+    A [SEP] that a BERT text spells itself becomes ~id, which separates nothing. Without `labels` (class names) targets are floats."""
     texts = tokenizer.encode([e.text for e in examples])
     pairs = tokenizer.encode([e.text_pair or "" for e in examples])
     bos, eos, between = tokenizer.bos_id, tokenizer.eos_id, [tokenizer.eos_id] * (tokenizer.separators - 1)
@@ -194,12 +190,9 @@ class Corpus:
 
 
 class Rows:
-    """Rows of exactly `row_tokens` tokens out of a corpus, and masked-LM batches of them.
-
-    Documents are cut into sequences <s> ... </s> of at most `seq_len` tokens, permuted anew each epoch and laid end to end; row r is tokens
-    [r * row_tokens, (r+1) * row_tokens) of that line. So every row is full: a sequence that crosses its end is cut in two, each with an
-    <s>. Rows are permuted as well, which separates neighbours.
-    """
+    """Rows of exactly `row_tokens` tokens out of a corpus, and masked-LM batches of them. Documents are cut into sequences <s> ... </s> of
+    at most `seq_len` tokens, permuted anew each epoch and laid end to end; row r is tokens [r * row_tokens, (r+1) * row_tokens) of that
+    line. So every row is full: a sequence across its end is cut in two, each with an <s>. The order of rows is permuted too."""
 
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer, *, seq_len: int, mask_rate: float, seed: int, sequences: int = ROW_SEQUENCES):
         self.corpus, self.seed, self.seq_len = corpus, seed, seq_len

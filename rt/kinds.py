@@ -56,15 +56,14 @@ INPUT, OUTPUT, ADDED = "input", "output", "added"
 
 @dataclass(frozen=True)
 class Kind:
-    """A row of KINDS. The module of a slot has `reset(generator)`; that of a slot `lora` is called with (x, y) and, if the kind is
-    mergeable, has `weight(linear)`, the update as a matrix."""
+    """A row of KINDS. Modules have `reset(generator)`; that of a slot `lora` is called with (x, y) and may have `weight(linear)`."""
     modules: Callable[[Block, DeltaConfig], dict[str, nn.Module]] = lambda block, config: {}    # by slot, not yet reset
     trains: Callable[[str], bool] = lambda name: False      # whether the base's own weight of this name is trained
     settings: tuple[str, ...] = ()                          # the fields of DeltaConfig that it uses
     roles: dict[str, str] = field(default_factory=dict)     # part of a tensor's name -> INPUT, OUTPUT or ADDED
     scaling: Callable[[DeltaConfig], float] = lambda config: 1.0            # the factor that a module puts before its OUTPUT
     joined: Callable[[DeltaConfig, DeltaConfig], DeltaConfig] | None = lambda a, b: a   # settings of a sum, scaling 1; None: no sum
-    is_mergeable: bool = False                              # whether plain weights can do the same
+    is_mergeable: bool = False                              # whether plain weights can do the same, by the module's `weight` if it has one
 
 
 class Adapter(nn.Module):

@@ -133,16 +133,12 @@ class Loss:
 
     def layers(self, model: Classifier) -> tuple[int, ...]:
         """The layers whose attention maps are compared, in student or teacher."""
-        if not self.config.gamma:
-            return ()
-        last = len(model.encoder.layers) - 1
-        return tuple(range(0 if self.config.att_layers == "all" else last, last + 1))
+        layers = tuple(range(len(model.encoder.layers))) if self.config.gamma else ()
+        return layers if self.config.att_layers == "all" else layers[-1:]
 
-
-# --- terms: (loss, the student's logits and activations, batch) -> (B,) or a scalar, the mean over the batch ------------
 
 def patience(loss: Loss, logits: Tensor, activations: Activations, batch: Batch) -> Tensor:
-    """(B,)"""
+    """A term: (B,), or a scalar, the mean over the batch."""
     return hidden_mse(activations.states, loss.teacher.states, batch.index) * (0.5 if loss.config.public_code else 1.0)
 
 

@@ -73,11 +73,10 @@ class Batch:
 
 @dataclass
 class Activations:
-    """What distillation compares, collected while an encoder runs: the <s> rows of the embedding output and of all layers but the last, and
-    the queries and keys (N, H, D) of the layers in `attention`."""
-    attention: tuple[int, ...] = ()
-    rows: list[Tensor] = field(default_factory=list)
-    qk: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """What distillation compares, collected while an encoder runs."""
+    attention: tuple[int, ...] = ()                                     # layers whose queries and keys are collected
+    rows: list[Tensor] = field(default_factory=list)                    # <s> rows of the embedding output and of all layers but the last
+    qk: list[tuple[Tensor, Tensor]] = field(default_factory=list)       # (N, H, D) each
 
     @property
     def states(self) -> Tensor:
@@ -136,8 +135,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Embeddings(nn.Module):
-    """Word + position, LN, dropout: ids (N,) and cu_seqlens (B + 1,) -> (N, d). The position table has the first token type added, BERT's
-    `second_type` is the second minus the first: rt/formats/hf.py."""
+    """Word + position, LN, dropout. The position table includes the first token type; BERT's `second_type` is the second minus it."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
@@ -150,6 +148,7 @@ class Embeddings(nn.Module):
         self.first_position, self.sep_id = config.first_position, -1 if config.sep_id is None else config.sep_id
 
     def forward(self, ids: Tensor, cu_seqlens: Tensor, seed: Tensor | None = None) -> Tensor:
+        """(N,) and (B + 1,) -> (N, d)"""
         rows = torch.arange(len(ids), device=ids.device, dtype=cu_seqlens.dtype)
         sequence = torch.searchsorted(cu_seqlens, rows, right=True) - 1   # (N,) the sequence that a row belongs to
         first = cu_seqlens[sequence]                                      # (N,) where that sequence begins
@@ -179,8 +178,7 @@ class Block(nn.Module):
         self.adapter_attention = self.adapter_ffn = self.prefix = None     # slots: rt/kinds.py
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, seeds: Tensor | None = None, qk: list | None = None) -> Tensor:
-        """(N, d) -> (N, d). `seeds` (3, K) are for dropout on the attention map and after each half; None: nothing is dropped. Appends
-        queries and keys to `qk`."""
+        """(N, d) -> (N, d). `seeds` (3, K): for dropout of attention map and halves, None: no dropout. Appends queries and keys to `qk`."""
         N, d = x.shape
         seed_map, seed_attention, seed_output = (None,) * 3 if seeds is None else seeds
         qkv = self.qkv(x).view(N, 3, self.num_heads, d // self.num_heads)
@@ -295,11 +293,11 @@ def init_weights(module: nn.Module, generator: torch.Generator, std: float = 0.0
 
 
 def new_masked_lm(config: EncoderConfig, seed: int) -> MaskedLM:
-    """A freshly initialised base. RoBERTa's std of 0.02 at width 768 is scaled with 1/sqrt(width): otherwise narrow post-LN encoders stay
-    long at the loss of word frequencies. The pad row of the word table starts at zero, as in RoBERTa."""
+    """A freshly initialised base."""
     model = MaskedLM(Encoder(config), MLMHead(config))
+    # RoBERTa's 0.02 at width 768, scaled: otherwise narrow post-LN encoders stay long at the loss of word frequencies
     init_weights(model, torch.Generator().manual_seed(seed), std=0.02 * (768 / config.hidden_size) ** 0.5)
-    model.encoder.embeddings.word.weight.data[config.pad_id] = 0.0
+    model.encoder.embeddings.word.weight.data[config.pad_id] = 0.0      # as in RoBERTa
     return model
 
 

@@ -1,4 +1,4 @@
-"""Ways to reuse an outdated delta on a new base. A mode is where training starts and what it minimises (MODES):
+"""Ways to reuse an outdated delta on a new base. A mode is where training starts and what it minimises:
 
     scratch        fresh delta and head on the new base, tuned: the baseline
     apply          the old delta on the new base as it is; nothing is trained
@@ -7,7 +7,7 @@
     init+distill   both
     project        the old delta through a map learned on other tasks (rt/transport.py); nothing is trained on this one
 
-`chain` follows a mode along several bases. rt/speed/multi_run.py does many runs side by side.
+rt/speed/multi_run.py does many runs side by side.
 """
 import time
 from dataclasses import dataclass, replace
@@ -134,9 +134,8 @@ def chain(r: Recycling, mode: str, bases: dict[str, Base]) -> Iterator[Link]:
         chain   Delta_{i+1} = recycle(M_i, Delta_i, M_{i+1}), the recycled delta recycled again
         direct  Delta_{i+1} = recycle(M_0, Delta_0, M_{i+1})
 
-    Both routes to M_1 are one run, done once; scratch, which recycles nothing, has no route (None). r.base is not read. The rows given to
-    r.on_eval have their base and route too. Raises InputError before anything is trained.
-    """
+    Both routes to M_1 are one run; scratch, which recycles nothing, has no route (None). r.base is not read. r.on_eval gets base and route
+    too. Raises InputError before anything is trained."""
     if len({base.tokenizer.vocabulary for base in bases.values()}) > 1:
         raise InputError("the bases of a chain must have one vocabulary: the task is encoded once")
     for base in bases.values():
@@ -160,7 +159,7 @@ def chain(r: Recycling, mode: str, bases: dict[str, Base]) -> Iterator[Link]:
 
 
 def check(r: Recycling, mode: str) -> None:
-    """Raises InputError if `mode` cannot be done with this old delta; before anything is trained."""
+    """Raises InputError if `mode` cannot be done with this old delta, or with bases as different as these."""
     old, starts_from_old = r.old_delta, MODES[mode].start is start_from_old
     check_fits(r.old_base, old, stale_ok=False)     # all modes assume that it was learned on the old base
     if mode not in ("scratch", "init") and old.labels != r.data.labels:
@@ -170,22 +169,16 @@ def check(r: Recycling, mode: str) -> None:
         raise InputError(f"{mode} continues the old delta: use its `delta` and sizes ({old.config.used}), or `mode` distill")
     if starts_from_old:
         check_fits(r.base, old, stale_ok=True)
-    if mode in NEEDS_TEACHER:
-        check_teacher(r, mode)
-
-
-def check_teacher(r: Recycling, mode: str) -> None:
-    """Raises InputError if old and new base are too different for what distillation compares."""
-    c, old, new = r.distill, r.old_base.encoder.config, r.base.encoder.config
+    if mode not in NEEDS_TEACHER:
+        return
+    c, was, now = r.distill, r.old_base.encoder.config, r.base.encoder.config
     if r.old_base.tokenizer.vocabulary != r.base.tokenizer.vocabulary:
         raise InputError(f"{mode} needs old and new base to have one vocabulary: the teacher reads the student's ids")
-    if c.beta and (old.num_layers, old.hidden_size) != (new.num_layers, new.hidden_size):
-        raise InputError(f"`beta` compares hidden states layer by layer: old base {old.num_layers} layers x {old.hidden_size}, new base "
-                         f"{new.num_layers} x {new.hidden_size}: use `beta` 0")
-    if c.gamma and (old.num_heads != new.num_heads or c.att_layers == "all" and old.num_layers != new.num_layers):
+    if c.beta and (was.num_layers, was.hidden_size) != (now.num_layers, now.hidden_size):
+        raise InputError("`beta` compares hidden states: both bases must have as many layers and one hidden size; use `beta` 0")
+    if c.gamma and (was.num_heads != now.num_heads or c.att_layers == "all" and was.num_layers != now.num_layers):
         raise InputError("`gamma` compares attention maps: both bases must have as many heads, and with `att_layers` all the layers too")
     if c.itp:
-        check_fits(r.base, r.old_delta, stale_ok=True)
-    if c.itp and r.old_delta.config.used != r.config.used:
-        raise InputError("`itp` draws a line from teacher to student, weight by weight: use the old delta's `delta` and sizes "
-                         f"({r.old_delta.config.used}), or no `itp`")
+        check_fits(r.base, old, stale_ok=True)
+    if c.itp and old.config.used != r.config.used:
+        raise InputError(f"`itp` draws a line to the teacher, weight by weight: use `delta` and sizes of {old.config.used}, or no `itp`")

@@ -57,8 +57,7 @@ class Projection(nn.Module):
         """The delta as matrices (rows, m): one, or one a tensor. Raises InputError if its kind or sizes differ."""
         tensors = delta.tensors(self.with_head)
         if delta.config.used != self.used or {k: v.shape for k, v in tensors.items()} != self.shapes:
-            raise InputError(f"the projection is one of {self.used} with {len(self.shapes)} tensors; the delta of task "
-                             f"{delta.info.get('task')} is {delta.config.used}, or of other sizes: use deltas of one kind, base and size")
+            raise InputError(f"a delta of task {delta.info.get('task')} does not fit the projection: use deltas of one kind, base and size")
         if self.granularity == "flat":
             return [torch.cat([v.flatten() for v in tensors.values()])[None]]
         return [v.reshape(-1, v.shape[-1]) for v in tensors.values()]
@@ -73,11 +72,6 @@ class Projection(nn.Module):
         if self.granularity == "flat":
             mapped = mapped[0].flatten().split([shape.numel() for shape in self.shapes.values()])
         return {k: y.view(shape) for (k, shape), y in zip(self.shapes.items(), mapped, strict=True)}
-
-    def about(self) -> dict:
-        """Its settings and training, for a row of results."""
-        return {"r": self.r, "granularity": self.granularity, "residual": self.residual, "with_head": self.with_head,
-                "numbers": sum(p.numel() for p in self.parameters()), "best_step": self.best_step, "dev": self.dev}
 
 
 @torch.no_grad()
@@ -114,11 +108,8 @@ def learn_projection(old_base: Base, base: Base, sources: list[tuple[Delta, Task
                      with_head: bool = False, on_step: Hook = ignore, on_eval: Hook = ignore) -> Projection:
     """A map from deltas of `old_base` to deltas of `base`, trained on source tasks in turn: step i on source i mod S. The loss is
     distillation's without attention maps and interpolation: teacher = old base + the source's delta, student = new base + its projection.
-
-    `with_head` asks for as many labels in every source, and later in the target. Returned as it was best on dev, mean over the sources; the
-    dev of `on_eval` has that mean first, then each source. Batches and dropout are functions of (seed, step). Raises InputError if deltas
-    and bases do not fit together, Diverged as rt.tune.minimise does.
-    """
+    `with_head` asks for as many labels in every source, and later in the target. Returned as it was best on dev: the mean over the sources,
+    which comes first in the dev of `on_eval`. Raises InputError if deltas and bases do not fit together, Diverged as rt.tune.Fit does."""
     check_sources(old_base, base, sources)
     deltas, datas, s = [delta.map(lambda _, v: v.to(device)) for delta, _ in sources], [data for _, data in sources], settings
     projection = Projection(deltas, r, granularity, residual, with_head, s.seed)

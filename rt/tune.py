@@ -140,12 +140,9 @@ def train_step(gradient: Gradient, data: Encoded, s: TuneSettings, on_step: Hook
 
 def tune(model: Classifier, data: TaskData, loss: Loss, settings: TuneSettings, *, device: torch.device, precision: torch.dtype,
          on_step: Hook = ignore, on_eval: Hook = ignore, make_gradient: Callable[..., Gradient] = plain_gradient) -> TuneResult:
-    """Train what requires a gradient in `model`; on return it holds the weights that were best on dev.
-
-    Dev is also scored before the first step (step 0), which tells what the start is worth; test, if there is one, once at the end. Batches
-    and dropout are functions of (seed, step). `make_gradient` may be rt.speed.multi_run.graphed_gradient. Raises Diverged as `minimise`
-    does, InputError if memory runs out.
-    """
+    """Train what requires a gradient in `model`, which ends with the weights that were best on dev. Dev is also scored before the first
+    step (step 0), which tells what the start is worth, and test, if there is one, once at the end. Batches and dropout are functions of
+    (seed, step). `make_gradient` may be rt.speed.multi_run.graphed_gradient. Raises Diverged as Fit does, InputError if memory runs out."""
     started, step = time.perf_counter(), partial(train_step, make_gradient(model, loss, device, precision), data.train, settings, on_step)
     result = minimise(trained_weights(model), step, settings, lambda: evaluate(model, data.dev, device, precision), on_eval)
     result.test = evaluate(model, data.test, device, precision) if data.test is not None else {}
@@ -177,8 +174,9 @@ def evaluate(model: Classifier, data: Encoded, device: torch.device, precision: 
 def metrics(logits: Tensor, targets: Tensor) -> dict[str, float]:
     """accuracy, macro_f1, micro_f1 of (n, C) logits and (n,) classes; pearson and spearman of (n, 1) and (n,) floats."""
     if targets.is_floating_point():
-        prediction, truth = logits.squeeze(-1).double(), targets.double()
-        return {"pearson": _correlation(prediction, truth), "spearman": _correlation(_ranks(prediction), _ranks(truth))}
+        pair = logits.squeeze(-1).double(), targets.double()
+        pairs = {"pearson": torch.stack(pair), "spearman": torch.stack([*map(_ranks, pair)])}
+        return {name: torch.corrcoef(xy)[0, 1].nan_to_num(0.0).item() for name, xy in pairs.items()}     # 0 if one of them is constant
     C = logits.shape[-1]
     confusion = torch.bincount(targets * C + logits.argmax(-1), minlength=C * C).view(C, C).double()    # truth x prediction
     right, truth, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
@@ -186,10 +184,6 @@ def metrics(logits: Tensor, targets: Tensor) -> dict[str, float]:
     f1 = (2 * right / (truth + predicted))[occurs].mean().item()
     accuracy = (right.sum() / confusion.sum()).item()
     return {"accuracy": accuracy, "macro_f1": f1, "micro_f1": accuracy}  # with one label a text, micro-F1 is accuracy
-
-
-def _correlation(a: Tensor, b: Tensor) -> float:
-    return torch.corrcoef(torch.stack([a, b]))[0, 1].nan_to_num(0.0).item()     # 0 if one of them is constant
 
 
 def _ranks(x: Tensor) -> Tensor:

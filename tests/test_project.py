@@ -91,7 +91,7 @@ def test_the_map_is_the_formula_with_the_n_by_n_matrix(base, residual, with_head
 
 def test_auto_is_by_tensors_for_full_and_flat_for_others(base):
     for kind, expected in (("full", "tensor"), ("bitfit", "flat")):
-        assert Projection([tuned(base, kind, "a")], 2, "auto", False, False, seed=0).about()["granularity"] == expected
+        assert Projection([tuned(base, kind, "a")], 2, "auto", False, False, seed=0).granularity == expected
     with pytest.raises(InputError, match="granularity 'rows': not one of auto, flat, tensor"):
         Projection([tuned(base, "lora", "a")], 2, "rows", False, False, seed=0)
 

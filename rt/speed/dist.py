@@ -67,9 +67,9 @@ class Ranks:
         found: list = [None] * self.world
         dist.all_gather_object(found, what, group=self.waiting)
         for name, first in found[0].items():
-            for rank, own in enumerate(found):
-                if own.get(name) != first:
-                    raise InputError(f"{name} is {own[name]} on rank {rank} and {first} on rank 0: start all with the same flags and files")
+            for rank, other in enumerate(own.get(name) for own in found):
+                if other != first:
+                    raise InputError(f"{name} is {other} on rank {rank} and {first} on rank 0: start all with the same flags and files")
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean over the ranks, in place."""
