@@ -66,8 +66,6 @@ def train_control(model: Classifier, a: Weights, b: Weights, data: TaskData, set
     return {k: v.detach() for k, v in control.items()}
 
 
-# --- likeness ---------------------------------------------------------------------------------------------------------
-
 @torch.no_grad()
 def run_layers(model: Classifier, sequences: list[list[int]], device: torch.device) -> tuple[Tensor, list[tuple[Tensor, Tensor]], Tensor]:
     """(hidden states (L+1, N, d) of embedding output and every layer, queries and keys (N, H, D) of each layer, cu_seqlens)."""

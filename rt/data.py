@@ -159,7 +159,6 @@ def sequences_batch(sequences: list[list[int]], **fields: Tensor) -> Batch:
 
 class Masker:
     """Chooses `count` tokens of a row, none of them special: 80 % become <mask>, 10 % a random token, 10 % stay (Devlin et al., 2019)."""
-
     def __init__(self, tokenizer: Tokenizer, count: int):
         self.count, self.mask_id = count, tokenizer.mask_id
         self.is_special = np.zeros(tokenizer.vocab_size, dtype=bool)
@@ -193,7 +192,6 @@ class Rows:
     """Rows of exactly `row_tokens` tokens out of a corpus, and masked-LM batches of them. Documents are cut into sequences <s> ... </s> of
     at most `seq_len` tokens, permuted anew each epoch and laid end to end; row r is tokens [r * row_tokens, (r+1) * row_tokens) of that
     line. So every row is full: a sequence across its end is cut in two, each with an <s>. The order of rows is permuted too."""
-
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer, *, seq_len: int, mask_rate: float, seed: int, sequences: int = ROW_SEQUENCES):
         self.corpus, self.seed, self.seq_len = corpus, seed, seq_len
         self.bos, self.eos = tokenizer.bos_id, tokenizer.eos_id
@@ -260,5 +258,5 @@ class Rows:
         """Raises InputError unless `batch_tokens` is a whole number of rows for each of `shares` (ranks x accumulation)."""
         unit = self.row_tokens * shares
         if batch_tokens % unit or batch_tokens <= 0:
-            raise InputError(f"`batch_tokens` {batch_tokens}: must be a multiple of {unit} "
-                             f"({ROW_SEQUENCES} sequences of `seq_len` {self.seq_len}, times {shares} ranks x `accumulation`)")
+            rows = f"{ROW_SEQUENCES} sequences of `seq_len` {self.seq_len}, times {shares} ranks x `accumulation`"
+            raise InputError(f"`batch_tokens` {batch_tokens}: must be a multiple of {unit} ({rows})")

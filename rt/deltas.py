@@ -195,8 +195,6 @@ def merge(base: Base, delta: Delta, scale: float = 1.0, stale_ok: bool = False) 
     return merged
 
 
-# --- what fits what ---------------------------------------------------------------------------------------------------
-
 def check_fits(base: Base, delta: Delta, stale_ok: bool) -> None:
     """Raises InputError if `delta` cannot be put on `base`; StaleDelta, unless `stale_ok`, if it can but was learned on another one."""
     try:

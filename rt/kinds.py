@@ -68,7 +68,6 @@ class Kind:
 
 class Adapter(nn.Module):
     """x + up(gelu(down(x))). `up` starts at zero, so a new adapter is the identity."""
-
     def __init__(self, hidden_size: int, bottleneck: int):
         super().__init__()
         self.down = Linear(hidden_size, bottleneck)
@@ -89,7 +88,6 @@ TARGETS = {"query": ("qkv", 0), "key": ("qkv", 1), "value": ("qkv", 2), "attenti
 
 class LoRA(nn.Module):
     """y + scaling * B A x on the output rows of each target of one Linear. B starts at zero."""
-
     def __init__(self, linear: nn.Linear, targets: dict[str, int | None], r: int, lora_alpha: float):
         super().__init__()
         rows = linear.out_features // (3 if None not in targets.values() else 1)
@@ -130,7 +128,6 @@ def loras(block: Block, c: DeltaConfig) -> dict[str, nn.Module]:
 
 class Prefix(nn.Module):
     """Keys and values of `prefix_len` learned positions for one layer, and one gate a head that starts at zero."""
-
     def __init__(self, prefix_len: int, num_heads: int, head_size: int):
         super().__init__()
         self.k = nn.Parameter(torch.empty(prefix_len, num_heads, head_size))
@@ -157,6 +154,5 @@ KINDS = {
                  is_mergeable=True),
     "bitfit": Kind(trains=lambda name: name.endswith(".bias"), is_mergeable=True),
     "prefix": Kind(lambda b, c: {"prefix": Prefix(c.prefix_len, b.num_heads, b.qkv.in_features // b.num_heads)}, settings=("prefix_len",),
-                   roles={".prefix.k": INPUT, ".prefix.v": INPUT, ".prefix.gate": ADDED},
-                   joined=None),        # the softmax over a prefix is not linear in its keys
+                   roles={".prefix.k": INPUT, ".prefix.v": INPUT, ".prefix.gate": ADDED}, joined=None),     # no sum: softmax is not linear
 }

@@ -154,8 +154,6 @@ TERMS: dict[str, Callable[[Loss, Tensor, Activations, Batch], Tensor]] = {"beta"
 AT_POINTS = ("beta",)   # imposed at the points of interpolation too; the others on the student alone
 
 
-# --- a model as a function of weights that are not its own ------------------------------------------------------------
-
 def weights_of(model: Classifier) -> Weights:
     """All weights, trained and frozen, encoder and head, detached."""
     return {k: p.detach() for k, p in model.named_parameters()}
@@ -173,7 +171,6 @@ def lerp(a: Weights, b: Weights, mu: float) -> Weights:
 
 class Reweighted(nn.Module):
     """`model`, which is not changed, with `weights()` in place of its own at each call. Gradients reach what `weights` is made of."""
-
     def __init__(self, model: Classifier, weights: Callable[[], Weights]):
         super().__init__()
         self.model, self.weights = model, weights

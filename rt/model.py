@@ -102,7 +102,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 class SelectRows(torch.autograd.Function):
     """x -> (x, x[rows]). The backward adds the rows' gradient to x's; plain indexing would fill a second (N, d) with zeros."""
-
     @staticmethod
     def forward(ctx, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(rows)
@@ -115,7 +114,6 @@ class SelectRows(torch.autograd.Function):
 
 class Linear(nn.Linear):
     """nn.Linear, (N, in) -> (N, out), with a slot for a low-rank update. Here and below, weights may have a leading K: see `linear`."""
-
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features)
         self.lora: nn.Module | None = None
@@ -127,7 +125,6 @@ class Linear(nn.Linear):
 
 class LayerNorm(nn.LayerNorm):
     """LN(x), or with a residual branch h: LN(x + dropout(h))."""
-
     def forward(self, x: Tensor, h: Tensor | None = None, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
         if h is None:
             return layer_norm(x, self.weight, self.bias, self.eps)
@@ -136,7 +133,6 @@ class LayerNorm(nn.LayerNorm):
 
 class Embeddings(nn.Module):
     """Word + position, LN, dropout. The position table includes the first token type; BERT's `second_type` is the second minus it."""
-
     def __init__(self, config: EncoderConfig):
         super().__init__()
         d = config.hidden_size
@@ -163,7 +159,6 @@ class Embeddings(nn.Module):
 
 class Block(nn.Module):
     """Attention and feed-forward, each followed by residual and LN (post-LN)."""
-
     def __init__(self, config: EncoderConfig):
         super().__init__()
         d, eps = config.hidden_size, config.layer_norm_eps
@@ -200,7 +195,6 @@ class Block(nn.Module):
 
 class Encoder(nn.Module):
     """Token ids to contextual vectors."""
-
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.config = config
@@ -223,7 +217,6 @@ class Encoder(nn.Module):
 
 class MLMHead(nn.Module):
     """dense + GELU + LN, then scores over the vocabulary with the word embeddings as weights (tied) and a bias."""
-
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
@@ -237,7 +230,6 @@ class MLMHead(nn.Module):
 
 class MaskedLM(nn.Module):
     """A base with its pre-training head."""
-
     def __init__(self, encoder: Encoder, head: MLMHead):
         super().__init__()
         self.encoder, self.head = encoder, head
@@ -254,7 +246,6 @@ class MaskedLM(nn.Module):
 
 class ClassificationHead(nn.Module):
     """RoBERTa's: dropout, dense, tanh, dropout, out, on the <s> row."""
-
     def __init__(self, hidden_size: int, num_labels: int, dropout: float = 0.1):
         super().__init__()
         self.dense = Linear(hidden_size, hidden_size)
@@ -270,7 +261,6 @@ class ClassificationHead(nn.Module):
 
 class Classifier(nn.Module):
     """An encoder (with a delta's modules in its slots) and the task head."""
-
     def __init__(self, encoder: Encoder, head: ClassificationHead):
         super().__init__()
         self.encoder, self.head = encoder, head

@@ -45,7 +45,6 @@ def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
 
 class SkipTracker:
     """Losses and skipped steps of a loop, summed up on the device until `read`."""
-
     def __init__(self, device: torch.device):
         self.sums, self.row, self.steps = torch.zeros(3, device=device), torch.zeros((), device=device), 0  # loss, skipped, longest row
 

@@ -34,7 +34,6 @@ def mlm_loss(model: MaskedLM, batch: Batch) -> Tensor:
 
 class MLMLoss(nn.Module):
     """The share of one of `parts` microbatches in the loss of its step; a module, because DistributedDataParallel wraps a forward."""
-
     def __init__(self, model: MaskedLM, parts: int, precision: torch.dtype):
         super().__init__()
         self.model, self.parts, self.precision = model, parts, precision

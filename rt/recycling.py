@@ -1,4 +1,4 @@
-"""Ways to reuse an outdated delta on a new base. A mode is where training starts and what it minimises:
+"""Ways to reuse an outdated delta on a new base (many runs at once: rt/speed/multi_run.py). A mode is a start and a loss:
 
     scratch        fresh delta and head on the new base, tuned: the baseline
     apply          the old delta on the new base as it is; nothing is trained
@@ -6,8 +6,6 @@
     distill        fresh delta, taught by old base + old delta
     init+distill   both
     project        the old delta through a map learned on other tasks (rt/transport.py); nothing is trained on this one
-
-rt/speed/multi_run.py does many runs side by side.
 """
 import time
 from dataclasses import dataclass, replace

@@ -31,7 +31,6 @@ Granularity = Literal["auto", "flat", "tensor"]     # auto: the public code's, f
 class Projection(nn.Module):
     """The map, at its start: b and the scale of W1 come from `sources`, whose kind and sizes every projected delta must have. Without
     `with_head` the map leaves heads out, and tasks may have other numbers of labels."""
-
     def __init__(self, sources: list[Delta], r: int, granularity: Granularity, residual: bool, with_head: bool, seed: int):
         super().__init__()
         if granularity not in get_args(Granularity):

@@ -68,7 +68,6 @@ def training_loop(s: TuneSettings, gradient: Callable[[int], Tensor], update: Ca
 
 class Fit:
     """The optimizer of one run, AdamW on `trained`, its scores so far, and the weights that were best."""
-
     def __init__(self, trained: dict[str, Tensor], s: TuneSettings, on_eval: Hook = ignore):
         self.trained, self.s, self.on_eval, self.result, self.best = trained, s, on_eval, TuneResult(), {}
         self.optimizer = adamw(trained.values(), s.lr, s.weight_decay, betas=(0.9, 0.999))

@@ -136,7 +136,6 @@ class CudaGraphs:
     gradients, which `parameters` get, and the loss are the graph's memory: the next call overwrites them. `adds`: with a second graph of
     each shape that adds to the gradients.
     """
-
     def __init__(self, gradient: Callable[..., Tensor], parameters: list[nn.Parameter], device: torch.device, adds: bool = False):
         self.gradient, self.parameters, self.device, self.adds = gradient, parameters, device, adds
         self.captured: dict[tuple, tuple] = {}      # by shape: inputs, gradients, and (graph, loss) to overwrite and to add

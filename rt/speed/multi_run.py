@@ -90,7 +90,6 @@ def graphed_gradient(model: Classifier, loss: Loss, device: torch.device, precis
 
 class SideLoss:
     """The losses of K runs, with alpha, beta and T of each."""
-
     def __init__(self, runs: list[SideRun], device: torch.device):
         losses = [run.loss for run in runs]
         if not all(can_be_stacked(loss.config) for loss in losses):
@@ -152,7 +151,6 @@ def predict(stacked: nn.Module, parts: list[Encoded], device: torch.device, prec
 class SideBySide:
     """The functions of rt.tune.training_loop for the runs that go on. Each run has weights, optimizer and best of its own (rt.tune.Fit);
     together they compute gradients and predictions."""
-
     def __init__(self, runs: list[SideRun], device: torch.device, precision: torch.dtype, graphs: bool, on_step: Hook, on_eval: Hook):
         self.runs, self.device, self.precision, self.graphs, self.on_step, self.on_eval = runs, device, precision, graphs, on_step, on_eval
         weights = [{k: p.detach().clone().requires_grad_() for k, p in trained_weights(run.model).items()} for run in runs]

@@ -22,7 +22,6 @@ def step_flops(config: EncoderConfig, lengths: list[int], predicted: int = 0, fr
 
 class Throughput:
     """The speed of a loop: count its batches, then str(throughput). `world` ranks are taken to be as fast as this one."""
-
     def __init__(self, config: EncoderConfig, device: torch.device, precision: torch.dtype, frozen: bool = False, world: int = 1):
         self.config, self.frozen, self.world, self.peak = config, frozen, world, peak_flops(device, precision)
         self.restart()
