@@ -115,12 +115,16 @@ def distances(a: Weights, b: Weights) -> list[dict]:
     'cosine' of a and b, and the number of 'weights'."""
     rows, parts = [], {}
     for name in (k for k in a if k in b):
-        words = name.removeprefix("encoder.").split(".")
-        part = ".".join(words[:2]) if words[0] == "layers" else words[0]
-        parts.setdefault(part, []).append(name)
+        parts.setdefault(part_of(name), []).append(name)
     for part, names in (parts | {"all": sum(parts.values(), [])}).items():
         x, y = (torch.cat([w[k].detach().double().flatten().cpu() for k in names]) for w in (a, b))
         l2, norms = (y - x).norm().item(), (x.norm() * y.norm()).item()
         rows.append({"part": part, "l2": l2, "l2_per_weight": l2 / math.sqrt(len(x)), "cosine": (x @ y).item() / norms if norms else 0.0,
                      "weights": len(x)})
     return rows
+
+
+def part_of(name: str) -> str:
+    """'embeddings', 'layers.3' or 'head', from a parameter's name."""
+    words = name.removeprefix("encoder.").split(".")
+    return ".".join(words[:2]) if words[0] == "layers" else words[0]

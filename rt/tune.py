@@ -149,8 +149,6 @@ def tune(model: Classifier, data: TaskData, loss: Loss, settings: TuneSettings, 
     return result
 
 
-# --- scores -----------------------------------------------------------------------------------------------------------
-
 @torch.no_grad()
 def predict(model: Classifier, sequences: list[list[int]], device: torch.device, precision: torch.dtype, batch_size: int = 64) -> Tensor:
     """(n, C) fp32 logits on the CPU, in the order of `sequences`; batches are made by length."""

@@ -6,7 +6,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Callable, Iterable, Iterator, Sequence, TypeVar
+from typing import Callable, Iterable, Iterator, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -51,13 +51,9 @@ def staged(batches: Iterable[Batch], rows: Rows, device: torch.device, static: b
 
 
 def static_batch(rows: Rows, batch: Batch) -> Batch:
-    """The same batch in shapes that a compiled or captured step can rely on: max_seqlen is seq_len, and cu_seqlens ends in repeated
-    N, which are empty sequences.
-
-    There is room for the mean number of sequences and six standard deviations more (renewal theory), which about one batch in a billion
-    exceeds; that one gets more, in steps of 64. A bound that holds always would be far higher, and even an empty sequence costs attention
-    a launched block.
-    """
+    """The same batch in shapes that a compiled or captured step can rely on: max_seqlen is seq_len, and cu_seqlens ends in repeated N,
+    empty sequences. There is room for the mean number of sequences and six standard deviations more (renewal theory), which about one batch
+    in a billion exceeds; that one gets more, in steps of 64. A bound for all would be far higher, and each sequence costs a block."""
     n, per_row = len(batch.ids), len(batch.ids) // rows.row_tokens
     deviation = rows.length_deviation * (n / rows.mean_length ** 3) ** 0.5
     most = max(n / rows.mean_length + 6 * deviation + 2 * per_row, len(batch.cu_seqlens) - 1)      # a row's ends cut sequences in two
@@ -75,11 +71,9 @@ def tensors(batch: Batch) -> dict[str, Tensor]:
 
 @contextmanager
 def compiled(blocks: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
-    """Inside, the blocks' forward is compiled, once for all blocks of one shape; evaluate outside, where shapes vary.
-
-    If the kernels run on `device`, a block is one graph, our ops inside. Otherwise attention stays out of it: its reference loops over the
-    sequences in Python, and would be compiled anew for the lengths of every batch.
-    """
+    """Inside, the blocks' forward is compiled, once for all blocks of one shape; evaluate outside, where shapes vary. If the kernels run on
+    `device`, a block is one graph, our ops inside. Otherwise attention stays out of it: its reference loops over the sequences in Python,
+    and would be compiled anew for the lengths of every batch."""
     blocks, attention, whole = list(blocks), rt.model.attention_qkv, kernels_run(device)
     if blocks:
         torch._dynamo.config.optimize_ddp = False   # it cuts what it compiles at the gradients' buckets; blocks are small enough
@@ -118,50 +112,40 @@ def make_gradient(model: MaskedLM, s: PretrainSettings, ranks: Ranks, precision:
         with loss.no_sync() if ranks.world > 1 and part < s.accumulation - 1 else nullcontext():
             return plain(batch)
 
-    gradient_of = CudaGraphs(plain, [*model.parameters()], ranks.device, s.accumulation > 1).microbatch if graphs else eager
+    gradient_of = CudaGraphs(plain, [*model.parameters()], ranks.device, adds=s.accumulation > 1) if graphs else eager
 
     def gradient(batch: Batch, part: int) -> Tensor:
         lower = f"`batch_tokens` ({s.batch_tokens}), or raise `accumulation` ({s.accumulation})"
         with memory_for(f"a share of {len(batch.ids)} tokens", lower):
-            return gradient_of(batch, part)
+            return gradient_of(batch, part=part)
 
     return gradient
 
 
 class CudaGraphs:
     """gradient(batch, *more), a forward and backward pass, as a CUDA graph for each of the few shapes of its arguments: one launch in place
-    of about a thousand.
-
-    What a graph reads and writes keeps its address. Arguments come from the host (pinned, at best) and are copied into the graph's own. The
-    gradients, which `parameters` get, and the loss are the graph's memory: the next call overwrites them. `adds`: with a second graph of
-    each shape that adds to the gradients.
-    """
+    of about a thousand. What a graph reads and writes keeps its address: arguments come from the host and are copied into the graph's own,
+    and the gradients, which `parameters` get, and the loss are its memory. With `adds` it has a second graph that adds to the gradients."""
     def __init__(self, gradient: Callable[..., Tensor], parameters: list[nn.Parameter], device: torch.device, adds: bool = False):
         self.gradient, self.parameters, self.device, self.adds = gradient, parameters, device, adds
         self.captured: dict[tuple, tuple] = {}      # by shape: inputs, gradients, and (graph, loss) to overwrite and to add
-        self.shape: tuple = ()                      # of the last call that overwrote
+        self.shape: tuple = ()                      # of the last call
 
-    def __call__(self, batch: Batch, *more: Tensor) -> Tensor:
-        """The loss, on the device; the gradients of the call before are overwritten."""
-        self.shape = shape_of(batch, more)
-        if self.shape not in self.captured:
-            self.captured[self.shape] = self._capture(batch.to(self.device), *(x.to(self.device) for x in more))
-        for p, g in zip(self.parameters, self.captured[self.shape][1]):
+    def __call__(self, batch: Batch, *more: Tensor, part: int = 0) -> Tensor:
+        """The loss, on the device until the next call. Part 0 of a step overwrites the gradients, the others add to them; one of another
+        shape than part 0 (`static_batch`: next to never) is computed without a graph, into the same memory."""
+        new = [*tensors(batch).values(), *more]
+        shape = (batch.max_seqlen, *(x.shape for x in new))
+        if part and shape != self.shape:
+            return self.gradient(batch, *more)
+        if shape not in self.captured:
+            self.captured[shape] = self._capture(batch.to(self.device), *(x.to(self.device) for x in more))
+        self.shape, (inputs, gradients, graphs) = shape, self.captured[shape]
+        for own, x in zip(inputs, new):
+            own.copy_(x, non_blocking=True)
+        for p, g in zip(self.parameters, gradients):
             p.grad = g
-        return self._replay(0, batch, *more)
-
-    def microbatch(self, batch: Batch, part: int) -> Tensor:
-        """The loss; part 0 of a step overwrites the gradients, the others add to them. One of another shape than part 0 (`static_batch`:
-        next to never) is computed without a graph, into the same memory."""
-        if part == 0:
-            return self(batch)
-        return self._replay(1, batch) if shape_of(batch) == self.shape else self.gradient(batch)
-
-    def _replay(self, which: int, batch: Batch, *more: Tensor) -> Tensor:
-        inputs, _, graphs = self.captured[self.shape]
-        for own, new in zip(inputs, (*tensors(batch).values(), *more)):
-            own.copy_(new, non_blocking=True)
-        graph, loss = graphs[which]
+        graph, loss = graphs[part > 0]
         graph.replay()
         return loss
 
@@ -172,7 +156,7 @@ class CudaGraphs:
 
         warm_up(lambda: self.gradient(batch, *more), clear, self.device)
         graphs, pool = [], next((graphs[0][0].pool() for *_, graphs in self.captured.values()), None)
-        for _ in range(2 if self.adds else 1):
+        for _ in range(1 + self.adds):
             graph = torch.cuda.CUDAGraph()
             # thread_local: the thread that prepares batches may pin memory meanwhile
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
@@ -180,10 +164,6 @@ class CudaGraphs:
             graphs.append((graph, loss))
             pool = graph.pool()
         return [*tensors(batch).values(), *more], [p.grad for p in self.parameters], graphs
-
-
-def shape_of(batch: Batch, more: Sequence[Tensor] = ()) -> tuple:
-    return batch.max_seqlen, *(x.shape for x in (*tensors(batch).values(), *more))
 
 
 def warm_up(run: Callable[[], object], clear: Callable[[], None], device: torch.device) -> None:

@@ -76,10 +76,9 @@ def side_by_side(batches: list[Batch], bucket: int = 0, B: int = 0) -> tuple[Bat
     if bucket:
         lengths += [0] * (len(batches) * (B + PAD_SEQUENCES) - len(lengths))
         longest = -(-longest // 64) * 64
-    seeds = None if batches[0].seeds is None else torch.cat([batch.seeds for batch in batches])
-    cu_seqlens = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)
-    return Batch(torch.cat(ids), cu_seqlens, longest, labels=torch.cat(labels), index=torch.cat(index), seeds=seeds,
-                 rows=torch.cat(rows)), shares
+    fields = {"labels": torch.cat(labels), "index": torch.cat(index), "rows": torch.cat(rows),
+              "seeds": None if batches[0].seeds is None else torch.cat([batch.seeds for batch in batches])}
+    return Batch(torch.cat(ids), torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32), longest, **fields), shares
 
 
 def graphed_gradient(model: Classifier, loss: Loss, device: torch.device, precision: torch.dtype) -> Gradient:
@@ -153,8 +152,11 @@ class SideBySide:
     together they compute gradients and predictions."""
     def __init__(self, runs: list[SideRun], device: torch.device, precision: torch.dtype, graphs: bool, on_step: Hook, on_eval: Hook):
         self.runs, self.device, self.precision, self.graphs, self.on_step, self.on_eval = runs, device, precision, graphs, on_step, on_eval
-        weights = [{k: p.detach().clone().requires_grad_() for k, p in trained_weights(run.model).items()} for run in runs]
-        self.fits = [Fit(own, run.settings, run.rows.append) for own, run in zip(weights, runs)]
+        self.fits = []
+        for run in runs:
+            run.rows = []       # without those of a try that failed
+            weights = {k: p.detach().clone().requires_grad_() for k, p in trained_weights(run.model).items()}
+            self.fits.append(Fit(weights, run.settings, run.rows.append))
         self.stacked = Reweighted(runs[0].model, lambda: stack([fit.trained for fit in self.fits]))
         self.prepare()
 
@@ -236,8 +238,6 @@ def tune_in_groups(runs: list[SideRun], limit: int, *, device: torch.device, pre
                 raise
             if size <= 1:
                 raise InputError(f"not even one run fits into the memory of {device}: lower `batch_size` or `seq_len`") from None
-            for run in runs[:size]:
-                run.rows, run.result, run.best = [], TuneResult(), {}
             size //= 2
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -269,8 +269,6 @@ def step_bytes(run: SideRun, device: torch.device, precision: torch.dtype) -> in
         loss(Reweighted(run.model, lambda: weights).train(), batch.to(device), shares.to(device)).sum()
     return sum(n for place, n in saved.items() if place not in own) + sum(20 * p.numel() for p in weights.values())
 
-
-# --- recycling, side by side ------------------------------------------------------------------------------------------
 
 def can_go_together(r: Recycling, mode: str) -> bool:
     """Whether runs like this one can be trained side by side: not full deltas, which share no base, nor losses that cannot be stacked."""
