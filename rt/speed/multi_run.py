@@ -134,7 +134,7 @@ def predict(stacked: nn.Module, parts: list[Encoded], device: torch.device, prec
     orders = [sorted(range(len(part)), key=lambda i: len(part.sequences[i])) for part in parts]
     longest = max(len(part.sequences[order[-1]]) for part, order in zip(parts, orders))
     size = max(1, EVAL_TOKENS // (longest * len(parts)))
-    chunks: list[list[Tensor]] = [[] for _ in parts]
+    chunks = [[] for _ in parts]
     for first in range(0, max(map(len, parts)), size):
         # a run whose examples are all done shows its last one again
         picks = [order[first:first + size] or order[-1:] for order in orders]
@@ -148,8 +148,7 @@ def predict(stacked: nn.Module, parts: list[Encoded], device: torch.device, prec
 
 
 class SideBySide:
-    """The functions of rt.tune.training_loop for the runs that go on. Each run has weights, optimizer and best of its own (rt.tune.Fit);
-    together they compute gradients and predictions."""
+    """The functions of rt.tune.training_loop for the runs that go on: each has its own Fit; they compute gradients and scores together."""
     def __init__(self, runs: list[SideRun], device: torch.device, precision: torch.dtype, graphs: bool, on_step: Hook, on_eval: Hook):
         self.runs, self.device, self.precision, self.graphs, self.on_step, self.on_eval = runs, device, precision, graphs, on_step, on_eval
         self.fits = []
@@ -215,9 +214,8 @@ class SideBySide:
 
 def tune(runs: list[SideRun], *, device: torch.device, precision: torch.dtype, graphs: bool = False, on_step: Hook = ignore,
          on_eval: Hook = ignore) -> None:
-    """rt.tune.tune for K runs at once; fills `result` (but for test) and `best` of each. All have the same steps, batch size, evaluation
-    interval and decay; seeds, learning rates, warm-ups, losses and data are their own. The others go on without a run that stops early, or
-    of which too many steps in a row were skipped (`result.diverged`)."""
+    """rt.tune.tune for K runs at once; fills `rows`, `result` (but for test) and `best` of each. Steps, batch size, evaluation interval and
+    decay are common. The others go on without a run that stops early or diverges (`result.diverged`)."""
     started, together = time.perf_counter(), SideBySide(runs, device, precision, graphs, on_step, on_eval)
     training_loop(runs[0].settings, together.gradient, together.update, together.evaluate)
     for run in runs:
@@ -277,21 +275,18 @@ def can_go_together(r: Recycling, mode: str) -> bool:
 
 def recycle_together(rs: list[Recycling], mode: str, limit: int = 0, graphs: bool = False,
                      on_eval: Hook = ignore) -> Iterator[tuple[Recycling, Classifier, TuneResult]]:
-    """rt.recycling.recycle for runs that differ in seed, examples, learning rate, alpha, beta and T alone, trained side by side on one
-    frozen base: the same results but for test, which is not scored. At most `limit` at once; 0: as many as fit into memory. Yields each
-    with its model as soon as its group is done, and calls its on_eval then."""
+    """rt.recycling.recycle for runs that differ in seed, examples, learning rate, alpha, beta and T alone: the same results but for test,
+    which is not scored. At most `limit` at once; 0: as many as fit into memory. Yields each with its model as soon as its group is done,
+    and calls its on_eval then."""
     for r in rs:
         check(r, mode)
     if not all(can_go_together(r, mode) for r in rs):
         raise ValueError("full deltas, runs with gamma or itp and modes without training are not done side by side")
-    starts: dict[int, Classifier] = {}          # by seed
-    teachers: dict[int, TeacherCache] = {}      # by sample of examples
+    starts = {seed: MODES[mode].start(r) for seed, r in {r.settings.seed: r for r in rs}.items()}
+    teachers = {data: teacher_of(r) for data, r in {id(r.data): r for r in rs}.items()} if mode in NEEDS_TEACHER else {}
     runs = []
     for r in rs:
-        if mode in NEEDS_TEACHER:
-            r.teacher = teachers[id(r.data)] = teachers.get(id(r.data)) or teacher_of(r)
-        if r.settings.seed not in starts:
-            starts[r.settings.seed] = MODES[mode].start(r)
+        r.teacher = teachers.get(id(r.data), r.teacher)     # one for each sample of examples
         runs.append(SideRun(starts[r.settings.seed], r.data, r.settings, MODES[mode].loss(r)))
     where = {"device": rs[0].device, "precision": rs[0].precision}
     for r, run in zip(rs, tune_in_groups(runs, limit, **where, graphs=graphs, on_step=rs[0].on_step, on_eval=on_eval)):
