@@ -34,7 +34,7 @@ from rt.recycling import MODES, NEEDS_TEACHER, TRAINED, Recycling, chain, check,
 from rt.runs.build import build, build_lineage
 from rt.runs.config import parse, record, run
 from rt.runs.log import StepBar, note_changed_task, note_truncated, progress
-from rt.runs.results import Run, begin, best_delta, origin_of, save_run, write_summary
+from rt.runs.results import Run, begin, open_best, origin_of, save_run, write_summary
 from rt.runs.summary import by_settings, chosen, report, report_chain, report_sweep
 from rt.runs.sweep import LISTS, expand, groups, swept
 from rt.speed.device import make_deterministic, pick_precision
@@ -114,7 +114,7 @@ def main() -> None:
     c.old_delta, source_deltas = ranks.from_main(lambda: build_missing(c, task, source_tasks))
     c.project = replace(c.project, source_delta=source_deltas)
     old_base = open_base(c.old_base).to(ranks.device)
-    old_delta = open_delta(str(best_delta(c.old_delta, old_base.fingerprint)), old_base).ordered(task.labels)
+    old_delta = open_best(c.old_delta, old_base).ordered(task.labels)
     if c.delta.kind == "same":
         c.delta = replace(c.delta, **old_delta.config.used)
     modes = announce(c, modes, task, old_delta)

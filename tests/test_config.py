@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pytest
-from conftest import ROOT, command
+from conftest import ROOT, command, here
 
 from rt import limits
 from rt.errors import InputError
@@ -160,6 +160,25 @@ def test_scripts_teach_and_refuse(script):
     assert len(lines) > 20 and all(len(line.split(None, 2)) == 3 for line in lines)     # each has a comment
     error = command(script, "--seds", "1", code=2)
     assert error == "error: there is no flag --seds: did you mean --seed" + ("s?\n" if script == "recycle.py" else "?\n")
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (("convert",), "python -m rt.runs.convert import|export, not ''"), (("convert", "--tuned", "x"), "import|export, not '--tuned'"),
+    (("convert", "import", "--base", "M0"), "--tuned is missing: a ...ForSequenceClassification model"),
+    (("convert", "import", "--tuned", "x", "--base", "y", "--to", "hf"), "there is no flag --to"),
+    (("convert", "export", "--base", "M0", "--out", "x", "--to", "onnx"), "--to onnx: not one of hf, peft"),
+    (("convert", "export", "--base", "M0", "--out", "x", "--to", "peft"), "--to peft needs --delta_dir"),
+    (("predict", "--base", "M0", "--delta_dir", "x"), "--input is missing: .txt, .jsonl, .csv or .tsv of texts"),
+    (("predict", "--base", "M0", "--delta_dir", "x", "--input", "-", "--seq_len", "3"), "--seq_len 3: must be 8 or more")])
+def test_commands_say_what_they_need(arguments, words):
+    error = here("-m", f"rt.runs.{arguments[0]}", *arguments[1:], code=2)
+    assert error.startswith("error: ") and words in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [("convert", "import"), ("convert", "export"), ("predict",)])
+def test_commands_teach(arguments):
+    lines = [line.split(None, 2) for line in here("-m", f"rt.runs.{arguments[0]}", *arguments[1:], "--help").splitlines()]
+    assert all(len(line) == 3 for line in lines if line and line[0].startswith("--")) and ["--base", "BASE"] in [line[:2] for line in lines]
 
 
 def shell(line: str, code: str, unbuffered: str) -> tuple[int, str, str]:

@@ -27,7 +27,7 @@ import traceback
 import types
 import typing
 from dataclasses import MISSING, fields, is_dataclass, replace
-from typing import Annotated, Any, Callable, NamedTuple, NoReturn, TypeVar
+from typing import Annotated, Any, Callable, Iterator, NamedTuple, NoReturn, TypeVar
 
 from rt.errors import InputError
 from rt.formats.untrusted import is_utf8
@@ -53,22 +53,25 @@ class Flag(NamedTuple):
 @functools.cache
 def flags_of(cls: type) -> tuple[Flag, ...]:
     """The flags of a dataclass in their order, those of nested dataclasses included."""
+    return tuple(_flags(cls))
+
+
+def _flags(cls: type, path: tuple[str, ...] = (), values: Any = None, comment: str = "", heading: str | None = None) -> Iterator[Flag]:
+    """`values` is the nested default that the field at `path` holds, `comment` the one beside it, `heading` the one above it."""
     source, hints = inspect.getsource(cls), typing.get_type_hints(cls, include_extras=True)
     comments = dict(re.findall(r"^    (\w+):[^#\n]*?#\s*(.*)$", source, re.M))
     headings = {name: text for text, name in re.findall(r"^    # (.*)\n    (\w+):", source, re.M)}
-    flags: list[Flag] = []
     for field in fields(cls):
-        value = field.default_factory() if field.default_factory is not MISSING else field.default
-        comment, heading = comments.get(field.name, ""), headings.get(field.name)
-        if not is_dataclass(value):
-            flags.append(Flag(field.name, (field.name,), hints[field.name], value, comment, heading))
-            continue
-        for i, inner in enumerate(flags_of(type(value))):
-            flags.append(inner._replace(path=(field.name, *inner.path), default=functools.reduce(getattr, inner.path, value),
-                                        heading=inner.heading if i else heading))
-            if inner.name == "kind":
-                flags[-1] = flags[-1]._replace(name=field.name, help=comment or inner.help)
-    return tuple(flags)
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        value = default if values is None else getattr(values, field.name)
+        heading, own = heading or headings.get(field.name), comments.get(field.name, "")
+        if is_dataclass(value):
+            yield from _flags(type(value), (*path, field.name), value, own, heading)
+        elif path and field.name == "kind":
+            yield Flag(path[-1], (*path, "kind"), hints["kind"], value, comment or own, heading)
+        else:
+            yield Flag(field.name, (*path, field.name), hints[field.name], value, own, heading)
+        heading = None
 
 
 def parse(cls: type[C], argv: list[str], words: str | None = None) -> C:
@@ -112,11 +115,13 @@ def replace_flags(config: C, **values: Any) -> C:
 def record(config: Any) -> dict:
     """The flags and their values as plain JSON values, for meta.json and summary.json. InputError for text that is not UTF-8, as a file's
     name may be: the files that hold it could not be read again."""
-    values = {flag.name: functools.reduce(getattr, flag.path, config) for flag in flags_of(type(config))}
-    values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-    for name, value in values.items():
-        if not is_utf8("".join(map(str, value)) if isinstance(value, list) else str(value)):
-            raise InputError(f"--{name} {value}: is not UTF-8, and could not be read again where it is recorded; rename the file or folder")
+    values = {}
+    for flag in flags_of(type(config)):
+        value = functools.reduce(getattr, flag.path, config)
+        values[flag.name] = list(value) if isinstance(value, tuple) else value
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        if not is_utf8(text):
+            raise InputError(f"--{flag.name} {text}: is not UTF-8, and could not be read again from a record; rename the file or folder")
     return values
 
 
@@ -276,43 +281,3 @@ def end(code: int, message: str = "") -> NoReturn:
     if among_ranks():
         os._exit(code)
     sys.exit(code)
-
-
-# --- until every Config has its limits in its annotations ------------------------------------------------------------
-
-def require_positive(config: Any, *names: str) -> None:
-    """InputError for the first of these settings (each value of a list; None passes) that is not above zero, or that is an
-    empty list or text."""
-    for name in names:
-        value = getattr(config, name)
-        if value == () and type(config).__dataclass_fields__[name].default != ():
-            raise InputError(f"--{name}: the list is empty")
-        for v in value if isinstance(value, tuple) else (value,):
-            if v is not None and not isinstance(v, str) and not v > 0:
-                raise InputError(f"--{name} {v}: must be above zero")
-
-
-def require_not_negative(config: Any, *names: str) -> None:
-    """InputError for the first of these settings that is below zero."""
-    for name in names:
-        if getattr(config, name) < 0:
-            raise InputError(f"--{name} {getattr(config, name)}: must not be negative")
-
-
-def require_share(config: Any, *names: str) -> None:
-    """InputError for the first of these settings that does not lie between 0 and 1."""
-    for name in names:
-        if not 0 <= getattr(config, name) <= 1:
-            raise InputError(f"--{name} {getattr(config, name)}: must lie between 0 and 1")
-
-
-def require_seq_len(seq_len: int) -> None:
-    """InputError where a text of so many tokens has no room for the special tokens of a pair and some of both texts."""
-    if seq_len < 8:
-        raise InputError(f"--seq_len {seq_len}: must be 8 or more")
-
-
-def require_seeds(*seeds: int) -> None:
-    """InputError for no seed at all, or a negative one, which NumPy's generators do not take."""
-    if not seeds or min(seeds) < 0:
-        raise InputError(f"seeds {list(seeds)}: must be whole numbers from 0 on, at least one")

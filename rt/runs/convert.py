@@ -48,12 +48,12 @@ def import_delta(c: Import) -> None:
 
 
 def export_model(c: Export) -> None:
+    if c.to == "peft" and not c.delta_dir:
+        raise InputError("--to peft needs --delta_dir: an adapter is a delta")
     base = open_base(c.base)
     delta = open_best(c.delta_dir, base) if c.delta_dir else None
     if c.to == "hf":
         print(f"{export_hf(Path(c.out), base, delta)} and AutoTokenizer load {c.out}")
-    elif delta is None:
-        raise InputError("--to peft needs --delta_dir: an adapter is a delta")
     else:
         print(f"PeftModel loads {c.out} on {export_peft(Path(c.out), base, c.base, delta)}")
 
