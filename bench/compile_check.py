@@ -185,7 +185,7 @@ def machine_code(cubin: bytes, threads_per_element: float) -> dict:
 
 
 def fault(row: dict) -> str:
-    """What is wrong with a row, or nothing."""
+    """The fault of a row, or ""."""
     if "error" in row:
         return row["error"]
     if row["spilled"]:

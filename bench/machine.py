@@ -1,4 +1,4 @@
-"""What a measurement was taken on: hardware, versions, commit."""
+"""The machine of a measurement: hardware, versions, commit."""
 import datetime
 import importlib.metadata
 import os
@@ -10,7 +10,7 @@ import torch
 
 
 def output_of(*command: str) -> str:
-    """What a command prints; nothing where it cannot be run."""
+    """The output of a command; "" if it cannot be run."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True, cwd=Path(__file__).parent).stdout.strip()
     except (OSError, subprocess.SubprocessError):
@@ -32,7 +32,7 @@ def version(package: str) -> str | None:
 
 
 def commit() -> str:
-    """The checkout's commit, with + where files differ from it; nothing outside a checkout."""
+    """The checkout's commit, with + if files differ from it; "" outside a checkout."""
     head, dirty = output_of("git", "rev-parse", "--short", "HEAD"), output_of("git", "status", "--porcelain", "-uno")
     return head and head + ("+" if dirty else "")
 

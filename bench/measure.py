@@ -58,7 +58,7 @@ def peak(step: Callable, before: int) -> float:
 
 
 def captured(step: Callable, clear: Callable = lambda: None) -> torch.cuda.CUDAGraph:
-    """`step` as a CUDA graph; `clear` forgets what a run before the capture has left."""
+    """`step` as a CUDA graph; `clear` drops the gradients of the runs before the capture."""
     warm_up(step, clear, torch.device("cuda"))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -98,7 +98,7 @@ def evaluate(impl: Impl) -> list[Tensor]:
 def distance(given: Tensor, truth: Tensor) -> tuple[float, float]:
     """The largest absolute difference over the truth's largest; the difference's norm over the truth's."""
     if given.shape != truth.shape:
-        raise ValueError(f"{tuple(given.shape)} where {tuple(truth.shape)} was expected")
+        raise ValueError(f"{tuple(given.shape)} instead of {tuple(truth.shape)}")
     difference = given - truth
     return (difference.abs().max() / truth.abs().max()).item(), (difference.norm() / truth.norm()).item()
 

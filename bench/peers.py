@@ -1,4 +1,4 @@
-"""What is measured: for each kernel its inputs, ours, and what others offer for the same job, each in the layout it likes best.
+"""For each kernel its inputs, ours, and its peers, each with inputs in the layout that it likes best.
 
 A `Problem` is built from a case, a dict such as {"kernel": "attention", "S": 512, ...}. Liger is optional. With `exact` the same rounded
 inputs come in float64, and `truths` compute the right results.
@@ -141,7 +141,7 @@ def attention_kd_problem(case: dict, device: torch.device, dtype: torch.dtype, e
 # ---------------------------------------------------------------- losses
 
 def eager_kd(s: Tensor, t: Tensor, labels: Tensor | None, alpha: float = ALPHA) -> Tensor:
-    """What one writes down first: (R, C) raw logits twice -> (R,)."""
+    """The formula in plain PyTorch: (R, C) raw logits twice -> (R,)."""
     s, t = wide(s), wide(t)
     rows = alpha * T**2 * F.kl_div(F.log_softmax(s / T, -1), F.log_softmax(t / T, -1), reduction="none", log_target=True).sum(-1)
     return rows if labels is None else rows + (1 - alpha) * F.cross_entropy(s, labels, reduction="none")

@@ -23,7 +23,7 @@ import torch
 
 from bench.roberta import LABELS, classifier_loss, our_classifier, peer, peer_state, stand_in_base
 from bench.runner import RunFlags
-from bench.steps import Impl, Problem, Step, StepFlags, Where, agreement, main, sizes_of
+from bench.steps import Impl, Platform, Problem, Step, StepFlags, agreement, main, sizes_of
 from bench.train import labelled_batch, peers, uneven
 from rt.data import Encoded
 from rt.deltas import attach
@@ -43,42 +43,44 @@ class Config:
 Config.__doc__ = __doc__
 
 
-def batch_of(case: dict, where: Where) -> Batch:
-    return labelled_batch(where.encoder_config(case), uneven(case)).to(where.device)
+def batch_of(case: dict, platform: Platform) -> Batch:
+    return labelled_batch(platform.encoder_config(case), uneven(case)).to(platform.device)
 
 
-def problem(case: dict, where: Where, batch: Batch, builds: dict[str, tuple[Callable[[], Classifier], Loss]], against: str) -> Problem:
+def problem(case: dict, platform: Platform, batch: Batch, builds: dict[str, tuple[Callable[[], Classifier], Loss]],
+            against: str) -> Problem:
     """A step of each model on its loss, in the product's own precision; on a GPU also as a CUDA graph."""
     def step(build: Callable[[], Classifier], loss: Loss, graph: bool) -> Step:
         model = build()
-        return Step(model, lambda: loss(model, batch), where.precision, graph)
+        return Step(model, lambda: loss(model, batch), platform.precision, graph)
 
-    impls = {name + " +graphs" * graph: Impl(partial(step, *parts, graph), where.precision)
-             for graph in ((False, True) if where.cuda else (False,)) for name, parts in builds.items()}
+    impls = {name + " +graphs" * graph: Impl(partial(step, *parts, graph), platform.precision)
+             for graph in ((False, True) if platform.cuda else (False,)) for name, parts in builds.items()}
     return Problem(impls, case["tokens"], against, {"padded_tokens": case["sequences"] * case["S"]})
 
 
-def distill(case: dict, where: Where) -> Problem:
-    config, delta, batch = where.encoder_config(case), DeltaConfig(case["delta"]), batch_of(case, where)
-    base, old_base = (stand_in_base(config, seed).to(where.device) for seed in (0, 1))
+def distill(case: dict, platform: Platform) -> Problem:
+    config, delta, batch = platform.encoder_config(case), DeltaConfig(case["delta"]), batch_of(case, platform)
+    base, old_base = (stand_in_base(config, seed).to(platform.device) for seed in (0, 1))
     ids = [ids.tolist() for ids in batch.ids.split(batch.cu_seqlens.diff().tolist())]
-    teacher = run_teacher(attach(old_base, delta, LABELS, seed=1), Encoded(ids, batch.labels.cpu(), truncated=0), where.device,
-                          where.precision)
+    teacher = run_teacher(attach(old_base, delta, LABELS, seed=1), Encoded(ids, batch.labels.cpu(), truncated=0), platform.device,
+                          platform.precision)
     student = partial(attach, base, delta, LABELS, seed=0)
     taught = Loss(teacher=teacher, config=DistillConfig())
-    return problem(case, where, batch, {"plain": (student, Loss()), "distill": (student, taught)}, "plain")
+    return problem(case, platform, batch, {"plain": (student, Loss()), "distill": (student, taught)}, "plain")
 
 
-def frozen(case: dict, where: Where) -> Problem:
-    base = stand_in_base(where.encoder_config(case), seed=0).to(where.device)
+def frozen(case: dict, platform: Platform) -> Problem:
+    base = stand_in_base(platform.encoder_config(case), seed=0).to(platform.device)
     builds = {kind: (partial(attach, base, DeltaConfig(kind), LABELS, seed=0), Loss()) for kind in KINDS}
-    return problem(case, where, batch_of(case, where), builds, "full")
+    return problem(case, platform, batch_of(case, platform), builds, "full")
 
 
-def peft(case: dict, where: Where) -> Problem:
-    config, name, delta, batch = where.encoder_config(case), "RobertaForSequenceClassification", DeltaConfig("lora"), batch_of(case, where)
+def peft(case: dict, platform: Platform) -> Problem:
+    config, name, delta = platform.encoder_config(case), "RobertaForSequenceClassification", DeltaConfig("lora")
+    batch = batch_of(case, platform)
     state = peer_state(name, config)
-    mine = partial(our_classifier, config, state, delta, where.device)
+    mine = partial(our_classifier, config, state, delta, platform.device)
 
     def theirs(attention: str) -> torch.nn.Module:
         from peft import LoraConfig, get_peft_model  # a peer
@@ -86,10 +88,10 @@ def peft(case: dict, where: Where) -> Problem:
                               lora_dropout=0.0)
         return get_peft_model(peer(name, config, attention, state), settings)
 
-    found = problem(case, where, batch, {"ours": (mine, Loss())}, "ours")
-    found.impls |= peers(where, "peft", theirs, lambda model: {"": classifier_loss(model, batch, config.pad_id)})
+    found = problem(case, platform, batch, {"ours": (mine, Loss())}, "ours")
+    found.impls |= peers(platform, "peft", theirs, lambda model: {"": classifier_loss(model, batch, config.pad_id)})
     try:
-        reference = theirs("sdpa").to(where.device).eval()
+        reference = theirs("sdpa").to(platform.device).eval()
     except ImportError:
         return found
     with torch.no_grad():
@@ -97,7 +99,7 @@ def peft(case: dict, where: Where) -> Problem:
     return found
 
 
-PROBLEMS = {"distill": distill, "frozen": frozen, "peft": peft}      # a function of (case, where) more is a kind of case more
+PROBLEMS = {"distill": distill, "frozen": frozen, "peft": peft}      # a function of (case, platform) more is a kind of case more
 
 
 def cases(c: Config, cuda: bool) -> list[dict]:

@@ -1,6 +1,6 @@
 """RoBERTa as Hugging Face transformers has it, the peer of whole steps, and the same weights as ours.
 
-A peer gets a padded batch: input_ids (B, S), and attention_mask where there is padding (without it SDPA may take its flash kernel).
+A peer gets a padded batch: input_ids (B, S), and attention_mask if there is padding (without it SDPA may take its flash kernel).
 """
 from typing import Callable
 
@@ -27,7 +27,7 @@ class StandIn:
 
 
 def stand_in_base(config: EncoderConfig, seed: int, state: dict[str, Tensor] | None = None) -> Base:
-    """A base with random weights, or with those of `state`, our names or Hugging Face's."""
+    """A base with random weights, or with the encoder's weights of `state`, by our names or Hugging Face's."""
     model = new_masked_lm(config, seed)
     if state is not None:
         model.encoder.load_state_dict(encoder_state(state, config))
@@ -51,7 +51,7 @@ def peer(name: str, config: EncoderConfig, attention: str = "sdpa", state: dict[
 
 
 def peer_state(name: str, config: EncoderConfig) -> dict[str, Tensor] | None:
-    """Weights for all implementations of a case; None where transformers is missing."""
+    """Weights for all implementations of a case; None if transformers is missing."""
     try:
         torch.manual_seed(0)
         return peer(name, config).state_dict()
@@ -85,7 +85,7 @@ def padded(flat: Tensor, lengths: list[int], fill: int) -> Tensor:
 
 
 def padded_inputs(batch: Batch, pad_id: int) -> dict[str, Tensor]:
-    """input_ids (B, S), and attention_mask (B, S) where something is padding; on the batch's device."""
+    """input_ids (B, S), and attention_mask (B, S) if something is padding; on the batch's device."""
     lengths = batch.cu_seqlens.diff().tolist()
     out = {"input_ids": padded(batch.ids, lengths, pad_id)}
     if min(lengths) < max(lengths):

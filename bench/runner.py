@@ -1,7 +1,7 @@
 """A benchmark run: cases one after another, a row for every measurement, in a file that a later run can go on with.
 
-A case is a dict that says what is computed; it is the beginning of its rows, up to `impl`, the implementation. What could not run says why
-in `failed`. An implementation that breaks the CUDA context is noted, and a new process does the rest.
+A case is a dict of what is computed. Its rows begin with it, then comes `impl`, the implementation; `failed` says why one could not run. An
+implementation that breaks the CUDA context is noted, and a new process does the rest.
 """
 import gc
 import json
@@ -15,7 +15,7 @@ from typing import Callable, NoReturn, TypeVar
 
 import torch
 
-from bench.machine import commit, device_name, environment, version
+from bench.machine import clocks, commit, device_name, environment, version
 from bench.measure import sample
 from bench.tables import label, read, tables
 from rt.errors import InputError
@@ -56,7 +56,7 @@ def options(cls: type[C], argv: list[str]) -> C | None:
 
 
 class Run:
-    """Where a run takes place, what it has measured so far, and until when it may begin more."""
+    """The state of a run: its device, the rows so far, and until when it may begin more."""
 
     def __init__(self, c: RunFlags, script: str, argv: list[str], dtypes: tuple[torch.dtype, ...]):
         device = pick_device(c.device)
@@ -118,7 +118,7 @@ class Run:
         calls = 5 if self.cuda else 1
         sample(step, self.cuda, 3)
         times = [sample(step, self.cuda, calls) for _ in range(20)]
-        self.add({"kernel": "limits", "impl": name, "ms": median(times), "fastest": min(times), unit: work / min(times)})
+        self.add({"kernel": "limits", "impl": name, "ms": median(times), "fastest": min(times), unit: work / min(times)} | clocks())
         return work / min(times)
 
     def measure_all(self, todo: list[dict], measure: Callable[[dict], None]) -> None:
@@ -142,12 +142,14 @@ class Run:
             print(f"the CUDA context broke: {error}", file=sys.stderr, flush=True)
             if self.file and not self.late(20):
                 self.hand_over()
+        if self.cuda:
+            self.add({"kernel": "environment after"} | clocks())
         print(tables(self.rows))
         if self.left:
             print("no time was left for " + "; ".join(self.left) + ": --resume goes on", file=sys.stderr)
 
     def release(self) -> None:
-        """Free what a case has left."""
+        """Free the memory of the last case."""
         gc.collect()
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()       # another case must not count as a recompilation of the last one

@@ -1,4 +1,4 @@
-"""Whole training steps side by side: what bench.train and bench.recycle share.
+"""Whole training steps side by side, for bench.train and bench.recycle.
 
 A case is a dict of what is computed; a script's PROBLEMS[case["case"]] makes a `Problem` of it. All implementations that can be built are
 timed in turns, a round at a time, each round in another order, so that noise hits all alike. A row is one implementation of a case:
@@ -43,8 +43,8 @@ class StepFlags:
 
 
 @dataclass(frozen=True)
-class Where:
-    """Where and how a step is computed."""
+class Platform:
+    """The device and how steps are computed on it."""
     device: torch.device
     fast: bool      # whether the device multiplies bfloat16 faster than float32
     compile: bool
@@ -56,7 +56,7 @@ class Where:
 
     @property
     def precision(self) -> torch.dtype:
-        """What the product computes in here (--precision auto)."""
+        """The precision that the product takes here (--precision auto)."""
         return self.dtypes[0]
 
     @property
@@ -171,8 +171,8 @@ def statistics_of(times: dict[str, list[float]], against: str) -> dict[str, dict
 class Bench:
     """The measurements of one case after another."""
     run: Run
-    where: Where
-    problems: dict[str, Callable[[dict, Where], Problem]]
+    platform: Platform
+    problems: dict[str, Callable[[dict, Platform], Problem]]
     seconds: float      # to time a case
 
     def built(self, case: dict, impls: dict[str, Impl]) -> tuple[dict[str, Callable], dict[str, dict]]:
@@ -183,11 +183,11 @@ class Bench:
             if name in known:
                 continue
             try:
-                before = torch.cuda.memory_allocated() if self.where.cuda else 0
+                before = torch.cuda.memory_allocated() if self.platform.cuda else 0
                 step = impl.build()
                 step()                      # compiles, allocates
                 memory[name] = step.memory() if isinstance(step, Step) and step.graph is None else {}
-                memory[name] |= {"peak_mb": peak(step, before)} if self.where.cuda else {}
+                memory[name] |= {"peak_mb": peak(step, before)} if self.platform.cuda else {}
                 steps[name] = step
             except Exception as error:      # whatever it is, it is this row's result
                 step = None
@@ -198,13 +198,13 @@ class Bench:
         """All implementations of one case, unless it has been measured before."""
         if any("ms" in r for r in self.run.of(case)):
             return
-        problem = self.problems[case["case"]](case, self.where)
+        problem = self.problems[case["case"]](case, self.platform)
         before = torch.get_float32_matmul_precision()
-        if self.where.cuda:
+        if self.platform.cuda:
             torch.set_float32_matmul_precision("high")      # fp32 peers at their best: TF32; the losses were compared without it
         try:
             steps, memory = self.built(case, problem.impls)
-            times = in_turns(steps, self.where.cuda, self.run.quick, self.seconds)
+            times = in_turns(steps, self.platform.cuda, self.run.quick, self.seconds)
         finally:
             torch.set_float32_matmul_precision(before)
         for name, timed in statistics_of(times, problem.against).items():
@@ -218,18 +218,18 @@ class Bench:
 def start(c: Any, script: str, argv: list[str], problems: dict[str, Callable]) -> Bench:
     """The run that the flags ask for: `c` has RunFlags (`run`) and StepFlags (`steps`)."""
     device = pick_device(c.run.device)
-    where = Where(device, bf16_is_fast(device), c.steps.compile or device.type == "cuda", c.steps.vocab)
-    return Bench(Run(c.run, script, argv, where.dtypes), where, problems, c.steps.case_seconds)
+    platform = Platform(device, bf16_is_fast(device), c.steps.compile or device.type == "cuda", c.steps.vocab)
+    return Bench(Run(c.run, script, argv, platform.dtypes), platform, problems, c.steps.case_seconds)
 
 
 def sizes_of(c: Any, cuda: bool) -> tuple[str, ...]:
     return c.steps.sizes or (("tiny",) if c.run.quick else ("base", "small", "mini") if cuda else ("small", "mini"))
 
 
-def main(cls: type, script: str, problems: dict[str, Callable[[dict, Where], Problem]], cases: Callable[[Any, bool], list[dict]],
+def main(cls: type, script: str, problems: dict[str, Callable[[dict, Platform], Problem]], cases: Callable[[Any, bool], list[dict]],
          argv: list[str]) -> None:
     """The command line of a benchmark: `python -m SCRIPT` with the flags of `cls`. `cases` of (flags, whether there is a GPU)."""
     c = options(cls, argv)
     if c is not None:
         bench = start(c, script, argv, problems)
-        bench.run.measure_all(cases(c, bench.where.cuda), bench.measure)
+        bench.run.measure_all(cases(c, bench.platform.cuda), bench.measure)

@@ -19,13 +19,13 @@ def case_of(row: dict) -> dict:
 
 
 def label(case: dict) -> str:
-    """A case in words: text as it is, numbers after their names, nothing for what is off."""
+    """A case in words: text as it is, numbers after their names; nothing for zero, None and False."""
     named = {k: k if v is True else v if isinstance(v, str) else f"{k} {v}" for k, v in case.items() if v and k != "bench"}
     return " ".join(named.values())
 
 
 def line_of(row: dict) -> str:
-    """What stands at the beginning of a row's line: its case, without the kind that a table is about, and its pass."""
+    """The beginning of a row's line: its case without the kind, which is the table's title, and its pass."""
     return label({k: v for k, v in case_of(row).items() if k not in ("case", "kernel")} | {"pass": row.get("pass")})
 
 
@@ -34,7 +34,7 @@ def kind_of(row: dict) -> str:
 
 
 def latest(rows: list[dict]) -> list[dict]:
-    """One row for each implementation of a case (and pass), the last one written; what failed once and then ran counts as having run."""
+    """One row for each implementation of a case (and pass), the last one written; a failure does not hide an earlier success."""
     found: dict[tuple, dict] = {}
     for row in rows:
         if "impl" in row and row.get("kernel") != "limits":
@@ -105,4 +105,8 @@ def tables(rows: list[dict]) -> str:
                          f"commit {r['commit']}" for r in timed)
     out += [f"{r['impl']}: {number(r.get('tflops', r.get('gbps')))} {'TFLOP/s' if 'tflops' in r else 'GB/s'}"
             for r in rows if r.get("kernel") == "limits"]
-    return "\n".join(out + [f"failed: {kind_of(r)} {line_of(r)}, {r['impl']}: {r['failed']}" for r in failed])
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for r in failed:
+        reasons.setdefault((r["impl"], r["failed"]), []).append(f"{kind_of(r)} {line_of(r)}")
+    return "\n".join(out + [f"failed: {lines[0]}{f' and {len(lines) - 1} more' if lines[1:] else ''}, {impl}: {why}"
+                            for (impl, why), lines in reasons.items()])

@@ -1,4 +1,4 @@
-"""What the kernels are held to: how many times better than a peer, in every case that a target is about."""
+"""The targets of the kernels: how many times better than a peer they should be, in every case of a target."""
 import math
 from fnmatch import fnmatch
 from typing import NamedTuple
@@ -9,7 +9,7 @@ LEVELS = ("floor", "aim", "stretch")
 
 
 class Target(NamedTuple):
-    """What is measured on which cases, against which peers ("copy": the machine's copy rate; "dropout 0": ours without dropout)."""
+    """A comparison on some cases with the best of some peers ("copy": the machine's copy rate; "dropout 0": ours without dropout)."""
     what: str
     kernel: str
     cases: dict[str, tuple]

@@ -19,6 +19,7 @@ which the library does not offer but anybody can write; "eager" is the library's
 dropped. Fields of a row: bench/steps.py.
 """
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Callable, Literal
@@ -39,7 +40,7 @@ from bench.roberta import (
     peer_state,
 )
 from bench.runner import RunFlags
-from bench.steps import Impl, Problem, Step, StepFlags, Where, agreement, main, sizes_of
+from bench.steps import Impl, Platform, Problem, Step, StepFlags, agreement, main, sizes_of
 from rt.data import Corpus, Masker, Rows, sequences_batch
 from rt.kinds import DeltaConfig
 from rt.losses import Loss
@@ -103,68 +104,68 @@ def uneven(case: dict) -> list[int]:
 
 # ---------------------------------------------------------------- implementations
 
-def ours(where: Where, build: Callable[[], tuple[nn.Module, Callable[[], Tensor]]], flops: float) -> dict[str, Impl]:
+def ours(platform: Platform, build: Callable[[], tuple[nn.Module, Callable[[], Tensor]]], flops: float) -> dict[str, Impl]:
     """The product's step by `build`, which makes a model on the device and the function that runs it to its loss."""
     def step(precision: torch.dtype, compile: bool, graph: bool) -> Step:
         model, loss = build()
-        blocks = compiled(model.encoder.layers if compile else (), where.device)
-        blocks.__enter__()      # as long as the step lives
+        blocks = compiled(model.encoder.layers, platform.device) if compile else nullcontext()
+        blocks.__enter__()      # left when the step is dropped
         step = Step(model, loss, precision, graph)
         step.blocks = blocks
         return step
 
     out = {}
-    for graph in (False, True) if where.cuda else (False,):
-        for compile in (False, True) if where.compile else (False,):
+    for graph in (False, True) if platform.cuda else (False,):
+        for compile in (False, True) if platform.compile else (False,):
             name = "ours" + " +compile" * compile + " +graphs" * graph
-            out[name] = Impl(partial(step, where.precision, compile, graph), where.precision, flops)
-    if where.fast and not where.cuda:
+            out[name] = Impl(partial(step, platform.precision, compile, graph), platform.precision, flops)
+    if platform.fast and not platform.cuda:
         out["ours fp32"] = Impl(partial(step, torch.float32, False, False), torch.float32, flops)
     return out
 
 
-def peers(where: Where, name: str, build: Callable[[str], nn.Module], losses: Callable[[nn.Module], dict[str, Callable[[], Tensor]]],
+def peers(platform: Platform, name: str, build: Callable[[str], nn.Module], losses: Callable[[nn.Module], dict[str, Callable[[], Tensor]]],
           flops: float | None = None, suffixes: tuple[str, ...] = ("",), eager: bool = False) -> dict[str, Impl]:
     """A library's step, in each dtype worth having: `build` makes a model with an attention ("sdpa", "eager"), `losses` gives for a model
     the function to its loss by suffix of the name. With `eager` also the library's own attention."""
     def step(suffix: str, dtype: torch.dtype, attention: str, compile: bool) -> Step:
-        model = build(attention).to(where.device)
+        model = build(attention).to(platform.device)
         loss = losses(model)[suffix]
         return Step(model, torch.compile(loss, dynamic=False) if compile else loss, dtype)
 
     out: dict[str, Impl] = {}
-    for dtype in where.dtypes:
-        own = dtype == where.precision
+    for dtype in platform.dtypes:
+        own = dtype == platform.precision
         for suffix in suffixes:
             out[f"{name}{suffix}" + " fp32" * (not own)] = Impl(partial(step, suffix, dtype, "sdpa", False), dtype, flops)
         if own and eager:
             out[f"{name} eager"] = Impl(partial(step, "", dtype, "eager", False), dtype, flops)
-        if own and where.compile:
+        if own and platform.compile:
             out |= {f"{name}{suffix} +compile": Impl(partial(step, suffix, dtype, "sdpa", True), dtype, flops) for suffix in suffixes}
     return out
 
 
-def transformers_peers(where: Where, config: EncoderConfig, state: dict[str, Tensor] | None, name: str, losses: Callable[[nn.Module], dict],
-                       flops: float) -> dict[str, Impl]:
+def transformers_peers(platform: Platform, config: EncoderConfig, state: dict[str, Tensor] | None, name: str,
+                       losses: Callable[[nn.Module], dict], flops: float) -> dict[str, Impl]:
     """RobertaForMaskedLM or RobertaForSequenceClassification with the weights of `state`."""
     suffixes = ("", " predicted rows") if name == "RobertaForMaskedLM" else ("",)
-    return peers(where, "hf", lambda attention: peer(name, config, attention, state), losses, flops, suffixes,
-                 eager=not where.cuda and config.dropout > 0)
+    return peers(platform, "hf", lambda attention: peer(name, config, attention, state), losses, flops, suffixes,
+                 eager=not platform.cuda and config.dropout > 0)
 
 
 # ---------------------------------------------------------------- cases
 
-def masked_lm(case: dict, where: Where) -> Problem:
+def masked_lm(case: dict, platform: Platform) -> Problem:
     """The masked-LM step: ours on packed documents in the dense case, all others on one sequence a row."""
-    config, name = where.encoder_config(case), "RobertaForMaskedLM"
+    config, name = platform.encoder_config(case), "RobertaForMaskedLM"
     dense = case["case"] == "dense"
     lengths = [case["S"]] * (case["tokens"] // case["S"]) if dense else uneven(case)
-    same = masked_batch(config, lengths).to(where.device)
+    same = masked_batch(config, lengths).to(platform.device)
     batches = {"ours": packed_batch(config, case["tokens"], case["S"]), "ours one sequence a row": same} if dense else {"ours": same}
     state = peer_state(name, config)
 
     def build(batch: Batch) -> tuple[nn.Module, Callable[[], Tensor]]:
-        model = our_masked_lm(config, state).to(where.device)
+        model = our_masked_lm(config, state).to(platform.device)
         return model, lambda: mlm_loss(model, batch)
 
     def flops(batch: Batch) -> float:
@@ -175,37 +176,37 @@ def masked_lm(case: dict, where: Where) -> Problem:
 
     impls: dict[str, Impl] = {}
     for called, batch in batches.items():
-        found = ours(where, partial(build, batch.to(where.device)), flops(batch))
+        found = ours(platform, partial(build, batch.to(platform.device)), flops(batch))
         impls |= found if called == "ours" else {called: found["ours"]}
-    impls |= transformers_peers(where, config, state, name, losses, flops(same))
+    impls |= transformers_peers(platform, config, state, name, losses, flops(same))
     facts = {"padded_tokens": len(lengths) * max(lengths), "sequences": len(batches["ours"].cu_seqlens) - 1,
              "predicted": len(batches["ours"].labels), "vocab": config.vocab_size}
     if state is not None:
         with torch.no_grad():
-            mine = mlm_loss(our_masked_lm(config, state).to(where.device).eval(), same).item()
-            full, predicted = (f().item() for f in losses(peer(name, config, "sdpa", state).to(where.device).eval()).values())
+            mine = mlm_loss(our_masked_lm(config, state).to(platform.device).eval(), same).item()
+            full, predicted = (f().item() for f in losses(peer(name, config, "sdpa", state).to(platform.device).eval()).values())
         agreement(predicted, full)
         facts |= agreement(mine, full)
     return Problem(impls, case["tokens"], facts=facts)
 
 
-def ragged(case: dict, where: Where) -> Problem:
+def ragged(case: dict, platform: Platform) -> Problem:
     """Full tuning of a classifier on sequences of uneven length."""
-    config, name, lengths = where.encoder_config(case), "RobertaForSequenceClassification", uneven(case)
-    batch = labelled_batch(config, lengths).to(where.device)
+    config, name, lengths = platform.encoder_config(case), "RobertaForSequenceClassification", uneven(case)
+    batch = labelled_batch(config, lengths).to(platform.device)
     state, flops, full = peer_state(name, config), step_flops(config, lengths), DeltaConfig("full")
 
     def build() -> tuple[nn.Module, Callable[[], Tensor]]:
-        model, loss = our_classifier(config, state, full, where.device), Loss()
+        model, loss = our_classifier(config, state, full, platform.device), Loss()
         return model, lambda: loss(model, batch)
 
-    impls = ours(where, build, flops) | transformers_peers(where, config, state, name,
+    impls = ours(platform, build, flops) | transformers_peers(platform, config, state, name,
                                                            lambda model: {"": classifier_loss(model, batch, config.pad_id)}, flops)
     facts = {"padded_tokens": len(lengths) * max(lengths), "sequences": len(lengths), "vocab": config.vocab_size}
     if state is not None:
         with torch.no_grad():
-            mine = Loss()(our_classifier(config, state, full, where.device).eval(), batch).item()
-            theirs = peer(name, config, "sdpa", state).to(where.device).eval()
+            mine = Loss()(our_classifier(config, state, full, platform.device).eval(), batch).item()
+            theirs = peer(name, config, "sdpa", state).to(platform.device).eval()
             facts |= agreement(mine, classifier_loss(theirs, batch, config.pad_id)().item())
     return Problem(impls, case["tokens"], facts=facts)
 

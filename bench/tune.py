@@ -62,7 +62,7 @@ def fastest(impl: Impl, which: str, table: dict, key: tuple, name: str, cuda: bo
 
 
 def tune(c: RunFlags, only: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> None:
-    """Write {kernel: {"ARCH SIZE BITS": row}} after every search, so that a stop leaves what was found."""
+    """Write {kernel: {"ARCH SIZE BITS": row}} after every search, so that a stop loses one search only."""
     os.environ.pop("RT_CONFIGS", None)      # it would overrule the candidates
     path, cuda, end = Path(c.json), device.type == "cuda", time.monotonic() + c.budget
     out = json.loads(path.read_text()) if c.resume and path.exists() else {}

@@ -57,35 +57,26 @@ def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
 
 
 class SkipTracker:
-    """Losses and skipped steps of a loop, of one run, shape (), or of K runs, shape (K,); summed up on the device until `read`."""
+    """Losses and skipped steps of a loop, summed up on the device until `read`."""
 
-    def __init__(self, shape: tuple[int, ...], device: torch.device):
-        self.losses, self.skipped, self.row, self.longest = (torch.zeros(shape, device=device) for _ in range(4))
-        self.steps = 0
+    def __init__(self, device: torch.device):
+        self.sums, self.row, self.steps = torch.zeros(3, device=device), torch.zeros((), device=device), 0  # loss, skipped, longest row
 
     def count(self, loss: Tensor, norm: Tensor) -> Tensor:
         """Count one step; returns whether it is to be skipped, as `not_finite` does."""
         skip = not_finite(loss, norm)
-        self.losses += torch.where(skip > 0, 0.0, loss)
-        self.skipped += skip
         self.row = (self.row + 1) * skip
-        self.longest = torch.maximum(self.longest, self.row)
+        total, skipped, longest = self.sums
+        self.sums = torch.stack([total + torch.where(skip > 0, 0.0, loss), skipped + skip, torch.maximum(longest, self.row)])
         self.steps += 1
         return skip
 
-    def read(self) -> list[tuple[float | None, int, bool]]:
-        """For each run since the last read: mean loss of the steps that were taken (None if there were none), number of skipped steps,
-        whether more than MOST_SKIPPED in a row were skipped."""
-        values = torch.stack([self.losses, self.skipped, self.longest]).view(3, -1).T.tolist()
-        found = [(loss / (self.steps - skipped) if skipped < self.steps else None, int(skipped), longest > MOST_SKIPPED)
-                 for loss, skipped, longest in values]
-        self.losses, self.skipped, self.longest = (torch.zeros_like(x) for x in (self.losses, self.skipped, self.longest))
-        self.steps = 0
-        return found
-
-    def keep(self, runs: list[int]) -> None:
-        """Go on with these of the K runs."""
-        self.losses, self.skipped, self.row, self.longest = (x[runs] for x in (self.losses, self.skipped, self.row, self.longest))
+    def read(self) -> tuple[float | None, int, bool]:
+        """Since the last read: mean loss of the steps that were taken (None if there were none), number of skipped steps, whether more than
+        MOST_SKIPPED in a row were skipped."""
+        loss, skipped, longest = self.sums.tolist()
+        taken, self.steps, self.sums = self.steps - skipped, 0, torch.zeros_like(self.sums)
+        return loss / taken if taken else None, int(skipped), longest > MOST_SKIPPED
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager:

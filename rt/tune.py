@@ -11,7 +11,6 @@ from typing import Callable
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from rt.data import Encoded, TaskData, sequences_batch, training_indices
 from rt.errors import Diverged
@@ -46,7 +45,7 @@ class TuneResult:
     curve: list[tuple[int, float]] = field(default_factory=list)
     seconds: float = 0.0
     skipped: int = 0        # steps whose loss or gradient was not finite
-    diverged: int = 0       # in runs side by side: the step after which too many in a row were not finite; 0: never
+    diverged: int = 0       # of a run beside others: the step after which too many in a row were not finite; 0: never
 
     def add(self, step: int, dev: dict[str, float]) -> bool:
         """Note a score on dev; whether it is the best so far."""
@@ -56,20 +55,11 @@ class TuneResult:
         self.dev, self.best_step = dev, step
         return True
 
-    def is_over(self, s: TuneSettings, step: int) -> bool:
-        """Whether the run ends after the evaluation at `step`, before its last step."""
-        return bool(self.diverged) or 0 < s.early_stop * s.eval_every <= step - self.best_step
-
-
-def eval_row(step: int, loss: float | None, dev: dict[str, float], skipped: int) -> dict:
-    """A row of metrics: `loss` is the mean since the last one."""
-    return {"step": step, "loss": loss, "dev": dev, **({"skipped": skipped} if skipped else {})}
-
 
 def training_loop(s: TuneSettings, gradient: Callable[[int], Tensor], update: Callable[[int, Tensor], None],
                   evaluate: Callable[[int], bool]) -> None:
-    """gradient(step) computes the loss, () or (K,), and every trained weight's gradient; update(step, loss) clips and takes the optimizer's
-    step; evaluate(step), before the first step (0), every `eval_every` steps and after the last, tells whether to go on."""
+    """gradient(step) computes the loss, () or (K,) of K runs, and every trained weight's gradient; update(step, loss) takes the optimizer's
+    step; evaluate(step), before the first step (0), every `eval_every` steps and after the last, returns whether to go on."""
     evaluate(0)
     for step in range(s.steps):
         torch.manual_seed(derive_seed(s.seed, step))    # for interpolation's points
@@ -78,37 +68,46 @@ def training_loop(s: TuneSettings, gradient: Callable[[int], Tensor], update: Ca
             break
 
 
-def minimise(trained: dict[str, Parameter], gradient: Callable[[int], Tensor], s: TuneSettings, dev_scores: Callable[[], dict] | None,
-             on_eval: Callable[[dict], None] = lambda row: None) -> TuneResult:
-    """`training_loop` with AdamW on `trained`, which on return holds the weights that were best by `dev_scores`; without it the last ones.
-    A step whose loss or gradient is not finite is skipped and counted. Raises Diverged after more than MOST_SKIPPED in a row."""
-    optimizer, result, best = adamw(trained.values(), s.lr, s.weight_decay, betas=(0.9, 0.999)), TuneResult(), {}
-    tracker = SkipTracker((), next(iter(trained.values())).device)
+class Fit:
+    """The optimizer of one run, AdamW on `trained`, its scores so far, and the weights that were best."""
 
-    def update(step: int, loss: Tensor) -> None:
-        set_lr(optimizer, s.lr_at(step))
-        norm = torch.nn.utils.clip_grad_norm_(trained.values(), s.clip)
-        step_unless(optimizer, tracker.count(loss, norm))
-        optimizer.zero_grad(set_to_none=True)
+    def __init__(self, trained: dict[str, Tensor], s: TuneSettings, on_eval: Callable[[dict], None] = lambda row: None):
+        self.trained, self.s, self.on_eval, self.result, self.best = trained, s, on_eval, TuneResult(), {}
+        self.optimizer = adamw(trained.values(), s.lr, s.weight_decay, betas=(0.9, 0.999))
+        self.tracker = SkipTracker(next(iter(trained.values())).device)
 
-    def evaluate(step: int) -> bool:
-        (mean_loss, skipped, diverged), = tracker.read()
-        result.skipped += skipped
+    def update(self, step: int, loss: Tensor) -> None:
+        """Clip and take a step; if the loss or the gradient is not finite, it is skipped and counted."""
+        set_lr(self.optimizer, self.s.lr_at(step))
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.s.clip)
+        step_unless(self.optimizer, self.tracker.count(loss, norm))
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def evaluated(self, step: int, dev: dict[str, float] | None) -> bool:
+        """Note an evaluation; whether the run goes on. Raises Diverged after more than MOST_SKIPPED skipped steps in a row."""
+        loss, skipped, diverged = self.tracker.read()
+        self.result.skipped += skipped
         if diverged:
             raise Diverged(f"more than {MOST_SKIPPED} steps in a row before step {step + 1} had no finite loss and gradient: "
-                           f"lower `lr` ({s.lr})")
-        if dev_scores is not None:
-            dev = dev_scores()
-            if result.add(step, dev):
-                best.update({k: p.detach().clone() for k, p in trained.items()})
-            on_eval(eval_row(step, mean_loss, dev, skipped))
-        return not result.is_over(s, step)
+                           f"lower `lr` ({self.s.lr})")
+        if dev is None:
+            return True
+        if self.result.add(step, dev):
+            self.best = {k: p.detach().clone() for k, p in self.trained.items()}
+        self.on_eval({"step": step, "loss": loss, "dev": dev, **({"skipped": skipped} if skipped else {})})
+        return not 0 < self.s.early_stop * self.s.eval_every <= step - self.result.best_step
 
-    training_loop(s, gradient, update, evaluate)
+
+def minimise(trained: dict[str, Tensor], gradient: Callable[[int], Tensor], s: TuneSettings, dev_scores: Callable[[], dict] | None,
+             on_eval: Callable[[dict], None] = lambda row: None) -> TuneResult:
+    """`training_loop` for one run. On return `trained` holds the weights that were best by `dev_scores`, or without it the last ones.
+    Raises Diverged as Fit does."""
+    fit = Fit(trained, s, on_eval)
+    training_loop(s, gradient, fit.update, lambda step: fit.evaluated(step, dev_scores() if dev_scores else None))
     with torch.no_grad():
-        for k, value in best.items():
+        for k, value in fit.best.items():
             trained[k].copy_(value)
-    return result
+    return fit.result
 
 
 def training_batch(data: Encoded, s: TuneSettings, step: int) -> Batch:

@@ -179,6 +179,7 @@ def stand_in(monkeypatch) -> None:
                         "get_device_name": lambda *device: "stand-in", "get_device_capability": lambda *device: (9, 0)}.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(runner, "environment", lambda *arguments, **more: {"kernel": "environment", "gpu": "stand-in", "argv": []})
+    monkeypatch.setattr(runner, "clocks", lambda: {"clocks.sm": "1980"})
 
 
 @pytest.mark.skipif(not find_spec("triton"), reason="no Triton")
@@ -189,7 +190,7 @@ def test_measuring_with_events_and_memory(stand_in, monkeypatch, capsys):
     there = bench(cuda=True)
     there.run.measure_all([cases.kd(16, 3)], there.measure)
     timed = [r for r in there.run.rows if "ms" in r]
-    assert {r["impl"] for r in timed} == {"ours", "eager"}
+    assert {r["impl"] for r in timed} == {"ours", "eager"} and there.run.rows[-1]["clocks.sm"] == "1980"
     assert all((r["ms"], r["p20"], r["p80"], r["n"], r["peak_mb"], r["ratio"]) == (2.0, 1.0, 3.0, 3, 2, 1) for r in timed)
     assert all(len(results) == 20 and 25 <= rep <= 200 and warmup == rep / 5 for results, warmup, rep in calls)
     assert all(r["error"] < 1e-5 for r in there.run.rows if "error" in r) and "not measured" in capsys.readouterr().out

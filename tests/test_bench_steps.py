@@ -138,7 +138,7 @@ def step(name: str = "", seconds: float = 0.0):
 
 
 def made_up(names: tuple[str, ...]):
-    def problem(case: dict, where: steps.Where) -> steps.Problem:
+    def problem(case: dict, where: steps.Platform) -> steps.Problem:
         if case["size"] == "wrong":
             steps.agreement(1.0, 1.001)
         return steps.Problem({n: steps.Impl(partial(step, n, 1e-3), torch.float32, 1e9) for n in names}, case["tokens"])
@@ -280,9 +280,9 @@ def test_on_a_gpu_base_comes_first_with_every_implementation():
     assert todo[0] == {"bench": "train", "case": "dense", "size": "base", "tokens": 16384, "S": 512, "dropout": 0.1}
     assert len({json.dumps(case) for case in todo}) == len(todo) and {case["case"] for case in todo} == set(train.PROBLEMS)
     assert all(case["tokens"] % (8 * case["S"]) == 0 for case in todo if case["case"] == "dense")
-    where = SimpleNamespace(cuda=True, compile=True, fast=True, precision=torch.bfloat16, dtypes=(torch.bfloat16, torch.float32))
-    assert list(train.ours(where, None, 0.0)) == ["ours", "ours +compile", "ours +graphs", "ours +compile +graphs"]
-    hf = train.transformers_peers(where, EncoderConfig(9), None, "RobertaForMaskedLM", None, 0.0)
+    platform = SimpleNamespace(cuda=True, compile=True, fast=True, precision=torch.bfloat16, dtypes=(torch.bfloat16, torch.float32))
+    assert list(train.ours(platform, None, 0.0)) == ["ours", "ours +compile", "ours +graphs", "ours +compile +graphs"]
+    hf = train.transformers_peers(platform, EncoderConfig(9), None, "RobertaForMaskedLM", None, 0.0)
     assert {"hf +compile", "hf predicted rows +compile", "hf fp32"} <= hf.keys() and "hf eager" not in hf
     assert [case["sequences"] for case in recycle.cases(recycle.Config(), cuda=True)].count(128) == 12
 

@@ -1,11 +1,13 @@
 """The claims script: what it plans, that it resumes, what its report says of known rows; a small run of every part."""
 import json
 import lzma
+import shutil
 
 import pytest
-from conftest import command, here, write_task
+from conftest import ROOT, command, here, write_task
 
 from experiments.claims import plan
+from experiments.claims.__main__ import left
 from experiments.claims.plan import SCALES, SEEDS, Run, phases, searched
 from experiments.claims.report import per_seed, verdict, write
 from experiments.claims.rows import GrowingRows, Rows
@@ -87,6 +89,17 @@ def test_the_report_says_what_the_rows_say(tmp_path):
     assert f"| {both} | opposite |" in text
     assert "C7: project" in text and "Not run yet." in text
     assert Rows(tmp_path, "mini").tests(what="scratch") == {("sick", s): pytest.approx(0.3 + s / 1000) for s in SEEDS}
+
+
+def test_the_committed_report_is_what_the_committed_rows_say(tmp_path):
+    """Byte for byte; and today's plan goes on with those rows: only chains, adapters and LoRA are left."""
+    pytest.importorskip("matplotlib")
+    committed, copy = ROOT / "results" / "claims", tmp_path / "claims"
+    shutil.copytree(committed, copy, ignore=shutil.ignore_patterns("*.png", "*.svg", "README.md"))
+    write(copy)
+    assert (copy / "README.md").read_bytes() == (committed / "README.md").read_bytes()
+    todo = [run for phase in left(GrowingRows(copy, "mini"), ()) for run in phase]
+    assert todo and all(run.part == "chain" or run.kind in ("adapter", "lora") for run in todo)
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from rt.kinds import DeltaConfig
 from rt.model import MaskedLM
 from rt.optim import adamw
 from rt.runs.log import Log
-from rt.runs.resume import has_work, mend
+from rt.runs.resume import has_work, newest_checkpoint
 
 
 class Killed(BaseException):
@@ -149,31 +149,37 @@ def test_a_flipped_bit_of_a_base_or_delta_is_named(tmp_path, base, place):
 
 @pytest.fixture
 def run(tmp_path, base):
-    """A run's folder with `last` at step 20 and `last.old` at step 10."""
+    """A run's folder with checkpoints of steps 10 and 20 to resume from."""
     model = MaskedLM(base.encoder, base.head)
     optimizer = adamw(model.parameters(), 1e-3, 0.0)
     for p in model.parameters():
         p.grad = p.detach() * 0.0
     optimizer.step()
-    for step in (5, 10, 20):
-        save_base(tmp_path / "run" / "last", model, base.tokenizer, {"name": "M0", "step": step}, optimizer, keep=True)
+    for step in (10, 20):
+        save_base(tmp_path / "run" / "resume" / f"M0-t{step:05d}", model, base.tokenizer, {"name": "M0", "step": step}, optimizer)
     yield tmp_path / "run"
     for p in model.parameters():
         p.grad = None
 
 
-def step_of(folder) -> int:
-    return read_json(folder / "meta.json")["step"]
+def resumed(run) -> str | None:
+    path = newest_checkpoint(run)
+    return path and path.name
 
 
 def test_the_newest_whole_checkpoint_is_resumed_from(run, capsys):
-    mend(run)
-    assert (step_of(run / "last"), step_of(run / "last.old")) == (20, 10) and capsys.readouterr().err == ""
+    assert resumed(run) == "M0-t00020" and capsys.readouterr().err == ""
+    (run / "resume" / "M0-t00030.part").mkdir()        # of a process that was killed; it may hold anything
+    assert resumed(run) == "M0-t00020" and capsys.readouterr().err == ""
+    for name in ("M0-t00020", "M0-t00010"):
+        shutil.rmtree(run / "resume" / name)
+    assert resumed(run) is None
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "half deleted", "no meta", "empty meta", "no hashes", "no step"])
 def test_a_damaged_one_is_named_and_kept_and_the_one_before_is_used(run, capsys, damage):
-    file = run / "last" / ("meta.json" if damage in ("no meta", "empty meta", "no hashes", "no step") else "optim.pt")
+    last, before = run / "resume" / "M0-t00020", run / "resume" / "M0-t00010"
+    file = last / ("meta.json" if damage in ("no meta", "empty meta", "no hashes", "no step") else "optim.pt")
     whole = bytearray(file.read_bytes())
     if damage in ("half deleted", "no meta"):
         file.unlink()
@@ -183,28 +189,13 @@ def test_a_damaged_one_is_named_and_kept_and_the_one_before_is_used(run, capsys,
     else:
         whole[len(whole) // 2] ^= 1
         file.write_bytes(whole if damage == "flipped" else whole[:-7])
-    mend(run)
+    assert resumed(run) == "M0-t00010"
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and str(file) in said and "last.damaged" in said
-    assert step_of(run / "last") == 10 and (run / "last.damaged" / "model.safetensors").exists() and not (run / "last.old").exists()
-    (run / "last" / "optim.pt").unlink()
-    with pytest.raises(InputError, match="optim.pt is damaged: the file is gone.*; there is none before it"):
-        mend(run)
-    assert (run / "last" / "model.safetensors").exists()
-
-
-@pytest.mark.parametrize("left, step", [({"last": "last.new", "last.old": "last.old"}, 20), ({"last": "last.old"}, 20),
-                                        ({"last": "last.new", "last.old": "last"}, 20), ({"last": "last.part", "last.old": "last"}, 10)])
-def test_half_a_renaming_is_finished(run, left, step):
-    """`last` is the checkpoint of step 20; a .part may be anything and is not read."""
-    (run / "last").rename(run / "20")
-    (run / "last.old").rename(run / "10")
-    for name, at in left.items():
-        (run / {"last": "20", "last.old": "10"}[name]).rename(run / at)
-    for name in ("10", "20"):
-        shutil.rmtree(run / name, ignore_errors=True)
-    mend(run)
-    assert step_of(run / "last") == step
+    assert said.count("\n") == 1 and str(file) in said and f"{before}, is used" in said and (last / "model.safetensors").exists()
+    (before / "optim.pt").unlink()
+    with pytest.raises(InputError, match="; there is none before it to resume from"):
+        resumed(run)
+    assert (before / "model.safetensors").exists() and (last / "model.safetensors").exists()
 
 
 # --- a full disk ------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from rt.formats.atomic import seal
 from rt.formats.checkpoint import load_base, read_file, save_base
 from rt.formats.corpora import split_documents
 from rt.formats.delta_files import load_delta, save_delta
-from rt.formats.files import write_json
+from rt.formats.files import read_json, write_json
 from rt.formats.hf import export_hf
 from rt.formats.hub import open_base, open_delta
 from rt.formats.peft import export_peft
@@ -39,7 +39,7 @@ from rt.model import MaskedLM
 from rt.report import inspect, plot
 from rt.runs.config import parse, run
 from rt.runs.results import best_delta
-from rt.runs.resume import RESUMABLE, has_work, is_done_again
+from rt.runs.resume import RESUMABLE, has_work, is_done_again, newest_checkpoint
 from rt.runs.sweep import expand
 
 MUTATED, LONG_MUTATED = 24, 4000         # cases a target, in CI and in the long run
@@ -193,8 +193,8 @@ def runs(home: Path) -> None:
                         ("recycled/metrics", [{"run": "x", "mode": "init", "step": 0, "dev": {"accuracy": 0.1}}])):
         (home / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     shutil.copytree(home / "stream", home / "unfinished", ignore=lambda *_: ["summary.json"])
-    last = home / "unfinished" / "last"
-    last.mkdir()
+    last = home / "unfinished" / "resume" / "M1-t00001"
+    last.mkdir(parents=True)
     for name in RESUMABLE:
         (last / name).write_text(name)
     seal(last, "meta.json", {"name": "M1", "step": 1}, RESUMABLE)
@@ -217,8 +217,10 @@ def verified(folder: Path) -> None:
 
 def begun(folder: Path) -> None:
     has_work(folder, {"lr": 0.1, "stream": ["a"]}, resume=True)
+    newest = newest_checkpoint(folder)
+    facts = read_json(newest / "meta.json") if newest else {}
     for row in plot.read_rows(folder / "metrics.jsonl"):
-        is_done_again(row, folder)
+        is_done_again(row, folder, facts)
 
 
 def used(folder: Path, tokenizer) -> None:
@@ -246,7 +248,7 @@ TARGETS: dict[str, tuple[tuple[str, ...], Callable]] = {
     "peft": (("adapter_config.json", "adapter_model.safetensors", "labels.json"), lambda f, t, b: open_delta(str(f), b)),
     "bin": (("new.bin", "old.bin"), lambda f, t, b: [read_file(f / name) for name in ("new.bin", "old.bin")]),
     "stream": (("summary.json", "metrics.jsonl", "config.json"), lambda f, t, b: (begun(f), shown(f))),
-    "unfinished": (("metrics.jsonl", "config.json", "last/meta.json"), lambda f, t, b: (begun(f), shown(f))),
+    "unfinished": (("metrics.jsonl", "config.json", "resume/M1-t00001/meta.json"), lambda f, t, b: (begun(f), shown(f))),
     "tuning": (("metrics.jsonl",), lambda f, t, b: shown(f)),
     "study": (("rows.jsonl",), lambda f, t, b: shown(f)),
     "recycled": (("summary.json", "metrics.jsonl"), lambda f, t, b: (shown(f), best_delta(f, "0"))),

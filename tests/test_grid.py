@@ -10,10 +10,9 @@ from rt.data import Encoded, TaskData
 from rt.deltas import attach
 from rt.errors import InputError
 from rt.kinds import DeltaConfig
-from rt.losses import DistillConfig, Loss, TeacherCache
-from rt.optim import SkipTracker, adamw
+from rt.losses import DistillConfig, Loss, Reweighted, TeacherCache
 from rt.speed import multi_run as grid
-from rt.speed.multi_run import PAD_SEQUENCES, SideAdamW, SideRun, side_by_side, stack, trained
+from rt.speed.multi_run import PAD_SEQUENCES, SideRun, side_by_side, stack, trained
 from rt.tune import TuneSettings, predict, tune
 
 CPU = dict(device=torch.device("cpu"), precision=torch.float32)
@@ -52,6 +51,11 @@ def alone(run: SideRun) -> tuple[list[dict], SideRun]:
     model = stack_of_one(run.model)
     result = tune(model, replace(run.data, test=None), run.loss, run.settings, **CPU, on_eval=rows.append)
     return rows, replace(run, result=result, best={k: p.detach() for k, p in trained(model).items()})
+
+
+def stacked(runs: list[SideRun]) -> Reweighted:
+    weights = stack([trained(run.model) for run in runs])
+    return Reweighted(runs[0].model, lambda: weights)
 
 
 def stack_of_one(model):
@@ -109,7 +113,7 @@ def test_predictions_side_by_side_are_in_each_runs_order(tokenizer, monkeypatch)
     monkeypatch.setattr(grid, "EVAL_TOKENS", 300)       # several passes, the runs ending at different ones
     runs = four_runs(tokenizer, "lora")
     parts = [run.data.dev for run in runs]
-    for run, part, logits in zip(runs, parts, grid.predict(stack([run.model for run in runs]), parts, **CPU)):
+    for run, part, logits in zip(runs, parts, grid.predict(stacked(runs), parts, **CPU)):
         torch.testing.assert_close(logits, predict(run.model, part.sequences, **CPU), atol=2e-5, rtol=1e-4)
 
 
@@ -124,34 +128,6 @@ def test_ranges_are_filled_up_and_shares_sum_to_one():
         assert torch.equal(batch.ids[k * 130:k * 130 + len(own.ids)], own.ids)
         assert torch.equal(batch.rows[4 * k:4 * k + len(own.index)], own.first + 130 * k)
         assert torch.equal(batch.labels[4 * k:4 * k + len(own.index)], own.labels)
-
-
-def test_the_optimizer_is_adamw_with_a_rate_and_a_norm_of_its_own():
-    torch.manual_seed(0)
-    shapes, rates = [(5, 4), (7,)], torch.tensor([1e-2, 3e-3])
-    single = [[torch.randn(s, requires_grad=True) for s in shapes] for _ in range(2)]
-    together = [torch.stack([s[i].detach() for s in single]).requires_grad_() for i in range(2)]
-    ours, theirs = SideAdamW(together, weight_decay=0.5, clip=1.0), [adamw(s, 0.0, 0.5, betas=(0.9, 0.999)) for s in single]
-    tracker = SkipTracker((2,), torch.device("cpu"))
-    for step in range(6):
-        losses = torch.ones(2)
-        grads = [torch.randn(2, *shape) * torch.tensor([0.01, 10.0]).view(2, *(1,) * len(shape)) for shape in shapes]
-        for w, g in zip(together, grads):
-            w.grad = g.clone()
-        if step in (0, 3):      # of the second run: a gradient, then a loss that is no number; the first goes on
-            (together[0].grad if step else losses)[1] = float("nan")
-        ours.step(rates, losses, tracker)
-        for k, (weights, optimizer) in enumerate(zip(single, theirs)):
-            if k == 1 and step in (0, 3):
-                continue
-            for w, g in zip(weights, grads):
-                w.grad = g[k].clone()
-            torch.nn.utils.clip_grad_norm_(weights, 1.0)
-            optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = rates[k].item()
-            optimizer.step()
-    for i in range(2):
-        torch.testing.assert_close(together[i].detach(), torch.stack([s[i].detach() for s in single]))
-    assert tracker.read() == [(1.0, 0, False), (1.0, 2, False)]
 
 
 def test_a_run_whose_loss_is_not_finite_leaves_the_others_to_themselves(tokenizer, monkeypatch):

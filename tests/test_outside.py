@@ -32,9 +32,10 @@ from rt.formats.tokenizer import load_tokenizer
 from rt.formats.untrusted import JSON_BYTES, LINE_BYTES, header, parse_json
 from rt.kinds import DeltaConfig
 from rt.model import MaskedLM
-from rt.optim import adamw, load_state
+from rt.optim import adamw
 from rt.runs.config import sentence
 from rt.runs.results import best_delta
+from rt.speed.dist import load_state
 
 
 @pytest.fixture(scope="module")

@@ -153,14 +153,13 @@ def alike(base, task, labels, seed, own):
 
 def test_a_map_learned_on_two_tasks_makes_up_for_the_upgrade_on_a_third(base):
     """All tasks need the same correction w' = w + shift, so what is learned on some holds for another: the sources' 64 labels ask for all
-    of a hidden state. Over seeds the divergence from the teacher on the third fell to between .003 and .06 of what it was, mean of
-    its logarithm -4.8 +- .7 (standard error, four seeds), and .30 to .52 more of its answers were right."""
+    of a hidden state. Twelve other seeds: of the divergence from the teacher on the third .001 to .08 was left, the logarithm -4.3 with
+    a standard deviation of 1.2; .41 more of its answers were right, +- .17. A mean of five is more than four standard errors clear."""
     falls, gains = [], []
-    for seed in range(3):
+    for seed in range(5):
         base = without_dropout(random_base(base.tokenizer, seed))
         new = shifted(base, 0.1)
-        tasks = (("a", 64), ("b", 64), ("c", 4))
-        deltas = [alike(base, name, labels, seed, 100 * (seed + 1) + i) for i, (name, labels) in enumerate(tasks)]
+        deltas = [alike(base, *task, seed, 100 * (seed + 1) + i) for i, task in enumerate((("a", 64), ("b", 64), ("c", 4)))]
         datas, rows = [task_of(delta, base, 40 * i, n=96) for i, delta in enumerate(deltas)], []
         projection = learn_projection(base, new, list(zip(deltas[:2], datas[:2])), TuneSettings(160, 24, 5e-3, 40, seed=seed), r=4,
                                       granularity="flat", residual=True, on_eval=rows.append, **{**LOSS, "beta": 10.0})
@@ -178,7 +177,7 @@ def test_a_map_learned_on_two_tasks_makes_up_for_the_upgrade_on_a_third(base):
         gains.append(right[1] - right[0])
         for b in (base, new):
             assert fingerprint(b.encoder) == b.fingerprint
-    assert sum(falls) / 3 < math.log(0.25) and sum(gains) / 3 > 0.1, (falls, gains)
+    assert sum(falls) / 5 < math.log(0.25) and sum(gains) / 5 > 0.1, (falls, gains)
 
 
 @pytest.mark.parametrize("kind", ["full", "adapter"])

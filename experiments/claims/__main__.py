@@ -83,7 +83,7 @@ def plan_table(rows: GrowingRows, only: tuple[str, ...]) -> str:
 
 
 def work(c: Config, rows: GrowingRows) -> None:
-    """Do what is not done, phase by phase, until the budget is used up."""
+    """Do the runs that are left, phase by phase, until the budget is used up."""
     device = pick_device(c.device)
     study = runs.Study(Path(c.data), Path(c.home) / c.preset, Path(c.home) / "cache", c.preset, rows.scale, device,
                        pick_precision(c.precision, device))

@@ -1,4 +1,4 @@
-"""What is run for the claims, and in which order: the sizes of each preset, then phases of runs.
+"""The plan of the claims: the sizes of each preset, then the runs in phases.
 
 A learning rate that a row has chosen is known to the phases after it. Phases that many others need, and phases that speak to the most
 claims, come first.
@@ -86,7 +86,7 @@ OWN = "the task itself"     # a source that is the run's own task
 
 
 def each(**choices: Any) -> list[Run]:
-    """A run for every combination of the choices; what is not a tuple has no choice."""
+    """A run for every combination of the choices. A tuple is a choice, anything else is the same in all runs."""
     lists = [value if isinstance(value, tuple) else (value,) for value in choices.values()]
     runs = [Run(**dict(zip(choices, point))) for point in itertools.product(*lists)]
     return [replace(run, source=run.task) if run.source == OWN else run for run in runs]
@@ -135,7 +135,7 @@ def phases(s: Scale) -> list[list[Run]]:
 
 
 def few(kind: str | tuple[str, ...]) -> dict[str, Any]:
-    """What all runs with few labels on M1 have in common."""
+    """The fields that all runs with few labels on M1 have in common."""
     return {"part": "few", "kind": kind, "base": "M1", "seed": SEEDS, "old_base": "M0", "source": OWN, "near": "same"}
 
 

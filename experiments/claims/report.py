@@ -271,7 +271,7 @@ def few(r: Rows, kind: str, metric: str = "accuracy") -> dict[str, dict[Key, flo
 
 
 def c5(r: Rows, folder: Path, out: Section) -> None:
-    """Few labels. The few-shot sample is balanced where the task is not, so a teacher that knows how often a label occurs gains
+    """Few labels. The few-shot sample is balanced even if the task is not, so a teacher that knows how often a label occurs gains
     accuracy by that alone: macro-F1 decides too."""
     chance = chances(r)
     for kind, (metric, name) in itertools.product(KINDS, METRICS.items()):
@@ -285,7 +285,7 @@ def c5(r: Rows, folder: Path, out: Section) -> None:
 
 
 def c6(r: Rows, folder: Path, out: Section) -> None:
-    """Both together, and what is beyond the paper."""
+    """Both together, and the terms beyond the paper."""
     for kind, arm, (metric, name) in itertools.product(KINDS, ("distill", "init"), METRICS.items()):
         arms = few(r, kind, metric)
         out.difference(f"{name}, {kind}, 32 a label: init+distill at least as good as {arm}",
@@ -315,7 +315,7 @@ def chain_table(r: Rows, out: Section) -> None:
 
 
 def c7(r: Rows, folder: Path, out: Section) -> None:
-    """Projection. Of zeros: what the map gives to a delta of zeros, in the public code's form b, which was learned on the source alone."""
+    """Projection. "Of zeros" is the map of a delta of zeros: in the public code's form it is b, which was learned on the source alone."""
     arms = {"apply": r.tests(part="project", what="apply")}
     for variant, name in ((None, "project"), ("residual", "project, residual")):
         found = [row for row in r.select(part="project", what="project", variant=variant) if row["chosen"]]

@@ -65,7 +65,7 @@ class GrowingRows(Rows):
         return any(row["run"] == run.facts for row in self.rows)
 
     def add(self, run: Run, rows: list[dict], facts: dict) -> None:
-        """Append the rows of a run, each with what the run was and the `facts` of where it ran."""
+        """Append the rows of a run, each with the facts of the run and the `facts` of the machine."""
         self.folder.mkdir(parents=True, exist_ok=True)
         full = [{"run": run.facts, "rows": len(rows), "sizes": self.sizes, **facts, **row} for row in rows]
         with (self.folder / f"{self.preset}-{run.part}.jsonl").open("a", encoding="utf-8") as file:

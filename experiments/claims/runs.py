@@ -1,4 +1,4 @@
-"""Do one Run of the plan and return its rows. What several runs need (bases, tuned deltas) lies under `home`."""
+"""Do one Run of the plan and return its rows. Bases and tuned deltas, which several runs need, are kept under `home`."""
 import hashlib
 import json
 import subprocess
@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass
 class Study:
-    """Where bases, deltas and tasks are, and how runs are computed."""
+    """The places of bases, deltas and tasks, and how runs are computed."""
     data: Path
     home: Path
     cache: Path
@@ -47,8 +47,8 @@ class Study:
     precision: torch.dtype
 
     @property
-    def where(self) -> dict:
-        """Arguments of whatever computes."""
+    def compute(self) -> dict:
+        """The arguments `device` and `precision`."""
         return {"device": self.device, "precision": self.precision}
 
     def base(self, name: str) -> Base:
@@ -163,7 +163,7 @@ def best_of(study: Study, data: TaskData, rates: tuple[float, ...],
     rows = [{"lr": lr, "chosen": False, **scores(result)} for lr, (_, result) in zip(rates, trained)]
     best = max(range(len(rates)), key=lambda i: score(rows[i]["dev"]))
     model = trained[best][0]
-    rows[best].update(chosen=True, test=evaluate(model, data.test, **study.where))
+    rows[best].update(chosen=True, test=evaluate(model, data.test, **study.compute))
     return model, rows
 
 
@@ -178,7 +178,7 @@ def tuned(study: Study, run: Run, rates: tuple[float, ...]) -> list[dict]:
 
     def train(lr: float, blind: TaskData) -> tuple[Classifier, TuneResult]:
         model = attach(base, config, data.num_outputs, run.seed)
-        return model, tune(model, blind, Loss(), study.settings(run, lr), **study.where)
+        return model, tune(model, blind, Loss(), study.settings(run, lr), **study.compute)
 
     model, rows = best_of(study, data, rates, train)
     about = {"task": run.task, "labels": list(data.labels), "seed": run.seed}
@@ -190,7 +190,7 @@ def recycling(study: Study, run: Run, data: TaskData, old_delta: Delta, base: st
     """The old delta on its own base and `base`, as recycle.py would put them together; the rate is still to be set."""
     beyond = {"gamma": {"gamma": GAMMA, "att_layers": "all"}, "itp": {"itp": ITP}}.get(run.variant, {})
     return Recycling(study.base(run.old_base), old_delta, study.base(base), data, DeltaConfig(run.kind), study.settings(run, 0.0),
-                     DistillConfig(ALPHA, BETA, T, **beyond), **study.where)
+                     DistillConfig(ALPHA, BETA, T, **beyond), **study.compute)
 
 
 def applied(study: Study, run: Run, rates: tuple[float, ...]) -> list[dict]:
@@ -226,9 +226,9 @@ def walk(study: Study, run: Run) -> list[dict]:
     path = analysis.linear(*ends)
     if run.variant == "curve":
         settings = replace(study.settings(run, CONTROL_LR), steps=study.scale.project_steps)
-        path = analysis.bezier(ends[0], analysis.train_control(b, *ends, data, settings, **study.where), ends[1])
+        path = analysis.bezier(ends[0], analysis.train_control(b, *ends, data, settings, **study.compute), ends[1])
     few = Encoded(data.test.sequences[:study.scale.max_path], data.test.targets[:study.scale.max_path], 0)
-    rows = analysis.walk(b, path, np.linspace(0, 1, POINTS).tolist(), few, **study.where)
+    rows = analysis.walk(b, path, np.linspace(0, 1, POINTS).tolist(), few, **study.compute)
     return [{**row, "barrier": analysis.barrier(rows), "path": run.variant or "linear"} for row in rows]
 
 
@@ -261,13 +261,13 @@ def projected(study: Study, run: Run, rates: tuple[float, ...]) -> list[dict]:
     with_head = len({target.num_outputs, *(d.num_outputs for d, _ in sources)}) == 1
     blind = [(delta, replace(task, test=None)) for delta, task in sources]
     learned = [transport.learn_projection(old_base, base, blind, study.settings(run, lr), DistillConfig(ALPHA, BETA, T), r=16,
-                                          granularity="auto", residual=run.variant == "residual", with_head=with_head, **study.where)
+                                          granularity="auto", residual=run.variant == "residual", with_head=with_head, **study.compute)
                for lr in rates]
     best = max(range(len(rates)), key=lambda i: score(learned[i].dev))
     data, projection = study.task(run, base), learned[best]
 
     def scored(delta: Delta) -> dict:
-        return evaluate(apply(base, transport.project(projection, delta), stale_ok=True), data.test, **study.where)
+        return evaluate(apply(base, transport.project(projection, delta), stale_ok=True), data.test, **study.compute)
 
     rows = [{"lr": lr, "chosen": i == best, "source_dev": score(learned[i].dev)} for i, lr in enumerate(rates)]
     # what the map says of a delta of zeros shows how much of the score is the task's own

@@ -41,7 +41,8 @@ def beside(folder: Path, ending: str) -> Path:
 
 
 def check_replaceable(folder: Path, known: set[str]) -> None:
-    """InputError if `folder`, or NAME.part or NAME.old beside it, holds other names than `known`: `atomic_folder` would destroy them."""
+    """Raises InputError if `folder`, or NAME.part or NAME.old beside it, holds other names than `known`: `atomic_folder` would destroy
+    them."""
     check_overwritable(folder, known)
     for other in (beside(folder, "part"), beside(folder, "old")):
         unknown = [name for name in unknown_names(other, known | {f"{name}.part" for name in known})
@@ -53,8 +54,9 @@ def check_replaceable(folder: Path, known: set[str]) -> None:
 
 @contextmanager
 def atomic_folder(folder: Path, known: set[str] | None = None, needs: int | None = None) -> Iterator[Path]:
-    """Yields an empty folder that takes the place of `folder` when the block ends without an error. InputError if `folder` holds other
-    names than `known` (None: any may be replaced), or if the disk is full, with the bytes that it `needs`; `folder` then is as it was."""
+    """Yields an empty folder that takes the place of `folder` when the block ends without an error. Raises InputError if `folder` holds
+    other names than `known` (None: any may be replaced), or if the disk is full, with the bytes that it `needs`; `folder` then is as it
+    was."""
     folder = Path(folder)
     part, old = beside(folder, "part"), beside(folder, "old")
     if known is not None:
@@ -116,7 +118,7 @@ def seal(folder: Path, name: str, facts: dict, files: Iterable[str]) -> None:
 
 def differing(folder: Path, name: str, facts: dict, files: Iterable[str] | None = None) -> list[str]:
     """Which of `files` (default: all that were hashed) and of the `facts` read from `name` are not as `seal` saw them; none if there are no
-    hashes. InputError if the hashes are not those of files in `folder` and of the facts."""
+    hashes. Raises InputError if the hashes are not those of files in `folder` and of the facts."""
     if "sha256" not in facts:       # written before there were hashes
         return []
     hashes = facts["sha256"]
@@ -172,7 +174,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def lock_path(folder: Path) -> Path:
-    """Beside `folder`, or inside if only that can be written to, as of a mounted volume. InputError if it is no folder."""
+    """Beside `folder`, or inside if only that can be written to, as of a mounted volume. Raises InputError if it is no folder."""
     with write_errors(folder):
         if not folder.name or folder.exists() and not folder.is_dir():
             raise InputError(f"{folder} cannot be used as a folder ({'Not a directory' if folder.name else 'the root'}): give another")
@@ -181,7 +183,8 @@ def lock_path(folder: Path) -> Path:
 
 
 def holder_of(path: Path, folder: Path) -> dict | None:
-    """{"pid", "host", "since"} of the process that wrote the lock `path` of `folder`; None if none has. InputError if it is no lock."""
+    """{"pid", "host", "since"} of the process that wrote the lock `path` of `folder`; None if none has. Raises InputError if it is no
+    lock."""
     try:
         text = path.read_text(encoding="utf-8")
         holder = json.loads(text) if text else None     # empty: its process was killed, or is about to write

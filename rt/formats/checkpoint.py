@@ -36,7 +36,7 @@ def versions() -> dict:
 # --- checkpoints of ours ----------------------------------------------------------------------------------------------
 
 def save_base(folder: Path, model: MaskedLM, tokenizer: Tokenizer, meta: dict, optimizer: torch.optim.Optimizer | None = None) -> str:
-    """Write a checkpoint; returns the fingerprint. `meta` is added to what is always recorded. InputError if the disk is full; the
+    """Write a checkpoint; returns the fingerprint. `meta` is added to what is always recorded. Raises InputError if the disk is full; the
     checkpoint before then stays."""
     mark = fingerprint(model.encoder)
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
@@ -76,7 +76,7 @@ def load_base(folder: Path) -> Base:
 
 
 def check_meta(meta: dict, source: Path) -> EncoderConfig:
-    """The sizes of the encoder that a meta.json tells of. InputError if it is not that of a base."""
+    """The sizes of the encoder that a meta.json tells of. Raises InputError if it is not that of a base."""
     if meta.get("format") != "rt-base-1":
         raise InputError(f"{source}: not a base checkpoint of ours (format {meta.get('format')!r}, expected 'rt-base-1')")
     for name, is_right in (("number", is_whole(meta.get("number", 0), -1)), ("step", is_whole(meta.get("step", 0), 0)),
@@ -106,8 +106,8 @@ def check_encoder(config: EncoderConfig, source: Path | str, names: dict[str, st
 
 
 def build(make: Callable[[EncoderConfig], nn.Module], config: EncoderConfig, state: dict[str, Tensor], source: Path | str) -> nn.Module:
-    """make(config) with the tensors of `state`. InputError if they do not fit, before memory is taken for what `config` claims: the module
-    is first made without memory."""
+    """make(config) with the tensors of `state`. Raises InputError if they do not fit, before memory is taken for what `config` claims: the
+    module is first made without memory."""
     def misfit(why: str) -> InputError:
         return InputError(f"{source}: the tensors do not fit the model: {why}")
 
@@ -122,7 +122,7 @@ def build(make: Callable[[EncoderConfig], nn.Module], config: EncoderConfig, sta
         if state[name].shape != expected[name].shape or not state[name].is_floating_point():
             raise misfit(f"{name} is {state[name].dtype} {tuple(state[name].shape)}, not {tuple(expected[name].shape)}")
     module = make(config)
-    load_strict(module, state, source)
+    load_strict(module, state, str(source))
     return module
 
 
@@ -171,8 +171,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_torch(path: Path) -> Any:
-    """What torch.save wrote, if it is made of tensors, numbers, texts, lists and dicts. InputError for anything else, for a pickle that
-    asks for code, and for tensors or packed parts that are larger than the file."""
+    """What torch.save wrote, if it is made of tensors, numbers, texts, lists and dicts. Raises InputError for anything else, for a pickle
+    that asks for code, and for tensors or packed parts that are larger than the file."""
     with reading(path, "weights-only PyTorch file"):
         with path.open("rb") as file:
             is_zip, size = file.read(2) == b"PK", path.stat().st_size

@@ -13,7 +13,7 @@ from rt.errors import InputError
 from rt.formats.atomic import atomic_folder, check_seal, found, seal
 from rt.formats.checkpoint import read_tensors, versions
 from rt.formats.files import FIGURES, read_json
-from rt.formats.untrusted import check_label
+from rt.formats.untrusted import check_label, shaped
 from rt.kinds import DeltaConfig
 
 OF_THE_RUN = ("metrics.jsonl", "summary.json")      # of the run that learned the delta
@@ -23,7 +23,7 @@ FILES = {"delta.safetensors", "delta.json", *OF_THE_RUN, FIGURES}
 @contextmanager
 def delta_folder(folder: Path, needs: int) -> Iterator[Path]:
     """A folder to write a delta of about `needs` bytes into. It takes the place of `folder` when it is whole, and takes over its figures.
-    InputError if `folder` holds anything but a delta."""
+    Raises InputError if `folder` holds anything but a delta."""
     with atomic_folder(folder, FILES, needs) as new:
         yield new
         if (folder / FIGURES).is_dir():
@@ -31,8 +31,8 @@ def delta_folder(folder: Path, needs: int) -> Iterator[Path]:
 
 
 def save_delta(folder: Path, delta: Delta) -> None:
-    """Write a delta as a folder that appears whole and takes over the run's files and figures that are there. InputError if anything else
-    is there."""
+    """Write a delta as a folder that appears whole and takes over the run's files and figures that are there. Raises InputError if anything
+    else is there."""
     folder = Path(folder)
     with delta_folder(folder, delta.nbytes) as new:
         write_delta(new, delta)
@@ -61,7 +61,9 @@ def load_delta(folder: Path) -> Delta:
         raise InputError(f"{source}: does not say what base and labels the delta belongs to")
     if not isinstance(facts.get("target_modules", []), list):
         raise InputError(f"{source}: target_modules is no list")
-    config = DeltaConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items() if k in DeltaConfig.__dataclass_fields__})
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items() if k in DeltaConfig.__dataclass_fields__}
+    with shaped(source, "its settings are not those of a delta"):
+        config = DeltaConfig(**settings).check()
     parts: dict[str, dict] = {part: {} for part in PARTS}
     for name, tensor in read_tensors(weights).items():
         part, _, rest = name.partition(".")
@@ -74,7 +76,7 @@ def load_delta(folder: Path) -> Delta:
 
 
 def check_labels(labels: list, outputs: int, source: Path) -> None:
-    """InputError unless `labels` are different texts, one an output of the head; a regression has one output and no label."""
+    """Raises InputError unless `labels` are different texts, one an output of the head; a regression has one output and no label."""
     if any(not isinstance(label, str) for label in labels) or len({*labels}) != (outputs if labels else 0) or not labels and outputs != 1:
         raise InputError(f"{source}: its labels ({str(labels)[:80]}) are not those of a head of {outputs} outputs")
     for label in labels:

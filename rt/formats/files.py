@@ -64,7 +64,7 @@ def write_all(file: io.RawIOBase, content: bytes) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text beside `path` and rename it: a reader sees the old file or the new one, never half. InputError if that fails."""
+    """Write a text beside `path` and rename it: a reader sees the old file or the new one, never half. Raises InputError if that fails."""
     temporary = path.with_name(path.name + ".tmp")
     with write_errors(path, len(text.encode())):
         temporary.write_text(text, encoding="utf-8")
@@ -107,8 +107,8 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def unknown_names(folder: Path, known: set[str]) -> list[str]:
-    """Names in `folder` that are neither `known` nor left by a process that was killed while it wrote those. InputError if it is not a
-    folder that can be read."""
+    """Names in `folder` that are neither `known` nor left by a process that was killed while it wrote those. Raises InputError if it is not
+    a folder that can be read."""
     try:
         names = {f.name for f in folder.iterdir()}
     except FileNotFoundError:
@@ -119,7 +119,8 @@ def unknown_names(folder: Path, known: set[str]) -> list[str]:
 
 
 def check_overwritable(folder: Path, known: set[str]) -> None:
-    """InputError if `folder` is the working directory, or holds other names than `known`, which writing would destroy or mix with."""
+    """Raises InputError if `folder` is the working directory, or holds other names than `known`, which writing would destroy or mix
+    with."""
     if folder.resolve() == Path.cwd():
         raise InputError(f"{folder} is the folder you are in: give another --out")
     if unknown := unknown_names(folder, known):

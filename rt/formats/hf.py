@@ -70,9 +70,11 @@ def head_names(config: EncoderConfig, modules: dict[str, dict[str, str]]) -> dic
 
 def plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """float32 tensors, without the model's name in front, and with BERT's old names of layer norms made new."""
-    return {name.removeprefix("roberta.").removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight")
-            .replace("LayerNorm.beta", "LayerNorm.bias"): tensor.float() if tensor.is_floating_point() else tensor
-            for name, tensor in weights.items()}
+    def plain(name: str) -> str:
+        name = name.removeprefix("roberta.").removeprefix("bert.")
+        return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+
+    return {plain(name): tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
 
 
 # --- in ---------------------------------------------------------------------------------------------------------------
@@ -150,7 +152,7 @@ def load_hf(folder: Path) -> Base:
 
 
 def check_tied(weights: dict[str, Tensor], config: EncoderConfig, folder: Path) -> None:
-    """InputError if the masked-LM head does not score with the word embeddings, as ours does."""
+    """Raises InputError if the masked-LM head does not score with the word embeddings, as ours does."""
     w = plain_names(weights)
     scores = w.get("cls.predictions.decoder.weight" if config.is_bert else "lm_head.decoder.weight")
     if scores is not None and not torch.equal(scores, w["embeddings.word_embeddings.weight"]):
@@ -160,7 +162,7 @@ def check_tied(weights: dict[str, Tensor], config: EncoderConfig, folder: Path) 
 
 def import_tuned(folder: Path, base: Base, labels: tuple[str, ...] = (), task: str | None = None) -> Delta:
     """A ...ForSequenceClassification checkpoint that was tuned from `base`, as a full delta: weights minus those of the base, and the head.
-    InputError if the two are not of one architecture and vocabulary, or there is no such head."""
+    Raises InputError if the two are not of one architecture and vocabulary, or there is no such head."""
     folder = Path(folder)
     facts = read_json(folder / "config.json")
     config = replace(encoder_config(facts, folder / "config.json"), sep_id=base.encoder.config.sep_id)
@@ -171,7 +173,7 @@ def import_tuned(folder: Path, base: Base, labels: tuple[str, ...] = (), task: s
     head = head_state(weights, config, CLASSIFIERS)
     if head is None:
         raise InputError(f"{folder}: has no head for sequence classification ({', '.join(CLASSIFIERS[family(config)].values())})")
-    check_head(head, config.hidden_size, folder)
+    check_head(head, config.hidden_size, str(folder))
     labels = class_names(facts, len(head["out.bias"]), labels, folder)
     theirs = dict(base.encoder.named_parameters())
     diffs = {name: p.detach() - theirs[name].detach().cpu() for name, p in encoder.named_parameters()}
@@ -180,8 +182,8 @@ def import_tuned(folder: Path, base: Base, labels: tuple[str, ...] = (), task: s
 
 
 def check_vocabulary(folder: Path, base: Base) -> None:
-    """InputError if a tuned model brings a tokenizer whose ids mean other words than the base's, or that makes other ids of a text; one
-    without a tokenizer uses the base's."""
+    """Raises InputError if a tuned model brings a tokenizer whose ids mean other words than the base's, or that makes other ids of a text;
+    one without a tokenizer uses the base's."""
     try:
         tokenizer = load_tokenizer(folder)
     except NoTokenizer:
@@ -245,8 +247,8 @@ def hf_config(config: EncoderConfig, tokenizer: Tokenizer, task: str, labels: tu
 
 def export_hf(folder: Path, base: Base, delta: Delta | None = None, labels: tuple[str, ...] | None = None) -> str:
     """Write base, or base + delta merged, as AutoModelForMaskedLM or AutoModelForSequenceClassification and AutoTokenizer load it; returns
-    the name of the first. `labels` are those that a base is to be tuned on, if known. InputError if the delta cannot be merged (adapter,
-    prefix) or was learned on another base."""
+    the name of the first. `labels` are those that a base is to be tuned on, if known. Raises InputError if the delta cannot be merged
+    (adapter, prefix) or was learned on another base."""
     config = base.encoder.config
     if delta is None:
         encoder, task = base.encoder.state_dict(), "MaskedLM" if base.head else ""

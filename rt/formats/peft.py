@@ -51,7 +51,7 @@ def import_lora(folder: Path, base: Base, labels: tuple[str, ...] = (), task: st
     r = facts["r"]
     scaling = facts["lora_alpha"] / (math.sqrt(r) if facts.get("use_rslora") else r)
     head = head_of(base, factors, saved, scaling, weights)
-    check_head(head, base.encoder.config.hidden_size, weights)
+    check_head(head, base.encoder.config.hidden_size, str(weights))
     modules, targets = layers_of(base, factors, r, weights)
     if not labels and (folder / "labels.json").is_file():
         kept = read_json(folder / "labels.json").get("labels", [])
@@ -116,8 +116,8 @@ def head_of(base: Base, factors: dict[str, dict[str, Tensor]], saved: dict[str, 
 
 
 def layers_of(base: Base, factors: dict[str, dict[str, Tensor]], r: int, source: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """(the modules of a lora delta, its target_modules) from the factors of the encoder's layers. InputError unless each layer has factors
-    of rank `r` for the same targets."""
+    """(the modules of a lora delta, its target_modules) from the factors of the encoder's layers. Raises InputError unless each layer has
+    factors of rank `r` for the same targets."""
     layers = base.encoder.config.num_layers
     places = {their_module(i, target): (i, target) for i in range(layers) for target in TARGETS}
     strange = next((module for module in factors if module not in places), None)
@@ -135,7 +135,7 @@ def layers_of(base: Base, factors: dict[str, dict[str, Tensor]], r: int, source:
 
 def export_peft(folder: Path, base: Base, name: str, delta: Delta) -> Path | str:
     """Write a lora delta of `base`, called `name`, as PeftModel loads it. Returns the base to load it on: `name`, or if that is a
-    checkpoint of ours, the folder `base` inside, which holds it in Hugging Face's format. InputError for another kind or base."""
+    checkpoint of ours, the folder `base` inside, which holds it in Hugging Face's format. Raises InputError for another kind or base."""
     if delta.config.kind != "lora":
         raise InputError(f"--to peft is for a delta of kind lora, this is {delta.config.kind}" +
                          ("; --to hf merges it" if delta.config.kind in ("full", "bitfit") else ""))

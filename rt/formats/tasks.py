@@ -54,7 +54,8 @@ def _part_file(folder: Path, part: str) -> Path:
 
 
 def _classes(path: Path, parts: dict[str, list[Example]]) -> tuple[str, ...]:
-    """The labels of the training examples, ordered as numbers or as names. InputError if another part has others, or they are of no use."""
+    """The labels of the training examples, ordered as numbers or as names. Raises InputError if another part has others, or they are of no
+    use."""
     sources = {e.label: e.source for e in parts["train"]}
     if len(sources) > MOST_LABELS:
         raise InputError(f"{path}: the training examples have {len(sources)} labels, and up to {MOST_LABELS} are supported: is the label "
@@ -87,7 +88,7 @@ def _is_typed(e: Example) -> bool:
 
 
 def _check_one_type(examples: list[Example]) -> None:
-    """InputError if some labels are strings and some numbers: whether "1" and 1 are one class, nobody can know."""
+    """Raises InputError if some labels are strings and some numbers: whether "1" and 1 are one class, nobody can know."""
     name, number = (next((e for e in examples if _is_typed(e) and isinstance(e.label, kind)), None) for kind in (str, int))
     if name and number:
         raise InputError(f"{name.source}: label {name.label!r} is a string, but the one of {number.source} is a number ({number.label}): "
@@ -168,7 +169,7 @@ def _read_csv(path: Path, style: dict) -> Iterator[tuple[int, dict]]:
 
 
 def _example(source: str, row: dict, labelled: bool) -> Example:
-    """The example in a row, whose columns may have any of the known names. InputError if one is missing, or of another type."""
+    """The example in a row, whose columns may have any of the known names. Raises InputError if one is missing, or of another type."""
     column = {kind: next((name for name in names if name in row), None) for kind, names in COLUMNS.items()}
     if column["text"] == "question" and column["text_pair"] is None and PAIRED_SENTENCE in row:
         column["text_pair"] = PAIRED_SENTENCE

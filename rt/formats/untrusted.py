@@ -58,7 +58,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict:
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """A whole file. InputError if it cannot be read, or is longer than `most` bytes."""
+    """A whole file. Raises InputError if it cannot be read, or is longer than `most` bytes."""
     try:
         with path.open("rb") as file:
             content = file.read(most + 1)
@@ -82,7 +82,8 @@ def is_whole(value: Any, least: int, most: int = 2**31 - 1) -> bool:
 
 
 def check_label(label: str, source: Path | str) -> None:
-    """InputError for a label that no table or file name can show: blank, or with control characters, line ends or half a character."""
+    """Raises InputError for a label that no table or file name can show: blank, or with control characters, line ends or half a
+    character."""
     if not label.strip() or any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in label):
         raise InputError(f"{source}: label {label[:40]!r} is blank or holds control characters or line ends, which no table can show")
 
@@ -102,8 +103,8 @@ def reading(path: Path, kind: str) -> Iterator[None]:
 
 
 def header(path: Path) -> dict[str, dict]:
-    """{tensor: {"dtype", "shape"}} of a safetensors file, of which no tensor is read. InputError unless the tensors that it claims are
-    exactly what the file holds; then none is larger than the file."""
+    """{tensor: {"dtype", "shape"}} of a safetensors file, of which no tensor is read. Raises InputError unless the tensors that it claims
+    are exactly what the file holds; then none is larger than the file."""
     with reading(path, "readable safetensors file"), safe_open(str(path), "np") as file:
         views = {name: file.get_slice(name) for name in file.keys()}
         return {name: {"dtype": view.get_dtype(), "shape": view.get_shape()} for name, view in views.items()}

@@ -84,7 +84,7 @@ def draw_panels(path: Path, panels: list[Panel], columns: int = 3, width: float 
             draw_axes(ax, panel)
         for ax in axes.flat[len(panels):]:
             ax.axis("off")
-        handles = {label: handle for ax in axes.flat if not ax.get_legend() for handle, label in zip(*ax.get_legend_handles_labels())}
+        handles = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())}
         if handles and not any(panel.own_legend for panel in panels):
             ax.figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2 if len(panels) == 1 else 4)
 
@@ -111,7 +111,7 @@ def draw_axes(ax: Any, panel: Panel) -> None:
         margin = 0.1 * (max(measured) - min(measured)) + 1e-3
         ax.set_ylim(min(measured) - margin, max(measured) + margin)
     if panel.ticks:
-        ax.set_xticks([*panel.ticks], panel.ticks.values(), rotation=90 * any(x % 1 for x in panel.ticks))     # some are close
+        ax.set_xticks([*panel.ticks], panel.ticks.values(), rotation=90 * any(x % 1 for x in panel.ticks))     # snapshots are close
     elif all(float(x).is_integer() for points in panel.lines.values() for x, _ in points):
         ax.xaxis.get_major_locator().set_params(integer=True)
     if panel.own_legend:

@@ -34,7 +34,7 @@ def compatibility(rows: list[dict], path: Path) -> None:
     """A panel for each task: Delta_0 on M_1(t) and on M_1, M_2, ..., beside M_0 + Delta_0, what is tuned on the base itself, and
     chance. Rows: task, seed, base, stage, t (None: the stage is complete), line (a key of COMPATIBILITY) and a score."""
     place, panels = places(rows), []
-    ticks = {x: base for base, x in place.items()}
+    ticks = {place[row["base"]]: row["base"] if row["t"] is None else f"t {row['t']}" for row in rows}
     for (task,), panel in group(rows, "task").items():
         score, lines = score_of(panel), group(panel, "line")
         points = {label: [(place[row["base"]], row.get(score)) for row in lines[line,]]

@@ -96,7 +96,7 @@ def base(folder: Path) -> dict[str, str]:
 
 def lineage(folder: Path, meta: dict) -> str:
     """The names of this base, its parent, and so on; the last parent's fingerprint if it is not beside them."""
-    beside, names = bases_in([folder.parent]), [folder.name]
+    beside, names = bases_in([folder.parent, folder.parent.parent]), [folder.name]      # RUN/resume/M1-t00250 is one folder below M0
     while meta.get("parent") in beside and len(names) <= len(beside):
         parent, meta = beside[meta["parent"]]
         names.append(parent.name)

@@ -144,8 +144,9 @@ def tuning(rows: list[dict], summary: dict) -> Report:
 # --- recycling: modes over seeds --------------------------------------------------------------------------------------
 
 def results_of(folder: Path, rows: list[dict], summary: dict) -> list[dict]:
-    """A row for each run: of summary.json; if a sweep was interrupted, of the runs that had finished; else of the curves so far."""
-    results = summary.get("rows") or [read_json(path) for path in sorted(folder.glob("deltas/*/summary.json"))]
+    """A row for each run: of summary.json; before that is written, of the runs that have finished; else of the curves so far."""
+    finished = [path for path in sorted(folder.glob("deltas/*/summary.json")) if path.parent.suffix not in (".part", ".old")]
+    results = summary.get("rows") or list(map(read_json, finished))
     if not any("curve" in row for row in results):
         results = []
         for found in group([row for row in rows if "part" not in row], "run", "mode").values():

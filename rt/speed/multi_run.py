@@ -1,9 +1,9 @@
 """Many deltas on one frozen base, trained side by side: K runs in the time of few.
 
-The trained weights of K models get a leading K (`stack`); a batch holds the rows of run k in the k-th of K equal ranges (`side_by_side`).
-So the base's matrices see one large batch, and a delta's are one batched product (rt.model.linear). Every run keeps its own data order,
-dropout, learning rate, loss weights, early stop and best-on-dev, and gets what it would get alone, to rounding: its gradient is that of its
-own loss, clipped by its own norm, and its dropout is a function of its own seed (kernels/dropout.py).
+The trained weights of K models are stacked with a leading K; a batch holds the rows of run k in the k-th of K equal ranges
+(`side_by_side`). So the base's matrices see one large batch, and a delta's are one batched product (rt.model.linear). Every run keeps its
+own data order, dropout, learning rate, loss weights, early stop and best-on-dev, and gets what it would get alone, to rounding: its
+gradient is that of its own loss, clipped by its own norm, and its dropout is a function of its own seed (kernels/dropout.py).
 """
 import copy
 import itertools
@@ -18,13 +18,13 @@ import torch.nn as nn
 from torch import Tensor
 
 from rt.data import Encoded, TaskData
-from rt.errors import InputError
-from rt.losses import AT_POINTS, TERMS, DistillConfig, Loss, TeacherCache, Weights, patience, task_loss
+from rt.errors import Diverged, InputError
+from rt.losses import AT_POINTS, TERMS, DistillConfig, Loss, Reweighted, TeacherCache, Weights, patience, task_loss
 from rt.model import Activations, Batch, Classifier
-from rt.optim import SkipTracker, autocast, is_out_of_memory
+from rt.optim import autocast, is_out_of_memory
 from rt.recycling import MODES, NEEDS_TEACHER, TRAINED, Recycling, check, teacher_of
 from rt.speed.graphs import GraphedStep
-from rt.tune import TuneResult, TuneSettings, eval_row, evaluate, metrics, plain_gradient, training_batch, training_loop
+from rt.tune import Fit, TuneResult, TuneSettings, evaluate, metrics, plain_gradient, training_batch, training_loop
 
 CPU_BYTES = 2**29       # of a group on a CPU: a dozen runs of the mini preset, beyond which a run's time grows again
 EVAL_TOKENS = 16384     # of a forward pass over dev, all runs together
@@ -44,19 +44,13 @@ class SideRun:
     result: TuneResult = field(default_factory=TuneResult)
     best: Weights = field(default_factory=dict)     # of what is trained, where dev was best
 
-    def add(self, step: int, loss: float | None, dev: dict[str, float], weights: Weights, skipped: int = 0) -> None:
-        """Note an evaluation, and a copy of the weights if it is the best so far."""
-        self.rows.append(eval_row(step, loss, dev, skipped))
-        if self.result.add(step, dev):
-            self.best = {k: w.clone() for k, w in weights.items()}
-
 
 def trained(model: nn.Module) -> Weights:
     return {k: p for k, p in model.named_parameters() if p.requires_grad}
 
 
 def reweighted(model: Classifier, weights: Weights) -> Classifier:
-    """`model` with `weights`, of whatever shape, in place of those it trains; what is frozen is shared."""
+    """`model` with `weights` in place of those it trains; what is frozen is shared."""
     other = copy.deepcopy(model, memo={id(p): p for p in model.parameters()})
     for name, w in weights.items():
         owner, _, last = name.rpartition(".")
@@ -64,10 +58,9 @@ def reweighted(model: Classifier, weights: Weights) -> Classifier:
     return other
 
 
-def stack(models: list[Classifier]) -> Classifier:
-    """One model whose trained weights (K, ...) are those of `models`, which have one base and kind of delta."""
-    weights = [trained(model) for model in models]
-    return reweighted(models[0], {name: torch.stack([w[name].detach() for w in weights]) for name in weights[0]})
+def stack(weights: list[Weights]) -> Weights:
+    """The weights of K models with a leading K; gradients flow to each."""
+    return {name: torch.stack([w[name] for w in weights]) for name in weights[0]}
 
 
 def side_by_side(batches: list[Batch], bucket: int = 0, B: int = 0) -> tuple[Batch, Tensor]:
@@ -147,56 +140,8 @@ def can_be_stacked(c: DistillConfig | None) -> bool:
     return c is None or not c.itp and not any(getattr(c, name, 0) for name in TERMS if name not in AT_POINTS)
 
 
-class SideAdamW:
-    """rt.optim.adamw for weights with a leading K, a learning rate and a gradient norm each."""
-
-    def __init__(self, weights: list[Tensor], weight_decay: float, clip: float, betas: tuple[float, float] = (0.9, 0.999),
-                 eps: float = 1e-6):
-        self.weights, self.weight_decay, self.clip, self.betas, self.eps = weights, weight_decay, clip, betas, eps
-        self.m, self.v = ([torch.zeros_like(w) for w in weights] for _ in range(2))
-        self.steps = torch.zeros(len(weights[0]), dtype=torch.float64, device=weights[0].device)
-
-    @torch.no_grad()
-    def step(self, lr: Tensor, losses: Tensor, tracker: SkipTracker) -> None:
-        """One step at learning rates `lr` (K,), counted by `tracker`. A run whose loss or gradient is not finite keeps weights and moments:
-        its gradient is taken for 0, its betas for 1, its rate for 0."""
-        grads = [w.grad for w in self.weights]
-        norms = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).norm(dim=0)
-        skip = tracker.count(losses, norms)
-        taken, lr = 1 - skip, lr * (1 - skip)
-        self.steps += taken
-        b1, b2 = (torch.where(skip > 0, 1.0, b) for b in self.betas)
-        c1, c2 = (1 - b ** self.steps.clamp(min=1) for b in self.betas)
-        torch._foreach_mul_(grads, [self.each((self.clip / (norms + 1e-6)).clamp(max=1.0), g) for g in grads])
-        for g in grads:
-            g.masked_fill_(self.each(skip > 0, g), 0.0)
-        torch._foreach_mul_(self.m, [self.each(b1, m) for m in self.m])
-        torch._foreach_add_(self.m, grads, alpha=1 - self.betas[0])
-        torch._foreach_mul_(self.v, [self.each(b2, v) for v in self.v])
-        torch._foreach_addcmul_(self.v, grads, grads, value=1 - self.betas[1])
-        root = torch._foreach_sqrt(self.v)
-        torch._foreach_mul_(root, [self.each((c2 ** -0.5).float(), v) for v in self.v])
-        torch._foreach_add_(root, self.eps)
-        update = torch._foreach_div(self.m, root)
-        torch._foreach_mul_(update, [self.each(lr / c1.float(), w) for w in self.weights])
-        decayed = [w for w in self.weights if w.dim() > 2]      # matrices, as rt.optim.adamw
-        torch._foreach_mul_(decayed, [self.each(1 - lr * self.weight_decay, w) for w in decayed])
-        torch._foreach_sub_(self.weights, update)
-        for w in self.weights:
-            w.grad = None
-
-    @staticmethod
-    def each(values: Tensor, like: Tensor) -> Tensor:
-        return values.view(-1, *(1,) * (like.dim() - 1))
-
-    def keep(self, runs: list[int], weights: list[Tensor]) -> None:
-        """Go on with these of the runs, whose weights are `weights`."""
-        self.weights, self.m, self.v = weights, [m[runs] for m in self.m], [v[runs] for v in self.v]
-        self.steps = self.steps[runs]
-
-
 @torch.no_grad()
-def predict(stacked: Classifier, parts: list[Encoded], device: torch.device, precision: torch.dtype) -> list[Tensor]:
+def predict(stacked: nn.Module, parts: list[Encoded], device: torch.device, precision: torch.dtype) -> list[Tensor]:
     """For each run the (n, C) fp32 logits of its examples, on the CPU, as rt.tune.predict."""
     stacked.eval()
     orders = [sorted(range(len(part)), key=lambda i: len(part.sequences[i])) for part in parts]
@@ -208,34 +153,45 @@ def predict(stacked: Classifier, parts: list[Encoded], device: torch.device, pre
         picks = [order[first:first + size] or order[-1:] for order in orders]
         batch, _ = side_by_side([part.batch(pick) for part, pick in zip(parts, picks)])
         with autocast(device, precision):
-            logits = stacked(batch.to(device)).float().view(len(parts), -1, stacked.head.out.weight.shape[1]).cpu()
+            logits = stacked(batch.to(device)).float().cpu()
+        logits = logits.view(len(parts), -1, logits.shape[-1])
         for k, order in enumerate(orders):
             chunks[k].append(logits[k, :len(order[first:first + size])])
     return [torch.cat(c)[torch.tensor(order).argsort()] for c, order in zip(chunks, orders)]
 
 
 class SideBySide:
-    """The functions of rt.tune.training_loop for K runs at once, of which those that are over leave the others to themselves."""
+    """The functions of rt.tune.training_loop for K runs at once, of which those that are over leave the others to themselves. Each run has
+    weights, optimizer and best of its own (rt.tune.Fit); together they compute gradients and predictions."""
 
-    def __init__(self, runs: list[SideRun], device: torch.device, precision: torch.dtype, graphs: bool, on_step: Callable[[Batch], None],
-                 on_eval: Callable[[dict], None]):
-        self.runs, self.device, self.precision, self.graphs, self.on_step, self.on_eval = runs, device, precision, graphs, on_step, on_eval
-        self.stacked, s = stack([run.model for run in runs]), runs[0].settings
-        self.optimizer = SideAdamW(list(trained(self.stacked).values()), s.weight_decay, s.clip)
-        self.tracker = SkipTracker((len(runs),), device)
+    def __init__(self, runs: list[SideRun], device: torch.device, precision: torch.dtype, graphs: bool,
+                 on_step: Callable[[Batch], None], on_eval: Callable[[dict], None]):
+        self.runs, self.device, self.precision, self.graphs, self.on_step = runs, device, precision, graphs, on_step
+
+        def fit(run: SideRun) -> Fit:
+            def noted(row: dict) -> None:
+                run.rows.append(row)
+                on_eval(row)
+
+            weights = {k: p.detach().clone().requires_grad_() for k, p in trained(run.model).items()}
+            return Fit(weights, run.settings, noted)
+
+        self.fits = [fit(run) for run in runs]
+        self.stacked = Reweighted(runs[0].model, lambda: stack([fit.trained for fit in self.fits]))
         self.prepare()
 
     def prepare(self) -> None:
         """The gradient of the runs that go on: a function of a batch and its shares, both on the host; (K,) losses."""
-        loss, stacked = SideLoss(self.runs, self.device), self.stacked
+        loss = SideLoss(self.runs, self.device)
 
         def plain(batch: Batch, shares: Tensor) -> Tensor:
             with autocast(self.device, self.precision):
-                values = loss(stacked, batch.to(self.device), shares.to(self.device))
+                values = loss(self.stacked, batch.to(self.device), shares.to(self.device))
             values.sum().backward()
             return values.detach()
 
-        self.gradient_of = GraphedStep(plain, list(trained(stacked).values()), self.device) if self.graphs else plain
+        leaves = [w for fit in self.fits for w in fit.trained.values()]
+        self.gradient_of = GraphedStep(plain, leaves, self.device) if self.graphs else plain
 
     def gradient(self, step: int) -> Tensor:
         alike = {(id(r.data), r.settings.seed): r for r in self.runs}      # runs that read the same examples
@@ -249,39 +205,29 @@ class SideBySide:
         return losses
 
     def update(self, step: int, losses: Tensor) -> None:
-        self.optimizer.step(torch.tensor([r.settings.lr_at(step) for r in self.runs], device=self.device), losses, self.tracker)
+        for fit, loss in zip(self.fits, losses):
+            fit.update(step, loss)
 
     def evaluate(self, step: int) -> bool:
         """Score dev; whether a run goes on."""
+        starts = {}     # runs that share their start and their examples are scored once
         if step == 0:
-            self.score_starts()
-            self.on_eval(self.runs[0].rows[-1])
-            return True
-        scored = predict(self.stacked, [run.data.dev for run in self.runs], self.device, self.precision)
-        for k, (run, (loss, skipped, diverged), logits) in enumerate(zip(self.runs, self.tracker.read(), scored)):
-            run.result.skipped += skipped
-            if diverged:       # its gradient is its own: the others go on
-                run.result.diverged = step
-            else:
-                weights = {name: p.detach()[k] for name, p in trained(self.stacked).items()}
-                run.add(step, loss, metrics(logits, run.data.dev.targets), weights, skipped)
-                self.on_eval(run.rows[-1])
-        going = [k for k, run in enumerate(self.runs) if not run.result.is_over(run.settings, step)]
-        if going and len(going) < len(self.runs):
-            self.runs = [self.runs[k] for k in going]
-            self.stacked = reweighted(self.stacked, {name: p.detach()[going] for name, p in trained(self.stacked).items()})
-            self.optimizer.keep(going, list(trained(self.stacked).values()))
-            self.tracker.keep(going)
-            self.prepare()
+            starts = {(id(r.model), id(r.data)): evaluate(r.model, r.data.dev, self.device, self.precision) for r in self.runs}
+        else:
+            scored = predict(self.stacked, [run.data.dev for run in self.runs], self.device, self.precision)
+        going = []
+        for k, (run, fit) in enumerate(zip(self.runs, self.fits)):
+            dev = starts[id(run.model), id(run.data)] if step == 0 else metrics(scored[k], run.data.dev.targets)
+            try:
+                goes_on = fit.evaluated(step, dev)
+            except Diverged:       # its gradient is its own: the others go on
+                goes_on, fit.result.diverged = False, step
+            run.result, run.best = fit.result, fit.best
+            going += [k] * goes_on
+        if len(going) < len(self.runs):
+            self.runs, self.fits = [self.runs[k] for k in going], [self.fits[k] for k in going]
+            self.prepare() if going else None
         return bool(going)
-
-    def score_starts(self) -> None:
-        """Dev before the first step; runs that share their start and their examples are scored once."""
-        for first in {(id(run.model), id(run.data)): run for run in self.runs}.values():
-            dev = evaluate(first.model, first.data.dev, self.device, self.precision)
-            for run in self.runs:
-                if run.model is first.model and run.data is first.data:
-                    run.add(0, None, dev, {k: p.detach() for k, p in trained(first.model).items()})
 
 
 def tune(runs: list[SideRun], *, device: torch.device, precision: torch.dtype, graphs: bool = False,
@@ -332,8 +278,8 @@ def free_bytes(device: torch.device) -> int:
 
 def step_bytes(run: SideRun, device: torch.device, precision: torch.dtype) -> int:
     """What one run keeps for its backward pass, measured on its first batch, and its weights with gradients and moments."""
-    stacked, loss, saved = stack([run.model]), SideLoss([run], device), {}
-    own = {p.untyped_storage().data_ptr() for p in stacked.parameters()}
+    weights, loss, saved = {k: p[None] for k, p in trained(run.model).items()}, SideLoss([run], device), {}
+    own = {p.untyped_storage().data_ptr() for p in run.model.parameters()}
 
     def note(x: Tensor) -> Tensor:
         saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
@@ -341,8 +287,8 @@ def step_bytes(run: SideRun, device: torch.device, precision: torch.dtype) -> in
 
     batch, shares = side_by_side([training_batch(run.data.train, run.settings, 0)])
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), autocast(device, precision):
-        loss(stacked.train(), batch.to(device), shares.to(device)).sum()
-    return sum(n for place, n in saved.items() if place not in own) + sum(20 * p.numel() for p in trained(stacked).values())
+        loss(Reweighted(run.model, lambda: weights).train(), batch.to(device), shares.to(device)).sum()
+    return sum(n for place, n in saved.items() if place not in own) + sum(20 * p.numel() for p in weights.values())
 
 
 # --- recycling, side by side ------------------------------------------------------------------------------------------
