@@ -127,7 +127,7 @@ def finished_row(out: Path, run: Run, origin: list[str]) -> dict | None:
 def begin(c: Any, out: Path, runs: list[Run], origin: dict[str, list[str]]) -> set[str]:
     """The names of the runs that need not be done: with --resume or --sweep, those that an earlier call has finished. The others go before
     anything is done, so that a call that is killed leaves rows of whole runs alone, and none of two origins."""
-    check_overwritable(out, {"metrics.jsonl", "summary.json", "deltas", FIGURES})
+    check_overwritable(out, {"metrics.jsonl", "summary.json", "deltas", FIGURES})       # metrics.jsonl: of an earlier version
     summary_rows(out / "summary.json")      # that can be read, before anything goes
     finished = set()
     for run in runs:
