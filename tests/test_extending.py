@@ -1,5 +1,5 @@
-"""What a reader adds: a kind of delta is one class and one row of KINDS, a loss term one function and one field. Both are added here, in the
-test file, and everything that is derived from the tables works with them."""
+"""What a reader adds: a kind of delta is one class and one row of KINDS, a loss term one function and one field. Both are added here, in
+the test file, and everything that is derived from the tables works with them."""
 import json
 from dataclasses import dataclass
 
@@ -63,10 +63,10 @@ def learned(base, config, seed=0):
 
 
 def test_a_kind_is_one_class_and_one_row(shift, base, batch, tmp_path):
+    model, delta = learned(base, shift)
+    other = learned(base, shift, seed=1)[1]
     with torch.no_grad():
         assert torch.equal(attach(base, shift, 3, seed=0).eval().encoder(batch), base.encoder(batch))       # identity
-        model, delta = learned(base, shift)
-        other = learned(base, shift, seed=1)[1]
         assert [*delta.modules] == ["layers.0.adapter_ffn.shift", "layers.1.adapter_ffn.shift"] and not delta.diffs
         save_delta(tmp_path / "d", delta)                                                                   # round trip
         again = load_delta(tmp_path / "d")
@@ -89,8 +89,8 @@ def test_all_modes_and_the_scripts_take_it(shift, base, other_base, tmp_path):
     save_base(tmp_path / "M0", MaskedLM(base.encoder, base.head), base.tokenizer, {})
     rows = [{"text": f"{'good' if i % 2 else 'bad'} {i}", "label": str(i % 2)} for i in range(8)]
     write_task(tmp_path / "mood", {"train": rows, "dev": rows, "test": rows})
-    said = here("train.py", "--mode", "tune", "--base", tmp_path / "M0", "--task", tmp_path / "mood", "--delta", "shift", "--tune_steps", "2",
-                "--eval_every", "1", "--seq_len", "16", "--out", tmp_path / "delta", "--device", "cpu")
+    said = here("train.py", "--mode", "tune", "--base", tmp_path / "M0", "--task", tmp_path / "mood", "--delta", "shift",
+                "--tune_steps", "2", "--eval_every", "1", "--seq_len", "16", "--out", tmp_path / "delta", "--device", "cpu")
     assert said.startswith("mood, shift: dev accuracy")
     assert json.loads((tmp_path / "delta" / "delta.json").read_text())["kind"] == "shift"
 
