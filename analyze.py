@@ -27,6 +27,7 @@ from rt.data import Example, Task, TaskData, Tokenizer, encode, encode_task
 from rt.deltas import Base, Delta, apply, check_fits
 from rt.errors import Diverged, InputError, StaleDelta
 from rt.formats.atomic import locked
+from rt.formats.delta_files import seq_len_of
 from rt.formats.files import FIGURES, check_overwritable, read_rows, write_json
 from rt.formats.hub import open_base, open_delta, place_of_delta
 from rt.formats.tasks import load_task
@@ -206,7 +207,7 @@ def open_checked(folder: Path, base: Base, task: Task, kind: str) -> Delta:
 
 def note_unequal(c: Config, deltas: Iterable[Delta]) -> None:
     """Print to stderr if deltas that were found were not learned alike, or not on texts as long as they are compared on."""
-    lengths = sorted({delta.seq_len for delta in deltas if delta.seq_len} - {c.seq_len})
+    lengths = sorted({length for delta in deltas if (length := seq_len_of(delta))} - {c.seq_len})
     steps = {config.get("tune_steps") for delta in deltas if isinstance(config := delta.info.get("config"), dict)}
     if lengths:
         print(f"note: deltas learned on texts of up to {' and '.join(map(str, lengths))} tokens are compared at --seq_len {c.seq_len}",

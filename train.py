@@ -39,7 +39,7 @@ from rt.runs.predict import open_tuned
 from rt.runs.resume import PretrainRun, sample_of, table_of
 from rt.runs.signals import Interrupted
 from rt.speed.device import make_deterministic, pick_device, pick_precision
-from rt.speed.dist import Ranks, join, launched
+from rt.speed.dist import Ranks, join, launched, zero
 from rt.speed.graphs import check_graphs, compiled, make_gradient, prefetch, staged
 from rt.speed.multi_run import graphed_gradient
 from rt.speed.throughput import Throughput
@@ -155,7 +155,7 @@ def train_stages(c: Config, stream: PretrainRun, ranks: Ranks) -> Interrupted | 
         steps = c.steps[min(i, len(c.steps) - 1)]
         s = PretrainSettings(steps, c.batch_tokens, c.lr or PRETRAIN_LR, max(1, round(c.warmup * steps)), rows.seed, c.accumulation)
         model = model.to(ranks.device)
-        optimizer = adamw(model.parameters(), 0.0, c.weight_decay, zero=c.zero)
+        optimizer = adamw(model.parameters(), 0.0, c.weight_decay, make=zero if c.zero else torch.optim.AdamW)
         throughput = Throughput(model.encoder.config, **where, world=ranks.world)
         about = {"name": name, "domain": domain, "number": number, "parent": parent}
         first = stream.start_stage(about, s, rows, model, optimizer, throughput)

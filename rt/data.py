@@ -233,7 +233,7 @@ class Rows:
                              f"one row of {self.row_tokens}; it needs more text, or a smaller `seq_len`")
         self.epoch = -1
 
-    def _enter_epoch(self, epoch: int) -> None:
+    def enter_epoch(self, epoch: int) -> None:
         """Permutations of one epoch: a function of (seed, epoch), kept until another epoch is asked for."""
         if epoch != self.epoch:
             rng = np.random.default_rng([self.seed, epoch])
@@ -245,7 +245,7 @@ class Rows:
     def row(self, number: int) -> tuple[np.ndarray, list[int]]:
         """Row `number` of the endless stream: ids (row_tokens,) and the lengths of its sequences."""
         epoch, r = divmod(number, self.per_epoch)
-        self._enter_epoch(epoch)
+        self.enter_epoch(epoch)
         begin = int(self.row_order[r]) * self.row_tokens
         pieces: list[list[int]] = []
         i = int(np.searchsorted(self.ends, begin, side="right"))
@@ -278,14 +278,6 @@ class Rows:
             lengths += row_lengths
         tensors = [torch.from_numpy(np.concatenate(x)) for x in (ids, labels, predict)]
         return Batch(tensors[0], torch.tensor(np.cumsum(lengths), dtype=torch.int32), max(lengths), labels=tensors[1], predict=tensors[2])
-
-    def packing(self) -> dict:
-        """Packing statistics of an epoch: number of rows, fill rate (all of it: rows are cut out of one line), and the share of sequences
-        that are cut at a row's end."""
-        self._enter_epoch(max(self.epoch, 0))
-        ends = np.arange(1, self.per_epoch + 1) * self.row_tokens
-        cut = len(ends) - np.isin(ends, self.ends).sum()
-        return {"rows": self.per_epoch, "fill": min(1.0, float(self.ends[-1] / ends[-1])), "cut": round(float(cut / len(self.lengths)), 4)}
 
     def check_batch(self, batch_tokens: int, shares: int) -> None:
         """Raises InputError unless `batch_tokens` is a whole number of rows for each of `shares` (ranks x accumulation)."""

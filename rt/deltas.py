@@ -8,9 +8,8 @@ deltas compute, not on their factors: LoRA factors and adapter bottlenecks are l
 `attach` copies what is trained and shares what is frozen.
 """
 import copy
-import hashlib
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Sequence
 
 import torch
 import torch.nn as nn
@@ -42,15 +41,6 @@ class Base:
         """Raises InputError unless the base has positions for sequences of `seq_len` tokens."""
         if seq_len > self.encoder.config.max_len:
             raise InputError(f"`seq_len` {seq_len}: the base has positions for {self.encoder.config.max_len} tokens")
-
-
-def fingerprint(module: nn.Module) -> str:
-    """Hash of the names, shapes and values of all weights: 16 hex digits."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
 
 
 def new_head(base: Base, num_outputs: int, seed: int) -> ClassificationHead:
@@ -105,19 +95,8 @@ class Delta:
         return tuple(self.info["labels"])
 
     @property
-    def seq_len(self) -> int | None:
-        """The longest text in tokens that it was learned on; None if that is not known."""
-        config = self.info.get("config")
-        length = config.get("seq_len") if isinstance(config, dict) else None
-        return length if type(length) is int and length >= 8 else None
-
-    @property
     def num_outputs(self) -> int:
         return len(self.head["out.bias"])
-
-    @property
-    def nbytes(self) -> int:
-        return sum(x.nbytes for part in PARTS for x in getattr(self, part).values())
 
     def ordered(self, labels: tuple[str, ...]) -> "Delta":
         """The delta with its outputs in the order of `labels`; itself if these are not its own labels in another order."""
@@ -203,7 +182,7 @@ def apply(base: Base, delta: Delta, scale: float = 1.0, stale_ok: bool = False) 
             weights[name] += value.to(weights[name].device)
         for name, value in change.modules.items():
             weights[name].copy_(value)
-    load_strict(model.head, delta.head, "the delta's head")
+    model.head.load_state_dict(delta.head)
     return model
 
 
@@ -253,34 +232,26 @@ def check_tensors(base: Base, delta: Delta) -> None:
     kind, own = delta.config.check().kind, dict(base.encoder.named_parameters())
     try:
         with torch.device("meta"):
-            encoder = Encoder(base.encoder.config)
-            plug_in(encoder, delta.config)
+            plug_in(encoder := Encoder(base.encoder.config), delta.config)
     except (RuntimeError, OverflowError) as error:
         raise InputError(f"the delta's settings are too large: {str(error).splitlines()[0]}") from None
-    expected = {k: p.shape for k, p in encoder.named_parameters() if k not in own or KINDS[kind].trains(k)}
-    found = {k: v for part, ours in ((delta.diffs, True), (delta.modules, False)) for k, v in part.items() if (k in own) is ours}
-    for name in sorted({*expected, *delta.diffs, *delta.modules}):
-        if name not in expected or name not in found or found[name].shape != expected[name] or not found[name].is_floating_point():
-            raise InputError(f"the delta's tensors do not fit its kind {kind}: {name} is "
-                             f"{tuple(found[name].shape) if name in found else 'missing'}, not {tuple(expected.get(name, ()))}")
-    if len(delta.diffs) + len(delta.modules) > len(expected):
-        raise InputError(f"the delta's tensors do not fit its kind {kind}: a weight of the base is among the modules, or the reverse")
+    shapes, what = {k: p.shape for k, p in encoder.named_parameters()}, f"the delta's tensors do not fit its kind {kind}"
+    check_state(delta.diffs, {k: shape for k, shape in shapes.items() if k in own and KINDS[kind].trains(k)}, what)
+    check_state(delta.modules, {k: shape for k, shape in shapes.items() if k not in own}, what)
 
 
 def check_head(head: dict[str, Tensor], d: int, source: str) -> None:
     """Raises InputError unless these are the tensors of a ClassificationHead of width `d`."""
-    n = len(head["out.bias"]) if "out.bias" in head and head["out.bias"].dim() else 0
-    right = {"dense.weight": (d, d), "dense.bias": (d,), "out.weight": (n, d), "out.bias": (n,)}
-    wrong = next((k for k in {**right, **head} if k not in head or tuple(head[k].shape) != right.get(k) or
-                  not head[k].is_floating_point()), None) if n else "out.bias"
-    if wrong:
-        raise InputError(f"{source}: {wrong} is not that of a head for sequence classification of width {d}")
+    n = max(1, head["out.bias"].numel()) if "out.bias" in head else 1
+    check_state(head, {"dense.weight": (d, d), "dense.bias": (d,), "out.weight": (n, d), "out.bias": (n,)},
+                f"{source}: not a head for sequence classification of width {d}")
 
 
-def load_strict(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """load_state_dict with missing, unexpected or misshapen tensors as one sentence."""
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise InputError(f"{source}: the tensors do not fit the model: {first}") from None
+def check_state(found: dict[str, Tensor], expected: dict[str, Sequence[int]], what: str) -> None:
+    """Raises InputError, which begins with `what`, unless the tensors have the expected names and shapes and are of floating point."""
+    for name in sorted(found.keys() | expected.keys()):
+        if name not in found or name not in expected:
+            raise InputError(f"{what}: {name} is " + ("missing" if name in expected else "none of its own"))
+        shape, right = tuple(found[name].shape), tuple(expected[name])
+        if shape != right or not found[name].is_floating_point():
+            raise InputError(f"{what}: {name} is {found[name].dtype} {shape}, not {right}")

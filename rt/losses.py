@@ -182,7 +182,3 @@ class Reweighted(nn.Module):
     def forward(self, batch: Batch, activations: Activations | None = None) -> Tensor:
         """(B, C) logits; fills `activations` if given."""
         return functional_call(self.model, self.weights(), (batch, activations))
-
-    @property
-    def encoder(self) -> nn.Module:
-        return self.model.encoder

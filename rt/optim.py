@@ -1,6 +1,6 @@
 """AdamW with decay by dimension, the learning-rate schedule, skipping of steps that are not finite, precision, and seeds."""
 from contextlib import AbstractContextManager, contextmanager
-from typing import Iterable, Iterator
+from typing import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -13,21 +13,13 @@ MOST_SKIPPED = 10   # in a row: an unlucky batch or an overflow passes in one or
 
 
 def adamw(parameters: Iterable[Parameter], lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.98),
-          zero: bool = False) -> torch.optim.Optimizer:
-    """Fused AdamW on the parameters that require a gradient. Matrices decay; biases, LN weights and gates do not (nanoGPT's rule).
-
-    `zero`: each rank keeps the optimizer state of its share of the parameters and updates those (ZeRO stage 1, Rajbhandari et al., 2020);
-    needs a process group.
-    """
+          make: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW) -> torch.optim.Optimizer:
+    """Fused AdamW (or what `make` makes) on the parameters that require a gradient. Matrices decay; biases, LN weights and gates do not
+    (nanoGPT's rule)."""
     trained = [p for p in parameters if p.requires_grad]
     groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
               {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
-    groups, settings = [g for g in groups if g["params"]], dict(lr=lr, betas=betas, eps=1e-6, fused=True)
-    if zero:
-        from torch.distributed.optim import ZeroRedundancyOptimizer  # not in every build of PyTorch
-
-        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings)
-    return torch.optim.AdamW(groups, **settings)
+    return make([g for g in groups if g["params"]], lr=lr, betas=betas, eps=1e-6, fused=True)
 
 
 def schedule(step: int, steps: int, warmup: int, peak: float) -> float:

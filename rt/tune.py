@@ -3,12 +3,10 @@
 `training_loop` is the one loop of all supervised training: of `tune` here, of projections (rt/transport.py), of curved paths
 (rt/analysis.py), and of many runs side by side (rt/speed/multi_run.py).
 """
-import math
 import time
 from dataclasses import dataclass, field, replace
 from typing import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -179,7 +177,7 @@ def evaluate(model: Classifier, data: Encoded, device: torch.device, precision: 
 def metrics(logits: Tensor, targets: Tensor) -> dict[str, float]:
     """accuracy, macro_f1, micro_f1 of (n, C) logits and (n,) classes; pearson and spearman of (n, 1) and (n,) floats."""
     if targets.is_floating_point():
-        prediction, truth = logits.squeeze(-1).double().numpy(), targets.double().numpy()
+        prediction, truth = logits.squeeze(-1).double(), targets.double()
         return {"pearson": _correlation(prediction, truth), "spearman": _correlation(_ranks(prediction), _ranks(truth))}
     C = logits.shape[-1]
     confusion = torch.bincount(targets * C + logits.argmax(-1), minlength=C * C).view(C, C).double()    # truth x prediction
@@ -190,17 +188,14 @@ def metrics(logits: Tensor, targets: Tensor) -> dict[str, float]:
     return {"accuracy": accuracy, "macro_f1": f1, "micro_f1": accuracy}  # with one label a text, micro-F1 is accuracy
 
 
-def _correlation(a: np.ndarray, b: np.ndarray) -> float:
-    a, b = a - a.mean(), b - b.mean()
-    norm = math.sqrt((a @ a) * (b @ b))
-    return float(a @ b / norm) if norm else 0.0
+def _correlation(a: Tensor, b: Tensor) -> float:
+    return torch.corrcoef(torch.stack([a, b]))[0, 1].nan_to_num(0.0).item()     # 0 if one of them is constant
 
 
-def _ranks(x: np.ndarray) -> np.ndarray:
+def _ranks(x: Tensor) -> Tensor:
     """Ranks for Spearman's coefficient; ties share their mean rank."""
-    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[inverse]
+    _, inverse, counts = x.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts - 1) / 2)[inverse]
 
 
 def score(values: dict[str, float]) -> float:

@@ -21,7 +21,8 @@ if not torch.cuda.is_available():
 
 from data import docstrings
 from rt.data import sequences_batch
-from rt.deltas import Base, fingerprint
+from rt.deltas import Base
+from rt.formats.checkpoint import fingerprint
 from rt.formats.corpora import read_documents
 from rt.formats.files import read_rows
 from rt.formats.tokenizer import train_tokenizer

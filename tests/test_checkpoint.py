@@ -5,10 +5,9 @@ import pickle
 import pytest
 import torch
 
-from rt.deltas import fingerprint
 from rt.errors import InputError
 from rt.formats.atomic import atomic_folder
-from rt.formats.checkpoint import load_base, save_base
+from rt.formats.checkpoint import fingerprint, load_base, save_base
 from rt.formats.hub import open_base
 from rt.model import MaskedLM
 

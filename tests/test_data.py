@@ -14,6 +14,7 @@ from rt.formats.corpora import build_corpus, read_documents, split_documents
 from rt.formats.tokenizer import load_tokenizer
 from rt.model import MaskedLM
 from rt.pretrain import mlm_loss
+from rt.runs.resume import packing
 from rt.speed.graphs import static_batch
 
 
@@ -155,12 +156,12 @@ def test_static_shapes_are_the_same_for_every_batch_and_give_way_to_one_that_doe
 
 def test_rows_are_full_and_the_share_of_cut_sequences_is_counted(corpus, tokenizer):
     rows = rows_of(corpus, tokenizer)
-    packing, ids = rows.packing(), np.concatenate([rows.row(r)[0] for r in range(rows.per_epoch)])
-    assert packing["rows"] == rows.per_epoch and packing["fill"] > 0.98 and (ids != tokenizer.pad_id).mean() > 0.98
+    found, ids = packing(rows), np.concatenate([rows.row(r)[0] for r in range(rows.per_epoch)])
+    assert found["rows"] == rows.per_epoch and found["fill"] > 0.98 and (ids != tokenizer.pad_id).mean() > 0.98
     # a sequence that a row's end cuts is two, each in a row of its own
     parts = sum(len(rows.row(r)[1]) for r in range(rows.per_epoch))
     unread = int((rows.ends > rows.per_epoch * rows.row_tokens).sum())      # of the epoch, after its last row
-    assert packing["cut"] == round((parts - len(rows.lengths) + unread) / len(rows.lengths), 4)
+    assert found["cut"] == round((parts - len(rows.lengths) + unread) / len(rows.lengths), 4)
 
 
 def test_sizes_that_do_not_divide_are_said(corpus, tokenizer):

@@ -4,8 +4,9 @@ import json
 import pytest
 import torch
 
-from rt.deltas import apply, attach, extract, fingerprint, merge
+from rt.deltas import apply, attach, extract, merge
 from rt.errors import InputError, StaleDelta
+from rt.formats.checkpoint import fingerprint
 from rt.formats.delta_files import load_delta, save_delta
 from rt.formats.files import FIGURES
 from rt.kinds import KINDS, DeltaConfig

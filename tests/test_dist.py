@@ -76,7 +76,7 @@ def test_what_is_for_one_process_and_what_is_not(monkeypatch, tmp_path):
 WORKER = """
 import copy, sys, time, torch
 from rt.errors import InputError
-from rt.speed.dist import gather, join, load_state
+from rt.speed.dist import gather, join, load_state, zero
 from rt.optim import adamw
 
 def bad():
@@ -88,9 +88,9 @@ def train(optimizer, weights, steps):
             w.grad = torch.full_like(w, i + step) + w.detach()
         optimizer.step()
 
-def fresh(zero):
+def fresh(is_shared):
     weights = [torch.nn.Parameter(torch.ones(shape)) for shape in ((4, 3), (3,), (2, 2), (5,))]
-    return weights, adamw(weights, 0.1, 0.01, zero=zero)
+    return weights, adamw(weights, 0.1, 0.01, make=zero if is_shared else torch.optim.AdamW)
 
 ranks = join("cpu")
 assert ranks.from_main(lambda: ranks.rank) == 0 and ranks.mean(torch.tensor([float(ranks.rank)])).item() == 0.5
@@ -108,8 +108,8 @@ train(shared, half, range(3))
 assert 0 < len(shared.optim.state) < 4
 gather(shared)
 state = ranks.from_main(shared.state_dict)
-for zero in (True, False):              # shared out again, and by one alone
-    again, optimizer = fresh(zero)
+for is_shared in (True, False):            # shared out again, and by one alone
+    again, optimizer = fresh(is_shared)
     for new, old in zip(again, half):
         new.data.copy_(old.data)
     load_state(optimizer, copy.deepcopy(state))     # or its tensors would be trained

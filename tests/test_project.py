@@ -7,8 +7,9 @@ import torch
 from conftest import random_base
 
 from rt.data import Encoded, TaskData
-from rt.deltas import Base, apply, attach, extract, fingerprint
+from rt.deltas import Base, apply, attach, extract
 from rt.errors import InputError, StaleDelta
+from rt.formats.checkpoint import fingerprint
 from rt.kinds import KINDS, DeltaConfig
 from rt.losses import DistillConfig, Loss, run_teacher
 from rt.model import new_masked_lm, set_dropout

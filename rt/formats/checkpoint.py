@@ -8,6 +8,7 @@
 
 The fingerprint is a hash of the encoder's content: a delta carries that of the base it was learned on.
 """
+import hashlib
 import platform
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -20,13 +21,22 @@ import torch
 from torch import Tensor, nn
 
 from rt import __version__
-from rt.deltas import Base, fingerprint, load_strict
+from rt.deltas import Base, check_state
 from rt.errors import InputError
 from rt.formats.atomic import atomic_folder, check_seal, found, seal
 from rt.formats.files import read_json
 from rt.formats.tokenizer import Tokenizer, load_tokenizer
 from rt.formats.untrusted import is_number, is_whole, reading
 from rt.model import Encoder, EncoderConfig, MaskedLM, MLMHead
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Hash of the names, shapes and values of all weights: 16 hex digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def versions() -> dict:
@@ -108,21 +118,15 @@ def check_encoder(config: EncoderConfig, source: Path | str, names: dict[str, st
 def build(make: Callable[[EncoderConfig], nn.Module], config: EncoderConfig, state: dict[str, Tensor], source: Path | str) -> nn.Module:
     """make(config) with the tensors of `state`. Raises InputError if they do not fit, before memory is taken for what `config` claims: the
     module is first made without memory."""
-    def misfit(why: str) -> InputError:
-        return InputError(f"{source}: the tensors do not fit the model: {why}")
-
+    what = f"{source}: the tensors do not fit the model"
     try:
         with torch.device("meta"):
             expected = make(config).state_dict()
     except (RuntimeError, OverflowError) as error:
-        raise misfit(str(error).partition("\n")[0]) from None
-    for name in sorted(expected.keys() | state.keys()):
-        if name not in state or name not in expected:
-            raise misfit(f"{name} is " + ("missing" if name in expected else "none of its own"))
-        if state[name].shape != expected[name].shape or not state[name].is_floating_point():
-            raise misfit(f"{name} is {state[name].dtype} {tuple(state[name].shape)}, not {tuple(expected[name].shape)}")
+        raise InputError(f"{what}: {str(error).partition(chr(10))[0]}") from None
+    check_state(state, {name: tensor.shape for name, tensor in expected.items()}, what)
     module = make(config)
-    load_strict(module, state, str(source))
+    module.load_state_dict(state)
     return module
 
 

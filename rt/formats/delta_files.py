@@ -13,7 +13,7 @@ from rt.errors import InputError
 from rt.formats.atomic import atomic_folder, check_seal, found, seal
 from rt.formats.checkpoint import read_tensors, versions
 from rt.formats.files import FIGURES, read_json
-from rt.formats.untrusted import check_label, shaped
+from rt.formats.untrusted import check_label, is_whole, shaped
 from rt.kinds import DeltaConfig
 
 OF_THE_RUN = ("metrics.jsonl", "summary.json")      # of the run that learned the delta
@@ -30,11 +30,22 @@ def delta_folder(folder: Path, needs: int) -> Iterator[Path]:
             shutil.copytree(folder / FIGURES, new / FIGURES)
 
 
+def seq_len_of(delta: Delta) -> int | None:
+    """The longest text in tokens that a delta was learned on; None if that is not known."""
+    config = delta.info.get("config")
+    length = config.get("seq_len") if isinstance(config, dict) else None
+    return length if is_whole(length, 8) else None
+
+
+def nbytes(delta: Delta) -> int:
+    return sum(x.nbytes for part in PARTS for x in getattr(delta, part).values())
+
+
 def save_delta(folder: Path, delta: Delta) -> None:
     """Write a delta as a folder that appears whole and takes over the run's files and figures that are there. Raises InputError if anything
     else is there."""
     folder = Path(folder)
-    with delta_folder(folder, delta.nbytes) as new:
+    with delta_folder(folder, nbytes(delta)) as new:
         write_delta(new, delta)
         for name in OF_THE_RUN:
             if (folder / name).exists():

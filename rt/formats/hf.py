@@ -12,10 +12,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from rt.deltas import Base, Delta, check_head, check_sizes, fingerprint, merge, origin
+from rt.deltas import Base, Delta, check_head, check_sizes, merge, origin
 from rt.errors import InputError
 from rt.formats.atomic import atomic_folder
-from rt.formats.checkpoint import build, check_encoder, read_weights
+from rt.formats.checkpoint import build, check_encoder, fingerprint, read_weights
 from rt.formats.files import read_json, write_json
 from rt.formats.tokenizer import NoTokenizer, Tokenizer, load_tokenizer
 from rt.formats.untrusted import check_label, is_whole

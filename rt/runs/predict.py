@@ -18,6 +18,7 @@ from rt.data import Example, encode
 from rt.deltas import Base, Delta, apply
 from rt.errors import InputError
 from rt.formats.corpora import STDIN
+from rt.formats.delta_files import seq_len_of
 from rt.formats.hub import open_base
 from rt.formats.tasks import read_examples
 from rt.formats.tokenizer import Tokenizer
@@ -70,7 +71,7 @@ def open_tuned(c: Any, labels: tuple[str, ...] = ()) -> tuple[Base, Delta, Class
     device = pick_device(c.device)
     base = open_base(c.base).to(device)
     delta = open_best(c.delta_dir, base).ordered(labels)
-    seq_len = c.seq_len or delta.seq_len or min(SEQ_LEN, base.encoder.config.max_len)
+    seq_len = c.seq_len or seq_len_of(delta) or min(SEQ_LEN, base.encoder.config.max_len)
     base.require_length(seq_len)
     return base, delta, apply(base, delta), seq_len, {"device": device, "precision": pick_precision(c.precision, device)}
 

@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -149,7 +150,7 @@ class PretrainRun:
         self.stack.enter_context(self.stop)
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stack.close()
 
     def begin(self, content: dict, tokenizer: Tokenizer) -> None:
@@ -272,7 +273,7 @@ class PretrainRun:
         self.allowance -= self.s.steps - self.first
         scores = self.ranks.from_main(evaluate)
         stage = {"name": about["name"], "domain": about["domain"], "steps": self.s.steps, "seconds": round(seconds, 1), "heldout": scores,
-                 "packing": self.rows.packing(), "ranks": self.ranks.world, **({"skipped": self.skipped} if self.skipped else {})}
+                 "packing": packing(self.rows), "ranks": self.ranks.world, **({"skipped": self.skipped} if self.skipped else {})}
         self.stages.append(stage)
         self.log.row(stage=about["name"], step=self.s.steps, heldout=scores)
 
@@ -316,6 +317,15 @@ def sample_of(rows: Rows, tokenizer: Tokenizer) -> str:
     """The longest sequence of the first row that will be trained on, as it is and as the model sees it; and packing statistics."""
     batch, (ids, lengths) = rows.batch(0, rows.row_tokens), rows.row(0)
     longest = max(range(len(lengths)), key=lengths.__getitem__)
-    span, p = slice(sum(lengths[:longest]), sum(lengths[:longest + 1])), rows.packing()
+    span, p = slice(sum(lengths[:longest]), sum(lengths[:longest + 1])), packing(rows)
     return (f"sample: {tokenizer.decode(ids[span])!r}\nmasked: {tokenizer.decode(batch.ids[span].tolist())!r}\n"
             f"{p['rows']} rows of {rows.row_tokens} tokens an epoch, {p['fill']:.0%} full; {p['cut']:.1%} of sequences cut at a row's end")
+
+
+def packing(rows: Rows) -> dict:
+    """Packing statistics of an epoch: number of rows, fill rate (all of it: rows are cut out of one line), and the share of sequences that
+    are cut at a row's end."""
+    rows.enter_epoch(max(rows.epoch, 0))
+    ends = np.arange(1, rows.per_epoch + 1) * rows.row_tokens
+    cut = len(ends) - np.isin(ends, rows.ends).sum()
+    return {"rows": rows.per_epoch, "fill": min(1.0, float(rows.ends[-1] / ends[-1])), "cut": round(float(cut / len(rows.lengths)), 4)}

@@ -10,7 +10,7 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Callable, TypeVar
+from typing import Any, Callable, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -142,6 +142,13 @@ def join(device: str) -> Ranks:
 
 
 # --- the optimizer's state, shared out among ranks (ZeRO) or not ------------------------------------------------------
+
+def zero(groups: list[dict], **settings: Any) -> torch.optim.Optimizer:
+    """AdamW whose state is shared out: each rank keeps and updates its share of the parameters (ZeRO stage 1, Rajbhandari et al., 2020)."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # not in every build of PyTorch
+
+    return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings)
+
 
 def gather(optimizer: torch.optim.Optimizer) -> None:
     """Fetch a shared optimizer's state to rank 0; call it on all ranks before `state_dict` there, which then is a plain AdamW's."""
