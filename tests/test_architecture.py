@@ -1,6 +1,7 @@
 """Who may import whom (scripts -> rt -> kernels), in whatever form an import is written; and the habits that hold in every file."""
 import ast
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,33 @@ def test_imports_keep_their_direction(path):
     ("new.py", "from train import main\nimport bench", ["bench", "train", "train.main"]), ("new.py", "import peft", ["peft"])])
 def test_the_check_finds_what_is_planted(path, source, found):
     assert strangers(source, Path(path)) == found
+
+
+# --- the core ---------------------------------------------------------------------------------------------------------
+
+CORE = sorted(path.relative_to(ROOT) for path in (ROOT / "rt").glob("*.py"))
+
+
+def test_the_core_can_be_read_in_one_sitting():
+    lengths = {path: (ROOT / path).read_text(encoding="utf-8").count("\n") for path in CORE}
+    assert sum(lengths.values()) <= 2000 and max(lengths.values()) <= 350, lengths
+
+
+def test_the_core_names_no_flag_no_terminal_and_no_signal():
+    for path in CORE:
+        source = (ROOT / path).read_text(encoding="utf-8")
+        words = re.findall(r"(?<![\w-])--[a-z]\w*|\bprint\(|\bsys\.|\bPath\(|\bsignal\b|\btqdm\b", source)
+        assert not words, (path, words)
+
+
+def long_functions(source: str, most: int = 45) -> list[str]:
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    return [f.name for f in functions if f.end_lineno - f.lineno + 1 > most]
+
+
+@pytest.mark.parametrize("path", [path for path in product() if room_of(path) not in ("kernels", "bench", "experiments")], ids=str)
+def test_a_function_fits_on_a_screen(path):
+    assert not long_functions((ROOT / path).read_text(encoding="utf-8"))
 
 
 # --- habits -----------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def test_pretraining_leaves_a_lineage(lineage):
     matrix = json.loads((run / "summary.json").read_text())["stages"]
     assert [set(s["heldout"]) for s in matrix] == [{"one", "two"}] * 2
     assert 0 < matrix[1]["heldout"]["one"]["loss"] < 10 and 0 <= matrix[1]["heldout"]["two"]["accuracy"] <= 1
-    assert (run / "M0-t00002" / "model.safetensors").exists() and not (run / "last").exists()
+    assert (run / "M0-t00002" / "model.safetensors").exists() and not (run / "resume").exists()
 
 
 def test_a_finished_run_is_left_alone_and_another_setting_refused(lineage):
@@ -73,7 +73,7 @@ def test_twenty_steps_are_ten_and_resume_and_ten(lineage):
     here(*arguments, "--out", home / "straight")
     out = here(*arguments, "--out", home / "broken", "--stop_after", "10", "--log_every", "4")
     assert "stopped in M0 after step 10 of 14" in out and drawn(home / "broken") == {"loss"}
-    seconds = read_json(home / "broken" / "last" / "meta.json")["seconds"]
+    seconds = read_json(home / "broken" / "resume" / "M0-t00010" / "meta.json")["seconds"]
     assert "unfinished run: add --resume" in here(*arguments, "--out", home / "broken", code=2)
     assert "stopped after M0" in here(*arguments, "--out", home / "broken", "--resume", "--stop_after", "4")
     here(*arguments, "--out", home / "broken", "--resume", "--stop_after", "3", "--log_every", "2")      # stops again, inside M1

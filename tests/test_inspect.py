@@ -66,6 +66,9 @@ def test_a_snapshot_and_a_base_whose_parent_is_elsewhere(run_home, tmp_path):
     shutil.copytree(run_home / "M2", tmp_path / "alone")
     parent = json.loads((tmp_path / "alone" / "meta.json").read_text())["parent"]
     assert inspect(tmp_path / "alone")["lineage"] == f"alone <- {parent} (not beside it)"
+    shutil.copytree(run_home / "M2", run_home / "resume" / "M2-t00004")
+    assert inspect(run_home / "resume" / "M2-t00004")["lineage"] == "M2-t00004 <- M1 <- M0 <- a random start"
+    shutil.rmtree(run_home / "resume")
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "meta.json").write_text("{")     # a broken neighbour is passed over
     assert parent in inspect(tmp_path / "alone")["lineage"]

@@ -190,7 +190,8 @@ LIES = [        # safetensors itself finds them; its words, which say what it fo
     ({"a": entry(offsets=(16, 0))}, "invalid offset", None), ({"a": entry([1] * 10**5)}, "invalid shape", None),
     ({"a": entry(dtype="F99")}, "unknown variant `F99`", None), ({"a": entry(dtype=["F32"])}, "invalid type: sequence", None),
     ('{"a": 1}', "invalid type: integer `1`", None), ("[]", "invalid type: sequence", None), ("[" * 10**5, "invalid type: sequence", None),
-    ("{{", "invalid JSON", None), (b"\xff\xfe", "invalid UTF-8", None)]
+    ("{{", "invalid JSON", None), (b"\xff\xfe", "invalid UTF-8", None),
+    (f'{{"a": {json.dumps(entry())}, "a": {json.dumps(entry())}}}', "'a' is there twice", None)]     # which safetensors would read
 
 
 @pytest.mark.parametrize("head, words, length", LIES, ids=range(len(LIES)))

@@ -1,6 +1,7 @@
 """`kernels` shares its name with a Hugging Face package; pins have their reasons; imports keep their direction."""
 import ast
 import os
+import re
 import subprocess
 import sys
 
@@ -37,15 +38,28 @@ print(kernels.__file__, tuple(model(input_ids=torch.tensor([[0, 7, 2]])).logits.
     assert out.split()[0] == str(ROOT / "kernels" / "__init__.py") and "(1, 3, 50)" in out
 
 
+@pytest.mark.parametrize("name, command", [("requirements.txt", "pip install -r requirements.txt -e ."),
+                                           ("tests/requirements.txt", "pip install -r tests/requirements.txt -e '.[test]'")])
+def test_the_tested_set_is_pinned_and_installed_as_the_readme_says(name, command):
+    """Every line names one version; what setup.py asks for is among them."""
+    lines = [line.partition("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
+    pins = dict(line.partition(";")[0].strip().split("==") for line in lines if line and not line.startswith("-r "))
+    asked = re.search(r"install_requires=\[(.*?)\]" if "/" not in name else r'"test": \[(.*?)\]', (ROOT / "setup.py").read_text(), re.S)
+    names = set(re.findall(r'"([\w-]+)', asked[1])) - (set() if "/" not in name else {"triton", "numpy"})      # of the other file
+    assert names <= set(pins), names - set(pins)
+    assert command in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "/" not in name or command.replace("install", "install -q") in (ROOT / ".ci" / "run").read_text()
+
+
 def test_torch_that_was_just_installed_finds_its_triton():
-    """The pin on triton: torch.compile's front door imports."""
+    """torch.compile's front door imports, whichever triton came with it."""
     if sys.platform != "linux":
         pytest.skip("triton is installed on Linux only")
     python("import triton, torch._inductor.runtime.triton_heuristics")
 
 
 def test_the_interpreter_reads_a_loop_bound_from_memory(tmp_path):
-    """The pin on numpy: with 2.4, Triton's interpreter fails at exactly this, which every unpadded kernel does."""
+    """The cap on numpy: with 2.4, the interpreter of Triton 3.6 fails at exactly this, which every unpadded kernel does."""
     if sys.platform != "linux":
         pytest.skip("triton is installed on Linux only")
     (tmp_path / "loop.py").write_text("""

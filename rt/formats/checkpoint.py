@@ -26,7 +26,7 @@ from rt.errors import InputError
 from rt.formats.atomic import atomic_folder, check_seal, found, seal
 from rt.formats.files import read_json
 from rt.formats.tokenizer import Tokenizer, load_tokenizer
-from rt.formats.untrusted import is_number, is_whole, reading
+from rt.formats.untrusted import header, is_number, is_whole, reading
 from rt.model import Encoder, EncoderConfig, MaskedLM, MLMHead
 
 
@@ -170,6 +170,7 @@ def read_file(file: Path) -> dict[str, Tensor]:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, none of which is larger than the file. InputError says which file is damaged."""
+    header(path)
     with reading(path, "readable safetensors file"):
         return safetensors.torch.load_file(path)
 

@@ -93,6 +93,8 @@ def reading(path: Path, kind: str) -> Iterator[None]:
     """Turn the errors of a library that reads `path` into an InputError: the file is not a `kind`, and why."""
     try:
         yield
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file") from None
     except Exception as error:      # the libraries have a class each; torch and safetensors also raise bare ones
@@ -106,5 +108,7 @@ def header(path: Path) -> dict[str, dict]:
     """{tensor: {"dtype", "shape"}} of a safetensors file, of which no tensor is read. Raises InputError unless the tensors that it claims
     are exactly what the file holds; then none is larger than the file."""
     with reading(path, "readable safetensors file"), safe_open(str(path), "np") as file:
+        with path.open("rb") as raw:        # safetensors takes the last of two tensors of one name
+            parse_json(raw.read(int.from_bytes(raw.read(8), "little")).decode(), f"{path}: not a readable safetensors file, its header")
         views = {name: file.get_slice(name) for name in file.keys()}
         return {name: {"dtype": view.get_dtype(), "shape": view.get_shape()} for name, view in views.items()}

@@ -169,22 +169,23 @@ def setting(row: dict) -> tuple[float | None, str]:
     return row["lr"], json.dumps({k: v for k, v in row["settings"].items() if k not in ("base", "chain")}, sort_keys=True)
 
 
-def best_by_panel(results: list[dict]) -> dict[str, dict[str, list[dict]]]:
-    """{task and base: {mode and route: the rows of its best setting on dev}}."""
-    panels: dict[str, dict] = {}
+def best_by_panel(results: list[dict]) -> dict[tuple, dict[str, list[dict]]]:
+    """{(task, delta, shots, base): {mode and route: the rows of its best setting on dev}}."""
+    panels: dict[tuple, dict] = {}
     for (mode, route, *_), rows in group(results, "mode", "route", "task", "delta", "shots", "chosen_by_base").items():
-        for (task, delta, shots, base), found in group(chosen(rows, mode, setting), "task", "delta", "shots", "base").items():
-            words = (task, delta, shots and f"{shots} a label", base and f"on {Path(base).name}")
-            lines = panels.setdefault(", ".join(str(word) for word in words if word) or "runs", {})
-            lines[f"{mode} {route}" if route else mode] = found
+        for panel, found in group(chosen(rows, mode, setting), "task", "delta", "shots", "base").items():
+            panels.setdefault(panel, {})[f"{mode} {route}" if route else mode] = found
     return panels
 
 
 def recycling(results: list[dict]) -> Report:
-    best = best_by_panel(results)
-    text = "\n".join(f"{title}\n{convergence_table(lines)}" for title, lines in best.items())
-    panels = [convergence_panel(title, lines) for title, lines in best.items()]
-    return Report("recycling", text, {"convergence": lambda path: draw_panels(path, panels, width=4.2, height=3.2)})
+    tables, panels = [], []
+    for (task, delta, shots, base), lines in best_by_panel(results).items():
+        words = (task, delta, shots and f"{shots} a label", base and f"on {Path(base).name}")
+        title = ", ".join(str(word) for word in words if word) or "runs"
+        tables.append(f"{title}\n{convergence_table(lines)}")
+        panels.append(convergence_panel(title, lines))
+    return Report("recycling", "\n".join(tables), {"convergence": lambda path: draw_panels(path, panels, width=4.2, height=3.2)})
 
 
 def convergence_table(lines: dict[str, list[dict]]) -> str:

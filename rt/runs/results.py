@@ -12,6 +12,7 @@ import json
 import shutil
 import sys
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from statistics import mean
 from typing import Any, Iterable
@@ -48,7 +49,7 @@ class Run:
     lr: float | None
     route: str | None = None    # chain or direct; None outside chains, and of scratch
 
-    @property
+    @cached_property
     def settings(self) -> dict:
         """The flags that the run depends on, beside its seed and learning rate. Those of a direct run are as of a call with this --base
         and no --chain, so that it is the same run."""
@@ -58,7 +59,7 @@ class Run:
             off.add("att_layers")
         return {k: v for k, v in values.items() if k not in NOT_SETTINGS | unread(type(self.c), self.mode) | off}
 
-    @property
+    @cached_property
     def name(self) -> str:
         content = json.dumps([self.settings, self.lr], sort_keys=True)
         return f"{self.mode}-s{self.seed}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
@@ -91,8 +92,8 @@ def origin_of(r: Recycling, sources: Iterable[tuple[Delta, TaskData]] = ()) -> l
 
 # --- a run -------------------------------------------------------------------------------------------------------------
 
-def save_run(out: Path, run: Run, task: Task, result: TuneResult, delta: Delta, curve: list[dict], origin: list[str], more: dict) -> dict:
-    """Write OUT/deltas/RUN; returns its row, to which `more` is added."""
+def save_run(out: Path, run: Run, task: Task, result: TuneResult, delta: Delta, curve: list[dict], origin: list[str], more: dict) -> None:
+    """Write OUT/deltas/RUN, with `more` in its row."""
     c = run.c
     row = {"run": run.name, "mode": run.mode, "delta": c.delta.kind, "task": task.name, "shots": c.shots, "seed": run.seed,
            "lr": run.lr, "steps": c.steps if run.mode in TRAINED else 0, "best_step": result.best_step, "dev": result.dev,
@@ -106,7 +107,6 @@ def save_run(out: Path, run: Run, task: Task, result: TuneResult, delta: Delta, 
             write_delta(new, replace(delta, info=facts | delta.info))
         write_whole(new / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in curve))
         write_json(new / "summary.json", row)
-    return row
 
 
 def finished_row(out: Path, run: Run, origin: list[str]) -> dict | None:
@@ -127,7 +127,7 @@ def finished_row(out: Path, run: Run, origin: list[str]) -> dict | None:
 def begin(c: Any, out: Path, runs: list[Run], origin: dict[str, list[str]]) -> set[str]:
     """The names of the runs that need not be done: with --resume or --sweep, those that an earlier call has finished. The others go before
     anything is done, so that a call that is killed leaves rows of whole runs alone, and none of two origins."""
-    check_overwritable(out, {"metrics.jsonl", "summary.json", "deltas", FIGURES})
+    check_overwritable(out, {"metrics.jsonl", "summary.json", "deltas", FIGURES})       # metrics.jsonl: of an earlier version
     summary_rows(out / "summary.json")      # that can be read, before anything goes
     finished = set()
     for run in runs:

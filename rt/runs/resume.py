@@ -150,7 +150,7 @@ class PretrainRun:
         self.stack.enter_context(self.stop)
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stack.close()
 
     def begin(self, content: dict, tokenizer: Tokenizer) -> None:

@@ -139,8 +139,14 @@ def same(a: Path, b: Path) -> None:
 
 def reached(out: Path) -> tuple:
     """The furthest stage and step of a whole checkpoint."""
-    facts = [json.loads(path.read_text()) for path in out.glob("*/meta.json") if path.parent.suffix != ".part"]
+    places = (*out.glob("*/meta.json"), *out.glob("resume/*/meta.json"))
+    facts = [json.loads(path.read_text()) for path in places if path.parent.suffix != ".part"]
     return max(((meta["name"], meta["step"]) for meta in facts), default=())
+
+
+def newest(out: Path) -> dict:
+    """The facts of the newest resumable checkpoint."""
+    return json.loads(max((out / "resume").glob("*/meta.json")).read_text())
 
 
 def killed_and_given_again(name: str, kills: int, seed: int, home: dict, commands: Commands) -> tuple[int, int]:
@@ -160,7 +166,7 @@ def killed_and_given_again(name: str, kills: int, seed: int, home: dict, command
             done += 1
             assert reached(out) >= far, "less is left than there was before the kill"
             far = reached(out)
-            writing += any(p.suffix in (".part", ".new") for p in (*out.parent.glob(f"{out.name}.*"), *out.rglob("*.*")))
+            writing += any(p.suffix == ".part" for p in (*out.parent.glob(f"{out.name}.*"), *out.rglob("*.*")))
             again = ("--resume",) if name in ("pretrain", "recycle, resumed") else ()
         code, said = commands(*argv, "--out", out, *again)
         assert code == 0, said
@@ -203,7 +209,7 @@ def test_a_signal_leaves_a_resumable_checkpoint(number, code, word, home, comman
     assert ended == code and said.splitlines()[-1].startswith(f"{word}: stopped in M0 after step "), said
     assert "Traceback" not in said and said.splitlines()[-1].endswith("the same command with --resume goes on")
     step = int(said.split("after step ")[1].split()[0])
-    rows, last = read_rows(tmp_path / "run" / "metrics.jsonl"), json.loads((tmp_path / "run" / "last" / "meta.json").read_text())
+    rows, last = read_rows(tmp_path / "run" / "metrics.jsonl"), newest(tmp_path / "run")
     assert last["step"] == step == len(rows)
     assert commands(*argv, "--resume")[0] == 0
     same(home["home"] / "pretrain", tmp_path / "run")
@@ -226,7 +232,7 @@ def test_a_second_process_on_the_run_is_refused(home, commands, tmp_path):
     commands.server.stdin.write((json.dumps(asked) + "\n").encode())
     pid = int(commands.server.stdout.readline())
     try:
-        while not (tmp_path / "run" / "last.part").exists():
+        while not list((tmp_path / "run" / "resume").glob("*.part")):
             time.sleep(0.01)
         second = subprocess.run([sys.executable, *map(str, argv), "--resume"], cwd=ROOT, capture_output=True, text=True, timeout=100)
     finally:
