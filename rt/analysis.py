@@ -116,7 +116,8 @@ def distances(a: Weights, b: Weights) -> list[dict]:
     rows, parts = [], {}
     for name in (k for k in a if k in b):
         parts.setdefault(part_of(name), []).append(name)
-    for part, names in (parts | {"all": sum(parts.values(), [])}).items():
+    order = sorted(parts, key=lambda part: (part != "embeddings", part == "head", len(part), part))
+    for part, names in [*((part, parts[part]) for part in order), ("all", sum(parts.values(), []))]:
         x, y = (torch.cat([w[k].detach().double().flatten().cpu() for k in names]) for w in (a, b))
         l2, norms = (y - x).norm().item(), (x.norm() * y.norm()).item()
         rows.append({"part": part, "l2": l2, "l2_per_weight": l2 / math.sqrt(len(x)), "cosine": (x @ y).item() / norms if norms else 0.0,

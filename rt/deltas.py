@@ -46,8 +46,7 @@ def new_head(base: Base, num_outputs: int, seed: int) -> ClassificationHead:
     config = base.encoder.config
     head = ClassificationHead(config.hidden_size, num_outputs, config.dropout)
     init_weights(head, torch.Generator().manual_seed(seed))
-    if base.pooler is not None:
-        head.load_state_dict({**head.state_dict(), **base.pooler})
+    head.load_state_dict({**head.state_dict(), **(base.pooler or {})})
     return head.to(base.encoder.embeddings.word.weight.device)
 
 
@@ -116,7 +115,7 @@ class Delta:
         """INPUT, OUTPUT or ADDED: how a tensor takes part in sums and multiples (rt/kinds.py)."""
         roles = [role for part, role in KINDS[self.config.kind].roles.items() if part in name] if name.startswith("modules.") else [ADDED]
         if len(roles) != 1:
-            raise InputError(f"the kind {self.config.kind} does not say how its tensor {name} is added and scaled")
+            raise InputError(f"the kind {self.config.kind} does not say how its tensor {name.removeprefix('modules.')} is added and scaled")
         return roles[0]
 
     def __mul__(self, a: float) -> "Delta":

@@ -164,7 +164,7 @@ def check(r: Recycling, mode: str) -> None:
         labels = ", ".join(old.labels[:6]) or "those of a regression"
         raise InputError(f"{mode} needs an old delta with the task's labels; this one's are {labels}: use `mode` init")
     if starts_from_old and mode in TRAINED and old.config.used != r.config.used:
-        raise InputError(f"{mode} continues the old delta: use its `delta` and sizes ({old.config.used}), or `mode` distill")
+        raise InputError(f"{mode} continues the old delta ({old.config.used}): use the same `delta` and sizes, or `mode` distill")
     if starts_from_old:
         check_fits(r.base, old, stale_ok=True)
     if mode not in NEEDS_TEACHER:
