@@ -25,8 +25,6 @@ from rt.errors import InputError
 from rt.formats.files import LOCK, check_overwritable, sync, unknown_names, write_errors
 from rt.formats.untrusted import MISSHAPEN, is_whole
 
-PIECE = 1 << 22     # bytes of a file that are hashed at a time
-
 
 def slow() -> None:
     """A pause of RT_SLOW_WRITES seconds, in which tests kill the process."""
@@ -41,13 +39,11 @@ def beside(folder: Path, ending: str) -> Path:
 
 
 def check_replaceable(folder: Path, known: set[str]) -> None:
-    """Raises InputError if `folder`, or NAME.part or NAME.old beside it, holds other names than `known`: `atomic_folder` would destroy
-    them."""
+    """Raises InputError if `folder`, NAME.part or NAME.old, which `atomic_folder` destroys, hold other names than `known`."""
     check_overwritable(folder, known)
     for other in (beside(folder, "part"), beside(folder, "old")):
-        unknown = [name for name in unknown_names(other, known | {f"{name}.part" for name in known})
-                   if not name.startswith(".tmp")]      # safetensors leaves such a file when it is killed
-        if unknown:
+        unknown = unknown_names(other, known | {f"{name}.part" for name in known})
+        if unknown := [name for name in unknown if not name.startswith(".tmp")]:    # which a killed safetensors leaves
             raise InputError(f"{other} holds other things ({', '.join(unknown[:3])}) and would be lost when {folder} is written: "
                              "move it away, or give another --out")
 
@@ -84,7 +80,7 @@ def atomic_folder(folder: Path, known: set[str] | None = None, needs: int | None
 
 
 def found(folder: Path) -> Path:
-    """`folder`; if a process was killed while it replaced it, NAME.old, which is said on stderr."""
+    """`folder`; if a process was killed while it replaced it, NAME.old, with a line on stderr."""
     old = beside(folder, "old")
     if folder.exists() or not old.exists():
         return folder
@@ -95,11 +91,10 @@ def found(folder: Path) -> Path:
 # --- content ----------------------------------------------------------------------------------------------------------
 
 def sha256(path: Path) -> str:
-    """The hash of a whole file, which is read in pieces."""
-    digest, piece = hashlib.sha256(), memoryview(bytearray(PIECE))
-    with path.open("rb", buffering=0) as file:
-        while size := file.readinto(piece):
-            digest.update(piece[:size])
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
     return digest.hexdigest()
 
 
@@ -147,30 +142,26 @@ def locked(folder: Path, from_main: Callable[[Callable[[], Any]], Any] = lambda 
     The operating system frees the lock when the process dies. A lock of another host is refused as long as its file is there, because a
     shared disk passes locks on only if it has a lock server (NFS: version 4, or lockd)."""
     with ExitStack() as stack:
-        from_main(lambda: stack.enter_context(_locked(Path(folder).resolve())))
+        from_main(lambda: _lock(Path(folder).resolve(), stack))
         yield
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _lock(folder: Path, stack: ExitStack) -> None:
     path, here = lock_path(folder), socket.gethostname()
-    before = holder_of(path, folder)
-    if before and before["host"] != here:
-        raise being_written(folder, before, f"if it has gone, remove {path}")
+    holder = holder_of(path, folder)
+    if holder and holder["host"] != here:
+        raise being_written(folder, holder, f"if it has gone, remove {path}")
     lock = FileLock(path, timeout=0)
     with write_errors(path):
         try:
             lock.acquire()
         except Timeout:
             raise being_written(folder, holder_of(path, folder), "give another --out") from None
+    stack.callback(lock.release)
+    stack.callback(path.unlink, missing_ok=True)    # before the release: whoever waits for it sees that the file is gone
     me = json.dumps({"pid": os.getpid(), "host": here, "since": time.strftime("%F %T")})
-    try:
-        with write_errors(path, len(me)):
-            path.write_text(me, encoding="utf-8")
-        yield
-    finally:
-        path.unlink(missing_ok=True)    # before it is freed: whoever waits for it sees that the file is gone
-        lock.release()
+    with write_errors(path, len(me)):
+        path.write_text(me, encoding="utf-8")
 
 
 def lock_path(folder: Path) -> Path:
@@ -183,8 +174,7 @@ def lock_path(folder: Path) -> Path:
 
 
 def holder_of(path: Path, folder: Path) -> dict | None:
-    """{"pid", "host", "since"} of the process that wrote the lock `path` of `folder`; None if none has. Raises InputError if it is no
-    lock."""
+    """{"pid", "host", "since"} of the process that wrote a lock, None if none has. Raises InputError if the file is no lock."""
     try:
         text = path.read_text(encoding="utf-8")
         holder = json.loads(text) if text else None     # empty: its process was killed, or is about to write
@@ -198,6 +188,5 @@ def holder_of(path: Path, folder: Path) -> dict | None:
 
 
 def being_written(folder: Path, holder: dict | None, advice: str) -> InputError:
-    """The refusal for a folder whose lock another process holds."""
     who = f"process {holder['pid']} on {holder['host']} since {holder['since']}" if holder else "another process"
     return InputError(f"{folder} is being written to by {who}: end it first, or {advice}")
