@@ -22,8 +22,8 @@ FILES = {"delta.safetensors", "delta.json", *OF_THE_RUN, FIGURES}
 
 @contextmanager
 def delta_folder(folder: Path, needs: int) -> Iterator[Path]:
-    """A folder to write a delta of about `needs` bytes into. It takes the place of `folder` when it is whole, and takes over its figures.
-    Raises InputError if `folder` holds anything but a delta."""
+    """A folder to write a delta of about `needs` bytes into, which takes the place of `folder` when it is whole, and takes over its
+    figures. Raises InputError if `folder` holds anything but a delta."""
     with atomic_folder(folder, FILES, needs) as new:
         yield new
         if (folder / FIGURES).is_dir():
@@ -42,8 +42,7 @@ def nbytes(delta: Delta) -> int:
 
 
 def save_delta(folder: Path, delta: Delta) -> None:
-    """Write a delta as a folder that appears whole and takes over the run's files and figures that are there. Raises InputError if anything
-    else is there."""
+    """Write a delta, in place of one that is there; the run's files and figures stay. Raises InputError if anything else is there."""
     folder = Path(folder)
     with delta_folder(folder, nbytes(delta)) as new:
         write_delta(new, delta)
@@ -61,7 +60,7 @@ def write_delta(folder: Path, delta: Delta) -> None:
 
 
 def load_delta(folder: Path) -> Delta:
-    """The delta that `save_delta` wrote. InputError names the file that is missing, damaged or not a delta's."""
+    """The delta in a folder. InputError names the file that is missing, damaged or not a delta's."""
     folder = found(Path(folder))
     source, weights = folder / "delta.json", folder / "delta.safetensors"
     facts = read_json(source)
@@ -70,10 +69,8 @@ def load_delta(folder: Path) -> Delta:
     info = facts.get("info")
     if not isinstance(info, dict) or not {"labels", "base", "tokenizer", "encoder"} <= info.keys() or not isinstance(info["labels"], list):
         raise InputError(f"{source}: does not say what base and labels the delta belongs to")
-    if not isinstance(facts.get("target_modules", []), list):
-        raise InputError(f"{source}: target_modules is no list")
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items() if k in DeltaConfig.__dataclass_fields__}
     with shaped(source, "its settings are not those of a delta"):
+        settings = {k: tuple(v) if k == "target_modules" else v for k, v in facts.items() if k in DeltaConfig.__dataclass_fields__}
         config = DeltaConfig(**settings).check()
     parts: dict[str, dict] = {part: {} for part in PARTS}
     for name, tensor in read_tensors(weights).items():

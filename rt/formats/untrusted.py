@@ -39,12 +39,13 @@ def parse_json(text: str | bytes, source: Path | str) -> Any:
     try:
         text = text.decode() if isinstance(text, bytes) else text
         value = json.loads(text, object_pairs_hook=_unique)
-        if re.search(r"\\u[dD][89a-fA-F]", text) and not is_utf8(json.dumps(value, ensure_ascii=False)):
-            raise ValueError("it holds half of a surrogate pair, which is not a character")
-        return value
+        is_text = not re.search(r"\\u[dD][89a-fA-F]", text) or is_utf8(json.dumps(value, ensure_ascii=False))
     except (ValueError, RecursionError) as error:       # ValueError: also a whole number of thousands of digits
         why = "it is nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", error)
         raise InputError(f"{source}: not valid JSON ({why})") from None
+    if not is_text:
+        raise InputError(f"{source}: holds half of a surrogate pair, which is not a character")
+    return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict:
