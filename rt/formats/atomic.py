@@ -51,8 +51,7 @@ def check_replaceable(folder: Path, known: set[str]) -> None:
 @contextmanager
 def atomic_folder(folder: Path, known: set[str] | None = None, needs: int | None = None) -> Iterator[Path]:
     """Yields an empty folder that takes the place of `folder` when the block ends without an error. Raises InputError if `folder` holds
-    other names than `known` (None: any may be replaced), or if the disk is full, with the bytes that it `needs`; `folder` then is as it
-    was."""
+    other names than `known` (None: any) or the disk, of which it `needs` so many bytes, is full; `folder` then is as it was."""
     folder = Path(folder)
     part, old = beside(folder, "part"), beside(folder, "old")
     if known is not None:
@@ -82,10 +81,10 @@ def atomic_folder(folder: Path, known: set[str] | None = None, needs: int | None
 def found(folder: Path) -> Path:
     """`folder`; if a process was killed while it replaced it, NAME.old, with a line on stderr."""
     old = beside(folder, "old")
-    if folder.exists() or not old.exists():
-        return folder
-    print(f"{folder} was being replaced by a process that was killed: {old} is used", file=sys.stderr)
-    return old
+    if not folder.exists() and old.exists():
+        print(f"{folder} was being replaced by a process that was killed: {old} is used", file=sys.stderr)
+        return old
+    return folder
 
 
 # --- content ----------------------------------------------------------------------------------------------------------
@@ -120,8 +119,8 @@ def differing(folder: Path, name: str, facts: dict, files: Iterable[str] | None 
     if not isinstance(hashes, dict) or name not in hashes or any(Path(f).name != f or len(f.encode()) > 255 for f in hashes):
         raise InputError(f"{folder / name}: its sha256 are not the hashes of the files beside it")
     content = {file: noted for file, noted in hashes.items() if file != name}
-    wanted = {file: noted for file, noted in content.items() if files is None or file in files}
-    wrong = [file for file, noted in wanted.items() if not (folder / file).is_file() or sha256(folder / file) != noted]
+    wrong = [file for file, noted in content.items() if (files is None or file in files)
+             and not ((folder / file).is_file() and sha256(folder / file) == noted)]
     return wrong + [name] * (digest_of({**facts, "sha256": content}) != hashes[name])
 
 

@@ -137,21 +137,19 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         if (folder / stem).is_file():
             return read_file(folder / stem)
         if (folder / f"{stem}.index.json").is_file():
-            return _read_shards(folder / f"{stem}.index.json")
-    raise InputError(f"{folder}: has neither model.safetensors nor pytorch_model.bin, nor an index of either's shards")
-
-
-def _read_shards(index: Path) -> dict[str, Tensor]:
+            break
+    else:
+        raise InputError(f"{folder}: has neither model.safetensors nor pytorch_model.bin, nor an index of either's shards")
+    index, weights = folder / f"{stem}.index.json", {}
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
         raise InputError(f"{index}: has no \"weight_map\" of tensor names to files")
-    weights: dict[str, Tensor] = {}
     for shard in sorted(set(places.values())):
         if Path(shard).name != shard or Path(shard).suffix not in (".safetensors", ".bin"):     # nothing outside the folder
             raise InputError(f"{index}: {shard!r} is not the name of a shard beside it")
-        if not (index.parent / shard).is_file():
-            raise InputError(f"{index.parent / shard}: the shard is missing")
-        weights |= read_file(index.parent / shard)
+        if not (folder / shard).is_file():
+            raise InputError(f"{folder / shard}: the shard is missing")
+        weights |= read_file(folder / shard)
     if missing := sorted(places.keys() - weights.keys()):
         raise InputError(f"{index}: the shards do not hold {missing[0]}")
     return weights

@@ -43,12 +43,10 @@ def nbytes(delta: Delta) -> int:
 
 def save_delta(folder: Path, delta: Delta) -> None:
     """Write a delta, in place of one that is there; the run's files and figures stay. Raises InputError if anything else is there."""
-    folder = Path(folder)
     with delta_folder(folder, nbytes(delta)) as new:
         write_delta(new, delta)
-        for name in OF_THE_RUN:
-            if (folder / name).exists():
-                shutil.copy2(folder / name, new)
+        for file in (file for file in Path(folder).glob("*.json*") if file.name in OF_THE_RUN):
+            shutil.copy2(file, new)
 
 
 def write_delta(folder: Path, delta: Delta) -> None:
@@ -79,13 +77,9 @@ def load_delta(folder: Path) -> Delta:
             raise InputError(f"{weights}: unexpected tensor {name}")
         parts[part][rest] = tensor
     check_seal(folder, "delta.json", facts)
-    check_labels(info["labels"], parts["head"].get("out.bias", torch.empty(0)).numel(), source)
-    return Delta(config, **parts, info=info)
-
-
-def check_labels(labels: list, outputs: int, source: Path) -> None:
-    """Raises InputError unless `labels` are different texts, one an output of the head; a regression has one output and no label."""
-    if any(not isinstance(label, str) for label in labels) or len({*labels}) != (outputs if labels else 0) or not labels and outputs != 1:
+    labels, outputs = info["labels"], parts["head"].get("out.bias", torch.empty(0)).numel()
+    if not all(isinstance(label, str) for label in labels) or len({*labels}) != len(labels) or outputs != (len(labels) or 1):
         raise InputError(f"{source}: its labels ({str(labels)[:80]}) are not those of a head of {outputs} outputs")
     for label in labels:
         check_label(label, source)
+    return Delta(config, **parts, info=info)

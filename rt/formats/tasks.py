@@ -19,11 +19,8 @@ COLUMNS = {
     "text_pair": ("text_pair", "sentence2", "hypothesis", "question2"),
     "label": ("label", "gold_label", "score", "relatedness_score"),
 }
-PAIRED_SENTENCE = "sentence"    # the second text if the first is a `question` (GLUE's QNLI)
 MOST_LABELS = 5000              # of so many, squared, a confusion matrix is held
 
-
-# --- tasks ------------------------------------------------------------------------------------------------------------
 
 def load_task(path: Path) -> Task:
     """Read a task folder. InputError names the file and line that does not fit."""
@@ -86,17 +83,14 @@ def _check_one_type(examples: list[Example]) -> None:
 
 
 def _with_float(e: Example) -> Example:
-    """The example of a regression, in which whole numbers are floats too."""
     try:
-        value = float(e.label)
+        value = float(e.label)      # a whole number too
     except (ValueError, OverflowError):
         raise InputError(f"{e.source}: label {e.label!r} is not a number as other labels of this task are") from None
     if not math.isfinite(value):
         raise InputError(f"{e.source}: label {value} is not a finite number")
     return replace(e, label=value)
 
-
-# --- files of examples ------------------------------------------------------------------------------------------------
 
 def read_examples(path: Path, labelled: bool, format: str | None = None) -> Iterator[Example]:
     """The examples of a file or of STDIN, one after the other as they are read. `format` is one of FORMATS, txt for unlabelled ones; by
@@ -123,14 +117,14 @@ def _examples(path: Path, labelled: bool, format: str) -> Iterator[Example]:
 def _example(source: str, row: dict, labelled: bool) -> Example:
     """The example in a row, whose columns may have any of the known names. Raises InputError if one is missing, or of another type."""
     column = {kind: next((name for name in names if name in row), None) for kind, names in COLUMNS.items()}
-    if column["text"] == "question" and column["text_pair"] is None and PAIRED_SENTENCE in row:
-        column["text_pair"] = PAIRED_SENTENCE
+    if column["text"] == "question" and column["text_pair"] is None and "sentence" in row:      # GLUE's QNLI
+        column["text_pair"] = "sentence"
     for kind in ("text", "label") if labelled else ("text",):
         if column[kind] is None:
             raise InputError(f"{source}: no {kind} column (known names: {', '.join(COLUMNS[kind])}; found: {', '.join(map(str, row))})")
     text, pair, label = (row[column[kind]] if column[kind] else None for kind in ("text", "text_pair", "label"))
-    for kind, value in (("text", text), ("text_pair", pair)):
-        if (kind == "text" or value is not None) and (not isinstance(value, str) or not value.strip()):     # null: no second text
+    for kind, value in (("text", text), ("text_pair", "-" if pair is None else pair)):      # null: no second text
+        if not isinstance(value, str) or not value.strip():
             raise InputError(f"{source}: {column[kind]} is empty or not a string")
     if not labelled:
         return Example(text, pair, None, source)

@@ -103,8 +103,6 @@ def _special(names: Iterable[str]) -> list[AddedToken]:
     return [AddedToken(name, special=True, normalized=False, lstrip=name == "<mask>") for name in names]
 
 
-# --- from files -------------------------------------------------------------------------------------------------------
-
 def load_tokenizer(path: Path) -> Tokenizer:
     """A tokenizer from a `tokenizer.json`, or a folder with one, or with RoBERTa's `vocab.json` and `merges.txt`, or BERT's `vocab.txt`.
     As in transformers, a tokenizer_config.json beside them decides on case, accents and the first space. InputError if none can be read."""
