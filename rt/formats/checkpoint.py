@@ -98,9 +98,9 @@ def load_base(folder: Path) -> Base:
         tokenizer = load_tokenizer(folder)
         checked.result()
     mark = meta.get("fingerprint") if "sha256" in meta else fingerprint(model.encoder)      # checked weights have the fingerprint noted
-    for what, seen, noted in (("weights", mark, "fingerprint"), ("tokenizer", tokenizer.fingerprint, "tokenizer")):
-        if seen != meta.get(noted):
-            raise InputError(f"{folder}: the {what} are not those that meta.json was written for ({seen}, not {meta.get(noted)})")
+    for what, seen, noted in (("weights", mark, meta.get("fingerprint")), ("tokenizer", tokenizer.fingerprint, meta.get("tokenizer"))):
+        if seen != noted:
+            raise InputError(f"{folder}: the {what} are not those that meta.json was written for ({seen}, not {noted})")
     return Base(model.encoder, model.head, tokenizer, meta, mark)
 
 
@@ -137,19 +137,21 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         if (folder / stem).is_file():
             return read_file(folder / stem)
         if (folder / f"{stem}.index.json").is_file():
-            break
-    else:
-        raise InputError(f"{folder}: has neither model.safetensors nor pytorch_model.bin, nor an index of either's shards")
-    index, weights = folder / f"{stem}.index.json", {}
+            return _read_shards(folder / f"{stem}.index.json")
+    raise InputError(f"{folder}: has neither model.safetensors nor pytorch_model.bin, nor an index of either's shards")
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
         raise InputError(f"{index}: has no \"weight_map\" of tensor names to files")
+    weights: dict[str, Tensor] = {}
     for shard in sorted(set(places.values())):
         if Path(shard).name != shard or Path(shard).suffix not in (".safetensors", ".bin"):     # nothing outside the folder
             raise InputError(f"{index}: {shard!r} is not the name of a shard beside it")
-        if not (folder / shard).is_file():
-            raise InputError(f"{folder / shard}: the shard is missing")
-        weights |= read_file(folder / shard)
+        if not (index.parent / shard).is_file():
+            raise InputError(f"{index.parent / shard}: the shard is missing")
+        weights |= read_file(index.parent / shard)
     if missing := sorted(places.keys() - weights.keys()):
         raise InputError(f"{index}: the shards do not hold {missing[0]}")
     return weights

@@ -44,8 +44,7 @@ def corpus_files(path: Path) -> dict[str, list[Path]]:
 
 
 def split_documents(path: Path) -> Iterator[tuple[str, str]]:
-    """('train' or 'heldout', document) for every document of a corpus. Without a heldout file the content decides, so that equal documents
-    fall on the same side."""
+    """('train' or 'heldout', document) for every document. Without a heldout file its content decides: equal ones fall on one side."""
     files = corpus_files(path)
     for part in PARTS:
         for text in (text for file in files[part] for text in read_documents(file)):
@@ -56,8 +55,7 @@ def split_documents(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def build_corpus(name: str, path: Path, tokenizer: Tokenizer, cache: Path) -> dict[str, Corpus]:
-    """{'train', 'heldout'} as memory-mapped bins under `cache`, tokenized on the first call and when the text or the tokenizer has changed.
-    `meta.json` there has the tokenizer's fingerprint and the counts."""
+    """{'train', 'heldout'} as memory-mapped bins under `cache`, made on the first call and when the text or the tokenizer has changed."""
     path = Path(path)
     if not is_utf8(f"{name} {path}"):
         raise InputError(f"{path}: its name is not UTF-8, and could not be read again where it is recorded; rename it")

@@ -45,8 +45,9 @@ def save_delta(folder: Path, delta: Delta) -> None:
     """Write a delta, in place of one that is there; the run's files and figures stay. Raises InputError if anything else is there."""
     with delta_folder(folder, nbytes(delta)) as new:
         write_delta(new, delta)
-        for file in (file for file in Path(folder).glob("*.json*") if file.name in OF_THE_RUN):
-            shutil.copy2(file, new)
+        for file in (Path(folder) / name for name in OF_THE_RUN):
+            if file.exists():
+                shutil.copy2(file, new)
 
 
 def write_delta(folder: Path, delta: Delta) -> None:

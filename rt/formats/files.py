@@ -64,8 +64,7 @@ def write_all(file: io.RawIOBase, content: bytes) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text beside `path` and rename it: a reader sees the old file or the new one, never half. Makes the folder if there is none.
-    Raises InputError if that fails."""
+    """Write a text beside `path`, in a folder that is made, and rename it: a reader sees the old file or the new one, never half."""
     temporary = path.with_name(path.name + ".tmp")
     with write_errors(path, len(text.encode())):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,8 +95,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a JSONL file, none if there is no file. A half-written last line, which a killed run leaves, is skipped; InputError for
-    any other line that is not a JSON object."""
+    """The rows of a JSONL file, if there is one. InputError for a line that is no JSON object, but the last: a killed run leaves half."""
     lines, rows = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else [], []
     for number, line in enumerate(lines, 1):
         try:

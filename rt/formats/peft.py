@@ -96,8 +96,7 @@ def sorted_out(weights: dict[str, Tensor], source: Path) -> tuple[dict[str, Tens
 
 
 def head_of(base: Base, factors: dict[str, Tensor], saved: dict[str, Tensor], scaling: float, source: Path) -> dict[str, Tensor]:
-    """The delta's head: the adapter's, or BERT's pooler of the base if the adapter did not save one. Updates of the head's own layers are
-    added to it and taken out of `factors`."""
+    """The adapter's head, with the base's pooler if it saved none. Updates of its layers are added to it and taken out of `factors`."""
     head = dict(base.pooler or {})
     for ours, theirs in hf.CLASSIFIERS[hf.family(base.encoder.config)].items():
         weight, bias = f"{ours}.weight", f"{ours}.bias"
@@ -113,8 +112,7 @@ def head_of(base: Base, factors: dict[str, Tensor], saved: dict[str, Tensor], sc
 
 
 def layers_of(base: Base, factors: dict[str, Tensor], r: int, source: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """(the modules of a lora delta, its target_modules). Raises InputError unless each layer has factors of rank `r` for the same
-    targets."""
+    """(modules, target_modules) of a lora delta. Raises InputError unless each layer has factors of rank `r` for the same targets."""
     layers = base.encoder.config.num_layers
     names = factor_names(layers, TARGETS)
     strange = next((name for name in factors if name not in names), None)

@@ -32,8 +32,7 @@ def read_table(path: Path, format: str) -> Iterator[tuple[str, dict]]:
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """("PATH, line N", line). InputError for a line that is not UTF-8, holds a NUL (as UTF-16 and files that are no text do) or is longer
-    than LINE_BYTES."""
+    """("PATH, line N", line). InputError if one is too long, is not UTF-8 or holds a NUL, as UTF-16 and files that are no text do."""
     opener, number, place = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open), 0, ""
     if path is STDIN and sys.stdin is None:
         raise InputError(f"{path}: is closed; pipe the texts in, or name a file")

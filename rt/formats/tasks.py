@@ -123,7 +123,8 @@ def _example(source: str, row: dict, labelled: bool) -> Example:
         if column[kind] is None:
             raise InputError(f"{source}: no {kind} column (known names: {', '.join(COLUMNS[kind])}; found: {', '.join(map(str, row))})")
     text, pair, label = (row[column[kind]] if column[kind] else None for kind in ("text", "text_pair", "label"))
-    for kind, value in (("text", text), ("text_pair", "-" if pair is None else pair)):      # null: no second text
+    texts = {"text": text} | ({} if pair is None else {"text_pair": pair})      # null: no second text
+    for kind, value in texts.items():
         if not isinstance(value, str) or not value.strip():
             raise InputError(f"{source}: {column[kind]} is empty or not a string")
     if not labelled:

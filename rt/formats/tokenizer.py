@@ -112,7 +112,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
         if read.is_file() and read.stat().st_size > JSON_BYTES:
             raise InputError(f"{read}: is longer than {JSON_BYTES >> 20} MB, too long for a tokenizer")
     try:
-        facts = _facts(path / "tokenizer_config.json")
+        settings = path / "tokenizer_config.json"
+        facts = read_json(settings) if settings.is_file() else {}
         if file.is_file():
             backend = _as_configured(tokenizers.Tokenizer.from_file(str(file)), facts)
         else:
@@ -142,7 +143,8 @@ def _from_vocabulary(folder: Path, facts: dict) -> tuple[Path, tokenizers.Tokeni
                           "(transformers' AutoTokenizer.from_pretrained and save_pretrained make a tokenizer.json of others)")
     backend.add_special_tokens(_special(special))
     backend = _as_configured(backend, facts)
-    added = {i: AddedToken(token) for token, i in _facts(folder / "added_tokens.json").items()}
+    more = folder / "added_tokens.json"
+    added = {i: AddedToken(token) for token, i in (read_json(more) if more.is_file() else {}).items()}
     added |= {int(i): AddedToken(**{k: v for k, v in token.items() if k != "__type"})
               for i, token in facts.get("added_tokens_decoder", {}).items()}
     for i, token in sorted(added.items()):
@@ -150,10 +152,6 @@ def _from_vocabulary(folder: Path, facts: dict) -> tuple[Path, tokenizers.Tokeni
         if backend.token_to_id(token.content) != i:
             raise InputError(f"{folder}: the added token {token.content!r} should be {i} and becomes {backend.token_to_id(token.content)}")
     return file, backend
-
-
-def _facts(path: Path) -> dict:
-    return read_json(path) if path.is_file() else {}
 
 
 def _as_configured(backend: tokenizers.Tokenizer, facts: dict) -> tokenizers.Tokenizer:
