@@ -146,30 +146,23 @@ def locked(folder: Path, from_main: Callable[[Callable[[], Any]], Any] = lambda 
 
 
 def _lock(folder: Path, stack: ExitStack) -> None:
-    path, here = lock_path(folder), socket.gethostname()
-    holder = holder_of(path, folder)
-    if holder and holder["host"] != here:
-        raise being_written(folder, holder, f"if it has gone, remove {path}")
-    lock = FileLock(path, timeout=0)
-    with write_errors(path):
-        try:
-            lock.acquire()
-        except Timeout:
-            raise being_written(folder, holder_of(path, folder), "give another --out") from None
-    stack.callback(lock.release)
-    stack.callback(path.unlink, missing_ok=True)    # before the release: whoever waits for it sees that the file is gone
-    me = json.dumps({"pid": os.getpid(), "host": here, "since": time.strftime("%F %T")})
-    with write_errors(path, len(me)):
-        path.write_text(me, encoding="utf-8")
-
-
-def lock_path(folder: Path) -> Path:
-    """Beside `folder`, or inside if only that can be written to, as of a mounted volume. Raises InputError if it is no folder."""
+    """The lock lies beside `folder`, or inside if only that can be written to, as of a mounted volume."""
     with write_errors(folder):
         if not folder.name or folder.exists() and not folder.is_dir():
             raise InputError(f"{folder} cannot be used as a folder ({'Not a directory' if folder.name else 'the root'}): give another")
         folder.parent.mkdir(parents=True, exist_ok=True)
-    return beside(folder, "lock") if os.access(folder.parent, os.W_OK) or not folder.exists() else folder / LOCK
+        path = beside(folder, "lock") if os.access(folder.parent, os.W_OK) or not folder.exists() else folder / LOCK
+        holder, here = holder_of(path, folder), socket.gethostname()
+        if holder and holder["host"] != here:
+            raise being_written(folder, holder, f"if it has gone, remove {path}")
+        lock = FileLock(path, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise being_written(folder, holder_of(path, folder), "give another --out") from None
+        stack.callback(lock.release)
+        stack.callback(path.unlink, missing_ok=True)    # before the release: whoever waits for it sees that the file is gone
+        path.write_text(json.dumps({"pid": os.getpid(), "host": here, "since": time.strftime("%F %T")}), encoding="utf-8")
 
 
 def holder_of(path: Path, folder: Path) -> dict | None:

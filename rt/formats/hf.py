@@ -56,8 +56,9 @@ def family(config: EncoderConfig) -> str:
 
 
 def encoder_names(config: EncoderConfig) -> Names:
-    """Those of an encoder, but for the token types."""
-    yield from ((f"embeddings.{ours}", (f"embeddings.{theirs}",)) for ours, theirs in EMBEDDINGS.items())
+    """The names of an encoder's tensors; `embeddings.types` is of theirs alone."""
+    for ours, theirs in EMBEDDINGS.items():
+        yield f"embeddings.{ours}", (f"embeddings.{theirs}",)
     for i in range(config.num_layers):
         for ours, theirs in LAYER.items():
             for kind in ("weight", "bias"):
@@ -65,9 +66,10 @@ def encoder_names(config: EncoderConfig) -> Names:
 
 
 def head_names(config: EncoderConfig, modules: dict[str, dict[str, str]]) -> Names:
-    """Those of a head, by HEADS, CLASSIFIERS or POOLERS, in which `bias` is itself a tensor."""
+    """The names of a head's tensors, by HEADS, CLASSIFIERS or POOLERS, in which `bias` is itself a tensor."""
     for ours, theirs in modules[family(config)].items():
-        yield from ((ours + kind, (theirs + kind,)) for kind in (("",) if ours == "bias" else (".weight", ".bias")))
+        for kind in ("",) if ours == "bias" else (".weight", ".bias"):
+            yield ours + kind, (theirs + kind,)
 
 
 def plain_name(name: str) -> str:
@@ -84,13 +86,14 @@ def plain(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def our_state(weights: dict[str, Tensor], names: Names) -> dict[str, Tensor]:
     """Tensors of theirs, which are taken out of `weights`, under our `names`. KeyError for one that is missing."""
     parts = {ours: [weights.pop(name) for name in theirs] for ours, theirs in names}
-    return {ours: tensors[0] if len(tensors) == 1 else torch.cat(tensors) for ours, tensors in parts.items()}
+    return {ours: torch.cat(tensors) if tensors[1:] else tensors[0] for ours, tensors in parts.items()}
 
 
 def hf_state(state: dict[str, Tensor], config: EncoderConfig, names: Names) -> dict[str, Tensor]:
     """`our_state` backwards, with the model's name in front."""
-    whole = {name: part for ours, theirs in names for name, part in zip(theirs, state[ours].chunk(len(theirs)))}
-    return {f"{family(config)}." * name.startswith(("encoder.", "embeddings.", "pooler.")) + name: part for name, part in whole.items()}
+    parts = {name: part for ours, theirs in names for name, part in zip(theirs, state[ours].chunk(len(theirs)))}
+    model = f"{family(config)}."
+    return {model * name.startswith(("encoder.", "embeddings.", "pooler.")) + name: part for name, part in parts.items()}
 
 
 # --- in ---------------------------------------------------------------------------------------------------------------
