@@ -16,8 +16,8 @@ from rt.data import Example
 from rt.deltas import attach, extract
 from rt.errors import InputError
 from rt.formats.checkpoint import save_base
-from rt.formats.corpora import STDIN
 from rt.formats.delta_files import save_delta
+from rt.formats.tables import STDIN
 from rt.formats.tasks import read_examples
 from rt.kinds import DeltaConfig
 from rt.model import MaskedLM

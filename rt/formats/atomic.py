@@ -25,8 +25,6 @@ from rt.errors import InputError
 from rt.formats.files import LOCK, check_overwritable, sync, unknown_names, write_errors
 from rt.formats.untrusted import MISSHAPEN, is_whole
 
-PIECE = 1 << 22     # bytes of a file that are hashed at a time
-
 
 def slow() -> None:
     """A pause of RT_SLOW_WRITES seconds, in which tests kill the process."""
@@ -41,13 +39,11 @@ def beside(folder: Path, ending: str) -> Path:
 
 
 def check_replaceable(folder: Path, known: set[str]) -> None:
-    """Raises InputError if `folder`, or NAME.part or NAME.old beside it, holds other names than `known`: `atomic_folder` would destroy
-    them."""
+    """Raises InputError if `folder`, NAME.part or NAME.old, which `atomic_folder` destroys, hold other names than `known`."""
     check_overwritable(folder, known)
     for other in (beside(folder, "part"), beside(folder, "old")):
-        unknown = [name for name in unknown_names(other, known | {f"{name}.part" for name in known})
-                   if not name.startswith(".tmp")]      # safetensors leaves such a file when it is killed
-        if unknown:
+        unknown = unknown_names(other, known | {f"{name}.part" for name in known})
+        if unknown := [name for name in unknown if not name.startswith(".tmp")]:    # which a killed safetensors leaves
             raise InputError(f"{other} holds other things ({', '.join(unknown[:3])}) and would be lost when {folder} is written: "
                              "move it away, or give another --out")
 
@@ -55,8 +51,7 @@ def check_replaceable(folder: Path, known: set[str]) -> None:
 @contextmanager
 def atomic_folder(folder: Path, known: set[str] | None = None, needs: int | None = None) -> Iterator[Path]:
     """Yields an empty folder that takes the place of `folder` when the block ends without an error. Raises InputError if `folder` holds
-    other names than `known` (None: any may be replaced), or if the disk is full, with the bytes that it `needs`; `folder` then is as it
-    was."""
+    other names than `known` (None: any) or the disk, of which it `needs` so many bytes, is full; `folder` then is as it was."""
     folder = Path(folder)
     part, old = beside(folder, "part"), beside(folder, "old")
     if known is not None:
@@ -84,22 +79,21 @@ def atomic_folder(folder: Path, known: set[str] | None = None, needs: int | None
 
 
 def found(folder: Path) -> Path:
-    """`folder`; if a process was killed while it replaced it, NAME.old, which is said on stderr."""
+    """`folder`; if a process was killed while it replaced it, NAME.old, with a line on stderr."""
     old = beside(folder, "old")
-    if folder.exists() or not old.exists():
-        return folder
-    print(f"{folder} was being replaced by a process that was killed: {old} is used", file=sys.stderr)
-    return old
+    if not folder.exists() and old.exists():
+        print(f"{folder} was being replaced by a process that was killed: {old} is used", file=sys.stderr)
+        return old
+    return folder
 
 
 # --- content ----------------------------------------------------------------------------------------------------------
 
 def sha256(path: Path) -> str:
-    """The hash of a whole file, which is read in pieces."""
-    digest, piece = hashlib.sha256(), memoryview(bytearray(PIECE))
-    with path.open("rb", buffering=0) as file:
-        while size := file.readinto(piece):
-            digest.update(piece[:size])
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
     return digest.hexdigest()
 
 
@@ -125,8 +119,8 @@ def differing(folder: Path, name: str, facts: dict, files: Iterable[str] | None 
     if not isinstance(hashes, dict) or name not in hashes or any(Path(f).name != f or len(f.encode()) > 255 for f in hashes):
         raise InputError(f"{folder / name}: its sha256 are not the hashes of the files beside it")
     content = {file: noted for file, noted in hashes.items() if file != name}
-    wanted = {file: noted for file, noted in content.items() if files is None or file in files}
-    wrong = [file for file, noted in wanted.items() if not (folder / file).is_file() or sha256(folder / file) != noted]
+    wrong = [file for file, noted in content.items() if (files is None or file in files)
+             and not ((folder / file).is_file() and sha256(folder / file) == noted)]
     return wrong + [name] * (digest_of({**facts, "sha256": content}) != hashes[name])
 
 
@@ -147,44 +141,32 @@ def locked(folder: Path, from_main: Callable[[Callable[[], Any]], Any] = lambda 
     The operating system frees the lock when the process dies. A lock of another host is refused as long as its file is there, because a
     shared disk passes locks on only if it has a lock server (NFS: version 4, or lockd)."""
     with ExitStack() as stack:
-        from_main(lambda: stack.enter_context(_locked(Path(folder).resolve())))
+        from_main(lambda: _lock(Path(folder).resolve(), stack))
         yield
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    path, here = lock_path(folder), socket.gethostname()
-    before = holder_of(path, folder)
-    if before and before["host"] != here:
-        raise being_written(folder, before, f"if it has gone, remove {path}")
-    lock = FileLock(path, timeout=0)
-    with write_errors(path):
-        try:
-            lock.acquire()
-        except Timeout:
-            raise being_written(folder, holder_of(path, folder), "give another --out") from None
-    me = json.dumps({"pid": os.getpid(), "host": here, "since": time.strftime("%F %T")})
-    try:
-        with write_errors(path, len(me)):
-            path.write_text(me, encoding="utf-8")
-        yield
-    finally:
-        path.unlink(missing_ok=True)    # before it is freed: whoever waits for it sees that the file is gone
-        lock.release()
-
-
-def lock_path(folder: Path) -> Path:
-    """Beside `folder`, or inside if only that can be written to, as of a mounted volume. Raises InputError if it is no folder."""
+def _lock(folder: Path, stack: ExitStack) -> None:
+    """The lock lies beside `folder`, or inside if only that can be written to, as of a mounted volume."""
     with write_errors(folder):
         if not folder.name or folder.exists() and not folder.is_dir():
             raise InputError(f"{folder} cannot be used as a folder ({'Not a directory' if folder.name else 'the root'}): give another")
         folder.parent.mkdir(parents=True, exist_ok=True)
-    return beside(folder, "lock") if os.access(folder.parent, os.W_OK) or not folder.exists() else folder / LOCK
+        path = beside(folder, "lock") if os.access(folder.parent, os.W_OK) or not folder.exists() else folder / LOCK
+        holder, here = holder_of(path, folder), socket.gethostname()
+        if holder and holder["host"] != here:
+            raise being_written(folder, holder, f"if it has gone, remove {path}")
+        lock = FileLock(path, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise being_written(folder, holder_of(path, folder), "give another --out") from None
+        stack.callback(lock.release)
+        stack.callback(path.unlink, missing_ok=True)    # before the release: whoever waits for it sees that the file is gone
+        path.write_text(json.dumps({"pid": os.getpid(), "host": here, "since": time.strftime("%F %T")}), encoding="utf-8")
 
 
 def holder_of(path: Path, folder: Path) -> dict | None:
-    """{"pid", "host", "since"} of the process that wrote the lock `path` of `folder`; None if none has. Raises InputError if it is no
-    lock."""
+    """{"pid", "host", "since"} of the process that wrote a lock, None if none has. Raises InputError if the file is no lock."""
     try:
         text = path.read_text(encoding="utf-8")
         holder = json.loads(text) if text else None     # empty: its process was killed, or is about to write
@@ -198,6 +180,5 @@ def holder_of(path: Path, folder: Path) -> dict | None:
 
 
 def being_written(folder: Path, holder: dict | None, advice: str) -> InputError:
-    """The refusal for a folder whose lock another process holds."""
     who = f"process {holder['pid']} on {holder['host']} since {holder['since']}" if holder else "another process"
     return InputError(f"{folder} is being written to by {who}: end it first, or {advice}")

@@ -26,8 +26,19 @@ from rt.errors import InputError
 from rt.formats.atomic import atomic_folder, check_seal, found, seal
 from rt.formats.files import read_json
 from rt.formats.tokenizer import Tokenizer, load_tokenizer
-from rt.formats.untrusted import header, is_number, is_whole, reading
+from rt.formats.untrusted import header, is_number, is_whole, reading, shaped
 from rt.model import Encoder, EncoderConfig, MaskedLM, MLMHead
+
+# what holds of the facts in a meta.json that may be missing
+META = {"number": lambda v: is_whole(v, -1), "step": lambda v: is_whole(v, 0), "name": lambda v: isinstance(v, str),
+        "stage": lambda v: isinstance(v, dict)}
+# what holds of the settings of an encoder; each rule relies on those above it
+ENCODER = {**dict.fromkeys(("hidden_size", "num_layers", "ffn_size", "max_len", "vocab_size"), lambda v, c: is_whole(v, 1)),
+           "num_heads": lambda v, c: is_whole(v, 1) and c.hidden_size % v == 0,
+           "pad_id": lambda v, c: is_whole(v, 0, c.vocab_size - 1),
+           "sep_id": lambda v, c: v is None or is_whole(v, 0, c.vocab_size - 1),
+           **dict.fromkeys(("dropout", "attention_dropout"), lambda v, c: is_number(v, 0, 0.99)),
+           "layer_norm_eps": lambda v, c: is_number(v, 1e-20, 0.1), "model_type": lambda v, c: isinstance(v, str)}
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -43,11 +54,20 @@ def versions() -> dict:
     return {"rt": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
+def check_encoder(config: EncoderConfig, source: Path | str, names: dict[str, str] = {}) -> EncoderConfig:
+    """The same config. InputError names the first setting that no encoder can have, by its name in `names` if it has another there."""
+    for name, holds in ENCODER.items():
+        value = getattr(config, name)
+        if not holds(value, config):
+            raise InputError(f"{source}: {names.get(name, name)} {value!r} is not what an encoder can have"
+                             + (f" whose hidden_size is {config.hidden_size!r}" if name == "num_heads" else ""))
+    return config
+
+
 # --- checkpoints of ours ----------------------------------------------------------------------------------------------
 
 def save_base(folder: Path, model: MaskedLM, tokenizer: Tokenizer, meta: dict, optimizer: torch.optim.Optimizer | None = None) -> str:
-    """Write a checkpoint; returns the fingerprint. `meta` is added to what is always recorded. Raises InputError if the disk is full; the
-    checkpoint before then stays."""
+    """Write a checkpoint, with `meta` in its meta.json; returns the fingerprint. InputError if the disk is full; what was there stays."""
     mark = fingerprint(model.encoder)
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     state = optimizer.state_dict() if optimizer is not None else {"state": {}}
@@ -64,8 +84,7 @@ def save_base(folder: Path, model: MaskedLM, tokenizer: Tokenizer, meta: dict, o
 
 
 def load_base(folder: Path) -> Base:
-    """A checkpoint folder of ours, checked against the hashes in its meta.json; if it is older than those, against the fingerprint.
-    rt.formats.hub.open_base also takes Hugging Face folders and ids."""
+    """A checkpoint folder of ours, checked against the hashes in its meta.json, or the fingerprint if it is older than those."""
     folder = found(Path(folder))
     facts, file = folder / "meta.json", folder / "model.safetensors"
     meta = read_json(facts)
@@ -79,9 +98,9 @@ def load_base(folder: Path) -> Base:
         tokenizer = load_tokenizer(folder)
         checked.result()
     mark = meta.get("fingerprint") if "sha256" in meta else fingerprint(model.encoder)      # checked weights have the fingerprint noted
-    for what, seen, noted in (("weights", mark, "fingerprint"), ("tokenizer", tokenizer.fingerprint, "tokenizer")):
-        if seen != meta.get(noted):
-            raise InputError(f"{folder}: the {what} are not those that meta.json was written for ({seen}, not {meta.get(noted)})")
+    for what, seen, noted in (("weights", mark, meta.get("fingerprint")), ("tokenizer", tokenizer.fingerprint, meta.get("tokenizer"))):
+        if seen != noted:
+            raise InputError(f"{folder}: the {what} are not those that meta.json was written for ({seen}, not {noted})")
     return Base(model.encoder, model.head, tokenizer, meta, mark)
 
 
@@ -89,35 +108,15 @@ def check_meta(meta: dict, source: Path) -> EncoderConfig:
     """The sizes of the encoder that a meta.json tells of. Raises InputError if it is not that of a base."""
     if meta.get("format") != "rt-base-1":
         raise InputError(f"{source}: not a base checkpoint of ours (format {meta.get('format')!r}, expected 'rt-base-1')")
-    for name, is_right in (("number", is_whole(meta.get("number", 0), -1)), ("step", is_whole(meta.get("step", 0), 0)),
-                           ("name", isinstance(meta.get("name", ""), str)), ("stage", isinstance(meta.get("stage", {}), dict))):
-        if not is_right:
+    for name, holds in META.items():
+        if name in meta and not holds(meta[name]):
             raise InputError(f"{source}: its {name} is {meta[name]!r}, which no base has")
-    try:
+    with shaped(source, "its \"encoder\" does not hold the sizes of one"):
         return check_encoder(EncoderConfig(**meta["encoder"]), source)
-    except (KeyError, TypeError):
-        raise InputError(f"{source}: its \"encoder\" does not hold the sizes of one") from None
-
-
-def check_encoder(config: EncoderConfig, source: Path | str, names: dict[str, str] | None = None) -> EncoderConfig:
-    """The same config. InputError names the first setting that no encoder can have, by its name in `names` if it has another there."""
-    c = config
-    right = {name: is_whole(getattr(c, name), 1) for name in ("hidden_size", "num_layers", "ffn_size", "max_len", "vocab_size")}
-    tokens = c.vocab_size if right["vocab_size"] else 0
-    right |= {"num_heads": right["hidden_size"] and is_whole(c.num_heads, 1) and c.hidden_size % c.num_heads == 0,
-              "pad_id": is_whole(c.pad_id, 0, tokens - 1), "sep_id": c.sep_id is None or is_whole(c.sep_id, 0, tokens - 1),
-              "dropout": is_number(c.dropout, 0, 0.99), "attention_dropout": is_number(c.attention_dropout, 0, 0.99),
-              "layer_norm_eps": is_number(c.layer_norm_eps, 1e-20, 0.1), "model_type": isinstance(c.model_type, str)}
-    for name, is_right in right.items():
-        if not is_right:
-            raise InputError(f"{source}: {(names or {}).get(name, name)} {getattr(c, name)!r} is not what an encoder can have"
-                             + (f" whose hidden_size is {c.hidden_size!r}" if name == "num_heads" else ""))
-    return config
 
 
 def build(make: Callable[[EncoderConfig], nn.Module], config: EncoderConfig, state: dict[str, Tensor], source: Path | str) -> nn.Module:
-    """make(config) with the tensors of `state`. Raises InputError if they do not fit, before memory is taken for what `config` claims: the
-    module is first made without memory."""
+    """make(config) with the tensors of `state`. InputError if they do not fit, before memory is taken for what `config` claims."""
     what = f"{source}: the tensors do not fit the model"
     try:
         with torch.device("meta"):
@@ -176,8 +175,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_torch(path: Path) -> Any:
-    """What torch.save wrote, if it is made of tensors, numbers, texts, lists and dicts. Raises InputError for anything else, for a pickle
-    that asks for code, and for tensors or packed parts that are larger than the file."""
+    """What torch.save wrote: tensors, numbers, texts, lists and dicts. Raises InputError for anything else, for a pickle that asks for
+    code, and for tensors or packed parts that are larger than the file."""
     with reading(path, "weights-only PyTorch file"):
         with path.open("rb") as file:
             is_zip, size = file.read(2) == b"PK", path.stat().st_size

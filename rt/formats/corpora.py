@@ -1,11 +1,7 @@
 """Corpora: text on disk, tokenized once into memory-mapped bins."""
-import gzip
 import hashlib
 import json
-import lzma
-import sys
-import zlib
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Iterator
@@ -17,57 +13,23 @@ from rt.data import Corpus
 from rt.errors import InputError
 from rt.formats.atomic import atomic_folder, locked
 from rt.formats.files import read_json, write_json
+from rt.formats.tables import read_table
 from rt.formats.tokenizer import Tokenizer
-from rt.formats.untrusted import LINE_BYTES, is_utf8, parse_json, shaped
+from rt.formats.untrusted import is_utf8, shaped
 
-STDIN = Path("standard input")      # this object, not a file of that name, stands for it; errors name it so
 TEXT_ENDINGS = (".txt", ".txt.gz", ".txt.xz", ".jsonl")
 HELDOUT_SHARE = 50      # one document in so many is held out of a corpus that has no heldout file
 PARTS = ("train", "heldout")
 CHUNK = 1000            # documents that are tokenized at a time
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number, line) of a plain, .gz or .xz text file, or of STDIN; one line is held at a time. InputError names the file and the line
-    that is not UTF-8, holds a NUL (as UTF-16 and files that are no text do) or is longer than LINE_BYTES."""
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    number = 0
-    if path is STDIN and sys.stdin is None:
-        raise InputError(f"{path}: is closed; pipe the texts in, or name a file")
-    try:
-        with nullcontext(sys.stdin.buffer) if path is STDIN else opener(path, "rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES + 1), b""), 1):
-                if len(line) > LINE_BYTES:
-                    raise InputError(f"{path}, line {number}: is longer than {LINE_BYTES >> 20} MB; a document or an example is a line")
-                if b"\0" in line:
-                    raise InputError(f"{path}, line {number}: holds a NUL byte, which no text in UTF-8 does; convert the file first")
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}, line {number}: not valid UTF-8 ({error.reason}); convert the file first") from None
-    except (OSError, EOFError, MemoryError, lzma.LZMAError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read after line {number} ({error})") from None
-
-
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
-    """(line number, object) of a JSONL file. InputError names the file and line that is not a JSON object."""
-    for number, line in read_lines(path):
-        if line.strip():
-            row = parse_json(line, f"{path}, line {number}")
-            if not isinstance(row, dict):
-                raise InputError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
-            yield number, row
-
-
 def read_documents(path: Path) -> Iterator[str]:
     """The documents of one text file: a line each, or the `text` of a JSON object each. Blank ones are left out."""
-    if path.suffix == ".jsonl":
-        for number, row in read_jsonl(path):
-            if not isinstance(row.get("text"), str):
-                raise InputError(f"{path}, line {number}: has no \"text\" string")
-            if row["text"].strip():
-                yield row["text"]
-    else:
-        yield from (line for _, line in read_lines(path) if line.strip())
+    for place, row in read_table(path, "jsonl" if path.suffix == ".jsonl" else "txt"):
+        if not isinstance(row.get("text"), str):
+            raise InputError(f"{place}: has no \"text\" string")
+        if row["text"].strip():
+            yield row["text"]
 
 
 def corpus_files(path: Path) -> dict[str, list[Path]]:
@@ -82,11 +44,10 @@ def corpus_files(path: Path) -> dict[str, list[Path]]:
 
 
 def split_documents(path: Path) -> Iterator[tuple[str, str]]:
-    """('train' or 'heldout', document) for every document of a corpus. Without a heldout file the content decides, so that equal documents
-    fall on the same side."""
+    """('train' or 'heldout', document) for every document. Without a heldout file its content decides: equal ones fall on one side."""
     files = corpus_files(path)
-    for part, file in ((part, file) for part, members in files.items() for file in members):
-        for text in read_documents(file):
+    for part in PARTS:
+        for text in (text for file in files[part] for text in read_documents(file)):
             if not files["heldout"]:
                 draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
                 part = "heldout" if draw % HELDOUT_SHARE == 0 else "train"
@@ -94,8 +55,7 @@ def split_documents(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def build_corpus(name: str, path: Path, tokenizer: Tokenizer, cache: Path) -> dict[str, Corpus]:
-    """{'train', 'heldout'} as memory-mapped bins under `cache`, tokenized on the first call and when the text or the tokenizer has changed.
-    `meta.json` there has the tokenizer's fingerprint and the counts."""
+    """{'train', 'heldout'} as memory-mapped bins under `cache`, made on the first call and when the text or the tokenizer has changed."""
     path = Path(path)
     if not is_utf8(f"{name} {path}"):
         raise InputError(f"{path}: its name is not UTF-8, and could not be read again where it is recorded; rename it")

@@ -22,8 +22,8 @@ FILES = {"delta.safetensors", "delta.json", *OF_THE_RUN, FIGURES}
 
 @contextmanager
 def delta_folder(folder: Path, needs: int) -> Iterator[Path]:
-    """A folder to write a delta of about `needs` bytes into. It takes the place of `folder` when it is whole, and takes over its figures.
-    Raises InputError if `folder` holds anything but a delta."""
+    """A folder to write a delta of about `needs` bytes into, which takes the place of `folder` when it is whole, and takes over its
+    figures. Raises InputError if `folder` holds anything but a delta."""
     with atomic_folder(folder, FILES, needs) as new:
         yield new
         if (folder / FIGURES).is_dir():
@@ -42,14 +42,12 @@ def nbytes(delta: Delta) -> int:
 
 
 def save_delta(folder: Path, delta: Delta) -> None:
-    """Write a delta as a folder that appears whole and takes over the run's files and figures that are there. Raises InputError if anything
-    else is there."""
-    folder = Path(folder)
+    """Write a delta, in place of one that is there; the run's files and figures stay. Raises InputError if anything else is there."""
     with delta_folder(folder, nbytes(delta)) as new:
         write_delta(new, delta)
-        for name in OF_THE_RUN:
-            if (folder / name).exists():
-                shutil.copy2(folder / name, new)
+        for file in (Path(folder) / name for name in OF_THE_RUN):
+            if file.exists():
+                shutil.copy2(file, new)
 
 
 def write_delta(folder: Path, delta: Delta) -> None:
@@ -61,7 +59,7 @@ def write_delta(folder: Path, delta: Delta) -> None:
 
 
 def load_delta(folder: Path) -> Delta:
-    """The delta that `save_delta` wrote. InputError names the file that is missing, damaged or not a delta's."""
+    """The delta in a folder. InputError names the file that is missing, damaged or not a delta's."""
     folder = found(Path(folder))
     source, weights = folder / "delta.json", folder / "delta.safetensors"
     facts = read_json(source)
@@ -70,10 +68,8 @@ def load_delta(folder: Path) -> Delta:
     info = facts.get("info")
     if not isinstance(info, dict) or not {"labels", "base", "tokenizer", "encoder"} <= info.keys() or not isinstance(info["labels"], list):
         raise InputError(f"{source}: does not say what base and labels the delta belongs to")
-    if not isinstance(facts.get("target_modules", []), list):
-        raise InputError(f"{source}: target_modules is no list")
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items() if k in DeltaConfig.__dataclass_fields__}
     with shaped(source, "its settings are not those of a delta"):
+        settings = {k: tuple(v) if k == "target_modules" else v for k, v in facts.items() if k in DeltaConfig.__dataclass_fields__}
         config = DeltaConfig(**settings).check()
     parts: dict[str, dict] = {part: {} for part in PARTS}
     for name, tensor in read_tensors(weights).items():
@@ -82,13 +78,9 @@ def load_delta(folder: Path) -> Delta:
             raise InputError(f"{weights}: unexpected tensor {name}")
         parts[part][rest] = tensor
     check_seal(folder, "delta.json", facts)
-    check_labels(info["labels"], parts["head"].get("out.bias", torch.empty(0)).numel(), source)
-    return Delta(config, **parts, info=info)
-
-
-def check_labels(labels: list, outputs: int, source: Path) -> None:
-    """Raises InputError unless `labels` are different texts, one an output of the head; a regression has one output and no label."""
-    if any(not isinstance(label, str) for label in labels) or len({*labels}) != (outputs if labels else 0) or not labels and outputs != 1:
+    labels, outputs = info["labels"], parts["head"].get("out.bias", torch.empty(0)).numel()
+    if not all(isinstance(label, str) for label in labels) or len({*labels}) != len(labels) or outputs != (len(labels) or 1):
         raise InputError(f"{source}: its labels ({str(labels)[:80]}) are not those of a head of {outputs} outputs")
     for label in labels:
         check_label(label, source)
+    return Delta(config, **parts, info=info)

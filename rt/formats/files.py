@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Iterator
 
 from rt.errors import InputError
-from rt.formats.untrusted import JSON_BYTES, parse_json, read_bytes
+from rt.formats.untrusted import JSON_BYTES, parse_json
 
 FIGURES = "figures"     # rt/report/plot.py draws into this part of a run's folder; no command minds or removes it
 LOCK = ".lock"          # rt/formats/atomic.py: the lock inside a run's folder, if it cannot lie beside it
@@ -64,35 +64,38 @@ def write_all(file: io.RawIOBase, content: bytes) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text beside `path` and rename it: a reader sees the old file or the new one, never half. Raises InputError if that fails."""
+    """Write a text beside `path`, in a folder that is made, and rename it: a reader sees the old file or the new one, never half."""
     temporary = path.with_name(path.name + ".tmp")
     with write_errors(path, len(text.encode())):
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text, encoding="utf-8")
         sync(temporary)
         os.replace(temporary, path)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """As `write_whole`; makes the folder too."""
-    with write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object from a file of ours. InputError says which file is not one."""
+    """The JSON object in a file. InputError if there is none, or it is longer than JSON_BYTES."""
     try:
-        value = parse_json(read_bytes(path, JSON_BYTES).decode(), path)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
+        with path.open("rb") as file:
+            content = file.read(JSON_BYTES + 1)
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such file") from None
+    except (OSError, ValueError) as error:      # ValueError: a NUL in its name
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if len(content) > JSON_BYTES:
+        raise InputError(f"{path}: is longer than {JSON_BYTES >> 20} MB, too long for what it should be")
+    value = parse_json(content, path)
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object")
     return value
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a JSONL file, none if there is no file. A half-written last line, which a killed run leaves, is skipped; InputError for
-    any other line that is not a JSON object."""
+    """The rows of a JSONL file, if there is one. InputError for a line that is no JSON object, but the last: a killed run leaves half."""
     lines, rows = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else [], []
     for number, line in enumerate(lines, 1):
         try:
@@ -107,8 +110,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def unknown_names(folder: Path, known: set[str]) -> list[str]:
-    """Names in `folder` that are neither `known` nor left by a process that was killed while it wrote those. Raises InputError if it is not
-    a folder that can be read."""
+    """Names in `folder` that are neither `known` nor left by a killed process of ours. Raises InputError if it cannot be read."""
     try:
         names = {f.name for f in folder.iterdir()}
     except FileNotFoundError:
@@ -119,8 +121,7 @@ def unknown_names(folder: Path, known: set[str]) -> list[str]:
 
 
 def check_overwritable(folder: Path, known: set[str]) -> None:
-    """Raises InputError if `folder` is the working directory, or holds other names than `known`, which writing would destroy or mix
-    with."""
+    """Raises InputError if `folder` is the working directory, or holds other names than `known`."""
     if folder.resolve() == Path.cwd():
         raise InputError(f"{folder} is the folder you are in: give another --out")
     if unknown := unknown_names(folder, known):

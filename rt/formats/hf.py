@@ -1,18 +1,18 @@
 """Hugging Face's format, in and out: RoBERTa, XLM-R, CamemBERT and BERT as a Base, a tuned classifier as a full delta, and back.
 
 Names map one to one, but for three things. Query, key and value are one matrix here. The first token type is added to the position
-table; of BERT's second type, its difference to the first is kept (Embeddings.second_type). The head's first layer is called pooler in
-BERT, where masked-LM pre-training's next-sentence loss trains it: a fresh head on such a base begins with it.
+table; of BERT's second type, its difference to the first is kept. The head's first layer is called pooler in BERT, where pre-training's
+next-sentence loss trains it: a fresh head on such a base begins with it.
 """
 from dataclasses import replace
 from pathlib import Path
-from typing import Iterator
+from typing import Iterable
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from rt.deltas import Base, Delta, check_head, check_sizes, merge, origin
+from rt.deltas import Base, Delta, check_head, check_sizes, check_state, merge, origin
 from rt.errors import InputError
 from rt.formats.atomic import atomic_folder
 from rt.formats.checkpoint import build, check_encoder, fingerprint, read_weights
@@ -22,16 +22,18 @@ from rt.formats.untrusted import check_label, is_whole
 from rt.kinds import DeltaConfig
 from rt.model import Encoder, EncoderConfig, MLMHead
 
+Names = Iterable[tuple[str, tuple[str, ...]]]       # (a tensor of ours, the tensors of theirs that it joins)
 CLASSES = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert", "bert": "Bert"}
-# the settings of a config.json: theirs -> ours, and the default of those that may be missing
-SETTINGS = {"vocab_size": ("vocab_size", None), "hidden_size": ("hidden_size", None), "num_hidden_layers": ("num_layers", None),
-            "num_attention_heads": ("num_heads", None), "intermediate_size": ("ffn_size", None), "hidden_dropout_prob": ("dropout", 0.1),
-            "attention_probs_dropout_prob": ("attention_dropout", 0.1), "layer_norm_eps": ("layer_norm_eps", 1e-12)}
+# the settings of a config.json: ours -> theirs, and the defaults of those that may be missing
+SETTINGS = {"vocab_size": "vocab_size", "hidden_size": "hidden_size", "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
+            "ffn_size": "intermediate_size", "dropout": "hidden_dropout_prob", "attention_dropout": "attention_probs_dropout_prob",
+            "layer_norm_eps": "layer_norm_eps"}
+DEFAULTS = {"dropout": 0.1, "attention_dropout": 0.1, "layer_norm_eps": 1e-12}
 ONLY = {"hidden_act": ("gelu", "gelu_python"), "position_embedding_type": ("absolute",), "is_decoder": (False,),
         "add_cross_attention": (False,)}        # the only values that are computed here; the first is the default
 # the tensors: ours -> theirs
 EMBEDDINGS = {"word.weight": "word_embeddings.weight", "position.weight": "position_embeddings.weight", "norm.weight": "LayerNorm.weight",
-              "norm.bias": "LayerNorm.bias"}
+              "norm.bias": "LayerNorm.bias", "types": "token_type_embeddings.weight"}
 LAYER = {"qkv": ("attention.self.query", "attention.self.key", "attention.self.value"), "attention_output": ("attention.output.dense",),
          "attention_norm": ("attention.output.LayerNorm",), "intermediate": ("intermediate.dense",), "output": ("output.dense",),
          "output_norm": ("output.LayerNorm",)}
@@ -53,28 +55,45 @@ def family(config: EncoderConfig) -> str:
     return "bert" if config.is_bert else "roberta"
 
 
-def encoder_names(config: EncoderConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """(our tensor, the tensors of theirs that it joins) of an encoder, but for the token types."""
-    yield from ((f"embeddings.{ours}", (f"embeddings.{theirs}",)) for ours, theirs in EMBEDDINGS.items())
+def encoder_names(config: EncoderConfig) -> Names:
+    """The names of an encoder's tensors; `embeddings.types` is of theirs alone."""
+    for ours, theirs in EMBEDDINGS.items():
+        yield f"embeddings.{ours}", (f"embeddings.{theirs}",)
     for i in range(config.num_layers):
         for ours, theirs in LAYER.items():
             for kind in ("weight", "bias"):
                 yield f"layers.{i}.{ours}.{kind}", tuple(f"encoder.layer.{i}.{name}.{kind}" for name in theirs)
 
 
-def head_names(config: EncoderConfig, modules: dict[str, dict[str, str]]) -> dict[str, str]:
-    """{our tensor: theirs} of a head, by HEADS, CLASSIFIERS or POOLERS, in which `bias` is itself a tensor."""
-    return {f"{ours}{kind}": f"{theirs}{kind}" for ours, theirs in modules[family(config)].items()
-            for kind in (("",) if ours == "bias" else (".weight", ".bias"))}
+def head_names(config: EncoderConfig, modules: dict[str, dict[str, str]]) -> Names:
+    """The names of a head's tensors, by HEADS, CLASSIFIERS or POOLERS, in which `bias` is itself a tensor."""
+    for ours, theirs in modules[family(config)].items():
+        for kind in ("",) if ours == "bias" else (".weight", ".bias"):
+            yield ours + kind, (theirs + kind,)
 
 
-def plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """float32 tensors, without the model's name in front, and with BERT's old names of layer norms made new."""
-    def plain(name: str) -> str:
-        name = name.removeprefix("roberta.").removeprefix("bert.")
-        return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+def plain_name(name: str) -> str:
+    """The name of a tensor without that of the model in front, and with BERT's old names of layer norms made new."""
+    name = name.removeprefix("base_model.model.").removeprefix("roberta.").removeprefix("bert.")
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
-    return {plain(name): tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+
+def plain(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """float32 tensors by their plain names."""
+    return {plain_name(name): tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+
+
+def our_state(weights: dict[str, Tensor], names: Names) -> dict[str, Tensor]:
+    """Tensors of theirs, which are taken out of `weights`, under our `names`. KeyError for one that is missing."""
+    parts = {ours: [weights.pop(name) for name in theirs] for ours, theirs in names}
+    return {ours: torch.cat(tensors) if tensors[1:] else tensors[0] for ours, tensors in parts.items()}
+
+
+def hf_state(state: dict[str, Tensor], config: EncoderConfig, names: Names) -> dict[str, Tensor]:
+    """`our_state` backwards, with the model's name in front."""
+    parts = {name: part for ours, theirs in names for name, part in zip(theirs, state[ours].chunk(len(theirs)))}
+    model = f"{family(config)}."
+    return {model * name.startswith(("encoder.", "embeddings.", "pooler.")) + name: part for name, part in parts.items()}
 
 
 # --- in ---------------------------------------------------------------------------------------------------------------
@@ -84,32 +103,33 @@ def encoder_config(facts: dict, source: Path | str) -> EncoderConfig:
     kind, facts = facts.get("model_type"), {k: v for k, v in facts.items() if v is not None}     # null: the default
     if not isinstance(kind, str) or kind not in CLASSES:
         raise InputError(f"{source}: model_type {kind!r} is not supported, only {', '.join(CLASSES)}")
-    for name, allowed in ONLY.items():
-        if facts.get(name, allowed[0]) not in allowed:
-            raise InputError(f"{source}: {name} {facts[name]!r} is not supported, only {allowed[0]!r}")
+    check_only(facts, ONLY, source)
     pad_id, positions = facts.get("pad_token_id", 0 if kind == "bert" else 1), facts.get("max_position_embeddings")
     if not is_whole(pad_id, 0) or not is_whole(positions, pad_id + 2):
         raise InputError(f"{source}: pad_token_id {pad_id!r} is no token, or leaves none of max_position_embeddings {positions!r}")
     return check_encoder(EncoderConfig(
-        **{ours: facts.get(theirs, default) for theirs, (ours, default) in SETTINGS.items()},
-        max_len=positions - (0 if kind == "bert" else pad_id + 1), pad_id=pad_id, model_type=kind), source,
-        {ours: theirs for theirs, (ours, _) in SETTINGS.items()})
+        **{ours: facts.get(theirs, DEFAULTS.get(ours)) for ours, theirs in SETTINGS.items()},
+        max_len=positions - (0 if kind == "bert" else pad_id + 1), pad_id=pad_id, model_type=kind), source, SETTINGS)
+
+
+def check_only(facts: dict, only: dict[str, tuple], source: Path | str) -> None:
+    """Raises InputError unless each setting in `only` has one of its values there; the first is the default."""
+    for name, allowed in only.items():
+        if facts.get(name, allowed[0]) not in allowed:
+            raise InputError(f"{source}: {name} {facts[name]!r} is not supported, only {allowed[0]!r}")
 
 
 def encoder_state(weights: dict[str, Tensor], config: EncoderConfig, source: Path | str = "the weights") -> dict[str, Tensor]:
     """Hugging Face's tensors -> state dict of our Encoder. InputError names the tensor that is missing, of another shape, or not ours."""
-    w, position, types = plain_names(weights), "embeddings.position_embeddings.weight", "embeddings.token_type_embeddings.weight"
-    state = {}
+    w = plain(weights)
     try:
-        type_rows = w.pop(types)
-        if type_rows.shape[1:] != w[position].shape[1:]:       # or their sum could be larger than both
-            raise RuntimeError(f"token types are {tuple(type_rows.shape)}, positions {tuple(w[position].shape)}")
-        w[position] = w[position] + type_rows[0]
-        for ours, theirs in encoder_names(config):
-            parts = [w.pop(name) for name in theirs]
-            state[ours] = parts[0] if len(parts) == 1 else torch.cat(parts)
+        state = our_state(w, encoder_names(config))
+        types, positions = state.pop("embeddings.types"), state["embeddings.position.weight"]
+        if types.shape[1:] != positions.shape[1:]:       # or their sum could be larger than both
+            raise RuntimeError(f"token types are {tuple(types.shape)}, positions {tuple(positions.shape)}")
+        state["embeddings.position.weight"] = positions + types[0]
         if config.is_bert:
-            state["embeddings.second_type"] = type_rows[1] - type_rows[0] if len(type_rows) > 1 else torch.zeros_like(type_rows[0])
+            state["embeddings.second_type"] = types[1] - types[0] if len(types) > 1 else torch.zeros_like(types[0])
     except KeyError as error:
         raise InputError(f"{source}: the checkpoint has no tensor {error.args[0]}") from None
     except (RuntimeError, IndexError) as error:
@@ -122,8 +142,10 @@ def encoder_state(weights: dict[str, Tensor], config: EncoderConfig, source: Pat
 
 def head_state(weights: dict[str, Tensor], config: EncoderConfig, modules: dict[str, dict[str, str]]) -> dict[str, Tensor] | None:
     """State dict of our MLMHead by HEADS, of our ClassificationHead by CLASSIFIERS; None if the checkpoint does not have all of it."""
-    w, names = plain_names(weights), head_names(config, modules)
-    return {ours: w[theirs] for ours, theirs in names.items()} if names and w.keys() >= {*names.values()} else None
+    try:
+        return our_state(plain(weights), head_names(config, modules)) or None
+    except KeyError:
+        return None
 
 
 def load_hf(folder: Path) -> Base:
@@ -142,27 +164,21 @@ def load_hf(folder: Path) -> Base:
         raise InputError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}")
     head, state = None, head_state(weights, config, HEADS)
     if state is not None:
-        check_tied(weights, config, folder)
+        scores = plain(weights).get("cls.predictions.decoder.weight" if config.is_bert else "lm_head.decoder.weight")
+        if scores is not None and not torch.equal(scores, encoder.embeddings.word.weight):
+            raise InputError(f"{folder}: the masked-LM head has scoring weights of its own; only those tied to the word embeddings are "
+                             "supported")
         head = build(MLMHead, config, state, folder)
     pooler, d = head_state(weights, config, POOLERS), config.hidden_size
-    if pooler is not None and (pooler["dense.weight"].shape, pooler["dense.bias"].shape) != ((d, d), (d,)):
-        raise InputError(f"{folder}: the tensors do not fit the model: pooler.dense is {tuple(pooler['dense.weight'].shape)}, not {(d, d)}")
+    if pooler is not None:
+        check_state(pooler, {"dense.weight": (d, d), "dense.bias": (d,)}, f"{folder}: the tensors do not fit the model: the pooler")
     mark = fingerprint(encoder)
     return Base(encoder, head, tokenizer, {"name": folder.name, "fingerprint": mark}, mark, pooler)
 
 
-def check_tied(weights: dict[str, Tensor], config: EncoderConfig, folder: Path) -> None:
-    """Raises InputError if the masked-LM head does not score with the word embeddings, as ours does."""
-    w = plain_names(weights)
-    scores = w.get("cls.predictions.decoder.weight" if config.is_bert else "lm_head.decoder.weight")
-    if scores is not None and not torch.equal(scores, w["embeddings.word_embeddings.weight"]):
-        raise InputError(f"{folder}: the masked-LM head has scoring weights of its own; only those tied to the word embeddings are "
-                         "supported")
-
-
 def import_tuned(folder: Path, base: Base, labels: tuple[str, ...] = (), task: str | None = None) -> Delta:
-    """A ...ForSequenceClassification checkpoint that was tuned from `base`, as a full delta: weights minus those of the base, and the head.
-    Raises InputError if the two are not of one architecture and vocabulary, or there is no such head."""
+    """A ...ForSequenceClassification checkpoint that was tuned from `base`, as a full delta. Raises InputError if the two are not of one
+    architecture and vocabulary, or there is no such head."""
     folder = Path(folder)
     facts = read_json(folder / "config.json")
     config = replace(encoder_config(facts, folder / "config.json"), sep_id=base.encoder.config.sep_id)
@@ -182,8 +198,7 @@ def import_tuned(folder: Path, base: Base, labels: tuple[str, ...] = (), task: s
 
 
 def check_vocabulary(folder: Path, base: Base) -> None:
-    """Raises InputError if a tuned model brings a tokenizer whose ids mean other words than the base's, or that makes other ids of a text;
-    one without a tokenizer uses the base's."""
+    """Raises InputError if a tuned model brings a tokenizer that makes other ids of a text than the base's, or of other words."""
     try:
         tokenizer = load_tokenizer(folder)
     except NoTokenizer:
@@ -196,8 +211,7 @@ def check_vocabulary(folder: Path, base: Base) -> None:
 
 
 def class_names(facts: dict, outputs: int, given: tuple[str, ...], source: Path) -> tuple[str, ...]:
-    """The labels of a classifier's outputs: `given`, or those of config.json, or their numbers if it has placeholders (LABEL_0); none for
-    a regression."""
+    """The labels of a classifier: `given`, or those of config.json, or numbers if those are placeholders; none for a regression."""
     problem, placeholders = facts.get("problem_type"), tuple(f"LABEL_{i}" for i in range(outputs))
     if problem not in (None, "regression", "single_label_classification"):
         raise InputError(f"{source}: problem_type {problem!r} is not supported: one label a text, or a regression")
@@ -218,46 +232,34 @@ def class_names(facts: dict, outputs: int, given: tuple[str, ...], source: Path)
 
 # --- out --------------------------------------------------------------------------------------------------------------
 
-def hf_encoder_state(state: dict[str, Tensor], config: EncoderConfig) -> dict[str, Tensor]:
-    """The state dict of an Encoder under Hugging Face's names: `encoder_state` backwards."""
-    types = torch.zeros(2 if config.is_bert else 1, config.hidden_size)
-    if config.is_bert:
-        types[1] = state["embeddings.second_type"]
-    out = {name: part for ours, theirs in encoder_names(config) for name, part in zip(theirs, state[ours].chunk(len(theirs)))}
-    return {f"{family(config)}.{k}": v for k, v in (out | {"embeddings.token_type_embeddings.weight": types}).items()}
-
-
-def hf_head_state(state: dict[str, Tensor], config: EncoderConfig, modules: dict[str, dict[str, str]]) -> dict[str, Tensor]:
-    """The state dict of a head under Hugging Face's names: `head_state` backwards."""
-    return {"bert." * theirs.startswith("pooler.") + theirs: state[ours] for ours, theirs in head_names(config, modules).items()}
-
-
 def hf_config(config: EncoderConfig, tokenizer: Tokenizer, task: str, labels: tuple[str, ...] | None = None) -> dict:
     """config.json of a model for `task` (MaskedLM, SequenceClassification, or nothing); `labels` () mean a regression."""
+    names = labels or ("LABEL_0",)
     heads = {} if labels is None else {
-        "id2label": {str(i): label for i, label in enumerate(labels or ("LABEL_0",))},
-        "label2id": {label: i for i, label in enumerate(labels or ("LABEL_0",))},
+        "id2label": dict(enumerate(names)), "label2id": {label: i for i, label in enumerate(names)},
         "problem_type": "single_label_classification" if labels else "regression"}
     return {"architectures": [CLASSES[config.model_type] + (f"For{task}" if task else "Model")], "model_type": config.model_type,
-            **{theirs: getattr(config, ours) for theirs, (ours, _) in SETTINGS.items()},
+            **{theirs: getattr(config, ours) for ours, theirs in SETTINGS.items()},
             "max_position_embeddings": config.max_len + config.first_position, "type_vocab_size": 2 if config.is_bert else 1,
             "hidden_act": "gelu", "pad_token_id": config.pad_id, "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id,
             "tie_word_embeddings": True, "torch_dtype": "float32", **heads}
 
 
 def export_hf(folder: Path, base: Base, delta: Delta | None = None, labels: tuple[str, ...] | None = None) -> str:
-    """Write base, or base + delta merged, as AutoModelForMaskedLM or AutoModelForSequenceClassification and AutoTokenizer load it; returns
-    the name of the first. `labels` are those that a base is to be tuned on, if known. Raises InputError if the delta cannot be merged
-    (adapter, prefix) or was learned on another base."""
+    """Write base, or base + delta merged, for transformers; returns the Auto class that loads it. `labels` are those that a base is to be
+    tuned on, if known. Raises InputError if the delta cannot be merged (adapter, prefix) or was learned on another base."""
     config = base.encoder.config
-    if delta is None:
-        encoder, task = base.encoder.state_dict(), "MaskedLM" if base.head else ""
-        head = hf_head_state(base.head.state_dict(), config, HEADS) if base.head else {}
+    if delta is not None:
+        encoder, head, task, labels = merge(base, delta), delta.head, "SequenceClassification", delta.labels
     else:
-        encoder, task, labels = merge(base, delta), "SequenceClassification", delta.labels
-        head = hf_head_state(delta.head, config, CLASSIFIERS)
+        encoder, head, task = base.encoder.state_dict(), base.head.state_dict() if base.head else {}, "MaskedLM" if base.head else ""
+    types = torch.zeros(2 if config.is_bert else 1, config.hidden_size)
+    if config.is_bert:
+        types[1] = encoder["embeddings.second_type"]
+    names = [*encoder_names(config), *(head_names(config, HEADS if delta is None else CLASSIFIERS) if head else ())]
+    weights = hf_state(encoder | head | {"embeddings.types": types}, config, names)
     with atomic_folder(folder, WRITTEN) as new:
-        write_tensors(new / "model.safetensors", hf_encoder_state(encoder, config) | head)
+        write_tensors(new / "model.safetensors", weights)
         write_json(new / "config.json", hf_config(config, base.tokenizer, task, labels))
         export_tokenizer(new, base.tokenizer, config)
     return f"AutoModelFor{task}" if task else "AutoModel"

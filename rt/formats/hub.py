@@ -1,5 +1,4 @@
-"""Where models come from: a folder of ours, a folder in Hugging Face's format, or a hub id. The network is asked only if a hub id is given,
-and with HF_HUB_OFFLINE=1 only the hub's local cache is.
+"""Where models come from: a folder of ours or of Hugging Face's format, or a hub id; with HF_HUB_OFFLINE=1 only what the hub has cached.
 
 A hub id is OWNER/NAME, both made of letters, digits, _, - and . (not at the beginning), if nothing here is called OWNER/NAME or OWNER, and
 OWNER is not runs, the home of our own runs. Anything else is a path: runs/M9, ./OWNER/NAME, a/b/c.
@@ -26,10 +25,9 @@ NAMING = "python -m rt.runs.convert import --tuned ... --base ... --labels names
 def open_base(name: str) -> Base:
     """A base from a checkpoint folder of ours, a Hugging Face folder, or a hub id such as FacebookAI/roberta-base."""
     path = find(name)
-    if (path / "meta.json").is_file():
-        return load_base(path)
-    if (path / "config.json").is_file():
-        return load_hf(path)
+    for file, load in (("meta.json", load_base), ("config.json", load_hf)):
+        if (path / file).is_file():
+            return load(path)
     raise InputError(f"{name}: no base there; expected a folder with meta.json (ours) or config.json (Hugging Face), or a "
                      "hub id such as FacebookAI/roberta-base")
 
@@ -40,10 +38,9 @@ def open_delta(name: str, base: Base, labels: tuple[str, ...] = (), task: str | 
     path = find(name)
     if (path / "delta.json").is_file():
         return load_delta(path)
-    if (path / "adapter_config.json").is_file():
-        return import_lora(path, base, labels, task)
-    if (path / "config.json").is_file():
-        return import_tuned(path, base, labels, task)
+    for file, load in (("adapter_config.json", import_lora), ("config.json", import_tuned)):
+        if (path / file).is_file():
+            return load(path, base, labels, task)
     raise InputError(f"{name}: nothing tuned there; expected a folder with delta.json (ours), config.json (a tuned Hugging Face model) or "
                      "adapter_config.json (PEFT), or a hub id")
 
@@ -67,19 +64,17 @@ def find(name: str) -> Path:
         return found(Path(name))
     from huggingface_hub import HfApi, snapshot_download  # comes with tokenizers; slow to import, so only here
 
-    def first_line(error: Exception) -> str:
-        return (str(error) or type(error).__name__).splitlines()[0]
-
-    reason = ""
+    first = None
     try:
         HfApi().model_info(name, timeout=SECONDS)       # whether there is a connection: a download itself would wait for one for minutes
     except Exception as error:  # network, offline, authorisation, not found: the library has a class for each
-        reason = first_line(error)
+        first = error
     try:
         for patterns in (HUB_FILES, HUB_FILES + BIN_FILES):
-            folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=bool(reason)))
+            folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=first is not None))
             if any(folder.glob("*.safetensors")):
                 break
         return folder
     except Exception as error:
-        raise InputError(f"{name}: neither a folder here nor to be had from the hub ({reason or first_line(error)})") from None
+        why = str(first or error) or type(first or error).__name__
+        raise InputError(f"{name}: neither a folder here nor to be had from the hub ({why.splitlines()[0]})") from None

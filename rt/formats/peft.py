@@ -6,15 +6,16 @@ delta's head. Where PEFT's target `dense` also meets a layer of the head, that u
 """
 import math
 from pathlib import Path
+from typing import Iterable
 
 from torch import Tensor
 
 from rt.deltas import Base, Delta, apply, check_fits, check_head, origin
 from rt.errors import InputError
+from rt.formats import hf
 from rt.formats.atomic import atomic_folder
 from rt.formats.checkpoint import read_file
 from rt.formats.files import read_json, write_json
-from rt.formats.hf import CLASSIFIERS, check_vocabulary, class_names, export_hf, family, hf_head_state, write_tensors
 from rt.formats.untrusted import is_number, is_whole
 from rt.kinds import TARGETS, DeltaConfig
 
@@ -28,22 +29,19 @@ WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 WRITTEN = {"adapter_config.json", "adapter_model.safetensors", "labels.json", "base"}
 
 
-def their_module(layer: int, target: str) -> str:
-    """Hugging Face's name of the linear layer that a target means in a layer of the encoder."""
-    return f"encoder.layer.{layer}.{PATHS[target]}"
-
-
-def our_factor(layer: int, target: str, which: str) -> str:
-    """Our name of factor A (r, in) or B (out, r) of a target, in Delta.modules."""
-    return f"layers.{layer}.{TARGETS[target][0]}.lora.{which}.{target.replace('.', '_')}"
+def factor_names(layers: int, targets: Iterable[str]) -> dict[str, str]:
+    """{Hugging Face's name: ours in Delta.modules} of the factors A (r, in) and B (out, r) of each target in each layer."""
+    return {f"encoder.layer.{i}.{PATHS[target]}.lora_{which}.weight":
+            f"layers.{i}.{TARGETS[target][0]}.lora.{which}.{target.replace('.', '_')}"
+            for i in range(layers) for target in targets for which in "AB"}
 
 
 def import_lora(folder: Path, base: Base, labels: tuple[str, ...] = (), task: str | None = None) -> Delta:
-    """A PEFT LoRA adapter of a sequence classifier on `base` as a lora delta. Its labels are `labels`, those that `export_peft` left beside
-    it, or numbers. InputError names what is not supported or does not fit the base."""
+    """A PEFT LoRA adapter of a classifier on `base` as a lora delta. Its labels are `labels`, those that `export_peft` left beside it, or
+    numbers. InputError names what is not supported or does not fit the base."""
     folder = Path(folder)
     facts = checked_settings(folder / "adapter_config.json")
-    check_vocabulary(folder, base)
+    hf.check_vocabulary(folder, base)
     weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if weights is None:
         raise InputError(f"{folder}: has neither {' nor '.join(WEIGHTS)}")
@@ -58,7 +56,7 @@ def import_lora(folder: Path, base: Base, labels: tuple[str, ...] = (), task: st
         if not isinstance(kept, list):
             raise InputError(f"{folder / 'labels.json'}: \"labels\" is no list")
         labels = tuple(map(str, kept))
-    names = class_names({}, len(head["out.bias"]), labels, folder)
+    names = hf.class_names({}, len(head["out.bias"]), labels, folder)
     config = DeltaConfig("lora", r=r, lora_alpha=scaling * r, target_modules=targets)
     delta = Delta(config, {}, modules, head, {"task": task or folder.name, "labels": list(names), "source": str(folder), **origin(base)})
     apply(base, delta)      # checks that all shapes fit
@@ -68,92 +66,88 @@ def import_lora(folder: Path, base: Base, labels: tuple[str, ...] = (), task: st
 def checked_settings(path: Path) -> dict:
     """adapter_config.json. InputError names the first setting that is not supported."""
     facts = read_json(path)
+    hf.check_only(facts, ONLY, path)
     for name, value in facts.items():
-        allowed = ONLY.get(name)
-        if name not in FREE and (value not in allowed if allowed else value not in (None, False, {}, [])):
-            raise InputError(f"{path}: {name} {value!r} is not supported" + (f", only {allowed[0]!r}" if allowed else ""))
+        if name not in {*FREE, *ONLY} and value not in (None, False, {}, []):
+            raise InputError(f"{path}: {name} {value!r} is not supported")
     if facts.get("peft_type") != "LORA" or not is_whole(facts.get("r"), 1) or not is_number(facts.get("lora_alpha"), -1e9, 1e9):
         raise InputError(f"{path}: is not the configuration of a LoRA adapter with peft_type, r and lora_alpha")
     return facts
 
 
-def sorted_out(weights: dict[str, Tensor], source: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """({module: {"A": (r, in), "B": (out, r)}}, the tensors of the head), under Hugging Face's names without the model's own."""
-    factors: dict[str, dict[str, Tensor]] = {}
-    saved: dict[str, Tensor] = {}
+def sorted_out(weights: dict[str, Tensor], source: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(the factors, the tensors of the head), under Hugging Face's names without the model's own."""
+    factors, saved = {}, {}
     for full, tensor in weights.items():
-        name = full.removeprefix("base_model.model.").removeprefix("roberta.").removeprefix("bert.")
-        name = name.replace(".modules_to_save", "").replace(".default", "").replace(".base_layer", "")
-        module, is_factor, rest = name.partition(".lora_")
-        if is_factor and rest in ("A.weight", "B.weight"):
-            factors.setdefault(module, {})[rest[0]] = tensor.float()
-        elif name.startswith(("classifier.", "pooler.")):
+        name = hf.plain_name(full).replace(".modules_to_save", "").replace(".default", "").replace(".base_layer", "")
+        if name.endswith((".lora_A.weight", ".lora_B.weight")):
+            factors[name] = tensor.float()
+        elif name.startswith(("classifier.", "pooler.")) and ".lora_" not in name:
             saved[name] = tensor.float()
         else:
             raise InputError(f"{source}: tensor {full} is not supported: only LoRA factors of linear layers, and the classifier")
-    for module, pair in factors.items():
-        if len(pair) < 2:
+    for name, factor in factors.items():
+        module = name.rpartition(".lora_")[0]
+        if not {f"{module}.lora_A.weight", f"{module}.lora_B.weight"} <= factors.keys():
             raise InputError(f"{source}: {module} has only one of lora_A and lora_B")
-        if any(factor.dim() != 2 for factor in pair.values()):
+        if factor.dim() != 2:
             raise InputError(f"{source}: lora_A and lora_B of {module} are no matrices")
     return factors, saved
 
 
-def head_of(base: Base, factors: dict[str, dict[str, Tensor]], saved: dict[str, Tensor], scaling: float, source: Path) -> dict[str, Tensor]:
-    """The delta's head: the adapter's, or BERT's pooler of the base if the adapter did not save one. Updates of the head's own layers are
-    added to it and taken out of `factors`."""
-    head = {f"dense.{k.split('.')[-1]}": v.clone() for k, v in (base.pooler or {}).items()}
-    for ours, theirs in CLASSIFIERS[family(base.encoder.config)].items():
+def head_of(base: Base, factors: dict[str, Tensor], saved: dict[str, Tensor], scaling: float, source: Path) -> dict[str, Tensor]:
+    """The adapter's head, with the base's pooler if it saved none. Updates of its layers are added to it and taken out of `factors`."""
+    head = dict(base.pooler or {})
+    for ours, theirs in hf.CLASSIFIERS[hf.family(base.encoder.config)].items():
         weight, bias = f"{ours}.weight", f"{ours}.bias"
         head |= {f"{ours}.{kind}": saved[f"{theirs}.{kind}"] for kind in ("weight", "bias") if f"{theirs}.{kind}" in saved}
         if not {weight, bias} <= head.keys():
             raise InputError(f"{source}: holds no {theirs}; an adapter without the whole head (modules_to_save) cannot be used")
-        if pair := factors.pop(theirs, None):
-            if head[weight].shape != (len(pair["B"]), pair["A"].shape[1]) or len(pair["A"]) != pair["B"].shape[1]:
+        a, b = (factors.pop(f"{theirs}.lora_{which}.weight", None) for which in "AB")
+        if a is not None:
+            if head[weight].shape != (len(b), a.shape[1]) or len(a) != b.shape[1]:
                 raise InputError(f"{source}: lora_A and lora_B of {theirs} do not make a matrix of its size")
-            head[weight] = head[weight] + scaling * pair["B"] @ pair["A"]
+            head[weight] = head[weight] + scaling * b @ a
     return head
 
 
-def layers_of(base: Base, factors: dict[str, dict[str, Tensor]], r: int, source: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """(the modules of a lora delta, its target_modules) from the factors of the encoder's layers. Raises InputError unless each layer has
-    factors of rank `r` for the same targets."""
+def layers_of(base: Base, factors: dict[str, Tensor], r: int, source: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """(modules, target_modules) of a lora delta. Raises InputError unless each layer has factors of rank `r` for the same targets."""
     layers = base.encoder.config.num_layers
-    places = {their_module(i, target): (i, target) for i in range(layers) for target in TARGETS}
-    strange = next((module for module in factors if module not in places), None)
+    names = factor_names(layers, TARGETS)
+    strange = next((name for name in factors if name not in names), None)
     if strange or not factors:
         raise InputError(f"{source}: has {strange or 'no factors at all'}; what can have them in each of the base's {layers} layers: "
                          f"{', '.join(PATHS.values())}")
-    targets = tuple(target for target in TARGETS if any(places[module][1] == target for module in factors))
-    if len(factors) < len(targets) * layers:
+    targets = tuple(target for target in TARGETS if factor_names(layers, [target]).keys() & factors.keys())
+    if len(factors) < len(factor_names(layers, targets)):
         raise InputError(f"{source}: only some of the {layers} layers have factors for {', '.join(targets)}; what is supported is all")
-    for module, pair in factors.items():
-        if len(pair["A"]) != r:
-            raise InputError(f"{source}: {module} has rank {len(pair['A'])}, where r is {r}; ranks that differ are not supported")
-    return {our_factor(*places[module], which): pair[which] for module, pair in factors.items() for which in "AB"}, targets
+    for name, factor in factors.items():
+        if ".lora_A." in name and len(factor) != r:
+            raise InputError(f"{source}: {name} has rank {len(factor)}, where r is {r}; ranks that differ are not supported")
+    return {names[name]: factor for name, factor in factors.items()}, targets
 
 
 def export_peft(folder: Path, base: Base, name: str, delta: Delta) -> Path | str:
-    """Write a lora delta of `base`, called `name`, as PeftModel loads it. Returns the base to load it on: `name`, or if that is a
-    checkpoint of ours, the folder `base` inside, which holds it in Hugging Face's format. Raises InputError for another kind or base."""
+    """Write a lora delta of `base`, called `name`, as PeftModel loads it. Returns the base to load it on: `name`, or for one of ours the
+    folder `base` inside, in Hugging Face's format. Raises InputError for another kind or base."""
     if delta.config.kind != "lora":
         raise InputError(f"--to peft is for a delta of kind lora, this is {delta.config.kind}" +
                          ("; --to hf merges it" if delta.config.kind in ("full", "bitfit") else ""))
     check_fits(base, delta, stale_ok=False)
-    c, model, ours = delta.config, family(base.encoder.config), (Path(name) / "meta.json").is_file()
+    c, config, ours = delta.config, base.encoder.config, (Path(name) / "meta.json").is_file()
     targets = list(c.target_modules)
     if "output.dense" in targets and "attention.output.dense" not in targets:   # PEFT compares the ends of names: give the whole name
         targets = r".*\.layer\.\d+\.(" + "|".join(PATHS[t].replace(".", r"\.") for t in targets) + ")"
-    factors = {f"{model}.{their_module(i, target)}.lora_{which}.weight": delta.modules[our_factor(i, target, which)]
-               for i in range(base.encoder.config.num_layers) for target in c.target_modules for which in "AB"}
-    weights = factors | hf_head_state(delta.head, base.encoder.config, CLASSIFIERS)
+    names = [(ours, (theirs,)) for theirs, ours in factor_names(config.num_layers, c.target_modules).items()]
+    weights = hf.hf_state(delta.modules | delta.head, config, [*names, *hf.head_names(config, hf.CLASSIFIERS)])
     with atomic_folder(folder, WRITTEN) as new:
-        write_tensors(new / "adapter_model.safetensors", {f"base_model.model.{k}": v for k, v in weights.items()})
+        hf.write_tensors(new / "adapter_model.safetensors", {f"base_model.model.{k}": v for k, v in weights.items()})
         write_json(new / "adapter_config.json", {
             "peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": str(Path(folder) / "base") if ours else name,
             "r": c.r, "lora_alpha": c.lora_alpha, "lora_dropout": 0.0, "bias": "none", "target_modules": targets, "inference_mode": True,
-            "modules_to_save": sorted({theirs.split(".")[0] for theirs in CLASSIFIERS[model].values()})})
+            "modules_to_save": sorted({theirs.split(".")[0] for theirs in hf.CLASSIFIERS[hf.family(config)].values()})})
         write_json(new / "labels.json", {"labels": list(delta.labels)})
         if ours:
-            export_hf(new / "base", base, labels=delta.labels)
+            hf.export_hf(new / "base", base, labels=delta.labels)
     return Path(folder) / "base" if ours else name

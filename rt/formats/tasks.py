@@ -3,38 +3,36 @@
 A row has one text or a pair, and a label: a string or an integer is a class, a float makes the task a regression. GLUE's
 column names are understood beside `text`, `text_pair` and `label`.
 """
-import csv
 import math
 import re
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Iterator
 
 from rt.data import PARTS, Example, Task
 from rt.errors import InputError
-from rt.formats.corpora import STDIN, read_jsonl, read_lines
-from rt.formats.untrusted import LINE_BYTES, check_label
+from rt.formats.tables import FORMATS, STDIN, TABLES, read_table
+from rt.formats.untrusted import check_label
 
-TABLES = ("jsonl", "csv", "tsv")
-FORMATS = ("txt", *TABLES)
 COLUMNS = {
     "text": ("text", "sentence1", "premise", "question", "question1", "sentence"),
     "text_pair": ("text_pair", "sentence2", "hypothesis", "question2"),
     "label": ("label", "gold_label", "score", "relatedness_score"),
 }
-PAIRED_SENTENCE = "sentence"    # the second text if the first is a `question` (GLUE's QNLI)
 MOST_LABELS = 5000              # of so many, squared, a confusion matrix is held
 
-
-# --- tasks ------------------------------------------------------------------------------------------------------------
 
 def load_task(path: Path) -> Task:
     """Read a task folder. InputError names the file and line that does not fit."""
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"{path}: a task is a folder with train, dev and test files (.jsonl, .csv or .tsv)")
-    parts = {part: list(read_examples(_part_file(path, part), labelled=True)) for part in PARTS}
+    parts = {}
+    for part in PARTS:
+        file = next((file for ending in TABLES if (file := path / f"{part}.{ending}").is_file()), None)
+        if file is None:
+            raise InputError(f"{path}: has no {part}.jsonl, {part}.csv or {part}.tsv")
+        parts[part] = list(read_examples(file, labelled=True))
     everything = [e for examples in parts.values() for e in examples]
     if _is_regression(everything):
         labels, parts = (), {part: [_with_float(e) for e in examples] for part, examples in parts.items()}
@@ -46,16 +44,8 @@ def load_task(path: Path) -> Task:
     return Task(place.parent.name if place.name == "task" else place.name, labels, parts)
 
 
-def _part_file(folder: Path, part: str) -> Path:
-    for ending in TABLES:
-        if (folder / f"{part}.{ending}").is_file():
-            return folder / f"{part}.{ending}"
-    raise InputError(f"{folder}: has no {part}.jsonl, {part}.csv or {part}.tsv")
-
-
 def _classes(path: Path, parts: dict[str, list[Example]]) -> tuple[str, ...]:
-    """The labels of the training examples, ordered as numbers or as names. Raises InputError if another part has others, or they are of no
-    use."""
+    """The labels of the training examples, ordered as numbers or as names. InputError if another part has others or they are of no use."""
     sources = {e.label: e.source for e in parts["train"]}
     if len(sources) > MOST_LABELS:
         raise InputError(f"{path}: the training examples have {len(sources)} labels, and up to {MOST_LABELS} are supported: is the label "
@@ -77,28 +67,24 @@ def _is_regression(examples: list[Example]) -> bool:
     if any(isinstance(e.label, float) for e in examples):
         return True
     try:
-        values = [float(e.label) for e in examples if isinstance(e.label, str) and not _is_typed(e)]
+        values = [float(e.label) for e in examples if isinstance(e.label, str) and ".jsonl, line" not in e.source]
     except ValueError:
         return False
     return not all(map(float.is_integer, values))
 
 
-def _is_typed(e: Example) -> bool:
-    return ".jsonl, line" in e.source
-
-
 def _check_one_type(examples: list[Example]) -> None:
     """Raises InputError if some labels are strings and some numbers: whether "1" and 1 are one class, nobody can know."""
-    name, number = (next((e for e in examples if _is_typed(e) and isinstance(e.label, kind)), None) for kind in (str, int))
+    typed = {type(e.label): e for e in reversed(examples) if ".jsonl, line" in e.source}   # the first of each
+    name, number = typed.get(str), typed.get(int)
     if name and number:
         raise InputError(f"{name.source}: label {name.label!r} is a string, but the one of {number.source} is a number ({number.label}): "
                          "write all of them as one or the other")
 
 
 def _with_float(e: Example) -> Example:
-    """The example of a regression, in which whole numbers are floats too."""
     try:
-        value = float(e.label)
+        value = float(e.label)      # a whole number too
     except (ValueError, OverflowError):
         raise InputError(f"{e.source}: label {e.label!r} is not a number as other labels of this task are") from None
     if not math.isfinite(value):
@@ -106,11 +92,9 @@ def _with_float(e: Example) -> Example:
     return replace(e, label=value)
 
 
-# --- files of examples ------------------------------------------------------------------------------------------------
-
 def read_examples(path: Path, labelled: bool, format: str | None = None) -> Iterator[Example]:
-    """The examples of a file (plain, .gz or .xz) or of STDIN, one after the other as they are read. `format` is txt (a text a line, for
-    unlabelled ones), jsonl, csv or tsv; by default the file's ending says it, and STDIN is txt. InputError, also if there is no example."""
+    """The examples of a file or of STDIN, one after the other as they are read. `format` is one of FORMATS, txt for unlabelled ones; by
+    default the file's ending says it, and STDIN is txt. InputError, also if there is no example."""
     if path is not STDIN and (not path.exists() or path.is_dir()):
         raise InputError(f"{path}: there is no such file")
     if format is None:
@@ -123,62 +107,25 @@ def read_examples(path: Path, labelled: bool, format: str | None = None) -> Iter
 
 
 def _examples(path: Path, labelled: bool, format: str) -> Iterator[Example]:
-    row = None
-    for number, row in _read_table(path, format):
-        yield _example(f"{path}, line {number}", row, labelled)
-    if row is None:
+    place = None
+    for place, row in read_table(path, format):
+        yield _example(place, row, labelled)
+    if place is None:
         raise InputError(f"{path}: has no examples")
-
-
-def _read_table(path: Path, format: str) -> Iterator[tuple[int, dict]]:
-    """(line number, columns) for each row of a file."""
-    if format == "txt":
-        return ((number, {"text": line}) for number, line in read_lines(path) if line.strip())
-    if format == "jsonl":
-        return read_jsonl(path)
-    # the tsv files of the field (GLUE) do not quote: a lone " is a character there
-    return _read_csv(path, dict(delimiter="\t", quoting=csv.QUOTE_NONE) if format == "tsv" else dict(strict=True))
-
-
-def _read_csv(path: Path, style: dict) -> Iterator[tuple[int, dict]]:
-    csv.field_size_limit(LINE_BYTES)    # a text may be longer than the 131,072 characters that are the default
-    held = 0        # characters of the row that is being read: a quoted text may have any number of lines
-
-    def lines() -> Iterator[str]:
-        nonlocal held
-        for number, line in read_lines(path):
-            held += len(line)
-            if held > LINE_BYTES:
-                raise InputError(f"{path}, line {number}: a row that ends here or later is longer than {LINE_BYTES >> 20} MB; is there "
-                                 "a quote that is never closed?")
-            yield line + "\n"
-
-    reader = csv.reader(lines(), **style)
-    try:
-        header, held = next(reader, []), 0
-        if len({*header}) < len(header):
-            raise InputError(f"{path}, line 1: two columns are called {Counter(header).most_common(1)[0][0]!r}")
-        for row in reader:
-            held = 0
-            if row and len(row) != len(header):
-                raise InputError(f"{path}, line {reader.line_num}: {len(row)} columns where the header has {len(header)}")
-            if row:
-                yield reader.line_num, dict(zip(header, row))
-    except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: not a readable table ({error})") from None
 
 
 def _example(source: str, row: dict, labelled: bool) -> Example:
     """The example in a row, whose columns may have any of the known names. Raises InputError if one is missing, or of another type."""
     column = {kind: next((name for name in names if name in row), None) for kind, names in COLUMNS.items()}
-    if column["text"] == "question" and column["text_pair"] is None and PAIRED_SENTENCE in row:
-        column["text_pair"] = PAIRED_SENTENCE
+    if column["text"] == "question" and column["text_pair"] is None and "sentence" in row:      # GLUE's QNLI
+        column["text_pair"] = "sentence"
     for kind in ("text", "label") if labelled else ("text",):
         if column[kind] is None:
             raise InputError(f"{source}: no {kind} column (known names: {', '.join(COLUMNS[kind])}; found: {', '.join(map(str, row))})")
     text, pair, label = (row[column[kind]] if column[kind] else None for kind in ("text", "text_pair", "label"))
-    for kind, value in (("text", text), ("text_pair", pair)):
-        if (kind == "text" or value is not None) and (not isinstance(value, str) or not value.strip()):     # null: no second text
+    texts = {"text": text} | ({} if pair is None else {"text_pair": pair})      # null: no second text
+    for kind, value in texts.items():
+        if not isinstance(value, str) or not value.strip():
             raise InputError(f"{source}: {column[kind]} is empty or not a string")
     if not labelled:
         return Example(text, pair, None, source)

@@ -1,8 +1,7 @@
 """Tokenizers through `tokenizers`: byte-level BPE trained on a corpus, or whatever a tokenizer.json holds (BPE, WordPiece, Unigram).
 
-`Tokenizer` adds what the rest needs to know: which ids are <s>, </s>, <pad> and <mask> ([CLS], [SEP], [PAD], [MASK]), how the texts of a
-pair are separated, a fingerprint of the content, which tells apart bases and corpora made with different tokenizers, and a hash of the
-vocabulary alone: if that is equal, ids mean the same words.
+`Tokenizer` adds the ids of <s>, </s>, <pad> and <mask> ([CLS], [SEP], [PAD], [MASK]), how the texts of a pair are separated, a fingerprint
+of the content, and a hash of the vocabulary alone: if that is equal, ids mean the same words.
 """
 import hashlib
 import json
@@ -19,7 +18,6 @@ from rt.formats.untrusted import JSON_BYTES
 
 SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 OF_BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-ROLES = {"bos": ("<s>", "[CLS]"), "pad": ("<pad>", "[PAD]"), "eos": ("</s>", "[SEP]"), "mask": ("<mask>", "[MASK]")}
 
 
 class NoTokenizer(InputError):
@@ -27,7 +25,7 @@ class NoTokenizer(InputError):
 
 
 class Tokenizer:
-    """Text to ids without special tokens, and back. Raises InputError if a special token is missing."""
+    """Text to ids without special tokens, and back. InputError if a special token is missing."""
 
     def __init__(self, backend: tokenizers.Tokenizer, source: str = "tokenizer"):
         backend.no_padding()
@@ -37,19 +35,25 @@ class Tokenizer:
         if self.vocab_size > 2 * backend.get_vocab_size() + 1000:
             raise InputError(f"{source}: its ids go up to {self.vocab_size - 1}, for {backend.get_vocab_size()} tokens")
         is_bert = "[CLS]" in backend.encode("a").tokens     # a user may have added <s> to BERT's tokens
-        ids = {}
-        for role, names in ROLES.items():
+
+        def id_of(role: str, *names: str) -> int:
             known = [i for name in (reversed(names) if is_bert else names) if (i := backend.token_to_id(name)) is not None]
             if not known:
                 raise InputError(f"{source}: has no {role} token (looked for {' and '.join(names)})")
-            ids[role] = known[0]
-        self.bos_id, self.pad_id, self.eos_id, self.mask_id = ids["bos"], ids["pad"], ids["eos"], ids["mask"]
-        specials = {backend.token_to_id(name) for name in SPECIALS + OF_BERT}
-        specials |= {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
-        self.special_ids = sorted(specials - {None})
+            return known[0]
+
+        self.bos_id, self.eos_id = id_of("bos", "<s>", "[CLS]"), id_of("eos", "</s>", "[SEP]")
+        self.pad_id, self.mask_id = id_of("pad", "<pad>", "[PAD]"), id_of("mask", "<mask>", "[MASK]")
+        added = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+        self.special_ids = sorted((added | {backend.token_to_id(name) for name in SPECIALS + OF_BERT}) - {None})
         framing = backend.num_special_tokens_to_add(True) or (3 if backend.id_to_token(self.bos_id) == "[CLS]" else 4)
         self.separators = 1 if framing == 3 else 2      # between the texts of a pair: BERT's one, RoBERTa's two
-        self.fingerprint = hashlib.sha256(_content(backend).encode()).hexdigest()[:16]
+        text = backend.to_str()
+        if isinstance(backend.model, models.Unigram):       # scores differ in the last digit when they are written and read again
+            facts = json.loads(text)
+            facts["model"]["vocab"] = [[token, f"{score:.6g}"] for token, score in facts["model"]["vocab"]]
+            text = json.dumps(facts)
+        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @cached_property
     def vocabulary(self) -> str:
@@ -76,18 +80,7 @@ class Tokenizer:
         return framed
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json into `folder`; the file appears whole."""
         write_whole(Path(folder) / "tokenizer.json", self.backend.to_str(pretty=True))
-
-
-def _content(backend: tokenizers.Tokenizer) -> str:
-    """The text of a tokenizer.json. Scores of a Unigram model are rounded: written and read again they differ in the last digit."""
-    text = backend.to_str()
-    if not isinstance(backend.model, models.Unigram):
-        return text
-    facts = json.loads(text)
-    facts["model"]["vocab"] = [[token, f"{score:.6g}"] for token, score in facts["model"]["vocab"]]
-    return json.dumps(facts)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -106,55 +99,59 @@ def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
     return backend
 
 
-def _wordpiece(vocab: Path) -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer(models.WordPiece.from_file(str(vocab), unk_token="[UNK]"))
-    backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    backend.decoder = decoders.WordPiece()
-    backend.add_special_tokens(_special(name for name in OF_BERT if backend.token_to_id(name) is not None))
-    return backend
-
-
 def _special(names: Iterable[str]) -> list[AddedToken]:
     return [AddedToken(name, special=True, normalized=False, lstrip=name == "<mask>") for name in names]
 
 
-# --- from files -------------------------------------------------------------------------------------------------------
-
 def load_tokenizer(path: Path) -> Tokenizer:
     """A tokenizer from a `tokenizer.json`, or a folder with one, or with RoBERTa's `vocab.json` and `merges.txt`, or BERT's `vocab.txt`.
-    As in transformers, a tokenizer_config.json beside them decides on case, accents and the first space. NoTokenizer (an InputError) if
-    there is none, InputError if it cannot be read."""
+    As in transformers, a tokenizer_config.json beside them decides on case, accents and the first space. InputError if none can be read."""
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
-    vocab, merges, words = path / "vocab.json", path / "merges.txt", path / "vocab.txt"
-    for long in (file, vocab, merges, words):
-        if long.is_file() and long.stat().st_size > JSON_BYTES:
-            raise InputError(f"{long}: is longer than {JSON_BYTES >> 20} MB, too long for a tokenizer")
+    for read in (file, path / "vocab.json", path / "merges.txt", path / "vocab.txt"):
+        if read.is_file() and read.stat().st_size > JSON_BYTES:
+            raise InputError(f"{read}: is longer than {JSON_BYTES >> 20} MB, too long for a tokenizer")
     try:
-        facts = _facts(path / "tokenizer_config.json")
-        of_bert = str(facts.get("tokenizer_class", "BertTokenizer")).startswith("BertTokenizer") and "word_tokenizer_type" not in facts
+        settings = path / "tokenizer_config.json"
+        facts = read_json(settings) if settings.is_file() else {}
         if file.is_file():
             backend = _as_configured(tokenizers.Tokenizer.from_file(str(file)), facts)
-        elif vocab.is_file() and merges.is_file():
-            file, backend = vocab, _byte_level(models.BPE.from_file(str(vocab), str(merges)))
-            backend.add_special_tokens(_special(SPECIALS))
-            backend = _with_added(_as_configured(backend, facts), path, facts)
-        elif words.is_file() and of_bert:       # word_tokenizer_type: Japanese ones, which need other libraries
-            file, backend = words, _with_added(_as_configured(_wordpiece(words), facts), path, facts)
         else:
-            raise NoTokenizer(f"{path}: no tokenizer there; expected tokenizer.json, or vocab.json with merges.txt, or BERT's vocab.txt "
-                              "(transformers' AutoTokenizer.from_pretrained and save_pretrained make a tokenizer.json of others)")
+            file, backend = _from_vocabulary(path, facts)
         tokenizer = Tokenizer(backend, str(file))     # bounds the ids: to_str() takes memory for the largest
         tokenizers.Tokenizer.from_str(backend.to_str())     # can a base read it again? merges may need tokens that the vocabulary lacks
         return tokenizer
     except (InputError, KeyboardInterrupt):
         raise
     except BaseException as error:  # tokenizers raises bare Exception for what it cannot read, or panics, which is no Exception
-        raise InputError(f"{file}: not a tokenizer file ({error})") from None
+        raise InputError(f"{file if file.is_file() else path}: not a tokenizer file ({error})") from None
 
 
-def _facts(path: Path) -> dict:
-    return read_json(path) if path.is_file() else {}
+def _from_vocabulary(folder: Path, facts: dict) -> tuple[Path, tokenizers.Tokenizer]:
+    """(the file of its vocabulary, the tokenizer) of a folder without a tokenizer.json."""
+    vocab, merges, words = folder / "vocab.json", folder / "merges.txt", folder / "vocab.txt"
+    of_bert = str(facts.get("tokenizer_class", "BertTokenizer")).startswith("BertTokenizer") and "word_tokenizer_type" not in facts
+    if vocab.is_file() and merges.is_file():
+        file, backend, special = vocab, _byte_level(models.BPE.from_file(str(vocab), str(merges))), SPECIALS
+    elif words.is_file() and of_bert:       # word_tokenizer_type: Japanese ones, which need other libraries
+        file, backend = words, tokenizers.Tokenizer(models.WordPiece.from_file(str(words), unk_token="[UNK]"))
+        backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+        backend.decoder = decoders.WordPiece()
+        special = [name for name in OF_BERT if backend.token_to_id(name) is not None]
+    else:
+        raise NoTokenizer(f"{folder}: no tokenizer there; expected tokenizer.json, or vocab.json with merges.txt, or BERT's vocab.txt "
+                          "(transformers' AutoTokenizer.from_pretrained and save_pretrained make a tokenizer.json of others)")
+    backend.add_special_tokens(_special(special))
+    backend = _as_configured(backend, facts)
+    more = folder / "added_tokens.json"
+    added = {i: AddedToken(token) for token, i in (read_json(more) if more.is_file() else {}).items()}
+    added |= {int(i): AddedToken(**{k: v for k, v in token.items() if k != "__type"})
+              for i, token in facts.get("added_tokens_decoder", {}).items()}
+    for i, token in sorted(added.items()):
+        backend.add_tokens([token])
+        if backend.token_to_id(token.content) != i:
+            raise InputError(f"{folder}: the added token {token.content!r} should be {i} and becomes {backend.token_to_id(token.content)}")
+    return file, backend
 
 
 def _as_configured(backend: tokenizers.Tokenizer, facts: dict) -> tokenizers.Tokenizer:
@@ -171,16 +168,4 @@ def _as_configured(backend: tokenizers.Tokenizer, facts: dict) -> tokenizers.Tok
     if isinstance(splitter, pre_tokenizers.ByteLevel) and "add_prefix_space" in facts:
         splitter.add_prefix_space = facts["add_prefix_space"]
         backend.pre_tokenizer = splitter
-    return backend
-
-
-def _with_added(backend: tokenizers.Tokenizer, folder: Path, facts: dict) -> tokenizers.Tokenizer:
-    """With the tokens that a user added to the files of a vocabulary."""
-    added = {i: AddedToken(token) for token, i in _facts(folder / "added_tokens.json").items()}
-    added |= {int(i): AddedToken(**{k: v for k, v in token.items() if k != "__type"})
-              for i, token in facts.get("added_tokens_decoder", {}).items()}
-    for i, token in sorted(added.items()):
-        backend.add_tokens([token])
-        if backend.token_to_id(token.content) != i:
-            raise InputError(f"{folder}: the added token {token.content!r} should be {i} and becomes {backend.token_to_id(token.content)}")
     return backend

@@ -1,5 +1,4 @@
-"""Checks on what others wrote: JSON, safetensors headers and labels are bounded before they are believed. Nothing here imports torch, so
-that rt/report/inspect.py answers at once."""
+"""Checks on what others wrote: JSON, safetensors headers and labels are bounded before they are believed. No torch here."""
 import json
 import math
 import re
@@ -35,40 +34,26 @@ def is_utf8(text: str) -> bool:
     return not re.search("[\ud800-\udfff]", text)
 
 
-def parse_json(text: str, source: Path | str) -> Any:
+def parse_json(text: str | bytes, source: Path | str) -> Any:
     """A JSON value. InputError, which begins with `source`, if it is not valid, names a member twice or holds half a character."""
     try:
+        text = text.decode() if isinstance(text, bytes) else text
         value = json.loads(text, object_pairs_hook=_unique)
-        if re.search(r"\\u[dD][89a-fA-F]", text) and not is_utf8(json.dumps(value, ensure_ascii=False)):
-            raise InputError(f"{source}: holds half of a surrogate pair, which is not a character")
-        return value
-    except RecursionError:
-        raise InputError(f"{source}: not valid JSON that can be read: it is nested too deeply") from None
-    except InputError:
-        raise
-    except ValueError as error:     # also a whole number of thousands of digits
-        raise InputError(f"{source}: not valid JSON ({error.msg if isinstance(error, json.JSONDecodeError) else error})") from None
+        is_text = not re.search(r"\\u[dD][89a-fA-F]", text) or is_utf8(json.dumps(value, ensure_ascii=False))
+    except (ValueError, RecursionError) as error:       # ValueError: also a whole number of thousands of digits
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", error)
+        raise InputError(f"{source}: not valid JSON ({why})") from None
+    if not is_text:
+        raise InputError(f"{source}: holds half of a surrogate pair, which is not a character")
+    return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict:
     """A JSON object. ValueError if a name is there twice: readers differ in which value they keep."""
-    if len(dict(pairs)) < len(pairs):
+    value = dict(pairs)
+    if len(value) < len(pairs):
         raise ValueError(f"{Counter(name for name, _ in pairs).most_common(1)[0][0]!r} is there twice in one object")
-    return dict(pairs)
-
-
-def read_bytes(path: Path, most: int) -> bytes:
-    """A whole file. Raises InputError if it cannot be read, or is longer than `most` bytes."""
-    try:
-        with path.open("rb") as file:
-            content = file.read(most + 1)
-    except FileNotFoundError:
-        raise InputError(f"{path}: there is no such file") from None
-    except (OSError, ValueError) as error:      # ValueError: a NUL in its name
-        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    if len(content) > most:
-        raise InputError(f"{path}: is longer than {most >> 20} MB, too long for what it should be")
-    return content
+    return value
 
 
 def is_number(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
@@ -82,8 +67,7 @@ def is_whole(value: Any, least: int, most: int = 2**31 - 1) -> bool:
 
 
 def check_label(label: str, source: Path | str) -> None:
-    """Raises InputError for a label that no table or file name can show: blank, or with control characters, line ends or half a
-    character."""
+    """Raises InputError for a label that no table or file name can show."""
     if not label.strip() or any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in label):
         raise InputError(f"{source}: label {label[:40]!r} is blank or holds control characters or line ends, which no table can show")
 
@@ -105,10 +89,9 @@ def reading(path: Path, kind: str) -> Iterator[None]:
 
 
 def header(path: Path) -> dict[str, dict]:
-    """{tensor: {"dtype", "shape"}} of a safetensors file, of which no tensor is read. Raises InputError unless the tensors that it claims
-    are exactly what the file holds; then none is larger than the file."""
+    """{tensor: {"dtype", "shape"}} of a safetensors file, without reading a tensor. InputError unless it claims exactly what it holds."""
     with reading(path, "readable safetensors file"), safe_open(str(path), "np") as file:
         with path.open("rb") as raw:        # safetensors takes the last of two tensors of one name
-            parse_json(raw.read(int.from_bytes(raw.read(8), "little")).decode(), f"{path}: not a readable safetensors file, its header")
+            parse_json(raw.read(int.from_bytes(raw.read(8), "little")), f"{path}: not a readable safetensors file, its header")
         views = {name: file.get_slice(name) for name in file.keys()}
         return {name: {"dtype": view.get_dtype(), "shape": view.get_shape()} for name, view in views.items()}

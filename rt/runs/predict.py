@@ -17,9 +17,9 @@ from torch import Tensor
 from rt.data import Example, encode
 from rt.deltas import Base, Delta, apply
 from rt.errors import InputError
-from rt.formats.corpora import STDIN
 from rt.formats.delta_files import seq_len_of
 from rt.formats.hub import open_base
+from rt.formats.tables import STDIN
 from rt.formats.tasks import read_examples
 from rt.formats.tokenizer import Tokenizer
 from rt.formats.untrusted import parse_json
