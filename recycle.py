@@ -119,8 +119,6 @@ def main() -> None:
         c.delta = replace(c.delta, **old_delta.config.used)
     modes = announce(c, modes, task, old_delta)
     bases = {name: open_base(name).to(ranks.device) for name in c.chain or (c.base,)}
-    for base in (old_base, *bases.values()):
-        base.encoder.requires_grad_(c.delta.kind == "full")     # what `attach` trains are copies; this is what the bar counts
     base = next(iter(bases.values()))
     sources = [(open_delta(folder, old_base).ordered(t.labels), encode_task(t, base.tokenizer, c.seq_len))
                for folder, t in zip(source_deltas, source_tasks)]
@@ -278,7 +276,7 @@ def run_alone(r: Recycling, one: Run, bases: dict[str, Base], sources: Sources) 
     """A run by itself; in a chain, one mode along all bases by all routes."""
     c, curves, more, started = one.c, defaultdict(list), {}, time.perf_counter()
     steps = c.project.project_steps if one.mode == "project" else c.steps * len(one.rows()) * (one.mode in TRAINED)
-    with StepBar(steps, one.mode, r.base.encoder, r.device, r.precision) as bar:
+    with StepBar(steps, one.mode, r.base.encoder.config, r.device, r.precision, frozen=c.delta.kind != "full") as bar:
         def on_eval(row: dict, **part) -> None:
             curves[row.get("base"), row.get("route")].append({**part, **row})
             bar.on_eval(row)

@@ -263,7 +263,7 @@ def tune_delta(c: Config) -> None:
     about |= {"config": record(c), "argv": sys.argv}
     with locked(out), delta_folder(out, sum(p.nbytes for p in model.parameters() if p.requires_grad)) as new:
         log = Log(new)
-        with StepBar(s.steps, f"{task.name} {kind}", model.encoder, **where) as bar:
+        with StepBar(s.steps, f"{task.name} {kind}", model.encoder.config, **where, frozen=kind != "full") as bar:
             def on_eval(row: dict) -> None:
                 log.row(**row)
                 bar.on_eval(row)
