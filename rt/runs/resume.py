@@ -16,6 +16,7 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from types import FrameType
 from typing import Any, Callable
 
 import numpy as np
@@ -33,7 +34,7 @@ from rt.model import MaskedLM
 from rt.optim import MOST_SKIPPED
 from rt.pretrain import PretrainSettings
 from rt.runs.log import Log, loss_text, progress
-from rt.runs.signals import Interrupted, Stop
+from rt.runs.signals import Interrupted, handled
 from rt.runs.summary import forgetting_table
 from rt.speed.dist import Ranks, gather, load_state
 from rt.speed.throughput import Throughput
@@ -149,17 +150,23 @@ class PretrainRun:
         self.snapshots, self.save_every, self.log_every = snapshots, save_every, log_every
         self.allowance = stop_after or sys.maxsize      # steps that may still be taken
         self.stages: list[dict] = []
-        self.stop, self.stack = Stop(), ExitStack()
+        self.signal, self.stack = 0, ExitStack()
 
     def __enter__(self) -> "PretrainRun":
         self.stack.enter_context(locked(self.out, self.ranks.from_main))
         self.has_work = self.ranks.from_main(lambda: has_work(self.out, self.settings, self.resume))
         self.checkpoint = self.ranks.from_main(lambda: newest_checkpoint(self.out) if self.has_work and self.resume else None)
-        self.stack.enter_context(self.stop)
+        self.stack.enter_context(handled(self.on_signal))
         return self
 
     def __exit__(self, *error: object) -> None:
         self.stack.close()
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """The first signal ends training after the step, a second one at once."""
+        if self.signal:
+            raise Interrupted(number)
+        self.signal = number
 
     def begin(self, content: dict, tokenizer: Tokenizer) -> None:
         """Record settings and content, or check them against those of the interrupted run; open the log."""
@@ -208,7 +215,7 @@ class PretrainRun:
         self.allowance -= 1
         is_last, is_look = step == self.s.steps, step % self.log_every == 0
         agrees = self.ranks.world == 1 or is_look       # on a signal, at steps at which ranks wait for each other anyway
-        stops = not is_last and (self.allowance == 0 or agrees and self.ranks.any(bool(self.stop.number)))
+        stops = not is_last and (self.allowance == 0 or agrees and self.ranks.any(bool(self.signal)))
         is_snapshot, is_checkpoint = step in self.kept, not is_last and (stops or step % self.save_every == 0)
         if is_look or is_last or is_snapshot or is_checkpoint:
             self.write_rows()
@@ -267,13 +274,13 @@ class PretrainRun:
         return self.ranks.from_main(lambda: self.save(self.out / name, stage=self.stages[-1]))
 
     def stops_between_stages(self) -> bool:
-        return self.allowance == 0 or self.ranks.any(bool(self.stop.number))
+        return self.allowance == 0 or self.ranks.any(bool(self.signal))
 
     def suspended(self, where: str) -> Interrupted | None:
         """Say where training has ended and how it goes on; if a signal asked for it, as the exception to raise."""
         sentence = f"stopped {where}; the same command with --resume goes on"
-        if self.stop.number:
-            return Interrupted(self.stop.number, sentence)
+        if self.signal:
+            return Interrupted(self.signal, sentence)
         print(sentence)
         return None
 
