@@ -295,7 +295,9 @@ def learn_map(r: Recycling, p: ProjectConfig, sources: Sources, on_eval: Callabl
     r.projection = learn_projection(
         r.old_base, r.base, sources, replace(r.settings, steps=p.project_steps), r.distill, r=p.rank, granularity=p.granularity,
         residual=p.residual, device=r.device, precision=r.precision, with_head=equal, on_step=r.on_step, on_eval=on_eval)
-    return {"sources": [data.name for _, data in sources], **r.projection.about()}
+    about = {name: getattr(r.projection, name) for name in ("r", "granularity", "residual", "with_head", "best_step", "dev")}
+    numbers = sum(p.numel() for p in r.projection.parameters())
+    return {"sources": [data.name for _, data in sources], **about, "numbers": numbers}
 
 
 def finish(c: Config, r: Recycling, runs: list[Run], out: Path) -> None:

@@ -1,24 +1,25 @@
-"""What is true of an outdated delta? Paths between tuned models, and how alike two tuned models are inside.
+"""Paths between tuned models, and how alike two tuned models are inside.
 
     linear    theta(mu) = (1 - mu) a + mu b, base and delta interpolated together
     bezier    theta(mu) = (1 - mu)^2 a + 2 mu (1 - mu) control + mu^2 b, a quadratic curve whose control point is trained to keep the task's
               loss low along it (Garipov et al., 2018; the paper's public code)
     barrier   the greatest height of a path's loss above the straight line between the losses of its ends
 
-Attention heads are compared by the Jensen-Shannon divergence of their maps, hidden states by CKA, weights by distance. Heads are numbered
-layer by layer: head h of layer l is l * H + h. A prefix's keys are left out of the maps: they have no counterpart in the sentence.
+Attention heads are compared by the Jensen-Shannon divergence of their maps (a prefix's keys left out), hidden states by CKA, weights by
+distance. Head h of layer l has the number l * H + h.
 """
 import math
+from functools import partial
 from typing import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.special import entr
 
 from rt.data import Encoded, TaskData, sequences_batch
-from rt.losses import Reweighted, Weights, lerp, task_loss
-from rt.model import Batch, Classifier
-from rt.optim import autocast, memory_for
-from rt.tune import TuneSettings, metrics, minimise, predict, training_batch
+from rt.losses import Loss, Reweighted, Weights, lerp, task_loss
+from rt.model import Classifier
+from rt.tune import Hook, TuneSettings, ignore, metrics, minimise, plain_gradient, predict, train_step
 
 Path = Callable[[float], Weights]
 
@@ -29,14 +30,11 @@ def linear(a: Weights, b: Weights) -> Path:
 
 def bezier(a: Weights, control: Weights, b: Weights) -> Path:
     """Weights that `control` lacks are equal at both ends and stay so."""
-    def at(mu: float) -> Weights:
-        return {k: (1 - mu) ** 2 * a[k] + 2 * mu * (1 - mu) * control[k] + mu ** 2 * b[k] if k in control else b[k] for k in b}
-    return at
+    return lambda mu: {k: (1 - mu) ** 2 * a[k] + 2 * mu * (1 - mu) * control[k] + mu ** 2 * b[k] if k in control else b[k] for k in b}
 
 
 def walk(model: Classifier, path: Path, points: Iterable[float], data: Encoded, device: torch.device, precision: torch.dtype) -> list[dict]:
-    """A row {'mu', 'loss', metrics...} a point: `model` with the path's weights on `data`. The loss is the task's mean, in nats. `model`
-    lends its shape only and is not changed."""
+    """A row {'mu', 'loss', metrics...} a point: a model like `model` with the path's weights on `data`; loss in nats."""
     rows = []
     for mu in points:
         weights = path(mu)
@@ -47,8 +45,7 @@ def walk(model: Classifier, path: Path, points: Iterable[float], data: Encoded, 
 
 
 def barrier(rows: Sequence[dict]) -> float:
-    """Barrier of the rows of a walk: max over mu of the loss above the straight line between the ends' losses, in nats; 0 or more. NaN if a
-    loss is not a number."""
+    """Barrier of the rows of a walk, in nats: 0 or more, NaN if a loss is not a number."""
     first, last = rows[0], rows[-1]
     share = [(row["mu"] - first["mu"]) / (last["mu"] - first["mu"]) for row in rows]
     heights = [row["loss"] - (1 - s) * first["loss"] - s * last["loss"] for row, s in zip(rows, share)]
@@ -56,43 +53,26 @@ def barrier(rows: Sequence[dict]) -> float:
 
 
 def train_control(model: Classifier, a: Weights, b: Weights, data: TaskData, settings: TuneSettings, device: torch.device,
-                  precision: torch.dtype, on_step: Callable[[Batch], None] = lambda batch: None) -> Weights:
+                  precision: torch.dtype, on_step: Hook = ignore) -> Weights:
     """The control point of the curve from `a` to `b`: starts at the middle and is trained on the task's loss at one mu ~ U(0, 1) a step.
-    It holds the weights that differ between the ends; the others need none. Raises Diverged as rt.tune.minimise does."""
-    s = settings
+    It holds only the weights that differ between the ends. Raises Diverged as rt.tune.minimise does."""
     control = {k: v.clone().requires_grad_() for k, v in lerp(a, b, 0.5).items() if not torch.equal(a[k], b[k])}
     if not control:
         return {}       # equal ends: nothing to go round
     path = bezier(a, control, b)
-    student = Reweighted(model, lambda: path(mu)).train()
-
-    def gradient(step: int) -> Tensor:
-        nonlocal mu
-        mu = torch.rand(()).item()      # the loop seeds it by (seed, step)
-        batch = training_batch(data.train, s, step).to(device)
-        with memory_for(f"a batch of {s.batch_size} texts on the curve", f"`batch_size` ({s.batch_size}) or `seq_len`"):
-            with autocast(device, precision):
-                loss = task_loss(student(batch), batch.labels, not data.labels).mean()
-            loss.backward()
-        on_step(batch)
-        return loss.detach()
-
-    mu = 0.5
-    minimise(control, gradient, s, None)
+    student = Reweighted(model, lambda: path(torch.rand(()).item()))       # mu: the loop seeds it by (seed, step)
+    gradient = plain_gradient(student, Loss(not data.labels), device, precision)
+    minimise(control, partial(train_step, gradient, data.train, settings, on_step, place=" on the curve"), settings, None)
     return {k: v.detach() for k, v in control.items()}
 
-
-# --- likeness ---------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def run_layers(model: Classifier, sequences: list[list[int]], device: torch.device) -> tuple[Tensor, list[tuple[Tensor, Tensor]], Tensor]:
     """(hidden states (L+1, N, d) of embedding output and every layer, queries and keys (N, H, D) of each layer, cu_seqlens)."""
-    batch, encoder = sequences_batch(sequences).to(device), model.eval().encoder
-    x, states, qk = encoder.embeddings(batch.ids, batch.cu_seqlens), [], []
-    states.append(x)
+    batch, encoder, qk = sequences_batch(sequences).to(device), model.eval().encoder, []
+    states = [encoder.embeddings(batch.ids, batch.cu_seqlens)]
     for layer in encoder.layers:
-        x = layer(x, batch.cu_seqlens, batch.max_seqlen, qk=qk)
-        states.append(x)
+        states.append(layer(states[-1], batch.cu_seqlens, batch.max_seqlen, qk=qk))
     return torch.stack(states).float(), qk, batch.cu_seqlens
 
 
@@ -108,51 +88,39 @@ def head_divergence(a: Classifier, b: Classifier, sequences: list[list[int]], de
     total, rows = 0.0, 0
     for sequence in sequences:
         P, Q = (attention_maps(model, sequence, device).flatten(0, 1) for model in (a, b))     # (L H, n, n)
-        own, other = entropy(P), entropy(Q)                                                    # (L H, n)
-        pairs = [entropy((p + Q) / 2) - (h + other) / 2 for p, h in zip(P, own)]
+        own, other = entr(P).sum(-1), entr(Q).sum(-1)                                          # (L H, n)
+        pairs = [entr((p + Q) / 2).sum(-1) - (h + other) / 2 for p, h in zip(P, own)]
         total = total + torch.stack(pairs).sum(-1).double()
         rows += len(sequence)
     return (total / rows).clamp_min(0).float().cpu()
 
 
-def entropy(p: Tensor) -> Tensor:
-    """Entropy over the last dimension, in nats."""
-    return torch.special.entr(p).sum(-1)
-
-
 def match_summary(matrix: Tensor) -> dict:
-    """Summary of a matrix of head_divergence: 'own', mean divergence to the same head; 'best_other', to the best match among all others;
-    'best', to the best of all; 'share_own_best', share of heads whose best match is themselves."""
+    """Of a matrix of head_divergence: means of the divergence to the same head ('own'), to the best match among the others ('best_other')
+    and among all ('best'), and the share of heads that match themselves best ('share_own_best')."""
     own, others = matrix.diagonal(), matrix.clone().fill_diagonal_(math.inf).amin(1)
     return {"own": own.mean().item(), "best_other": others.mean().item(), "best": matrix.amin(1).mean().item(),
             "share_own_best": (own < others).double().mean().item()}
 
 
 def cka(a: Classifier, b: Classifier, sequences: list[list[int]], device: torch.device) -> Tensor:
-    """(L_a + 1, L_b + 1) linear centred kernel alignment of the hidden states of all tokens (Kornblith et al., 2019), 0 to 1: embedding
-    output and every layer of `a` against those of `b`."""
+    """(L_a + 1, L_b + 1) linear CKA of all tokens' hidden states, embedding output and layers, 0 to 1 (Kornblith et al., 2019)."""
     X, Y = (states - states.mean(1, keepdim=True) for states, _, _ in (run_layers(m, sequences, device) for m in (a, b)))
-
-    def product(x: Tensor, y: Tensor) -> Tensor:
-        return (x.T @ y).square().sum()
-
-    own_x, own_y = ([product(z, z).sqrt() for z in Z] for Z in (X, Y))
-    return torch.stack([torch.stack([product(x, y) / (nx * ny) for y, ny in zip(Y, own_y)]) for x, nx in zip(X, own_x)]).cpu()
+    own_x, own_y = ([torch.norm(z.T @ z) for z in Z] for Z in (X, Y))
+    return torch.stack([torch.stack([torch.norm(x.T @ y) ** 2 / (nx * ny) for y, ny in zip(Y, own_y)]) for x, nx in zip(X, own_x)]).cpu()
 
 
 def distances(a: Weights, b: Weights) -> list[dict]:
-    """A row for embeddings, each layer, the rest (head) and all: 'l2' of b - a, 'l2_per_weight' (root mean square), 'cosine' of a and b,
-    and the number of weights. Only weights that both have are counted."""
-    parts: dict[str, list[str]] = {}
-    for name in sorted(a.keys() & b.keys()):
+    """A row for embeddings, each layer, head and all, of the weights that both have: 'l2' of b - a, 'l2_per_weight' (root mean square),
+    'cosine' of a and b, and the number of 'weights'."""
+    rows, parts = [], {}
+    for name in (k for k in a if k in b):
         parts.setdefault(part_of(name), []).append(name)
-    rows = []
-    parts = {part: parts[part] for part in sorted(parts, key=lambda part: (part != "embeddings", part == "head", len(part), part))}
     for part, names in (parts | {"all": sum(parts.values(), [])}).items():
         x, y = (torch.cat([w[k].detach().double().flatten().cpu() for k in names]) for w in (a, b))
-        norm = x.norm() * y.norm()
-        rows.append({"part": part, "l2": (y - x).norm().item(), "l2_per_weight": ((y - x).norm() / math.sqrt(len(x))).item(),
-                     "cosine": (x @ y / norm).item() if norm else 0.0, "weights": len(x)})
+        l2, norms = (y - x).norm().item(), (x.norm() * y.norm()).item()
+        rows.append({"part": part, "l2": l2, "l2_per_weight": l2 / math.sqrt(len(x)), "cosine": (x @ y).item() / norms if norms else 0.0,
+                     "weights": len(x)})
     return rows
 
 

@@ -1,11 +1,10 @@
 """Text as token ids: labelled tasks and few-shot samples, rows of a corpus with masks, and the batches made of both.
 
-Which examples or tokens a step sees, and which tokens are masked, is a function of (seed, step): no iterator has a state, so resuming needs
-none, and another number of ranks reads the same data. Reading files is the job of rt/formats.
+What a step sees and what is masked is a function of (seed, step). No iterator has a state: resuming needs none, and any number of ranks
+reads the same data. rt/formats reads the files.
 """
 import hashlib
 import json
-import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
@@ -22,15 +21,14 @@ ROW_SEQUENCES = 8      # a row of a corpus has room for this many sequences of t
 
 
 class Tokenizer(Protocol):
-    """What is needed of a tokenizer here; rt/formats/tokenizer.py has one."""
+    """What the core needs of a tokenizer; rt/formats/tokenizer.py has one."""
     vocab_size: int
     bos_id: int
     eos_id: int
     mask_id: int
-    pad_id: int
     special_ids: list[int]
     separators: int     # between the texts of a pair: RoBERTa's two, BERT's one
-    fingerprint: str    # of all that it does
+    fingerprint: str    # hash of all that it does
     vocabulary: str     # hash of which token each id stands for
 
     def encode(self, texts: list[str]) -> list[list[int]]: ...
@@ -60,24 +58,18 @@ class Task:
     @cached_property
     def hash(self) -> str:
         """Hash of all texts and labels in order, 16 hex digits. A delta carries its task's."""
-        digest = hashlib.sha256()
-        for part, examples in self.parts.items():
-            for e in examples:
-                digest.update(json.dumps([part, e.text, e.text_pair, e.label]).encode())
-        return digest.hexdigest()[:16]
+        lines = [json.dumps([part, e.text, e.text_pair, e.label]) for part, examples in self.parts.items() for e in examples]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
 
 def few_shot(task: Task, shots: int, seed: int) -> Task:
-    """`shots` examples a label for train and for dev (for a regression: `shots` in all), drawn by `seed`; test stays whole. A label with
-    fewer examples keeps all of them."""
-    rng = np.random.default_rng([seed, shots])
-    parts = dict(task.parts)
+    """At most `shots` examples a label (for a regression: in all) for train and for dev, drawn by `seed`; test stays whole."""
+    rng, parts = np.random.default_rng([seed, shots]), dict(task.parts)
     for part in ("train", "dev"):
-        by_label: dict = {}
+        groups: dict[str, list[Example]] = {}
         for e in task.parts[part]:
-            by_label.setdefault(None if task.is_regression else e.label, []).append(e)
-        parts[part] = [group[i] for _, group in sorted(by_label.items(), key=lambda kv: str(kv[0]))
-                       for i in rng.permutation(len(group))[:shots]]
+            groups.setdefault("" if task.is_regression else str(e.label), []).append(e)
+        parts[part] = [groups[label][i] for label in sorted(groups) for i in rng.permutation(len(groups[label]))[:shots]]
     return replace(task, parts=parts)
 
 
@@ -86,22 +78,21 @@ class Encoded:
     """Examples as token ids, <s> and </s> included; `targets` are (n,) classes or floats."""
     sequences: list[list[int]]
     targets: Tensor
-    truncated: int      # how many were cut
+    truncated: int      # number of sequences that were cut
 
     def __len__(self) -> int:
         return len(self.sequences)
 
     def batch(self, indices: list[int]) -> Batch:
-        """The examples at `indices`, in order of length (which attention_ref likes); the batch's `index` tells which is which."""
+        """The examples at `indices`, sorted by length (cheaper in attention_ref); the batch's `index` tells which is which."""
         indices = sorted(indices, key=lambda i: len(self.sequences[i]))
         index = torch.tensor(indices, dtype=torch.int64)
         return sequences_batch([self.sequences[i] for i in indices], labels=self.targets[index], index=index)
 
 
 def encode(examples: list[Example], labels: tuple[str, ...], tokenizer: Tokenizer, max_len: int) -> Encoded:
-    """<s> text </s>, or <s> text </s></s> pair </s> (BERT: [CLS] text [SEP] pair [SEP]). Longer sequences are cut to `max_len`, of a pair
-    the longer text first. A [SEP] that a BERT text spells itself is written ~id: it does not separate the texts of a pair. `labels` are
-    the class names in order; if there are none, targets are floats."""
+    """<s> text </s>, or <s> text </s></s> pair </s> (BERT: [CLS] text [SEP] pair [SEP]), cut to `max_len`, of a pair the longer text first.
+    A [SEP] that a BERT text spells itself becomes ~id, which separates nothing. Without `labels` (class names) targets are floats."""
     texts = tokenizer.encode([e.text for e in examples])
     pairs = tokenizer.encode([e.text_pair or "" for e in examples])
     bos, eos, between = tokenizer.bos_id, tokenizer.eos_id, [tokenizer.eos_id] * (tokenizer.separators - 1)
@@ -115,25 +106,19 @@ def encode(examples: list[Example], labels: tuple[str, ...], tokenizer: Tokenize
             a = [~i if i == eos else i for i in a]
         sequences.append([bos, *a[:keep_a], eos, *([*between, *b[:keep_b], eos] if paired else [])])
     place = {label: i for i, label in enumerate(labels)}
-    if labels:
-        targets = torch.tensor([place.get(e.label, -100) for e in examples])
-    else:
-        targets = torch.tensor([math.nan if e.label is None else float(e.label) for e in examples])
-    return Encoded(sequences, targets, truncated)
+    targets = [place.get(e.label, -100) if labels else float("nan" if e.label is None else e.label) for e in examples]
+    return Encoded(sequences, torch.tensor(targets), truncated)
 
 
 def _fit(a: int, b: int, room: int) -> tuple[int, int]:
-    """How many tokens of a pair of lengths (a, b) stay if there is room for `room`: the longer text is cut first."""
-    if a + b <= room:
-        return a, b
+    """How many tokens of texts of lengths (a, b) stay if there is room for `room`: the longer text is cut first."""
     short = min(a, b, room // 2)
-    return (room - short, short) if a > b else (short, room - short)
+    return (a, b) if a + b <= room else (room - short, short) if a > b else (short, room - short)
 
 
 @dataclass
 class TaskData:
-    """An encoded task. `labels` is empty for a regression. `test` is None if a run must not be scored on it, as in a search, where only
-    dev may choose."""
+    """An encoded task. `labels` is empty for a regression, `test` None if no run may be scored on it, as in a search."""
     name: str
     labels: tuple[str, ...]
     train: Encoded
@@ -158,10 +143,8 @@ def encode_task(task: Task, tokenizer: Tokenizer, max_len: int) -> TaskData:
 
 
 def training_indices(n: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """The examples of training step `step`, out of n: an epoch is a permutation by (seed, epoch), cut into batches, of which the last may
-    be smaller."""
-    per_epoch = -(-n // batch_size)
-    epoch, i = divmod(step, per_epoch)
+    """The examples of step `step`, out of n: an epoch is a permutation by (seed, epoch), cut into batches; the last may be smaller."""
+    epoch, i = divmod(step, -(-n // batch_size))
     return np.random.default_rng([seed, 2, epoch]).permutation(n)[i * batch_size:(i + 1) * batch_size].tolist()
 
 
@@ -175,9 +158,7 @@ def sequences_batch(sequences: list[list[int]], **fields: Tensor) -> Batch:
 # --- masked language modelling ----------------------------------------------------------------------------------------
 
 class Masker:
-    """Chooses exactly `count` tokens of a row, so that shapes never change, and never special tokens. 80 % become <mask>, 10 % a random
-    token, 10 % stay (Devlin et al., 2019)."""
-
+    """Chooses `count` tokens of a row, none of them special: 80 % become <mask>, 10 % a random token, 10 % stay (Devlin et al., 2019)."""
     def __init__(self, tokenizer: Tokenizer, count: int):
         self.count, self.mask_id = count, tokenizer.mask_id
         self.is_special = np.zeros(tokenizer.vocab_size, dtype=bool)
@@ -188,8 +169,7 @@ class Masker:
         """ids (R,) -> masked ids (R,), chosen rows (count,) in order, their true tokens (count,)."""
         candidates = np.flatnonzero(~self.is_special[ids])
         if len(candidates) < self.count:
-            raise InputError(f"a row of {len(ids)} tokens has {len(candidates)} that can be predicted, {self.count} are to "
-                             "be: its documents are too short for this `mask_rate`")
+            raise InputError(f"a row of {len(ids)} tokens has {len(candidates)} to predict, and `mask_rate` asks for {self.count}")
         rows = np.sort(rng.choice(candidates, self.count, replace=False))
         draw = rng.random(self.count)
         random_tokens = rng.choice(self.regular, self.count)
@@ -205,17 +185,13 @@ class Corpus:
     part: str               # train or heldout
     tokens: np.ndarray
     offsets: np.ndarray
-    content: str = ""       # hash of the tokens of both parts; "" if they were tokenized before there was one
+    content: str = ""       # hash of the tokens of both parts; "" in a cache older than the hash
 
 
 class Rows:
-    """Rows of exactly `row_tokens` tokens out of a corpus, and masked-LM batches of them.
-
-    Documents are cut into sequences <s> ... </s> of at most `seq_len` tokens, permuted anew each epoch and laid end to end; row r is tokens
-    [r * row_tokens, (r+1) * row_tokens) of that line. So a row is always full: a sequence across its end is cut there, and the remainder
-    begins with its own <s>. Rows are permuted as well, which separates neighbours.
-    """
-
+    """Rows of exactly `row_tokens` tokens out of a corpus, and masked-LM batches of them. Documents are cut into sequences <s> ... </s> of
+    at most `seq_len` tokens, permuted anew each epoch and laid end to end; row r is tokens [r * row_tokens, (r+1) * row_tokens) of that
+    line. So every row is full: a sequence across its end is cut in two, each with an <s>. The order of rows is permuted too."""
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer, *, seq_len: int, mask_rate: float, seed: int, sequences: int = ROW_SEQUENCES):
         self.corpus, self.seed, self.seq_len = corpus, seed, seq_len
         self.bos, self.eos = tokenizer.bos_id, tokenizer.eos_id
@@ -234,7 +210,7 @@ class Rows:
         self.epoch = -1
 
     def enter_epoch(self, epoch: int) -> None:
-        """Permutations of one epoch: a function of (seed, epoch), kept until another epoch is asked for."""
+        """The permutations of one epoch, a function of (seed, epoch); kept until another epoch is entered."""
         if epoch != self.epoch:
             rng = np.random.default_rng([self.seed, epoch])
             self.order = rng.permutation(len(self.lengths))
@@ -247,22 +223,21 @@ class Rows:
         epoch, r = divmod(number, self.per_epoch)
         self.enter_epoch(epoch)
         begin = int(self.row_order[r]) * self.row_tokens
-        pieces: list[list[int]] = []
-        i = int(np.searchsorted(self.ends, begin, side="right"))
-        while sum(map(len, pieces)) < self.row_tokens:
-            piece, end = self.order[i], int(self.ends[i])
-            first = end - int(self.lengths[piece])
+        end, pieces = begin + self.row_tokens, []
+        for i in range(np.searchsorted(self.ends, begin, side="right"), np.searchsorted(self.ends, end) + 1):
+            piece = self.order[i]
+            first = int(self.ends[i] - self.lengths[piece])
             tokens = self.corpus.tokens[self.starts[piece]:self.starts[piece] + self.lengths[piece] - 2]
-            framed = [self.bos, *tokens.tolist(), self.eos][max(0, begin - first):begin + self.row_tokens - first]
+            framed = [self.bos, *tokens.tolist(), self.eos][max(0, begin - first):end - first]
             framed[0] = self.bos
             pieces.append(framed)
-            i += 1
         pieces.sort(key=len)    # neighbours of equal length are cheaper in attention_ref
         return np.concatenate(pieces).astype(np.int64), list(map(len, pieces))
 
     def batch(self, step: int, batch_tokens: int, rank: int = 0, world: int = 1, part: int = 0, parts: int = 1) -> Batch:
-        """The masked batch of optimizer step `step`: a rank's share of its rows, and of that the microbatch `part` of `parts`."""
-        count, share = batch_tokens // self.row_tokens, batch_tokens // self.row_tokens // (world * parts)
+        """The masked batch of optimizer step `step`: of a rank's share of its rows the microbatch `part` of `parts`."""
+        count = batch_tokens // self.row_tokens
+        share = count // (world * parts)
         first = step * count + (rank * parts + part) * share
         return self.masked(range(first, first + share))
 
@@ -276,12 +251,12 @@ class Rows:
             labels.append(true)
             predict.append(chosen + n * self.row_tokens)
             lengths += row_lengths
-        tensors = [torch.from_numpy(np.concatenate(x)) for x in (ids, labels, predict)]
-        return Batch(tensors[0], torch.tensor(np.cumsum(lengths), dtype=torch.int32), max(lengths), labels=tensors[1], predict=tensors[2])
+        ids, labels, predict = (torch.from_numpy(np.concatenate(arrays)) for arrays in (ids, labels, predict))
+        return Batch(ids, torch.tensor(np.cumsum(lengths), dtype=torch.int32), max(lengths), labels=labels, predict=predict)
 
     def check_batch(self, batch_tokens: int, shares: int) -> None:
         """Raises InputError unless `batch_tokens` is a whole number of rows for each of `shares` (ranks x accumulation)."""
         unit = self.row_tokens * shares
         if batch_tokens % unit or batch_tokens <= 0:
-            raise InputError(f"`batch_tokens` {batch_tokens}: must be a multiple of {unit} "
-                             f"({ROW_SEQUENCES} sequences of `seq_len` {self.seq_len}, times {shares} ranks x `accumulation`)")
+            rows = f"{ROW_SEQUENCES} sequences of `seq_len` {self.seq_len}, times {shares} ranks x `accumulation`"
+            raise InputError(f"`batch_tokens` {batch_tokens}: must be a multiple of {unit} ({rows})")

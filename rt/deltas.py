@@ -1,23 +1,21 @@
 """Deltas: what tuning on a task learned, apart from the base it was learned on.
 
-A delta has three parts: `diffs` (tuned - base for weights that the base has), `modules` (weights that it lacks) and `head`: the task head
-belongs to the delta. The kinds are in rt/kinds.py. Freshly attached, every kind leaves the base's function as it was.
+A delta has three parts: `diffs` (tuned - base, for weights that the base has), `modules` (weights that it lacks) and the task `head`. The
+kinds are in rt/kinds.py. A freshly attached delta of any kind leaves the base's function as it was.
 
 Deltas are algebra: `2 * d`, `d1 + d2`, `d1 - d2`, `apply(base, d, scale=0.5)`, `merge(base, d)`. A sum or a multiple acts on what the
-deltas compute, not on their factors: LoRA factors and adapter bottlenecks are laid side by side. Nothing here changes a base in place:
-`attach` copies what is trained and shares what is frozen.
+deltas compute, not on their factors: LoRA factors and adapter bottlenecks are laid side by side. No function changes a base in place.
 """
 import copy
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Sequence
+from typing import Any, Callable, Sequence
 
 import torch
-import torch.nn as nn
-from torch import Tensor
+from torch import Tensor, nn
 
 from rt.data import Tokenizer
 from rt.errors import InputError, StaleDelta
-from rt.kinds import INPUT, KINDS, OUTPUT, DeltaConfig
+from rt.kinds import ADDED, INPUT, KINDS, OUTPUT, DeltaConfig
 from rt.model import ClassificationHead, Classifier, Encoder, EncoderConfig, MLMHead, init_weights
 
 PARTS = ("diffs", "modules", "head")
@@ -30,8 +28,8 @@ class Base:
     head: MLMHead | None
     tokenizer: Tokenizer
     meta: dict
-    fingerprint: str    # of the encoder: a delta names the base that it was learned on by it
-    pooler: dict[str, Tensor] | None = None     # of a BERT checkpoint: dense.weight and dense.bias, from which a fresh task head starts
+    fingerprint: str    # of the encoder; a delta carries that of its base
+    pooler: dict[str, Tensor] | None = None     # of a BERT checkpoint: dense.weight and dense.bias, where a fresh task head starts
 
     def to(self, device: torch.device) -> "Base":
         self.encoder.to(device)
@@ -54,7 +52,7 @@ def new_head(base: Base, num_outputs: int, seed: int) -> ClassificationHead:
 
 
 def plug_in(encoder: Encoder, config: DeltaConfig) -> list[nn.Module]:
-    """Fill the slots of `encoder` with the modules of a kind, which are returned and not yet initialised."""
+    """Fill the slots of `encoder` with the modules of a kind; returns them, not yet initialised."""
     new: list[nn.Module] = []
     for block in encoder.layers:
         for slot, module in KINDS[config.kind].modules(block, config).items():
@@ -65,8 +63,8 @@ def plug_in(encoder: Encoder, config: DeltaConfig) -> list[nn.Module]:
 
 
 def attach(base: Base, config: DeltaConfig, num_outputs: int, seed: int) -> Classifier:
-    """`base` with a fresh delta and head, ready to be tuned: what the kind trains is a copy that requires a gradient, the rest is frozen
-    and shares the base's memory. Its logits before tuning are those of base + head, whatever the kind."""
+    """`base` with a fresh delta and head, whose logits are those of base + head: what the kind trains is a copy that requires a gradient,
+    the rest is frozen and shares the base's memory."""
     trains = KINDS[config.check().kind].trains
     shared = {id(p): p for name, p in base.encoder.named_parameters() if not trains(name)}
     encoder = copy.deepcopy(base.encoder, memo=dict(shared))
@@ -106,18 +104,25 @@ class Delta:
         head = self.head | {name: self.head[name][rows] for name in ("out.weight", "out.bias")}
         return replace(self, head=head, info=self.info | {"labels": list(labels)})
 
+    def tensors(self, with_head: bool = True) -> dict[str, Tensor]:
+        """All tensors by part and name, as in delta.safetensors: 'diffs.embeddings.word.weight'."""
+        return {f"{part}.{k}": v for part in PARTS if with_head or part != "head" for k, v in getattr(self, part).items()}
+
+    def map(self, change: Callable[[str, Tensor], Tensor]) -> "Delta":
+        """The delta with change(name, tensor) in place of every tensor, by the names of `tensors`."""
+        return replace(self, **{part: {k: change(f"{part}.{k}", v) for k, v in getattr(self, part).items()} for part in PARTS})
+
     def role(self, name: str) -> str:
-        """INPUT, OUTPUT or ADDED: how a tensor of `modules` takes part in sums and multiples (rt/kinds.py)."""
-        roles = [role for part, role in KINDS[self.config.kind].roles.items() if part in name]
+        """INPUT, OUTPUT or ADDED: how a tensor takes part in sums and multiples (rt/kinds.py)."""
+        roles = [role for part, role in KINDS[self.config.kind].roles.items() if part in name] if name.startswith("modules.") else [ADDED]
         if len(roles) != 1:
             raise InputError(f"the kind {self.config.kind} does not say how its tensor {name} is added and scaled")
         return roles[0]
 
     def __mul__(self, a: float) -> "Delta":
-        """a * d changes the base's function by `a` times as much: the last, linear part of a module is scaled. So is the head, which makes
-        0.5 * d + 0.5 * d equal d; apply(base, d, scale=a) scales the change alone."""
-        return replace(self, diffs={k: a * v for k, v in self.diffs.items()}, head={k: a * v for k, v in self.head.items()},
-                       modules={k: v if self.role(k) == INPUT else a * v for k, v in self.modules.items()})
+        """a * d changes the base's function by `a` times as much: the last, linear part of a module is scaled. The head is scaled too, so
+        that 0.5 * d + 0.5 * d is d; apply(base, d, scale=a) scales the change alone."""
+        return self.map(lambda name, v: v if self.role(name) == INPUT else a * v)
 
     __rmul__ = __mul__
 
@@ -129,37 +134,29 @@ class Delta:
 
     def __add__(self, other: "Delta") -> "Delta":
         """Raises InputError unless both are of one kind, base and set of labels, and the kind has sums."""
-        for what, mine, theirs in (("kinds", self.config.kind, other.config.kind),
-                                   ("bases", self.info.get("base"), other.info.get("base")),
-                                   ("labels", self.info.get("labels"), other.info.get("labels")),
-                                   ("tensors", [*self.diffs, *self.modules], [*other.diffs, *other.modules])):
-            if mine != theirs:
-                raise InputError(f"deltas of different {what} cannot be added: {str(mine)[:80]} and {str(theirs)[:80]}")
-        kind = KINDS[self.config.kind]
+        theirs, kind = other.tensors(), KINDS[self.config.kind]
+        for what, a, b in (("kinds", self.config.kind, other.config.kind), ("bases", self.info.get("base"), other.info.get("base")),
+                           ("labels", self.info.get("labels"), other.info.get("labels")), ("tensors", [*self.tensors()], [*theirs])):
+            if a != b:
+                raise InputError(f"deltas of different {what} cannot be added: {str(a)[:80]} and {str(b)[:80]}")
         if kind.joined is None:
             raise InputError(f"{self.config.kind} deltas have no sum: what they compute is not linear in their weights")
 
-        def side_by_side(name: str, a: Tensor, b: Tensor) -> Tensor:
+        def joined(name: str, v: Tensor) -> Tensor:
             if (role := self.role(name)) == INPUT:
-                return torch.cat([a, b])
-            a, b = kind.scaling(self.config) * a, kind.scaling(other.config) * b
-            return torch.cat([a, b], dim=1) if role == OUTPUT else a + b
+                return torch.cat([v, theirs[name]])
+            if role == OUTPUT:
+                return torch.cat([kind.scaling(self.config) * v, kind.scaling(other.config) * theirs[name]], dim=1)
+            return v + theirs[name]
 
-        return replace(self, config=kind.joined(self.config, other.config),
-                       diffs={k: v + other.diffs[k] for k, v in self.diffs.items()},
-                       modules={k: side_by_side(k, v, other.modules[k]) for k, v in self.modules.items()},
-                       head={k: v + other.head[k] for k, v in self.head.items()})
+        return replace(self.map(joined), config=kind.joined(self.config, other.config))
 
 
 def extract(model: Classifier, base: Base, config: DeltaConfig, info: dict) -> Delta:
     """The delta that makes `model` out of `base`; its tensors are copies on the CPU."""
-    own = dict(base.encoder.named_parameters())
-    diffs, modules = {}, {}
-    for name, p in model.encoder.named_parameters():
-        if name not in own:
-            modules[name] = p.detach().cpu().clone()
-        elif p.requires_grad:
-            diffs[name] = (p.detach() - own[name].detach()).cpu()
+    own, weights = (dict(encoder.named_parameters()) for encoder in (base.encoder, model.encoder))
+    diffs = {k: (p.detach() - own[k].detach()).cpu() for k, p in weights.items() if k in own and p.requires_grad}
+    modules = {k: p.detach().cpu().clone() for k, p in weights.items() if k not in own}
     head = {k: v.detach().cpu().clone() for k, v in model.head.state_dict().items()}
     return Delta(config, diffs, modules, head, {**info, **origin(base)})
 
@@ -187,39 +184,33 @@ def apply(base: Base, delta: Delta, scale: float = 1.0, stale_ok: bool = False) 
 
 
 def merge(base: Base, delta: Delta, scale: float = 1.0, stale_ok: bool = False) -> dict[str, Tensor]:
-    """State dict (float32) of a plain encoder that computes what base + delta does. Raises InputError for kinds that add computation which
-    no weight of the base can hold (adapter, prefix)."""
+    """State dict (float32) of a plain encoder that computes what base + delta does. Raises InputError for adapter and prefix."""
     if not KINDS[delta.config.kind].is_mergeable:
         raise InputError(f"a delta of kind {delta.config.kind} cannot be merged into the base's weights")
     model = apply(base, delta, scale, stale_ok)
     merged = {k: v.detach().clone() for k, v in model.encoder.state_dict().items() if ".lora." not in k}
-    for i, block in enumerate(model.encoder.layers):
-        for name, module in block.named_children():
-            if getattr(module, "lora", None) is not None:
-                merged[f"layers.{i}.{name}.weight"] += module.lora.weight(module).detach()
+    for name, module in model.encoder.named_modules():
+        if getattr(module, "lora", None) is not None:
+            merged[f"{name}.weight"] += module.lora.weight(module).detach()
     return merged
 
 
-# --- what fits what ---------------------------------------------------------------------------------------------------
-
 def check_fits(base: Base, delta: Delta, stale_ok: bool) -> None:
-    """Raises InputError if `delta` cannot be put on `base` at all; StaleDelta if it was learned on another base of the same sizes and
-    tokenizer, unless `stale_ok`, which recycling sets."""
+    """Raises InputError if `delta` cannot be put on `base`; StaleDelta, unless `stale_ok`, if it can but was learned on another one."""
     try:
         theirs = EncoderConfig(**delta.info["encoder"])
     except TypeError:
         raise InputError("the delta does not hold the sizes of the encoder that it was learned on") from None
     check_sizes(base, theirs, "the delta was learned on")
     if delta.info["tokenizer"] != base.tokenizer.fingerprint and delta.info.get("vocabulary") != base.tokenizer.vocabulary:
-        raise InputError(f"the delta was learned with another tokenizer ({delta.info['tokenizer']}, the base has "
-                         f"{base.tokenizer.fingerprint}, of another vocabulary): its ids mean other words")
+        raise InputError("the delta was learned with another tokenizer than the base's, of another vocabulary: its ids mean other words")
     if delta.info["base"] != base.fingerprint and not stale_ok:
         raise StaleDelta(f"the delta was learned on base {delta.info['base']}, this is {base.fingerprint}: "
                          "recycle it with recycle.py, or give the base it belongs to")
 
 
 def check_sizes(base: Base, theirs: EncoderConfig, what: str) -> None:
-    """Raises InputError unless `theirs`, the encoder of `what`, has the tensors of the base's and computes the same function of them."""
+    """Raises InputError unless an encoder of the sizes `theirs` has the base's tensors and computes the same function of them."""
     mine = base.encoder.config
     for name in ("is_bert", *(f.name for f in fields(mine) if "dropout" not in f.name and f.name != "model_type")):
         if getattr(mine, name) != getattr(theirs, name):
@@ -227,7 +218,7 @@ def check_sizes(base: Base, theirs: EncoderConfig, what: str) -> None:
 
 
 def check_tensors(base: Base, delta: Delta) -> None:
-    """Raises InputError unless the delta's tensors are those of its kind and settings on `base`. Allocates nothing for what it claims."""
+    """Raises InputError unless the delta's tensors are those of its kind and settings on `base`. Allocates no tensor."""
     check_head(delta.head, base.encoder.config.hidden_size, "the delta's head")
     kind, own = delta.config.check().kind, dict(base.encoder.named_parameters())
     try:

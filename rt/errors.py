@@ -1,5 +1,4 @@
-"""Input that cannot be used. A message is one sentence: what is wrong and what to do. It names a setting in backticks, `lr`, which the
-scripts print as the flag that sets it."""
+"""Input that cannot be used. A message says what is wrong and what to do, with settings in backticks, `lr`: scripts print the flag."""
 
 
 class InputError(ValueError):

@@ -6,16 +6,15 @@
     bitfit    the biases (Ben Zaken et al., 2022)
     prefix    learned keys and values in every layer (Li & Liang, 2021), behind a gate that starts closed
 
-A new kind is one module class, whose `reset` makes it the identity, and one row of KINDS; settings of its own are fields of DeltaConfig.
+A new kind is a module class, whose `reset` makes it the identity, and a row of KINDS; its settings are fields of DeltaConfig.
 """
 import math
 from dataclasses import dataclass, field, replace
 from typing import Callable
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from rt.errors import InputError
 from rt.limits import PositiveInt
@@ -34,16 +33,14 @@ class DeltaConfig:
 
     def check(self) -> "DeltaConfig":
         """The same config. Raises InputError if no delta can have these settings."""
-        if self.kind not in KINDS:
-            raise InputError(f"delta {self.kind!r}: not one of {', '.join(KINDS)}")
-        for name, value in vars(self).items():
-            if name in ("bottleneck", "r", "prefix_len") and (type(value) is not int or not 0 < value < 2**31):
+        for what, names, table in (("delta", [self.kind], KINDS), ("target module", self.target_modules, TARGETS)):
+            if wrong := [name for name in names if not isinstance(name, str) or name not in table]:
+                raise InputError(f"{what} {wrong[0]!r}: not one of {', '.join(table)}")
+        for name in ("bottleneck", "r", "prefix_len"):
+            if type(value := getattr(self, name)) is not int or not 0 < value < 2**31:
                 raise InputError(f"{name} {value!r} of a delta: must be a whole number above zero")
         if type(self.lora_alpha) not in (int, float) or not math.isfinite(self.lora_alpha):
             raise InputError(f"lora_alpha {self.lora_alpha!r} of a delta: must be a number")
-        for name in self.target_modules:
-            if not isinstance(name, str) or name not in TARGETS:
-                raise InputError(f"target module {name!r}: not one of {', '.join(TARGETS)}")
         return self
 
     @property
@@ -59,20 +56,18 @@ INPUT, OUTPUT, ADDED = "input", "output", "added"
 
 @dataclass(frozen=True)
 class Kind:
-    """A row of KINDS. The module that `modules` puts into a slot of a Block has `reset(generator)`; one in a slot `lora` is called with
-    (x, y) and, if the kind is mergeable, has `weight(linear)`, the update as a matrix."""
+    """A row of KINDS. Modules have `reset(generator)`; that of a slot `lora` is called with (x, y) and may have `weight(linear)`."""
     modules: Callable[[Block, DeltaConfig], dict[str, nn.Module]] = lambda block, config: {}    # by slot, not yet reset
     trains: Callable[[str], bool] = lambda name: False      # whether the base's own weight of this name is trained
     settings: tuple[str, ...] = ()                          # the fields of DeltaConfig that it uses
     roles: dict[str, str] = field(default_factory=dict)     # part of a tensor's name -> INPUT, OUTPUT or ADDED
     scaling: Callable[[DeltaConfig], float] = lambda config: 1.0            # the factor that a module puts before its OUTPUT
     joined: Callable[[DeltaConfig, DeltaConfig], DeltaConfig] | None = lambda a, b: a   # settings of a sum, scaling 1; None: no sum
-    is_mergeable: bool = False                              # whether plain weights can do the same
+    is_mergeable: bool = False                              # whether plain weights can do the same, by the module's `weight` if it has one
 
 
 class Adapter(nn.Module):
     """x + up(gelu(down(x))). `up` starts at zero, so a new adapter is the identity."""
-
     def __init__(self, hidden_size: int, bottleneck: int):
         super().__init__()
         self.down = Linear(hidden_size, bottleneck)
@@ -86,10 +81,6 @@ class Adapter(nn.Module):
         return x + self.up(F.gelu(self.down(x)))
 
 
-def adapters(block: Block, c: DeltaConfig) -> dict[str, nn.Module]:
-    return {slot: Adapter(block.qkv.in_features, c.bottleneck) for slot in ("adapter_attention", "adapter_ffn")}
-
-
 # what PEFT's target_modules mean here: the Linear of a Block, and for the fused qkv which third of its output rows
 TARGETS = {"query": ("qkv", 0), "key": ("qkv", 1), "value": ("qkv", 2), "attention.output.dense": ("attention_output", None),
            "intermediate.dense": ("intermediate", None), "output.dense": ("output", None)}
@@ -97,7 +88,6 @@ TARGETS = {"query": ("qkv", 0), "key": ("qkv", 1), "value": ("qkv", 2), "attenti
 
 class LoRA(nn.Module):
     """y + scaling * B A x on the output rows of each target of one Linear. B starts at zero."""
-
     def __init__(self, linear: nn.Linear, targets: dict[str, int | None], r: int, lora_alpha: float):
         super().__init__()
         rows = linear.out_features // (3 if None not in targets.values() else 1)
@@ -128,15 +118,16 @@ class LoRA(nn.Module):
 
 
 def loras(block: Block, c: DeltaConfig) -> dict[str, nn.Module]:
-    """One a Linear, for all of its targets."""
-    names = dict.fromkeys(TARGETS[target][0] for target in c.target_modules)
-    targets = {name: {t: TARGETS[t][1] for t in c.target_modules if TARGETS[t][0] == name} for name in names}
-    return {f"{name}.lora": LoRA(getattr(block, name), targets[name], c.r, c.lora_alpha) for name in names}
+    """One for each Linear, for all of its targets."""
+    targets: dict[str, dict[str, int | None]] = {}
+    for target in c.target_modules:
+        name, third = TARGETS[target]
+        targets.setdefault(name, {})[target] = third
+    return {f"{name}.lora": LoRA(getattr(block, name), own, c.r, c.lora_alpha) for name, own in targets.items()}
 
 
 class Prefix(nn.Module):
     """Keys and values of `prefix_len` learned positions for one layer, and one gate a head that starts at zero."""
-
     def __init__(self, prefix_len: int, num_heads: int, head_size: int):
         super().__init__()
         self.k = nn.Parameter(torch.empty(prefix_len, num_heads, head_size))
@@ -152,19 +143,16 @@ class Prefix(nn.Module):
         return self.k, self.v, self.gate
 
 
-def prefixes(block: Block, c: DeltaConfig) -> dict[str, nn.Module]:
-    return {"prefix": Prefix(c.prefix_len, block.num_heads, block.qkv.in_features // block.num_heads)}
-
-
 KINDS = {
     "full": Kind(trains=lambda name: True, is_mergeable=True),
-    "adapter": Kind(adapters, trains=lambda name: "norm." in name, settings=("bottleneck",),
+    "adapter": Kind(lambda b, c: {slot: Adapter(b.qkv.in_features, c.bottleneck) for slot in ("adapter_attention", "adapter_ffn")},
+                    trains=lambda name: "norm." in name, settings=("bottleneck",),
                     roles={".down.": INPUT, ".up.weight": OUTPUT, ".up.bias": ADDED},
                     joined=lambda a, b: replace(a, bottleneck=a.bottleneck + b.bottleneck)),
     "lora": Kind(loras, settings=("r", "lora_alpha", "target_modules"), roles={".lora.A.": INPUT, ".lora.B.": OUTPUT},
                  scaling=lambda c: c.lora_alpha / c.r, joined=lambda a, b: replace(a, r=a.r + b.r, lora_alpha=float(a.r + b.r)),
                  is_mergeable=True),
     "bitfit": Kind(trains=lambda name: name.endswith(".bias"), is_mergeable=True),
-    # the softmax over a prefix is not linear in its keys: no sum
-    "prefix": Kind(prefixes, settings=("prefix_len",), roles={".prefix.k": INPUT, ".prefix.v": INPUT, ".prefix.gate": ADDED}, joined=None),
+    "prefix": Kind(lambda b, c: {"prefix": Prefix(c.prefix_len, b.num_heads, b.qkv.in_features // b.num_heads)}, settings=("prefix_len",),
+                   roles={".prefix.k": INPUT, ".prefix.v": INPUT, ".prefix.gate": ADDED}, joined=None),     # no sum: softmax is not linear
 }

@@ -6,19 +6,17 @@
     attention KL(teacher's attention map || student's), mean over layers, heads and query tokens of the batch
     total     (1 - alpha) task + alpha KD + beta patience + gamma attention
 
-Interpolation distillation: KD and patience are averaged over the student itself, mu = 1, and `itp` points of the straight line
-theta(mu) = (1 - mu) teacher + mu student through all their weights, mu ~ U(0, 1) drawn anew at every step. The gradient of a point reaches
-the student alone, times mu. Each point costs a step's time and holds one copy of all weights until the backward pass.
-
-A new term is a function like `patience`, its row in TERMS, and the field of DistillConfig that weighs it.
+Interpolation distillation averages KD and patience over the student itself, mu = 1, and `itp` points theta(mu) = (1 - mu) teacher + mu
+student on the line through all their weights, mu ~ U(0, 1) drawn at every step. A point's gradient reaches the student alone, times mu; it
+costs a step's time and a copy of all weights. A new term is a function like `patience`, its row in TERMS, and the field of DistillConfig
+that weighs it.
 """
 from dataclasses import dataclass
 from typing import Callable, Literal
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from kernels import attention_kd, hidden_mse, kd_loss
@@ -112,9 +110,8 @@ class Loss:
         """(B,): alpha KD + beta patience, and with `labels` (1 - alpha) task too."""
         c, t = self.config, self.teacher.logits[batch.index]
         if self.is_regression or c.public_code:
-            rows = c.alpha * self.kd(logits, t, c.T)
-            if labels is not None:
-                rows = (1 - c.alpha) * task_loss(logits, labels, self.is_regression) + rows
+            task = 0.0 if labels is None else (1 - c.alpha) * task_loss(logits, labels, self.is_regression)
+            rows = task + c.alpha * self.kd(logits, t, c.T)
         else:
             rows = kd_loss(logits, t, labels, alpha=c.alpha, T=c.T)
         for name in AT_POINTS:
@@ -136,14 +133,12 @@ class Loss:
 
     def layers(self, model: Classifier) -> tuple[int, ...]:
         """The layers whose attention maps are compared, in student or teacher."""
-        count = len(model.encoder.layers)
-        return () if not self.config.gamma else (count - 1,) if self.config.att_layers == "last" else tuple(range(count))
+        layers = tuple(range(len(model.encoder.layers))) if self.config.gamma else ()
+        return layers if self.config.att_layers == "all" else layers[-1:]
 
-
-# --- terms: (loss, the student's logits and activations, batch) -> (B,) or a scalar, the mean over the batch ------------
 
 def patience(loss: Loss, logits: Tensor, activations: Activations, batch: Batch) -> Tensor:
-    """(B,)"""
+    """A term: (B,), or a scalar, the mean over the batch."""
     return hidden_mse(activations.states, loss.teacher.states, batch.index) * (0.5 if loss.config.public_code else 1.0)
 
 
@@ -159,11 +154,14 @@ TERMS: dict[str, Callable[[Loss, Tensor, Activations, Batch], Tensor]] = {"beta"
 AT_POINTS = ("beta",)   # imposed at the points of interpolation too; the others on the student alone
 
 
-# --- a model as a function of weights that are not its own ------------------------------------------------------------
-
 def weights_of(model: Classifier) -> Weights:
     """All weights, trained and frozen, encoder and head, detached."""
     return {k: p.detach() for k, p in model.named_parameters()}
+
+
+def trained_weights(model: nn.Module) -> Weights:
+    """The parameters that require a gradient."""
+    return {k: p for k, p in model.named_parameters() if p.requires_grad}
 
 
 def lerp(a: Weights, b: Weights, mu: float) -> Weights:
@@ -172,9 +170,7 @@ def lerp(a: Weights, b: Weights, mu: float) -> Weights:
 
 
 class Reweighted(nn.Module):
-    """`model` with `weights()` in place of its own weights, made anew at each call. Nothing of `model` is changed, and gradients reach
-    whatever `weights` is made of."""
-
+    """`model`, which is not changed, with `weights()` in place of its own at each call. Gradients reach what `weights` is made of."""
     def __init__(self, model: Classifier, weights: Callable[[], Weights]):
         super().__init__()
         self.model, self.weights = model, weights

@@ -1,19 +1,15 @@
 """RoBERTa on unpadded batches: post-LN encoder, tied masked-LM head, classification head.
 
-A batch has no padding: the tokens of B sequences lie end to end, and everything but attention works on (N, d). Only the embeddings,
-`attention_qkv(qkv, cu_seqlens, max_seqlen)` and the heads know where a sequence begins. The function computed is exactly RoBERTa's
-(Liu et al., 2019): learned positions counted from pad_id + 1, exact GELU, LN after each residual. With model_type "bert" it is BERT's
-(Devlin et al., 2019): positions count from 0, and the second text of a pair has a token type of its own.
-
-A delta plugs into four slots: `Linear.lora`, `Block.adapter_attention`, `Block.adapter_ffn`, `Block.prefix`. They are None in a base;
-rt/kinds.py fills them.
+A batch has no padding: the tokens of B sequences lie end to end, (N, d), and only embeddings, attention and heads know where a sequence
+begins. The function computed is exactly RoBERTa's (Liu et al., 2019): learned positions counted from pad_id + 1, exact GELU, LN after each
+residual. With model_type "bert" it is BERT's (Devlin et al., 2019): positions count from 0, and the second text of a pair has a token type
+of its own. rt/kinds.py plugs deltas into four slots: `Linear.lora`, `Block.adapter_attention`, `Block.adapter_ffn`, `Block.prefix`.
 """
 from dataclasses import dataclass, field, replace
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels import add_norm, attention_qkv, dropout, layer_norm, site_seeds
 
@@ -67,8 +63,7 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; copies do not wait for the device."""
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
+        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)})
 
     @property
     def first(self) -> Tensor:
@@ -78,11 +73,10 @@ class Batch:
 
 @dataclass
 class Activations:
-    """What distillation compares, collected while an encoder runs: the <s> rows of the embedding output and of all layers but the last
-    (patience), and the queries and keys (N, H, D) of the layers in `attention`."""
-    attention: tuple[int, ...] = ()
-    rows: list[Tensor] = field(default_factory=list)
-    qk: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """What distillation compares, collected while an encoder runs."""
+    attention: tuple[int, ...] = ()                                     # layers whose queries and keys are collected
+    rows: list[Tensor] = field(default_factory=list)                    # <s> rows of the embedding output and of all layers but the last
+    qk: list[tuple[Tensor, Tensor]] = field(default_factory=list)       # (N, H, D) each
 
     @property
     def states(self) -> Tensor:
@@ -90,16 +84,17 @@ class Activations:
         return torch.stack(self.rows, dim=1)
 
 
-def draw_seed(device: torch.device) -> Tensor:
-    """(1,) dropout seed from torch's default generator, for a batch that brings none."""
-    return torch.randint(2**63 - 1, (1,), device=device)
+def seeds_of(batch: Batch) -> Tensor:
+    """(K,) dropout seeds of the batch; one drawn from torch's default generator if it has none."""
+    return torch.randint(2**63 - 1, (1,), device=batch.ids.device) if batch.seeds is None else batch.seeds
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear of rows (N, in). For K runs side by side, weight (K, out, in) or bias (K, out) or both apply to N / K rows each."""
+    if weight.ndim == 2 and (bias is None or bias.ndim == 1):
+        return F.linear(x, weight, bias)
     if weight.ndim == 2:
-        y = F.linear(x, weight, bias if bias is None or bias.ndim == 1 else None)
-        return y if bias is None or bias.ndim == 1 else (y.view(len(bias), -1, len(weight)) + bias[:, None]).view(y.shape)
+        return (F.linear(x, weight).view(len(bias), -1, len(weight)) + bias[:, None]).flatten(0, 1)
     x = x.view(len(weight), -1, x.shape[-1])
     y = x @ weight.mT if bias is None else torch.baddbmm(bias[:, None], x, weight.mT)
     return y.view(-1, weight.shape[1])
@@ -107,7 +102,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 class SelectRows(torch.autograd.Function):
     """x -> (x, x[rows]). The backward adds the rows' gradient to x's; plain indexing would fill a second (N, d) with zeros."""
-
     @staticmethod
     def forward(ctx, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(rows)
@@ -120,7 +114,6 @@ class SelectRows(torch.autograd.Function):
 
 class Linear(nn.Linear):
     """nn.Linear, (N, in) -> (N, out), with a slot for a low-rank update. Here and below, weights may have a leading K: see `linear`."""
-
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features)
         self.lora: nn.Module | None = None
@@ -132,7 +125,6 @@ class Linear(nn.Linear):
 
 class LayerNorm(nn.LayerNorm):
     """LN(x), or with a residual branch h: LN(x + dropout(h))."""
-
     def forward(self, x: Tensor, h: Tensor | None = None, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
         if h is None:
             return layer_norm(x, self.weight, self.bias, self.eps)
@@ -140,9 +132,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Embeddings(nn.Module):
-    """Word + position, LN, dropout: ids (N,) and cu_seqlens (B + 1,) -> (N, d). The first token type is folded into the position table
-    (rt/formats/hf.py does it); BERT's `second_type` is the second type minus the first."""
-
+    """Word + position, LN, dropout. The position table includes the first token type; BERT's `second_type` is the second minus it."""
     def __init__(self, config: EncoderConfig):
         super().__init__()
         d = config.hidden_size
@@ -154,6 +144,7 @@ class Embeddings(nn.Module):
         self.first_position, self.sep_id = config.first_position, -1 if config.sep_id is None else config.sep_id
 
     def forward(self, ids: Tensor, cu_seqlens: Tensor, seed: Tensor | None = None) -> Tensor:
+        """(N,) and (B + 1,) -> (N, d)"""
         rows = torch.arange(len(ids), device=ids.device, dtype=cu_seqlens.dtype)
         sequence = torch.searchsorted(cu_seqlens, rows, right=True) - 1   # (N,) the sequence that a row belongs to
         first = cu_seqlens[sequence]                                      # (N,) where that sequence begins
@@ -168,7 +159,6 @@ class Embeddings(nn.Module):
 
 class Block(nn.Module):
     """Attention and feed-forward, each followed by residual and LN (post-LN)."""
-
     def __init__(self, config: EncoderConfig):
         super().__init__()
         d, eps = config.hidden_size, config.layer_norm_eps
@@ -180,13 +170,10 @@ class Block(nn.Module):
         self.output = Linear(config.ffn_size, d)
         self.output_norm = LayerNorm(d, eps=eps)
         self.dropout, self.attention_dropout = config.dropout, config.attention_dropout
-        self.adapter_attention: nn.Module | None = None
-        self.adapter_ffn: nn.Module | None = None
-        self.prefix: nn.Module | None = None
+        self.adapter_attention = self.adapter_ffn = self.prefix = None     # slots: rt/kinds.py
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, seeds: Tensor | None = None, qk: list | None = None) -> Tensor:
-        """(N, d) -> (N, d). `seeds` (3, K) are for dropout on the attention map and after each half; None: nothing is dropped.
-        Queries and keys are appended to `qk` if it is given."""
+        """(N, d) -> (N, d). `seeds` (3, K): for dropout of attention map and halves, None: no dropout. Appends queries and keys to `qk`."""
         N, d = x.shape
         seed_map, seed_attention, seed_output = (None,) * 3 if seeds is None else seeds
         qkv = self.qkv(x).view(N, 3, self.num_heads, d // self.num_heads)
@@ -208,7 +195,6 @@ class Block(nn.Module):
 
 class Encoder(nn.Module):
     """Token ids to contextual vectors."""
-
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.config = config
@@ -217,9 +203,8 @@ class Encoder(nn.Module):
 
     def forward(self, batch: Batch, activations: Activations | None = None) -> Tensor:
         """(N, d); fills `activations` if given. In training, `batch.seeds` determine what dropout drops."""
-        first, seeds = batch.first, None
-        if self.training:
-            seeds = site_seeds(draw_seed(batch.ids.device) if batch.seeds is None else batch.seeds, range(3 * len(self.layers) + 1))
+        first = batch.first
+        seeds = site_seeds(seeds_of(batch), range(3 * len(self.layers) + 1)) if self.training else None
         x = self.embeddings(batch.ids, batch.cu_seqlens, None if seeds is None else seeds[-1])
         for i, layer in enumerate(self.layers):
             if activations is not None:
@@ -232,7 +217,6 @@ class Encoder(nn.Module):
 
 class MLMHead(nn.Module):
     """dense + GELU + LN, then scores over the vocabulary with the word embeddings as weights (tied) and a bias."""
-
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
@@ -246,7 +230,6 @@ class MLMHead(nn.Module):
 
 class MaskedLM(nn.Module):
     """A base with its pre-training head."""
-
     def __init__(self, encoder: Encoder, head: MLMHead):
         super().__init__()
         self.encoder, self.head = encoder, head
@@ -263,7 +246,6 @@ class MaskedLM(nn.Module):
 
 class ClassificationHead(nn.Module):
     """RoBERTa's: dropout, dense, tanh, dropout, out, on the <s> row."""
-
     def __init__(self, hidden_size: int, num_labels: int, dropout: float = 0.1):
         super().__init__()
         self.dense = Linear(hidden_size, hidden_size)
@@ -279,7 +261,6 @@ class ClassificationHead(nn.Module):
 
 class Classifier(nn.Module):
     """An encoder (with a delta's modules in its slots) and the task head."""
-
     def __init__(self, encoder: Encoder, head: ClassificationHead):
         super().__init__()
         self.encoder, self.head = encoder, head
@@ -288,7 +269,7 @@ class Classifier(nn.Module):
         """(B, C) logits; fills `activations` if given. In training, `batch.seeds` determine what dropout drops."""
         if not self.training:
             return self.head(self.encoder(batch, activations)[batch.first])
-        batch = batch if batch.seeds is not None else replace(batch, seeds=draw_seed(batch.ids.device))
+        batch = replace(batch, seeds=seeds_of(batch))
         return self.head(self.encoder(batch, activations)[batch.first], site_seeds(batch.seeds, range(-2, 0)))
 
 
@@ -302,16 +283,16 @@ def init_weights(module: nn.Module, generator: torch.Generator, std: float = 0.0
 
 
 def new_masked_lm(config: EncoderConfig, seed: int) -> MaskedLM:
-    """A freshly initialised base. RoBERTa's std of 0.02 at width 768 is scaled with 1/sqrt(width), without which narrow post-LN encoders
-    stay long at the loss of word frequencies. The pad row of the word table starts at zero, as RoBERTa's does."""
+    """A freshly initialised base."""
     model = MaskedLM(Encoder(config), MLMHead(config))
+    # RoBERTa's 0.02 at width 768, scaled: otherwise narrow post-LN encoders stay long at the loss of word frequencies
     init_weights(model, torch.Generator().manual_seed(seed), std=0.02 * (768 / config.hidden_size) ** 0.5)
-    model.encoder.embeddings.word.weight.data[config.pad_id] = 0.0
+    model.encoder.embeddings.word.weight.data[config.pad_id] = 0.0      # as in RoBERTa
     return model
 
 
 def set_dropout(model: nn.Module, p: float) -> None:
-    """Use dropout `p` everywhere in `model` from now on; its config, and so its checkpoints, keep their own."""
+    """Use dropout `p` everywhere in `model`; its config, and so its checkpoints, keep their own."""
     for module in model.modules():
         for name in {"dropout", "attention_dropout"} & set(vars(module)):
             setattr(module, name, p)

@@ -14,8 +14,7 @@ MOST_SKIPPED = 10   # in a row: an unlucky batch or an overflow passes in one or
 
 def adamw(parameters: Iterable[Parameter], lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.98),
           make: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW) -> torch.optim.Optimizer:
-    """Fused AdamW (or what `make` makes) on the parameters that require a gradient. Matrices decay; biases, LN weights and gates do not
-    (nanoGPT's rule)."""
+    """Fused AdamW (or what `make` returns) on what requires a gradient. Matrices decay; biases, LN weights and gates do not."""
     trained = [p for p in parameters if p.requires_grad]
     groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
               {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
@@ -24,9 +23,7 @@ def adamw(parameters: Iterable[Parameter], lr: float, weight_decay: float, betas
 
 def schedule(step: int, steps: int, warmup: int, peak: float) -> float:
     """Learning rate of step 0 ... steps-1: linear up to `peak` over `warmup` steps, then linear down to zero at `steps`."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * (steps - step) / max(1, steps - warmup)
+    return peak * (step + 1) / warmup if step < warmup else peak * (steps - step) / max(1, steps - warmup)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
@@ -36,21 +33,18 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
 
 
 def not_finite(loss: Tensor, norm: Tensor) -> Tensor:
-    """1.0 if a step is to be skipped, else 0.0, for losses and gradient norms of one shape; stays on their device."""
+    """1.0 if a step is to be skipped, else 0.0, for losses and gradient norms of one shape, on their device."""
     return (~(loss.isfinite() & norm.isfinite())).float()
 
 
 def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
-    """optimizer.step(), which changes nothing (no weight, no moment, no count of steps) if `skip`, a scalar on the device, is 1. Fused
-    AdamW takes the tensor that torch.amp.GradScaler gives it, so that the host never waits."""
-    own = getattr(optimizer, "optim", optimizer)    # ZeRO's optimizer of this rank
-    own.found_inf = skip
+    """optimizer.step(), without any effect if `skip`, a scalar on the device, is 1. Fused AdamW reads it there: the host never waits."""
+    getattr(optimizer, "optim", optimizer).found_inf = skip     # ZeRO: the optimizer of this rank
     optimizer.step()
 
 
 class SkipTracker:
     """Losses and skipped steps of a loop, summed up on the device until `read`."""
-
     def __init__(self, device: torch.device):
         self.sums, self.row, self.steps = torch.zeros(3, device=device), torch.zeros((), device=device), 0  # loss, skipped, longest row
 
@@ -64,8 +58,7 @@ class SkipTracker:
         return skip
 
     def read(self) -> tuple[float | None, int, bool]:
-        """Since the last read: mean loss of the steps that were taken (None if there were none), number of skipped steps, whether more than
-        MOST_SKIPPED in a row were skipped."""
+        """Since the last read: mean loss of the steps taken (None: none), number of steps skipped, whether over MOST_SKIPPED in a row."""
         loss, skipped, longest = self.sums.tolist()
         taken, self.steps, self.sums = self.steps - skipped, 0, torch.zeros_like(self.sums)
         return loss / taken if taken else None, int(skipped), longest > MOST_SKIPPED
@@ -82,9 +75,9 @@ def memory_for(what: str, lower: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise InputError(f"{what} did not fit into memory: lower {lower}") from None
+        if is_out_of_memory(error):
+            raise InputError(f"{what} did not fit into memory: lower {lower}") from None
+        raise
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -92,6 +85,6 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def derive_seed(*keys: int) -> int:
-    """A 63-bit seed that is a function of `keys` (run seed, stage, step, rank ...): restarting needs no generator state."""
+    """A 63-bit seed that is a function of `keys` (run seed, stage, step, rank ...): resuming needs no generator state."""
     high, low = np.random.SeedSequence(keys).generate_state(2)
     return (int(high) << 32 | int(low)) >> 1

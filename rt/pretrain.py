@@ -33,9 +33,7 @@ def mlm_loss(model: MaskedLM, batch: Batch) -> Tensor:
 
 
 class MLMLoss(nn.Module):
-    """The share of a microbatch, one of `parts`, in the loss of its step. It is a module because DistributedDataParallel sees nothing
-    outside a forward."""
-
+    """The share of one of `parts` microbatches in the loss of its step; a module, because DistributedDataParallel wraps a forward."""
     def __init__(self, model: MaskedLM, parts: int, precision: torch.dtype):
         super().__init__()
         self.model, self.parts, self.precision = model, parts, precision
@@ -46,8 +44,7 @@ class MLMLoss(nn.Module):
 
 
 def microbatches(rows: Rows, s: PretrainSettings, rank: int = 0, world: int = 1, start: int = 0) -> Iterator[Batch]:
-    """A rank's batches from step `start` on, `accumulation` of them a step, each with the seed of its dropout masks. All of it is a
-    function of (seed, step, microbatch), so that ranks and accumulation can stand in for each other."""
+    """A rank's batches from step `start` on, `accumulation` a step, with dropout seeds; all are functions of (seed, step, microbatch)."""
     for step in range(start, s.steps):
         for part in range(s.accumulation):
             batch = rows.batch(step, s.batch_tokens, rank, world, part, s.accumulation)

@@ -1,4 +1,4 @@
-"""Ways to reuse an outdated delta on a new base. A mode is where training starts and what it minimises (MODES):
+"""Ways to reuse an outdated delta on a new base (many runs at once: rt/speed/multi_run.py). A mode is a start and a loss:
 
     scratch        fresh delta and head on the new base, tuned: the baseline
     apply          the old delta on the new base as it is; nothing is trained
@@ -6,8 +6,6 @@
     distill        fresh delta, taught by old base + old delta
     init+distill   both
     project        the old delta through a map learned on other tasks (rt/transport.py); nothing is trained on this one
-
-`chain` follows a mode along several bases. rt/speed/multi_run.py does many runs side by side.
 """
 import time
 from dataclasses import dataclass, replace
@@ -20,9 +18,9 @@ from rt.deltas import Base, Delta, apply, attach, check_fits, extract, new_head
 from rt.errors import InputError
 from rt.kinds import DeltaConfig
 from rt.losses import DistillConfig, Loss, TeacherCache, run_teacher, weights_of
-from rt.model import Batch, Classifier
+from rt.model import Classifier
 from rt.transport import Projection, project
-from rt.tune import TuneResult, TuneSettings, evaluate, plain_gradient, score, tune
+from rt.tune import Hook, TuneResult, TuneSettings, ignore, plain_gradient, tune
 
 
 @dataclass
@@ -37,34 +35,23 @@ class Recycling:
     distill: DistillConfig
     device: torch.device
     precision: torch.dtype
-    on_step: Callable[[Batch], None] = lambda batch: None
-    on_eval: Callable[[dict], None] = lambda row: None
+    on_step: Hook = ignore
+    on_eval: Hook = ignore
     make_gradient: Callable = plain_gradient
     teacher: TeacherCache | None = None     # its outputs on data.train, once a mode has needed them
     projection: Projection | None = None    # for project, learned beforehand
 
 
 def recycle(r: Recycling, mode: str) -> tuple[Classifier, TuneResult]:
-    """The model for the new base, tuned (or, with apply and project, put together), and its scores. Its seconds count the evaluations, and
-    the teacher's run if this is the first to need it."""
+    """The model for the new base and its scores. Its seconds count evaluations, and the teacher's run if this is the first to need it."""
     check(r, mode)
     started = time.perf_counter()
     model, loss = MODES[mode].start(r), MODES[mode].loss
-    if loss is None:
-        result = scored(r, model)
-    else:
-        result = tune(model, r.data, loss(r), r.settings, device=r.device, precision=r.precision, on_step=r.on_step, on_eval=r.on_eval,
-                      make_gradient=r.make_gradient)
+    settings = r.settings if loss else replace(r.settings, steps=0)     # nothing is trained: dev and test are scored
+    result = tune(model, r.data, (loss or plain_loss)(r), settings, device=r.device, precision=r.precision, on_step=r.on_step,
+                  on_eval=r.on_eval, make_gradient=r.make_gradient)
     result.seconds = time.perf_counter() - started
     return model, result
-
-
-def scored(r: Recycling, model: Classifier) -> TuneResult:
-    """The result of a mode without training."""
-    dev = evaluate(model, r.data.dev, r.device, r.precision)
-    test = evaluate(model, r.data.test, r.device, r.precision) if r.data.test is not None else {}
-    r.on_eval({"step": 0, "loss": None, "dev": dev})
-    return TuneResult(0, dev, test, [(0, score(dev))])
 
 
 def start_fresh(r: Recycling) -> Classifier:
@@ -145,17 +132,16 @@ def chain(r: Recycling, mode: str, bases: dict[str, Base]) -> Iterator[Link]:
         chain   Delta_{i+1} = recycle(M_i, Delta_i, M_{i+1}), the recycled delta recycled again
         direct  Delta_{i+1} = recycle(M_0, Delta_0, M_{i+1})
 
-    To M_1 both are one run, done once; scratch, which recycles nothing, has no route (None). r.base is not read. The rows given to
-    r.on_eval have their base and route too. Raises InputError before anything is trained.
-    """
+    Both routes to M_1 are one run; scratch, which recycles nothing, has no route (None). r.base is not read. r.on_eval gets base and route
+    too. Raises InputError before anything is trained."""
     if len({base.tokenizer.vocabulary for base in bases.values()}) > 1:
         raise InputError("the bases of a chain must have one vocabulary: the task is encoded once")
     for base in bases.values():
         check(replace(r, base=base), mode)
     last = r
     for i, (name, base) in enumerate(bases.items()):
-        both = [((None,), r)] if mode == "scratch" else [(("direct", "chain"), r)] if i == 0 else [(("direct",), r), (("chain",), last)]
-        for routes, start in both:
+        runs = [((None,), r)] if mode == "scratch" else [(("direct", "chain"), r)] if i == 0 else [(("direct",), r), (("chain",), last)]
+        for routes, start in runs:
             def on_eval(row: dict, name=name, routes=routes) -> None:
                 for route in routes:
                     r.on_eval({"base": name, "route": route, **row})
@@ -167,38 +153,30 @@ def chain(r: Recycling, mode: str, bases: dict[str, Base]) -> Iterator[Link]:
                 r.teacher = step.teacher    # the same for every base
             if "chain" in routes:
                 last = replace(r, old_base=base, old_delta=delta, teacher=None)
-            for route in routes:
-                yield Link(name, route, delta, result)
+            yield from (Link(name, route, delta, result) for route in routes)
 
 
 def check(r: Recycling, mode: str) -> None:
-    """Raises InputError if `mode` cannot be done with this old delta; before anything is trained."""
-    check_fits(r.old_base, r.old_delta, stale_ok=False)     # all modes assume that it was learned on the old base
-    if mode not in ("scratch", "init") and r.old_delta.labels != r.data.labels:
-        raise InputError(f"{mode} needs an old delta with the labels of the task; this one's are "
-                         f"{', '.join(r.old_delta.labels[:6]) or 'those of a regression'}: use `mode` init")
-    if mode in ("init", "init+distill") and r.old_delta.config.used != r.config.used:
-        raise InputError(f"{mode} continues the old delta ({r.old_delta.config.used}), which is not what is asked for "
-                         f"({r.config.used}): use the same `delta` and sizes, or `mode` distill")
-    if mode in ("apply", "init", "init+distill"):
-        check_fits(r.base, r.old_delta, stale_ok=True)
-    if mode in NEEDS_TEACHER:
-        check_teacher(r, mode)
-
-
-def check_teacher(r: Recycling, mode: str) -> None:
-    """Raises InputError if old and new base are too different for what distillation compares."""
-    old, new = r.old_base.encoder.config, r.base.encoder.config
+    """Raises InputError if `mode` cannot be done with this old delta, or with bases as different as these."""
+    old, starts_from_old = r.old_delta, MODES[mode].start is start_from_old
+    check_fits(r.old_base, old, stale_ok=False)     # all modes assume that it was learned on the old base
+    if mode not in ("scratch", "init") and old.labels != r.data.labels:
+        labels = ", ".join(old.labels[:6]) or "those of a regression"
+        raise InputError(f"{mode} needs an old delta with the task's labels; this one's are {labels}: use `mode` init")
+    if starts_from_old and mode in TRAINED and old.config.used != r.config.used:
+        raise InputError(f"{mode} continues the old delta: use its `delta` and sizes ({old.config.used}), or `mode` distill")
+    if starts_from_old:
+        check_fits(r.base, old, stale_ok=True)
+    if mode not in NEEDS_TEACHER:
+        return
+    c, was, now = r.distill, r.old_base.encoder.config, r.base.encoder.config
     if r.old_base.tokenizer.vocabulary != r.base.tokenizer.vocabulary:
         raise InputError(f"{mode} needs old and new base to have one vocabulary: the teacher reads the student's ids")
-    if r.distill.beta and (old.num_layers, old.hidden_size) != (new.num_layers, new.hidden_size):
-        raise InputError(f"`beta` compares hidden states layer by layer: old base {old.num_layers} layers x {old.hidden_size}, new base "
-                         f"{new.num_layers} x {new.hidden_size}: use `beta` 0")
-    if r.distill.gamma and (old.num_heads != new.num_heads or (r.distill.att_layers == "all" and old.num_layers != new.num_layers)):
-        raise InputError(f"`gamma` compares attention maps head by head: old base {old.num_layers} layers x {old.num_heads} heads, "
-                         f"new base {new.num_layers} x {new.num_heads}; heads must be as many, and with `att_layers` all the layers too")
-    if r.distill.itp:
-        check_fits(r.base, r.old_delta, stale_ok=True)
-        if r.old_delta.config.used != r.config.used:
-            raise InputError(f"`itp` draws a line between teacher and student, weight by weight, but the old delta is "
-                             f"{r.old_delta.config.used}, the new one {r.config.used}: use the same `delta` and sizes, or no `itp`")
+    if c.beta and (was.num_layers, was.hidden_size) != (now.num_layers, now.hidden_size):
+        raise InputError("`beta` compares hidden states: both bases must have as many layers and one hidden size; use `beta` 0")
+    if c.gamma and (was.num_heads != now.num_heads or c.att_layers == "all" and was.num_layers != now.num_layers):
+        raise InputError("`gamma` compares attention maps: both bases must have as many heads, and with `att_layers` all the layers too")
+    if c.itp:
+        check_fits(r.base, old, stale_ok=True)
+    if c.itp and old.config.used != r.config.used:
+        raise InputError(f"`itp` draws a line to the teacher, weight by weight: use `delta` and sizes of {old.config.used}, or no `itp`")

@@ -3,43 +3,34 @@
     w' = w W1 W2 + b        w (rows, m): trained weights of a delta;  W1 (m, r), W2 (r, m);  b as large as w
     w' = w + w W1 W2 + b    `residual`
 
-Two granularities. `flat`: all weights end to end are one row of m = n, as in the paper's public code: (2r + 1) n numbers. `tensor`: every
-tensor is a matrix, m its last dimension, with a W1 and W2 of its own (r at most m): n + 2 r x the sum of last dimensions. No n x n matrix
-exists in either. Training takes 16 bytes a number (weight, gradient, AdamW's moments): for all 125 M weights of RoBERTa-base at r = 16, 66
-GB flat and 2 GB by tensors; for its adapters, 1 GB flat.
+The first form keeps of an unseen delta what passes through r numbers a row; the residual form keeps the delta and adds to it.
 
-The start is W2 = 0 with W1 random, so large that w W1 is about 1, and b the mean of the sources' w; residual: b = 0. So training starts
-from `apply` of the mean source, or of the delta itself. The first form keeps of an unseen delta what passes through r numbers (of each
-row); the residual form keeps the delta and adds to it.
+Two granularities. `flat`: all n weights are one row, m = n, as in the paper's public code: (2r + 1) n numbers. `tensor`: every tensor is a
+matrix, m its last dimension, with its own W1 and W2 (r at most m): n + 2 r x the sum of last dimensions. Training takes 16 bytes a number:
+for all 125 M weights of RoBERTa-base at r = 16, 66 GB flat and 2 GB by tensors; for its adapters, 1 GB flat.
+
+At the start W2 = 0, W1 is random and so large that w W1 is about 1, and b is the mean of the sources' w, or 0 if residual: training starts
+from `apply` of the mean source, or of the delta itself.
 """
 from dataclasses import replace
 from functools import partial
-from typing import Callable, Literal, get_args
+from typing import Literal, get_args
 
 import torch
-import torch.nn as nn
-from torch import Tensor
+from torch import Tensor, nn
 
 from rt.data import TaskData
-from rt.deltas import PARTS, Base, Delta, apply, attach, check_fits
+from rt.deltas import Base, Delta, apply, attach, check_fits
 from rt.errors import InputError
 from rt.losses import DistillConfig, Loss, Reweighted, Weights, run_teacher
-from rt.model import Batch
-from rt.optim import autocast, memory_for
-from rt.tune import TuneSettings, evaluate, minimise, score, training_batch
+from rt.tune import Hook, TuneSettings, evaluate, ignore, minimise, plain_gradient, score, train_step
 
 Granularity = Literal["auto", "flat", "tensor"]     # auto: the public code's, flat, if that is small: for all kinds but full
 
 
-def tensors_of(delta: Delta, with_head: bool) -> dict[str, Tensor]:
-    """What is projected, by part and name as in delta.safetensors."""
-    return {f"{part}.{k}": v for part in PARTS if with_head or part != "head" for k, v in getattr(delta, part).items()}
-
-
 class Projection(nn.Module):
-    """The map, at its start. `sources` are the deltas that b and the scale of W1 are made of; every delta that is projected must have their
-    kind and sizes. Without `with_head` heads are no part of the map: tasks may have other numbers of labels."""
-
+    """The map, at its start: b and the scale of W1 come from `sources`, whose kind and sizes every projected delta must have. Without
+    `with_head` the map leaves heads out, and tasks may have other numbers of labels."""
     def __init__(self, sources: list[Delta], r: int, granularity: Granularity, residual: bool, with_head: bool, seed: int):
         super().__init__()
         if granularity not in get_args(Granularity):
@@ -48,7 +39,7 @@ class Projection(nn.Module):
             granularity = "tensor" if sources[0].config.kind == "full" else "flat"
         self.r, self.granularity, self.residual, self.with_head = r, granularity, residual, with_head
         self.used = sources[0].config.used
-        self.shapes = {k: v.shape for k, v in tensors_of(sources[0], with_head).items()}
+        self.shapes = {k: v.shape for k, v in sources[0].tensors(with_head).items()}
         self.W1, self.W2, self.b = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()   # one each a matrix
         generator = torch.Generator().manual_seed(seed)
         for same in zip(*(self.rows(delta) for delta in sources)):
@@ -62,17 +53,16 @@ class Projection(nn.Module):
         self.best_step, self.dev = 0, {}
 
     def rows(self, delta: Delta) -> list[Tensor]:
-        """The delta as matrices (rows, m): one, or one a tensor. Raises InputError if its kind or sizes are others."""
-        tensors = tensors_of(delta, self.with_head)
+        """The delta as matrices (rows, m): one, or one a tensor. Raises InputError if its kind or sizes differ."""
+        tensors = delta.tensors(self.with_head)
         if delta.config.used != self.used or {k: v.shape for k, v in tensors.items()} != self.shapes:
-            raise InputError(f"the projection is one of {self.used} with {len(self.shapes)} tensors; the delta of task "
-                             f"{delta.info.get('task')} is {delta.config.used}, or of other sizes: use deltas of one kind, base and size")
+            raise InputError(f"a delta of task {delta.info.get('task')} does not fit the projection: use deltas of one kind, base and size")
         if self.granularity == "flat":
             return [torch.cat([v.flatten() for v in tensors.values()])[None]]
         return [v.reshape(-1, v.shape[-1]) for v in tensors.values()]
 
     def forward(self, delta: Delta) -> dict[str, Tensor]:
-        """w' by the names of `tensors_of`, in fp32, differentiable in W1, W2 and b. The delta must be on the map's device."""
+        """w' by the names of `Delta.tensors`, in fp32, for a delta on the map's device."""
         mapped = []
         with torch.autocast(self.b[0].device.type, enabled=False):
             for x, W1, W2, b in zip(self.rows(delta), self.W1, self.W2, self.b, strict=True):
@@ -82,31 +72,16 @@ class Projection(nn.Module):
             mapped = mapped[0].flatten().split([shape.numel() for shape in self.shapes.values()])
         return {k: y.view(shape) for (k, shape), y in zip(self.shapes.items(), mapped, strict=True)}
 
-    def about(self) -> dict:
-        """Its settings and training, for a row of results."""
-        return {"r": self.r, "granularity": self.granularity, "residual": self.residual, "with_head": self.with_head,
-                "numbers": sum(p.numel() for p in self.parameters()), "best_step": self.best_step, "dev": self.dev}
-
 
 @torch.no_grad()
 def project(projection: Projection, delta: Delta) -> Delta:
-    """The delta mapped to the new base; its tensors are on the CPU. It still names the old base as its own, so it is put on the new one by
-    apply(base, delta, stale_ok=True)."""
-    mapped = projection(_to(delta, projection.b[0].device))
-    parts = {part: dict(getattr(delta, part)) for part in PARTS}
-    for name, tensor in mapped.items():
-        part, _, k = name.partition(".")
-        parts[part][k] = tensor.cpu()
-    return replace(delta, **parts)
-
-
-def _to(delta: Delta, device: torch.device) -> Delta:
-    return replace(delta, **{part: {k: v.to(device) for k, v in getattr(delta, part).items()} for part in PARTS})
+    """The delta mapped to the new base, on the CPU. It still names the old base as its own: apply(base, delta, stale_ok=True)."""
+    mapped = projection(delta.map(lambda _, v: v.to(projection.b[0].device)))
+    return delta.map(lambda name, v: mapped.get(name, v).cpu())
 
 
 def student_weights(own: Weights, delta: Delta, projection: Projection) -> Weights:
-    """New base (`own`, the encoder's weights) + projected delta as weights of a Classifier. If heads are no part of the map, the delta's
-    own head is taken."""
+    """New base (`own`, the encoder's weights) + projected delta as weights of a Classifier; a head that is not projected is the delta's."""
     weights = {f"head.{k}": v for k, v in delta.head.items()}
     for name, tensor in projection(delta).items():
         part, _, k = name.partition(".")
@@ -121,41 +96,32 @@ def check_sources(old_base: Base, base: Base, sources: list[tuple[Delta, TaskDat
         check_fits(base, delta, stale_ok=True)      # equal sizes, and equal ids for teacher and student
         if delta.labels != data.labels:
             raise InputError(f"the source delta of task {delta.info.get('task')} has other labels than the source task {data.name}")
-    for delta in [delta for delta, _ in sources[1:]] + ([target] if target else []):
-        if delta.config.used != sources[0][0].config.used:
-            raise InputError(f"a projection needs all deltas of one kind and size, not {sources[0][0].config.used} and {delta.config.used}")
+    first, *others = [delta.config.used for delta in [*(delta for delta, _ in sources), *([target] if target else [])]]
+    for other in others:
+        if other != first:
+            raise InputError(f"a projection needs all deltas of one kind and size, not {first} and {other}")
 
 
 def learn_projection(old_base: Base, base: Base, sources: list[tuple[Delta, TaskData]], settings: TuneSettings, distill: DistillConfig, *,
                      r: int, granularity: Granularity, residual: bool, device: torch.device, precision: torch.dtype,
-                     with_head: bool = False, on_step: Callable[[Batch], None] = lambda batch: None,
-                     on_eval: Callable[[dict], None] = lambda row: None) -> Projection:
+                     with_head: bool = False, on_step: Hook = ignore, on_eval: Hook = ignore) -> Projection:
     """A map from deltas of `old_base` to deltas of `base`, trained on source tasks in turn: step i on source i mod S. The loss is
-    distillation's without attention maps and interpolation (rt/losses.py): teacher = old base + the source's delta, student = new base +
-    its projection.
-
-    `with_head` asks for as many labels in every source, and later in the target. Returned as it was best on dev, mean over the sources;
-    `on_eval` gets {'step', 'loss', 'dev'}, dev with that mean first, then each source. Batches and dropout are functions of (seed, step).
-    Raises InputError if deltas and bases do not fit together, Diverged as rt.tune.minimise does.
-    """
+    distillation's without attention maps and interpolation: teacher = old base + the source's delta, student = new base + its projection.
+    `with_head` asks for as many labels in every source, and later in the target. Returned as it was best on dev: the mean over the sources,
+    which comes first in the dev of `on_eval`. Raises InputError if deltas and bases do not fit together, Diverged as rt.tune.Fit does."""
     check_sources(old_base, base, sources)
-    deltas, datas, s = [_to(delta, device) for delta, _ in sources], [data for _, data in sources], settings
+    deltas, datas, s = [delta.map(lambda _, v: v.to(device)) for delta, _ in sources], [data for _, data in sources], settings
     projection = Projection(deltas, r, granularity, residual, with_head, s.seed)
     # one skeleton for all: every weight it trains is replaced, the head too, whatever its number of labels
     model, own = attach(base, deltas[0].config, 1, s.seed), {k: p.detach() for k, p in base.encoder.named_parameters()}
     students = [Reweighted(model, partial(student_weights, own, delta, projection)) for delta in deltas]
     losses = [Loss(not data.labels, run_teacher(apply(old_base, delta), data.train, device, precision), replace(distill, gamma=0.0, itp=0))
               for delta, data in zip(deltas, datas)]
+    gradients = [plain_gradient(student, loss, device, precision) for student, loss in zip(students, losses)]
 
     def gradient(step: int) -> Tensor:
         turn, i = divmod(step, len(sources))
-        batch = training_batch(datas[i].train, s, turn).to(device)
-        with memory_for(f"a batch of {s.batch_size} texts on projected weights", f"`batch_size` ({s.batch_size}), `seq_len` or `rank`"):
-            with autocast(device, precision):
-                value = losses[i](students[i].train(), batch)
-            value.backward()
-        on_step(batch)
-        return value.detach()
+        return train_step(gradients[i], datas[i].train, s, on_step, turn, " on projected weights", ", `seq_len` or `rank`")
 
     def dev_scores() -> dict[str, float]:
         each = {data.name: score(evaluate(student, data.dev, device, precision)) for student, data in zip(students, datas)}

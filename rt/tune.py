@@ -1,20 +1,28 @@
 """The supervised loop: train on a task, score dev every so often, keep the best weights, score test once.
 
-`training_loop` is the one loop of all supervised training: of `tune` here, of projections (rt/transport.py), of curved paths
-(rt/analysis.py), and of many runs side by side (rt/speed/multi_run.py).
+`training_loop` serves all supervised training: `tune` here, projections (rt/transport.py), curved paths (rt/analysis.py), and many runs
+side by side (rt/speed/multi_run.py).
 """
 import time
 from dataclasses import dataclass, field, replace
-from typing import Callable
+from functools import partial
+from typing import Any, Callable
 
 import torch
 from torch import Tensor
 
 from rt.data import Encoded, TaskData, sequences_batch, training_indices
 from rt.errors import Diverged
-from rt.losses import Loss
+from rt.losses import Loss, trained_weights
 from rt.model import Batch, Classifier
 from rt.optim import MOST_SKIPPED, SkipTracker, adamw, autocast, derive_seed, memory_for, schedule, set_lr, step_unless
+
+Gradient = Callable[[Batch], Tensor]    # computes the loss of a batch on the host, and leaves the gradient in what is trained
+Hook = Callable[[Any], None]            # on_step gets the Batch of every step, on_eval the {'step', 'loss', 'dev'} of every evaluation
+
+
+def ignore(_: Any) -> None:
+    """The hook that does nothing."""
 
 
 @dataclass
@@ -45,19 +53,11 @@ class TuneResult:
     skipped: int = 0        # steps whose loss or gradient was not finite
     diverged: int = 0       # of a run beside others: the step after which too many in a row were not finite; 0: never
 
-    def add(self, step: int, dev: dict[str, float]) -> bool:
-        """Note a score on dev; whether it is the best so far."""
-        self.curve.append((step, score(dev)))
-        if self.dev and score(dev) <= score(self.dev):
-            return False
-        self.dev, self.best_step = dev, step
-        return True
-
 
 def training_loop(s: TuneSettings, gradient: Callable[[int], Tensor], update: Callable[[int, Tensor], None],
                   evaluate: Callable[[int], bool]) -> None:
-    """gradient(step) computes the loss, () or (K,) of K runs, and every trained weight's gradient; update(step, loss) takes the optimizer's
-    step; evaluate(step), before the first step (0), every `eval_every` steps and after the last, returns whether to go on."""
+    """gradient(step) computes the loss, () or (K,) of K runs, and the gradients; update(step, loss) takes the step; evaluate(n)
+    after n = 0, `eval_every`, ... steps and the last returns whether to go on."""
     evaluate(0)
     for step in range(s.steps):
         torch.manual_seed(derive_seed(s.seed, step))    # for interpolation's points
@@ -68,8 +68,7 @@ def training_loop(s: TuneSettings, gradient: Callable[[int], Tensor], update: Ca
 
 class Fit:
     """The optimizer of one run, AdamW on `trained`, its scores so far, and the weights that were best."""
-
-    def __init__(self, trained: dict[str, Tensor], s: TuneSettings, on_eval: Callable[[dict], None] = lambda row: None):
+    def __init__(self, trained: dict[str, Tensor], s: TuneSettings, on_eval: Hook = ignore):
         self.trained, self.s, self.on_eval, self.result, self.best = trained, s, on_eval, TuneResult(), {}
         self.optimizer = adamw(trained.values(), s.lr, s.weight_decay, betas=(0.9, 0.999))
         self.tracker = SkipTracker(next(iter(trained.values())).device)
@@ -82,7 +81,7 @@ class Fit:
         self.optimizer.zero_grad(set_to_none=True)
 
     def evaluated(self, step: int, dev: dict[str, float] | None) -> bool:
-        """Note an evaluation; whether the run goes on. Raises Diverged after more than MOST_SKIPPED skipped steps in a row."""
+        """Record an evaluation; returns whether the run goes on. Raises Diverged after more than MOST_SKIPPED skipped steps in a row."""
         loss, skipped, diverged = self.tracker.read()
         self.result.skipped += skipped
         if diverged:
@@ -90,16 +89,17 @@ class Fit:
                            f"lower `lr` ({self.s.lr})")
         if dev is None:
             return True
-        if self.result.add(step, dev):
+        self.result.curve.append((step, score(dev)))
+        if not self.result.dev or score(dev) > score(self.result.dev):
+            self.result.dev, self.result.best_step = dev, step
             self.best = {k: p.detach().clone() for k, p in self.trained.items()}
         self.on_eval({"step": step, "loss": loss, "dev": dev, **({"skipped": skipped} if skipped else {})})
         return not 0 < self.s.early_stop * self.s.eval_every <= step - self.result.best_step
 
 
 def minimise(trained: dict[str, Tensor], gradient: Callable[[int], Tensor], s: TuneSettings, dev_scores: Callable[[], dict] | None,
-             on_eval: Callable[[dict], None] = lambda row: None) -> TuneResult:
-    """`training_loop` for one run. On return `trained` holds the weights that were best by `dev_scores`, or without it the last ones.
-    Raises Diverged as Fit does."""
+             on_eval: Hook = ignore) -> TuneResult:
+    """`training_loop` for one run; `trained` ends with the weights that were best by `dev_scores`, without it the last. Raises Diverged."""
     fit = Fit(trained, s, on_eval)
     training_loop(s, gradient, fit.update, lambda step: fit.evaluated(step, dev_scores() if dev_scores else None))
     with torch.no_grad():
@@ -114,9 +114,10 @@ def training_batch(data: Encoded, s: TuneSettings, step: int) -> Batch:
     return replace(batch, seeds=torch.tensor([derive_seed(s.seed, step)]))
 
 
-def plain_gradient(model: Classifier, loss: Loss, device: torch.device, precision: torch.dtype) -> Callable[[Batch], Tensor]:
-    """A function of a batch on the host: the loss, a scalar; it leaves the gradient in what is trained."""
+def plain_gradient(model: Classifier, loss: Loss, device: torch.device, precision: torch.dtype) -> Gradient:
+    """The gradient of `loss`, a scalar, in the weights of `model`, which is set to training."""
     def gradient(batch: Batch) -> Tensor:
+        model.train()
         with autocast(device, precision):
             value = loss(model, batch.to(device))
         value.backward()
@@ -125,35 +126,28 @@ def plain_gradient(model: Classifier, loss: Loss, device: torch.device, precisio
     return gradient
 
 
+def train_step(gradient: Gradient, data: Encoded, s: TuneSettings, on_step: Hook, step: int, place: str = "",
+               lower: str = " or `seq_len`") -> Tensor:
+    """The loss and gradient of one step. Raises InputError if memory runs out; `place` and `lower` end the halves of its sentence."""
+    batch = training_batch(data, s, step)
+    what = f"a batch of {s.batch_size} sequences of up to {batch.max_seqlen} tokens{place}"
+    with memory_for(what, f"`batch_size` ({s.batch_size}){lower}"):
+        loss = gradient(batch)
+    on_step(batch)
+    return loss
+
+
 def tune(model: Classifier, data: TaskData, loss: Loss, settings: TuneSettings, *, device: torch.device, precision: torch.dtype,
-         on_step: Callable[[Batch], None] = lambda batch: None, on_eval: Callable[[dict], None] = lambda row: None,
-         make_gradient: Callable[..., Callable[[Batch], Tensor]] = plain_gradient) -> TuneResult:
-    """Train what requires a gradient in `model`; on return it holds the weights that were best on dev.
-
-    Dev is also scored before the first step (step 0): what the start is worth. Test is scored once, at the end, if there is one. Batches
-    and dropout are functions of (seed, step). `on_step` gets the batch of every step, `on_eval` {'step', 'loss', 'dev'} of every
-    evaluation; `make_gradient` may be rt.speed.graphs.graphed_gradient. Raises Diverged as `minimise` does, InputError if memory runs out.
-    """
-    s, started = settings, time.perf_counter()
-    gradient_of = make_gradient(model, loss, device, precision)
-
-    def gradient(step: int) -> Tensor:
-        batch = training_batch(data.train, s, step)
-        model.train()
-        what = f"a batch of {s.batch_size} sequences of up to {batch.max_seqlen} tokens"
-        with memory_for(what, f"`batch_size` ({s.batch_size}) or `seq_len`"):
-            value = gradient_of(batch)
-        on_step(batch)
-        return value
-
-    trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    result = minimise(trained, gradient, s, lambda: evaluate(model, data.dev, device, precision), on_eval)
+         on_step: Hook = ignore, on_eval: Hook = ignore, make_gradient: Callable[..., Gradient] = plain_gradient) -> TuneResult:
+    """Train what requires a gradient in `model`, which ends with the weights that were best on dev. Dev is also scored before the first
+    step (step 0), which tells what the start is worth, and test, if there is one, once at the end. Batches and dropout are functions of
+    (seed, step). `make_gradient` may be rt.speed.multi_run.graphed_gradient. Raises Diverged as Fit does, InputError if memory runs out."""
+    started, step = time.perf_counter(), partial(train_step, make_gradient(model, loss, device, precision), data.train, settings, on_step)
+    result = minimise(trained_weights(model), step, settings, lambda: evaluate(model, data.dev, device, precision), on_eval)
     result.test = evaluate(model, data.test, device, precision) if data.test is not None else {}
     result.seconds = time.perf_counter() - started
     return result
 
-
-# --- scores -----------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def predict(model: Classifier, sequences: list[list[int]], device: torch.device, precision: torch.dtype, batch_size: int = 64) -> Tensor:
@@ -177,8 +171,9 @@ def evaluate(model: Classifier, data: Encoded, device: torch.device, precision: 
 def metrics(logits: Tensor, targets: Tensor) -> dict[str, float]:
     """accuracy, macro_f1, micro_f1 of (n, C) logits and (n,) classes; pearson and spearman of (n, 1) and (n,) floats."""
     if targets.is_floating_point():
-        prediction, truth = logits.squeeze(-1).double(), targets.double()
-        return {"pearson": _correlation(prediction, truth), "spearman": _correlation(_ranks(prediction), _ranks(truth))}
+        pair = logits.squeeze(-1).double(), targets.double()
+        pairs = {"pearson": torch.stack(pair), "spearman": torch.stack([*map(_ranks, pair)])}
+        return {name: torch.corrcoef(xy)[0, 1].nan_to_num(0.0).item() for name, xy in pairs.items()}     # 0 if one of them is constant
     C = logits.shape[-1]
     confusion = torch.bincount(targets * C + logits.argmax(-1), minlength=C * C).view(C, C).double()    # truth x prediction
     right, truth, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
@@ -186,10 +181,6 @@ def metrics(logits: Tensor, targets: Tensor) -> dict[str, float]:
     f1 = (2 * right / (truth + predicted))[occurs].mean().item()
     accuracy = (right.sum() / confusion.sum()).item()
     return {"accuracy": accuracy, "macro_f1": f1, "micro_f1": accuracy}  # with one label a text, micro-F1 is accuracy
-
-
-def _correlation(a: Tensor, b: Tensor) -> float:
-    return torch.corrcoef(torch.stack([a, b]))[0, 1].nan_to_num(0.0).item()     # 0 if one of them is constant
 
 
 def _ranks(x: Tensor) -> Tensor:

@@ -194,6 +194,6 @@ def test_nor_does_a_teacher_a_projection_or_a_curve_end_with_a_traceback(base, o
         patch.setattr(Loss, "__call__", full)
         learn_projection(base, other_base, [(delta, data)], s, DistillConfig(), r=2, granularity="flat", residual=False, **CPU)
     ends = [weights_of(attach(each, config, 3, seed=0)) for each in (base, other_base)]
-    with monkeypatch.context() as patch, pytest.raises(InputError, match="4 texts on the curve did not fit into memory: lower `batch"):
-        patch.setattr(rt.analysis, "task_loss", full)
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="tokens on the curve did not fit into memory: lower `batch"):
+        patch.setattr(Loss, "__call__", full)
         rt.analysis.train_control(teacher, *ends, data, s, **CPU)

@@ -10,10 +10,10 @@ from rt.data import Encoded, TaskData
 from rt.deltas import attach
 from rt.errors import InputError
 from rt.kinds import DeltaConfig
-from rt.losses import DistillConfig, Loss, Reweighted, TeacherCache
+from rt.losses import DistillConfig, Loss, Reweighted, TeacherCache, trained_weights
 from rt.speed import multi_run as grid
-from rt.speed.multi_run import PAD_SEQUENCES, SideRun, side_by_side, stack, trained
-from rt.tune import TuneSettings, predict, tune
+from rt.speed.multi_run import PAD_SEQUENCES, SideRun, side_by_side, stack
+from rt.tune import TuneSettings, plain_gradient, predict, tune
 
 CPU = dict(device=torch.device("cpu"), precision=torch.float32)
 FROZEN = ("adapter", "lora", "bitfit", "prefix")
@@ -50,16 +50,16 @@ def alone(run: SideRun) -> tuple[list[dict], SideRun]:
     rows: list[dict] = []
     model = stack_of_one(run.model)
     result = tune(model, replace(run.data, test=None), run.loss, run.settings, **CPU, on_eval=rows.append)
-    return rows, replace(run, result=result, best={k: p.detach() for k, p in trained(model).items()})
+    return rows, replace(run, result=result, best={k: p.detach() for k, p in trained_weights(model).items()})
 
 
 def stacked(runs: list[SideRun]) -> Reweighted:
-    weights = stack([trained(run.model) for run in runs])
+    weights = stack([trained_weights(run.model) for run in runs])
     return Reweighted(runs[0].model, lambda: weights)
 
 
 def stack_of_one(model):
-    return grid.reweighted(model, {k: p.detach().clone() for k, p in trained(model).items()})
+    return grid.reweighted(model, {k: p.detach().clone() for k, p in trained_weights(model).items()})
 
 
 @pytest.mark.parametrize("taught", [True, False])
@@ -67,11 +67,11 @@ def stack_of_one(model):
 def test_four_runs_side_by_side_are_four_runs_alone(tokenizer, kind, taught):
     """Losses of every evaluation to 1e-5, which 9 steps in fp32 leave; the weights where dev was best to 1e-4."""
     runs = four_runs(tokenizer, kind, taught)
-    before = [{k: p.detach().clone() for k, p in trained(run.model).items()} for run in runs]
+    before = [{k: p.detach().clone() for k, p in trained_weights(run.model).items()} for run in runs]
     grid.tune(runs, **CPU)
     for run, start in zip(runs, before):
         own = run.rows
-        assert all(torch.equal(p, start[k]) for k, p in trained(run.model).items()), "a start was changed"
+        assert all(torch.equal(p, start[k]) for k, p in trained_weights(run.model).items()), "a start was changed"
         expected, single = alone(run)
         assert [row["step"] for row in own] == [0, 2, 4, 6, 8, 9] and own[0]["loss"] is None
         for ours, theirs in zip(own[1:], expected[1:], strict=True):
@@ -182,10 +182,11 @@ def test_graphs_of_a_step_are_the_step(tokenizer, device, kind):
         for run in runs:
             run.model.to(device)
             cache = TeacherCache(run.loss.teacher.logits.to(device), run.loss.teacher.states.to(device))
-            run.settings, run.loss = replace(run.settings, graphs=graphs), replace(run.loss, teacher=cache)
-        grid.tune(runs, **where)
+            run.loss = replace(run.loss, teacher=cache)
+        grid.tune(runs, **where, graphs=graphs)
         rows: list[dict] = []
-        tune(runs[0].model, replace(runs[0].data, test=None), runs[0].loss, runs[0].settings, **where, on_eval=rows.append)
+        tune(runs[0].model, replace(runs[0].data, test=None), runs[0].loss, runs[0].settings, **where, on_eval=rows.append,
+             make_gradient=grid.graphed_gradient if graphs else plain_gradient)
         curves.append([[row["loss"] for row in own[1:]] for own in (*(run.rows for run in runs), rows)])
     for plain, replayed in zip(*curves):
         assert plain == pytest.approx(replayed, rel=1e-4)

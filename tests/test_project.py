@@ -13,7 +13,7 @@ from rt.formats.checkpoint import fingerprint
 from rt.kinds import KINDS, DeltaConfig
 from rt.losses import DistillConfig, Loss, run_teacher
 from rt.model import new_masked_lm, set_dropout
-from rt.transport import Projection, learn_projection, project, student_weights, tensors_of
+from rt.transport import Projection, learn_projection, project, student_weights
 from rt.tune import TuneSettings, evaluate, predict, score
 
 CPU = dict(device=torch.device("cpu"), precision=torch.float32)
@@ -43,7 +43,7 @@ def task_of(delta, base, first, n=24):
 
 
 def same(a, b, close=torch.equal):
-    a, b = tensors_of(a, True), tensors_of(b, True)
+    a, b = a.tensors(), b.tensors()
     return a.keys() == b.keys() and all(close(a[k], b[k]) for k in a)
 
 
@@ -73,7 +73,7 @@ def test_the_map_is_the_formula_with_the_n_by_n_matrix(base, residual, with_head
         with torch.no_grad():
             for p in projection.parameters():
                 p.copy_(0.1 * torch.randn(p.shape, generator=generator))
-        mapped, tensors = tensors_of(project(projection, delta), True), tensors_of(delta, with_head)
+        mapped, tensors = project(projection, delta).tensors(), delta.tensors(with_head)
         if granularity == "flat":
             w, W1, W2, b = torch.cat([v.flatten() for v in tensors.values()]), projection.W1[0], projection.W2[0], projection.b[0]
             assert W1.shape == (len(w), 3) and W2.shape == (3, len(w)) and sum(p.numel() for p in projection.parameters()) == 7 * len(w)
@@ -91,7 +91,7 @@ def test_the_map_is_the_formula_with_the_n_by_n_matrix(base, residual, with_head
 
 def test_auto_is_by_tensors_for_full_and_flat_for_others(base):
     for kind, expected in (("full", "tensor"), ("bitfit", "flat")):
-        assert Projection([tuned(base, kind, "a")], 2, "auto", False, False, seed=0).about()["granularity"] == expected
+        assert Projection([tuned(base, kind, "a")], 2, "auto", False, False, seed=0).granularity == expected
     with pytest.raises(InputError, match="granularity 'rows': not one of auto, flat, tensor"):
         Projection([tuned(base, "lora", "a")], 2, "rows", False, False, seed=0)
 
@@ -162,8 +162,8 @@ def test_a_map_learned_on_two_tasks_makes_up_for_the_upgrade_on_a_third(base):
         new = shifted(base, 0.1)
         deltas = [alike(base, *task, seed, 100 * (seed + 1) + i) for i, task in enumerate((("a", 64), ("b", 64), ("c", 4)))]
         datas, rows = [task_of(delta, base, 40 * i, n=96) for i, delta in enumerate(deltas)], []
-        projection = learn_projection(base, new, list(zip(deltas[:2], datas[:2])), TuneSettings(160, 24, 5e-3, 40, seed=seed), r=4,
-                                      granularity="flat", residual=True, on_eval=rows.append, **{**LOSS, "beta": 10.0})
+        projection = learn_projection(base, new, list(zip(deltas[:2], datas[:2])), TuneSettings(160, 24, 5e-3, 40, seed=seed),
+                                      DistillConfig(1.0, 10.0, 2.0), r=4, granularity="flat", residual=True, on_eval=rows.append, **CPU)
         assert [row["step"] for row in rows] == [0, 40, 80, 120, 160] and rows[-1]["loss"] < 0.2 * rows[1]["loss"]
         assert set(rows[0]["dev"]) == {"mean", "a", "b"}
         best = max(rows, key=lambda row: score(row["dev"]))

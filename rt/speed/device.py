@@ -1,4 +1,4 @@
-"""Where to compute, in which precision, and seeds that are a function of what is computed."""
+"""Devices: which one computes, in which precision, and how fast it could."""
 import os
 import platform
 import re
@@ -8,18 +8,16 @@ import torch
 
 from rt.errors import InputError
 
-# Dense products of bfloat16 with float32 sums, in 1e12 FLOP/s, by the word in the device's name; the first that fits. NVIDIA's data sheets
-# (where they give figures with sparsity, half of those) and, of GeForce and RTX, the whitepapers on GA102 and AD102.
+# Dense products of bfloat16 with float32 sums, in 1e12 FLOP/s, by a word in the device's name (the first that fits): NVIDIA's data sheets
+# (half of figures with sparsity); for GeForce and RTX the whitepapers on GA102 and AD102.
 PEAKS = (("GB200", 2500), ("B200", 2250), ("GH200", 989.5), ("H200 NVL", 835.5), ("H200", 989.5), ("H100 PCIe", 756.5), ("H100 NVL", 835.5),
          ("H100", 989.5), ("A100", 312), ("A40", 149.7), ("A30", 165), ("A10", 125), ("L40S", 362), ("L40", 181), ("L4", 121),
          ("RTX 6000 Ada", 364.2), ("RTX A6000", 154.8), ("RTX 4090", 165.2), ("RTX 3090 Ti", 80), ("RTX 3090", 71))
-
-
 OTHER = r"\b(MIG|Laptop|Max-Q|4090 D)\b"       # a share of a chip, or a slower one of the same name
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device where there is one, else the CPU."""
+    """The device of a name; `auto` is the first CUDA device if there is one, else the CPU. Raises InputError if PyTorch cannot use it."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -31,39 +29,33 @@ def pick_device(name: str) -> torch.device:
 
 
 def make_deterministic() -> None:
-    """From here on the same command gives the same bits on a GPU too (of one kind, with one version of PyTorch): no sums in whatever order
-    threads come, at some cost. PyTorch raises at an operation that has no such way."""
+    """From here on the same command gives the same bits on a GPU too (of one kind, with one version of PyTorch), at some cost. PyTorch
+    raises at an operation that has no deterministic form."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # read when cuBLAS is first used
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False     # a debugging aid, which writes all fresh memory once
 
 
 def bf16_is_fast(device: torch.device) -> bool:
-    """Whether the matrix units of `device` take bfloat16: Ampere and later; AMX or AVX512-bf16 on a CPU. Without them
-    bfloat16 works but is slower than float32."""
+    """Whether `device` has matrix units for bfloat16 (Ampere and later; AMX or AVX512-bf16 on a CPU). Others are slower than in float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu" and platform.system() == "Linux":
-        flags = Path("/proc/cpuinfo").read_text(errors="replace")
-        return "avx512_bf16" in flags or "amx_bf16" in flags
-    return False
+    if device.type != "cpu" or platform.system() != "Linux":
+        return False
+    flags = Path("/proc/cpuinfo").read_text(errors="replace")
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """`auto`, `bf16` or `fp32` as the dtype of activations; weights are float32 always."""
+    """The dtype of activations for `auto`, `bf16` or `fp32`; weights are always float32."""
     if name not in ("auto", "bf16", "fp32"):
         raise InputError(f"--precision {name}: not one of auto, bf16, fp32")
-    if name == "auto":
-        name = "bf16" if bf16_is_fast(device) else "fp32"
-    return torch.bfloat16 if name == "bf16" else torch.float32
+    return torch.bfloat16 if name == "bf16" or name == "auto" and bf16_is_fast(device) else torch.float32
 
 
 def peak_flops(device: torch.device, precision: torch.dtype) -> float | None:
-    """FLOP/s of dense matrix products in `precision` that the maker gives for this chip; None where it is not known (other chips and
-    precisions than bfloat16 on those of PEAKS)."""
-    if device.type != "cuda" or precision != torch.bfloat16:
-        return None
-    name = torch.cuda.get_device_name(device)
-    if re.search(OTHER, name):
+    """The maker's FLOP/s of dense matrix products in `precision`; None except for bfloat16 on the chips of PEAKS."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    if precision != torch.bfloat16 or re.search(OTHER, name):
         return None
     return next((1e12 * peak for word, peak in PEAKS if re.search(rf"\b{word}\b", name)), None)

@@ -1,9 +1,7 @@
-"""Several processes, one a device, under torchrun: who is who, and what one of them does for all.
+"""Several processes under torchrun, one a device (NCCL on CUDA, gloo on a CPU), and what rank 0 does for all.
 
-    torchrun --nproc_per_node=8 train.py ...        RANK, WORLD_SIZE and LOCAL_RANK come from torchrun; NCCL on CUDA, gloo on a CPU
-
-Without torchrun there is one rank, and torch.distributed is not touched. Rank 0 alone writes and prints. All ranks read the same
-files, so that with several nodes --out and --cache must be on a file system that every node sees.
+Without torchrun there is one rank, and torch.distributed is not touched. Rank 0 alone writes and prints. All ranks read the same files: on
+several nodes `out` and `cache` must be on a file system that every node sees.
 """
 import os
 import sys
@@ -20,18 +18,14 @@ from torch.nn.parallel import DistributedDataParallel
 from rt.errors import InputError
 from rt.speed.device import pick_device
 
-TIMEOUT = timedelta(minutes=10)     # of the collectives of a step: where one rank is lost, the others end after this long at the latest
-
-
-PATIENT = timedelta(hours=12)       # of waiting for what rank 0 does alone: tokenizing, evaluating
-
-
+TIMEOUT = timedelta(minutes=10)     # for the collectives of a step: if a rank is lost, the others end after this long at the latest
+PATIENT = timedelta(hours=12)       # for what rank 0 does alone: tokenizing, evaluating
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `world`. `waiting` is the group (gloo, patient) that objects go through."""
+    """This process among `world`. `waiting` is the patient gloo group that objects go through."""
     device: torch.device
     rank: int = 0
     world: int = 1
@@ -42,20 +36,19 @@ class Ranks:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Until all ranks are here."""
+        """Wait for all ranks."""
         if self.world > 1:
             dist.barrier(group=self.waiting)
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """make() of rank 0, pickled for the others, who wait for it; a InputError of rank 0 is raised by all."""
+        """make() of rank 0, pickled for the others, who wait for it; all raise an InputError of rank 0."""
         if self.world == 1:
             return make()
         box = [None, None]
-        if self.is_main:
-            try:
-                box[0] = make()
-            except InputError as error:
-                box[1] = error
+        try:
+            box[0] = make() if self.is_main else None
+        except InputError as error:
+            box[1] = error
         dist.broadcast_object_list(box, src=0, group=self.waiting)
         if box[1] is not None:
             raise box[1]
@@ -68,25 +61,25 @@ class Ranks:
         return made[0] if self.is_main else make()
 
     def assert_same(self, what: dict) -> None:
-        """InputError, on all ranks, where `what` (plain values by name) is not the same on all of them: the first that differs."""
+        """Raises InputError on all ranks, about the first difference, unless `what` (plain values by name) is the same on all."""
         if self.world == 1:
             return
         found: list = [None] * self.world
         dist.all_gather_object(found, what, group=self.waiting)
-        for name, mine in found[0].items():
-            rank, theirs = next(((i, each.get(name)) for i, each in enumerate(found) if each.get(name) != mine), (0, mine))
-            if rank:
-                raise InputError(f"{name} is {theirs} on rank {rank} and {mine} on rank 0: start all with the same flags and files")
+        for name, first in found[0].items():
+            for rank, other in enumerate(own.get(name) for own in found):
+                if other != first:
+                    raise InputError(f"{name} is {other} on rank {rank} and {first} on rank 0: start all with the same flags and files")
 
     def mean(self, x: Tensor) -> Tensor:
-        """Over the ranks, in place."""
+        """The mean over the ranks, in place."""
         if self.world > 1:
             dist.all_reduce(x)
             x /= self.world
         return x
 
     def any(self, mine: bool) -> bool:
-        """Whether it is so on some rank. Waits for all, not for the device."""
+        """Whether `mine` is true on some rank. Waits for all ranks, not for the device."""
         if self.world == 1:
             return mine
         box = torch.tensor(int(mine))
@@ -98,8 +91,8 @@ class Ranks:
         return DistributedDataParallel(module, gradient_as_bucket_view=True) if self.world > 1 else module
 
     def leave(self) -> None:
-        """The end, for all ranks: gloo aborts a process that goes while another still reads from it, so each tells by the store, which is
-        not gloo's, that it has read the last barrier."""
+        """End together: gloo aborts a process that ends while another still reads from it, so each says in the store, which is not gloo's,
+        that it is through the last barrier."""
         if self.world > 1:
             self.wait()
             with suppress(RuntimeError):        # the store may go with the first that is through
@@ -110,17 +103,17 @@ class Ranks:
 
 
 def launched() -> int:
-    """How many processes torchrun started; 1 without it."""
+    """The number of processes that torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
 def environment_alone() -> dict[str, str]:
-    """The environment for a process that a rank starts and that is not one of torchrun's."""
+    """The environment for a process that is not to be one of torchrun's ranks."""
     return {k: v for k, v in os.environ.items() if k != "RANK"}
 
 
 def join(device: str) -> Ranks:
-    """This process as one of torchrun's, or as the only one; `device` as in --device. InputError where there are too few GPUs."""
+    """This process as one of torchrun's, or as the only one; `device` as for pick_device. Raises InputError if there are too few GPUs."""
     local = int(os.environ.get("LOCAL_RANK", 0)) if launched() > 1 else None
     if local is not None and torch.cuda.is_available() and device != "cpu":
         if local >= torch.cuda.device_count():
@@ -141,38 +134,40 @@ def join(device: str) -> Ranks:
     return ranks
 
 
-# --- the optimizer's state, shared out among ranks (ZeRO) or not ------------------------------------------------------
+# --- the optimizer's state, sharded (ZeRO) or not ---------------------------------------------------------------------
 
 def zero(groups: list[dict], **settings: Any) -> torch.optim.Optimizer:
-    """AdamW whose state is shared out: each rank keeps and updates its share of the parameters (ZeRO stage 1, Rajbhandari et al., 2020)."""
+    """AdamW whose state is sharded: each rank keeps and updates its share of the parameters (ZeRO stage 1, Rajbhandari et al., 2020)."""
     from torch.distributed.optim import ZeroRedundancyOptimizer  # not in every build of PyTorch
-
     return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings)
 
 
 def gather(optimizer: torch.optim.Optimizer) -> None:
-    """Fetch a shared optimizer's state to rank 0; call it on all ranks before `state_dict` there, which then is a plain AdamW's."""
+    """Fetch a sharded state to rank 0, where `state_dict` then is a plain AdamW's; call it on all ranks."""
     if hasattr(optimizer, "consolidate_state_dict"):
         optimizer.consolidate_state_dict(to=0)
 
 
 def load_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load a plain AdamW's state; a rank of a shared optimizer takes its share. Rates and the like stay the optimizer's. Raises InputError
-    if the state is not that of the same parameters."""
+    """Load the moments of a plain AdamW's state; a rank of a sharded optimizer takes its share. Raises InputError if the state is not that
+    of the same parameters."""
     check_state(optimizer, state)
     moments = {i: {k: x.clone() for k, x in s.items()} for i, s in state["state"].items()}      # no longer mapped from a file
     if hasattr(optimizer, "consolidate_state_dict"):
-        # not by the shared optimizer's own load_state_dict: it puts `step` on the CPU, where a fused step on CUDA cannot read it
-        number = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
-        mine = [number[p] for group in optimizer.optim.param_groups for p in group["params"]]
+        # not by the sharded optimizer's own load_state_dict: it puts `step` on the CPU, where a fused step on CUDA cannot read it
+        number = {p: i for i, p in enumerate(parameters(optimizer))}
         optimizer = optimizer.optim
-        moments = {i: moments[n] for i, n in enumerate(mine)}
+        moments = {i: moments[number[p]] for i, p in enumerate(parameters(optimizer))}
     optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+
+
+def parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def check_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Raises InputError unless `state` has moments of the shapes of all the optimizer's parameters."""
-    shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
+    shapes = [p.shape for p in parameters(optimizer)]
     found = state.get("state") if isinstance(state, dict) else None
     if not isinstance(found, dict) or found.keys() != {*range(len(shapes))} or not all(
             isinstance(s, dict) and s.keys() == {"step", "exp_avg", "exp_avg_sq"} and all(isinstance(x, Tensor) for x in s.values())

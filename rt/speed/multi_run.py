@@ -2,51 +2,45 @@
 
 The trained weights of K models are stacked with a leading K; a batch holds the rows of run k in the k-th of K equal ranges
 (`side_by_side`). So the base's matrices see one large batch, and a delta's are one batched product (rt.model.linear). Every run keeps its
-own data order, dropout, learning rate, loss weights, early stop and best-on-dev, and gets what it would get alone, to rounding: its
-gradient is that of its own loss, clipped by its own norm, and its dropout is a function of its own seed (kernels/dropout.py).
+own data order, dropout seed, learning rate, loss, clipping, early stop and best-on-dev, and gets what it would get alone, to rounding.
 """
 import copy
 import itertools
 import os
 import time
 from dataclasses import dataclass, field, replace
-from typing import Callable, Iterator
+from typing import Any, Iterator
 
 import numpy as np
 import torch
-import torch.nn as nn
-from torch import Tensor
+from torch import Tensor, nn
 
 from rt.data import Encoded, TaskData
 from rt.errors import Diverged, InputError
-from rt.losses import AT_POINTS, TERMS, DistillConfig, Loss, Reweighted, TeacherCache, Weights, patience, task_loss
+from rt.losses import AT_POINTS, TERMS, DistillConfig, Loss, Reweighted, TeacherCache, Weights, patience, task_loss, trained_weights
 from rt.model import Activations, Batch, Classifier
 from rt.optim import autocast, is_out_of_memory
 from rt.recycling import MODES, NEEDS_TEACHER, TRAINED, Recycling, check, teacher_of
-from rt.speed.graphs import GraphedStep
-from rt.tune import Fit, TuneResult, TuneSettings, evaluate, metrics, plain_gradient, training_batch, training_loop
+from rt.speed.graphs import CudaGraphs
+from rt.tune import Fit, Gradient, Hook, TuneResult, TuneSettings, evaluate, ignore, metrics, plain_gradient, training_batch, training_loop
 
 CPU_BYTES = 2**29       # of a group on a CPU: a dozen runs of the mini preset, beyond which a run's time grows again
 EVAL_TOKENS = 16384     # of a forward pass over dev, all runs together
-BUCKET = 128            # tokens: the steps in which batches grow if each shape is a CUDA graph
-PAD_SEQUENCES = 8       # that fill up a range, or some more short ones: attention grows with the square of the length
+BUCKET = 128            # tokens: batches grow in steps of this size if each shape is a CUDA graph
+PAD_SEQUENCES = 8       # about how many fill up a range: attention grows with the square of the length
 
 
 @dataclass
 class SideRun:
-    """One of the runs. Those with one start, or one sample of examples, may share `model` and `data`: nothing here changes either. The loss
-    must be without gamma and itp; all runs' losses have a teacher, or none has."""
+    """One of the runs; several may share `model` and `data`, which nothing here changes. The losses must be without gamma and itp, and all
+    have a teacher or none."""
     model: Classifier
     data: TaskData
     settings: TuneSettings
     loss: Loss
     rows: list[dict] = field(default_factory=list)  # {'step', 'loss', 'dev'} of every evaluation
     result: TuneResult = field(default_factory=TuneResult)
-    best: Weights = field(default_factory=dict)     # of what is trained, where dev was best
-
-
-def trained(model: nn.Module) -> Weights:
-    return {k: p for k, p in model.named_parameters() if p.requires_grad}
+    best: Weights = field(default_factory=dict)     # the trained weights where dev was best
 
 
 def reweighted(model: Classifier, weights: Weights) -> Classifier:
@@ -65,12 +59,9 @@ def stack(weights: list[Weights]) -> Weights:
 
 def side_by_side(batches: list[Batch], bucket: int = 0, B: int = 0) -> tuple[Batch, Tensor]:
     """The batches of K runs as one, each in a range of its own, all ranges as long as the longest; the rest is filled with sequences that
-    nothing reads. Also (K, B) the share of each example in its run's mean: 1 / the run's batch size, and 0 for the rows that make batches
-    of unequal size equal, or fill them up to B sequences.
-
-    With `bucket`, shapes are few, as a CUDA graph needs: ranges of a multiple of so many tokens, the greatest number of sequences (the last
-    ones empty), and a bound on their length that is a multiple of 64.
-    """
+    nothing reads. Also (K, B) the share of each example in its run's mean: 1 / the run's batch size, and 0 for rows that fill a batch up
+    to the largest, or to `B`. With `bucket`, shapes are few, as CUDA graphs need: ranges of a multiple of so many tokens, the greatest
+    number of sequences (the last ones empty), and a bound on their length that is a multiple of 64."""
     N, B, longest = max(len(b.ids) for b in batches), max(B, *(len(b.index) for b in batches)), max(b.max_seqlen for b in batches)
     N = -(-N // bucket) * bucket if bucket else N
     ids, lengths, rows, labels, index, shares = [], [], [], [], [], torch.zeros(len(batches), B)
@@ -85,22 +76,19 @@ def side_by_side(batches: list[Batch], bucket: int = 0, B: int = 0) -> tuple[Bat
     if bucket:
         lengths += [0] * (len(batches) * (B + PAD_SEQUENCES) - len(lengths))
         longest = -(-longest // 64) * 64
-    seeds = None if batches[0].seeds is None else torch.cat([batch.seeds for batch in batches])
-    cu_seqlens = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)
-    return Batch(torch.cat(ids), cu_seqlens, longest, labels=torch.cat(labels), index=torch.cat(index), seeds=seeds,
-                 rows=torch.cat(rows)), shares
+    fields = {"labels": torch.cat(labels), "index": torch.cat(index), "rows": torch.cat(rows),
+              "seeds": None if batches[0].seeds is None else torch.cat([batch.seeds for batch in batches])}
+    return Batch(torch.cat(ids), torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32), longest, **fields), shares
 
 
-def graphed_gradient(model: Classifier, loss: Loss, device: torch.device, precision: torch.dtype) -> Callable[[Batch], Tensor]:
+def graphed_gradient(model: Classifier, loss: Loss, device: torch.device, precision: torch.dtype) -> Gradient:
     """rt.tune.plain_gradient as CUDA graphs, one for each bucket of tokens."""
-    plain = plain_gradient(model, loss, device, precision)
-    graphed = GraphedStep(lambda batch, shares: plain(batch), [p for p in model.parameters() if p.requires_grad], device)
-    return lambda batch: graphed(*side_by_side([batch], BUCKET))
+    graphs = CudaGraphs(plain_gradient(model, loss, device, precision), [*trained_weights(model).values()], device)
+    return lambda batch: graphs(side_by_side([batch], BUCKET)[0])
 
 
 class SideLoss:
     """The losses of K runs, with alpha, beta and T of each."""
-
     def __init__(self, runs: list[SideRun], device: torch.device):
         losses = [run.loss for run in runs]
         if not all(can_be_stacked(loss.config) for loss in losses):
@@ -112,8 +100,7 @@ class SideLoss:
         # the teachers' outputs of all runs in one cache, run k's examples from offset[k] on
         starts = dict(zip(caches, itertools.accumulate((len(cache.logits) for cache in caches.values()), initial=0)))
         merged = TeacherCache(*(torch.cat([getattr(cache, part) for cache in caches.values()]) for part in ("logits", "states")))
-        self.terms = replace(self.terms, teacher=merged)
-        configs = [loss.config for loss in losses]
+        self.terms, configs = replace(self.terms, teacher=merged), [loss.config for loss in losses]
         self.offset = torch.tensor([[starts[id(loss.teacher)]] for loss in losses], device=device)              # (K, 1), and so on
         self.alpha, self.beta = (torch.tensor([[getattr(c, name)] for c in configs], device=device) for name in ("alpha", "beta"))
         # runs of one temperature together: (T, which), and where each run is then found
@@ -147,7 +134,7 @@ def predict(stacked: nn.Module, parts: list[Encoded], device: torch.device, prec
     orders = [sorted(range(len(part)), key=lambda i: len(part.sequences[i])) for part in parts]
     longest = max(len(part.sequences[order[-1]]) for part, order in zip(parts, orders))
     size = max(1, EVAL_TOKENS // (longest * len(parts)))
-    chunks: list[list[Tensor]] = [[] for _ in parts]
+    chunks = [[] for _ in parts]
     for first in range(0, max(map(len, parts)), size):
         # a run whose examples are all done shows its last one again
         picks = [order[first:first + size] or order[-1:] for order in orders]
@@ -161,89 +148,81 @@ def predict(stacked: nn.Module, parts: list[Encoded], device: torch.device, prec
 
 
 class SideBySide:
-    """The functions of rt.tune.training_loop for K runs at once, of which those that are over leave the others to themselves. Each run has
-    weights, optimizer and best of its own (rt.tune.Fit); together they compute gradients and predictions."""
-
-    def __init__(self, runs: list[SideRun], device: torch.device, precision: torch.dtype, graphs: bool,
-                 on_step: Callable[[Batch], None], on_eval: Callable[[dict], None]):
-        self.runs, self.device, self.precision, self.graphs, self.on_step = runs, device, precision, graphs, on_step
-
-        def fit(run: SideRun) -> Fit:
-            def noted(row: dict) -> None:
-                run.rows.append(row)
-                on_eval(row)
-
-            weights = {k: p.detach().clone().requires_grad_() for k, p in trained(run.model).items()}
-            return Fit(weights, run.settings, noted)
-
-        self.fits = [fit(run) for run in runs]
+    """The functions of rt.tune.training_loop for the runs that go on: each has its own Fit; they compute gradients and scores together."""
+    def __init__(self, runs: list[SideRun], device: torch.device, precision: torch.dtype, graphs: bool, on_step: Hook, on_eval: Hook):
+        self.runs, self.device, self.precision, self.graphs, self.on_step, self.on_eval = runs, device, precision, graphs, on_step, on_eval
+        self.fits = []
+        for run in runs:
+            run.rows = []       # without those of a try that failed
+            weights = {k: p.detach().clone().requires_grad_() for k, p in trained_weights(run.model).items()}
+            self.fits.append(Fit(weights, run.settings, run.rows.append))
         self.stacked = Reweighted(runs[0].model, lambda: stack([fit.trained for fit in self.fits]))
         self.prepare()
 
     def prepare(self) -> None:
-        """The gradient of the runs that go on: a function of a batch and its shares, both on the host; (K,) losses."""
+        """Make the gradient of the runs that go on: a function of a batch and its shares, both on the host; (K,) losses."""
         loss = SideLoss(self.runs, self.device)
 
         def plain(batch: Batch, shares: Tensor) -> Tensor:
             with autocast(self.device, self.precision):
-                values = loss(self.stacked, batch.to(self.device), shares.to(self.device))
+                values = loss(self.stacked.train(), batch.to(self.device), shares.to(self.device))
             values.sum().backward()
             return values.detach()
 
         leaves = [w for fit in self.fits for w in fit.trained.values()]
-        self.gradient_of = GraphedStep(plain, leaves, self.device) if self.graphs else plain
+        self.gradient_of = CudaGraphs(plain, leaves, self.device) if self.graphs else plain
 
     def gradient(self, step: int) -> Tensor:
+        """(K,) losses of a step."""
         alike = {(id(r.data), r.settings.seed): r for r in self.runs}      # runs that read the same examples
         batches = {key: training_batch(r.data.train, r.settings, step) for key, r in alike.items()}
-        each = [batches[id(r.data), r.settings.seed] for r in self.runs]
-        batch, shares = side_by_side(each, BUCKET if self.graphs else 0)
-        self.stacked.train()
-        losses = self.gradient_of(batch, shares)
-        for one in each:
-            self.on_step(one)
+        own = [batches[id(r.data), r.settings.seed] for r in self.runs]
+        losses = self.gradient_of(*side_by_side(own, BUCKET if self.graphs else 0))
+        for batch in own:
+            self.on_step(batch)
         return losses
 
     def update(self, step: int, losses: Tensor) -> None:
         for fit, loss in zip(self.fits, losses):
             fit.update(step, loss)
 
+    def dev_scores(self, step: int) -> list[dict[str, float]]:
+        """The scores of every run; before the first step, runs that share start and examples are scored once."""
+        if step == 0:
+            alike = {(id(r.model), id(r.data)): r for r in self.runs}
+            scores = {key: evaluate(r.model, r.data.dev, self.device, self.precision) for key, r in alike.items()}
+            return [scores[id(r.model), id(r.data)] for r in self.runs]
+        logits = predict(self.stacked, [run.data.dev for run in self.runs], self.device, self.precision)
+        return [metrics(own, run.data.dev.targets) for own, run in zip(logits, self.runs)]
+
     def evaluate(self, step: int) -> bool:
         """Score dev; whether a run goes on."""
-        starts = {}     # runs that share their start and their examples are scored once
-        if step == 0:
-            starts = {(id(r.model), id(r.data)): evaluate(r.model, r.data.dev, self.device, self.precision) for r in self.runs}
-        else:
-            scored = predict(self.stacked, [run.data.dev for run in self.runs], self.device, self.precision)
         going = []
-        for k, (run, fit) in enumerate(zip(self.runs, self.fits)):
-            dev = starts[id(run.model), id(run.data)] if step == 0 else metrics(scored[k], run.data.dev.targets)
+        for run, fit, dev in zip(self.runs, self.fits, self.dev_scores(step)):
             try:
-                goes_on = fit.evaluated(step, dev)
+                if fit.evaluated(step, dev):
+                    going.append((run, fit))
+                self.on_eval(run.rows[-1])
             except Diverged:       # its gradient is its own: the others go on
-                goes_on, fit.result.diverged = False, step
+                fit.result.diverged = step
             run.result, run.best = fit.result, fit.best
-            going += [k] * goes_on
-        if len(going) < len(self.runs):
-            self.runs, self.fits = [self.runs[k] for k in going], [self.fits[k] for k in going]
-            self.prepare() if going else None
+        if going and len(going) < len(self.runs):
+            self.runs, self.fits = map(list, zip(*going))
+            self.prepare()
         return bool(going)
 
 
-def tune(runs: list[SideRun], *, device: torch.device, precision: torch.dtype, graphs: bool = False,
-         on_step: Callable[[Batch], None] = lambda batch: None, on_eval: Callable[[dict], None] = lambda row: None) -> None:
-    """rt.tune.tune for K runs at once; fills `result` (but for test) and `best` of each. All have the same steps, batch size, evaluation
-    interval and decay; seeds, learning rates, warm-ups, losses and data are their own. A run that stops early, or of which too many steps
-    in a row were skipped (`result.diverged`), leaves the others to themselves."""
+def tune(runs: list[SideRun], *, device: torch.device, precision: torch.dtype, graphs: bool = False, on_step: Hook = ignore,
+         on_eval: Hook = ignore) -> None:
+    """rt.tune.tune for K runs at once; fills `rows`, `result` (but for test) and `best` of each. Steps, batch size, evaluation interval and
+    decay are common. The others go on without a run that stops early or diverges (`result.diverged`)."""
     started, together = time.perf_counter(), SideBySide(runs, device, precision, graphs, on_step, on_eval)
     training_loop(runs[0].settings, together.gradient, together.update, together.evaluate)
     for run in runs:
         run.result.seconds = (time.perf_counter() - started) / len(runs)
 
 
-def tune_in_groups(runs: list[SideRun], limit: int, *, device: torch.device, precision: torch.dtype, graphs: bool = False,
-                   on_step: Callable[[Batch], None] = lambda batch: None,
-                   on_eval: Callable[[dict], None] = lambda row: None) -> Iterator[SideRun]:
+def tune_in_groups(runs: list[SideRun], limit: int, *, device: torch.device, precision: torch.dtype, **more: Any) -> Iterator[SideRun]:
     """`tune`, `limit` runs at once, or if that is 0 as many as are estimated to fit into memory; half as many if they do not. Yields the
     runs of a group when it is done. Raises InputError if not one fits."""
     size = limit
@@ -251,14 +230,12 @@ def tune_in_groups(runs: list[SideRun], limit: int, *, device: torch.device, pre
         try:
             size = size or max(1, free_bytes(device) // step_bytes(runs[0], device, precision))
             size = -(-len(runs) // -(-len(runs) // size))      # equal groups: 7 by 4 is 4 and 3, 9 by 8 is 5 and 4
-            tune(runs[:size], device=device, precision=precision, graphs=graphs, on_step=on_step, on_eval=on_eval)
+            tune(runs[:size], device=device, precision=precision, **more)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             if size <= 1:
                 raise InputError(f"not even one run fits into the memory of {device}: lower `batch_size` or `seq_len`") from None
-            for run in runs[:size]:
-                run.rows, run.result, run.best = [], TuneResult(), {}
             size //= 2
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -278,7 +255,7 @@ def free_bytes(device: torch.device) -> int:
 
 def step_bytes(run: SideRun, device: torch.device, precision: torch.dtype) -> int:
     """What one run keeps for its backward pass, measured on its first batch, and its weights with gradients and moments."""
-    weights, loss, saved = {k: p[None] for k, p in trained(run.model).items()}, SideLoss([run], device), {}
+    weights, loss, saved = {k: p[None] for k, p in trained_weights(run.model).items()}, SideLoss([run], device), {}
     own = {p.untyped_storage().data_ptr() for p in run.model.parameters()}
 
     def note(x: Tensor) -> Tensor:
@@ -291,34 +268,28 @@ def step_bytes(run: SideRun, device: torch.device, precision: torch.dtype) -> in
     return sum(n for place, n in saved.items() if place not in own) + sum(20 * p.numel() for p in weights.values())
 
 
-# --- recycling, side by side ------------------------------------------------------------------------------------------
-
 def can_go_together(r: Recycling, mode: str) -> bool:
     """Whether runs like this one can be trained side by side: not full deltas, which share no base, nor losses that cannot be stacked."""
     return mode in TRAINED and r.config.kind != "full" and (mode not in NEEDS_TEACHER or can_be_stacked(r.distill))
 
 
 def recycle_together(rs: list[Recycling], mode: str, limit: int = 0, graphs: bool = False,
-                     on_eval: Callable[[dict], None] = lambda row: None) -> Iterator[tuple[Recycling, Classifier, TuneResult]]:
-    """rt.recycling.recycle for runs that differ in seed, examples, learning rate, alpha, beta and T alone, trained side by side on one
-    frozen base: the same results but for test, which is not scored. At most `limit` at once; 0: as many as fit into memory. Yields each
-    with its model as soon as its group is done; its on_eval is called then."""
+                     on_eval: Hook = ignore) -> Iterator[tuple[Recycling, Classifier, TuneResult]]:
+    """rt.recycling.recycle for runs that differ in seed, examples, learning rate, alpha, beta and T alone: the same results but for test,
+    which is not scored. At most `limit` at once; 0: as many as fit into memory. Yields each with its model as soon as its group is done,
+    and calls its on_eval then."""
     for r in rs:
         check(r, mode)
     if not all(can_go_together(r, mode) for r in rs):
         raise ValueError("full deltas, runs with gamma or itp and modes without training are not done side by side")
-    starts: dict[int, Classifier] = {}
-    teachers: dict[int, TeacherCache] = {}      # one for each sample of examples
+    starts = {seed: MODES[mode].start(r) for seed, r in {r.settings.seed: r for r in rs}.items()}
+    teachers = {data: teacher_of(r) for data, r in {id(r.data): r for r in rs}.items()} if mode in NEEDS_TEACHER else {}
     runs = []
     for r in rs:
-        if mode in NEEDS_TEACHER:
-            r.teacher = teachers[id(r.data)] = teachers.get(id(r.data)) or teacher_of(r)
-        if r.settings.seed not in starts:
-            starts[r.settings.seed] = MODES[mode].start(r)
+        r.teacher = teachers.get(id(r.data), r.teacher)     # one for each sample of examples
         runs.append(SideRun(starts[r.settings.seed], r.data, r.settings, MODES[mode].loss(r)))
-    place = {id(run): r for run, r in zip(runs, rs)}
-    for run in tune_in_groups(runs, limit, device=rs[0].device, precision=rs[0].precision, graphs=graphs,
-                              on_step=rs[0].on_step, on_eval=on_eval):
+    where = {"device": rs[0].device, "precision": rs[0].precision}
+    for r, run in zip(rs, tune_in_groups(runs, limit, **where, graphs=graphs, on_step=rs[0].on_step, on_eval=on_eval)):
         for row in run.rows:
-            place[id(run)].on_eval(row)
-        yield place[id(run)], reweighted(run.model, run.best), run.result
+            r.on_eval(row)
+        yield r, reweighted(run.model, run.best), run.result

@@ -1,8 +1,5 @@
-"""How fast training goes: the arithmetic of a step, tokens per second and MFU, as a progress bar says them.
-
-MFU (model FLOPs utilisation; Chowdhery et al., 2022) is the share of the device's peak that the algorithm's own arithmetic takes: matrix
-products on real tokens, forward and backward, nothing twice. What fills a batch up, or is computed again, does not count.
-"""
+"""How fast training goes: tokens per second and MFU (model FLOPs utilisation; Chowdhery et al., 2022), the share of the device's peak that
+the algorithm's matrix products take: forward and backward on real tokens, without padding or recomputation."""
 import time
 from contextlib import contextmanager
 from typing import Iterator
@@ -14,8 +11,8 @@ from rt.speed.device import peak_flops
 
 
 def step_flops(config: EncoderConfig, lengths: list[int], predicted: int = 0, frozen: bool = False) -> float:
-    """Of a training step on sequences of these lengths: 2 a multiply-add forward, twice that backward; `predicted` rows go through the
-    masked-LM head. On a frozen base no gradients of its matrices are computed. A delta's own products and the task head are left out."""
+    """FLOPs of a training step on sequences of these lengths, `predicted` rows of which go through the masked-LM head: 2 a multiply-add
+    forward, twice that backward, without the gradients of a frozen base's matrices. Deltas and task heads are left out."""
     d, V, N = config.hidden_size, config.vocab_size, sum(lengths)
     linears = 2 * N * (4 * d * d + 2 * d * config.ffn_size)
     attention = 4 * d * sum(n * n for n in lengths)
@@ -24,8 +21,7 @@ def step_flops(config: EncoderConfig, lengths: list[int], predicted: int = 0, fr
 
 
 class Throughput:
-    """What a bar says of the speed of a loop: count its batches, then str(pace). `world` ranks are taken to go as fast as this one."""
-
+    """The speed of a loop: count its batches, then str(throughput). `world` ranks are taken to be as fast as this one."""
     def __init__(self, config: EncoderConfig, device: torch.device, precision: torch.dtype, frozen: bool = False, world: int = 1):
         self.config, self.frozen, self.world, self.peak = config, frozen, world, peak_flops(device, precision)
         self.restart()
@@ -34,7 +30,7 @@ class Throughput:
         self.tokens, self.flops, self.since = 0, 0.0, time.perf_counter()
 
     def count(self, batch: Batch) -> None:
-        """A batch, still on the host, that is trained on."""
+        """Count a batch that is trained on; it must be on the host."""
         self.tokens += len(batch.ids)
         if self.peak:
             predicted = 0 if batch.predict is None else len(batch.predict)
@@ -51,5 +47,5 @@ class Throughput:
         if not self.tokens:
             return "- tok/s"
         seconds = time.perf_counter() - self.since
-        said = f"{self.world * self.tokens / seconds:,.0f} tok/s"
-        return said + (f", MFU {self.flops / seconds / self.peak:.1%}" if self.peak else "")
+        mfu = f", MFU {self.flops / seconds / self.peak:.1%}" if self.peak else ""
+        return f"{self.world * self.tokens / seconds:,.0f} tok/s{mfu}"
