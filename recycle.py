@@ -119,8 +119,6 @@ def main() -> None:
         c.delta = replace(c.delta, **old_delta.config.used)
     modes = announce(c, modes, task, old_delta)
     bases = {name: open_base(name).to(ranks.device) for name in c.chain or (c.base,)}
-    for base in (old_base, *bases.values()):
-        base.encoder.requires_grad_(c.delta.kind == "full")     # what `attach` trains are copies; this is what the bar counts
     base = next(iter(bases.values()))
     sources = [(open_delta(folder, old_base).ordered(t.labels), encode_task(t, base.tokenizer, c.seq_len))
                for folder, t in zip(source_deltas, source_tasks)]
@@ -129,10 +127,10 @@ def main() -> None:
     if ranks.is_main:
         note_changed_task(old_delta.info, task)
         note_truncated(*r.data.truncated(), c.seq_len, sys.stderr)
-    check_together(c, r, modes, bases, sources)
-    out = Path(c.out or default_out(c, task))
+    plan, out = planned(c, modes), Path(c.out or default_out(c, task))
+    check_together(c, r, plan, bases, sources)
     with locked(out, ranks.from_main):
-        do_runs(c, r, task, modes, bases, sources, out, ranks)
+        do_runs(c, r, task, plan, bases, sources, out, ranks)
     ranks.leave()
 
 
@@ -180,23 +178,6 @@ def announce(c: Config, modes: list[str], task: Task, old: Delta) -> list[str]:
     return ["scratch", "init"] if "all" in c.mode else modes
 
 
-def check_together(c: Config, r: Recycling, modes: list[str], bases: dict[str, Base], sources: Sources) -> None:
-    """InputError if a mode cannot be done with what was opened."""
-    for base in bases.values():
-        base.require_length(c.seq_len)
-        for mode in modes:
-            check(replace(r, base=base), mode)
-    if sources:
-        check_sources(r.old_base, r.base, sources, r.old_delta)
-
-
-def default_out(c: Config, task: Task) -> str:
-    """runs/recycle/BASE-TASK-DELTA, with shots -kSHOTS; all bases of a chain."""
-    first, *rest = c.chain or (c.base,)
-    lineage = "-".join([*Path(first).parts[-2:], *(Path(name).name for name in rest)])
-    return f"runs/recycle/{lineage}-{task.name}-{c.delta.kind}" + (f"-k{c.shots}" if c.shots else "") + ("-sweep" if c.sweep else "")
-
-
 def planned(c: Config, modes: list[str]) -> list[Run]:
     """A run for every seed, mode and learning rate of every combination of --sweep."""
     points = [c] if c.sweep is None else expand(c, c.sweep)
@@ -208,10 +189,25 @@ def planned(c: Config, modes: list[str]) -> list[Run]:
 
 def learning_rates(c: Config, mode: str) -> tuple[float | None, ...]:
     """The learning rates to try; None for a mode that does not train."""
-    if mode == "apply":
-        return (None,)
     default = LR[c.delta.kind]
-    return c.lr or (default[mode] if isinstance(default, dict) else default,)
+    return (None,) if mode == "apply" else c.lr or (default[mode] if isinstance(default, dict) else default,)
+
+
+def check_together(c: Config, r: Recycling, plan: list[Run], bases: dict[str, Base], sources: Sources) -> None:
+    """InputError if a run cannot be done with what was opened."""
+    for base in bases.values():
+        base.require_length(c.seq_len)
+        for one in plan:
+            check(replace(r, base=base, distill=one.c.distill), one.mode)
+    if sources:
+        check_sources(r.old_base, r.base, sources, r.old_delta)
+
+
+def default_out(c: Config, task: Task) -> str:
+    """runs/recycle/BASE-TASK-DELTA, with shots -kSHOTS; all bases of a chain."""
+    first, *rest = c.chain or (c.base,)
+    lineage = "-".join([*Path(first).parts[-2:], *(Path(name).name for name in rest)])
+    return f"runs/recycle/{lineage}-{task.name}-{c.delta.kind}" + (f"-k{c.shots}" if c.shots else "") + ("-sweep" if c.sweep else "")
 
 
 def tune_settings(c: Config, seed: int, lr: float | None) -> TuneSettings:
@@ -220,16 +216,13 @@ def tune_settings(c: Config, seed: int, lr: float | None) -> TuneSettings:
 
 # --- what is done ------------------------------------------------------------------------------------------------------
 
-def do_runs(c: Config, r: Recycling, task: Task, modes: list[str], bases: dict[str, Base], sources: Sources, out: Path,
+def do_runs(c: Config, r: Recycling, task: Task, plan: list[Run], bases: dict[str, Base], sources: Sources, out: Path,
             ranks: Ranks) -> None:
     """Every run but those that are finished. Of a --sweep, ranks share the runs of a group, and rank 0 scores the best of each mode on
     test. Prints the table."""
-    plan = planned(c, modes)
-    for one in plan:
-        check(replace(r, distill=one.c.distill), one.mode)
-    origins, projected = {name: origin_of(replace(r, base=base)) for name, base in bases.items()}, origin_of(r, sources)
-    origin = {row.name: projected if row.mode == "project" else origins[row.c.base] for one in plan for row in one.rows()}
     rows = [row for one in plan for row in one.rows()]
+    origins, projected = {name: origin_of(replace(r, base=base)) for name, base in bases.items()}, origin_of(r, sources)
+    origin = {row.name: projected if row.mode == "project" else origins[row.c.base] for row in rows}
     finished = ranks.from_main(lambda: begin(c, out, rows, origin))
     todo = [one for one in plan if not finished.issuperset(row.name for row in one.rows())]
     mine = [[one] for one in todo] if c.sweep is None else [*filter(None, (g[ranks.rank::ranks.world] for g in groups(todo)))]
@@ -244,7 +237,7 @@ def do_runs(c: Config, r: Recycling, task: Task, modes: list[str], bases: dict[s
                     write_summary(c, out, rows)
                 bar.update()
     ranks.wait()
-    ranks.from_main(lambda: finish(c, r, modes, rows, out))
+    ranks.from_main(lambda: finish(c, r, rows, out))
 
 
 def sample(c: Config, r: Recycling, task: Task, seed: int) -> Recycling:
@@ -278,7 +271,7 @@ def run_alone(r: Recycling, one: Run, bases: dict[str, Base], sources: Sources) 
     """A run by itself; in a chain, one mode along all bases by all routes."""
     c, curves, more, started = one.c, defaultdict(list), {}, time.perf_counter()
     steps = c.project.project_steps if one.mode == "project" else c.steps * len(one.rows()) * (one.mode in TRAINED)
-    with StepBar(steps, one.mode, r.base.encoder, r.device, r.precision) as bar:
+    with StepBar(steps, one.mode, r.base.encoder.config, r.device, r.precision, frozen=c.delta.kind != "full") as bar:
         def on_eval(row: dict, **part) -> None:
             curves[row.get("base"), row.get("route")].append({**part, **row})
             bar.on_eval(row)
@@ -307,9 +300,9 @@ def learn_map(r: Recycling, p: ProjectConfig, sources: Sources, on_eval: Callabl
     return {"sources": [data.name for _, data in sources], **about, "numbers": numbers}
 
 
-def finish(c: Config, r: Recycling, modes: list[str], runs: list[Run], out: Path) -> None:
+def finish(c: Config, r: Recycling, runs: list[Run], out: Path) -> None:
     """Score the best runs by dev of each mode of a sweep on test, write summary.json and print the table."""
-    rows = write_summary(c, out, runs)
+    rows, modes = write_summary(c, out, runs), [*dict.fromkeys(one.mode for one in runs)]
     if c.sweep is not None:
         for row in (row for mode in modes for row in chosen(rows, mode, by_settings) if not row["test"]):
             row["test"] = evaluate(apply(r.base, load_delta(out / "deltas" / row["run"])), r.data.test, r.device, r.precision)

@@ -42,7 +42,6 @@ from rt.speed.device import make_deterministic, pick_device, pick_precision
 from rt.speed.dist import Ranks, join, launched, zero
 from rt.speed.graphs import check_graphs, compiled, make_gradient, prefetch, staged
 from rt.speed.multi_run import graphed_gradient
-from rt.speed.throughput import Throughput
 from rt.tune import TuneSettings, evaluate, plain_gradient, tune
 
 
@@ -124,8 +123,8 @@ def pretrain(c: Config) -> None:
     ranks.assert_same({f"--{k}": v for k, v in record(c).items()})
     check_graphs(c.graphs, ranks)
     settings = {k: v for k, v in record(c).items() if k not in NOT_SETTINGS}
-    with PretrainRun(out, ranks, settings, sys.argv, resume=c.resume, snapshots=c.snapshots, save_every=c.save_every,
-                     log_every=c.log_every or (10 if ranks.device.type == "cuda" else 1), stop_after=c.stop_after) as stream:
+    with PretrainRun(out, ranks, settings, resume=c.resume, snapshots=c.snapshots, save_every=c.save_every, stop_after=c.stop_after,
+                     log_every=c.log_every or (10 if ranks.device.type == "cuda" else 1)) as stream:
         interrupted = train_stages(c, stream, ranks) if stream.has_work else None
         if not stream.has_work:
             print(f"{out} is complete; remove it to train anew\n{table_of(out)}")
@@ -156,9 +155,8 @@ def train_stages(c: Config, stream: PretrainRun, ranks: Ranks) -> Interrupted | 
         s = PretrainSettings(steps, c.batch_tokens, c.lr or PRETRAIN_LR, max(1, round(c.warmup * steps)), rows.seed, c.accumulation)
         model = model.to(ranks.device)
         optimizer = adamw(model.parameters(), 0.0, c.weight_decay, make=zero if c.zero else torch.optim.AdamW)
-        throughput = Throughput(model.encoder.config, **where, world=ranks.world)
         about = {"name": name, "domain": domain, "number": number, "parent": parent}
-        first = stream.start_stage(about, s, rows, model, optimizer, throughput)
+        first = stream.start_stage(about, s, rows, model, optimizer, where["precision"])
         if not stream.stages and first == 0:
             print(sample_of(rows, tokenizer))
         if train_stage(model, rows, optimizer, s, stream, ranks, where["precision"], first, compile=c.compile, graphs=c.graphs):
@@ -265,7 +263,7 @@ def tune_delta(c: Config) -> None:
     about |= {"config": record(c), "argv": sys.argv}
     with locked(out), delta_folder(out, sum(p.nbytes for p in model.parameters() if p.requires_grad)) as new:
         log = Log(new)
-        with StepBar(s.steps, f"{task.name} {kind}", model.encoder, **where) as bar:
+        with StepBar(s.steps, f"{task.name} {kind}", model.encoder.config, **where, frozen=kind != "full") as bar:
             def on_eval(row: dict) -> None:
                 log.row(**row)
                 bar.on_eval(row)

@@ -30,7 +30,6 @@ from rt.model import PRESETS, EncoderConfig, new_masked_lm
 from rt.runs.config import run
 from rt.runs.resume import PretrainRun
 from rt.speed.dist import Ranks
-from rt.speed.throughput import Throughput
 from train import train_stage
 
 torch.set_num_threads(int(os.environ.get("RT_TEST_THREADS", 1)))     # tiny models: more threads only wait for each other
@@ -132,11 +131,10 @@ def pretrained(folder: Path, model, rows, optimizer, settings, tokenizer, *, dev
     """train.py's loop for one stage in `folder`, from step `first` on, or from the newest checkpoint there; returns the rows there are
     now."""
     ranks = Ranks(device)
-    with PretrainRun(folder, ranks, {}, [], resume=True, snapshots=0, save_every=10**9, log_every=log_every, stop_after=stop_after) as run:
+    with PretrainRun(folder, ranks, {}, resume=True, snapshots=0, save_every=10**9, log_every=log_every, stop_after=stop_after) as run:
         run.begin({}, tokenizer)
-        throughput = Throughput(model.encoder.config, device, precision)
         about = {"name": "M0", "domain": "d", "number": 0, "parent": None}
-        start = run.start_stage(about, settings, rows, model, optimizer, throughput)
+        start = run.start_stage(about, settings, rows, model, optimizer, precision)
         train_stage(model, rows, optimizer, settings, run, ranks, precision, start if first is None else first, compile, graphs)
     return [{k: v for k, v in row.items() if k != "stage"} for row in read_rows(folder / "metrics.jsonl")]
 

@@ -85,6 +85,14 @@ def test_twenty_steps_are_ten_and_resume_and_ten(lineage):
     assert read_json(home / "broken" / "M0" / "meta.json")["stage"]["seconds"] >= round(seconds, 1)
 
 
+def test_the_checkpoint_that_a_run_went_on_from_may_be_gone_by_the_next_stage(lineage):
+    home, _ = lineage
+    arguments = ("train.py", *SMALL, "--stream", f"{home}/one.txt,{home}/two.txt", "--steps", "5,1", "--cache", home / "cache",
+                 "--snapshots", "0", "--save_every", "1", "--out", home / "pruned")
+    here(*arguments, "--stop_after", "1")
+    assert "M1 (two)" in here(*arguments, "--resume")
+
+
 @pytest.fixture(scope="module")
 def task(graphs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks") / "two_way"

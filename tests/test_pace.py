@@ -102,7 +102,7 @@ def pretraining(tokenizer, toy, rows, tmp_path) -> None:  # noqa: F811
 
 def tuning(tokenizer, toy, rows, tmp_path) -> None:  # noqa: F811
     model = attach(random_base(tokenizer), DeltaConfig("lora"), 2, seed=0)
-    with StepBar(4, "tuning", model.encoder, CPU, torch.float32) as bar:
+    with StepBar(4, "tuning", model.encoder.config, CPU, torch.float32, frozen=True) as bar:
         tune(model, toy, Loss(), TuneSettings(4, 16, 1e-3, 2, seed=0), device=CPU, precision=torch.float32, on_step=bar.on_step,
              on_eval=bar.on_eval)
 
@@ -110,7 +110,7 @@ def tuning(tokenizer, toy, rows, tmp_path) -> None:  # noqa: F811
 def side_by_side(tokenizer, toy, rows, tmp_path) -> None:  # noqa: F811
     model = attach(random_base(tokenizer), DeltaConfig("lora"), 2, seed=0)
     runs = [grid.SideRun(model, toy, TuneSettings(4, 16, lr, 2, seed=0), Loss()) for lr in (1e-3, 1e-2)]
-    with StepBar(4, "tuning", model.encoder, CPU, torch.float32, runs=2) as bar:
+    with StepBar(4, "tuning", model.encoder.config, CPU, torch.float32, frozen=True, runs=2) as bar:
         grid.tune(runs, device=CPU, precision=torch.float32, on_step=bar.on_step, on_eval=bar.on_eval)
 
 

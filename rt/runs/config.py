@@ -62,15 +62,15 @@ def _flags(cls: type, path: tuple[str, ...] = (), values: Any = None, comment: s
     comments = dict(re.findall(r"^    (\w+):[^#\n]*?#\s*(.*)$", source, re.M))
     headings = {name: text for text, name in re.findall(r"^    # (.*)\n    (\w+):", source, re.M)}
     for field in fields(cls):
+        here, help = (*path, field.name), comments.get(field.name, "")
         default = field.default if field.default_factory is MISSING else field.default_factory()
         value = default if values is None else getattr(values, field.name)
-        heading, own = heading or headings.get(field.name), comments.get(field.name, "")
+        heading = heading or headings.get(field.name)
         if is_dataclass(value):
-            yield from _flags(type(value), (*path, field.name), value, own, heading)
-        elif path and field.name == "kind":
-            yield Flag(path[-1], (*path, "kind"), hints["kind"], value, comment or own, heading)
+            yield from _flags(type(value), here, value, help, heading)
         else:
-            yield Flag(field.name, (*path, field.name), hints[field.name], value, own, heading)
+            name, help = (path[-1], comment or help) if path and field.name == "kind" else (field.name, help)
+            yield Flag(name, here, hints[field.name], value, help, heading)
         heading = None
 
 
@@ -78,51 +78,54 @@ def parse(cls: type[C], argv: list[str], words: str | None = None) -> C:
     """`argv` (without the program's name) as an instance of the dataclass `cls`. Words without a flag are an error, or the values of
     the field `words` (a tuple of text), which then is no flag. Raises InputError; --help prints the help and exits."""
     flags = {flag.name: flag for flag in flags_of(cls) if flag.name != words}
-    bools = {name for name, flag in flags.items() if flag.kind is bool}
+    switches = {f"--{no}{name}": f"--{name}={not no}" for name, flag in flags.items() if flag.kind is bool for no in ("", "no_")}
+    spelled = [re.sub("^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), argument) for argument in argv]   # --a-b as --a_b
     try:
-        given, rest = _parser(cls, words).parse_known_args([_spelled(argument, bools) for argument in argv])
+        given, rest = _parser(cls, words).parse_known_args([switches.get(argument, argument) for argument in spelled])
     except argparse.ArgumentError as error:
         name = (error.argument_name or "").lstrip("-")
         raise InputError(f"--{name} needs a value: {_type_name(flags[name].kind)}") from None
-    values = vars(given)
     for argument in rest:
         if words is None or argument.startswith("-"):
             raise _unknown(argument, list(flags))
-        values[words] = [*values.get(words, ()), argument]
-    values = {name: tuple(text) if name == words else convert(name, text, flags[name].kind) for name, text in values.items()}
-    for name, value in values.items():
-        if value == () and flags[name].default != ():
+    values = {name: convert(name, text, flags[name].kind) for name, text in vars(given).items() if name != words}
+    for name, flag in flags.items():
+        if values.get(name) == () and flag.default != ():
             raise InputError(f"--{name}: the list is empty")
-    required = [name for name, flag in flags.items() if flag.default is MISSING]
-    for name in required:
-        if name not in values:
-            raise InputError(f"--{name} is missing: {flags[name].help}")
-    return replace_flags(cls(**{name: values[name] for name in required}), **values)
+        if flag.default is MISSING and name not in values:
+            raise InputError(f"--{name} is missing: {flag.help}")
+    if words:
+        values[words] = (*getattr(given, words, ()), *rest)
+    required = {name: values[name] for name, flag in flags.items() if flag.default is MISSING}
+    return replace_flags(cls(**required), **values)
 
 
 def replace_flags(config: C, **values: Any) -> C:
     """The config with the flags of these names set, in whatever nested dataclass each is."""
-    def changed(part: Any, path: tuple[str, ...], value: Any) -> Any:
-        first, *rest = path
-        return replace(part, **{first: changed(getattr(part, first), rest, value) if rest else value})
-
     paths = {flag.name: flag.path for flag in flags_of(type(config))}
     for name, value in values.items():
-        config = changed(config, paths[name], value)
+        *outer, last = paths[name]
+        while outer:        # the part that holds the flag with its new value, then the part around it
+            value = replace(functools.reduce(getattr, outer, config), **{last: value})
+            last = outer.pop()
+        config = replace(config, **{last: value})
     return config
 
 
 def record(config: Any) -> dict:
-    """The flags and their values as plain JSON values, for meta.json and summary.json. InputError for text that is not UTF-8, as a file's
-    name may be: the files that hold it could not be read again."""
+    """The flags and their values as plain JSON values. InputError for text that is not UTF-8, as a file's name may be."""
     values = {}
     for flag in flags_of(type(config)):
         value = functools.reduce(getattr, flag.path, config)
         values[flag.name] = list(value) if isinstance(value, tuple) else value
-        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        if not is_utf8(text):
+        if not is_utf8(text := _text(value)):
             raise InputError(f"--{flag.name} {text}: is not UTF-8, and could not be read again from a record; rename the file or folder")
     return values
+
+
+def _text(value: Any) -> str:
+    """A value as it is typed."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def help_text(cls: type, words: str | None = None) -> str:
@@ -131,11 +134,10 @@ def help_text(cls: type, words: str | None = None) -> str:
 
 
 def _parser(cls: type, words: str | None) -> argparse.ArgumentParser:
-    """Takes the arguments apart; what the values are is for `convert` to say."""
+    """Takes the arguments apart; `convert` makes values of their text, because argparse would put its own sentence over ours."""
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=inspect.cleandoc(cls.__doc__ or ""), add_help=False, allow_abbrev=False, exit_on_error=False,
-        argument_default=argparse.SUPPRESS,
-        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=40))
+        argument_default=argparse.SUPPRESS, formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=40))
     parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
     group = parser.add_argument_group(None)
     for flag in flags_of(cls):
@@ -144,22 +146,9 @@ def _parser(cls: type, words: str | None) -> argparse.ArgumentParser:
         if flag.name == words:
             group.add_argument(words, nargs="*", metavar=words.upper(), help=text)
         else:
-            default = ",".join(map(str, flag.default)) if isinstance(flag.default, tuple) else str(flag.default)
-            group.add_argument(f"--{flag.name}", metavar=flag.name.upper() if flag.default is MISSING else default, help=text)
+            metavar = flag.name.upper() if flag.default is MISSING else _text(flag.default)
+            group.add_argument(f"--{flag.name}", metavar=metavar, help=text)
     return parser
-
-
-def _spelled(argument: str, bools: set[str]) -> str:
-    """--a-b=x as --a_b=x; of the flags `bools`, --flag as --flag=true and --no_flag as --flag=false."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, text = argument[2:].partition("=")
-    name = name.replace("-", "_")
-    if not equals and name in bools:
-        return f"--{name}=true"
-    if not equals and name.startswith("no_") and name[3:] in bools:
-        return f"--{name[3:]}=false"
-    return f"--{name}{equals}{text}"
 
 
 def _unknown(argument: str, names: list[str]) -> InputError:
@@ -171,8 +160,8 @@ def _unknown(argument: str, names: list[str]) -> InputError:
 
 
 def convert(name: str, text: str, kind: Any) -> Any:
-    """The text of the flag `name` as a value of the annotation `kind`: bool, int, float, str, Literal, a tuple of one of them, or None;
-    InputError for any other and beyond the limits of an Annotated."""
+    """The text of the flag `name` as a value of the annotation `kind`: bool, int, float, str, Literal, a tuple of one of them, or None.
+    InputError if it is none, or beyond the limits of an Annotated."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         value = convert(name, text, inner[0])
@@ -218,9 +207,8 @@ def run(main: Callable[[], None]) -> None:
     """Run a script's `main`. An InputError ends the process with one sentence on stderr and exit code 2, Ctrl-C with 130, SIGTERM with 143,
     a reader of standard output that leaves, as `head` does, with 141 and no word. Each of several ranks ends at once and in one sentence,
     whatever it raised, and torchrun then ends the others."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:      # closed by whoever started the process
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")      # None: closed by whoever started the process
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")       # characters that its encoding does not have
     try:
@@ -271,9 +259,9 @@ def among_ranks() -> bool:
 
 
 def end(code: int, message: str = "") -> NoReturn:
-    """Print a line on stderr and exit; one of several ranks without taking the process group down, which could wait for what the others
-    never answer. A stream that cannot be written loses what it holds: writing it would fail again when Python ends."""
-    for stream, text in ((sys.stderr, message + "\n" if message else ""), (sys.stdout, "")):
+    """Print a line on stderr and exit; one of several ranks at once, for taking the process group down could wait for ever. A stream that
+    cannot be written loses what it holds: writing it would fail again when Python ends."""
+    for stream, text in ((sys.stderr, f"{message}\n" if message else ""), (sys.stdout, "")):
         try:
             print(end=text, file=stream, flush=True)
         except OSError:

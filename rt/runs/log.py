@@ -12,14 +12,14 @@ from tqdm import tqdm
 
 from rt.data import Task
 from rt.formats.files import read_rows, write_all, write_errors, write_whole
-from rt.model import Batch, Encoder
+from rt.model import Batch, EncoderConfig
 from rt.speed.throughput import Throughput
 from rt.tune import score
 
 
 class Log:
-    """metrics.jsonl (or `name`) of one run folder, a line a row, flushed as written. `keep` says which old rows stay on resuming: without
-    it none. With several ranks one `writes`. InputError where it cannot be written."""
+    """metrics.jsonl (or `name`) of a run's folder, a line a row. `keep` says which old rows stay on resuming; without it none do. Of
+    several ranks one `writes`. Raises InputError if the file cannot be written."""
 
     def __init__(self, folder: Path, keep: Callable[[dict], bool] | None = None, writes: bool = True, name: str = "metrics.jsonl"):
         self.file, self.path = None, Path(folder) / name
@@ -38,24 +38,24 @@ class Log:
                 write_all(self.file, line)
 
     def sync(self) -> None:
-        """To the disk itself: before a checkpoint that the rows must not fall behind."""
+        """Flush to the disk itself, before a checkpoint that the rows must not fall behind."""
         if self.file:
             os.fsync(self.file.fileno())
 
 
 def progress(total: int, what: str, start: int = 0, unit: str = "step") -> tqdm:
-    """A bar with the time left on a terminal, nothing elsewhere (`disable=None`), nor on ranks but the first; it leaves no line behind."""
-    other = os.environ.get("RANK", "0") != "0"
-    return tqdm(total=total, initial=start, desc=what, unit=unit, disable=True if other else None, leave=False, dynamic_ncols=True)
+    """A bar with the time left on the first rank's terminal, and nothing elsewhere; it leaves no line behind."""
+    disable = True if os.environ.get("RANK", "0") != "0" else None      # None: unless on a terminal
+    return tqdm(total=total, initial=start, desc=what, unit=unit, disable=disable, leave=False, dynamic_ncols=True)
 
 
 class StepBar:
-    """The bar of a supervised loop: with StepBar(...) as bar, give `on_step=bar.on_step` and `on_eval=bar.on_eval` to rt.tune.tune. It
-    shows the loss, the best score on dev, tokens per second and the time left."""
+    """The bar of a supervised loop, for rt.tune.tune's `on_step` and `on_eval`: the loss, the best score on dev, tokens per second, the
+    time left. On a `frozen` base a step has less arithmetic."""
 
-    def __init__(self, steps: int, what: str, encoder: Encoder, device: torch.device, precision: torch.dtype, runs: int = 1):
-        frozen = not encoder.layers[0].qkv.weight.requires_grad
-        self.throughput = Throughput(encoder.config, device, precision, frozen=frozen)
+    def __init__(self, steps: int, what: str, config: EncoderConfig, device: torch.device, precision: torch.dtype, frozen: bool = False,
+                 runs: int = 1):
+        self.throughput = Throughput(config, device, precision, frozen)
         self.bar, self.runs, self.batches = progress(steps, what), runs, 0
         self.skipped, self.best, self.stepped = 0, -math.inf, time.perf_counter()
 
@@ -83,16 +83,15 @@ class StepBar:
 
 
 def loss_text(loss: float | None, skipped: int) -> str:
-    """Of a loop, for its bar: the loss, and how many steps were skipped."""
+    """A bar's words: the loss, and how many steps were skipped."""
     return ("no loss" if loss is None else f"loss {loss:.3f}") + (f", {skipped} steps skipped" if skipped else "")
 
 
 def table(rows: list[list], header: list[str]) -> str:
     """Aligned plain text: first column left, the rest right."""
-    cells = [header] + [[str(c) for c in row] for row in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
-             for row in cells]
+    cells = [header, *([str(c) for c in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]) for row in cells]
     return "\n".join(line.rstrip() for line in lines)
 
 

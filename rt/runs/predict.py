@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Iterable, Iterator, Literal
 
 import torch
-from torch import Tensor
 
 from rt.data import Example, encode
 from rt.deltas import Base, Delta, apply
@@ -76,39 +75,35 @@ def open_tuned(c: Any, labels: tuple[str, ...] = ()) -> tuple[Base, Delta, Class
     return base, delta, apply(base, delta), seq_len, {"device": device, "precision": pick_precision(c.precision, device)}
 
 
-def chunks(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
-    """The examples in lists of `size`. If reading fails, the examples before the bad line come first, then the InputError."""
-    chunk: list[Example] = []
+def answers(model: Classifier, examples: Iterable[Example], labels: tuple[str, ...], tokenizer: Tokenizer, max_len: int,
+            device: torch.device, precision: torch.dtype) -> Iterator[tuple[list[dict], int]]:
+    """A chunk at a time: its answers, in order, and how many of its texts were cut to `max_len` tokens. An answer is the text with its
+    label and probabilities; without `labels`, with the value of a regression."""
+    for chunk in chunks(examples):
+        encoded, rows = encode(chunk, (), tokenizer, max_len), []
+        for example, logits in zip(chunk, predict(model, encoded.sequences, device, precision)):
+            pair = {"text_pair": example.text_pair} if example.text_pair else {}
+            probabilities = dict(zip(labels, [round(p, 6) for p in logits.softmax(-1).tolist()]))
+            said = {"label": labels[int(logits.argmax())], "probabilities": probabilities} if labels else {"value": logits.item()}
+            rows.append({"text": example.text, **pair, **said})
+        yield rows, encoded.truncated
+
+
+def chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    """Lists of CHUNK examples. If reading fails, the examples before the bad line come first, then the InputError."""
+    chunk, failure = [], None
     try:
         for example in examples:
             chunk.append(example)
-            if len(chunk) == size:
+            if len(chunk) == CHUNK:
                 yield chunk
                 chunk = []
-    except InputError:
-        if chunk:
-            yield chunk
-        raise
+    except InputError as error:
+        failure = error
     if chunk:
         yield chunk
-
-
-def answer(example: Example, logits: Tensor, labels: tuple[str, ...]) -> dict:
-    """The text with its label and probabilities, from its (C,) logits; without `labels`, with the value of a regression."""
-    row = {"text": example.text} | ({"text_pair": example.text_pair} if example.text_pair else {})
-    if not labels:
-        return row | {"value": logits.item()}
-    return row | {"label": labels[int(logits.argmax())],
-                  "probabilities": dict(zip(labels, [round(p, 6) for p in logits.softmax(-1).tolist()]))}
-
-
-def answers(model: Classifier, examples: Iterable[Example], labels: tuple[str, ...], tokenizer: Tokenizer, max_len: int,
-            device: torch.device, precision: torch.dtype) -> Iterator[tuple[list[dict], int]]:
-    """A chunk at a time: its answers, in order, and how many of its texts were cut to `max_len` tokens."""
-    for chunk in chunks(examples, CHUNK):
-        encoded = encode(chunk, (), tokenizer, max_len)
-        logits = predict(model, encoded.sequences, device, precision)
-        yield [answer(example, row, labels) for example, row in zip(chunk, logits)], encoded.truncated
+    if failure:
+        raise failure
 
 
 def check_out(out: Path, source: Path) -> None:
@@ -120,30 +115,22 @@ def check_out(out: Path, source: Path) -> None:
     if source is not STDIN and out.samefile(source):
         raise InputError(f"--out {out}: is the --input")
     with out.open(encoding="utf-8", errors="replace") as file:
-        line = file.readline(1_000_000)
-    try:
-        row = parse_json(line or '{"value": 0}', out)       # an empty file may be written to
-    except InputError:
-        row = None
-    if not isinstance(row, dict) or not {"probabilities", "value"} & row.keys():
+        line, row = file.readline(1_000_000), None
+    with contextlib.suppress(InputError):
+        row = parse_json(line, out)
+    if line and not (isinstance(row, dict) and {"probabilities", "value"} & row.keys()):      # an empty file may be written to
         raise InputError(f"--out {out}: holds something else than answers; give another, or remove the file")
-
-
-def count_lines(source: Path) -> int:
-    """How many texts a plain file holds at most; 0 if counting would use the input up or unpack it."""
-    if source is STDIN or not source.is_file() or source.suffix in (".gz", ".xz"):
-        return 0
-    with source.open("rb") as file:
-        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
 
 
 def write_answers(answered: Iterable[tuple[list[dict], int]], out: Path | None, source: Path) -> tuple[int, int]:
     """Write JSONL to `out`, opened with the first answers, or to standard output, flushed chunk by chunk. Returns how many texts were
     answered and how many cut. InputError if the place cannot be written."""
-    file, count, truncated = None, 0, 0
-    lines = count_lines(source) if sys.stderr.isatty() else 0       # for the bar alone
+    file, count, truncated, total = None, 0, 0, 0
+    if sys.stderr.isatty() and source is not STDIN and source.is_file() and source.suffix not in (".gz", ".xz"):    # for the bar alone
+        with source.open("rb") as texts:
+            total = sum(block.count(b"\n") for block in iter(lambda: texts.read(1 << 20), b""))
     try:
-        with progress(lines, "predict", unit="text") as bar, contextlib.ExitStack() as stack:
+        with progress(total, "predict", unit="text") as bar, contextlib.ExitStack() as stack:
             for rows, cut in answered:
                 file = file or (stack.enter_context(out.open("w", encoding="utf-8")) if out else sys.stdout)
                 only_ascii = (file.encoding or "utf-8").lower() != "utf-8"

@@ -29,7 +29,7 @@ from rt.formats.hub import open_delta
 from rt.formats.untrusted import shaped
 from rt.recycling import NEEDS_TEACHER, TRAINED, Recycling
 from rt.runs.config import flags_of, record
-from rt.runs.summary import add_steps_to_scratch, by_settings, routes
+from rt.runs.summary import add_steps_to_scratch, by_settings, group_by, routes
 from rt.tune import TuneResult, score
 
 # flags that do not change what a run computes, or that its row holds beside its settings
@@ -153,14 +153,13 @@ def write_summary(c: Any, out: Path, runs: list[Run]) -> list[dict]:
 
 
 def comparable(rows: list[dict], more: set[str]) -> list[list[dict]]:
-    """The rows in groups to which the same runs of scratch are the baseline: of the same origin but for the old delta, and of the same
-    settings but for `more`, which scratch does not read, and the chain."""
-    found: dict[str, list[dict]] = {}
-    for row in rows:
-        settings = {k: v for k, v in row["settings"].items() if k not in more | {"chain"}}
+    """The rows in groups to which the same runs of scratch are the baseline: of one origin but for the old delta, and of one set of
+    settings but for the chain and `more`, which scratch does not read."""
+    def baseline(row: dict) -> list:
         origin = row.get("origin", [])
-        found.setdefault(json.dumps([origin[:2], origin[3:], settings], sort_keys=True), []).append(row)
-    return list(found.values())
+        return [origin[:2], origin[3:], {k: v for k, v in row["settings"].items() if k not in more | {"chain"}}]
+
+    return group_by(rows, baseline)
 
 
 def summary_rows(path: Path) -> list[dict]:
@@ -192,10 +191,8 @@ def best_delta(folder: str | Path, base: str) -> Path:
     rows = [row for row in summary_rows(folder / "summary.json") if (folder / "deltas" / row["run"] / "delta.json").exists()]
     with shaped(folder / "summary.json", "its rows do not hold what they should"):
         fitting = [row for row in rows if read_json(folder / "deltas" / row["run"] / "delta.json")["info"]["base"] == base]
-        groups: dict = {}
-        for row in fitting or rows:
-            groups.setdefault((row["mode"], row.get("route"), *by_settings(row)), []).append(row)
-        group = max(groups.values(), key=lambda g: (mean(score(row["dev"]) for row in g), g[0]["mode"] != "scratch"), default=[])
+        groups = group_by(fitting or rows, lambda row: [row["mode"], row.get("route"), by_settings(row)])
+        group = max(groups, key=lambda g: (mean(score(row["dev"]) for row in g), g[0]["mode"] != "scratch"), default=[])
         best = max(group, key=lambda row: score(row["dev"]), default=None)
     if best is None:
         raise InputError(f"{folder / 'summary.json'}: has no row of a run whose delta is still in {folder / 'deltas'}")

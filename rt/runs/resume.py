@@ -16,7 +16,8 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Callable
+from types import FrameType
+from typing import Any, Callable
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from rt.model import MaskedLM
 from rt.optim import MOST_SKIPPED
 from rt.pretrain import PretrainSettings
 from rt.runs.log import Log, loss_text, progress
-from rt.runs.signals import Interrupted, Stop
+from rt.runs.signals import Interrupted, handled
 from rt.runs.summary import forgetting_table
 from rt.speed.dist import Ranks, gather, load_state
 from rt.speed.throughput import Throughput
@@ -87,10 +88,10 @@ def newest_checkpoint(out: Path) -> Path | None:
             check_checkpoint(path)
         except InputError as error:
             damaged.append(error)
-            continue
-        if damaged:
-            print(f"{damaged[0]}; the checkpoint before it, {path}, is used", file=sys.stderr)
-        return path
+        else:
+            if damaged:
+                print(f"{damaged[0]}; the checkpoint before it, {path}, is used", file=sys.stderr)
+            return path
     if damaged:
         raise InputError(f"{damaged[0]}; there is none before it to resume from: remove {out / 'resume'} to begin its stage again")
     return None
@@ -102,6 +103,14 @@ def check_checkpoint(folder: Path) -> None:
     check_seal(folder, "meta.json", facts)
     if not isinstance(facts.get("name"), str) or not is_whole(facts.get("step"), 1) or not {*RESUMABLE} <= facts.get("sha256", {}).keys():
         raise InputError(f"{folder / 'meta.json'} is damaged: it does not hold name, step and hashes of a resumable checkpoint")
+
+
+def where_to_begin_again(out: Path) -> str:
+    """From which checkpoint a training that has diverged can begin again."""
+    for newest in checkpoints(out):
+        meta = read_json(newest / "meta.json")
+        return f"{newest} is of step {meta['step']} of {meta['name']}; --init {newest} with another --out begins there"
+    return f"no checkpoint of it had been written in {out}"
 
 
 def is_done_again(row: dict, out: Path, newest: dict) -> bool:
@@ -135,33 +144,38 @@ class PretrainRun:
     """What one command of pre-training reads and writes in `out`: a lock, rows, snapshots, resumable checkpoints and bases. It also obeys
     SIGTERM, Ctrl-C and `stop_after`. Rank 0 writes; all ranks call everything."""
 
-    def __init__(self, out: Path, ranks: Ranks, settings: dict, argv: list[str], *, resume: bool, snapshots: int, save_every: int,
-                 log_every: int, stop_after: int | None):
-        self.out, self.ranks, self.settings, self.argv, self.resume = out, ranks, settings, argv, resume
+    def __init__(self, out: Path, ranks: Ranks, settings: dict, *, resume: bool, snapshots: int, save_every: int, log_every: int,
+                 stop_after: int | None):
+        self.out, self.ranks, self.settings, self.resume = out, ranks, settings, resume
         self.snapshots, self.save_every, self.log_every = snapshots, save_every, log_every
         self.allowance = stop_after or sys.maxsize      # steps that may still be taken
         self.stages: list[dict] = []
-        self.stop, self.stack = Stop(), ExitStack()
+        self.signal, self.stack = 0, ExitStack()
 
     def __enter__(self) -> "PretrainRun":
         self.stack.enter_context(locked(self.out, self.ranks.from_main))
         self.has_work = self.ranks.from_main(lambda: has_work(self.out, self.settings, self.resume))
         self.checkpoint = self.ranks.from_main(lambda: newest_checkpoint(self.out) if self.has_work and self.resume else None)
-        self.stack.enter_context(self.stop)
+        self.stack.enter_context(handled(self.on_signal))
         return self
 
     def __exit__(self, *error: object) -> None:
         self.stack.close()
 
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """The first signal ends training after the step, a second one at once."""
+        if self.signal:
+            raise Interrupted(number)
+        self.signal = number
+
     def begin(self, content: dict, tokenizer: Tokenizer) -> None:
         """Record settings and content, or check them against those of the interrupted run; open the log."""
         self.ranks.from_main(lambda: check_content(self.out, content))
-        self.tokenizer = tokenizer
-        newest = read_json(self.checkpoint / "meta.json") if self.checkpoint else {}
+        self.tokenizer, self.newest = tokenizer, read_json(self.checkpoint / "meta.json") if self.checkpoint else {}
         if self.ranks.is_main:
             write_json(self.out / "config.json", self.settings | {"content": content})
             tokenizer.save(self.out)
-        self.log = Log(self.out, keep=lambda row: self.resume and not is_done_again(row, self.out, newest), writes=self.ranks.is_main)
+        self.log = Log(self.out, keep=lambda row: self.resume and not is_done_again(row, self.out, self.newest), writes=self.ranks.is_main)
 
     def finished(self, name: str) -> Base | None:
         """The base of a stage that an interrupted run has finished."""
@@ -172,145 +186,110 @@ class PretrainRun:
         return base
 
     def start_stage(self, about: dict, s: PretrainSettings, rows: Rows, model: MaskedLM, optimizer: torch.optim.Optimizer,
-                    throughput: Throughput) -> int:
+                    precision: torch.dtype) -> int:
         """The first step of a stage: 0, or if it was interrupted, the step of its newest checkpoint, which is loaded. `about` is for
         meta.json: name, domain, number and parent are among it."""
-        self.about, self.s, self.rows, self.model, self.optimizer, self.throughput = about, s, rows, model, optimizer, throughput
-        self.step = self.skipped = self.in_a_row = 0
-        seconds, self.waiting = 0.0, []
-        if self.checkpoint and read_json(self.checkpoint / "meta.json")["name"] == about["name"]:
+        self.about, self.s, self.rows, self.model, self.optimizer = about, s, rows, model, optimizer
+        self.throughput = Throughput(model.encoder.config, self.ranks.device, precision, world=self.ranks.world)
+        self.waiting: list[tuple[int, float, Tensor]] = []      # steps whose loss and norm are still on the device
+        self.first = self.step = self.skipped = self.in_a_row = 0
+        self.started = time.perf_counter()
+        if self.newest.get("name") == about["name"]:
             base = load_base(self.checkpoint)
             model.load_state_dict(MaskedLM(base.encoder, base.head).state_dict())
             load_state(optimizer, read_torch(self.checkpoint / "optim.pt"))
-            self.step, self.skipped, seconds = base.meta["step"], base.meta.get("skipped", 0), base.meta.get("seconds", 0.0)
-        self.first, self.started = self.step, time.perf_counter() - seconds
-        self.end = min(self.step + self.allowance, s.steps)
+            self.first = self.step = base.meta["step"]
+            self.skipped = base.meta.get("skipped", 0)
+            self.started -= base.meta.get("seconds", 0.0)
         self.kept = {round(s.steps * (k + 1) / (self.snapshots + 1)) for k in range(self.snapshots)}
-        self.bar = self.stack.enter_context(progress(s.steps, f"{about['name']} {about['domain']}", self.step))
-        return self.step
-
-    def seconds(self) -> float:
-        """Of this stage's training, those before an interruption too."""
-        return time.perf_counter() - self.started
-
-    def is_checkpoint(self, step: int) -> bool:
-        return step < self.s.steps and (step == self.end or step % self.save_every == 0)
-
-    def asked_to_stop(self, step: int) -> bool:
-        """Whether a signal has asked for the end. Ranks agree on it at steps at which they wait for each other anyway."""
-        if self.ranks.world == 1:
-            return bool(self.stop.number)
-        return step % self.log_every == 0 and self.ranks.any(bool(self.stop.number))
+        self.bar = self.stack.enter_context(progress(s.steps, f"{about['name']} {about['domain']}", self.first))
+        return self.first
 
     def after_step(self, step: int, lr: float, loss: Tensor, norm: Tensor) -> bool:
         """Note a step, write the checkpoints that are due after it, and tell whether the run stops here, before the stage's end.
 
-        Rows are fetched `log_every` at a time, for the device is not waited for in between, and whenever a checkpoint is due. Raises
+        Losses are fetched `log_every` at a time, for the device is not waited for in between, and whenever a checkpoint is due. Raises
         Diverged after more than MOST_SKIPPED steps in a row without a finite loss and gradient.
         """
-        self.waiting.append(({"step": step, "lr": lr}, torch.stack([loss, norm])))
-        if step < self.end and self.asked_to_stop(step):
-            self.end = step
-        due = step in self.kept or self.is_checkpoint(step)
-        if due or step % self.log_every == 0 or step == self.s.steps:
-            for row in fetched(self.waiting):
-                self.note(row)
-            self.waiting.clear()
-        if due:
+        self.waiting.append((step, lr, torch.stack([loss, norm])))
+        self.allowance -= 1
+        is_last, is_look = step == self.s.steps, step % self.log_every == 0
+        agrees = self.ranks.world == 1 or is_look       # on a signal, at steps at which ranks wait for each other anyway
+        stops = not is_last and (self.allowance == 0 or agrees and self.ranks.any(bool(self.signal)))
+        is_snapshot, is_checkpoint = step in self.kept, not is_last and (stops or step % self.save_every == 0)
+        if is_look or is_last or is_snapshot or is_checkpoint:
+            self.write_rows()
+        if is_snapshot or is_checkpoint:
+            name = f"{self.about['name']}-t{step:05d}"
             with self.throughput.pause():
-                if step in self.kept:
-                    self.save(self.out / f"{self.about['name']}-t{step:05d}")
-                if self.is_checkpoint(step) and (not self.in_a_row or step == self.end):     # else the one before is better
-                    self.save_checkpoint()
-        return step == self.end < self.s.steps
+                if is_snapshot:
+                    self.save(self.out / name)
+                if is_checkpoint and (stops or not self.in_a_row):      # else the one before is better
+                    gather(self.optimizer)
+                    self.save(self.out / "resume" / name, self.optimizer, seconds=time.perf_counter() - self.started)
+        return stops
 
-    def note(self, row: dict) -> None:
-        """A row of the log, and of the bar."""
-        self.in_a_row = self.in_a_row + 1 if "skipped" in row else 0
-        if self.in_a_row > MOST_SKIPPED:
-            raise Diverged(f"the loss at step {row['step'] - MOST_SKIPPED} or its gradient is not finite, nor are those of the "
-                           f"{MOST_SKIPPED} steps after it: lower --lr ({self.s.lr}) or raise --warmup "
-                           f"(now {self.s.warmup_steps} steps); {self.left()}")
-        self.step = row["step"]
-        self.skipped += "skipped" in row
-        self.log.row(stage=self.about["name"], **row)
-        self.bar.set_postfix_str(f"{loss_text(row['loss'], self.skipped)}, {self.throughput}", refresh=False)
-        self.bar.update()
-        if self.step == self.first + 1:
-            self.throughput.restart()      # compilation and capture are over by the first look at the loss
+    def write_rows(self) -> None:
+        """Rows of the steps that wait, for log and bar; their numbers leave the device in one copy. JSON has no word for a number that is
+        not finite: it is None, and the step was skipped."""
+        for (step, lr, _), pair in zip(self.waiting, torch.stack([pair for *_, pair in self.waiting]).tolist()):
+            loss, norm = (x if math.isfinite(x) else None for x in pair)
+            skipped = {"skipped": True} if None in (loss, norm) else {}
+            self.in_a_row = self.in_a_row + 1 if skipped else 0
+            if self.in_a_row > MOST_SKIPPED:
+                raise Diverged(f"the loss at step {step - MOST_SKIPPED} or its gradient is not finite, nor are those of the "
+                               f"{MOST_SKIPPED} steps after it: lower --lr ({self.s.lr}) or raise --warmup "
+                               f"(now {self.s.warmup_steps} steps); {where_to_begin_again(self.out)}")
+            self.step, self.skipped = step, self.skipped + len(skipped)
+            self.log.row(stage=self.about["name"], step=step, loss=loss, lr=lr, grad_norm=norm, **skipped)
+            self.bar.set_postfix_str(f"{loss_text(loss, self.skipped)}, {self.throughput}", refresh=False)
+            self.bar.update()
+            if step == self.first + 1:
+                self.throughput.restart()      # compilation and capture are over by the first look at the loss
+        self.waiting.clear()
 
-    def left(self) -> str:
-        """From which checkpoint a training that has diverged can begin again."""
-        newest = next(iter(checkpoints(self.out)), None)
-        if newest is None:
-            return f"no checkpoint of it had been written in {self.out}"
-        meta = read_json(newest / "meta.json")
-        return f"{newest} is of step {meta['step']} of {meta['name']}; --init {newest} with another --out begins there"
+    def save(self, folder: Path, optimizer: torch.optim.Optimizer | None = None, **more: Any) -> str | None:
+        """Rank 0 writes the model, with `more` in its meta.json, once the rows before it are on the disk; returns its fingerprint. With
+        the optimizer it is a resumable checkpoint, and older ones than KEPT go."""
+        if not self.ranks.is_main:
+            return None
+        self.log.sync()
+        meta = {**self.about, "config": self.settings, "argv": sys.argv, "step": self.step, **self.skips(), **more}
+        fingerprint = save_base(folder, self.model, self.tokenizer, meta, optimizer)
+        for old in checkpoints(self.out)[KEPT:] if optimizer else ():
+            shutil.rmtree(old)
+        return fingerprint
 
-    def facts(self) -> dict:
-        return {**self.about, "config": self.settings, "argv": self.argv, "step": self.step,
-                **({"skipped": self.skipped} if self.skipped else {})}
-
-    def save(self, folder: Path) -> None:
-        """A snapshot."""
-        if self.ranks.is_main:
-            self.log.sync()
-            save_base(folder, self.model, self.tokenizer, self.facts())
-
-    def save_checkpoint(self) -> None:
-        gather(self.optimizer)
-        if self.ranks.is_main:
-            self.log.sync()
-            folder = self.out / "resume" / f"{self.about['name']}-t{self.step:05d}"
-            save_base(folder, self.model, self.tokenizer, {**self.facts(), "seconds": self.seconds()}, self.optimizer)
-            for old in checkpoints(self.out)[KEPT:]:
-                shutil.rmtree(old)
+    def skips(self) -> dict:
+        return {"skipped": self.skipped} if self.skipped else {}
 
     def finish_stage(self, evaluate: Callable[[], dict]) -> str:
         """Score the base on every domain's held-out text and write it; returns its fingerprint."""
-        seconds, about = self.seconds(), self.about
+        seconds, name = round(time.perf_counter() - self.started, 1), self.about["name"]
         self.bar.close()
-        self.allowance -= self.s.steps - self.first
         scores = self.ranks.from_main(evaluate)
-        stage = {"name": about["name"], "domain": about["domain"], "steps": self.s.steps, "seconds": round(seconds, 1), "heldout": scores,
-                 "packing": packing(self.rows), "ranks": self.ranks.world, **({"skipped": self.skipped} if self.skipped else {})}
-        self.stages.append(stage)
-        self.log.row(stage=about["name"], step=self.s.steps, heldout=scores)
-
-        def write() -> str:
-            self.log.sync()
-            return save_base(self.out / about["name"], self.model, self.tokenizer, {**self.facts(), "stage": stage})
-
-        return self.ranks.from_main(write)
+        self.stages.append({"name": name, "domain": self.about["domain"], "steps": self.s.steps, "seconds": seconds, "heldout": scores,
+                            "packing": packing(self.rows), "ranks": self.ranks.world, **self.skips()})
+        self.log.row(stage=name, step=self.s.steps, heldout=scores)
+        return self.ranks.from_main(lambda: self.save(self.out / name, stage=self.stages[-1]))
 
     def stops_between_stages(self) -> bool:
-        return self.allowance == 0 or self.ranks.any(bool(self.stop.number))
+        return self.allowance == 0 or self.ranks.any(bool(self.signal))
 
     def suspended(self, where: str) -> Interrupted | None:
         """Say where training has ended and how it goes on; if a signal asked for it, as the exception to raise."""
         sentence = f"stopped {where}; the same command with --resume goes on"
-        if self.stop.number:
-            return Interrupted(self.stop.number, sentence)
+        if self.signal:
+            return Interrupted(self.signal, sentence)
         print(sentence)
         return None
 
     def complete(self) -> None:
         """Write summary.json, remove the resumable checkpoints, print the forgetting matrix."""
         if self.ranks.is_main:
-            write_json(self.out / "summary.json", {"stages": self.stages, "config": self.settings, "argv": self.argv})
+            write_json(self.out / "summary.json", {"stages": self.stages, "config": self.settings, "argv": sys.argv})
             shutil.rmtree(self.out / "resume", ignore_errors=True)
         print(forgetting_table(self.stages))
-
-
-def fetched(waiting: list[tuple[dict, Tensor]]) -> list[dict]:
-    """Rows of steps completed by their losses and norms, which leave the device in one copy. JSON has no word for a number that is not
-    finite: it is None, and the step was skipped."""
-    rows = []
-    for (row, _), pair in zip(waiting, torch.stack([pair for _, pair in waiting]).tolist()):
-        loss, norm = (x if math.isfinite(x) else None for x in pair)
-        skipped = {"skipped": True} if None in (loss, norm) else {}
-        rows.append({"step": row["step"], "loss": loss, "lr": row["lr"], "grad_norm": norm, **skipped})
-    return rows
 
 
 def sample_of(rows: Rows, tokenizer: Tokenizer) -> str:

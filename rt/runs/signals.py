@@ -32,21 +32,3 @@ def handled(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
 
 def raise_interrupted(number: int, frame: FrameType | None) -> None:
     raise Interrupted(number)
-
-
-class Stop:
-    """with Stop() as stop: the first signal is noted in `stop.number` (0: none yet), a second one raises Interrupted."""
-    number = 0
-
-    def note(self, number: int, frame: FrameType | None) -> None:
-        if self.number:
-            raise Interrupted(number)
-        self.number = number
-
-    def __enter__(self) -> "Stop":
-        self.handling = handled(self.note)
-        self.handling.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.handling.__exit__(*error)

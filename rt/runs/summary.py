@@ -3,28 +3,35 @@ stages."""
 import json
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Callable
+from typing import Any, Callable, Iterable, TypeVar
 
 from rt.runs.log import table
 from rt.tune import score
+
+T = TypeVar("T")
+
+
+def group_by(items: Iterable[T], key: Callable[[T], Any]) -> list[list[T]]:
+    """Items of equal keys together, in order of appearance; a key may be any JSON value."""
+    groups: dict[str, list[T]] = {}
+    for item in items:
+        groups.setdefault(json.dumps(key(item), sort_keys=True), []).append(item)
+    return list(groups.values())
 
 
 def by_rate(row: dict) -> float | None:
     return row["lr"]
 
 
-def by_settings(row: dict) -> tuple[float | None, str]:
-    return row["lr"], json.dumps(row["settings"], sort_keys=True)
+def by_settings(row: dict) -> tuple[float | None, dict]:
+    return row["lr"], row["settings"]
 
 
-def chosen(rows: list[dict], mode: str, by: Callable[[dict], object] = by_rate) -> list[dict]:
+def chosen(rows: list[dict], mode: str, by: Callable[[dict], Any] = by_rate) -> list[dict]:
     """The rows of a mode, one for each seed, at the learning rate (or other key `by`) with the best mean dev score, among those that most
     seeds have been run at: a mean over fewer seeds is of other examples."""
-    groups: dict = {}
-    for row in rows:
-        if row["mode"] == mode:
-            groups.setdefault(by(row), []).append(row)
-    return max(groups.values(), key=lambda group: (len(group), mean(score(row["dev"]) for row in group)), default=[])
+    groups = group_by((row for row in rows if row["mode"] == mode), by)
+    return max(groups, key=lambda group: (len(group), mean(score(row["dev"]) for row in group)), default=[])
 
 
 def add_steps_to_scratch(rows: list[dict]) -> None:
@@ -46,26 +53,26 @@ def steps_of(rows: list[dict]) -> str:
     return " ".join("-" if row.get("steps_to_scratch_best") is None else str(row["steps_to_scratch_best"]) for row in rows)
 
 
-def metric_of(row: dict) -> str:
-    return next(iter(row["test"]))
+def metric_of(groups: list[list[dict]]) -> str:
+    return next(iter(groups[0][0]["test"]))
 
 
 def report(rows: list[dict], modes: list[str]) -> str:
-    """A line for each mode at its best learning rate: test, steps to scratch's best dev, seconds."""
-    groups = {mode: chosen(rows, mode) for mode in modes}
+    """A line for each mode at its best learning rate."""
+    groups = [chosen(rows, mode) for mode in modes]
     lines = [[mode, group[0]["lr"] or "-", spread(group), steps_of(group), f"{mean(row['seconds'] for row in group):.1f}"]
-             for mode, group in groups.items()]
-    return table(lines, ["mode", "lr", f"test {metric_of(groups[modes[0]][0])}", "steps to scratch's best dev, by seed", "seconds"])
+             for mode, group in zip(modes, groups)]
+    return table(lines, ["mode", "lr", f"test {metric_of(groups)}", "steps to scratch's best dev, by seed", "seconds"])
 
 
 def report_sweep(rows: list[dict], modes: list[str], settings: list[str]) -> str:
     """A line for each mode at its best combination of `settings` and learning rate, whose rows must have a score on test."""
-    groups, lines = {mode: chosen(rows, mode, by_settings) for mode in modes}, []
-    for mode, best in groups.items():
-        values = [f"{name} {best[0]['settings'][name]:g}" for name in settings if name in best[0]["settings"]]
-        lines.append([mode, " ".join(values) or "-", best[0]["lr"] or "-", sum(row["mode"] == mode for row in rows), spread(best, "dev"),
-                      spread(best), steps_of(best)])
-    metric = metric_of(groups[modes[0]][0])
+    groups, lines = [chosen(rows, mode, by_settings) for mode in modes], []
+    for mode, group in zip(modes, groups):
+        values = [f"{name} {group[0]['settings'][name]:g}" for name in settings if name in group[0]["settings"]]
+        lines.append([mode, " ".join(values) or "-", group[0]["lr"] or "-", sum(row["mode"] == mode for row in rows),
+                      spread(group, "dev"), spread(group), steps_of(group)])
+    metric = metric_of(groups)
     return table(lines, ["mode", "best by dev", "lr", "runs", f"dev {metric}", f"test {metric}", "steps to scratch's best dev, by seed"])
 
 
@@ -76,12 +83,10 @@ def routes(mode: str) -> tuple[str | None, ...]:
 
 def report_chain(rows: list[dict], modes: list[str], bases: tuple[str, ...]) -> str:
     """A line for each mode and route, a column for each base: test, at the learning rate that is best on dev over all bases."""
-    lines = []
-    for mode, route in ((mode, route) for mode in modes for route in routes(mode)):
-        group = chosen([row for row in rows if row["route"] == route], mode)
-        by_base = [spread([row for row in group if row["base"] == base]) for base in bases]
-        lines.append([mode, route or "-", group[0]["lr"] or "-", *by_base])
-    return f"test {metric_of(group[0])}\n" + table(lines, ["mode", "route", "lr", *(Path(base).name for base in bases)])
+    groups = [chosen([row for row in rows if row["route"] == route], mode) for mode in modes for route in routes(mode)]
+    lines = [[group[0]["mode"], group[0]["route"] or "-", group[0]["lr"] or "-",
+              *(spread([row for row in group if row["base"] == base]) for base in bases)] for group in groups]
+    return f"test {metric_of(groups)}\n" + table(lines, ["mode", "route", "lr", *(Path(base).name for base in bases)])
 
 
 def forgetting_table(stages: list[dict]) -> str:

@@ -1,12 +1,12 @@
 """A grid of settings, as text: "seed=20,30,40 alpha=.7,.9 T=5,10,20" is 18 runs."""
 import difflib
 import itertools
-import json
 
 from rt.errors import InputError
 from rt.runs.config import C, convert, flags_of, replace_flags
+from rt.runs.summary import group_by
 
-# what a run may differ in; the runs of a group that is done side by side, in SIDE_BY_SIDE, seed and learning rate
+# what runs may differ in; those of a group that is done side by side differ in SIDE_BY_SIDE, seed and learning rate
 SWEPT = ("seed", "lr", "alpha", "beta", "T", "gamma", "itp", "steps", "batch_size", "warmup", "weight_decay", "early_stop")
 SIDE_BY_SIDE = ("alpha", "beta", "T")
 LISTS = {"seed": "seeds", "lr": "lr"}           # flags that hold several values
@@ -31,17 +31,11 @@ def swept(spec: str) -> dict[str, list[str]]:
 def expand(config: C, spec: str) -> list[C]:
     """`config` once for every combination of the grid's values, in the order in which they are written."""
     kinds = {flag.name: flag.kind for flag in flags_of(type(config))}
-    choices = []
-    for name, texts in swept(spec).items():
-        flag = LISTS.get(name, name)
-        choices.append([(flag, convert(f"sweep {name}", text, kinds[flag])) for text in texts])
+    choices = [[(LISTS.get(name, name), convert(f"sweep {name}", text, kinds[LISTS.get(name, name)])) for text in texts]
+               for name, texts in swept(spec).items()]
     return [replace_flags(config, **dict(combination)) for combination in itertools.product(*choices)]
 
 
 def groups(runs: list) -> list[list]:
     """Runs (with `mode` and `settings`) in groups that may be done side by side."""
-    together: dict[str, list] = {}
-    for run in runs:
-        rest = {k: v for k, v in run.settings.items() if k not in SIDE_BY_SIDE}
-        together.setdefault(json.dumps([run.mode, rest], sort_keys=True), []).append(run)
-    return list(together.values())
+    return group_by(runs, lambda run: [run.mode, {k: v for k, v in run.settings.items() if k not in SIDE_BY_SIDE}])
