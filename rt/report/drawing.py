@@ -128,8 +128,7 @@ def draw_heatmaps(axes: Any, matrices: list[Any], label: str, top: float = 0.0, 
 
 
 def draw_all(figures: dict[str, Callable[[Path], None]], out: Path, source: Path) -> str:
-    """Draw each figure to its name in `out`. Says where they are, or why there are none: no matplotlib, or rows (of `source`) that cannot
-    be drawn."""
+    """Draw each figure to its name in `out`. The text says where they are, or why there are none: no matplotlib, or rows that are none."""
     try:
         with shaped(source, "its rows do not hold what they should"):
             for name, draw in figures.items():
@@ -142,13 +141,12 @@ def draw_all(figures: dict[str, Callable[[Path], None]], out: Path, source: Path
 @contextmanager
 def saved_figure(path: Path, lines: int, columns: int, width: float, height: float) -> Iterator[Any]:
     """The axes (an array) of `lines` x `columns` panels of so many inches, written to PATH.png and PATH.svg when the block ends.
-    It opens no window and leaves pyplot's global state alone; equal rows give equal files. InputError without matplotlib."""
+    Equal rows give equal files. InputError without matplotlib."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("matplotlib is not installed: pip install -e '.[plot]'") from None
-    path = Path(path)
     with matplotlib.rc_context(RC):
         fig = Figure(figsize=(max(4.0, width * columns + 0.6), height * lines + 0.8), layout="constrained")
         yield fig.subplots(lines, columns, squeeze=False)

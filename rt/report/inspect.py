@@ -210,8 +210,7 @@ def verified(path: Path) -> dict[Path, str]:
     """{folder: verdict} of every base and delta of ours at or below `path`, without those that are still being written."""
     found = {(file.parent, facts) for facts, weights in WEIGHTS.items() for name in (facts, weights) for file in path.rglob(name)
              if not (file.parent / "config.json").exists() and file.parent.suffix != ".part"}       # a config.json: Hugging Face's
-    verdicts = {folder: verdict(folder, facts) for folder, facts in sorted(found)}
-    return {folder: words for folder, words in verdicts.items() if words}
+    return {folder: words for folder, facts in sorted(found) if (words := verdict(folder, facts))}
 
 
 def verdict(folder: Path, name: str) -> str:

@@ -1,9 +1,6 @@
 """Draws what a run left, or has left so far, from its rows alone: curves as text, then PNG and SVG if matplotlib is installed.
 
-    python -m rt.report.plot RUN [RUN ...]         the figures of each into RUN/figures
-    python -m rt.report.plot runs/demo --out DIR
-
-A RUN is a folder that a script wrote:
+    python -m rt.report.plot RUN [RUN ...] [--out DIR]         the figures of each into RUN/figures
 
     train.py                loss (and learning rate, over all stages) and forgetting (held-out loss, stages x domains)
     train.py --mode tune    tuning: loss and score on dev
@@ -73,21 +70,20 @@ def points_of(rows: list[dict], y: str, x: str = "step") -> Points:
 # --- pre-training: a stream of bases ----------------------------------------------------------------------------------
 
 def pretraining(rows: list[dict], summary: dict) -> Report:
-    stages = stages_of(rows, summary)
-    panels, scored = loss_panels(stages), [stage for stage in stages if stage["heldout"]]
-    figures = {"loss": lambda path: draw_panels(path, panels, columns=1, width=6.4, height=2.2)} if any(points_of(rows, "loss")) else {}
-    figures |= {"forgetting": lambda path: draw_forgetting(scored, path)} if scored else {}
-    return Report("pre-training", as_text(panels) + ("\n" + forgetting_table(scored) if scored else ""), figures)
-
-
-def stages_of(rows: list[dict], summary: dict) -> list[dict]:
-    """name, domain, title, rows and heldout (None before it is scored) of every stage, in order."""
+    """A stage is a dict: name, domain, title, rows and heldout (None before it is scored)."""
     rows = rows + [{"stage": stage.get("name"), "heldout": stage.get("heldout")} for stage in summary.get("stages", [])]
     stages = [{"name": name, "rows": found, "heldout": next(filter(None, (row.get("heldout") for row in found)), None)}
               for (name,), found in group(rows, "stage").items()]
-    domains = next((list(stage["heldout"]) for stage in stages if stage["heldout"]), [])      # the stream's, in its order
-    return [stage | {"domain": domain, "title": f"{stage['name']} ({domain})"}
-            for stage, domain in zip(stages, domains + ["?"] * len(stages))]
+    scored = [stage for stage in stages if stage["heldout"]]
+    domains = [*scored[0]["heldout"]] if scored else []     # the stream's, in its order
+    for stage, domain in zip(stages, domains + ["?"] * len(stages)):
+        stage |= {"domain": domain, "title": f"{stage['name']} ({domain})"}
+    panels, figures = loss_panels(stages), {}
+    if any(points_of(rows, "loss")):
+        figures["loss"] = lambda path: draw_panels(path, panels, columns=1, width=6.4, height=2.2)
+    if scored:
+        figures["forgetting"] = lambda path: draw_forgetting(scored, path)
+    return Report("pre-training", as_text(panels) + ("\n" + forgetting_table(scored) if scored else ""), figures)
 
 
 def loss_panels(stages: list[dict]) -> list[Panel]:
@@ -163,13 +159,11 @@ def completed(row: dict) -> dict:
         "chosen_by_base": None if "route" in row else settings.get("base")}     # the bases of a chain share one setting
 
 
-def setting(row: dict) -> tuple[float | None, str]:
-    """What the line of a mode is chosen by, equal for all bases of a chain."""
-    return row["lr"], json.dumps({k: v for k, v in row["settings"].items() if k not in ("base", "chain")}, sort_keys=True)
-
-
 def best_by_panel(results: list[dict]) -> dict[tuple, dict[str, list[dict]]]:
     """{(task, delta, shots, base): {mode and route: the rows of its best setting on dev}}."""
+    def setting(row: dict) -> tuple[float | None, str]:     # equal for all bases of a chain
+        return row["lr"], json.dumps({k: v for k, v in row["settings"].items() if k not in ("base", "chain")}, sort_keys=True)
+
     panels: dict[tuple, dict] = {}
     for (mode, route, *_), rows in group(results, "mode", "route", "task", "delta", "shots", "chosen_by_base").items():
         for panel, found in group(chosen(rows, mode, setting), "task", "delta", "shots", "base").items():
@@ -181,8 +175,9 @@ def recycling(results: list[dict]) -> Report:
     tables, panels = [], []
     for (task, delta, shots, base), lines in best_by_panel(results).items():
         words = (task, delta, shots and f"{shots} a label", base and f"on {Path(base).name}")
-        text, panel = convergence(", ".join(str(word) for word in words if word) or "runs", lines)
-        tables.append(text)
+        title = ", ".join(str(word) for word in words if word) or "runs"
+        text, panel = convergence(title, lines)
+        tables.append(f"{title}\n{text}")
         panels.append(panel)
     return Report("recycling", "\n".join(tables), {"convergence": lambda path: draw_panels(path, panels, width=4.2, height=3.2)})
 
@@ -200,9 +195,8 @@ def convergence(title: str, lines: dict[str, list[dict]]) -> tuple[str, Panel]:
         points[name] = curves[name]
         if rows[0]["mode"] == "scratch":
             points["scratch's best"] = [(0, row["dev"][metric]) for row in rows]
-    text = table(cells, ["mode", "dev over steps".ljust(len(blocks)), f"best dev {metric}", "test", "seeds"])
-    panel = Panel(title, "optimizer steps", f"dev {metric}", points, {"scratch's best": REFERENCE}, limits="measured")
-    return f"{title}\n{text}", panel
+    return (table(cells, ["mode", "dev over steps".ljust(len(blocks)), f"best dev {metric}", "test", "seeds"]),
+            Panel(title, "optimizer steps", f"dev {metric}", points, {"scratch's best": REFERENCE}, limits="measured"))
 
 
 def main(argv: list[str]) -> None:
@@ -213,7 +207,8 @@ def main(argv: list[str]) -> None:
               for name in c.runs}
     if len({*places.values()}) < len(places):
         raise InputError(f"--out {c.out}: two of the runs have the same name; leave it out, or draw them one by one")
-    for (name, out), found in zip(places.items(), [report(Path(name)) for name in places]):
+    reports = [report(Path(name)) for name in places]
+    for (name, out), found in zip(places.items(), reports):
         print(f"{Path(name)}: {found.what}\n{found.text}")
         try:
             drawn = draw_all(found.figures, out, Path(name))
