@@ -128,7 +128,7 @@ def draw_heatmaps(axes: Any, matrices: list[Any], label: str, top: float = 0.0, 
 
 
 def draw_all(figures: dict[str, Callable[[Path], None]], out: Path, source: Path) -> str:
-    """Draw each figure to its name in `out`. The text says where they are, or why there are none: no matplotlib, or rows that are none."""
+    """Draw each figure to its name in `out`. The text says where they are, or why not: no matplotlib, or bad rows in `source`."""
     try:
         with shaped(source, "its rows do not hold what they should"):
             for name, draw in figures.items():

@@ -108,7 +108,8 @@ def draw_forgetting(stages: list[dict], path: Path) -> None:
         image = ax.imshow(values, cmap="cividis_r", aspect="auto")
         for (y, stage), (x, domain) in product(enumerate(stages), enumerate(domains)):
             value = values[y][x] if is_number(values[y][x]) else math.nan
-            ax.text(x, y, f"{value:.3f}", ha="center", va="center", color="white" if image.norm(value) > 0.46 else "black",
+            color = "white" if image.norm(value) > 0.46 else "black"        # cividis_r is dark from there on
+            ax.text(x, y, f"{value:.3f}".replace("nan", "-"), ha="center", va="center", color=color,
                     fontweight="bold" if stage["domain"] == domain else "normal")
         ax.grid(False)
         ax.set_xticks(range(len(domains)), domains)
@@ -194,7 +195,7 @@ def convergence(title: str, lines: dict[str, list[dict]]) -> tuple[str, Panel]:
         cells.append([name, blocks, spread(rows, "dev"), spread(rows) if is_tested else "-", len(rows)])
         points[name] = curves[name]
         if rows[0]["mode"] == "scratch":
-            points["scratch's best"] = [(0, row["dev"][metric]) for row in rows]
+            points["scratch's best"] = [(0, row["dev"][row["metric"]]) for row in rows]
     return (table(cells, ["mode", "dev over steps".ljust(len(blocks)), f"best dev {metric}", "test", "seeds"]),
             Panel(title, "optimizer steps", f"dev {metric}", points, {"scratch's best": REFERENCE}, limits="measured"))
 
@@ -207,7 +208,7 @@ def main(argv: list[str]) -> None:
               for name in c.runs}
     if len({*places.values()}) < len(places):
         raise InputError(f"--out {c.out}: two of the runs have the same name; leave it out, or draw them one by one")
-    reports = [report(Path(name)) for name in places]
+    reports = [report(Path(name)) for name in places]       # all, before any is drawn
     for (name, out), found in zip(places.items(), reports):
         print(f"{Path(name)}: {found.what}\n{found.text}")
         try:
