@@ -5,17 +5,16 @@
     python analyze.py --study similarity --independent runs/ind/M0 --heads 0.1,3.2 --sentence "Return the complete graph."
 
 Studies: compatibility (the first base's delta on all later ones), connectivity (the path between two tuned models), similarity
-(attention heads and hidden states), distance (of weights). A delta of every base, task and seed is looked for beside its base, as
-deltas/BASE-TASK-KIND-sSEED. Where one of a task is missing, deltas for all are tuned alike by train.py, as
-deltas/BASE-TASK-KIND-nSTEPS-sSEED. An independent base shares sizes and tokenizer with the others and nothing else:
-train.py --tokenizer runs/demo/tokenizer.json --seed 1 --stream python --out runs/ind.
+(attention heads and hidden states), distance (of weights). Deltas are looked for beside their bases, as deltas/BASE-TASK-KIND-sSEED. If one
+of a task is missing, all are tuned alike by train.py, as deltas/BASE-TASK-KIND-nSTEPS-sSEED. An independent base shares sizes and tokenizer
+with the others and nothing else: train.py --tokenizer runs/demo/tokenizer.json --seed 1 --stream python --out runs/ind.
 
 --out gets rows.jsonl, summary.json, and figures made from these rows as .png and .svg (pip install -e '.[plot]').
 """
 import json
 import sys
 from dataclasses import asdict, dataclass, field
-from itertools import chain, pairwise
+from itertools import chain, pairwise, product
 from pathlib import Path
 from typing import Annotated, Callable, Iterable, Iterator, Literal
 
@@ -23,9 +22,9 @@ import torch
 
 from data.sources import task_path
 from rt import analysis
-from rt.data import Example, Task, TaskData, Tokenizer, encode, encode_task
+from rt.data import Example, Task, TaskData, encode, encode_task
 from rt.deltas import Base, Delta, apply, check_fits
-from rt.errors import Diverged, InputError, StaleDelta
+from rt.errors import Diverged, InputError
 from rt.formats.atomic import locked
 from rt.formats.delta_files import seq_len_of
 from rt.formats.files import FIGURES, check_overwritable, read_rows, write_json
@@ -43,7 +42,6 @@ from rt.runs.log import Log, progress
 from rt.speed.device import make_deterministic, pick_device, pick_precision
 from rt.tune import TuneSettings, chance, evaluate
 
-DeltaKey = tuple[str, str, int]      # base, task, seed
 PathPoints = Annotated[int, Limit(lambda n: n >= 2, "`{name}` {value}: a path has two points at least")]
 
 
@@ -77,8 +75,7 @@ class Config:
 
 def main() -> None:
     c = parse(Config, sys.argv[1:])
-    count = len(c.bases) + bool(c.independent)
-    if count < 2:
+    if (count := len(c.bases) + bool(c.independent)) < 2:
         raise InputError(f"--bases {','.join(c.bases)}: a study needs two bases at least")
     if c.deltas and (len(c.deltas) != count or len(c.tasks) * len(c.seeds) > 1):
         raise InputError(f"--deltas {','.join(c.deltas)}: give one folder a base, for one task and one seed")
@@ -104,8 +101,8 @@ def run_study(c: Config, out: Path) -> None:
         log.row(**row)
     rows = read_rows(log.path)
     numbers = NUMBERS[c.study](rows)
-    write_json(out / "summary.json",
-               {"study": c.study, "numbers": numbers, "deltas": context.origins, "config": record(c), "argv": sys.argv})
+    summary = {"study": c.study, "numbers": numbers, "deltas": context.origins, "config": record(c), "argv": sys.argv}
+    write_json(out / "summary.json", summary)
     print(numbers_table(numbers))
     print(f"rows in {log.path}, {draw_all(figures_of(c.study, rows), out, log.path)}")
 
@@ -120,12 +117,8 @@ class StudyContext:
     bases: dict[str, Base]
     data: dict[str, TaskData]
     where: dict     # device and precision
-    deltas: dict[DeltaKey, Delta] = field(default_factory=dict)
+    deltas: dict[tuple[str, str, int], Delta] = field(default_factory=dict)     # by base, task and seed
     origins: list[dict] = field(default_factory=list)       # of the deltas, for the summary
-
-    @property
-    def first(self) -> Base:
-        return next(iter(self.bases.values()))
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -136,9 +129,8 @@ class StudyContext:
 
     def cells(self) -> Iterator[tuple[str, int, dict]]:
         """(task, seed, the facts of them that stand in each of their rows)."""
-        for task in self.data:
-            for seed in self.c.seeds:
-                yield task, seed, {"study": self.c.study, "task": task, "kind": self.c.delta, "seed": seed}
+        for task, seed in product(self.data, self.c.seeds):
+            yield task, seed, {"study": self.c.study, "task": task, "kind": self.c.delta, "seed": seed}
 
     def tuned(self, base: str, task: str, seed: int) -> Classifier:
         return apply(self.bases[base], self.deltas[base, task, seed]).eval()
@@ -152,42 +144,37 @@ def open_study(c: Config) -> StudyContext:
     if len(folders) < len(c.bases) + bool(c.independent) or len({task.name for task in tasks}) < len(tasks):
         raise InputError(f"--bases {','.join(c.bases)}, --tasks {','.join(c.tasks)}: two have the same name; rename one of the folders")
     build_lineage(c, Path(Config.bases[0]).parent, c.bases)
-    bases = {name: open_base(folder).to(device) for name, folder in folders.items()}
-    first = next(iter(bases))
+    bases, shapes = {name: open_base(folder).to(device) for name, folder in folders.items()}, []
     for name, base in bases.items():
         base.require_length(c.seq_len)
-        if sizes(base) != sizes(bases[first]):
-            raise InputError(f"{folders[name]}: other sizes or another tokenizer than {folders[first]}; models are compared weight by "
-                             "weight, on the same tokens")
-    data = {task.name: encode_task(task, bases[first].tokenizer, c.seq_len) for task in tasks}
+        sizes = {k: v for k, v in asdict(base.encoder.config).items() if "dropout" not in k}
+        shapes.append(sizes | {"vocabulary": base.tokenizer.vocabulary})
+        if shapes[-1] != shapes[0]:
+            raise InputError(f"{folders[name]}: other sizes or another tokenizer than {c.bases[0]}; models are compared weight by weight, "
+                             "on the same tokens")
+    data = {task.name: encode_task(task, next(iter(bases.values())).tokenizer, c.seq_len) for task in tasks}
     context = StudyContext(c, folders, bases, data, {"device": device, "precision": pick_precision(c.precision, device)})
     for entry, task in zip(c.tasks, tasks):
-        for (base, _, seed), folder in delta_folders(c, folders, entry, task).items():
-            delta = context.deltas[base, task.name, seed] = open_checked(folder, bases[base], task, c.delta)
-            context.origins.append({"base": base, "task": task.name, "seed": seed, "folder": str(folder),
-                                    **{name: delta.info.get(name) for name in ("step", "dev", "test")}})
+        for (name, seed), folder in delta_folders(c, folders, entry, task.name).items():
+            delta = context.deltas[name, task.name, seed] = open_checked(folder, bases[name], task, c.delta)
+            context.origins.append({"base": name, "task": task.name, "seed": seed, "folder": str(folder),
+                                    **{fact: delta.info.get(fact) for fact in ("step", "dev", "test")}})
     note_unequal(c, context.deltas.values())
     return context
 
 
-def sizes(base: Base) -> dict:
-    """What two bases must have in common to be compared."""
-    return {k: v for k, v in asdict(base.encoder.config).items() if "dropout" not in k} | {"vocabulary": base.tokenizer.vocabulary}
-
-
-def delta_folders(c: Config, folders: dict[str, str], entry: str, task: Task) -> dict[DeltaKey, Path]:
-    """The folder of each delta of a task. If one is missing, all are tuned for the same number of steps, so that one comparison has one."""
+def delta_folders(c: Config, folders: dict[str, str], entry: str, task: str) -> dict[tuple[str, int], Path]:
+    """The folder of each base's delta for each seed. If one is missing, all are tuned for the same number of steps."""
     if c.deltas:
-        return {(name, task.name, c.seeds[0]): Path(folder) for name, folder in zip(folders, c.deltas)}
+        return {(name, c.seeds[0]): Path(folder) for name, folder in zip(folders, c.deltas)}
     for steps in ("", f"-n{c.tune_steps}"):
-        found = {(name, task.name, seed): place_of_delta(base, task.name, c.delta, steps, seed)
-                 for name, base in folders.items() for seed in c.seeds}
-        if all((folder / "delta.json").exists() for folder in found.values()):
-            return found
-    for (name, _, seed), folder in found.items():
-        if not (folder / "delta.json").exists():
-            build(c, f"the delta {folder}", mode="tune", out=folder, base=folders[name], task=entry, seed=seed, delta=c.delta,
-                  tune_steps=c.tune_steps, seq_len=c.seq_len)
+        found = {(name, seed): place_of_delta(folders[name], task, c.delta, steps, seed) for name in folders for seed in c.seeds}
+        missing = {key: folder for key, folder in found.items() if not (folder / "delta.json").exists()}
+        if not missing:
+            break
+    for (name, seed), folder in missing.items():
+        build(c, f"the delta {folder}", mode="tune", out=folder, base=folders[name], task=entry, seed=seed, delta=c.delta,
+              tune_steps=c.tune_steps, seq_len=c.seq_len)
     return found
 
 
@@ -200,7 +187,7 @@ def open_checked(folder: Path, base: Base, task: Task, kind: str) -> Delta:
         raise InputError(f"{folder}: tells apart {', '.join(delta.labels[:6])}, the task {task.name} {', '.join(task.labels[:6])}")
     try:
         check_fits(base, delta, stale_ok=False)
-    except StaleDelta as error:
+    except InputError as error:
         raise InputError(f"{folder}: {error}") from None
     return delta
 
@@ -241,8 +228,8 @@ def compatibility(context: StudyContext) -> Iterator[dict]:
 
 def snapshots(base: Path) -> list[tuple[int, Path]]:
     """(t, folder) of the checkpoints M_i(t) beside M_i."""
-    found = [(f.name.removeprefix(f"{base.name}-t"), f) for f in base.parent.glob(f"{base.name}-t*") if (f / "meta.json").exists()]
-    return sorted((int(t), f) for t, f in found if t.isdecimal())
+    folders = [meta.parent for meta in base.parent.glob(f"{base.name}-t*/meta.json")]
+    return sorted((int(t), folder) for folder in folders if (t := folder.name.removeprefix(f"{base.name}-t")).isdecimal())
 
 
 def connectivity(context: StudyContext) -> Iterator[dict]:
@@ -250,18 +237,16 @@ def connectivity(context: StudyContext) -> Iterator[dict]:
     c = context.c
     points = [i / (c.points - 1) for i in range(c.points)]
     with progress(len(context.data) * len(c.seeds) * len(context.pairs) * (1 + c.curve) * c.points, "paths", unit="point") as bar:
-        for task, seed, facts in context.cells():
-            for pair in context.pairs:
-                a, b = (context.tuned(base, task, seed) for base in pair)
-                ends = weights_of(a), weights_of(b)
-                paths = {"linear": analysis.linear(*ends)}
-                if c.curve:
-                    paths["curve"] = analysis.bezier(ends[0], control_point(context, b, ends, task, seed), ends[1])
-                for name, path in paths.items():
-                    for mu in points:
-                        row, = analysis.walk(b, path, [mu], context.data[task].test, **context.where)
-                        yield facts | {"pair": "-".join(pair), "path": name, **row}
-                        bar.update()
+        for (task, seed, facts), pair in product(context.cells(), context.pairs):
+            a, b = (context.tuned(base, task, seed) for base in pair)
+            ends = weights_of(a), weights_of(b)
+            paths = {"linear": analysis.linear(*ends)}
+            if c.curve:
+                paths["curve"] = analysis.bezier(ends[0], control_point(context, b, ends, task, seed), ends[1])
+            for (name, path), mu in product(paths.items(), points):
+                row, = analysis.walk(b, path, [mu], context.data[task].test, **context.where)
+                yield facts | {"pair": "-".join(pair), "path": name, **row}
+                bar.update()
 
 
 def control_point(context: StudyContext, model: Classifier, ends: tuple[Weights, Weights], task: str, seed: int) -> Weights:
@@ -278,13 +263,19 @@ def control_point(context: StudyContext, model: Classifier, ends: tuple[Weights,
 
 def similarity(context: StudyContext) -> Iterator[dict]:
     """Heads against heads and layers against layers over test texts; the maps of a few heads on one text, of the first seed."""
-    c, device, num_heads = context.c, context.where["device"], context.first.encoder.config.num_heads
-    heads, drawn = chosen_heads(c, context.first), {task: sentence(context, task) for task in context.data}
+    c, device, first = context.c, context.where["device"], next(iter(context.bases.values()))
+    heads = chosen_heads(c, first)
+    texts = {task: min(data.test.sequences, key=lambda ids: abs(len(ids) - 16)) for task, data in context.data.items()}
+    if c.sentence is not None:
+        given = encode([Example(c.sentence, None, None, "--sentence")], (), first.tokenizer, c.seq_len)
+        texts = dict.fromkeys(texts, given.sequences[0])
     with progress(len(context.data) * len(c.seeds) * len(context.pairs), "similarity", unit="pair") as bar:
         for task, seed, facts in context.cells():
             models = {name: context.tuned(name, task, seed) for name in context.bases}
+            # as they may stand on an axis: no space around a token, line breaks written out
+            tokens = [json.dumps(first.tokenizer.decode([i]).strip(" "), ensure_ascii=False)[1:-1] for i in texts[task]]
             for name, model in models.items() if seed == c.seeds[0] else ():
-                maps, tokens = analysis.attention_maps(model, drawn[task], device), words(context.first.tokenizer, drawn[task])
+                maps = analysis.attention_maps(model, texts[task], device)
                 for layer, head in heads:
                     yield facts | {"what": "attention", "base": name, "layer": layer, "head": head, "tokens": tokens,
                                    "map": rounded(maps[layer, head])}
@@ -292,8 +283,8 @@ def similarity(context: StudyContext) -> Iterator[dict]:
             for pair in context.pairs:
                 a, b = (models[name] for name in pair)
                 matrix, alike = analysis.head_divergence(a, b, sequences, device), analysis.cka(a, b, sequences, device)
-                yield facts | {"what": "heads", "pair": "-".join(pair), "heads": num_heads, "sequences": len(sequences),
-                               **analysis.match_summary(matrix), "own_of_head": rounded(matrix.diagonal()),
+                yield facts | {"what": "heads", "pair": "-".join(pair), "heads": first.encoder.config.num_heads,
+                               "sequences": len(sequences), **analysis.match_summary(matrix), "own_of_head": rounded(matrix.diagonal()),
                                "best_of_head": rounded(matrix.amin(1)), "match_of_head": matrix.argmin(1).tolist(),
                                "divergence": rounded(matrix), "cka_own": alike.diagonal().mean().item(), "cka": rounded(alike)}
                 bar.update()
@@ -301,27 +292,15 @@ def similarity(context: StudyContext) -> Iterator[dict]:
 
 def chosen_heads(c: Config, base: Base) -> list[tuple[int, int]]:
     L, H = base.encoder.config.num_layers, base.encoder.config.num_heads
-    known = {f"{layer}.{head}": (layer, head) for layer in range(L) for head in range(H)}
+    known = {f"{layer}.{head}": (layer, head) for layer, head in product(range(L), range(H))}
     for name in c.heads:
         if name not in known:
             raise InputError(f"--heads {name}: not a LAYER.HEAD of this model, 0.0 to {L - 1}.{H - 1}")
     return [known[name] for name in c.heads or dict.fromkeys((f"{layer}.0" for layer in (0, L // 2, L - 1)))]
 
 
-def sentence(context: StudyContext, task: str) -> list[int]:
-    """The text whose maps are drawn."""
-    if context.c.sentence is None:
-        return min(context.data[task].test.sequences, key=lambda ids: abs(len(ids) - 16))
-    return encode([Example(context.c.sentence, None, None, "--sentence")], (), context.first.tokenizer, context.c.seq_len).sequences[0]
-
-
-def words(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    """Each token as it may stand on an axis: no space around it, line breaks written out."""
-    return [json.dumps(tokenizer.decode([i]).strip(" "), ensure_ascii=False)[1:-1] for i in ids]
-
-
 def rounded(values: torch.Tensor) -> list:
-    return [round(v, 5) if isinstance(v, float) else [round(x, 5) for x in v] for v in values.tolist()]
+    return values.double().round(decimals=5).tolist()
 
 
 def distance(context: StudyContext) -> Iterator[dict]:
@@ -332,14 +311,13 @@ def distance(context: StudyContext) -> Iterator[dict]:
     for task, seed, facts in context.cells():
         deltas = {name: context.deltas[name, task, seed] for name in context.bases}
         weights.append((facts | {"of": "deltas"}, {name: delta.diffs | delta.modules for name, delta in deltas.items()}))
-    for facts, of in weights:
-        for a, b in context.pairs:
-            for row in analysis.distances(of[a], of[b]):
-                yield facts | {"pair": f"{a}-{b}", **row}
+    for (facts, of), (a, b) in product(weights, context.pairs):
+        for row in analysis.distances(of[a], of[b]):
+            yield facts | {"pair": f"{a}-{b}", **row}
 
 
 ROWS: dict[str, Callable[[StudyContext], Iterator[dict]]] = {
-    "compatibility": compatibility, "connectivity": connectivity, "similarity": similarity, "distance": distance}
+    study.__name__: study for study in (compatibility, connectivity, similarity, distance)}
 
 
 if __name__ == "__main__":

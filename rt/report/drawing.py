@@ -80,7 +80,7 @@ def draw_panels(path: Path, panels: list[Panel], columns: int = 3, width: float 
         for ax, panel in zip(axes.flat, panels):
             for label, points in panel.lines.items():
                 if points:
-                    draw_line(ax, points, label, **panel.looks[label] if label in panel.looks else look(labels.index(label)))
+                    draw_line(ax, points, label, **panel.looks.get(label) or look(labels.index(label)))
             draw_axes(ax, panel)
         for ax in axes.flat[len(panels):]:
             ax.axis("off")
@@ -119,19 +119,16 @@ def draw_axes(ax: Any, panel: Panel) -> None:
 
 
 def draw_heatmaps(axes: Any, matrices: list[Any], label: str, top: float = 0.0, cmap: str | None = None) -> None:
-    """A row of matrices on one scale from 0 to `top` (default: their highest value) with one colour bar; None leaves a panel empty."""
-    top = top or max((v for matrix in matrices if matrix is not None for line in matrix for v in line if is_number(v)), default=1.0)
+    """A row of matrices on one scale from 0 to `top` (default: their highest value) with one colour bar."""
+    top = top or max((v for matrix in matrices for line in matrix for v in line if is_number(v)), default=1.0)
     for ax, matrix in zip(axes, matrices):
-        if matrix is None:
-            ax.axis("off")
-        else:
-            image = ax.imshow(matrix, cmap=cmap, vmin=0, vmax=top)
+        image = ax.imshow(matrix, cmap=cmap, vmin=0, vmax=top)
+        ax.grid(False)
     axes[0].figure.colorbar(image, ax=list(axes), shrink=0.8, label=label)
 
 
 def draw_all(figures: dict[str, Callable[[Path], None]], out: Path, source: Path) -> str:
-    """Draw each figure to its name in `out`. Says where they are, or why there are none: no matplotlib, or rows (of `source`) that cannot
-    be drawn."""
+    """Draw each figure to its name in `out`. The text says where they are, or why not: no matplotlib, or bad rows in `source`."""
     try:
         with shaped(source, "its rows do not hold what they should"):
             for name, draw in figures.items():
@@ -142,16 +139,15 @@ def draw_all(figures: dict[str, Callable[[Path], None]], out: Path, source: Path
 
 
 @contextmanager
-def saved_figure(path: Path, lines: int, columns: int, width: float, height: float, matrices: bool = False) -> Iterator[Any]:
+def saved_figure(path: Path, lines: int, columns: int, width: float, height: float) -> Iterator[Any]:
     """The axes (an array) of `lines` x `columns` panels of so many inches, written to PATH.png and PATH.svg when the block ends.
-    It opens no window and leaves pyplot's global state alone; equal rows give equal files. InputError without matplotlib."""
+    Equal rows give equal files. InputError without matplotlib."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("matplotlib is not installed: pip install -e '.[plot]'") from None
-    path = Path(path)
-    with matplotlib.rc_context(RC | {"axes.grid": not matrices}):
+    with matplotlib.rc_context(RC):
         fig = Figure(figsize=(max(4.0, width * columns + 0.6), height * lines + 0.8), layout="constrained")
         yield fig.subplots(lines, columns, squeeze=False)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@ of a table. A score is accuracy, or pearson of a regression."""
 import math
 from functools import partial
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 import numpy as np
 
@@ -18,8 +18,11 @@ COMPATIBILITY = {"apply": "old delta, no training", "tuned": "tuned on that base
                  "chance": "chance: commonest label"}
 
 
-def score_of(rows: list[dict]) -> str:
-    return next((score for score in SCORES if score in rows[0]), "accuracy")
+def by_task(rows: list[dict]) -> Iterator[tuple[str, str, list[dict]]]:
+    """(task, the name of its score, its rows) of every task; each row gets its score under the name `score`."""
+    for (task,), found in group(rows, "task").items():
+        score = next((name for name in SCORES if name in found[0]), "accuracy")
+        yield task, score, [row | {"score": row.get(score)} for row in found]
 
 
 def collected(rows: list[dict], names: tuple[str, ...], values: tuple[str, ...]) -> list[dict]:
@@ -35,10 +38,9 @@ def compatibility(rows: list[dict], path: Path) -> None:
     chance. Rows: task, seed, base, stage, t (None: the stage is complete), line (a key of COMPATIBILITY) and a score."""
     place, panels = places(rows), []
     ticks = {place[row["base"]]: row["base"] if row["t"] is None else f"t {row['t']}" for row in rows}
-    for (task,), panel in group(rows, "task").items():
-        score, lines = score_of(panel), group(panel, "line")
-        points = {label: [(place[row["base"]], row.get(score)) for row in lines[line,]]
-                  for line, label in COMPATIBILITY.items() if (line,) in lines}
+    for task, score, found in by_task(rows):
+        points = {label: [(place[row["base"]], row["score"]) for row in found if row["line"] == line]
+                  for line, label in COMPATIBILITY.items()}
         panels.append(Panel(task, "base", SCORES[score], points, {COMPATIBILITY["chance"]: REFERENCE}, ticks))
     draw_panels(path, panels)
 
@@ -56,13 +58,13 @@ def places(rows: list[dict]) -> dict[str, float]:
 def compatibility_numbers(rows: list[dict]) -> list[dict]:
     """The score of Delta_0 on each base, of what is tuned there, and of chance."""
     numbers = []
-    for (task,), panel in group(rows, "task").items():
-        score, lines = score_of(panel), group(panel, "line")
-        chance = [row.get(score) for row in lines.get(("chance",), [])]
-        for (base,), found in group(lines.get(("apply",), []), "base").items():
-            tuned = [row.get(score) for line in ("tuned", "own") for row in lines.get((line,), []) if row["base"] == base]
-            numbers.append({"task": task, "base": base, "apply": [row.get(score) for row in found], "tuned on that base": tuned or "-",
-                            "chance": chance, "metric": score})
+    for task, score, found in by_task(rows):
+        at = {key: [row["score"] for row in line] for key, line in group(found, "line", "base").items()}
+        chance = [row["score"] for row in found if row["line"] == "chance"]
+        for base in [base for line, base in at if line == "apply"]:
+            tuned = at.get(("tuned", base)) or at.get(("own", base), "-")
+            numbers.append({"task": task, "base": base, "apply": at["apply", base], "tuned on that base": tuned, "chance": chance,
+                            "metric": score})
     return numbers
 
 
@@ -72,12 +74,12 @@ def connectivity(rows: list[dict], path: Path) -> None:
     """A column for each task: test loss above, score below, along the path of each pair, and the height of its barrier. Rows: task,
     seed, pair, path (linear, curve), mu, loss and a score."""
     above, below, pairs = [], [], list(dict.fromkeys(row["pair"] for row in rows))
-    for (task,), panel in group(rows, "task").items():
+    for task, score, found in by_task(rows):
         paths, looks = {}, {}
-        for (pair, kind), line in group(panel, "pair", "path").items():
+        for (pair, kind), line in group(found, "pair", "path").items():
             label = f"{pair}{', curve' if kind == 'curve' else ''}: barrier {with_interval(barriers(walks(line)))}"
             paths[label], looks[label] = line, look(pairs.index(pair)) | ({"linestyle": ":"} if kind == "curve" else {})
-        for column, key, name in ((above, "loss", "test loss (nats)"), (below, score := score_of(panel), SCORES[score])):
+        for column, key, name in ((above, "loss", "test loss (nats)"), (below, "score", SCORES[score])):
             points = {label: [(row["mu"], row.get(key)) for row in line] for label, line in paths.items()}
             column.append(Panel(task, "mu, from the first model to the second", name, points, looks, limits="measured",
                                 own_legend=column is below))
@@ -86,8 +88,8 @@ def connectivity(rows: list[dict], path: Path) -> None:
 
 def walks(rows: list[dict]) -> list[list[dict]]:
     """The rows of one pair and path: a list for each seed in the order of mu; a missing loss is NaN."""
-    return [sorted(({**row, "loss": math.nan if row.get("loss") is None else row["loss"]} for row in walk), key=lambda row: row["mu"])
-            for walk in group(rows, "seed").values()]
+    rows = sorted((row | {"loss": math.nan if row.get("loss") is None else row["loss"]} for row in rows), key=lambda row: row["mu"])
+    return list(group(rows, "seed").values())
 
 
 def barriers(walks: list[list[dict]]) -> list[float]:
@@ -98,12 +100,14 @@ def barriers(walks: list[list[dict]]) -> list[float]:
 def connectivity_numbers(rows: list[dict]) -> list[dict]:
     """The barrier of each path, loss and score at its ends, and the lowest score on it."""
     numbers = []
-    for (task, pair, path), found in group(rows, "task", "pair", "path").items():
-        seeds, score = walks(found), score_of(found)
-        ends = {f"{name}at {end}": [walk[-end].get(key) for walk in seeds]       # walk[-0] is the first, walk[-1] the last
-                for name, key in (("loss ", "loss"), ("", score)) for end in (0, 1)}
-        lowest = [min(filter(is_number, (row.get(score) for row in walk)), default=math.nan) for walk in seeds]
-        numbers.append({"task": task, "pair": pair, "path": path, "barrier": barriers(seeds), **ends, "lowest": lowest, "metric": score})
+    for task, score, found in by_task(rows):
+        for (pair, path), line in group(found, "pair", "path").items():
+            seeds = walks(line)
+            ends = {f"{name}at {end}": [walk[-end][key] for walk in seeds]       # walk[-0] is the first, walk[-1] the last
+                    for name, key in (("loss ", "loss"), ("", "score")) for end in (0, 1)}
+            lowest = [min(filter(is_number, (row["score"] for row in walk)), default=math.nan) for walk in seeds]
+            numbers.append({"task": task, "pair": pair, "path": path, "barrier": barriers(seeds)} | ends
+                           | {"lowest": lowest, "metric": score})
     return numbers
 
 
@@ -114,37 +118,34 @@ def attention_heatmaps(rows: list[dict], path: Path) -> None:
     map (n x n, query by key)."""
     heads, bases = group(rows, "task", "layer", "head"), list(dict.fromkeys(row["base"] for row in rows))
     side = max(2.0, 0.15 * max(len(row["tokens"]) for row in rows))
-    with saved_figure(path, len(heads), len(bases), width=side, height=side, matrices=True) as axes:
-        for y, ((task, layer, head), found) in enumerate(heads.items()):
-            maps, is_last = {row["base"]: row for row in found}, y == len(heads) - 1
-            draw_heatmaps(axes[y], [maps[base]["map"] if base in maps else None for base in bases], "attention")
-            for x, base in enumerate(bases):
-                if base in maps:
-                    words = maps[base]["tokens"]
-                    axes[y, x].set_xticks(range(len(words)), words if is_last else [], rotation=90, fontsize=7, parse_math=False)
-                    axes[y, x].set_yticks(range(len(words)), words if x == 0 else [], fontsize=7, parse_math=False)
-                    axes[y, x].set(title=f"{base}, layer {layer}, head {head}", xlabel="key" if is_last else "")
-            axes[y, 0].set_ylabel(f"{task}: query")
+    with saved_figure(path, len(heads), len(bases), width=side, height=side) as axes:
+        for line, ((task, layer, head), found) in zip(axes, heads.items()):
+            words, maps = found[0]["tokens"], {row["base"]: row["map"] for row in found}
+            missing = [[math.nan] * len(words)] * len(words)
+            draw_heatmaps(line, [maps.get(base, missing) for base in bases], "attention")
+            for ax, base in zip(line, bases):
+                ax.set_xticks(range(len(words)), words, rotation=90, fontsize=7, parse_math=False)
+                ax.set_yticks(range(len(words)), words, fontsize=7, parse_math=False)
+                ax.set(title=f"{base}, layer {layer}, head {head}", xlabel="key", ylabel=f"{task}: query")
+                ax.label_outer()
 
 
 def head_similarity(rows: list[dict], path: Path) -> None:
     """A column for each task and pair: divergence of every head from every head above, CKA of the layers below; means over seeds. Rows:
     task, pair, heads (of a layer), divergence (heads x heads), share_own_best, cka (layers + 1 squared)."""
     panels = group(rows, "task", "pair")
-    with saved_figure(path, 2, len(panels), width=3.0, height=2.9, matrices=True) as axes:
-        means = {key: [np.mean([row[key] for row in panel], axis=0) for panel in panels.values()] for key in ("divergence", "cka")}
-        draw_heatmaps(axes[0], means["divergence"], "JS divergence (nats)", cmap="cividis_r")
-        draw_heatmaps(axes[1], means["cka"], "CKA of hidden states", 1.0)
+    with saved_figure(path, 2, len(panels), width=3.0, height=2.9) as axes:
+        divergence, cka = ([np.mean([row[key] for row in panel], axis=0) for panel in panels.values()] for key in ("divergence", "cka"))
+        draw_heatmaps(axes[0], divergence, "JS divergence (nats)", cmap="cividis_r")
+        draw_heatmaps(axes[1], cka, "CKA of hidden states", 1.0)
         for (above, below), ((task, pair), panel) in zip(axes.T, panels.items()):
-            (a, _, b), heads, depth = pair.partition("-"), panel[0]["heads"], len(panel[0]["cka"])
-            starts = range(0, len(panel[0]["divergence"]), heads)
-            for axis in (above.xaxis, above.yaxis):
-                axis.set_ticks([start - 0.5 for start in starts], [str(start // heads) for start in starts])
-            for axis in (below.xaxis, below.yaxis):
-                axis.set_ticks(range(depth), ["emb", *map(str, range(depth - 1))])
-            own = with_interval(row.get("share_own_best") for row in panel)
-            above.set(title=f"{task}, {pair}\nown head best: {own}", xlabel=f"head of {b}, by layer", ylabel=f"head of {a}, by layer")
-            below.set(xlabel=f"layer of {b}", ylabel=f"layer of {a}")
+            (a, _, b), heads, layers = pair.partition("-"), panel[0]["heads"], range(len(panel[0]["cka"]) - 1)
+            starts, states = [heads * layer - 0.5 for layer in layers], ["emb", *layers]
+            above.set(title=f"{task}, {pair}\nown head best: {with_interval(row.get('share_own_best') for row in panel)}",
+                      xlabel=f"head of {b}, by layer", xticks=starts, xticklabels=layers,
+                      ylabel=f"head of {a}, by layer", yticks=starts, yticklabels=layers)
+            below.set(xlabel=f"layer of {b}", xticks=range(len(states)), xticklabels=states,
+                      ylabel=f"layer of {a}", yticks=range(len(states)), yticklabels=states)
 
 
 def similarity_numbers(rows: list[dict]) -> list[dict]:
@@ -177,8 +178,9 @@ def distance_numbers(rows: list[dict]) -> list[dict]:
 # --- by the name of a study -------------------------------------------------------------------------------------------
 
 # lines of a table: names, and lists with a value for each seed
-NUMBERS: dict[str, Callable[[list[dict]], list[dict]]] = {"compatibility": compatibility_numbers, "connectivity": connectivity_numbers,
-                                                          "similarity": similarity_numbers, "distance": distance_numbers}
+NUMBERS: dict[str, Callable[[list[dict]], list[dict]]] = {
+    "compatibility": compatibility_numbers, "connectivity": connectivity_numbers, "similarity": similarity_numbers,
+    "distance": distance_numbers}
 # by file name, which is also `what` a row is for, if it says so
 FIGURES: dict[str, dict[str, Callable[[list[dict], Path], None]]] = {
     "compatibility": {"compatibility": compatibility}, "connectivity": {"connectivity": connectivity},

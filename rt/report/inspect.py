@@ -9,6 +9,8 @@ files say of themselves; `--verify` checks that for every base and delta at or b
 import math
 import shlex
 import sys
+from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterable
@@ -38,16 +40,16 @@ def inspect(path: Path) -> dict[str, str]:
     with shaped(path, "its JSON does not hold what it should", also=(OSError,)):
         folder = path.resolve()
         names = {file.name for file in folder.iterdir() if file.is_file()} if folder.is_dir() else set()
-        if "meta.json" in names and "encoder" in read_json(path / "meta.json"):
-            return base(folder)
+        if "meta.json" in names and "encoder" in (meta := read_json(path / "meta.json")):
+            return base(folder, meta)
         if "delta.json" in names:
-            return delta(folder)
+            return delta(folder, read_json(path / "delta.json"))
         if "adapter_config.json" in names:
-            return peft(folder)
-        if "config.json" in names and {"model_type", "architectures"} & read_json(path / "config.json").keys():
-            return hugging_face(folder)
-        if names & {"metrics.jsonl", "rows.jsonl", "summary.json"} or bases_in([folder]) or deltas_in(folder):
-            return run_folder(folder)
+            return peft(folder, read_json(path / "adapter_config.json"))
+        if "config.json" in names and {"model_type", "architectures"} & (config := read_json(path / "config.json")).keys():
+            return hugging_face(folder, config)
+        if facts := run_folder(folder, read_json(path / "summary.json") if "summary.json" in names else {}):
+            return facts
     raise InputError(f"{path}: nothing known here; expected a folder with meta.json (base), delta.json, adapter_config.json (PEFT), "
                      "config.json (Hugging Face), or one that a run left")
 
@@ -74,15 +76,13 @@ def architecture(encoder: dict) -> str:
 
 
 def origin(versions: dict, argv: list[str] | None) -> dict[str, str]:
-    """The lines that bases and deltas end with."""
     return {"versions": ", ".join(f"{k} {v}" for k, v in versions.items()), "made by": shlex.join(argv or ["unknown"])}
 
 
 # --- ours -------------------------------------------------------------------------------------------------------------
 
-def base(folder: Path) -> dict[str, str]:
-    meta, tensors = read_json(folder / "meta.json"), header(folder / "model.safetensors")
-    stage, is_resumable = meta.get("stage", {}), (folder / "optim.pt").exists()
+def base(folder: Path, meta: dict) -> dict[str, str]:
+    tensors, stage, is_resumable = header(folder / "model.safetensors"), meta.get("stage", {}), (folder / "optim.pt").exists()
     heldout = [f"{domain} {s['loss']:.3f} ({s['accuracy']:.3f})" for domain, s in stage.get("heldout", {}).items()]
     return {"is": f"a base ({meta.get('format')})" + ", with the optimizer's state: training can go on from it" * is_resumable,
             "size": f"{count(tensors):,} parameters (encoder {count(tensors, 'encoder.'):,}), {disk(folder.iterdir())}",
@@ -106,30 +106,28 @@ def lineage(folder: Path, meta: dict) -> str:
 def bases_in(folders: Iterable[Path]) -> dict[str, tuple[Path, dict]]:
     """{fingerprint: (folder, meta.json)} of the bases in `folders`, without those that cannot be read."""
     found = {}
-    for path in sorted(path for folder in folders for path in folder.glob("*/meta.json")):
-        try:
+    for path in (path for folder in folders for path in sorted(folder.glob("*/meta.json"))):
+        with suppress(InputError):
             meta = read_json(path)
-        except InputError:
-            continue
-        if meta.get("format") == "rt-base-1":
-            found.setdefault(meta.get("fingerprint"), (path.parent, meta))
+            if meta.get("format") == "rt-base-1":
+                found.setdefault(meta.get("fingerprint"), (path.parent, meta))
     return found
 
 
-def delta(folder: Path) -> dict[str, str]:
-    facts, tensors = read_json(folder / "delta.json"), header(folder / "delta.safetensors")
-    info, encoder, labels = facts.get("info", {}), facts.get("info", {}).get("encoder") or {}, facts.get("info", {}).get("labels") or []
+def delta(folder: Path, facts: dict) -> dict[str, str]:
+    info, tensors = facts.get("info", {}), header(folder / "delta.safetensors")
+    encoder, labels, trained = info.get("encoder") or {}, info.get("labels") or [], count(tensors, "diffs.", "modules.")
     settings = "".join(f", {name} {listed(v) if isinstance(v, list) else v}" for name, v in settings_of(facts).items())
-    trained = count(tensors, "diffs.", "modules.")
     share = f", {trained / encoder_count(encoder):.2%} of the encoder's" if encoder else ""
     how = "by tuning" if info.get("mode") is None else f"by recycling, {info['mode']}"
     few = f"{info['shots']} examples a label" if info.get("shots") else "all examples"
+    dev, test = (", ".join(f"{k} {v:.3f}" for k, v in (info.get(part) or {}).items() if isinstance(v, float)) or "not scored"
+                 for part in ("dev", "test"))
     return {"is": f"a delta ({facts.get('format')}): {facts.get('kind')}{settings}",
             "size": f"{trained:,} parameters{share}, and a head of {count(tensors, 'head.'):,}; {disk(folder.iterdir())}",
             "task": f"{info.get('task')}: " + (f"{len(labels)} labels: {listed(labels)}" if labels else "a regression"),
             "learned": f"elsewhere, imported from {info['source']}" if "source" in info else f"{how}, seed {info.get('seed')}, {few}",
-            "dev": scores(info.get("dev")) + (f", at step {info['step']}" if info.get("step") is not None else ""),
-            "test": scores(info.get("test")),
+            "dev": dev + (f", at step {info['step']}" if info.get("step") is not None else ""), "test": test,
             "base": f"{base_of(folder, info)}; {architecture(encoder)}",
             "fingerprints": f"of the base {info.get('base')}, of the tokenizer {info.get('tokenizer')}",
             **origin(facts.get("versions", {}), info.get("argv"))}
@@ -138,9 +136,8 @@ def delta(folder: Path) -> dict[str, str]:
 def settings_of(facts: dict) -> dict:
     """The settings of a delta's kind."""
     settings = {k: v for k, v in facts.items() if k not in ("format", "kind", "info", "versions", "sha256")}
-    if settings.keys() >= {name for names in OLD_SETTINGS.values() for name in names}:
-        return {name: settings[name] for name in OLD_SETTINGS.get(facts.get("kind"), ())}
-    return settings
+    is_old = settings.keys() >= {name for names in OLD_SETTINGS.values() for name in names}
+    return {name: settings[name] for name in OLD_SETTINGS.get(facts.get("kind"), ())} if is_old else settings
 
 
 def encoder_count(e: dict) -> int:
@@ -150,30 +147,25 @@ def encoder_count(e: dict) -> int:
     return rows * d + e["num_layers"] * (4 * d * d + 2 * d * ffn + 9 * d + ffn)
 
 
-def scores(values: dict | None) -> str:
-    return ", ".join(f"{k} {v:.3f}" for k, v in (values or {}).items() if isinstance(v, float)) or "not scored"
-
-
 def base_of(folder: Path, info: dict) -> str:
     """The folder of the base that a delta was learned on, looked for above it and where its config says that the bases were."""
     config = info.get("config") or {}
     named = [Path(name).parent for name in (config.get("base"), *(config.get("chain") or ())) if name]
-    found = bases_in([folder.parent, folder.parent.parent, *named])
-    return str(found[info["base"]][0]) if info.get("base") in found else "not found"
+    return str(bases_in([folder.parent, folder.parent.parent, *named]).get(info.get("base"), ("not found",))[0])
 
 
-def deltas_in(folder: Path) -> list[str]:
-    return sorted(path.parent.name for pattern in ("*/delta.json", "deltas/*/delta.json") for path in folder.glob(pattern))
-
-
-def run_folder(folder: Path) -> dict[str, str]:
-    summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else {}
-    modes = [row.get("mode") for row in summary.get("rows", [])]
-    found = {"bases": [path.name for path, _ in sorted(bases_in([folder]).values(), key=lambda pair: pair[0].stat().st_mtime)],
-             "deltas": deltas_in(folder),
+def run_folder(folder: Path, summary: dict) -> dict[str, str]:
+    """Empty if no run has left anything in `folder`."""
+    rows = {name: read_rows(folder / name) for name in ("metrics.jsonl", "rows.jsonl") if (folder / name).exists()}
+    bases = sorted((path for path, _ in bases_in([folder]).values()), key=lambda path: path.stat().st_mtime)
+    deltas = sorted(path.parent.name for pattern in ("*/delta.json", "deltas/*/delta.json") for path in folder.glob(pattern))
+    if not (summary or rows or bases or deltas):
+        return {}
+    modes = Counter(row.get("mode") for row in summary.get("rows", []))
+    found = {"bases": [path.name for path in bases], "deltas": deltas,
              "stages": [f"{stage.get('name')} ({stage.get('domain')})" for stage in summary.get("stages", [])],
-             "runs": [f"{modes.count(mode)} {mode}" for mode in dict.fromkeys(modes)],
-             "rows": [f"{len(read_rows(path))} in {path.name}" for path in sorted(folder.glob("*.jsonl"))],
+             "runs": [f"{number} {mode}" for mode, number in modes.items()],
+             "rows": [f"{len(lines)} in {name}" for name, lines in rows.items()],
              "figures": sorted(path.name for path in (folder / FIGURES).glob("*.png"))}
     return {"is": "a run" + (f" of study {summary['study']}" if "study" in summary else "" if summary else ", unfinished or part of one"),
             "size": disk(folder.rglob("*")), **{name: listed(values) for name, values in found.items() if values},
@@ -182,8 +174,7 @@ def run_folder(folder: Path) -> dict[str, str]:
 
 # --- of others --------------------------------------------------------------------------------------------------------
 
-def hugging_face(folder: Path) -> dict[str, str]:
-    c = read_json(folder / "config.json")
+def hugging_face(folder: Path, c: dict) -> dict[str, str]:
     patterns = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin")     # whole, or in shards
     files = next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), [])
     is_known = bool(files) and files[0].suffix == ".safetensors"
@@ -202,9 +193,9 @@ def hugging_face(folder: Path) -> dict[str, str]:
             "tokenizer": listed(texts) or "none", "versions": f"transformers {c.get('transformers_version')}"}
 
 
-def peft(folder: Path) -> dict[str, str]:
-    c, weights = read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
-    tensors, targets = header(weights) if weights.exists() else {}, c.get("target_modules") or []
+def peft(folder: Path, c: dict) -> dict[str, str]:
+    weights, targets = folder / "adapter_model.safetensors", c.get("target_modules") or []
+    tensors = header(weights) if weights.exists() else {}
     return {"is": f"a PEFT adapter: {c.get('peft_type')}, {c.get('task_type')}",
             "size": f"{count(tensors):,} parameters, {disk(folder.iterdir())}" if tensors else f"no {weights.name}",
             "settings": f"r {c.get('r')}, lora_alpha {c.get('lora_alpha')}, rsLoRA {bool(c.get('use_rslora'))}, bias {c.get('bias')}",
@@ -219,8 +210,7 @@ def verified(path: Path) -> dict[Path, str]:
     """{folder: verdict} of every base and delta of ours at or below `path`, without those that are still being written."""
     found = {(file.parent, facts) for facts, weights in WEIGHTS.items() for name in (facts, weights) for file in path.rglob(name)
              if not (file.parent / "config.json").exists() and file.parent.suffix != ".part"}       # a config.json: Hugging Face's
-    verdicts = {folder: verdict(folder, facts) for folder, facts in sorted(found)}
-    return {folder: words for folder, words in verdicts.items() if words}
+    return {folder: words for folder, facts in sorted(found) if (words := verdict(folder, facts))}
 
 
 def verdict(folder: Path, name: str) -> str:

@@ -1,9 +1,6 @@
 """Draws what a run left, or has left so far, from its rows alone: curves as text, then PNG and SVG if matplotlib is installed.
 
-    python -m rt.report.plot RUN [RUN ...]         the figures of each into RUN/figures
-    python -m rt.report.plot runs/demo --out DIR
-
-A RUN is a folder that a script wrote:
+    python -m rt.report.plot RUN [RUN ...] [--out DIR]         the figures of each into RUN/figures
 
     train.py                loss (and learning rate, over all stages) and forgetting (held-out loss, stages x domains)
     train.py --mode tune    tuning: loss and score on dev
@@ -14,7 +11,7 @@ import json
 import math
 import sys
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Callable
@@ -73,22 +70,20 @@ def points_of(rows: list[dict], y: str, x: str = "step") -> Points:
 # --- pre-training: a stream of bases ----------------------------------------------------------------------------------
 
 def pretraining(rows: list[dict], summary: dict) -> Report:
-    stages = stages_of(rows, summary)
-    panels, scored = loss_panels(stages), [stage for stage in stages if stage["heldout"]]
-    figures = {"loss": lambda path: draw_panels(path, panels, columns=1, width=6.4, height=2.2)} if any(points_of(rows, "loss")) else {}
-    figures |= {"forgetting": lambda path: draw_forgetting(scored, path)} if scored else {}
-    return Report("pre-training", as_text(panels) + ("\n" + forgetting_table(scored) if scored else ""), figures)
-
-
-def stages_of(rows: list[dict], summary: dict) -> list[dict]:
-    """name, domain, title, rows and heldout (None before it is scored) of every stage, in order."""
+    """A stage is a dict: name, domain, title, rows and heldout (None before it is scored)."""
     rows = rows + [{"stage": stage.get("name"), "heldout": stage.get("heldout")} for stage in summary.get("stages", [])]
     stages = [{"name": name, "rows": found, "heldout": next(filter(None, (row.get("heldout") for row in found)), None)}
               for (name,), found in group(rows, "stage").items()]
-    domains = next((list(stage["heldout"]) for stage in stages if stage["heldout"]), [])      # the stream's, in its order
-    for stage, domain in zip_longest(stages, domains[:len(stages)], fillvalue="?"):
+    scored = [stage for stage in stages if stage["heldout"]]
+    domains = [*scored[0]["heldout"]] if scored else []     # the stream's, in its order
+    for stage, domain in zip(stages, domains + ["?"] * len(stages)):
         stage |= {"domain": domain, "title": f"{stage['name']} ({domain})"}
-    return stages
+    panels, figures = loss_panels(stages), {}
+    if any(points_of(rows, "loss")):
+        figures["loss"] = lambda path: draw_panels(path, panels, columns=1, width=6.4, height=2.2)
+    if scored:
+        figures["forgetting"] = lambda path: draw_forgetting(scored, path)
+    return Report("pre-training", as_text(panels) + ("\n" + forgetting_table(scored) if scored else ""), figures)
 
 
 def loss_panels(stages: list[dict]) -> list[Panel]:
@@ -109,13 +104,14 @@ def draw_forgetting(stages: list[dict], path: Path) -> None:
     """Held-out loss of every domain (columns) after every stage (rows); in bold the domain that the stage was trained on."""
     domains = list(stages[0]["heldout"])
     values = [[(stage["heldout"].get(domain) or {}).get("loss", math.nan) for domain in domains] for stage in stages]
-    with saved_figure(path, 1, 1, width=max(3.4, 0.9 * len(domains) + 1.4), height=0.5 * len(stages) + 1, matrices=True) as ((ax,),):
+    with saved_figure(path, 1, 1, width=max(3.4, 0.9 * len(domains) + 1.4), height=0.5 * len(stages) + 1) as ((ax,),):
         image = ax.imshow(values, cmap="cividis_r", aspect="auto")
-        for y, stage in enumerate(stages):
-            for x, (domain, value) in enumerate(zip(domains, values[y])):
-                is_dark = is_number(value) and sum(image.cmap(image.norm(value))[:3]) < 1.5
-                ax.text(x, y, f"{value:.3f}" if is_number(value) else "-", ha="center", va="center", color="white" if is_dark else "black",
-                        fontweight="bold" if stage["domain"] == domain else "normal")
+        for (y, stage), (x, domain) in product(enumerate(stages), enumerate(domains)):
+            value = values[y][x] if is_number(values[y][x]) else math.nan
+            color = "white" if image.norm(value) > 0.46 else "black"        # cividis_r is dark from there on
+            ax.text(x, y, f"{value:.3f}".replace("nan", "-"), ha="center", va="center", color=color,
+                    fontweight="bold" if stage["domain"] == domain else "normal")
+        ax.grid(False)
         ax.set_xticks(range(len(domains)), domains)
         ax.set_yticks(range(len(stages)), [stage["title"] for stage in stages])
         ax.set(xlabel="held-out text of", ylabel="after", title="bold: the stage's own domain")
@@ -164,13 +160,11 @@ def completed(row: dict) -> dict:
         "chosen_by_base": None if "route" in row else settings.get("base")}     # the bases of a chain share one setting
 
 
-def setting(row: dict) -> tuple[float | None, str]:
-    """What the line of a mode is chosen by, equal for all bases of a chain."""
-    return row["lr"], json.dumps({k: v for k, v in row["settings"].items() if k not in ("base", "chain")}, sort_keys=True)
-
-
 def best_by_panel(results: list[dict]) -> dict[tuple, dict[str, list[dict]]]:
     """{(task, delta, shots, base): {mode and route: the rows of its best setting on dev}}."""
+    def setting(row: dict) -> tuple[float | None, str]:     # equal for all bases of a chain
+        return row["lr"], json.dumps({k: v for k, v in row["settings"].items() if k not in ("base", "chain")}, sort_keys=True)
+
     panels: dict[tuple, dict] = {}
     for (mode, route, *_), rows in group(results, "mode", "route", "task", "delta", "shots", "chosen_by_base").items():
         for panel, found in group(chosen(rows, mode, setting), "task", "delta", "shots", "base").items():
@@ -183,37 +177,27 @@ def recycling(results: list[dict]) -> Report:
     for (task, delta, shots, base), lines in best_by_panel(results).items():
         words = (task, delta, shots and f"{shots} a label", base and f"on {Path(base).name}")
         title = ", ".join(str(word) for word in words if word) or "runs"
-        tables.append(f"{title}\n{convergence_table(lines)}")
-        panels.append(convergence_panel(title, lines))
+        text, panel = convergence(title, lines)
+        tables.append(f"{title}\n{text}")
+        panels.append(panel)
     return Report("recycling", "\n".join(tables), {"convergence": lambda path: draw_panels(path, panels, width=4.2, height=3.2)})
 
 
-def convergence_table(lines: dict[str, list[dict]]) -> str:
-    """A row for each mode: mean dev over steps, best dev and test with standard deviations."""
-    means = [[(step, mean(ys)) for step, ys in by_x(curve_of(rows)).items()] for rows in lines.values()]
-    cells = []
+def convergence(title: str, lines: dict[str, list[dict]]) -> tuple[str, Panel]:
+    """A table with a row for each mode (mean dev over steps, best dev and test with standard deviations), and a panel with a line for each:
+    modes without training are levels, and so is scratch's best."""
+    metric = next(iter(lines.values()))[0]["metric"]
+    curves = {name: [point for row in rows for point in row["curve"]] for name, rows in lines.items()}
+    means = [[(step, mean(ys)) for step, ys in by_x(curve).items()] for curve in curves.values()]
+    points, cells = {}, []
     for (name, rows), blocks in zip(lines.items(), sparklines(means, one_scale=True)):
         is_tested = all(is_number(next(iter((row.get("test") or {}).values()), None)) for row in rows)
         cells.append([name, blocks, spread(rows, "dev"), spread(rows) if is_tested else "-", len(rows)])
-    return table(cells, ["mode", "dev over steps".ljust(len(blocks)), f"best dev {metric_of(lines)}", "test", "seeds"])
-
-
-def convergence_panel(title: str, lines: dict[str, list[dict]]) -> Panel:
-    """Dev over steps, a line for each mode; modes without training are levels, and so is scratch's best."""
-    points = {}
-    for name, rows in lines.items():
-        points[name] = curve_of(rows)
+        points[name] = curves[name]
         if rows[0]["mode"] == "scratch":
             points["scratch's best"] = [(0, row["dev"][row["metric"]]) for row in rows]
-    return Panel(title, "optimizer steps", f"dev {metric_of(lines)}", points, {"scratch's best": REFERENCE}, limits="measured")
-
-
-def curve_of(rows: list[dict]) -> Points:
-    return [point for row in rows for point in row["curve"]]
-
-
-def metric_of(lines: dict[str, list[dict]]) -> str:
-    return next(iter(lines.values()))[0]["metric"]
+    return (table(cells, ["mode", "dev over steps".ljust(len(blocks)), f"best dev {metric}", "test", "seeds"]),
+            Panel(title, "optimizer steps", f"dev {metric}", points, {"scratch's best": REFERENCE}, limits="measured"))
 
 
 def main(argv: list[str]) -> None:
@@ -224,7 +208,8 @@ def main(argv: list[str]) -> None:
               for name in c.runs}
     if len({*places.values()}) < len(places):
         raise InputError(f"--out {c.out}: two of the runs have the same name; leave it out, or draw them one by one")
-    for (name, out), found in zip(places.items(), [report(Path(name)) for name in places]):
+    reports = [report(Path(name)) for name in places]       # all, before any is drawn
+    for (name, out), found in zip(places.items(), reports):
         print(f"{Path(name)}: {found.what}\n{found.text}")
         try:
             drawn = draw_all(found.figures, out, Path(name))
