@@ -52,7 +52,7 @@ class Flag(NamedTuple):
 
 @functools.cache
 def flags_of(cls: type) -> tuple[Flag, ...]:
-    """The flags of a dataclass in their order, those of nested dataclasses included."""
+    """The flags of a dataclass and those nested in it."""
     return tuple(_flags(cls))
 
 
