@@ -92,8 +92,8 @@ class Config:
 
 # Of 1e-4, 2e-4, 5e-4, 1e-3, 2e-3 the best on dev for each mode, full delta (results/demo/lr_search; project: as init); other kinds: one
 # for all.
-LR = {"full": {"scratch": 5e-4, "init": 1e-4, "distill": 1e-3, "init+distill": 1e-4, "project": 1e-4},
-      "adapter": 5e-3, "lora": 5e-3, "bitfit": 5e-3, "prefix": 1e-2}
+FULL_LR = {"scratch": 5e-4, "init": 1e-4, "distill": 1e-3, "init+distill": 1e-4, "project": 1e-4}
+LR = {"adapter": 5e-3, "lora": 5e-3, "bitfit": 5e-3, "prefix": 1e-2}
 Sources = list[tuple[Delta, TaskData]]      # deltas of the old base and their tasks, for --mode project
 Done = tuple[Run, TuneResult, Delta, list[dict], dict]      # with its evaluations, and more for its row
 
@@ -128,7 +128,12 @@ def main() -> None:
         note_changed_task(old_delta.info, task)
         note_truncated(*r.data.truncated(), c.seq_len, sys.stderr)
     plan, out = planned(c, modes), Path(c.out or default_out(c, task))
-    check_together(c, r, plan, bases, sources)
+    for each in bases.values():     # before anything is written
+        each.require_length(c.seq_len)
+        for one in plan:
+            check(replace(r, base=each, distill=one.c.distill), one.mode)
+    if sources:
+        check_sources(old_base, base, sources, old_delta)
     with locked(out, ranks.from_main):
         do_runs(c, r, task, plan, bases, sources, out, ranks)
     ranks.leave()
@@ -189,18 +194,7 @@ def planned(c: Config, modes: list[str]) -> list[Run]:
 
 def learning_rates(c: Config, mode: str) -> tuple[float | None, ...]:
     """The learning rates to try; None for a mode that does not train."""
-    default = LR[c.delta.kind]
-    return (None,) if mode == "apply" else c.lr or (default[mode] if isinstance(default, dict) else default,)
-
-
-def check_together(c: Config, r: Recycling, plan: list[Run], bases: dict[str, Base], sources: Sources) -> None:
-    """InputError if a run cannot be done with what was opened."""
-    for base in bases.values():
-        base.require_length(c.seq_len)
-        for one in plan:
-            check(replace(r, base=base, distill=one.c.distill), one.mode)
-    if sources:
-        check_sources(r.old_base, r.base, sources, r.old_delta)
+    return (None,) if mode == "apply" else c.lr or (FULL_LR[mode] if c.delta.kind == "full" else LR[c.delta.kind],)
 
 
 def default_out(c: Config, task: Task) -> str:
@@ -258,9 +252,8 @@ def run_group(samples: dict[int, Recycling], group: list[Run], bases: dict[str, 
     for one in group:
         if one.mode in NEEDS_TEACHER:
             teacher_of(samples[one.seed])       # once for all runs on this sample
-        r = replace(samples[one.seed], settings=tune_settings(one.c, one.seed, one.lr), distill=one.c.distill)
         curve: list[dict] = []
-        r.on_eval = curve.append
+        r = replace(samples[one.seed], settings=tune_settings(one.c, one.seed, one.lr), distill=one.c.distill, on_eval=curve.append)
         runs[id(r)] = r, one, curve
     for r, model, result in recycle_together([r for r, _, _ in runs.values()], first.mode, first.c.side_by_side, first.c.graphs):
         _, one, curve = runs[id(r)]
@@ -303,14 +296,13 @@ def learn_map(r: Recycling, p: ProjectConfig, sources: Sources, on_eval: Callabl
 def finish(c: Config, r: Recycling, runs: list[Run], out: Path) -> None:
     """Score the best runs by dev of each mode of a sweep on test, write summary.json and print the table."""
     rows, modes = write_summary(c, out, runs), [*dict.fromkeys(one.mode for one in runs)]
-    if c.sweep is not None:
+    if c.sweep is None:
+        print(report_chain(rows, modes, c.chain) if c.chain else report(rows, modes))
+    else:
         for row in (row for mode in modes for row in chosen(rows, mode, by_settings) if not row["test"]):
             row["test"] = evaluate(apply(r.base, load_delta(out / "deltas" / row["run"])), r.data.test, r.device, r.precision)
             write_json(out / "deltas" / row["run"] / "summary.json", row)
-        rows = write_summary(c, out, runs)
-        print(report_sweep(rows, modes, [name for name in swept(c.sweep) if name not in LISTS]))
-    else:
-        print(report_chain(rows, modes, c.chain) if c.chain else report(rows, modes))
+        print(report_sweep(write_summary(c, out, runs), modes, [name for name in swept(c.sweep) if name not in LISTS]))
     print(f"rows in {out / 'summary.json'}, curves and deltas in {out / 'deltas'}")
 
 

@@ -52,7 +52,7 @@ class Flag(NamedTuple):
 
 @functools.cache
 def flags_of(cls: type) -> tuple[Flag, ...]:
-    """The flags of a dataclass in their order, those of nested dataclasses included."""
+    """The flags of a dataclass and those nested in it."""
     return tuple(_flags(cls))
 
 
@@ -196,17 +196,15 @@ def _type_name(kind: Any) -> str:
         return f"comma-separated list of {_type_name(inner[0])}"
     if origin is typing.Literal:
         return "one of " + ", ".join(inner)
-    if origin is not None:      # Annotated, or a type or None
-        return _type_name(inner[0])
-    return {bool: "true or false", int: "whole number", float: "number", str: "text"}[kind]
+    scalars = {bool: "true or false", int: "whole number", float: "number", str: "text"}
+    return scalars[kind] if origin is None else _type_name(inner[0])        # else Annotated, or a type or None
 
 
 # --- how a script ends -------------------------------------------------------------------------------------------------
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`. An InputError ends the process with one sentence on stderr and exit code 2, Ctrl-C with 130, SIGTERM with 143,
-    a reader of standard output that leaves, as `head` does, with 141 and no word. Each of several ranks ends at once and in one sentence,
-    whatever it raised, and torchrun then ends the others."""
+    a reader of standard output that leaves, as `head` does, with 141 and no word, and any error of one of several ranks in one sentence."""
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")      # None: closed by whoever started the process
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
     if hasattr(sys.stdout, "reconfigure"):

@@ -40,8 +40,8 @@ class Export:
 
 
 def import_delta(c: Import) -> None:
-    base, task = open_base(c.base), Path(c.task).name.split(".")[0] if c.task else None
-    delta = open_delta(c.tuned, base, c.labels, task)
+    task = Path(c.task).name.split(".")[0] if c.task else None
+    delta = open_delta(c.tuned, open_base(c.base), c.labels, task)
     save_delta(Path(c.out), replace(delta, info=delta.info | {"config": record(c), "argv": sys.argv}))
     what = f"{len(delta.labels)} labels ({', '.join(delta.labels[:6])})" if delta.labels else "a regression"
     print(f"{c.tuned}: a {delta.config.kind} delta of {c.base}, {what}; in {c.out}")
@@ -61,13 +61,13 @@ def export_model(c: Export) -> None:
 def main() -> None:
     if launched() > 1:
         raise InputError("rt.runs.convert is for one process: leave torchrun out")
-    way, *argv = sys.argv[1:] or [""]
-    if way == "import":
-        import_delta(parse(Import, argv))
-    elif way == "export":
-        export_model(parse(Export, argv))
-    else:
-        raise InputError(f"python -m rt.runs.convert import|export, not '{way}'; import --help and export --help say what each needs")
+    match sys.argv[1:] or [""]:
+        case "import", *argv:
+            import_delta(parse(Import, argv))
+        case "export", *argv:
+            export_model(parse(Export, argv))
+        case way, *_:
+            raise InputError(f"python -m rt.runs.convert import|export, not '{way}'; import --help and export --help say what each needs")
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def unread(config: type, mode: str) -> set[str]:
 
 
 def origin_of(r: Recycling, sources: Iterable[tuple[Delta, TaskData]] = ()) -> list[str]:
-    """Hashes of what a run's settings name by path: old base, new base, old delta (with source deltas and tasks), and task."""
+    """Hashes of what settings name by path: old base, new base, old delta (with source deltas and tasks), task."""
     digest = hashlib.sha256()
     for delta, data in ((r.old_delta, None), *sources):
         for part in (delta.diffs, delta.modules, delta.head):
@@ -115,18 +115,18 @@ def finished_row(out: Path, run: Run, origin: list[str]) -> dict | None:
     try:
         row = read_json(folder / "summary.json")
         check_rows([row], folder / "summary.json")
-        if run.c.save_deltas and differing(folder, "delta.json", read_json(folder / "delta.json")):
-            return None
+        is_damaged = run.c.save_deltas and differing(folder, "delta.json", read_json(folder / "delta.json"))
     except (InputError, OSError):
         return None
-    return row if (row.get("origin"), row["lr"], row["settings"]) == (origin, run.lr, run.settings) else None
+    is_other = (row.get("origin"), row["lr"], row["settings"]) != (origin, run.lr, run.settings)
+    return None if is_damaged or is_other else row
 
 
 # --- all runs ----------------------------------------------------------------------------------------------------------
 
 def begin(c: Any, out: Path, runs: list[Run], origin: dict[str, list[str]]) -> set[str]:
-    """The names of the runs that need not be done: with --resume or --sweep, those that an earlier call has finished. The others go before
-    anything is done, so that a call that is killed leaves rows of whole runs alone, and none of two origins."""
+    """The names of the runs that --resume or --sweep finds finished. What there is of the others is removed first, so that a call that is
+    killed leaves only rows of whole runs, and of one origin."""
     check_overwritable(out, {"metrics.jsonl", "summary.json", "deltas", FIGURES})       # metrics.jsonl: of an earlier version
     summary_rows(out / "summary.json")      # that can be read, before anything goes
     finished = set()
@@ -141,7 +141,7 @@ def begin(c: Any, out: Path, runs: list[Run], origin: dict[str, list[str]]) -> s
 
 
 def write_summary(c: Any, out: Path, runs: list[Run]) -> list[dict]:
-    """summary.json: the rows of other calls, then those of these runs, as far as they are done, which are returned."""
+    """Write summary.json, the rows of other calls and then those of these runs that are done; returns the latter."""
     paths = {run.name: out / "deltas" / run.name / "summary.json" for run in runs}
     place = {run.name: {"base": run.c.base, "route": run.route} if c.chain else {} for run in runs}
     own = [read_json(path) | place[name] for name, path in paths.items() if path.exists()]
@@ -182,9 +182,9 @@ def check_rows(rows: list[dict], path: Path) -> None:
 # --- the best delta ----------------------------------------------------------------------------------------------------
 
 def best_delta(folder: str | Path, base: str) -> Path:
-    """`folder`, or the best delta in it if recycle.py wrote it: of the mode and settings that are best on dev in the mean over seeds, each
-    of which may have drawn another dev set, the best seed. Of a chain's deltas those for the base of fingerprint `base` count; of equal
-    ones, one that recycles is taken."""
+    """`folder`, or the best delta in it if recycle.py wrote it: the best seed of the mode and settings that are best on dev in the mean
+    over seeds, because each seed may draw another dev set. Of a chain, deltas for the base of fingerprint `base` count; of equal ones, one
+    that recycles is taken."""
     folder = Path(folder)
     if (folder / "delta.json").exists() or not (folder / "deltas").is_dir():
         return folder

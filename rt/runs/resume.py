@@ -53,16 +53,15 @@ def has_work(out: Path, settings: dict, resume: bool) -> bool:
             raise InputError(f"{out} holds other things than a stream of bases: give another --out")
         return True
     begun = read_json(out / "config.json")
-    other = next((k for k in settings if k in begun and settings[k] != begun[k]), None)     # a flag that there was not yet changed nothing
-    if other:
-        raise InputError(f"{out} was begun with --{other} {begun[other]}, not {settings[other]}: "
-                         "give another --out, or remove the folder")
-    complete = (out / "summary.json").exists()
-    if not complete and not resume:
+    for k in settings:
+        if settings[k] != begun.get(k, settings[k]):        # a flag that there was not yet changed nothing
+            raise InputError(f"{out} was begun with --{k} {begun[k]}, not {settings[k]}: give another --out, or remove the folder")
+    if (out / "summary.json").exists():
+        shutil.rmtree(out / "resume", ignore_errors=True)       # a process that was killed may have left it
+        return False
+    if not resume:
         raise InputError(f"{out} holds an unfinished run: add --resume to go on, or remove the folder")
-    if complete:
-        shutil.rmtree(out / "resume", ignore_errors=True)       # the process was killed before it could
-    return not complete
+    return True
 
 
 def check_content(out: Path, content: dict) -> None:
@@ -107,10 +106,11 @@ def check_checkpoint(folder: Path) -> None:
 
 def where_to_begin_again(out: Path) -> str:
     """From which checkpoint a training that has diverged can begin again."""
-    for newest in checkpoints(out):
-        meta = read_json(newest / "meta.json")
-        return f"{newest} is of step {meta['step']} of {meta['name']}; --init {newest} with another --out begins there"
-    return f"no checkpoint of it had been written in {out}"
+    newest = next(iter(checkpoints(out)), None)
+    if newest is None:
+        return f"no checkpoint of it had been written in {out}"
+    name, step = newest.name.split("-t")
+    return f"{newest} is of step {int(step)} of {name}; --init {newest} with another --out begins there"
 
 
 def is_done_again(row: dict, out: Path, newest: dict) -> bool:

@@ -19,15 +19,11 @@ def group_by(items: Iterable[T], key: Callable[[T], Any]) -> list[list[T]]:
     return list(groups.values())
 
 
-def by_rate(row: dict) -> float | None:
-    return row["lr"]
-
-
 def by_settings(row: dict) -> tuple[float | None, dict]:
     return row["lr"], row["settings"]
 
 
-def chosen(rows: list[dict], mode: str, by: Callable[[dict], Any] = by_rate) -> list[dict]:
+def chosen(rows: list[dict], mode: str, by: Callable[[dict], Any] = lambda row: row["lr"]) -> list[dict]:
     """The rows of a mode, one for each seed, at the learning rate (or other key `by`) with the best mean dev score, among those that most
     seeds have been run at: a mean over fewer seeds is of other examples."""
     groups = group_by((row for row in rows if row["mode"] == mode), by)
