@@ -9,9 +9,9 @@ import pytest
 from conftest import ROOT
 
 triton = pytest.importorskip("triton")
-# The machine code that is asked for is that of triton 3.7 on. 3.6 (torch 2.11): `_kd_backward` for sm_80, 128 x 64, spills 8 bytes; dropout
-# costs 9.81 instructions
-OLD = pytest.mark.xfail(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7), reason="of triton 3.7 on", strict=False)
+# The machine code that is asked for is triton 3.7's (torch 2.13). Of the same 120 kernels one spills under others, a tile of `_kd_backward`
+# (128 x 64, heads of 128): 8 bytes on sm_80 with 3.6, 16 on sm_100 with 3.8; and with 3.6 dropout costs 9.81 instructions.
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}    # bytes a block
 COMPILER = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}     # the interpreter has none
 
@@ -20,7 +20,7 @@ def python(*arguments: str, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=1500, env={**COMPILER, **env})
 
 
-@OLD
+@pytest.mark.xfail(TRITON != (3, 7), reason="one of 120 spills", strict=False)
 @pytest.mark.long
 @pytest.mark.parametrize("which", [("--dtype", "bf16", "--every", "10"), pytest.param((), marks=pytest.mark.marathon)])
 def test_all_compiles_without_spills_and_with_matrix_instructions(which, tmp_path):
@@ -45,7 +45,7 @@ if __name__ == "__main__":
 """
 
 
-@OLD
+@pytest.mark.xfail(TRITON < (3, 7), reason="9.81 instructions", strict=True)
 def test_dropout_costs_less_than_the_matrix_products_beside_it():
     done = python("-c", DROPOUT)
     assert 0 < float(done.stdout) < 9.6, done.stderr        # what the two products of an element cost at D 64, in instructions

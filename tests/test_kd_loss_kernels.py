@@ -169,7 +169,11 @@ def test_equal_logits_have_no_divergence_and_shifted_ones_nearly_none(device):
     for short in (whole, top_k(whole, 9, 3.0)):
         rows, gradient = rows_and_gradient(kd_loss, (whole + 1024).requires_grad_(), short, alpha=1.0, T=3.0)
         assert rows.abs().max() <= (9 if short is whole else 9 * 1024) * EPS        # a bucket's logit is rounded as it is made
-        assert gradient.abs().max() <= EPS
+        if short is whole:
+            assert gradient.abs().max() <= EPS
+        else:       # the bucket's logit is off by at most one rounding of 1024 as it is made and one as it is read; d p is p times that
+            p = ((whole.double() + 1024) / 3).softmax(-1)
+            assert (gradient.abs() <= 2 * 1024 * EPS * upstream(4, device).abs()[:, None] * p).all()
 
 
 def test_ignored_rows(device):
