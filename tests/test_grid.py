@@ -12,8 +12,8 @@ from rt.errors import InputError
 from rt.kinds import DeltaConfig
 from rt.losses import DistillConfig, Loss, Reweighted, TeacherCache, trained_weights
 from rt.speed import multi_run as grid
-from rt.speed.multi_run import PAD_SEQUENCES, SideRun, side_by_side, stack
-from rt.tune import TuneSettings, plain_gradient, predict, tune
+from rt.speed.multi_run import PAD_SEQUENCES, SideBySide, SideRun, side_by_side
+from rt.tune import TuneSettings, ignore, plain_gradient, predict, tune
 
 CPU = dict(device=torch.device("cpu"), precision=torch.float32)
 FROZEN = ("adapter", "lora", "bitfit", "prefix")
@@ -54,8 +54,7 @@ def alone(run: SideRun) -> tuple[list[dict], SideRun]:
 
 
 def stacked(runs: list[SideRun]) -> Reweighted:
-    weights = stack([trained_weights(run.model) for run in runs])
-    return Reweighted(runs[0].model, lambda: weights)
+    return SideBySide(runs, graphs=False, on_step=ignore, on_eval=ignore, **CPU).stacked
 
 
 def stack_of_one(model):

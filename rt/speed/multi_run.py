@@ -52,9 +52,21 @@ def reweighted(model: Classifier, weights: Weights) -> Classifier:
     return other
 
 
-def stack(weights: list[Weights]) -> Weights:
-    """The weights of K models with a leading K; gradients flow to each."""
-    return {name: torch.stack([w[name] for w in weights]) for name in weights[0]}
+class Flat:
+    """The trained weights of a model as two tensors, matrices (1, M), which decay, and vectors (V,): a run's optimizer then has two."""
+    def __init__(self, weights: Weights):
+        self.shapes = {"matrices": {k: w.shape for k, w in weights.items() if w.dim() >= 2},
+                       "vectors": {k: w.shape for k, w in weights.items() if w.dim() < 2}}
+
+    def flatten(self, weights: Weights) -> Weights:
+        """Copies, which require a gradient."""
+        flat = {part: torch.cat([weights[k].detach().flatten() for k in names]) for part, names in self.shapes.items() if names}
+        return {part: (w[None] if part == "matrices" else w).requires_grad_() for part, w in flat.items()}
+
+    def weights(self, flat: Weights, *K: int) -> Weights:
+        """The weights by name, views of `flat`; of K stacked runs with a leading K. Gradients flow to `flat`."""
+        return {k: w.view(*K, *shape) for part, stacked in flat.items() for (k, shape), w in zip(
+            self.shapes[part].items(), stacked.split([shape.numel() for shape in self.shapes[part].values()], dim=-1))}
 
 
 def side_by_side(batches: list[Batch], bucket: int = 0, B: int = 0) -> tuple[Batch, Tensor]:
@@ -151,13 +163,17 @@ class SideBySide:
     """The functions of rt.tune.training_loop for the runs that go on: each has its own Fit; they compute gradients and scores together."""
     def __init__(self, runs: list[SideRun], device: torch.device, precision: torch.dtype, graphs: bool, on_step: Hook, on_eval: Hook):
         self.runs, self.device, self.precision, self.graphs, self.on_step, self.on_eval = runs, device, precision, graphs, on_step, on_eval
-        self.fits = []
+        self.fits, self.flat = [], Flat(trained_weights(runs[0].model))
         for run in runs:
             run.rows = []       # without those of a try that failed
-            weights = {k: p.detach().clone().requires_grad_() for k, p in trained_weights(run.model).items()}
-            self.fits.append(Fit(weights, run.settings, run.rows.append))
-        self.stacked = Reweighted(runs[0].model, lambda: stack([fit.trained for fit in self.fits]))
+            self.fits.append(Fit(self.flat.flatten(trained_weights(run.model)), run.settings, run.rows.append))
+        self.stacked = Reweighted(runs[0].model, self.stack)
         self.prepare()
+
+    def stack(self) -> Weights:
+        """The weights of the runs that go on, with a leading K."""
+        flat = {part: torch.stack([fit.trained[part] for fit in self.fits]) for part in self.fits[0].trained}
+        return self.flat.weights(flat, len(self.fits))
 
     def prepare(self) -> None:
         """Make the gradient of the runs that go on: a function of a batch and its shares, both on the host; (K,) losses."""
@@ -205,7 +221,7 @@ class SideBySide:
                 self.on_eval(run.rows[-1])
             except Diverged:       # its gradient is its own: the others go on
                 fit.result.diverged = step
-            run.result, run.best = fit.result, fit.best
+            run.result, run.best = fit.result, self.flat.weights(fit.best)
         if going and len(going) < len(self.runs):
             self.runs, self.fits = map(list, zip(*going))
             self.prepare()
