@@ -93,7 +93,7 @@ class Config:
 # Of 1e-4, 2e-4, 5e-4, 1e-3, 2e-3 the best on dev for each mode, full delta (results/demo/lr_search; project: as init); other kinds: one
 # for all.
 FULL_LR = {"scratch": 5e-4, "init": 1e-4, "distill": 1e-3, "init+distill": 1e-4, "project": 1e-4}
-LR = {"adapter": 5e-3, "lora": 5e-3, "bitfit": 5e-3, "prefix": 1e-2}
+LR = {"prefix": 1e-2}     # other kinds: 5e-3
 Sources = list[tuple[Delta, TaskData]]      # deltas of the old base and their tasks, for --mode project
 Done = tuple[Run, TuneResult, Delta, list[dict], dict]      # with its evaluations, and more for its row
 
@@ -194,7 +194,7 @@ def planned(c: Config, modes: list[str]) -> list[Run]:
 
 def learning_rates(c: Config, mode: str) -> tuple[float | None, ...]:
     """The learning rates to try; None for a mode that does not train."""
-    return (None,) if mode == "apply" else c.lr or (FULL_LR[mode] if c.delta.kind == "full" else LR[c.delta.kind],)
+    return (None,) if mode == "apply" else c.lr or (FULL_LR[mode] if c.delta.kind == "full" else LR.get(c.delta.kind, 5e-3),)
 
 
 def default_out(c: Config, task: Task) -> str:
