@@ -86,13 +86,18 @@ def test_all_modes_and_the_scripts_take_it(shift, base, other_base, tmp_path):
         if mode != "project":
             assert recycle(r, mode)[1].curve
     assert can_go_together(r, "distill")
-    save_base(tmp_path / "M0", MaskedLM(base.encoder, base.head), base.tokenizer, {})
+    for name, one in (("M0", base), ("M1", other_base)):
+        save_base(tmp_path / name, MaskedLM(one.encoder, one.head), one.tokenizer, {})
     rows = [{"text": f"{'good' if i % 2 else 'bad'} {i}", "label": str(i % 2)} for i in range(8)]
     write_task(tmp_path / "mood", {"train": rows, "dev": rows, "test": rows})
     said = here("train.py", "--mode", "tune", "--base", tmp_path / "M0", "--task", tmp_path / "mood", "--delta", "shift",
                 "--tune_steps", "2", "--eval_every", "1", "--seq_len", "16", "--out", tmp_path / "delta", "--device", "cpu")
     assert said.startswith("mood, shift: dev accuracy")
     assert json.loads((tmp_path / "delta" / "delta.json").read_text())["kind"] == "shift"
+    said = here("recycle.py", "--mode", "scratch,init", "--old_base", tmp_path / "M0", "--old_delta", tmp_path / "delta", "--base",
+                tmp_path / "M1", "--task", tmp_path / "mood", "--delta", "shift", "--steps", "2", "--eval_every", "1", "--seq_len", "16",
+                "--shots", "2", "--seeds", "0", "--out", tmp_path / "recycled", "--device", "cpu")
+    assert said.startswith("mood (2 labels, 2 examples a label), shift") and "\ninit " in said
 
 
 def test_a_tensor_that_no_row_names_is_not_scaled_in_silence(shift, base, monkeypatch):
