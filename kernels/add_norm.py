@@ -10,10 +10,10 @@ Backward, with z' = (z - mean) rstd and g = weight dy, means over a row, sums ov
     dz = rstd (g - mean(g) - z' mean(g z'))     dx = dz     dh = keep dz / (1 - p)      dweight = sum dy z'     dbias = sum dy
 
 Each program sums dweight and dbias over its own rows, in fp32; torch adds those up: no atomics, one order. Gradients that nobody asked
-for are neither computed nor stored, and where nothing is dropped dh is dx.
+for are neither computed nor stored, and if nothing is dropped dh is dx.
 
 z is saved, in the wider dtype of x and h. Bytes an element where both are 16 bits wide: forward 8 (x, h, y, z), backward 8 (dy, z, dx,
-dh; 6 where nothing is dropped). To read x and h again instead moves as many (6 and 10; 6 and 8) but keeps 4 bytes an element alive
+dh; 6 if nothing is dropped). To read x and h again instead moves as many (6 and 10; 6 and 8) but keeps 4 bytes an element alive
 instead of 2 wherever no matrix product keeps x anyway, which is under every frozen base. Of an fp32 x, 24 bytes against 22. Without
 gradients z is not written.
 
@@ -29,7 +29,7 @@ from kernels.common import dense_rows, launch, left_to_compiler, row_class, tl, 
 from kernels.dropout import block_of_run, check_seed, dropout_ref, keep_tile, threshold_of
 
 PROGRAMS = 512      # that share the rows of a backward, each with its sums of 2 d numbers: about four for every SM of an H100
-RUNTIME = ["run", "N", "blocks", "seed_run", "threshold", "rows"]      # not compiled anew where they are 1 or a multiple of 16
+RUNTIME = ["run", "N", "blocks", "seed_run", "threshold", "rows"]      # not compiled anew if they are 1 or a multiple of 16
 
 
 # ---------------------------------------------------------------- reference
@@ -46,7 +46,7 @@ def layer_norm(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 def _runs(*tensors: Tensor) -> list[int]:
-    """For how many runs each holds weights, 1 where all runs share them."""
+    """For how many runs each holds weights, 1 if all runs share them."""
     return [len(x) if x.ndim == 2 else 1 for x in tensors]
 
 
@@ -61,7 +61,7 @@ def add_norm_ref(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, eps: float,
 def _norm_forward(x_ptr, h_ptr, w_ptr, b_ptr, seed_ptr, y_ptr, z_ptr, stats_ptr,     # (N, d) x 2, (K, d) x 2, (K,), (N, d) x 2, (2, N)
                   run, N, d, blocks, seed_run, x_stride, h_stride, out_stride, w_run, b_run, eps, threshold, keep_scale,
                   BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """BLOCK_N whole rows of one run. w_run and b_run lead from the weights of a run to the next one's; 0 where all share them."""
+    """BLOCK_N whole rows of one run. w_run and b_run lead from the weights of a run to the next one's; 0 if all share them."""
     k, start, n = block_of_run(tl.program_id(0), run, blocks, BLOCK_N)
     cols, rows = tl.arange(0, BLOCK_D), start + n
     inside = (n < run)[:, None] & (cols < d)[None, :]
@@ -207,7 +207,7 @@ def add_norm(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, eps: float, p: 
     x, h           (N, d); x may be wider than h in dtype
     weight, bias   (d,), or (K, d): row n is normalised by row n // (N / K) of them
     p, seed        of the dropout, as in kernels.dropout; seed None: nothing is dropped
-    Returns        (N, d) in the dtype of h. Raises ValueError where shapes do not fit.
+    Returns        (N, d) in the dtype of h. Raises ValueError if shapes do not fit.
     """
     if x.ndim != 2 or x.shape != h.shape or any(t.ndim > 2 or t.shape[-1] != x.shape[1] for t in (weight, bias)):
         raise ValueError(f"x and h must be (N, d) and alike, weight and bias (d,) or (K, d), not "

@@ -101,7 +101,7 @@ def _prefix(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
 
 
 def _seed(seed: Tensor | int | None, device: torch.device) -> Tensor:
-    """(1,) or (K,) int64 on the device; drawn there where none is given, so that a captured CUDA graph draws anew at every replay."""
+    """(1,) or (K,) int64 on the device; drawn there if none is given, so that a captured CUDA graph draws anew at every replay."""
     if seed is None:
         return torch.randint(2**63 - 1, (1,), device=device)
     if isinstance(seed, Tensor):
@@ -244,7 +244,7 @@ _attention_qkv.register_autograd(_differentiate_qkv, setup_context=_save_qkv)
 
 
 def size_class(D: int, longest: int) -> int:
-    """The `size` of a row of configs.TABLE: the head dimension; negative where all rows fit one small block."""
+    """The `size` of a row of configs.TABLE: the head dimension; negative if all rows fit one small block."""
     return D if longest > 64 else -D
 
 
@@ -269,7 +269,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
     scale        of the scores; None is D ** -0.5
     prefix_kv    learned keys (P, H, D), values (P, H, D) and gate (H,): adds gate_h * softmax(scale q k_p^T) v_p, so a zero
                  gate is no prefix at all (Zhang et al., 2023, LLaMA-Adapter, without their tanh); or K of them, with a leading K
-    Returns      (N, H, D). Raises ValueError where shapes do not fit.
+    Returns      (N, H, D). Raises ValueError if shapes do not fit.
     """
     if q.ndim != 3 or k.shape != q.shape or v.shape != q.shape:
         raise ValueError(f"q, k and v must be (N, H, D) and alike, not {[tuple(x.shape) for x in (q, k, v)]}")

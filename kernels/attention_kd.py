@@ -36,7 +36,7 @@ from kernels.common import LOG2E, check_cu_seqlens, launch, tl, triton, uses_tri
 
 def attention_kd_ref(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, cu_seqlens: Tensor, max_seqlen: int, *,
                      scale_s: float | None = None, scale_t: float | None = None) -> Tensor:
-    """`attention_kd` with the maps, one run of neighbours of equal length after another; fp32 arithmetic, float64 where an input is."""
+    """`attention_kd` with the maps, one run of neighbours of equal length after another; fp32 arithmetic, float64 if an input is."""
     H, scale_s, scale_t = q_s.shape[1], _scale(scale_s, q_s), _scale(scale_t, q_t)
     dtype = torch.promote_types(torch.promote_types(q_s.dtype, q_t.dtype), torch.float32)
     runs = [(length, len(list(group))) for length, group in itertools.groupby(n for n in cu_seqlens.diff().tolist() if n)] or [(0, 1)]
@@ -236,7 +236,7 @@ def attention_kd(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, cu_seqlens:
     cu_seqlens        (B+1,) int32, where each sequence begins, then N; empty sequences are allowed
     max_seqlen        length of the longest, or more
     scale_s, scale_t  of the scores; None is D ** -0.5
-    Returns           (N, H) fp32, in nats; float64 where an input is. Raises ValueError where shapes do not fit.
+    Returns           (N, H) fp32, in nats; float64 if an input is. Raises ValueError if shapes do not fit.
     """
     if q_s.ndim != 3 or k_s.shape != q_s.shape or k_t.shape != q_t.shape or q_s.shape[:2] != q_t.shape[:-1]:
         raise ValueError("q_s and k_s must be (N, H, D_s) and alike, q_t and k_t (N, H, D_t) with the same N and H, not "

@@ -2,7 +2,7 @@
 from kernels.common import tl, triton
 from kernels.dropout import keep_factor, word
 
-RUNTIME = ["N", "H", "blocks", "prefix_len", "threshold"]      # not compiled anew where they are 1 or a multiple of 16
+RUNTIME = ["N", "H", "blocks", "prefix_len", "threshold"]      # not compiled anew if they are 1 or a multiple of 16
 
 
 # ---------------------------------------------------------------- forward

@@ -23,7 +23,7 @@ def _rows(by_size: dict[int, tuple[int, ...]], arch: int = 0, bits: int = 0) -> 
 
 
 TABLE: dict[str, dict[tuple[int, int, int], tuple[int, ...]]] = {
-    # queries, keys, warps, stages; size: the head dimension, negative where the longest sequence has at most 64 tokens
+    # queries, keys, warps, stages; size: the head dimension, negative if the longest sequence has at most 64 tokens
     "attention_forward": {
         **_rows({32: (128, 64, 4, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 2)}, bits=16),
         **_rows({-32: (64, 64, 4, 2), -64: (64, 64, 4, 2), -128: (64, 64, 4, 2)}, bits=16),

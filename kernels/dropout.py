@@ -1,7 +1,7 @@
 """What is dropped, as a function of a seed, a row and a column, the same in reference and kernels: attention weights (seed, head, query
 token, key token) and elements of (N, d) (seed, row, column).
 
-Row i has hashed words a_i (odd) and b_i, column j has c_j. An element is dropped where the int32 a_i c_j + b_i is below a threshold: one
+Row i has hashed words a_i (odd) and b_i, column j has c_j. An element is dropped if the int32 a_i c_j + b_i is below a threshold: one
 multiply-add, one comparison, one select and one product an element, where Philox takes about 58 instructions. Along a row and along a
 column the values are as independent as the words are (multiply-shift hashing, Dietzfelbinger et al., 1997); 32 bits decide, so p is
 exact to 2^-32. Attention makes the words once, by `dropout_words`; the kernels of (N, d) hash their own rows and columns, and nothing is
@@ -35,7 +35,7 @@ def words_ref(seed: Tensor, stream: int, heads: int, tokens: int) -> Tensor:
 
 
 def threshold_of(p: float) -> int:
-    """A weight is dropped where the int32 a c + b is below this: a share p of all."""
+    """A weight is dropped if the int32 a c + b is below this: a share p of all."""
     return min(round(p * 2**32), 2**32 - 1) - 2**31
 
 
@@ -95,7 +95,7 @@ def dropout_words(seed_ptr, words_ptr, N, H, run, blocks, BLOCK: tl.constexpr): 
 
 @triton.jit
 def keep_factor(a, b, c, threshold):
-    """1 where a weight is kept, else 0. As a factor: selecting by the comparison itself is moved behind the cast to 16 bits by the
+    """1 if a weight is kept, else 0. As a factor: selecting by the comparison itself is moved behind the cast to 16 bits by the
     compiler, and costs 7 to 9 instructions an element instead of 5."""
     return tl.where(a * c + b < threshold, 0.0, 1.0)
 
@@ -115,7 +115,7 @@ def block_of_run(pid, run, blocks, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def keep_tile(seed_ptr, start, n, cols, seed_run, threshold, keep_scale):
-    """(len(n), len(cols)) keep_scale where an element is kept, else 0, in the rows start + n; a seed is for seed_run rows, and they do
+    """(len(n), len(cols)) keep_scale if an element is kept, else 0, in the rows start + n; a seed is for seed_run rows, and they do
     not cross into the next seed's."""
     key, n = key_of(tl.load(seed_ptr + start // seed_run), 0), (start % seed_run).to(tl.int32) + n
     decides = hashed(n, 0, key)[:, None] * hashed(cols, 2, 0)[None, :] + hashed(n, 1, key)[:, None]
@@ -168,7 +168,7 @@ def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     the seed, the row and the column.
 
     seed       (K,) int64 on the device of x: K runs side by side, each with its own N / K rows; None: nothing is dropped
-    Returns    (N, d). Raises ValueError where K does not divide N.
+    Returns    (N, d). Raises ValueError if K does not divide N.
     """
     if seed is None or p == 0.0:
         return x

@@ -85,7 +85,7 @@ def hidden_mse(student: Tensor, teacher: Tensor, rows: Tensor | None = None) -> 
     student    (B, L, d)
     teacher    (n, L, d), a cache of which example b is compared with row `rows[b]`; no gradient reaches it
     rows       (B,) int64 or int32, each below n; None: example b with row b
-    Returns    (B,) fp32; float64 of float64 states. Raises ValueError where sizes differ.
+    Returns    (B,) fp32; float64 of float64 states. Raises ValueError if sizes differ.
     """
     if student.shape[1:] != teacher.shape[1:] or len(student) != len(teacher if rows is None else rows):
         raise ValueError(f"patience needs teacher and student of equal size, not {tuple(teacher.shape)} and "

@@ -36,7 +36,7 @@ class TopK(NamedTuple):
     """A teacher in short: its k largest logits and one bucket for all other classes, at one temperature."""
     ids: Tensor     # (R, k) int32 or int64, distinct in a row, any order
     logits: Tensor  # (R, k)
-    tail: Tensor    # (R,) the bucket's logit T logsumexp(rest / T); -inf where k is C
+    tail: Tensor    # (R,) the bucket's logit T logsumexp(rest / T); -inf if k is C
 
 
 @torch.no_grad()
@@ -286,7 +286,7 @@ def kd_loss(student: Tensor, teacher: Tensor | TopK | None, labels: Tensor | Non
                No gradient reaches it
     labels     (R,) classes, or None for the KL term alone (still times alpha); `ignore_index` rows give 0
     alpha, T   share of the KL term, from 0 to 1; temperature of its softmaxes
-    Returns    (R,) fp32; float64 of float64 logits. Raises ValueError where shapes do not fit or T is not positive.
+    Returns    (R,) fp32; float64 of float64 logits. Raises ValueError if shapes do not fit or T is not positive.
     """
     if isinstance(teacher, TopK):
         fits = teacher.ids.shape == teacher.logits.shape and teacher.ids.shape[:-1] == teacher.tail.shape == student.shape[:1]

@@ -52,7 +52,7 @@ def linear_kd_ref(x: Tensor, weight: Tensor, bias: Tensor | None, x_teacher: Ten
 
 
 def _reduce(total: Tensor, R: int, labels: Tensor | None, ignore_index: int, reduction: str) -> Tensor:
-    """The sum of rows, or what it is divided by the number that count; 0, not NaN, where none does."""
+    """The sum of rows, or what it is divided by the number that count; 0, not NaN, if none does."""
     if reduction == "sum":
         return total
     return total / (max(R, 1) if labels is None else (labels != ignore_index).sum().clamp(min=1))
@@ -105,7 +105,7 @@ def _row(s_ptr, t_ptr, bias_ptr, bias_t_ptr, labels_ptr, loss_ptr, grad_ptr,   #
 # ---------------------------------------------------------------- op
 
 def _padded(x: Tensor | None, rows: int, dtype: torch.dtype) -> Tensor | None:
-    """x in `dtype` with zeros appended up to `rows`; x itself where that is all true already."""
+    """x in `dtype` with zeros appended up to `rows`; x itself if that is all true already."""
     if x is None or (len(x) == rows and x.dtype == dtype and x.is_contiguous()):
         return x
     out = torch.empty(rows, *x.shape[1:], dtype=dtype, device=x.device)
@@ -143,7 +143,7 @@ def _dtype_of_dx(x: Tensor) -> torch.dtype:
 def _linear_loss(x: Tensor, weight: Tensor, bias: Tensor | None, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None,
                  labels: Tensor | None, alpha: float, T: float, ignore_index: int, need_x: bool, need_w: bool,
                  need_b: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sum of the rows' losses, and its gradients by x, weight and bias, the last two in fp32; empty where not needed."""
+    """The sum of the rows' losses, and its gradients by x, weight and bias, the last two in fp32; empty if not needed."""
     (R, d), V = x.shape, len(weight)
     width = triton.cdiv(V, 128) * 128
     x, w, b = x.contiguous(), _padded(weight, width, x.dtype), _padded(bias, width, torch.float32)
@@ -211,7 +211,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, labels:
     bias         (V,) or None
     labels       (R,) classes; `ignore_index` rows give 0
     reduction    "mean" over the rows that are not ignored (0 if none), or "sum"
-    Returns      a scalar, fp32; float64 of float64 x. Raises ValueError where shapes do not fit.
+    Returns      a scalar, fp32; float64 of float64 x. Raises ValueError if shapes do not fit.
     """
     _check(x, weight, bias, labels, reduction)
     if not uses_triton(x):
@@ -228,7 +228,7 @@ def linear_kd(x: Tensor, weight: Tensor, bias: Tensor | None, x_teacher: Tensor,
     labels                                     (R,) classes, or None for the KL term alone (still times alpha); `ignore_index` rows give 0
     alpha, T                                   share of the KL term, from 0 to 1; temperature of its softmaxes
     reduction                                  "mean" over the rows that are not ignored (0 if none), or "sum"
-    Returns a scalar, fp32; float64 of float64 x. Raises ValueError where shapes do not fit or T is not positive.
+    Returns a scalar, fp32; float64 of float64 x. Raises ValueError if shapes do not fit or T is not positive.
     """
     _check(x, weight, bias, labels, reduction)
     _check(x_teacher, weight_teacher, bias_teacher, labels, reduction)

@@ -1,4 +1,4 @@
-"""The folder of a stream: when a run may begin or go on there, which rows it does again, what is said of it."""
+"""The folder of a stream: when a run may begin or go on there, which rows it does again, and its table."""
 
 import pytest
 
