@@ -71,7 +71,7 @@ def ratio(row: dict) -> str:
     return f"{number(row['ms'])} ms" if row["impl"] == row["against"] else f"{row['ratio']:.2f}" if "ratio" in row else "-"
 
 
-FIGURES: dict[str, tuple[str, Callable[[Any], str]]] = {     # columns; columns without a value are left out
+FIGURES: dict[str, tuple[str, Callable[[Any], str]]] = {     # columns; those without any value are left out
     "dtype": ("dtype", str), "ms": ("ms", number), "p20": ("p20", number), "p80": ("p80", number),
     "ratio p20": ("ratio_p20", "{:.2f}".format), "ratio p80": ("ratio_p80", "{:.2f}".format), "tokens/s": ("tokens_per_s", number),
     "MFU %": ("mfu", lambda x: f"{100 * x:.0f}"), "TFLOP/s": ("tflops", number), "GB/s": ("gbps", number),
