@@ -5,12 +5,12 @@ import io
 import json
 import os
 import resource
+import runpy
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -34,25 +34,10 @@ from train import train_stage
 
 torch.set_num_threads(int(os.environ.get("RT_TEST_THREADS", 1)))     # tiny models: more threads only wait for each other
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def change_seeds(by: int) -> None:
-    """Every generator that is seeded in the tests' own process draws other numbers: weights, heads, toys, samples, orders, masks. What a
-    test states should hold for any; RT_TEST_SEED=1 (or 2, ...) asks."""
-    generator, seed_all, default_rng, sequence = torch.Generator, torch.manual_seed, np.random.default_rng, np.random.SeedSequence
-
-    class Generator(generator):
-        def manual_seed(self, seed: int) -> torch.Generator:
-            return super().manual_seed(seed + by)
-
-    torch.Generator = Generator
-    torch.manual_seed = lambda seed: seed_all(seed + by)
-    np.random.default_rng = lambda seed: default_rng([*np.atleast_1d(seed).tolist(), by])
-    np.random.SeedSequence = lambda keys: sequence([*keys, by])
-
-
-if os.environ.get("RT_TEST_SEED"):
-    change_seeds(int(os.environ["RT_TEST_SEED"]))
+SEEDS = ROOT / "tests" / "seeds"
+os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, SEEDS)))     # of the commands that tests start
+if not hasattr(sys.modules.get("sitecustomize"), "change_seeds"):       # processes of xdist have it already
+    runpy.run_path(str(SEEDS / "sitecustomize.py"))
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

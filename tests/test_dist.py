@@ -138,7 +138,7 @@ def test_shares_of_a_state_fit_together_and_rank_0_goes_first_and_its_errors_are
     (tmp_path / "worker.py").write_text(WORKER)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "worker.py",
                            tmp_path / "order"], cwd=ROOT, capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 1 and "exitcode  : 3" in done.stderr, done.stderr
     assert (tmp_path / "order").read_text() == "01"
 

@@ -58,7 +58,7 @@ def ended(home: Path, out: Path, other: str, who: int = 1, ranks: int = 2, *more
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", home / "script.py", *FLAGS, "--stream",
          home / "one.txt", "--cache", home / "cache", "--out", out, "--steps", "12", "--save_every", "2", *more], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OTHER": other, "WHO": str(who)})
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OTHER": other, "WHO": str(who)})
     started = time.monotonic()
     try:
         _, said = process.communicate(timeout=SOON + 60)        # to import torch, `ranks` times on few cores

@@ -69,7 +69,7 @@ def type_in(words: list[str], folder: Path) -> str:
             return here(*words[1:], *TINY[mode_of(words)].split(), *DEVICE.get(words[1], ()))
     words = [sys.executable, *words[1:], *TINY.get(words[2], ())]
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 

@@ -40,7 +40,7 @@ class Commands:
     def __init__(self, home: Path):
         self.home, self.server = home, subprocess.Popen(
             [sys.executable, Path(__file__).with_name("server.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)})
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})
 
     def __call__(self, *argv, send: int = 0, after: float = 60.0, slow: str = "0", until: Path | None = None) -> tuple[int, str]:
         """(exit code, what was printed) of a command that gets the signal `send` after so many seconds, or when the file `until` is there,
