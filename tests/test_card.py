@@ -98,7 +98,7 @@ def test_a_hub_id_is_the_base_model(base, tokenizer, tmp_path, monkeypatch):
     save_delta(tmp_path / "delta", delta := trained(base, DeltaConfig("lora")))
     here("-m", "rt.runs.convert", "export", "--base", "FacebookAI/roberta-base", "--delta_dir", "delta", "--to", "peft", "--out", "lora")
     data, results, text = read((tmp_path / "lora" / "README.md").read_text())
-    assert data.base_model is None and not results and "Scores" not in text and model.exists()
+    assert data.base_model is None and not results and "Scores" not in text and "the base `roberta-base`" in text and model.exists()
     made = run(text, tmp_path, monkeypatch)
     close(logits_of(made["model"].eval(), tokenizer), our_logits(base, delta))
     assert made["tokenizer"].vocab_size == tokenizer.vocab_size

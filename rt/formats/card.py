@@ -19,8 +19,9 @@ METRICS = {"macro_f1": "f1", "micro_f1": "f1", "pearson": "pearsonr", "spearman"
 
 def card(out: str, source: str, base: Base, delta: Delta | None = None, is_adapter: bool = False) -> str:
     """The card of the folder `out`: of the base that the user calls `source`, of base + delta merged, or of the delta alone for PEFT."""
-    name, called, is_ours = Path(out).resolve().name, code(local(source)), "format" in base.meta
-    record = delta.info if delta else base.meta
+    name, record, is_ours = Path(out).resolve().name, delta.info if delta else base.meta, "format" in base.meta
+    hub_id = source if is_hub_id(source) else None
+    called = code(hub_id or Path(source).resolve().name)
     pipeline, auto = ("text-classification", "AutoModelForSequenceClassification") if delta else \
         ("fill-mask", "AutoModelForMaskedLM") if base.head else ("feature-extraction", "AutoModel")
     parts = {(record.get("task"), part): record.get(part) for part in ("dev", "test")} if delta else \
@@ -30,8 +31,7 @@ def card(out: str, source: str, base: Base, delta: Delta | None = None, is_adapt
     results = [{"task": {"type": pipeline}, "dataset": {"type": data, "name": data, "split": part}, "metrics": [
         {"type": METRICS.get(k, k), "name": k, "value": v} for k, v in found.items()]} for (data, part), found in scores.items()]
     header = {"library_name": "peft" if is_adapter else "transformers", "pipeline_tag": pipeline,
-              "base_model": source if is_hub_id(source) else None,
-              "tags": ["recyclable-tuning", *filter(None, (delta and delta.config.kind, record.get("mode")))],
+              "base_model": hub_id, "tags": ["recyclable-tuning", *filter(None, (delta and delta.config.kind, record.get("mode")))],
               "model-index": [{"name": name, "results": results}] if results else None}
     columns = [*dict.fromkeys(k for found in scores.values() for k in found)]
     table = [["", *columns], ["---"] * (1 + len(columns)),
@@ -43,7 +43,7 @@ def card(out: str, source: str, base: Base, delta: Delta | None = None, is_adapt
             f"tokenizer = AutoTokenizer.from_pretrained({place})"]
     what = f"A LoRA adapter for the base {called}" if is_adapter else f"The base {called}" + " with a delta merged in" * bool(delta)
     words, *facts = history(called, base, delta)
-    missing = "" if header["base_model"] else " and, because the base was not named by a hub id, no `base_model`"
+    missing = "" if hub_id else " and, because the base was not named by a hub id, no `base_model`"
     return "\n".join([
         "---", *(f"{key}: {quoted(value)}" for key, value in header.items() if value), "---", f"# {code(name)}", "",
         f"{what}{words}. The metadata name no `license`{missing}: that is for whoever publishes this.", "",
