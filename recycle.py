@@ -33,7 +33,7 @@ from rt.losses import DistillConfig
 from rt.recycling import MODES, NEEDS_TEACHER, TRAINED, Recycling, chain, check, new_delta, recycle, teacher_of
 from rt.runs.build import build, build_lineage
 from rt.runs.config import parse, record, run
-from rt.runs.log import StepBar, note_changed_task, note_truncated, progress
+from rt.runs.log import StepBar, load_tensorboard, note_changed_task, note_truncated, progress
 from rt.runs.results import Run, begin, open_best, origin_of, save_run, write_summary
 from rt.runs.summary import by_settings, chosen, report, report_chain, report_sweep
 from rt.runs.sweep import LISTS, expand, groups, swept
@@ -83,6 +83,7 @@ class Config:
     out: str | None = None  # folder to write; default runs/recycle/BASE-TASK-DELTA[-kSHOTS][-sweep]
     resume: bool = False  # keep the runs that an earlier call has finished, and do the others; a --sweep does so anyway
     save_deltas: bool = True  # keep the delta of every run: MODE-sSEED-HASH under OUT/deltas
+    tensorboard: bool = False  # the curve of each run also for TensorBoard, in tensorboard/ of its folder
     cache: str = "runs/cache"  # the embedded data
     graphs: bool = False  # CUDA: forward and backward as one CUDA graph; small batches wait for launches otherwise
     device: str = "auto"  # auto, cpu or cuda
@@ -103,6 +104,8 @@ def main() -> None:
     modes = checked_modes(c)
     if c.deterministic:
         make_deterministic()
+    if c.tensorboard:
+        load_tensorboard()      # before anything is trained
     ranks = join(c.device)
     ranks.assert_same({f"--{k}": v for k, v in record(c).items()})
     check_graphs(c.graphs, replace(ranks, world=1))     # of a sweep's ranks each captures its own

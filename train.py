@@ -34,7 +34,7 @@ from rt.model import PRESETS, EncoderConfig, MaskedLM, new_masked_lm, set_dropou
 from rt.optim import adamw, derive_seed, not_finite, set_lr, step_unless
 from rt.pretrain import PretrainSettings, evaluate_mlm, microbatches
 from rt.runs.config import parse, record, run
-from rt.runs.log import Log, StepBar, note_changed_task, note_truncated, scores_text
+from rt.runs.log import Log, StepBar, load_tensorboard, note_changed_task, note_truncated, scores_text
 from rt.runs.predict import open_tuned
 from rt.runs.resume import PretrainRun, sample_of, table_of
 from rt.runs.signals import Interrupted
@@ -54,6 +54,7 @@ class Config:
     device: str = "auto"  # auto, cpu or cuda
     precision: str = "auto"  # bf16, fp32, or auto: bf16 where the device does it fast
     deterministic: bool = False  # the same bits from the same command on a GPU too; on a CPU they are so anyway
+    tensorboard: bool = False  # losses and scores as they come also for TensorBoard, in tensorboard/ of the folder that is written
     seed: Seed = 0  # of weights, data order, masks and dropout
     # pretrain (seq_len, lr, warmup, weight_decay and graphs: tune as well)
     stream: tuple[str, ...] = ("python", "math", "dl")  # domains in order: embedded names, or text files or folders
@@ -91,7 +92,7 @@ class Config:
 
 
 NOT_SETTINGS = ("resume", "stop_after", "save_every", "cache", "device", "out", "accumulation", "compile", "graphs", "zero",
-                "log_every", "deterministic")     # may differ when a run is resumed
+                "log_every", "deterministic", "tensorboard")     # may differ when a run is resumed
 HELDOUT_MASK_RATE = 0.15    # whatever --mask_rate is, so that held-out losses compare
 SEQ_LEN = 128
 PRETRAIN_LR = 1e-3
@@ -110,6 +111,8 @@ def main() -> None:
         c.seq_len = c.seq_len or SEQ_LEN
     if c.deterministic:
         make_deterministic()
+    if c.tensorboard:
+        load_tensorboard()      # before anything is trained
     {"pretrain": pretrain, "tune": tune_delta, "eval": eval_delta}[c.mode](c)
 
 
@@ -124,7 +127,7 @@ def pretrain(c: Config) -> None:
     check_graphs(c.graphs, ranks)
     settings = {k: v for k, v in record(c).items() if k not in NOT_SETTINGS}
     with PretrainRun(out, ranks, settings, resume=c.resume, snapshots=c.snapshots, save_every=c.save_every, stop_after=c.stop_after,
-                     log_every=c.log_every or (10 if ranks.device.type == "cuda" else 1)) as stream:
+                     log_every=c.log_every or (10 if ranks.device.type == "cuda" else 1), tensorboard=c.tensorboard) as stream:
         interrupted = train_stages(c, stream, ranks) if stream.has_work else None
         if not stream.has_work:
             print(f"{out} is complete; remove it to train anew\n{table_of(out)}")
@@ -262,7 +265,7 @@ def tune_delta(c: Config) -> None:
     s = TuneSettings(c.tune_steps, c.batch_size, c.lr or TUNE_LR.get(kind, 5e-3), c.eval_every, c.seed, c.weight_decay, c.warmup)
     about |= {"config": record(c), "argv": sys.argv}
     with locked(out), delta_folder(out, sum(p.nbytes for p in model.parameters() if p.requires_grad)) as new:
-        log = Log(new)
+        log = Log(new, tensorboard=c.tensorboard)
         with StepBar(s.steps, f"{task.name} {kind}", model.encoder.config, **where, frozen=kind != "full") as bar:
             def on_eval(row: dict) -> None:
                 log.row(**row)

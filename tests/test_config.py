@@ -10,7 +10,7 @@ from conftest import ROOT, command, here
 
 from rt import limits
 from rt.errors import InputError
-from rt.runs.config import help_text, parse, record, replace_flags
+from rt.runs.config import _parser, parse, record, replace_flags
 
 
 @dataclass
@@ -101,8 +101,8 @@ def test_fields_of_a_nested_dataclass_are_flags_of_their_own_names():
                                "decay", "seq_len"] and (record(c)["delta"], record(c)["size"]) == ("lora", 3)
     again = replace_flags(c, size=5, delta="same", seed=4)
     assert (again.delta, again.seed, c.delta) == (Kind("same", 5), 4, Kind("lora", 3))
-    assert "\n\nthe rest:\n  --delta full" in help_text(Limited)
-    assert [line.split() for line in help_text(Limited).splitlines() if "size" in line or "delta" in line] == [
+    assert "\n\nthe rest:\n  --delta full" in _parser(Limited).format_help()
+    assert [line.split() for line in _parser(Limited).format_help().splitlines() if "size" in line or "delta" in line] == [
         ["--delta", "full", "full", "or", "other"], ["--size", "24", "of", "it"]]
 
 
@@ -117,7 +117,7 @@ def test_a_flag_without_a_default_must_be_given():
     assert parse(Needed, ["--size", "3", "--base", "M0"]) == Needed("M0", Kind(size=3))
     with pytest.raises(InputError, match="--base is missing: where the base is"):
         parse(Needed, ["--size", "3"])
-    assert ["--base", "BASE", "where", "the", "base", "is"] in map(str.split, help_text(Needed).splitlines())
+    assert ["--base", "BASE", "where", "the", "base", "is"] in map(str.split, _parser(Needed).format_help().splitlines())
 
 
 @dataclass
@@ -136,7 +136,7 @@ def test_words_without_a_flag_are_one_field_where_a_script_says_so():
             parse(Files, argv, "files")
     with pytest.raises(InputError, match="unexpected argument 'a'"):
         parse(Files, ["a"])
-    lines = help_text(Files, "files").splitlines()
+    lines = _parser(Files, "files").format_help().splitlines()
     assert lines[2].split() == ["FILES", "one", "or", "more"] and lines[3].split() == ["--out", "None", "where", "to"]
 
 
@@ -147,7 +147,7 @@ def test_what_is_not_utf_8_is_not_recorded():
 
 
 def test_help_has_every_flag_with_its_default_and_comment():
-    text = help_text(Config)
+    text = _parser(Config).format_help()
     assert text.startswith("What it does.")
     assert "\n\nthe data:\n  --seeds" in text
     for words in ("--lr 0.001", "peak learning rate", "--seeds 0,1", "comma-separated", "--warm True"):

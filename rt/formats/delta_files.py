@@ -12,11 +12,11 @@ from rt.deltas import PARTS, Delta
 from rt.errors import InputError
 from rt.formats.atomic import atomic_folder, check_seal, found, seal
 from rt.formats.checkpoint import read_tensors, versions
-from rt.formats.files import FIGURES, read_json
+from rt.formats.files import EVENTS, FIGURES, read_json
 from rt.formats.untrusted import check_label, is_whole, shaped
 from rt.kinds import DeltaConfig
 
-OF_THE_RUN = ("metrics.jsonl", "summary.json")      # of the run that learned the delta
+OF_THE_RUN = ("metrics.jsonl", "summary.json", EVENTS)      # of the run that learned the delta
 FILES = {"delta.safetensors", "delta.json", *OF_THE_RUN, FIGURES}
 
 
@@ -47,7 +47,7 @@ def save_delta(folder: Path, delta: Delta) -> None:
         write_delta(new, delta)
         for file in (Path(folder) / name for name in OF_THE_RUN):
             if file.exists():
-                shutil.copy2(file, new)
+                (shutil.copytree if file.is_dir() else shutil.copy2)(file, new / file.name)
 
 
 def write_delta(folder: Path, delta: Delta) -> None:

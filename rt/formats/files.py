@@ -13,6 +13,7 @@ from rt.errors import InputError
 from rt.formats.untrusted import JSON_BYTES, parse_json
 
 FIGURES = "figures"     # rt/report/plot.py draws into this part of a run's folder; no command minds or removes it
+EVENTS = "tensorboard"   # rt/runs/log.py writes a run's rows for TensorBoard into this part of its folder, if asked to
 LOCK = ".lock"          # rt/formats/atomic.py: the lock inside a run's folder, if it cannot lie beside it
 
 

@@ -16,7 +16,7 @@ from rt.deltas import Base, Delta, check_head, check_sizes, check_state, merge, 
 from rt.errors import InputError
 from rt.formats.atomic import atomic_folder
 from rt.formats.checkpoint import build, check_encoder, fingerprint, read_weights
-from rt.formats.files import read_json, write_json
+from rt.formats.files import read_json, write_json, write_whole
 from rt.formats.tokenizer import NoTokenizer, Tokenizer, load_tokenizer
 from rt.formats.untrusted import check_label, is_whole
 from rt.kinds import DeltaConfig
@@ -45,7 +45,8 @@ CLASSIFIERS = {"roberta": {"dense": "classifier.dense", "out": "classifier.out_p
                "bert": {"dense": "pooler.dense", "out": "classifier"}}
 POOLERS = {"roberta": {}, "bert": {"dense": "pooler.dense"}}
 PROBE = "The Été's  N°\t½ e\u0301 中文,\n naïve ﬁn"        # tokenizers that differ make different ids of it
-WRITTEN = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+CARD = "README.md"
+WRITTEN = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", CARD}
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -245,9 +246,10 @@ def hf_config(config: EncoderConfig, tokenizer: Tokenizer, task: str, labels: tu
             "tie_word_embeddings": True, "torch_dtype": "float32", **heads}
 
 
-def export_hf(folder: Path, base: Base, delta: Delta | None = None, labels: tuple[str, ...] | None = None) -> str:
+def export_hf(folder: Path, base: Base, delta: Delta | None = None, labels: tuple[str, ...] | None = None, card: str | None = None) -> str:
     """Write base, or base + delta merged, for transformers; returns the Auto class that loads it. `labels` are those that a base is to be
-    tuned on, if known. Raises InputError if the delta cannot be merged (adapter, prefix) or was learned on another base."""
+    tuned on, if known; `card` is the text of README.md. Raises InputError if the delta cannot be merged (adapter, prefix) or was learned on
+    another base."""
     config = base.encoder.config
     if delta is not None:
         encoder, head, task, labels = merge(base, delta), delta.head, "SequenceClassification", delta.labels
@@ -262,6 +264,8 @@ def export_hf(folder: Path, base: Base, delta: Delta | None = None, labels: tupl
         write_tensors(new / "model.safetensors", weights)
         write_json(new / "config.json", hf_config(config, base.tokenizer, task, labels))
         export_tokenizer(new, base.tokenizer, config)
+        if card:
+            write_whole(new / CARD, card)
     return f"AutoModelFor{task}" if task else "AutoModel"
 
 

@@ -15,7 +15,7 @@ from rt.errors import InputError
 from rt.formats import hf
 from rt.formats.atomic import atomic_folder
 from rt.formats.checkpoint import read_file
-from rt.formats.files import read_json, write_json
+from rt.formats.files import read_json, write_json, write_whole
 from rt.formats.untrusted import is_number, is_whole
 from rt.kinds import TARGETS, DeltaConfig
 
@@ -26,7 +26,7 @@ FREE = {"auto_mapping", "peft_version", "base_model_name_or_path", "revision", "
         "use_rslora", "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "megatron_core",
         "runtime_config", "qalora_group_size"}
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-WRITTEN = {"adapter_config.json", "adapter_model.safetensors", "labels.json", "base"}
+WRITTEN = {"adapter_config.json", "adapter_model.safetensors", "labels.json", "base", hf.CARD}
 
 
 def factor_names(layers: int, targets: Iterable[str]) -> dict[str, str]:
@@ -128,9 +128,9 @@ def layers_of(base: Base, factors: dict[str, Tensor], r: int, source: Path) -> t
     return {names[name]: factor for name, factor in factors.items()}, targets
 
 
-def export_peft(folder: Path, base: Base, name: str, delta: Delta) -> Path | str:
+def export_peft(folder: Path, base: Base, name: str, delta: Delta, card: str | None = None) -> Path | str:
     """Write a lora delta of `base`, called `name`, as PeftModel loads it. Returns the base to load it on: `name`, or for one of ours the
-    folder `base` inside, in Hugging Face's format. Raises InputError for another kind or base."""
+    folder `base` inside, in Hugging Face's format. `card` is the text of README.md. Raises InputError for another kind or base."""
     if delta.config.kind != "lora":
         raise InputError(f"--to peft is for a delta of kind lora, this is {delta.config.kind}" +
                          ("; --to hf merges it" if delta.config.kind in ("full", "bitfit") else ""))
@@ -148,6 +148,8 @@ def export_peft(folder: Path, base: Base, name: str, delta: Delta) -> Path | str
             "r": c.r, "lora_alpha": c.lora_alpha, "lora_dropout": 0.0, "bias": "none", "target_modules": targets, "inference_mode": True,
             "modules_to_save": sorted({theirs.split(".")[0] for theirs in hf.CLASSIFIERS[hf.family(config)].values()})})
         write_json(new / "labels.json", {"labels": list(delta.labels)})
+        if card:
+            write_whole(new / hf.CARD, card)
         if ours:
             hf.export_hf(new / "base", base, labels=delta.labels)
     return Path(folder) / "base" if ours else name

@@ -128,13 +128,9 @@ def _text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def help_text(cls: type, words: str | None = None) -> str:
-    """The docstring of `cls`, then every flag with its default and comment."""
-    return _parser(cls, words).format_help()
-
-
-def _parser(cls: type, words: str | None) -> argparse.ArgumentParser:
-    """Takes the arguments apart; `convert` makes values of their text, because argparse would put its own sentence over ours."""
+def _parser(cls: type, words: str | None = None) -> argparse.ArgumentParser:
+    """Takes the arguments apart; `convert` makes values of their text, because argparse would put its own sentence over ours. Its help is
+    the docstring of `cls`, then every flag with its default and comment."""
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=inspect.cleandoc(cls.__doc__ or ""), add_help=False, allow_abbrev=False, exit_on_error=False,
         argument_default=argparse.SUPPRESS, formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=40))

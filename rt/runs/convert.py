@@ -3,7 +3,8 @@
     python -m rt.runs.convert import --tuned my-roberta-finetune --base FacebookAI/roberta-base --out runs/mine/delta
     python -m rt.runs.convert export --base runs/demo/M1 --delta_dir runs/demo/deltas/M1-math-full-s0 --to hf --out exported
 
-import makes a delta of a model that was tuned elsewhere; export writes a base, or base + delta, for the libraries to load.
+import makes a delta of a model that was tuned elsewhere; export writes a base, or base + delta, for the libraries to load, with a README.md
+for the hub.
 """
 import sys
 from dataclasses import dataclass, replace
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Literal
 
 from rt.errors import InputError
+from rt.formats.card import card
 from rt.formats.delta_files import save_delta
 from rt.formats.hf import export_hf
 from rt.formats.hub import open_base, open_delta
 from rt.formats.peft import export_peft
+from rt.formats.untrusted import shaped
 from rt.runs.config import parse, record, run
 from rt.runs.results import open_best
 from rt.speed.dist import launched
@@ -52,10 +55,12 @@ def export_model(c: Export) -> None:
         raise InputError("--to peft needs --delta_dir: an adapter is a delta")
     base = open_base(c.base)
     delta = open_best(c.delta_dir, base) if c.delta_dir else None
+    with shaped(c.delta_dir or c.base, "its records do not hold what a model card tells"):
+        text = card(c.out, c.base, base, delta, c.to == "peft")
     if c.to == "hf":
-        print(f"{export_hf(Path(c.out), base, delta)} and AutoTokenizer load {c.out}")
+        print(f"{export_hf(Path(c.out), base, delta, card=text)} and AutoTokenizer load {c.out}")
     else:
-        print(f"PeftModel loads {c.out} on {export_peft(Path(c.out), base, c.base, delta)}")
+        print(f"PeftModel loads {c.out} on {export_peft(Path(c.out), base, c.base, delta, text)}")
 
 
 def main() -> None:

@@ -1,17 +1,19 @@
-"""metrics.jsonl of a run, its progress bar, and tables."""
+"""metrics.jsonl of a run, the same for TensorBoard, its progress bar, and tables."""
 import json
 import math
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, TextIO
+from typing import Any, Callable, Iterator, TextIO
 
 import torch
 from tqdm import tqdm
 
 from rt.data import Task
-from rt.formats.files import read_rows, write_all, write_errors, write_whole
+from rt.errors import InputError
+from rt.formats.files import EVENTS, read_rows, write_all, write_errors, write_whole
+from rt.formats.untrusted import is_number
 from rt.model import Batch, EncoderConfig
 from rt.speed.throughput import Throughput
 from rt.tune import score
@@ -19,10 +21,11 @@ from rt.tune import score
 
 class Log:
     """metrics.jsonl (or `name`) of a run's folder, a line a row. `keep` says which old rows stay on resuming; without it none do. Of
-    several ranks one `writes`. Raises InputError if the file cannot be written."""
+    several ranks one `writes`. With `tensorboard`, Events get every row too. Raises InputError if the file cannot be written."""
 
-    def __init__(self, folder: Path, keep: Callable[[dict], bool] | None = None, writes: bool = True, name: str = "metrics.jsonl"):
-        self.file, self.path = None, Path(folder) / name
+    def __init__(self, folder: Path, keep: Callable[[dict], bool] | None = None, writes: bool = True, name: str = "metrics.jsonl",
+                 tensorboard: bool = False):
+        self.file, self.events, self.path = None, None, Path(folder) / name
         if not writes:
             return
         kept = [row for row in read_rows(self.path) if keep(row)] if keep else []
@@ -30,17 +33,70 @@ class Log:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
             self.file = self.path.open("ab", buffering=0)       # a row is one write: a killed process leaves all of it or none
+            self.events = Events(self.path.parent / EVENTS, kept) if tensorboard else None
 
     def row(self, **values: Any) -> None:
         if self.file:
             line = (json.dumps(values) + "\n").encode()
             with write_errors(self.path, len(line)):
                 write_all(self.file, line)
+                if self.events:
+                    self.events.row(values)
 
     def sync(self) -> None:
         """Flush to the disk itself, before a checkpoint that the rows must not fall behind."""
-        if self.file:
-            os.fsync(self.file.fileno())
+        for file in filter(None, (self.file, self.events and self.events.file)):
+            os.fsync(file.fileno())
+
+
+class Events:
+    """The numbers of rows as scalars for TensorBoard; steps count on from stage to stage. Each process writes a file of its own, which
+    makes void what the files before it hold beyond the rows that are `kept`."""
+
+    def __init__(self, folder: Path, kept: list[dict]):
+        self.event, record = load_tensorboard()
+        self.stage, self.before, self.step = None, 0, 0
+        for row in kept:
+            self.enter(row)
+        folder.mkdir(exist_ok=True)
+        self.file = (folder / f"events.out.tfevents.{len(os.listdir(folder)):05d}").open("xb")     # they are read in the order of names
+        self.record = record(self.file)
+        self.write(file_version="brain.Event:2")
+        self.write(step=self.step + 1, session_log={"status": "START"})
+
+    def enter(self, row: dict) -> int:
+        """The step of a row, those of the stages before it counted in."""
+        if row.get("stage") != self.stage:
+            self.stage, self.before = row.get("stage"), self.step
+        self.step = self.before + row["step"]
+        return self.step
+
+    def row(self, row: dict) -> None:
+        tags = scalars(row, f"{row['part']}/" if "part" in row else "")
+        self.write(step=self.enter(row), summary={"value": [{"tag": tag, "simple_value": number} for tag, number in tags]})
+
+    def write(self, **fields: Any) -> None:
+        self.record.write(self.event(wall_time=time.time(), **fields).SerializeToString())
+        self.file.flush()
+
+
+def scalars(row: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """(tag, number) of all numbers in a row but its step; that of {"dev": {"accuracy": 0.5}} is dev/accuracy."""
+    for name, value in row.items():
+        if isinstance(value, dict):
+            yield from scalars(value, f"{prefix}{name}/")
+        elif is_number(value) and name != "step":
+            yield prefix + name, value
+
+
+def load_tensorboard() -> tuple[Any, Any]:
+    """TensorBoard's classes of an event and of a file of them. InputError if it is not installed."""
+    try:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+    except ImportError:
+        raise InputError("--tensorboard: TensorBoard is not installed: pip install -e '.[tensorboard]'") from None
+    return Event, RecordWriter
 
 
 def progress(total: int, what: str, start: int = 0, unit: str = "step") -> tqdm:

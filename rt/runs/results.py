@@ -24,17 +24,18 @@ from rt.deltas import Base, Delta
 from rt.errors import InputError
 from rt.formats.atomic import differing
 from rt.formats.delta_files import delta_folder, nbytes, write_delta
-from rt.formats.files import FIGURES, check_overwritable, read_json, write_json, write_whole
+from rt.formats.files import FIGURES, check_overwritable, read_json, write_json
 from rt.formats.hub import open_delta
 from rt.formats.untrusted import shaped
 from rt.recycling import NEEDS_TEACHER, TRAINED, Recycling
 from rt.runs.config import flags_of, record
+from rt.runs.log import Log
 from rt.runs.summary import add_steps_to_scratch, by_settings, group_by, routes
 from rt.tune import TuneResult, score
 
 # flags that do not change what a run computes, or that its row holds beside its settings
 NOT_SETTINGS = {"mode", "seeds", "lr", "out", "cache", "device", "resume", "save_deltas", "sweep", "side_by_side", "graphs",
-                "deterministic"}
+                "deterministic", "tensorboard"}
 USED_BY = {"distill": (*NEEDS_TEACHER, "project"), "project": ("project",)}     # parts of a Config: the modes that read them
 
 
@@ -105,7 +106,9 @@ def save_run(out: Path, run: Run, task: Task, result: TuneResult, delta: Delta, 
             facts = {k: row[k] for k in ("task", "shots", "seed", "mode", "lr", "dev", "test", "origin") if row[k] != {}}
             facts |= {"labels": list(task.labels), "task_hash": task.hash, "config": record(c), "argv": sys.argv}
             write_delta(new, replace(delta, info=facts | delta.info))
-        write_whole(new / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in curve))
+        log = Log(new, tensorboard=c.tensorboard)
+        for line in curve:
+            log.row(**line)
         write_json(new / "summary.json", row)
 
 

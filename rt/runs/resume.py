@@ -145,9 +145,9 @@ class PretrainRun:
     SIGTERM, Ctrl-C and `stop_after`. Rank 0 writes; all ranks call everything."""
 
     def __init__(self, out: Path, ranks: Ranks, settings: dict, *, resume: bool, snapshots: int, save_every: int, log_every: int,
-                 stop_after: int | None):
+                 stop_after: int | None, tensorboard: bool = False):
         self.out, self.ranks, self.settings, self.resume = out, ranks, settings, resume
-        self.snapshots, self.save_every, self.log_every = snapshots, save_every, log_every
+        self.snapshots, self.save_every, self.log_every, self.tensorboard = snapshots, save_every, log_every, tensorboard
         self.allowance = stop_after or sys.maxsize      # steps that may still be taken
         self.stages: list[dict] = []
         self.signal, self.stack = 0, ExitStack()
@@ -175,7 +175,8 @@ class PretrainRun:
         if self.ranks.is_main:
             write_json(self.out / "config.json", self.settings | {"content": content})
             tokenizer.save(self.out)
-        self.log = Log(self.out, keep=lambda row: self.resume and not is_done_again(row, self.out, self.newest), writes=self.ranks.is_main)
+        self.log = Log(self.out, keep=lambda row: self.resume and not is_done_again(row, self.out, self.newest), writes=self.ranks.is_main,
+                       tensorboard=self.tensorboard)
 
     def finished(self, name: str) -> Base | None:
         """The base of a stage that an interrupted run has finished."""
