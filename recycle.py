@@ -345,8 +345,9 @@ def tuned(c: Config, name: str, task: Task) -> str:
     folder = place_of_delta(c.old_base, task.name, c.delta.kind)
     if not (folder / "delta.json").exists():
         sizes = {size: value for size, value in vars(c.delta).items() if size not in ("kind", "target_modules")}
-        build(c, f"the old delta {folder} (under a minute for mini on 2 cores)", mode="tune", base=c.old_base, task=name, out=folder,
-              seq_len=c.seq_len, delta=c.delta.kind, target_modules=",".join(c.delta.target_modules), **sizes)
+        flags = dict(mode="tune", base=c.old_base, task=name, out=folder, seq_len=c.seq_len, delta=c.delta.kind,
+                     target_modules=",".join(c.delta.target_modules), **sizes)
+        build(c, (f"the old delta {folder} (under a minute for mini on 2 cores)", flags))
     return str(folder)
 
 

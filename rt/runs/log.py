@@ -46,8 +46,8 @@ class Log:
 
 def progress(total: int, what: str, start: int = 0, unit: str = "step") -> tqdm:
     """A bar with the time left on the first rank's terminal, and nothing elsewhere; it leaves no line behind."""
-    is_first = os.environ.get("RANK", "0") == "0" and multiprocessing.parent_process() is None
-    disable = None if is_first else True    # None: unless on a terminal
+    is_other = os.environ.get("RANK", "0") != "0" or multiprocessing.parent_process() or "TQDM_DISABLE" in os.environ
+    disable = True if is_other else None    # None: unless on a terminal
     return tqdm(total=total, initial=start, desc=what, unit=unit, disable=disable, leave=False, dynamic_ncols=True)
 
 
