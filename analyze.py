@@ -172,9 +172,8 @@ def delta_folders(c: Config, folders: dict[str, str], entry: str, task: str) -> 
         missing = {key: folder for key, folder in found.items() if not (folder / "delta.json").exists()}
         if not missing:
             break
-    for (name, seed), folder in missing.items():
-        build(c, f"the delta {folder}", mode="tune", out=folder, base=folders[name], task=entry, seed=seed, delta=c.delta,
-              tune_steps=c.tune_steps, seq_len=c.seq_len)
+    build(c, *((f"the delta {folder}", dict(mode="tune", out=folder, base=folders[name], task=entry, seed=seed, delta=c.delta,
+                                            tune_steps=c.tune_steps, seq_len=c.seq_len)) for (name, seed), folder in missing.items()))
     return found
 
 

@@ -13,10 +13,13 @@ and row in a folder under --out/deltas (rt/runs/results.py); --out/summary.json 
 import sys
 import time
 from collections import defaultdict
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Callable, Iterator, Literal
+
+import torch
 
 from data.sources import task_path
 from rt.data import Task, TaskData, encode_task, few_shot
@@ -41,8 +44,9 @@ from rt.speed.device import make_deterministic, pick_precision
 from rt.speed.dist import Ranks, join
 from rt.speed.graphs import check_graphs
 from rt.speed.multi_run import can_go_together, graphed_gradient, recycle_together
+from rt.speed.workers import busy_cores, cores, spread
 from rt.transport import Granularity, check_sources, learn_projection
-from rt.tune import TuneResult, TuneSettings, evaluate, plain_gradient
+from rt.tune import TuneResult, TuneSettings, evaluate, plain_gradient, score
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class Config:
     early_stop: NonNegativeInt = 0  # end after so many scores on dev without a better one; 0: never
     sweep: str | None = None  # grid of settings, "seed=0,1,2 lr=1e-3,5e-3 alpha=.7,.9": every combination, frozen-base deltas side by side
     side_by_side: NonNegativeInt = 0  # of a sweep: so many runs at once; 0: as many as fit into memory
+    workers: NonNegativeInt = 0  # processes of one thread each that share the runs on a CPU; 0: as many as cores are free
     out: str | None = None  # folder to write; default runs/recycle/BASE-TASK-DELTA[-kSHOTS][-sweep]
     resume: bool = False  # keep the runs that an earlier call has finished, and do the others; a --sweep does so anyway
     save_deltas: bool = True  # keep the delta of every run: MODE-sSEED-HASH under OUT/deltas
@@ -107,6 +112,8 @@ def main() -> None:
     if c.tensorboard:
         load_tensorboard()      # before anything is trained
     ranks = join(c.device)
+    if ranks.device.type == "cpu":
+        torch.set_num_threads(1)    # until the runs are shared out: a forked process would wait for ever for threads that were not
     ranks.assert_same({f"--{k}": v for k, v in record(c).items()})
     check_graphs(c.graphs, replace(ranks, world=1))     # of a sweep's ranks each captures its own
     if ranks.world > 1 and not c.sweep:
@@ -222,19 +229,37 @@ def do_runs(c: Config, r: Recycling, task: Task, plan: list[Run], bases: dict[st
     origin = {row.name: projected if row.mode == "project" else origins[row.c.base] for row in rows}
     finished = ranks.from_main(lambda: begin(c, out, rows, origin))
     todo = [one for one in plan if not finished.issuperset(row.name for row in one.rows())]
-    mine = [[one] for one in todo] if c.sweep is None else [*filter(None, (g[ranks.rank::ranks.world] for g in groups(todo)))]
+    workers = share_cores(c, ranks, len(plan))
+    parts = ranks.world * workers
+    mine = [[one] for one in todo] if c.sweep is None else [
+        part for group in groups(todo) for k in range(ranks.rank, parts, ranks.world) if (part := group[k::parts])]
     start, samples = r if c.sweep is None else replace(r, data=replace(r.data, test=None)), {}
-    with progress(sum(map(len, mine)), "recycle", unit="run") as bar:
-        for group in mine:
-            for seed in {one.seed for one in group} - samples.keys():
-                samples[seed] = sample(c, start, task, seed)
-            for one, result, delta, curve, more in run_group(samples, group, bases, sources):
-                save_run(out, one, task, result, delta, curve, origin[one.name], more)
-                if c.sweep is None:
-                    write_summary(c, out, rows)
-                bar.update()
+
+    def done(group: list[Run]) -> Iterator[str]:
+        """Do and save runs; yields what the bar says of each."""
+        for seed in {one.seed for one in group} - samples.keys():
+            samples[seed] = sample(c, start, task, seed)
+        for one, result, delta, curve, more in run_group(samples, group, bases, sources):
+            save_run(out, one, task, result, delta, curve, origin[one.name], more)
+            yield f"{one.mode}: dev {score(result.dev):.3f}"
+
+    with progress(sum(map(len, mine)), "recycle", unit="run") as bar, closing(spread(done, mine, workers)) as words:
+        for word in words:
+            if c.sweep is None:
+                write_summary(c, out, rows)
+            bar.set_postfix_str(word, refresh=False)
+            bar.update()
     ranks.wait()
     ranks.from_main(lambda: finish(c, r, rows, out))
+
+
+def share_cores(c: Config, ranks: Ranks, runs: int) -> int:
+    """How many processes do the runs; sets the threads of each. Their number depends on the command and the machine alone, not on
+    what else goes on there, because it changes last bits."""
+    if ranks.world > 1 or ranks.device.type != "cpu":
+        return 1
+    torch.set_num_threads(max(1, cores() // runs))
+    return c.workers or max(1, min(runs, cores() - round(busy_cores())))
 
 
 def sample(c: Config, r: Recycling, task: Task, seed: int) -> Recycling:
@@ -323,8 +348,9 @@ def tuned(c: Config, name: str, task: Task) -> str:
     folder = place_of_delta(c.old_base, task.name, c.delta.kind)
     if not (folder / "delta.json").exists():
         sizes = {size: value for size, value in vars(c.delta).items() if size not in ("kind", "target_modules")}
-        build(c, f"the old delta {folder} (under a minute for mini on 2 cores)", mode="tune", base=c.old_base, task=name, out=folder,
-              seq_len=c.seq_len, delta=c.delta.kind, target_modules=",".join(c.delta.target_modules), **sizes)
+        flags = dict(mode="tune", base=c.old_base, task=name, out=folder, seq_len=c.seq_len, delta=c.delta.kind,
+                     target_modules=",".join(c.delta.target_modules), **sizes)
+        build(c, (f"the old delta {folder} (under a minute for mini on 2 cores)", flags))
     return str(folder)
 
 

@@ -5,22 +5,39 @@ import sys
 from pathlib import Path
 from typing import Any, Iterable
 
+import torch
+
 from rt.errors import InputError
 from rt.speed.dist import environment_alone
+from rt.speed.workers import cores
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 
 
-def build(c: Any, what: str, **flags: object) -> None:
-    """Run train.py with `flags`; InputError if it fails."""
-    print(f"building {what}", flush=True)
-    flags |= {name: getattr(c, name) for name in ("device", "precision", "cache", "deterministic")}
-    arguments = [f"--{name}={value}" for name, value in flags.items()]
-    if subprocess.run([sys.executable, str(TRAIN), *arguments], env=environment_alone()).returncode:
-        raise InputError(f"could not build {what}: python train.py {' '.join(arguments)} failed")
+def build(c: Any, *jobs: tuple[str, dict]) -> None:
+    """Run train.py for each of `jobs`, (what it makes, flags), on a CPU as many at once as there are cores. InputError if one fails."""
+    at_once = max(1, min(len(jobs), cores())) if c.device != "cuda" and not torch.cuda.is_available() else 1
+    alone = environment_alone()
+    if at_once > 1:
+        alone |= {"OMP_NUM_THREADS": str(cores() // at_once), "TQDM_DISABLE": "1"}      # bars would write over each other
+    for some in (jobs[i:i + at_once] for i in range(0, len(jobs), at_once)):
+        running: list[tuple[subprocess.Popen, str, list[str]]] = []
+        try:
+            for what, flags in some:
+                print(f"building {what}", flush=True)
+                flags |= {name: getattr(c, name) for name in ("device", "precision", "cache", "deterministic")}
+                arguments = [f"--{name}={value}" for name, value in flags.items()]
+                running.append((subprocess.Popen([sys.executable, str(TRAIN), *arguments], env=alone), what, arguments))
+            for process, what, arguments in running:
+                if process.wait():
+                    raise InputError(f"could not build {what}: python train.py {' '.join(arguments)} failed")
+        finally:
+            for process, *_ in running:
+                process.kill()
+                process.wait()
 
 
 def build_lineage(c: Any, demo: Path, bases: Iterable[str]) -> None:
     """Make the demo lineage in the folder `demo` if one of `bases` lies there and is missing."""
     if any(not Path(base).exists() and Path(base).parent == demo for base in bases):
-        build(c, "the demo lineage M0, M1, M2 (about 3 minutes on 2 cores)", out=demo, resume=(demo / "config.json").exists())
+        build(c, ("the demo lineage M0, M1, M2 (about 3 minutes on 2 cores)", dict(out=demo, resume=(demo / "config.json").exists())))

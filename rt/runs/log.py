@@ -1,6 +1,7 @@
 """metrics.jsonl of a run, the same for TensorBoard, its progress bar, and tables."""
 import json
 import math
+import multiprocessing
 import os
 import sys
 import time
@@ -101,7 +102,8 @@ def load_tensorboard() -> tuple[Any, Any]:
 
 def progress(total: int, what: str, start: int = 0, unit: str = "step") -> tqdm:
     """A bar with the time left on the first rank's terminal, and nothing elsewhere; it leaves no line behind."""
-    disable = True if os.environ.get("RANK", "0") != "0" else None      # None: unless on a terminal
+    is_other = os.environ.get("RANK", "0") != "0" or multiprocessing.parent_process() or "TQDM_DISABLE" in os.environ
+    disable = True if is_other else None    # None: unless on a terminal
     return tqdm(total=total, initial=start, desc=what, unit=unit, disable=disable, leave=False, dynamic_ncols=True)
 
 

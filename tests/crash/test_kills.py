@@ -92,7 +92,7 @@ def home(graphs, commands, tmp_path_factory) -> dict:
              # one run at a time: what is left of a group is trained in a smaller one, which rounds differently
              "sweep": (*RECYCLE, *bases, "--task", home / "task", "--mode", "apply,init+distill", "--sweep", "seed=0,1 alpha=.5,.9",
                        "--side_by_side", "1", *data)}
-    given["recycle, resumed"] = given["recycle"]
+    given["recycle, resumed"] = (*given["recycle"], "--workers", "2")
     seconds = {}
     for name, argv in given.items():
         for out in (name, f"{name} twice"):
@@ -192,6 +192,7 @@ def test_so_it_does_after_many_kills(name, home, commands):
 def test_the_same_command_twice_and_another_seed(home, commands, tmp_path):
     for name in home["given"]:
         same(home["home"] / name, home["home"] / f"{name} twice")
+    same(home["home"] / "recycle", home["home"] / "recycle, resumed")       # one process, and two
     for name in ("pretrain", "recycle"):        # on a CPU the flag changes nothing, and nothing there lacks such a way
         code, said = commands(*home["given"][name], "--out", tmp_path / name, "--deterministic")
         assert code == 0, said
@@ -215,10 +216,10 @@ def test_a_signal_leaves_a_resumable_checkpoint(number, code, word, home, comman
     same(home["home"] / "pretrain", tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", ["tune", "recycle", "sweep"])
+@pytest.mark.parametrize("name", ["tune", "recycle", "recycle, resumed", "sweep"])
 def test_a_signal_ends_the_others_with_a_sentence(name, home, commands, tmp_path):
     out = tmp_path / name
-    begun = {"tune": out.with_name("tune.part"), "recycle": out / "summary.json", "sweep": out / "deltas"}[name]
+    begun = {"tune": out.with_name("tune.part"), "sweep": out / "deltas"}.get(name, out / "summary.json")
     code, said = commands(*home["given"][name], "--out", out, send=signal.SIGTERM, until=begun, slow="0.1")
     assert code == 143 and said.splitlines()[-1] == "terminated: what was finished is kept" and "Traceback" not in said, said
     assert commands(*home["given"][name], "--out", out)[0] == 0

@@ -1,0 +1,107 @@
+"""The cores of a CPU, shared out by whole runs: processes forked from this one, so that bases are in memory once.
+
+Two processes of one thread do about twice the work of one, where a second thread helps a small model little (docs/scaling.md). How many
+threads a run has changes its last bits; how many runs go on at a time does not.
+"""
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import traceback
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Callable, Iterator, Sequence, TypeVar
+
+from tqdm import tqdm
+
+from rt.errors import InputError
+
+T, R = TypeVar("T"), TypeVar("R")
+CGROUP = Path("/sys/fs/cgroup/cpu.max")     # "QUOTA PERIOD" in microseconds, or "max PERIOD"
+LOOKS, APART = 10, 0.01     # how often, and how many seconds apart, the processes that want a core are counted
+
+
+def cores() -> int:
+    """How many cores this process may use: by its affinity, its cgroup's quota and OMP_NUM_THREADS."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, _, period = (CGROUP.read_text() if CGROUP.is_file() else "max").partition(" ")
+    limits = [int(quota) // int(period)] if quota.isdecimal() else []
+    limits += [int(text)] if (text := os.environ.get("OMP_NUM_THREADS", "")).isdecimal() else []
+    return max(1, min([count, *limits]))
+
+
+def busy_cores() -> float:
+    """How many other threads of this machine want a core, the mean of a tenth of a second; 0 if the system does not say."""
+    load, seen = Path("/proc/loadavg"), []
+    for _ in range(LOOKS if load.is_file() else 0):
+        seen.append(int(load.read_text().split()[3].partition("/")[0]) - 1)     # less this one
+        time.sleep(APART)
+    return sum(seen) / max(1, len(seen))
+
+
+def spread(work: Callable[[T], Iterator[R]], items: Sequence[T], workers: int) -> Iterator[R]:
+    """What work(item) yields for all items, as it comes: by this process, item after item, or by several `workers`. What is yielded is
+    pickled. An error in a worker is raised here and ends the others; so does whatever ends this generator, such as a signal."""
+    workers = min(workers, len(items))
+    if workers < 2:
+        for item in items:
+            yield from work(item)
+        return
+    context, todo, busy = multiprocessing.get_context("fork"), iter(range(len(items))), {}
+    try:
+        for _ in range(workers):
+            ours, theirs = context.Pipe()
+            busy[ours] = context.Process(target=_serve, args=(work, items, theirs), daemon=True)
+            busy[ours].start()
+            theirs.close()      # or the death of the worker would not close the pipe
+            ours.send(next(todo))
+        while busy:
+            for pipe in wait(list(busy)):
+                yield from _received(pipe, busy, todo)
+    finally:
+        for process in busy.values():
+            process.kill()      # whatever it writes appears whole or not at all
+            process.join()
+
+
+def _received(pipe: Connection, busy: dict[Connection, multiprocessing.Process], todo: Iterator[int]) -> Iterator:
+    """A worker's message: a value, or None if it wants the next item, or an error."""
+    try:
+        value, error = pipe.recv()
+    except (EOFError, ConnectionError):
+        busy[pipe].join()
+        raise InputError(f"a worker process was killed (exit code {busy[pipe].exitcode}), perhaps for want of memory: lower `workers`") from None
+    if error is not None:
+        raise error
+    if value is not None:
+        yield value
+        return
+    item = next(todo, None)
+    pipe.send(item)
+    if item is None:
+        busy.pop(pipe).join()
+
+
+def _serve(work: Callable[[T], Iterator[R]], items: Sequence[T], pipe: Connection) -> None:
+    """A worker's life: items by number until there is none."""
+    threading.Thread(target=_follow, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # that process hears of it, and ends this one
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"      # its threads were not forked
+    tqdm.set_lock(threading.RLock())                    # nor was the one that may have held the lock
+    try:
+        while (item := pipe.recv()) is not None:
+            for value in work(items[item]):
+                pipe.send((value, None))
+            pipe.send((None, None))
+    except Exception as error:
+        if not isinstance(error, InputError):
+            traceback.print_exc()
+        pipe.send((None, error))
+
+
+def _follow() -> None:
+    """End with the process that this one was forked from, however that ended."""
+    multiprocessing.parent_process().join()
+    os._exit(1)

@@ -1,0 +1,90 @@
+"""Runs shared out among processes: results and order as by one; errors, deaths and signals end all."""
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+
+from rt.errors import InputError
+from rt.speed import workers
+from rt.speed.workers import cores, spread
+
+
+def squares(n):
+    for i in range(n):
+        yield os.getpid(), torch.full((2, 2), float(n)).mm(torch.eye(2))[0, 0].item() + i
+
+
+def test_several_processes_yield_what_one_does():
+    alone = sorted(value for _, value in spread(squares, [3, 1, 4, 1, 5], 1))
+    found = list(spread(squares, [3, 1, 4, 1, 5], 3))
+    assert sorted(value for _, value in found) == alone
+    assert os.getpid() not in {pid for pid, _ in found} and len({pid for pid, _ in found}) > 1
+
+
+def test_one_item_or_one_worker_forks_nothing():
+    assert {pid for items, count in (([2], 4), ([2, 2], 1)) for pid, _ in spread(squares, items, count)} == {os.getpid()}
+
+
+def test_an_error_in_a_worker_is_raised_and_ends_the_others():
+    def work(item):
+        if item:
+            raise InputError("seven is too many")
+        yield os.getpid()
+        time.sleep(60)
+
+    begun, seen = time.monotonic(), []
+    with pytest.raises(InputError, match="seven is too many"):
+        for pid in spread(work, [0, 7], 2):
+            seen.append(pid)
+    assert time.monotonic() - begun < 30
+    for pid in seen:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_a_worker_that_is_killed_is_one_sentence():
+    def work(item):
+        os.kill(os.getpid(), signal.SIGKILL)
+        yield
+
+    with pytest.raises(InputError, match=r"exit code -9.*lower `workers`"):
+        list(spread(work, [1, 2], 2))
+
+
+def test_workers_end_with_the_process_that_they_serve():
+    code = """
+import os, time
+from rt.speed.workers import spread
+def work(item):
+    yield os.getpid()
+    time.sleep(60)
+for pid in spread(work, [1, 2], 2):
+    print(pid, flush=True)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        pids = [int(process.stdout.readline()) for _ in range(2)]
+        process.kill()
+        process.wait()
+    end = time.monotonic() + 30
+    while any(os.path.exists(f"/proc/{pid}/stat") and open(f"/proc/{pid}/stat").read().split()[2] != "Z" for pid in pids):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_quota_of_the_cgroup_and_omp_num_threads_bound_the_cores(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(workers, "CGROUP", tmp_path / "none")
+    assert cores() == 8
+    (tmp_path / "cpu.max").write_text("250000 100000\n")
+    monkeypatch.setattr(workers, "CGROUP", tmp_path / "cpu.max")
+    assert cores() == 2
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert cores() == 8
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert cores() == 3
