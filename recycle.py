@@ -40,11 +40,11 @@ from rt.runs.log import StepBar, load_tensorboard, note_changed_task, note_trunc
 from rt.runs.results import Run, begin, open_best, origin_of, save_run, write_summary
 from rt.runs.summary import by_settings, chosen, report, report_chain, report_sweep
 from rt.runs.sweep import LISTS, expand, groups, swept
+from rt.runs.workers import busy_cores, cores, spread
 from rt.speed.device import make_deterministic, pick_precision
 from rt.speed.dist import Ranks, join
 from rt.speed.graphs import check_graphs
 from rt.speed.multi_run import can_go_together, graphed_gradient, recycle_together
-from rt.speed.workers import busy_cores, cores, spread
 from rt.transport import Granularity, check_sources, learn_projection
 from rt.tune import TuneResult, TuneSettings, evaluate, plain_gradient, score
 

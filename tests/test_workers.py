@@ -10,8 +10,8 @@ import torch
 from conftest import ROOT
 
 from rt.errors import InputError
-from rt.speed import workers
-from rt.speed.workers import cores, spread
+from rt.runs import workers
+from rt.runs.workers import cores, spread
 
 
 def squares(n):
@@ -59,7 +59,7 @@ def test_a_worker_that_is_killed_is_one_sentence():
 def test_workers_end_with_the_process_that_they_serve():
     code = """
 import os, time
-from rt.speed.workers import spread
+from rt.runs.workers import spread
 def work(item):
     yield os.getpid()
     time.sleep(60)

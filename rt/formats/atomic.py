@@ -155,7 +155,7 @@ def _lock(folder: Path, stack: ExitStack) -> None:
         holder, here = holder_of(path, folder), socket.gethostname()
         if holder and holder["host"] != here:
             raise being_written(folder, holder, f"if it has gone, remove {path}")
-        lock = FileLock(path, timeout=1)    # s: after a kill, until the workers have ended, too (rt/speed/workers.py)
+        lock = FileLock(path, timeout=1)    # s: after a kill, until the workers have ended, too (rt/runs/workers.py)
         try:
             lock.acquire()
         except Timeout:

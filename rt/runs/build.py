@@ -9,7 +9,7 @@ import torch
 
 from rt.errors import InputError
 from rt.speed.dist import environment_alone
-from rt.speed.workers import cores
+from rt.runs.workers import cores
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 

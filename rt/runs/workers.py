@@ -71,7 +71,8 @@ def _received(pipe: Connection, busy: dict[Connection, multiprocessing.Process],
         value, error = pipe.recv()
     except (EOFError, ConnectionError):
         busy[pipe].join()
-        raise InputError(f"a worker process was killed (exit code {busy[pipe].exitcode}), perhaps for want of memory: lower `workers`") from None
+        raise InputError(f"a worker process was killed (exit code {busy[pipe].exitcode}), perhaps for want of memory: "
+                         "lower `workers`") from None
     if error is not None:
         raise error
     if value is not None:
