@@ -8,8 +8,8 @@ from typing import Any, Iterable
 import torch
 
 from rt.errors import InputError
-from rt.speed.dist import environment_alone
 from rt.runs.workers import cores
+from rt.speed.dist import environment_alone
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 
