@@ -11,6 +11,8 @@ with the others and nothing else: train.py --tokenizer runs/demo/tokenizer.json 
 
 --out gets rows.jsonl, summary.json, and figures made from these rows as .png and .svg (pip install -e '.[plot]').
 """
+import rt  # noqa: F401  isort: skip  says how threads wait, before torch starts them
+
 import json
 import sys
 from dataclasses import asdict, dataclass, field

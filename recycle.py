@@ -19,8 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Callable, Iterator, Literal
 
-import torch
-
 from data.sources import task_path
 from rt.data import Task, TaskData, encode_task, few_shot
 from rt.deltas import Base, Delta, apply
@@ -40,7 +38,7 @@ from rt.runs.log import StepBar, load_tensorboard, note_changed_task, note_trunc
 from rt.runs.results import Run, begin, open_best, origin_of, save_run, write_summary
 from rt.runs.summary import by_settings, chosen, report, report_chain, report_sweep
 from rt.runs.sweep import LISTS, expand, groups, swept
-from rt.runs.workers import busy_cores, cores, spread
+from rt.runs.workers import share_cores, spread, use_threads
 from rt.speed.device import make_deterministic, pick_precision
 from rt.speed.dist import Ranks, join
 from rt.speed.graphs import check_graphs
@@ -84,7 +82,8 @@ class Config:
     early_stop: NonNegativeInt = 0  # end after so many scores on dev without a better one; 0: never
     sweep: str | None = None  # grid of settings, "seed=0,1,2 lr=1e-3,5e-3 alpha=.7,.9": every combination, frozen-base deltas side by side
     side_by_side: NonNegativeInt = 0  # of a sweep: so many runs at once; 0: as many as fit into memory
-    workers: NonNegativeInt = 0  # processes of one thread each that share the runs on a CPU; 0: as many as cores are free
+    workers: NonNegativeInt = 0  # processes that share the runs on a CPU; 0: as many as cores are free
+    threads: NonNegativeInt = 0  # of each run on a CPU; 0: one, or more if there are more cores than runs
     out: str | None = None  # folder to write; default runs/recycle/BASE-TASK-DELTA[-kSHOTS][-sweep]
     resume: bool = False  # keep the runs that an earlier call has finished, and do the others; a --sweep does so anyway
     save_deltas: bool = True  # keep the delta of every run: MODE-sSEED-HASH under OUT/deltas
@@ -112,8 +111,8 @@ def main() -> None:
     if c.tensorboard:
         load_tensorboard()      # before anything is trained
     ranks = join(c.device)
-    if ranks.device.type == "cpu":
-        torch.set_num_threads(1)    # until the runs are shared out: a forked process would wait for ever for threads that were not
+    if ranks.world == 1 and ranks.device.type == "cpu":
+        use_threads(1)      # until the runs are shared out: a forked process would wait for ever for threads that were not
     ranks.assert_same({f"--{k}": v for k, v in record(c).items()})
     check_graphs(c.graphs, replace(ranks, world=1))     # of a sweep's ranks each captures its own
     if ranks.world > 1 and not c.sweep:
@@ -229,7 +228,7 @@ def do_runs(c: Config, r: Recycling, task: Task, plan: list[Run], bases: dict[st
     origin = {row.name: projected if row.mode == "project" else origins[row.c.base] for row in rows}
     finished = ranks.from_main(lambda: begin(c, out, rows, origin))
     todo = [one for one in plan if not finished.issuperset(row.name for row in one.rows())]
-    workers = share_cores(c, ranks, len(plan))
+    workers = share_cores(len(plan), c.threads, c.workers) if ranks.world == 1 and ranks.device.type == "cpu" else 1
     parts = ranks.world * workers
     mine = [[one] for one in todo] if c.sweep is None else [
         part for group in groups(todo) for k in range(ranks.rank, parts, ranks.world) if (part := group[k::parts])]
@@ -251,15 +250,6 @@ def do_runs(c: Config, r: Recycling, task: Task, plan: list[Run], bases: dict[st
             bar.update()
     ranks.wait()
     ranks.from_main(lambda: finish(c, r, rows, out))
-
-
-def share_cores(c: Config, ranks: Ranks, runs: int) -> int:
-    """How many processes do the runs; sets the threads of each. Their number depends on the command and the machine alone, not on
-    what else goes on there, because it changes last bits."""
-    if ranks.world > 1 or ranks.device.type != "cpu":
-        return 1
-    torch.set_num_threads(max(1, cores() // runs))
-    return c.workers or max(1, min(runs, cores() - round(busy_cores())))
 
 
 def sample(c: Config, r: Recycling, task: Task, seed: int) -> Recycling:

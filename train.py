@@ -8,6 +8,8 @@
 A stream (--stream python,math,dl) makes M0 on the first domain, M1 out of M0 on the second, and so on; --init starts from a checkpoint, a
 Hugging Face folder or a hub id instead, whose upgrade is then the first domain.
 """
+import rt  # noqa: F401  isort: skip  says how threads wait, before torch starts them
+
 import sys
 from contextlib import closing
 from dataclasses import dataclass
@@ -38,6 +40,7 @@ from rt.runs.log import Log, StepBar, load_tensorboard, note_changed_task, note_
 from rt.runs.predict import open_tuned
 from rt.runs.resume import PretrainRun, sample_of, table_of
 from rt.runs.signals import Interrupted
+from rt.runs.workers import use_threads
 from rt.speed.device import make_deterministic, pick_device, pick_precision
 from rt.speed.dist import Ranks, join, launched, zero
 from rt.speed.graphs import check_graphs, compiled, make_gradient, prefetch, staged
@@ -52,6 +55,7 @@ class Config:
     out: str | None = None  # folder to write: default runs/demo, tune: beside the base
     cache: str = "runs/cache"  # tokenized corpora and the embedded data
     device: str = "auto"  # auto, cpu or cuda
+    threads: NonNegativeInt = 0  # on a CPU; 0: as many as cores are free
     precision: str = "auto"  # bf16, fp32, or auto: bf16 where the device does it fast
     deterministic: bool = False  # the same bits from the same command on a GPU too; on a CPU they are so anyway
     tensorboard: bool = False  # losses and scores as they come also for TensorBoard, in tensorboard/ of the folder that is written
@@ -92,7 +96,7 @@ class Config:
 
 
 NOT_SETTINGS = ("resume", "stop_after", "save_every", "cache", "device", "out", "accumulation", "compile", "graphs", "zero",
-                "log_every", "deterministic", "tensorboard")     # may differ when a run is resumed
+                "log_every", "deterministic", "tensorboard", "threads")     # may differ when a run is resumed
 HELDOUT_MASK_RATE = 0.15    # whatever --mask_rate is, so that held-out losses compare
 SEQ_LEN = 128
 PRETRAIN_LR = 1e-3
@@ -113,6 +117,8 @@ def main() -> None:
         make_deterministic()
     if c.tensorboard:
         load_tensorboard()      # before anything is trained
+    if launched() == 1 and not (torch.cuda.is_available() and c.device != "cpu"):
+        use_threads(c.threads)
     {"pretrain": pretrain, "tune": tune_delta, "eval": eval_delta}[c.mode](c)
 
 

@@ -35,7 +35,7 @@ from rt.tune import TuneResult, score
 
 # flags that do not change what a run computes, or that its row holds beside its settings
 NOT_SETTINGS = {"mode", "seeds", "lr", "out", "cache", "device", "resume", "save_deltas", "sweep", "side_by_side", "graphs",
-                "deterministic", "tensorboard", "workers"}
+                "deterministic", "tensorboard", "workers", "threads"}
 USED_BY = {"distill": (*NEEDS_TEACHER, "project"), "project": ("project",)}     # parts of a Config: the modes that read them
 
 

@@ -1,11 +1,12 @@
 """The cores of a CPU, shared out by whole runs: processes forked from this one, so that bases are in memory once.
 
-Two processes of one thread do about twice the work of one, where a second thread helps a small model little (docs/scaling.md). How many
-threads a run has changes its last bits; how many runs go on at a time does not.
+Two processes of one thread do about twice the work of one, where a second thread adds a quarter to a small model's (docs/scaling.md). How
+many threads a run has changes its last bits; how many runs go on at a time does not.
 """
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -13,13 +14,15 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Callable, Iterator, Sequence, TypeVar
 
+import torch
 from tqdm import tqdm
 
 from rt.errors import InputError
 
 T, R = TypeVar("T"), TypeVar("R")
 CGROUP = Path("/sys/fs/cgroup/cpu.max")     # "QUOTA PERIOD" in microseconds, or "max PERIOD"
-LOOKS, APART = 10, 0.01     # how often, and how many seconds apart, the processes that want a core are counted
+LOAD = Path("/proc/loadavg")                # whose fourth word is RUNNING/ALL: threads that want a core, of all
+LOOKS, APART = 10, 0.01     # how often, and how many seconds apart, the threads that want a core are counted
 
 
 def cores() -> int:
@@ -31,13 +34,30 @@ def cores() -> int:
     return max(1, min([count, *limits]))
 
 
-def busy_cores() -> float:
-    """How many other threads of this machine want a core, the mean of a tenth of a second; 0 if the system does not say."""
-    load, seen = Path("/proc/loadavg"), []
-    for _ in range(LOOKS if load.is_file() else 0):
-        seen.append(int(load.read_text().split()[3].partition("/")[0]) - 1)     # less this one
+def free_cores() -> int:
+    """Those of them that no other program keeps busy all the while that is looked; at least 1."""
+    seen = []
+    for _ in range(LOOKS if LOAD.is_file() else 0):
+        seen.append(int(LOAD.read_text().split()[3].partition("/")[0]) - 1)     # less this one
         time.sleep(APART)
-    return sum(seen) / max(1, len(seen))
+    return max(1, cores() - min(seen, default=0))
+
+
+def use_threads(asked: int) -> None:
+    """Compute with so many threads; 0: one for each free core, and if that is not all, it is said."""
+    count = asked or free_cores()
+    torch.set_num_threads(count)
+    if not asked and count < cores():
+        print(f"note: other programs keep {cores() - count} of {cores()} cores busy: {count} thread{'s' * (count > 1)} (--threads)",
+              file=sys.stderr)
+
+
+def share_cores(runs: int, threads: int, workers: int) -> int:
+    """Into how many processes to spread so many runs; sets the threads of each. What is 0 is chosen: threads by the number of runs and of
+    cores, workers by the free cores."""
+    threads = threads or max(1, cores() // runs)
+    torch.set_num_threads(threads)
+    return workers or max(1, min(runs, free_cores() // threads))
 
 
 def spread(work: Callable[[T], Iterator[R]], items: Sequence[T], workers: int) -> Iterator[R]:
