@@ -332,6 +332,7 @@ def export_tokenizer(folder: Path, tokenizer: Tokenizer, config: EncoderConfig) 
     unknown = next((t for t in ("<unk>", "[UNK]") if tokenizer.backend.token_to_id(t) is not None), last)
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_len,
+        "add_prefix_space": getattr(tokenizer.backend.pre_tokenizer, "add_prefix_space", False),     # transformers 4 sets it
         "cls_token": first, "sep_token": last, "bos_token": first, "eos_token": last,
         "pad_token": token(tokenizer.pad_id), "mask_token": token(tokenizer.mask_id), "unk_token": unknown,
         "model_input_names": ["input_ids", *(["token_type_ids"] if config.is_bert else []), "attention_mask"]})

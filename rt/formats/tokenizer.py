@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from rt.errors import InputError
-from rt.formats.files import read_json, write_whole
+from rt.formats.files import note, read_json, write_whole
 from rt.formats.untrusted import JSON_BYTES
 
 SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
@@ -78,9 +78,13 @@ class Tokenizer:
         """The backend with the special tokens around a text or a pair that rt/data.py puts there; BERT's second text has type 1."""
         framed = tokenizers.Tokenizer.from_str(self.backend.to_str())
         if self.backend.num_special_tokens_to_add(True) == 0:
-            framed.post_processor = _template((self.backend.id_to_token(self.bos_id), self.bos_id),
-                                              (self.backend.id_to_token(self.eos_id), self.eos_id), self.separators == 1)
+            framed.post_processor = self.frame(second_type=int(self.separators == 1))
         return framed
+
+    def frame(self, second_type: int) -> processors.TemplateProcessing:
+        """The special tokens around a text or a pair, with a token type for the second text of a pair."""
+        bos, eos = ((self.backend.id_to_token(i), i) for i in (self.bos_id, self.eos_id))
+        return _template(bos, eos, self.separators, second_type)
 
     def save(self, folder: Path) -> None:
         write_whole(Path(folder) / "tokenizer.json", self.backend.to_str(pretty=True))
@@ -95,11 +99,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(backend)
 
 
-def _template(first: tuple[str, int], last: tuple[str, int], of_bert: bool) -> processors.TemplateProcessing:
+def _template(first: tuple[str, int], last: tuple[str, int], separators: int, second_type: int) -> processors.TemplateProcessing:
     """What puts two special tokens, names and ids, around a text or a pair."""
     (bos, _), (eos, _) = first, last
-    second = ["$B:1", f"{eos}:1"] if of_bert else [eos, "$B", eos]
-    return processors.TemplateProcessing(single=[bos, "$A", eos], pair=[bos, "$A", eos, *second], special_tokens=[first, last])
+    pair = [bos, "$A", eos, *[eos] * (separators - 1), f"$B:{second_type}", f"{eos}:{second_type}"]
+    return processors.TemplateProcessing(single=[bos, "$A", eos], pair=pair, special_tokens=[first, last])
 
 
 def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
@@ -147,7 +151,13 @@ def load_tokenizer(path: Path) -> Tokenizer:
             file, backend, name = _from_vocabulary(path, name, facts)
         backend, roles = _with_added(_as_configured(backend, name, facts, file), name, facts, path)
         tokenizer = Tokenizer(backend, str(file))     # bounds the ids: to_str() takes memory for the largest
-        _check_frame(tokenizer, name, roles)
+        types = _checked_types(tokenizer, name, roles)
+        if types and name and "token_type_ids" not in facts.get("model_input_names", ["token_type_ids"] * (name == "BertTokenizer")):
+            if name in AS_THE_FILE:
+                note(f"{path}: the second text of a pair has no token type of its own, as in transformers 5: tokenizer_config.json has no "
+                     "model_input_names with token_type_ids; transformers 4 gives it one")
+            backend.post_processor = tokenizer.frame(second_type=0)
+            tokenizer = Tokenizer(backend, str(file))
         return tokenizer
     except (InputError, KeyboardInterrupt):
         raise
@@ -174,7 +184,7 @@ def _as_configured(backend: tokenizers.Tokenizer, name: str, facts: dict, file: 
     """With the settings of a tokenizer_config.json, and the class's own for those that are not there, if it is one that obeys them."""
     if name in AS_THE_FILE:
         return backend
-    of_class, _, make = CLASSES.get(name, (None, None, None))
+    of_class, _, make = CLASSES.get(name, (object, {}, None))
     normalizer, splitter = backend.normalizer, backend.pre_tokenizer
     if isinstance(normalizer, normalizers.BertNormalizer):
         for theirs, ours, default in (("do_lower_case", "lowercase", True), ("strip_accents", "strip_accents", None),
@@ -185,9 +195,10 @@ def _as_configured(backend: tokenizers.Tokenizer, name: str, facts: dict, file: 
     if isinstance(splitter, pre_tokenizers.ByteLevel) and ("add_prefix_space" in facts or name == "RobertaTokenizer"):
         splitter.add_prefix_space = facts.get("add_prefix_space", False)
         backend.pre_tokenizer = splitter
-    if make and isinstance(backend.model, of_class) and _pieces(backend) != _pieces(_as_configured(make(backend.model), "", facts, file)):
-        raise InputError(f"{file}: transformers' {name} leaves its normalizer or pre_tokenizer out; \"tokenizer_class\": "
-                         "\"PreTrainedTokenizerFast\" in tokenizer_config.json has the file read as it is")
+    if not isinstance(backend.model, of_class) or make and (
+            _pieces(backend) != _pieces(_as_configured(make(backend.model), "", facts, file))):
+        raise InputError(f"{file}: transformers' {name} makes another model, normalizer or pre_tokenizer than this file's; with "
+                         "\"tokenizer_class\": \"PreTrainedTokenizerFast\" in tokenizer_config.json it is read as it is")
     return backend
 
 
@@ -199,8 +210,7 @@ def _pieces(backend: tokenizers.Tokenizer) -> object:
 
 def _with_added(backend: tokenizers.Tokenizer, name: str, facts: dict, folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
     """(the tokenizer with the added tokens of all files, its special tokens by role). InputError if one has not the id that a file says."""
-    of_model, roles, _ = CLASSES.get(name, ((), {}, None))
-    rebuilt = isinstance(backend.model, of_model)       # without the added tokens of tokenizer.json, but for those that are listed
+    rebuilt = name in CLASSES       # without the added tokens of tokenizer.json, but for those that are listed
     own = [(token["id"], _added(token)) for token in _json(folder / "tokenizer.json").get("added_tokens", [])]
     beside, known, extra = _json(folder / "added_tokens.json"), facts.get("added_tokens_decoder"), facts.get("extra_special_tokens") or []
     legacy = _json(folder / "special_tokens_map.json") if known is None else {}
@@ -214,15 +224,15 @@ def _with_added(backend: tokenizers.Tokenizer, name: str, facts: dict, folder: P
     plain = [(i, AddedToken(token, special=token in special, normalized=token not in special)) for token, i in beside.items()]
     listed = dict(known if "added_tokens_decoder" in facts else [*plain, *own])
     there = {token.content for token in (*listed.values(), *(token for _, token in own if not rebuilt))}
-    roles = {**dict.fromkeys(ROLES), **(roles if rebuilt else {}), **named}
+    roles = {**dict.fromkeys(ROLES), **(CLASSES[name][1] if rebuilt else {}), **named}
     new = {(_added(token).content, type(token)): _added(token, special=True)       # of a role's name and another's dict, the later counts
            for token in (*roles.values(), *(extra or legacy.get("additional_special_tokens") or [])) if token}
     full = _of_model(backend) if rebuilt else backend
     full.add_tokens([listed[i] for i in sorted(listed)] + [token for (content, _), token in new.items() if content not in there])
     for i, token in (*own, *plain, *known):
         if full.token_to_id(token.content) != i:
-            raise InputError(f"{folder}: the added token {token.content!r} should be {i} and becomes {full.token_to_id(token.content)}; "
-                             "save_pretrained of the tokenizer that the model was trained with makes files that agree")
+            raise InputError(f"{folder}: its tokenizer's files disagree: the added token {token.content!r} is {i} in one of them, and all "
+                             f"make it {full.token_to_id(token.content)} in transformers 5; save the tokenizer of the training again")
     same = repr(full.get_added_tokens_decoder()) == repr(backend.get_added_tokens_decoder())
     return backend if same else full, {role: _added(token).content for role, token in roles.items() if token}
 
@@ -242,20 +252,22 @@ def _of_model(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     return bare
 
 
-def _check_frame(tokenizer: Tokenizer, name: str, roles: dict[str, str]) -> None:
-    """Raises InputError unless texts are framed as in rt/data.py by the file and by transformers, and its <mask> is the one found here."""
+def _checked_types(tokenizer: Tokenizer, name: str, roles: dict[str, str]) -> bool:
+    """Whether the second text of a pair has a token type of its own. Raises InputError unless the file and transformers' class frame texts
+    as rt/data.py does, and their mask token is the one found here."""
     framed, (a, b) = tokenizer.framed(), tokenizer.encode(["a", "b"])     # `framed` fails if a base could not read it again
     bos, eos, id_of = tokenizer.bos_id, tokenizer.eos_id, tokenizer.backend.token_to_id
-    frames = [framed.encode("a", "b")]
-    if name in CLASSES and isinstance(tokenizer.backend.model, CLASSES[name][0]):
+    frames, bert = [framed.encode("a", "b")], name == "BertTokenizer"
+    if name in CLASSES:
         first, last = (roles.get(role) for role in (("cls_token", "sep_token") if CLASSES[name][2] else ("bos_token", "eos_token")))
-        framed.post_processor = _template((first, id_of(first)), (last, id_of(last)), name == "BertTokenizer")
+        framed.post_processor = _template((first, id_of(first)), (last, id_of(last)), 2 - bert, int(bert))
         frames.append(framed.encode("a", "b"))
     if name in AS_THE_FILE and tokenizer.backend.num_special_tokens_to_add(True) == 0:
         frames = [tokenizer.backend.encode("a", "b")]
     for frame in frames:
-        if frame.ids != [bos, *a, eos, *[eos] * (tokenizer.separators - 1), *b, eos] or frame.type_ids != frames[0].type_ids:
-            raise InputError(f"{tokenizer.source}: transformers makes {' '.join(frame.tokens)} of the texts a and b; what is supported is "
-                             "<s> a </s> </s> b </s>, or [CLS] a [SEP] b [SEP]")
+        if frame.ids != [bos, *a, eos, *[eos] * (tokenizer.separators - 1), *b, eos] or bert and frame.type_ids[-1] == 0:
+            raise InputError(f"{tokenizer.source}: transformers makes {' '.join(frame.tokens)} of the texts a and b, of token types "
+                             f"{frame.type_ids}; supported is <s> a </s> </s> b </s>, or [CLS] a [SEP] b [SEP] of two types")
     if roles.get("mask_token") and id_of(roles["mask_token"]) != tokenizer.mask_id:
         raise InputError(f"{tokenizer.source}: its mask_token is {roles['mask_token']!r}; what is supported is <mask> or [MASK]")
+    return frames[0].type_ids[-1] > 0
