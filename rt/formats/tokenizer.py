@@ -22,7 +22,7 @@ ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 OF_ROBERTA = dict(zip(ROLES, ("<s>", "</s>", "<unk>", "</s>", "<pad>", "<s>", "<mask>")))
 OF_BERT = dict(zip(ROLES, (None, None, "[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]")))
 CLASS_OF = {"roberta": "RobertaTokenizer", "bert": "BertTokenizer", "xlm-roberta": "XLMRobertaTokenizer", "camembert": "CamembertTokenizer"}
-PROBE = "The Été's  N°\t½ e\u0301 中文,\n naïve ﬁn"        # tokenizers that differ make different ids of it
+PROBE = "The Été's  N°12\t½ e\u0301 中文,\n naïve ﬁn"        # tokenizers that differ make different ids of it
 
 
 class NoTokenizer(InputError):
@@ -153,9 +153,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
         tokenizer = Tokenizer(backend, str(file))     # bounds the ids: to_str() takes memory for the largest
         types = _checked_types(tokenizer, name, roles)
         if types and name and "token_type_ids" not in facts.get("model_input_names", ["token_type_ids"] * (name == "BertTokenizer")):
-            if name in AS_THE_FILE:
+            if name in AS_THE_FILE and "model_input_names" not in facts:
                 note(f"{path}: the second text of a pair has no token type of its own, as in transformers 5: tokenizer_config.json has no "
-                     "model_input_names with token_type_ids; transformers 4 gives it one")
+                     "model_input_names; transformers 4 gives it one")
             backend.post_processor = tokenizer.frame(second_type=0)
             tokenizer = Tokenizer(backend, str(file))
         return tokenizer
@@ -256,18 +256,20 @@ def _checked_types(tokenizer: Tokenizer, name: str, roles: dict[str, str]) -> bo
     """Whether the second text of a pair has a token type of its own. Raises InputError unless the file and transformers' class frame texts
     as rt/data.py does, and their mask token is the one found here."""
     framed, (a, b) = tokenizer.framed(), tokenizer.encode(["a", "b"])     # `framed` fails if a base could not read it again
-    bos, eos, id_of = tokenizer.bos_id, tokenizer.eos_id, tokenizer.backend.token_to_id
-    frames, bert = [framed.encode("a", "b")], name == "BertTokenizer"
+    bos, eos, id_of, bert = tokenizer.bos_id, tokenizer.eos_id, tokenizer.backend.token_to_id, name == "BertTokenizer"
+    if name in AS_THE_FILE and tokenizer.backend.num_special_tokens_to_add(True) == 0:
+        framed = tokenizer.backend
+    frames = [framed.encode("a"), framed.encode("a", "b")]
+    has_types = frames[1].type_ids[-1] > 0
     if name in CLASSES:
         first, last = (roles.get(role) for role in (("cls_token", "sep_token") if CLASSES[name][2] else ("bos_token", "eos_token")))
         framed.post_processor = _template((first, id_of(first)), (last, id_of(last)), 2 - bert, int(bert))
         frames.append(framed.encode("a", "b"))
-    if name in AS_THE_FILE and tokenizer.backend.num_special_tokens_to_add(True) == 0:
-        frames = [tokenizer.backend.encode("a", "b")]
+    expected = [bos, *a, eos, *[eos] * (tokenizer.separators - 1), *b, eos]
     for frame in frames:
-        if frame.ids != [bos, *a, eos, *[eos] * (tokenizer.separators - 1), *b, eos] or bert and frame.type_ids[-1] == 0:
+        if frame.ids not in ([bos, *a, eos], expected) or bert and not has_types:
             raise InputError(f"{tokenizer.source}: transformers makes {' '.join(frame.tokens)} of the texts a and b, of token types "
                              f"{frame.type_ids}; supported is <s> a </s> </s> b </s>, or [CLS] a [SEP] b [SEP] of two types")
     if roles.get("mask_token") and id_of(roles["mask_token"]) != tokenizer.mask_id:
         raise InputError(f"{tokenizer.source}: its mask_token is {roles['mask_token']!r}; what is supported is <mask> or [MASK]")
-    return frames[0].type_ids[-1] > 0
+    return has_types
