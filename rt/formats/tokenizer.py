@@ -126,7 +126,7 @@ def _special(names: Iterable[str]) -> list[AddedToken]:
 
 # --- files of others --------------------------------------------------------------------------------------------------
 
-# transformers' classes that take the words alone out of a tokenizer.json: their model, their special tokens and what they make of it
+# transformers' classes that take the model alone out of a tokenizer.json: its type, their special tokens, and what they make of it
 CLASSES = {"RobertaTokenizer": (models.BPE, OF_ROBERTA, _byte_level), "BertTokenizer": (models.WordPiece, OF_BERT, _wordpiece),
            "XLMRobertaTokenizer": (models.Unigram, OF_ROBERTA, None), "CamembertTokenizer": (models.Unigram, OF_ROBERTA, None)}
 AS_THE_FILE = ("PreTrainedTokenizer", "TokenizersBackend")      # other classes, which take all of it
@@ -143,6 +143,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
             raise InputError(f"{read}: is longer than {JSON_BYTES >> 20} MB, too long for a tokenizer")
     try:
         facts, model = (_json(path / name) for name in ("tokenizer_config.json", "config.json"))
+        if facts.get("split_special_tokens"):
+            raise InputError(f"{path / 'tokenizer_config.json'}: split_special_tokens is not supported")
         name = facts.get("tokenizer_class") or model.get("tokenizer_class") or CLASS_OF.get(str(model.get("model_type")))
         name = str(name).removesuffix("Fast") if name else ""
         if file.is_file():
@@ -210,31 +212,31 @@ def _pieces(backend: tokenizers.Tokenizer) -> object:
 
 def _with_added(backend: tokenizers.Tokenizer, name: str, facts: dict, folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
     """(the tokenizer with the added tokens of all files, its special tokens by role). InputError if one has not the id that a file says."""
-    rebuilt = name in CLASSES       # without the added tokens of tokenizer.json, but for those that are listed
     own = [(token["id"], _added(token)) for token in _json(folder / "tokenizer.json").get("added_tokens", [])]
-    beside, known, extra = _json(folder / "added_tokens.json"), facts.get("added_tokens_decoder"), facts.get("extra_special_tokens") or []
-    legacy = _json(folder / "special_tokens_map.json") if known is None else {}
-    known = [(int(i), _added(token)) for i, token in (known or {}).items()]
+    known, legacy = facts.get("added_tokens_decoder"), _json(folder / "special_tokens_map.json")
+    legacy = legacy if known is None else {}
+    extra = facts.get("extra_special_tokens") or []
     named = {**facts, **legacy, **(extra if isinstance(extra, dict) else {})}
     named = {role: token for role, token in named.items()
              if role in ROLES or isinstance(token, (str, dict)) and (role.endswith("_token") or role in extra)}
     extra = [*(isinstance(extra, list) and extra or facts.get("additional_special_tokens") or []),
              *(legacy.get("extra_special_tokens") or [])]
     special = {_added(token).content for token in (*named.values(), *extra) if token}
-    plain = [(i, AddedToken(token, special=token in special, normalized=token not in special)) for token, i in beside.items()]
-    listed = dict(known if "added_tokens_decoder" in facts else [*plain, *own])
-    there = {token.content for token in (*listed.values(), *(token for _, token in own if not rebuilt))}
-    roles = {**dict.fromkeys(ROLES), **(CLASSES[name][1] if rebuilt else {}), **named}
+    plain = [(i, AddedToken(token, special=token in special, normalized=token not in special))
+             for token, i in _json(folder / "added_tokens.json").items()]
+    listed = dict([*plain, *own] if known is None else [(int(i), _added(token)) for i, token in known.items()])
+    tokens = [token for _, token in own if name not in CLASSES] + [listed[i] for i in sorted(listed)]
+    roles = {**dict.fromkeys(ROLES), **(CLASSES[name][1] if name in CLASSES else {}), **named}
     new = {(_added(token).content, type(token)): _added(token, special=True)       # of a role's name and another's dict, the later counts
            for token in (*roles.values(), *(extra or legacy.get("additional_special_tokens") or [])) if token}
-    full = _of_model(backend) if rebuilt else backend
-    full.add_tokens([listed[i] for i in sorted(listed)] + [token for (content, _), token in new.items() if content not in there])
-    for i, token in (*own, *plain, *known):
+    there = {token.content for token in tokens}
+    full = _of_model(backend)
+    full.add_tokens(tokens + [token for (content, _), token in new.items() if content not in there])
+    for i, token in (*own, *plain, *listed.items()):
         if full.token_to_id(token.content) != i:
             raise InputError(f"{folder}: its tokenizer's files disagree: the added token {token.content!r} is {i} in one of them, and all "
                              f"make it {full.token_to_id(token.content)} in transformers 5; save the tokenizer of the training again")
-    same = repr(full.get_added_tokens_decoder()) == repr(backend.get_added_tokens_decoder())
-    return backend if same else full, {role: _added(token).content for role, token in roles.items() if token}
+    return full, {role: _added(token).content for role, token in roles.items() if token}
 
 
 def _added(token: str | dict, **flags: bool) -> AddedToken:
@@ -244,7 +246,7 @@ def _added(token: str | dict, **flags: bool) -> AddedToken:
 
 
 def _of_model(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """The same without added tokens."""
+    """The same tokenizer without added tokens."""
     bare = tokenizers.Tokenizer(backend.model)
     for part in ("normalizer", "pre_tokenizer", "decoder", "post_processor"):
         if getattr(backend, part) is not None:
