@@ -212,6 +212,21 @@ def test_what_a_class_of_transformers_leaves_out_of_tokenizer_json_is_named_or_l
     assert agrees(tmp_path)
 
 
+@pytest.mark.parametrize("change, words", [
+    ({"tokenizer_class": "GPT2TokenizerFast"}, "tokenizer_class GPT2Tokenizer is not supported, only RobertaTokenizer, BertTokenizer,"),
+    ({"tokenizer_class": "BertTokenizer"}, "transformers' BertTokenizer makes another model"),
+    ({"split_special_tokens": True}, "split_special_tokens is not supported"),
+    ({"added_tokens_decoder": {"x": "<e1>"}}, "its files of added tokens do not hold what they should")])
+def test_settings_with_which_transformers_would_make_other_ids_are_named(change, words, tokenizer_of, tmp_path):
+    tokenizer_of["roberta"].save(tmp_path)
+    edit(tmp_path / "config.json", model_type="roberta")
+    edit(tmp_path / "tokenizer_config.json", **change)
+    with pytest.raises(InputError, match=words):
+        load_tokenizer(tmp_path)
+    edit(tmp_path / "tokenizer_config.json", **(dict.fromkeys(change) | {"tokenizer_class": "BartTokenizer"}))      # RoBERTa's
+    assert agrees(tmp_path)
+
+
 def test_a_frame_that_is_none_of_ours_is_named(tokenizer_of, tmp_path):
     backend = tokenizer_of["roberta"].framed()
     edit(tmp_path / "config.json", model_type="roberta")
@@ -323,6 +338,9 @@ def test_a_classifier_that_lacks_a_tensor_or_is_for_tokens_is_named(tokenizer_of
         edit(folder / "config.json", architectures=[f"BertFor{kind}"])
         with pytest.raises(InputError, match=f"is a BertFor{kind}, no model for sequence classification"):
             open_delta(str(folder), base)
+    edit(folder / "config.json", architectures=None, id2label={"0": "a"})
+    with pytest.raises(InputError, match=r"1 different labels \(a\) for a head of 3 outputs"):
+        open_delta(str(folder), base)
     answers = saved(theirs("bert", "QuestionAnswering", tokenizer), tokenizer, tmp_path / "b")
     assert load_hf(answers).head is None        # what the head is for is no matter to a base
 

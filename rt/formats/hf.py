@@ -266,7 +266,7 @@ def class_names(facts: dict, outputs: int, given: tuple[str, ...], source: Path)
     named = facts.get("id2label") or {}
     if not isinstance(named, dict):
         raise InputError(f"{source}: id2label is not an object of names by numbers")
-    names = given or tuple(str(named.get(str(i), name)) for i, name in enumerate(placeholders))
+    names = given or tuple(str(named.get(str(i), f"LABEL_{i}")) for i in range(len(named) or outputs))
     if len(names) != outputs or len({*names}) < outputs:
         raise InputError(f"{source}: {len({*names})} different labels ({', '.join(names[:6])}) for a head of {outputs} outputs")
     for name in names:

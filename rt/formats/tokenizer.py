@@ -15,13 +15,15 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from rt.errors import InputError
 from rt.formats.files import note, read_json, write_whole
-from rt.formats.untrusted import JSON_BYTES
+from rt.formats.untrusted import JSON_BYTES, shaped
 
 SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 OF_ROBERTA = dict(zip(ROLES, ("<s>", "</s>", "<unk>", "</s>", "<pad>", "<s>", "<mask>")))
 OF_BERT = dict(zip(ROLES, (None, None, "[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]")))
-CLASS_OF = {"roberta": "RobertaTokenizer", "bert": "BertTokenizer", "xlm-roberta": "XLMRobertaTokenizer", "camembert": "CamembertTokenizer"}
+# transformers' class of a model, or under another name
+CLASS_OF = {"roberta": "RobertaTokenizer", "bert": "BertTokenizer", "xlm-roberta": "XLMRobertaTokenizer", "camembert": "CamembertTokenizer",
+            "BartTokenizer": "RobertaTokenizer", "LongformerTokenizer": "RobertaTokenizer", "ElectraTokenizer": "BertTokenizer"}
 PROBE = "The Été's  N°12\t½ e\u0301 中文,\n naïve ﬁn"        # tokenizers that differ make different ids of it
 
 
@@ -145,13 +147,18 @@ def load_tokenizer(path: Path) -> Tokenizer:
         facts, model = (_json(path / name) for name in ("tokenizer_config.json", "config.json"))
         if facts.get("split_special_tokens"):
             raise InputError(f"{path / 'tokenizer_config.json'}: split_special_tokens is not supported")
-        name = facts.get("tokenizer_class") or model.get("tokenizer_class") or CLASS_OF.get(str(model.get("model_type")))
-        name = str(name).removesuffix("Fast") if name else ""
-        if file.is_file():
+        name = str(facts.get("tokenizer_class") or model.get("tokenizer_class") or model.get("model_type") or "").removesuffix("Fast")
+        name = CLASS_OF.get(name, name)
+        if not file.is_file():
+            file, backend, name = _from_vocabulary(path, name, facts)
+        elif name in ("", *CLASSES, *AS_THE_FILE):
             backend = tokenizers.Tokenizer.from_file(str(file))
         else:
-            file, backend, name = _from_vocabulary(path, name, facts)
-        backend, roles = _with_added(_as_configured(backend, name, facts, file), name, facts, path)
+            raise InputError(f"{file}: tokenizer_class {name} is not supported, only {', '.join(CLASSES)}, and {AS_THE_FILE[0]}Fast, with "
+                             "which the file is read as it is")
+        backend = _as_configured(backend, name, facts, file)
+        with shaped(path, "its files of added tokens do not hold what they should"):
+            backend, roles = _with_added(backend, name, facts, path)
         tokenizer = Tokenizer(backend, str(file))     # bounds the ids: to_str() takes memory for the largest
         types = _checked_types(tokenizer, name, roles)
         if types and name and "token_type_ids" not in facts.get("model_input_names", ["token_type_ids"] * (name == "BertTokenizer")):
@@ -197,8 +204,9 @@ def _as_configured(backend: tokenizers.Tokenizer, name: str, facts: dict, file: 
     if isinstance(splitter, pre_tokenizers.ByteLevel) and ("add_prefix_space" in facts or name == "RobertaTokenizer"):
         splitter.add_prefix_space = facts.get("add_prefix_space", False)
         backend.pre_tokenizer = splitter
-    if not isinstance(backend.model, of_class) or make and (
-            _pieces(backend) != _pieces(_as_configured(make(backend.model), "", facts, file))):
+    if not isinstance(backend.model, of_class) or (
+            _pieces(backend) != _pieces(_as_configured(make(backend.model), "", facts, file)) if make else
+            name in CLASSES and not facts.get("add_prefix_space", True)):
         raise InputError(f"{file}: transformers' {name} makes another model, normalizer or pre_tokenizer than this file's; with "
                          "\"tokenizer_class\": \"PreTrainedTokenizerFast\" in tokenizer_config.json it is read as it is")
     return backend
