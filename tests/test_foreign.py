@@ -192,6 +192,9 @@ PARTS = {"a first space": ("roberta", lambda b: setattr(b, "pre_tokenizer", pre_
          "case": ("bert", lambda b: setattr(b, "normalizer", normalizers.BertNormalizer(lowercase=False, strip_accents=False)), None),
          "a normalizer": ("roberta", lambda b: setattr(b, "normalizer", normalizers.Lowercase()), "RobertaTokenizer makes another model"),
          "another one": ("bert", lambda b: setattr(b, "normalizer", normalizers.NFC()), "BertTokenizer makes another model"),
+         "XLM-R's case": ("xlm-roberta", lambda b: setattr(b, "normalizer", normalizers.Lowercase()), "XLMRobertaTokenizer makes another"),
+         "XLM-R's words": ("camembert", lambda b: setattr(b, "pre_tokenizer", pre_tokenizers.Metaspace(prepend_scheme="first")),
+                           "CamembertTokenizer makes another model"),
          "a splitter": ("roberta", lambda b: setattr(b, "pre_tokenizer", pre_tokenizers.Sequence(
              [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)])), "RobertaTokenizer makes another model")}
 

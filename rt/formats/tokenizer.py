@@ -122,6 +122,12 @@ def _wordpiece(model: models.WordPiece) -> tokenizers.Tokenizer:
     return backend
 
 
+def _sentencepiece(model: models.Unigram) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    return backend
+
+
 def _special(names: Iterable[str]) -> list[AddedToken]:
     return [AddedToken(name, special=True, normalized=False, lstrip=name == "<mask>") for name in names]
 
@@ -130,7 +136,8 @@ def _special(names: Iterable[str]) -> list[AddedToken]:
 
 # transformers' classes that take the model alone out of a tokenizer.json: its type, their special tokens, and what they make of it
 CLASSES = {"RobertaTokenizer": (models.BPE, OF_ROBERTA, _byte_level), "BertTokenizer": (models.WordPiece, OF_BERT, _wordpiece),
-           "XLMRobertaTokenizer": (models.Unigram, OF_ROBERTA, None), "CamembertTokenizer": (models.Unigram, OF_ROBERTA, None)}
+           "XLMRobertaTokenizer": (models.Unigram, OF_ROBERTA, _sentencepiece),
+           "CamembertTokenizer": (models.Unigram, OF_ROBERTA, _sentencepiece)}
 AS_THE_FILE = ("PreTrainedTokenizer", "TokenizersBackend")      # other classes, which take all of it
 
 
@@ -156,7 +163,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
         else:
             raise InputError(f"{file}: tokenizer_class {name} is not supported, only {', '.join(CLASSES)}, and {AS_THE_FILE[0]}Fast, with "
                              "which the file is read as it is")
-        backend = _as_configured(backend, name, facts, file)
+        backend = _as_configured(backend, name, facts)
+        if name in CLASSES:
+            _check_class(backend, name, facts, file)
         with shaped(path, "its files of added tokens do not hold what they should"):
             backend, roles = _with_added(backend, name, facts, path)
         tokenizer = Tokenizer(backend, str(file))     # bounds the ids: to_str() takes memory for the largest
@@ -189,33 +198,41 @@ def _from_vocabulary(folder: Path, name: str, facts: dict) -> tuple[Path, tokeni
                       "(transformers' AutoTokenizer.from_pretrained and save_pretrained make a tokenizer.json of others)")
 
 
-def _as_configured(backend: tokenizers.Tokenizer, name: str, facts: dict, file: Path) -> tokenizers.Tokenizer:
+def _as_configured(backend: tokenizers.Tokenizer, name: str, facts: dict) -> tokenizers.Tokenizer:
     """With the settings of a tokenizer_config.json, and the class's own for those that are not there, if it is one that obeys them."""
-    if name in AS_THE_FILE:
-        return backend
-    of_class, _, make = CLASSES.get(name, (object, {}, None))
     normalizer, splitter = backend.normalizer, backend.pre_tokenizer
-    if isinstance(normalizer, normalizers.BertNormalizer):
+    if isinstance(normalizer, normalizers.BertNormalizer) and name not in AS_THE_FILE:
         for theirs, ours, default in (("do_lower_case", "lowercase", True), ("strip_accents", "strip_accents", None),
                                       ("tokenize_chinese_chars", "handle_chinese_chars", True)):
             if theirs in facts or name == "BertTokenizer":
                 setattr(normalizer, ours, facts.get(theirs, default))
         backend.normalizer = normalizer
-    if isinstance(splitter, pre_tokenizers.ByteLevel) and ("add_prefix_space" in facts or name == "RobertaTokenizer"):
+    has_setting = "add_prefix_space" in facts and name not in AS_THE_FILE or name == "RobertaTokenizer"
+    if isinstance(splitter, pre_tokenizers.ByteLevel) and has_setting:
         splitter.add_prefix_space = facts.get("add_prefix_space", False)
         backend.pre_tokenizer = splitter
-    if not isinstance(backend.model, of_class) or (
-            _pieces(backend) != _pieces(_as_configured(make(backend.model), "", facts, file)) if make else
-            name in CLASSES and not facts.get("add_prefix_space", True)):
-        raise InputError(f"{file}: transformers' {name} makes another model, normalizer or pre_tokenizer than this file's; with "
-                         "\"tokenizer_class\": \"PreTrainedTokenizerFast\" in tokenizer_config.json it is read as it is")
     return backend
 
 
-def _pieces(backend: tokenizers.Tokenizer) -> object:
-    """The probe, normalized and cut into words."""
+def _check_class(backend: tokenizers.Tokenizer, name: str, facts: dict, file: Path) -> None:
+    """Raises InputError if what transformers' class makes of the file's model cuts texts into other words than the file says."""
+    of_class, _, make = CLASSES[name]
+    same = isinstance(backend.model, of_class) and (make is not _sentencepiece or facts.get("add_prefix_space", True))
+    if same:
+        theirs, parts = _as_configured(make(backend.model), name, facts), backend.normalizer
+        for part in parts if isinstance(parts, normalizers.Sequence) else [parts]:
+            if make is _sentencepiece and isinstance(part, normalizers.Precompiled):       # the map of characters
+                theirs.normalizer = part
+        same = _words(theirs) == _words(backend)
+    if not same:
+        raise InputError(f"{file}: transformers' {name} makes another model, normalizer or pre_tokenizer than this file's; with "
+                         "\"tokenizer_class\": \"PreTrainedTokenizerFast\" in tokenizer_config.json it is read as it is")
+
+
+def _words(backend: tokenizers.Tokenizer) -> list[str]:
+    """The probe, normalized and cut."""
     text = backend.normalizer.normalize_str(PROBE) if backend.normalizer else PROBE
-    return backend.pre_tokenizer.pre_tokenize_str(text) if backend.pre_tokenizer else text
+    return [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)] if backend.pre_tokenizer else [text]
 
 
 def _with_added(backend: tokenizers.Tokenizer, name: str, facts: dict, folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
