@@ -19,6 +19,7 @@ from rt.formats.hf import export_hf, load_hf
 from rt.formats.hub import open_base, open_delta
 from rt.formats.tokenizer import Tokenizer, load_tokenizer
 from rt.model import MaskedLM
+from rt.report.inspect import inspect
 from rt.speed.multi_run import side_by_side
 
 transformers = pytest.importorskip("transformers")
@@ -471,6 +472,7 @@ def test_adapters_of_other_libraries_that_compute_what_ours_do(library, method, 
     model = theirs(family, "SequenceClassification", tokenizer, num_labels=3)
     base = load_hf(saved(model, tokenizer, tmp_path / "base"))
     delta = open_delta(str(adapter_folder(tmp_path / "a", library, method, model, family, head)), base)
+    assert inspect(tmp_path / "a")["is"] == f"an adapter of {library}"
     assert delta.config.kind == method and delta.labels == (LABELS if library == "AdapterHub" else ("0", "1", "2"))
     close(our_logits(base, delta), logits_of(model, tokenizer))
 
