@@ -225,7 +225,7 @@ def start_model(c: Config, out: Path, first_corpus: Path, ranks: Ranks) -> tuple
         base = ranks.main_first(lambda: open_base(c.init))
         config, tokenizer, parent, number = base.encoder.config, base.tokenizer, base.fingerprint, base.meta.get("number", 0)
         if base.head is None:
-            print(f"{c.init} has no masked-LM head; it gets a fresh one")
+            print(f"{c.init} has no complete masked-LM head; it gets a fresh one")
         model = MaskedLM(base.encoder, base.head or new_masked_lm(config, c.seed).head)
     else:
         tokenizer = ranks.from_main(lambda: start_tokenizer(c, out, first_corpus))

@@ -1,9 +1,9 @@
 """RoBERTa on unpadded batches: post-LN encoder, tied masked-LM head, classification head.
 
 A batch has no padding: the tokens of B sequences lie end to end, (N, d), and only embeddings, attention and heads know where a sequence
-begins. The function computed is exactly RoBERTa's (Liu et al., 2019): learned positions counted from pad_id + 1, exact GELU, LN after each
-residual. With model_type "bert" it is BERT's (Devlin et al., 2019): positions count from 0, and the second text of a pair has a token type
-of its own. rt/kinds.py plugs deltas into four slots: `Linear.lora`, `Block.adapter_attention`, `Block.adapter_ffn`, `Block.prefix`.
+begins. The function is exactly RoBERTa's (Liu et al., 2019): learned positions from pad_id + 1, pad tokens not counted and all at pad_id,
+exact GELU, LN after each residual. With model_type "bert" it is BERT's (Devlin et al., 2019): positions from 0, the second text of a pair
+has a token type of its own. rt/kinds.py plugs deltas into slots: `Linear.lora`, `Block.adapter_attention`, `.adapter_ffn`, `.prefix`.
 """
 from dataclasses import dataclass, field, replace
 
@@ -141,19 +141,19 @@ class Embeddings(nn.Module):
         self.second_type = nn.Parameter(torch.zeros(d)) if config.is_bert else None
         self.norm = LayerNorm(d, eps=config.layer_norm_eps)
         self.dropout = config.dropout
-        self.first_position, self.sep_id = config.first_position, -1 if config.sep_id is None else config.sep_id
+        self.pad_id, self.sep_id = config.pad_id, -1 if config.sep_id is None else config.sep_id
 
     def forward(self, ids: Tensor, cu_seqlens: Tensor, seed: Tensor | None = None) -> Tensor:
         """(N,) and (B + 1,) -> (N, d)"""
         rows = torch.arange(len(ids), device=ids.device, dtype=cu_seqlens.dtype)
-        sequence = torch.searchsorted(cu_seqlens, rows, right=True) - 1   # (N,) the sequence that a row belongs to
-        first = cu_seqlens[sequence]                                      # (N,) where that sequence begins
-        words = ids if self.second_type is None else ids.maximum(~ids)    # ~id marks a [SEP] that a text spells: rt.data.encode
-        x = self.word(words) + self.position(rows - first + self.first_position)
-        if self.second_type is not None:
-            is_sep = ids == self.sep_id
-            before = is_sep.cumsum(0) - is_sep.long()                     # (N,) separators in the rows above
-            x = x + (before > before[first])[:, None] * self.second_type
+        first = cu_seqlens[torch.searchsorted(cu_seqlens, rows, right=True) - 1]    # (N,) where a row's sequence begins
+        counted = ids != self.pad_id if self.second_type is None else ids == self.sep_id
+        above = counted.cumsum(0) - counted.long()                        # (N,) how many are in the rows above
+        above = above - above[first]                                      # and in the same sequence
+        if self.second_type is None:
+            x = self.word(ids) + self.position((above + 1) * counted + self.pad_id)
+        else:                                                             # ~id marks a [SEP] that a text spells: rt.data.encode
+            x = self.word(ids.maximum(~ids)) + self.position(rows - first) + (above > 0)[:, None] * self.second_type
         return dropout(self.norm(x), self.dropout, seed)
 
 

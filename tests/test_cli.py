@@ -8,8 +8,10 @@ import pytest
 from conftest import command, here
 from safetensors.torch import load_file
 
+from rt.errors import InputError
 from rt.formats.files import FIGURES, read_json, read_rows
 from rt.report import plot
+from rt.speed.device import pick_device
 
 SMALL = ("--preset", "tiny", "--vocab_size", "500", "--seq_len", "32", "--batch_tokens", "256", "--eval_tokens", "512",
          "--device", "cpu")
@@ -437,7 +439,7 @@ def test_chain_reports_both_routes_over_all_bases(lineage, task, tmp_path):
     (("train.py", "--mode", "dance"), "--mode dance: not one of"),
     (("train.py", "--preset", "huge", "--stream", "TEXT", "--out", "OUT"), "--preset huge: not one of"),
     (("train.py", "--stream", "nowhere.txt", "--out", "OUT"), "there is no such corpus"),
-    (("train.py", "--device", "abacus", "--out", "OUT"), "not a device"),
+    (("train.py", "--device", "abacus", "--out", "OUT"), "not a device that is supported; use auto, cpu or cuda"),
     (("train.py", "--stream", "TEXT,TEXT", "--out", "OUT"), "two domains have the same name"),
     (("train.py", "--batch_tokens", "1000", "--stream", "TEXT", "--out", "OUT"), "must be a multiple of 1024"),
     (("train.py", "--batch_size", "0"), "--batch_size 0: must be above zero"),
@@ -488,3 +490,11 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, words, lineage, ta
     filled = [names.get(a, a) for a in arguments]
     error = here(*filled, "--cache", home / "cache", code=2)
     assert error.startswith("error: ") and words in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["mps", "xpu", "meta", "privateuseone", "gpu", "", "cuda:99", "cuda:-1", "cuda:" + "9" * 30])
+def test_a_device_that_is_not_there_is_one_short_sentence(name):
+    with pytest.raises(InputError) as error:
+        pick_device(name)
+    said = str(error.value)
+    assert said.startswith(f"--device {name}: not a device that ") and said.endswith("; use auto, cpu or cuda") and len(said) < 240

@@ -311,6 +311,7 @@ def test_a_tuned_model_that_does_not_fit_its_base_is_named(tokenizer_of, tmp_pat
     with pytest.raises(InputError, match="no head for sequence classification"):
         open_delta(str(tmp_path / "base"), base)
     tokenizer_of["xlm-roberta"].save(folder)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     with pytest.raises(InputError, match="another vocabulary than the base's"):
         open_delta(str(folder), base)
     (folder / "tokenizer.json").unlink()
@@ -449,7 +450,7 @@ def test_bert_is_continued_and_its_tuned_classifier_recycled(tokenizer_of, graph
     saved(theirs("bert", "SequenceClassification", tokenizer, std=0.02, id2label={0: "a", 1: "b"}), tokenizer, tmp_path / "old")
     out = here("train.py", "--init", tmp_path / "old", "--stream", graphs / "corpus", "--steps", 2, "--snapshots", 0, "--seq_len", 32,
                   "--batch_tokens", 256, "--eval_tokens", 512, "--out", tmp_path / "run", "--cache", tmp_path / "cache", "--device", "cpu")
-    assert "has no masked-LM head; it gets a fresh one" in out and "[CLS]" in out and "[MASK]" in out
+    assert "has no complete masked-LM head; it gets a fresh one" in out and "[CLS]" in out and "[MASK]" in out
     base = load_base(tmp_path / "run" / "M1")
     old = open_base(str(tmp_path / "old"))
     assert base.encoder.config == old.encoder.config and base.meta["parent"] == old.fingerprint
@@ -497,6 +498,8 @@ def test_a_bert_whose_tokenizer_gives_both_texts_one_type(tokenizer_of, tmp_path
 
 def test_a_roberta_with_token_types_that_its_tokenizer_uses_is_refused(tokenizer_of, tmp_path):
     folder = saved(theirs("roberta", "MaskedLM", tokenizer_of["bert"]), tokenizer_of["bert"], tmp_path)
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}))
     load_hf(folder)     # with one type there is no other to give
     facts = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(facts | {"type_vocab_size": 2}))
@@ -517,6 +520,7 @@ def test_a_tuned_model_or_adapter_whose_tokenizer_makes_other_ids_is_refused(tok
             changed.backend.normalizer = normalizers.BertNormalizer(lowercase=False)
         plain = open_base(str(saved(theirs(family, "MaskedLM", changed), tokenizer_of[family], tmp_path / f"{family}-base")))
         folder = saved(theirs(family, "SequenceClassification", changed), changed, tmp_path / f"{family}-tuned")
+        (folder / "tokenizer_config.json").write_text('{"add_prefix_space": true, "do_lower_case": false}')
         with pytest.raises(InputError, match="makes other ids of a text"):
             open_delta(str(folder), plain)
     folder = lora_folder(tmp_path / "lora", base)

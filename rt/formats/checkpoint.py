@@ -151,7 +151,10 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
             raise InputError(f"{index}: {shard!r} is not the name of a shard beside it")
         if not (index.parent / shard).is_file():
             raise InputError(f"{index.parent / shard}: the shard is missing")
-        weights |= read_file(index.parent / shard)
+        new = read_file(index.parent / shard)
+        if twice := sorted(weights.keys() & new.keys()):
+            raise InputError(f"{index.parent / shard}: {twice[0]} is in another shard, too")
+        weights |= new
     if missing := sorted(places.keys() - weights.keys()):
         raise InputError(f"{index}: the shards do not hold {missing[0]}")
     return weights
@@ -162,6 +165,8 @@ def read_file(file: Path) -> dict[str, Tensor]:
     if file.suffix == ".safetensors":
         return read_tensors(file)
     tensors = read_torch(file)
+    if isinstance(tensors, dict) and "state_dict" in tensors:       # Lightning's
+        tensors = tensors["state_dict"]
     if not isinstance(tensors, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items()):
         raise InputError(f"{file}: holds something else than tensors by name")
     return {k: v.clone() for k, v in tensors.items()}      # memory of their own: they were mapped from the file

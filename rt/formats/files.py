@@ -5,7 +5,9 @@ import json
 import os
 import re
 import shutil
+import sys
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -15,6 +17,13 @@ from rt.formats.untrusted import JSON_BYTES, parse_json
 FIGURES = "figures"     # rt/report/plot.py draws into this part of a run's folder; no command minds or removes it
 EVENTS = "tensorboard"   # rt/runs/log.py writes a run's rows for TensorBoard into this part of its folder, if asked to
 LOCK = ".lock"          # rt/formats/atomic.py: the lock inside a run's folder, if it cannot lie beside it
+
+
+@cache      # says a thing once
+def note(text: str) -> None:
+    """Tell the user, on the first rank's standard error, what is read otherwise than they may think."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", file=sys.stderr)
 
 
 def sync(path: Path) -> None:

@@ -4,6 +4,7 @@ Names map one to one, but for three things. Query, key and value are one matrix 
 table; of BERT's second type, its difference to the first is kept. The head's first layer is called pooler in BERT, where pre-training's
 next-sentence loss trains it: a fresh head on such a base begins with it.
 """
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Iterable
@@ -16,8 +17,8 @@ from rt.deltas import Base, Delta, check_head, check_sizes, check_state, merge, 
 from rt.errors import InputError
 from rt.formats.atomic import atomic_folder
 from rt.formats.checkpoint import build, check_encoder, fingerprint, read_weights
-from rt.formats.files import read_json, write_json, write_whole
-from rt.formats.tokenizer import NoTokenizer, Tokenizer, load_tokenizer
+from rt.formats.files import note, read_json, write_json, write_whole
+from rt.formats.tokenizer import PROBE, NoTokenizer, Tokenizer, load_tokenizer
 from rt.formats.untrusted import check_label, is_whole
 from rt.kinds import DeltaConfig
 from rt.model import Encoder, EncoderConfig, MLMHead
@@ -44,7 +45,10 @@ HEADS = {"roberta": {"dense": "lm_head.dense", "norm": "lm_head.layer_norm", "bi
 CLASSIFIERS = {"roberta": {"dense": "classifier.dense", "out": "classifier.out_proj"},
                "bert": {"dense": "pooler.dense", "out": "classifier"}}
 POOLERS = {"roberta": {}, "bert": {"dense": "pooler.dense"}}
-PROBE = "The Été's  N°\t½ e\u0301 中文,\n naïve ﬁn"        # tokenizers that differ make different ids of it
+# tensors with two names, of which a file may hold either: the decoder's, and the one that it is tied to
+TIED = {"lm_head.decoder.weight": "embeddings.word_embeddings.weight", "lm_head.decoder.bias": "lm_head.bias",
+        "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight", "cls.predictions.decoder.bias": "cls.predictions.bias"}
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}    # of DDP, torch.compile, FSDP
 CARD = "README.md"
 WRITTEN = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", CARD}
 
@@ -74,14 +78,22 @@ def head_names(config: EncoderConfig, modules: dict[str, dict[str, str]]) -> Nam
 
 
 def plain_name(name: str) -> str:
-    """The name of a tensor without that of the model in front, and with BERT's old names of layer norms made new."""
-    name = name.removeprefix("base_model.model.").removeprefix("roberta.").removeprefix("bert.")
+    """The name of a tensor without wrappers and the model's own name in front, and with BERT's old names of layer norms made new."""
+    name = re.sub(r"^((base_model|model|roberta|bert)\.)+", "", ".".join(part for part in name.split(".") if part not in WRAPPERS))
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
-def plain(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """float32 tensors by their plain names."""
-    return {plain_name(name): tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+def plain(weights: dict[str, Tensor], source: Path | str = "the weights") -> dict[str, Tensor]:
+    """float32 tensors by their plain names, a tied one by the name in TIED's right column; one that is not equal keeps its own too."""
+    w, full = {}, {}
+    for name, tensor in weights.items():
+        if full.setdefault(plain_name(name), name) != name:
+            raise InputError(f"{source}: {full[plain_name(name)]} and {name} would be the same tensor")
+        w[plain_name(name)] = tensor.float() if tensor.is_floating_point() else tensor
+    for other, name in TIED.items():
+        if other in w and torch.equal(w.setdefault(name, w[other]), w[other]):
+            del w[other]
+    return w
 
 
 def our_state(weights: dict[str, Tensor], names: Names) -> dict[str, Tensor]:
@@ -122,7 +134,7 @@ def check_only(facts: dict, only: dict[str, tuple], source: Path | str) -> None:
 
 def encoder_state(weights: dict[str, Tensor], config: EncoderConfig, source: Path | str = "the weights") -> dict[str, Tensor]:
     """Hugging Face's tensors -> state dict of our Encoder. InputError names the tensor that is missing, of another shape, or not ours."""
-    w = plain(weights)
+    w = plain(weights, source)
     try:
         state = our_state(w, encoder_names(config))
         types, positions = state.pop("embeddings.types"), state["embeddings.position.weight"]
@@ -132,7 +144,9 @@ def encoder_state(weights: dict[str, Tensor], config: EncoderConfig, source: Pat
         if config.is_bert:
             state["embeddings.second_type"] = types[1] - types[0] if len(types) > 1 else torch.zeros_like(types[0])
     except KeyError as error:
-        raise InputError(f"{source}: the checkpoint has no tensor {error.args[0]}") from None
+        inside = next((name for name in weights if plain_name(name).endswith(f".{error.args[0]}")), None)
+        raise InputError(f"{source}: the checkpoint has no tensor {error.args[0]}" + (
+            f", only {inside}: a model inside another; save the state dict of the inner one" if inside else "")) from None
     except (RuntimeError, IndexError) as error:
         raise InputError(f"{source}: the tensors do not fit the model: {str(error).partition(chr(10))[0]}") from None
     for name in w:
@@ -143,10 +157,22 @@ def encoder_state(weights: dict[str, Tensor], config: EncoderConfig, source: Pat
 
 def head_state(weights: dict[str, Tensor], config: EncoderConfig, modules: dict[str, dict[str, str]]) -> dict[str, Tensor] | None:
     """State dict of our MLMHead by HEADS, of our ClassificationHead by CLASSIFIERS; None if the checkpoint does not have all of it."""
-    try:
-        return our_state(plain(weights), head_names(config, modules)) or None
-    except KeyError:
-        return None
+    weights = plain(weights)
+    return None if lacking(weights, config, modules) else our_state(weights, head_names(config, modules)) or None
+
+
+def lacking(weights: dict[str, Tensor], config: EncoderConfig, modules: dict[str, dict[str, str]]) -> list[str]:
+    """Hugging Face's names of a head's tensors that plain `weights` do not have."""
+    return [theirs for _, (theirs,) in head_names(config, modules) if theirs not in weights]
+
+
+def noted_head(weights: dict[str, Tensor], config: EncoderConfig, modules: dict[str, dict[str, str]], what: str,
+               needs: Iterable[str] = ()) -> dict[str, Tensor] | None:
+    """`head_state`; of a head that lacks some of its tensors, or of what else it `needs`, None and a note that names them."""
+    lost = lacking(weights, config, modules)
+    if [*lost, *needs] and len(lost) < len([*head_names(config, modules)]):
+        note(f"{what} is left out: it lacks {', '.join([*lost, *needs])}")
+    return None if [*needs] else head_state(weights, config, modules)
 
 
 def load_hf(folder: Path) -> Base:
@@ -154,7 +180,9 @@ def load_hf(folder: Path) -> Base:
     folder = Path(folder)
     facts = read_json(folder / "config.json")
     config = encoder_config(facts, folder / "config.json")
-    weights, tokenizer = read_weights(folder), load_tokenizer(folder)
+    found, tokenizer = read_weights(folder), load_tokenizer(folder)
+    weights = plain(found, folder)
+    note_ids(facts, config, tokenizer, folder)
     if tokenizer.framed().encode("a", "b").type_ids[-1]:     # not in RoBERTa's framing: there both texts of a pair have one type
         if not config.is_bert and facts.get("type_vocab_size", 2) > 1:
             raise InputError(f"{folder}: its tokenizer gives the second text of a pair a token type of its own, which is supported of bert "
@@ -163,18 +191,31 @@ def load_hf(folder: Path) -> Base:
     encoder = build(Encoder, config, encoder_state(weights, config, folder), folder)
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}")
-    head, state = None, head_state(weights, config, HEADS)
-    if state is not None:
-        scores = plain(weights).get("cls.predictions.decoder.weight" if config.is_bert else "lm_head.decoder.weight")
-        if scores is not None and not torch.equal(scores, encoder.embeddings.word.weight):
-            raise InputError(f"{folder}: the masked-LM head has scoring weights of its own; only those tied to the word embeddings are "
-                             "supported")
-        head = build(MLMHead, config, state, folder)
-    pooler, d = head_state(weights, config, POOLERS), config.hidden_size
+    decoder, d = HEADS[family(config)]["bias"].replace(".bias", ".decoder."), config.hidden_size
+    untied = {decoder + "weight", decoder + "bias"} if facts.get("tie_word_embeddings") is False else set()
+    head = noted_head(weights, config, HEADS, f"{folder}: its masked-LM head", sorted(untied - {*map(plain_name, found)}))
+    pooler = noted_head(weights, config, POOLERS, f"{folder}: its pooler")
+    if head is not None:
+        if own := sorted(TIED.keys() & weights.keys()):
+            raise InputError(f"{folder}: the masked-LM head has scoring weights of its own, {own[0]}; only those tied to the word "
+                             "embeddings and the head's bias are supported")
+        head = build(MLMHead, config, head, folder)
     if pooler is not None:
         check_state(pooler, {"dense.weight": (d, d), "dense.bias": (d,)}, f"{folder}: the tensors do not fit the model: the pooler")
     mark = fingerprint(encoder)
     return Base(encoder, head, tokenizer, {"name": folder.name, "fingerprint": mark}, mark, pooler)
+
+
+def note_ids(facts: dict, config: EncoderConfig, tokenizer: Tokenizer, folder: Path) -> None:
+    """Say in what ids config.json and the tokenizer disagree."""
+    ids = {"pad_token_id": tokenizer.pad_id, "mask_token_id": tokenizer.mask_id, **dict.fromkeys(("bos_token_id", "cls_token_id"),
+           tokenizer.bos_id), **dict.fromkeys(("eos_token_id", "sep_token_id"), tokenizer.eos_id)}
+    said = {"pad_token_id": config.pad_id, **{name: facts[name] for name in ids if facts.get(name) is not None}}
+    if wrong := [f"{name} {said[name]} and {i}" for name, i in ids.items() if said.get(name, i) != i]:
+        note(f"{folder}: config.json and the tokenizer disagree: {', '.join(wrong)}; RoBERTa's positions go by the first, "
+             "the tokens around a text and the mask by the second, as in transformers")
+    if config.vocab_size - tokenizer.vocab_size >= 1024:
+        note(f"{folder}: the model has {config.vocab_size} words, the tokenizer {tokenizer.vocab_size}")
 
 
 def import_tuned(folder: Path, base: Base, labels: tuple[str, ...] = (), task: str | None = None) -> Delta:
@@ -185,11 +226,14 @@ def import_tuned(folder: Path, base: Base, labels: tuple[str, ...] = (), task: s
     config = replace(encoder_config(facts, folder / "config.json"), sep_id=base.encoder.config.sep_id)
     check_vocabulary(folder, base)
     check_sizes(base, config, f"{folder}: holds")
-    weights = read_weights(folder)
+    if other := re.search(r"\w+For(?:TokenClassification|MultipleChoice)\b", str(facts.get("architectures"))):     # have the same tensors
+        raise InputError(f"{folder}: is a {other[0]}, no model for sequence classification")
+    weights = plain(read_weights(folder), folder)
     encoder = build(Encoder, config, encoder_state(weights, config, folder), folder)
     head = head_state(weights, config, CLASSIFIERS)
     if head is None:
-        raise InputError(f"{folder}: has no head for sequence classification ({', '.join(CLASSIFIERS[family(config)].values())})")
+        raise InputError(f"{folder}: has no head for sequence classification, or only some of it: "
+                         f"it lacks {', '.join(lacking(weights, config, CLASSIFIERS))}")
     check_head(head, config.hidden_size, str(folder))
     labels = class_names(facts, len(head["out.bias"]), labels, folder)
     theirs = dict(base.encoder.named_parameters())
@@ -223,7 +267,7 @@ def class_names(facts: dict, outputs: int, given: tuple[str, ...], source: Path)
     named = facts.get("id2label") or {}
     if not isinstance(named, dict):
         raise InputError(f"{source}: id2label is not an object of names by numbers")
-    names = given or tuple(str(named.get(str(i), name)) for i, name in enumerate(placeholders))
+    names = given or tuple(str(named.get(str(i), f"LABEL_{i}")) for i in range(len(named) or outputs))
     if len(names) != outputs or len({*names}) < outputs:
         raise InputError(f"{source}: {len({*names})} different labels ({', '.join(names[:6])}) for a head of {outputs} outputs")
     for name in names:
@@ -248,17 +292,19 @@ def hf_config(config: EncoderConfig, tokenizer: Tokenizer, task: str, labels: tu
 
 def export_hf(folder: Path, base: Base, delta: Delta | None = None, labels: tuple[str, ...] | None = None, card: str | None = None) -> str:
     """Write base, or base + delta merged, for transformers; returns the Auto class that loads it. `labels` are those that a base is to be
-    tuned on, if known; `card` is the text of README.md. Raises InputError if the delta cannot be merged (adapter, prefix) or was learned on
-    another base."""
+    tuned on, if known; `card` is the text of README.md. Notes which head or pooler has no place in it. Raises InputError if the delta
+    cannot be merged (adapter, prefix) or was learned on another base."""
     config = base.encoder.config
     if delta is not None:
-        encoder, head, task, labels = merge(base, delta), delta.head, "SequenceClassification", delta.labels
+        encoder, task, labels, head, modules = merge(base, delta), "SequenceClassification", delta.labels, delta.head, CLASSIFIERS
+    elif base.head:
+        encoder, task, head, modules = base.encoder.state_dict(), "MaskedLM", base.head.state_dict(), HEADS
     else:
-        encoder, head, task = base.encoder.state_dict(), base.head.state_dict() if base.head else {}, "MaskedLM" if base.head else ""
+        encoder, task, head, modules = base.encoder.state_dict(), "", base.pooler or {}, POOLERS
     types = torch.zeros(2 if config.is_bert else 1, config.hidden_size)
     if config.is_bert:
         types[1] = encoder["embeddings.second_type"]
-    names = [*encoder_names(config), *(head_names(config, HEADS if delta is None else CLASSIFIERS) if head else ())]
+    names = [*encoder_names(config), *(head_names(config, modules) if head else ())]
     weights = hf_state(encoder | head | {"embeddings.types": types}, config, names)
     with atomic_folder(folder, WRITTEN) as new:
         write_tensors(new / "model.safetensors", weights)
@@ -266,7 +312,13 @@ def export_hf(folder: Path, base: Base, delta: Delta | None = None, labels: tupl
         export_tokenizer(new, base.tokenizer, config)
         if card:
             write_whole(new / CARD, card)
-    return f"AutoModelFor{task}" if task else "AutoModel"
+    loads = f"AutoModelFor{task}" if task else "AutoModel"
+    if not task:
+        note(f"{folder} has no masked-LM head: the base has none, or not all of one")
+    for what, stays in (("masked-LM head", base.head and delta), ("pooler", base.pooler and modules is HEADS)):
+        if stays:
+            note(f"{folder} is without the base's {what}: {loads} has no place for it")
+    return loads
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -283,6 +335,7 @@ def export_tokenizer(folder: Path, tokenizer: Tokenizer, config: EncoderConfig) 
     unknown = next((t for t in ("<unk>", "[UNK]") if tokenizer.backend.token_to_id(t) is not None), last)
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_len,
+        "add_prefix_space": getattr(tokenizer.backend.pre_tokenizer, "add_prefix_space", False),     # transformers 4 sets it
         "cls_token": first, "sep_token": last, "bos_token": first, "eos_token": last,
         "pad_token": token(tokenizer.pad_id), "mask_token": token(tokenizer.mask_id), "unk_token": unknown,
         "model_input_names": ["input_ids", *(["token_type_ids"] if config.is_bert else []), "attention_mask"]})

@@ -8,16 +8,20 @@ from pathlib import Path
 
 from rt.deltas import Base, Delta
 from rt.errors import InputError
+from rt.formats.adapters import import_adapter
 from rt.formats.atomic import found
 from rt.formats.checkpoint import load_base
 from rt.formats.delta_files import load_delta
+from rt.formats.files import read_json
 from rt.formats.hf import import_tuned, load_hf
 from rt.formats.peft import import_lora
 
 HUB_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json",
-             "adapter_config.json", "labels.json", "adapter_model.safetensors", "model.safetensors", "model-*.safetensors",
+             "special_tokens_map.json", "adapter_config.json", "labels.json", "head_config.json", "adapter.safetensors",
+             "model_head.safetensors", "adapter_model.safetensors", "model.safetensors", "model-*.safetensors",
              "model.safetensors.index.json"]
-BIN_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin"]     # asked for if there are no safetensors
+# asked for if there are no safetensors
+BIN_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin", "pytorch_adapter.bin"]
 SECONDS = 10    # that the hub has for its first answer
 NAMING = "python -m rt.runs.convert import --tuned ... --base ... --labels names,in,the,order,of,its,outputs"
 
@@ -33,14 +37,15 @@ def open_base(name: str) -> Base:
 
 
 def open_delta(name: str, base: Base, labels: tuple[str, ...] = (), task: str | None = None) -> Delta:
-    """A delta of ours, or a model that was tuned from `base` elsewhere as a delta: a ...ForSequenceClassification checkpoint or a PEFT LoRA
-    adapter, folder or hub id. `labels` name its classes in the order of its outputs, `task` what it was tuned on."""
+    """A delta of ours, or a model that was tuned from `base` elsewhere as a delta: a ...ForSequenceClassification checkpoint, a PEFT LoRA
+    adapter or an adapter of AdapterHub or OpenDelta, folder or hub id. `labels` name its classes in the order of its outputs, `task` what
+    it was tuned on."""
     path = find(name)
     if (path / "delta.json").is_file():
         return load_delta(path)
-    for file, load in (("adapter_config.json", import_lora), ("config.json", import_tuned)):
+    for file, load, foreign in (("adapter_config.json", import_lora, "config"), ("config.json", import_tuned, "delta_type")):
         if (path / file).is_file():
-            return load(path, base, labels, task)
+            return (import_adapter if foreign in read_json(path / file) else load)(path, base, labels, task)
     raise InputError(f"{name}: nothing tuned there; expected a folder with delta.json (ours), config.json (a tuned Hugging Face model) or "
                      "adapter_config.json (PEFT), or a hub id")
 

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Iterable
 
+import torch
 from torch import Tensor
 
 from rt.deltas import Base, Delta, apply, check_fits, check_head, origin
@@ -17,7 +18,7 @@ from rt.formats.atomic import atomic_folder
 from rt.formats.checkpoint import read_file
 from rt.formats.files import read_json, write_json, write_whole
 from rt.formats.untrusted import is_number, is_whole
-from rt.kinds import TARGETS, DeltaConfig
+from rt.kinds import KINDS, TARGETS, DeltaConfig
 
 PATHS = {target: target if third is None else f"attention.self.{target}" for target, (_, third) in TARGETS.items()}     # in their layer
 ONLY = {"peft_type": ("LORA",), "task_type": ("SEQ_CLS", None), "bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
@@ -49,16 +50,21 @@ def import_lora(folder: Path, base: Base, labels: tuple[str, ...] = (), task: st
     r = facts["r"]
     scaling = facts["lora_alpha"] / (math.sqrt(r) if facts.get("use_rslora") else r)
     head = head_of(base, factors, saved, scaling, weights)
-    check_head(head, base.encoder.config.hidden_size, str(weights))
     modules, targets = layers_of(base, factors, r, weights)
     if not labels and (folder / "labels.json").is_file():
         kept = read_json(folder / "labels.json").get("labels", [])
         if not isinstance(kept, list):
             raise InputError(f"{folder / 'labels.json'}: \"labels\" is no list")
         labels = tuple(map(str, kept))
-    names = hf.class_names({}, len(head["out.bias"]), labels, folder)
-    config = DeltaConfig("lora", r=r, lora_alpha=scaling * r, target_modules=targets)
-    delta = Delta(config, {}, modules, head, {"task": task or folder.name, "labels": list(names), "source": str(folder), **origin(base)})
+    return checked(DeltaConfig("lora", r=r, lora_alpha=scaling * r, target_modules=targets), modules, head, base, folder, labels, task)
+
+
+def checked(config: DeltaConfig, modules: dict[str, Tensor], head: dict[str, Tensor], base: Base, folder: Path, labels: tuple[str, ...],
+            task: str | None, facts: dict = {}) -> Delta:
+    """A delta that changes no weight of the base, with `labels` or those of config.json's `facts`. InputError if it does not fit."""
+    names = hf.class_names(facts, len(head["out.bias"]), labels, folder)
+    diffs = {name: torch.zeros(p.shape) for name, p in base.encoder.named_parameters() if KINDS[config.kind].trains(name)}
+    delta = Delta(config, diffs, modules, head, {"task": task or folder.name, "labels": list(names), "source": str(folder), **origin(base)})
     apply(base, delta)      # checks that all shapes fit
     return delta
 
@@ -108,6 +114,7 @@ def head_of(base: Base, factors: dict[str, Tensor], saved: dict[str, Tensor], sc
             if head[weight].shape != (len(b), a.shape[1]) or len(a) != b.shape[1]:
                 raise InputError(f"{source}: lora_A and lora_B of {theirs} do not make a matrix of its size")
             head[weight] = head[weight] + scaling * b @ a
+    check_head(head, base.encoder.config.hidden_size, str(source))
     return head
 
 

@@ -1,4 +1,5 @@
-"""Tokenizers through `tokenizers`: byte-level BPE trained on a corpus, or whatever a tokenizer.json holds (BPE, WordPiece, Unigram).
+"""Tokenizers through `tokenizers`: byte-level BPE trained on a corpus, or whatever a tokenizer.json holds (BPE, WordPiece, Unigram), with
+the settings and added tokens that lie beside it, as transformers 5 reads them.
 
 `Tokenizer` adds the ids of <s>, </s>, <pad> and <mask> ([CLS], [SEP], [PAD], [MASK]), how the texts of a pair are separated, a fingerprint
 of the content, and a hash of the vocabulary alone: if that is equal, ids mean the same words.
@@ -13,11 +14,17 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from rt.errors import InputError
-from rt.formats.files import read_json, write_whole
-from rt.formats.untrusted import JSON_BYTES
+from rt.formats.files import note, read_json, write_whole
+from rt.formats.untrusted import JSON_BYTES, shaped
 
 SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-OF_BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+OF_ROBERTA = dict(zip(ROLES, ("<s>", "</s>", "<unk>", "</s>", "<pad>", "<s>", "<mask>")))
+OF_BERT = dict(zip(ROLES, (None, None, "[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]")))
+# transformers' class of a model, or under another name
+CLASS_OF = {"roberta": "RobertaTokenizer", "bert": "BertTokenizer", "xlm-roberta": "XLMRobertaTokenizer", "camembert": "CamembertTokenizer",
+            "BartTokenizer": "RobertaTokenizer", "LongformerTokenizer": "RobertaTokenizer", "ElectraTokenizer": "BertTokenizer"}
+PROBE = "The Été's  N°12\t½ e\u0301 中文,\n naïve ﬁn"        # tokenizers that differ make different ids of it
 
 
 class NoTokenizer(InputError):
@@ -45,7 +52,7 @@ class Tokenizer:
         self.bos_id, self.eos_id = id_of("bos", "<s>", "[CLS]"), id_of("eos", "</s>", "[SEP]")
         self.pad_id, self.mask_id = id_of("pad", "<pad>", "[PAD]"), id_of("mask", "<mask>", "[MASK]")
         added = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
-        self.special_ids = sorted((added | {backend.token_to_id(name) for name in SPECIALS + OF_BERT}) - {None})
+        self.special_ids = sorted((added | {backend.token_to_id(name) for name in (*SPECIALS, *OF_BERT.values()) if name}) - {None})
         framing = backend.num_special_tokens_to_add(True) or (3 if backend.id_to_token(self.bos_id) == "[CLS]" else 4)
         self.separators = 1 if framing == 3 else 2      # between the texts of a pair: BERT's one, RoBERTa's two
         text = backend.to_str()
@@ -73,11 +80,13 @@ class Tokenizer:
         """The backend with the special tokens around a text or a pair that rt/data.py puts there; BERT's second text has type 1."""
         framed = tokenizers.Tokenizer.from_str(self.backend.to_str())
         if self.backend.num_special_tokens_to_add(True) == 0:
-            first, last = self.backend.id_to_token(self.bos_id), self.backend.id_to_token(self.eos_id)
-            second = ["$B:1", f"{last}:1"] if self.separators == 1 else [last, "$B", last]
-            framed.post_processor = processors.TemplateProcessing(
-                single=[first, "$A", last], pair=[first, "$A", last, *second], special_tokens=[(first, self.bos_id), (last, self.eos_id)])
+            framed.post_processor = self.frame(second_type=int(self.separators == 1))
         return framed
+
+    def frame(self, second_type: int) -> processors.TemplateProcessing:
+        """The special tokens around a text or a pair, with a token type for the second text of a pair."""
+        bos, eos = ((self.backend.id_to_token(i), i) for i in (self.bos_id, self.eos_id))
+        return _template(bos, eos, self.separators, second_type)
 
     def save(self, folder: Path) -> None:
         write_whole(Path(folder) / "tokenizer.json", self.backend.to_str(pretty=True))
@@ -92,6 +101,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(backend)
 
 
+def _template(first: tuple[str, int], last: tuple[str, int], separators: int, second_type: int) -> processors.TemplateProcessing:
+    """What puts two special tokens, names and ids, around a text or a pair."""
+    (bos, _), (eos, _) = first, last
+    pair = [bos, "$A", eos, *[eos] * (separators - 1), f"$B:{second_type}", f"{eos}:{second_type}"]
+    return processors.TemplateProcessing(single=[bos, "$A", eos], pair=pair, special_tokens=[first, last])
+
+
 def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -99,27 +115,67 @@ def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
     return backend
 
 
+def _wordpiece(model: models.WordPiece) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    return backend
+
+
+def _sentencepiece(model: models.Unigram) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    return backend
+
+
 def _special(names: Iterable[str]) -> list[AddedToken]:
     return [AddedToken(name, special=True, normalized=False, lstrip=name == "<mask>") for name in names]
 
 
+# --- files of others --------------------------------------------------------------------------------------------------
+
+# transformers' classes that take the model alone out of a tokenizer.json: its type, their special tokens, and what they make of it
+CLASSES = {"RobertaTokenizer": (models.BPE, OF_ROBERTA, _byte_level), "BertTokenizer": (models.WordPiece, OF_BERT, _wordpiece),
+           "XLMRobertaTokenizer": (models.Unigram, OF_ROBERTA, _sentencepiece),
+           "CamembertTokenizer": (models.Unigram, OF_ROBERTA, _sentencepiece)}
+AS_THE_FILE = ("PreTrainedTokenizer", "TokenizersBackend")      # other classes, which take all of it
+
+
 def load_tokenizer(path: Path) -> Tokenizer:
-    """A tokenizer from a `tokenizer.json`, or a folder with one, or with RoBERTa's `vocab.json` and `merges.txt`, or BERT's `vocab.txt`.
-    As in transformers, a tokenizer_config.json beside them decides on case, accents and the first space. InputError if none can be read."""
+    """A tokenizer from a `tokenizer.json`, or a folder with one, or with RoBERTa's `vocab.json` and `merges.txt`, or BERT's `vocab.txt`. As
+    in transformers, the files beside these decide on case, accents, the first space and added tokens. InputError if none can be read, or
+    not as transformers 5 does: another id of a token than a file says, other special tokens around a text than here."""
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
     for read in (file, path / "vocab.json", path / "merges.txt", path / "vocab.txt"):
         if read.is_file() and read.stat().st_size > JSON_BYTES:
             raise InputError(f"{read}: is longer than {JSON_BYTES >> 20} MB, too long for a tokenizer")
     try:
-        settings = path / "tokenizer_config.json"
-        facts = read_json(settings) if settings.is_file() else {}
-        if file.is_file():
-            backend = _as_configured(tokenizers.Tokenizer.from_file(str(file)), facts)
+        facts, model = (_json(path / name) for name in ("tokenizer_config.json", "config.json"))
+        if facts.get("split_special_tokens"):
+            raise InputError(f"{path / 'tokenizer_config.json'}: split_special_tokens is not supported")
+        name = str(facts.get("tokenizer_class") or model.get("tokenizer_class") or model.get("model_type") or "").removesuffix("Fast")
+        name = CLASS_OF.get(name, name)
+        if not file.is_file():
+            file, backend, name = _from_vocabulary(path, name, facts)
+        elif name in ("", *CLASSES, *AS_THE_FILE):
+            backend = tokenizers.Tokenizer.from_file(str(file))
         else:
-            file, backend = _from_vocabulary(path, facts)
+            raise InputError(f"{file}: tokenizer_class {name} is not supported, only {', '.join(CLASSES)}, and {AS_THE_FILE[0]}Fast, with "
+                             "which the file is read as it is")
+        backend = _as_configured(backend, name, facts)
+        if name in CLASSES:
+            _check_class(backend, name, facts, file)
+        with shaped(path, "its files of added tokens do not hold what they should"):
+            backend, roles = _with_added(backend, name, facts, path)
         tokenizer = Tokenizer(backend, str(file))     # bounds the ids: to_str() takes memory for the largest
-        tokenizers.Tokenizer.from_str(backend.to_str())     # can a base read it again? merges may need tokens that the vocabulary lacks
+        types = _checked_types(tokenizer, name, roles)
+        if types and name and "token_type_ids" not in facts.get("model_input_names", ["token_type_ids"] * (name == "BertTokenizer")):
+            if name in AS_THE_FILE and "model_input_names" not in facts:
+                note(f"{path}: the second text of a pair has no token type of its own, as in transformers 5: tokenizer_config.json has no "
+                     "model_input_names; transformers 4 gives it one")
+            backend.post_processor = tokenizer.frame(second_type=0)
+            tokenizer = Tokenizer(backend, str(file))
         return tokenizer
     except (InputError, KeyboardInterrupt):
         raise
@@ -127,45 +183,120 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise InputError(f"{file if file.is_file() else path}: not a tokenizer file ({error})") from None
 
 
-def _from_vocabulary(folder: Path, facts: dict) -> tuple[Path, tokenizers.Tokenizer]:
-    """(the file of its vocabulary, the tokenizer) of a folder without a tokenizer.json."""
+def _json(file: Path) -> dict:
+    return read_json(file) if file.is_file() else {}
+
+
+def _from_vocabulary(folder: Path, name: str, facts: dict) -> tuple[Path, tokenizers.Tokenizer, str]:
+    """(the file of its vocabulary, the tokenizer, its class) of a folder without a tokenizer.json."""
     vocab, merges, words = folder / "vocab.json", folder / "merges.txt", folder / "vocab.txt"
-    of_bert = str(facts.get("tokenizer_class", "BertTokenizer")).startswith("BertTokenizer") and "word_tokenizer_type" not in facts
-    if vocab.is_file() and merges.is_file():
-        file, backend, special = vocab, _byte_level(models.BPE.from_file(str(vocab), str(merges))), SPECIALS
-    elif words.is_file() and of_bert:       # word_tokenizer_type: Japanese ones, which need other libraries
-        file, backend = words, tokenizers.Tokenizer(models.WordPiece.from_file(str(words), unk_token="[UNK]"))
-        backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-        backend.decoder = decoders.WordPiece()
-        special = [name for name in OF_BERT if backend.token_to_id(name) is not None]
-    else:
-        raise NoTokenizer(f"{folder}: no tokenizer there; expected tokenizer.json, or vocab.json with merges.txt, or BERT's vocab.txt "
-                          "(transformers' AutoTokenizer.from_pretrained and save_pretrained make a tokenizer.json of others)")
-    backend.add_special_tokens(_special(special))
-    backend = _as_configured(backend, facts)
-    more = folder / "added_tokens.json"
-    added = {i: AddedToken(token) for token, i in (read_json(more) if more.is_file() else {}).items()}
-    added |= {int(i): AddedToken(**{k: v for k, v in token.items() if k != "__type"})
-              for i, token in facts.get("added_tokens_decoder", {}).items()}
-    for i, token in sorted(added.items()):
-        backend.add_tokens([token])
-        if backend.token_to_id(token.content) != i:
-            raise InputError(f"{folder}: the added token {token.content!r} should be {i} and becomes {backend.token_to_id(token.content)}")
-    return file, backend
+    if vocab.is_file() and merges.is_file() and name in ("", "RobertaTokenizer"):
+        return vocab, _byte_level(models.BPE.from_file(str(vocab), str(merges))), "RobertaTokenizer"
+    if words.is_file() and name in ("", "BertTokenizer") and "word_tokenizer_type" not in facts:     # Japanese: needs other libraries
+        return words, _wordpiece(models.WordPiece.from_file(str(words), unk_token="[UNK]")), "BertTokenizer"
+    raise NoTokenizer(f"{folder}: no tokenizer there; expected tokenizer.json, or vocab.json with merges.txt, or BERT's vocab.txt "
+                      "(transformers' AutoTokenizer.from_pretrained and save_pretrained make a tokenizer.json of others)")
 
 
-def _as_configured(backend: tokenizers.Tokenizer, facts: dict) -> tokenizers.Tokenizer:
-    """With the settings of a tokenizer_config.json, if its class is one that obeys them."""
-    if str(facts.get("tokenizer_class")).startswith(("PreTrainedTokenizer", "TokenizersBackend")):
-        return backend
+def _as_configured(backend: tokenizers.Tokenizer, name: str, facts: dict) -> tokenizers.Tokenizer:
+    """With the settings of a tokenizer_config.json, and the class's own for those that are not there, if it is one that obeys them."""
     normalizer, splitter = backend.normalizer, backend.pre_tokenizer
-    if isinstance(normalizer, normalizers.BertNormalizer):
-        for theirs, name in (("do_lower_case", "lowercase"), ("strip_accents", "strip_accents"),
-                             ("tokenize_chinese_chars", "handle_chinese_chars")):
-            if theirs in facts:
-                setattr(normalizer, name, facts[theirs])
+    if isinstance(normalizer, normalizers.BertNormalizer) and name not in AS_THE_FILE:
+        for theirs, ours, default in (("do_lower_case", "lowercase", True), ("strip_accents", "strip_accents", None),
+                                      ("tokenize_chinese_chars", "handle_chinese_chars", True)):
+            if theirs in facts or name == "BertTokenizer":
+                setattr(normalizer, ours, facts.get(theirs, default))
         backend.normalizer = normalizer
-    if isinstance(splitter, pre_tokenizers.ByteLevel) and "add_prefix_space" in facts:
-        splitter.add_prefix_space = facts["add_prefix_space"]
+    has_setting = "add_prefix_space" in facts and name not in AS_THE_FILE or name == "RobertaTokenizer"
+    if isinstance(splitter, pre_tokenizers.ByteLevel) and has_setting:
+        splitter.add_prefix_space = facts.get("add_prefix_space", False)
         backend.pre_tokenizer = splitter
     return backend
+
+
+def _check_class(backend: tokenizers.Tokenizer, name: str, facts: dict, file: Path) -> None:
+    """Raises InputError if what transformers' class makes of the file's model cuts texts into other words than the file says."""
+    of_class, _, make = CLASSES[name]
+    same = isinstance(backend.model, of_class) and (make is not _sentencepiece or facts.get("add_prefix_space", True))
+    if same:
+        theirs, parts = _as_configured(make(backend.model), name, facts), backend.normalizer
+        for part in parts if isinstance(parts, normalizers.Sequence) else [parts]:
+            if make is _sentencepiece and isinstance(part, normalizers.Precompiled):       # the map of characters
+                theirs.normalizer = part
+        same = _words(theirs) == _words(backend)
+    if not same:
+        raise InputError(f"{file}: transformers' {name} makes another model, normalizer or pre_tokenizer than this file's; with "
+                         "\"tokenizer_class\": \"PreTrainedTokenizerFast\" in tokenizer_config.json it is read as it is")
+
+
+def _words(backend: tokenizers.Tokenizer) -> list[str]:
+    """The probe, normalized and cut."""
+    text = backend.normalizer.normalize_str(PROBE) if backend.normalizer else PROBE
+    return [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)] if backend.pre_tokenizer else [text]
+
+
+def _with_added(backend: tokenizers.Tokenizer, name: str, facts: dict, folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+    """(the tokenizer with the added tokens of all files, its special tokens by role). InputError if one has not the id that a file says."""
+    own = [(token["id"], _added(token)) for token in _json(folder / "tokenizer.json").get("added_tokens", [])]
+    known, legacy = facts.get("added_tokens_decoder"), _json(folder / "special_tokens_map.json")
+    legacy = legacy if known is None else {}
+    extra = facts.get("extra_special_tokens") or []
+    named = {**facts, **legacy, **(extra if isinstance(extra, dict) else {})}
+    named = {role: token for role, token in named.items()
+             if role in ROLES or isinstance(token, (str, dict)) and (role.endswith("_token") or role in extra)}
+    extra = [*(isinstance(extra, list) and extra or facts.get("additional_special_tokens") or []),
+             *(legacy.get("extra_special_tokens") or [])]
+    special = {_added(token).content for token in (*named.values(), *extra) if token}
+    plain = [(i, AddedToken(token, special=token in special, normalized=token not in special))
+             for token, i in _json(folder / "added_tokens.json").items()]
+    listed = dict([*plain, *own] if known is None else [(int(i), _added(token)) for i, token in known.items()])
+    tokens = [token for _, token in own if name not in CLASSES] + [listed[i] for i in sorted(listed)]
+    roles = {**dict.fromkeys(ROLES), **(CLASSES[name][1] if name in CLASSES else {}), **named}
+    new = {(_added(token).content, type(token)): _added(token, special=True)       # of a role's name and another's dict, the later counts
+           for token in (*roles.values(), *(extra or legacy.get("additional_special_tokens") or [])) if token}
+    there = {token.content for token in tokens}
+    full = _of_model(backend)
+    full.add_tokens(tokens + [token for (content, _), token in new.items() if content not in there])
+    for i, token in (*own, *plain, *listed.items()):
+        if full.token_to_id(token.content) != i:
+            raise InputError(f"{folder}: its tokenizer's files disagree: the added token {token.content!r} is {i} in one of them, and all "
+                             f"make it {full.token_to_id(token.content)} in transformers 5; save the tokenizer of the training again")
+    return full, {role: _added(token).content for role, token in roles.items() if token}
+
+
+def _added(token: str | dict, **flags: bool) -> AddedToken:
+    """An added token as the files have it: its name, or that and its flags."""
+    facts = {k: v for k, v in token.items() if k not in ("__type", "id")} if isinstance(token, dict) else {"content": token}
+    return AddedToken(**{**flags, **facts})
+
+
+def _of_model(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same tokenizer without added tokens."""
+    bare = tokenizers.Tokenizer(backend.model)
+    for part in ("normalizer", "pre_tokenizer", "decoder", "post_processor"):
+        if getattr(backend, part) is not None:
+            setattr(bare, part, getattr(backend, part))
+    return bare
+
+
+def _checked_types(tokenizer: Tokenizer, name: str, roles: dict[str, str]) -> bool:
+    """Whether the second text of a pair has a token type of its own. Raises InputError unless the file and transformers' class frame texts
+    as rt/data.py does, and their mask token is the one found here."""
+    framed, (a, b) = tokenizer.framed(), tokenizer.encode(["a", "b"])     # `framed` fails if a base could not read it again
+    bos, eos, id_of, bert = tokenizer.bos_id, tokenizer.eos_id, tokenizer.backend.token_to_id, name == "BertTokenizer"
+    if name in AS_THE_FILE and tokenizer.backend.num_special_tokens_to_add(True) == 0:
+        framed = tokenizer.backend
+    frames = [framed.encode("a"), framed.encode("a", "b")]
+    has_types = frames[1].type_ids[-1] > 0
+    if name in CLASSES:
+        first, last = (roles.get(role) for role in (("cls_token", "sep_token") if CLASSES[name][2] else ("bos_token", "eos_token")))
+        framed.post_processor = _template((first, id_of(first)), (last, id_of(last)), 2 - bert, int(bert))
+        frames.append(framed.encode("a", "b"))
+    expected = [bos, *a, eos, *[eos] * (tokenizer.separators - 1), *b, eos]
+    for frame in frames:
+        if frame.ids not in ([bos, *a, eos], expected) or bert and not has_types:
+            raise InputError(f"{tokenizer.source}: transformers makes {' '.join(frame.tokens)} of the texts a and b, of token types "
+                             f"{frame.type_ids}; supported is <s> a </s> </s> b </s>, or [CLS] a [SEP] b [SEP] of two types")
+    if roles.get("mask_token") and id_of(roles["mask_token"]) != tokenizer.mask_id:
+        raise InputError(f"{tokenizer.source}: its mask_token is {roles['mask_token']!r}; what is supported is <mask> or [MASK]")
+    return has_types

@@ -6,6 +6,7 @@
 It reads JSON and the headers of safetensors files, no tensor, and does not import torch, so it answers at once. It repeats what the
 files say of themselves; `--verify` checks that for every base and delta at or below PATH, reading each file once.
 """
+import json
 import math
 import shlex
 import sys
@@ -44,9 +45,14 @@ def inspect(path: Path) -> dict[str, str]:
             return base(folder, meta)
         if "delta.json" in names:
             return delta(folder, read_json(path / "delta.json"))
-        if "adapter_config.json" in names:
-            return peft(folder, read_json(path / "adapter_config.json"))
-        if "config.json" in names and {"model_type", "architectures"} & (config := read_json(path / "config.json")).keys():
+        config = read_json(path / "config.json") if "config.json" in names else {}
+        adapter = read_json(path / "adapter_config.json") if "adapter_config.json" in names else {}
+        for library, settings in (("AdapterHub", adapter.get("config")), ("OpenDelta", config if "delta_type" in config else {})):
+            if settings:
+                return {"is": f"an adapter of {library}", "settings": json.dumps(settings), "size": disk(folder.iterdir())}
+        if adapter:
+            return peft(folder, adapter)
+        if {"model_type", "architectures"} & config.keys():
             return hugging_face(folder, config)
         if facts := run_folder(folder, read_json(path / "summary.json") if "summary.json" in names else {}):
             return facts

@@ -20,10 +20,12 @@ def pick_device(name: str) -> torch.device:
     """The device of a name; `auto` is the first CUDA device if there is one, else the CPU. Raises InputError if PyTorch cannot use it."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"(cpu|cuda)(:\d+)?", name):
+        raise InputError(f"--device {name}: not a device that is supported; use auto, cpu or cuda")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
         raise InputError(f"--device {name}: not a device that PyTorch {torch.__version__} can use here ({reason}); "
                          "use auto, cpu or cuda") from None
 

@@ -1,0 +1,97 @@
+"""Adapters of two other libraries, in, as the delta kinds adapter and lora: AdapterHub's adapters and OpenDelta.
+
+Their bottlenecks compute what ours do if the activation is the exact GELU and there are two in each layer, after the last matrices of
+attention and FFN, before residual and layer norm: double_seq_bn (Houlsby et al., 2019) of AdapterHub, `adapter` of OpenDelta. Their LoRA is
+everyone's. The head lies in a file of its own (AdapterHub) or among the tensors (OpenDelta).
+"""
+import re
+from pathlib import Path
+
+from torch import Tensor
+
+from rt.deltas import Base, Delta
+from rt.errors import InputError
+from rt.formats import hf
+from rt.formats.checkpoint import read_file, read_weights
+from rt.formats.files import read_json
+from rt.formats.peft import checked, head_of, layers_of, sorted_out
+from rt.formats.untrusted import is_number, is_whole
+from rt.kinds import DeltaConfig
+
+# The only values that are computed here, by library and method; the first is the default.
+ONLY = {("AdapterHub", "adapter"): {
+            "original_ln_before": (False,), "original_ln_after": (True,), "residual_before_ln": (True,), "ln_before": (False,),
+            "ln_after": (False,), "is_parallel": (False,), "mh_adapter": (True,), "output_adapter": (True,), "leave_out": ([],),
+            "non_linearity": ("gelu",), "scaling": (1.0,), "use_gating": (False,), "phm_layer": (False,), "inv_adapter": (None,)},
+        ("AdapterHub", "lora"): {"composition_mode": ("add",), "use_gating": (False,), "use_dora": (False,), "vera_d": (None,)},
+        ("OpenDelta", "adapter"): {"non_linearity": ("gelu_orig",)}, ("OpenDelta", "lora"): {}}
+# settings that a loaded adapter does not depend on, or that its tensors show; any other that is set is not supported
+FREE = re.compile(r"architecture|reduction_factor|init_weights\w*|adapter_residual_before_ln|inv_adapter_reduction_factor|cross_adapter|"
+                  r"dropout|stochastic_depth|\w*phm\w*|hypercomplex_nonlinearity|attn_matrices|\w+_lora|r|alpha|leave_out|dtype|vera_b|"
+                  r"delta_type|lora_\w+|bottleneck_dim|\w+_modules|common_structure|\w+_version|backbone_\w+|backend")
+HEAD = {"head_type": ("classification",), "layers": (2,), "activation_function": ("tanh",), "use_pooler": (False,), "bias": (True,)}
+# their tensors -> PEFT's, or ours within a layer
+RENAMED = ((r"\.(?:loras\.[^.]+|lora)\.lora_([AB])$", r".lora_\1.weight"),
+           (r"(attention\.)?output\.(?:adapters\.[^.]+\.adapter|dense\.adapter\.modulelist)[._](down|up)(?:\.0|_proj)?\.",
+            lambda m: f"adapter_{'attention' if m[1] else 'ffn'}.{m[2]}."))
+
+
+def import_adapter(folder: Path, base: Base, labels: tuple[str, ...] = (), task: str | None = None) -> Delta:
+    """An adapter of a classifier on `base` as a delta. Its labels are `labels`, those in its files, or numbers. InputError says whose it is
+    and what in it is not supported or does not fit the base."""
+    folder = Path(folder)
+    hub = (folder / "adapter_config.json").is_file()
+    library, path = ("AdapterHub", folder / "adapter_config.json") if hub else ("OpenDelta", folder / "config.json")
+    facts = settings(path, library)
+    hf.check_vocabulary(folder, base)
+    classes, named = hf.CLASSIFIERS[hf.family(base.encoder.config)], {}
+    weights = one_of(folder, f"{library}:", "adapter.safetensors", "pytorch_adapter.bin") if hub else read_weights(folder)
+    if hub:
+        head = read_json(folder / "head_config.json") if (folder / "head_config.json").is_file() else {}
+        if isinstance(head.get("config"), dict):
+            hf.check_only(head["config"], HEAD, folder / "head_config.json")
+        weights |= one_of(folder, f"{library} without its head:", "model_head.safetensors", "pytorch_model_head.bin")
+        named = (head.get("config") or head).get("label2id") or {}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        name = re.sub(r"^heads\.[^.]+\.([14])\.", lambda m: classes["dense" if m[1] == "1" else "out"] + ".", hf.plain_name(name))
+        for theirs, ours in RENAMED:
+            name = re.sub(theirs, ours, name)
+        tensors[name] = tensor.float()
+    modules = {name.replace("encoder.layer.", "layers."): t for name, t in tensors.items() if ".adapter_" in name}
+    factors, saved = sorted_out({name: t for name, t in tensors.items() if ".adapter_" not in name}, path.parent)
+    head = head_of(base, {}, saved, 1.0, path.parent)
+    if facts["method"] == "lora":
+        modules, targets = layers_of(base, factors, facts["r"], path.parent)
+        config = DeltaConfig("lora", r=facts["r"], lora_alpha=float(facts["alpha"]), target_modules=targets)
+    else:
+        down = next((len(t) for name, t in modules.items() if name.endswith("down.bias")), 1)
+        config = DeltaConfig("adapter", bottleneck=down)
+    return checked(config, modules, head, base, folder, labels, task, {"id2label": {str(i): label for label, i in named.items()}})
+
+
+def settings(path: Path, library: str) -> dict:
+    """The adapter's settings, with `method`. InputError names the first one that is not supported."""
+    outer, whose = read_json(path), f"{path}: an adapter of {library}"
+    facts = outer.get("config") if library == "AdapterHub" else outer
+    method = isinstance(facts, dict) and str(facts.get("delta_type") or facts.get("architecture") or "adapter")
+    if (library, method) not in ONLY:
+        raise InputError(f"{whose}, method {method or facts!r}: not supported, only bottleneck adapters (double_seq_bn) and LoRA")
+    if library == "AdapterHub" and "version" not in outer:      # names of its first version
+        facts["non_linearity"] = {"gelu": "gelu_new", "gelu_orig": "gelu"}.get(facts.get("non_linearity"), facts.get("non_linearity"))
+    hf.check_only({"non_linearity": "gelu_new"} | facts, ONLY[library, method], whose)
+    for name, value in facts.items():
+        if name not in ONLY[library, method] and not FREE.fullmatch(name) and value not in (None, False, {}, [], 0):
+            raise InputError(f"{whose}: {name} {value!r} is not supported")
+    r, alpha = (facts.get(name, facts.get(f"lora_{name}")) for name in ("r", "alpha"))
+    if method == "lora" and not (is_whole(r, 1) and is_number(alpha, -1e9, 1e9)):
+        raise InputError(f"{whose}: has no r and alpha that are numbers")
+    return {"method": method, "r": r, "alpha": alpha}
+
+
+def one_of(folder: Path, whose: str, *names: str) -> dict[str, Tensor]:
+    """The tensors of the first of these files that is there."""
+    file = next((folder / name for name in names if (folder / name).is_file()), None)
+    if file is None:
+        raise InputError(f"{folder}: an adapter of {whose} there is neither {' nor '.join(names)}")
+    return read_file(file)
