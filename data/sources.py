@@ -22,8 +22,8 @@ def open_task(name: str, cache: Path) -> Task:
 
 def _locate(name: str, cache: Path, kind: str, wanted: str) -> Path:
     if name.startswith("hub:"):
-        folder, commit = find_dataset(name)
-        print(f"{name}: its commit {commit} is read")
+        folder, about = find_dataset(name)
+        print(f"{name}: folder {about} is read")
         return folder
     if name in docstrings.DOMAINS:
         known = (Path(cache) / "docstrings" / name / "meta.json").exists()

@@ -33,7 +33,8 @@ def found(folder: Path) -> dict[str, list[str]]:
     ("train.jsonl val.jsonl test.jsonl", "train.jsonl", "val.jsonl", "test.jsonl"),                             # SuperGLUE
     ("Train.csv Validation.CSV TEST.csv", "Train.csv", "Validation.CSV", "TEST.csv"),
     ("train.tsv.gz valid.tsv.xz", "train.tsv.gz", "valid.tsv.xz", ""),
-    ("train.tsv dev_matched.tsv dev_mismatched.tsv test_matched.tsv test_mismatched.tsv", "train.tsv", "dev_matched.tsv", "test_matched.tsv"),
+    ("train.tsv dev_matched.tsv dev_mismatched.tsv test_matched.tsv test_mismatched.tsv",
+     "train.tsv", "dev_matched.tsv", "test_matched.tsv"),
     ("data/train-00000-of-00001.parquet data/validation-00000-of-00001-b42a775f407cee45.parquet README.md .gitattributes",
      "data/train-00000-of-00001.parquet", "data/validation-00000-of-00001-b42a775f407cee45.parquet", ""),
     ("sst2/train/0001.parquet sst2/train/0000.parquet sst2/validation/0000.parquet sst2/test/0000.parquet ax/test/0000.parquet",
@@ -69,14 +70,14 @@ def test_ten_shards_come_in_the_order_of_their_numbers(tmp_path):
     ("train.tsv dev.tsv dev_matched.tsv", ": dev.tsv and dev_matched.tsv could all be"),
     ("train.parquet train-00000-of-00001.parquet dev.parquet", "could all be the train split"),
     ("train.jsonl dev.jsonl test.jsonl test/0000.jsonl", ": test.jsonl and test/0000.jsonl could all be the test split"),
-    ("train-00000-of-00003.parquet train-00002-of-00003.parquet dev.csv", ": the train split has 2 of 3 shards (train-00000-of-00003.parquet, "
-     "train-00002-of-00003.parquet): some are missing, or there twice"),
+    ("train-00000-of-00003.parquet train-00002-of-00003.parquet dev.csv",
+     ": the train split has 2 of 3 shards (train-00000-of-00003.parquet, train-00002-of-00003.parquet): some are missing, or there twice"),
     ("train-00000-of-00001-aaaaaaaaaaaaaaaa.parquet train-00000-of-00001-bbbbbbbbbbbbbbbb.parquet dev.csv", "has 2 of 1 shards"),
     ("c/train/0001.parquet c/validation/0000.parquet", "the train split has 1 of 2 shards (c/train/0001.parquet)"),
-    ("train.jsonl test.jsonl notes.txt", ": has no dev.jsonl, .json, .csv, .tsv or .parquet (or val, valid, validation), nor shards of one; "
-     "found: notes.txt, test.jsonl, train.jsonl"),
+    ("train.jsonl test.jsonl notes.txt",
+     ": has no dev.jsonl, .json, .csv, .tsv or .parquet (or val, valid, validation), nor shards of one; found: notes.txt, test.jsonl, train"),
     ("train.tsv dev_mismatched.tsv", "has no dev.jsonl"), ("train.txt dev.txt", "has no train.jsonl"), (".DS_Store", "found: nothing"),
-    ("train/data-00000-of-00001.arrow train/state.json train/dataset_info.json dataset_dict.json", "has no train.jsonl, .*train/data-00000"),
+    ("train/data-00000-of-00001.arrow train/state.json train/dataset_info.json dataset_dict.json", "has no train.jsonl, .*/data-00000"),
     ("cola/train-00000-of-00001.parquet sst2/train-00000-of-00001.parquet ax/test-00000-of-00001.parquet",
      ": has 2 configs; give .*/CONFIG with one of cola, sst2")])
 def test_what_is_not_clear_is_refused_in_a_sentence(names, words, tmp_path):
@@ -133,8 +134,8 @@ def test_labels_of_packed_and_listed_files_have_types(tmp_path):
 
 @pytest.mark.parametrize("text, words", [
     ('[{"text": "x", "label": 1}, 5]', "x.json, row 2: expected a JSON object, found int"), ('[{"text": "x"}', "x.json: not valid JSON"),
-    ('["{}"]', "x.json, row 1: expected a JSON object, found str"), ("[]", "x.json: has no examples"), ("", "x.json: has no examples"),
-    ('{\n "data": []\n}', "x.json, line 1: not valid JSON"), ('{"text": "x"}\n[{"text": "y"}]\n', "x.json, line 2: expected a JSON object")])
+    ('["{}"]', "x.json, row 1: expected a JSON object, found str"), ("[]", "x.json: has no examples"),
+    ("", "x.json: has no examples"), ('{\n "data": []\n}', "x.json, line 1: not valid JSON"), ('{"text": "x"}\n[{"text": "y"}]\n', "x.json, line 2: expected a JSON object")])
 def test_a_json_file_that_is_no_list_of_objects_is_named(text, words, tmp_path):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(InputError) as error:
@@ -157,8 +158,8 @@ def kinds(folder: Path) -> dict[str, str]:
     ("000_00000.parquet 000_00001.parquet", "000_00000.parquet 000_00001.parquet", "", ""),
     ("data/train-00000-of-00001.parquet data/test-00000-of-00001.parquet data/unsupervised-00000-of-00001.parquet README.md",
      "data/train-00000-of-00001.parquet data/unsupervised-00000-of-00001.parquet", "", "data/test-00000-of-00001.parquet"),
-    ("c/train/0000.parquet c/validation/0000.parquet c/test/0000.parquet c/more/x.parquet", "c/train/0000.parquet", "c/validation/0000.parquet",
-     "c/test/0000.parquet"),
+    ("c/train/0000.parquet c/validation/0000.parquet c/test/0000.parquet c/more/x.parquet",
+     "c/train/0000.parquet", "c/validation/0000.parquet", "c/test/0000.parquet"),
     ("a.jsonl meta.json ._a.jsonl", "a.jsonl", "", ""), ("train.json", "train.json", "", "")])
 def test_splits_of_a_corpus_are_named_as_on_the_hub(names, train, heldout, unread, tmp_path):
     assert kinds(touch(tmp_path, *names.split())) == {"train": train, "heldout": heldout, "unread": unread}
@@ -200,7 +201,8 @@ def test_a_small_corpus_has_a_part_that_is_held_out(count, tmp_path):
         assert {*parts["heldout"]} == {*parts_of(tmp_path / "b.txt")["heldout"]}
 
 
-@pytest.mark.parametrize("text, words", [("", "is 0: none"), ("one\n\n", "is 1: none"), ("one\none\none\n", "is 3, all of them equal: none")])
+@pytest.mark.parametrize("text, words", [
+    ("", "is 0: none"), ("one\n\n", "is 1: none"), ("one\none\none\n", "is 3, all of them equal: none")])
 def test_what_cannot_be_parted_is_refused_with_its_number_of_documents(text, words, tmp_path):
     (tmp_path / "a.txt").write_text(text)
     with pytest.raises(InputError, match=words + " can be held out; give more, or a folder with a heldout"):

@@ -118,7 +118,7 @@ def find_dataset(name: str) -> tuple[Path, str]:
     if first and not tables:
         raise _not_to_be_had(name, first)
     revision, home, files = _choose(name, config, tables.get(None, []), tables.get(CONVERTED, []))
-    places = {(f"{glob.escape(str(f.parent))}/".removeprefix("./"), "".join(f.suffixes[-2:])) for f in files}
+    places = {(f"{glob.escape(f.parent.as_posix())}/".removeprefix("./"), "".join(f.suffixes[-2:])) for f in files}
     try:
         folder = Path(download(revision=revision, local_files_only=first is not None, allow_patterns=[f"{p}*{e}" for p, e in places],
                                ignore_patterns=[f"{p}*/*" for p, _ in places]))
