@@ -75,7 +75,7 @@ def test_ten_shards_come_in_the_order_of_their_numbers(tmp_path):
     ("train-00000-of-00001-aaaaaaaaaaaaaaaa.parquet train-00000-of-00001-bbbbbbbbbbbbbbbb.parquet dev.csv", "has 2 of 1 shards"),
     ("c/train/0001.parquet c/validation/0000.parquet", "the train split has 1 of 2 shards (c/train/0001.parquet)"),
     ("train.jsonl test.jsonl notes.txt",
-     ": has no dev.jsonl, .json, .csv, .tsv or .parquet (or val, valid, validation), nor shards of one; found: notes.txt, test.jsonl, train"),
+     ": has no dev.jsonl, .json, .csv, .tsv or .parquet (or val, valid, validation), nor shards of one; found: notes.txt, test.jsonl"),
     ("train.tsv dev_mismatched.tsv", "has no dev.jsonl"), ("train.txt dev.txt", "has no train.jsonl"), (".DS_Store", "found: nothing"),
     ("train/data-00000-of-00001.arrow train/state.json train/dataset_info.json dataset_dict.json", "has no train.jsonl, .*/data-00000"),
     ("cola/train-00000-of-00001.parquet sst2/train-00000-of-00001.parquet ax/test-00000-of-00001.parquet",
@@ -135,7 +135,8 @@ def test_labels_of_packed_and_listed_files_have_types(tmp_path):
 @pytest.mark.parametrize("text, words", [
     ('[{"text": "x", "label": 1}, 5]', "x.json, row 2: expected a JSON object, found int"), ('[{"text": "x"}', "x.json: not valid JSON"),
     ('["{}"]', "x.json, row 1: expected a JSON object, found str"), ("[]", "x.json: has no examples"),
-    ("", "x.json: has no examples"), ('{\n "data": []\n}', "x.json, line 1: not valid JSON"), ('{"text": "x"}\n[{"text": "y"}]\n', "x.json, line 2: expected a JSON object")])
+    ("", "x.json: has no examples"), ('{\n "data": []\n}', "x.json, line 1: not valid JSON"),
+    ('{"text": "x"}\n[{"text": "y"}]\n', "x.json, line 2: expected a JSON object")])
 def test_a_json_file_that_is_no_list_of_objects_is_named(text, words, tmp_path):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(InputError) as error:
