@@ -50,7 +50,7 @@ class Config:
     study: Literal["compatibility", "connectivity", "similarity", "distance"] = "connectivity"  # one of these four
     bases: tuple[str, ...] = ("runs/demo/M0", "runs/demo/M1", "runs/demo/M2")  # M_0, M_1, ... in order
     independent: str | None = None  # M_IND: same sizes and tokenizer, another random start
-    tasks: tuple[str, ...] = ("math",)  # embedded domains, or folders with train, dev and test
+    tasks: tuple[str, ...] = ("math",)  # embedded domains, folders with train, dev and test, or hub:OWNER/NAME
     delta: Literal[tuple(KINDS)] = "full"  # full, adapter, lora, bitfit or prefix
     deltas: tuple[str, ...] = ()  # folders, one a base in order, the independent one last (one task, one seed); default: found or tuned
     seeds: Seeds = (0,)  # of the deltas

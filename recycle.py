@@ -63,7 +63,7 @@ class Config:
     old_delta: str | None = None  # the outdated delta, ours, Hugging Face's or PEFT's: folder or hub id; default: tuned if missing
     base: str = "runs/demo/M1"  # M_{i+1}: the upgraded base
     chain: tuple[str, ...] = ()  # instead of --base: the bases after --old_base, in order; deltas recycled again against Delta_0 each time
-    task: str = "math"  # embedded domain, or a folder with train, dev and test
+    task: str = "math"  # embedded domain, a folder with train, dev and test, or hub:OWNER/NAME
     delta: DeltaConfig = DeltaConfig("full")  # full, adapter, lora, bitfit or prefix; same: kind and sizes of --old_delta
     shots: PositiveInt | None = 16  # examples a label for train and for dev; none: all
     seeds: Seeds = (0, 1, 2)  # of the few-shot sample, fresh weights, data order and dropout

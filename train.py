@@ -55,7 +55,7 @@ class Config:
     deterministic: bool = False  # the same bits from the same command on a GPU too; on a CPU they are so anyway
     seed: Seed = 0  # of weights, data order, masks and dropout
     # pretrain (seq_len, lr, warmup, weight_decay and graphs: tune as well)
-    stream: tuple[str, ...] = ("python", "math", "dl")  # domains in order: embedded names, or text files or folders
+    stream: tuple[str, ...] = ("python", "math", "dl")  # domains in order: embedded names, text files or folders, or hub:OWNER/NAME
     init: str | None = None  # continue from this base: checkpoint, Hugging Face folder or hub id
     preset: Literal["tiny", "mini", "small", "base", "large"] = "mini"  # size of a new base: tiny, mini, small, base, large
     tokenizer: str | None = None  # tokenizer.json, or a folder with vocab.json and merges.txt; default: trained
@@ -80,7 +80,7 @@ class Config:
     log_every: PositiveInt | None = None  # steps between looks at the loss (every step gets its row); default 1, on CUDA 10
     # tune, eval
     base: str | None = None  # the base: checkpoint, Hugging Face folder or hub id
-    task: str | None = None  # embedded domain, or a folder with train, dev and test
+    task: str | None = None  # embedded domain, a folder with train, dev and test, or hub:OWNER/NAME
     delta: DeltaConfig = DeltaConfig("adapter")  # full, adapter, lora, bitfit or prefix
     shots: PositiveInt | None = None  # examples a label for train and for dev; default: all
     tune_steps: PositiveInt = 300  # optimizer steps of tuning

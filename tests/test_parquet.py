@@ -99,7 +99,7 @@ def test_labels_of_other_types_are_refused_with_their_row(label, words, tmp_path
 def test_texts_of_other_types_are_refused_with_their_row(column, tmp_path):
     path = write(tmp_path / "x.parquet", {"text": column()})
     assert "x.parquet, row 1: text is empty or not a string" in said(read_examples, path, False)
-    assert 'x.parquet, row 1: has no "text" string' in said(read_documents, path)
+    assert 'x.parquet, row 1: has no "text" string (found: text)' in said(read_documents, path)
     path = write(tmp_path / "y.parquet", {"text": ["x", "y"], "text_pair": column()})
     if column().type == pa.null():
         assert [e.text_pair for e in read_examples(path, False)] == [None, None]

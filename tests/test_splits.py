@@ -46,6 +46,8 @@ def found(folder: Path) -> dict[str, list[str]]:
     ("train-2-of-3.csv train-1-of-3.csv train-3-of-3.csv dev.csv", "train-1-of-3.csv train-2-of-3.csv train-3-of-3.csv", "dev.csv", ""),
     ("train/part-00001-ab.snappy.parquet train/part-00000-ab.snappy.parquet train/_SUCCESS train/.part-0.crc dev/x.parquet",
      "train/part-00000-ab.snappy.parquet train/part-00001-ab.snappy.parquet", "dev/x.parquet", ""),                # Spark
+    ("train.parquet/part-00000-ab.snappy.parquet train.parquet/_SUCCESS dev.parquet/part-00000-ab.snappy.parquet",
+     "train.parquet/part-00000-ab.snappy.parquet", "dev.parquet/part-00000-ab.snappy.parquet", ""),
     ("train.jsonl dev.jsonl ._train.jsonl __MACOSX/._train.jsonl .DS_Store old/train.jsonl old/dev.jsonl README.txt train.txt",
      "train.jsonl", "dev.jsonl", ""),
     ("train/train-00000-of-00001.parquet validation/validation-00000-of-00001.parquet", "train/train-00000-of-00001.parquet",
@@ -181,7 +183,7 @@ def test_what_is_left_unread_is_said_when_the_bins_are_made(tmp_path, tokenizer,
     touch(tmp_path, *names, content='{"text": "graph"}\n')
     corpora = build_corpus("x", tmp_path, tokenizer, tmp_path / "cache")
     assert len(corpora["train"].offsets) == len(corpora["heldout"].offsets) == 2
-    assert capsys.readouterr().err == f"{tmp_path}: left unread: test-00000-of-00001.jsonl\n"
+    assert capsys.readouterr().err == "corpus x: left unread: test-00000-of-00001.jsonl\n"
 
 
 def parts_of(path: Path) -> dict[str, list[str]]:

@@ -29,7 +29,7 @@ def read_documents(path: Path) -> Iterator[str]:
     """The documents of one file: a line each, or the `text` of a JSON object or of a row of parquet each. Blank ones are left out."""
     for place, row in read_table(path, format_of(path), ("text",)):
         if not isinstance(row.get("text"), str):
-            raise InputError(f"{place}: has no \"text\" string")
+            raise InputError(f"{place}: has no \"text\" string (found: {', '.join(map(str, row))})")
         if row["text"].strip():
             yield row["text"]
 
@@ -86,8 +86,8 @@ def _smallest_draw(path: Path, files: list[Path]) -> int | None:
     smallest draw: what has that is held out. InputError if all documents have the same."""
     draws, sides, count = set(), set(), 0
     for count, text in enumerate(_documents(files), 1):
-        draws.add(_draw(text))
-        sides.add(_draw(text) % HELDOUT_SHARE == 0)
+        draws.add(draw := _draw(text))
+        sides.add(draw % HELDOUT_SHARE == 0)
         if len(sides) == 2:
             return None
     if len(draws) < 2:
@@ -125,7 +125,7 @@ def _tokenize(path: Path, tokenizer: Tokenizer, folder: Path, name: str) -> None
     lengths: dict[str, list[int]] = {part: [] for part in PARTS}
     documents, unread = split_documents(path), corpus_files(path)["unread"]
     if unread:
-        print(f"{path}: left unread: {', '.join(f.name for f in unread)}", file=sys.stderr)
+        print(f"corpus {name}: left unread: {', '.join(f.name for f in unread)}", file=sys.stderr)
     with locked(folder), atomic_folder(folder) as new:
         with ExitStack() as stack:
             files = {part: stack.enter_context((new / f"{part}.bin").open("wb")) for part in PARTS}

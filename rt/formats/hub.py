@@ -123,7 +123,7 @@ def find_dataset(name: str) -> tuple[Path, str]:
         folder = Path(download(revision=revision, local_files_only=first is not None, allow_patterns=[f"{p}*{e}" for p, e in places],
                                ignore_patterns=[f"{p}*/*" for p, _ in places]))
     except Exception as error:
-        raise _not_to_be_had(name, first or error) from None
+        raise _not_to_be_had(name, error) from None
     return folder / home, f"{home} of commit {folder.name}"
 
 

@@ -30,7 +30,7 @@ def read_name(file: PurePath) -> Named | None:
     table = TABLE.fullmatch(file.name.lower())
     if table is None:
         return None
-    own, folder = SPLIT.fullmatch(table[1]), SPLIT.fullmatch(file.parent.name.lower())
+    own, folder = SPLIT.fullmatch(table[1]), SPLIT.fullmatch(file.parent.name.lower().removesuffix(".parquet"))     # Spark's folder
     inside = folder and not folder[3] and (own[1] == folder[1] if own else table[2] != "json")      # CONFIG/validation/0000.parquet
     name = folder if inside else own        # the datasets library leaves a train/state.json, which is no table
     if name is None:
@@ -43,7 +43,8 @@ def read_name(file: PurePath) -> Named | None:
 
 def listed(folder: Path) -> list[PurePath]:
     """The files of a folder, down to FOLDER/CONFIG/SPLIT/FILE, relative to it; also links that lead nowhere."""
-    return visible(f.relative_to(folder) for pattern in ("*", "*/*", "*/*/*") for f in folder.glob(pattern) if not f.is_dir())
+    every = (f for pattern in ("*", "*/*", "*/*/*") for f in folder.glob(pattern))
+    return visible(f.relative_to(folder) for f in every if f.is_file() or not f.exists())
 
 
 def visible(files: Iterable[PurePath]) -> list[PurePath]:
