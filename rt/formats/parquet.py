@@ -11,9 +11,9 @@ VALUES = r"(large_)?string(_view)?|u?int\d+|halffloat|float|double|bool|null"   
 READ = re.compile(rf"{VALUES}|dictionary<values=({VALUES}),.*")
 
 
-def read_parquet(path: Path, wanted: Collection[str]) -> Iterator[tuple[str, dict]]:
-    """("PATH, row N", columns) of every row. A column that is not `wanted`, or holds neither text nor numbers, is not read and has its
-    type for a value. If the datasets library has noted names for classes, a class is its name, and one of -1 is None."""
+def read_parquet(path: Path, wanted: Collection[str] | None = None) -> Iterator[tuple[str, dict]]:
+    """("PATH, row N", columns) of every row. A column that is not `wanted` (None: all are), or holds neither text nor numbers, is not read
+    and has its type for a value. If the datasets library has noted names for classes, a class is its name, and one of -1 is None."""
     try:
         from pyarrow.parquet import ParquetFile  # optional, and slow to import
     except ImportError:
@@ -24,7 +24,7 @@ def read_parquet(path: Path, wanted: Collection[str]) -> Iterator[tuple[str, dic
         if len({*schema.names}) < len(schema.names):
             raise InputError(f"{path}: two of its columns have the same name ({', '.join(schema.names)})")
         unread = {field.name: field.type for field in schema}
-        read = [name for name, kind in unread.items() if name in wanted and READ.fullmatch(str(kind))]
+        read = [name for name, kind in unread.items() if (wanted is None or name in wanted) and READ.fullmatch(str(kind))]
         for batch in file.iter_batches(ROWS, columns=read, use_threads=False):
             try:
                 rows = batch.to_pylist()
@@ -41,11 +41,11 @@ def _value(value: Any, names: list[str] | None, place: str) -> Any:
     """A value, or of a class its name. InputError if there is no such class, or the text is too long."""
     if isinstance(value, str) and len(value) > LINE_BYTES:
         raise InputError(f"{place} is longer than {LINE_BYTES >> 20} MB; a document or an example is a row")
-    if names is None or not isinstance(value, int) or value == -1:
-        return None if names and value == -1 else value
-    if not 0 <= value < len(names):
+    if names is None or not isinstance(value, int):
+        return value
+    if not -1 <= value < len(names):
         raise InputError(f"{place} is {value}, but the file names {len(names)} classes, from 0 on")
-    return names[value]
+    return None if value == -1 else names[value]
 
 
 def _classes(noted: bytes | None, path: Path) -> dict[str, list[str]]:

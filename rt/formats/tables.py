@@ -24,9 +24,9 @@ def format_of(path: Path) -> str:
     return path.name.lower().removesuffix(".gz").removesuffix(".xz").rpartition(".")[2]
 
 
-def read_table(path: Path, format: str, wanted: Collection[str]) -> Iterator[tuple[str, dict]]:
+def read_table(path: Path, format: str, wanted: Collection[str] | None = None) -> Iterator[tuple[str, dict]]:
     """("PATH, line N", columns) of every row of a file or of STDIN; `format` is one of FORMATS, a line of txt is a column `text`, and of
-    parquet only the columns `wanted` are read. InputError names the file and line that is not a row."""
+    parquet only the columns `wanted` are read, if that is given. InputError names the file and line that is not a row."""
     if format == "parquet":
         if path is STDIN:
             raise InputError(f"{path}: parquet cannot be read from there; name a file")

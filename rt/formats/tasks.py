@@ -105,8 +105,7 @@ def read_examples(path: Path, labelled: bool, format: str | None = None) -> Iter
 
 def _examples(path: Path, labelled: bool, format: str) -> Iterator[Example]:
     place = None
-    wanted = {name for kind, names in COLUMNS.items() if labelled or kind != "label" for name in names}
-    for place, row in read_table(path, format, wanted):
+    for place, row in read_table(path, format):
         yield _example(place, row, labelled)
     if place is None:
         raise InputError(f"{path}: has no examples")

@@ -40,7 +40,7 @@ class Config:
     """python -m rt.runs.predict --base BASE --delta_dir DELTA --input TEXTS [--flag value ...]"""
     base: str  # the base: checkpoint, Hugging Face folder or hub id
     delta_dir: str  # the delta: a folder, or hub id; a folder of recycle.py: its best by dev, mean over seeds
-    input: str  # .txt, .jsonl, .csv, .tsv, also .gz or .xz of them, or .parquet of texts; -: standard input
+    input: str  # .txt, .jsonl, .csv or .tsv of texts, also .gz or .xz of them, or .parquet; -: standard input
     input_format: Literal[FORMATS] | None = None  # default: what the ending says, of standard input txt
     out: str | None = None  # file to write; default: standard output
     seq_len: SeqLen | None = None  # longest text in tokens; default: the delta's own
