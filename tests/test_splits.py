@@ -2,6 +2,7 @@
 import gzip
 import json
 import lzma
+import os
 from pathlib import Path
 
 import pytest
@@ -88,10 +89,21 @@ def test_what_is_not_clear_is_refused_in_a_sentence(names, words, tmp_path):
     assert str(error.value).startswith(f"{tmp_path}: ") and "\n" not in str(error.value)
 
 
-def test_a_link_that_leads_nowhere_is_not_a_split_that_is_not_there(tmp_path):
-    touch(tmp_path, "train.jsonl", "dev.jsonl")
-    (tmp_path / "test.jsonl").symlink_to(tmp_path / "blobs" / "gone")
-    with pytest.raises(InputError, match="test.jsonl: there is no such file"):
+def test_links_are_followed_and_one_that_leads_nowhere_is_no_missing_split(tmp_path):
+    touch(tmp_path / "elsewhere", "train.jsonl", "blob")
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "data").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "dev.jsonl").symlink_to("blob")
+    assert len(load_task(tmp_path / "task").parts["dev"]) == 2
+    (tmp_path / "elsewhere" / "test.jsonl").symlink_to("gone")
+    with pytest.raises(InputError, match="data/test.jsonl: there is no such file"):
+        load_task(tmp_path / "task")
+
+
+def test_a_folder_and_a_pipe_are_no_tables(tmp_path):
+    touch(tmp_path, "train.jsonl", "test.jsonl/readme")
+    os.mkfifo(tmp_path / "dev.jsonl")
+    with pytest.raises(InputError, match="has no dev.jsonl, .*found: test.jsonl/readme, train.jsonl"):
         load_task(tmp_path)
 
 
