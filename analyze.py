@@ -22,7 +22,7 @@ from typing import Annotated, Callable, Iterable, Iterator, Literal
 
 import torch
 
-from data.sources import task_path
+from data.sources import open_task
 from rt import analysis
 from rt.data import Example, Task, TaskData, encode, encode_task
 from rt.deltas import Base, Delta, apply, check_fits
@@ -31,7 +31,6 @@ from rt.formats.atomic import locked
 from rt.formats.delta_files import seq_len_of
 from rt.formats.files import FIGURES, check_overwritable, read_rows, write_json
 from rt.formats.hub import open_base, open_delta, place_of_delta
-from rt.formats.tasks import load_task
 from rt.kinds import KINDS
 from rt.limits import Limit, Positive, PositiveInt, Seeds, SeqLen
 from rt.losses import Weights, weights_of
@@ -53,7 +52,7 @@ class Config:
     study: Literal["compatibility", "connectivity", "similarity", "distance"] = "connectivity"  # one of these four
     bases: tuple[str, ...] = ("runs/demo/M0", "runs/demo/M1", "runs/demo/M2")  # M_0, M_1, ... in order
     independent: str | None = None  # M_IND: same sizes and tokenizer, another random start
-    tasks: tuple[str, ...] = ("math",)  # embedded domains, or folders with train, dev and test
+    tasks: tuple[str, ...] = ("math",)  # embedded domains, folders with train, dev and test, or hub:OWNER/NAME
     delta: Literal[tuple(KINDS)] = "full"  # full, adapter, lora, bitfit or prefix
     deltas: tuple[str, ...] = ()  # folders, one a base in order, the independent one last (one task, one seed); default: found or tuned
     seeds: Seeds = (0,)  # of the deltas
@@ -142,7 +141,7 @@ def open_study(c: Config) -> StudyContext:
     """The bases, tasks and deltas of the flags; deltas that are missing are tuned. InputError if they do not fit together."""
     device = pick_device(c.device)
     folders = {Path(b).name: b for b in c.bases} | ({"IND": c.independent} if c.independent else {})
-    tasks = [load_task(task_path(name, c.cache)) for name in c.tasks]
+    tasks = [open_task(name, c.cache) for name in c.tasks]
     if len(folders) < len(c.bases) + bool(c.independent) or len({task.name for task in tasks}) < len(tasks):
         raise InputError(f"--bases {','.join(c.bases)}, --tasks {','.join(c.tasks)}: two have the same name; rename one of the folders")
     build_lineage(c, Path(Config.bases[0]).parent, c.bases)

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Callable, Iterator, Literal
 
-from data.sources import task_path
+from data.sources import open_task
 from rt.data import Task, TaskData, encode_task, few_shot
 from rt.deltas import Base, Delta, apply
 from rt.errors import InputError
@@ -27,7 +27,6 @@ from rt.formats.atomic import locked
 from rt.formats.delta_files import load_delta
 from rt.formats.files import write_json
 from rt.formats.hub import NAMING, open_base, open_delta, place_of_delta
-from rt.formats.tasks import load_task
 from rt.kinds import DeltaConfig
 from rt.limits import NonNegative, NonNegativeInt, Positive, PositiveInt, Seeds, SeqLen, Share
 from rt.losses import DistillConfig
@@ -66,7 +65,7 @@ class Config:
     old_delta: str | None = None  # the outdated delta, ours, Hugging Face's or PEFT's: folder or hub id; default: tuned if missing
     base: str = "runs/demo/M1"  # M_{i+1}: the upgraded base
     chain: tuple[str, ...] = ()  # instead of --base: the bases after --old_base, in order; deltas recycled again against Delta_0 each time
-    task: str = "math"  # embedded domain, or a folder with train, dev and test
+    task: str = "math"  # embedded domain, a folder with train, dev and test, or hub:OWNER/NAME
     delta: DeltaConfig = DeltaConfig("full")  # full, adapter, lora, bitfit or prefix; same: kind and sizes of --old_delta
     shots: PositiveInt | None = 16  # examples a label for train and for dev; none: all
     seeds: Seeds = (0, 1, 2)  # of the few-shot sample, fresh weights, data order and dropout
@@ -118,7 +117,7 @@ def main() -> None:
     if ranks.world > 1 and not c.sweep:
         raise InputError("several processes share the runs of a --sweep; without one, start this script without torchrun")
     names = (c.task, *c.project.source_task)
-    task, *source_tasks = ranks.main_first(lambda: [load_task(task_path(name, c.cache)) for name in names])
+    task, *source_tasks = ranks.main_first(lambda: [open_task(name, c.cache) for name in names])
     ranks.assert_same({f"task {one.name}": one.hash for one in (task, *source_tasks)})
     c.old_delta, source_deltas = ranks.from_main(lambda: build_missing(c, task, source_tasks))
     c.project = replace(c.project, source_delta=source_deltas)

@@ -1,5 +1,6 @@
 """pip install -e .            (scripts are run from the checkout)
-pip install -e '.[test]'    what the tests need; [plot]: figures; [tensorboard]: its events; [bench]: the peers of measurements
+pip install -e '.[test]'    what the tests need; [parquet]: tasks and corpora of it; [plot]: figures; [tensorboard]: its events;
+                            [bench]: the peers of measurements
 
 What is allowed stands here, what was tested in requirements.txt and tests/requirements.txt: pip install -r requirements.txt -e .
 """
@@ -17,7 +18,8 @@ setup(
         # triton is what the installed torch names; one built for CPUs names none, and then the tests' interpreter needs some.
         # With triton up to 3.6 and numpy 2.4, that cannot read a loop bound from memory (tests/test_packaging.py): hence the one cap
         "test": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6", "ruff>=0.5", "transformers>=4.50", "matplotlib>=3.8",
-                 "triton>=3.4; platform_system == 'Linux'", "numpy<2.4", "tensorboard>=2.16"],
+                 "pyarrow>=14", "tensorboard>=2.16", "triton>=3.4; platform_system == 'Linux'", "numpy<2.4"],
+        "parquet": ["pyarrow>=14"],
         "plot": ["matplotlib>=3.8"],
         "tensorboard": ["tensorboard>=2.16"],
         "bench": ["transformers>=4.50", "peft>=0.14", "liger-kernel>=0.6; platform_system == 'Linux'"],

@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 
-from data.sources import corpus_path, task_path
+from data.sources import corpus_path, open_task
 from rt.data import Corpus, Rows, encode_task, few_shot
 from rt.deltas import attach, extract
 from rt.errors import InputError
@@ -27,7 +27,6 @@ from rt.formats.corpora import build_corpus, split_documents
 from rt.formats.delta_files import delta_folder, write_delta
 from rt.formats.files import write_json
 from rt.formats.hub import NAMING, open_base, place_of_delta
-from rt.formats.tasks import load_task
 from rt.formats.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from rt.kinds import DeltaConfig
 from rt.limits import NonNegative, NonNegativeInt, Positive, PositiveInt, PositiveShare, Seed, SeqLen, Share, ShareBelowOne
@@ -61,7 +60,7 @@ class Config:
     tensorboard: bool = False  # losses and scores as they come also for TensorBoard, in tensorboard/ of the folder that is written
     seed: Seed = 0  # of weights, data order, masks and dropout
     # pretrain (seq_len, lr, warmup, weight_decay and graphs: tune as well)
-    stream: tuple[str, ...] = ("python", "math", "dl")  # domains in order: embedded names, or text files or folders
+    stream: tuple[str, ...] = ("python", "math", "dl")  # domains in order: embedded names, text files or folders, or hub:OWNER/NAME
     init: str | None = None  # continue from this base: checkpoint, Hugging Face folder or hub id
     preset: Literal["tiny", "mini", "small", "base", "large"] = "mini"  # size of a new base: tiny, mini, small, base, large
     tokenizer: str | None = None  # tokenizer.json, or a folder with vocab.json and merges.txt; default: trained
@@ -86,7 +85,7 @@ class Config:
     log_every: PositiveInt | None = None  # steps between looks at the loss (every step gets its row); default 1, on CUDA 10
     # tune, eval
     base: str | None = None  # the base: checkpoint, Hugging Face folder or hub id
-    task: str | None = None  # embedded domain, or a folder with train, dev and test
+    task: str | None = None  # embedded domain, a folder with train, dev and test, or hub:OWNER/NAME
     delta: DeltaConfig = DeltaConfig("adapter")  # full, adapter, lora, bitfit or prefix
     shots: PositiveInt | None = None  # examples a label for train and for dev; default: all
     tune_steps: PositiveInt = 300  # optimizer steps of tuning
@@ -260,7 +259,7 @@ def tune_delta(c: Config) -> None:
     required(c, "base", "task")
     device, kind = pick_device(c.device), c.delta.kind
     where = {"device": device, "precision": pick_precision(c.precision, device)}
-    base, task = open_base(c.base).to(device), load_task(task_path(c.task, c.cache))
+    base, task = open_base(c.base).to(device), open_task(c.task, c.cache)
     base.require_length(c.seq_len)
     about = {"task": task.name, "task_hash": task.hash, "labels": list(task.labels), "shots": c.shots, "seed": c.seed}
     data = encode_task(few_shot(task, c.shots, c.seed) if c.shots else task, base.tokenizer, c.seq_len)
@@ -289,7 +288,7 @@ def tune_delta(c: Config) -> None:
 def eval_delta(c: Config) -> None:
     """Score a base + delta on dev and test of a task."""
     required(c, "task", "base", "delta_dir")
-    task = load_task(task_path(c.task, c.cache))
+    task = open_task(c.task, c.cache)
     base, delta, model, seq_len, where = open_tuned(c, task.labels)
     if task.labels != delta.labels:
         raise InputError(f"{c.delta_dir} has the labels {', '.join(delta.labels[:6]) or 'of a regression'}, but {c.task} "

@@ -25,7 +25,7 @@ from rt.formats.corpora import build_corpus, read_documents
 from rt.formats.delta_files import load_delta, save_delta
 from rt.formats.files import read_json, read_rows, write_json
 from rt.formats.hf import export_hf
-from rt.formats.hub import is_hub_id, open_base, open_delta
+from rt.formats.hub import find_dataset, is_hub_id, open_base, open_delta
 from rt.formats.peft import export_peft
 from rt.formats.tasks import load_task
 from rt.formats.tokenizer import load_tokenizer
@@ -406,21 +406,23 @@ def refuse(*_, **__):
     raise OSError(101, "Network is unreachable")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 from rt.runs.config import run
-from rt.formats.hub import open_base
+from rt.formats.hub import find_dataset, open_base
 started = time.monotonic()
 try:
-    run(lambda: open_base("nobody/no-such-model"))
+    run(lambda: CALL)
 finally:
     assert time.monotonic() - started < 30
 """
 
 
-def test_without_a_connection_a_hub_id_is_one_sentence_at_once(tmp_path):
-    assert "offline mode is enabled" in said(open_base, "nobody/no-such-model")     # as conftest.py has it
-    done = subprocess.run([sys.executable, "-c", OFFLINE], cwd=ROOT, capture_output=True, text=True, timeout=100,
+@pytest.mark.parametrize("call, name", [(open_base, "nobody/no-such-model"), (find_dataset, "hub:nobody/no-such-data")])
+def test_without_a_connection_a_hub_id_is_one_sentence_at_once(call, name, tmp_path):
+    assert "offline mode is enabled" in said(call, name)     # as conftest.py has it
+    code = OFFLINE.replace("CALL", f"{call.__name__}({name!r})")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100,
                           env={**os.environ, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)})
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("error: nobody/no-such-model: neither a folder here nor to be had from the hub (")
+    assert done.stderr.startswith(f"error: {name}: neither a folder here nor to be had from the hub (")
 
 
 def test_a_sentence_is_one_line_whatever_it_quotes():

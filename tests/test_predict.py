@@ -182,8 +182,9 @@ def test_on_a_terminal_there_is_a_bar_and_how_much_is_left(tmp_path, monkeypatch
         def isatty(self) -> bool:
             return True
 
-    (tmp_path / "texts.txt").write_text("a\n" * 40)
-    for source, of in ((tmp_path / "texts.txt", "/40 ["), (STDIN, "0text [")):
+    for name in ("texts.txt", "texts.parquet"):     # of which the ends of lines say nothing
+        (tmp_path / name).write_text("a\n" * 40)
+    for source, of in ((tmp_path / "texts.txt", "/40 ["), (STDIN, "0text ["), (tmp_path / "texts.parquet", "0text [")):
         monkeypatch.setattr(sys, "stderr", Terminal())
         monkeypatch.setattr(sys, "stdout", io.StringIO())
         assert predict.write_answers([([{"value": 0.0}] * 10, 3), ([{"value": 1.0}] * 10, 1)], None, source) == (20, 4)

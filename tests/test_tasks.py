@@ -82,7 +82,7 @@ def test_wrong_folders_and_broken_tables(tmp_path):
     with pytest.raises(InputError, match="a task is a folder"):
         load_task(tmp_path / "nowhere")
     (tmp_path / "train.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
-    with pytest.raises(InputError, match="has no dev.jsonl"):
+    with pytest.raises(InputError, match="has no dev.jsonl, .*found: train.jsonl"):
         load_task(tmp_path)
     (tmp_path / "x.csv").write_text("text,label\na,1\nb,2,3\n")
     with pytest.raises(InputError, match="x.csv, line 3: 3 columns where the header has 2"):

@@ -1,9 +1,10 @@
 """Corpora: text on disk, tokenized once into memory-mapped bins."""
 import hashlib
 import json
+import sys
 from contextlib import ExitStack
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Iterator
 
 import numpy as np
@@ -13,45 +14,87 @@ from rt.data import Corpus
 from rt.errors import InputError
 from rt.formats.atomic import atomic_folder, locked
 from rt.formats.files import read_json, write_json
-from rt.formats.tables import read_table
+from rt.formats.splits import home_of, listed, read_name
+from rt.formats.tables import format_of, read_table
 from rt.formats.tokenizer import Tokenizer
 from rt.formats.untrusted import is_utf8, shaped
 
-TEXT_ENDINGS = (".txt", ".txt.gz", ".txt.xz", ".jsonl")
+TEXT_ENDINGS = (".txt", ".txt.gz", ".txt.xz", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".json.gz", ".json.xz", ".parquet")
 HELDOUT_SHARE = 50      # one document in so many is held out of a corpus that has no heldout file
 PARTS = ("train", "heldout")
 CHUNK = 1000            # documents that are tokenized at a time
 
 
 def read_documents(path: Path) -> Iterator[str]:
-    """The documents of one text file: a line each, or the `text` of a JSON object each. Blank ones are left out."""
-    for place, row in read_table(path, "jsonl" if path.suffix == ".jsonl" else "txt"):
+    """The documents of one file: a line each, or the `text` of a JSON object or of a row of parquet each. Blank ones are left out."""
+    for place, row in read_table(path, format_of(path), ("text",)):
         if not isinstance(row.get("text"), str):
-            raise InputError(f"{place}: has no \"text\" string")
+            raise InputError(f"{place}: has no \"text\" string (found: {', '.join(map(str, row))})")
         if row["text"].strip():
             yield row["text"]
 
 
 def corpus_files(path: Path) -> dict[str, list[Path]]:
-    """{'train': files, 'heldout': files}. `heldout.*` in a folder is held out; without it 'heldout' is empty."""
+    """{'train': files, 'heldout': files, 'unread': files}. In a folder heldout.* is held out, and without it a validation split that is
+    named as on the hub, of which the test split is left unread; other names are all to train on. 'heldout' may be empty."""
     if not path.exists():
         raise InputError(f"{path}: there is no such corpus, file or folder")
-    files = [f for f in ([path] if path.is_file() else sorted(path.iterdir())) if f.name.endswith(TEXT_ENDINGS)]
+    every = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.name[0] != ".")
+    files, home = [f for f in every if f.name.endswith(TEXT_ENDINGS)] or [f for f in every if f.suffix == ".json"], path
+    if not files and path.is_dir():     # they are in data, or in the folder of the only config
+        below = listed(path)
+        home = path / (place := home_of(below, str(path)) or PurePath("."))
+        files = [path / f for f in below
+                 if f.parent == place and f.name.endswith(TEXT_ENDINGS) or (name := read_name(f)) and name.home == place]
     if not files:
-        raise InputError(f"{path}: no text there; a corpus is {', '.join(TEXT_ENDINGS)} files, one document a line")
-    heldout = [f for f in files if f.name.split(".")[0] == "heldout"]
-    return {"train": [f for f in files if f not in heldout], "heldout": heldout}
+        raise InputError(f"{path}: no text there; a corpus is {', '.join(TEXT_ENDINGS)} files, one document a line or row")
+    parts: dict[str, list[Path]] = {"train": [], "dev": [], "test": [], "heldout": []}
+    for f in files:
+        parts["heldout" if f.name.split(".")[0] == "heldout" else "train" if f == path else _split(f, home)].append(f)
+    spare = parts["dev"] if parts["heldout"] else []
+    return {"train": parts["train"], "heldout": parts["heldout"] or parts["dev"], "unread": spare + parts["test"]}
+
+
+def _split(file: Path, home: Path) -> str:
+    """train, dev or test, if the file is named as on the hub: parquet, a shard, in the folder of a split, or in the hub's own cache."""
+    name = read_name(file.relative_to(home))
+    from_hub = file.suffix == ".parquet" or file.parent != home or any(part.startswith("datasets--") for part in home.parts)
+    return name.split if name and (from_hub or name.number is not None) else "train"
 
 
 def split_documents(path: Path) -> Iterator[tuple[str, str]]:
     """('train' or 'heldout', document) for every document. Without a heldout file its content decides: equal ones fall on one side."""
     files = corpus_files(path)
-    for part in PARTS:
-        for text in (text for file in files[part] for text in read_documents(file)):
-            if not files["heldout"]:
-                draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
-                part = "heldout" if draw % HELDOUT_SHARE == 0 else "train"
-            yield part, text
+    if files["heldout"]:
+        yield from ((part, text) for part in PARTS for text in _documents(files[part]))
+        return
+    smallest = _smallest_draw(path, files["train"])
+    for text in _documents(files["train"]):
+        yield "heldout" if (_draw(text) % HELDOUT_SHARE == 0 if smallest is None else _draw(text) == smallest) else "train", text
+
+
+def _documents(files: list[Path]) -> Iterator[str]:
+    return (text for file in files for text in read_documents(file))
+
+
+def _draw(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
+def _smallest_draw(path: Path, files: list[Path]) -> int | None:
+    """None if holding out one document in HELDOUT_SHARE leaves some on both sides, as of all but small corpora it does. Otherwise the
+    smallest draw: what has that is held out. InputError if all documents have the same."""
+    draws, sides, count = set(), set(), 0
+    for count, text in enumerate(_documents(files), 1):
+        draws.add(draw := _draw(text))
+        sides.add(draw % HELDOUT_SHARE == 0)
+        if len(sides) == 2:
+            return None
+    if len(draws) < 2:
+        same = ", all of them equal" if count > 1 else ""
+        raise InputError(f"{path}: the number of documents (lines or rows) is {count}{same}: none can be held out; give more, or a folder "
+                         "with a heldout.* file")
+    return min(draws)
 
 
 def build_corpus(name: str, path: Path, tokenizer: Tokenizer, cache: Path) -> dict[str, Corpus]:
@@ -59,7 +102,8 @@ def build_corpus(name: str, path: Path, tokenizer: Tokenizer, cache: Path) -> di
     path = Path(path)
     if not is_utf8(f"{name} {path}"):
         raise InputError(f"{path}: its name is not UTF-8, and could not be read again where it is recorded; rename it")
-    sources = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for fs in corpus_files(path).values() for f in fs]
+    files = corpus_files(path)
+    sources = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for part in PARTS for f in files[part]]
     key = hashlib.sha256(json.dumps([tokenizer.fingerprint, sources]).encode()).hexdigest()[:12]
     folder = Path(cache) / f"{name}-{key}"
     if not (folder / "meta.json").exists():
@@ -79,7 +123,9 @@ def _tokenize(path: Path, tokenizer: Tokenizer, folder: Path, name: str) -> None
     """Write the bins: tokens as uint16 if the vocabulary allows it, offsets as int64."""
     dtype, digest = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32, hashlib.sha256()
     lengths: dict[str, list[int]] = {part: [] for part in PARTS}
-    documents = split_documents(path)
+    documents, unread = split_documents(path), corpus_files(path)["unread"]
+    if unread:
+        print(f"corpus {name}: left unread: {', '.join(f.name for f in unread)}", file=sys.stderr)
     with locked(folder), atomic_folder(folder) as new:
         with ExitStack() as stack:
             files = {part: stack.enter_context((new / f"{part}.bin").open("wb")) for part in PARTS}

@@ -1,10 +1,15 @@
-"""Where models come from: a folder of ours or of Hugging Face's format, or a hub id; with HF_HUB_OFFLINE=1 only what the hub has cached.
+"""Where models and data sets come from: a folder of ours or of Hugging Face's format, or a hub id; with HF_HUB_OFFLINE=1 only what the hub
+has cached.
 
 A hub id is OWNER/NAME, both made of letters, digits, _, - and . (not at the beginning), if nothing here is called OWNER/NAME or OWNER, and
-OWNER is not runs, the home of our own runs. Anything else is a path: runs/M9, ./OWNER/NAME, a/b/c.
+OWNER is not runs, the home of our own runs. Anything else is a path: runs/M9, ./OWNER/NAME, a/b/c. A data set is hub:OWNER/NAME[/CONFIG].
 """
+import glob
 import re
-from pathlib import Path
+from contextlib import suppress
+from functools import partial
+from pathlib import Path, PurePath
+from typing import Callable
 
 from rt.deltas import Base, Delta
 from rt.errors import InputError
@@ -15,6 +20,7 @@ from rt.formats.delta_files import load_delta
 from rt.formats.files import read_json
 from rt.formats.hf import import_tuned, load_hf
 from rt.formats.peft import import_lora
+from rt.formats.splits import TABLE, home_of, read_name, visible
 
 HUB_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json",
              "special_tokens_map.json", "adapter_config.json", "labels.json", "head_config.json", "adapter.safetensors",
@@ -23,6 +29,7 @@ HUB_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "vocab.js
 # asked for if there are no safetensors
 BIN_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin", "pytorch_adapter.bin"]
 SECONDS = 10    # that the hub has for its first answer
+CONVERTED = "refs/convert/parquet"      # the branch on which the hub itself keeps data sets as CONFIG/SPLIT/0000.parquet
 NAMING = "python -m rt.runs.convert import --tuned ... --base ... --labels names,in,the,order,of,its,outputs"
 
 
@@ -69,11 +76,7 @@ def find(name: str) -> Path:
         return found(Path(name))
     from huggingface_hub import HfApi, snapshot_download  # comes with tokenizers; slow to import, so only here
 
-    first = None
-    try:
-        HfApi().model_info(name, timeout=SECONDS)       # whether there is a connection: a download itself would wait for one for minutes
-    except Exception as error:  # network, offline, authorisation, not found: the library has a class for each
-        first = error
+    first = _failure(HfApi().model_info, name)
     try:
         for patterns in (HUB_FILES, HUB_FILES + BIN_FILES):
             folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=first is not None))
@@ -81,5 +84,65 @@ def find(name: str) -> Path:
                 break
         return folder
     except Exception as error:
-        why = str(first or error) or type(first or error).__name__
-        raise InputError(f"{name}: neither a folder here nor to be had from the hub ({why.splitlines()[0]})") from None
+        raise _not_to_be_had(name, first or error) from None
+
+
+def _failure(ask: Callable, name: str) -> Exception | None:
+    """Why the hub cannot be asked about `name`, if so. A download itself would wait for a connection for minutes."""
+    try:
+        ask(name, timeout=SECONDS)
+    except Exception as error:  # network, offline, authorisation, not found: the library has a class for each
+        return error
+    return None
+
+
+def _not_to_be_had(name: str, why: Exception) -> InputError:
+    return InputError(f"{name}: neither a folder here nor to be had from the hub ({(str(why) or type(why).__name__).splitlines()[0]})")
+
+
+def find_dataset(name: str) -> tuple[Path, str]:
+    """hub:OWNER/NAME[/CONFIG] in the local cache, downloaded if it is not there yet: (folder, which folder of which commit it is). Parquet
+    files of the repository are taken, or else those that the hub has made of it, or else its other tables. CONFIG is the name of their
+    folder; one without a train split is a corpus. InputError, also if there are several configs and none is named."""
+    parsed = re.fullmatch(r"hub:([\w-][\w.-]*/[\w-][\w.-]*)(?:/([\w-].*))?", name)
+    if parsed is None:
+        raise InputError(f"{name}: a data set of the hub is hub:OWNER/NAME or hub:OWNER/NAME/CONFIG")
+    from huggingface_hub import HfApi, snapshot_download
+
+    repo, config = parsed.groups()
+    ask, download = HfApi().dataset_info, partial(snapshot_download, repo, repo_type="dataset")
+    first, tables = _failure(ask, repo), {}
+    for revision in (None, CONVERTED):
+        with suppress(Exception):       # the hub has converted nothing; or offline, the cache has nothing of it
+            if first:
+                folder = Path(download(revision=revision, local_files_only=True, allow_patterns=[]))
+                files = [f.relative_to(folder) for f in folder.rglob("*") if not f.is_dir()]
+            else:
+                files = [PurePath(f.rfilename) for f in ask(repo, revision=revision, timeout=SECONDS).siblings]
+            tables[revision] = [f for f in visible(files) if TABLE.fullmatch(f.name.lower())]
+    if first and not tables:
+        raise _not_to_be_had(name, first)
+    revision, home, files = _choose(name, config, tables.get(None, []), tables.get(CONVERTED, []))
+    places = {(f"{glob.escape(f.parent.as_posix())}/".removeprefix("./"), "".join(f.suffixes[-2:])) for f in files}
+    try:
+        folder = Path(download(revision=revision, local_files_only=first is not None, allow_patterns=[f"{p}*{e}" for p, e in places],
+                               ignore_patterns=[f"{p}*/*" for p, _ in places]))
+    except Exception as error:
+        raise _not_to_be_had(name, error) from None
+    return folder / home, f"{home} of commit {folder.name}"
+
+
+def _choose(name: str, config: str | None, ours: list[PurePath], theirs: list[PurePath]) -> tuple[str | None, PurePath, list[PurePath]]:
+    """(revision, folder, files) for a `config`, out of the tables of a repository and those that the hub has made of it."""
+    parquet = [f for f in ours if f.suffix == ".parquet"]
+    for revision, files in ((None, parquet), (CONVERTED, theirs), (None, ours)):
+        for top in (PurePath(config), PurePath("data", config)) if config else (PurePath("."),):
+            below = [f.relative_to(top) for f in files if f.is_relative_to(top)]
+            home = home_of(below, name)
+            if home is not None:
+                return revision, top / home, [top / f for f in below if home in (f.parent, getattr(read_name(f), "home", None))]
+    folders = sorted({f.parent for f in parquet or ours})
+    home = PurePath(config) if config else folders[0] if len(folders) == 1 else None
+    if home not in folders:
+        raise InputError(f"{name}: has no train split, nor is it a folder of tables; such are {', '.join(map(str, folders)) or 'nowhere'}")
+    return None, home, [f for f in parquet or ours if f.parent == home]

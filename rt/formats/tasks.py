@@ -1,4 +1,4 @@
-"""Labelled tasks: a folder with train, dev and test as .jsonl, .csv or .tsv.
+"""Labelled tasks: a folder with train, dev and test as .jsonl, .json, .csv, .tsv or .parquet (rt/formats/splits.py: under which names).
 
 A row has one text or a pair, and a label: a string or an integer is a class, a float makes the task a regression. GLUE's
 column names are understood beside `text`, `text_pair` and `label`.
@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Iterator
 
-from rt.data import PARTS, Example, Task
+from rt.data import Example, Task
 from rt.errors import InputError
-from rt.formats.tables import FORMATS, STDIN, TABLES, read_table
+from rt.formats.splits import split_files
+from rt.formats.tables import FORMATS, STDIN, format_of, read_table
 from rt.formats.untrusted import check_label
 
 COLUMNS = {
@@ -19,6 +20,7 @@ COLUMNS = {
     "text_pair": ("text_pair", "sentence2", "hypothesis", "question2"),
     "label": ("label", "gold_label", "score", "relatedness_score"),
 }
+UNTYPED = re.compile(r"\.[ct]sv(\.gz|\.xz)?, line \d+$", re.I)     # the end of the source of an example whose label has no type
 MOST_LABELS = 5000              # of so many, squared, a confusion matrix is held
 
 
@@ -26,13 +28,8 @@ def load_task(path: Path) -> Task:
     """Read a task folder. InputError names the file and line that does not fit."""
     path = Path(path)
     if not path.is_dir():
-        raise InputError(f"{path}: a task is a folder with train, dev and test files (.jsonl, .csv or .tsv)")
-    parts = {}
-    for part in PARTS:
-        file = next((file for ending in TABLES if (file := path / f"{part}.{ending}").is_file()), None)
-        if file is None:
-            raise InputError(f"{path}: has no {part}.jsonl, {part}.csv or {part}.tsv")
-        parts[part] = list(read_examples(file, labelled=True))
+        raise InputError(f"{path}: a task is a folder with train, dev and test files (.jsonl, .csv, .tsv or .parquet)")
+    parts = {part: [e for file in files for e in read_examples(file, labelled=True)] for part, files in split_files(path).items()}
     everything = [e for examples in parts.values() for e in examples]
     if _is_regression(everything):
         labels, parts = (), {part: [_with_float(e) for e in examples] for part, examples in parts.items()}
@@ -67,7 +64,7 @@ def _is_regression(examples: list[Example]) -> bool:
     if any(isinstance(e.label, float) for e in examples):
         return True
     try:
-        values = [float(e.label) for e in examples if isinstance(e.label, str) and ".jsonl, line" not in e.source]
+        values = [float(e.label) for e in examples if isinstance(e.label, str) and UNTYPED.search(e.source)]
     except ValueError:
         return False
     return not all(map(float.is_integer, values))
@@ -75,7 +72,7 @@ def _is_regression(examples: list[Example]) -> bool:
 
 def _check_one_type(examples: list[Example]) -> None:
     """Raises InputError if some labels are strings and some numbers: whether "1" and 1 are one class, nobody can know."""
-    typed = {type(e.label): e for e in reversed(examples) if ".jsonl, line" in e.source}   # the first of each
+    typed = {type(e.label): e for e in reversed(examples) if not UNTYPED.search(e.source)}   # the first of each
     name, number = typed.get(str), typed.get(int)
     if name and number:
         raise InputError(f"{name.source}: label {name.label!r} is a string, but the one of {number.source} is a number ({number.label}): "
@@ -98,7 +95,7 @@ def read_examples(path: Path, labelled: bool, format: str | None = None) -> Iter
     if path is not STDIN and (not path.exists() or path.is_dir()):
         raise InputError(f"{path}: there is no such file")
     if format is None:
-        format = "txt" if path is STDIN else path.name.removesuffix(".gz").removesuffix(".xz").rpartition(".")[2]
+        format = "txt" if path is STDIN else format_of(path)
         if format not in FORMATS:
             raise InputError(f"{path}: ends in none of .{', .'.join(FORMATS)}; say with --input_format which it is")
     if format not in FORMATS:

@@ -18,7 +18,7 @@ from rt.deltas import Base, Delta, apply
 from rt.errors import InputError
 from rt.formats.delta_files import seq_len_of
 from rt.formats.hub import open_base
-from rt.formats.tables import STDIN
+from rt.formats.tables import FORMATS, STDIN
 from rt.formats.tasks import read_examples
 from rt.formats.tokenizer import Tokenizer
 from rt.formats.untrusted import parse_json
@@ -40,8 +40,8 @@ class Config:
     """python -m rt.runs.predict --base BASE --delta_dir DELTA --input TEXTS [--flag value ...]"""
     base: str  # the base: checkpoint, Hugging Face folder or hub id
     delta_dir: str  # the delta: a folder, or hub id; a folder of recycle.py: its best by dev, mean over seeds
-    input: str  # .txt, .jsonl, .csv or .tsv of texts, also .gz or .xz of them; -: standard input
-    input_format: Literal["txt", "jsonl", "csv", "tsv"] | None = None  # default: what the ending says, of standard input txt
+    input: str  # .txt, .jsonl, .csv or .tsv of texts, also .gz or .xz of them, or .parquet; -: standard input
+    input_format: Literal[FORMATS] | None = None  # default: what the ending says, of standard input txt
     out: str | None = None  # file to write; default: standard output
     seq_len: SeqLen | None = None  # longest text in tokens; default: the delta's own
     device: str = "auto"  # auto, cpu or cuda
@@ -126,7 +126,8 @@ def write_answers(answered: Iterable[tuple[list[dict], int]], out: Path | None, 
     """Write JSONL to `out`, opened with the first answers, or to standard output, flushed chunk by chunk. Returns how many texts were
     answered and how many cut. InputError if the place cannot be written."""
     file, count, truncated, total = None, 0, 0, 0
-    if sys.stderr.isatty() and source is not STDIN and source.is_file() and source.suffix not in (".gz", ".xz"):    # for the bar alone
+    has_lines = source is not STDIN and source.is_file() and source.suffix not in (".gz", ".xz", ".parquet")
+    if has_lines and sys.stderr.isatty():       # for the bar alone
         with source.open("rb") as texts:
             total = sum(block.count(b"\n") for block in iter(lambda: texts.read(1 << 20), b""))
     try:

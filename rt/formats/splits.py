@@ -1,0 +1,90 @@
+"""Which files of a folder make up a task or a corpus: names of splits, shards and configs as the Hugging Face hub, GLUE and SuperGLUE have
+them. train.jsonl, Validation.csv, dev_matched.tsv, data/train-00000-of-00003.parquet, CONFIG/test-00000-of-00001.parquet and
+CONFIG/validation/0000.parquet are known names; what begins with . or _ is no data."""
+import re
+import sys
+from pathlib import Path, PurePath
+from typing import Iterable, NamedTuple
+
+from rt.data import PARTS
+from rt.errors import InputError
+from rt.formats.tables import TABLES
+
+SPLITS = {"train": "train", "dev": "dev", "val": "dev", "valid": "dev", "validation": "dev", "test": "test"}
+SPLIT = re.compile(rf"({'|'.join(SPLITS)})((?:_(?:mis)?matched)?)(?:-(\d+)-of-(\d+)(?:-[0-9a-f]{{16}})?)?")     # some shards have a hash
+TABLE = re.compile(rf"(.+)\.(parquet|(?:{'|'.join(t for t in TABLES if t != 'parquet')})(?:\.gz|\.xz)?)")
+
+
+class Named(NamedTuple):
+    """What the name of a file says."""
+    file: PurePath
+    home: PurePath          # the folder of its config
+    split: str              # train, dev or test
+    series: tuple           # equal for the shards of one table
+    number: int | None      # which of the shards it is
+    is_other: bool          # _mismatched: dev and test are the matched ones
+
+
+def read_name(file: PurePath) -> Named | None:
+    """What the name of a file, relative to the folder of all data, says; None if it is not that of a split."""
+    table = TABLE.fullmatch(file.name.lower())
+    if table is None:
+        return None
+    own, folder = SPLIT.fullmatch(table[1]), SPLIT.fullmatch(file.parent.name.lower().removesuffix(".parquet"))     # Spark's folder
+    inside = folder and not folder[3] and (own[1] == folder[1] if own else table[2] != "json")      # CONFIG/validation/0000.parquet
+    name = folder if inside else own        # the datasets library leaves a train/state.json, which is no table
+    if name is None:
+        return None
+    number, of = (own[3], own[4]) if own else (table[1] if table[1].isdecimal() else None, None)
+    series = (file.parent, file.name[:own.end(2)] if own else "", table[2], of and int(of))
+    return Named(file, file.parent.parent if inside else file.parent, SPLITS[name[1]], series, number and int(number),
+                 name[2] == "_mismatched")
+
+
+def listed(folder: Path) -> list[PurePath]:
+    """The files of a folder, down to FOLDER/CONFIG/SPLIT/FILE, relative to it; also links that lead nowhere."""
+    every = (f for pattern in ("*", "*/*", "*/*/*") for f in folder.glob(pattern))
+    return visible(f.relative_to(folder) for f in every if f.is_file() or not f.exists())
+
+
+def visible(files: Iterable[PurePath]) -> list[PurePath]:
+    """The files in order, without those of which the name, or that of a folder, begins with . or _, as of what tools leave behind."""
+    return sorted(f for f in files if not any(part[0] in "._" for part in f.parts))
+
+
+def home_of(files: Iterable[PurePath], where: str) -> PurePath | None:
+    """The folder in which a train split lies: the one at the top, or else the only one. InputError if there are several, None if none."""
+    homes = sorted({name.home for f in files if (name := read_name(f)) and name.split == "train"})
+    if len(homes) > 1 and homes[0].parts:
+        raise InputError(f"{where}: has {len(homes)} configs; give {where}/CONFIG with one of {', '.join(map(str, homes))}")
+    return homes[0] if homes else None
+
+
+def split_files(folder: Path) -> dict[str, list[Path]]:
+    """{'train': files, 'dev': files, 'test': files} of a task, shards in order; of test there may be none. InputError if it is not clear
+    which they are, or some are missing."""
+    files = listed(folder)
+    home = home_of(files, str(folder)) or PurePath(".")
+    names = [name for f in files if (name := read_name(f)) and name.home == home]
+    parts = {part: _one_table(folder, part, [n for n in names if n.split == part and not n.is_other]) for part in PARTS}
+    for part in ("train", "dev"):
+        if not parts[part]:
+            names = f"{part}.jsonl, .json, .csv, .tsv or .parquet{' (or val, valid, validation)' if part == 'dev' else ''}"
+            raise InputError(f"{folder}: has no {names}, nor shards of one; found: {', '.join(map(str, files[:8])) or 'nothing'}")
+    if others := [str(n.file) for n in names if n.is_other]:
+        print(f"{folder}: left unread: {', '.join(others)} (dev and test are the matched ones)", file=sys.stderr)
+    return {part: [folder / f for f in files] for part, files in parts.items()}
+
+
+def _one_table(folder: Path, part: str, names: list[Named]) -> list[PurePath]:
+    """The files of one split in order. InputError if they are not the shards of one table, or not all of them."""
+    first = {n.series: str(n.file) for n in reversed(names)}
+    if len(first) > 1:
+        raise InputError(f"{folder}: {' and '.join(sorted(first.values()))} could all be the {part} split; leave one of them there")
+    names.sort(key=lambda n: (n.number or 0, n.file))
+    numbers = [n.number for n in names if n.number is not None]
+    of = numbers and (names[0].series[-1] or numbers[-1] + 1)
+    if numbers and (len(numbers) != of or len({*numbers}) < of):
+        raise InputError(f"{folder}: the {part} split has {len(numbers)} of {of} shards ({', '.join(str(n.file) for n in names[:4])}"
+                         f"{', ...' if len(names) > 4 else ''}): some are missing, or there twice")
+    return [n.file for n in names]
