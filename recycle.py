@@ -217,7 +217,7 @@ def do_runs(c: Config, r: Recycling, task: Task, plan: list[Run], bases: dict[st
     rows = [row for one in plan for row in one.rows()]
     origins, projected = {name: origin_of(replace(r, base=base)) for name, base in bases.items()}, origin_of(r, sources)
     origin = {row.name: projected if row.mode == "project" else origins[row.c.base] for row in rows}
-    finished = ranks.from_main(lambda: begin(c, out, rows, origin))
+    finished = ranks.from_main(lambda: begin(c, out, rows, origin, r.data.test is not None))
     todo = [one for one in plan if not finished.issuperset(row.name for row in one.rows())]
     mine = [[one] for one in todo] if c.sweep is None else [*filter(None, (g[ranks.rank::ranks.world] for g in groups(todo)))]
     start, samples = r if c.sweep is None else replace(r, data=replace(r.data, test=None)), {}
@@ -299,7 +299,7 @@ def finish(c: Config, r: Recycling, runs: list[Run], out: Path) -> None:
     if c.sweep is None:
         print(report_chain(rows, modes, c.chain) if c.chain else report(rows, modes))
     else:
-        for row in (row for mode in modes for row in chosen(rows, mode, by_settings) if not row["test"]):
+        for row in (row for mode in modes for row in chosen(rows, mode, by_settings) if not row["test"] and r.data.test):
             row["test"] = evaluate(apply(r.base, load_delta(out / "deltas" / row["run"])), r.data.test, r.device, r.precision)
             write_json(out / "deltas" / row["run"] / "summary.json", row)
         print(report_sweep(write_summary(c, out, runs), modes, [name for name in swept(c.sweep) if name not in LISTS]))
