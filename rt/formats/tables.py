@@ -21,8 +21,8 @@ TABLES = ("jsonl", "csv", "tsv")
 FORMATS = ("txt", *TABLES)
 DELIMITERS = {"csv": ",;\t", "tsv": "\t,;"}     # the first that is in the header
 UNQUOTED = dict(quoting=csv.QUOTE_NONE)
-AHEAD = 2**20       # characters of standard input, which cannot be read twice
-HEADER = "line 1 of a table must be a header, the names of its columns"
+AHEAD = 2**20       # characters of a pipe, which cannot be read twice
+HEADER = "if line 1 is data, a header is missing: the names of the columns"
 
 
 @functools.cache
@@ -73,7 +73,7 @@ def _read_csv(path: Path, format: str) -> Iterator[tuple[str, dict]]:
     first = next(source, ("", ""))
     delimiter = next((c for c in DELIMITERS[format] if c in first[1]), DELIMITERS[format][0])
     for place, row in _split(path, itertools.chain([first], source), delimiter):
-        if header is None and row == ["sep=", ""]:      # what Excel wants to be told
+        if header is None and row in ([], ["sep=", ""]):    # the latter tells Excel what separates columns
             continue
         if header is None:
             is_cola = delimiter == "\t" and len(row) == 4 and row[1] in ("0", "1") and not re.search(r"\w", row[2])
@@ -91,7 +91,7 @@ def _read_csv(path: Path, format: str) -> Iterator[tuple[str, dict]]:
 
 def _split(path: Path, source: Iterator[tuple[str, str]], delimiter: str) -> Iterator[tuple[str, list[str]]]:
     """("PATH, line N", fields) of every row. Whether quotes enclose fields between tabs, _is_quoted says once the first quote has come: of
-    a file from all of it, of STDIN from the AHEAD characters that follow."""
+    a file from all of it, of STDIN and other pipes from the AHEAD characters that follow."""
     place, held, columns, style, quote = "", 0, 0, dict(strict=True), []
 
     def lines(source: Iterable[tuple[str, str]]) -> Iterator[str]:
@@ -117,11 +117,11 @@ def _split(path: Path, source: Iterator[tuple[str, str]], delimiter: str) -> Ite
     if delimiter == "\t":
         style = UNQUOTED
         yield from rows(itertools.takewhile(lambda at: '"' not in at[1] or quote.append(at), source))   # the line with the quote is kept
-        source = itertools.chain(quote, source)
-        if quote and path is STDIN:
-            ahead = [*_ahead(source)]
-            source = itertools.chain(ahead, source)
-        if quote and _is_quoted((line for _, line in (ahead if path is STDIN else _read_lines(path))), columns):
+        source, scanned = itertools.chain(quote, source), None
+        if quote and (path is STDIN or not path.is_file()):
+            scanned = [*_ahead(source)]
+            source = itertools.chain(scanned, source)
+        if quote and _is_quoted((line for _, line in scanned or _read_lines(path)), columns if scanned else 0):
             style = dict(strict=True)
             note(f"{path}: quotes around fields are read as quoting, as pandas and spreadsheets write it")
     yield from rows(source)
@@ -140,9 +140,9 @@ def _ahead(source: Iterator[tuple[str, str]]) -> Iterator[tuple[str, str]]:
 def _is_quoted(lines: Iterable[str], columns: int) -> bool:
     """Whether fields between tabs are quoted as in a csv. GLUE's are not: there a quote is a character. They are if all quotes enclose a
     field or are doubled in one that is enclosed, all rows have as many columns as the first (`columns`, 0: among the lines), and it shows
-    that a program did it: a field that holds a quote, tab or line end; an enclosed header; or commas in all enclosed fields and in no
-    other (Excel)."""
-    raw, needed, idle, commas, is_header = [], False, False, [0, 0], columns == 0
+    that a program did it: doubled quotes, rows whose lines do not have that many columns by themselves, an enclosed header, or (Excel)
+    commas in all enclosed fields and in no other."""
+    raw, shows, idle, commas, is_header = [], False, False, [0, 0], columns == 0
 
     def kept() -> Iterator[str]:
         for line in lines:
@@ -150,8 +150,11 @@ def _is_quoted(lines: Iterable[str], columns: int) -> bool:
             yield line + "\n"
 
     try:
-        for row in filter(None, csv.reader(kept(), delimiter="\t")):
-            record, at, enclosed = "\n".join(raw).lstrip("\n"), 0, []
+        for row in csv.reader(kept(), delimiter="\t"):
+            record, at, enclosed, columns = "\n".join(raw), 0, [], columns or len(row)
+            if row and len(row) != columns:
+                return False
+            shows |= any(line.count("\t") != columns - 1 for line in raw if row)
             raw.clear()
             for field in row:
                 written = '"' + field.replace('"', '""') + '"'
@@ -159,12 +162,10 @@ def _is_quoted(lines: Iterable[str], columns: int) -> bool:
                 if not enclosed[-1] and ('"' in field or not record.startswith(field, at)):
                     return False
                 at += len(written if enclosed[-1] else field) + 1
+                shows |= '"' in field
+                idle |= enclosed[-1] and ("," not in field or "\n" in field)
                 commas[enclosed[-1]] += "," in field
-                needed |= enclosed[-1] and any(c in field for c in '"\t\n')
-                idle |= enclosed[-1] and not any(c in field for c in '"\t\n,')
-            columns, needed, is_header = columns or len(row), needed or is_header and all(enclosed), False
-            if len(row) != columns:
-                return False
+            shows, is_header = shows or is_header and bool(row) and all(enclosed), is_header and not row
     except csv.Error:
         return False
-    return needed or not idle and not commas[False] and commas[True] > 1
+    return shows or not idle and not commas[False] and commas[True] > 1

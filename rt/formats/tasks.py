@@ -42,9 +42,10 @@ def load_task(path: Path) -> Task:
     parts = {}
     for part in PARTS:
         file = next((file for ending in TABLES if (file := path / f"{part}.{ending}").is_file()), None)
-        if file is None:
+        if file is None and part != "test":
             raise InputError(f"{path}: has no {part}.jsonl, {part}.csv or {part}.tsv")
-        parts[part] = list(read_examples(file, labelled=True))
+        if file:
+            parts[part] = list(read_examples(file, labelled=True))
     parts = _with_gold(path, parts)
     everything = [e for examples in parts.values() for e in examples]
     if _is_regression(everything):
@@ -73,7 +74,7 @@ def _with_gold(path: Path, parts: dict[str, list[Example]]) -> dict[str, list[Ex
         kept[part] = [e for e in examples if _plain(e.label) not in none]
         if not kept[part] and part != "test":
             raise InputError(f"{examples[0].source.rpartition(', ')[0]}: no example has a gold label (in a column "
-                             f"{', '.join(LABELS + OTHER_LABELS)})" + "; if they are hidden, make dev of rows out of train" * (part == "dev"))
+                             f"{', '.join(LABELS + OTHER_LABELS)})" + "; if they are hidden, make dev of rows of train" * (part == "dev"))
         if gone := len(examples) - len(kept[part]):
             said = ", ".join(sorted({str(e.label) for e in examples if _plain(e.label) in none} - {"", "None"}))
             note(f"{path}: {gone} of {len(examples)} {part} examples have no gold label{said and f' ({said})'} and are left out")
@@ -91,9 +92,12 @@ def _marks(train: Counter[str], has_floats: bool) -> set[str]:
 
 
 def _note_doubts(path: Path, parts: dict[str, list[Example]]) -> None:
-    """Say what may be wrong with the labels that were taken: -1 beside 0 and 1, or beside no other negative number; one class alone."""
+    """Say what may be wrong with the labels that were taken: whole numbers for a regression; -1 beside 0 and 1, or beside no other negative
+    number; one label alone."""
     train = Counter(_plain(e.label) for e in parts["train"])
     others, is_regression = train.keys() - {"-1"}, isinstance(parts["train"][0].label, float)
+    if is_regression and all(re.fullmatch(r"-?\d+", label) for label in train):
+        note(f"{path}: whole numbers with a point are the labels of all train examples and make a regression; write classes without it")
     if train["-1"] and (others == {"0", "1"} or is_regression and not any(x.startswith("-") for x in others)):
         note(f"{path}: -1, the label of {train['-1']} of {len(parts['train'])} train examples, is taken for a "
              f"{'number' if is_regression else 'class'} like the others; if it stands for none, take them out")
@@ -110,6 +114,8 @@ def _classes(path: Path, parts: dict[str, list[Example]]) -> tuple[str, ...]:
                          "column the right one? (numbers with a point make a regression)")
     for label, source in sources.items():
         check_label(label, source)
+        if label != label.strip() in sources:
+            raise InputError(f"{source}: label {label!r} differs from the label {label.strip()!r} by spaces alone")
     if all(re.fullmatch(r"-?\d+(,\d+)?", label) for label in sources) and (comma := next((x for x in sources if "," in x), None)):
         raise InputError(f"{sources[comma]}: label {comma!r} is neither a number, which has a point and no comma, nor one class")
     labels = tuple(sorted(sources, key=lambda x: (0, int(x), x) if re.fullmatch(r"-?\d{1,18}", x) else (1, 0, x)))
@@ -167,16 +173,15 @@ def read_examples(path: Path, labelled: bool, format: str | None = None) -> Iter
 
 
 def _examples(path: Path, labelled: bool, format: str) -> Iterator[Example]:
-    place, unread, number = None, Counter(), 0
+    number, unread = 0, Counter()
     for number, (place, row) in enumerate(read_table(path, format), 1):
         if number <= MOST_SEEN:
-            unread.update(name for name in row.keys() - {*_columns(tuple(row))} if _is_text(name, row[name]))
+            unread.update(name for name in row if name not in _columns(tuple(row)) and _is_text(name, row[name]))
         yield _example(place, row, labelled)
-    if place is None:
+    if not number:
         raise InputError(f"{path}: has no examples")
-    for name, count in unread.items():
-        if 2 * count > min(number, MOST_SEEN):
-            note(f"{path.parent if labelled else path}: column {name!r} holds text and is left unread")
+    if more := [repr(name) for name, count in unread.items() if 2 * count > min(number, MOST_SEEN)]:
+        note(f"{path.parent if labelled else path}: columns that hold text but are not read: {', '.join(more)}")
 
 
 def _is_text(name: str, value: object) -> bool:
