@@ -99,6 +99,9 @@ def test_minus_one_is_a_class_where_it_can_be_one(tmp_path, capsys):
     assert "-1, the label of 9 of 27 train examples, is taken for a class" in capsys.readouterr().err
     assert labels(*[0, 1] * 50, -1) == ("0", "1") and "1 of 101 train examples have no gold label (-1)" in capsys.readouterr().err
     assert labels(*[0, 1] * 24, -1) == ("-1", "0", "1")       # 2.04 %
+    assert labels(*[-9, 0, 1, 2] * 9) == ("-9", "0", "1", "2")
+    assert "-9, the label of 9 of 36 train examples, is taken for a class" in capsys.readouterr().err
+    assert labels(*["none", "pro"] * 9) == ("none", "pro")
     assert labels(*"+-" * 9) == ("+", "-") and labels(*"+-0" * 9) == ("0", "+", "-") and labels(*".,?-" * 9) == (",", "-", ".", "?")
     capsys.readouterr()
     mixed = write_task(tmp_path / "mixed", {"train": BINARY, "dev": BINARY + rows([-1] * 3), "test": BINARY})
@@ -133,7 +136,8 @@ def test_tables_and_their_types(tmp_path, capsys):
     ({"train": rows([[0], [1, 2]])}, "label [0] is not a string, an integer or a float, and several labels a text are not supported"),
     ({"train": rows([True, 0])}, "label 'true' is a string, but the one of"),
     (dict.fromkeys(("train", "dev", "test"), rows(["3,5", "4"])), "label '3,5' is neither a number, which has a point and no comma"),
-    (dict.fromkeys(("train", "dev", "test"), rows(["a ", "a"])), "label 'a ' differs from the label 'a' by spaces alone"),
+    (dict.fromkeys(("train", "dev", "test"), rows(["1", "1.0"])), "label '1.0' differs from the label '1' by spaces or .0 alone"),
+    (dict.fromkeys(("train", "dev", "test"), rows(["a ", "a"])), "label 'a' differs from the label 'a ' by spaces or .0 alone"),
     ({"train": [{"text": "x", "category": 1, "stars": 2}]}, "the label may be category or stars: give the right one the name label")])
 def test_what_has_no_label_to_learn_or_choose_by_is_refused(parts, words, tmp_path):
     with pytest.raises(InputError) as error:

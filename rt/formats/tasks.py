@@ -14,7 +14,7 @@ from typing import Iterator
 
 from rt.data import PARTS, Example, Task
 from rt.errors import InputError
-from rt.formats.tables import FORMATS, HEADER, STDIN, TABLES, note, read_table
+from rt.formats.tables import DELIMITERS, FORMATS, HEADER, STDIN, TABLES, note, read_table
 from rt.formats.untrusted import check_label
 
 # Names of columns in lower case. The first that a row has counts, so that BoolQ is question, passage; of OTHER_LABELS it may have one only.
@@ -25,10 +25,10 @@ PAIRS = ("text_pair", "sentence2", "hypothesis", "question2", "#2 string", "sent
 LABELS = ("label", "gold_label")
 OTHER_LABELS = ("score", "relatedness_score", "labels", "class", "target", "category", "intent", "stars", "rating", "sentiment", "emotion",
                 "is_duplicate", "quality")
-# Labels that stand for none: what pandas reads as missing, but NA and None, which are names of classes as well; words that say it; and,
-# if they are all that dev or test has, NOWHERE. _marks decides on -, ?, -1 and -100.
+# Labels that stand for none: what pandas reads as missing, and words that say it; if a part has no other and train does not have it, NAMES,
+# which are classes as well. _marks decides on -, ?, -1 and -100.
 MISSING = {"", "nan", "-nan", "null", "n/a", "#n/a", "#na", "<na>", "hidden", "unlabeled", "unlabelled"}
-NOWHERE = {"-1", "-100", "na", "none", "unknown"}
+NAMES = {"na", "none", "unknown"}
 RARE = 0.02                     # of the training examples; SNLI's dev has 1.6 % without a gold label
 MOST_SEEN = 1000                # rows of a file in which texts are looked for that are left unread
 MOST_LABELS = 5000              # of so many, squared, a confusion matrix is held
@@ -68,9 +68,10 @@ def _with_gold(path: Path, parts: dict[str, list[Example]]) -> dict[str, list[Ex
     """The examples that have a gold label, without test if none is left there. InputError if none is left in train or dev."""
     kept, train = {}, Counter(_plain(e.label) for e in parts["train"])
     marks = MISSING | _marks(train, any(isinstance(e.label, float) for e in parts["train"]))
+    hidden = MISSING | NAMES - train.keys() | {"-1", "-100"} - ({*train} if len(train) == 1 else set())
     for part, examples in parts.items():
-        only = {_plain(e.label) for e in examples} - MISSING
-        none = marks | (only if len(only) == 1 and only < NOWHERE and only != train.keys() - MISSING else set())
+        found = {_plain(e.label) for e in examples}
+        none = marks | (found if found <= hidden else set())
         kept[part] = [e for e in examples if _plain(e.label) not in none]
         if not kept[part] and part != "test":
             raise InputError(f"{examples[0].source.rpartition(', ')[0]}: no example has a gold label (in a column "
@@ -86,20 +87,23 @@ def _marks(train: Counter[str], has_floats: bool) -> set[str]:
     -100 is none (torch ignores it), and so is -1 (SNLI); beside 0 and 1 alone, -1 may be a third class (sentiment), unless it is RARE."""
     names = train.keys() - MISSING - {"-", "?", "-1", "-100"}
     marks = {"-", "?"} if all(re.search(r"\w", name) for name in names) else set()
-    if len(names) > 1 and names == {str(i) for i in range(len(names))} and not has_floats:
+    if _are_counted(names) and not has_floats:
         marks |= {"-100"} | ({"-1"} if len(names) > 2 or train["-1"] < RARE * train.total() else set())
     return marks
 
 
+def _are_counted(labels: set[str]) -> bool:
+    return len(labels) > 1 and labels == {str(i) for i in range(len(labels))}
+
+
 def _note_doubts(path: Path, parts: dict[str, list[Example]]) -> None:
-    """Say what may be wrong with the labels that were taken: whole numbers for a regression; -1 beside 0 and 1, or beside no other negative
-    number; one label alone."""
-    train = Counter(_plain(e.label) for e in parts["train"])
-    others, is_regression = train.keys() - {"-1"}, isinstance(parts["train"][0].label, float)
+    """Say what may be wrong with the labels that were taken: a regression on whole numbers, one negative number (-1, -9, -999) beside
+    others that are not, one label alone."""
+    train, is_regression = Counter(_plain(e.label) for e in parts["train"]), isinstance(parts["train"][0].label, float)
     if is_regression and all(re.fullmatch(r"-?\d+", label) for label in train):
         note(f"{path}: whole numbers with a point are the labels of all train examples and make a regression; write classes without it")
-    if train["-1"] and (others == {"0", "1"} or is_regression and not any(x.startswith("-") for x in others)):
-        note(f"{path}: -1, the label of {train['-1']} of {len(parts['train'])} train examples, is taken for a "
+    if len(minus := [x for x in train if re.match(r"-\d", x)]) == 1 and (is_regression or _are_counted(train.keys() - minus)):
+        note(f"{path}: {minus[0]}, the label of {train[minus[0]]} of {len(parts['train'])} train examples, is taken for a "
              f"{'number' if is_regression else 'class'} like the others; if it stands for none, take them out")
     for part, examples in parts.items():
         if len({e.label for e in examples}) == 1 and len(examples) >= 10:
@@ -112,10 +116,11 @@ def _classes(path: Path, parts: dict[str, list[Example]]) -> tuple[str, ...]:
     if len(sources) > MOST_LABELS:
         raise InputError(f"{path}: the training examples have {len(sources)} labels, and up to {MOST_LABELS} are supported: is the label "
                          "column the right one? (numbers with a point make a regression)")
+    alike: dict[str, str] = {}
     for label, source in sources.items():
         check_label(label, source)
-        if label != label.strip() in sources:
-            raise InputError(f"{source}: label {label!r} differs from the label {label.strip()!r} by spaces alone")
+        if (other := alike.setdefault(label.strip().removesuffix(".0"), label)) != label:
+            raise InputError(f"{source}: label {label!r} differs from the label {other!r} by spaces or .0 alone")
     if all(re.fullmatch(r"-?\d+(,\d+)?", label) for label in sources) and (comma := next((x for x in sources if "," in x), None)):
         raise InputError(f"{sources[comma]}: label {comma!r} is neither a number, which has a point and no comma, nor one class")
     labels = tuple(sorted(sources, key=lambda x: (0, int(x), x) if re.fullmatch(r"-?\d{1,18}", x) else (1, 0, x)))
@@ -179,7 +184,7 @@ def _examples(path: Path, labelled: bool, format: str) -> Iterator[Example]:
             unread.update(name for name in row if name not in _columns(tuple(row)) and _is_text(name, row[name]))
         yield _example(place, row, labelled)
     if not number:
-        raise InputError(f"{path}: has no examples")
+        raise InputError(f"{path}: has no examples" + f"; {HEADER}" * (format in DELIMITERS))
     if more := [repr(name) for name, count in unread.items() if 2 * count > min(number, MOST_SEEN)]:
         note(f"{path.parent if labelled else path}: columns that hold text but are not read: {', '.join(more)}")
 
@@ -205,7 +210,7 @@ def _example(source: str, row: dict, labelled: bool) -> Example:
     """The example in a row, whose columns may have any of the known names. Raises InputError if one is missing, or of another type."""
     text, pair, label, other = _columns(tuple(row))
     if text is None:
-        found = ", ".join(str(name)[:40] for name in row) + f"; {HEADER}" * (".jsonl, line" not in source)
+        found = ", ".join(str(name)[:40] for name in row) + f"; {HEADER}" * bool(re.search(r"\.[ct]sv|^standard input", source))
         raise InputError(f"{source}: no text column (known names: {', '.join(TEXTS)}; found: {found})")
     if pair and (row[pair] is None or pair not in PAIRS[:4] and not isinstance(row[pair], str)):     # an answer may be a number
         pair = None
