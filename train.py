@@ -34,7 +34,7 @@ from rt.model import PRESETS, EncoderConfig, MaskedLM, new_masked_lm, set_dropou
 from rt.optim import adamw, derive_seed, not_finite, set_lr, step_unless
 from rt.pretrain import PretrainSettings, evaluate_mlm, microbatches
 from rt.runs.config import parse, record, run
-from rt.runs.log import Log, StepBar, note_changed_task, note_truncated, scores_text, task_text, test_text
+from rt.runs.log import Log, StepBar, note_changed_task, note_truncated, scores_text, task_text, tested_text
 from rt.runs.predict import open_tuned
 from rt.runs.resume import PretrainRun, sample_of, table_of
 from rt.runs.signals import Interrupted
@@ -275,7 +275,7 @@ def tune_delta(c: Config) -> None:
         about |= {"step": result.best_step, "dev": result.dev, "test": result.test}
         write_delta(new, extract(model, base, c.delta, about))
         write_json(new / "summary.json", about | {"base": base.fingerprint, "delta": kind, "seconds": round(result.seconds, 1)})
-    print(f"{task.name}, {kind}: dev {scores_text(result.dev)} at step {result.best_step}; {test_text(result.test)}; "
+    print(f"{task.name}, {kind}: dev {scores_text(result.dev)} at step {result.best_step}; {tested_text(result.test)}; "
           f"{result.seconds:.0f} s; delta in {out}")
 
 
@@ -291,7 +291,7 @@ def eval_delta(c: Config) -> None:
     data = encode_task(task, base.tokenizer, seq_len)
     note_truncated(*data.truncated(), seq_len, sys.stderr)
     test = evaluate(model, data.test, **where) if data.test else {}
-    print(f"{task.name}: dev {scores_text(evaluate(model, data.dev, **where))}; {test_text(test)}")
+    print(f"{task.name}: dev {scores_text(evaluate(model, data.dev, **where))}; {tested_text(test)}")
 
 
 if __name__ == "__main__":

@@ -77,6 +77,8 @@ def test_a_row_without_the_key_has_no_label(tmp_path, capsys):
     bare = [{"text": "x y"}]
     task = load_task(write_task(tmp_path / "t", {"train": bare + CLASSES, "dev": CLASSES + bare, "test": CLASSES}))
     assert sizes(task) == (60, 60, 60) and capsys.readouterr().err.count("1 of 61") == 2
+    empty = write_task(tmp_path / "empty", {"train": CLASSES, "dev": CLASSES, "test": [{"text": "x", "text_pair": ""}, {"text": None}]})
+    assert sizes(load_task(empty)) == (60, 60, 0)       # nor texts that matter
 
 
 @pytest.mark.parametrize("mark", [-1, -1.0, -100, None, "", "-", "?", "hidden", "N/A", "NaN", float("nan"), "None", "unknown", "gone"])
@@ -101,7 +103,7 @@ def test_minus_one_is_a_class_where_it_can_be_one(tmp_path, capsys):
     assert labels(*[0, 1] * 24, -1) == ("-1", "0", "1")       # 2.04 %
     assert labels(*[-9, 0, 1, 2] * 9) == ("-9", "0", "1", "2")
     assert "-9, the label of 9 of 36 train examples, is taken for a class" in capsys.readouterr().err
-    assert labels(*["none", "pro"] * 9) == ("none", "pro")
+    assert labels(*["none", "pro"] * 9) == ("none", "pro") and labels(*["v1.0", "v1"] * 9) == ("v1", "v1.0")
     assert labels(*"+-" * 9) == ("+", "-") and labels(*"+-0" * 9) == ("0", "+", "-") and labels(*".,?-" * 9) == (",", "-", ".", "?")
     capsys.readouterr()
     mixed = write_task(tmp_path / "mixed", {"train": BINARY, "dev": BINARY + rows([-1] * 3), "test": BINARY})

@@ -119,7 +119,7 @@ def _classes(path: Path, parts: dict[str, list[Example]]) -> tuple[str, ...]:
     alike: dict[str, str] = {}
     for label, source in sources.items():
         check_label(label, source)
-        if (other := alike.setdefault(label.strip().removesuffix(".0"), label)) != label:
+        if (other := alike.setdefault(re.sub(r"^(-?\d+)\.0$", r"\1", label.strip()), label)) != label:
             raise InputError(f"{source}: label {label!r} differs from the label {other!r} by spaces or .0 alone")
     if all(re.fullmatch(r"-?\d+(,\d+)?", label) for label in sources) and (comma := next((x for x in sources if "," in x), None)):
         raise InputError(f"{sources[comma]}: label {comma!r} is neither a number, which has a point and no comma, nor one class")
@@ -164,8 +164,8 @@ def _with_float(e: Example) -> Example:
 
 
 def read_examples(path: Path, labelled: bool, format: str | None = None) -> Iterator[Example]:
-    """The examples of a file or of STDIN, one after the other as they are read. `format` is one of FORMATS, txt for unlabelled ones; by
-    default the file's ending says it, and STDIN is txt. InputError, also if there is no example."""
+    """The examples of a file or of STDIN, one after the other as they are read, `labelled` ones with None if there is no label. `format` is
+    one of FORMATS, txt for unlabelled ones; by default the file's ending says it, and STDIN is txt. InputError, also if there is none."""
     if path is not STDIN and (not path.exists() or path.is_dir()):
         raise InputError(f"{path}: there is no such file")
     if format is None:
@@ -207,11 +207,17 @@ def _columns(names: tuple[str, ...]) -> tuple[str | None, ...]:
 
 
 def _example(source: str, row: dict, labelled: bool) -> Example:
-    """The example in a row, whose columns may have any of the known names. Raises InputError if one is missing, or of another type."""
+    """The example in a row, whose columns may have any of the known names. Raises InputError if one is missing, or of another type. If a
+    label is asked for and there is none, the texts are not looked at either."""
     text, pair, label, other = _columns(tuple(row))
     if text is None:
         found = ", ".join(str(name)[:40] for name in row) + f"; {HEADER}" * bool(re.search(r"\.[ct]sv|^standard input", source))
         raise InputError(f"{source}: no text column (known names: {', '.join(TEXTS)}; found: {found})")
+    if labelled and other:
+        raise InputError(f"{source}: the label may be {label} or {other}: give the right one the name label")
+    value = row[label] if label else row["answer"] if isinstance(row.get("answer"), bool) else None     # the answer: BoolQ's own files
+    if labelled and value in (None, ""):
+        return Example("", None, None, source)
     if pair and (row[pair] is None or pair not in PAIRS[:4] and not isinstance(row[pair], str)):     # an answer may be a number
         pair = None
     for name in filter(None, (text, pair)):
@@ -220,10 +226,7 @@ def _example(source: str, row: dict, labelled: bool) -> Example:
     texts = row[text], row[pair] if pair else None
     if not labelled:
         return Example(*texts, None, source)
-    if other:
-        raise InputError(f"{source}: the label may be {label} or {other}: give the right one the name label")
-    value = row[label] if label else row["answer"] if isinstance(row.get("answer"), bool) else None     # the answer: BoolQ's own files
-    if value is not None and not isinstance(value, (str, int, float)):
+    if not isinstance(value, (str, int, float)):
         several = ", and several labels a text are not supported" * isinstance(value, list)
         raise InputError(f"{source}: label {value!r} is not a string, an integer or a float{several}")
     return Example(*texts, str(value).lower() if isinstance(value, bool) else value, source)

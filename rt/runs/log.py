@@ -109,7 +109,7 @@ def scores_text(values: dict[str, float | None]) -> str:
     return ", ".join(f"{k} {score_text(v)}" for k, v in values.items())
 
 
-def test_text(scores: dict[str, float | None]) -> str:
+def tested_text(scores: dict[str, float | None]) -> str:
     """The scores on test; none if it has no labels."""
     return f"test {scores_text(scores)}" if scores else "no labelled test part, so dev is what is reported"
 
