@@ -176,6 +176,7 @@ def test_a_number_that_is_none_is_passed_over(kind, bad, tmp_path, capsys):
 
 
 def test_undefined_scores_are_called_so(tmp_path, capsys):
+    assert sparklines([[], []], one_scale=True) == ["", ""]
     rows = [recycled("init", s, [0.1, 0.2]) | {"curve": [[0, None], [10, None if s else 0.2]], "dev": {"pearson": None},
                                                "test": {"pearson": None}} for s in (0, 1)]
     rows += [row | {"mode": "apply", "curve": [[0, None]]} for row in rows]
