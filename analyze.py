@@ -24,7 +24,7 @@ import torch
 
 from data.sources import open_task
 from rt import analysis
-from rt.data import Example, Task, TaskData, encode, encode_task
+from rt.data import Encoded, Example, Task, TaskData, encode, encode_task
 from rt.deltas import Base, Delta, apply, check_fits
 from rt.errors import Diverged, InputError
 from rt.formats.atomic import locked
@@ -131,7 +131,12 @@ class StudyContext:
     def cells(self) -> Iterator[tuple[str, int, dict]]:
         """(task, seed, the facts of them that stand in each of their rows)."""
         for task, seed in product(self.data, self.c.seeds):
-            yield task, seed, {"study": self.c.study, "task": task, "kind": self.c.delta, "seed": seed}
+            part = {} if self.data[task].test else {"scored_on": "dev"}
+            yield task, seed, {"study": self.c.study, "task": task, "kind": self.c.delta, "seed": seed, **part}
+
+    def scored(self, task: str) -> Encoded:
+        """The test part of a task, or dev if that has no labels."""
+        return self.data[task].test or self.data[task].dev
 
     def tuned(self, base: str, task: str, seed: int) -> Classifier:
         return apply(self.bases[base], self.deltas[base, task, seed]).eval()
@@ -210,13 +215,14 @@ def compatibility(context: StudyContext) -> Iterator[dict]:
     first, *later = context.bases
     with progress(len(context.data) * len(context.c.seeds) * len(later), "compatibility", unit="base") as bar:
         for task, seed, facts in context.cells():
-            old, data = context.deltas[first, task, seed], context.data[task]
+            old, data = context.deltas[first, task, seed], context.scored(task)
 
             def line(kind: str, base: str, stage: int, t: int | None, model: Classifier) -> dict:
-                return facts | {"base": base, "stage": stage, "t": t, "line": kind, **evaluate(model, data.test, **context.where)}
+                return facts | {"base": base, "stage": stage, "t": t, "line": kind, **evaluate(model, data, **context.where)}
 
             own = line("own", first, 0, None, apply(context.bases[first], old))
-            yield from (own, own | {"line": "apply"}, facts | {"base": first, "stage": 0, "t": None, "line": "chance", **chance(data)})
+            guess = facts | {"base": first, "stage": 0, "t": None, "line": "chance", **chance(context.data[task])}
+            yield from (own, own | {"line": "apply"}, guess)
             for stage, name in enumerate(later, 1):
                 for t, folder in snapshots(Path(context.folders[name])):
                     base = open_base(str(folder)).to(context.where["device"])
@@ -244,7 +250,7 @@ def connectivity(context: StudyContext) -> Iterator[dict]:
             if c.curve:
                 paths["curve"] = analysis.bezier(ends[0], control_point(context, b, ends, task, seed), ends[1])
             for (name, path), mu in product(paths.items(), points):
-                row, = analysis.walk(b, path, [mu], context.data[task].test, **context.where)
+                row, = analysis.walk(b, path, [mu], context.scored(task), **context.where)
                 yield facts | {"pair": "-".join(pair), "path": name, **row}
                 bar.update()
 
@@ -265,7 +271,7 @@ def similarity(context: StudyContext) -> Iterator[dict]:
     """Heads against heads and layers against layers over test texts; the maps of a few heads on one text, of the first seed."""
     c, device, first = context.c, context.where["device"], next(iter(context.bases.values()))
     heads = chosen_heads(c, first)
-    texts = {task: min(data.test.sequences, key=lambda ids: abs(len(ids) - 16)) for task, data in context.data.items()}
+    texts = {task: min(context.scored(task).sequences, key=lambda ids: abs(len(ids) - 16)) for task in context.data}
     if c.sentence is not None:
         given = encode([Example(c.sentence, None, None, "--sentence")], (), first.tokenizer, c.seq_len)
         texts = dict.fromkeys(texts, given.sequences[0])
@@ -279,7 +285,7 @@ def similarity(context: StudyContext) -> Iterator[dict]:
                 for layer, head in heads:
                     yield facts | {"what": "attention", "base": name, "layer": layer, "head": head, "tokens": tokens,
                                    "map": rounded(maps[layer, head])}
-            sequences = context.data[task].test.sequences[:c.max_examples]
+            sequences = context.scored(task).sequences[:c.max_examples]
             for pair in context.pairs:
                 a, b = (models[name] for name in pair)
                 matrix, alike = analysis.head_divergence(a, b, sequences, device), analysis.cka(a, b, sequences, device)

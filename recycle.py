@@ -33,7 +33,7 @@ from rt.losses import DistillConfig
 from rt.recycling import MODES, NEEDS_TEACHER, TRAINED, Recycling, chain, check, new_delta, recycle, teacher_of
 from rt.runs.build import build, build_lineage
 from rt.runs.config import parse, record, run
-from rt.runs.log import StepBar, load_tensorboard, note_changed_task, note_truncated, progress
+from rt.runs.log import StepBar, load_tensorboard, note_changed_task, note_truncated, progress, score_text
 from rt.runs.results import Run, begin, open_best, origin_of, save_run, write_summary
 from rt.runs.summary import by_settings, chosen, report, report_chain, report_sweep
 from rt.runs.sweep import LISTS, expand, groups, swept
@@ -225,7 +225,7 @@ def do_runs(c: Config, r: Recycling, task: Task, plan: list[Run], bases: dict[st
     rows = [row for one in plan for row in one.rows()]
     origins, projected = {name: origin_of(replace(r, base=base)) for name, base in bases.items()}, origin_of(r, sources)
     origin = {row.name: projected if row.mode == "project" else origins[row.c.base] for row in rows}
-    finished = ranks.from_main(lambda: begin(c, out, rows, origin))
+    finished = ranks.from_main(lambda: begin(c, out, rows, origin, r.data.test is not None))
     todo = [one for one in plan if not finished.issuperset(row.name for row in one.rows())]
     workers = share_cores(len(plan), c.threads, c.workers) if ranks.world == 1 and ranks.device.type == "cpu" else 1
     parts = ranks.world * workers
@@ -239,7 +239,7 @@ def do_runs(c: Config, r: Recycling, task: Task, plan: list[Run], bases: dict[st
             samples[seed] = sample(c, start, task, seed)
         for one, result, delta, curve, more in run_group(samples, group, bases, sources):
             save_run(out, one, task, result, delta, curve, origin[one.name], more)
-            yield f"{one.mode}: dev {score(result.dev):.3f}"
+            yield f"{one.mode}: dev {score_text(score(result.dev))}"
 
     with progress(sum(map(len, mine)), "recycle", unit="run") as bar, closing(spread(done, mine, workers)) as words:
         for word in words:
@@ -316,7 +316,7 @@ def finish(c: Config, r: Recycling, runs: list[Run], out: Path) -> None:
     if c.sweep is None:
         print(report_chain(rows, modes, c.chain) if c.chain else report(rows, modes))
     else:
-        for row in (row for mode in modes for row in chosen(rows, mode, by_settings) if not row["test"]):
+        for row in (row for mode in modes for row in chosen(rows, mode, by_settings) if not row["test"] and r.data.test):
             row["test"] = evaluate(apply(r.base, load_delta(out / "deltas" / row["run"])), r.data.test, r.device, r.precision)
             write_json(out / "deltas" / row["run"] / "summary.json", row)
         print(report_sweep(write_summary(c, out, runs), modes, [name for name in swept(c.sweep) if name not in LISTS]))

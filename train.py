@@ -35,7 +35,7 @@ from rt.model import PRESETS, EncoderConfig, MaskedLM, new_masked_lm, set_dropou
 from rt.optim import adamw, derive_seed, not_finite, set_lr, step_unless
 from rt.pretrain import PretrainSettings, evaluate_mlm, microbatches
 from rt.runs.config import parse, record, run
-from rt.runs.log import Log, StepBar, load_tensorboard, note_changed_task, note_truncated, scores_text
+from rt.runs.log import Log, StepBar, load_tensorboard, note_changed_task, note_truncated, scores_text, task_text, tested_text
 from rt.runs.predict import open_tuned
 from rt.runs.resume import PretrainRun, sample_of, table_of
 from rt.runs.signals import Interrupted
@@ -262,7 +262,9 @@ def tune_delta(c: Config) -> None:
     base, task = open_base(c.base).to(device), open_task(c.task, c.cache)
     base.require_length(c.seq_len)
     about = {"task": task.name, "task_hash": task.hash, "labels": list(task.labels), "shots": c.shots, "seed": c.seed}
-    data = encode_task(few_shot(task, c.shots, c.seed) if c.shots else task, base.tokenizer, c.seq_len)
+    few = few_shot(task, c.shots, c.seed) if c.shots else task
+    data = encode_task(few, base.tokenizer, c.seq_len)
+    print(task_text(few))
     out = Path(c.out or place_of_delta(c.base, task.name, kind, f"-k{c.shots}" if c.shots else "", c.seed))
     note_truncated(*data.truncated(), c.seq_len)
     model = attach(base, c.delta, data.num_outputs, c.seed)
@@ -281,7 +283,7 @@ def tune_delta(c: Config) -> None:
         about |= {"step": result.best_step, "dev": result.dev, "test": result.test}
         write_delta(new, extract(model, base, c.delta, about))
         write_json(new / "summary.json", about | {"base": base.fingerprint, "delta": kind, "seconds": round(result.seconds, 1)})
-    print(f"{task.name}, {kind}: dev {scores_text(result.dev)} at step {result.best_step}; test {scores_text(result.test)}; "
+    print(f"{task.name}, {kind}: dev {scores_text(result.dev)} at step {result.best_step}; {tested_text(result.test)}; "
           f"{result.seconds:.0f} s; delta in {out}")
 
 
@@ -296,7 +298,8 @@ def eval_delta(c: Config) -> None:
     note_changed_task(delta.info, task)
     data = encode_task(task, base.tokenizer, seq_len)
     note_truncated(*data.truncated(), seq_len, sys.stderr)
-    print(f"{task.name}: dev {scores_text(evaluate(model, data.dev, **where))}; test {scores_text(evaluate(model, data.test, **where))}")
+    test = evaluate(model, data.test, **where) if data.test else {}
+    print(f"{task.name}: dev {scores_text(evaluate(model, data.dev, **where))}; {tested_text(test)}")
 
 
 if __name__ == "__main__":

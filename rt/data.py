@@ -40,7 +40,7 @@ class Tokenizer(Protocol):
 class Example:
     text: str
     text_pair: str | None
-    label: str | int | float | None     # a whole number only before it is a class of a Task; None only in texts to predict
+    label: str | int | float | None     # a whole number only before it is a class of a Task; None never in a Task
     source: str                 # file and line, for error messages
 
 
@@ -118,12 +118,12 @@ def _fit(a: int, b: int, room: int) -> tuple[int, int]:
 
 @dataclass
 class TaskData:
-    """An encoded task. `labels` is empty for a regression, `test` None if no run may be scored on it, as in a search."""
+    """An encoded task. `labels` is empty for a regression, `test` None if it has no labels, or may not be seen, as in a search."""
     name: str
     labels: tuple[str, ...]
     train: Encoded
     dev: Encoded
-    test: Encoded | None
+    test: Encoded | None = None
     hash: str = ""      # Task.hash
 
     @property
@@ -137,7 +137,9 @@ class TaskData:
 
 
 def encode_task(task: Task, tokenizer: Tokenizer, max_len: int) -> TaskData:
-    """All parts of a task as ids, texts cut to `max_len` tokens."""
+    """All parts of a task as ids, texts cut to `max_len` tokens. InputError if no score of a regression is defined on dev."""
+    if task.is_regression and len({e.label for e in task.parts["dev"]}) == 1:
+        raise InputError(f"{task.name}: dev's targets are all equal: no correlation with them is defined; give others, or more `shots`")
     parts = {part: encode(examples, task.labels, tokenizer, max_len) for part, examples in task.parts.items()}
     return TaskData(task.name, task.labels, **parts, hash=task.hash)
 
@@ -171,8 +173,7 @@ class Masker:
         if len(candidates) < self.count:
             raise InputError(f"a row of {len(ids)} tokens has {len(candidates)} to predict, and `mask_rate` asks for {self.count}")
         rows = np.sort(rng.choice(candidates, self.count, replace=False))
-        draw = rng.random(self.count)
-        random_tokens = rng.choice(self.regular, self.count)
+        draw, random_tokens = rng.random(self.count), rng.choice(self.regular, self.count)
         masked = ids.copy()
         masked[rows] = np.where(draw < 0.8, self.mask_id, np.where(draw < 0.9, random_tokens, ids[rows]))
         return masked, rows, ids[rows]

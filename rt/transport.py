@@ -23,7 +23,7 @@ from rt.data import TaskData
 from rt.deltas import Base, Delta, apply, attach, check_fits
 from rt.errors import InputError
 from rt.losses import DistillConfig, Loss, Reweighted, Weights, run_teacher
-from rt.tune import Hook, TuneSettings, evaluate, ignore, minimise, plain_gradient, score, train_step
+from rt.tune import Hook, TuneSettings, evaluate, ignore, minimise, plain_gradient, train_step
 
 Granularity = Literal["auto", "flat", "tensor"]     # auto: the public code's, flat, if that is small: for all kinds but full
 
@@ -124,8 +124,8 @@ def learn_projection(old_base: Base, base: Base, sources: list[tuple[Delta, Task
         return train_step(gradients[i], datas[i].train, s, on_step, turn, " on projected weights", ", `seq_len` or `rank`")
 
     def dev_scores() -> dict[str, float]:
-        each = {data.name: score(evaluate(student, data.dev, device, precision)) for student, data in zip(students, datas)}
-        return {"mean": sum(each.values()) / len(each), **each}
+        each = {data.name: next(iter(evaluate(student, data.dev, device, precision).values())) for student, data in zip(students, datas)}
+        return {"mean": None if None in each.values() else sum(each.values()) / len(each), **each}
 
     result = minimise(dict(projection.named_parameters()), gradient, s, dev_scores, on_eval)
     projection.best_step, projection.dev = result.best_step, result.dev

@@ -44,11 +44,11 @@ class TuneSettings:
 
 @dataclass
 class TuneResult:
-    """`curve`: (step, dev score) pairs; scores are dicts whose first entry is the one that runs are compared by."""
+    """`curve`: (step, dev score) pairs; scores are dicts whose first entry is the one that runs are compared by, None if undefined."""
     best_step: int = 0
-    dev: dict[str, float] = field(default_factory=dict)
-    test: dict[str, float] = field(default_factory=dict)
-    curve: list[tuple[int, float]] = field(default_factory=list)
+    dev: dict[str, float | None] = field(default_factory=dict)
+    test: dict[str, float | None] = field(default_factory=dict)
+    curve: list[tuple[int, float | None]] = field(default_factory=list)
     seconds: float = 0.0
     skipped: int = 0        # steps whose loss or gradient was not finite
     diverged: int = 0       # of a run beside others: the step after which too many in a row were not finite; 0: never
@@ -89,7 +89,7 @@ class Fit:
                            f"lower `lr` ({self.s.lr})")
         if dev is None:
             return True
-        self.result.curve.append((step, score(dev)))
+        self.result.curve.append((step, next(iter(dev.values()))))
         if not self.result.dev or score(dev) > score(self.result.dev):
             self.result.dev, self.result.best_step = dev, step
             self.best = {k: p.detach().clone() for k, p in self.trained.items()}
@@ -153,8 +153,7 @@ def tune(model: Classifier, data: TaskData, loss: Loss, settings: TuneSettings, 
 def predict(model: Classifier, sequences: list[list[int]], device: torch.device, precision: torch.dtype, batch_size: int = 64) -> Tensor:
     """(n, C) fp32 logits on the CPU, in the order of `sequences`; batches are made by length."""
     model.eval()
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    chunks = []
+    order, chunks = sorted(range(len(sequences)), key=lambda i: len(sequences[i])), []
     for i in range(0, len(order), batch_size):
         batch = sequences_batch([sequences[j] for j in order[i:i + batch_size]]).to(device)
         with memory_for(f"{len(batch.cu_seqlens) - 1} texts of up to {batch.max_seqlen} tokens", "`seq_len`"), autocast(device, precision):
@@ -163,23 +162,23 @@ def predict(model: Classifier, sequences: list[list[int]], device: torch.device,
     return torch.empty_like(logits).index_copy_(0, torch.tensor(order), logits)
 
 
-def evaluate(model: Classifier, data: Encoded, device: torch.device, precision: torch.dtype) -> dict[str, float]:
+def evaluate(model: Classifier, data: Encoded, device: torch.device, precision: torch.dtype) -> dict[str, float | None]:
     """`metrics` of the model, without dropout, on all of `data`."""
     return metrics(predict(model, data.sequences, device, precision), data.targets)
 
 
-def metrics(logits: Tensor, targets: Tensor) -> dict[str, float]:
-    """accuracy, macro_f1, micro_f1 of (n, C) logits and (n,) classes; pearson and spearman of (n, 1) and (n,) floats."""
+def metrics(logits: Tensor, targets: Tensor) -> dict[str, float | None]:
+    """accuracy, macro_f1, micro_f1 of (n, C) logits and (n,) classes; pearson and spearman of (n, 1) and (n,) floats, None if undefined."""
     if targets.is_floating_point():
-        pair = logits.squeeze(-1).double(), targets.double()
-        pairs = {"pearson": torch.stack(pair), "spearman": torch.stack([*map(_ranks, pair)])}
-        return {name: torch.corrcoef(xy)[0, 1].nan_to_num(0.0).item() for name, xy in pairs.items()}     # 0 if one of them is constant
+        pair = torch.stack([logits.squeeze(-1).double(), targets.double()])
+        is_defined = pair.isfinite().all() and (pair.amin(1) < pair.amax(1)).all()      # neither of them is constant
+        pairs = {"pearson": pair, "spearman": torch.stack([*map(_ranks, pair)])}
+        return {name: torch.corrcoef(xy)[0, 1].item() if is_defined else None for name, xy in pairs.items()}
     C = logits.shape[-1]
     confusion = torch.bincount(targets * C + logits.argmax(-1), minlength=C * C).view(C, C).double()    # truth x prediction
     right, truth, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
     occurs = truth + predicted > 0      # as scikit-learn: classes in neither truth nor prediction do not count
-    f1 = (2 * right / (truth + predicted))[occurs].mean().item()
-    accuracy = (right.sum() / confusion.sum()).item()
+    f1, accuracy = (2 * right / (truth + predicted))[occurs].mean().item(), (right.sum() / confusion.sum()).item()
     return {"accuracy": accuracy, "macro_f1": f1, "micro_f1": accuracy}  # with one label a text, micro-F1 is accuracy
 
 
@@ -189,14 +188,14 @@ def _ranks(x: Tensor) -> Tensor:
     return (counts.cumsum(0) - (counts - 1) / 2)[inverse]
 
 
-def score(values: dict[str, float]) -> float:
-    """The figure that runs are compared by: accuracy, or Pearson's correlation."""
-    return next(iter(values.values()))
+def score(values: dict[str, float | None]) -> float:
+    """The figure that runs are compared by: accuracy, or Pearson's correlation, -inf if that is undefined."""
+    return float("-inf") if (first := next(iter(values.values()))) is None else first
 
 
 def chance(data: TaskData) -> dict[str, float]:
-    """The score on test without reading: of the commonest training label, and of guessing ('uniform'); for a regression 0."""
+    """The score on test, else dev, without reading: of the commonest training label, and of guessing ('uniform'); for a regression 0."""
     if not data.labels:
         return {"pearson": 0.0, "spearman": 0.0}
     commonest = data.train.targets.bincount().argmax()
-    return {"accuracy": (data.test.targets == commonest).float().mean().item(), "uniform": 1 / len(data.labels)}
+    return {"accuracy": ((data.test or data.dev).targets == commonest).float().mean().item(), "uniform": 1 / len(data.labels)}

@@ -167,7 +167,7 @@ def test_texts_are_scored_at_the_length_that_the_delta_was_learned_on(lineage, t
     out = here("train.py", "--mode", "tune", *base, "--task", task, "--tune_steps", "2", "--eval_every", "1", "--seq_len", "16", "--out",
                tmp_path / "d")
     scores = ("train.py", "--mode", "eval", *base, "--task", task, "--delta_dir", tmp_path / "d")
-    tested = out.split("test ")[1].split(";")[0]
+    tested = out.split("; test ")[1].split(";")[0]
     assert here(*scores).split("test ")[1].strip() == tested
     (tmp_path / "texts.txt").write_text("word " * 40)
     answers = [here("-m", "rt.runs.predict", *base, "--delta_dir", tmp_path / "d", "--input", tmp_path / "texts.txt", *more)

@@ -106,6 +106,14 @@ def test_a_delta_and_the_base_it_was_learned_on(run_home, tokenizer, tmp_path):
     assert inspect(tmp_path / "a" / "b")["learned"] == "elsewhere, imported from my-finetune"
 
 
+def test_an_undefined_score_is_not_called_unscored(run_home, tmp_path):
+    folder = shutil.copytree(run_home / "deltas" / "M1-sick", tmp_path / "d")
+    facts = json.loads((folder / "delta.json").read_text())
+    (folder / "delta.json").write_text(json.dumps(facts | {"info": facts["info"] | {"dev": {"pearson": None}, "test": {}}}))
+    said = inspect(folder)
+    assert said["dev"] == "pearson undefined, at step 25" and said["test"] == "not scored"
+
+
 def test_the_settings_shown_are_those_that_a_kind_uses(tokenizer):
     assert OLD_SETTINGS == {name: kind.settings for name, kind in kinds.KINDS.items() if kind.settings}
     for kind in kinds.KINDS:

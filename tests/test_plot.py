@@ -175,6 +175,24 @@ def test_a_number_that_is_none_is_passed_over(kind, bad, tmp_path, capsys):
     assert {f.stem for f in (folder / FIGURES).iterdir()} == {*names} and "figures" in capsys.readouterr().out
 
 
+def test_undefined_scores_are_called_so(tmp_path, capsys):
+    assert sparklines([[], []], one_scale=True) == ["", ""]
+    rows = [recycled("init", s, [0.1, 0.2]) | {"curve": [[0, None], [10, None if s else 0.2]], "dev": {"pearson": None},
+                                               "test": {"pearson": None}} for s in (0, 1)]
+    rows += [row | {"mode": "apply", "curve": [[0, None]]} for row in rows]
+    print(report(write(tmp_path / "recycled", summary={"rows": rows})).text)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [(line[0], line[-3:]) for line in lines[-2:]] == [(mode, ["undefined", "undefined", "2"]) for mode in ("init", "apply")]
+    tuned = write(tmp_path / "tuned", [{"step": i, "loss": 1.0, "dev": {"pearson": None}} for i in range(3)], {"test": {"pearson": None}})
+    assert report(tuned).text.endswith("\ntest pearson undefined")
+    main([str(tmp_path / "recycled"), str(tmp_path / "tuned")])
+    same = {"study": "compatibility", "task": "sts", "kind": "full", "seed": 0, "stage": 0, "t": None, "base": "M0", "scored_on": "dev"}
+    study = write(tmp_path / "study", [same | {"line": line, "pearson": None} for line in ("own", "apply", "chance")], name="rows.jsonl")
+    capsys.readouterr()
+    print(report(study).text)
+    assert capsys.readouterr().out.split()[-5:] == ["undefined"] * 3 + ["dev", "pearson"]
+
+
 def spoil(row: dict, bad) -> None:
     for key in ("loss", "lr", "accuracy", "curve", "dev", "test", "heldout"):
         if key in row:
@@ -192,7 +210,7 @@ def test_a_study_that_was_killed_has_the_numbers_so_far(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     folder = study(tmp_path / "run")
     rows = (folder / "rows.jsonl").read_text().splitlines(keepends=True)
-    for count, height in ((1, "nan"), (3, "0.200"), (5, "0.200"), (6, "0.250 ± 0.635")):      # of 2 walks of 3 points
+    for count, height in ((1, "undefined"), (3, "0.200"), (5, "0.200"), (6, "0.250 ± 0.635")):      # of 2 walks of 3 points
         (folder / "rows.jsonl").write_text("".join(rows[:count]))
         assert f"<!-- M0-M1: barrier {height} -->" in picture(folder, "connectivity") and f"  {height}  " in capsys.readouterr().out
 

@@ -220,3 +220,12 @@ def test_what_does_not_fit_is_one_sentence(base, other_base, tokenizer):
     with pytest.raises(InputError, match="more than 10 steps in a row before step 13 .*: lower `lr`"):
         rest["distill"] = DistillConfig(1.0, float("nan"), 2.0)
         learn_projection(base, other_base, [(delta, data)], replace(settings, steps=20, eval_every=4), **rest)
+
+
+def test_the_mean_of_a_score_that_is_undefined_is_undefined(base, other_base, monkeypatch):
+    found, rows = iter([None, 0.5, 0.5, 0.5, 0.5, None]), []
+    sources = [(delta, task_of(delta, base, 0)) for delta in (tuned(base, "bitfit", task, seed=i) for i, task in enumerate("ab"))]
+    monkeypatch.setattr("rt.transport.evaluate", lambda *_: {"pearson": next(found)})
+    projection = learn_projection(base, other_base, sources, TuneSettings(2, 8, 1e-3, 1, 0), r=2, granularity="auto", residual=False,
+                                  on_eval=rows.append, **LOSS)
+    assert [row["dev"]["mean"] for row in rows] == [None, 0.5, None] and projection.best_step == 1

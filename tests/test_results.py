@@ -16,7 +16,8 @@ from rt.kinds import DeltaConfig
 from rt.losses import DistillConfig
 from rt.recycling import Recycling
 from rt.runs.config import parse
-from rt.runs.results import Run, best_delta, comparable, finished_row, origin_of, summary_rows, unread
+from rt.runs.results import Run, begin, best_delta, comparable, finished_row, origin_of, summary_rows, unread
+from rt.runs.summary import add_steps_to_scratch, report, report_sweep
 from rt.tune import TuneSettings
 
 
@@ -75,6 +76,32 @@ def test_a_row_is_taken_for_that_of_a_run_if_all_of_it_is_there(recycling, tmp_p
     (home / "delta.safetensors").write_bytes((home / "delta.safetensors").read_bytes()[:-1])
     assert finished_row(tmp_path, one, origin) is None
     assert finished_row(tmp_path, replace(one, c=replace(one.c, save_deltas=False)), origin) is not None
+
+
+def test_finished_runs_of_a_task_without_labels_in_test_are_not_done_again(recycling, tmp_path):
+    origin, one = origin_of(recycling), run("init", "--resume", "--no_save_deltas")
+    row = {"run": one.name, "mode": "init", "seed": 0, "lr": 1e-3, "settings": one.settings, "dev": {"pearson": None}, "test": {},
+           "curve": [[0, None], [3, None]], "seconds": 1.0, "origin": origin}
+    for is_tested, test, finished in ((True, {}, set()), (False, {}, {one.name}), (True, {"pearson": None}, {one.name})):
+        write_json(tmp_path / "deltas" / one.name / "summary.json", row | {"test": test})
+        assert begin(one.c, tmp_path, [one], {one.name: origin}, is_tested) == finished
+
+
+def test_an_undefined_score_is_no_number_in_tables_and_no_setting_is_chosen_for_it():
+    def row(mode: str, dev: float | None, seed: int = 0, lr: float = 1e-3) -> dict:
+        return {"mode": mode, "seed": seed, "lr": lr, "settings": {}, "dev": {"pearson": dev}, "test": {}, "curve": [[0, None], [5, dev]],
+                "seconds": 1.0}
+
+    rows = [row("scratch", 0.1), row("scratch", 0.3, 1), row("init", None, lr=1e-2), row("init", 0.9, 1, lr=1e-2),
+            row("init", 0.2), row("init", 0.2, 1), row("distill", None), row("distill", 0.5, 1)]
+    add_steps_to_scratch(rows)
+    said = [line.split() for line in report(rows, ["scratch", "init", "distill"]).splitlines()]
+    assert said[0][:4] == ["mode", "lr", "dev", "pearson"] and said[1][2:7] == ["0.200", "±", "0.141", "5", "5"]
+    assert said[2][1:7] == ["0.001", "0.200", "±", "0.000", "5", "-"] and said[3][1:5] == ["0.001", "undefined", "-", "5"]
+    assert "dev pearson" in report_sweep(rows, ["init"], []) and "test" not in report_sweep(rows, ["init"], [])
+    rows = [row("scratch", None), row("init", 0.2)]
+    add_steps_to_scratch(rows)      # there is no best to reach
+    assert [row["steps_to_scratch_best"] for row in rows] == [None, None]
 
 
 def test_scratch_is_the_baseline_of_rows_of_its_own_bases_task_and_settings():

@@ -65,11 +65,11 @@ def test_floats_make_a_regression(tmp_path):
     (dict(dev=[{"text": "x", "label": "neutral"}]), "dev.jsonl, line 1: label 'neutral' does not occur in the training"),
     (dict(train=[ROWS[0], {"text": "  ", "label": "neg"}]), "train.jsonl, line 2: text is empty"),
     (dict(train=[{"label": "neg"}]), "train.jsonl, line 1: no text column"),
-    (dict(test=[{"text": "x"}]), "test.jsonl, line 1: no label column"),
+    (dict(train=[{"text": "x"}]), "train.jsonl: no example has a gold label"),
     (dict(train=[{"text": "x", "label": [1]}]), "label [1] is not a string"),
-    (dict(train=[{"text": "x", "label": ""}]), "label '' is not a string"),
+    (dict(train=[{"text": "x", "label": ""}]), "train.jsonl: no example has a gold label"),
     (dict(train=[{"text": "x", "label": 0.5}, {"text": "x", "label": "a"}]), "label 'a' is not a number as other labels"),
-    (dict(train=[{"text": "x", "label": float("nan")}]), "not a finite number"),
+    (dict(train=[{"text": "x", "label": float("inf")}]), "not a finite number"),
     (dict(train=ROWS[:1], dev=ROWS[:1], test=ROWS[:1]), "have the label 'pos'"),
     (dict(dev=[]), "dev.jsonl: has no examples")])
 def test_what_does_not_fit_is_named_with_file_and_line(tmp_path, parts, words):

@@ -6,11 +6,12 @@ import pytest
 import torch
 from conftest import random_base
 
-from rt.data import Encoded, TaskData
+from rt.data import Encoded, Example, Task, TaskData, encode_task, few_shot
 from rt.deltas import attach
+from rt.errors import InputError
 from rt.kinds import DeltaConfig
 from rt.losses import Loss
-from rt.tune import TuneSettings, chance, evaluate, metrics, predict, tune
+from rt.tune import TuneSettings, chance, evaluate, metrics, minimise, predict, score, tune
 
 CPU = dict(device=torch.device("cpu"), precision=torch.float32)
 
@@ -33,7 +34,9 @@ def test_regression_metrics():
     covariance, variances = sum((a - mx) * (b - my) for a, b in zip(x, y)), sum((a - mx) ** 2 for a in x) * sum((b - my) ** 2 for b in y)
     r = covariance / math.sqrt(variances)
     assert got["pearson"] == pytest.approx(r)
-    assert metrics(torch.ones(5, 1), truth)["pearson"] == 0.0
+    undefined = (torch.full((5, 1), 0.1), truth), (guess, torch.full((5,), 0.1)), (guess.where(guess < 20, math.inf), truth)
+    for constant in (metrics(*pair) for pair in undefined):
+        assert constant == {"pearson": None, "spearman": None} and score(constant) == -math.inf
 
 
 @pytest.fixture
@@ -80,11 +83,41 @@ def test_without_a_test_part_the_run_is_the_same_and_unscored(tokenizer, toy):
     assert torch.equal(blind.head.out.weight, model.head.out.weight)
 
 
+def test_an_undefined_score_is_never_the_best_and_never_an_end():
+    def kept(*scores) -> tuple:
+        w, said = torch.nn.Parameter(torch.zeros(())), iter(scores)
+
+        def gradient(step: int) -> torch.Tensor:
+            w.grad = -torch.ones(())
+            return torch.ones(())
+
+        rows = []
+        result = minimise({"w": w}, gradient, TuneSettings(len(scores) - 1, 1, 1e-2, 1, 0), lambda: {"pearson": next(said)}, rows.append)
+        assert [row["dev"]["pearson"] for row in rows] == [*scores] == [score for _, score in result.curve]
+        return result.best_step, result.dev["pearson"]
+
+    assert kept(None, 0.1, None, -0.5) == (1, 0.1) and kept(0.1, None, 0.2, None) == (2, 0.2) and kept(-0.9, None) == (0, -0.9)
+    assert kept(None, None, None) == (0, None)
+
+
+def test_a_regression_whose_dev_targets_are_equal_is_refused(tokenizer):
+    def encoded(*targets, shots: int = 0):
+        dev = [Example("graph", None, y, "") for y in targets]
+        task = Task("sts", (), {"train": dev, "dev": dev})
+        return encode_task(few_shot(task, shots, 0) if shots else task, tokenizer, 16)
+
+    assert encoded(1.0, 2.0, shots=2).test is None
+    for targets, shots in (((1.5, 1.5), 0), ((1.0, 2.0), 1)):
+        with pytest.raises(InputError, match="dev's targets are all equal"):
+            encoded(*targets, shots=shots)
+
+
 def test_chance_is_of_the_commonest_training_label():
     def part(*targets):
         return Encoded([[0, 2]] * len(targets), torch.tensor(targets), 0)
     data = TaskData("t", ("a", "b", "c"), part(1, 1, 0), part(0), part(0, 1, 2, 2))
     assert chance(data) == {"accuracy": 0.25, "uniform": 1 / 3}     # the commonest of test would be 2
+    assert chance(replace(data, test=None)) == {"accuracy": 0.0, "uniform": 1 / 3}     # of dev
     assert chance(TaskData("r", (), part(0.5), part(0.5), part(0.5)))["pearson"] == 0.0
 
 

@@ -1,7 +1,6 @@
 """Corpora: text on disk, tokenized once into memory-mapped bins."""
 import hashlib
 import json
-import sys
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path, PurePath
@@ -13,7 +12,7 @@ from tqdm import tqdm
 from rt.data import Corpus
 from rt.errors import InputError
 from rt.formats.atomic import atomic_folder, locked
-from rt.formats.files import read_json, write_json
+from rt.formats.files import note, read_json, write_json
 from rt.formats.splits import home_of, listed, read_name
 from rt.formats.tables import format_of, read_table
 from rt.formats.tokenizer import Tokenizer
@@ -125,7 +124,7 @@ def _tokenize(path: Path, tokenizer: Tokenizer, folder: Path, name: str) -> None
     lengths: dict[str, list[int]] = {part: [] for part in PARTS}
     documents, unread = split_documents(path), corpus_files(path)["unread"]
     if unread:
-        print(f"corpus {name}: left unread: {', '.join(f.name for f in unread)}", file=sys.stderr)
+        note(f"corpus {name}: left unread: {', '.join(f.name for f in unread)}")
     with locked(folder), atomic_folder(folder) as new:
         with ExitStack() as stack:
             files = {part: stack.enter_context((new / f"{part}.bin").open("wb")) for part in PARTS}

@@ -2,12 +2,12 @@
 them. train.jsonl, Validation.csv, dev_matched.tsv, data/train-00000-of-00003.parquet, CONFIG/test-00000-of-00001.parquet and
 CONFIG/validation/0000.parquet are known names; what begins with . or _ is no data."""
 import re
-import sys
 from pathlib import Path, PurePath
 from typing import Iterable, NamedTuple
 
 from rt.data import PARTS
 from rt.errors import InputError
+from rt.formats.files import note
 from rt.formats.tables import TABLES
 
 SPLITS = {"train": "train", "dev": "dev", "val": "dev", "valid": "dev", "validation": "dev", "test": "test"}
@@ -72,7 +72,7 @@ def split_files(folder: Path) -> dict[str, list[Path]]:
             names = f"{part}.jsonl, .json, .csv, .tsv or .parquet{' (or val, valid, validation)' if part == 'dev' else ''}"
             raise InputError(f"{folder}: has no {names}, nor shards of one; found: {', '.join(map(str, files[:8])) or 'nothing'}")
     if others := [str(n.file) for n in names if n.is_other]:
-        print(f"{folder}: left unread: {', '.join(others)} (dev and test are the matched ones)", file=sys.stderr)
+        note(f"{folder}: left unread: {', '.join(others)} (dev and test are the matched ones)")
     return {part: [folder / f for f in files] for part, files in parts.items()}
 
 

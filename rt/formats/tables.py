@@ -1,22 +1,28 @@
 """Files row by row: lines of text, JSONL, JSON, csv and tsv, plain, .gz or .xz, and parquet. Of what has lines, one is held at a time."""
 import csv
 import gzip
+import itertools
 import lzma
+import re
 import sys
 import zlib
 from collections import Counter
 from contextlib import nullcontext
-from itertools import chain
 from pathlib import Path
 from typing import Any, Collection, Iterable, Iterator
 
 from rt.errors import InputError
+from rt.formats.files import note
 from rt.formats.parquet import read_parquet
 from rt.formats.untrusted import JSON_BYTES, LINE_BYTES, parse_json
 
 STDIN = Path("standard input")      # this object, not a file of that name, stands for it; errors name it so
 TABLES = ("jsonl", "csv", "tsv", "json", "parquet")
 FORMATS = ("txt", *TABLES)
+DELIMITERS = {"csv": ",;\t", "tsv": "\t,;"}     # the first that is in the header
+UNQUOTED = dict(quoting=csv.QUOTE_NONE)
+AHEAD = 2**20       # characters of a pipe, which cannot be read twice
+HEADER = "if line 1 is data, a header is missing: the names of the columns"
 
 
 def format_of(path: Path) -> str:
@@ -32,8 +38,8 @@ def read_table(path: Path, format: str, wanted: Collection[str] | None = None) -
             raise InputError(f"{path}: parquet cannot be read from there; name a file")
         yield from read_parquet(path, wanted)
         return
-    if format in ("csv", "tsv"):    # the tsv files of the field (GLUE) do not quote: a lone " is a character there
-        yield from _read_csv(path, dict(delimiter="\t", quoting=csv.QUOTE_NONE) if format == "tsv" else dict(strict=True))
+    if format in DELIMITERS:
+        yield from _read_csv(path, format)
         return
     for place, row in _read_rows(path, format):
         if not isinstance(row, dict):
@@ -46,7 +52,7 @@ def _read_rows(path: Path, format: str) -> Iterator[tuple[str, Any]]:
     json that is one list, as pandas writes it."""
     lines = ((place, line) for place, line in _read_lines(path, JSON_BYTES if format == "json" else LINE_BYTES) if line.strip())
     if format == "json" and (first := next(lines, None)):
-        lines = chain([first], lines)
+        lines = itertools.chain([first], lines)
         if first[1].lstrip().startswith("["):
             yield from ((f"{path}, row {i}", row) for i, row in enumerate(parse_json(_whole(path, lines), path), 1))
             return
@@ -85,30 +91,106 @@ def _read_lines(path: Path, most: int = LINE_BYTES) -> Iterator[tuple[str, str]]
         raise InputError(f"{path}: cannot be read after line {number} ({error})") from None
 
 
-def _read_csv(path: Path, style: dict) -> Iterator[tuple[str, dict]]:
+def _read_csv(path: Path, format: str) -> Iterator[tuple[str, dict]]:
+    """The rows of a table by the names in line 1, separated by what separates these. GLUE's CoLA is known to have no names."""
     csv.field_size_limit(LINE_BYTES)    # a text may be longer than the 131,072 characters that are the default
-    held = 0        # characters of the row that is being read: a quoted text may have any number of lines
+    source, header = _read_lines(path), None
+    first = next(source, ("", ""))
+    delimiter = next((c for c in DELIMITERS[format] if c in first[1]), DELIMITERS[format][0])
+    for place, row in _split(path, itertools.chain([first], source), delimiter):
+        if header is None and row in ([], ["sep=", ""]):    # the latter tells Excel what separates columns
+            continue
+        if header is None:
+            is_cola = delimiter == "\t" and len(row) == 4 and row[1] in ("0", "1") and not re.search(r"\w", row[2])
+            header = ["source", "label", "mark", "sentence"] if is_cola else row
+            if len({*header}) < len(header):
+                raise InputError(f"{path}, line 1: two columns are called {Counter(header).most_common(1)[0][0]!r}; {HEADER}")
+            if not is_cola:
+                continue
+            note(f"{path}: has no header, and its columns are taken for {', '.join(header)}, those of GLUE's CoLA")
+        if row and len(row) != len(header):
+            raise InputError(f"{place}: {len(row)} columns where the header has {len(header)}")
+        if row:
+            yield place, dict(zip(header, row))
 
-    def lines() -> Iterator[str]:
-        nonlocal held
-        for place, line in _read_lines(path):
+
+def _split(path: Path, source: Iterator[tuple[str, str]], delimiter: str) -> Iterator[tuple[str, list[str]]]:
+    """("PATH, line N", fields) of every row. Whether quotes enclose fields between tabs, _is_quoted says once the first quote has come: of
+    a file from all of it, of STDIN and other pipes from the AHEAD characters that follow."""
+    place, held, columns, style, quote = "", 0, 0, dict(strict=True), []
+
+    def lines(source: Iterable[tuple[str, str]]) -> Iterator[str]:
+        nonlocal place, held    # held: characters of the row that is being read, since a quoted text may have any number of lines
+        for place, line in source:
             held += len(line)
             if held > LINE_BYTES:
                 raise InputError(f"{place}: a row that ends here or later is longer than {LINE_BYTES >> 20} MB; is there a quote that is "
                                  "never closed?")
+            if style == UNQUOTED and re.search(r'(?:^|\t)"', line):
+                note(f"{path}: quotes around fields are read as characters of the text, as in GLUE's files")
             yield line + "\n"
 
-    reader = csv.reader(lines(), **style)
+    def rows(source: Iterable[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:
+        nonlocal columns, held
+        try:
+            for row in csv.reader(lines(source), delimiter=delimiter, **style):
+                columns, held = columns or len(row), 0
+                yield place, row
+        except csv.Error as error:
+            raise InputError(f"{place}: not a readable table ({error})") from None
+
+    if delimiter == "\t":
+        style = UNQUOTED
+        yield from rows(itertools.takewhile(lambda at: '"' not in at[1] or quote.append(at), source))   # the line with the quote is kept
+        source, scanned = itertools.chain(quote, source), None
+        if quote and (path is STDIN or not path.is_file()):
+            scanned = [*_ahead(source)]
+            source = itertools.chain(scanned, source)
+        if quote and _is_quoted((line for _, line in scanned or _read_lines(path)), columns if scanned else 0):
+            style = dict(strict=True)
+            note(f"{path}: quotes around fields are read as quoting, as pandas and spreadsheets write it")
+    yield from rows(source)
+
+
+def _ahead(source: Iterator[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """The next AHEAD characters, to the end of a line after which no quote is open."""
+    size = quotes = 0
+    for place, line in source:
+        yield place, line
+        size, quotes = size + len(line), quotes + line.count('"')
+        if size > (LINE_BYTES if quotes % 2 else AHEAD):
+            return
+
+
+def _is_quoted(lines: Iterable[str], columns: int) -> bool:
+    """Whether fields between tabs are quoted as in a csv. GLUE's are not: there a quote is a character. They are if all quotes enclose a
+    field or are doubled in one that is enclosed, all rows have as many columns as the first (`columns`, 0: among the lines), and it shows
+    that a program did it: doubled quotes, rows whose lines do not have that many columns by themselves, an enclosed header, or (Excel)
+    commas in all enclosed fields and in no other."""
+    raw, shows, idle, commas, is_header = [], False, False, [0, 0], columns == 0
+
+    def kept() -> Iterator[str]:
+        for line in lines:
+            raw.append(line)
+            yield line + "\n"
+
     try:
-        header = next(reader, [])
-        if len({*header}) < len(header):
-            raise InputError(f"{path}, line 1: two columns are called {Counter(header).most_common(1)[0][0]!r}")
-        held = 0
-        for row in reader:
-            held, place = 0, f"{path}, line {reader.line_num}"
-            if row and len(row) != len(header):
-                raise InputError(f"{place}: {len(row)} columns where the header has {len(header)}")
-            if row:
-                yield place, dict(zip(header, row))
-    except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: not a readable table ({error})") from None
+        for row in csv.reader(kept(), delimiter="\t"):
+            record, at, enclosed, columns = "\n".join(raw), 0, [], columns or len(row)
+            if row and len(row) != columns:
+                return False
+            shows |= any(line.count("\t") != columns - 1 for line in raw if row)
+            raw.clear()
+            for field in row:
+                written = '"' + field.replace('"', '""') + '"'
+                enclosed.append(record.startswith(written, at))
+                if not enclosed[-1] and ('"' in field or not record.startswith(field, at)):
+                    return False
+                at += len(written if enclosed[-1] else field) + 1
+                shows |= '"' in field
+                idle |= enclosed[-1] and ("," not in field or "\n" in field)
+                commas[enclosed[-1]] += "," in field
+            shows, is_header = shows or is_header and bool(row) and all(enclosed), is_header and not row
+    except csv.Error:
+        return False
+    return shows or not idle and not commas[False] and commas[True] > 1

@@ -1,25 +1,38 @@
 """Labelled tasks: a folder with train, dev and test as .jsonl, .json, .csv, .tsv or .parquet (rt/formats/splits.py: under which names).
 
-A row has one text or a pair, and a label: a string or an integer is a class, a float makes the task a regression. GLUE's
-column names are understood beside `text`, `text_pair` and `label`.
+A row has one text or a pair, and a label: a string, an integer, true or false is a class, a float makes the task a regression. The usual
+names of columns are understood beside `text`, `text_pair` and `label`. Rows without a gold label are left out; a test part that has no
+others is none. Notes on stderr say what was left out, and what was decided where it could be otherwise.
 """
+import functools
 import math
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Iterator
 
 from rt.data import Example, Task
 from rt.errors import InputError
+from rt.formats.files import note
 from rt.formats.splits import split_files
-from rt.formats.tables import FORMATS, STDIN, format_of, read_table
+from rt.formats.tables import DELIMITERS, FORMATS, HEADER, STDIN, format_of, read_table
 from rt.formats.untrusted import check_label
 
-COLUMNS = {
-    "text": ("text", "sentence1", "premise", "question", "question1", "sentence"),
-    "text_pair": ("text_pair", "sentence2", "hypothesis", "question2"),
-    "label": ("label", "gold_label", "score", "relatedness_score"),
-}
+# Names of columns in lower case. The first that a row has counts, so that BoolQ is question, passage; of OTHER_LABELS it may have one only.
+TEXTS = ("text", "sentence1", "premise", "question", "question1", "sentence", "#1 string", "sentence_a", "text1", "text_a", "query",
+         "claim", "content", "review", "tweet", "utterance", "utt", "message", "comment", "passage", "context", "document", "abstract")
+PAIRS = ("text_pair", "sentence2", "hypothesis", "question2", "#2 string", "sentence_b", "text2", "text_b", "passage", "context",
+         "paragraph", "document", "evidence", "answer", "response")
+LABELS = ("label", "gold_label")
+OTHER_LABELS = ("score", "relatedness_score", "labels", "class", "target", "category", "intent", "stars", "rating", "sentiment", "emotion",
+                "is_duplicate", "quality")
+# Labels that stand for none: what pandas reads as missing, and words that say it; if a part has no other and train does not have it, NAMES,
+# which are classes as well. _marks decides on -, ?, -1 and -100.
+MISSING = {"", "nan", "-nan", "null", "n/a", "#n/a", "#na", "<na>", "hidden", "unlabeled", "unlabelled"}
+NAMES = {"na", "none", "unknown"}
+RARE = 0.02                     # of the training examples; SNLI's dev has 1.6 % without a gold label
+MOST_SEEN = 1000                # rows of a file in which texts are looked for that are left unread
 UNTYPED = re.compile(r"\.[ct]sv(\.gz|\.xz)?, line \d+$", re.I)     # the end of the source of an example whose label has no type
 MOST_LABELS = 5000              # of so many, squared, a confusion matrix is held
 
@@ -29,7 +42,8 @@ def load_task(path: Path) -> Task:
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"{path}: a task is a folder with train, dev and test files (.jsonl, .csv, .tsv or .parquet)")
-    parts = {part: [e for file in files for e in read_examples(file, labelled=True)] for part, files in split_files(path).items()}
+    parts = {part: [e for file in files for e in read_examples(file, labelled=True)] for part, files in split_files(path).items() if files}
+    parts = _with_gold(path, parts)
     everything = [e for examples in parts.values() for e in examples]
     if _is_regression(everything):
         labels, parts = (), {part: [_with_float(e) for e in examples] for part, examples in parts.items()}
@@ -37,8 +51,60 @@ def load_task(path: Path) -> Task:
         _check_one_type(everything)
         parts = {part: [replace(e, label=str(e.label)) for e in examples] for part, examples in parts.items()}
         labels = _classes(path, parts)
+    _note_doubts(path, parts)
     place = path.absolute()
     return Task(place.parent.name if place.name == "task" else place.name, labels, parts)
+
+
+def _plain(label: str | int | float | None) -> str:
+    """A label as it is compared with those that stand for none. Where some are missing, pandas writes 1.0 for 1."""
+    return "" if label is None else str(label).lower().removesuffix(".0")
+
+
+def _with_gold(path: Path, parts: dict[str, list[Example]]) -> dict[str, list[Example]]:
+    """The examples that have a gold label, without test if none is left there. InputError if none is left in train or dev."""
+    kept, train = {}, Counter(_plain(e.label) for e in parts["train"])
+    marks = MISSING | _marks(train, any(isinstance(e.label, float) for e in parts["train"]))
+    hidden = MISSING | NAMES - train.keys() | {"-1", "-100"} - ({*train} if len(train) == 1 else set())
+    for part, examples in parts.items():
+        found = {_plain(e.label) for e in examples}
+        none = marks | (found if found <= hidden else set())
+        kept[part] = [e for e in examples if _plain(e.label) not in none]
+        if not kept[part] and part != "test":
+            raise InputError(f"{examples[0].source.rpartition(', ')[0]}: no example has a gold label (in a column "
+                             f"{', '.join(LABELS + OTHER_LABELS)})" + "; if they are hidden, make dev of rows of train" * (part == "dev"))
+        if gone := len(examples) - len(kept[part]):
+            said = ", ".join(sorted({str(e.label) for e in examples if _plain(e.label) in none} - {"", "None"}))
+            note(f"{path}: {gone} of {len(examples)} {part} examples have no gold label{said and f' ({said})'} and are left out")
+    return {part: examples for part, examples in kept.items() if examples}
+
+
+def _marks(train: Counter[str], has_floats: bool) -> set[str]:
+    """Of -, ?, -1 and -100 those that stand for no gold label beside the labels of train. Beside +, - is a class. Beside 0, 1, ... n - 1,
+    -100 is none (torch ignores it), and so is -1 (SNLI); beside 0 and 1 alone, -1 may be a third class (sentiment), unless it is RARE."""
+    names = train.keys() - MISSING - {"-", "?", "-1", "-100"}
+    marks = {"-", "?"} if all(re.search(r"\w", name) for name in names) else set()
+    if _are_counted(names) and not has_floats:
+        marks |= {"-100"} | ({"-1"} if len(names) > 2 or train["-1"] < RARE * train.total() else set())
+    return marks
+
+
+def _are_counted(labels: set[str]) -> bool:
+    return len(labels) > 1 and labels == {str(i) for i in range(len(labels))}
+
+
+def _note_doubts(path: Path, parts: dict[str, list[Example]]) -> None:
+    """Say what may be wrong with the labels that were taken: a regression on whole numbers, one negative number (-1, -9, -999) beside
+    others that are not, one label alone."""
+    train, is_regression = Counter(_plain(e.label) for e in parts["train"]), isinstance(parts["train"][0].label, float)
+    if is_regression and all(re.fullmatch(r"-?\d+", label) for label in train):
+        note(f"{path}: whole numbers with a point are the labels of all train examples and make a regression; write classes without it")
+    if len(minus := [x for x in train if re.match(r"-\d", x)]) == 1 and (is_regression or _are_counted(train.keys() - minus)):
+        note(f"{path}: {minus[0]}, the label of {train[minus[0]]} of {len(parts['train'])} train examples, is taken for a "
+             f"{'number' if is_regression else 'class'} like the others; if it stands for none, take them out")
+    for part, examples in parts.items():
+        if len({e.label for e in examples}) == 1 and len(examples) >= 10:
+            note(f"{path}: all {len(examples)} {part} examples have the label {examples[0].label}: are their true labels hidden?")
 
 
 def _classes(path: Path, parts: dict[str, list[Example]]) -> tuple[str, ...]:
@@ -47,8 +113,13 @@ def _classes(path: Path, parts: dict[str, list[Example]]) -> tuple[str, ...]:
     if len(sources) > MOST_LABELS:
         raise InputError(f"{path}: the training examples have {len(sources)} labels, and up to {MOST_LABELS} are supported: is the label "
                          "column the right one? (numbers with a point make a regression)")
+    alike: dict[str, str] = {}
     for label, source in sources.items():
         check_label(label, source)
+        if (other := alike.setdefault(re.sub(r"^(-?\d+)\.0$", r"\1", label.strip()), label)) != label:
+            raise InputError(f"{source}: label {label!r} differs from the label {other!r} by spaces or .0 alone")
+    if all(re.fullmatch(r"-?\d+(,\d+)?", label) for label in sources) and (comma := next((x for x in sources if "," in x), None)):
+        raise InputError(f"{sources[comma]}: label {comma!r} is neither a number, which has a point and no comma, nor one class")
     labels = tuple(sorted(sources, key=lambda x: (0, int(x), x) if re.fullmatch(r"-?\d{1,18}", x) else (1, 0, x)))
     for e in (e for examples in parts.values() for e in examples):
         if e.label not in sources:
@@ -90,8 +161,8 @@ def _with_float(e: Example) -> Example:
 
 
 def read_examples(path: Path, labelled: bool, format: str | None = None) -> Iterator[Example]:
-    """The examples of a file or of STDIN, one after the other as they are read. `format` is one of FORMATS, txt for unlabelled ones; by
-    default the file's ending says it, and STDIN is txt. InputError, also if there is no example."""
+    """The examples of a file or of STDIN, one after the other as they are read, `labelled` ones with None if there is no label. `format` is
+    one of FORMATS, txt for unlabelled ones; by default the file's ending says it, and STDIN is txt. InputError, also if there is none."""
     if path is not STDIN and (not path.exists() or path.is_dir()):
         raise InputError(f"{path}: there is no such file")
     if format is None:
@@ -104,28 +175,55 @@ def read_examples(path: Path, labelled: bool, format: str | None = None) -> Iter
 
 
 def _examples(path: Path, labelled: bool, format: str) -> Iterator[Example]:
-    place = None
-    for place, row in read_table(path, format):
+    number, unread = 0, Counter()
+    for number, (place, row) in enumerate(read_table(path, format), 1):
+        if number <= MOST_SEEN:
+            unread.update(name for name in row if name not in _columns(tuple(row)) and _is_text(name, row[name]))
         yield _example(place, row, labelled)
-    if place is None:
-        raise InputError(f"{path}: has no examples")
+    if not number:
+        raise InputError(f"{path}: has no examples" + f"; {HEADER}" * (format in DELIMITERS))
+    if more := [repr(name) for name, count in unread.items() if 2 * count > min(number, MOST_SEEN)]:
+        note(f"{path.parent if labelled else path}: columns that hold text but are not read: {', '.join(more)}")
+
+
+def _is_text(name: str, value: object) -> bool:
+    """Whether a column that is not read seems to hold texts, two words and more: no parse tree, no name of a label; but WiC's `word`."""
+    is_prose = isinstance(value, str) and re.search(r"[^\W\d_]\W?\s+[^\W\d_]", value) and not value.startswith("(")
+    return bool(is_prose) and "label" not in name.lower() or name == "word"
+
+
+@functools.lru_cache
+def _columns(names: tuple[str, ...]) -> tuple[str | None, ...]:
+    """The columns of the text, the second text and the label, None for what is not there; the fourth may be the label as well."""
+    known = {name.strip().lower(): name for name in reversed(names)} | {name: name for name in names}
+    text = next((known[name] for name in TEXTS if name in known), None)
+    pairs = PAIRS + ("sentence",) * (text in ("question", "query"))      # GLUE's QNLI
+    pair = next((known[name] for name in pairs if name in known and known[name] != text), None)
+    labels = [known[name] for name in LABELS if name in known][:1] or [known[name] for name in OTHER_LABELS if name in known]
+    return text, pair, *[*labels, None, None][:2]
 
 
 def _example(source: str, row: dict, labelled: bool) -> Example:
-    """The example in a row, whose columns may have any of the known names. Raises InputError if one is missing, or of another type."""
-    column = {kind: next((name for name in names if name in row), None) for kind, names in COLUMNS.items()}
-    if column["text"] == "question" and column["text_pair"] is None and "sentence" in row:      # GLUE's QNLI
-        column["text_pair"] = "sentence"
-    for kind in ("text", "label") if labelled else ("text",):
-        if column[kind] is None:
-            raise InputError(f"{source}: no {kind} column (known names: {', '.join(COLUMNS[kind])}; found: {', '.join(map(str, row))})")
-    text, pair, label = (row[column[kind]] if column[kind] else None for kind in ("text", "text_pair", "label"))
-    texts = {"text": text} | ({} if pair is None else {"text_pair": pair})      # null: no second text
-    for kind, value in texts.items():
-        if not isinstance(value, str) or not value.strip():
-            raise InputError(f"{source}: {column[kind]} is empty or not a string")
+    """The example in a row, whose columns may have any of the known names. Raises InputError if one is missing, or of another type. If a
+    label is asked for and there is none, the texts are not looked at either."""
+    text, pair, label, other = _columns(tuple(row))
+    if text is None:
+        found = ", ".join(str(name)[:40] for name in row) + f"; {HEADER}" * bool(re.search(r"\.[ct]sv|^standard input", source))
+        raise InputError(f"{source}: no text column (known names: {', '.join(TEXTS)}; found: {found})")
+    if labelled and other:
+        raise InputError(f"{source}: the label may be {label} or {other}: give the right one the name label")
+    value = row[label] if label else row["answer"] if isinstance(row.get("answer"), bool) else None     # the answer: BoolQ's own files
+    if labelled and value in (None, ""):
+        return Example("", None, None, source)
+    if pair and (row[pair] is None or pair not in PAIRS[:4] and not isinstance(row[pair], str)):     # an answer may be a number
+        pair = None
+    for name in filter(None, (text, pair)):
+        if not isinstance(row[name], str) or not row[name].strip():
+            raise InputError(f"{source}: {name} is empty or not a string")
+    texts = row[text], row[pair] if pair else None
     if not labelled:
-        return Example(text, pair, None, source)
-    if isinstance(label, bool) or not isinstance(label, (str, int, float)) or label == "":
-        raise InputError(f"{source}: label {label!r} is not a string, an integer or a float")
-    return Example(text, pair, label, source)
+        return Example(*texts, None, source)
+    if not isinstance(value, (str, int, float)):
+        several = ", and several labels a text are not supported" * isinstance(value, list)
+        raise InputError(f"{source}: label {value!r} is not a string, an integer or a float{several}")
+    return Example(*texts, str(value).lower() if isinstance(value, bool) else value, source)

@@ -49,7 +49,7 @@ def sparklines(curves: list[Points], one_scale: bool = False) -> list[str]:
     lines = []
     for ys in values:
         scale = sum(values, []) if one_scale else ys
-        low, span = min(scale), max(scale) - min(scale)
+        low, span = min(scale, default=0), max(scale, default=0) - min(scale, default=0)
         lines.append("".join(BLOCKS[round((len(BLOCKS) - 1) * (y - low) / span) if span else 0] for y in ys))
     return [line.ljust(max(map(len, lines))) for line in lines]
 

@@ -13,16 +13,17 @@ from rt.report.drawing import REFERENCE, Panel, draw_heatmaps, draw_panels, look
 from rt.report.rows import group, with_interval
 from rt.runs.log import table
 
-SCORES = {"accuracy": "test accuracy", "pearson": "test Pearson's r"}
+SCORES = {"accuracy": "accuracy", "pearson": "Pearson's r"}
 COMPATIBILITY = {"apply": "old delta, no training", "tuned": "tuned on that base", "own": "old base + old delta",
                  "chance": "chance: commonest label"}
 
 
-def by_task(rows: list[dict]) -> Iterator[tuple[str, str, list[dict]]]:
-    """(task, the name of its score, its rows) of every task; each row gets its score under the name `score`."""
+def by_task(rows: list[dict]) -> Iterator[tuple[str, str, str, list[dict]]]:
+    """(task, the part that is reported, its score, its rows) of every task; each row gets its score under the name `score`. The part is
+    test unless `scored_on` says dev, of a task whose test has no labels."""
     for (task,), found in group(rows, "task").items():
         score = next((name for name in SCORES if name in found[0]), "accuracy")
-        yield task, score, [row | {"score": row.get(score)} for row in found]
+        yield task, found[0].get("scored_on", "test"), score, [row | {"score": row.get(score)} for row in found]
 
 
 def collected(rows: list[dict], names: tuple[str, ...], values: tuple[str, ...]) -> list[dict]:
@@ -38,10 +39,10 @@ def compatibility(rows: list[dict], path: Path) -> None:
     chance. Rows: task, seed, base, stage, t (None: the stage is complete), line (a key of COMPATIBILITY) and a score."""
     place, panels = places(rows), []
     ticks = {place[row["base"]]: row["base"] if row["t"] is None else f"t {row['t']}" for row in rows}
-    for task, score, found in by_task(rows):
+    for task, part, score, found in by_task(rows):
         points = {label: [(place[row["base"]], row["score"]) for row in found if row["line"] == line]
                   for line, label in COMPATIBILITY.items()}
-        panels.append(Panel(task, "base", SCORES[score], points, {COMPATIBILITY["chance"]: REFERENCE}, ticks))
+        panels.append(Panel(task, "base", f"{part} {SCORES[score]}", points, {COMPATIBILITY["chance"]: REFERENCE}, ticks))
     draw_panels(path, panels)
 
 
@@ -58,28 +59,28 @@ def places(rows: list[dict]) -> dict[str, float]:
 def compatibility_numbers(rows: list[dict]) -> list[dict]:
     """The score of Delta_0 on each base, of what is tuned there, and of chance."""
     numbers = []
-    for task, score, found in by_task(rows):
+    for task, part, score, found in by_task(rows):
         at = {key: [row["score"] for row in line] for key, line in group(found, "line", "base").items()}
         chance = [row["score"] for row in found if row["line"] == "chance"]
         for base in [base for line, base in at if line == "apply"]:
             tuned = at.get(("tuned", base)) or at.get(("own", base), "-")
             numbers.append({"task": task, "base": base, "apply": at["apply", base], "tuned on that base": tuned, "chance": chance,
-                            "metric": score})
+                            "metric": score if part == "test" else f"{part} {score}"})
     return numbers
 
 
 # --- study 2: connectivity --------------------------------------------------------------------------------------------
 
 def connectivity(rows: list[dict], path: Path) -> None:
-    """A column for each task: test loss above, score below, along the path of each pair, and the height of its barrier. Rows: task,
-    seed, pair, path (linear, curve), mu, loss and a score."""
+    """A column for each task: loss above, score below, along the path of each pair, and the height of its barrier. Rows: task, seed,
+    pair, path (linear, curve), mu, loss and a score."""
     above, below, pairs = [], [], list(dict.fromkeys(row["pair"] for row in rows))
-    for task, score, found in by_task(rows):
+    for task, part, score, found in by_task(rows):
         paths, looks = {}, {}
         for (pair, kind), line in group(found, "pair", "path").items():
             label = f"{pair}{', curve' if kind == 'curve' else ''}: barrier {with_interval(barriers(walks(line)))}"
             paths[label], looks[label] = line, look(pairs.index(pair)) | ({"linestyle": ":"} if kind == "curve" else {})
-        for column, key, name in ((above, "loss", "test loss (nats)"), (below, "score", SCORES[score])):
+        for column, key, name in ((above, "loss", f"{part} loss (nats)"), (below, "score", f"{part} {SCORES[score]}")):
             points = {label: [(row["mu"], row.get(key)) for row in line] for label, line in paths.items()}
             column.append(Panel(task, "mu, from the first model to the second", name, points, looks, limits="measured",
                                 own_legend=column is below))
@@ -100,14 +101,14 @@ def barriers(walks: list[list[dict]]) -> list[float]:
 def connectivity_numbers(rows: list[dict]) -> list[dict]:
     """The barrier of each path, loss and score at its ends, and the lowest score on it."""
     numbers = []
-    for task, score, found in by_task(rows):
+    for task, part, score, found in by_task(rows):
         for (pair, path), line in group(found, "pair", "path").items():
             seeds = walks(line)
             ends = {f"{name}at {end}": [walk[-end][key] for walk in seeds]       # walk[-0] is the first, walk[-1] the last
                     for name, key in (("loss ", "loss"), ("", "score")) for end in (0, 1)}
-            lowest = [min(filter(is_number, (row["score"] for row in walk)), default=math.nan) for walk in seeds]
+            lowest = [min(filter(is_number, (row["score"] for row in walk)), default=None) for walk in seeds]
             numbers.append({"task": task, "pair": pair, "path": path, "barrier": barriers(seeds)} | ends
-                           | {"lowest": lowest, "metric": score})
+                           | {"lowest": lowest, "metric": score if part == "test" else f"{part} {score}"})
     return numbers
 
 

@@ -127,8 +127,8 @@ def delta(folder: Path, facts: dict) -> dict[str, str]:
     share = f", {trained / encoder_count(encoder):.2%} of the encoder's" if encoder else ""
     how = "by tuning" if info.get("mode") is None else f"by recycling, {info['mode']}"
     few = f"{info['shots']} examples a label" if info.get("shots") else "all examples"
-    dev, test = (", ".join(f"{k} {v:.3f}" for k, v in (info.get(part) or {}).items() if isinstance(v, float)) or "not scored"
-                 for part in ("dev", "test"))
+    dev, test = (", ".join(f"{k} {'undefined' if v is None else f'{v:.3f}'}" for k, v in (info.get(part) or {}).items()
+                           if v is None or isinstance(v, float)) or "not scored" for part in ("dev", "test"))
     return {"is": f"a delta ({facts.get('format')}): {facts.get('kind')}{settings}",
             "size": f"{trained:,} parameters{share}, and a head of {count(tensors, 'head.'):,}; {disk(folder.iterdir())}",
             "task": f"{info.get('task')}: " + (f"{len(labels)} labels: {listed(labels)}" if labels else "a regression"),

@@ -23,7 +23,7 @@ from rt.report.drawing import REFERENCE, Panel, as_text, draw_all, draw_panels, 
 from rt.report.figures import NUMBERS, figures_of, numbers_table
 from rt.report.rows import Points, by_x, group
 from rt.runs.config import parse, run
-from rt.runs.log import table
+from rt.runs.log import scores_text, table
 from rt.runs.summary import chosen, forgetting_table, spread
 
 DRAWN = 400     # points of the loss at most; longer curves are shown as means of neighbours
@@ -133,7 +133,7 @@ def tuning(rows: list[dict], summary: dict) -> Report:
     kept = "kept: {1:.3f}, step {0:g}".format(*max(scores, key=lambda point: point[1])) if scores else ""     # the first of the best
     panels = [Panel("", "optimizer steps", "loss since the last evaluation", {"": losses}),
               Panel(kept, "optimizer steps", f"dev {metric}", {"": scores})]
-    test = ", ".join(f"{k} {v:.3f}" for k, v in (summary.get("test") or {}).items() if is_number(v))
+    test = scores_text(summary.get("test") or {})
     return Report("tuning", as_text(panels) + (f"\ntest {test}" if test else ""), {"tuning": lambda path: draw_panels(path, panels)})
 
 
@@ -148,15 +148,16 @@ def results_of(folder: Path, rows: list[dict], summary: dict) -> list[dict]:
         for found in group([row for row in rows if "part" not in row], "run", "mode").values():
             metric, scores = scored(found)
             results.append(found[0] | {"dev": {metric: 0}, "curve": points_of(scores, "score")})
-    return [row for row in map(completed, results) if row["curve"] and row.get("mode")]
+    return [completed(row) for row in results if row.get("curve") and row.get("mode")]
 
 
 def completed(row: dict) -> dict:
-    """The row with what is read of it here: only the numbers of its curve, the best of them as its dev score, and its base."""
+    """The row with what is read of it here: only the numbers of its curve, the best of them as its dev score (None if all are undefined),
+    and its base."""
     settings, metric = row.get("settings") or {}, next(iter(row.get("dev") or {}), "score")
     curve = [(step, score) for step, score in row.get("curve") or [] if is_number(step) and is_number(score)]
     return {"base": settings.get("base"), "lr": None} | row | {
-        "settings": settings, "curve": curve, "metric": metric, "dev": {metric: max((y for _, y in curve), default=0)},
+        "settings": settings, "curve": curve, "metric": metric, "dev": {metric: max((y for _, y in curve), default=None)},
         "chosen_by_base": None if "route" in row else settings.get("base")}     # the bases of a chain share one setting
 
 
@@ -191,8 +192,7 @@ def convergence(title: str, lines: dict[str, list[dict]]) -> tuple[str, Panel]:
     means = [[(step, mean(ys)) for step, ys in by_x(curve).items()] for curve in curves.values()]
     points, cells = {}, []
     for (name, rows), blocks in zip(lines.items(), sparklines(means, one_scale=True)):
-        is_tested = all(is_number(next(iter((row.get("test") or {}).values()), None)) for row in rows)
-        cells.append([name, blocks, spread(rows, "dev"), spread(rows) if is_tested else "-", len(rows)])
+        cells.append([name, blocks, spread(rows, "dev"), spread(rows) if all(row.get("test") for row in rows) else "-", len(rows)])
         points[name] = curves[name]
         if rows[0]["mode"] == "scratch":
             points["scratch's best"] = [(0, row["dev"][row["metric"]]) for row in rows]

@@ -37,7 +37,9 @@ def interval(values: Iterable[float | None]) -> tuple[float, float]:
 
 
 def with_interval(values: Iterable[float | None]) -> str:
-    """'0.123 ± 0.045', or the mean alone if there is a single value."""
+    """'0.123 ± 0.045', or the mean alone if there is a single value; 'undefined' for NaN."""
     middle, half = interval(values)
+    if math.isnan(middle):
+        return "undefined"
     digits = 5 if 0 < abs(middle) < 0.01 else 3
     return f"{middle:.{digits}f}" + (f" ± {half:.{digits}f}" if half else "")

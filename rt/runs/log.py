@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, Iterator, TextIO
 
@@ -18,6 +19,8 @@ from rt.formats.untrusted import is_number
 from rt.model import Batch, EncoderConfig
 from rt.speed.throughput import Throughput
 from rt.tune import score
+
+SHOWN = 10      # labels of a task that are named; of more only how many
 
 
 class Log:
@@ -137,7 +140,7 @@ class StepBar:
         self.stepped = time.perf_counter()
         self.skipped += row.get("skipped", 0)
         self.best = max(self.best, score(row["dev"]))
-        self.bar.set_postfix_str(f"{loss_text(row['loss'], self.skipped)}, best dev {self.best:.3f}, {self.throughput}")
+        self.bar.set_postfix_str(f"{loss_text(row['loss'], self.skipped)}, best dev {score_text(self.best)}, {self.throughput}")
 
 
 def loss_text(loss: float | None, skipped: int) -> str:
@@ -153,9 +156,29 @@ def table(rows: list[list], header: list[str]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def scores_text(values: dict[str, float]) -> str:
+def score_text(value: float | None) -> str:
+    """A score; one that is None or not finite is undefined, as a correlation with a constant is."""
+    return f"{value:.3f}" if is_number(value) else "undefined"
+
+
+def scores_text(values: dict[str, float | None]) -> str:
     """Scores in a line of text."""
-    return ", ".join(f"{k} {v:.3f}" for k, v in values.items())
+    return ", ".join(f"{k} {score_text(v)}" for k, v in values.items())
+
+
+def tested_text(scores: dict[str, float | None]) -> str:
+    """The scores on test; none if it has no labels."""
+    return f"test {scores_text(scores)}" if scores else "no labelled test part, so dev is what is reported"
+
+
+def task_text(task: Task) -> str:
+    """A line: the labels of train with their counts, or the range of its targets, and the sizes of all parts."""
+    labels, sizes = [e.label for e in task.parts["train"]], ", ".join(f"{part} {len(found)}" for part, found in task.parts.items())
+    if task.is_regression:
+        return f"{task.name}: a regression: {len({*labels})} different targets from {min(labels):g} to {max(labels):g} ({sizes})"
+    counts, more = Counter(labels), len(task.labels) - SHOWN
+    shown = ", ".join(f"{label} {counts[label]}" for label in task.labels[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+    return f"{task.name}: {len(task.labels)} labels: {shown} ({sizes})"
 
 
 def note_truncated(truncated: int, count: int, seq_len: int, file: TextIO | None = None) -> None:

@@ -127,15 +127,15 @@ def finished_row(out: Path, run: Run, origin: list[str]) -> dict | None:
 
 # --- all runs ----------------------------------------------------------------------------------------------------------
 
-def begin(c: Any, out: Path, runs: list[Run], origin: dict[str, list[str]]) -> set[str]:
-    """The names of the runs that --resume or --sweep finds finished. What there is of the others is removed first, so that a call that is
-    killed leaves only rows of whole runs, and of one origin."""
+def begin(c: Any, out: Path, runs: list[Run], origin: dict[str, list[str]], is_tested: bool = True) -> set[str]:
+    """The names of the runs that --resume or --sweep finds finished, with a score on test if the task `is_tested`. What there is of the
+    others is removed first, so that a call that is killed leaves only rows of whole runs, and of one origin."""
     check_overwritable(out, {"metrics.jsonl", "summary.json", "deltas", FIGURES})       # metrics.jsonl: of an earlier version
     summary_rows(out / "summary.json")      # that can be read, before anything goes
     finished = set()
     for run in runs:
         row = finished_row(out, run, origin[run.name]) if c.resume or c.sweep is not None else None
-        if row and (row["test"] or c.sweep is not None):
+        if row and (row["test"] or not is_tested or c.sweep is not None):
             finished.add(run.name)
         else:
             shutil.rmtree(out / "deltas" / run.name, ignore_errors=True)
@@ -179,7 +179,7 @@ def check_rows(rows: list[dict], path: Path) -> None:
             if Path(row["run"]).name != row["run"] or row["run"] == ".." or not isinstance(row.get("origin", []), list):
                 raise ValueError(row["run"])
             row["mode"].upper(), row["settings"].keys(), [0 + n for n in (row["seconds"], row["seed"], row["lr"] or 0, score(row["dev"]))]
-            [0 + value for value in row["test"].values()], [0 + step + value for step, value in row["curve"]]
+            [0 + (value or 0) for value in row["test"].values()], [0 + step + (value or 0) for step, value in row["curve"]]
 
 
 # --- the best delta ----------------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """Tables over many rows: recycle.py's are dicts with mode, seed, lr, settings, dev, test and curve, one for each run; pre-training's are
 stages."""
 import json
+import math
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Callable, Iterable, TypeVar
 
+from rt.formats.untrusted import is_number
 from rt.runs.log import table
 from rt.tune import score
 
@@ -35,13 +37,14 @@ def add_steps_to_scratch(rows: list[dict]) -> None:
     best = {row["seed"]: score(row["dev"]) for row in chosen(rows, "scratch", by_settings)}
     for row in rows:
         if row["seed"] in best:
-            row["steps_to_scratch_best"] = next((step for step, dev in row["curve"] if dev >= best[row["seed"]]), None)
+            row["steps_to_scratch_best"] = next((step for step, dev in row["curve"] if score({"": dev}) >= best[row["seed"]] > -math.inf),
+                                                None)
 
 
 def spread(rows: list[dict], part: str = "test") -> str:
-    """Mean and standard deviation of the score on test, or dev."""
+    """Mean and standard deviation of the score on test, or dev; undefined if one of the scores is."""
     values = [score(row[part]) for row in rows]
-    return f"{mean(values):.3f} ± {stdev(values) if len(values) > 1 else 0:.3f}"
+    return f"{mean(values):.3f} ± {stdev(values) if len(values) > 1 else 0:.3f}" if all(map(is_number, values)) else "undefined"
 
 
 def steps_of(rows: list[dict]) -> str:
@@ -49,27 +52,34 @@ def steps_of(rows: list[dict]) -> str:
     return " ".join("-" if row.get("steps_to_scratch_best") is None else str(row["steps_to_scratch_best"]) for row in rows)
 
 
+def part_of(groups: list[list[dict]]) -> str:
+    """The part that is reported: test, or dev if test has no labels."""
+    return "test" if all(row["test"] for group in groups for row in group) else "dev"
+
+
 def metric_of(groups: list[list[dict]]) -> str:
-    return next(iter(groups[0][0]["test"]))
+    return next(iter(groups[0][0]["dev"]))
 
 
 def report(rows: list[dict], modes: list[str]) -> str:
     """A line for each mode at its best learning rate."""
     groups = [chosen(rows, mode) for mode in modes]
-    lines = [[mode, group[0]["lr"] or "-", spread(group), steps_of(group), f"{mean(row['seconds'] for row in group):.1f}"]
+    part = part_of(groups)
+    lines = [[mode, group[0]["lr"] or "-", spread(group, part), steps_of(group), f"{mean(row['seconds'] for row in group):.1f}"]
              for mode, group in zip(modes, groups)]
-    return table(lines, ["mode", "lr", f"test {metric_of(groups)}", "steps to scratch's best dev, by seed", "seconds"])
+    return table(lines, ["mode", "lr", f"{part} {metric_of(groups)}", "steps to scratch's best dev, by seed", "seconds"])
 
 
 def report_sweep(rows: list[dict], modes: list[str], settings: list[str]) -> str:
-    """A line for each mode at its best combination of `settings` and learning rate, whose rows must have a score on test."""
+    """A line for each mode at its best combination of `settings` and learning rate, whose rows must have a score on test if any can."""
     groups, lines = [chosen(rows, mode, by_settings) for mode in modes], []
+    parts = [*dict.fromkeys(("dev", part_of(groups)))]
     for mode, group in zip(modes, groups):
         values = [f"{name} {group[0]['settings'][name]:g}" for name in settings if name in group[0]["settings"]]
         lines.append([mode, " ".join(values) or "-", group[0]["lr"] or "-", sum(row["mode"] == mode for row in rows),
-                      spread(group, "dev"), spread(group), steps_of(group)])
-    metric = metric_of(groups)
-    return table(lines, ["mode", "best by dev", "lr", "runs", f"dev {metric}", f"test {metric}", "steps to scratch's best dev, by seed"])
+                      *(spread(group, part) for part in parts), steps_of(group)])
+    scores = [f"{part} {metric_of(groups)}" for part in parts]
+    return table(lines, ["mode", "best by dev", "lr", "runs", *scores, "steps to scratch's best dev, by seed"])
 
 
 def routes(mode: str) -> tuple[str | None, ...]:
@@ -78,11 +88,12 @@ def routes(mode: str) -> tuple[str | None, ...]:
 
 
 def report_chain(rows: list[dict], modes: list[str], bases: tuple[str, ...]) -> str:
-    """A line for each mode and route, a column for each base: test, at the learning rate that is best on dev over all bases."""
+    """A line for each mode and route, a column for each base: test (or dev), at the learning rate that is best on dev over all bases."""
     groups = [chosen([row for row in rows if row["route"] == route], mode) for mode in modes for route in routes(mode)]
+    part = part_of(groups)
     lines = [[group[0]["mode"], group[0]["route"] or "-", group[0]["lr"] or "-",
-              *(spread([row for row in group if row["base"] == base]) for base in bases)] for group in groups]
-    return f"test {metric_of(groups)}\n" + table(lines, ["mode", "route", "lr", *(Path(base).name for base in bases)])
+              *(spread([row for row in group if row["base"] == base], part) for base in bases)] for group in groups]
+    return f"{part} {metric_of(groups)}\n" + table(lines, ["mode", "route", "lr", *(Path(base).name for base in bases)])
 
 
 def forgetting_table(stages: list[dict]) -> str:
