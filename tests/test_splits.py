@@ -56,7 +56,7 @@ def found(folder: Path) -> dict[str, list[str]]:
 def test_names_of_splits_are_understood(names, train, dev, test, tmp_path, capsys):
     assert found(touch(tmp_path, *names.split())) == {"train": train.split(), "dev": dev.split(), "test": test.split()}
     others = [name for name in names.split() if "mismatched" in name]
-    said = f"{tmp_path}: left unread: {', '.join(others)} (dev and test are the matched ones)\n" if others else ""
+    said = f"note: {tmp_path}: left unread: {', '.join(others)} (dev and test are the matched ones)\n" if others else ""
     assert capsys.readouterr().err == said
 
 
@@ -195,7 +195,7 @@ def test_what_is_left_unread_is_said_when_the_bins_are_made(tmp_path, tokenizer,
     touch(tmp_path, *names, content='{"text": "graph"}\n')
     corpora = build_corpus("x", tmp_path, tokenizer, tmp_path / "cache")
     assert len(corpora["train"].offsets) == len(corpora["heldout"].offsets) == 2
-    assert capsys.readouterr().err == "corpus x: left unread: test-00000-of-00001.jsonl\n"
+    assert capsys.readouterr().err == "note: corpus x: left unread: test-00000-of-00001.jsonl\n"
 
 
 def parts_of(path: Path) -> dict[str, list[str]]:
