@@ -52,17 +52,17 @@ def import_adapter(folder: Path, base: Base, labels: tuple[str, ...] = (), task:
             hf.check_only(head["config"], HEAD, folder / "head_config.json")
         weights |= one_of(folder, f"{library} without its head:", "model_head.safetensors", "pytorch_model_head.bin")
         named = (head.get("config") or head).get("label2id") or {}
-    tensors: dict[str, Tensor] = {}
+    tensors, whose = {}, f"{folder}: an adapter of {library}"
     for name, tensor in weights.items():
         name = re.sub(r"^heads\.[^.]+\.([14])\.", lambda m: classes["dense" if m[1] == "1" else "out"] + ".", hf.plain_name(name))
         for theirs, ours in RENAMED:
             name = re.sub(theirs, ours, name)
         tensors[name] = tensor.float()
     modules = {name.replace("encoder.layer.", "layers."): t for name, t in tensors.items() if ".adapter_" in name}
-    factors, saved = sorted_out({name: t for name, t in tensors.items() if ".adapter_" not in name}, path.parent)
-    head = head_of(base, {}, saved, 1.0, path.parent)
+    factors, saved = sorted_out({name: t for name, t in tensors.items() if ".adapter_" not in name}, whose)
+    head = head_of(base, {}, saved, 1.0, whose)
     if facts["method"] == "lora":
-        modules, targets = layers_of(base, factors, facts["r"], path.parent)
+        modules, targets = layers_of(base, factors, facts["r"], whose)
         config = DeltaConfig("lora", r=facts["r"], lora_alpha=float(facts["alpha"]), target_modules=targets)
     else:
         down = next((len(t) for name, t in modules.items() if name.endswith("down.bias")), 1)
