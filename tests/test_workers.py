@@ -4,13 +4,14 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
 
 from rt.errors import InputError
-from rt.runs import workers
+from rt.runs import build, workers
 from rt.runs.workers import cores, share_cores, spread
 
 
@@ -120,3 +121,31 @@ print(names.index("rt") < names.index("torch"), os.environ["GOMP_SPINCOUNT"])
     env = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env).stdout
     assert said.split() == ["True", "1000"]
+
+
+def test_missing_deltas_are_made_as_many_at_once_as_there_are_cores(tmp_path, monkeypatch):
+    """Each of two waits for the other's file; a third that fails ends what runs beside it, and is named."""
+    script = tmp_path / "train.py"
+    script.write_text("""
+import os, pathlib, sys, time
+flags = dict(argument[2:].split("=") for argument in sys.argv[1:])
+me, other = (pathlib.Path(flags[name]) for name in ("out", "waits_for"))
+me.write_text(os.environ["OMP_NUM_THREADS"])
+while not other.exists():
+    time.sleep(0.01)
+sys.exit(flags["fails"] == "True")
+""")
+    monkeypatch.setattr(build, "TRAIN", script)
+    monkeypatch.setattr(build, "cores", lambda: 2)
+    c = SimpleNamespace(device="cpu", precision="fp32", cache="x", deterministic=False)
+
+    def job(name, other, fails=False):
+        return f"the delta {name}", dict(out=tmp_path / name, waits_for=tmp_path / other, fails=fails)
+
+    build.build(c)
+    build.build(c, job("a", "b"), job("b", "a"))
+    assert (tmp_path / "a").read_text() == "1"
+    begun = time.monotonic()
+    with pytest.raises(InputError, match="could not build the delta c"):
+        build.build(c, job("c", "c", fails=True), job("d", "never"))
+    assert time.monotonic() - begun < 30
