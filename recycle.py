@@ -81,7 +81,7 @@ class Config:
     early_stop: NonNegativeInt = 0  # end after so many scores on dev without a better one; 0: never
     sweep: str | None = None  # grid of settings, "seed=0,1,2 lr=1e-3,5e-3 alpha=.7,.9": every combination, frozen-base deltas side by side
     side_by_side: NonNegativeInt = 0  # of a sweep: so many runs at once; 0: as many as fit into memory
-    workers: NonNegativeInt = 0  # processes that share the runs on a CPU; 0: as many as cores are free
+    workers: NonNegativeInt = 0  # processes that share the runs on a CPU; 0: as many as there are cores
     threads: NonNegativeInt = 0  # of each run on a CPU; 0: one, or more if there are more cores than runs
     out: str | None = None  # folder to write; default runs/recycle/BASE-TASK-DELTA[-kSHOTS][-sweep]
     resume: bool = False  # keep the runs that an earlier call has finished, and do the others; a --sweep does so anyway

@@ -54,7 +54,7 @@ class Config:
     out: str | None = None  # folder to write: default runs/demo, tune: beside the base
     cache: str = "runs/cache"  # tokenized corpora and the embedded data
     device: str = "auto"  # auto, cpu or cuda
-    threads: NonNegativeInt = 0  # on a CPU; 0: as many as cores are free
+    threads: NonNegativeInt = 0  # on a CPU; 0: as many as there are cores
     precision: str = "auto"  # bf16, fp32, or auto: bf16 where the device does it fast
     deterministic: bool = False  # the same bits from the same command on a GPU too; on a CPU they are so anyway
     tensorboard: bool = False  # losses and scores as they come also for TensorBoard, in tensorboard/ of the folder that is written

@@ -91,24 +91,15 @@ def test_a_quota_of_the_cgroup_and_omp_num_threads_bound_the_cores(tmp_path, mon
     assert cores() == 3
 
 
-def test_cores_that_others_keep_busy_are_left_to_them_and_it_is_said(tmp_path, monkeypatch, capsys):
+def test_threads_and_workers_follow_from_cores_and_runs(monkeypatch):
     monkeypatch.setattr(workers, "cores", lambda: 4)
-    monkeypatch.setattr(workers, "LOAD", tmp_path / "loadavg")
-    monkeypatch.setattr(workers, "APART", 0)
     counts = []
     monkeypatch.setattr(torch, "set_num_threads", counts.append)
-    for text, asked, threads, said in (
-            ("0.5 0.5 0.5 1/200 77", 0, 4, ""), ("9 9 9 3/200 77", 0, 2, "keep 2 of 4 cores busy: 2 threads"),
-            ("9 9 9 30/200 77", 0, 1, "keep 3 of 4 cores busy: 1 thread (--threads)"), ("9 9 9 30/200 77", 3, 3, "")):
-        (tmp_path / "loadavg").write_text(text + "\n")
-        workers.use_threads(asked)
-        out = capsys.readouterr().err
-        assert counts.pop() == threads and (said in out if said else not out)
-    (tmp_path / "loadavg").write_text("0 0 0 1/200 77")
     assert [(share_cores(runs, 0, 0), counts.pop()) for runs in (1, 2, 3, 9)] == [(1, 4), (2, 2), (3, 1), (4, 1)]
-    assert share_cores(9, 2, 0) == 2 and share_cores(9, 2, 5) == 5
-    (tmp_path / "loadavg").write_text("0 0 0 3/200 77")
-    assert share_cores(9, 0, 0) == 2
+    assert (share_cores(9, 2, 0), share_cores(9, 2, 5), counts) == (2, 5, [2, 2])
+    workers.use_threads(0)
+    workers.use_threads(3)
+    assert counts[2:] == [4, 3]
 
 
 @pytest.mark.parametrize("script", ["train", "recycle", "analyze", "rt.runs.predict"])

@@ -270,7 +270,7 @@ class PretrainRun:
         self.bar.close()
         scores = self.ranks.from_main(evaluate)
         self.stages.append({"name": name, "domain": self.about["domain"], "steps": self.s.steps, "seconds": seconds, "heldout": scores,
-                            "packing": packing(self.rows), "ranks": self.ranks.world, **self.skips()})
+                            "packing": packing(self.rows), "ranks": self.ranks.world, "threads": torch.get_num_threads(), **self.skips()})
         self.log.row(stage=name, step=self.s.steps, heldout=scores)
         return self.ranks.from_main(lambda: self.save(self.out / name, stage=self.stages[-1]))
 

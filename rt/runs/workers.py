@@ -6,9 +6,7 @@ many threads a run has changes its last bits; how many runs go on at a time does
 import multiprocessing
 import os
 import signal
-import sys
 import threading
-import time
 import traceback
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -21,8 +19,6 @@ from rt.errors import InputError
 
 T, R = TypeVar("T"), TypeVar("R")
 CGROUP = Path("/sys/fs/cgroup/cpu.max")     # "QUOTA PERIOD" in microseconds, or "max PERIOD"
-LOAD = Path("/proc/loadavg")                # whose fourth word is RUNNING/ALL: threads that want a core, of all
-LOOKS, APART = 10, 0.01     # how often, and how many seconds apart, the threads that want a core are counted
 
 
 def cores() -> int:
@@ -34,30 +30,17 @@ def cores() -> int:
     return max(1, min([count, *limits]))
 
 
-def free_cores() -> int:
-    """Those of them that no other program keeps busy all the while that is looked; at least 1."""
-    seen = []
-    for _ in range(LOOKS if LOAD.is_file() else 0):
-        seen.append(int(LOAD.read_text().split()[3].partition("/")[0]) - 1)     # less this one
-        time.sleep(APART)
-    return max(1, cores() - min(seen, default=0))
-
-
 def use_threads(asked: int) -> None:
-    """Compute with so many threads; 0: one for each free core, and if that is not all, it is said."""
-    count = asked or free_cores()
-    torch.set_num_threads(count)
-    if not asked and count < cores():
-        print(f"note: other programs keep {cores() - count} of {cores()} cores busy: {count} thread{'s' * (count > 1)} (--threads)",
-              file=sys.stderr)
+    """Compute with so many threads; 0: one for each core."""
+    torch.set_num_threads(asked or cores())
 
 
 def share_cores(runs: int, threads: int, workers: int) -> int:
-    """Into how many processes to spread so many runs; sets the threads of each. What is 0 is chosen: threads by the number of runs and of
-    cores, workers by the free cores."""
+    """Into how many processes to spread so many runs; sets the threads of each. What is 0 follows from the number of runs and of cores,
+    not from what else goes on: threads that sleep while they wait share a core well (rt/__init__.py)."""
     threads = threads or max(1, cores() // runs)
     torch.set_num_threads(threads)
-    return workers or max(1, min(runs, free_cores() // threads))
+    return workers or max(1, min(runs, cores() // threads))
 
 
 def spread(work: Callable[[T], Iterator[R]], items: Sequence[T], workers: int) -> Iterator[R]:
