@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, bounded
 
 from rt.errors import InputError
 from rt.formats.corpora import build_corpus, corpus_files, read_documents, split_documents
@@ -103,7 +103,7 @@ def test_links_are_followed_and_one_that_leads_nowhere_is_no_missing_split(tmp_p
 def test_a_folder_and_a_pipe_are_no_tables(tmp_path):
     touch(tmp_path, "train.jsonl", "test.jsonl/readme")
     os.mkfifo(tmp_path / "dev.jsonl")
-    with pytest.raises(InputError, match="has no dev.jsonl, .*found: test.jsonl/readme, train.jsonl"):
+    with bounded(), pytest.raises(InputError, match="has no dev.jsonl, .*found: test.jsonl/readme, train.jsonl"):
         load_task(tmp_path)
 
 
