@@ -115,6 +115,12 @@ def test_strings_stay_names_and_floats_make_a_regression(tmp_path):
     assert [e.label for e in load_task(tmp_path / "floats").parts["dev"]] == [1.5, 2.0]
 
 
+def test_names_in_one_part_and_numbers_in_another_are_refused(tmp_path):
+    for part, names in (("train", ["no", "yes"]), ("dev", None)):
+        write(tmp_path / f"{part}.parquet", {"text": ["x", "y"], "label": [0, 1]}, names)
+    assert "train.parquet, row 1: label 'no' is a string, but the one of" in said(load_task, tmp_path)
+
+
 def test_columns_that_are_not_wanted_are_not_read_but_named(tmp_path):
     write(tmp_path / "x.parquet", {"body": ["x"], "image": [b"\0" * 100], "label": [1]})
     assert values(tmp_path / "x.parquet") == [{"body": pa.string(), "image": pa.binary(), "label": 1}]
@@ -376,11 +382,11 @@ def test_corpora_of_the_hub(online, tmp_path, tokenizer):
 
 
 def test_a_whole_repository_is_not_fetched_for_the_tables_at_its_top(online, tmp_path):
-    fake = online(main=repository(tmp_path / "repo", "train.parquet", "dev.parquet", "old/train.parquet"))
+    fake = online(main=repository(tmp_path / "repo", "train.parquet", "dev.parquet", "old[1]/train.parquet", "data/en/train.parquet"))
     find_dataset("hub:a/b")
     assert sorted(fake.asked) == ["dev.parquet", "train.parquet"]
-    find_dataset("hub:a/b/old")
-    assert fake.asked[2:] == ["old/train.parquet"]
+    assert find_dataset("hub:a/b/old[1]")[0].name == "old[1]" and find_dataset("hub:a/b/en")[0].name == "en"
+    assert fake.asked[2:] == ["old[1]/train.parquet", "data/en/train.parquet"]
 
 
 @pytest.mark.parametrize("name", ["hub:", "hub:a", "hub:a/", "hub:a/b/", "hub:../b", "hub:a/b/../c", "hub:a//b", "hub:a/b/.git"])

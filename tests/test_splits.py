@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT, bounded
 
 from rt.errors import InputError
+from rt.formats import tables
 from rt.formats.corpora import build_corpus, corpus_files, read_documents, split_documents
 from rt.formats.splits import split_files
 from rt.formats.tasks import load_task, read_examples
@@ -76,6 +77,7 @@ def test_ten_shards_come_in_the_order_of_their_numbers(tmp_path):
     ("train-00000-of-00003.parquet train-00002-of-00003.parquet dev.csv",
      ": the train split has 2 of 3 shards (train-00000-of-00003.parquet, train-00002-of-00003.parquet): some are missing, or there twice"),
     ("train-00000-of-00001-aaaaaaaaaaaaaaaa.parquet train-00000-of-00001-bbbbbbbbbbbbbbbb.parquet dev.csv", "has 2 of 1 shards"),
+    ("train-00000-of-00002-aaaaaaaaaaaaaaaa.parquet train-00000-of-00002-bbbbbbbbbbbbbbbb.parquet dev.csv", "has 2 of 2 shards"),
     ("c/train/0001.parquet c/validation/0000.parquet", "the train split has 1 of 2 shards (c/train/0001.parquet)"),
     ("train.jsonl test.jsonl notes.txt",
      ": has no dev.jsonl, .json, .csv, .tsv or .parquet (or val, valid, validation), nor shards of one; found: notes.txt, test.jsonl"),
@@ -122,11 +124,10 @@ def packed(name: str, text: str) -> bytes:
     return {"gz": gzip.compress, "xz": lzma.compress}.get(name.rpartition(".")[2], bytes)(text.encode())
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "jsonl.xz", "json", "json.gz"])
-@pytest.mark.parametrize("text", [LINES, json.dumps(ROWS), "\n" + json.dumps(ROWS, indent=1)])
+@pytest.mark.parametrize("ending, text", [
+    *((ending, LINES) for ending in ("jsonl", "jsonl.gz", "jsonl.xz", "json", "json.gz", "json.xz")),
+    ("json", json.dumps(ROWS)), ("json.gz", json.dumps(ROWS)), ("json", "\n" + json.dumps(ROWS, indent=1))])
 def test_jsonl_and_json_packed_or_not_as_a_task_and_as_a_corpus(ending, text, tmp_path):
-    if text != LINES and "jsonl" in ending:
-        pytest.skip("a .jsonl has an object a line")
     for name in ("train", "dev", "test"):
         (tmp_path / f"{name}.{ending}").write_bytes(packed(ending, text))
     task = load_task(tmp_path)
@@ -144,6 +145,21 @@ def test_labels_of_packed_and_listed_files_have_types(tmp_path):
             text = json.dumps(rows) if ending == "json" else "".join(json.dumps(row) + "\n" for row in rows)
             (tmp_path / ending / f"{name}.{ending}").write_bytes(packed(ending, text))
         assert load_task(tmp_path / ending).labels == ("2", "1.5")
+
+
+def test_endings_in_capitals_say_the_same(tmp_path):
+    for name, text in (("Train.TSV.GZ", "text\tlabel\na\tb\nc\td\n"), ("DEV.Json", json.dumps(ROWS))):
+        (tmp_path / name).write_bytes(packed(name.lower(), text.replace("pos", "b").replace("neg", "d")))
+    assert [e.label for part in ("train", "dev") for e in load_task(tmp_path).parts[part]] == ["b", "d", "b", "d"]
+
+
+def test_a_list_may_be_longer_than_a_line_but_not_than_a_json_file(tmp_path, monkeypatch):
+    (tmp_path / "x.json").write_text(json.dumps([{"text": "x" * 1000}] * 20_000))
+    assert len(list(read_documents(tmp_path / "x.json"))) == 20_000
+    (tmp_path / "x.json").write_text(json.dumps(ROWS, indent=1))
+    monkeypatch.setattr(tables, "JSON_BYTES", 60)
+    with pytest.raises(InputError, match="x.json: is a list longer than 0 MB; write it as JSONL"):
+        list(read_documents(tmp_path / "x.json"))
 
 
 @pytest.mark.parametrize("text, words", [
@@ -175,7 +191,8 @@ def kinds(folder: Path) -> dict[str, str]:
      "data/train-00000-of-00001.parquet data/unsupervised-00000-of-00001.parquet", "", "data/test-00000-of-00001.parquet"),
     ("c/train/0000.parquet c/validation/0000.parquet c/test/0000.parquet c/more/x.parquet",
      "c/train/0000.parquet", "c/validation/0000.parquet", "c/test/0000.parquet"),
-    ("a.jsonl meta.json ._a.jsonl", "a.jsonl", "", ""), ("train.json", "train.json", "", "")])
+    ("c/train/a.jsonl c/test/a.jsonl", "c/train/a.jsonl", "", "c/test/a.jsonl"), ("train.json a.json", "a.json train.json", "", ""),
+    ("a.jsonl meta.json ._a.jsonl", "a.jsonl", "", "")])
 def test_splits_of_a_corpus_are_named_as_on_the_hub(names, train, heldout, unread, tmp_path):
     assert kinds(touch(tmp_path, *names.split())) == {"train": train, "heldout": heldout, "unread": unread}
 

@@ -49,14 +49,14 @@ def corpus_files(path: Path) -> dict[str, list[Path]]:
         raise InputError(f"{path}: no text there; a corpus is {', '.join(TEXT_ENDINGS)} files, one document a line or row")
     parts: dict[str, list[Path]] = {"train": [], "dev": [], "test": [], "heldout": []}
     for f in files:
-        parts["heldout" if f.name.split(".")[0] == "heldout" else "train" if f == path else _split(f, home)].append(f)
+        parts["heldout" if f.name.split(".")[0] == "heldout" else _split(f, home)].append(f)
     spare = parts["dev"] if parts["heldout"] else []
     return {"train": parts["train"], "heldout": parts["heldout"] or parts["dev"], "unread": spare + parts["test"]}
 
 
 def _split(file: Path, home: Path) -> str:
     """train, dev or test, if the file is named as on the hub: parquet, a shard, in the folder of a split, or in the hub's own cache."""
-    name = read_name(file.relative_to(home))
+    name = read_name(file.relative_to(home))        # None for a corpus that is one file
     from_hub = file.suffix == ".parquet" or file.parent != home or any(part.startswith("datasets--") for part in home.parts)
     return name.split if name and (from_hub or name.number is not None) else "train"
 
