@@ -111,7 +111,7 @@ print(names.index("rt") < names.index("torch"), os.environ["GOMP_SPINCOUNT"])
 """
     env = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env).stdout
-    assert said.split() == ["True", "1000"]
+    assert said.split() == ["True", "2000"]
 
 
 def test_missing_deltas_are_made_as_many_at_once_as_there_are_cores(tmp_path, monkeypatch):
