@@ -16,8 +16,8 @@ from rt.limits import Positive, PositiveInt
 from rt.runs.config import parse, run
 
 # what is set before torch is loaded; rt/__init__.py leaves alone what is there
-WAYS = {"as here": {}, "libgomp's default": {"GOMP_SPINCOUNT": "300000"}, "GOMP_SPINCOUNT=1000": {"GOMP_SPINCOUNT": "1000"}, "passive": {"GOMP_SPINCOUNT": "0"},
-        "one thread": {"OMP_NUM_THREADS": "1"}}
+WAYS = {"as here": {}, "libgomp's default": {"GOMP_SPINCOUNT": "300000"}, "GOMP_SPINCOUNT=1000": {"GOMP_SPINCOUNT": "1000"},
+        "passive": {"GOMP_SPINCOUNT": "0"}, "one thread": {"OMP_NUM_THREADS": "1"}}
 TOKENS, LONGEST = 1024, 128
 
 

@@ -3,7 +3,7 @@ import os
 
 __version__ = "0.1.0"
 
-# Threads that wait for each other give their cores away after some 30 microseconds instead of milliseconds: else steps take several times as
-# long, or end no more, as soon as other programs compute (docs/scaling.md). Read when torch is loaded, hence here.
+# Threads that wait for each other give their cores away after some 30 microseconds instead of milliseconds. Else steps take several times
+# as long, or do not end, as soon as other programs compute (docs/scaling.md). It is read when torch is loaded, hence here.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")

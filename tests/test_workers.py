@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+from bench import threads
 from rt.errors import InputError
 from rt.runs import build, workers
 from rt.runs.workers import cores, share_cores, spread
@@ -140,3 +141,9 @@ sys.exit(flags["fails"] == "True")
     with pytest.raises(InputError, match="could not build the delta c"):
         build.build(c, job("c", "c", fails=True), job("d", "never"))
     assert time.monotonic() - begun < 30
+
+
+def test_the_benchmark_of_threads_measures_each_command_and_ends_one_that_takes_too_long():
+    found = threads.measure(threads.Config(steps=1), "one thread", 1)
+    assert len(found) == 1 and found[0] > 0
+    assert threads.measure(threads.Config(steps=1, seconds=0.1), "passive", 2) == [None, None]

@@ -1,6 +1,6 @@
 """The cores of a CPU, shared out by whole runs: processes forked from this one, so that bases are in memory once.
 
-Two processes of one thread do about twice the work of one, where a second thread adds a quarter to a small model's (docs/scaling.md). How
+Two processes of one thread do about twice the work of one, where a second thread adds a third to a small model's (docs/scaling.md). How
 many threads a run has changes its last bits; how many runs go on at a time does not.
 """
 import multiprocessing
@@ -37,7 +37,7 @@ def use_threads(asked: int) -> None:
 
 def share_cores(runs: int, threads: int, workers: int) -> int:
     """Into how many processes to spread so many runs; sets the threads of each. What is 0 follows from the number of runs and of cores,
-    not from what else goes on: threads that sleep while they wait share a core well (rt/__init__.py)."""
+    not from what else goes on, which would change last bits."""
     threads = threads or max(1, cores() // runs)
     torch.set_num_threads(threads)
     return workers or max(1, min(runs, cores() // threads))
