@@ -62,6 +62,7 @@ def test_pads_are_counted_a_sequence_also_in_static_shapes_and_side_by_side(base
     expected = [[pad, pad + 1, pad, pad, pad + 2], [pad + 1, pad, pad + 2, pad + 3], [pad + 1, pad + 2, pad + 3], [pad]]
     words = embeddings.word(batch.ids) + embeddings.position(torch.tensor(sum(expected, [])))
     assert torch.equal(embeddings.norm(words), alone)
+    assert torch.equal(torch.compile(embeddings, backend="eager", fullgraph=True)(batch.ids, ends), alone)
     for part in (batch, sequences_batch([[0, 9, pad, 4, 5, 6, 7, 8, 9, 3, 3, 3, 3, 3, 2]])):
         part.labels = torch.zeros(len(part.cu_seqlens) - 1)
         part.index = torch.arange(len(part.labels))
