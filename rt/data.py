@@ -40,7 +40,7 @@ class Tokenizer(Protocol):
 class Example:
     text: str
     text_pair: str | None
-    label: str | int | float | None     # a whole number only before it is a class of a Task; None never in a Task
+    label: str | int | float | None     # a whole number only before it is a class of a Task; None: to predict, or no gold label
     source: str                 # file and line, for error messages
 
 

@@ -70,7 +70,7 @@ def test_a_recycled_delta_goes_to_both_libraries_with_its_scores_and_its_past(li
         assert "no `base_model`" in text and str(tmp_path) not in text and "--old_base M0" in text
         assert row["origin"][0] == old.fingerprint and row["origin"][1] == new.fingerprint
         assert f"(hash {row['origin'][2]}) of the base `M0` (fingerprint {old.fingerprint})" in text
-        assert f"pre-trained on `math`, then `dl` (40 steps); fingerprint {new.fingerprint}, of its parent {old.fingerprint}" in text
+        assert f"pre-trained on `math`, then `dl` for 40 steps; fingerprint {new.fingerprint}, of its parent {old.fingerprint}" in text
         made = run(text, tmp_path, monkeypatch)
         close(logits_of(made["model"].eval(), new.tokenizer), our_logits(new, delta))
         assert made["tokenizer"]("x", "y")["input_ids"] == new.tokenizer.framed().encode("x", "y").ids
@@ -82,7 +82,7 @@ def test_a_base_alone_says_what_it_was_trained_on(lineage, tmp_path, monkeypatch
     assert (data.library_name, data.pipeline_tag, data.tags) == ("transformers", "fill-mask", ["recyclable-tuning"])
     assert results == [("fill-mask", domain, "heldout", metric, metric, value) for domain, metric, value in (
         ("math", "loss", 5.6572), ("math", "accuracy", 0.25), ("dl", "accuracy", 1.0))]
-    assert "The base `M1`, pre-trained on `math`, then `dl` (40 steps)." in text and "| `dl`, heldout |  | 1.0 |" in text
+    assert "The base `M1`, pre-trained on `math`, then `dl` for 40 steps." in text and "| `dl`, heldout |  | 1.0 |" in text
     assert "Command: `train.py --stream=math.txt,dl/ --out runs/demo`" in text
     assert type(run(text, tmp_path, monkeypatch)["model"]).__name__ == "RobertaForMaskedLM"
 

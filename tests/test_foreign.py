@@ -537,3 +537,21 @@ def test_our_exports_first_space_stays_in_transformers(base, tmp_path):
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["add_prefix_space"] is True and agrees(tmp_path)
     shutil.copytree(tmp_path, tmp_path / "copy")
     assert load_hf(tmp_path / "copy").tokenizer.fingerprint == load_hf(tmp_path).tokenizer.fingerprint
+
+
+def test_sister_classes_of_berts_and_settings_of_a_model_that_the_class_would_not_keep(tokenizer_of, tmp_path):
+    """AutoTokenizer makes a MobileBertTokenizer a BertTokenizer; a DistilBertTokenizer is one without token types."""
+    from transformers import AutoTokenizer
+    folder = saved(theirs("bert", "SequenceClassification", tokenizer_of["bert"], num_labels=3), tokenizer_of["bert"], tmp_path / "bert")
+    for name in ("MobileBertTokenizer", "DistilBertTokenizerFast"):
+        edit(folder / "tokenizer_config.json", tokenizer_class=name)
+        ours = load_tokenizer(folder).framed().encode("a graph", "of nodes")
+        found = AutoTokenizer.from_pretrained(folder)("a graph", "of nodes")
+        assert found["input_ids"] == ours.ids and found.get("token_type_ids", [0] * len(ours.ids)) == ours.type_ids
+    edit(folder / "tokenizer_config.json", tokenizer_class="BertTokenizer")
+    load_tokenizer(folder)
+    facts = json.loads((folder / "tokenizer.json").read_text())
+    facts["model"]["max_input_chars_per_word"] = 20
+    (folder / "tokenizer.json").write_text(json.dumps(facts))
+    with pytest.raises(InputError, match="BertTokenizer makes another model"):
+        load_tokenizer(folder)

@@ -503,7 +503,7 @@ def test_a_roberta_with_token_types_that_its_tokenizer_uses_is_refused(tokenizer
     load_hf(folder)     # with one type there is no other to give
     facts = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(facts | {"type_vocab_size": 2}))
-    with pytest.raises(InputError, match="a token type of its own, which is supported of bert only, not of roberta"):
+    with pytest.raises(InputError, match="a token type of its own, which is supported for bert only, not for roberta"):
         load_hf(folder)
 
 
@@ -578,8 +578,8 @@ def test_settings_that_config_json_leaves_out_or_null_are_transformers_defaults(
             load_hf(folder)
 
 
-@pytest.mark.parametrize("content, words", [({"model": {}, "epoch": 3}, "something else than tensors"), (b"", "EOFError"),
-                                            ([1], "something else than tensors"),
+@pytest.mark.parametrize("content, words", [({"model": {}, "epoch": 3}, "something other than named tensors"), (b"", "EOFError"),
+                                            ([1], "something other than named tensors"),
                                             (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer")])
 def test_a_bin_file_that_is_no_checkpoint_is_named(content, words, tokenizer_of, tmp_path):
     folder = saved(theirs("roberta", "MaskedLM", tokenizer_of["roberta"]), tokenizer_of["roberta"], tmp_path)

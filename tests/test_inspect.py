@@ -1,5 +1,6 @@
 """What a folder is: ours as saved, theirs as transformers and PEFT save them, runs; nothing loaded; what is damaged or unknown."""
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -174,7 +175,8 @@ def test_no_tensor_is_read_and_torch_not_imported(run_home, tmp_path):
         file.truncate(size)     # of the size it had, and nothing but zeros after the header
     assert inspect(tmp_path / "M0")["size"] == inspect(run_home / "M0")["size"]
     code = f"import sys; from rt.report.inspect import main; main([{str(run_home / 'M0')!r}]); print('torch' in sys.modules)"
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60).stdout
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60,
+                         env={k: v for k, v in os.environ.items() if k != "RT_TEST_SEED"}).stdout      # which loads torch
     assert out.splitlines()[0] == f"{run_home / 'M0'}: a base (rt-base-1)" and out.splitlines()[-1] == "False"
 
 

@@ -171,7 +171,7 @@ def test_the_line_that_says_what_a_task_is(tmp_path):
 
 PAIRS = [("question", "passage"), ("question", "context"), ("question", "answer"), ("question", "sentence"), ("query", "document"),
          ("query", "passage"), ("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"), ("sentence", "context"),
-         ("text", "passage"), ("claim", "evidence"), ("#1 String", "#2 String"), ("sentence_A", "sentence_B"), ("text_a", "text_b"),
+         ("claim", "evidence"), ("#1 String", "#2 String"), ("sentence_A", "sentence_B"), ("text_a", "text_b"),
          ("text1", "text2"), ("context", "response"), ("Text", "Text_Pair")]
 
 
@@ -180,7 +180,10 @@ def test_usual_second_columns_are_read(first, second, tmp_path, capsys):
     for columns in ((first, second, "label"), ("label", second, first)):
         row = dict(zip(columns, columns))
         task = load_task(write_task(tmp_path / columns[0], dict.fromkeys(("train", "dev"), [row | {"label": i} for i in (0, 1)])))
-        assert (task.parts["train"][0].text, task.parts["train"][0].text_pair) == (first, second) and capsys.readouterr().err == ""
+        assert (task.parts["train"][0].text, task.parts["train"][0].text_pair) == (first, second)
+        said = capsys.readouterr().err
+        is_plain = "2" in second or second in ("hypothesis", "sentence_B", "text_b", "Text_Pair")
+        assert said == "" if is_plain else "are read as a pair of texts" in said
     assert next(read_examples(tmp_path / "label" / "dev.jsonl", labelled=False)).text_pair == second
 
 
@@ -440,3 +443,37 @@ def test_the_cases_that_were_read_wrongly(name, labels, expected, first, capsys)
     task = load_task(CASES / name)
     assert (len(task.labels), sizes(task)) == (labels, expected) and (first is None or task.parts["train"][0].text.endswith(first))
     assert ("-passage" in name) <= (task.parts["train"][0].text_pair is not None)
+
+
+def test_a_hidden_label_is_not_made_up_for_by_another_column(tmp_path, capsys):
+    for part, text in (("train", "text,label,rating\na b,0,5\nc d,1,4\n"), ("dev", "text,label,rating\na b,0,5\nc d,1,4\n"),
+                       ("test", "text,rating\ne f,1\n")):
+        (tmp_path / f"{part}.csv").write_text(text)
+    assert "test" not in load_task(tmp_path).parts
+    assert "1 of 1 test examples have no gold label" in capsys.readouterr().err
+
+
+def test_beside_text_a_column_of_documents_is_no_second_text_and_pairs_by_other_names_are_said(tmp_path, capsys):
+    for name, header, rows in (("ids", "text,document,label", "a b,17,0\nc d,18,1"), ("qa", "question,passage,label", "a b,e f,0\nc d,,1")):
+        (tmp_path / name).mkdir()
+        for part in ("train", "dev", "test"):
+            (tmp_path / name / f"{part}.csv").write_text(f"{header}\n{rows}\n")
+    assert {e.text_pair for e in load_task(tmp_path / "ids").parts["train"]} == {None}
+    assert "read as a pair" not in capsys.readouterr().err
+    assert [e.text_pair for e in load_task(tmp_path / "qa").parts["train"]] == ["e f", None]
+    assert capsys.readouterr().err.count("question and passage are read as a pair of texts") == 1
+
+
+def test_parts_of_which_only_some_have_pairs_are_said(tmp_path, capsys):
+    for part, text in (("train", "sentence1,sentence2,label\na,b,0\nc,d,1\n"), ("dev", "sentence1,label\na,0\nc,1\n")):
+        (tmp_path / f"{part}.csv").write_text(text)
+    load_task(tmp_path)
+    assert "only some of train, dev have pairs of texts" in capsys.readouterr().err
+
+
+def test_a_blank_line_above_the_header_and_files_called_by_years(tmp_path):
+    for part in ("train", "dev"):
+        (tmp_path / part).mkdir()
+        for year in (2023, 2024):
+            (tmp_path / part / f"{year}.csv").write_text("\ntext;label\na, b;0\nc;1\n")
+    assert [len(examples) for examples in load_task(tmp_path).parts.values()] == [4, 4]

@@ -49,6 +49,20 @@ def test_an_error_in_a_worker_is_raised_and_ends_the_others():
             os.kill(pid, 0)
 
 
+def test_an_error_that_cannot_be_pickled_is_told_all_the_same(capfd):
+    class Two(Exception):
+        def __init__(self, one, two):
+            super().__init__(one)
+
+    def work(item):
+        raise Two("a fault", 2)
+        yield
+
+    with pytest.raises(RuntimeError, match=r"in a worker process: Two\('a fault'\)"):
+        list(spread(work, [1, 2], 2))
+    assert "Traceback" in capfd.readouterr().err
+
+
 def test_a_worker_that_is_killed_is_one_sentence():
     def work(item):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -81,6 +95,7 @@ for pid in spread(work, [1, 2], 2):
 def test_a_quota_of_the_cgroup_and_omp_num_threads_bound_the_cores(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(workers, "THREADS", 64)
     monkeypatch.setattr(workers, "CGROUP", tmp_path / "none")
     assert cores() == 8
     (tmp_path / "cpu.max").write_text("250000 100000\n")
@@ -110,7 +125,7 @@ import sys, os, {script}
 names = list(sys.modules)
 print(names.index("rt") < names.index("torch"), os.environ["GOMP_SPINCOUNT"])
 """
-    env = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    env = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "RT_TEST_SEED")}
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env).stdout
     assert said.split() == ["True", "2000"]
 

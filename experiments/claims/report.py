@@ -145,7 +145,7 @@ def learned_ends(r: Rows, base: str) -> set[Key]:
 def forgetting(r: Rows, at: dict[str, dict[Key, float]], out: Section) -> None:
     """Does apply follow how much of M0's own domain a base has forgotten?"""
     loss = {row["name"]: row["heldout"]["wiki"]["loss"] for row in r.select(part="bases", base="M0-M4")}
-    both = [b for b in at if b in loss]
+    both = [b for b in at if b in loss and at[b]]
     if len(both) < 3:
         return
     score = {b: mean(at[b].values()) for b in both}

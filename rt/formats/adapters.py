@@ -15,7 +15,7 @@ from rt.formats import hf
 from rt.formats.checkpoint import read_file, read_weights
 from rt.formats.files import read_json
 from rt.formats.peft import checked, head_of, layers_of, sorted_out
-from rt.formats.untrusted import is_number, is_whole
+from rt.formats.untrusted import is_number, is_whole, shaped
 from rt.kinds import DeltaConfig
 
 # The only values that are computed here, by library and method; the first is the default.
@@ -48,10 +48,10 @@ def import_adapter(folder: Path, base: Base, labels: tuple[str, ...] = (), task:
     weights = one_of(folder, f"{library}:", "adapter.safetensors", "pytorch_adapter.bin") if hub else read_weights(folder)
     if hub:
         head = read_json(folder / "head_config.json") if (folder / "head_config.json").is_file() else {}
-        if isinstance(head.get("config"), dict):
-            hf.check_only(head["config"], HEAD, folder / "head_config.json")
         weights |= one_of(folder, f"{library} without its head:", "model_head.safetensors", "pytorch_model_head.bin")
-        named = (head.get("config") or head).get("label2id") or {}
+        with shaped(folder / "head_config.json", "is not the configuration of a head"):
+            hf.check_only(head.get("config") or {}, HEAD, folder / "head_config.json")
+            named = {str(int(i)): label for label, i in ((head.get("config") or head).get("label2id") or {}).items()}
     tensors, whose = {}, f"{folder}: an adapter of {library}"
     for name, tensor in weights.items():
         name = re.sub(r"^heads\.[^.]+\.([14])\.", lambda m: classes["dense" if m[1] == "1" else "out"] + ".", hf.plain_name(name))
@@ -65,9 +65,9 @@ def import_adapter(folder: Path, base: Base, labels: tuple[str, ...] = (), task:
         modules, targets = layers_of(base, factors, facts["r"], whose)
         config = DeltaConfig("lora", r=facts["r"], lora_alpha=float(facts["alpha"]), target_modules=targets)
     else:
-        down = next((len(t) for name, t in modules.items() if name.endswith("down.bias")), 1)
+        down = next((t.numel() for name, t in modules.items() if name.endswith("down.bias")), 1)
         config = DeltaConfig("adapter", bottleneck=down)
-    return checked(config, modules, head, base, folder, labels, task, {"id2label": {str(i): label for label, i in named.items()}})
+    return checked(config, modules, head, base, folder, labels, task, {"id2label": named})
 
 
 def settings(path: Path, library: str) -> dict:
@@ -78,7 +78,7 @@ def settings(path: Path, library: str) -> dict:
     if (library, method) not in ONLY:
         raise InputError(f"{whose}, method {method or facts!r}: not supported, only bottleneck adapters (double_seq_bn) and LoRA")
     if library == "AdapterHub" and "version" not in outer:      # names of its first version
-        facts["non_linearity"] = {"gelu": "gelu_new", "gelu_orig": "gelu"}.get(facts.get("non_linearity"), facts.get("non_linearity"))
+        facts["non_linearity"] = {"gelu": "gelu_new", "gelu_orig": "gelu"}.get(str(facts.get("non_linearity")), facts.get("non_linearity"))
     hf.check_only({"non_linearity": "gelu_new"} | facts, ONLY[library, method], whose)
     for name, value in facts.items():
         if name not in ONLY[library, method] and not FREE.fullmatch(name) and value not in (None, False, {}, [], 0):

@@ -20,7 +20,8 @@ METRICS = {"macro_f1": "f1", "micro_f1": "f1", "pearson": "pearsonr", "spearman"
 def card(out: str, source: str, base: Base, delta: Delta | None = None, is_adapter: bool = False) -> str:
     """The card of the folder `out`: of the base that the user calls `source`, of base + delta merged, or of the delta alone for PEFT."""
     name, record, is_ours = Path(out).resolve().name, delta.info if delta else base.meta, "format" in base.meta
-    hub_id = source if is_hub_id(source) else None
+    init = None if delta else (base.meta.get("config") or {}).get("init")
+    hub_id = next((each for each in (source, init) if each and is_hub_id(each)), None)
     called = code(hub_id or Path(source).resolve().name)
     pipeline, auto = ("text-classification", "AutoModelForSequenceClassification") if delta else \
         ("fill-mask", "AutoModelForMaskedLM") if base.head else ("feature-extraction", "AutoModel")
@@ -46,8 +47,8 @@ def card(out: str, source: str, base: Base, delta: Delta | None = None, is_adapt
     missing = "" if hub_id else " and, because the base was not named by a hub id, no `base_model`"
     return "\n".join([
         "---", *(f"{key}: {quoted(value)}" for key, value in header.items() if value), "---", f"# {code(name)}", "",
-        f"{what}{words}. The metadata name no `license`{missing}: that is for whoever publishes this.", "",
-        "## How to load it", "", f"{code(name)} is this folder; `hf download OWNER/NAME --local-dir FOLDER` fetches it from the hub.", "",
+        f"{what}{words}. The metadata give no `license`{missing}: add what is missing before you publish it.", "",
+        "## How to load it", "", f"{code(name)} is this folder; {code(f'hf download OWNER/{name} --local-dir {name}')} fetches it.", "",
         "```python", *filter(None, load), "```", "",
         *(["## Scores", "", *(f"| {' | '.join(map(str, row))} |" for row in table), ""] if scores else []),
         "## How it was made", "", *(f"- {fact}" for fact in facts if fact), ""])
@@ -57,7 +58,9 @@ def history(called: str, base: Base, delta: Delta | None) -> list[str]:
     """What the base, or its delta, has learned, and then what is on record of how."""
     meta, info, own = base.meta, delta.info if delta else base.meta, base.meta.get("domain")
     line = [*((meta.get("stage") or {}).get("heldout") or [own])] if own else []        # the domains of its stream
-    trained = f", pre-trained on {', then '.join(map(code, line[:line.index(own) + 1]))} ({meta.get('step')} steps)" if line else ""
+    init = (meta.get("config") or {}).get("init")
+    trained = (f", continued from {code(local(init))}" if init else "") + (
+        f", pre-trained on {', then '.join(map(code, line[:line.index(own) + 1]))} for {meta.get('step')} steps" if line else "")
     config, mode, origin, facts = info.get("config") or {}, info.get("mode"), info.get("origin"), [trained]
     if delta:
         labels = f"{len(delta.labels)} labels: {', '.join(map(code, delta.labels[:9]))}{', ...' * (len(delta.labels) > 9)}"

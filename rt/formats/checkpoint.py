@@ -168,7 +168,7 @@ def read_file(file: Path) -> dict[str, Tensor]:
     if isinstance(tensors, dict) and "state_dict" in tensors:       # Lightning's
         tensors = tensors["state_dict"]
     if not isinstance(tensors, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items()):
-        raise InputError(f"{file}: holds something else than tensors by name")
+        raise InputError(f"{file}: holds something other than named tensors")
     return {k: v.clone() for k, v in tensors.items()}      # memory of their own: they were mapped from the file
 
 

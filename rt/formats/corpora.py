@@ -50,7 +50,8 @@ def corpus_files(path: Path) -> dict[str, list[Path]]:
     parts: dict[str, list[Path]] = {"train": [], "dev": [], "test": [], "heldout": []}
     for f in files:
         parts["heldout" if f.name.split(".")[0] == "heldout" else _split(f, home)].append(f)
-    spare = parts["dev"] if parts["heldout"] else []
+    below = [path / f for f in listed(path) if f.parent.name and f.name.endswith(TEXT_ENDINGS)] if home == path and path.is_dir() else []
+    spare = (parts["dev"] if parts["heldout"] else []) + below
     return {"train": parts["train"], "heldout": parts["heldout"] or parts["dev"], "unread": spare + parts["test"]}
 
 
@@ -125,6 +126,8 @@ def _tokenize(path: Path, tokenizer: Tokenizer, folder: Path, name: str) -> None
     documents, unread = split_documents(path), corpus_files(path)["unread"]
     if unread:
         note(f"corpus {name}: left unread: {', '.join(f.name for f in unread)}")
+    if others := [f.name for f in corpus_files(path)["train"] if (named := read_name(PurePath(f.name))) and named.split != "train"]:
+        note(f"corpus {name}: {', '.join(others)} are trained on, too: of text files only heldout.* is held out")
     with locked(folder), atomic_folder(folder) as new:
         with ExitStack() as stack:
             files = {part: stack.enter_context((new / f"{part}.bin").open("wb")) for part in PARTS}

@@ -184,9 +184,9 @@ def load_hf(folder: Path) -> Base:
     weights = plain(found, folder)
     note_ids(facts, config, tokenizer, folder)
     if tokenizer.framed().encode("a", "b").type_ids[-1]:     # not in RoBERTa's framing: there both texts of a pair have one type
-        if not config.is_bert and facts.get("type_vocab_size", 2) > 1:
-            raise InputError(f"{folder}: its tokenizer gives the second text of a pair a token type of its own, which is supported of bert "
-                             f"only, not of {config.model_type}")
+        if not config.is_bert and facts.get("type_vocab_size", 2) != 1:
+            raise InputError(f"{folder}: its tokenizer gives the second text of a pair a token type of its own, which is supported "
+                             f"for bert only, not for {config.model_type}")
         config = replace(config, sep_id=tokenizer.eos_id if config.is_bert else None)
     encoder = build(Encoder, config, encoder_state(weights, config, folder), folder)
     if tokenizer.vocab_size > config.vocab_size:

@@ -35,7 +35,7 @@ def read_name(file: PurePath) -> Named | None:
     name = folder if inside else own        # the datasets library leaves a train/state.json, which is no table
     if name is None:
         return None
-    number, of = (own[3], own[4]) if own else (table[1] if table[1].isdecimal() else None, None)
+    number, of = (own[3], own[4]) if own else (table[1] if table[1].isdecimal() and table[2] == "parquet" else None, None)
     series = (file.parent, file.name[:own.end(2)] if own else "", table[2], of and int(of))
     return Named(file, file.parent.parent if inside else file.parent, SPLITS[name[1]], series, number and int(number),
                  name[2] == "_mismatched")

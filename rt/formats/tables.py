@@ -92,10 +92,10 @@ def _read_lines(path: Path, most: int = LINE_BYTES) -> Iterator[tuple[str, str]]
 
 
 def _read_csv(path: Path, format: str) -> Iterator[tuple[str, dict]]:
-    """The rows of a table by the names in line 1, separated by what separates these. GLUE's CoLA is known to have no names."""
+    """The rows of a table by the names in its first line; the delimiter is the one found there. GLUE's CoLA is known to have no names."""
     csv.field_size_limit(LINE_BYTES)    # a text may be longer than the 131,072 characters that are the default
     source, header = _read_lines(path), None
-    first = next(source, ("", ""))
+    first = next((at for at in source if at[1].strip()), ("", ""))
     delimiter = next((c for c in DELIMITERS[format] if c in first[1]), DELIMITERS[format][0])
     for place, row in _split(path, itertools.chain([first], source), delimiter):
         if header is None and row in ([], ["sep=", ""]):    # the latter tells Excel what separates columns

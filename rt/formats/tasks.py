@@ -24,6 +24,7 @@ TEXTS = ("text", "sentence1", "premise", "question", "question1", "sentence", "#
          "claim", "content", "review", "tweet", "utterance", "utt", "message", "comment", "passage", "context", "document", "abstract")
 PAIRS = ("text_pair", "sentence2", "hypothesis", "question2", "#2 string", "sentence_b", "text2", "text_b", "passage", "context",
          "paragraph", "document", "evidence", "answer", "response")
+PLAIN = 8       # of PAIRS, the first, can be nothing but texts
 LABELS = ("label", "gold_label")
 OTHER_LABELS = ("score", "relatedness_score", "labels", "class", "target", "category", "intent", "stars", "rating", "sentiment", "emotion",
                 "is_duplicate", "quality")
@@ -41,9 +42,12 @@ def load_task(path: Path) -> Task:
     """Read a task folder. InputError names the file and line that does not fit."""
     path = Path(path)
     if not path.is_dir():
-        raise InputError(f"{path}: a task is a folder with train, dev and test files (.jsonl, .csv, .tsv or .parquet)")
-    parts = {part: [e for file in files for e in read_examples(file, labelled=True)] for part, files in split_files(path).items() if files}
-    parts = _with_gold(path, parts)
+        raise InputError(f"{path}: a task is a folder with train, dev and test files (.jsonl, .json, .csv, .tsv or .parquet)")
+    columns: dict[str, str] = {}        # of all files
+    parts = _with_gold(path, {part: [e for file in files for e in read_examples(file, labelled=True, columns=columns)]
+                              for part, files in split_files(path).items() if files})
+    if len({any(e.text_pair for e in examples) for examples in parts.values()}) > 1:
+        note(f"{path}: only some of {', '.join(parts)} have pairs of texts")
     everything = [e for examples in parts.values() for e in examples]
     if _is_regression(everything):
         labels, parts = (), {part: [_with_float(e) for e in examples] for part, examples in parts.items()}
@@ -160,7 +164,7 @@ def _with_float(e: Example) -> Example:
     return replace(e, label=value)
 
 
-def read_examples(path: Path, labelled: bool, format: str | None = None) -> Iterator[Example]:
+def read_examples(path: Path, labelled: bool, format: str | None = None, columns: dict[str, str] | None = None) -> Iterator[Example]:
     """The examples of a file or of STDIN, one after the other as they are read, `labelled` ones with None if there is no label. `format` is
     one of FORMATS, txt for unlabelled ones; by default the file's ending says it, and STDIN is txt. InputError, also if there is none."""
     if path is not STDIN and (not path.exists() or path.is_dir()):
@@ -171,15 +175,18 @@ def read_examples(path: Path, labelled: bool, format: str | None = None) -> Iter
             raise InputError(f"{path}: ends in none of .{', .'.join(FORMATS)}; say with --input_format which it is")
     if format not in FORMATS:
         raise InputError(f"--input_format {format}: not one of {', '.join(FORMATS)}")
-    return _examples(path, labelled, format)
+    return _examples(path, labelled, format, {} if columns is None else columns)
 
 
-def _examples(path: Path, labelled: bool, format: str) -> Iterator[Example]:
+def _examples(path: Path, labelled: bool, format: str, columns: dict[str, str]) -> Iterator[Example]:
     number, unread = 0, Counter()
     for number, (place, row) in enumerate(read_table(path, format), 1):
+        text, pair, *_ = _columns(tuple(row)) if number == 1 else (None, None)
+        if pair and _plain(pair.strip()) not in PAIRS[:PLAIN]:
+            note(f"{path.parent if labelled else path}: {text} and {pair} are read as a pair of texts")
         if number <= MOST_SEEN:
             unread.update(name for name in row if name not in _columns(tuple(row)) and _is_text(name, row[name]))
-        yield _example(place, row, labelled)
+        yield _example(place, row, labelled, columns)
     if not number:
         raise InputError(f"{path}: has no examples" + f"; {HEADER}" * (format in DELIMITERS))
     if more := [repr(name) for name, count in unread.items() if 2 * count > min(number, MOST_SEEN)]:
@@ -197,15 +204,15 @@ def _columns(names: tuple[str, ...]) -> tuple[str | None, ...]:
     """The columns of the text, the second text and the label, None for what is not there; the fourth may be the label as well."""
     known = {name.strip().lower(): name for name in reversed(names)} | {name: name for name in names}
     text = next((known[name] for name in TEXTS if name in known), None)
-    pairs = PAIRS + ("sentence",) * (text in ("question", "query"))      # GLUE's QNLI
+    pairs = PAIRS[:PLAIN] if text == "text" else PAIRS + ("sentence",) * (text in ("question", "query"))      # GLUE's QNLI
     pair = next((known[name] for name in pairs if name in known and known[name] != text), None)
     labels = [known[name] for name in LABELS if name in known][:1] or [known[name] for name in OTHER_LABELS if name in known]
     return text, pair, *[*labels, None, None][:2]
 
 
-def _example(source: str, row: dict, labelled: bool) -> Example:
-    """The example in a row, whose columns may have any of the known names. Raises InputError if one is missing, or of another type. If a
-    label is asked for and there is none, the texts are not looked at either."""
+def _example(source: str, row: dict, labelled: bool, columns: dict[str, str]) -> Example:
+    """The example in a row, whose columns may have any of the known names; that of the label is kept in `columns` from the first row on.
+    Raises InputError if one is missing, or of another type. If a label is asked for and there is none, the texts are not looked at."""
     text, pair, label, other = _columns(tuple(row))
     if text is None:
         found = ", ".join(str(name)[:40] for name in row) + f"; {HEADER}" * bool(re.search(r"\.[ct]sv|^standard input", source))
@@ -213,10 +220,12 @@ def _example(source: str, row: dict, labelled: bool) -> Example:
     if labelled and other:
         raise InputError(f"{source}: the label may be {label} or {other}: give the right one the name label")
     value = row[label] if label else row["answer"] if isinstance(row.get("answer"), bool) else None     # the answer: BoolQ's own files
+    if label and columns.setdefault("label", _plain(label.strip())) != _plain(label.strip()):   # if that is hidden, another is no label
+        value = None
     if labelled and value in (None, ""):
         return Example("", None, None, source)
-    if pair and (row[pair] is None or pair not in PAIRS[:4] and not isinstance(row[pair], str)):     # an answer may be a number
-        pair = None
+    if pair and (row[pair] is None or _plain(pair.strip()) not in PAIRS[:PLAIN] and (row[pair] == "" or not isinstance(row[pair], str))):
+        pair = None     # null; an answer may also be a number, or empty
     for name in filter(None, (text, pair)):
         if not isinstance(row[name], str) or not row[name].strip():
             raise InputError(f"{source}: {name} is empty or not a string")

@@ -23,7 +23,9 @@ OF_ROBERTA = dict(zip(ROLES, ("<s>", "</s>", "<unk>", "</s>", "<pad>", "<s>", "<
 OF_BERT = dict(zip(ROLES, (None, None, "[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]")))
 # transformers' class of a model, or under another name
 CLASS_OF = {"roberta": "RobertaTokenizer", "bert": "BertTokenizer", "xlm-roberta": "XLMRobertaTokenizer", "camembert": "CamembertTokenizer",
-            "BartTokenizer": "RobertaTokenizer", "LongformerTokenizer": "RobertaTokenizer", "ElectraTokenizer": "BertTokenizer"}
+            "BartTokenizer": "RobertaTokenizer", "LongformerTokenizer": "RobertaTokenizer", "LEDTokenizer": "RobertaTokenizer",
+            **dict.fromkeys(("ElectraTokenizer", "MobileBertTokenizer", "LayoutLMTokenizer", "SqueezeBertTokenizer",
+                             "DistilBertTokenizer"), "BertTokenizer")}
 PROBE = "The Été's  N°12\t½ e\u0301 中文,\n naïve ﬁn"        # tokenizers that differ make different ids of it
 
 
@@ -155,6 +157,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
         if facts.get("split_special_tokens"):
             raise InputError(f"{path / 'tokenizer_config.json'}: split_special_tokens is not supported")
         name = str(facts.get("tokenizer_class") or model.get("tokenizer_class") or model.get("model_type") or "").removesuffix("Fast")
+        if name == "DistilBertTokenizer":       # BERT's without token types
+            facts = {"model_input_names": ["input_ids", "attention_mask"], **facts}
         name = CLASS_OF.get(name, name)
         if not file.is_file():
             file, backend, name = _from_vocabulary(path, name, facts)
@@ -193,7 +197,8 @@ def _from_vocabulary(folder: Path, name: str, facts: dict) -> tuple[Path, tokeni
     if vocab.is_file() and merges.is_file() and name in ("", "RobertaTokenizer"):
         return vocab, _byte_level(models.BPE.from_file(str(vocab), str(merges))), "RobertaTokenizer"
     if words.is_file() and name in ("", "BertTokenizer") and "word_tokenizer_type" not in facts:     # Japanese: needs other libraries
-        return words, _wordpiece(models.WordPiece.from_file(str(words), unk_token="[UNK]")), "BertTokenizer"
+        unknown = _added(facts.get("unk_token") or "[UNK]").content
+        return words, _wordpiece(models.WordPiece.from_file(str(words), unk_token=unknown)), "BertTokenizer"
     raise NoTokenizer(f"{folder}: no tokenizer there; expected tokenizer.json, or vocab.json with merges.txt, or BERT's vocab.txt "
                       "(transformers' AutoTokenizer.from_pretrained and save_pretrained make a tokenizer.json of others)")
 
@@ -218,6 +223,11 @@ def _check_class(backend: tokenizers.Tokenizer, name: str, facts: dict, file: Pa
     """Raises InputError if what transformers' class makes of the file's model cuts texts into other words than the file says."""
     of_class, _, make = CLASSES[name]
     same = isinstance(backend.model, of_class) and (make is not _sentencepiece or facts.get("add_prefix_space", True))
+    model, unknown = backend.model, facts.get("unk_token") or "[UNK]"
+    if same and isinstance(model, models.WordPiece):
+        same = (model.unk_token, model.continuing_subword_prefix, model.max_input_chars_per_word) == (_added(unknown).content, "##", 100)
+    elif same and isinstance(model, models.BPE):
+        same = not (model.dropout or model.continuing_subword_prefix or model.end_of_word_suffix)
     if same:
         theirs, parts = _as_configured(make(backend.model), name, facts), backend.normalizer
         for part in parts if isinstance(parts, normalizers.Sequence) else [parts]:
@@ -289,7 +299,8 @@ def _checked_types(tokenizer: Tokenizer, name: str, roles: dict[str, str]) -> bo
     frames = [framed.encode("a"), framed.encode("a", "b")]
     has_types = frames[1].type_ids[-1] > 0
     if name in CLASSES:
-        first, last = (roles.get(role) for role in (("cls_token", "sep_token") if CLASSES[name][2] else ("bos_token", "eos_token")))
+        ends = ("bos_token", "eos_token") if CLASSES[name][2] is _sentencepiece else ("cls_token", "sep_token")
+        first, last = map(roles.get, ends)
         framed.post_processor = _template((first, id_of(first)), (last, id_of(last)), 2 - bert, int(bert))
         frames.append(framed.encode("a", "b"))
     expected = [bos, *a, eos, *[eos] * (tokenizer.separators - 1), *b, eos]

@@ -63,7 +63,8 @@ class Events:
         for row in kept:
             self.enter(row)
         folder.mkdir(exist_ok=True)
-        self.file = (folder / f"events.out.tfevents.{len(os.listdir(folder)):05d}").open("xb")     # they are read in the order of names
+        number = max((int(f.suffix[1:]) for f in folder.glob("events.out.tfevents.*") if f.suffix[1:].isdecimal()), default=-1) + 1
+        self.file = (folder / f"events.out.tfevents.{number:05d}").open("xb")     # they are read in the order of names
         self.record = record(self.file)
         self.write(file_version="brain.Event:2")
         self.write(step=self.step + 1, session_log={"status": "START"})

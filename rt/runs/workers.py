@@ -6,6 +6,7 @@ many threads a run has changes its last bits; how many runs go on at a time does
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import traceback
 from multiprocessing.connection import Connection, wait
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from rt.errors import InputError
 
 T, R = TypeVar("T"), TypeVar("R")
+THREADS = torch.get_num_threads()       # as torch is loaded: no more than cores, however many threads each has
 CGROUP = Path("/sys/fs/cgroup/cpu.max")     # "QUOTA PERIOD" in microseconds, or "max PERIOD"
 
 
@@ -25,7 +27,7 @@ def cores() -> int:
     """How many cores this process may use: by its affinity, its cgroup's quota and OMP_NUM_THREADS."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, _, period = (CGROUP.read_text() if CGROUP.is_file() else "max").partition(" ")
-    limits = [int(quota) // int(period)] if quota.isdecimal() else []
+    limits = [THREADS, *([int(quota) // int(period)] if quota.isdecimal() else [])]
     limits += [int(text)] if (text := os.environ.get("OMP_NUM_THREADS", "")).isdecimal() else []
     return max(1, min([count, *limits]))
 
@@ -36,11 +38,11 @@ def use_threads(asked: int) -> None:
 
 
 def share_cores(runs: int, threads: int, workers: int) -> int:
-    """Into how many processes to spread so many runs; sets the threads of each. What is 0 follows from the number of runs and of cores,
-    not from what else goes on, which would change last bits."""
+    """Set the threads of each of so many runs, and return how many processes share the runs. An argument of 0 is derived from the numbers
+    of runs and of cores, not from what else goes on, which would change last bits. Only Linux forks safely."""
     threads = threads or max(1, cores() // runs)
     torch.set_num_threads(threads)
-    return workers or max(1, min(runs, cores() // threads))
+    return workers or (max(1, min(runs, cores() // threads)) if sys.platform == "linux" else 1)
 
 
 def spread(work: Callable[[T], Iterator[R]], items: Sequence[T], workers: int) -> Iterator[R]:
@@ -58,7 +60,6 @@ def spread(work: Callable[[T], Iterator[R]], items: Sequence[T], workers: int) -
             busy[ours] = context.Process(target=_serve, args=(work, items, theirs), daemon=True)
             busy[ours].start()
             theirs.close()      # or the death of the worker would not close the pipe
-            ours.send(next(todo))
         while busy:
             for pipe in wait(list(busy)):
                 yield from _received(pipe, busy, todo)
@@ -72,7 +73,11 @@ def _received(pipe: Connection, busy: dict[Connection, multiprocessing.Process],
     """A worker's message: a value, or None if it wants the next item, or an error."""
     try:
         value, error = pipe.recv()
-    except (EOFError, ConnectionError):
+        if value is None and error is None:
+            pipe.send(item := next(todo, None))
+            if item is None:
+                busy.pop(pipe).join()
+    except (EOFError, OSError):
         busy[pipe].join()
         raise InputError(f"a worker process was killed (exit code {busy[pipe].exitcode}), perhaps for want of memory: "
                          "lower `workers`") from None
@@ -80,28 +85,23 @@ def _received(pipe: Connection, busy: dict[Connection, multiprocessing.Process],
         raise error
     if value is not None:
         yield value
-        return
-    item = next(todo, None)
-    pipe.send(item)
-    if item is None:
-        busy.pop(pipe).join()
 
 
 def _serve(work: Callable[[T], Iterator[R]], items: Sequence[T], pipe: Connection) -> None:
-    """A worker's life: items by number until there is none."""
-    threading.Thread(target=_follow, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # that process hears of it, and ends this one
+    """A worker's life: it asks for the number of an item until there is none."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # the parent gets the signal and ends this process
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"      # its threads were not forked
-    tqdm.set_lock(threading.RLock())                    # nor was the one that may have held the lock
+    threading.Thread(target=_follow, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"      # threads do not survive a fork
+    tqdm.set_lock(threading.RLock())                    # one of them may have held the lock
     try:
-        while (item := pipe.recv()) is not None:
+        while pipe.send((None, None)) or (item := pipe.recv()) is not None:
             for value in work(items[item]):
                 pipe.send((value, None))
-            pipe.send((None, None))
     except Exception as error:
-        if not isinstance(error, InputError):
+        if not isinstance(error, InputError):       # another may not be picklable
             traceback.print_exc()
+            error = RuntimeError(f"in a worker process: {error!r}")
         pipe.send((None, error))
 
 
