@@ -214,7 +214,7 @@ def test_a_chain_recycles_the_recycled_delta_and_direct_the_first(recycling, bas
     rows, train = [], recycling.data.train
     train.targets = (predict(apply(bases["M1"], recycling.old_delta, stale_ok=True), train.sequences, **CPU).argmax(-1) + 1) % 3
     recycling.on_eval, recycling.settings.lr, recycling.data.dev = rows.append, 1e-2, train
-    recycling.alpha, recycling.T = 0.1, 1.0         # labels count for more than a teacher that contradicts them
+    recycling.distill = DistillConfig(alpha=0.1, beta=0.0, T=1.0)   # labels count for more than a teacher that contradicts them
     steps = {(s.base, s.route): s for s in chain(recycling, mode, bases)}
     old = {"chain": (recycling.old_base, recycling.old_delta), "direct": (recycling.old_base, recycling.old_delta)}
     for name, base in bases.items():
