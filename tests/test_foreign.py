@@ -555,3 +555,16 @@ def test_sister_classes_of_berts_and_settings_of_a_model_that_the_class_would_no
     (folder / "tokenizer.json").write_text(json.dumps(facts))
     with pytest.raises(InputError, match="BertTokenizer makes another model"):
         load_tokenizer(folder)
+
+
+def test_a_template_whose_first_text_has_the_second_type_is_refused(tokenizer_of, tmp_path):
+    folder = saved(theirs("bert", "SequenceClassification", tokenizer_of["bert"], num_labels=3), tokenizer_of["bert"], tmp_path / "bert")
+    edit(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", model_input_names=["input_ids", "token_type_ids"])
+    load_tokenizer(folder)
+    facts = json.loads((folder / "tokenizer.json").read_text())
+    for part in facts["post_processor"]["pair"]:
+        for piece in part.values():
+            piece["type_id"] = 1
+    (folder / "tokenizer.json").write_text(json.dumps(facts))
+    with pytest.raises(InputError, match="of token types"):
+        load_tokenizer(folder)

@@ -304,8 +304,10 @@ def _checked_types(tokenizer: Tokenizer, name: str, roles: dict[str, str]) -> bo
         framed.post_processor = _template((first, id_of(first)), (last, id_of(last)), 2 - bert, int(bert))
         frames.append(framed.encode("a", "b"))
     expected = [bos, *a, eos, *[eos] * (tokenizer.separators - 1), *b, eos]
+    types = [0] * (len(a) + 2) + [1] * (len(expected) - len(a) - 2)
     for frame in frames:
-        if frame.ids not in ([bos, *a, eos], expected) or bert and not has_types:
+        typed = not has_types or frame.type_ids == types[:len(frame)]
+        if frame.ids not in ([bos, *a, eos], expected) or bert and not has_types or not typed:
             raise InputError(f"{tokenizer.source}: transformers makes {' '.join(frame.tokens)} of the texts a and b, of token types "
                              f"{frame.type_ids}; supported is <s> a </s> </s> b </s>, or [CLS] a [SEP] b [SEP] of two types")
     if roles.get("mask_token") and id_of(roles["mask_token"]) != tokenizer.mask_id:
