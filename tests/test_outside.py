@@ -98,8 +98,8 @@ def test_a_pickle_runs_nothing_wherever_it_lies(home, folder, name, zipped, tmp_
 
 
 @pytest.mark.parametrize("value, words", [
-    ([1, 2], "something else than tensors"), ({"a": "b"}, "something else than tensors"),
-    ({1: torch.zeros(2)}, "something else than tensors"),
+    ([1, 2], "something other than named tensors"), ({"a": "b"}, "something other than named tensors"),
+    ({1: torch.zeros(2)}, "something other than named tensors"),
     ({"a": torch.zeros(1).expand(10**6, 10**6)}, "larger than what the file holds"),
     ({"a": torch.empty(10**7, 10**7, device="meta")}, "not dense"), ({"a": torch.eye(3).to_sparse()}, "not dense"),
     ({"a": {3}}, "holds a set")], ids=lambda v: type(v).__name__ if not isinstance(v, str) else v)
@@ -113,7 +113,7 @@ def test_a_list_that_names_itself_a_billion_times_is_read_once(tmp_path):
     for _ in range(200):
         part = [part, part]
     torch.save({"a": part}, tmp_path / "x.bin")
-    assert "something else than tensors" in said(read_file, tmp_path / "x.bin")
+    assert "something other than named tensors" in said(read_file, tmp_path / "x.bin")
 
 
 def packed_again(path: Path, out: Path, **change: bytes) -> Path:

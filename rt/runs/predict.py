@@ -119,7 +119,7 @@ def check_out(out: Path, source: Path) -> None:
     with contextlib.suppress(InputError):
         row = parse_json(line, out)
     if line and not (isinstance(row, dict) and {"probabilities", "value"} & row.keys()):      # an empty file may be written to
-        raise InputError(f"--out {out}: holds something else than answers; give another, or remove the file")
+        raise InputError(f"--out {out}: holds something other than answers; give another, or remove the file")
 
 
 def write_answers(answered: Iterable[tuple[list[dict], int]], out: Path | None, source: Path) -> tuple[int, int]:
