@@ -93,9 +93,7 @@ for pid in spread(work, [1, 2], 2):
 
 
 def test_a_quota_of_the_cgroup_and_omp_num_threads_bound_the_cores(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(workers, "THREADS", 64)
+    monkeypatch.setattr(workers, "THREADS", 8)
     monkeypatch.setattr(workers, "CGROUP", tmp_path / "none")
     assert cores() == 8
     (tmp_path / "cpu.max").write_text("250000 100000\n")
@@ -103,8 +101,11 @@ def test_a_quota_of_the_cgroup_and_omp_num_threads_bound_the_cores(tmp_path, mon
     assert cores() == 2
     (tmp_path / "cpu.max").write_text("max 100000\n")
     assert cores() == 8
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert cores() == 3
+    affinity = "import os; os.sched_setaffinity(0, [*os.sched_getaffinity(0)][:1])"
+    count = "from rt.runs.workers import cores; print(cores())"
+    for code, omp, said in ((f"{affinity}; {count}", {}, "1\n"), (count, {"OMP_NUM_THREADS": "1"}, "1\n")):
+        env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | omp
+        assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env).stdout == said
 
 
 def test_threads_and_workers_follow_from_cores_and_runs(monkeypatch):

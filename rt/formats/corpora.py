@@ -123,11 +123,11 @@ def _tokenize(path: Path, tokenizer: Tokenizer, folder: Path, name: str) -> None
     """Write the bins: tokens as uint16 if the vocabulary allows it, offsets as int64."""
     dtype, digest = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32, hashlib.sha256()
     lengths: dict[str, list[int]] = {part: [] for part in PARTS}
-    documents, unread = split_documents(path), corpus_files(path)["unread"]
-    if unread:
-        note(f"corpus {name}: left unread: {', '.join(f.name for f in unread)}")
-    if others := [f.name for f in corpus_files(path)["train"] if (named := read_name(PurePath(f.name))) and named.split != "train"]:
-        note(f"corpus {name}: {', '.join(others)} are trained on, too: of text files only heldout.* is held out")
+    documents, files = split_documents(path), corpus_files(path)
+    if files["unread"]:
+        note(f"corpus {name}: left unread: {', '.join(f.name for f in files['unread'])}")
+    if others := [f.name for f in files["train"] if (named := read_name(PurePath(f.name))) and named.split != "train"]:
+        note(f"corpus {name}: {', '.join(others)} are trained on, too: only heldout.* would be held out")
     with locked(folder), atomic_folder(folder) as new:
         with ExitStack() as stack:
             files = {part: stack.enter_context((new / f"{part}.bin").open("wb")) for part in PARTS}

@@ -13,7 +13,7 @@ READ = re.compile(rf"{VALUES}|dictionary<values=({VALUES}),.*")
 
 def read_parquet(path: Path, wanted: Collection[str] | None = None) -> Iterator[tuple[str, dict]]:
     """("PATH, row N", columns) of every row. A column that is not `wanted` (None: all are), or holds neither text nor numbers, is not read
-    and has its type for a value. If the datasets library has noted names for classes, a class is its name, and one of -1 is None."""
+    and has its type for a value. If the datasets library has noted names for classes, a number becomes its class's name, -1 None."""
     try:
         from pyarrow.parquet import ParquetFile  # optional, and slow to import
     except ImportError:

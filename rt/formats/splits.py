@@ -48,7 +48,7 @@ def listed(folder: Path) -> list[PurePath]:
 
 
 def visible(files: Iterable[PurePath]) -> list[PurePath]:
-    """The files in order, without those of which the name, or that of a folder, begins with . or _, as of what tools leave behind."""
+    """The files in order, without those whose name, or whose folder's name, begins with . or _: tools leave them behind."""
     return sorted(f for f in files if not any(part[0] in "._" for part in f.parts))
 
 

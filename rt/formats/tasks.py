@@ -2,7 +2,7 @@
 
 A row has one text or a pair, and a label: a string, an integer, true or false is a class, a float makes the task a regression. The usual
 names of columns are understood beside `text`, `text_pair` and `label`. Rows without a gold label are left out; a test part that has no
-others is none. Notes on stderr say what was left out, and what was decided where it could be otherwise.
+others is none. Notes on stderr say what was left out, and what was decided although it could be otherwise.
 """
 import functools
 import math
@@ -173,20 +173,18 @@ def read_examples(path: Path, labelled: bool, format: str | None = None, columns
         format = "txt" if path is STDIN else format_of(path)
         if format not in FORMATS:
             raise InputError(f"{path}: ends in none of .{', .'.join(FORMATS)}; say with --input_format which it is")
-    if format not in FORMATS:
-        raise InputError(f"--input_format {format}: not one of {', '.join(FORMATS)}")
     return _examples(path, labelled, format, {} if columns is None else columns)
 
 
 def _examples(path: Path, labelled: bool, format: str, columns: dict[str, str]) -> Iterator[Example]:
     number, unread = 0, Counter()
     for number, (place, row) in enumerate(read_table(path, format), 1):
-        text, pair, *_ = _columns(tuple(row)) if number == 1 else (None, None)
-        if pair and _plain(pair.strip()) not in PAIRS[:PLAIN]:
+        text, pair, *_ = read = _columns(tuple(row))
+        if number == 1 and pair and _plain(pair.strip()) not in PAIRS[:PLAIN]:
             note(f"{path.parent if labelled else path}: {text} and {pair} are read as a pair of texts")
         if number <= MOST_SEEN:
-            unread.update(name for name in row if name not in _columns(tuple(row)) and _is_text(name, row[name]))
-        yield _example(place, row, labelled, columns)
+            unread.update(name for name in row if name not in read and _is_text(name, row[name]))
+        yield _example(place, row, read, labelled, columns)
     if not number:
         raise InputError(f"{path}: has no examples" + f"; {HEADER}" * (format in DELIMITERS))
     if more := [repr(name) for name, count in unread.items() if 2 * count > min(number, MOST_SEEN)]:
@@ -210,10 +208,10 @@ def _columns(names: tuple[str, ...]) -> tuple[str | None, ...]:
     return text, pair, *[*labels, None, None][:2]
 
 
-def _example(source: str, row: dict, labelled: bool, columns: dict[str, str]) -> Example:
-    """The example in a row, whose columns may have any of the known names; that of the label is kept in `columns` from the first row on.
+def _example(source: str, row: dict, read: tuple[str | None, ...], labelled: bool, columns: dict[str, str]) -> Example:
+    """The example in a row, of which `_columns` are `read`; the name of the label is kept in `columns` from the first row on.
     Raises InputError if one is missing, or of another type. If a label is asked for and there is none, the texts are not looked at."""
-    text, pair, label, other = _columns(tuple(row))
+    text, pair, label, other = read
     if text is None:
         found = ", ".join(str(name)[:40] for name in row) + f"; {HEADER}" * bool(re.search(r"\.[ct]sv|^standard input", source))
         raise InputError(f"{source}: no text column (known names: {', '.join(TEXTS)}; found: {found})")

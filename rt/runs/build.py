@@ -16,7 +16,7 @@ TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 
 def build(c: Any, *jobs: tuple[str, dict]) -> None:
     """Run train.py for each of `jobs`, (what it makes, flags), on a CPU as many at once as there are cores. InputError if one fails."""
-    at_once = max(1, min(len(jobs), cores())) if c.device != "cuda" and not torch.cuda.is_available() else 1
+    at_once = 1 if torch.cuda.is_available() else max(1, min(len(jobs), cores()))
     alone = environment_alone()
     if at_once > 1:
         alone |= {"OMP_NUM_THREADS": str(cores() // at_once), "TQDM_DISABLE": "1"}      # bars would write over each other

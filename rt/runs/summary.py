@@ -1,7 +1,6 @@
 """Tables over many rows: recycle.py's are dicts with mode, seed, lr, settings, dev, test and curve, one for each run; pre-training's are
 stages."""
 import json
-import math
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Callable, Iterable, TypeVar
@@ -37,8 +36,8 @@ def add_steps_to_scratch(rows: list[dict]) -> None:
     best = {row["seed"]: score(row["dev"]) for row in chosen(rows, "scratch", by_settings)}
     for row in rows:
         if row["seed"] in best:
-            row["steps_to_scratch_best"] = next((step for step, dev in row["curve"] if score({"": dev}) >= best[row["seed"]] > -math.inf),
-                                                None)
+            reached = (step for step, dev in row["curve"] if dev is not None and dev >= best[row["seed"]])
+            row["steps_to_scratch_best"] = next(reached, None) if is_number(best[row["seed"]]) else None
 
 
 def spread(rows: list[dict], part: str = "test") -> str:

@@ -19,17 +19,14 @@ from tqdm import tqdm
 from rt.errors import InputError
 
 T, R = TypeVar("T"), TypeVar("R")
-THREADS = torch.get_num_threads()       # as torch is loaded: no more than cores, however many threads each has
+THREADS = torch.get_num_threads()       # as torch is loaded: by affinity and OMP_NUM_THREADS
 CGROUP = Path("/sys/fs/cgroup/cpu.max")     # "QUOTA PERIOD" in microseconds, or "max PERIOD"
 
 
 def cores() -> int:
-    """How many cores this process may use: by its affinity, its cgroup's quota and OMP_NUM_THREADS."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many cores this process may use: by its affinity, OMP_NUM_THREADS and its cgroup's quota, which torch does not look at."""
     quota, _, period = (CGROUP.read_text() if CGROUP.is_file() else "max").partition(" ")
-    limits = [THREADS, *([int(quota) // int(period)] if quota.isdecimal() else [])]
-    limits += [int(text)] if (text := os.environ.get("OMP_NUM_THREADS", "")).isdecimal() else []
-    return max(1, min([count, *limits]))
+    return max(1, min(THREADS, int(quota) // int(period))) if quota.isdecimal() else THREADS
 
 
 def use_threads(asked: int) -> None:
