@@ -214,7 +214,7 @@ def note_ids(facts: dict, config: EncoderConfig, tokenizer: Tokenizer, folder: P
     if wrong := [f"{name} {said[name]} and {i}" for name, i in ids.items() if said.get(name, i) != i]:
         note(f"{folder}: config.json and the tokenizer disagree: {', '.join(wrong)}; RoBERTa's positions go by the first, "
              "the tokens around a text and the mask by the second, as in transformers")
-    if config.vocab_size - tokenizer.vocab_size >= 1024:
+    if config.vocab_size > tokenizer.vocab_size:
         note(f"{folder}: the model has {config.vocab_size} words, the tokenizer {tokenizer.vocab_size}")
 
 
