@@ -62,6 +62,7 @@ class Config:
     # pretrain (seq_len, lr, warmup, weight_decay and graphs: tune as well)
     stream: tuple[str, ...] = ("python", "math", "dl")  # domains in order: embedded names, text files or folders, or hub:OWNER/NAME
     init: str | None = None  # continue from this base: checkpoint, Hugging Face folder or hub id
+    number: NonNegativeInt | None = None  # of the first base that is made, M<number>; default 0, with --init one more than its own
     preset: Literal["tiny", "mini", "small", "base", "large"] = "mini"  # size of a new base: tiny, mini, small, base, large
     tokenizer: str | None = None  # tokenizer.json, or a folder with vocab.json and merges.txt; default: trained
     vocab_size: PositiveInt = 4096  # of a tokenizer trained on the first domain
@@ -233,7 +234,7 @@ def start_model(c: Config, out: Path, first_corpus: Path, ranks: Ranks) -> tuple
     if c.seq_len > config.max_len:
         raise InputError(f"--seq_len {c.seq_len}: the model has positions for {config.max_len} tokens")
     set_dropout(model, c.dropout)
-    return model, tokenizer, parent, number
+    return model, tokenizer, parent, number if c.number is None else c.number - 1
 
 
 def start_tokenizer(c: Config, out: Path, first_corpus: Path) -> Tokenizer:

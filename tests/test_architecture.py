@@ -104,7 +104,7 @@ CORE = sorted(path.relative_to(ROOT) for path in (ROOT / "rt").glob("*.py"))
 
 def test_the_core_can_be_read_in_one_sitting():
     lengths = {path: (ROOT / path).read_text(encoding="utf-8").count("\n") for path in CORE}
-    assert sum(lengths.values()) <= 2000 and max(lengths.values()) <= 350, lengths
+    assert sum(lengths.values()) <= 2500 and max(lengths.values()) <= 350, lengths
 
 
 def test_the_core_names_no_flag_no_terminal_and_no_signal():

@@ -66,6 +66,10 @@ def test_init_continues_a_base(lineage):
          "--out", home / "more", "--cache", home / "cache")
     meta = json.loads((home / "more" / "M2" / "meta.json").read_text())
     assert meta["parent"] == json.loads((home / "run" / "M1" / "meta.json").read_text())["fingerprint"]
+    again = (home / "more" / "M2", "--stream", home / "two.txt", "--steps", "2", "--snapshots", "0", "--number", "0")
+    here("train.py", *SMALL, "--init", *again, "--out", home / "zero", "--cache", home / "cache")      # a foreign base, prepared, is M0
+    zero = json.loads((home / "zero" / "M0" / "meta.json").read_text())
+    assert zero["number"] == 0 and zero["parent"] == meta["fingerprint"]
 
 
 def test_twenty_steps_are_ten_and_resume_and_ten(lineage):
