@@ -14,7 +14,7 @@ import sys
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Callable, Literal
 
 import torch
 
@@ -33,7 +33,8 @@ from rt.limits import NonNegative, NonNegativeInt, Positive, PositiveInt, Positi
 from rt.losses import Loss
 from rt.model import PRESETS, EncoderConfig, MaskedLM, new_masked_lm, set_dropout
 from rt.optim import adamw, derive_seed, not_finite, set_lr, step_unless
-from rt.pretrain import PretrainSettings, evaluate_mlm, microbatches
+from rt.pretrain import PretrainSettings, evaluate_mlm, microbatches, mlm_loss
+from rt.recipes import Preserve, PreserveBy
 from rt.runs.config import parse, record, run
 from rt.runs.log import Log, StepBar, load_tensorboard, note_changed_task, note_truncated, scores_text, task_text, tested_text
 from rt.runs.predict import open_tuned
@@ -73,6 +74,8 @@ class Config:
     mask_rate: PositiveShare = 0.3  # share of tokens predicted; RoBERTa: 0.15, but more learns faster (Wettig et al., 2023)
     lr: Positive | None = None  # peak learning rate; default 1e-3 to pretrain, by kind of delta to tune
     warmup: Share = 0.1  # share of the steps with rising learning rate, anew in every stage
+    preserve: NonNegative = 0.0  # weight of the distance to the base before: an upgrade on which deltas of that one still work; try 3 to 30
+    preserve_by: PreserveBy = "hidden"  # distance of hidden states, of the last ones, predictions or attention maps: hidden, last, ...
     dropout: ShareBelowOne = 0.0  # while pre-training; 0 learns faster from few epochs (tuning uses the checkpoint's 0.1)
     weight_decay: NonNegative = 0.01  # on matrices only
     snapshots: NonNegativeInt = 2  # checkpoints M_i(t) kept along a stage, evenly spaced
@@ -99,6 +102,7 @@ NOT_SETTINGS = ("resume", "stop_after", "save_every", "cache", "device", "out", 
                 "log_every", "deterministic", "tensorboard", "threads")     # may differ when a run is resumed
 HELDOUT_MASK_RATE = 0.15    # whatever --mask_rate is, so that held-out losses compare
 SEQ_LEN = 128
+SAMPLE_ROWS = 16        # over which --preserve takes the variances of hidden states
 PRETRAIN_LR = 1e-3
 TUNE_LR = {"full": 5e-4, "prefix": 1e-2}     # of the mini preset; other kinds: 5e-3
 
@@ -165,10 +169,13 @@ def train_stages(c: Config, stream: PretrainRun, ranks: Ranks) -> Interrupted | 
         model = model.to(ranks.device)
         optimizer = adamw(model.parameters(), 0.0, c.weight_decay, make=zero if c.zero else torch.optim.AdamW)
         about = {"name": name, "domain": domain, "number": number, "parent": parent}
+        sample = rows.masked(range(min(SAMPLE_ROWS, rows.per_epoch))).to(ranks.device)
+        loss = Preserve(model, c.preserve, c.preserve_by, sample) if c.preserve and parent else mlm_loss
         first = stream.start_stage(about, s, rows, model, optimizer, where["precision"])
         if not stream.stages and first == 0:
             print(sample_of(rows, tokenizer))
-        if train_stage(model, rows, optimizer, s, stream, ranks, where["precision"], first, compile=c.compile, graphs=c.graphs):
+        if train_stage(model, rows, optimizer, s, stream, ranks, where["precision"], first, compile=c.compile, graphs=c.graphs,
+                       loss=loss):
             return stream.suspended(f"in {name} after step {stream.step} of {steps}")
         parent = stream.finish_stage(lambda: {d: evaluate_mlm(model, r, tokens=c.eval_tokens, **where) for d, r in heldout.items()})
         if i + 1 < len(training) and stream.stops_between_stages():
@@ -178,13 +185,13 @@ def train_stages(c: Config, stream: PretrainRun, ranks: Ranks) -> Interrupted | 
 
 
 def train_stage(model: MaskedLM, rows: Rows, optimizer: torch.optim.Optimizer, s: PretrainSettings, stream: PretrainRun, ranks: Ranks,
-                precision: torch.dtype, first: int = 0, compile: bool = False, graphs: bool = False) -> bool:
+                precision: torch.dtype, first: int = 0, compile: bool = False, graphs: bool = False, loss: Callable = mlm_loss) -> bool:
     """The loop of pre-training, from step `first` on; whether it stops before the stage's end. Data and dropout are functions of (seed,
     step, microbatch), so a loop that is left and entered again repeats nothing and leaves nothing out."""
     model.train()
     batches = prefetch(staged(microbatches(rows, s, ranks.rank, ranks.world, first), rows, ranks.device, static=compile))
     with compiled(model.encoder.layers if compile else (), ranks.device), closing(batches):
-        gradient = make_gradient(model, s, ranks, precision, graphs)    # plain, compiled, or a CUDA graph
+        gradient = make_gradient(model, s, ranks, precision, graphs, loss)    # plain, compiled, or a CUDA graph
         for step in range(first, s.steps):
             lr = set_lr(optimizer, s.lr_at(step))
             loss = torch.zeros((), device=ranks.device)

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kernels import add_norm, attention, attention_kd, attention_qkv, configs, dropout, hidden_mse, kd_loss, top_k
+from kernels import add_norm, attention, attention_kd, attention_qkv, configs, dropout, hidden_mse, kd_loss, states_mse, top_k
 from kernels.common import recording, triton
 from kernels.linear_loss import linear_cross_entropy, linear_kd
 from rt.runs.log import table
@@ -79,6 +79,9 @@ def kd_loss_calls(dtype: torch.dtype) -> None:
         kd_loss(student, None, LABELS, alpha=0.0, T=1.0).sum().backward()
     for width, rows, dtype_t in itertools.product((256, 768, 9216), (None, LABELS), teachers):
         hidden_mse(zeros(4, 1, width, dtype=dtype), zeros(4, 1, width, dtype=dtype_t, grad=False), rows).sum().backward()
+    for L, dtype_t in itertools.product((5, 13), teachers):
+        states_mse([zeros(4, 16, dtype=dtype) for _ in range(L)], [zeros(4, 16, dtype=dtype_t) for _ in range(L)],
+                   zeros(L, grad=False)).backward()
 
 
 def linear_loss_calls(dtype: torch.dtype) -> None:
@@ -127,7 +130,8 @@ def launches(arch: int, which: list[str], dtypes: list[str] = tuple(DTYPES)) -> 
         names = fn.jit_function.arg_names
         constants = {names[path[0]]: value for path, value in compile["constants"].items()}
         constants |= {option: compile[option] for option in ("num_warps", "num_stages")}
-        types = dict.fromkeys(t for t in compile["signature"].values() if t.startswith("*"))
+        flat = [t for types in compile["signature"].values() for t in (types if isinstance(types, tuple) else (types,))]
+        types = dict.fromkeys(t for t in flat if t.startswith("*"))
         found[fn.name, str(key)] = Program(fn.module, fn.jit_function.__name__, constants, tuple(types), compile["specialization_data"])
         return True     # compile nothing now
 

@@ -1,15 +1,15 @@
 """Fused operations, each with its plain PyTorch reference beside it. Needs torch (and triton) only; knows nothing of rt.
 
     from kernels import (add_norm, attention, attention_kd, attention_qkv, dropout, hidden_mse, kd_loss, linear_cross_entropy,
-                         linear_kd, top_k)
+                         linear_kd, states_mse, top_k)
 """
 from kernels.add_norm import add_norm, layer_norm
 from kernels.attention import attention, attention_qkv
 from kernels.attention_kd import attention_kd
 from kernels.dropout import dropout, site_seeds
-from kernels.hidden_mse import hidden_mse
+from kernels.hidden_mse import hidden_mse, states_mse
 from kernels.kd_loss import TopK, kd_loss, top_k
 from kernels.linear_loss import linear_cross_entropy, linear_kd
 
 __all__ = ["TopK", "add_norm", "attention", "attention_kd", "attention_qkv", "dropout", "hidden_mse", "kd_loss",
-           "layer_norm", "linear_cross_entropy", "linear_kd", "site_seeds", "top_k"]
+           "layer_norm", "linear_cross_entropy", "linear_kd", "site_seeds", "states_mse", "top_k"]

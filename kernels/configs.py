@@ -60,6 +60,7 @@ TABLE: dict[str, dict[tuple[int, int, int], tuple[int, ...]]] = {
     # columns, warps; size: the class of row length (common.row_class)
     "kd_loss_forward": _rows({32: (32, 1), 256: (256, 1), 1024: (1024, 4), 4096: (4096, 4)}),
     "hidden_mse": _rows({32: (32, 1), 256: (256, 1), 1024: (1024, 4), 4096: (4096, 8)}),
+    "states_mse": _rows({4096: (1024, 4)}),
     **dict.fromkeys(("kd_loss_backward", "linear_loss"), _rows({32: (32, 1), 256: (256, 1), 1024: (1024, 4), 4096: (2048, 8)})),
     # rows, columns, warps; size as above
     "dropout": _rows({32: (64, 32, 4), 256: (16, 256, 4), 1024: (16, 256, 4), 4096: (16, 256, 4)}),

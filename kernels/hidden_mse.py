@@ -1,6 +1,7 @@
-"""The patience term: how far the student's hidden rows are from the teacher's, all layers in one launch.
+"""How far the student's hidden states are from the teacher's, all layers in one launch.
 
-    loss_b = mean over layers l and dimensions i of (s_bli - t_rli)^2        r = rows[b], the example's row in the teacher's cache
+    hidden_mse     loss_b = mean over layers l and dimensions i of (s_bli - t_rli)^2        r = rows[b], the example's row in a cache
+    states_mse     loss = sum over layers l of weights_l * mean((s_l - t_l)^2), over all tokens and dimensions
 
 Limits: fp32, fp16 and bf16, fp32 arithmetic; float64 takes the reference. Not differentiable twice. Tested in Triton's interpreter;
 compiled for sm_80, 90, 100.
@@ -93,3 +94,92 @@ def hidden_mse(student: Tensor, teacher: Tensor, rows: Tensor | None = None) -> 
     if not uses_triton(student):
         return hidden_mse_ref(student, teacher, rows)
     return _hidden_mse(student, teacher.detach(), rows)
+
+
+# ---------------------------------------------------------------- all rows of a batch
+
+def states_mse_ref(students: list[Tensor], teachers: list[Tensor], weights: Tensor) -> Tensor:
+    """`states_mse` in plain PyTorch."""
+    dtype = torch.promote_types(students[0].dtype, torch.float32)
+    each = [(s.to(dtype) - t.detach().to(dtype)).square().mean() for s, t in zip(students, teachers, strict=True)]
+    return (torch.stack(each) * weights.detach()).sum()
+
+
+@triton.jit
+def _states_forward(sums_ptr, s_ptrs, t_ptrs, size, BLOCK: tl.constexpr):       # (tiles, L), L x (size,), L x (size,)
+    """One tile of every layer."""
+    tile = tl.program_id(0).to(tl.int64)
+    cols = tile * BLOCK + tl.arange(0, BLOCK)
+    for i in tl.static_range(len(s_ptrs)):
+        s = tl.load(s_ptrs[i] + cols, mask=cols < size, other=0.0).to(tl.float32)
+        d = s - tl.load(t_ptrs[i] + cols, mask=cols < size, other=0.0).to(tl.float32)
+        tl.store(sums_ptr + tile * len(s_ptrs) + i, tl.sum(d * d, 0))
+
+
+@triton.jit
+def _states_backward(up_ptr, weights_ptr, s_ptrs, t_ptrs, grad_ptrs, size, BLOCK: tl.constexpr):     # (), (L,), 3 times L x (size,)
+    """One tile of every layer's gradient."""
+    cols = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    up = tl.load(up_ptr) * 2 / size
+    for i in tl.static_range(len(s_ptrs)):
+        s = tl.load(s_ptrs[i] + cols, mask=cols < size).to(tl.float32)
+        d = s - tl.load(t_ptrs[i] + cols, mask=cols < size).to(tl.float32)
+        tl.store(grad_ptrs[i] + cols, (d * (tl.load(weights_ptr + i) * up)).to(grad_ptrs[i].dtype.element_ty), mask=cols < size)
+
+
+@torch.library.custom_op("recyclable::states_mse", mutates_args=())
+def _states_mse(students: list[Tensor], teachers: list[Tensor], weights: Tensor) -> Tensor:
+    size = students[0].numel()
+    BLOCK, warps = configs.pick("states_mse", 4096, torch.float32, weights.device)
+    sums = torch.empty(-(-size // BLOCK), len(students), dtype=torch.float32, device=weights.device)
+    launch(_states_forward, len(sums), sums, dense(students), dense(teachers), size, BLOCK=BLOCK, num_warps=warps)
+    return (sums.sum(0) / size * weights).sum()
+
+
+@_states_mse.register_fake
+def _(students, teachers, weights):
+    return weights.new_empty(())
+
+
+@torch.library.custom_op("recyclable::states_mse_backward", mutates_args=())
+def _states_mse_backward(up: Tensor, weights: Tensor, students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
+    grads, size = [torch.empty_like(s, memory_format=torch.contiguous_format) for s in students], students[0].numel()
+    BLOCK, warps = configs.pick("states_mse", 4096, torch.float32, up.device)
+    launch(_states_backward, -(-size // BLOCK), up, weights, dense(students), dense(teachers), tuple(grads), size, BLOCK=BLOCK,
+           num_warps=warps)
+    return grads
+
+
+@_states_mse_backward.register_fake
+def _(up, weights, students, teachers):
+    return [torch.empty_like(s, memory_format=torch.contiguous_format) for s in students]
+
+
+def dense(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(x.contiguous() for x in tensors)
+
+
+def _differentiate(ctx, up):
+    weights, *states = ctx.saved_tensors
+    L = len(weights)
+    return _states_mse_backward(up, weights, states[:L], states[L:]), [None] * L, None
+
+
+_states_mse.register_autograd(_differentiate, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(
+    inputs[2], *inputs[0], *inputs[1]))
+
+
+def states_mse(students: list[Tensor], teachers: list[Tensor], weights: Tensor) -> Tensor:
+    """Weighted sum over layers of the mean squared error of all their rows, in one launch; keeps no copy of a state.
+
+    students   L tensors (N, d) of one shape, for example an encoder's embedding output and every layer's
+    teachers   as many of the same shape; no gradient reaches them
+    weights    (L,) fp32; no gradient reaches them
+    Returns    a scalar, fp32; float64 of float64 states. Raises ValueError if sizes differ.
+    """
+    if len({x.shape for x in (*students, *teachers)}) != 1 or not len(students) == len(teachers) == len(weights):
+        raise ValueError(f"states of one shape are compared, layer by layer, with a weight each, not {[tuple(x.shape) for x in students]}, "
+                         f"{[tuple(x.shape) for x in teachers]} and {len(weights)} weights")
+    if not all(uses_triton(x) for x in (*students, *teachers)):
+        return states_mse_ref(students, teachers, weights)
+    return _states_mse(students, [t.detach() for t in teachers], weights.detach())

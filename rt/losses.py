@@ -146,8 +146,13 @@ def attention(loss: Loss, logits: Tensor, activations: Activations, batch: Batch
     """Scalar; runs the teacher on `batch`."""
     with torch.no_grad():
         loss.attention_teacher.encoder(batch, teacher := Activations(attention=loss.layers(loss.attention_teacher)))
+    return attention_divergence(activations, teacher, batch)
+
+
+def attention_divergence(student: Activations, teacher: Activations, batch: Batch) -> Tensor:
+    """Scalar: KL(teacher's map || student's), the mean over collected layers, heads and query tokens."""
     return torch.stack([attention_kd(*s, *t, batch.cu_seqlens, batch.max_seqlen).mean()
-                        for s, t in zip(activations.qk, teacher.qk, strict=True)]).mean()
+                        for s, t in zip(student.qk, teacher.qk, strict=True)]).mean()
 
 
 TERMS: dict[str, Callable[[Loss, Tensor, Activations, Batch], Tensor]] = {"beta": patience, "gamma": attention}     # by its weight's field

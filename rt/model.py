@@ -73,15 +73,25 @@ class Batch:
 
 @dataclass
 class Activations:
-    """What distillation compares, collected while an encoder runs."""
+    """What distillation and `preserve` compare, collected while an encoder runs."""
     attention: tuple[int, ...] = ()                                     # layers whose queries and keys are collected
     rows: list[Tensor] = field(default_factory=list)                    # <s> rows of the embedding output and of all layers but the last
     qk: list[tuple[Tensor, Tensor]] = field(default_factory=list)       # (N, H, D) each
+    hidden: list[Tensor] | None = None      # in place of rows, if a list is given: (N, d) each, the embedding output and every layer's
 
     @property
     def states(self) -> Tensor:
         """(B, num_layers, d)"""
         return torch.stack(self.rows, dim=1)
+
+    def collect(self, x: Tensor, first: Tensor) -> Tensor:
+        """Take what is wanted of the input (N, d) of a layer; returns it, to be used in place of `x`."""
+        if self.hidden is not None:
+            self.hidden.append(x)
+            return x
+        x, rows = SelectRows.apply(x, first)
+        self.rows.append(rows)
+        return x
 
 
 def seeds_of(batch: Batch) -> Tensor:
@@ -208,10 +218,11 @@ class Encoder(nn.Module):
         x = self.embeddings(batch.ids, batch.cu_seqlens, None if seeds is None else seeds[-1])
         for i, layer in enumerate(self.layers):
             if activations is not None:
-                x, rows = SelectRows.apply(x, first)
-                activations.rows.append(rows)
+                x = activations.collect(x, first)
             x = layer(x, batch.cu_seqlens, batch.max_seqlen, None if seeds is None else seeds[3 * i:3 * i + 3],
                       activations.qk if activations is not None and i in activations.attention else None)
+        if activations is not None and activations.hidden is not None:
+            activations.hidden.append(x)
         return x
 
 
@@ -234,9 +245,9 @@ class MaskedLM(nn.Module):
         super().__init__()
         self.encoder, self.head = encoder, head
 
-    def features(self, batch: Batch) -> Tensor:
-        """(P, d) for the rows in `batch.predict`, or (N, d) if that is None."""
-        h = self.encoder(batch)
+    def features(self, batch: Batch, activations: Activations | None = None) -> Tensor:
+        """(P, d) for the rows in `batch.predict`, or (N, d) if that is None; fills `activations` if given."""
+        h = self.encoder(batch, activations)
         return self.head.features(h if batch.predict is None else h[batch.predict])
 
     def forward(self, batch: Batch) -> Tensor:

@@ -1,6 +1,6 @@
 """Masked-language-model pre-training: the objective, the microbatches of a step, and evaluation. The loop is in train.py."""
 from dataclasses import dataclass
-from typing import Iterator
+from typing import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kernels import linear_cross_entropy
 from rt.data import Rows
-from rt.model import Batch, MaskedLM
+from rt.model import Activations, Batch, MaskedLM
 from rt.optim import autocast, derive_seed, schedule
 
 
@@ -27,20 +27,20 @@ class PretrainSettings:
         return schedule(step, self.steps, self.warmup_steps, self.lr)
 
 
-def mlm_loss(model: MaskedLM, batch: Batch) -> Tensor:
+def mlm_loss(model: MaskedLM, batch: Batch, activations: Activations | None = None) -> Tensor:
     """Mean cross-entropy of the predicted rows; linear_cross_entropy never stores the logits over the vocabulary."""
-    return linear_cross_entropy(model.features(batch), model.encoder.embeddings.word.weight, model.head.bias, batch.labels)
+    return linear_cross_entropy(model.features(batch, activations), model.encoder.embeddings.word.weight, model.head.bias, batch.labels)
 
 
 class MLMLoss(nn.Module):
     """The share of one of `parts` microbatches in the loss of its step; a module, because DistributedDataParallel wraps a forward."""
-    def __init__(self, model: MaskedLM, parts: int, precision: torch.dtype):
+    def __init__(self, model: MaskedLM, parts: int, precision: torch.dtype, loss: Callable[[MaskedLM, Batch], Tensor] = mlm_loss):
         super().__init__()
-        self.model, self.parts, self.precision = model, parts, precision
+        self.model, self.parts, self.precision, self.loss = model, parts, precision, loss
 
     def forward(self, batch: Batch) -> Tensor:
         with autocast(batch.ids.device, self.precision):
-            return mlm_loss(self.model, batch) / self.parts
+            return self.loss(self.model, batch) / self.parts
 
 
 def microbatches(rows: Rows, s: PretrainSettings, rank: int = 0, world: int = 1, start: int = 0) -> Iterator[Batch]:

@@ -6,7 +6,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from kernels import add_norm, attention, attention_kd, attention_qkv, dropout, hidden_mse, kd_loss, linear_cross_entropy, linear_kd, top_k
+from kernels import (
+    add_norm,
+    attention,
+    attention_kd,
+    attention_qkv,
+    dropout,
+    hidden_mse,
+    kd_loss,
+    linear_cross_entropy,
+    linear_kd,
+    states_mse,
+    top_k,
+)
 
 
 def inputs(device: str) -> dict:
@@ -16,8 +28,8 @@ def inputs(device: str) -> dict:
         return torch.randn(*shape, generator=g).to(device, torch.float16).requires_grad_()
 
     shapes = {"qkv": (76, 3, 2, 32), "teacher_qk": (76, 2, 2, 64), "prefix_k": (7, 2, 32), "prefix_v": (7, 2, 32), "gate": (2,),
-              "student": (13, 37), "teacher": (13, 37), "states": (3, 2, 40), "cache": (9, 2, 40), "x": (13, 24), "w": (37, 24), "b": (37,),
-              "residual": (76, 64), "norm_weight": (2, 64), "norm_bias": (64,)}
+              "student": (13, 37), "teacher": (13, 37), "states": (3, 2, 40), "cache": (9, 2, 40), "x": (13, 24), "y": (13, 24),
+              "w": (37, 24), "b": (37,), "residual": (76, 64), "norm_weight": (2, 64), "norm_bias": (64,)}
     return {name: randn(*shape) for name, shape in shapes.items()} | {
         "cu": torch.tensor([0, 5, 5, 75, 76], dtype=torch.int32, device=device), "labels": torch.randint(37, (13,), generator=g).to(device),
         "rows": torch.tensor([8, 0, 3], device=device), "seed": torch.tensor([5], device=device),
@@ -35,6 +47,7 @@ def step(i: dict) -> list[torch.Tensor]:
     for teacher in (i["teacher"], top_k(i["teacher"].detach(), 5, 2.0), None):
         loss = loss + kd_loss(i["student"], teacher, i["labels"], alpha=0.5, T=2.0).mean()
     loss = loss + hidden_mse(i["states"], i["cache"], i["rows"]).mean()
+    loss = loss + states_mse([i["x"], i["x"] * 2], [i["y"], i["y"]], i["w"][:2, 0].float())
     linear = i["x"], i["w"], i["b"]
     loss = loss + linear_cross_entropy(*linear, i["labels"]) + linear_kd(*linear, i["x"], i["w"], i["b"], i["labels"], alpha=0.5, T=2.0)
     names = ("qkv", "prefix_k", "prefix_v", "gate", "student", "states", "x", "w", "b", "residual", "norm_weight", "norm_bias")

@@ -75,7 +75,7 @@ def test_init_continues_a_base(lineage):
 def test_twenty_steps_are_ten_and_resume_and_ten(lineage):
     home, _ = lineage
     arguments = ("train.py", *SMALL, "--stream", f"{home}/one.txt,{home}/two.txt", "--steps", "14,6", "--cache", home / "cache",
-                 "--snapshots", "0", "--dropout", "0.1", "--accumulation", "1", "--precision", "fp32")
+                 "--snapshots", "0", "--dropout", "0.1", "--accumulation", "1", "--precision", "fp32", "--preserve", "3")
     here(*arguments, "--out", home / "straight")
     out = here(*arguments, "--out", home / "broken", "--stop_after", "10", "--log_every", "4")
     assert "stopped in M0 after step 10 of 14" in out and drawn(home / "broken") == {"loss"}

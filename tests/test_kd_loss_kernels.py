@@ -1,11 +1,11 @@
-"""kd_loss and hidden_mse, the kernels: error budgets against float64, every gradient, top-k teachers, one launch each way."""
+"""kd_loss, hidden_mse and states_mse, the kernels: error budgets against float64, every gradient, top-k teachers, one launch each way."""
 import math
 
 import pytest
 import torch
 
-from kernels import hidden_mse, kd_loss
-from kernels.hidden_mse import _hidden_mse, _hidden_mse_backward, hidden_mse_ref
+from kernels import hidden_mse, kd_loss, states_mse
+from kernels.hidden_mse import _hidden_mse, _hidden_mse_backward, _states_mse, _states_mse_backward, hidden_mse_ref, states_mse_ref
 from kernels.kd_loss import TopK, _kd_loss, _kd_loss_backward, kd_loss_ref, top_k
 
 EPS = torch.finfo(torch.float32).eps
@@ -377,3 +377,47 @@ def test_hidden_mse_ops_are_registered_in_full(device):
     torch.library.opcheck(_hidden_mse, (s, t, rows))
     torch.library.opcheck(_hidden_mse, (s, t[:3], None))
     torch.library.opcheck(_hidden_mse_backward, (torch.ones(3, device=device), s.detach(), t, rows))
+
+
+# ---------------------------------------------------------------- states_mse
+
+def layers(L, N, d, dtype=torch.float32, device="cpu"):
+    """Student states that want gradients, a teacher's, and weights, one of them 0."""
+    g = torch.Generator().manual_seed(0)
+    s, t = (torch.randn(L, N, d, generator=g).to(device, dtype) for _ in range(2))
+    return [x.requires_grad_() for x in s.unbind()], [*t.unbind()], (torch.arange(L, device=device) / 2)
+
+
+def loss_and_gradients(function, s, t, weights):
+    loss = function(s, t, weights)
+    return loss, *torch.autograd.grad(-2.5 * loss, s)
+
+
+@pytest.mark.parametrize("L, N, d", [(2, 1, 1), (2, 3, 7), (5, 40, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_states_mse_forward_and_gradients(device, L, N, d, dtype):
+    s, t, weights = layers(L, N, d, dtype, device)
+    for teacher in (t, [x.float() for x in t]):
+        exact = loss_and_gradients(states_mse_ref, [double(x).requires_grad_() for x in s], [double(x) for x in teacher], weights.double())
+        ours, ref = (loss_and_gradients(f, s, teacher, weights) for f in (states_mse, states_mse_ref))
+        assert ours[0].dtype == torch.float32 and all(x.dtype == dtype for x in ours[1:])
+        for x, r, z, unit in zip(ours, ref, exact, (EPS, *[rounding(dtype, device)] * L)):
+            assert ((x - z).abs() <= 2 * (r - z).abs().max() + 8 * EPS * z.abs().max() + unit * z.abs()).all()
+
+
+def test_states_mse_takes_any_strides_launches_once_and_gives_the_teacher_no_gradient(device, monkeypatch):
+    s, t, weights = layers(3, 5, 40, device=device)
+    expected = loss_and_gradients(states_mse, s, t, weights)
+    loose, taught = [x.detach().T.contiguous().T.requires_grad_() for x in s], [x.requires_grad_() for x in t]
+    launched = counted(monkeypatch, states_mse)
+    assert_close(loss_and_gradients(states_mse, loose, taught, weights), expected)
+    assert launched == ["_states_forward", "_states_backward"] and all(x.grad is None for x in taught)
+    for wrong in ((s[:2], t, weights), (s, [x[:4] for x in t], weights), (s, t, weights[:2]), ([], [], weights[:0])):
+        with pytest.raises(ValueError, match="of one shape"):
+            states_mse(*wrong)
+
+
+def test_states_mse_ops_are_registered_in_full(device):
+    s, t, weights = layers(2, 3, 7, device=device)
+    torch.library.opcheck(_states_mse, (s, t, weights))
+    torch.library.opcheck(_states_mse_backward, (torch.ones((), device=device), weights, [x.detach() for x in s], t))

@@ -18,7 +18,7 @@ from rt.data import Rows
 from rt.errors import InputError
 from rt.model import Batch, MaskedLM
 from rt.optim import memory_for
-from rt.pretrain import MLMLoss, PretrainSettings
+from rt.pretrain import MLMLoss, PretrainSettings, mlm_loss
 from rt.speed.dist import Ranks
 
 WARM_UP = 3     # runs before a capture: by then everything is compiled, allocated or chosen
@@ -95,21 +95,21 @@ def kernels_run(device: torch.device) -> bool:
 
 # --- gradients --------------------------------------------------------------------------------------------------------
 
-def make_gradient(model: MaskedLM, s: PretrainSettings, ranks: Ranks, precision: torch.dtype,
-                  graphs: bool = False) -> Callable[[Batch, int], Tensor]:
-    """gradient(batch, part) adds the gradient of the `part`-th microbatch of a step to the model's, which part 0 clears, and returns the
-    loss; the last part averages over the ranks. `graphs`: by CUDA graphs. Raises InputError if memory runs out."""
-    loss = ranks.parallel(MLMLoss(model, s.accumulation, precision))
+def make_gradient(model: MaskedLM, s: PretrainSettings, ranks: Ranks, precision: torch.dtype, graphs: bool = False,
+                  loss: Callable[[MaskedLM, Batch], Tensor] = mlm_loss) -> Callable[[Batch, int], Tensor]:
+    """gradient(batch, part) adds the gradient of `loss` on the `part`-th microbatch of a step to the model's, which part 0 clears, and
+    returns the loss; the last part averages over the ranks. `graphs`: by CUDA graphs. Raises InputError if memory runs out."""
+    share = ranks.parallel(MLMLoss(model, s.accumulation, precision, loss))
 
     def plain(batch: Batch) -> Tensor:
-        value = loss(batch.to(ranks.device))
+        value = share(batch.to(ranks.device))
         value.backward()
         return value.detach()
 
     def eager(batch: Batch, part: int) -> Tensor:
         if part == 0:
             model.zero_grad(set_to_none=True)
-        with loss.no_sync() if ranks.world > 1 and part < s.accumulation - 1 else nullcontext():
+        with share.no_sync() if ranks.world > 1 and part < s.accumulation - 1 else nullcontext():
             return plain(batch)
 
     gradient_of = CudaGraphs(plain, [*model.parameters()], ranks.device, adds=s.accumulation > 1) if graphs else eager
