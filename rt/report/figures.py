@@ -10,7 +10,7 @@ import numpy as np
 from rt.analysis import barrier
 from rt.formats.untrusted import is_number
 from rt.report.drawing import REFERENCE, Panel, draw_heatmaps, draw_panels, look, saved_figure
-from rt.report.rows import group, with_interval
+from rt.report.rows import Points, group, with_interval
 from rt.runs.log import table
 
 SCORES = {"accuracy": "accuracy", "pearson": "Pearson's r"}
@@ -174,6 +174,19 @@ def distance_numbers(rows: list[dict]) -> list[dict]:
     """The distance between pairs of bases and of deltas, all parts together."""
     whole = [row | {"task": row.get("task") or "-"} for row in rows if row["part"] == "all"]
     return collected(whole, ("of", "task", "pair", "weights"), ("l2", "l2_per_weight", "cosine"))
+
+
+# --- recipes of upgrades ------------------------------------------------------------------------------------------------
+
+def pareto(points: dict[str, Points], path: Path, xlabel: str, ylabel: str) -> None:
+    """One marker a label, at the mean of its points: low and left is better on both axes."""
+    with saved_figure(path, 1, 1, width=6.0, height=4.2) as axes:
+        ax = axes[0, 0]
+        for i, (label, of) in enumerate(points.items()):
+            x, y = np.mean(of, axis=0)
+            ax.plot([x], [y], label=label, **look(i) | {"linestyle": "", "markersize": 6})
+            ax.annotate(label, (x, y), textcoords="offset points", xytext=(5, 3), fontsize=7, parse_math=False)
+        ax.set(xlabel=xlabel, ylabel=ylabel)
 
 
 # --- by the name of a study -------------------------------------------------------------------------------------------

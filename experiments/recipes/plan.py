@@ -1,0 +1,47 @@
+"""The numbers of PLAN.md, and its runs in order."""
+from dataclasses import dataclass
+
+UPGRADE = "--steps 200 --batch_tokens 1024 --seq_len 128 --snapshots 0 --device cpu --threads 1".split()
+TUNE = "--tune_steps 300 --batch_size 16 --eval_every 50 --device cpu --threads 1".split()
+TASKS = {"chemprot": 128, "rotten_tomatoes": 64, "agnews": 64, "acl_arc": 64, "imdb": 128}      # tokens a text
+KINDS = {"full": 1e-4, "adapter": 1e-3}     # learning rate
+DELTA_SEEDS, MAX_TEST, HELDOUT_TOKENS = 3, 500, 16384
+PLAIN = (1.25e-4, 2.5e-4, 5e-4, 1e-3)
+RATES = (5e-4, 1e-3)
+SWITCHES = {"hidden 3": "--preserve 3", "hidden 10": "--preserve 10", "hidden 30": "--preserve 30",
+            "last 10": "--preserve 10 --preserve_by last", "predictions 1": "--preserve 1 --preserve_by predictions",
+            "hidden 1": "--preserve 1", "replay 5 %": "--replay .05", "replay 20 %": "--replay .2", "infinite": "--schedule infinite",
+            "Reptile": "--align 10 --align_eps .5", "hidden 3 + replay 5 %": "--preserve 3 --replay .05"}
+FIRST = ("hidden 3", "hidden 10", "hidden 30", "last 10", "predictions 1")      # of the order of the plan
+SEEDS, TARGETS = (0, 1, 2, 3, 4), ("bio", "cs", "chain")
+CHAIN = "bio,rev,cs,ns"
+CHAIN_ARMS = (("plain", 5e-4), ("hidden 3", 5e-4))      # the second: see PLAN.md
+
+
+@dataclass(frozen=True)
+class Upgrade:
+    """One run of train.py on M0."""
+    arm: str        # "plain" or a key of SWITCHES
+    lr: float
+    target: str     # a domain, or several with commas: a chain of upgrades
+    seed: int
+
+    @property
+    def facts(self) -> dict:
+        return {"arm": self.arm, "lr": self.lr, "target": self.target, "seed": self.seed}
+
+
+def upgrades(targets: tuple[str, ...] = TARGETS, seeds: tuple[int, ...] = SEEDS) -> list[Upgrade]:
+    """The upgrades of these targets and seeds, in the plan's order."""
+    first = [("plain", lr) for lr in PLAIN] + [(arm, lr) for arm in FIRST for lr in RATES if arm != "hidden 30" or lr == RATES[-1]]
+    others = [(arm, lr) for arm in SWITCHES for lr in RATES if (arm, lr) not in first]
+    found = []
+    for target in targets:
+        for some in (CHAIN_ARMS,) if target == "chain" else (first, others):
+            found += [Upgrade(arm, lr, CHAIN if target == "chain" else target, seed) for seed in seeds for arm, lr in some]
+    return found
+
+
+def known(rows: list[dict], facts: dict) -> bool:
+    """Whether one of the rows has these facts."""
+    return any(facts.items() <= row.items() for row in rows)

@@ -1,0 +1,129 @@
+"""results/recipes/README.md and its figure, from the rows alone. PLAN.md defines block, gain, points lost, advantage and test."""
+import itertools
+import math
+from pathlib import Path
+from statistics import mean
+
+from experiments.recipes.plan import known, upgrades
+from rt.errors import InputError
+from rt.formats.files import read_rows
+from rt.report.figures import pareto
+from rt.report.rows import group, with_interval
+
+LEARNED = 0.05      # dev accuracy of a delta on M0 above the share of the commonest label
+Block = tuple[str, int]     # target, seed
+Point = tuple[float, float]     # gain, points lost
+
+
+def points(rows: list[dict]) -> dict[tuple[str, float], dict[Block, Point]]:
+    """(gain, points lost) of every upgrade on one domain, by arm and rate, and by block."""
+    own = {row["seed"]: row for row in rows if row["arm"] == "M0"}
+    done = [row for row in rows if row["arm"] != "M0" and "," not in row["target"]]
+    fall = {id(row): own[row["seed"] % len(own)]["heldout"][row["target"]] - row["heldout"][row["target"]] for row in done}
+    found: dict = {}
+    for (target,), some in group(done, "target").items():
+        plain = group([row for row in some if row["arm"] == "plain"], "lr")
+        best = max((mean(fall[id(row)] for row in line) for line in plain.values()), default=math.nan)
+        for row in some:
+            point = fall[id(row)] / best, lost(own[row["seed"] % len(own)], row)
+            found.setdefault((row["arm"], row["lr"]), {})[target, row["seed"]] = point
+    return found
+
+
+def learned(own: dict) -> list[str]:
+    return [name for name, (dev, commonest) in own["dev"].items() if dev > commonest + LEARNED]
+
+
+def lost(own: dict, row: dict, only: str = "") -> float:
+    """Points of accuracy, in the mean over the deltas that learned (and whose name, task/kind, holds `only`)."""
+    return 100 * mean(own["apply"][name] - row["apply"][name] for name in learned(own) if only in name)
+
+
+def frontier(plain: list[Point], gain: float) -> float:
+    """Points that plain upgrades, in the order of their rates, lose at this gain."""
+    line = [(0.0, 0.0), *plain]
+    crossed = [a[1] + (b[1] - a[1]) * (gain - a[0]) / (b[0] - a[0]) for a, b in itertools.pairwise(line)
+               if a[0] != b[0] and min(a[0], b[0]) <= gain <= max(a[0], b[0])]
+    return min(crossed) if crossed else max(line)[1]
+
+
+def advantages(found: dict) -> dict[tuple[str, float], dict[Block, float]]:
+    """The advantage of every arm with a switch, in each block that has all plain rates."""
+    plain = [of for (arm, _), of in sorted(found.items()) if arm == "plain"]
+    return {key: {block: frontier([of[block] for of in plain], gain) - points for block, (gain, points) in of.items()
+                  if all(block in other for other in plain)} for key, of in found.items() if key[0] != "plain"}
+
+
+def sign_flip(values: list[float]) -> float:
+    """One-sided exact p of a mean above zero: the share of sign patterns whose sum is at least as large."""
+    total = sum(values) - 1e-12
+    return mean(sum(s * v for s, v in zip(signs, values)) >= total for signs in itertools.product((1, -1), repeat=len(values)))
+
+
+def holm(p: dict) -> dict:
+    """Holm's adjusted p, by key."""
+    adjusted, highest = {}, 0.0
+    for i, (key, value) in enumerate(sorted(p.items(), key=lambda item: item[1])):
+        adjusted[key] = highest = min(1.0, max(highest, (len(p) - i) * value))
+    return adjusted
+
+
+HEAD = ("arm", "peak rate", "blocks", "gain, %", "points lost", "full", "adapter", "wiki loss", "advantage, points", "p / Holm", "seconds")
+
+
+def lines_of(rows: list[dict], own: list[dict], found: dict) -> list[list[str]]:
+    """The table: a line for each arm and rate."""
+    ahead = {key: [*of.values()] for key, of in advantages(found).items() if of}
+    p = {key: sign_flip(values) for key, values in ahead.items()}
+    adjusted, lines = holm(p), []
+    for key, of in sorted(found.items(), key=lambda item: (item[0][0] != "plain", item[0])):
+        some = [row for row in rows if (row["arm"], row.get("lr")) == key and "," not in row["target"]]
+        gains, losses = zip(*of.values())
+        kinds = [mean(lost(own[row["seed"] % len(own)], row, kind) for row in some) for kind in ("/full", "/adapter")]
+        test = [with_interval(ahead[key]), f"{p[key]:.3f} / {adjusted[key]:.3f}"] if key in ahead else ["", ""]
+        lines.append([key[0], f"{key[1]:g}", len(of), with_interval(100 * g for g in gains), with_interval(losses),
+                      *(f"{v:.1f}" for v in kinds), f"{mean(row['heldout']['wiki'] for row in some):.3f}", *test,
+                      f"{mean(row['stage_seconds'] for row in some):.0f}"])
+    return lines
+
+
+def write(folder: Path) -> str:
+    """Write README.md and pareto.png/.svg; returns the table. InputError if there are no rows."""
+    rows = read_rows(folder / "minilm.jsonl") if (folder / "minilm.jsonl").exists() else []
+    own = [row for row in rows if row["arm"] == "M0"]
+    found = points(rows) if own else {}
+    if not found:
+        raise InputError(f"{folder}: no rows of upgrades there; run python -m experiments.recipes --data DIR first")
+    lines, facts = lines_of(rows, own, found), {key: ", ".join(sorted({row[key] for row in rows})) for key in ("device", "commit")}
+    scores = "; ".join(" ".join([name, *(f"{row['apply'][name]:.3f}" for row in own)]) for name in own[0]["apply"])
+    left_out = [f"{name} (seed {row['seed']})" for row in own for name in row["apply"] if name not in learned(row)]
+    text = ["# Which upgrades keep old deltas alive",
+            "Written by `python -m experiments.recipes --report` from `minilm.jsonl`; [the plan](../../experiments/recipes/PLAN.md) says "
+            f"what each column is. Means with 95 % t-intervals over blocks. Machine: {facts['device']}; commits {facts['commit']}.",
+            markdown(HEAD, lines), "![points lost against gain](pareto.png)",
+            f"Test accuracy of the deltas on M0, by seed: {scores}.",
+            "Left out, as dev on M0 is not 5 points above the commonest label: " + (", ".join(left_out) or "none") + ".",
+            "Held-out loss of M0: " + ", ".join(f"{domain} {loss:.3f}" for domain, loss in own[0]["heldout"].items()) + "."]
+    chains = group([row for row in rows if "," in row.get("target", "")], "arm", "lr")
+    for (arm, lr), some in chains.items():
+        stages = [with_interval(lost(own[row["seed"] % len(own)], row) for row in line) for line in group(some, "stage").values()]
+        text.append(f"Chain, {arm} at {lr:g}: points lost by Delta_0 on M1, M2, ...: {', '.join(stages)}.")
+    text += ["## Planned and not run", missing(rows)]
+    (folder / "README.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    pareto({f"{arm} {lr:g}": [(100 * (1 - gain), points) for gain, points in of.values()] for (arm, lr), of in found.items()},
+           folder / "pareto", "gain given up on the new domain (% of the best plain upgrade's)", "points lost by old deltas, as they are")
+    return markdown(HEAD, lines)
+
+
+def missing(rows: list[dict]) -> str:
+    """A line for each arm, rate and target of the plan that lacks seeds."""
+    left: dict[tuple, list[int]] = {}
+    for one in upgrades():
+        if not known(rows, one.facts):
+            left.setdefault((one.arm, one.lr, one.target), []).append(one.seed)
+    return "\n".join(f"- {arm} at {lr:g} on {target}: seeds {', '.join(map(str, seeds))}"
+                     for (arm, lr, target), seeds in left.items()) or "Nothing."
+
+
+def markdown(header: tuple[str, ...], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (header, ["---"] * len(header), *rows))
