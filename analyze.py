@@ -3,11 +3,15 @@
     python analyze.py --study connectivity                      # on the demo lineage; builds what is missing
     python analyze.py --study compatibility --bases runs/mine/M0,runs/mine/M1,runs/mine/M2 --tasks my_task --seeds 0,1,2
     python analyze.py --study similarity --independent runs/ind/M0 --heads 0.1,3.2 --sentence "Return the complete graph."
+    python analyze.py --study recipes --old_base runs/demo/M0 --bases runs/plain/M1,runs/preserved/M1 --domains python,math
+    python analyze.py --study mixture --old_base runs/demo/M0 --bases runs/replay0/M1,runs/replay20/M1 --domains python,math
 
-Studies: compatibility (the first base's delta on all later ones), connectivity (the path between two tuned models), similarity
-(attention heads and hidden states), distance (of weights). Deltas are looked for beside their bases, as deltas/BASE-TASK-KIND-sSEED. If one
-of a task is missing, all are tuned alike by train.py, as deltas/BASE-TASK-KIND-nSTEPS-sSEED. An independent base shares sizes and tokenizer
-with the others and nothing else: train.py --tokenizer runs/demo/tokenizer.json --seed 1 --stream python --out runs/ind.
+Studies: compatibility (the first base's delta on all later ones), connectivity (the path between two tuned models), similarity (attention
+heads and hidden states), distance (of weights); beyond the paper, of upgrades of one base: recipes (what each is worth to old deltas, and
+costs on the new domain), mixture (a power law of held-out losses over replay and steps). Deltas are looked for beside their bases, as
+deltas/BASE-TASK-KIND-sSEED. If one of a task is missing, all are tuned alike by train.py, as deltas/BASE-TASK-KIND-nSTEPS-sSEED. An
+independent base shares sizes and tokenizer with the others and nothing else: train.py --tokenizer runs/demo/tokenizer.json --seed 1
+--stream python --out runs/ind.
 
 --out gets rows.jsonl, summary.json, and figures made from these rows as .png and .svg (pip install -e '.[plot]').
 """
@@ -22,19 +26,22 @@ from typing import Annotated, Callable, Iterable, Iterator, Literal
 
 import torch
 
-from data.sources import open_task
+from data.sources import corpus_path, open_task
 from rt import analysis
-from rt.data import Encoded, Example, Task, TaskData, encode, encode_task
+from rt.data import Encoded, Example, Rows, Task, TaskData, encode, encode_task, few_shot
 from rt.deltas import Base, Delta, apply, check_fits
 from rt.errors import Diverged, InputError
 from rt.formats.atomic import locked
+from rt.formats.corpora import build_corpus
 from rt.formats.delta_files import seq_len_of
-from rt.formats.files import FIGURES, check_overwritable, read_rows, write_json
+from rt.formats.files import FIGURES, check_overwritable, read_json, read_rows, write_json
 from rt.formats.hub import open_base, open_delta, place_of_delta
 from rt.kinds import KINDS
 from rt.limits import Limit, Positive, PositiveInt, Seeds, SeqLen
-from rt.losses import Weights, weights_of
-from rt.model import Classifier
+from rt.losses import DistillConfig, Weights, weights_of
+from rt.model import Classifier, MaskedLM
+from rt.pretrain import evaluate_mlm
+from rt.recycling import Recycling, recycle
 from rt.report.drawing import draw_all
 from rt.report.figures import NUMBERS, figures_of, numbers_table
 from rt.runs.build import build, build_lineage
@@ -48,9 +55,11 @@ PathPoints = Annotated[int, Limit(lambda n: n >= 2, "`{name}` {value}: a path ha
 
 @dataclass
 class Config:
-    """python analyze.py --study compatibility|connectivity|similarity|distance [--flag value ...]"""
-    study: Literal["compatibility", "connectivity", "similarity", "distance"] = "connectivity"  # one of these four
+    """python analyze.py --study compatibility|connectivity|similarity|distance|recipes|mixture [--flag value ...]"""
+    study: Literal["compatibility", "connectivity", "similarity", "distance", "recipes", "mixture"] = "connectivity"  # one of these six
     bases: tuple[str, ...] = ("runs/demo/M0", "runs/demo/M1", "runs/demo/M2")  # M_0, M_1, ... in order
+    old_base: str | None = None  # recipes, mixture: the base that --bases are upgrades of; default: the first of them
+    domains: tuple[str, ...] = ()  # recipes, mixture: text whose held-out loss is taken; the last is what the upgrades learned
     independent: str | None = None  # M_IND: same sizes and tokenizer, another random start
     tasks: tuple[str, ...] = ("math",)  # embedded domains, folders with train, dev and test, or hub:OWNER/NAME
     delta: Literal[tuple(KINDS)] = "full"  # full, adapter, lora, bitfit or prefix
@@ -65,7 +74,9 @@ class Config:
     heads: tuple[str, ...] = ()  # similarity: LAYER.HEAD of the maps drawn, from 0; default: head 0 of first, middle and last layer
     sentence: str | None = None  # similarity: whose maps are drawn; default: the test text nearest to 16 tokens
     max_examples: PositiveInt = 64  # similarity: test texts compared
-    tune_steps: PositiveInt = 100  # optimizer steps of a delta that is missing; all else as in train.py
+    tune_steps: PositiveInt = 100  # optimizer steps of a delta that is missing, all else as in train.py; recipes: of init and scratch
+    shots: PositiveInt | None = 32  # recipes: examples a label for init and scratch; none: all
+    lr: Positive = 5e-4  # recipes: peak learning rate of init and scratch
     seq_len: SeqLen = 64  # longest text in tokens, longer ones are cut
     out: str | None = None  # folder to write; default runs/analyze/STUDY
     cache: str = "runs/cache"  # the embedded data
@@ -76,12 +87,19 @@ class Config:
 
 def main() -> None:
     c = parse(Config, sys.argv[1:])
+    if c.old_base:
+        c.bases = (c.old_base, *c.bases)
     if (count := len(c.bases) + bool(c.independent)) < 2:
         raise InputError(f"--bases {','.join(c.bases)}: a study needs two bases at least")
+    if (c.study in ABOUT_UPGRADES) != bool(c.domains) or c.old_base and c.study not in ABOUT_UPGRADES:
+        raise InputError(f"--study {c.study}: --domains, text whose held-out loss is taken, and --old_base are for the studies "
+                         f"{' and '.join(ABOUT_UPGRADES)}, which need --domains")
+    if c.study in ABOUT_UPGRADES:
+        count = 1       # the old base's delta is all that is needed
     if c.deltas and (len(c.deltas) != count or len(c.tasks) * len(c.seeds) > 1):
         raise InputError(f"--deltas {','.join(c.deltas)}: give one folder a base, for one task and one seed")
-    if c.study == "compatibility" and c.independent:
-        raise InputError("--independent: compatibility follows one lineage; leave it out")
+    if c.independent and c.study in ("compatibility", *ABOUT_UPGRADES):
+        raise InputError(f"--independent: {c.study} follows one lineage; leave it out")
     if c.deterministic:
         make_deterministic()
     record(c)       # so that a value that cannot be recorded is refused now rather than at the end
@@ -116,6 +134,7 @@ class StudyContext:
     c: Config
     folders: dict[str, str]
     bases: dict[str, Base]
+    tasks: dict[str, Task]
     data: dict[str, TaskData]
     where: dict     # device and precision
     deltas: dict[tuple[str, str, int], Delta] = field(default_factory=dict)     # by base, task and seed
@@ -145,8 +164,9 @@ class StudyContext:
 def open_study(c: Config) -> StudyContext:
     """The bases, tasks and deltas of the flags; deltas that are missing are tuned. InputError if they do not fit together."""
     device = pick_device(c.device)
-    folders = {Path(b).name: b for b in c.bases} | ({"IND": c.independent} if c.independent else {})
-    tasks = [open_task(name, c.cache) for name in c.tasks]
+    several = len({Path(b).name for b in c.bases}) < len(c.bases)       # runs/plain/M1 and runs/preserved/M1
+    folders = {"/".join(Path(b).parts[-1 - several:]): b for b in c.bases} | ({"IND": c.independent} if c.independent else {})
+    tasks = [open_task(name, c.cache) for name in (() if c.study == "mixture" else c.tasks)]
     if len(folders) < len(c.bases) + bool(c.independent) or len({task.name for task in tasks}) < len(tasks):
         raise InputError(f"--bases {','.join(c.bases)}, --tasks {','.join(c.tasks)}: two have the same name; rename one of the folders")
     build_lineage(c, Path(Config.bases[0]).parent, c.bases)
@@ -159,9 +179,11 @@ def open_study(c: Config) -> StudyContext:
             raise InputError(f"{folders[name]}: other sizes or another tokenizer than {c.bases[0]}; models are compared weight by weight, "
                              "on the same tokens")
     data = {task.name: encode_task(task, next(iter(bases.values())).tokenizer, c.seq_len) for task in tasks}
-    context = StudyContext(c, folders, bases, data, {"device": device, "precision": pick_precision(c.precision, device)})
+    context = StudyContext(c, folders, bases, {task.name: task for task in tasks}, data,
+                           {"device": device, "precision": pick_precision(c.precision, device)})
+    with_delta = dict([*folders.items()][:1] if c.study in ABOUT_UPGRADES else folders)
     for entry, task in zip(c.tasks, tasks):
-        for (name, seed), folder in delta_folders(c, folders, entry, task.name).items():
+        for (name, seed), folder in delta_folders(c, with_delta, entry, task.name).items():
             delta = context.deltas[name, task.name, seed] = open_checked(folder, bases[name], task, c.delta)
             context.origins.append({"base": name, "task": task.name, "seed": seed, "folder": str(folder),
                                     **{fact: delta.info.get(fact) for fact in ("step", "dev", "test")}})
@@ -322,8 +344,70 @@ def distance(context: StudyContext) -> Iterator[dict]:
             yield facts | {"pair": f"{a}-{b}", **row}
 
 
+# --- upgrades of one base, beyond the paper ---------------------------------------------------------------------------
+
+def heldout_losses(context: StudyContext, folder: str) -> dict[str, float]:
+    """Masked-LM loss of the base in `folder` on the held-out text of each domain."""
+    base = open_base(folder).to(context.where["device"])
+    if base.head is None:
+        raise InputError(f"{folder}: has no masked-LM head, so no held-out loss")
+    losses = {}
+    for entry in context.c.domains:
+        corpus = build_corpus(name := Path(entry).name.split(".")[0], corpus_path(entry, context.c.cache), base.tokenizer, context.c.cache)
+        rows = Rows(corpus["heldout"], base.tokenizer, seq_len=128, mask_rate=0.15, seed=0, sequences=1)
+        losses[name] = evaluate_mlm(MaskedLM(base.encoder, base.head), rows, tokens=16384, **context.where)["loss"]
+    return losses
+
+
+def recipes(context: StudyContext) -> Iterator[dict]:
+    """Of the old base and of each upgrade: held-out losses and the distance from the old base; then, by task and seed, what the old delta
+    scores as it is, how many of its attention heads are where they were, and what init and scratch reach with few labels."""
+    c, first, where = context.c, next(iter(context.bases)), context.where
+    old = dict(context.bases[first].encoder.named_parameters())
+    with progress(len(context.bases) * (1 + len(context.data) * len(c.seeds)), "recipes", unit="row") as bar:
+        for name, base in context.bases.items():
+            whole = analysis.distances(old, dict(base.encoder.named_parameters()))[-1]
+            yield {"study": c.study, "what": "base", "base": name, "heldout": heldout_losses(context, context.folders[name]),
+                   "l2": whole["l2"], "cosine": whole["cosine"]}
+            bar.update()
+        for (task, seed, facts), name in product(context.cells(), context.bases):
+            delta, base = context.deltas[first, task, seed], context.bases[name]
+            there = apply(base, delta, stale_ok=True).eval()
+            matrix = analysis.head_divergence(context.tuned(first, task, seed), there, context.scored(task).sequences[:c.max_examples],
+                                              where["device"])
+            trained = {} if name == first else {mode: few_shot_score(context, mode, name, task, seed) for mode in ("scratch", "init")}
+            yield facts | {"what": "delta", "base": name, **evaluate(there, context.scored(task), **where),
+                           "heads_kept": analysis.match_summary(matrix)["share_own_best"], **trained}
+            bar.update()
+
+
+def few_shot_score(context: StudyContext, mode: str, name: str, task: str, seed: int) -> float | None:
+    """The test score (dev's without test) of `mode` on an upgrade."""
+    c, first, whole = context.c, next(iter(context.bases)), context.tasks[task]
+    data = encode_task(few_shot(whole, c.shots, seed) if c.shots else whole, context.bases[first].tokenizer, c.seq_len)
+    delta = context.deltas[first, task, seed]
+    settings = TuneSettings(c.tune_steps, c.batch_size, c.lr, max(1, c.tune_steps // 5), seed)
+    r = Recycling(context.bases[first], delta, context.bases[name], data, delta.config, settings, DistillConfig(), **context.where)
+    result = recycle(r, mode)[1]
+    return next(iter((result.test or result.dev).values()))
+
+
+def mixture(context: StudyContext) -> Iterator[dict]:
+    """Held-out losses of the old base, and of every upgrade and its snapshots, with the share of replay and the steps."""
+    first, *later = context.folders.values()
+    yield {"study": context.c.study, "base": first, "replay": None, "steps": 0, "heldout": heldout_losses(context, first)}
+    places = [Path(place) for folder in later for place in (*(each for _, each in snapshots(Path(folder))), folder)]
+    with progress(len(places), "mixture", unit="base") as bar:
+        for place in places:
+            meta = read_json(place / "meta.json")
+            yield {"study": context.c.study, "base": str(place), "replay": meta.get("recipe", {}).get("replay", 0.0), "steps": meta["step"],
+                   "heldout": heldout_losses(context, str(place))}
+            bar.update()
+
+
+ABOUT_UPGRADES = ("recipes", "mixture")
 ROWS: dict[str, Callable[[StudyContext], Iterator[dict]]] = {
-    study.__name__: study for study in (compatibility, connectivity, similarity, distance)}
+    study.__name__: study for study in (compatibility, connectivity, similarity, distance, recipes, mixture)}
 
 
 if __name__ == "__main__":

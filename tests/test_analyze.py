@@ -20,6 +20,7 @@ from rt.formats.files import FIGURES, read_json, read_rows, write_json
 from rt.kinds import DeltaConfig
 from rt.model import MaskedLM
 from rt.report import figures
+from rt.report import mixture as mixtures
 from rt.report.rows import group, interval
 
 FLAGS = ("--seq_len", "32", "--device", "cpu", "--precision", "fp32")
@@ -261,3 +262,60 @@ def test_rows_that_cannot_be_written_are_one_sentence(tmp_path, monkeypatch):
             analyze.run_study(analyze.Config(), tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# --- upgrades of one base ---------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def domains(home, graphs) -> tuple:
+    """The flags that name two domains, `corpus` and `new`."""
+    lines = [json.loads(line)["text"].replace("\n", " ") for line in (graphs / "corpus" / "train.jsonl").open()]
+    (home / "new.txt").write_text("\n".join(lines[:300]))
+    return "--domains", f"{graphs / 'corpus'},{home}/new.txt", "--cache", home / "cache"
+
+
+def test_recipes_are_worth_what_they_keep_and_learn(home, domains):
+    said, rows, summary = study(home, "recipes", *domains, "--old_base", home / "run" / "M0", "--shots", "4", "--tune_steps", "2",
+                                bases=("M1", "M2"))
+    m0, m1, m2 = (row for row in rows if row["what"] == "base")
+    assert set(m0["heldout"]) == {"corpus", "new"} and m0["l2"] == 0 and m1["l2"] < m2["l2"] and m0["cosine"] == pytest.approx(1)
+    score = {row["base"]: row for row in rows if row["what"] == "delta"}
+    assert score["M0"]["heads_kept"] == 1 and "init" not in score["M0"] and {"init", "scratch"} <= score["M1"].keys()
+    compatible = {row["base"]: row["accuracy"] for row in study(home, "compatibility")[1] if row["line"] == "apply"}
+    assert {name: row["accuracy"] for name, row in score.items()} == {name: compatible[name] for name in score}
+    one, two = summary["numbers"]
+    assert one["points lost"] == pytest.approx(100 * (compatible["M0"] - compatible["M1"]))
+    assert one["init above scratch"] == pytest.approx(100 * (score["M1"]["init"] - score["M1"]["scratch"]))
+    assert min(one["given up"], two["given up"]) == 0 and one["loss, new"] == m1["heldout"]["new"]
+    assert (home / "out" / "recipes" / "recipes.png").exists() and "points lost" in said
+
+
+def test_a_mixture_is_read_from_what_bases_record(home, domains):
+    for name, step, share in (("M0", 0, 0.0), ("M1-t00005", 5, 0.0), ("M1", 10, 0.0), ("M2", 10, 0.2)):
+        base = load_base(home / "run" / name)
+        save_base(home / "replayed" / name, MaskedLM(base.encoder, base.head), base.tokenizer, {"name": name, "step": step} | (
+            {"recipe": {"replay": share}} if share else {}))
+    _, rows, summary = study(home, "mixture", *domains, "--bases", ",".join(str(home / "replayed" / name) for name in ("M0", "M1", "M2")))
+    assert [(row["replay"], row["steps"]) for row in rows] == [(None, 0), (0.0, 5), (0.0, 10), (0.2, 10)]
+    assert [line["domain"] for line in summary["numbers"]] == ["corpus", "new"] and (home / "out" / "mixture" / "mixture.png").exists()
+
+
+@pytest.mark.parametrize("law", [mixtures.Law(4.0, 0.02, 0.5, 0.6, 0.03), mixtures.Law(3.0, 9.0, 0.2, -0.4, 0.1)])
+def test_the_law_of_a_mixture_is_found_again(law):
+    runs = [(r, t, law(r, t)) for r in (0.0, 0.05, 0.2, 0.5) for t in (50, 100, 200, 400)]
+    found = mixtures.fit(runs)
+    assert all(found(r, t) == pytest.approx(loss, abs=1e-6) for r, t, loss in runs) and mixtures.left_out(runs) < 1e-6
+    assert found(0.35, 300) == pytest.approx(law(0.35, 300), abs=1e-4)
+
+
+def test_the_critical_share_is_the_first_that_forgets_nothing():
+    law = mixtures.Law(5.0, 1.0, 1.0, 0.0, 0.1)         # 5 + 1 / (r + .1)
+    assert mixtures.critical(law, 100, 7.0) == pytest.approx(0.4) and mixtures.critical(law, 100, 5.5) is None
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--study", "recipes", "--bases", "a,b"), "need --domains"), (("--study", "distance", "--domains", "python"), "need --domains"),
+    (("--study", "connectivity", "--old_base", "a", "--bases", "b,c"), "need --domains"),
+    (("--study", "recipes", "--bases", "a,b", "--domains", "python", "--independent", "c"), "leave it out")])
+def test_flags_of_the_studies_of_upgrades(flags, words):
+    assert words in here("analyze.py", *flags, code=2)

@@ -10,6 +10,7 @@ import numpy as np
 from rt.analysis import barrier
 from rt.formats.untrusted import is_number
 from rt.report.drawing import REFERENCE, Panel, draw_heatmaps, draw_panels, look, saved_figure
+from rt.report.mixture import Law, critical, fit, left_out
 from rt.report.rows import Points, group, with_interval
 from rt.runs.log import table
 
@@ -189,24 +190,82 @@ def pareto(points: dict[str, Points], path: Path, xlabel: str, ylabel: str) -> N
         ax.set(xlabel=xlabel, ylabel=ylabel)
 
 
+def recipes(rows: list[dict], path: Path) -> None:
+    """Points lost by the old deltas against held-out loss given up on the new domain, a marker an upgrade. Rows: see analyze.py."""
+    points = {line["base"]: [(line["given up"], line["points lost"])] for line in recipes_numbers(rows)}
+    pareto(points, path, "held-out loss given up on the new domain (nats)", "points lost by old deltas, as they are")
+
+
+def recipes_numbers(rows: list[dict]) -> list[dict]:
+    """A line for each upgrade: points lost by `apply` and won by `init` over `scratch`, means over tasks and seeds; held-out losses, and
+    what is given up of the last against the best upgrade; distance from the old base; the share of heads that are kept."""
+    bases, numbers = {row["base"]: row for row in rows if row["what"] == "base"}, []
+    (first, old), *later = bases.items()
+    new = [*old["heldout"]][-1]
+    score = {(row["base"], row["task"], row["seed"]): row | {"score": next(row[s] for s in SCORES if s in row)}
+             for row in rows if row["what"] == "delta"}
+    cells = [(task, seed) for name, task, seed in score if name == first]
+    for name, base in later:
+        there = [score[name, task, seed] for task, seed in cells]
+        lost = [100 * (score[first, task, seed]["score"] - row["score"]) for (task, seed), row in zip(cells, there)]
+        numbers.append({"base": name, "points lost": float(np.mean(lost)),
+                        "init above scratch": float(np.mean([100 * (row["init"] - row["scratch"]) for row in there])),
+                        **{f"loss, {domain}": loss for domain, loss in base["heldout"].items()},
+                        "given up": base["heldout"][new] - min(row["heldout"][new] for _, row in later), "l2": base["l2"],
+                        "heads kept": float(np.mean([row["heads_kept"] for row in there]))})
+    return numbers
+
+
+def mixture_numbers(rows: list[dict]) -> list[dict]:
+    """The fitted law of each domain, its mean error at runs left out, and the replay from which the old domains are not forgotten."""
+    old, *runs = rows
+    last, numbers = [*old["heldout"]][-1], []
+    for domain, before in old["heldout"].items():
+        points = [(1 - row["replay"] if domain == last else row["replay"], row["steps"], row["heldout"][domain]) for row in runs]
+        law, steps = fit(points), max(row["steps"] for row in runs)
+        numbers.append({"domain": domain, "before": before, "E": law.E, "A": law.A, "g": law.g, "b": law.b, "eps": law.eps,
+                        "error, left out": left_out(points), "steps": steps,
+                        "critical replay": "" if domain == last else critical(law, steps, before)})
+    return numbers
+
+
+def mixture(rows: list[dict], path: Path) -> None:
+    """A panel a domain: loss over steps, a line for each share of replay; dotted: the fitted law."""
+    old, *runs = rows
+    last, panels = [*old["heldout"]][-1], []
+    for line in mixture_numbers(rows):
+        domain, lines, looks = line["domain"], {}, {}
+        law = Law(*(line[k] for k in ("E", "A", "g", "b", "eps")))
+        for (replay,), some in group(runs, "replay").items():
+            share, steps = 1 - replay if domain == last else replay, sorted({row["steps"] for row in some})
+            lines[f"replay {replay:g}"] = [(row["steps"], row["heldout"][domain]) for row in some]
+            lines[f"law, {replay:g}"] = [(t, law(share, t)) for t in steps]
+            looks[f"law, {replay:g}"] = look(len(lines) // 2 - 1) | {"linestyle": ":", "marker": ""}
+        panels.append(Panel(domain, "steps", "held-out loss (nats)", lines, looks, limits="measured"))
+    draw_panels(path, panels)
+
+
 # --- by the name of a study -------------------------------------------------------------------------------------------
 
 # lines of a table: names, and lists with a value for each seed
 NUMBERS: dict[str, Callable[[list[dict]], list[dict]]] = {
     "compatibility": compatibility_numbers, "connectivity": connectivity_numbers, "similarity": similarity_numbers,
-    "distance": distance_numbers}
+    "distance": distance_numbers, "recipes": recipes_numbers, "mixture": mixture_numbers}
 # by file name, which is also `what` a row is for, if it says so
 FIGURES: dict[str, dict[str, Callable[[list[dict], Path], None]]] = {
     "compatibility": {"compatibility": compatibility}, "connectivity": {"connectivity": connectivity},
-    "similarity": {"attention": attention_heatmaps, "heads": head_similarity}, "distance": {"distance": distance}}
+    "similarity": {"attention": attention_heatmaps, "heads": head_similarity}, "distance": {"distance": distance},
+    "recipes": {"recipes": recipes}, "mixture": {"mixture": mixture}}
 
 
 def numbers_table(numbers: list[dict]) -> str:
     """Lists over seeds as mean ± 95% interval."""
-    cells = [[with_interval(v) if isinstance(v, list) else v for v in line.values()] for line in numbers]
+    cells = [[with_interval(v) if isinstance(v, list) else f"{v:.3f}" if isinstance(v, float) else v for v in line.values()]
+             for line in numbers]
     return table(cells, [name.replace("_", " ") for name in numbers[0]]) if numbers else "no numbers yet"
 
 
 def figures_of(study: str, rows: list[dict]) -> dict[str, Callable[[Path], None]]:
     """{name: what draws the figure to a path}."""
-    return {name: partial(draw, [row for row in rows if row.get("what", name) == name]) for name, draw in FIGURES[study].items()}
+    return {name: partial(draw, [row for row in rows if study == "recipes" or row.get("what", name) == name])
+            for name, draw in FIGURES[study].items()}

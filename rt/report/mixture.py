@@ -1,0 +1,52 @@
+"""Held-out loss as a power law of mixture and time: how much replay an upgrade needs.
+
+    L(r, t) = E + A (r + eps)^-g t^b        r: the domain's share of the training text, t: steps
+
+A simple form of the laws of D-CPT (Que et al., 2024) and of critical mixture ratios (Gu et al., 2024) for one model size: b < 0 where a
+domain is learned, b > 0 where it is forgotten.
+"""
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+
+EXPONENTS = np.linspace(0, 2, 21), np.linspace(-1.5, 1.5, 31), (0.003, 0.01, 0.03, 0.1, 0.3)      # g, b, eps: searched over all
+Runs = list[tuple[float, float, float]]     # share r, steps t, loss
+
+
+@dataclass(frozen=True)
+class Law:
+    """A fitted law; called with r and t it returns the loss."""
+    E: float
+    A: float
+    g: float
+    b: float
+    eps: float
+
+    def __call__(self, r: float, t: float) -> float:
+        return self.E + self.A * (r + self.eps) ** -self.g * t ** self.b
+
+
+def fit(runs: Runs) -> Law:
+    """Least squares: E and A in closed form for every g, b and eps of a grid. Needs at least three runs."""
+    r, t, loss = np.array(runs, dtype=float).T
+    best = None
+    for g, b, eps in itertools.product(*EXPONENTS):
+        x = (r + eps) ** -g * t ** b
+        spread = ((x - x.mean()) ** 2).sum()
+        A = ((x - x.mean()) * (loss - loss.mean())).sum() / spread if spread > 1e-12 else 0.0
+        E = loss.mean() - A * x.mean()
+        error = ((E + A * x - loss) ** 2).sum()
+        if best is None or error < best[0] - 1e-12:
+            best = error, Law(E, A, g, b, eps)
+    return best[1]
+
+
+def left_out(runs: Runs) -> float:
+    """Mean absolute error of the law at each run, fitted on the others."""
+    return float(np.mean([abs(fit(runs[:i] + runs[i + 1:])(r, t) - loss) for i, (r, t, loss) in enumerate(runs)]))
+
+
+def critical(law: Law, t: float, before: float) -> float | None:
+    """The smallest share of old text at which the old domain's loss after `t` steps is not above `before`; None: no share is enough."""
+    return next((share for share in np.linspace(0, 1, 101).tolist() if law(share, t) <= before), None)

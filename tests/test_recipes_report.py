@@ -1,0 +1,52 @@
+"""The report of experiments/recipes: its statistics in closed form, and what it makes of made-up rows."""
+import json
+
+import pytest
+
+from experiments.recipes import report
+from experiments.recipes.plan import CHAIN, SWITCHES, upgrades
+from rt.errors import InputError
+
+
+@pytest.mark.parametrize("gain, lost", [(0.0, 0.0), (0.25, 1.0), (0.5, 2.0), (0.75, 3.0), (0.95, 3.8), (1.0, 4.0), (1.2, 4.0)])
+def test_the_frontier_of_plain_upgrades_is_the_lowest_line(gain, lost):
+    plain = [(0.5, 2.0), (1.0, 4.0), (0.8, 9.0)]        # the third rate gains less and loses more: never the frontier
+    assert report.frontier(plain, gain) == pytest.approx(lost)
+
+
+def test_tests_are_exact():
+    assert report.sign_flip([1, 2, 3, 4, 5]) == 1 / 32 and report.sign_flip([-1, -2]) == 1.0 and report.sign_flip([1, -1]) == 0.75
+    assert report.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
+
+
+def made_rows() -> list[dict]:
+    common = {"device": "CPU", "commit": "abc", "stage_seconds": 1.0}
+    dev = {"a/full": [0.8, 0.5], "b/adapter": [0.7, 0.5], "c/full": [0.54, 0.5]}
+    rows = [common | {"arm": "M0", "seed": s, "heldout": {"wiki": 5.0, "bio": 6.0}, "dev": dev,
+                      "apply": {"a/full": 0.8, "b/adapter": 0.7, "c/full": 0.5}} for s in range(3)]
+    for seed in range(5):
+        for arm, lr, fall, lost in (("plain", 5e-4, 0.5, 0.02), ("plain", 1e-3, 1.0, 0.06), ("hidden 3", 5e-4, 0.98, 0.01)):
+            rows.append(common | {"arm": arm, "lr": lr, "target": "bio", "seed": seed, "heldout": {"wiki": 5.5, "bio": 6.0 - fall},
+                                  "apply": {"a/full": 0.8 - lost, "b/adapter": 0.7 - lost, "c/full": 0.0}})
+    return rows
+
+
+def test_the_report_counts_gain_points_and_advantage(tmp_path):
+    found = report.points(made_rows())
+    assert found["plain", 5e-4]["bio", 4] == pytest.approx((0.5, 2.0))      # c did not learn on dev: it is left out of all arms
+    (key, ahead), = report.advantages(found).items()
+    assert key == ("hidden 3", 5e-4) and [*ahead.values()] == pytest.approx([2 + 4 * 0.48 / 0.5 - 1] * 5)
+    with pytest.raises(InputError, match="no rows of upgrades"):
+        report.write(tmp_path)
+    (tmp_path / "minilm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made_rows()))
+    table = report.write(tmp_path)
+    assert "| hidden 3 | 0.0005 | 5 | 98.000 |" in table and "0.031 / 0.031" in table
+    text = (tmp_path / "README.md").read_text()
+    assert "c/full (seed 2)" in text and "- plain at 0.0005 on cs: seeds 0, 1, 2, 3, 4" in text
+    assert "hidden 3 at 0.0005 on bio:" not in text and (tmp_path / "pareto.png").exists()
+
+
+def test_the_plan_has_every_arm_once_and_begins_with_what_decides():
+    runs = upgrades(("bio",), (0, 1))
+    assert len({*runs}) == len(runs) == 2 * (4 + 2 * len(SWITCHES)) and [one.arm for one in runs[:5]] == ["plain"] * 4 + ["hidden 3"]
+    assert {one.target for one in upgrades(("chain",))} == {CHAIN}
