@@ -1,0 +1,170 @@
+"""Old deltas across sizes, tokenizers, black boxes and coordinates: PLAN.md's runs by recycle.py, and their report.
+
+    python -m experiments.minilm --data DIR         # M0, once
+    python -m experiments.transfer --data DIR       # about an hour on 2 cores; goes on where it was stopped
+    python -m experiments.transfer --report         # results/transfer/README.md, from the rows alone
+"""
+import json
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench.machine import commit, device_name
+from experiments.transfer import report
+from experiments.twin import permuted_twin
+from rt.errors import InputError
+from rt.formats.checkpoint import save_base
+from rt.formats.files import read_json, read_rows
+from rt.formats.hub import open_base
+from rt.limits import Positive
+from rt.model import MaskedLM
+from rt.runs.config import parse, run
+from rt.runs.log import progress
+
+ROOT = Path(__file__).resolve().parents[2]
+TASKS, KINDS = ("rotten_tomatoes", "agnews"), ("full", "adapter")
+TUNED = {"minilm": {"full": 1e-4, "adapter": 1e-3}, "mini": {"full": 5e-4, "adapter": 3e-3}}       # rates of the old deltas
+RATES = {"minilm": {"full": "5e-5,2e-4", "adapter": "1e-3,3e-3"}, "mini": {"full": "2e-4,5e-4", "adapter": "1e-3,3e-3"}}
+FEW = "--seeds 0,1,2,3,4 --steps 150 --eval_every 30 --seq_len 64 --device cpu --no_save_deltas".split()
+MAPS = ("ridge", "orthogonal", "permutation")
+
+
+@dataclass
+class Config:
+    """python -m experiments.transfer --data DIR [--flag value ...]"""
+    data: str | None = None  # folder with corpora/ and tasks/
+    base: str = "runs/minilm/pretrained/M0"  # M0
+    only: tuple[str, ...] = ()  # parts: A, B, C, D; default: all
+    budget: Positive | None = None  # seconds; nothing new begins after them
+    home: str = "runs/transfer"  # bases, deltas and runs
+    cache: str = "runs/cache"  # tokenized corpora
+    results: str = "results/transfer"  # rows, and the report
+    report: bool = False  # write the report from the rows
+
+
+def main() -> None:
+    c = parse(Config, sys.argv[1:])
+    if c.report:
+        print(report.write(Path(c.results)))
+        return
+    for needed in (Path(c.data or "") / "corpora", Path(c.data or "") / "tasks", Path(c.base)):
+        if not c.data or not needed.is_dir():
+            raise InputError(f"{needed}: is not there; see python -m experiments.transfer --help")
+    rows, end = Path(c.results) / "rows.jsonl", time.monotonic() + (c.budget or float("inf"))
+    rows.parent.mkdir(parents=True, exist_ok=True)
+    done = {json.dumps(row["cell"]) for row in read_rows(rows)} if rows.exists() else set()
+    Path(c.home).mkdir(parents=True, exist_ok=True)
+    prepare(c)
+    todo = [(cell, arguments) for cell, arguments in cells(c) if json.dumps(cell) not in done and (not c.only or cell["part"] in c.only)]
+    with progress(len(todo), "transfer", unit="cell") as bar:
+        for cell, arguments in todo:
+            if time.monotonic() > end:
+                break
+            out = Path(c.home, "runs", "-".join(str(v) for v in cell.values()))
+            command = script(c, "recycle.py", *arguments, "--out", out, *(["--resume"] if out.exists() else []))
+            facts = {"cell": cell, "device": device_name(torch.device("cpu")), "commit": commit(), "command": command}
+            found = [facts | {k: row[k] for k in ("mode", "seed", "lr", "dev", "test", "best_step", "carried") if k in row}
+                     for row in read_json(out / "summary.json")["rows"]]
+            with rows.open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in found))
+            bar.update()
+
+
+def script(c: Config, *command: object) -> str:
+    """A script of the checkout in a process of its own; the command as it can be typed."""
+    command = [str(part.absolute()) if isinstance(part, Path) else str(part) for part in command]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise InputError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()[-400:]}")
+    text = " ".join(command)
+    for name, place in (("DIR", c.data), ("HOME", c.home), ("M0", c.base), ("CACHE", c.cache)):
+        text = text.replace(str(Path(place).absolute()), name)
+    return text
+
+
+def prepare(c: Config) -> None:
+    """Tasks with a draw of 1,000 test texts, the bases and the old deltas; what is there stays."""
+    home, corpora = Path(c.home), Path(c.data, "corpora")
+    for task in TASKS:
+        folder = home / "tasks" / task
+        if not folder.exists():
+            shutil.copytree(Path(c.data, "tasks", task), folder)
+            test = (folder / "test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+            draw = sorted(np.random.default_rng(0).permutation(len(test))[:1000])
+            (folder / "test.jsonl").write_text("".join(test[i] for i in draw), encoding="utf-8")
+    common = ("--batch_tokens", 1024, "--seq_len", 128, "--snapshots", 0, "--device", "cpu", "--cache", Path(c.cache))
+    mini = ("--preset", "mini", "--stream", corpora / "wiki.txt.xz", "--steps", 3000, "--lr", 1e-3)
+    for name, flags in (("mini", (*mini, "--vocab_size", 8192)), ("ind", (*mini, "--tokenizer", home / "mini", "--seed", 1)),
+                        ("upgrade", ("--init", Path(c.base), "--stream", corpora / "bio.txt.xz", "--steps", 200, "--lr", 5e-4))):
+        if not (home / name / "summary.json").exists():
+            script(c, "train.py", *flags, *common, "--out", home / name, *(["--resume"] if (home / name).exists() else []))
+    if not (home / "twin").exists():
+        twin = permuted_twin(open_base(c.base), 1)
+        save_base(home / "twin", MaskedLM(twin.encoder, twin.head), twin.tokenizer, {"name": "twin"})
+    for (name, base), task, kind in product((("minilm", Path(c.base)), ("mini", home / "mini" / "M0")), TASKS, KINDS):
+        if not delta(c, name, task, kind).exists():
+            script(c, "train.py", "--mode", "tune", "--base", base, "--task", home / "tasks" / task, "--delta", kind, "--lr",
+                   TUNED[name][kind], "--seq_len", 64, "--device", "cpu", "--tune_steps", 300, "--eval_every", 50, "--out",
+                   delta(c, name, task, kind))
+        answers = predictions(c, task, kind)
+        if name == "minilm" and not answers.exists():
+            places = {"--base": base, "--delta_dir": delta(c, name, task, kind), "--input": home / "tasks" / task / "train.jsonl"}
+            flags = [str(part) for flag, place in places.items() for part in (flag, place.absolute())]
+            done = subprocess.run([sys.executable, "-m", "rt.runs.predict", *flags, "--device", "cpu"], cwd=ROOT, capture_output=True,
+                                  text=True, check=True)
+            answers.write_text(done.stdout, encoding="utf-8")
+
+
+def delta(c: Config, base: str, task: str, kind: str) -> Path:
+    return Path(c.home, "deltas", f"{base}-{task}-{kind}")
+
+
+def predictions(c: Config, task: str, kind: str) -> Path:
+    return Path(c.home, f"{task}-{kind}.jsonl")
+
+
+def cells(c: Config) -> list[tuple[dict, list]]:
+    """(facts, flags of recycle.py) of every cell of the plan."""
+    home, m0, found = Path(c.home), Path(c.base), []
+    bases = {"mini": home / "mini" / "M0", "upgrade": home / "upgrade" / "M1", "twin": home / "twin", "ind": home / "ind" / "M0"}
+    for task, kind in product(TASKS, KINDS):
+        other = TASKS[1 - TASKS.index(task)]
+
+        def add(part: str, what: str, modes: str, size: str, new: str, *flags: object, shots: int = 32, source: str = task) -> None:
+            """A cell: `size` is that of the old base, `source` the old delta's task."""
+            old = m0 if size == "minilm" else bases["mini"]
+            trained = RATES["mini" if new in ("mini", "ind") else "minilm"][kind]
+            old_flags = [] if "--teacher" in flags else ["--old_base", old, "--old_delta", delta(c, size, source, kind)]
+            lr = [] if {*modes.split(",")} <= {"apply", "transport", "gradmask"} else ["--lr", trained]
+            found.append(({"part": part, "what": what, "task": task, "kind": kind, "base": new, "shots": shots}, [
+                "--mode", modes, *old_flags, "--base", bases[new], "--task", home / "tasks" / task, "--delta", kind, "--shots", shots, *FEW,
+                *lr, *flags]))
+
+        taught = ("--beta", 0)
+        add("A", "plain", "scratch,distill", "minilm", "mini", *taught)
+        for labels in ("soft", "hard"):
+            add("A", f"texts, {labels}", "distill", "minilm", "mini", *taught, "--unlabelled", "rest", "--unlabelled_texts", 2000,
+                "--pseudo_labels", labels)
+        add("B", "black box", "distill", "minilm", "mini", *taught, "--teacher", predictions(c, task, kind))
+        for size, new in (("minilm", "twin"), ("mini", "ind"), ("minilm", "upgrade")):
+            add("C", "apply", "apply,gradmask" if kind == "full" else "apply", size, new)
+            for carry in MAPS:
+                add("C", carry, "transport", size, new, "--carry", carry)
+            if new != "twin":
+                add("C", "tuned", "scratch,init", size, new)
+                add("C", "project", "project", size, new, "--source_task", home / "tasks" / other, "--source_delta",
+                    delta(c, size, other, kind), "--project_steps", 100, "--seeds", "0,1", "--lr", {"full": 1e-4, "adapter": 1e-3}[kind])
+        for shots, head in product((8, 32), ("fresh", "prototype")):
+            add("D", head, "apply,init", "minilm", "upgrade", "--head", head, shots=shots, source=other)
+    return sorted(found, key=lambda one: "ACDB".index(one[0]["part"]))
+
+
+if __name__ == "__main__":
+    run(main)

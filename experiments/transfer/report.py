@@ -1,0 +1,79 @@
+"""results/transfer/README.md, from the rows alone; PLAN.md says what is compared."""
+from pathlib import Path
+from statistics import mean
+
+from experiments.recipes.report import markdown, sign_flip
+from rt.errors import InputError
+from rt.formats.files import read_rows
+from rt.report.rows import group, interval, with_interval
+
+Scores = dict[tuple[str, str, int], float]      # by task, kind and seed
+
+
+def chosen(rows: list[dict], part: str, what: str, mode: str, base: str, shots: int = 32) -> Scores:
+    """Test accuracy of a mode, at the rate that is best by mean dev over seeds in each task and kind."""
+    facts, found = {"part": part, "what": what, "base": base, "shots": shots}, {}
+    some = [row for row in rows if facts.items() <= row["cell"].items() and row["mode"] == mode]
+    for key in dict.fromkeys((row["cell"]["task"], row["cell"]["kind"]) for row in some):
+        rates = group([row for row in some if (row["cell"]["task"], row["cell"]["kind"]) == key], "lr")
+        best = max(rates.values(), key=lambda line: mean(row["dev"]["accuracy"] for row in line))
+        found |= {(*key, row["seed"]): row["test"]["accuracy"] for row in best}
+    return found
+
+
+def difference(a: Scores, b: Scores) -> str:
+    """a - b in points over the cells that both have, with p of the sign-flip test."""
+    values = [100 * (a[key] - b[key]) for key in sorted(a.keys() & b.keys())]
+    if not values:
+        return "not run"
+    middle, half = interval(values)
+    return f"{middle:+.1f} ± {half:.1f} points over {len(values)} cells (p {sign_flip(values):.4f})"
+
+
+def by_cell(name: str, scores: Scores, columns: list[tuple[str, str]]) -> list[str]:
+    return [name, *(with_interval([v for key, v in scores.items() if key[:2] == column]) if scores else "-" for column in columns)]
+
+
+def write(folder: Path) -> str:
+    """Write README.md; returns its tables. InputError if there are no rows."""
+    rows = read_rows(folder / "rows.jsonl") if (folder / "rows.jsonl").exists() else []
+    if not rows:
+        raise InputError(f"{folder}: no rows there; run python -m experiments.transfer --data DIR first")
+    columns = sorted({(row["cell"]["task"], row["cell"]["kind"]) for row in rows})
+    head, text = ["", *(f"{task}, {kind}" for task, kind in columns)], []
+
+    def table(title: str, lines: dict[str, Scores], *sentences: str) -> None:
+        text.append(f"## {title}\n\n{markdown(head, [by_cell(name, scores, columns) for name, scores in lines.items()])}\n\n"
+                    + "\n".join(f"- {sentence}" for sentence in sentences))
+
+    a = {name: chosen(rows, "A", what, mode, "mini") for name, what, mode in (
+        ("scratch", "plain", "scratch"), ("distill", "plain", "distill"), ("distill, 2,000 texts", "texts, soft", "distill"),
+        ("hard pseudo-labels, 2,000 texts", "texts, hard", "distill"))}
+    table("A. Another size and tokenizer: MiniLM teaches mini, 32 a label", a,
+          f"distill above scratch: {difference(a['distill'], a['scratch'])}",
+          f"with texts above without: {difference(a['distill, 2,000 texts'], a['distill'])}",
+          f"soft above hard: {difference(a['distill, 2,000 texts'], a['hard pseudo-labels, 2,000 texts'])}")
+    box, white = ({(row["cell"]["task"], row["cell"]["kind"], row["seed"], row["lr"]): row["test"]["accuracy"] for row in rows
+                   if (row["cell"]["what"], row["mode"]) == (what, "distill")} for what in ("black box", "plain"))
+    pairs = [abs(box[key] - white[key]) for key in box.keys() & white.keys()]
+    text.append("## B. A file of predictions as the teacher\n\n" + (
+        f"Largest difference of a test accuracy from part A's, over {len(pairs)} runs: {max(pairs):.4f}." if pairs else "Not run yet."))
+    for base, what in (("twin", "a permuted twin of M0"), ("ind", "an independent base (mini)"), ("upgrade", "an ordinary upgrade")):
+        lines = {"apply": chosen(rows, "C", "apply", "apply", base)}
+        lines |= {f"transport, {carry}": chosen(rows, "C", carry, "transport", base) for carry in ("ridge", "orthogonal", "permutation")}
+        for what_, mode in (("apply", "gradmask"), ("project", "project"), ("tuned", "init"), ("tuned", "scratch")):
+            lines[mode] = chosen(rows, "C", what_, mode, base)
+        table(f"C. {what[0].upper()}{what[1:]}", {name: scores for name, scores in lines.items() if scores},
+              *(f"{name} above apply: {difference(scores, lines['apply'])}" for name, scores in lines.items() if name[:9] == "transport"))
+    for shots in (8, 32):
+        lines = {f"{mode}, {head}": chosen(rows, "D", head, mode, "upgrade", shots) for mode in ("apply", "init")
+                 for head in ("fresh", "prototype")}
+        table(f"D. A task with other labels, {shots} a label, on the upgrade", lines,
+              *(f"{mode}, prototype above fresh: {difference(lines[f'{mode}, prototype'], lines[f'{mode}, fresh'])}"
+                for mode in ("apply", "init")))
+    facts = {key: ", ".join(sorted({row[key] for row in rows})) for key in ("device", "commit")}
+    (folder / "README.md").write_text(
+        "# Old deltas across sizes, tokenizers, black boxes and coordinates\n\nWritten by `python -m experiments.transfer --report` from "
+        f"`rows.jsonl`; [the plan](../../experiments/transfer/PLAN.md). Test accuracy, mean ± 95 % t-interval over five seeds. Machine: "
+        f"{facts['device']}; commits {facts['commit']}.\n\n" + "\n\n".join(text) + "\n", encoding="utf-8")
+    return "\n\n".join(text)
