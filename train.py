@@ -14,15 +14,16 @@ import sys
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
-from data.sources import corpus_path, open_task
+from data.sources import corpus_path, lasting, open_task
 from rt.data import Corpus, Rows, encode_task, few_shot
-from rt.deltas import attach, extract
+from rt.deltas import Base, attach, extract
 from rt.errors import InputError
 from rt.formats.atomic import locked
+from rt.formats.checkpoint import load_base
 from rt.formats.corpora import build_corpus, split_documents
 from rt.formats.delta_files import delta_folder, write_delta
 from rt.formats.files import write_json
@@ -34,10 +35,11 @@ from rt.losses import Loss
 from rt.model import PRESETS, EncoderConfig, MaskedLM, new_masked_lm, set_dropout
 from rt.optim import adamw, derive_seed, not_finite, set_lr, step_unless
 from rt.pretrain import PretrainSettings, evaluate_mlm, microbatches
-from rt.runs.config import parse, record, run
+from rt.recipes import Recipe, RecipeConfig
+from rt.runs.config import changed, parse, record, run
 from rt.runs.log import Log, StepBar, load_tensorboard, note_changed_task, note_truncated, scores_text, task_text, tested_text
 from rt.runs.predict import open_tuned
-from rt.runs.resume import PretrainRun, sample_of, table_of
+from rt.runs.resume import PretrainRun, sample_of, table_of, trunk_of
 from rt.runs.signals import Interrupted
 from rt.runs.workers import use_threads
 from rt.speed.device import make_deterministic, pick_device, pick_precision
@@ -75,6 +77,8 @@ class Config:
     warmup: Share = 0.1  # share of the steps with rising learning rate, anew in every stage
     dropout: ShareBelowOne = 0.0  # while pre-training; 0 learns faster from few epochs (tuning uses the checkpoint's 0.1)
     weight_decay: NonNegative = 0.01  # on matrices only
+    recipe: RecipeConfig = RecipeConfig()
+    # the run
     snapshots: NonNegativeInt = 2  # checkpoints M_i(t) kept along a stage, evenly spaced
     save_every: PositiveInt = 100  # steps between resumable checkpoints
     stop_after: PositiveInt | None = None  # end after so many steps in all, as a time limit would; --resume goes on
@@ -131,6 +135,9 @@ def pretrain(c: Config) -> None:
     ranks, out = join(c.device), Path(c.out or "runs/demo")
     ranks.assert_same({f"--{k}": v for k, v in record(c).items()})
     check_graphs(c.graphs, ranks)
+    c.recipe.check([domain_name(entry) for entry in c.stream], c.warmup, min(c.steps), c.snapshots)
+    if c.compile and c.recipe.by_need:
+        raise InputError("--mix need scores texts of all shapes between steps, and --compile would compile anew for each: leave it out")
     settings = {k: v for k, v in record(c).items() if k not in NOT_SETTINGS}
     with PretrainRun(out, ranks, settings, resume=c.resume, snapshots=c.snapshots, save_every=c.save_every, stop_after=c.stop_after,
                      log_every=c.log_every or (10 if ranks.device.type == "cuda" else 1), tensorboard=c.tensorboard) as stream:
@@ -147,38 +154,45 @@ def train_stages(c: Config, stream: PretrainRun, ranks: Ranks) -> Interrupted | 
     paths = ranks.main_first(lambda: {domain_name(entry): corpus_path(entry, c.cache) for entry in c.stream})
     if len(paths) < len(c.stream):
         raise InputError(f"--stream {','.join(c.stream)}: two domains have the same name; rename one of the files")
-    model, tokenizer, parent, number = start_model(c, stream.out, next(iter(paths.values())), ranks)
+    model, tokenizer, (parent, number, domains, moments) = start_model(c, stream.out, next(iter(paths.values())), ranks)
+    own = {name: lasting(entry, path) for (name, path), entry in zip(paths.items(), c.stream)}
+    earlier = earlier_domains(c, domains, own) if c.recipe.replay else {}
+    paths = ranks.main_first(lambda: {name: corpus_path(place, c.cache) for name, place in earlier.items()}) | paths
     corpora = ranks.main_first(lambda: {name: build_corpus(name, path, tokenizer, c.cache) for name, path in paths.items()})
     content = {"tokenizer": tokenizer.fingerprint, "--init": parent, **{f"corpus {k}": v["train"].content for k, v in corpora.items()}}
     ranks.assert_same(content)
-    training, heldout = rows_of(c, corpora, tokenizer, number + 1, ranks)
+    groups = [tuple(own)] if c.recipe.mix else [(name,) for name in own]
+    training, heldout = rows_of(c, corpora, groups, [*earlier], tokenizer, number + 1, ranks)
     stream.begin(content, tokenizer)
     where = {"device": ranks.device, "precision": pick_precision(c.precision, ranks.device)}
     for i, (domain, rows) in enumerate(training.items()):
-        name, number = f"M{number + 1}", number + 1
+        name, number, domains = f"M{number + 1}", number + 1, domains | {name: own[name] for name in groups[i]}
         if (base := stream.finished(name)):     # before an interruption
-            model, parent = MaskedLM(base.encoder, base.head), base.fingerprint
-            set_dropout(model, c.dropout)
+            model, parent, moments = go_on_from(c, stream.out / name, base)
             continue
         steps = c.steps[min(i, len(c.steps) - 1)]
-        s = PretrainSettings(steps, c.batch_tokens, c.lr or PRETRAIN_LR, max(1, round(c.warmup * steps)), rows.seed, c.accumulation)
+        s = PretrainSettings(steps, c.batch_tokens, c.lr or PRETRAIN_LR, max(1, round(c.warmup * steps)), rows.seed, c.accumulation,
+                             schedule=c.recipe.schedule, held=bool(parent) and not (c.recipe.schedule.rewarm and i == 0))
         model = model.to(ranks.device)
         optimizer = adamw(model.parameters(), 0.0, c.weight_decay, make=zero if c.zero else torch.optim.AdamW)
-        about = {"name": name, "domain": domain, "number": number, "parent": parent}
-        first = stream.start_stage(about, s, rows, model, optimizer, where["precision"])
+        recipe = start_recipe(c, model, rows, [corpora[name]["train"] for name in groups[i]], tokenizer, ranks, where)
+        about = {"name": name, "domain": domain, "number": number, "parent": parent, "domains": domains, "recipe": changed(c.recipe)}
+        first = stream.start_stage(about, s, rows, model, optimizer, where["precision"], recipe, moments)
         if not stream.stages and first == 0:
             print(sample_of(rows, tokenizer))
-        if train_stage(model, rows, optimizer, s, stream, ranks, where["precision"], first, compile=c.compile, graphs=c.graphs):
+        if train_stage(model, rows, optimizer, s, stream, ranks, where["precision"], first, c.compile, c.graphs, recipe):
             return stream.suspended(f"in {name} after step {stream.step} of {steps}")
         parent = stream.finish_stage(lambda: {d: evaluate_mlm(model, r, tokens=c.eval_tokens, **where) for d, r in heldout.items()})
         if i + 1 < len(training) and stream.stops_between_stages():
             return stream.suspended(f"after {name}")
+        if c.recipe.schedule.schedule == "infinite":
+            model, parent, moments = go_on_from(c, stream.out / name, ranks.main_first(lambda: load_base(stream.out / name)))
     stream.complete()
     return None
 
 
 def train_stage(model: MaskedLM, rows: Rows, optimizer: torch.optim.Optimizer, s: PretrainSettings, stream: PretrainRun, ranks: Ranks,
-                precision: torch.dtype, first: int = 0, compile: bool = False, graphs: bool = False) -> bool:
+                precision: torch.dtype, first: int = 0, compile: bool = False, graphs: bool = False, recipe: Recipe = Recipe()) -> bool:
     """The loop of pre-training, from step `first` on; whether it stops before the stage's end. Data and dropout are functions of (seed,
     step, microbatch), so a loop that is left and entered again repeats nothing and leaves nothing out."""
     model.train()
@@ -195,6 +209,7 @@ def train_stage(model: MaskedLM, rows: Rows, optimizer: torch.optim.Optimizer, s
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
             loss = ranks.mean(loss)                                     # all ranks skip a step or none does
             step_unless(optimizer, not_finite(loss, norm))
+            recipe.after_step(step + 1)
             if stream.after_step(step + 1, lr, loss, norm):             # rows, checkpoints, signals
                 return True
     return False
@@ -205,36 +220,93 @@ def domain_name(entry: str) -> str:
     return Path(entry).name.split(".")[0]
 
 
-def rows_of(c: Config, corpora: dict[str, dict[str, Corpus]], tokenizer: Tokenizer, number: int,
-            ranks: Ranks) -> tuple[dict[str, Rows], dict[str, Rows]]:
-    """(training rows, held-out rows) of every domain; the first domain's stage is M`number`."""
-    training = {name: Rows(parts["train"], tokenizer, seq_len=c.seq_len, mask_rate=c.mask_rate, seed=derive_seed(c.seed, i))
-                for i, (name, parts) in enumerate(corpora.items(), number)}
-    for rows in training.values():
-        rows.check_batch(c.batch_tokens, ranks.world * c.accumulation)
+def earlier_domains(c: Config, domains: dict[str, str], own: dict[str, str]) -> dict[str, str]:
+    """The domains that the lineage of --init was trained on, but for the stream's, and where they are; for --replay."""
+    if clash := [name for name, place in own.items() if domains.get(name, place) != place]:
+        raise InputError(f"--stream: {clash[0]} ({own[clash[0]]}) has the name of an earlier domain ({domains[clash[0]]}); rename the file")
+    earlier = {name: place for name, place in domains.items() if name not in own}
+    if not earlier and (c.recipe.mix or len(own) == 1):
+        raise InputError(f"--replay: {c.init or 'a new base'} has no record of earlier domains; a base that train.py made has one")
+    for name, place in earlier.items():
+        if "/" in place and not place.startswith("hub:") and not Path(place).exists():
+            raise InputError(f"--replay: {name}, an earlier domain of {c.init}, was read from {place}, which is gone: restore it")
+    return earlier
+
+
+def rows_of(c: Config, corpora: dict[str, dict[str, Corpus]], groups: list[tuple[str, ...]], earlier: list[str], tokenizer: Tokenizer,
+            number: int, ranks: Ranks) -> tuple[dict[str, Rows], dict[str, Rows]]:
+    """(training rows of every stage, held-out rows of every domain). The first stage is M`number`; `groups` are the stages' domains."""
+    training = {}
+    for i, group in enumerate(groups, number):
+        first, *others = [Rows(corpora[name]["train"], tokenizer, seq_len=c.seq_len, mask_rate=c.mask_rate, seed=derive_seed(c.seed, i, *j))
+                          for name, *j in [(group[0],), *((name, j) for j, name in enumerate([*earlier, *group[1:]], 1))]]
+        first.check_batch(c.batch_tokens, ranks.world * c.accumulation)
+        if others:
+            first.mix(others, c.recipe.start_shares([*group[1:], group[0]], len(earlier)),
+                      c.recipe.mix_every * (c.batch_tokens // first.row_tokens) if c.recipe.by_need else 0)
+        training["+".join(group)] = first
+        earlier = [*earlier, *group] if c.recipe.replay else []
     heldout = {name: Rows(parts["heldout"], tokenizer, seq_len=c.seq_len, mask_rate=HELDOUT_MASK_RATE, seed=0, sequences=1)
                for name, parts in corpora.items()}
     return training, heldout
 
 
-def start_model(c: Config, out: Path, first_corpus: Path, ranks: Ranks) -> tuple[MaskedLM, Tokenizer, str | None, int]:
-    """(model, tokenizer, fingerprint and number of the parent): a new base of --preset (None, -1), or --init."""
+def start_recipe(c: Config, model: MaskedLM, rows: Rows, corpora: list[Corpus], tokenizer: Tokenizer, ranks: Ranks, where: dict) -> Recipe:
+    """The recipe of a stage on `corpora`, the first of which is that of `rows`."""
+    if not c.recipe.by_need:
+        return Recipe(c.recipe, model, rows.mixture)
+    probes = [Rows(corpus, tokenizer, seq_len=c.seq_len, mask_rate=HELDOUT_MASK_RATE, seed=0, sequences=1)
+              for corpus in (*corpora[1:], corpora[0])]
+
+    def losses(model: MaskedLM = model) -> list[float]:
+        return ranks.from_main(lambda: [evaluate_mlm(model, probe, tokens=c.eval_tokens, **where)["loss"] for probe in probes])
+
+    if c.recipe.mix_reference is None:
+        return Recipe(c.recipe, model, rows.mixture, losses, losses())
+    base = ranks.main_first(lambda: open_base(c.recipe.mix_reference))
+    if base.head is None or base.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise InputError(f"--mix_reference {c.recipe.mix_reference}: has another tokenizer than the new base, or no masked-LM head")
+    return Recipe(c.recipe, model, rows.mixture, losses, losses(MaskedLM(base.encoder, base.head).to(ranks.device)))
+
+
+class Start(NamedTuple):
+    """What a base is the child of."""
+    parent: str | None = None       # fingerprint; None: of nothing
+    number: int = -1
+    domains: dict[str, str] = {}    # that it has been trained on, and where their texts are
+    moments: Path | None = None     # the folder of an optimizer's state to go on with
+
+
+def go_on_from(c: Config, folder: Path, base: Base) -> tuple[MaskedLM, str, Path | None]:
+    """(model, its fingerprint, folder of the optimizer's state) to continue the base in `folder` from: itself, or of an infinite schedule
+    the weights before it was annealed."""
+    moments = None
+    if c.recipe.schedule.schedule == "infinite" and "trunk" in base.meta:
+        base, moments = trunk_of(folder, base)
+    model = MaskedLM(base.encoder, base.head or new_masked_lm(base.encoder.config, c.seed).head)
+    set_dropout(model, c.dropout)
+    return model, base.fingerprint, moments
+
+
+def start_model(c: Config, out: Path, first_corpus: Path, ranks: Ranks) -> tuple[MaskedLM, Tokenizer, Start]:
+    """A new base of --preset, or --init."""
     if c.init:
         if c.tokenizer:
             raise InputError("--tokenizer: a base of --init comes with its own")
         base = ranks.main_first(lambda: open_base(c.init))
-        config, tokenizer, parent, number = base.encoder.config, base.tokenizer, base.fingerprint, base.meta.get("number", 0)
+        config, tokenizer = base.encoder.config, base.tokenizer
         if base.head is None:
             print(f"{c.init} has no complete masked-LM head; it gets a fresh one")
-        model = MaskedLM(base.encoder, base.head or new_masked_lm(config, c.seed).head)
+        model, parent, moments = go_on_from(c, Path(c.init), base)
+        start = Start(parent, base.meta.get("number", 0), base.meta.get("domains", {}), moments)
     else:
         tokenizer = ranks.from_main(lambda: start_tokenizer(c, out, first_corpus))
-        config, parent, number = EncoderConfig(tokenizer.vocab_size, pad_id=tokenizer.pad_id, **PRESETS[c.preset]), None, -1
+        config, start = EncoderConfig(tokenizer.vocab_size, pad_id=tokenizer.pad_id, **PRESETS[c.preset]), Start()
         model = new_masked_lm(config, c.seed)
+        set_dropout(model, c.dropout)
     if c.seq_len > config.max_len:
         raise InputError(f"--seq_len {c.seq_len}: the model has positions for {config.max_len} tokens")
-    set_dropout(model, c.dropout)
-    return model, tokenizer, parent, number if c.number is None else c.number - 1
+    return model, tokenizer, start if c.number is None else start._replace(number=c.number - 1)
 
 
 def start_tokenizer(c: Config, out: Path, first_corpus: Path) -> Tokenizer:

@@ -14,6 +14,11 @@ def corpus_path(name: str, cache: Path) -> Path:
     return _locate(name, cache, "corpus", "a text file, a folder of text files")
 
 
+def lasting(name: str, path: Path) -> str:
+    """A name of the corpus that `corpus_path` found at `path`, for a record: the same from any folder."""
+    return name if name in docstrings.DOMAINS or name.startswith("hub:") else str(path.resolve())
+
+
 def open_task(name: str, cache: Path) -> Task:
     """The task called `name`. One of the hub is called what its config is, or its repository."""
     task = load_task(_locate(name, cache, "task", "a folder with train, dev and test files"))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kernels import linear_cross_entropy
 from rt.data import Rows
 from rt.model import Batch, MaskedLM
-from rt.optim import autocast, derive_seed, schedule
+from rt.optim import ScheduleConfig, autocast, derive_seed
 
 
 @dataclass
@@ -22,9 +22,11 @@ class PretrainSettings:
     seed: int
     accumulation: int = 1   # microbatches a step of each rank
     clip: float = 1.0
+    schedule: ScheduleConfig = ScheduleConfig()
+    held: bool = False      # a later stage of an infinite schedule
 
     def lr_at(self, step: int) -> float:
-        return schedule(step, self.steps, self.warmup_steps, self.lr)
+        return self.schedule.rate(step, self.steps, self.warmup_steps, self.lr, self.held)
 
 
 def mlm_loss(model: MaskedLM, batch: Batch) -> Tensor:
