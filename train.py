@@ -14,13 +14,13 @@ import sys
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 
-from data.sources import corpus_path, lasting, open_task
+from data.sources import corpus_path, open_domain, open_task
 from rt.data import Corpus, Rows, encode_task, few_shot
-from rt.deltas import Base, attach, extract
+from rt.deltas import attach, extract
 from rt.errors import InputError
 from rt.formats.atomic import locked
 from rt.formats.checkpoint import load_base
@@ -35,12 +35,13 @@ from rt.losses import Loss
 from rt.model import PRESETS, EncoderConfig, MaskedLM, new_masked_lm, set_dropout
 from rt.optim import adamw, derive_seed, not_finite, set_lr, step_unless
 from rt.pretrain import PretrainSettings, evaluate_mlm, microbatches
-from rt.recipes import Recipe, RecipeConfig
+from rt.recipes import Recipe, lengthen
 from rt.runs.config import changed, parse, record, run
 from rt.runs.log import Log, StepBar, load_tensorboard, note_changed_task, note_truncated, scores_text, task_text, tested_text
 from rt.runs.predict import open_tuned
-from rt.runs.resume import PretrainRun, sample_of, table_of, trunk_of
+from rt.runs.resume import PretrainRun, sample_of, table_of
 from rt.runs.signals import Interrupted
+from rt.runs.upgrade import HELDOUT_MASK_RATE, RecipeConfig, Start, earlier_domains, go_on_from, start_recipe
 from rt.runs.workers import use_threads
 from rt.speed.device import make_deterministic, pick_device, pick_precision
 from rt.speed.dist import Ranks, join, launched, zero
@@ -62,7 +63,7 @@ class Config:
     tensorboard: bool = False  # losses and scores as they come also for TensorBoard, in tensorboard/ of the folder that is written
     seed: Seed = 0  # of weights, data order, masks and dropout
     # pretrain (seq_len, lr, warmup, weight_decay and graphs: tune as well)
-    stream: tuple[str, ...] = ("python", "math", "dl")  # domains in order: embedded names, text files or folders, or hub:OWNER/NAME
+    stream: tuple[str, ...] = ("python", "math", "dl")  # domains in order: embedded names, text files or folders, hub:OWNER/NAME, task:NAME
     init: str | None = None  # continue from this base: checkpoint, Hugging Face folder or hub id
     number: NonNegativeInt | None = None  # of the first base that is made, M<number>; default 0, with --init one more than its own
     preset: Literal["tiny", "mini", "small", "base", "large"] = "mini"  # size of a new base: tiny, mini, small, base, large
@@ -101,7 +102,6 @@ class Config:
 
 NOT_SETTINGS = ("resume", "stop_after", "save_every", "cache", "device", "out", "accumulation", "compile", "graphs", "zero",
                 "log_every", "deterministic", "tensorboard", "threads")     # may differ when a run is resumed
-HELDOUT_MASK_RATE = 0.15    # whatever --mask_rate is, so that held-out losses compare
 SEQ_LEN = 128
 PRETRAIN_LR = 1e-3
 TUNE_LR = {"full": 5e-4, "prefix": 1e-2}     # of the mini preset; other kinds: 5e-3
@@ -151,17 +151,18 @@ def pretrain(c: Config) -> None:
 
 def train_stages(c: Config, stream: PretrainRun, ranks: Ranks) -> Interrupted | None:
     """The stages that are not finished yet. Returns the exception to raise if a signal has asked for the end."""
-    paths = ranks.main_first(lambda: {domain_name(entry): corpus_path(entry, c.cache) for entry in c.stream})
+    r = c.recipe
+    found = ranks.main_first(lambda: {domain_name(entry): open_domain(entry, c.cache, r.template, r.select, r.keep) for entry in c.stream})
+    paths, own = ({name: pair[i] for name, pair in found.items()} for i in (0, 1))
     if len(paths) < len(c.stream):
         raise InputError(f"--stream {','.join(c.stream)}: two domains have the same name; rename one of the files")
     model, tokenizer, (parent, number, domains, moments) = start_model(c, stream.out, next(iter(paths.values())), ranks)
-    own = {name: lasting(entry, path) for (name, path), entry in zip(paths.items(), c.stream)}
-    earlier = earlier_domains(c, domains, own) if c.recipe.replay else {}
+    earlier = earlier_domains(c, domains, own) if r.replay else {}
     paths = ranks.main_first(lambda: {name: corpus_path(place, c.cache) for name, place in earlier.items()}) | paths
     corpora = ranks.main_first(lambda: {name: build_corpus(name, path, tokenizer, c.cache) for name, path in paths.items()})
     content = {"tokenizer": tokenizer.fingerprint, "--init": parent, **{f"corpus {k}": v["train"].content for k, v in corpora.items()}}
     ranks.assert_same(content)
-    groups = [tuple(own)] if c.recipe.mix else [(name,) for name in own]
+    groups = [tuple(own)] if r.mix else [(name,) for name in own]
     training, heldout = rows_of(c, corpora, groups, [*earlier], tokenizer, number + 1, ranks)
     stream.begin(content, tokenizer)
     where = {"device": ranks.device, "precision": pick_precision(c.precision, ranks.device)}
@@ -172,20 +173,21 @@ def train_stages(c: Config, stream: PretrainRun, ranks: Ranks) -> Interrupted | 
             continue
         steps = c.steps[min(i, len(c.steps) - 1)]
         s = PretrainSettings(steps, c.batch_tokens, c.lr or PRETRAIN_LR, max(1, round(c.warmup * steps)), rows.seed, c.accumulation,
-                             schedule=c.recipe.schedule, held=bool(parent) and not (c.recipe.schedule.rewarm and i == 0))
+                             schedule=r.schedule, held=bool(parent) and not (r.schedule.rewarm and i == 0))
         model = model.to(ranks.device)
         optimizer = adamw(model.parameters(), 0.0, c.weight_decay, make=zero if c.zero else torch.optim.AdamW)
         recipe = start_recipe(c, model, rows, [corpora[name]["train"] for name in groups[i]], tokenizer, ranks, where)
-        about = {"name": name, "domain": domain, "number": number, "parent": parent, "domains": domains, "recipe": changed(c.recipe)}
+        about = {"name": name, "domain": domain, "number": number, "parent": parent, "domains": domains, "recipe": changed(r)}
         first = stream.start_stage(about, s, rows, model, optimizer, where["precision"], recipe, moments)
         if not stream.stages and first == 0:
             print(sample_of(rows, tokenizer))
         if train_stage(model, rows, optimizer, s, stream, ranks, where["precision"], first, c.compile, c.graphs, recipe):
             return stream.suspended(f"in {name} after step {stream.step} of {steps}")
-        parent = stream.finish_stage(lambda: {d: evaluate_mlm(model, r, tokens=c.eval_tokens, **where) for d, r in heldout.items()})
+        parent = stream.finish_stage(lambda: {d: evaluate_mlm(model, held, tokens=c.eval_tokens, **where) for d, held in heldout.items()},
+                                     r.average)
         if i + 1 < len(training) and stream.stops_between_stages():
             return stream.suspended(f"after {name}")
-        if c.recipe.schedule.schedule == "infinite":
+        if r.schedule.schedule == "infinite":
             model, parent, moments = go_on_from(c, stream.out / name, ranks.main_first(lambda: load_base(stream.out / name)))
     stream.complete()
     return None
@@ -216,21 +218,9 @@ def train_stage(model: MaskedLM, rows: Rows, optimizer: torch.optim.Optimizer, s
 
 
 def domain_name(entry: str) -> str:
-    """The name of a domain in tables and files: an embedded name, or that of the file or folder without endings."""
-    return Path(entry).name.split(".")[0]
-
-
-def earlier_domains(c: Config, domains: dict[str, str], own: dict[str, str]) -> dict[str, str]:
-    """The domains that the lineage of --init was trained on, but for the stream's, and where they are; for --replay."""
-    if clash := [name for name, place in own.items() if domains.get(name, place) != place]:
-        raise InputError(f"--stream: {clash[0]} ({own[clash[0]]}) has the name of an earlier domain ({domains[clash[0]]}); rename the file")
-    earlier = {name: place for name, place in domains.items() if name not in own}
-    if not earlier and (c.recipe.mix or len(own) == 1):
-        raise InputError(f"--replay: {c.init or 'a new base'} has no record of earlier domains; a base that train.py made has one")
-    for name, place in earlier.items():
-        if "/" in place and not place.startswith("hub:") and not Path(place).exists():
-            raise InputError(f"--replay: {name}, an earlier domain of {c.init}, was read from {place}, which is gone: restore it")
-    return earlier
+    """The name of a domain in tables and files: an embedded name, or that of the file or folder without endings; of a task with task-."""
+    name = Path(entry.removeprefix("task:")).name.split(".")[0]
+    return f"task-{name}" if entry.startswith("task:") else name
 
 
 def rows_of(c: Config, corpora: dict[str, dict[str, Corpus]], groups: list[tuple[str, ...]], earlier: list[str], tokenizer: Tokenizer,
@@ -238,7 +228,8 @@ def rows_of(c: Config, corpora: dict[str, dict[str, Corpus]], groups: list[tuple
     """(training rows of every stage, held-out rows of every domain). The first stage is M`number`; `groups` are the stages' domains."""
     training = {}
     for i, group in enumerate(groups, number):
-        first, *others = [Rows(corpora[name]["train"], tokenizer, seq_len=c.seq_len, mask_rate=c.mask_rate, seed=derive_seed(c.seed, i, *j))
+        first, *others = [Rows(corpora[name]["train"], tokenizer, seq_len=c.seq_len, mask_rate=c.mask_rate, seed=derive_seed(c.seed, i, *j),
+                                objective=c.recipe.objective, unit=c.recipe.mask)
                           for name, *j in [(group[0],), *((name, j) for j, name in enumerate([*earlier, *group[1:]], 1))]]
         first.check_batch(c.batch_tokens, ranks.world * c.accumulation)
         if others:
@@ -249,43 +240,6 @@ def rows_of(c: Config, corpora: dict[str, dict[str, Corpus]], groups: list[tuple
     heldout = {name: Rows(parts["heldout"], tokenizer, seq_len=c.seq_len, mask_rate=HELDOUT_MASK_RATE, seed=0, sequences=1)
                for name, parts in corpora.items()}
     return training, heldout
-
-
-def start_recipe(c: Config, model: MaskedLM, rows: Rows, corpora: list[Corpus], tokenizer: Tokenizer, ranks: Ranks, where: dict) -> Recipe:
-    """The recipe of a stage on `corpora`, the first of which is that of `rows`."""
-    if not c.recipe.by_need:
-        return Recipe(c.recipe, model, rows.mixture)
-    probes = [Rows(corpus, tokenizer, seq_len=c.seq_len, mask_rate=HELDOUT_MASK_RATE, seed=0, sequences=1)
-              for corpus in (*corpora[1:], corpora[0])]
-
-    def losses(model: MaskedLM = model) -> list[float]:
-        return ranks.from_main(lambda: [evaluate_mlm(model, probe, tokens=c.eval_tokens, **where)["loss"] for probe in probes])
-
-    if c.recipe.mix_reference is None:
-        return Recipe(c.recipe, model, rows.mixture, losses, losses())
-    base = ranks.main_first(lambda: open_base(c.recipe.mix_reference))
-    if base.head is None or base.tokenizer.fingerprint != tokenizer.fingerprint:
-        raise InputError(f"--mix_reference {c.recipe.mix_reference}: has another tokenizer than the new base, or no masked-LM head")
-    return Recipe(c.recipe, model, rows.mixture, losses, losses(MaskedLM(base.encoder, base.head).to(ranks.device)))
-
-
-class Start(NamedTuple):
-    """What a base is the child of."""
-    parent: str | None = None       # fingerprint; None: of nothing
-    number: int = -1
-    domains: dict[str, str] = {}    # that it has been trained on, and where their texts are
-    moments: Path | None = None     # the folder of an optimizer's state to go on with
-
-
-def go_on_from(c: Config, folder: Path, base: Base) -> tuple[MaskedLM, str, Path | None]:
-    """(model, its fingerprint, folder of the optimizer's state) to continue the base in `folder` from: itself, or of an infinite schedule
-    the weights before it was annealed."""
-    moments = None
-    if c.recipe.schedule.schedule == "infinite" and "trunk" in base.meta:
-        base, moments = trunk_of(folder, base)
-    model = MaskedLM(base.encoder, base.head or new_masked_lm(base.encoder.config, c.seed).head)
-    set_dropout(model, c.dropout)
-    return model, base.fingerprint, moments
 
 
 def start_model(c: Config, out: Path, first_corpus: Path, ranks: Ranks) -> tuple[MaskedLM, Tokenizer, Start]:
@@ -299,13 +253,17 @@ def start_model(c: Config, out: Path, first_corpus: Path, ranks: Ranks) -> tuple
             print(f"{c.init} has no complete masked-LM head; it gets a fresh one")
         model, parent, moments = go_on_from(c, Path(c.init), base)
         start = Start(parent, base.meta.get("number", 0), base.meta.get("domains", {}), moments)
+        if c.recipe.max_len:
+            model, start = lengthen(model, c.recipe.max_len), start._replace(moments=None)
+            config = model.encoder.config
     else:
         tokenizer = ranks.from_main(lambda: start_tokenizer(c, out, first_corpus))
-        config, start = EncoderConfig(tokenizer.vocab_size, pad_id=tokenizer.pad_id, **PRESETS[c.preset]), Start()
+        sizes = PRESETS[c.preset] | ({"max_len": c.recipe.max_len} if c.recipe.max_len else {})
+        config, start = EncoderConfig(tokenizer.vocab_size, pad_id=tokenizer.pad_id, **sizes), Start()
         model = new_masked_lm(config, c.seed)
-        set_dropout(model, c.dropout)
     if c.seq_len > config.max_len:
-        raise InputError(f"--seq_len {c.seq_len}: the model has positions for {config.max_len} tokens")
+        raise InputError(f"--seq_len {c.seq_len}: the model has positions for {config.max_len} tokens; --max_len makes more")
+    set_dropout(model, c.dropout)
     return model, tokenizer, start if c.number is None else start._replace(number=c.number - 1)
 
 

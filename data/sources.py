@@ -3,6 +3,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from data import docstrings
+from data.select import select, task_corpus
 from rt.data import Task
 from rt.errors import InputError
 from rt.formats.hub import find_dataset
@@ -14,9 +15,17 @@ def corpus_path(name: str, cache: Path) -> Path:
     return _locate(name, cache, "corpus", "a text file, a folder of text files")
 
 
-def lasting(name: str, path: Path) -> str:
-    """A name of the corpus that `corpus_path` found at `path`, for a record: the same from any folder."""
-    return name if name in docstrings.DOMAINS or name.startswith("hub:") else str(path.resolve())
+def open_domain(name: str, cache: Path, template: str, like: str | None, keep: float) -> tuple[Path, str]:
+    """A domain of a stream: (where its texts are, a name for `corpus_path` that is right from any folder). task:NAME is that task's own
+    texts in `template`; of other corpora only the share `keep` that is most like the texts of the task `like`, if there is one."""
+    if name.startswith("task:"):
+        path = task_corpus(open_task(name.removeprefix("task:"), cache), template, cache)
+    else:
+        path = corpus_path(name, cache)
+        if like is None and (name in docstrings.DOMAINS or name.startswith("hub:")):
+            return path, name
+        path = select(path, open_task(like, cache), keep, cache) if like else path
+    return path, str(path.resolve())
 
 
 def open_task(name: str, cache: Path) -> Task:

@@ -31,7 +31,18 @@ class PretrainSettings:
 
 def mlm_loss(model: MaskedLM, batch: Batch) -> Tensor:
     """Mean cross-entropy of the predicted rows; linear_cross_entropy never stores the logits over the vocabulary."""
+    if batch.predict is None:
+        return replaced_token_loss(model, batch)
     return linear_cross_entropy(model.features(batch), model.encoder.embeddings.word.weight, model.head.bias, batch.labels)
+
+
+def replaced_token_loss(model: MaskedLM, batch: Batch) -> Tensor:
+    """Cross-entropy of original (label 1) against replaced (0), summed over all tokens but special ones (-100), over the number of all: so
+    microbatches add up. The logit is the token's own score in the masked-LM head, as in Electric (Clark et al., 2020): no new head."""
+    own = model.encoder.embeddings.word(batch.ids)
+    logits = (model.features(batch).float() * own).sum(-1) + model.head.bias[batch.ids]
+    losses = F.binary_cross_entropy_with_logits(logits, batch.labels.clamp(min=0).float(), reduction="none")
+    return (losses * (batch.labels >= 0)).sum() / len(batch.ids)
 
 
 class MLMLoss(nn.Module):

@@ -1,24 +1,30 @@
-"""Recipes of continual pre-training: each switch does what it says, changes nothing at its neutral setting, is recorded,
-resumes bit for bit
-and is the same for ranks and accumulation as for one process."""
-import json
+"""Recipes of continual pre-training: each switch does what it says, changes nothing at its neutral setting, is recorded, resumes bit for
+bit, and is the same for ranks and accumulation as for one process."""
+import re
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import here, random_base
+from conftest import here, random_base, write_task
 from safetensors.torch import load_file
+from tokenizers import models
 
-from rt.data import Mixture, Rows, counts
+from data.select import select, task_corpus
+from rt.data import Masker, Mixture, Rows, counts
 from rt.errors import InputError
-from rt.formats.corpora import build_corpus
+from rt.formats.corpora import build_corpus, split_documents
 from rt.formats.files import read_json, read_rows
-from rt.model import MaskedLM
+from rt.formats.tasks import load_task
+from rt.formats.tokenizer import Tokenizer, _sentencepiece, _wordpiece, train_tokenizer
+from rt.model import PRESETS, EncoderConfig, MaskedLM, new_masked_lm
 from rt.optim import ScheduleConfig, schedule
-from rt.recipes import Recipe, RecipeConfig, average_into, reweighted
+from rt.pretrain import mlm_loss
+from rt.recipes import Recipe, average_into, lengthen, reweighted
 from rt.report.inspect import inspect
+from rt.runs.upgrade import RecipeConfig
 
 SMALL = ("--preset", "tiny", "--vocab_size", "300", "--seq_len", "16", "--batch_tokens", "256", "--eval_tokens", "256", "--device", "cpu",
          "--precision", "fp32", "--dropout", "0.1", "--snapshots", "0")
@@ -107,12 +113,12 @@ def test_shares_are_exact_and_spread_over_an_epoch():
 
 def test_each_source_is_read_from_its_first_row_on_and_none_is_left_out(corpora, tokenizer):
     one, two = rows_of(corpora, tokenizer, 0.25, 0.75, every=8)
-    one.mixture.append([0.5, 0.5])
+    one.mixture.append([500_000, 500_000])
     seen = {one: [], two: []}
     for number in range(16):
         source, n = one.mixture.locate(number)
         seen[source].append(n)
-    assert seen == {one: [*range(6 + 4)], two: [*range(2 + 4)]} and one.mixture.shares == {"two": 0.5, "one": 0.5}
+    assert seen == {one: [*range(6 + 4)], two: [*range(2 + 4)]} and one.mixture.shares() == {"two": 0.5, "one": 0.5}
 
 
 @pytest.mark.parametrize("world, parts", [(2, 1), (1, 2), (2, 2)])
@@ -160,13 +166,12 @@ def test_need_moves_shares_towards_the_domain_with_excess_loss():
 def test_need_applies_a_period_later_and_leaves_replay_alone(corpora, tokenizer):
     one, two = rows_of(corpora, tokenizer)
     mixture, measured = Mixture([two, two, one], [0.2, 0.4, 0.4], every=10), []
-    recipe = Recipe(RecipeConfig(mix=("need",), mix_every=5), None, mixture, lambda: measured.append(1) or [2.0, 2.0 + np.log(3)],
-                    reference=[2.0, 2.0])
+    recipe = Recipe(None, 0, 1.0, mixture, 5, 1.0, lambda: measured.append(1) or [2.0, 2.0 + np.log(3)], [2.0, 2.0])
     for step in range(1, 6):
         recipe.after_step(step)
     assert measured == [1] and mixture.history[:2] == [[200_000, 400_000, 400_000]] * 2
     assert mixture.history[2] == [200_000, 220_000, 580_000]
-    again = Recipe(recipe.config, None, Mixture([two, two, one], [0.2, 0.4, 0.4], every=10), recipe.losses, [2.0, 2.0])
+    again = Recipe(mixture=Mixture([two, two, one], [0.2, 0.4, 0.4], every=10), reference=[2.0, 2.0])
     again.load_state(recipe.state())
     assert again.mixture.history == mixture.history and again.mixture.before == mixture.before
 
@@ -185,7 +190,7 @@ def test_reptile_goes_part_of_the_way(tokenizer):
     base = random_base(tokenizer)
     model = MaskedLM(base.encoder, base.head)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    recipe = Recipe(RecipeConfig(align=2, align_eps=0.25), model)
+    recipe = Recipe(model, align=2, eps=0.25)
     for step in (1, 2):
         with torch.no_grad():
             for p in model.parameters():
@@ -214,11 +219,143 @@ def test_the_published_base_is_the_mean_of_the_last_snapshots(home):
         torch.testing.assert_close(v, sum(state[k] for state in states) / 3)
 
 
+# --- objectives and masks ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("objective", ["rts", "slm"])
+def test_every_chosen_token_becomes_another_one_in_100_000(objective, tokenizer):
+    masker, rng, seen = Masker(tokenizer, 300, objective), np.random.default_rng(0), np.zeros(tokenizer.vocab_size, int)
+    for i in range(100):
+        ids = rng.integers(5, tokenizer.vocab_size, 1000)
+        ids[::50] = tokenizer.bos_id
+        out, chosen, true = masker(ids, np.random.default_rng([7, i]))
+        assert len(set(chosen.tolist())) == 300 and (np.flatnonzero(out != ids) == chosen).all() and (true == ids[chosen]).all()
+        seen += np.bincount(out[chosen], minlength=tokenizer.vocab_size)
+    assert not seen[tokenizer.special_ids].any()
+    expected = 30_000 / (tokenizer.vocab_size - 5)
+    assert (np.abs(seen[5:] - expected) < 7 * expected ** 0.5).all()     # each token as often as any other
+
+
+def test_replaced_tokens_are_told_by_every_token_s_own_score(corpora, tokenizer):
+    rows = Rows(corpora[0], tokenizer, seq_len=16, mask_rate=0.25, seed=0, objective="rts")
+    batch, base = rows.masked(range(4)), random_base(tokenizer)
+    original = np.concatenate([rows.row(n)[0] for n in range(4)])
+    special = np.isin(original, tokenizer.special_ids)
+    assert batch.predict is None and (batch.labels.numpy() == np.where(special, -100, batch.ids.numpy() == original)).all()
+    assert (batch.labels == 0).sum() == 4 * 32
+    model = MaskedLM(base.encoder, base.head)
+    own = model(batch).gather(1, batch.ids[:, None])[:, 0]      # of the logits over the vocabulary
+    losses = torch.nn.functional.softplus(torch.where(batch.labels > 0, -own, own))[~torch.from_numpy(special)]
+    torch.testing.assert_close(mlm_loss(model, batch), losses.sum() / len(batch.ids))
+    halves = [mlm_loss(model, rows.masked(range(n, n + 2))) for n in (0, 2)]
+    torch.testing.assert_close(sum(halves) / 2, mlm_loss(model, batch))
+
+
+def test_words_are_masked_whole_and_names_and_numbers_first():
+    texts = ["The protein binds. In mice of 1993 Ann Smith saw it (unbelievably) and Bob did not."] * 3
+    tokenizer = train_tokenizer([texts[0].replace("Smith", "Smi th").replace("unbeliev", "unbe liev")] * 3, 400)     # most are one token
+    ids = np.array([i for text in texts for i in [tokenizer.bos_id, *tokenizer.encode([text])[0], tokenizer.eos_id]])
+    pieces = [tokenizer.pieces[i] for i in ids]
+    special = [i in tokenizer.special_ids for i in ids]
+    word = np.cumsum([i == 0 or not pieces[i][0].isalnum() or special[i] or special[i - 1] or not pieces[i - 1][-1].isalnum()
+                      for i in range(len(ids))])
+    for seed in range(20):
+        out, chosen, _ = Masker(tokenizer, 30, "slm", "word")(ids, np.random.default_rng(seed))
+        partly = [w for w in set(word[chosen]) if 0 < (word[chosen] == w).sum() < (word == w).sum()]
+        assert len(chosen) == 30 and len(partly) <= 1
+    named = re.compile("1993|Ann Smith|Bob")
+    text = "".join(pieces)
+    ends = np.cumsum([len(piece) for piece in pieces])
+    wanted = {i for found in named.finditer(text) for i in range(len(ids)) if found.start() < ends[i] <= found.end()}
+    for seed in range(5):
+        _, chosen, _ = Masker(tokenizer, len(wanted), "mlm", "entity")(ids, np.random.default_rng(seed))
+        assert set(chosen) == wanted
+        _, more, _ = Masker(tokenizer, len(wanted) + 5, "mlm", "entity")(ids, np.random.default_rng(seed))
+        assert set(more) > wanted
+    lower = SimpleNamespace(**{name: getattr(tokenizer, name) for name in ("vocab_size", "mask_id", "special_ids")},
+                            pieces=[piece.lower() for piece in tokenizer.pieces])
+    with pytest.raises(InputError, match="`mask` entity: the tokenizer has no capital letters"):
+        Masker(lower, 3, unit="entity")
+
+
+def test_pieces_tell_where_a_word_begins(tokenizer):
+    """Also for WordPiece and Unigram."""
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "bind", "##ing", "."])}
+    wordpiece = Tokenizer(_wordpiece(models.WordPiece(vocabulary, unk_token="[UNK]")))
+    pieces = ("<s>", "<pad>", "</s>", "<unk>", "<mask>", "\u2581bind", "ing")
+    unigram = Tokenizer(_sentencepiece(models.Unigram([(piece, -1.0) for piece in pieces], 3)))
+    assert wordpiece.pieces[5:] == [" bind", "ing", " ."] and unigram.pieces[5:] == [" bind", "ing"]
+    text = "Naive graphs, 100%"
+    assert "".join(tokenizer.pieces[i] for i in tokenizer.encode([text])[0]) == text
+
+
+# --- positions --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("model_type", ["roberta", "bert"])
+def test_a_longer_position_table_gives_the_old_logits_on_short_texts(model_type, batch, tokenizer):
+    config = EncoderConfig(tokenizer.vocab_size, model_type=model_type, **PRESETS["tiny"])
+    model = new_masked_lm(config, 0).eval()
+    longer = lengthen(model, 300).eval()
+    assert torch.equal(model(batch), longer(batch)) and longer.encoder.config.max_len == 300
+    old, new = (m.encoder.embeddings.position.weight for m in (model, longer))
+    first = config.first_position
+    assert torch.equal(new[:first], old[:first]) and torch.equal(new[first:], torch.cat([old[first:]] * 3)[:300])
+    with pytest.raises(InputError, match="`max_len` 64: the base has positions for 128 tokens"):
+        lengthen(model, 64)
+
+
+def test_a_base_is_made_longer_by_an_upgrade(home):
+    train(home, "short", "--steps", "2", stream="one")
+    assert "--max_len makes more" in train(home, "long", "--init", home / "short" / "M0", "--seq_len", "160", code=2)
+    train(home, "long", "--init", home / "short" / "M0", "--max_len", "200", "--steps", "1")
+    assert read_json(home / "long" / "M2" / "meta.json")["encoder"]["max_len"] == 200
+    train(home, "fresh", "--steps", "1", "--max_len", "40", stream="one")
+    assert read_json(home / "fresh" / "M0" / "meta.json")["encoder"]["max_len"] == 40
+
+
+# --- texts for a task -------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    rows = [{"text": f"The enzyme {name} cleaves collagen", "text_pair": "in tissue", "label": label}
+            for name, label in zip(("alpha", "beta", "gamma", "delta"), "xyxy")]
+    return write_task(tmp_path_factory.mktemp("tasks") / "enzymes", {part: rows for part in ("train", "dev", "test")})
+
+
+def test_selection_finds_planted_documents(home, task, tmp_path):
+    rng = np.random.default_rng(1)
+    plain = [" ".join(rng.choice(WORDS["one"].split(), rng.integers(3, 20))) for _ in range(190)]
+    planted = [f"an enzyme that cleaves collagen {i} of tissue" for i in range(10)]
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "train.txt").write_text("\n".join(rng.permutation(plain + planted)))
+    (tmp_path / "corpus" / "heldout.txt").write_text("nothing of the kind\n")
+    folder = select(tmp_path / "corpus", load_task(task), 0.05, tmp_path)
+    parts = {part: [text for p, text in split_documents(folder) if p == part] for part in ("train", "heldout")}
+    assert sorted(parts["train"]) == sorted(planted) and parts["heldout"] == ["nothing of the kind"]
+    stamp = folder.stat().st_mtime_ns
+    assert select(tmp_path / "corpus", load_task(task), 0.05, tmp_path) == folder and folder.stat().st_mtime_ns == stamp
+    assert select(tmp_path / "corpus", load_task(task), 0.1, tmp_path) != folder
+
+
+def test_a_task_s_own_texts_are_a_domain_plain_or_in_a_template(home, task, tmp_path):
+    plain, prompt = (list(split_documents(task_corpus(load_task(task), template, tmp_path)))
+                     for template in ("{text} {text_pair}", "{text}? {label} {other}"))
+    assert plain[0] == ("train", "The enzyme alpha cleaves collagen in tissue") and plain[-1][0] == "heldout" and len(plain) == 8
+    assert prompt[1] == ("train", "The enzyme beta cleaves collagen? y {other}")
+    with pytest.raises(InputError, match="must say where the {text} goes"):
+        task_corpus(load_task(task), "{txt}", tmp_path)
+    short = ("--steps", "2", "--seq_len", "8", "--batch_tokens", "128", "--out", home / "t", "--cache", home / "cache", "--replay", "0.5")
+    here("train.py", *SMALL, "--stream", f"{home}/one.txt,task:{task}", *short, "--template", "{text} {text_pair} {text}")
+    meta = read_json(home / "t" / "M1" / "meta.json")
+    assert "--template says nothing without task:NAME in --stream" in train(home, "u", "--template", "{text}.", code=2)
+    assert meta["domain"] == "task-enzymes" and meta["stage"]["shares"] == {"one": 0.5, "task-enzymes": 0.5}
+
+
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("recipe", [
     ("--align", "4", "--replay", "0.25", "--schedule", "infinite", "--average", "2", "--snapshots", "2"),
-    ("--mix", "need", "--mix_every", "5", "--mix_reference", "REFERENCE", "--mix_eta", "3", "--align", "3")], ids=lambda r: r[0])
+    ("--mix", "need", "--mix_every", "5", "--mix_reference", "REFERENCE", "--mix_eta", "3", "--align", "3"),
+    ("--objective", "rts", "--mask", "word", "--schedule", "cosine")], ids=lambda r: r[0])
 def test_a_recipe_resumes_bit_for_bit(recipe, home):
     train(home, "reference", "--steps", "30", "--snapshots", "0", stream="one")
     recipe = [str(home / "reference" / "M0") if word == "REFERENCE" else word for word in recipe]
@@ -227,9 +364,9 @@ def test_a_recipe_resumes_bit_for_bit(recipe, home):
     straight, broken = (f"{name}{recipe[1]}" for name in ("straight", "broken"))
     train(home, straight, *arguments)
     train(home, broken, *arguments, "--stop_after", "14")
-    train(home, broken, *arguments, "--stop_after", "7" if recipe[0] == "--align" else "2", "--resume")
+    train(home, broken, *arguments, "--stop_after", "2" if recipe[0] == "--mix" else "7", "--resume")
     train(home, broken, *arguments, "--resume")
-    last = "M1" if recipe[0] == "--align" else "M0"
+    last = "M0" if recipe[0] == "--mix" else "M1"
     assert same_weights(home / straight / last, home / broken / last)
     assert read_rows(home / straight / "metrics.jsonl") == read_rows(home / broken / "metrics.jsonl")
     if recipe[0] == "--mix":
@@ -262,4 +399,3 @@ def test_settings_that_make_no_sense_together_are_refused_in_a_sentence(home):
     RecipeConfig(mix=("a:0.3", "b:0.7"), replay=0.1).check(["a", "b"], 0.1, 4, 2)
     assert RecipeConfig(mix=("a:0.3", "b:0.7"), replay=0.1).start_shares(["b", "a"], 2) == pytest.approx([0.05, 0.05, 0.63, 0.27])
     assert "--align_eps says nothing without --align" in train(home, "z", "--align_eps", "0.1", code=2)
-    assert json.dumps(read_json(home / "plain" / "config.json"))        # plain values only

@@ -133,16 +133,6 @@ def stage_of(meta: dict, folder: Path) -> dict:
     return stage
 
 
-def trunk_of(folder: Path, base: Base) -> tuple[Base, Path]:
-    """The base that an infinite schedule goes on from after the one in `folder`, and its folder, where the optimizer's state is: that of
-    the step before annealing. Raises InputError if it is gone."""
-    trunk = folder.parent / base.meta["trunk"]
-    if trunk.parent != folder.parent or not (trunk / "optim.pt").is_file():
-        raise InputError(f"{folder} was annealed from {trunk}, which is gone, and an infinite schedule goes on from that: restore it, or "
-                         "give another --schedule")
-    return load_base(trunk), trunk
-
-
 def table_of(out: Path) -> str:
     """The forgetting matrix of a complete run."""
     with shaped(out / "summary.json", "does not hold the stages of a stream"):
@@ -281,11 +271,12 @@ class PretrainRun:
     def skips(self) -> dict:
         return {"skipped": self.skipped} if self.skipped else {}
 
-    def finish_stage(self, evaluate: Callable[[], dict]) -> str:
-        """Average if the recipe says so, score the base on every domain's held-out text and write it; returns its fingerprint."""
-        if (last := self.recipe.config.average - 1):
+    def finish_stage(self, evaluate: Callable[[], dict], average: int = 1) -> str:
+        """Take the mean of the last `average` snapshots, the end counted, score it on every domain's held-out text and write it; returns
+        its fingerprint."""
+        if average > 1:
             self.ranks.wait()       # for rank 0's snapshots
-            steps = sorted(self.kept & {*range(1, self.s.steps)})[-last:]
+            steps = sorted(self.kept & {*range(1, self.s.steps)})[1 - average:]
             snapshots = (load_base(self.out / f"{self.about['name']}-t{step:05d}") for step in steps)
             average_into(self.model, (MaskedLM(base.encoder, base.head).state_dict() for base in snapshots))
         seconds, name = round(time.perf_counter() - self.started, 1), self.about["name"]
@@ -293,7 +284,7 @@ class PretrainRun:
         scores = self.ranks.from_main(evaluate)
         self.stages.append({"name": name, "domain": self.about["domain"], "steps": self.s.steps, "seconds": seconds, "heldout": scores,
                             "packing": packing(self.rows), "ranks": self.ranks.world, "threads": torch.get_num_threads(), **self.skips(),
-                            **({"shares": self.rows.mixture.shares} if self.rows.mixture else {})})
+                            **({"shares": self.rows.mixture.shares()} if self.rows.mixture else {})})
         self.log.row(stage=name, step=self.s.steps, heldout=scores)
         trunk = {"trunk": f"{name}-t{self.trunk:05d}"} if self.trunk else {}
         return self.ranks.from_main(lambda: self.save(self.out / name, stage=self.stages[-1], **trunk))
