@@ -7,7 +7,7 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Callable, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -172,13 +172,11 @@ class Masker:
         self.is_special[tokenizer.special_ids] = True
         self.regular = np.flatnonzero(~self.is_special)
         if unit != "token":
-            def table(holds: Callable[[str], bool]) -> np.ndarray:
-                return np.array([holds(piece) for piece in tokenizer.pieces])
-
-            self.opens = table(lambda piece: not piece[:1].isalnum()) | self.is_special
-            self.closes = table(lambda piece: not piece[-1:].isalnum()) | self.is_special
-            self.is_number, self.is_capital = table(lambda p: p.strip()[:1].isdigit()), table(lambda p: p.strip()[:1].isupper())
-            self.ends_sentence = table(lambda piece: piece.strip() in (".", "!", "?", ":")) | self.is_special
+            looks = [(not p[:1].isalnum(), not p[-1:].isalnum(), p.strip() in (".", "!", "?", ":"), p.strip()[:1].isdigit(),
+                      p.strip()[:1].isupper()) for p in tokenizer.pieces]
+            self.opens, self.closes, self.ends_sentence, self.is_number, self.is_capital = np.array(looks).T
+            for table in (self.opens, self.closes, self.ends_sentence):
+                table |= self.is_special
             if unit == "entity" and not self.is_capital[self.regular].any():
                 raise InputError("`mask` entity: the tokenizer has no capital letters to tell names by; give word or token")
 
@@ -191,14 +189,13 @@ class Masker:
             rows = np.sort(rng.choice(candidates, self.count, replace=False))
         else:
             rows = np.sort(candidates[np.argsort(self.order(ids, rng)[candidates], kind="stable")[:self.count]])
-        if self.objective != "mlm":
-            draw = rng.integers(0, len(self.regular) - 1, self.count)
-            masked = ids.copy()
-            masked[rows] = self.regular[draw + (draw >= np.searchsorted(self.regular, ids[rows]))]      # never the token itself
-            return masked, rows, ids[rows]
-        draw, random_tokens = rng.random(self.count), rng.choice(self.regular, self.count)
         masked = ids.copy()
-        masked[rows] = np.where(draw < 0.8, self.mask_id, np.where(draw < 0.9, random_tokens, ids[rows]))
+        if self.objective == "mlm":
+            draw, random_tokens = rng.random(self.count), rng.choice(self.regular, self.count)
+            masked[rows] = np.where(draw < 0.8, self.mask_id, np.where(draw < 0.9, random_tokens, ids[rows]))
+        else:
+            draw = rng.integers(0, len(self.regular) - 1, self.count)
+            masked[rows] = self.regular[draw + (draw >= np.searchsorted(self.regular, ids[rows]))]      # never the token itself
         return masked, rows, ids[rows]
 
     def order(self, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -316,10 +313,6 @@ class Mixture:
         self.history: list[list[int]] = []
         self.before = [[0] * len(sources)]      # rows of each source before each period
         self.append([round(share * 10**6) for share in shares])
-
-    def shares(self) -> dict[str, float]:
-        """The newest shares, by the names of the corpora."""
-        return {rows.corpus.name: part / 10**6 for rows, part in zip(self.sources, self.history[-1])}
 
     def append(self, parts: list[int]) -> None:
         """The shares of the next period, in millionths."""

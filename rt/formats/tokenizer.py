@@ -75,9 +75,8 @@ class Tokenizer:
         tokens = [self.backend.id_to_token(i) or "" for i in range(self.vocab_size)]
         if isinstance(self.backend.model, models.WordPiece):
             return [token[2:] if token.startswith("##") else f" {token}" for token in tokens]
-        if isinstance(self.backend.model, models.Unigram):
-            return [token.replace("\u2581", " ") for token in tokens]
-        return [self.backend.decoder.decode([token]) for token in tokens]
+        bytes_of = decoders.ByteLevel() if isinstance(self.backend.model, models.BPE) else decoders.Fuse()
+        return [bytes_of.decode([token]).replace("\u2581", " ") for token in tokens]      # as SentencePiece writes a space
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         try:

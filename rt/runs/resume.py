@@ -279,12 +279,13 @@ class PretrainRun:
             steps = sorted(self.kept & {*range(1, self.s.steps)})[1 - average:]
             snapshots = (load_base(self.out / f"{self.about['name']}-t{step:05d}") for step in steps)
             average_into(self.model, (MaskedLM(base.encoder, base.head).state_dict() for base in snapshots))
+        mixed = self.rows.mixture
         seconds, name = round(time.perf_counter() - self.started, 1), self.about["name"]
         self.bar.close()
         scores = self.ranks.from_main(evaluate)
         self.stages.append({"name": name, "domain": self.about["domain"], "steps": self.s.steps, "seconds": seconds, "heldout": scores,
                             "packing": packing(self.rows), "ranks": self.ranks.world, "threads": torch.get_num_threads(), **self.skips(),
-                            **({"shares": self.rows.mixture.shares()} if self.rows.mixture else {})})
+                            **({"shares": {r.corpus.name: n / 10**6 for r, n in zip(mixed.sources, mixed.history[-1])}} if mixed else {})})
         self.log.row(stage=name, step=self.s.steps, heldout=scores)
         trunk = {"trunk": f"{name}-t{self.trunk:05d}"} if self.trunk else {}
         return self.ranks.from_main(lambda: self.save(self.out / name, stage=self.stages[-1], **trunk))
