@@ -251,7 +251,7 @@ def start_model(c: Config, out: Path, first_corpus: Path, ranks: Ranks) -> tuple
         config, tokenizer = base.encoder.config, base.tokenizer
         if base.head is None:
             print(f"{c.init} has no complete masked-LM head; it gets a fresh one")
-        model, parent, moments = go_on_from(c, Path(c.init), base)
+        model, parent, moments = go_on_from(c, Path(c.init).absolute(), base)
         start = Start(parent, base.meta.get("number", 0), base.meta.get("domains", {}), moments)
         if c.recipe.max_len:
             model, start = lengthen(model, c.recipe.max_len), start._replace(moments=None)
