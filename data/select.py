@@ -1,7 +1,5 @@
-"""Corpora made for a task, as folders in the cache: of another corpus the documents most like the task's texts, or those texts themselves.
-
-Documents are ranked by a linear classifier on hashed words between the task's training texts and the corpus, in closed form (naive Bayes);
-BETR (2025) and Predictive Data Selection (2025) rank by learned classifiers. Held-out documents stay all, so that losses compare.
+"""The documents of a corpus that are most like a task's training texts, as a folder in the cache. They are ranked by a linear classifier on
+hashed words between those texts and the corpus, in closed form (naive Bayes); BETR (2025) and Predictive Data Selection (2025) learn one.
 """
 import hashlib
 import json
@@ -12,8 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Iterable
 
-from rt.data import Example, Task
-from rt.errors import InputError
+from rt.data import Task
 from rt.formats.atomic import atomic_folder, locked
 from rt.formats.corpora import PARTS, corpus_files, split_documents
 
@@ -46,21 +43,6 @@ def select(corpus: Path, task: Task, keep: float, cache: Path) -> Path:
         best = {*sorted(range(len(scores)), key=lambda i: -scores[i])[:heldout + max(1, round(keep * (len(scores) - heldout)))]}
         write(folder, (document for i, document in enumerate(split_documents(corpus)) if i in best))
     return folder
-
-
-def task_corpus(task: Task, template: str, cache: Path) -> Path:
-    """A task's training texts as documents, its dev texts held out, each put into `template`: {text}, {text_pair} and {label}."""
-    if "{text}" not in template:
-        raise InputError(f"`template` {template}: must say where the {{text}} goes; {{text_pair}} and {{label}} are known, too")
-    folder = made_of(Path(cache) / "tasks", task, template)
-    if not folder.exists():
-        write(folder, ((part, filled(template, e)) for part, name in zip(PARTS, ("train", "dev")) for e in task.parts[name]))
-    return folder
-
-
-def filled(template: str, e: Example) -> str:
-    values = {"text": e.text, "text_pair": e.text_pair or "", "label": str(e.label)}
-    return re.sub(r"\{(text|text_pair|label)\}", lambda field: values[field[1]], template).strip()
 
 
 def made_of(home: Path, task: Task, *what: object) -> Path:

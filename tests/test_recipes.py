@@ -12,7 +12,8 @@ from conftest import here, random_base, write_task
 from safetensors.torch import load_file
 from tokenizers import models
 
-from data.select import select, task_corpus
+from data.select import select
+from data.sources import task_corpus
 from rt.data import Masker, Mixture, Rows, counts
 from rt.errors import InputError
 from rt.formats.corpora import build_corpus, split_documents
