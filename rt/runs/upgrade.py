@@ -96,7 +96,7 @@ def earlier_domains(c: Any, domains: dict[str, str], own: dict[str, str]) -> dic
         raise InputError(f"--stream: {clash[0]} ({own[clash[0]]}) has the name of an earlier domain ({domains[clash[0]]}); rename the file")
     earlier = {name: place for name, place in domains.items() if name not in own}
     if not earlier and (c.recipe.mix or len(own) == 1):
-        raise InputError(f"--replay: {c.init or 'a new base'} has no record of earlier domains: its meta.json has no domains")
+        raise InputError(f"--replay: {c.init or 'a new base'} has no record of earlier domains (in its meta.json) but the stream's")
     for name, place in earlier.items():
         if "/" in place and not place.startswith("hub:") and not Path(place).exists():
             raise InputError(f"--replay: {name}, an earlier domain of {c.init}, was read from {place}, which is gone: restore it")
