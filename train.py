@@ -14,15 +14,16 @@ import sys
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Literal
+from typing import Literal
 
 import torch
 
-from data.sources import corpus_path, open_task
+from data.sources import corpus_path, open_domain, open_task
 from rt.data import Corpus, Rows, encode_task, few_shot
 from rt.deltas import attach, extract
 from rt.errors import InputError
 from rt.formats.atomic import locked
+from rt.formats.checkpoint import load_base
 from rt.formats.corpora import build_corpus, split_documents
 from rt.formats.delta_files import delta_folder, write_delta
 from rt.formats.files import write_json
@@ -33,13 +34,14 @@ from rt.limits import NonNegative, NonNegativeInt, Positive, PositiveInt, Positi
 from rt.losses import Loss
 from rt.model import PRESETS, EncoderConfig, MaskedLM, new_masked_lm, set_dropout
 from rt.optim import adamw, derive_seed, not_finite, set_lr, step_unless
-from rt.pretrain import PretrainSettings, evaluate_mlm, microbatches, mlm_loss
-from rt.recipes import Preserve, PreserveBy
-from rt.runs.config import parse, record, run
+from rt.pretrain import PretrainSettings, evaluate_mlm, microbatches
+from rt.recipes import Recipe, lengthen
+from rt.runs.config import changed, parse, record, run
 from rt.runs.log import Log, StepBar, load_tensorboard, note_changed_task, note_truncated, scores_text, task_text, tested_text
 from rt.runs.predict import open_tuned
 from rt.runs.resume import PretrainRun, sample_of, table_of
 from rt.runs.signals import Interrupted
+from rt.runs.upgrade import HELDOUT_MASK_RATE, RecipeConfig, Start, earlier_domains, go_on_from, start_recipe
 from rt.runs.workers import use_threads
 from rt.speed.device import make_deterministic, pick_device, pick_precision
 from rt.speed.dist import Ranks, join, launched, zero
@@ -61,7 +63,7 @@ class Config:
     tensorboard: bool = False  # losses and scores as they come also for TensorBoard, in tensorboard/ of the folder that is written
     seed: Seed = 0  # of weights, data order, masks and dropout
     # pretrain (seq_len, lr, warmup, weight_decay and graphs: tune as well)
-    stream: tuple[str, ...] = ("python", "math", "dl")  # domains in order: embedded names, text files or folders, or hub:OWNER/NAME
+    stream: tuple[str, ...] = ("python", "math", "dl")  # domains in order: embedded names, text files or folders, hub:OWNER/NAME, task:NAME
     init: str | None = None  # continue from this base: checkpoint, Hugging Face folder or hub id
     number: NonNegativeInt | None = None  # of the first base that is made, M<number>; default 0, with --init one more than its own
     preset: Literal["tiny", "mini", "small", "base", "large"] = "mini"  # size of a new base: tiny, mini, small, base, large
@@ -74,10 +76,10 @@ class Config:
     mask_rate: PositiveShare = 0.3  # share of tokens predicted; RoBERTa: 0.15, but more learns faster (Wettig et al., 2023)
     lr: Positive | None = None  # peak learning rate; default 1e-3 to pretrain, by kind of delta to tune
     warmup: Share = 0.1  # share of the steps with rising learning rate, anew in every stage
-    preserve: NonNegative = 0.0  # weight of the distance to the base before: an upgrade on which deltas of that one still work; try 3 to 30
-    preserve_by: PreserveBy = "hidden"  # distance of hidden states, of the last ones, predictions or attention maps: hidden, last, ...
     dropout: ShareBelowOne = 0.0  # while pre-training; 0 learns faster from few epochs (tuning uses the checkpoint's 0.1)
     weight_decay: NonNegative = 0.01  # on matrices only
+    recipe: RecipeConfig = RecipeConfig()
+    # the run
     snapshots: NonNegativeInt = 2  # checkpoints M_i(t) kept along a stage, evenly spaced
     save_every: PositiveInt = 100  # steps between resumable checkpoints
     stop_after: PositiveInt | None = None  # end after so many steps in all, as a time limit would; --resume goes on
@@ -100,9 +102,7 @@ class Config:
 
 NOT_SETTINGS = ("resume", "stop_after", "save_every", "cache", "device", "out", "accumulation", "compile", "graphs", "zero",
                 "log_every", "deterministic", "tensorboard", "threads")     # may differ when a run is resumed
-HELDOUT_MASK_RATE = 0.15    # whatever --mask_rate is, so that held-out losses compare
 SEQ_LEN = 128
-SAMPLE_ROWS = 16        # over which --preserve takes the variances of hidden states
 PRETRAIN_LR = 1e-3
 TUNE_LR = {"full": 5e-4, "prefix": 1e-2}     # of the mini preset; other kinds: 5e-3
 
@@ -135,6 +135,9 @@ def pretrain(c: Config) -> None:
     ranks, out = join(c.device), Path(c.out or "runs/demo")
     ranks.assert_same({f"--{k}": v for k, v in record(c).items()})
     check_graphs(c.graphs, ranks)
+    c.recipe.check([domain_name(entry) for entry in c.stream], c.warmup, min(c.steps), c.snapshots)
+    if c.compile and c.recipe.by_need:
+        raise InputError("--mix need scores texts of all shapes between steps, and --compile would compile anew for each: leave it out")
     settings = {k: v for k, v in record(c).items() if k not in NOT_SETTINGS}
     with PretrainRun(out, ranks, settings, resume=c.resume, snapshots=c.snapshots, save_every=c.save_every, stop_after=c.stop_after,
                      log_every=c.log_every or (10 if ranks.device.type == "cuda" else 1), tensorboard=c.tensorboard) as stream:
@@ -148,50 +151,56 @@ def pretrain(c: Config) -> None:
 
 def train_stages(c: Config, stream: PretrainRun, ranks: Ranks) -> Interrupted | None:
     """The stages that are not finished yet. Returns the exception to raise if a signal has asked for the end."""
-    paths = ranks.main_first(lambda: {domain_name(entry): corpus_path(entry, c.cache) for entry in c.stream})
+    r = c.recipe
+    found = ranks.main_first(lambda: {domain_name(entry): open_domain(entry, c.cache, r.template, r.select, r.keep) for entry in c.stream})
+    paths, own = ({name: pair[i] for name, pair in found.items()} for i in (0, 1))
     if len(paths) < len(c.stream):
         raise InputError(f"--stream {','.join(c.stream)}: two domains have the same name; rename one of the files")
-    model, tokenizer, parent, number = start_model(c, stream.out, next(iter(paths.values())), ranks)
+    model, tokenizer, (parent, number, domains, moments) = start_model(c, stream.out, next(iter(paths.values())), ranks)
+    earlier = earlier_domains(c, domains, own) if r.replay else {}
+    paths = ranks.main_first(lambda: {name: corpus_path(place, c.cache) for name, place in earlier.items()}) | paths
     corpora = ranks.main_first(lambda: {name: build_corpus(name, path, tokenizer, c.cache) for name, path in paths.items()})
     content = {"tokenizer": tokenizer.fingerprint, "--init": parent, **{f"corpus {k}": v["train"].content for k, v in corpora.items()}}
     ranks.assert_same(content)
-    training, heldout = rows_of(c, corpora, tokenizer, number + 1, ranks)
+    groups = [tuple(own)] if r.mix else [(name,) for name in own]
+    training, heldout = rows_of(c, corpora, groups, [*earlier], tokenizer, number + 1, ranks)
     stream.begin(content, tokenizer)
     where = {"device": ranks.device, "precision": pick_precision(c.precision, ranks.device)}
     for i, (domain, rows) in enumerate(training.items()):
-        name, number = f"M{number + 1}", number + 1
+        name, number, domains = f"M{number + 1}", number + 1, domains | {name: own[name] for name in groups[i]}
         if (base := stream.finished(name)):     # before an interruption
-            model, parent = MaskedLM(base.encoder, base.head), base.fingerprint
-            set_dropout(model, c.dropout)
+            model, parent, moments = go_on_from(c, stream.out / name, base)
             continue
         steps = c.steps[min(i, len(c.steps) - 1)]
-        s = PretrainSettings(steps, c.batch_tokens, c.lr or PRETRAIN_LR, max(1, round(c.warmup * steps)), rows.seed, c.accumulation)
+        s = PretrainSettings(steps, c.batch_tokens, c.lr or PRETRAIN_LR, max(1, round(c.warmup * steps)), rows.seed, c.accumulation,
+                             schedule=r.schedule, held=bool(parent) and not (r.schedule.rewarm and i == 0))
         model = model.to(ranks.device)
         optimizer = adamw(model.parameters(), 0.0, c.weight_decay, make=zero if c.zero else torch.optim.AdamW)
-        about = {"name": name, "domain": domain, "number": number, "parent": parent}
-        sample = rows.masked(range(min(SAMPLE_ROWS, rows.per_epoch))).to(ranks.device)
-        loss = Preserve(model, c.preserve, c.preserve_by, sample) if c.preserve and parent else mlm_loss
-        first = stream.start_stage(about, s, rows, model, optimizer, where["precision"])
+        recipe = start_recipe(c, model, rows, [corpora[name]["train"] for name in groups[i]], tokenizer, ranks, where, bool(parent))
+        about = {"name": name, "domain": domain, "number": number, "parent": parent, "domains": domains, "recipe": changed(r)}
+        first = stream.start_stage(about, s, rows, model, optimizer, where["precision"], recipe, moments)
         if not stream.stages and first == 0:
             print(sample_of(rows, tokenizer))
-        if train_stage(model, rows, optimizer, s, stream, ranks, where["precision"], first, compile=c.compile, graphs=c.graphs,
-                       loss=loss):
+        if train_stage(model, rows, optimizer, s, stream, ranks, where["precision"], first, c.compile, c.graphs, recipe):
             return stream.suspended(f"in {name} after step {stream.step} of {steps}")
-        parent = stream.finish_stage(lambda: {d: evaluate_mlm(model, r, tokens=c.eval_tokens, **where) for d, r in heldout.items()})
+        parent = stream.finish_stage(lambda: {d: evaluate_mlm(model, held, tokens=c.eval_tokens, **where) for d, held in heldout.items()},
+                                     r.average)
         if i + 1 < len(training) and stream.stops_between_stages():
             return stream.suspended(f"after {name}")
+        if r.schedule.schedule == "infinite":
+            model, parent, moments = go_on_from(c, stream.out / name, ranks.main_first(lambda: load_base(stream.out / name)))
     stream.complete()
     return None
 
 
 def train_stage(model: MaskedLM, rows: Rows, optimizer: torch.optim.Optimizer, s: PretrainSettings, stream: PretrainRun, ranks: Ranks,
-                precision: torch.dtype, first: int = 0, compile: bool = False, graphs: bool = False, loss: Callable = mlm_loss) -> bool:
+                precision: torch.dtype, first: int = 0, compile: bool = False, graphs: bool = False, recipe: Recipe = Recipe()) -> bool:
     """The loop of pre-training, from step `first` on; whether it stops before the stage's end. Data and dropout are functions of (seed,
     step, microbatch), so a loop that is left and entered again repeats nothing and leaves nothing out."""
     model.train()
     batches = prefetch(staged(microbatches(rows, s, ranks.rank, ranks.world, first), rows, ranks.device, static=compile))
     with compiled(model.encoder.layers if compile else (), ranks.device), closing(batches):
-        gradient = make_gradient(model, s, ranks, precision, graphs, loss)    # plain, compiled, or a CUDA graph
+        gradient = make_gradient(model, s, ranks, precision, graphs, recipe.loss)     # plain, compiled, or a CUDA graph
         for step in range(first, s.steps):
             lr = set_lr(optimizer, s.lr_at(step))
             loss = torch.zeros((), device=ranks.device)
@@ -202,46 +211,62 @@ def train_stage(model: MaskedLM, rows: Rows, optimizer: torch.optim.Optimizer, s
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
             loss = ranks.mean(loss)                                     # all ranks skip a step or none does
             step_unless(optimizer, not_finite(loss, norm))
+            recipe.after_step(step + 1)
             if stream.after_step(step + 1, lr, loss, norm):             # rows, checkpoints, signals
                 return True
     return False
 
 
 def domain_name(entry: str) -> str:
-    """The name of a domain in tables and files: an embedded name, or that of the file or folder without endings."""
-    return Path(entry).name.split(".")[0]
+    """The name of a domain in tables and files: an embedded name, or that of the file or folder without endings; of a task with task-."""
+    name = Path(entry.removeprefix("task:")).name.split(".")[0]
+    return f"task-{name}" if entry.startswith("task:") else name
 
 
-def rows_of(c: Config, corpora: dict[str, dict[str, Corpus]], tokenizer: Tokenizer, number: int,
-            ranks: Ranks) -> tuple[dict[str, Rows], dict[str, Rows]]:
-    """(training rows, held-out rows) of every domain; the first domain's stage is M`number`."""
-    training = {name: Rows(parts["train"], tokenizer, seq_len=c.seq_len, mask_rate=c.mask_rate, seed=derive_seed(c.seed, i))
-                for i, (name, parts) in enumerate(corpora.items(), number)}
-    for rows in training.values():
-        rows.check_batch(c.batch_tokens, ranks.world * c.accumulation)
+def rows_of(c: Config, corpora: dict[str, dict[str, Corpus]], groups: list[tuple[str, ...]], earlier: list[str], tokenizer: Tokenizer,
+            number: int, ranks: Ranks) -> tuple[dict[str, Rows], dict[str, Rows]]:
+    """(training rows of every stage, held-out rows of every domain). The first stage is M`number`; `groups` are the stages' domains."""
+    training = {}
+    for i, group in enumerate(groups, number):
+        first, *others = [Rows(corpora[name]["train"], tokenizer, seq_len=c.seq_len, mask_rate=c.mask_rate, seed=derive_seed(c.seed, i, *j),
+                                objective=c.recipe.objective, unit=c.recipe.mask)
+                          for name, *j in [(group[0],), *((name, j) for j, name in enumerate([*earlier, *group[1:]], 1))]]
+        first.check_batch(c.batch_tokens, ranks.world * c.accumulation)
+        if others:
+            first.mix(others, c.recipe.start_shares([*group[1:], group[0]], len(earlier)),
+                      c.recipe.mix_every * (c.batch_tokens // first.row_tokens) if c.recipe.by_need else 0)
+        training["+".join(group)] = first
+        earlier = [*earlier, *group] if c.recipe.replay else []
     heldout = {name: Rows(parts["heldout"], tokenizer, seq_len=c.seq_len, mask_rate=HELDOUT_MASK_RATE, seed=0, sequences=1)
                for name, parts in corpora.items()}
     return training, heldout
 
 
-def start_model(c: Config, out: Path, first_corpus: Path, ranks: Ranks) -> tuple[MaskedLM, Tokenizer, str | None, int]:
-    """(model, tokenizer, fingerprint and number of the parent): a new base of --preset (None, -1), or --init."""
+def start_model(c: Config, out: Path, first_corpus: Path, ranks: Ranks) -> tuple[MaskedLM, Tokenizer, Start]:
+    """A new base of --preset, or --init."""
     if c.init:
         if c.tokenizer:
             raise InputError("--tokenizer: a base of --init comes with its own")
         base = ranks.main_first(lambda: open_base(c.init))
-        config, tokenizer, parent, number = base.encoder.config, base.tokenizer, base.fingerprint, base.meta.get("number", 0)
+        config, tokenizer = base.encoder.config, base.tokenizer
         if base.head is None:
             print(f"{c.init} has no complete masked-LM head; it gets a fresh one")
-        model = MaskedLM(base.encoder, base.head or new_masked_lm(config, c.seed).head)
+            if c.recipe.preserve and c.recipe.preserve_by == "predictions":
+                raise InputError(f"--preserve_by predictions: {c.init} predicts nothing without its masked-LM head; use hidden")
+        model, parent, moments = go_on_from(c, Path(c.init).absolute(), base)
+        start = Start(parent, base.meta.get("number", 0), base.meta.get("domains", {}), moments)
+        if c.recipe.max_len:
+            model, start = lengthen(model, c.recipe.max_len), start._replace(moments=None)
+            config = model.encoder.config
     else:
         tokenizer = ranks.from_main(lambda: start_tokenizer(c, out, first_corpus))
-        config, parent, number = EncoderConfig(tokenizer.vocab_size, pad_id=tokenizer.pad_id, **PRESETS[c.preset]), None, -1
+        sizes = PRESETS[c.preset] | ({"max_len": c.recipe.max_len} if c.recipe.max_len else {})
+        config, start = EncoderConfig(tokenizer.vocab_size, pad_id=tokenizer.pad_id, **sizes), Start()
         model = new_masked_lm(config, c.seed)
     if c.seq_len > config.max_len:
-        raise InputError(f"--seq_len {c.seq_len}: the model has positions for {config.max_len} tokens")
+        raise InputError(f"--seq_len {c.seq_len}: the model has positions for {config.max_len} tokens; --max_len makes more")
     set_dropout(model, c.dropout)
-    return model, tokenizer, parent, number if c.number is None else c.number - 1
+    return model, tokenizer, start if c.number is None else start._replace(number=c.number - 1)
 
 
 def start_tokenizer(c: Config, out: Path, first_corpus: Path) -> Tokenizer:

@@ -1,9 +1,11 @@
 """Names to data: an embedded domain (data/docstrings.py, built on first use), a data set of the hub, or a path of one's own."""
+import re
 from dataclasses import replace
 from pathlib import Path
 
 from data import docstrings
-from rt.data import Task
+from data.select import made_of, select, write
+from rt.data import Example, Task
 from rt.errors import InputError
 from rt.formats.hub import find_dataset
 from rt.formats.tasks import load_task
@@ -12,6 +14,34 @@ from rt.formats.tasks import load_task
 def corpus_path(name: str, cache: Path) -> Path:
     """Where the corpus called `name` is: a file or folder that rt.formats.corpora.build_corpus reads."""
     return _locate(name, cache, "corpus", "a text file, a folder of text files")
+
+
+def open_domain(name: str, cache: Path, template: str, like: str | None, keep: float) -> tuple[Path, str]:
+    """A domain of a stream: (where its texts are, a name for `corpus_path` that is right from any folder). task:NAME is that task's own
+    texts in `template`; of other corpora only the share `keep` that is most like the texts of the task `like`, if there is one."""
+    if name.startswith("task:"):
+        path = task_corpus(open_task(name.removeprefix("task:"), cache), template, cache)
+    else:
+        path = corpus_path(name, cache)
+        if like is None and (name in docstrings.DOMAINS or name.startswith("hub:")):
+            return path, name
+        path = select(path, open_task(like, cache), keep, cache) if like else path
+    return path, str(path.resolve())
+
+
+def task_corpus(task: Task, template: str, cache: Path) -> Path:
+    """A task's training texts as documents, its dev texts held out, each put into `template`: {text}, {text_pair} and {label}."""
+    if "{text}" not in template:
+        raise InputError(f"`template` {template}: must say where the {{text}} goes; {{text_pair}} and {{label}} are known, too")
+    folder = made_of(Path(cache) / "tasks", task, template)
+    if not folder.exists():
+        write(folder, ((part, filled(template, e)) for part, name in (("train", "train"), ("heldout", "dev")) for e in task.parts[name]))
+    return folder
+
+
+def filled(template: str, e: Example) -> str:
+    values = {"text": e.text, "text_pair": e.text_pair or "", "label": str(e.label)}
+    return re.sub(r"\{(text|text_pair|label)\}", lambda field: values[field[1]], template).strip()
 
 
 def open_task(name: str, cache: Path) -> Task:

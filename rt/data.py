@@ -7,7 +7,7 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from rt.errors import InputError
 from rt.model import Batch
 
 PARTS = ("train", "dev", "test")
+Objective = Literal["mlm", "rts", "slm"]
+MaskUnit = Literal["token", "word", "entity"]
 ROW_SEQUENCES = 8      # a row of a corpus has room for this many sequences of the longest length
 
 
@@ -30,6 +32,7 @@ class Tokenizer(Protocol):
     separators: int     # between the texts of a pair: RoBERTa's two, BERT's one
     fingerprint: str    # hash of all that it does
     vocabulary: str     # hash of which token each id stands for
+    pieces: list[str]   # text of each id, with a space before what begins a word
 
     def encode(self, texts: list[str]) -> list[list[int]]: ...
 
@@ -160,23 +163,50 @@ def sequences_batch(sequences: list[list[int]], **fields: Tensor) -> Batch:
 # --- masked language modelling ----------------------------------------------------------------------------------------
 
 class Masker:
-    """Chooses `count` tokens of a row, none of them special: 80 % become <mask>, 10 % a random token, 10 % stay (Devlin et al., 2019)."""
-    def __init__(self, tokenizer: Tokenizer, count: int):
-        self.count, self.mask_id = count, tokenizer.mask_id
+    """Chooses `count` tokens of a row, none of them special: 80 % become <mask>, 10 % a random token, 10 % stay (Devlin et al., 2019). For
+    slm and rts all become another, random token (Di Liello et al., 2022). By `unit` word, whole words are chosen, of the last as much as
+    fits; by entity, first numbers and capitalised words, neighbours together, that do not begin a sentence."""
+    def __init__(self, tokenizer: Tokenizer, count: int, objective: Objective = "mlm", unit: MaskUnit = "token"):
+        self.count, self.mask_id, self.objective, self.unit = count, tokenizer.mask_id, objective, unit
         self.is_special = np.zeros(tokenizer.vocab_size, dtype=bool)
         self.is_special[tokenizer.special_ids] = True
         self.regular = np.flatnonzero(~self.is_special)
+        if unit != "token":
+            looks = [(not p[:1].isalnum(), not p[-1:].isalnum(), p.strip() in (".", "!", "?", ":"), p.strip()[:1].isdigit(),
+                      p.strip()[:1].isupper()) for p in tokenizer.pieces]
+            self.opens, self.closes, self.ends_sentence, self.is_number, self.is_capital = np.array(looks).T
+            for table in (self.opens, self.closes, self.ends_sentence):
+                table |= self.is_special
+            if unit == "entity" and not self.is_capital[self.regular].any():
+                raise InputError("`mask` entity: the tokenizer has no capital letters to tell names by; give word or token")
 
     def __call__(self, ids: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """ids (R,) -> masked ids (R,), chosen rows (count,) in order, their true tokens (count,)."""
         candidates = np.flatnonzero(~self.is_special[ids])
         if len(candidates) < self.count:
             raise InputError(f"a row of {len(ids)} tokens has {len(candidates)} to predict, and `mask_rate` asks for {self.count}")
-        rows = np.sort(rng.choice(candidates, self.count, replace=False))
-        draw, random_tokens = rng.random(self.count), rng.choice(self.regular, self.count)
+        if self.unit == "token":
+            rows = np.sort(rng.choice(candidates, self.count, replace=False))
+        else:
+            rows = np.sort(candidates[np.argsort(self.order(ids, rng)[candidates], kind="stable")[:self.count]])
         masked = ids.copy()
-        masked[rows] = np.where(draw < 0.8, self.mask_id, np.where(draw < 0.9, random_tokens, ids[rows]))
+        if self.objective == "mlm":
+            draw, random_tokens = rng.random(self.count), rng.choice(self.regular, self.count)
+            masked[rows] = np.where(draw < 0.8, self.mask_id, np.where(draw < 0.9, random_tokens, ids[rows]))
+        else:
+            draw = rng.integers(0, len(self.regular) - 1, self.count)
+            masked[rows] = self.regular[draw + (draw >= np.searchsorted(self.regular, ids[rows]))]      # never the token itself
         return masked, rows, ids[rows]
+
+    def order(self, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """(R,) keys: equal within a word or an entity; the smallest are chosen."""
+        begins = self.opens[ids] | np.roll(self.closes[ids], 1)
+        word, first = begins.cumsum() - 1, np.flatnonzero(begins)      # a row begins with a special token
+        if self.unit == "word":
+            return rng.random(word[-1] + 1)[word]
+        named = self.is_number[ids[first]] | self.is_capital[ids[first]] & ~self.ends_sentence[ids[first - 1]]
+        span = np.cumsum(~(named & np.roll(named, 1)))      # of each word
+        return (rng.random(span[-1] + 1)[span] + ~named)[word]
 
 
 @dataclass
@@ -193,11 +223,12 @@ class Rows:
     """Rows of exactly `row_tokens` tokens out of a corpus, and masked-LM batches of them. Documents are cut into sequences <s> ... </s> of
     at most `seq_len` tokens, permuted anew each epoch and laid end to end; row r is tokens [r * row_tokens, (r+1) * row_tokens) of that
     line. So every row is full: a sequence across its end is cut in two, each with an <s>. The order of rows is permuted too."""
-    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, *, seq_len: int, mask_rate: float, seed: int, sequences: int = ROW_SEQUENCES):
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, *, seq_len: int, mask_rate: float, seed: int, sequences: int = ROW_SEQUENCES,
+                 objective: Objective = "mlm", unit: MaskUnit = "token"):
         self.corpus, self.seed, self.seq_len = corpus, seed, seq_len
         self.bos, self.eos = tokenizer.bos_id, tokenizer.eos_id
         self.row_tokens = sequences * seq_len
-        self.masker = Masker(tokenizer, round(mask_rate * self.row_tokens))
+        self.masker = Masker(tokenizer, round(mask_rate * self.row_tokens), objective, unit)
         lengths = np.diff(corpus.offsets)
         pieces = -(-lengths // (seq_len - 2))                                            # sequences of each document
         nth = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)    # which one of its document
@@ -208,7 +239,7 @@ class Rows:
         if self.per_epoch == 0:
             raise InputError(f"corpus {corpus.name}: the {self.lengths.sum()} tokens of its {corpus.part} part do not fill "
                              f"one row of {self.row_tokens}; it needs more text, or a smaller `seq_len`")
-        self.epoch = -1
+        self.epoch, self.mixture = -1, None     # mixture: what these rows are mixed with
 
     def enter_epoch(self, epoch: int) -> None:
         """The permutations of one epoch, a function of (seed, epoch); kept until another epoch is entered."""
@@ -243,17 +274,26 @@ class Rows:
         return self.masked(range(first, first + share))
 
     def masked(self, numbers: range) -> Batch:
-        """The rows `numbers`, masked, as one batch."""
+        """The rows `numbers`, as one masked batch. For rts it has no `predict`, and labels (N,): 1 original, 0 replaced, -100 special."""
         ids, labels, predict, lengths = [], [], [], [0]
         for n, number in enumerate(numbers):
-            row, row_lengths = self.row(number)
-            masked, chosen, true = self.masker(row, np.random.default_rng([self.seed, 1, number]))
+            rows, number = self.mixture.locate(number) if self.mixture else (self, number)
+            row, row_lengths = rows.row(number)
+            masked, chosen, true = rows.masker(row, np.random.default_rng([rows.seed, 1, number]))
             ids.append(masked)
-            labels.append(true)
+            rts = rows.masker.objective == "rts"
+            labels.append(np.where(rows.masker.is_special[row], -100, masked == row) if rts else true)
             predict.append(chosen + n * self.row_tokens)
             lengths += row_lengths
         ids, labels, predict = (torch.from_numpy(np.concatenate(arrays)) for arrays in (ids, labels, predict))
-        return Batch(ids, torch.tensor(np.cumsum(lengths), dtype=torch.int32), max(lengths), labels=labels, predict=predict)
+        return Batch(ids, torch.tensor(np.cumsum(lengths), dtype=torch.int32), max(lengths), labels=labels,
+                     predict=None if rts else predict)
+
+    def mix(self, others: list["Rows"], shares: list[float], every: int = 0) -> None:
+        """From now on `batch` is a Mixture of others and these rows, in that order of the shares, which may change every `every` rows."""
+        self.mixture = Mixture([*others, self], shares, every)
+        self.mean_length = min(rows.mean_length for rows in self.mixture.sources)       # static shapes have room for all
+        self.length_deviation = max(rows.length_deviation for rows in self.mixture.sources)
 
     def check_batch(self, batch_tokens: int, shares: int) -> None:
         """Raises InputError unless `batch_tokens` is a whole number of rows for each of `shares` (ranks x accumulation)."""
@@ -261,3 +301,35 @@ class Rows:
         if batch_tokens % unit or batch_tokens <= 0:
             rows = f"{ROW_SEQUENCES} sequences of `seq_len` {self.seq_len}, times {shares} ranks x `accumulation`"
             raise InputError(f"`batch_tokens` {batch_tokens}: must be a multiple of {unit} ({rows})")
+
+
+class Mixture:
+    """Which row of which source is row `number` of a mixture: a function of the number and of the shares, so that it has no state. Sources
+    take turns; of any first n rows each has its share to within as many rows as there are sources, and exactly if shares of n are whole.
+    A period is `every` rows (0: endless), and the shares of period i are `history[i]`."""
+
+    def __init__(self, sources: list[Rows], shares: list[float], every: int = 0):
+        self.sources, self.every = sources, every
+        self.history: list[list[int]] = []
+        self.before = [[0] * len(sources)]      # rows of each source before each period
+        self.append([round(share * 10**6) for share in shares])
+
+    def append(self, parts: list[int]) -> None:
+        """The shares of the next period, in millionths."""
+        self.before += [[b + c for b, c in zip(self.before[-1], counts(self.every, self.history[-1]))]] if self.history else []
+        self.history.append(parts)
+
+    def locate(self, number: int) -> tuple[Rows, int]:
+        period, n = divmod(number, self.every) if self.every else (0, number)
+        before, after = (counts(k, self.history[period]) for k in (n, n + 1))
+        i = next(i for i in range(len(self.sources)) if after[i] > before[i])
+        return self.sources[i], self.before[period][i] + before[i]
+
+
+def counts(n: int, shares: list[int]) -> list[int]:
+    """How many of n rows each source has; one more row is one more of one source."""
+    found, left, rest = [], n, sum(shares)
+    for share in shares:
+        found.append(left * share // max(1, rest))
+        left, rest = left - found[-1], rest - share
+    return found

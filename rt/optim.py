@@ -1,6 +1,8 @@
-"""AdamW with decay by dimension, the learning-rate schedule, skipping of steps that are not finite, precision, and seeds."""
+"""AdamW with decay by dimension, learning-rate schedules, skipping of steps that are not finite, precision, and seeds."""
+import math
 from contextlib import AbstractContextManager, contextmanager
-from typing import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Callable, Iterable, Iterator, Literal
 
 import numpy as np
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from rt.errors import InputError
+from rt.limits import PositiveShare, Share
 
 MOST_SKIPPED = 10   # in a row: an unlucky batch or an overflow passes in one or two steps, weights that are lost never do
 
@@ -24,6 +27,33 @@ def adamw(parameters: Iterable[Parameter], lr: float, weight_decay: float, betas
 def schedule(step: int, steps: int, warmup: int, peak: float) -> float:
     """Learning rate of step 0 ... steps-1: linear up to `peak` over `warmup` steps, then linear down to zero at `steps`."""
     return peak * (step + 1) / warmup if step < warmup else peak * (steps - step) / max(1, steps - warmup)
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate of a stage of pre-training. `infinite` is one schedule over a whole lineage (Beyond Cosine Decay, 2025): only the
+    first stage warms up; each one ends in a base that is annealed to zero, and the next goes on from the weights before that."""
+    schedule: Literal["linear", "cosine", "wsd", "infinite"] = "linear"  # linear or cosine decay, warm-up-stable-decay, or infinite
+    cooldown: Share = 0.2  # share of the steps: wsd: of the fall to zero; infinite: of the fall from the peak to the constant rate
+    hold: PositiveShare = 0.3  # infinite: the constant rate, held from stage to stage, as a share of the peak
+    anneal: Share = 0.1  # infinite: share of the steps in which the published base is annealed; the next stage goes on from before
+    rewarm: bool = False  # infinite: warm up and cool down anew in the first stage, though its base is not new
+
+    def annealing(self, steps: int) -> int:
+        """The steps at a stage's end that only the published base takes."""
+        return round(self.anneal * steps) if self.schedule == "infinite" else 0
+
+    def rate(self, step: int, steps: int, warmup: int, peak: float, held: bool = False) -> float:
+        """Learning rate of step 0 ... steps-1. `held`: a later stage of an infinite schedule."""
+        cooldown, annealing = round(self.cooldown * steps), self.annealing(steps)
+        if self.schedule == "infinite" and (held or step >= warmup):
+            fallen = 1.0 if held else min(1.0, (step - warmup) / max(1, cooldown))
+            return peak * (1 - (1 - self.hold) * fallen) * min(1.0, (steps - step) / max(1, annealing))
+        if self.schedule == "linear" or step < warmup:
+            return schedule(step, steps, warmup, peak)
+        if self.schedule == "cosine":
+            return peak * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
+        return peak * min(1.0, (steps - step) / max(1, cooldown))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kernels import linear_cross_entropy
 from rt.data import Rows
 from rt.model import Activations, Batch, MaskedLM
-from rt.optim import autocast, derive_seed, schedule
+from rt.optim import ScheduleConfig, autocast, derive_seed
 
 
 @dataclass
@@ -22,14 +22,27 @@ class PretrainSettings:
     seed: int
     accumulation: int = 1   # microbatches a step of each rank
     clip: float = 1.0
+    schedule: ScheduleConfig = ScheduleConfig()
+    held: bool = False      # a later stage of an infinite schedule
 
     def lr_at(self, step: int) -> float:
-        return schedule(step, self.steps, self.warmup_steps, self.lr)
+        return self.schedule.rate(step, self.steps, self.warmup_steps, self.lr, self.held)
 
 
 def mlm_loss(model: MaskedLM, batch: Batch, activations: Activations | None = None) -> Tensor:
     """Mean cross-entropy of the predicted rows; linear_cross_entropy never stores the logits over the vocabulary."""
+    if batch.predict is None:
+        return replaced_token_loss(model, batch, activations)
     return linear_cross_entropy(model.features(batch, activations), model.encoder.embeddings.word.weight, model.head.bias, batch.labels)
+
+
+def replaced_token_loss(model: MaskedLM, batch: Batch, activations: Activations | None = None) -> Tensor:
+    """Cross-entropy of original (label 1) against replaced (0), summed over all tokens but special ones (-100), over the number of all: so
+    microbatches add up. The logit is the token's own score in the masked-LM head, as in Electric (Clark et al., 2020): no new head."""
+    own = model.encoder.embeddings.word(batch.ids)
+    logits = (model.features(batch, activations).float() * own).sum(-1) + model.head.bias[batch.ids]
+    losses = F.binary_cross_entropy_with_logits(logits, batch.labels.clamp(min=0).float(), reduction="none")
+    return (losses * (batch.labels >= 0)).sum() / len(batch.ids)
 
 
 class MLMLoss(nn.Module):

@@ -17,8 +17,8 @@ MAY = {"kernels": {"torch", "triton", "tqdm"}, "rt": {"kernels", "torch", "numpy
        "rt/formats": {"kernels", "torch", "numpy", "safetensors", "tokenizers", "huggingface_hub", "tqdm", "filelock", "pyarrow"},
        "rt/speed": {"kernels", "torch", "numpy"}, "rt/runs": {"torch", "numpy", "tqdm", "tensorboard"},
        "rt/report": {"matplotlib", "numpy"},
-       "data": {"rt.errors", "rt.runs.config", "rt.formats.corpora", "rt.formats.files", "rt.formats.hub", "rt.formats.tasks",
-                "rt.data"},
+       "data": {"rt.errors", "rt.runs.config", "rt.formats.atomic", "rt.formats.corpora", "rt.formats.files", "rt.formats.hub",
+                "rt.formats.tasks", "rt.data"},
        "scripts": {"rt", "data", "torch", "numpy", "kernels"}}
 NEVER = {"bench": {"tests", *SCRIPTS}, "experiments": {"tests", *SCRIPTS}}      # these may import anything else: they measure peers
 CALLS = {"import_module", "__import__", "run_path", "run_module"}

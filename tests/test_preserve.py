@@ -111,6 +111,9 @@ def test_the_command_preserves_from_the_second_base_on(graphs, tmp_path):
         here(*flags, "--out", tmp_path / name, *more)
         return [read_json(Path(tmp_path, name, m, "meta.json"))["fingerprint"] for m in ("M0", "M1")]
 
-    plain, none, some = bases("plain"), bases("none", "--preserve", "0", "--preserve_by", "last"), bases("some", "--preserve", "9")
+    plain, none, some = bases("plain"), bases("none", "--preserve", "0"), bases("some", "--preserve", "9")
     assert plain == none and plain[0] == some[0] and plain[1] != some[1]
-    assert read_json(tmp_path / "some" / "M1" / "meta.json")["config"]["preserve"] == 9
+    assert read_json(tmp_path / "some" / "M1" / "meta.json")["recipe"] == {"preserve": 9.0}
+    words = here(*flags, "--out", tmp_path / "no", "--preserve", "1", "--preserve_by", "predictions", "--objective", "rts", code=2)
+    assert "compares distributions" in words
+    assert "says nothing without" in here(*flags, "--out", tmp_path / "no", "--preserve_by", "last", code=2)

@@ -31,7 +31,8 @@ from rt.model import Encoder, EncoderConfig, MaskedLM, MLMHead
 
 # what holds of the facts in a meta.json that may be missing
 META = {"number": lambda v: is_whole(v, -1), "step": lambda v: is_whole(v, 0), "name": lambda v: isinstance(v, str),
-        "stage": lambda v: isinstance(v, dict)}
+        **dict.fromkeys(("stage", "recipe"), lambda v: isinstance(v, dict)), "trunk": lambda v: isinstance(v, str),
+        "domains": lambda v: isinstance(v, dict) and all(isinstance(place, str) for place in v.values())}
 # what holds of the settings of an encoder; each rule relies on those above it
 ENCODER = {**dict.fromkeys(("hidden_size", "num_layers", "ffn_size", "max_len", "vocab_size"), lambda v, c: is_whole(v, 1)),
            "num_heads": lambda v, c: is_whole(v, 1) and c.hidden_size % v == 0,
@@ -66,12 +67,15 @@ def check_encoder(config: EncoderConfig, source: Path | str, names: dict[str, st
 
 # --- checkpoints of ours ----------------------------------------------------------------------------------------------
 
-def save_base(folder: Path, model: MaskedLM, tokenizer: Tokenizer, meta: dict, optimizer: torch.optim.Optimizer | None = None) -> str:
-    """Write a checkpoint, with `meta` in its meta.json; returns the fingerprint. InputError if the disk is full; what was there stays."""
+def save_base(folder: Path, model: MaskedLM, tokenizer: Tokenizer, meta: dict, optimizer: torch.optim.Optimizer | None = None,
+              recipe: dict = {}) -> str:
+    """Write a checkpoint, with `meta` in its meta.json and the recipe's state beside the optimizer's; returns the fingerprint. InputError
+    if the disk is full; what was there stays."""
     mark = fingerprint(model.encoder)
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     state = optimizer.state_dict() if optimizer is not None else {"state": {}}
-    moments = [x for values in state["state"].values() for x in values.values() if isinstance(x, Tensor)]
+    state |= {"recipe": recipe} if recipe else {}
+    moments = [*recipe.get("before", ()), *(x for values in state["state"].values() for x in values.values() if isinstance(x, Tensor))]
     with atomic_folder(folder, needs=sum(x.nbytes for x in (*weights.values(), *moments))) as new:
         safetensors.torch.save_file(weights, new / "model.safetensors")
         tokenizer.save(new)

@@ -69,6 +69,15 @@ class Tokenizer:
         """Hash of which token each id stands for: 16 hex digits."""
         return hashlib.sha256(json.dumps(sorted(self.backend.get_vocab().items())).encode()).hexdigest()[:16]
 
+    @cached_property
+    def pieces(self) -> list[str]:
+        """The text of each id, "" of a gap; a space before it says that it begins a word."""
+        tokens = [self.backend.id_to_token(i) or "" for i in range(self.vocab_size)]
+        if isinstance(self.backend.model, models.WordPiece):
+            return [token[2:] if token.startswith("##") else f" {token}" for token in tokens]
+        bytes_of = decoders.ByteLevel() if isinstance(self.backend.model, models.BPE) else decoders.Fuse()
+        return [bytes_of.decode([token]).replace("\u2581", " ") for token in tokens]      # as SentencePiece writes a space
+
     def encode(self, texts: list[str]) -> list[list[int]]:
         try:
             return [e.ids for e in self.backend.encode_batch(texts, add_special_tokens=False)]

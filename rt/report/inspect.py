@@ -95,6 +95,8 @@ def base(folder: Path, meta: dict) -> dict[str, str]:
             "architecture": architecture(meta.get("encoder", {})),
             "lineage": lineage(folder, meta),
             "trained": f"on {meta.get('domain')}, {meta.get('step')} steps" + (f" of {stage['steps']}" if stage.get("steps") else ""),
+            **({"recipe": ", ".join(f"{k} {listed(v) if isinstance(v, list) else v}" for k, v in meta["recipe"].items())}
+               if meta.get("recipe") else {}),
             "held out": f"loss (accuracy): {listed(heldout)}" if heldout else "not scored",
             "fingerprint": f"{meta.get('fingerprint')}, of the tokenizer {meta.get('tokenizer')}",
             **origin(meta.get("versions", {}), meta.get("argv"))}

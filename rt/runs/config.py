@@ -123,6 +123,11 @@ def record(config: Any) -> dict:
     return values
 
 
+def changed(config: Any) -> dict:
+    """Those of `record` that are not what they are by default."""
+    return {name: value for name, value in record(config).items() if value != record(type(config)())[name]}
+
+
 def _text(value: Any) -> str:
     """A value as it is typed."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

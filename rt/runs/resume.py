@@ -33,6 +33,7 @@ from rt.formats.untrusted import is_number, is_whole, shaped
 from rt.model import MaskedLM
 from rt.optim import MOST_SKIPPED
 from rt.pretrain import PretrainSettings
+from rt.recipes import Recipe, average_into
 from rt.runs.log import Log, loss_text, progress
 from rt.runs.signals import Interrupted, handled
 from rt.runs.summary import forgetting_table
@@ -187,10 +188,10 @@ class PretrainRun:
         return base
 
     def start_stage(self, about: dict, s: PretrainSettings, rows: Rows, model: MaskedLM, optimizer: torch.optim.Optimizer,
-                    precision: torch.dtype) -> int:
+                    precision: torch.dtype, recipe: Recipe = Recipe(), moments: Path | None = None) -> int:
         """The first step of a stage: 0, or if it was interrupted, the step of its newest checkpoint, which is loaded. `about` is for
-        meta.json: name, domain, number and parent are among it."""
-        self.about, self.s, self.rows, self.model, self.optimizer = about, s, rows, model, optimizer
+        meta.json: name, domain, number and parent are among it. `moments` is the folder of an optimizer's state to begin with."""
+        self.about, self.s, self.rows, self.model, self.optimizer, self.recipe = about, s, rows, model, optimizer, recipe
         self.throughput = Throughput(model.encoder.config, self.ranks.device, precision, world=self.ranks.world)
         self.waiting: list[tuple[int, float, Tensor]] = []      # steps whose loss and norm are still on the device
         self.first = self.step = self.skipped = self.in_a_row = 0
@@ -198,11 +199,15 @@ class PretrainRun:
         if self.newest.get("name") == about["name"]:
             base = load_base(self.checkpoint)
             model.load_state_dict(MaskedLM(base.encoder, base.head).state_dict())
-            load_state(optimizer, read_torch(self.checkpoint / "optim.pt"))
+            load_state(optimizer, state := read_torch(self.checkpoint / "optim.pt"))
+            recipe.load_state(state.get("recipe", {}))
             self.first = self.step = base.meta["step"]
             self.skipped = base.meta.get("skipped", 0)
             self.started -= base.meta.get("seconds", 0.0)
+        elif moments:
+            load_state(optimizer, read_torch(moments / "optim.pt"))
         self.kept = {round(s.steps * (k + 1) / (self.snapshots + 1)) for k in range(self.snapshots)}
+        self.trunk = s.steps - s.schedule.annealing(s.steps) if s.schedule.schedule == "infinite" else None
         self.bar = self.stack.enter_context(progress(s.steps, f"{about['name']} {about['domain']}", self.first))
         return self.first
 
@@ -217,16 +222,18 @@ class PretrainRun:
         is_last, is_look = step == self.s.steps, step % self.log_every == 0
         agrees = self.ranks.world == 1 or is_look       # on a signal, at steps at which ranks wait for each other anyway
         stops = not is_last and (self.allowance == 0 or agrees and self.ranks.any(bool(self.signal)))
-        is_snapshot, is_checkpoint = step in self.kept, not is_last and (stops or step % self.save_every == 0)
+        is_trunk = step == self.trunk
+        is_snapshot, is_checkpoint = step in self.kept or is_trunk, not is_last and (stops or step % self.save_every == 0)
         if is_look or is_last or is_snapshot or is_checkpoint:
             self.write_rows()
         if is_snapshot or is_checkpoint:
             name = f"{self.about['name']}-t{step:05d}"
             with self.throughput.pause():
-                if is_snapshot:
-                    self.save(self.out / name)
-                if is_checkpoint and (stops or not self.in_a_row):      # else the one before is better
+                if is_trunk or is_checkpoint:
                     gather(self.optimizer)
+                if is_snapshot:
+                    self.save(self.out / name, self.optimizer if is_trunk else None)
+                if is_checkpoint and (stops or not self.in_a_row):      # else the one before is better
                     self.save(self.out / "resume" / name, self.optimizer, seconds=time.perf_counter() - self.started)
         return stops
 
@@ -256,7 +263,7 @@ class PretrainRun:
             return None
         self.log.sync()
         meta = {**self.about, "config": self.settings, "argv": sys.argv, "step": self.step, **self.skips(), **more}
-        fingerprint = save_base(folder, self.model, self.tokenizer, meta, optimizer)
+        fingerprint = save_base(folder, self.model, self.tokenizer, meta, optimizer, self.recipe.state())
         for old in checkpoints(self.out)[KEPT:] if optimizer else ():
             shutil.rmtree(old)
         return fingerprint
@@ -264,15 +271,24 @@ class PretrainRun:
     def skips(self) -> dict:
         return {"skipped": self.skipped} if self.skipped else {}
 
-    def finish_stage(self, evaluate: Callable[[], dict]) -> str:
-        """Score the base on every domain's held-out text and write it; returns its fingerprint."""
+    def finish_stage(self, evaluate: Callable[[], dict], average: int = 1) -> str:
+        """Take the mean of the last `average` snapshots, the end counted, score it on every domain's held-out text and write it; returns
+        its fingerprint."""
+        if average > 1:
+            self.ranks.wait()       # for rank 0's snapshots
+            steps = sorted(self.kept & {*range(1, self.s.steps)})[1 - average:]
+            snapshots = (load_base(self.out / f"{self.about['name']}-t{step:05d}") for step in steps)
+            average_into(self.model, (MaskedLM(base.encoder, base.head).state_dict() for base in snapshots))
+        mixed = self.rows.mixture
         seconds, name = round(time.perf_counter() - self.started, 1), self.about["name"]
         self.bar.close()
         scores = self.ranks.from_main(evaluate)
         self.stages.append({"name": name, "domain": self.about["domain"], "steps": self.s.steps, "seconds": seconds, "heldout": scores,
-                            "packing": packing(self.rows), "ranks": self.ranks.world, "threads": torch.get_num_threads(), **self.skips()})
+                            "packing": packing(self.rows), "ranks": self.ranks.world, "threads": torch.get_num_threads(), **self.skips(),
+                            **({"shares": {r.corpus.name: n / 10**6 for r, n in zip(mixed.sources, mixed.history[-1])}} if mixed else {})})
         self.log.row(stage=name, step=self.s.steps, heldout=scores)
-        return self.ranks.from_main(lambda: self.save(self.out / name, stage=self.stages[-1]))
+        trunk = {"trunk": f"{name}-t{self.trunk:05d}"} if self.trunk else {}
+        return self.ranks.from_main(lambda: self.save(self.out / name, stage=self.stages[-1], **trunk))
 
     def stops_between_stages(self) -> bool:
         return self.allowance == 0 or self.ranks.any(bool(self.signal))

@@ -1,0 +1,147 @@
+"""The settings of an upgrade, and what they make of a stage: its earlier domains, its recipe, and the weights that it goes on from. `c` is
+the script's config."""
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from rt.data import Corpus, MaskUnit, Objective, Rows, Tokenizer
+from rt.deltas import Base
+from rt.errors import InputError
+from rt.formats.checkpoint import load_base
+from rt.formats.hub import open_base
+from rt.limits import Limit, NonNegative, NonNegativeInt, PositiveInt, PositiveShare, Share, ShareBelowOne
+from rt.model import MaskedLM, new_masked_lm, set_dropout
+from rt.optim import ScheduleConfig
+from rt.pretrain import evaluate_mlm, mlm_loss
+from rt.recipes import Preserve, PreserveBy, Recipe
+from rt.speed.dist import Ranks
+
+HELDOUT_MASK_RATE = 0.15    # whatever --mask_rate is, so that held-out losses compare
+SAMPLE_ROWS = 16            # over which --preserve takes the variances of hidden states
+
+
+@dataclass(frozen=True)
+class RecipeConfig:
+    """The switches that change what a stage of pre-training does; the defaults change nothing."""
+    # recipes of an upgrade (docs/recipes.md)
+    schedule: ScheduleConfig = ScheduleConfig()
+    preserve: NonNegative = 0.0  # weight of the distance from the base before: an upgrade on which its deltas still work; try 3 to 30
+    preserve_by: PreserveBy = "hidden"  # what may not move: hidden states of all layers, those of the last, predictions or attention maps
+    replay: ShareBelowOne = 0.0  # share of the rows that come from earlier domains of the lineage, in equal parts
+    select: str | None = None  # of each domain only the documents most like the training texts of this task
+    keep: PositiveShare = 0.3  # select: the share of the documents that is kept
+    template: str = "{text} {text_pair}"  # how the texts of a domain task:NAME are put into words; {label} is known, too
+    mix: tuple[str, ...] = ()  # one stage on all domains of the stream: in fixed shares, wiki:0.3,bio:0.7, or by need
+    mix_every: Annotated[int, Limit(lambda v: v >= 5, "--{name} {value}: must be 5 or more: batches are made ahead")] = 50  # need: steps
+    mix_eta: NonNegative = 1.0  # need: shares are multiplied by exp(eta * the loss above the reference's)
+    mix_reference: str | None = None  # need: the base whose losses are to be reached; default: the one that the stage starts from
+    objective: Objective = "mlm"  # mlm; rts: is each token the original or a random one; slm: predict what was there before a random token
+    mask: MaskUnit = "token"  # what is masked: single tokens, whole words, or names and numbers first (entity)
+    max_len: PositiveInt | None = None  # longest sequence of the base that is made, in tokens; its positions repeat the old ones
+    align: NonNegativeInt = 0  # Reptile: after every so many steps the weights go back part of the way they have come
+    align_eps: Share = 0.3  # Reptile: the part of the way that is kept; 1 is plain training
+    average: PositiveInt = 1  # the published base is the mean of the stage's last so many snapshots, its end counted
+
+    def check(self, domains: list[str], warmup: float, steps: int, snapshots: int) -> None:
+        """Raises InputError for settings that make no sense together, or with the stage's."""
+        s = self.schedule
+        details = {"cooldown": (s.schedule in ("wsd", "infinite"), "`schedule` wsd or infinite"), "align_eps": (self.align, "`align`"),
+                   "preserve_by": (self.preserve, "`preserve`"),
+                   "keep": (self.select, "`select`"), "template": (any(d.startswith("task-") for d in domains), "task:NAME in `stream`"),
+                   **dict.fromkeys(("hold", "anneal", "rewarm"), (s.schedule == "infinite", "`schedule` infinite")),
+                   **dict.fromkeys(("mix_every", "mix_eta", "mix_reference"), (self.by_need, "`mix` need"))}
+        for part in (self, s):
+            for field in fields(part):
+                is_used, of = details.get(field.name, (True, ""))
+                if not is_used and getattr(part, field.name) != field.default:
+                    raise InputError(f"`{field.name}` says nothing without {of}")
+        if self.preserve and self.preserve_by == "predictions" and self.objective == "rts":
+            raise InputError("`preserve_by` predictions compares distributions over the vocabulary, and `objective` rts predicts none")
+        if s.schedule == "infinite" and warmup + s.cooldown + s.anneal > 1:
+            raise InputError(f"`warmup` {warmup}, `cooldown` {s.cooldown} and `anneal` {s.anneal} are more than the whole stage")
+        if s.annealing(steps) >= steps:
+            raise InputError(f"`anneal` {s.anneal}: nothing is left of {steps} steps to go on from")
+        if self.average > min(snapshots, steps - 1) + 1:
+            raise InputError(f"`average` {self.average} takes {self.average - 1} snapshots and the end of a stage: raise `snapshots` "
+                             f"({snapshots})" + f" and `steps` ({steps})" * (snapshots >= steps))
+        if self.mix and len(domains) < 2:
+            raise InputError(f"`mix` {','.join(self.mix)}: there is one domain, {domains[0]}; name all of them in `stream`")
+        if self.mix and not self.by_need and not (self.shares.keys() == set(domains) and abs(sum(self.shares.values()) - 1) < 1e-6):
+            raise InputError(f"`mix` {','.join(self.mix)}: must be need, or shares of {', '.join(domains)} that add up to 1, as in "
+                             + ",".join(f"{name}:{1 / len(domains):.3g}" for name in domains))
+
+    @property
+    def by_need(self) -> bool:
+        return self.mix == ("need",)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The fixed shares of `mix`; of what cannot be read as one NaN."""
+        pairs = [entry.rpartition(":") for entry in self.mix]
+        return {name: float(share) if share.replace(".", "", 1).isdigit() and float(share) else math.nan for name, _, share in pairs}
+
+    def start_shares(self, domains: list[str], earlier: int) -> list[float]:
+        """Shares of `earlier` domains, then of the stage's own."""
+        replay = self.replay if earlier else 0.0
+        own = [1 / len(domains) if self.by_need or not self.mix else self.shares[name] for name in domains]
+        return [replay / earlier for _ in range(earlier)] + [(1 - replay) * share for share in own]
+
+
+class Start(NamedTuple):
+    """What a base is the child of."""
+    parent: str | None = None       # fingerprint; None: of nothing
+    number: int = -1
+    domains: dict[str, str] = {}    # that it has been trained on, and where their texts are
+    moments: Path | None = None     # the folder of an optimizer's state to go on with
+
+
+def earlier_domains(c: Any, domains: dict[str, str], own: dict[str, str]) -> dict[str, str]:
+    """The domains that the lineage of --init was trained on, but for the stream's, and where they are; for --replay."""
+    if clash := [name for name, place in own.items() if domains.get(name, place) != place]:
+        raise InputError(f"--stream: {clash[0]} ({own[clash[0]]}) has the name of an earlier domain ({domains[clash[0]]}); rename the file")
+    earlier = {name: place for name, place in domains.items() if name not in own}
+    if not earlier and (c.recipe.mix or len(own) == 1):
+        raise InputError(f"--replay: {c.init or 'a new base'} has no record of earlier domains (in its meta.json) but the stream's")
+    for name, place in earlier.items():
+        if "/" in place and not place.startswith("hub:") and not Path(place).exists():
+            raise InputError(f"--replay: {name}, an earlier domain of {c.init}, was read from {place}, which is gone: restore it")
+    return earlier
+
+
+def start_recipe(c: Any, model: MaskedLM, rows: Rows, corpora: list[Corpus], tokenizer: Tokenizer, ranks: Ranks, where: dict,
+                 has_parent: bool) -> Recipe:
+    """The recipe of a stage on `corpora`, the first of which is that of `rows`. A new base has nothing to preserve."""
+    r, loss = c.recipe, mlm_loss
+    if r.preserve and has_parent:
+        loss = Preserve(model, r.preserve, r.preserve_by, rows.masked(range(min(SAMPLE_ROWS, rows.per_epoch))).to(ranks.device))
+    if not r.by_need:
+        return Recipe(model, r.align, r.align_eps, loss=loss)
+    probes = [Rows(corpus, tokenizer, seq_len=c.seq_len, mask_rate=HELDOUT_MASK_RATE, seed=0, sequences=1)
+              for corpus in (*corpora[1:], corpora[0])]
+
+    def losses(model: MaskedLM = model) -> list[float]:
+        return ranks.from_main(lambda: [evaluate_mlm(model, probe, tokens=c.eval_tokens, **where)["loss"] for probe in probes])
+
+    reference = model
+    if r.mix_reference:
+        base = ranks.main_first(lambda: open_base(r.mix_reference))
+        if base.head is None or base.tokenizer.fingerprint != tokenizer.fingerprint:
+            raise InputError(f"--mix_reference {r.mix_reference}: has another tokenizer than the new base, or no masked-LM head")
+        reference = MaskedLM(base.encoder, base.head).to(ranks.device)
+    return Recipe(model, r.align, r.align_eps, rows.mixture, r.mix_every, r.mix_eta, losses, losses(reference), loss)
+
+
+def go_on_from(c: Any, folder: Path, base: Base) -> tuple[MaskedLM, str, Path | None]:
+    """(model, its fingerprint, folder of the optimizer's state) to continue the base in `folder` from: itself, or of an infinite schedule
+    the weights before it was annealed."""
+    moments = None
+    if c.recipe.schedule.schedule == "infinite" and "trunk" in base.meta:
+        moments = folder.parent / base.meta["trunk"]
+        if moments.parent != folder.parent or not (moments / "optim.pt").is_file():
+            raise InputError(f"{folder} was annealed from {moments}, which is gone, and an infinite schedule goes on from that: restore "
+                             "it, or give another --schedule")
+        base = load_base(moments)
+    model = MaskedLM(base.encoder, base.head or new_masked_lm(base.encoder.config, c.seed).head)
+    set_dropout(model, c.dropout)
+    return model, base.fingerprint, moments

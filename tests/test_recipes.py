@@ -1,0 +1,413 @@
+"""Recipes of continual pre-training: each switch does what it says, changes nothing at its neutral setting, is recorded, resumes bit for
+bit, and is the same for ranks and accumulation as for one process."""
+import re
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import here, random_base, write_task
+from safetensors.torch import load_file
+from tokenizers import models
+
+from data.select import select
+from data.sources import task_corpus
+from rt.data import Masker, Mixture, Rows, counts
+from rt.errors import InputError
+from rt.formats.corpora import build_corpus, split_documents
+from rt.formats.files import read_json, read_rows
+from rt.formats.tasks import load_task
+from rt.formats.tokenizer import Tokenizer, _sentencepiece, _wordpiece, train_tokenizer
+from rt.model import PRESETS, EncoderConfig, MaskedLM, new_masked_lm
+from rt.optim import ScheduleConfig, schedule
+from rt.pretrain import mlm_loss
+from rt.recipes import Recipe, average_into, lengthen, reweighted
+from rt.report.inspect import inspect
+from rt.runs.upgrade import RecipeConfig
+
+SMALL = ("--preset", "tiny", "--vocab_size", "300", "--seq_len", "16", "--batch_tokens", "256", "--eval_tokens", "256", "--device", "cpu",
+         "--precision", "fp32", "--dropout", "0.1", "--snapshots", "0")
+WORDS = {"one": "returns the path of a graph as nodes and edges", "two": "protein binds receptor in cells of mice while genes activate"}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Two domains, `one` and `two`, as text files."""
+    home, rng = tmp_path_factory.mktemp("recipes"), np.random.default_rng(0)
+    for name, words in WORDS.items():
+        lines = (" ".join(rng.choice(words.split(), rng.integers(5, 30))) for _ in range(300))
+        (home / f"{name}.txt").write_text("\n".join(lines))
+    return home
+
+
+def train(home, out, *more, stream="one,two", code=0) -> str:
+    domains = ",".join(f"{home}/{name}.txt" for name in stream.split(","))
+    return here("train.py", *SMALL, "--stream", domains, "--out", home / out, "--cache", home / "cache", *more, code=code)
+
+
+def same_weights(a, b) -> bool:
+    a, b = (load_file(folder / "model.safetensors") for folder in (a, b))
+    return a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
+
+
+# --- schedules --------------------------------------------------------------------------------------------------------
+
+def test_schedules_at_their_corners():
+    rates = {kind: [ScheduleConfig(kind, cooldown=0.2, hold=0.25, anneal=0.1).rate(t, 100, 10, 1.0) for t in range(100)]
+             for kind in ("linear", "cosine", "wsd", "infinite")}
+    assert rates["linear"] == [schedule(t, 100, 10, 1.0) for t in range(100)]
+    assert all(rate[:10] == rates["linear"][:10] for rate in rates.values())
+    assert rates["cosine"][10] == 1 and rates["cosine"][55] == pytest.approx(0.5) and rates["cosine"][99] < 1e-3
+    assert rates["wsd"][10:81] == [1.0] * 71 and rates["wsd"][90] == pytest.approx(0.5) and rates["wsd"][99] == pytest.approx(0.05)
+    assert rates["infinite"][10] == 1 and rates["infinite"][20] == pytest.approx(0.625)
+    assert rates["infinite"][30:91] == [pytest.approx(0.25)] * 61 and rates["infinite"][95] == pytest.approx(0.125)
+    held = [ScheduleConfig("infinite", hold=0.25, anneal=0.1).rate(t, 100, 10, 1.0, held=True) for t in range(100)]
+    assert held[:91] == [0.25] * 91 and held[95] == pytest.approx(0.125)
+
+
+def test_an_infinite_schedule_goes_on_from_before_the_annealing(home):
+    """A stream in one process is bit for bit the same as its stages in two, linked by the trunk and its optimizer's state alone."""
+    infinite = ("--schedule", "infinite", "--steps", "10", "--anneal", "0.3")
+    train(home, "inf", *infinite)
+    train(home, "inf1", *infinite, stream="one")
+    train(home, "inf2", *infinite, "--init", home / "inf1" / "M0", stream="two")
+    assert same_weights(home / "inf" / "M1", home / "inf2" / "M1")
+    trunk, meta = read_json(home / "inf" / "M0-t00007" / "meta.json"), read_json(home / "inf" / "M1" / "meta.json")
+    assert meta["parent"] == trunk["fingerprint"] and meta["trunk"] == "M1-t00007"
+    assert inspect(home / "inf" / "M1")["lineage"] == "M1 <- M0-t00007 <- a random start"
+    rates = [row["lr"] for row in read_rows(home / "inf" / "metrics.jsonl") if row["stage"] == "M1" and "lr" in row]
+    assert rates[:8] == [pytest.approx(3e-4)] * 8
+    train(home, "inf3", *infinite, "--init", home / "inf1" / "M0", "--rewarm", stream="two")
+    assert max(row["lr"] for row in read_rows(home / "inf3" / "metrics.jsonl") if "lr" in row) == 1e-3
+    shutil.rmtree(home / "inf1" / "M0-t00007")
+    assert "which is gone" in train(home, "inf4", *infinite, "--init", home / "inf1" / "M0", stream="two", code=2)
+
+
+# --- replay and mixing ------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def corpora(home, tokenizer):
+    return [build_corpus(name, home / f"{name}.txt", tokenizer, home / "bins")["train"] for name in WORDS]
+
+
+def rows_of(corpora, tokenizer, *shares, every=0):
+    """Rows of `one` mixed with those of `two`; `shares` of two and one."""
+    one, two = (Rows(corpus, tokenizer, seq_len=16, mask_rate=0.3, seed=i) for i, corpus in enumerate(corpora))
+    if shares:
+        one.mix([two], list(shares), every)
+    return one, two
+
+
+def test_shares_are_exact_and_spread_over_an_epoch():
+    assert [counts(n, [50_000, 950_000]) for n in (19, 20, 400)] == [[0, 19], [1, 19], [20, 380]]
+    for shares in ([0.05, 0.95], [0.3, 0.7], [0.1, 0.2, 0.7], [1 / 3, 1 / 3, 1 / 3], [0.0, 1.0], [1.0, 0.0]):
+        parts, before = [round(s * 10**6) for s in shares], [0] * len(shares)
+        for n in range(1, 1001):
+            now = counts(n, parts)
+            assert sorted(a - b for a, b in zip(now, before)) == [0] * (len(shares) - 1) + [1]      # one row of one source
+            assert max(abs(c - n * s) for c, s in zip(now, shares)) < len(shares)
+            before = now
+        assert [c / 1000 for c in before] == pytest.approx(shares, abs=0.002)
+
+
+def test_each_source_is_read_from_its_first_row_on_and_none_is_left_out(corpora, tokenizer):
+    one, two = rows_of(corpora, tokenizer, 0.25, 0.75, every=8)
+    one.mixture.append([500_000, 500_000])
+    seen = {one: [], two: []}
+    for number in range(16):
+        source, n = one.mixture.locate(number)
+        seen[source].append(n)
+    assert seen == {one: [*range(6 + 4)], two: [*range(2 + 4)]}
+
+
+@pytest.mark.parametrize("world, parts", [(2, 1), (1, 2), (2, 2)])
+def test_ranks_and_parts_share_out_a_mixed_batch(world, parts, corpora, tokenizer):
+    (one, _), (again, _), (alone, _) = rows_of(corpora, tokenizer, 0.25, 0.75), rows_of(corpora, tokenizer, 0.25, 0.75), \
+        rows_of(corpora, tokenizer)
+    size = 4 * one.row_tokens
+    again.batch(70, size)       # reading another place first must not matter
+    whole = again.batch(9, size)
+    shares = [one.batch(9, size, rank, world, part, parts) for rank in range(world) for part in range(parts)]
+    assert torch.equal(torch.cat([s.ids for s in shares]), whole.ids) and not torch.equal(whole.ids, alone.batch(9, size).ids)
+    assert torch.equal(torch.cat([s.labels for s in shares]), whole.labels)
+    rows_of_one = whole.ids.view(4, -1)[:3]     # the fourth row is of the other corpus
+    assert torch.equal(rows_of_one, torch.cat([alone.masked(range(n, n + 1)).ids for n in (27, 28, 29)]).view(3, -1))
+
+
+def test_replay_knows_the_earlier_domains_of_init(home):
+    train(home, "old", "--steps", "4", stream="one")
+    meta = read_json(home / "old" / "M0" / "meta.json")
+    assert meta["domains"] == {"one": str((home / "one.txt").resolve())} and meta["recipe"] == {}
+    upgrade = ("--steps", "4", "--replay", "0.25", "--init", home / "old" / "M0")
+    train(home, "new", *upgrade, stream="two")
+    meta = read_json(home / "new" / "M1" / "meta.json")
+    assert list(meta["domains"]) == ["one", "two"] and meta["recipe"] == {"replay": 0.25} and "one" in meta["stage"]["heldout"]
+    assert meta["stage"]["shares"] == {"one": 0.25, "two": 0.75} and inspect(home / "new" / "M1")["recipe"] == "replay 0.25"
+    assert "has no record of earlier domains" in train(home, "x", "--steps", "4", "--replay", "0.25", stream="one", code=2)
+    (home / "moved").mkdir()
+    shutil.copy(home / "two.txt", home / "moved" / "one.txt")
+    assert "has the name of an earlier domain" in train(home, "z", *upgrade, stream="moved/one", code=2)
+    (home / "one.txt").rename(home / "gone.txt")
+    try:
+        assert "one.txt, which is gone: restore it" in train(home, "y", *upgrade, stream="two", code=2)
+    finally:
+        (home / "gone.txt").rename(home / "one.txt")
+
+
+def test_static_shapes_have_room_for_all_sources(corpora, tokenizer):
+    one, two = rows_of(corpora, tokenizer)
+    two.mean_length, two.length_deviation = 5.0, 9.0
+    one.mix([two], [0.5, 0.5])
+    assert (one.mean_length, one.length_deviation) == (5.0, 9.0)
+
+
+def test_need_moves_shares_towards_the_domain_with_excess_loss():
+    assert reweighted([0.5, 0.5], [0.0, -3.0], eta=2.0) == [0.5, 0.5]       # none has an excess
+    assert reweighted([0.5, 0.5], [np.log(3), 0.0], eta=1.0) == pytest.approx([0.9 * 0.75 + 0.05, 0.9 * 0.25 + 0.05])
+    assert reweighted([0.9, 0.1], [0.0, 0.0], eta=1.0) == pytest.approx([0.86, 0.14])       # back to equal ones, slowly
+    shares = [0.5, 0.5]
+    for _ in range(50):
+        shares = reweighted(shares, [0.0, 1.0], eta=1.0)
+    assert 0.9 < shares[1] < 0.951      # none dies out
+
+
+def test_need_applies_a_period_later_and_leaves_replay_alone(corpora, tokenizer):
+    one, two = rows_of(corpora, tokenizer)
+    mixture, measured = Mixture([two, two, one], [0.2, 0.4, 0.4], every=10), []
+    recipe = Recipe(None, 0, 1.0, mixture, 5, 1.0, lambda: measured.append(1) or [2.0, 2.0 + np.log(3)], [2.0, 2.0])
+    for step in range(1, 6):
+        recipe.after_step(step)
+    assert measured == [1] and mixture.history[:2] == [[200_000, 400_000, 400_000]] * 2
+    assert mixture.history[2] == [200_000, 220_000, 580_000]
+    again = Recipe(mixture=Mixture([two, two, one], [0.2, 0.4, 0.4], every=10), reference=[2.0, 2.0])
+    again.load_state(recipe.state())
+    assert again.mixture.history == mixture.history and again.mixture.before == mixture.before
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+def test_reptile_with_eps_1_is_plain_training_and_with_0_stays_where_it_was(home):
+    for name, more in (("plain", ()), ("eps1", ("--align", "3", "--align_eps", "1")), ("eps0", ("--align", "3", "--align_eps", "0"))):
+        train(home, name, "--steps", "6", "--save_every", "3", *more, stream="one")
+    assert same_weights(home / "plain" / "M0", home / "eps1" / "M0")
+    train(home, "never", "--steps", "3", "--align", "1", "--align_eps", "0", stream="one")
+    assert same_weights(home / "never" / "M0", home / "eps0" / "M0") and not same_weights(home / "plain" / "M0", home / "eps0" / "M0")
+
+
+def test_reptile_goes_part_of_the_way(tokenizer):
+    base = random_base(tokenizer)
+    model = MaskedLM(base.encoder, base.head)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    recipe = Recipe(model, align=2, eps=0.25)
+    for step in (1, 2):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(4.0)
+        recipe.after_step(step)
+    for k, v in model.state_dict().items():
+        torch.testing.assert_close(v, before[k] + 2.0)
+    assert all(torch.equal(a, b) for a, b in zip(recipe.before, model.parameters()))
+
+
+def test_the_mean_of_equal_snapshots_is_the_snapshot(tokenizer):
+    models = [MaskedLM(b.encoder, b.head) for b in (random_base(tokenizer, seed) for seed in (0, 0, 1, 2))]
+    first, *states = [{k: v.clone() for k, v in m.state_dict().items()} for m in models]
+    average_into(models[0], states[:1] * 4)
+    assert all(v.equal(first[k]) for k, v in models[0].state_dict().items())
+    average_into(models[0], states[1:])
+    for k, v in models[0].state_dict().items():
+        torch.testing.assert_close(v, (first[k] + states[1][k] + states[2][k]) / 3)
+
+
+def test_the_published_base_is_the_mean_of_the_last_snapshots(home):
+    for name, average in (("end", "1"), ("mean", "3")):
+        train(home, name, "--steps", "12", "--snapshots", "3", "--average", average, stream="one")
+    states = [load_file(home / "end" / name / "model.safetensors") for name in ("M0-t00006", "M0-t00009", "M0")]
+    for k, v in load_file(home / "mean" / "M0" / "model.safetensors").items():
+        torch.testing.assert_close(v, sum(state[k] for state in states) / 3)
+
+
+# --- objectives and masks ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("objective", ["rts", "slm"])
+def test_every_chosen_token_becomes_another_one_in_100_000(objective, tokenizer):
+    masker, rng, seen = Masker(tokenizer, 300, objective), np.random.default_rng(0), np.zeros(tokenizer.vocab_size, int)
+    for i in range(100):
+        ids = rng.integers(5, tokenizer.vocab_size, 1000)
+        ids[::50] = tokenizer.bos_id
+        out, chosen, true = masker(ids, np.random.default_rng([7, i]))
+        assert len(set(chosen.tolist())) == 300 and (np.flatnonzero(out != ids) == chosen).all() and (true == ids[chosen]).all()
+        seen += np.bincount(out[chosen], minlength=tokenizer.vocab_size)
+    assert not seen[tokenizer.special_ids].any()
+    expected = 30_000 / (tokenizer.vocab_size - 5)
+    assert (np.abs(seen[5:] - expected) < 7 * expected ** 0.5).all()     # each token as often as any other
+
+
+def test_replaced_tokens_are_told_by_every_token_s_own_score(corpora, tokenizer):
+    rows = Rows(corpora[0], tokenizer, seq_len=16, mask_rate=0.25, seed=0, objective="rts")
+    batch, base = rows.masked(range(4)), random_base(tokenizer)
+    original = np.concatenate([rows.row(n)[0] for n in range(4)])
+    special = np.isin(original, tokenizer.special_ids)
+    assert batch.predict is None and (batch.labels.numpy() == np.where(special, -100, batch.ids.numpy() == original)).all()
+    assert (batch.labels == 0).sum() == 4 * 32
+    model = MaskedLM(base.encoder, base.head)
+    own = model(batch).gather(1, batch.ids[:, None])[:, 0]      # of the logits over the vocabulary
+    losses = torch.nn.functional.softplus(torch.where(batch.labels > 0, -own, own))[~torch.from_numpy(special)]
+    torch.testing.assert_close(mlm_loss(model, batch), losses.sum() / len(batch.ids))
+    halves = [mlm_loss(model, rows.masked(range(n, n + 2))) for n in (0, 2)]
+    torch.testing.assert_close(sum(halves) / 2, mlm_loss(model, batch))
+
+
+def test_words_are_masked_whole_and_names_and_numbers_first():
+    texts = ["The protein binds. In mice of 1993 Ann Smith saw it (unbelievably) and Bob did not."] * 3
+    tokenizer = train_tokenizer([texts[0].replace("Smith", "Smi th").replace("unbeliev", "unbe liev")] * 3, 400)     # most are one token
+    ids = np.array([i for text in texts for i in [tokenizer.bos_id, *tokenizer.encode([text])[0], tokenizer.eos_id]])
+    pieces = [tokenizer.pieces[i] for i in ids]
+    special = [i in tokenizer.special_ids for i in ids]
+    word = np.cumsum([i == 0 or not pieces[i][0].isalnum() or special[i] or special[i - 1] or not pieces[i - 1][-1].isalnum()
+                      for i in range(len(ids))])
+    for seed in range(20):
+        out, chosen, _ = Masker(tokenizer, 30, "slm", "word")(ids, np.random.default_rng(seed))
+        partly = [w for w in set(word[chosen]) if 0 < (word[chosen] == w).sum() < (word == w).sum()]
+        assert len(chosen) == 30 and len(partly) <= 1
+    named = re.compile("1993|Ann Smith|Bob")
+    text = "".join(pieces)
+    ends = np.cumsum([len(piece) for piece in pieces])
+    wanted = {i for found in named.finditer(text) for i in range(len(ids)) if found.start() < ends[i] <= found.end()}
+    for seed in range(5):
+        _, chosen, _ = Masker(tokenizer, len(wanted), "mlm", "entity")(ids, np.random.default_rng(seed))
+        assert set(chosen) == wanted
+        _, more, _ = Masker(tokenizer, len(wanted) + 5, "mlm", "entity")(ids, np.random.default_rng(seed))
+        assert set(more) > wanted
+    lower = SimpleNamespace(**{name: getattr(tokenizer, name) for name in ("vocab_size", "mask_id", "special_ids")},
+                            pieces=[piece.lower() for piece in tokenizer.pieces])
+    with pytest.raises(InputError, match="`mask` entity: the tokenizer has no capital letters"):
+        Masker(lower, 3, unit="entity")
+
+
+def test_pieces_tell_where_a_word_begins(tokenizer):
+    """Also for WordPiece and Unigram."""
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "bind", "##ing", "."])}
+    wordpiece = Tokenizer(_wordpiece(models.WordPiece(vocabulary, unk_token="[UNK]")))
+    pieces = ("<s>", "<pad>", "</s>", "<unk>", "<mask>", "\u2581bind", "ing")
+    unigram = Tokenizer(_sentencepiece(models.Unigram([(piece, -1.0) for piece in pieces], 3)))
+    assert wordpiece.pieces[5:] == [" bind", "ing", " ."] and unigram.pieces[5:] == [" bind", "ing"]
+    text = "Naive graphs, 100%"
+    assert "".join(tokenizer.pieces[i] for i in tokenizer.encode([text])[0]) == text
+
+
+# --- positions --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("model_type", ["roberta", "bert"])
+def test_a_longer_position_table_gives_the_old_logits_on_short_texts(model_type, batch, tokenizer):
+    config = EncoderConfig(tokenizer.vocab_size, model_type=model_type, **PRESETS["tiny"])
+    model = new_masked_lm(config, 0).eval()
+    longer = lengthen(model, 300).eval()
+    assert torch.equal(model(batch), longer(batch)) and longer.encoder.config.max_len == 300
+    old, new = (m.encoder.embeddings.position.weight for m in (model, longer))
+    first = config.first_position
+    assert torch.equal(new[:first], old[:first]) and torch.equal(new[first:], torch.cat([old[first:]] * 3)[:300])
+    with pytest.raises(InputError, match="`max_len` 64: the base has positions for 128 tokens"):
+        lengthen(model, 64)
+
+
+def test_a_base_is_made_longer_by_an_upgrade(home):
+    train(home, "short", "--steps", "2", stream="one")
+    assert "--max_len makes more" in train(home, "long", "--init", home / "short" / "M0", "--seq_len", "160", code=2)
+    train(home, "long", "--init", home / "short" / "M0", "--max_len", "200", "--steps", "1")
+    assert read_json(home / "long" / "M2" / "meta.json")["encoder"]["max_len"] == 200
+    train(home, "fresh", "--steps", "1", "--max_len", "40", stream="one")
+    assert read_json(home / "fresh" / "M0" / "meta.json")["encoder"]["max_len"] == 40
+
+
+# --- texts for a task -------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    rows = [{"text": f"The enzyme {name} cleaves collagen", "text_pair": "in tissue", "label": label}
+            for name, label in zip(("alpha", "beta", "gamma", "delta"), "xyxy")]
+    return write_task(tmp_path_factory.mktemp("tasks") / "enzymes", {part: rows for part in ("train", "dev", "test")})
+
+
+def test_selection_finds_planted_documents(home, task, tmp_path):
+    rng = np.random.default_rng(1)
+    plain = [" ".join(rng.choice(WORDS["one"].split(), rng.integers(3, 20))) for _ in range(190)]
+    planted = [f"an enzyme that cleaves collagen {i} of tissue" for i in range(10)]
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "train.txt").write_text("\n".join(rng.permutation(plain + planted)))
+    (tmp_path / "corpus" / "heldout.txt").write_text("nothing of the kind\n")
+    folder = select(tmp_path / "corpus", load_task(task), 0.05, tmp_path)
+    parts = {part: [text for p, text in split_documents(folder) if p == part] for part in ("train", "heldout")}
+    assert sorted(parts["train"]) == sorted(planted) and parts["heldout"] == ["nothing of the kind"]
+    stamp = folder.stat().st_mtime_ns
+    assert select(tmp_path / "corpus", load_task(task), 0.05, tmp_path) == folder and folder.stat().st_mtime_ns == stamp
+    assert select(tmp_path / "corpus", load_task(task), 0.1, tmp_path) != folder
+
+
+def test_a_task_s_own_texts_are_a_domain_plain_or_in_a_template(home, task, tmp_path):
+    plain, prompt = (list(split_documents(task_corpus(load_task(task), template, tmp_path)))
+                     for template in ("{text} {text_pair}", "{text}? {label} {other}"))
+    assert plain[0] == ("train", "The enzyme alpha cleaves collagen in tissue") and plain[-1][0] == "heldout" and len(plain) == 8
+    assert prompt[1] == ("train", "The enzyme beta cleaves collagen? y {other}")
+    with pytest.raises(InputError, match="must say where the {text} goes"):
+        task_corpus(load_task(task), "{txt}", tmp_path)
+    short = ("--steps", "2", "--seq_len", "8", "--batch_tokens", "128", "--out", home / "t", "--cache", home / "cache", "--replay", "0.5")
+    here("train.py", *SMALL, "--stream", f"{home}/one.txt,task:{task}", *short, "--template", "{text} {text_pair} {text}")
+    meta = read_json(home / "t" / "M1" / "meta.json")
+    assert "--template says nothing without task:NAME in --stream" in train(home, "u", "--template", "{text}.", code=2)
+    assert meta["domain"] == "task-enzymes" and meta["stage"]["shares"] == {"one": 0.5, "task-enzymes": 0.5}
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("recipe", [
+    ("--align", "4", "--replay", "0.25", "--schedule", "infinite", "--average", "2", "--snapshots", "2"),
+    ("--mix", "need", "--mix_every", "5", "--mix_reference", "REFERENCE", "--mix_eta", "3", "--align", "3"),
+    ("--objective", "rts", "--mask", "word", "--schedule", "cosine")], ids=lambda r: r[0])
+def test_a_recipe_resumes_bit_for_bit(recipe, home):
+    train(home, "reference", "--steps", "30", "--snapshots", "0", stream="one")
+    recipe = [str(home / "reference" / "M0") if word == "REFERENCE" else word for word in recipe]
+    tokenizer = () if recipe[0] == "--align" else ("--tokenizer", home / "reference" / "M0")
+    arguments = ("--steps", "18,11", *recipe, *tokenizer)
+    straight, broken = (f"{name}{recipe[1]}" for name in ("straight", "broken"))
+    train(home, straight, *arguments)
+    train(home, broken, *arguments, "--stop_after", "14")
+    train(home, broken, *arguments, "--stop_after", "2" if recipe[0] == "--mix" else "7", "--resume")
+    train(home, broken, *arguments, "--resume")
+    last = "M0" if recipe[0] == "--mix" else "M1"
+    assert same_weights(home / straight / last, home / broken / last)
+    assert read_rows(home / straight / "metrics.jsonl") == read_rows(home / broken / "metrics.jsonl")
+    if recipe[0] == "--mix":
+        facts = read_json(home / straight / "M0" / "meta.json")
+        assert facts["domain"] == "one+two" and facts["stage"]["shares"]["one"] > 0.55      # where the reference is better
+
+
+def test_accumulation_changes_nothing_of_a_mixture(home):
+    for parts in "12":
+        train(home, f"parts{parts}", "--steps", "5", "--mix", "one:0.25,two:0.75", "--accumulation", parts, "--dropout", "0")
+    a, b = ([row["loss"] for row in read_rows(home / f"parts{parts}" / "metrics.jsonl") if "loss" in row] for parts in "12")
+    assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_settings_that_make_no_sense_together_are_refused_in_a_sentence(home):
+    for change, words in ((dict(align_eps=0.5), "`align_eps` says nothing without `align`"),
+                          (dict(mix=("need",)), "there is one domain, a"),
+                          (dict(schedule=ScheduleConfig(hold=0.1)), "`hold` says nothing without `schedule` infinite"),
+                          (dict(schedule=ScheduleConfig("cosine", cooldown=0.1)), "`cooldown` says nothing without `schedule` wsd or inf"),
+                          (dict(schedule=ScheduleConfig("infinite", cooldown=0.9)), "more than the whole stage"),
+                          (dict(schedule=ScheduleConfig("infinite", cooldown=0.0, anneal=0.9)), "nothing is left of 4 steps to go on from"),
+                          (dict(average=4), "`average` 4 takes 3 snapshots and the end of a stage: raise `snapshots` (2)"),
+                          (dict(mix_eta=2.0), "`mix_eta` says nothing without `mix` need")):
+        with pytest.raises(InputError) as error:
+            RecipeConfig(**change).check(["a"], 0.05, 4, 2)
+        assert words in str(error.value)
+    for mix in (("a:0.5", "c:0.5"), ("a:0.5", "b:0.6"), ("a:x", "b:0.5"), ("a", "b"), ("need", "a:1"), ("a:0", "b:1"), ("a:-1", "b:2")):
+        with pytest.raises(InputError, match="must be need, or shares of a, b that add up to 1, as in a:0.5,b:0.5"):
+            replace(RecipeConfig(), mix=mix).check(["a", "b"], 0.1, 4, 2)
+    RecipeConfig(mix=("a:0.3", "b:0.7"), replay=0.1).check(["a", "b"], 0.1, 4, 2)
+    assert RecipeConfig(mix=("a:0.3", "b:0.7"), replay=0.1).start_shares(["b", "a"], 2) == pytest.approx([0.05, 0.05, 0.63, 0.27])
+    assert "--align_eps says nothing without --align" in train(home, "z", "--align_eps", "0.1", code=2)
+    assert "--compile would compile anew" in train(home, "z", "--mix", "need", "--compile", code=2)
+    assert "recipes of an upgrade (docs/recipes.md):\n  --schedule" in here("train.py", "--help")
