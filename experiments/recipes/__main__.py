@@ -19,7 +19,7 @@ import torch
 from bench.machine import commit, device_name
 from experiments.recipes import report
 from experiments.recipes.plan import DELTA_SEEDS, KINDS, TASKS, known, upgrades
-from experiments.recipes.runs import CPU, Config, attempt, delta_folder
+from experiments.recipes.runs import CPU, Config, attempt, delta_folder, draw_tasks
 from rt.errors import InputError
 from rt.formats.files import read_rows
 from rt.runs.config import parse, run
@@ -37,6 +37,7 @@ def main() -> None:
             raise InputError(f"{needed}: is not there; see python -m experiments.recipes --help")
     rows = Path(c.results) / "minilm.jsonl"
     rows.parent.mkdir(parents=True, exist_ok=True)
+    draw_tasks(c)
     done = read_rows(rows) if rows.exists() else []
     deltas = [(task, kind, seed) for seed in sorted({s % DELTA_SEEDS for s in c.seeds}) for task in TASKS for kind in KINDS]
     todo = [("delta", key) for key in deltas if not (delta_folder(c, *key) / "delta.json").exists()]

@@ -2,10 +2,11 @@
 from dataclasses import dataclass
 
 UPGRADE = "--steps 200 --batch_tokens 1024 --seq_len 128 --snapshots 0 --device cpu --threads 1".split()
-TUNE = "--tune_steps 300 --batch_size 16 --eval_every 50 --device cpu --threads 1".split()
+TUNE = "--tune_steps 300 --batch_size 16 --eval_every 150 --device cpu --threads 1".split()
 TASKS = {"chemprot": 128, "rotten_tomatoes": 64, "agnews": 64, "acl_arc": 64, "imdb": 128}      # tokens a text
 KINDS = {"full": 1e-4, "adapter": 1e-3}     # learning rate
-DELTA_SEEDS, MAX_TEST, HELDOUT_TOKENS = 3, 500, 16384
+DELTA_SEEDS, HELDOUT_TOKENS = 3, 16384
+DRAWN = {"dev": 400, "test": 500}           # texts a task, one draw
 PLAIN = (1.25e-4, 2.5e-4, 5e-4, 1e-3)
 RATES = (5e-4, 1e-3)
 SWITCHES = {"hidden 3": "--preserve 3", "hidden 10": "--preserve 10", "hidden 30": "--preserve 30",

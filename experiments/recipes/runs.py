@@ -3,7 +3,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,9 +12,9 @@ import torch
 
 from experiments.recipes.plan import (
     DELTA_SEEDS,
+    DRAWN,
     HELDOUT_TOKENS,
     KINDS,
-    MAX_TEST,
     SEEDS,
     SWITCHES,
     TARGETS,
@@ -82,7 +82,7 @@ def train(*arguments: object) -> str:
 
 
 def tune_delta(c: Config, task: str, kind: str, seed: int) -> list[dict]:
-    train("--mode", "tune", "--base", Path(c.base).absolute(), "--task", Path(c.data, "tasks", task).absolute(), "--delta", kind, "--lr",
+    train("--mode", "tune", "--base", Path(c.base).absolute(), "--task", task_folder(c, task), "--delta", kind, "--lr",
           KINDS[kind], "--seq_len", TASKS[task], "--seed", seed, *TUNE, "--out", delta_folder(c, task, kind, seed).absolute())
     return []
 
@@ -96,7 +96,7 @@ def score_base(c: Config, seed: int) -> list[dict]:
 
 def majority(c: Config, task: str) -> float:
     """The share of the commonest label on dev."""
-    targets = data_of(c.data, c.base, task, TASKS[task]).dev.targets
+    targets = data_of(task_folder(c, task), c.base, TASKS[task]).dev.targets
     return (targets.bincount().max() / len(targets)).item()
 
 
@@ -122,12 +122,25 @@ def upgrade(c: Config, one: Upgrade) -> list[dict]:
     return rows
 
 
+def task_folder(c: Config, task: str) -> Path:
+    return Path(c.home).absolute() / "tasks" / task
+
+
+def draw_tasks(c: Config) -> None:
+    """The tasks with one draw of dev and test texts for all runs; what is there stays."""
+    for task in TASKS:
+        if not (folder := task_folder(c, task)).exists():
+            shutil.copytree(Path(c.data, "tasks", task), folder)
+            for part, most in DRAWN.items():
+                lines = (folder / f"{part}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+                drawn = sorted(np.random.default_rng(0).permutation(len(lines))[:most])
+                (folder / f"{part}.jsonl").write_text("".join(lines[i] for i in drawn), encoding="utf-8")
+
+
 @lru_cache(maxsize=8)
-def data_of(data: str, base: str, task: str, seq_len: int) -> TaskData:
-    """The task with its draw of test texts; all bases have one tokenizer."""
-    whole = load_task(Path(data, "tasks", task))
-    test = [whole.parts["test"][i] for i in np.random.default_rng(0).permutation(len(whole.parts["test"]))[:MAX_TEST]]
-    return encode_task(replace(whole, parts=whole.parts | {"test": test}), open_base(base).tokenizer, seq_len)
+def data_of(folder: Path, base: str, seq_len: int) -> TaskData:
+    """The task in `folder`; all bases have one tokenizer."""
+    return encode_task(load_task(folder), open_base(base).tokenizer, seq_len)
 
 
 def scores(c: Config, folder: Path, delta_seed: int, domains: tuple[str, ...]) -> dict:
@@ -137,7 +150,7 @@ def scores(c: Config, folder: Path, delta_seed: int, domains: tuple[str, ...]) -
                for d in domains}
     accuracy = {}
     for task, kind in ((task, kind) for task in TASKS for kind in KINDS):
-        data = data_of(c.data, c.base, task, TASKS[task])
+        data = data_of(task_folder(c, task), c.base, TASKS[task])
         delta = load_delta(delta_folder(c, task, kind, delta_seed)).ordered(data.labels)
         accuracy[f"{task}/{kind}"] = evaluate(apply(base, delta, stale_ok=True), data.test, **where)["accuracy"]
     return {"heldout": heldout, "apply": accuracy}
