@@ -37,6 +37,7 @@ from rt.runs.log import StepBar, load_tensorboard, note_changed_task, note_trunc
 from rt.runs.results import Run, begin, open_best, origin_of, save_run, write_summary
 from rt.runs.summary import by_settings, chosen, report, report_chain, report_sweep
 from rt.runs.sweep import LISTS, expand, groups, swept
+from rt.runs.teaching import TeacherConfig, Teaching, open_teaching
 from rt.runs.workers import share_cores, spread, use_threads
 from rt.speed.device import make_deterministic, pick_precision
 from rt.speed.dist import Ranks, join
@@ -70,6 +71,7 @@ class Config:
     shots: PositiveInt | None = 16  # examples a label for train and for dev; none: all
     seeds: Seeds = (0, 1, 2)  # of the few-shot sample, fresh weights, data order and dropout
     distill: DistillConfig = DistillConfig()
+    teaching: TeacherConfig = TeacherConfig()
     steps: PositiveInt = 50  # optimizer steps
     batch_size: PositiveInt = 16  # sequences a step
     lr: tuple[Positive, ...] = ()  # peak learning rate; of several, each mode keeps the best on dev; default: that of the demo's mini bases
@@ -132,18 +134,17 @@ def main() -> None:
                for folder, t in zip(source_deltas, source_tasks)]
     r = Recycling(old_base, old_delta, base, encode_task(task, base.tokenizer, c.seq_len), c.delta, tune_settings(c, 0, 0.0), c.distill,
                   ranks.device, pick_precision(c.precision, ranks.device), make_gradient=graphed_gradient if c.graphs else plain_gradient)
+    plan, out, teaching = planned(c, modes), Path(c.out or default_out(c, task)), open_teaching(c, modes, r)
+    r = r if c.shots or not teaching else teaching.fill(r, task)
+    first = sample(c, r, task, plan[0].seed, teaching)
     if ranks.is_main:
         note_changed_task(old_delta.info, task)
         note_truncated(*r.data.truncated(), c.seq_len, sys.stderr)
-    plan, out = planned(c, modes), Path(c.out or default_out(c, task))
-    for each in bases.values():     # before anything is written
-        each.require_length(c.seq_len)
-        for one in plan:
-            check(replace(r, base=each, distill=one.c.distill), one.mode)
-    if sources:
-        check_sources(old_base, base, sources, old_delta)
+        if first.old_train:
+            note_truncated(first.old_train.truncated, len(first.old_train), teaching.old_seq_len, sys.stderr, "--old_seq_len")
+    check_all(c, first, plan, bases, sources)
     with locked(out, ranks.from_main):
-        do_runs(c, r, task, plan, bases, sources, out, ranks)
+        do_runs(c, r, task, teaching, plan, bases, sources, out, ranks)
     ranks.leave()
 
 
@@ -177,6 +178,16 @@ def checked_modes(c: Config) -> list[str]:
         if is_wrong:
             raise InputError(sentence)
     return modes
+
+
+def check_all(c: Config, r: Recycling, plan: list[Run], bases: dict[str, Base], sources: Sources) -> None:
+    """InputError, before anything is written, if a run cannot be done; `r` is what the first of them reads."""
+    for base in bases.values():
+        base.require_length(c.seq_len)
+        for one in plan:
+            check(replace(r, base=base, distill=one.c.distill), one.mode)
+    if sources:
+        check_sources(r.old_base, r.base, sources, r.old_delta)
 
 
 def announce(c: Config, modes: list[str], task: Task, old: Delta) -> list[str]:
@@ -218,8 +229,8 @@ def tune_settings(c: Config, seed: int, lr: float | None) -> TuneSettings:
 
 # --- what is done ------------------------------------------------------------------------------------------------------
 
-def do_runs(c: Config, r: Recycling, task: Task, plan: list[Run], bases: dict[str, Base], sources: Sources, out: Path,
-            ranks: Ranks) -> None:
+def do_runs(c: Config, r: Recycling, task: Task, teaching: Teaching | None, plan: list[Run], bases: dict[str, Base], sources: Sources,
+            out: Path, ranks: Ranks) -> None:
     """Every run but those that are finished. Of a --sweep, ranks share the runs of a group, and rank 0 scores the best of each mode on
     test. Prints the table."""
     rows = [row for one in plan for row in one.rows()]
@@ -236,7 +247,7 @@ def do_runs(c: Config, r: Recycling, task: Task, plan: list[Run], bases: dict[st
     def done(group: list[Run]) -> Iterator[str]:
         """Do and save runs; yields what the bar says of each."""
         for seed in {one.seed for one in group} - samples.keys():
-            samples[seed] = sample(c, start, task, seed)
+            samples[seed] = sample(c, start, task, seed, teaching)
         for one, result, delta, curve, more in run_group(samples, group, bases, sources):
             save_run(out, one, task, result, delta, curve, origin[one.name], more)
             yield f"{one.mode}: dev {score_text(score(result.dev))}"
@@ -251,12 +262,13 @@ def do_runs(c: Config, r: Recycling, task: Task, plan: list[Run], bases: dict[st
     ranks.from_main(lambda: finish(c, r, rows, out))
 
 
-def sample(c: Config, r: Recycling, task: Task, seed: int) -> Recycling:
+def sample(c: Config, r: Recycling, task: Task, seed: int, teaching: Teaching | None) -> Recycling:
     """With --shots, on the few examples that `seed` draws, which the teacher has not seen yet."""
     if not c.shots:
         return r
-    data = encode_task(few_shot(task, c.shots, seed), r.base.tokenizer, c.seq_len)
-    return replace(r, data=replace(data, test=r.data.test), teacher=None)
+    data = encode_task(few := few_shot(task, c.shots, seed), r.base.tokenizer, c.seq_len)
+    r = replace(r, data=replace(data, test=r.data.test), teacher=None)
+    return teaching.fill(r, few) if teaching else r
 
 
 def run_group(samples: dict[int, Recycling], group: list[Run], bases: dict[str, Base], sources: Sources) -> Iterator[Done]:

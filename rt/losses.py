@@ -37,6 +37,7 @@ class DistillConfig:
     gamma: NonNegative = 0.0  # weight of the divergence between attention maps; the teacher then runs at every step
     att_layers: Literal["last", "all"] = "last"  # layers whose maps are compared: last or all
     itp: NonNegativeInt = 0  # interpolation distillation: KD and patience also at so many random points between teacher and student
+    project_patience: bool = False  # patience through a learned linear map a layer, for a teacher of another width or depth
     public_code: bool = False  # KD divided by the number of labels, patience halved, as in the paper's code
 
 
@@ -51,7 +52,7 @@ def task_loss(logits: Tensor, labels: Tensor, is_regression: bool) -> Tensor:
 class TeacherCache:
     """Outputs of a frozen teacher without dropout on every training example: computed once, looked up by `batch.index`."""
     logits: Tensor  # (n, C) fp32
-    states: Tensor  # (n, num_layers, d) fp32, the <s> rows that patience compares
+    states: Tensor | None  # (n, num_layers, d) fp32, the <s> rows that patience compares; None: of a black box
 
 
 @torch.no_grad()
@@ -138,8 +139,11 @@ class Loss:
 
 
 def patience(loss: Loss, logits: Tensor, activations: Activations, batch: Batch) -> Tensor:
-    """A term: (B,), or a scalar, the mean over the batch."""
-    return hidden_mse(activations.states, loss.teacher.states, batch.index) * (0.5 if loss.config.public_code else 1.0)
+    """A term: (B,), or a scalar, the mean over the batch. Of a teacher of another depth, layer i is compared with layer i L_old // L."""
+    states, teacher, index = activations.states, loss.teacher.states, batch.index
+    if (L := states.shape[1]) != (L_old := teacher.shape[1]):
+        teacher, index = torch.stack([teacher[index, i * L_old // L] for i in range(L)], dim=1), None
+    return hidden_mse(states, teacher, index) * (0.5 if loss.config.public_code else 1.0)
 
 
 def attention(loss: Loss, logits: Tensor, activations: Activations, batch: Batch) -> Tensor:

@@ -36,7 +36,8 @@ from rt.tune import TuneResult, score
 # flags that do not change what a run computes, or that its row holds beside its settings
 NOT_SETTINGS = {"mode", "seeds", "lr", "out", "cache", "device", "resume", "save_deltas", "sweep", "side_by_side", "graphs",
                 "deterministic", "tensorboard", "workers", "threads"}
-USED_BY = {"distill": (*NEEDS_TEACHER, "project"), "project": ("project",)}     # parts of a Config: the modes that read them
+# parts of a Config: the modes that read them
+USED_BY = {"distill": (*NEEDS_TEACHER, "project"), "project": ("project",), "teaching": NEEDS_TEACHER}
 
 
 # --- equal names for equal runs ----------------------------------------------------------------------------------------
@@ -55,7 +56,8 @@ class Run:
         """The flags that the run depends on, beside its seed and learning rate. Those of a direct run are as of a call with this --base
         and no --chain, so that it is the same run."""
         values = record(self.c if self.route == "chain" else replace(self.c, chain=()))
-        off = {name for name in ("chain", "early_stop", "gamma", "itp") if not values[name]}
+        off = {name for name in ("chain", "early_stop", "gamma", "itp", "project_patience") if not values[name]}
+        off |= {flag.name for flag in flags_of(type(self.c)) if flag.path[0] == "teaching" and values[flag.name] == flag.default}
         if not values["gamma"]:
             off.add("att_layers")
         return {k: v for k, v in values.items() if k not in NOT_SETTINGS | unread(type(self.c), self.mode) | off}

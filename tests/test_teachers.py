@@ -1,0 +1,192 @@
+"""Any teacher: of another tokenizer and size, known by its predictions alone, on texts without labels. Known answers, exact equality."""
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import here, random_base, write_task
+
+from rt.data import encode, encode_task
+from rt.deltas import apply, attach, extract
+from rt.errors import InputError
+from rt.formats.checkpoint import save_base
+from rt.formats.delta_files import save_delta
+from rt.formats.files import read_json
+from rt.formats.tasks import load_task
+from rt.formats.tokenizer import train_tokenizer
+from rt.kinds import DeltaConfig
+from rt.losses import DistillConfig, Loss, TeacherCache, patience, trained_weights
+from rt.model import PRESETS, Activations, EncoderConfig, MaskedLM, new_masked_lm
+from rt.recycling import Recycling, chain, check, new_delta, recycle, start, teacher_of
+from rt.runs.teaching import TeacherConfig, Teaching
+from rt.speed.multi_run import recycle_together
+from rt.tune import TuneSettings, predict
+
+CPU = dict(device=torch.device("cpu"), precision=torch.float32)
+FAST = ("--device", "cpu", "--precision", "fp32", "--seq_len", "16", "--steps", "4", "--eval_every", "2", "--batch_size", "4")
+WORDS = "graph node edge tree path cycle weight directed simple empty dense sparse".split()
+ROWS = [{"text": f"the {WORDS[i % 12]} of a {WORDS[i * 5 % 11]} {WORDS[i * 7 % 9]} {i}",
+         "label": ("no", "yes", "so")[i * i % 3 if i % 5 else 2]} for i in range(30)]
+
+
+def tuned(base, labels=("no", "yes", "so"), seed=4):
+    """A delta of `base` whose logits are far from each other."""
+    model = attach(base, DeltaConfig("adapter"), len(labels), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.3 * torch.randn(p.shape, generator=generator))
+    return extract(model, base, DeltaConfig("adapter"), {"task": "t", "labels": list(labels)})
+
+
+def other_base():
+    """Another tokenizer, three layers for two, a width of 48 for 64."""
+    tokenizer = train_tokenizer([row["text"] for row in ROWS] * 3, 300)
+    sizes = PRESETS["tiny"] | dict(hidden_size=48, num_layers=3, max_len=40)
+    base = random_base(tokenizer)
+    encoder = new_masked_lm(EncoderConfig(tokenizer.vocab_size, pad_id=tokenizer.pad_id, **sizes), 3)
+    with torch.no_grad():
+        for p in encoder.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    return replace(base, encoder=encoder.encoder, head=encoder.head)
+
+
+def written(folder: Path, base) -> str:
+    return save_base(folder, MaskedLM(base.encoder, base.head), base.tokenizer, {"name": folder.name, "parent": None})
+
+
+@pytest.fixture(scope="module")
+def home(tokenizer, tmp_path_factory) -> Path:
+    """M1, an old base of M1's tokenizer and size with its delta, another of another with its own, a task, and texts."""
+    home = tmp_path_factory.mktemp("teachers")
+    for name, base in (("M0", random_base(tokenizer, 0)), ("other", other_base()), ("M1", random_base(tokenizer, 1))):
+        base.fingerprint = written(home / name, base)
+        if name != "M1":
+            save_delta(home / f"{name}-delta", tuned(base))
+    write_task(home / "task", {"train": ROWS, "dev": ROWS[:12], "test": ROWS[12:]})
+    return home
+
+
+@pytest.fixture
+def taught(tokenizer, home) -> Recycling:
+    """M1 taught by the other base, on the whole task."""
+    old, new, task = other_base(), random_base(tokenizer, 1), load_task(home / "task")
+    r = Recycling(old, tuned(old, task.labels), new, encode_task(task, tokenizer, 16), DeltaConfig("adapter"),
+                  TuneSettings(6, 8, 1e-2, 3, 0), DistillConfig(beta=0.0), **CPU)
+    return Teaching(TeacherConfig(), 16).fill(r, task)
+
+
+def recycled(home: Path, out: Path, *more, old: str = "other", code: int = 0) -> str:
+    given = ("--old_base", home / old, "--old_delta", home / f"{old}-delta") if old else ()
+    return here("recycle.py", *given, "--base", home / "M1", "--task", home / "task", "--delta", "adapter", "--out", out, *FAST, *more,
+                code=code)
+
+
+def rows_of(out: Path) -> list[dict]:
+    """The rows of a call, without what its clock, paths and teacher's kind say."""
+    kept = ("mode", "seed", "lr", "dev", "test", "curve", "best_step")
+    return sorted(({k: row[k] for k in kept} for row in read_json(out / "summary.json")["rows"]), key=json.dumps)
+
+
+# --- another tokenizer, size, family ----------------------------------------------------------------------------------
+
+def test_a_teacher_reads_each_text_with_its_own_tokenizer(taught, home):
+    examples = load_task(home / "task").parts["train"]
+    own = encode(examples, taught.data.labels, taught.old_base.tokenizer, 16).sequences
+    assert own != taught.data.train.sequences
+    cache = teacher_of(taught)
+    torch.testing.assert_close(cache.logits, predict(apply(taught.old_base, taught.old_delta), own, **CPU), atol=1e-5, rtol=1e-5)
+    assert cache.states.shape == (30, 3, 48)
+    longer = Teaching(TeacherConfig(old_seq_len=9), 16).fill(taught, load_task(home / "task"))
+    assert max(map(len, longer.old_train.sequences)) == 9 and longer.old_train.truncated == 30
+    _, result = recycle(taught, "distill")
+    assert [step for step, _ in result.curve] == [0, 3, 6]
+
+
+def test_one_vocabulary_and_length_are_encoded_once(taught, home):
+    task = load_task(home / "task")
+    same = replace(taught, old_base=taught.base, old_train=None)
+    assert Teaching(TeacherConfig(), 16).fill(same, task) is same and Teaching(TeacherConfig(12), 16).fill(same, task).old_train
+
+
+def test_what_another_teacher_cannot_give_is_refused_with_what_it_can(taught):
+    for distill, message in ((DistillConfig(beta=0.0, gamma=1.0), "leave both 0"), (DistillConfig(beta=0.0, itp=1), "leave both 0"),
+                             (DistillConfig(), "use `beta` 0, or `project_patience`"),
+                             (DistillConfig(project_patience=True, itp=1), "two vocabularies")):
+        with pytest.raises(InputError, match=message):
+            check(replace(taught, distill=distill), "distill")
+    with pytest.raises(InputError, match="one vocabulary, or the texts as the teacher's tokenizer reads them"):
+        check(replace(taught, old_train=None), "distill")
+    for mode in ("init", "apply", "init+distill"):
+        with pytest.raises(InputError, match="puts the old delta on the new base, and .* `mode` distill needs only equal labels"):
+            check(taught, mode)
+    check(replace(taught, distill=DistillConfig(project_patience=True)), "distill")
+
+
+def test_patience_across_widths_is_the_formula_and_its_map_is_thrown_away(taught):
+    taught.distill = DistillConfig(alpha=0.5, beta=2.0, project_patience=True)
+    model, batch, cache = start(taught, "distill").eval(), taught.data.train.batch([3, 9, 4]), teacher_of(taught)
+    model(batch, activations := Activations())
+    maps, plain = model.patience_map, start(replace(taught, distill=DistillConfig(beta=0.0)), "distill").eval()
+    plain(batch, own := Activations())
+    assert maps.shape == (2, 48, 64) and plain.patience_map is None
+    expected = sum((h @ W.T - cache.states[batch.index, j]).square().mean(-1) for h, W, j in zip(own.rows, maps, (0, 1))) / 2
+    torch.testing.assert_close(patience(Loss(False, cache, taught.distill), None, activations, batch), expected)
+    Loss(False, cache, taught.distill)(model, batch).backward()
+    assert all(part.abs().max() > 0 for part in maps.grad) and "patience_map" in trained_weights(model)
+    assert start(taught, "scratch").patience_map is None
+    model, _ = recycle(taught, "distill")
+    delta = new_delta(taught, "distill", model)
+    assert {*delta.tensors()} == {*new_delta(taught, "scratch", start(taught, "scratch")).tensors()}
+    with torch.no_grad():
+        assert torch.equal(apply(taught.base, delta).eval()(batch), model.eval()(batch))
+
+
+def test_depths_are_matched_in_proportion(tokenizer, taught):
+    states, cache = torch.randn(2, 4, 8), TeacherCache(torch.zeros(5, 3), torch.randn(5, 6, 8))
+    batch = taught.data.train.batch([1, 2])
+    activations = Activations(rows=[*states.unbind(1)])
+    expected = (states - cache.states[batch.index][:, [0, 1, 3, 4]]).square().mean((1, 2))
+    torch.testing.assert_close(patience(Loss(False, cache, DistillConfig()), None, activations, batch), expected)
+
+
+def test_side_by_side_with_maps_is_alone(taught):
+    taught.distill = DistillConfig(project_patience=True, beta=3.0)
+    runs = [replace(taught, settings=replace(taught.settings, seed=seed), distill=replace(taught.distill, T=T), on_eval=[].append)
+            for seed, T in ((0, 1.0), (0, 5.0), (1, 5.0))]
+    curves = [[], [], []]
+    for r, curve in zip(runs, curves):
+        r.on_eval = curve.append
+    for k, (_, model, _) in enumerate(recycle_together(runs, "distill")):
+        alone: list[dict] = []
+        single, _ = recycle(replace(runs[k], on_eval=alone.append), "distill")
+        for ours, theirs in zip(curves[k][1:], alone[1:], strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert model.patience_map.shape == (2, 48, 64)
+
+
+def test_a_teacher_of_other_sizes_in_a_sweep_side_by_side(home, tmp_path):
+    out = recycled(home, tmp_path / "out", "--mode", "scratch,distill", "--beta", "0", "--shots", "4", "--sweep", "seed=0,1 T=1,5")
+    assert "distill" in out and len(rows_of(tmp_path / "out")) == 6
+
+
+def test_recycle_py_says_what_the_teacher_cut_and_what_it_has_no_positions_for(home, tmp_path, capsys):
+    more = ("--mode", "distill", "--seeds", "0", "--shots", "none", "--lr", "1e-2")
+    recycled(home, tmp_path / "out", *more, "--project_patience", "--old_seq_len", "9")
+    assert "30 of 30 texts are longer than --old_seq_len 9" in capsys.readouterr().err
+    error = recycled(home, tmp_path / "out", *more, "--old_seq_len", "41", code=2)
+    assert "--old_seq_len 41: the old base, which teaches, has positions for 40 tokens" in error
+    assert "use --beta 0, or --project_patience" in recycled(home, tmp_path / "out", *more, code=2)
+
+
+def test_a_chain_begins_with_any_old_base(taught, tokenizer):
+    bases = {"M1": taught.base, "M2": random_base(tokenizer, 2)}
+    links = {(link.base, link.route): link for link in chain(taught, "distill", bases)}
+    direct, _ = recycle(replace(taught, base=bases["M2"], teacher=None), "distill")
+    first = links["M1", "chain"].delta
+    again, _ = recycle(replace(taught, old_base=bases["M1"], old_delta=first, old_train=None, base=bases["M2"], teacher=None), "distill")
+    for route, model in (("direct", direct), ("chain", again)):
+        delta = new_delta(replace(taught, base=bases["M2"]), "distill", model)
+        assert all(torch.equal(v, links["M2", route].delta.tensors()[k]) for k, v in delta.tensors().items())
