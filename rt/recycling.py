@@ -27,8 +27,8 @@ from rt.tune import Hook, TuneResult, TuneSettings, ignore, plain_gradient, tune
 @dataclass
 class Recycling:
     """What every mode works on: Delta_i learned on M_i (`old_base`), wanted on M_{i+1} (`base`)."""
-    old_base: Base
-    old_delta: Delta
+    old_base: Base | None               # None, as the old delta, if a black box teaches: then `teacher` is given from the start
+    old_delta: Delta | None
     base: Base
     data: TaskData
     config: DeltaConfig                 # kind of the delta to be learned
@@ -42,6 +42,11 @@ class Recycling:
     teacher: TeacherCache | None = None     # its outputs on data.train, once a mode has needed them
     old_train: Encoded | None = None        # data.train as a teacher of another tokenizer reads it; None: it reads the student's ids
     projection: Projection | None = None    # for project, learned beforehand
+
+    @property
+    def has_black_box(self) -> bool:
+        """Whether the teacher is known by its answers alone."""
+        return self.teacher is not None and self.teacher.states is None
 
 
 def recycle(r: Recycling, mode: str) -> tuple[Classifier, TuneResult]:
@@ -172,8 +177,12 @@ def chain(r: Recycling, mode: str, bases: dict[str, Base]) -> Iterator[Link]:
 def check(r: Recycling, mode: str) -> None:
     """Raises InputError if `mode` cannot be done with this old delta, or with bases as different as these."""
     old, starts_from_old = r.old_delta, MODES[mode].start is start_from_old
-    check_fits(r.old_base, old, stale_ok=False)     # all modes assume that it was learned on the old base
-    if mode not in ("scratch", "init") and old.labels != r.data.labels:
+    is_told = mode in NEEDS_TEACHER and r.has_black_box     # what the old delta's labels are does not matter
+    if old is None and mode != "scratch" and (starts_from_old or not is_told):
+        raise InputError(f"{mode} needs an old delta and its base")
+    if old is not None:
+        check_fits(r.old_base, old, stale_ok=False)     # all modes assume that it was learned on the old base
+    if mode not in ("scratch", "init") and not is_told and old.labels != r.data.labels:
         labels = ", ".join(old.labels[:6]) or "those of a regression"
         raise InputError(f"{mode} needs an old delta with the task's labels; this one's are {labels}: use `mode` init")
     if starts_from_old and mode in TRAINED and old.config.used != r.config.used:
@@ -189,7 +198,13 @@ def check(r: Recycling, mode: str) -> None:
 
 def check_teacher(r: Recycling, mode: str) -> None:
     """Raises InputError if the teacher cannot give what a term of the loss compares."""
-    c, old, was, now = r.distill, r.old_delta, r.old_base.encoder.config, r.base.encoder.config
+    c, old = r.distill, r.old_delta
+    if r.has_black_box:
+        if c.beta or c.gamma or c.itp or c.project_patience:
+            raise InputError("a teacher that is known by its answers has no hidden states, attention maps and weights: use `beta` 0, and "
+                             "none of `gamma`, `itp` and `project_patience`")
+        return
+    was, now = r.old_base.encoder.config, r.base.encoder.config
     if r.old_base.tokenizer.vocabulary != r.base.tokenizer.vocabulary:
         if r.old_train is None:
             raise InputError(f"{mode} needs old and new base to have one vocabulary, or the texts as the teacher's tokenizer reads them")

@@ -1,4 +1,5 @@
 """Any teacher: of another tokenizer and size, known by its predictions alone, on texts without labels. Known answers, exact equality."""
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -7,12 +8,14 @@ import pytest
 import torch
 from conftest import here, random_base, write_task
 
-from rt.data import encode, encode_task
+from kernels import kd_loss
+from rt.data import Example, encode, encode_task
 from rt.deltas import apply, attach, extract
 from rt.errors import InputError
 from rt.formats.checkpoint import save_base
 from rt.formats.delta_files import save_delta
 from rt.formats.files import read_json
+from rt.formats.predictions import Predictions, text_hash
 from rt.formats.tasks import load_task
 from rt.formats.tokenizer import train_tokenizer
 from rt.kinds import DeltaConfig
@@ -69,13 +72,17 @@ def home(tokenizer, tmp_path_factory) -> Path:
     return home
 
 
+def teaching(task, shots=None, **config) -> Teaching:
+    return Teaching(TeacherConfig(**config), 16, task, shots, None)
+
+
 @pytest.fixture
 def taught(tokenizer, home) -> Recycling:
     """M1 taught by the other base, on the whole task."""
     old, new, task = other_base(), random_base(tokenizer, 1), load_task(home / "task")
-    r = Recycling(old, tuned(old, task.labels), new, encode_task(task, tokenizer, 16), DeltaConfig("adapter"),
+    r = Recycling(old, tuned(old).ordered(task.labels), new, encode_task(task, tokenizer, 16), DeltaConfig("adapter"),
                   TuneSettings(6, 8, 1e-2, 3, 0), DistillConfig(beta=0.0), **CPU)
-    return Teaching(TeacherConfig(), 16).fill(r, task)
+    return teaching(task).fill(r, 0)
 
 
 def recycled(home: Path, out: Path, *more, old: str = "other", code: int = 0) -> str:
@@ -99,7 +106,7 @@ def test_a_teacher_reads_each_text_with_its_own_tokenizer(taught, home):
     cache = teacher_of(taught)
     torch.testing.assert_close(cache.logits, predict(apply(taught.old_base, taught.old_delta), own, **CPU), atol=1e-5, rtol=1e-5)
     assert cache.states.shape == (30, 3, 48)
-    longer = Teaching(TeacherConfig(old_seq_len=9), 16).fill(taught, load_task(home / "task"))
+    longer = teaching(load_task(home / "task"), old_seq_len=9).fill(taught, 0)
     assert max(map(len, longer.old_train.sequences)) == 9 and longer.old_train.truncated == 30
     _, result = recycle(taught, "distill")
     assert [step for step, _ in result.curve] == [0, 3, 6]
@@ -108,7 +115,7 @@ def test_a_teacher_reads_each_text_with_its_own_tokenizer(taught, home):
 def test_one_vocabulary_and_length_are_encoded_once(taught, home):
     task = load_task(home / "task")
     same = replace(taught, old_base=taught.base, old_train=None)
-    assert Teaching(TeacherConfig(), 16).fill(same, task) is same and Teaching(TeacherConfig(12), 16).fill(same, task).old_train
+    assert teaching(task).fill(same, 0) is same and teaching(task, old_seq_len=12).fill(same, 0).old_train
 
 
 def test_what_another_teacher_cannot_give_is_refused_with_what_it_can(taught):
@@ -190,3 +197,92 @@ def test_a_chain_begins_with_any_old_base(taught, tokenizer):
     for route, model in (("direct", direct), ("chain", again)):
         delta = new_delta(replace(taught, base=bases["M2"]), "distill", model)
         assert all(torch.equal(v, links["M2", route].delta.tensors()[k]) for k, v in delta.tensors().items())
+
+
+# --- black box --------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def answers(home) -> Path:
+    """What predict writes of the other base's delta, for the training texts."""
+    here("-m", "rt.runs.predict", "--base", home / "other", "--delta_dir", home / "other-delta", "--input", home / "task" / "train.jsonl",
+         "--out", home / "answers.jsonl", "--seq_len", "16", *FAST[:4])
+    return home / "answers.jsonl"
+
+
+def lines(path: Path, rows) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_black_box_is_the_white_box(taught, answers):
+    """In KD to 1e-6, computed in double precision."""
+    train, task = taught.data.train, load_task(answers.parent / "task")
+    white, black = teacher_of(taught), Predictions(answers, task.labels).logits(task.parts["train"])
+    student = torch.randn(len(train), 3, generator=torch.Generator().manual_seed(0)).double()
+    for T in (1.0, 5.0, 20.0):
+        kd = [kd_loss(student, t.double(), alpha=1.0, T=T).mean().item() for t in (white.logits, black)]
+        assert kd[0] == pytest.approx(kd[1], abs=1e-6) and kd[0] > 0.001
+
+
+def test_recycle_py_with_the_black_box_is_recycle_py_with_the_white_one(home, answers, tmp_path):
+    same = ("--mode", "scratch,distill", "--beta", "0", "--shots", "4", "--seeds", "0,1", "--lr", "1e-2")
+    recycled(home, tmp_path / "white", *same)
+    said = recycled(home, tmp_path / "black", *same, "--teacher", answers, old="")
+    assert f"{answers} -> " in said and rows_of(tmp_path / "white") == rows_of(tmp_path / "black")
+    row = read_json(tmp_path / "black" / "summary.json")["rows"][0]
+    assert row["settings"]["old_base"] is None and row["origin"][0] == ""
+    recycled(home, tmp_path / "both", *same[2:], "--mode", "init+distill,distill", "--teacher", answers, old="M0")      # another's delta
+    assert [row for row in rows_of(tmp_path / "both") if row["mode"] == "distill"] == [
+        row for row in rows_of(tmp_path / "black") if row["mode"] == "distill"]
+    recycled(home, tmp_path / "sweep", *same[:-2], "--lr", "1e-2", "--sweep", "T=5", "--teacher", answers, old="")
+    side, alone = (rows_of(tmp_path / name) for name in ("sweep", "black"))
+    assert [row["curve"] for row in side] == [row["curve"] for row in alone]
+    assert "scratch" in recycled(home, tmp_path / "all", "--mode", "all", *same[2:], "--teacher", answers, old="")
+    assert {row["mode"] for row in rows_of(tmp_path / "all")} == {"scratch", "distill"}
+
+
+def test_forms_of_answers(tmp_path):
+    examples = [Example("a b", None, None, "t, line 1"), Example("c", "d", None, "t, line 2"), Example("e", None, None, "t, line 3")]
+    path = lines(tmp_path / "p.jsonl", [{"text": "e", "label": True}, {"hash": text_hash("c", "d"), "true": 0.25, "false": 0.75, "id": 7},
+                                        {"text": "a b", "text_pair": "", "label": "true", "probabilities": {"true": 1, "false": 0}}])
+    logits = Predictions(path, ("false", "true"), smoothing=0.2).logits(examples)
+    expected = torch.tensor([[1e-38, 1.0], [0.75, 0.25], [0.1, 0.9]], dtype=torch.float64).log().float()
+    assert torch.equal(logits, expected)
+    path = lines(tmp_path / "v.jsonl", [{"text": "e", "value": -2.5}])
+    assert Predictions(path, ()).logits(examples[2:]).tolist() == [[-2.5]]
+    assert text_hash("c", "d") == hashlib.sha256(b"c\nd").hexdigest()[:16]
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"text": "x", "probabilities": {"no": 0.5, "maybe": 0.5}}, "line 2: has probabilities of no, maybe, and the task's labels are no, y"),
+    ({"text": "x", "probabilities": {"no": 0.5, "yes": 0.7}}, "line 2: .* are no probabilities of no, yes"),
+    ({"text": "x", "no": "0.5", "yes": 0.5}, "line 2: .* are no probabilities"), ({"text": "x", "no": -0.5, "yes": 1.5}, "no probabil"),
+    ({"text": "x", "label": "maybe"}, "line 2: has neither probabilities of no, yes nor one of them as its label"),
+    ({"no": 0.5, "yes": 0.5}, "line 2: has no text, and no hash"), ({"text": 3, "no": 0.5, "yes": 0.5}, "line 2: has no text"),
+    ({"text": "first", "no": 0.4, "yes": 0.6}, "line 2: has another answer for the text of .*line 1"),
+    ({"text": "x", "no": 0.5, "yes": 0.5}, r"has no answer for 2 of 3 texts that are taught; the first is t, line 8: 'second'")])
+def test_answers_that_do_not_fit_are_named(row, message, tmp_path):
+    path = lines(tmp_path / "p.jsonl", [{"text": "first", "no": 0.2, "yes": 0.8}, row])
+    with pytest.raises(InputError, match=message):
+        Predictions(path, ("no", "yes")).logits([Example(text, None, None, f"t, line {i}") for i, text in
+                                                 ((7, "first"), (8, "second"), (9, "third"))])
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--mode", "init", "--teacher", "p.jsonl"), "is for modes with a teacher"),
+    (("--mode", "distill,init", "--teacher", "p.jsonl"), "modes other than scratch and distill need --old_delta"),
+    (("--mode", "distill", "--teacher", "p.jsonl", "--chain", "M1,M2"), "--teacher has no --chain"),
+    (("--mode", "distill", "--teacher", "p.jsonl", "--old_seq_len", "32"), "with --teacher none does"),
+    (("--mode", "distill", "--label_smoothing", ".1"), "--label_smoothing is for the hard labels of a --teacher")])
+def test_flags_that_make_no_sense_together(flags, message, home, tmp_path):
+    assert message in here("recycle.py", "--base", home / "M1", "--task", home / "task", "--out", tmp_path / "out", *flags, code=2)
+
+
+def test_a_black_box_has_no_hidden_states_and_must_answer_for_all_texts(home, answers, tmp_path):
+    call = ("--mode", "distill", "--delta", "adapter", "--seeds", "0", "--shots", "none", "--teacher")
+    assert "use --beta 0, and none of --gamma" in recycled(home, tmp_path / "out", *call, answers, old="", code=2)
+    some = lines(tmp_path / "some.jsonl", [json.loads(line) for line in answers.read_text().splitlines()[:9]])
+    error = recycled(home, tmp_path / "out", *call, some, "--beta", "0", old="", code=2)
+    assert "has no answer for 21 of 30 texts that are taught; the first is" in error and "train.jsonl, line 10" in error
+    assert "is no .jsonl file" in recycled(home, tmp_path / "out", *call, home / "M1", "--beta", "0", old="", code=2)
+    assert not (tmp_path / "out").exists()

@@ -82,15 +82,16 @@ def unread(config: type, mode: str) -> set[str]:
     return {flag.name for flag in flags_of(config) if mode not in USED_BY.get(flag.path[0], (mode,))}
 
 
-def origin_of(r: Recycling, sources: Iterable[tuple[Delta, TaskData]] = ()) -> list[str]:
-    """Hashes of what settings name by path: old base, new base, old delta (with source deltas and tasks), task."""
-    digest = hashlib.sha256()
-    for delta, data in ((r.old_delta, None), *sources):
+def origin_of(r: Recycling, sources: Iterable[tuple[Delta, TaskData]] = (), content: str = "") -> list[str]:
+    """Hashes of what settings name by path: old base, new base, old delta (with source deltas and tasks, and the `content` of what else
+    teaches), task."""
+    digest = hashlib.sha256(content.encode())
+    for delta, data in (*([(r.old_delta, None)] if r.old_delta else []), *sources):
         for part in (delta.diffs, delta.modules, delta.head):
             for name, tensor in sorted(part.items()):
                 digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
         digest.update(data.hash.encode() if data else b"")
-    return [r.old_base.fingerprint, r.base.fingerprint, digest.hexdigest()[:16], r.data.hash]
+    return [r.old_base.fingerprint if r.old_base else "", r.base.fingerprint, digest.hexdigest()[:16], r.data.hash]
 
 
 # --- a run -------------------------------------------------------------------------------------------------------------
