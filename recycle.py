@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Callable, Iterator, Literal
 
-from data.sources import open_task
+from data.sources import open_task, open_texts
 from rt.data import Task, TaskData, encode_task, few_shot
 from rt.deltas import Base, Delta, apply
 from rt.errors import InputError
@@ -135,14 +135,17 @@ def main() -> None:
     r = Recycling(old_base, old_delta, base, encode_task(task, base.tokenizer, c.seq_len), c.delta, tune_settings(c, 0, 0.0), c.distill,
                   ranks.device, pick_precision(c.precision, ranks.device), make_gradient=graphed_gradient if c.graphs else plain_gradient)
     plan, out = planned(c, modes), Path(c.out or default_out(c, task))
-    teaching = open_teaching(c, modes, task, r, (one.seed for one in plan))
+    place = c.teaching.unlabelled
+    texts = ranks.main_first(lambda: open_texts(place, c.cache)) if place not in (None, "rest") else []
+    teaching = open_teaching(c, modes, task, texts, r, (one.seed for one in plan))
     r = r if c.shots or not teaching else teaching.fill(r, 0)
     first = sample(c, r, task, plan[0].seed, teaching)
     if ranks.is_main:
         note_changed_task(old_delta.info if old_delta else {}, task)
         note_truncated(*r.data.truncated(), c.seq_len, sys.stderr)
-        if first.old_train:
-            note_truncated(first.old_train.truncated, len(first.old_train), teaching.old_seq_len, sys.stderr, "--old_seq_len")
+        for part, length, flag in ((first.unlabelled, c.seq_len, "--seq_len"), (first.old_train, c.teaching.old_seq_len, "--old_seq_len")):
+            if part:
+                note_truncated(part.truncated, len(part), length or c.seq_len, sys.stderr, flag)
     check_all(c, first, plan, bases, sources)
     with locked(out, ranks.from_main):
         do_runs(c, r, task, teaching, plan, bases, sources, out, ranks)
@@ -190,7 +193,7 @@ def check_all(c: Config, r: Recycling, plan: list[Run], bases: dict[str, Base], 
     for base in bases.values():
         base.require_length(c.seq_len)
         for one in plan:
-            check(replace(r, base=base, distill=one.c.distill), one.mode)
+            check(with_settings(replace(r, base=base), one), one.mode)
     if sources:
         check_sources(r.old_base, r.base, sources, r.old_delta)
 
@@ -227,6 +230,10 @@ def default_out(c: Config, task: Task) -> str:
     first, *rest = c.chain or (c.base,)
     lineage = "-".join([*Path(first).parts[-2:], *(Path(name).name for name in rest)])
     return f"runs/recycle/{lineage}-{task.name}-{c.delta.kind}" + (f"-k{c.shots}" if c.shots else "") + ("-sweep" if c.sweep else "")
+
+
+def with_settings(r: Recycling, one: Run) -> Recycling:
+    return replace(r, settings=tune_settings(one.c, one.seed, one.lr), distill=one.c.distill, share=one.c.teaching.unlabelled_share)
 
 
 def tune_settings(c: Config, seed: int, lr: float | None) -> TuneSettings:
@@ -289,7 +296,7 @@ def run_group(samples: dict[int, Recycling], group: list[Run], bases: dict[str, 
         if one.mode in NEEDS_TEACHER:
             teacher_of(samples[one.seed])       # once for all runs on this sample
         curve: list[dict] = []
-        r = replace(samples[one.seed], settings=tune_settings(one.c, one.seed, one.lr), distill=one.c.distill, on_eval=curve.append)
+        r = replace(with_settings(samples[one.seed], one), on_eval=curve.append)
         runs[id(r)] = r, one, curve
     for r, model, result in recycle_together([r for r, _, _ in runs.values()], first.mode, first.c.side_by_side, first.c.graphs):
         _, one, curve = runs[id(r)]
@@ -305,7 +312,8 @@ def run_alone(r: Recycling, one: Run, bases: dict[str, Base], sources: Sources) 
             curves[row.get("base"), row.get("route")].append({**part, **row})
             bar.on_eval(row)
 
-        r.settings, r.distill, r.on_step, r.on_eval = tune_settings(c, one.seed, one.lr), c.distill, bar.on_step, on_eval
+        r.settings, r.distill, r.share = tune_settings(c, one.seed, one.lr), c.distill, c.teaching.unlabelled_share
+        r.on_step, r.on_eval = bar.on_step, on_eval
         if c.chain:
             for link in chain(r, one.mode, bases):
                 place = {"base": link.base, "route": link.route}

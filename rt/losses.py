@@ -42,9 +42,10 @@ class DistillConfig:
 
 
 def task_loss(logits: Tensor, labels: Tensor, is_regression: bool) -> Tensor:
-    """(B,): CE of (B, C) logits and (B,) classes, or the squared error of (B, 1) and (B,) floats."""
+    """(B,): CE of (B, C) logits and (B,) classes, or the squared error of (B, 1) and (B,) floats; 0 without a label (-100, NaN)."""
     if is_regression:
-        return (logits.float().squeeze(-1) - labels).square()
+        logits = logits.float().squeeze(-1)
+        return (logits - torch.where(labels.isnan(), logits.detach(), labels)).square()
     return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
@@ -79,6 +80,7 @@ class Loss:
     config: DistillConfig | None = None             # with a teacher: the scripts own the defaults
     attention_teacher: Classifier | None = None     # for gamma the teacher itself: its queries and keys are too large to cache
     teacher_weights: Weights | None = None          # for itp weights_of(teacher), of the student's names and sizes
+    has_unlabelled: bool = False                    # rows without a label, which have no task term
 
     def __post_init__(self):
         c = self.config
@@ -110,7 +112,7 @@ class Loss:
     def rows(self, logits: Tensor, activations: Activations, batch: Batch, labels: Tensor | None = None) -> Tensor:
         """(B,): alpha KD + beta patience, and with `labels` (1 - alpha) task too."""
         c, t = self.config, self.teacher.logits[batch.index]
-        if self.is_regression or c.public_code:
+        if self.is_regression or c.public_code or self.has_unlabelled:      # kd_loss leaves rows without a label out
             task = 0.0 if labels is None else (1 - c.alpha) * task_loss(logits, labels, self.is_regression)
             rows = task + c.alpha * self.kd(logits, t, c.T)
         else:

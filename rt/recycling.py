@@ -42,6 +42,9 @@ class Recycling:
     teacher: TeacherCache | None = None     # its outputs on data.train, once a mode has needed them
     old_train: Encoded | None = None        # data.train as a teacher of another tokenizer reads it; None: it reads the student's ids
     projection: Projection | None = None    # for project, learned beforehand
+    unlabelled: Encoded | None = None       # texts for the modes with a teacher, which fill the `share` of each batch; after data.train in
+    share: float = 0.5                      # `teacher` and `old_train`
+    hard: bool = False                      # the teacher's most likely labels are their labels, and the loss is the task's alone
 
     @property
     def has_black_box(self) -> bool:
@@ -55,8 +58,8 @@ def recycle(r: Recycling, mode: str) -> tuple[Classifier, TuneResult]:
     started = time.perf_counter()
     model, loss = start(r, mode), MODES[mode].loss
     settings = r.settings if loss else replace(r.settings, steps=0)     # nothing is trained: dev and test are scored
-    result = tune(model, r.data, (loss or plain_loss)(r), settings, device=r.device, precision=r.precision, on_step=r.on_step,
-                  on_eval=r.on_eval, make_gradient=r.make_gradient)
+    result = tune(model, training_data(r, mode), (loss or plain_loss)(r), settings, device=r.device, precision=r.precision,
+                  on_step=r.on_step, on_eval=r.on_eval, make_gradient=r.make_gradient)
     result.seconds = time.perf_counter() - started
     return model, result
 
@@ -65,7 +68,7 @@ def start(r: Recycling, mode: str) -> Classifier:
     """The model that `mode` begins with; with `project_patience` its hidden states go through maps to the teacher's width (FitNets: Romero
     et al., 2015), which are trained with it and are no part of its delta."""
     model = MODES[mode].start(r)
-    if mode in NEEDS_TEACHER and r.distill.project_patience:
+    if mode in NEEDS_TEACHER and r.distill.project_patience and not r.hard:
         d_old, d = r.old_base.encoder.config.hidden_size, r.base.encoder.config.hidden_size
         maps = torch.randn(r.base.encoder.config.num_layers, d_old, d, generator=torch.Generator().manual_seed(r.settings.seed)) / d**0.5
         model.patience_map = nn.Parameter(maps.to(model.head.out.weight.device))
@@ -100,8 +103,24 @@ def teacher_model(r: Recycling) -> Classifier:
 def teacher_of(r: Recycling) -> TeacherCache:
     """The teacher's outputs on every training example, computed once."""
     if r.teacher is None:
-        r.teacher = run_teacher(teacher_model(r), r.old_train or r.data.train, r.device, r.precision)
+        r.teacher = run_teacher(teacher_model(r), r.old_train or taught(r), r.device, r.precision)
     return r.teacher
+
+
+def taught(r: Recycling) -> Encoded:
+    """What a teacher teaches: the training examples, and the texts without labels."""
+    return r.data.train if r.unlabelled is None else r.data.train.beside(r.unlabelled, r.share)
+
+
+def training_data(r: Recycling, mode: str) -> TaskData:
+    """What `mode` trains on: with a teacher, the texts without labels too."""
+    if mode not in NEEDS_TEACHER or r.unlabelled is None:
+        return r.data
+    train, n = taught(r), len(r.data.train)
+    if r.hard:
+        logits = teacher_of(r).logits[n:].cpu()
+        train.targets[n:] = logits.argmax(-1) if r.data.labels else logits.squeeze(-1)
+    return replace(r.data, train=train)
 
 
 def plain_loss(r: Recycling) -> Loss:
@@ -110,9 +129,11 @@ def plain_loss(r: Recycling) -> Loss:
 
 
 def distillation_loss(r: Recycling) -> Loss:
-    """The total, with old base + old delta as the teacher."""
+    """The total, with old base + old delta or a black box as the teacher; of pseudo-labels the task's alone."""
+    if r.hard:
+        return plain_loss(r)
     return Loss(not r.data.labels, teacher_of(r), r.distill, attention_teacher=teacher_model(r) if r.distill.gamma else None,
-                teacher_weights=weights_of(teacher_model(r)) if r.distill.itp else None)
+                teacher_weights=weights_of(teacher_model(r)) if r.distill.itp else None, has_unlabelled=r.unlabelled is not None)
 
 
 @dataclass(frozen=True)
@@ -198,7 +219,9 @@ def check(r: Recycling, mode: str) -> None:
 
 def check_teacher(r: Recycling, mode: str) -> None:
     """Raises InputError if the teacher cannot give what a term of the loss compares."""
-    c, old = r.distill, r.old_delta
+    c, old, B = DistillConfig(beta=0.0) if r.hard else r.distill, r.old_delta, r.settings.batch_size
+    if r.unlabelled is not None and not 0 < (free := round(r.share * B)) < B:
+        raise InputError(f"`unlabelled_share` {r.share} of `batch_size` {B} is {free} rows, and a batch needs labelled and unlabelled ones")
     if r.has_black_box:
         if c.beta or c.gamma or c.itp or c.project_patience:
             raise InputError("a teacher that is known by its answers has no hidden states, attention maps and weights: use `beta` 0, and "

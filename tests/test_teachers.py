@@ -8,8 +8,9 @@ import pytest
 import torch
 from conftest import here, random_base, write_task
 
+from data.sources import open_texts
 from kernels import kd_loss
-from rt.data import Example, encode, encode_task
+from rt.data import Example, encode, encode_task, endless_indices
 from rt.deltas import apply, attach, extract
 from rt.errors import InputError
 from rt.formats.checkpoint import save_base
@@ -19,12 +20,12 @@ from rt.formats.predictions import Predictions, text_hash
 from rt.formats.tasks import load_task
 from rt.formats.tokenizer import train_tokenizer
 from rt.kinds import DeltaConfig
-from rt.losses import DistillConfig, Loss, TeacherCache, patience, trained_weights
+from rt.losses import DistillConfig, Loss, TeacherCache, patience, task_loss, trained_weights
 from rt.model import PRESETS, Activations, EncoderConfig, MaskedLM, new_masked_lm
-from rt.recycling import Recycling, chain, check, new_delta, recycle, start, teacher_of
+from rt.recycling import Recycling, chain, check, distillation_loss, new_delta, recycle, start, teacher_of, training_data
 from rt.runs.teaching import TeacherConfig, Teaching
 from rt.speed.multi_run import recycle_together
-from rt.tune import TuneSettings, predict
+from rt.tune import TuneSettings, predict, training_batch
 
 CPU = dict(device=torch.device("cpu"), precision=torch.float32)
 FAST = ("--device", "cpu", "--precision", "fp32", "--seq_len", "16", "--steps", "4", "--eval_every", "2", "--batch_size", "4")
@@ -73,7 +74,7 @@ def home(tokenizer, tmp_path_factory) -> Path:
 
 
 def teaching(task, shots=None, **config) -> Teaching:
-    return Teaching(TeacherConfig(**config), 16, task, shots, None)
+    return Teaching(TeacherConfig(**config), 16, task, shots, None, [])
 
 
 @pytest.fixture
@@ -273,7 +274,10 @@ def test_answers_that_do_not_fit_are_named(row, message, tmp_path):
     (("--mode", "distill,init", "--teacher", "p.jsonl"), "modes other than scratch and distill need --old_delta"),
     (("--mode", "distill", "--teacher", "p.jsonl", "--chain", "M1,M2"), "--teacher has no --chain"),
     (("--mode", "distill", "--teacher", "p.jsonl", "--old_seq_len", "32"), "with --teacher none does"),
-    (("--mode", "distill", "--label_smoothing", ".1"), "--label_smoothing is for the hard labels of a --teacher")])
+    (("--mode", "distill", "--label_smoothing", ".1"), "--label_smoothing is for the hard labels of a --teacher"),
+    (("--mode", "scratch", "--unlabelled", "rest"), "--unlabelled rest: is for modes with a teacher"),
+    (("--mode", "distill", "--unlabelled", "rest", "--shots", "none"), "is what --shots leaves over, and none are set"),
+    (("--mode", "distill", "--pseudo_labels", "hard"), "are for the texts of --unlabelled: name some")])
 def test_flags_that_make_no_sense_together(flags, message, home, tmp_path):
     assert message in here("recycle.py", "--base", home / "M1", "--task", home / "task", "--out", tmp_path / "out", *flags, code=2)
 
@@ -286,3 +290,135 @@ def test_a_black_box_has_no_hidden_states_and_must_answer_for_all_texts(home, an
     assert "has no answer for 21 of 30 texts that are taught; the first is" in error and "train.jsonl, line 10" in error
     assert "is no .jsonl file" in recycled(home, tmp_path / "out", *call, home / "M1", "--beta", "0", old="", code=2)
     assert not (tmp_path / "out").exists()
+
+
+# --- texts without labels ---------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def mixed(taught, home) -> Recycling:
+    """Two labelled examples a label, and the rest of the task as texts; the teacher is the other base."""
+    task = load_task(home / "task")
+    few = teaching(task, 2, unlabelled="rest")
+    r = replace(taught, data=replace(taught.data, train=encode(few.sample(5).parts["train"], task.labels, taught.base.tokenizer, 16)))
+    return few.fill(replace(r, share=0.25), 5)
+
+
+def test_what_few_shot_leaves_over_are_the_texts(home):
+    task = load_task(home / "task")
+    few = teaching(task, 2, unlabelled="rest")
+    drawn, rest = few.sample(5).parts["train"], few.unlabelled(5)
+    assert len(drawn) == 6 and len(rest) == 24 and {e.label for e in rest} == {None}
+    assert sorted(e.text for e in drawn + rest) == sorted(row["text"] for row in ROWS)
+    some = teaching(task, 2, unlabelled="rest", unlabelled_texts=7)
+    assert len({e.text for e in some.unlabelled(5)} & {e.text for e in rest}) == 7 and some.unlabelled(5) != some.unlabelled(6)
+    with pytest.raises(InputError, match="--unlabelled rest: has no text; --shots 99 may have taken all"):
+        teaching(task, 99, unlabelled="rest").unlabelled(0)
+
+
+def test_every_batch_has_its_share_and_every_text_its_turn(mixed):
+    data, indices = training_data(mixed, "distill").train, []
+    assert len(data) == 30 and data.unlabelled == 24 and (data.targets[6:] == -100).all() and (data.targets[:6] >= 0).all()
+    for step in range(48):
+        batch = training_batch(data, mixed.settings, step)
+        assert len(batch.index) == 8 and (batch.labels == -100).sum() == 2
+        indices.append(data.indices(8, step, 0))
+    own, others = ([i for batch in indices for i in batch if (i < 6) == labelled] for labelled in (True, False))
+    assert all(sorted(own[k:k + 6]) == [*range(6)] for k in range(0, 48 * 6, 6))
+    assert all(sorted(others[k:k + 24]) == [*range(6, 30)] for k in range(0, 96, 24)) and others[:24] != others[24:48]
+    assert endless_indices(3, 8, 1, [0, 2]) == (endless_indices(3, 24, 0, [0, 2]))[8:16]
+
+
+@pytest.mark.parametrize("public_code", [False, True])
+def test_a_row_without_a_label_has_no_task_term(mixed, public_code):
+    mixed.distill = DistillConfig(alpha=0.6, beta=0.0, T=3.0, public_code=public_code)
+    model, batch = start(mixed, "distill").eval(), training_batch(training_data(mixed, "distill").train, mixed.settings, 0)
+    s, t, labelled = model(batch), teacher_of(mixed).logits[batch.index], batch.labels >= 0
+    kd = 9 * (t / 3).softmax(-1).mul((t / 3).log_softmax(-1) - (s / 3).log_softmax(-1)).sum(-1) / (3 if public_code else 1)
+    task = torch.zeros(8).masked_scatter(labelled, -s.log_softmax(-1)[labelled].gather(1, batch.labels[labelled, None]).detach())
+    torch.testing.assert_close(distillation_loss(mixed)(model, batch), (0.4 * task + 0.6 * kd).mean())
+
+
+def test_of_a_regression_too():
+    logits = torch.tensor([[1.0], [2.0]], requires_grad=True)
+    rows = task_loss(logits, torch.tensor([3.0, float("nan")]), True)
+    rows.sum().backward()
+    assert rows.tolist() == [4.0, 0.0] and logits.grad.tolist() == [[-4.0], [0.0]]
+
+
+def test_hard_pseudo_labels_are_training_on_the_teachers_likeliest_labels(mixed):
+    answers = predict(apply(mixed.old_base, mixed.old_delta), mixed.old_train.sequences, **CPU).argmax(-1)
+    train = mixed.data.train.beside(mixed.unlabelled, 0.25)
+    train.targets[6:] = answers[6:]
+    expected, found = [], []
+    plain = replace(mixed, unlabelled=None, data=replace(mixed.data, train=train), on_eval=expected.append)
+    model, _ = recycle(plain, "scratch")
+    other, _ = recycle(replace(mixed, hard=True, distill=DistillConfig(gamma=1.0), on_eval=found.append), "distill")
+    assert found == expected and all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+    soft: list[dict] = []
+    recycle(replace(mixed, on_eval=soft.append), "distill")
+    assert soft[1:] != found[1:]
+
+
+def test_modes_without_a_teacher_do_not_read_the_texts(mixed):
+    curves = [[], []]
+    for curve, r in zip(curves, (mixed, replace(mixed, unlabelled=None))):
+        recycle(replace(r, on_eval=curve.append), "scratch")
+    assert curves[0] == curves[1] and mixed.teacher is None
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_side_by_side_with_texts_is_alone(mixed, hard):
+    curves = [[], [], []]
+    runs = [replace(mixed, hard=hard, settings=replace(mixed.settings, seed=seed), distill=DistillConfig(beta=0.0, T=T, alpha=0.5),
+                    on_eval=curve.append) for curve, seed, T in zip(curves, (0, 0, 1), (1.0, 5.0, 5.0))]
+    assert len([*recycle_together(runs, "distill")]) == 3
+    for r, curve in zip(runs, curves):
+        alone: list[dict] = []
+        recycle(replace(r, on_eval=alone.append), "distill")
+        assert [row["loss"] for row in curve[1:]] == pytest.approx([row["loss"] for row in alone[1:]], rel=1e-4)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.99])
+def test_a_share_of_no_row_or_all_is_refused(mixed, share):
+    with pytest.raises(InputError, match="and a batch needs labelled and unlabelled ones"):
+        check(replace(mixed, share=share), "distill")
+    check(replace(mixed, share=share), "scratch")
+
+
+def test_places_of_texts(home, tmp_path):
+    (tmp_path / "texts").mkdir()
+    for name, text in (("a.txt", "one\n\ntwo\n"), ("heldout.txt", "three\n")):
+        (tmp_path / "texts" / name).write_text(text)
+    assert [e.text for e in open_texts(str(tmp_path / "texts"), "cache")] == ["one", "two"]
+    assert [e.text for e in open_texts(str(tmp_path / "texts" / "a.txt"), "cache")] == ["one", "two"]
+    found = open_texts(str(home / "task"), "cache")     # train, neither dev nor test
+    assert [e.text for e in found] == [row["text"] for row in ROWS] and {e.label for e in found} == {None}
+    with pytest.raises(InputError, match="no such task; give a file of texts, a folder"):
+        open_texts(str(tmp_path / "none"), "cache")
+
+
+def test_recycle_py_on_texts_without_labels(home, answers, tmp_path):
+    same = ("--mode", "distill", "--beta", "0", "--shots", "2", "--lr", "1e-2", "--seeds", "0,1", "--unlabelled")
+    recycled(home, tmp_path / "white", *same, "rest")
+    recycled(home, tmp_path / "black", *same, "rest", "--teacher", answers, old="")
+    recycled(home, tmp_path / "sweep", *same, "rest", "--sweep", "unlabelled_share=.5,.75")
+    rows = rows_of(tmp_path / "white")
+    assert rows == rows_of(tmp_path / "black") and len(rows) == 2 and len(rows_of(tmp_path / "sweep")) == 4
+    assert all(row["curve"] in [other["curve"] for other in rows_of(tmp_path / "sweep")] for row in rows)
+    recycled(home, tmp_path / "hard", *same, home / "task" / "train.jsonl", "--pseudo_labels", "hard", "--unlabelled_texts", "9", old="M0")
+    (tmp_path / "more.txt").write_text("a text that nobody has answered\n")
+    error = recycled(home, tmp_path / "out", *same, tmp_path / "more.txt", "--teacher", answers, old="", code=2)
+    assert "has no answer for 1 of 7 texts that are taught; the first is" in error and "more.txt, line 1" in error
+    assert "is 0 rows" in recycled(home, tmp_path / "out", *same, "rest", "--unlabelled_share", ".05", code=2)
+    content = [read_json(tmp_path / name / "summary.json")["rows"][0]["origin"] for name in ("white", "hard")]
+    (tmp_path / "more.txt").write_text("two texts\nof another content\n")
+    recycled(home, tmp_path / "hard", *same, tmp_path / "more.txt", "--pseudo_labels", "hard", old="M0")
+    assert len({*map(tuple, content), *(tuple(row["origin"]) for row in read_json(tmp_path / "hard" / "summary.json")["rows"])}) == 3
+
+
+def test_a_chain_with_texts(home, tokenizer, tmp_path):
+    written(tmp_path / "M2", random_base(tokenizer, 2))
+    here("recycle.py", "--old_base", home / "M0", "--old_delta", home / "M0-delta", "--chain", f"{home / 'M1'},{tmp_path / 'M2'}", "--task",
+         home / "task", "--delta", "adapter", "--mode", "distill", "--shots", "2", "--seeds", "0", "--unlabelled", "rest", *FAST, "--out",
+         tmp_path / "out")
+    assert len(rows_of(tmp_path / "out")) == 4

@@ -20,7 +20,7 @@ from rt.errors import Diverged, InputError
 from rt.losses import AT_POINTS, TERMS, DistillConfig, Loss, Reweighted, TeacherCache, Weights, patience, task_loss, trained_weights
 from rt.model import Activations, Batch, Classifier
 from rt.optim import autocast, is_out_of_memory
-from rt.recycling import MODES, NEEDS_TEACHER, TRAINED, Recycling, check, start, teacher_of
+from rt.recycling import MODES, NEEDS_TEACHER, TRAINED, Recycling, check, start, teacher_of, training_data
 from rt.speed.graphs import CudaGraphs
 from rt.tune import Fit, Gradient, Hook, TuneResult, TuneSettings, evaluate, ignore, metrics, plain_gradient, training_batch, training_loop
 
@@ -304,10 +304,10 @@ def recycle_together(rs: list[Recycling], mode: str, limit: int = 0, graphs: boo
         raise ValueError("full deltas, runs with gamma or itp and modes without training are not done side by side")
     starts = {seed: start(r, mode) for seed, r in {r.settings.seed: r for r in rs}.items()}
     teachers = {data: teacher_of(r) for data, r in {id(r.data): r for r in rs}.items()} if mode in NEEDS_TEACHER else {}
-    runs = []
     for r in rs:
         r.teacher = teachers.get(id(r.data), r.teacher)     # one for each sample of examples
-        runs.append(SideRun(starts[r.settings.seed], r.data, r.settings, MODES[mode].loss(r)))
+    datas = {sample: training_data(r, mode) for sample, r in {id(r.data): r for r in rs}.items()}
+    runs = [SideRun(starts[r.settings.seed], datas[id(r.data)], r.settings, MODES[mode].loss(r)) for r in rs]
     where = {"device": rs[0].device, "precision": rs[0].precision}
     for r, run in zip(rs, tune_in_groups(runs, limit, **where, graphs=graphs, on_step=rs[0].on_step, on_eval=on_eval)):
         for row in run.rows:
