@@ -37,7 +37,7 @@ from rt.runs.log import StepBar, load_tensorboard, note_changed_task, note_trunc
 from rt.runs.results import Run, begin, open_best, origin_of, save_run, write_summary
 from rt.runs.summary import by_settings, chosen, report, report_chain, report_sweep
 from rt.runs.sweep import LISTS, expand, groups, swept
-from rt.runs.teaching import WITHOUT_OLD, TeacherConfig, Teaching, open_teaching, refusals
+from rt.runs.teaching import WITHOUT_OLD, TeacherConfig, Teaching, note_cut, open_teaching, refusals
 from rt.runs.workers import share_cores, spread, use_threads
 from rt.speed.device import make_deterministic, pick_precision
 from rt.speed.dist import Ranks, join
@@ -135,17 +135,14 @@ def main() -> None:
     r = Recycling(old_base, old_delta, base, encode_task(task, base.tokenizer, c.seq_len), c.delta, tune_settings(c, 0, 0.0), c.distill,
                   ranks.device, pick_precision(c.precision, ranks.device), make_gradient=graphed_gradient if c.graphs else plain_gradient)
     plan, out = planned(c, modes), Path(c.out or default_out(c, task))
-    place = c.teaching.unlabelled
-    texts = ranks.main_first(lambda: open_texts(place, c.cache)) if place not in (None, "rest") else []
-    teaching = open_teaching(c, modes, task, texts, r, (one.seed for one in plan))
+    texts, seeds = lambda place: ranks.main_first(lambda: open_texts(place, c.cache)), [one.seed for one in plan]
+    teaching = open_teaching(c, modes, task, texts, r, seeds)
     r = r if c.shots or not teaching else teaching.fill(r, 0)
     first = sample(c, r, task, plan[0].seed, teaching)
     if ranks.is_main:
         note_changed_task(old_delta.info if old_delta else {}, task)
         note_truncated(*r.data.truncated(), c.seq_len, sys.stderr)
-        for part, length, flag in ((first.unlabelled, c.seq_len, "--seq_len"), (first.old_train, c.teaching.old_seq_len, "--old_seq_len")):
-            if part:
-                note_truncated(part.truncated, len(part), length or c.seq_len, sys.stderr, flag)
+        note_cut(c, first)
     check_all(c, first, plan, bases, sources)
     with locked(out, ranks.from_main):
         do_runs(c, r, task, teaching, plan, bases, sources, out, ranks)
@@ -364,7 +361,7 @@ def tuned(c: Config, name: str, task: Task) -> str:
     folder = place_of_delta(c.old_base, task.name, c.delta.kind)
     if not (folder / "delta.json").exists():
         sizes = {size: value for size, value in vars(c.delta).items() if size not in ("kind", "target_modules")}
-        flags = dict(mode="tune", base=c.old_base, task=name, out=folder, seq_len=c.seq_len, delta=c.delta.kind,
+        flags = dict(mode="tune", base=c.old_base, task=name, out=folder, delta=c.delta.kind, seq_len=c.teaching.old_seq_len or c.seq_len,
                      target_modules=",".join(c.delta.target_modules), **sizes)
         build(c, (f"the old delta {folder} (under a minute for mini on 2 cores)", flags))
     return str(folder)

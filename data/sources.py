@@ -5,9 +5,8 @@ from pathlib import Path
 from data import docstrings
 from rt.data import Example, Task
 from rt.errors import InputError
-from rt.formats.corpora import corpus_files
+from rt.formats.corpora import training_files
 from rt.formats.hub import find_dataset
-from rt.formats.splits import home_of, listed, read_name
 from rt.formats.tasks import load_task, read_examples
 
 
@@ -25,9 +24,7 @@ def open_task(name: str, cache: Path) -> Task:
 def open_texts(name: str, cache: str) -> list[Example]:
     """Texts whose labels are not read: those of a file, of the training part of the task called `name`, or of a folder of text files."""
     path = Path(name) if Path(name).is_file() else _locate(name, cache, "task", "a file of texts, a folder of text files or of a task")
-    files = [path] if path.is_file() else [path / f for f in listed(path) if (named := read_name(f)) and named.split == "train"
-                                           and named.home == home_of(listed(path), name)] or corpus_files(path)["train"]
-    return [example for file in files for example in read_examples(file, labelled=False)]
+    return [example for file in training_files(path) for example in read_examples(file, labelled=False)]
 
 
 def _locate(name: str, cache: Path, kind: str, wanted: str) -> Path:

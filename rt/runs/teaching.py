@@ -2,9 +2,10 @@
 base's own tokenizer, and texts without labels."""
 import hashlib
 import json
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Iterable, Literal
+from typing import Any, Callable, Iterable, Literal
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from rt.formats.predictions import Predictions
 from rt.limits import PositiveInt, PositiveShare, SeqLen, ShareBelowOne
 from rt.losses import TeacherCache
 from rt.recycling import NEEDS_TEACHER, Recycling
+from rt.runs.log import note_truncated
 
 WITHOUT_OLD = ("scratch", "distill")    # modes that need neither old base nor old delta if a file teaches
 
@@ -99,12 +101,14 @@ class Teaching:
         return hashlib.sha256(b"\n".join(read)).hexdigest() if read else ""
 
 
-def open_teaching(c: Any, modes: list[str], task: Task, texts: list[Example], r: Recycling, seeds: Iterable[int]) -> Teaching | None:
-    """None if no mode has a teacher. InputError if the teacher cannot read the texts, or does not answer for all of them."""
+def open_teaching(c: Any, modes: list[str], task: Task, open_texts: Callable[[str], list[Example]], r: Recycling,
+                  seeds: list[int]) -> Teaching | None:
+    """None if no mode has a teacher; `open_texts` reads --unlabelled. InputError if the teacher cannot read the texts, or does not answer for all of them."""
     if not {*modes} & {*NEEDS_TEACHER}:
         return None
     t = c.teaching
     predictions = Predictions(Path(t.teacher), task.labels, t.label_smoothing) if t.teacher else None
+    texts = [] if t.unlabelled in (None, "rest") else open_texts(t.unlabelled)
     teaching = Teaching(t, c.seq_len, task, c.shots, predictions, texts)
     if predictions:
         for seed in dict.fromkeys(seeds) if c.shots else (0,):
@@ -112,3 +116,10 @@ def open_teaching(c: Any, modes: list[str], task: Task, texts: list[Example], r:
     elif teaching.old_seq_len > (most := r.old_base.encoder.config.max_len):
         raise InputError(f"--old_seq_len {teaching.old_seq_len}: the old base, which teaches, has positions for {most} tokens")
     return teaching
+
+
+def note_cut(c: Any, first: Recycling) -> None:
+    """Say on stderr how many texts were cut of those that a teacher alone reads, in the sample of the `first` run."""
+    for part, length, flag in ((first.unlabelled, c.seq_len, "--seq_len"), (first.old_train, c.teaching.old_seq_len, "--old_seq_len")):
+        if part:
+            note_truncated(part.truncated, len(part), length or c.seq_len, sys.stderr, flag)
