@@ -103,7 +103,8 @@ class Teaching:
 
 def open_teaching(c: Any, modes: list[str], task: Task, open_texts: Callable[[str], list[Example]], r: Recycling,
                   seeds: list[int]) -> Teaching | None:
-    """None if no mode has a teacher; `open_texts` reads --unlabelled. InputError if the teacher cannot read the texts, or does not answer for all of them."""
+    """None if no mode has a teacher; `open_texts` reads --unlabelled. InputError if the teacher cannot read the texts, or does not answer
+    for all of them."""
     if not {*modes} & {*NEEDS_TEACHER}:
         return None
     t = c.teaching
