@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import here, random_base, write_task
 
+import recycle as recycle_script
 from data.sources import open_texts
 from kernels import kd_loss
-from rt.data import Example, encode, encode_task, endless_indices
+from rt.data import Example, encode, encode_task, endless_indices, few_shot
 from rt.deltas import apply, attach, extract
 from rt.errors import InputError
 from rt.formats.checkpoint import save_base
@@ -23,6 +24,9 @@ from rt.kinds import DeltaConfig
 from rt.losses import DistillConfig, Loss, TeacherCache, patience, task_loss, trained_weights
 from rt.model import PRESETS, Activations, EncoderConfig, MaskedLM, new_masked_lm
 from rt.recycling import Recycling, chain, check, distillation_loss, new_delta, recycle, start, teacher_of, training_data
+from rt.runs.config import parse
+from rt.runs.predict import answers as answers_of
+from rt.runs.results import Run
 from rt.runs.teaching import TeacherConfig, Teaching
 from rt.speed.multi_run import recycle_together
 from rt.tune import TuneSettings, predict, training_batch
@@ -225,6 +229,18 @@ def test_a_black_box_is_the_white_box(taught, answers):
         assert kd[0] == pytest.approx(kd[1], abs=1e-6) and kd[0] > 0.001
 
 
+def test_what_predict_writes_of_a_sure_teacher_gives_its_logits_back(taught, tmp_path):
+    class Sure(torch.nn.Module):
+        def forward(self, batch):
+            return torch.tensor([[21.0, 0.0, -3.5], [-1.0, 30.0, 2.5]])[:len(batch.first)]
+
+    examples = [Example(text, None, None, "") for text in "ab"]
+    rows, _ = next(answers_of(Sure(), examples, ("x", "y", "z"), taught.base.tokenizer, 16, **CPU))
+    logits = Predictions(lines(tmp_path / "p.jsonl", rows), ("x", "y", "z")).logits(examples)
+    expected = torch.tensor([[21.0, 0.0, -3.5], [-1.0, 30.0, 2.5]])
+    torch.testing.assert_close(logits - logits.max(-1, True).values, expected - expected.max(-1, True).values, atol=1e-5, rtol=0)
+
+
 def test_recycle_py_with_the_black_box_is_recycle_py_with_the_white_one(home, answers, tmp_path):
     same = ("--mode", "scratch,distill", "--beta", "0", "--shots", "4", "--seeds", "0,1", "--lr", "1e-2")
     recycled(home, tmp_path / "white", *same)
@@ -288,6 +304,10 @@ def test_a_black_box_has_no_hidden_states_and_must_answer_for_all_texts(home, an
     some = lines(tmp_path / "some.jsonl", [json.loads(line) for line in answers.read_text().splitlines()[:9]])
     error = recycled(home, tmp_path / "out", *call, some, "--beta", "0", old="", code=2)
     assert "has no answer for 21 of 30 texts that are taught; the first is" in error and "train.jsonl, line 10" in error
+    two = [row for row in load_task(home / "task").parts["train"] if row in few_shot(load_task(home / "task"), 2, 0).parts["train"]]
+    path = lines(tmp_path / "two.jsonl", [{"text": e.text, "label": e.label} for e in two])
+    assert "texts that are taught" in recycled(home, tmp_path / "out", "--mode", "distill", "--beta", "0", "--shots", "2", "--seeds", "0,1",
+                                               "--teacher", path, old="", code=2)       # seed 1 draws others, and nothing is begun
     assert "is no .jsonl file" in recycled(home, tmp_path / "out", *call, home / "M1", "--beta", "0", old="", code=2)
     assert not (tmp_path / "out").exists()
 
@@ -422,3 +442,15 @@ def test_a_chain_with_texts(home, tokenizer, tmp_path):
          home / "task", "--delta", "adapter", "--mode", "distill", "--shots", "2", "--seeds", "0", "--unlabelled", "rest", *FAST, "--out",
          tmp_path / "out")
     assert len(rows_of(tmp_path / "out")) == 4
+
+
+def test_runs_that_use_none_of_this_keep_their_names():
+    def name(mode: str, *flags: str) -> str:
+        return Run(parse(recycle_script.Config, list(flags)), mode, 0, 1e-3).name
+
+    used = (("--teacher", "p.jsonl"), ("--old_seq_len", "9"), ("--unlabelled", "x"), ("--unlabelled_texts", "3"), ("--project_patience",),
+            ("--label_smoothing", ".1"), ("--pseudo_labels", "hard"), ("--unlabelled_share", ".2"))
+    assert len({name("distill", *flags) for flags in ((), *used)}) == 9
+    assert {name("scratch", *flags) for flags in used} == {name("scratch")}
+    settings = Run(recycle_script.Config(), "distill", 0, 1e-3).settings
+    assert not {flag[0].lstrip("-") for flag in used} & settings.keys()
