@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Callable, Iterator, Literal
 
-from data.sources import open_task
+from data.sources import open_task, open_texts
 from rt.data import Task, TaskData, encode_task, few_shot
 from rt.deltas import Base, Delta, apply
 from rt.errors import InputError
@@ -37,6 +37,7 @@ from rt.runs.log import StepBar, load_tensorboard, note_changed_task, note_trunc
 from rt.runs.results import Run, begin, open_best, origin_of, save_run, write_summary
 from rt.runs.summary import by_settings, chosen, report, report_chain, report_sweep
 from rt.runs.sweep import LISTS, expand, groups, swept
+from rt.runs.teaching import WITHOUT_OLD, TeacherConfig, Teaching, note_cut, open_teaching, refusals
 from rt.runs.workers import share_cores, spread, use_threads
 from rt.speed.device import make_deterministic, pick_precision
 from rt.speed.dist import Ranks, join
@@ -61,7 +62,7 @@ class ProjectConfig:
 class Config:
     """python recycle.py --mode scratch|apply|init|distill|init+distill|project|all [--flag value ...]"""
     mode: tuple[Literal[(*MODES, "all")], ...] = ("all",)  # one mode, several with commas, or all (project only with --source_task)
-    old_base: str = "runs/demo/M0"  # M_i: the base the old delta was learned on
+    old_base: str | None = "runs/demo/M0"  # M_i: the base the old delta was learned on
     old_delta: str | None = None  # the outdated delta, ours, Hugging Face's or PEFT's: folder or hub id; default: tuned if missing
     base: str = "runs/demo/M1"  # M_{i+1}: the upgraded base
     chain: tuple[str, ...] = ()  # instead of --base: the bases after --old_base, in order; deltas recycled again against Delta_0 each time
@@ -70,6 +71,7 @@ class Config:
     shots: PositiveInt | None = 16  # examples a label for train and for dev; none: all
     seeds: Seeds = (0, 1, 2)  # of the few-shot sample, fresh weights, data order and dropout
     distill: DistillConfig = DistillConfig()
+    teaching: TeacherConfig = TeacherConfig()
     steps: PositiveInt = 50  # optimizer steps
     batch_size: PositiveInt = 16  # sequences a step
     lr: tuple[Positive, ...] = ()  # peak learning rate; of several, each mode keeps the best on dev; default: that of the demo's mini bases
@@ -121,8 +123,8 @@ def main() -> None:
     ranks.assert_same({f"task {one.name}": one.hash for one in (task, *source_tasks)})
     c.old_delta, source_deltas = ranks.from_main(lambda: build_missing(c, task, source_tasks))
     c.project = replace(c.project, source_delta=source_deltas)
-    old_base = open_base(c.old_base).to(ranks.device)
-    old_delta = open_best(c.old_delta, old_base).ordered(task.labels)
+    old_base = open_base(c.old_base).to(ranks.device) if c.old_base else None
+    old_delta = open_best(c.old_delta, old_base).ordered(task.labels) if c.old_base else None
     if c.delta.kind == "same":
         c.delta = replace(c.delta, **old_delta.config.used)
     modes = announce(c, modes, task, old_delta)
@@ -132,18 +134,18 @@ def main() -> None:
                for folder, t in zip(source_deltas, source_tasks)]
     r = Recycling(old_base, old_delta, base, encode_task(task, base.tokenizer, c.seq_len), c.delta, tune_settings(c, 0, 0.0), c.distill,
                   ranks.device, pick_precision(c.precision, ranks.device), make_gradient=graphed_gradient if c.graphs else plain_gradient)
-    if ranks.is_main:
-        note_changed_task(old_delta.info, task)
-        note_truncated(*r.data.truncated(), c.seq_len, sys.stderr)
     plan, out = planned(c, modes), Path(c.out or default_out(c, task))
-    for each in bases.values():     # before anything is written
-        each.require_length(c.seq_len)
-        for one in plan:
-            check(replace(r, base=each, distill=one.c.distill), one.mode)
-    if sources:
-        check_sources(old_base, base, sources, old_delta)
+    texts, seeds = lambda place: ranks.main_first(lambda: open_texts(place, c.cache)), [one.seed for one in plan]
+    teaching = open_teaching(c, modes, task, texts, r, seeds)
+    r = r if c.shots or not teaching else teaching.fill(r, 0)
+    first = sample(c, r, task, plan[0].seed, teaching)
+    if ranks.is_main:
+        note_changed_task(old_delta.info if old_delta else {}, task)
+        note_truncated(*r.data.truncated(), c.seq_len, sys.stderr)
+        note_cut(c, first)
+    check_all(c, first, plan, bases, sources)
     with locked(out, ranks.from_main):
-        do_runs(c, r, task, plan, bases, sources, out, ranks)
+        do_runs(c, r, task, teaching, plan, bases, sources, out, ranks)
     ranks.leave()
 
 
@@ -151,13 +153,17 @@ def main() -> None:
 
 def checked_modes(c: Config) -> list[str]:
     """The modes asked for. InputError if flags make no sense together."""
-    modes = [mode for mode in MODES if mode != "project" or c.project.source_task] if "all" in c.mode else [*c.mode]
+    if c.teaching.teacher and not c.old_delta:
+        c.old_base = None
+    possible = MODES if c.old_base else WITHOUT_OLD
+    modes = [mode for mode in possible if mode != "project" or c.project.source_task] if "all" in c.mode else [*c.mode]
     if c.delta.kind != "same":
         c.delta.check()
     taught, itp, gamma = {*modes} & {*NEEDS_TEACHER}, c.distill.itp, c.distill.gamma
     project, tasks, deltas = "project" in modes, c.project.source_task, c.project.source_delta
-    line = [str(Path(name)) for name in (c.old_base, *c.chain)]
+    line = [str(Path(name or "")) for name in (c.old_base, *c.chain)]
     for is_wrong, sentence in (
+            *refusals(c, modes),
             (gamma and not taught, f"--gamma {gamma}: a weight, for modes with a teacher ({', '.join(NEEDS_TEACHER)})"),
             (itp and not taught, f"--itp {itp}: a number of points, for modes with a teacher ({', '.join(NEEDS_TEACHER)})"),
             (c.delta.kind == "same" and (not c.old_delta or tasks and not deltas),
@@ -179,16 +185,27 @@ def checked_modes(c: Config) -> list[str]:
     return modes
 
 
-def announce(c: Config, modes: list[str], task: Task, old: Delta) -> list[str]:
+def check_all(c: Config, r: Recycling, plan: list[Run], bases: dict[str, Base], sources: Sources) -> None:
+    """InputError, before anything is written, if a run cannot be done; `r` is what the first of them reads."""
+    for base in bases.values():
+        base.require_length(c.seq_len)
+        for one in plan:
+            check(with_settings(replace(r, base=base), one), one.mode)
+    if sources:
+        check_sources(r.old_base, r.base, sources, r.old_delta)
+
+
+def announce(c: Config, modes: list[str], task: Task, old: Delta | None) -> list[str]:
     """Print what is about to be done. Returns the modes; of `all` those that another task's delta allows."""
     few = f"{c.shots} examples a label" if c.shots else f"{len(task.parts['train'])} examples"
     what = "regression" if task.is_regression else f"{len(task.labels)} labels"
-    print(f"{task.name} ({what}, {few}), {c.delta.kind}: {c.old_base} + {c.old_delta} -> {' -> '.join(c.chain or (c.base,))}")
-    if old.labels == task.labels:
+    sources = [f"{c.old_base} + {c.old_delta}"] * bool(c.old_base) + [c.teaching.teacher] * bool(c.teaching.teacher)
+    print(f"{task.name} ({what}, {few}), {c.delta.kind}: {' and '.join(sources)} -> {' -> '.join(c.chain or (c.base,))}")
+    if old is None or old.labels == task.labels:
         return modes
     print(f"the old delta was learned on {old.info['task']}, with other labels: init keeps the delta and starts a fresh head"
           + (f" (if its {', '.join(old.labels[:4])} are those of the task: {NAMING})" if len(old.labels) == len(task.labels) else ""))
-    return ["scratch", "init"] if "all" in c.mode else modes
+    return ["scratch", "init", *(NEEDS_TEACHER if c.teaching.teacher else ())] if "all" in c.mode else modes
 
 
 def planned(c: Config, modes: list[str]) -> list[Run]:
@@ -212,18 +229,23 @@ def default_out(c: Config, task: Task) -> str:
     return f"runs/recycle/{lineage}-{task.name}-{c.delta.kind}" + (f"-k{c.shots}" if c.shots else "") + ("-sweep" if c.sweep else "")
 
 
+def with_settings(r: Recycling, one: Run) -> Recycling:
+    return replace(r, settings=tune_settings(one.c, one.seed, one.lr), distill=one.c.distill, share=one.c.teaching.unlabelled_share)
+
+
 def tune_settings(c: Config, seed: int, lr: float | None) -> TuneSettings:
     return TuneSettings(c.steps, c.batch_size, lr or 0.0, c.eval_every, seed, c.weight_decay, c.warmup, early_stop=c.early_stop)
 
 
 # --- what is done ------------------------------------------------------------------------------------------------------
 
-def do_runs(c: Config, r: Recycling, task: Task, plan: list[Run], bases: dict[str, Base], sources: Sources, out: Path,
-            ranks: Ranks) -> None:
+def do_runs(c: Config, r: Recycling, task: Task, teaching: Teaching | None, plan: list[Run], bases: dict[str, Base], sources: Sources,
+            out: Path, ranks: Ranks) -> None:
     """Every run but those that are finished. Of a --sweep, ranks share the runs of a group, and rank 0 scores the best of each mode on
     test. Prints the table."""
     rows = [row for one in plan for row in one.rows()]
-    origins, projected = {name: origin_of(replace(r, base=base)) for name, base in bases.items()}, origin_of(r, sources)
+    content = teaching.content if teaching else ""
+    origins, projected = {name: origin_of(replace(r, base=base), (), content) for name, base in bases.items()}, origin_of(r, sources)
     origin = {row.name: projected if row.mode == "project" else origins[row.c.base] for row in rows}
     finished = ranks.from_main(lambda: begin(c, out, rows, origin, r.data.test is not None))
     todo = [one for one in plan if not finished.issuperset(row.name for row in one.rows())]
@@ -236,7 +258,7 @@ def do_runs(c: Config, r: Recycling, task: Task, plan: list[Run], bases: dict[st
     def done(group: list[Run]) -> Iterator[str]:
         """Do and save runs; yields what the bar says of each."""
         for seed in {one.seed for one in group} - samples.keys():
-            samples[seed] = sample(c, start, task, seed)
+            samples[seed] = sample(c, start, task, seed, teaching)
         for one, result, delta, curve, more in run_group(samples, group, bases, sources):
             save_run(out, one, task, result, delta, curve, origin[one.name], more)
             yield f"{one.mode}: dev {score_text(score(result.dev))}"
@@ -251,12 +273,13 @@ def do_runs(c: Config, r: Recycling, task: Task, plan: list[Run], bases: dict[st
     ranks.from_main(lambda: finish(c, r, rows, out))
 
 
-def sample(c: Config, r: Recycling, task: Task, seed: int) -> Recycling:
+def sample(c: Config, r: Recycling, task: Task, seed: int, teaching: Teaching | None) -> Recycling:
     """With --shots, on the few examples that `seed` draws, which the teacher has not seen yet."""
     if not c.shots:
         return r
     data = encode_task(few_shot(task, c.shots, seed), r.base.tokenizer, c.seq_len)
-    return replace(r, data=replace(data, test=r.data.test), teacher=None)
+    r = replace(r, data=replace(data, test=r.data.test), teacher=None)
+    return teaching.fill(r, seed) if teaching else r
 
 
 def run_group(samples: dict[int, Recycling], group: list[Run], bases: dict[str, Base], sources: Sources) -> Iterator[Done]:
@@ -270,7 +293,7 @@ def run_group(samples: dict[int, Recycling], group: list[Run], bases: dict[str, 
         if one.mode in NEEDS_TEACHER:
             teacher_of(samples[one.seed])       # once for all runs on this sample
         curve: list[dict] = []
-        r = replace(samples[one.seed], settings=tune_settings(one.c, one.seed, one.lr), distill=one.c.distill, on_eval=curve.append)
+        r = replace(with_settings(samples[one.seed], one), on_eval=curve.append)
         runs[id(r)] = r, one, curve
     for r, model, result in recycle_together([r for r, _, _ in runs.values()], first.mode, first.c.side_by_side, first.c.graphs):
         _, one, curve = runs[id(r)]
@@ -286,7 +309,8 @@ def run_alone(r: Recycling, one: Run, bases: dict[str, Base], sources: Sources) 
             curves[row.get("base"), row.get("route")].append({**part, **row})
             bar.on_eval(row)
 
-        r.settings, r.distill, r.on_step, r.on_eval = tune_settings(c, one.seed, one.lr), c.distill, bar.on_step, on_eval
+        r.settings, r.distill, r.share = tune_settings(c, one.seed, one.lr), c.distill, c.teaching.unlabelled_share
+        r.on_step, r.on_eval = bar.on_step, on_eval
         if c.chain:
             for link in chain(r, one.mode, bases):
                 place = {"base": link.base, "route": link.route}
@@ -325,11 +349,11 @@ def finish(c: Config, r: Recycling, runs: list[Run], out: Path) -> None:
 
 # --- what is missing ---------------------------------------------------------------------------------------------------
 
-def build_missing(c: Config, task: Task, source_tasks: list[Task]) -> tuple[str, tuple[str, ...]]:
+def build_missing(c: Config, task: Task, source_tasks: list[Task]) -> tuple[str | None, tuple[str, ...]]:
     """Have train.py make the demo lineage if it is missing, and the deltas that no flag names; the folders of all deltas."""
-    build_lineage(c, Path(Config.base).parent, (*(c.chain or (c.base,)), c.old_base))
+    build_lineage(c, Path(Config.base).parent, (*(c.chain or (c.base,)), *filter(None, [c.old_base])))
     sources = c.project.source_delta or tuple(tuned(c, *source) for source in zip(c.project.source_task, source_tasks))
-    return c.old_delta or tuned(c, c.task, task), sources
+    return c.old_delta or (tuned(c, c.task, task) if c.old_base else None), sources
 
 
 def tuned(c: Config, name: str, task: Task) -> str:
@@ -337,7 +361,7 @@ def tuned(c: Config, name: str, task: Task) -> str:
     folder = place_of_delta(c.old_base, task.name, c.delta.kind)
     if not (folder / "delta.json").exists():
         sizes = {size: value for size, value in vars(c.delta).items() if size not in ("kind", "target_modules")}
-        flags = dict(mode="tune", base=c.old_base, task=name, out=folder, seq_len=c.seq_len, delta=c.delta.kind,
+        flags = dict(mode="tune", base=c.old_base, task=name, out=folder, delta=c.delta.kind, seq_len=c.teaching.old_seq_len or c.seq_len,
                      target_modules=",".join(c.delta.target_modules), **sizes)
         build(c, (f"the old delta {folder} (under a minute for mini on 2 cores)", flags))
     return str(folder)

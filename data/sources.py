@@ -7,8 +7,9 @@ from data import docstrings
 from data.select import made_of, select, write
 from rt.data import Example, Task
 from rt.errors import InputError
+from rt.formats.corpora import training_files
 from rt.formats.hub import find_dataset
-from rt.formats.tasks import load_task
+from rt.formats.tasks import load_task, read_examples
 
 
 def corpus_path(name: str, cache: Path) -> Path:
@@ -48,6 +49,12 @@ def open_task(name: str, cache: Path) -> Task:
     """The task called `name`. One of the hub is called what its config is, or its repository."""
     task = load_task(_locate(name, cache, "task", "a folder with train, dev and test files"))
     return replace(task, name=name.rpartition("/")[2]) if name.startswith("hub:") else task
+
+
+def open_texts(name: str, cache: str) -> list[Example]:
+    """Texts whose labels are not read: those of a file, of the training part of the task called `name`, or of a folder of text files."""
+    path = Path(name) if Path(name).is_file() else _locate(name, cache, "task", "a file of texts, a folder of text files or of a task")
+    return [example for file in training_files(path) for example in read_examples(file, labelled=False)]
 
 
 def _locate(name: str, cache: Path, kind: str, wanted: str) -> Path:

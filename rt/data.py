@@ -82,9 +82,25 @@ class Encoded:
     sequences: list[list[int]]
     targets: Tensor
     truncated: int      # number of sequences that were cut
+    unlabelled: int = 0     # so many, the last ones, have no label, and fill the `share` of every training batch
+    share: float = 0.0
 
     def __len__(self) -> int:
         return len(self.sequences)
+
+    def beside(self, other: "Encoded", share: float) -> "Encoded":
+        """These examples and the unlabelled `other`."""
+        return Encoded(self.sequences + other.sequences, torch.cat([self.targets, other.targets]), self.truncated + other.truncated,
+                       len(other), share)
+
+    def indices(self, batch_size: int, step: int, seed: int) -> list[int]:
+        """The examples of training step `step`. With unlabelled ones both kinds are drawn without end, so that every batch is full and has
+        round(share * batch_size) of them."""
+        if not self.unlabelled:
+            return training_indices(len(self), batch_size, step, seed)
+        n, free = len(self) - self.unlabelled, round(self.share * batch_size)
+        own, others = endless_indices(n, batch_size - free, step, [seed, 2]), endless_indices(self.unlabelled, free, step, [seed, 3])
+        return own + [n + i for i in others]
 
     def batch(self, indices: list[int]) -> Batch:
         """The examples at `indices`, sorted by length (cheaper in attention_ref); the batch's `index` tells which is which."""
@@ -151,6 +167,14 @@ def training_indices(n: int, batch_size: int, step: int, seed: int) -> list[int]
     """The examples of step `step`, out of n: an epoch is a permutation by (seed, epoch), cut into batches; the last may be smaller."""
     epoch, i = divmod(step, -(-n // batch_size))
     return np.random.default_rng([seed, 2, epoch]).permutation(n)[i * batch_size:(i + 1) * batch_size].tolist()
+
+
+def endless_indices(n: int, count: int, step: int, seed: list[int]) -> list[int]:
+    """The `count` items of step `step` of an endless row of permutations of n, one for each (seed, epoch)."""
+    first, end = step * count, (step + 1) * count
+    epochs = range(first // n, -(-end // n))
+    order = [i for epoch in epochs for i in np.random.default_rng([*seed, epoch]).permutation(n).tolist()]
+    return order[first - epochs.start * n:end - epochs.start * n]
 
 
 def sequences_batch(sequences: list[list[int]], **fields: Tensor) -> Batch:

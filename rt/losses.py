@@ -37,13 +37,15 @@ class DistillConfig:
     gamma: NonNegative = 0.0  # weight of the divergence between attention maps; the teacher then runs at every step
     att_layers: Literal["last", "all"] = "last"  # layers whose maps are compared: last or all
     itp: NonNegativeInt = 0  # interpolation distillation: KD and patience also at so many random points between teacher and student
+    project_patience: bool = False  # patience through a learned linear map a layer, for a teacher of another width or depth
     public_code: bool = False  # KD divided by the number of labels, patience halved, as in the paper's code
 
 
 def task_loss(logits: Tensor, labels: Tensor, is_regression: bool) -> Tensor:
-    """(B,): CE of (B, C) logits and (B,) classes, or the squared error of (B, 1) and (B,) floats."""
+    """(B,): CE of (B, C) logits and (B,) classes, or the squared error of (B, 1) and (B,) floats; 0 without a label (-100, NaN)."""
     if is_regression:
-        return (logits.float().squeeze(-1) - labels).square()
+        logits = logits.float().squeeze(-1)
+        return (logits - torch.where(labels.isnan(), logits.detach(), labels)).square()
     return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
@@ -51,7 +53,7 @@ def task_loss(logits: Tensor, labels: Tensor, is_regression: bool) -> Tensor:
 class TeacherCache:
     """Outputs of a frozen teacher without dropout on every training example: computed once, looked up by `batch.index`."""
     logits: Tensor  # (n, C) fp32
-    states: Tensor  # (n, num_layers, d) fp32, the <s> rows that patience compares
+    states: Tensor | None  # (n, num_layers, d) fp32, the <s> rows that patience compares; None: of a black box
 
 
 @torch.no_grad()
@@ -78,6 +80,7 @@ class Loss:
     config: DistillConfig | None = None             # with a teacher: the scripts own the defaults
     attention_teacher: Classifier | None = None     # for gamma the teacher itself: its queries and keys are too large to cache
     teacher_weights: Weights | None = None          # for itp weights_of(teacher), of the student's names and sizes
+    has_unlabelled: bool = False                    # rows without a label, which have no task term
 
     def __post_init__(self):
         c = self.config
@@ -109,7 +112,7 @@ class Loss:
     def rows(self, logits: Tensor, activations: Activations, batch: Batch, labels: Tensor | None = None) -> Tensor:
         """(B,): alpha KD + beta patience, and with `labels` (1 - alpha) task too."""
         c, t = self.config, self.teacher.logits[batch.index]
-        if self.is_regression or c.public_code:
+        if self.is_regression or c.public_code or self.has_unlabelled:      # kd_loss leaves rows without a label out
             task = 0.0 if labels is None else (1 - c.alpha) * task_loss(logits, labels, self.is_regression)
             rows = task + c.alpha * self.kd(logits, t, c.T)
         else:
@@ -138,8 +141,11 @@ class Loss:
 
 
 def patience(loss: Loss, logits: Tensor, activations: Activations, batch: Batch) -> Tensor:
-    """A term: (B,), or a scalar, the mean over the batch."""
-    return hidden_mse(activations.states, loss.teacher.states, batch.index) * (0.5 if loss.config.public_code else 1.0)
+    """A term: (B,), or a scalar, the mean over the batch. Of a teacher of another depth, layer i is compared with layer i L_old // L."""
+    states, teacher, index = activations.states, loss.teacher.states, batch.index
+    if (L := states.shape[1]) != (L_old := teacher.shape[1]):
+        teacher, index = torch.stack([teacher[index, i * L_old // L] for i in range(L)], dim=1), None
+    return hidden_mse(states, teacher, index) * (0.5 if loss.config.public_code else 1.0)
 
 
 def attention(loss: Loss, logits: Tensor, activations: Activations, batch: Batch) -> Tensor:

@@ -275,13 +275,15 @@ class Classifier(nn.Module):
     def __init__(self, encoder: Encoder, head: ClassificationHead):
         super().__init__()
         self.encoder, self.head = encoder, head
+        self.register_parameter("patience_map", None)   # (num_layers, d_old, d): takes hidden states to a teacher's width; no delta has it
 
     def forward(self, batch: Batch, activations: Activations | None = None) -> Tensor:
         """(B, C) logits; fills `activations` if given. In training, `batch.seeds` determine what dropout drops."""
-        if not self.training:
-            return self.head(self.encoder(batch, activations)[batch.first])
-        batch = replace(batch, seeds=seeds_of(batch))
-        return self.head(self.encoder(batch, activations)[batch.first], site_seeds(batch.seeds, range(-2, 0)))
+        batch = replace(batch, seeds=seeds_of(batch)) if self.training else batch
+        h = self.encoder(batch, activations)[batch.first]
+        if activations is not None and self.patience_map is not None:
+            activations.rows = [linear(x, W) for x, W in zip(activations.rows, self.patience_map.unbind(-3), strict=True)]
+        return self.head(h, site_seeds(batch.seeds, range(-2, 0)) if self.training else None)
 
 
 def init_weights(module: nn.Module, generator: torch.Generator, std: float = 0.02) -> None:

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Callable, Iterator
 
 import torch
+from torch import nn
 
-from rt.data import TaskData
+from rt.data import Encoded, TaskData
 from rt.deltas import Base, Delta, apply, attach, check_fits, extract, new_head
 from rt.errors import InputError
 from rt.kinds import DeltaConfig
@@ -26,8 +27,8 @@ from rt.tune import Hook, TuneResult, TuneSettings, ignore, plain_gradient, tune
 @dataclass
 class Recycling:
     """What every mode works on: Delta_i learned on M_i (`old_base`), wanted on M_{i+1} (`base`)."""
-    old_base: Base
-    old_delta: Delta
+    old_base: Base | None               # None, as the old delta, if a black box teaches: then `teacher` is given from the start
+    old_delta: Delta | None
     base: Base
     data: TaskData
     config: DeltaConfig                 # kind of the delta to be learned
@@ -39,19 +40,39 @@ class Recycling:
     on_eval: Hook = ignore
     make_gradient: Callable = plain_gradient
     teacher: TeacherCache | None = None     # its outputs on data.train, once a mode has needed them
+    old_train: Encoded | None = None        # data.train as a teacher of another tokenizer reads it; None: it reads the student's ids
     projection: Projection | None = None    # for project, learned beforehand
+    unlabelled: Encoded | None = None       # texts for the modes with a teacher, which fill the `share` of each batch; after data.train in
+    share: float = 0.5                      # `teacher` and `old_train`
+    hard: bool = False                      # the teacher's most likely labels are their labels, and the loss is the task's alone
+
+    @property
+    def has_black_box(self) -> bool:
+        """Whether the teacher is known by its answers alone."""
+        return self.teacher is not None and self.teacher.states is None
 
 
 def recycle(r: Recycling, mode: str) -> tuple[Classifier, TuneResult]:
     """The model for the new base and its scores. Its seconds count evaluations, and the teacher's run if this is the first to need it."""
     check(r, mode)
     started = time.perf_counter()
-    model, loss = MODES[mode].start(r), MODES[mode].loss
+    model, loss = start(r, mode), MODES[mode].loss
     settings = r.settings if loss else replace(r.settings, steps=0)     # nothing is trained: dev and test are scored
-    result = tune(model, r.data, (loss or plain_loss)(r), settings, device=r.device, precision=r.precision, on_step=r.on_step,
-                  on_eval=r.on_eval, make_gradient=r.make_gradient)
+    result = tune(model, training_data(r, mode), (loss or plain_loss)(r), settings, device=r.device, precision=r.precision,
+                  on_step=r.on_step, on_eval=r.on_eval, make_gradient=r.make_gradient)
     result.seconds = time.perf_counter() - started
     return model, result
+
+
+def start(r: Recycling, mode: str) -> Classifier:
+    """The model that `mode` begins with; with `project_patience` its hidden states go through maps to the teacher's width (FitNets: Romero
+    et al., 2015), which are trained with it and are no part of its delta."""
+    model = MODES[mode].start(r)
+    if mode in NEEDS_TEACHER and r.distill.project_patience and not r.hard:
+        d_old, d = r.old_base.encoder.config.hidden_size, r.base.encoder.config.hidden_size
+        maps = torch.randn(r.base.encoder.config.num_layers, d_old, d, generator=torch.Generator().manual_seed(r.settings.seed)) / d**0.5
+        model.patience_map = nn.Parameter(maps.to(model.head.out.weight.device))
+    return model
 
 
 def start_fresh(r: Recycling) -> Classifier:
@@ -82,8 +103,24 @@ def teacher_model(r: Recycling) -> Classifier:
 def teacher_of(r: Recycling) -> TeacherCache:
     """The teacher's outputs on every training example, computed once."""
     if r.teacher is None:
-        r.teacher = run_teacher(teacher_model(r), r.data.train, r.device, r.precision)
+        r.teacher = run_teacher(teacher_model(r), r.old_train or taught(r), r.device, r.precision)
     return r.teacher
+
+
+def taught(r: Recycling) -> Encoded:
+    """What a teacher teaches: the training examples, and the texts without labels."""
+    return r.data.train if r.unlabelled is None else r.data.train.beside(r.unlabelled, r.share)
+
+
+def training_data(r: Recycling, mode: str) -> TaskData:
+    """What `mode` trains on: with a teacher, the texts without labels too."""
+    if mode not in NEEDS_TEACHER or r.unlabelled is None:
+        return r.data
+    train, n = taught(r), len(r.data.train)
+    if r.hard:
+        logits = teacher_of(r).logits[n:].cpu()
+        train.targets[n:] = logits.argmax(-1) if r.data.labels else logits.squeeze(-1)
+    return replace(r.data, train=train)
 
 
 def plain_loss(r: Recycling) -> Loss:
@@ -92,9 +129,11 @@ def plain_loss(r: Recycling) -> Loss:
 
 
 def distillation_loss(r: Recycling) -> Loss:
-    """The total, with old base + old delta as the teacher."""
+    """The total, with old base + old delta or a black box as the teacher; of pseudo-labels the task's alone."""
+    if r.hard:
+        return plain_loss(r)
     return Loss(not r.data.labels, teacher_of(r), r.distill, attention_teacher=teacher_model(r) if r.distill.gamma else None,
-                teacher_weights=weights_of(teacher_model(r)) if r.distill.itp else None)
+                teacher_weights=weights_of(teacher_model(r)) if r.distill.itp else None, has_unlabelled=r.unlabelled is not None)
 
 
 @dataclass(frozen=True)
@@ -152,28 +191,54 @@ def chain(r: Recycling, mode: str, bases: dict[str, Base]) -> Iterator[Link]:
             if "direct" in routes:
                 r.teacher = step.teacher    # the same for every base
             if "chain" in routes:
-                last = replace(r, old_base=base, old_delta=delta, teacher=None)
+                last = replace(r, old_base=base, old_delta=delta, teacher=None, old_train=None)
             yield from (Link(name, route, delta, result) for route in routes)
 
 
 def check(r: Recycling, mode: str) -> None:
     """Raises InputError if `mode` cannot be done with this old delta, or with bases as different as these."""
     old, starts_from_old = r.old_delta, MODES[mode].start is start_from_old
-    check_fits(r.old_base, old, stale_ok=False)     # all modes assume that it was learned on the old base
-    if mode not in ("scratch", "init") and old.labels != r.data.labels:
+    is_told = mode in NEEDS_TEACHER and r.has_black_box     # what the old delta's labels are does not matter
+    if old is None and mode != "scratch" and (starts_from_old or not is_told):
+        raise InputError(f"{mode} needs an old delta and its base")
+    if old is not None:
+        check_fits(r.old_base, old, stale_ok=False)     # all modes assume that it was learned on the old base
+    if mode not in ("scratch", "init") and not is_told and old.labels != r.data.labels:
         labels = ", ".join(old.labels[:6]) or "those of a regression"
         raise InputError(f"{mode} needs an old delta with the task's labels; this one's are {labels}: use `mode` init")
     if starts_from_old and mode in TRAINED and old.config.used != r.config.used:
         raise InputError(f"{mode} continues the old delta ({old.config.used}): use the same `delta` and sizes, or `mode` distill")
     if starts_from_old:
-        check_fits(r.base, old, stale_ok=True)
-    if mode not in NEEDS_TEACHER:
+        try:
+            check_fits(r.base, old, stale_ok=True)
+        except InputError as error:
+            raise InputError(f"{mode} puts the old delta on the new base, and {error}; `mode` distill needs only equal labels") from None
+    if mode in NEEDS_TEACHER:
+        check_teacher(r, mode)
+
+
+def check_teacher(r: Recycling, mode: str) -> None:
+    """Raises InputError if the teacher cannot give what a term of the loss compares."""
+    c, old, B = DistillConfig(beta=0.0) if r.hard else r.distill, r.old_delta, r.settings.batch_size
+    if r.unlabelled is not None and not 0 < (free := round(r.share * B)) < B:
+        raise InputError(f"`unlabelled_share` {r.share} of `batch_size` {B} is {free} rows, and a batch needs labelled and unlabelled ones")
+    if r.has_black_box:
+        if c.beta or c.gamma or c.itp or c.project_patience:
+            raise InputError("a teacher that is known by its answers has no hidden states, attention maps and weights: use `beta` 0, and "
+                             "none of `gamma`, `itp` and `project_patience`")
         return
-    c, was, now = r.distill, r.old_base.encoder.config, r.base.encoder.config
+    was, now = r.old_base.encoder.config, r.base.encoder.config
     if r.old_base.tokenizer.vocabulary != r.base.tokenizer.vocabulary:
-        raise InputError(f"{mode} needs old and new base to have one vocabulary: the teacher reads the student's ids")
-    if c.beta and (was.num_layers, was.hidden_size) != (now.num_layers, now.hidden_size):
-        raise InputError("`beta` compares hidden states: both bases must have as many layers and one hidden size; use `beta` 0")
+        if r.old_train is None:
+            raise InputError(f"{mode} needs old and new base to have one vocabulary, or the texts as the teacher's tokenizer reads them")
+        if c.gamma or c.itp:
+            raise InputError("`gamma` and `itp` give teacher and student the same ids, and the bases have two vocabularies: leave both 0; "
+                             "`alpha` and `beta` do without")
+    if c.beta and not c.project_patience and (was.num_layers, was.hidden_size) != (now.num_layers, now.hidden_size):
+        raise InputError("`beta` compares hidden states: both bases must have as many layers and one hidden size; use `beta` 0, or "
+                         "`project_patience`")
+    if c.itp and c.project_patience:
+        raise InputError("`itp` draws a line through all weights, and `project_patience` has weights at one end alone: use one of them")
     if c.gamma and (was.num_heads != now.num_heads or c.att_layers == "all" and was.num_layers != now.num_layers):
         raise InputError("`gamma` compares attention maps: both bases must have as many heads, and with `att_layers` all the layers too")
     if c.itp:

@@ -11,7 +11,7 @@ from typing import Any, Callable
 import torch
 from torch import Tensor
 
-from rt.data import Encoded, TaskData, sequences_batch, training_indices
+from rt.data import Encoded, TaskData, sequences_batch
 from rt.errors import Diverged
 from rt.losses import Loss, trained_weights
 from rt.model import Batch, Classifier
@@ -110,7 +110,7 @@ def minimise(trained: dict[str, Tensor], gradient: Callable[[int], Tensor], s: T
 
 def training_batch(data: Encoded, s: TuneSettings, step: int) -> Batch:
     """The examples of one step and its dropout seed: a function of the run's seed and the step."""
-    batch = data.batch(training_indices(len(data), s.batch_size, step, s.seed))
+    batch = data.batch(data.indices(s.batch_size, step, s.seed))
     return replace(batch, seeds=torch.tensor([derive_seed(s.seed, step)]))
 
 

@@ -62,6 +62,14 @@ def _split(file: Path, home: Path) -> str:
     return name.split if name and (from_hub or name.number is not None) else "train"
 
 
+def training_files(path: Path) -> list[Path]:
+    """A file itself; of a folder the train split of the task that it holds, or else what it has as a corpus to train on."""
+    files = [] if path.is_file() else listed(path)
+    home = home_of(files, str(path))
+    train = [path / f for f in files if (named := read_name(f)) and (named.home, named.split) == (home, "train")]
+    return train or corpus_files(path)["train"]
+
+
 def split_documents(path: Path) -> Iterator[tuple[str, str]]:
     """('train' or 'heldout', document) for every document. Without a heldout file its content decides: equal ones fall on one side."""
     files = corpus_files(path)

@@ -182,10 +182,10 @@ def task_text(task: Task) -> str:
     return f"{task.name}: {len(task.labels)} labels: {shown} ({sizes})"
 
 
-def note_truncated(truncated: int, count: int, seq_len: int, file: TextIO | None = None) -> None:
+def note_truncated(truncated: int, count: int, seq_len: int, file: TextIO | None = None, flag: str = "--seq_len") -> None:
     """Print how many texts were cut, if some were."""
     if truncated:
-        print(f"{truncated} of {count} texts are longer than --seq_len {seq_len} and were cut", file=file)
+        print(f"{truncated} of {count} texts are longer than {flag} {seq_len} and were cut", file=file)
 
 
 def note_changed_task(info: dict, task: Task) -> None:

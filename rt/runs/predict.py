@@ -83,7 +83,8 @@ def answers(model: Classifier, examples: Iterable[Example], labels: tuple[str, .
         encoded, rows = encode(chunk, (), tokenizer, max_len), []
         for example, logits in zip(chunk, predict(model, encoded.sequences, device, precision)):
             pair = {"text_pair": example.text_pair} if example.text_pair else {}
-            probabilities = dict(zip(labels, [round(p, 6) for p in logits.softmax(-1).tolist()]))
+            # nine digits of each, however small: fp32 logits can be had back, for recycle.py's teacher
+            probabilities = dict(zip(labels, [float(f"{p:.9g}") for p in logits.double().softmax(-1).tolist()]))
             said = {"label": labels[int(logits.argmax())], "probabilities": probabilities} if labels else {"value": logits.item()}
             rows.append({"text": example.text, **pair, **said})
         yield rows, encoded.truncated

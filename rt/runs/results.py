@@ -36,7 +36,8 @@ from rt.tune import TuneResult, score
 # flags that do not change what a run computes, or that its row holds beside its settings
 NOT_SETTINGS = {"mode", "seeds", "lr", "out", "cache", "device", "resume", "save_deltas", "sweep", "side_by_side", "graphs",
                 "deterministic", "tensorboard", "workers", "threads"}
-USED_BY = {"distill": (*NEEDS_TEACHER, "project"), "project": ("project",)}     # parts of a Config: the modes that read them
+# parts of a Config: the modes that read them
+USED_BY = {"distill": (*NEEDS_TEACHER, "project"), "project": ("project",), "teaching": NEEDS_TEACHER}
 
 
 # --- equal names for equal runs ----------------------------------------------------------------------------------------
@@ -55,7 +56,8 @@ class Run:
         """The flags that the run depends on, beside its seed and learning rate. Those of a direct run are as of a call with this --base
         and no --chain, so that it is the same run."""
         values = record(self.c if self.route == "chain" else replace(self.c, chain=()))
-        off = {name for name in ("chain", "early_stop", "gamma", "itp") if not values[name]}
+        off = {name for name in ("chain", "early_stop", "gamma", "itp", "project_patience") if not values[name]}
+        off |= {flag.name for flag in flags_of(type(self.c)) if flag.path[0] == "teaching" and values[flag.name] == flag.default}
         if not values["gamma"]:
             off.add("att_layers")
         return {k: v for k, v in values.items() if k not in NOT_SETTINGS | unread(type(self.c), self.mode) | off}
@@ -80,15 +82,16 @@ def unread(config: type, mode: str) -> set[str]:
     return {flag.name for flag in flags_of(config) if mode not in USED_BY.get(flag.path[0], (mode,))}
 
 
-def origin_of(r: Recycling, sources: Iterable[tuple[Delta, TaskData]] = ()) -> list[str]:
-    """Hashes of what settings name by path: old base, new base, old delta (with source deltas and tasks), task."""
-    digest = hashlib.sha256()
-    for delta, data in ((r.old_delta, None), *sources):
+def origin_of(r: Recycling, sources: Iterable[tuple[Delta, TaskData]] = (), content: str = "") -> list[str]:
+    """Hashes of what settings name by path: old base, new base, old delta (with source deltas and tasks, and the `content` of what else
+    teaches), task."""
+    digest = hashlib.sha256(content.encode())
+    for delta, data in (*([(r.old_delta, None)] if r.old_delta else []), *sources):
         for part in (delta.diffs, delta.modules, delta.head):
             for name, tensor in sorted(part.items()):
                 digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
         digest.update(data.hash.encode() if data else b"")
-    return [r.old_base.fingerprint, r.base.fingerprint, digest.hexdigest()[:16], r.data.hash]
+    return [r.old_base.fingerprint if r.old_base else "", r.base.fingerprint, digest.hexdigest()[:16], r.data.hash]
 
 
 # --- a run -------------------------------------------------------------------------------------------------------------

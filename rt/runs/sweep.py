@@ -7,7 +7,8 @@ from rt.runs.config import C, convert, flags_of, replace_flags
 from rt.runs.summary import group_by
 
 # what runs may differ in; those of a group that is done side by side differ in SIDE_BY_SIDE, seed and learning rate
-SWEPT = ("seed", "lr", "alpha", "beta", "T", "gamma", "itp", "steps", "batch_size", "warmup", "weight_decay", "early_stop")
+SWEPT = ("seed", "lr", "alpha", "beta", "T", "gamma", "itp", "unlabelled_share", "steps", "batch_size", "warmup", "weight_decay",
+         "early_stop")
 SIDE_BY_SIDE = ("alpha", "beta", "T")
 LISTS = {"seed": "seeds", "lr": "lr"}           # flags that hold several values
 

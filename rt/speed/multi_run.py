@@ -20,7 +20,7 @@ from rt.errors import Diverged, InputError
 from rt.losses import AT_POINTS, TERMS, DistillConfig, Loss, Reweighted, TeacherCache, Weights, patience, task_loss, trained_weights
 from rt.model import Activations, Batch, Classifier
 from rt.optim import autocast, is_out_of_memory
-from rt.recycling import MODES, NEEDS_TEACHER, TRAINED, Recycling, check, teacher_of
+from rt.recycling import MODES, NEEDS_TEACHER, TRAINED, Recycling, check, start, teacher_of, training_data
 from rt.speed.graphs import CudaGraphs
 from rt.tune import Fit, Gradient, Hook, TuneResult, TuneSettings, evaluate, ignore, metrics, plain_gradient, training_batch, training_loop
 
@@ -111,8 +111,11 @@ class SideLoss:
             return
         # the teachers' outputs of all runs in one cache, run k's examples from offset[k] on
         starts = dict(zip(caches, itertools.accumulate((len(cache.logits) for cache in caches.values()), initial=0)))
-        merged = TeacherCache(*(torch.cat([getattr(cache, part) for cache in caches.values()]) for part in ("logits", "states")))
-        self.terms, configs = replace(self.terms, teacher=merged), [loss.config for loss in losses]
+        configs = [loss.config for loss in losses]
+        self.has_patience = any(c.beta for c in configs)        # a teacher of other sizes, or a black box, has no states to compare
+        merged = TeacherCache(*(torch.cat([getattr(cache, part) for cache in caches.values()]) if part == "logits" or self.has_patience
+                                else None for part in ("logits", "states")))
+        self.terms = replace(self.terms, teacher=merged)
         self.offset = torch.tensor([[starts[id(loss.teacher)]] for loss in losses], device=device)              # (K, 1), and so on
         self.alpha, self.beta = (torch.tensor([[getattr(c, name)] for c in configs], device=device) for name in ("alpha", "beta"))
         # runs of one temperature together: (T, which), and where each run is then found
@@ -129,8 +132,9 @@ class SideLoss:
             index = (batch.index.view(K, -1) + self.offset).flatten()
             s, t = (x.view(K, -1, x.shape[-1]) for x in (logits, terms.teacher.logits[index]))
             kd = [terms.kd(s[which].flatten(0, 1), t[which].flatten(0, 1), T).view(len(which), -1) for T, which in self.by_T]
-            hidden = patience(terms, logits, activations, replace(batch, index=index)).view(K, -1)
-            rows = (1 - self.alpha) * rows + self.alpha * torch.cat(kd)[self.place] + self.beta * hidden
+            rows = (1 - self.alpha) * rows + self.alpha * torch.cat(kd)[self.place]
+            if self.has_patience:
+                rows = rows + self.beta * patience(terms, logits, activations, replace(batch, index=index)).view(K, -1)
         return (rows * shares).sum(1)
 
 
@@ -298,12 +302,12 @@ def recycle_together(rs: list[Recycling], mode: str, limit: int = 0, graphs: boo
         check(r, mode)
     if not all(can_go_together(r, mode) for r in rs):
         raise ValueError("full deltas, runs with gamma or itp and modes without training are not done side by side")
-    starts = {seed: MODES[mode].start(r) for seed, r in {r.settings.seed: r for r in rs}.items()}
+    starts = {seed: start(r, mode) for seed, r in {r.settings.seed: r for r in rs}.items()}
     teachers = {data: teacher_of(r) for data, r in {id(r.data): r for r in rs}.items()} if mode in NEEDS_TEACHER else {}
-    runs = []
     for r in rs:
         r.teacher = teachers.get(id(r.data), r.teacher)     # one for each sample of examples
-        runs.append(SideRun(starts[r.settings.seed], r.data, r.settings, MODES[mode].loss(r)))
+    datas = {sample: training_data(r, mode) for sample, r in {id(r.data): r for r in rs}.items()}
+    runs = [SideRun(starts[r.settings.seed], datas[id(r.data)], r.settings, MODES[mode].loss(r)) for r in rs]
     where = {"device": rs[0].device, "precision": rs[0].precision}
     for r, run in zip(rs, tune_in_groups(runs, limit, **where, graphs=graphs, on_step=rs[0].on_step, on_eval=on_eval)):
         for row in run.rows:

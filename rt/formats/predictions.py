@@ -1,0 +1,81 @@
+"""What a teacher says, in a file: one JSON object a text, as rt.runs.predict writes it or any other program.
+
+    {"text": ..., "text_pair": ..., "probabilities": {"no": 0.2, "yes": 0.8}}
+    {"text": ..., "no": 0.2, "yes": 0.8}
+    {"text": ..., "label": "yes"}           a hard label
+    {"text": ..., "value": 0.3}             of a regression
+    {"hash": "9f86d081884c7d65", ...}       in place of the text: `text_hash` of it
+
+Texts are found by content, in whatever order, and labels by name.
+"""
+import hashlib
+import math
+from pathlib import Path
+from typing import Iterable
+
+import torch
+from torch import Tensor
+
+from rt.data import Example
+from rt.errors import InputError
+from rt.formats.tables import format_of, read_table
+from rt.formats.untrusted import is_number
+
+FLOOR = 1e-38       # the least probability that is told from zero
+
+
+def text_hash(text: str, text_pair: str | None = None) -> str:
+    """The first 16 hex digits of the SHA-256 of a text, and of a pair with a line feed between the two, in UTF-8."""
+    return hashlib.sha256("\n".join([text, *([text_pair] if text_pair else [])]).encode()).hexdigest()[:16]
+
+
+class Predictions:
+    """The answers of the file `path` for a task with these `labels` (none: a regression). A hard label gets the probability
+    1 - `smoothing`, and all C labels smoothing / C. InputError names the line that does not fit."""
+    def __init__(self, path: Path, labels: tuple[str, ...], smoothing: float = 0.0):
+        if not path.is_file() or format_of(path) not in ("jsonl", "json"):
+            raise InputError(f"--teacher {path}: is no .jsonl file, such as python -m rt.runs.predict writes")
+        self.path, self.labels, self.smoothing = path, labels, smoothing
+        self.found: dict[str, tuple[list[float], str]] = {}     # by the hash of the text: the answer, and where it is
+        for place, row in read_table(path, format_of(path)):
+            answer = self.answer(place, row)
+            first, other = self.found.setdefault(self.key(place, row), (answer, place))
+            if not all(math.isclose(a, b, rel_tol=0.01, abs_tol=0.01) for a, b in zip(answer, first)):
+                raise InputError(f"{place}: has another answer for the text of {other}")
+
+    def key(self, place: str, row: dict) -> str:
+        text, pair, key = row.get("text"), row.get("text_pair"), row.get("hash")
+        if isinstance(text, str) and isinstance(pair, (str, type(None))):
+            return text_hash(text, pair)
+        if text is None and isinstance(key, str):
+            return key
+        raise InputError(f"{place}: has no text, and no hash of one, by which to find out whose answer it is")
+
+    def answer(self, place: str, row: dict) -> list[float]:
+        """Probabilities in the order of the labels, or the value of a regression."""
+        labels, wanted = self.labels, ", ".join(self.labels[:8])
+        if not labels:
+            if not is_number(row.get("value")):
+                raise InputError(f"{place}: has no \"value\", a number, and the task is a regression")
+            return [row["value"]]
+        answer = row.get("probabilities", row)
+        if not isinstance(answer, dict) or answer is not row and {*answer} != {*labels}:
+            raise InputError(f"{place}: has probabilities of {', '.join(answer)[:200]}, and the task's labels are {wanted}")
+        if not {*labels} <= {*answer}:
+            label = str(row.get("label")).lower() if isinstance(row.get("label"), bool) else str(row.get("label"))
+            if label not in labels:
+                raise InputError(f"{place}: has neither probabilities of {wanted} nor one of them as its label")
+            return [(label == each) * (1 - self.smoothing) + self.smoothing / len(labels) for each in labels]
+        values = [answer[label] for label in labels]
+        if not all(is_number(p, 0, 1.01) for p in values) or abs(sum(values) - 1) > 0.02:
+            raise InputError(f"{place}: {str(values)[:200]} are no probabilities of {wanted}: numbers from 0 to 1 with the sum 1")
+        return values
+
+    def logits(self, examples: Iterable[Example]) -> Tensor:
+        """(n, C) fp32: log p, or (n, 1) values. InputError if the file does not have all of these texts."""
+        keys = [(text_hash(e.text, e.text_pair), e) for e in examples]
+        if missing := [e for key, e in keys if key not in self.found]:
+            raise InputError(f"{self.path}: has no answer for {len(missing)} of {len(keys)} texts that are taught; the first is "
+                             f"{missing[0].source}: {missing[0].text[:60]!r}")
+        answers = torch.tensor([self.found[key][0] for key, _ in keys], dtype=torch.float64)
+        return (answers.clamp_min(FLOOR).log() if self.labels else answers).float()

@@ -1,0 +1,126 @@
+"""What recycle.py's modes with a teacher read beside the labelled sample: a teacher's answers in a file, the texts as ids of the old
+base's own tokenizer, and texts without labels."""
+import hashlib
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Callable, Iterable, Literal
+
+import numpy as np
+
+from rt.data import Example, Task, encode, few_shot
+from rt.errors import InputError
+from rt.formats.predictions import Predictions
+from rt.limits import PositiveInt, PositiveShare, SeqLen, ShareBelowOne
+from rt.losses import TeacherCache
+from rt.recycling import NEEDS_TEACHER, Recycling
+from rt.runs.log import note_truncated
+
+WITHOUT_OLD = ("scratch", "distill")    # modes that need neither old base nor old delta if a file teaches
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Who teaches if --old_base + --old_delta do not, how they read, and texts without labels."""
+    teacher: str | None = None  # a file of predictions teaches (python -m rt.runs.predict writes such): no old base is needed for distill
+    label_smoothing: ShareBelowOne = 0.0  # of the hard labels in --teacher
+    old_seq_len: SeqLen | None = None  # longest text in tokens as the teacher, --old_base, reads it; default: --seq_len
+    unlabelled: str | None = None  # texts that the teacher labels: a file or folder of texts, a task, or rest: what --shots leaves over
+    unlabelled_share: PositiveShare = 0.5  # of the rows of a batch
+    unlabelled_texts: PositiveInt | None = None  # at most so many of --unlabelled, drawn by the seed; none: all
+    pseudo_labels: Literal["soft", "hard"] = "soft"  # hard: --unlabelled gets the teacher's likeliest labels, and no other loss is taken
+
+
+def refusals(c: Any, modes: list[str]) -> Iterable[tuple[Any, str]]:
+    """(whether it is so, sentence) of what makes no sense together in recycle.py's Config `c`."""
+    t, taught = c.teaching, {*modes} & {*NEEDS_TEACHER}
+    return ((t.teacher and not taught, f"--teacher {t.teacher}: is for modes with a teacher ({', '.join(NEEDS_TEACHER)})"),
+            (t.teacher and not c.old_delta and {*modes} - {*WITHOUT_OLD},
+             f"--teacher {t.teacher}: has answers and no delta; modes other than {' and '.join(WITHOUT_OLD)} need --old_delta and its "
+             "--old_base too"),
+            (t.teacher and c.chain, "--teacher has no --chain: from the second base on, the recycled delta would teach"),
+            (t.teacher and t.old_seq_len, "--old_seq_len is for an old base that reads the texts; with --teacher none does"),
+            (t.label_smoothing and not t.teacher, "--label_smoothing is for the hard labels of a --teacher"),
+            (t.unlabelled and not taught, f"--unlabelled {t.unlabelled}: is for modes with a teacher ({', '.join(NEEDS_TEACHER)})"),
+            (t.unlabelled == "rest" and not c.shots, "--unlabelled rest: is what --shots leaves over, and none are set"),
+            (not t.unlabelled and (t.unlabelled_texts or t.pseudo_labels == "hard" or t.unlabelled_share != TeacherConfig.unlabelled_share),
+             "--unlabelled_share, --unlabelled_texts and --pseudo_labels hard are for the texts of --unlabelled: name some"))
+
+
+@dataclass
+class Teaching:
+    """`config` with what it names, for a `task` of which `shots` examples a label are drawn, or all."""
+    config: TeacherConfig
+    seq_len: int
+    task: Task
+    shots: int | None
+    predictions: Predictions | None
+    texts: list[Example]        # of --unlabelled, if it names a place
+
+    @property
+    def old_seq_len(self) -> int:
+        return self.config.old_seq_len or self.seq_len
+
+    def sample(self, seed: int) -> Task:
+        """The task with the labelled examples of a seed."""
+        return few_shot(self.task, self.shots, seed) if self.shots else self.task
+
+    def unlabelled(self, seed: int) -> list[Example]:
+        """The texts without labels. InputError if there are none although some are asked for."""
+        t, texts = self.config, self.texts
+        if t.unlabelled == "rest":
+            drawn = {*map(id, self.sample(seed).parts["train"])}
+            texts = [replace(e, label=None) for e in self.task.parts["train"] if id(e) not in drawn]
+        if t.unlabelled and not texts:
+            raise InputError(f"--unlabelled {t.unlabelled}: has no text; --shots {self.shots} may have taken all")
+        if t.unlabelled_texts:
+            texts = [texts[i] for i in np.random.default_rng([seed, 4]).permutation(len(texts))[:t.unlabelled_texts]]
+        return texts
+
+    def examples(self, seed: int) -> list[Example]:
+        """What is taught, in the order of the cache."""
+        return self.sample(seed).parts["train"] + self.unlabelled(seed)
+
+    def fill(self, r: Recycling, seed: int) -> Recycling:
+        """`r`, whose data.train are the labelled examples of this seed, with what its teacher says or reads."""
+        old, labels, texts = r.old_base, self.task.labels, self.unlabelled(seed)
+        if texts:
+            r = replace(r, unlabelled=encode(texts, labels, r.base.tokenizer, self.seq_len), hard=self.config.pseudo_labels == "hard")
+        if self.predictions:
+            return replace(r, teacher=TeacherCache(self.predictions.logits(self.examples(seed)).to(r.device), None))
+        if old.tokenizer.vocabulary == r.base.tokenizer.vocabulary and self.old_seq_len == self.seq_len:
+            return r
+        return replace(r, old_train=encode(self.examples(seed), labels, old.tokenizer, self.old_seq_len))
+
+    @property
+    def content(self) -> str:
+        """Hash of what flags name by path."""
+        answers = [self.predictions.path.read_bytes()] if self.predictions else []
+        read = answers + [json.dumps([e.text, e.text_pair]).encode() for e in self.texts]
+        return hashlib.sha256(b"\n".join(read)).hexdigest() if read else ""
+
+
+def open_teaching(c: Any, modes: list[str], task: Task, open_texts: Callable[[str], list[Example]], r: Recycling,
+                  seeds: list[int]) -> Teaching | None:
+    """None if no mode has a teacher; `open_texts` reads --unlabelled. InputError if the teacher cannot read the texts, or does not answer
+    for all of them."""
+    if not {*modes} & {*NEEDS_TEACHER}:
+        return None
+    t = c.teaching
+    predictions = Predictions(Path(t.teacher), task.labels, t.label_smoothing) if t.teacher else None
+    texts = [] if t.unlabelled in (None, "rest") else open_texts(t.unlabelled)
+    teaching = Teaching(t, c.seq_len, task, c.shots, predictions, texts)
+    if predictions:
+        for seed in dict.fromkeys(seeds) if c.shots else (0,):
+            predictions.logits(teaching.examples(seed))
+    elif teaching.old_seq_len > (most := r.old_base.encoder.config.max_len):
+        raise InputError(f"--old_seq_len {teaching.old_seq_len}: the old base, which teaches, has positions for {most} tokens")
+    return teaching
+
+
+def note_cut(c: Any, first: Recycling) -> None:
+    """Say on stderr how many texts were cut of those that a teacher alone reads, in the sample of the `first` run."""
+    for part, length, flag in ((first.unlabelled, c.seq_len, "--seq_len"), (first.old_train, c.teaching.old_seq_len, "--old_seq_len")):
+        if part:
+            note_truncated(part.truncated, len(part), length or c.seq_len, sys.stderr, flag)
