@@ -7,8 +7,8 @@
     python recycle.py --mode scratch,init+distill --chain runs/demo/M1,runs/demo/M2     # upgrade after upgrade
     python recycle.py --mode all --delta adapter --sweep "seed=0,1,2 alpha=.7,.9 beta=0,1,10 T=5,10"    # the best of each mode by dev
 
-Modes: scratch (the baseline), apply, init, distill, init+distill, project; several with commas, or all. Every run leaves its delta, curve
-and row in a folder under --out/deltas (rt/runs/results.py); --out/summary.json has the rows of all.
+Modes: scratch (the baseline), apply, init, distill, init+distill, project, transport, gradmask; several with commas, or all. Every run
+leaves its delta, curve and row in a folder under --out/deltas (rt/runs/results.py); --out/summary.json has the rows of all.
 """
 import sys
 import time
@@ -21,28 +21,29 @@ from typing import Callable, Iterator, Literal
 
 from data.sources import open_task
 from rt.data import Task, TaskData, encode_task, few_shot
-from rt.deltas import Base, Delta, apply
+from rt.deltas import Base, Delta, apply, combine
 from rt.errors import InputError
 from rt.formats.atomic import locked
+from rt.formats.corpora import pairs_of, read_documents
 from rt.formats.delta_files import load_delta
 from rt.formats.files import write_json
 from rt.formats.hub import NAMING, open_base, open_delta, place_of_delta
 from rt.kinds import DeltaConfig
 from rt.limits import NonNegative, NonNegativeInt, Positive, PositiveInt, Seeds, SeqLen, Share
 from rt.losses import DistillConfig
-from rt.recycling import MODES, NEEDS_TEACHER, TRAINED, Recycling, chain, check, new_delta, recycle, teacher_of
+from rt.recycling import CARRIES, MODES, NEEDS_TEACHER, TRAINED, Recycling, chain, check, new_delta, recycle, teacher_of
 from rt.runs.build import build, build_lineage
 from rt.runs.config import parse, record, run
 from rt.runs.log import StepBar, load_tensorboard, note_changed_task, note_truncated, progress, score_text
 from rt.runs.results import Run, begin, open_best, origin_of, save_run, write_summary
 from rt.runs.summary import by_settings, chosen, report, report_chain, report_sweep
-from rt.runs.sweep import LISTS, expand, groups, swept
+from rt.runs.sweep import LISTS, expand, groups, merge_on_dev, swept
 from rt.runs.workers import share_cores, spread, use_threads
 from rt.speed.device import make_deterministic, pick_precision
 from rt.speed.dist import Ranks, join
 from rt.speed.graphs import check_graphs
 from rt.speed.multi_run import can_go_together, graphed_gradient, recycle_together
-from rt.transport import Granularity, check_sources, learn_projection
+from rt.transport import Carry, Granularity, Pair, check_sources, learn_projection, transport
 from rt.tune import TuneResult, TuneSettings, evaluate, plain_gradient, score
 
 
@@ -57,12 +58,19 @@ class ProjectConfig:
     project_steps: PositiveInt = 200  # project: optimizer steps of the map
 
 
+@dataclass(frozen=True)
+class CarryConfig:
+    """A map from text that carries the old delta to the new base."""
+    carry: Carry = "none"  # transport, init, init+distill, gradmask: ridge (any sizes), orthogonal or permutation
+    carry_text: str | None = None  # --carry: file of texts without labels (.txt, .jsonl, .parquet); default: the task's training texts
+
+
 @dataclass
 class Config:
-    """python recycle.py --mode scratch|apply|init|distill|init+distill|project|all [--flag value ...]"""
-    mode: tuple[Literal[(*MODES, "all")], ...] = ("all",)  # one mode, several with commas, or all (project only with --source_task)
+    """python recycle.py --mode scratch|apply|init|distill|init+distill|project|transport|gradmask|all [--flag value ...]"""
+    mode: tuple[Literal[(*MODES, "all")], ...] = ("all",)  # several with commas; all: project if --source_task, transport if --carry
     old_base: str = "runs/demo/M0"  # M_i: the base the old delta was learned on
-    old_delta: str | None = None  # the outdated delta, ours, Hugging Face's or PEFT's: folder or hub id; default: tuned if missing
+    old_delta: str | None = None  # the outdated delta, ours, Hugging Face's or PEFT's: folder or hub id; default: tuned; A,B: merged
     base: str = "runs/demo/M1"  # M_{i+1}: the upgraded base
     chain: tuple[str, ...] = ()  # instead of --base: the bases after --old_base, in order; deltas recycled again against Delta_0 each time
     task: str = "math"  # embedded domain, a folder with train, dev and test, or hub:OWNER/NAME
@@ -78,6 +86,10 @@ class Config:
     eval_every: PositiveInt = 10  # steps between scores on dev
     seq_len: SeqLen = 64  # longest text in tokens, longer ones are cut
     project: ProjectConfig = ProjectConfig()
+    carry: CarryConfig = CarryConfig()
+    head: Literal["fresh", "prototype"] = "fresh"  # of labels that the old delta lacks; prototype: nearest mean of the head's features
+    shrinkage: bool = False  # --head prototype: by Mahalanobis' distance, of a shrunk covariance
+    merge: Literal["mean", "ties"] = "mean"  # of several old deltas, the subset of them that is best on dev
     early_stop: NonNegativeInt = 0  # end after so many scores on dev without a better one; 0: never
     sweep: str | None = None  # grid of settings, "seed=0,1,2 lr=1e-3,5e-3 alpha=.7,.9": every combination, frozen-base deltas side by side
     side_by_side: NonNegativeInt = 0  # of a sweep: so many runs at once; 0: as many as fit into memory
@@ -100,6 +112,7 @@ FULL_LR = {"scratch": 5e-4, "init": 1e-4, "distill": 1e-3, "init+distill": 1e-4,
 LR = {"prefix": 1e-2}     # other kinds: 5e-3
 Sources = list[tuple[Delta, TaskData]]      # deltas of the old base and their tasks, for --mode project
 Done = tuple[Run, TuneResult, Delta, list[dict], dict]      # with its evaluations, and more for its row
+Starts = tuple[list[Delta], list[Pair]]     # all old deltas, and texts for --carry
 
 
 def main() -> None:
@@ -122,16 +135,19 @@ def main() -> None:
     c.old_delta, source_deltas = ranks.from_main(lambda: build_missing(c, task, source_tasks))
     c.project = replace(c.project, source_delta=source_deltas)
     old_base = open_base(c.old_base).to(ranks.device)
-    old_delta = open_best(c.old_delta, old_base).ordered(task.labels)
+    olds = [open_best(name, old_base).ordered(task.labels) for name in old_names(c)]
+    old_delta = next((one for one in olds if one.labels == task.labels), olds[0])
+    merged = combine(olds, [1.0] * len(olds), c.merge, task.labels) if len(olds) > 1 else None     # until --merge has chosen
     if c.delta.kind == "same":
-        c.delta = replace(c.delta, **old_delta.config.used)
+        c.delta = replace(c.delta, **(merged or old_delta).config.used)
     modes = announce(c, modes, task, old_delta)
     bases = {name: open_base(name).to(ranks.device) for name in c.chain or (c.base,)}
     base = next(iter(bases.values()))
     sources = [(open_delta(folder, old_base).ordered(t.labels), encode_task(t, base.tokenizer, c.seq_len))
                for folder, t in zip(source_deltas, source_tasks)]
     r = Recycling(old_base, old_delta, base, encode_task(task, base.tokenizer, c.seq_len), c.delta, tune_settings(c, 0, 0.0), c.distill,
-                  ranks.device, pick_precision(c.precision, ranks.device), make_gradient=graphed_gradient if c.graphs else plain_gradient)
+                  ranks.device, pick_precision(c.precision, ranks.device), make_gradient=graphed_gradient if c.graphs else plain_gradient,
+                  merged=merged, carry=c.carry.carry, head=c.head, shrinkage=c.shrinkage)
     if ranks.is_main:
         note_changed_task(old_delta.info, task)
         note_truncated(*r.data.truncated(), c.seq_len, sys.stderr)
@@ -142,8 +158,9 @@ def main() -> None:
             check(replace(r, base=each, distill=one.c.distill), one.mode)
     if sources:
         check_sources(old_base, base, sources, old_delta)
+    starts = olds, carry_pairs(c, r, task)
     with locked(out, ranks.from_main):
-        do_runs(c, r, task, plan, bases, sources, out, ranks)
+        do_runs(c, r, task, plan, bases, sources, starts, out, ranks)
     ranks.leave()
 
 
@@ -151,7 +168,8 @@ def main() -> None:
 
 def checked_modes(c: Config) -> list[str]:
     """The modes asked for. InputError if flags make no sense together."""
-    modes = [mode for mode in MODES if mode != "project" or c.project.source_task] if "all" in c.mode else [*c.mode]
+    asked = {"project": bool(c.project.source_task), "transport": c.carry.carry != "none", "gradmask": False}      # of `all`
+    modes = [mode for mode in MODES if asked.get(mode, True)] if "all" in c.mode else [*c.mode]
     if c.delta.kind != "same":
         c.delta.check()
     taught, itp, gamma = {*modes} & {*NEEDS_TEACHER}, c.distill.itp, c.distill.gamma
@@ -167,6 +185,11 @@ def checked_modes(c: Config) -> list[str]:
              f"--mode project needs --source_task, and of --source_delta as many or none: {len(tasks)} tasks, {len(deltas)} deltas"),
             (c.task in tasks, f"--source_task {c.task}: is the --task itself, and a projection is for a task that it was not learned on"),
             (project and c.chain, "--chain has no --mode project: a projection is learned for two bases"),
+            (c.carry.carry == "none" and (c.carry.carry_text or "transport" in modes),
+             "--mode transport and --carry_text need --carry ridge, orthogonal or permutation"),
+            (c.carry.carry != "none" and not {*modes} & {*CARRIES}, f"--carry is for modes that start from a delta: {', '.join(CARRIES)}"),
+            ((c.carry.carry != "none") + bool(c.chain) + (len(old_names(c)) > 1) > 1,
+             "--carry, --chain and several deltas in --old_delta: one of them at a time"),
             (c.sweep is not None and (c.chain or project or not c.save_deltas),
              "--sweep has no --chain and no --mode project, and keeps the deltas, from which it goes on when interrupted"),
             (c.graphs and (itp or gamma),
@@ -179,6 +202,18 @@ def checked_modes(c: Config) -> list[str]:
     return modes
 
 
+def old_names(c: Config) -> list[str]:
+    """--old_delta A,B,C as names; a folder's name may hold commas."""
+    return [c.old_delta] if not c.old_delta or Path(c.old_delta).exists() else c.old_delta.split(",")
+
+
+def carry_pairs(c: Config, r: Recycling, task: Task) -> list[Pair]:
+    """The texts that a map is learned from, as both bases read them."""
+    own = (f"{e.text} {e.text_pair or ''}" for e in task.parts["train"])
+    texts = own if c.carry.carry_text is None else read_documents(Path(c.carry.carry_text))
+    return [] if c.carry.carry == "none" else pairs_of(texts, r.old_base.tokenizer, r.base.tokenizer, c.seq_len)
+
+
 def announce(c: Config, modes: list[str], task: Task, old: Delta) -> list[str]:
     """Print what is about to be done. Returns the modes; of `all` those that another task's delta allows."""
     few = f"{c.shots} examples a label" if c.shots else f"{len(task.parts['train'])} examples"
@@ -186,7 +221,7 @@ def announce(c: Config, modes: list[str], task: Task, old: Delta) -> list[str]:
     print(f"{task.name} ({what}, {few}), {c.delta.kind}: {c.old_base} + {c.old_delta} -> {' -> '.join(c.chain or (c.base,))}")
     if old.labels == task.labels:
         return modes
-    print(f"the old delta was learned on {old.info['task']}, with other labels: init keeps the delta and starts a fresh head"
+    print(f"the old delta was learned on {old.info['task']}, with other labels: init keeps the delta and starts a {c.head} head"
           + (f" (if its {', '.join(old.labels[:4])} are those of the task: {NAMING})" if len(old.labels) == len(task.labels) else ""))
     return ["scratch", "init"] if "all" in c.mode else modes
 
@@ -202,7 +237,7 @@ def planned(c: Config, modes: list[str]) -> list[Run]:
 
 def learning_rates(c: Config, mode: str) -> tuple[float | None, ...]:
     """The learning rates to try; None for a mode that does not train."""
-    return (None,) if mode == "apply" else c.lr or (FULL_LR[mode] if c.delta.kind == "full" else LR.get(c.delta.kind, 5e-3),)
+    return (None,) if mode not in FULL_LR else c.lr or (FULL_LR[mode] if c.delta.kind == "full" else LR.get(c.delta.kind, 5e-3),)
 
 
 def default_out(c: Config, task: Task) -> str:
@@ -218,13 +253,15 @@ def tune_settings(c: Config, seed: int, lr: float | None) -> TuneSettings:
 
 # --- what is done ------------------------------------------------------------------------------------------------------
 
-def do_runs(c: Config, r: Recycling, task: Task, plan: list[Run], bases: dict[str, Base], sources: Sources, out: Path,
+def do_runs(c: Config, r: Recycling, task: Task, plan: list[Run], bases: dict[str, Base], sources: Sources, starts: Starts, out: Path,
             ranks: Ranks) -> None:
     """Every run but those that are finished. Of a --sweep, ranks share the runs of a group, and rank 0 scores the best of each mode on
     test. Prints the table."""
     rows = [row for one in plan for row in one.rows()]
-    origins, projected = {name: origin_of(replace(r, base=base)) for name, base in bases.items()}, origin_of(r, sources)
-    origin = {row.name: projected if row.mode == "project" else origins[row.c.base] for row in rows}
+    others, text = [(delta, None) for delta in starts[0] if delta is not r.old_delta], str(starts[1]) if starts[1] else ""
+    origins = {name: origin_of(replace(r, base=base), others) for name, base in bases.items()}
+    special = {"project": origin_of(r, [*others, *sources]), **dict.fromkeys(CARRIES * bool(text), origin_of(r, others, text))}
+    origin = {row.name: special.get(row.mode, origins[row.c.base]) for row in rows}
     finished = ranks.from_main(lambda: begin(c, out, rows, origin, r.data.test is not None))
     todo = [one for one in plan if not finished.issuperset(row.name for row in one.rows())]
     workers = share_cores(len(plan), c.threads, c.workers) if ranks.world == 1 and ranks.device.type == "cpu" else 1
@@ -232,12 +269,16 @@ def do_runs(c: Config, r: Recycling, task: Task, plan: list[Run], bases: dict[st
     mine = [[one] for one in todo] if c.sweep is None else [
         part for group in groups(todo) for k in range(ranks.rank, parts, ranks.world) if (part := group[k::parts])]
     start, samples = r if c.sweep is None else replace(r, data=replace(r.data, test=None)), {}
+    if starts[1] and {one.mode for one in todo} & {*CARRIES}:
+        start.carried, start.about = transport(r.old_base, r.base, r.old_delta, starts[1], c.carry.carry)
 
     def done(group: list[Run]) -> Iterator[str]:
         """Do and save runs; yields what the bar says of each."""
         for seed in {one.seed for one in group} - samples.keys():
-            samples[seed] = sample(c, start, task, seed)
+            samples[seed] = sample(c, start, task, seed, starts[0])
         for one, result, delta, curve, more in run_group(samples, group, bases, sources):
+            if one.mode in CARRIES or one.mode == "apply" and r.merged:
+                more |= samples[one.seed].about
             save_run(out, one, task, result, delta, curve, origin[one.name], more)
             yield f"{one.mode}: dev {score_text(score(result.dev))}"
 
@@ -251,12 +292,14 @@ def do_runs(c: Config, r: Recycling, task: Task, plan: list[Run], bases: dict[st
     ranks.from_main(lambda: finish(c, r, rows, out))
 
 
-def sample(c: Config, r: Recycling, task: Task, seed: int) -> Recycling:
-    """With --shots, on the few examples that `seed` draws, which the teacher has not seen yet."""
-    if not c.shots:
-        return r
-    data = encode_task(few_shot(task, c.shots, seed), r.base.tokenizer, c.seq_len)
-    return replace(r, data=replace(data, test=r.data.test), teacher=None)
+def sample(c: Config, r: Recycling, task: Task, seed: int, olds: list[Delta]) -> Recycling:
+    """With --shots, on the few examples that `seed` draws, which the teacher has not seen yet; several old deltas merged for them."""
+    if c.shots:
+        data = encode_task(few_shot(task, c.shots, seed), r.base.tokenizer, c.seq_len)
+        r = replace(r, data=replace(data, test=r.data.test), teacher=None)
+    if len(olds) > 1:
+        r.merged, r.about = merge_on_dev(r, olds, c.merge)
+    return r
 
 
 def run_group(samples: dict[int, Recycling], group: list[Run], bases: dict[str, Base], sources: Sources) -> Iterator[Done]:

@@ -20,7 +20,6 @@ from `apply` of the mean source, or of the delta itself.
 """
 import itertools
 import re
-import sys
 from dataclasses import replace
 from functools import cache, partial
 from typing import Callable, Iterable, Literal, Sequence, get_args
@@ -29,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rt.data import Example, TaskData, Tokenizer, encode, sequences_batch
+from rt.data import TaskData, sequences_batch
 from rt.deltas import Base, Delta, apply, attach, check_fits, extract
 from rt.errors import InputError
 from rt.losses import DistillConfig, Loss, Reweighted, Weights, run_teacher
@@ -148,33 +147,26 @@ def learn_projection(old_base: Base, base: Base, sources: list[tuple[Delta, Task
 Carry = Literal["none", "ridge", "orthogonal", "permutation"]
 RIDGE = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)   # lambda, in units of the mean eigenvalue
 HELD_OUT = 5            # one text in so many: lambda is chosen on its rows
-MOST_ROWS = 32768       # token rows that are compared
-EQUAL = {"ridge": (), "orthogonal": ("hidden_size", "ffn_size"), "permutation": ("hidden_size", "ffn_size", "num_heads")}
-# Patterns of tensors' names: where a tensor reads and where it writes, as MODULE.in or MODULE.out of the plain encoder. Units of an FFN are
-# compared by their activations: before GELU they have but d dimensions.
+# Patterns of tensors' names: where a tensor reads and where it writes, as MODULE.in or MODULE.out of the plain encoder
 PLACES = ((r"embeddings\.(word\.weight|position\.weight|second_type)", None, "embeddings.norm.in"),
-          (r"(.*norm)\.weight", r"\1.out", r"\1.out"), (r"(.*norm)\.bias", None, r"\1.out"), (r"(.*)\.prefix\.(k|v|gate)", None, r"\1.qkv.out"),
-          (r"(.*)\.lora\.A\.\w+", r"\1.in", None), (r"(.*)\.intermediate\.lora\.B\.\w+", None, r"\1.output.in"),
-          (r"(.*)\.lora\.B\.\w+", None, r"\1.out"),
-          (r"(.*)\.adapter\.down\.weight", r"\1.out", None), (r".*\.adapter\.down\.bias", None, None),
-          (r"(.*)\.adapter\.up\.(weight|bias)", None, r"\1.out"),
-          (r"(.*)\.intermediate\.weight", r"\1.intermediate.in", r"\1.output.in"), (r"(.*)\.intermediate\.bias", None, r"\1.output.in"),
-          (r"(.*\.(qkv|attention_output|output))\.weight", r"\1.in", r"\1.out"),
-          (r"(.*\.(qkv|attention_output|output))\.bias", None, r"\1.out"))
+          (r"(.*norm)\.weight", r"\1.out", r"\1.out"), (r"(.*)\.prefix\.(k|v|gate)", None, r"\1.qkv.out"),
+          (r"(.*)\.lora\.A\.\w+", r"\1.in", None), (r"(.*)\.adapter\.down\.weight", r"\1.out", None),
+          (r".*\.adapter\.down\.bias", None, None), (r"(.*)\.(lora\.B\.\w+|adapter\.up\.(weight|bias))", None, r"\1.out"),
+          (r"(.*\.(qkv|attention_output|intermediate|output))\.weight", r"\1.in", r"\1.out"),
+          (r"(.*(qkv|attention_output|intermediate|output|norm))\.bias", None, r"\1.out"))
 THIRDS = {"query": 0, "key": 1, "value": 2, "k": 1, "v": 2, "gate": 2}      # of the rows of qkv, by the end of a tensor's name
 Moments = tuple[Tensor, Tensor, Tensor]
 Pair = tuple[list[int], list[int], list[int], list[int]]    # a text's ids for the old base and the rows compared, the same for the new
 
 
 @torch.no_grad()
-def transport(old_base: Base, base: Base, delta: Delta, texts: list[str], how: Carry, seq_len: int) -> tuple[Delta, dict]:
-    """The delta carried to `base`, whose own it then is, and what a record says of the map. Layers of `base` without a partner get a fresh
-    module, which changes nothing. Raises InputError as check_carry does, or for fewer than two texts."""
+def transport(old_base: Base, base: Base, delta: Delta, pairs: list[Pair], how: Carry) -> tuple[Delta, dict]:
+    """The delta carried to `base`, whose own it then is, by what both bases make of `pairs`, and what a record says of the map. Layers of
+    `base` without a partner get a fresh module, which changes nothing. Raises InputError as check_carry does, and for too few texts."""
     check_carry(old_base, base, delta, how)
-    old, new, device = old_base.encoder, base.encoder, base.encoder.embeddings.word.weight.device
-    pairs = pairs_of(texts, old_base.tokenizer, base.tokenizer, seq_len)
     if len(pairs) < 2:
-        raise InputError(f"{len(pairs)} texts are too few to compare two bases on")
+        raise InputError(f"`carry`: {len(pairs)} texts are too few to compare two bases on")
+    old, new, device = old_base.encoder, base.encoder, base.encoder.embeddings.word.weight.device
     layers, same_width = match_layers(old, new, pairs[:64]), old.config.hidden_size == new.config.hidden_size
     carried = extract(attach(base, delta.config, delta.num_outputs, 0), base, delta.config, delta.info)
 
@@ -191,8 +183,8 @@ def transport(old_base: Base, base: Base, delta: Delta, texts: list[str], how: C
     for part, name in names:
         part[name] = moved(name, (delta.diffs | delta.modules)[old_name(name)].to(device), found).float().cpu()
     carried.head.update(moved_head(carried.head, delta.head, found("head", True)[0].float().cpu()))
-    return carried, {"map": how, "texts": len(pairs), "rows": sum(len(pair[1]) for pair in pairs), "layers": [*layers.items()],
-                     "left_out": [] if same_width else ["layer norms"]}
+    return carried, {"carried": {"map": how, "texts": len(pairs), "rows": sum(len(pair[1]) for pair in pairs), "layers": [*layers.items()],
+                                 "left_out": [] if same_width else ["layer norms"]}}
 
 
 def check_carry(old_base: Base, base: Base, delta: Delta, how: Carry) -> None:
@@ -201,17 +193,18 @@ def check_carry(old_base: Base, base: Base, delta: Delta, how: Carry) -> None:
         places(name)
     if delta.config.kind not in ("lora", "adapter"):
         check_fits(base, delta, stale_ok=True)      # one size and vocabulary
-    for name in EQUAL[how]:
+    for name in ("hidden_size", "ffn_size", "num_heads")[:{"ridge": 0, "orthogonal": 2, "permutation": 3}[how]]:
         if (a := getattr(old_base.encoder.config, name)) != (b := getattr(base.encoder.config, name)):
             raise InputError(f"`carry` {how} is for bases of equal {name}, not {a} and {b}: use ridge")
 
 
 def places(name: str) -> tuple[str | None, str | None]:
-    """Where a tensor of a delta reads and writes. Raises InputError if that is not known."""
+    """Where a tensor of a delta reads and writes. FFN units are compared by their activations: before GELU they span but d dimensions.
+    Raises InputError if nothing is known of the tensor."""
     plain = name.replace("adapter_attention", "attention_output.adapter").replace("adapter_ffn", "output.adapter")
     for pattern, *ends in PLACES:
         if match := re.fullmatch(pattern, plain):
-            return tuple(end and match.expand(end) for end in ends)
+            return tuple(end and match.expand(end).replace("intermediate.out", "output.in") for end in ends)
     raise InputError(f"the delta's tensor {name} cannot be carried to another base: where it reads and writes is not known")
 
 
@@ -233,31 +226,13 @@ def moved(name: str, D: Tensor, found: Callable[[str, bool], Tensor]) -> Tensor:
 
 
 def moved_head(fresh: dict[str, Tensor], head: dict[str, Tensor], A: Tensor) -> dict[str, Tensor]:
-    """The head, which reads <s> through A (d_new, d_old). On a wider base it has features of the fresh head's, too, which do not count yet;
-    on a narrower one it keeps those that count most."""
+    """The head, which reads <s> through A (d_new, d_old). On a wider base it has features of the fresh head's, too, which do not count
+    yet; on a narrower one it keeps those that count most."""
     keep = head["out.weight"].norm(dim=0).topk(min(A.shape)).indices.sort().values
     dense, bias, out = fresh["dense.weight"].clone(), fresh["dense.bias"].clone(), torch.zeros_like(fresh["out.weight"])
     dense[:len(keep)], bias[:len(keep)] = head["dense.weight"][keep] @ A.T, head["dense.bias"][keep]
     out[:, :len(keep)] = head["out.weight"][:, keep]
     return {"dense.weight": dense, "dense.bias": bias, "out.weight": out, "out.bias": head["out.bias"].clone()}
-
-
-def pairs_of(texts: list[str], old: Tokenizer, new: Tokenizer, max_len: int) -> list[Pair]:
-    """The texts for both bases, about MOST_ROWS rows of each. Of one vocabulary all rows are compared, else <s> and words' first pieces."""
-    pairs: list[Pair] = []
-    for text in texts:
-        words, read = [Example(" " * (i > 0) + word, None, None, "") for i, word in enumerate(text.split()[:max_len])], []
-        for tokenizer in (old, new):
-            pieces = [ids[1:-1] for ids in encode(words, (), tokenizer, sys.maxsize).sequences]
-            ids = [tokenizer.bos_id, *itertools.chain(*pieces)][:max_len - 1] + [tokenizer.eos_id]
-            starts = np.cumsum([1, *map(len, pieces)]).tolist()
-            read.append((ids, [start if piece and start < max_len - 1 else 0 for start, piece in zip(starts, pieces)]))
-        (a, first_a), (b, first_b) = read
-        rows = [(i, i) for i in range(len(a))] if old.vocabulary == new.vocabulary else [(0, 0), *(ij for ij in zip(first_a, first_b) if all(ij))]
-        pairs.append((a, [i for i, _ in rows], b, [j for _, j in rows]))
-        if sum(len(pair[1]) for pair in pairs) >= MOST_ROWS:
-            break
-    return pairs
 
 
 def activations(encoder: Encoder, sequences: Sequence[list[int]], rows: Sequence[list[int]], sites: Iterable[str]) -> dict[str, Tensor]:
@@ -276,29 +251,28 @@ def activations(encoder: Encoder, sequences: Sequence[list[int]], rows: Sequence
 
 
 def match_layers(old: Encoder, new: Encoder, pairs: list[Pair]) -> dict[int, int]:
-    """{new layer: old layer}, in order and one to one, as many as the shallower encoder has: of greatest linear CKA (Kornblith et al., 2019)
-    of their outputs in all; of equal depth each its own."""
+    """{new layer: old layer}, in order and one to one, as many as the shallower encoder has: of equal depth each its own, else those whose
+    outputs have the greatest linear CKA (Kornblith et al., 2019) in all."""
     a, b, outputs = len(old.layers), len(new.layers), []
     if a == b:
         return {i: i for i in range(a)}
-    for encoder, i in ((old, 0), (new, 2)):
-        found = activations(encoder, [pair[i] for pair in pairs], [pair[i + 1] for pair in pairs],
-                            [f"layers.{n}.output_norm.out" for n in range(len(encoder.layers))])
-        centred = [x - x.mean(0) for x in found.values()]
-        outputs.append([x / (x.T @ x).norm().sqrt() for x in centred])
+    for encoder, ids, rows in zip((old, new), *[iter(zip(*pairs))] * 2):
+        found = activations(encoder, ids, rows, [f"layers.{n}.output_norm.out" for n in range(len(encoder.layers))]).values()
+        outputs.append([x / (x.T @ x).norm().sqrt() for x in (x - x.mean(0) for x in found)])
     cka = [[(x.T @ y).square().sum().item() for y in outputs[1]] for x in outputs[0]]
-    choices = ([*zip(range(b), some)] if a > b else [*zip(some, range(a))] for some in itertools.combinations(range(max(a, b)), min(a, b)))
+    some = itertools.combinations(range(max(a, b)), min(a, b))
+    choices = ([*zip(range(b), chosen)] if a > b else [*zip(chosen, range(a))] for chosen in some)
     return dict(max(choices, key=lambda choice: sum(cka[i][j] for j, i in choice)))
 
 
 def moments(old: Encoder, new: Encoder, pairs: list[Pair], sites: dict[str, tuple[str, str]]) -> dict[str, Moments]:
-    """(X^T X, X^T Y, Y^T Y), each (2, c, ., .) in fp64, of the old and new rows at each of `sites` {name: (old, new)}: of the texts to fit and
-    of those held out; c is 3 at qkv, else 1. No rows are kept. For the head, <s> rows weigh as much as all rows together."""
+    """(X^T X, X^T Y, Y^T Y), each (2, c, ., .) in fp64, of the old and new rows at each of `sites` {name: (old, new)}: of texts to fit and
+    of texts held out; c is 3 at qkv, else 1. No rows are kept. For the head, <s> rows weigh as much as all rows together."""
     total: dict[str, Tensor] = {}
     for part, some in enumerate(([pair for i, pair in enumerate(pairs) if i % HELD_OUT], pairs[::HELD_OUT])):
         for a, rows_a, b, rows_b in (zip(*some[i:i + 32]) for i in range(0, len(some), 32)):
-            X, Y = (activations(encoder, ids, rows, {pair[i] for pair in sites.values()})
-                    for i, (encoder, ids, rows) in enumerate(((old, a, rows_a), (new, b, rows_b))))
+            X = activations(old, a, rows_a, {x for x, _ in sites.values()})
+            Y = activations(new, b, rows_b, {y for _, y in sites.values()})
             first = np.cumsum([0, *map(len, rows_a)])[:-1]
             for site, (x, y) in sites.items():
                 Z = torch.cat([V.view(len(V), 3 if site.endswith("qkv.out") else 1, -1) for V in (X[x], Y[y])], 2).movedim(1, 0)
@@ -310,8 +284,8 @@ def moments(old: Encoder, new: Encoder, pairs: list[Pair], sites: dict[str, tupl
 
 
 def maps(moments: dict[str, Moments], how: Carry, heads: int) -> Callable[[str, bool], Tensor]:
-    """find(site, back): B (c, a, b), old rows to new, of least ||X B - Y||, or, `back`, A (c, b, a) of least ||Y A - X||: among all matrices
-    (ridge), rotations (orthogonal; Schonemann, 1966) or permutations (Ainsworth et al., 2023), which match heads first."""
+    """find(site, back): B (c, a, b), old rows to new, of least ||X B - Y||, or, `back`, A (c, b, a) of least ||Y A - X||, among all
+    matrices (ridge), rotations (orthogonal; Schonemann, 1966) or permutations (Ainsworth et al., 2023)."""
     @cache
     def find(site: str, back: bool) -> Tensor:
         XX, XY, YY = moments[site]
