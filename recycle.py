@@ -21,10 +21,9 @@ from typing import Callable, Iterator, Literal
 
 from data.sources import open_task
 from rt.data import Task, TaskData, encode_task, few_shot
-from rt.deltas import Base, Delta, apply, combine
+from rt.deltas import Base, Delta, apply
 from rt.errors import InputError
 from rt.formats.atomic import locked
-from rt.formats.corpora import pairs_of, read_documents
 from rt.formats.delta_files import load_delta
 from rt.formats.files import write_json
 from rt.formats.hub import NAMING, open_base, open_delta, place_of_delta
@@ -35,9 +34,10 @@ from rt.recycling import CARRIES, MODES, NEEDS_TEACHER, TRAINED, Recycling, chai
 from rt.runs.build import build, build_lineage
 from rt.runs.config import parse, record, run
 from rt.runs.log import StepBar, load_tensorboard, note_changed_task, note_truncated, progress, score_text
-from rt.runs.results import Run, begin, open_best, origin_of, save_run, write_summary
+from rt.runs.results import Run, begin, origin_of, save_run, write_summary
+from rt.runs.starts import carry_pairs, merge_on_dev, old_names, open_old
 from rt.runs.summary import by_settings, chosen, report, report_chain, report_sweep
-from rt.runs.sweep import LISTS, expand, groups, merge_on_dev, swept
+from rt.runs.sweep import LISTS, expand, groups, swept
 from rt.runs.workers import share_cores, spread, use_threads
 from rt.speed.device import make_deterministic, pick_precision
 from rt.speed.dist import Ranks, join
@@ -112,7 +112,6 @@ FULL_LR = {"scratch": 5e-4, "init": 1e-4, "distill": 1e-3, "init+distill": 1e-4,
 LR = {"prefix": 1e-2}     # other kinds: 5e-3
 Sources = list[tuple[Delta, TaskData]]      # deltas of the old base and their tasks, for --mode project
 Done = tuple[Run, TuneResult, Delta, list[dict], dict]      # with its evaluations, and more for its row
-Starts = tuple[list[Delta], list[Pair]]     # all old deltas, and texts for --carry
 
 
 def main() -> None:
@@ -135,9 +134,7 @@ def main() -> None:
     c.old_delta, source_deltas = ranks.from_main(lambda: build_missing(c, task, source_tasks))
     c.project = replace(c.project, source_delta=source_deltas)
     old_base = open_base(c.old_base).to(ranks.device)
-    olds = [open_best(name, old_base).ordered(task.labels) for name in old_names(c)]
-    old_delta = next((one for one in olds if one.labels == task.labels), olds[0])
-    merged = combine(olds, [1.0] * len(olds), c.merge, task.labels) if len(olds) > 1 else None     # until --merge has chosen
+    olds, old_delta, merged = open_old(c.old_delta, old_base, task.labels, c.merge)
     if c.delta.kind == "same":
         c.delta = replace(c.delta, **(merged or old_delta).config.used)
     modes = announce(c, modes, task, old_delta)
@@ -158,9 +155,9 @@ def main() -> None:
             check(replace(r, base=each, distill=one.c.distill), one.mode)
     if sources:
         check_sources(old_base, base, sources, old_delta)
-    starts = olds, carry_pairs(c, r, task)
+    pairs = carry_pairs(c.carry.carry_text, task, old_base, base, c.seq_len) if c.carry.carry != "none" else []
     with locked(out, ranks.from_main):
-        do_runs(c, r, task, plan, bases, sources, starts, out, ranks)
+        do_runs(c, r, task, plan, bases, sources, olds, pairs, out, ranks)
     ranks.leave()
 
 
@@ -188,7 +185,7 @@ def checked_modes(c: Config) -> list[str]:
             (c.carry.carry == "none" and (c.carry.carry_text or "transport" in modes),
              "--mode transport and --carry_text need --carry ridge, orthogonal or permutation"),
             (c.carry.carry != "none" and not {*modes} & {*CARRIES}, f"--carry is for modes that start from a delta: {', '.join(CARRIES)}"),
-            ((c.carry.carry != "none") + bool(c.chain) + (len(old_names(c)) > 1) > 1,
+            ((c.carry.carry != "none") + bool(c.chain) + (len(old_names(c.old_delta)) > 1) > 1,
              "--carry, --chain and several deltas in --old_delta: one of them at a time"),
             (c.sweep is not None and (c.chain or project or not c.save_deltas),
              "--sweep has no --chain and no --mode project, and keeps the deltas, from which it goes on when interrupted"),
@@ -200,18 +197,6 @@ def checked_modes(c: Config) -> list[str]:
         if is_wrong:
             raise InputError(sentence)
     return modes
-
-
-def old_names(c: Config) -> list[str]:
-    """--old_delta A,B,C as names; a folder's name may hold commas."""
-    return [c.old_delta] if not c.old_delta or Path(c.old_delta).exists() else c.old_delta.split(",")
-
-
-def carry_pairs(c: Config, r: Recycling, task: Task) -> list[Pair]:
-    """The texts that a map is learned from, as both bases read them."""
-    own = (f"{e.text} {e.text_pair or ''}" for e in task.parts["train"])
-    texts = own if c.carry.carry_text is None else read_documents(Path(c.carry.carry_text))
-    return [] if c.carry.carry == "none" else pairs_of(texts, r.old_base.tokenizer, r.base.tokenizer, c.seq_len)
 
 
 def announce(c: Config, modes: list[str], task: Task, old: Delta) -> list[str]:
@@ -253,14 +238,14 @@ def tune_settings(c: Config, seed: int, lr: float | None) -> TuneSettings:
 
 # --- what is done ------------------------------------------------------------------------------------------------------
 
-def do_runs(c: Config, r: Recycling, task: Task, plan: list[Run], bases: dict[str, Base], sources: Sources, starts: Starts, out: Path,
-            ranks: Ranks) -> None:
+def do_runs(c: Config, r: Recycling, task: Task, plan: list[Run], bases: dict[str, Base], sources: Sources, olds: list[Delta],
+            pairs: list[Pair], out: Path, ranks: Ranks) -> None:
     """Every run but those that are finished. Of a --sweep, ranks share the runs of a group, and rank 0 scores the best of each mode on
     test. Prints the table."""
     rows = [row for one in plan for row in one.rows()]
-    others, text = [(delta, None) for delta in starts[0] if delta is not r.old_delta], str(starts[1]) if starts[1] else ""
+    others = [(delta, None) for delta in olds if delta is not r.old_delta]
     origins = {name: origin_of(replace(r, base=base), others) for name, base in bases.items()}
-    special = {"project": origin_of(r, [*others, *sources]), **dict.fromkeys(CARRIES * bool(text), origin_of(r, others, text))}
+    special = {"project": origin_of(r, [*others, *sources]), **dict.fromkeys(CARRIES if pairs else (), origin_of(r, others, pairs))}
     origin = {row.name: special.get(row.mode, origins[row.c.base]) for row in rows}
     finished = ranks.from_main(lambda: begin(c, out, rows, origin, r.data.test is not None))
     todo = [one for one in plan if not finished.issuperset(row.name for row in one.rows())]
@@ -269,13 +254,13 @@ def do_runs(c: Config, r: Recycling, task: Task, plan: list[Run], bases: dict[st
     mine = [[one] for one in todo] if c.sweep is None else [
         part for group in groups(todo) for k in range(ranks.rank, parts, ranks.world) if (part := group[k::parts])]
     start, samples = r if c.sweep is None else replace(r, data=replace(r.data, test=None)), {}
-    if starts[1] and {one.mode for one in todo} & {*CARRIES}:
-        start.carried, start.about = transport(r.old_base, r.base, r.old_delta, starts[1], c.carry.carry)
+    if pairs and {one.mode for one in todo} & {*CARRIES}:
+        start.carried, start.about = transport(r.old_base, r.base, r.old_delta, pairs, c.carry.carry)
 
     def done(group: list[Run]) -> Iterator[str]:
         """Do and save runs; yields what the bar says of each."""
         for seed in {one.seed for one in group} - samples.keys():
-            samples[seed] = sample(c, start, task, seed, starts[0])
+            samples[seed] = sample(c, start, task, seed, olds)
         for one, result, delta, curve, more in run_group(samples, group, bases, sources):
             if one.mode in CARRIES or one.mode == "apply" and r.merged:
                 more |= samples[one.seed].about

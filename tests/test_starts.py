@@ -16,7 +16,7 @@ from rt.formats.delta_files import save_delta
 from rt.losses import DistillConfig
 from rt.model import MaskedLM, prototypes
 from rt.recycling import MODES, Recycling, check, new_delta, recycle, start_from_old
-from rt.runs.sweep import merge_on_dev
+from rt.runs.starts import merge_on_dev
 from rt.tune import TuneSettings, evaluate, predict
 
 CPU = dict(device=torch.device("cpu"), precision=torch.float32)

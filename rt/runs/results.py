@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import mean
-from typing import Any, Iterable
+from typing import Any, Iterable, Sequence
 
 import torch
 
@@ -31,6 +31,7 @@ from rt.recycling import CARRIES, NEEDS_TEACHER, TRAINED, Recycling
 from rt.runs.config import flags_of, record
 from rt.runs.log import Log
 from rt.runs.summary import add_steps_to_scratch, by_settings, group_by, routes
+from rt.transport import Pair
 from rt.tune import TuneResult, score
 
 # flags that do not change what a run computes, or that its row holds beside its settings
@@ -82,7 +83,7 @@ def unread(config: type, mode: str) -> set[str]:
     return {flag.name for flag in flags_of(config) if mode not in USED_BY.get(flag.path[0], (mode,))}
 
 
-def origin_of(r: Recycling, sources: Iterable[tuple[Delta, TaskData | None]] = (), text: str = "") -> list[str]:
+def origin_of(r: Recycling, sources: Iterable[tuple[Delta, TaskData | None]] = (), pairs: Sequence[Pair] = ()) -> list[str]:
     """Hashes of what settings name by path: old base, new base, old delta (with source deltas and tasks, other old deltas, the text of a
     map), task."""
     digest = hashlib.sha256()
@@ -91,7 +92,7 @@ def origin_of(r: Recycling, sources: Iterable[tuple[Delta, TaskData | None]] = (
             for name, tensor in sorted(part.items()):
                 digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
         digest.update(data.hash.encode() if data else b"")
-    digest.update(text.encode())
+    digest.update(str(pairs).encode() if pairs else b"")
     return [r.old_base.fingerprint, r.base.fingerprint, digest.hexdigest()[:16], r.data.hash]
 
 

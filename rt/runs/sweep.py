@@ -1,14 +1,10 @@
-"""A grid of settings, as text: "seed=20,30,40 alpha=.7,.9 T=5,10,20" is 18 runs. And the choice of old deltas to merge, on dev."""
+"""A grid of settings, as text: "seed=20,30,40 alpha=.7,.9 T=5,10,20" is 18 runs."""
 import difflib
 import itertools
-from dataclasses import replace
 
-from rt.deltas import Delta, combine
 from rt.errors import InputError
-from rt.recycling import Recycling, start_from_old
 from rt.runs.config import C, convert, flags_of, replace_flags
 from rt.runs.summary import group_by
-from rt.tune import evaluate, score
 
 # what runs may differ in; those of a group that is done side by side differ in SIDE_BY_SIDE, seed and learning rate
 SWEPT = ("seed", "lr", "alpha", "beta", "T", "gamma", "itp", "steps", "batch_size", "warmup", "weight_decay", "early_stop")
@@ -43,16 +39,3 @@ def expand(config: C, spec: str) -> list[C]:
 def groups(runs: list) -> list[list]:
     """Runs (with `mode` and `settings`) in groups that may be done side by side."""
     return group_by(runs, lambda run: [run.mode, {k: v for k, v in run.settings.items() if k not in SIDE_BY_SIDE}])
-
-
-def merge_on_dev(r: Recycling, deltas: list[Delta], how: str) -> tuple[Delta, dict]:
-    """Several deltas of the old base as one, and what a row says of it: the mean (or TIES) of the subset whose `apply` is best on dev; of
-    all if that needs a fresh head, whose scores say nothing."""
-    choices, found = sorted([*itertools.product((0.0, 1.0), repeat=len(deltas))][1:], key=sum, reverse=True), []
-    if r.head == "fresh" and r.data.labels not in [delta.labels for delta in deltas]:
-        choices = choices[:1]
-    for choice in choices:
-        merged = combine(deltas, weights := [w / sum(choice) for w in choice], how, r.data.labels)
-        dev = evaluate(start_from_old(replace(r, merged=merged)), r.data.dev, r.device, r.precision) if len(choices) > 1 else {"": None}
-        found.append((score(dev), merged, {"merged": {"how": how, "weights": weights, "tried": len(choices)}}))
-    return max(found, key=lambda one: one[0])[1:]
