@@ -155,7 +155,7 @@ PLACES = ((r"embeddings\.(word\.weight|position\.weight|second_type)", None, "em
           (r"(.*\.(qkv|attention_output|intermediate|output))\.weight", r"\1.in", r"\1.out"),
           (r"(.*(qkv|attention_output|intermediate|output|norm))\.bias", None, r"\1.out"))
 THIRDS = {"query": 0, "key": 1, "value": 2, "k": 1, "v": 2, "gate": 2}      # of the rows of qkv, by the end of a tensor's name
-Moments = tuple[Tensor, Tensor, Tensor]
+OF_HEADS = ("qkv.out", "attention_output.in")
 Pair = tuple[list[int], list[int], list[int], list[int]]    # a text's ids for the old base and the rows compared, the same for the new
 
 
@@ -179,7 +179,7 @@ def transport(old_base: Base, base: Base, delta: Delta, pairs: list[Pair], how: 
              if old_name(name) and ("norm." not in name or same_width)]
     sites = {site: (old_name(site), site) for _, name in names for site in places(name) if site}
     sites["head"] = tuple(f"layers.{len(encoder.layers) - 1}.output_norm.out" for encoder in (old, new))
-    found = maps(moments(old, new, pairs, sites), how, new.config.num_heads)
+    found = maps(moments(old, new, pairs, sites, how), how, new.config.num_heads)
     for part, name in names:
         part[name] = moved(name, (delta.diffs | delta.modules)[old_name(name)].to(device), found).float().cpu()
     carried.head.update(moved_head(carried.head, delta.head, found("head", True)[0].float().cpu()))
@@ -265,37 +265,38 @@ def match_layers(old: Encoder, new: Encoder, pairs: list[Pair]) -> dict[int, int
     return dict(max(choices, key=lambda choice: sum(cka[i][j] for j, i in choice)))
 
 
-def moments(old: Encoder, new: Encoder, pairs: list[Pair], sites: dict[str, tuple[str, str]]) -> dict[str, Moments]:
-    """(X^T X, X^T Y, Y^T Y), each (2, c, ., .) in fp64, of the old and new rows at each of `sites` {name: (old, new)}: of texts to fit and
-    of texts held out; c is 3 at qkv, else 1. No rows are kept. For the head, <s> rows weigh as much as all rows together."""
-    total: dict[str, Tensor] = {}
+def moments(old: Encoder, new: Encoder, pairs: list[Pair], sites: dict[str, tuple[str, str]], how: Carry) -> dict[str, list[Tensor]]:
+    """[X^T Y, X^T X, Y^T Y], where the last two are needed, of the old and new rows at each of `sites` {name: (old, new)}: (2, c, ., .) in
+    fp64, of texts to fit and of texts held out; c is 3 at qkv, else 1. No rows are kept. For the head, <s> rows weigh as much as all."""
+    total: dict[str, list[Tensor]] = {}
     for part, some in enumerate(([pair for i, pair in enumerate(pairs) if i % HELD_OUT], pairs[::HELD_OUT])):
         for a, rows_a, b, rows_b in (zip(*some[i:i + 32]) for i in range(0, len(some), 32)):
-            X = activations(old, a, rows_a, {x for x, _ in sites.values()})
-            Y = activations(new, b, rows_b, {y for _, y in sites.values()})
+            found = [activations(encoder, ids, rows, {site[i] for site in sites.values()})
+                     for i, (encoder, ids, rows) in enumerate(((old, a, rows_a), (new, b, rows_b)))]
             first = np.cumsum([0, *map(len, rows_a)])[:-1]
-            for site, (x, y) in sites.items():
-                Z = torch.cat([V.view(len(V), 3 if site.endswith("qkv.out") else 1, -1) for V in (X[x], Y[y])], 2).movedim(1, 0)
+            for site, places in sites.items():
+                X, Y = (V[place].unflatten(1, (3 if site.endswith("qkv.out") else 1, -1)).movedim(1, 0) for V, place in zip(found, places))
                 if site == "head":
-                    Z = torch.cat([Z, Z[:, first] * (Z.shape[1] / len(a)) ** 0.5], 1)
-                total.setdefault(site, Z.new_zeros(2, len(Z), *Z.shape[2:] * 2))[part] += Z.mT @ Z
-    width = {site: X[x].shape[1] // len(total[site][0]) for site, (x, _) in sites.items()}
-    return {site: (M[..., :n, :n], M[..., :n, n:], M[..., n:, n:]) for site, M in total.items() for n in (width[site],)}
+                    X, Y = (torch.cat([V, V[:, first] * (V.shape[1] / len(a)) ** 0.5], 1) for V in (X, Y))
+                products = [X.mT @ Y, *((X.mT @ X, Y.mT @ Y) if how == "ridge" or site.endswith(OF_HEADS) else ())]
+                for k, product in enumerate(products):
+                    total.setdefault(site, [product.new_zeros(2, *product.shape) for product in products])[k][part] += product
+    return total
 
 
-def maps(moments: dict[str, Moments], how: Carry, heads: int) -> Callable[[str, bool], Tensor]:
+def maps(moments: dict[str, list[Tensor]], how: Carry, heads: int) -> Callable[[str, bool], Tensor]:
     """find(site, back): B (c, a, b), old rows to new, of least ||X B - Y||, or, `back`, A (c, b, a) of least ||Y A - X||, among all
     matrices (ridge), rotations (orthogonal; Schonemann, 1966) or permutations (Ainsworth et al., 2023)."""
     @cache
     def find(site: str, back: bool) -> Tensor:
-        XX, XY, YY = moments[site]
+        XY, *own = moments[site]
         if how == "ridge":
-            return ridge(YY, XY.mT) if back else ridge(XX, XY)
+            return ridge(own[1], XY.mT) if back else ridge(own[0], XY)
         if how == "orthogonal":
             U, _, V = torch.linalg.svd(XY.sum(0))
             B = U @ V
         else:
-            B = permutation(*(M.sum(0) for M in (XX, XY, YY)), heads if site.endswith(("qkv.out", "attention_output.in")) else 1)
+            B = permutation(XY.sum(0), [M.sum(0) for M in own], heads if site.endswith(OF_HEADS) else 1)
         return B.mT if back else B
 
     return find
@@ -309,11 +310,12 @@ def ridge(G: Tensor, C: Tensor) -> Tensor:
     return torch.linalg.solve((G + RIDGE[errors.index(min(errors))] * unit).sum(0), C.sum(0))
 
 
-def permutation(XX: Tensor, XY: Tensor, YY: Tensor, heads: int) -> Tensor:
-    """(c, n, n), on two levels: heads by linear CKA, then the dimensions within. Queries and keys have one order."""
-    own_x, cross, own_y = (M.unflatten(2, (heads, -1)).unflatten(1, (heads, -1)).square().sum((2, 4)) for M in (XX, XY, YY))    # (c, H, H)
-    own = own_x.diagonal(dim1=1, dim2=2)[:, :, None] * own_y.diagonal(dim1=1, dim2=2)[:, None]
-    pairs, D, B = assignment((cross / own.sqrt()).sum(0)), XY.shape[-1] // heads, torch.zeros_like(XY)
+def permutation(XY: Tensor, own: list[Tensor], heads: int) -> Tensor:
+    """(c, n, n), on two levels: heads by linear CKA, if there are several, then the dimensions within. Queries and keys have one order."""
+    cka, *scales = (M.unflatten(2, (heads, -1)).unflatten(1, (heads, -1)).square().sum((2, 4)) for M in (XY, *own))      # (c, H, H)
+    for dim, scale in enumerate(scales):
+        cka = cka / scale.diagonal(dim1=1, dim2=2).sqrt().unsqueeze(2 - dim)
+    pairs, D, B = assignment(cka.sum(0)), XY.shape[-1] // heads, torch.zeros_like(XY)
     score = torch.stack([XY[0] + XY[1], XY[0] + XY[1], XY[2]]) if len(XY) == 3 else XY
     for c, (i, j) in itertools.product(range(len(XY)), enumerate(pairs)):
         block = np.s_[c, i * D:(i + 1) * D, j * D:(j + 1) * D]

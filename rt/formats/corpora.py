@@ -25,7 +25,7 @@ TEXT_ENDINGS = (".txt", ".txt.gz", ".txt.xz", ".jsonl", ".jsonl.gz", ".jsonl.xz"
 HELDOUT_SHARE = 50      # one document in so many is held out of a corpus that has no heldout file
 PARTS = ("train", "heldout")
 CHUNK = 1000            # documents that are tokenized at a time
-MOST_ROWS = 32768       # token rows on which two bases are compared
+MOST_ROWS = 16384       # token rows on which two bases are compared
 
 
 def read_documents(path: Path) -> Iterator[str]:
