@@ -170,8 +170,7 @@ def transport(old_base: Base, base: Base, delta: Delta, pairs: list[Pair], how: 
     layers, same_width = match_layers(old, new, pairs[:64]), old.config.hidden_size == new.config.hidden_size
     carried = extract(attach(base, delta.config, delta.num_outputs, 0), base, delta.config, delta.info)
 
-    def old_name(name: str) -> str | None:
-        """What the old base calls a tensor or a place; None for a layer without a partner."""
+    def old_name(name: str) -> str | None:      # what the old base calls a tensor or a place; None for a layer without a partner
         number = re.search(r"(?<=layers\.)\d+", name)
         return name if number is None else f"layers.{layers[int(number[0])]}{name[number.end():]}" if int(number[0]) in layers else None
 
@@ -183,8 +182,8 @@ def transport(old_base: Base, base: Base, delta: Delta, pairs: list[Pair], how: 
     for part, name in names:
         part[name] = moved(name, (delta.diffs | delta.modules)[old_name(name)].to(device), found).float().cpu()
     carried.head.update(moved_head(carried.head, delta.head, found("head", True)[0].float().cpu()))
-    return carried, {"carried": {"map": how, "texts": len(pairs), "rows": sum(len(pair[1]) for pair in pairs), "layers": [*layers.items()],
-                                 "left_out": [] if same_width else ["layer norms"]}}
+    return carried, {"carried": {"map": how, "texts": len(pairs), "rows": sum(len(pair[1]) for pair in pairs),
+                                 "layers": [*layers.items()], "left_out": [] if same_width else ["layer norms"]}}
 
 
 def check_carry(old_base: Base, base: Base, delta: Delta, how: Carry) -> None:
@@ -212,8 +211,7 @@ def moved(name: str, D: Tensor, found: Callable[[str, bool], Tensor]) -> Tensor:
     """A tensor of a delta for the new base. With x_old = x_new A and y_new = y_old B, a change D of W in y = x W^T is D' = B^T D A^T."""
     (reads, writes), last, D = places(name), name.rpartition(".")[2], D.double()
     A, B = reads and found(reads, True)[0], writes and found(writes, False)
-    if B is not None:
-        B = B[THIRDS[last]] if last in THIRDS else torch.block_diag(*B)
+    B = B if B is None else B[THIRDS[last]] if last in THIRDS else torch.block_diag(*B)
     if name.endswith("norm.weight"):
         return (B.T * A) @ D        # the diagonal of B^T diag(D) A^T
     if last == "gate":              # of every old head as much as goes into the new one
@@ -251,11 +249,9 @@ def activations(encoder: Encoder, sequences: Sequence[list[int]], rows: Sequence
 
 
 def match_layers(old: Encoder, new: Encoder, pairs: list[Pair]) -> dict[int, int]:
-    """{new layer: old layer}, in order and one to one, as many as the shallower encoder has: of equal depth each its own, else those whose
+    """{new layer: old layer}, in order and one to one, as many as the shallower encoder has, so of equal depth each its own: those whose
     outputs have the greatest linear CKA (Kornblith et al., 2019) in all."""
     a, b, outputs = len(old.layers), len(new.layers), []
-    if a == b:
-        return {i: i for i in range(a)}
     for encoder, ids, rows in zip((old, new), *[iter(zip(*pairs))] * 2):
         found = activations(encoder, ids, rows, [f"layers.{n}.output_norm.out" for n in range(len(encoder.layers))]).values()
         outputs.append([x / (x.T @ x).norm().sqrt() for x in (x - x.mean(0) for x in found)])
@@ -266,38 +262,38 @@ def match_layers(old: Encoder, new: Encoder, pairs: list[Pair]) -> dict[int, int
 
 
 def moments(old: Encoder, new: Encoder, pairs: list[Pair], sites: dict[str, tuple[str, str]], how: Carry) -> dict[str, list[Tensor]]:
-    """[X^T Y, X^T X, Y^T Y], where the last two are needed, of the old and new rows at each of `sites` {name: (old, new)}: (2, c, ., .) in
-    fp64, of texts to fit and of texts held out; c is 3 at qkv, else 1. No rows are kept. For the head, <s> rows weigh as much as all."""
-    total: dict[str, list[Tensor]] = {}
+    """[X^T Y, X^T X, Y^T Y] of the old and new rows at each of `sites` {name: (old, new)}: (2, c, ., .) in fp64, of texts to fit and of
+    texts held out; c is 3 at qkv, else 1; of the last two their diagonals if no more is needed. For the head, <s> rows weigh as all."""
+    total: list[dict[str, list[Tensor]]] = [{}, {}]
     for part, some in enumerate(([pair for i, pair in enumerate(pairs) if i % HELD_OUT], pairs[::HELD_OUT])):
         for a, rows_a, b, rows_b in (zip(*some[i:i + 32]) for i in range(0, len(some), 32)):
             found = [activations(encoder, ids, rows, {site[i] for site in sites.values()})
                      for i, (encoder, ids, rows) in enumerate(((old, a, rows_a), (new, b, rows_b)))]
-            first = np.cumsum([0, *map(len, rows_a)])[:-1]
-            for site, places in sites.items():
-                X, Y = (V[place].unflatten(1, (3 if site.endswith("qkv.out") else 1, -1)).movedim(1, 0) for V, place in zip(found, places))
+            for site, ends in sites.items():
+                X, Y = (V[end].unflatten(1, (3 if site.endswith("qkv.out") else 1, -1)).movedim(1, 0) for V, end in zip(found, ends))
                 if site == "head":
+                    first = np.cumsum([0, *map(len, rows_a)])[:-1]
                     X, Y = (torch.cat([V, V[:, first] * (V.shape[1] / len(a)) ** 0.5], 1) for V in (X, Y))
-                products = [X.mT @ Y, *((X.mT @ X, Y.mT @ Y) if how == "ridge" or site.endswith(OF_HEADS) else ())]
-                for k, product in enumerate(products):
-                    total.setdefault(site, [product.new_zeros(2, *product.shape) for product in products])[k][part] += product
-    return total
+                is_whole = how == "ridge" or site.endswith(OF_HEADS)
+                products = [X.mT @ Y, *(V.mT @ V if is_whole else V.square().sum(1) for V in (X, Y))]
+                total[part][site] = [before + more for before, more in zip(total[part].get(site, [0.0] * 3), products)]
+    return {site: [torch.stack(both) for both in zip(total[0][site], total[1][site])] for site in sites}
 
 
 def maps(moments: dict[str, list[Tensor]], how: Carry, heads: int) -> Callable[[str, bool], Tensor]:
     """find(site, back): B (c, a, b), old rows to new, of least ||X B - Y||, or, `back`, A (c, b, a) of least ||Y A - X||, among all
-    matrices (ridge), rotations (orthogonal; Schonemann, 1966) or permutations (Ainsworth et al., 2023)."""
+    matrices (ridge) or rotations (orthogonal; Schonemann, 1966); or the permutation of greatest cosines (Ainsworth et al., 2023)."""
     @cache
     def find(site: str, back: bool) -> Tensor:
-        XY, *own = moments[site]
+        XY, XX, YY = moments[site]
         if how == "ridge":
-            return ridge(own[1], XY.mT) if back else ridge(own[0], XY)
+            return ridge(YY, XY.mT) if back else ridge(XX, XY)
+        if back:
+            return find(site, False).mT
         if how == "orthogonal":
             U, _, V = torch.linalg.svd(XY.sum(0))
-            B = U @ V
-        else:
-            B = permutation(XY.sum(0), [M.sum(0) for M in own], heads if site.endswith(OF_HEADS) else 1)
-        return B.mT if back else B
+            return U @ V
+        return permutation(XY.sum(0), XX.sum(0), YY.sum(0), heads if site.endswith(OF_HEADS) else 1)
 
     return find
 
@@ -310,13 +306,17 @@ def ridge(G: Tensor, C: Tensor) -> Tensor:
     return torch.linalg.solve((G + RIDGE[errors.index(min(errors))] * unit).sum(0), C.sum(0))
 
 
-def permutation(XY: Tensor, own: list[Tensor], heads: int) -> Tensor:
-    """(c, n, n), on two levels: heads by linear CKA, if there are several, then the dimensions within. Queries and keys have one order."""
-    cka, *scales = (M.unflatten(2, (heads, -1)).unflatten(1, (heads, -1)).square().sum((2, 4)) for M in (XY, *own))      # (c, H, H)
-    for dim, scale in enumerate(scales):
-        cka = cka / scale.diagonal(dim1=1, dim2=2).sqrt().unsqueeze(2 - dim)
-    pairs, D, B = assignment(cka.sum(0)), XY.shape[-1] // heads, torch.zeros_like(XY)
-    score = torch.stack([XY[0] + XY[1], XY[0] + XY[1], XY[2]]) if len(XY) == 3 else XY
+def permutation(XY: Tensor, XX: Tensor, YY: Tensor, heads: int) -> Tensor:
+    """(c, n, n), on two levels: heads by linear CKA, then the dimensions within. Queries and keys have one order."""
+    def scaled(M: Tensor, of_x: Tensor, of_y: Tensor) -> Tensor:
+        x, y = ((V if V.ndim == 2 else V.diagonal(dim1=1, dim2=2)).sqrt().clamp_min(1e-30) for V in (of_x, of_y))
+        return M / x[:, :, None] / y[:, None]
+
+    D, B, score, pairs = XY.shape[-1] // heads, torch.zeros_like(XY), scaled(XY, XX, YY), np.array([0])
+    if heads > 1:
+        cka = scaled(*(M.unflatten(2, (heads, -1)).unflatten(1, (heads, -1)).square().sum((2, 4)) for M in (XY, XX, YY)))   # (c, H, H)
+        pairs = assignment(cka.sum(0))
+    score[:2] = score[:2].sum(0)        # of queries and keys; there is nothing else in it where there is one
     for c, (i, j) in itertools.product(range(len(XY)), enumerate(pairs)):
         block = np.s_[c, i * D:(i + 1) * D, j * D:(j + 1) * D]
         B[block] = torch.eye(D).to(B)[assignment(score[block])]
