@@ -290,7 +290,7 @@ def maps(moments: dict[str, list[Tensor]], how: Carry, heads: int) -> Callable[[
             return ridge(YY, XY.mT) if back else ridge(XX, XY)
         if back:
             return find(site, False).mT
-        if how == "orthogonal":
+        if how == "orthogonal" and not site.endswith(".output.in"):     # GELU lets units be permuted, not rotated
             U, _, V = torch.linalg.svd(XY.sum(0))
             return U @ V
         return permutation(XY.sum(0), XX.sum(0), YY.sum(0), heads if site.endswith(OF_HEADS) else 1)

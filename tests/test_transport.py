@@ -77,7 +77,7 @@ def test_a_twin_computes_the_same(base, batch, model_type):
 
 def found_for(X, Y, how):
     M = [torch.stack([x.T @ y] * 2)[:, None] for x, y in ((X, Y), (X, X), (Y, Y))]
-    return maps({"layers.0.output.in": M, "layers.0.output.out": M}, how, 1)
+    return maps({"layers.0.attention_output.in": M, "layers.0.attention_output.out": M}, how, 1)
 
 
 @pytest.mark.parametrize("how", ["ridge", "orthogonal"])
@@ -87,11 +87,11 @@ def test_a_rotated_linear_layer(how):
     X, D, W = (torch.randn(n, 6, generator=g, dtype=torch.float64) for n in (50, 6, 6))
     R = torch.linalg.qr(torch.randn(6, 6, generator=g, dtype=torch.float64)).Q
     found = found_for(X, X @ R, how)
-    D_new = moved("layers.0.output.weight", D, found)
+    D_new = moved("layers.0.attention_output.weight", D, found)
     torch.testing.assert_close(X @ R @ D_new.T, X @ D.T @ R, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(moved("layers.0.output.bias", D[0], found), D[0] @ R, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(moved("layers.0.attention_output.bias", D[0], found), D[0] @ R, atol=1e-6, rtol=1e-6)
     head = {"dense.weight": W, "dense.bias": W[0], "out.weight": W[:2], "out.bias": W[0, :2]}
-    new = moved_head(head, head, found("layers.0.output.out", True)[0])
+    new = moved_head(head, head, found("layers.0.attention_output.out", True)[0])
     torch.testing.assert_close(X @ R @ new["dense.weight"].T, X @ W.T, atol=1e-6, rtol=1e-6)
 
 
@@ -104,12 +104,12 @@ def test_widths_changed_by_zero_padding(wide, narrow):
     Y, expected = torch.zeros(50, wide, dtype=torch.float64), torch.zeros(wide, wide, dtype=torch.float64)
     Y[:, :n], expected[:n, :n] = X[:, :n], D[:n, :n]
     found = found_for(X, Y, "ridge")
-    torch.testing.assert_close(moved("layers.0.output.weight", D, found), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(moved("layers.0.attention_output.weight", D, found), expected, atol=1e-6, rtol=1e-6)
     shapes = {"dense.weight": (-1, -1), "dense.bias": (-1,), "out.weight": (2, -1), "out.bias": (2,)}       # -1: the width
     fresh, head = ({name: torch.ones([d if size < 0 else size for size in shape]).double() for name, shape in shapes.items()}
                    for d in (wide, narrow))
     head["out.weight"][:, n:] = 0.0         # features that count for nothing
-    new, A = moved_head(fresh, head, found("layers.0.output.out", True)[0]), (X, Y)
+    new, A = moved_head(fresh, head, found("layers.0.attention_output.out", True)[0]), (X, Y)
     answers = [torch.tanh(z @ h["dense.weight"].T + h["dense.bias"]) @ h["out.weight"].T + h["out.bias"] for z, h in zip(A, (head, new))]
     torch.testing.assert_close(*answers, atol=1e-6, rtol=1e-6)
 
