@@ -7,8 +7,8 @@
     python recycle.py --mode scratch,init+distill --chain runs/demo/M1,runs/demo/M2     # upgrade after upgrade
     python recycle.py --mode all --delta adapter --sweep "seed=0,1,2 alpha=.7,.9 beta=0,1,10 T=5,10"    # the best of each mode by dev
 
-Modes: scratch (the baseline), apply, init, distill, init+distill, project; several with commas, or all. Every run leaves its delta, curve
-and row in a folder under --out/deltas (rt/runs/results.py); --out/summary.json has the rows of all.
+Modes: scratch (the baseline), apply, init, distill, init+distill, project, transport, gradmask; several with commas, or all. Every run
+leaves its delta, curve and row in a folder under --out/deltas (rt/runs/results.py); --out/summary.json has the rows of all.
 """
 import sys
 import time
@@ -30,11 +30,12 @@ from rt.formats.hub import NAMING, open_base, open_delta, place_of_delta
 from rt.kinds import DeltaConfig
 from rt.limits import NonNegative, NonNegativeInt, Positive, PositiveInt, Seeds, SeqLen, Share
 from rt.losses import DistillConfig
-from rt.recycling import MODES, NEEDS_TEACHER, TRAINED, Recycling, chain, check, new_delta, recycle, teacher_of
+from rt.recycling import CARRIES, MODES, NEEDS_TEACHER, TRAINED, Recycling, chain, check, new_delta, recycle, teacher_of
 from rt.runs.build import build, build_lineage
 from rt.runs.config import parse, record, run
 from rt.runs.log import StepBar, load_tensorboard, note_changed_task, note_truncated, progress, score_text
-from rt.runs.results import Run, begin, open_best, origin_of, save_run, write_summary
+from rt.runs.results import Run, begin, origin_of, save_run, write_summary
+from rt.runs.starts import carry_pairs, merge_on_dev, old_names, open_old
 from rt.runs.summary import by_settings, chosen, report, report_chain, report_sweep
 from rt.runs.sweep import LISTS, expand, groups, swept
 from rt.runs.teaching import WITHOUT_OLD, TeacherConfig, Teaching, note_cut, open_teaching, refusals
@@ -43,7 +44,7 @@ from rt.speed.device import make_deterministic, pick_precision
 from rt.speed.dist import Ranks, join
 from rt.speed.graphs import check_graphs
 from rt.speed.multi_run import can_go_together, graphed_gradient, recycle_together
-from rt.transport import Granularity, check_sources, learn_projection
+from rt.transport import Carry, Granularity, Pair, check_sources, learn_projection, transport
 from rt.tune import TuneResult, TuneSettings, evaluate, plain_gradient, score
 
 
@@ -58,12 +59,19 @@ class ProjectConfig:
     project_steps: PositiveInt = 200  # project: optimizer steps of the map
 
 
+@dataclass(frozen=True)
+class CarryConfig:
+    """A map from text that carries the old delta to the new base."""
+    carry: Carry = "none"  # transport, init, init+distill, gradmask: ridge (any sizes), orthogonal or permutation
+    carry_text: str | None = None  # --carry: file of texts without labels (.txt, .jsonl, .parquet); default: the task's training texts
+
+
 @dataclass
 class Config:
-    """python recycle.py --mode scratch|apply|init|distill|init+distill|project|all [--flag value ...]"""
-    mode: tuple[Literal[(*MODES, "all")], ...] = ("all",)  # one mode, several with commas, or all (project only with --source_task)
+    """python recycle.py --mode scratch|apply|init|distill|init+distill|project|transport|gradmask|all [--flag value ...]"""
+    mode: tuple[Literal[(*MODES, "all")], ...] = ("all",)  # several with commas; all: project if --source_task, transport if --carry
     old_base: str | None = "runs/demo/M0"  # M_i: the base the old delta was learned on
-    old_delta: str | None = None  # the outdated delta, ours, Hugging Face's or PEFT's: folder or hub id; default: tuned if missing
+    old_delta: str | None = None  # the outdated delta, ours, Hugging Face's or PEFT's: folder or hub id; default: tuned; A,B: merged
     base: str = "runs/demo/M1"  # M_{i+1}: the upgraded base
     chain: tuple[str, ...] = ()  # instead of --base: the bases after --old_base, in order; deltas recycled again against Delta_0 each time
     task: str = "math"  # embedded domain, a folder with train, dev and test, or hub:OWNER/NAME
@@ -80,6 +88,10 @@ class Config:
     eval_every: PositiveInt = 10  # steps between scores on dev
     seq_len: SeqLen = 64  # longest text in tokens, longer ones are cut
     project: ProjectConfig = ProjectConfig()
+    carry: CarryConfig = CarryConfig()
+    head: Literal["fresh", "prototype"] = "fresh"  # of labels that the old delta lacks; prototype: nearest mean of the head's features
+    shrinkage: bool = False  # --head prototype: by Mahalanobis' distance, of a shrunk covariance
+    merge: Literal["mean", "ties"] = "mean"  # of several old deltas, the subset of them that is best on dev
     early_stop: NonNegativeInt = 0  # end after so many scores on dev without a better one; 0: never
     sweep: str | None = None  # grid of settings, "seed=0,1,2 lr=1e-3,5e-3 alpha=.7,.9": every combination, frozen-base deltas side by side
     side_by_side: NonNegativeInt = 0  # of a sweep: so many runs at once; 0: as many as fit into memory
@@ -100,8 +112,17 @@ class Config:
 # for all.
 FULL_LR = {"scratch": 5e-4, "init": 1e-4, "distill": 1e-3, "init+distill": 1e-4, "project": 1e-4}
 LR = {"prefix": 1e-2}     # other kinds: 5e-3
-Sources = list[tuple[Delta, TaskData]]      # deltas of the old base and their tasks, for --mode project
+Projects = list[tuple[Delta, TaskData]]     # deltas of the old base and their tasks, for --mode project
 Done = tuple[Run, TuneResult, Delta, list[dict], dict]      # with its evaluations, and more for its row
+
+
+@dataclass
+class Sources:
+    """What runs read beside bases, old delta and task."""
+    projects: Projects
+    olds: list[Delta]           # of --old_delta A,B,C
+    pairs: list[Pair]           # texts as both bases read them, for --carry
+    teaching: Teaching | None
 
 
 def main() -> None:
@@ -124,16 +145,17 @@ def main() -> None:
     c.old_delta, source_deltas = ranks.from_main(lambda: build_missing(c, task, source_tasks))
     c.project = replace(c.project, source_delta=source_deltas)
     old_base = open_base(c.old_base).to(ranks.device) if c.old_base else None
-    old_delta = open_best(c.old_delta, old_base).ordered(task.labels) if c.old_base else None
+    olds, old_delta, merged = open_old(c.old_delta, old_base, task.labels, c.merge) if c.old_base else ([], None, None)
     if c.delta.kind == "same":
-        c.delta = replace(c.delta, **old_delta.config.used)
+        c.delta = replace(c.delta, **(merged or old_delta).config.used)
     modes = announce(c, modes, task, old_delta)
     bases = {name: open_base(name).to(ranks.device) for name in c.chain or (c.base,)}
     base = next(iter(bases.values()))
-    sources = [(open_delta(folder, old_base).ordered(t.labels), encode_task(t, base.tokenizer, c.seq_len))
-               for folder, t in zip(source_deltas, source_tasks)]
+    projects = [(open_delta(folder, old_base).ordered(t.labels), encode_task(t, base.tokenizer, c.seq_len))
+                for folder, t in zip(source_deltas, source_tasks)]
     r = Recycling(old_base, old_delta, base, encode_task(task, base.tokenizer, c.seq_len), c.delta, tune_settings(c, 0, 0.0), c.distill,
-                  ranks.device, pick_precision(c.precision, ranks.device), make_gradient=graphed_gradient if c.graphs else plain_gradient)
+                  ranks.device, pick_precision(c.precision, ranks.device), make_gradient=graphed_gradient if c.graphs else plain_gradient,
+                  merged=merged, carry=c.carry.carry, head=c.head, shrinkage=c.shrinkage)
     plan, out = planned(c, modes), Path(c.out or default_out(c, task))
     texts, seeds = lambda place: ranks.main_first(lambda: open_texts(place, c.cache)), [one.seed for one in plan]
     teaching = open_teaching(c, modes, task, texts, r, seeds)
@@ -143,9 +165,10 @@ def main() -> None:
         note_changed_task(old_delta.info if old_delta else {}, task)
         note_truncated(*r.data.truncated(), c.seq_len, sys.stderr)
         note_cut(c, first)
-    check_all(c, first, plan, bases, sources)
+    check_all(c, first, plan, bases, projects)
+    pairs = carry_pairs(c.carry.carry_text, task, old_base, base, c.seq_len) if c.carry.carry != "none" else []
     with locked(out, ranks.from_main):
-        do_runs(c, r, task, teaching, plan, bases, sources, out, ranks)
+        do_runs(c, r, task, plan, bases, Sources(projects, olds, pairs, teaching), out, ranks)
     ranks.leave()
 
 
@@ -155,8 +178,8 @@ def checked_modes(c: Config) -> list[str]:
     """The modes asked for. InputError if flags make no sense together."""
     if c.teaching.teacher and not c.old_delta:
         c.old_base = None
-    possible = MODES if c.old_base else WITHOUT_OLD
-    modes = [mode for mode in possible if mode != "project" or c.project.source_task] if "all" in c.mode else [*c.mode]
+    asked = {"project": bool(c.project.source_task), "transport": c.carry.carry != "none", "gradmask": False}      # of `all`
+    modes = [mode for mode in (MODES if c.old_base else WITHOUT_OLD) if asked.get(mode, True)] if "all" in c.mode else [*c.mode]
     if c.delta.kind != "same":
         c.delta.check()
     taught, itp, gamma = {*modes} & {*NEEDS_TEACHER}, c.distill.itp, c.distill.gamma
@@ -173,6 +196,11 @@ def checked_modes(c: Config) -> list[str]:
              f"--mode project needs --source_task, and of --source_delta as many or none: {len(tasks)} tasks, {len(deltas)} deltas"),
             (c.task in tasks, f"--source_task {c.task}: is the --task itself, and a projection is for a task that it was not learned on"),
             (project and c.chain, "--chain has no --mode project: a projection is learned for two bases"),
+            (c.carry.carry == "none" and (c.carry.carry_text or "transport" in modes),
+             "--mode transport and --carry_text need --carry ridge, orthogonal or permutation"),
+            (c.carry.carry != "none" and not {*modes} & {*CARRIES}, f"--carry is for modes that start from a delta: {', '.join(CARRIES)}"),
+            ((c.carry.carry != "none") + bool(c.chain) + (len(old_names(c.old_delta)) > 1) > 1,
+             "--carry, --chain and several deltas in --old_delta: one of them at a time"),
             (c.sweep is not None and (c.chain or project or not c.save_deltas),
              "--sweep has no --chain and no --mode project, and keeps the deltas, from which it goes on when interrupted"),
             (c.graphs and (itp or gamma),
@@ -185,14 +213,14 @@ def checked_modes(c: Config) -> list[str]:
     return modes
 
 
-def check_all(c: Config, r: Recycling, plan: list[Run], bases: dict[str, Base], sources: Sources) -> None:
+def check_all(c: Config, r: Recycling, plan: list[Run], bases: dict[str, Base], projects: Projects) -> None:
     """InputError, before anything is written, if a run cannot be done; `r` is what the first of them reads."""
     for base in bases.values():
         base.require_length(c.seq_len)
         for one in plan:
             check(with_settings(replace(r, base=base), one), one.mode)
-    if sources:
-        check_sources(r.old_base, r.base, sources, r.old_delta)
+    if projects:
+        check_sources(r.old_base, r.base, projects, r.old_delta)
 
 
 def announce(c: Config, modes: list[str], task: Task, old: Delta | None) -> list[str]:
@@ -203,7 +231,7 @@ def announce(c: Config, modes: list[str], task: Task, old: Delta | None) -> list
     print(f"{task.name} ({what}, {few}), {c.delta.kind}: {' and '.join(sources)} -> {' -> '.join(c.chain or (c.base,))}")
     if old is None or old.labels == task.labels:
         return modes
-    print(f"the old delta was learned on {old.info['task']}, with other labels: init keeps the delta and starts a fresh head"
+    print(f"the old delta was learned on {old.info['task']}, with other labels: init keeps the delta and starts a {c.head} head"
           + (f" (if its {', '.join(old.labels[:4])} are those of the task: {NAMING})" if len(old.labels) == len(task.labels) else ""))
     return ["scratch", "init", *(NEEDS_TEACHER if c.teaching.teacher else ())] if "all" in c.mode else modes
 
@@ -219,7 +247,7 @@ def planned(c: Config, modes: list[str]) -> list[Run]:
 
 def learning_rates(c: Config, mode: str) -> tuple[float | None, ...]:
     """The learning rates to try; None for a mode that does not train."""
-    return (None,) if mode == "apply" else c.lr or (FULL_LR[mode] if c.delta.kind == "full" else LR.get(c.delta.kind, 5e-3),)
+    return (None,) if mode not in FULL_LR else c.lr or (FULL_LR[mode] if c.delta.kind == "full" else LR.get(c.delta.kind, 5e-3),)
 
 
 def default_out(c: Config, task: Task) -> str:
@@ -239,14 +267,16 @@ def tune_settings(c: Config, seed: int, lr: float | None) -> TuneSettings:
 
 # --- what is done ------------------------------------------------------------------------------------------------------
 
-def do_runs(c: Config, r: Recycling, task: Task, teaching: Teaching | None, plan: list[Run], bases: dict[str, Base], sources: Sources,
-            out: Path, ranks: Ranks) -> None:
+def do_runs(c: Config, r: Recycling, task: Task, plan: list[Run], bases: dict[str, Base], sources: Sources, out: Path,
+            ranks: Ranks) -> None:
     """Every run but those that are finished. Of a --sweep, ranks share the runs of a group, and rank 0 scores the best of each mode on
     test. Prints the table."""
-    rows = [row for one in plan for row in one.rows()]
-    content = teaching.content if teaching else ""
-    origins, projected = {name: origin_of(replace(r, base=base), (), content) for name, base in bases.items()}, origin_of(r, sources)
-    origin = {row.name: projected if row.mode == "project" else origins[row.c.base] for row in rows}
+    rows, content = [row for one in plan for row in one.rows()], sources.teaching.content if sources.teaching else ""
+    others, pairs = [(delta, None) for delta in sources.olds if delta is not r.old_delta], sources.pairs
+    origins = {name: origin_of(replace(r, base=base), others, (), content) for name, base in bases.items()}
+    special = {"project": origin_of(r, [*others, *sources.projects]),
+               **dict.fromkeys(CARRIES if pairs else (), origin_of(r, others, pairs, content))}
+    origin = {row.name: special.get(row.mode, origins[row.c.base]) for row in rows}
     finished = ranks.from_main(lambda: begin(c, out, rows, origin, r.data.test is not None))
     todo = [one for one in plan if not finished.issuperset(row.name for row in one.rows())]
     workers = share_cores(len(plan), c.threads, c.workers) if ranks.world == 1 and ranks.device.type == "cpu" else 1
@@ -254,12 +284,18 @@ def do_runs(c: Config, r: Recycling, task: Task, teaching: Teaching | None, plan
     mine = [[one] for one in todo] if c.sweep is None else [
         part for group in groups(todo) for k in range(ranks.rank, parts, ranks.world) if (part := group[k::parts])]
     start, samples = r if c.sweep is None else replace(r, data=replace(r.data, test=None)), {}
+    if pairs and {one.mode for one in todo} & {*CARRIES}:
+        start.carried, start.about = transport(r.old_base, r.base, r.old_delta, pairs, c.carry.carry)
 
     def done(group: list[Run]) -> Iterator[str]:
         """Do and save runs; yields what the bar says of each."""
         for seed in {one.seed for one in group} - samples.keys():
-            samples[seed] = sample(c, start, task, seed, teaching)
-        for one, result, delta, curve, more in run_group(samples, group, bases, sources):
+            samples[seed] = sample(c, start, task, seed, sources.teaching)
+            if len(sources.olds) > 1:
+                samples[seed].merged, samples[seed].about = merge_on_dev(samples[seed], sources.olds, c.merge)
+        for one, result, delta, curve, more in run_group(samples, group, bases, sources.projects):
+            if one.mode in CARRIES or one.mode == "apply" and r.merged:
+                more |= samples[one.seed].about
             save_run(out, one, task, result, delta, curve, origin[one.name], more)
             yield f"{one.mode}: dev {score_text(score(result.dev))}"
 
@@ -282,12 +318,12 @@ def sample(c: Config, r: Recycling, task: Task, seed: int, teaching: Teaching | 
     return teaching.fill(r, seed) if teaching else r
 
 
-def run_group(samples: dict[int, Recycling], group: list[Run], bases: dict[str, Base], sources: Sources) -> Iterator[Done]:
+def run_group(samples: dict[int, Recycling], group: list[Run], bases: dict[str, Base], projects: Projects) -> Iterator[Done]:
     """Runs of equal shape, each as soon as it is done: side by side if they are of a sweep and can be."""
     first, runs = group[0], {}
     if first.c.sweep is None or not can_go_together(replace(samples[first.seed], distill=first.c.distill), first.mode):
         for one in group:
-            yield from run_alone(samples[one.seed], one, bases, sources)
+            yield from run_alone(samples[one.seed], one, bases, projects)
         return
     for one in group:
         if one.mode in NEEDS_TEACHER:
@@ -300,7 +336,7 @@ def run_group(samples: dict[int, Recycling], group: list[Run], bases: dict[str, 
         yield one, result, new_delta(r, one.mode, model), curve, {}
 
 
-def run_alone(r: Recycling, one: Run, bases: dict[str, Base], sources: Sources) -> Iterator[Done]:
+def run_alone(r: Recycling, one: Run, bases: dict[str, Base], projects: Projects) -> Iterator[Done]:
     """A run by itself; in a chain, one mode along all bases by all routes."""
     c, curves, more, started = one.c, defaultdict(list), {}, time.perf_counter()
     steps = c.project.project_steps if one.mode == "project" else c.steps * len(one.rows()) * (one.mode in TRAINED)
@@ -317,21 +353,21 @@ def run_alone(r: Recycling, one: Run, bases: dict[str, Base], sources: Sources) 
                 yield one.at(**place), link.result, link.delta, curves.pop((link.base, link.route)), place
             return
         if one.mode == "project":
-            more = {"projection": learn_map(r, c.project, sources, partial(on_eval, part="projection"))}
+            more = {"projection": learn_map(r, c.project, projects, partial(on_eval, part="projection"))}
         model, result = recycle(r, one.mode)
         result.seconds = time.perf_counter() - started
         yield one, result, new_delta(r, one.mode, model), curves.pop((None, None)), more
 
 
-def learn_map(r: Recycling, p: ProjectConfig, sources: Sources, on_eval: Callable[[dict], None]) -> dict:
+def learn_map(r: Recycling, p: ProjectConfig, projects: Projects, on_eval: Callable[[dict], None]) -> dict:
     """Learn the map of --mode project; returns what its row says of it."""
-    equal = {delta.num_outputs for delta, _ in sources} == {r.old_delta.num_outputs}    # only then can heads be projected
+    equal = {delta.num_outputs for delta, _ in projects} == {r.old_delta.num_outputs}    # only then can heads be projected
     r.projection = learn_projection(
-        r.old_base, r.base, sources, replace(r.settings, steps=p.project_steps), r.distill, r=p.rank, granularity=p.granularity,
+        r.old_base, r.base, projects, replace(r.settings, steps=p.project_steps), r.distill, r=p.rank, granularity=p.granularity,
         residual=p.residual, device=r.device, precision=r.precision, with_head=equal, on_step=r.on_step, on_eval=on_eval)
     about = {name: getattr(r.projection, name) for name in ("r", "granularity", "residual", "with_head", "best_step", "dev")}
     numbers = sum(p.numel() for p in r.projection.parameters())
-    return {"sources": [data.name for _, data in sources], **about, "numbers": numbers}
+    return {"sources": [data.name for _, data in projects], **about, "numbers": numbers}
 
 
 def finish(c: Config, r: Recycling, runs: list[Run], out: Path) -> None:

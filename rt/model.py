@@ -270,6 +270,21 @@ class ClassificationHead(nn.Module):
         return self.out(dropout(h, self.dropout, after))
 
 
+def prototypes(f: Tensor, targets: Tensor, C: int, shrinkage: bool) -> tuple[Tensor, Tensor]:
+    """out.weight (C, d) = s mu_c and out.bias (C,) = -s |mu_c|^2 / 2: the nearest class mean of features (n, d), 1 / s their variance
+    within classes. With `shrinkage` s is the inverse of their covariance, shrunk to a sphere (OAS: Chen et al., 2010)."""
+    hot = F.one_hot(targets, C).to(f)
+    mu = hot.T @ f / hot.sum(0)[:, None]
+    n, d, S = max(1, len(f) - C), f.shape[1], (f - mu[targets]).T @ (f - mu[targets]) / max(1, len(f) - C)
+    trace, square = S.trace(), S.square().sum()
+    P = torch.eye(d).to(f) * (trace / square if trace > 0 else 1.0)
+    if shrinkage and trace > 0:
+        rho = ((1 - 2 / d) * square + trace ** 2) / ((n + 1 - 2 / d) * (square - trace ** 2 / d))
+        P = torch.linalg.inv(S.lerp(torch.eye(d).to(f) * trace / d, rho.clamp(0, 1)))
+    W = mu @ P
+    return W, -(W * mu).sum(1) / 2
+
+
 class Classifier(nn.Module):
     """An encoder (with a delta's modules in its slots) and the task head."""
     def __init__(self, encoder: Encoder, head: ClassificationHead):

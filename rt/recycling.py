@@ -6,9 +6,11 @@
     distill        fresh delta, taught by old base + old delta
     init+distill   both
     project        the old delta through a map learned on other tasks (rt/transport.py); nothing is trained on this one
+    transport      the old delta through a map from text; nothing is trained
+    gradmask       of a full delta the entries whose sign opposes the task's gradient on the new base; nothing is trained
 """
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Callable, Iterator
 
 import torch
@@ -19,9 +21,10 @@ from rt.deltas import Base, Delta, apply, attach, check_fits, extract, new_head
 from rt.errors import InputError
 from rt.kinds import DeltaConfig
 from rt.losses import DistillConfig, Loss, TeacherCache, run_teacher, weights_of
-from rt.model import Classifier
-from rt.transport import Projection, project
-from rt.tune import Hook, TuneResult, TuneSettings, ignore, plain_gradient, tune
+from rt.model import Classifier, Linear, prototypes
+from rt.optim import autocast
+from rt.transport import Projection, check_carry, project
+from rt.tune import Hook, TuneResult, TuneSettings, ignore, plain_gradient, predict, tune
 
 
 @dataclass
@@ -42,6 +45,12 @@ class Recycling:
     teacher: TeacherCache | None = None     # its outputs on data.train, once a mode has needed them
     old_train: Encoded | None = None        # data.train as a teacher of another tokenizer reads it; None: it reads the student's ids
     projection: Projection | None = None    # for project, learned beforehand
+    carry: str = "none"                     # kind of the map by which `carried` was made
+    carried: Delta | None = None            # the old delta for the new base (rt.transport.transport): what init and transport start from
+    merged: Delta | None = None             # several old deltas as one (`merge`), in place of old_delta at a start
+    about: dict = field(default_factory=dict)       # what a record says of `carried` or `merged`
+    head: str = "fresh"                     # of a task with other labels: fresh, or prototype
+    shrinkage: bool = False                 # of prototypes
     unlabelled: Encoded | None = None       # texts for the modes with a teacher, which fill the `share` of each batch; after data.train in
     share: float = 0.5                      # `teacher` and `old_train`
     hard: bool = False                      # the teacher's most likely labels are their labels, and the loss is the task's alone
@@ -77,14 +86,56 @@ def start(r: Recycling, mode: str) -> Classifier:
 
 def start_fresh(r: Recycling) -> Classifier:
     """A fresh delta and head on the new base."""
-    return attach(r.base, r.config, r.data.num_outputs, r.settings.seed)
+    model = attach(r.base, r.config, r.data.num_outputs, r.settings.seed)
+    return prototype_head(r, model, ()) if r.head == "prototype" else model
 
 
 def start_from_old(r: Recycling) -> Classifier:
-    """The old delta on the new base, with a fresh head if the task has other labels."""
-    model = apply(r.base, r.old_delta, stale_ok=True)
-    if r.old_delta.labels != r.data.labels:
-        model.head = new_head(r.base, r.data.num_outputs, r.settings.seed)
+    """The old delta on the new base; if the task has other labels, with a fresh head, or one of prototypes."""
+    delta = r.merged or r.old_delta
+    model = apply(r.base, delta, stale_ok=True)
+    if delta.labels == r.data.labels:
+        return model
+    if r.head == "prototype":
+        return prototype_head(r, model, delta.labels)
+    model.head = new_head(r.base, r.data.num_outputs, r.settings.seed)
+    return model
+
+
+def start_carried(r: Recycling) -> Classifier:
+    """As start_from_old, from the delta that was carried to the new base if one was."""
+    return start_from_old(replace(r, merged=r.carried or r.merged))
+
+
+def start_masked(r: Recycling) -> Classifier:
+    """As start_carried with D * 1[D g < 0] for D, where g is the gradient of the task's loss at new base + head, without dropout."""
+    delta, loss = r.carried or r.merged or r.old_delta, plain_loss(r)
+    model = apply(r.base, delta, scale=0.0, stale_ok=True).eval()
+    for i in range(0, len(r.data.train), 64):
+        batch = r.data.train.batch([*range(i, min(i + 64, len(r.data.train)))]).to(r.device)
+        with autocast(r.device, r.precision):
+            total = loss(model, batch) * len(batch.index)
+        total.backward()
+    masked = {k: v * (v * model.encoder.get_parameter(k).grad.cpu() < 0) for k, v in delta.diffs.items()}
+    return start_from_old(replace(r, merged=replace(delta, diffs=masked)))
+
+
+def prototype_head(r: Recycling, model: Classifier, labels: tuple[str, ...]) -> Classifier:
+    """`model` with a head for the task: for those of its own `labels` that stay their rows, for others prototypes of the training examples'
+    features, all of them by one factor and shift on the scale of those rows."""
+    old, model.head.out = model.head.out, nn.Identity()
+    f = predict(model, r.data.train.sequences, r.device, r.precision).double()
+    W, b = prototypes(f, r.data.train.targets, r.data.num_outputs, r.shrinkage)
+    if stay := [(i, labels.index(label)) for i, label in enumerate(r.data.labels) if label in labels]:
+        here, there = map(list, zip(*stay))
+        W_old, b_old = old.weight.detach().double().cpu()[there], old.bias.detach().double().cpu()[there]
+        z, t = (logits - logits.mean(1, keepdim=True) for logits in (f @ W[here].T + b[here], f @ W_old.T + b_old))
+        factor = (z * t).sum() / z.square().sum()
+        factor = factor if factor > 0 else 1.0      # of one label nothing is known
+        W, b = factor * W + (W_old - factor * W[here]).mean(0), factor * b + (b_old - factor * b[here]).mean()
+        W[here], b[here] = W_old, b_old
+    model.head.out = Linear(W.shape[1], len(W)).to(old.weight.device)
+    model.head.out.load_state_dict({"weight": W, "bias": b})
     return model
 
 
@@ -143,16 +194,17 @@ class Mode:
     loss: Callable[[Recycling], Loss] | None
 
 
-MODES = {"scratch": Mode(start_fresh, plain_loss), "apply": Mode(start_from_old, None), "init": Mode(start_from_old, plain_loss),
-         "distill": Mode(start_fresh, distillation_loss), "init+distill": Mode(start_from_old, distillation_loss),
-         "project": Mode(start_projected, None)}
+MODES = {"scratch": Mode(start_fresh, plain_loss), "apply": Mode(start_from_old, None), "init": Mode(start_carried, plain_loss),
+         "distill": Mode(start_fresh, distillation_loss), "init+distill": Mode(start_carried, distillation_loss),
+         "project": Mode(start_projected, None), "transport": Mode(start_carried, None), "gradmask": Mode(start_masked, None)}
+CARRIES = tuple(name for name, mode in MODES.items() if mode.start in (start_carried, start_masked))
 TRAINED = tuple(name for name, mode in MODES.items() if mode.loss)
 NEEDS_TEACHER = tuple(name for name, mode in MODES.items() if mode.loss is distillation_loss)
 
 
 def new_delta(r: Recycling, mode: str, model: Classifier) -> Delta:
     """What `recycle` returned, as a delta of the new base."""
-    return extract(model, r.base, r.config if mode in TRAINED else r.old_delta.config,
+    return extract(model, r.base, r.config if mode in TRAINED else (r.merged or r.old_delta).config,
                    {"task": r.data.name, "labels": list(r.data.labels)})
 
 
@@ -197,18 +249,28 @@ def chain(r: Recycling, mode: str, bases: dict[str, Base]) -> Iterator[Link]:
 
 def check(r: Recycling, mode: str) -> None:
     """Raises InputError if `mode` cannot be done with this old delta, or with bases as different as these."""
-    old, starts_from_old = r.old_delta, MODES[mode].start is start_from_old
+    old, starts_from_old = r.merged or r.old_delta, mode in CARRIES or MODES[mode].start is start_from_old
     is_told = mode in NEEDS_TEACHER and r.has_black_box     # what the old delta's labels are does not matter
     if old is None and mode != "scratch" and (starts_from_old or not is_told):
         raise InputError(f"{mode} needs an old delta and its base")
     if old is not None:
         check_fits(r.old_base, old, stale_ok=False)     # all modes assume that it was learned on the old base
-    if mode not in ("scratch", "init") and not is_told and old.labels != r.data.labels:
+    if r.head == "prototype" and not r.data.labels:
+        raise InputError("`head` prototype has a mean for each label: a regression has none")
+    if mode == "gradmask" and old.config.kind != "full":
+        raise InputError(f"gradmask keeps entries of weights that the base has: it needs a full delta, not {old.config.kind}")
+    if mode == "transport" and r.carry == "none":
+        raise InputError("transport needs a map: `carry` ridge, orthogonal or permutation")
+    is_open = is_told or mode in ("scratch", "init") or r.head == "prototype" and mode in ("apply", "transport")
+    if not is_open and old.labels != r.data.labels:
         labels = ", ".join(old.labels[:6]) or "those of a regression"
-        raise InputError(f"{mode} needs an old delta with the task's labels; this one's are {labels}: use `mode` init")
+        raise InputError(f"{mode} needs an old delta with the task's labels; this one's are {labels}: use `mode` init, "
+                         "or for apply and transport `head` prototype")
     if starts_from_old and mode in TRAINED and old.config.used != r.config.used:
         raise InputError(f"{mode} continues the old delta ({old.config.used}): use the same `delta` and sizes, or `mode` distill")
-    if starts_from_old:
+    if mode in CARRIES and r.carry != "none":
+        check_carry(r.old_base, r.base, old, r.carry)
+    elif starts_from_old:
         try:
             check_fits(r.base, old, stale_ok=True)
         except InputError as error:

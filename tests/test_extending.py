@@ -83,7 +83,7 @@ def test_a_kind_is_one_class_and_one_row(shift, base, batch, tmp_path):
 def test_all_modes_and_the_scripts_take_it(shift, base, other_base, tmp_path):
     r = Recycling(base, learned(base, shift)[1], other_base, task(), shift, TuneSettings(2, 4, 1e-3, 2, 0), DistillConfig(), **CPU)
     for mode in MODES:
-        if mode != "project":
+        if mode not in ("project", "transport", "gradmask"):
             assert recycle(r, mode)[1].curve
     assert can_go_together(r, "distill")
     for name, one in (("M0", base), ("M1", other_base)):

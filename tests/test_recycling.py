@@ -35,7 +35,7 @@ def recycling(tokenizer):
 
 def test_every_mode_returns_a_model_and_scores_and_leaves_the_bases_alone(recycling):
     recycling.projection = Projection([recycling.old_delta], 2, "auto", False, True, seed=0)
-    for mode in MODES:
+    for mode in MODES.keys() - {"transport", "gradmask"}:        # tests/test_starts.py
         model, result = recycle(recycling, mode)
         assert evaluate(model, recycling.data.test, **CPU) == result.test, mode
         assert result.curve[0][0] == 0 and result.curve[-1][0] == (6 if mode in TRAINED else 0)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import mean
-from typing import Any, Iterable
+from typing import Any, Iterable, Sequence
 
 import torch
 
@@ -27,17 +27,19 @@ from rt.formats.delta_files import delta_folder, nbytes, write_delta
 from rt.formats.files import FIGURES, check_overwritable, read_json, write_json
 from rt.formats.hub import open_delta
 from rt.formats.untrusted import shaped
-from rt.recycling import NEEDS_TEACHER, TRAINED, Recycling
+from rt.recycling import CARRIES, NEEDS_TEACHER, TRAINED, Recycling
 from rt.runs.config import flags_of, record
 from rt.runs.log import Log
 from rt.runs.summary import add_steps_to_scratch, by_settings, group_by, routes
+from rt.transport import Pair
 from rt.tune import TuneResult, score
 
 # flags that do not change what a run computes, or that its row holds beside its settings
 NOT_SETTINGS = {"mode", "seeds", "lr", "out", "cache", "device", "resume", "save_deltas", "sweep", "side_by_side", "graphs",
                 "deterministic", "tensorboard", "workers", "threads"}
 # parts of a Config: the modes that read them
-USED_BY = {"distill": (*NEEDS_TEACHER, "project"), "project": ("project",), "teaching": NEEDS_TEACHER}
+USED_BY = {"distill": (*NEEDS_TEACHER, "project"), "project": ("project",), "teaching": NEEDS_TEACHER, "carry": CARRIES}
+DEFAULTS = {"carry": "none", "head": "fresh", "merge": "mean"}      # not in settings: they were named before there were others
 
 
 # --- equal names for equal runs ----------------------------------------------------------------------------------------
@@ -57,9 +59,9 @@ class Run:
         and no --chain, so that it is the same run."""
         values = record(self.c if self.route == "chain" else replace(self.c, chain=()))
         off = {name for name in ("chain", "early_stop", "gamma", "itp", "project_patience") if not values[name]}
+        off |= {name for name, default in DEFAULTS.items() if values[name] == default}
         off |= {flag.name for flag in flags_of(type(self.c)) if flag.path[0] == "teaching" and values[flag.name] == flag.default}
-        if not values["gamma"]:
-            off.add("att_layers")
+        off |= {name for name, of in (("att_layers", "gamma"), ("carry_text", "carry"), ("shrinkage", "head")) if of in off}
         return {k: v for k, v in values.items() if k not in NOT_SETTINGS | unread(type(self.c), self.mode) | off}
 
     @cached_property
@@ -82,15 +84,17 @@ def unread(config: type, mode: str) -> set[str]:
     return {flag.name for flag in flags_of(config) if mode not in USED_BY.get(flag.path[0], (mode,))}
 
 
-def origin_of(r: Recycling, sources: Iterable[tuple[Delta, TaskData]] = (), content: str = "") -> list[str]:
-    """Hashes of what settings name by path: old base, new base, old delta (with source deltas and tasks, and the `content` of what else
-    teaches), task."""
+def origin_of(r: Recycling, sources: Iterable[tuple[Delta, TaskData | None]] = (), pairs: Sequence[Pair] = (),
+              content: str = "") -> list[str]:
+    """Hashes of what settings name by path: old base, new base, old delta (with source deltas and tasks, other old deltas, the text of a
+    map, and the `content` of what else teaches), task."""
     digest = hashlib.sha256(content.encode())
     for delta, data in (*([(r.old_delta, None)] if r.old_delta else []), *sources):
         for part in (delta.diffs, delta.modules, delta.head):
             for name, tensor in sorted(part.items()):
                 digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
         digest.update(data.hash.encode() if data else b"")
+    digest.update(str(pairs).encode() if pairs else b"")
     return [r.old_base.fingerprint if r.old_base else "", r.base.fingerprint, digest.hexdigest()[:16], r.data.hash]
 
 

@@ -1,0 +1,46 @@
+"""A base without shared coordinates and with the same function: heads, dimensions within heads, FFN units and hidden dimensions in another
+order. An old delta is worth nothing on it, until the order is found again."""
+import copy
+
+import torch
+from torch import Tensor
+
+from rt.deltas import Base
+from rt.formats.checkpoint import fingerprint
+
+
+def permuted_twin(base: Base, seed: int) -> Base:
+    """A copy of `base` (RoBERTa or BERT) that computes the same function: its masked-LM head, its pooler and any task head that reads <s>
+    in the new order see what they saw."""
+    g, c = torch.Generator().manual_seed(seed), base.encoder.config
+    encoder, head = copy.deepcopy((base.encoder, base.head))
+    D, hidden = c.hidden_size // c.num_heads, torch.randperm(c.hidden_size, generator=g)
+
+    def order(p: Tensor, *orders: Tensor | None) -> None:
+        """`p` with its dimensions in these orders; None: as it is."""
+        for dim, index in enumerate(orders):
+            if index is not None:
+                p.data = p.data.index_select(dim, index.to(p.device)).contiguous()
+
+    for norm in [encoder.embeddings.norm] + [n for layer in encoder.layers for n in (layer.attention_norm, layer.output_norm)]:
+        order(norm.weight, hidden)
+        order(norm.bias, hidden)
+    order(encoder.embeddings.word.weight, None, hidden)
+    order(encoder.embeddings.position.weight, None, hidden)
+    if encoder.embeddings.second_type is not None:
+        order(encoder.embeddings.second_type, hidden)
+    for layer in encoder.layers:
+        heads, units = torch.randperm(c.num_heads, generator=g), torch.randperm(c.ffn_size, generator=g)
+        qk, v = ([torch.randperm(D, generator=g) for _ in heads] for _ in range(2))
+        qk, v = (torch.cat([h * D + inner for h, inner in zip(heads.tolist(), inners)]) for inners in (qk, v))
+        for linear, rows, columns in ((layer.qkv, torch.cat([qk, c.hidden_size + qk, 2 * c.hidden_size + v]), hidden),
+                                      (layer.attention_output, hidden, v), (layer.intermediate, units, hidden),
+                                      (layer.output, hidden, units)):
+            order(linear.weight, rows, columns)
+            order(linear.bias, rows)
+    if head is not None:
+        order(head.dense.weight, hidden, hidden)
+        for p in (head.dense.bias, head.norm.weight, head.norm.bias):
+            order(p, hidden)
+    pooler = base.pooler and {**base.pooler, "dense.weight": base.pooler["dense.weight"][:, hidden]}
+    return Base(encoder, head, base.tokenizer, {**base.meta, "name": f"{base.meta.get('name')}-twin{seed}"}, fingerprint(encoder), pooler)

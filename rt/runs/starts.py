@@ -1,0 +1,44 @@
+"""Old deltas as --old_delta, --merge and --carry name them: opened, merged by what is best on dev, and the texts that carry one."""
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+from rt.data import Task
+from rt.deltas import Base, Delta, combine
+from rt.formats.corpora import pairs_of, read_documents
+from rt.recycling import Recycling, start_from_old
+from rt.runs.results import open_best
+from rt.transport import Pair
+from rt.tune import evaluate, score
+
+
+def old_names(text: str | None) -> list[str]:
+    """--old_delta A,B,C as names; that of a folder may hold commas."""
+    return text.split(",") if text and not Path(text).exists() else [text or ""]
+
+
+def open_old(text: str, base: Base, labels: tuple[str, ...], how: str) -> tuple[list[Delta], Delta, Delta | None]:
+    """The old deltas; the one that teaches, the first with the task's labels if any has them; and of several all as one, until
+    merge_on_dev has chosen."""
+    olds = [open_best(name, base).ordered(labels) for name in old_names(text)]
+    merged = combine(olds, [1 / len(olds)] * len(olds), how, labels) if len(olds) > 1 else None
+    return olds, next((delta for delta in olds if delta.labels == labels), olds[0]), merged
+
+
+def merge_on_dev(r: Recycling, deltas: list[Delta], how: str) -> tuple[Delta, dict]:
+    """Several deltas of the old base as one, and what a row says of it: the mean (or TIES) of the subset whose `apply` is best on dev; of
+    all if that needs a fresh head, whose scores say nothing."""
+    choices, found = sorted([*itertools.product((0.0, 1.0), repeat=len(deltas))][1:], key=sum, reverse=True), []
+    if r.head == "fresh" and r.data.labels not in [delta.labels for delta in deltas]:
+        choices = choices[:1]
+    for choice in choices:
+        merged = combine(deltas, weights := [w / sum(choice) for w in choice], how, r.data.labels)
+        dev = evaluate(start_from_old(replace(r, merged=merged)), r.data.dev, r.device, r.precision) if len(choices) > 1 else {"": None}
+        found.append((score(dev), merged, {"merged": {"how": how, "weights": weights, "tried": len(choices)}}))
+    return max(found, key=lambda one: one[0])[1:]
+
+
+def carry_pairs(path: str | None, task: Task, old_base: Base, base: Base, seq_len: int) -> list[Pair]:
+    """The texts of --carry_text, or else of the task's training part, as both bases read them."""
+    own = (f"{e.text} {e.text_pair or ''}" for e in task.parts["train"])
+    return pairs_of(read_documents(Path(path)) if path else own, old_base.tokenizer, base.tokenizer, seq_len)

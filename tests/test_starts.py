@@ -1,0 +1,237 @@
+"""Where a mode starts: gradient-masked deltas, heads of prototypes, several old deltas, a delta that was carried; in the core and typed."""
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import here, random_base, write_task
+from test_transport import tuned
+
+from experiments.twin import permuted_twin
+from rt.data import Encoded, TaskData
+from rt.deltas import apply, combine
+from rt.errors import InputError
+from rt.formats.checkpoint import save_base
+from rt.formats.delta_files import save_delta
+from rt.losses import DistillConfig
+from rt.model import MaskedLM, prototypes
+from rt.recycling import MODES, Recycling, check, new_delta, recycle, start_from_old
+from rt.runs.starts import merge_on_dev
+from rt.tune import TuneSettings, evaluate, predict
+
+CPU = dict(device=torch.device("cpu"), precision=torch.float32)
+LABELS = ("0", "1", "2")
+
+
+def recycling(base, new, kind="full", labels=LABELS, **more):
+    delta = tuned(base, kind)
+    sequences = [[0, 9 + i, 30 + i % 7, 2] for i in range(24)]
+    part = Encoded(sequences, torch.arange(24) % max(1, len(labels)), 0)
+    return Recycling(base, delta, new, TaskData("t", labels, part, part, part), delta.config, TuneSettings(2, 8, 1e-3, 1, 0),
+                     DistillConfig(), **CPU, **more)
+
+
+def test_gradmask_keeps_the_entries_that_go_down_the_gradient(base, other_base):
+    r = recycling(base, other_base)
+    plain = apply(other_base, r.old_delta, scale=0.0, stale_ok=True).eval()
+    torch.nn.functional.cross_entropy(plain(r.data.train.batch([*range(24)])), r.data.train.batch([*range(24)]).labels).backward()
+    model, result = recycle(r, "gradmask")
+    assert result.curve[-1][0] == 0 and evaluate(model, r.data.test, **CPU) == result.test
+    kept, own = 0, dict(other_base.encoder.named_parameters())
+    for name, p in model.encoder.named_parameters():
+        D, g = r.old_delta.diffs[name], plain.encoder.get_parameter(name).grad
+        clear = g.abs() > 1e-6      # others may round to either side
+        expected = own[name] + D * (D * g < 0)
+        torch.testing.assert_close(p[clear], expected[clear])
+        kept += (p != own[name]).sum()
+    assert 0.2 < kept / sum(p.numel() for p in own.values()) < 0.8
+    assert all(torch.equal(v, model.head.state_dict()[name]) for name, v in r.old_delta.head.items())
+    with pytest.raises(InputError, match="gradmask .* needs a full delta, not lora"):
+        check(recycling(base, other_base, "lora"), "gradmask")
+
+
+def test_prototypes_are_the_nearest_mean():
+    g = torch.Generator().manual_seed(0)
+    f, targets = torch.randn(60, 5, generator=g).double(), torch.arange(60) % 3
+    f[:, 0] += 3 * targets
+    mu = torch.stack([f[targets == c].mean(0) for c in range(3)])
+    W, b = prototypes(f, targets, 3, shrinkage=False)
+    s = (W / mu).mean()
+    torch.testing.assert_close(W, s * mu)
+    torch.testing.assert_close(b, -s * mu.square().sum(1) / 2)
+    x = 3 * torch.randn(200, 5, generator=g).double()
+    assert torch.equal((x @ W.T + b).argmax(1), torch.cdist(x, mu).argmin(1))
+    within = torch.cat([f[targets == c] - mu[c] for c in range(3)])
+    S = within.T @ within / 57
+    torch.testing.assert_close(s, S.trace() / S.square().sum())
+    W, b = prototypes(f, targets, 3, shrinkage=True)
+    sphere, a, t = torch.eye(5).double() * S.trace() / 5, (S @ S).trace(), S.trace() ** 2
+    rho = min(1.0, ((1 - 2 / 5) * a + t) / ((57 + 1 - 2 / 5) * (a - t / 5)))        # OAS; Mahalanobis' distance of that covariance
+    torch.testing.assert_close(W, mu @ torch.linalg.inv((1 - rho) * S + rho * sphere))
+    torch.testing.assert_close(b, -(W * mu).sum(1) / 2)
+    W, b = prototypes(mu, torch.arange(3), 3, shrinkage=True)        # one example a label: no spread is known
+    assert torch.allclose(W, mu)
+
+
+def test_a_prototype_head_is_fitted_to_the_features_of_the_start(base, other_base):
+    r = recycling(base, other_base, "adapter", ("x", "y"), head="prototype")
+    for mode in ("scratch", "apply", "init"):
+        check(r, mode)
+        model = MODES[mode].start(r)
+        plain = MODES[mode].start(replace(r, head="fresh"))
+        if mode != "scratch":
+            plain.head.dense.load_state_dict({k[6:]: v for k, v in r.old_delta.head.items() if k.startswith("dense")})
+        plain.head.out = torch.nn.Identity()
+        f = predict(plain, r.data.train.sequences, **CPU)
+        mu = torch.stack([f[r.data.train.targets == c].mean(0) for c in range(2)])
+        nearest = torch.cdist(f.double(), mu.double())
+        assert torch.equal(predict(model, r.data.train.sequences, **CPU).argmax(1), nearest.argmin(1)), mode
+        assert model.head.out.weight.requires_grad
+    with pytest.raises(InputError, match="for apply and transport `head` prototype"):
+        check(replace(r, head="fresh"), "apply")
+    with pytest.raises(InputError, match="a regression has none"):
+        check(replace(r, data=replace(r.data, labels=())), "scratch")
+    assert recycle(r, "apply")[1].dev and new_delta(r, "apply", model).labels == ("x", "y")
+
+
+def test_a_task_that_gains_a_label_keeps_the_rows_of_the_old_ones(base, other_base):
+    """What the old head says of old labels is unchanged, and the new label's row is on its scale: if the old rows are prototypes but for a
+    factor and a shift, the whole is the nearest mean."""
+    r = recycling(base, other_base, "adapter", ("2", "0", "new"), head="prototype")
+    old = apply(other_base, r.old_delta, stale_ok=True)
+    old.head.out = torch.nn.Identity()
+    f = predict(old, r.data.train.sequences, **CPU).double()
+    W, b = prototypes(f, r.data.train.targets, 3, False)
+    r.old_delta.head["out.weight"][[2, 0]] = (3 * W[:2] + torch.linspace(-2, 2, 64)).float()
+    r.old_delta.head["out.bias"][[2, 0]] = (3 * b[:2] - 7).float()
+    said = predict(apply(other_base, r.old_delta, stale_ok=True), r.data.train.sequences, **CPU)
+    logits = predict(start_from_old(r), r.data.train.sequences, **CPU)
+    torch.testing.assert_close(logits[:, :2], said[:, [2, 0]])
+    torch.testing.assert_close(logits.log_softmax(1), (3 * (f @ W.T + b)).log_softmax(1).float(), atol=1e-3, rtol=1e-3)
+    r.data = replace(r.data, labels=("1", "0"))         # a task that loses one
+    r.data.train.targets = r.data.train.targets.clamp(max=1)
+    torch.testing.assert_close(predict(start_from_old(r), r.data.train.sequences, **CPU), said[:, [1, 0]])
+
+
+def labelled(delta, labels, size):
+    """Another delta of the base: `size` times this one, with other labels."""
+    return replace(size * delta, info=delta.info | {"labels": list(labels)})
+
+
+@pytest.mark.parametrize("kind", ["full", "adapter", "lora"])
+def test_the_mean_of_several_deltas_takes_bodies_of_all_and_heads_of_the_task(base, batch, kind):
+    """Halves of one delta make the whole, whatever their labels; modules lie side by side."""
+    delta = tuned(base, kind)
+    other = labelled(delta, "xy", 1.0)
+    other.head = {k: v[:2] if "out" in k else v for k, v in delta.head.items()}
+    merged = combine([other, delta], [0.5, 0.5], "mean", LABELS)
+    assert merged.labels == LABELS
+    with torch.no_grad():
+        torch.testing.assert_close(apply(base, merged).eval()(batch), apply(base, delta).eval()(batch), atol=1e-4, rtol=1e-4)
+    assert all(torch.equal(v, delta.head[k]) for k, v in merged.head.items())
+    with pytest.raises(InputError, match="deltas of different bases"):
+        combine([delta, replace(other, info=other.info | {"base": "z"})], [0.5, 0.5], "mean", LABELS)
+    if kind != "full":
+        with pytest.raises(InputError, match=f"not modules of {kind}: use mean"):
+            combine([delta, other], [0.5, 0.5], "ties", LABELS)
+
+
+def test_ties_is_its_definition(base):
+    delta = tuned(base, "bitfit")
+    names, n = [*delta.diffs], sum(v.numel() for v in delta.diffs.values())
+    flats = [torch.randn(n, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    deltas = [replace(delta, diffs=dict(zip(names, (x.view_as(v) for x, v in zip(
+        flat.split([v.numel() for v in delta.diffs.values()]), delta.diffs.values()))))) for flat in flats]
+    merged = torch.cat([v.flatten() for v in combine(deltas, [1 / 3] * 3, "ties", LABELS).diffs.values()])
+    kept = torch.stack([torch.where(flat.abs() >= flat.abs().sort().values[round(0.8 * n)], flat, 0) for flat in flats])
+    for i in range(n):
+        sign = kept[:, i].sum().sign()
+        agree = [x.item() for x in kept[:, i] if x * sign > 0]
+        assert merged[i].item() == pytest.approx(sum(agree) / len(agree) if agree else 0.0, abs=1e-6)
+
+
+def test_the_subset_that_is_best_on_dev_is_merged(base, other_base):
+    r = recycling(base, other_base)
+    harmful = labelled(r.old_delta, "ab", -3.0)
+    r.data.dev = replace(r.data.dev, targets=predict(apply(other_base, r.old_delta, stale_ok=True), r.data.dev.sequences, **CPU).argmax(1))
+    merged, about = merge_on_dev(r, [harmful, r.old_delta], "mean")
+    assert about["merged"]["weights"] == [0.0, 1.0] and about["merged"]["tried"] == 3
+    assert all(torch.equal(v, r.old_delta.diffs[k]) for k, v in merged.diffs.items())
+    r.merged = merged
+    assert recycle(r, "apply")[1].dev["accuracy"] == 1.0
+    r.data = replace(r.data, labels=("x", "y", "z"))        # a fresh head would be scored, which says nothing
+    assert merge_on_dev(r, [harmful, r.old_delta], "mean")[1]["merged"] == {"how": "mean", "weights": [0.5, 0.5], "tried": 1}
+
+
+def test_init_and_transport_start_from_the_carried_delta_and_apply_does_not(base, other_base, batch):
+    r = recycling(base, other_base, "adapter", carry="ridge")
+    r.carried = 0.5 * r.old_delta
+    with torch.no_grad():
+        for mode, delta in (("apply", r.old_delta), ("transport", r.carried), ("init", r.carried), ("init+distill", r.carried)):
+            assert torch.equal(MODES[mode].start(r).eval()(batch), apply(other_base, delta, stale_ok=True).eval()(batch)), mode
+    with pytest.raises(InputError, match="transport needs a map"):
+        check(replace(r, carry="none"), "transport")
+
+
+@pytest.fixture
+def home(base, tmp_path):
+    rows = [{"text": f"{'good' if i % 2 else 'bad'} {i} thing", "label": str(i % 3)} for i in range(24)]
+    write_task(tmp_path / "t", {part: rows for part in ("train", "dev", "test")})
+    for name, one in (("M0", base), ("M1", permuted_twin(base, 1)), ("IND", random_base(base.tokenizer, 4))):
+        save_base(tmp_path / name, MaskedLM(one.encoder, one.head), one.tokenizer, {})
+    save_delta(tmp_path / "delta", tuned(base, "bitfit"))
+    save_delta(tmp_path / "other", labelled(tuned(base, "bitfit"), "xyz", -1.0))
+    return tmp_path
+
+
+def typed(home, *more, base="M1", **expect):
+    return here("recycle.py", "--old_base", home / "M0", "--old_delta", home / "delta", "--base", home / base, "--task", home / "t",
+                "--delta", "bitfit", "--steps", "2", "--eval_every", "1", "--seq_len", "16", "--shots", "4", "--seeds", "0",
+                "--device", "cpu", "--workers", "1", "--out", home / "out", *more, **expect)
+
+
+def rows_of(home):
+    return {row["mode"]: row for row in json.loads((home / "out" / "summary.json").read_text())["rows"]}
+
+
+def test_transport_brings_a_twin_to_the_old_score_and_the_settings_are_told_apart(home):
+    typed(home, "--mode", "apply", base="M0")
+    old = rows_of(home)["apply"]
+    typed(home, "--mode", "scratch,apply,transport,init", "--carry", "permutation")
+    rows = rows_of(home)
+    assert rows["transport"]["test"] == old["test"] and rows["init"]["curve"][0][1] == rows["transport"]["dev"]["accuracy"]
+    assert rows["transport"]["carried"]["map"] == "permutation" and rows["init"]["settings"]["carry"] == "permutation"
+    assert "carried" not in rows["apply"] and "carry" not in rows["apply"]["settings"] and "carry" not in rows["scratch"]["settings"]
+    before = rows["init"]["run"], rows["apply"]["run"]
+    typed(home, "--mode", "apply,init", "--resume")
+    rows = rows_of(home)
+    assert rows["apply"]["run"] == before[1] and rows["init"]["run"] != before[0]
+    assert not {"carry", "carry_text", "head", "shrinkage", "merge"} & rows["init"]["settings"].keys()
+    (home / "texts.txt").write_text("one good thing\nand a bad one\nor another\n")
+    typed(home, "--mode", "transport", "--carry", "permutation", "--carry_text", home / "texts.txt", "--resume")
+    first = rows_of(home)["transport"]
+    assert first["carried"]["texts"] == 3
+    (home / "texts.txt").write_text("one good thing\nand a bad one\n")
+    typed(home, "--mode", "transport", "--carry", "permutation", "--carry_text", home / "texts.txt", "--resume")
+    assert rows_of(home)["transport"]["run"] == first["run"] and rows_of(home)["transport"]["origin"] != first["origin"]
+
+
+def test_several_deltas_and_prototypes_typed(home):
+    typed(home, "--mode", "scratch,apply,init", "--old_delta", f"{home / 'delta'},{home / 'other'}", "--head", "prototype")
+    rows = rows_of(home)
+    assert len(rows["apply"]["merged"]["weights"]) == 2 and "merged" not in rows["scratch"]
+    assert rows["scratch"]["settings"]["head"] == "prototype"
+    said = typed(home, "--mode", "apply,init", "--old_delta", home / "other", "--head", "prototype", "--shrinkage")
+    assert "init keeps the delta and starts a prototype head" in said
+    typed(home, "--mode", "init", "--old_delta", f"{home / 'delta'},{home / 'other'}", "--sweep", "seed=0,1")
+    assert "merged" in rows_of(home)["init"]
+
+
+@pytest.mark.parametrize("more, sentence", [
+    (("--mode", "transport"), "--mode transport and --carry_text need --carry"), (("--carry_text", "x.txt"), "need --carry ridge"),
+    (("--mode", "apply", "--carry", "ridge"), "--carry is for modes that start from a delta: init, init+distill, transport, gradmask"),
+    (("--mode", "init", "--carry", "ridge", "--chain", "a,b"), "--carry, --chain and several deltas"),
+    (("--mode", "init", "--carry", "ridge", "--carry_text", "nowhere.txt"), "nowhere.txt"),
+    (("--mode", "gradmask"), "needs a full delta, not bitfit"), (("--mode", "init", "--old_delta", "a,b"), "a: nothing tuned there")])
+def test_what_makes_no_sense_is_one_sentence(home, more, sentence):
+    assert sentence in typed(home, *more, code=2)
