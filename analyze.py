@@ -27,7 +27,6 @@ from typing import Annotated, Callable, Iterable, Iterator, Literal
 import torch
 
 from data.sources import corpus_path, open_task
-from rt import analysis
 from rt.data import Encoded, Example, Rows, Task, TaskData, encode, encode_task, few_shot
 from rt.deltas import Base, Delta, apply, check_fits
 from rt.errors import Diverged, InputError
@@ -42,6 +41,7 @@ from rt.losses import DistillConfig, Weights, weights_of
 from rt.model import Classifier, MaskedLM
 from rt.pretrain import evaluate_mlm
 from rt.recycling import Recycling, recycle
+from rt.report import analysis
 from rt.report.drawing import draw_all
 from rt.report.figures import NUMBERS, figures_of, numbers_table
 from rt.runs.build import build, build_lineage

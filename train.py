@@ -35,13 +35,13 @@ from rt.losses import Loss
 from rt.model import PRESETS, EncoderConfig, MaskedLM, new_masked_lm, set_dropout
 from rt.optim import adamw, derive_seed, not_finite, set_lr, step_unless
 from rt.pretrain import PretrainSettings, evaluate_mlm, microbatches
-from rt.recipes import Recipe, lengthen
+from rt.recipes import Recipe, mix
 from rt.runs.config import changed, parse, record, run
 from rt.runs.log import Log, StepBar, load_tensorboard, note_changed_task, note_truncated, scores_text, task_text, tested_text
 from rt.runs.predict import open_tuned
 from rt.runs.resume import PretrainRun, sample_of, table_of
 from rt.runs.signals import Interrupted
-from rt.runs.upgrade import HELDOUT_MASK_RATE, RecipeConfig, Start, earlier_domains, go_on_from, start_recipe
+from rt.runs.upgrade import HELDOUT_MASK_RATE, RecipeConfig, Start, earlier_domains, go_on_from, lengthen, start_recipe
 from rt.runs.workers import use_threads
 from rt.speed.device import make_deterministic, pick_device, pick_precision
 from rt.speed.dist import Ranks, join, launched, zero
@@ -233,8 +233,8 @@ def rows_of(c: Config, corpora: dict[str, dict[str, Corpus]], groups: list[tuple
                           for name, *j in [(group[0],), *((name, j) for j, name in enumerate([*earlier, *group[1:]], 1))]]
         first.check_batch(c.batch_tokens, ranks.world * c.accumulation)
         if others:
-            first.mix(others, c.recipe.start_shares([*group[1:], group[0]], len(earlier)),
-                      c.recipe.mix_every * (c.batch_tokens // first.row_tokens) if c.recipe.by_need else 0)
+            mix(first, others, c.recipe.start_shares([*group[1:], group[0]], len(earlier)),
+                c.recipe.mix_every * (c.batch_tokens // first.row_tokens) if c.recipe.by_need else 0)
         training["+".join(group)] = first
         earlier = [*earlier, *group] if c.recipe.replay else []
     heldout = {name: Rows(parts["heldout"], tokenizer, seq_len=c.seq_len, mask_rate=HELDOUT_MASK_RATE, seed=0, sequences=1)

@@ -313,47 +313,9 @@ class Rows:
         return Batch(ids, torch.tensor(np.cumsum(lengths), dtype=torch.int32), max(lengths), labels=labels,
                      predict=None if rts else predict)
 
-    def mix(self, others: list["Rows"], shares: list[float], every: int = 0) -> None:
-        """From now on `batch` is a Mixture of others and these rows, in that order of the shares, which may change every `every` rows."""
-        self.mixture = Mixture([*others, self], shares, every)
-        self.mean_length = min(rows.mean_length for rows in self.mixture.sources)       # static shapes have room for all
-        self.length_deviation = max(rows.length_deviation for rows in self.mixture.sources)
-
     def check_batch(self, batch_tokens: int, shares: int) -> None:
         """Raises InputError unless `batch_tokens` is a whole number of rows for each of `shares` (ranks x accumulation)."""
         unit = self.row_tokens * shares
         if batch_tokens % unit or batch_tokens <= 0:
             rows = f"{ROW_SEQUENCES} sequences of `seq_len` {self.seq_len}, times {shares} ranks x `accumulation`"
             raise InputError(f"`batch_tokens` {batch_tokens}: must be a multiple of {unit} ({rows})")
-
-
-class Mixture:
-    """Which row of which source is row `number` of a mixture: a function of the number and of the shares, so that it has no state. Sources
-    take turns; of any first n rows each has its share to within as many rows as there are sources, and exactly if shares of n are whole.
-    A period is `every` rows (0: endless), and the shares of period i are `history[i]`."""
-
-    def __init__(self, sources: list[Rows], shares: list[float], every: int = 0):
-        self.sources, self.every = sources, every
-        self.history: list[list[int]] = []
-        self.before = [[0] * len(sources)]      # rows of each source before each period
-        self.append([round(share * 10**6) for share in shares])
-
-    def append(self, parts: list[int]) -> None:
-        """The shares of the next period, in millionths."""
-        self.before += [[b + c for b, c in zip(self.before[-1], counts(self.every, self.history[-1]))]] if self.history else []
-        self.history.append(parts)
-
-    def locate(self, number: int) -> tuple[Rows, int]:
-        period, n = divmod(number, self.every) if self.every else (0, number)
-        before, after = (counts(k, self.history[period]) for k in (n, n + 1))
-        i = next(i for i in range(len(self.sources)) if after[i] > before[i])
-        return self.sources[i], self.before[period][i] + before[i]
-
-
-def counts(n: int, shares: list[int]) -> list[int]:
-    """How many of n rows each source has; one more row is one more of one source."""
-    found, left, rest = [], n, sum(shares)
-    for share in shares:
-        found.append(left * share // max(1, rest))
-        left, rest = left - found[-1], rest - share
-    return found

@@ -8,8 +8,6 @@ deltas compute, not on their factors: LoRA factors and adapter bottlenecks are l
 """
 import copy
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import reduce
-from operator import add
 from typing import Any, Callable, Sequence
 
 import torch
@@ -151,26 +149,6 @@ class Delta:
             return v + theirs[name]
 
         return replace(self.map(joined), config=kind.joined(self.config, other.config))
-
-
-def combine(deltas: Sequence[Delta], weights: Sequence[float], how: str, labels: tuple[str, ...]) -> Delta:
-    """Deltas of one kind and base as one: the sum of w d ("mean"), or "ties" (Yadav et al., 2023): of each the largest fifth, and of these
-    at every entry the mean of those with the sign of the sum. The head is the mean of those with `labels`, else the first's. InputError
-    for deltas that have no sum; with ties also for modules, whose entries have nothing in common."""
-    own = [(w, d) for w, d in zip(weights, deltas) if d.labels == labels] or [(1.0, deltas[0])]
-    scale = sum(w for w, _ in own)
-    head = {k: sum((w / scale if scale else 1 / len(own)) * d.head[k] for w, d in own) for k in own[0][1].head}
-    bodies = [replace(d, head={}, info=d.info | {"labels": []}) for d in deltas]
-    total = reduce(add, (w * body for w, body in zip(weights, bodies)))
-    if how == "ties":
-        if total.modules:
-            raise InputError(f"`merge` ties compares weights of the base entry by entry, not modules of {total.config.kind}: use mean")
-        flat, w = torch.stack([torch.cat([v.flatten() for v in body.diffs.values()]) for body in bodies]), torch.tensor(weights)[:, None]
-        flat = flat * (flat.abs() > flat.abs().kthvalue(max(1, round(0.8 * flat.shape[1])), keepdim=True).values)
-        agree = w * (flat * (w * flat).sum(0) > 0)
-        merged = ((agree * flat).sum(0) / agree.sum(0).clamp_min(1e-12)).split([v.numel() for v in total.diffs.values()])
-        total = replace(total, diffs={k: v.view_as(total.diffs[k]) for k, v in zip(total.diffs, merged)})
-    return replace(total, head=head, info=own[0][1].info)
 
 
 def extract(model: Classifier, base: Base, config: DeltaConfig, info: dict) -> Delta:

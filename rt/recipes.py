@@ -1,5 +1,5 @@
 """Recipes of continual pre-training: what is minimised beside masked-LM, and what is done between steps and to the weights. docs/recipes.md
-lists all with their sources; schedules are in rt/optim.py, how rows are mixed and masked in rt/data.py, settings in rt/runs/upgrade.py.
+lists all with their sources; schedules are in rt/optim.py, masks in rt/data.py, settings and a stage's start in rt/runs/upgrade.py.
 
     preserve    MLM + w * how far the new base has moved from the old one, M_i, on the same masked rows; M_i is frozen, without dropout
                   hidden       mean over embedding output and layers of mean((h_new - h_old)^2) / var(h_old), all tokens;
@@ -12,17 +12,15 @@ A delta of M_i was learned to read M_i's states. If the states stay where they w
 """
 import copy
 import math
-from dataclasses import replace
-from typing import Callable, Iterable, Literal
+from typing import Callable, Literal
 
 import torch
 from torch import Tensor
 
 from kernels import linear_kd, states_mse
-from rt.data import Mixture
-from rt.errors import InputError
+from rt.data import Rows
 from rt.losses import attention_divergence
-from rt.model import Activations, Batch, Encoder, MaskedLM, MLMHead
+from rt.model import Activations, Batch, MaskedLM
 from rt.pretrain import mlm_loss
 
 PreserveBy = Literal["hidden", "last", "predictions", "attention"]
@@ -66,7 +64,7 @@ class Recipe:
     """The `loss` of a batch, and what is done after a step. With `align`, Reptile (Nichol et al., 2018): every so many steps theta <-
     theta_before + eps (theta - theta_before). With a `reference`, shares by need: every so many steps `losses` of the last sources of
     `mixture` are measured, and shares of those above the reference's grow, from a period later on, because batches are made ahead."""
-    def __init__(self, model: MaskedLM | None = None, align: int = 0, eps: float = 1.0, mixture: Mixture | None = None, every: int = 0,
+    def __init__(self, model: MaskedLM | None = None, align: int = 0, eps: float = 1.0, mixture: "Mixture | None" = None, every: int = 0,
                  eta: float = 0.0, losses: Callable[[], list[float]] | None = None, reference: list[float] = [],
                  loss: Callable[[MaskedLM, Batch], Tensor] = mlm_loss):
         self.align, self.eps, self.mixture, self.every, self.eta, self.losses, self.reference, self.loss = \
@@ -105,22 +103,42 @@ def reweighted(shares: list[float], excess: list[float], eta: float) -> list[flo
     return [(1 - SMOOTHING) * share / sum(grown) + SMOOTHING / len(grown) for share in grown]
 
 
-@torch.no_grad()
-def average_into(model: MaskedLM, states: Iterable[dict[str, Tensor]]) -> None:
-    """The weights of `model` become the mean of themselves and `states`."""
-    mean = model.state_dict()
-    for n, state in enumerate(states, 2):
-        for name, value in mean.items():
-            value.lerp_(state[name].to(value), 1 / n)
+# --- mixtures ---------------------------------------------------------------------------------------------------------
+
+def mix(rows: Rows, others: list[Rows], shares: list[float], every: int = 0) -> None:
+    """From now on `rows.batch` is of a Mixture of others and these, in that order of the shares, which may change every `every` rows."""
+    rows.mixture = Mixture([*others, rows], shares, every)
+    rows.mean_length = min(source.mean_length for source in rows.mixture.sources)       # static shapes have room for all
+    rows.length_deviation = max(source.length_deviation for source in rows.mixture.sources)
 
 
-def lengthen(model: MaskedLM, max_len: int) -> MaskedLM:
-    """The same function with positions for `max_len` tokens: the old ones over and over, after RoBERTa's rows before the first."""
-    config, name = model.encoder.config, "encoder.embeddings.position.weight"
-    if max_len < config.max_len:
-        raise InputError(f"`max_len` {max_len}: the base has positions for {config.max_len} tokens, and none are taken away")
-    first, table = model.state_dict()[name].split([config.first_position, config.max_len])
-    longer = MaskedLM(Encoder(config := replace(config, max_len=max_len)), MLMHead(config))
-    tiled = table.repeat(-(-max_len // len(table)), 1)[:max_len]
-    longer.load_state_dict(model.state_dict() | {name: torch.cat([first, tiled])})
-    return longer
+class Mixture:
+    """Which row of which source is row `number` of a mixture: a function of the number and of the shares, so that it has no state. Sources
+    take turns; of any first n rows each has its share to within as many rows as there are sources, and exactly if shares of n are whole.
+    A period is `every` rows (0: endless), and the shares of period i are `history[i]`."""
+
+    def __init__(self, sources: list[Rows], shares: list[float], every: int = 0):
+        self.sources, self.every = sources, every
+        self.history: list[list[int]] = []
+        self.before = [[0] * len(sources)]      # rows of each source before each period
+        self.append([round(share * 10**6) for share in shares])
+
+    def append(self, parts: list[int]) -> None:
+        """The shares of the next period, in millionths."""
+        self.before += [[b + c for b, c in zip(self.before[-1], counts(self.every, self.history[-1]))]] if self.history else []
+        self.history.append(parts)
+
+    def locate(self, number: int) -> tuple[Rows, int]:
+        period, n = divmod(number, self.every) if self.every else (0, number)
+        before, after = (counts(k, self.history[period]) for k in (n, n + 1))
+        i = next(i for i in range(len(self.sources)) if after[i] > before[i])
+        return self.sources[i], self.before[period][i] + before[i]
+
+
+def counts(n: int, shares: list[int]) -> list[int]:
+    """How many of n rows each source has; one more row is one more of one source."""
+    found, left, rest = [], n, sum(shares)
+    for share in shares:
+        found.append(left * share // max(1, rest))
+        left, rest = left - found[-1], rest - share
+    return found

@@ -1,7 +1,7 @@
 """The supervised loop: train on a task, score dev every so often, keep the best weights, score test once.
 
-`training_loop` serves all supervised training: `tune` here, projections (rt/transport.py), curved paths (rt/analysis.py), and many runs
-side by side (rt/speed/multi_run.py).
+`training_loop` serves all supervised training: `tune` here, projections (rt/transport.py), curved paths (rt/report/analysis.py), and many
+runs side by side (rt/speed/multi_run.py).
 """
 import time
 from dataclasses import dataclass, field, replace

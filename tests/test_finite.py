@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import here, pretrained
 
-import rt.analysis
 import rt.pretrain
+import rt.report.analysis
 from rt.data import Encoded, Rows, TaskData
 from rt.deltas import attach, extract
 from rt.errors import Diverged, InputError
@@ -196,4 +196,4 @@ def test_nor_does_a_teacher_a_projection_or_a_curve_end_with_a_traceback(base, o
     ends = [weights_of(attach(each, config, 3, seed=0)) for each in (base, other_base)]
     with monkeypatch.context() as patch, pytest.raises(InputError, match="tokens on the curve did not fit into memory: lower `batch"):
         patch.setattr(Loss, "__call__", full)
-        rt.analysis.train_control(teacher, *ends, data, s, **CPU)
+        rt.report.analysis.train_control(teacher, *ends, data, s, **CPU)

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from conftest import random_base
 
-from rt import analysis as paths
 from rt.data import Encoded, TaskData
 from rt.deltas import attach
 from rt.errors import InputError
 from rt.kinds import DeltaConfig
 from rt.losses import weights_of
 from rt.model import Classifier
+from rt.report import analysis as paths
 from rt.tune import TuneSettings, evaluate, predict
 
 CPU = dict(device=torch.device("cpu"), precision=torch.float32)

@@ -14,7 +14,7 @@ from tokenizers import models
 
 from data.select import select
 from data.sources import task_corpus
-from rt.data import Masker, Mixture, Rows, counts
+from rt.data import Masker, Rows
 from rt.errors import InputError
 from rt.formats.corpora import build_corpus, split_documents
 from rt.formats.files import read_json, read_rows
@@ -23,9 +23,9 @@ from rt.formats.tokenizer import Tokenizer, _sentencepiece, _wordpiece, train_to
 from rt.model import PRESETS, EncoderConfig, MaskedLM, new_masked_lm
 from rt.optim import ScheduleConfig, schedule
 from rt.pretrain import mlm_loss
-from rt.recipes import Recipe, average_into, lengthen, reweighted
+from rt.recipes import Mixture, Recipe, counts, mix, reweighted
 from rt.report.inspect import inspect
-from rt.runs.upgrade import RecipeConfig
+from rt.runs.upgrade import RecipeConfig, average_into, lengthen
 
 SMALL = ("--preset", "tiny", "--vocab_size", "300", "--seq_len", "16", "--batch_tokens", "256", "--eval_tokens", "256", "--device", "cpu",
          "--precision", "fp32", "--dropout", "0.1", "--snapshots", "0")
@@ -96,7 +96,7 @@ def rows_of(corpora, tokenizer, *shares, every=0):
     """Rows of `one` mixed with those of `two`; `shares` of two and one."""
     one, two = (Rows(corpus, tokenizer, seq_len=16, mask_rate=0.3, seed=i) for i, corpus in enumerate(corpora))
     if shares:
-        one.mix([two], list(shares), every)
+        mix(one, [two], list(shares), every)
     return one, two
 
 
@@ -159,7 +159,7 @@ def test_replay_knows_the_earlier_domains_of_init(home):
 def test_static_shapes_have_room_for_all_sources(corpora, tokenizer):
     one, two = rows_of(corpora, tokenizer)
     two.mean_length, two.length_deviation = 5.0, 9.0
-    one.mix([two], [0.5, 0.5])
+    mix(one, [two], [0.5, 0.5])
     assert (one.mean_length, one.length_deviation) == (5.0, 9.0)
 
 
@@ -403,9 +403,9 @@ def test_settings_that_make_no_sense_together_are_refused_in_a_sentence(home):
         with pytest.raises(InputError) as error:
             RecipeConfig(**change).check(["a"], 0.05, 4, 2)
         assert words in str(error.value)
-    for mix in (("a:0.5", "c:0.5"), ("a:0.5", "b:0.6"), ("a:x", "b:0.5"), ("a", "b"), ("need", "a:1"), ("a:0", "b:1"), ("a:-1", "b:2")):
+    for shares in (("a:0.5", "c:0.5"), ("a:0.5", "b:0.6"), ("a:x", "b:0.5"), ("a", "b"), ("need", "a:1"), ("a:0", "b:1"), ("a:-1", "b:2")):
         with pytest.raises(InputError, match="must be need, or shares of a, b that add up to 1, as in a:0.5,b:0.5"):
-            replace(RecipeConfig(), mix=mix).check(["a", "b"], 0.1, 4, 2)
+            replace(RecipeConfig(), mix=shares).check(["a", "b"], 0.1, 4, 2)
     RecipeConfig(mix=("a:0.3", "b:0.7"), replay=0.1).check(["a", "b"], 0.1, 4, 2)
     assert RecipeConfig(mix=("a:0.3", "b:0.7"), replay=0.1).start_shares(["b", "a"], 2) == pytest.approx([0.05, 0.05, 0.63, 0.27])
     assert "--align_eps says nothing without --align" in train(home, "z", "--align_eps", "0.1", code=2)

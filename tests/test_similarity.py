@@ -7,12 +7,12 @@ import torch
 from conftest import random_base
 
 from kernels import attention
-from rt import analysis as similarity
 from rt.data import sequences_batch
 from rt.deltas import attach
 from rt.kinds import DeltaConfig
 from rt.losses import weights_of
 from rt.model import Classifier
+from rt.report import analysis as similarity
 
 CPU = torch.device("cpu")
 TEXTS = [[0, 17, 45, 200, 33, 2], [0, 9, 2], [0, 51, 52, 53, 54, 55, 56, 57, 300, 2]]

@@ -9,14 +9,14 @@ from test_transport import tuned
 
 from experiments.twin import permuted_twin
 from rt.data import Encoded, TaskData
-from rt.deltas import apply, combine
+from rt.deltas import apply
 from rt.errors import InputError
 from rt.formats.checkpoint import save_base
 from rt.formats.delta_files import save_delta
 from rt.losses import DistillConfig
 from rt.model import MaskedLM, prototypes
 from rt.recycling import MODES, Recycling, check, new_delta, recycle, start_from_old
-from rt.runs.starts import merge_on_dev
+from rt.runs.starts import combine, merge_on_dev
 from rt.tune import TuneSettings, evaluate, predict
 
 CPU = dict(device=torch.device("cpu"), precision=torch.float32)

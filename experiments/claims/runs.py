@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from experiments.claims.plan import DOMAINS, UPGRADES, Run, Scale
-from rt import analysis, transport
+from rt import transport
 from rt.data import Encoded, Task, TaskData, encode_task, few_shot
 from rt.deltas import Base, Delta, apply, attach, extract
 from rt.errors import InputError
@@ -25,6 +25,7 @@ from rt.kinds import DeltaConfig
 from rt.losses import DistillConfig, Loss, weights_of
 from rt.model import Classifier
 from rt.recycling import Recycling, chain, recycle
+from rt.report import analysis
 from rt.tune import TuneResult, TuneSettings, chance, evaluate, score, tune
 
 ALPHA, BETA, T = 0.7, 1.0, 5.0      # of every arm with a teacher

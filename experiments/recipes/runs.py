@@ -23,7 +23,6 @@ from experiments.recipes.plan import (
     UPGRADE,
     Upgrade,
 )
-from rt import analysis
 from rt.data import Rows, TaskData, encode_task
 from rt.deltas import Base, apply
 from rt.errors import InputError
@@ -35,6 +34,7 @@ from rt.formats.tasks import load_task
 from rt.limits import Positive, PositiveInt, Seeds
 from rt.model import MaskedLM
 from rt.pretrain import evaluate_mlm
+from rt.report import analysis
 from rt.speed.device import pick_precision
 from rt.tune import evaluate
 

@@ -7,8 +7,8 @@ from typing import Callable, Iterator
 
 import numpy as np
 
-from rt.analysis import barrier
 from rt.formats.untrusted import is_number
+from rt.report.analysis import barrier
 from rt.report.drawing import REFERENCE, Panel, draw_heatmaps, draw_panels, look, saved_figure
 from rt.report.mixture import Law, critical, fit, left_out
 from rt.report.rows import Points, group, with_interval

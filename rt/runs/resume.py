@@ -33,10 +33,11 @@ from rt.formats.untrusted import is_number, is_whole, shaped
 from rt.model import MaskedLM
 from rt.optim import MOST_SKIPPED
 from rt.pretrain import PretrainSettings
-from rt.recipes import Recipe, average_into
+from rt.recipes import Recipe
 from rt.runs.log import Log, loss_text, progress
 from rt.runs.signals import Interrupted, handled
 from rt.runs.summary import forgetting_table
+from rt.runs.upgrade import average_into
 from rt.speed.dist import Ranks, gather, load_state
 from rt.speed.throughput import Throughput
 

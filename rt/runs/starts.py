@@ -1,10 +1,16 @@
 """Old deltas as --old_delta, --merge and --carry name them: opened, merged by what is best on dev, and the texts that carry one."""
 import itertools
 from dataclasses import replace
+from functools import reduce
+from operator import add
 from pathlib import Path
+from typing import Sequence
+
+import torch
 
 from rt.data import Task
-from rt.deltas import Base, Delta, combine
+from rt.deltas import Base, Delta
+from rt.errors import InputError
 from rt.formats.corpora import pairs_of, read_documents
 from rt.recycling import Recycling, start_from_old
 from rt.runs.results import open_best
@@ -36,6 +42,26 @@ def merge_on_dev(r: Recycling, deltas: list[Delta], how: str) -> tuple[Delta, di
         dev = evaluate(start_from_old(replace(r, merged=merged)), r.data.dev, r.device, r.precision) if len(choices) > 1 else {"": None}
         found.append((score(dev), merged, {"merged": {"how": how, "weights": weights, "tried": len(choices)}}))
     return max(found, key=lambda one: one[0])[1:]
+
+
+def combine(deltas: Sequence[Delta], weights: Sequence[float], how: str, labels: tuple[str, ...]) -> Delta:
+    """Deltas of one kind and base as one: the sum of w d ("mean"), or "ties" (Yadav et al., 2023): of each the largest fifth, and of these
+    at every entry the mean of those with the sign of the sum. The head is the mean of those with `labels`, else the first's. InputError
+    for deltas that have no sum; with ties also for modules, whose entries have nothing in common."""
+    own = [(w, d) for w, d in zip(weights, deltas) if d.labels == labels] or [(1.0, deltas[0])]
+    scale = sum(w for w, _ in own)
+    head = {k: sum((w / scale if scale else 1 / len(own)) * d.head[k] for w, d in own) for k in own[0][1].head}
+    bodies = [replace(d, head={}, info=d.info | {"labels": []}) for d in deltas]
+    total = reduce(add, (w * body for w, body in zip(weights, bodies)))
+    if how == "ties":
+        if total.modules:
+            raise InputError(f"--merge ties compares weights of the base entry by entry, not modules of {total.config.kind}: use mean")
+        flat, w = torch.stack([torch.cat([v.flatten() for v in body.diffs.values()]) for body in bodies]), torch.tensor(weights)[:, None]
+        flat = flat * (flat.abs() > flat.abs().kthvalue(max(1, round(0.8 * flat.shape[1])), keepdim=True).values)
+        agree = w * (flat * (w * flat).sum(0) > 0)
+        merged = ((agree * flat).sum(0) / agree.sum(0).clamp_min(1e-12)).split([v.numel() for v in total.diffs.values()])
+        total = replace(total, diffs={k: v.view_as(total.diffs[k]) for k, v in zip(total.diffs, merged)})
+    return replace(total, head=head, info=own[0][1].info)
 
 
 def carry_pairs(path: str | None, task: Task, old_base: Base, base: Base, seq_len: int) -> list[Pair]:

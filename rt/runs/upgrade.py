@@ -1,9 +1,12 @@
 """The settings of an upgrade, and what they make of a stage: its earlier domains, its recipe, and the weights that it goes on from. `c` is
 the script's config."""
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Iterable, NamedTuple
+
+import torch
+from torch import Tensor
 
 from rt.data import Corpus, MaskUnit, Objective, Rows, Tokenizer
 from rt.deltas import Base
@@ -11,7 +14,7 @@ from rt.errors import InputError
 from rt.formats.checkpoint import load_base
 from rt.formats.hub import open_base
 from rt.limits import Limit, NonNegative, NonNegativeInt, PositiveInt, PositiveShare, Share, ShareBelowOne
-from rt.model import MaskedLM, new_masked_lm, set_dropout
+from rt.model import Encoder, MaskedLM, MLMHead, new_masked_lm, set_dropout
 from rt.optim import ScheduleConfig
 from rt.pretrain import evaluate_mlm, mlm_loss
 from rt.recipes import Preserve, PreserveBy, Recipe
@@ -145,3 +148,24 @@ def go_on_from(c: Any, folder: Path, base: Base) -> tuple[MaskedLM, str, Path | 
     model = MaskedLM(base.encoder, base.head or new_masked_lm(base.encoder.config, c.seed).head)
     set_dropout(model, c.dropout)
     return model, base.fingerprint, moments
+
+
+@torch.no_grad()
+def average_into(model: MaskedLM, states: Iterable[dict[str, Tensor]]) -> None:
+    """The weights of `model` become the mean of themselves and `states`."""
+    mean = model.state_dict()
+    for n, state in enumerate(states, 2):
+        for name, value in mean.items():
+            value.lerp_(state[name].to(value), 1 / n)
+
+
+def lengthen(model: MaskedLM, max_len: int) -> MaskedLM:
+    """The same function with positions for `max_len` tokens: the old ones over and over, after RoBERTa's rows before the first."""
+    config, name = model.encoder.config, "encoder.embeddings.position.weight"
+    if max_len < config.max_len:
+        raise InputError(f"--max_len {max_len}: the base has positions for {config.max_len} tokens, and none are taken away")
+    first, table = model.state_dict()[name].split([config.first_position, config.max_len])
+    longer = MaskedLM(Encoder(config := replace(config, max_len=max_len)), MLMHead(config))
+    tiled = table.repeat(-(-max_len // len(table)), 1)[:max_len]
+    longer.load_state_dict(model.state_dict() | {name: torch.cat([first, tiled])})
+    return longer
