@@ -16,7 +16,7 @@ BELOW = ("rt/report", "rt/runs", "rt/speed", "rt/formats", "rt")      # rooms: e
 MAY = {"kernels": {"torch", "triton", "tqdm"}, "rt": {"kernels", "torch", "numpy"},
        "rt/formats": {"kernels", "torch", "numpy", "safetensors", "tokenizers", "huggingface_hub", "tqdm", "filelock", "pyarrow"},
        "rt/speed": {"kernels", "torch", "numpy"}, "rt/runs": {"torch", "numpy", "tqdm", "tensorboard"},
-       "rt/report": {"matplotlib", "numpy"},
+       "rt/report": {"matplotlib", "numpy", "torch"},
        "data": {"rt.errors", "rt.runs.config", "rt.formats.atomic", "rt.formats.corpora", "rt.formats.files", "rt.formats.hub",
                 "rt.formats.tasks", "rt.data"},
        "scripts": {"rt", "data", "torch", "numpy", "kernels"}}

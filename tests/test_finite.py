@@ -174,7 +174,7 @@ def test_what_does_not_fit_into_memory_is_named(rows, tokenizer, base, monkeypat
     model.forward = full
     with pytest.raises(InputError, match="12 texts of up to [0-9]+ tokens did not fit into memory: lower `seq_len`"):
         predict(model, data.train.sequences, **CPU)
-    monkeypatch.setattr(rt.pretrain, "mlm_loss", full)
+    monkeypatch.setattr(rt.pretrain, "linear_cross_entropy", full)
     model, optimizer = start(tokenizer)
     with pytest.raises(InputError, match=r"a share of 512 tokens did not fit into memory: lower `batch_tokens` \(1024\), or raise `accum"):
         pretrained(tmp_path, model, rows, optimizer, PretrainSettings(2, 1024, 1e-3, 1, 0, accumulation=2), tokenizer)

@@ -309,7 +309,7 @@ def test_a_longer_position_table_gives_the_old_logits_on_short_texts(model_type,
     old, new = (m.encoder.embeddings.position.weight for m in (model, longer))
     first = config.first_position
     assert torch.equal(new[:first], old[:first]) and torch.equal(new[first:], torch.cat([old[first:]] * 3)[:300])
-    with pytest.raises(InputError, match="`max_len` 64: the base has positions for 128 tokens"):
+    with pytest.raises(InputError, match="--max_len 64: the base has positions for 128 tokens"):
         lengthen(model, 64)
 
 
