@@ -5,7 +5,6 @@
     python -m experiments.transfer --report         # results/transfer/README.md, from the rows alone
 """
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -13,10 +12,10 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from bench.machine import commit, device_name
+from experiments.recipes import runs as recipes
 from experiments.transfer import report
 from experiments.twin import permuted_twin
 from rt.errors import InputError
@@ -30,9 +29,9 @@ from rt.runs.log import progress
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS, KINDS = ("rotten_tomatoes", "agnews"), ("full", "adapter")
-TUNED = {"minilm": {"full": 1e-4, "adapter": 1e-3}, "mini": {"full": 5e-4, "adapter": 3e-3}}       # rates of the old deltas
+MINI_TUNED = {"full": 5e-4, "adapter": 3e-3}        # rates of the old deltas of mini
 RATES = {"minilm": {"full": "5e-5,2e-4", "adapter": "1e-3,3e-3"}, "mini": {"full": "2e-4,5e-4", "adapter": "1e-3,3e-3"}}
-FEW = "--seeds 0,1,2,3,4 --steps 150 --eval_every 30 --seq_len 64 --device cpu --no_save_deltas".split()
+FEW = "--seeds 0,1,2,3,4 --steps 100 --eval_every 25 --seq_len 64 --device cpu --no_save_deltas".split()
 MAPS = ("ridge", "orthogonal", "permutation")
 
 
@@ -44,6 +43,7 @@ class Config:
     only: tuple[str, ...] = ()  # parts: A, B, C, D; default: all
     budget: Positive | None = None  # seconds; nothing new begins after them
     home: str = "runs/transfer"  # bases, deltas and runs
+    recipes: str = "runs/recipes"  # tasks and deltas of M0, shared with experiments.recipes
     cache: str = "runs/cache"  # tokenized corpora
     results: str = "results/transfer"  # rows, and the report
     report: bool = False  # write the report from the rows
@@ -84,21 +84,15 @@ def script(c: Config, *command: object) -> str:
     if done.returncode:
         raise InputError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()[-400:]}")
     text = " ".join(command)
-    for name, place in (("DIR", c.data), ("HOME", c.home), ("M0", c.base), ("CACHE", c.cache)):
+    for name, place in (("DIR", c.data), ("HOME", c.home), ("M0", c.base), ("RECIPES", c.recipes), ("CACHE", c.cache)):
         text = text.replace(str(Path(place).absolute()), name)
     return text
 
 
 def prepare(c: Config) -> None:
-    """Tasks with a draw of 1,000 test texts, the bases and the old deltas; what is there stays."""
-    home, corpora = Path(c.home), Path(c.data, "corpora")
-    for task in TASKS:
-        folder = home / "tasks" / task
-        if not folder.exists():
-            shutil.copytree(Path(c.data, "tasks", task), folder)
-            test = (folder / "test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-            draw = sorted(np.random.default_rng(0).permutation(len(test))[:1000])
-            (folder / "test.jsonl").write_text("".join(test[i] for i in draw), encoding="utf-8")
+    """Bases, tasks and old deltas; what is there stays. Those of M0 are the ones of experiments.recipes."""
+    home, corpora, shared = Path(c.home), Path(c.data, "corpora"), recipes.Config(c.data, c.base, home=c.recipes)
+    recipes.draw_tasks(shared)
     common = ("--batch_tokens", 1024, "--seq_len", 128, "--snapshots", 0, "--device", "cpu", "--cache", Path(c.cache))
     mini = ("--preset", "mini", "--stream", corpora / "wiki.txt.xz", "--steps", 3000, "--lr", 1e-3)
     for name, flags in (("mini", (*mini, "--vocab_size", 8192)), ("ind", (*mini, "--tokenizer", home / "mini", "--seed", 1)),
@@ -108,14 +102,15 @@ def prepare(c: Config) -> None:
     if not (home / "twin").exists():
         twin = permuted_twin(open_base(c.base), 1)
         save_base(home / "twin", MaskedLM(twin.encoder, twin.head), twin.tokenizer, {"name": "twin"})
-    for (name, base), task, kind in product((("minilm", Path(c.base)), ("mini", home / "mini" / "M0")), TASKS, KINDS):
-        if not delta(c, name, task, kind).exists():
-            script(c, "train.py", "--mode", "tune", "--base", base, "--task", home / "tasks" / task, "--delta", kind, "--lr",
-                   TUNED[name][kind], "--seq_len", 64, "--device", "cpu", "--tune_steps", 300, "--eval_every", 50, "--out",
-                   delta(c, name, task, kind))
-        answers = predictions(c, task, kind)
-        if name == "minilm" and not answers.exists():
-            places = {"--base": base, "--delta_dir": delta(c, name, task, kind), "--input": home / "tasks" / task / "train.jsonl"}
+    for task, kind in product(TASKS, KINDS):
+        if not delta(c, "minilm", task, kind).exists():
+            recipes.tune_delta(shared, task, kind, 0)
+        if not delta(c, "mini", task, kind).exists():
+            script(c, "train.py", "--mode", "tune", "--base", home / "mini" / "M0", "--task", recipes.task_folder(shared, task), "--delta",
+                   kind, "--lr", MINI_TUNED[kind], "--seq_len", 64, *recipes.TUNE, "--out", delta(c, "mini", task, kind))
+        if not (answers := predictions(c, task, kind)).exists():
+            places = {"--base": Path(c.base), "--delta_dir": delta(c, "minilm", task, kind),
+                      "--input": recipes.task_folder(shared, task) / "train.jsonl"}
             flags = [str(part) for flag, place in places.items() for part in (flag, place.absolute())]
             done = subprocess.run([sys.executable, "-m", "rt.runs.predict", *flags, "--device", "cpu"], cwd=ROOT, capture_output=True,
                                   text=True, check=True)
@@ -123,7 +118,7 @@ def prepare(c: Config) -> None:
 
 
 def delta(c: Config, base: str, task: str, kind: str) -> Path:
-    return Path(c.home, "deltas", f"{base}-{task}-{kind}")
+    return Path(c.home, "deltas", f"mini-{task}-{kind}") if base == "mini" else Path(c.recipes, "deltas", f"{task}-{kind}-s0")
 
 
 def predictions(c: Config, task: str, kind: str) -> Path:
@@ -132,7 +127,7 @@ def predictions(c: Config, task: str, kind: str) -> Path:
 
 def cells(c: Config) -> list[tuple[dict, list]]:
     """(facts, flags of recycle.py) of every cell of the plan."""
-    home, m0, found = Path(c.home), Path(c.base), []
+    home, m0, tasks, found = Path(c.home), Path(c.base), Path(c.recipes, "tasks"), []
     bases = {"mini": home / "mini" / "M0", "upgrade": home / "upgrade" / "M1", "twin": home / "twin", "ind": home / "ind" / "M0"}
     for task, kind in product(TASKS, KINDS):
         other = TASKS[1 - TASKS.index(task)]
@@ -144,7 +139,7 @@ def cells(c: Config) -> list[tuple[dict, list]]:
             old_flags = [] if "--teacher" in flags else ["--old_base", old, "--old_delta", delta(c, size, source, kind)]
             lr = [] if {*modes.split(",")} <= {"apply", "transport", "gradmask"} else ["--lr", trained]
             found.append(({"part": part, "what": what, "task": task, "kind": kind, "base": new, "shots": shots}, [
-                "--mode", modes, *old_flags, "--base", bases[new], "--task", home / "tasks" / task, "--delta", kind, "--shots", shots, *FEW,
+                "--mode", modes, *old_flags, "--base", bases[new], "--task", tasks / task, "--delta", kind, "--shots", shots, *FEW,
                 *lr, *flags]))
 
         taught = ("--beta", 0)
@@ -159,11 +154,11 @@ def cells(c: Config) -> list[tuple[dict, list]]:
                 add("C", carry, "transport", size, new, "--carry", carry)
             if new != "twin":
                 add("C", "tuned", "scratch,init", size, new)
-                add("C", "project", "project", size, new, "--source_task", home / "tasks" / other, "--source_delta",
+                add("C", "project", "project", size, new, "--source_task", tasks / other, "--source_delta",
                     delta(c, size, other, kind), "--project_steps", 100, "--seeds", "0,1", "--lr", {"full": 1e-4, "adapter": 1e-3}[kind])
         for shots, head in product((8, 32), ("fresh", "prototype")):
             add("D", head, "apply,init", "minilm", "upgrade", "--head", head, shots=shots, source=other)
-    return sorted(found, key=lambda one: "ACDB".index(one[0]["part"]))
+    return sorted(found, key=lambda one: ("ACDB".index(one[0]["part"]), one[0]["base"] == "upgrade"))
 
 
 if __name__ == "__main__":
