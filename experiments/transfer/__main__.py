@@ -94,7 +94,7 @@ def prepare(c: Config) -> None:
     home, corpora, shared = Path(c.home), Path(c.data, "corpora"), recipes.Config(c.data, c.base, home=c.recipes)
     recipes.draw_tasks(shared)
     common = ("--batch_tokens", 1024, "--seq_len", 128, "--snapshots", 0, "--device", "cpu", "--cache", Path(c.cache))
-    mini = ("--preset", "mini", "--stream", corpora / "wiki.txt.xz", "--steps", 3000, "--lr", 1e-3)
+    mini = ("--preset", "mini", "--stream", corpora / "wiki.txt.xz", "--steps", 1500, "--lr", 1e-3)
     for name, flags in (("mini", (*mini, "--vocab_size", 8192)), ("ind", (*mini, "--tokenizer", home / "mini", "--seed", 1)),
                         ("upgrade", ("--init", Path(c.base), "--stream", corpora / "bio.txt.xz", "--steps", 200, "--lr", 5e-4))):
         if not (home / name / "summary.json").exists():
