@@ -132,9 +132,9 @@ def draw_tasks(c: Config) -> None:
         if not (folder := task_folder(c, task)).exists():
             shutil.copytree(Path(c.data, "tasks", task), folder)
             for part, most in DRAWN.items():
-                lines = (folder / f"{part}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+                lines = (folder / f"{part}.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")    # a text may hold U+0085
                 drawn = sorted(np.random.default_rng(0).permutation(len(lines))[:most])
-                (folder / f"{part}.jsonl").write_text("".join(lines[i] for i in drawn), encoding="utf-8")
+                (folder / f"{part}.jsonl").write_text("".join(f"{lines[i]}\n" for i in drawn), encoding="utf-8")
 
 
 @lru_cache(maxsize=8)
