@@ -48,9 +48,7 @@ def assert_within_budget(args, **scales):
 
 
 @pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
-def dtype(request, device):
-    if request.param == torch.bfloat16 and device.type == "cpu":
-        pytest.skip("Triton's interpreter multiplies the bits of bfloat16 numbers in tl.dot")
+def dtype(request):
     return request.param
 
 

@@ -8,7 +8,7 @@ from kernels.attention import _attention_qkv, _attention_qkv_backward
 
 
 @pytest.mark.parametrize("D, dtype, dropout_p, deterministic", [
-    (32, torch.float16, 0.3, False), (32, torch.float16, 0.3, True), (64, torch.float32, 0.0, False), (48, torch.float16, 0.0, False)],
+    (32, torch.float16, 0.3, False), (32, torch.bfloat16, 0.3, True), (64, torch.float32, 0.0, False), (48, torch.float16, 0.0, False)],
     indirect=["deterministic"])
 def test_the_packed_projection_is_the_three_views_with_one_gradient(device, D, dtype, dropout_p, deterministic):
     qkv, cu = inputs(dtype, (70, 0, 3), H=2, D=D)
@@ -23,7 +23,7 @@ def test_the_packed_projection_is_the_three_views_with_one_gradient(device, D, d
         grad, = torch.autograd.grad((out * weight).sum(), x)
         assert grad.shape == x.shape
         for a, b in zip((out, grad), expected):
-            torch.testing.assert_close(a, b, atol=1e-3 if dtype == torch.float16 else 1e-6, rtol=1e-3)     # atomics: any order
+            torch.testing.assert_close(a, b, atol=1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps, rtol=1e-3)     # atomics: any order
 
 
 def test_the_packed_projection_with_a_prefix_and_bad_shapes(device):
