@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import configs
-from kernels.attention_kernels import _backward_delta, _backward_keys, _backward_queries, _forward
+from kernels.attention_kernels import _backward_keys, _backward_queries, _backward_rows, _forward
 from kernels.common import LOG2E, check_cu_seqlens, dense_rows, launch, triton, uses_triton
 from kernels.dropout import check_seed, dropout_words, threshold_of, words_ref
 
@@ -118,7 +118,7 @@ def _launch_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seed: T
                     dropout_p: float, shared: bool) -> Outputs:
     N, H, D = q.shape
     out, lse = torch.empty(N, H, D, dtype=q.dtype, device=q.device), torch.empty(H, N, device=q.device)
-    words = torch.empty((3, H, N) if dropout_p else (0,), dtype=torch.int32, device=q.device)
+    words = torch.empty((H, N, 4) if dropout_p else (0,), dtype=torch.int32, device=q.device)
     if dropout_p:
         launch(dropout_words, triton.cdiv(N, 256) * H, seed, words, N, H, N // len(seed), triton.cdiv(N, 256), BLOCK=256)
     BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_forward", size_class(D, max_seqlen), q.dtype, q.device)
@@ -133,15 +133,15 @@ def _launch_backward(dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor
                      words: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout_p: float, shared: bool) -> None:
     """Fill dq, dk, dv: heads of D contiguous numbers side by side, any stride from one token to the next, dk's and dv's alike."""
     (N, H, D), B, P = q.shape, len(cu_seqlens) - 1, len(k)
-    dout, delta = dout.contiguous(), torch.empty(H, N, device=q.device)
-    launch(_backward_delta, triton.cdiv(N, 64) * H, out, dout, delta, N, H, triton.cdiv(N, 64), D=D, BLOCK=64)
+    dout, rows = dout.contiguous(), torch.empty(H, N, 4 if dropout_p else 2, dtype=torch.int32, device=q.device)
+    launch(_backward_rows, triton.cdiv(N, 64) * H, out, dout, lse, words, rows, N, H, triton.cdiv(N, 64), D=D, DROPOUT=dropout_p > 0, BLOCK=64)
     atomic = q.dtype != torch.float32 and not torch.are_deterministic_algorithms_enabled()
     sums = torch.zeros(N, H, D, dtype=torch.float32, device=q.device) if atomic else dq
     longest = P if shared else max_seqlen
     BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_backward_keys", size_class(D, longest), q.dtype, q.device)
     blocks = triton.cdiv(longest, BLOCK_K)
     scales = scale, scale * LOG2E, threshold_of(dropout_p), 1 / (1 - dropout_p)
-    launch(_backward_keys, blocks * H * B, q, k, v, dout, lse, delta, sums, dk, dv, cu_seqlens, words, *_strides(q, k, v), dk.stride(0),
+    launch(_backward_keys, blocks * H * B, q, k, v, dout, rows, sums, dk, dv, cu_seqlens, words, *_strides(q, k, v), dk.stride(0),
            N, H, blocks, P, *scales, D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0, SHARED=shared, ATOMIC=atomic,
            num_warps=warps, num_stages=stages)
     if atomic:
@@ -149,7 +149,7 @@ def _launch_backward(dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor
         return
     BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_backward_queries", size_class(D, max_seqlen), q.dtype, q.device)
     blocks = triton.cdiv(max_seqlen, BLOCK_Q)
-    launch(_backward_queries, blocks * H * B, q, k, v, dout, lse, delta, dq, cu_seqlens, words, *_strides(q, k, v), dq.stride(0), N, H,
+    launch(_backward_queries, blocks * H * B, q, k, v, dout, rows, dq, cu_seqlens, words, *_strides(q, k, v), dq.stride(0), N, H,
            blocks, P, *scales, D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0, SHARED=shared, num_warps=warps,
            num_stages=stages)
 
@@ -157,7 +157,7 @@ def _launch_backward(dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor
 @torch.library.custom_op("recyclable::attention", mutates_args=())
 def _attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seqlen: int, scale: float,
                dropout_p: float, shared: bool) -> Outputs:
-    """out (N, H, D), log2-sum-exp2 of the scaled scores (H, N), and the dropout's words (3, H, N) int32, none without dropout.
+    """out (N, H, D), log2-sum-exp2 of the scaled scores (H, N), and the dropout's words (H, N, 4) int32, none without dropout.
     With `shared`, k and v are (P, H, D), seen by all queries."""
     return _launch_forward(q, k, v, cu_seqlens, seed, max_seqlen, scale, dropout_p, shared)
 
@@ -166,7 +166,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seed: Tensor
 def _(q, k, v, cu_seqlens, seed, max_seqlen, scale, dropout_p, shared):
     N, H, _ = q.shape
     return (q.new_empty(q.shape), q.new_empty(H, N, dtype=torch.float32),
-            q.new_empty((3, H, N) if dropout_p else (0,), dtype=torch.int32))
+            q.new_empty((H, N, 4) if dropout_p else (0,), dtype=torch.int32))
 
 
 @torch.library.custom_op("recyclable::attention_backward", mutates_args=())
@@ -212,7 +212,7 @@ def _attention_qkv(qkv: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seq
 def _(qkv, cu_seqlens, seed, max_seqlen, scale, dropout_p):
     N, _, H, D = qkv.shape
     return (qkv.new_empty(N, H, D), qkv.new_empty(H, N, dtype=torch.float32),
-            qkv.new_empty((3, H, N) if dropout_p else (0,), dtype=torch.int32))
+            qkv.new_empty((H, N, 4) if dropout_p else (0,), dtype=torch.int32))
 
 
 @torch.library.custom_op("recyclable::attention_qkv_backward", mutates_args=())

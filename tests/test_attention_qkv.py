@@ -23,7 +23,8 @@ def test_the_packed_projection_is_the_three_views_with_one_gradient(device, D, d
         grad, = torch.autograd.grad((out * weight).sum(), x)
         assert grad.shape == x.shape
         for a, b in zip((out, grad), expected):
-            torch.testing.assert_close(a, b, atol=1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps, rtol=1e-3)     # atomics: any order
+            atol = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+            torch.testing.assert_close(a, b, atol=atol, rtol=1e-3)      # atomics: any order
 
 
 def test_the_packed_projection_with_a_prefix_and_bad_shapes(device):
