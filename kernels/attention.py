@@ -121,7 +121,7 @@ def _launch_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seed: T
     words = torch.empty((H, N, 4) if dropout_p else (0,), dtype=torch.int32, device=q.device)
     if dropout_p:
         launch(dropout_words, triton.cdiv(N, 256) * H, seed, words, N, H, N // len(seed), triton.cdiv(N, 256), BLOCK=256)
-    BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_forward", size_class(D, max_seqlen), q.dtype, q.device)
+    BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_forward" + "_dropout" * (dropout_p > 0), size_class(D, max_seqlen), q.dtype, q.device)
     blocks = triton.cdiv(max_seqlen, BLOCK_Q)
     launch(_forward, blocks * H * (len(cu_seqlens) - 1), q, k, v, out, lse, cu_seqlens, words, *_strides(q, k, v), N, H, blocks, len(k),
            scale * LOG2E, threshold_of(dropout_p), 1 / (1 - dropout_p), D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0,
@@ -147,7 +147,8 @@ def _launch_backward(dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor
     if atomic:
         dq.copy_(sums)
         return
-    BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_backward_queries", size_class(D, max_seqlen), q.dtype, q.device)
+    BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_backward_queries" + "_dropout" * (dropout_p > 0), size_class(D, max_seqlen), q.dtype,
+                                                   q.device)
     blocks = triton.cdiv(max_seqlen, BLOCK_Q)
     launch(_backward_queries, blocks * H * B, q, k, v, dout, rows, dq, cu_seqlens, words, *_strides(q, k, v), dq.stride(0), N, H,
            blocks, P, *scales, D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0, SHARED=shared, num_warps=warps,
