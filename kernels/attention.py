@@ -118,11 +118,12 @@ def _launch_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seed: T
                     dropout_p: float, shared: bool) -> Outputs:
     N, H, D = q.shape
     out, lse = torch.empty(N, H, D, dtype=q.dtype, device=q.device), torch.empty(H, N, device=q.device)
+    dropped = "_dropout" if dropout_p else ""
     words = torch.empty((H, N, 4) if dropout_p else (0,), dtype=torch.int32, device=q.device)
     if dropout_p:
-        launch(dropout_words, triton.cdiv(N, 256) * H, seed, words, N, H, N // len(seed), triton.cdiv(N, 256), BLOCK=256)
-    BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_forward" + "_dropout" * (dropout_p > 0), size_class(D, max_seqlen), q.dtype, q.device)
-    blocks = triton.cdiv(max_seqlen, BLOCK_Q)
+        launch(dropout_words, -(-N // 256) * H, seed, words, N, H, N // len(seed), -(-N // 256), BLOCK=256)
+    BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_forward" + dropped, size_class(D, max_seqlen), q.dtype, q.device)
+    blocks = -(-max_seqlen // BLOCK_Q)
     launch(_forward, blocks * H * (len(cu_seqlens) - 1), q, k, v, out, lse, cu_seqlens, words, *_strides(q, k, v), N, H, blocks, len(k),
            scale * LOG2E, threshold_of(dropout_p), 1 / (1 - dropout_p), D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0,
            SHARED=shared, num_warps=warps, num_stages=stages)
@@ -132,14 +133,16 @@ def _launch_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seed: T
 def _launch_backward(dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
                      words: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout_p: float, shared: bool) -> None:
     """Fill dq, dk, dv: heads of D contiguous numbers side by side, any stride from one token to the next, dk's and dv's alike."""
-    (N, H, D), B, P = q.shape, len(cu_seqlens) - 1, len(k)
+    (N, H, D), B, P, dropped = q.shape, len(cu_seqlens) - 1, len(k), "_dropout" if dropout_p else ""
     dout, rows = dout.contiguous(), torch.empty(H, N, 4 if dropout_p else 2, dtype=torch.int32, device=q.device)
-    launch(_backward_rows, triton.cdiv(N, 64) * H, out, dout, lse, words, rows, N, H, triton.cdiv(N, 64), D=D, DROPOUT=dropout_p > 0, BLOCK=64)
+    BLOCK = 4096 // D
+    blocks = -(-N // BLOCK)
+    launch(_backward_rows, blocks * H, out, dout, lse, words, rows, N, H, blocks, D=D, DROPOUT=dropout_p > 0, BLOCK=BLOCK)
     atomic = q.dtype != torch.float32 and not torch.are_deterministic_algorithms_enabled()
     sums = torch.zeros(N, H, D, dtype=torch.float32, device=q.device) if atomic else dq
     longest = P if shared else max_seqlen
     BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_backward_keys", size_class(D, longest), q.dtype, q.device)
-    blocks = triton.cdiv(longest, BLOCK_K)
+    blocks = -(-longest // BLOCK_K)
     scales = scale, scale * LOG2E, threshold_of(dropout_p), 1 / (1 - dropout_p)
     launch(_backward_keys, blocks * H * B, q, k, v, dout, rows, sums, dk, dv, cu_seqlens, words, *_strides(q, k, v), dk.stride(0),
            N, H, blocks, P, *scales, D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0, SHARED=shared, ATOMIC=atomic,
@@ -147,9 +150,8 @@ def _launch_backward(dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor
     if atomic:
         dq.copy_(sums)
         return
-    BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_backward_queries" + "_dropout" * (dropout_p > 0), size_class(D, max_seqlen), q.dtype,
-                                                   q.device)
-    blocks = triton.cdiv(max_seqlen, BLOCK_Q)
+    BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_backward_queries" + dropped, size_class(D, max_seqlen), q.dtype, q.device)
+    blocks = -(-max_seqlen // BLOCK_Q)
     launch(_backward_queries, blocks * H * B, q, k, v, dout, rows, dq, cu_seqlens, words, *_strides(q, k, v), dq.stride(0), N, H,
            blocks, P, *scales, D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0, SHARED=shared, num_warps=warps,
            num_stages=stages)

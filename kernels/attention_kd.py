@@ -177,7 +177,7 @@ def _attention_kd(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, cu_seqlens
     N, H, D_S = q_s.shape
     kl, lse = torch.empty(N, H, device=q_s.device), torch.empty(H, 2, N, device=q_s.device)
     BLOCK_Q, BLOCK_K, warps, stages = _pick("attention_kd_forward", q_s, q_t, max_seqlen)
-    blocks = triton.cdiv(max_seqlen, BLOCK_Q)
+    blocks = -(-max_seqlen // BLOCK_Q)
     launch(_kd_forward, blocks * H * (len(cu_seqlens) - 1), q_s, k_s, q_t, k_t, kl, lse, cu_seqlens, *_strides(q_s, k_s, q_t, k_t),
            N, H, blocks, scale_s * LOG2E, scale_t * LOG2E, D_S=D_S, D_T=q_t.shape[-1], BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K,
            num_warps=warps, num_stages=stages)
@@ -197,7 +197,7 @@ def _attention_kd_backward(g: Tensor, q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t
     N, H, D_S = q_s.shape
     g, grads = g.contiguous(), tuple(torch.empty(N, H, D_S, dtype=x.dtype, device=x.device) for x in (q_s, k_s))
     BLOCK_X, BLOCK_Y, warps, stages = _pick("attention_kd_backward", q_s, q_t, max_seqlen)
-    blocks = triton.cdiv(max_seqlen, BLOCK_X)
+    blocks = -(-max_seqlen // BLOCK_X)
     for dx, xy, x_is_q in zip(grads, ((q_s, k_s, q_t, k_t), (k_s, q_s, k_t, q_t)), (True, False)):
         launch(_kd_backward, blocks * H * (len(cu_seqlens) - 1), *xy, g, lse, dx, cu_seqlens, *_strides(*xy), N, H, blocks, scale_s,
                scale_s * LOG2E, scale_t * LOG2E, D_S=D_S, D_T=q_t.shape[-1], BLOCK_X=BLOCK_X, BLOCK_Y=BLOCK_Y, X_IS_Q=x_is_q,

@@ -88,7 +88,7 @@ def hashed(n, stream, key):
 
 @triton.jit(do_not_specialize=["N", "H", "run", "blocks"], do_not_specialize_on_alignment=["seed_ptr"])
 def dropout_words(seed_ptr, words_ptr, N, H, run, blocks, BLOCK: tl.constexpr):     # (K,) int64, (H, N, 4) int32
-    """`words_ref` side by side for BLOCK tokens of one head: a, b, c, and one that nothing reads. `run` = N / K of them belong to a seed."""
+    """`words_ref` side by side for BLOCK tokens of one head: a, b, c, and one that nothing reads. N / K = `run` of them have a seed."""
     h, n = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     key, stream = key_of(tl.load(seed_ptr + n // run, mask=n < N, other=0), h.to(tl.uint32)), tl.arange(0, 4)[None, :]
     words = hashed((n % run)[:, None], stream.to(tl.uint32), key[:, None])
@@ -166,7 +166,7 @@ def _dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
     d, run = x.shape[1], len(x) // len(seed)
     x, out = *dense_rows(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
     BLOCK_N, BLOCK_D, warps = configs.pick("dropout", row_class(d), x.dtype, x.device)
-    blocks, tiles = triton.cdiv(run, BLOCK_N), triton.cdiv(d, BLOCK_D)
+    blocks, tiles = -(-run // BLOCK_N), -(-d // BLOCK_D)
     launch(_dropout_rows, len(seed) * blocks * tiles, x, *dense_rows(seed), out, run, d, blocks, tiles, x.stride(0), d, threshold_of(p),
            1 / (1 - p), BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, num_warps=warps)
     return out

@@ -252,7 +252,7 @@ def _kd_loss_backward(up: Tensor, student: Tensor, teacher: Tensor | None, ids: 
     student, teacher, labels = dense_rows(student, teacher, labels)
     grad = torch.empty(R, C, dtype=student.dtype, device=student.device)
     BLOCK, warps = configs.pick("kd_loss_backward", row_class(C), student.dtype, student.device)
-    tiles = triton.cdiv(C, BLOCK)
+    tiles = -(-C // BLOCK)
     launch(_backward, R * tiles, student, teacher, ids, labels, stats, up, grad, C, k, tiles, student.stride(0),
            0 if teacher is None else teacher.stride(0), up.stride(0), ignore_index, alpha, T, LOG2E / T,
            **flags(teacher, labels, alpha, T), K=triton.next_power_of_2(k), BLOCK=BLOCK, num_warps=warps)

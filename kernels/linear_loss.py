@@ -145,7 +145,7 @@ def _linear_loss(x: Tensor, weight: Tensor, bias: Tensor | None, x_t: Tensor | N
                  need_b: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sum of the rows' losses, and its gradients by x, weight and bias, the last two in fp32; empty if not needed."""
     (R, d), V = x.shape, len(weight)
-    width = triton.cdiv(V, 128) * 128
+    width = -(-V // 128) * 128
     x, w, b = x.contiguous(), _padded(weight, width, x.dtype), _padded(bias, width, torch.float32)
     w_t, b_t = None if x_t is None else _padded(weight_t, width, x_t.dtype), _padded(bias_t, width, torch.float32)
     labels, loss = *dense_rows(labels), torch.empty(R, device=x.device)
