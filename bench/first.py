@@ -151,7 +151,7 @@ class First:
         for name in ("ours", "eager", "gemm bound"):
             yield f"time {words(kd)}: {name}", partial(self.times, kd, name, ("both",))
         row_class = 4096 if self.cuda else 256
-        for row in self.few(configs.TABLE["linear_loss"][self.arch, row_class, 32], (2048, 4), (2048, 8), (4096, 8), (4096, 4)):
+        for row in self.few(configs.TABLE["linear_loss"][self.arch, row_class, 32], (2048, 8, 2), (4096, 8, 4), (2048, 8, 1)):
             for bits in self.few(28, 29, 30):
                 yield f"tile linear_loss chunk 2^{bits}: {row}", partial(self.chunk, bits, (self.arch, row_class, 32), row, kd)
         logits = cases.kd(4096, 50265) if self.cuda else cases.kd(4, 33)
@@ -247,11 +247,15 @@ def run(first: First, path: Path, rows: list[dict], end: float, argv: list[str])
                 torch.cuda.empty_cache()
 
 
+def shown(row: dict) -> dict:
+    return {k: v for k, v in row.items() if k not in ("unit", "seconds")}
+
+
 def table(rows: list[dict]) -> str:
     """What is wrong, what failed, how many times faster than the best peer ours is, and the best tile of each sweep."""
     checks, out = [r for r in rows if "right" in r], []
     out += [f"{sum(r['right'] for r in checks)} of {len(checks)} checks are right"]
-    out += [f"WRONG {r['unit']}: {({k: v for k, v in r.items() if k not in ('unit', 'seconds')})}" for r in checks if not r["right"]]
+    out += [f"WRONG {r['unit']}: {shown(r)}" for r in checks if not r["right"]]
     groups: dict[str, list[tuple[str, dict]]] = {}
     for r in rows:
         kind, _, which = r.get("unit", "").rpartition(": " if ": " in r.get("unit", "") else " ")
@@ -268,7 +272,7 @@ def table(rows: list[dict]) -> str:
                 rate = "".join(f", {v:.0f} {unit}" for unit, v in rates.items())
                 beside = f"; best other {best} {others[best]:.3f} ms = {others[best] / ours[own]:.2f}" if best else ""
                 out.append(f"{kind} {each}: {own} {ours[own]:.3f} ms{rate}{beside}")
-    out += [f"{r['unit']}: {({k: v for k, v in r.items() if k not in ('unit', 'seconds')})}" for r in rows if r.get("unit", "")[:5] == "parts"]
+    out += [f"{r['unit']}: {shown(r)}" for r in rows if r.get("unit", "")[:5] == "parts"]
     return "\n".join(out + [f"failed {r['unit']}: {r['failed']}" for r in rows if "failed" in r])
 
 

@@ -15,8 +15,9 @@ from bench.problem import Impl
 from bench.runner import RunFlags
 from kernels import configs
 
-CANDIDATES = {      # by the number of numbers in a row: two tile sizes, warps, stages; columns, warps
-    4: list(itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3))), 2: list(itertools.product((1024, 2048, 4096, 8192), (4, 8, 16)))}
+CANDIDATES = {      # by the number of numbers in a row: two tile sizes, warps, stages; columns, warps, and of a part
+    4: list(itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3))), 2: list(itertools.product((1024, 2048, 4096, 8192), (4, 8, 16))),
+    3: list(itertools.product((1024, 2048, 4096), (4, 8), (1, 2, 4)))}
 
 
 def searches(cuda: bool) -> Iterator[tuple[str, int, dict, str, str]]:

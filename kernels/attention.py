@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kernels import configs
 from kernels.attention_kernels import _backward_keys, _backward_queries, _backward_rows, _forward
-from kernels.common import LOG2E, check_cu_seqlens, dense_rows, launch, triton, uses_triton
+from kernels.common import LOG2E, check_cu_seqlens, dense_rows, launch, uses_triton
 from kernels.dropout import check_seed, dropout_words, threshold_of, words_ref
 
 WIDTHS = (32, 64, 128)   # of heads, as the kernels have them
