@@ -269,7 +269,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
     dropout_p    probability with which an attention weight is dropped; kept ones are scaled by 1 / (1 - p)
     seed         of the dropout mask, an int or an int64 tensor (1,); None draws from torch's default generator. (K,): of K runs side by
                  side, each with its own N / K tokens
-    scale        of the scores; None is D ** -0.5
+    scale        of the scores; None is D ** -0.5. One that is not positive takes the reference
     prefix_kv    learned keys (P, H, D), values (P, H, D) and gate (H,): adds gate_h * softmax(scale q k_p^T) v_p, so a zero
                  gate is no prefix at all (Zhang et al., 2023, LLaMA-Adapter, without their tanh); or K of them, with a leading K
     Returns      (N, H, D). Raises ValueError if shapes do not fit.
@@ -280,7 +280,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
         raise ValueError(f"q, k and v must be of one dtype, not {[x.dtype for x in (q, k, v)]}")
     _check(len(q), cu_seqlens, dropout_p, seed)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if not uses_triton(q):
+    if not uses_triton(q) or scale <= 0:
         return attention_ref(q, k, v, cu_seqlens, max_seqlen, dropout_p=dropout_p, seed=seed, scale=scale, prefix_kv=prefix_kv)
     cu_seqlens, seed = cu_seqlens.contiguous(), _seed(seed, q.device) if dropout_p else None
     out = _widened_attention(q, k, v, cu_seqlens, seed, max_seqlen, scale, dropout_p, False)
@@ -300,7 +300,7 @@ def attention_qkv(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, dropout_p
     if qkv.ndim != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv must be (N, 3, H, D), not {tuple(qkv.shape)}")
     N, _, _, D = qkv.shape
-    if prefix_kv is not None or D not in WIDTHS or not uses_triton(qkv):
+    if prefix_kv is not None or D not in WIDTHS or not uses_triton(qkv) or (scale or 1.0) <= 0:
         return attention(*qkv.unbind(1), cu_seqlens, max_seqlen, dropout_p=dropout_p, seed=seed, scale=scale, prefix_kv=prefix_kv)
     _check(N, cu_seqlens, dropout_p, seed)
     cu_seqlens, seed = cu_seqlens.contiguous(), _seed(seed, qkv.device) if dropout_p else None

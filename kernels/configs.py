@@ -52,11 +52,13 @@ TABLE: dict[str, dict[tuple[int, int, int], tuple[int, ...]]] = {
         **_rows({64: (32, 32, 8, 2), -64: (32, 32, 8, 2)}, bits=32, arch=80)},
     # queries, keys, warps, stages; size: the larger head dimension of student and teacher, negative as above
     "attention_kd_forward": {
-        **_rows(dict.fromkeys((32, 64, 128), (128, 64, 8, 2)) | dict.fromkeys((-32, -64, -128), (64, 64, 4, 2)), bits=16),
+        **_rows({32: (128, 64, 8, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 2)}, bits=16),
+        **_rows(dict.fromkeys((-32, -64, -128), (64, 64, 4, 2)), bits=16),
         **_rows(dict.fromkeys((32, 64, 128, -32, -64, -128), (64, 32, 4, 1)), bits=32)},
     # rows that get a gradient (queries for dQ, keys for dK), rows summed over, warps, stages
     "attention_kd_backward": {
-        **_rows(dict.fromkeys((32, 64, 128), (128, 64, 8, 2)) | dict.fromkeys((-32, -64, -128), (64, 64, 4, 2)), bits=16),
+        **_rows({32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (128, 64, 8, 2)}, bits=16),
+        **_rows(dict.fromkeys((-32, -64, -128), (64, 64, 4, 2)), bits=16),
         **_rows(dict.fromkeys((32, 64, -32, -64), (64, 32, 4, 1)) | dict.fromkeys((128, -128), (64, 32, 8, 1)), bits=32)},
     # columns, warps; size: the class of row length (common.row_class)
     "hidden_mse": _rows({32: (32, 1), 256: (256, 1), 1024: (1024, 4), 4096: (4096, 8)}),
