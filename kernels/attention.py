@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kernels import configs
 from kernels.attention_kernels import _backward_keys, _backward_queries, _backward_rows, _forward
-from kernels.common import LOG2E, check_cu_seqlens, dense_rows, launch, uses_triton
+from kernels.common import LOG2E, check_cu_seqlens, dense_rows, launch, op, uses_triton
 from kernels.dropout import check_seed, dropout_words, threshold_of, words_ref
 
 WIDTHS = (32, 64, 128)   # of heads, as the kernels have them
@@ -157,7 +157,7 @@ def _launch_backward(dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor
            num_stages=stages)
 
 
-@torch.library.custom_op("recyclable::attention", mutates_args=())
+@op
 def _attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seqlen: int, scale: float,
                dropout_p: float, shared: bool) -> Outputs:
     """out (N, H, D), log2-sum-exp2 of the scaled scores (H, N), and the dropout's words (H, N, 4) int32, none without dropout.
@@ -172,7 +172,7 @@ def _(q, k, v, cu_seqlens, seed, max_seqlen, scale, dropout_p, shared):
             q.new_empty((H, N, 4) if dropout_p else (0,), dtype=torch.int32))
 
 
-@torch.library.custom_op("recyclable::attention_backward", mutates_args=())
+@op
 def _attention_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, words: Tensor,
                         cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout_p: float, shared: bool) -> Outputs:
     """dq, dk, dv in the shapes and dtypes of q, k, v."""
@@ -205,7 +205,7 @@ def _differentiate(ctx, dout, dlse, dwords):
 _attention.register_autograd(_differentiate, setup_context=_save)
 
 
-@torch.library.custom_op("recyclable::attention_qkv", mutates_args=())
+@op
 def _attention_qkv(qkv: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seqlen: int, scale: float, dropout_p: float) -> Outputs:
     """`_attention` of the three rows of qkv (N, 3, H, D)."""
     return _launch_forward(*dense_rows(qkv)[0].unbind(1), cu_seqlens, seed, max_seqlen, scale, dropout_p, False)
@@ -218,7 +218,7 @@ def _(qkv, cu_seqlens, seed, max_seqlen, scale, dropout_p):
             qkv.new_empty((H, N, 4) if dropout_p else (0,), dtype=torch.int32))
 
 
-@torch.library.custom_op("recyclable::attention_qkv_backward", mutates_args=())
+@op
 def _attention_qkv_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, words: Tensor, cu_seqlens: Tensor, max_seqlen: int,
                             scale: float, dropout_p: float) -> Tensor:
     """dqkv (N, 3, H, D)."""

@@ -30,7 +30,7 @@ from torch import Tensor
 from kernels import configs
 from kernels.attention import _strides, size_class, widened
 from kernels.attention_kernels import RUNTIME, _locate, _product, _tile
-from kernels.common import LOG2E, check_cu_seqlens, launch, tl, triton, uses_triton
+from kernels.common import LOG2E, check_cu_seqlens, launch, op, tl, triton, uses_triton
 from kernels.dropout import bits, bits_tile, column
 
 # ---------------------------------------------------------------- reference
@@ -162,7 +162,7 @@ def _pick(kernel: str, q_s: Tensor, q_t: Tensor, max_seqlen: int) -> tuple[int, 
     return configs.pick(kernel, size_class(max(q_s.shape[-1], q_t.shape[-1]), max_seqlen), dtype, q_s.device)
 
 
-@torch.library.custom_op("recyclable::attention_kd", mutates_args=())
+@op
 def _attention_kd(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale_s: float,
                   scale_t: float) -> tuple[Tensor, Tensor]:
     """KL (N, H) and the log2-sum-exp2 of the scaled scores (H, 2, N), student and teacher."""
@@ -182,7 +182,7 @@ def _(q_s, k_s, q_t, k_t, cu_seqlens, max_seqlen, scale_s, scale_t):
     return q_s.new_empty(N, H, dtype=torch.float32), q_s.new_empty(H, 2, N, dtype=torch.float32)
 
 
-@torch.library.custom_op("recyclable::attention_kd_backward", mutates_args=())
+@op
 def _attention_kd_backward(g: Tensor, q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, lse: Tensor, cu_seqlens: Tensor,
                            max_seqlen: int, scale_s: float, scale_t: float) -> tuple[Tensor, Tensor]:
     """dq_s and dk_s from the gradient g (N, H) of the KL."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels import configs
-from kernels.common import dense_rows, launch, left_to_compiler, row_class, tl, triton, uses_triton
+from kernels.common import dense_rows, launch, left_to_compiler, op, row_class, tl, triton, uses_triton
 
 
 def mix(x: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ def _dropout_rows(x_ptr, seed_ptr, out_ptr, run, d, blocks, tiles, x_stride, out
 
 # ---------------------------------------------------------------- op
 
-@torch.library.custom_op("recyclable::dropout", mutates_args=())
+@op
 def _dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
     d, run = x.shape[1], len(x) // len(seed)
     x, out = *dense_rows(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)

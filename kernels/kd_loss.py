@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import configs
-from kernels.common import LOG2E, dense_rows, launch, row_class, tl, triton, uses_triton
+from kernels.common import LOG2E, dense_rows, launch, op, row_class, tl, triton, uses_triton
 
 
 class TopK(NamedTuple):
@@ -244,7 +244,7 @@ def flags(teacher: Tensor | None, labels: Tensor | None, alpha: float, T: float)
     return {"CE": CE, "KD": KD, "UNIT_T": CE and KD and T == 1}
 
 
-@torch.library.custom_op("recyclable::kd_loss", mutates_args=())
+@op
 def _kd_loss(student: Tensor, teacher: Tensor | None, ids: Tensor | None, tail: Tensor | None, labels: Tensor | None,
              alpha: float, T: float, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Loss (R,) and, for the backward, statistics (R, 6). With ids (R, k), contiguous and ascending, `teacher` are their logits."""
@@ -263,7 +263,7 @@ def _(student, teacher, ids, tail, labels, alpha, T, ignore_index):
     return student.new_empty(len(student), dtype=torch.float32), student.new_empty(len(student), 6, dtype=torch.float32)
 
 
-@torch.library.custom_op("recyclable::kd_loss_backward", mutates_args=())
+@op
 def _kd_loss_backward(up: Tensor, student: Tensor, teacher: Tensor | None, ids: Tensor | None, labels: Tensor | None, stats: Tensor,
                       alpha: float, T: float, ignore_index: int) -> Tensor:
     """The gradient of student (R, C), given that of the loss (R,)."""

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import configs
-from kernels.common import LOG2E, dense_rows, launch, row_class, tl, triton, uses_triton
+from kernels.common import LOG2E, dense_rows, launch, op, row_class, tl, triton, uses_triton
 from kernels.kd_loss import add, flags, kd_loss_ref, load_fp32, parts, read_label, row_loss, tile, tile_grad
 
 CHUNK_BYTES = 2**29     # all logits of a chunk together; tests lower it
@@ -142,7 +142,7 @@ def _dtype_of_dx(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
-@torch.library.custom_op("recyclable::linear_loss", mutates_args=())
+@op
 def _linear_loss(x: Tensor, weight: Tensor, bias: Tensor | None, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None,
                  labels: Tensor | None, alpha: float, T: float, ignore_index: int, need_x: bool, need_w: bool,
                  need_b: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -196,8 +196,6 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, up, *_):
-    if torch.is_grad_enabled():     # create_graph: what was computed in the forward knows nothing of the upstream gradient's own graph
-        raise RuntimeError("linear_cross_entropy and linear_kd are not differentiable twice; RT_KERNELS=ref is")
     grads = [torch.mul(g, up, out=torch.empty_like(g, dtype=dtype)) if need else None      # scaled and cast in one pass
              for g, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs)]
     return *grads, *(None,) * 10

@@ -147,10 +147,10 @@ def test_shapes_that_do_not_fit_are_said():
 def test_ops_are_registered_as_torch_wants_them(device, p, runs):
     tensors = inputs(6, 8, torch.float32, b_runs=runs, device=device)
     seed = SEEDS[:runs].to(device) if p else None
-    torch.library.opcheck(_add_norm, (*tensors, seed, EPS, p, True))
+    torch.library.opcheck(_add_norm.op, (*tensors, seed, EPS, p, True))
     y, z, stats = (t.detach() for t in _add_norm(*tensors, seed, EPS, p, True))
     for wanted in ([True] * 4, [False, p > 0, False, True]):
-        torch.library.opcheck(_add_norm_backward, (torch.randn_like(y), z, stats, tensors[2].detach(), seed, p, max(runs, 1), wanted))
+        torch.library.opcheck(_add_norm_backward.op, (torch.randn_like(y), z, stats, tensors[2].detach(), seed, p, max(runs, 1), wanted))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])

@@ -277,10 +277,10 @@ def raw(device, dropout_p, shared):
 @pytest.mark.parametrize("dropout_p, shared", [(0.0, False), (0.2, False), (0.0, True)])
 def test_ops_are_registered_as_torch_wants_them(device, dropout_p, shared):
     arguments, rest = raw(device, dropout_p, shared)
-    torch.library.opcheck(_attention, arguments)
+    torch.library.opcheck(_attention.op, arguments)
     q, k, v, cu = (x.detach() for x in arguments[:4])
     out, lse, words = _attention(*arguments)
-    torch.library.opcheck(_attention_backward, (torch.randn_like(q), q, k, v, out.detach(), lse.detach(), words, cu, *rest))
+    torch.library.opcheck(_attention_backward.op, (torch.randn_like(q), q, k, v, out.detach(), lse.detach(), words, cu, *rest))
 
 
 def test_one_graph_under_torch_compile(device):

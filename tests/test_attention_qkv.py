@@ -42,9 +42,9 @@ def test_the_packed_projection_with_a_prefix_and_bad_shapes(device):
 def test_ops_are_registered_as_torch_wants_them(device):
     (qkv, cu), dropout_p = inputs(torch.float32, (5, 0, 7), H=2), 0.2
     arguments = qkv.detach().to(device).requires_grad_(), cu.to(device), torch.tensor([4], device=device), 7, 0.2, dropout_p
-    torch.library.opcheck(_attention_qkv, arguments)
+    torch.library.opcheck(_attention_qkv.op, arguments)
     out, lse, words = (x.detach() for x in _attention_qkv(*arguments))
-    torch.library.opcheck(_attention_qkv_backward, (torch.randn_like(out), arguments[0].detach(), out, lse, words, cu.to(device), 7, 0.2,
+    torch.library.opcheck(_attention_qkv_backward.op, (torch.randn_like(out), arguments[0].detach(), out, lse, words, cu.to(device), 7, 0.2,
                                                     dropout_p))
 
 

@@ -66,7 +66,7 @@ def test_it_keeps_the_share_it_should_and_the_mean(dtype):
 
 
 def test_the_op_is_registered_as_torch_wants_it(device):
-    torch.library.opcheck(_dropout, (torch.randn(6, 5, device=device, requires_grad=True), 0.3, SEEDS[:2].to(device)))
+    torch.library.opcheck(_dropout.op, (torch.randn(6, 5, device=device, requires_grad=True), 0.3, SEEDS[:2].to(device)))
 
 
 @pytest.mark.parametrize("fuse", ["kernel", "compiler"])

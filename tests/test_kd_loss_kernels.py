@@ -274,10 +274,10 @@ def test_kd_ops_are_registered_in_full(device, k):
     short = top_k(t, 4, 2.0)
     ids = short.ids.sort(-1).values if k else None
     teacher = (t.gather(1, ids), ids, short.tail) if k else (t, None, None)
-    torch.library.opcheck(_kd_loss, (s, *teacher, y, 0.5, 2.0, -100))
-    torch.library.opcheck(_kd_loss, (s, *teacher, None, 0.5, 2.0, -100))
+    torch.library.opcheck(_kd_loss.op, (s, *teacher, y, 0.5, 2.0, -100))
+    torch.library.opcheck(_kd_loss.op, (s, *teacher, None, 0.5, 2.0, -100))
     loss, stats = _kd_loss(s.detach(), *teacher, y, 0.5, 2.0, -100)
-    torch.library.opcheck(_kd_loss_backward, (torch.ones_like(loss), s.detach(), *teacher[:2], y, stats, 0.5, 2.0, -100))
+    torch.library.opcheck(_kd_loss_backward.op, (torch.ones_like(loss), s.detach(), *teacher[:2], y, stats, 0.5, 2.0, -100))
 
 
 def test_one_graph_under_torch_compile(device):

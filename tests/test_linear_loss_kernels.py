@@ -259,7 +259,7 @@ def test_the_op_is_registered_in_full(device):
     student, teacher, y = inputs(3, 20, device=device)
     for args, needs in (((*student, *teacher, y), (True, True, True)), ((*student, None, None, None, y), (True, True, True)),
                         ((student[0].detach(), student[1], None, *teacher[:2], None, None), (False, True, False))):
-        torch.library.opcheck(_linear_loss, (*args, 0.5, 2.0, -100, *needs))
+        torch.library.opcheck(_linear_loss.op, (*args, 0.5, 2.0, -100, *needs))
 
 
 @pytest.mark.parametrize("amp", [False, True])
