@@ -2,7 +2,7 @@
 token, key token) and elements of (N, d) (seed, row, column).
 
 Row i has hashed words a_i (odd) and b_i, column j has c_j. An element is dropped if the int32 a_i c_j + b_i is below a threshold: one
-multiply-add, one comparison, one select and one product an element, where Philox takes about 58 instructions. Along a row and along a
+multiply-add, one comparison and one select an element, where Philox takes about 58 instructions. Along a row and along a
 column the values are as independent as the words are (multiply-shift hashing, Dietzfelbinger et al., 1997); 32 bits decide, so p is
 exact to 2^-32. Attention makes the words once, by `dropout_words`; the kernels of (N, d) hash their own rows and columns, and nothing is
 saved for the backward but the seed. The columns' words of (N, d) are those of seed 0, the same for every run.

@@ -123,6 +123,12 @@ def test_gradients_are_equal_bit_for_bit(device):
         assert torch.equal(a, b)
 
 
+def test_a_second_derivative_is_refused(device):
+    tensors = inputs(4, 8, torch.float32, device=device)
+    with pytest.raises(RuntimeError, match="not differentiable twice"):
+        torch.autograd.grad(add_norm(*tensors, EPS).sum(), tensors, create_graph=True)
+
+
 def test_wider_rows_and_float64_take_the_reference(device):
     for d, dtype in ((5000, torch.float32), (8, torch.float64)):
         tensors = [t.to(dtype) for t in inputs(2, d, dtype, device=device)]
