@@ -59,12 +59,14 @@ TABLE: dict[str, dict[tuple[int, int, int], tuple[int, ...]]] = {
     "attention_kd_backward": {
         **_rows({32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (128, 64, 8, 2)}, bits=16),
         **_rows(dict.fromkeys((-32, -64, -128), (64, 64, 4, 2)), bits=16), **_rows({128: (64, 64, 4, 2)}, bits=16, arch=100),
+        **_rows({128: (128, 32, 8, 2), -64: (64, 64, 4, 1)}, bits=16, arch=80),
         **_rows(dict.fromkeys((32, 64, -32, -64), (64, 32, 4, 1)) | dict.fromkeys((128, -128), (64, 32, 8, 1)), bits=32)},
     # columns, warps; size: the class of row length (common.row_class)
     "hidden_mse": _rows({32: (32, 1), 256: (256, 1), 1024: (1024, 4), 4096: (4096, 8)}),
     "kd_loss_backward": _rows({32: (32, 1), 256: (256, 1), 1024: (1024, 4), 4096: (2048, 8)}),
     # columns, warps, how many of the columns each part of the row gets at once: the rest has to fill the warps' vector loads
-    "kd_loss_forward": _rows({32: (32, 1, 1), 256: (256, 1, 1), 1024: (1024, 4, 1), 4096: (4096, 4, 4)}),
+    "kd_loss_forward": {**_rows({32: (32, 1, 1), 256: (256, 1, 1), 1024: (1024, 4, 1), 4096: (4096, 4, 4)}),
+                        **_rows({1024: (1024, 8, 1)}, arch=100)},
     "linear_loss": _rows({32: (32, 1, 1), 256: (256, 1, 1), 1024: (1024, 4, 2), 4096: (2048, 4, 4)}),
     # rows, columns, warps; size as above
     "dropout": _rows({32: (64, 32, 4), 256: (16, 256, 4), 1024: (16, 256, 4), 4096: (16, 256, 4)}),
