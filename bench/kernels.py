@@ -14,9 +14,9 @@ FLOPs or GB/s by the bytes that must move, peak memory of one call above what wa
 Rows whose pass begins with "check" hold errors against float64 on a small case, forward or over all gradients: `error` is the largest
 absolute one over the truth's largest, `error_l2` that of the norms. What could not run says why in `failed`.
 
-Times are of CUDA events behind a flushed L2, or of 20 calls in a row if launching takes longer than computing. "forward" keeps what a
-backward needs, "backward" is autograd.grad alone, "both" the two in sequence. Peers get padded or packed inputs ready made, in the layout
-of a model's projections.
+Times are the device's alone, by CUDA events behind a flushed L2, or of 20 calls in a row if launching takes longer than computing.
+"forward" keeps what a backward needs, "backward" is autograd.grad alone, "both" the two in sequence. Peers get padded or packed inputs
+ready made, in the layout of a model's projections.
 """
 import sys
 import warnings

@@ -32,20 +32,38 @@ def spread(values: list[float]) -> tuple[float, float, float]:
 
 
 def timed(step: Callable, cuda: bool, quick: bool, launch_bound: bool = False) -> dict:
-    """The fields of a row that say how long `step` takes. On a GPU by CUDA events behind a flushed L2 (triton.testing), or of 20 calls in a
-    row if launching takes longer than computing; on a CPU by the host's clock."""
+    """The fields of a row that say how long `step` takes. On a GPU by CUDA events behind a flushed L2, or of 20 calls in a row, the host's
+    work included, if launching takes longer than computing; on a CPU by the host's clock."""
     sample(step, cuda)      # compiles, allocates
     if cuda:
-        from triton.testing import do_bench
         calls = 20 if launch_bound else 1
-        most = (25, 200) if quick else (100, 2000)      # milliseconds of samples: at least, at most; 20 samples in between
-        rep = min(max(20 * calls * sample(step, cuda, calls), most[0]), most[1])
-        times = [ms / calls for ms in do_bench(lambda: [step() for _ in range(calls)], rep / 5, rep, return_mode="all")]
+        most = 200 if quick else 2000       # milliseconds of samples
+        times = event_times(step, calls, int(min(max(most / calls / sample(step, cuda, calls), 5), 20 if quick else 50)))
     else:
         times = [sample(step, cuda) for _ in range(3 if quick else 7)]
     ms, low, high = spread(times)
     before = torch.cuda.memory_allocated() if cuda else 0
     return {"ms": ms, "p20": low, "p80": high, "n": len(times), "peak_mb": peak(step, before) if cuda else None}
+
+
+def event_times(step: Callable, calls: int, samples: int) -> list[float]:
+    """Milliseconds of the device for a call. It spins before the first event until the host has launched the sample, or the host's work
+    would be timed instead; not if the host's share of several `calls` is wanted."""
+    begin = time.perf_counter()
+    step()
+    spin = int(2e6 * (1 + 1e3 * (time.perf_counter() - begin)))      # cycles: about a millisecond, and twice what launching takes
+    flushed, pairs = torch.empty(2**28, dtype=torch.int8, device="cuda"), []
+    for _ in range(samples):
+        flushed.zero_()
+        if calls == 1:
+            torch.cuda._sleep(spin)
+        pairs.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
+        pairs[-1][0].record()
+        for _ in range(calls):
+            step()
+        pairs[-1][1].record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / calls for start, end in pairs]
 
 
 def peak(step: Callable, before: int) -> float:

@@ -15,8 +15,9 @@ from bench.problem import Impl
 from bench.runner import RunFlags
 from kernels import configs
 
-CANDIDATES = {      # by the number of numbers in a row: two tile sizes, warps, stages; columns, warps
-    4: list(itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3))), 2: list(itertools.product((1024, 2048, 4096, 8192), (4, 8, 16)))}
+CANDIDATES = {      # by the number of numbers in a row: two tile sizes, warps, stages; columns, warps, and of a part
+    4: list(itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3))), 2: list(itertools.product((1024, 2048, 4096, 8192), (4, 8, 16))),
+    3: list(itertools.product((1024, 2048, 4096), (4, 8), (1, 2, 4)))}
 
 
 def searches(cuda: bool) -> Iterator[tuple[str, int, dict, str, str]]:
@@ -24,8 +25,11 @@ def searches(cuda: bool) -> Iterator[tuple[str, int, dict, str, str]]:
     for D, S in ((64, 512), (128, 512), (64, 64), (32, 512)):
         for kernel, impl, which in (("attention_forward", "ours", "forward"), ("attention_backward_keys", "ours", "backward"),
                                     ("attention_backward_queries", "ours deterministic", "backward"),
+                                    ("attention_forward_dropout", "ours", "forward"),
+                                    ("attention_backward_queries_dropout", "ours deterministic", "backward"),
                                     ("attention_kd_forward", "ours", "forward"), ("attention_kd_backward", "ours", "backward")):
-            case = cases.attention(16384, S, D=D, kernel="attention_kd" if "kd" in kernel else "attention")
+            case = cases.attention(16384, S, D=D, dropout=0.1 * ("dropout" in kernel),
+                                   kernel="attention_kd" if "kd" in kernel else "attention")
             yield kernel, D if S > 64 else -D, case if cuda else case | {"tokens": 2 * S, "H": 1}, impl, which
         if D == 64:
             case = cases.kd(4096, 50265) if cuda else cases.kd(8, 5000)

@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import configs
-from kernels.common import dense_rows, launch, left_to_compiler, row_class, tl, triton, uses_triton
+from kernels.common import dense_rows, launch, left_to_compiler, op, row_class, tl, triton, uses_triton
 from kernels.dropout import block_of_run, check_seed, dropout_ref, keep_tile, threshold_of
 
-PROGRAMS = 512      # that share the rows of a backward, each with its sums of 2 d numbers: about four for every SM of an H100
+PROGRAMS = 396      # that share the rows of a backward, each with its sums of 2 d numbers: three for every SM of an H100, all at once
 RUNTIME = ["run", "N", "blocks", "seed_run", "threshold", "rows"]      # not compiled anew if they are 1 or a multiple of 16
 
 
@@ -123,7 +123,7 @@ def _norm_backward(dy_ptr, z_ptr, stats_ptr, w_ptr, seed_ptr, dx_ptr, dh_ptr, dw
 
 # ---------------------------------------------------------------- ops
 
-@torch.library.custom_op("recyclable::add_norm", mutates_args=())
+@op
 def _add_norm(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, seed: Tensor | None, eps: float, p: float,
               save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """y (N, d); with `save`, z (N, d) and its mean and rstd (2, N), else nothing."""
@@ -134,7 +134,7 @@ def _add_norm(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, seed: Tensor |
     z = torch.empty((N, d) if save else (0,), dtype=torch.promote_types(x.dtype, h.dtype), device=h.device)
     stats = torch.empty((2, N) if save else (0,), dtype=torch.float32, device=h.device)
     BLOCK_N, warps = configs.pick("add_norm_forward", row_class(d), h.dtype, h.device)
-    blocks = triton.cdiv(N // K, BLOCK_N)
+    blocks = -(-N // K // BLOCK_N)
     launch(_norm_forward, K * blocks, x, h, w, b, seed, y, z if save else None, stats, N // K, N, d, blocks, N // seeds, x.stride(0),
            h.stride(0), d, d * (w_runs > 1), d * (b_runs > 1), eps, threshold_of(p), 1 / (1 - p), BLOCK_N=BLOCK_N,
            BLOCK_D=triton.next_power_of_2(d), num_warps=warps)
@@ -147,7 +147,7 @@ def _(x, h, weight, bias, seed, eps, p, save):
             h.new_empty((2, len(h)) if save else (0,), dtype=torch.float32))
 
 
-@torch.library.custom_op("recyclable::add_norm_backward", mutates_args=())
+@op
 def _add_norm_backward(dy: Tensor, z: Tensor, stats: Tensor, weight: Tensor, seed: Tensor | None, p: float, b_runs: int,
                        wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx (N, d) in the dtype of z, dh (N, d) in that of dy, dweight in the shape of weight, dbias (b_runs, d): of each, whether it is
@@ -156,8 +156,8 @@ def _add_norm_backward(dy: Tensor, z: Tensor, stats: Tensor, weight: Tensor, see
     K = max(w_runs, b_runs, seeds)
     dy, w, seed = dense_rows(dy, weight.contiguous(), seed)
     BLOCK_N, warps = configs.pick("add_norm_backward", row_class(d), dy.dtype, dy.device)
-    rows = max(triton.cdiv(triton.cdiv(N, PROGRAMS), BLOCK_N), 1) * BLOCK_N
-    blocks = triton.cdiv(N // K, rows)
+    rows = max(-(-N // (PROGRAMS * BLOCK_N)), 1) * BLOCK_N
+    blocks = -(-N // K // rows)
     shapes = (N, z.dtype), (N, dy.dtype), (K * blocks, torch.float32), (K * blocks, torch.float32)
     dx, dh, dw, db = (torch.empty((n, d) if want else (0,), dtype=dtype, device=dy.device) for (n, dtype), want in zip(shapes, wanted))
     launch(_norm_backward, K * blocks, dy, z, stats, w, seed, *(g if want else None for g, want in zip((dx, dh, dw, db), wanted)),

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import configs
-from kernels.attention_kernels import _backward_delta, _backward_keys, _backward_queries, _forward
-from kernels.common import LOG2E, check_cu_seqlens, dense_rows, launch, triton, uses_triton
+from kernels.attention_kernels import _backward_keys, _backward_queries, _backward_rows, _forward
+from kernels.common import LOG2E, check_cu_seqlens, dense_rows, launch, op, uses_triton
 from kernels.dropout import check_seed, dropout_words, threshold_of, words_ref
 
 WIDTHS = (32, 64, 128)   # of heads, as the kernels have them
@@ -118,11 +118,12 @@ def _launch_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seed: T
                     dropout_p: float, shared: bool) -> Outputs:
     N, H, D = q.shape
     out, lse = torch.empty(N, H, D, dtype=q.dtype, device=q.device), torch.empty(H, N, device=q.device)
-    words = torch.empty((3, H, N) if dropout_p else (0,), dtype=torch.int32, device=q.device)
+    dropped = "_dropout" if dropout_p else ""
+    words = torch.empty((H, N, 4) if dropout_p else (0,), dtype=torch.int32, device=q.device)
     if dropout_p:
-        launch(dropout_words, triton.cdiv(N, 256) * H, seed, words, N, H, N // len(seed), triton.cdiv(N, 256), BLOCK=256)
-    BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_forward", size_class(D, max_seqlen), q.dtype, q.device)
-    blocks = triton.cdiv(max_seqlen, BLOCK_Q)
+        launch(dropout_words, -(-N // 256) * H, seed, words, N, H, N // len(seed), -(-N // 256), BLOCK=256)
+    BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_forward" + dropped, size_class(D, max_seqlen), q.dtype, q.device)
+    blocks = -(-max_seqlen // BLOCK_Q)
     launch(_forward, blocks * H * (len(cu_seqlens) - 1), q, k, v, out, lse, cu_seqlens, words, *_strides(q, k, v), N, H, blocks, len(k),
            scale * LOG2E, threshold_of(dropout_p), 1 / (1 - dropout_p), D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0,
            SHARED=shared, num_warps=warps, num_stages=stages)
@@ -132,32 +133,34 @@ def _launch_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seed: T
 def _launch_backward(dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
                      words: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout_p: float, shared: bool) -> None:
     """Fill dq, dk, dv: heads of D contiguous numbers side by side, any stride from one token to the next, dk's and dv's alike."""
-    (N, H, D), B, P = q.shape, len(cu_seqlens) - 1, len(k)
-    dout, delta = dout.contiguous(), torch.empty(H, N, device=q.device)
-    launch(_backward_delta, triton.cdiv(N, 64) * H, out, dout, delta, N, H, triton.cdiv(N, 64), D=D, BLOCK=64)
+    (N, H, D), B, P, dropped = q.shape, len(cu_seqlens) - 1, len(k), "_dropout" if dropout_p else ""
+    dout, rows = dout.contiguous(), torch.empty(H, N, 4 if dropout_p else 2, dtype=torch.int32, device=q.device)
+    BLOCK = 4096 // D
+    blocks = -(-N // BLOCK)
+    launch(_backward_rows, blocks * H, out, dout, lse, words, rows, N, H, blocks, D=D, DROPOUT=dropout_p > 0, BLOCK=BLOCK)
     atomic = q.dtype != torch.float32 and not torch.are_deterministic_algorithms_enabled()
     sums = torch.zeros(N, H, D, dtype=torch.float32, device=q.device) if atomic else dq
     longest = P if shared else max_seqlen
     BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_backward_keys", size_class(D, longest), q.dtype, q.device)
-    blocks = triton.cdiv(longest, BLOCK_K)
+    blocks = -(-longest // BLOCK_K)
     scales = scale, scale * LOG2E, threshold_of(dropout_p), 1 / (1 - dropout_p)
-    launch(_backward_keys, blocks * H * B, q, k, v, dout, lse, delta, sums, dk, dv, cu_seqlens, words, *_strides(q, k, v), dk.stride(0),
+    launch(_backward_keys, blocks * H * B, q, k, v, dout, rows, sums, dk, dv, cu_seqlens, words, *_strides(q, k, v), dk.stride(0),
            N, H, blocks, P, *scales, D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0, SHARED=shared, ATOMIC=atomic,
            num_warps=warps, num_stages=stages)
     if atomic:
         dq.copy_(sums)
         return
-    BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_backward_queries", size_class(D, max_seqlen), q.dtype, q.device)
-    blocks = triton.cdiv(max_seqlen, BLOCK_Q)
-    launch(_backward_queries, blocks * H * B, q, k, v, dout, lse, delta, dq, cu_seqlens, words, *_strides(q, k, v), dq.stride(0), N, H,
+    BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_backward_queries" + dropped, size_class(D, max_seqlen), q.dtype, q.device)
+    blocks = -(-max_seqlen // BLOCK_Q)
+    launch(_backward_queries, blocks * H * B, q, k, v, dout, rows, dq, cu_seqlens, words, *_strides(q, k, v), dq.stride(0), N, H,
            blocks, P, *scales, D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0, SHARED=shared, num_warps=warps,
            num_stages=stages)
 
 
-@torch.library.custom_op("recyclable::attention", mutates_args=())
+@op
 def _attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seqlen: int, scale: float,
                dropout_p: float, shared: bool) -> Outputs:
-    """out (N, H, D), log2-sum-exp2 of the scaled scores (H, N), and the dropout's words (3, H, N) int32, none without dropout.
+    """out (N, H, D), log2-sum-exp2 of the scaled scores (H, N), and the dropout's words (H, N, 4) int32, none without dropout.
     With `shared`, k and v are (P, H, D), seen by all queries."""
     return _launch_forward(q, k, v, cu_seqlens, seed, max_seqlen, scale, dropout_p, shared)
 
@@ -166,10 +169,10 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seed: Tensor
 def _(q, k, v, cu_seqlens, seed, max_seqlen, scale, dropout_p, shared):
     N, H, _ = q.shape
     return (q.new_empty(q.shape), q.new_empty(H, N, dtype=torch.float32),
-            q.new_empty((3, H, N) if dropout_p else (0,), dtype=torch.int32))
+            q.new_empty((H, N, 4) if dropout_p else (0,), dtype=torch.int32))
 
 
-@torch.library.custom_op("recyclable::attention_backward", mutates_args=())
+@op
 def _attention_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, words: Tensor,
                         cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout_p: float, shared: bool) -> Outputs:
     """dq, dk, dv in the shapes and dtypes of q, k, v."""
@@ -202,7 +205,7 @@ def _differentiate(ctx, dout, dlse, dwords):
 _attention.register_autograd(_differentiate, setup_context=_save)
 
 
-@torch.library.custom_op("recyclable::attention_qkv", mutates_args=())
+@op
 def _attention_qkv(qkv: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seqlen: int, scale: float, dropout_p: float) -> Outputs:
     """`_attention` of the three rows of qkv (N, 3, H, D)."""
     return _launch_forward(*dense_rows(qkv)[0].unbind(1), cu_seqlens, seed, max_seqlen, scale, dropout_p, False)
@@ -212,10 +215,10 @@ def _attention_qkv(qkv: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seq
 def _(qkv, cu_seqlens, seed, max_seqlen, scale, dropout_p):
     N, _, H, D = qkv.shape
     return (qkv.new_empty(N, H, D), qkv.new_empty(H, N, dtype=torch.float32),
-            qkv.new_empty((3, H, N) if dropout_p else (0,), dtype=torch.int32))
+            qkv.new_empty((H, N, 4) if dropout_p else (0,), dtype=torch.int32))
 
 
-@torch.library.custom_op("recyclable::attention_qkv_backward", mutates_args=())
+@op
 def _attention_qkv_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, words: Tensor, cu_seqlens: Tensor, max_seqlen: int,
                             scale: float, dropout_p: float) -> Tensor:
     """dqkv (N, 3, H, D)."""
@@ -266,7 +269,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
     dropout_p    probability with which an attention weight is dropped; kept ones are scaled by 1 / (1 - p)
     seed         of the dropout mask, an int or an int64 tensor (1,); None draws from torch's default generator. (K,): of K runs side by
                  side, each with its own N / K tokens
-    scale        of the scores; None is D ** -0.5
+    scale        of the scores; None is D ** -0.5. One that is not positive takes the reference
     prefix_kv    learned keys (P, H, D), values (P, H, D) and gate (H,): adds gate_h * softmax(scale q k_p^T) v_p, so a zero
                  gate is no prefix at all (Zhang et al., 2023, LLaMA-Adapter, without their tanh); or K of them, with a leading K
     Returns      (N, H, D). Raises ValueError if shapes do not fit.
@@ -277,7 +280,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
         raise ValueError(f"q, k and v must be of one dtype, not {[x.dtype for x in (q, k, v)]}")
     _check(len(q), cu_seqlens, dropout_p, seed)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if not uses_triton(q):
+    if not uses_triton(q) or scale <= 0:
         return attention_ref(q, k, v, cu_seqlens, max_seqlen, dropout_p=dropout_p, seed=seed, scale=scale, prefix_kv=prefix_kv)
     cu_seqlens, seed = cu_seqlens.contiguous(), _seed(seed, q.device) if dropout_p else None
     out = _widened_attention(q, k, v, cu_seqlens, seed, max_seqlen, scale, dropout_p, False)
@@ -297,7 +300,7 @@ def attention_qkv(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, dropout_p
     if qkv.ndim != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv must be (N, 3, H, D), not {tuple(qkv.shape)}")
     N, _, _, D = qkv.shape
-    if prefix_kv is not None or D not in WIDTHS or not uses_triton(qkv):
+    if prefix_kv is not None or D not in WIDTHS or not uses_triton(qkv) or (scale or 1.0) <= 0:
         return attention(*qkv.unbind(1), cu_seqlens, max_seqlen, dropout_p=dropout_p, seed=seed, scale=scale, prefix_kv=prefix_kv)
     _check(N, cu_seqlens, dropout_p, seed)
     cu_seqlens, seed = cu_seqlens.contiguous(), _seed(seed, qkv.device) if dropout_p else None

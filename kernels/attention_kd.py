@@ -30,7 +30,8 @@ from torch import Tensor
 from kernels import configs
 from kernels.attention import _strides, size_class, widened
 from kernels.attention_kernels import RUNTIME, _locate, _product, _tile
-from kernels.common import LOG2E, check_cu_seqlens, launch, tl, triton, uses_triton
+from kernels.common import LOG2E, check_cu_seqlens, launch, op, tl, triton, uses_triton
+from kernels.dropout import bits, bits_tile, column
 
 # ---------------------------------------------------------------- reference
 
@@ -56,19 +57,19 @@ def _scale(scale: float | None, q: Tensor) -> float:
 # ---------------------------------------------------------------- forward
 
 @triton.jit
-def _scores(x, x_ptr, y_ptr, x_stride, y_stride, xs, ys, length, scale, D: tl.constexpr):
-    """scale x y^T for rows `xs` of x, already loaded, and `ys` of y."""
+def _scores(x, x_ptr, y_ptr, x_stride, y_stride, xs, ys, length, D: tl.constexpr):
+    """x y^T for rows `xs` of x, already loaded, and `ys` of y."""
     y = _tile(y_ptr, y_stride, ys, length, D)
-    return _product(x, x_ptr, x_stride, xs, length, y, y_ptr, y_stride, ys, length, D) * scale
+    return _product(x, x_ptr, x_stride, xs, length, y, y_ptr, y_stride, ys, length, D)
 
 
 @triton.jit
-def _online_kl(gap, m_s, l_s, m_t, l_t, s, t, inside, TAIL: tl.constexpr):
-    """One block of scores: sums so far move to the new maxima, then the block's own are added."""
+def _online_kl(gap, m_s, l_s, m_t, l_t, s, t, scale_s, scale_t, inside, TAIL: tl.constexpr):
+    """One block of products, scaled by what is positive: sums so far move to the new maxima, then the block's own are added."""
     if TAIL:    # not -inf, of which t - s would make NaN: -1e30 is as good a zero to exp2 and swallows a maximum when it is shifted
         s, t = tl.where(inside, s, -1e30), tl.where(inside, t, -1e30)
-    max_s, max_t = tl.maximum(m_s, tl.max(s, 1)), tl.maximum(m_t, tl.max(t, 1))
-    s, t = s - max_s[:, None], t - max_t[:, None]
+    max_s, max_t = tl.maximum(m_s, tl.max(s, 1) * scale_s), tl.maximum(m_t, tl.max(t, 1) * scale_t)
+    s, t = s * scale_s - max_s[:, None], t * scale_t - max_t[:, None]
     p = tl.exp2(t)
     shrink = tl.exp2(m_t - max_t)
     gap = (gap + l_t * ((m_t - max_t) - (m_s - max_s))) * shrink + tl.sum(p * (t - s), 1)
@@ -96,13 +97,13 @@ def _kd_forward(q_s_ptr, k_s_ptr, q_t_ptr, k_t_ptr,     # (N, H, D_S) x 2, (N, H
     gap, m_s, l_s, m_t, l_t = zero, zero - 1e30, zero, zero - 1e30, zero        # maxima are finite: l_t * (m_t - ..) is to be 0 at first
     full = length // BLOCK_K * BLOCK_K
     for n in range(0, full, BLOCK_K):       # only the last block needs a mask
-        s = _scores(q_s, q_s_ptr, k_s_ptr, q_s_stride, k_s_stride, rows, n + cols, length, scale_s, D_S)
-        t = _scores(q_t, q_t_ptr, k_t_ptr, q_t_stride, k_t_stride, rows, n + cols, length, scale_t, D_T)
-        gap, m_s, l_s, m_t, l_t = _online_kl(gap, m_s, l_s, m_t, l_t, s, t, None, False)
+        s = _scores(q_s, q_s_ptr, k_s_ptr, q_s_stride, k_s_stride, rows, n + cols, length, D_S)
+        t = _scores(q_t, q_t_ptr, k_t_ptr, q_t_stride, k_t_stride, rows, n + cols, length, D_T)
+        gap, m_s, l_s, m_t, l_t = _online_kl(gap, m_s, l_s, m_t, l_t, s, t, scale_s, scale_t, None, False)
     if full < length:
-        s = _scores(q_s, q_s_ptr, k_s_ptr, q_s_stride, k_s_stride, rows, full + cols, length, scale_s, D_S)
-        t = _scores(q_t, q_t_ptr, k_t_ptr, q_t_stride, k_t_stride, rows, full + cols, length, scale_t, D_T)
-        gap, m_s, l_s, m_t, l_t = _online_kl(gap, m_s, l_s, m_t, l_t, s, t, full + cols[None, :] < length, True)
+        s = _scores(q_s, q_s_ptr, k_s_ptr, q_s_stride, k_s_stride, rows, full + cols, length, D_S)
+        t = _scores(q_t, q_t_ptr, k_t_ptr, q_t_stride, k_t_stride, rows, full + cols, length, D_T)
+        gap, m_s, l_s, m_t, l_t = _online_kl(gap, m_s, l_s, m_t, l_t, s, t, scale_s, scale_t, full + cols[None, :] < length, True)
     inside = rows < length
     tl.store(kl_ptr + (start + rows) * H + h, 0.6931471805599453 * (gap / l_t + tl.log2(l_s / l_t)), mask=inside)
     lse_ptr += 2 * h * N + start + rows     # the student's, then N further on the teacher's
@@ -112,17 +113,9 @@ def _kd_forward(q_s_ptr, k_s_ptr, q_t_ptr, k_t_ptr,     # (N, H, D_S) x 2, (N, H
 
 # ---------------------------------------------------------------- backward
 
-@triton.jit
-def _row_values(g_ptr, lse_ptr, rows, length, N, H):
-    """Of some queries: the upstream gradient and both log2-sum-exp2. Past the end 0 and inf, so that P is 0 there."""
-    inside = rows < length
-    return (tl.load(g_ptr + rows * H, mask=inside, other=0.0), tl.load(lse_ptr + rows, mask=inside, other=float("inf")),
-            tl.load(lse_ptr + N + rows, mask=inside, other=float("inf")))
-
-
 @triton.jit(do_not_specialize=RUNTIME)
 def _kd_backward(x_s_ptr, y_s_ptr, x_t_ptr, y_t_ptr,        # (N, H, D_S) x 2, (N, H, D_T) x 2
-                 g_ptr, lse_ptr, dx_ptr, cu_ptr,            # (N, H), (H, 2, N), (N, H, D_S), (B+1,)
+                 rows_ptr, dx_ptr, cu_ptr,                  # (H, N, 4), (N, H, D_S), (B+1,)
                  x_s_stride, x_s_head, y_s_stride, y_s_head, x_t_stride, x_t_head, y_t_stride, y_t_head, N, H, blocks, scale,
                  scale_s, scale_t, D_S: tl.constexpr, D_T: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr,
                  X_IS_Q: tl.constexpr):
@@ -135,21 +128,20 @@ def _kd_backward(x_s_ptr, y_s_ptr, x_t_ptr, y_t_ptr,        # (N, H, D_S) x 2, (
     x_t_ptr += start * x_t_stride + h * x_t_head
     y_s_ptr += start * y_s_stride + h * y_s_head
     y_t_ptr += start * y_t_stride + h * y_t_head
-    g_ptr += start * H + h
-    lse_ptr += 2 * h * N + start
+    rows_ptr += (h * N + start) * 4
     xs = block * BLOCK_X + tl.arange(0, BLOCK_X)
     x_s, x_t = _tile(x_s_ptr, x_s_stride, xs, length, D_S), _tile(x_t_ptr, x_t_stride, xs, length, D_T)
     if X_IS_Q:
-        g, lse_s, lse_t = _row_values(g_ptr, lse_ptr, xs, length, N, H)
-        lse_s, lse_t = lse_s[:, None], lse_t[:, None]
+        lse_s, lse_t = bits(rows_ptr, xs, length, 0, 4)[:, None], bits(rows_ptr, xs, length, 1, 4)[:, None]
     dx = tl.zeros((BLOCK_X, D_S), tl.float32)
     for n in range(0, length, BLOCK_Y):
         ys = n + tl.arange(0, BLOCK_Y)
         if not X_IS_Q:
-            g, lse_s, lse_t = _row_values(g_ptr, lse_ptr, ys, length, N, H)
+            row = bits_tile(rows_ptr, ys, length, 4)        # past the end all is 0: P is finite, and g takes it away
+            lse_s, lse_t, g = column(row, 0), column(row, 1), column(row, 2)
             lse_s, lse_t = lse_s[None, :], lse_t[None, :]
-        p_s = tl.exp2(_scores(x_s, x_s_ptr, y_s_ptr, x_s_stride, y_s_stride, xs, ys, length, scale_s, D_S) - lse_s)
-        p_t = tl.exp2(_scores(x_t, x_t_ptr, y_t_ptr, x_t_stride, y_t_stride, xs, ys, length, scale_t, D_T) - lse_t)
+        p_s = tl.exp2(_scores(x_s, x_s_ptr, y_s_ptr, x_s_stride, y_s_stride, xs, ys, length, D_S) * scale_s - lse_s)
+        p_t = tl.exp2(_scores(x_t, x_t_ptr, y_t_ptr, x_t_stride, y_t_stride, xs, ys, length, D_T) * scale_t - lse_t)
         if X_IS_Q:      # g waits for the end, where no 16-bit type rounds it; keys past the end have P = exp2(-lse), maybe inf
             ds = tl.where(ys[None, :] < length, p_s - p_t, 0.0)
         else:
@@ -157,7 +149,7 @@ def _kd_backward(x_s_ptr, y_s_ptr, x_t_ptr, y_t_ptr,        # (N, H, D_S) x 2, (
         y_s = _tile(y_s_ptr, y_s_stride, ys, length, D_S)
         dx = tl.dot(ds.to(y_s.dtype), y_s, dx, input_precision="tf32x3")
     if X_IS_Q:
-        dx = dx * g[:, None]
+        dx = dx * bits(rows_ptr, xs, length, 2, 4)[:, None]
     place = (start * H + h) * D_S + xs[:, None] * (H * D_S) + tl.arange(0, D_S)[None, :]
     tl.store(dx_ptr + place, (dx * scale).to(dx_ptr.dtype.element_ty), mask=xs[:, None] < length)
 
@@ -170,14 +162,14 @@ def _pick(kernel: str, q_s: Tensor, q_t: Tensor, max_seqlen: int) -> tuple[int, 
     return configs.pick(kernel, size_class(max(q_s.shape[-1], q_t.shape[-1]), max_seqlen), dtype, q_s.device)
 
 
-@torch.library.custom_op("recyclable::attention_kd", mutates_args=())
+@op
 def _attention_kd(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale_s: float,
                   scale_t: float) -> tuple[Tensor, Tensor]:
     """KL (N, H) and the log2-sum-exp2 of the scaled scores (H, 2, N), student and teacher."""
     N, H, D_S = q_s.shape
     kl, lse = torch.empty(N, H, device=q_s.device), torch.empty(H, 2, N, device=q_s.device)
     BLOCK_Q, BLOCK_K, warps, stages = _pick("attention_kd_forward", q_s, q_t, max_seqlen)
-    blocks = triton.cdiv(max_seqlen, BLOCK_Q)
+    blocks = -(-max_seqlen // BLOCK_Q)
     launch(_kd_forward, blocks * H * (len(cu_seqlens) - 1), q_s, k_s, q_t, k_t, kl, lse, cu_seqlens, *_strides(q_s, k_s, q_t, k_t),
            N, H, blocks, scale_s * LOG2E, scale_t * LOG2E, D_S=D_S, D_T=q_t.shape[-1], BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K,
            num_warps=warps, num_stages=stages)
@@ -190,16 +182,17 @@ def _(q_s, k_s, q_t, k_t, cu_seqlens, max_seqlen, scale_s, scale_t):
     return q_s.new_empty(N, H, dtype=torch.float32), q_s.new_empty(H, 2, N, dtype=torch.float32)
 
 
-@torch.library.custom_op("recyclable::attention_kd_backward", mutates_args=())
+@op
 def _attention_kd_backward(g: Tensor, q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, lse: Tensor, cu_seqlens: Tensor,
                            max_seqlen: int, scale_s: float, scale_t: float) -> tuple[Tensor, Tensor]:
     """dq_s and dk_s from the gradient g (N, H) of the KL."""
     N, H, D_S = q_s.shape
-    g, grads = g.contiguous(), tuple(torch.empty(N, H, D_S, dtype=x.dtype, device=x.device) for x in (q_s, k_s))
+    rows = torch.stack([*lse.unbind(1), g.T, g.T], -1)      # side by side for each query, see bits_tile
+    grads = tuple(torch.empty(N, H, D_S, dtype=x.dtype, device=x.device) for x in (q_s, k_s))
     BLOCK_X, BLOCK_Y, warps, stages = _pick("attention_kd_backward", q_s, q_t, max_seqlen)
-    blocks = triton.cdiv(max_seqlen, BLOCK_X)
+    blocks = -(-max_seqlen // BLOCK_X)
     for dx, xy, x_is_q in zip(grads, ((q_s, k_s, q_t, k_t), (k_s, q_s, k_t, q_t)), (True, False)):
-        launch(_kd_backward, blocks * H * (len(cu_seqlens) - 1), *xy, g, lse, dx, cu_seqlens, *_strides(*xy), N, H, blocks, scale_s,
+        launch(_kd_backward, blocks * H * (len(cu_seqlens) - 1), *xy, rows, dx, cu_seqlens, *_strides(*xy), N, H, blocks, scale_s,
                scale_s * LOG2E, scale_t * LOG2E, D_S=D_S, D_T=q_t.shape[-1], BLOCK_X=BLOCK_X, BLOCK_Y=BLOCK_Y, X_IS_Q=x_is_q,
                num_warps=warps, num_stages=stages)
     return grads
@@ -235,7 +228,7 @@ def attention_kd(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, cu_seqlens:
     q_t, k_t          (N, H, D_t), the teacher's; no gradient reaches it
     cu_seqlens        (B+1,) int32, where each sequence begins, then N; empty sequences are allowed
     max_seqlen        length of the longest, or more
-    scale_s, scale_t  of the scores; None is D ** -0.5
+    scale_s, scale_t  of the scores; None is D ** -0.5. One that is not positive takes the reference
     Returns           (N, H) fp32, in nats; float64 if an input is. Raises ValueError if shapes do not fit.
     """
     if q_s.ndim != 3 or k_s.shape != q_s.shape or k_t.shape != q_t.shape or q_s.shape[:2] != q_t.shape[:-1]:
@@ -243,6 +236,6 @@ def attention_kd(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, cu_seqlens:
                          f"{[tuple(x.shape) for x in (q_s, k_s, q_t, k_t)]}")
     check_cu_seqlens(cu_seqlens)
     q_t, k_t, scale_s, scale_t = q_t.detach(), k_t.detach(), _scale(scale_s, q_s), _scale(scale_t, q_t)
-    if not (uses_triton(q_s) and uses_triton(q_t)):
+    if not (uses_triton(q_s) and uses_triton(q_t)) or min(scale_s, scale_t) <= 0:
         return attention_kd_ref(q_s, k_s, q_t, k_t, cu_seqlens, max_seqlen, scale_s=scale_s, scale_t=scale_t)
     return _attention_kd(*widened(q_s, k_s), *widened(q_t, k_t), cu_seqlens.contiguous(), max_seqlen, scale_s, scale_t)[0]

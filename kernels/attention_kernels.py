@@ -1,6 +1,6 @@
 """The Triton kernels of kernels/attention.py, which says what they compute and when each is launched."""
 from kernels.common import tl, triton
-from kernels.dropout import keep_factor, word
+from kernels.dropout import bits, bits_tile, column, kept
 
 RUNTIME = ["N", "H", "blocks", "prefix_len", "threshold"]      # not compiled anew if they are 1 or a multiple of 16
 
@@ -38,26 +38,26 @@ def _product(x, x_ptr, x_stride, xs, x_length, y, y_ptr, y_stride, ys, y_length,
 
 @triton.jit
 def _online_softmax(acc, m, total, q, q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, rows, length, cols, keys, qk_scale, a, b,
-                    words_ptr, N, H, threshold, D: tl.constexpr, DROPOUT: tl.constexpr, TAIL: tl.constexpr):
+                    words_ptr, threshold, D: tl.constexpr, DROPOUT: tl.constexpr, TAIL: tl.constexpr):
     """One block of keys: rescale what was summed so far to the new maximum m, add exp2(s - m) to total, exp2(s - m) v to acc."""
     k = _tile(k_ptr, k_stride, cols, keys, D)
-    s = _product(q, q_ptr, q_stride, rows, length, k, k_ptr, k_stride, cols, keys, D) * qk_scale
+    s = _product(q, q_ptr, q_stride, rows, length, k, k_ptr, k_stride, cols, keys, D)
     if TAIL:
         s = tl.where(cols[None, :] < keys, s, -float("inf"))
-    m_new = tl.maximum(m, tl.max(s, 1))
+    m_new = tl.maximum(m, tl.max(s, 1) * qk_scale)      # which is positive
     shrink = tl.exp2(m - m_new)
-    p = tl.exp2(s - m_new[:, None])
+    p = tl.exp2(s * qk_scale - m_new[:, None])
     total = total * shrink + tl.sum(p, 1)       # the softmax is normalised before weights are dropped
     if DROPOUT:
-        c = word(words_ptr, 2, cols, keys, N, H)
-        p *= keep_factor(a[:, None], b[:, None], c[None, :], threshold)
+        c = column(bits_tile(words_ptr, cols, keys, 4), 2)
+        p = kept(a[:, None] * c[None, :] + b[:, None], threshold, p, p)[0]
     v = _tile(v_ptr, v_stride, cols, keys, D)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="tf32x3")
     return acc, m_new, total
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def _forward(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_ptr, words_ptr,    # (N, H, D) x 4, (H, N), (B+1,), (3, H, N)
+def _forward(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_ptr, words_ptr,    # (N, H, D) x 4, (H, N), (B+1,), (H, N, 4)
              q_stride, q_head, k_stride, k_head, v_stride, v_head,        # elements from one token, or head, to the next
              N, H, blocks, prefix_len, qk_scale, threshold, keep_scale,
              D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr, SHARED: tl.constexpr):
@@ -73,18 +73,18 @@ def _forward(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_ptr, words_ptr,    # (N, 
     q = _tile(q_ptr, q_stride, rows, length, D)
     a, b = rows, rows
     if DROPOUT:
-        words_ptr += h * N + start
-        a, b = word(words_ptr, 0, rows, length, N, H), word(words_ptr, 1, rows, length, N, H)
+        words_ptr += (h * N + start) * 4
+        a, b = bits(words_ptr, rows, length, 0, 4), bits(words_ptr, rows, length, 1, 4)
     m = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
     acc = tl.zeros((BLOCK_Q, D), tl.float32)
     full = keys // BLOCK_K * BLOCK_K
     for n in range(0, full, BLOCK_K):       # only the last block needs a mask
         acc, m, total = _online_softmax(acc, m, total, q, q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, rows, length, n + cols,
-                                        keys, qk_scale, a, b, words_ptr, N, H, threshold, D, DROPOUT, False)
+                                        keys, qk_scale, a, b, words_ptr, threshold, D, DROPOUT, False)
     if full < keys:
         acc, m, total = _online_softmax(acc, m, total, q, q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, rows, length, full + cols,
-                                        keys, qk_scale, a, b, words_ptr, N, H, threshold, D, DROPOUT, True)
+                                        keys, qk_scale, a, b, words_ptr, threshold, D, DROPOUT, True)
     inside = rows < length
     tl.store(lse_ptr + h * N + start + rows, m + tl.log2(total), mask=inside)
     out_ptr += (start * H + h) * D
@@ -95,17 +95,26 @@ def _forward(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_ptr, words_ptr,    # (N, 
 # ---------------------------------------------------------------- backward
 
 @triton.jit(do_not_specialize=RUNTIME)
-def _backward_delta(out_ptr, dout_ptr, delta_ptr, N, H, blocks, D: tl.constexpr, BLOCK: tl.constexpr):   # (N, H, D) x 2, (H, N)
-    """delta_i = out_i . dout_i = sum_j P_ij dP_ij, what the softmax's gradient takes off dP."""
+def _backward_rows(out_ptr, dout_ptr, lse_ptr, words_ptr, rows_ptr, N, H, blocks,     # (N, H, D) x 2, (H, N), (H, N, 4), (H, N, 4 or 2)
+                   D: tl.constexpr, DROPOUT: tl.constexpr, BLOCK: tl.constexpr):
+    """What the backward reads of each query, side by side: the bits of lse and of delta_i = out_i . dout_i = sum_j P_ij dP_ij, what the
+    softmax's gradient takes off dP; then the words a and b."""
     block, h = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
-    rows = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    out = _tile(out_ptr + h * D, H * D, rows, N, D).to(tl.float32)
-    dout = _tile(dout_ptr + h * D, H * D, rows, N, D).to(tl.float32)
-    tl.store(delta_ptr + h * N + rows, tl.sum(out * dout, 1), mask=rows < N)
+    n = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    out = _tile(out_ptr + h * D, H * D, n, N, D).to(tl.float32)
+    dout = _tile(dout_ptr + h * D, H * D, n, N, D).to(tl.float32)
+    delta = tl.sum(out * dout, 1).to(tl.int32, bitcast=True)[:, None]
+    lse = tl.load(lse_ptr + h * N + n, mask=n < N).to(tl.int32, bitcast=True)[:, None]
+    W: tl.constexpr = 4 if DROPOUT else 2
+    j = tl.arange(0, W)[None, :]
+    row = tl.where(j == 0, lse, delta)
+    if DROPOUT:     # a and b are two further on
+        row = tl.where(j < 2, row, tl.load(words_ptr + (h * N + n)[:, None] * 4 + j - 2, mask=(n[:, None] < N) & (j > 1)))
+    tl.store(rows_ptr + (h * N + n)[:, None] * W + j, row, mask=n[:, None] < N)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def _backward_keys(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr, cu_ptr, words_ptr,
+def _backward_keys(q_ptr, k_ptr, v_ptr, dout_ptr, rows_ptr, dq_ptr, dk_ptr, dv_ptr, cu_ptr, words_ptr,
                    q_stride, q_head, k_stride, k_head, v_stride, v_head, dk_stride, N, H, blocks, prefix_len, scale, qk_scale, threshold,
                    keep_scale, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr,
                    SHARED: tl.constexpr, ATOMIC: tl.constexpr):
@@ -123,29 +132,30 @@ def _backward_keys(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, dk
     q_ptr += start * q_stride + h * q_head
     dout_ptr += (start * H + h) * D
     dq_ptr += (start * H + h) * D
-    lse_ptr += h * N + start
-    delta_ptr += h * N + start
+    W: tl.constexpr = 4 if DROPOUT else 2
+    rows_ptr += (h * N + start) * W
     if DROPOUT:
-        words_ptr += h * N + start
-        c = word(words_ptr, 2, cols, keys, N, H)
+        c = bits(words_ptr + (h * N + start) * 4, cols, keys, 2, 4)
     dk, dv = tl.zeros((BLOCK_K, D), tl.float32), tl.zeros((BLOCK_K, D), tl.float32)
     for n in range(0, length, BLOCK_Q):
         rows = n + tl.arange(0, BLOCK_Q)
         q = _tile(q_ptr, q_stride, rows, length, D)
         dout = _tile(dout_ptr, H * D, rows, length, D)
-        lse = tl.load(lse_ptr + rows, mask=rows < length, other=float("inf"))       # p = 0 in rows past the end
-        delta = tl.load(delta_ptr + rows, mask=rows < length, other=0.0)
+        row = bits_tile(rows_ptr, rows, length, W)      # past the end s = lse = dout = delta = 0: p = 1 and dS = 0, which add nothing
+        lse, delta = column(row, 0).to(tl.float32, bitcast=True), column(row, 1).to(tl.float32, bitcast=True)
         s = _product(k, k_ptr, k_stride, cols, keys, q, q_ptr, q_stride, rows, length, D)      # (keys, queries)
         p = tl.exp2(s * qk_scale - lse[None, :])
         if ATOMIC:      # keys past the end: their rows of dK and dV are not stored, but dQ is a sum over them
             p = tl.where(cols[:, None] < keys, p, 0.0)
         dp = _product(v, v_ptr, v_stride, cols, keys, dout, dout_ptr, H * D, rows, length, D)
-        kept = p
+        p_kept = p
         if DROPOUT:
-            a, b = word(words_ptr, 0, rows, length, N, H), word(words_ptr, 1, rows, length, N, H)
-            keep = keep_factor(a[None, :], b[None, :], c[:, None], threshold)
-            kept, dp = p * keep, dp * keep * keep_scale
-        dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision="tf32x3")
+            # as one number until all columns have it: triton takes two such vectors to the products' layout only as whole tiles
+            ab = (column(row, 2).to(tl.int64) << 32 | column(row, 3).to(tl.uint32, bitcast=True).to(tl.int64))[None, :]
+            ab = tl.broadcast_to(ab, (BLOCK_K, BLOCK_Q))
+            p_kept, dp = kept((ab >> 32).to(tl.int32) * c[:, None] + ab.to(tl.int32), threshold, p, dp)
+            dp *= keep_scale
+        dv = tl.dot(p_kept.to(dout.dtype), dout, dv, input_precision="tf32x3")
         ds = (p * (dp - delta[None, :])).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision="tf32x3")
         if ATOMIC:
@@ -158,7 +168,7 @@ def _backward_keys(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, dk
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def _backward_queries(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, cu_ptr, words_ptr,
+def _backward_queries(q_ptr, k_ptr, v_ptr, dout_ptr, rows_ptr, dq_ptr, cu_ptr, words_ptr,
                       q_stride, q_head, k_stride, k_head, v_stride, v_head, dq_stride, N, H, blocks, prefix_len, scale, qk_scale,
                       threshold, keep_scale, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
                       DROPOUT: tl.constexpr, SHARED: tl.constexpr):
@@ -174,11 +184,13 @@ def _backward_queries(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
     q_ptr += start * q_stride + h * q_head
     dout_ptr += (start * H + h) * D
     q, dout = _tile(q_ptr, q_stride, rows, length, D), _tile(dout_ptr, H * D, rows, length, D)
-    lse = tl.load(lse_ptr + h * N + start + rows, mask=inside, other=float("inf"))
-    delta = tl.load(delta_ptr + h * N + start + rows, mask=inside, other=0.0)
+    W: tl.constexpr = 4 if DROPOUT else 2
+    rows_ptr += (h * N + start) * W
+    lse = bits(rows_ptr, rows, length, 0, W).to(tl.float32, bitcast=True)
+    delta = bits(rows_ptr, rows, length, 1, W).to(tl.float32, bitcast=True)
     if DROPOUT:
-        words_ptr += h * N + start
-        a, b = word(words_ptr, 0, rows, length, N, H), word(words_ptr, 1, rows, length, N, H)
+        words_ptr += (h * N + start) * 4
+        a, b = bits(rows_ptr, rows, length, 2, W), bits(rows_ptr, rows, length, 3, W)
     dq = tl.zeros((BLOCK_Q, D), tl.float32)
     for n in range(0, keys, BLOCK_K):
         cols = n + tl.arange(0, BLOCK_K)
@@ -188,8 +200,8 @@ def _backward_queries(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
         v = _tile(v_ptr, v_stride, cols, keys, D)
         dp = _product(dout, dout_ptr, H * D, rows, length, v, v_ptr, v_stride, cols, keys, D)
         if DROPOUT:
-            c = word(words_ptr, 2, cols, keys, N, H)
-            dp *= keep_factor(a[:, None], b[:, None], c[None, :], threshold) * keep_scale
+            c = column(bits_tile(words_ptr, cols, keys, 4), 2)
+            dp = kept(a[:, None] * c[None, :] + b[:, None], threshold, dp, dp)[0] * keep_scale
         dq = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, dq, input_precision="tf32x3")
     place = start * dq_stride + h * D + rows[:, None] * dq_stride + tl.arange(0, D)[None, :]
     tl.store(dq_ptr + place, (dq * scale).to(dq_ptr.dtype.element_ty), mask=inside[:, None])

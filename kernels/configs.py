@@ -34,16 +34,17 @@ TABLE: dict[str, dict[tuple[int, int, int], tuple[int, ...]]] = {
         **_rows({32: (128, 64, 8, 3), -32: (64, 64, 4, 3)}, bits=16, arch=100),
         **_rows({64: (64, 32, 8, 2), -64: (64, 32, 8, 2)}, bits=32, arch=100)},
     "attention_backward_keys": {
-        **_rows({32: (64, 128, 8, 2), 64: (64, 128, 8, 2), 128: (32, 64, 8, 2)}, bits=16),
-        **_rows({-32: (64, 64, 4, 2), -64: (64, 64, 8, 2), -128: (32, 64, 8, 2)}, bits=16),
+        **_rows({32: (64, 128, 8, 3), 64: (64, 128, 8, 3), 128: (32, 64, 8, 2)}, bits=16),
+        **_rows({-32: (64, 64, 4, 2), -64: (64, 64, 4, 2), -128: (32, 64, 8, 2)}, bits=16),
+        **_rows({128: (64, 64, 8, 3), -128: (64, 64, 8, 2)}, bits=16, arch=90),
         **_rows({32: (32, 64, 4, 2), 64: (32, 64, 8, 2), 128: (16, 32, 4, 1)}, bits=32),
         **_rows({-32: (32, 64, 4, 2), -64: (32, 64, 8, 2), -128: (16, 32, 4, 1)}, bits=32),
-        **_rows({64: (32, 128, 8, 2), -32: (32, 64, 4, 2), -64: (32, 64, 4, 2)}, bits=16, arch=80),
-        **_rows({32: (32, 128, 8, 2)}, bits=16, arch=100),
+        **_rows({64: (32, 128, 8, 3), -32: (32, 64, 4, 2), -64: (32, 64, 4, 1)}, bits=16, arch=80),
+        **_rows({32: (32, 128, 8, 2), -64: (64, 64, 8, 2)}, bits=16, arch=100),
         **_rows({32: (32, 32, 4, 2), 64: (32, 32, 8, 2), 128: (16, 32, 8, 1)}, bits=32, arch=80),
         **_rows({-32: (32, 32, 4, 2), -64: (32, 32, 8, 2), -128: (16, 32, 8, 1)}, bits=32, arch=80)},
     "attention_backward_queries": {
-        **_rows({32: (128, 64, 8, 2), 64: (128, 64, 8, 2), 128: (64, 64, 4, 2)}, bits=16),
+        **_rows({32: (128, 64, 8, 3), 64: (128, 64, 8, 3), 128: (64, 64, 4, 2)}, bits=16),
         **_rows({-32: (64, 64, 4, 2), -64: (64, 64, 4, 2), -128: (64, 64, 4, 2)}, bits=16),
         **_rows({32: (64, 32, 4, 2), 64: (64, 32, 8, 2), 128: (64, 16, 8, 2)}, bits=32),
         **_rows({-32: (64, 32, 4, 2), -64: (64, 32, 8, 2), -128: (64, 16, 8, 2)}, bits=32),
@@ -51,23 +52,33 @@ TABLE: dict[str, dict[tuple[int, int, int], tuple[int, ...]]] = {
         **_rows({64: (32, 32, 8, 2), -64: (32, 32, 8, 2)}, bits=32, arch=80)},
     # queries, keys, warps, stages; size: the larger head dimension of student and teacher, negative as above
     "attention_kd_forward": {
-        **_rows(dict.fromkeys((32, 64, 128), (128, 64, 8, 2)) | dict.fromkeys((-32, -64, -128), (64, 64, 4, 2)), bits=16),
+        **_rows({32: (128, 64, 8, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 2)}, bits=16),
+        **_rows(dict.fromkeys((-32, -64, -128), (64, 64, 4, 2)), bits=16), **_rows({-128: (64, 32, 4, 2)}, bits=16, arch=80),
         **_rows(dict.fromkeys((32, 64, 128, -32, -64, -128), (64, 32, 4, 1)), bits=32)},
     # rows that get a gradient (queries for dQ, keys for dK), rows summed over, warps, stages
     "attention_kd_backward": {
-        **_rows(dict.fromkeys((32, 64, 128), (128, 64, 8, 2)) | dict.fromkeys((-32, -64, -128), (64, 64, 4, 2)), bits=16),
+        **_rows({32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (128, 64, 8, 2)}, bits=16),
+        **_rows(dict.fromkeys((-32, -64, -128), (64, 64, 4, 2)), bits=16), **_rows({128: (64, 64, 4, 2)}, bits=16, arch=100),
+        **_rows({128: (128, 32, 8, 2), -64: (64, 64, 4, 1)}, bits=16, arch=80),
         **_rows(dict.fromkeys((32, 64, -32, -64), (64, 32, 4, 1)) | dict.fromkeys((128, -128), (64, 32, 8, 1)), bits=32)},
     # columns, warps; size: the class of row length (common.row_class)
-    "kd_loss_forward": _rows({32: (32, 1), 256: (256, 1), 1024: (1024, 4), 4096: (4096, 4)}),
     "hidden_mse": _rows({32: (32, 1), 256: (256, 1), 1024: (1024, 4), 4096: (4096, 8)}),
     "states_mse": _rows({4096: (1024, 4)}),
-    **dict.fromkeys(("kd_loss_backward", "linear_loss"), _rows({32: (32, 1), 256: (256, 1), 1024: (1024, 4), 4096: (2048, 8)})),
+    "kd_loss_backward": _rows({32: (32, 1), 256: (256, 1), 1024: (1024, 4), 4096: (2048, 8)}),
+    # columns, warps, how many of the columns each part of the row gets at once: the rest has to fill the warps' vector loads
+    "kd_loss_forward": {**_rows({32: (32, 1, 1), 256: (256, 1, 1), 1024: (1024, 4, 1), 4096: (4096, 4, 4)}),
+                        **_rows({1024: (1024, 8, 1)}, arch=100)},
+    "linear_loss": _rows({32: (32, 1, 1), 256: (256, 1, 1), 1024: (1024, 4, 2), 4096: (2048, 4, 4)}),
     # rows, columns, warps; size as above
     "dropout": _rows({32: (64, 32, 4), 256: (16, 256, 4), 1024: (16, 256, 4), 4096: (16, 256, 4)}),
     # rows, warps; size as above; columns: the power of two that holds a row
     "add_norm_forward": _rows({32: (32, 4), 256: (8, 4), 1024: (4, 4), 4096: (2, 8)}),
     "add_norm_backward": {**_rows({32: (32, 4), 256: (8, 4), 1024: (4, 4), 4096: (2, 8)}), **_rows({1024: (4, 8)}, bits=16, arch=80)},
 }
+# with dropout, whose words take registers: smaller tiles, of which more blocks fit on an SM
+for _name in ("attention_forward", "attention_backward_queries"):
+    TABLE[_name + "_dropout"] = {**TABLE[_name], **_rows({32: (64, 64, 4, 3), 64: (64, 64, 4, 3)}, bits=16)}
+TABLE["attention_backward_queries_dropout"] |= _rows({64: (128, 64, 8, 2)}, bits=16, arch=80)
 _arch: int | None = None        # compile_check sets what no device here can tell
 
 

@@ -2,7 +2,7 @@
 token, key token) and elements of (N, d) (seed, row, column).
 
 Row i has hashed words a_i (odd) and b_i, column j has c_j. An element is dropped if the int32 a_i c_j + b_i is below a threshold: one
-multiply-add, one comparison, one select and one product an element, where Philox takes about 58 instructions. Along a row and along a
+multiply-add, one comparison and one select an element, where Philox takes about 58 instructions. Along a row and along a
 column the values are as independent as the words are (multiply-shift hashing, Dietzfelbinger et al., 1997); 32 bits decide, so p is
 exact to 2^-32. Attention makes the words once, by `dropout_words`; the kernels of (N, d) hash their own rows and columns, and nothing is
 saved for the backward but the seed. The columns' words of (N, d) are those of seed 0, the same for every run.
@@ -10,11 +10,13 @@ saved for the backward but the seed. The columns' words of (N, d) are those of s
 The arithmetic of kept elements is fp32. Limits: N below 2^30 rows or tokens a run. Tested in Triton's interpreter; compiled for sm_80,
 90, 100.
 """
+import os
+
 import torch
 from torch import Tensor
 
 from kernels import configs
-from kernels.common import dense_rows, launch, left_to_compiler, row_class, tl, triton, uses_triton
+from kernels.common import dense_rows, launch, left_to_compiler, op, row_class, tl, triton, uses_triton
 
 
 def mix(x: Tensor) -> Tensor:
@@ -62,6 +64,8 @@ def dropout_ref(x: Tensor, p: float, seed: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- kernels
 
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")       # the interpreter knows no PTX
+
 @triton.jit
 def mix_kernel(x):
     x = (x ^ (x >> 16)) * 0x7FEB352D
@@ -76,34 +80,54 @@ def key_of(seed, h):
 
 
 @triton.jit
-def hashed(n, stream: tl.constexpr, key):
+def hashed(n, stream, key):
     """`words_ref` of the rows n of a run."""
     words = mix_kernel(mix_kernel(3 * n.to(tl.uint32) + stream) + key)
-    if stream == 0:
-        words = words | 1
-    return words.to(tl.int32, bitcast=True)
+    return (words | (stream == 0)).to(tl.int32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["N", "H", "run", "blocks"], do_not_specialize_on_alignment=["seed_ptr"])
-def dropout_words(seed_ptr, words_ptr, N, H, run, blocks, BLOCK: tl.constexpr):     # (K,) int64, (3, H, N) int32
-    """`words_ref`, all three streams of one head for BLOCK tokens; `run` = N / K of them belong to a seed."""
+def dropout_words(seed_ptr, words_ptr, N, H, run, blocks, BLOCK: tl.constexpr):     # (K,) int64, (H, N, 4) int32
+    """`words_ref` side by side for BLOCK tokens of one head: a, b, c, and one that nothing reads. N / K = `run` of them have a seed."""
     h, n = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    key = key_of(tl.load(seed_ptr + n // run, mask=n < N, other=0), h.to(tl.uint32))
-    for stream in tl.static_range(3):
-        tl.store(words_ptr + (stream * H + h) * N.to(tl.int64) + n, hashed(n % run, stream, key), mask=n < N)
+    key, stream = key_of(tl.load(seed_ptr + n // run, mask=n < N, other=0), h.to(tl.uint32)), tl.arange(0, 4)[None, :]
+    words = hashed((n % run)[:, None], stream.to(tl.uint32), key[:, None])
+    tl.store(words_ptr + (h * N.to(tl.int64) + n)[:, None] * 4 + stream, words, mask=n[:, None] < N)
 
 
 @triton.jit
-def keep_factor(a, b, c, threshold):
-    """1 if a weight is kept, else 0. As a factor: selecting by the comparison itself is moved behind the cast to 16 bits by the
-    compiler, and costs 7 to 9 instructions an element instead of 5."""
-    return tl.where(a * c + b < threshold, 0.0, 1.0)
+def kept(decides, threshold, x, y):
+    """x and y if a weight is kept, else 0. In PTX: LLVM packs the comparisons into bits and unpacks them, 5 to 9 instructions an element
+    instead of 3."""
+    if INTERPRETED:
+        return tl.where(decides < threshold, 0.0, x), tl.where(decides < threshold, 0.0, y)
+    else:
+        return tl.inline_asm_elementwise("""{
+            .reg .pred dropped;
+            setp.lt.s32 dropped, $2, $3;
+            selp.f32 $0, 0f00000000, $4, dropped;
+            selp.f32 $1, 0f00000000, $5, dropped;
+        }""", "=f,=f,r,r,f,f", [decides, threshold, x, y], (tl.float32, tl.float32), is_pure=True, pack=1)
 
 
 @triton.jit
-def word(words_ptr, stream: tl.constexpr, n, length, N, H):
-    """Words of the tokens `n` of one sequence and head, whose a begin at words_ptr."""
-    return tl.load(words_ptr + stream * H * N.to(tl.int64) + n, mask=n < length, other=0)
+def bits(ptr, n, length, j: tl.constexpr, W: tl.constexpr):
+    """(len(n),) the j-th of W 32-bit numbers that lie side by side for each of the tokens n of one sequence and head; 0 past the end."""
+    return tl.load(ptr + n * W + j, mask=n < length, other=0)
+
+
+@triton.jit
+def bits_tile(ptr, n, length, W: tl.constexpr):
+    """(len(n), W) all of them: one load. For a loop: of a short vector's load triton 3.6 makes 16 in each thread, in the layout of the
+    matrix product that it meets."""
+    return tl.load(ptr + n[:, None] * W + tl.arange(0, W)[None, :], mask=n[:, None] < length, other=0)
+
+
+@triton.jit
+def column(tile, j: tl.constexpr):
+    """(len(n),) numbers j of `bits_tile`."""
+    return tl.sum(tl.where(tl.arange(0, tile.shape[1])[None, :] == j, tile, 0), 1)
+
 
 @triton.jit
 def block_of_run(pid, run, blocks, BLOCK_N: tl.constexpr):
@@ -137,12 +161,12 @@ def _dropout_rows(x_ptr, seed_ptr, out_ptr, run, d, blocks, tiles, x_stride, out
 
 # ---------------------------------------------------------------- op
 
-@torch.library.custom_op("recyclable::dropout", mutates_args=())
+@op
 def _dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
     d, run = x.shape[1], len(x) // len(seed)
     x, out = *dense_rows(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
     BLOCK_N, BLOCK_D, warps = configs.pick("dropout", row_class(d), x.dtype, x.device)
-    blocks, tiles = triton.cdiv(run, BLOCK_N), triton.cdiv(d, BLOCK_D)
+    blocks, tiles = -(-run // BLOCK_N), -(-d // BLOCK_D)
     launch(_dropout_rows, len(seed) * blocks * tiles, x, *dense_rows(seed), out, run, d, blocks, tiles, x.stride(0), d, threshold_of(p),
            1 / (1 - p), BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, num_warps=warps)
     return out

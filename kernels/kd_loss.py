@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import configs
-from kernels.common import LOG2E, dense_rows, launch, row_class, tl, triton, uses_triton
+from kernels.common import LOG2E, dense_rows, launch, op, row_class, tl, triton, uses_triton
 
 
 class TopK(NamedTuple):
@@ -78,25 +78,41 @@ def kd_loss_ref(student: Tensor, teacher: Tensor | TopK | None, labels: Tensor |
 # ---------------------------------------------------------------- what a row is made of; linear_loss.py uses it too
 
 @triton.jit
-def add_tile(s, t, M_s, D_1, D_s, M_t, D_t, gap, rate, CE: tl.constexpr, KD: tl.constexpr, UNIT_T: tl.constexpr):
-    """The row's statistics (module docstring) after one more tile of logits s and t, -inf past the end; t None: of s alone. Maxima
-    begin with -1e30, not -inf, of which differences would be NaN. `rate` is log2(e) / T, for exp2 is what the hardware has.
+def add(s, n_1, n_s, t, n_t, gaps, M_s, D_1, D_s, M_t, D_t, gap, rate, CE: tl.constexpr, KD: tl.constexpr, UNIT_T: tl.constexpr):
+    """A row's statistics (module docstring), or those of many parts of it, and what is added to them along the first axis: logits s and t,
+    -inf past the end, of which each counts 1 (n_1, n_s, n_t) and has no gap (None); or parts with their own statistics. t None: s alone.
+    Maxima begin with -1e30, not -inf, of which differences would be NaN. `rate` is log2(e) / T, for exp2 is what the hardware has.
 
     New maxima scale the sums by e^(old - new). In `gap` they also shift every t' - s' by the same number, so D_t times that is added."""
     new = tl.maximum(M_s, tl.max(s, 0))
     s, step_s, M_s = s - new, M_s - new, new
     if KD:
-        D_s = D_s * tl.exp2(step_s * rate) + tl.sum(tl.exp2(s * rate), 0)
+        D_s = D_s * tl.exp2(step_s * rate) + tl.sum(n_s * tl.exp2(s * rate), 0)
     if CE:
-        D_1 = D_s if UNIT_T else D_1 * tl.exp(step_s) + tl.sum(tl.exp(s), 0)
+        D_1 = D_s if UNIT_T else D_1 * tl.exp2(step_s * 1.4426950408889634) + tl.sum(n_1 * tl.exp2(s * 1.4426950408889634), 0)
     if t is not None:
         new = tl.maximum(M_t, tl.max(t, 0))
         t, step_t, M_t = t - new, M_t - new, new
         e, shrink = tl.exp2(t * rate), tl.exp2(step_t * rate)
         gap = tl.where(shrink > 0, shrink * (gap + D_t * (step_t - step_s)), 0.0)
-        gap += tl.sum(tl.where(e > 0, e * (t - s), 0.0), 0)     # where the teacher is 0 a student of -inf is no infinite loss
-        D_t = D_t * shrink + tl.sum(e, 0)
+        more = t - s if gaps is None else gaps + n_t * (t - s)
+        gap += tl.sum(tl.where(e > 0, e * more, 0.0), 0)     # where the teacher is 0 a student of -inf is no infinite loss
+        D_t = D_t * shrink + tl.sum(n_t * e, 0)
     return M_s, D_1, D_s, M_t, D_t, gap
+
+
+@triton.jit
+def parts(L: tl.constexpr):
+    """The statistics of L parts of a row that have nothing yet. A loop adds a few logits to each, (W, L) of them, without a word between
+    threads; when it is done `add` makes a row of them."""
+    zero = tl.zeros((L,), tl.float32)
+    return zero - 1e30, zero, zero, zero - 1e30, zero, zero
+
+
+@triton.jit
+def tile(start, W: tl.constexpr, L: tl.constexpr):
+    """(W, L) columns from `start` on."""
+    return start + tl.arange(0, W)[:, None] * L + tl.arange(0, L)[None, :]
 
 
 @triton.jit
@@ -118,7 +134,7 @@ def tile_grad(s, t, at_label, M_s, D_1, D_s, M_t, D_t, rate, g_ce, g_kd, CE: tl.
         e = tl.exp2(s * rate)
         grad += (g_kd / D_s) * e - (g_kd / D_t) * tl.exp2((t - M_t) * rate)
     if CE:
-        e_1 = e if UNIT_T else tl.exp(s)
+        e_1 = e if UNIT_T else tl.exp2(s * 1.4426950408889634)
         grad += (g_ce / D_1) * e_1 - tl.where(at_label, g_ce, 0.0)
     return grad
 
@@ -143,18 +159,19 @@ def load_fp32(ptr, at, mask):
 @triton.jit
 def _forward(s_ptr, t_ptr, ids_ptr, tail_ptr, labels_ptr, loss_ptr, stats_ptr,      # (R, C), (R, C or k), (R, k), (R,), (R,), (R,), (R, 6)
              C, k, s_stride, t_stride, ignore_index, alpha, T, rate, CE: tl.constexpr, KD: tl.constexpr, UNIT_T: tl.constexpr,
-             K: tl.constexpr, BLOCK: tl.constexpr):
+             K: tl.constexpr, BLOCK: tl.constexpr, W: tl.constexpr):
     """Loss and statistics of one row. With ids (ascending) the loop sees the rest only, and the top k are one more tile at the end."""
     row = tl.program_id(0).to(tl.int64)
     s_ptr += row * s_stride
-    M_s, D_1, D_s, M_t, D_t, gap, shift = -1e30, 0.0, 0.0, -1e30, 0.0, 0.0, 0.0
+    shift = 0.0
+    m_s, d_1, d_s, m_t, d_t, gaps = parts(BLOCK // W)
     if KD:
         t_ptr += row * t_stride
     if ids_ptr is not None:
         top, met = tl.arange(0, K), 0
         ids = tl.load(ids_ptr + row * k + top, mask=top < k, other=2**31 - 1)
     for start in range(0, C, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
+        cols = tile(start, W, BLOCK // W)
         s, t = load_fp32(s_ptr, cols, cols < C), None
         if ids_ptr is not None:
             end = tl.sum((ids < start + BLOCK).to(tl.int32), 0)
@@ -163,7 +180,8 @@ def _forward(s_ptr, t_ptr, ids_ptr, tail_ptr, labels_ptr, loss_ptr, stats_ptr,  
             met = end
         elif KD:
             t = load_fp32(t_ptr, cols, cols < C)
-        M_s, D_1, D_s, M_t, D_t, gap = add_tile(s, t, M_s, D_1, D_s, M_t, D_t, gap, rate, CE, KD, UNIT_T)
+        m_s, d_1, d_s, m_t, d_t, gaps = add(s, 1.0, 1.0, t, 1.0, None, m_s, d_1, d_s, m_t, d_t, gaps, rate, CE, KD, UNIT_T)
+    M_s, D_1, D_s, M_t, D_t, gap = add(m_s, d_1, d_s, m_t, d_t, gaps, -1e30, 0.0, 0.0, -1e30, 0.0, 0.0, rate, CE, KD, UNIT_T)
     if ids_ptr is None:
         D_k = D_s
     else:       # the KL sees the bucket as one class with logit `bucket`; CE and gradient see all classes, D_s of them
@@ -172,8 +190,9 @@ def _forward(s_ptr, t_ptr, ids_ptr, tail_ptr, labels_ptr, loss_ptr, stats_ptr,  
         shift = tail - bucket
         gap = tl.where(D_s > 0, 0.0, float("inf"))              # counts where the teacher's bucket is not empty, too
         s, t = load_fp32(s_ptr, ids, top < k), load_fp32(t_ptr, top, top < k)
-        _, _, D_k, M_t, D_t, gap = add_tile(s, t, bucket, 0.0, 1.0, tl.maximum(tail, -1e30), 1.0, gap, rate, False, KD, UNIT_T)
-        M_s, D_1, D_s, _, _, _ = add_tile(s, None, M_s, D_1, D_s, M_t, D_t, gap, rate, CE, KD, UNIT_T)
+        _, _, D_k, M_t, D_t, gap = add(s, 1.0, 1.0, t, 1.0, None, bucket, 0.0, 1.0, tl.maximum(tail, -1e30), 1.0, gap, rate,
+                                       False, KD, UNIT_T)
+        M_s, D_1, D_s, _, _, _ = add(s, 1.0, 1.0, None, 1.0, None, M_s, D_1, D_s, M_t, D_t, gap, rate, CE, KD, UNIT_T)
     y, counts = read_label(labels_ptr, row, ignore_index)
     s_y = tl.load(s_ptr + y, mask=(y >= 0) & (y < C), other=float("nan")).to(tl.float32)    # a label that is no class: a loss of NaN
     tl.store(loss_ptr + row, tl.where(counts, row_loss(s_y, M_s, D_1, D_k, D_t, gap, alpha, T, CE, KD), 0.0))
@@ -225,17 +244,17 @@ def flags(teacher: Tensor | None, labels: Tensor | None, alpha: float, T: float)
     return {"CE": CE, "KD": KD, "UNIT_T": CE and KD and T == 1}
 
 
-@torch.library.custom_op("recyclable::kd_loss", mutates_args=())
+@op
 def _kd_loss(student: Tensor, teacher: Tensor | None, ids: Tensor | None, tail: Tensor | None, labels: Tensor | None,
              alpha: float, T: float, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Loss (R,) and, for the backward, statistics (R, 6). With ids (R, k), contiguous and ascending, `teacher` are their logits."""
     (R, C), k = student.shape, 0 if ids is None else ids.shape[1]
     student, teacher, tail, labels = dense_rows(student, teacher, tail, labels)
     loss, stats = (torch.empty(s, dtype=torch.float32, device=student.device) for s in ((R,), (R, 6)))
-    BLOCK, warps = configs.pick("kd_loss_forward", row_class(C), student.dtype, student.device)
+    BLOCK, warps, W = configs.pick("kd_loss_forward", row_class(C), student.dtype, student.device)
     launch(_forward, R, student, teacher, ids, tail, labels, loss, stats, C, k, student.stride(0),
            0 if teacher is None else teacher.stride(0), ignore_index, alpha, T, LOG2E / T, **flags(teacher, labels, alpha, T),
-           K=triton.next_power_of_2(k), BLOCK=BLOCK, num_warps=warps)
+           K=triton.next_power_of_2(k), BLOCK=BLOCK, W=W, num_warps=warps)
     return loss, stats
 
 
@@ -244,7 +263,7 @@ def _(student, teacher, ids, tail, labels, alpha, T, ignore_index):
     return student.new_empty(len(student), dtype=torch.float32), student.new_empty(len(student), 6, dtype=torch.float32)
 
 
-@torch.library.custom_op("recyclable::kd_loss_backward", mutates_args=())
+@op
 def _kd_loss_backward(up: Tensor, student: Tensor, teacher: Tensor | None, ids: Tensor | None, labels: Tensor | None, stats: Tensor,
                       alpha: float, T: float, ignore_index: int) -> Tensor:
     """The gradient of student (R, C), given that of the loss (R,)."""
@@ -252,7 +271,7 @@ def _kd_loss_backward(up: Tensor, student: Tensor, teacher: Tensor | None, ids: 
     student, teacher, labels = dense_rows(student, teacher, labels)
     grad = torch.empty(R, C, dtype=student.dtype, device=student.device)
     BLOCK, warps = configs.pick("kd_loss_backward", row_class(C), student.dtype, student.device)
-    tiles = triton.cdiv(C, BLOCK)
+    tiles = -(-C // BLOCK)
     launch(_backward, R * tiles, student, teacher, ids, labels, stats, up, grad, C, k, tiles, student.stride(0),
            0 if teacher is None else teacher.stride(0), up.stride(0), ignore_index, alpha, T, LOG2E / T,
            **flags(teacher, labels, alpha, T), K=triton.next_power_of_2(k), BLOCK=BLOCK, num_warps=warps)

@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import configs
-from kernels.common import LOG2E, dense_rows, launch, row_class, tl, triton, uses_triton
-from kernels.kd_loss import add_tile, flags, kd_loss_ref, load_fp32, read_label, row_loss, tile_grad
+from kernels.common import LOG2E, dense_rows, launch, op, row_class, tl, triton, uses_triton
+from kernels.kd_loss import add, flags, kd_loss_ref, load_fp32, parts, read_label, row_loss, tile, tile_grad
 
-CHUNK_BYTES = 2**28     # all logits of a chunk together; tests lower it
+CHUNK_BYTES = 2**29     # all logits of a chunk together; tests lower it
 
 
 # ---------------------------------------------------------------- references
@@ -72,19 +72,20 @@ def _logits(row_ptr, bias_ptr, cols, V, width):
 @triton.jit
 def _row(s_ptr, t_ptr, bias_ptr, bias_t_ptr, labels_ptr, loss_ptr, grad_ptr,   # (n, width) x 2, (width,) x 2 in fp32; (n,) x 2; (n, width)
          V, width, grad_stride, ignore_index, alpha, T, rate, unit, CE: tl.constexpr, KD: tl.constexpr, UNIT_T: tl.constexpr,
-         GRAD: tl.constexpr, BLOCK: tl.constexpr):
+         GRAD: tl.constexpr, BLOCK: tl.constexpr, W: tl.constexpr):
     """The loss of one row of logits and, over the logits' own memory, its gradient times `unit`."""
     row = tl.program_id(0).to(tl.int64)
     s_ptr += row * width
     if KD:
         t_ptr += row * width
-    M_s, D_1, D_s, M_t, D_t, gap = -1e30, 0.0, 0.0, -1e30, 0.0, 0.0
+    m_s, d_1, d_s, m_t, d_t, gaps = parts(BLOCK // W)
     for start in range(0, width, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
+        cols = tile(start, W, BLOCK // W)
         s, t = _logits(s_ptr, bias_ptr, cols, V, width), None
         if KD:
             t = _logits(t_ptr, bias_t_ptr, cols, V, width)
-        M_s, D_1, D_s, M_t, D_t, gap = add_tile(s, t, M_s, D_1, D_s, M_t, D_t, gap, rate, CE, KD, UNIT_T)
+        m_s, d_1, d_s, m_t, d_t, gaps = add(s, 1.0, 1.0, t, 1.0, None, m_s, d_1, d_s, m_t, d_t, gaps, rate, CE, KD, UNIT_T)
+    M_s, D_1, D_s, M_t, D_t, gap = add(m_s, d_1, d_s, m_t, d_t, gaps, -1e30, 0.0, 0.0, -1e30, 0.0, 0.0, rate, CE, KD, UNIT_T)
     y, counts = read_label(labels_ptr, row, ignore_index)
     s_y = tl.load(s_ptr + y, mask=(y >= 0) & (y < V), other=float("nan"))       # a label that is no class: a loss of NaN
     if bias_ptr is not None:
@@ -114,10 +115,12 @@ def _padded(x: Tensor | None, rows: int, dtype: torch.dtype) -> Tensor | None:
     return out
 
 
-def _chunk_rows(width: int, buffers: int) -> int:
-    """As many rows of `buffers` fp32 logits as CHUNK_BYTES hold, in whole tiles of a GEMM if that is any."""
+def _chunk_rows(R: int, width: int, buffers: int) -> int:
+    """As many of R rows of `buffers` fp32 logits as CHUNK_BYTES hold, in whole tiles of a GEMM if that is any; all chunks about alike."""
     rows = CHUNK_BYTES // (4 * width * buffers)
-    return rows - rows % 128 if rows > 128 else max(rows, 1)
+    most, unit = (rows - rows % 128, 128) if rows > 128 else (max(rows, 1), 1)
+    alike = -(-R // max(1, -(-R // most)))
+    return max(1, -(-alike // unit) * unit)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -125,35 +128,37 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype != torch.float32 else a.float() @ b.float()
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, fp32 sums."""
+def _add_product(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
+    """total = beta total + a b, fp32 sums; with beta = 0 what was there is not read."""
     if not a.is_cuda or a.dtype == torch.float32:
-        total.addmm_(a.float(), b.float())
+        total.addmm_(a.float(), b.float(), beta=beta)
     elif torch.__version__ >= "2.10":       # before, addmm refused a `total` of another dtype than a's
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+        torch.addmm(total, a, b, beta=beta, out_dtype=torch.float32, out=total)
     else:
-        total += torch.mm(a, b, out_dtype=torch.float32)
+        torch.add(torch.mm(a, b, out_dtype=torch.float32), total if beta else 0, out=total)
 
 
 def _dtype_of_dx(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
-@torch.library.custom_op("recyclable::linear_loss", mutates_args=())
+@op
 def _linear_loss(x: Tensor, weight: Tensor, bias: Tensor | None, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None,
                  labels: Tensor | None, alpha: float, T: float, ignore_index: int, need_x: bool, need_w: bool,
                  need_b: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sum of the rows' losses, and its gradients by x, weight and bias, the last two in fp32; empty if not needed."""
     (R, d), V = x.shape, len(weight)
-    width = triton.cdiv(V, 128) * 128
+    width = -(-V // 128) * 128
     x, w, b = x.contiguous(), _padded(weight, width, x.dtype), _padded(bias, width, torch.float32)
     w_t, b_t = None if x_t is None else _padded(weight_t, width, x_t.dtype), _padded(bias_t, width, torch.float32)
     labels, loss = *dense_rows(labels), torch.empty(R, device=x.device)
     dx = torch.empty(R if need_x else 0, d, dtype=_dtype_of_dx(x), device=x.device)
-    dw, db = torch.zeros(width if need_w else 0, d, device=x.device), torch.zeros(width if need_b else 0, device=x.device)
-    BLOCK, warps = configs.pick("linear_loss", row_class(width), torch.float32, x.device)
+    dw, db = torch.empty(width if need_w else 0, d, device=x.device), torch.zeros(width if need_b else 0, device=x.device)
+    if R == 0:
+        dw.zero_()
+    BLOCK, warps, W = configs.pick("linear_loss", row_class(width), torch.float32, x.device)
     unit = 2.0 ** math.floor(15 - math.log2(max(1.0, 1 - alpha + alpha * T))) if x.dtype == torch.float16 else 1.0     # |G| < 2^15
-    chunk = _chunk_rows(width, 1 if x_t is None else 2)
+    chunk = _chunk_rows(R, width, 1 if x_t is None else 2)
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, R, chunk):
             part = slice(start, start + chunk)
@@ -161,13 +166,13 @@ def _linear_loss(x: Tensor, weight: Tensor, bias: Tensor | None, x_t: Tensor | N
             g = s.view(x.dtype)[:, :width]
             launch(_row, len(s), s, t, b, b_t, None if labels is None else labels[part], loss[part], g, V, width, g.stride(0),
                    ignore_index, alpha, T, LOG2E / T, unit, **flags(t, labels, alpha, T), GRAD=need_x or need_w or need_b,
-                   BLOCK=BLOCK, num_warps=warps)
+                   BLOCK=BLOCK, W=W, num_warps=warps)
             if need_x and unit == 1:
                 torch.mm(g, w, out=dx[part])
             elif need_x:
                 torch.div(_product(g, w), unit, out=dx[part])
             if need_w:
-                _add_product(dw, g.T, x[part])
+                _add_product(dw, g.T, x[part], int(start > 0))
             if need_b:
                 db += g.sum(0, dtype=torch.float32)
             del s, t, g         # or the next chunk's would be made beside them
@@ -191,9 +196,8 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, up, *_):
-    if torch.is_grad_enabled():     # create_graph: what was computed in the forward knows nothing of the upstream gradient's own graph
-        raise RuntimeError("linear_cross_entropy and linear_kd are not differentiable twice; RT_KERNELS=ref is")
-    grads = [(g * up).to(dtype) if need else None for g, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs)]
+    grads = [torch.mul(g, up, out=torch.empty_like(g, dtype=dtype)) if need else None      # scaled and cast in one pass
+             for g, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs)]
     return *grads, *(None,) * 10
 
 

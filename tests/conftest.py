@@ -15,11 +15,13 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")     # nothing here may reach a network
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # read once, by the first product: deterministic tests need it
 os.environ.setdefault("OMP_NUM_THREADS", "1")    # also of the commands that tests start: two test processes have two cores
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")   # read when kernels/ is imported: the kernels run, slowly, on the CPU
 
 from data import docstrings
+from kernels.common import HAS_TRITON
 from rt.data import sequences_batch
 from rt.deltas import Base
 from rt.formats.checkpoint import fingerprint
@@ -32,6 +34,8 @@ from rt.runs.resume import PretrainRun
 from rt.speed.dist import Ranks
 from train import train_stage
 
+if os.environ.get("TRITON_INTERPRET") == "1" and HAS_TRITON:
+    importlib.import_module("interpreter").compute_in_bf16()
 torch.set_num_threads(int(os.environ.get("RT_TEST_THREADS", 1)))     # tiny models: more threads only wait for each other
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = ROOT / "tests" / "seeds"

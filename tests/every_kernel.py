@@ -21,11 +21,11 @@ from kernels import (
 )
 
 
-def inputs(device: str) -> dict:
+def inputs(device: str, dtype: torch.dtype = torch.float16) -> dict:
     g = torch.Generator().manual_seed(0)
 
     def randn(*shape):
-        return torch.randn(*shape, generator=g).to(device, torch.float16).requires_grad_()
+        return torch.randn(*shape, generator=g).to(device, dtype).requires_grad_()
 
     shapes = {"qkv": (76, 3, 2, 32), "teacher_qk": (76, 2, 2, 64), "prefix_k": (7, 2, 32), "prefix_v": (7, 2, 32), "gate": (2,),
               "student": (13, 37), "teacher": (13, 37), "states": (3, 2, 40), "cache": (9, 2, 40), "x": (13, 24), "y": (13, 24),

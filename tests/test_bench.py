@@ -2,7 +2,6 @@
 import json
 import math
 import os
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -182,17 +181,33 @@ def stand_in(monkeypatch) -> None:
     monkeypatch.setattr(runner, "clocks", lambda: {"clocks.sm": "1980"})
 
 
-@pytest.mark.skipif(not find_spec("triton"), reason="no Triton")
+@pytest.mark.parametrize("calls", [1, 20])
+def test_the_device_waits_for_the_host_before_the_first_event(monkeypatch, calls):
+    done = []
+
+    class Event:
+        def __init__(self, enable_timing: bool):
+            self.record = lambda: done.append("event")
+
+        def elapsed_time(self, end) -> float:
+            return 40.0
+
+    for name, value in {"Event": Event, "_sleep": lambda cycles: done.append("spin"), "synchronize": lambda: None}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch, "empty", lambda *size, device, dtype: torch.zeros(1))
+    assert measure.event_times(lambda: done.append("step"), calls, 2) == [40.0 / calls] * 2
+    assert done[1:] == [*["spin"] * (calls == 1), "event", *["step"] * calls, "event"] * 2
+
+
 def test_measuring_with_events_and_memory(stand_in, monkeypatch, capsys):
     calls = []
-    monkeypatch.setattr("triton.testing.do_bench", lambda step, warmup, rep, return_mode:
-                        calls.append((step(), warmup, rep)) or [40.0, 20.0, 60.0])      # of 20 calls in a row
+    monkeypatch.setattr(measure, "event_times", lambda step, *more: calls.append((step(), *more)) or [2.0, 1.0, 3.0])
     there = bench(cuda=True)
     there.run.measure_all([cases.kd(16, 3)], there.measure)
     timed = [r for r in there.run.rows if "ms" in r]
     assert {r["impl"] for r in timed} == {"ours", "eager"} and there.run.rows[-1]["clocks.sm"] == "1980"
     assert all((r["ms"], r["p20"], r["p80"], r["n"], r["peak_mb"], r["ratio"]) == (2.0, 1.0, 3.0, 3, 2, 1) for r in timed)
-    assert all(len(results) == 20 and 25 <= rep <= 200 and warmup == rep / 5 for results, warmup, rep in calls)
+    assert all(many == 20 and 5 <= samples <= 20 for _, many, samples in calls)
     assert all(r["error"] < 1e-5 for r in there.run.rows if "error" in r) and "not measured" in capsys.readouterr().out
 
 

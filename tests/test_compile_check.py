@@ -9,8 +9,7 @@ import pytest
 from conftest import ROOT
 
 triton = pytest.importorskip("triton")
-# The machine code that is asked for is triton 3.7's (torch 2.13). Of the same 120 kernels one spills under others, a tile of `_kd_backward`
-# (128 x 64, heads of 128): 8 bytes on sm_80 with 3.6, 16 on sm_100 with 3.8; and with 3.6 dropout costs 9.81 instructions.
+# What is asked for holds for triton 3.6 and 3.7 (torch 2.11 and 2.13); of the kernels before these one spilt 16 bytes with 3.8 on sm_100.
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}    # bytes a block
 COMPILER = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}     # the interpreter has none
@@ -20,7 +19,7 @@ def python(*arguments: str, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=1500, env={**COMPILER, **env})
 
 
-@pytest.mark.xfail(TRITON != (3, 7), reason="one of 120 spills", strict=False)
+@pytest.mark.xfail(TRITON not in ((3, 6), (3, 7)), reason="a compiler that was not looked at", strict=False)
 @pytest.mark.long
 @pytest.mark.parametrize("which", [("--dtype", "bf16", "--every", "10"), pytest.param((), marks=pytest.mark.marathon)])
 def test_all_compiles_without_spills_and_with_matrix_instructions(which, tmp_path):
@@ -28,7 +27,7 @@ def test_all_compiles_without_spills_and_with_matrix_instructions(which, tmp_pat
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     names = {row["kernel"] for row in rows}
-    assert {"dropout_words", "_backward_delta", "_backward_keys", "_backward_queries", "_kd_forward", "_kd_backward", "_mse_forward",
+    assert {"dropout_words", "_backward_rows", "_backward_keys", "_backward_queries", "_kd_forward", "_kd_backward", "_mse_forward",
             "_mse_backward", "_row", "_dropout_rows", "_norm_forward", "_norm_backward"} < names
     for row in rows:
         assert row["spilled"] == 0 and row["shared"] <= SHARED_MEMORY[row["arch"]] and 0 < row["registers"] <= 255, row
@@ -38,17 +37,17 @@ def test_all_compiles_without_spills_and_with_matrix_instructions(which, tmp_pat
 DROPOUT = """
 from bench.compile_check import compile_one, launches
 if __name__ == "__main__":
-    specs = [s for s in launches(90, ["attention"], ["bf16"]) if s.kernel == "_forward" and s.constants["D"] == 64
-             and s.constants["BLOCK_Q"] == 128]
-    plain, dropped = (next(compile_one(90, s) for s in specs if s.constants["DROPOUT"] == d) for d in (False, True))
-    print(dropped["instructions_per_element"] - plain["instructions_per_element"])
+    for kernel in ("_forward", "_backward_keys"):
+        specs = [s for s in launches(90, ["attention"], ["bf16"]) if s.kernel == kernel and s.constants["D"] == 64
+                 and s.constants["num_stages"] == 3 and s.constants.get("ATOMIC", True)]
+        print(*(next(compile_one(90, s) for s in specs if s.constants["DROPOUT"] == d)["instructions_per_element"] for d in (False, True)))
 """
 
 
-@pytest.mark.xfail(TRITON < (3, 7), reason="9.81 instructions", strict=True)
-def test_dropout_costs_less_than_the_matrix_products_beside_it():
-    done = python("-c", DROPOUT)
-    assert 0 < float(done.stdout) < 9.6, done.stderr        # what the two products of an element cost at D 64, in instructions
+def test_the_counts_of_attention_and_of_its_dropout():
+    """In the loop, an element: as docs/kernels.md says, to the next compiler's habits. 9.6 is what the two products of the forward cost."""
+    forward, keys = ([*map(float, line.split())] for line in python("-c", DROPOUT).stdout.splitlines())
+    assert forward[0] < 10 and keys[0] < 15.5 and all(0 < dropped - plain < 6 for plain, dropped in (forward, keys)), (forward, keys)
 
 
 SPILL = """

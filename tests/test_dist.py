@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from conftest import ROOT, command, here
 
 from rt.errors import InputError
 from rt.formats.files import read_rows
+from rt.speed.device import pick_device
 from rt.speed.dist import Ranks, join
 
 FLAGS = ("--preset", "tiny", "--vocab_size", "500", "--seq_len", "32", "--batch_tokens", "512", "--eval_tokens", "512", "--device", "cpu",
@@ -141,6 +143,14 @@ def test_shares_of_a_state_fit_together_and_rank_0_goes_first_and_its_errors_are
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 1 and "exitcode  : 3" in done.stderr, done.stderr
     assert (tmp_path / "order").read_text() == "01"
+
+
+def test_a_cuda_device_becomes_the_current_one(monkeypatch):
+    """Graphs are captured on the current device's streams, whatever device the work runs on."""
+    current, second = [], torch.device("cuda:1")
+    monkeypatch.setattr("rt.speed.device.torch", SimpleNamespace(empty=lambda n, device: SimpleNamespace(device=torch.device(device)),
+                                                                 cuda=SimpleNamespace(set_device=current.append)))
+    assert pick_device("cuda:1") == second and current == [second] and pick_device("cpu").type == "cpu" and current == [second]
 
 
 def test_without_torchrun_there_is_one_rank(monkeypatch):

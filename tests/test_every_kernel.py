@@ -4,10 +4,13 @@ import shutil
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
 from conftest import ROOT
 from every_kernel import inputs, step
+
+from kernels.common import HAS_TRITON, triton
 
 ALL = str(ROOT / "tests" / "every_kernel.py")
 
@@ -16,16 +19,19 @@ def run(*command: str, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, env={**os.environ, **env})
 
 
+@pytest.mark.skipif(HAS_TRITON and triton.__version__.startswith("3.6.") and int(numpy.__version__.split(".")[1]) > 3,
+                    reason="this interpreter cannot loop up to a number that it loads")
 def test_the_small_run_itself():
     done = run(sys.executable, ALL, "cpu", RT_KERNELS="triton", TRITON_INTERPRET="1")
     assert done.stdout == "done\n", done.stderr
 
 
-def test_kernels_and_references_agree_on_it(device, monkeypatch):
-    ours = step(inputs(device.type))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_kernels_and_references_agree_on_it(device, dtype, monkeypatch):
+    ours = step(inputs(device.type, dtype))
     monkeypatch.setenv("RT_KERNELS", "ref")
-    for a, b in zip(ours, step(inputs(device.type))):
-        assert (a - b).norm() <= 5e-3 * b.norm()      # both round to fp16
+    for a, b in zip(ours, step(inputs(device.type, dtype))):
+        assert (a - b).norm() <= 5 * torch.finfo(dtype).eps * b.norm()      # both round
 
 
 @pytest.mark.gpu
@@ -67,5 +73,8 @@ def test_memcheck_finds_nothing():
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         pytest.skip("no compute-sanitizer")
-    done = run(tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, ALL, "cuda", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    check = tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable
+    if run(*check, "-c", "import torch; torch.ones(1, device='cuda').item()").returncode:
+        pytest.skip("the sanitizer does not take this device")      # a virtual one, say
+    done = run(*check, ALL, "cuda", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     assert done.returncode == 0 and "done" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]

@@ -17,17 +17,21 @@ OTHER = r"\b(MIG|Laptop|Max-Q|4090 D)\b"       # a share of a chip, or a slower 
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a name; `auto` is the first CUDA device if there is one, else the CPU. Raises InputError if PyTorch cannot use it."""
+    """The device of a name; `auto` is the first CUDA device if there is one, else the CPU. A CUDA device becomes the current one, on whose
+    streams CUDA graphs are captured. Raises InputError if PyTorch cannot use it."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"(cpu|cuda)(:\d+)?", name):
         raise InputError(f"--device {name}: not a device that is supported; use auto, cpu or cuda")
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
         raise InputError(f"--device {name}: not a device that PyTorch {torch.__version__} can use here ({reason}); "
                          "use auto, cpu or cuda") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def make_deterministic() -> None:

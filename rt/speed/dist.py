@@ -121,8 +121,6 @@ def join(device: str) -> Ranks:
         torch.cuda.set_device(local)    # before anything is put on "cuda", or every rank would take some of the first GPU
         device = "cuda"
     where = pick_device(device)
-    if where.type == "cuda" and where.index is None:
-        where = torch.device("cuda", torch.cuda.current_device())
     if local is None:
         return Ranks(where)
     if "MASTER_ADDR" not in os.environ:

@@ -1,0 +1,299 @@
+"""The first minutes on a GPU, in one call: are the kernels right, how fast are they beside their peers, which tiles are best.
+
+    PYTHONPATH=. python -m bench.first --out DIR                           needs torch, triton and numpy, nothing else
+    PYTHONPATH=. python -m bench.first --out DIR --have OLD/first.jsonl    another call goes on: what has a row in OLD is not done again
+
+What matters most comes first. A row goes to DIR/first.jsonl as soon as it is known, so that the call may be cut off at any moment; a short
+table comes last. A kernel that breaks the CUDA context costs its own row: a new process does the rest. Without a GPU small shapes go
+through Triton's interpreter (TRITON_INTERPRET=1), to see that the script runs.
+"""
+import argparse
+import importlib
+import json
+import os
+import sys
+import time
+import warnings
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, Iterator
+from unittest.mock import patch
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # before the first product: some checks are deterministic
+
+import torch
+from torch import Tensor, nn
+
+from bench import cases
+from bench.machine import environment
+from bench.measure import distance, evaluate, passes, peak, sample, spread, timed, worst
+from bench.peers import PROBLEMS
+from bench.problem import deterministic, reference
+from kernels import configs, linear_loss
+
+TILES = {"attention_forward": ((128, 64, 8, 3), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 4), (128, 128, 8, 2), (128, 128, 8, 3),
+                               (128, 64, 4, 3)),
+         "attention_backward_keys": ((64, 128, 8, 3), (64, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (32, 128, 8, 3)),
+         "attention_backward_queries": ((128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 8, 2))}
+Units = Iterator[tuple[str, Callable[[], dict]]]
+
+
+class First:
+    """All there is to do, by name; each gives the fields of a row."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.cuda, self.dtype = device, device.type == "cuda", torch.bfloat16
+        self.arch = configs.architecture(device)
+
+    def few(self, *items: Any) -> tuple:
+        """All on a GPU, two in a rehearsal."""
+        return items if self.cuda else items[:2]
+
+    def attention(self, S: int, **more: Any) -> dict:
+        return cases.attention(16384, S, **more) if self.cuda else cases.attention(32, 16, **more, D=32) | {"H": 1}
+
+    def units(self) -> Units:
+        yield from self.checks()
+        for S in self.few(512, 128, 2048):
+            yield from self.against_peers(S)
+        yield "parts attention", self.parts
+        yield from self.tiles()
+        yield from self.losses()
+        yield from self.norms()
+        for name in self.few("ours", "hf", "hf predicted rows"):
+            yield f"step {name}", partial(self.step, name)
+
+    # ---------------------------------------------------------------- right?
+
+    def checks(self) -> Units:
+        for exact in (True, False) if self.cuda else (True,):
+            yield "check every kernel" + ", deterministic" * exact, partial(self.every, exact)
+        small = [cases.attention(1024, 256, ragged=True, dropout=p, D=D) | {"H": 2} for D in (64, 128, 32) for p in (0.0, 0.1)]
+        small += [cases.attention(512, 64, ragged=True, kernel="attention_kd") | {"H": 2}, cases.kd(64, 50265), cases.kd(64, 1000, 16),
+                  cases.linear("linear_kd", 256, 5003), cases.linear("linear_cross_entropy", 256, 5003),
+                  {"kernel": "hidden_mse", "B": 8, "L": 3, "d": 768}, cases.norm("add_norm", 256, 0.1), cases.norm("dropout", 256, 0.1)]
+        for case in small if self.cuda else [cases.attention(32, 16, True, 0.1, D=32) | {"H": 1}, cases.kd(4, 33)]:
+            for name in ("ours", "ours deterministic") if case["kernel"] == "attention" else ("ours",):
+                yield f"check {words(case)}: {name}", partial(self.check, case, name)
+
+    def every(self, exact: bool) -> dict:
+        """All kernels of tests/every_kernel.py against their references; deterministic ones also against themselves, bit for bit."""
+        sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+        inputs, step = (getattr(importlib.import_module("every_kernel"), name) for name in ("inputs", "step"))
+        i = inputs(self.device.type, self.dtype)
+        with deterministic() if exact else nullcontext():
+            ours, again = step(i), step(i) if self.cuda else None
+        with reference():
+            off = worst((a - b).norm().item() / b.norm().item() for a, b in zip(ours, step(i)))
+        same = not self.cuda or all(map(torch.equal, ours, again))
+        return {"error_l2": off, "same": same, "right": off <= 5 * torch.finfo(self.dtype).eps and (same or not exact)}
+
+    def check(self, case: dict, name: str) -> dict:
+        """The largest errors, over output and gradients, of ours and of the reference in the same precision; right within twice as much."""
+        given, exact = (PROBLEMS[case["kernel"]](case, self.device, self.dtype, exact) for exact in (False, True))
+        truth, found = evaluate(exact.truths["default"]()), {}
+        for which in (name, "reference"):
+            errors = zip(evaluate(given.impls[which]()), truth, strict=True)
+            found[which] = [distance(*pair)[0] for pair in errors]
+        right = all(a <= 2 * b + torch.finfo(self.dtype).eps / 2 for a, b in zip(found[name], found["reference"]))
+        return {"error": worst(found[name]), "reference": worst(found["reference"]), "right": right}
+
+    # ---------------------------------------------------------------- how fast?
+
+    def times(self, case: dict, name: str = "ours", which: tuple[str, ...] = ("forward", "backward")) -> dict:
+        """Milliseconds of each pass, and its rate."""
+        problem, found = PROBLEMS[case["kernel"]](case, self.device, self.dtype), {}
+        impl = problem.impls[name]()
+        with warnings.catch_warnings(), impl.context():
+            warnings.simplefilter("ignore")     # of the backends that sdpa_kernel was told not to take
+            for each, step in passes(impl._replace(passes=tuple(w for w in which if w in impl.passes) or impl.passes)):
+                row = timed(step, self.cuda, True, problem.launch_bound)
+                rate = problem.work[each] / row["ms"] / {"tflops": 1e9, "gbps": 1e6}[problem.unit]
+                found |= {each: row["ms"], f"{each}_{problem.unit}": rate, f"{each}_mb": row["peak_mb"]}
+        return found
+
+    def against_peers(self, S: int) -> Units:
+        for p in self.few(0.0, 0.1):
+            case = self.attention(S, dropout=p)
+            names = ("ours", "sdpa cudnn", "sdpa flash", "sdpa efficient", "ours deterministic") if self.cuda else ("ours", "sdpa math")
+            for name in names:
+                yield f"time {words(case)}: {name}", partial(self.times, case, name)
+
+    def parts(self) -> dict:
+        """Microseconds of each launch of one forward and backward, by the profiler."""
+        case = self.attention(512)
+        impl = PROBLEMS["attention"](case, self.device, self.dtype).impls["ours"]()
+        _, step = next(passes(impl._replace(passes=("both",))))
+        step()
+        with torch.profiler.profile() as profile:
+            step()
+        events = sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)
+        return {e.key[:60]: e.self_device_time_total for e in events if e.self_device_time_total}
+
+    def tiles(self) -> Units:
+        for kernel, rows in TILES.items():
+            name = "ours deterministic" if "queries" in kernel else "ours"
+            for p in self.few(0.0, 0.1):
+                case = self.attention(512, dropout=p)
+                place = kernel + "_dropout" * (p > 0 and kernel + "_dropout" in configs.TABLE)
+                key = self.arch, case["D"] if case["S"] > 64 else -case["D"], 16
+                for row in dict.fromkeys([configs.TABLE[place][key], *rows] if self.cuda else [configs.TABLE[place][key]]):
+                    yield (f"tile {kernel} dropout {p}: {row}", partial(self.with_row, place, key, row, case, name, (
+                        "forward" if "forward" in kernel else "backward",)))
+
+    def with_row(self, table: str, key: tuple, row: tuple, *rest: Any) -> dict:
+        with patch.dict(configs.TABLE[table], {key: row}):
+            return self.times(*rest)
+
+    def losses(self) -> Units:
+        kd = cases.linear("linear_kd", 4096) if self.cuda else cases.linear("linear_kd", 4, 200, 16)
+        for name in ("ours", "eager", "gemm bound"):
+            yield f"time {words(kd)}: {name}", partial(self.times, kd, name, ("both",))
+        row_class = 4096 if self.cuda else 256
+        for row in self.few(configs.TABLE["linear_loss"][self.arch, row_class, 32], (2048, 8, 2), (4096, 8, 4), (2048, 8, 1)):
+            for bits in self.few(28, 29, 30):
+                yield f"tile linear_loss chunk 2^{bits}: {row}", partial(self.chunk, bits, (self.arch, row_class, 32), row, kd)
+        logits = cases.kd(4096, 50265) if self.cuda else cases.kd(4, 33)
+        for case in (logits, logits | {"C": 50304}) if self.cuda else (logits,):
+            for name in ("ours", "eager"):
+                yield f"time {words(case)}: {name}", partial(self.times, case, name)
+
+    def chunk(self, bits: int, key: tuple, row: tuple, case: dict) -> dict:
+        with patch.object(linear_loss, "CHUNK_BYTES", 2**bits):
+            return self.with_row("linear_loss", key, row, case, "ours", ("both",))
+
+    def norms(self) -> Units:
+        case = cases.norm("add_norm", 16384, 0.1) if self.cuda else cases.norm("add_norm", 8, 0.1, 32)
+        key = self.arch, 1024 if self.cuda else 32, 16
+        for name in ("ours", "eager"):
+            yield f"time {words(case)}: {name}", partial(self.times, case, name)
+        module = sys.modules["kernels.add_norm"]
+        for row in self.few(*dict.fromkeys([configs.TABLE["add_norm_backward"][key], (1, 4), (2, 4), (4, 4), (4, 8)])):
+            for programs in self.few(module.PROGRAMS, 264, 396, 924):
+                yield f"tile add_norm_backward programs {programs}: {row}", partial(self.programs, module, programs, key, row, case)
+
+    def programs(self, module: Any, programs: int, key: tuple, row: tuple, case: dict) -> dict:
+        with patch.object(module, "PROGRAMS", programs):
+            return self.with_row("add_norm_backward", key, row, case, "ours", ("backward",))
+
+    def step(self, name: str) -> dict:
+        """A masked-LM step of the base preset, 32 sequences of 512 tokens with 15 % predicted; Hugging Face's as shipped, and with scores
+        of predicted rows only."""
+        from rt.model import PRESETS, Batch, EncoderConfig, new_masked_lm
+        from rt.optim import adamw, autocast
+        from rt.pretrain import mlm_loss
+        config = EncoderConfig(50265, **PRESETS["base"]) if self.cuda else EncoderConfig(90, **PRESETS["tiny"])
+        B, S, turns = (32, 512, 5) if self.cuda else (1, 16, 1)
+        ids = torch.randint(5, config.vocab_size, (B * S,), generator=torch.Generator().manual_seed(0))
+        rows = torch.arange(0, B * S, 7)
+        batch = Batch(ids, torch.arange(B + 1, dtype=torch.int32) * S, S, labels=ids[rows], predict=rows).to(self.device)
+        if name == "ours":
+            model = new_masked_lm(config, 0).to(self.device).train()
+            loss: Callable[[], Tensor] = partial(mlm_loss, model, batch)
+        else:
+            from bench.roberta import masked_lm_losses, peer
+            model = peer("RobertaForMaskedLM", config).to(self.device).train()
+            loss = masked_lm_losses(model, batch, config.pad_id)[name.removeprefix("hf")]
+        optimizer = adamw(model.parameters(), 1e-6, 0.01)
+
+        def step() -> None:
+            with autocast(self.device, self.dtype):
+                value = loss()
+            value.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        for _ in range(turns):
+            step()
+        ms = spread([sample(step, self.cuda, turns) for _ in range(turns)])[0]
+        return {"step": ms, "tokens_per_s": B * S / ms * 1e3, "peak_mb": peak(step, 0) if self.cuda else None}
+
+
+# ---------------------------------------------------------------- the call
+
+def words(case: dict) -> str:
+    return " ".join(k if v is True else v if isinstance(v, str) else f"{k} {v}" for k, v in case.items() if v)
+
+
+def run(first: First, path: Path, rows: list[dict], end: float, argv: list[str]) -> None:
+    """Do what has no row yet, until the time is over; append to the rows and to the file."""
+    with path.open("a", encoding="utf-8") as file:
+        def add(row: dict) -> None:
+            rows.append(row)
+            print(json.dumps(row), file=file, flush=True)
+
+        done = {row.get("unit") for row in rows}
+        add(environment(first.cuda, argv, ("triton", "numpy", "transformers")))
+        for name, unit in first.units():
+            if name in done:
+                continue
+            done.add(name)
+            if time.time() > end:
+                return
+            start = time.perf_counter()
+            try:
+                row = unit()
+            except Exception as error:      # whatever it is, it is this row's result
+                row = {"failed": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+            add({"unit": name} | row | {"seconds": round(time.perf_counter() - start, 2)})
+            try:
+                torch.cuda.synchronize() if first.cuda else None
+            except RuntimeError:        # the context is gone, and with it all that this process could measure
+                file.close()
+                os.execv(sys.executable, [sys.executable, "-m", "bench.first", *argv, "--until", str(end)])
+            if first.cuda:
+                torch.cuda.empty_cache()
+
+
+def shown(row: dict) -> dict:
+    return {k: v for k, v in row.items() if k not in ("unit", "seconds")}
+
+
+def table(rows: list[dict]) -> str:
+    """What is wrong, what failed, how many times faster than the best peer ours is, and the best tile of each sweep."""
+    checks, out = [r for r in rows if "right" in r], []
+    out += [f"{sum(r['right'] for r in checks)} of {len(checks)} checks are right"]
+    out += [f"WRONG {r['unit']}: {shown(r)}" for r in checks if not r["right"]]
+    groups: dict[str, list[tuple[str, dict]]] = {}
+    for r in rows:
+        kind, _, which = r.get("unit", "").rpartition(": " if ": " in r.get("unit", "") else " ")
+        if kind.startswith(("time", "tile", "step")) and "failed" not in r:
+            groups.setdefault(kind, []).append((which, r))
+    for kind, members in groups.items():
+        for each in ("forward", "backward", "both", "step"):
+            ms = {which: r[each] for which, r in members if each in r}
+            ours = {k: v for k, v in ms.items() if k.startswith("ours")} or dict(list(ms.items())[:1])     # tiles: the first is shipped
+            others = {k: v for k, v in ms.items() if k not in ours}
+            if ours:
+                own, best = next(iter(ours)), min(others, key=others.get, default=None)
+                rates = {k.rpartition("_")[2]: v for k, v in members[0][1].items() if k in (f"{each}_tflops", f"{each}_gbps")}
+                rate = "".join(f", {v:.0f} {unit}" for unit, v in rates.items())
+                beside = f"; best other {best} {others[best]:.3f} ms = {others[best] / ours[own]:.2f}" if best else ""
+                out.append(f"{kind} {each}: {own} {ours[own]:.3f} ms{rate}{beside}")
+    out += [f"{r['unit']}: {shown(r)}" for r in rows if r.get("unit", "")[:5] == "parts"]
+    return "\n".join(out + [f"failed {r['unit']}: {r['failed']}" for r in rows if "failed" in r])
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of first.jsonl")
+    parser.add_argument("--have", type=Path, help="rows of an earlier call; those of --out are known anyway")
+    parser.add_argument("--seconds", type=float, default=500, help="nothing is begun later")
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
+    asked = parser.parse_args(argv)
+    end = asked.until or time.time() + asked.seconds
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    os.environ["RT_KERNELS"] = "triton"
+    asked.out.mkdir(parents=True, exist_ok=True)
+    path = asked.out / "first.jsonl"
+    rows = [json.loads(line) for each in (asked.have, path) if each and each.exists() for line in each.read_text().splitlines()
+            if line.endswith("}")]      # the last line of a call that was cut off may be half a row
+    run(First(device), path, rows, end, argv)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

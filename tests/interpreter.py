@@ -1,0 +1,23 @@
+"""Triton's interpreter keeps bfloat16 numbers as their 16 bits, multiplies those bits in tl.dot, and cuts digits off where it makes such a
+number. With these two patches (the same for triton 3.6 and 3.7) it computes what a GPU does, in fp32 and rounded to the nearest."""
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def compute_in_bf16() -> None:
+    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+
+    def to_nearest(x: np.ndarray, given: tl.dtype, wanted: tl.dtype, mode: object) -> np.ndarray:
+        if (given, wanted) != (tl.float32, tl.bfloat16):
+            return convert(x, given, wanted, mode)
+        bits = np.asarray(x).view(np.uint32)
+        return np.where(np.isnan(x), 0x7FC0, bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype(np.uint16)
+
+    def widened(x: interpreter.TensorHandle) -> interpreter.TensorHandle:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    interpreter._convert_float = to_nearest
+    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)

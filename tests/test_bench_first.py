@@ -1,0 +1,71 @@
+"""bench.first in Triton's interpreter: everything is done once, a call goes on where one was cut off, and the table says what matters."""
+import json
+import os
+
+import pytest
+import torch
+
+from bench import first
+
+
+@pytest.fixture
+def interpreted(monkeypatch) -> None:
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("kernels are compiled here; TRITON_INTERPRET=1 interprets them")
+    monkeypatch.setenv("RT_KERNELS", "triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def rows_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "first.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_a_rehearsal(interpreted, tmp_path, capsys):
+    first.main(["--out", str(tmp_path)])
+    rows, printed = rows_of(tmp_path), capsys.readouterr().out
+    assert {r["unit"].split()[0] for r in rows[1:]} == {"check", "time", "parts", "tile", "step"}
+    assert not [r for r in rows if "failed" in r and "hf" not in r["unit"]] and all(r["right"] for r in rows if "right" in r)
+    assert "checks are right" in printed and "WRONG" not in printed and "step step: ours" in printed      # hf: if it is there
+    assert "best other sdpa math" in printed
+
+    # cut off in the middle of the third row: the first two are kept, and nothing is done twice
+    lines = (tmp_path / "first.jsonl").read_text().splitlines()
+    (tmp_path / "first.jsonl").write_text("\n".join(lines[:3]) + "\n")
+    (tmp_path / "old.jsonl").write_text("\n".join(lines[4:]) + "\n" + lines[3][:20])
+    first.main(["--out", str(tmp_path), "--have", str(tmp_path / "old.jsonl")])
+    again = rows_of(tmp_path)
+    assert [r["unit"] for r in again[3:] if "unit" in r] == [rows[3]["unit"]] and again[:3] == rows[:3]
+
+
+def test_nothing_is_begun_when_the_time_is_over(interpreted, tmp_path):
+    first.main(["--out", str(tmp_path), "--seconds", "0"])
+    assert [r.get("unit") for r in rows_of(tmp_path)] == [None]
+
+
+def test_a_broken_context_hands_over_to_a_new_process(tmp_path, monkeypatch):
+    """With all rows in the file, and until the same time."""
+    def broken() -> None:
+        raise RuntimeError("illegal memory access")
+
+    there = first.First(torch.device("cpu"))
+    there.cuda, started = True, []
+    there.units = lambda: iter([("check a", lambda: 1 / 0), ("check b", dict)])
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    monkeypatch.setattr(first, "environment", lambda *arguments: {})
+    monkeypatch.setattr(os, "execv", lambda program, arguments: started.append(arguments) or exit())
+    with pytest.raises(SystemExit):
+        first.run(there, tmp_path / "first.jsonl", [], 4e9, ["--out", "x"])
+    assert rows_of(tmp_path)[1]["failed"].startswith("ZeroDivisionError") and started[0][1:] == ["-m", "bench.first", "--out", "x",
+                                                                                              "--until", "4000000000.0"]
+
+
+def test_the_table_names_what_is_wrong_and_the_best_of_a_sweep():
+    rows = [{"unit": "check a: ours", "right": False, "error": 2.0}, {"unit": "check b: ours", "right": True},
+            {"unit": "time case: ours", "forward": 2.0, "forward_tflops": 300.0}, {"unit": "time case: sdpa flash", "forward": 3.0},
+            {"unit": "tile k dropout 0.1: (1, 2)", "backward": 5.0}, {"unit": "tile k dropout 0.1: (3, 4)", "backward": 4.0},
+            {"unit": "time case: sdpa cudnn", "failed": "no"}]
+    assert first.table(rows).splitlines() == [
+        "1 of 2 checks are right", "WRONG check a: ours: {'right': False, 'error': 2.0}",
+        "time case forward: ours 2.000 ms, 300 tflops; best other sdpa flash 3.000 ms = 1.50",
+        "tile k dropout 0.1 backward: (1, 2) 5.000 ms; best other (3, 4) 4.000 ms = 0.80", "failed time case: sdpa cudnn: no"]
