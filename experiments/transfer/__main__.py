@@ -41,6 +41,7 @@ class Config:
     data: str | None = None  # folder with corpora/ and tasks/
     base: str = "runs/minilm/pretrained/M0"  # M0
     only: tuple[str, ...] = ()  # parts: A, B, C, D; default: all
+    bases: tuple[str, ...] = ()  # new bases: mini, ind, twin, upgrade; default: all
     budget: Positive | None = None  # seconds; nothing new begins after them
     home: str = "runs/transfer"  # bases, deltas and runs
     recipes: str = "runs/recipes"  # tasks and deltas of M0, shared with experiments.recipes
@@ -61,8 +62,9 @@ def main() -> None:
     rows.parent.mkdir(parents=True, exist_ok=True)
     done = {json.dumps(row["cell"]) for row in read_rows(rows)} if rows.exists() else set()
     Path(c.home).mkdir(parents=True, exist_ok=True)
-    prepare(c)
-    todo = [(cell, arguments) for cell, arguments in cells(c) if json.dumps(cell) not in done and (not c.only or cell["part"] in c.only)]
+    todo = [(cell, arguments) for cell, arguments in cells(c) if json.dumps(cell) not in done and (not c.only or cell["part"] in c.only)
+            and (not c.bases or cell["base"] in c.bases)]
+    prepare(c, {cell[of] for cell, _ in todo for of in ("part", "base")})
     with progress(len(todo), "transfer", unit="cell") as bar:
         for cell, arguments in todo:
             if time.monotonic() > end:
@@ -89,26 +91,26 @@ def script(c: Config, *command: object) -> str:
     return text
 
 
-def prepare(c: Config) -> None:
-    """Bases, tasks and old deltas; what is there stays. Those of M0 are the ones of experiments.recipes."""
+def prepare(c: Config, needed: set[str]) -> None:
+    """Bases, tasks and old deltas for these parts and new bases; what is there stays. Those of M0 are the ones of experiments.recipes."""
     home, corpora, shared = Path(c.home), Path(c.data, "corpora"), recipes.Config(c.data, c.base, home=c.recipes)
     recipes.draw_tasks(shared)
     common = ("--batch_tokens", 1024, "--seq_len", 128, "--snapshots", 0, "--device", "cpu", "--cache", Path(c.cache))
     mini = ("--preset", "mini", "--stream", corpora / "wiki.txt.xz", "--steps", 1500, "--lr", 1e-3)
     for name, flags in (("mini", (*mini, "--vocab_size", 8192)), ("ind", (*mini, "--tokenizer", home / "mini", "--seed", 1)),
                         ("upgrade", ("--init", Path(c.base), "--stream", corpora / "bio.txt.xz", "--steps", 200, "--lr", 5e-4))):
-        if not (home / name / "summary.json").exists():
+        if name in needed | ({"mini"} if "ind" in needed else set()) and not (home / name / "summary.json").exists():
             script(c, "train.py", *flags, *common, "--out", home / name, *(["--resume"] if (home / name).exists() else []))
-    if not (home / "twin").exists():
+    if "twin" in needed and not (home / "twin").exists():
         twin = permuted_twin(open_base(c.base), 1)
         save_base(home / "twin", MaskedLM(twin.encoder, twin.head), twin.tokenizer, {"name": "twin"})
     for task, kind in product(TASKS, KINDS):
         if not delta(c, "minilm", task, kind).exists():
             recipes.tune_delta(shared, task, kind, 0)
-        if not delta(c, "mini", task, kind).exists():
+        if "ind" in needed and not delta(c, "mini", task, kind).exists():
             script(c, "train.py", "--mode", "tune", "--base", home / "mini" / "M0", "--task", recipes.task_folder(shared, task), "--delta",
                    kind, "--lr", MINI_TUNED[kind], "--seq_len", 64, *recipes.TUNE, "--out", delta(c, "mini", task, kind))
-        if not (answers := predictions(c, task, kind)).exists():
+        if "B" in needed and not (answers := predictions(c, task, kind)).exists():
             places = {"--base": Path(c.base), "--delta_dir": delta(c, "minilm", task, kind),
                       "--input": recipes.task_folder(shared, task) / "train.jsonl"}
             flags = [str(part) for flag, place in places.items() for part in (flag, place.absolute())]
