@@ -157,8 +157,8 @@ def main() -> None:
                   ranks.device, pick_precision(c.precision, ranks.device), make_gradient=graphed_gradient if c.graphs else plain_gradient,
                   merged=merged, carry=c.carry.carry, head=c.head, shrinkage=c.shrinkage)
     plan, out = planned(c, modes), Path(c.out or default_out(c, task))
-    texts, seeds = lambda place: ranks.main_first(lambda: open_texts(place, c.cache)), [one.seed for one in plan]
-    teaching = open_teaching(c, modes, task, texts, r, seeds)
+    teaching = open_teaching(c, modes, task, lambda place: ranks.main_first(lambda: open_texts(place, c.cache)), r,
+                             [one.seed for one in plan])
     r = r if c.shots or not teaching else teaching.fill(r, 0)
     first = sample(c, r, task, plan[0].seed, teaching)
     if ranks.is_main:

@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 
-from data.sources import corpus_path, open_domain, open_task
+from data.sources import corpus_path, domain_name, open_domain, open_task
 from rt.data import Corpus, Rows, encode_task, few_shot
 from rt.deltas import attach, extract
 from rt.errors import InputError
@@ -41,7 +41,7 @@ from rt.runs.log import Log, StepBar, load_tensorboard, note_changed_task, note_
 from rt.runs.predict import open_tuned
 from rt.runs.resume import PretrainRun, sample_of, table_of
 from rt.runs.signals import Interrupted
-from rt.runs.upgrade import HELDOUT_MASK_RATE, RecipeConfig, Start, earlier_domains, go_on_from, lengthen, start_recipe
+from rt.runs.upgrade import RecipeConfig, Start, earlier_domains, go_on_from, lengthen, scored_rows, start_recipe
 from rt.runs.workers import use_threads
 from rt.speed.device import make_deterministic, pick_device, pick_precision
 from rt.speed.dist import Ranks, join, launched, zero
@@ -217,12 +217,6 @@ def train_stage(model: MaskedLM, rows: Rows, optimizer: torch.optim.Optimizer, s
     return False
 
 
-def domain_name(entry: str) -> str:
-    """The name of a domain in tables and files: an embedded name, or that of the file or folder without endings; of a task with task-."""
-    name = Path(entry.removeprefix("task:")).name.split(".")[0]
-    return f"task-{name}" if entry.startswith("task:") else name
-
-
 def rows_of(c: Config, corpora: dict[str, dict[str, Corpus]], groups: list[tuple[str, ...]], earlier: list[str], tokenizer: Tokenizer,
             number: int, ranks: Ranks) -> tuple[dict[str, Rows], dict[str, Rows]]:
     """(training rows of every stage, held-out rows of every domain). The first stage is M`number`; `groups` are the stages' domains."""
@@ -237,9 +231,7 @@ def rows_of(c: Config, corpora: dict[str, dict[str, Corpus]], groups: list[tuple
                 c.recipe.mix_every * (c.batch_tokens // first.row_tokens) if c.recipe.by_need else 0)
         training["+".join(group)] = first
         earlier = [*earlier, *group] if c.recipe.replay else []
-    heldout = {name: Rows(parts["heldout"], tokenizer, seq_len=c.seq_len, mask_rate=HELDOUT_MASK_RATE, seed=0, sequences=1)
-               for name, parts in corpora.items()}
-    return training, heldout
+    return training, {name: scored_rows(parts["heldout"], tokenizer, c.seq_len) for name, parts in corpora.items()}
 
 
 def start_model(c: Config, out: Path, first_corpus: Path, ranks: Ranks) -> tuple[MaskedLM, Tokenizer, Start]:

@@ -2,8 +2,8 @@
 
     python -m bench.recipes --init M0 --stream new.txt --json out.jsonl
 
-Each row: the switch, the round, milliseconds a step (the stage's seconds over its steps) and the process's peak memory in MB. A command
-trains --steps; its first is replayed in every round. For --replay and --mix, --init must name an earlier domain.
+Each row: the switch, the round, milliseconds a step (the stage's seconds, evaluation included, over its steps) and the process's peak
+memory in MB. For --replay the base must have been trained on another domain before. A command that fails has its error in place of both.
 """
 import json
 import os

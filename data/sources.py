@@ -17,6 +17,12 @@ def corpus_path(name: str, cache: Path) -> Path:
     return _locate(name, cache, "corpus", "a text file, a folder of text files")
 
 
+def domain_name(entry: str) -> str:
+    """The name of a domain in tables and files: an embedded name, or that of the file or folder without endings; of a task with task-."""
+    name = Path(entry.removeprefix("task:")).name.split(".")[0]
+    return f"task-{name}" if entry.startswith("task:") else name
+
+
 def open_domain(name: str, cache: Path, template: str, like: str | None, keep: float) -> tuple[Path, str]:
     """A domain of a stream: (where its texts are, a name for `corpus_path` that is right from any folder). task:NAME is that task's own
     texts in `template`; of other corpora only the share `keep` that is most like the texts of the task `like`, if there is one."""

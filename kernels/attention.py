@@ -300,7 +300,7 @@ def attention_qkv(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, dropout_p
     if qkv.ndim != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv must be (N, 3, H, D), not {tuple(qkv.shape)}")
     N, _, _, D = qkv.shape
-    if prefix_kv is not None or D not in WIDTHS or not uses_triton(qkv) or (scale or 1.0) <= 0:
+    if prefix_kv is not None or D not in WIDTHS or not uses_triton(qkv) or scale is not None and scale <= 0:
         return attention(*qkv.unbind(1), cu_seqlens, max_seqlen, dropout_p=dropout_p, seed=seed, scale=scale, prefix_kv=prefix_kv)
     _check(N, cu_seqlens, dropout_p, seed)
     cu_seqlens, seed = cu_seqlens.contiguous(), _seed(seed, qkv.device) if dropout_p else None

@@ -66,6 +66,7 @@ def dropout_ref(x: Tensor, p: float, seed: Tensor) -> Tensor:
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")       # the interpreter knows no PTX
 
+
 @triton.jit
 def mix_kernel(x):
     x = (x ^ (x >> 16)) * 0x7FEB352D

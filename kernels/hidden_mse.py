@@ -65,7 +65,7 @@ def _hidden_mse_backward(up: Tensor, student: Tensor, teacher: Tensor, rows: Ten
     s, t = dense_rows(student.flatten(1), teacher.flatten(1))
     grad = torch.empty(student.shape, dtype=s.dtype, device=s.device)
     BLOCK, warps = configs.pick("hidden_mse", row_class(s.shape[1]), s.dtype, s.device)
-    tiles = triton.cdiv(s.shape[1], BLOCK)
+    tiles = -(-s.shape[1] // BLOCK)
     launch(_mse_backward, len(s) * tiles, s, t, *dense_rows(rows), up, grad, s.shape[1], tiles, s.stride(0), t.stride(0), up.stride(0),
            BLOCK=BLOCK, num_warps=warps)
     return grad

@@ -79,9 +79,9 @@ def kd_loss_ref(student: Tensor, teacher: Tensor | TopK | None, labels: Tensor |
 
 @triton.jit
 def add(s, n_1, n_s, t, n_t, gaps, M_s, D_1, D_s, M_t, D_t, gap, rate, CE: tl.constexpr, KD: tl.constexpr, UNIT_T: tl.constexpr):
-    """A row's statistics (module docstring), or those of many parts of it, and what is added to them along the first axis: logits s and t,
-    -inf past the end, of which each counts 1 (n_1, n_s, n_t) and has no gap (None); or parts with their own statistics. t None: s alone.
-    Maxima begin with -1e30, not -inf, of which differences would be NaN. `rate` is log2(e) / T, for exp2 is what the hardware has.
+    """Add to the statistics of a row (module docstring), or of many parts of it, along the first axis. Added are either logits s and t,
+    -inf past the end: each counts 1 (n_1, n_s, n_t) and has no gap (None); or parts with statistics of their own. t None: s alone. Maxima
+    begin with -1e30: differences of -inf would be NaN. `rate` is log2(e) / T, because the hardware has exp2.
 
     New maxima scale the sums by e^(old - new). In `gap` they also shift every t' - s' by the same number, so D_t times that is added."""
     new = tl.maximum(M_s, tl.max(s, 0))

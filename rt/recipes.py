@@ -33,8 +33,9 @@ class Preserve:
     @torch.no_grad()
     def __init__(self, old: MaskedLM, weight: float, by: PreserveBy, sample: Batch):
         self.old, self.weight, self.by = copy.deepcopy(old).eval().requires_grad_(False), weight, by
-        self.old.encoder(sample, activations := Activations(hidden=[]))
+        self.layers = tuple(range(len(old.encoder.layers))) if by == "attention" else ()        # whose attention maps are compared
         self.first = -1 if by == "last" else 0
+        self.old.encoder(sample, activations := Activations(hidden=[]))
         variances = torch.stack([h.float().var(correction=0) for h in activations.hidden[self.first:]])
         self.weights = weight / len(variances) / variances      # (L,), of the squared errors
 
@@ -42,8 +43,7 @@ class Preserve:
         """Scalar: MLM + w * distance."""
         if self.by == "predictions":
             return self.predictions(model, batch)
-        layers = range(len(model.encoder.layers)) if self.by == "attention" else ()
-        new, old = (Activations(tuple(layers), hidden=[]) for _ in range(2))
+        new, old = (Activations(self.layers, hidden=[]) for _ in range(2))
         loss = mlm_loss(model, batch, new)
         with torch.no_grad():
             self.old.encoder(batch, old)

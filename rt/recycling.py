@@ -48,7 +48,7 @@ class Recycling:
     carry: str = "none"                     # kind of the map by which `carried` was made
     carried: Delta | None = None            # the old delta for the new base (rt.transport.transport): what init and transport start from
     merged: Delta | None = None             # several old deltas as one (`merge`), in place of old_delta at a start
-    about: dict = field(default_factory=dict)       # what a record says of `carried` or `merged`
+    about: dict = field(default_factory=dict)       # facts of `carried` or `merged` for the run's record
     head: str = "fresh"                     # of a task with other labels: fresh, or prototype
     shrinkage: bool = False                 # of prototypes
     unlabelled: Encoded | None = None       # texts for the modes with a teacher, which fill the `share` of each batch; after data.train in
@@ -103,7 +103,7 @@ def start_from_old(r: Recycling) -> Classifier:
 
 
 def start_carried(r: Recycling) -> Classifier:
-    """As start_from_old, from the delta that was carried to the new base if one was."""
+    """As start_from_old, from the carried delta if there is one."""
     return start_from_old(replace(r, merged=r.carried or r.merged))
 
 
@@ -121,8 +121,8 @@ def start_masked(r: Recycling) -> Classifier:
 
 
 def prototype_head(r: Recycling, model: Classifier, labels: tuple[str, ...]) -> Classifier:
-    """`model` with a head for the task: for those of its own `labels` that stay their rows, for others prototypes of the training examples'
-    features, all of them by one factor and shift on the scale of those rows."""
+    """`model` with a head for the task. Labels among its own `labels` keep their rows; the others get prototypes of the training examples'
+    features, brought to the scale of the kept rows by one factor and one shift."""
     old, model.head.out = model.head.out, nn.Identity()
     f = predict(model, r.data.train.sequences, r.device, r.precision).double()
     W, b = prototypes(f, r.data.train.targets, r.data.num_outputs, r.shrinkage)
@@ -250,7 +250,7 @@ def chain(r: Recycling, mode: str, bases: dict[str, Base]) -> Iterator[Link]:
 def check(r: Recycling, mode: str) -> None:
     """Raises InputError if `mode` cannot be done with this old delta, or with bases as different as these."""
     old, starts_from_old = r.merged or r.old_delta, mode in CARRIES or MODES[mode].start is start_from_old
-    is_told = mode in NEEDS_TEACHER and r.has_black_box     # what the old delta's labels are does not matter
+    is_told = mode in NEEDS_TEACHER and r.has_black_box     # then the old delta may have other labels
     if old is None and mode != "scratch" and (starts_from_old or not is_told):
         raise InputError(f"{mode} needs an old delta and its base")
     if old is not None:

@@ -161,8 +161,8 @@ Pair = tuple[list[int], list[int], list[int], list[int]]    # a text's ids for t
 
 @torch.no_grad()
 def transport(old_base: Base, base: Base, delta: Delta, pairs: list[Pair], how: Carry) -> tuple[Delta, dict]:
-    """The delta carried to `base`, whose own it then is, by what both bases make of `pairs`, and what a record says of the map. Layers of
-    `base` without a partner get a fresh module, which changes nothing. Raises InputError as check_carry does, and for too few texts."""
+    """(a delta of `base`: `delta` through a map computed from the hidden states of both bases on `pairs`; facts of the map for the run's
+    record). Layers of `base` without a partner get a fresh module, which changes nothing. InputError as check_carry, and for few texts."""
     check_carry(old_base, base, delta, how)
     if len(pairs) < 2:
         raise InputError(f"`carry`: {len(pairs)} texts are too few to compare two bases on")

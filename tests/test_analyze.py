@@ -277,9 +277,9 @@ def domains(home, graphs) -> tuple:
 def test_recipes_are_worth_what_they_keep_and_learn(home, domains):
     said, rows, summary = study(home, "recipes", *domains, "--old_base", home / "run" / "M0", "--shots", "4", "--tune_steps", "2",
                                 bases=("M1", "M2"))
-    m0, m1, m2 = (row for row in rows if row["what"] == "base")
+    m0, m1, m2 = (row for row in rows if row["of"] == "base")
     assert set(m0["heldout"]) == {"corpus", "new"} and m0["l2"] == 0 and m1["l2"] < m2["l2"] and m0["cosine"] == pytest.approx(1)
-    score = {row["base"]: row for row in rows if row["what"] == "delta"}
+    score = {row["base"]: row for row in rows if row["of"] == "delta"}
     assert score["M0"]["heads_kept"] == 1 and "init" not in score["M0"] and {"init", "scratch"} <= score["M1"].keys()
     compatible = {row["base"]: row["accuracy"] for row in study(home, "compatibility")[1] if row["line"] == "apply"}
     assert {name: row["accuracy"] for name, row in score.items()} == {name: compatible[name] for name in score}

@@ -4,7 +4,7 @@ import torch
 from test_attention import everything, inputs, prefix_of
 
 from kernels import attention, attention_kd, attention_qkv
-from kernels.attention import _attention_qkv, _attention_qkv_backward
+from kernels.attention import _attention_qkv, _attention_qkv_backward, attention_ref
 
 
 @pytest.mark.parametrize("D, dtype, dropout_p, deterministic", [
@@ -25,6 +25,16 @@ def test_the_packed_projection_is_the_three_views_with_one_gradient(device, D, d
         for a, b in zip((out, grad), expected):
             atol = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
             torch.testing.assert_close(a, b, atol=atol, rtol=1e-3)      # atomics: any order
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3, 0.3])
+def test_a_scale_that_is_not_positive_is_computed_too(device, scale):
+    """The kernels fold the scale into the exponent, which needs a positive one."""
+    qkv, cu = inputs(torch.float32, (7, 3), H=2)
+    x, cu = qkv.detach().to(device), cu.to(device)
+    exact = attention_ref(*x.double().unbind(1), cu, 7, scale=scale)
+    for out in (attention_qkv(x, cu, 7, scale=scale), attention(*x.unbind(1), cu, 7, scale=scale)):
+        torch.testing.assert_close(out.double(), exact, atol=1e-4, rtol=1e-3)
 
 
 def test_the_packed_projection_with_a_prefix_and_bad_shapes(device):

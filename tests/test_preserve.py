@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import here
+from conftest import here, random_base
 
+from bench import recipes
 from rt.data import Rows
+from rt.formats.checkpoint import save_base
 from rt.formats.corpora import build_corpus
-from rt.formats.files import read_json
+from rt.formats.files import read_json, read_rows
 from rt.losses import attention_divergence
 from rt.model import Activations, MaskedLM, set_dropout
 from rt.optim import adamw
@@ -117,3 +119,13 @@ def test_the_command_preserves_from_the_second_base_on(graphs, tmp_path):
     words = here(*flags, "--out", tmp_path / "no", "--preserve", "1", "--preserve_by", "predictions", "--objective", "rts", code=2)
     assert "compares distributions" in words
     assert "says nothing without" in here(*flags, "--out", tmp_path / "no", "--preserve_by", "last", code=2)
+
+
+def test_what_a_switch_costs_is_measured_in_turns(graphs, tokenizer, tmp_path, monkeypatch):
+    base = random_base(tokenizer)
+    save_base(tmp_path / "M0", MaskedLM(base.encoder, base.head), tokenizer, {"name": "M0"})
+    monkeypatch.setattr(recipes, "SWITCHES", {"plain": "", "wrong": "--replay .2"})         # M0 knows no earlier domain
+    said = here("-m", "bench.recipes", "--init", tmp_path / "M0", "--stream", graphs / "corpus", "--json", tmp_path / "rows.jsonl",
+                "--steps", "2", "--rounds", "1", "--cache", tmp_path / "cache")
+    plain, wrong = read_rows(tmp_path / "rows.jsonl")
+    assert plain["ms"] > 0 and plain["mb"] > 0 and "no record of earlier domains" in wrong["failed"] and "plain" in said

@@ -24,6 +24,7 @@ from bench.machine import commit, device_name
 from experiments.claims import report, runs
 from experiments.claims.plan import SCALES, Run, phases, searched
 from experiments.claims.rows import GrowingRows
+from experiments.common import check_places
 from rt.errors import InputError
 from rt.limits import Positive, PositiveInt
 from rt.runs.config import parse, run
@@ -54,8 +55,7 @@ def main() -> None:
     if c.report:
         print(report.write(Path(c.results)))
         return
-    if not c.data or not (Path(c.data) / "corpora").is_dir() or not (Path(c.data) / "tasks").is_dir():
-        raise InputError(f"--data {c.data}: not a folder with corpora/ and tasks/; see python -m experiments.claims --help")
+    check_places("claims", c.data)
     rows = GrowingRows(Path(c.results), c.preset)
     if c.plan:
         print(plan_table(rows, c.only))

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from bench.machine import commit, device_name
+from experiments.common import check_places
 from experiments.recipes import report
 from experiments.recipes.plan import DELTA_SEEDS, KINDS, TASKS, known, upgrades
 from experiments.recipes.runs import CPU, Config, attempt, delta_folder, draw_tasks
@@ -32,9 +33,7 @@ def main() -> None:
     if c.report:
         print(report.write(Path(c.results)))
         return
-    for needed in (Path(c.data or "") / "corpora", Path(c.data or "") / "tasks", Path(c.base)):
-        if not c.data or not needed.is_dir():
-            raise InputError(f"{needed}: is not there; see python -m experiments.recipes --help")
+    check_places("recipes", c.data, c.base)
     rows = Path(c.results) / "minilm.jsonl"
     rows.parent.mkdir(parents=True, exist_ok=True)
     draw_tasks(c)
@@ -45,16 +44,22 @@ def main() -> None:
     todo += [("upgrade", one) for one in upgrades(c.targets, c.seeds) if (not c.arms or one.arm in c.arms) and not known(done, one.facts)]
     facts = {"device": device_name(CPU), "precision": str(pick_precision("auto", CPU)).removeprefix("torch."), "commit": commit(),
              "torch": torch.__version__}
-    end, count = time.monotonic() + c.budget if c.budget else None, 0
+    end, count, failed = time.monotonic() + c.budget if c.budget else None, 0, []
     with progress(len(todo), "recipes", unit="run") as bar, ProcessPoolExecutor(
             c.jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         for what in ("delta", "base", "upgrade"):       # each needs those before it
             for future in as_completed([pool.submit(attempt, c, *job, end) for job in todo if job[0] == what]):
-                found = future.result()
+                try:
+                    found = future.result()
+                except InputError as error:     # the others go on, and their rows are kept
+                    failed.append(error)
+                    continue
                 with rows.open("a", encoding="utf-8") as file:
                     file.write("".join(json.dumps(row | facts) + "\n" for row in found or ()))
                 count += found is not None
                 bar.update(found is not None)
+            if failed:
+                raise InputError(f"{len(failed)} runs failed, the first: {failed[0]}")
     print(f"{len(todo) - count} of {len(todo)} runs are left" + ("; the same command goes on" if len(todo) > count else ""))
 
 

@@ -6,7 +6,7 @@ from statistics import mean
 
 import numpy as np
 
-from experiments.recipes.plan import known, upgrades
+from experiments.recipes.plan import DELTA_SEEDS, known, upgrades
 from rt.errors import InputError
 from rt.formats.files import read_rows
 from rt.report.figures import pareto
@@ -17,17 +17,22 @@ Block = tuple[str, int]     # target, seed
 Point = tuple[float, float]     # gain, points lost
 
 
+def bases(rows: list[dict]) -> dict[int, dict]:
+    """The rows of M0 with its own deltas, by the seed of these."""
+    return {row["seed"]: row for row in rows if row["arm"] == "M0"}
+
+
 def points(rows: list[dict]) -> dict[tuple[str, float], dict[Block, Point]]:
     """(gain, points lost) of every upgrade on one domain, by arm and rate, and by block."""
-    own = {row["seed"]: row for row in rows if row["arm"] == "M0"}
+    own = bases(rows)
     done = [row for row in rows if row["arm"] != "M0" and "," not in row["target"]]
-    fall = {id(row): own[row["seed"] % len(own)]["heldout"][row["target"]] - row["heldout"][row["target"]] for row in done}
+    fall = {id(row): own[row["seed"] % DELTA_SEEDS]["heldout"][row["target"]] - row["heldout"][row["target"]] for row in done}
     found: dict = {}
     for (target,), some in group(done, "target").items():
         plain = group([row for row in some if row["arm"] == "plain"], "lr")
         best = max((mean(fall[id(row)] for row in line) for line in plain.values()), default=math.nan)
         for row in some:
-            point = fall[id(row)] / best, lost(own[row["seed"] % len(own)], row)
+            point = fall[id(row)] / best, lost(own[row["seed"] % DELTA_SEEDS], row)
             found.setdefault((row["arm"], row["lr"]), {})[target, row["seed"]] = point
     return found
 
@@ -75,7 +80,7 @@ def holm(p: dict) -> dict:
 HEAD = ("arm", "peak rate", "blocks", "gain, %", "points lost", "full", "adapter", "wiki loss", "advantage, points", "p / Holm", "seconds")
 
 
-def lines_of(rows: list[dict], own: list[dict], found: dict) -> list[list[str]]:
+def lines_of(rows: list[dict], own: dict[int, dict], found: dict) -> list[list[str]]:
     """The table: a line for each arm and rate."""
     ahead = {key: [*of.values()] for key, of in advantages(found).items() if of}
     p = {key: sign_flip(values) for key, values in ahead.items()}
@@ -83,7 +88,7 @@ def lines_of(rows: list[dict], own: list[dict], found: dict) -> list[list[str]]:
     for key, of in sorted(found.items(), key=lambda item: (item[0][0] != "plain", item[0])):
         some = [row for row in rows if (row["arm"], row.get("lr")) == key and "," not in row["target"]]
         gains, losses = zip(*of.values())
-        kinds = [mean(lost(own[row["seed"] % len(own)], row, kind) for row in some) for kind in ("/full", "/adapter")]
+        kinds = [mean(lost(own[row["seed"] % DELTA_SEEDS], row, kind) for row in some) for kind in ("/full", "/adapter")]
         test = [with_interval(ahead[key]), f"{p[key]:.3f} / {adjusted[key]:.3f}"] if key in ahead else ["", ""]
         lines.append([key[0], f"{key[1]:g}", len(of), with_interval(100 * g for g in gains), with_interval(losses),
                       *(f"{v:.1f}" for v in kinds), f"{mean(row['heldout']['wiki'] for row in some):.3f}", *test,
@@ -94,23 +99,26 @@ def lines_of(rows: list[dict], own: list[dict], found: dict) -> list[list[str]]:
 def write(folder: Path) -> str:
     """Write README.md and pareto.png/.svg; returns the table. InputError if there are no rows."""
     rows = read_rows(folder / "minilm.jsonl") if (folder / "minilm.jsonl").exists() else []
-    own = [row for row in rows if row["arm"] == "M0"]
+    own = bases(rows)
     found = points(rows) if own else {}
     if not found:
         raise InputError(f"{folder}: no rows of upgrades there; run python -m experiments.recipes --data DIR first")
     lines, facts = lines_of(rows, own, found), {key: ", ".join(sorted({row[key] for row in rows})) for key in ("device", "commit")}
-    scores = "; ".join(" ".join([name, *(f"{row['apply'][name]:.3f}" for row in own)]) for name in own[0]["apply"])
-    left_out = [f"{name} (seed {row['seed']})" for row in own for name in row["apply"] if name not in learned(row)]
+    first = next(iter(own.values()))
+    scores = "; ".join(" ".join([name, *(f"{row['apply'][name]:.3f}" for row in own.values())]) for name in first["apply"])
+    left_out = [f"{name} (seed {row['seed']})" for row in own.values() for name in row["apply"] if name not in learned(row)]
     text = ["# Which upgrades keep old deltas alive",
             "Written by `python -m experiments.recipes --report` from `minilm.jsonl`; [the plan](../../experiments/recipes/PLAN.md) says "
-            f"what each column is. Means with 95 % t-intervals over blocks. Machine: {facts['device']}; commits {facts['commit']}.",
+            "what each column is. The rows come from `python -m experiments.minilm --data DIR`, then `experiments.recipes --data DIR`"
+            "; seconds are of jobs that shared the cores with other work. Means with 95 % t-intervals over blocks. Machine: "
+            f"{facts['device']}; commits {facts['commit']}.",
             markdown(HEAD, lines), "![points lost against gain](pareto.png)",
             f"Test accuracy of the deltas on M0, by seed: {scores}.",
             "Left out, as dev on M0 is not 5 points above the commonest label: " + (", ".join(left_out) or "none") + ".",
-            "Held-out loss of M0: " + ", ".join(f"{domain} {loss:.3f}" for domain, loss in own[0]["heldout"].items()) + "."]
+            "Held-out loss of M0: " + ", ".join(f"{domain} {loss:.3f}" for domain, loss in first["heldout"].items()) + "."]
     chains = group([row for row in rows if "," in row.get("target", "")], "arm", "lr")
     for (arm, lr), some in chains.items():
-        stages = [with_interval(lost(own[row["seed"] % len(own)], row) for row in line) for line in group(some, "stage").values()]
+        stages = [with_interval(lost(own[row["seed"] % DELTA_SEEDS], row) for row in line) for line in group(some, "stage").values()]
         text.append(f"Chain, {arm} at {lr:g}: points lost by Delta_0 on M1, M2, ...: {', '.join(stages)}.")
     text += ["## Planned and not run", missing(rows)]
     (folder / "README.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")

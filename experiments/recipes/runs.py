@@ -1,7 +1,5 @@
 """Do one run of the plan, in a process of its own, and return its rows. Bases and deltas are kept under `home`."""
 import shutil
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from experiments.common import run_script
 from experiments.recipes.plan import (
     DELTA_SEEDS,
     DRAWN,
@@ -23,9 +22,8 @@ from experiments.recipes.plan import (
     UPGRADE,
     Upgrade,
 )
-from rt.data import Rows, TaskData, encode_task
-from rt.deltas import Base, apply
-from rt.errors import InputError
+from rt.data import TaskData, encode_task
+from rt.deltas import apply
 from rt.formats.corpora import build_corpus
 from rt.formats.delta_files import load_delta
 from rt.formats.files import read_json
@@ -35,10 +33,10 @@ from rt.limits import Positive, PositiveInt, Seeds
 from rt.model import MaskedLM
 from rt.pretrain import evaluate_mlm
 from rt.report import analysis
+from rt.runs.upgrade import scored_rows
 from rt.speed.device import pick_precision
 from rt.tune import evaluate
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 
@@ -72,18 +70,14 @@ def delta_folder(c: Config, task: str, kind: str, seed: int) -> Path:
     return Path(c.home) / "deltas" / f"{task}-{kind}-s{seed}"
 
 
-def train(*arguments: object) -> str:
-    """train.py in a process of its own; the command as it can be typed."""
-    command = ["train.py", *map(str, arguments)]
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise InputError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()[-300:]}")
-    return " ".join(command)
+def train(c: Config, *arguments: object) -> str:
+    """train.py; the command as it can be typed."""
+    return run_script({"DIR": c.data, "HOME": c.home, "M0": c.base, "CACHE": c.cache}, "train.py", *arguments)
 
 
 def tune_delta(c: Config, task: str, kind: str, seed: int) -> list[dict]:
-    train("--mode", "tune", "--base", Path(c.base).absolute(), "--task", task_folder(c, task), "--delta", kind, "--lr",
-          KINDS[kind], "--seq_len", TASKS[task], "--seed", seed, *TUNE, "--out", delta_folder(c, task, kind, seed).absolute())
+    train(c, "--mode", "tune", "--base", Path(c.base), "--task", task_folder(c, task), "--delta", kind, "--lr", KINDS[kind], "--seq_len",
+          TASKS[task], "--seed", seed, *TUNE, "--out", delta_folder(c, task, kind, seed))
     return []
 
 
@@ -102,15 +96,12 @@ def majority(c: Config, task: str) -> float:
 
 def upgrade(c: Config, one: Upgrade) -> list[dict]:
     """A row for each base that train.py makes."""
-    domains, places = one.target.split(","), {name: Path(at).absolute() for name, at in (("DIR", c.data), ("HOME", c.home), ("M0", c.base),
-                                                                                         ("CACHE", c.cache))}
-    out = places["HOME"] / "bases" / f"{one.arm}-{one.lr}-{one.target}-s{one.seed}".replace(" ", "").replace("%", "")
+    domains, corpora = one.target.split(","), Path(c.data, "corpora").absolute()
+    out = Path(c.home) / "bases" / f"{one.arm}-{one.lr}-{one.target}-s{one.seed}".replace(" ", "").replace("%", "")
     shutil.rmtree(out, ignore_errors=True)      # an upgrade is short: what was cut off begins anew
-    stream = ",".join(str(places["DIR"] / "corpora" / f"{domain}.txt.xz") for domain in domains)
-    command = train("--init", places["M0"], "--stream", stream, "--lr", one.lr, "--seed", one.seed, *UPGRADE,
-                    *SWITCHES.get(one.arm, "").split(), "--cache", places["CACHE"], "--out", out)
-    for name, place in places.items():
-        command = command.replace(str(place), name)
+    stream = ",".join(str(corpora / f"{domain}.txt.xz") for domain in domains)
+    command = train(c, "--init", Path(c.base), "--stream", stream, "--lr", one.lr, "--seed", one.seed, *UPGRADE,
+                    *SWITCHES.get(one.arm, "").split(), "--cache", Path(c.cache), "--out", out)
     rows, old = [], dict(open_base(c.base).encoder.named_parameters())
     for i, domain in enumerate(domains, 1):
         folder = out / f"M{i}"
@@ -146,16 +137,13 @@ def data_of(folder: Path, base: str, seq_len: int) -> TaskData:
 def scores(c: Config, folder: Path, delta_seed: int, domains: tuple[str, ...]) -> dict:
     """Held-out losses by domain, and the accuracy of every old delta as it is."""
     base, where = open_base(str(folder)), {"device": CPU, "precision": pick_precision("auto", CPU)}
-    heldout = {d: evaluate_mlm(MaskedLM(base.encoder, base.head), heldout_rows(c, base, d), tokens=HELDOUT_TOKENS, **where)["loss"]
-               for d in domains}
-    accuracy = {}
+    heldout, accuracy = {}, {}
+    for domain in domains:
+        corpus = build_corpus(domain, Path(c.data, "corpora", f"{domain}.txt.xz"), base.tokenizer, Path(c.cache))["heldout"]
+        rows = scored_rows(corpus, base.tokenizer, 128)
+        heldout[domain] = evaluate_mlm(MaskedLM(base.encoder, base.head), rows, tokens=HELDOUT_TOKENS, **where)["loss"]
     for task, kind in ((task, kind) for task in TASKS for kind in KINDS):
         data = data_of(task_folder(c, task), c.base, TASKS[task])
         delta = load_delta(delta_folder(c, task, kind, delta_seed)).ordered(data.labels)
         accuracy[f"{task}/{kind}"] = evaluate(apply(base, delta, stale_ok=True), data.test, **where)["accuracy"]
     return {"heldout": heldout, "apply": accuracy}
-
-
-def heldout_rows(c: Config, base: Base, domain: str) -> Rows:
-    corpus = build_corpus(domain, Path(c.data, "corpora", f"{domain}.txt.xz"), base.tokenizer, Path(c.cache))["heldout"]
-    return Rows(corpus, base.tokenizer, seq_len=128, mask_rate=0.15, seed=0, sequences=1)

@@ -5,7 +5,6 @@
     python -m experiments.transfer --report         # results/transfer/README.md, from the rows alone
 """
 import json
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -15,10 +14,10 @@ from pathlib import Path
 import torch
 
 from bench.machine import commit, device_name
+from experiments.common import check_places, run_script
 from experiments.recipes import runs as recipes
 from experiments.transfer import report
 from experiments.twin import permuted_twin
-from rt.errors import InputError
 from rt.formats.checkpoint import save_base
 from rt.formats.files import read_json, read_rows
 from rt.formats.hub import open_base
@@ -27,7 +26,6 @@ from rt.model import MaskedLM
 from rt.runs.config import parse, run
 from rt.runs.log import progress
 
-ROOT = Path(__file__).resolve().parents[2]
 TASKS, KINDS = ("rotten_tomatoes", "agnews"), ("full", "adapter")
 MINI_TUNED = {"full": 5e-4, "adapter": 3e-3}        # rates of the old deltas of mini
 RATES = {"minilm": {"full": "5e-5,2e-4", "adapter": "1e-3,3e-3"}, "mini": {"full": "2e-4,5e-4", "adapter": "1e-3,3e-3"}}
@@ -55,9 +53,7 @@ def main() -> None:
     if c.report:
         print(report.write(Path(c.results)))
         return
-    for needed in (Path(c.data or "") / "corpora", Path(c.data or "") / "tasks", Path(c.base)):
-        if not c.data or not needed.is_dir():
-            raise InputError(f"{needed}: is not there; see python -m experiments.transfer --help")
+    check_places("transfer", c.data, c.base)
     rows, end = Path(c.results) / "rows.jsonl", time.monotonic() + (c.budget or float("inf"))
     rows.parent.mkdir(parents=True, exist_ok=True)
     done = {json.dumps(row["cell"]) for row in read_rows(rows)} if rows.exists() else set()
@@ -80,15 +76,8 @@ def main() -> None:
 
 
 def script(c: Config, *command: object) -> str:
-    """A script of the checkout in a process of its own; the command as it can be typed."""
-    command = [str(part.absolute()) if isinstance(part, Path) else str(part) for part in command]
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise InputError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()[-400:]}")
-    text = " ".join(command)
-    for name, place in (("DIR", c.data), ("HOME", c.home), ("M0", c.base), ("RECIPES", c.recipes), ("CACHE", c.cache)):
-        text = text.replace(str(Path(place).absolute()), name)
-    return text
+    """A script of the checkout; the command as it can be typed."""
+    return run_script({"DIR": c.data, "HOME": c.home, "M0": c.base, "RECIPES": c.recipes, "CACHE": c.cache}, *command)
 
 
 def prepare(c: Config, needed: set[str]) -> None:
@@ -111,12 +100,8 @@ def prepare(c: Config, needed: set[str]) -> None:
             script(c, "train.py", "--mode", "tune", "--base", home / "mini" / "M0", "--task", recipes.task_folder(shared, task), "--delta",
                    kind, "--lr", MINI_TUNED[kind], "--seq_len", 64, *recipes.TUNE, "--out", delta(c, "mini", task, kind))
         if "B" in needed and not (answers := predictions(c, task, kind)).exists():
-            places = {"--base": Path(c.base), "--delta_dir": delta(c, "minilm", task, kind),
-                      "--input": recipes.task_folder(shared, task) / "train.jsonl"}
-            flags = [str(part) for flag, place in places.items() for part in (flag, place.absolute())]
-            done = subprocess.run([sys.executable, "-m", "rt.runs.predict", *flags, "--device", "cpu"], cwd=ROOT, capture_output=True,
-                                  text=True, check=True)
-            answers.write_text(done.stdout, encoding="utf-8")
+            script(c, "-m", "rt.runs.predict", "--base", Path(c.base), "--delta_dir", delta(c, "minilm", task, kind), "--input",
+                   recipes.task_folder(shared, task) / "train.jsonl", "--device", "cpu", "--out", answers)
 
 
 def delta(c: Config, base: str, task: str, kind: str) -> Path:

@@ -161,8 +161,8 @@ def _tokenize(path: Path, tokenizer: Tokenizer, folder: Path, name: str) -> None
 
 
 def pairs_of(texts: Iterable[str], old: Tokenizer, new: Tokenizer, max_len: int) -> list[Pair]:
-    """Texts as two tokenizers read them, up to about MOST_ROWS rows. Of one vocabulary all rows are compared, else those of <s> and of the
-    first pieces of words (between spaces)."""
+    """Texts as two tokenizers read them, up to about MOST_ROWS rows. If both have one vocabulary, all rows are compared; else <s> and the
+    first piece of each word (words are separated by spaces)."""
     pairs: list[Pair] = []
     for text in texts:
         words, read = [Example(" " * (i > 0) + word, None, None, "") for i, word in enumerate(text.split()[:max_len])], []

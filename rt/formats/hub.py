@@ -101,7 +101,7 @@ def _not_to_be_had(name: str, why: Exception) -> InputError:
 
 
 def find_dataset(name: str) -> tuple[Path, str]:
-    """hub:OWNER/NAME[/CONFIG] in the local cache, downloaded if it is not there yet: (folder, what the user is told of it). Parquet
+    """hub:OWNER/NAME[/CONFIG] in the local cache, downloaded if it is not there yet: (folder, a sentence for the user). Parquet
     files of the repository are taken, or else those that the hub has made of it, or else its other tables. CONFIG is the name of their
     folder; one without a train split is a corpus. InputError, also if there are several configs and none is named."""
     parsed = re.fullmatch(r"hub:([\w-][\w.-]*/[\w-][\w.-]*)(?:/([\w-].*))?", name)

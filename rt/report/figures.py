@@ -191,7 +191,7 @@ def pareto(points: dict[str, Points], path: Path, xlabel: str, ylabel: str) -> N
 
 
 def recipes(rows: list[dict], path: Path) -> None:
-    """Points lost by the old deltas against held-out loss given up on the new domain, a marker an upgrade. Rows: see analyze.py."""
+    """Points lost by the old deltas against held-out loss given up on the new domain, a marker an upgrade. Rows: rt/report/studies.py."""
     points = {line["base"]: [(line["given up"], line["points lost"])] for line in recipes_numbers(rows)}
     pareto(points, path, "held-out loss given up on the new domain (nats)", "points lost by old deltas, as they are")
 
@@ -199,11 +199,11 @@ def recipes(rows: list[dict], path: Path) -> None:
 def recipes_numbers(rows: list[dict]) -> list[dict]:
     """A line for each upgrade: points lost by `apply` and won by `init` over `scratch`, means over tasks and seeds; held-out losses, and
     what is given up of the last against the best upgrade; distance from the old base; the share of heads that are kept."""
-    bases, numbers = {row["base"]: row for row in rows if row["what"] == "base"}, []
+    bases, numbers = {row["base"]: row for row in rows if row["of"] == "base"}, []
     (first, old), *later = bases.items()
     new = [*old["heldout"]][-1]
     score = {(row["base"], row["task"], row["seed"]): row | {"score": next(row[s] for s in SCORES if s in row)}
-             for row in rows if row["what"] == "delta"}
+             for row in rows if row["of"] == "delta"}
     cells = [(task, seed) for name, task, seed in score if name == first]
     for name, base in later:
         there = [score[name, task, seed] for task, seed in cells]
@@ -267,5 +267,4 @@ def numbers_table(numbers: list[dict]) -> str:
 
 def figures_of(study: str, rows: list[dict]) -> dict[str, Callable[[Path], None]]:
     """{name: what draws the figure to a path}."""
-    return {name: partial(draw, [row for row in rows if study == "recipes" or row.get("what", name) == name])
-            for name, draw in FIGURES[study].items()}
+    return {name: partial(draw, [row for row in rows if row.get("what", name) == name]) for name, draw in FIGURES[study].items()}

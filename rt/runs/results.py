@@ -39,7 +39,7 @@ NOT_SETTINGS = {"mode", "seeds", "lr", "out", "cache", "device", "resume", "save
                 "deterministic", "tensorboard", "workers", "threads"}
 # parts of a Config: the modes that read them
 USED_BY = {"distill": (*NEEDS_TEACHER, "project"), "project": ("project",), "teaching": NEEDS_TEACHER, "carry": CARRIES}
-DEFAULTS = {"carry": "none", "head": "fresh", "merge": "mean"}      # not in settings: they were named before there were others
+LATER = ("teaching", "carry", "head", "merge")      # flags and parts of a Config that old names lack: left out at their defaults
 
 
 # --- equal names for equal runs ----------------------------------------------------------------------------------------
@@ -59,9 +59,8 @@ class Run:
         and no --chain, so that it is the same run."""
         values = record(self.c if self.route == "chain" else replace(self.c, chain=()))
         off = {name for name in ("chain", "early_stop", "gamma", "itp", "project_patience") if not values[name]}
-        off |= {name for name, default in DEFAULTS.items() if values[name] == default}
-        off |= {flag.name for flag in flags_of(type(self.c)) if flag.path[0] == "teaching" and values[flag.name] == flag.default}
-        off |= {name for name, of in (("att_layers", "gamma"), ("carry_text", "carry"), ("shrinkage", "head")) if of in off}
+        off |= {flag.name for flag in flags_of(type(self.c)) if flag.path[0] in LATER and values[flag.name] == flag.default}
+        off |= {name for name, of in (("att_layers", "gamma"), ("shrinkage", "head")) if of in off}
         return {k: v for k, v in values.items() if k not in NOT_SETTINGS | unread(type(self.c), self.mode) | off}
 
     @cached_property

@@ -19,21 +19,21 @@ from rt.tune import evaluate, score
 
 
 def old_names(text: str | None) -> list[str]:
-    """--old_delta A,B,C as names; that of a folder may hold commas."""
+    """The names in --old_delta A,B,C; an existing folder is one name, even if it holds commas."""
     return text.split(",") if text and not Path(text).exists() else [text or ""]
 
 
 def open_old(text: str, base: Base, labels: tuple[str, ...], how: str) -> tuple[list[Delta], Delta, Delta | None]:
-    """The old deltas; the one that teaches, the first with the task's labels if any has them; and of several all as one, until
-    merge_on_dev has chosen."""
+    """(the old deltas, the one that teaches, all merged). The first delta with the task's labels teaches, or the first of all. A single
+    delta is not merged (None); several are until merge_on_dev has chosen among them."""
     olds = [open_best(name, base).ordered(labels) for name in old_names(text)]
     merged = combine(olds, [1 / len(olds)] * len(olds), how, labels) if len(olds) > 1 else None
     return olds, next((delta for delta in olds if delta.labels == labels), olds[0]), merged
 
 
 def merge_on_dev(r: Recycling, deltas: list[Delta], how: str) -> tuple[Delta, dict]:
-    """Several deltas of the old base as one, and what a row says of it: the mean (or TIES) of the subset whose `apply` is best on dev; of
-    all if that needs a fresh head, whose scores say nothing."""
+    """(several deltas merged into one, its facts for the run's record): the mean or TIES of the subset whose `apply` is best on dev. If
+    `apply` needs a fresh head, its scores say nothing, and all are merged."""
     choices, found = sorted([*itertools.product((0.0, 1.0), repeat=len(deltas))][1:], key=sum, reverse=True), []
     if r.head == "fresh" and r.data.labels not in [delta.labels for delta in deltas]:
         choices = choices[:1]

@@ -33,7 +33,7 @@ class TeacherConfig:
 
 
 def refusals(c: Any, modes: list[str]) -> Iterable[tuple[Any, str]]:
-    """(whether it is so, sentence) of what makes no sense together in recycle.py's Config `c`."""
+    """(is it wrong?, sentence) for each combination of flags in recycle.py's Config `c` that makes no sense."""
     t, taught = c.teaching, {*modes} & {*NEEDS_TEACHER}
     return ((t.teacher and not taught, f"--teacher {t.teacher}: is for modes with a teacher ({', '.join(NEEDS_TEACHER)})"),
             (t.teacher and not c.old_delta and {*modes} - {*WITHOUT_OLD},
@@ -50,7 +50,7 @@ def refusals(c: Any, modes: list[str]) -> Iterable[tuple[Any, str]]:
 
 @dataclass
 class Teaching:
-    """`config` with what it names, for a `task` of which `shots` examples a label are drawn, or all."""
+    """`config` with the files that it names, for `shots` examples a label of a `task` (None: all)."""
     config: TeacherConfig
     seq_len: int
     task: Task
@@ -78,9 +78,9 @@ class Teaching:
             texts = [texts[i] for i in np.random.default_rng([seed, 4]).permutation(len(texts))[:t.unlabelled_texts]]
         return texts
 
-    def examples(self, seed: int) -> list[Example]:
-        """What is taught, in the order of the cache."""
-        return self.sample(seed).parts["train"] + self.unlabelled(seed)
+    def examples(self, seed: int, texts: list[Example]) -> list[Example]:
+        """What is taught, in the order of the cache; `texts` are those without labels."""
+        return self.sample(seed).parts["train"] + texts
 
     def fill(self, r: Recycling, seed: int) -> Recycling:
         """`r`, whose data.train are the labelled examples of this seed, with what its teacher says or reads."""
@@ -88,10 +88,10 @@ class Teaching:
         if texts:
             r = replace(r, unlabelled=encode(texts, labels, r.base.tokenizer, self.seq_len), hard=self.config.pseudo_labels == "hard")
         if self.predictions:
-            return replace(r, teacher=TeacherCache(self.predictions.logits(self.examples(seed)).to(r.device), None))
+            return replace(r, teacher=TeacherCache(self.predictions.logits(self.examples(seed, texts)).to(r.device), None))
         if old.tokenizer.vocabulary == r.base.tokenizer.vocabulary and self.old_seq_len == self.seq_len:
             return r
-        return replace(r, old_train=encode(self.examples(seed), labels, old.tokenizer, self.old_seq_len))
+        return replace(r, old_train=encode(self.examples(seed, texts), labels, old.tokenizer, self.old_seq_len))
 
     @property
     def content(self) -> str:
@@ -113,14 +113,14 @@ def open_teaching(c: Any, modes: list[str], task: Task, open_texts: Callable[[st
     teaching = Teaching(t, c.seq_len, task, c.shots, predictions, texts)
     if predictions:
         for seed in dict.fromkeys(seeds) if c.shots else (0,):
-            predictions.logits(teaching.examples(seed))
+            predictions.logits(teaching.examples(seed, teaching.unlabelled(seed)))
     elif teaching.old_seq_len > (most := r.old_base.encoder.config.max_len):
         raise InputError(f"--old_seq_len {teaching.old_seq_len}: the old base, which teaches, has positions for {most} tokens")
     return teaching
 
 
 def note_cut(c: Any, first: Recycling) -> None:
-    """Say on stderr how many texts were cut of those that a teacher alone reads, in the sample of the `first` run."""
+    """Print to stderr how many texts of the `first` run's sample that only a teacher reads were cut."""
     for part, length, flag in ((first.unlabelled, c.seq_len, "--seq_len"), (first.old_train, c.teaching.old_seq_len, "--old_seq_len")):
         if part:
             note_truncated(part.truncated, len(part), length or c.seq_len, sys.stderr, flag)

@@ -91,6 +91,11 @@ class RecipeConfig:
         return [replay / earlier for _ in range(earlier)] + [(1 - replay) * share for share in own]
 
 
+def scored_rows(corpus: Corpus, tokenizer: Tokenizer, seq_len: int) -> Rows:
+    """Rows on which a masked-LM loss is taken: one sequence each, masked alike for all bases."""
+    return Rows(corpus, tokenizer, seq_len=seq_len, mask_rate=HELDOUT_MASK_RATE, seed=0, sequences=1)
+
+
 class Start(NamedTuple):
     """What a base is the child of."""
     parent: str | None = None       # fingerprint; None: of nothing
@@ -100,7 +105,7 @@ class Start(NamedTuple):
 
 
 def earlier_domains(c: Any, domains: dict[str, str], own: dict[str, str]) -> dict[str, str]:
-    """The domains that the lineage of --init was trained on, but for the stream's, and where they are; for --replay."""
+    """{name: place} of the domains that --replay draws from: those of the lineage of --init that are not in the stream."""
     if clash := [name for name, place in own.items() if domains.get(name, place) != place]:
         raise InputError(f"--stream: {clash[0]} ({own[clash[0]]}) has the name of an earlier domain ({domains[clash[0]]}); rename the file")
     earlier = {name: place for name, place in domains.items() if name not in own}
@@ -114,14 +119,13 @@ def earlier_domains(c: Any, domains: dict[str, str], own: dict[str, str]) -> dic
 
 def start_recipe(c: Any, model: MaskedLM, rows: Rows, corpora: list[Corpus], tokenizer: Tokenizer, ranks: Ranks, where: dict,
                  has_parent: bool) -> Recipe:
-    """The recipe of a stage on `corpora`, the first of which is that of `rows`. A new base has nothing to preserve."""
+    """The recipe of a stage on `corpora`; `rows` are of the first of them. A new base has nothing to preserve."""
     r, loss = c.recipe, mlm_loss
     if r.preserve and has_parent:
         loss = Preserve(model, r.preserve, r.preserve_by, rows.masked(range(min(SAMPLE_ROWS, rows.per_epoch))).to(ranks.device))
     if not r.by_need:
         return Recipe(model, r.align, r.align_eps, loss=loss)
-    probes = [Rows(corpus, tokenizer, seq_len=c.seq_len, mask_rate=HELDOUT_MASK_RATE, seed=0, sequences=1)
-              for corpus in (*corpora[1:], corpora[0])]
+    probes = [scored_rows(corpus, tokenizer, c.seq_len) for corpus in (*corpora[1:], corpora[0])]
 
     def losses(model: MaskedLM = model) -> list[float]:
         return ranks.from_main(lambda: [evaluate_mlm(model, probe, tokens=c.eval_tokens, **where)["loss"] for probe in probes])

@@ -1,0 +1,235 @@
+"""The rows of analyze.py's studies. Their numbers and figures are in rt/report/figures.py, what is computed in rt/report/analysis.py."""
+import json
+from dataclasses import dataclass, field
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import torch
+
+from rt.data import Encoded, Example, Task, TaskData, encode, encode_task, few_shot
+from rt.deltas import Base, Delta, apply
+from rt.errors import Diverged, InputError
+from rt.formats.corpora import build_corpus
+from rt.formats.files import read_json
+from rt.formats.hub import open_base
+from rt.losses import DistillConfig, Weights, weights_of
+from rt.model import Classifier, MaskedLM
+from rt.pretrain import evaluate_mlm
+from rt.recycling import Recycling, recycle
+from rt.report import analysis
+from rt.runs.log import progress
+from rt.runs.upgrade import scored_rows
+from rt.tune import TuneSettings, chance, evaluate
+
+HELDOUT_LENGTH, HELDOUT_TOKENS = 128, 16384     # of a sequence, and scored a domain
+
+
+@dataclass
+class StudyContext:
+    """What a study works on. Bases go by the names of their folders, the independent one by IND."""
+    c: Any      # the Config of analyze.py
+    folders: dict[str, str]
+    bases: dict[str, Base]
+    tasks: dict[str, Task]
+    data: dict[str, TaskData]
+    where: dict     # device and precision
+    corpora: dict[str, Path]    # the domains of --domains, by name
+    deltas: dict[tuple[str, str, int], Delta] = field(default_factory=dict)     # by base, task and seed
+    origins: list[dict] = field(default_factory=list)       # of the deltas, for the summary
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """The first base (or the one before) with each later one; the independent one always with the first."""
+        names = [name for name in self.bases if name != "IND"]
+        found = list(pairwise(names)) if self.c.neighbours else [(names[0], name) for name in names[1:]]
+        return found + [(names[0], "IND")] * ("IND" in self.bases)
+
+    def cells(self) -> Iterator[tuple[str, int, dict]]:
+        """(task, seed, the facts of them that stand in each of their rows)."""
+        for task, seed in product(self.data, self.c.seeds):
+            part = {} if self.data[task].test else {"scored_on": "dev"}
+            yield task, seed, {"study": self.c.study, "task": task, "kind": self.c.delta, "seed": seed, **part}
+
+    def scored(self, task: str) -> Encoded:
+        """The test part of a task, or dev if that has no labels."""
+        return self.data[task].test or self.data[task].dev
+
+    def tuned(self, base: str, task: str, seed: int) -> Classifier:
+        return apply(self.bases[base], self.deltas[base, task, seed]).eval()
+
+
+def compatibility(context: StudyContext) -> Iterator[dict]:
+    """Delta_0 on every later base and on the snapshots on the way there; what is tuned on each base itself; chance."""
+    first, *later = context.bases
+    with progress(len(context.data) * len(context.c.seeds) * len(later), "compatibility", unit="base") as bar:
+        for task, seed, facts in context.cells():
+            old, data = context.deltas[first, task, seed], context.scored(task)
+
+            def line(kind: str, base: str, stage: int, t: int | None, model: Classifier) -> dict:
+                return facts | {"base": base, "stage": stage, "t": t, "line": kind, **evaluate(model, data, **context.where)}
+
+            own = line("own", first, 0, None, apply(context.bases[first], old))
+            guess = facts | {"base": first, "stage": 0, "t": None, "line": "chance", **chance(context.data[task])}
+            yield from (own, own | {"line": "apply"}, guess)
+            for stage, name in enumerate(later, 1):
+                for t, folder in snapshots(Path(context.folders[name])):
+                    base = open_base(str(folder)).to(context.where["device"])
+                    yield line("apply", folder.name, stage, t, apply(base, old, stale_ok=True))
+                yield line("apply", name, stage, None, apply(context.bases[name], old, stale_ok=True))
+                yield line("tuned", name, stage, None, context.tuned(name, task, seed))
+                bar.update()
+
+
+def snapshots(base: Path) -> list[tuple[int, Path]]:
+    """(t, folder) of the checkpoints M_i(t) beside M_i."""
+    folders = [meta.parent for meta in base.parent.glob(f"{base.name}-t*/meta.json")]
+    return sorted((int(t), folder) for folder in folders if (t := folder.name.removeprefix(f"{base.name}-t")).isdecimal())
+
+
+def connectivity(context: StudyContext) -> Iterator[dict]:
+    """Loss and metrics on test along the path between two tuned models."""
+    c = context.c
+    points = [i / (c.points - 1) for i in range(c.points)]
+    with progress(len(context.data) * len(c.seeds) * len(context.pairs) * (1 + c.curve) * c.points, "paths", unit="point") as bar:
+        for (task, seed, facts), pair in product(context.cells(), context.pairs):
+            a, b = (context.tuned(base, task, seed) for base in pair)
+            ends = weights_of(a), weights_of(b)
+            paths = {"linear": analysis.linear(*ends)}
+            if c.curve:
+                paths["curve"] = analysis.bezier(ends[0], control_point(context, b, ends, task, seed), ends[1])
+            for (name, path), mu in product(paths.items(), points):
+                row, = analysis.walk(b, path, [mu], context.scored(task), **context.where)
+                yield facts | {"pair": "-".join(pair), "path": name, **row}
+                bar.update()
+
+
+def control_point(context: StudyContext, model: Classifier, ends: tuple[Weights, Weights], task: str, seed: int) -> Weights:
+    """The trained control point of the curve between two models' weights."""
+    c = context.c
+    settings = TuneSettings(c.curve_steps, c.batch_size, c.curve_lr, c.curve_steps, seed)
+    try:
+        with progress(c.curve_steps, "curve") as bar:
+            return analysis.train_control(model, *ends, context.data[task], settings, **context.where,
+                                          on_step=lambda batch: bar.update())
+    except Diverged as error:
+        raise Diverged(str(error).replace("`lr`", "`curve_lr`")) from None
+
+
+def similarity(context: StudyContext) -> Iterator[dict]:
+    """Heads against heads and layers against layers over test texts; the maps of a few heads on one text, of the first seed."""
+    c, device, first = context.c, context.where["device"], next(iter(context.bases.values()))
+    heads = chosen_heads(c, first)
+    texts = {task: min(context.scored(task).sequences, key=lambda ids: abs(len(ids) - 16)) for task in context.data}
+    if c.sentence is not None:
+        given = encode([Example(c.sentence, None, None, "--sentence")], (), first.tokenizer, c.seq_len)
+        texts = dict.fromkeys(texts, given.sequences[0])
+    with progress(len(context.data) * len(c.seeds) * len(context.pairs), "similarity", unit="pair") as bar:
+        for task, seed, facts in context.cells():
+            models = {name: context.tuned(name, task, seed) for name in context.bases}
+            # as they may stand on an axis: no space around a token, line breaks written out
+            tokens = [json.dumps(first.tokenizer.decode([i]).strip(" "), ensure_ascii=False)[1:-1] for i in texts[task]]
+            for name, model in models.items() if seed == c.seeds[0] else ():
+                maps = analysis.attention_maps(model, texts[task], device)
+                for layer, head in heads:
+                    yield facts | {"what": "attention", "base": name, "layer": layer, "head": head, "tokens": tokens,
+                                   "map": rounded(maps[layer, head])}
+            sequences = context.scored(task).sequences[:c.max_examples]
+            for pair in context.pairs:
+                a, b = (models[name] for name in pair)
+                matrix, alike = analysis.head_divergence(a, b, sequences, device), analysis.cka(a, b, sequences, device)
+                yield facts | {"what": "heads", "pair": "-".join(pair), "heads": first.encoder.config.num_heads,
+                               "sequences": len(sequences), **analysis.match_summary(matrix), "own_of_head": rounded(matrix.diagonal()),
+                               "best_of_head": rounded(matrix.amin(1)), "match_of_head": matrix.argmin(1).tolist(),
+                               "divergence": rounded(matrix), "cka_own": alike.diagonal().mean().item(), "cka": rounded(alike)}
+                bar.update()
+
+
+def chosen_heads(c: Any, base: Base) -> list[tuple[int, int]]:
+    L, H = base.encoder.config.num_layers, base.encoder.config.num_heads
+    known = {f"{layer}.{head}": (layer, head) for layer, head in product(range(L), range(H))}
+    for name in c.heads:
+        if name not in known:
+            raise InputError(f"--heads {name}: not a LAYER.HEAD of this model, 0.0 to {L - 1}.{H - 1}")
+    return [known[name] for name in c.heads or dict.fromkeys((f"{layer}.0" for layer in (0, L // 2, L - 1)))]
+
+
+def rounded(values: torch.Tensor) -> list:
+    return values.double().round(decimals=5).tolist()
+
+
+def distance(context: StudyContext) -> Iterator[dict]:
+    """Between the encoders of two bases, and between their deltas, by part and in all. The head is left out: it is kept as it is, not as a
+    change, and equal seeds start it equal, which would pass for likeness. (So are a delta's modules, in the kinds that have them.)"""
+    weights = [({"study": context.c.study, "task": None, "kind": None, "seed": None, "of": "bases"},
+                {name: dict(base.encoder.named_parameters()) for name, base in context.bases.items()})]
+    for task, seed, facts in context.cells():
+        deltas = {name: context.deltas[name, task, seed] for name in context.bases}
+        weights.append((facts | {"of": "deltas"}, {name: delta.diffs | delta.modules for name, delta in deltas.items()}))
+    for (facts, of), (a, b) in product(weights, context.pairs):
+        for row in analysis.distances(of[a], of[b]):
+            yield facts | {"pair": f"{a}-{b}", **row}
+
+
+# --- upgrades of one base, beyond the paper ---------------------------------------------------------------------------
+
+def heldout_losses(context: StudyContext, folder: str) -> dict[str, float]:
+    """Masked-LM loss of the base in `folder` on the held-out text of each domain."""
+    base, losses = open_base(folder).to(context.where["device"]), {}
+    if base.head is None:
+        raise InputError(f"{folder}: has no masked-LM head, so no held-out loss")
+    for name, path in context.corpora.items():
+        rows = scored_rows(build_corpus(name, path, base.tokenizer, context.c.cache)["heldout"], base.tokenizer, HELDOUT_LENGTH)
+        losses[name] = evaluate_mlm(MaskedLM(base.encoder, base.head), rows, tokens=HELDOUT_TOKENS, **context.where)["loss"]
+    return losses
+
+
+def recipes(context: StudyContext) -> Iterator[dict]:
+    """Of the old base and of each upgrade: held-out losses and the distance from the old base; then, by task and seed, what the old delta
+    scores as it is, how many of its attention heads are where they were, and what init and scratch reach with few labels."""
+    c, first, where = context.c, next(iter(context.bases)), context.where
+    old = dict(context.bases[first].encoder.named_parameters())
+    with progress(len(context.bases) * (1 + len(context.data) * len(c.seeds)), "recipes", unit="row") as bar:
+        for name, base in context.bases.items():
+            whole = analysis.distances(old, dict(base.encoder.named_parameters()))[-1]
+            yield {"study": c.study, "of": "base", "base": name, "heldout": heldout_losses(context, context.folders[name]),
+                   "l2": whole["l2"], "cosine": whole["cosine"]}
+            bar.update()
+        for (task, seed, facts), name in product(context.cells(), context.bases):
+            delta, base = context.deltas[first, task, seed], context.bases[name]
+            there = apply(base, delta, stale_ok=True).eval()
+            matrix = analysis.head_divergence(context.tuned(first, task, seed), there, context.scored(task).sequences[:c.max_examples],
+                                              where["device"])
+            trained = {} if name == first else {mode: few_shot_score(context, mode, name, task, seed) for mode in ("scratch", "init")}
+            yield facts | {"of": "delta", "base": name, **evaluate(there, context.scored(task), **where),
+                           "heads_kept": analysis.match_summary(matrix)["share_own_best"], **trained}
+            bar.update()
+
+
+def few_shot_score(context: StudyContext, mode: str, name: str, task: str, seed: int) -> float | None:
+    """The test score (dev's without test) of `mode` on an upgrade."""
+    c, first, whole = context.c, next(iter(context.bases)), context.tasks[task]
+    data = encode_task(few_shot(whole, c.shots, seed) if c.shots else whole, context.bases[first].tokenizer, c.seq_len)
+    delta = context.deltas[first, task, seed]
+    settings = TuneSettings(c.tune_steps, c.batch_size, c.lr, max(1, c.tune_steps // 5), seed)
+    r = Recycling(context.bases[first], delta, context.bases[name], data, delta.config, settings, DistillConfig(), **context.where)
+    result = recycle(r, mode)[1]
+    return next(iter((result.test or result.dev).values()))
+
+
+def mixture(context: StudyContext) -> Iterator[dict]:
+    """Held-out losses of the old base, and of every upgrade and its snapshots, with the share of replay and the steps."""
+    first, *later = context.folders.values()
+    yield {"study": context.c.study, "base": first, "replay": None, "steps": 0, "heldout": heldout_losses(context, first)}
+    places = [Path(place) for folder in later for place in (*(each for _, each in snapshots(Path(folder))), folder)]
+    with progress(len(places), "mixture", unit="base") as bar:
+        for place in places:
+            meta = read_json(place / "meta.json")
+            yield {"study": context.c.study, "base": str(place), "replay": meta.get("recipe", {}).get("replay", 0.0), "steps": meta["step"],
+                   "heldout": heldout_losses(context, str(place))}
+            bar.update()
+
+
+ABOUT_UPGRADES = ("recipes", "mixture")
+ROWS: dict[str, Callable[[StudyContext], Iterator[dict]]] = {
+    study.__name__: study for study in (compatibility, connectivity, similarity, distance, recipes, mixture)}
