@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import configs
-from kernels.attention_kernels import _backward_keys, _backward_queries, _backward_rows, _forward
+from kernels.attention_kernels import _backward_keys, _backward_queries, _backward_rows, _forward, programs
 from kernels.common import LOG2E, check_cu_seqlens, dense_rows, launch, op, uses_triton
 from kernels.dropout import check_seed, dropout_words, threshold_of, words_ref
 
@@ -123,9 +123,10 @@ def _launch_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seed: T
     if dropout_p:
         launch(dropout_words, -(-N // 256) * H, seed, words, N, H, N // len(seed), -(-N // 256), BLOCK=256)
     BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_forward" + dropped, size_class(D, max_seqlen), q.dtype, q.device)
-    blocks = -(-max_seqlen // BLOCK_Q)
-    launch(_forward, blocks * H * (len(cu_seqlens) - 1), q, k, v, out, lse, cu_seqlens, words, *_strides(q, k, v), N, H, blocks, len(k),
-           scale * LOG2E, threshold_of(dropout_p), 1 / (1 - dropout_p), D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0,
+    B = len(cu_seqlens) - 1
+    count, blocks = programs(N, B, max_seqlen, BLOCK_Q)
+    launch(_forward, count * H, q, k, v, out, lse, cu_seqlens, words, *_strides(q, k, v), N, H, B, blocks, len(k), scale * LOG2E,
+           threshold_of(dropout_p), 1 / (1 - dropout_p), D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0,
            SHARED=shared, num_warps=warps, num_stages=stages)
     return out, lse, words
 
@@ -142,18 +143,18 @@ def _launch_backward(dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor
     sums = torch.zeros(N, H, D, dtype=torch.float32, device=q.device) if atomic else dq
     longest = P if shared else max_seqlen
     BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_backward_keys", size_class(D, longest), q.dtype, q.device)
-    blocks = -(-longest // BLOCK_K)
+    count, blocks = programs(B * P if shared else N, B, longest, BLOCK_K)
     scales = scale, scale * LOG2E, threshold_of(dropout_p), 1 / (1 - dropout_p)
-    launch(_backward_keys, blocks * H * B, q, k, v, dout, rows, sums, dk, dv, cu_seqlens, words, *_strides(q, k, v), dk.stride(0),
-           N, H, blocks, P, *scales, D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0, SHARED=shared, ATOMIC=atomic,
+    launch(_backward_keys, count * H, q, k, v, dout, rows, sums, dk, dv, cu_seqlens, words, *_strides(q, k, v), dk.stride(0),
+           N, H, B, blocks, P, *scales, D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0, SHARED=shared, ATOMIC=atomic,
            num_warps=warps, num_stages=stages)
     if atomic:
         dq.copy_(sums)
         return
     BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_backward_queries" + dropped, size_class(D, max_seqlen), q.dtype, q.device)
-    blocks = -(-max_seqlen // BLOCK_Q)
-    launch(_backward_queries, blocks * H * B, q, k, v, dout, rows, dq, cu_seqlens, words, *_strides(q, k, v), dq.stride(0), N, H,
-           blocks, P, *scales, D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0, SHARED=shared, num_warps=warps,
+    count, blocks = programs(N, B, max_seqlen, BLOCK_Q)
+    launch(_backward_queries, count * H, q, k, v, dout, rows, dq, cu_seqlens, words, *_strides(q, k, v), dq.stride(0), N, H, B, blocks, P,
+           *scales, D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0, SHARED=shared, num_warps=warps,
            num_stages=stages)
 
 
@@ -263,8 +264,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
     """Attention in which each of B sequences sees itself only. Nothing waits for the device.
 
     q, k, v      (N, H, D), any strides with a contiguous last dimension: the tokens of all sequences end to end
-    cu_seqlens   (B+1,) int32, where each sequence begins, then N; empty sequences are allowed, such as those that fill it to a fixed
-                 length. On a GPU each of them costs H programs for every block of max_seqlen that read its bounds and end
+    cu_seqlens   (B+1,) int32, where each sequence begins, then N; empty sequences are allowed
     max_seqlen   length of the longest, or more
     dropout_p    probability with which an attention weight is dropped; kept ones are scaled by 1 / (1 - p)
     seed         of the dropout mask, an int or an int64 tensor (1,); None draws from torch's default generator. (K,): of K runs side by

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from kernels import configs
 from kernels.attention import _strides, size_class, widened
-from kernels.attention_kernels import RUNTIME, _locate, _product, _tile
+from kernels.attention_kernels import RUNTIME, _locate, _product, _tile, programs
 from kernels.common import LOG2E, check_cu_seqlens, launch, op, tl, triton, uses_triton
 from kernels.dropout import bits, bits_tile, column
 
@@ -81,10 +81,10 @@ def _online_kl(gap, m_s, l_s, m_t, l_t, s, t, scale_s, scale_t, inside, TAIL: tl
 @triton.jit(do_not_specialize=RUNTIME)
 def _kd_forward(q_s_ptr, k_s_ptr, q_t_ptr, k_t_ptr,     # (N, H, D_S) x 2, (N, H, D_T) x 2
                 kl_ptr, lse_ptr, cu_ptr,                # (N, H), (H, 2, N), (B+1,)
-                q_s_stride, q_s_head, k_s_stride, k_s_head, q_t_stride, q_t_head, k_t_stride, k_t_head, N, H, blocks, scale_s, scale_t,
-                D_S: tl.constexpr, D_T: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+                q_s_stride, q_s_head, k_s_stride, k_s_head, q_t_stride, q_t_head, k_t_stride, k_t_head, N, H, B, blocks,
+                scale_s, scale_t, D_S: tl.constexpr, D_T: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
     """KL and both log2-sum-exp2 of BLOCK_Q queries. Both scales come times log2(e)."""
-    block, h, _, start, length = _locate(cu_ptr, blocks, H)
+    block, h, _, start, length = _locate(cu_ptr, blocks, B, H, BLOCK_Q)
     if block * BLOCK_Q >= length:
         return
     q_s_ptr += start * q_s_stride + h * q_s_head
@@ -116,12 +116,12 @@ def _kd_forward(q_s_ptr, k_s_ptr, q_t_ptr, k_t_ptr,     # (N, H, D_S) x 2, (N, H
 @triton.jit(do_not_specialize=RUNTIME)
 def _kd_backward(x_s_ptr, y_s_ptr, x_t_ptr, y_t_ptr,        # (N, H, D_S) x 2, (N, H, D_T) x 2
                  rows_ptr, dx_ptr, cu_ptr,                  # (H, N, 4), (N, H, D_S), (B+1,)
-                 x_s_stride, x_s_head, y_s_stride, y_s_head, x_t_stride, x_t_head, y_t_stride, y_t_head, N, H, blocks, scale,
-                 scale_s, scale_t, D_S: tl.constexpr, D_T: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr,
+                 x_s_stride, x_s_head, y_s_stride, y_s_head, x_t_stride, x_t_head, y_t_stride, y_t_head, N, H, B, blocks,
+                 scale, scale_s, scale_t, D_S: tl.constexpr, D_T: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr,
                  X_IS_Q: tl.constexpr):
     """The gradient of BLOCK_X rows of x, a sum over all rows of y. X_IS_Q: x are the queries and y the keys; else the reverse. `scale`
     is the student's; scale_s and scale_t come times log2(e)."""
-    block, h, _, start, length = _locate(cu_ptr, blocks, H)
+    block, h, _, start, length = _locate(cu_ptr, blocks, B, H, BLOCK_X)
     if block * BLOCK_X >= length:
         return
     x_s_ptr += start * x_s_stride + h * x_s_head
@@ -169,10 +169,11 @@ def _attention_kd(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, cu_seqlens
     N, H, D_S = q_s.shape
     kl, lse = torch.empty(N, H, device=q_s.device), torch.empty(H, 2, N, device=q_s.device)
     BLOCK_Q, BLOCK_K, warps, stages = _pick("attention_kd_forward", q_s, q_t, max_seqlen)
-    blocks = -(-max_seqlen // BLOCK_Q)
-    launch(_kd_forward, blocks * H * (len(cu_seqlens) - 1), q_s, k_s, q_t, k_t, kl, lse, cu_seqlens, *_strides(q_s, k_s, q_t, k_t),
-           N, H, blocks, scale_s * LOG2E, scale_t * LOG2E, D_S=D_S, D_T=q_t.shape[-1], BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K,
-           num_warps=warps, num_stages=stages)
+    B = len(cu_seqlens) - 1
+    count, blocks = programs(N, B, max_seqlen, BLOCK_Q)
+    launch(_kd_forward, count * H, q_s, k_s, q_t, k_t, kl, lse, cu_seqlens, *_strides(q_s, k_s, q_t, k_t), N, H, B, blocks,
+           scale_s * LOG2E, scale_t * LOG2E, D_S=D_S, D_T=q_t.shape[-1], BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, num_warps=warps,
+           num_stages=stages)
     return kl, lse
 
 
@@ -190,9 +191,10 @@ def _attention_kd_backward(g: Tensor, q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t
     rows = torch.stack([*lse.unbind(1), g.T, g.T], -1)      # side by side for each query, see bits_tile
     grads = tuple(torch.empty(N, H, D_S, dtype=x.dtype, device=x.device) for x in (q_s, k_s))
     BLOCK_X, BLOCK_Y, warps, stages = _pick("attention_kd_backward", q_s, q_t, max_seqlen)
-    blocks = -(-max_seqlen // BLOCK_X)
+    B = len(cu_seqlens) - 1
+    count, blocks = programs(N, B, max_seqlen, BLOCK_X)
     for dx, xy, x_is_q in zip(grads, ((q_s, k_s, q_t, k_t), (k_s, q_s, k_t, q_t)), (True, False)):
-        launch(_kd_backward, blocks * H * (len(cu_seqlens) - 1), *xy, rows, dx, cu_seqlens, *_strides(*xy), N, H, blocks, scale_s,
+        launch(_kd_backward, count * H, *xy, rows, dx, cu_seqlens, *_strides(*xy), N, H, B, blocks, scale_s,
                scale_s * LOG2E, scale_t * LOG2E, D_S=D_S, D_T=q_t.shape[-1], BLOCK_X=BLOCK_X, BLOCK_Y=BLOCK_Y, X_IS_Q=x_is_q,
                num_warps=warps, num_stages=stages)
     return grads

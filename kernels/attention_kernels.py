@@ -2,18 +2,33 @@
 from kernels.common import tl, triton
 from kernels.dropout import bits, bits_tile, column, kept
 
-RUNTIME = ["N", "H", "blocks", "prefix_len", "threshold"]      # not compiled anew if they are 1 or a multiple of 16
+RUNTIME = ["N", "H", "B", "blocks", "prefix_len", "threshold"]      # not compiled anew if they are 1 or a multiple of 16
 
 
-# ---------------------------------------------------------------- forward
+# ---------------------------------------------------------------- who works on what
+
+def programs(N: int, B: int, longest: int, BLOCK: int) -> tuple[int, int]:
+    """How many programs a head needs for the blocks of BLOCK tokens of B sequences, N tokens in all and at most `longest` in one; and how
+    many of them each sequence gets. If that is 0, which it is where short sequences would waste too many, sequence b gets those from
+    cu_seqlens[b] // BLOCK + b on: never too few, and at most one too many."""
+    blocks, packed = -(-longest // BLOCK), N // BLOCK + B
+    return (B * blocks, blocks) if B * blocks <= packed else (packed, 0)
+
 
 @triton.jit
-def _locate(cu_ptr, blocks, H):
-    """Which block, head and sequence a program works on, the sequence's first token and its length."""
-    pid = tl.program_id(0)
-    b = pid // (blocks * H)
+def _locate(cu_ptr, blocks, B, H, BLOCK: tl.constexpr):
+    """Which block, head and sequence a program works on (see `programs`), the sequence's first token and its length."""
+    i, h = tl.program_id(0) // H, tl.program_id(0) % H
+    if blocks > 0:
+        b, block = i // blocks, i % blocks
+    else:
+        b = i * 0 - 1
+        for first in range(0, B, 256):
+            n = first + tl.arange(0, 256)
+            b += tl.sum(((n < B) & (tl.load(cu_ptr + n, mask=n < B, other=0) // BLOCK + n <= i)).to(tl.int32))
+        block = i - tl.load(cu_ptr + b) // BLOCK - b
     start = tl.load(cu_ptr + b).to(tl.int64)
-    return pid % blocks, (pid // blocks % H).to(tl.int64), b, start, (tl.load(cu_ptr + b + 1) - start).to(tl.int32)
+    return block, h.to(tl.int64), b, start, (tl.load(cu_ptr + b + 1) - start).to(tl.int32)
 
 
 @triton.jit
@@ -59,10 +74,10 @@ def _online_softmax(acc, m, total, q, q_ptr, k_ptr, v_ptr, q_stride, k_stride, v
 @triton.jit(do_not_specialize=RUNTIME)
 def _forward(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_ptr, words_ptr,    # (N, H, D) x 4, (H, N), (B+1,), (H, N, 4)
              q_stride, q_head, k_stride, k_head, v_stride, v_head,        # elements from one token, or head, to the next
-             N, H, blocks, prefix_len, qk_scale, threshold, keep_scale,
+             N, H, B, blocks, prefix_len, qk_scale, threshold, keep_scale,
              D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr, SHARED: tl.constexpr):
     """One block of BLOCK_Q queries. SHARED: all sequences see the same prefix_len keys instead of their own."""
-    block, h, _, start, length = _locate(cu_ptr, blocks, H)
+    block, h, _, start, length = _locate(cu_ptr, blocks, B, H, BLOCK_Q)
     if block * BLOCK_Q >= length:
         return
     keys, key_start = (prefix_len, start * 0) if SHARED else (length, start)
@@ -115,13 +130,13 @@ def _backward_rows(out_ptr, dout_ptr, lse_ptr, words_ptr, rows_ptr, N, H, blocks
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _backward_keys(q_ptr, k_ptr, v_ptr, dout_ptr, rows_ptr, dq_ptr, dk_ptr, dv_ptr, cu_ptr, words_ptr,
-                   q_stride, q_head, k_stride, k_head, v_stride, v_head, dk_stride, N, H, blocks, prefix_len, scale, qk_scale, threshold,
-                   keep_scale, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr,
+                   q_stride, q_head, k_stride, k_head, v_stride, v_head, dk_stride, N, H, B, blocks, prefix_len, scale, qk_scale,
+                   threshold, keep_scale, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr,
                    SHARED: tl.constexpr, ATOMIC: tl.constexpr):
     """dK and dV of BLOCK_K keys, stored dk_stride from token to token. Tiles are laid keys x queries so that neither P nor dS is
     transposed for them. With ATOMIC also the keys' share of dQ (fp32, contiguous). SHARED: the partial sums of one run of queries; the
     caller adds the runs up."""
-    block, h, sequence, start, length = _locate(cu_ptr, blocks, H)
+    block, h, sequence, start, length = _locate(cu_ptr, blocks, B, H, BLOCK_K)
     keys, key_start, out_start = (prefix_len, start * 0, sequence.to(tl.int64) * prefix_len) if SHARED else (length, start, start)
     if block * BLOCK_K >= keys:
         return
@@ -169,11 +184,11 @@ def _backward_keys(q_ptr, k_ptr, v_ptr, dout_ptr, rows_ptr, dq_ptr, dk_ptr, dv_p
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _backward_queries(q_ptr, k_ptr, v_ptr, dout_ptr, rows_ptr, dq_ptr, cu_ptr, words_ptr,
-                      q_stride, q_head, k_stride, k_head, v_stride, v_head, dq_stride, N, H, blocks, prefix_len, scale, qk_scale,
+                      q_stride, q_head, k_stride, k_head, v_stride, v_head, dq_stride, N, H, B, blocks, prefix_len, scale, qk_scale,
                       threshold, keep_scale, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
                       DROPOUT: tl.constexpr, SHARED: tl.constexpr):
     """dQ of BLOCK_Q queries, in one order of summation: the deterministic way."""
-    block, h, _, start, length = _locate(cu_ptr, blocks, H)
+    block, h, _, start, length = _locate(cu_ptr, blocks, B, H, BLOCK_Q)
     if block * BLOCK_Q >= length:
         return
     keys, key_start = (prefix_len, start * 0) if SHARED else (length, start)

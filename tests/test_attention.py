@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels import attention, configs
-from kernels.attention import _attention, _attention_backward, attention_ref
+from kernels.attention import _attention, _attention_backward, attention_ref, programs
 
 LENGTHS = (5, 0, 1, 17, 32)
 
@@ -132,6 +132,26 @@ def test_kernels_are_the_reference_with_every_gradient(device, dtype, dropout_p,
 def test_kernels_of_other_head_sizes_and_short_sequences(device, D, dtype):
     qkv, cu = inputs(dtype, (64, 0, 3), H=2, D=D)
     assert_within_twice_the_references_error(qkv.detach().to(device).requires_grad_(), cu.to(device), scale=0.2)
+
+
+def test_one_long_sequence_among_more_than_a_program_looks_at_at_once(device):
+    lengths = [*[0] * 130, *[1] * 130, 140, 2]
+    assert programs(sum(lengths), len(lengths), 140, 64)[1] == 0
+    qkv, cu = inputs(torch.float32, lengths, H=1)
+    qkv, cu = qkv.detach().to(device), cu.to(device)
+    torch.testing.assert_close(attention(*qkv.unbind(1), cu, 140), attention_ref(*qkv.unbind(1), cu, 140), atol=1e-5, rtol=1e-5)
+
+
+def test_every_block_of_a_sequence_has_a_program_and_at_most_one_too_many():
+    g = torch.Generator().manual_seed(0)
+    for BLOCK in (16, 64):
+        lengths = torch.randint(0, 200, (50,), generator=g) * (torch.rand(50, generator=g) < 0.5)
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+        first = starts // BLOCK + torch.arange(51)
+        needed = -(-lengths // BLOCK)
+        assert ((first.diff() >= needed) & (first.diff() <= needed + 1)).all()
+        assert programs(int(starts[-1]), 50, 1000, BLOCK) == (first[-1], 0) and first[-1] < needed.sum() + 51
+    assert programs(32 * 512, 32, 512, 128) == (128, 4) and programs(32 * 60, 32, 60, 64) == (32, 1)
 
 
 @pytest.mark.parametrize("deterministic", [False, True], indirect=True, ids=["atomic", "split"])
