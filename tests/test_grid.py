@@ -1,4 +1,5 @@
 """Runs side by side are the runs alone."""
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -6,12 +7,14 @@ import torch
 from conftest import random_base
 
 import rt.optim
+import rt.speed.graphs
 from rt.data import Encoded, TaskData
 from rt.deltas import attach
 from rt.errors import InputError
 from rt.kinds import DeltaConfig
 from rt.losses import DistillConfig, Loss, Reweighted, TeacherCache, trained_weights
 from rt.speed import multi_run as grid
+from rt.speed.graphs import CudaGraphs
 from rt.speed.multi_run import PAD_SEQUENCES, SideBySide, SideRun, side_by_side
 from rt.tune import TuneSettings, ignore, plain_gradient, predict, tune
 
@@ -189,3 +192,29 @@ def test_graphs_of_a_step_are_the_step(tokenizer, device, kind):
         curves.append([[row["loss"] for row in own[1:]] for own in (*(run.rows for run in runs), rows)])
     for plain, replayed in zip(*curves):
         assert plain == pytest.approx(replayed, rel=1e-4)
+
+
+def test_graphs_of_all_shapes_share_the_gradients_of_the_first(tokenizer, monkeypatch):
+    """With a capture that computes at once and a replay that does nothing: what a graph leaves in the parameters is in the same memory."""
+    class Graph:
+        pool = replay = lambda self: None
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: nullcontext())
+    monkeypatch.setattr(rt.speed.graphs, "warm_up", lambda *_: None)
+    run, gradients = four_runs(tokenizer, "adapter")[0], []
+    parameters = [*trained_weights(run.model).values(), torch.nn.Parameter(torch.ones(2))]      # the last one gets no gradient
+    plain = plain_gradient(run.model, run.loss, **CPU)
+    graphed = CudaGraphs(plain, parameters, CPU["device"])
+    for indices in ([0, 1], [2, 3, 4]):
+        for p in parameters:
+            p.grad = None
+        batch = replace(run.data.train.batch(indices), seeds=torch.tensor([1]))
+        plain(batch)
+        expected = [p.grad for p in parameters[:-1]]
+        for p in parameters:
+            p.grad = None       # as warm_up leaves them
+        graphed(batch)
+        assert all(map(torch.equal, expected, (p.grad for p in parameters[:-1]))) and parameters[-1].grad is None
+        gradients.append([p.grad for p in parameters[:-1]])
+    assert len(graphed.captured) == 2 and all(a is b for a, b in zip(*gradients))

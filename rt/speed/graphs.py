@@ -124,11 +124,13 @@ def make_gradient(model: MaskedLM, s: PretrainSettings, ranks: Ranks, precision:
 
 class CudaGraphs:
     """gradient(batch, *more), a forward and backward pass, as a CUDA graph for each of the few shapes of its arguments: one launch in place
-    of about a thousand. What a graph reads and writes keeps its address: arguments come from the host and are copied into the graph's own,
-    and the gradients, which `parameters` get, and the loss are its memory. With `adds` it has a second graph that adds to the gradients."""
+    of about a thousand. What a graph reads and writes keeps its address: arguments come from the host and are copied into the graph's own.
+    The gradients that `parameters` get are those of the first graph; the others copy theirs there and share the rest of their memory, so
+    that shapes cost no gradients each. With `adds` a shape has a second graph that adds to the gradients."""
     def __init__(self, gradient: Callable[..., Tensor], parameters: list[nn.Parameter], device: torch.device, adds: bool = False):
         self.gradient, self.parameters, self.device, self.adds = gradient, parameters, device, adds
-        self.captured: dict[tuple, tuple] = {}      # by shape: inputs, gradients, and (graph, loss) to overwrite and to add
+        self.captured: dict[tuple, tuple] = {}      # by shape: inputs, and (graph, loss) to overwrite and to add
+        self.gradients: list[Tensor | None] = []    # of the parameters, in the first graph's memory
         self.shape: tuple = ()                      # of the last call
 
     def __call__(self, batch: Batch, *more: Tensor, part: int = 0) -> Tensor:
@@ -140,11 +142,10 @@ class CudaGraphs:
             return self.gradient(batch, *more)
         if shape not in self.captured:
             self.captured[shape] = self._capture(batch.to(self.device), *(x.to(self.device) for x in more))
-        self.shape, (inputs, gradients, graphs) = shape, self.captured[shape]
+        self.shape, (inputs, graphs) = shape, self.captured[shape]
         for own, x in zip(inputs, new):
             own.copy_(x, non_blocking=True)
-        for p, g in zip(self.parameters, gradients):
-            p.grad = g
+        self._share()
         graph, loss = graphs[part > 0]
         graph.replay()
         return loss
@@ -155,15 +156,24 @@ class CudaGraphs:
                 p.grad = None
 
         warm_up(lambda: self.gradient(batch, *more), clear, self.device)
-        graphs, pool = [], next((graphs[0][0].pool() for *_, graphs in self.captured.values()), None)
-        for _ in range(1 + self.adds):
+        graphs, pool = [], next((graphs[0][0].pool() for _, graphs in self.captured.values()), None)
+        for add in range(1 + self.adds):
             graph = torch.cuda.CUDAGraph()
             # thread_local: the thread that prepares batches may pin memory meanwhile
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 loss = self.gradient(batch, *more)
+                if self.gradients and not add:
+                    own = [(g, p.grad) for g, p in zip(self.gradients, self.parameters) if g is not None]
+                    torch._foreach_copy_(*map(list, zip(*own)))
+            self.gradients = self.gradients or [p.grad for p in self.parameters]
+            self._share()
             graphs.append((graph, loss))
             pool = graph.pool()
-        return [*tensors(batch).values(), *more], [p.grad for p in self.parameters], graphs
+        return [*tensors(batch).values(), *more], graphs
+
+    def _share(self) -> None:
+        for p, g in zip(self.parameters, self.gradients):
+            p.grad = g
 
 
 def warm_up(run: Callable[[], object], clear: Callable[[], None], device: torch.device) -> None:
