@@ -248,7 +248,7 @@ class MaskedLM(nn.Module):
     def features(self, batch: Batch, activations: Activations | None = None) -> Tensor:
         """(P, d) for the rows in `batch.predict`, or (N, d) if that is None; fills `activations` if given."""
         h = self.encoder(batch, activations)
-        return self.head.features(h if batch.predict is None else h[batch.predict])
+        return self.head.features(h if batch.predict is None else h.index_select(0, batch.predict))
 
     def forward(self, batch: Batch) -> Tensor:
         """(P, V) logits. Training does not call this: linear_cross_entropy never stores them."""
@@ -295,7 +295,7 @@ class Classifier(nn.Module):
     def forward(self, batch: Batch, activations: Activations | None = None) -> Tensor:
         """(B, C) logits; fills `activations` if given. In training, `batch.seeds` determine what dropout drops."""
         batch = replace(batch, seeds=seeds_of(batch)) if self.training else batch
-        h = self.encoder(batch, activations)[batch.first]
+        h = self.encoder(batch, activations).index_select(0, batch.first)
         if activations is not None and self.patience_map is not None:
             activations.rows = [linear(x, W) for x, W in zip(activations.rows, self.patience_map.unbind(-3), strict=True)]
         return self.head(h, site_seeds(batch.seeds, range(-2, 0)) if self.training else None)
