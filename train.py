@@ -114,6 +114,9 @@ def main() -> None:
     for mode, wrong, right in (("tune", "steps", "tune_steps"), ("pretrain", "tune_steps", "steps")):
         if c.mode == mode and getattr(c, wrong) != getattr(Config, wrong):
             raise InputError(f"--{wrong} says nothing to --mode {mode}: did you mean --{right}?")
+    for name in {"tune": ("base", "task"), "eval": ("task", "base", "delta_dir")}.get(c.mode, ()):
+        if getattr(c, name) is None:
+            raise InputError(f"--mode {c.mode} needs --{name}: see --help")
     c.delta.check()
     if c.mode != "eval":
         c.seq_len = c.seq_len or SEQ_LEN
@@ -272,16 +275,9 @@ def start_tokenizer(c: Config, out: Path, first_corpus: Path) -> Tokenizer:
 
 # --- tune, eval -------------------------------------------------------------------------------------------------------
 
-def required(c: Config, *names: str) -> None:
-    for name in names:
-        if getattr(c, name) is None:
-            raise InputError(f"--mode {c.mode} needs --{name}: see --help")
-
-
 def tune_delta(c: Config) -> None:
     """Tune a fresh delta on a task. Its folder holds the run's metrics and summary as well, and appears, or takes the place of an earlier
     one, when all is done; until then metrics.jsonl is in OUT.part."""
-    required(c, "base", "task")
     device, kind = pick_device(c.device), c.delta.kind
     where = {"device": device, "precision": pick_precision(c.precision, device)}
     base, task = open_base(c.base).to(device), open_task(c.task, c.cache)
@@ -314,7 +310,6 @@ def tune_delta(c: Config) -> None:
 
 def eval_delta(c: Config) -> None:
     """Score a base + delta on dev and test of a task."""
-    required(c, "task", "base", "delta_dir")
     task = open_task(c.task, c.cache)
     base, delta, model, seq_len, where = open_tuned(c, task.labels)
     if task.labels != delta.labels:

@@ -75,8 +75,7 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(map(str, names[:SHOWN])) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
-def architecture(encoder: dict) -> str:
-    e = encoder
+def architecture(e: dict) -> str:
     return (f"{e.get('model_type', 'roberta')}, {e.get('num_layers')} layers x {e.get('hidden_size')}, {e.get('num_heads')} heads, "
             f"FFN {e.get('ffn_size')}, {e.get('vocab_size')} words, up to {e.get('max_len')} tokens")
 

@@ -124,8 +124,8 @@ def make_gradient(model: MaskedLM, s: PretrainSettings, ranks: Ranks, precision:
 
 class CudaGraphs:
     """gradient(batch, *more), a forward and backward pass, as a CUDA graph for each of the few shapes of its arguments: one launch in place
-    of about a thousand. What a graph reads and writes keeps its address: arguments come from the host and are copied into the graph's own,
-    and the gradients, which `parameters` get, and the loss are its memory. With `adds` it has a second graph that adds to the gradients."""
+    of about a thousand. A graph reads and writes at fixed addresses: arguments come from the host and are copied into its own tensors, and
+    the loss and the gradients of `parameters` lie in its memory. With `adds` a second graph adds to the gradients."""
     def __init__(self, gradient: Callable[..., Tensor], parameters: list[nn.Parameter], device: torch.device, adds: bool = False):
         self.gradient, self.parameters, self.device, self.adds = gradient, parameters, device, adds
         self.captured: dict[tuple, tuple] = {}      # by shape: inputs, gradients, and (graph, loss) to overwrite and to add
