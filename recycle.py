@@ -244,8 +244,8 @@ def sample(c: Config, r: Recycling, task: Task, seed: int, teaching: Teaching | 
 # --- all runs ----------------------------------------------------------------------------------------------------------
 
 def do_runs(c: Config, r: Recycling, plan: list[Run], sources: Sources, out: Path, ranks: Ranks) -> None:
-    """Every run but those that are finished. Of a --sweep, ranks share the runs of a group, and rank 0 scores the best of each mode on
-    test. Prints the table."""
+    """Do every run that is not finished yet, and print the table. In a --sweep, ranks share the runs of a group, and rank 0 scores the best
+    of each mode on test."""
     rows, content = [row for one in plan for row in one.rows()], sources.teaching.content if sources.teaching else ""
     others, pairs = [(delta, None) for delta in sources.olds if delta is not r.old_delta], sources.pairs
     origins = {name: origin_of(replace(r, base=base), others, (), content) for name, base in sources.bases.items()}
@@ -349,7 +349,7 @@ def check_all(c: Config, r: Recycling, plan: list[Run], bases: dict[str, Base], 
 
 
 def announce(c: Config, modes: list[str], task: Task, old: Delta | None) -> list[str]:
-    """Print what is about to be done. Returns the modes; of `all` those that another task's delta allows."""
+    """Print what is about to be done. Returns the modes; `all` leaves out those that a delta of another task does not allow."""
     few = f"{c.shots} examples a label" if c.shots else f"{len(task.parts['train'])} examples"
     what = "regression" if task.is_regression else f"{len(task.labels)} labels"
     sources = [f"{c.old_base} + {c.old_delta}"] * bool(c.old_base) + [c.teaching.teacher] * bool(c.teaching.teacher)
@@ -385,14 +385,14 @@ def default_out(c: Config, task: Task) -> str:
 # --- what is missing ---------------------------------------------------------------------------------------------------
 
 def build_missing(c: Config, task: Task, source_tasks: list[Task]) -> tuple[str | None, tuple[str, ...]]:
-    """Have train.py make the demo lineage if it is missing, and the deltas that no flag names; the folders of all deltas."""
+    """Have train.py make the demo lineage and the deltas that no flag names, if they are missing. Returns (old delta, source deltas)."""
     build_lineage(c, Path(Config.base).parent, (*(c.chain or (c.base,)), *filter(None, [c.old_base])))
     sources = c.project.source_delta or tuple(tuned(c, *source) for source in zip(c.project.source_task, source_tasks))
     return c.old_delta or (tuned(c, c.task, task) if c.old_base else None), sources
 
 
 def tuned(c: Config, name: str, task: Task) -> str:
-    """The folder, beside the old base, of its delta for a task, which train.py makes if it is missing."""
+    """The folder, beside the old base, of that base's delta for a task; train.py makes the delta if it is missing."""
     folder = place_of_delta(c.old_base, task.name, c.delta.kind)
     if not (folder / "delta.json").exists():
         sizes = {size: value for size, value in vars(c.delta).items() if size not in ("kind", "target_modules")}

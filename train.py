@@ -225,9 +225,9 @@ def rows_of(c: Config, corpora: dict[str, dict[str, Corpus]], groups: list[tuple
     """(training rows of every stage, held-out rows of every domain). The first stage is M`number`; `groups` are the stages' domains."""
     training = {}
     for i, group in enumerate(groups, number):
-        first, *others = [Rows(corpora[name]["train"], tokenizer, seq_len=c.seq_len, mask_rate=c.mask_rate, seed=derive_seed(c.seed, i, *j),
-                                objective=c.recipe.objective, unit=c.recipe.mask)
-                          for name, *j in [(group[0],), *((name, j) for j, name in enumerate([*earlier, *group[1:]], 1))]]
+        names = [group[0], *earlier, *group[1:]]
+        first, *others = [Rows(corpora[name]["train"], tokenizer, seq_len=c.seq_len, mask_rate=c.mask_rate, objective=c.recipe.objective,
+                               unit=c.recipe.mask, seed=derive_seed(c.seed, i, *([j] if j else []))) for j, name in enumerate(names)]
         first.check_batch(c.batch_tokens, ranks.world * c.accumulation)
         if others:
             mix(first, others, c.recipe.start_shares([*group[1:], group[0]], len(earlier)),

@@ -59,7 +59,7 @@ def places(rows: list[dict]) -> dict[str, float]:
 
 
 def compatibility_numbers(rows: list[dict]) -> list[dict]:
-    """The score of Delta_0 on each base, of what is tuned there, and of chance."""
+    """The score of Delta_0 on each base, of the delta tuned there, and of chance."""
     numbers = []
     for task, part, score, found in by_task(rows):
         at = {key: [row["score"] for row in line] for key, line in group(found, "line", "base").items()}
@@ -198,8 +198,8 @@ def recipes(rows: list[dict], path: Path) -> None:
 
 
 def recipes_numbers(rows: list[dict]) -> list[dict]:
-    """A line for each upgrade: points lost by `apply` and won by `init` over `scratch`, means over tasks and seeds; held-out losses, and
-    what is given up of the last against the best upgrade; distance from the old base; the share of heads that are kept."""
+    """A line for each upgrade: the points that `apply` loses and that `init` wins over `scratch`, means over tasks and seeds; held-out
+    losses, and how far the last one is above the best upgrade's; the distance from the old base; the share of heads that are kept."""
     bases, numbers = {row["base"]: row for row in rows if row["of"] == "base"}, []
     (first, old), *later = bases.items()
     new = [*old["heldout"]][-1]

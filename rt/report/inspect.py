@@ -221,7 +221,7 @@ def verified(path: Path) -> dict[Path, str]:
 
 
 def verdict(folder: Path, name: str) -> str:
-    """Whether the files beside the facts in `name` are as they were written; empty for the facts of something else, as of tokens."""
+    """Whether the files beside the facts in `name` are as they were written; empty if the facts are of something else, such as tokens."""
     try:
         facts = read_json(folder / name)
         if facts.get("format") not in FORMATS:

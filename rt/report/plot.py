@@ -146,8 +146,8 @@ def results_of(folder: Path, summary: dict) -> list[dict]:
 
 
 def completed(row: dict) -> dict:
-    """The row with what is read of it here: only the numbers of its curve, the best of them as its dev score (None if all are undefined),
-    and its base."""
+    """The row with all that is read here: the numbers of its curve, the best of them as its dev score (None if all are undefined), and its
+    base."""
     settings, metric = row.get("settings") or {}, next(iter(row.get("dev") or {}), "score")
     curve = [(step, score) for step, score in row.get("curve") or [] if is_number(step) and is_number(score)]
     return {"base": settings.get("base"), "lr": None} | row | {

@@ -1,4 +1,4 @@
-"""The rows of analyze.py's studies. Their numbers and figures are in rt/report/figures.py, what is computed in rt/report/analysis.py."""
+"""The rows of analyze.py's studies. rt/report/analysis.py computes; rt/report/figures.py makes numbers and figures of the rows."""
 import json
 from dataclasses import dataclass, field
 from itertools import pairwise, product
@@ -60,7 +60,7 @@ class StudyContext:
 
 
 def compatibility(context: StudyContext) -> Iterator[dict]:
-    """Delta_0 on every later base and on the snapshots on the way there; what is tuned on each base itself; chance."""
+    """Delta_0 on every later base and on the snapshots on the way there; the delta tuned on each base itself; chance."""
     first, *later = context.bases
     with progress(len(context.data) * len(context.c.seeds) * len(later), "compatibility", unit="base") as bar:
         for task, seed, facts in context.cells():

@@ -24,7 +24,7 @@ from rt.recycling import MODES, NEEDS_TEACHER, TRAINED, Recycling, check, start,
 from rt.speed.graphs import CudaGraphs
 from rt.tune import Fit, Gradient, TuneResult, TuneSettings, evaluate, metrics, plain_gradient, training_batch, training_loop
 
-CPU_BYTES = 2**29       # of a group on a CPU: a dozen runs of the mini preset, beyond which a run's time grows again
+CPU_BYTES = 2**29       # of a group on a CPU: a dozen runs of the mini preset; in larger groups each run takes longer
 EVAL_TOKENS = 16384     # of a forward pass over dev, all runs together
 BUCKET = 128            # tokens: batches grow in steps of this size if each shape is a CUDA graph
 PAD_SEQUENCES = 8       # about how many fill up a range: attention grows with the square of the length
@@ -44,7 +44,7 @@ class SideRun:
 
 
 def reweighted(model: Classifier, weights: Weights) -> Classifier:
-    """`model` with `weights` in place of those it trains; what is frozen is shared."""
+    """`model` with `weights` in place of its trained ones; frozen weights are shared."""
     other = copy.deepcopy(model, memo={id(p): p for p in model.parameters()})
     for name, w in weights.items():
         owner, _, last = name.rpartition(".")
@@ -113,9 +113,9 @@ class SideLoss:
         starts = dict(zip(caches, itertools.accumulate((len(cache.logits) for cache in caches.values()), initial=0)))
         configs = [loss.config for loss in losses]
         self.has_patience = any(c.beta for c in configs)        # a teacher of other sizes, or a black box, has no states to compare
-        merged = TeacherCache(*(torch.cat([getattr(cache, part) for cache in caches.values()]) if part == "logits" or self.has_patience
-                                else None for part in ("logits", "states")))
-        self.terms = replace(self.terms, teacher=merged)
+        logits = torch.cat([cache.logits for cache in caches.values()])
+        states = torch.cat([cache.states for cache in caches.values()]) if self.has_patience else None
+        self.terms = replace(self.terms, teacher=TeacherCache(logits, states))
         self.offset = torch.tensor([[starts[id(loss.teacher)]] for loss in losses], device=device)              # (K, 1), and so on
         self.alpha, self.beta = (torch.tensor([[getattr(c, name)] for c in configs], device=device) for name in ("alpha", "beta"))
         # runs of one temperature together: (T, which), and where each run is then found
@@ -169,7 +169,7 @@ class SideBySide:
         self.runs, self.device, self.precision, self.graphs = runs, device, precision, graphs
         self.fits, self.flat = [], Flat(trained_weights(runs[0].model))
         for run in runs:
-            run.rows = []       # without those of a try that failed
+            run.rows = []       # drops the rows of a try that failed
             self.fits.append(Fit(self.flat.flatten(trained_weights(run.model)), run.settings, run.rows.append))
         self.stacked = Reweighted(runs[0].model, self.stack)
         self.prepare()
