@@ -352,7 +352,7 @@ def announce(c: Config, modes: list[str], task: Task, old: Delta | None) -> list
     """Print what is about to be done. Returns the modes; `all` leaves out those that a delta of another task does not allow."""
     few = f"{c.shots} examples a label" if c.shots else f"{len(task.parts['train'])} examples"
     what = "regression" if task.is_regression else f"{len(task.labels)} labels"
-    sources = [f"{c.old_base} + {c.old_delta}"] * bool(c.old_base) + [c.teaching.teacher] * bool(c.teaching.teacher)
+    sources = filter(None, (c.old_base and f"{c.old_base} + {c.old_delta}", c.teaching.teacher))
     print(f"{task.name} ({what}, {few}), {c.delta.kind}: {' and '.join(sources)} -> {' -> '.join(c.chain or (c.base,))}")
     if old is None or old.labels == task.labels:
         return modes

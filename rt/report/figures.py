@@ -152,7 +152,6 @@ def head_similarity(rows: list[dict], path: Path) -> None:
 
 
 def similarity_numbers(rows: list[dict]) -> list[dict]:
-    """How alike the heads and layers of a pair are."""
     return collected([row for row in rows if row["what"] == "heads"], ("task", "pair"), ("share_own_best", "own", "best_other", "cka_own"))
 
 

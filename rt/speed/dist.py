@@ -35,7 +35,6 @@ class Ranks:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Wait for all ranks."""
         if self.world > 1:
             dist.barrier(group=self.waiting)
 
