@@ -29,10 +29,10 @@ T = TypeVar("T")
 
 # --- batches ----------------------------------------------------------------------------------------------------------
 
-def prefetch(items: Iterable[T], depth: int = DEPTH) -> Iterator[T]:
-    """The same items, made on another thread up to `depth` ahead. An error of the thread is raised here; closing this ends the thread."""
+def prefetch(items: Iterable[T]) -> Iterator[T]:
+    """The same items, made on another thread up to DEPTH ahead. An error of the thread is raised here; closing this ends the thread."""
     items, end, pool = iter(items), object(), ThreadPoolExecutor(1, "prefetch")
-    waiting = deque(pool.submit(next, items, end) for _ in range(depth))
+    waiting = deque(pool.submit(next, items, end) for _ in range(DEPTH))
     try:
         while (item := waiting.popleft().result()) is not end:
             waiting.append(pool.submit(next, items, end))
