@@ -15,8 +15,6 @@ independent base shares sizes and tokenizer with the others and nothing else: tr
 
 --out gets rows.jsonl, summary.json, and figures made from these rows as .png and .svg (pip install -e '.[plot]').
 """
-import rt  # noqa: F401  isort: skip  says how threads wait, before torch starts them
-
 import sys
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -47,7 +45,7 @@ PathPoints = Annotated[int, Limit(lambda n: n >= 2, "`{name}` {value}: a path ha
 @dataclass
 class Config:
     """python analyze.py --study compatibility|connectivity|similarity|distance|recipes|mixture [--flag value ...]"""
-    study: Literal["compatibility", "connectivity", "similarity", "distance", "recipes", "mixture"] = "connectivity"  # one of these six
+    study: Literal[tuple(ROWS)] = "connectivity"  # one of these six
     bases: tuple[str, ...] = ("runs/demo/M0", "runs/demo/M1", "runs/demo/M2")  # M_0, M_1, ... in order
     old_base: str | None = None  # recipes, mixture: the base that --bases are upgrades of; default: the first of them
     domains: tuple[str, ...] = ()  # recipes, mixture: text whose held-out loss is taken; the last is what the upgrades learned
@@ -120,7 +118,7 @@ def run_study(c: Config, out: Path) -> None:
 # --- bases and deltas -------------------------------------------------------------------------------------------------
 
 def open_study(c: Config) -> StudyContext:
-    """The bases, tasks and deltas of the flags; deltas that are missing are tuned. InputError if they do not fit together."""
+    """The bases, tasks and deltas that the flags name; missing deltas are tuned. InputError if they do not fit together."""
     device = pick_device(c.device)
     several = len({Path(b).name for b in c.bases}) < len(c.bases)       # runs/plain/M1 and runs/preserved/M1
     folders = {"/".join(Path(b).parts[-1 - several:]): b for b in c.bases} | ({"IND": c.independent} if c.independent else {})
@@ -165,7 +163,7 @@ def delta_folders(c: Config, folders: dict[str, str], entry: str, task: str) -> 
 
 
 def open_checked(folder: Path, base: Base, task: Task, kind: str) -> Delta:
-    """The delta in `folder`. InputError unless it is of this kind, task and base."""
+    """The delta in `folder`. InputError if its kind, task or base is another one."""
     delta = open_delta(str(folder), base).ordered(task.labels)
     if delta.config.kind != kind:
         raise InputError(f"{folder}: is a delta of kind {delta.config.kind}, and what is asked for is --delta {kind}")

@@ -7,8 +7,9 @@
     python recycle.py --mode scratch,init+distill --chain runs/demo/M1,runs/demo/M2     # upgrade after upgrade
     python recycle.py --mode all --delta adapter --sweep "seed=0,1,2 alpha=.7,.9 beta=0,1,10 T=5,10"    # the best of each mode by dev
 
-Modes: scratch (the baseline), apply, init, distill, init+distill, project, transport, gradmask; several with commas, or all. Every run
-leaves its delta, curve and row in a folder under --out/deltas (rt/runs/results.py); --out/summary.json has the rows of all.
+Modes: scratch (the baseline), apply, init, distill, init+distill, project, transport, gradmask; several with commas, or all. What each
+does is in rt/recycling.py; `run_alone` here is one run. Every run leaves its delta, curve and row in a folder under --out/deltas
+(rt/runs/results.py); --out/summary.json has the rows of all.
 """
 import sys
 import time
@@ -108,19 +109,20 @@ class Config:
     deterministic: bool = False  # the same bits from the same command on a GPU too; on a CPU they are so anyway
 
 
-# Of 1e-4, 2e-4, 5e-4, 1e-3, 2e-3 the best on dev for each mode, full delta (results/demo/lr_search; project: as init); other kinds: one
-# for all.
+# For each mode with a full delta the best on dev of 1e-4, 2e-4, 5e-4, 1e-3 and 2e-3 (results/demo/lr_search; project: as init).
 FULL_LR = {"scratch": 5e-4, "init": 1e-4, "distill": 1e-3, "init+distill": 1e-4, "project": 1e-4}
-LR = {"prefix": 1e-2}     # other kinds: 5e-3
+LR = {"prefix": 1e-2}     # for all modes; other kinds: 5e-3
 Projects = list[tuple[Delta, TaskData]]     # deltas of the old base and their tasks, for --mode project
-Done = tuple[Run, TuneResult, Delta, list[dict], dict]      # with its evaluations, and more for its row
+Done = tuple[Run, TuneResult, Delta, list[dict], dict]      # the list: its evaluations; the dict: more for its row
 
 
 @dataclass
 class Sources:
-    """What runs read beside bases, old delta and task."""
-    projects: Projects
+    """What all runs read."""
+    task: Task
+    bases: dict[str, Base]      # --base, or those of --chain
     olds: list[Delta]           # of --old_delta A,B,C
+    projects: Projects
     pairs: list[Pair]           # texts as both bases read them, for --carry
     teaching: Teaching | None
 
@@ -153,10 +155,10 @@ def main() -> None:
     base = next(iter(bases.values()))
     projects = [(open_delta(folder, old_base).ordered(t.labels), encode_task(t, base.tokenizer, c.seq_len))
                 for folder, t in zip(source_deltas, source_tasks)]
-    r = Recycling(old_base, old_delta, base, encode_task(task, base.tokenizer, c.seq_len), c.delta, tune_settings(c, 0, 0.0), c.distill,
-                  ranks.device, pick_precision(c.precision, ranks.device), make_gradient=graphed_gradient if c.graphs else plain_gradient,
-                  merged=merged, carry=c.carry.carry, head=c.head, shrinkage=c.shrinkage)
     plan, out = planned(c, modes), Path(c.out or default_out(c, task))
+    r = Recycling(old_base, old_delta, base, encode_task(task, base.tokenizer, c.seq_len), c.delta, device=ranks.device,
+                  precision=pick_precision(c.precision, ranks.device), make_gradient=graphed_gradient if c.graphs else plain_gradient,
+                  merged=merged, carry=c.carry.carry, head=c.head, shrinkage=c.shrinkage, **settings_of(plan[0]))
     teaching = open_teaching(c, modes, task, lambda place: ranks.main_first(lambda: open_texts(place, c.cache)), r,
                              [one.seed for one in plan])
     r = r if c.shots or not teaching else teaching.fill(r, 0)
@@ -168,14 +170,137 @@ def main() -> None:
     check_all(c, first, plan, bases, projects)
     pairs = carry_pairs(c.carry.carry_text, task, old_base, base, c.seq_len) if c.carry.carry != "none" else []
     with locked(out, ranks.from_main):
-        do_runs(c, r, task, plan, bases, Sources(projects, olds, pairs, teaching), out, ranks)
+        do_runs(c, r, plan, Sources(task, bases, olds, projects, pairs, teaching), out, ranks)
     ranks.leave()
+
+
+# --- a run -------------------------------------------------------------------------------------------------------------
+
+def run_alone(r: Recycling, one: Run, sources: Sources) -> Iterator[Done]:
+    """A run by itself; in a chain, one mode along all bases by all routes."""
+    c, curves, more, started = one.c, defaultdict(list), {}, time.perf_counter()
+    steps = c.project.project_steps if one.mode == "project" else c.steps * len(one.rows()) * (one.mode in TRAINED)
+    with StepBar(steps, one.mode, r.base.encoder.config, r.device, r.precision, frozen=c.delta.kind != "full") as bar:
+        def on_eval(row: dict, **part) -> None:
+            curves[row.get("base"), row.get("route")].append({**part, **row})
+            bar.on_eval(row)
+
+        vars(r).update(settings_of(one), on_step=bar.on_step, on_eval=on_eval)     # no copy: its teacher's outputs serve later runs
+        if c.chain:
+            for link in chain(r, one.mode, sources.bases):
+                place = {"base": link.base, "route": link.route}
+                yield one.at(**place), link.result, link.delta, curves.pop((link.base, link.route)), place
+            return
+        if one.mode == "project":
+            more = {"projection": learn_map(r, c.project, sources.projects, partial(on_eval, part="projection"))}
+        model, result = recycle(r, one.mode)
+        result.seconds = time.perf_counter() - started
+        yield one, result, new_delta(r, one.mode, model), curves.pop((None, None)), more
+
+
+def learn_map(r: Recycling, p: ProjectConfig, projects: Projects, on_eval: Callable[[dict], None]) -> dict:
+    """Learn the map of --mode project; returns what the run's row says of the map."""
+    equal = {delta.num_outputs for delta, _ in projects} == {r.old_delta.num_outputs}    # if so, heads are projected as well
+    r.projection = learn_projection(
+        r.old_base, r.base, projects, replace(r.settings, steps=p.project_steps), r.distill, r=p.rank, granularity=p.granularity,
+        residual=p.residual, device=r.device, precision=r.precision, with_head=equal, on_step=r.on_step, on_eval=on_eval)
+    about = {name: getattr(r.projection, name) for name in ("r", "granularity", "residual", "with_head", "best_step", "dev")}
+    return {"sources": [data.name for _, data in projects], **about, "numbers": sum(p.numel() for p in r.projection.parameters())}
+
+
+def run_group(samples: dict[int, Recycling], group: list[Run], sources: Sources) -> Iterator[Done]:
+    """Runs of one mode and equal shape, each as soon as it is done: side by side if they are of a sweep and can be."""
+    first = group[0]
+    if first.c.sweep is None or not can_go_together(replace(samples[first.seed], distill=first.c.distill), first.mode):
+        for one in group:
+            yield from run_alone(samples[one.seed], one, sources)
+        return
+    for seed in {one.seed for one in group} if first.mode in NEEDS_TEACHER else ():
+        teacher_of(samples[seed])       # once for all runs on this sample
+    curves = [[] for _ in group]
+    rs = [replace(samples[one.seed], on_eval=curve.append, **settings_of(one)) for one, curve in zip(group, curves)]
+    found = recycle_together(rs, first.mode, first.c.side_by_side, first.c.graphs)
+    for one, curve, (r, model, result) in zip(group, curves, found):
+        yield one, result, new_delta(r, one.mode, model), curve, {}
+
+
+def settings_of(one: Run) -> dict:
+    """The fields of a Recycling that differ between runs."""
+    c = one.c
+    return {"settings": TuneSettings(c.steps, c.batch_size, one.lr or 0.0, c.eval_every, one.seed, c.weight_decay, c.warmup,
+                                     early_stop=c.early_stop),
+            "distill": c.distill, "share": c.teaching.unlabelled_share}
+
+
+def sample(c: Config, r: Recycling, task: Task, seed: int, teaching: Teaching | None) -> Recycling:
+    """With --shots, on the few examples that `seed` draws, which the teacher has not seen yet."""
+    if not c.shots:
+        return r
+    data = encode_task(few_shot(task, c.shots, seed), r.base.tokenizer, c.seq_len)
+    r = replace(r, data=replace(data, test=r.data.test), teacher=None)
+    return teaching.fill(r, seed) if teaching else r
+
+
+# --- all runs ----------------------------------------------------------------------------------------------------------
+
+def do_runs(c: Config, r: Recycling, plan: list[Run], sources: Sources, out: Path, ranks: Ranks) -> None:
+    """Do every run that is not finished yet, and print the table. In a --sweep, ranks share the runs of a group, and rank 0 scores the best
+    of each mode on test."""
+    rows, content = [row for one in plan for row in one.rows()], sources.teaching.content if sources.teaching else ""
+    others, pairs = [(delta, None) for delta in sources.olds if delta is not r.old_delta], sources.pairs
+    origins = {name: origin_of(replace(r, base=base), others, (), content) for name, base in sources.bases.items()}
+    special = {"project": origin_of(r, [*others, *sources.projects]),
+               **dict.fromkeys(CARRIES if pairs else (), origin_of(r, others, pairs, content))}
+    origin = {row.name: special.get(row.mode, origins[row.c.base]) for row in rows}
+    finished = ranks.from_main(lambda: begin(c, out, rows, origin, r.data.test is not None))
+    todo = [one for one in plan if not finished.issuperset(row.name for row in one.rows())]
+    workers = share_cores(len(plan), c.threads, c.workers) if ranks.world == 1 and ranks.device.type == "cpu" else 1
+    parts = ranks.world * workers
+    mine = [[one] for one in todo] if c.sweep is None else [
+        part for group in groups(todo) for k in range(ranks.rank, parts, ranks.world) if (part := group[k::parts])]
+    start, samples = r if c.sweep is None else replace(r, data=replace(r.data, test=None)), {}
+    if pairs and {one.mode for one in todo} & {*CARRIES}:
+        start.carried, start.about = transport(r.old_base, r.base, r.old_delta, pairs, c.carry.carry)
+
+    def done(group: list[Run]) -> Iterator[str]:
+        """Do and save runs; yields what the bar says of each."""
+        for seed in {one.seed for one in group} - samples.keys():
+            samples[seed] = sample(c, start, sources.task, seed, sources.teaching)
+            if len(sources.olds) > 1:
+                samples[seed].merged, samples[seed].about = merge_on_dev(samples[seed], sources.olds, c.merge)
+        for one, result, delta, curve, more in run_group(samples, group, sources):
+            if one.mode in CARRIES or one.mode == "apply" and r.merged:
+                more |= samples[one.seed].about
+            save_run(out, one, sources.task, result, delta, curve, origin[one.name], more)
+            yield f"{one.mode}: dev {score_text(score(result.dev))}"
+
+    with progress(sum(map(len, mine)), "recycle", unit="run") as bar, closing(spread(done, mine, workers)) as words:
+        for word in words:
+            if c.sweep is None:
+                write_summary(c, out, rows)
+            bar.set_postfix_str(word, refresh=False)
+            bar.update()
+    ranks.wait()
+    ranks.from_main(lambda: finish(c, r, rows, out))
+
+
+def finish(c: Config, r: Recycling, runs: list[Run], out: Path) -> None:
+    """Score the best runs by dev of each mode of a sweep on test, write summary.json and print the table."""
+    rows, modes = write_summary(c, out, runs), [*dict.fromkeys(one.mode for one in runs)]
+    if c.sweep is None:
+        print(report_chain(rows, modes, c.chain) if c.chain else report(rows, modes))
+    else:
+        for row in (row for mode in modes for row in chosen(rows, mode, by_settings) if not row["test"] and r.data.test):
+            row["test"] = evaluate(apply(r.base, load_delta(out / "deltas" / row["run"])), r.data.test, r.device, r.precision)
+            write_json(out / "deltas" / row["run"] / "summary.json", row)
+        print(report_sweep(write_summary(c, out, runs), modes, [name for name in swept(c.sweep) if name not in LISTS]))
+    print(f"rows in {out / 'summary.json'}, curves and deltas in {out / 'deltas'}")
 
 
 # --- what is asked for -------------------------------------------------------------------------------------------------
 
 def checked_modes(c: Config) -> list[str]:
-    """The modes asked for. InputError if flags make no sense together."""
+    """The modes that are asked for. InputError if flags make no sense together."""
     if c.teaching.teacher and not c.old_delta:
         c.old_base = None
     asked = {"project": bool(c.project.source_task), "transport": c.carry.carry != "none", "gradmask": False}      # of `all`
@@ -218,16 +343,16 @@ def check_all(c: Config, r: Recycling, plan: list[Run], bases: dict[str, Base], 
     for base in bases.values():
         base.require_length(c.seq_len)
         for one in plan:
-            check(with_settings(replace(r, base=base), one), one.mode)
+            check(replace(r, base=base, **settings_of(one)), one.mode)
     if projects:
         check_sources(r.old_base, r.base, projects, r.old_delta)
 
 
 def announce(c: Config, modes: list[str], task: Task, old: Delta | None) -> list[str]:
-    """Print what is about to be done. Returns the modes; of `all` those that another task's delta allows."""
+    """Print what is about to be done. Returns the modes; `all` leaves out those that a delta of another task does not allow."""
     few = f"{c.shots} examples a label" if c.shots else f"{len(task.parts['train'])} examples"
     what = "regression" if task.is_regression else f"{len(task.labels)} labels"
-    sources = [f"{c.old_base} + {c.old_delta}"] * bool(c.old_base) + [c.teaching.teacher] * bool(c.teaching.teacher)
+    sources = filter(None, (c.old_base and f"{c.old_base} + {c.old_delta}", c.teaching.teacher))
     print(f"{task.name} ({what}, {few}), {c.delta.kind}: {' and '.join(sources)} -> {' -> '.join(c.chain or (c.base,))}")
     if old is None or old.labels == task.labels:
         return modes
@@ -238,7 +363,7 @@ def announce(c: Config, modes: list[str], task: Task, old: Delta | None) -> list
 
 def planned(c: Config, modes: list[str]) -> list[Run]:
     """A run for every seed, mode and learning rate of every combination of --sweep."""
-    points = [c] if c.sweep is None else expand(c, c.sweep)
+    points = expand(c, c.sweep or "")       # without a sweep `c` alone
     for point in points:
         checked_modes(point)
     runs = [Run(point, mode, seed, lr) for point in points for seed in point.seeds for mode in modes for lr in learning_rates(point, mode)]
@@ -257,143 +382,17 @@ def default_out(c: Config, task: Task) -> str:
     return f"runs/recycle/{lineage}-{task.name}-{c.delta.kind}" + (f"-k{c.shots}" if c.shots else "") + ("-sweep" if c.sweep else "")
 
 
-def with_settings(r: Recycling, one: Run) -> Recycling:
-    return replace(r, settings=tune_settings(one.c, one.seed, one.lr), distill=one.c.distill, share=one.c.teaching.unlabelled_share)
-
-
-def tune_settings(c: Config, seed: int, lr: float | None) -> TuneSettings:
-    return TuneSettings(c.steps, c.batch_size, lr or 0.0, c.eval_every, seed, c.weight_decay, c.warmup, early_stop=c.early_stop)
-
-
-# --- what is done ------------------------------------------------------------------------------------------------------
-
-def do_runs(c: Config, r: Recycling, task: Task, plan: list[Run], bases: dict[str, Base], sources: Sources, out: Path,
-            ranks: Ranks) -> None:
-    """Every run but those that are finished. Of a --sweep, ranks share the runs of a group, and rank 0 scores the best of each mode on
-    test. Prints the table."""
-    rows, content = [row for one in plan for row in one.rows()], sources.teaching.content if sources.teaching else ""
-    others, pairs = [(delta, None) for delta in sources.olds if delta is not r.old_delta], sources.pairs
-    origins = {name: origin_of(replace(r, base=base), others, (), content) for name, base in bases.items()}
-    special = {"project": origin_of(r, [*others, *sources.projects]),
-               **dict.fromkeys(CARRIES if pairs else (), origin_of(r, others, pairs, content))}
-    origin = {row.name: special.get(row.mode, origins[row.c.base]) for row in rows}
-    finished = ranks.from_main(lambda: begin(c, out, rows, origin, r.data.test is not None))
-    todo = [one for one in plan if not finished.issuperset(row.name for row in one.rows())]
-    workers = share_cores(len(plan), c.threads, c.workers) if ranks.world == 1 and ranks.device.type == "cpu" else 1
-    parts = ranks.world * workers
-    mine = [[one] for one in todo] if c.sweep is None else [
-        part for group in groups(todo) for k in range(ranks.rank, parts, ranks.world) if (part := group[k::parts])]
-    start, samples = r if c.sweep is None else replace(r, data=replace(r.data, test=None)), {}
-    if pairs and {one.mode for one in todo} & {*CARRIES}:
-        start.carried, start.about = transport(r.old_base, r.base, r.old_delta, pairs, c.carry.carry)
-
-    def done(group: list[Run]) -> Iterator[str]:
-        """Do and save runs; yields what the bar says of each."""
-        for seed in {one.seed for one in group} - samples.keys():
-            samples[seed] = sample(c, start, task, seed, sources.teaching)
-            if len(sources.olds) > 1:
-                samples[seed].merged, samples[seed].about = merge_on_dev(samples[seed], sources.olds, c.merge)
-        for one, result, delta, curve, more in run_group(samples, group, bases, sources.projects):
-            if one.mode in CARRIES or one.mode == "apply" and r.merged:
-                more |= samples[one.seed].about
-            save_run(out, one, task, result, delta, curve, origin[one.name], more)
-            yield f"{one.mode}: dev {score_text(score(result.dev))}"
-
-    with progress(sum(map(len, mine)), "recycle", unit="run") as bar, closing(spread(done, mine, workers)) as words:
-        for word in words:
-            if c.sweep is None:
-                write_summary(c, out, rows)
-            bar.set_postfix_str(word, refresh=False)
-            bar.update()
-    ranks.wait()
-    ranks.from_main(lambda: finish(c, r, rows, out))
-
-
-def sample(c: Config, r: Recycling, task: Task, seed: int, teaching: Teaching | None) -> Recycling:
-    """With --shots, on the few examples that `seed` draws, which the teacher has not seen yet."""
-    if not c.shots:
-        return r
-    data = encode_task(few_shot(task, c.shots, seed), r.base.tokenizer, c.seq_len)
-    r = replace(r, data=replace(data, test=r.data.test), teacher=None)
-    return teaching.fill(r, seed) if teaching else r
-
-
-def run_group(samples: dict[int, Recycling], group: list[Run], bases: dict[str, Base], projects: Projects) -> Iterator[Done]:
-    """Runs of equal shape, each as soon as it is done: side by side if they are of a sweep and can be."""
-    first, runs = group[0], {}
-    if first.c.sweep is None or not can_go_together(replace(samples[first.seed], distill=first.c.distill), first.mode):
-        for one in group:
-            yield from run_alone(samples[one.seed], one, bases, projects)
-        return
-    for one in group:
-        if one.mode in NEEDS_TEACHER:
-            teacher_of(samples[one.seed])       # once for all runs on this sample
-        curve: list[dict] = []
-        r = replace(with_settings(samples[one.seed], one), on_eval=curve.append)
-        runs[id(r)] = r, one, curve
-    for r, model, result in recycle_together([r for r, _, _ in runs.values()], first.mode, first.c.side_by_side, first.c.graphs):
-        _, one, curve = runs[id(r)]
-        yield one, result, new_delta(r, one.mode, model), curve, {}
-
-
-def run_alone(r: Recycling, one: Run, bases: dict[str, Base], projects: Projects) -> Iterator[Done]:
-    """A run by itself; in a chain, one mode along all bases by all routes."""
-    c, curves, more, started = one.c, defaultdict(list), {}, time.perf_counter()
-    steps = c.project.project_steps if one.mode == "project" else c.steps * len(one.rows()) * (one.mode in TRAINED)
-    with StepBar(steps, one.mode, r.base.encoder.config, r.device, r.precision, frozen=c.delta.kind != "full") as bar:
-        def on_eval(row: dict, **part) -> None:
-            curves[row.get("base"), row.get("route")].append({**part, **row})
-            bar.on_eval(row)
-
-        r.settings, r.distill, r.share = tune_settings(c, one.seed, one.lr), c.distill, c.teaching.unlabelled_share
-        r.on_step, r.on_eval = bar.on_step, on_eval
-        if c.chain:
-            for link in chain(r, one.mode, bases):
-                place = {"base": link.base, "route": link.route}
-                yield one.at(**place), link.result, link.delta, curves.pop((link.base, link.route)), place
-            return
-        if one.mode == "project":
-            more = {"projection": learn_map(r, c.project, projects, partial(on_eval, part="projection"))}
-        model, result = recycle(r, one.mode)
-        result.seconds = time.perf_counter() - started
-        yield one, result, new_delta(r, one.mode, model), curves.pop((None, None)), more
-
-
-def learn_map(r: Recycling, p: ProjectConfig, projects: Projects, on_eval: Callable[[dict], None]) -> dict:
-    """Learn the map of --mode project; returns what its row says of it."""
-    equal = {delta.num_outputs for delta, _ in projects} == {r.old_delta.num_outputs}    # only then can heads be projected
-    r.projection = learn_projection(
-        r.old_base, r.base, projects, replace(r.settings, steps=p.project_steps), r.distill, r=p.rank, granularity=p.granularity,
-        residual=p.residual, device=r.device, precision=r.precision, with_head=equal, on_step=r.on_step, on_eval=on_eval)
-    about = {name: getattr(r.projection, name) for name in ("r", "granularity", "residual", "with_head", "best_step", "dev")}
-    numbers = sum(p.numel() for p in r.projection.parameters())
-    return {"sources": [data.name for _, data in projects], **about, "numbers": numbers}
-
-
-def finish(c: Config, r: Recycling, runs: list[Run], out: Path) -> None:
-    """Score the best runs by dev of each mode of a sweep on test, write summary.json and print the table."""
-    rows, modes = write_summary(c, out, runs), [*dict.fromkeys(one.mode for one in runs)]
-    if c.sweep is None:
-        print(report_chain(rows, modes, c.chain) if c.chain else report(rows, modes))
-    else:
-        for row in (row for mode in modes for row in chosen(rows, mode, by_settings) if not row["test"] and r.data.test):
-            row["test"] = evaluate(apply(r.base, load_delta(out / "deltas" / row["run"])), r.data.test, r.device, r.precision)
-            write_json(out / "deltas" / row["run"] / "summary.json", row)
-        print(report_sweep(write_summary(c, out, runs), modes, [name for name in swept(c.sweep) if name not in LISTS]))
-    print(f"rows in {out / 'summary.json'}, curves and deltas in {out / 'deltas'}")
-
-
 # --- what is missing ---------------------------------------------------------------------------------------------------
 
 def build_missing(c: Config, task: Task, source_tasks: list[Task]) -> tuple[str | None, tuple[str, ...]]:
-    """Have train.py make the demo lineage if it is missing, and the deltas that no flag names; the folders of all deltas."""
+    """Have train.py make the demo lineage and the deltas that no flag names, if they are missing. Returns (old delta, source deltas)."""
     build_lineage(c, Path(Config.base).parent, (*(c.chain or (c.base,)), *filter(None, [c.old_base])))
     sources = c.project.source_delta or tuple(tuned(c, *source) for source in zip(c.project.source_task, source_tasks))
     return c.old_delta or (tuned(c, c.task, task) if c.old_base else None), sources
 
 
 def tuned(c: Config, name: str, task: Task) -> str:
-    """The folder, beside the old base, of its delta for a task, which train.py makes if it is missing."""
+    """The folder, beside the old base, of that base's delta for a task; train.py makes the delta if it is missing."""
     folder = place_of_delta(c.old_base, task.name, c.delta.kind)
     if not (folder / "delta.json").exists():
         sizes = {size: value for size, value in vars(c.delta).items() if size not in ("kind", "target_modules")}

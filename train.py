@@ -114,6 +114,9 @@ def main() -> None:
     for mode, wrong, right in (("tune", "steps", "tune_steps"), ("pretrain", "tune_steps", "steps")):
         if c.mode == mode and getattr(c, wrong) != getattr(Config, wrong):
             raise InputError(f"--{wrong} says nothing to --mode {mode}: did you mean --{right}?")
+    for name in {"tune": ("base", "task"), "eval": ("task", "base", "delta_dir")}.get(c.mode, ()):
+        if getattr(c, name) is None:
+            raise InputError(f"--mode {c.mode} needs --{name}: see --help")
     c.delta.check()
     if c.mode != "eval":
         c.seq_len = c.seq_len or SEQ_LEN
@@ -222,9 +225,9 @@ def rows_of(c: Config, corpora: dict[str, dict[str, Corpus]], groups: list[tuple
     """(training rows of every stage, held-out rows of every domain). The first stage is M`number`; `groups` are the stages' domains."""
     training = {}
     for i, group in enumerate(groups, number):
-        first, *others = [Rows(corpora[name]["train"], tokenizer, seq_len=c.seq_len, mask_rate=c.mask_rate, seed=derive_seed(c.seed, i, *j),
-                                objective=c.recipe.objective, unit=c.recipe.mask)
-                          for name, *j in [(group[0],), *((name, j) for j, name in enumerate([*earlier, *group[1:]], 1))]]
+        names = [group[0], *earlier, *group[1:]]
+        first, *others = [Rows(corpora[name]["train"], tokenizer, seq_len=c.seq_len, mask_rate=c.mask_rate, objective=c.recipe.objective,
+                               unit=c.recipe.mask, seed=derive_seed(c.seed, i, *([j] if j else []))) for j, name in enumerate(names)]
         first.check_batch(c.batch_tokens, ranks.world * c.accumulation)
         if others:
             mix(first, others, c.recipe.start_shares([*group[1:], group[0]], len(earlier)),
@@ -272,16 +275,9 @@ def start_tokenizer(c: Config, out: Path, first_corpus: Path) -> Tokenizer:
 
 # --- tune, eval -------------------------------------------------------------------------------------------------------
 
-def required(c: Config, *names: str) -> None:
-    for name in names:
-        if getattr(c, name) is None:
-            raise InputError(f"--mode {c.mode} needs --{name}: see --help")
-
-
 def tune_delta(c: Config) -> None:
     """Tune a fresh delta on a task. Its folder holds the run's metrics and summary as well, and appears, or takes the place of an earlier
     one, when all is done; until then metrics.jsonl is in OUT.part."""
-    required(c, "base", "task")
     device, kind = pick_device(c.device), c.delta.kind
     where = {"device": device, "precision": pick_precision(c.precision, device)}
     base, task = open_base(c.base).to(device), open_task(c.task, c.cache)
@@ -314,7 +310,6 @@ def tune_delta(c: Config) -> None:
 
 def eval_delta(c: Config) -> None:
     """Score a base + delta on dev and test of a task."""
-    required(c, "task", "base", "delta_dir")
     task = open_task(c.task, c.cache)
     base, delta, model, seq_len, where = open_tuned(c, task.labels)
     if task.labels != delta.labels:

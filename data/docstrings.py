@@ -3,16 +3,13 @@
     python -m data.docstrings --out DIR [domain ...]
 
 For each domain it writes DIR/<domain>/corpus/{train,heldout}.jsonl, a `text` a line, to pre-train on, and
-DIR/<domain>/task/{train,dev,test}.jsonl, a `text` and a `label` a line: guess the sub-package a docstring comes from.
-Sources are parsed with `ast` and never imported. A file's documents all go to one part, and `heldout` is exactly the
-dev and test files, so pre-training never meets a test text.
+DIR/<domain>/task/{train,dev,test}.jsonl, a `text` and a `label` a line: guess the sub-package that a docstring comes from. Sources are
+parsed with `ast` and never imported. All documents of a file go to one part, and `heldout` is exactly the dev and test files, so
+pre-training never meets a test text.
 
-Caveats: the texts are whatever version is installed (meta.json says which), so numbers compare only between equal
-versions; documents of different files can still be near-duplicates (a function and its sibling); the packages' compiled
-parts (numpy.random) carry docstrings we cannot read.
+Caveats: the texts are of the version that is installed (meta.json says which), so numbers compare only between equal versions; documents of
+different files can still be near-duplicates (a function and its sibling); docstrings of compiled parts (numpy.random) cannot be read.
 """
-from __future__ import annotations
-
 import argparse
 import ast
 import hashlib
@@ -23,11 +20,11 @@ import json
 import os
 import platform
 import re
-import shutil
 import sysconfig
 import warnings
 from collections import Counter, defaultdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rt.errors import InputError
 from rt.runs.config import run
@@ -40,8 +37,8 @@ MAX_LABELS, MIN_FILES, MIN_DOCUMENTS = 10, 3, 40
 MIN_CHARACTERS, MIN_LETTERS = 60, 40
 MASK = "___"
 SKIPPED = {"test", "tests", "testing", "benchmarks", "site-packages", "dist-packages", "idlelib", "lib2to3", "_vendor"}
-# How the label is read off a path: the first folder (python: email, math: polys, arrays: _core, dl: _dynamo), except
-# that networkx keeps most of itself in algorithms/, so there the folder below it counts (isomorphism, tree).
+# The label is the first folder of a path (python: email, math: polys, arrays: _core, dl: _dynamo); but networkx keeps most of itself in
+# algorithms/, and there the folder below is the label (isomorphism, tree).
 TRANSPARENT = "algorithms"
 
 
@@ -74,15 +71,11 @@ def docstrings(source: bytes) -> list[str]:
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             found.append(ast.get_docstring(node, clean=False) or "")
-        elif isinstance(node, ast.Call) and re.search("add_(docstr|newdoc)", _called(node)):
+        elif isinstance(node, ast.Call) and re.search("add_(docstr|newdoc)", getattr(node.func, "attr", getattr(node.func, "id", ""))):
             for argument in node.args:  # numpy also writes (name, text) pairs
                 found += map(_literal, argument.elts if isinstance(argument, ast.Tuple) else [argument])
     found = [inspect.cleandoc(text.encode("utf-8", "ignore").decode()) for text in found]  # no lone surrogates
     return [text for text in found if len(text) >= MIN_CHARACTERS and _letters(text)]
-
-
-def _called(call: ast.Call) -> str:
-    return getattr(call.func, "attr", None) or getattr(call.func, "id", "")
 
 
 def _literal(node: ast.AST) -> str:
@@ -101,7 +94,7 @@ def _letters(text: str) -> bool:
 
 
 def read_package(root: Path) -> dict[str, list[str]]:
-    """Relative path -> its documents, in path order; a document seen in an earlier file is left out."""
+    """Relative path -> its documents, in path order; a document that an earlier file has is left out."""
     paths = []
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if name not in SKIPPED]
@@ -119,10 +112,8 @@ def read_package(root: Path) -> dict[str, list[str]]:
 
 
 def label_of(path: str) -> str | None:
-    """The sub-package a file belongs to, without the underscore of a private one; None at the top."""
-    folders = path.split("/")[:-1]
-    if folders[:1] == [TRANSPARENT]:
-        folders = folders[1:]
+    """The sub-package that a file belongs to, without the underscore of a private one; None at the top."""
+    folders = path.removeprefix(f"{TRANSPARENT}/").split("/")[:-1]
     return folders[0].lstrip("_") if folders else None
 
 
@@ -139,10 +130,9 @@ def choose_labels(documents: dict[str, list[str]]) -> list[str]:
 def split_files(sizes: dict[str, int]) -> dict[str, str]:
     """Path -> part for the files of one label, given their document counts.
 
-    Files in the order of their hash go to the emptier of dev and test until both are full, except those that would
-    overfill it by half or fill the whole test; the rest is train. Full is a tenth of the documents, more where that
-    makes a poor test but never above a fifth. Where nothing fits (a few huge files) the smallest file goes in.
-    """
+    Files in the order of their hash go to the emptier of dev and test until both are full, except those that would overfill it by half or
+    fill the whole test; the rest is train. Full is a tenth of the documents, or more if that makes a poor test, but never above a fifth. If
+    nothing fits (a few huge files), the smallest file goes in."""
     total = sum(sizes.values())
     room = min(max(total / 10, 1.25 * CAPS["test"]), total / 5)
     parts, held = dict.fromkeys(sizes, "train"), {"dev": 0, "test": 0}
@@ -189,20 +179,15 @@ def masker(package: str, labels: list[str]) -> re.Pattern:
 
 def _forms(label: str) -> set[str]:
     """A label, its singular and its plural: matrices, matrix; classes, class; core, cores; centrality, centralities."""
-    one = label
-    for ending, singular in (("ices", "ix"), ("ies", "y"), ("sses", "ss"), ("ss", "ss"), ("s", "")):
-        if label.endswith(ending):
-            one = label[: -len(ending)] + singular
-            break
+    endings = (("ices", "ix"), ("ies", "y"), ("sses", "ss"), ("ss", "ss"), ("s", ""))
+    one = next((label.removesuffix(ending) + singular for ending, singular in endings if label.endswith(ending)), label)
     many = one[:-1] + "ies" if one.endswith("y") else one + ("es" if one.endswith("s") else "s")
     return {label, one, many}
 
 
 def make_task(documents: dict[str, list[str]], parts: dict[str, str], labels: list[str], mask: re.Pattern) -> dict:
-    """Part -> its rows, labels mixed; no masked text is in two parts, has two labels or is in the train corpus.
-
-    Files take turns, one document each, so that under the cap of a label no large file crowds out the others.
-    """
+    """Part -> its rows, labels mixed; no masked text is in two parts, has two labels or is in the train corpus. Files take turns, one
+    document each, so that under the cap of a label no large file crowds out the others."""
     queues = {part: [] for part in PARTS}
     known = defaultdict(set)
     for path, texts in documents.items():
@@ -227,8 +212,8 @@ def build(domain: str, out: Path) -> dict:
     root, version = package_root(domain)
     stamp = {"domain": domain, "package": DOMAINS[domain], "version": version, "format": FORMAT}
     final = Path(out) / domain
-    if _ready(final, stamp):
-        return _ready(final, stamp)
+    if meta := _ready(final, stamp):
+        return meta
     documents = read_package(root)
     labels = choose_labels(documents)
     parts = split_package(documents, labels)
@@ -255,21 +240,20 @@ def _ready(final: Path, stamp: dict) -> dict | None:
 
 def _publish(final: Path, rows: dict[str, list[dict]], meta: dict) -> None:
     """Write into a folder beside `final` and rename it, so that no reader sees half of it."""
-    new, old = (final.with_name(f".{final.name}.{os.getpid()}.{word}") for word in ("new", "old"))
     try:
-        for name, items in rows.items():
-            path = new / f"{name}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(item) + "\n" for item in items))
-        (new / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-        if final.exists():
-            os.replace(final, old)  # a folder cannot be renamed onto a full one
-        os.replace(new, final)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{final.name}.", dir=final.parent, ignore_cleanup_errors=True) as place:
+            new = Path(place, "new")
+            for name, items in rows.items():
+                path = new / f"{name}.jsonl"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text("".join(json.dumps(item) + "\n" for item in items))
+            (new / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+            if final.exists():
+                final.rename(Path(place, "old"))  # a folder cannot be renamed onto a full one
+            new.rename(final)
     except OSError as error:
         raise InputError(f"{final}: cannot be written ({error.strerror}); make room for it, or give another place (--cache)") from None
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ from rt.data import Task
 from rt.formats.atomic import atomic_folder, locked
 from rt.formats.corpora import PARTS, corpus_files, split_documents
 
-BUCKETS = 2**18     # that words are hashed into
-PRIOR = 10          # words of weight 0 that a document has beside its own: short ones are not extreme by chance
+BUCKETS = 2**18     # words are hashed into so many
+PRIOR = 10          # a document counts so many words of weight 0 beside its own, so that short ones are not extreme by chance
 
 
 def hashed(text: str) -> list[int]:
@@ -31,7 +31,7 @@ def word_weights(wanted: Iterable[str], documents: Iterable[str]) -> dict[int, f
 
 
 def select(corpus: Path, task: Task, keep: float, cache: Path) -> Path:
-    """The share `keep` of a corpus's training documents that is most like the task's training texts, and all held-out ones."""
+    """The share `keep` of the training documents of a corpus, those most like the training texts of the task, and all held-out ones."""
     files = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for part in PARTS for f in corpus_files(corpus)[part]]
     folder = made_of(Path(cache) / "selected", task, keep, files)
     if not folder.exists():
@@ -46,7 +46,7 @@ def select(corpus: Path, task: Task, keep: float, cache: Path) -> Path:
 
 
 def made_of(home: Path, task: Task, *what: object) -> Path:
-    """The folder in `home` for what is made of a task and this."""
+    """The folder in `home` for what is made of a task and `what`."""
     return home / f"{task.name}-{hashlib.sha256(json.dumps([task.hash, *what]).encode()).hexdigest()[:12]}"
 
 

@@ -18,14 +18,14 @@ def corpus_path(name: str, cache: Path) -> Path:
 
 
 def domain_name(entry: str) -> str:
-    """The name of a domain in tables and files: an embedded name, or that of the file or folder without endings; of a task with task-."""
+    """The name of a domain in tables and files: an embedded name, or the file's or folder's without endings; for a task task-NAME."""
     name = Path(entry.removeprefix("task:")).name.split(".")[0]
     return f"task-{name}" if entry.startswith("task:") else name
 
 
 def open_domain(name: str, cache: Path, template: str, like: str | None, keep: float) -> tuple[Path, str]:
-    """A domain of a stream: (where its texts are, a name for `corpus_path` that is right from any folder). task:NAME is that task's own
-    texts in `template`; of other corpora only the share `keep` that is most like the texts of the task `like`, if there is one."""
+    """A domain of a stream: (where its texts are, a name for `corpus_path` that is right from any folder). task:NAME is the texts of that
+    task, put into `template`; any other corpus is cut down to the share `keep` that is most like the texts of the task `like`, if given."""
     if name.startswith("task:"):
         path = task_corpus(open_task(name.removeprefix("task:"), cache), template, cache)
     else:
@@ -52,7 +52,7 @@ def filled(template: str, e: Example) -> str:
 
 
 def open_task(name: str, cache: Path) -> Task:
-    """The task called `name`. One of the hub is called what its config is, or its repository."""
+    """The task called `name`. A task of the hub gets the name of its config, or else of its repository."""
     task = load_task(_locate(name, cache, "task", "a folder with train, dev and test files"))
     return replace(task, name=name.rpartition("/")[2]) if name.startswith("hub:") else task
 

@@ -16,7 +16,7 @@ from rt.losses import DistillConfig, Loss, Reweighted, TeacherCache, trained_wei
 from rt.speed import multi_run as grid
 from rt.speed.graphs import CudaGraphs
 from rt.speed.multi_run import PAD_SEQUENCES, SideBySide, SideRun, side_by_side
-from rt.tune import TuneSettings, ignore, plain_gradient, predict, tune
+from rt.tune import TuneSettings, plain_gradient, predict, tune
 
 CPU = dict(device=torch.device("cpu"), precision=torch.float32)
 FROZEN = ("adapter", "lora", "bitfit", "prefix")
@@ -57,7 +57,7 @@ def alone(run: SideRun) -> tuple[list[dict], SideRun]:
 
 
 def stacked(runs: list[SideRun]) -> Reweighted:
-    return SideBySide(runs, graphs=False, on_step=ignore, on_eval=ignore, **CPU).stacked
+    return SideBySide(runs, graphs=False, **CPU).stacked
 
 
 def stack_of_one(model):
@@ -122,14 +122,14 @@ def test_predictions_side_by_side_are_in_each_runs_order(tokenizer, monkeypatch)
 def test_ranges_are_filled_up_and_shares_sum_to_one():
     data = task(21, 0).train
     batches = [data.batch([0, 1, 2]), data.batch([3]), data.batch([4, 5])]
-    batch, shares = side_by_side(batches, bucket=130, B=4)
+    batch, shares = side_by_side(batches, bucket=130)
     assert len(batch.ids) == 390 and batch.cu_seqlens[-1] == 390 and batch.max_seqlen == 64
-    assert len(batch.cu_seqlens) == 3 * (4 + PAD_SEQUENCES) + 1 and batch.cu_seqlens.diff().min() == 0
-    assert shares.shape == (3, 4) and torch.equal(shares.sum(1), torch.ones(3)) and shares[1].tolist() == [1, 0, 0, 0]
+    assert len(batch.cu_seqlens) == 3 * (3 + PAD_SEQUENCES) + 1 and batch.cu_seqlens.diff().min() == 0
+    assert shares.shape == (3, 3) and torch.equal(shares.sum(1), torch.ones(3)) and shares[1].tolist() == [1, 0, 0]
     for k, own in enumerate(batches):
         assert torch.equal(batch.ids[k * 130:k * 130 + len(own.ids)], own.ids)
-        assert torch.equal(batch.rows[4 * k:4 * k + len(own.index)], own.first + 130 * k)
-        assert torch.equal(batch.labels[4 * k:4 * k + len(own.index)], own.labels)
+        assert torch.equal(batch.rows[3 * k:3 * k + len(own.index)], own.first + 130 * k)
+        assert torch.equal(batch.labels[3 * k:3 * k + len(own.index)], own.labels)
 
 
 def test_a_run_whose_loss_is_not_finite_leaves_the_others_to_themselves(tokenizer, monkeypatch):

@@ -19,7 +19,6 @@ from rt.optim import adamw
 from rt.pretrain import PretrainSettings, mlm_loss
 from rt.runs import log
 from rt.runs.log import StepBar
-from rt.speed import multi_run as grid
 from rt.speed import throughput as pace
 from rt.speed.device import peak_flops
 from rt.speed.throughput import Throughput, step_flops
@@ -107,14 +106,7 @@ def tuning(tokenizer, toy, rows, tmp_path) -> None:  # noqa: F811
              on_eval=bar.on_eval)
 
 
-def side_by_side(tokenizer, toy, rows, tmp_path) -> None:  # noqa: F811
-    model = attach(random_base(tokenizer), DeltaConfig("lora"), 2, seed=0)
-    runs = [grid.SideRun(model, toy, TuneSettings(4, 16, lr, 2, seed=0), Loss()) for lr in (1e-3, 1e-2)]
-    with StepBar(4, "tuning", model.encoder.config, CPU, torch.float32, frozen=True, runs=2) as bar:
-        grid.tune(runs, device=CPU, precision=torch.float32, on_step=bar.on_step, on_eval=bar.on_eval)
-
-
-@pytest.mark.parametrize("loop", [pretraining, tuning, side_by_side])
+@pytest.mark.parametrize("loop", [pretraining, tuning])
 def test_a_bar_on_a_terminal_and_nothing_elsewhere(loop, tokenizer, toy, rows, tmp_path, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setattr(pace, "peak_flops", lambda device, precision: 1e12)
     monkeypatch.setattr(log, "tqdm", partial(log.tqdm, mininterval=0))

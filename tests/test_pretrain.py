@@ -71,7 +71,7 @@ def test_items_come_from_another_thread_in_order_and_no_further_ahead_than_asked
         for i in range(20):
             made.append(threading.current_thread())
             yield i
-    got = prefetch(items(), depth=3)
+    got = prefetch(items())
     assert [next(got), next(got)] == [0, 1]
     time.sleep(0.2)
     assert len(made) == 2 + 3 and threading.main_thread() not in made

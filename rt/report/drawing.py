@@ -44,7 +44,7 @@ def thinned(points: Points, most: int) -> Points:
 
 
 def sparklines(curves: list[Points], one_scale: bool = False) -> list[str]:
-    """A line of blocks for each curve, between its lowest and highest value or, on `one_scale`, those of all curves."""
+    """A line of blocks for each curve, from the lowest to the highest value of the curve or, on `one_scale`, of all curves."""
     values = [[y for _, y in thinned(points, PRINTED)] for points in curves]
     lines = []
     for ys in values:

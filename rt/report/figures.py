@@ -1,6 +1,7 @@
 """The studies' figures and numbers, from their rows as analyze.py and experiments/claims write them: PATH.png and PATH.svg, or the lines
 of a table. A score is accuracy, or pearson of a regression."""
 import math
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Callable, Iterator
@@ -20,8 +21,8 @@ COMPATIBILITY = {"apply": "old delta, no training", "tuned": "tuned on that base
 
 
 def by_task(rows: list[dict]) -> Iterator[tuple[str, str, str, list[dict]]]:
-    """(task, the part that is reported, its score, its rows) of every task; each row gets its score under the name `score`. The part is
-    test unless `scored_on` says dev, of a task whose test has no labels."""
+    """(task, the part that is reported, the name of its score, its rows) of every task; each row gets its score under the name `score`. The
+    part is test, or dev if `scored_on` says so because test has no labels."""
     for (task,), found in group(rows, "task").items():
         score = next((name for name in SCORES if name in found[0]), "accuracy")
         yield task, found[0].get("scored_on", "test"), score, [row | {"score": row.get(score)} for row in found]
@@ -36,8 +37,8 @@ def collected(rows: list[dict], names: tuple[str, ...], values: tuple[str, ...])
 # --- study 1: compatibility -------------------------------------------------------------------------------------------
 
 def compatibility(rows: list[dict], path: Path) -> None:
-    """A panel for each task: Delta_0 on M_1(t) and on M_1, M_2, ..., beside M_0 + Delta_0, what is tuned on the base itself, and
-    chance. Rows: task, seed, base, stage, t (None: the stage is complete), line (a key of COMPATIBILITY) and a score."""
+    """A panel for each task: Delta_0 on M_1(t) and on M_1, M_2, ..., beside M_0 + Delta_0, deltas tuned on each base itself, and chance.
+    Rows: task, seed, base, stage, t (None: the stage is complete), line (a key of COMPATIBILITY) and a score."""
     place, panels = places(rows), []
     ticks = {place[row["base"]]: row["base"] if row["t"] is None else f"t {row['t']}" for row in rows}
     for task, part, score, found in by_task(rows):
@@ -58,7 +59,7 @@ def places(rows: list[dict]) -> dict[str, float]:
 
 
 def compatibility_numbers(rows: list[dict]) -> list[dict]:
-    """The score of Delta_0 on each base, of what is tuned there, and of chance."""
+    """The score of Delta_0 on each base, of the delta tuned there, and of chance."""
     numbers = []
     for task, part, score, found in by_task(rows):
         at = {key: [row["score"] for row in line] for key, line in group(found, "line", "base").items()}
@@ -151,7 +152,6 @@ def head_similarity(rows: list[dict], path: Path) -> None:
 
 
 def similarity_numbers(rows: list[dict]) -> list[dict]:
-    """How alike the heads and layers of a pair are."""
     return collected([row for row in rows if row["what"] == "heads"], ("task", "pair"), ("share_own_best", "own", "best_other", "cka_own"))
 
 
@@ -197,8 +197,8 @@ def recipes(rows: list[dict], path: Path) -> None:
 
 
 def recipes_numbers(rows: list[dict]) -> list[dict]:
-    """A line for each upgrade: points lost by `apply` and won by `init` over `scratch`, means over tasks and seeds; held-out losses, and
-    what is given up of the last against the best upgrade; distance from the old base; the share of heads that are kept."""
+    """A line for each upgrade: the points that `apply` loses and that `init` wins over `scratch`, means over tasks and seeds; held-out
+    losses, and how far the last one is above the best upgrade's; the distance from the old base; the share of heads that are kept."""
     bases, numbers = {row["base"]: row for row in rows if row["of"] == "base"}, []
     (first, old), *later = bases.items()
     new = [*old["heldout"]][-1]
@@ -223,8 +223,7 @@ def mixture_numbers(rows: list[dict]) -> list[dict]:
     for domain, before in old["heldout"].items():
         points = [(1 - row["replay"] if domain == last else row["replay"], row["steps"], row["heldout"][domain]) for row in runs]
         law, steps = fit(points), max(row["steps"] for row in runs)
-        numbers.append({"domain": domain, "before": before, "E": law.E, "A": law.A, "g": law.g, "b": law.b, "eps": law.eps,
-                        "error, left out": left_out(points), "steps": steps,
+        numbers.append({"domain": domain, "before": before, **asdict(law), "error, left out": left_out(points), "steps": steps,
                         "critical replay": "" if domain == last else critical(law, steps, before)})
     return numbers
 
@@ -235,7 +234,7 @@ def mixture(rows: list[dict], path: Path) -> None:
     last, panels = [*old["heldout"]][-1], []
     for line in mixture_numbers(rows):
         domain, lines, looks = line["domain"], {}, {}
-        law = Law(*(line[k] for k in ("E", "A", "g", "b", "eps")))
+        law = Law(*(line[field.name] for field in fields(Law)))
         for (replay,), some in group(runs, "replay").items():
             share, steps = 1 - replay if domain == last else replay, sorted({row["steps"] for row in some})
             lines[f"replay {replay:g}"] = [(row["steps"], row["heldout"][domain]) for row in some]

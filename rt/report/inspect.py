@@ -75,8 +75,7 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(map(str, names[:SHOWN])) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
-def architecture(encoder: dict) -> str:
-    e = encoder
+def architecture(e: dict) -> str:
     return (f"{e.get('model_type', 'roberta')}, {e.get('num_layers')} layers x {e.get('hidden_size')}, {e.get('num_heads')} heads, "
             f"FFN {e.get('ffn_size')}, {e.get('vocab_size')} words, up to {e.get('max_len')} tokens")
 
@@ -222,7 +221,7 @@ def verified(path: Path) -> dict[Path, str]:
 
 
 def verdict(folder: Path, name: str) -> str:
-    """Whether the files beside the facts in `name` are as they were written; empty for the facts of something else, as of tokens."""
+    """Whether the files beside the facts in `name` are as they were written; empty if the facts are of something else, such as tokens."""
     try:
         facts = read_json(folder / name)
         if facts.get("format") not in FORMATS:

@@ -56,15 +56,15 @@ def report(folder: Path) -> Report:
             return pretraining(rows, summary)
         if "run" not in first and any(scored(rows)[1]):
             return tuning(rows, summary)
-        if results := results_of(folder, rows, summary):
+        if results := results_of(folder, summary):
             return recycling(results)
     raise InputError(f"{folder}: no run with rows to draw; expected a folder that train.py, recycle.py or analyze.py wrote, with "
                      "metrics.jsonl, rows.jsonl or summary.json")
 
 
-def points_of(rows: list[dict], y: str, x: str = "step") -> Points:
-    """(x, y) of the rows in which both are finite numbers."""
-    return [(row[x], row[y]) for row in rows if is_number(row.get(x)) and is_number(row.get(y))]
+def points_of(rows: list[dict], y: str) -> Points:
+    """(step, y) of the rows in which both are finite numbers."""
+    return [(row["step"], row[y]) for row in rows if is_number(row.get("step")) and is_number(row.get(y))]
 
 
 # --- pre-training: a stream of bases ----------------------------------------------------------------------------------
@@ -139,21 +139,15 @@ def tuning(rows: list[dict], summary: dict) -> Report:
 
 # --- recycling: modes over seeds --------------------------------------------------------------------------------------
 
-def results_of(folder: Path, rows: list[dict], summary: dict) -> list[dict]:
-    """A row for each run: of summary.json; before that is written, of the runs that have finished; else of the curves so far."""
+def results_of(folder: Path, summary: dict) -> list[dict]:
+    """A row for each run: of summary.json, or before its rows are written, of the runs that have finished."""
     finished = [path for path in sorted(folder.glob("deltas/*/summary.json")) if path.parent.suffix not in (".part", ".old")]
-    results = summary.get("rows") or list(map(read_json, finished))
-    if not any("curve" in row for row in results):
-        results = []
-        for found in group([row for row in rows if "part" not in row], "run", "mode").values():
-            metric, scores = scored(found)
-            results.append(found[0] | {"dev": {metric: 0}, "curve": points_of(scores, "score")})
-    return [completed(row) for row in results if row.get("curve") and row.get("mode")]
+    return [completed(row) for row in summary.get("rows") or map(read_json, finished) if row.get("curve") and row.get("mode")]
 
 
 def completed(row: dict) -> dict:
-    """The row with what is read of it here: only the numbers of its curve, the best of them as its dev score (None if all are undefined),
-    and its base."""
+    """The row with all that is read here: the numbers of its curve, the best of them as its dev score (None if all are undefined), and its
+    base."""
     settings, metric = row.get("settings") or {}, next(iter(row.get("dev") or {}), "score")
     curve = [(step, score) for step, score in row.get("curve") or [] if is_number(step) and is_number(score)]
     return {"base": settings.get("base"), "lr": None} | row | {

@@ -1,5 +1,7 @@
 """Rows of a run or a study: put into groups, and summed up over seeds."""
 import math
+from itertools import groupby
+from operator import itemgetter
 from statistics import mean, stdev
 from typing import Iterable
 
@@ -19,10 +21,7 @@ def group(rows: list[dict], *keys: str) -> dict[tuple, list[dict]]:
 
 def by_x(points: Points) -> dict[float, list[float]]:
     """All y of each x, from the lowest x to the highest."""
-    found: dict[float, list[float]] = {}
-    for x, y in points:
-        found.setdefault(x, []).append(y)
-    return dict(sorted(found.items()))
+    return {x: [y for _, y in found] for x, found in groupby(sorted(points, key=itemgetter(0)), key=itemgetter(0))}
 
 
 def interval(values: Iterable[float | None]) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""The rows of analyze.py's studies. Their numbers and figures are in rt/report/figures.py, what is computed in rt/report/analysis.py."""
+"""The rows of analyze.py's studies. rt/report/analysis.py computes; rt/report/figures.py makes numbers and figures of the rows."""
 import json
 from dataclasses import dataclass, field
 from itertools import pairwise, product
@@ -60,7 +60,7 @@ class StudyContext:
 
 
 def compatibility(context: StudyContext) -> Iterator[dict]:
-    """Delta_0 on every later base and on the snapshots on the way there; what is tuned on each base itself; chance."""
+    """Delta_0 on every later base and on the snapshots on the way there; the delta tuned on each base itself; chance."""
     first, *later = context.bases
     with progress(len(context.data) * len(context.c.seeds) * len(later), "compatibility", unit="base") as bar:
         for task, seed, facts in context.cells():
@@ -159,8 +159,8 @@ def rounded(values: torch.Tensor) -> list:
 
 
 def distance(context: StudyContext) -> Iterator[dict]:
-    """Between the encoders of two bases, and between their deltas, by part and in all. The head is left out: it is kept as it is, not as a
-    change, and equal seeds start it equal, which would pass for likeness. (So are a delta's modules, in the kinds that have them.)"""
+    """The distance between the encoders of two bases, and between their deltas, by part and in all. The head is left out: a delta holds it
+    whole, not as a change, and equal seeds start it equally, which would look like likeness. (Modules are whole too, and are counted.)"""
     weights = [({"study": context.c.study, "task": None, "kind": None, "seed": None, "of": "bases"},
                 {name: dict(base.encoder.named_parameters()) for name, base in context.bases.items()})]
     for task, seed, facts in context.cells():
@@ -185,8 +185,8 @@ def heldout_losses(context: StudyContext, folder: str) -> dict[str, float]:
 
 
 def recipes(context: StudyContext) -> Iterator[dict]:
-    """Of the old base and of each upgrade: held-out losses and the distance from the old base; then, by task and seed, what the old delta
-    scores as it is, how many of its attention heads are where they were, and what init and scratch reach with few labels."""
+    """For the old base and each upgrade: held-out losses and the distance from the old base; then, by task and seed, the score of the old
+    delta as it is, the share of its attention heads that match themselves best, and what init and scratch reach with few labels."""
     c, first, where = context.c, next(iter(context.bases)), context.where
     old = dict(context.bases[first].encoder.named_parameters())
     with progress(len(context.bases) * (1 + len(context.data) * len(c.seeds)), "recipes", unit="row") as bar:

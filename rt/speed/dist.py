@@ -13,7 +13,6 @@ from typing import Any, Callable, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from rt.errors import InputError
 from rt.speed.device import pick_device
@@ -36,7 +35,6 @@ class Ranks:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Wait for all ranks."""
         if self.world > 1:
             dist.barrier(group=self.waiting)
 
@@ -86,16 +84,12 @@ class Ranks:
         dist.all_reduce(box, dist.ReduceOp.MAX, group=self.waiting)
         return bool(box)
 
-    def parallel(self, module: nn.Module) -> nn.Module:
-        """`module` with gradients averaged over the ranks, and rank 0's weights on all."""
-        return DistributedDataParallel(module, gradient_as_bucket_view=True) if self.world > 1 else module
-
     def leave(self) -> None:
-        """End together: gloo aborts a process that ends while another still reads from it, so each says in the store, which is not gloo's,
-        that it is through the last barrier."""
+        """End together. gloo aborts a process that ends while another still reads from it, so each rank says in the store, which does not
+        use gloo, that it has passed the last barrier."""
         if self.world > 1:
             self.wait()
-            with suppress(RuntimeError):        # the store may go with the first that is through
+            with suppress(RuntimeError):        # the store may end with the first rank that has passed
                 store = dist.distributed_c10d._get_default_store()
                 store.set(f"left by {self.rank}", "1")
                 store.wait([f"left by {rank}" for rank in range(self.world)])

@@ -10,6 +10,7 @@ from typing import Callable, Iterable, Iterator, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import rt.model
 from kernels import attention_qkv
@@ -28,10 +29,10 @@ T = TypeVar("T")
 
 # --- batches ----------------------------------------------------------------------------------------------------------
 
-def prefetch(items: Iterable[T], depth: int = DEPTH) -> Iterator[T]:
-    """The same items, made on another thread up to `depth` ahead. An error of the thread is raised here; closing this ends the thread."""
+def prefetch(items: Iterable[T]) -> Iterator[T]:
+    """The same items, made on another thread up to DEPTH ahead. An error of the thread is raised here; closing this ends the thread."""
     items, end, pool = iter(items), object(), ThreadPoolExecutor(1, "prefetch")
-    waiting = deque(pool.submit(next, items, end) for _ in range(depth))
+    waiting = deque(pool.submit(next, items, end) for _ in range(DEPTH))
     try:
         while (item := waiting.popleft().result()) is not end:
             waiting.append(pool.submit(next, items, end))
@@ -53,7 +54,7 @@ def staged(batches: Iterable[Batch], rows: Rows, device: torch.device, static: b
 def static_batch(rows: Rows, batch: Batch) -> Batch:
     """The same batch in shapes that a compiled or captured step can rely on: max_seqlen is seq_len, and cu_seqlens ends in repeated N,
     empty sequences. There is room for the mean number of sequences and six standard deviations more (renewal theory), which about one batch
-    in a billion exceeds; that one gets more, in steps of 64. A bound for all would be far higher, and each sequence costs a block."""
+    in a billion exceeds; such a batch gets more, in steps of 64. A bound for all would be far higher, and each sequence costs a block."""
     n, per_row = len(batch.ids), len(batch.ids) // rows.row_tokens
     deviation = rows.length_deviation * (n / rows.mean_length ** 3) ** 0.5
     most = max(n / rows.mean_length + 6 * deviation + 2 * per_row, len(batch.cu_seqlens) - 1)      # a row's ends cut sequences in two
@@ -99,7 +100,9 @@ def make_gradient(model: MaskedLM, s: PretrainSettings, ranks: Ranks, precision:
                   loss: Callable[[MaskedLM, Batch], Tensor] = mlm_loss) -> Callable[[Batch, int], Tensor]:
     """gradient(batch, part) adds the gradient of `loss` on the `part`-th microbatch of a step to the model's, which part 0 clears, and
     returns the loss; the last part averages over the ranks. `graphs`: by CUDA graphs. Raises InputError if memory runs out."""
-    share = ranks.parallel(MLMLoss(model, s.accumulation, precision, loss))
+    share = MLMLoss(model, s.accumulation, precision, loss)
+    if ranks.world > 1:     # gradients are averaged over the ranks, and rank 0's weights go to all
+        share = DistributedDataParallel(share, gradient_as_bucket_view=True)
 
     def plain(batch: Batch) -> Tensor:
         value = share(batch.to(ranks.device))
@@ -124,9 +127,9 @@ def make_gradient(model: MaskedLM, s: PretrainSettings, ranks: Ranks, precision:
 
 class CudaGraphs:
     """gradient(batch, *more), a forward and backward pass, as a CUDA graph for each of the few shapes of its arguments: one launch in place
-    of about a thousand. What a graph reads and writes keeps its address: arguments come from the host and are copied into the graph's own.
-    The gradients that `parameters` get are those of the first graph; the others copy theirs there and share the rest of their memory, so
-    that shapes cost no gradients each. With `adds` a shape has a second graph that adds to the gradients."""
+    of about a thousand. A graph reads and writes at fixed addresses: arguments come from the host and are copied into its own tensors. The
+    parameters' gradients lie in the first graph's memory. Graphs of other shapes copy theirs there and reuse their own memory. With `adds`
+    each shape has a second graph that adds to the gradients."""
     def __init__(self, gradient: Callable[..., Tensor], parameters: list[nn.Parameter], device: torch.device, adds: bool = False):
         self.gradient, self.parameters, self.device, self.adds = gradient, parameters, device, adds
         self.captured: dict[tuple, tuple] = {}      # by shape: inputs, and (graph, loss) to overwrite and to add

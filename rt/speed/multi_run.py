@@ -9,7 +9,7 @@ import itertools
 import os
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any, Iterator
+from typing import Iterator
 
 import numpy as np
 import torch
@@ -22,9 +22,9 @@ from rt.model import Activations, Batch, Classifier
 from rt.optim import autocast, is_out_of_memory
 from rt.recycling import MODES, NEEDS_TEACHER, TRAINED, Recycling, check, start, teacher_of, training_data
 from rt.speed.graphs import CudaGraphs
-from rt.tune import Fit, Gradient, Hook, TuneResult, TuneSettings, evaluate, ignore, metrics, plain_gradient, training_batch, training_loop
+from rt.tune import Fit, Gradient, TuneResult, TuneSettings, evaluate, metrics, plain_gradient, training_batch, training_loop
 
-CPU_BYTES = 2**29       # of a group on a CPU: a dozen runs of the mini preset, beyond which a run's time grows again
+CPU_BYTES = 2**29       # of a group on a CPU: a dozen runs of the mini preset; in larger groups each run takes longer
 EVAL_TOKENS = 16384     # of a forward pass over dev, all runs together
 BUCKET = 128            # tokens: batches grow in steps of this size if each shape is a CUDA graph
 PAD_SEQUENCES = 8       # about how many fill up a range: attention grows with the square of the length
@@ -44,7 +44,7 @@ class SideRun:
 
 
 def reweighted(model: Classifier, weights: Weights) -> Classifier:
-    """`model` with `weights` in place of those it trains; what is frozen is shared."""
+    """`model` with `weights` in place of its trained ones; frozen weights are shared."""
     other = copy.deepcopy(model, memo={id(p): p for p in model.parameters()})
     for name, w in weights.items():
         owner, _, last = name.rpartition(".")
@@ -69,12 +69,12 @@ class Flat:
             self.shapes[part].items(), stacked.split([shape.numel() for shape in self.shapes[part].values()], dim=-1))}
 
 
-def side_by_side(batches: list[Batch], bucket: int = 0, B: int = 0) -> tuple[Batch, Tensor]:
+def side_by_side(batches: list[Batch], bucket: int = 0) -> tuple[Batch, Tensor]:
     """The batches of K runs as one, each in a range of its own, all ranges as long as the longest; the rest is filled with sequences that
     nothing reads. Also (K, B) the share of each example in its run's mean: 1 / the run's batch size, and 0 for rows that fill a batch up
-    to the largest, or to `B`. With `bucket`, shapes are few, as CUDA graphs need: ranges of a multiple of so many tokens, the greatest
-    number of sequences (the last ones empty), and a bound on their length that is a multiple of 64."""
-    N, B, longest = max(len(b.ids) for b in batches), max(B, *(len(b.index) for b in batches)), max(b.max_seqlen for b in batches)
+    to B, the largest. With `bucket`, shapes are few, as CUDA graphs need: ranges of a multiple of so many tokens, the greatest number of
+    sequences (the last ones empty), and a bound on their length that is a multiple of 64."""
+    N, B, longest = (max(sizes) for sizes in zip(*((len(b.ids), len(b.index), b.max_seqlen) for b in batches)))
     N = -(-N // bucket) * bucket if bucket else N
     ids, lengths, rows, labels, index, shares = [], [], [], [], [], torch.zeros(len(batches), B)
     for k, batch in enumerate(batches):
@@ -113,9 +113,9 @@ class SideLoss:
         starts = dict(zip(caches, itertools.accumulate((len(cache.logits) for cache in caches.values()), initial=0)))
         configs = [loss.config for loss in losses]
         self.has_patience = any(c.beta for c in configs)        # a teacher of other sizes, or a black box, has no states to compare
-        merged = TeacherCache(*(torch.cat([getattr(cache, part) for cache in caches.values()]) if part == "logits" or self.has_patience
-                                else None for part in ("logits", "states")))
-        self.terms = replace(self.terms, teacher=merged)
+        logits = torch.cat([cache.logits for cache in caches.values()])
+        states = torch.cat([cache.states for cache in caches.values()]) if self.has_patience else None
+        self.terms = replace(self.terms, teacher=TeacherCache(logits, states))
         self.offset = torch.tensor([[starts[id(loss.teacher)]] for loss in losses], device=device)              # (K, 1), and so on
         self.alpha, self.beta = (torch.tensor([[getattr(c, name)] for c in configs], device=device) for name in ("alpha", "beta"))
         # runs of one temperature together: (T, which), and where each run is then found
@@ -165,11 +165,11 @@ def predict(stacked: nn.Module, parts: list[Encoded], device: torch.device, prec
 
 class SideBySide:
     """The functions of rt.tune.training_loop for the runs that go on: each has its own Fit; they compute gradients and scores together."""
-    def __init__(self, runs: list[SideRun], device: torch.device, precision: torch.dtype, graphs: bool, on_step: Hook, on_eval: Hook):
-        self.runs, self.device, self.precision, self.graphs, self.on_step, self.on_eval = runs, device, precision, graphs, on_step, on_eval
+    def __init__(self, runs: list[SideRun], device: torch.device, precision: torch.dtype, graphs: bool):
+        self.runs, self.device, self.precision, self.graphs = runs, device, precision, graphs
         self.fits, self.flat = [], Flat(trained_weights(runs[0].model))
         for run in runs:
-            run.rows = []       # without those of a try that failed
+            run.rows = []       # drops the rows of a try that failed
             self.fits.append(Fit(self.flat.flatten(trained_weights(run.model)), run.settings, run.rows.append))
         self.stacked = Reweighted(runs[0].model, self.stack)
         self.prepare()
@@ -197,10 +197,7 @@ class SideBySide:
         alike = {(id(r.data), r.settings.seed): r for r in self.runs}      # runs that read the same examples
         batches = {key: training_batch(r.data.train, r.settings, step) for key, r in alike.items()}
         own = [batches[id(r.data), r.settings.seed] for r in self.runs]
-        losses = self.gradient_of(*side_by_side(own, BUCKET if self.graphs else 0))
-        for batch in own:
-            self.on_step(batch)
-        return losses
+        return self.gradient_of(*side_by_side(own, BUCKET if self.graphs else 0))
 
     def update(self, step: int, losses: Tensor) -> None:
         for fit, loss in zip(self.fits, losses):
@@ -222,7 +219,6 @@ class SideBySide:
             try:
                 if fit.evaluated(step, dev):
                     going.append((run, fit))
-                self.on_eval(run.rows[-1])
             except Diverged:       # its gradient is its own: the others go on
                 fit.result.diverged = step
             run.result, run.best = fit.result, self.flat.weights(fit.best)
@@ -232,17 +228,17 @@ class SideBySide:
         return bool(going)
 
 
-def tune(runs: list[SideRun], *, device: torch.device, precision: torch.dtype, graphs: bool = False, on_step: Hook = ignore,
-         on_eval: Hook = ignore) -> None:
+def tune(runs: list[SideRun], *, device: torch.device, precision: torch.dtype, graphs: bool = False) -> None:
     """rt.tune.tune for K runs at once; fills `rows`, `result` (but for test) and `best` of each. Steps, batch size, evaluation interval and
     decay are common. The others go on without a run that stops early or diverges (`result.diverged`)."""
-    started, together = time.perf_counter(), SideBySide(runs, device, precision, graphs, on_step, on_eval)
+    started, together = time.perf_counter(), SideBySide(runs, device, precision, graphs)
     training_loop(runs[0].settings, together.gradient, together.update, together.evaluate)
     for run in runs:
         run.result.seconds = (time.perf_counter() - started) / len(runs)
 
 
-def tune_in_groups(runs: list[SideRun], limit: int, *, device: torch.device, precision: torch.dtype, **more: Any) -> Iterator[SideRun]:
+def tune_in_groups(runs: list[SideRun], limit: int, *, device: torch.device, precision: torch.dtype,
+                   graphs: bool = False) -> Iterator[SideRun]:
     """`tune`, `limit` runs at once, or if that is 0 as many as are estimated to fit into memory; half as many if they do not. Yields the
     runs of a group when it is done. Raises InputError if not one fits."""
     size = limit
@@ -250,7 +246,7 @@ def tune_in_groups(runs: list[SideRun], limit: int, *, device: torch.device, pre
         try:
             size = size or max(1, free_bytes(device) // step_bytes(runs[0], device, precision))
             size = -(-len(runs) // -(-len(runs) // size))      # equal groups: 7 by 4 is 4 and 3, 9 by 8 is 5 and 4
-            tune(runs[:size], device=device, precision=precision, **more)
+            tune(runs[:size], device=device, precision=precision, graphs=graphs)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -293,11 +289,11 @@ def can_go_together(r: Recycling, mode: str) -> bool:
     return mode in TRAINED and r.config.kind != "full" and (mode not in NEEDS_TEACHER or can_be_stacked(r.distill))
 
 
-def recycle_together(rs: list[Recycling], mode: str, limit: int = 0, graphs: bool = False,
-                     on_eval: Hook = ignore) -> Iterator[tuple[Recycling, Classifier, TuneResult]]:
+def recycle_together(rs: list[Recycling], mode: str, limit: int = 0,
+                     graphs: bool = False) -> Iterator[tuple[Recycling, Classifier, TuneResult]]:
     """rt.recycling.recycle for runs that differ in seed, examples, learning rate, alpha, beta and T alone: the same results but for test,
     which is not scored. At most `limit` at once; 0: as many as fit into memory. Yields each with its model as soon as its group is done,
-    and calls its on_eval then."""
+    and calls its on_eval then; on_step is not called."""
     for r in rs:
         check(r, mode)
     if not all(can_go_together(r, mode) for r in rs):
@@ -308,8 +304,7 @@ def recycle_together(rs: list[Recycling], mode: str, limit: int = 0, graphs: boo
         r.teacher = teachers.get(id(r.data), r.teacher)     # one for each sample of examples
     datas = {sample: training_data(r, mode) for sample, r in {id(r.data): r for r in rs}.items()}
     runs = [SideRun(starts[r.settings.seed], datas[id(r.data)], r.settings, MODES[mode].loss(r)) for r in rs]
-    where = {"device": rs[0].device, "precision": rs[0].precision}
-    for r, run in zip(rs, tune_in_groups(runs, limit, **where, graphs=graphs, on_step=rs[0].on_step, on_eval=on_eval)):
+    for r, run in zip(rs, tune_in_groups(runs, limit, device=rs[0].device, precision=rs[0].precision, graphs=graphs)):
         for row in run.rows:
             r.on_eval(row)
         yield r, reweighted(run.model, run.best), run.result
