@@ -18,7 +18,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterator, Literal
+from typing import Callable, Iterable, Iterator, Literal
 
 from data.sources import open_task, open_texts
 from rt.data import Task, TaskData, encode_task, few_shot
@@ -36,7 +36,7 @@ from rt.runs.build import build, build_lineage
 from rt.runs.config import parse, record, run
 from rt.runs.log import StepBar, load_tensorboard, note_changed_task, note_truncated, progress, score_text
 from rt.runs.results import Run, begin, origin_of, save_run, write_summary
-from rt.runs.starts import carry_pairs, merge_on_dev, old_names, open_old
+from rt.runs.starts import carry_texts, merge_on_dev, old_names, open_old
 from rt.runs.summary import by_settings, chosen, report, report_chain, report_sweep
 from rt.runs.sweep import LISTS, expand, groups, swept
 from rt.runs.teaching import WITHOUT_OLD, TeacherConfig, Teaching, note_cut, open_teaching, refusals
@@ -45,7 +45,7 @@ from rt.speed.device import make_deterministic, pick_precision
 from rt.speed.dist import Ranks, join
 from rt.speed.graphs import check_graphs
 from rt.speed.multi_run import can_go_together, graphed_gradient, recycle_together
-from rt.transport import Carry, Granularity, Pair, check_sources, learn_projection, transport
+from rt.transport import Granularity, check_sources, learn_projection, transport
 from rt.tune import TuneResult, TuneSettings, evaluate, plain_gradient, score
 
 
@@ -63,8 +63,8 @@ class ProjectConfig:
 @dataclass(frozen=True)
 class CarryConfig:
     """A map from text that carries the old delta to the new base."""
-    carry: Carry = "none"  # transport, init, init+distill, gradmask: ridge (any sizes), orthogonal or permutation
-    carry_text: str | None = None  # --carry: file of texts without labels (.txt, .jsonl, .parquet); default: the task's training texts
+    carry: bool = False  # init, init+distill, gradmask: start from the delta that transport gives
+    carry_text: str | None = None  # transport: file of texts without labels (.txt, .jsonl, .parquet); default: the task's training texts
 
 
 @dataclass
@@ -123,7 +123,7 @@ class Sources:
     bases: dict[str, Base]      # --base, or those of --chain
     olds: list[Delta]           # of --old_delta A,B,C
     projects: Projects
-    pairs: list[Pair]           # texts as both bases read them, for --carry
+    texts: list[list[int]]      # ids, for transport
     teaching: Teaching | None
 
 
@@ -168,9 +168,9 @@ def main() -> None:
         note_truncated(*r.data.truncated(), c.seq_len, sys.stderr)
         note_cut(c, first)
     check_all(c, first, plan, bases, projects)
-    pairs = carry_pairs(c.carry.carry_text, task, old_base, base, c.seq_len) if c.carry.carry != "none" else []
+    texts = carry_texts(c.carry.carry_text, task, base, c.seq_len) if carried_modes(c, modes) else []
     with locked(out, ranks.from_main):
-        do_runs(c, r, plan, Sources(task, bases, olds, projects, pairs, teaching), out, ranks)
+        do_runs(c, r, plan, Sources(task, bases, olds, projects, texts, teaching), out, ranks)
     ranks.leave()
 
 
@@ -247,10 +247,10 @@ def do_runs(c: Config, r: Recycling, plan: list[Run], sources: Sources, out: Pat
     """Do every run that is not finished yet, and print the table. In a --sweep, ranks share the runs of a group, and rank 0 scores the best
     of each mode on test."""
     rows, content = [row for one in plan for row in one.rows()], sources.teaching.content if sources.teaching else ""
-    others, pairs = [(delta, None) for delta in sources.olds if delta is not r.old_delta], sources.pairs
+    others, carried = [(delta, None) for delta in sources.olds if delta is not r.old_delta], carried_modes(c, MODES)
     origins = {name: origin_of(replace(r, base=base), others, (), content) for name, base in sources.bases.items()}
     special = {"project": origin_of(r, [*others, *sources.projects]),
-               **dict.fromkeys(CARRIES if pairs else (), origin_of(r, others, pairs, content))}
+               **dict.fromkeys(carried, origin_of(r, others, sources.texts, content))}
     origin = {row.name: special.get(row.mode, origins[row.c.base]) for row in rows}
     finished = ranks.from_main(lambda: begin(c, out, rows, origin, r.data.test is not None))
     todo = [one for one in plan if not finished.issuperset(row.name for row in one.rows())]
@@ -259,8 +259,8 @@ def do_runs(c: Config, r: Recycling, plan: list[Run], sources: Sources, out: Pat
     mine = [[one] for one in todo] if c.sweep is None else [
         part for group in groups(todo) for k in range(ranks.rank, parts, ranks.world) if (part := group[k::parts])]
     start, samples = r if c.sweep is None else replace(r, data=replace(r.data, test=None)), {}
-    if pairs and {one.mode for one in todo} & {*CARRIES}:
-        start.carried, start.about = transport(r.old_base, r.base, r.old_delta, pairs, c.carry.carry)
+    if {one.mode for one in todo} & {*carried}:
+        start.carried, start.about = transport(r.old_base, r.base, r.old_delta, sources.texts)
 
     def done(group: list[Run]) -> Iterator[str]:
         """Do and save runs; yields what the bar says of each."""
@@ -269,7 +269,7 @@ def do_runs(c: Config, r: Recycling, plan: list[Run], sources: Sources, out: Pat
             if len(sources.olds) > 1:
                 samples[seed].merged, samples[seed].about = merge_on_dev(samples[seed], sources.olds, c.merge)
         for one, result, delta, curve, more in run_group(samples, group, sources):
-            if one.mode in CARRIES or one.mode == "apply" and r.merged:
+            if one.mode in (("apply", *CARRIES) if r.merged else carried):
                 more |= samples[one.seed].about
             save_run(out, one, sources.task, result, delta, curve, origin[one.name], more)
             yield f"{one.mode}: dev {score_text(score(result.dev))}"
@@ -303,13 +303,13 @@ def checked_modes(c: Config) -> list[str]:
     """The modes that are asked for. InputError if flags make no sense together."""
     if c.teaching.teacher and not c.old_delta:
         c.old_base = None
-    asked = {"project": bool(c.project.source_task), "transport": c.carry.carry != "none", "gradmask": False}      # of `all`
+    asked = {"project": bool(c.project.source_task), "transport": c.carry.carry, "gradmask": False}      # of `all`
     modes = [mode for mode in (MODES if c.old_base else WITHOUT_OLD) if asked.get(mode, True)] if "all" in c.mode else [*c.mode]
     if c.delta.kind != "same":
         c.delta.check()
     taught, itp, gamma = {*modes} & {*NEEDS_TEACHER}, c.distill.itp, c.distill.gamma
     project, tasks, deltas = "project" in modes, c.project.source_task, c.project.source_delta
-    line = [str(Path(name or "")) for name in (c.old_base, *c.chain)]
+    line, carried = [str(Path(name or "")) for name in (c.old_base, *c.chain)], carried_modes(c, modes)
     for is_wrong, sentence in (
             *refusals(c, modes),
             (gamma and not taught, f"--gamma {gamma}: a weight, for modes with a teacher ({', '.join(NEEDS_TEACHER)})"),
@@ -321,11 +321,10 @@ def checked_modes(c: Config) -> list[str]:
              f"--mode project needs --source_task, and of --source_delta as many or none: {len(tasks)} tasks, {len(deltas)} deltas"),
             (c.task in tasks, f"--source_task {c.task}: is the --task itself, and a projection is for a task that it was not learned on"),
             (project and c.chain, "--chain has no --mode project: a projection is learned for two bases"),
-            (c.carry.carry == "none" and (c.carry.carry_text or "transport" in modes),
-             "--mode transport and --carry_text need --carry ridge, orthogonal or permutation"),
-            (c.carry.carry != "none" and not {*modes} & {*CARRIES}, f"--carry is for modes that start from a delta: {', '.join(CARRIES)}"),
-            ((c.carry.carry != "none") + bool(c.chain) + (len(old_names(c.old_delta)) > 1) > 1,
-             "--carry, --chain and several deltas in --old_delta: one of them at a time"),
+            (c.carry.carry and not {*modes} & {*CARRIES}, f"--carry is for modes that start from a delta: {', '.join(CARRIES)}"),
+            (c.carry.carry_text and not carried, "--carry_text is for --mode transport and --carry"),
+            (bool(carried) + bool(c.chain) + (len(old_names(c.old_delta)) > 1) > 1,
+             "--mode transport or --carry, --chain, and several deltas in --old_delta: one of them at a time"),
             (c.sweep is not None and (c.chain or project or not c.save_deltas),
              "--sweep has no --chain and no --mode project, and keeps the deltas, from which it goes on when interrupted"),
             (c.graphs and (itp or gamma),
@@ -336,6 +335,11 @@ def checked_modes(c: Config) -> list[str]:
         if is_wrong:
             raise InputError(sentence)
     return modes
+
+
+def carried_modes(c: Config, modes: Iterable[str]) -> list[str]:
+    """Those of `modes` that start from the delta that rt.transport.transport gives."""
+    return [mode for mode in modes if mode == "transport" or c.carry.carry and mode in CARRIES]
 
 
 def check_all(c: Config, r: Recycling, plan: list[Run], bases: dict[str, Base], projects: Projects) -> None:

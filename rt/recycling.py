@@ -6,7 +6,7 @@
     distill        fresh delta, taught by old base + old delta
     init+distill   both
     project        the old delta through a map learned on other tasks (rt/transport.py); nothing is trained on this one
-    transport      the old delta through a map from text; nothing is trained
+    transport      the old delta in the order of the new base's dimensions; nothing is trained
     gradmask       of a full delta the entries whose sign opposes the task's gradient on the new base; nothing is trained
 """
 import time
@@ -45,8 +45,8 @@ class Recycling:
     teacher: TeacherCache | None = None     # its outputs on data.train, once a mode has needed them
     old_train: Encoded | None = None        # data.train as a teacher of another tokenizer reads it; None: it reads the student's ids
     projection: Projection | None = None    # for project, learned beforehand
-    carry: str = "none"                     # kind of the map by which `carried` was made
-    carried: Delta | None = None            # the old delta for the new base (rt.transport.transport): what init and transport start from
+    carry: bool = False                     # whether init, init+distill and gradmask start from `carried`, too
+    carried: Delta | None = None            # for transport: the old delta in the new base's order (rt.transport.transport)
     merged: Delta | None = None             # several old deltas as one (`merge`), in place of old_delta at a start
     about: dict = field(default_factory=dict)       # facts of `carried` or `merged` for the run's record
     head: str = "fresh"                     # of a task with other labels: fresh, or prototype
@@ -103,13 +103,20 @@ def start_from_old(r: Recycling) -> Classifier:
 
 
 def start_carried(r: Recycling) -> Classifier:
-    """As start_from_old, from the carried delta if there is one."""
-    return start_from_old(replace(r, merged=r.carried or r.merged))
+    """As start_from_old, with `carry` from the carried delta."""
+    return start_transported(r) if r.carry else start_from_old(r)
+
+
+def start_transported(r: Recycling) -> Classifier:
+    """The carried delta on the new base."""
+    if r.carried is None:
+        raise ValueError("no delta was carried: rt.transport.transport does so")
+    return start_from_old(replace(r, merged=r.carried))
 
 
 def start_masked(r: Recycling) -> Classifier:
     """As start_carried with D * 1[D g < 0] for D, where g is the gradient of the task's loss at new base + head, without dropout."""
-    delta, loss = r.carried or r.merged or r.old_delta, plain_loss(r)
+    delta, loss = (r.carried if r.carry else r.merged) or r.old_delta, plain_loss(r)
     model = apply(r.base, delta, scale=0.0, stale_ok=True).eval()
     for i in range(0, len(r.data.train), 64):
         batch = r.data.train.batch([*range(i, min(i + 64, len(r.data.train)))]).to(r.device)
@@ -196,8 +203,8 @@ class Mode:
 
 MODES = {"scratch": Mode(start_fresh, plain_loss), "apply": Mode(start_from_old, None), "init": Mode(start_carried, plain_loss),
          "distill": Mode(start_fresh, distillation_loss), "init+distill": Mode(start_carried, distillation_loss),
-         "project": Mode(start_projected, None), "transport": Mode(start_carried, None), "gradmask": Mode(start_masked, None)}
-CARRIES = tuple(name for name, mode in MODES.items() if mode.start in (start_carried, start_masked))
+         "project": Mode(start_projected, None), "transport": Mode(start_transported, None), "gradmask": Mode(start_masked, None)}
+CARRIES = tuple(name for name, mode in MODES.items() if mode.start in (start_transported, start_carried, start_masked))
 TRAINED = tuple(name for name, mode in MODES.items() if mode.loss)
 NEEDS_TEACHER = tuple(name for name, mode in MODES.items() if mode.loss is distillation_loss)
 
@@ -259,8 +266,6 @@ def check(r: Recycling, mode: str) -> None:
         raise InputError("`head` prototype has a mean for each label: a regression has none")
     if mode == "gradmask" and old.config.kind != "full":
         raise InputError(f"gradmask keeps entries of weights that the base has: it needs a full delta, not {old.config.kind}")
-    if mode == "transport" and r.carry == "none":
-        raise InputError("transport needs a map: `carry` ridge, orthogonal or permutation")
     is_open = is_told or mode in ("scratch", "init") or r.head == "prototype" and mode in ("apply", "transport")
     if not is_open and old.labels != r.data.labels:
         labels = ", ".join(old.labels[:6]) or "those of a regression"
@@ -268,11 +273,11 @@ def check(r: Recycling, mode: str) -> None:
                          "or for apply and transport `head` prototype")
     if starts_from_old and mode in TRAINED and old.config.used != r.config.used:
         raise InputError(f"{mode} continues the old delta ({old.config.used}): use the same `delta` and sizes, or `mode` distill")
-    if mode in CARRIES and r.carry != "none":
-        check_carry(r.old_base, r.base, old, r.carry)
-    elif starts_from_old:
+    if starts_from_old:
         try:
             check_fits(r.base, old, stale_ok=True)
+            if mode == "transport" or r.carry and mode in CARRIES:
+                check_carry(old)
         except InputError as error:
             raise InputError(f"{mode} puts the old delta on the new base, and {error}; `mode` distill needs only equal labels") from None
     if mode in NEEDS_TEACHER:

@@ -1,8 +1,6 @@
 """Recycling without training on the task: maps that carry a delta from one base to another.
 
-From text alone, in closed form (`transport`): X and Y are the rows of both bases at one place, a linear map's input or output, on one text.
-
-    A = argmin ||Y A - X||     B = argmin ||X B - Y||     D' = B_out^T D A_in^T   of a change D of W in y = x W^T
+From text alone (`transport`): the new base may hold the same things in another order, which activations on the same texts tell.
 
 From tasks with labels (`learn_projection`): a low-rank map from old deltas to new ones, learned on other tasks.
 
@@ -18,21 +16,20 @@ for all 125 M weights of RoBERTa-base at r = 16, 66 GB flat and 2 GB by tensors;
 At the start W2 = 0, W1 is random and so large that w W1 is about 1, and b is the mean of the sources' w, or 0 if residual: training starts
 from `apply` of the mean source, or of the delta itself.
 """
-import itertools
 import re
 from dataclasses import replace
-from functools import cache, partial
-from typing import Callable, Iterable, Literal, Sequence, get_args
+from functools import partial
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rt.data import TaskData, sequences_batch
-from rt.deltas import Base, Delta, apply, attach, check_fits, extract
+from rt.deltas import Base, Delta, apply, attach, check_fits, origin
 from rt.errors import InputError
 from rt.losses import DistillConfig, Loss, Reweighted, Weights, run_teacher
-from rt.model import Encoder
+from rt.model import Encoder, LayerNorm
 from rt.tune import Hook, TuneSettings, evaluate, ignore, minimise, plain_gradient, train_step
 
 Granularity = Literal["auto", "flat", "tensor"]     # auto: the public code's, flat, if that is small: for all kinds but full
@@ -142,190 +139,110 @@ def learn_projection(old_base: Base, base: Base, sources: list[tuple[Delta, Task
     return projection
 
 
-# --- maps from text ---------------------------------------------------------------------------------------------------
+# --- orders from text -------------------------------------------------------------------------------------------------
 
-Carry = Literal["none", "ridge", "orthogonal", "permutation"]
-RIDGE = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)   # lambda, in units of the mean eigenvalue
-HELD_OUT = 5            # one text in so many: lambda is chosen on its rows
-# Patterns of tensors' names: where a tensor reads and where it writes, as MODULE.in or MODULE.out of the plain encoder
-PLACES = ((r"embeddings\.(word\.weight|position\.weight|second_type)", None, "embeddings.norm.in"),
-          (r"(.*norm)\.weight", r"\1.out", r"\1.out"), (r"(.*)\.prefix\.(k|v|gate)", None, r"\1.qkv.out"),
-          (r"(.*)\.lora\.A\.\w+", r"\1.in", None), (r"(.*)\.adapter\.down\.weight", r"\1.out", None),
-          (r".*\.adapter\.down\.bias", None, None), (r"(.*)\.(lora\.B\.\w+|adapter\.up\.(weight|bias))", None, r"\1.out"),
-          (r"(.*\.(qkv|attention_output|intermediate|output))\.weight", r"\1.in", r"\1.out"),
-          (r"(.*(qkv|attention_output|intermediate|output|norm))\.bias", None, r"\1.out"))
-THIRDS = {"query": 0, "key": 1, "value": 2, "k": 1, "v": 2, "gate": 2}      # of the rows of qkv, by the end of a tensor's name
-OF_HEADS = ("qkv.out", "attention_output.in")
-Pair = tuple[list[int], list[int], list[int], list[int]]    # a text's ids for the old base and the rows compared, the same for the new
+READS = {"qkv": "hidden", "attention_output": "value", "intermediate": "hidden", "output": "units"}     # what a layer's matrices read
+WRITES = {"qkv": "qkv", "attention_output": "hidden", "intermediate": "units", "output": "hidden"}      # and what they write
 
 
 @torch.no_grad()
-def transport(old_base: Base, base: Base, delta: Delta, pairs: list[Pair], how: Carry) -> tuple[Delta, dict]:
-    """(a delta of `base`: `delta` through a map computed from the hidden states of both bases on `pairs`; facts of the map for the run's
-    record). Layers of `base` without a partner get a fresh module, which changes nothing. InputError as check_carry, and for few texts."""
-    check_carry(old_base, base, delta, how)
-    if len(pairs) < 2:
-        raise InputError(f"`carry`: {len(pairs)} texts are too few to compare two bases on")
-    old, new, device = old_base.encoder, base.encoder, base.encoder.embeddings.word.weight.device
-    layers, same_width = match_layers(old, new, pairs[:64]), old.config.hidden_size == new.config.hidden_size
-    carried = extract(attach(base, delta.config, delta.num_outputs, 0), base, delta.config, delta.info)
+def transport(old_base: Base, base: Base, delta: Delta, sequences: list[list[int]]) -> tuple[Delta, dict]:
+    """(`delta` for `base`, facts for the run's record). `base` may hold hidden dimensions, heads and FFN units in another order than
+    `old_base`; the order is the one in which the activations of both on `sequences` (ids) agree best (Git Re-Basin: Ainsworth et al.,
+    2023). `cosine` in the facts is the mean agreement of the hidden dimensions: 1 if `base` is `old_base` in another order. Raises
+    InputError for bases of other sizes or ids, and as check_carry."""
+    check_fits(base, delta, stale_ok=True)
+    check_carry(delta)
+    orders, cosine = find_orders(old_base.encoder, base.encoder, sequences)
 
-    def old_name(name: str) -> str | None:      # what the old base calls a tensor or a place; None for a layer without a partner
-        number = re.search(r"(?<=layers\.)\d+", name)
-        return name if number is None else f"layers.{layers[int(number[0])]}{name[number.end():]}" if int(number[0]) in layers else None
+    def moved(name: str, v: Tensor) -> Tensor:
+        rows, layer = v.flatten(1) if v.ndim == 3 else v, re.search(r"layers\.\d+", name)     # the vectors of a prefix: rows
+        for dim, part in enumerate(parts_of(name)):
+            if part:
+                rows = rows.index_select(dim, orders[part if part == "hidden" else f"{layer[0]}.{part}"])
+        return rows.view(v.shape)
 
-    names = [(part, name) for part in (carried.diffs, carried.modules) for name in part
-             if old_name(name) and ("norm." not in name or same_width)]
-    sites = {site: (old_name(site), site) for _, name in names for site in places(name) if site}
-    sites["head"] = tuple(f"layers.{len(encoder.layers) - 1}.output_norm.out" for encoder in (old, new))
-    found = maps(moments(old, new, pairs, sites, how), how, new.config.num_heads)
-    for part, name in names:
-        part[name] = moved(name, (delta.diffs | delta.modules)[old_name(name)].to(device), found).float().cpu()
-    carried.head.update(moved_head(carried.head, delta.head, found("head", True)[0].float().cpu()))
-    return carried, {"carried": {"map": how, "texts": len(pairs), "rows": sum(len(pair[1]) for pair in pairs),
-                                 "layers": [*layers.items()], "left_out": [] if same_width else ["layer norms"]}}
+    carried = replace(delta.map(moved), info=delta.info | origin(base))
+    return carried, {"carried": {"texts": len(sequences), "tokens": sum(map(len, sequences)), "cosine": round(cosine, 3)}}
 
 
-def check_carry(old_base: Base, base: Base, delta: Delta, how: Carry) -> None:
-    """Raises InputError if `delta` cannot be carried from `old_base` to `base` by maps of this kind."""
-    for name in (*delta.diffs, *delta.modules):
-        places(name)
-    if delta.config.kind not in ("lora", "adapter"):
-        check_fits(base, delta, stale_ok=True)      # one size and vocabulary
-    for name in ("hidden_size", "ffn_size", "num_heads")[:{"ridge": 0, "orthogonal": 2, "permutation": 3}[how]]:
-        if (a := getattr(old_base.encoder.config, name)) != (b := getattr(base.encoder.config, name)):
-            raise InputError(f"`carry` {how} is for bases of equal {name}, not {a} and {b}: use ridge")
+def check_carry(delta: Delta) -> None:
+    """Raises InputError if the delta has a tensor that cannot be carried to another base."""
+    for name in delta.tensors():
+        parts_of(name)
 
 
-def places(name: str) -> tuple[str | None, str | None]:
-    """Where a tensor of a delta reads and writes. FFN units are compared by their activations: before GELU they span but d dimensions.
-    Raises InputError if nothing is known of the tensor."""
-    plain = name.replace("adapter_attention", "attention_output.adapter").replace("adapter_ffn", "output.adapter")
-    for pattern, *ends in PLACES:
-        if match := re.fullmatch(pattern, plain):
-            return tuple(end and match.expand(end).replace("intermediate.out", "output.in") for end in ends)
-    raise InputError(f"the delta's tensor {name} cannot be carried to another base: where it reads and writes is not known")
+def parts_of(name: str) -> tuple[str, ...]:
+    """For each dimension of a delta's tensor, what is in a base's order there: "hidden", or in its layer units, qkv, query, key, value or
+    heads; "" for a dimension of the delta's own. Raises InputError if nothing is known of the tensor."""
+    match name.split("."):
+        case [*_, "word" | "position" | "down", "weight"] | ["head", "dense", "weight"]:
+            return "", "hidden"
+        case [*_, "up", "weight"]:
+            return "hidden", ""
+        case [*_, module, "lora", "A", _] if module in READS:
+            return "", READS[module]
+        case [*_, module, "lora", "B", target] if module in WRITES:
+            return target if module == "qkv" else WRITES[module], ""
+        case [*_, "prefix", "k" | "v" as target]:
+            return "", {"k": "key", "v": "value"}[target]
+        case [*_, "prefix", "gate"]:
+            return ("heads",)
+        case [*_, module, "weight"] if module in READS:
+            return WRITES[module], READS[module]
+        case [*_, module, "bias"] if module in WRITES:
+            return (WRITES[module],)
+        case [*_, "second_type"] | [*_, "up", "bias"] | [*_, "norm" | "attention_norm" | "output_norm", "weight" | "bias"]:
+            return ("hidden",)
+        case ["head", *_] | [*_, "down", "bias"]:
+            return ("",)
+    raise InputError(f"the delta's tensor {name} cannot be carried to another base: it is not known what its dimensions are")
 
 
-def moved(name: str, D: Tensor, found: Callable[[str, bool], Tensor]) -> Tensor:
-    """A tensor of a delta for the new base. With x_old = x_new A and y_new = y_old B, a change D of W in y = x W^T is D' = B^T D A^T."""
-    (reads, writes), last, D = places(name), name.rpartition(".")[2], D.double()
-    A, B = reads and found(reads, True)[0], writes and found(writes, False)
-    B = B if B is None else B[THIRDS[last]] if last in THIRDS else torch.block_diag(*B)
-    if name.endswith("norm.weight"):
-        return (B.T * A) @ D        # the diagonal of B^T diag(D) A^T
-    if last == "gate":              # of every old head as much as goes into the new one
-        share = B.unflatten(1, (len(D), -1)).unflatten(0, (len(D), -1)).square().sum((1, 3))
-        return D @ (share / share.sum(0))
-    if last in ("k", "v") or name.startswith("embeddings.") and D.ndim == 2:
-        return (D.flatten(1) @ B).view(D.shape)     # rows of vectors
-    D = D if A is None else D @ A.T
-    return D if B is None else B.T @ D
+def find_orders(old: Encoder, new: Encoder, sequences: list[list[int]]) -> tuple[dict[str, Tensor], float]:
+    """({part: (n,) which of the old base's dimensions each of the new base's is}, mean cosine of the hidden dimensions so matched). Heads
+    are matched by the best partners of their dimensions, then the dimensions within; queries and keys have one order."""
+    cosines, H, d = agreement(old, new, sequences), old.config.num_heads, old.config.hidden_size
+    orders = {part: assignment(score[0]) for part, score in cosines.items() if not part.endswith("qkv")}
+    for layer in (part.removesuffix(".qkv") for part in cosines if part.endswith("qkv")):
+        q, k, v = cosines[f"{layer}.qkv"].unflatten(2, (H, -1)).unflatten(1, (H, -1))      # (H, D, H, D) each
+        heads = assignment(((q + k).amax(3) + v.amax(3)).sum(1))
+        qk, v = (torch.cat([j * (d // H) + assignment(score[i, :, j]) for i, j in enumerate(heads.tolist())]) for score in (q + k, v))
+        orders |= {f"{layer}.{part}": order for part, order in (("heads", heads), ("query", qk), ("key", qk), ("value", v),
+                                                                ("qkv", torch.cat([qk, d + qk, 2 * d + v])))}
+    return orders, cosines["hidden"][0].cpu()[torch.arange(d), orders["hidden"]].mean().item()
 
 
-def moved_head(fresh: dict[str, Tensor], head: dict[str, Tensor], A: Tensor) -> dict[str, Tensor]:
-    """The head, which reads <s> through A (d_new, d_old). On a wider base it has features of the fresh head's, too, which do not count
-    yet; on a narrower one it keeps those that count most."""
-    keep = head["out.weight"].norm(dim=0).topk(min(A.shape)).indices.sort().values
-    dense, bias, out = fresh["dense.weight"].clone(), fresh["dense.bias"].clone(), torch.zeros_like(fresh["out.weight"])
-    dense[:len(keep)], bias[:len(keep)] = head["dense.weight"][keep] @ A.T, head["dense.bias"][keep]
-    out[:, :len(keep)] = head["out.weight"][:, keep]
-    return {"dense.weight": dense, "dense.bias": bias, "out.weight": out, "out.bias": head["out.bias"].clone()}
+def agreement(old: Encoder, new: Encoder, sequences: list[list[int]]) -> dict[str, Tensor]:
+    """{part: (c, n, n) cosine of every new dimension with every old one over all tokens}, c = 3 for queries, keys and values, else 1."""
+    sums: dict[str, list[Tensor]] = {}
+    for some in (sequences[i:i + 32] for i in range(0, len(sequences), 32)):
+        for (part, Y), (_, X) in zip(activations(new, some), activations(old, some), strict=True):
+            own = Y.mT @ X, Y.square().sum(1), X.square().sum(1)
+            sums[part] = [a + b for a, b in zip(sums.get(part, [0.0] * 3), own)]
+    return {part: YX / (YY[:, :, None] * XX[:, None]).sqrt().clamp_min(1e-30) for part, (YX, YY, XX) in sums.items()}
 
 
-def activations(encoder: Encoder, sequences: Sequence[list[int]], rows: Sequence[list[int]], sites: Iterable[str]) -> dict[str, Tensor]:
-    """(n, width) at each of `sites`, PLACES of the encoder, in fp64: the given rows of every sequence, end to end."""
-    batch, kept = sequences_batch([*sequences]).to(encoder.embeddings.word.weight.device), {}
-    index = torch.tensor([first + row for first, own in zip(batch.cu_seqlens.tolist(), rows) for row in own], device=batch.ids.device)
+def activations(encoder: Encoder, sequences: list[list[int]]) -> list[tuple[str, Tensor]]:
+    """(part, (c, N, n) fp32) of every layer norm's output, the projections to queries, keys and values, and the activated FFN units."""
+    kept: list[tuple[str, Tensor]] = []
 
-    def keep(site: str, _: nn.Module, inputs: tuple, output: Tensor) -> None:
-        kept[site] = (inputs[0] if site.endswith(".in") else output)[index].double()
+    def keep(part: str, c: int, _: nn.Module, inputs: tuple, output: Tensor) -> None:
+        kept.append((part, (inputs[0] if part.endswith("units") else output).float().unflatten(1, (c, -1)).movedim(1, 0)))
 
-    hooks = [encoder.get_submodule(site.rpartition(".")[0]).register_forward_hook(partial(keep, site)) for site in sites]
-    encoder.eval()(batch)
+    hooks = [m.register_forward_hook(partial(keep, "hidden", 1)) for m in encoder.modules() if isinstance(m, LayerNorm)]
+    for i, layer in enumerate(encoder.layers):
+        hooks += [layer.qkv.register_forward_hook(partial(keep, f"layers.{i}.qkv", 3)),
+                  layer.output.register_forward_hook(partial(keep, f"layers.{i}.units", 1))]
+    encoder.eval()(sequences_batch(sequences).to(encoder.embeddings.word.weight.device))
     for hook in hooks:
         hook.remove()
     return kept
 
 
-def match_layers(old: Encoder, new: Encoder, pairs: list[Pair]) -> dict[int, int]:
-    """{new layer: old layer}, in order and one to one, as many as the shallower encoder has, so of equal depth each its own: those whose
-    outputs have the greatest linear CKA (Kornblith et al., 2019) in all."""
-    a, b, outputs = len(old.layers), len(new.layers), []
-    for encoder, ids, rows in zip((old, new), *[iter(zip(*pairs))] * 2):
-        found = activations(encoder, ids, rows, [f"layers.{n}.output_norm.out" for n in range(len(encoder.layers))]).values()
-        outputs.append([x / (x.T @ x).norm().sqrt() for x in (x - x.mean(0) for x in found)])
-    cka = [[(x.T @ y).square().sum().item() for y in outputs[1]] for x in outputs[0]]
-    some = itertools.combinations(range(max(a, b)), min(a, b))
-    choices = ([*zip(range(b), chosen)] if a > b else [*zip(chosen, range(a))] for chosen in some)
-    return dict(max(choices, key=lambda choice: sum(cka[i][j] for j, i in choice)))
-
-
-def moments(old: Encoder, new: Encoder, pairs: list[Pair], sites: dict[str, tuple[str, str]], how: Carry) -> dict[str, list[Tensor]]:
-    """[X^T Y, X^T X, Y^T Y] of the old and new rows at each of `sites` {name: (old, new)}: (2, c, ., .) in fp64, of texts to fit and of
-    texts held out; c is 3 at qkv, else 1; of the last two their diagonals if no more is needed. For the head, <s> rows weigh as all."""
-    total: list[dict[str, list[Tensor]]] = [{}, {}]
-    for part, some in enumerate(([pair for i, pair in enumerate(pairs) if i % HELD_OUT], pairs[::HELD_OUT])):
-        for a, rows_a, b, rows_b in (zip(*some[i:i + 32]) for i in range(0, len(some), 32)):
-            found = [activations(encoder, ids, rows, {site[i] for site in sites.values()})
-                     for i, (encoder, ids, rows) in enumerate(((old, a, rows_a), (new, b, rows_b)))]
-            for site, ends in sites.items():
-                X, Y = (V[end].unflatten(1, (3 if site.endswith("qkv.out") else 1, -1)).movedim(1, 0) for V, end in zip(found, ends))
-                if site == "head":
-                    first = np.cumsum([0, *map(len, rows_a)])[:-1]
-                    X, Y = (torch.cat([V, V[:, first] * (V.shape[1] / len(a)) ** 0.5], 1) for V in (X, Y))
-                is_whole = how == "ridge" or site.endswith(OF_HEADS)
-                products = [X.mT @ Y, *(V.mT @ V if is_whole else V.square().sum(1) for V in (X, Y))]
-                total[part][site] = [before + more for before, more in zip(total[part].get(site, [0.0] * 3), products)]
-    return {site: [torch.stack(both) for both in zip(total[0][site], total[1][site])] for site in sites}
-
-
-def maps(moments: dict[str, list[Tensor]], how: Carry, heads: int) -> Callable[[str, bool], Tensor]:
-    """find(site, back): B (c, a, b), old rows to new, of least ||X B - Y||, or, `back`, A (c, b, a) of least ||Y A - X||, among all
-    matrices (ridge) or rotations (orthogonal; Schonemann, 1966); or the permutation of greatest cosines (Ainsworth et al., 2023)."""
-    @cache
-    def find(site: str, back: bool) -> Tensor:
-        XY, XX, YY = moments[site]
-        if how == "ridge":
-            return ridge(YY, XY.mT) if back else ridge(XX, XY)
-        if back:
-            return find(site, False).mT
-        if how == "orthogonal" and not site.endswith(".output.in"):     # GELU lets units be permuted, not rotated
-            U, _, V = torch.linalg.svd(XY.sum(0))
-            return U @ V
-        return permutation(XY.sum(0), XX.sum(0), YY.sum(0), heads if site.endswith(OF_HEADS) else 1)
-
-    return find
-
-
-def ridge(G: Tensor, C: Tensor) -> Tensor:
-    """argmin ||Y A - X||^2 + lambda ||A||^2 for G = Y^T Y and C = Y^T X: lambda as the first half fits the second best, then all rows."""
-    unit = G.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * torch.eye(G.shape[-1]).to(G)
-    fits = [torch.linalg.solve(G[0] + r * unit[0], C[0]) for r in RIDGE]
-    errors = [(A * (G[1] @ A - 2 * C[1])).sum().item() for A in fits]
-    return torch.linalg.solve((G + RIDGE[errors.index(min(errors))] * unit).sum(0), C.sum(0))
-
-
-def permutation(XY: Tensor, XX: Tensor, YY: Tensor, heads: int) -> Tensor:
-    """(c, n, n), on two levels: heads by linear CKA, then the dimensions within. Queries and keys have one order."""
-    def scaled(M: Tensor, of_x: Tensor, of_y: Tensor) -> Tensor:
-        x, y = ((V if V.ndim == 2 else V.diagonal(dim1=1, dim2=2)).sqrt().clamp_min(1e-30) for V in (of_x, of_y))
-        return M / x[:, :, None] / y[:, None]
-
-    D, B, score, pairs = XY.shape[-1] // heads, torch.zeros_like(XY), scaled(XY, XX, YY), np.array([0])
-    if heads > 1:
-        cka = scaled(*(M.unflatten(2, (heads, -1)).unflatten(1, (heads, -1)).square().sum((2, 4)) for M in (XY, XX, YY)))   # (c, H, H)
-        pairs = assignment(cka.sum(0))
-    score[:2] = score[:2].sum(0)        # of queries and keys; there is nothing else in it where there is one
-    for c, (i, j) in itertools.product(range(len(XY)), enumerate(pairs)):
-        block = np.s_[c, i * D:(i + 1) * D, j * D:(j + 1) * D]
-        B[block] = torch.eye(D).to(B)[assignment(score[block])]
-    return B
-
-
-def assignment(score: Tensor) -> np.ndarray:
-    """(n,): the column of every row, one to one, of greatest total score (n, n), by shortest augmenting paths (Jonker & Volgenant, 1987):
-    O(n^3), a second for n = 1536."""
+def assignment(score: Tensor) -> Tensor:
+    """(n,) int64: the column of every row, one to one, of greatest total score (n, n), by shortest augmenting paths (Jonker & Volgenant,
+    1987): O(n^3), a second for n = 1536."""
     cost = (score.max() - score).cpu().numpy()
     n, v = len(cost), cost.min(0)
     u, row_of, column_of = (cost - v).min(1), np.full(n, -1), np.full(n, -1)      # cost >= u + v, equal for what is matched
@@ -346,4 +263,4 @@ def assignment(score: Tensor) -> np.ndarray:
         while j >= 0:       # every row on the path takes the column after it
             i = row_of[j] = before[j]
             column_of[i], j = j, column_of[i]
-    return column_of
+    return torch.from_numpy(column_of)

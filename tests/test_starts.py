@@ -164,13 +164,17 @@ def test_the_subset_that_is_best_on_dev_is_merged(base, other_base):
 
 
 def test_init_and_transport_start_from_the_carried_delta_and_apply_does_not(base, other_base, batch):
-    r = recycling(base, other_base, "adapter", carry="ridge")
+    r = recycling(base, other_base, "adapter", carry=True)
+    with pytest.raises(ValueError, match="no delta was carried"):
+        MODES["transport"].start(r)
     r.carried = 0.5 * r.old_delta
     with torch.no_grad():
         for mode, delta in (("apply", r.old_delta), ("transport", r.carried), ("init", r.carried), ("init+distill", r.carried)):
             assert torch.equal(MODES[mode].start(r).eval()(batch), apply(other_base, delta, stale_ok=True).eval()(batch)), mode
-    with pytest.raises(InputError, match="transport needs a map"):
-        check(replace(r, carry="none"), "transport")
+    r.carry = False
+    with torch.no_grad():
+        for mode, delta in (("transport", r.carried), ("init", r.old_delta)):
+            assert torch.equal(MODES[mode].start(r).eval()(batch), apply(other_base, delta, stale_ok=True).eval()(batch)), mode
 
 
 @pytest.fixture
@@ -197,10 +201,10 @@ def rows_of(home):
 def test_transport_brings_a_twin_to_the_old_score_and_the_settings_are_told_apart(home):
     typed(home, "--mode", "apply", base="M0")
     old = rows_of(home)["apply"]
-    typed(home, "--mode", "scratch,apply,transport,init", "--carry", "permutation")
+    typed(home, "--mode", "scratch,apply,transport,init", "--carry")
     rows = rows_of(home)
     assert rows["transport"]["test"] == old["test"] and rows["init"]["curve"][0][1] == rows["transport"]["dev"]["accuracy"]
-    assert rows["transport"]["carried"]["map"] == "permutation" and rows["init"]["settings"]["carry"] == "permutation"
+    assert rows["transport"]["carried"]["cosine"] == 1 and rows["init"]["settings"]["carry"] is True
     assert "carried" not in rows["apply"] and "carry" not in rows["apply"]["settings"] and "carry" not in rows["scratch"]["settings"]
     before = rows["init"]["run"], rows["apply"]["run"]
     typed(home, "--mode", "apply,init", "--resume")
@@ -208,11 +212,11 @@ def test_transport_brings_a_twin_to_the_old_score_and_the_settings_are_told_apar
     assert rows["apply"]["run"] == before[1] and rows["init"]["run"] != before[0]
     assert not {"carry", "carry_text", "head", "shrinkage", "merge"} & rows["init"]["settings"].keys()
     (home / "texts.txt").write_text("one good thing\nand a bad one\nor another\n")
-    typed(home, "--mode", "transport", "--carry", "permutation", "--carry_text", home / "texts.txt", "--resume")
+    typed(home, "--mode", "transport", "--carry_text", home / "texts.txt", "--resume")
     first = rows_of(home)["transport"]
     assert first["carried"]["texts"] == 3
     (home / "texts.txt").write_text("one good thing\nand a bad one\n")
-    typed(home, "--mode", "transport", "--carry", "permutation", "--carry_text", home / "texts.txt", "--resume")
+    typed(home, "--mode", "transport", "--carry_text", home / "texts.txt", "--resume")
     assert rows_of(home)["transport"]["run"] == first["run"] and rows_of(home)["transport"]["origin"] != first["origin"]
 
 
@@ -228,10 +232,10 @@ def test_several_deltas_and_prototypes_typed(home):
 
 
 @pytest.mark.parametrize("more, sentence", [
-    (("--mode", "transport"), "--mode transport and --carry_text need --carry"), (("--carry_text", "x.txt"), "need --carry ridge"),
-    (("--mode", "apply", "--carry", "ridge"), "--carry is for modes that start from a delta: init, init+distill, transport, gradmask"),
-    (("--mode", "init", "--carry", "ridge", "--chain", "a,b"), "--carry, --chain and several deltas"),
-    (("--mode", "init", "--carry", "ridge", "--carry_text", "nowhere.txt"), "nowhere.txt"),
+    (("--carry_text", "x.txt"), "--carry_text is for --mode transport and --carry"),
+    (("--mode", "apply", "--carry"), "--carry is for modes that start from a delta: init, init+distill, transport, gradmask"),
+    (("--mode", "init", "--carry", "--chain", "a,b"), "--mode transport or --carry, --chain, and several deltas"),
+    (("--mode", "init", "--carry", "--carry_text", "nowhere.txt"), "nowhere.txt"),
     (("--mode", "gradmask"), "needs a full delta, not bitfit"), (("--mode", "init", "--old_delta", "a,b"), "a: nothing tuned there")])
 def test_what_makes_no_sense_is_one_sentence(home, more, sentence):
     assert sentence in typed(home, *more, code=2)

@@ -30,7 +30,6 @@ TASKS, KINDS = ("rotten_tomatoes", "agnews"), ("full", "adapter")
 MINI_TUNED = {"full": 5e-4, "adapter": 3e-3}        # rates of the old deltas of mini
 RATES = {"minilm": {"full": "5e-5,2e-4", "adapter": "1e-3,3e-3"}, "mini": {"full": "2e-4,5e-4", "adapter": "1e-3,3e-3"}}
 FEW = "--seeds 0,1,2,3,4 --steps 100 --eval_every 25 --seq_len 64 --device cpu --no_save_deltas".split()
-MAPS = ("ridge", "orthogonal", "permutation")
 
 
 @dataclass
@@ -137,8 +136,7 @@ def cells(c: Config) -> list[tuple[dict, list]]:
         add("B", "black box", "distill", "minilm", "mini", *taught, "--teacher", predictions(c, task, kind))
         for size, new in (("minilm", "twin"), ("mini", "ind"), ("minilm", "upgrade")):
             add("C", "apply", "apply,gradmask" if kind == "full" else "apply", size, new)
-            for carry in MAPS:
-                add("C", carry, "transport", size, new, "--carry", carry)
+            add("C", "transport", "transport", size, new)
             if new != "twin":
                 add("C", "tuned", "scratch,init", size, new)
                 add("C", "project", "project", size, new, "--source_task", tasks / other, "--source_delta",

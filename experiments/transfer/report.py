@@ -66,7 +66,8 @@ def write(folder: Path) -> str:
         f"Largest difference of a test accuracy from part A's, over {len(pairs)} runs: {max(pairs):.4f}." if pairs else "Not run yet."))
     for base, what in (("twin", "a permuted twin of M0"), ("ind", "an independent base (mini)"), ("upgrade", "an ordinary upgrade")):
         lines = {"apply": chosen(rows, "C", "apply", "apply", base)}
-        lines |= {f"transport, {carry}": chosen(rows, "C", carry, "transport", base) for carry in ("ridge", "orthogonal", "permutation")}
+        lines |= {f"transport, {what}": chosen(rows, "C", what, "transport", base) for what in ("ridge", "orthogonal", "permutation")}
+        lines |= {"transport": chosen(rows, "C", "transport", "transport", base)}
         for what_, mode in (("apply", "gradmask"), ("project", "project"), ("tuned", "init"), ("tuned", "scratch")):
             lines[mode] = chosen(rows, "C", what_, mode, base)
         if not lines["apply"]:

@@ -1,17 +1,15 @@
 """Corpora: text on disk, tokenized once into memory-mapped bins."""
 import hashlib
-import itertools
 import json
-import sys
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path, PurePath
-from typing import Iterable, Iterator
+from typing import Iterator
 
 import numpy as np
 from tqdm import tqdm
 
-from rt.data import Corpus, Example, encode
+from rt.data import Corpus
 from rt.errors import InputError
 from rt.formats.atomic import atomic_folder, locked
 from rt.formats.files import note, read_json, write_json
@@ -19,13 +17,11 @@ from rt.formats.splits import home_of, listed, read_name
 from rt.formats.tables import format_of, read_table
 from rt.formats.tokenizer import Tokenizer
 from rt.formats.untrusted import is_utf8, shaped
-from rt.transport import Pair
 
 TEXT_ENDINGS = (".txt", ".txt.gz", ".txt.xz", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".json.gz", ".json.xz", ".parquet")
 HELDOUT_SHARE = 50      # one document in so many is held out of a corpus that has no heldout file
 PARTS = ("train", "heldout")
 CHUNK = 1000            # documents that are tokenized at a time
-MOST_ROWS = 16384       # token rows on which two bases are compared
 
 
 def read_documents(path: Path) -> Iterator[str]:
@@ -158,24 +154,3 @@ def _tokenize(path: Path, tokenizer: Tokenizer, folder: Path, name: str) -> None
         counts = {part: {"documents": len(ls), "tokens": sum(ls)} for part, ls in lengths.items()}
         write_json(new / "meta.json", {"source": str(path), "tokenizer": tokenizer.fingerprint, "dtype": np.dtype(dtype).name,
                                        "content": digest.hexdigest()[:16], **counts})
-
-
-def pairs_of(texts: Iterable[str], old: Tokenizer, new: Tokenizer, max_len: int) -> list[Pair]:
-    """Texts as two tokenizers read them, up to about MOST_ROWS rows. If both have one vocabulary, all rows are compared; else <s> and the
-    first piece of each word (words are separated by spaces)."""
-    pairs: list[Pair] = []
-    for text in texts:
-        words, read = [Example(" " * (i > 0) + word, None, None, "") for i, word in enumerate(text.split()[:max_len])], []
-        for tokenizer in (old, new):
-            pieces = [ids[1:-1] for ids in encode(words, (), tokenizer, sys.maxsize).sequences]
-            ids = [tokenizer.bos_id, *itertools.chain(*pieces)][:max_len - 1] + [tokenizer.eos_id]
-            starts = np.cumsum([1, *map(len, pieces)]).tolist()
-            read.append((ids, [start if piece and start < max_len - 1 else 0 for start, piece in zip(starts, pieces)]))
-        (a, first_a), (b, first_b) = read
-        rows = [(0, 0), *(ij for ij in zip(first_a, first_b) if all(ij))]
-        if old.vocabulary == new.vocabulary:
-            rows = [(i, i) for i in range(len(a))]
-        pairs.append((a, [i for i, _ in rows], b, [j for _, j in rows]))
-        if sum(len(pair[1]) for pair in pairs) >= MOST_ROWS:
-            break
-    return pairs

@@ -31,7 +31,6 @@ from rt.recycling import CARRIES, NEEDS_TEACHER, TRAINED, Recycling
 from rt.runs.config import flags_of, record
 from rt.runs.log import Log
 from rt.runs.summary import add_steps_to_scratch, by_settings, group_by, routes
-from rt.transport import Pair
 from rt.tune import TuneResult, score
 
 # flags that do not change what a run computes, or that its row holds beside its settings
@@ -83,17 +82,17 @@ def unread(config: type, mode: str) -> set[str]:
     return {flag.name for flag in flags_of(config) if mode not in USED_BY.get(flag.path[0], (mode,))}
 
 
-def origin_of(r: Recycling, sources: Iterable[tuple[Delta, TaskData | None]] = (), pairs: Sequence[Pair] = (),
+def origin_of(r: Recycling, sources: Iterable[tuple[Delta, TaskData | None]] = (), texts: Sequence[list[int]] = (),
               content: str = "") -> list[str]:
-    """Hashes of what settings name by path: old base, new base, old delta (with source deltas and tasks, other old deltas, the text of a
-    map, and the `content` of what else teaches), task."""
+    """Hashes of what settings name by path: old base, new base, old delta (with source deltas and tasks, other old deltas, the texts that
+    carry one, and the `content` of what else teaches), task."""
     digest = hashlib.sha256(content.encode())
     for delta, data in (*([(r.old_delta, None)] if r.old_delta else []), *sources):
         for part in (delta.diffs, delta.modules, delta.head):
             for name, tensor in sorted(part.items()):
                 digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
         digest.update(data.hash.encode() if data else b"")
-    digest.update(str(pairs).encode() if pairs else b"")
+    digest.update(str(texts).encode() if texts else b"")
     return [r.old_base.fingerprint if r.old_base else "", r.base.fingerprint, digest.hexdigest()[:16], r.data.hash]
 
 

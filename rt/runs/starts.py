@@ -8,14 +8,15 @@ from typing import Sequence
 
 import torch
 
-from rt.data import Task
+from rt.data import Example, Task, encode
 from rt.deltas import Base, Delta
 from rt.errors import InputError
-from rt.formats.corpora import pairs_of, read_documents
+from rt.formats.corpora import read_documents
 from rt.recycling import Recycling, start_from_old
 from rt.runs.results import open_best
-from rt.transport import Pair
 from rt.tune import evaluate, score
+
+CARRY_TEXTS = 512       # on which the activations of two bases are compared
 
 
 def old_names(text: str | None) -> list[str]:
@@ -64,7 +65,8 @@ def combine(deltas: Sequence[Delta], weights: Sequence[float], how: str, labels:
     return replace(total, head=head, info=own[0][1].info)
 
 
-def carry_pairs(path: str | None, task: Task, old_base: Base, base: Base, seq_len: int) -> list[Pair]:
-    """The texts of --carry_text, or else of the task's training part, as both bases read them."""
+def carry_texts(path: str | None, task: Task, base: Base, seq_len: int) -> list[list[int]]:
+    """The ids of the first CARRY_TEXTS texts of --carry_text, or else of the task's training part."""
     own = (f"{e.text} {e.text_pair or ''}" for e in task.parts["train"])
-    return pairs_of(read_documents(Path(path)) if path else own, old_base.tokenizer, base.tokenizer, seq_len)
+    texts = itertools.islice(read_documents(Path(path)) if path else own, CARRY_TEXTS)
+    return encode([Example(text, None, None, "") for text in texts], (), base.tokenizer, seq_len).sequences
