@@ -90,7 +90,7 @@ class First:
         return {"error_l2": off, "same": same, "right": off <= 5 * torch.finfo(self.dtype).eps and (same or not exact)}
 
     def check(self, case: dict, name: str) -> dict:
-        """The largest errors over output and gradients, ours and the reference's in the same precision; right up to twice the latter."""
+        """The largest errors of ours and of the reference (same precision), over output and gradients; right if ours is at most double."""
         given, exact = (PROBLEMS[case["kernel"]](case, self.device, self.dtype, exact) for exact in (False, True))
         truth, found = evaluate(exact.truths["default"]()), {}
         for which in (name, "reference"):
