@@ -211,7 +211,7 @@ def linear_problem(case: dict, device: torch.device, dtype: torch.dtype, exact: 
     x_t, w_t, b_t = draws.near(x), draws.near(w), draws.near(b)
     labels = draws.below(V, N)
 
-    def of(function: Callable, bias: bool = True, **more) -> Impl:      # ours computes gradients in the forward: compare only both
+    def of(function: Callable, bias: bool = True, **more) -> Impl:      # ours computes gradients in the forward: only "both" is comparable
         return Impl(function, tuple(map(leaf, (x, w, b) if bias else (x, w))), **{"passes": ("both",)} | more)
 
     def ours() -> Impl:
@@ -252,7 +252,7 @@ def linear_problem(case: dict, device: torch.device, dtype: torch.dtype, exact: 
 
 
 def liger_kd(x_t: Tensor, w_t: Tensor, b_t: Tensor, labels: Tensor, of: Callable) -> dict[str, Callable[[], Impl]]:
-    """Liger's fused linear distillation losses. The first takes neither bias nor labels, so it does less; the second does all."""
+    """Liger's fused linear distillation losses. The first takes neither bias nor labels, so it does less; the second does everything."""
     def jsd() -> Impl:
         from liger_kernel.transformers.functional import liger_fused_linear_jsd
         return of(lambda x, w: liger_fused_linear_jsd(x, w, x_t, w_t, jsd_beta=0.0, temperature=T), bias=False, truth="mean KL")

@@ -80,7 +80,7 @@ class Problem:
     """The implementations of one case."""
     impls: dict[str, Impl]
     tokens: int                                 # real tokens per step
-    against: str = "ours"                       # the implementation whose ms divide those of all
+    against: str = "ours"                       # the implementation that all are compared with
     facts: dict = field(default_factory=dict)   # for every row
 
 

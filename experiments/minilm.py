@@ -2,9 +2,8 @@
 
     python -m experiments.minilm --data DIR         # runs/minilm/pretrained/M0; DIR/corpora holds wiki.txt.xz
 
-all-MiniLM-L6-v2 (BERT, 6 layers x 384, tuned as a sentence encoder; Apache 2.0) is an 84 MB wheel from the package index, without a
-masked-LM head. So all of it is trained on 1,000 x 2,048 tokens of Wikipedia. Its tuning data hold NLI pairs: MNLI is left out, and SICK is
-marked.
+all-MiniLM-L6-v2 (BERT, 6 layers x 384, tuned as a sentence encoder; Apache 2.0), an 84 MB wheel from the package index, has no masked-LM
+head: all of it is trained on 1,000 x 2,048 tokens of Wikipedia. Its tuning data hold NLI pairs: MNLI is left out, SICK is marked.
 """
 import hashlib
 import subprocess
