@@ -1,4 +1,4 @@
-"""The cases of bench.kernels, the most important first."""
+"""The cases of bench.kernels, most important first."""
 
 
 def attention(tokens: int, S: int, ragged: bool = False, dropout: float = 0.0, D: int = 64, kernel: str = "attention") -> dict:
@@ -37,7 +37,7 @@ CPU_CASES = [
 
 
 def cases(cuda: bool, only: tuple[str, ...], quick: bool) -> list[dict]:
-    """The cases of some kernels (none named: of all) in order; on a GPU, `quick` takes two of each kernel."""
+    """The cases of the kernels in `only` (empty: of all kernels), in order; on a GPU, `quick` takes two per kernel."""
     chosen = [case for case in (GPU_CASES if cuda else CPU_CASES) if not only or case["kernel"] in only]
     if cuda and quick:
         chosen = [case for i, case in enumerate(chosen) if sum(c["kernel"] == case["kernel"] for c in chosen[:i]) < 2]
@@ -45,7 +45,7 @@ def cases(cuda: bool, only: tuple[str, ...], quick: bool) -> list[dict]:
 
 
 def small(case: dict) -> dict:
-    """The case that is checked against float64 in its place."""
+    """The smaller case that is checked against float64 in place of `case`."""
     if "tokens" in case:
         return case | ({"tokens": 1024, "S": 256, "H": 2} if case["tokens"] > 1024 else {})
     return case | {k: min(case[k], most) for k, most in (("R", 64), ("N", 256)) if k in case}

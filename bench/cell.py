@@ -1,14 +1,14 @@
-"""A cell of a results table: a grid of recycling runs by one sweep, against the same runs one after another.
+"""A cell of a results table: a grid of recycling runs as one sweep, against the same runs one after another.
 
     python -m bench.cell --json out.jsonl --task TASK --old_base M0 --old_delta DELTA --base M1
 
-Commands of the product are run and timed. "alone" is recycle.py without --sweep on `sample` runs of the grid, drawn by seed 0: the seconds
-in its rows, from the teacher's run to the score on test, without the start of Python or the reading of bases. Then the whole sweep by the
-clock, with all of that:
+The product's commands are run and timed. "alone" is recycle.py without --sweep on `sample` runs of the grid, drawn with seed 0. It counts
+the seconds in the rows, from the teacher's run to the score on test, without the start of Python or the reading of bases. The whole sweep
+is then timed by the clock, including all of that:
 
-    one at a time       --side_by_side 1: saves by scoring test for the best runs only and by sharing equal starts
+    one at a time       --side_by_side 1: saves by scoring only the best runs on test and by sharing equal starts
     side by side        as many at once as fit
-    ranks               side by side, the runs shared by `ranks` processes of torchrun, on a CPU of one thread each
+    ranks               side by side, with the runs shared by `ranks` processes of torchrun (on a CPU, one thread each)
 
 ratio = seconds of all runs alone (mean of the sample times their number) / seconds of the sweep.
 """
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def alone(c: Config, grid: dict[str, list[str]], common: list[str], home: Path) -> list[float]:
-    """Seconds of each of `sample` runs, one after another."""
+    """Seconds of each of the `sample` runs, one after another."""
     draw, seconds = random.Random(0), []
     for i in range(c.sample):
         point = {name: draw.choice(values) for name, values in grid.items()}

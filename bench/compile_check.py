@@ -1,14 +1,14 @@
-"""Compile every kernel in every configuration the code can launch, without a GPU, and look at the machine code.
+"""Compile every kernel in every configuration the code can launch, without a GPU, and inspect the machine code.
 
     python -m bench.compile_check                  sm_80, sm_90 and sm_100
     python -m bench.compile_check --arch 90 --kernel attention --json rows.json
 
-A row: registers a thread, spilled bytes, shared memory a block, matrix instructions (HMMA; HGMMA on Hopper; UTCHMMA on Blackwell), and
+A row: registers per thread, spilled bytes, shared memory per block, matrix instructions (HMMA; HGMMA on Hopper; UTCHMMA on Blackwell), and
 instructions per element of a tile in the longest loop. The exit code is 1 if a program spills, needs more shared memory than the chip
 has, or has a matrix product but no matrix instruction.
 
-The public functions are called on small tensors, with every choice that changes the code. Their launches are recorded, not run, and
-Triton's own launcher says which program each would need (`jit_cache_hook`); its `preload` compiles that program in another process.
+The public functions are called on small tensors, with every choice that changes the code. Their launches are recorded, not run.
+Triton's own launcher says which program each launch needs (`jit_cache_hook`). Its `preload` compiles that program in another process.
 """
 import argparse
 import itertools
@@ -35,7 +35,7 @@ from kernels.common import recording, triton
 from kernels.linear_loss import linear_cross_entropy, linear_kd
 from rt.runs.log import table
 
-SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}    # bytes a block; 80 stands for sm_86, 89 and 120 too
+SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}    # bytes per block; 80 also stands for sm_86, 89 and 120
 MATRIX = re.compile(r"\b(HMMA|HGMMA|UTC[A-Z]*MMA)\b")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 COLUMNS = ("kernel", "types", "arch", "registers", "spilled", "shared", "matrix", "instructions_per_element", "config")
@@ -111,12 +111,12 @@ class Program(NamedTuple):
     module: str
     kernel: str
     constants: dict[str, Any]
-    types: tuple[str, ...]      # of its pointers
-    data: str                   # Triton's description of it, for `preload`
+    types: tuple[str, ...]      # of the pointers
+    data: str                   # Triton's description of the program, for `preload`
 
 
 def aim_at(arch: int) -> None:
-    """Let Triton compile for a chip that need not be there."""
+    """Make Triton compile for a chip that need not be present."""
     target = triton.backends.compiler.GPUTarget("cuda", arch, 32)
     triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: arch,
                                                      get_current_stream=lambda device: 0))
@@ -150,7 +150,7 @@ def launches(arch: int, which: list[str], dtypes: list[str] = tuple(DTYPES)) -> 
 
 
 def one_in(n: int, programs: list[Program]) -> list[Program]:
-    """The first program of each kernel, and each n-th after it."""
+    """The first program of each kernel, and every n-th after it."""
     by_kernel: dict[tuple, list[Program]] = {}
     for program in programs:
         by_kernel.setdefault((program.module, program.kernel), []).append(program)
@@ -172,7 +172,7 @@ def compile_one(arch: int, program: Program) -> dict:
 
 
 def machine_code(cubin: bytes, threads_per_element: float) -> dict:
-    """Registers, spilled bytes, matrix instructions, and instructions per element in the longest loop (of all, without a loop)."""
+    """Registers, spilled bytes, matrix instructions, and instructions per element in the longest loop (without a loop, in all code)."""
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

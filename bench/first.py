@@ -1,11 +1,11 @@
-"""The first minutes on a GPU, in one call: are the kernels right, how fast are they beside their peers, which tiles are best.
+"""The first minutes on a GPU, in one call: are the kernels right, how fast are they next to their peers, which tiles are best.
 
     PYTHONPATH=. python -m bench.first --out DIR                           needs torch, triton and numpy, nothing else
-    PYTHONPATH=. python -m bench.first --out DIR --have OLD/first.jsonl    another call goes on: what has a row in OLD is not done again
+    PYTHONPATH=. python -m bench.first --out DIR --have OLD/first.jsonl    continues that call: what has a row in OLD is not repeated
 
-What matters most comes first. A row goes to DIR/first.jsonl as soon as it is known, so that the call may be cut off at any moment; a short
-table comes last. A kernel that breaks the CUDA context costs its own row: a new process does the rest. Without a GPU small shapes go
-through Triton's interpreter (TRITON_INTERPRET=1), to see that the script runs.
+What matters most comes first. A row goes to DIR/first.jsonl as soon as it is known, so the call may be cut off at any moment. A short
+table comes last. A kernel that breaks the CUDA context costs only its own row: a new process does the rest. Without a GPU, small shapes
+go through Triton's interpreter (TRITON_INTERPRET=1), to see that the script runs.
 """
 import argparse
 import importlib
@@ -40,14 +40,14 @@ Units = Iterator[tuple[str, Callable[[], dict]]]
 
 
 class First:
-    """All there is to do, by name; each gives the fields of a row."""
+    """All units of work, by name; each returns the fields of a row."""
 
     def __init__(self, device: torch.device):
         self.device, self.cuda, self.dtype = device, device.type == "cuda", torch.bfloat16
         self.arch = configs.architecture(device)
 
     def few(self, *items: Any) -> tuple:
-        """All on a GPU, two in a rehearsal."""
+        """All items on a GPU, two in a rehearsal."""
         return items if self.cuda else items[:2]
 
     def attention(self, S: int, **more: Any) -> dict:
@@ -64,7 +64,7 @@ class First:
         for name in self.few("ours", "hf", "hf predicted rows"):
             yield f"step {name}", partial(self.step, name)
 
-    # ---------------------------------------------------------------- right?
+    # ---------------------------------------------------------------- correctness
 
     def checks(self) -> Units:
         for exact in (True, False) if self.cuda else (True,):
@@ -78,7 +78,7 @@ class First:
                 yield f"check {words(case)}: {name}", partial(self.check, case, name)
 
     def every(self, exact: bool) -> dict:
-        """All kernels of tests/every_kernel.py against their references; deterministic ones also against themselves, bit for bit."""
+        """All kernels of tests/every_kernel.py against their references; deterministic kernels also against themselves, bit for bit."""
         sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
         inputs, step = (getattr(importlib.import_module("every_kernel"), name) for name in ("inputs", "step"))
         i = inputs(self.device.type, self.dtype)
@@ -90,7 +90,7 @@ class First:
         return {"error_l2": off, "same": same, "right": off <= 5 * torch.finfo(self.dtype).eps and (same or not exact)}
 
     def check(self, case: dict, name: str) -> dict:
-        """The largest errors, over output and gradients, of ours and of the reference in the same precision; right within twice as much."""
+        """The largest errors of ours and of the reference (same precision), over output and gradients; right if ours is at most double."""
         given, exact = (PROBLEMS[case["kernel"]](case, self.device, self.dtype, exact) for exact in (False, True))
         truth, found = evaluate(exact.truths["default"]()), {}
         for which in (name, "reference"):
@@ -99,14 +99,14 @@ class First:
         right = all(a <= 2 * b + torch.finfo(self.dtype).eps / 2 for a, b in zip(found[name], found["reference"]))
         return {"error": worst(found[name]), "reference": worst(found["reference"]), "right": right}
 
-    # ---------------------------------------------------------------- how fast?
+    # ---------------------------------------------------------------- speed
 
     def times(self, case: dict, name: str = "ours", which: tuple[str, ...] = ("forward", "backward")) -> dict:
-        """Milliseconds of each pass, and its rate."""
+        """Milliseconds and rate of each pass."""
         problem, found = PROBLEMS[case["kernel"]](case, self.device, self.dtype), {}
         impl = problem.impls[name]()
         with warnings.catch_warnings(), impl.context():
-            warnings.simplefilter("ignore")     # of the backends that sdpa_kernel was told not to take
+            warnings.simplefilter("ignore")     # about the backends that sdpa_kernel was told not to use
             for each, step in passes(impl._replace(passes=tuple(w for w in which if w in impl.passes) or impl.passes)):
                 row = timed(step, self.cuda, True, problem.launch_bound)
                 rate = problem.work[each] / row["ms"] / {"tflops": 1e9, "gbps": 1e6}[problem.unit]
@@ -178,8 +178,8 @@ class First:
             return self.with_row("add_norm_backward", key, row, case, "ours", ("backward",))
 
     def step(self, name: str) -> dict:
-        """A masked-LM step of the base preset, 32 sequences of 512 tokens with 15 % predicted; Hugging Face's as shipped, and with scores
-        of predicted rows only."""
+        """A masked-LM step of the base preset, 32 sequences of 512 tokens with 15 % predicted. Hugging Face's runs as shipped, and with
+        scores of predicted rows only."""
         from rt.model import PRESETS, Batch, EncoderConfig, new_masked_lm
         from rt.optim import adamw, autocast
         from rt.pretrain import mlm_loss
@@ -218,7 +218,7 @@ def words(case: dict) -> str:
 
 
 def run(first: First, path: Path, rows: list[dict], end: float, argv: list[str]) -> None:
-    """Do what has no row yet, until the time is over; append to the rows and to the file."""
+    """Do the units that have no row yet, until the time is over; append to the rows and to the file."""
     with path.open("a", encoding="utf-8") as file:
         def add(row: dict) -> None:
             rows.append(row)
@@ -240,7 +240,7 @@ def run(first: First, path: Path, rows: list[dict], end: float, argv: list[str])
             add({"unit": name} | row | {"seconds": round(time.perf_counter() - start, 2)})
             try:
                 torch.cuda.synchronize() if first.cuda else None
-            except RuntimeError:        # the context is gone, and with it all that this process could measure
+            except RuntimeError:        # the context is gone: this process can measure nothing more
                 file.close()
                 os.execv(sys.executable, [sys.executable, "-m", "bench.first", *argv, "--until", str(end)])
             if first.cuda:
@@ -252,7 +252,7 @@ def shown(row: dict) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    """What is wrong, what failed, how many times faster than the best peer ours is, and the best tile of each sweep."""
+    """Wrong results, failures, how many times faster ours is than the best peer, and the best tile of each sweep."""
     checks, out = [r for r in rows if "right" in r], []
     out += [f"{sum(r['right'] for r in checks)} of {len(checks)} checks are right"]
     out += [f"WRONG {r['unit']}: {shown(r)}" for r in checks if not r["right"]]

@@ -1,22 +1,22 @@
 """Time and check every kernel against its peers, all in the same run.
 
-    python -m bench.kernels --json out.jsonl                       all that fits into --budget seconds, the most important first
-    python -m bench.kernels --json out.jsonl --resume              go on where that stopped
+    python -m bench.kernels --json out.jsonl                       all that fits into --budget seconds, most important first
+    python -m bench.kernels --json out.jsonl --resume              continue where that stopped
     python -m bench.kernels --json out.jsonl --only kd_loss,linear_kd --peers eager,liger
-    python -m bench.kernels --table out.jsonl                      the tables of a file again
-    python -m bench.kernels --tune --json configs.json             better rows of kernels/configs.py for this GPU, for RT_CONFIGS;
+    python -m bench.kernels --table out.jsonl                      print the tables of a file again
+    python -m bench.kernels --tune --json configs.json             search better rows of kernels/configs.py for this GPU, for RT_CONFIGS;
                                                                    --only and --resume work here too
 
-On a machine without a GPU: our references against torch's own operations on small shapes, in seconds, so that this script is tested.
+Without a GPU, our references run against torch's own operations on small shapes. This takes seconds and tests the script.
 
 A row of the file is one (case, implementation, pass): median ms, 20th and 80th percentile, number of samples, TFLOP/s by the algorithm's
-FLOPs or GB/s by the bytes that must move, peak memory of one call above what was there before, ratio = the implementation's ms / ours.
-Rows whose pass begins with "check" hold errors against float64 on a small case, forward or over all gradients: `error` is the largest
-absolute one over the truth's largest, `error_l2` that of the norms. What could not run says why in `failed`.
+FLOPs or GB/s by the bytes that must move, peak memory of one call above the memory in use before, ratio = the implementation's ms / ours.
+Rows whose pass begins with "check" hold errors against float64 on a small case, forward or over all gradients. `error` is the largest
+absolute error over the truth's largest value, `error_l2` the error's norm over the truth's norm. `failed` says why something did not run.
 
-Times are the device's alone, by CUDA events behind a flushed L2, or of 20 calls in a row if launching takes longer than computing.
-"forward" keeps what a backward needs, "backward" is autograd.grad alone, "both" the two in sequence. Peers get padded or packed inputs
-ready made, in the layout of a model's projections.
+Times are device times only, by CUDA events behind a flushed L2, or over 20 calls in a row if launching takes longer than computing.
+"forward" keeps what a backward needs, "backward" is autograd.grad alone, "both" runs the two in sequence. Peers get their padded or packed
+inputs ready-made, in the layout of a model's projections.
 """
 import sys
 import warnings
@@ -46,12 +46,12 @@ class Config:
 
 
 Config.__doc__ = __doc__
-SLOW_ON_CPU = ("compile", "flex", "liger", "graph", "flash varlen")     # minutes of compilation, or nothing but an error
+SLOW_ON_CPU = ("compile", "flex", "liger", "graph", "flash varlen")     # minutes of compilation, or only an error
 
 
 @dataclass
 class Bench:
-    """The measurements of one case after another."""
+    """Measures one case after another."""
     run: Run
     dtype: torch.dtype
     peers: tuple[str, ...] = ()
@@ -77,7 +77,7 @@ class Bench:
             row, which = case | {"impl": name, "dtype": DTYPES[self.dtype]}, "build"
             try:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")     # of the backends that sdpa_kernel was told not to take
+                    warnings.simplefilter("ignore")     # about the backends that sdpa_kernel was told not to use
                     impl = build()
                     with impl.context():
                         for which, step in passes(impl):
@@ -101,10 +101,10 @@ class Bench:
         truths = {}
         for name, build in given.impls.items():
             once = name == "compile" and any("error" in r for r in self.run.of({"impl": name, "kernel": case["kernel"]}))
-            others_drop = case.get("dropout") and not name.startswith(("ours", "reference"))        # other weights than ours
+            others_drop = case.get("dropout") and not name.startswith(("ours", "reference"))        # they drop other weights
             if once or others_drop or name.endswith(("graph", "bound")) or not self.wants(name) or self.done(case, name, check=True) \
                     or self.run.late():
-                continue        # compiled: once a kernel, since it takes long and computes the same
+                continue        # compiled: once per kernel, because it takes long and computes the same
             row = case | {"impl": name, "dtype": DTYPES[self.dtype]}
             try:
                 impl = build()

@@ -53,4 +53,4 @@ def environment(cuda: bool, argv: list[str], packages: tuple[str, ...], **more) 
             "torch": torch.__version__, "cuda": torch.version.cuda, **{p: version(p) for p in packages}, **more, "commit": commit(),
             **{name: os.environ.get(name) for name in ("RT_KERNELS", "RT_CONFIGS")},
             "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), **clocks(),
-            "argv": [Path(each).name if each.startswith("/") else each for each in argv]}      # not where this machine keeps its files
+            "argv": [Path(each).name if each.startswith("/") else each for each in argv]}      # without this machine's folders

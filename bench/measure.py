@@ -1,4 +1,4 @@
-"""How long a call takes, how much memory, and how far its result is from the truth."""
+"""How long a call takes, how much memory it needs, and how far its result is from the truth."""
 import math
 import time
 import warnings
@@ -15,7 +15,7 @@ MiB = 2**20
 
 
 def sample(step: Callable, cuda: bool, calls: int = 1) -> float:
-    """Milliseconds a call, of `calls` in a row, by the host's clock."""
+    """Milliseconds per call, over `calls` calls in a row, by the host's clock."""
     if cuda:
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -32,8 +32,8 @@ def spread(values: list[float]) -> tuple[float, float, float]:
 
 
 def timed(step: Callable, cuda: bool, quick: bool, launch_bound: bool = False) -> dict:
-    """The fields of a row that say how long `step` takes. On a GPU by CUDA events behind a flushed L2, or of 20 calls in a row, the host's
-    work included, if launching takes longer than computing; on a CPU by the host's clock."""
+    """The timing fields of a row for `step`. On a GPU they come from CUDA events behind a flushed L2, or from 20 calls in a row, including
+    the host's work, if launching takes longer than computing. On a CPU they come from the host's clock."""
     sample(step, cuda)      # compiles, allocates
     if cuda:
         calls = 20 if launch_bound else 1
@@ -47,8 +47,8 @@ def timed(step: Callable, cuda: bool, quick: bool, launch_bound: bool = False) -
 
 
 def event_times(step: Callable, calls: int, samples: int) -> list[float]:
-    """Milliseconds of the device for a call. It spins before the first event until the host has launched the sample, or the host's work
-    would be timed instead; not if the host's share of several `calls` is wanted."""
+    """Milliseconds of device time per call. The device spins before the first event until the host has launched the sample; otherwise the
+    host's work would be timed. It does not spin if the host's share of several `calls` is wanted."""
     begin = time.perf_counter()
     step()
     spin = int(2e6 * (1 + 1e3 * (time.perf_counter() - begin)))      # cycles: about a millisecond, and twice what launching takes
@@ -67,7 +67,7 @@ def event_times(step: Callable, calls: int, samples: int) -> list[float]:
 
 
 def peak(step: Callable, before: int) -> float:
-    """MiB of a GPU that are allocated at most while `step` runs, above `before` bytes."""
+    """The most GPU memory allocated while `step` runs, in MiB above `before` bytes."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     step()
@@ -85,7 +85,7 @@ def captured(step: Callable, clear: Callable = lambda: None) -> torch.cuda.CUDAG
 
 
 def passes(impl: Impl) -> Iterator[tuple[str, Callable]]:
-    """(pass, the call to time): "forward" keeps what a backward needs, "backward" is autograd.grad alone, "both" is one after the other."""
+    """(pass, the call to time): "forward" keeps what a backward needs, "backward" is autograd.grad alone, "both" runs the two."""
     def forward() -> Tensor:
         return impl.function(*impl.leaves)
 
@@ -102,9 +102,9 @@ def passes(impl: Impl) -> Iterator[tuple[str, Callable]]:
 
 
 def evaluate(impl: Impl) -> list[Tensor]:
-    """Output and gradients in float64 and in the truth's layout."""
+    """Output and gradients in float64, in the truth's layout."""
     stale = [torch.full_like(x, math.nan) for x in (*impl.leaves, *impl.leaves, impl.upstream) if x is not None]
-    del stale       # this memory is handed out next, so that an element that is never written does not look like the last right answer
+    del stale       # this memory is handed out next: an element that is never written then does not look like the last right answer
     with warnings.catch_warnings(), impl.context():
         warnings.simplefilter("ignore")
         out = impl.function(*impl.leaves)
@@ -114,7 +114,7 @@ def evaluate(impl: Impl) -> list[Tensor]:
 
 
 def distance(given: Tensor, truth: Tensor) -> tuple[float, float]:
-    """The largest absolute difference over the truth's largest; the difference's norm over the truth's."""
+    """The largest absolute difference over the truth's largest value; the norm of the difference over the truth's norm."""
     if given.shape != truth.shape:
         raise ValueError(f"{tuple(given.shape)} instead of {tuple(truth.shape)}")
     difference = given - truth
@@ -122,5 +122,5 @@ def distance(given: Tensor, truth: Tensor) -> tuple[float, float]:
 
 
 def worst(values: Iterable[float]) -> float:
-    """The largest value, or NaN if there is one, which `max` may overlook."""
+    """The largest value, or NaN if any value is NaN; `max` may overlook a NaN."""
     return max(values, key=lambda e: math.inf if math.isnan(e) else e)

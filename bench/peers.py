@@ -1,6 +1,6 @@
-"""For each kernel its inputs, ours, and its peers, each with inputs in the layout that it likes best.
+"""The inputs of each kernel, our implementation and its peers, each with inputs in its best layout.
 
-A `Problem` is built from a case, a dict such as {"kernel": "attention", "S": 512, ...}. Liger is optional. With `exact` the same rounded
+A `Problem` is built from a case, a dict such as {"kernel": "attention", "S": 512, ...}. Liger is optional. With `exact`, the same rounded
 inputs come in float64, and `truths` compute the right results.
 """
 from contextlib import nullcontext
@@ -20,25 +20,25 @@ from kernels.hidden_mse import hidden_mse
 from kernels.kd_loss import TopK, kd_loss, kd_loss_ref, top_k
 
 ALPHA, T = 0.5, 2.0
-SMALL = 2**23       # elements below which launching takes as long as computing
+SMALL = 2**23       # below this many elements, launching takes as long as computing
 
 
 # ---------------------------------------------------------------- attention
 
 def ragged_lengths(tokens: int, longest: int) -> list[int]:
-    """Log-normal lengths of at least 2 that sum to `tokens`; one is `longest`, and half of a batch padded to it would be padding."""
+    """Log-normal lengths of at least 2 that sum to `tokens`. One is `longest`; half of a batch padded to that length would be padding."""
     B = round(2 * tokens / longest)
     z = torch.randn(B, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
     def lengths(sigma: float) -> list[int]:
         return (longest * ((z - z.max()) * sigma).exp()).round().clamp(2).int().tolist()
 
-    low, high = 0.0, 20.0           # the wider, the shorter
+    low, high = 0.0, 20.0           # a wider spread makes shorter sequences
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if sum(lengths(middle)) > tokens else (low, middle)
     out, i = lengths(high), 0
-    while sum(out) != tokens:       # rounding is made good by single tokens here and there
+    while sum(out) != tokens:       # single tokens make up for rounding
         step = 1 if sum(out) < tokens else -1
         if 2 <= out[i % B] + step < longest:
             out[i % B] += step
@@ -47,7 +47,7 @@ def ragged_lengths(tokens: int, longest: int) -> list[int]:
 
 
 class Layout:
-    """Sequences end to end, (N, ...), and as a padded batch, (B, S, ...), with ways from one to the other."""
+    """Sequences end to end, (N, ...), and as a padded batch, (B, S, ...), with conversions between the two."""
     def __init__(self, case: dict, device: torch.device):
         self.S, self.ragged = case["S"], case["ragged"]
         self.lengths = ragged_lengths(case["tokens"], self.S) if self.ragged else [self.S] * (case["tokens"] // self.S)
@@ -67,7 +67,7 @@ class Layout:
 
 
 def attention_flops(case: dict, lengths: list[int]) -> dict[str, float]:
-    """Two products forward, five backward (S is computed again), 2 S^2 D each, by the true lengths."""
+    """Two products forward, five backward (S is recomputed), 2 S^2 D each, by the true lengths."""
     forward = 4.0 * case["H"] * case["D"] * sum(n * n for n in lengths)
     return work(forward, 2.5 * forward)
 
@@ -107,11 +107,11 @@ def attention_problem(case: dict, device: torch.device, dtype: torch.dtype, exac
         names |= {"cudnn": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
     impls = {"ours": ours, "ours deterministic": lambda: ours(deterministic)}
     impls |= {f"sdpa {name}": lambda backend=backend: sdpa(backend) for name, backend in names.items()}
-    if layout.ragged:       # what Hugging Face hands over; torch then chooses
+    if layout.ragged:       # the mask that Hugging Face passes; torch then chooses
         impls["sdpa wide mask"] = lambda: sdpa(*names.values(), wide_mask=True)
     if not p:
         impls["flash varlen"] = varlen
-        if S in (256, 512, 1024):       # the lengths of encoders alone: it takes longest to compile
+        if S in (256, 512, 1024):       # only the lengths of encoders: flex takes longest to compile
             impls["flex"] = flex
     impls["reference"] = lambda: ours(reference)
     return Problem(impls, {"default": ours if p else lambda: sdpa("MATH")}, "tflops", attention_flops(case, layout.lengths))
@@ -134,21 +134,21 @@ def attention_kd_problem(case: dict, device: torch.device, dtype: torch.dtype, e
 
         return Impl(maps, (leaf(qs), leaf(ks)), layout.pad(upstream, torch.zeros_like), canonical=layout.unpad)
 
-    flops = attention_flops(case, layout.lengths)["forward"]        # as much: two maps; backward both again, dQ and dK
+    flops = attention_flops(case, layout.lengths)["forward"]        # the same: two maps; backward: both again, dQ and dK
     return Problem(against_eager(ours, dense), {"default": dense}, "tflops", work(flops, 2 * flops))
 
 
 # ---------------------------------------------------------------- losses
 
 def eager_kd(s: Tensor, t: Tensor, labels: Tensor | None, alpha: float = ALPHA) -> Tensor:
-    """The formula in plain PyTorch: (R, C) raw logits twice -> (R,)."""
+    """The formula in plain PyTorch: raw logits (R, C) of student and teacher -> (R,)."""
     s, t = wide(s), wide(t)
     rows = alpha * T**2 * F.kl_div(F.log_softmax(s / T, -1), F.log_softmax(t / T, -1), reduction="none", log_target=True).sum(-1)
     return rows if labels is None else rows + (1 - alpha) * F.cross_entropy(s, labels, reduction="none")
 
 
 def mean_kl(s: Tensor, t: Tensor) -> Tensor:
-    """Liger's: the KL term alone, without alpha T^2, averaged."""
+    """Liger's loss: the KL term alone, without alpha T^2, averaged."""
     return eager_kd(s, t, None, alpha=1 / T**2).mean()
 
 
@@ -182,7 +182,7 @@ def kd_problem(case: dict, device: torch.device, dtype: torch.dtype, exact: bool
     more = {} if k else {"liger kl_div KL only": liger}
     if R * C < SMALL and s.is_cuda:
         more |= {"ours graph": lambda: graphed(ours), "eager graph": lambda: graphed(eager)}
-    once = R * C * s.element_size()     # the student's logits; a teacher of k costs nothing beside them
+    once = R * C * s.element_size()     # the student's logits; a top-k teacher is negligible
     return Problem(against_eager(ours, eager, **more), {"default": eager, "mean KL": lambda: Impl(lambda s: mean_kl(s, t), (leaf(s),))},
                    "gbps", work(once * (1 if k else 2), once * (2 if k else 3)), R * C < SMALL)
 
@@ -203,15 +203,15 @@ def hidden_problem(case: dict, device: torch.device, dtype: torch.dtype, exact: 
 
 
 def linear_problem(case: dict, device: torch.device, dtype: torch.dtype, exact: bool = False) -> Problem:
-    """linear_kd and linear_cross_entropy: a head of V words on N rows of width d, mean over rows. The teacher is near the student, and
-    "KL only" leaves out the labels' term: rounded logits then show in the gradient, which a label's 1 would hide."""
+    """linear_kd and linear_cross_entropy: a head of V words on N rows of width d, mean over rows. The teacher is close to the student,
+    and "KL only" leaves out the label term. Rounded logits then show in the gradient; a label's 1 would hide them."""
     N, V, d, kd = case["N"], case["V"], case["d"], case["kernel"] == "linear_kd"
     draws = Draws(device, dtype, exact)
     x, w, b = draws.normal(N, d), draws.normal(V, d, scale=0.05), draws.normal(V, scale=0.1)
     x_t, w_t, b_t = draws.near(x), draws.near(w), draws.near(b)
     labels = draws.below(V, N)
 
-    def of(function: Callable, bias: bool = True, **more) -> Impl:      # ours makes gradients in the forward: only both compare
+    def of(function: Callable, bias: bool = True, **more) -> Impl:      # ours computes gradients in the forward: only "both" is comparable
         return Impl(function, tuple(map(leaf, (x, w, b) if bias else (x, w))), **{"passes": ("both",)} | more)
 
     def ours() -> Impl:
@@ -233,7 +233,7 @@ def linear_problem(case: dict, device: torch.device, dtype: torch.dtype, exact: 
         return lambda: of(function, bias=False, truth="mean KL", passes=())
 
     def gemms() -> Impl:
-        """The matrix products alone, the vocabulary rounded up to a size at which they are fastest."""
+        """The matrix products alone, with the vocabulary rounded up to the size at which they are fastest."""
         x_, x_t_, w_, w_t_ = (y.detach() for y in (x, x_t, F.pad(w, (0, 0, 0, -V % 128)), F.pad(w_t, (0, 0, 0, -V % 128))))
         grad = draws.normal(N, len(w_))
         return Impl(lambda: (x_ @ w_.T, x_t_ @ w_t_.T if kd else None, grad @ w_, grad.T @ x_), (), passes=("both",))
@@ -252,7 +252,7 @@ def linear_problem(case: dict, device: torch.device, dtype: torch.dtype, exact: 
 
 
 def liger_kd(x_t: Tensor, w_t: Tensor, b_t: Tensor, labels: Tensor, of: Callable) -> dict[str, Callable[[], Impl]]:
-    """Liger's fused linear distillation losses. The first knows neither bias nor labels and so does less; the second does it all."""
+    """Liger's fused linear distillation losses. The first takes neither bias nor labels, so it does less; the second does everything."""
     def jsd() -> Impl:
         from liger_kernel.transformers.functional import liger_fused_linear_jsd
         return of(lambda x, w: liger_fused_linear_jsd(x, w, x_t, w_t, jsd_beta=0.0, temperature=T), bias=False, truth="mean KL")
@@ -276,7 +276,7 @@ def liger_ce(labels: Tensor, of: Callable) -> dict[str, Callable[[], Impl]]:
 # ---------------------------------------------------------------- norm and dropout
 
 def norm_problem(case: dict, device: torch.device, dtype: torch.dtype, exact: bool = False) -> Problem:
-    """add_norm, with fp32 weights in ours and weights as wide as the rest in the others, since torch has no mixed layer norm on a GPU.
+    """add_norm. Ours has fp32 weights; the others have weights as wide as the rest, because torch has no mixed layer norm on a GPU.
     Liger fuses a residual with RMS norm only, so it is no peer here."""
     N, d, p, draws = case["N"], case["d"], case["dropout"], Draws(device, dtype, exact)
     (x, h, upstream), (weight, bias) = (draws.normal(N, d) for _ in range(3)), (draws.normal(d) for _ in range(2))
@@ -289,7 +289,7 @@ def norm_problem(case: dict, device: torch.device, dtype: torch.dtype, exact: bo
         leaves = tuple(map(leaf, (x, h, weight, bias)))
         return Impl(lambda x, h, w, b: F.layer_norm(x + F.dropout(h, p), (d,), w, b, 1e-5), leaves, upstream)
 
-    once = N * d * x.element_size()     # x, h and y; dy, one saved tensor, dx, and dh where it differs from dx
+    once = N * d * x.element_size()     # x, h and y; dy, one saved tensor, dx, and dh if it differs from dx
     return Problem(against_eager(ours, eager), {"default": ours if p else eager}, "gbps", work(3 * once, (4 if p else 3) * once),
                    N * d < SMALL)
 

@@ -1,4 +1,4 @@
-"""A measured problem: implementations of one job, with inputs that are rounded alike for all of them."""
+"""A measured problem: implementations of one job, with the same rounded inputs for all of them."""
 import os
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,18 +13,18 @@ PASSES = ("forward", "backward", "both")
 
 class Impl(NamedTuple):
     """One implementation, ready to be called."""
-    function: Callable[..., Tensor]             # of the leaves
-    leaves: tuple[Tensor, ...]                  # differentiated; none: `function` is all there is to time
-    upstream: Tensor | None = None              # gradient of its output; None if that is a scalar
+    function: Callable[..., Tensor]             # called with the leaves
+    leaves: tuple[Tensor, ...]                  # differentiated; if there are none, only `function` is timed
+    upstream: Tensor | None = None              # gradient of the output; None if the output is a scalar
     context: Callable = nullcontext             # entered around every call
-    canonical: Callable = lambda x: x           # lays out its output, or a gradient, as the truth is
+    canonical: Callable = lambda x: x           # puts the output, or a gradient, into the truth's layout
     truth: str = "default"
-    passes: tuple[str, ...] = PASSES            # timed; none: only its error is measured
+    passes: tuple[str, ...] = PASSES            # timed; if there are none, only the error is measured
 
 
 @dataclass
 class Problem:
-    """Implementations of one case by name; they are built one by one, since a peer may be missing or not fit in memory."""
+    """Implementations of one case by name. They are built one by one, because a peer may be missing or not fit in memory."""
     impls: dict[str, Callable[[], Impl]]
     truths: dict[str, Callable[[], Impl]]
     unit: str                                   # "tflops" or "gbps"
@@ -38,13 +38,13 @@ def work(forward: float, backward: float) -> dict[str, float]:
 
 
 def reference() -> patch.dict:
-    """Inside, our functions are their references in plain PyTorch."""
+    """Inside this context, our functions run as their plain PyTorch references."""
     return patch.dict(os.environ, RT_KERNELS="ref")
 
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """torch.use_deterministic_algorithms without its debugging aid, which writes NaN into every fresh tensor first."""
+    """torch.use_deterministic_algorithms without its debugging aid, which first writes NaN into every fresh tensor."""
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -56,7 +56,7 @@ def deterministic() -> Iterator[None]:
 
 
 def compiled(function: Callable) -> Callable:
-    """torch.compile for static shapes. Backward alone is timed on one graph again and again, which donated buffers would forbid."""
+    """torch.compile for static shapes. The backward alone is timed on one graph again and again; donated buffers forbid that."""
     import torch._functorch.config as config
     config.donated_buffer = False
     torch._dynamo.reset()       # another case must not count as a recompilation of the last one
@@ -64,7 +64,7 @@ def compiled(function: Callable) -> Callable:
 
 
 def against_eager(ours: Callable[[], Impl], eager: Callable[[], Impl], **more: Callable[[], Impl]) -> dict[str, Callable[[], Impl]]:
-    """Ours and its reference beside the plain PyTorch version, eager and compiled, and `more` peers."""
+    """Ours and its reference, the plain PyTorch version (eager and compiled), and `more` peers."""
     def compiled_eager() -> Impl:
         impl = eager()
         return impl._replace(function=compiled(impl.function))
@@ -83,7 +83,7 @@ class Draws:
         return self.widen(torch.randn(shape, **self.options).mul_(scale).to(self.dtype))
 
     def near(self, x: Tensor) -> Tensor:
-        """A tensor like x and not far from it."""
+        """A tensor like x and close to it."""
         return self.widen((x.float() + 0.1 * x.float().std() * torch.randn(x.shape, **self.options)).to(self.dtype))
 
     def upstream(self, *shape: int) -> Tensor:
@@ -95,7 +95,7 @@ class Draws:
         return torch.randint(n, (count,), **self.options)
 
     def widen(self, x: Tensor) -> Tensor:
-        """float64 if `exact`."""
+        """x, as float64 if `exact`."""
         return x.double() if self.exact else x
 
 
@@ -104,5 +104,5 @@ def leaf(x: Tensor) -> Tensor:
 
 
 def wide(x: Tensor) -> Tensor:
-    """In at least fp32."""
+    """x in at least fp32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,9 +1,9 @@
-"""What a recipe of train.py costs: milliseconds a step and peak memory of each switch beside plain, as whole commands in turns.
+"""What a recipe of train.py costs: milliseconds per step and peak memory of each switch against plain, as whole commands in turns.
 
     python -m bench.recipes --init M0 --stream new.txt --json out.jsonl
 
-Each row: the switch, the round, milliseconds a step (the stage's seconds, evaluation included, over its steps) and the process's peak
-memory in MB. For --replay the base must have been trained on another domain before. A command that fails has its error in place of both.
+Each row: the switch, the round, milliseconds per step (the stage's seconds, including evaluation, over its steps) and the process's peak
+memory in MB. For --replay the base must have been trained on another domain before. If a command fails, its error replaces both numbers.
 """
 import json
 import os
@@ -41,7 +41,7 @@ class Config:
 
 
 def measure(c: Config, name: str, out: Path) -> dict:
-    """One command."""
+    """Run and measure one command."""
     command = [sys.executable, str(ROOT / "train.py"), "--init", c.init, "--stream", c.stream, "--steps", str(c.steps), "--snapshots", "0",
                "--eval_tokens", "512", "--cache", c.cache, "--out", str(out), *SWITCHES[name].split()]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

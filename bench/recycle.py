@@ -1,16 +1,16 @@
-"""Whole tuning steps of the kinds that recycling takes, in the same process and in turns.
+"""Whole tuning steps of the kinds that recycling uses, in the same process and in turns.
 
     python -m bench.recycle --json out.jsonl                    every case that fits into --budget seconds
-    python -m bench.recycle --json out.jsonl --resume           go on where that stopped
+    python -m bench.recycle --json out.jsonl --resume           continue where that stopped
     python -m bench.recycle --json out.jsonl --sizes small --only distill
-    python -m bench.recycle --table out.jsonl                   the tables of a file again, as Markdown
+    python -m bench.recycle --table out.jsonl                   print the tables of a file again, as Markdown
 
-Sequences are of uneven length, up to 128 tokens. Cases:
-    distill     what the cached teacher costs: a step on task + KD + patience (alpha .7, beta 1, T 5) against one on the task alone,
-                full and adapter, 16 and 128 sequences. Aim: at most 1.05. The teacher's own run, once a task, is not part of a step
-    frozen      the kinds of delta that leave the base frozen against full tuning: time, and what must be kept in memory
+Sequences have uneven lengths, up to 128 tokens. Cases:
+    distill     the cost of the cached teacher: a step on task + KD + patience (alpha .7, beta 1, T 5) against a step on the task alone,
+                full and adapter, 16 and 128 sequences. Aim: at most 1.05. The teacher's own run, once per task, is not part of a step
+    frozen      the kinds of delta that leave the base frozen, against full tuning: time, and the memory that must be kept
     peft        LoRA (r 8, query and value) against PEFT's on RobertaForSequenceClassification with the same sequences, padded.
-                PEFT has no bottleneck adapter in its library, so ours has no counterpart there
+                PEFT's library has no bottleneck adapter, so ours has no counterpart
 
 Fields of a row: bench/steps.py. On a GPU "+graphs" replays forward and backward as a CUDA graph.
 """
@@ -99,11 +99,11 @@ def peft(case: dict, platform: Platform) -> Problem:
     return found
 
 
-PROBLEMS = {"distill": distill, "frozen": frozen, "peft": peft}      # a function of (case, platform) more is a kind of case more
+PROBLEMS = {"distill": distill, "frozen": frozen, "peft": peft}      # a new kind of case is a new function of (case, platform)
 
 
 def cases(c: Config, cuda: bool) -> list[dict]:
-    """The most important first."""
+    """Most important first."""
     S, counts = (16, (4, 8)) if c.run.quick else (128, (16, 128))
     kinds = [{"case": "distill", "delta": "full"}, {"case": "distill", "delta": "adapter"}, {"case": "frozen"}, {"case": "peft"}]
     kinds = [kind for kind in kinds if not c.only or kind["case"] in c.only]

@@ -1,6 +1,6 @@
-"""RoBERTa as Hugging Face transformers has it, the peer of whole steps, and the same weights as ours.
+"""Hugging Face transformers' RoBERTa, the peer of whole steps, and our model with the same weights.
 
-A peer gets a padded batch: input_ids (B, S), and attention_mask if there is padding (without it SDPA may take its flash kernel).
+A peer gets a padded batch: input_ids (B, S), and attention_mask if there is padding (without a mask SDPA may use its flash kernel).
 """
 from typing import Callable
 
@@ -17,7 +17,7 @@ LABELS = 13     # ChemProt's
 
 
 class StandIn:
-    """As much of a tokenizer as masking and bases need."""
+    """The parts of a tokenizer that masking and bases need."""
     bos_id, pad_id, eos_id, mask_id = 0, 1, 2, 4
     special_ids = [0, 1, 2, 3, 4]
     fingerprint = vocabulary = "stand-in"
@@ -27,7 +27,7 @@ class StandIn:
 
 
 def stand_in_base(config: EncoderConfig, seed: int, state: dict[str, Tensor] | None = None) -> Base:
-    """A base with random weights, or with the encoder's weights of `state`, by our names or Hugging Face's."""
+    """A base with random weights, or with the encoder weights in `state`, under our names or Hugging Face's."""
     model = new_masked_lm(config, seed)
     if state is not None:
         model.encoder.load_state_dict(encoder_state(state, config))
@@ -35,7 +35,7 @@ def stand_in_base(config: EncoderConfig, seed: int, state: dict[str, Tensor] | N
 
 
 def peer(name: str, config: EncoderConfig, attention: str = "sdpa", state: dict[str, Tensor] | None = None) -> nn.Module:
-    """RobertaForMaskedLM or RobertaForSequenceClassification of the sizes and dropout of `config`, on the CPU."""
+    """RobertaForMaskedLM or RobertaForSequenceClassification with the sizes and dropout of `config`, on the CPU."""
     import transformers  # a peer, and slow to import
     transformers.logging.set_verbosity_error()
     theirs = transformers.RobertaConfig(
@@ -60,7 +60,7 @@ def peer_state(name: str, config: EncoderConfig) -> dict[str, Tensor] | None:
 
 
 def our_masked_lm(config: EncoderConfig, state: dict[str, Tensor] | None) -> MaskedLM:
-    """On the CPU, with the weights of a RobertaForMaskedLM."""
+    """Our model on the CPU, with the weights of a RobertaForMaskedLM."""
     model = new_masked_lm(config, seed=0)
     if state is not None:
         model.encoder.load_state_dict(encoder_state(state, config))
@@ -80,12 +80,12 @@ def our_classifier(config: EncoderConfig, state: dict[str, Tensor] | None, delta
 # ---------------------------------------------------------------- one batch, two layouts
 
 def padded(flat: Tensor, lengths: list[int], fill: int) -> Tensor:
-    """(N,) to (B, S), S the longest of `lengths`."""
+    """(N,) to (B, S), with S the longest of `lengths`."""
     return nn.utils.rnn.pad_sequence(flat.split(lengths), batch_first=True, padding_value=fill)
 
 
 def padded_inputs(batch: Batch, pad_id: int) -> dict[str, Tensor]:
-    """input_ids (B, S), and attention_mask (B, S) if something is padding; on the batch's device."""
+    """input_ids (B, S), and attention_mask (B, S) if there is padding; on the batch's device."""
     lengths = batch.cu_seqlens.diff().tolist()
     out = {"input_ids": padded(batch.ids, lengths, pad_id)}
     if min(lengths) < max(lengths):
@@ -94,7 +94,7 @@ def padded_inputs(batch: Batch, pad_id: int) -> dict[str, Tensor]:
 
 
 def masked_lm_losses(model: nn.Module, batch: Batch, pad_id: int) -> dict[str, Callable[[], Tensor]]:
-    """The peer's masked-LM loss as the library computes it, scores of every token, and with the head on predicted rows only."""
+    """The peer's masked-LM loss as the library computes it (scores of every token), and with the head on predicted rows only."""
     inputs, lengths = padded_inputs(batch, pad_id), batch.cu_seqlens.diff().tolist()
     flat = torch.full_like(batch.ids, -100)
     flat[batch.predict] = batch.labels

@@ -1,7 +1,7 @@
-"""A benchmark run: cases one after another, a row for every measurement, in a file that a later run can go on with.
+"""A benchmark run: cases one after another, a row per measurement, in a file that a later run can continue.
 
-A case is a dict of what is computed. Its rows begin with it, then comes `impl`, the implementation; `failed` says why one could not run. An
-implementation that breaks the CUDA context is noted, and a new process does the rest.
+A case is a dict of what is computed. Its rows begin with the case, then comes `impl`, the implementation. `failed` says why one could not
+run. If an implementation breaks the CUDA context, this is recorded and a new process does the rest.
 """
 import gc
 import json
@@ -28,7 +28,7 @@ C = TypeVar("C")        # the flags of a benchmark
 
 
 class Broken(BaseException):
-    """The CUDA context is gone, and with it everything this process could still measure. Not an Exception: no failing case catches it."""
+    """The CUDA context is gone, so this process can measure nothing more. Not an Exception, so no failing case catches it."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class RunFlags:
 
 
 def options(cls: type[C], argv: list[str]) -> C | None:
-    """The flags of a benchmark, whose `run` are RunFlags; None if --table has printed what there was to print."""
+    """The flags of a benchmark, with RunFlags in `run`; None if --table has printed the tables."""
     c = parse(cls, argv)
     if c.run.resume and not c.run.json:
         raise InputError("--resume needs the rows of --json FILE")
@@ -56,7 +56,7 @@ def options(cls: type[C], argv: list[str]) -> C | None:
 
 
 class Run:
-    """The state of a run: its device, the rows so far, and until when it may begin more."""
+    """The state of a run: its device, the rows so far, and the deadline for beginning more."""
 
     def __init__(self, c: RunFlags, script: str, argv: list[str], dtypes: tuple[torch.dtype, ...]):
         device = pick_device(c.device)
@@ -73,7 +73,7 @@ class Run:
                       "transformers": version("transformers"), "commit": commit()}
 
     def late(self, seconds: float = 0.0) -> bool:
-        """Whether the time would be over after so many seconds."""
+        """Whether the time would be over after this many seconds."""
         return time.monotonic() + seconds > self.deadline
 
     def of(self, fields: dict) -> list[dict]:
@@ -81,7 +81,7 @@ class Run:
         return [row for row in self.rows if fields.items() <= row.items()]
 
     def add(self, row: dict) -> None:
-        """Append a row; the facts of the run are added to rows of cases."""
+        """Append a row; rows of cases also get the facts of the run."""
         self.rows.append(row if "kernel" in row and "pass" not in row else row | self.facts)
         if self.file:
             self.file.write(json.dumps(self.rows[-1]) + "\n")
@@ -99,8 +99,8 @@ class Run:
                 raise Broken(text) from None
 
     def limits(self) -> dict[torch.dtype, float]:
-        """FLOP/s of matrix products in each dtype, the fastest sample of several sizes: neither an unlucky size nor other work on the
-        machine may make an implementation look better than it is. A row also says how fast a large copy is."""
+        """FLOP/s of matrix products in each dtype: the fastest sample of several sizes, so neither an unlucky size nor other work on the
+        machine makes an implementation look better than it is. Another row gives the speed of a large copy."""
         sizes = (128, 256) if self.quick else (4096, 8192) if self.cuda else (512, 1024, 2048)
         rates: dict[torch.dtype, float] = {}
         for dtype in self.dtypes:
@@ -114,7 +114,7 @@ class Run:
         return rates
 
     def limit(self, name: str, step: Callable, unit: str, work: float) -> float:
-        """Time `step`, add a row, return `work` a millisecond of the fastest sample."""
+        """Time `step`, add a row, return `work` per millisecond of the fastest sample."""
         calls = 5 if self.cuda else 1
         sample(step, self.cuda, 3)
         times = [sample(step, self.cuda, calls) for _ in range(20)]
@@ -122,7 +122,7 @@ class Run:
         return work / min(times)
 
     def measure_all(self, todo: list[dict], measure: Callable[[dict], None]) -> None:
-        """Call `measure` with every case for which there is time, then print the tables."""
+        """Call `measure` with every case that there is time for, then print the tables."""
         self.add(environment(self.cuda, self.argv, ("transformers", "peft", "triton", "liger-kernel"), script=self.script))
         try:
             self.rates = self.limits()

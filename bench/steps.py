@@ -1,18 +1,18 @@
 """Whole training steps side by side, for bench.train and bench.recycle.
 
-A case is a dict of what is computed; a script's PROBLEMS[case["case"]] makes a `Problem` of it. All implementations that can be built are
-timed in turns, a round at a time, each round in another order, so that noise hits all alike. A row is one implementation of a case:
+A case is a dict of what is computed; the script's PROBLEMS[case["case"]] turns it into a `Problem`. All implementations that can be built
+are timed in turns, a round at a time, each round in another order, so noise hits all of them equally. A row is an implementation of a case:
 
-    ms, p20, p80, n         median and percentiles over the rounds, and how many there were
-    against, ratio          what it is compared with, and its ms / that one's ms; ratio_p20 and ratio_p80 are of single rounds' ratios
-    tokens, padded_tokens   a step, real and as computed by an implementation that pads; tokens_per_s counts the real ones
+    ms, p20, p80, n         median and percentiles over the rounds, and the number of rounds
+    against, ratio          the implementation compared with, and ms / its ms; ratio_p20 and ratio_p80 are of single rounds' ratios
+    tokens, padded_tokens   per step: real tokens, and tokens computed by an implementation that pads; tokens_per_s counts the real ones
     tflop, mfu              of the algorithm on real tokens (matrix products forward and backward, nothing twice, scores of predicted
-                            rows only), and the share of the rate at which this run multiplied matrices of that dtype at best
-    peak_mb                 CUDA: from before the model was built to the most during a step: weights, gradients, optimizer, activations
+                            rows only), and the share of the best rate at which this run multiplied matrices of that dtype
+    peak_mb                 CUDA: from before the model was built to the peak during a step: weights, gradients, optimizer, activations
     saved_mb, grads_mb, state_mb    kept for the backward pass (weights not counted), gradients, the optimizer's state
-    loss, loss_peer         of the same weights in fp32 without dropout; the case is not timed if they differ by more than 1e-4
+    loss, loss_peer         for the same weights in fp32 without dropout; the case is not timed if they differ by more than 1e-4
 
-What could not run says why in `failed`. Batches are on the device beforehand; reading data, seeding and logging are not timed.
+`failed` says why an implementation could not run. Batches are on the device beforehand; reading data, seeding and logging are not timed.
 """
 import math
 import random
@@ -56,7 +56,7 @@ class Platform:
 
     @property
     def precision(self) -> torch.dtype:
-        """The precision that the product takes here (--precision auto)."""
+        """The precision that the product uses here (--precision auto)."""
         return self.dtypes[0]
 
     @property
@@ -69,25 +69,25 @@ class Platform:
 
 
 class Impl(NamedTuple):
-    """One implementation: `build` makes the model and all else that is needed, and returns the step to time."""
+    """One implementation. `build` makes the model and everything else it needs, and returns the step to time."""
     build: Callable[[], Callable[[], object]]
     dtype: torch.dtype
-    flops: float | None = None                  # of the algorithm a step
+    flops: float | None = None                  # of the algorithm, per step
 
 
 @dataclass
 class Problem:
     """The implementations of one case."""
     impls: dict[str, Impl]
-    tokens: int                                 # real ones a step
-    against: str = "ours"                       # the implementation that all are divided by
+    tokens: int                                 # real tokens per step
+    against: str = "ours"                       # the implementation that all are compared with
     facts: dict = field(default_factory=dict)   # for every row
 
 
 # ---------------------------------------------------------------- a step
 
 class Step:
-    """One training step of `model`, as the product takes it: forward and loss in `precision`, backward, clipping, AdamW. With `graph`,
+    """One training step of `model`, as in the product: forward and loss in `precision`, backward, clipping, AdamW. With `graph`,
     forward and backward are one replay of a CUDA graph."""
 
     def __init__(self, model: nn.Module, loss: Callable[[], Tensor], precision: torch.dtype, graph: bool = False):
@@ -95,7 +95,7 @@ class Step:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
         self.optimizer = adamw(self.parameters, lr=1e-6, weight_decay=0.01)      # a rate at which hundreds of steps change little
-        # gradients are forgotten before the capture, so that the graph allocates its own, which each replay overwrites
+        # gradients are dropped before the capture: the graph then allocates its own, and each replay overwrites them
         self.graph = captured(self.backward, partial(self.optimizer.zero_grad, set_to_none=True)) if graph else None
 
     def backward(self) -> None:
@@ -111,7 +111,7 @@ class Step:
             self.optimizer.zero_grad(set_to_none=True)
 
     def memory(self) -> dict[str, float]:
-        """MiB kept for the backward pass (every storage once, weights not counted), of gradients, of the optimizer's state."""
+        """MiB kept for the backward pass (each storage once, weights not counted), of gradients, and of the optimizer's state."""
         weights = {t.untyped_storage().data_ptr() for t in (*self.model.parameters(), *self.model.buffers())}
         kept: dict[int, int] = {}
 
@@ -139,8 +139,8 @@ def agreement(ours: float, peer: float) -> dict[str, float]:
 # ---------------------------------------------------------------- timing
 
 def in_turns(steps: dict[str, Callable], cuda: bool, quick: bool, seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of every implementation, one a round; the order within a round is random but repeatable.
-    On a GPU a sample is several steps in a row (about 50 ms of them), so that the next is launched while one computes, as in training."""
+    """Milliseconds of every implementation, one per round; the order within a round is random but repeatable.
+    On a GPU a sample is several steps in a row (about 50 ms), so the next step is launched while one computes, as in training."""
     names, order = list(steps), random.Random(0)
     calls = {name: max(1, min(20, math.ceil(50 / sample(step, cuda, 2)))) if cuda else 1 for name, step in steps.items()}
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -156,7 +156,7 @@ def in_turns(steps: dict[str, Callable], cuda: bool, quick: bool, seconds: float
 
 
 def statistics_of(times: dict[str, list[float]], against: str) -> dict[str, dict]:
-    """The fields of each implementation's row that say how long it takes."""
+    """The timing fields of each implementation's row."""
     out = {}
     for name, own in times.items():
         ms, low, high = spread(own)
@@ -169,14 +169,14 @@ def statistics_of(times: dict[str, list[float]], against: str) -> dict[str, dict
 
 @dataclass
 class Bench:
-    """The measurements of one case after another."""
+    """Measures one case after another."""
     run: Run
     platform: Platform
     problems: dict[str, Callable[[dict, Platform], Problem]]
-    seconds: float      # to time a case
+    seconds: float      # for timing a case
 
     def built(self, case: dict, impls: dict[str, Impl]) -> tuple[dict[str, Callable], dict[str, dict]]:
-        """The steps that could be built, run twice, and the memory that each takes."""
+        """The steps that could be built (each has run twice), and the memory that each takes."""
         steps, memory = {}, {}
         known = {r["impl"] for r in self.run.of(case) if "failed" in r}
         for name, impl in impls.items():
@@ -216,7 +216,7 @@ class Bench:
 
 
 def start(c: Any, script: str, argv: list[str], problems: dict[str, Callable]) -> Bench:
-    """The run that the flags ask for: `c` has RunFlags (`run`) and StepFlags (`steps`)."""
+    """The run that the flags describe: `c` has RunFlags (`run`) and StepFlags (`steps`)."""
     device = pick_device(c.run.device)
     platform = Platform(device, bf16_is_fast(device), c.steps.compile or device.type == "cuda", c.steps.vocab)
     return Bench(Run(c.run, script, argv, platform.dtypes), platform, problems, c.steps.case_seconds)
@@ -228,7 +228,7 @@ def sizes_of(c: Any, cuda: bool) -> tuple[str, ...]:
 
 def main(cls: type, script: str, problems: dict[str, Callable[[dict, Platform], Problem]], cases: Callable[[Any, bool], list[dict]],
          argv: list[str]) -> None:
-    """The command line of a benchmark: `python -m SCRIPT` with the flags of `cls`. `cases` of (flags, whether there is a GPU)."""
+    """The command line of a benchmark: `python -m SCRIPT` with the flags of `cls`. `cases` takes (flags, whether there is a GPU)."""
     c = options(cls, argv)
     if c is not None:
         bench = start(c, script, argv, problems)

@@ -1,4 +1,4 @@
-"""Rows of the benchmarks as Markdown: ratios first, then what they are ratios of, then where they were measured."""
+"""Benchmark rows as Markdown: first the ratios, then the figures behind them, then where they were measured."""
 from pathlib import Path
 from typing import Any, Callable
 
@@ -7,25 +7,25 @@ from rt.formats.files import read_rows
 
 
 def read(path: str) -> list[dict]:
-    """The last run in a file; one that was resumed is one run."""
+    """The last run in a file; a resumed run counts as one run."""
     rows = read_rows(Path(path))
     starts = [i for i, row in enumerate(rows) if row.get("kernel") == "environment" and "--resume" not in row["argv"]]
     return rows[starts[-1] if starts else 0:]
 
 
 def case_of(row: dict) -> dict:
-    """The case of a row: all that stands before the implementation."""
+    """The case of a row: everything before the implementation."""
     return dict(list(row.items())[:list(row).index("impl")])
 
 
 def label(case: dict) -> str:
-    """A case in words: text as it is, numbers after their names; nothing for zero, None and False."""
+    """A case in words: text as it is, numbers after their names; zero, None and False are left out."""
     named = {k: k if v is True else v if isinstance(v, str) else f"{k} {v}" for k, v in case.items() if v and k != "bench"}
     return " ".join(named.values())
 
 
 def line_of(row: dict) -> str:
-    """The beginning of a row's line: its case without the kind, which is the table's title, and its pass."""
+    """The beginning of a row's line: its case without the kind (the table's title), and its pass."""
     return label({k: v for k, v in case_of(row).items() if k not in ("case", "kernel")} | {"pass": row.get("pass")})
 
 
@@ -34,7 +34,7 @@ def kind_of(row: dict) -> str:
 
 
 def latest(rows: list[dict]) -> list[dict]:
-    """One row for each implementation of a case (and pass), the last one written; a failure does not hide an earlier success."""
+    """One row per implementation of a case (and pass): the last one written. A failure does not hide an earlier success."""
     found: dict[tuple, dict] = {}
     for row in rows:
         if "impl" in row and row.get("kernel") != "limits":
@@ -45,20 +45,20 @@ def latest(rows: list[dict]) -> list[dict]:
 
 
 def number(x: float | None, digits: int = 3) -> str:
-    """`digits` significant ones, without an exponent."""
+    """x with `digits` significant digits, without an exponent."""
     if x is None:
         return ""
     return f"{x:,.0f}" if abs(x) >= 10**(digits - 1) else f"{x:.{digits}g}"
 
 
 def markdown(rows: list[list], header: list[str]) -> list[str]:
-    """First column left, the rest right."""
+    """The lines of a table; the first column is left-aligned, the others right-aligned."""
     cells = [header, [":--"] + ["--:"] * (len(header) - 1)] + [[str(c) for c in row] for row in rows]
     return ["| " + " | ".join(row) + " |" for row in cells]
 
 
 def pivot(rows: list[dict], corner: str, text: Callable[[dict], str]) -> list[str]:
-    """A line a case (and pass), a column an implementation, `text` of the row in between."""
+    """A line per case (and pass), a column per implementation, and `text` of the row in each cell."""
     lines: dict[str, dict[str, str]] = {}
     for row in rows:
         lines.setdefault(line_of(row), {})[row["impl"]] = text(row)
@@ -67,7 +67,7 @@ def pivot(rows: list[dict], corner: str, text: Callable[[dict], str]) -> list[st
 
 
 def ratio(row: dict) -> str:
-    """Of the implementation that others are held against its time, of the others their ratio to that."""
+    """The time of the implementation that others are compared with; for the others, their ratio to it."""
     return f"{number(row['ms'])} ms" if row["impl"] == row["against"] else f"{row['ratio']:.2f}" if "ratio" in row else "-"
 
 
@@ -80,7 +80,7 @@ FIGURES: dict[str, tuple[str, Callable[[Any], str]]] = {     # columns; those wi
 
 
 def figures(rows: list[dict]) -> list[str]:
-    """A line for each implementation of a case."""
+    """A line per implementation of a case."""
     shown = {name: column for name, column in FIGURES.items() if any(row.get(column[0]) is not None for row in rows)}
     return markdown([[line_of(row), row["impl"], *("" if row.get(key) is None else text(row[key]) for key, text in shown.values())]
                      for row in rows], ["case", "implementation", *shown])

@@ -1,4 +1,4 @@
-"""The targets of the kernels: how many times better than a peer they should be, in every case of a target."""
+"""The targets of the kernels: how many times better than a peer a kernel should be, in every case of a target."""
 import math
 from fnmatch import fnmatch
 from typing import NamedTuple
@@ -69,7 +69,7 @@ def reached(value: float, levels: tuple[float | None, ...]) -> str:
 
 
 def targets(rows: list[dict]) -> list[str]:
-    """A line a target: the worst and the best case, the levels, and the one that the worst case reaches."""
+    """A line per target: the worst and the best case, the levels, and the level that the worst case reaches."""
     cuda = any(r.get("gpu") for r in rows)
     out = [f"{'target (times better; worst and best case)':43} {'worst':>7} {'best':>7} {'floor':>6} {'aim':>6} {'stretch':>7}"]
     for target in TARGETS:

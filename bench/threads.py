@@ -1,8 +1,8 @@
-"""How threads share the cores of a CPU: a tuning step (mini, adapter, 16 ragged sequences) alone, and with the same command beside it.
+"""How threads share the cores of a CPU: a tuning step (mini, adapter, 16 ragged sequences) alone, and next to the same command.
 
     python -m bench.threads --json out.jsonl
 
-Each row: the way, how many such commands at once, and the median step of each in ms; None if it did not do its steps within --seconds.
+Each row: the way, the number of commands at once, and the median step of each in ms; None if its steps did not end within --seconds.
 """
 import json
 import os
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from rt.limits import Positive, PositiveInt
 from rt.runs.config import parse, run
 
-# what is set before torch is loaded; rt/__init__.py leaves alone what is there
+# set before torch is loaded; rt/__init__.py leaves values alone that are already set
 WAYS = {"as here": {}, "libgomp's default": {"GOMP_SPINCOUNT": "300000"}, "GOMP_SPINCOUNT=1000": {"GOMP_SPINCOUNT": "1000"},
         "passive": {"GOMP_SPINCOUNT": "0"}, "one thread": {"OMP_NUM_THREADS": "1"}}
 TOKENS, LONGEST = 1024, 128
@@ -31,7 +31,7 @@ class Config:
 
 
 def median_step(steps: int) -> float:
-    """Milliseconds."""
+    """The median step in milliseconds."""
     import torch
 
     from bench.roberta import LABELS, stand_in_base
@@ -56,7 +56,7 @@ def median_step(steps: int) -> float:
 
 
 def measure(c: Config, way: str, count: int) -> list[float | None]:
-    """The median step of each of `count` commands at once."""
+    """The median step of each of `count` commands run at once."""
     command = [sys.executable, "-m", "bench.threads", "--child", "--steps", str(c.steps)]
     running = [subprocess.Popen(command, env=os.environ | WAYS[way], stdout=subprocess.PIPE, text=True) for _ in range(count)]
     end, found = time.monotonic() + c.seconds, []

@@ -1,22 +1,22 @@
 """Whole training steps, ours against Hugging Face transformers', in the same process and in turns.
 
     python -m bench.train --json out.jsonl                      every case that fits into --budget seconds
-    python -m bench.train --json out.jsonl --resume             go on where that stopped
+    python -m bench.train --json out.jsonl --resume             continue where that stopped
     python -m bench.train --json out.jsonl --sizes base --only ragged --dropouts 0.1
-    python -m bench.train --table out.jsonl                     the tables of a file again, as Markdown
+    python -m bench.train --table out.jsonl                     print the tables of a file again, as Markdown
 
-Cases. On a CPU rows are of 128 tokens, on a GPU of 512.
-    dense           masked-LM pre-training. Ours: documents packed into full rows by rt.data.Rows, attention inside documents. The peer,
-                    which has no such thing, gets as many tokens as full rows of one sequence; "ours one sequence a row" gets the same
-    ragged          full tuning of a classifier on sequences of uneven length. Ours without padding, the peer padded to the longest,
-                    which makes half of its tokens padding, with an attention mask
+Cases. Rows have 128 tokens on a CPU and 512 on a GPU.
+    dense           masked-LM pre-training. Ours: documents packed into full rows by rt.data.Rows, attention inside documents. The peer has
+                    no packing and gets as many tokens in full rows of one sequence; "ours one sequence a row" gets these rows too
+    ragged          full tuning of a classifier on sequences of uneven length. Ours has no padding. The peer is padded to the longest
+                    sequence, with an attention mask; half of its tokens are padding
     ragged mlm      (GPU) the same lengths under the masked-LM loss
 
 Implementations. `ours` is the product's model, loss and optimizer in its own precision (bf16 under autocast if the device has it);
-fp32 peers are named so. "+compile": torch.compile of each block, of the peer's whole forward. "+graphs": forward and backward replayed
-as a CUDA graph. "hf" has SDPA attention, fused AdamW and the same clipping; "predicted rows" applies the masked-LM head to those only,
-which the library does not offer but anybody can write; "eager" is the library's other attention, on a CPU faster if weights are
-dropped. Fields of a row: bench/steps.py.
+fp32 peers are named so. "+compile": torch.compile of each block, or of the peer's whole forward. "+graphs": forward and backward replayed
+as a CUDA graph. "hf" has SDPA attention, fused AdamW and the same clipping. "predicted rows" applies the masked-LM head to those rows
+only; the library does not offer this, but anybody can write it. "eager" is the library's other attention, which is faster on a CPU if
+weights are dropped. Fields of a row: bench/steps.py.
 """
 import sys
 from contextlib import nullcontext
@@ -66,14 +66,14 @@ Config.__doc__ = __doc__
 # ---------------------------------------------------------------- batches
 
 def words(config: EncoderConfig, count: int) -> np.ndarray:
-    """Regular tokens, the n-th commonest with probability proportional to 1/n."""
+    """Regular tokens; the n-th commonest has a probability proportional to 1/n."""
     tokens = np.arange(5, config.vocab_size)
     weights = 1 / np.arange(1, len(tokens) + 1)
     return np.random.default_rng(0).choice(tokens, count, p=weights / weights.sum())
 
 
 def packed_batch(config: EncoderConfig, tokens: int, S: int) -> Batch:
-    """Full rows of documents, log-normal in length with a median of 0.4 S, as rt.data.Rows cuts, orders and masks them."""
+    """Full rows of documents as rt.data.Rows cuts, orders and masks them; their lengths are log-normal with a median of 0.4 S."""
     lengths = np.random.default_rng(1).lognormal(np.log(0.4 * S), 0.8, size=40 * tokens // S).astype(int).clip(4)
     corpus = Corpus("random", "train", words(config, lengths.sum()), np.cumsum([0, *lengths]))
     return Rows(corpus, StandIn(config.vocab_size), seq_len=S, mask_rate=MASK_RATE, seed=0).batch(0, tokens)
@@ -90,7 +90,7 @@ def masked_batch(config: EncoderConfig, lengths: list[int]) -> Batch:
 
 
 def labelled_batch(config: EncoderConfig, lengths: list[int]) -> Batch:
-    """Sequences of these lengths with a label and a number each."""
+    """Sequences of these lengths, each with a label and a number."""
     sequences = [[StandIn.bos_id, *s[2:].tolist(), StandIn.eos_id]
                  for s in np.split(words(config, sum(lengths)), np.cumsum(lengths)[:-1])]
     labels = torch.randint(LABELS, (len(lengths),), generator=torch.Generator().manual_seed(3))
@@ -98,14 +98,14 @@ def labelled_batch(config: EncoderConfig, lengths: list[int]) -> Batch:
 
 
 def uneven(case: dict) -> list[int]:
-    """Lengths in order, as tasks and corpora have them; half of (B, S) would be padding."""
+    """Sorted lengths, as in tasks and corpora; half of (B, S) would be padding."""
     return sorted(ragged_lengths(case["tokens"], case["S"]))
 
 
 # ---------------------------------------------------------------- implementations
 
 def ours(platform: Platform, build: Callable[[], tuple[nn.Module, Callable[[], Tensor]]], flops: float) -> dict[str, Impl]:
-    """The product's step by `build`, which makes a model on the device and the function that runs it to its loss."""
+    """The product's step. `build` makes a model on the device and the function that computes its loss."""
     def step(precision: torch.dtype, compile: bool, graph: bool) -> Step:
         model, loss = build()
         blocks = compiled(model.encoder.layers, platform.device) if compile else nullcontext()
@@ -126,8 +126,8 @@ def ours(platform: Platform, build: Callable[[], tuple[nn.Module, Callable[[], T
 
 def peers(platform: Platform, name: str, build: Callable[[str], nn.Module], losses: Callable[[nn.Module], dict[str, Callable[[], Tensor]]],
           flops: float | None = None, suffixes: tuple[str, ...] = ("",), eager: bool = False) -> dict[str, Impl]:
-    """A library's step, in each dtype worth having: `build` makes a model with an attention ("sdpa", "eager"), `losses` gives for a model
-    the function to its loss by suffix of the name. With `eager` also the library's own attention."""
+    """A library's step, in each dtype worth having. `build` makes a model with an attention ("sdpa", "eager"). `losses` returns the model's
+    loss functions by suffix of the name. With `eager`, also the library's own attention."""
     def step(suffix: str, dtype: torch.dtype, attention: str, compile: bool) -> Step:
         model = build(attention).to(platform.device)
         loss = losses(model)[suffix]
@@ -156,7 +156,7 @@ def transformers_peers(platform: Platform, config: EncoderConfig, state: dict[st
 # ---------------------------------------------------------------- cases
 
 def masked_lm(case: dict, platform: Platform) -> Problem:
-    """The masked-LM step: ours on packed documents in the dense case, all others on one sequence a row."""
+    """The masked-LM step: ours on packed documents in the dense case, all others on one sequence per row."""
     config, name = platform.encoder_config(case), "RobertaForMaskedLM"
     dense = case["case"] == "dense"
     lengths = [case["S"]] * (case["tokens"] // case["S"]) if dense else uneven(case)
@@ -215,7 +215,7 @@ PROBLEMS = {"dense": masked_lm, "ragged": ragged, "ragged mlm": masked_lm}
 
 
 def cases(c: Config, cuda: bool) -> list[dict]:
-    """The most important first: large batches and every dropout of the first size, then of the next."""
+    """Most important first: large batches and every dropout of the first size, then of the next."""
     quick = c.run.quick
     S = 32 if quick else 512 if cuda else 128
     tokens = {"dense": (256,) if quick else (16384, 32768) if cuda else (1024,),

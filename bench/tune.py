@@ -15,13 +15,13 @@ from bench.problem import Impl
 from bench.runner import RunFlags
 from kernels import configs
 
-CANDIDATES = {      # by the number of numbers in a row: two tile sizes, warps, stages; columns, warps, and of a part
+CANDIDATES = {      # by the length of a row: two tile sizes, warps, stages; columns, warps, and columns of a part
     4: list(itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3))), 2: list(itertools.product((1024, 2048, 4096, 8192), (4, 8, 16))),
     3: list(itertools.product((1024, 2048, 4096), (4, 8), (1, 2, 4)))}
 
 
 def searches(cuda: bool) -> Iterator[tuple[str, int, dict, str, str]]:
-    """(kernel of configs.TABLE, size of its row, and the case, implementation and pass that show it)."""
+    """(kernel of configs.TABLE, size of its row, and the case, implementation and pass that measure it)."""
     for D, S in ((64, 512), (128, 512), (64, 64), (32, 512)):
         for kernel, impl, which in (("attention_forward", "ours", "forward"), ("attention_backward_keys", "ours", "backward"),
                                     ("attention_backward_queries", "ours deterministic", "backward"),
@@ -39,7 +39,7 @@ def searches(cuda: bool) -> Iterator[tuple[str, int, dict, str, str]]:
 
 
 def fastest(impl: Impl, which: str, table: dict, key: tuple, name: str, cuda: bool, quick: bool, end: float) -> tuple[int, ...] | None:
-    """The best candidate for one row of the table, which is put back. A candidate that fails, or computes something else, is none."""
+    """The best candidate for one row of the table, which is restored. A candidate that fails or computes something else does not count."""
     shipped, best, truth = table[key], None, None
     try:
         for row in dict.fromkeys([shipped, *CANDIDATES[len(shipped)]]):
@@ -58,7 +58,7 @@ def fastest(impl: Impl, which: str, table: dict, key: tuple, name: str, cuda: bo
                 best = min(best or (ms, row), (ms, row))
             except Exception as error:
                 print(f"{name} {row}: {' '.join(str(error).split())[:110]}", flush=True)
-                if row == shipped:      # with nothing to compare with, nothing is safe
+                if row == shipped:      # without a result to compare with, no candidate is safe
                     return None
     finally:
         table[key] = shipped
@@ -66,7 +66,7 @@ def fastest(impl: Impl, which: str, table: dict, key: tuple, name: str, cuda: bo
 
 
 def tune(c: RunFlags, only: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> None:
-    """Write {kernel: {"ARCH SIZE BITS": row}} after every search, so that a stop loses one search only."""
+    """Write {kernel: {"ARCH SIZE BITS": row}} after every search, so a stop loses only one search."""
     os.environ.pop("RT_CONFIGS", None)      # it would overrule the candidates
     path, cuda, end = Path(c.json), device.type == "cuda", time.monotonic() + c.budget
     out = json.loads(path.read_text()) if c.resume and path.exists() else {}

@@ -1,4 +1,4 @@
-"""What the experiments share: their data are there, and a script of the checkout is run as a command that can be typed."""
+"""Shared by the experiments: the check that their data exist, and scripts of the checkout run as commands that can be typed."""
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def check_places(experiment: str, data: str | None, *others: str) -> None:
-    """InputError unless `data` holds corpora/ and tasks/, and the other folders are there."""
+    """InputError unless `data` holds corpora/ and tasks/, and the other folders exist."""
     if not data or not (Path(data) / "corpora").is_dir() or not (Path(data) / "tasks").is_dir():
         raise InputError(f"--data {data}: not a folder with corpora/ and tasks/; see python -m experiments.{experiment} --help")
     for needed in others:
@@ -18,7 +18,7 @@ def check_places(experiment: str, data: str | None, *others: str) -> None:
 
 
 def run_script(places: dict[str, str | Path], *command: object) -> str:
-    """Run a script; returns the command with each of `places` by its name. Paths are made absolute. InputError if it fails."""
+    """Run a script and return its command, with each of `places` shown by name. Paths are made absolute. InputError if it fails."""
     command = [str(part.absolute()) if isinstance(part, Path) else str(part) for part in command]
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
     text = " ".join(command)

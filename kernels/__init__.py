@@ -1,4 +1,4 @@
-"""Fused operations, each with its plain PyTorch reference beside it. Needs torch (and triton) only; knows nothing of rt.
+"""Fused operations, each with a plain PyTorch reference in the same file. Needs only torch (and triton); does not use rt.
 
     from kernels import (add_norm, attention, attention_kd, attention_qkv, dropout, hidden_mse, kd_loss, linear_cross_entropy,
                          linear_kd, states_mse, top_k)

@@ -1,23 +1,23 @@
-"""Residual, dropout and layer norm in one: y = LN(x + dropout(h)).
+"""Residual, dropout and layer norm in one kernel: y = LN(x + dropout(h)).
 
     z = x + keep h / (1 - p)        y = (z - mean) rstd weight + bias       rstd = 1 / sqrt(var + eps)      over the d columns of a row
 
-The sum and its statistics are fp32 (in the reference: of the wider dtype of x and h); y has the dtype of h, so that under autocast the
+The sum and its statistics are fp32 (in the reference, the wider dtype of x and h). y has the dtype of h, so under autocast the
 residual stream is as narrow as the matrix products that read it. `weight` and `bias` may hold K rows, for K runs side by side.
 
-Backward, with z' = (z - mean) rstd and g = weight dy, means over a row, sums over the rows of a weight:
+Backward, with z' = (z - mean) rstd and g = weight dy; means are over a row, sums over the rows that share a weight:
 
     dz = rstd (g - mean(g) - z' mean(g z'))     dx = dz     dh = keep dz / (1 - p)      dweight = sum dy z'     dbias = sum dy
 
-Each program sums dweight and dbias over its own rows, in fp32; torch adds those up: no atomics, one order. Gradients that nobody asked
-for are neither computed nor stored, and if nothing is dropped dh is dx.
+Each program sums dweight and dbias over its own rows in fp32, and torch adds up these sums. There are no atomics and the order is fixed.
+Gradients that are not requested are neither computed nor stored. If nothing is dropped, dh is dx.
 
-z is saved, in the wider dtype of x and h. Bytes an element where both are 16 bits wide: forward 8 (x, h, y, z), backward 8 (dy, z, dx,
-dh; 6 if nothing is dropped). To read x and h again instead moves as many (6 and 10; 6 and 8) but keeps 4 bytes an element alive
-instead of 2 wherever no matrix product keeps x anyway, which is under every frozen base. Of an fp32 x, 24 bytes against 22. Without
+z is saved in the wider dtype of x and h. Bytes per element if x and h are 16 bits wide: forward 8 (x, h, y, z), backward 8 (dy, z, dx,
+dh; 6 if nothing is dropped). Reading x and h again instead moves as many bytes (6 and 10; 6 and 8) but keeps 4 bytes per element alive
+instead of 2 if no matrix product keeps x anyway, as under every frozen base. With an fp32 x it is 24 bytes (z saved) against 22. Without
 gradients z is not written.
 
-Limits: d up to 4096, wider rows and float64 take the reference; fp32, fp16 and bf16 each for x, h, weight and bias. Not differentiable
+Limits: d up to 4096; wider rows and float64 take the reference. x, h, weight and bias may each be fp32, fp16 or bf16. Not differentiable
 twice. Tested in Triton's interpreter; compiled for sm_80, 90, 100.
 """
 import torch
@@ -28,25 +28,25 @@ from kernels import configs
 from kernels.common import dense_rows, launch, left_to_compiler, op, row_class, tl, triton, uses_triton
 from kernels.dropout import block_of_run, check_seed, dropout_ref, keep_tile, threshold_of
 
-PROGRAMS = 396      # that share the rows of a backward, each with its sums of 2 d numbers: three for every SM of an H100, all at once
-RUNTIME = ["run", "N", "blocks", "seed_run", "threshold", "rows"]      # not compiled anew if they are 1 or a multiple of 16
+PROGRAMS = 396      # programs that share the rows of a backward, each with its sums of 2 d numbers: three per SM of an H100, all at once
+RUNTIME = ["run", "N", "blocks", "seed_run", "threshold", "rows"]      # not recompiled if they are 1 or a multiple of 16
 
 
 # ---------------------------------------------------------------- reference
 
 def layer_norm(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Layer norm of (N, d) by weight and bias (d,) or (K, d)."""
+    """Layer norm of (N, d) with weight and bias (d,) or (K, d)."""
     d = z.shape[-1]
-    z = z.to(torch.promote_types(z.dtype, weight.dtype)) if z.is_cuda else z        # torch has no mixed layer norm there
+    z = z.to(torch.promote_types(z.dtype, weight.dtype)) if z.is_cuda else z        # on CUDA torch has no layer norm of mixed dtypes
     if weight.ndim == bias.ndim == 1:
         return F.layer_norm(z, (d,), weight, bias, eps)
     K = max(_runs(weight, bias))
     runs = zip(z.chunk(K), *(x.expand(K, d).unbind() for x in (weight, bias)))
-    return torch.cat([F.layer_norm(own, (d,), w, b, eps) for own, w, b in runs])     # the broadcast product is slower, and fp32
+    return torch.cat([F.layer_norm(own, (d,), w, b, eps) for own, w, b in runs])     # a broadcast product is slower, and fp32
 
 
 def _runs(*tensors: Tensor) -> list[int]:
-    """For how many runs each holds weights, 1 if all runs share them."""
+    """The number of runs that each tensor holds weights for; 1 if all runs share them."""
     return [len(x) if x.ndim == 2 else 1 for x in tensors]
 
 
@@ -61,7 +61,7 @@ def add_norm_ref(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, eps: float,
 def _norm_forward(x_ptr, h_ptr, w_ptr, b_ptr, seed_ptr, y_ptr, z_ptr, stats_ptr,     # (N, d) x 2, (K, d) x 2, (K,), (N, d) x 2, (2, N)
                   run, N, d, blocks, seed_run, x_stride, h_stride, out_stride, w_run, b_run, eps, threshold, keep_scale,
                   BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """BLOCK_N whole rows of one run. w_run and b_run lead from the weights of a run to the next one's; 0 if all share them."""
+    """BLOCK_N whole rows of one run. w_run and b_run are the strides between the weights of two runs; 0 if all share them."""
     k, start, n = block_of_run(tl.program_id(0), run, blocks, BLOCK_N)
     cols, rows = tl.arange(0, BLOCK_D), start + n
     inside = (n < run)[:, None] & (cols < d)[None, :]
@@ -87,12 +87,12 @@ def _norm_forward(x_ptr, h_ptr, w_ptr, b_ptr, seed_ptr, y_ptr, z_ptr, stats_ptr,
 def _norm_backward(dy_ptr, z_ptr, stats_ptr, w_ptr, seed_ptr, dx_ptr, dh_ptr, dw_ptr, db_ptr,      # d weight and d bias: (programs, d)
                    run, N, d, blocks, rows, seed_run, dy_stride, out_stride, w_run, threshold, keep_scale,
                    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """`rows` rows of one run, BLOCK_N at a time. A gradient whose pointer is None is not wanted."""
+    """`rows` rows of one run, BLOCK_N at a time. A gradient is not computed if its pointer is None."""
     k, start, n = block_of_run(tl.program_id(0), run, blocks, BLOCK_N)
     first, cols = tl.program_id(0) % blocks * rows, tl.arange(0, BLOCK_D)
     w = tl.load(w_ptr + k.to(tl.int64) * w_run + cols, mask=cols < d, other=0.0).to(tl.float32)
     dw, db = tl.zeros((BLOCK_D,), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
-    for i in tl.range(first, tl.minimum(first + rows, run), BLOCK_N, num_stages=2):      # the next rows load while these are worked on
+    for i in tl.range(first, tl.minimum(first + rows, run), BLOCK_N, num_stages=2):      # the next rows load while these are processed
         n = i + tl.arange(0, BLOCK_N)
         row = start + n
         inside = (n < run)[:, None] & (cols < d)[None, :]
@@ -100,7 +100,7 @@ def _norm_backward(dy_ptr, z_ptr, stats_ptr, w_ptr, seed_ptr, dx_ptr, dh_ptr, dw
         z = tl.load(z_ptr + row[:, None] * out_stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
         mean = tl.load(stats_ptr + row, mask=n < run, other=0.0)
         rstd = tl.load(stats_ptr + N.to(tl.int64) + row, mask=n < run, other=0.0)
-        z = (z - mean[:, None]) * rstd[:, None]     # past the last column too, where dy is 0
+        z = (z - mean[:, None]) * rstd[:, None]     # also past the last column, but dy is 0 there
         if dw_ptr is not None:
             dw += tl.sum(dy * z, 0)
         if db_ptr is not None:
@@ -126,7 +126,7 @@ def _norm_backward(dy_ptr, z_ptr, stats_ptr, w_ptr, seed_ptr, dx_ptr, dh_ptr, dw
 @op
 def _add_norm(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, seed: Tensor | None, eps: float, p: float,
               save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """y (N, d); with `save`, z (N, d) and its mean and rstd (2, N), else nothing."""
+    """y (N, d); with `save`, also z (N, d) and its mean and rstd (2, N), otherwise empty tensors."""
     (N, d), (w_runs, b_runs), seeds = x.shape, _runs(weight, bias), 1 if seed is None else len(seed)
     K = max(w_runs, b_runs, seeds)
     x, h, w, b, seed = dense_rows(x, h, weight.contiguous(), bias.contiguous(), seed)
@@ -150,8 +150,8 @@ def _(x, h, weight, bias, seed, eps, p, save):
 @op
 def _add_norm_backward(dy: Tensor, z: Tensor, stats: Tensor, weight: Tensor, seed: Tensor | None, p: float, b_runs: int,
                        wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx (N, d) in the dtype of z, dh (N, d) in that of dy, dweight in the shape of weight, dbias (b_runs, d): of each, whether it is
-    `wanted`; if not, it is empty."""
+    """dx (N, d) in the dtype of z, dh (N, d) in the dtype of dy, dweight in the shape of weight, dbias (b_runs, d). `wanted` says which
+    of the four are computed; the others are empty."""
     (N, d), (w_runs,), seeds = dy.shape, _runs(weight), 1 if seed is None else len(seed)
     K = max(w_runs, b_runs, seeds)
     dy, w, seed = dense_rows(dy, weight.contiguous(), seed)
@@ -204,9 +204,9 @@ _add_norm.register_autograd(_differentiate, setup_context=_save)
 def add_norm(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, eps: float, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
     """LN(x + dropout(h)).
 
-    x, h           (N, d); x may be wider than h in dtype
-    weight, bias   (d,), or (K, d): row n is normalised by row n // (N / K) of them
-    p, seed        of the dropout, as in kernels.dropout; seed None: nothing is dropped
+    x, h           (N, d); x may have a wider dtype than h
+    weight, bias   (d,), or (K, d): row n is normalised with their row n // (N / K)
+    p, seed        probability and seed of the dropout, as in kernels.dropout; seed None: nothing is dropped
     Returns        (N, d) in the dtype of h. Raises ValueError if shapes do not fit.
     """
     if x.ndim != 2 or x.shape != h.shape or any(t.ndim > 2 or t.shape[-1] != x.shape[1] for t in (weight, bias)):

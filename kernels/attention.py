@@ -2,20 +2,20 @@
 
     out_i = sum_j keep_ij / (1 - p) softmax_j(scale q_i . k_j) v_j        over the tokens j of the sequence that token i is in
 
-Forward: one program for a block of queries of one sequence and head, online softmax over blocks of keys in base 2 (Dao et al.,
-2022; Milakov & Gimelshein, 2018), saving log2-sum-exp2 a row. Backward: P is recomputed from it, and with delta_i = out_i . dout_i
+Forward: one program per block of queries of one sequence and head, with an online softmax over blocks of keys in base 2 (Dao et al.,
+2022; Milakov & Gimelshein, 2018). It saves log2-sum-exp2 per row. Backward: P is recomputed from that. With delta_i = out_i . dout_i
 
     dV = (keep P / (1-p))^T dout    dP = keep (dout V^T) / (1-p)    dS = P (dP - delta)    dQ = scale dS K    dK = scale dS^T Q
 
-Two ways to dQ. `_backward_keys` goes through the queries of one block of keys and adds its share of dQ in fp32 with atomics: five
-matrix products a tile. Under torch.use_deterministic_algorithms `_backward_queries` makes dQ in a second launch, which recomputes S and
-dP: seven. Counted for 32 x 512 tokens, H 12, D 64: 64 GFLOP and 0.3 GB of L2 and memory traffic against 90 GFLOP; the atomics win
-wherever matrix products run below 0.7 PFLOP/s.
+dQ is computed in one of two ways. `_backward_keys` loops over the queries for one block of keys and adds its share of dQ in fp32 with
+atomics: five matrix products per tile. Under torch.use_deterministic_algorithms, `_backward_queries` computes dQ in a second launch that
+recomputes S and dP: seven products. For 32 x 512 tokens, H 12, D 64, this is 64 GFLOP and 0.3 GB of L2 and memory traffic against 90
+GFLOP. The atomics win if matrix products run below 0.7 PFLOP/s.
 
-keep is a function of the seed, the head and the two tokens (kernels/dropout.py), made anew wherever it is needed.
+keep is a function of the seed, the head and the two tokens (kernels/dropout.py). It is recomputed whenever it is needed.
 
-Limits: D up to 128 (32, 64 and 128 as they are, others widened); fp16 and bf16, and fp32 by three TF32 products (slower, and the split
-backward only); fp32 sums; within a sequence, tokens times the stride of a token stay below 2^31. float64 takes the reference. Not
+Limits: D up to 128 (32, 64 and 128 natively, others padded); fp16, bf16, and fp32 by three TF32 products (slower, and with the split
+backward only); fp32 sums; within a sequence, tokens times the token stride stay below 2^31. float64 takes the reference. Not
 differentiable twice. Tested in Triton's interpreter; compiled for sm_80, 90, 100.
 """
 import itertools
@@ -29,7 +29,7 @@ from kernels.attention_kernels import _backward_keys, _backward_queries, _backwa
 from kernels.common import LOG2E, check_cu_seqlens, dense_rows, launch, op, uses_triton
 from kernels.dropout import check_seed, dropout_words, threshold_of, words_ref
 
-WIDTHS = (32, 64, 128)   # of heads, as the kernels have them
+WIDTHS = (32, 64, 128)   # head dimensions of the kernels
 PREFIX_ROWS = 512       # queries that share a partial sum of a prefix's gradients
 
 
@@ -38,13 +38,13 @@ PREFIX_ROWS = 512       # queries that share a partial sum of a prefix's gradien
 def attention_ref(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, dropout_p: float = 0.0,
                   seed: Tensor | int | None = None, scale: float | None = None,
                   prefix_kv: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
-    """`attention`, all sequences of one length after another: on a CPU this beats padding, whose masks and dead rows cost more. A batch
-    whose sequences are not in order of length is put in order and back."""
+    """`attention`, one group of sequences of equal length at a time. On a CPU this beats padding, whose masks and dead rows cost more. If
+    the sequences are not sorted by length, they are sorted first and the result is put back in order."""
     N, H, D = q.shape
     scale = D ** -0.5 if scale is None else scale
-    lengths = [n for n in cu_seqlens.diff().tolist() if n] or [0]      # empty ones at the end must not put a sorted batch out of order
+    lengths = [n for n in cu_seqlens.diff().tolist() if n] or [0]      # empty sequences at the end must not make a sorted batch unsorted
     inputs = [q * scale, k, v]
-    seed = _seed(seed, q.device) if dropout_p else None     # drawn once: all three streams are of one seed
+    seed = _seed(seed, q.device) if dropout_p else None     # drawn once: all three streams share one seed
     words = [words_ref(seed, stream, H, N) for stream in range(3)] if dropout_p else []
     order = None if lengths == sorted(lengths) else _by_length(cu_seqlens)
     if order is not None:
@@ -53,7 +53,7 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqle
     runs = [(S, len(list(group))) for S, group in itertools.groupby(lengths)]
     parts = [S * B for S, B in runs]
     out = []
-    # split, not slices: its backward is one concatenation instead of a zero-filled (N, H, D) for every run
+    # split, not slices: its backward is one concatenation instead of a zero-filled (N, H, D) per run
     for (S, B), abc, *qkv in zip(runs, zip(*(w.split(parts, 1) for w in words)) if words else runs, *(x.split(parts) for x in inputs)):
         q_r, k_r, v_r = (x.reshape(B, S, H, D).transpose(1, 2) for x in qkv)              # (B, H, S, D)
         p = (q_r @ k_r.mT).softmax(-1)                                                    # (B, H, S, S)
@@ -70,7 +70,7 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqle
 
 
 class _Permute(torch.autograd.Function):
-    """x[order], whose gradient is read by the inverse instead of added row by row."""
+    """x[order]. Its gradient is read by the inverse permutation instead of added row by row."""
 
     @staticmethod
     def forward(ctx, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class _Permute(torch.autograd.Function):
 
 
 def _by_length(cu_seqlens: Tensor) -> Tensor:
-    """(N,) the tokens, sequence by sequence, the shortest sequence first."""
+    """(N,) token indices, sequence by sequence, the shortest sequence first."""
     lengths = cu_seqlens.diff()
     order = lengths.argsort(stable=True)
     ends = lengths[order].cumsum(0)
@@ -93,15 +93,15 @@ def _by_length(cu_seqlens: Tensor) -> Tensor:
 
 
 def _prefix(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
-    """(N, H, D): what a learned prefix adds for scaled queries (N, H, D); of K prefixes, k and v (K, P, H, D) and gate (K, H), each for
-    its own N / K tokens."""
+    """(N, H, D): what a learned prefix adds for scaled queries (N, H, D). With K prefixes, k and v are (K, P, H, D) and gate is (K, H),
+    and each prefix is for its own N / K tokens."""
     k, v, gate = (x.to(q.dtype) if x.ndim > n else x[None].to(q.dtype) for x, n in ((k, 3), (v, 3), (gate, 1)))
     s = torch.einsum("knhd,kphd->knhp", q.view(len(k), -1, *q.shape[1:]), k)
     return (gate[:, None, :, None] * torch.einsum("knhp,kphd->knhd", s.softmax(-1), v)).reshape(q.shape)
 
 
 def _seed(seed: Tensor | int | None, device: torch.device) -> Tensor:
-    """(1,) or (K,) int64 on the device; drawn there if none is given, so that a captured CUDA graph draws anew at every replay."""
+    """(1,) or (K,) int64 on the device. If none is given it is drawn there, so a captured CUDA graph draws a new seed at every replay."""
     if seed is None:
         return torch.randint(2**63 - 1, (1,), device=device)
     if isinstance(seed, Tensor):
@@ -133,7 +133,7 @@ def _launch_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seed: T
 
 def _launch_backward(dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
                      words: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout_p: float, shared: bool) -> None:
-    """Fill dq, dk, dv: heads of D contiguous numbers side by side, any stride from one token to the next, dk's and dv's alike."""
+    """Fill dq, dk, dv: heads of D contiguous numbers side by side, any stride between tokens, but the same stride for dk and dv."""
     (N, H, D), B, P, dropped = q.shape, len(cu_seqlens) - 1, len(k), "_dropout" if dropout_p else ""
     dout, rows = dout.contiguous(), torch.empty(H, N, 4 if dropout_p else 2, dtype=torch.int32, device=q.device)
     BLOCK = 4096 // D
@@ -161,8 +161,8 @@ def _launch_backward(dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor
 @op
 def _attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seqlen: int, scale: float,
                dropout_p: float, shared: bool) -> Outputs:
-    """out (N, H, D), log2-sum-exp2 of the scaled scores (H, N), and the dropout's words (H, N, 4) int32, none without dropout.
-    With `shared`, k and v are (P, H, D), seen by all queries."""
+    """out (N, H, D), log2-sum-exp2 of the scaled scores (H, N), and the dropout words (H, N, 4) int32, empty without dropout.
+    With `shared`, k and v are (P, H, D) and all queries see them."""
     return _launch_forward(q, k, v, cu_seqlens, seed, max_seqlen, scale, dropout_p, shared)
 
 
@@ -248,7 +248,7 @@ _attention_qkv.register_autograd(_differentiate_qkv, setup_context=_save_qkv)
 
 
 def size_class(D: int, longest: int) -> int:
-    """The `size` of a row of configs.TABLE: the head dimension; negative if all rows fit one small block."""
+    """The `size` of a row of configs.TABLE: the head dimension, negative if every sequence fits one small block."""
     return D if longest > 64 else -D
 
 
@@ -261,17 +261,17 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, dropout_p: float = 0.0,
               seed: Tensor | int | None = None, scale: float | None = None,
               prefix_kv: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
-    """Attention in which each of B sequences sees itself only. Nothing waits for the device.
+    """Attention within each of B sequences. Nothing waits for the device.
 
     q, k, v      (N, H, D), any strides with a contiguous last dimension: the tokens of all sequences end to end
-    cu_seqlens   (B+1,) int32, where each sequence begins, then N; empty sequences are allowed
-    max_seqlen   length of the longest, or more
-    dropout_p    probability with which an attention weight is dropped; kept ones are scaled by 1 / (1 - p)
-    seed         of the dropout mask, an int or an int64 tensor (1,); None draws from torch's default generator. (K,): of K runs side by
-                 side, each with its own N / K tokens
-    scale        of the scores; None is D ** -0.5. One that is not positive takes the reference
+    cu_seqlens   (B+1,) int32: the start of each sequence, then N; empty sequences are allowed
+    max_seqlen   length of the longest sequence, or more
+    dropout_p    probability that an attention weight is dropped; kept weights are scaled by 1 / (1 - p)
+    seed         seed of the dropout mask, an int or an int64 tensor (1,); None draws from torch's default generator. (K,): for K runs
+                 side by side, each with its own N / K tokens
+    scale        scale of the scores; None is D ** -0.5. A scale that is not positive takes the reference
     prefix_kv    learned keys (P, H, D), values (P, H, D) and gate (H,): adds gate_h * softmax(scale q k_p^T) v_p, so a zero
-                 gate is no prefix at all (Zhang et al., 2023, LLaMA-Adapter, without their tanh); or K of them, with a leading K
+                 gate means no prefix (Zhang et al., 2023, LLaMA-Adapter, without their tanh); or K prefixes, with a leading K
     Returns      (N, H, D). Raises ValueError if shapes do not fit.
     """
     if q.ndim != 3 or k.shape != q.shape or v.shape != q.shape:
@@ -295,8 +295,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
 
 def attention_qkv(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, dropout_p: float = 0.0, seed: Tensor | int | None = None,
                   scale: float | None = None, prefix_kv: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
-    """`attention` of the packed projection qkv (N, 3, H, D), of which q, k and v are rows 0, 1 and 2. The kernels write one gradient of
-    that shape, where autograd would copy three into it; with a prefix, or heads of other than 32, 64 or 128 dimensions, it does."""
+    """`attention` of the packed projection qkv (N, 3, H, D); q, k and v are its rows 0, 1 and 2. The kernels write one gradient of that
+    shape. Autograd would copy three gradients into it, and does so with a prefix or head dimensions other than 32, 64 and 128."""
     if qkv.ndim != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv must be (N, 3, H, D), not {tuple(qkv.shape)}")
     N, _, _, D = qkv.shape
@@ -320,7 +320,7 @@ def _widened_attention(q: Tensor, k: Tensor, v: Tensor, *rest) -> Tensor:
 
 
 def widened(*tensors: Tensor) -> list[Tensor]:
-    """Head dimensions between the kernels' own filled up with zeros, the last dimension contiguous."""
+    """The tensors with heads padded with zeros to the kernels' next head dimension, and a contiguous last dimension."""
     D = tensors[0].shape[-1]
     wide = next((size for size in WIDTHS if size >= D), None)
     if wide is None:

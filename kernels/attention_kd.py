@@ -1,24 +1,24 @@
-"""Distillation of attention maps (the objective of Wang et al., 2020, MiniLM), without the maps: for each query row i of each head
+"""Distillation of attention maps (the objective of MiniLM, Wang et al., 2020) without storing the maps. Per query row i and head:
 
     KL_i = sum_j P^t_ij (log P^t_ij - log P^s_ij)      P^s = softmax_j(scale_s q^s_i . k^s_j), P^t likewise, j in the sequence of i
 
-Forward: online softmax of student and teacher side by side, in base 2. With the running maxima m, s' = s - m^s and t' = t - m^t, the
+Forward: an online softmax of student and teacher together, in base 2. With the running maxima m, s' = s - m^s and t' = t - m^t, the
 sums l^s = sum exp2(s'), l^t = sum exp2(t') and gap = sum exp2(t') (t' - s') give
 
     KL = ln 2 (gap / l^t + log2(l^s / l^t))
 
-where all that is subtracted is small: shifting a row of scores, which changes no map, costs no digits, and equal maps give 0 to
-rounding. New maxima change s' and t' by the row's constants, so gap grows by l^t times the difference of the two.
+All subtracted numbers are small. Shifting a row of scores changes no map and costs no digits, and equal maps give 0 up to
+rounding. New maxima shift s' and t' by one constant each per row, so gap grows by l^t times the difference of the two constants.
 
-Backward: dKL_i / dS^s_ij = P^s_ij - P^t_ij, both from the saved log2-sum-exp2; so with the upstream gradient g_i
+Backward: dKL_i / dS^s_ij = P^s_ij - P^t_ij, both computed from the saved log2-sum-exp2. With the upstream gradient g_i
 
     dQ_i = scale_s g_i sum_j (P^s - P^t)_ij K_j        dK_j = scale_s sum_i g_i (P^s - P^t)_ij Q_i
 
-Each is one launch of the same kernel, rows and columns swapped: six matrix products a tile in all and no atomics, so the order of
-summation is fixed. Memory is linear in tokens.
+Each gradient is one launch of the same kernel, with rows and columns swapped. That is six matrix products per tile in total and no
+atomics, so the order of summation is fixed. Memory is linear in tokens.
 
-Limits: head dimensions up to 128 (32, 64 and 128 as they are, others widened) in fp32 (three TF32 products), fp16 and bf16, which student
-and teacher need not share; fp32 sums; fp16 gradients want a loss scale. float64 takes the reference. Not differentiable twice.
+Limits: head dimensions up to 128 (32, 64 and 128 natively, others padded); fp32 (three TF32 products), fp16 and bf16. Student and teacher
+may differ in dimension and dtype. Sums are fp32; fp16 gradients need a loss scale. float64 takes the reference. Not differentiable twice.
 Tested in Triton's interpreter; compiled for sm_80, 90, 100.
 """
 import itertools
@@ -37,7 +37,7 @@ from kernels.dropout import bits, bits_tile, column
 
 def attention_kd_ref(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, cu_seqlens: Tensor, max_seqlen: int, *,
                      scale_s: float | None = None, scale_t: float | None = None) -> Tensor:
-    """`attention_kd` with the maps, one run of neighbours of equal length after another; fp32 arithmetic, float64 if an input is."""
+    """`attention_kd` with the maps, one run of adjacent sequences of equal length at a time; fp32 arithmetic, float64 if an input is."""
     H, scale_s, scale_t = q_s.shape[1], _scale(scale_s, q_s), _scale(scale_t, q_t)
     dtype = torch.promote_types(torch.promote_types(q_s.dtype, q_t.dtype), torch.float32)
     runs = [(length, len(list(group))) for length, group in itertools.groupby(n for n in cu_seqlens.diff().tolist() if n)] or [(0, 1)]
@@ -58,15 +58,15 @@ def _scale(scale: float | None, q: Tensor) -> float:
 
 @triton.jit
 def _scores(x, x_ptr, y_ptr, x_stride, y_stride, xs, ys, length, D: tl.constexpr):
-    """x y^T for rows `xs` of x, already loaded, and `ys` of y."""
+    """x y^T for rows `xs` of x, already loaded, and rows `ys` of y."""
     y = _tile(y_ptr, y_stride, ys, length, D)
     return _product(x, x_ptr, x_stride, xs, length, y, y_ptr, y_stride, ys, length, D)
 
 
 @triton.jit
 def _online_kl(gap, m_s, l_s, m_t, l_t, s, t, scale_s, scale_t, inside, TAIL: tl.constexpr):
-    """One block of products, scaled by what is positive: sums so far move to the new maxima, then the block's own are added."""
-    if TAIL:    # not -inf, of which t - s would make NaN: -1e30 is as good a zero to exp2 and swallows a maximum when it is shifted
+    """Add one block of products, with positive scales: rescale the sums so far to the new maxima, then add the block's sums."""
+    if TAIL:    # not -inf, because t - s would be NaN: exp2 of -1e30 is 0 too, and subtracting a maximum leaves -1e30 unchanged
         s, t = tl.where(inside, s, -1e30), tl.where(inside, t, -1e30)
     max_s, max_t = tl.maximum(m_s, tl.max(s, 1) * scale_s), tl.maximum(m_t, tl.max(t, 1) * scale_t)
     s, t = s * scale_s - max_s[:, None], t * scale_t - max_t[:, None]
@@ -83,7 +83,7 @@ def _kd_forward(q_s_ptr, k_s_ptr, q_t_ptr, k_t_ptr,     # (N, H, D_S) x 2, (N, H
                 kl_ptr, lse_ptr, cu_ptr,                # (N, H), (H, 2, N), (B+1,)
                 q_s_stride, q_s_head, k_s_stride, k_s_head, q_t_stride, q_t_head, k_t_stride, k_t_head, N, H, B, blocks,
                 scale_s, scale_t, D_S: tl.constexpr, D_T: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """KL and both log2-sum-exp2 of BLOCK_Q queries. Both scales come times log2(e)."""
+    """KL and both log2-sum-exp2 of BLOCK_Q queries. Both scales include the factor log2(e)."""
     block, h, _, start, length = _locate(cu_ptr, blocks, B, H, BLOCK_Q)
     if block * BLOCK_Q >= length:
         return
@@ -94,7 +94,7 @@ def _kd_forward(q_s_ptr, k_s_ptr, q_t_ptr, k_t_ptr,     # (N, H, D_S) x 2, (N, H
     rows, cols = block * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     q_s, q_t = _tile(q_s_ptr, q_s_stride, rows, length, D_S), _tile(q_t_ptr, q_t_stride, rows, length, D_T)
     zero = tl.zeros((BLOCK_Q,), tl.float32)
-    gap, m_s, l_s, m_t, l_t = zero, zero - 1e30, zero, zero - 1e30, zero        # maxima are finite: l_t * (m_t - ..) is to be 0 at first
+    gap, m_s, l_s, m_t, l_t = zero, zero - 1e30, zero, zero - 1e30, zero        # finite maxima make l_t * (m_t - ..) start at 0
     full = length // BLOCK_K * BLOCK_K
     for n in range(0, full, BLOCK_K):       # only the last block needs a mask
         s = _scores(q_s, q_s_ptr, k_s_ptr, q_s_stride, k_s_stride, rows, n + cols, length, D_S)
@@ -106,7 +106,7 @@ def _kd_forward(q_s_ptr, k_s_ptr, q_t_ptr, k_t_ptr,     # (N, H, D_S) x 2, (N, H
         gap, m_s, l_s, m_t, l_t = _online_kl(gap, m_s, l_s, m_t, l_t, s, t, scale_s, scale_t, full + cols[None, :] < length, True)
     inside = rows < length
     tl.store(kl_ptr + (start + rows) * H + h, 0.6931471805599453 * (gap / l_t + tl.log2(l_s / l_t)), mask=inside)
-    lse_ptr += 2 * h * N + start + rows     # the student's, then N further on the teacher's
+    lse_ptr += 2 * h * N + start + rows     # the student's; the teacher's is N further on
     tl.store(lse_ptr, m_s + tl.log2(l_s), mask=inside)
     tl.store(lse_ptr + N, m_t + tl.log2(l_t), mask=inside)
 
@@ -119,8 +119,8 @@ def _kd_backward(x_s_ptr, y_s_ptr, x_t_ptr, y_t_ptr,        # (N, H, D_S) x 2, (
                  x_s_stride, x_s_head, y_s_stride, y_s_head, x_t_stride, x_t_head, y_t_stride, y_t_head, N, H, B, blocks,
                  scale, scale_s, scale_t, D_S: tl.constexpr, D_T: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr,
                  X_IS_Q: tl.constexpr):
-    """The gradient of BLOCK_X rows of x, a sum over all rows of y. X_IS_Q: x are the queries and y the keys; else the reverse. `scale`
-    is the student's; scale_s and scale_t come times log2(e)."""
+    """The gradient of BLOCK_X rows of x, summed over all rows of y. X_IS_Q: x holds the queries and y the keys; otherwise the reverse.
+    `scale` is the student's; scale_s and scale_t include the factor log2(e)."""
     block, h, _, start, length = _locate(cu_ptr, blocks, B, H, BLOCK_X)
     if block * BLOCK_X >= length:
         return
@@ -137,12 +137,12 @@ def _kd_backward(x_s_ptr, y_s_ptr, x_t_ptr, y_t_ptr,        # (N, H, D_S) x 2, (
     for n in range(0, length, BLOCK_Y):
         ys = n + tl.arange(0, BLOCK_Y)
         if not X_IS_Q:
-            row = bits_tile(rows_ptr, ys, length, 4)        # past the end all is 0: P is finite, and g takes it away
+            row = bits_tile(rows_ptr, ys, length, 4)        # past the end all is 0: P is finite, and g = 0 removes it
             lse_s, lse_t, g = column(row, 0), column(row, 1), column(row, 2)
             lse_s, lse_t = lse_s[None, :], lse_t[None, :]
         p_s = tl.exp2(_scores(x_s, x_s_ptr, y_s_ptr, x_s_stride, y_s_stride, xs, ys, length, D_S) * scale_s - lse_s)
         p_t = tl.exp2(_scores(x_t, x_t_ptr, y_t_ptr, x_t_stride, y_t_stride, xs, ys, length, D_T) * scale_t - lse_t)
-        if X_IS_Q:      # g waits for the end, where no 16-bit type rounds it; keys past the end have P = exp2(-lse), maybe inf
+        if X_IS_Q:      # g is applied at the end, where no 16-bit type rounds it; keys past the end have P = exp2(-lse), possibly inf
             ds = tl.where(ys[None, :] < length, p_s - p_t, 0.0)
         else:
             ds = (p_s - p_t) * g[None, :]
@@ -157,7 +157,7 @@ def _kd_backward(x_s_ptr, y_s_ptr, x_t_ptr, y_t_ptr,        # (N, H, D_S) x 2, (
 # ---------------------------------------------------------------- ops
 
 def _pick(kernel: str, q_s: Tensor, q_t: Tensor, max_seqlen: int) -> tuple[int, ...]:
-    """The row of the table for the larger of student and teacher."""
+    """The table row for the larger of student and teacher."""
     dtype = max(q_s.dtype, q_t.dtype, key=lambda d: d.itemsize)
     return configs.pick(kernel, size_class(max(q_s.shape[-1], q_t.shape[-1]), max_seqlen), dtype, q_s.device)
 
@@ -165,7 +165,7 @@ def _pick(kernel: str, q_s: Tensor, q_t: Tensor, max_seqlen: int) -> tuple[int, 
 @op
 def _attention_kd(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale_s: float,
                   scale_t: float) -> tuple[Tensor, Tensor]:
-    """KL (N, H) and the log2-sum-exp2 of the scaled scores (H, 2, N), student and teacher."""
+    """KL (N, H) and the log2-sum-exp2 of the scaled scores (H, 2, N) of student and teacher."""
     N, H, D_S = q_s.shape
     kl, lse = torch.empty(N, H, device=q_s.device), torch.empty(H, 2, N, device=q_s.device)
     BLOCK_Q, BLOCK_K, warps, stages = _pick("attention_kd_forward", q_s, q_t, max_seqlen)
@@ -188,7 +188,7 @@ def _attention_kd_backward(g: Tensor, q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t
                            max_seqlen: int, scale_s: float, scale_t: float) -> tuple[Tensor, Tensor]:
     """dq_s and dk_s from the gradient g (N, H) of the KL."""
     N, H, D_S = q_s.shape
-    rows = torch.stack([*lse.unbind(1), g.T, g.T], -1)      # side by side for each query, see bits_tile
+    rows = torch.stack([*lse.unbind(1), g.T, g.T], -1)      # side by side per query, see bits_tile
     grads = tuple(torch.empty(N, H, D_S, dtype=x.dtype, device=x.device) for x in (q_s, k_s))
     BLOCK_X, BLOCK_Y, warps, stages = _pick("attention_kd_backward", q_s, q_t, max_seqlen)
     B = len(cu_seqlens) - 1
@@ -224,13 +224,13 @@ _attention_kd.register_autograd(_differentiate, setup_context=_save)
 
 def attention_kd(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, cu_seqlens: Tensor, max_seqlen: int, *,
                  scale_s: float | None = None, scale_t: float | None = None) -> Tensor:
-    """KL(teacher's attention map || student's) of each query row and head. Nothing waits for the device.
+    """KL(teacher's attention map || student's attention map) per query row and head. Nothing waits for the device.
 
     q_s, k_s          (N, H, D_s), the student's, any strides with a contiguous last dimension, as in `attention`
-    q_t, k_t          (N, H, D_t), the teacher's; no gradient reaches it
-    cu_seqlens        (B+1,) int32, where each sequence begins, then N; empty sequences are allowed
-    max_seqlen        length of the longest, or more
-    scale_s, scale_t  of the scores; None is D ** -0.5. One that is not positive takes the reference
+    q_t, k_t          (N, H, D_t), the teacher's; they get no gradient
+    cu_seqlens        (B+1,) int32: the start of each sequence, then N; empty sequences are allowed
+    max_seqlen        length of the longest sequence, or more
+    scale_s, scale_t  scales of the scores; None is D ** -0.5. A scale that is not positive takes the reference
     Returns           (N, H) fp32, in nats; float64 if an input is. Raises ValueError if shapes do not fit.
     """
     if q_s.ndim != 3 or k_s.shape != q_s.shape or k_t.shape != q_t.shape or q_s.shape[:2] != q_t.shape[:-1]:

@@ -1,23 +1,23 @@
-"""The Triton kernels of kernels/attention.py, which says what they compute and when each is launched."""
+"""The Triton kernels of kernels/attention.py. That file says what they compute and when each is launched."""
 from kernels.common import tl, triton
 from kernels.dropout import bits, bits_tile, column, kept
 
-RUNTIME = ["N", "H", "B", "blocks", "prefix_len", "threshold"]      # not compiled anew if they are 1 or a multiple of 16
+RUNTIME = ["N", "H", "B", "blocks", "prefix_len", "threshold"]      # not recompiled if they are 1 or a multiple of 16
 
 
-# ---------------------------------------------------------------- who works on what
+# ---------------------------------------------------------------- scheduling
 
 def programs(N: int, B: int, longest: int, BLOCK: int) -> tuple[int, int]:
-    """How many programs a head needs for the blocks of BLOCK tokens of B sequences, N tokens in all and at most `longest` in one; and how
-    many of them each sequence gets. If that is 0, which it is where short sequences would waste too many, sequence b gets those from
-    cu_seqlens[b] // BLOCK + b on: never too few, and at most one too many."""
+    """The number of programs per head for blocks of BLOCK tokens (B sequences, N tokens in total, at most `longest` in one), and the
+    number per sequence. The second is 0 if equal shares would waste too many programs on short sequences. Sequence b then gets the
+    programs from cu_seqlens[b] // BLOCK + b on: never too few, and at most one too many."""
     blocks, packed = -(-longest // BLOCK), N // BLOCK + B
     return (B * blocks, blocks) if B * blocks <= packed else (packed, 0)
 
 
 @triton.jit
 def _locate(cu_ptr, blocks, B, H, BLOCK: tl.constexpr):
-    """Which block, head and sequence a program works on (see `programs`), the sequence's first token and its length."""
+    """The block, head and sequence a program works on (see `programs`), the sequence's first token and its length."""
     i, h = tl.program_id(0) // H, tl.program_id(0) % H
     if blocks > 0:
         b, block = i // blocks, i % blocks
@@ -39,8 +39,8 @@ def _tile(ptr, stride, rows, length, D: tl.constexpr):
 
 @triton.jit
 def _product(x, x_ptr, x_stride, xs, x_length, y, y_ptr, y_stride, ys, y_length, D: tl.constexpr):
-    """x y^T of two tiles. Of fp32 rows the parts that TF32 splits them into do not fit in registers: those are loaded anew, 32 dimensions
-    at a time, and the tiles that came are dropped by the compiler where nothing else uses them."""
+    """x y^T of two tiles. TF32 splits fp32 rows into parts that do not fit in registers. So fp32 rows are loaded again, 32 dimensions
+    at a time, and the compiler drops the tiles passed in if nothing else uses them."""
     if x.dtype == tl.float32:
         s = tl.zeros((xs.shape[0], ys.shape[0]), tl.float32)
         for d in range(0, D, 32):
@@ -54,12 +54,12 @@ def _product(x, x_ptr, x_stride, xs, x_length, y, y_ptr, y_stride, ys, y_length,
 @triton.jit
 def _online_softmax(acc, m, total, q, q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, rows, length, cols, keys, qk_scale, a, b,
                     words_ptr, threshold, D: tl.constexpr, DROPOUT: tl.constexpr, TAIL: tl.constexpr):
-    """One block of keys: rescale what was summed so far to the new maximum m, add exp2(s - m) to total, exp2(s - m) v to acc."""
+    """One block of keys: rescale the sums so far to the new maximum m, add exp2(s - m) to total and exp2(s - m) v to acc."""
     k = _tile(k_ptr, k_stride, cols, keys, D)
     s = _product(q, q_ptr, q_stride, rows, length, k, k_ptr, k_stride, cols, keys, D)
     if TAIL:
         s = tl.where(cols[None, :] < keys, s, -float("inf"))
-    m_new = tl.maximum(m, tl.max(s, 1) * qk_scale)      # which is positive
+    m_new = tl.maximum(m, tl.max(s, 1) * qk_scale)      # qk_scale is positive
     shrink = tl.exp2(m - m_new)
     p = tl.exp2(s * qk_scale - m_new[:, None])
     total = total * shrink + tl.sum(p, 1)       # the softmax is normalised before weights are dropped
@@ -73,7 +73,7 @@ def _online_softmax(acc, m, total, q, q_ptr, k_ptr, v_ptr, q_stride, k_stride, v
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _forward(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_ptr, words_ptr,    # (N, H, D) x 4, (H, N), (B+1,), (H, N, 4)
-             q_stride, q_head, k_stride, k_head, v_stride, v_head,        # elements from one token, or head, to the next
+             q_stride, q_head, k_stride, k_head, v_stride, v_head,        # strides between tokens and heads, in elements
              N, H, B, blocks, prefix_len, qk_scale, threshold, keep_scale,
              D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr, SHARED: tl.constexpr):
     """One block of BLOCK_Q queries. SHARED: all sequences see the same prefix_len keys instead of their own."""
@@ -112,8 +112,8 @@ def _forward(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_ptr, words_ptr,    # (N, 
 @triton.jit(do_not_specialize=RUNTIME)
 def _backward_rows(out_ptr, dout_ptr, lse_ptr, words_ptr, rows_ptr, N, H, blocks,     # (N, H, D) x 2, (H, N), (H, N, 4), (H, N, 4 or 2)
                    D: tl.constexpr, DROPOUT: tl.constexpr, BLOCK: tl.constexpr):
-    """What the backward reads of each query, side by side: the bits of lse and of delta_i = out_i . dout_i = sum_j P_ij dP_ij, what the
-    softmax's gradient takes off dP; then the words a and b."""
+    """The values the backward reads per query, side by side: the bits of lse and of delta_i = out_i . dout_i = sum_j P_ij dP_ij, which
+    the softmax's gradient subtracts from dP; then the words a and b."""
     block, h = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     n = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     out = _tile(out_ptr + h * D, H * D, n, N, D).to(tl.float32)
@@ -123,7 +123,7 @@ def _backward_rows(out_ptr, dout_ptr, lse_ptr, words_ptr, rows_ptr, N, H, blocks
     W: tl.constexpr = 4 if DROPOUT else 2
     j = tl.arange(0, W)[None, :]
     row = tl.where(j == 0, lse, delta)
-    if DROPOUT:     # a and b are two further on
+    if DROPOUT:     # a and b go to columns 2 and 3
         row = tl.where(j < 2, row, tl.load(words_ptr + (h * N + n)[:, None] * 4 + j - 2, mask=(n[:, None] < N) & (j > 1)))
     tl.store(rows_ptr + (h * N + n)[:, None] * W + j, row, mask=n[:, None] < N)
 
@@ -133,9 +133,9 @@ def _backward_keys(q_ptr, k_ptr, v_ptr, dout_ptr, rows_ptr, dq_ptr, dk_ptr, dv_p
                    q_stride, q_head, k_stride, k_head, v_stride, v_head, dk_stride, N, H, B, blocks, prefix_len, scale, qk_scale,
                    threshold, keep_scale, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr,
                    SHARED: tl.constexpr, ATOMIC: tl.constexpr):
-    """dK and dV of BLOCK_K keys, stored dk_stride from token to token. Tiles are laid keys x queries so that neither P nor dS is
-    transposed for them. With ATOMIC also the keys' share of dQ (fp32, contiguous). SHARED: the partial sums of one run of queries; the
-    caller adds the runs up."""
+    """dK and dV of BLOCK_K keys, stored with stride dk_stride between tokens. Tiles are keys x queries, so neither P nor dS is
+    transposed for dK and dV. With ATOMIC, also the keys' share of dQ (fp32, contiguous). SHARED: the partial sums of one run of queries;
+    the caller adds up the runs."""
     block, h, sequence, start, length = _locate(cu_ptr, blocks, B, H, BLOCK_K)
     keys, key_start, out_start = (prefix_len, start * 0, sequence.to(tl.int64) * prefix_len) if SHARED else (length, start, start)
     if block * BLOCK_K >= keys:
@@ -156,16 +156,16 @@ def _backward_keys(q_ptr, k_ptr, v_ptr, dout_ptr, rows_ptr, dq_ptr, dk_ptr, dv_p
         rows = n + tl.arange(0, BLOCK_Q)
         q = _tile(q_ptr, q_stride, rows, length, D)
         dout = _tile(dout_ptr, H * D, rows, length, D)
-        row = bits_tile(rows_ptr, rows, length, W)      # past the end s = lse = dout = delta = 0: p = 1 and dS = 0, which add nothing
+        row = bits_tile(rows_ptr, rows, length, W)      # past the end s = lse = dout = delta = 0, so p = 1 and dS = 0 add nothing
         lse, delta = column(row, 0).to(tl.float32, bitcast=True), column(row, 1).to(tl.float32, bitcast=True)
         s = _product(k, k_ptr, k_stride, cols, keys, q, q_ptr, q_stride, rows, length, D)      # (keys, queries)
         p = tl.exp2(s * qk_scale - lse[None, :])
-        if ATOMIC:      # keys past the end: their rows of dK and dV are not stored, but dQ is a sum over them
+        if ATOMIC:      # keys past the end: their rows of dK and dV are not stored, but dQ sums over them
             p = tl.where(cols[:, None] < keys, p, 0.0)
         dp = _product(v, v_ptr, v_stride, cols, keys, dout, dout_ptr, H * D, rows, length, D)
         p_kept = p
         if DROPOUT:
-            # as one number until all columns have it: triton takes two such vectors to the products' layout only as whole tiles
+            # one number until it is broadcast: Triton converts two such vectors to the products' layout only as whole tiles
             ab = (column(row, 2).to(tl.int64) << 32 | column(row, 3).to(tl.uint32, bitcast=True).to(tl.int64))[None, :]
             ab = tl.broadcast_to(ab, (BLOCK_K, BLOCK_Q))
             p_kept, dp = kept((ab >> 32).to(tl.int32) * c[:, None] + ab.to(tl.int32), threshold, p, dp)
@@ -187,7 +187,7 @@ def _backward_queries(q_ptr, k_ptr, v_ptr, dout_ptr, rows_ptr, dq_ptr, cu_ptr, w
                       q_stride, q_head, k_stride, k_head, v_stride, v_head, dq_stride, N, H, B, blocks, prefix_len, scale, qk_scale,
                       threshold, keep_scale, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
                       DROPOUT: tl.constexpr, SHARED: tl.constexpr):
-    """dQ of BLOCK_Q queries, in one order of summation: the deterministic way."""
+    """dQ of BLOCK_Q queries in a fixed order of summation: the deterministic path."""
     block, h, _, start, length = _locate(cu_ptr, blocks, B, H, BLOCK_Q)
     if block * BLOCK_Q >= length:
         return

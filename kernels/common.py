@@ -1,11 +1,11 @@
-"""What the kernel files share: Triton where there is one, which path a call takes, and the launch.
+"""Shared by the kernel files: the import of Triton if it is installed, the choice between kernel and reference, and the launch.
 
-    RT_KERNELS unset or auto: CUDA tensors take the Triton kernels, all others the references in plain PyTorch
+    RT_KERNELS unset or auto: CUDA tensors use the Triton kernels, all others the plain PyTorch references
     RT_KERNELS=ref       references everywhere
-    RT_KERNELS=triton    Triton everywhere; CPU tensors then need TRITON_INTERPRET=1, Triton's interpreter
+    RT_KERNELS=triton    Triton everywhere; CPU tensors then need TRITON_INTERPRET=1 (Triton's interpreter)
 
-    RT_FUSE unset or kernel: `dropout` and `add_norm` are our kernels under torch.compile too
-    RT_FUSE=compiler     torch.compile sees their references instead and fuses them with their neighbours; without it nothing changes
+    RT_FUSE unset or kernel: `dropout` and `add_norm` stay our kernels under torch.compile
+    RT_FUSE=compiler     torch.compile sees their references and fuses them with their neighbours; no effect without torch.compile
 """
 import os
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ try:
     import triton.language as tl
 
     HAS_TRITON = True
-except ImportError:     # no Triton for macOS and Windows: the kernels below stay unused text, the references work
+except ImportError:     # Triton does not exist for macOS and Windows: the kernels stay unused, the references work
 
     class _Missing:
         def __getattr__(self, name: str) -> Callable:
@@ -29,12 +29,12 @@ except ImportError:     # no Triton for macOS and Windows: the kernels below sta
     HAS_TRITON = False
 
 LOG2E = 1.4426950408889634
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)     # what the kernels read; all of them compute in fp32
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)     # dtypes the kernels accept; all compute in fp32
 _launched: list | None = None                               # see `recording`
 
 
 def uses_triton(x: Tensor) -> bool:
-    """Whether a call on `x` takes the Triton path (module docstring). float64 is the references' alone."""
+    """Whether a call on `x` takes the Triton path (module docstring). float64 always takes the reference."""
     mode = os.environ.get("RT_KERNELS", "auto")
     if mode == "auto":
         return HAS_TRITON and x.is_cuda and x.dtype in FLOATS
@@ -46,7 +46,7 @@ def uses_triton(x: Tensor) -> bool:
 
 
 def left_to_compiler() -> bool:
-    """Whether torch.compile is at work and is to fuse the operations for which RT_FUSE gives a choice (module docstring)."""
+    """Whether torch.compile is running and should fuse the operations that RT_FUSE covers (module docstring)."""
     mode = os.environ.get("RT_FUSE", "kernel")
     if mode not in ("kernel", "compiler"):
         raise ValueError(f"RT_FUSE={mode}: not one of kernel, compiler")
@@ -54,17 +54,17 @@ def left_to_compiler() -> bool:
 
 
 def row_class(C: int) -> int:
-    """The class of row length of the configuration table: the smallest that holds a row, or else the largest."""
+    """The row-length class in the configuration table: the smallest class that holds a row, or else the largest class."""
     return next((size for size in (32, 256, 1024) if C <= size), 4096)
 
 
 def dense_rows(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Each with a contiguous last dimension, copied if need be."""
+    """Each tensor with a contiguous last dimension, copied if necessary."""
     return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def check_cu_seqlens(cu_seqlens: Tensor) -> None:
-    """ValueError unless it is (B + 1,) int32, where sequences begin and the last one ends."""
+    """ValueError unless it is (B + 1,) int32: the start of each sequence, then the end of the last sequence."""
     if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32:
         raise ValueError(f"cu_seqlens must be (B+1,) int32, not {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}")
 
@@ -73,9 +73,9 @@ LIBRARY = torch.library.Library("recyclable", "FRAGMENT")
 
 
 class op:
-    """A decorator: the function as torch's operator recyclable::NAME, without the underscore that its name begins with. What
-    torch.library.custom_op does, less the checks at every call: add_norm forward and backward take the host 190 us instead of 250, where
-    launching is all that a short step does. Outputs must not alias inputs."""
+    """Decorator that registers a function as torch operator recyclable::NAME; NAME is the function's name without its leading underscore.
+    It does what torch.library.custom_op does, without the checks at every call: add_norm forward and backward take 190 us of host time
+    instead of 250, and a short step consists of launches only. Outputs must not alias inputs."""
 
     def __init__(self, function: Callable):
         name = function.__name__.lstrip("_")
@@ -90,7 +90,7 @@ class op:
         torch.library.register_fake(self.op, fake, lib=LIBRARY)
 
     def register_autograd(self, backward: Callable, setup_context: Callable) -> None:
-        """As custom_op's; a gradient that is to be differentiated again is a RuntimeError."""
+        """Like custom_op's. Differentiating a gradient again raises RuntimeError."""
         torch.library.register_autograd(self.op, backward, setup_context=setup_context, lib=LIBRARY)
         self.eager = _function(self.op, backward, setup_context).apply
 
@@ -106,7 +106,7 @@ def _function(operator: Callable, backward: Callable, setup_context: Callable) -
 
         @staticmethod
         def backward(ctx, *up):
-            if torch.is_grad_enabled():     # create_graph: our gradients know nothing of a graph of their own
+            if torch.is_grad_enabled():     # create_graph: our gradients build no graph of their own
                 raise RuntimeError(f"{operator} is not differentiable twice; RT_KERNELS=ref is")
             return backward(ctx, *up)
 
@@ -114,7 +114,7 @@ def _function(operator: Callable, backward: Callable, setup_context: Callable) -
 
 
 def launch(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
-    """Run `programs` copies of `kernel` on the device of its first tensor, which need not be the current one."""
+    """Run `programs` copies of `kernel` on the device of its first tensor, which need not be the current device."""
     if _launched is not None:
         _launched.append((kernel, args, meta))
         return
@@ -128,7 +128,7 @@ def launch(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
 
 @contextmanager
 def recording() -> Iterator[list]:
-    """Inside, `launch` runs nothing and notes (kernel, args, meta): how compile_check learns what the code launches."""
+    """Inside this context, `launch` runs nothing and records (kernel, args, meta). compile_check uses it to see what the code launches."""
     global _launched
     _launched = []
     try:

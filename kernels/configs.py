@@ -1,14 +1,14 @@
-"""How large a tile each kernel works on: data, in one place.
+"""The tile sizes of every kernel, as data in one place.
 
-A row is (tile sizes ..., warps, stages); what the sizes are, the kernel's own docstring says. Rows are found by kernel name,
-then by architecture, by `size` (the head dimension, or the class of row length a kernel names) and by the bits of a number.
+A row is (tile sizes ..., warps, stages); the kernel's docstring says what the sizes are. Rows are looked up by kernel name,
+then by architecture, by `size` (the head dimension, or the kernel's row-length class) and by the number of bits per element.
 `python -m bench.compile_check` compiles every row for every architecture and shows its registers, spills and shared memory.
 
-Architectures: 90 is Hopper and 100 is data-centre Blackwell (227 KB of shared memory a block). 80 is Ampere and everything else, kept
-under 99 KB, which is what the consumer chips of sm_86, 89 and 120 have (an A100 has 163).
+Architectures: 90 is Hopper and 100 is data-centre Blackwell (227 KB of shared memory per block). 80 is Ampere and everything else. Its
+rows stay under 99 KB, the limit of the consumer chips of sm_86, 89 and 120 (an A100 has 163).
 
-RT_CONFIGS=FILE replaces rows by those of a JSON file {kernel: {"ARCH SIZE BITS": [..]}}, such as `python -m bench.kernels --tune`
-writes: for the curious; nothing is tuned behind the caller's back.
+RT_CONFIGS=FILE replaces rows by those of a JSON file {kernel: {"ARCH SIZE BITS": [..]}}. `python -m bench.kernels --tune` writes one.
+This is for the curious: nothing is tuned behind the caller's back.
 """
 import functools
 import json
@@ -61,11 +61,11 @@ TABLE: dict[str, dict[tuple[int, int, int], tuple[int, ...]]] = {
         **_rows(dict.fromkeys((-32, -64, -128), (64, 64, 4, 2)), bits=16), **_rows({128: (64, 64, 4, 2)}, bits=16, arch=100),
         **_rows({128: (128, 32, 8, 2), -64: (64, 64, 4, 1)}, bits=16, arch=80),
         **_rows(dict.fromkeys((32, 64, -32, -64), (64, 32, 4, 1)) | dict.fromkeys((128, -128), (64, 32, 8, 1)), bits=32)},
-    # columns, warps; size: the class of row length (common.row_class)
+    # columns, warps; size: the row-length class (common.row_class)
     "hidden_mse": _rows({32: (32, 1), 256: (256, 1), 1024: (1024, 4), 4096: (4096, 8)}),
     "states_mse": _rows({4096: (1024, 4)}),
     "kd_loss_backward": _rows({32: (32, 1), 256: (256, 1), 1024: (1024, 4), 4096: (2048, 8)}),
-    # columns, warps, how many of the columns each part of the row gets at once: the rest has to fill the warps' vector loads
+    # columns, warps, columns that each part of the row gets at a time; the first divided by the last must fill the warps' vector loads
     "kd_loss_forward": {**_rows({32: (32, 1, 1), 256: (256, 1, 1), 1024: (1024, 4, 1), 4096: (4096, 4, 4)}),
                         **_rows({1024: (1024, 8, 1)}, arch=100)},
     "linear_loss": _rows({32: (32, 1, 1), 256: (256, 1, 1), 1024: (1024, 4, 2), 4096: (2048, 4, 4)}),
@@ -75,15 +75,15 @@ TABLE: dict[str, dict[tuple[int, int, int], tuple[int, ...]]] = {
     "add_norm_forward": _rows({32: (32, 4), 256: (8, 4), 1024: (4, 4), 4096: (2, 8)}),
     "add_norm_backward": {**_rows({32: (32, 4), 256: (8, 4), 1024: (4, 4), 4096: (2, 8)}), **_rows({1024: (4, 8)}, bits=16, arch=80)},
 }
-# with dropout, whose words take registers: smaller tiles, of which more blocks fit on an SM
+# the dropout words take registers, so with dropout tiles are smaller and more blocks fit on an SM
 for _name in ("attention_forward", "attention_backward_queries"):
     TABLE[_name + "_dropout"] = {**TABLE[_name], **_rows({32: (64, 64, 4, 3), 64: (64, 64, 4, 3)}, bits=16)}
 TABLE["attention_backward_queries_dropout"] |= _rows({64: (128, 64, 8, 2)}, bits=16, arch=80)
-_arch: int | None = None        # compile_check sets what no device here can tell
+_arch: int | None = None        # set by compile_check, which compiles for absent devices
 
 
 def architecture(device: torch.device) -> int:
-    """The row of the table for `device`; on a CPU, in the interpreter, that of an A100."""
+    """The table's architecture for `device`; a CPU (in the interpreter) gets that of an A100."""
     if _arch is not None:
         return _arch
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8

@@ -1,13 +1,13 @@
-"""What is dropped, as a function of a seed, a row and a column, the same in reference and kernels: attention weights (seed, head, query
-token, key token) and elements of (N, d) (seed, row, column).
+"""The dropout mask as a function of seed, row and column, the same in reference and kernels. It covers attention weights (seed, head,
+query token, key token) and elements of (N, d) (seed, row, column).
 
-Row i has hashed words a_i (odd) and b_i, column j has c_j. An element is dropped if the int32 a_i c_j + b_i is below a threshold: one
-multiply-add, one comparison and one select an element, where Philox takes about 58 instructions. Along a row and along a
-column the values are as independent as the words are (multiply-shift hashing, Dietzfelbinger et al., 1997); 32 bits decide, so p is
-exact to 2^-32. Attention makes the words once, by `dropout_words`; the kernels of (N, d) hash their own rows and columns, and nothing is
-saved for the backward but the seed. The columns' words of (N, d) are those of seed 0, the same for every run.
+Row i has hashed words a_i (odd) and b_i, and column j has c_j. An element is dropped if the int32 a_i c_j + b_i is below a threshold: one
+multiply-add, one comparison and one select per element, compared with about 58 instructions for Philox. Along a row and along a
+column the values are as independent as the words (multiply-shift hashing, Dietzfelbinger et al., 1997). 32 bits decide, so p is
+exact to 2^-32. Attention computes the words once, in `dropout_words`. The kernels for (N, d) hash their own rows and columns, and save
+only the seed for the backward. The column words of (N, d) are those of seed 0, the same for every run.
 
-The arithmetic of kept elements is fp32. Limits: N below 2^30 rows or tokens a run. Tested in Triton's interpreter; compiled for sm_80,
+The arithmetic of kept elements is fp32. Limits: N below 2^30 rows or tokens per run. Tested in Triton's interpreter; compiled for sm_80,
 90, 100.
 """
 import os
@@ -20,15 +20,15 @@ from kernels.common import dense_rows, launch, left_to_compiler, op, row_class, 
 
 
 def mix(x: Tensor) -> Tensor:
-    """A bijection on 32 bits whose output bits each depend on all input bits; int64 tensors that hold values below 2^32."""
+    """A bijection on 32 bits; every output bit depends on all input bits. For int64 tensors that hold values below 2^32."""
     x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
     x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
     return x ^ (x >> 16)
 
 
 def words_ref(seed: Tensor, stream: int, heads: int, tokens: int) -> Tensor:
-    """(H, N) int32 random words; `stream` 0, 1, 2 are a, b, c of the module docstring. Of K seeds, each is for its own N / K tokens,
-    which are counted from 0 again: what K runs would draw, each by itself."""
+    """(H, N) int32 random words; `stream` 0, 1, 2 gives a, b, c of the module docstring. With K seeds, each is for its own N / K tokens,
+    counted from 0 again, so K runs side by side draw what each would draw alone."""
     h = torch.arange(heads, device=seed.device)[:, None, None]
     n = torch.arange(tokens // len(seed), device=seed.device)
     low, high = (seed & 0xFFFFFFFF)[:, None], (seed >> 32 & 0xFFFFFFFF)[:, None]
@@ -37,18 +37,18 @@ def words_ref(seed: Tensor, stream: int, heads: int, tokens: int) -> Tensor:
 
 
 def threshold_of(p: float) -> int:
-    """A weight is dropped if the int32 a c + b is below this: a share p of all."""
+    """A weight is dropped if the int32 a c + b is below this threshold: a share p of all weights."""
     return min(round(p * 2**32), 2**32 - 1) - 2**31
 
 
 def site_seeds(seed: Tensor, sites: range) -> Tensor:
-    """(len(sites), K): for each place where a model drops something, and each of K seeds, a seed of its own."""
+    """(len(sites), K): a separate seed for each place where a model uses dropout and each of K seeds."""
     golden = -0x61C8864680B583EB     # 2^64 / golden ratio as int64; the product wraps around
     return seed + golden * torch.arange(sites.start, sites.stop, device=seed.device)[:, None]
 
 
 def check_seed(N: int, seed: Tensor) -> None:
-    """ValueError unless `seed` is (K,) with K a divisor of the N rows."""
+    """ValueError unless `seed` is (K,) and K divides the N rows."""
     if seed.ndim != 1 or N % len(seed):
         raise ValueError(f"dropout of {N} rows by seeds {tuple(seed.shape)}: K seeds (K,) need a multiple of K rows")
 
@@ -59,12 +59,12 @@ def dropout_ref(x: Tensor, p: float, seed: Tensor) -> Tensor:
     a, b = (words_ref(seed, stream, 1, N).view(N, 1) for stream in range(2))
     c = words_ref(torch.zeros_like(seed[:1]), 2, 1, d)
     keep = torch.addcmul(b, a, c) >= threshold_of(p)
-    return (x * keep.to(x.dtype)).mul_(1 / (1 - p))     # not keep / (1 - p): in bf16 that is off by 0.2 % for all
+    return (x * keep.to(x.dtype)).mul_(1 / (1 - p))     # not keep / (1 - p): in bf16 that is off by 0.2 % for every element
 
 
 # ---------------------------------------------------------------- kernels
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")       # the interpreter knows no PTX
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")       # the interpreter cannot run PTX
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def mix_kernel(x):
 
 @triton.jit
 def key_of(seed, h):
-    """What makes the words of a seed and a head others than those of the next: int64 and uint32, or 0."""
+    """A hash of seed (int64) and head (uint32, or 0) that makes their words differ from those of other seeds and heads."""
     return mix_kernel(mix_kernel(seed.to(tl.uint32) + h) ^ (seed >> 32).to(tl.uint32))
 
 
@@ -89,7 +89,7 @@ def hashed(n, stream, key):
 
 @triton.jit(do_not_specialize=["N", "H", "run", "blocks"], do_not_specialize_on_alignment=["seed_ptr"])
 def dropout_words(seed_ptr, words_ptr, N, H, run, blocks, BLOCK: tl.constexpr):     # (K,) int64, (H, N, 4) int32
-    """`words_ref` side by side for BLOCK tokens of one head: a, b, c, and one that nothing reads. N / K = `run` of them have a seed."""
+    """`words_ref` side by side for BLOCK tokens of one head: a, b, c and one unused word. N / K = `run` tokens share a seed."""
     h, n = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     key, stream = key_of(tl.load(seed_ptr + n // run, mask=n < N, other=0), h.to(tl.uint32)), tl.arange(0, 4)[None, :]
     words = hashed((n % run)[:, None], stream.to(tl.uint32), key[:, None])
@@ -98,8 +98,8 @@ def dropout_words(seed_ptr, words_ptr, N, H, run, blocks, BLOCK: tl.constexpr): 
 
 @triton.jit
 def kept(decides, threshold, x, y):
-    """x and y if a weight is kept, else 0. In PTX: LLVM packs the comparisons into bits and unpacks them, 5 to 9 instructions an element
-    instead of 3."""
+    """x and y if a weight is kept, else 0. In PTX, because LLVM packs the comparisons into bits and unpacks them: 5 to 9 instructions per
+    element instead of 3."""
     if INTERPRETED:
         return tl.where(decides < threshold, 0.0, x), tl.where(decides < threshold, 0.0, y)
     else:
@@ -113,35 +113,35 @@ def kept(decides, threshold, x, y):
 
 @triton.jit
 def bits(ptr, n, length, j: tl.constexpr, W: tl.constexpr):
-    """(len(n),) the j-th of W 32-bit numbers that lie side by side for each of the tokens n of one sequence and head; 0 past the end."""
+    """(len(n),) the j-th of W 32-bit numbers stored side by side per token, for tokens n of one sequence and head; 0 past the end."""
     return tl.load(ptr + n * W + j, mask=n < length, other=0)
 
 
 @triton.jit
 def bits_tile(ptr, n, length, W: tl.constexpr):
-    """(len(n), W) all of them: one load. For a loop: of a short vector's load triton 3.6 makes 16 in each thread, in the layout of the
-    matrix product that it meets."""
+    """(len(n), W) all W numbers in one load. For use in a loop: Triton 3.6 turns the load of a short vector into 16 loads per thread, in
+    the layout of the matrix product that uses it."""
     return tl.load(ptr + n[:, None] * W + tl.arange(0, W)[None, :], mask=n[:, None] < length, other=0)
 
 
 @triton.jit
 def column(tile, j: tl.constexpr):
-    """(len(n),) numbers j of `bits_tile`."""
+    """(len(n),) column j of `bits_tile`."""
     return tl.sum(tl.where(tl.arange(0, tile.shape[1])[None, :] == j, tile, 0), 1)
 
 
 @triton.jit
 def block_of_run(pid, run, blocks, BLOCK_N: tl.constexpr):
-    """Where block `pid` of BLOCK_N rows begins, and its rows counted from there, if no block reaches over two runs of `run` rows, which
-    have `blocks` each: the run, its first row, the rows within the run."""
+    """The run of block `pid`, the first row of the run, and the block's rows counted from there. A run has `run` rows in `blocks` blocks
+    of BLOCK_N rows; no block spans two runs."""
     k = pid // blocks
     return k, k.to(tl.int64) * run, pid % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
 
 
 @triton.jit
 def keep_tile(seed_ptr, start, n, cols, seed_run, threshold, keep_scale):
-    """(len(n), len(cols)) keep_scale if an element is kept, else 0, in the rows start + n; a seed is for seed_run rows, and they do
-    not cross into the next seed's."""
+    """(len(n), len(cols)) keep_scale if an element is kept, else 0, in the rows start + n. A seed is for seed_run rows, and the rows must
+    not cross into those of the next seed."""
     key, n = key_of(tl.load(seed_ptr + start // seed_run), 0), (start % seed_run).to(tl.int32) + n
     decides = hashed(n, 0, key)[:, None] * hashed(cols, 2, 0)[None, :] + hashed(n, 1, key)[:, None]
     return tl.where(decides < threshold, 0.0, keep_scale)
@@ -150,7 +150,7 @@ def keep_tile(seed_ptr, start, n, cols, seed_run, threshold, keep_scale):
 @triton.jit(do_not_specialize=["run", "blocks", "tiles", "threshold"], do_not_specialize_on_alignment=["seed_ptr"])
 def _dropout_rows(x_ptr, seed_ptr, out_ptr, run, d, blocks, tiles, x_stride, out_stride, threshold, keep_scale,     # (N, d), (K,), (N, d)
                   BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """BLOCK_N rows of one run, BLOCK_D columns. The gradient is the same of the gradient."""
+    """BLOCK_N rows of one run, BLOCK_D columns. The backward is the same operation on the gradient."""
     _, start, n = block_of_run(tl.program_id(0) // tiles, run, blocks, BLOCK_N)
     cols = tl.program_id(0) % tiles * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = (n < run)[:, None] & (cols < d)[None, :]
@@ -189,8 +189,8 @@ _dropout.register_autograd(lambda ctx, up: (_dropout(up, ctx.p, *ctx.saved_tenso
 # ---------------------------------------------------------------- public
 
 def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    """Inverted dropout of rows (N, d): an element is kept with probability 1 - p and divided by it, or zero. Which ones is a function of
-    the seed, the row and the column.
+    """Inverted dropout of rows (N, d): an element is kept with probability 1 - p and divided by 1 - p, otherwise it is zero. The mask is a
+    function of the seed, the row and the column.
 
     seed       (K,) int64 on the device of x: K runs side by side, each with its own N / K rows; None: nothing is dropped
     Returns    (N, d). Raises ValueError if K does not divide N.

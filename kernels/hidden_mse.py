@@ -1,9 +1,9 @@
-"""How far the student's hidden states are from the teacher's, all layers in one launch.
+"""Mean squared error between the student's and the teacher's hidden states, all layers in one launch.
 
     hidden_mse     loss_b = mean over layers l and dimensions i of (s_bli - t_rli)^2        r = rows[b], the example's row in a cache
     states_mse     loss = sum over layers l of weights_l * mean((s_l - t_l)^2), over all tokens and dimensions
 
-Limits: fp32, fp16 and bf16, fp32 arithmetic; float64 takes the reference. Not differentiable twice. Tested in Triton's interpreter;
+Limits: fp32, fp16 and bf16, with fp32 arithmetic; float64 takes the reference. Not differentiable twice. Tested in Triton's interpreter;
 compiled for sm_80, 90, 100.
 """
 import torch
@@ -22,7 +22,7 @@ def hidden_mse_ref(student: Tensor, teacher: Tensor, rows: Tensor | None = None)
 
 @triton.jit
 def _mse_forward(s_ptr, t_ptr, rows_ptr, loss_ptr, width, s_stride, t_stride, BLOCK: tl.constexpr):    # (B, L d), (n, L d), (B,), (B,)
-    """One example: all its layers are one row."""
+    """One example; all its layers form one row."""
     b = tl.program_id(0).to(tl.int64)
     t_row = b if rows_ptr is None else tl.load(rows_ptr + b).to(tl.int64)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -84,9 +84,9 @@ def hidden_mse(student: Tensor, teacher: Tensor, rows: Tensor | None = None) -> 
     """Mean squared error between hidden rows, per example, over all layers and the width: the patience term (Sun et al., 2019).
 
     student    (B, L, d)
-    teacher    (n, L, d), a cache of which example b is compared with row `rows[b]`; no gradient reaches it
-    rows       (B,) int64 or int32, each below n; None: example b with row b
-    Returns    (B,) fp32; float64 of float64 states. Raises ValueError if sizes differ.
+    teacher    (n, L, d), a cache; example b is compared with its row `rows[b]`. It gets no gradient
+    rows       (B,) int64 or int32, each below n; None: example b is compared with row b
+    Returns    (B,) fp32; float64 for float64 states. Raises ValueError if sizes differ.
     """
     if student.shape[1:] != teacher.shape[1:] or len(student) != len(teacher if rows is None else rows):
         raise ValueError(f"patience needs teacher and student of equal size, not {tuple(teacher.shape)} and "
@@ -170,12 +170,12 @@ _states_mse.register_autograd(_differentiate, setup_context=lambda ctx, inputs, 
 
 
 def states_mse(students: list[Tensor], teachers: list[Tensor], weights: Tensor) -> Tensor:
-    """Weighted sum over layers of the mean squared error of all their rows, in one launch; keeps no copy of a state.
+    """Weighted sum over layers of the mean squared error over all rows, in one launch. Keeps no copy of a state.
 
-    students   L tensors (N, d) of one shape, for example an encoder's embedding output and every layer's
-    teachers   as many of the same shape; no gradient reaches them
-    weights    (L,) fp32; no gradient reaches them
-    Returns    a scalar, fp32; float64 of float64 states. Raises ValueError if sizes differ.
+    students   L tensors (N, d) of one shape, for example the outputs of an encoder's embedding and of every layer
+    teachers   L tensors of the same shape; they get no gradient
+    weights    (L,) fp32; they get no gradient
+    Returns    a scalar, fp32; float64 for float64 states. Raises ValueError if sizes differ.
     """
     if len({x.shape for x in (*students, *teachers)}) != 1 or not len(students) == len(teachers) == len(weights):
         raise ValueError(f"states of one shape are compared, layer by layer, with a weight each, not {[tuple(x.shape) for x in students]}, "

@@ -1,26 +1,26 @@
-"""Distillation losses from raw logits, one pass over them forward and one backward.
+"""Distillation losses from raw logits, with one pass over the logits forward and one backward.
 
     row = (1 - alpha) * CE(s, y) + alpha * T^2 * KL(softmax(t / T) || softmax(s / T))
 
-T^2 keeps the gradient's size when T grows (Hinton et al., 2015); rows are returned one by one, so the mean over the batch,
-the definition of KL's "batchmean", is the caller's `.mean()`.
+T^2 keeps the gradient's size when T grows (Hinton et al., 2015). One loss per row is returned, so the mean over the batch,
+as KL's "batchmean" defines it, is the caller's `.mean()`.
 
-Forward: one program a row, an online softmax of student and teacher side by side. With the running maxima M_s and M_t, s' = s - M_s and
+Forward: one program per row, an online softmax of student and teacher together. With the running maxima M_s and M_t, s' = s - M_s and
 t' = t - M_t, the sums D_1 = sum e^s', D_s = sum e^(s'/T), D_t = sum e^(t'/T) and gap = sum e^(t'/T) (t' - s') give
 
     CE = -s'_y + ln D_1        KL = gap / (T D_t) + ln(D_s / D_t)
 
-where all that is subtracted is small: shifting a row of logits costs no digits, and equal logits give 0 to rounding. Backward: from the
-saved maxima and sums, d row / ds = (1 - alpha) (e^s' / D_1 - onehot) + alpha T (e^(s'/T) / D_s - e^(t'/T) / D_t).
+All subtracted numbers are small: shifting a row of logits costs no digits, and equal logits give 0 up to rounding. Backward, from the
+saved maxima and sums: d row / ds = (1 - alpha) (e^s' / D_1 - onehot) + alpha T (e^(s'/T) / D_s - e^(t'/T) / D_t).
 
-A teacher known by its top k logits and the mass of the rest (`TopK`) makes it k + 1 outcomes. The student's bucket is one more class
-with the logit B_s = T ln sum_rest e^(s/T), whose derivative by s_j is r_j = e^((s_j - B_s)/T); so for j in the rest, with q and p the
-probabilities of student and teacher, d row / ds_j = alpha T (q_rest - p_rest) r_j = alpha T (q_j - p_rest r_j): what a full teacher
-gives whose logits there are t_j = s_j + B_t - B_s, the bucket filled in the student's own shape. The rest is summed by itself, never as
-1 - top, so no digits of a small bucket are lost.
+If only the teacher's top k logits and the mass of the rest are known (`TopK`), the KL has k + 1 outcomes. The student's bucket is one
+class with the logit B_s = T ln sum_rest e^(s/T). Its derivative by s_j is r_j = e^((s_j - B_s)/T). For j in the rest, with q and p the
+probabilities of student and teacher, d row / ds_j = alpha T (q_rest - p_rest) r_j = alpha T (q_j - p_rest r_j). A full teacher with
+the logits t_j = s_j + B_t - B_s there, the bucket filled in the student's own shape, gives the same gradient. The rest is summed
+directly, never as 1 - top, so a small bucket loses no digits.
 
-Limits: fp32, fp16 and bf16 logits, fp32 arithmetic; k up to 4,096, a top-k teacher is sorted by id before the launch; float64 takes the
-reference. Not differentiable twice. Tested in Triton's interpreter; compiled for sm_80, 90, 100.
+Limits: fp32, fp16 and bf16 logits with fp32 arithmetic; k up to 4,096; a top-k teacher is sorted by id before the launch; float64 takes
+the reference. Not differentiable twice. Tested in Triton's interpreter; compiled for sm_80, 90, 100.
 """
 from typing import NamedTuple
 
@@ -33,8 +33,8 @@ from kernels.common import LOG2E, dense_rows, launch, op, row_class, tl, triton,
 
 
 class TopK(NamedTuple):
-    """A teacher in short: its k largest logits and one bucket for all other classes, at one temperature."""
-    ids: Tensor     # (R, k) int32 or int64, distinct in a row, any order
+    """A compressed teacher: its k largest logits and one bucket for all other classes, at one temperature."""
+    ids: Tensor     # (R, k) int32 or int64, distinct within a row, in any order
     logits: Tensor  # (R, k)
     tail: Tensor    # (R,) the bucket's logit T logsumexp(rest / T); -inf if k is C
 
@@ -47,9 +47,9 @@ def top_k(teacher: Tensor, k: int, T: float) -> TopK:
 
 
 def _bucket(logits: Tensor, ids: Tensor, T: float) -> Tensor:
-    """(R,): the logit of all classes but `ids` taken as one."""
+    """(R,): the logit of all classes except `ids`, taken as one class."""
     rest = logits.scatter(-1, ids.long(), -float("inf"))
-    empty = rest.isneginf().all(-1)         # of which logsumexp's gradient would be NaN
+    empty = rest.isneginf().all(-1)         # logsumexp's gradient would be NaN there
     return torch.where(empty, -float("inf"), T * (rest.masked_fill(empty[:, None], 0.0) / T).logsumexp(-1))
 
 
@@ -57,7 +57,7 @@ def _bucket(logits: Tensor, ids: Tensor, T: float) -> Tensor:
 
 def kd_loss_ref(student: Tensor, teacher: Tensor | TopK | None, labels: Tensor | None = None, *, alpha: float, T: float,
                 ignore_index: int = -100) -> Tensor:
-    """`kd_loss` in plain PyTorch, at least fp32 arithmetic."""
+    """`kd_loss` in plain PyTorch, with at least fp32 arithmetic."""
     dtype = torch.promote_types(student.dtype, torch.float32)
     s = student = student.to(dtype)
     rows = student.new_zeros(len(student))
@@ -75,15 +75,15 @@ def kd_loss_ref(student: Tensor, teacher: Tensor | TopK | None, labels: Tensor |
     return rows
 
 
-# ---------------------------------------------------------------- what a row is made of; linear_loss.py uses it too
+# ---------------------------------------------------------------- the steps of a row; linear_loss.py uses them too
 
 @triton.jit
 def add(s, n_1, n_s, t, n_t, gaps, M_s, D_1, D_s, M_t, D_t, gap, rate, CE: tl.constexpr, KD: tl.constexpr, UNIT_T: tl.constexpr):
-    """Add to the statistics of a row (module docstring), or of many parts of it, along the first axis. Added are either logits s and t,
-    -inf past the end: each counts 1 (n_1, n_s, n_t) and has no gap (None); or parts with statistics of their own. t None: s alone. Maxima
-    begin with -1e30: differences of -inf would be NaN. `rate` is log2(e) / T, because the hardware has exp2.
+    """Add to the statistics of a row (module docstring), or of many parts of it, along the first axis. The input is either logits s and t
+    (-inf past the end; each counts 1 in n_1, n_s, n_t and has no gap, None) or parts with their own statistics. t None: s alone. Maxima
+    start at -1e30, because differences of -inf would be NaN. `rate` is log2(e) / T, because the hardware has exp2.
 
-    New maxima scale the sums by e^(old - new). In `gap` they also shift every t' - s' by the same number, so D_t times that is added."""
+    New maxima scale the sums by e^(old - new). They also shift every t' - s' in `gap` by the same number, so D_t times it is added."""
     new = tl.maximum(M_s, tl.max(s, 0))
     s, step_s, M_s = s - new, M_s - new, new
     if KD:
@@ -96,15 +96,15 @@ def add(s, n_1, n_s, t, n_t, gaps, M_s, D_1, D_s, M_t, D_t, gap, rate, CE: tl.co
         e, shrink = tl.exp2(t * rate), tl.exp2(step_t * rate)
         gap = tl.where(shrink > 0, shrink * (gap + D_t * (step_t - step_s)), 0.0)
         more = t - s if gaps is None else gaps + n_t * (t - s)
-        gap += tl.sum(tl.where(e > 0, e * more, 0.0), 0)     # where the teacher is 0 a student of -inf is no infinite loss
+        gap += tl.sum(tl.where(e > 0, e * more, 0.0), 0)     # if the teacher is 0, a student of -inf costs nothing
         D_t = D_t * shrink + tl.sum(n_t * e, 0)
     return M_s, D_1, D_s, M_t, D_t, gap
 
 
 @triton.jit
 def parts(L: tl.constexpr):
-    """The statistics of L parts of a row that have nothing yet. A loop adds a few logits to each, (W, L) of them, without a word between
-    threads; when it is done `add` makes a row of them."""
+    """Empty statistics for L parts of a row. A loop adds (W, L) logits at a time, W to each part, without communication between threads.
+    After the loop, `add` merges the parts into the row's statistics."""
     zero = tl.zeros((L,), tl.float32)
     return zero - 1e30, zero, zero, zero - 1e30, zero, zero
 
@@ -127,7 +127,7 @@ def row_loss(s_y, M_s, D_1, D_s, D_t, gap, alpha, T, CE: tl.constexpr, KD: tl.co
 
 @triton.jit
 def tile_grad(s, t, at_label, M_s, D_1, D_s, M_t, D_t, rate, g_ce, g_kd, CE: tl.constexpr, KD: tl.constexpr, UNIT_T: tl.constexpr):
-    """The gradient of a tile of s; g_ce and g_kd are the upstream gradient times (1 - alpha) and alpha T."""
+    """The gradient of a tile of s; g_ce and g_kd are the upstream gradient times (1 - alpha) and times alpha T."""
     s = s - M_s
     grad = tl.zeros(s.shape, tl.float32)
     if KD:
@@ -141,7 +141,7 @@ def tile_grad(s, t, at_label, M_s, D_1, D_s, M_t, D_t, rate, g_ce, g_kd, CE: tl.
 
 @triton.jit
 def read_label(labels_ptr, row, ignore_index):
-    """The row's label, -1 without labels, and whether the row counts."""
+    """The row's label (-1 without labels), and whether the row counts."""
     y, counts = row * 0 - 1, row >= 0
     if labels_ptr is not None:
         y = tl.load(labels_ptr + row)
@@ -160,7 +160,7 @@ def load_fp32(ptr, at, mask):
 def _forward(s_ptr, t_ptr, ids_ptr, tail_ptr, labels_ptr, loss_ptr, stats_ptr,      # (R, C), (R, C or k), (R, k), (R,), (R,), (R,), (R, 6)
              C, k, s_stride, t_stride, ignore_index, alpha, T, rate, CE: tl.constexpr, KD: tl.constexpr, UNIT_T: tl.constexpr,
              K: tl.constexpr, BLOCK: tl.constexpr, W: tl.constexpr):
-    """Loss and statistics of one row. With ids (ascending) the loop sees the rest only, and the top k are one more tile at the end."""
+    """Loss and statistics of one row. With ids (ascending), the loop sees only the rest, and the top k are one more tile at the end."""
     row = tl.program_id(0).to(tl.int64)
     s_ptr += row * s_stride
     shift = 0.0
@@ -175,7 +175,7 @@ def _forward(s_ptr, t_ptr, ids_ptr, tail_ptr, labels_ptr, loss_ptr, stats_ptr,  
         s, t = load_fp32(s_ptr, cols, cols < C), None
         if ids_ptr is not None:
             end = tl.sum((ids < start + BLOCK).to(tl.int32), 0)
-            for i in range(met, end):       # an id is looked for in its own tile only
+            for i in range(met, end):       # an id is searched only in its own tile
                 s = tl.where(cols == tl.load(ids_ptr + row * k + i), -float("inf"), s)
             met = end
         elif KD:
@@ -184,17 +184,17 @@ def _forward(s_ptr, t_ptr, ids_ptr, tail_ptr, labels_ptr, loss_ptr, stats_ptr,  
     M_s, D_1, D_s, M_t, D_t, gap = add(m_s, d_1, d_s, m_t, d_t, gaps, -1e30, 0.0, 0.0, -1e30, 0.0, 0.0, rate, CE, KD, UNIT_T)
     if ids_ptr is None:
         D_k = D_s
-    else:       # the KL sees the bucket as one class with logit `bucket`; CE and gradient see all classes, D_s of them
+    else:       # the KL sees the bucket as one class with logit `bucket`; CE and gradient see all classes, with sum D_s
         tail = tl.load(tail_ptr + row).to(tl.float32)
-        bucket = M_s + T * tl.log(tl.maximum(D_s, 1.0))         # the maximum itself adds 1 to D_s: 0 is an empty bucket, still -1e30
+        bucket = M_s + T * tl.log(tl.maximum(D_s, 1.0))         # the maximum itself adds 1 to D_s: 0 means an empty bucket, still -1e30
         shift = tail - bucket
-        gap = tl.where(D_s > 0, 0.0, float("inf"))              # counts where the teacher's bucket is not empty, too
+        gap = tl.where(D_s > 0, 0.0, float("inf"))              # counts only if the teacher's bucket is not empty
         s, t = load_fp32(s_ptr, ids, top < k), load_fp32(t_ptr, top, top < k)
         _, _, D_k, M_t, D_t, gap = add(s, 1.0, 1.0, t, 1.0, None, bucket, 0.0, 1.0, tl.maximum(tail, -1e30), 1.0, gap, rate,
                                        False, KD, UNIT_T)
         M_s, D_1, D_s, _, _, _ = add(s, 1.0, 1.0, None, 1.0, None, M_s, D_1, D_s, M_t, D_t, gap, rate, CE, KD, UNIT_T)
     y, counts = read_label(labels_ptr, row, ignore_index)
-    s_y = tl.load(s_ptr + y, mask=(y >= 0) & (y < C), other=float("nan")).to(tl.float32)    # a label that is no class: a loss of NaN
+    s_y = tl.load(s_ptr + y, mask=(y >= 0) & (y < C), other=float("nan")).to(tl.float32)    # a label that is no class gives a loss of NaN
     tl.store(loss_ptr + row, tl.where(counts, row_loss(s_y, M_s, D_1, D_k, D_t, gap, alpha, T, CE, KD), 0.0))
     stats_ptr += row * 6
     tl.store(stats_ptr, M_s)
@@ -209,7 +209,7 @@ def _forward(s_ptr, t_ptr, ids_ptr, tail_ptr, labels_ptr, loss_ptr, stats_ptr,  
 def _backward(s_ptr, t_ptr, ids_ptr, labels_ptr, stats_ptr, up_ptr, grad_ptr,      # (R, C), (R, C or k), (R, k), (R,), (R, 6), (R,), (R, C)
               C, k, tiles, s_stride, t_stride, up_stride, ignore_index, alpha, T, rate, CE: tl.constexpr, KD: tl.constexpr,
               UNIT_T: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
-    """The gradient of one tile of one row. With ids: as if all were the rest, then the top k of this tile anew."""
+    """The gradient of one tile of one row. With ids: first as if all classes were the rest, then again for the top k of this tile."""
     row = (tl.program_id(0) // tiles).to(tl.int64)
     start = tl.program_id(0) % tiles * BLOCK
     s_ptr += row * s_stride
@@ -221,7 +221,7 @@ def _backward(s_ptr, t_ptr, ids_ptr, labels_ptr, stats_ptr, up_ptr, grad_ptr,   
     up = tl.where(counts, tl.load(up_ptr + row * up_stride), 0.0)
     cols = start + tl.arange(0, BLOCK)
     s = load_fp32(s_ptr, cols, cols < C)
-    t = s + shift       # the bucket in the student's shape; without a teacher, unused
+    t = s + shift       # the bucket in the student's shape; unused without a teacher
     if KD:
         t_ptr += row * t_stride
         if ids_ptr is None:
@@ -234,12 +234,12 @@ def _backward(s_ptr, t_ptr, ids_ptr, labels_ptr, stats_ptr, up_ptr, grad_ptr,   
         here = (ids >= start) & (ids < tl.minimum(start + BLOCK, C))
         grad = tile_grad(load_fp32(s_ptr, ids, here), load_fp32(t_ptr, top, here), ids == y, M_s, D_1, D_s, M_t, D_t, rate,
                          up * (1 - alpha), up * alpha * T, CE, KD, UNIT_T)
-        tl.debug_barrier()      # other threads of this program wrote these elements just now, as part of the rest
+        tl.debug_barrier()      # other threads of this program have just written these elements, as part of the rest
         tl.store(grad_ptr + ids, grad.to(grad_ptr.dtype.element_ty), mask=here)
 
 
 def flags(teacher: Tensor | None, labels: Tensor | None, alpha: float, T: float) -> dict[str, bool]:
-    """What of the loss is to be computed at all; UNIT_T: both terms, with one softmax of the student for both."""
+    """Which terms of the loss are computed; UNIT_T: both terms, with one softmax of the student for both."""
     CE, KD = labels is not None and alpha != 1, teacher is not None
     return {"CE": CE, "KD": KD, "UNIT_T": CE and KD and T == 1}
 
@@ -247,7 +247,7 @@ def flags(teacher: Tensor | None, labels: Tensor | None, alpha: float, T: float)
 @op
 def _kd_loss(student: Tensor, teacher: Tensor | None, ids: Tensor | None, tail: Tensor | None, labels: Tensor | None,
              alpha: float, T: float, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Loss (R,) and, for the backward, statistics (R, 6). With ids (R, k), contiguous and ascending, `teacher` are their logits."""
+    """Loss (R,) and, for the backward, statistics (R, 6). With ids (R, k), contiguous and ascending, `teacher` holds their logits."""
     (R, C), k = student.shape, 0 if ids is None else ids.shape[1]
     student, teacher, tail, labels = dense_rows(student, teacher, tail, labels)
     loss, stats = (torch.empty(s, dtype=torch.float32, device=student.device) for s in ((R,), (R, 6)))
@@ -266,7 +266,7 @@ def _(student, teacher, ids, tail, labels, alpha, T, ignore_index):
 @op
 def _kd_loss_backward(up: Tensor, student: Tensor, teacher: Tensor | None, ids: Tensor | None, labels: Tensor | None, stats: Tensor,
                       alpha: float, T: float, ignore_index: int) -> Tensor:
-    """The gradient of student (R, C), given that of the loss (R,)."""
+    """The gradient of student (R, C), given the gradient of the loss (R,)."""
     (R, C), k = student.shape, 0 if ids is None else ids.shape[1]
     student, teacher, labels = dense_rows(student, teacher, labels)
     grad = torch.empty(R, C, dtype=student.dtype, device=student.device)
@@ -301,11 +301,11 @@ def kd_loss(student: Tensor, teacher: Tensor | TopK | None, labels: Tensor | Non
     """Cross-entropy and temperature-scaled KL to a teacher, per row.
 
     student    (R, C) raw logits
-    teacher    (R, C) raw logits; or the `TopK` of such at this T, its KL then over k + 1 outcomes; or None, for (1 - alpha) CE alone.
-               No gradient reaches it
+    teacher    (R, C) raw logits; or their `TopK` at this T, with the KL over k + 1 outcomes; or None, for (1 - alpha) CE alone.
+               It gets no gradient
     labels     (R,) classes, or None for the KL term alone (still times alpha); `ignore_index` rows give 0
     alpha, T   share of the KL term, from 0 to 1; temperature of its softmaxes
-    Returns    (R,) fp32; float64 of float64 logits. Raises ValueError if shapes do not fit or T is not positive.
+    Returns    (R,) fp32; float64 for float64 logits. Raises ValueError if shapes do not fit or T is not positive.
     """
     if isinstance(teacher, TopK):
         fits = teacher.ids.shape == teacher.logits.shape and teacher.ids.shape[:-1] == teacher.tail.shape == student.shape[:1]

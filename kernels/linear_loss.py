@@ -1,23 +1,23 @@
-"""A linear layer and its loss in one call, so that the logits of a large vocabulary are never stored: some rows at a time.
+"""A linear layer and its loss in one call. The logits of a large vocabulary are never stored in full, only some rows at a time.
 
     logits s = x W^T + b        rows (1 - alpha) CE(s, y) + alpha T^2 KL(softmax(t / T) || softmax(s / T)) as in kd_loss.py
-    teacher  t = x_t W_t^T + b_t        loss = sum of the rows, or their mean over those that are not ignored
+    teacher  t = x_t W_t^T + b_t        loss = sum of the rows, or mean over the rows that are not ignored
 
-A chunk of rows is one GEMM (fp32 out), one kernel that reads the logits twice and overwrites them with G = d rows / ds, and the GEMMs
-dX = G W and dW += G^T X (fp32 sums over the chunks). So the gradients exist when the forward is done, of the plain sum of rows: the
+A chunk of rows takes one GEMM (fp32 out), one kernel that reads the logits twice and overwrites them with G = d rows / ds, and the GEMMs
+dX = G W and dW += G^T X (fp32 sums over the chunks). So the gradients of the plain sum of rows exist when the forward is done. The
 backward multiplies them by (upstream gradient) / (number of rows that count); both factors stay on the device. The small G of a student
-near its teacher would underflow in fp16: there G is made times a power of two, and dX stays in fp32 until the backward.
+near its teacher would underflow in fp16. There G is multiplied by a power of two, and dX stays in fp32 until the backward.
 
-Chunks are as large as CHUNK_BYTES of logits, a multiple of 128 rows, for each chunk reads and writes dW once: V d numbers for the
-2 V d operations a row costs. W is copied, cast to the dtype of x, to a multiple of 128 rows, for an odd V (50,265) makes rows of
-logits that no vector load and no tensor-core tile is aligned with; the loss kernel takes the logits past V for -inf.
+A chunk has CHUNK_BYTES of logits, in a multiple of 128 rows. It is that large because each chunk reads and writes dW once: V d numbers
+for the 2 V d operations per row. W is cast to the dtype of x and copied to a multiple of 128 rows, because with an odd V (50,265) no
+vector load and no tensor-core tile is aligned with the rows of logits. The loss kernel takes the logits past V as -inf.
 
-16-bit G is written over the fp32 logits it comes from: numbers [c, c + n) of a row into the bytes of the logits [c/2, (c + n)/2). Those
-have been read by then in earlier tiles or, in the first, in the same tile; a barrier between a tile's loads and its stores makes that
-true of all threads of the program, and no other program has to do with the row. Read as 16-bit numbers, the row is a GEMM operand with
-twice the row stride.
+16-bit G is written over the fp32 logits it comes from: numbers [c, c + n) of a row into the bytes of the logits [c/2, (c + n)/2). By then
+those logits have been read, in earlier tiles or, for the first tile, in the same one. A barrier between a tile's loads and its stores
+makes that true for all threads of the program, and no other program touches the row. Read as 16-bit numbers, the row is a GEMM operand
+with twice the row stride.
 
-Limits: as for kd_loss; G is rounded to the dtype of x; GEMMs follow PyTorch's settings (TF32 of fp32). Not differentiable twice. Tested
+Limits: as for kd_loss; G is rounded to the dtype of x; GEMMs follow PyTorch's settings (TF32 for fp32). Not differentiable twice. Tested
 in Triton's interpreter; compiled for sm_80, 90, 100.
 """
 import math
@@ -37,14 +37,14 @@ CHUNK_BYTES = 2**29     # all logits of a chunk together; tests lower it
 
 def linear_cross_entropy_ref(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, ignore_index: int = -100,
                              reduction: str = "mean") -> Tensor:
-    """`linear_cross_entropy` in plain PyTorch: logits kept, in the dtype of `x`; loss in at least fp32."""
+    """`linear_cross_entropy` in plain PyTorch: logits stored in the dtype of `x`, loss in at least fp32."""
     rows = kd_loss_ref(F.linear(x, weight, bias), None, labels, alpha=0.0, T=1.0, ignore_index=ignore_index)
     return _reduce(rows.sum(), len(x), labels, ignore_index, reduction)
 
 
 def linear_kd_ref(x: Tensor, weight: Tensor, bias: Tensor | None, x_teacher: Tensor, weight_teacher: Tensor, bias_teacher: Tensor | None,
                   labels: Tensor | None = None, *, alpha: float, T: float, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
-    """`linear_kd` in plain PyTorch: logits kept, in the dtype of `x`; loss in at least fp32."""
+    """`linear_kd` in plain PyTorch: logits stored in the dtype of `x`, loss in at least fp32."""
     with torch.no_grad():
         teacher = F.linear(x_teacher, weight_teacher, bias_teacher)
     rows = kd_loss_ref(F.linear(x, weight, bias), teacher, labels, alpha=alpha, T=T, ignore_index=ignore_index)
@@ -52,7 +52,7 @@ def linear_kd_ref(x: Tensor, weight: Tensor, bias: Tensor | None, x_teacher: Ten
 
 
 def _reduce(total: Tensor, R: int, labels: Tensor | None, ignore_index: int, reduction: str) -> Tensor:
-    """The sum of rows, or what it is divided by the number that count; 0, not NaN, if none does."""
+    """The sum of the rows, or that sum divided by the number of rows that count; 0, not NaN, if no row counts."""
     if reduction == "sum":
         return total
     return total / (max(R, 1) if labels is None else (labels != ignore_index).sum().clamp(min=1))
@@ -62,7 +62,7 @@ def _reduce(total: Tensor, R: int, labels: Tensor | None, ignore_index: int, red
 
 @triton.jit
 def _logits(row_ptr, bias_ptr, cols, V, width):
-    """Some logits of a row, -inf from V on. Loads are masked by `width`, a multiple of any vector, not by V."""
+    """Some logits of a row, -inf from V on. Loads are masked by `width`, a multiple of any vector length, not by V."""
     s = load_fp32(row_ptr, cols, cols < width)
     if bias_ptr is not None:
         s += load_fp32(bias_ptr, cols, cols < width)
@@ -73,7 +73,7 @@ def _logits(row_ptr, bias_ptr, cols, V, width):
 def _row(s_ptr, t_ptr, bias_ptr, bias_t_ptr, labels_ptr, loss_ptr, grad_ptr,   # (n, width) x 2, (width,) x 2 in fp32; (n,) x 2; (n, width)
          V, width, grad_stride, ignore_index, alpha, T, rate, unit, CE: tl.constexpr, KD: tl.constexpr, UNIT_T: tl.constexpr,
          GRAD: tl.constexpr, BLOCK: tl.constexpr, W: tl.constexpr):
-    """The loss of one row of logits and, over the logits' own memory, its gradient times `unit`."""
+    """The loss of one row of logits, and its gradient times `unit`, which overwrites the logits."""
     row = tl.program_id(0).to(tl.int64)
     s_ptr += row * width
     if KD:
@@ -99,14 +99,14 @@ def _row(s_ptr, t_ptr, bias_ptr, bias_t_ptr, labels_ptr, loss_ptr, grad_ptr,   #
             if KD:
                 t = _logits(t_ptr, bias_t_ptr, cols, V, width)
             grad = tile_grad(s, t, cols == y, M_s, D_1, D_s, M_t, D_t, rate, g_ce, g_kd, CE, KD, UNIT_T)     # 0 from V on
-            tl.debug_barrier()      # what is stored now covers logits that other threads may have been about to load
+            tl.debug_barrier()      # this store overwrites logits that other threads may still have to load
             tl.store(grad_ptr + row * grad_stride + cols, grad.to(grad_ptr.dtype.element_ty), mask=cols < width)
 
 
 # ---------------------------------------------------------------- op
 
 def _padded(x: Tensor | None, rows: int, dtype: torch.dtype) -> Tensor | None:
-    """x in `dtype` with zeros appended up to `rows`; x itself if that is all true already."""
+    """x in `dtype` with zeros appended up to `rows`; x itself if nothing has to change."""
     if x is None or (len(x) == rows and x.dtype == dtype and x.is_contiguous()):
         return x
     out = torch.empty(rows, *x.shape[1:], dtype=dtype, device=x.device)
@@ -116,7 +116,7 @@ def _padded(x: Tensor | None, rows: int, dtype: torch.dtype) -> Tensor | None:
 
 
 def _chunk_rows(R: int, width: int, buffers: int) -> int:
-    """As many of R rows of `buffers` fp32 logits as CHUNK_BYTES hold, in whole tiles of a GEMM if that is any; all chunks about alike."""
+    """Rows per chunk, about equal: as many of R rows of `buffers` fp32 logits as CHUNK_BYTES hold, in whole GEMM tiles if one fits."""
     rows = CHUNK_BYTES // (4 * width * buffers)
     most, unit = (rows - rows % 128, 128) if rows > 128 else (max(rows, 1), 1)
     alike = -(-R // max(1, -(-R // most)))
@@ -129,10 +129,10 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
-    """total = beta total + a b, fp32 sums; with beta = 0 what was there is not read."""
+    """total = beta total + a b, with fp32 sums; with beta = 0 the old total is not read."""
     if not a.is_cuda or a.dtype == torch.float32:
         total.addmm_(a.float(), b.float(), beta=beta)
-    elif torch.__version__ >= "2.10":       # before, addmm refused a `total` of another dtype than a's
+    elif torch.__version__ >= "2.10":       # before, addmm refused a `total` whose dtype is not a's
         torch.addmm(total, a, b, beta=beta, out_dtype=torch.float32, out=total)
     else:
         torch.add(torch.mm(a, b, out_dtype=torch.float32), total if beta else 0, out=total)
@@ -146,7 +146,7 @@ def _dtype_of_dx(x: Tensor) -> torch.dtype:
 def _linear_loss(x: Tensor, weight: Tensor, bias: Tensor | None, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None,
                  labels: Tensor | None, alpha: float, T: float, ignore_index: int, need_x: bool, need_w: bool,
                  need_b: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sum of the rows' losses, and its gradients by x, weight and bias, the last two in fp32; empty if not needed."""
+    """The sum of the rows' losses and its gradients by x, weight and bias, the last two in fp32; a gradient is empty if not needed."""
     (R, d), V = x.shape, len(weight)
     width = -(-V // 128) * 128
     x, w, b = x.contiguous(), _padded(weight, width, x.dtype), _padded(bias, width, torch.float32)
@@ -175,7 +175,7 @@ def _linear_loss(x: Tensor, weight: Tensor, bias: Tensor | None, x_t: Tensor | N
                 _add_product(dw, g.T, x[part], int(start > 0))
             if need_b:
                 db += g.sum(0, dtype=torch.float32)
-            del s, t, g         # or the next chunk's would be made beside them
+            del s, t, g         # otherwise the next chunk's would be allocated on top
     if unit != 1:
         dw, db = dw / unit, db / unit
     return loss.sum(), dx, dw[:V], db[:V]
@@ -210,12 +210,12 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, labels:
                          reduction: str = "mean") -> Tensor:
     """Cross-entropy of `x @ weight.T + bias`.
 
-    x            (R, d); under autocast it is cast, and `weight` always is, to the dtype of x
+    x            (R, d); cast under autocast. `weight` is always cast to the dtype of x
     weight       (V, d)
     bias         (V,) or None
     labels       (R,) classes; `ignore_index` rows give 0
     reduction    "mean" over the rows that are not ignored (0 if none), or "sum"
-    Returns      a scalar, fp32; float64 of float64 x. Raises ValueError if shapes do not fit.
+    Returns      a scalar, fp32; float64 for float64 x. Raises ValueError if shapes do not fit.
     """
     _check(x, weight, bias, labels, reduction)
     if not uses_triton(x):
@@ -225,14 +225,14 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, labels:
 
 def linear_kd(x: Tensor, weight: Tensor, bias: Tensor | None, x_teacher: Tensor, weight_teacher: Tensor, bias_teacher: Tensor | None,
               labels: Tensor | None = None, *, alpha: float, T: float, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
-    """`kd_loss` of the logits `x @ weight.T + bias` and a teacher's.
+    """`kd_loss` of the logits `x @ weight.T + bias` against a teacher's logits.
 
     x, weight, bias                            as in `linear_cross_entropy`
-    x_teacher, weight_teacher, bias_teacher    (R, d_t), (V, d_t), (V,) or None; no gradient reaches them
+    x_teacher, weight_teacher, bias_teacher    (R, d_t), (V, d_t), (V,) or None; they get no gradient
     labels                                     (R,) classes, or None for the KL term alone (still times alpha); `ignore_index` rows give 0
     alpha, T                                   share of the KL term, from 0 to 1; temperature of its softmaxes
     reduction                                  "mean" over the rows that are not ignored (0 if none), or "sum"
-    Returns a scalar, fp32; float64 of float64 x. Raises ValueError if shapes do not fit or T is not positive.
+    Returns a scalar, fp32; float64 for float64 x. Raises ValueError if shapes do not fit or T is not positive.
     """
     _check(x, weight, bias, labels, reduction)
     _check(x_teacher, weight_teacher, bias_teacher, labels, reduction)

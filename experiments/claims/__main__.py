@@ -1,14 +1,14 @@
-"""The claims C1 to C7 of the paper on real text: every run behind results/claims, resumable, one row a run.
+"""The claims C1 to C7 of the paper on real text: every run behind results/claims, resumable, one row per run.
 
     python -m experiments.claims --data DIR                       # mini preset; about two hours on 2 cores
     python -m experiments.claims --data DIR --plan                # what is still to do, and about how long it takes
-    python -m experiments.claims --data DIR --preset small --device cuda --budget 540     # in pieces: each call goes on
+    python -m experiments.claims --data DIR --preset small --device cuda --budget 540     # in pieces: each call continues
     python -m experiments.claims --report                         # results/claims/README.md and its figures, from the rows alone
 
-DIR holds corpora/ (wiki, bio, rev, cs, ns .txt.xz, one document a line) and tasks/ (chemprot, imdb, ...: folders with train,
-dev and test). M0 is trained on wiki, M1 to M4 on bio, rev, cs, ns in turn; IND, the independent base, from another seed on all
-of them. The learning rate of every arm is chosen on dev out of the same few, with the first seed; test is scored once, with
-the chosen one. A finished run is known by its facts (`run` in its rows) and not done again.
+DIR holds corpora/ (wiki, bio, rev, cs, ns .txt.xz, one document per line) and tasks/ (chemprot, imdb, ...: folders with train,
+dev and test). M0 is trained on wiki, and M1 to M4 on bio, rev, cs, ns in turn. IND, the independent base, is trained from another
+seed on all five. The learning rate of every arm is chosen on dev from the same few rates, with the first seed; test is scored once,
+with the chosen rate. A finished run is recognised by its facts (`run` in its rows) and not repeated.
 """
 import sys
 import time
@@ -31,7 +31,7 @@ from rt.runs.config import parse, run
 from rt.runs.log import progress, table
 from rt.speed.device import pick_device, pick_precision
 
-RATELESS = ("apply", "walk", "heads", "distance")       # nothing is trained, or at a fixed rate
+RATELESS = ("apply", "walk", "heads", "distance")       # nothing is trained, or the rate is fixed
 
 
 @dataclass
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def left(rows: GrowingRows, only: tuple[str, ...]) -> list[list[Run]]:
-    """The runs that are not done, a list a phase; those that search a learning rate before those that wait for it."""
+    """The runs that are not done, as lists by phase. Runs that search a learning rate come before runs that wait for it."""
     out = []
     for phase in phases(rows.scale):
         todo = [r for r in dict.fromkeys(phase) if not rows.done(r) and (not only or r.part in only)]
@@ -73,7 +73,7 @@ def left(rows: GrowingRows, only: tuple[str, ...]) -> list[list[Run]]:
 
 
 def plan_table(rows: GrowingRows, only: tuple[str, ...]) -> str:
-    """How many runs of each sort are left, and how long they take one after another, by those that are done."""
+    """How many runs of each sort are left, and how long they take one after another, estimated from finished runs."""
     sorts: dict[tuple[str, str], list[float | None]] = {}
     for r in (r for phase in left(rows, only) for r in phase):
         sorts.setdefault((r.part, r.what), []).append(rows.seconds(r))
@@ -100,7 +100,7 @@ def work(c: Config, rows: GrowingRows) -> None:
             for done in as_completed([pool.submit(runs.attempt, study, r, rows.rates(r), end) for r in ready]):
                 try:
                     r, found, seconds = done.result()
-                except InputError as error:     # the others of the phase go on, and their rows are kept
+                except InputError as error:     # the other runs of the phase continue, and their rows are kept
                     failed.append(error)
                     continue
                 if found:

@@ -1,6 +1,6 @@
 """The plan of the claims: the sizes of each preset, then the runs in phases.
 
-A learning rate that a row has chosen is known to the phases after it. Phases that many others need, and phases that speak to the most
+Later phases know the learning rates that earlier rows have chosen. Phases that many others need, and phases that bear on the most
 claims, come first.
 """
 import itertools
@@ -12,11 +12,11 @@ SEEDS = (20, 30, 40)        # as in the paper's configuration files
 DOMAINS = ("wiki", "bio", "rev", "cs", "ns")
 UPGRADES = ("M1", "M2", "M3", "M4")
 TASKS = ("chemprot", "rotten_tomatoes", "agnews", "sick", "imdb", "mnli", "acl_arc")
-TRANSFERS = (   # task, source of the old delta, how near it is; never between rotten_tomatoes and sst2, which share sentences
+TRANSFERS = (   # task, source of the old delta, how near the source is; never between rotten_tomatoes and sst2, which share sentences
     ("imdb", "rotten_tomatoes", "similar"), ("rotten_tomatoes", "imdb", "similar"), ("sick", "mnli", "similar"),
     ("mnli", "sick", "similar"), ("imdb", "agnews", "different"), ("rotten_tomatoes", "agnews", "different"),
     ("sick", "agnews", "different"), ("mnli", "agnews", "different"))
-PROJECTIONS = (("imdb", "rotten_tomatoes"), ("rotten_tomatoes", "imdb"), ("sick", "mnli"))     # task, source tasks with commas
+PROJECTIONS = (("imdb", "rotten_tomatoes"), ("rotten_tomatoes", "imdb"), ("sick", "mnli"))     # task, source tasks separated by commas
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Scale:
     lr: float                   # of pre-training
     batch_tokens: int
     seq_len: int                # of pre-training
-    snapshots: int              # M_i(t) kept a stage
+    snapshots: int              # M_i(t) kept per stage
     tune_steps: int             # full data
     few_steps: int              # few-shot
     project_steps: int          # a projection, on its source tasks
@@ -63,7 +63,7 @@ SCALES = {
 
 @dataclass(frozen=True)
 class Run:
-    """One thing to do once. `part` is the file its rows go to; fields without a meaning for it stay None."""
+    """One run, done once. `part` is the file its rows go to; fields that do not apply stay None."""
     part: str
     what: str                       # train, tune, a mode of recycle.py, apply, walk, heads, distance
     task: str | None = None
@@ -71,14 +71,14 @@ class Run:
     base: str | None = None         # M0 ... M4, M1-t00250, IND
     seed: int | None = None
     shots: int | None = None
-    old_base: str | None = None     # where the old delta is from; of a walk or comparison, the other end
+    old_base: str | None = None     # the old delta's base; in a walk or comparison, the other end
     source: str | None = None       # the old delta's task
-    near: str | None = None         # same, similar or different: the source to the task
+    near: str | None = None         # how near the source is to the task: same, similar or different
     variant: str | None = None      # gamma, itp: beyond the paper's terms; longer: twice the steps; curve: path; residual: projection
 
     @cached_property
     def facts(self) -> dict:
-        """The fields that have a meaning for it, as rows hold them."""
+        """The fields that apply to this run, as stored in rows."""
         return {k: v for k, v in asdict(self).items() if v is not None}
 
 
@@ -86,25 +86,25 @@ OWN = "the task itself"     # a source that is the run's own task
 
 
 def each(**choices: Any) -> list[Run]:
-    """A run for every combination of the choices. A tuple is a choice, anything else is the same in all runs."""
+    """A run for every combination of the choices. A tuple lists choices; anything else is the same in all runs."""
     lists = [value if isinstance(value, tuple) else (value,) for value in choices.values()]
     runs = [Run(**dict(zip(choices, point))) for point in itertools.product(*lists)]
     return [replace(run, source=run.task) if run.source == OWN else run for run in runs]
 
 
 def phases(s: Scale) -> list[list[Run]]:
-    """All runs of a preset, in the order in which they are done."""
+    """All runs of a preset, in the order they are done."""
     bases = each(part="bases", what="train", base=("M0-M4", "IND"))
     # Delta_0: full tuning on every task
     old_deltas = each(part="tuned", what="tune", kind="full", base="M0", seed=SEEDS, task=s.tasks)
-    # C4: drawn from all examples, on M1; scratch also for as many steps as Delta_0 and init have together
+    # C4: batches from all examples, on M1; scratch also with as many steps as Delta_0 and init have together
     full = few("full") | {"part": "full", "task": s.full_tasks}
     full_data = each(**full, what=("scratch", "init", "init+distill")) + each(**full, what="scratch", variant="longer")
     # C1: Delta_0 on every snapshot of the first upgrade, and on every upgrade
     snapshots = tuple(f"M1-t{t:05d}" for t in snapshot_steps(s))
     compatibility = each(part="compatibility", what="apply", kind="full", task=s.tasks, base=("M0", *snapshots, *UPGRADES), seed=SEEDS,
                          old_base="M0", source=OWN)
-    # deltas tuned on the other bases, at the rate chosen on M0: the ends of the paths, the upper line of compatibility
+    # deltas tuned on the other bases at the rate chosen on M0: the ends of the paths and the upper line of compatibility
     ends = each(part="tuned", what="tune", kind="full", seed=SEEDS, base=("M1", "IND", *UPGRADES[1:]), task=s.path_tasks)
     # C2: linear paths from M0 + Delta_0 to each upgrade's and to IND's own; the curve to M1 and IND
     pair = {"kind": "full", "seed": SEEDS, "task": s.path_tasks, "old_base": "M0"}
@@ -113,7 +113,7 @@ def phases(s: Scale) -> list[list[Run]]:
     # C3, and the distances
     similarity = each(part="similarity", what="heads", **pair, base=(*UPGRADES, "IND")) \
         + each(part="distance", what="distance", **pair, base=(*UPGRADES, "IND"))
-    # attention-map and interpolation distillation beside the paper's terms
+    # attention-map and interpolation distillation, in addition to the paper's terms
     beyond = each(**few("full"), task=s.beyond_tasks, what=("init+distill", "distill"), shots=32, variant=("gamma", "itp"))
     # C4's order: init from the same, a similar and a different task, on M1
     transfer = {"part": "transfer", "kind": "full", "base": "M1", "seed": SEEDS, "shots": 32, "old_base": "M0"}
@@ -135,12 +135,12 @@ def phases(s: Scale) -> list[list[Run]]:
 
 
 def few(kind: str | tuple[str, ...]) -> dict[str, Any]:
-    """The fields that all runs with few labels on M1 have in common."""
+    """The fields shared by all runs with few labels on M1."""
     return {"part": "few", "kind": kind, "base": "M1", "seed": SEEDS, "old_base": "M0", "source": OWN, "near": "same"}
 
 
 def few_shot(tasks: tuple[str, ...], kind: str | tuple[str, ...] = "full") -> list[Run]:
-    """C5 and C6: 32 examples a label on M1, for each mode; and the old delta as it is."""
+    """C5 and C6: 32 examples per label on M1 for each mode, and the old delta unchanged."""
     return each(**few(kind), task=tasks, what="apply") \
         + each(**few(kind), task=tasks, what=("scratch", "init", "distill", "init+distill"), shots=32)
 
@@ -151,7 +151,7 @@ def snapshot_steps(s: Scale) -> list[int]:
 
 
 def searched(run: Run) -> Run:
-    """The run whose learning-rate search decides for `run`: the same with the first seed; for the ends of paths that of Delta_0, for a
-    longer run the shorter one's."""
+    """The run whose learning-rate search decides for `run`: the same run with the first seed. The ends of paths use the search of Delta_0,
+    a longer run uses the search of the shorter one."""
     return replace(run, seed=SEEDS[0], base="M0" if run.what == "tune" else run.base,
                    variant=None if run.variant == "longer" else run.variant)

@@ -1,4 +1,4 @@
-"""results/claims/README.md and its figures, from the rows alone: for each claim the numbers and one sentence.
+"""results/claims/README.md and its figures, from the rows alone: the numbers and one sentence per claim.
 
 An interval is a 95% t-interval over seeds of tuning: of the few-shot sample, fresh weights, data order and dropout. There is one lineage
 of bases and one independent base, so what pre-training's chance adds is in no interval. A difference is paired: within one seed (equal
@@ -17,7 +17,7 @@ from rt.errors import InputError
 from rt.report import figures
 from rt.report.rows import interval
 
-AS_GOOD = 0.01      # how far an interval may reach below zero if the claim is "at least as good"
+AS_GOOD = 0.01      # how far below zero an interval may reach if the claim is "at least as good"
 GAIN = 0.03         # accuracy above chance from which a delta counts as learned
 KINDS = ("full", "adapter", "lora")
 METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
@@ -44,7 +44,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 class PerSeed(list):
-    """A value a seed, each the mean over `tasks` tasks."""
+    """A value per seed, each the mean over `tasks` tasks."""
 
     def __init__(self, values: list[float], tasks: int):
         super().__init__(values)
@@ -52,7 +52,7 @@ class PerSeed(list):
 
 
 def per_seed(a: dict[Key, float], b: dict[Key, float]) -> PerSeed:
-    """a - b averaged over the tasks that all seeds have."""
+    """a - b per seed, averaged over the tasks that all seeds have."""
     both = a.keys() & b.keys()
     seeds = sorted({seed for _, seed in both})
     tasks = [t for t in sorted({t for t, _ in both}) if all((t, s) in both for s in seeds)]
@@ -60,7 +60,7 @@ def per_seed(a: dict[Key, float], b: dict[Key, float]) -> PerSeed:
 
 
 def over_tasks(scores: dict[Key, float]) -> PerSeed:
-    """The mean over the tasks that all seeds have, a value a seed."""
+    """The mean over the tasks that all seeds have, one value per seed."""
     return per_seed(scores, dict.fromkeys(scores, 0.0))
 
 
@@ -79,7 +79,7 @@ class Section:
 
     def difference(self, name: str, a: dict[Key, float], b: dict[Key, float] | None = None, decides: bool = False,
                    margin: float = 0.0) -> None:
-        """A line on a - b (without b: on a); `decides` makes it one of the parts of the claim."""
+        """Add a line on a - b (without b, on a); `decides` makes it one of the parts of the claim."""
         values = per_seed(a, dict.fromkeys(a, 0.0) if b is None else b)
         if decides:
             self.deciding.append((name, values, verdict(values, margin)))
@@ -87,7 +87,7 @@ class Section:
             self.add(f"- {name}: {shown(values)} ({len(values)} seeds, {values.tasks} tasks): **{verdict(values, margin)}**\n")
 
     def conclusion(self) -> str:
-        """One phrase for the claim: shown if all its parts are."""
+        """One phrase for the claim: shown if all its parts are shown."""
         words = [word for _, _, word in self.deciding]
         parts = f"{words.count('shown')} of {len(words)} parts shown" + f", {words.count('opposite')} opposite" * ("opposite" in words)
         if not all(values for _, values, _ in self.deciding):
@@ -127,7 +127,7 @@ def c1(r: Rows, folder: Path, out: Section) -> None:
 
 
 def chances(r: Rows) -> dict[Key, float]:
-    """The accuracy of always saying the commonest training label."""
+    """The accuracy of always predicting the commonest training label."""
     return r.numbers("chance", part="compatibility", base="M0")
 
 
@@ -136,14 +136,14 @@ def only(scores: dict[Key, float], tasks: list[str]) -> dict[Key, float]:
 
 
 def learned_ends(r: Rows, base: str) -> set[Key]:
-    """Cells whose deltas on M0 and on `base` are both above chance: a path to a model that has learned nothing says nothing."""
+    """Cells with deltas above chance on both M0 and `base`, because a path to a model that has learned nothing says nothing."""
     chance = chances(r)
     ends = [r.tests(part="tuned", base=b, kind="full") for b in ("M0", base)]
     return {k for k in ends[0].keys() & ends[1].keys() if k in chance and min(end[k] for end in ends) - chance[k] > GAIN}
 
 
 def forgetting(r: Rows, at: dict[str, dict[Key, float]], out: Section) -> None:
-    """Does apply follow how much of M0's own domain a base has forgotten?"""
+    """Does the score of apply follow how much of M0's own domain a base has forgotten?"""
     loss = {row["name"]: row["heldout"]["wiki"]["loss"] for row in r.select(part="bases", base="M0-M4")}
     both = [b for b in at if b in loss and at[b]]
     if len(both) < 3:
@@ -255,7 +255,7 @@ def c4(r: Rows, folder: Path, out: Section) -> None:
 
 
 def steps_to_best(r: Rows, task: str, seed: int) -> tuple[int, int] | None:
-    """(first evaluated step at which init's dev score is scratch's best or above, step of scratch's best)."""
+    """(first evaluated step at which init's dev score reaches scratch's best, step of scratch's best)."""
     curves = {what: row["curve"] for what in ("scratch", "init")
               for row in r.select(part="full", what=what, task=task, seed=seed, variant=None) if row["chosen"]}
     if len(curves) < 2:
@@ -272,7 +272,7 @@ def few(r: Rows, kind: str, metric: str = "accuracy") -> dict[str, dict[Key, flo
 
 def c5(r: Rows, folder: Path, out: Section) -> None:
     """Few labels. The few-shot sample is balanced even if the task is not, so a teacher that knows how often a label occurs gains
-    accuracy by that alone: macro-F1 decides too."""
+    accuracy by that alone. So macro-F1 decides too."""
     chance = chances(r)
     for kind, (metric, name) in itertools.product(KINDS, METRICS.items()):
         arms = few(r, kind, metric)
@@ -315,7 +315,7 @@ def chain_table(r: Rows, out: Section) -> None:
 
 
 def c7(r: Rows, folder: Path, out: Section) -> None:
-    """Projection. "Of zeros" is the map of a delta of zeros: in the public code's form it is b, which was learned on the source alone."""
+    """Projection. "Of zeros" is the map of a delta of zeros. In the public code's form this is b, which was learned on the source alone."""
     arms = {"apply": r.tests(part="project", what="apply")}
     for variant, name in ((None, "project"), ("residual", "project, residual")):
         found = [row for row in r.select(part="project", what="project", variant=variant) if row["chosen"]]
@@ -340,8 +340,8 @@ CLAIMS = {
 
 
 def write(folder: Path) -> str:
-    """Write README.md and the figures, return the summary. A remark on a claim, written by hand, is in remarks/PRESET-CLAIM.md and is put
-    below its numbers. InputError if there are no rows."""
+    """Write README.md and the figures, and return the summary. Remarks on a claim, written by hand in remarks/PRESET-CLAIM.md, go below
+    its numbers. InputError if there are no rows."""
     presets = list(dict.fromkeys(path.name.split("-")[0] for path in sorted(folder.glob("*-*.jsonl"))))
     if not presets:
         raise InputError(f"{folder}: no rows there; run python -m experiments.claims --data DIR first")

@@ -1,4 +1,4 @@
-"""The rows of the claims: results/claims/PRESET-PART.jsonl, read for the report and added to as runs end."""
+"""The rows of the claims, results/claims/PRESET-PART.jsonl. The report reads them; finished runs append to them."""
 import json
 from collections import Counter
 from pathlib import Path
@@ -27,11 +27,11 @@ class Rows:
         return read_rows(path)
 
     def select(self, **facts) -> list[dict]:
-        """Rows whose run has these facts; None is the absence of one."""
+        """Rows whose run has these facts; None means that the fact is absent."""
         return [row for row in self.rows if all(row["run"].get(k) == v for k, v in facts.items())]
 
     def numbers(self, name: str, **facts) -> dict[Key, float]:
-        """A number of the rows by (task, seed)."""
+        """A number from the rows by (task, seed)."""
         return {key(row): row[name] for row in self.select(**facts)}
 
     def tests(self, metric: str = "accuracy", **facts) -> dict[Key, float]:
@@ -43,8 +43,8 @@ class Rows:
 
 
 class GrowingRows(Rows):
-    """Rows to be added to. A run that was cut off while it was written is taken out of its file; rows of other sizes than those of the
-    preset are refused (InputError), as they would be mixed with new ones."""
+    """Rows that new runs are appended to. A run that was cut off while it was written is removed from its file. Rows whose sizes are not
+    those of the preset are refused (InputError), because they would be mixed with new ones."""
 
     def __init__(self, folder: Path, preset: str):
         self.scale, self.sizes = SCALES[preset], sizes(SCALES[preset])
@@ -65,7 +65,7 @@ class GrowingRows(Rows):
         return any(row["run"] == run.facts for row in self.rows)
 
     def add(self, run: Run, rows: list[dict], facts: dict) -> None:
-        """Append the rows of a run, each with the facts of the run and the `facts` of the machine."""
+        """Append the rows of a run, each with the run's facts and the machine's `facts`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         full = [{"run": run.facts, "rows": len(rows), "sizes": self.sizes, **facts, **row} for row in rows]
         with (self.folder / f"{self.preset}-{run.part}.jsonl").open("a", encoding="utf-8") as file:
@@ -73,7 +73,7 @@ class GrowingRows(Rows):
         self.rows += full
 
     def rates(self, run: Run) -> tuple[float, ...]:
-        """The learning rates to run at: all if `run` is the search, else the one that dev chose there (none before the search)."""
+        """The learning rates to run at: all if `run` is the search, else the rate that dev chose in the search (none before it)."""
         search = searched(run)
         if run == search:
             return () if run.kind is None else self.scale.rates if run.kind == "full" else self.scale.module_rates
@@ -81,6 +81,6 @@ class GrowingRows(Rows):
         return tuple(chosen[:1])
 
     def seconds(self, run: Run) -> float | None:
-        """The mean seconds of runs of this sort, if any has been done."""
+        """The mean seconds of finished runs of the same `part` and `what`, if there are any."""
         alike = {json.dumps(row["run"]): row["seconds"] for row in self.select(part=run.part, what=run.what)}
         return mean(alike.values()) if alike else None

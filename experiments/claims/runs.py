@@ -1,4 +1,4 @@
-"""Do one Run of the plan and return its rows. Bases and tuned deltas, which several runs need, are kept under `home`."""
+"""Do one Run of the plan and return its rows. Several runs need the bases and tuned deltas, so these are kept under `home`."""
 import hashlib
 import json
 import subprocess
@@ -28,9 +28,9 @@ from rt.recycling import Recycling, chain, recycle
 from rt.report import analysis
 from rt.tune import TuneResult, TuneSettings, chance, evaluate, score, tune
 
-ALPHA, BETA, T = 0.7, 1.0, 5.0      # of every arm with a teacher
-GAMMA, ITP = 1.0, 2                 # of the arms beyond them
-POINTS = 26                         # of a path, as in the paper
+ALPHA, BETA, T = 0.7, 1.0, 5.0      # in every arm with a teacher
+GAMMA, ITP = 1.0, 2                 # in the arms with more terms
+POINTS = 26                         # on a path, as in the paper
 CONTROL_LR = 3e-4                   # of a curve's control point
 TOKENIZER_SECONDS = 3600            # how long IND waits for the lineage's tokenizer
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,7 +62,7 @@ class Study:
         return load_delta(self.delta_folder(base, task or run.task, run.kind, run.seed))
 
     def task(self, run: Run, base: Base, name: str | None = None) -> TaskData:
-        """The task, encoded; its few-shot sample if the run is few-shot. Dev and test are the same draw of examples for every run."""
+        """The encoded task, or its few-shot sample if the run is few-shot. Dev and test are the same draw of examples in every run."""
         task = _task(self.data / "tasks" / (name or run.task), self.scale.max_dev, self.scale.max_test)
         if run.shots:
             task = few_shot(task, run.shots, run.seed)
@@ -76,7 +76,7 @@ class Study:
 
 
 def sizes(scale: Scale) -> str:
-    """A hash of all numbers that a run depends on beside its facts; which tasks are run is not one of them."""
+    """A hash of all numbers that a run depends on besides its facts. The choice of tasks is not among them."""
     numbers = [v for v in asdict(scale).values() if not isinstance(v, tuple) or not isinstance(v[0], (str, tuple))]
     return hashlib.sha256(json.dumps([numbers, ALPHA, BETA, T, GAMMA, ITP, POINTS, CONTROL_LR]).encode()).hexdigest()[:8]
 
@@ -98,8 +98,8 @@ def _draw(examples: list, most: int) -> list:
 
 
 def attempt(study: Study, run: Run, rates: tuple[float, ...], end: float | None) -> tuple[Run, list[dict], float]:
-    """In a worker: the run, its rows (none if `end`, of time.monotonic, has passed) and its seconds. A run is trained at each of `rates`;
-    if there are several, dev chooses, and only the chosen model is scored on test."""
+    """In a worker: the run, its rows (none if `end`, by time.monotonic, has passed) and its seconds. A run is trained at each of `rates`.
+    If there are several rates, dev chooses one, and only the chosen model is scored on test."""
     started = time.monotonic()
     if end and started > end:
         return run, [], 0.0
@@ -118,8 +118,8 @@ def attempt(study: Study, run: Run, rates: tuple[float, ...], end: float | None)
 
 
 def pretrain(study: Study, run: Run, seconds: float | None) -> list[dict]:
-    """train.py in a process of its own: the lineage M0 to M4, or IND with the lineage's tokenizer. After `seconds` it ends without rows;
-    the next call goes on from its last checkpoint."""
+    """Run train.py in its own process: the lineage M0 to M4, or IND with the lineage's tokenizer. After `seconds` it ends without rows,
+    and the next call continues from its last checkpoint."""
     s, corpora = study.scale, study.data / "corpora"
     lineage, independent, failed = study.home / "bases", study.home / "independent", study.home / "bases.failed"
     flags = {"preset": study.preset, "lr": s.lr, "batch_tokens": s.batch_tokens, "seq_len": s.seq_len, "save_every": 500,
@@ -141,14 +141,14 @@ def pretrain(study: Study, run: Run, seconds: float | None) -> list[dict]:
         return []
     if done.returncode:
         study.home.mkdir(parents=True, exist_ok=True)
-        failed.touch()      # nobody need wait for its tokenizer
+        failed.touch()      # so nobody waits for its tokenizer
         raise InputError(f"train.py ended with {done.returncode}: {done.stderr.strip()[-300:]}")
     shown = " ".join(["train.py", *command[2:]]).replace(str(study.data), "DIR")
     return [{**stage, "command": shown} for stage in read_json(out / "summary.json")["stages"]]
 
 
 def wait_for(path: Path, failed: Path, seconds: float) -> None:
-    """Wait until `path` is there. InputError as soon as `failed` is there, or after `seconds`."""
+    """Wait until `path` exists. InputError as soon as `failed` exists, or after `seconds`."""
     end = time.monotonic() + seconds
     while not path.exists():
         if failed.exists() or time.monotonic() > end:
@@ -158,8 +158,8 @@ def wait_for(path: Path, failed: Path, seconds: float) -> None:
 
 def best_of(study: Study, data: TaskData, rates: tuple[float, ...],
             train: Callable[[float, TaskData], tuple[Classifier, TuneResult]]) -> tuple[Classifier, list[dict]]:
-    """Train at each rate by `train(lr, data without test)`. Returns the best model on dev, which alone is scored on test, and a row a
-    rate."""
+    """Train at each rate with `train(lr, data without test)`. Returns the best model on dev and a row per rate. Only the best model is
+    scored on test."""
     trained = [train(lr, replace(data, test=None)) for lr in rates]
     rows = [{"lr": lr, "chosen": False, **scores(result)} for lr, (_, result) in zip(rates, trained)]
     best = max(range(len(rates)), key=lambda i: score(rows[i]["dev"]))
@@ -173,7 +173,7 @@ def scores(result: TuneResult) -> dict:
 
 
 def tuned(study: Study, run: Run, rates: tuple[float, ...]) -> list[dict]:
-    """A fresh delta for a base, tuned on all examples and kept."""
+    """A fresh delta for a base, tuned on all examples and saved."""
     base, config = study.base(run.base), DeltaConfig(run.kind)
     data = study.task(run, base)
 
@@ -188,14 +188,14 @@ def tuned(study: Study, run: Run, rates: tuple[float, ...]) -> list[dict]:
 
 
 def recycling(study: Study, run: Run, data: TaskData, old_delta: Delta, base: str) -> Recycling:
-    """The old delta on its own base and `base`, as recycle.py would put them together; the rate is still to be set."""
+    """The old delta, its own base and `base`, put together as in recycle.py. The caller sets the learning rate."""
     beyond = {"gamma": {"gamma": GAMMA, "att_layers": "all"}, "itp": {"itp": ITP}}.get(run.variant, {})
     return Recycling(study.base(run.old_base), old_delta, study.base(base), data, DeltaConfig(run.kind), study.settings(run, 0.0),
                      DistillConfig(ALPHA, BETA, T, **beyond), **study.compute)
 
 
 def applied(study: Study, run: Run, rates: tuple[float, ...]) -> list[dict]:
-    """The old delta as it is on the new base."""
+    """The old delta, unchanged, on the new base."""
     data = study.task(run, study.base(run.base))
     _, result = recycle(recycling(study, run, data, study.delta(run, run.old_base, run.source), run.base), "apply")
     known = chance(data)
@@ -215,12 +215,12 @@ def recycled(study: Study, run: Run, rates: tuple[float, ...]) -> list[dict]:
 
 
 def pair(study: Study, run: Run) -> tuple[Classifier, Classifier]:
-    """Old base + its delta, and the other base + its own."""
+    """The old base with its delta, and the other base with its own delta."""
     return tuple(apply(study.base(b), study.delta(run, b)).eval() for b in (run.old_base, run.base))
 
 
 def walk(study: Study, run: Run) -> list[dict]:
-    """A path between two tuned models: a row a point, with the path's barrier on each."""
+    """A path between two tuned models: a row per point, each with the path's barrier."""
     a, b = pair(study, run)
     data = study.task(run, study.base(run.base))
     ends = weights_of(a), weights_of(b)
@@ -234,7 +234,7 @@ def walk(study: Study, run: Run) -> list[dict]:
 
 
 def heads(study: Study, run: Run) -> list[dict]:
-    """How similar the attention maps of two tuned models are, and their hidden states."""
+    """How similar the attention maps and the hidden states of two tuned models are."""
     a, b = pair(study, run)
     sequences = study.task(run, study.base(run.base)).test.sequences[:64]
     matrix = analysis.head_divergence(a, b, sequences, study.device)
@@ -247,7 +247,7 @@ def rounded(matrix: torch.Tensor) -> list[list[float]]:
 
 
 def distance(study: Study, run: Run) -> list[dict]:
-    """Distances between the bases, and between the deltas (of all weights that have one)."""
+    """Distances between the bases, and between the deltas (over all weights that have a delta)."""
     bases = [dict(study.base(b).encoder.named_parameters()) for b in (run.old_base, run.base)]
     deltas = [study.delta(run, b).diffs for b in (run.old_base, run.base)]
     with torch.no_grad():
@@ -255,7 +255,7 @@ def distance(study: Study, run: Run) -> list[dict]:
 
 
 def projected(study: Study, run: Run, rates: tuple[float, ...]) -> list[dict]:
-    """A projection learned on the source tasks, chosen on their dev; then this task's delta through it, nothing trained."""
+    """A projection learned on the source tasks and chosen on their dev. It then maps this task's delta, without training."""
     base, old_base = study.base(run.base), study.base(run.old_base)
     sources = [(study.delta(run, run.old_base, name), study.task(run, base, name)) for name in run.source.split(",")]
     target = study.delta(run, run.old_base)
@@ -271,14 +271,14 @@ def projected(study: Study, run: Run, rates: tuple[float, ...]) -> list[dict]:
         return evaluate(apply(base, transport.project(projection, delta), stale_ok=True), data.test, **study.compute)
 
     rows = [{"lr": lr, "chosen": i == best, "source_dev": score(learned[i].dev)} for i, lr in enumerate(rates)]
-    # what the map says of a delta of zeros shows how much of the score is the task's own
+    # the score of the mapped delta of zeros shows how much of the score is the task's own
     rows[best] |= {"test": scored(target), "test_of_zeros": scored(0.0 * target if projection.with_head else replace(
         0.0 * target, head=target.head))}
     return rows
 
 
 def chained(study: Study, run: Run, rates: tuple[float, ...]) -> list[dict]:
-    """M0 to M4, from the recycled delta each time (chain) or from Delta_0 (direct): a row a base, route and rate."""
+    """M0 to M4, starting each time from the recycled delta (chain) or from Delta_0 (direct): a row per base, route and rate."""
     data = study.task(run, study.base("M0"))
     bases = {name: study.base(name) for name in UPGRADES}
 

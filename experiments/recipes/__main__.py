@@ -1,11 +1,11 @@
-"""Which upgrades keep old deltas alive? PLAN.md says what is compared, and how; resumable, a row an upgraded base.
+"""Which upgrades keep old deltas alive? PLAN.md says what is compared and how. Resumable; one row per upgraded base.
 
     python -m experiments.minilm --data DIR                  # M0, once
     python -m experiments.recipes --data DIR                 # in the plan's order, until all is done
     python -m experiments.recipes --data DIR --seeds 0,1 --targets bio --budget 3000        # a part of it
     python -m experiments.recipes --report                   # results/recipes/README.md and its figure, from the rows alone
 
-DIR holds corpora/ and tasks/ as for experiments.claims. Bases are removed when they are scored, unless --keep.
+DIR holds corpora/ and tasks/ as for experiments.claims. Bases are removed after scoring, unless --keep is set.
 """
 import json
 import sys
@@ -47,11 +47,11 @@ def main() -> None:
     end, count, failed = time.monotonic() + c.budget if c.budget else None, 0, []
     with progress(len(todo), "recipes", unit="run") as bar, ProcessPoolExecutor(
             c.jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        for what in ("delta", "base", "upgrade"):       # each needs those before it
+        for what in ("delta", "base", "upgrade"):       # each stage needs the stages before it
             for future in as_completed([pool.submit(attempt, c, *job, end) for job in todo if job[0] == what]):
                 try:
                     found = future.result()
-                except InputError as error:     # the others go on, and their rows are kept
+                except InputError as error:     # the other runs continue, and their rows are kept
                     failed.append(error)
                     continue
                 with rows.open("a", encoding="utf-8") as file:

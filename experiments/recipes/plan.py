@@ -1,19 +1,19 @@
-"""The numbers of PLAN.md, and its runs in order."""
+"""The numbers of PLAN.md, and its runs in the order of the plan."""
 from dataclasses import dataclass
 
 UPGRADE = "--steps 200 --batch_tokens 1024 --seq_len 128 --snapshots 0 --device cpu --threads 1".split()
 TUNE = "--tune_steps 300 --batch_size 16 --eval_every 150 --device cpu --threads 1".split()
-TASKS = {"chemprot": 128, "rotten_tomatoes": 64, "agnews": 64, "acl_arc": 64, "imdb": 128}      # tokens a text
+TASKS = {"chemprot": 128, "rotten_tomatoes": 64, "agnews": 64, "acl_arc": 64, "imdb": 128}      # tokens per text
 KINDS = {"full": 1e-4, "adapter": 1e-3}     # learning rate
 DELTA_SEEDS, HELDOUT_TOKENS = 3, 16384
-DRAWN = {"dev": 400, "test": 500}           # texts a task, one draw
+DRAWN = {"dev": 400, "test": 500}           # texts per task, one draw
 PLAIN = (1.25e-4, 2.5e-4, 5e-4, 1e-3)
 RATES = (5e-4, 1e-3)
 SWITCHES = {"hidden 3": "--preserve 3", "hidden 10": "--preserve 10", "hidden 30": "--preserve 30",
             "last 10": "--preserve 10 --preserve_by last", "predictions 1": "--preserve 1 --preserve_by predictions",
             "hidden 1": "--preserve 1", "replay 5 %": "--replay .05", "replay 20 %": "--replay .2", "infinite": "--schedule infinite",
             "Reptile": "--align 10 --align_eps .5", "hidden 3 + replay 5 %": "--preserve 3 --replay .05"}
-FIRST = ("hidden 3", "hidden 10", "hidden 30", "last 10", "predictions 1")      # of the order of the plan
+FIRST = ("hidden 3", "hidden 10", "hidden 30", "last 10", "predictions 1")      # first in the plan's order
 SEEDS, TARGETS = (0, 1, 2, 3, 4), ("bio", "cs", "chain")
 CHAIN = "bio,rev,cs,ns"
 CHAIN_ARMS = (("plain", 5e-4), ("hidden 3", 5e-4))      # the second: see PLAN.md
@@ -24,7 +24,7 @@ class Upgrade:
     """One run of train.py on M0."""
     arm: str        # "plain" or a key of SWITCHES
     lr: float
-    target: str     # a domain, or several with commas: a chain of upgrades
+    target: str     # a domain, or several separated by commas: a chain of upgrades
     seed: int
 
     @property

@@ -18,12 +18,12 @@ Point = tuple[float, float]     # gain, points lost
 
 
 def bases(rows: list[dict]) -> dict[int, dict]:
-    """The rows of M0 with its own deltas, by the seed of these."""
+    """The rows of M0 with its own deltas, by the seed of the deltas."""
     return {row["seed"]: row for row in rows if row["arm"] == "M0"}
 
 
 def points(rows: list[dict]) -> dict[tuple[str, float], dict[Block, Point]]:
-    """(gain, points lost) of every upgrade on one domain, by arm and rate, and by block."""
+    """(gain, points lost) of every upgrade on one domain, by (arm, rate) and then by block."""
     own = bases(rows)
     done = [row for row in rows if row["arm"] != "M0" and "," not in row["target"]]
     fall = {id(row): own[row["seed"] % DELTA_SEEDS]["heldout"][row["target"]] - row["heldout"][row["target"]] for row in done}
@@ -42,12 +42,12 @@ def learned(own: dict) -> list[str]:
 
 
 def lost(own: dict, row: dict, only: str = "") -> float:
-    """Points of accuracy, in the mean over the deltas that learned (and whose name, task/kind, holds `only`)."""
+    """Points of accuracy lost, averaged over the deltas that learned and have `only` in their name (task/kind)."""
     return 100 * mean(own["apply"][name] - row["apply"][name] for name in learned(own) if only in name)
 
 
 def frontier(plain: list[Point], gain: float) -> float:
-    """Points that plain upgrades, in the order of their rates, lose at this gain."""
+    """Points that plain upgrades, ordered by rate, lose at this gain."""
     line = [(0.0, 0.0), *plain]
     crossed = [a[1] + (b[1] - a[1]) * (gain - a[0]) / (b[0] - a[0]) for a, b in itertools.pairwise(line)
                if a[0] != b[0] and min(a[0], b[0]) <= gain <= max(a[0], b[0])]
@@ -55,7 +55,7 @@ def frontier(plain: list[Point], gain: float) -> float:
 
 
 def advantages(found: dict) -> dict[tuple[str, float], dict[Block, float]]:
-    """The advantage of every arm with a switch, in each block that has all plain rates."""
+    """The advantage of every arm with a switch, per block that has all plain rates."""
     plain = [of for (arm, _), of in sorted(found.items()) if arm == "plain"]
     return {key: {block: frontier([of[block] for of in plain], gain) - points for block, (gain, points) in of.items()
                   if all(block in other for other in plain)} for key, of in found.items() if key[0] != "plain"}
@@ -81,7 +81,7 @@ HEAD = ("arm", "peak rate", "blocks", "gain, %", "points lost", "full", "adapter
 
 
 def lines_of(rows: list[dict], own: dict[int, dict], found: dict) -> list[list[str]]:
-    """The table: a line for each arm and rate."""
+    """The table: a line per arm and rate."""
     ahead = {key: [*of.values()] for key, of in advantages(found).items() if of}
     p = {key: sign_flip(values) for key, values in ahead.items()}
     adjusted, lines = holm(p), []
@@ -128,7 +128,7 @@ def write(folder: Path) -> str:
 
 
 def missing(rows: list[dict]) -> str:
-    """A line for each arm, rate and target of the plan that lacks seeds."""
+    """A line per arm, rate and target of the plan that lacks seeds."""
     left: dict[tuple, list[int]] = {}
     for one in upgrades():
         if not known(rows, one.facts):

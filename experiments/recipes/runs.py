@@ -1,4 +1,4 @@
-"""Do one run of the plan, in a process of its own, and return its rows. Bases and deltas are kept under `home`."""
+"""Do one run of the plan in its own process and return its rows. Bases and deltas are kept under `home`."""
 import shutil
 import time
 from dataclasses import dataclass
@@ -58,7 +58,7 @@ class Config:
 
 
 def attempt(c: Config, what: str, job: object, end: float | None) -> list[dict] | None:
-    """In a worker: a job's rows; None if `end`, of time.monotonic, has passed."""
+    """In a worker: a job's rows; None if `end` (by time.monotonic) has passed."""
     if end and time.monotonic() > end:
         return None
     if what == "delta":
@@ -71,7 +71,7 @@ def delta_folder(c: Config, task: str, kind: str, seed: int) -> Path:
 
 
 def train(c: Config, *arguments: object) -> str:
-    """train.py; the command as it can be typed."""
+    """Run train.py and return the command as it can be typed."""
     return run_script({"DIR": c.data, "HOME": c.home, "M0": c.base, "CACHE": c.cache}, "train.py", *arguments)
 
 
@@ -82,7 +82,7 @@ def tune_delta(c: Config, task: str, kind: str, seed: int) -> list[dict]:
 
 
 def score_base(c: Config, seed: int) -> list[dict]:
-    """M0 with its own deltas: what nothing was lost of."""
+    """M0 with its own deltas: the scores before any loss."""
     return [{"arm": "M0", "seed": seed, **scores(c, Path(c.base), seed, ("wiki", "bio", "rev", "cs", "ns")), "dev": {
         f"{task}/{kind}": [load_delta(delta_folder(c, task, kind, seed)).info["dev"]["accuracy"], majority(c, task)]
         for task in TASKS for kind in KINDS}}]
@@ -95,10 +95,10 @@ def majority(c: Config, task: str) -> float:
 
 
 def upgrade(c: Config, one: Upgrade) -> list[dict]:
-    """A row for each base that train.py makes."""
+    """Run an upgrade; a row per base that train.py makes."""
     domains, corpora = one.target.split(","), Path(c.data, "corpora").absolute()
     out = Path(c.home) / "bases" / f"{one.arm}-{one.lr}-{one.target}-s{one.seed}".replace(" ", "").replace("%", "")
-    shutil.rmtree(out, ignore_errors=True)      # an upgrade is short: what was cut off begins anew
+    shutil.rmtree(out, ignore_errors=True)      # an upgrade is short: after an interruption it starts over
     stream = ",".join(str(corpora / f"{domain}.txt.xz") for domain in domains)
     command = train(c, "--init", Path(c.base), "--stream", stream, "--lr", one.lr, "--seed", one.seed, *UPGRADE,
                     *SWITCHES.get(one.arm, "").split(), "--cache", Path(c.cache), "--out", out)
@@ -118,7 +118,7 @@ def task_folder(c: Config, task: str) -> Path:
 
 
 def draw_tasks(c: Config) -> None:
-    """The tasks with one draw of dev and test texts for all runs; what is there stays."""
+    """Copy the tasks, with one draw of dev and test texts for all runs. Existing folders stay."""
     for task in TASKS:
         if not (folder := task_folder(c, task)).exists():
             shutil.copytree(Path(c.data, "tasks", task), folder)
@@ -130,12 +130,12 @@ def draw_tasks(c: Config) -> None:
 
 @lru_cache(maxsize=8)
 def data_of(folder: Path, base: str, seq_len: int) -> TaskData:
-    """The task in `folder`; all bases have one tokenizer."""
+    """The task in `folder`, encoded; all bases have the same tokenizer."""
     return encode_task(load_task(folder), open_base(base).tokenizer, seq_len)
 
 
 def scores(c: Config, folder: Path, delta_seed: int, domains: tuple[str, ...]) -> dict:
-    """Held-out losses by domain, and the accuracy of every old delta as it is."""
+    """Held-out losses by domain, and the accuracy of every old delta, applied unchanged."""
     base, where = open_base(str(folder)), {"device": CPU, "precision": pick_precision("auto", CPU)}
     heldout, accuracy = {}, {}
     for domain in domains:

@@ -1,7 +1,7 @@
 """Old deltas across sizes, tokenizers, black boxes and coordinates: PLAN.md's runs by recycle.py, and their report.
 
     python -m experiments.minilm --data DIR         # M0, once
-    python -m experiments.transfer --data DIR       # about an hour on 2 cores; goes on where it was stopped
+    python -m experiments.transfer --data DIR       # about an hour on 2 cores; continues where it was stopped
     python -m experiments.transfer --report         # results/transfer/README.md, from the rows alone
 """
 import json
@@ -75,12 +75,12 @@ def main() -> None:
 
 
 def script(c: Config, *command: object) -> str:
-    """A script of the checkout; the command as it can be typed."""
+    """Run a script of the checkout and return the command as it can be typed."""
     return run_script({"DIR": c.data, "HOME": c.home, "M0": c.base, "RECIPES": c.recipes, "CACHE": c.cache}, *command)
 
 
 def prepare(c: Config, needed: set[str]) -> None:
-    """Bases, tasks and old deltas for these parts and new bases; what is there stays. Those of M0 are the ones of experiments.recipes."""
+    """Make the bases, tasks and old deltas for these parts and new bases; what exists stays. M0's are those of experiments.recipes."""
     home, corpora, shared = Path(c.home), Path(c.data, "corpora"), recipes.Config(c.data, c.base, home=c.recipes)
     recipes.draw_tasks(shared)
     common = ("--batch_tokens", 1024, "--seq_len", 128, "--snapshots", 0, "--device", "cpu", "--cache", Path(c.cache))
@@ -119,7 +119,7 @@ def cells(c: Config) -> list[tuple[dict, list]]:
         other = TASKS[1 - TASKS.index(task)]
 
         def add(part: str, what: str, modes: str, size: str, new: str, *flags: object, shots: int = 32, source: str = task) -> None:
-            """A cell: `size` is that of the old base, `source` the old delta's task."""
+            """Add a cell: `size` is the old base's size, `source` the old delta's task."""
             old = m0 if size == "minilm" else bases["mini"]
             trained = RATES["mini" if new in ("mini", "ind") else "minilm"][kind]
             old_flags = [] if "--teacher" in flags else ["--old_base", old, "--old_delta", delta(c, size, source, kind)]

@@ -1,4 +1,4 @@
-"""results/transfer/README.md, from the rows alone; PLAN.md says what is compared."""
+"""results/transfer/README.md, from the rows alone. PLAN.md says what is compared."""
 from pathlib import Path
 from statistics import mean
 
@@ -11,8 +11,8 @@ Scores = dict[tuple[str, str, int], float]      # by task, kind and seed
 
 
 def chosen(rows: list[dict], part: str, what: str, mode: str, base: str, shots: int = 32) -> Scores:
-    """Test accuracy of a mode, at the rate that is best by mean dev over seeds in each task and kind. In part C `apply` and `transport` do
-    not read the sample: they have one value, not one a seed."""
+    """Test accuracy of a mode, at the rate with the best mean dev over seeds, per task and kind. In part C, `apply` and `transport` do
+    not read the sample, so they have one value instead of one per seed."""
     facts, found = {"part": part, "what": what, "base": base, "shots": shots}, {}
     some = [row for row in rows if facts.items() <= row["cell"].items() and row["mode"] == mode]
     for key in dict.fromkeys((row["cell"]["task"], row["cell"]["kind"]) for row in some):
@@ -24,7 +24,7 @@ def chosen(rows: list[dict], part: str, what: str, mode: str, base: str, shots: 
 
 
 def difference(a: Scores, b: Scores) -> str:
-    """a - b in points over the cells that both have, with p of the sign-flip test."""
+    """a - b in points, over the cells that are in both, with p of the sign-flip test."""
     values = [100 * (a[key] - b[key]) for key in sorted(a.keys() & b.keys())]
     if not values:
         return "not run"
