@@ -1,22 +1,22 @@
 """Recycling without training on the task: maps that carry a delta from one base to another.
 
-From text alone, in closed form (`transport`): X and Y are the rows of both bases at one place, a linear map's input or output, on one text.
+From text alone, in closed form (`transport`): X and Y are the two bases' rows at the input or output of a linear map, on the same text.
 
-    A = argmin ||Y A - X||     B = argmin ||X B - Y||     D' = B_out^T D A_in^T   of a change D of W in y = x W^T
+    A = argmin ||Y A - X||     B = argmin ||X B - Y||     D' = B_out^T D A_in^T   for a change D of W in y = x W^T
 
-From tasks with labels (`learn_projection`): a low-rank map from old deltas to new ones, learned on other tasks.
+From labelled tasks (`learn_projection`): a low-rank map from old deltas to new ones, learned on other tasks.
 
-    w' = w W1 W2 + b        w (rows, m): trained weights of a delta;  W1 (m, r), W2 (r, m);  b as large as w
+    w' = w W1 W2 + b        w (rows, m): trained weights of a delta;  W1 (m, r), W2 (r, m);  b has the size of w
     w' = w + w W1 W2 + b    `residual`
 
-The first form keeps of an unseen delta what passes through r numbers a row; the residual form keeps the delta and adds to it.
+The first form keeps only what passes through r numbers per row of an unseen delta. The residual form keeps the delta and adds to it.
 
-Two granularities. `flat`: all n weights are one row, m = n, as in the paper's public code: (2r + 1) n numbers. `tensor`: every tensor is a
-matrix, m its last dimension, with its own W1 and W2 (r at most m): n + 2 r x the sum of last dimensions. Training takes 16 bytes a number:
-for all 125 M weights of RoBERTa-base at r = 16, 66 GB flat and 2 GB by tensors; for its adapters, 1 GB flat.
+There are two granularities. `flat`: all n weights are one row, m = n, as in the paper's public code: (2r + 1) n numbers. `tensor`: each
+tensor is a matrix, m its last dimension, with its own W1 and W2 (r at most m): n + 2 r x the sum of last dimensions. Training takes 16
+bytes per number. All 125 M weights of RoBERTa-base at r = 16 take 66 GB flat and 2 GB by tensor. The adapters take 1 GB flat.
 
-At the start W2 = 0, W1 is random and so large that w W1 is about 1, and b is the mean of the sources' w, or 0 if residual: training starts
-from `apply` of the mean source, or of the delta itself.
+At the start, W2 = 0, W1 is random and scaled so that w W1 is about 1, and b is the mean of the sources' w, or 0 if residual. So training
+starts from `apply` of the mean source, or of the delta itself.
 """
 import itertools
 import re
@@ -35,12 +35,12 @@ from rt.losses import DistillConfig, Loss, Reweighted, Weights, run_teacher
 from rt.model import Encoder
 from rt.tune import Hook, TuneSettings, evaluate, ignore, minimise, plain_gradient, train_step
 
-Granularity = Literal["auto", "flat", "tensor"]     # auto: the public code's, flat, if that is small: for all kinds but full
+Granularity = Literal["auto", "flat", "tensor"]     # auto: flat, as in the public code, if that is small (all kinds but full), else tensor
 
 
 class Projection(nn.Module):
-    """The map, at its start: b and the scale of W1 come from `sources`, whose kind and sizes every projected delta must have. Without
-    `with_head` the map leaves heads out, and tasks may have other numbers of labels."""
+    """The map, initialised. b and the scale of W1 come from `sources`. Every projected delta must have their kind and sizes. Without
+    `with_head`, the map leaves out heads, and tasks may have different numbers of labels."""
     def __init__(self, sources: list[Delta], r: int, granularity: Granularity, residual: bool, with_head: bool, seed: int):
         super().__init__()
         if granularity not in get_args(Granularity):
@@ -50,20 +50,20 @@ class Projection(nn.Module):
         self.r, self.granularity, self.residual, self.with_head = r, granularity, residual, with_head
         self.used = sources[0].config.used
         self.shapes = {k: v.shape for k, v in sources[0].tensors(with_head).items()}
-        self.W1, self.W2, self.b = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()   # one each a matrix
+        self.W1, self.W2, self.b = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()   # one of each per matrix
         generator = torch.Generator().manual_seed(seed)
         for same in zip(*(self.rows(delta) for delta in sources)):
             x = torch.stack(same)       # (sources, rows, m)
-            m, size = x.shape[-1], x.norm(dim=-1).square().mean().sqrt()     # of a row
+            m, size = x.shape[-1], x.norm(dim=-1).square().mean().sqrt()     # size: root mean square norm of a row
             W1 = torch.randn(m, min(r, m), generator=generator).to(x)
             self.W1.append(nn.Parameter(W1 / size if size > 0 else W1))
             self.W2.append(nn.Parameter(x.new_zeros(min(r, m), m)))
-            # a vector, which AdamW does not decay: most of a delta is here
+            # a vector, so AdamW does not decay it: most of a delta is in b
             self.b.append(nn.Parameter(x.new_zeros(x[0].numel()) if residual else x.mean(0).flatten()))
         self.best_step, self.dev = 0, {}
 
     def rows(self, delta: Delta) -> list[Tensor]:
-        """The delta as matrices (rows, m): one, or one a tensor. Raises InputError if its kind or sizes differ."""
+        """The delta as matrices (rows, m): one in all, or one per tensor. Raises InputError if its kind or sizes differ."""
         tensors = delta.tensors(self.with_head)
         if delta.config.used != self.used or {k: v.shape for k, v in tensors.items()} != self.shapes:
             raise InputError(f"a delta of task {delta.info.get('task')} does not fit the projection: use deltas of one kind, base and size")
@@ -72,7 +72,7 @@ class Projection(nn.Module):
         return [v.reshape(-1, v.shape[-1]) for v in tensors.values()]
 
     def forward(self, delta: Delta) -> dict[str, Tensor]:
-        """w' by the names of `Delta.tensors`, in fp32, for a delta on the map's device."""
+        """w' by the names of `Delta.tensors`, in fp32. The delta must be on the map's device."""
         mapped = []
         with torch.autocast(self.b[0].device.type, enabled=False):
             for x, W1, W2, b in zip(self.rows(delta), self.W1, self.W2, self.b, strict=True):
@@ -85,13 +85,13 @@ class Projection(nn.Module):
 
 @torch.no_grad()
 def project(projection: Projection, delta: Delta) -> Delta:
-    """The delta mapped to the new base, on the CPU. It still names the old base as its own: apply(base, delta, stale_ok=True)."""
+    """The delta mapped to the new base, on the CPU. Its info still names the old base, so use apply(base, delta, stale_ok=True)."""
     mapped = projection(delta.map(lambda _, v: v.to(projection.b[0].device)))
     return delta.map(lambda name, v: mapped.get(name, v).cpu())
 
 
 def student_weights(own: Weights, delta: Delta, projection: Projection) -> Weights:
-    """New base (`own`, the encoder's weights) + projected delta as weights of a Classifier; a head that is not projected is the delta's."""
+    """Weights of a Classifier: new base (`own`, the encoder's weights) + projected delta. An unprojected head is the delta's own."""
     weights = {f"head.{k}": v for k, v in delta.head.items()}
     for name, tensor in projection(delta).items():
         part, _, k = name.partition(".")
@@ -100,7 +100,7 @@ def student_weights(own: Weights, delta: Delta, projection: Projection) -> Weigh
 
 
 def check_sources(old_base: Base, base: Base, sources: list[tuple[Delta, TaskData]], target: Delta | None = None) -> None:
-    """Raises InputError if a projection cannot be learned from these deltas of the old base, or not be used on `target`."""
+    """Raises InputError if a projection cannot be learned from these deltas of the old base, or cannot be used on `target`."""
     for delta, data in sources:
         check_fits(old_base, delta, stale_ok=False)
         check_fits(base, delta, stale_ok=True)      # equal sizes, and equal ids for teacher and student
@@ -115,14 +115,14 @@ def check_sources(old_base: Base, base: Base, sources: list[tuple[Delta, TaskDat
 def learn_projection(old_base: Base, base: Base, sources: list[tuple[Delta, TaskData]], settings: TuneSettings, distill: DistillConfig, *,
                      r: int, granularity: Granularity, residual: bool, device: torch.device, precision: torch.dtype,
                      with_head: bool = False, on_step: Hook = ignore, on_eval: Hook = ignore) -> Projection:
-    """A map from deltas of `old_base` to deltas of `base`, trained on source tasks in turn: step i on source i mod S. The loss is
-    distillation's without attention maps and interpolation: teacher = old base + the source's delta, student = new base + its projection.
-    `with_head` asks for as many labels in every source, and later in the target. Returned as it was best on dev: the mean over the sources,
-    which comes first in the dev of `on_eval`. Raises InputError if deltas and bases do not fit together, Diverged as rt.tune.Fit does."""
+    """A map from deltas of `old_base` to deltas of `base`, trained on the source tasks in turn: step i uses source i mod S. The loss is
+    distillation without attention maps and interpolation: teacher = old base + the source's delta, student = new base + its projection.
+    `with_head` requires one number of labels in all sources, and later in the target. Returns the best map by the mean dev score of the
+    sources, the first entry of dev in `on_eval`. Raises InputError if deltas and bases do not fit together, Diverged like rt.tune.Fit."""
     check_sources(old_base, base, sources)
     deltas, datas, s = [delta.map(lambda _, v: v.to(device)) for delta, _ in sources], [data for _, data in sources], settings
     projection = Projection(deltas, r, granularity, residual, with_head, s.seed)
-    # one skeleton for all: every weight it trains is replaced, the head too, whatever its number of labels
+    # one skeleton for all sources: every weight it trains is replaced, and the head too, whatever its number of labels
     model, own = attach(base, deltas[0].config, 1, s.seed), {k: p.detach() for k, p in base.encoder.named_parameters()}
     students = [Reweighted(model, partial(student_weights, own, delta, projection)) for delta in deltas]
     losses = [Loss(not data.labels, run_teacher(apply(old_base, delta), data.train, device, precision), replace(distill, gamma=0.0, itp=0))
@@ -146,23 +146,23 @@ def learn_projection(old_base: Base, base: Base, sources: list[tuple[Delta, Task
 
 Carry = Literal["none", "ridge", "orthogonal", "permutation"]
 RIDGE = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)   # lambda, in units of the mean eigenvalue
-HELD_OUT = 5            # one text in so many: lambda is chosen on its rows
-# Patterns of tensors' names: where a tensor reads and where it writes, as MODULE.in or MODULE.out of the plain encoder
+HELD_OUT = 5            # one text in HELD_OUT is held out: lambda is chosen on its rows
+# Patterns of tensor names: the places a tensor reads from and writes to, as MODULE.in or MODULE.out of the plain encoder
 PLACES = ((r"embeddings\.(word\.weight|position\.weight|second_type)", None, "embeddings.norm.in"),
           (r"(.*norm)\.weight", r"\1.out", r"\1.out"), (r"(.*)\.prefix\.(k|v|gate)", None, r"\1.qkv.out"),
           (r"(.*)\.lora\.A\.\w+", r"\1.in", None), (r"(.*)\.adapter\.down\.weight", r"\1.out", None),
           (r".*\.adapter\.down\.bias", None, None), (r"(.*)\.(lora\.B\.\w+|adapter\.up\.(weight|bias))", None, r"\1.out"),
           (r"(.*\.(qkv|attention_output|intermediate|output))\.weight", r"\1.in", r"\1.out"),
           (r"(.*(qkv|attention_output|intermediate|output|norm))\.bias", None, r"\1.out"))
-THIRDS = {"query": 0, "key": 1, "value": 2, "k": 1, "v": 2, "gate": 2}      # of the rows of qkv, by the end of a tensor's name
+THIRDS = {"query": 0, "key": 1, "value": 2, "k": 1, "v": 2, "gate": 2}      # third of qkv's rows, by the end of a tensor's name
 OF_HEADS = ("qkv.out", "attention_output.in")
-Pair = tuple[list[int], list[int], list[int], list[int]]    # a text's ids for the old base and the rows compared, the same for the new
+Pair = tuple[list[int], list[int], list[int], list[int]]    # a text's ids and compared rows for the old base, then for the new base
 
 
 @torch.no_grad()
 def transport(old_base: Base, base: Base, delta: Delta, pairs: list[Pair], how: Carry) -> tuple[Delta, dict]:
-    """(a delta of `base`: `delta` through a map computed from the hidden states of both bases on `pairs`; facts of the map for the run's
-    record). Layers of `base` without a partner get a fresh module, which changes nothing. InputError as check_carry, and for few texts."""
+    """`delta` carried to `base`, and facts about the map for the run's record. The map comes from both bases' hidden states on `pairs`.
+    Layers without a partner get a fresh module, which changes nothing. InputError as in check_carry, and for too few texts."""
     check_carry(old_base, base, delta, how)
     if len(pairs) < 2:
         raise InputError(f"`carry`: {len(pairs)} texts are too few to compare two bases on")
@@ -170,7 +170,7 @@ def transport(old_base: Base, base: Base, delta: Delta, pairs: list[Pair], how: 
     layers, same_width = match_layers(old, new, pairs[:64]), old.config.hidden_size == new.config.hidden_size
     carried = extract(attach(base, delta.config, delta.num_outputs, 0), base, delta.config, delta.info)
 
-    def old_name(name: str) -> str | None:      # what the old base calls a tensor or a place; None for a layer without a partner
+    def old_name(name: str) -> str | None:      # the old base's name of a tensor or place; None for a layer without a partner
         number = re.search(r"(?<=layers\.)\d+", name)
         return name if number is None else f"layers.{layers[int(number[0])]}{name[number.end():]}" if int(number[0]) in layers else None
 
@@ -187,7 +187,7 @@ def transport(old_base: Base, base: Base, delta: Delta, pairs: list[Pair], how: 
 
 
 def check_carry(old_base: Base, base: Base, delta: Delta, how: Carry) -> None:
-    """Raises InputError if `delta` cannot be carried from `old_base` to `base` by maps of this kind."""
+    """Raises InputError if `delta` cannot be carried from `old_base` to `base` by a map of this kind."""
     for name in (*delta.diffs, *delta.modules):
         places(name)
     if delta.config.kind not in ("lora", "adapter"):
@@ -198,8 +198,8 @@ def check_carry(old_base: Base, base: Base, delta: Delta, how: Carry) -> None:
 
 
 def places(name: str) -> tuple[str | None, str | None]:
-    """Where a tensor of a delta reads and writes. FFN units are compared by their activations: before GELU they span but d dimensions.
-    Raises InputError if nothing is known of the tensor."""
+    """The places a tensor of a delta reads from and writes to. FFN units are compared after GELU, because before it they span only d
+    dimensions. Raises InputError for an unknown tensor."""
     plain = name.replace("adapter_attention", "attention_output.adapter").replace("adapter_ffn", "output.adapter")
     for pattern, *ends in PLACES:
         if match := re.fullmatch(pattern, plain):
@@ -208,13 +208,13 @@ def places(name: str) -> tuple[str | None, str | None]:
 
 
 def moved(name: str, D: Tensor, found: Callable[[str, bool], Tensor]) -> Tensor:
-    """A tensor of a delta for the new base. With x_old = x_new A and y_new = y_old B, a change D of W in y = x W^T is D' = B^T D A^T."""
+    """A delta's tensor for the new base. With x_old = x_new A and y_new = y_old B, a change D of W in y = x W^T becomes D' = B^T D A^T."""
     (reads, writes), last, D = places(name), name.rpartition(".")[2], D.double()
     A, B = reads and found(reads, True)[0], writes and found(writes, False)
     B = B if B is None else B[THIRDS[last]] if last in THIRDS else torch.block_diag(*B)
     if name.endswith("norm.weight"):
         return (B.T * A) @ D        # the diagonal of B^T diag(D) A^T
-    if last == "gate":              # of every old head as much as goes into the new one
+    if last == "gate":              # a mean of the old gates, weighted by how much of each old head enters the new head
         share = B.unflatten(1, (len(D), -1)).unflatten(0, (len(D), -1)).square().sum((1, 3))
         return D @ (share / share.sum(0))
     if last in ("k", "v") or name.startswith("embeddings.") and D.ndim == 2:
@@ -224,8 +224,8 @@ def moved(name: str, D: Tensor, found: Callable[[str, bool], Tensor]) -> Tensor:
 
 
 def moved_head(fresh: dict[str, Tensor], head: dict[str, Tensor], A: Tensor) -> dict[str, Tensor]:
-    """The head, which reads <s> through A (d_new, d_old). On a wider base it has features of the fresh head's, too, which do not count
-    yet; on a narrower one it keeps those that count most."""
+    """The head, reading <s> through A (d_new, d_old). On a wider base it also has features of the fresh head, with zero output weights. On
+    a narrower base it keeps the features with the largest output weights."""
     keep = head["out.weight"].norm(dim=0).topk(min(A.shape)).indices.sort().values
     dense, bias, out = fresh["dense.weight"].clone(), fresh["dense.bias"].clone(), torch.zeros_like(fresh["out.weight"])
     dense[:len(keep)], bias[:len(keep)] = head["dense.weight"][keep] @ A.T, head["dense.bias"][keep]
@@ -234,7 +234,7 @@ def moved_head(fresh: dict[str, Tensor], head: dict[str, Tensor], A: Tensor) -> 
 
 
 def activations(encoder: Encoder, sequences: Sequence[list[int]], rows: Sequence[list[int]], sites: Iterable[str]) -> dict[str, Tensor]:
-    """(n, width) at each of `sites`, PLACES of the encoder, in fp64: the given rows of every sequence, end to end."""
+    """(n, width) at each of `sites` (PLACES of the encoder), in fp64: the given rows of every sequence, concatenated."""
     batch, kept = sequences_batch([*sequences]).to(encoder.embeddings.word.weight.device), {}
     index = torch.tensor([first + row for first, own in zip(batch.cu_seqlens.tolist(), rows) for row in own], device=batch.ids.device)
 
@@ -249,8 +249,8 @@ def activations(encoder: Encoder, sequences: Sequence[list[int]], rows: Sequence
 
 
 def match_layers(old: Encoder, new: Encoder, pairs: list[Pair]) -> dict[int, int]:
-    """{new layer: old layer}, in order and one to one, as many as the shallower encoder has, so of equal depth each its own: those whose
-    outputs have the greatest linear CKA (Kornblith et al., 2019) in all."""
+    """{new layer: old layer}, in order and one to one, for as many layers as the shallower encoder has. The choice maximises the summed
+    linear CKA (Kornblith et al., 2019) of paired layers' outputs. At equal depth each layer is its own partner."""
     a, b, outputs = len(old.layers), len(new.layers), []
     for encoder, ids, rows in zip((old, new), *[iter(zip(*pairs))] * 2):
         found = activations(encoder, ids, rows, [f"layers.{n}.output_norm.out" for n in range(len(encoder.layers))]).values()
@@ -262,8 +262,8 @@ def match_layers(old: Encoder, new: Encoder, pairs: list[Pair]) -> dict[int, int
 
 
 def moments(old: Encoder, new: Encoder, pairs: list[Pair], sites: dict[str, tuple[str, str]], how: Carry) -> dict[str, list[Tensor]]:
-    """[X^T Y, X^T X, Y^T Y] of the old and new rows at each of `sites` {name: (old, new)}: (2, c, ., .) in fp64, of texts to fit and of
-    texts held out; c is 3 at qkv, else 1; of the last two their diagonals if no more is needed. For the head, <s> rows weigh as all."""
+    """[X^T Y, X^T X, Y^T Y] of old and new rows at each of `sites` {name: (old, new)}: (2, c, ., .) in fp64, for fitted and held-out texts.
+    c is 3 at qkv, else 1. The last two are diagonals if that is enough. For the head, <s> rows weigh as much as all rows."""
     total: list[dict[str, list[Tensor]]] = [{}, {}]
     for part, some in enumerate(([pair for i, pair in enumerate(pairs) if i % HELD_OUT], pairs[::HELD_OUT])):
         for a, rows_a, b, rows_b in (zip(*some[i:i + 32]) for i in range(0, len(some), 32)):
@@ -281,8 +281,8 @@ def moments(old: Encoder, new: Encoder, pairs: list[Pair], sites: dict[str, tupl
 
 
 def maps(moments: dict[str, list[Tensor]], how: Carry, heads: int) -> Callable[[str, bool], Tensor]:
-    """find(site, back): B (c, a, b), old rows to new, of least ||X B - Y||, or, `back`, A (c, b, a) of least ||Y A - X||, among all
-    matrices (ridge) or rotations (orthogonal; Schonemann, 1966); or the permutation of greatest cosines (Ainsworth et al., 2023)."""
+    """find(site, back): B (c, a, b), old rows to new, minimises ||X B - Y||; if `back`, A (c, b, a) minimises ||Y A - X||, among all
+    matrices (ridge) or rotations (orthogonal; Schonemann, 1966). `how` permutation maximises cosines (Ainsworth et al., 2023)."""
     @cache
     def find(site: str, back: bool) -> Tensor:
         XY, XX, YY = moments[site]
@@ -290,7 +290,7 @@ def maps(moments: dict[str, list[Tensor]], how: Carry, heads: int) -> Callable[[
             return ridge(YY, XY.mT) if back else ridge(XX, XY)
         if back:
             return find(site, False).mT
-        if how == "orthogonal" and not site.endswith(".output.in"):     # GELU lets units be permuted, not rotated
+        if how == "orthogonal" and not site.endswith(".output.in"):     # through GELU, units can be permuted but not rotated
             U, _, V = torch.linalg.svd(XY.sum(0))
             return U @ V
         return permutation(XY.sum(0), XX.sum(0), YY.sum(0), heads if site.endswith(OF_HEADS) else 1)
@@ -299,7 +299,7 @@ def maps(moments: dict[str, list[Tensor]], how: Carry, heads: int) -> Callable[[
 
 
 def ridge(G: Tensor, C: Tensor) -> Tensor:
-    """argmin ||Y A - X||^2 + lambda ||A||^2 for G = Y^T Y and C = Y^T X: lambda as the first half fits the second best, then all rows."""
+    """argmin ||Y A - X||^2 + lambda ||A||^2 for G = Y^T Y and C = Y^T X. lambda is chosen on held-out rows; A uses all."""
     unit = G.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * torch.eye(G.shape[-1]).to(G)
     fits = [torch.linalg.solve(G[0] + r * unit[0], C[0]) for r in RIDGE]
     errors = [(A * (G[1] @ A - 2 * C[1])).sum().item() for A in fits]
@@ -307,7 +307,7 @@ def ridge(G: Tensor, C: Tensor) -> Tensor:
 
 
 def permutation(XY: Tensor, XX: Tensor, YY: Tensor, heads: int) -> Tensor:
-    """(c, n, n), on two levels: heads by linear CKA, then the dimensions within. Queries and keys have one order."""
+    """(c, n, n), matched on two levels: heads by linear CKA, then the dimensions within heads. Queries and keys have one order."""
     def scaled(M: Tensor, of_x: Tensor, of_y: Tensor) -> Tensor:
         x, y = ((V if V.ndim == 2 else V.diagonal(dim1=1, dim2=2)).sqrt().clamp_min(1e-30) for V in (of_x, of_y))
         return M / x[:, :, None] / y[:, None]
@@ -316,7 +316,7 @@ def permutation(XY: Tensor, XX: Tensor, YY: Tensor, heads: int) -> Tensor:
     if heads > 1:
         cka = scaled(*(M.unflatten(2, (heads, -1)).unflatten(1, (heads, -1)).square().sum((2, 4)) for M in (XY, XX, YY)))   # (c, H, H)
         pairs = assignment(cka.sum(0))
-    score[:2] = score[:2].sum(0)        # of queries and keys; there is nothing else in it where there is one
+    score[:2] = score[:2].sum(0)        # queries plus keys; without the three parts of qkv this changes nothing
     for c, (i, j) in itertools.product(range(len(XY)), enumerate(pairs)):
         block = np.s_[c, i * D:(i + 1) * D, j * D:(j + 1) * D]
         B[block] = torch.eye(D).to(B)[assignment(score[block])]
@@ -324,11 +324,11 @@ def permutation(XY: Tensor, XX: Tensor, YY: Tensor, heads: int) -> Tensor:
 
 
 def assignment(score: Tensor) -> np.ndarray:
-    """(n,): the column of every row, one to one, of greatest total score (n, n), by shortest augmenting paths (Jonker & Volgenant, 1987):
-    O(n^3), a second for n = 1536."""
+    """(n,): the column of each row in the one-to-one assignment of greatest total score (n, n), by shortest augmenting paths (Jonker &
+    Volgenant, 1987): O(n^3), a second for n = 1536."""
     cost = (score.max() - score).cpu().numpy()
     n, v = len(cost), cost.min(0)
-    u, row_of, column_of = (cost - v).min(1), np.full(n, -1), np.full(n, -1)      # cost >= u + v, equal for what is matched
+    u, row_of, column_of = (cost - v).min(1), np.full(n, -1), np.full(n, -1)      # cost >= u + v, with equality for matched pairs
     for start in range(n):
         i, length, distance, before, done = start, 0.0, np.full(n, np.inf), np.full(n, -1), np.zeros(n, bool)
         while True:         # Dijkstra's algorithm, to the nearest free column
@@ -343,7 +343,7 @@ def assignment(score: Tensor) -> np.ndarray:
         u[start] += length
         u[row_of[done]] += length - distance[done]
         v[done] -= length - distance[done]
-        while j >= 0:       # every row on the path takes the column after it
+        while j >= 0:       # every row on the path takes the next column
             i = row_of[j] = before[j]
             column_of[i], j = j, column_of[i]
     return column_of
