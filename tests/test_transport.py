@@ -1,4 +1,4 @@
-"""Maps from text: exact where the answer is known, one sentence where there is none."""
+"""Maps from text: exact if the answer is known, one sentence if there is none."""
 import itertools
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ TEXTS = [" ".join(f"{chr(97 + (i * j + k) % 26)}{(7 * i + j * k) % 97}" for k in
 
 
 def tuned(base, kind, labels=3):
-    """A delta as of tuning: every trained weight moved at random."""
+    """A delta as after tuning: every trained weight moved at random."""
     config = DeltaConfig(kind, r=4, bottleneck=8, prefix_len=4, target_modules=tuple(TARGETS))
     model, generator = attach(base, config, labels, 0), torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -44,10 +44,10 @@ def logits(base, delta, batch):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["ridge", "orthogonal", "permutation"])
 def test_a_permuted_twin_is_undone_and_identical_bases_change_nothing(base, batch, kind, how):
-    """Ridge is as exact as its lambda lets it be: what directions hardly occur in the text is shrunk."""
+    """Ridge is only as exact as its lambda allows: directions that hardly occur in the text are shrunk."""
     delta, twin = tuned(base, kind), permuted_twin(base, 3)
     right, lost = logits(base, delta, batch), (logits(twin, delta, batch) - logits(base, delta, batch)).abs().max()
-    assert lost > 0.3       # as it stands it is worth nothing there
+    assert lost > 0.3       # without a map it is worth nothing there
     for new in (base, twin):
         delta_new, about = carried(base, new, delta, how)
         apply(new, delta_new)       # not stale
@@ -82,7 +82,7 @@ def found_for(X, Y, how):
 
 @pytest.mark.parametrize("how", ["ridge", "orthogonal"])
 def test_a_rotated_linear_layer(how):
-    """y = x W^T in rotated coordinates on both sides: D' = R^T D R, and what a head reads through A is what it read."""
+    """y = x W^T in rotated coordinates on both sides: D' = R^T D R. What a head reads through A is unchanged."""
     g = torch.Generator().manual_seed(0)
     X, D, W = (torch.randn(n, 6, generator=g, dtype=torch.float64) for n in (50, 6, 6))
     R = torch.linalg.qr(torch.randn(6, 6, generator=g, dtype=torch.float64)).Q
@@ -97,7 +97,7 @@ def test_a_rotated_linear_layer(how):
 
 @pytest.mark.parametrize("wide, narrow", [(9, 6), (6, 9)])
 def test_widths_changed_by_zero_padding(wide, narrow):
-    """New rows are the old ones with zeros after them, or without the last dimensions, which were zero."""
+    """New rows are the old ones followed by zeros, or without the last dimensions, which were zero."""
     g, n = torch.Generator().manual_seed(0), min(wide, narrow)
     X, D = torch.randn(50, narrow, generator=g, dtype=torch.float64), torch.randn(narrow, narrow, generator=g, dtype=torch.float64)
     X[:, n:], D[n:], D[:, n:] = 0.0, 0.0, 0.0
@@ -108,14 +108,14 @@ def test_widths_changed_by_zero_padding(wide, narrow):
     shapes = {"dense.weight": (-1, -1), "dense.bias": (-1,), "out.weight": (2, -1), "out.bias": (2,)}       # -1: the width
     fresh, head = ({name: torch.ones([d if size < 0 else size for size in shape]).double() for name, shape in shapes.items()}
                    for d in (wide, narrow))
-    head["out.weight"][:, n:] = 0.0         # features that count for nothing
+    head["out.weight"][:, n:] = 0.0         # features with zero output weight
     new, A = moved_head(fresh, head, found("layers.0.attention_output.out", True)[0]), (X, Y)
     answers = [torch.tanh(z @ h["dense.weight"].T + h["dense.bias"]) @ h["out.weight"].T + h["out.bias"] for z, h in zip(A, (head, new))]
     torch.testing.assert_close(*answers, atol=1e-6, rtol=1e-6)
 
 
 def doubled(base):
-    """A base of twice the width, heads and FFN units, same function: everything is there twice, and what reads it takes half of each."""
+    """A base with twice the width, heads and FFN units, but the same function: everything is there twice, and each reader halves it."""
     c = base.encoder.config
     encoder = Encoder(replace(c, hidden_size=2 * c.hidden_size, num_heads=2 * c.num_heads, ffn_size=2 * c.ffn_size)).eval()
     with torch.no_grad():
@@ -131,7 +131,7 @@ def test_a_wider_base_with_the_same_function_does_what_the_old_one_did(base, bat
     delta, wide = tuned(base, "adapter"), doubled(base)
     with torch.no_grad():
         torch.testing.assert_close(wide.encoder(batch), base.encoder(batch).repeat(1, 2), atol=1e-4, rtol=1e-4)
-    delta.diffs = {name: torch.zeros_like(v) for name, v in delta.diffs.items()}        # layer norms, which stay behind
+    delta.diffs = {name: torch.zeros_like(v) for name, v in delta.diffs.items()}        # layer norms are not carried
     new, about = carried(base, wide, delta, "ridge")
     assert about["left_out"] == ["layer norms"]
     torch.testing.assert_close(logits(wide, new, batch), logits(base, delta, batch), atol=0.01, rtol=0.01)
@@ -143,7 +143,7 @@ def test_a_wider_base_with_the_same_function_does_what_the_old_one_did(base, bat
 
 
 def test_layers_are_matched_in_order_and_one_to_one(base):
-    """Each base has layers of the other; what lies between them is another's."""
+    """Each base has layers of the other. The layers between them are unrelated."""
     deep = Encoder(replace(base.encoder.config, num_layers=4)).eval()
     deep.load_state_dict(random_base(base.tokenizer, 5).encoder.state_dict(), strict=False)
     deep.embeddings.load_state_dict(base.encoder.embeddings.state_dict())
@@ -157,7 +157,7 @@ def test_layers_are_matched_in_order_and_one_to_one(base):
     for name, v in new.modules.items():
         if name.startswith(("layers.0", "layers.1")):
             torch.testing.assert_close(v, delta.modules[name])
-        else:       # fresh: changes nothing, and can learn
+        else:       # a fresh module changes nothing, but can learn
             assert (v == 0).all() == (".B." in name)
 
 
