@@ -36,8 +36,8 @@ class DistillConfig:
     T: Positive = 5.0  # distillation temperature
     gamma: NonNegative = 0.0  # weight of the divergence between attention maps; the teacher then runs at every step
     att_layers: Literal["last", "all"] = "last"  # layers whose maps are compared: last or all
-    itp: NonNegativeInt = 0  # interpolation distillation: KD and patience also at so many random points between teacher and student
-    project_patience: bool = False  # patience through a learned linear map a layer, for a teacher of another width or depth
+    itp: NonNegativeInt = 0  # interpolation distillation: KD and patience also at this many random points between teacher and student
+    project_patience: bool = False  # patience through one learned linear map per layer, for a teacher of another width or depth
     public_code: bool = False  # KD divided by the number of labels, patience halved, as in the paper's code
 
 
@@ -112,7 +112,7 @@ class Loss:
     def rows(self, logits: Tensor, activations: Activations, batch: Batch, labels: Tensor | None = None) -> Tensor:
         """(B,): alpha KD + beta patience, plus (1 - alpha) task if `labels` are given."""
         c, t = self.config, self.teacher.logits[batch.index]
-        if self.is_regression or c.public_code or self.has_unlabelled:      # kd_loss leaves rows without a label out
+        if self.is_regression or c.public_code or self.has_unlabelled:      # kd_loss leaves out rows without a label
             task = 0.0 if labels is None else (1 - c.alpha) * task_loss(logits, labels, self.is_regression)
             rows = task + c.alpha * self.kd(logits, t, c.T)
         else:

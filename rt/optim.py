@@ -34,10 +34,10 @@ class ScheduleConfig:
     """The learning rate of a pre-training stage. `infinite` is one schedule over a whole lineage (Beyond Cosine Decay, 2025). Only the
     first stage warms up. Each stage ends in a base that is annealed to zero. The next stage continues from the weights before annealing."""
     schedule: Literal["linear", "cosine", "wsd", "infinite"] = "linear"  # linear or cosine decay, warm-up-stable-decay, or infinite
-    cooldown: Share = 0.2  # share of the steps: wsd: of the fall to zero; infinite: of the fall from the peak to the constant rate
+    cooldown: Share = 0.2  # share of the steps spent falling; wsd: to zero; infinite: from the peak to the constant rate
     hold: PositiveShare = 0.3  # infinite: the constant rate, held from stage to stage, as a share of the peak
-    anneal: Share = 0.1  # infinite: share of the steps in which the published base is annealed; the next stage goes on from before
-    rewarm: bool = False  # infinite: warm up and cool down anew in the first stage, though its base is not new
+    anneal: Share = 0.1  # infinite: share of the steps in which the published base is annealed; the next stage continues from before them
+    rewarm: bool = False  # infinite: warm up and cool down again in the first stage, although its base is not new
 
     def annealing(self, steps: int) -> int:
         """The number of steps at the end of a stage that only the published base takes."""

@@ -191,7 +191,7 @@ def check_carry(old_base: Base, base: Base, delta: Delta, how: Carry) -> None:
     for name in (*delta.diffs, *delta.modules):
         places(name)
     if delta.config.kind not in ("lora", "adapter"):
-        check_fits(base, delta, stale_ok=True)      # one size and vocabulary
+        check_fits(base, delta, stale_ok=True)      # same sizes and vocabulary
     for name in ("hidden_size", "ffn_size", "num_heads")[:{"ridge": 0, "orthogonal": 2, "permutation": 3}[how]]:
         if (a := getattr(old_base.encoder.config, name)) != (b := getattr(base.encoder.config, name)):
             raise InputError(f"`carry` {how} is for bases of equal {name}, not {a} and {b}: use ridge")
