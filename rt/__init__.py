@@ -1,9 +1,9 @@
-"""rt: recyclable tuning. Model, deltas, losses and recycling, one idea a file."""
+"""rt: recyclable tuning. Model, deltas, losses and recycling, one idea per file."""
 import os
 
 __version__ = "0.1.0"
 
-# Threads that wait for each other give their cores away after some 30 microseconds instead of milliseconds. Else steps take several times
-# as long, or do not end, as soon as other programs compute (docs/scaling.md). It is read when torch is loaded, hence here.
+# Waiting OpenMP threads release their core after about 30 microseconds instead of milliseconds. Otherwise steps take several times as long,
+# or do not end, as soon as other programs use the CPU (docs/scaling.md). OpenMP reads the variable when torch is loaded, so it is set here.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")

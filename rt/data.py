@@ -1,7 +1,7 @@
-"""Text as token ids: labelled tasks and few-shot samples, rows of a corpus with masks, and the batches made of both.
+"""Text as token ids: labelled tasks and few-shot samples, masked rows of a corpus, and batches of examples or rows.
 
-What a step sees and what is masked is a function of (seed, step). No iterator has a state: resuming needs none, and any number of ranks
-reads the same data. rt/formats reads the files.
+The data and masks of a step are a function of (seed, step). No iterator has a state, so resuming needs none and any number of ranks reads
+the same data. rt/formats reads the files.
 """
 import hashlib
 import json
@@ -19,20 +19,20 @@ from rt.model import Batch
 PARTS = ("train", "dev", "test")
 Objective = Literal["mlm", "rts", "slm"]
 MaskUnit = Literal["token", "word", "entity"]
-ROW_SEQUENCES = 8      # a row of a corpus has room for this many sequences of the longest length
+ROW_SEQUENCES = 8      # a row of a corpus has room for this many sequences of maximum length
 
 
 class Tokenizer(Protocol):
-    """What the core needs of a tokenizer; rt/formats/tokenizer.py has one."""
+    """The tokenizer interface that the core needs. rt/formats/tokenizer.py implements it."""
     vocab_size: int
     bos_id: int
     eos_id: int
     mask_id: int
     special_ids: list[int]
-    separators: int     # between the texts of a pair: RoBERTa's two, BERT's one
-    fingerprint: str    # hash of all that it does
-    vocabulary: str     # hash of which token each id stands for
-    pieces: list[str]   # text of each id, with a space before what begins a word
+    separators: int     # number of separators between the texts of a pair: 2 for RoBERTa, 1 for BERT
+    fingerprint: str    # hash of everything the tokenizer does
+    vocabulary: str     # hash of the token that each id stands for
+    pieces: list[str]   # text of each id; a word-initial piece starts with a space
 
     def encode(self, texts: list[str]) -> list[list[int]]: ...
 
@@ -43,13 +43,13 @@ class Tokenizer(Protocol):
 class Example:
     text: str
     text_pair: str | None
-    label: str | int | float | None     # a whole number only before it is a class of a Task; None: to predict, or no gold label
+    label: str | int | float | None     # a whole number only until it becomes a class of a Task; None: to be predicted, or no gold label
     source: str                 # file and line, for error messages
 
 
 @dataclass(frozen=True)
 class Task:
-    """`labels` are the class names in order, or empty for a regression."""
+    """A labelled task. `labels` are the class names in order, or empty for a regression."""
     name: str
     labels: tuple[str, ...]
     parts: dict[str, list[Example]]
@@ -60,13 +60,13 @@ class Task:
 
     @cached_property
     def hash(self) -> str:
-        """Hash of all texts and labels in order, 16 hex digits. A delta carries its task's."""
+        """Hash of all texts and labels in order, 16 hex digits. A delta stores the hash of its task."""
         lines = [json.dumps([part, e.text, e.text_pair, e.label]) for part, examples in self.parts.items() for e in examples]
         return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
 
 def few_shot(task: Task, shots: int, seed: int) -> Task:
-    """At most `shots` examples a label (for a regression: in all) for train and for dev, drawn by `seed`; test stays whole."""
+    """Draws at most `shots` examples per label (in total for a regression) for train and for dev, by `seed`. test stays whole."""
     rng, parts = np.random.default_rng([seed, shots]), dict(task.parts)
     for part in ("train", "dev"):
         groups: dict[str, list[Example]] = {}
@@ -82,20 +82,20 @@ class Encoded:
     sequences: list[list[int]]
     targets: Tensor
     truncated: int      # number of sequences that were cut
-    unlabelled: int = 0     # so many, the last ones, have no label, and fill the `share` of every training batch
+    unlabelled: int = 0     # this many examples, the last ones, have no label and fill the `share` of every training batch
     share: float = 0.0
 
     def __len__(self) -> int:
         return len(self.sequences)
 
     def beside(self, other: "Encoded", share: float) -> "Encoded":
-        """These examples and the unlabelled `other`."""
+        """These examples, followed by the unlabelled examples `other`."""
         return Encoded(self.sequences + other.sequences, torch.cat([self.targets, other.targets]), self.truncated + other.truncated,
                        len(other), share)
 
     def indices(self, batch_size: int, step: int, seed: int) -> list[int]:
-        """The examples of training step `step`. With unlabelled ones both kinds are drawn without end, so that every batch is full and has
-        round(share * batch_size) of them."""
+        """The examples of training step `step`. If some are unlabelled, both kinds are drawn without end: every batch is full and has
+        round(share * batch_size) unlabelled examples."""
         if not self.unlabelled:
             return training_indices(len(self), batch_size, step, seed)
         n, free = len(self) - self.unlabelled, round(self.share * batch_size)
@@ -103,15 +103,15 @@ class Encoded:
         return own + [n + i for i in others]
 
     def batch(self, indices: list[int]) -> Batch:
-        """The examples at `indices`, sorted by length (cheaper in attention_ref); the batch's `index` tells which is which."""
+        """The examples at `indices`, sorted by length (cheaper in attention_ref). The batch's `index` holds their indices."""
         indices = sorted(indices, key=lambda i: len(self.sequences[i]))
         index = torch.tensor(indices, dtype=torch.int64)
         return sequences_batch([self.sequences[i] for i in indices], labels=self.targets[index], index=index)
 
 
 def encode(examples: list[Example], labels: tuple[str, ...], tokenizer: Tokenizer, max_len: int) -> Encoded:
-    """<s> text </s>, or <s> text </s></s> pair </s> (BERT: [CLS] text [SEP] pair [SEP]), cut to `max_len`, of a pair the longer text first.
-    A [SEP] that a BERT text spells itself becomes ~id, which separates nothing. Without `labels` (class names) targets are floats."""
+    """<s> text </s>, or <s> text </s></s> pair </s> (BERT: [CLS] text [SEP] pair [SEP]), cut to `max_len`, the longer text of a pair first.
+    A [SEP] spelled in a BERT text becomes ~id, which separates nothing. Without `labels` (class names) targets are floats."""
     texts = tokenizer.encode([e.text for e in examples])
     pairs = tokenizer.encode([e.text_pair or "" for e in examples])
     bos, eos, between = tokenizer.bos_id, tokenizer.eos_id, [tokenizer.eos_id] * (tokenizer.separators - 1)
@@ -130,14 +130,14 @@ def encode(examples: list[Example], labels: tuple[str, ...], tokenizer: Tokenize
 
 
 def _fit(a: int, b: int, room: int) -> tuple[int, int]:
-    """How many tokens of texts of lengths (a, b) stay if there is room for `room`: the longer text is cut first."""
+    """How many tokens to keep of two texts of lengths (a, b) if `room` tokens fit. The longer text is cut first."""
     short = min(a, b, room // 2)
     return (a, b) if a + b <= room else (room - short, short) if a > b else (short, room - short)
 
 
 @dataclass
 class TaskData:
-    """An encoded task. `labels` is empty for a regression, `test` None if it has no labels, or may not be seen, as in a search."""
+    """An encoded task. `labels` is empty for a regression. `test` is None if it has no labels or must stay unseen, as in a search."""
     name: str
     labels: tuple[str, ...]
     train: Encoded
@@ -156,7 +156,7 @@ class TaskData:
 
 
 def encode_task(task: Task, tokenizer: Tokenizer, max_len: int) -> TaskData:
-    """All parts of a task as ids, texts cut to `max_len` tokens. InputError if no score of a regression is defined on dev."""
+    """All parts of a task as ids, with texts cut to `max_len` tokens. InputError if dev's targets leave a regression's score undefined."""
     if task.is_regression and len({e.label for e in task.parts["dev"]}) == 1:
         raise InputError(f"{task.name}: dev's targets are all equal: no correlation with them is defined; give others, or more `shots`")
     parts = {part: encode(examples, task.labels, tokenizer, max_len) for part, examples in task.parts.items()}
@@ -164,13 +164,13 @@ def encode_task(task: Task, tokenizer: Tokenizer, max_len: int) -> TaskData:
 
 
 def training_indices(n: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """The examples of step `step`, out of n: an epoch is a permutation by (seed, epoch), cut into batches; the last may be smaller."""
+    """The examples of step `step` out of n. An epoch is a permutation by (seed, epoch), cut into batches. The last batch may be smaller."""
     epoch, i = divmod(step, -(-n // batch_size))
     return np.random.default_rng([seed, 2, epoch]).permutation(n)[i * batch_size:(i + 1) * batch_size].tolist()
 
 
 def endless_indices(n: int, count: int, step: int, seed: list[int]) -> list[int]:
-    """The `count` items of step `step` of an endless row of permutations of n, one for each (seed, epoch)."""
+    """The `count` items of step `step` from an endless sequence of permutations of n, one per (seed, epoch)."""
     first, end = step * count, (step + 1) * count
     epochs = range(first // n, -(-end // n))
     order = [i for epoch in epochs for i in np.random.default_rng([*seed, epoch]).permutation(n).tolist()]
@@ -178,7 +178,7 @@ def endless_indices(n: int, count: int, step: int, seed: list[int]) -> list[int]
 
 
 def sequences_batch(sequences: list[list[int]], **fields: Tensor) -> Batch:
-    """Sequences of ids (specials included) as one unpadded batch; `fields` are Batch's labels and index."""
+    """Packs sequences of ids (special tokens included) into one batch. `fields` are Batch's labels and index."""
     lengths = [len(s) for s in sequences]
     ids = torch.tensor([t for s in sequences for t in s], dtype=torch.int64)
     return Batch(ids, torch.tensor(np.cumsum([0] + lengths), dtype=torch.int32), max(lengths), **fields)
@@ -187,9 +187,9 @@ def sequences_batch(sequences: list[list[int]], **fields: Tensor) -> Batch:
 # --- masked language modelling ----------------------------------------------------------------------------------------
 
 class Masker:
-    """Chooses `count` tokens of a row, none of them special: 80 % become <mask>, 10 % a random token, 10 % stay (Devlin et al., 2019). For
-    slm and rts all become another, random token (Di Liello et al., 2022). By `unit` word, whole words are chosen, of the last as much as
-    fits; by entity, first numbers and capitalised words, neighbours together, that do not begin a sentence."""
+    """Chooses `count` tokens of a row, never special ones: 80 % become <mask>, 10 % a random token, 10 % stay (Devlin et al., 2019). For
+    slm and rts, all become another random token (Di Liello et al., 2022). `unit` word chooses whole words and cuts the last one to fit.
+    `unit` entity first chooses numbers, and capitalised words that do not begin a sentence; adjacent ones are chosen together."""
     def __init__(self, tokenizer: Tokenizer, count: int, objective: Objective = "mlm", unit: MaskUnit = "token"):
         self.count, self.mask_id, self.objective, self.unit = count, tokenizer.mask_id, objective, unit
         self.is_special = np.zeros(tokenizer.vocab_size, dtype=bool)
@@ -223,30 +223,30 @@ class Masker:
         return masked, rows, ids[rows]
 
     def order(self, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """(R,) keys: equal within a word or an entity; the smallest are chosen."""
+        """(R,) sort keys, equal within a word or an entity. The tokens with the smallest keys are chosen."""
         begins = self.opens[ids] | np.roll(self.closes[ids], 1)
         word, first = begins.cumsum() - 1, np.flatnonzero(begins)      # a row begins with a special token
         if self.unit == "word":
             return rng.random(word[-1] + 1)[word]
         named = self.is_number[ids[first]] | self.is_capital[ids[first]] & ~self.ends_sentence[ids[first - 1]]
-        span = np.cumsum(~(named & np.roll(named, 1)))      # of each word
+        span = np.cumsum(~(named & np.roll(named, 1)))      # entity of each word
         return (rng.random(span[-1] + 1)[span] + ~named)[word]
 
 
 @dataclass
 class Corpus:
-    """Token ids of documents laid end to end; document i is tokens[offsets[i]:offsets[i+1]]."""
+    """Token ids of concatenated documents. Document i is tokens[offsets[i]:offsets[i+1]]."""
     name: str
     part: str               # train or heldout
     tokens: np.ndarray
     offsets: np.ndarray
-    content: str = ""       # hash of the tokens of both parts; "" in a cache older than the hash
+    content: str = ""       # hash of the tokens of both parts; "" in a cache that predates the hash
 
 
 class Rows:
-    """Rows of exactly `row_tokens` tokens out of a corpus, and masked-LM batches of them. Documents are cut into sequences <s> ... </s> of
-    at most `seq_len` tokens, permuted anew each epoch and laid end to end; row r is tokens [r * row_tokens, (r+1) * row_tokens) of that
-    line. So every row is full: a sequence across its end is cut in two, each with an <s>. The order of rows is permuted too."""
+    """Rows of exactly `row_tokens` tokens from a corpus, and masked-LM batches of rows. Documents are cut into sequences <s> ... </s> of at
+    most `seq_len` tokens. Each epoch permutes and concatenates the sequences. Row r is tokens [r * row_tokens, (r+1) * row_tokens) of the
+    result, so every row is full: a sequence across a row's end is cut in two, each with an <s>. The order of rows is permuted too."""
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer, *, seq_len: int, mask_rate: float, seed: int, sequences: int = ROW_SEQUENCES,
                  objective: Objective = "mlm", unit: MaskUnit = "token"):
         self.corpus, self.seed, self.seq_len = corpus, seed, seq_len
@@ -254,8 +254,8 @@ class Rows:
         self.row_tokens = sequences * seq_len
         self.masker = Masker(tokenizer, round(mask_rate * self.row_tokens), objective, unit)
         lengths = np.diff(corpus.offsets)
-        pieces = -(-lengths // (seq_len - 2))                                            # sequences of each document
-        nth = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)    # which one of its document
+        pieces = -(-lengths // (seq_len - 2))                                            # sequences per document
+        nth = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)    # number of the sequence within its document
         self.starts = np.repeat(corpus.offsets[:-1], pieces) + nth * (seq_len - 2)
         self.lengths = np.minimum(np.repeat(lengths, pieces) - nth * (seq_len - 2), seq_len - 2) + 2
         self.mean_length, self.length_deviation = self.lengths.mean(), self.lengths.std()
@@ -263,10 +263,10 @@ class Rows:
         if self.per_epoch == 0:
             raise InputError(f"corpus {corpus.name}: the {self.lengths.sum()} tokens of its {corpus.part} part do not fill "
                              f"one row of {self.row_tokens}; it needs more text, or a smaller `seq_len`")
-        self.epoch, self.mixture = -1, None     # mixture: what these rows are mixed with
+        self.epoch, self.mixture = -1, None     # mixture: the Mixture that includes these rows
 
     def enter_epoch(self, epoch: int) -> None:
-        """The permutations of one epoch, a function of (seed, epoch); kept until another epoch is entered."""
+        """Draws the permutations of one epoch from (seed, epoch). They are kept until another epoch is entered."""
         if epoch != self.epoch:
             rng = np.random.default_rng([self.seed, epoch])
             self.order = rng.permutation(len(self.lengths))
@@ -275,7 +275,7 @@ class Rows:
             self.epoch = epoch
 
     def row(self, number: int) -> tuple[np.ndarray, list[int]]:
-        """Row `number` of the endless stream: ids (row_tokens,) and the lengths of its sequences."""
+        """Row `number` of the endless stream: ids (row_tokens,) and the lengths of the row's sequences."""
         epoch, r = divmod(number, self.per_epoch)
         self.enter_epoch(epoch)
         begin = int(self.row_order[r]) * self.row_tokens
@@ -291,14 +291,14 @@ class Rows:
         return np.concatenate(pieces).astype(np.int64), list(map(len, pieces))
 
     def batch(self, step: int, batch_tokens: int, rank: int = 0, world: int = 1, part: int = 0, parts: int = 1) -> Batch:
-        """The masked batch of optimizer step `step`: of a rank's share of its rows the microbatch `part` of `parts`."""
+        """A masked microbatch of optimizer step `step`: part `part` of `parts` of this rank's share of the step's rows."""
         count = batch_tokens // self.row_tokens
         share = count // (world * parts)
         first = step * count + (rank * parts + part) * share
         return self.masked(range(first, first + share))
 
     def masked(self, numbers: range) -> Batch:
-        """The rows `numbers`, as one masked batch. For rts it has no `predict`, and labels (N,): 1 original, 0 replaced, -100 special."""
+        """The rows `numbers` as one masked batch. For rts: `predict` is None, and labels (N,) are 1 original, 0 replaced, -100 special."""
         ids, labels, predict, lengths = [], [], [], [0]
         for n, number in enumerate(numbers):
             rows, number = self.mixture.locate(number) if self.mixture else (self, number)
@@ -314,7 +314,7 @@ class Rows:
                      predict=None if rts else predict)
 
     def check_batch(self, batch_tokens: int, shares: int) -> None:
-        """Raises InputError unless `batch_tokens` is a whole number of rows for each of `shares` (ranks x accumulation)."""
+        """Raises InputError unless `batch_tokens` is a whole number of rows per share. `shares` is ranks x accumulation."""
         unit = self.row_tokens * shares
         if batch_tokens % unit or batch_tokens <= 0:
             rows = f"{ROW_SEQUENCES} sequences of `seq_len` {self.seq_len}, times {shares} ranks x `accumulation`"

@@ -1,10 +1,10 @@
-"""Deltas: what tuning on a task learned, apart from the base it was learned on.
+"""Deltas: the result of tuning on a task, stored apart from the base it was learned on.
 
-A delta has three parts: `diffs` (tuned - base, for weights that the base has), `modules` (weights that it lacks) and the task `head`. The
-kinds are in rt/kinds.py. A freshly attached delta of any kind leaves the base's function as it was.
+A delta has three parts: `diffs` (tuned - base, for weights that the base has), `modules` (weights that the base lacks) and the task `head`.
+The kinds are in rt/kinds.py. A freshly attached delta of any kind leaves the base's function unchanged.
 
-Deltas are algebra: `2 * d`, `d1 + d2`, `d1 - d2`, `apply(base, d, scale=0.5)`, `merge(base, d)`. A sum or a multiple acts on what the
-deltas compute, not on their factors: LoRA factors and adapter bottlenecks are laid side by side. No function changes a base in place.
+Deltas form an algebra: `2 * d`, `d1 + d2`, `d1 - d2`, `apply(base, d, scale=0.5)`, `merge(base, d)`. Sums and multiples act on what deltas
+compute, not on their factors: a sum concatenates LoRA factors and adapter bottlenecks. No function changes a base in place.
 """
 import copy
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -23,13 +23,13 @@ PARTS = ("diffs", "modules", "head")
 
 @dataclass
 class Base:
-    """An encoder with what belongs to it. Nothing changes a base in place."""
+    """An encoder with its head, tokenizer and metadata. Nothing changes a base in place."""
     encoder: Encoder
     head: MLMHead | None
     tokenizer: Tokenizer
     meta: dict
-    fingerprint: str    # of the encoder; a delta carries that of its base
-    pooler: dict[str, Tensor] | None = None     # of a BERT checkpoint: dense.weight and dense.bias, where a fresh task head starts
+    fingerprint: str    # of the encoder; a delta stores its base's fingerprint
+    pooler: dict[str, Tensor] | None = None     # dense.weight and dense.bias of a BERT checkpoint: a fresh task head starts from them
 
     def to(self, device: torch.device) -> "Base":
         self.encoder.to(device)
@@ -42,7 +42,7 @@ class Base:
 
 
 def new_head(base: Base, num_outputs: int, seed: int) -> ClassificationHead:
-    """A freshly initialised task head on the base's device; its dense layer is the base's pooler if there is one."""
+    """A freshly initialised task head on the base's device. Its dense layer is the base's pooler if the base has one."""
     config = base.encoder.config
     head = ClassificationHead(config.hidden_size, num_outputs, config.dropout)
     init_weights(head, torch.Generator().manual_seed(seed))
@@ -51,7 +51,7 @@ def new_head(base: Base, num_outputs: int, seed: int) -> ClassificationHead:
 
 
 def plug_in(encoder: Encoder, config: DeltaConfig) -> list[nn.Module]:
-    """Fill the slots of `encoder` with the modules of a kind; returns them, not yet initialised."""
+    """Fill the slots of `encoder` with the modules of a kind. Returns the modules, not yet initialised."""
     new: list[nn.Module] = []
     for block in encoder.layers:
         for slot, module in KINDS[config.kind].modules(block, config).items():
@@ -62,14 +62,14 @@ def plug_in(encoder: Encoder, config: DeltaConfig) -> list[nn.Module]:
 
 
 def attach(base: Base, config: DeltaConfig, num_outputs: int, seed: int) -> Classifier:
-    """`base` with a fresh delta and head, whose logits are those of base + head: what the kind trains is a copy that requires a gradient,
-    the rest is frozen and shares the base's memory."""
+    """`base` with a fresh delta and head; its logits are those of base + head. The weights that the kind trains are copies that require a
+    gradient. The other weights are frozen and share the base's memory."""
     trains = KINDS[config.check().kind].trains
     shared = {id(p): p for name, p in base.encoder.named_parameters() if not trains(name)}
     encoder = copy.deepcopy(base.encoder, memo=dict(shared))
     for module in encoder.modules():
         for name, p in module.named_parameters(recurse=False):
-            # a Parameter of its own even over shared memory: requires_grad must not reach the base
+            # a new Parameter even over shared memory: setting requires_grad must not affect the base
             setattr(module, name, nn.Parameter(p.data, requires_grad=id(p) not in shared))
     generator = torch.Generator().manual_seed(seed)
     for module in plug_in(encoder, config):
@@ -79,7 +79,7 @@ def attach(base: Base, config: DeltaConfig, num_outputs: int, seed: int) -> Clas
 
 @dataclass
 class Delta:
-    """What tuning learned. `info`: task, labels, fingerprint and sizes of the base, tokenizer, scores."""
+    """The result of tuning. `info` holds the task, labels, fingerprint and sizes of the base, tokenizer and scores."""
     config: DeltaConfig
     diffs: dict[str, Tensor]
     modules: dict[str, Tensor]
@@ -96,7 +96,7 @@ class Delta:
         return len(self.head["out.bias"])
 
     def ordered(self, labels: tuple[str, ...]) -> "Delta":
-        """The delta with its outputs in the order of `labels`; itself if these are not its own labels in another order."""
+        """The delta with its outputs in the order of `labels`. Returns itself unless `labels` reorders its own labels."""
         if labels == self.labels or sorted(labels) != sorted(self.labels):
             return self
         rows = [self.labels.index(label) for label in labels]
@@ -104,11 +104,11 @@ class Delta:
         return replace(self, head=head, info=self.info | {"labels": list(labels)})
 
     def tensors(self, with_head: bool = True) -> dict[str, Tensor]:
-        """All tensors by part and name, as in delta.safetensors: 'diffs.embeddings.word.weight'."""
+        """All tensors, named by part and name as in delta.safetensors: 'diffs.embeddings.word.weight'."""
         return {f"{part}.{k}": v for part in PARTS if with_head or part != "head" for k, v in getattr(self, part).items()}
 
     def map(self, change: Callable[[str, Tensor], Tensor]) -> "Delta":
-        """The delta with change(name, tensor) in place of every tensor, by the names of `tensors`."""
+        """The delta with every tensor replaced by change(name, tensor). Names are those of `tensors`."""
         return replace(self, **{part: {k: change(f"{part}.{k}", v) for k, v in getattr(self, part).items()} for part in PARTS})
 
     def role(self, name: str) -> str:
@@ -119,8 +119,8 @@ class Delta:
         return roles[0]
 
     def __mul__(self, a: float) -> "Delta":
-        """a * d changes the base's function by `a` times as much: the last, linear part of a module is scaled. The head is scaled too, so
-        that 0.5 * d + 0.5 * d is d; apply(base, d, scale=a) scales the change alone."""
+        """a * d changes the base's function `a` times as much by scaling the last, linear part of each module. The head is scaled too, so
+        that 0.5 * d + 0.5 * d is d. apply(base, d, scale=a) scales the change alone."""
         return self.map(lambda name, v: v if self.role(name) == INPUT else a * v)
 
     __rmul__ = __mul__
@@ -132,7 +132,7 @@ class Delta:
         return self + -1.0 * other
 
     def __add__(self, other: "Delta") -> "Delta":
-        """Raises InputError unless both are of one kind, base and set of labels, and the kind has sums."""
+        """The sum. Raises InputError unless both deltas have the same kind, base and labels, and the kind has sums."""
         theirs, kind = other.tensors(), KINDS[self.config.kind]
         for what, a, b in (("kinds", self.config.kind, other.config.kind), ("bases", self.info.get("base"), other.info.get("base")),
                            ("labels", self.info.get("labels"), other.info.get("labels")), ("tensors", [*self.tensors()], [*theirs])):
@@ -152,7 +152,7 @@ class Delta:
 
 
 def extract(model: Classifier, base: Base, config: DeltaConfig, info: dict) -> Delta:
-    """The delta that makes `model` out of `base`; its tensors are copies on the CPU."""
+    """The delta that turns `base` into `model`. Its tensors are copies on the CPU."""
     own, weights = (dict(encoder.named_parameters()) for encoder in (base.encoder, model.encoder))
     diffs = {k: (p.detach() - own[k].detach()).cpu() for k, p in weights.items() if k in own and p.requires_grad}
     modules = {k: p.detach().cpu().clone() for k, p in weights.items() if k not in own}
@@ -161,13 +161,13 @@ def extract(model: Classifier, base: Base, config: DeltaConfig, info: dict) -> D
 
 
 def origin(base: Base) -> dict:
-    """How a delta names the base that it was learned on."""
+    """The entries of `info` that identify the base a delta was learned on."""
     return {"base": base.fingerprint, "tokenizer": base.tokenizer.fingerprint, "vocabulary": base.tokenizer.vocabulary,
             "encoder": asdict(base.encoder.config)}
 
 
 def apply(base: Base, delta: Delta, scale: float = 1.0, stale_ok: bool = False) -> Classifier:
-    """`base` changed by `scale` times `delta`, with the delta's head as it is: the mode apply. Trainable as `attach`'s result is."""
+    """`base` changed by `scale` times `delta`, with the delta's head unscaled: the mode apply. Trainable like the result of `attach`."""
     check_fits(base, delta, stale_ok)
     check_tensors(base, delta)
     model = attach(base, delta.config, delta.num_outputs, seed=0)
@@ -183,7 +183,7 @@ def apply(base: Base, delta: Delta, scale: float = 1.0, stale_ok: bool = False) 
 
 
 def merge(base: Base, delta: Delta, scale: float = 1.0, stale_ok: bool = False) -> dict[str, Tensor]:
-    """State dict (float32) of a plain encoder that computes what base + delta does. Raises InputError for adapter and prefix."""
+    """State dict (float32) of a plain encoder that computes the same as base + delta. Raises InputError for adapter and prefix."""
     if not KINDS[delta.config.kind].is_mergeable:
         raise InputError(f"a delta of kind {delta.config.kind} cannot be merged into the base's weights")
     model = apply(base, delta, scale, stale_ok)
@@ -195,7 +195,7 @@ def merge(base: Base, delta: Delta, scale: float = 1.0, stale_ok: bool = False) 
 
 
 def check_fits(base: Base, delta: Delta, stale_ok: bool) -> None:
-    """Raises InputError if `delta` cannot be put on `base`; StaleDelta, unless `stale_ok`, if it can but was learned on another one."""
+    """Raises InputError if `delta` does not fit `base`. Raises StaleDelta if it fits but was learned on another base, unless `stale_ok`."""
     try:
         theirs = EncoderConfig(**delta.info["encoder"])
     except TypeError:
@@ -209,7 +209,7 @@ def check_fits(base: Base, delta: Delta, stale_ok: bool) -> None:
 
 
 def check_sizes(base: Base, theirs: EncoderConfig, what: str) -> None:
-    """Raises InputError unless an encoder of the sizes `theirs` has the base's tensors and computes the same function of them."""
+    """Raises InputError unless an encoder of sizes `theirs` has the base's tensors and computes the same function with them."""
     mine = base.encoder.config
     for name in ("is_bert", *(f.name for f in fields(mine) if "dropout" not in f.name and f.name != "model_type")):
         if getattr(mine, name) != getattr(theirs, name):
@@ -217,7 +217,7 @@ def check_sizes(base: Base, theirs: EncoderConfig, what: str) -> None:
 
 
 def check_tensors(base: Base, delta: Delta) -> None:
-    """Raises InputError unless the delta's tensors are those of its kind and settings on `base`. Allocates no tensor."""
+    """Raises InputError unless the delta's tensors match its kind and settings on `base`. Allocates no tensor."""
     check_head(delta.head, base.encoder.config.hidden_size, "the delta's head")
     kind, own = delta.config.check().kind, dict(base.encoder.named_parameters())
     try:
@@ -231,14 +231,14 @@ def check_tensors(base: Base, delta: Delta) -> None:
 
 
 def check_head(head: dict[str, Tensor], d: int, source: str) -> None:
-    """Raises InputError unless these are the tensors of a ClassificationHead of width `d`."""
+    """Raises InputError unless `head` has the tensors of a ClassificationHead of width `d`."""
     n = max(1, head["out.bias"].numel()) if "out.bias" in head else 1
     check_state(head, {"dense.weight": (d, d), "dense.bias": (d,), "out.weight": (n, d), "out.bias": (n,)},
                 f"{source}: not a head for sequence classification of width {d}")
 
 
 def check_state(found: dict[str, Tensor], expected: dict[str, Sequence[int]], what: str) -> None:
-    """Raises InputError, which begins with `what`, unless the tensors have the expected names and shapes and are of floating point."""
+    """Raises InputError, starting with `what`, unless the tensors have the expected names and shapes and are floating-point."""
     for name in sorted(found.keys() | expected.keys()):
         if name not in found or name not in expected:
             raise InputError(f"{what}: {name} is " + ("missing" if name in expected else "none of its own"))

@@ -1,13 +1,13 @@
-"""Input that cannot be used. A message says what is wrong and what to do, with settings in backticks, `lr`: scripts print the flag."""
+"""Errors for unusable input. A message says what is wrong and what to do. Settings are in backticks (`lr`); scripts print the flag."""
 
 
 class InputError(ValueError):
-    """Bad input: the scripts print the message and exit with 2."""
+    """Bad input. The scripts print the message and exit with code 2."""
 
 
 class StaleDelta(InputError):
-    """A delta met a base that it was not learned on, outside recycling."""
+    """A delta was used, outside recycling, on a base that it was not learned on."""
 
 
 class Diverged(InputError):
-    """Too many steps in a row had no finite loss or gradient."""
+    """Too many steps in a row had a loss or gradient that was not finite."""

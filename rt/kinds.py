@@ -1,12 +1,12 @@
-"""The kinds of delta: what each plugs into an encoder, which of the base's own weights it trains, and how two of them add up.
+"""The kinds of delta: the modules each one adds to an encoder, the base weights it trains, and how two deltas of a kind are added.
 
-    full      every encoder weight; the delta is tuned - base
-    adapter   bottleneck modules after attention and after the FFN (Houlsby et al., 2019); LN is trained with them
-    lora      low-rank updates of the projections named by target_modules (Hu et al., 2022)
+    full      all encoder weights; the delta is tuned - base
+    adapter   bottleneck modules after attention and after the FFN (Houlsby et al., 2019); the LNs are trained too
+    lora      low-rank updates of the projections in target_modules (Hu et al., 2022)
     bitfit    the biases (Ben Zaken et al., 2022)
     prefix    learned keys and values in every layer (Li & Liang, 2021), behind a gate that starts closed
 
-A new kind is a module class, whose `reset` makes it the identity, and a row of KINDS; its settings are fields of DeltaConfig.
+To add a kind, write a module class with a `reset` that makes it the identity, add a row to KINDS, and put its settings in DeltaConfig.
 """
 import math
 from dataclasses import dataclass, field, replace
@@ -23,7 +23,7 @@ from rt.model import Block, Linear, init_weights, linear
 
 @dataclass(frozen=True)
 class DeltaConfig:
-    """A kind of delta and its settings; settings of other kinds are ignored."""
+    """The kind of a delta and its settings. Settings of other kinds are ignored."""
     kind: str = "adapter"  # full, adapter, lora, bitfit or prefix
     bottleneck: PositiveInt = 24  # adapter
     r: PositiveInt = 8  # lora
@@ -32,7 +32,7 @@ class DeltaConfig:
     prefix_len: PositiveInt = 16  # prefix
 
     def check(self) -> "DeltaConfig":
-        """The same config. Raises InputError if no delta can have these settings."""
+        """Returns this config. Raises InputError if no delta can have these settings."""
         for what, names, table in (("delta", [self.kind], KINDS), ("target module", self.target_modules, TARGETS)):
             if wrong := [name for name in names if not isinstance(name, str) or name not in table]:
                 raise InputError(f"{what} {wrong[0]!r}: not one of {', '.join(table)}")
@@ -45,25 +45,25 @@ class DeltaConfig:
 
     @property
     def used(self) -> dict:
-        """The kind and the settings that it uses: deltas of one base whose `used` are equal have equal tensors."""
+        """The kind and the settings it uses. Deltas of one base with equal `used` have tensors of the same names and shapes."""
         return {name: getattr(self, name) for name in ("kind", *(KINDS[self.kind].settings if self.kind in KINDS else ()))}
 
 
-# How a module's tensor takes part in the algebra of rt/deltas.py. INPUT: a * d leaves it alone, d1 + d2 stacks it along dimension 0.
-# OUTPUT: a * d scales it, d1 + d2 lays it side by side along dimension 1. ADDED: a * d scales it, d1 + d2 adds it.
+# The role of a module's tensor in the algebra of rt/deltas.py. INPUT: a * d leaves it unchanged, d1 + d2 concatenates along dimension 0.
+# OUTPUT: a * d scales it, d1 + d2 concatenates along dimension 1. ADDED: a * d scales it, d1 + d2 adds.
 INPUT, OUTPUT, ADDED = "input", "output", "added"
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A row of KINDS. Modules have `reset(generator)`; that of a slot `lora` is called with (x, y) and may have `weight(linear)`."""
-    modules: Callable[[Block, DeltaConfig], dict[str, nn.Module]] = lambda block, config: {}    # by slot, not yet reset
-    trains: Callable[[str], bool] = lambda name: False      # whether the base's own weight of this name is trained
-    settings: tuple[str, ...] = ()                          # the fields of DeltaConfig that it uses
-    roles: dict[str, str] = field(default_factory=dict)     # part of a tensor's name -> INPUT, OUTPUT or ADDED
-    scaling: Callable[[DeltaConfig], float] = lambda config: 1.0            # the factor that a module puts before its OUTPUT
-    joined: Callable[[DeltaConfig, DeltaConfig], DeltaConfig] | None = lambda a, b: a   # settings of a sum, scaling 1; None: no sum
-    is_mergeable: bool = False                              # whether plain weights can do the same, by the module's `weight` if it has one
+    """A row of KINDS. Modules have `reset(generator)`. A `lora` slot's module is called with (x, y) and may have `weight(linear)`."""
+    modules: Callable[[Block, DeltaConfig], dict[str, nn.Module]] = lambda block, config: {}    # by slot, before `reset`
+    trains: Callable[[str], bool] = lambda name: False      # whether the base's weight of this name is trained
+    settings: tuple[str, ...] = ()                          # the fields of DeltaConfig that this kind uses
+    roles: dict[str, str] = field(default_factory=dict)     # substring of a tensor's name -> INPUT, OUTPUT or ADDED
+    scaling: Callable[[DeltaConfig], float] = lambda config: 1.0            # the factor that a module multiplies its OUTPUT by
+    joined: Callable[[DeltaConfig, DeltaConfig], DeltaConfig] | None = lambda a, b: a   # settings of a sum, with scaling 1; None: no sum
+    is_mergeable: bool = False                              # whether it merges into plain weights (by the module's `weight` if it has one)
 
 
 class Adapter(nn.Module):
@@ -81,17 +81,17 @@ class Adapter(nn.Module):
         return x + self.up(F.gelu(self.down(x)))
 
 
-# what PEFT's target_modules mean here: the Linear of a Block, and for the fused qkv which third of its output rows
+# PEFT's target_modules in a Block: the Linear and, for the fused qkv, which third of its output rows
 TARGETS = {"query": ("qkv", 0), "key": ("qkv", 1), "value": ("qkv", 2), "attention.output.dense": ("attention_output", None),
            "intermediate.dense": ("intermediate", None), "output.dense": ("output", None)}
 
 
 class LoRA(nn.Module):
-    """y + scaling * B A x on the output rows of each target of one Linear. B starts at zero."""
+    """Adds scaling * B A x to y on the output rows of each target of one Linear. B starts at zero."""
     def __init__(self, linear: nn.Linear, targets: dict[str, int | None], r: int, lora_alpha: float):
         super().__init__()
         rows = linear.out_features // (3 if None not in targets.values() else 1)
-        names = {target: target.replace(".", "_") for target in targets}        # module names cannot hold a dot
+        names = {target: target.replace(".", "_") for target in targets}        # module names cannot contain a dot
         self.first_row = {names[target]: (third or 0) * rows for target, third in targets.items()}
         self.A = nn.ParameterDict({name: torch.empty(r, linear.in_features) for name in self.first_row})
         self.B = nn.ParameterDict({name: torch.empty(rows, r) for name in self.first_row})
@@ -99,7 +99,7 @@ class LoRA(nn.Module):
 
     def reset(self, generator: torch.Generator) -> None:
         for name, a in self.A.items():
-            bound = 1 / math.sqrt(a.shape[1])       # kaiming_uniform_(a=sqrt(5)), as loralib and PEFT
+            bound = 1 / math.sqrt(a.shape[1])       # kaiming_uniform_(a=sqrt(5)), as in loralib and PEFT
             nn.init.uniform_(a, -bound, bound, generator=generator)
             nn.init.zeros_(self.B[name])
 
@@ -110,7 +110,7 @@ class LoRA(nn.Module):
         return y
 
     def weight(self, linear: nn.Linear) -> Tensor:
-        """The update as a matrix of the Linear's shape."""
+        """The update as a matrix in the shape of the Linear's weight."""
         full = torch.zeros_like(linear.weight)
         for name, first in self.first_row.items():
             full[first:first + len(self.B[name])] += self.scaling * self.B[name] @ self.A[name]
@@ -118,7 +118,7 @@ class LoRA(nn.Module):
 
 
 def loras(block: Block, c: DeltaConfig) -> dict[str, nn.Module]:
-    """One for each Linear, for all of its targets."""
+    """One LoRA per Linear, covering all targets in it."""
     targets: dict[str, dict[str, int | None]] = {}
     for target in c.target_modules:
         name, third = TARGETS[target]
@@ -127,7 +127,7 @@ def loras(block: Block, c: DeltaConfig) -> dict[str, nn.Module]:
 
 
 class Prefix(nn.Module):
-    """Keys and values of `prefix_len` learned positions for one layer, and one gate a head that starts at zero."""
+    """Learned keys and values at `prefix_len` positions for one layer, and one gate per head that starts at zero."""
     def __init__(self, prefix_len: int, num_heads: int, head_size: int):
         super().__init__()
         self.k = nn.Parameter(torch.empty(prefix_len, num_heads, head_size))
@@ -135,7 +135,7 @@ class Prefix(nn.Module):
         self.gate = nn.Parameter(torch.empty(num_heads))
 
     def reset(self, generator: torch.Generator) -> None:
-        nn.init.normal_(self.k, generator=generator)  # unit scale, about that of a trained layer's keys and values:
+        nn.init.normal_(self.k, generator=generator)  # unit scale, about that of keys and values in a trained layer:
         nn.init.normal_(self.v, generator=generator)  # the gate's first gradient is proportional to v
         nn.init.zeros_(self.gate)
 

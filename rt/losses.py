@@ -1,4 +1,4 @@
-"""What training minimises: the task's loss, and distillation from a frozen teacher.
+"""Losses: the task loss, and distillation from a frozen teacher.
 
     task      CE(s, y); for a regression the squared error
     KD        T^2 KL(softmax(t/T) || softmax(s/T)), mean over the batch; for a regression the squared error to t
@@ -6,10 +6,10 @@
     attention KL(teacher's attention map || student's), mean over layers, heads and query tokens of the batch
     total     (1 - alpha) task + alpha KD + beta patience + gamma attention
 
-Interpolation distillation averages KD and patience over the student itself, mu = 1, and `itp` points theta(mu) = (1 - mu) teacher + mu
-student on the line through all their weights, mu ~ U(0, 1) drawn at every step. A point's gradient reaches the student alone, times mu; it
-costs a step's time and a copy of all weights. A new term is a function like `patience`, its row in TERMS, and the field of DistillConfig
-that weighs it.
+Interpolation distillation averages KD and patience over the student (mu = 1) and `itp` points theta(mu) = (1 - mu) teacher + mu student on
+the line between all their weights, with mu ~ U(0, 1) drawn at every step. The gradient of a point reaches only the student, scaled by mu. A
+point costs the time of a step and a copy of all weights. To add a term, write a function like `patience`, add its row to TERMS, and add its
+weight to DistillConfig.
 """
 from dataclasses import dataclass
 from typing import Callable, Literal
@@ -36,13 +36,13 @@ class DistillConfig:
     T: Positive = 5.0  # distillation temperature
     gamma: NonNegative = 0.0  # weight of the divergence between attention maps; the teacher then runs at every step
     att_layers: Literal["last", "all"] = "last"  # layers whose maps are compared: last or all
-    itp: NonNegativeInt = 0  # interpolation distillation: KD and patience also at so many random points between teacher and student
-    project_patience: bool = False  # patience through a learned linear map a layer, for a teacher of another width or depth
+    itp: NonNegativeInt = 0  # interpolation distillation: KD and patience also at this many random points between teacher and student
+    project_patience: bool = False  # patience through one learned linear map per layer, for a teacher of another width or depth
     public_code: bool = False  # KD divided by the number of labels, patience halved, as in the paper's code
 
 
 def task_loss(logits: Tensor, labels: Tensor, is_regression: bool) -> Tensor:
-    """(B,): CE of (B, C) logits and (B,) classes, or the squared error of (B, 1) and (B,) floats; 0 without a label (-100, NaN)."""
+    """(B,): CE of (B, C) logits and (B,) classes, or squared error of (B, 1) and (B,) floats; 0 for rows without a label (-100, NaN)."""
     if is_regression:
         logits = logits.float().squeeze(-1)
         return (logits - torch.where(labels.isnan(), logits.detach(), labels)).square()
@@ -51,14 +51,14 @@ def task_loss(logits: Tensor, labels: Tensor, is_regression: bool) -> Tensor:
 
 @dataclass
 class TeacherCache:
-    """Outputs of a frozen teacher without dropout on every training example: computed once, looked up by `batch.index`."""
+    """Outputs of a frozen teacher without dropout on every training example. Computed once, looked up by `batch.index`."""
     logits: Tensor  # (n, C) fp32
-    states: Tensor | None  # (n, num_layers, d) fp32, the <s> rows that patience compares; None: of a black box
+    states: Tensor | None  # (n, num_layers, d) fp32, the <s> rows that patience compares; None for a black box
 
 
 @torch.no_grad()
 def run_teacher(teacher: Classifier, data: Encoded, device: torch.device, precision: torch.dtype, batch_size: int = 64) -> TeacherCache:
-    """The cache for all of `data`, on `device`."""
+    """The teacher's outputs on all of `data`, on `device`."""
     teacher.eval()
     logits, states, index = [], [], []
     for i in range(0, len(data), batch_size):
@@ -74,13 +74,13 @@ def run_teacher(teacher: Classifier, data: Encoded, device: torch.device, precis
 
 @dataclass
 class Loss:
-    """The loss of one batch. Without a teacher it is the task's alone."""
+    """The loss of one batch. Without a teacher it is the task loss alone."""
     is_regression: bool = False
     teacher: TeacherCache | None = None
-    config: DistillConfig | None = None             # with a teacher: the scripts own the defaults
-    attention_teacher: Classifier | None = None     # for gamma the teacher itself: its queries and keys are too large to cache
-    teacher_weights: Weights | None = None          # for itp weights_of(teacher), of the student's names and sizes
-    has_unlabelled: bool = False                    # rows without a label, which have no task term
+    config: DistillConfig | None = None             # required with a teacher: the scripts own the defaults
+    attention_teacher: Classifier | None = None     # for gamma: the teacher itself, because its queries and keys are too large to cache
+    teacher_weights: Weights | None = None          # for itp: weights_of(teacher), with the student's names and sizes
+    has_unlabelled: bool = False                    # whether some rows have no label, and so no task term
 
     def __post_init__(self):
         c = self.config
@@ -96,7 +96,7 @@ class Loss:
         if self.teacher is None:
             return task_loss(model(batch), batch.labels, self.is_regression).mean()
         c, activations = self.config, Activations(attention=self.layers(model))
-        points = torch.rand(c.itp).tolist()     # on the CPU, whose generator the loop seeds by (seed, step)
+        points = torch.rand(c.itp).tolist()     # on the CPU: the loop seeds its generator by (seed, step)
         logits = model(batch, activations)
         if points:
             parts = [self.rows(logits, activations, batch), *(self.at(mu, model, batch) for mu in points)]
@@ -110,9 +110,9 @@ class Loss:
         return total
 
     def rows(self, logits: Tensor, activations: Activations, batch: Batch, labels: Tensor | None = None) -> Tensor:
-        """(B,): alpha KD + beta patience, and with `labels` (1 - alpha) task too."""
+        """(B,): alpha KD + beta patience, plus (1 - alpha) task if `labels` are given."""
         c, t = self.config, self.teacher.logits[batch.index]
-        if self.is_regression or c.public_code or self.has_unlabelled:      # kd_loss leaves rows without a label out
+        if self.is_regression or c.public_code or self.has_unlabelled:      # kd_loss leaves out rows without a label
             task = 0.0 if labels is None else (1 - c.alpha) * task_loss(logits, labels, self.is_regression)
             rows = task + c.alpha * self.kd(logits, t, c.T)
         else:
@@ -123,25 +123,25 @@ class Loss:
         return rows
 
     def kd(self, logits: Tensor, t: Tensor, T: float) -> Tensor:
-        """(B,), for the student's and the teacher's logits (B, C)."""
+        """(B,): KD of the student's and the teacher's logits (B, C)."""
         if self.is_regression:
             return task_loss(logits, t.squeeze(-1), True)
         return kd_loss(logits, t, alpha=1.0, T=T) / (logits.shape[-1] if self.config.public_code else 1)
 
     def at(self, mu: float, model: Classifier, batch: Batch) -> Tensor:
-        """(B,): alpha KD + beta patience of the model at `mu` between teacher and `model`, frozen weights and head included."""
+        """(B,): alpha KD + beta patience at point `mu` between teacher and `model`. Frozen weights and the head are interpolated too."""
         weights = lerp(self.teacher_weights, dict(model.named_parameters()), mu)
         logits = functional_call(model, weights, (batch, activations := Activations()))
         return self.rows(logits, activations, batch)
 
     def layers(self, model: Classifier) -> tuple[int, ...]:
-        """The layers whose attention maps are compared, in student or teacher."""
+        """The layers of student or teacher whose attention maps are compared."""
         layers = tuple(range(len(model.encoder.layers))) if self.config.gamma else ()
         return layers if self.config.att_layers == "all" else layers[-1:]
 
 
 def patience(loss: Loss, logits: Tensor, activations: Activations, batch: Batch) -> Tensor:
-    """A term: (B,), or a scalar, the mean over the batch. Of a teacher of another depth, layer i is compared with layer i L_old // L."""
+    """A term: (B,), or a scalar, the batch mean. If the teacher has another depth, student layer i is compared with layer i L_old // L."""
     states, teacher, index = activations.states, loss.teacher.states, batch.index
     if (L := states.shape[1]) != (L_old := teacher.shape[1]):
         teacher, index = torch.stack([teacher[index, i * L_old // L] for i in range(L)], dim=1), None
@@ -156,13 +156,13 @@ def attention(loss: Loss, logits: Tensor, activations: Activations, batch: Batch
 
 
 def attention_divergence(student: Activations, teacher: Activations, batch: Batch) -> Tensor:
-    """Scalar: KL(teacher's map || student's), the mean over collected layers, heads and query tokens."""
+    """Scalar: KL(teacher's map || student's), mean over collected layers, heads and query tokens."""
     return torch.stack([attention_kd(*s, *t, batch.cu_seqlens, batch.max_seqlen).mean()
                         for s, t in zip(student.qk, teacher.qk, strict=True)]).mean()
 
 
 TERMS: dict[str, Callable[[Loss, Tensor, Activations, Batch], Tensor]] = {"beta": patience, "gamma": attention}     # by its weight's field
-AT_POINTS = ("beta",)   # imposed at the points of interpolation too; the others on the student alone
+AT_POINTS = ("beta",)   # also applied at the points of interpolation; the other terms apply to the student alone
 
 
 def weights_of(model: Classifier) -> Weights:
@@ -181,7 +181,7 @@ def lerp(a: Weights, b: Weights, mu: float) -> Weights:
 
 
 class Reweighted(nn.Module):
-    """`model`, which is not changed, with `weights()` in place of its own at each call. Gradients reach what `weights` is made of."""
+    """Runs `model` with `weights()` in place of its own weights. `model` is not changed. Gradients flow through `weights()`."""
     def __init__(self, model: Classifier, weights: Callable[[], Weights]):
         super().__init__()
         self.model, self.weights = model, weights

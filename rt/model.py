@@ -1,9 +1,9 @@
 """RoBERTa on unpadded batches: post-LN encoder, tied masked-LM head, classification head.
 
-A batch has no padding: the tokens of B sequences lie end to end, (N, d), and only embeddings, attention and heads know where a sequence
-begins. The function is exactly RoBERTa's (Liu et al., 2019): learned positions from pad_id + 1, pad tokens not counted and all at pad_id,
-exact GELU, LN after each residual. With model_type "bert" it is BERT's (Devlin et al., 2019): positions from 0, the second text of a pair
-has a token type of its own. rt/kinds.py plugs deltas into slots: `Linear.lora`, `Block.adapter_attention`, `.adapter_ffn`, `.prefix`.
+A batch has no padding: B sequences are packed into N rows, (N, d), and only embeddings, attention and heads use the sequence boundaries.
+The model is exactly RoBERTa (Liu et al., 2019): learned positions start at pad_id + 1, pad tokens are not counted and all sit at pad_id,
+GELU is exact, LN follows each residual. With model_type "bert" it is BERT (Devlin et al., 2019): positions start at 0 and a pair's second
+text has its own token type. rt/kinds.py puts deltas into the slots `Linear.lora`, `Block.adapter_attention`, `.adapter_ffn`, `.prefix`.
 """
 from dataclasses import dataclass, field, replace
 
@@ -16,7 +16,7 @@ from kernels import add_norm, attention_qkv, dropout, layer_norm, site_seeds
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Sizes of an encoder. `max_len` is the longest sequence in tokens, <s> and </s> counted."""
+    """Sizes of an encoder. `max_len` is the longest sequence in tokens, including <s> and </s>."""
     vocab_size: int
     hidden_size: int = 256
     num_layers: int = 4
@@ -36,7 +36,7 @@ class EncoderConfig:
 
     @property
     def first_position(self) -> int:
-        """The row of the position table that a sequence begins at."""
+        """The row of the position table for the first token of a sequence."""
         return 0 if self.is_bert else self.pad_id + 1
 
 
@@ -51,18 +51,18 @@ PRESETS = {
 
 @dataclass
 class Batch:
-    """B sequences laid end to end, N tokens in all. `cu_seqlens[i]` is where sequence i begins; the last entry is N."""
+    """B packed sequences with N tokens in total. Sequence i begins at row `cu_seqlens[i]`; the last entry is N."""
     ids: Tensor                     # (N,) int64
     cu_seqlens: Tensor              # (B+1,) int32
-    max_seqlen: int                 # length of the longest sequence, known on the host so that nothing waits for the device
-    labels: Tensor | None = None    # (B,) class or float target of a task; (P,) token of each masked-LM prediction
-    index: Tensor | None = None     # (B,) which examples these are, for the teacher cache
-    predict: Tensor | None = None   # (P,) rows that masked-LM predicts
-    seeds: Tensor | None = None     # (K,) int64 dropout seeds of K runs side by side, N / K rows each; None: one is drawn
-    rows: Tensor | None = None      # (B,) the <s> rows of the sequences that count; None: of all
+    max_seqlen: int                 # length of the longest sequence, kept on the host: reading it never waits for the device
+    labels: Tensor | None = None    # (B,) classes or float targets of a task; (P,) true tokens of masked-LM predictions
+    index: Tensor | None = None     # (B,) indices of the examples, for the teacher cache
+    predict: Tensor | None = None   # (P,) rows that the masked LM predicts
+    seeds: Tensor | None = None     # (K,) int64 dropout seeds of K runs side by side with N / K rows each; None: one is drawn
+    rows: Tensor | None = None      # (B,) <s> rows of the sequences that count; None: of all sequences
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on `device`; copies do not wait for the device."""
+        """The same batch on `device`, copied asynchronously."""
         return replace(self, **{k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)})
 
     @property
@@ -73,11 +73,11 @@ class Batch:
 
 @dataclass
 class Activations:
-    """What distillation and `preserve` compare, collected while an encoder runs."""
+    """Values that distillation and `preserve` compare, collected while an encoder runs."""
     attention: tuple[int, ...] = ()                                     # layers whose queries and keys are collected
     rows: list[Tensor] = field(default_factory=list)                    # <s> rows of the embedding output and of all layers but the last
     qk: list[tuple[Tensor, Tensor]] = field(default_factory=list)       # (N, H, D) each
-    hidden: list[Tensor] | None = None      # in place of rows, if a list is given: (N, d) each, the embedding output and every layer's
+    hidden: list[Tensor] | None = None      # if a list is given, used instead of `rows`: (N, d) each, of the embedding and of every layer
 
     @property
     def states(self) -> Tensor:
@@ -85,7 +85,7 @@ class Activations:
         return torch.stack(self.rows, dim=1)
 
     def collect(self, x: Tensor, first: Tensor) -> Tensor:
-        """Take what is wanted of the input (N, d) of a layer; returns it, to be used in place of `x`."""
+        """Store the wanted rows of a layer's input (N, d), or all of it. Returns the tensor to use in place of `x`."""
         if self.hidden is not None:
             self.hidden.append(x)
             return x
@@ -95,12 +95,12 @@ class Activations:
 
 
 def seeds_of(batch: Batch) -> Tensor:
-    """(K,) dropout seeds of the batch; one drawn from torch's default generator if it has none."""
+    """(K,) dropout seeds of the batch, or one seed from torch's default generator if the batch has none."""
     return torch.randint(2**63 - 1, (1,), device=batch.ids.device) if batch.seeds is None else batch.seeds
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear of rows (N, in). For K runs side by side, weight (K, out, in) or bias (K, out) or both apply to N / K rows each."""
+    """F.linear on rows (N, in). For K runs side by side, weight is (K, out, in) or bias (K, out) or both, for N / K rows each."""
     if weight.ndim == 2 and (bias is None or bias.ndim == 1):
         return F.linear(x, weight, bias)
     if weight.ndim == 2:
@@ -111,7 +111,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class SelectRows(torch.autograd.Function):
-    """x -> (x, x[rows]). The backward adds the rows' gradient to x's; plain indexing would fill a second (N, d) with zeros."""
+    """x -> (x, x[rows]). The backward adds the gradient of x[rows] to that of x. Plain indexing would fill a second (N, d) with zeros."""
     @staticmethod
     def forward(ctx, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(rows)
@@ -123,7 +123,7 @@ class SelectRows(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """nn.Linear, (N, in) -> (N, out), with a slot for a low-rank update. Here and below, weights may have a leading K: see `linear`."""
+    """nn.Linear, (N, in) -> (N, out), with a slot for a low-rank update. Here and below, weights may have a leading K (see `linear`)."""
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features)
         self.lora: nn.Module | None = None
@@ -142,7 +142,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Embeddings(nn.Module):
-    """Word + position, LN, dropout. The position table includes the first token type; BERT's `second_type` is the second minus it."""
+    """Word + position, LN, dropout. The position table includes the first token type. BERT's `second_type` is second minus first."""
     def __init__(self, config: EncoderConfig):
         super().__init__()
         d = config.hidden_size
@@ -156,13 +156,13 @@ class Embeddings(nn.Module):
     def forward(self, ids: Tensor, cu_seqlens: Tensor, seed: Tensor | None = None) -> Tensor:
         """(N,) and (B + 1,) -> (N, d)"""
         rows = torch.arange(len(ids), device=ids.device, dtype=cu_seqlens.dtype)
-        first = cu_seqlens[torch.searchsorted(cu_seqlens, rows, right=True) - 1]    # (N,) where a row's sequence begins
+        first = cu_seqlens[torch.searchsorted(cu_seqlens, rows, right=True) - 1]    # (N,) first row of the row's sequence
         counted = ids != self.pad_id if self.second_type is None else ids == self.sep_id
-        above = counted.cumsum(0) - counted.long()                        # (N,) how many are in the rows above
-        above = above - above[first]                                      # and in the same sequence
+        above = counted.cumsum(0) - counted.long()                        # (N,) counted tokens in the rows above
+        above = above - above[first]                                      # that are in the same sequence
         if self.second_type is None:
             x = self.word(ids) + self.position((above + 1) * counted + self.pad_id)
-        else:                                                             # ~id marks a [SEP] that a text spells: rt.data.encode
+        else:                                                             # ~id marks a [SEP] spelled in a text: rt.data.encode
             x = self.word(ids.maximum(~ids)) + self.position(rows - first) + (above > 0)[:, None] * self.second_type
         return dropout(self.norm(x), self.dropout, seed)
 
@@ -183,7 +183,7 @@ class Block(nn.Module):
         self.adapter_attention = self.adapter_ffn = self.prefix = None     # slots: rt/kinds.py
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, seeds: Tensor | None = None, qk: list | None = None) -> Tensor:
-        """(N, d) -> (N, d). `seeds` (3, K): for dropout of attention map and halves, None: no dropout. Appends queries and keys to `qk`."""
+        """(N, d) -> (N, d). `seeds` (3, K) seed dropout on attention map and both halves; None: no dropout. Appends (q, k) to `qk`."""
         N, d = x.shape
         seed_map, seed_attention, seed_output = (None,) * 3 if seeds is None else seeds
         qkv = self.qkv(x).view(N, 3, self.num_heads, d // self.num_heads)
@@ -212,7 +212,7 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
 
     def forward(self, batch: Batch, activations: Activations | None = None) -> Tensor:
-        """(N, d); fills `activations` if given. In training, `batch.seeds` determine what dropout drops."""
+        """(N, d); fills `activations` if given. In training, `batch.seeds` determine the dropout masks."""
         first = batch.first
         seeds = site_seeds(seeds_of(batch), range(3 * len(self.layers) + 1)) if self.training else None
         x = self.embeddings(batch.ids, batch.cu_seqlens, None if seeds is None else seeds[-1])
@@ -227,7 +227,7 @@ class Encoder(nn.Module):
 
 
 class MLMHead(nn.Module):
-    """dense + GELU + LN, then scores over the vocabulary with the word embeddings as weights (tied) and a bias."""
+    """dense + GELU + LN, then logits over the vocabulary from the tied word embeddings and a bias."""
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
@@ -235,7 +235,7 @@ class MLMHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def features(self, h: Tensor) -> Tensor:
-        """(P, d) -> (P, d): the input of the tied scoring matrix."""
+        """(P, d) -> (P, d): the input of the tied output matrix."""
         return self.norm(F.gelu(self.dense(h)))
 
 
@@ -251,12 +251,12 @@ class MaskedLM(nn.Module):
         return self.head.features(h if batch.predict is None else h.index_select(0, batch.predict))
 
     def forward(self, batch: Batch) -> Tensor:
-        """(P, V) logits. Training does not call this: linear_cross_entropy never stores them."""
+        """(P, V) logits. Training does not call this: linear_cross_entropy never stores the logits."""
         return F.linear(self.features(batch), self.encoder.embeddings.word.weight, self.head.bias)
 
 
 class ClassificationHead(nn.Module):
-    """RoBERTa's: dropout, dense, tanh, dropout, out, on the <s> row."""
+    """RoBERTa's head on the <s> row: dropout, dense, tanh, dropout, out."""
     def __init__(self, hidden_size: int, num_labels: int, dropout: float = 0.1):
         super().__init__()
         self.dense = Linear(hidden_size, hidden_size)
@@ -264,15 +264,15 @@ class ClassificationHead(nn.Module):
         self.dropout = dropout
 
     def forward(self, h: Tensor, seeds: Tensor | None = None) -> Tensor:
-        """(B, d) -> (B, C). `seeds` (2, K) are for the two dropouts; None: nothing is dropped."""
+        """(B, d) -> (B, C). `seeds` (2, K) are for the two dropouts; None: no dropout."""
         before, after = (None, None) if seeds is None else seeds
         h = torch.tanh(self.dense(dropout(h, self.dropout, before)))
         return self.out(dropout(h, self.dropout, after))
 
 
 def prototypes(f: Tensor, targets: Tensor, C: int, shrinkage: bool) -> tuple[Tensor, Tensor]:
-    """out.weight (C, d) = s mu_c and out.bias (C,) = -s |mu_c|^2 / 2: the nearest class mean of features (n, d), 1 / s their variance
-    within classes. With `shrinkage` s is the inverse of their covariance, shrunk to a sphere (OAS: Chen et al., 2010)."""
+    """A nearest-class-mean head for features (n, d): out.weight (C, d) = s mu_c, out.bias (C,) = -s |mu_c|^2 / 2, 1 / s their variance
+    within classes. With `shrinkage`, s is the inverse of their covariance within classes, shrunk to a sphere (OAS: Chen et al., 2010)."""
     hot = F.one_hot(targets, C).to(f)
     mu = hot.T @ f / hot.sum(0)[:, None]
     n, d, S = max(1, len(f) - C), f.shape[1], (f - mu[targets]).T @ (f - mu[targets]) / max(1, len(f) - C)
@@ -290,10 +290,10 @@ class Classifier(nn.Module):
     def __init__(self, encoder: Encoder, head: ClassificationHead):
         super().__init__()
         self.encoder, self.head = encoder, head
-        self.register_parameter("patience_map", None)   # (num_layers, d_old, d): takes hidden states to a teacher's width; no delta has it
+        self.register_parameter("patience_map", None)   # (num_layers, d_old, d): maps hidden states to the teacher's width; in no delta
 
     def forward(self, batch: Batch, activations: Activations | None = None) -> Tensor:
-        """(B, C) logits; fills `activations` if given. In training, `batch.seeds` determine what dropout drops."""
+        """(B, C) logits; fills `activations` if given. In training, `batch.seeds` determine the dropout masks."""
         batch = replace(batch, seeds=seeds_of(batch)) if self.training else batch
         h = self.encoder(batch, activations).index_select(0, batch.first)
         if activations is not None and self.patience_map is not None:
@@ -302,7 +302,7 @@ class Classifier(nn.Module):
 
 
 def init_weights(module: nn.Module, generator: torch.Generator, std: float = 0.02) -> None:
-    """Normal weights with standard deviation `std`, zero biases, unit LN; in place, for freshly built modules only."""
+    """Initialise in place: normal weights with standard deviation `std`, zero biases, unit LN. For freshly built modules only."""
     for m in module.modules():
         if isinstance(m, (nn.Linear, nn.Embedding)):
             m.weight.data.normal_(0.0, std, generator=generator)
@@ -313,14 +313,14 @@ def init_weights(module: nn.Module, generator: torch.Generator, std: float = 0.0
 def new_masked_lm(config: EncoderConfig, seed: int) -> MaskedLM:
     """A freshly initialised base."""
     model = MaskedLM(Encoder(config), MLMHead(config))
-    # RoBERTa's 0.02 at width 768, scaled: otherwise narrow post-LN encoders stay long at the loss of word frequencies
+    # RoBERTa's 0.02 at width 768, scaled. Otherwise narrow post-LN encoders stay at the loss of word frequencies for a long time
     init_weights(model, torch.Generator().manual_seed(seed), std=0.02 * (768 / config.hidden_size) ** 0.5)
     model.encoder.embeddings.word.weight.data[config.pad_id] = 0.0      # as in RoBERTa
     return model
 
 
 def set_dropout(model: nn.Module, p: float) -> None:
-    """Use dropout `p` everywhere in `model`; its config, and so its checkpoints, keep their own."""
+    """Use dropout `p` everywhere in `model`. The config, and so the checkpoints, keep their own values."""
     for module in model.modules():
         for name in {"dropout", "attention_dropout"} & set(vars(module)):
             setattr(module, name, p)

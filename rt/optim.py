@@ -1,4 +1,4 @@
-"""AdamW with decay by dimension, learning-rate schedules, skipping of steps that are not finite, precision, and seeds."""
+"""AdamW with decay by dimension, learning-rate schedules, skipping of non-finite steps, precision, and seeds."""
 import math
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from torch.nn import Parameter
 from rt.errors import InputError
 from rt.limits import PositiveShare, Share
 
-MOST_SKIPPED = 10   # in a row: an unlucky batch or an overflow passes in one or two steps, weights that are lost never do
+MOST_SKIPPED = 10   # in a row: a bad batch or an overflow passes in one or two steps; lost weights never recover
 
 
 def adamw(parameters: Iterable[Parameter], lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.98),
           make: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW) -> torch.optim.Optimizer:
-    """Fused AdamW (or what `make` returns) on what requires a gradient. Matrices decay; biases, LN weights and gates do not."""
+    """Fused AdamW (or `make`'s optimizer) for parameters that require a gradient. Matrices decay; biases, LN weights and gates do not."""
     trained = [p for p in parameters if p.requires_grad]
     groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
               {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
@@ -31,20 +31,20 @@ def schedule(step: int, steps: int, warmup: int, peak: float) -> float:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The learning rate of a stage of pre-training. `infinite` is one schedule over a whole lineage (Beyond Cosine Decay, 2025): only the
-    first stage warms up; each one ends in a base that is annealed to zero, and the next goes on from the weights before that."""
+    """The learning rate of a pre-training stage. `infinite` is one schedule over a whole lineage (Beyond Cosine Decay, 2025). Only the
+    first stage warms up. Each stage ends in a base that is annealed to zero. The next stage continues from the weights before annealing."""
     schedule: Literal["linear", "cosine", "wsd", "infinite"] = "linear"  # linear or cosine decay, warm-up-stable-decay, or infinite
-    cooldown: Share = 0.2  # share of the steps: wsd: of the fall to zero; infinite: of the fall from the peak to the constant rate
+    cooldown: Share = 0.2  # share of the steps spent falling; wsd: to zero; infinite: from the peak to the constant rate
     hold: PositiveShare = 0.3  # infinite: the constant rate, held from stage to stage, as a share of the peak
-    anneal: Share = 0.1  # infinite: share of the steps in which the published base is annealed; the next stage goes on from before
-    rewarm: bool = False  # infinite: warm up and cool down anew in the first stage, though its base is not new
+    anneal: Share = 0.1  # infinite: share of the steps in which the published base is annealed; the next stage continues from before them
+    rewarm: bool = False  # infinite: warm up and cool down again in the first stage, although its base is not new
 
     def annealing(self, steps: int) -> int:
-        """The steps at a stage's end that only the published base takes."""
+        """The number of steps at the end of a stage that only the published base takes."""
         return round(self.anneal * steps) if self.schedule == "infinite" else 0
 
     def rate(self, step: int, steps: int, warmup: int, peak: float, held: bool = False) -> float:
-        """Learning rate of step 0 ... steps-1. `held`: a later stage of an infinite schedule."""
+        """Learning rate of step 0 ... steps-1. `held` marks a later stage of an infinite schedule."""
         cooldown, annealing = round(self.cooldown * steps), self.annealing(steps)
         if self.schedule == "infinite" and (held or step >= warmup):
             fallen = 1.0 if held else min(1.0, (step - warmup) / max(1, cooldown))
@@ -63,23 +63,23 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
 
 
 def not_finite(loss: Tensor, norm: Tensor) -> Tensor:
-    """1.0 if a step is to be skipped, else 0.0, for losses and gradient norms of one shape, on their device."""
+    """1.0 if a step must be skipped, else 0.0. `loss` and `norm` have one shape; the result is on their device."""
     return (~(loss.isfinite() & norm.isfinite())).float()
 
 
 def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
-    """optimizer.step(), without any effect if `skip`, a scalar on the device, is 1. Fused AdamW reads it there: the host never waits."""
-    getattr(optimizer, "optim", optimizer).found_inf = skip     # ZeRO: the optimizer of this rank
+    """optimizer.step(), but without effect if the device scalar `skip` is 1. Fused AdamW reads it on the device: the host never waits."""
+    getattr(optimizer, "optim", optimizer).found_inf = skip     # ZeRO: this rank's optimizer
     optimizer.step()
 
 
 class SkipTracker:
-    """Losses and skipped steps of a loop, summed up on the device until `read`."""
+    """Losses and skipped steps of a loop, summed on the device until `read`."""
     def __init__(self, device: torch.device):
         self.sums, self.row, self.steps = torch.zeros(3, device=device), torch.zeros((), device=device), 0  # loss, skipped, longest row
 
     def count(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """Count one step; returns whether it is to be skipped, as `not_finite` does."""
+        """Count one step. Returns `not_finite`: whether to skip it."""
         skip = not_finite(loss, norm)
         self.row = (self.row + 1) * skip
         total, skipped, longest = self.sums
@@ -88,7 +88,7 @@ class SkipTracker:
         return skip
 
     def read(self) -> tuple[float | None, int, bool]:
-        """Since the last read: mean loss of the steps taken (None: none), number of steps skipped, whether over MOST_SKIPPED in a row."""
+        """Since the last read: mean loss of steps taken (None: none), number of skipped steps, whether over MOST_SKIPPED came in a row."""
         loss, skipped, longest = self.sums.tolist()
         taken, self.steps, self.sums = self.steps - skipped, 0, torch.zeros_like(self.sums)
         return loss / taken if taken else None, int(skipped), longest > MOST_SKIPPED
@@ -101,7 +101,7 @@ def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextMan
 
 @contextmanager
 def memory_for(what: str, lower: str) -> Iterator[None]:
-    """Raises InputError if memory runs out inside: `what` did not fit, and which settings to lower."""
+    """Raises InputError if memory runs out inside. The message says that `what` did not fit and which settings to `lower`."""
     try:
         yield
     except RuntimeError as error:
@@ -115,6 +115,6 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def derive_seed(*keys: int) -> int:
-    """A 63-bit seed that is a function of `keys` (run seed, stage, step, rank ...): resuming needs no generator state."""
+    """A 63-bit seed that is a function of `keys` (run seed, stage, step, rank ...), so resuming needs no generator state."""
     high, low = np.random.SeedSequence(keys).generate_state(2)
     return (int(high) << 32 | int(low)) >> 1

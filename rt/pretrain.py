@@ -14,13 +14,13 @@ from rt.optim import ScheduleConfig, autocast, derive_seed
 
 @dataclass
 class PretrainSettings:
-    """One stage of masked-LM training. `steps` are optimizer steps of `batch_tokens` tokens, all ranks and microbatches together."""
+    """One stage of masked-LM training. `steps` are optimizer steps of `batch_tokens` tokens, over all ranks and microbatches."""
     steps: int
     batch_tokens: int
     lr: float
     warmup_steps: int
     seed: int
-    accumulation: int = 1   # microbatches a step of each rank
+    accumulation: int = 1   # microbatches per step and rank
     clip: float = 1.0
     schedule: ScheduleConfig = ScheduleConfig()
     held: bool = False      # a later stage of an infinite schedule
@@ -30,15 +30,15 @@ class PretrainSettings:
 
 
 def mlm_loss(model: MaskedLM, batch: Batch, activations: Activations | None = None) -> Tensor:
-    """Mean cross-entropy of the predicted rows; linear_cross_entropy never stores the logits over the vocabulary."""
+    """Mean cross-entropy over the predicted rows. linear_cross_entropy never stores the logits over the vocabulary."""
     if batch.predict is None:
         return replaced_token_loss(model, batch, activations)
     return linear_cross_entropy(model.features(batch, activations), model.encoder.embeddings.word.weight, model.head.bias, batch.labels)
 
 
 def replaced_token_loss(model: MaskedLM, batch: Batch, activations: Activations | None = None) -> Tensor:
-    """Cross-entropy of original (label 1) against replaced (0), summed over all tokens but special ones (-100), over the number of all: so
-    microbatches add up. The logit is the token's own score in the masked-LM head, as in Electric (Clark et al., 2020): no new head."""
+    """Cross-entropy of original (1) against replaced (0), summed over all tokens except special ones (-100), divided by the number of all
+    tokens: microbatches add up. The logit is the token's own score in the masked-LM head (Electric: Clark et al., 2020): no new head."""
     own = model.encoder.embeddings.word(batch.ids)
     logits = (model.features(batch, activations).float() * own).sum(-1) + model.head.bias[batch.ids]
     losses = F.binary_cross_entropy_with_logits(logits, batch.labels.clamp(min=0).float(), reduction="none")
@@ -46,7 +46,7 @@ def replaced_token_loss(model: MaskedLM, batch: Batch, activations: Activations 
 
 
 class MLMLoss(nn.Module):
-    """The share of one of `parts` microbatches in the loss of its step; a module, because DistributedDataParallel wraps a forward."""
+    """One microbatch's share of the loss of a step with `parts` microbatches. A module, because DistributedDataParallel wraps a forward."""
     def __init__(self, model: MaskedLM, parts: int, precision: torch.dtype, loss: Callable[[MaskedLM, Batch], Tensor] = mlm_loss):
         super().__init__()
         self.model, self.parts, self.precision, self.loss = model, parts, precision, loss
@@ -57,7 +57,7 @@ class MLMLoss(nn.Module):
 
 
 def microbatches(rows: Rows, s: PretrainSettings, rank: int = 0, world: int = 1, start: int = 0) -> Iterator[Batch]:
-    """A rank's batches from step `start` on, `accumulation` a step, with dropout seeds; all are functions of (seed, step, microbatch)."""
+    """A rank's batches from step `start` on, `accumulation` per step, with dropout seeds: functions of (seed, step, microbatch)."""
     for step in range(start, s.steps):
         for part in range(s.accumulation):
             batch = rows.batch(step, s.batch_tokens, rank, world, part, s.accumulation)
@@ -67,7 +67,7 @@ def microbatches(rows: Rows, s: PretrainSettings, rank: int = 0, world: int = 1,
 
 @torch.no_grad()
 def evaluate_mlm(model: MaskedLM, rows: Rows, *, tokens: int, device: torch.device, precision: torch.dtype) -> dict:
-    """Loss and accuracy on up to `tokens` tokens of `rows`, masked the same way at every call."""
+    """Loss and accuracy on up to `tokens` tokens of `rows`, with the same masks at every call."""
     model.eval()
     wanted = max(1, min(tokens // rows.row_tokens, rows.per_epoch))
     loss = right = count = 0.0

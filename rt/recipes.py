@@ -1,14 +1,14 @@
-"""Recipes of continual pre-training: what is minimised beside masked-LM, and what is done between steps and to the weights. docs/recipes.md
-lists all with their sources; schedules are in rt/optim.py, masks in rt/data.py, settings and a stage's start in rt/runs/upgrade.py.
+"""Recipes for continual pre-training: losses added to masked-LM, and what happens between steps and to the weights. docs/recipes.md lists
+all recipes with their sources. Schedules are in rt/optim.py, masks in rt/data.py, settings and a stage's start in rt/runs/upgrade.py.
 
-    preserve    MLM + w * how far the new base has moved from the old one, M_i, on the same masked rows; M_i is frozen, without dropout
-                  hidden       mean over embedding output and layers of mean((h_new - h_old)^2) / var(h_old), all tokens;
-                               the variance is taken once, over a sample of the new text
-                  last         the same of the last layer alone
-                  predictions  KL(M_i's distribution || the new one's) of the predicted rows, T = 1
-                  attention    KL(M_i's attention map || the new one's), mean over layers, heads and query tokens
+    preserve    MLM + w * distance of the new base from the old base M_i on the same masked rows; M_i is frozen, without dropout
+                  hidden       mean((h_new - h_old)^2) / var(h_old) over all tokens, mean over embedding output and layers;
+                               the variance is computed once, on a sample of the new text
+                  last         the same for the last layer alone
+                  predictions  KL(M_i's distribution || the new base's) on the predicted rows, T = 1
+                  attention    KL(M_i's attention map || the new base's), mean over layers, heads and query tokens
 
-A delta of M_i was learned to read M_i's states. If the states stay where they were, the delta still works on the upgrade.
+A delta of M_i was learned on the hidden states of M_i. If these states do not move, the delta still works on the upgrade.
 """
 import copy
 import math
@@ -24,20 +24,20 @@ from rt.model import Activations, Batch, MaskedLM
 from rt.pretrain import mlm_loss
 
 PreserveBy = Literal["hidden", "last", "predictions", "attention"]
-SMOOTHING = 0.1     # of shares by need: towards equal ones, so that none dies out
+SMOOTHING = 0.1     # pulls shares by need towards equal shares, so no share dies out
 
 
 class Preserve:
-    """The loss of an upgrade that stays near `old`, of which it keeps a copy; `weight` is w. Costs a forward pass of `old` a batch. The
-    variances are those of `sample`, so that the loss of a batch is the mean of its parts', however many ranks and microbatches share it."""
+    """The loss of an upgrade that stays near `old`; `weight` is w. Keeps a copy of `old` and runs it forward once per batch. The variances
+    come from `sample`, so the loss of a batch is the mean over its parts for any number of ranks and microbatches."""
     @torch.no_grad()
     def __init__(self, old: MaskedLM, weight: float, by: PreserveBy, sample: Batch):
         self.old, self.weight, self.by = copy.deepcopy(old).eval().requires_grad_(False), weight, by
-        self.layers = tuple(range(len(old.encoder.layers))) if by == "attention" else ()        # whose attention maps are compared
+        self.layers = tuple(range(len(old.encoder.layers))) if by == "attention" else ()        # layers whose attention maps are compared
         self.first = -1 if by == "last" else 0
         self.old.encoder(sample, activations := Activations(hidden=[]))
         variances = torch.stack([h.float().var(correction=0) for h in activations.hidden[self.first:]])
-        self.weights = weight / len(variances) / variances      # (L,), of the squared errors
+        self.weights = weight / len(variances) / variances      # (L,) weights of the squared errors
 
     def __call__(self, model: MaskedLM, batch: Batch) -> Tensor:
         """Scalar: MLM + w * distance."""
@@ -61,9 +61,9 @@ class Preserve:
 
 
 class Recipe:
-    """The `loss` of a batch, and what is done after a step. With `align`, Reptile (Nichol et al., 2018): every so many steps theta <-
-    theta_before + eps (theta - theta_before). With a `reference`, shares by need: every so many steps `losses` of the last sources of
-    `mixture` are measured, and shares of those above the reference's grow, from a period later on, because batches are made ahead."""
+    """The `loss` of a batch, and what happens after a step. `align` is Reptile (Nichol et al., 2018): every `align` steps, theta <-
+    theta_before + eps (theta - theta_before). `reference` turns on shares by need: every `every` steps, `losses` are measured on the last
+    sources of `mixture`, and sources above their reference get larger shares, one period later because batches are made ahead."""
     def __init__(self, model: MaskedLM | None = None, align: int = 0, eps: float = 1.0, mixture: "Mixture | None" = None, every: int = 0,
                  eta: float = 0.0, losses: Callable[[], list[float]] | None = None, reference: list[float] = [],
                  loss: Callable[[MaskedLM, Batch], Tensor] = mlm_loss):
@@ -76,7 +76,7 @@ class Recipe:
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """`step` steps of the stage are done."""
+        """Call this after `step` steps of the stage."""
         if self.align and step % self.align == 0:
             for p, before in zip(self.weights, self.before):
                 p.copy_(before.lerp_(p, self.eps))
@@ -87,7 +87,7 @@ class Recipe:
             self.mixture.append(replayed + [round(share * sum(own)) for share in shares])
 
     def state(self) -> dict:
-        """What a resumable checkpoint holds of it; empty if that is nothing."""
+        """The recipe's entries in a resumable checkpoint; empty if there are none."""
         return ({"before": self.before} if self.before else {}) | ({"history": self.mixture.history} if self.reference else {})
 
     def load_state(self, state: dict) -> None:
@@ -98,7 +98,7 @@ class Recipe:
 
 
 def reweighted(shares: list[float], excess: list[float], eta: float) -> list[float]:
-    """Shares times exp(eta * excess loss), where there is an excess; smoothed. As in DoReMi (Xie et al., 2023)."""
+    """Shares times exp(eta * excess loss), where the excess is positive; then smoothed. As in DoReMi (Xie et al., 2023)."""
     grown = [share * math.exp(eta * max(0.0, loss)) for share, loss in zip(shares, excess)]
     return [(1 - SMOOTHING) * share / sum(grown) + SMOOTHING / len(grown) for share in grown]
 
@@ -106,16 +106,16 @@ def reweighted(shares: list[float], excess: list[float], eta: float) -> list[flo
 # --- mixtures ---------------------------------------------------------------------------------------------------------
 
 def mix(rows: Rows, others: list[Rows], shares: list[float], every: int = 0) -> None:
-    """From now on `rows.batch` is of a Mixture of others and these, in that order of the shares, which may change every `every` rows."""
+    """Makes `rows.batch` draw from a Mixture of `others` and `rows`, with `shares` in that order, which may change every `every` rows."""
     rows.mixture = Mixture([*others, rows], shares, every)
-    rows.mean_length = min(source.mean_length for source in rows.mixture.sources)       # static shapes have room for all
+    rows.mean_length = min(source.mean_length for source in rows.mixture.sources)       # static shapes then have room for all sources
     rows.length_deviation = max(source.length_deviation for source in rows.mixture.sources)
 
 
 class Mixture:
-    """Which row of which source is row `number` of a mixture: a function of the number and of the shares, so that it has no state. Sources
-    take turns; of any first n rows each has its share to within as many rows as there are sources, and exactly if shares of n are whole.
-    A period is `every` rows (0: endless), and the shares of period i are `history[i]`."""
+    """Maps row `number` of a mixture to a row of a source. The map is a function of the number and the shares, so there is no state.
+    Sources take turns. In the first n rows, each source has its share to within as many rows as there are sources, and exactly if all
+    shares of n are whole. A period is `every` rows (0: endless). `history[i]` holds the shares of period i."""
 
     def __init__(self, sources: list[Rows], shares: list[float], every: int = 0):
         self.sources, self.every = sources, every
@@ -124,7 +124,7 @@ class Mixture:
         self.append([round(share * 10**6) for share in shares])
 
     def append(self, parts: list[int]) -> None:
-        """The shares of the next period, in millionths."""
+        """Set the shares of the next period, in millionths."""
         self.before += [[b + c for b, c in zip(self.before[-1], counts(self.every, self.history[-1]))]] if self.history else []
         self.history.append(parts)
 
@@ -136,7 +136,7 @@ class Mixture:
 
 
 def counts(n: int, shares: list[int]) -> list[int]:
-    """How many of n rows each source has; one more row is one more of one source."""
+    """How many of n rows each source gets. One more row adds one row to exactly one source."""
     found, left, rest = [], n, sum(shares)
     for share in shares:
         found.append(left * share // max(1, rest))

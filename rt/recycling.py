@@ -1,13 +1,13 @@
-"""Ways to reuse an outdated delta on a new base (many runs at once: rt/speed/multi_run.py). A mode is a start and a loss:
+"""Ways to reuse an outdated delta on a new base (many runs at once: rt/speed/multi_run.py). A mode has a start and a loss:
 
-    scratch        fresh delta and head on the new base, tuned: the baseline
-    apply          the old delta on the new base as it is; nothing is trained
+    scratch        a fresh delta and head are tuned on the new base: the baseline
+    apply          the old delta is put on the new base unchanged; nothing is trained
     init           tuning starts from the old delta
-    distill        fresh delta, taught by old base + old delta
-    init+distill   both
-    project        the old delta through a map learned on other tasks (rt/transport.py); nothing is trained on this one
-    transport      the old delta in the order of the new base's dimensions; nothing is trained
-    gradmask       of a full delta the entries whose sign opposes the task's gradient on the new base; nothing is trained
+    distill        a fresh delta is distilled from old base + old delta
+    init+distill   init and distill together
+    project        the old delta goes through a map learned on other tasks (rt/transport.py); nothing is trained on this task
+    transport      the old delta is put in the order of the new base's dimensions, found from text; nothing is trained
+    gradmask       a full delta keeps the entries whose sign opposes the task's gradient on the new base; nothing is trained
 """
 import time
 from dataclasses import dataclass, field, replace
@@ -29,12 +29,12 @@ from rt.tune import Hook, TuneResult, TuneSettings, ignore, plain_gradient, pred
 
 @dataclass
 class Recycling:
-    """What every mode works on: Delta_i learned on M_i (`old_base`), wanted on M_{i+1} (`base`)."""
-    old_base: Base | None               # None, as the old delta, if a black box teaches: then `teacher` is given from the start
+    """The input of every mode: Delta_i was learned on M_i (`old_base`) and is wanted on M_{i+1} (`base`)."""
+    old_base: Base | None               # None, like old_delta, if the teacher is a black box: then `teacher` is given from the start
     old_delta: Delta | None
     base: Base
     data: TaskData
-    config: DeltaConfig                 # kind of the delta to be learned
+    config: DeltaConfig                 # kind of the delta to learn
     settings: TuneSettings
     distill: DistillConfig
     device: torch.device
@@ -42,31 +42,31 @@ class Recycling:
     on_step: Hook = ignore
     on_eval: Hook = ignore
     make_gradient: Callable = plain_gradient
-    teacher: TeacherCache | None = None     # its outputs on data.train, once a mode has needed them
-    old_train: Encoded | None = None        # data.train as a teacher of another tokenizer reads it; None: it reads the student's ids
+    teacher: TeacherCache | None = None     # the teacher's outputs on data.train, filled when a mode first needs them
+    old_train: Encoded | None = None        # data.train for a teacher with another tokenizer; None: the teacher reads the student's ids
     projection: Projection | None = None    # for project, learned beforehand
-    carry: bool = False                     # whether init, init+distill and gradmask start from `carried`, too
-    carried: Delta | None = None            # for transport: the old delta in the new base's order (rt.transport.transport)
-    merged: Delta | None = None             # several old deltas as one (`merge`), in place of old_delta at a start
-    about: dict = field(default_factory=dict)       # facts of `carried` or `merged` for the run's record
-    head: str = "fresh"                     # of a task with other labels: fresh, or prototype
-    shrinkage: bool = False                 # of prototypes
-    unlabelled: Encoded | None = None       # texts for the modes with a teacher, which fill the `share` of each batch; after data.train in
-    share: float = 0.5                      # `teacher` and `old_train`
-    hard: bool = False                      # the teacher's most likely labels are their labels, and the loss is the task's alone
+    carry: bool = False                     # whether init, init+distill and gradmask start from `carried`, as transport does
+    carried: Delta | None = None            # the old delta in the order of the new base's dimensions (rt.transport.transport)
+    merged: Delta | None = None             # several old deltas merged into one (`merge`): starts use it instead of old_delta
+    about: dict = field(default_factory=dict)       # facts about `carried` or `merged` for the run's record
+    head: str = "fresh"                     # head for a task with other labels: fresh or prototype
+    shrinkage: bool = False                 # whether prototypes use shrinkage
+    unlabelled: Encoded | None = None       # texts for the modes with a teacher; `teacher` and `old_train` have them after data.train
+    share: float = 0.5                      # share of each batch that the unlabelled texts fill
+    hard: bool = False                      # unlabelled texts get the teacher's most likely labels, and the loss is the task loss alone
 
     @property
     def has_black_box(self) -> bool:
-        """Whether the teacher is known by its answers alone."""
+        """Whether only the teacher's answers are known."""
         return self.teacher is not None and self.teacher.states is None
 
 
 def recycle(r: Recycling, mode: str) -> tuple[Classifier, TuneResult]:
-    """The model for the new base and its scores. Its seconds count evaluations, and the teacher's run if this is the first to need it."""
+    """The model for the new base and its scores. `seconds` includes evaluations, and the teacher's run if this call needs it first."""
     check(r, mode)
     started = time.perf_counter()
     model, loss = start(r, mode), MODES[mode].loss
-    settings = r.settings if loss else replace(r.settings, steps=0)     # nothing is trained: dev and test are scored
+    settings = r.settings if loss else replace(r.settings, steps=0)     # nothing is trained; dev and test are scored
     result = tune(model, training_data(r, mode), (loss or plain_loss)(r), settings, device=r.device, precision=r.precision,
                   on_step=r.on_step, on_eval=r.on_eval, make_gradient=r.make_gradient)
     result.seconds = time.perf_counter() - started
@@ -74,8 +74,8 @@ def recycle(r: Recycling, mode: str) -> tuple[Classifier, TuneResult]:
 
 
 def start(r: Recycling, mode: str) -> Classifier:
-    """The model that `mode` begins with; with `project_patience` its hidden states go through maps to the teacher's width (FitNets: Romero
-    et al., 2015), which are trained with it and are no part of its delta."""
+    """The model that `mode` starts from. With `project_patience`, maps take its hidden states to the teacher's width (FitNets: Romero et
+    al., 2015). The maps are trained with the model and are not part of its delta."""
     model = MODES[mode].start(r)
     if mode in NEEDS_TEACHER and r.distill.project_patience and not r.hard:
         d_old, d = r.old_base.encoder.config.hidden_size, r.base.encoder.config.hidden_size
@@ -91,7 +91,7 @@ def start_fresh(r: Recycling) -> Classifier:
 
 
 def start_from_old(r: Recycling) -> Classifier:
-    """The old delta on the new base; if the task has other labels, with a fresh head, or one of prototypes."""
+    """The old delta on the new base. If the task has other labels, the head is fresh or made of prototypes."""
     delta = r.merged or r.old_delta
     model = apply(r.base, delta, stale_ok=True)
     if delta.labels == r.data.labels:
@@ -103,7 +103,7 @@ def start_from_old(r: Recycling) -> Classifier:
 
 
 def start_carried(r: Recycling) -> Classifier:
-    """As start_from_old, with `carry` from the carried delta."""
+    """Like start_from_old; with `carry`, from the carried delta."""
     return start_transported(r) if r.carry else start_from_old(r)
 
 
@@ -115,7 +115,7 @@ def start_transported(r: Recycling) -> Classifier:
 
 
 def start_masked(r: Recycling) -> Classifier:
-    """As start_carried with D * 1[D g < 0] for D, where g is the gradient of the task's loss at new base + head, without dropout."""
+    """Like start_carried, with D * 1[D g < 0] in place of D. g is the gradient of the task loss at new base + head, without dropout."""
     delta, loss = (r.carried if r.carry else r.merged) or r.old_delta, plain_loss(r)
     model = apply(r.base, delta, scale=0.0, stale_ok=True).eval()
     for i in range(0, len(r.data.train), 64):
@@ -128,8 +128,8 @@ def start_masked(r: Recycling) -> Classifier:
 
 
 def prototype_head(r: Recycling, model: Classifier, labels: tuple[str, ...]) -> Classifier:
-    """`model` with a head for the task. Labels among its own `labels` keep their rows; the others get prototypes of the training examples'
-    features, brought to the scale of the kept rows by one factor and one shift."""
+    """`model` with a head for the task. Labels in `labels`, those of its own head, keep their rows. The other labels get prototypes of the
+    training examples' features. One factor and one shift bring the prototypes to the scale of the kept rows."""
     old, model.head.out = model.head.out, nn.Identity()
     f = predict(model, r.data.train.sequences, r.device, r.precision).double()
     W, b = prototypes(f, r.data.train.targets, r.data.num_outputs, r.shrinkage)
@@ -138,7 +138,7 @@ def prototype_head(r: Recycling, model: Classifier, labels: tuple[str, ...]) -> 
         W_old, b_old = old.weight.detach().double().cpu()[there], old.bias.detach().double().cpu()[there]
         z, t = (logits - logits.mean(1, keepdim=True) for logits in (f @ W[here].T + b[here], f @ W_old.T + b_old))
         factor = (z * t).sum() / z.square().sum()
-        factor = factor if factor > 0 else 1.0      # of one label nothing is known
+        factor = factor if factor > 0 else 1.0      # one kept label does not determine it
         W, b = factor * W + (W_old - factor * W[here]).mean(0), factor * b + (b_old - factor * b[here]).mean()
         W[here], b[here] = W_old, b_old
     model.head.out = Linear(W.shape[1], len(W)).to(old.weight.device)
@@ -147,7 +147,7 @@ def prototype_head(r: Recycling, model: Classifier, labels: tuple[str, ...]) -> 
 
 
 def start_projected(r: Recycling) -> Classifier:
-    """The old delta through the map that was learned beforehand."""
+    """The old delta, mapped by the projection learned beforehand."""
     if r.projection is None:
         raise ValueError("project needs a projection: rt.transport.learn_projection")
     return start_from_old(replace(r, old_delta=project(r.projection, r.old_delta)))
@@ -166,12 +166,12 @@ def teacher_of(r: Recycling) -> TeacherCache:
 
 
 def taught(r: Recycling) -> Encoded:
-    """What a teacher teaches: the training examples, and the texts without labels."""
+    """The examples that a teacher teaches: the training examples, then the unlabelled texts."""
     return r.data.train if r.unlabelled is None else r.data.train.beside(r.unlabelled, r.share)
 
 
 def training_data(r: Recycling, mode: str) -> TaskData:
-    """What `mode` trains on: with a teacher, the texts without labels too."""
+    """The task data that `mode` trains on. With a teacher it includes the unlabelled texts."""
     if mode not in NEEDS_TEACHER or r.unlabelled is None:
         return r.data
     train, n = taught(r), len(r.data.train)
@@ -182,12 +182,12 @@ def training_data(r: Recycling, mode: str) -> TaskData:
 
 
 def plain_loss(r: Recycling) -> Loss:
-    """The task's alone."""
+    """The task loss alone."""
     return Loss(is_regression=not r.data.labels)
 
 
 def distillation_loss(r: Recycling) -> Loss:
-    """The total, with old base + old delta or a black box as the teacher; of pseudo-labels the task's alone."""
+    """The total loss with old base + old delta, or a black box, as the teacher. With `hard` pseudo-labels, the task loss alone."""
     if r.hard:
         return plain_loss(r)
     return Loss(not r.data.labels, teacher_of(r), r.distill, attention_teacher=teacher_model(r) if r.distill.gamma else None,
@@ -196,7 +196,7 @@ def distillation_loss(r: Recycling) -> Loss:
 
 @dataclass(frozen=True)
 class Mode:
-    """Where a mode starts, and what it minimises; without a loss nothing is trained."""
+    """The start and the loss of a mode. Without a loss, nothing is trained."""
     start: Callable[[Recycling], Classifier]
     loss: Callable[[Recycling], Loss] | None
 
@@ -210,14 +210,14 @@ NEEDS_TEACHER = tuple(name for name, mode in MODES.items() if mode.loss is disti
 
 
 def new_delta(r: Recycling, mode: str, model: Classifier) -> Delta:
-    """What `recycle` returned, as a delta of the new base."""
+    """The model that `recycle` returned, as a delta of the new base."""
     return extract(model, r.base, r.config if mode in TRAINED else (r.merged or r.old_delta).config,
                    {"task": r.data.name, "labels": list(r.data.labels)})
 
 
 @dataclass
 class Link:
-    """A delta for one base of a chain, and the route by which it was reached."""
+    """A delta for one base of a chain, and the route that led to it."""
     base: str
     route: str | None
     delta: Delta
@@ -225,13 +225,13 @@ class Link:
 
 
 def chain(r: Recycling, mode: str, bases: dict[str, Base]) -> Iterator[Link]:
-    """`mode` on M_1, M_2, ... (`bases`, by name) after r.old_base = M_0 and r.old_delta = Delta_0, by two routes:
+    """Runs `mode` on M_1, M_2, ... (`bases`, by name), from r.old_base = M_0 and r.old_delta = Delta_0, by two routes:
 
         chain   Delta_{i+1} = recycle(M_i, Delta_i, M_{i+1}), the recycled delta recycled again
         direct  Delta_{i+1} = recycle(M_0, Delta_0, M_{i+1})
 
-    Both routes to M_1 are one run; scratch, which recycles nothing, has no route (None). r.base is not read. r.on_eval gets base and route
-    too. Raises InputError before anything is trained."""
+    Both routes to M_1 are one run. scratch recycles nothing and has no route (None). r.base is not read. r.on_eval also gets base and
+    route. Raises InputError before anything is trained."""
     if len({base.tokenizer.vocabulary for base in bases.values()}) > 1:
         raise InputError("the bases of a chain must have one vocabulary: the task is encoded once")
     for base in bases.values():
@@ -255,13 +255,13 @@ def chain(r: Recycling, mode: str, bases: dict[str, Base]) -> Iterator[Link]:
 
 
 def check(r: Recycling, mode: str) -> None:
-    """Raises InputError if `mode` cannot be done with this old delta, or with bases as different as these."""
+    """Raises InputError if `mode` does not work with this old delta or between these two bases."""
     old, starts_from_old = r.merged or r.old_delta, mode in CARRIES or MODES[mode].start is start_from_old
     is_told = mode in NEEDS_TEACHER and r.has_black_box     # then the old delta may have other labels
     if old is None and mode != "scratch" and (starts_from_old or not is_told):
         raise InputError(f"{mode} needs an old delta and its base")
     if old is not None:
-        check_fits(r.old_base, old, stale_ok=False)     # all modes assume that it was learned on the old base
+        check_fits(r.old_base, old, stale_ok=False)     # all modes assume that the delta was learned on the old base
     if r.head == "prototype" and not r.data.labels:
         raise InputError("`head` prototype has a mean for each label: a regression has none")
     if mode == "gradmask" and old.config.kind != "full":
@@ -285,7 +285,7 @@ def check(r: Recycling, mode: str) -> None:
 
 
 def check_teacher(r: Recycling, mode: str) -> None:
-    """Raises InputError if the teacher cannot give what a term of the loss compares."""
+    """Raises InputError if the teacher cannot give an output that a term of the loss compares."""
     c, old, B = DistillConfig(beta=0.0) if r.hard else r.distill, r.old_delta, r.settings.batch_size
     if r.unlabelled is not None and not 0 < (free := round(r.share * B)) < B:
         raise InputError(f"`unlabelled_share` {r.share} of `batch_size` {B} is {free} rows, and a batch needs labelled and unlabelled ones")

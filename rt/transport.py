@@ -1,20 +1,20 @@
 """Recycling without training on the task: maps that carry a delta from one base to another.
 
-From text alone (`transport`): the new base may hold the same things in another order, which activations on the same texts tell.
+From text alone (`transport`): the new base may hold the same dimensions in another order, which activations on the same texts reveal.
 
-From tasks with labels (`learn_projection`): a low-rank map from old deltas to new ones, learned on other tasks.
+From labelled tasks (`learn_projection`): a low-rank map from old deltas to new ones, learned on other tasks.
 
-    w' = w W1 W2 + b        w (rows, m): trained weights of a delta;  W1 (m, r), W2 (r, m);  b as large as w
+    w' = w W1 W2 + b        w (rows, m): trained weights of a delta;  W1 (m, r), W2 (r, m);  b has the size of w
     w' = w + w W1 W2 + b    `residual`
 
-The first form keeps of an unseen delta what passes through r numbers a row; the residual form keeps the delta and adds to it.
+The first form keeps only what passes through r numbers per row of an unseen delta. The residual form keeps the delta and adds to it.
 
-Two granularities. `flat`: all n weights are one row, m = n, as in the paper's public code: (2r + 1) n numbers. `tensor`: every tensor is a
-matrix, m its last dimension, with its own W1 and W2 (r at most m): n + 2 r x the sum of last dimensions. Training takes 16 bytes a number:
-for all 125 M weights of RoBERTa-base at r = 16, 66 GB flat and 2 GB by tensors; for its adapters, 1 GB flat.
+There are two granularities. `flat`: all n weights are one row, m = n, as in the paper's public code: (2r + 1) n numbers. `tensor`: each
+tensor is a matrix, m its last dimension, with its own W1 and W2 (r at most m): n + 2 r x the sum of last dimensions. Training takes 16
+bytes per number. All 125 M weights of RoBERTa-base at r = 16 take 66 GB flat and 2 GB by tensor. The adapters take 1 GB flat.
 
-At the start W2 = 0, W1 is random and so large that w W1 is about 1, and b is the mean of the sources' w, or 0 if residual: training starts
-from `apply` of the mean source, or of the delta itself.
+At the start, W2 = 0, W1 is random and scaled so that w W1 is about 1, and b is the mean of the sources' w, or 0 if residual. So training
+starts from `apply` of the mean source, or of the delta itself.
 """
 import re
 from dataclasses import replace
@@ -32,12 +32,12 @@ from rt.losses import DistillConfig, Loss, Reweighted, Weights, run_teacher
 from rt.model import Encoder, LayerNorm
 from rt.tune import Hook, TuneSettings, evaluate, ignore, minimise, plain_gradient, train_step
 
-Granularity = Literal["auto", "flat", "tensor"]     # auto: the public code's, flat, if that is small: for all kinds but full
+Granularity = Literal["auto", "flat", "tensor"]     # auto: flat, as in the public code, if that is small (all kinds but full), else tensor
 
 
 class Projection(nn.Module):
-    """The map, at its start: b and the scale of W1 come from `sources`, whose kind and sizes every projected delta must have. Without
-    `with_head` the map leaves heads out, and tasks may have other numbers of labels."""
+    """The map, initialised. b and the scale of W1 come from `sources`. Every projected delta must have their kind and sizes. Without
+    `with_head`, the map leaves out heads, and tasks may have different numbers of labels."""
     def __init__(self, sources: list[Delta], r: int, granularity: Granularity, residual: bool, with_head: bool, seed: int):
         super().__init__()
         if granularity not in get_args(Granularity):
@@ -47,20 +47,20 @@ class Projection(nn.Module):
         self.r, self.granularity, self.residual, self.with_head = r, granularity, residual, with_head
         self.used = sources[0].config.used
         self.shapes = {k: v.shape for k, v in sources[0].tensors(with_head).items()}
-        self.W1, self.W2, self.b = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()   # one each a matrix
+        self.W1, self.W2, self.b = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()   # one of each per matrix
         generator = torch.Generator().manual_seed(seed)
         for same in zip(*(self.rows(delta) for delta in sources)):
             x = torch.stack(same)       # (sources, rows, m)
-            m, size = x.shape[-1], x.norm(dim=-1).square().mean().sqrt()     # of a row
+            m, size = x.shape[-1], x.norm(dim=-1).square().mean().sqrt()     # size: root mean square norm of a row
             W1 = torch.randn(m, min(r, m), generator=generator).to(x)
             self.W1.append(nn.Parameter(W1 / size if size > 0 else W1))
             self.W2.append(nn.Parameter(x.new_zeros(min(r, m), m)))
-            # a vector, which AdamW does not decay: most of a delta is here
+            # a vector, so AdamW does not decay it: most of a delta is in b
             self.b.append(nn.Parameter(x.new_zeros(x[0].numel()) if residual else x.mean(0).flatten()))
         self.best_step, self.dev = 0, {}
 
     def rows(self, delta: Delta) -> list[Tensor]:
-        """The delta as matrices (rows, m): one, or one a tensor. Raises InputError if its kind or sizes differ."""
+        """The delta as matrices (rows, m): one in all, or one per tensor. Raises InputError if its kind or sizes differ."""
         tensors = delta.tensors(self.with_head)
         if delta.config.used != self.used or {k: v.shape for k, v in tensors.items()} != self.shapes:
             raise InputError(f"a delta of task {delta.info.get('task')} does not fit the projection: use deltas of one kind, base and size")
@@ -69,7 +69,7 @@ class Projection(nn.Module):
         return [v.reshape(-1, v.shape[-1]) for v in tensors.values()]
 
     def forward(self, delta: Delta) -> dict[str, Tensor]:
-        """w' by the names of `Delta.tensors`, in fp32, for a delta on the map's device."""
+        """w' by the names of `Delta.tensors`, in fp32. The delta must be on the map's device."""
         mapped = []
         with torch.autocast(self.b[0].device.type, enabled=False):
             for x, W1, W2, b in zip(self.rows(delta), self.W1, self.W2, self.b, strict=True):
@@ -82,13 +82,13 @@ class Projection(nn.Module):
 
 @torch.no_grad()
 def project(projection: Projection, delta: Delta) -> Delta:
-    """The delta mapped to the new base, on the CPU. It still names the old base as its own: apply(base, delta, stale_ok=True)."""
+    """The delta mapped to the new base, on the CPU. Its info still names the old base, so use apply(base, delta, stale_ok=True)."""
     mapped = projection(delta.map(lambda _, v: v.to(projection.b[0].device)))
     return delta.map(lambda name, v: mapped.get(name, v).cpu())
 
 
 def student_weights(own: Weights, delta: Delta, projection: Projection) -> Weights:
-    """New base (`own`, the encoder's weights) + projected delta as weights of a Classifier; a head that is not projected is the delta's."""
+    """Weights of a Classifier: new base (`own`, the encoder's weights) + projected delta. An unprojected head is the delta's own."""
     weights = {f"head.{k}": v for k, v in delta.head.items()}
     for name, tensor in projection(delta).items():
         part, _, k = name.partition(".")
@@ -97,7 +97,7 @@ def student_weights(own: Weights, delta: Delta, projection: Projection) -> Weigh
 
 
 def check_sources(old_base: Base, base: Base, sources: list[tuple[Delta, TaskData]], target: Delta | None = None) -> None:
-    """Raises InputError if a projection cannot be learned from these deltas of the old base, or not be used on `target`."""
+    """Raises InputError if a projection cannot be learned from these deltas of the old base, or cannot be used on `target`."""
     for delta, data in sources:
         check_fits(old_base, delta, stale_ok=False)
         check_fits(base, delta, stale_ok=True)      # equal sizes, and equal ids for teacher and student
@@ -112,14 +112,14 @@ def check_sources(old_base: Base, base: Base, sources: list[tuple[Delta, TaskDat
 def learn_projection(old_base: Base, base: Base, sources: list[tuple[Delta, TaskData]], settings: TuneSettings, distill: DistillConfig, *,
                      r: int, granularity: Granularity, residual: bool, device: torch.device, precision: torch.dtype,
                      with_head: bool = False, on_step: Hook = ignore, on_eval: Hook = ignore) -> Projection:
-    """A map from deltas of `old_base` to deltas of `base`, trained on source tasks in turn: step i on source i mod S. The loss is
-    distillation's without attention maps and interpolation: teacher = old base + the source's delta, student = new base + its projection.
-    `with_head` asks for as many labels in every source, and later in the target. Returned as it was best on dev: the mean over the sources,
-    which comes first in the dev of `on_eval`. Raises InputError if deltas and bases do not fit together, Diverged as rt.tune.Fit does."""
+    """A map from deltas of `old_base` to deltas of `base`, trained on the source tasks in turn: step i uses source i mod S. The loss is
+    distillation without attention maps and interpolation: teacher = old base + the source's delta, student = new base + its projection.
+    `with_head` requires one number of labels in all sources, and later in the target. Returns the best map by the mean dev score of the
+    sources, the first entry of dev in `on_eval`. Raises InputError if deltas and bases do not fit together, Diverged like rt.tune.Fit."""
     check_sources(old_base, base, sources)
     deltas, datas, s = [delta.map(lambda _, v: v.to(device)) for delta, _ in sources], [data for _, data in sources], settings
     projection = Projection(deltas, r, granularity, residual, with_head, s.seed)
-    # one skeleton for all: every weight it trains is replaced, the head too, whatever its number of labels
+    # one skeleton for all sources: every weight it trains is replaced, and the head too, whatever its number of labels
     model, own = attach(base, deltas[0].config, 1, s.seed), {k: p.detach() for k, p in base.encoder.named_parameters()}
     students = [Reweighted(model, partial(student_weights, own, delta, projection)) for delta in deltas]
     losses = [Loss(not data.labels, run_teacher(apply(old_base, delta), data.train, device, precision), replace(distill, gamma=0.0, itp=0))
@@ -141,22 +141,22 @@ def learn_projection(old_base: Base, base: Base, sources: list[tuple[Delta, Task
 
 # --- orders from text -------------------------------------------------------------------------------------------------
 
-READS = {"qkv": "hidden", "attention_output": "value", "intermediate": "hidden", "output": "units"}     # what a layer's matrices read
-WRITES = {"qkv": "qkv", "attention_output": "hidden", "intermediate": "units", "output": "hidden"}      # and what they write
+READS = {"qkv": "hidden", "attention_output": "value", "intermediate": "hidden", "output": "units"}     # inputs of a layer's matrices
+WRITES = {"qkv": "qkv", "attention_output": "hidden", "intermediate": "units", "output": "hidden"}      # their outputs
 
 
 @torch.no_grad()
 def transport(old_base: Base, base: Base, delta: Delta, sequences: list[list[int]]) -> tuple[Delta, dict]:
-    """(`delta` for `base`, facts for the run's record). `base` may hold hidden dimensions, heads and FFN units in another order than
-    `old_base`; the order is the one in which the activations of both on `sequences` (ids) agree best (Git Re-Basin: Ainsworth et al.,
-    2023). `cosine` in the facts is the mean agreement of the hidden dimensions: 1 if `base` is `old_base` in another order. Raises
-    InputError for bases of other sizes or ids, and as check_carry."""
+    """`delta` in the order in which `base` holds its hidden dimensions, heads and FFN units, and facts for the run's record. The order is
+    the one in which the activations of both bases on `sequences` (ids) agree best (Git Re-Basin: Ainsworth et al., 2023). The fact `cosine`
+    is the mean cosine of matched hidden dimensions: 1 if `base` is `old_base` in another order. Raises InputError if sizes or ids differ,
+    and as check_carry does."""
     check_fits(base, delta, stale_ok=True)
     check_carry(delta)
     orders, cosine = find_orders(old_base.encoder, base.encoder, sequences)
 
     def moved(name: str, v: Tensor) -> Tensor:
-        rows, layer = v.flatten(1) if v.ndim == 3 else v, re.search(r"layers\.\d+", name)     # the vectors of a prefix: rows
+        rows, layer = v.flatten(1) if v.ndim == 3 else v, re.search(r"layers\.\d+", name)     # of a prefix: (P, H, D)
         for dim, part in enumerate(parts_of(name)):
             if part:
                 rows = rows.index_select(dim, orders[part if part == "hidden" else f"{layer[0]}.{part}"])
@@ -173,8 +173,8 @@ def check_carry(delta: Delta) -> None:
 
 
 def parts_of(name: str) -> tuple[str, ...]:
-    """For each dimension of a delta's tensor, what is in a base's order there: "hidden", or in its layer units, qkv, query, key, value or
-    heads; "" for a dimension of the delta's own. Raises InputError if nothing is known of the tensor."""
+    """For each dimension of a delta's tensor, the part of the base that it runs over: "hidden", or "units", "qkv", "query", "key", "value"
+    or "heads" of its layer; "" if it is the delta's own, such as a rank. Raises InputError if the tensor is unknown."""
     match name.split("."):
         case [*_, "word" | "position" | "down", "weight"] | ["head", "dense", "weight"]:
             return "", "hidden"
@@ -196,12 +196,12 @@ def parts_of(name: str) -> tuple[str, ...]:
             return ("hidden",)
         case ["head", *_] | [*_, "down", "bias"]:
             return ("",)
-    raise InputError(f"the delta's tensor {name} cannot be carried to another base: it is not known what its dimensions are")
+    raise InputError(f"the delta's tensor {name} cannot be carried to another base: what its dimensions run over is not known")
 
 
 def find_orders(old: Encoder, new: Encoder, sequences: list[list[int]]) -> tuple[dict[str, Tensor], float]:
-    """({part: (n,) which of the old base's dimensions each of the new base's is}, mean cosine of the hidden dimensions so matched). Heads
-    are matched by the best partners of their dimensions, then the dimensions within; queries and keys have one order."""
+    """{part: (n,) the old dimension that matches each new one} and the mean cosine of matched hidden dimensions. Heads are matched first,
+    by the best partner of each of their dimensions, then the dimensions within. Queries and keys share one order."""
     cosines, H, d = agreement(old, new, sequences), old.config.num_heads, old.config.hidden_size
     orders = {part: assignment(score[0]) for part, score in cosines.items() if not part.endswith("qkv")}
     for layer in (part.removesuffix(".qkv") for part in cosines if part.endswith("qkv")):
@@ -214,7 +214,7 @@ def find_orders(old: Encoder, new: Encoder, sequences: list[list[int]]) -> tuple
 
 
 def agreement(old: Encoder, new: Encoder, sequences: list[list[int]]) -> dict[str, Tensor]:
-    """{part: (c, n, n) cosine of every new dimension with every old one over all tokens}, c = 3 for queries, keys and values, else 1."""
+    """{part: (c, n, n)}: the cosine of each new dimension with each old one over all tokens; c = 3 for queries, keys and values, else 1."""
     sums: dict[str, list[Tensor]] = {}
     for some in (sequences[i:i + 32] for i in range(0, len(sequences), 32)):
         for (part, Y), (_, X) in zip(activations(new, some), activations(old, some), strict=True):
@@ -224,7 +224,7 @@ def agreement(old: Encoder, new: Encoder, sequences: list[list[int]]) -> dict[st
 
 
 def activations(encoder: Encoder, sequences: list[list[int]]) -> list[tuple[str, Tensor]]:
-    """(part, (c, N, n) fp32) of every layer norm's output, the projections to queries, keys and values, and the activated FFN units."""
+    """(part, (c, N, n) fp32) for each layer norm's output, each projection to queries, keys and values, and all FFN units after GELU."""
     kept: list[tuple[str, Tensor]] = []
 
     def keep(part: str, c: int, _: nn.Module, inputs: tuple, output: Tensor) -> None:
@@ -241,11 +241,11 @@ def activations(encoder: Encoder, sequences: list[list[int]]) -> list[tuple[str,
 
 
 def assignment(score: Tensor) -> Tensor:
-    """(n,) int64: the column of every row, one to one, of greatest total score (n, n), by shortest augmenting paths (Jonker & Volgenant,
-    1987): O(n^3), a second for n = 1536."""
+    """(n,) int64: the column of each row in the one-to-one assignment of greatest total score (n, n), by shortest augmenting paths (Jonker
+    & Volgenant, 1987): O(n^3), a second for n = 1536."""
     cost = (score.max() - score).cpu().numpy()
     n, v = len(cost), cost.min(0)
-    u, row_of, column_of = (cost - v).min(1), np.full(n, -1), np.full(n, -1)      # cost >= u + v, equal for what is matched
+    u, row_of, column_of = (cost - v).min(1), np.full(n, -1), np.full(n, -1)      # cost >= u + v, with equality for matched pairs
     for start in range(n):
         i, length, distance, before, done = start, 0.0, np.full(n, np.inf), np.full(n, -1), np.zeros(n, bool)
         while True:         # Dijkstra's algorithm, to the nearest free column

@@ -1,6 +1,6 @@
-"""The supervised loop: train on a task, score dev every so often, keep the best weights, score test once.
+"""The supervised loop: train on a task, score dev at intervals, keep the best weights, score test once.
 
-`training_loop` serves all supervised training: `tune` here, projections (rt/transport.py), curved paths (rt/report/analysis.py), and many
+All supervised training runs `training_loop`: `tune` here, projections (rt/transport.py), curved paths (rt/report/analysis.py), and many
 runs side by side (rt/speed/multi_run.py).
 """
 import time
@@ -17,7 +17,7 @@ from rt.losses import Loss, trained_weights
 from rt.model import Batch, Classifier
 from rt.optim import MOST_SKIPPED, SkipTracker, adamw, autocast, derive_seed, memory_for, schedule, set_lr, step_unless
 
-Gradient = Callable[[Batch], Tensor]    # computes the loss of a batch on the host, and leaves the gradient in what is trained
+Gradient = Callable[[Batch], Tensor]    # takes a batch on the host, returns its loss, and leaves the gradient in the trained weights
 Hook = Callable[[Any], None]            # on_step gets the Batch of every step, on_eval the {'step', 'loss', 'dev'} of every evaluation
 
 
@@ -27,7 +27,7 @@ def ignore(_: Any) -> None:
 
 @dataclass
 class TuneSettings:
-    """One run of training. Learning rate: linear warm-up over `warmup` (a share of `steps`), then linear decay."""
+    """Settings of one training run. The learning rate warms up linearly over `warmup` (a share of `steps`), then decays linearly."""
     steps: int
     batch_size: int
     lr: float
@@ -36,7 +36,7 @@ class TuneSettings:
     weight_decay: float = 0.01
     warmup: float = 0.06
     clip: float = 1.0
-    early_stop: int = 0     # end after so many evaluations in a row without a better one; 0: never
+    early_stop: int = 0     # stop after this many evaluations in a row without a better one; 0: never
 
     def lr_at(self, step: int) -> float:
         return schedule(step, self.steps, max(1, round(self.warmup * self.steps)), self.lr)
@@ -44,44 +44,44 @@ class TuneSettings:
 
 @dataclass
 class TuneResult:
-    """`curve`: (step, dev score) pairs; scores are dicts whose first entry is the one that runs are compared by, None if undefined."""
+    """`curve` has (step, dev score) pairs. Scores are dicts. Runs are compared by the first entry, which is None if undefined."""
     best_step: int = 0
     dev: dict[str, float | None] = field(default_factory=dict)
     test: dict[str, float | None] = field(default_factory=dict)
     curve: list[tuple[int, float | None]] = field(default_factory=list)
     seconds: float = 0.0
-    skipped: int = 0        # steps whose loss or gradient was not finite
-    diverged: int = 0       # of a run beside others: the step after which too many in a row were not finite; 0: never
+    skipped: int = 0        # steps with a non-finite loss or gradient
+    diverged: int = 0       # for runs side by side: the step after which too many in a row were not finite; 0: never
 
 
 def training_loop(s: TuneSettings, gradient: Callable[[int], Tensor], update: Callable[[int, Tensor], None],
                   evaluate: Callable[[int], bool]) -> None:
-    """gradient(step) computes the loss, () or (K,) of K runs, and the gradients; update(step, loss) takes the step; evaluate(n)
-    after n = 0, `eval_every`, ... steps and the last returns whether to go on."""
+    """gradient(step) computes the gradients and returns the loss, () or (K,) for K runs. update(step, loss) takes the step. evaluate(n) is
+    called after n = 0, `eval_every`, ... steps and after the last, and returns whether to go on."""
     evaluate(0)
     for step in range(s.steps):
-        torch.manual_seed(derive_seed(s.seed, step))    # for interpolation's points
+        torch.manual_seed(derive_seed(s.seed, step))    # for the points of interpolation
         update(step, gradient(step))
         if ((step + 1) % s.eval_every == 0 or step + 1 == s.steps) and not evaluate(step + 1):
             break
 
 
 class Fit:
-    """The optimizer of one run, AdamW on `trained`, its scores so far, and the weights that were best."""
+    """One run: its optimizer (AdamW on `trained`), its scores so far, and its best weights."""
     def __init__(self, trained: dict[str, Tensor], s: TuneSettings, on_eval: Hook = ignore):
         self.trained, self.s, self.on_eval, self.result, self.best = trained, s, on_eval, TuneResult(), {}
         self.optimizer = adamw(trained.values(), s.lr, s.weight_decay, betas=(0.9, 0.999))
         self.tracker = SkipTracker(next(iter(trained.values())).device)
 
     def update(self, step: int, loss: Tensor) -> None:
-        """Clip and take a step; if the loss or the gradient is not finite, it is skipped and counted."""
+        """Clip the gradient and take a step. If the loss or the gradient is not finite, the step is skipped and counted."""
         set_lr(self.optimizer, self.s.lr_at(step))
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.s.clip)
         step_unless(self.optimizer, self.tracker.count(loss, norm))
         self.optimizer.zero_grad(set_to_none=True)
 
     def evaluated(self, step: int, dev: dict[str, float] | None) -> bool:
-        """Record an evaluation; returns whether the run goes on. Raises Diverged after more than MOST_SKIPPED skipped steps in a row."""
+        """Record an evaluation. Returns whether the run goes on. Raises Diverged after more than MOST_SKIPPED skipped steps in a row."""
         loss, skipped, diverged = self.tracker.read()
         self.result.skipped += skipped
         if diverged:
@@ -99,7 +99,7 @@ class Fit:
 
 def minimise(trained: dict[str, Tensor], gradient: Callable[[int], Tensor], s: TuneSettings, dev_scores: Callable[[], dict] | None,
              on_eval: Hook = ignore) -> TuneResult:
-    """`training_loop` for one run; `trained` ends with the weights that were best by `dev_scores`, without it the last. Raises Diverged."""
+    """`training_loop` for one run. `trained` ends with the best weights by `dev_scores`, without it with the last. Raises Diverged."""
     fit = Fit(trained, s, on_eval)
     training_loop(s, gradient, fit.update, lambda step: fit.evaluated(step, dev_scores() if dev_scores else None))
     with torch.no_grad():
@@ -109,13 +109,13 @@ def minimise(trained: dict[str, Tensor], gradient: Callable[[int], Tensor], s: T
 
 
 def training_batch(data: Encoded, s: TuneSettings, step: int) -> Batch:
-    """The examples of one step and its dropout seed: a function of the run's seed and the step."""
+    """The examples of one step and its dropout seed, both functions of the run's seed and the step."""
     batch = data.batch(data.indices(s.batch_size, step, s.seed))
     return replace(batch, seeds=torch.tensor([derive_seed(s.seed, step)]))
 
 
 def plain_gradient(model: Classifier, loss: Loss, device: torch.device, precision: torch.dtype) -> Gradient:
-    """The gradient of `loss`, a scalar, in the weights of `model`, which is set to training."""
+    """A Gradient of the scalar `loss` with respect to the weights of `model`, which it sets to training mode."""
     def gradient(batch: Batch) -> Tensor:
         model.train()
         with autocast(device, precision):
@@ -128,7 +128,7 @@ def plain_gradient(model: Classifier, loss: Loss, device: torch.device, precisio
 
 def train_step(gradient: Gradient, data: Encoded, s: TuneSettings, on_step: Hook, step: int, place: str = "",
                lower: str = " or `seq_len`") -> Tensor:
-    """The loss and gradient of one step. Raises InputError if memory runs out; `place` and `lower` end the halves of its sentence."""
+    """The loss and gradient of one step. Raises InputError if memory runs out; `place` and `lower` complete its message."""
     batch = training_batch(data, s, step)
     what = f"a batch of {s.batch_size} sequences of up to {batch.max_seqlen} tokens{place}"
     with memory_for(what, f"`batch_size` ({s.batch_size}){lower}"):
@@ -139,9 +139,9 @@ def train_step(gradient: Gradient, data: Encoded, s: TuneSettings, on_step: Hook
 
 def tune(model: Classifier, data: TaskData, loss: Loss, settings: TuneSettings, *, device: torch.device, precision: torch.dtype,
          on_step: Hook = ignore, on_eval: Hook = ignore, make_gradient: Callable[..., Gradient] = plain_gradient) -> TuneResult:
-    """Train what requires a gradient in `model`, which ends with the weights that were best on dev. Dev is also scored before the first
-    step (step 0), which tells what the start is worth, and test, if there is one, once at the end. Batches and dropout are functions of
-    (seed, step). `make_gradient` may be rt.speed.multi_run.graphed_gradient. Raises Diverged as Fit does, InputError if memory runs out."""
+    """Train the weights of `model` that require a gradient. `model` ends with the weights that were best on dev. Dev is also scored before
+    the first step (step 0), which measures the start. Test, if there is one, is scored once at the end. Batches and dropout are functions
+    of (seed, step). `make_gradient` may be rt.speed.multi_run.graphed_gradient. Raises Diverged like Fit, InputError if memory runs out."""
     started, step = time.perf_counter(), partial(train_step, make_gradient(model, loss, device, precision), data.train, settings, on_step)
     result = minimise(trained_weights(model), step, settings, lambda: evaluate(model, data.dev, device, precision), on_eval)
     result.test = evaluate(model, data.test, device, precision) if data.test is not None else {}
@@ -151,7 +151,7 @@ def tune(model: Classifier, data: TaskData, loss: Loss, settings: TuneSettings, 
 
 @torch.no_grad()
 def predict(model: Classifier, sequences: list[list[int]], device: torch.device, precision: torch.dtype, batch_size: int = 64) -> Tensor:
-    """(n, C) fp32 logits on the CPU, in the order of `sequences`; batches are made by length."""
+    """(n, C) fp32 logits on the CPU, in the order of `sequences`. Sequences are batched by length."""
     model.eval()
     order, chunks = sorted(range(len(sequences)), key=lambda i: len(sequences[i])), []
     for i in range(0, len(order), batch_size):
@@ -168,18 +168,18 @@ def evaluate(model: Classifier, data: Encoded, device: torch.device, precision: 
 
 
 def metrics(logits: Tensor, targets: Tensor) -> dict[str, float | None]:
-    """accuracy, macro_f1, micro_f1 of (n, C) logits and (n,) classes; pearson and spearman of (n, 1) and (n,) floats, None if undefined."""
+    """accuracy, macro_f1, micro_f1 for (n, C) logits and (n,) classes; pearson, spearman for (n, 1) and (n,) floats, None if undefined."""
     if targets.is_floating_point():
         pair = torch.stack([logits.squeeze(-1).double(), targets.double()])
-        is_defined = pair.isfinite().all() and (pair.amin(1) < pair.amax(1)).all()      # neither of them is constant
+        is_defined = pair.isfinite().all() and (pair.amin(1) < pair.amax(1)).all()      # neither logits nor targets are constant
         pairs = {"pearson": pair, "spearman": torch.stack([*map(_ranks, pair)])}
         return {name: torch.corrcoef(xy)[0, 1].item() if is_defined else None for name, xy in pairs.items()}
     C = logits.shape[-1]
     confusion = torch.bincount(targets * C + logits.argmax(-1), minlength=C * C).view(C, C).double()    # truth x prediction
     right, truth, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
-    occurs = truth + predicted > 0      # as scikit-learn: classes in neither truth nor prediction do not count
+    occurs = truth + predicted > 0      # as in scikit-learn: classes in neither truth nor prediction do not count
     f1, accuracy = (2 * right / (truth + predicted))[occurs].mean().item(), (right.sum() / confusion.sum()).item()
-    return {"accuracy": accuracy, "macro_f1": f1, "micro_f1": accuracy}  # with one label a text, micro-F1 is accuracy
+    return {"accuracy": accuracy, "macro_f1": f1, "micro_f1": accuracy}  # with one label per text, micro-F1 is accuracy
 
 
 def _ranks(x: Tensor) -> Tensor:
@@ -189,12 +189,12 @@ def _ranks(x: Tensor) -> Tensor:
 
 
 def score(values: dict[str, float | None]) -> float:
-    """The figure that runs are compared by: accuracy, or Pearson's correlation, -inf if that is undefined."""
+    """The score that runs are compared by: accuracy or Pearson's correlation, -inf if undefined."""
     return float("-inf") if (first := next(iter(values.values()))) is None else first
 
 
 def chance(data: TaskData) -> dict[str, float]:
-    """The score on test, else dev, without reading: of the commonest training label, and of guessing ('uniform'); for a regression 0."""
+    """The score on test, else dev, without reading texts: of the commonest training label and of guessing ('uniform'); regression: 0."""
     if not data.labels:
         return {"pearson": 0.0, "spearman": 0.0}
     commonest = data.train.targets.bincount().argmax()

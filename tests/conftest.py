@@ -1,4 +1,4 @@
-"""Shared small things: a tokenizer, random tiny bases, a task folder and a corpus, all from real docstrings."""
+"""Shared fixtures: a tokenizer, random tiny bases, a task folder and a corpus, all made from real docstrings."""
 import contextlib
 import importlib
 import io
@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")     # nothing here may reach a network
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # read once, by the first product: deterministic tests need it
-os.environ.setdefault("OMP_NUM_THREADS", "1")    # also of the commands that tests start: two test processes have two cores
+os.environ.setdefault("HF_HUB_OFFLINE", "1")     # tests must not reach a network
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # deterministic tests need it; it is read once, at the first matrix product
+os.environ.setdefault("OMP_NUM_THREADS", "1")    # also for the commands that tests start: two test processes share two cores
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")   # read when kernels/ is imported: the kernels run, slowly, on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")   # read when kernels/ is imported: makes the kernels run, slowly, on the CPU
 
 from data import docstrings
 from kernels.common import HAS_TRITON
@@ -36,27 +36,27 @@ from train import train_stage
 
 if os.environ.get("TRITON_INTERPRET") == "1" and HAS_TRITON:
     importlib.import_module("interpreter").compute_in_bf16()
-torch.set_num_threads(int(os.environ.get("RT_TEST_THREADS", 1)))     # tiny models: more threads only wait for each other
+torch.set_num_threads(int(os.environ.get("RT_TEST_THREADS", 1)))     # the models are tiny: more threads would only wait for each other
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = ROOT / "tests" / "seeds"
-os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, SEEDS)))     # of the commands that tests start
-if not hasattr(sys.modules.get("sitecustomize"), "change_seeds"):       # processes of xdist have it already
+os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, SEEDS)))     # for the commands that tests start
+if not hasattr(sys.modules.get("sitecustomize"), "change_seeds"):       # xdist's processes already have it
     runpy.run_path(str(SEEDS / "sitecustomize.py"))
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """The whole suite in two processes; files that are named on the command line in pytest's own, where a debugger works."""
+    """Run the whole suite in two processes. Files named on the command line run in pytest's own process, where a debugger works."""
     return 0 if any(".py" in argument for argument in config.args) else 2
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest begins first, or one process would wait for it in the end."""
+    """Start the slowest tests first. Otherwise one process would wait for them at the end."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch) -> torch.device:
-    """Where a kernel is tested: in Triton's interpreter, and compiled where there is a GPU."""
+    """The devices a kernel is tested on: the CPU in Triton's interpreter, and a GPU, compiled, if there is one."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU")
     if request.param == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -86,7 +86,7 @@ def tokenizer(graphs):
 
 
 def random_base(tokenizer, seed: int = 0, std: float = 0.1) -> Base:
-    """A tiny base with weights large enough that every part of it matters to the output."""
+    """A tiny base with weights large enough that every part affects the output."""
     config = EncoderConfig(tokenizer.vocab_size, pad_id=tokenizer.pad_id, **PRESETS["tiny"])
     model = new_masked_lm(config, seed)
     generator = torch.Generator().manual_seed(seed + 1000)
@@ -108,7 +108,7 @@ def other_base(tokenizer):
 
 @pytest.fixture
 def batch(tokenizer):
-    """Five ragged sequences, one of them of two tokens."""
+    """Five ragged sequences. One of them has two tokens."""
     g = torch.Generator().manual_seed(0)
     sequences = [[tokenizer.bos_id, *torch.randint(5, 500, (n,), generator=g).tolist(), tokenizer.eos_id]
                  for n in (7, 0, 30, 1, 16)]
@@ -117,8 +117,8 @@ def batch(tokenizer):
 
 def pretrained(folder: Path, model, rows, optimizer, settings, tokenizer, *, device=torch.device("cpu"), precision=torch.float32,
                first: int | None = None, stop_after: int | None = None, log_every: int = 1, compile=False, graphs=False) -> list[dict]:
-    """train.py's loop for one stage in `folder`, from step `first` on, or from the newest checkpoint there; returns the rows there are
-    now."""
+    """Runs train.py's loop for one stage in `folder`, from step `first` or from the newest checkpoint there. Returns the rows of
+    metrics.jsonl."""
     ranks = Ranks(device)
     with PretrainRun(folder, ranks, {}, resume=True, snapshots=0, save_every=10**9, log_every=log_every, stop_after=stop_after) as run:
         run.begin({}, tokenizer)
@@ -137,7 +137,7 @@ def write_task(folder: Path, rows: dict[str, list[dict]]) -> Path:
 
 @contextlib.contextmanager
 def bounded(seconds: int = 10, megabytes: int = 1024):
-    """What is done inside may take no longer, and no more memory than there is mapped already and this (Linux); else it is an error."""
+    """Limits the time of the code inside, and its memory beyond what is already mapped (Linux). Raises an error above either limit."""
     def late(*_):
         raise TimeoutError(f"not done in {seconds} s")
 
@@ -155,7 +155,7 @@ def bounded(seconds: int = 10, megabytes: int = 1024):
 
 
 def command(*arguments: str, code: int = 0, cwd: Path | None = None) -> str:
-    """Run a script of the checkout as a user would; returns stdout, or stderr where an error was expected."""
+    """Run a script of the checkout as a user would. Returns stdout, or stderr if an error was expected."""
     done = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd or ROOT, capture_output=True, text=True,
                           timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
@@ -163,7 +163,7 @@ def command(*arguments: str, code: int = 0, cwd: Path | None = None) -> str:
 
 
 def here(*arguments: str, code: int = 0) -> str:
-    """As `command`, without the seconds that a process of its own takes; for what is typed as a command in other tests."""
+    """Like `command`, but without the seconds that a new process takes. For commands that other tests run as real commands."""
     name, *arguments = [arguments[0].removesuffix(".py"), *arguments[1:]] if arguments[0] != "-m" else arguments[1:]
     script = importlib.import_module(name)
     if not hasattr(script, "main"):

@@ -1,4 +1,4 @@
-"""python tests/every_kernel.py DEVICE: every kernel once, forward and backward, on small ragged inputs; prints "done"."""
+"""python tests/every_kernel.py DEVICE runs every kernel once, forward and backward, on small ragged inputs and prints "done"."""
 import sys
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def inputs(device: str, dtype: torch.dtype = torch.float16) -> dict:
 
 
 def step(i: dict) -> list[torch.Tensor]:
-    """The gradients of everything."""
+    """The gradients of all inputs."""
     q, k, v = i["qkv"].unbind(1)
     loss = attention(q, k, v, i["cu"], 70, dropout_p=0.1, seed=i["seed"], prefix_kv=(i["prefix_k"], i["prefix_v"], i["gate"])).sum()
     h = attention_qkv(i["qkv"], i["cu"], 70, dropout_p=0.1, seed=i["seeds"]).flatten(1)

@@ -1,5 +1,5 @@
-"""Triton's interpreter keeps bfloat16 numbers as their 16 bits, multiplies those bits in tl.dot, and cuts digits off where it makes such a
-number. With these two patches (the same for triton 3.6 and 3.7) it computes what a GPU does, in fp32 and rounded to the nearest."""
+"""Triton's interpreter stores bfloat16 numbers as 16 bits, multiplies these bits in tl.dot, and truncates when it converts to bfloat16.
+With these two patches (the same for triton 3.6 and 3.7) it computes what a GPU does: in fp32, rounded to nearest."""
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter

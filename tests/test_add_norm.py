@@ -1,4 +1,4 @@
-"""add_norm: the reference against plain PyTorch, the kernels against the reference, gradients that are not wanted, K runs side by side."""
+"""add_norm: the reference against plain PyTorch, the kernels against the reference, unwanted gradients, K runs side by side."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ EPS, SEEDS = 1e-5, torch.tensor([7, -(2**62) + 12345, 2**40 + 5])
 
 
 def inputs(N, d, dtype=torch.float64, wide=None, w_runs=0, b_runs=0, device="cpu"):
-    """x in `wide`, h in `dtype`, each every other row of a wider tensor; weight and bias fp32 (d,) or (K, d)."""
+    """x in `wide`, h in `dtype`, each every second row of a wider tensor; weight and bias are fp32, (d,) or (K, d)."""
     g = torch.Generator().manual_seed(0)
     x, h = (torch.randn(N, 2, d, generator=g).to(device, t)[:, 1].detach() for t in (wide or dtype, dtype))
     weight, bias = (torch.randn(*((K,) if K else ()), d, generator=g).to(device) for K in (w_runs, b_runs))
@@ -18,7 +18,7 @@ def inputs(N, d, dtype=torch.float64, wide=None, w_runs=0, b_runs=0, device="cpu
 
 
 def everything(function, tensors, p=0.0, seed=None):
-    """Output and every gradient, under an upstream gradient that is not uniform and whose rows do not lie side by side."""
+    """Output and all gradients, for a non-uniform upstream gradient whose rows are not contiguous."""
     y = function(*tensors, EPS, p, seed)
     up = torch.randn(len(y), 2, y.shape[1], generator=torch.Generator().manual_seed(5)).to(y)[:, 1]
     return [y, *torch.autograd.grad(y, [t for t in tensors if t.requires_grad], up)]
@@ -56,7 +56,7 @@ def test_runs_side_by_side(device, w_runs, b_runs, seeds):
     seed = SEEDS[:seeds].to(device) if seeds else None
     assert_within_twice_the_references_error(tensors, p, seed)
     y, x, h, weight, bias = add_norm(*tensors, EPS, p, seed), *tensors
-    for k in range(3 if seeds != 1 else 0):     # one seed for all is one long run of rows
+    for k in range(3 if seeds != 1 else 0):     # one seed for all runs means one long run of rows
         rows = slice(37 * k, 37 * (k + 1))
         own = (t[min(k, len(t) - 1)] if t.ndim == 2 else t for t in (weight, bias))
         assert torch.equal(y[rows], add_norm(x[rows], h[rows], *own, EPS, p, None if seed is None else seed[k:k + 1]))
@@ -79,7 +79,7 @@ def test_each_gradient_alone_and_none_that_is_not_wanted(device, wanted, p, monk
     some = everything(add_norm, [t.detach().requires_grad_(i in wanted) for i, t in enumerate(tensors)], p, SEEDS[:1].to(device))
     for got, i in zip(some[1:], wanted, strict=True):
         assert torch.equal(got, full[1 + i])
-    assert asked[0] == [True, p > 0, True, True]        # where nothing is dropped dh is dx: one store
+    assert asked[0] == [True, p > 0, True, True]        # without dropout, dh equals dx: one store
     assert asked[1] == [0 in wanted or (1 in wanted and not p), 1 in wanted and p > 0, 2 in wanted, 3 in wanted]
 
 
@@ -110,10 +110,10 @@ def test_rows_far_from_zero_and_constant_rows(device):
 def test_strides_that_are_not_rows(device):
     x, h, weight, bias = inputs(9, 40, torch.float32, device=device)
     expected = everything(add_norm_ref, [x, h, weight, bias])
-    flipped = [t.detach().T.contiguous().T.requires_grad_() for t in (x, h)]      # columns lie side by side
+    flipped = [t.detach().T.contiguous().T.requires_grad_() for t in (x, h)]      # columns are contiguous
     for a, b in zip(everything(add_norm, [*flipped, weight, bias]), expected):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-    one = torch.autograd.grad(add_norm(x, h, weight, bias, EPS).sum(), [x, bias])       # an upstream gradient of stride 0
+    one = torch.autograd.grad(add_norm(x, h, weight, bias, EPS).sum(), [x, bias])       # an upstream gradient with stride 0
     torch.testing.assert_close(one, torch.autograd.grad(add_norm_ref(x, h, weight, bias, EPS, 0.0, None).sum(), [x, bias]))
 
 

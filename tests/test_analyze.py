@@ -1,4 +1,4 @@
-"""The studies, as a user types them (some without a process of their own), and the figures that are made of their rows."""
+"""The studies, run as a user types them (some without their own process), and the figures made from their rows."""
 import json
 import math
 import os
@@ -28,8 +28,8 @@ FLAGS = ("--seq_len", "32", "--device", "cpu", "--precision", "fp32")
 
 @pytest.fixture(scope="module")
 def home(tokenizer, graphs, tmp_path_factory) -> Path:
-    """M0; M1 and M2, each a small step from the one before, with a snapshot of M1; IND of another start; a task; a delta of seed 0
-    for each, of seed 1 for none."""
+    """M0; M1 and M2, each a small step from the base before, with a snapshot of M1; IND from another start; a task; for each base a delta
+    of seed 0 and none of seed 1."""
     home = tmp_path_factory.mktemp("studies")
     rows = [json.loads(line) for line in (graphs / "task" / "train.jsonl").open()]
     two = [{"text": r["text"][:80], "label": r["label"]} for r in rows if r["label"] in ("generators", "classes")]
@@ -46,7 +46,7 @@ def home(tokenizer, graphs, tmp_path_factory) -> Path:
 
 
 def keep(folder: Path, base) -> None:
-    """A base, and beside it a delta that changes every weight a little."""
+    """Saves a base, and next to it a delta that changes every weight a little."""
     base.fingerprint = save_base(folder, MaskedLM(base.encoder, base.head), base.tokenizer, {"name": folder.name})
     if "-t" not in folder.name:
         model, g = attach(base, DeltaConfig("full"), 2, seed=0), torch.Generator().manual_seed(5)
@@ -58,12 +58,12 @@ def keep(folder: Path, base) -> None:
 
 
 def of(home: Path, *bases: str) -> tuple:
-    """The flags that say what is compared."""
+    """The flags that say what to compare."""
     return ("--bases", ",".join(str(home / "run" / b) for b in bases), "--tasks", home / "two_way", *FLAGS)
 
 
 def study(home: Path, name: str, *more, bases: tuple[str, ...] = ("M0", "M1", "M2"), how=here) -> tuple[str, list[dict], dict]:
-    """(what is printed, rows, summary)."""
+    """Runs a study. Returns (printed text, rows, summary)."""
     out = home / "out" / name
     said = how("analyze.py", "--study", name, *of(home, *bases), "--out", out, *more)
     rows, summary = read_rows(out / "rows.jsonl"), json.loads((out / "summary.json").read_text())
@@ -92,7 +92,7 @@ def test_connectivity_walks_to_every_later_base_and_to_the_independent_one(home)
     assert list(paths) == [(pair, path) for pair in ("M0-M1", "M0-M2", "M0-IND") for path in ("linear", "curve")]
     assert all([row["mu"] for row in path] == [0, 0.25, 0.5, 0.75, 1] for path in paths.values())
     starts = [path[0]["loss"] for path in paths.values()]
-    assert starts == pytest.approx([starts[0]] * 6, rel=1e-4)       # they all begin at M0 + its delta
+    assert starts == pytest.approx([starts[0]] * 6, rel=1e-4)       # all start at M0 + its delta
     for pair in ("M0-M1", "M0-IND"):
         assert paths[pair, "linear"][-1]["loss"] == pytest.approx(paths[pair, "curve"][-1]["loss"], rel=1e-4)
     line = paths["M0-IND", "linear"]
@@ -144,7 +144,7 @@ def test_a_class_task_and_a_regression_in_one_study(home):
 
 
 def test_missing_deltas_are_tuned_once_and_all_alike(home, capsys):
-    """Seed 1 has none, so those of seed 0, of another number of steps, are not mixed in."""
+    """Seed 1 has no deltas, so the deltas of seed 0, with another number of steps, are not mixed in."""
     arguments = ("analyze.py", "--study", "distance", *of(home, "M0", "M1"), "--seeds", "1", "--tune_steps", "2",
                  "--out", home / "out" / "n2")
     names = [f"M{i}-two_way-full-n2-s1" for i in (0, 1)]

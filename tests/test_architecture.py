@@ -1,4 +1,4 @@
-"""Who may import whom (scripts -> rt -> kernels), in whatever form an import is written; and the habits that hold in every file."""
+"""Which package may import which (scripts -> rt -> kernels), however the import is written; and habits that hold in every file."""
 import ast
 import importlib.util
 import re
@@ -11,8 +11,8 @@ from conftest import ROOT
 
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 OURS = {"rt", "kernels", "data", "bench", "experiments", "tests", *SCRIPTS}
-BELOW = ("rt/report", "rt/runs", "rt/speed", "rt/formats", "rt")      # rooms: each may import itself and those after it
-# What a room may import beside those and the standard library. kernels/ can be copied out; what trains needs no framework.
+BELOW = ("rt/report", "rt/runs", "rt/speed", "rt/formats", "rt")      # rooms: each may import itself and the rooms after it
+# Other imports that a room may have besides the standard library. kernels/ can be copied out; the training code needs no framework.
 MAY = {"kernels": {"torch", "triton", "tqdm"}, "rt": {"kernels", "torch", "numpy"},
        "rt/formats": {"kernels", "torch", "numpy", "safetensors", "tokenizers", "huggingface_hub", "tqdm", "filelock", "pyarrow"},
        "rt/speed": {"kernels", "torch", "numpy"}, "rt/runs": {"torch", "numpy", "tqdm", "tensorboard"},
@@ -20,20 +20,20 @@ MAY = {"kernels": {"torch", "triton", "tqdm"}, "rt": {"kernels", "torch", "numpy
        "data": {"rt.errors", "rt.runs.config", "rt.formats.atomic", "rt.formats.corpora", "rt.formats.files", "rt.formats.hub",
                 "rt.formats.tasks", "rt.data"},
        "scripts": {"rt", "data", "torch", "numpy", "kernels"}}
-NEVER = {"bench": {"tests", *SCRIPTS}, "experiments": {"tests", *SCRIPTS}}      # these may import anything else: they measure peers
+NEVER = {"bench": {"tests", *SCRIPTS}, "experiments": {"tests", *SCRIPTS}}      # these may import anything else, because they measure peers
 CALLS = {"import_module", "__import__", "run_path", "run_module"}
 
 
 def room_of(path: Path) -> str:
-    """kernels, rt, rt/formats, ..., data, bench, experiments, or scripts; `path` is relative to the checkout."""
+    """The room of `path`, relative to the checkout: kernels, rt, rt/formats, ..., data, bench, experiments, or scripts."""
     if path.parts[0] == "rt" and len(path.parts) > 2:
         return "/".join(path.parts[:2])
     return path.parts[0] if len(path.parts) > 1 else "scripts"
 
 
 def imported(source: str, path: Path) -> set[str]:
-    """Full names of the modules that `source` imports anywhere, also by a function that takes their name. Those of `from a import b`
-    are a and a.b: b may be a module."""
+    """Full names of the modules that `source` imports anywhere, including imports through a function that takes the name. `from a import b`
+    gives a and a.b, because b may be a module."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -48,7 +48,7 @@ def imported(source: str, path: Path) -> set[str]:
 
 
 def strangers(source: str, path: Path) -> list[str]:
-    """The imports of one file that its room may not have."""
+    """The imports of one file that its room does not allow."""
     room, found = room_of(path), []
     for name in sorted(imported(source, path)):
         first = name.split(".")[0]
@@ -65,7 +65,7 @@ def strangers(source: str, path: Path) -> list[str]:
 
 
 def product() -> list[Path]:
-    """The files of all rooms but tests, relative to the checkout."""
+    """The files of all rooms except tests, relative to the checkout."""
     folders = ("kernels", "rt", "data", "bench", "experiments")
     files = [*ROOT.glob("*.py"), *(file for room in folders for file in (ROOT / room).rglob("*.py"))]
     return [file.relative_to(ROOT) for file in files if file.name != "setup.py"]
@@ -127,8 +127,8 @@ def test_a_function_fits_on_a_screen(path):
 # --- habits -----------------------------------------------------------------------------------------------------------
 
 def unhinted(source: str) -> list[str]:
-    """Public functions and methods with a parameter that has no type hint, or without one for what they return. Triton's kernels have
-    no types to give, and those of an autograd Function's static methods are torch's."""
+    """Public functions and methods with a parameter or a return value without a type hint. Triton kernels have no types to give, and the
+    types of an autograd Function's static methods are torch's."""
     found = []
 
     def look(body: list[ast.stmt], inside: str = "", autograd: bool = False) -> None:
@@ -153,7 +153,7 @@ def unhinted(source: str) -> list[str]:
 
 
 def gives(function: ast.FunctionDef) -> bool:
-    """Whether a function returns or yields something, functions inside it left out."""
+    """Whether a function returns or yields a value. Functions inside it do not count."""
     nodes, inner = list(function.body), (ast.FunctionDef, ast.Lambda, ast.ClassDef)
     while nodes:
         node = nodes.pop()

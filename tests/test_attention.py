@@ -1,4 +1,4 @@
-"""attention: the reference against a formula written token by token in float64, the kernels against the reference."""
+"""attention: the reference against a formula written token by token in float64, and the kernels against the reference."""
 import json
 import math
 
@@ -20,7 +20,7 @@ def inputs(dtype=torch.float64, lengths=LENGTHS, H=3, D=32, seed=0):
 
 
 def formula(q, k, v, cu, scale, prefix=None):
-    """One row after another, in the dtype given."""
+    """The formula, one row at a time, in the given dtype."""
     out = torch.zeros_like(q)
     for a, b in zip(cu.tolist(), cu.tolist()[1:]):
         for i in range(a, b):
@@ -38,7 +38,7 @@ def formula(q, k, v, cu, scale, prefix=None):
 @pytest.mark.parametrize("scale", [None, 0.5])
 def test_forward_and_gradients_in_float64(scale):
     qkv, cu = inputs(lengths=(3, 0, 1, 6), H=2, D=4)
-    weight = torch.randn(10, 2, 4, dtype=torch.float64)     # an upstream gradient that is not uniform
+    weight = torch.randn(10, 2, 4, dtype=torch.float64)     # a non-uniform upstream gradient
     ours = attention(*qkv.unbind(1), cu, 6, scale=scale)
     grad, = torch.autograd.grad((ours * weight).sum(), qkv)
     expected = formula(*qkv.unbind(1), cu, scale or 4 ** -0.5)
@@ -100,7 +100,7 @@ def prefix_of(P, H, D, device, dtype):
 
 
 def everything(function, qkv, cu, prefix=None, **arguments):
-    """Output and every gradient, under an upstream gradient that is not uniform."""
+    """Output and all gradients, for a non-uniform upstream gradient."""
     out = function(*qkv.unbind(1), cu, int(cu.diff().max()), prefix_kv=prefix and tuple(prefix), **arguments)
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out)
     return [out, *torch.autograd.grad((out * weight).sum(), [qkv, *(prefix or [])])]
@@ -161,7 +161,7 @@ def test_prefix_in_the_kernels(device, P, lengths, dtype, deterministic):
     qkv, cu = inputs(dtype, lengths, H=4)     # more queries than PREFIX_ROWS; more keys than one block; fewer than either
     assert_within_twice_the_references_error(qkv.detach().to(device).requires_grad_(), cu.to(device),
                                              prefix_of(P, 4, 32, device, torch.float32),
-                                             atol=max(2e-6, torch.finfo(dtype).eps / 2))    # the gate's gradient: one number a head
+                                             atol=max(2e-6, torch.finfo(dtype).eps / 2))    # the gate's gradient: one number per head
 
 
 @pytest.mark.gpu
@@ -178,7 +178,7 @@ def test_more_than_2_to_31_elements(device):
     if torch.cuda.get_device_properties(0).total_memory < 100e9:
         pytest.skip("needs 100 GB of GPU memory")
     S, H, D = 128, 12, 64
-    B = 2**31 // (S * H * D) + 2        # q, k, v, the output and each gradient are as large
+    B = 2**31 // (S * H * D) + 2        # q, k, v, the output and each gradient have this size
     qkv = torch.randn(B * S, 3, H, D, device=device, dtype=torch.bfloat16, requires_grad=True)
     cu = torch.arange(B + 1, device=device, dtype=torch.int32) * S
     out = attention(*qkv.unbind(1), cu, S)
@@ -201,7 +201,7 @@ def test_scores_far_below_zero_do_not_overflow(device):
 def test_any_strides_with_a_contiguous_last_dimension_and_a_longer_max_seqlen(device):
     x = torch.randn(3, 2, 40, 32, device=device)
     cu = torch.tensor([0, 7, 40, 40, 40], dtype=torch.int32, device=device)     # padded to a fixed length by repeating N
-    views = [y.transpose(0, 1) for y in x]                                      # (N, H, D) whose heads lie far apart
+    views = [y.transpose(0, 1) for y in x]                                      # (N, H, D) with heads far apart in memory
     expected = attention_ref(*views, cu, 33)
     torch.testing.assert_close(attention(*views, cu, 512), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(attention(*views, torch.stack([cu, cu], 1)[:, 0], 512), expected, atol=1e-5, rtol=1e-5)
@@ -223,7 +223,7 @@ def test_finite_differences(device):
 
 
 def weights(device, N, p, seed, H=1):
-    """(H, N, N) attention weights of one sequence of uniform scores: what the identity as values brings out, 32 columns a call."""
+    """(H, N, N) attention weights of one sequence with uniform scores, read out with identity matrices as values, 32 columns per call."""
     q, cu = torch.zeros(N, H, 32, device=device), torch.tensor([0, N], dtype=torch.int32, device=device)
     eye = torch.eye(N, device=device)
     out = [attention(q, q, eye[:, None, j:j + 32].expand(N, H, 32), cu, N, dropout_p=p, seed=seed) for j in range(0, N, 32)]
@@ -241,7 +241,7 @@ def test_dropout_masks_of_kernel_and_reference_are_equal(device, monkeypatch):
 
 def test_runs_side_by_side_drop_what_each_would_alone(device, monkeypatch):
     g = torch.Generator().manual_seed(1)
-    qkv = torch.randn(3 * 37, 3, 2, 32, generator=g).to(device).requires_grad_()      # 37 tokens a run: no block ends with one
+    qkv = torch.randn(3 * 37, 3, 2, 32, generator=g).to(device).requires_grad_()      # 37 tokens per run: no block ends where a run ends
     cu = torch.tensor([37 * k + at for k in range(3) for at in (0, 5, 5)] + [111, 111], dtype=torch.int32, device=device)
     seeds = torch.tensor([5, -(2**62), 5], device=device)
     both = everything(attention, qkv, cu, dropout_p=0.4, seed=seeds)
@@ -264,12 +264,12 @@ def test_dropout_keeps_the_share_it_should_without_patterns():
     x = keep.float() - (1 - p)
     sd = math.sqrt(p * (1 - p))
     assert abs(x.mean()) < 4 * sd / math.sqrt(x.numel())
-    for axis in (1, 2):         # sums over rows and columns scatter as those of independent draws, not more and not less
+    for axis in (1, 2):         # sums over rows and columns vary exactly as sums of independent draws
         assert (x.sum(axis).std() / sd / math.sqrt(N)).item() == pytest.approx(1, abs=0.15)
     for a, b in [(x[:, 1:], x[:, :-1]), (x[..., 1:], x[..., :-1]), (x[0], x[1]), (x[0], x[0].T),
                  (x[:, :128], x[:, 128:]), (x[..., :128], x[..., 128:])]:
         assert abs((a * b).mean()) < 4 * sd**2 / math.sqrt(a.numel())
-    square = x[:, ::2, ::2] * x[:, 1::2, ::2] * x[:, ::2, 1::2] * x[:, 1::2, 1::2]      # four words decide four elements
+    square = x[:, ::2, ::2] * x[:, 1::2, ::2] * x[:, ::2, 1::2] * x[:, 1::2, 1::2]      # four random words decide four elements
     assert abs(square.mean()) < 4 * sd**4 / math.sqrt(square.numel())
     assert torch.equal(w, weights(cpu, N, p, 7, H=2))
     other = weights(cpu, N, p, 8, H=2) != 0
@@ -286,7 +286,7 @@ def test_dropout_without_a_seed_follows_torchs_generator(device):
 
 
 def raw(device, dropout_p, shared):
-    """Arguments of the two ops, gradients wanted for q, k and v."""
+    """Arguments of the two ops; q, k and v require gradients."""
     x = torch.randn(3, 12, 2, 32, device=device)
     q, k, v = (y.clone().requires_grad_() for y in x)
     cu = torch.tensor([0, 5, 5, 12], dtype=torch.int32, device=device)
@@ -320,7 +320,7 @@ def test_one_graph_under_torch_compile(device):
 def test_a_captured_graph_reads_new_inputs_and_draws_new_masks(device):
     qkv, cu = inputs(torch.bfloat16, (100, 28), H=2)
     x, cu = qkv.detach().to(device), cu.to(device)
-    for p in (0.0, 0.5):        # compiled before the capture
+    for p in (0.0, 0.5):        # compile before the capture
         attention(*x.unbind(1), cu, 100, dropout_p=p)
     plain, graph = torch.empty_like(x[:, 0]), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -345,11 +345,11 @@ def test_deterministic_gradients_are_equal_bit_for_bit(device, deterministic):
 
 def test_what_the_kernels_cannot_do(device, monkeypatch):
     one = torch.randn(1, 1, 32, device=device)
-    assert torch.equal(attention(one, one, one, torch.tensor([0, 1], dtype=torch.int32, device=device), 1), one)    # one token can
+    assert torch.equal(attention(one, one, one, torch.tensor([0, 1], dtype=torch.int32, device=device), 1), one)    # one token is possible
     q, cu = torch.zeros(4, 1, 160, device=device, dtype=torch.float16), torch.tensor([0, 4], dtype=torch.int32, device=device)
     with pytest.raises(ValueError, match="up to 128"):
         attention(q, q, q, cu, 4)
-    double = torch.randn(4, 1, 160, device=device, dtype=torch.float64)     # the reference takes it
+    double = torch.randn(4, 1, 160, device=device, dtype=torch.float64)     # the reference supports it
     assert torch.equal(attention(double, double, double, cu, 4), attention_ref(double, double, double, cu, 4))
     monkeypatch.setenv("RT_KERNELS", "fast")
     with pytest.raises(ValueError, match="auto, ref, triton"):

@@ -1,15 +1,15 @@
-"""attention_kd against softmaxes written out in float64: forward, gradients, ragged sequences, equal maps, the two paths."""
+"""attention_kd against softmaxes written out in float64: forward, gradients, ragged sequences, equal maps, both paths."""
 import pytest
 import torch
 
 from kernels import attention_kd
 from kernels.attention_kd import _attention_kd, _attention_kd_backward, attention_kd_ref
 
-LONG, SHORT = (5, 0, 1, 70, 130), (64, 0, 3, 1, 33)     # beyond one tile and below it, neither a multiple
+LONG, SHORT = (5, 0, 1, 70, 130), (64, 0, 3, 1, 33)     # more and less than one tile, never a multiple of it
 
 
 def inputs(lengths, D_s, D_t=None, dtype=torch.float32, device="cpu", H=2, seed=0):
-    """q_s, k_s that want gradients, q_t, k_t, cu_seqlens, max_seqlen; queries are large, so that maps are far from uniform."""
+    """q_s and k_s, which require gradients, q_t, k_t, cu_seqlens, max_seqlen. Queries are large, so the maps are far from uniform."""
     g = torch.Generator().manual_seed(seed)
     q_s, k_s, q_t, k_t = (size * torch.randn(sum(lengths), H, D, generator=g)
                           for size, D in ((2, D_s), (1, D_s), (2, D_t or D_s), (1, D_t or D_s)))
@@ -19,7 +19,7 @@ def inputs(lengths, D_s, D_t=None, dtype=torch.float32, device="cpu", H=2, seed=
 
 
 def truth(q_s, k_s, q_t, k_t, cu, longest, scale_s=None, scale_t=None):
-    """The definition, one sequence after another, in float64."""
+    """The definition, one sequence at a time, in float64."""
     def maps(q, k, scale):
         s = torch.einsum("ihd,jhd->hij", q.double(), k.double()) * (scale or q.shape[-1] ** -0.5)
         return torch.softmax(s, -1)
@@ -36,7 +36,7 @@ def gradients(function, args, upstream, **scales):
 
 
 def assert_within_budget(args, **scales):
-    """err(ours) <= 2 err(reference in that precision) + one rounding; upstream gradients are not uniform."""
+    """Checks err(ours) <= 2 err(reference in that precision) + one rounding, for non-uniform upstream gradients."""
     rounding = max(2e-6, torch.finfo(args[0].dtype).eps / 2)        # 2e-6: three TF32 products and the hardware's exp2
     upstream = torch.randn(args[0].shape[:2], generator=torch.Generator().manual_seed(1)).to(args[0].device)
     exact = gradients(truth, [x.detach().double().requires_grad_() for x in args[:2]] + list(args[2:]), upstream, **scales)
@@ -44,7 +44,7 @@ def assert_within_budget(args, **scales):
     assert ours[0].dtype == torch.float32 and ours[0].shape == args[0].shape[:2]
     for name, x, y, z, unit in zip(("kl", "dq", "dk"), ours, ref, exact, (2e-6, rounding, rounding)):
         error, budget = (x - z).abs().max().item(), 2 * (y - z).abs().max().item() + unit * z.abs().max().item()
-        assert error <= budget, f"{name}: {error:.2e} > {budget:.2e}"     # which NaN fails too
+        assert error <= budget, f"{name}: {error:.2e} > {budget:.2e}"     # NaN fails here too
 
 
 @pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
@@ -86,7 +86,7 @@ def test_views_of_a_fused_projection_are_read_in_place(device, fused):
     assert not args[0].is_contiguous()
     out = attention_kd(*args)
     assert torch.equal(out, attention_kd(*(x.contiguous() for x in args[:4]), cu, longest))
-    grad, = torch.autograd.grad(out.mean(), student)        # an expanded upstream gradient, too
+    grad, = torch.autograd.grad(out.mean(), student)        # also an expanded upstream gradient
     expected, = torch.autograd.grad(attention_kd_ref(*args).mean(), student)
     torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-6)
     assert not grad.select(fused, 2).any()

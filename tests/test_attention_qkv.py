@@ -1,4 +1,4 @@
-"""attention_qkv, the packed projection with one gradient; and the empty sequences that fill cu_seqlens to a fixed length."""
+"""attention_qkv: the packed projection with one gradient, and the empty sequences that pad cu_seqlens to a fixed length."""
 import pytest
 import torch
 from test_attention import everything, inputs, prefix_of
@@ -24,12 +24,12 @@ def test_the_packed_projection_is_the_three_views_with_one_gradient(device, D, d
         assert grad.shape == x.shape
         for a, b in zip((out, grad), expected):
             atol = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
-            torch.testing.assert_close(a, b, atol=atol, rtol=1e-3)      # atomics: any order
+            torch.testing.assert_close(a, b, atol=atol, rtol=1e-3)      # atomics add in any order
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.3, 0.3])
 def test_a_scale_that_is_not_positive_is_computed_too(device, scale):
-    """The kernels fold the scale into the exponent, which needs a positive one."""
+    """The kernels fold the scale into the exponent, which needs a positive scale."""
     qkv, cu = inputs(torch.float32, (7, 3), H=2)
     x, cu = qkv.detach().to(device), cu.to(device)
     exact = attention_ref(*x.double().unbind(1), cu, 7, scale=scale)
@@ -61,7 +61,7 @@ def test_ops_are_registered_as_torch_wants_them(device):
 # ---------------------------------------------------------------- cu_seqlens filled to a fixed length
 
 def filled(cu, count):
-    """With `count` empty sequences more."""
+    """cu_seqlens with `count` additional empty sequences."""
     return torch.cat([cu, cu[-1:].expand(count)])
 
 
@@ -70,7 +70,7 @@ def filled(cu, count):
 def test_empty_sequences_at_the_end_change_nothing(device, path, deterministic, monkeypatch):
     monkeypatch.setenv("RT_KERNELS", path)
     dtype = torch.float32 if path == "ref" else torch.float16
-    qkv, cu = inputs(dtype, (3, 3, 70), H=1)        # in order of length, as the reference likes them
+    qkv, cu = inputs(dtype, (3, 3, 70), H=1)        # sorted by length, for the reference
     qkv, cu = qkv.detach().to(device).requires_grad_(), cu.to(device)
     for function, x in ((attention, qkv.unbind(1)), (attention_qkv, (qkv,))):
         found = []

@@ -1,4 +1,4 @@
-"""bench.kernels: a run on the CPU from end to end, and what only a GPU would come to, on stand-ins."""
+"""bench.kernels: a full run on the CPU, and the GPU-only parts on stand-ins."""
 import json
 import math
 import os
@@ -13,7 +13,7 @@ from kernels import configs
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch) -> None:
-    """Also where there is a GPU, on which these cases would be others."""
+    """Use the CPU even if there is a GPU, which would have other cases."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
@@ -49,7 +49,7 @@ def test_every_error_is_small_and_every_failure_explained(output):
     rows = output[0]
     checks = [r for r in rows if r.get("pass", "").startswith("check")]
     assert {r["kernel"] for r in checks} == set(peers.PROBLEMS) and not any("ms" in r for r in checks)
-    # KL only is a small difference of large numbers, on purpose
+    # KL alone is deliberately a small difference of large numbers
     assert all(r["error_l2"] < (1e-3 if "KL only" in r["impl"] else 1e-5) and r["error"] < 1e-3 for r in rows if "error" in r)
     assert not [r for r in rows if "failed" in r and r["impl"] in ("ours", "eager", "reference", "sdpa math")]
 
@@ -172,7 +172,7 @@ def bench(path=None, cuda: bool = False, **more) -> kernels.Bench:
 
 @pytest.fixture
 def stand_in(monkeypatch) -> None:
-    """Enough of torch.cuda for a run to believe in it; tensors stay on the CPU."""
+    """Enough of torch.cuda to make a run work; tensors stay on the CPU."""
     for name, value in {"synchronize": lambda: None, "reset_peak_memory_stats": lambda: None, "empty_cache": lambda: None,
                         "memory_allocated": lambda: 2**20, "max_memory_allocated": lambda: 3 * 2**20,
                         "get_device_name": lambda *device: "stand-in", "get_device_capability": lambda *device: (9, 0)}.items():
@@ -224,7 +224,7 @@ def test_a_failing_peer_loses_nothing_else(monkeypatch, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert {r["impl"] for r in rows if "no such library" in r.get("failed", "")} == {"eager missing"}
     assert {r["impl"] for r in rows if "ms" in r} == {"ours", "eager", "eager wrong"}
-    assert any("failed" in r for r in rows if r["impl"] == "eager wrong" and r["pass"].startswith("check"))     # its shape
+    assert any("failed" in r for r in rows if r["impl"] == "eager wrong" and r["pass"].startswith("check"))     # the wrong shape
 
 
 def test_a_broken_context_hands_over_to_a_new_process(stand_in, monkeypatch, tmp_path):
@@ -248,7 +248,7 @@ def test_a_broken_context_hands_over_to_a_new_process(stand_in, monkeypatch, tmp
 def test_a_budget_that_is_spent_leaves_the_rest_for_resume(tmp_path, capsys, monkeypatch):
     path, todo = tmp_path / "rows.jsonl", [cases.kd(16, 3), cases.kd(8, 5)]
     first = bench(path)
-    ticks = iter([False] * 4 + [True] * 99)         # enough for the check, and for ours
+    ticks = iter([False] * 4 + [True] * 99)         # enough for the check and for our implementation
     monkeypatch.setattr(first.run, "late", lambda seconds=0.0: next(ticks))
     first.run.measure_all(todo, first.measure)
     assert "no time was left for kd_loss R 16 C 3: eager; kd_loss R 8 C 5" in capsys.readouterr().err
@@ -272,7 +272,7 @@ def test_tuning_writes_what_rt_configs_reads(monkeypatch, tmp_path, capsys):
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("kernels are compiled here; TRITON_INTERPRET=1 interprets them")
     monkeypatch.setenv("RT_KERNELS", "triton")
-    monkeypatch.setitem(tune.CANDIDATES, 4, [(0, 32, 4, 1), (32, 32, 4, 1)])       # the first cannot be
+    monkeypatch.setitem(tune.CANDIDATES, 4, [(0, 32, 4, 1), (32, 32, 4, 1)])       # the first one is impossible
     monkeypatch.setattr(tune, "searches", lambda cuda: [("attention_forward", -32, cases.attention(64, 32, D=32) | {"H": 1},
                                                          "ours", "forward"), ("no such kernel", 32, cases.kd(8, 5), "ours", "both")])
     shipped = dict(configs.TABLE["attention_forward"])

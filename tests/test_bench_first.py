@@ -1,4 +1,4 @@
-"""bench.first in Triton's interpreter: everything is done once, a call goes on where one was cut off, and the table says what matters."""
+"""bench.first in Triton's interpreter: each part runs once, an interrupted call resumes, and the table states the results."""
 import json
 import os
 
@@ -26,10 +26,10 @@ def test_a_rehearsal(interpreted, tmp_path, capsys):
     rows, printed = rows_of(tmp_path), capsys.readouterr().out
     assert {r["unit"].split()[0] for r in rows[1:]} == {"check", "time", "parts", "tile", "step"}
     assert not [r for r in rows if "failed" in r and "hf" not in r["unit"]] and all(r["right"] for r in rows if "right" in r)
-    assert "checks are right" in printed and "WRONG" not in printed and "step step: ours" in printed      # hf: if it is there
+    assert "checks are right" in printed and "WRONG" not in printed and "step step: ours" in printed      # hf only if it is installed
     assert "best other sdpa math" in printed
 
-    # cut off in the middle of the third row: the first two are kept, and nothing is done twice
+    # cut off in the middle of the third row: the first two rows are kept, and nothing runs twice
     lines = (tmp_path / "first.jsonl").read_text().splitlines()
     (tmp_path / "first.jsonl").write_text("\n".join(lines[:3]) + "\n")
     (tmp_path / "old.jsonl").write_text("\n".join(lines[4:]) + "\n" + lines[3][:20])
@@ -44,7 +44,7 @@ def test_nothing_is_begun_when_the_time_is_over(interpreted, tmp_path):
 
 
 def test_a_broken_context_hands_over_to_a_new_process(tmp_path, monkeypatch):
-    """With all rows in the file, and until the same time."""
+    """The new process has all rows in the file, and the same deadline."""
     def broken() -> None:
         raise RuntimeError("illegal memory access")
 

@@ -1,4 +1,4 @@
-"""bench.train and bench.recycle: quick runs from end to end, and by hand what their rows say."""
+"""bench.train and bench.recycle: quick full runs, and their rows checked by hand."""
 import json
 import math
 import time
@@ -22,7 +22,7 @@ QUICK = ("--quick", "--device", "cpu")
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory) -> dict[str, tuple[list[dict], str]]:
-    """{script: (rows, what it printed)}"""
+    """{script: (rows, printed text)}"""
     folder = tmp_path_factory.mktemp("steps")
     printed = {name: command("-m", f"bench.{name}", *QUICK, "--dropouts", "0.1", "--json", folder / name) for name in ("train", "recycle")}
     return {name: ([json.loads(line) for line in (folder / name).read_text().splitlines()], text) for name, text in printed.items()}
@@ -69,7 +69,7 @@ def test_peers_compute_the_same_and_are_not_one_another(outputs):
     assert {"ours", "ours one sequence a row", "hf", "hf predicted rows", "hf eager"} <= dense.keys() and {"ours", "hf"} <= ragged.keys()
     for r in (*dense.values(), *ragged.values()):
         assert abs(r["loss"] - r["loss_peer"]) < 1e-4 * r["loss"]
-    # scores of all tokens against those of 30 %; padding against none; the padding is half
+    # scores of all tokens against scores of 30 %; with padding against without; half of the batch is padding
     assert dense["hf"]["saved_mb"] > 1.5 * dense["hf predicted rows"]["saved_mb"]
     assert ragged["hf"]["saved_mb"] > 1.3 * ragged["ours"]["saved_mb"]
     assert ragged["ours"]["padded_tokens"] == 2 * ragged["ours"]["tokens"]
@@ -96,7 +96,7 @@ def test_peft_has_our_loss(outputs):
         pytest.skip("no PEFT")
     found = timed(outputs["recycle"][0], case="peft", sequences=4)
     assert {"ours", "peft"} <= found.keys() and abs(found["ours"]["loss"] - found["ours"]["loss_peer"]) < 1e-4
-    assert found["ours"]["grads_mb"] == pytest.approx(found["peft"]["grads_mb"], rel=0.01)      # the same number of weights is trained
+    assert found["ours"]["grads_mb"] == pytest.approx(found["peft"]["grads_mb"], rel=0.01)      # both train the same number of weights
 
 
 # ---------------------------------------------------------------- tables and flags
@@ -131,7 +131,7 @@ def test_what_failed_once_and_then_ran_has_run():
 # ---------------------------------------------------------------- a run, in this process
 
 def step(name: str = "", seconds: float = 0.0):
-    """A problem's implementation that does nothing, or cannot."""
+    """A problem's implementation that does nothing, or fails."""
     if name == "broken":
         raise RuntimeError("cannot be built")
     return lambda: time.sleep(seconds)
@@ -155,7 +155,7 @@ def bench(tmp_path, names=("ours", "broken", "hf"), **flags) -> steps.Bench:
 
 
 def measured(here: steps.Bench, todo: list[dict]) -> list[dict]:
-    """The rows after a run over these cases."""
+    """The rows of a run over these cases."""
     here.run.measure_all(todo, here.measure)
     return here.run.rows
 
@@ -235,7 +235,7 @@ def test_a_step_trains_and_memory_is_every_storage_once():
     before = model.weight.clone()
     here()
     assert not torch.equal(model.weight, before) and model.weight.grad is None
-    kept = here.memory()        # x and y, y twice; the weight is there anyway
+    kept = here.memory()        # x and y, y twice; the weight is in memory anyway
     assert {k: v * 2**20 for k, v in kept.items()} == {"saved_mb": 4 * (5 * 4 + 5 * 3), "grads_mb": 4 * 15, "state_mb": 4 * (2 * 15 + 2)}
 
 

@@ -1,4 +1,4 @@
-"""The model card of an exported folder, as huggingface_hub reads it; its code is run, and its numbers are those on record."""
+"""The model card of an exported folder, as huggingface_hub reads it. Its code is run, and its numbers match the records."""
 import re
 
 import pytest
@@ -19,7 +19,7 @@ HELDOUT = {"math": {"loss": 5.65721, "accuracy": 0.25, "predictions": 160}, "dl"
 
 
 def read(text: str) -> tuple[huggingface_hub.ModelCardData, list[tuple], str]:
-    """Metadata, (task, data, split, the hub's name of the metric, ours, value) of its results, and the text."""
+    """The card's metadata, its results as (task, data, split, the hub's name of the metric, ours, value), and its text."""
     found = huggingface_hub.ModelCard(text, ignore_metadata_errors=False)
     results = [(r.task_type, r.dataset_name, r.dataset_split, r.metric_type, r.metric_name, r.metric_value)
                for r in found.data.eval_results or []]
@@ -27,7 +27,7 @@ def read(text: str) -> tuple[huggingface_hub.ModelCardData, list[tuple], str]:
 
 
 def run(text: str, folder, monkeypatch) -> dict:
-    """What the card's code has made, run beside the exported folder."""
+    """Runs the card's code next to the exported folder and returns its variables."""
     made: dict = {}
     monkeypatch.chdir(folder)
     exec(re.search(r"```python\n(.*?)```", text, re.S)[1], made)
@@ -57,7 +57,7 @@ def test_a_recycled_delta_goes_to_both_libraries_with_its_scores_and_its_past(li
     row, delta = read_json(run_folder / "summary.json"), load_delta(run_folder)
     for library, to, what in (("transformers", "hf", "The base `M1` with a delta"), ("peft", "peft", "A LoRA adapter for the base `M1`")):
         pytest.importorskip(library)
-        for _ in range(2):      # the second in the place of the first
+        for _ in range(2):      # the second replaces the first
             here("-m", "rt.runs.convert", "export", "--base", tmp_path / "M1", "--delta_dir", tmp_path / "out", "--to", to,
                  "--out", tmp_path / to)
         data, results, text = read((tmp_path / to / "README.md").read_text())
@@ -88,7 +88,7 @@ def test_a_base_alone_says_what_it_was_trained_on(lineage, tmp_path, monkeypatch
 
 
 def test_a_hub_id_is_the_base_model(base, tokenizer, tmp_path, monkeypatch):
-    """And a folder that is called as one could be is none; a PEFT adapter is put on it."""
+    """A folder with a name like a hub id is not a hub id. A PEFT adapter is put on the base."""
     pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
     assert read(card("out", "FacebookAI/roberta-base", base))[0].base_model == "FacebookAI/roberta-base"

@@ -1,4 +1,4 @@
-"""Bases on disk: round trip, what is recorded, damage and strangers named in one sentence, folders that appear whole."""
+"""Bases on disk: round trip, recorded facts, damaged and foreign folders named in one sentence, folders written atomically."""
 import json
 import pickle
 

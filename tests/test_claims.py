@@ -1,4 +1,4 @@
-"""The claims script: what it plans, that it resumes, what its report says of known rows; a small run of every part."""
+"""The claims script: its plan, resuming, its report on known rows, and a small run of every part."""
 import json
 import lzma
 import shutil
@@ -19,7 +19,7 @@ STREAM = ("wiki", "bio", "rev", "cs", "ns")
 
 
 def test_every_run_has_what_it_needs_before_it():
-    """Every delta that a phase reads is made by an earlier one, at every scale."""
+    """Every delta that a phase reads is made in an earlier phase, at every scale."""
     for scale in SCALES.values():
         made: set = set()
         for phase, runs in enumerate(phases(scale)):
@@ -43,7 +43,7 @@ def test_the_first_seed_searches_and_the_others_follow(tmp_path):
     assert searched(other) == first and rows.rates(first) == SCALES["mini"].rates and rows.rates(other) == ()
     rows.add(first, [{"lr": 1e-4, "chosen": False}, {"lr": 1e-3, "chosen": True}], {"seconds": 1.0})
     assert rows.rates(other) == (1e-3,)
-    again = GrowingRows(tmp_path, "mini")      # from the file
+    again = GrowingRows(tmp_path, "mini")      # read back from the file
     assert again.done(first) and not again.done(other) and again.seconds(other) == 1.0
 
 
@@ -92,7 +92,7 @@ def test_the_report_says_what_the_rows_say(tmp_path):
 
 
 def test_the_committed_report_is_what_the_committed_rows_say(tmp_path):
-    """Byte for byte; and today's plan goes on with those rows: only chains, adapters and LoRA are left."""
+    """Byte for byte. Today's plan continues from these rows: only chains, adapters and LoRA are left."""
     pytest.importorskip("matplotlib")
     committed, copy = ROOT / "results" / "claims", tmp_path / "claims"
     shutil.copytree(committed, copy, ignore=shutil.ignore_patterns("*.png", "*.svg", "README.md"))
@@ -104,7 +104,7 @@ def test_the_committed_report_is_what_the_committed_rows_say(tmp_path):
 
 @pytest.fixture(scope="module")
 def data(graphs, tmp_path_factory):
-    """Tiny corpora and tasks under the names that the plan uses."""
+    """Tiny corpora and tasks under the names in the plan."""
     home = tmp_path_factory.mktemp("claims")
     texts = [json.loads(line)["text"].replace("\n", " ")[:400] for line in (graphs / "corpus" / "train.jsonl").open()]
     (home / "corpora").mkdir()
@@ -135,7 +135,7 @@ def test_every_part_runs_and_is_not_run_again(data, monkeypatch):
     for row in (row for path in (data / "results").glob("*.jsonl") for row in read_rows(path)):
         assert row["run"]["part"] and row["seconds"] >= 0 and row["commit"] and "/tmp" not in json.dumps(row["run"])
         if row.get("chosen") is False:
-            assert not row.get("test")          # the search never sees test
+            assert not row.get("test")          # the search never uses test
     here(*arguments, "--report")
     text = (data / "results" / "README.md").read_text()
     assert "Not run yet" not in text and text.count("### C") == 7 and (data / "results" / "tiny-connectivity.png").exists()

@@ -1,5 +1,5 @@
-"""The command line, as a user types it: tiny preset, few steps, every mode; resuming; errors with exit code 2. Each way of calling is
-typed once as a real command; the rest is called `here`, which is faster."""
+"""The command line, as a user types it: tiny preset, few steps, every mode; resuming; errors with exit code 2. Each kind of call runs once
+as a real command. The rest use `here`, which is faster."""
 import json
 import shutil
 from collections import Counter
@@ -18,14 +18,14 @@ SMALL = ("--preset", "tiny", "--vocab_size", "500", "--seq_len", "32", "--batch_
 
 
 def drawn(folder) -> set[str]:
-    """The figures of a run as it is now, in its folder; they are in nobody's way."""
+    """Draws the figures of a run as it is now, in its folder. Later tests are not affected."""
     plot.main([str(folder)])
     return {f.stem for f in (folder / FIGURES).iterdir()}
 
 
 @pytest.fixture(scope="module")
 def lineage(graphs, tmp_path_factory):
-    """M0, M1 of 4 steps each on two corpora of our own text, and where they are."""
+    """M0 and M1, 4 steps each on two corpora of our own text, and their folder."""
     home = tmp_path_factory.mktemp("cli")
     lines = [json.loads(line)["text"].replace("\n", " ") for line in (graphs / "corpus" / "train.jsonl").open()]
     (home / "one.txt").write_text("\n".join(lines[:300]))
@@ -67,7 +67,7 @@ def test_init_continues_a_base(lineage):
     meta = json.loads((home / "more" / "M2" / "meta.json").read_text())
     assert meta["parent"] == json.loads((home / "run" / "M1" / "meta.json").read_text())["fingerprint"]
     again = (home / "more" / "M2", "--stream", home / "two.txt", "--steps", "2", "--snapshots", "0", "--number", "0")
-    here("train.py", *SMALL, "--init", *again, "--out", home / "zero", "--cache", home / "cache")      # a foreign base, prepared, is M0
+    here("train.py", *SMALL, "--init", *again, "--out", home / "zero", "--cache", home / "cache")      # once prepared, a foreign base is M0
     zero = json.loads((home / "zero" / "M0" / "meta.json").read_text())
     assert zero["number"] == 0 and zero["parent"] == meta["fingerprint"]
 
@@ -119,7 +119,7 @@ TUNE = ("--seq_len", "32", "--device", "cpu", "--eval_every", "2", "--batch_size
 
 
 def tuned(home, task, delta, tmp_path):
-    """An old delta of two steps, where recycle.py would tune one for longer."""
+    """An old delta of two steps. recycle.py itself would tune one for longer."""
     here("train.py", "--mode", "tune", "--base", home / "run" / "M0", "--task", task, "--delta", delta, "--tune_steps", "2", *TUNE, "--out",
          tmp_path / "d")
     return tmp_path / "d"
@@ -150,7 +150,7 @@ def test_tune_eval_and_predict(lineage, task, delta, tmp_path):
 
 
 def test_rows_of_a_base_that_was_made_anew_are_told_from_its_own(lineage, task, tmp_path):
-    """Equal flags, other weights at the same place: what scratch reached there is no yardstick any more."""
+    """Equal flags, but other weights at the same place: the old scratch result is no longer a reference."""
     home, _ = lineage
     shutil.copytree(home / "run" / "M0", tmp_path / "M0")
     shutil.copytree(home / "run" / "M1", tmp_path / "M1")
@@ -191,7 +191,7 @@ def test_recycle_all_modes_builds_the_old_delta_and_prints_the_table(lineage, ta
     home, _ = lineage
     arguments = ("recycle.py", "--old_base", home / "run" / "M0", "--base", home / "run" / "M1", "--task", task, "--shots", "6",
                  "--seeds", "0,1", "--steps", "4", "--delta", "adapter", "--lr", "1e-3,2e-3", "--out", home / "recycled", *TUNE)
-    shutil.rmtree(home / "run" / "deltas", ignore_errors=True)     # that of another test
+    shutil.rmtree(home / "run" / "deltas", ignore_errors=True)     # the delta of another test
     out = command(*arguments, "--mode", "all")
     assert "building the old delta" in out
     table = {line.split()[0]: line for line in out.splitlines() if line[:1].isalpha() and "±" in line}
@@ -206,16 +206,16 @@ def test_recycle_all_modes_builds_the_old_delta_and_prints_the_table(lineage, ta
     assert [r["step"] for r in curve(home / "recycled", one)] == [0, 2, 4]
     assert drawn(home / "recycled" / "deltas" / one["run"]) == {"tuning"}
     assert all((home / "recycled" / "deltas" / row["run"] / "delta.safetensors").exists() for row in summary)
-    # with --resume only what is missing is done again, and all is as it was
+    # --resume redoes only what is missing and leaves the rest as it was
     path, gone = home / "recycled" / "summary.json", next(row for row in summary if row["mode"] == "distill" and row["seed"] == 1)
-    path.write_text(json.dumps({"rows": [row for row in summary if row["mode"] != "init"]}))       # which their folders still hold
+    path.write_text(json.dumps({"rows": [row for row in summary if row["mode"] != "init"]}))       # their folders still hold them
     (home / "recycled" / "deltas" / gone["run"] / "summary.json").unlink()
     stamps = {p: p.stat().st_mtime_ns for p in (home / "recycled" / "deltas").glob("*/delta.safetensors")}
     resumed = [line[:50] for line in here(*arguments, "--mode", "all", "--resume").splitlines() if "±" in line]
     assert resumed == [line[:50] for line in out.splitlines() if "±" in line]
     assert {p.parent.name for p in stamps if p.stat().st_mtime_ns != stamps[p]} == {gone["run"]}
     summary = json.loads(path.read_text())["rows"]
-    # another call adds its rows and replaces only what it does again; scratch's rows serve it
+    # another call adds its rows, replaces only what it redoes, and uses scratch's rows
     more = here(*arguments, "--mode", "init,distill", "--alpha", "0.9", "--gamma", "2", "--att_layers", "all")
     assert "building" not in more and len([line for line in more.splitlines() if "±" in line]) == 2
     after = json.loads((home / "recycled" / "summary.json").read_text())["rows"]
@@ -226,7 +226,7 @@ def test_recycle_all_modes_builds_the_old_delta_and_prints_the_table(lineage, ta
 
 
 def resumed(arguments, out) -> tuple[list[str], set[str]]:
-    """The lines of the table of a call with --resume, and the runs that it did; every row and curve is there once."""
+    """Resumes a call. Returns the lines of its table and the runs that it did. Every row and curve exists once."""
     deltas = {p: p.stat().st_mtime_ns for p in (out / "deltas").glob("*/delta.json")}
     lines = [line for line in here(*arguments, "--resume").splitlines() if "±" in line]
     rows = read_json(out / "summary.json")["rows"]
@@ -251,7 +251,7 @@ def test_resuming_keeps_what_is_whole_and_of_the_same_and_nothing_else(lineage, 
     table_again, done = resumed(some, out)
     assert done == set(names[:3]) and [row["run"] for row in read_json(out / "summary.json")["rows"]] == names
     assert [line[:60] for line in table_again] == [line[:60] for line in table]
-    # another base at the same place; a delta that is not of the row that is beside it
+    # another base at the same place; a delta that does not belong to the row next to it
     shutil.rmtree(tmp_path / "M1")
     shutil.copytree(home / "run" / "M0", tmp_path / "M1")
     here(*some, "--no_save_deltas")
@@ -264,7 +264,7 @@ def test_resuming_keeps_what_is_whole_and_of_the_same_and_nothing_else(lineage, 
 
 
 def test_a_resumed_call_is_told_from_others_in_its_folder(lineage, task, tmp_path):
-    """Other seeds and rates, chains, sweeps: their rows are neither shown nor taken for its own."""
+    """Rows of other seeds and rates, chains and sweeps are not shown and not taken for the call's own."""
     home, _ = lineage
     m1 = home / "run" / "M1"
     call = ("recycle.py", "--old_base", home / "run" / "M0", "--old_delta", tuned(home, task, "bitfit", tmp_path), "--task", task,
@@ -275,11 +275,11 @@ def test_a_resumed_call_is_told_from_others_in_its_folder(lineage, task, tmp_pat
     lines, done = resumed((*alone, tmp_path / "mixed"), tmp_path / "mixed")
     assert [line[:70] for line in lines] == whole and len(done) == 4
     chain = (*call, "--chain", m1, "--seeds", "0,1,2", "--lr", "5e-2", "--out", tmp_path / "mixed")
-    lines, done = resumed(chain, tmp_path / "mixed")        # init by the other route is what is not there
+    lines, done = resumed(chain, tmp_path / "mixed")        # only init by the other route is missing
     assert len(lines) == 3 and all("init" in name for name in done)
     here(*call, "--base", m1, "--sweep", "seed=0,1,2 lr=5e-2,2e-3", "--out", tmp_path / "sweep")
     lines, done = resumed((*alone, tmp_path / "sweep"), tmp_path / "sweep")
-    assert [line[:70] for line in lines] == whole and not done        # the best of a sweep are scored on test, and so whole
+    assert [line[:70] for line in lines] == whole and not done        # the best runs of a sweep are scored on test, so they are whole
     (tmp_path / "mixed" / "summary.json").write_text('{"rows": [{"run": "x"}]}')
     assert "its rows are not those of runs" in here(*chain, code=2)
 
@@ -295,13 +295,13 @@ def test_a_sweep_prints_the_best_of_every_mode_and_goes_on_where_it_was_interrup
     out = here("recycle.py", *arguments)
     home = tmp_path / "sweep"
     lines = {line.split()[0]: line.split() for line in out.splitlines() if "±" in line}
-    # alpha and T are nothing to scratch and init: 2 seeds x 2 rates; distillation 2 x 2 x 2 x 2; apply once a seed
+    # scratch and init ignore alpha and T: 2 seeds x 2 rates; distillation 2 x 2 x 2 x 2; apply once per seed
     rows = json.loads((home / "summary.json").read_text())["rows"]
     assert Counter(row["mode"] for row in rows) == {"scratch": 4, "init": 4, "apply": 2, "distill": 16, "init+distill": 16}
     assert lines["distill"][1] == "alpha" and lines["distill"][3] == "T" and lines["scratch"][1] == "-"
     by_mode = {mode: [row for row in rows if row["mode"] == mode and row["test"]] for mode in lines}
     assert all(len(best) == 2 and len({json.dumps([r["lr"], r["settings"]]) for r in best}) == 1 for best in by_mode.values())
-    # a run of the sweep is the run alone
+    # a run of the sweep equals the run alone
     first = next(row for row in rows if row["mode"] == "init+distill" and row["seed"] == 1 and row["test"])
     same = [text for name in ("alpha", "T") for text in ("--" + name, str(first["settings"][name]))]
     here("recycle.py", *arguments[:8], *TUNE, *SWEEP[2:10], "--mode", "init+distill", "--seeds", "1", "--lr", str(first["lr"]), *same,
@@ -310,7 +310,7 @@ def test_a_sweep_prints_the_best_of_every_mode_and_goes_on_where_it_was_interrup
     assert single["run"] == first["run"] and single["curve"] == first["curve"] and single["test"] == first["test"]
     losses = [[row["loss"] for row in curve(out, first)][1:] for out in (tmp_path / "alone", home)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
-    # two of its runs are lost, one of them whole: only those are done again
+    # two of its runs are lost, one completely: only those two are done again
     (home / "deltas" / first["run"] / "summary.json").unlink()
     gone = next(row for row in rows if row["mode"] == "scratch")
     shutil.rmtree(home / "deltas" / gone["run"])
@@ -397,7 +397,7 @@ def test_project_maps_the_delta_by_other_tasks(lineage, task, graphs, tmp_path):
     parts = [(r["step"], r.get("part")) for r in curve(tmp_path / "out", rows[1])]
     assert parts == [(0, "projection"), (2, "projection"), (4, "projection"), (0, None)]
     scored = here("train.py", "--mode", "eval", "--base", home / "run" / "M1", "--task", task, *TUNE,
-                  "--delta_dir", tmp_path / "out" / "deltas" / rows[1]["run"])       # the mapped delta is one of the new base
+                  "--delta_dir", tmp_path / "out" / "deltas" / rows[1]["run"])       # the mapped delta is a delta of the new base
     assert f"test accuracy {rows[1]['test']['accuracy']:.3f}" in scored
 
 
@@ -416,7 +416,7 @@ def test_chain_reports_both_routes_over_all_bases(lineage, task, tmp_path):
     rows = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]
     assert len(rows) == len({row["run"] for row in rows}) == 2 * 2 * (1 + 2 + 2)
     by = {(row["mode"], row["route"], row["base"], row["seed"]): row for row in rows}
-    for mode in ("apply", "init+distill"):      # up to M1 both routes are one run
+    for mode in ("apply", "init+distill"):      # up to M1 both routes are the same run
         assert by[mode, "chain", str(m1), 0]["test"] == by[mode, "direct", str(m1), 0]["test"]
     for seed in (0, 1):
         scratch = by["scratch", None, str(m2), seed]["dev"]["accuracy"]
@@ -427,9 +427,9 @@ def test_chain_reports_both_routes_over_all_bases(lineage, task, tmp_path):
         assert {(r["base"], r["route"]) for r in curve(tmp_path / "out", row)} == {(base, route)}
     info = json.loads((tmp_path / "out" / "deltas" / by["init+distill", "chain", str(m2), 0]["run"] / "delta.json").read_text())["info"]
     assert info["base"] == json.loads((m2 / "meta.json").read_text())["fingerprint"]
-    for base in (m1, m2):       # of the folder each base gets the best of its own
+    for base in (m1, m2):       # each base gets its own best delta from the folder
         assert "accuracy" in here("train.py", "--mode", "eval", "--base", base, "--delta_dir", tmp_path / "out", "--task", task, *TUNE)
-    # a direct run is that of a call with --base alone, which takes its place
+    # a direct run equals that of a call with --base alone, which replaces it
     here(*arguments[:-len(TUNE) - 1], "init+distill", *TUNE, "--base", m2)
     after = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]
     assert {row["run"] for row in after} == {row["run"] for row in rows}

@@ -1,5 +1,5 @@
-"""Every kernel, in one of ten of its configurations in bf16 (`-m marathon`: in all there are), compiled without a GPU; and
-that the check finds what it looks for."""
+"""Every kernel, compiled without a GPU in bf16 in one of ten of its configurations (`-m marathon`: in all of them); and a test that the
+check finds what it looks for."""
 import json
 import os
 import subprocess
@@ -9,10 +9,10 @@ import pytest
 from conftest import ROOT
 
 triton = pytest.importorskip("triton")
-# What is asked for holds for triton 3.6 and 3.7 (torch 2.11 and 2.13); of the kernels before these one spilt 16 bytes with 3.8 on sm_100.
+# These limits hold for triton 3.6 and 3.7 (torch 2.11 and 2.13). One of the earlier kernels spilt 16 bytes with 3.8 on sm_100.
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
-SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}    # bytes a block
-COMPILER = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}     # the interpreter has none
+SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}    # bytes per block
+COMPILER = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}     # with the interpreter, nothing is compiled
 
 
 def python(*arguments: str, **env: str) -> subprocess.CompletedProcess:
@@ -45,7 +45,7 @@ if __name__ == "__main__":
 
 
 def test_the_counts_of_attention_and_of_its_dropout():
-    """In the loop, an element: as docs/kernels.md says, to the next compiler's habits. 9.6 is what the two products of the forward cost."""
+    """Per element in the loop, as docs/kernels.md says; the next compiler may differ. The two products of the forward cost 9.6."""
     forward, keys = ([*map(float, line.split())] for line in python("-c", DROPOUT).stdout.splitlines())
     assert forward[0] < 10 and keys[0] < 15.5 and all(0 < dropped - plain < 6 for plain, dropped in (forward, keys)), (forward, keys)
 
@@ -79,7 +79,7 @@ print([fault(row) for row in (good, good | {"shared": 227 * 1024 + 1}, good | {"
 
 
 def test_no_float_becomes_a_constant():
-    """Triton compiles constants for integers alone; a check of other code than what is launched would prove nothing."""
+    """Triton turns only integers into constants. A check of code that differs from the launched code would prove nothing."""
     done = python("-c", """
 from bench.compile_check import launches
 specs = launches(90, ["attention", "kd_loss"], ["bf16"])

@@ -1,4 +1,4 @@
-"""The command line: conversion, help out of comments, errors that name the nearest flag."""
+"""The command line: conversion, help from comments, errors that name the nearest flag."""
 import os
 import subprocess
 import sys
@@ -182,7 +182,7 @@ def test_commands_teach(arguments):
 
 
 def shell(line: str, code: str, unbuffered: str) -> tuple[int, str, str]:
-    """(exit code, output, errors) of a shell's `line` in which $RUN is a process that gives `code` as `main` to rt.runs.config.run."""
+    """(exit code, output, errors) of a shell's `line`, in which $RUN is a process that passes `code` as `main` to rt.runs.config.run."""
     main = f"import sys, time\nfrom rt.errors import InputError\nfrom rt.runs.config import run\ndef main():\n    {code}\nrun(main)"
     env = {**os.environ, "PYTHON": sys.executable, "CODE": main, "PYTHONUNBUFFERED": unbuffered}
     done = subprocess.run(["bash", "-o", "pipefail", "-c", line.replace("$RUN", '"$PYTHON" -c "$CODE"')], cwd=ROOT, capture_output=True,

@@ -1,4 +1,4 @@
-"""Corpora: readers and their errors, bins that are built once, rows and batches that are functions of (seed, step)."""
+"""Corpora: readers and their errors, bins that are built once, rows and batches as functions of (seed, step)."""
 import gzip
 import json
 import lzma
@@ -64,7 +64,7 @@ def test_empty_and_missing_corpora(tmp_path, tokenizer):
 
 
 def test_content_decides_what_is_held_out(tmp_path):
-    (tmp_path / "a.txt").write_text("".join(f"document {i % 1500}\n" for i in range(3000)))     # each one twice
+    (tmp_path / "a.txt").write_text("".join(f"document {i % 1500}\n" for i in range(3000)))     # each one occurs twice
     parts = {"train": [], "heldout": []}
     for part, text in split_documents(tmp_path / "a.txt"):
         parts[part].append(text)
@@ -105,14 +105,14 @@ def test_sequences_are_framed_and_fit(corpus, tokenizer):
         assert sum(lengths) == len(ids) == rows.row_tokens and max(lengths) <= 32
         starts = np.cumsum([0, *lengths[:-1]])
         assert (ids[starts] == tokenizer.bos_id).all() and (ids == tokenizer.bos_id).sum() == len(lengths)
-        # a row cuts a sequence at its end, and at its beginning may have been left the </s> of one, which is now its <s>
+        # a row cuts a sequence at its end; at its start only the </s> of one may be left, which becomes <s>
         assert len(lengths) - 2 <= (ids == tokenizer.eos_id).sum() <= len(lengths)
 
 
 def test_a_batch_is_a_function_of_seed_and_step(corpus, tokenizer):
     rows, again, other = (rows_of(corpus, tokenizer, seed) for seed in (3, 3, 4))
     size = 4 * rows.row_tokens
-    again.batch(70, size)   # reading another place first must not matter
+    again.batch(70, size)   # reading elsewhere first must not matter
     a, b, c = rows.batch(5, size), again.batch(5, size), other.batch(5, size)
     assert all(torch.equal(x, y) for x, y in zip((a.ids, a.labels, a.predict, a.cu_seqlens),
                                                  (b.ids, b.labels, b.predict, b.cu_seqlens)))
@@ -149,7 +149,7 @@ def test_static_shapes_are_the_same_for_every_batch_and_give_way_to_one_that_doe
     statics = [static_batch(rows, rows.batch(t, 4 * rows.row_tokens)) for t in range(60)]
     assert len({(len(b.ids), len(b.cu_seqlens), len(b.predict), b.max_seqlen) for b in statics}) == 1
     crowded = rows.batch(0, 4 * rows.row_tokens)
-    crowded.cu_seqlens = torch.arange(len(crowded.ids) + 1, dtype=torch.int32)      # every token a sequence
+    crowded.cu_seqlens = torch.arange(len(crowded.ids) + 1, dtype=torch.int32)      # every token is a sequence
     wide = static_batch(rows, crowded).cu_seqlens
     assert len(wide) > len(statics[0].cu_seqlens) and torch.equal(wide[:len(crowded.cu_seqlens)], crowded.cu_seqlens)
 
@@ -158,9 +158,9 @@ def test_rows_are_full_and_the_share_of_cut_sequences_is_counted(corpus, tokeniz
     rows = rows_of(corpus, tokenizer)
     found, ids = packing(rows), np.concatenate([rows.row(r)[0] for r in range(rows.per_epoch)])
     assert found["rows"] == rows.per_epoch and found["fill"] > 0.98 and (ids != tokenizer.pad_id).mean() > 0.98
-    # a sequence that a row's end cuts is two, each in a row of its own
+    # a sequence cut by the end of a row counts as two, each in its own row
     parts = sum(len(rows.row(r)[1]) for r in range(rows.per_epoch))
-    unread = int((rows.ends > rows.per_epoch * rows.row_tokens).sum())      # of the epoch, after its last row
+    unread = int((rows.ends > rows.per_epoch * rows.row_tokens).sum())      # sequences after the last row of the epoch
     assert found["cut"] == round((parts - len(rows.lengths) + unread) / len(rows.lengths), 4)
 
 

@@ -1,4 +1,4 @@
-"""Every kind of delta: identity when attached, round trip through a folder, algebra, merging, and the base untouched."""
+"""Every kind of delta: identity when attached, round trip through a folder, algebra, merging, and an unchanged base."""
 import json
 
 import pytest
@@ -18,7 +18,7 @@ CONFIGS = {kind: DeltaConfig(kind, bottleneck=6, r=3, prefix_len=5,
 
 
 def trained(base, kind, batch, seed=0, steps=3):
-    """A model whose delta was really trained for a few large steps, and the delta."""
+    """A model trained for a few large steps, and its delta."""
     model = attach(base, CONFIGS[kind], 3, seed).train()
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-2)
     for _ in range(steps):
@@ -170,9 +170,9 @@ def test_another_tokenizer_or_size_is_refused_even_in_recycling(base, batch):
         delta.info = info | change
         with pytest.raises(InputError, match=words):
             apply(base, delta, stale_ok=True)
-    delta.info = info | {"tokenizer": "0" * 16}     # written in another way, as by transformers: the ids mean the same words
+    delta.info = info | {"tokenizer": "0" * 16}     # saved in another format, as by transformers: the ids mean the same words
     apply(base, delta, stale_ok=True)
-    del info["vocabulary"], encoder["model_type"], encoder["sep_id"]    # of a delta from before these were noted
+    del info["vocabulary"], encoder["model_type"], encoder["sep_id"]    # a delta from before these were recorded
     delta.info = info
     apply(base, delta)
 

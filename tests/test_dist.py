@@ -1,5 +1,5 @@
-"""Two processes (gloo) are one with the same global batch: losses, resuming with another number of ranks, the optimizer's state
-shared out; what one rank does for all; errors end all."""
+"""Two processes (gloo) equal one process with the same global batch: losses, resuming with another number of ranks, the sharded optimizer
+state. What one rank does for all; an error ends all."""
 import json
 import os
 import subprocess
@@ -17,11 +17,11 @@ from rt.speed.dist import Ranks, join
 
 FLAGS = ("--preset", "tiny", "--vocab_size", "500", "--seq_len", "32", "--batch_tokens", "512", "--eval_tokens", "512", "--device", "cpu",
          "--precision", "fp32", "--dropout", "0.1", "--snapshots", "1", "--steps", "20")
-TOLERANCE = 1e-5    # of a loss, relative: the sums of gradients are taken in another order
+TOLERANCE = 1e-5    # relative, of a loss: gradients are summed in another order
 
 
 def torchrun(*arguments, code: int = 0) -> str:
-    """A script of the checkout in two processes; stdout, or stderr where an error was expected."""
+    """Runs a script of the checkout in two processes. Returns stdout, or stderr if an error was expected."""
     return command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *arguments, code=code)
 
 
@@ -33,7 +33,7 @@ def losses(folder) -> list[float]:
 
 @pytest.fixture(scope="module")
 def home(graphs, tmp_path_factory):
-    """A corpus, and the run of one process that the others are held to: two parts a step, as two ranks have one each."""
+    """A corpus, and the run of one process as reference: two microbatches per step, because two ranks have one each."""
     home = tmp_path_factory.mktemp("dist")
     lines = [json.loads(line)["text"].replace("\n", " ") for line in (graphs / "corpus" / "train.jsonl").open()]
     (home / "one.txt").write_text("\n".join(lines[:300]))
@@ -48,7 +48,7 @@ def corpus(home) -> tuple:
 def test_two_ranks_are_one_with_the_same_batch(home):
     out = torchrun("train.py", *FLAGS, "--stream", home / "one.txt", "--cache", home / "its_own_cache", "--out", home / "two")
     assert losses(home / "two") == pytest.approx(losses(home / "alone"), rel=TOLERANCE)
-    assert out.count("sample:") == out.count("M0 (one)") == 1       # one rank prints
+    assert out.count("sample:") == out.count("M0 (one)") == 1       # only one rank prints
     assert {f.name for f in (home / "two").iterdir()} == {f.name for f in (home / "alone").iterdir()}
     summaries = [json.loads((home / name / "summary.json").read_text())["stages"][0] for name in ("alone", "two")]
     assert [s["ranks"] for s in summaries] == [1, 2]
@@ -65,7 +65,7 @@ def test_shared_state_changes_nothing_and_one_process_goes_on_from_it(home):
 @pytest.mark.parametrize("flags, words", [(("--batch_tokens", "256"), "multiple of 512"), (("--lr", "1e18"), "the loss at step")])
 def test_what_is_wrong_ends_all_ranks(home, flags, words, tmp_path):
     error = torchrun("train.py", *FLAGS, *corpus(home), "--out", tmp_path / "out", *flags, code=1)
-    assert error.startswith("error: ") and words in error and 'train.py", line' not in error    # torchrun has a traceback of its own
+    assert error.startswith("error: ") and words in error and 'train.py", line' not in error    # torchrun adds its own traceback
 
 
 def test_what_is_for_one_process_and_what_is_not(monkeypatch, tmp_path):
@@ -146,7 +146,7 @@ def test_shares_of_a_state_fit_together_and_rank_0_goes_first_and_its_errors_are
 
 
 def test_a_cuda_device_becomes_the_current_one(monkeypatch):
-    """Graphs are captured on the current device's streams, whatever device the work runs on."""
+    """Graphs are captured on the current device's streams, whatever device the work uses."""
     current, second = [], torch.device("cuda:1")
     monkeypatch.setattr("rt.speed.device.torch", SimpleNamespace(empty=lambda n, device: SimpleNamespace(device=torch.device(device)),
                                                                  cuda=SimpleNamespace(set_device=current.append)))

@@ -28,7 +28,7 @@ def task(folder: Path) -> dict[str, list[dict]]:
 
 
 def fake_package(tmp_path: Path, monkeypatch) -> None:
-    """Five files in each of `ovens` and `tables`, ten documents a file; the n-th sentence names its file."""
+    """Five files in each of `ovens` and `tables`, with ten documents per file. Every sentence names its file."""
     for label in ("ovens", "tables"):
         for file in range(5):
             path = tmp_path / "fake_kitchen" / label / f"file{file}.py"

@@ -1,4 +1,4 @@
-"""dropout of rows: the kernel's mask is the reference's, and K runs side by side drop what each would alone."""
+"""dropout of rows: the kernel's mask equals the reference's, and K runs side by side drop what each run alone drops."""
 import math
 
 import pytest
@@ -8,11 +8,11 @@ from kernels import dropout, site_seeds
 from kernels.dropout import _dropout, dropout_ref
 
 SEEDS = torch.tensor([7, -(2**62) + 12345, 2**40 + 5, 0])
-SHAPES = [(7, 5, 1), (40, 300, 4), (33, 768, 3), (70, 20, 2), (2, 1100, 2)]      # rows, width, runs: none fills its blocks
+SHAPES = [(7, 5, 1), (40, 300, 4), (33, 768, 3), (70, 20, 2), (2, 1100, 2)]      # rows, width, runs: blocks are never full
 
 
 def compared(device, dtype, N, d, K, p=0.3):
-    """Output and gradient of kernel and reference, of one row in two of a wider tensor, under an upstream gradient that is not uniform."""
+    """Output and gradient of kernel and reference, on every second row of a wider tensor, for a non-uniform upstream gradient."""
     g = torch.Generator().manual_seed(0)
     x, up = (torch.randn(N, 2, d, generator=g).to(device, dtype)[:, i] for i in range(2))
     x, seed, out = x.requires_grad_(), SEEDS[:K].to(device), []
@@ -81,7 +81,7 @@ def test_one_graph_under_torch_compile(device, monkeypatch, fuse):
     compiled = torch.compile(lambda x: 2 * dropout(x, 0.3, SEEDS[:2].to(device)), fullgraph=True, backend=backend)
     torch.testing.assert_close(compiled(x), 2 * dropout(x, 0.3, SEEDS[:2].to(device)))
     ours = [node for node in graphs[0].graph.nodes if "recyclable" in str(node.target)]
-    assert len(ours) == (1 if fuse == "kernel" else 0)      # the compiler is given what it is to fuse, and only if asked
+    assert len(ours) == (1 if fuse == "kernel" else 0)      # the compiler gets the op to fuse only if asked
 
 
 def test_what_rt_fuse_may_be(device, monkeypatch):

@@ -1,4 +1,4 @@
-"""Every kernel, forward and backward, in one go: under memcheck, in a CUDA graph, without a host synchronisation."""
+"""Every kernel, forward and backward, in one go: under memcheck, in a CUDA graph, without host synchronisation."""
 import os
 import shutil
 import subprocess
@@ -31,7 +31,7 @@ def test_kernels_and_references_agree_on_it(device, dtype, monkeypatch):
     ours = step(inputs(device.type, dtype))
     monkeypatch.setenv("RT_KERNELS", "ref")
     for a, b in zip(ours, step(inputs(device.type, dtype))):
-        assert (a - b).norm() <= 5 * torch.finfo(dtype).eps * b.norm()      # both round
+        assert (a - b).norm() <= 5 * torch.finfo(dtype).eps * b.norm()      # both sides round
 
 
 @pytest.mark.gpu
@@ -50,7 +50,7 @@ def test_all_of_it_in_a_cuda_graph(device):
     graph.replay()
     for a, b in zip(captured, expected):
         torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)      # atomics add in another order
-    i["seed"].add_(1)       # the mask is drawn from what the seed holds at replay
+    i["seed"].add_(1)       # the mask depends on the seed at replay
     before = captured[0].clone()
     graph.replay()
     assert not torch.equal(before, captured[0])
@@ -75,6 +75,6 @@ def test_memcheck_finds_nothing():
         pytest.skip("no compute-sanitizer")
     check = tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable
     if run(*check, "-c", "import torch; torch.ones(1, device='cuda').item()").returncode:
-        pytest.skip("the sanitizer does not take this device")      # a virtual one, say
+        pytest.skip("the sanitizer does not take this device")      # for example a virtual device
     done = run(*check, ALL, "cuda", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     assert done.returncode == 0 and "done" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]

@@ -1,5 +1,5 @@
-"""What a reader adds: a kind of delta is one class and one row of KINDS, a loss term one function and one field. Both are added here, in
-the test file, and everything that is derived from the tables works with them."""
+"""What a reader can add: a kind of delta takes one class and one row of KINDS, a loss term one function and one field. Both are added here,
+in the test file, and everything derived from the tables works with them."""
 import json
 from dataclasses import dataclass
 
@@ -55,7 +55,7 @@ def task() -> TaskData:
 def learned(base, config, seed=0):
     model, data = attach(base, config, 3, seed), task()
     tune(model, data, Loss(), TuneSettings(4, 4, 1e-2, 4, seed), **CPU)
-    with torch.no_grad():       # whatever was best on dev: a delta that does something
+    with torch.no_grad():       # whatever was best on dev: use a delta that has an effect
         for p in model.parameters():
             if p.requires_grad:
                 p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
@@ -109,7 +109,7 @@ def test_a_tensor_that_no_row_names_is_not_scaled_in_silence(shift, base, monkey
 
 @dataclass(frozen=True)
 class Sharp(DistillConfig):
-    """With one term more."""
+    """DistillConfig with one more term."""
     sharp: float = 0.0      # weight of the entropy of the student's answers
 
 
@@ -130,4 +130,4 @@ def test_a_loss_term_is_one_function_and_one_field(base, other_base, batch, monk
     assert any(p.grad is not None for p in student.parameters())
     config = DeltaConfig("adapter")
     r = Recycling(base, learned(base, config)[1], other_base, task(), config, TuneSettings(2, 4, 1e-3, 2, 0), Sharp(sharp=1.0), **CPU)
-    assert recycle(r, "distill")[1].curve and not can_go_together(r, "distill")     # side by side it is refused, not left out
+    assert recycle(r, "distill")[1].curve and not can_go_together(r, "distill")     # runs side by side refuse it instead of dropping it

@@ -1,5 +1,5 @@
-"""Numbers gone wrong: a step without a finite loss or gradient changes nothing and is counted; too many in a row end the run, which says
-what to try; what does not fit into memory is named."""
+"""Non-finite numbers: a step without a finite loss or gradient changes nothing and is counted. Too many in a row end the run with advice.
+An error names what does not fit into memory."""
 import copy
 import json
 
@@ -34,7 +34,7 @@ def rows(graphs, tokenizer, tmp_path_factory):
 
 
 def poisoned(model: torch.nn.Module, steps: set[int], where: str) -> None:
-    """From now on the training passes numbered so (from 1 on) have a loss, or a gradient alone, that is no number."""
+    """From now on, the training passes in `steps` (counted from 1) have a loss, or only a gradient, that is not finite."""
     weight = model.encoder.embeddings.norm.weight
     weight.passes = 0
 
@@ -91,7 +91,7 @@ def test_a_bad_step_of_pretraining_is_left_out(rows, tokenizer, where, log_every
     assert [row["step"] for row in found] == list(range(1, 9)) and [row["step"] for row in found if "skipped" in row] == [5]
     assert found[4]["grad_norm"] is None and (found[4]["loss"] is None) == (where == "loss")
     json.dumps(found, allow_nan=False)
-    other, optimizer = start(tokenizer)     # as if there were no step 5
+    other, optimizer = start(tokenizer)     # as if step 5 did not exist
     pretrained(tmp_path / "other", other, rows, optimizer, s, tokenizer, log_every=log_every, stop_after=4)
     rest = pretrained(tmp_path / "other", other, rows, optimizer, s, tokenizer, log_every=log_every, first=5)
     assert rest[4:] == found[5:] and equal(model.state_dict(), other.state_dict())

@@ -1,5 +1,5 @@
-"""Folders that appear whole: a kill between any two steps loses nothing; content is checked; a full disk leaves what there was; one
-process at a time."""
+"""Folders that appear whole: a kill between any two steps loses nothing; content is checked; a full disk keeps the old content; one process
+at a time."""
 import errno
 import json
 import os
@@ -31,7 +31,7 @@ from rt.runs.resume import has_work, newest_checkpoint
 
 
 class Killed(BaseException):
-    """Stands for a SIGKILL: raised where a system call would have been the last."""
+    """Stands for a SIGKILL: raised at the system call that would have been the last."""
 
 
 def write(folder, text: str) -> None:
@@ -45,7 +45,7 @@ def content(folder) -> set[str]:
 
 
 def test_a_kill_between_any_two_steps_loses_nothing(tmp_path, monkeypatch):
-    """Every call that changes the disk is the last one once; what is found then is whole, old or new, and the next write goes through."""
+    """Each call that changes the disk is once the last one. The folder is then whole, old or new, and the next write succeeds."""
     calls = {"count": 0, "last": 10**9}
 
     def counted(call):
@@ -74,7 +74,7 @@ def test_a_kill_between_any_two_steps_loses_nothing(tmp_path, monkeypatch):
         now = content(found(folder))
         assert now in ({"2"}, {"3"}), last
         seen |= now
-        with pytest.raises(RuntimeError), atomic_folder(folder):     # a write that fails changes nothing
+        with pytest.raises(RuntimeError), atomic_folder(folder):     # a failed write changes nothing
             raise RuntimeError
         assert content(found(folder)) == now
         write(folder, "4")
@@ -169,7 +169,7 @@ def resumed(run) -> str | None:
 
 def test_the_newest_whole_checkpoint_is_resumed_from(run, capsys):
     assert resumed(run) == "M0-t00020" and capsys.readouterr().err == ""
-    (run / "resume" / "M0-t00030.part").mkdir()        # of a process that was killed; it may hold anything
+    (run / "resume" / "M0-t00030.part").mkdir()        # left by a killed process; it may contain anything
     assert resumed(run) == "M0-t00020" and capsys.readouterr().err == ""
     for name in ("M0-t00020", "M0-t00010"):
         shutil.rmtree(run / "resume" / name)
@@ -201,7 +201,7 @@ def test_a_damaged_one_is_named_and_kept_and_the_one_before_is_used(run, capsys,
 # --- a full disk ------------------------------------------------------------------------------------------------------
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_says_how_much_is_needed(tmp_path, base):
-    """A limit on the size of a file stands for it where no small disk can be mounted."""
+    """A limit on file sizes replaces a full disk, because no small disk can be mounted everywhere."""
     model, run = MaskedLM(base.encoder, base.head), tmp_path / "run"
     size = sum(x.nbytes for x in model.state_dict().values())
     save_base(run / "last", model, base.tokenizer, {"name": "M0", "step": 20})
@@ -321,7 +321,7 @@ def test_a_lock_or_folder_that_cannot_be_made_is_one_sentence_and_leaves_nothing
 
     words = f"run.*: cannot be made .{os.strerror(code)}|run.*: no room to write it"
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", fails)       # the file is there, and its text does not fit
+        patch.setattr(Path, "write_text", fails)       # the file exists, but its text does not fit
         with pytest.raises(InputError, match=words), locked(tmp_path / "run"):
             pass
     with monkeypatch.context() as patch:
@@ -386,11 +386,11 @@ with locked(Path(sys.argv[1])):
 
 
 def test_a_lock_that_a_killed_process_left_is_taken_over(tmp_path):
-    """The operating system frees it; its file stays, and says who held it."""
+    """The operating system frees the lock. Its file stays and says who held it."""
     lock, host = tmp_path / "run.lock", socket.gethostname()
     child = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path / "run"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert child.stdout.readline() == b"locked\n"
-    for _ in range(2):      # a second look does not spoil what the lock says
+    for _ in range(2):      # a second look does not change what the lock says
         with pytest.raises(InputError, match=f"process {child.pid} on {host} since .*: end it first, or give another --out"), \
                 locked(tmp_path / "run"):
             pass
@@ -404,10 +404,10 @@ def test_a_lock_that_a_killed_process_left_is_taken_over(tmp_path):
 
 def test_what_a_lock_file_says_does_not_hold_it(tmp_path):
     lock, host = tmp_path / "run.lock", socket.gethostname()
-    write_json(lock, {"pid": os.getppid(), "host": host, "started": 5, "since": "now"})     # its number went to another process
+    write_json(lock, {"pid": os.getppid(), "host": host, "started": 5, "since": "now"})     # its process id now belongs to another process
     with locked(tmp_path / "run"):
         pass
-    lock.touch()        # killed before it had written a word
+    lock.touch()        # killed before it wrote anything
     with locked(tmp_path / "run"):
         pass
     write_json(lock, {"pid": 1, "host": "elsewhere", "started": 1, "since": "yesterday"})      # but for other hosts
@@ -417,7 +417,7 @@ def test_what_a_lock_file_says_does_not_hold_it(tmp_path):
 
 
 def test_of_many_processes_at_once_one_writes(tmp_path):
-    """Each holds the lock for a moment and appends two lines: nobody else's come between them."""
+    """Each process holds the lock for a moment and appends two lines. No other process's lines come between them."""
     code = f"""
 import sys, time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What other people's folders hold besides the plain case: each reads as in the installed transformers, or is refused in one sentence."""
+"""Special cases in other people's folders: each reads as in the installed transformers, or is refused in one sentence."""
 import json
 import random
 import shutil
@@ -28,11 +28,11 @@ tokenizer_of = test_hf.tokenizer_of
 
 @pytest.fixture(autouse=True)
 def every_note():
-    note.cache_clear()      # which says a thing once
+    note.cache_clear()      # it says each thing only once
 
 
 def edit(file, **change) -> None:
-    """Settings of a JSON file made others; None: taken out."""
+    """Change settings of a JSON file; None removes one."""
     facts = json.loads(file.read_text()) if file.is_file() else {}
     file.write_text(json.dumps({k: v for k, v in (facts | change).items() if v is not None}))
 
@@ -57,7 +57,7 @@ def test_pads_are_counted_a_sequence_also_in_static_shapes_and_side_by_side(base
     sequences = [[pad, 5, pad, pad, 6], [0, pad, 7, 2], [0, 8, 2], [pad]]
     alone = torch.cat([embeddings(torch.tensor(s), torch.tensor([0, len(s)])) for s in sequences])
     batch = sequences_batch(sequences)
-    ends = torch.cat([batch.cu_seqlens, batch.cu_seqlens[-1:].expand(60)])     # empty sequences at the end: static_batch
+    ends = torch.cat([batch.cu_seqlens, batch.cu_seqlens[-1:].expand(60)])     # empty sequences at the end, as in static_batch
     assert torch.equal(embeddings(batch.ids, batch.cu_seqlens), alone) and torch.equal(embeddings(batch.ids, ends), alone)
     expected = [[pad, pad + 1, pad, pad, pad + 2], [pad + 1, pad, pad + 2, pad + 3], [pad + 1, pad + 2, pad + 3], [pad]]
     words = embeddings.word(batch.ids) + embeddings.position(torch.tensor(sum(expected, [])))
@@ -82,7 +82,7 @@ def test_ids_of_config_and_tokenizer_that_disagree_are_noted_and_positions_go_by
     close(*said_by_both(folder, texts))
     said = capsys.readouterr().err
     assert f"disagree: pad_token_id {comma} and 1, bos_token_id 7 and 0; RoBERTa's positions go by the first" in said
-    assert said.count("note:") == 1         # of two readings
+    assert said.count("note:") == 1         # of two possible readings
     monkeypatch.setenv("RANK", "1")
     note.cache_clear()
     load_hf(folder)
@@ -108,7 +108,7 @@ SAID = ["a <e1> graph<e2>, <e3>", "<E1> xe1x <e4>", "the  <mask>  [MASK] of <e1>
 
 
 def agrees(folder) -> bool:
-    """Whether a folder's tokenizer makes transformers' ids of SAID; False if it is refused."""
+    """Whether a folder's tokenizer gives the ids of SAID that transformers gives. False if the folder is refused."""
     try:
         tokenizer = load_tokenizer(folder)
     except InputError as error:
@@ -127,7 +127,7 @@ def flags_of(token: AddedToken) -> dict:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("of_class", ["its own", "PreTrainedTokenizerFast"])
 def test_added_tokens_beside_tokenizer_json_are_transformers(family, of_class, tokenizer_of, tmp_path):
-    """In each of the files, with all flags; and where files disagree about an id, none is taken."""
+    """In each of the files, with all flags. If files disagree about an id, the folder is refused."""
     tokenizer, rng, read = Tokenizer(tokenizer_of[family].framed()), random.Random(family + of_class), 0
     own = [flags_of(token) | {"id": i} for i, token in sorted(tokenizer.backend.get_added_tokens_decoder().items())]
     class_of = {"roberta": "Roberta", "bert": "Bert", "xlm-roberta": "XLMRoberta", "camembert": "Camembert"}[family] + "TokenizerFast"
@@ -163,7 +163,7 @@ def test_added_tokens_beside_tokenizer_json_are_transformers(family, of_class, t
 
 
 def test_files_of_which_transformers_makes_other_ids_are_refused(tokenizer_of, tmp_path):
-    """<mask> is no word of the model, and added_tokens_decoder leaves it out: transformers 5 numbers the others first, 4 does not."""
+    """<mask> is not in the model's vocabulary and not in added_tokens_decoder: transformers 5 numbers the others first, 4 does not."""
     texts = [f"a graph number {i}" for i in range(50)]
     backend = sentencepiece(texts).backend
     bare = tokenizers.Tokenizer(backend.model)
@@ -347,7 +347,7 @@ def test_a_classifier_that_lacks_a_tensor_or_is_for_tokens_is_named(tokenizer_of
     with pytest.raises(InputError, match=r"1 different labels \(a\) for a head of 3 outputs"):
         open_delta(str(folder), base)
     answers = saved(theirs("bert", "QuestionAnswering", tokenizer), tokenizer, tmp_path / "b")
-    assert load_hf(answers).head is None        # what the head is for is no matter to a base
+    assert load_hf(answers).head is None        # the purpose of the head does not matter to a base
 
 
 @pytest.mark.parametrize("wrap", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "model._orig_mod.module."])
@@ -411,8 +411,8 @@ PLACES = {"adapter": ("attention.output.dense", "output.dense"), "lora": ("atten
 
 
 def adapted(model, method: str, seed: int = 3) -> dict[str, torch.Tensor]:
-    """Random factors by 'encoder.layer.0.output.dense' and 'down' or 'up'; from here on `model` computes with them, as their authors
-    define it: h + up(gelu(down(h))) after a matrix, or the matrix's output + 5/3 up(down(x))."""
+    """Random factors by 'encoder.layer.0.output.dense' and 'down' or 'up'. From here on `model` uses them as their authors define them: h +
+    up(gelu(down(h))) after a matrix, or the matrix's output + 5/3 up(down(x))."""
     torch.manual_seed(seed)
     made = {}
 
@@ -433,7 +433,7 @@ def adapted(model, method: str, seed: int = 3) -> dict[str, torch.Tensor]:
 
 
 def adapter_folder(folder, library: str, method: str, model, model_name: str, head: str = "static"):
-    """`adapted(model)` as AdapterHub's adapters 1.3 and OpenDelta 0.3 save it; checked against both once, see the names of tensors."""
+    """`adapted(model)` as AdapterHub's adapters 1.3 and OpenDelta 0.3 save it. Checked once against both: see the names of tensors."""
     def name_of(place: str, which: str, kind: str) -> str:
         if method == "lora":
             return f"{model_name}.{place}.{'loras.t' if library == 'AdapterHub' else 'lora'}.lora_{'A' if which == 'down' else 'B'}"
@@ -513,7 +513,7 @@ def test_an_adapterhub_folder_without_a_head_with_another_one_or_of_its_first_ve
         with pytest.raises(InputError, match=f"head_config.json: {name} {value!r} is not supported"):
             open_delta(str(folder), base)
     edit(folder / "head_config.json", config=head)
-    edit(folder / "adapter_config.json", version=None)      # then gelu means what is gelu_new today
+    edit(folder / "adapter_config.json", version=None)      # then gelu means today's gelu_new
     with pytest.raises(InputError, match="non_linearity 'gelu_new' is not supported"):
         open_delta(str(folder), base)
     edit(folder / "adapter_config.json", config=BOTTLENECK | {"non_linearity": "gelu_orig"})
@@ -531,7 +531,7 @@ def test_an_adapterhub_folder_without_a_head_with_another_one_or_of_its_first_ve
 
 
 def test_our_exports_first_space_stays_in_transformers(base, tmp_path):
-    """As a setting too, which transformers 4 puts in place of what tokenizer.json says."""
+    """Also as a setting, which transformers 4 uses instead of the value in tokenizer.json."""
     base.tokenizer = test_hf.prefixed(base.tokenizer)
     export_hf(tmp_path, base)
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["add_prefix_space"] is True and agrees(tmp_path)
@@ -540,7 +540,7 @@ def test_our_exports_first_space_stays_in_transformers(base, tmp_path):
 
 
 def test_sister_classes_of_berts_and_settings_of_a_model_that_the_class_would_not_keep(tokenizer_of, tmp_path):
-    """AutoTokenizer makes a MobileBertTokenizer a BertTokenizer; a DistilBertTokenizer is one without token types."""
+    """AutoTokenizer turns a MobileBertTokenizer into a BertTokenizer. A DistilBertTokenizer is a BertTokenizer without token types."""
     from transformers import AutoTokenizer
     folder = saved(theirs("bert", "SequenceClassification", tokenizer_of["bert"], num_labels=3), tokenizer_of["bert"], tmp_path / "bert")
     for name in ("MobileBertTokenizer", "DistilBertTokenizerFast"):

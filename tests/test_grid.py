@@ -1,4 +1,4 @@
-"""Runs side by side are the runs alone."""
+"""Runs side by side equal the runs alone."""
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ FROZEN = ("adapter", "lora", "bitfit", "prefix")
 
 
 def task(n: int, seed: int) -> TaskData:
-    """Ragged examples, whose number is no multiple of the batch: the last batch of an epoch is smaller."""
+    """Ragged examples. Their number is not a multiple of the batch, so the last batch of an epoch is smaller."""
     g = torch.Generator().manual_seed(seed)
     parts = []
     for count in (n, n - 3, 5):
@@ -33,7 +33,7 @@ def task(n: int, seed: int) -> TaskData:
 
 
 def four_runs(tokenizer, kind: str, taught: bool = True) -> list[SideRun]:
-    """Everything differs that may: start, examples, their number, seed, learning rate, warm-up, alpha, beta, T, teacher."""
+    """All that may differ differs: start, examples, their number, seed, learning rate, warm-up, alpha, beta, T, teacher."""
     base = random_base(tokenizer)
     config = DeltaConfig(kind, target_modules=("query", "value", "intermediate.dense"))
     datas = [task(21, 0), task(18, 1)]
@@ -67,7 +67,7 @@ def stack_of_one(model):
 @pytest.mark.parametrize("taught", [True, False])
 @pytest.mark.parametrize("kind", FROZEN)
 def test_four_runs_side_by_side_are_four_runs_alone(tokenizer, kind, taught):
-    """Losses of every evaluation to 1e-5, which 9 steps in fp32 leave; the weights where dev was best to 1e-4."""
+    """Losses of every evaluation agree to 1e-5, the rounding of 9 steps in fp32. The weights that were best on dev agree to 1e-4."""
     runs = four_runs(tokenizer, kind, taught)
     before = [{k: p.detach().clone() for k, p in trained_weights(run.model).items()} for run in runs]
     grid.tune(runs, **CPU)
@@ -112,7 +112,7 @@ def test_regressions_and_the_public_codes_averaging(tokenizer):
 
 
 def test_predictions_side_by_side_are_in_each_runs_order(tokenizer, monkeypatch):
-    monkeypatch.setattr(grid, "EVAL_TOKENS", 300)       # several passes, the runs ending at different ones
+    monkeypatch.setattr(grid, "EVAL_TOKENS", 300)       # several passes; the runs end at different passes
     runs = four_runs(tokenizer, "lora")
     parts = [run.data.dev for run in runs]
     for run, part, logits in zip(runs, parts, grid.predict(stacked(runs), parts, **CPU)):
@@ -174,7 +174,7 @@ def test_interpolation_is_not_done_side_by_side(tokenizer):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", FROZEN)
 def test_graphs_of_a_step_are_the_step(tokenizer, device, kind):
-    """Four runs side by side, and each alone, replayed as CUDA graphs: losses as without, to 1e-4 in fp32."""
+    """Four runs side by side, and each run alone, replayed as CUDA graphs: losses equal those without graphs, to 1e-4 in fp32."""
     if device.type == "cpu":
         pytest.skip("CUDA graphs")
     where = dict(device=device, precision=torch.float32)
@@ -195,7 +195,7 @@ def test_graphs_of_a_step_are_the_step(tokenizer, device, kind):
 
 
 def test_graphs_of_all_shapes_share_the_gradients_of_the_first(tokenizer, monkeypatch):
-    """With a capture that computes at once and a replay that does nothing: what a graph leaves in the parameters is in the same memory."""
+    """With a capture that computes at once and a replay that does nothing: every graph leaves the gradients in the same memory."""
     class Graph:
         pool = replay = lambda self: None
 

@@ -62,7 +62,7 @@ def tokenizer_of(graphs, tokenizer):
 
 
 def theirs(family: str, task: str, tokenizer: Tokenizer, seed: int = 0, std: float = 0.2, **more):
-    """A random model of transformers whose every weight matters, in evaluation mode."""
+    """A random transformers model in evaluation mode in which every weight matters."""
     settings = dict(vocab_size=tokenizer.vocab_size, hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=80,
                     max_position_embeddings=64 if family == "bert" else 66, type_vocab_size=2 if family == "bert" else 1,
                     pad_token_id=tokenizer.pad_id, layer_norm_eps=1e-12 if family == "bert" else 1e-5, **more)
@@ -82,7 +82,7 @@ def saved(model, tokenizer: Tokenizer, folder, **options):
 
 
 def inputs(tokenizer: Tokenizer) -> dict[str, torch.Tensor]:
-    """TEXTS for transformers: padded, token types by the tokenizer's own template."""
+    """TEXTS for transformers: padded, with token types from the tokenizer's own template."""
     backend = tokenizer.framed()
     encoded = [backend.encode(a) if b is None else backend.encode(a, b) for a, b in TEXTS]
     longest = max(len(e.ids) for e in encoded)
@@ -90,7 +90,7 @@ def inputs(tokenizer: Tokenizer) -> dict[str, torch.Tensor]:
             "attention_mask": [[1] * len(e.ids) + [0] * (longest - len(e.ids)) for e in encoded],
             "token_type_ids": [e.type_ids + [0] * (longest - len(e.ids)) for e in encoded]}
     if tokenizer.separators == 2:
-        del rows["token_type_ids"]      # as RoBERTa's tokenizers: all 0
+        del rows["token_type_ids"]      # as RoBERTa's tokenizers do: all 0
     return {k: torch.tensor(v) for k, v in rows.items()}
 
 
@@ -113,7 +113,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def trained(base, config: DeltaConfig, labels=LABELS, seed: int = 1):
-    """A delta of random content."""
+    """A delta with random content."""
     model = attach(base, config, len(labels) or 1, seed)
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -134,13 +134,13 @@ def test_masked_lm_in_and_out(family, tokenizer_of, tmp_path):
     expected = logits_of(model, tokenizer)[mask]
     with torch.no_grad():
         close(MaskedLM(base.encoder, base.head).eval()(sequences_batch(sequences)), expected)
-    # ours on disk, opened again, out, and loaded by transformers
+    # our format on disk, opened again, exported, and loaded by transformers
     save_base(tmp_path / "ours", MaskedLM(base.encoder, base.head), tokenizer, {})
     assert export_hf(tmp_path / "out", load_base(tmp_path / "ours")) == "AutoModelForMaskedLM"
     again, info = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and type(again) is type(model)
     close(logits_of(again.eval(), tokenizer)[mask], expected)
-    assert load_hf(tmp_path / "out").fingerprint == base.fingerprint or family == "bert"    # BERT's folded types: to rounding
+    assert load_hf(tmp_path / "out").fingerprint == base.fingerprint or family == "bert"    # BERT's folded types: equal up to rounding
     theirs_of = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     for (a, b), ids in zip(TEXTS, sequences):
         encoded = theirs_of(a, b) if b else theirs_of(a)
@@ -328,7 +328,7 @@ def test_a_tuned_model_that_does_not_fit_its_base_is_named(tokenizer_of, tmp_pat
 
 
 def lora_folder(folder, base, change: dict | None = None, drop: str = "", add: dict | None = None):
-    """An exported adapter, spoilt."""
+    """An exported adapter, damaged."""
     export_peft(folder, base, "a/base", trained(base, DeltaConfig("lora", r=2)))
     facts = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(facts | (change or {})))
@@ -410,7 +410,7 @@ def test_an_adapters_pickle_runs_nothing(base, tmp_path):
 
 
 def test_a_fine_tune_is_recycled_on_a_continued_model_and_leaves_as_one(tokenizer_of, graphs, tmp_path):
-    """The command lines: RoBERTa, a fine-tune of it, a continued RoBERTa, and back; also from BERT's side the import alone."""
+    """The command lines: RoBERTa, a fine-tune of it, a continued RoBERTa, and back. From BERT, only the import."""
     tokenizer = tokenizer_of["roberta"]
     old = theirs("roberta", "MaskedLM", tokenizer, std=0.02)
     saved(old, tokenizer, tmp_path / "old")
@@ -418,7 +418,7 @@ def test_a_fine_tune_is_recycled_on_a_continued_model_and_leaves_as_one(tokenize
         for p in old.parameters():
             p.add_(torch.randn_like(p) * 0.01)
     saved(old, tokenizer, tmp_path / "new")
-    names = {"id2label": {0: "walks", 1: "classes"}, "label2id": {"walks": 0, "classes": 1}}    # not the order of the alphabet
+    names = {"id2label": {0: "walks", 1: "classes"}, "label2id": {"walks": 0, "classes": 1}}    # not in alphabetical order
     saved(theirs("roberta", "SequenceClassification", tokenizer, std=0.1, **names), tokenizer, tmp_path / "tuned")
     rows = [{"text": f"text number {i}", "label": ("walks", "classes")[i % 2]} for i in range(12)]
     task = write_task(tmp_path / "task", {"train": rows, "dev": rows[:4], "test": rows})
@@ -435,7 +435,7 @@ def test_a_fine_tune_is_recycled_on_a_continued_model_and_leaves_as_one(tokenize
     best = max(json.loads((tmp_path / "recycled" / "summary.json").read_text())["rows"], key=lambda row: row["dev"]["accuracy"])
     base = open_base(str(tmp_path / "new"))
     close(logits_of(model, tokenizer), our_logits(base, load_delta(tmp_path / "recycled" / "deltas" / best["run"])))
-    # the same fine-tune as a delta on disk, used directly or imported, says the same
+    # the same fine-tune as a delta on disk, used directly or imported, gives the same answers
     scores = ("train.py", "--mode", "eval", "--base", tmp_path / "old", "--task", task, *flags, "--delta_dir")
     said = here(*scores, tmp_path / "tuned")
     assert "2 labels (walks, classes)" in here("-m", "rt.runs.convert", "import", "--base", tmp_path / "old", "--tuned", tmp_path / "tuned",
@@ -445,7 +445,7 @@ def test_a_fine_tune_is_recycled_on_a_continued_model_and_leaves_as_one(tokenize
 
 
 def test_bert_is_continued_and_its_tuned_classifier_recycled(tokenizer_of, graphs, tmp_path):
-    """From a checkpoint without a masked-LM head, which gets a fresh one, by all modes."""
+    """From a checkpoint without a masked-LM head, which gets a fresh head, by all modes."""
     tokenizer = tokenizer_of["bert"]
     saved(theirs("bert", "SequenceClassification", tokenizer, std=0.02, id2label={0: "a", 1: "b"}), tokenizer, tmp_path / "old")
     out = here("train.py", "--init", tmp_path / "old", "--stream", graphs / "corpus", "--steps", 2, "--snapshots", 0, "--seq_len", 32,
@@ -463,7 +463,7 @@ def test_bert_is_continued_and_its_tuned_classifier_recycled(tokenizer_of, graph
 
 
 def said_by_both(folder, texts) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of a tuned checkpoint, taken as its own base, from raw text: ours and those of AutoTokenizer and AutoModel."""
+    """Logits of a tuned checkpoint, used as its own base, from raw text: ours, and those of AutoTokenizer and AutoModel."""
     base = open_base(str(folder))
     sequences = encode([Example(a, b, None, "") for a, b in texts], (), base.tokenizer, 64).sequences
     ours = predict(apply(base, open_delta(str(folder), base)), sequences, torch.device("cpu"), torch.float32)
@@ -500,7 +500,7 @@ def test_a_roberta_with_token_types_that_its_tokenizer_uses_is_refused(tokenizer
     folder = saved(theirs("roberta", "MaskedLM", tokenizer_of["bert"]), tokenizer_of["bert"], tmp_path)
     (folder / "tokenizer_config.json").write_text(json.dumps(
         {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}))
-    load_hf(folder)     # with one type there is no other to give
+    load_hf(folder)     # with one type, no other can be given
     facts = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(facts | {"type_vocab_size": 2}))
     with pytest.raises(InputError, match="a token type of its own, which is supported for bert only, not for roberta"):
@@ -508,7 +508,7 @@ def test_a_roberta_with_token_types_that_its_tokenizer_uses_is_refused(tokenizer
 
 
 def prefixed(tokenizer: Tokenizer) -> Tokenizer:
-    """RoBERTa's with add_prefix_space."""
+    """RoBERTa's tokenizer with add_prefix_space."""
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     return Tokenizer(backend)
@@ -595,7 +595,7 @@ def test_a_bin_file_that_is_no_checkpoint_is_named(content, words, tokenizer_of,
 
 
 def test_a_bert_delta_survives_another_token_type(tokenizer_of, tmp_path):
-    """What a full delta changes in the second token type counts, on pairs alone."""
+    """The change that a full delta makes to the second token type counts, but only on pairs."""
     base = open_base(str(saved(theirs("bert", "MaskedLM", tokenizer_of["bert"]), tokenizer_of["bert"], tmp_path / "base")))
     delta = trained(base, DeltaConfig("full"))
     without = replace(delta, diffs=delta.diffs | {"embeddings.second_type": torch.zeros(48)})

@@ -1,4 +1,4 @@
-"""What a folder is: ours as saved, theirs as transformers and PEFT save them, runs; nothing loaded; what is damaged or unknown."""
+"""What a folder is: ours as saved, theirs as transformers and PEFT save them, runs. Nothing is loaded. Damaged or unknown folders."""
 import json
 import os
 import shutil
@@ -30,7 +30,7 @@ def kept(folder: Path, tokenizer, seed: int, **meta):
 
 @pytest.fixture(scope="module")
 def run_home(tokenizer, tmp_path_factory) -> Path:
-    """M0 -> M1 -> M2 with a snapshot, a delta of M1, and the summary of it all."""
+    """M0 -> M1 -> M2 with a snapshot, a delta of M1, and a summary of them all."""
     home, parent = tmp_path_factory.mktemp("inspect") / "run", None
     heldout = {"bio": {"loss": 5.125, "accuracy": 0.25, "predictions": 8}, "rev": {"loss": 6.5, "accuracy": 0.125, "predictions": 8}}
     for i, name in enumerate(("M0", "M1-t00002", "M1", "M2")):
@@ -71,7 +71,7 @@ def test_a_snapshot_and_a_base_whose_parent_is_elsewhere(run_home, tmp_path):
     assert inspect(run_home / "resume" / "M2-t00004")["lineage"] == "M2-t00004 <- M1 <- M0 <- a random start"
     shutil.rmtree(run_home / "resume")
     (tmp_path / "odd").mkdir()
-    (tmp_path / "odd" / "meta.json").write_text("{")     # a broken neighbour is passed over
+    (tmp_path / "odd" / "meta.json").write_text("{")     # a broken neighbour is skipped
     assert parent in inspect(tmp_path / "alone")["lineage"]
 
 
@@ -95,7 +95,7 @@ def test_a_delta_and_the_base_it_was_learned_on(run_home, tokenizer, tmp_path):
     assert json.loads((run_home / "M1" / "meta.json").read_text())["fingerprint"] in facts["fingerprints"]
     shutil.copytree(run_home / "deltas" / "M1-sick", tmp_path / "a" / "b")
     assert inspect(tmp_path / "a" / "b")["base"].startswith("not found")
-    # recycled, and as its config says learned on a base that lies elsewhere
+    # recycled, and by its config learned on a base in another place
     path = tmp_path / "a" / "b" / "delta.json"
     about = json.loads(path.read_text())
     about["info"] |= {"mode": "init", "labels": [], "shots": None, "config": {"base": str(run_home / "M1")}}
@@ -120,7 +120,7 @@ def test_the_settings_shown_are_those_that_a_kind_uses(tokenizer):
     for kind in kinds.KINDS:
         config, more = kinds.DeltaConfig(kind), {"format": "rt-delta-1", "info": {}, "versions": {}, "sha256": {}}
         own = {k: v for k, v in config.used.items() if k != "kind"}
-        assert settings_of(asdict(config) | more) == settings_of(config.used | more) == own     # as before, and as from now on
+        assert settings_of(asdict(config) | more) == settings_of(config.used | more) == own     # as before, and as it is written now
     assert settings_of({"kind": "a new one", "temperature": 2} | more) == {"temperature": 2}
     for family in ("roberta", "bert"):
         encoder = Encoder(EncoderConfig(tokenizer.vocab_size, pad_id=tokenizer.pad_id, model_type=family, sep_id=2, **PRESETS["tiny"]))
@@ -172,11 +172,11 @@ def test_no_tensor_is_read_and_torch_not_imported(run_home, tmp_path):
     start = int.from_bytes(path.read_bytes()[:8], "little") + 8
     with path.open("r+b") as file:
         file.truncate(start)
-        file.truncate(size)     # of the size it had, and nothing but zeros after the header
+        file.truncate(size)     # of its original size, with only zeros after the header
     assert inspect(tmp_path / "M0")["size"] == inspect(run_home / "M0")["size"]
     code = f"import sys; from rt.report.inspect import main; main([{str(run_home / 'M0')!r}]); print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60,
-                         env={k: v for k, v in os.environ.items() if k != "RT_TEST_SEED"}).stdout      # which loads torch
+                         env={k: v for k, v in os.environ.items() if k != "RT_TEST_SEED"}).stdout      # this one loads torch
     assert out.splitlines()[0] == f"{run_home / 'M0'}: a base (rt-base-1)" and out.splitlines()[-1] == "False"
 
 
@@ -244,7 +244,7 @@ def test_verify_reports_facts_that_are_of_no_known_format(run_home, facts, tmp_p
     broken = [run_ / "M1" / "meta.json", run_ / "deltas" / "M1-sick" / "delta.json"]
     for path in broken:
         path.write_text(facts)
-    for beside in ("theirs", "tokens", "M9.part"):       # of Hugging Face, of a corpus, half written
+    for beside in ("theirs", "tokens", "M9.part"):       # a Hugging Face folder, a corpus, a half-written folder
         (run_ / beside).mkdir()
         (run_ / beside / "meta.json").write_text(facts)
         if beside != "tokens":

@@ -1,4 +1,4 @@
-"""kd_loss, hidden_mse and states_mse, the kernels: error budgets against float64, every gradient, top-k teachers, one launch each way."""
+"""kd_loss, hidden_mse and states_mse, the kernels: error budgets against float64, all gradients, top-k teachers, one launch per pass."""
 import math
 
 import pytest
@@ -9,12 +9,12 @@ from kernels.hidden_mse import _hidden_mse, _hidden_mse_backward, _states_mse, _
 from kernels.kd_loss import TopK, _kd_loss, _kd_loss_backward, kd_loss_ref, top_k
 
 EPS = torch.finfo(torch.float32).eps
-TILES = (2, 3, 17, 300, 1003, 9001)         # classes: one of each size of tile, none a multiple of one, the last in several
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")      # -inf - -inf in masked lanes, said by numpy
+TILES = (2, 3, 17, 300, 1003, 9001)         # classes: one of each tile size, never a multiple of it; the last takes several tiles
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")      # -inf - -inf in masked lanes, reported by numpy
 
 
 def logits(R, C, dtype=torch.float32, device="cpu", seed=0, scale=3.0):
-    """A student that wants gradients, a teacher, labels of which row 1 is ignored."""
+    """A student that requires gradients, a teacher, and labels; row 1 is ignored."""
     g = torch.Generator().manual_seed(seed)
     s, t = (scale * torch.randn(R, C, generator=g) for _ in range(2))
     y = torch.randint(C, (R,), generator=g)
@@ -27,7 +27,7 @@ def upstream(R, device):
 
 
 def assert_close(results, expected):
-    """To the order of summation, which differs between layouts."""
+    """Close up to the order of summation, which differs between layouts."""
     for x, z in zip(results, expected):
         torch.testing.assert_close(x, z, rtol=1e-5, atol=1e-5)
 
@@ -44,13 +44,13 @@ def rows_and_gradient(function, s, *rest, **options):
 
 
 def assert_within_budget(s, t, y, alpha, T):
-    """err(ours) <= 2 err(reference in that precision) + a few roundings of what is added up."""
+    """Checks err(ours) <= 2 err(reference in that precision) + a few roundings of the summed values."""
     options = dict(alpha=alpha, T=T)
     exact = rows_and_gradient(kd_loss_ref, double(s).requires_grad_(), double(t), y, **options)
     ours, ref = (rows_and_gradient(f, s, t, y, **options) for f in (kd_loss, kd_loss_ref))
     assert ours[0].dtype == torch.float32 and ours[1].dtype == s.dtype and ours[1].shape == s.shape
     terms = exact[0].abs().max() + alpha * T**2 * math.log(s.shape[1]) + 1
-    unit = 4 * EPS * exact[1].abs().max() + torch.finfo(s.dtype).eps / 2 * exact[1].abs()     # of each element of the gradient
+    unit = 4 * EPS * exact[1].abs().max() + torch.finfo(s.dtype).eps / 2 * exact[1].abs()     # per element of the gradient
     for name, x, r, z, atol in zip(("loss", "gradient"), ours, ref, exact, (4 * EPS * terms, unit)):
         excess = (x - z).abs() - 2 * (r - z).abs().max() - atol
         assert (excess <= 0).all(), f"{name}: off by {(x - z).abs().max():.2e}, the reference by {(r - z).abs().max():.2e}"
@@ -111,7 +111,7 @@ def test_top_k_is_the_kl_over_k_plus_1_outcomes(device):
 
 @pytest.mark.parametrize("tail, T", [(1e-6, 1.0), (1e-6, 4.0), (1e-30, 1.0)])
 def test_a_small_bucket_loses_no_digits(device, tail, T):
-    """Every number, not just the largest: here 1 - (sum of the top) would be wrong by 6%, or altogether."""
+    """Checks every number, not just the largest: here 1 - (sum of the top) would be off by 6%, or completely."""
     s, t, _ = logits(3, 1003, device=device)
     short = top_k(t, 5, T)
     with torch.no_grad():       # the student puts all but `tail` on the teacher's top 5
@@ -121,23 +121,23 @@ def test_a_small_bucket_loses_no_digits(device, tail, T):
         s.scatter_(1, short.ids, raised.float())
     exact = rows_and_gradient(kd_loss_ref, double(s).requires_grad_(), double(short), alpha=1.0, T=T)
     for x, z in zip(rows_and_gradient(kd_loss, s, short, alpha=1.0, T=T), exact):
-        torch.testing.assert_close(x.double(), z, rtol=3e-5, atol=0)       # logits of up to 80: exponents are good to 80 EPS
+        torch.testing.assert_close(x.double(), z, rtol=3e-5, atol=0)       # logits up to 80: exponents are accurate to 80 EPS
 
 
 def test_minus_infinity(device):
     s, t, y = logits(5, 1500, device=device)
     with torch.no_grad():
         s[0, 3], t[0, 3] = -math.inf, -math.inf             # masked in both
-        t[1:3, 7:1200] = -math.inf                          # in the teacher alone, more than a tile of it
-        s[2, 100:1100], t[2, 100:1100] = -math.inf, -1e30   # as good as masked, if not quite
-        s[3, :1100], t[3, :1100] = -math.inf, -math.inf     # the first tile is nothing else
+        t[1:3, 7:1200] = -math.inf                          # only in the teacher, more than a tile
+        s[2, 100:1100], t[2, 100:1100] = -math.inf, -1e30   # almost as good as masked
+        s[3, :1100], t[3, :1100] = -math.inf, -math.inf     # the whole first tile is masked
     y[:4] = torch.tensor([5, -100, 1300, 1400])
     assert_within_budget(s, t, y, 0.6, 2.0)
     assert torch.isfinite(kd_loss(s, t, y, alpha=0.6, T=2.0)).all()
     assert_within_budget(s, t, None, 1.0, 1.0)
     assert_within_budget(s, top_k(t, 4, 2.0), y, 0.6, 2.0)
     with torch.no_grad():
-        s[4, 9] = -math.inf                                 # where the teacher has some mass
+        s[4, 9] = -math.inf                                 # the teacher has some mass here
     assert kd_loss(s, t, alpha=1.0, T=2.0)[4] == math.inf
     y[4] = 9
     assert kd_loss(s, None, y, alpha=0.5, T=1.0)[4] == math.inf
@@ -163,10 +163,10 @@ def test_equal_logits_have_no_divergence_and_shifted_ones_nearly_none(device):
     whole = (64 * s.detach()).round() / 64          # sums with 1024 are exact
     for short in (whole, top_k(whole, 9, 3.0)):
         rows, gradient = rows_and_gradient(kd_loss, (whole + 1024).requires_grad_(), short, alpha=1.0, T=3.0)
-        assert rows.abs().max() <= (9 if short is whole else 9 * 1024) * EPS        # a bucket's logit is rounded as it is made
+        assert rows.abs().max() <= (9 if short is whole else 9 * 1024) * EPS        # a bucket's logit is rounded when it is made
         if short is whole:
             assert gradient.abs().max() <= EPS
-        else:       # the bucket's logit is off by at most one rounding of 1024 as it is made and one as it is read; d p is p times that
+        else:       # the bucket's logit is off by at most one rounding of 1024 when made and one when read; d p is p times that
             p = ((whole.double() + 1024) / 3).softmax(-1)
             assert (gradient.abs() <= 2 * 1024 * EPS * upstream(4, device).abs()[:, None] * p).all()
 
@@ -178,7 +178,7 @@ def test_ignored_rows(device):
         y[0] = ignored
         rows, gradient = rows_and_gradient(lambda *a: kd_loss(*a, alpha=0.5, T=2.0, ignore_index=ignored), s, t, y)
         assert rows[0] == 0 and rows[1] > 0 and not gradient[0].any() and gradient[1].all()
-    y[0] = 50       # no class, nor to be ignored
+    y[0] = 50       # neither a class nor ignored
     assert kd_loss(s, None, y, alpha=0.5, T=2.0).isnan().tolist() == [True, False, False, False]
 
 
@@ -221,7 +221,7 @@ def test_no_gradient_reaches_the_teacher(device):
 
 
 def counted(monkeypatch, function):
-    """The kernels that `function` launches from now on, by name."""
+    """The names of the kernels that `function` launches from now on."""
     launched, launch = [], function.__globals__["launch"]
     def noted(kernel, *args, **meta):
         launched.append(kernel.fn.__name__)
@@ -250,7 +250,7 @@ def test_finite_differences(device):
     s, t, y = logits(3, 6, device=device, scale=1.0)
     for teacher in (t, top_k(t, 2, 2.0)):
         exact = double(s).requires_grad_()
-        torch.autograd.gradcheck(lambda x: kd_loss(x, double(teacher), y, alpha=0.7, T=2.0), exact)        # float64: the reference
+        torch.autograd.gradcheck(lambda x: kd_loss(x, double(teacher), y, alpha=0.7, T=2.0), exact)        # float64 uses the reference
         _, gradient = rows_and_gradient(kd_loss, s, teacher, y, alpha=0.7, T=2.0)
         for i in range(6):
             step = torch.zeros(3, 6, device=device)
@@ -377,7 +377,7 @@ def test_hidden_mse_ops_are_registered_in_full(device):
 # ---------------------------------------------------------------- states_mse
 
 def layers(L, N, d, dtype=torch.float32, device="cpu"):
-    """Student states that want gradients, a teacher's, and weights, one of them 0."""
+    """Student states that require gradients, a teacher's states, and weights. One weight is 0."""
     g = torch.Generator().manual_seed(0)
     s, t = (torch.randn(L, N, d, generator=g).to(device, dtype) for _ in range(2))
     return [x.requires_grad_() for x in s.unbind()], [*t.unbind()], (torch.arange(L, device=device) / 2)

@@ -1,4 +1,4 @@
-"""linear_cross_entropy and linear_kd, the fused path: error budgets against float64, every gradient, chunks, 16-bit gradients in place."""
+"""linear_cross_entropy and linear_kd, the fused path: error budgets against float64, all gradients, chunks, 16-bit gradients in place."""
 import math
 
 import pytest
@@ -8,11 +8,11 @@ from kernels import linear_loss
 from kernels.linear_loss import _linear_loss, _padded, linear_cross_entropy, linear_cross_entropy_ref, linear_kd, linear_kd_ref
 
 EPS = torch.finfo(torch.float32).eps
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")      # -inf - -inf in masked lanes, said by numpy
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")      # -inf - -inf in masked lanes, reported by numpy
 
 
 def inputs(R, V, d=8, dtype=torch.float32, device="cpu", bias=True):
-    """[x, weight, bias], which want gradients; the teacher's three, of another width; labels of which row 1 is ignored."""
+    """[x, weight, bias], which require gradients; the teacher's three, of another width; labels, with row 1 ignored."""
     g = torch.Generator().manual_seed(0)
     student, teacher = ([torch.randn(R, w, generator=g), 3 * torch.randn(V, w, generator=g) / w**0.5,
                          torch.randn(V, generator=g) if bias else None] for w in (d, d + 3))
@@ -27,19 +27,19 @@ def double(parts):
 
 
 def loss_and_gradients(function, student, teacher, y, **options):
-    """With an upstream gradient that is not 1."""
+    """For an upstream gradient that is not 1."""
     loss = function(*student, *teacher, y, **options)
     return loss, *torch.autograd.grad(loss * 0.37, [p for p in student if p is not None and p.requires_grad])
 
 
 def assert_close(results, expected):
-    """To the order of summation, which differs between layouts and GEMMs."""
+    """Close up to the order of summation, which differs between layouts and GEMMs."""
     for x, z in zip(results, expected):
         torch.testing.assert_close(x, z, rtol=1e-5, atol=1e-6)
 
 
 def assert_within_budget(student, teacher, y, **options):
-    """err(ours) <= 2 err(reference in that precision) + a few roundings."""
+    """Checks err(ours) <= 2 err(reference in that precision) + a few roundings."""
     fused, plain = (linear_kd, linear_kd_ref) if teacher else (linear_cross_entropy, linear_cross_entropy_ref)
     exact = loss_and_gradients(plain, double(student), double(teacher), y, **options)
     ours, ref = (loss_and_gradients(f, student, teacher, y, **options) for f in (fused, plain))
@@ -94,7 +94,7 @@ def test_several_chunks(device, small_chunks, monkeypatch, dtype, bias, R):
     assert rows == {3: [3], 8: [3, 3, 2]}[R]
     rows.clear()
     assert_within_budget(student, [], y)
-    assert rows == {3: [3], 8: [4, 4]}[R]       # six would fit: chunks are as large as each other
+    assert rows == {3: [3], 8: [4, 4]}[R]       # six would fit: all chunks have equal size
 
 
 @pytest.mark.parametrize("megabytes, R, width, buffers, rows", [
@@ -118,7 +118,7 @@ def test_without_gradients_the_same_loss(device):
     student, teacher, y = inputs(4, 300, device=device)
     loss = linear_kd(*student, *teacher, y, alpha=0.5, T=2.0)
     with torch.no_grad():
-        torch.testing.assert_close(linear_kd(*student, *teacher, y, alpha=0.5, T=2.0), loss)     # another compilation: an ulp
+        torch.testing.assert_close(linear_kd(*student, *teacher, y, alpha=0.5, T=2.0), loss)     # another compilation: differs by an ulp
     detached = linear_kd(*(p.detach() for p in student), *(p.requires_grad_() for p in teacher), y, alpha=0.5, T=2.0)
     torch.testing.assert_close(detached, loss)
     assert not detached.requires_grad
@@ -146,7 +146,7 @@ def test_other_ignore_indices_and_labels_that_are_no_class(device):
 
 
 def test_columns_past_the_vocabulary_take_no_part(device):
-    """All logits are far below the 0 that a padded column has."""
+    """All logits are far below 0, the logit of a padded column."""
     student, teacher, y = inputs(3, 130, device=device)
     with torch.no_grad():
         student[2] -= 200
@@ -180,7 +180,7 @@ def test_views_and_weights_of_other_dtypes(device):
     assert not any(p.is_contiguous() for p in (*loose, wide))
     assert_close(loss_and_gradients(linear_kd, loose, [wide, teacher[1].T.contiguous().T, teacher[2]], torch.stack([y, y], 1)[:, 0],
                                     alpha=0.5, T=2.0), expected)
-    half = student[0].detach().half().requires_grad_(), *student[1:]       # x decides; gradients come in the dtype of each
+    half = student[0].detach().half().requires_grad_(), *student[1:]       # x decides; each gradient has the dtype of its input
     results = loss_and_gradients(linear_cross_entropy, half, [], y)
     assert [x.dtype for x in results] == [torch.float32, torch.float16, torch.float32, torch.float32]
     rounded = [p.detach().half().float().requires_grad_() for p in student[:2]] + student[2:]
@@ -190,7 +190,7 @@ def test_views_and_weights_of_other_dtypes(device):
 
 @pytest.mark.parametrize("T, noise", [(1.0, 0.003), (2.0, 0.03), (20.0, 0.3)])
 def test_a_student_near_its_teacher_keeps_its_small_fp16_gradients(device, T, noise):
-    """In the norm, against the reference under a loss scale of 1024: probabilities' differences are below fp16's normal numbers."""
+    """In the norm, against the reference with a loss scale of 1024: differences of probabilities are below fp16's normal numbers."""
     student, _, _ = inputs(16, 5000, dtype=torch.float16, device=device)
     g = torch.Generator().manual_seed(1)
     teacher = [p.detach() + noise * torch.randn(p.shape, generator=g).to(p) for p in student]
@@ -211,7 +211,7 @@ def test_a_second_derivative_is_refused(device):
 
 
 def test_a_loss_scale_saves_small_fp16_gradients(device):
-    """1 / (rows that count) and the scale meet before dX is rounded: it is below fp16's smallest number, times the scale it is not."""
+    """1 / (rows that count) and the scale combine before dX is rounded. dX alone is below fp16's smallest number; scaled, it is not."""
     student, _, y = inputs(5, 300, dtype=torch.float16, device=device)
     x = student[0]
     gradient, = torch.autograd.grad(linear_cross_entropy(*student, y) / 2**20 * 2**20, x)
@@ -227,7 +227,7 @@ def test_autocast(device):
         expected = loss_and_gradients(function, cast[0], cast[1] if kd else [], y, **options)
         with torch.autocast(device.type, dtype=torch.bfloat16):
             results = loss_and_gradients(function, student, teacher if kd else [], y, **options)
-        assert results[1].dtype == torch.float32        # of x, which autocast's copy stands in for
+        assert results[1].dtype == torch.float32        # the dtype of x, not of autocast's copy
         assert all(torch.equal(x, z.to(x.dtype)) for x, z in zip(results, expected))
 
 

@@ -1,4 +1,4 @@
-"""Every loss against a formula written out, at T != 1 and with student != teacher, gradients included."""
+"""Every loss against a written-out formula, at T != 1 and with student != teacher, including gradients."""
 import copy
 import math
 from dataclasses import replace
@@ -40,7 +40,7 @@ def test_kd_loss_is_the_formula_and_so_is_its_gradient(alpha, T):
         ce = -math.log(softmax(student[i].tolist())[labels[i]])
         expected = (1 - alpha) * ce + alpha * T**2 * kl(teacher[i].tolist(), student[i].tolist(), T)
         assert row == pytest.approx(expected, rel=1e-9)
-    weight = torch.linspace(-1, 2, len(rows), dtype=torch.float64)      # an upstream gradient that is not uniform
+    weight = torch.linspace(-1, 2, len(rows), dtype=torch.float64)      # a non-uniform upstream gradient
     grad, = torch.autograd.grad((rows * weight).sum(), student)
     # d/ds = (1 - alpha) (softmax(s) - onehot) + alpha T (softmax(s/T) - softmax(t/T))
     onehot = torch.nn.functional.one_hot(labels, 5)
@@ -199,7 +199,7 @@ def test_itp_is_the_mean_over_points_by_two_plain_forwards(tokenizer, batch, kin
     expected, grads = 0.0, {k: torch.zeros_like(p) for k, p in student.named_parameters()}
     theirs = dict(teacher.named_parameters())
     for mu in (1.0, *points):
-        model = copy.deepcopy(student).requires_grad_(True)     # a plain model whose weights were set by hand
+        model = copy.deepcopy(student).requires_grad_(True)     # a plain model with weights set by hand
         model.zero_grad()
         with torch.no_grad():
             for k, p in model.named_parameters():

@@ -1,5 +1,5 @@
-"""What does not belong together is an error or is said aloud: another tokenizer, base or architecture, other labels, a task, corpus,
-tokenizer or base whose content has changed under its name, text longer than the model, labels and tables that say two things."""
+"""Things that do not belong together cause an error or a note: another tokenizer, base or architecture, other labels, a task, corpus,
+tokenizer or base whose content changed under its name, text longer than the model, labels and tables with two readings."""
 import json
 import shutil
 from pathlib import Path
@@ -25,7 +25,7 @@ TUNE = ("--tune_steps", "2", "--eval_every", "2", "--batch_size", "4", "--seq_le
 
 @pytest.fixture(scope="module")
 def home(tokenizer, tmp_path_factory) -> Path:
-    """Two bases of one tokenizer, one of another, a task, and a delta for M0."""
+    """Two bases with one tokenizer, one base with another, a task, and a delta for M0."""
     home = tmp_path_factory.mktemp("mixups")
     for i in (0, 1):
         base = random_base(tokenizer, i)
@@ -79,7 +79,7 @@ def test_recycling_says_what_was_cut_and_what_has_changed(home, tmp_path, capsys
     out = recycled(home, changed, tmp_path / "out2", "--mode", "apply,init", "--seeds", "0", "--seq_len", "16")
     said = capsys.readouterr().err
     assert "6 of 36 texts are longer than --seq_len 16 and were cut" in said and "note: the delta was learned on task" in said
-    assert "were cut" not in out and "note:" not in out     # standard output is the table
+    assert "were cut" not in out and "note:" not in out     # standard output is only the table
     (folder,) = (tmp_path / "out2" / "deltas").glob("init*")
     assert load_delta(folder).info["task_hash"] == load_task(changed).hash
     capsys.readouterr()
@@ -120,7 +120,7 @@ def test_a_head_with_other_labels_than_its_delta_says_is_an_error(home, tmp_path
 
 
 def begun(tmp_path: Path, *more) -> list:
-    """The command that goes on with a run of pre-training that was stopped."""
+    """The command that continues a stopped pre-training run."""
     (tmp_path / "a.txt").write_text("".join(f"the graph number {i} has {i * 7 % 31} nodes and {i * 3 % 17} edges\n" for i in range(400)))
     arguments = ["train.py", "--stream", tmp_path / "a.txt", "--steps", "4", "--seq_len", "16", "--batch_tokens", "128",
                  "--eval_tokens", "128", "--snapshots", "0", "--cache", tmp_path / "cache", "--out", tmp_path / "out", *FAST, *more]
@@ -135,7 +135,7 @@ def test_a_resumed_run_with_other_flags_corpus_or_base_is_an_error(home, tmp_pat
     text = (tmp_path / "a.txt").read_text()
     (tmp_path / "a.txt").write_text(text.replace("number 7 ", "number seven "))
     assert "corpus a has changed since the run was begun" in here(*again, code=2)
-    (tmp_path / "a.txt").write_text(text)       # another time of change, the same content
+    (tmp_path / "a.txt").write_text(text)       # another modification time, the same content
     shutil.rmtree(tmp_path / "M0")
     shutil.copytree(home / "M1", tmp_path / "M0")
     assert "--init has changed since the run was begun" in here(*again, code=2)

@@ -1,4 +1,4 @@
-"""The encoder computes RoBERTa's function; a sequence does not see its neighbours."""
+"""The encoder computes RoBERTa's function, and a sequence does not see its neighbours."""
 import copy
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ from rt.pretrain import mlm_loss
 
 
 def padded(sequences, pad_id):
-    """(ids (B, S), attention mask (B, S)) as transformers wants them."""
+    """(ids (B, S), attention mask (B, S)) for transformers."""
     length = max(map(len, sequences))
     ids = torch.tensor([s + [pad_id] * (length - len(s)) for s in sequences])
     mask = torch.tensor([[1] * len(s) + [0] * (length - len(s)) for s in sequences])
@@ -26,7 +26,7 @@ def padded(sequences, pad_id):
 
 @pytest.fixture(scope="module")
 def hf_models(tokenizer, tmp_path_factory):
-    """Random RobertaForMaskedLM and RobertaForSequenceClassification of transformers, saved as it saves them."""
+    """Random RobertaForMaskedLM and RobertaForSequenceClassification models of transformers, saved by transformers."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.RobertaConfig(vocab_size=tokenizer.vocab_size, hidden_size=96, num_hidden_layers=3,
@@ -37,7 +37,7 @@ def hf_models(tokenizer, tmp_path_factory):
         model = cls(config).eval()
         with torch.no_grad():
             for p in model.parameters():
-                p.add_(0.1 * torch.randn_like(p))   # biases and LN as well: what stays at its start tests nothing
+                p.add_(0.1 * torch.randn_like(p))   # biases and LN too: a weight at its initial value tests nothing
         folder = tmp_path_factory.mktemp(name)
         model.save_pretrained(folder)
         tokenizer.save(folder)
@@ -104,7 +104,7 @@ def test_states_are_the_first_rows_of_every_layer_but_the_last(base, batch):
     states = activations.states
     assert states.shape == (5, base.encoder.config.num_layers, h.shape[1])
     assert torch.equal(states[:, 0], embedded[first]) and torch.equal(states[:, 1], after_first[first])
-    (q, k), = activations.qk      # of the second layer alone
+    (q, k), = activations.qk      # only of the second layer
     assert torch.equal(torch.cat([q, k], 1).flatten(1), base.encoder.layers[1].qkv(after_first)[:, :2 * h.shape[1]])
 
 
@@ -114,7 +114,7 @@ def test_dropout_keeps_the_share_and_the_mean_of_every_row_and_column(p):
     y = dropout(x, p, torch.tensor([3]))
     kept = y != 0
     assert abs(kept.float().mean() - (1 - p)) < 0.002
-    for dim, n in ((0, 1000), (1, 600)):        # within 5 standard deviations, as few of 1,600 means should not be
+    for dim, n in ((0, 1000), (1, 600)):        # within 5 standard deviations; few of 1,600 means should exceed that
         assert ((kept.float().mean(dim) - (1 - p)).abs() < 5 * (p * (1 - p) / n) ** 0.5).all()
     torch.testing.assert_close(y[kept], torch.full_like(y[kept], 1 / (1 - p)))
     y.sum().backward()
@@ -140,7 +140,7 @@ def test_dropout_is_active_in_training_only(tokenizer, batch):
 
 
 def test_training_is_the_same_through_the_kernels(device, base, batch, tokenizer, monkeypatch):
-    """Masked LM, and a prefix delta under all of distillation's terms: loss and gradients by kernels and by references."""
+    """Masked LM, and a prefix delta under all terms of distillation: loss and gradients by kernels and by references."""
     teacher = attach(random_base(tokenizer, seed=3), DeltaConfig("adapter"), 3, seed=2).to(device).eval()
     cache = run_teacher(teacher, Encoded([[0, 5 + i, 2] for i in range(5)], torch.arange(5) % 3, 0), device, torch.float32)
     student = attach(base, DeltaConfig("prefix"), 3, seed=1).to(device).eval()

@@ -1,4 +1,4 @@
-"""Files from strangers: no code is run, nothing is allocated for what a file only claims, no path leaves the folder, no network is asked
+"""Files from strangers: no code is run, no memory is allocated for what a file only claims, no path leaves the folder, no network is used
 unasked. Every refusal is one sentence, in bounded time and memory."""
 import gzip
 import json
@@ -40,7 +40,7 @@ from rt.speed.dist import load_state
 
 @pytest.fixture(scope="module")
 def home(tokenizer, tmp_path_factory) -> Path:
-    """M0 (with an optimizer's state), a delta of each kind that has sizes, and what they are for transformers and PEFT."""
+    """M0 (with optimizer state), a delta of each kind that has sizes, and their exports to transformers and PEFT."""
     home, base = tmp_path_factory.mktemp("outside"), random_base(tokenizer)
     model = MaskedLM(base.encoder, base.head)
     optimizer = adamw(model.parameters(), 0.0, 0.0)
@@ -58,7 +58,7 @@ def home(tokenizer, tmp_path_factory) -> Path:
 
 
 def said(call, *arguments) -> str:
-    """The sentence with which a call is refused, in bounded time and memory."""
+    """The sentence that refuses a call, in bounded time and memory."""
     with bounded(), pytest.raises(InputError) as error:
         call(*arguments)
     assert "allocat" not in str(error.value) and "\n" not in sentence(error.value)
@@ -70,7 +70,7 @@ def changed(home: Path, what: str, tmp_path: Path) -> Path:
 
 
 def edit(path: Path, change: dict) -> None:
-    """Settings of a JSON file made others; without hashes of what it was, which a stranger would only have to make anew."""
+    """Change settings of a JSON file. Its hashes are removed, because a stranger would simply recompute them."""
     write_json(path, {k: v for k, v in read_json(path).items() if k != "sha256"} | change)
 
 
@@ -117,7 +117,7 @@ def test_a_list_that_names_itself_a_billion_times_is_read_once(tmp_path):
 
 
 def packed_again(path: Path, out: Path, **change: bytes) -> Path:
-    """A torch file with its parts compressed, some of them replaced."""
+    """A torch file with compressed parts, some of them replaced."""
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED if not change else zipfile.ZIP_STORED) as new:
         for name in old.namelist():
             new.writestr(name, change.get(name.partition("/")[2].replace("/", "_").replace(".", "_"), old.read(name)))
@@ -180,7 +180,7 @@ def entry(shape=(4,), offsets=(0, 16), dtype="F32") -> dict:
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
 
 
-LIES = [        # safetensors itself finds them; its words, which say what it found
+LIES = [        # safetensors finds these itself; the words are its own
     ({"a": entry()}, "header too large", 2**50), ({"a": entry()}, "header too large", 2**63), ({"a": entry()}, "invalid JSON", 0),
     ({"a": entry((4, 2**40))}, "invalid shape", None), ({"a": entry((2**62, 2**62))}, "overflow", None),
     ({"a": entry(offsets=(0, 32))}, "invalid shape", None), ({"a": entry((8,), (0, 32))}, "file not fully covered", None),
@@ -191,7 +191,7 @@ LIES = [        # safetensors itself finds them; its words, which say what it fo
     ({"a": entry(dtype="F99")}, "unknown variant `F99`", None), ({"a": entry(dtype=["F32"])}, "invalid type: sequence", None),
     ('{"a": 1}', "invalid type: integer `1`", None), ("[]", "invalid type: sequence", None), ("[" * 10**5, "invalid type: sequence", None),
     ("{{", "invalid JSON", None), (b"\xff\xfe", "invalid UTF-8", None),
-    (f'{{"a": {json.dumps(entry())}, "a": {json.dumps(entry())}}}', "'a' is there twice", None)]     # which safetensors would read
+    (f'{{"a": {json.dumps(entry())}, "a": {json.dumps(entry())}}}', "'a' is there twice", None)]     # safetensors would read this
 
 
 @pytest.mark.parametrize("head, words, length", LIES, ids=range(len(LIES)))
@@ -215,7 +215,7 @@ ABSURD = [10**9, 2**62, 10**40, 0, -1, 1.5, "4", None, True, [4], {"a": 1}, floa
 @pytest.mark.parametrize("value", ABSURD, ids=str)
 def test_absurd_sizes_of_a_base_are_refused_before_they_are_allocated(home, name, value, tmp_path):
     if (name, value) == ("pad_id", 0):
-        value = 599         # a token, but its positions are not those of the file
+        value = 599         # this is a token, but the file's positions do not match it
     folder = changed(home, "M0", tmp_path)
     edit(folder / "meta.json", {"encoder": read_json(folder / "meta.json")["encoder"] | {name: value}})
     assert str(folder) in said(load_base, folder)
@@ -305,12 +305,12 @@ def test_json_is_bounded(tmp_path):
         (tmp_path / "x.json").write_text(text)
         assert f"{tmp_path / 'x.json'}: " in said(read_json, tmp_path / "x.json") and words in said(read_json, tmp_path / "x.json")
     with (tmp_path / "x.json").open("wb") as file:
-        file.truncate(10**9)        # of zeros that take no room on disk
+        file.truncate(10**9)        # zeros that take no disk space
     assert f"is longer than {JSON_BYTES >> 20} MB" in said(read_json, tmp_path / "x.json")
     (tmp_path / "folder").mkdir()
     assert "cannot be read" in said(read_json, tmp_path / "folder") and "cannot be read" in said(read_json, Path("a\0b"))
     (tmp_path / "rows.jsonl").write_text('{"a": "\u2028"}\n{"b": 1}\n' + "[" * 10**5)
-    assert read_rows(tmp_path / "rows.jsonl") == [{"a": "\u2028"}, {"b": 1}]      # the last line may be half
+    assert read_rows(tmp_path / "rows.jsonl") == [{"a": "\u2028"}, {"b": 1}]      # the last line may be incomplete
     for line in ("[" * 10**5, "", "5", '{"c": '):
         (tmp_path / "rows.jsonl").write_text(f'{{"a": 1}}\n{line}\n{{"b": 1}}\n')
         assert f"{tmp_path / 'rows.jsonl'}, line 2: is not a row" in said(read_rows, tmp_path / "rows.jsonl")
@@ -417,7 +417,7 @@ finally:
 
 @pytest.mark.parametrize("call, name", [(open_base, "nobody/no-such-model"), (find_dataset, "hub:nobody/no-such-data")])
 def test_without_a_connection_a_hub_id_is_one_sentence_at_once(call, name, tmp_path):
-    assert "offline mode is enabled" in said(call, name)     # as conftest.py has it
+    assert "offline mode is enabled" in said(call, name)     # set by conftest.py
     code = OFFLINE.replace("CALL", f"{call.__name__}({name!r})")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100,
                           env={**os.environ, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)})

@@ -1,5 +1,5 @@
-"""What a progress bar says: the arithmetic of a step against a count of PyTorch's own, peaks by name, time that does not count; and that
-it says nothing where there is no terminal."""
+"""What a progress bar says: the FLOPs of a step against PyTorch's own count, peaks by name, time that does not count; and that it says
+nothing without a terminal."""
 import io
 import sys
 from functools import partial
@@ -68,7 +68,7 @@ def test_tokens_a_second_and_mfu_without_the_pauses(tokenizer, batch, monkeypatc
     monkeypatch.setattr(pace.time, "perf_counter", lambda: clock[0])
     config = random_base(tokenizer).encoder.config
     flops = step_flops(config, batch.cu_seqlens.diff().tolist())
-    monkeypatch.setattr(pace, "peak_flops", lambda device, precision: flops)        # a step in a second is all it can do
+    monkeypatch.setattr(pace, "peak_flops", lambda device, precision: flops)        # a step per second is the maximum
     p = Throughput(config, CUDA, torch.bfloat16, world=2)
     assert str(p) == "- tok/s"
     p.count(batch)
@@ -115,6 +115,6 @@ def test_a_bar_on_a_terminal_and_nothing_elsewhere(loop, tokenizer, toy, rows, t
     monkeypatch.setattr(sys, "stderr", screen := Terminal())
     loop(tokenizer, toy, rows, tmp_path)
     *_, last, cleared, end = screen.getvalue().split("\r")
-    assert not cleared.strip() and not end      # it leaves no line behind
+    assert not cleared.strip() and not end      # leaves no line behind
     for words in ("4/4 [", "<00:00", "loss ", " tok/s, MFU "):     # steps, time left, ...
         assert words in last

@@ -20,7 +20,7 @@ def python(code: str, **env: str) -> str:
 def test_our_kernels_wins_in_the_checkout_and_transformers_works_beside_it(tmp_path, theirs):
     pytest.importorskip("transformers")
     from transformers.utils import import_utils
-    if theirs:  # as installed: a package of that name, in the version that transformers looks for
+    if theirs:  # as installed: a package of that name, in the version that transformers expects
         (tmp_path / "kernels").mkdir()
         (tmp_path / "kernels" / "__init__.py").write_text("raise RuntimeError('theirs was imported')")
         version = getattr(import_utils, "KERNELS_MIN_VERSION", "0.9.0")
@@ -41,7 +41,7 @@ print(kernels.__file__, tuple(model(input_ids=torch.tensor([[0, 7, 2]])).logits.
 @pytest.mark.parametrize("name, command", [("requirements.txt", "pip install -r requirements.txt -e ."),
                                            ("tests/requirements.txt", "pip install -r tests/requirements.txt -e '.[test]'")])
 def test_the_tested_set_is_pinned_and_installed_as_the_readme_says(name, command):
-    """Every line names one version; what setup.py asks for is among them."""
+    """Every line names one version. Everything that setup.py requires is included."""
     lines = [line.partition("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
     pins = dict(line.partition(";")[0].strip().split("==") for line in lines if line and not line.startswith("-r "))
     asked = re.search(r"install_requires=\[(.*?)\]" if "/" not in name else r'"test": \[(.*?)\]', (ROOT / "setup.py").read_text(), re.S)
@@ -52,14 +52,14 @@ def test_the_tested_set_is_pinned_and_installed_as_the_readme_says(name, command
 
 
 def test_torch_that_was_just_installed_finds_its_triton():
-    """torch.compile's front door imports, whichever triton came with it."""
+    """torch.compile's entry point imports, whichever triton came with torch."""
     if sys.platform != "linux":
         pytest.skip("triton is installed on Linux only")
     python("import triton, torch._inductor.runtime.triton_heuristics")
 
 
 def test_the_interpreter_reads_a_loop_bound_from_memory(tmp_path):
-    """The cap on numpy: with 2.4, the interpreter of Triton 3.6 fails at exactly this, which every unpadded kernel does."""
+    """The reason for the cap on numpy: with 2.4, Triton 3.6's interpreter fails at exactly this, which every unpadded kernel does."""
     if sys.platform != "linux":
         pytest.skip("triton is installed on Linux only")
     (tmp_path / "loop.py").write_text("""
@@ -107,7 +107,7 @@ def test_imports_keep_their_direction(room, may_not):
 
 
 def reads_argv(source: str) -> bool:
-    """Whether the command line is read anywhere but in a module's `if __name__ == "__main__":` block."""
+    """Whether the command line is read outside a module's `if __name__ == "__main__":` block."""
     main = "__name__ == '__main__'"
     body = [node for node in ast.parse(source).body if not (isinstance(node, ast.If) and ast.unparse(node.test) == main)]
     return any(isinstance(node, ast.Attribute) and node.attr == "argv" or isinstance(node, ast.alias) and node.name == "argv"

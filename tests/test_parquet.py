@@ -1,4 +1,4 @@
-"""Parquet as tasks, corpora and texts to predict; names of classes as the datasets library writes them; data sets of the hub."""
+"""Parquet as tasks, corpora and texts to predict; class names as the datasets library writes them; data sets of the hub."""
 import json
 import subprocess
 import sys
@@ -25,7 +25,7 @@ WANTED = ("text", "text_pair", "label")
 
 
 def write(path: Path, columns: dict, names: list[str] | None = None, noted: bytes | None = None, **how) -> Path:
-    """A parquet file, with `names` for the classes of its column label as datasets.Dataset.to_parquet notes them."""
+    """Writes a parquet file. `names` are the classes of its label column, stored as datasets.Dataset.to_parquet stores them."""
     features = {"text": {"dtype": "string", "_type": "Value"}, "label": {"names": names, "_type": "ClassLabel"},
                 "tokens": [{"dtype": "string", "_type": "Value"}]}
     noted = json.dumps({"info": {"features": features}}).encode() if names else noted
@@ -50,7 +50,7 @@ def said(call, *arguments) -> str:
 # --- what is read -------------------------------------------------------------------------------------------------------
 
 def test_a_task_of_parquet_is_that_of_jsonl(tmp_path):
-    texts = {part: [f"{part} {i}" for i in range(2500)] for part in ("train", "dev", "test")}     # more than a batch
+    texts = {part: [f"{part} {i}" for i in range(2500)] for part in ("train", "dev", "test")}     # more than one batch
     names = ["not_entailment", "entailment"]                    # ids are not in the order of the names
     for part, each in texts.items():
         ids = [i % 3 % 2 for i in range(2500)]
@@ -142,7 +142,7 @@ def test_no_more_than_a_part_of_a_file_is_held(tmp_path):
     for number, _ in enumerate(read_documents(tmp_path / "x.parquet"), 1):
         if number % 500 == 0:
             most = max(most, pa.total_allocated_bytes() - before)
-    assert number == 40_000 and most < 12e6       # the texts are 40 MB, the row group of 4,000 is 4 MB, the other column 4 GB
+    assert number == 40_000 and most < 12e6       # the texts are 40 MB, the row group of 4,000 is 4 MB, the other column is 4 GB
 
 
 # --- names of classes ----------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def test_no_more_than_a_part_of_a_file_is_held(tmp_path):
 def test_a_class_is_its_name_and_minus_one_is_none(tmp_path):
     path = write(tmp_path / "x.parquet", {"text": ["a"] * 4, "label": [2, -1, 0, None]}, ["yes", "no", "maybe"])
     assert [row["label"] for row in values(path)] == ["maybe", None, "yes", None]
-    path = write(tmp_path / "x.parquet", {"text": ["a", "b"], "label": [2, -1]})      # no names: it is -1, whatever that is
+    path = write(tmp_path / "x.parquet", {"text": ["a", "b"], "label": [2, -1]})      # without names it is -1, whatever that means
     assert [row["label"] for row in values(path)] == [2, -1]
 
 
@@ -259,7 +259,7 @@ def _jsonl(path: Path, texts: list[str]) -> Path:
 # --- the hub --------------------------------------------------------------------------------------------------------------
 
 class Hub:
-    """Stands for the hub: `revisions` are {branch: folder of files}. A download leaves in the cache what huggingface_hub leaves."""
+    """Stands for the hub: `revisions` are {branch: folder of files}. A download leaves the same files in the cache as huggingface_hub."""
     def __init__(self, cache: Path, **revisions: Path):
         self.cache, self.revisions, self.asked = cache, {name.replace("convert", CONVERTED): place for name, place in revisions.items()}, []
 
@@ -295,7 +295,7 @@ class Hub:
 
 @pytest.fixture
 def online(tmp_path, monkeypatch):
-    """Has the hub hold folders, by branch; with none, the hub is as conftest.py has it, offline, and the cache as it was left."""
+    """Makes the hub hold folders, by branch. With none, the hub is offline, as in conftest.py, and the cache is unchanged."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
     def hold(**revisions: Path) -> Hub:
@@ -308,7 +308,7 @@ def online(tmp_path, monkeypatch):
 
 
 def repository(folder: Path, *names: str) -> Path:
-    """Of each name a file of the texts of a task, that say where they are from."""
+    """For each name, a file with the texts of a task. The texts say which file they are from."""
     for name in names:
         path = folder / name
         if path.suffix == ".parquet":
@@ -334,7 +334,7 @@ def test_a_config_of_the_hub_is_a_task_of_its_name_online_and_then_from_the_cach
     assert "hub:nyu-mll/glue/mrpc: has no train split, nor" in said(find_dataset, "hub:nyu-mll/glue/mrpc")
     monkeypatch.setattr(huggingface_hub, "HfApi", real[0])
     monkeypatch.setattr(huggingface_hub, "snapshot_download", real[1])
-    with bounded(20, 4096):     # the library itself, offline, with the cache
+    with bounded(20, 4096):     # the real library, offline, with the cache
         again = open_task("hub:nyu-mll/glue/sst2", tmp_path)
         assert (again.name, again.hash) == (task.name, task.hash)
         assert "hub:nyu-mll/cola: neither a folder here nor to be had from the hub (" in said(find_dataset, "hub:nyu-mll/cola")
@@ -359,7 +359,7 @@ def test_what_the_hub_has_made_of_a_repository_comes_before_its_other_tables(onl
     assert task.name == "b" and len(fake.asked) == 4 and find_dataset("hub:a/b/default")[1] == f"default of commit {'2' * 40}"
     monkeypatch.undo()
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert open_task("hub:a/b", tmp_path).hash == task.hash             # offline; of main the cache has nothing
+    assert open_task("hub:a/b", tmp_path).hash == task.hash             # offline; the cache has nothing of main
     online(main=plain, convert=repository(tmp_path / "partial", "default/partial-train/0000.parquet"))
     assert open_task("hub:a/c", tmp_path).parts["train"][0].text == "train.jsonl a"
     online(main=plain)

@@ -1,4 +1,4 @@
-"""Paths between models: their points against formulas, barriers against known ones, a curve that goes round a barrier."""
+"""Paths between models: their points against formulas, barriers against known ones, a curve that goes around a barrier."""
 import copy
 import math
 
@@ -21,7 +21,7 @@ POINTS = [i / 10 for i in range(11)]
 
 
 def classifier(tokenizer, seed: int = 0, kind: str = "full", outputs: int = 3) -> Classifier:
-    """A random model that is sure of what it says."""
+    """A random model with confident predictions."""
     model = attach(random_base(tokenizer, seed, std=0.2), DeltaConfig(kind), outputs, seed)
     with torch.no_grad():
         for p in (model.head.dense.weight, model.head.out.weight):
@@ -30,7 +30,7 @@ def classifier(tokenizer, seed: int = 0, kind: str = "full", outputs: int = 3) -
 
 
 def permuted(model: Classifier) -> Classifier:
-    """The same function: the hidden units of every feed-forward layer in another order."""
+    """The same function with the hidden units of every feed-forward layer in another order."""
     other, g = copy.deepcopy(model), torch.Generator().manual_seed(0)
     for block in other.encoder.layers:
         order = torch.randperm(block.intermediate.out_features, generator=g)
@@ -40,7 +40,7 @@ def permuted(model: Classifier) -> Classifier:
 
 
 def said_by(model: Classifier, n: int = 48, seed: int = 0) -> Encoded:
-    """Random texts, labelled by the model itself: it has no error on them."""
+    """Random texts labelled by the model itself, so it makes no errors on them."""
     g = torch.Generator().manual_seed(seed)
     texts = [[0, *torch.randint(5, 500, (3 + i % 9,), generator=g).tolist(), 2] for i in range(n)]
     return Encoded(texts, predict(model, texts, **CPU).argmax(-1), 0)
@@ -57,7 +57,7 @@ def test_points_of_the_paths_are_those_of_their_formulas(mu):
     curve = paths.bezier(a, {"w": c["w"]}, b)(mu)
     torch.testing.assert_close(curve["w"], (1 - mu) ** 2 * a["w"] + 2 * mu * (1 - mu) * c["w"] + mu ** 2 * b["w"])
     assert torch.equal(curve["same"], a["same"])
-    middle = {"w": (a["w"] + b["w"]) / 2}       # a curve with its control in the middle is the line
+    middle = {"w": (a["w"] + b["w"]) / 2}       # a curve with its control point in the middle is the line
     torch.testing.assert_close(paths.bezier(a, middle, b)(mu)["w"], paths.linear(a, b)(mu)["w"])
 
 

@@ -1,4 +1,4 @@
-"""Any run folder, drawn and summed up from its rows: finished, unfinished, with numbers that are none; without matplotlib; no run."""
+"""Any run folder, drawn and summarised from its rows: finished, unfinished, with non-finite numbers; without matplotlib; without a run."""
 import json
 import math
 import sys
@@ -27,7 +27,7 @@ def write(folder: Path, metrics: list[dict] = (), summary: dict | None = None, n
 
 
 def pretraining(folder: Path, steps: int = 6, stages: int = 2, finished: bool = True) -> Path:
-    """As train.py leaves it; unfinished in the last stage."""
+    """The folder that train.py leaves, unfinished in the last stage."""
     rows, done, domains = [], [], ["bio", "rev", "news"]
     for i in range(stages):
         rows += [{"stage": f"M{i}", "step": t + 1, "loss": 6 - i - 0.01 * t, "lr": 1e-3, "grad_norm": 1.0} for t in range(steps)]
@@ -103,7 +103,7 @@ def test_an_unfinished_stream_has_the_stages_so_far(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     folder = pretraining(tmp_path / "run", finished=False)
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"stage": "M1", "st')       # killed while it wrote
+        file.write('{"stage": "M1", "st')       # killed while writing
     drawn = picture(folder, "loss")
     assert "<!-- M0 (bio) -->" in drawn and "<!-- M1 (rev) -->" in drawn and "mean of" not in drawn
     assert "M1 (rev)" not in (folder / "out" / "forgetting.svg").read_text()
@@ -134,7 +134,7 @@ def test_a_chain_has_a_panel_a_base_and_a_line_a_route(tmp_path, capsys):
             for s in (0, 1) for base in ("M1", "M2") for route in ("direct", "chain")
             for lr, y in ((1e-3, 0.5 if base == "M1" else 0.2), (2e-3, 0.4))]
     for row in rows:
-        if row["route"] == "chain":     # as rt.book.Run: a chain's settings end at their base
+        if row["route"] == "chain":     # as in rt.runs.results.Run: a chain's settings end at their base
             row["settings"]["chain"] = ["M1"] if row["base"] == "M1" else ["M1", "M2"]
     panels = best_by_panel(results_of(tmp_path, {"rows": rows}))
     assert [panel[-1] for panel in panels] == ["M1", "M2"]
@@ -146,7 +146,7 @@ def test_an_interrupted_sweep_is_drawn_from_what_is_there(tmp_path, capsys):
     swept = tmp_path / "sweep"
     for s in (0, 1):
         write(swept / "deltas" / f"init-s{s}", summary=recycled("init", s, [0.1, 0.3]) | {"test": {}})
-    write(swept / "deltas" / "init-s2.part", summary=recycled("init", 2, [0.9, 0.9]))      # is being written
+    write(swept / "deltas" / "init-s2.part", summary=recycled("init", 2, [0.9, 0.9]))      # still being written
     main([str(swept)])
     said = capsys.readouterr().out
     assert [line.split() for line in said.splitlines() if "±" in line] == [["init", "▁█", "0.300", "±", "0.000", "-", "2"]]
@@ -155,7 +155,7 @@ def test_an_interrupted_sweep_is_drawn_from_what_is_there(tmp_path, capsys):
 @pytest.mark.parametrize("kind", ALL)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, None, "gone"])
 def test_a_number_that_is_none_is_passed_over(kind, bad, tmp_path, capsys):
-    """Every number of every other row, one after the other, or all of them missing."""
+    """Every number in every second row is replaced by a bad value or removed."""
     pytest.importorskip("matplotlib")
     make, names = ALL[kind]
     folder = make(tmp_path / "run")
@@ -226,7 +226,7 @@ def test_studies_with_numbers_that_are_none(name, tmp_path, capsys):
 
 
 def test_the_demos_own_rows(tmp_path, capsys):
-    """What the scripts really left (results/demo): the numbers are those of the README."""
+    """The rows that the scripts really left (results/demo): the numbers are those in the README."""
     (tmp_path / "recycle").mkdir()
     (tmp_path / "recycle" / "summary.json").write_text((DEMO / "recycle" / "summary.json").read_text())
     (tmp_path / "pretrain").mkdir()
@@ -289,12 +289,12 @@ def test_equal_rows_give_equal_files(tmp_path):
 
 
 def test_figures_are_in_nobodys_way(tmp_path):
-    """tests/test_cli.py and test_analyze.py draw, and go on in the same folders."""
+    """tests/test_cli.py and test_analyze.py draw figures and then continue in the same folders."""
     (tmp_path / FIGURES).mkdir()
     check_overwritable(tmp_path, {FIGURES})
     assert has_work(tmp_path, {}, resume=False)
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(InputError, match="figures, thesis.tex"):
-        check_overwritable(tmp_path, set())      # where no run is, as in exporting, they are somebody's
+        check_overwritable(tmp_path, set())      # without a run, as in exporting, they belong to somebody
     with pytest.raises(InputError, match="holds other things than a stream of bases"):
         has_work(tmp_path, {}, resume=False)

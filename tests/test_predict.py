@@ -1,4 +1,4 @@
-"""rt.runs.predict: the same answers from every format, a chunk at a time; what is written stays if a line is bad; nothing is lost."""
+"""rt.runs.predict: the same answers from every format, one chunk at a time. If a line is bad, earlier answers stay. Nothing is lost."""
 import gzip
 import io
 import json
@@ -30,7 +30,7 @@ CPU = {"device": torch.device("cpu"), "precision": torch.float32}
 
 @pytest.fixture(scope="module")
 def flags(tokenizer, tmp_path_factory) -> tuple:
-    """A base and a delta on disk, as flags."""
+    """Flags for a base and a delta on disk."""
     home, base = tmp_path_factory.mktemp("predict"), random_base(tokenizer)
     base.fingerprint = save_base(home / "M0", MaskedLM(base.encoder, base.head), tokenizer, {"name": "M0"})
     for name, labels in (("classes", ["no", "yes", "perhaps"]), ("scores", [])):

@@ -1,4 +1,4 @@
-"""Upgrades that stay near the base before: the distances, known at the start and in closed form; what training towards them does."""
+"""Upgrades that stay near the previous base: the distances, known at the start and in closed form, and the effect of training with them."""
 import copy
 from pathlib import Path
 
@@ -77,7 +77,7 @@ def test_gradients_reach_the_new_base_alone_and_the_old_one_stays_as_it_was(mode
     with torch.no_grad():
         moved.head.bias.add_(1.0), model.head.bias.add_(1.0)
     assert all(p.grad is None and not p.requires_grad for p in preserve.old.parameters())
-    assert all(p.equal(before[k]) for k, p in preserve.old.state_dict().items())       # a copy, which nothing outside can change
+    assert all(p.equal(before[k]) for k, p in preserve.old.state_dict().items())       # a copy: nothing outside can change it
     assert all(p.grad is not None for p in moved.encoder.parameters())
 
 

@@ -1,5 +1,5 @@
-"""The masked-LM loop: it learns, accumulation changes nothing, evaluation repeats itself, a loss that is no number ends it; batches
-made ahead, rows fetched late, compiled and captured steps are the plain ones."""
+"""The masked-LM loop: it learns, accumulation changes nothing, evaluation is repeatable, a non-finite loss ends it. Batches made ahead,
+rows fetched late, compiled and captured steps equal the plain ones."""
 import functools
 import itertools
 import shutil
@@ -111,9 +111,9 @@ def test_rows_fetched_late_are_the_same_and_the_model_is_exact_at_a_checkpoint(r
     model = new_masked_lm(EncoderConfig(tokenizer.vocab_size, **PRESETS["tiny"]), seed=0)
     set_dropout(model, 0.1)
     optimizer, s = adamw(model.parameters(), 0.0, 0.01), PretrainSettings(9, 512, 2e-3, 3, 0)
-    b = pretrained(tmp_path / "run", model, rows["train"], optimizer, s, tokenizer, log_every=4, stop_after=6)      # left after step 6
+    b = pretrained(tmp_path / "run", model, rows["train"], optimizer, s, tokenizer, log_every=4, stop_after=6)      # stopped after step 6
     assert a[:6] == b
-    b = pretrained(tmp_path / "run", model, rows["train"], optimizer, s, tokenizer, log_every=4)                    # and entered again
+    b = pretrained(tmp_path / "run", model, rows["train"], optimizer, s, tokenizer, log_every=4)                    # and continued
     assert a == b and all(x.equal(y) for x, y in zip(straight.state_dict().values(), model.state_dict().values()))
 
 
@@ -127,7 +127,7 @@ def test_the_step_without_a_finite_loss_is_named_when_seen_late(rows, tokenizer)
 
 
 def test_compiled_blocks_take_the_same_steps(rows, tokenizer):
-    """fp32, within 1e-5 of the loss over 20 steps; names in the state dict as before."""
+    """fp32, within 1e-5 of the loss over 20 steps. Names in the state dict are unchanged."""
     if not shutil.which("g++"):
         pytest.skip("no C++ compiler")
     (plain, a), (compiled, b) = (trained(rows, tokenizer, 20, compile=compile) for compile in (False, True))
@@ -137,7 +137,7 @@ def test_compiled_blocks_take_the_same_steps(rows, tokenizer):
 
 
 def test_a_block_is_one_graph_with_our_ops_inside(device, base, batch, monkeypatch):
-    """As on a GPU, fullgraph, here with the kernels interpreted and no C++: two blocks, one compilation, the plain path's gradients."""
+    """As on a GPU, fullgraph, here with interpreted kernels and without C++: two blocks, one compilation, the plain path's gradients."""
     if device.type == "cpu":
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     encoder, batch = base.encoder.to(device), batch.to(device)
@@ -166,7 +166,7 @@ def test_graphs_need_one_gpu():
 @pytest.mark.parametrize("how", [dict(compile=True), dict(graphs=True), dict(compile=True, graphs=True),
                                  dict(graphs=True, accumulation=2)], ids=str)
 def test_compiled_and_captured_steps_are_the_plain_ones(rows, tokenizer, how, precision, tolerance):
-    """200 steps, every loss within the tolerance (relative), the first ten within a tenth of it; the same accumulation in both."""
+    """200 steps. Every loss is within the (relative) tolerance, the first ten within a tenth of it. Accumulation is the same in both."""
     where = {"device": torch.device("cuda", 0), "precision": precision}
     parts = how.get("accumulation", 1)
     (_, a), (_, b) = (trained(rows, tokenizer, 200, dropout=0.1, where=where, log_every=10, **h)

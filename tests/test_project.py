@@ -21,7 +21,7 @@ LOSS = dict(distill=DistillConfig(1.0, 1.0, 2.0), **CPU)
 
 
 def tuned(base, kind, task, labels=3, seed=0, size=0.1):
-    """A delta as of tuning: every trained weight moved at random."""
+    """A delta as after tuning: every trained weight moved at random."""
     model, generator = attach(base, DeltaConfig(kind), labels, seed), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -31,7 +31,7 @@ def tuned(base, kind, task, labels=3, seed=0, size=0.1):
 
 
 def task_of(delta, base, first, n=24):
-    """Texts of their own, with the labels that base + delta gives them, so what is right is known; its head is set to use them all."""
+    """Texts labelled by base + delta, so the right answers are known. The head is set to use all labels."""
     sequences = [[0, *(5 + (first + 7 * i + 11 * j) % 400 for j in range(6)), 2] for i in range(n)]
     logits = predict(apply(base, delta), sequences, **CPU)
     size = 3 / logits.std(0)
@@ -112,7 +112,7 @@ def test_the_student_is_the_new_base_with_the_projected_delta_and_gradients_reac
 
 
 def shifted(base, size):
-    """A base whose biases differ from those of `base` by a known vector each: a delta of biases can make up for it exactly."""
+    """A base whose biases differ from those of `base` by known vectors. A delta of biases can compensate for this exactly."""
     model, generator = new_masked_lm(base.encoder.config, 0), torch.Generator().manual_seed(7)
     model.encoder.load_state_dict(base.encoder.state_dict())
     with torch.no_grad():
@@ -123,9 +123,9 @@ def shifted(base, size):
 
 
 def without_dropout(base):
-    """Known answers: the step's loss is then the loss itself."""
+    """Known answers: without dropout, the loss of a step is the loss itself."""
     set_dropout(base.encoder, 0.0)
-    base.encoder.config = replace(base.encoder.config, dropout=0.0, attention_dropout=0.0)      # of the heads
+    base.encoder.config = replace(base.encoder.config, dropout=0.0, attention_dropout=0.0)      # for the heads
     return base
 
 
@@ -134,7 +134,7 @@ def kl(teacher, student):
 
 
 def test_the_shift_as_b_makes_up_for_the_upgrade_whatever_the_delta(base):
-    """The closed form: w' = w + (old biases - new biases), which is residual with W2 = 0, gives old base + delta on the new base."""
+    """The closed form w' = w + (old biases - new biases), residual with W2 = 0, turns new base + delta into old base + delta."""
     new, delta, own = shifted(base, 0.3), tuned(base, "bitfit", "a", labels=5), dict(base.encoder.named_parameters())
     projection = Projection([delta], 4, "flat", residual=True, with_head=False, seed=0)
     with torch.no_grad():
@@ -147,15 +147,15 @@ def test_the_shift_as_b_makes_up_for_the_upgrade_whatever_the_delta(base):
 
 
 def alike(base, task, labels, seed, own):
-    """A delta of the weights that all tasks have in common, by `seed`, and a tenth as much of its own."""
+    """A delta of weights shared by all tasks (drawn from `seed`), plus a tenth as much of its own."""
     common, mine = tuned(base, "bitfit", task, labels, seed), tuned(base, "bitfit", task, labels, own, size=0.01)
     return replace(mine, diffs={k: v + common.diffs[k] for k, v in mine.diffs.items()})
 
 
 def test_a_map_learned_on_two_tasks_makes_up_for_the_upgrade_on_a_third(base):
-    """All tasks need the same correction w' = w + shift, so what is learned on some holds for another: the sources' 64 labels ask for all
-    of a hidden state. Twelve other seeds: of the divergence from the teacher on the third .001 to .08 was left, the logarithm -4.3 with
-    a standard deviation of 1.2; .41 more of its answers were right, +- .17. A mean of five is more than four standard errors clear."""
+    """All tasks need the same correction w' = w + shift, so a map learned on some tasks works on another: the sources' 64 labels use all of
+    a hidden state. On twelve other seeds, .001 to .08 of the divergence from the teacher on the third task was left (logarithm -4.3,
+    standard deviation 1.2), and .41 +- .17 more answers were right. A mean of five is more than four standard errors clear."""
     falls, gains = [], []
     for seed in range(5):
         base = without_dropout(random_base(base.tokenizer, seed))
@@ -215,7 +215,7 @@ def test_what_does_not_fit_is_one_sentence(base, other_base, tokenizer):
         learn_projection(other_base, base, [(delta, data)], settings, **rest)
     with pytest.raises(InputError, match="use deltas of one kind, base and size"):
         project(Projection([delta], 2, "auto", False, False, seed=0), tuned(base, "bitfit", "b"))
-    with pytest.raises(InputError, match="use deltas of one kind, base and size"):      # heads of other sizes, where heads are mapped
+    with pytest.raises(InputError, match="use deltas of one kind, base and size"):      # heads of other sizes, if heads are mapped
         project(Projection([delta], 2, "auto", False, True, seed=0), tuned(base, "lora", "b", labels=5))
     with pytest.raises(InputError, match="more than 10 steps in a row before step 13 .*: lower `lr`"):
         rest["distill"] = DistillConfig(1.0, float("nan"), 2.0)

@@ -1,5 +1,5 @@
-"""Ranks (gloo) that die, raise, or were started with other flags or files: all end, soon and not with 0, with the cause in one sentence;
-what was saved is gone on from."""
+"""Ranks (gloo) that die, raise, or start with other flags or files: all end soon, with an exit code other than 0 and the cause in one
+sentence. The run can continue from what was saved."""
 import json
 import os
 import signal
@@ -13,11 +13,11 @@ from conftest import ROOT, here
 
 from rt.runs.resume import checkpoints
 
-SOON = 60       # seconds; it is a fraction of one, where nothing else runs
+SOON = 60       # seconds; a fraction of one if nothing else runs
 FLAGS = ("--preset", "tiny", "--vocab_size", "500", "--seq_len", "32", "--batch_tokens", "512", "--eval_tokens", "512", "--device", "cpu",
          "--precision", "fp32", "--dropout", "0.1", "--snapshots", "0")
 
-# train.py, of which the rank WHO has other flags, or dies or raises at its ninth batch
+# train.py, in which rank WHO has other flags, or dies or raises at its ninth batch
 SCRIPT = """
 import os, signal, sys
 import train
@@ -53,7 +53,7 @@ def home(graphs, tmp_path_factory) -> Path:
 
 
 def ended(home: Path, out: Path, other: str, who: int = 1, ranks: int = 2, *more) -> list[str]:
-    """The errors that ranks said under torchrun, one of which is otherwise; within SOON of the first of them they have all ended."""
+    """The errors that ranks print under torchrun if one rank differs. All ranks end within SOON of the first error."""
     process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", home / "script.py", *FLAGS, "--stream",
          home / "one.txt", "--cache", home / "cache", "--out", out, "--steps", "12", "--save_every", "2", *more], cwd=ROOT, text=True,
@@ -61,12 +61,12 @@ def ended(home: Path, out: Path, other: str, who: int = 1, ranks: int = 2, *more
         env={**os.environ, "OMP_NUM_THREADS": "1", "OTHER": other, "WHO": str(who)})
     started = time.monotonic()
     try:
-        _, said = process.communicate(timeout=SOON + 60)        # to import torch, `ranks` times on few cores
+        _, said = process.communicate(timeout=SOON + 60)        # time to import torch, `ranks` times on few cores
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise
     assert process.returncode != 0 and time.monotonic() - started < SOON + 60
-    assert f"{ROOT}/rt" not in said.replace("(" + str(ROOT), "("), said      # no traceback of ours
+    assert f"{ROOT}/rt" not in said.replace("(" + str(ROOT), "("), said      # none of our tracebacks
     return [line for line in said.splitlines() if line.startswith("error: ")] + [said]
 
 
@@ -79,7 +79,7 @@ def test_a_killed_rank_ends_all_and_the_run_is_gone_on_with(home, tmp_path):
     here(*again, "--accumulation", "2", "--out", tmp_path / "whole")
     rows = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()] for name in ("out", "whole")]
     assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
-    assert rows[0][-2]["loss"] == pytest.approx(rows[1][-2]["loss"], rel=1e-4)      # two ranks add up in another order
+    assert rows[0][-2]["loss"] == pytest.approx(rows[1][-2]["loss"], rel=1e-4)      # two ranks sum in another order
 
 
 @pytest.mark.parametrize("other, words", [

@@ -1,4 +1,4 @@
-"""The README: its commands are typed as they stand (with tiny sizes added), and what it points at is there."""
+"""The README: its commands run as written (with tiny sizes added), and the files it points at exist."""
 import json
 import lzma
 import os
@@ -23,7 +23,7 @@ from rt.runs.config import flags_of
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LABELS = ("no", "yes")
-# what is added to a command so that it takes seconds; of two equal flags the last counts
+# added to a command so that it takes seconds; if a flag occurs twice, the last one counts
 PRETRAIN = "--preset tiny --vocab_size 500 --seq_len 32 --batch_tokens 256 --steps 3 --snapshots 1 --eval_tokens 512"
 TINY = {"pretrain": PRETRAIN, "demo": PRETRAIN + " --stream papers.txt.xz,news,more.txt",
         "tune": "--tune_steps 2 --eval_every 1 --seq_len 32 --shots 4", "eval": "--seq_len 32",
@@ -39,7 +39,7 @@ LEFT = {"Two commands to a result": ("runs/demo/M2/model.safetensors", "runs/rec
 
 
 def blocks() -> list[tuple[str, str, str, str]]:
-    """(section, marker above the block, language, code) of every fenced block in a language, of the README and of docs/."""
+    """(section, marker above the block, language, code) of every fenced block with a language, in the README and docs/."""
     found = []
     for section in (part for page in PAGES for part in re.split(r"^## ", page.read_text(encoding="utf-8"), flags=re.M)):
         for marker, language, code in re.findall(r"(?:<!-- (.*?) -->\n)?```(\w+)\n(.*?)```", section, flags=re.S):
@@ -48,7 +48,7 @@ def blocks() -> list[tuple[str, str, str, str]]:
 
 
 def commands(code: str) -> list[list[str]]:
-    """The commands of a block as lists of words, comments left out."""
+    """The commands of a block as lists of words, without comments."""
     lines = re.sub(r"\\\n", " ", code).splitlines()
     words = [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
     return [w for w in words if w]
@@ -62,7 +62,7 @@ def mode_of(words: list[str]) -> str:
 
 
 def type_in(words: list[str], folder: Path) -> str:
-    """Run one command of the README in `folder`; returns what it printed."""
+    """Run one command of the README in `folder`. Returns its output."""
     if words[1] != "-m":
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
@@ -105,8 +105,8 @@ def test_the_commands_are_typed_as_they_stand(sections, corpus, tokenizer, tmp_p
             continue
         for words in commands(code):
             if words[0] == "pip":
-                continue        # what .ci/run does
-            if words[:2] == ["python", "recycle.py"] and "--old_delta" not in words:        # which would tune it for a minute
+                continue        # .ci/run does this
+            if words[:2] == ["python", "recycle.py"] and "--old_delta" not in words:        # this would tune it for a minute
                 type_in("python train.py --mode tune --base runs/demo/M0 --task my_task --delta full --out runs/demo/deltas/M0-math-full-s0"
                         .split(), tmp_path)
                 words += DEMO.split()
@@ -123,7 +123,7 @@ def write_module(folder: Path, code: str) -> Path:
 
 
 def stage(folder: Path, corpus: list[str], tokenizer) -> None:
-    """What the README takes for granted: models of others, texts and a task."""
+    """What the README assumes: foreign models, texts and a task."""
     texts = iter(corpus)
     (folder / "news").mkdir()
     (folder / "papers.txt.xz").write_bytes(lzma.compress("\n".join(next(texts) for _ in range(300)).encode()))
@@ -152,7 +152,7 @@ def stage(folder: Path, corpus: list[str], tokenizer) -> None:
 def test_flags_and_functions_that_the_pages_name_are_there():
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     place = r"((?:rt|kernels|data|tests|bench|results|docs)/[\w./-]*\w)"
-    for path in re.findall(r"(?<![\w/])(?<!--json )" + place, text):      # not what a command is to write
+    for path in re.findall(r"(?<![\w/])(?<!--json )" + place, text):      # except what a command will write
         assert (ROOT / path).exists() or (ROOT / f"{path}.py").exists(), path
     named = re.findall(place + r": (\w+(?:, \w+)*)(?=[`;]|$)", text, re.M)
     assert len(named) >= 3

@@ -1,4 +1,4 @@
-"""The real corpora and tasks, where they lie beside the checkout: everything in them is read as it should be."""
+"""The real corpora and tasks, if they are next to the checkout: everything in them is read correctly."""
 import itertools
 
 import pytest

@@ -1,5 +1,5 @@
 """Recipes of continual pre-training: each switch does what it says, changes nothing at its neutral setting, is recorded, resumes bit for
-bit, and is the same for ranks and accumulation as for one process."""
+bit, and gives the same result for ranks and accumulation as for one process."""
 import re
 import shutil
 from dataclasses import replace
@@ -68,7 +68,7 @@ def test_schedules_at_their_corners():
 
 
 def test_an_infinite_schedule_goes_on_from_before_the_annealing(home):
-    """A stream in one process is bit for bit the same as its stages in two, linked by the trunk and its optimizer's state alone."""
+    """A stream in one process equals, bit for bit, its stages in two processes, linked only by the trunk and its optimizer state."""
     infinite = ("--schedule", "infinite", "--steps", "10", "--anneal", "0.3")
     train(home, "inf", *infinite)
     train(home, "inf1", *infinite, stream="one")
@@ -93,7 +93,7 @@ def corpora(home, tokenizer):
 
 
 def rows_of(corpora, tokenizer, *shares, every=0):
-    """Rows of `one` mixed with those of `two`; `shares` of two and one."""
+    """Rows of `one` mixed with rows of `two`, with `shares` of both."""
     one, two = (Rows(corpus, tokenizer, seq_len=16, mask_rate=0.3, seed=i) for i, corpus in enumerate(corpora))
     if shares:
         mix(one, [two], list(shares), every)
@@ -106,7 +106,7 @@ def test_shares_are_exact_and_spread_over_an_epoch():
         parts, before = [round(s * 10**6) for s in shares], [0] * len(shares)
         for n in range(1, 1001):
             now = counts(n, parts)
-            assert sorted(a - b for a, b in zip(now, before)) == [0] * (len(shares) - 1) + [1]      # one row of one source
+            assert sorted(a - b for a, b in zip(now, before)) == [0] * (len(shares) - 1) + [1]      # one row more of one source
             assert max(abs(c - n * s) for c, s in zip(now, shares)) < len(shares)
             before = now
         assert [c / 1000 for c in before] == pytest.approx(shares, abs=0.002)
@@ -127,12 +127,12 @@ def test_ranks_and_parts_share_out_a_mixed_batch(world, parts, corpora, tokenize
     (one, _), (again, _), (alone, _) = rows_of(corpora, tokenizer, 0.25, 0.75), rows_of(corpora, tokenizer, 0.25, 0.75), \
         rows_of(corpora, tokenizer)
     size = 4 * one.row_tokens
-    again.batch(70, size)       # reading another place first must not matter
+    again.batch(70, size)       # reading elsewhere first must not matter
     whole = again.batch(9, size)
     shares = [one.batch(9, size, rank, world, part, parts) for rank in range(world) for part in range(parts)]
     assert torch.equal(torch.cat([s.ids for s in shares]), whole.ids) and not torch.equal(whole.ids, alone.batch(9, size).ids)
     assert torch.equal(torch.cat([s.labels for s in shares]), whole.labels)
-    rows_of_one = whole.ids.view(4, -1)[:3]     # the fourth row is of the other corpus
+    rows_of_one = whole.ids.view(4, -1)[:3]     # the fourth row is from the other corpus
     assert torch.equal(rows_of_one, torch.cat([alone.masked(range(n, n + 1)).ids for n in (27, 28, 29)]).view(3, -1))
 
 
@@ -164,13 +164,13 @@ def test_static_shapes_have_room_for_all_sources(corpora, tokenizer):
 
 
 def test_need_moves_shares_towards_the_domain_with_excess_loss():
-    assert reweighted([0.5, 0.5], [0.0, -3.0], eta=2.0) == [0.5, 0.5]       # none has an excess
+    assert reweighted([0.5, 0.5], [0.0, -3.0], eta=2.0) == [0.5, 0.5]       # neither has an excess
     assert reweighted([0.5, 0.5], [np.log(3), 0.0], eta=1.0) == pytest.approx([0.9 * 0.75 + 0.05, 0.9 * 0.25 + 0.05])
-    assert reweighted([0.9, 0.1], [0.0, 0.0], eta=1.0) == pytest.approx([0.86, 0.14])       # back to equal ones, slowly
+    assert reweighted([0.9, 0.1], [0.0, 0.0], eta=1.0) == pytest.approx([0.86, 0.14])       # slowly back to equal shares
     shares = [0.5, 0.5]
     for _ in range(50):
         shares = reweighted(shares, [0.0, 1.0], eta=1.0)
-    assert 0.9 < shares[1] < 0.951      # none dies out
+    assert 0.9 < shares[1] < 0.951      # no share dies out
 
 
 def test_need_applies_a_period_later_and_leaves_replay_alone(corpora, tokenizer):
@@ -253,7 +253,7 @@ def test_replaced_tokens_are_told_by_every_token_s_own_score(corpora, tokenizer)
     assert batch.predict is None and (batch.labels.numpy() == np.where(special, -100, batch.ids.numpy() == original)).all()
     assert (batch.labels == 0).sum() == 4 * 32
     model = MaskedLM(base.encoder, base.head)
-    own = model(batch).gather(1, batch.ids[:, None])[:, 0]      # of the logits over the vocabulary
+    own = model(batch).gather(1, batch.ids[:, None])[:, 0]      # from the logits over the vocabulary
     losses = torch.nn.functional.softplus(torch.where(batch.labels > 0, -own, own))[~torch.from_numpy(special)]
     torch.testing.assert_close(mlm_loss(model, batch), losses.sum() / len(batch.ids))
     halves = [mlm_loss(model, rows.masked(range(n, n + 2))) for n in (0, 2)]
@@ -381,7 +381,7 @@ def test_a_recipe_resumes_bit_for_bit(recipe, home):
     assert read_rows(home / straight / "metrics.jsonl") == read_rows(home / broken / "metrics.jsonl")
     if recipe[0] == "--mix":
         facts = read_json(home / straight / "M0" / "meta.json")
-        assert facts["domain"] == "one+two" and facts["stage"]["shares"]["one"] > 0.55      # where the reference is better
+        assert facts["domain"] == "one+two" and facts["stage"]["shares"]["one"] > 0.55      # the reference is better there
 
 
 def test_accumulation_changes_nothing_of_a_mixture(home):

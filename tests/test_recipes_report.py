@@ -1,4 +1,4 @@
-"""The report of experiments/recipes: its statistics in closed form, and what it makes of made-up rows."""
+"""The report of experiments/recipes: its statistics in closed form, and its output for made-up rows."""
 import json
 
 import pytest
@@ -10,7 +10,7 @@ from rt.errors import InputError
 
 @pytest.mark.parametrize("gain, lost", [(0.0, 0.0), (0.25, 1.0), (0.5, 2.0), (0.75, 3.0), (0.95, 3.8), (1.0, 4.0), (1.2, 4.0)])
 def test_the_frontier_of_plain_upgrades_is_the_lowest_line(gain, lost):
-    plain = [(0.5, 2.0), (1.0, 4.0), (0.8, 9.0)]        # the third rate gains less and loses more: never the frontier
+    plain = [(0.5, 2.0), (1.0, 4.0), (0.8, 9.0)]        # the third rate gains less and loses more: it is never on the frontier
     assert report.frontier(plain, gain) == pytest.approx(lost)
 
 
@@ -33,7 +33,7 @@ def made_rows() -> list[dict]:
 
 def test_the_report_counts_gain_points_and_advantage(tmp_path):
     found = report.points(made_rows())
-    assert found["plain", 5e-4]["bio", 4] == pytest.approx((0.5, 2.0))      # c did not learn on dev: it is left out of all arms
+    assert found["plain", 5e-4]["bio", 4] == pytest.approx((0.5, 2.0))      # c did not learn on dev, so it is left out of all arms
     (key, ahead), = report.advantages(found).items()
     assert key == ("hidden 3", 5e-4) and [*ahead.values()] == pytest.approx([2 + 4 * 0.48 / 0.5 - 1] * 5)
     with pytest.raises(InputError, match="no rows of upgrades"):

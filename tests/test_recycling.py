@@ -67,8 +67,7 @@ def test_the_teacher_is_the_old_base_with_the_old_delta_and_runs_once(recycling)
 
 
 def test_distillation_alone_moves_the_student_to_the_teacher(recycling):
-    """The teacher is made sure of what it says, and says each label as often as the others; for five seeds a quarter of the distance was
-    left, or less."""
+    """The teacher is made confident and predicts each label equally often. For five seeds, at most a quarter of the distance was left."""
     recycling.distill = DistillConfig(alpha=1.0, beta=0.0, T=2.0)
     recycling.settings = TuneSettings(100, 8, 1e-2, 100, seed=0)
     train, head = recycling.data.train, recycling.old_delta.head
@@ -76,8 +75,8 @@ def test_distillation_alone_moves_the_student_to_the_teacher(recycling):
     size = 3 / said.std(0)
     head.update({"out.weight": head["out.weight"] * size[:, None], "out.bias": (head["out.bias"] - said.mean(0)) * size})
     teacher = teacher_of(recycling).logits.softmax(-1)
-    train.targets = (teacher.argmax(-1) + 1) % 3        # with alpha = 1 the labels do not count, wrong as they all are
-    recycling.data.dev = Encoded(train.sequences, teacher.argmax(-1), 0)       # best on dev: like the teacher
+    train.targets = (teacher.argmax(-1) + 1) % 3        # all labels are wrong, but with alpha = 1 they do not count
+    recycling.data.dev = Encoded(train.sequences, teacher.argmax(-1), 0)       # the best on dev is the closest to the teacher
 
     def distance(model):
         return (predict(model, train.sequences, **CPU).softmax(-1) - teacher).abs().mean().item()
@@ -162,7 +161,7 @@ def test_itp_runs_through_both_modes_and_needs_equal_deltas_and_bases(recycling)
             recycle(replace(recycling, distill=DistillConfig(itp=itp), on_eval=rows.append), mode)
             losses.append([row["loss"] for row in rows])
         assert losses[1] == losses[2] and losses[0][1:] != losses[1][1:]
-    recycle(replace(recycling, distill=DistillConfig(itp=2), config=DeltaConfig("lora")), "scratch")       # which has no teacher
+    recycle(replace(recycling, distill=DistillConfig(itp=2), config=DeltaConfig("lora")), "scratch")       # scratch has no teacher
     with pytest.raises(InputError, match="`itp` draws a line .* weight by weight"):
         recycle(replace(recycling, distill=DistillConfig(itp=2), config=DeltaConfig("lora")), "distill")
     recycling.base.encoder.config = replace(recycling.base.encoder.config, ffn_size=7)
@@ -202,7 +201,7 @@ def test_a_chain_of_apply_is_one_apply(recycling, bases):
         for name, base in bases.items():
             model = apply(base, recycling.old_delta, stale_ok=True)
             for route in ("direct", "chain"):
-                other = apply(base, steps[name, route].delta)       # a delta of this base: not stale
+                other = apply(base, steps[name, route].delta)       # the delta belongs to this base: not stale
                 assert all(close(a, b) for a, b in zip(weights_of(model).values(), weights_of(other).values()))
                 assert steps[name, route].result.test == evaluate(model, recycling.data.test, **CPU)
         recycling.old_delta.diffs = {k: torch.full_like(v, 0.01) for k, v in recycling.old_delta.diffs.items()}
@@ -210,11 +209,11 @@ def test_a_chain_of_apply_is_one_apply(recycling, bases):
 
 @pytest.mark.parametrize("mode", ["init", "init+distill"])
 def test_a_chain_recycles_the_recycled_delta_and_direct_the_first(recycling, bases, mode):
-    """No label is the one that `apply` on M1 gives, so whatever is learned there is better, and kept: from then on the routes part."""
+    """No label is the one that `apply` on M1 predicts, so anything learned there is better and kept: from then on the routes differ."""
     rows, train = [], recycling.data.train
     train.targets = (predict(apply(bases["M1"], recycling.old_delta, stale_ok=True), train.sequences, **CPU).argmax(-1) + 1) % 3
     recycling.on_eval, recycling.settings.lr, recycling.data.dev = rows.append, 1e-2, train
-    recycling.distill = DistillConfig(alpha=0.1, beta=0.0, T=1.0)   # labels count for more than a teacher that contradicts them
+    recycling.distill = DistillConfig(alpha=0.1, beta=0.0, T=1.0)   # labels count more than a teacher that contradicts them
     steps = {(s.base, s.route): s for s in chain(recycling, mode, bases)}
     old = {"chain": (recycling.old_base, recycling.old_delta), "direct": (recycling.old_base, recycling.old_delta)}
     for name, base in bases.items():

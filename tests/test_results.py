@@ -1,4 +1,4 @@
-"""What recycle.py leaves: equal names for equal runs, rows that are of other calls or of another origin, the best delta."""
+"""The results of recycle.py: equal names for equal runs, rows of other calls or another origin, the best delta."""
 import json
 from dataclasses import replace
 
@@ -52,7 +52,7 @@ def test_equal_runs_have_equal_names_whatever_the_call_is():
         assert run("init", *flags).name != plain.name
     assert run("init", lr=2e-3).name != plain.name
     assert len({run("distill", *f).name for f in ((), ("--alpha", 0.5), ("--beta", 2), ("--T", 3), ("--gamma", 1), ("--itp", 1))}) == 6
-    assert run("distill", "--att_layers", "all").name == run("distill").name        # of no attention maps
+    assert run("distill", "--att_layers", "all").name == run("distill").name        # without attention maps the layers do not matter
     assert run("distill", "--gamma", 1, "--att_layers", "all").name != run("distill", "--gamma", 1).name
     assert run("project", "--rank", 4).name != run("project").name and run("distill", "--rank", 4).name == run("distill").name
     chain = run("init", "--chain", "a,b")
@@ -100,7 +100,7 @@ def test_an_undefined_score_is_no_number_in_tables_and_no_setting_is_chosen_for_
     assert said[2][1:7] == ["0.001", "0.200", "±", "0.000", "5", "-"] and said[3][1:5] == ["0.001", "undefined", "-", "5"]
     assert "dev pearson" in report_sweep(rows, ["init"], []) and "test" not in report_sweep(rows, ["init"], [])
     rows = [row("scratch", None), row("init", 0.2)]
-    add_steps_to_scratch(rows)      # there is no best to reach
+    add_steps_to_scratch(rows)      # no best score to reach
     assert [row["steps_to_scratch_best"] for row in rows] == [None, None]
 
 
@@ -121,7 +121,7 @@ def test_rows_of_something_else_are_one_sentence(rows, tmp_path):
 
 
 def test_rows_that_an_earlier_version_wrote_are_read(recycling, tmp_path):
-    """All curves in one metrics.jsonl, and deltas beside it without rows of their own."""
+    """All curves in one metrics.jsonl, and deltas next to it without their own rows."""
     rows = [{"run": f"{mode}-s0-0123456789", "mode": mode, "delta": "adapter", "task": "t", "shots": 4, "seed": 0, "lr": lr, "steps": 4,
              "best_step": 4, "dev": {"accuracy": dev, "macro_f1": dev}, "test": {"accuracy": 0.5}, "steps_to_scratch_best": None,
              "seconds": 0.2, "curve": [[0, 0.1], [4, dev]], "settings": {"old_base": "M0", "base": "M1", "steps": 4}}

@@ -23,7 +23,7 @@ def classifier(tokenizer, seed: int = 0, kind: str = "full") -> Classifier:
 
 
 def heads_exchanged(model: Classifier) -> Classifier:
-    """The same function: the two heads of every layer in the other order."""
+    """The same function with the two heads of every layer exchanged."""
     other = copy.deepcopy(model)
     for block in other.encoder.layers:
         D = block.qkv.in_features // block.num_heads
@@ -94,7 +94,7 @@ def test_a_model_of_another_start_is_less_alike(tokenizer):
 
 
 def test_divergence_by_hand(monkeypatch):
-    """Maps of two heads: every row on the first key, and even; and of one sequence of 2 and one of 4 tokens."""
+    """Maps of two heads: every row on the first key, or uniform; for one sequence of 2 and one of 4 tokens."""
     def maps(model, sequence, device):
         n = len(sequence)
         first = torch.zeros(n, n).index_fill(1, torch.tensor(0), 1.0)
@@ -114,7 +114,7 @@ def test_divergence_by_hand(monkeypatch):
 def test_the_summary_of_a_matrix():
     matrix = torch.tensor([[0.1, 0.2, 0.3], [0.1, 0.4, 0.5], [0.3, 0.3, 0.3]])
     assert similarity.match_summary(matrix) == pytest.approx(
-        {"own": 0.8 / 3, "best_other": 0.6 / 3, "best": 0.5 / 3, "share_own_best": 1 / 3})      # a tie is no match
+        {"own": 0.8 / 3, "best_other": 0.6 / 3, "best": 0.5 / 3, "share_own_best": 1 / 3})      # a tie is not a match
 
 
 def test_cka_against_its_definition(tokenizer):

@@ -181,7 +181,7 @@ def kinds(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("names, train, heldout, unread", [
-    ("test.txt train.txt validation.jsonl test.jsonl", "test.jsonl test.txt train.txt validation.jsonl", "", ""),      # as ever
+    ("test.txt train.txt validation.jsonl test.jsonl", "test.jsonl test.txt train.txt validation.jsonl", "", ""),      # as before
     ("train.parquet validation.parquet test.parquet", "train.parquet", "validation.parquet", "test.parquet"),
     ("train.parquet heldout.jsonl validation.parquet", "train.parquet", "heldout.jsonl", "validation.parquet"),
     ("train-00000-of-00002.jsonl.gz validation-00000-of-00001.jsonl.gz extra.txt", "extra.txt train-00000-of-00002.jsonl.gz",
@@ -225,7 +225,7 @@ def parts_of(path: Path) -> dict[str, list[str]]:
 @pytest.mark.parametrize("count", [2, 3, 20, 60])
 def test_a_small_corpus_has_a_part_that_is_held_out(count, tmp_path):
     for salt in range(30):
-        documents = [f"{salt}: document {i % count}" for i in range(2 * count)]     # each one twice
+        documents = [f"{salt}: document {i % count}" for i in range(2 * count)]     # each one occurs twice
         (tmp_path / "a.txt").write_text("".join(f"{text}\n" for text in documents))
         (tmp_path / "b.txt").write_text("".join(f"{text}\n" for text in documents[::-1]))
         parts = parts_of(tmp_path / "a.txt")

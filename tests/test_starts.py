@@ -1,4 +1,4 @@
-"""Where a mode starts: gradient-masked deltas, heads of prototypes, several old deltas, a delta that was carried; in the core and typed."""
+"""Where a mode starts: gradient-masked deltas, prototype heads, several old deltas, a carried delta; in the core and as commands."""
 import json
 from dataclasses import replace
 
@@ -40,7 +40,7 @@ def test_gradmask_keeps_the_entries_that_go_down_the_gradient(base, other_base):
     kept, own = 0, dict(other_base.encoder.named_parameters())
     for name, p in model.encoder.named_parameters():
         D, g = r.old_delta.diffs[name], plain.encoder.get_parameter(name).grad
-        clear = g.abs() > 1e-6      # others may round to either side
+        clear = g.abs() > 1e-6      # the others may round to either side
         expected = own[name] + D * (D * g < 0)
         torch.testing.assert_close(p[clear], expected[clear])
         kept += (p != own[name]).sum()
@@ -66,10 +66,10 @@ def test_prototypes_are_the_nearest_mean():
     torch.testing.assert_close(s, S.trace() / S.square().sum())
     W, b = prototypes(f, targets, 3, shrinkage=True)
     sphere, a, t = torch.eye(5).double() * S.trace() / 5, (S @ S).trace(), S.trace() ** 2
-    rho = min(1.0, ((1 - 2 / 5) * a + t) / ((57 + 1 - 2 / 5) * (a - t / 5)))        # OAS; Mahalanobis' distance of that covariance
+    rho = min(1.0, ((1 - 2 / 5) * a + t) / ((57 + 1 - 2 / 5) * (a - t / 5)))        # OAS; the Mahalanobis distance of that covariance
     torch.testing.assert_close(W, mu @ torch.linalg.inv((1 - rho) * S + rho * sphere))
     torch.testing.assert_close(b, -(W * mu).sum(1) / 2)
-    W, b = prototypes(mu, torch.arange(3), 3, shrinkage=True)        # one example a label: no spread is known
+    W, b = prototypes(mu, torch.arange(3), 3, shrinkage=True)        # one example per label: the spread is unknown
     assert torch.allclose(W, mu)
 
 
@@ -95,8 +95,8 @@ def test_a_prototype_head_is_fitted_to_the_features_of_the_start(base, other_bas
 
 
 def test_a_task_that_gains_a_label_keeps_the_rows_of_the_old_ones(base, other_base):
-    """What the old head says of old labels is unchanged, and the new label's row is on its scale: if the old rows are prototypes but for a
-    factor and a shift, the whole is the nearest mean."""
+    """The old head's answers on old labels are unchanged, and the new label's row is on their scale. If the old rows are prototypes up to a
+    factor and a shift, the whole head is the nearest mean."""
     r = recycling(base, other_base, "adapter", ("2", "0", "new"), head="prototype")
     old = apply(other_base, r.old_delta, stale_ok=True)
     old.head.out = torch.nn.Identity()
@@ -108,7 +108,7 @@ def test_a_task_that_gains_a_label_keeps_the_rows_of_the_old_ones(base, other_ba
     logits = predict(start_from_old(r), r.data.train.sequences, **CPU)
     torch.testing.assert_close(logits[:, :2], said[:, [2, 0]])
     torch.testing.assert_close(logits.log_softmax(1), (3 * (f @ W.T + b)).log_softmax(1).float(), atol=1e-3, rtol=1e-3)
-    r.data = replace(r.data, labels=("1", "0"))         # a task that loses one
+    r.data = replace(r.data, labels=("1", "0"))         # a task that loses one label
     r.data.train.targets = r.data.train.targets.clamp(max=1)
     torch.testing.assert_close(predict(start_from_old(r), r.data.train.sequences, **CPU), said[:, [1, 0]])
 
@@ -120,7 +120,7 @@ def labelled(delta, labels, size):
 
 @pytest.mark.parametrize("kind", ["full", "adapter", "lora"])
 def test_the_mean_of_several_deltas_takes_bodies_of_all_and_heads_of_the_task(base, batch, kind):
-    """Halves of one delta make the whole, whatever their labels; modules lie side by side."""
+    """Halves of one delta add up to the whole, whatever their labels; modules are concatenated."""
     delta = tuned(base, kind)
     other = labelled(delta, "xy", 1.0)
     other.head = {k: v[:2] if "out" in k else v for k, v in delta.head.items()}
@@ -159,7 +159,7 @@ def test_the_subset_that_is_best_on_dev_is_merged(base, other_base):
     assert all(torch.equal(v, r.old_delta.diffs[k]) for k, v in merged.diffs.items())
     r.merged = merged
     assert recycle(r, "apply")[1].dev["accuracy"] == 1.0
-    r.data = replace(r.data, labels=("x", "y", "z"))        # a fresh head would be scored, which says nothing
+    r.data = replace(r.data, labels=("x", "y", "z"))        # this would score a fresh head, which says nothing
     assert merge_on_dev(r, [harmful, r.old_delta], "mean")[1]["merged"] == {"how": "mean", "weights": [0.5, 0.5], "tried": 1}
 
 

@@ -1,4 +1,4 @@
-"""The folder of a stream: when a run may begin or go on there, which rows it does again, and its table."""
+"""The folder of a stream: when a run may start or continue there, which rows it redoes, and its table."""
 
 import pytest
 
@@ -16,7 +16,7 @@ def test_a_run_begins_goes_on_or_is_complete_and_overwrites_nothing(tmp_path):
     with pytest.raises(InputError, match="unfinished run: add --resume"):
         has_work(out, settings, resume=False)
     assert has_work(out, settings, resume=True)
-    assert has_work(out, settings | {"came_later": "hf"}, resume=True)      # a flag that there was not yet changed nothing
+    assert has_work(out, settings | {"came_later": "hf"}, resume=True)      # a flag that did not exist yet changed nothing
     with pytest.raises(InputError, match=r"begun with --stream \['a', 'b'\], not \['a'\]"):
         has_work(out, settings | {"stream": ["a"]}, resume=True)
     write_json(out / "summary.json", {})

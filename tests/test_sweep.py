@@ -1,4 +1,4 @@
-"""--sweep: what a grid of settings becomes."""
+"""--sweep: the runs that a grid of settings gives."""
 from dataclasses import dataclass
 
 import pytest

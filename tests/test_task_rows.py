@@ -1,5 +1,5 @@
-"""Rows of tasks as others publish them: hidden labels, tests without any, the usual columns, GLUE's files, quoted and unquoted tables. What
-cannot be known is said on stderr or refused in one sentence."""
+"""Rows of tasks as others publish them: hidden labels, unlabelled tests, the usual columns, GLUE's files, quoted and unquoted tables. What
+cannot be known is reported on stderr or refused in one sentence."""
 import csv
 import gzip
 import io
@@ -34,7 +34,7 @@ def rows(labels: list, **more) -> list[dict]:
 
 
 def table(rows: list[dict] | list[list], **style) -> str:
-    """As Python's csv module writes it, which is what pandas uses."""
+    """A table as Python's csv module writes it; pandas uses that module."""
     out = io.StringIO()
     writer = csv.writer(out, **{"lineterminator": "\n"} | style)
     writer.writerows([list(rows[0]), *(row.values() for row in rows)] if isinstance(rows[0], dict) else rows)
@@ -78,7 +78,7 @@ def test_a_row_without_the_key_has_no_label(tmp_path, capsys):
     task = load_task(write_task(tmp_path / "t", {"train": bare + CLASSES, "dev": CLASSES + bare, "test": CLASSES}))
     assert sizes(task) == (60, 60, 60) and capsys.readouterr().err.count("1 of 61") == 2
     empty = write_task(tmp_path / "empty", {"train": CLASSES, "dev": CLASSES, "test": [{"text": "x", "text_pair": ""}, {"text": None}]})
-    assert sizes(load_task(empty)) == (60, 60, 0)       # nor texts that matter
+    assert sizes(load_task(empty)) == (60, 60, 0)       # no labels, and no real texts either
 
 
 @pytest.mark.parametrize("mark", [-1, -1.0, -100, None, "", "-", "?", "hidden", "N/A", "NaN", float("nan"), "None", "unknown", "gone"])
@@ -125,7 +125,7 @@ def test_what_may_be_wrong_with_labels_is_said(tmp_path, capsys):
     assert "-1, the label of 1 of 21 train examples, is taken for a number" in capsys.readouterr().err
     load_task(write_task(tmp_path / "negative", three | {"train": FLOATS + rows([-1.0, -0.5])}))
     assert capsys.readouterr().err == ""
-    load_task(write_task(tmp_path / "whole", dict.fromkeys(("train", "dev"), rows([0.0, 1.0, None] * 9))))      # pandas, some are missing
+    load_task(write_task(tmp_path / "whole", dict.fromkeys(("train", "dev"), rows([0.0, 1.0, None] * 9))))      # pandas; some are missing
     assert "whole numbers with a point are the labels of all train examples and make a regression" in capsys.readouterr().err
 
 
@@ -267,7 +267,7 @@ def test_superglue_as_published(tmp_path, capsys):
         return task.labels, task.parts["dev"][0].text, task.parts["dev"][0].text_pair
 
     text = {"question": "is it", "passage": "it is", "title": "t", "idx": 0}
-    for name in ("label", "answer"):        # SuperGLUE's, and the authors' own files
+    for name in ("label", "answer"):        # SuperGLUE's files, and the authors' own
         assert labels(name, text | {name: True}, text | {name: False}) == (("false", "true"), "is it", "it is")
     text = {"premise": "it is", "hypothesis": "is it", "idx": 0}
     assert labels("CB", *(text | {"label": x} for x in ("neutral", "entailment"))) == (("entailment", "neutral"), "it is", "is it")
@@ -311,9 +311,9 @@ def test_a_quoted_tsv_is_read_as_it_was_written(quoting, ending, pack, opener, t
 
 @pytest.mark.parametrize("content, note", [
     (tsv("text|label", '" A lone one|0', "b|1"), True), (tsv("text|label", 'a "b" c|0', "d|1"), False),
-    (tsv("text|label", '"All of it"|0', "b|1"), True),                      # speech; pandas would not have enclosed it
-    (tsv("text|label", '"It begins.|0', 'It ends."|1'), True),              # might be one text with a tab and a line end in it
-    (tsv("text|label", '"He said ""no"" ."|0', 'a "b|1'), True),            # a bare quote speaks against it
+    (tsv("text|label", '"All of it"|0', "b|1"), True),                      # speech; pandas would not have quoted it
+    (tsv("text|label", '"It begins.|0', 'It ends."|1'), True),              # might be one text with a tab and a newline inside
+    (tsv("text|label", '"He said ""no"" ."|0', 'a "b|1'), True),            # a bare quote is evidence against quoting
     (tsv("text|label", '"He said" no|0', "b|1"), True), ("text\n\"one\ntwo\"\n", True)])
 def test_quotes_of_glue_stay_characters(content, note, tmp_path, capsys):
     path = files(tmp_path, x_tsv=content) / "x.tsv"
@@ -324,14 +324,14 @@ def test_quotes_of_glue_stay_characters(content, note, tmp_path, capsys):
 def test_quotes_around_commas_are_excels(tmp_path):
     path = files(tmp_path, x_tsv=tsv("text|label", '"yes, it is"|0', "no|1", '"well, no"|0')) / "x.tsv"
     assert [text for text, _ in texts(path)] == ["yes, it is", "no", "well, no"]
-    path.write_text(tsv("text|label", '"yes, it is"|0', "no, no|1", '"well, no"|0'))        # Excel would have enclosed the second
+    path.write_text(tsv("text|label", '"yes, it is"|0', "no, no|1", '"well, no"|0'))        # Excel would have quoted the second
     assert [text for text, _ in texts(path)] == ['"yes, it is"', "no, no", '"well, no"']
 
 
 def test_an_enclosed_header_is_of_a_program(tmp_path, monkeypatch):
     path = files(tmp_path, x_tsv=table([("text", "label"), ("all of it", 0)], delimiter="\t", quoting=csv.QUOTE_ALL)) / "x.tsv"
     assert texts(path) == [("all of it", None)]
-    later = tsv("text|label", '"all of it"|0', "b|1", '"and ""more"""|1')      # what a pipe shows of quoting may come after the first quote
+    later = tsv("text|label", '"all of it"|0', "b|1", '"and ""more"""|1')      # in a pipe, evidence of quoting may follow the first quote
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(later.encode())))
     assert [e.text for e in read_examples(STDIN, labelled=False, format="tsv")] == ["all of it", "b", 'and "more"']
 
@@ -342,7 +342,7 @@ FIELD = st.text(st.sampled_from('ab "\t\n,\''), min_size=1, max_size=8).filter(s
 @settings(max_examples=150, deadline=None, derandomize=True, database=None, suppress_health_check=[*HealthCheck])
 @given(st.lists(st.tuples(FIELD, FIELD), min_size=1, max_size=6))
 def test_whatever_is_written_is_read(tmp_path, found):
-    """By a program that quotes where it must; and without quoting unless that is what such a program would have written."""
+    """Written by a program that quotes where it must, or without quoting, unless such a program would have written the same."""
     written = table([("text", "text_pair"), *found], delimiter="\t")
     path = files(tmp_path, x_tsv=written) / "x.tsv"
     assert texts(path) == found

@@ -1,4 +1,4 @@
-"""Task folders: formats, column names, labels, errors of one sentence; few-shot samples; encoding."""
+"""Task folders: formats, column names, labels, one-sentence errors; few-shot samples; encoding."""
 import gzip
 import json
 
@@ -51,13 +51,13 @@ def test_floats_make_a_regression(tmp_path):
     task = load_task(folder(tmp_path, rows, rows, rows))
     assert task.is_regression and task.parts["train"][1].label == 2.0
     (tmp_path / "csv").mkdir()
-    for part, high in (("train", 2.5), ("dev", 3), ("test", 2)):      # a part may happen to have whole numbers only
+    for part, high in (("train", 2.5), ("dev", 3), ("test", 2)):      # a part may happen to have only whole numbers
         (tmp_path / "csv" / f"{part}.csv").write_text(f"text,label\nx,1\ny,{high}\n")
     task = load_task(tmp_path / "csv")
     assert task.is_regression and [e.label for e in task.parts["dev"]] == [1.0, 3.0]
     mixed = load_task(folder(tmp_path, [{"text": "x", "label": 3}, {"text": "x", "label": 2.5}], rows, rows))
     assert [e.label for e in mixed.parts["train"]] == [3.0, 2.5]
-    strings = [{"text": "x", "label": y} for y in ("1.5", "2")]      # strings of a jsonl stay names
+    strings = [{"text": "x", "label": y} for y in ("1.5", "2")]      # strings in a jsonl stay names
     assert load_task(folder(tmp_path, strings, strings, strings)).labels == ("2", "1.5")
 
 
@@ -94,11 +94,11 @@ def test_wrong_folders_and_broken_tables(tmp_path):
 
 def test_a_quote_that_is_never_closed_is_refused_without_being_held(tmp_path):
     line = b"x" * 2**20 + b"\n"
-    for row in (b'a,"' + line * 200, b'"' + (line * 9 + b'","') * 40):      # one long text, many
+    for row in (b'a,"' + line * 200, b'"' + (line * 9 + b'","') * 40):      # one long text, many texts
         (tmp_path / "x.csv.gz").write_bytes(gzip.compress(b"text,label\nb,1\n" + row, 1))
         with bounded(10, 150), pytest.raises(InputError, match="x.csv.gz, line 1[0-9]: a row .* is longer than 16 MB; is there a quote"):
             list(read_examples(tmp_path / "x.csv.gz", labelled=True))
-    (tmp_path / "x.csv").write_text("text,label\n" + f'"{"y" * 10**6}",1\n' * 20)     # of rows any number
+    (tmp_path / "x.csv").write_text("text,label\n" + f'"{"y" * 10**6}",1\n' * 20)     # any number of rows
     assert len(list(read_examples(tmp_path / "x.csv", labelled=True))) == 20
 
 
@@ -121,7 +121,7 @@ def test_encoding_frames_truncates_and_counts(tokenizer):
     assert len(s[1]) == len(s[2]) == 20 and encoded.truncated == 2
     assert s[2][9:11] == [eos, eos] and s[2].count(eos) == 3       # <s> 8 tokens </s></s> 8 tokens </s>
     node = tokenizer.encode(["node"])[0]
-    assert s[1][-len(node) - 1:] == [*node, eos]                     # the short one of a pair stays whole
+    assert s[1][-len(node) - 1:] == [*node, eos]                     # the short text of a pair stays whole
     assert encoded.targets.tolist() == [0, 1, 1]
 
 

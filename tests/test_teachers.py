@@ -1,4 +1,4 @@
-"""Any teacher: of another tokenizer and size, known by its predictions alone, on texts without labels. Known answers, exact equality."""
+"""Any teacher: with another tokenizer and size, known only by its predictions, on unlabelled texts. Known answers, exact equality."""
 import hashlib
 import json
 from dataclasses import replace
@@ -39,7 +39,7 @@ ROWS = [{"text": f"the {WORDS[i % 12]} of a {WORDS[i * 5 % 11]} {WORDS[i * 7 % 9
 
 
 def tuned(base, labels=("no", "yes", "so"), seed=4):
-    """A delta of `base` whose logits are far from each other."""
+    """A delta of `base` with logits far from each other."""
     model = attach(base, DeltaConfig("adapter"), len(labels), seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -50,7 +50,7 @@ def tuned(base, labels=("no", "yes", "so"), seed=4):
 
 
 def other_base():
-    """Another tokenizer, three layers for two, a width of 48 for 64."""
+    """Another tokenizer, three layers instead of two, width 48 instead of 64."""
     tokenizer = train_tokenizer([row["text"] for row in ROWS] * 3, 300)
     sizes = PRESETS["tiny"] | dict(hidden_size=48, num_layers=3, max_len=40)
     base = random_base(tokenizer)
@@ -67,7 +67,7 @@ def written(folder: Path, base) -> str:
 
 @pytest.fixture(scope="module")
 def home(tokenizer, tmp_path_factory) -> Path:
-    """M1, an old base of M1's tokenizer and size with its delta, another of another with its own, a task, and texts."""
+    """M1; an old base with M1's tokenizer and size, and its delta; another base and tokenizer with their delta; a task; and texts."""
     home = tmp_path_factory.mktemp("teachers")
     for name, base in (("M0", random_base(tokenizer, 0)), ("other", other_base()), ("M1", random_base(tokenizer, 1))):
         base.fingerprint = written(home / name, base)
@@ -97,7 +97,7 @@ def recycled(home: Path, out: Path, *more, old: str = "other", code: int = 0) ->
 
 
 def rows_of(out: Path) -> list[dict]:
-    """The rows of a call, without what its clock, paths and teacher's kind say."""
+    """The rows of a call, without its clock, paths and kind of teacher."""
     kept = ("mode", "seed", "lr", "dev", "test", "curve", "best_step")
     return sorted(({k: row[k] for k in kept} for row in read_json(out / "summary.json")["rows"]), key=json.dumps)
 
@@ -208,7 +208,7 @@ def test_a_chain_begins_with_any_old_base(taught, tokenizer):
 
 @pytest.fixture(scope="module")
 def answers(home) -> Path:
-    """What predict writes of the other base's delta, for the training texts."""
+    """The file that predict writes for the other base's delta on the training texts."""
     here("-m", "rt.runs.predict", "--base", home / "other", "--delta_dir", home / "other-delta", "--input", home / "task" / "train.jsonl",
          "--out", home / "answers.jsonl", "--seq_len", "16", *FAST[:4])
     return home / "answers.jsonl"
@@ -220,7 +220,7 @@ def lines(path: Path, rows) -> Path:
 
 
 def test_a_black_box_is_the_white_box(taught, answers):
-    """In KD to 1e-6, computed in double precision."""
+    """Equal in KD to 1e-6, computed in double precision."""
     train, task = taught.data.train, load_task(answers.parent / "task")
     white, black = teacher_of(taught), Predictions(answers, task.labels).logits(task.parts["train"])
     student = torch.randn(len(train), 3, generator=torch.Generator().manual_seed(0)).double()
@@ -307,7 +307,7 @@ def test_a_black_box_has_no_hidden_states_and_must_answer_for_all_texts(home, an
     two = [row for row in load_task(home / "task").parts["train"] if row in few_shot(load_task(home / "task"), 2, 0).parts["train"]]
     path = lines(tmp_path / "two.jsonl", [{"text": e.text, "label": e.label} for e in two])
     assert "texts that are taught" in recycled(home, tmp_path / "out", "--mode", "distill", "--beta", "0", "--shots", "2", "--seeds", "0,1",
-                                               "--teacher", path, old="", code=2)       # seed 1 draws others, and nothing is begun
+                                               "--teacher", path, old="", code=2)       # seed 1 draws other examples, and no run starts
     assert "is no .jsonl file" in recycled(home, tmp_path / "out", *call, home / "M1", "--beta", "0", old="", code=2)
     assert not (tmp_path / "out").exists()
 
@@ -316,7 +316,7 @@ def test_a_black_box_has_no_hidden_states_and_must_answer_for_all_texts(home, an
 
 @pytest.fixture
 def mixed(taught, home) -> Recycling:
-    """Two labelled examples a label, and the rest of the task as texts; the teacher is the other base."""
+    """Two labelled examples per label, and the rest of the task as texts. The teacher is the other base."""
     task = load_task(home / "task")
     few = teaching(task, 2, unlabelled="rest")
     r = replace(taught, data=replace(taught.data, train=encode(few.sample(5).parts["train"], task.labels, taught.base.tokenizer, 16)))
@@ -411,7 +411,7 @@ def test_places_of_texts(home, tmp_path):
         (tmp_path / "texts" / name).write_text(text)
     assert [e.text for e in open_texts(str(tmp_path / "texts"), "cache")] == ["one", "two"]
     assert [e.text for e in open_texts(str(tmp_path / "texts" / "a.txt"), "cache")] == ["one", "two"]
-    found = open_texts(str(home / "task"), "cache")     # train, neither dev nor test
+    found = open_texts(str(home / "task"), "cache")     # train, but not dev or test
     assert [e.text for e in found] == [row["text"] for row in ROWS] and {e.label for e in found} == {None}
     with pytest.raises(InputError, match="no such task; give a file of texts, a folder"):
         open_texts(str(tmp_path / "none"), "cache")

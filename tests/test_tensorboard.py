@@ -1,4 +1,4 @@
-"""--tensorboard: TensorBoard reads from the event files what is in metrics.jsonl, also after runs that were killed."""
+"""--tensorboard: TensorBoard reads the values of metrics.jsonl from the event files, also after killed runs."""
 import shutil
 import sys
 
@@ -20,7 +20,7 @@ def read(folder) -> dict[str, list]:
 
 
 def expected(rows: list[dict], before: dict[str, int] = {}) -> dict[str, list]:
-    """The same of rows; stages begin after so many steps."""
+    """The same from rows. Stages begin after the given numbers of steps."""
     points: dict[str, list] = {}
     for row in rows:
         todo = [((k,), v) for k, v in row.items() if k not in ("step", "stage")]
@@ -51,7 +51,7 @@ def pretrain(home, out, *more, code=0):
 
 
 def test_what_is_done_again_after_a_kill_is_there_once(home, tmp_path):
-    """Killed after M0 was scored and before it was written, with a checkpoint of step 4, and in M1, without one."""
+    """Killed after M0 was scored and before it was written, with a checkpoint of step 4; and in M1, without a checkpoint."""
     out = tmp_path / "run"
     pretrain(home, out, "--stop_after", 6, "--tensorboard")
     shutil.rmtree(out / "M0")
@@ -71,7 +71,7 @@ def test_a_delta_and_the_runs_of_recycling_have_their_curves_and_are_the_same_ru
     assert not (out / "tensorboard").exists()
     tune = ("train.py", "--mode", "tune", "--base", out / "M0", "--task", home / "task", "--tune_steps", 4, "--eval_every", 2, "--out",
             tmp_path / "delta", *TINY)
-    for more in (("--tensorboard",), ("--tensorboard",), ()):       # a second time in the place of the first
+    for more in (("--tensorboard",), ("--tensorboard",), ()):       # the second replaces the first
         here(*tune, *more)
         events = tmp_path / "delta" / "tensorboard"
         assert not more or read(events) == expected(read_rows(tmp_path / "delta" / "metrics.jsonl"))
@@ -83,7 +83,7 @@ def test_a_delta_and_the_runs_of_recycling_have_their_curves_and_are_the_same_ru
         runs = {run: (run / "summary.json").stat().st_mtime_ns for run in (tmp_path / "recycled" / "deltas").iterdir()}
         for run in runs:
             assert read(run / "tensorboard") == expected(read_rows(run / "metrics.jsonl"))
-        here(*recycle, *more, "--resume")       # of the same names, and finished
+        here(*recycle, *more, "--resume")       # with the same names, and finished
         assert runs == {run: (run / "summary.json").stat().st_mtime_ns for run in (tmp_path / "recycled" / "deltas").iterdir()}
     assert len(runs) == 10
 
@@ -100,7 +100,7 @@ def test_rows_of_a_part_and_of_other_ranks(tmp_path):
 
 
 def test_without_the_package_only_the_flag_is_an_error_and_at_once(home, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboard", None)       # an import of it, or of a part of it, fails
+    monkeypatch.setitem(sys.modules, "tensorboard", None)       # importing it, or a part of it, fails
     for name in [name for name in sys.modules if name.startswith("tensorboard.")]:
         monkeypatch.delitem(sys.modules, name)
     out = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""Runs shared out among processes: results and order as by one; errors, deaths and signals end all."""
+"""Runs distributed over processes: results and order as with one process; errors, deaths and signals end all."""
 import os
 import signal
 import subprocess
@@ -132,7 +132,7 @@ print(names.index("rt") < names.index("torch"), os.environ["GOMP_SPINCOUNT"])
 
 
 def test_missing_deltas_are_made_as_many_at_once_as_there_are_cores(tmp_path, monkeypatch):
-    """Each of two waits for the other's file; a third that fails ends what runs beside it, and is named."""
+    """Each of two waits for the other's file. A third that fails ends the runs beside it and is named."""
     script = tmp_path / "train.py"
     script.write_text("""
 import os, pathlib, sys, time
