@@ -34,7 +34,7 @@ TINY = {"pretrain": PRETRAIN, "demo": PRETRAIN + " --stream papers.txt.xz,news,m
 DEMO = "--task my_task --old_delta runs/demo/deltas/M0-math-full-s0 --out runs/recycle/demo-M1-math-full-k16"
 DEVICE = {"train.py": ("--device", "cpu"), "recycle.py": ("--device", "cpu"), "analyze.py": ("--device", "cpu")}
 LEFT = {"Two commands to a result": ("runs/demo/M2/model.safetensors", "runs/recycle/*/summary.json", "runs/analyze/*/rows.jsonl"),
-        "Whole steps against others": ("out.jsonl",), "One's own model, text and task": ("runs/mine/recycled/deltas/*/delta.json",),
+        "Whole steps against others": ("out.jsonl",), "Your own model, text and task": ("runs/mine/recycled/deltas/*/delta.json",),
         "Deltas from transformers and PEFT, and back": ("recycled-roberta/config.json", "recycled-lora/adapter_config.json")}
 
 
@@ -93,7 +93,7 @@ def corpus(graphs) -> list[str]:
 
 
 @pytest.mark.parametrize("sections", [("Two commands to a result", "The method"), ("Whole steps against others",),
-                                      ("One's own model, text and task",), ("Deltas from transformers and PEFT, and back",)])
+                                      ("Your own model, text and task",), ("Deltas from transformers and PEFT, and back",)])
 def test_the_commands_are_typed_as_they_stand(sections, corpus, tokenizer, tmp_path):
     stage(tmp_path, corpus, tokenizer)
     run = [block for block in blocks() if block[0] in sections and block[1] == "run"]
