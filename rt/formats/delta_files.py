@@ -1,4 +1,4 @@
-"""Deltas on disk: a folder with delta.safetensors (tensors named PART.NAME) and delta.json (the config, what it was learned on, hashes)."""
+"""Deltas on disk: a folder with delta.safetensors (tensors named PART.NAME) and delta.json (config, origin, hashes)."""
 import shutil
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,14 +16,14 @@ from rt.formats.files import EVENTS, FIGURES, read_json
 from rt.formats.untrusted import check_label, is_whole, shaped
 from rt.kinds import DeltaConfig
 
-OF_THE_RUN = ("metrics.jsonl", "summary.json", EVENTS)      # of the run that learned the delta
+OF_THE_RUN = ("metrics.jsonl", "summary.json", EVENTS)      # left by the run that learned the delta
 FILES = {"delta.safetensors", "delta.json", *OF_THE_RUN, FIGURES}
 
 
 @contextmanager
 def delta_folder(folder: Path, needs: int) -> Iterator[Path]:
-    """A folder to write a delta of about `needs` bytes into, which takes the place of `folder` when it is whole, and takes over its
-    figures. Raises InputError if `folder` holds anything but a delta."""
+    """A folder to write a delta of about `needs` bytes into; it then takes the place of `folder` and keeps the figures there. InputError if
+    `folder` holds anything but a delta."""
     with atomic_folder(folder, FILES, needs) as new:
         yield new
         if (folder / FIGURES).is_dir():
@@ -31,7 +31,7 @@ def delta_folder(folder: Path, needs: int) -> Iterator[Path]:
 
 
 def seq_len_of(delta: Delta) -> int | None:
-    """The longest text in tokens that a delta was learned on; None if that is not known."""
+    """The longest text in tokens that a delta was learned on, or None if that is unknown."""
     config = delta.info.get("config")
     length = config.get("seq_len") if isinstance(config, dict) else None
     return length if is_whole(length, 8) else None
@@ -42,7 +42,7 @@ def nbytes(delta: Delta) -> int:
 
 
 def save_delta(folder: Path, delta: Delta) -> None:
-    """Write a delta, in place of one that is there; the run's files and figures stay. Raises InputError if anything else is there."""
+    """Write a delta in place of an older one, whose run's files and figures stay. InputError if `folder` holds anything else."""
     with delta_folder(folder, nbytes(delta)) as new:
         write_delta(new, delta)
         for file in (Path(folder) / name for name in OF_THE_RUN):
@@ -54,8 +54,8 @@ def write_delta(folder: Path, delta: Delta) -> None:
     """delta.safetensors and, with its hash, delta.json into a folder that is being made."""
     tensors = {f"{part}.{k}": v.contiguous() for part in PARTS for k, v in getattr(delta, part).items()}
     safetensors.torch.save_file(tensors, folder / "delta.safetensors")
-    seal(folder, "delta.json", {"format": "rt-delta-1", **asdict(delta.config), "info": delta.info, "versions": versions()},
-         ["delta.safetensors"])
+    facts = {"format": "rt-delta-1", **asdict(delta.config), "info": delta.info, "versions": versions()}
+    seal(folder, "delta.json", facts, ["delta.safetensors"])
 
 
 def load_delta(folder: Path) -> Delta:
