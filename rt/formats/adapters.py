@@ -24,9 +24,9 @@ ONLY = {("AdapterHub", "adapter"): {
         ("AdapterHub", "lora"): {"composition_mode": ("add",), "use_gating": (False,), "use_dora": (False,), "vera_d": (None,)},
         ("OpenDelta", "adapter"): {"non_linearity": ("gelu_orig",)}, ("OpenDelta", "lora"): {}}
 # settings that do not change what a loaded adapter computes, or that its tensors show; any other that is set is not supported
-FREE = re.compile(r"architecture|reduction_factor|init_weights\w*|adapter_residual_before_ln|inv_adapter_reduction_factor|cross_adapter|"
-                  r"dropout|stochastic_depth|\w*phm\w*|hypercomplex_nonlinearity|attn_matrices|\w+_lora|r|alpha|leave_out|dtype|vera_b|"
-                  r"delta_type|lora_\w+|bottleneck_dim|\w+_modules|common_structure|\w+_version|backbone_\w+|backend")
+FREE = (r"architecture|reduction_factor|init_weights\w*|adapter_residual_before_ln|inv_adapter_reduction_factor|cross_adapter|dropout|"
+        r"stochastic_depth|\w*phm\w*|hypercomplex_nonlinearity|attn_matrices|\w+_lora|r|alpha|leave_out|dtype|vera_b|delta_type|lora_\w+|"
+        r"bottleneck_dim|\w+_modules|common_structure|\w+_version|backbone_\w+|backend")
 HEAD = {"head_type": ("classification",), "layers": (2,), "activation_function": ("tanh",), "use_pooler": (False,), "bias": (True,)}
 # their tensors -> PEFT's, or ours within a layer
 RENAMED = ((r"\.(?:loras\.[^.]+|lora)\.lora_([AB])$", r".lora_\1.weight"),
@@ -34,10 +34,9 @@ RENAMED = ((r"\.(?:loras\.[^.]+|lora)\.lora_([AB])$", r".lora_\1.weight"),
             lambda m: f"adapter_{'attention' if m[1] else 'ffn'}.{m[2]}."))
 
 
-def import_adapter(folder: Path, base: Base, labels: tuple[str, ...] = (), task: str | None = None) -> Delta:
+def import_adapter(folder: Path, base: Base, labels: tuple[str, ...], task: str | None) -> Delta:
     """An adapter of a classifier on `base` as a delta, with `labels`, the labels in its files, or numbers. InputError names the library and
     what is not supported or does not fit the base."""
-    folder = Path(folder)
     hub = (folder / "adapter_config.json").is_file()
     library, path = ("AdapterHub", folder / "adapter_config.json") if hub else ("OpenDelta", folder / "config.json")
     facts = settings(path, library)
@@ -45,7 +44,7 @@ def import_adapter(folder: Path, base: Base, labels: tuple[str, ...] = (), task:
     classes, named = hf.CLASSIFIERS[hf.family(base.encoder.config)], {}
     weights = read_file(one_of(folder, f"{library}:", "adapter.safetensors", "pytorch_adapter.bin")) if hub else read_weights(folder)
     if hub:
-        head = read_json(folder / "head_config.json") if (folder / "head_config.json").is_file() else {}
+        head = read_json(folder / "head_config.json", {})
         weights |= read_file(one_of(folder, f"{library} without its head:", "model_head.safetensors", "pytorch_model_head.bin"))
         with shaped(folder / "head_config.json", "is not the configuration of a head"):
             hf.check_only(head.get("config") or {}, HEAD, folder / "head_config.json")
@@ -77,10 +76,9 @@ def settings(path: Path, library: str) -> dict:
         raise InputError(f"{whose}, method {method or facts!r}: not supported, only bottleneck adapters (double_seq_bn) and LoRA")
     if library == "AdapterHub" and "version" not in outer:      # names of its first version
         facts["non_linearity"] = {"gelu": "gelu_new", "gelu_orig": "gelu"}.get(str(facts.get("non_linearity")), facts.get("non_linearity"))
-    hf.check_only({"non_linearity": "gelu_new"} | facts, ONLY[library, method], whose)
-    for name, value in facts.items():
-        if name not in ONLY[library, method] and not FREE.fullmatch(name) and value not in (None, False, {}, [], 0):
-            raise InputError(f"{whose}: {name} {value!r} is not supported")
+    if method == "adapter":
+        facts.setdefault("non_linearity", "gelu_new")       # both libraries' default
+    hf.check_only(facts, ONLY[library, method], whose, FREE)
     r, alpha = (facts.get(name, facts.get(f"lora_{name}")) for name in ("r", "alpha"))
     if method == "lora" and not (is_whole(r, 1) and is_number(alpha, -1e9, 1e9)):
         raise InputError(f"{whose}: has no r and alpha that are numbers")

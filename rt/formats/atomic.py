@@ -34,7 +34,6 @@ def slow() -> None:
 # --- whole or not at all ----------------------------------------------------------------------------------------------
 
 def beside(folder: Path, ending: str) -> Path:
-    """NAME.ending of the folder NAME."""
     return folder.with_name(f"{folder.name}.{ending}")
 
 

@@ -110,7 +110,6 @@ def _smallest_draw(path: Path, files: list[Path]) -> int | None:
 
 def build_corpus(name: str, path: Path, tokenizer: Tokenizer, cache: Path) -> dict[str, Corpus]:
     """{'train', 'heldout'} as memory-mapped bins under `cache`, made on the first call and whenever the text or the tokenizer changes."""
-    path = Path(path)
     if not is_utf8(f"{name} {path}"):
         raise InputError(f"{path}: its name is not UTF-8, and could not be read again where it is recorded; rename it")
     files = corpus_files(path)

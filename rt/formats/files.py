@@ -84,8 +84,10 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
-def read_json(path: Path) -> dict:
-    """The JSON object in a file. InputError if there is none, or it is longer than JSON_BYTES."""
+def read_json(path: Path, missing: dict | None = None) -> dict:
+    """The JSON object in a file, `missing` if there is no such file. InputError if that is None, or the file is longer than JSON_BYTES."""
+    if missing is not None and not path.exists():
+        return missing
     try:
         with path.open("rb") as file:
             content = file.read(JSON_BYTES + 1)

@@ -125,11 +125,15 @@ def encoder_config(facts: dict, source: Path | str) -> EncoderConfig:
         max_len=positions - (0 if kind == "bert" else pad_id + 1), pad_id=pad_id, model_type=kind), source, SETTINGS)
 
 
-def check_only(facts: dict, only: dict[str, tuple], source: Path | str) -> None:
-    """InputError if a setting has another value than `only` allows; the first allowed one is its default."""
+def check_only(facts: dict, only: dict[str, tuple], source: Path | str, free: str | None = None) -> None:
+    """InputError if a setting has another value than `only` allows (the first is its default). With the pattern `free`, also if another
+    setting is on whose name does not match it."""
     for name, allowed in only.items():
         if facts.get(name, allowed[0]) not in allowed:
             raise InputError(f"{source}: {name} {facts[name]!r} is not supported, only {allowed[0]!r}")
+    for name, value in facts.items() if free else ():
+        if name not in only and not re.fullmatch(free, name) and value not in (None, False, {}, []):
+            raise InputError(f"{source}: {name} {value!r} is not supported")
 
 
 def encoder_state(weights: dict[str, Tensor], config: EncoderConfig, source: Path | str = "the weights") -> dict[str, Tensor]:
@@ -218,9 +222,8 @@ def note_ids(facts: dict, config: EncoderConfig, tokenizer: Tokenizer, folder: P
         note(f"{folder}: the model has {config.vocab_size} words, the tokenizer {tokenizer.vocab_size}")
 
 
-def import_tuned(folder: Path, base: Base, labels: tuple[str, ...] = (), task: str | None = None) -> Delta:
+def import_tuned(folder: Path, base: Base, labels: tuple[str, ...], task: str | None) -> Delta:
     """A ...ForSequenceClassification checkpoint that was tuned from `base`, as a full delta. InputError if it does not fit the base."""
-    folder = Path(folder)
     facts = read_json(folder / "config.json")
     config = replace(encoder_config(facts, folder / "config.json"), sep_id=base.encoder.config.sep_id)
     check_vocabulary(folder, base)

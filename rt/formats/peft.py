@@ -23,9 +23,8 @@ from rt.kinds import KINDS, TARGETS, DeltaConfig
 PATHS = {target: target if third is None else f"attention.self.{target}" for target, (_, third) in TARGETS.items()}     # in their layer
 ONLY = {"peft_type": ("LORA",), "task_type": ("SEQ_CLS", None), "bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
 # settings that do not change what a loaded adapter computes, or that its tensors show; any other that is set is not supported
-FREE = {"auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r", "lora_alpha", "lora_dropout",
-        "use_rslora", "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "megatron_core",
-        "runtime_config", "qalora_group_size"}
+FREE = (r"auto_mapping|peft_version|base_model_name_or_path|revision|inference_mode|r|lora_alpha|lora_dropout|use_rslora|target_modules|"
+        r"exclude_modules|modules_to_save|layers_to_transform|layers_pattern|megatron_core|runtime_config|qalora_group_size")
 WRITTEN = {"adapter_config.json", "adapter_model.safetensors", "labels.json", "base", hf.CARD}
 
 
@@ -36,10 +35,9 @@ def factor_names(layers: int, targets: Iterable[str]) -> dict[str, str]:
             for i in range(layers) for target in targets for which in "AB"}
 
 
-def import_lora(folder: Path, base: Base, labels: tuple[str, ...] = (), task: str | None = None) -> Delta:
+def import_lora(folder: Path, base: Base, labels: tuple[str, ...], task: str | None) -> Delta:
     """A PEFT LoRA adapter of a classifier on `base` as a lora delta, with `labels`, the labels that `export_peft` left beside it, or
     numbers. InputError names what is not supported or does not fit the base."""
-    folder = Path(folder)
     facts = checked_settings(folder / "adapter_config.json")
     hf.check_vocabulary(folder, base)
     weights = one_of(folder, "PEFT:", "adapter_model.safetensors", "adapter_model.bin")
@@ -77,10 +75,7 @@ def checked(config: DeltaConfig, modules: dict[str, Tensor], head: dict[str, Ten
 def checked_settings(path: Path) -> dict:
     """adapter_config.json. InputError names the first setting that is not supported."""
     facts = read_json(path)
-    hf.check_only(facts, ONLY, path)
-    for name, value in facts.items():
-        if name not in {*FREE, *ONLY} and value not in (None, False, {}, []):
-            raise InputError(f"{path}: {name} {value!r} is not supported")
+    hf.check_only(facts, ONLY, path, FREE)
     if facts.get("peft_type") != "LORA" or not is_whole(facts.get("r"), 1) or not is_number(facts.get("lora_alpha"), -1e9, 1e9):
         raise InputError(f"{path}: is not the configuration of a LoRA adapter with peft_type, r and lora_alpha")
     return facts

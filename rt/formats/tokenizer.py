@@ -151,7 +151,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         if read.is_file() and read.stat().st_size > JSON_BYTES:
             raise InputError(f"{read}: is longer than {JSON_BYTES >> 20} MB, too long for a tokenizer")
     try:
-        facts, model = (_json(path / name) for name in ("tokenizer_config.json", "config.json"))
+        facts, model = (read_json(path / name, {}) for name in ("tokenizer_config.json", "config.json"))
         if facts.get("split_special_tokens"):
             raise InputError(f"{path / 'tokenizer_config.json'}: split_special_tokens is not supported")
         name = str(facts.get("tokenizer_class") or model.get("tokenizer_class") or model.get("model_type") or "").removesuffix("Fast")
@@ -183,10 +183,6 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise
     except BaseException as error:  # tokenizers raises bare Exception for what it cannot read, or panics, which is no Exception
         raise InputError(f"{file if file.is_file() else path}: not a tokenizer file ({error})") from None
-
-
-def _json(file: Path) -> dict:
-    return read_json(file) if file.is_file() else {}
 
 
 def _from_vocabulary(folder: Path, name: str, facts: dict) -> tuple[Path, tokenizers.Tokenizer, str]:
@@ -245,8 +241,8 @@ def _words(backend: tokenizers.Tokenizer) -> list[str]:
 
 def _with_added(backend: tokenizers.Tokenizer, name: str, facts: dict, folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
     """(the tokenizer with the added tokens of all files, its special tokens by role). InputError if the files give one token two ids."""
-    own = [(token["id"], _added(token)) for token in _json(folder / "tokenizer.json").get("added_tokens", [])]
-    known, legacy = facts.get("added_tokens_decoder"), _json(folder / "special_tokens_map.json")
+    own = [(token["id"], _added(token)) for token in read_json(folder / "tokenizer.json", {}).get("added_tokens", [])]
+    known, legacy = facts.get("added_tokens_decoder"), read_json(folder / "special_tokens_map.json", {})
     legacy = legacy if known is None else {}
     extra = facts.get("extra_special_tokens") or []
     named = {**facts, **legacy, **(extra if isinstance(extra, dict) else {})}
@@ -256,7 +252,7 @@ def _with_added(backend: tokenizers.Tokenizer, name: str, facts: dict, folder: P
              *(legacy.get("extra_special_tokens") or [])]
     special = {_added(token).content for token in (*named.values(), *extra) if token}
     plain = [(i, AddedToken(token, special=token in special, normalized=token not in special))
-             for token, i in _json(folder / "added_tokens.json").items()]
+             for token, i in read_json(folder / "added_tokens.json", {}).items()]
     listed = dict([*plain, *own] if known is None else [(int(i), _added(token)) for i, token in known.items()])
     tokens = [token for _, token in own if name not in CLASSES] + [listed[i] for i in sorted(listed)]
     roles = {**dict.fromkeys(ROLES), **(CLASSES[name][1] if name in CLASSES else {}), **named}

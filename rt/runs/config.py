@@ -11,9 +11,9 @@
 
     config = parse(Config, sys.argv[1:])        # --lr 3e-4, --lr=3e-4, --flag, --no_flag, --seeds 0,1
 
-A field's comment is its help line, a comment on a line of its own a heading, the annotation the type and its limits
-(rt/limits.py); a flag without a default must be given. The fields of a nested dataclass are flags of their own names, except that its field
-`kind` is the flag named by the field that holds it (--delta).
+A field's comment is its help line, a comment on a line of its own a heading, the annotation the type and its limits (rt/limits.py); a flag
+without a default must be given. The fields of a nested dataclass are flags under their own names, except its field `kind`: that flag has
+the name of the field that holds the dataclass (--delta).
 """
 import argparse
 import difflib
@@ -35,13 +35,13 @@ from rt.runs.signals import Interrupted, handled, raise_interrupted
 
 C = TypeVar("C")        # a Config
 READER_LEFT = 141       # exit code of a process whose reader has left, as SIGPIPE gives it
-MAX_SENTENCE = 1000     # characters of an error that are shown: what it quotes from a file may be long
+MAX_SENTENCE = 1000     # characters of an error that are shown: it may quote a long text from a file
 
 
 # --- from flags to a Config --------------------------------------------------------------------------------------------
 
 class Flag(NamedTuple):
-    """One setting of a Config: `path` are the names of the fields that lead to it."""
+    """One setting of a Config; `path` holds the names of the fields that lead to it."""
     name: str
     path: tuple[str, ...]
     kind: Any
@@ -75,8 +75,8 @@ def _flags(cls: type, path: tuple[str, ...] = (), values: Any = None, comment: s
 
 
 def parse(cls: type[C], argv: list[str], words: str | None = None) -> C:
-    """`argv` (without the program's name) as an instance of the dataclass `cls`. Words without a flag are an error, or the values of
-    the field `words` (a tuple of text), which then is no flag. Raises InputError; --help prints the help and exits."""
+    """`argv` (without the program's name) as an instance of the dataclass `cls`. Words without a flag are the values of the field `words`
+    (a tuple of text), which then is no flag; without `words` they are an InputError. --help prints the help and exits."""
     flags = {flag.name: flag for flag in flags_of(cls) if flag.name != words}
     switches = {f"--{no}{name}": f"--{name}={not no}" for name, flag in flags.items() if flag.kind is bool for no in ("", "no_")}
     spelled = [re.sub("^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), argument) for argument in argv]   # --a-b as --a_b
@@ -101,7 +101,7 @@ def parse(cls: type[C], argv: list[str], words: str | None = None) -> C:
 
 
 def replace_flags(config: C, **values: Any) -> C:
-    """The config with the flags of these names set, in whatever nested dataclass each is."""
+    """The config with the flags of these names set, also those of nested dataclasses."""
     paths = {flag.name: flag.path for flag in flags_of(type(config))}
     for name, value in values.items():
         *outer, last = paths[name]
@@ -113,7 +113,7 @@ def replace_flags(config: C, **values: Any) -> C:
 
 
 def record(config: Any) -> dict:
-    """The flags and their values as plain JSON values. InputError for text that is not UTF-8, as a file's name may be."""
+    """{flag: its value} in plain JSON. InputError for text that is not UTF-8, as the name of a file may be."""
     values = {}
     for flag in flags_of(type(config)):
         value = functools.reduce(getattr, flag.path, config)
@@ -124,7 +124,7 @@ def record(config: Any) -> dict:
 
 
 def changed(config: Any) -> dict:
-    """Those of `record` that are not what they are by default."""
+    """The part of `record` that differs from the defaults."""
     return {name: value for name, value in record(config).items() if value != record(type(config)())[name]}
 
 
@@ -134,8 +134,8 @@ def _text(value: Any) -> str:
 
 
 def _parser(cls: type, words: str | None = None) -> argparse.ArgumentParser:
-    """Takes the arguments apart; `convert` makes values of their text, because argparse would put its own sentence over ours. Its help is
-    the docstring of `cls`, then every flag with its default and comment."""
+    """Splits the arguments; `convert` parses their text, because argparse would replace our error messages. Its help is the docstring of
+    `cls`, then every flag with its default and comment."""
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=inspect.cleandoc(cls.__doc__ or ""), add_help=False, allow_abbrev=False, exit_on_error=False,
         argument_default=argparse.SUPPRESS, formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=40))
@@ -162,7 +162,7 @@ def _unknown(argument: str, names: list[str]) -> InputError:
 
 def convert(name: str, text: str, kind: Any) -> Any:
     """The text of the flag `name` as a value of the annotation `kind`: bool, int, float, str, Literal, a tuple of one of them, or None.
-    InputError if it is none, or beyond the limits of an Annotated."""
+    InputError if it is not one, or beyond the limits of an Annotated."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         value = convert(name, text, inner[0])
@@ -205,7 +205,7 @@ def _type_name(kind: Any) -> str:
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`. An InputError ends the process with one sentence on stderr and exit code 2, Ctrl-C with 130, SIGTERM with 143,
-    a reader of standard output that leaves, as `head` does, with 141 and no word, and any error of one of several ranks in one sentence."""
+    a closed pipe on standard output (`head`) silently with 141, and any other error of one of several ranks with one sentence."""
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")      # None: closed by whoever started the process
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
     if hasattr(sys.stdout, "reconfigure"):
@@ -244,7 +244,7 @@ def as_flags(text: str) -> str:
 
 
 def rank_error(error: Exception) -> str:
-    """What a rank says of an error that no InputError explains."""
+    """A rank's message about an error that is no InputError."""
     if re.search(r"gloo|NCCL|TCPStore|[Cc]onnection (closed|reset)", str(error)):
         return "another rank has ended or does not answer; the cause is what that one, or torchrun, says. --resume goes on"
     place = traceback.extract_tb(error.__traceback__)[-1]
@@ -258,8 +258,8 @@ def among_ranks() -> bool:
 
 
 def end(code: int, message: str = "") -> NoReturn:
-    """Print a line on stderr and exit; one of several ranks at once, for taking the process group down could wait for ever. A stream that
-    cannot be written loses what it holds: writing it would fail again when Python ends."""
+    """Print a line on stderr and exit. One of several ranks exits at once: closing the process group could wait for ever. A stream that
+    cannot be written loses its buffer: flushing it would fail again when Python ends."""
     for stream, text in ((sys.stderr, f"{message}\n" if message else ""), (sys.stdout, "")):
         try:
             print(end=text, file=stream, flush=True)

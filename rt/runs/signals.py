@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: raised at once as an exception, or noted until the loop asks."""
+"""SIGTERM and Ctrl-C: raised at once as an exception, or kept until the loop asks."""
 import signal
 import threading
 from contextlib import contextmanager
@@ -18,8 +18,8 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def handled(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Inside, `handler` gets the signals, except those that the parent process wants ignored (nohup). Only the main thread can have
-    handlers: in others nothing changes."""
+    """Inside, `handler` gets the signals, except those that the parent process ignores (nohup). In other threads than the main one, which
+    alone can have handlers, nothing changes."""
     before = {}
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, handler) for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN}
