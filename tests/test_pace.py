@@ -110,7 +110,7 @@ def tuning(tokenizer, toy, rows, tmp_path) -> None:  # noqa: F811
 def side_by_side(tokenizer, toy, rows, tmp_path) -> None:  # noqa: F811
     model = attach(random_base(tokenizer), DeltaConfig("lora"), 2, seed=0)
     runs = [grid.SideRun(model, toy, TuneSettings(4, 16, lr, 2, seed=0), Loss()) for lr in (1e-3, 1e-2)]
-    with StepBar(4, "tuning", model.encoder.config, CPU, torch.float32, frozen=True, runs=2) as bar:
+    with StepBar(2 * 4, "tuning", model.encoder.config, CPU, torch.float32, frozen=True) as bar:
         grid.tune(runs, device=CPU, precision=torch.float32, on_step=bar.on_step, on_eval=bar.on_eval)
 
 
@@ -124,5 +124,5 @@ def test_a_bar_on_a_terminal_and_nothing_elsewhere(loop, tokenizer, toy, rows, t
     loop(tokenizer, toy, rows, tmp_path)
     *_, last, cleared, end = screen.getvalue().split("\r")
     assert not cleared.strip() and not end      # it leaves no line behind
-    for words in ("4/4 [", "<00:00", "loss ", " tok/s, MFU "):     # steps, time left, ...
+    for words in ("8/8 [" if loop is side_by_side else "4/4 [", "<00:00", "loss ", " tok/s, MFU "):     # steps, time left, ...
         assert words in last

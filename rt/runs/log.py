@@ -115,10 +115,8 @@ class StepBar:
     """The bar of a supervised loop, for rt.tune.tune's `on_step` and `on_eval`: loss, best score on dev, throughput (a step on a `frozen`
     base has less arithmetic), and time left."""
 
-    def __init__(self, steps: int, what: str, config: EncoderConfig, device: torch.device, precision: torch.dtype, frozen: bool = False,
-                 runs: int = 1):
-        self.throughput = Throughput(config, device, precision, frozen)
-        self.bar, self.runs, self.batches = progress(steps, what), runs, 0
+    def __init__(self, steps: int, what: str, config: EncoderConfig, device: torch.device, precision: torch.dtype, frozen: bool):
+        self.throughput, self.bar = Throughput(config, device, precision, frozen), progress(steps, what)
         self.skipped, self.best, self.stepped = 0, -math.inf, time.perf_counter()
 
     def __enter__(self) -> "StepBar":
@@ -130,8 +128,7 @@ class StepBar:
 
     def on_step(self, batch: Batch) -> None:
         self.throughput.count(batch)
-        self.batches += 1
-        self.bar.update(self.batches // self.runs - self.bar.n)
+        self.bar.update()
         self.stepped = time.perf_counter()
 
     def on_eval(self, row: dict) -> None:
