@@ -48,8 +48,7 @@ def atomic_folder(folder: Path, known: set[str] | None = None, needs: int | None
         for other in (part, old):
             names = unknown_names(other, known | {f"{name}.part" for name in known})
             if names := [name for name in names if not name.startswith(".tmp")]:    # which a killed safetensors leaves
-                raise InputError(f"{other} holds other things ({', '.join(names[:3])}) and would be lost when {folder} is written: "
-                                 "move it away, or give another --out")
+                raise InputError(f"{other} holds other things ({', '.join(names[:3])}) and would be lost: move it, or give another --out")
     with write_errors(folder, needs):
         folder.parent.mkdir(parents=True, exist_ok=True)
         if old.exists() and not folder.exists():

@@ -1,6 +1,5 @@
 """JSON and JSONL files of ours, written whole or not at all; what may lie in a folder that is written to. No torch here."""
 import errno
-import io
 import json
 import os
 import re
@@ -62,12 +61,6 @@ def write_errors(path: Path, needs: int | None = None, part: Path | None = None)
         why = "a file is in its way" if isinstance(error, (FileExistsError, NotADirectoryError)) else error.strerror
         place = f": {error.filename}" if error.filename and str(error.filename) != str(path) else ""
         raise InputError(f"{path}: cannot be made ({why}{place}); make room for it, or give another place") from None
-
-
-def write_all(file: io.RawIOBase, content: bytes) -> None:
-    """Write to an unbuffered file. OSError if not all of it fits: `write` itself writes less without an error when a disk fills up."""
-    if file.write(content) < len(content):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def write_whole(path: Path, text: str) -> None:

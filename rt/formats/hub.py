@@ -38,8 +38,7 @@ def open_base(name: str) -> Base:
     for file, load in (("meta.json", load_base), ("config.json", load_hf)):
         if (path / file).is_file():
             return load(path)
-    raise InputError(f"{name}: no base there; expected a folder with meta.json (ours) or config.json (Hugging Face), or a "
-                     "hub id such as FacebookAI/roberta-base")
+    raise InputError(f"{name}: no base there; expected a hub id, or a folder with meta.json (ours) or config.json (Hugging Face)")
 
 
 def open_delta(name: str, base: Base, labels: tuple[str, ...] = (), task: str | None = None) -> Delta:

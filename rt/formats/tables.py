@@ -124,8 +124,7 @@ def _split(path: Path, source: Iterator[tuple[str, str]], delimiter: str) -> Ite
         for place, line in source:
             held += len(line)
             if held > LINE_BYTES:
-                raise InputError(f"{place}: a row that ends here or later is longer than {LINE_BYTES >> 20} MB; is there a quote that is "
-                                 "never closed?")
+                raise InputError(f"{place}: a row up to here is longer than {LINE_BYTES >> 20} MB; is there a quote that is never closed?")
             if style == UNQUOTED and re.search(r'(?:^|\t)"', line):
                 note(f"{path}: quotes around fields are read as characters of the text, as in GLUE's files")
             yield line + "\n"

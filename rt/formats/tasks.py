@@ -149,8 +149,7 @@ def _check_one_type(examples: list[Example]) -> None:
     typed = {type(e.label): e for e in reversed(examples) if not UNTYPED.search(e.source)}   # the first of each
     name, number = typed.get(str), typed.get(int)
     if name and number:
-        raise InputError(f"{name.source}: label {name.label!r} is a string, but the one of {number.source} is a number ({number.label}): "
-                         "write all of them as one or the other")
+        raise InputError(f"{name.source}: label {name.label!r} is a string, but the one of {number.source} is a number: write all alike")
 
 
 def _with_float(e: Example) -> Example:

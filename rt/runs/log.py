@@ -1,4 +1,5 @@
 """A run's metrics.jsonl and TensorBoard events, its progress bar, and tables."""
+import errno
 import json
 import math
 import multiprocessing
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from rt.data import Task
 from rt.errors import InputError
-from rt.formats.files import EVENTS, read_rows, write_all, write_errors, write_whole
+from rt.formats.files import EVENTS, read_rows, write_errors, write_whole
 from rt.formats.untrusted import is_number
 from rt.model import Batch, EncoderConfig
 from rt.speed.throughput import Throughput
@@ -43,7 +44,8 @@ class Log:
         if self.file:
             line = (json.dumps(values) + "\n").encode()
             with write_errors(self.path, len(line)):
-                write_all(self.file, line)
+                if self.file.write(line) < len(line):       # no error: a disk that fills up takes only a part
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 if self.events:
                     self.events.row(values)
 

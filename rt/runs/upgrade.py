@@ -145,8 +145,7 @@ def go_on_from(c: Any, folder: Path, base: Base) -> tuple[MaskedLM, str, Path | 
     if c.recipe.schedule.schedule == "infinite" and "trunk" in base.meta:
         moments = folder.parent / base.meta["trunk"]
         if moments.parent != folder.parent or not (moments / "optim.pt").is_file():
-            raise InputError(f"{folder} was annealed from {moments}, which is gone, and an infinite schedule goes on from that: restore "
-                             "it, or give another --schedule")
+            raise InputError(f"{folder} was annealed from {moments}, which is gone: restore it to go on, or give another --schedule")
         base = load_base(moments)
     model = MaskedLM(base.encoder, base.head or new_masked_lm(base.encoder.config, c.seed).head)
     set_dropout(model, c.dropout)

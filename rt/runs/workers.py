@@ -76,8 +76,7 @@ def _received(pipe: Connection, busy: dict[Connection, multiprocessing.Process],
                 busy.pop(pipe).join()
     except (EOFError, OSError):
         busy[pipe].join()
-        raise InputError(f"a worker process was killed (exit code {busy[pipe].exitcode}), perhaps for want of memory: "
-                         "lower `workers`") from None
+        raise InputError(f"a worker was killed (exit code {busy[pipe].exitcode}), perhaps for lack of memory: lower `workers`") from None
     if error is not None:
         raise error
     if value is not None:
