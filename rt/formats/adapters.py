@@ -35,8 +35,7 @@ RENAMED = ((r"\.(?:loras\.[^.]+|lora)\.lora_([AB])$", r".lora_\1.weight"),
 
 
 def import_adapter(folder: Path, base: Base, labels: tuple[str, ...], task: str | None) -> Delta:
-    """An adapter of a classifier on `base` as a delta, with `labels`, the labels in its files, or numbers. InputError names the library and
-    what is not supported or does not fit the base."""
+    """An adapter of a classifier on `base` as a delta. Labels: `labels`, its own, or numbers. InputError names what does not fit."""
     hub = (folder / "adapter_config.json").is_file()
     library, path = ("AdapterHub", folder / "adapter_config.json") if hub else ("OpenDelta", folder / "config.json")
     facts = settings(path, library)

@@ -70,8 +70,7 @@ def check_encoder(config: EncoderConfig, source: Path | str, names: dict[str, st
 
 def save_base(folder: Path, model: MaskedLM, tokenizer: Tokenizer, meta: dict, optimizer: torch.optim.Optimizer | None = None,
               recipe: dict = {}) -> str:
-    """Write a checkpoint, with `meta` in its meta.json and the `recipe`'s state in optim.pt; returns the fingerprint. InputError if the
-    disk is full: the old folder stays."""
+    """Write a checkpoint, with `meta` in meta.json and the state of the `recipe` in optim.pt. Returns the fingerprint."""
     mark = fingerprint(model.encoder)
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     state = optimizer.state_dict() if optimizer is not None else {"state": {}}
@@ -185,8 +184,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_torch(path: Path) -> Any:
-    """What torch.save wrote: tensors, numbers, texts, lists and dicts. InputError for anything else, for a pickle that would run code, and
-    for tensors or compressed parts that are larger than the file."""
+    """Tensors, numbers, texts, lists and dicts that torch.save wrote. InputError for anything else, and for parts larger than the file."""
     with reading(path, "weights-only PyTorch file"):
         with path.open("rb") as file:
             is_zip, size = file.read(2) == b"PK", path.stat().st_size

@@ -22,8 +22,7 @@ FILES = {"delta.safetensors", "delta.json", *OF_THE_RUN, FIGURES}
 
 @contextmanager
 def delta_folder(folder: Path, needs: int) -> Iterator[Path]:
-    """A folder to write a delta of about `needs` bytes into; it then takes the place of `folder` and keeps the figures there. InputError if
-    `folder` holds anything but a delta."""
+    """`atomic_folder` for a delta of about `needs` bytes; figures stay. InputError if `folder` holds anything but a delta."""
     with atomic_folder(folder, FILES, needs) as new:
         yield new
         if (folder / FIGURES).is_dir():

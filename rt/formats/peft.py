@@ -36,8 +36,7 @@ def factor_names(layers: int, targets: Iterable[str]) -> dict[str, str]:
 
 
 def import_lora(folder: Path, base: Base, labels: tuple[str, ...], task: str | None) -> Delta:
-    """A PEFT LoRA adapter of a classifier on `base` as a lora delta, with `labels`, the labels that `export_peft` left beside it, or
-    numbers. InputError names what is not supported or does not fit the base."""
+    """A PEFT LoRA adapter of a classifier on `base` as a delta. Labels: `labels`, its own, or numbers. InputError if it does not fit."""
     facts = checked_settings(folder / "adapter_config.json")
     hf.check_vocabulary(folder, base)
     weights = one_of(folder, "PEFT:", "adapter_model.safetensors", "adapter_model.bin")

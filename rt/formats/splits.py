@@ -1,6 +1,5 @@
-"""Finds the files of a task or a corpus by the names of splits, shards and configs that the Hugging Face hub, GLUE and SuperGLUE use:
-train.jsonl, Validation.csv, dev_matched.tsv, data/train-00000-of-00003.parquet, CONFIG/test-00000-of-00001.parquet,
-CONFIG/validation/0000.parquet. Names that begin with . or _ are no data."""
+"""Finds the files of a task or a corpus by the names that the Hugging Face hub, GLUE and SuperGLUE use: train.jsonl, Validation.csv,
+dev_matched.tsv, data/train-00000-of-00003.parquet, CONFIG/validation/0000.parquet. Names that begin with . or _ are no data."""
 import re
 from pathlib import Path, PurePath
 from typing import Iterable, NamedTuple

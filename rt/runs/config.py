@@ -134,8 +134,7 @@ def _text(value: Any) -> str:
 
 
 def _parser(cls: type, words: str | None = None) -> argparse.ArgumentParser:
-    """Splits the arguments; `convert` parses their text, because argparse would replace our error messages. Its help is the docstring of
-    `cls`, then every flag with its default and comment."""
+    """Splits arguments and prints the help. `convert` parses the values, because argparse would replace our error messages."""
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=inspect.cleandoc(cls.__doc__ or ""), add_help=False, allow_abbrev=False, exit_on_error=False,
         argument_default=argparse.SUPPRESS, formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=40))
@@ -161,8 +160,8 @@ def _unknown(argument: str, names: list[str]) -> InputError:
 
 
 def convert(name: str, text: str, kind: Any) -> Any:
-    """The text of the flag `name` as a value of the annotation `kind`: bool, int, float, str, Literal, a tuple of one of them, or None.
-    InputError if it is not one, or beyond the limits of an Annotated."""
+    """The text of the flag `name` as a value of the annotation `kind`: Literal, bool, int, float, str, a tuple of one, or None. InputError
+    if it is not one, or beyond the limits of an Annotated."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         value = convert(name, text, inner[0])

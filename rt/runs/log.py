@@ -56,8 +56,8 @@ class Log:
 
 
 class Events:
-    """The numbers of rows as scalars for TensorBoard; steps are counted over all stages. Each process writes a file of its own, which
-    cancels what older files hold after the rows that are `kept`."""
+    """The numbers of rows as scalars for TensorBoard, with steps counted over all stages. Each process writes its own file, which cancels
+    what older files hold after the rows that are `kept`."""
 
     def __init__(self, folder: Path, kept: list[dict]):
         self.event, record = load_tensorboard()
@@ -114,8 +114,7 @@ def progress(total: int, what: str, start: int = 0, unit: str = "step") -> tqdm:
 
 
 class StepBar:
-    """The bar of a supervised loop, for rt.tune.tune's `on_step` and `on_eval`: loss, best score on dev, throughput (a step on a `frozen`
-    base has less arithmetic), and time left."""
+    """The bar of a supervised loop, for rt.tune.tune's `on_step` and `on_eval`. A step on a `frozen` base has less arithmetic."""
 
     def __init__(self, steps: int, what: str, config: EncoderConfig, device: torch.device, precision: torch.dtype, frozen: bool):
         self.throughput, self.bar = Throughput(config, device, precision, frozen), progress(steps, what)

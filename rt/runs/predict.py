@@ -77,7 +77,7 @@ def open_tuned(c: Any, labels: tuple[str, ...] = ()) -> tuple[Base, Delta, Class
 
 def answers(model: Classifier, examples: Iterable[Example], labels: tuple[str, ...], tokenizer: Tokenizer, max_len: int,
             device: torch.device, precision: torch.dtype) -> Iterator[tuple[list[dict], int]]:
-    """For each chunk its answers in order, and how many of its texts were cut to `max_len` tokens. An answer is the text with its label and
+    """For each chunk its answers in order, and the number of texts cut to `max_len` tokens. An answer is the text with its label and
     probabilities, or without `labels` with the value of a regression."""
     for chunk in chunks(examples):
         encoded, rows = encode(chunk, (), tokenizer, max_len), []
@@ -124,8 +124,7 @@ def check_out(out: Path, source: Path) -> None:
 
 
 def write_answers(answered: Iterable[tuple[list[dict], int]], out: Path | None, source: Path) -> tuple[int, int]:
-    """Write JSONL to `out`, opened with the first answers, or to standard output, flushed chunk by chunk. Returns the numbers of texts that
-    were answered and cut. InputError if the place cannot be written."""
+    """Write JSONL to `out`, opened with the first answers, or to standard output; returns how many texts were answered and how many cut."""
     file, count, truncated, total = None, 0, 0, 0
     has_lines = source is not STDIN and source.is_file() and source.suffix not in (".gz", ".xz", ".parquet")
     if has_lines and sys.stderr.isatty():       # for the bar alone

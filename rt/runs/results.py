@@ -55,8 +55,7 @@ class Run:
 
     @cached_property
     def settings(self) -> dict:
-        """The flags that the run depends on, without its seed and learning rate. A direct run of a chain has the settings of a call with
-        this --base and no --chain, which is the same run."""
+        """The flags that the run depends on, without seed and learning rate. A direct run in a chain equals one without --chain."""
         values = record(self.c if self.route == "chain" else replace(self.c, chain=()))
         off = {name for name in ("chain", "early_stop", "gamma", "itp", "project_patience") if not values[name]}
         off |= {flag.name for flag in flags_of(type(self.c)) if flag.path[0] in LATER and values[flag.name] == flag.default}
@@ -85,8 +84,8 @@ def unread(config: type, mode: str) -> set[str]:
 
 def origin_of(r: Recycling, sources: Iterable[tuple[Delta, TaskData | None]] = (), pairs: Sequence[Pair] = (),
               content: str = "") -> list[str]:
-    """Hashes of what settings name by path: old base, new base, old delta (with `sources`: source deltas and their tasks, other old deltas;
-    a map's text; and the `content` of other teachers), task."""
+    """Hashes of what settings name by path: old base, new base, old delta (with source deltas and their tasks, other old deltas, a map's
+    texts, and the `content` of other teachers), task."""
     digest = hashlib.sha256(content.encode())
     for delta, data in (*([(r.old_delta, None)] if r.old_delta else []), *sources):
         for part in (delta.diffs, delta.modules, delta.head):
@@ -162,8 +161,7 @@ def write_summary(c: Any, out: Path, runs: list[Run]) -> list[dict]:
 
 
 def comparable(rows: list[dict], more: set[str]) -> list[list[dict]]:
-    """The rows in groups that share a baseline of scratch: with equal settings and origin, except for what scratch does not read, which is
-    the old delta, the chain and `more`."""
+    """The rows in groups that have one baseline of scratch, which reads neither the old delta nor the flags `chain` and `more`."""
     def baseline(row: dict) -> list:
         origin = row.get("origin", [])
         return [origin[:2], origin[3:], {k: v for k, v in row["settings"].items() if k not in more | {"chain"}}]

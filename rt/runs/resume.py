@@ -47,8 +47,7 @@ KEPT = 2        # resumable checkpoints: if the newest turns out to be damaged, 
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 def has_work(out: Path, settings: dict, resume: bool) -> bool:
-    """Whether a run with these settings can begin or go on in `out`; False if it is complete. InputError if it would overwrite something
-    or go on with other settings."""
+    """False if the run in `out` is complete. InputError if a run with these `settings` would overwrite something or continue another."""
     if not (out / "config.json").exists():
         if unknown_names(out, {FIGURES, "config.json"}):
             raise InputError(f"{out} holds other things than a stream of bases: give another --out")
@@ -141,7 +140,7 @@ def table_of(out: Path) -> str:
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 class PretrainRun:
-    """What one command of pre-training reads and writes in `out`: a lock, rows, snapshots, resumable checkpoints and bases. It also handles
+    """What one command of pre-training reads and writes in `out`: lock, rows, snapshots, resumable checkpoints and bases. It also handles
     SIGTERM, Ctrl-C and `stop_after`. All ranks call everything; rank 0 writes."""
 
     def __init__(self, out: Path, ranks: Ranks, settings: dict, *, resume: bool, snapshots: int, save_every: int, log_every: int,
@@ -235,8 +234,7 @@ class PretrainRun:
         return stops
 
     def write_rows(self) -> None:
-        """Log the steps that wait; their numbers leave the device in one copy. A number that is not finite becomes None, since JSON cannot
-        hold it; such a step was skipped."""
+        """Log the waiting steps, whose numbers leave the device in one copy. A number that is not finite becomes None: a skipped step."""
         for (step, lr, _), pair in zip(self.waiting, torch.stack([pair for *_, pair in self.waiting]).tolist()):
             loss, norm = (x if math.isfinite(x) else None for x in pair)
             skipped = {"skipped": True} if None in (loss, norm) else {}
@@ -254,8 +252,8 @@ class PretrainRun:
         self.waiting.clear()
 
     def save(self, folder: Path, optimizer: torch.optim.Optimizer | None = None, **more: Any) -> str | None:
-        """Rank 0 writes the model, with `more` in its meta.json, after the rows before it; returns its fingerprint. With the optimizer it
-        is a resumable checkpoint, and all but the KEPT newest are removed."""
+        """Rank 0 writes the model, with `more` in meta.json, and returns its fingerprint. With the optimizer it is a resumable checkpoint,
+        of which only the KEPT newest stay."""
         if not self.ranks.is_main:
             return None
         self.log.sync()

@@ -18,8 +18,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def handled(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Inside, `handler` gets the signals, except those that the parent process ignores (nohup). In other threads than the main one, which
-    alone can have handlers, nothing changes."""
+    """Inside, `handler` gets the signals, except those that the parent process ignores (nohup). Only the main thread can have handlers."""
     before = {}
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, handler) for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN}

@@ -24,16 +24,14 @@ def old_names(text: str | None) -> list[str]:
 
 
 def open_old(text: str, base: Base, labels: tuple[str, ...], how: str) -> tuple[list[Delta], Delta, Delta | None]:
-    """(the old deltas, the one that teaches, all merged). The first delta with the task's labels teaches, or else the first. The third is
-    None for a single delta; of several, merge_on_dev later chooses some."""
+    """(the old deltas, the one that teaches: the first with the task's labels, or else the first; several merged, or None)."""
     olds = [open_best(name, base).ordered(labels) for name in old_names(text)]
     merged = combine(olds, [1 / len(olds)] * len(olds), how, labels) if len(olds) > 1 else None
     return olds, next((delta for delta in olds if delta.labels == labels), olds[0]), merged
 
 
 def merge_on_dev(r: Recycling, deltas: list[Delta], how: str) -> tuple[Delta, dict]:
-    """(several deltas merged into one, facts for the run's record): the mean or TIES of the subset whose `apply` is best on dev. If `apply`
-    needs a fresh head, its scores mean nothing, and all are merged."""
+    """(deltas merged into one, facts for the run's record): the subset whose `apply` is best on dev; all if the head is fresh."""
     choices, found = sorted([*itertools.product((0.0, 1.0), repeat=len(deltas))][1:], key=sum, reverse=True), []
     if r.head == "fresh" and r.data.labels not in [delta.labels for delta in deltas]:
         choices = choices[:1]

@@ -139,8 +139,7 @@ def start_recipe(c: Any, model: MaskedLM, rows: Rows, corpora: list[Corpus], tok
 
 
 def go_on_from(c: Any, folder: Path, base: Base) -> tuple[MaskedLM, str, Path | None]:
-    """(model, its fingerprint, folder of the optimizer's state) from which to continue the base in `folder`: the base itself, or with an
-    infinite schedule its weights before annealing."""
+    """(model, its fingerprint, folder of the optimizer's state) to go on from: `base`, or before an infinite schedule annealed it."""
     moments = None
     if c.recipe.schedule.schedule == "infinite" and "trunk" in base.meta:
         moments = folder.parent / base.meta["trunk"]
