@@ -27,6 +27,7 @@ HUB_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "vocab.js
              "model.safetensors.index.json"]
 # downloaded if there are no safetensors
 BIN_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin", "pytorch_adapter.bin"]
+HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 SECONDS = 10    # timeout of the hub's first answer
 CONVERTED = "refs/convert/parquet"      # the branch on which the hub itself keeps data sets as CONFIG/SPLIT/0000.parquet
 NAMING = "python -m rt.runs.convert import --tuned ... --base ... --labels names,in,the,order,of,its,outputs"
@@ -63,8 +64,7 @@ def place_of_delta(base: str, task: str, kind: str, more: str = "", seed: int = 
 def is_hub_id(name: str) -> bool:
     """Whether the network may be asked for `name`; see above."""
     path = Path(name)
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not (
-        path.exists() or path.parent.exists() or path.parts[0] == "runs")
+    return bool(re.fullmatch(HUB_ID, name)) and not (path.exists() or path.parent.exists() or path.parts[0] == "runs")
 
 
 def find(name: str) -> Path:
@@ -101,7 +101,7 @@ def find_dataset(name: str) -> tuple[Path, str]:
     """hub:OWNER/NAME[/CONFIG] in the local cache, downloaded if it is not there yet: (folder, words for the user). The repository's parquet
     files come first, then the hub's own conversion to parquet, then other tables. CONFIG is the name of their folder; one without a train
     split is a corpus. InputError also if there are several configs and none is named."""
-    parsed = re.fullmatch(r"hub:([\w-][\w.-]*/[\w-][\w.-]*)(?:/([\w-].*))?", name)
+    parsed = re.fullmatch(rf"hub:({HUB_ID})(?:/([\w-].*))?", name)
     if parsed is None:
         raise InputError(f"{name}: a data set of the hub is hub:OWNER/NAME or hub:OWNER/NAME/CONFIG")
     from huggingface_hub import HfApi, snapshot_download

@@ -35,7 +35,6 @@ class NoTokenizer(InputError):
 
 class Tokenizer:
     """Text to ids without special tokens, and back. InputError if a special token is missing."""
-
     def __init__(self, backend: tokenizers.Tokenizer, source: str = "tokenizer"):
         backend.no_padding()
         backend.no_truncation()

@@ -27,7 +27,6 @@ SHOWN = 10      # labels of a task that are named; the others are counted
 class Log:
     """metrics.jsonl (or `name`) of a run's folder, a row a line. `keep` tells which old rows stay on resuming; by default none. Of several
     ranks one `writes`. With `tensorboard`, Events get every row, too. InputError if the file cannot be written."""
-
     def __init__(self, folder: Path, keep: Callable[[dict], bool] | None = None, writes: bool = True, name: str = "metrics.jsonl",
                  tensorboard: bool = False):
         self.file, self.events, self.path = None, None, Path(folder) / name
@@ -35,7 +34,6 @@ class Log:
             return
         kept = [row for row in read_rows(self.path) if keep(row)] if keep else []
         with write_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
             self.file = self.path.open("ab", buffering=0)       # a row is one write: a killed process leaves all of it or none
             self.events = Events(self.path.parent / EVENTS, kept) if tensorboard else None
@@ -58,7 +56,6 @@ class Log:
 class Events:
     """The numbers of rows as scalars for TensorBoard, with steps counted over all stages. Each process writes its own file, which cancels
     what older files hold after the rows that are `kept`."""
-
     def __init__(self, folder: Path, kept: list[dict]):
         self.event, record = load_tensorboard()
         self.stage, self.before, self.step = None, 0, 0
@@ -115,7 +112,6 @@ def progress(total: int, what: str, start: int = 0, unit: str = "step") -> tqdm:
 
 class StepBar:
     """The bar of a supervised loop, for rt.tune.tune's `on_step` and `on_eval`. A step on a `frozen` base has less arithmetic."""
-
     def __init__(self, steps: int, what: str, config: EncoderConfig, device: torch.device, precision: torch.dtype, frozen: bool):
         self.throughput, self.bar = Throughput(config, device, precision, frozen), progress(steps, what)
         self.skipped, self.best, self.stepped = 0, -math.inf, time.perf_counter()

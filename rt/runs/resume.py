@@ -142,7 +142,6 @@ def table_of(out: Path) -> str:
 class PretrainRun:
     """What one command of pre-training reads and writes in `out`: lock, rows, snapshots, resumable checkpoints and bases. It also handles
     SIGTERM, Ctrl-C and `stop_after`. All ranks call everything; rank 0 writes."""
-
     def __init__(self, out: Path, ranks: Ranks, settings: dict, *, resume: bool, snapshots: int, save_every: int, log_every: int,
                  stop_after: int | None, tensorboard: bool = False):
         self.out, self.ranks, self.settings, self.resume = out, ranks, settings, resume

@@ -10,7 +10,6 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 class Interrupted(KeyboardInterrupt):
     """A signal has asked for the end; rt.runs.config.run prints the sentence and exits with `code`."""
-
     def __init__(self, number: int, sentence: str = "what was finished is kept"):
         super().__init__(f"{'interrupted' if number == signal.SIGINT else 'terminated'}: {sentence}")
         self.code = 128 + number
