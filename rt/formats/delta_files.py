@@ -21,12 +21,13 @@ FILES = {"delta.safetensors", "delta.json", *OF_THE_RUN, FIGURES}
 
 
 @contextmanager
-def delta_folder(folder: Path, needs: int) -> Iterator[Path]:
-    """`atomic_folder` for a delta of about `needs` bytes; figures stay. InputError if `folder` holds anything but a delta."""
+def delta_folder(folder: Path, needs: int, kept: tuple[str, ...] = (FIGURES,)) -> Iterator[Path]:
+    """`atomic_folder` for a delta of about `needs` bytes; what is `kept` stays. InputError if `folder` holds anything but a delta."""
     with atomic_folder(folder, FILES, needs) as new:
         yield new
-        if (folder / FIGURES).is_dir():
-            shutil.copytree(folder / FIGURES, new / FIGURES)
+        for old in (Path(folder) / name for name in kept):
+            if old.exists():
+                (shutil.copytree if old.is_dir() else shutil.copy2)(old, new / old.name)
 
 
 def seq_len_of(delta: Delta) -> int | None:
@@ -37,22 +38,18 @@ def seq_len_of(delta: Delta) -> int | None:
 
 
 def nbytes(delta: Delta) -> int:
-    return sum(x.nbytes for part in PARTS for x in getattr(delta, part).values())
+    return sum(x.nbytes for x in delta.tensors().values())
 
 
 def save_delta(folder: Path, delta: Delta) -> None:
     """Write a delta in place of an older one, whose run's files and figures stay. InputError if `folder` holds anything else."""
-    with delta_folder(folder, nbytes(delta)) as new:
+    with delta_folder(folder, nbytes(delta), (FIGURES, *OF_THE_RUN)) as new:
         write_delta(new, delta)
-        for file in (Path(folder) / name for name in OF_THE_RUN):
-            if file.exists():
-                (shutil.copytree if file.is_dir() else shutil.copy2)(file, new / file.name)
 
 
 def write_delta(folder: Path, delta: Delta) -> None:
     """delta.safetensors and, with its hash, delta.json into a folder that is being made."""
-    tensors = {f"{part}.{k}": v.contiguous() for part in PARTS for k, v in getattr(delta, part).items()}
-    safetensors.torch.save_file(tensors, folder / "delta.safetensors")
+    safetensors.torch.save_file({name: v.contiguous() for name, v in delta.tensors().items()}, folder / "delta.safetensors")
     facts = {"format": "rt-delta-1", **asdict(delta.config), "info": delta.info, "versions": versions()}
     seal(folder, "delta.json", facts, ["delta.safetensors"])
 
