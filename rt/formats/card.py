@@ -37,7 +37,7 @@ def card(out: str, source: str, base: Base, delta: Delta | None = None, is_adapt
     columns = [*dict.fromkeys(k for found in scores.values() for k in found)]
     table = [["", *columns], ["---"] * (1 + len(columns)),
              *([f"{code(data)}, {part}", *(found.get(k, "") for k in columns)] for (data, part), found in scores.items())]
-    place = quoted(name if not is_adapter else f"{name}/base" if is_ours else local(source))     # export_peft puts a base of ours beside
+    place = quoted(name if not is_adapter else f"{name}/base" if is_ours else local(source))     # export_peft writes our bases to /base
     count = f", num_labels={delta.num_outputs}" if is_adapter and not is_ours else ""
     load = [f"from transformers import {auto}, AutoTokenizer", "from peft import PeftModel" * is_adapter,
             f"model = {auto}.from_pretrained({place}{count})", f"model = PeftModel.from_pretrained(model, {quoted(name)})" * is_adapter,

@@ -6,7 +6,7 @@
                         and the sha256 of the files beside it and of itself, checked on loading
     optim.pt            optimizer state, only where training can go on from here; loaded weights-only
 
-The fingerprint is a hash of the encoder's content: a delta carries that of the base it was learned on.
+The fingerprint is a hash of the encoder's content; a delta carries the fingerprint of its base.
 """
 import hashlib
 import platform
@@ -66,7 +66,7 @@ def check_encoder(config: EncoderConfig, source: Path | str, names: dict[str, st
     return config
 
 
-# --- checkpoints of ours ----------------------------------------------------------------------------------------------
+# --- our checkpoints --------------------------------------------------------------------------------------------------
 
 def save_base(folder: Path, model: MaskedLM, tokenizer: Tokenizer, meta: dict, optimizer: torch.optim.Optimizer | None = None,
               recipe: dict = {}) -> str:

@@ -1,4 +1,4 @@
-"""JSON and JSONL files of ours, written whole or not at all; what may lie in a folder that is written to. No torch here."""
+"""Our JSON and JSONL files, written whole or not at all, and checks of folders before they are written to. No torch here."""
 import errno
 import json
 import os

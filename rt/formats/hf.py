@@ -23,9 +23,9 @@ from rt.formats.untrusted import check_label, is_whole
 from rt.kinds import DeltaConfig
 from rt.model import Encoder, EncoderConfig, MLMHead
 
-Names = Iterable[tuple[str, tuple[str, ...]]]       # (a tensor of ours, the tensors of theirs that it joins)
+Names = Iterable[tuple[str, tuple[str, ...]]]       # (our tensor, the tensors of theirs that it joins)
 CLASSES = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert", "bert": "Bert"}
-# the settings of a config.json: ours -> theirs, and the defaults of those that may be missing
+# the settings of a config.json (ours -> theirs), and the defaults of optional ones
 SETTINGS = {"vocab_size": "vocab_size", "hidden_size": "hidden_size", "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
             "ffn_size": "intermediate_size", "dropout": "hidden_dropout_prob", "attention_dropout": "attention_probs_dropout_prob",
             "layer_norm_eps": "layer_norm_eps"}

@@ -80,7 +80,7 @@ class Tokenizer:
     def encode(self, texts: list[str]) -> list[list[int]]:
         try:
             return [e.ids for e in self.backend.encode_batch(texts, add_special_tokens=False)]
-        except Exception as error:      # tokenizers raises bare Exception, as for an unknown word if there is no token for those
+        except Exception as error:      # tokenizers raises a bare Exception, for example for an unknown word without an unknown token
             raise InputError(f"{self.source}: the tokenizer cannot encode a text ({error})") from None
 
     def decode(self, ids: list[int]) -> str:
