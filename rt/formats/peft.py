@@ -123,7 +123,7 @@ def layers_of(base: Base, factors: dict[str, Tensor], r: int, source: Path) -> t
     names = factor_names(layers, TARGETS)
     strange = next((name for name in factors if name not in names), None)
     if strange or not factors:
-        raise InputError(f"{source}: has {strange or 'no factors at all'}; each of {layers} layers can have: {', '.join(PATHS.values())}")
+        raise InputError(f"{source}: has {strange or 'no factors at all'}; targets in {layers} layers can be {', '.join(PATHS.values())}")
     targets = tuple(target for target in TARGETS if factor_names(layers, [target]).keys() & factors.keys())
     if len(factors) < len(factor_names(layers, targets)):
         raise InputError(f"{source}: only some of the {layers} layers have factors for {', '.join(targets)}; what is supported is all")

@@ -27,7 +27,7 @@ import traceback
 import types
 import typing
 from dataclasses import MISSING, fields, is_dataclass, replace
-from typing import Annotated, Any, Callable, Iterator, NamedTuple, NoReturn, TypeVar
+from typing import Annotated, Any, Callable, NamedTuple, NoReturn, TypeVar
 
 from rt.errors import InputError
 from rt.formats.untrusted import is_utf8
@@ -52,26 +52,23 @@ class Flag(NamedTuple):
 
 @functools.cache
 def flags_of(cls: type) -> tuple[Flag, ...]:
-    """The flags of a dataclass and those nested in it."""
-    return tuple(_flags(cls))
-
-
-def _flags(cls: type, path: tuple[str, ...] = (), values: Any = None, comment: str = "", heading: str | None = None) -> Iterator[Flag]:
-    """`values` is the nested default that the field at `path` holds, `comment` the one beside it, `heading` the one above it."""
-    source, hints = inspect.getsource(cls), typing.get_type_hints(cls, include_extras=True)
+    """The flags of a dataclass and of the dataclasses that its fields hold."""
+    source, hints, flags = inspect.getsource(cls), typing.get_type_hints(cls, include_extras=True), []
     comments = dict(re.findall(r"^    (\w+):[^#\n]*?#\s*(.*)$", source, re.M))
     headings = {name: text for text, name in re.findall(r"^    # (.*)\n    (\w+):", source, re.M)}
     for field in fields(cls):
-        here, help = (*path, field.name), comments.get(field.name, "")
+        name, help, heading = field.name, comments.get(field.name, ""), headings.get(field.name)
         default = field.default if field.default_factory is MISSING else field.default_factory()
-        value = default if values is None else getattr(values, field.name)
-        heading = heading or headings.get(field.name)
-        if is_dataclass(value):
-            yield from _flags(type(value), here, value, help, heading)
-        else:
-            name, help = (path[-1], comment or help) if path and field.name == "kind" else (field.name, help)
-            yield Flag(name, here, hints[field.name], value, help, heading)
-        heading = None
+        if not is_dataclass(default):
+            flags.append(Flag(name, (name,), hints[name], default, help, heading))
+            continue
+        for inner in flags_of(type(default)):
+            if inner.path == ("kind",):
+                inner = inner._replace(name=name, help=help or inner.help)
+            flags.append(inner._replace(path=(name, *inner.path), default=functools.reduce(getattr, inner.path, default),
+                                        heading=heading or inner.heading))
+            heading = None      # only above the first
+    return tuple(flags)
 
 
 def parse(cls: type[C], argv: list[str], words: str | None = None) -> C:
