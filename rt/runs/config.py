@@ -17,7 +17,6 @@ the name of the field that holds the dataclass (--delta).
 """
 import argparse
 import difflib
-import errno
 import functools
 import inspect
 import os
@@ -30,6 +29,7 @@ from dataclasses import MISSING, fields, is_dataclass, replace
 from typing import Annotated, Any, Callable, NamedTuple, NoReturn, TypeVar
 
 from rt.errors import InputError
+from rt.formats.files import is_full
 from rt.formats.untrusted import is_utf8
 from rt.runs.signals import Interrupted, handled, raise_interrupted
 
@@ -221,7 +221,7 @@ def run(main: Callable[[], None]) -> None:
     except BrokenPipeError:
         end(READER_LEFT)
     except Exception as error:
-        if isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.filename is None and is_full(error):
             end(2, f"error: standard output: cannot be written ({error.strerror})")
         if not among_ranks():
             raise
