@@ -1,5 +1,4 @@
-"""The model card (README.md) of an exported folder, with what the records of a base and a delta say. Its header, model-index included,
-has the form of github.com/huggingface/hub-docs, modelcard.md."""
+"""The model card (README.md) of an exported folder; its header has the form of github.com/huggingface/hub-docs, modelcard.md."""
 import json
 import re
 import shlex

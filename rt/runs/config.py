@@ -157,8 +157,7 @@ def _unknown(argument: str, names: list[str]) -> InputError:
 
 
 def convert(name: str, text: str, kind: Any) -> Any:
-    """The text of the flag `name` as a value of the annotation `kind`: Literal, bool, int, float, str, a tuple of one, or None. InputError
-    if it is not one, or beyond the limits of an Annotated."""
+    """The text of the flag `name` as a value of the annotation `kind`. InputError if it is none, or beyond the limits of an Annotated."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         value = convert(name, text, inner[0])

@@ -54,8 +54,7 @@ class Log:
 
 
 class Events:
-    """The numbers of rows as scalars for TensorBoard, with steps counted over all stages. Each process writes its own file, which cancels
-    what older files hold after the rows that are `kept`."""
+    """Numbers of rows as TensorBoard scalars, with steps counted over all stages. A new file voids rows after `kept` in older files."""
     def __init__(self, folder: Path, kept: list[dict]):
         self.event, record = load_tensorboard()
         self.stage, self.before, self.step = None, 0, 0

@@ -84,8 +84,7 @@ def unread(config: type, mode: str) -> set[str]:
 
 def origin_of(r: Recycling, sources: Iterable[tuple[Delta, TaskData | None]] = (), pairs: Sequence[Pair] = (),
               content: str = "") -> list[str]:
-    """Hashes of what settings name by path: old base, new base, old delta (with source deltas and their tasks, other old deltas, a map's
-    texts, and the `content` of other teachers), task."""
+    """Hashes of what settings name by path: old base, new base, old delta (with other deltas, map texts, the teacher's content), task."""
     digest = hashlib.sha256(content.encode())
     for delta, data in (*([(r.old_delta, None)] if r.old_delta else []), *sources):
         for part in (delta.diffs, delta.modules, delta.head):

@@ -140,8 +140,7 @@ def table_of(out: Path) -> str:
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 class PretrainRun:
-    """What one command of pre-training reads and writes in `out`: lock, rows, snapshots, resumable checkpoints and bases. It also handles
-    SIGTERM, Ctrl-C and `stop_after`. All ranks call everything; rank 0 writes."""
+    """What one command of pre-training reads and writes in `out`, and when it stops. All ranks call everything; rank 0 writes."""
     def __init__(self, out: Path, ranks: Ranks, settings: dict, *, resume: bool, snapshots: int, save_every: int, log_every: int,
                  stop_after: int | None, tensorboard: bool = False):
         self.out, self.ranks, self.settings, self.resume = out, ranks, settings, resume
@@ -209,9 +208,8 @@ class PretrainRun:
         return self.first
 
     def after_step(self, step: int, lr: float, loss: Tensor, norm: Tensor) -> bool:
-        """Note a step, write the checkpoints that are due after it, and tell whether the run stops here, before the stage's end. Losses are
-        fetched every `log_every` steps and before a checkpoint, so that the other steps do not wait for the device. Diverged after more
-        than MOST_SKIPPED steps in a row without a finite loss and gradient."""
+        """Note a step, write the checkpoints due after it, and tell whether the run stops before the stage's end. Only every `log_every`
+        steps and before a checkpoint it waits for the device. Diverged after more than MOST_SKIPPED steps in a row that were skipped."""
         self.waiting.append((step, lr, torch.stack([loss, norm])))
         self.allowance -= 1
         is_last, is_look = step == self.s.steps, step % self.log_every == 0
@@ -251,8 +249,7 @@ class PretrainRun:
         self.waiting.clear()
 
     def save(self, folder: Path, optimizer: torch.optim.Optimizer | None = None, **more: Any) -> str | None:
-        """Rank 0 writes the model, with `more` in meta.json, and returns its fingerprint. With the optimizer it is a resumable checkpoint,
-        of which only the KEPT newest stay."""
+        """Rank 0 writes the model, with `more` in meta.json; returns its fingerprint. With the optimizer, only KEPT of them stay."""
         if not self.ranks.is_main:
             return None
         self.log.sync()
