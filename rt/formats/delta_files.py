@@ -22,7 +22,7 @@ FILES = {"delta.safetensors", "delta.json", *OF_THE_RUN, FIGURES}
 
 @contextmanager
 def delta_folder(folder: Path, needs: int, kept: tuple[str, ...] = (FIGURES,)) -> Iterator[Path]:
-    """`atomic_folder` for a delta of about `needs` bytes; what is `kept` stays. InputError if `folder` holds anything but a delta."""
+    """`atomic_folder` for a delta of about `needs` bytes, with the old files `kept`. InputError if `folder` holds anything but a delta."""
     with atomic_folder(folder, FILES, needs) as new:
         yield new
         for old in (Path(folder) / name for name in kept):

@@ -126,7 +126,8 @@ def encoder_config(facts: dict, source: Path | str) -> EncoderConfig:
 
 
 def check_only(facts: dict, only: dict[str, tuple], source: Path | str, free: str | None = None) -> None:
-    """InputError if a setting has a value that `only` lacks (the default comes first); with `free` also if another, unmatched one is on."""
+    """InputError if a setting has a value that `only` does not allow (the default comes first). If a pattern of names, `free`, is given,
+    all other settings must be off."""
     for name, allowed in only.items():
         if facts.get(name, allowed[0]) not in allowed:
             raise InputError(f"{source}: {name} {facts[name]!r} is not supported, only {allowed[0]!r}")

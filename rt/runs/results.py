@@ -160,7 +160,7 @@ def write_summary(c: Any, out: Path, runs: list[Run]) -> list[dict]:
 
 
 def comparable(rows: list[dict], more: set[str]) -> list[list[dict]]:
-    """The rows in groups that have one baseline of scratch, which reads neither the old delta nor the flags `chain` and `more`."""
+    """The rows in groups that have one baseline of scratch, which reads neither the old delta nor --chain nor the flags in `more`."""
     def baseline(row: dict) -> list:
         origin = row.get("origin", [])
         return [origin[:2], origin[3:], {k: v for k, v in row["settings"].items() if k not in more | {"chain"}}]

@@ -208,8 +208,8 @@ class PretrainRun:
         return self.first
 
     def after_step(self, step: int, lr: float, loss: Tensor, norm: Tensor) -> bool:
-        """Note a step, write the checkpoints due after it, and tell whether the run stops before the stage's end. Only every `log_every`
-        steps and before a checkpoint it waits for the device. Diverged after more than MOST_SKIPPED steps in a row that were skipped."""
+        """Note a step, write the checkpoints due after it, and tell whether the run stops before the stage's end. It waits for the device
+        only every `log_every` steps and before a checkpoint. Diverged after more than MOST_SKIPPED skipped steps in a row."""
         self.waiting.append((step, lr, torch.stack([loss, norm])))
         self.allowance -= 1
         is_last, is_look = step == self.s.steps, step % self.log_every == 0

@@ -139,7 +139,7 @@ def start_recipe(c: Any, model: MaskedLM, rows: Rows, corpora: list[Corpus], tok
 
 
 def go_on_from(c: Any, folder: Path, base: Base) -> tuple[MaskedLM, str, Path | None]:
-    """(model, its fingerprint, folder of the optimizer's state) to go on from: `base`, or before an infinite schedule annealed it."""
+    """(model, fingerprint, folder of the optimizer's state) to continue: `base`, or its state before an infinite schedule's annealing."""
     moments = None
     if c.recipe.schedule.schedule == "infinite" and "trunk" in base.meta:
         moments = folder.parent / base.meta["trunk"]
