@@ -115,6 +115,6 @@ def test_a_bar_on_a_terminal_and_nothing_elsewhere(loop, tokenizer, toy, rows, t
     monkeypatch.setattr(sys, "stderr", screen := Terminal())
     loop(tokenizer, toy, rows, tmp_path)
     *_, last, cleared, end = screen.getvalue().split("\r")
-    assert not cleared.strip() and not end      # leaves no line behind
+    assert not cleared.strip() and not end      # it leaves no line behind
     for words in ("4/4 [", "<00:00", "loss ", " tok/s, MFU "):     # steps, time left, ...
         assert words in last

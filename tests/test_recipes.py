@@ -19,7 +19,7 @@ from rt.errors import InputError
 from rt.formats.corpora import build_corpus, split_documents
 from rt.formats.files import read_json, read_rows
 from rt.formats.tasks import load_task
-from rt.formats.tokenizer import Tokenizer, _sentencepiece, _wordpiece, train_tokenizer
+from rt.formats.tokenizer import Tokenizer, pipeline, train_tokenizer
 from rt.model import PRESETS, EncoderConfig, MaskedLM, new_masked_lm
 from rt.optim import ScheduleConfig, schedule
 from rt.pretrain import mlm_loss
@@ -290,9 +290,9 @@ def test_words_are_masked_whole_and_names_and_numbers_first():
 def test_pieces_tell_where_a_word_begins(tokenizer):
     """Also for WordPiece and Unigram."""
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "bind", "##ing", "."])}
-    wordpiece = Tokenizer(_wordpiece(models.WordPiece(vocabulary, unk_token="[UNK]")))
+    wordpiece = Tokenizer(pipeline(models.WordPiece(vocabulary, unk_token="[UNK]")))
     pieces = ("<s>", "<pad>", "</s>", "<unk>", "<mask>", "\u2581bind", "ing")
-    unigram = Tokenizer(_sentencepiece(models.Unigram([(piece, -1.0) for piece in pieces], 3)))
+    unigram = Tokenizer(pipeline(models.Unigram([(piece, -1.0) for piece in pieces], 3)))
     assert wordpiece.pieces[5:] == [" bind", "ing", " ."] and unigram.pieces[5:] == [" bind", "ing"]
     text = "Naive graphs, 100%"
     assert "".join(tokenizer.pieces[i] for i in tokenizer.encode([text])[0]) == text

@@ -3,7 +3,7 @@
     NAME.part   is being written; nobody reads it
     NAME        is read
     NAME.old    the NAME before, while NAME.part takes its place
-    NAME.lock   lies beside a folder that is being written to: by which process, on which host, since when
+    NAME.lock   names the process that writes to NAME, its host, and the time at which it began
 
 A process may be killed between any two of these steps: NAME is then the old folder or the new one, or `found` reads NAME.old.
 """
@@ -34,28 +34,21 @@ def slow() -> None:
 # --- whole or not at all ----------------------------------------------------------------------------------------------
 
 def beside(folder: Path, ending: str) -> Path:
-    """NAME.ending of the folder NAME."""
     return folder.with_name(f"{folder.name}.{ending}")
-
-
-def check_replaceable(folder: Path, known: set[str]) -> None:
-    """Raises InputError if `folder`, NAME.part or NAME.old, which `atomic_folder` destroys, hold other names than `known`."""
-    check_overwritable(folder, known)
-    for other in (beside(folder, "part"), beside(folder, "old")):
-        unknown = unknown_names(other, known | {f"{name}.part" for name in known})
-        if unknown := [name for name in unknown if not name.startswith(".tmp")]:    # which a killed safetensors leaves
-            raise InputError(f"{other} holds other things ({', '.join(unknown[:3])}) and would be lost when {folder} is written: "
-                             "move it away, or give another --out")
 
 
 @contextmanager
 def atomic_folder(folder: Path, known: set[str] | None = None, needs: int | None = None) -> Iterator[Path]:
-    """Yields an empty folder that takes the place of `folder` when the block ends without an error. Raises InputError if `folder` holds
-    other names than `known` (None: any) or the disk, of which it `needs` so many bytes, is full; `folder` then is as it was."""
+    """Yields an empty folder that takes the place of `folder` when the block ends without an error. InputError if `folder`, NAME.part or
+    NAME.old holds other names than `known` (None: any), or the disk has no room for `needs` bytes; `folder` then is as it was."""
     folder = Path(folder)
     part, old = beside(folder, "part"), beside(folder, "old")
     if known is not None:
-        check_replaceable(folder, known)
+        check_overwritable(folder, known)
+        for other in (part, old):
+            names = unknown_names(other, known | {f"{name}.part" for name in known})
+            if names := [name for name in names if not name.startswith(".tmp")]:    # which a killed safetensors leaves
+                raise InputError(f"{other} holds other things ({', '.join(names[:3])}) and would be lost: move it, or give another --out")
     with write_errors(folder, needs):
         folder.parent.mkdir(parents=True, exist_ok=True)
         if old.exists() and not folder.exists():
@@ -79,7 +72,7 @@ def atomic_folder(folder: Path, known: set[str] | None = None, needs: int | None
 
 
 def found(folder: Path) -> Path:
-    """`folder`; if a process was killed while it replaced it, NAME.old, with a line on stderr."""
+    """`folder`; or NAME.old, with a line on stderr, if a process was killed while it replaced `folder`."""
     old = beside(folder, "old")
     if not folder.exists() and old.exists():
         print(f"{folder} was being replaced by a process that was killed: {old} is used", file=sys.stderr)
@@ -111,8 +104,8 @@ def seal(folder: Path, name: str, facts: dict, files: Iterable[str]) -> None:
 
 
 def differing(folder: Path, name: str, facts: dict, files: Iterable[str] | None = None) -> list[str]:
-    """Which of `files` (default: all that were hashed) and of the `facts` read from `name` are not as `seal` saw them; none if there are no
-    hashes. Raises InputError if the hashes are not those of files in `folder` and of the facts."""
+    """Which of `files` (default: all hashed ones) and `name`, from which `facts` were read, have changed since `seal`; none if there are no
+    hashes. InputError if the hashes are not those of files in `folder` and of the facts."""
     if "sha256" not in facts:       # written before there were hashes
         return []
     hashes = facts["sha256"]
@@ -135,18 +128,16 @@ def check_seal(folder: Path, name: str, facts: dict, files: Iterable[str] | None
 
 @contextmanager
 def locked(folder: Path, from_main: Callable[[Callable[[], Any]], Any] = lambda call: call()) -> Iterator[None]:
-    """Inside, this process alone writes to `folder`; of several ranks the first (`from_main`: rt.speed.dist.Ranks.from_main). InputError
-    names the process and host that hold the lock already.
-
-    The operating system frees the lock when the process dies. A lock of another host is refused as long as its file is there, because a
-    shared disk passes locks on only if it has a lock server (NFS: version 4, or lockd)."""
+    """Inside, this process alone writes to `folder`; of several ranks (`from_main`: rt.speed.dist.Ranks.from_main) rank 0 takes the lock.
+    InputError names the process and host that hold it. The operating system frees the lock when the process dies. A lock of another host
+    is refused as long as its file is there: a shared disk passes locks on only if it has a lock server (NFS: version 4, or lockd)."""
     with ExitStack() as stack:
         from_main(lambda: _lock(Path(folder).resolve(), stack))
         yield
 
 
 def _lock(folder: Path, stack: ExitStack) -> None:
-    """The lock lies beside `folder`, or inside if only that can be written to, as of a mounted volume."""
+    """The lock lies beside `folder`, or inside if the folder above cannot be written to, as with a mounted volume."""
     with write_errors(folder):
         if not folder.name or folder.exists() and not folder.is_dir():
             raise InputError(f"{folder} cannot be used as a folder ({'Not a directory' if folder.name else 'the root'}): give another")

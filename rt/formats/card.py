@@ -1,5 +1,4 @@
-"""The hub's model card, README.md of an exported folder: what the records of a base and a delta say. The header, model-index included, has
-the form of github.com/huggingface/hub-docs, modelcard.md."""
+"""The model card (README.md) of an exported folder; its header has the form of github.com/huggingface/hub-docs, modelcard.md."""
 import json
 import re
 import shlex
@@ -14,11 +13,11 @@ from rt.formats.untrusted import is_number
 from rt.losses import DistillConfig
 from rt.recycling import NEEDS_TEACHER, TRAINED
 
-METRICS = {"macro_f1": "f1", "micro_f1": "f1", "pearson": "pearsonr", "spearman": "spearmanr"}      # the hub's names, if not ours
+METRICS = {"macro_f1": "f1", "micro_f1": "f1", "pearson": "pearsonr", "spearman": "spearmanr"}      # ours -> the hub's, if they differ
 
 
 def card(out: str, source: str, base: Base, delta: Delta | None = None, is_adapter: bool = False) -> str:
-    """The card of the folder `out`: of the base that the user calls `source`, of base + delta merged, or of the delta alone for PEFT."""
+    """The card of the folder `out`, which holds the base that the user calls `source`, base + delta merged, or for PEFT only the delta."""
     name, record, is_ours = Path(out).resolve().name, delta.info if delta else base.meta, "format" in base.meta
     init = None if delta else (base.meta.get("config") or {}).get("init")
     hub_id = next((each for each in (source, init) if each and is_hub_id(each)), None)
@@ -37,7 +36,7 @@ def card(out: str, source: str, base: Base, delta: Delta | None = None, is_adapt
     columns = [*dict.fromkeys(k for found in scores.values() for k in found)]
     table = [["", *columns], ["---"] * (1 + len(columns)),
              *([f"{code(data)}, {part}", *(found.get(k, "") for k in columns)] for (data, part), found in scores.items())]
-    place = quoted(name if not is_adapter else f"{name}/base" if is_ours else local(source))     # export_peft puts a base of ours beside
+    place = quoted(name if not is_adapter else f"{name}/base" if is_ours else local(source))     # export_peft writes our bases to /base
     count = f", num_labels={delta.num_outputs}" if is_adapter and not is_ours else ""
     load = [f"from transformers import {auto}, AutoTokenizer", "from peft import PeftModel" * is_adapter,
             f"model = {auto}.from_pretrained({place}{count})", f"model = PeftModel.from_pretrained(model, {quoted(name)})" * is_adapter,
@@ -55,7 +54,7 @@ def card(out: str, source: str, base: Base, delta: Delta | None = None, is_adapt
 
 
 def history(called: str, base: Base, delta: Delta | None) -> list[str]:
-    """What the base, or its delta, has learned, and then what is on record of how."""
+    """What the base or its delta has learned, and then what the records say about how."""
     meta, info, own = base.meta, delta.info if delta else base.meta, base.meta.get("domain")
     line = [*((meta.get("stage") or {}).get("heldout") or [own])] if own else []        # the domains of its stream
     init = (meta.get("config") or {}).get("init")
@@ -84,15 +83,15 @@ def listed(what: str, facts: dict) -> str:
 
 
 def quoted(value: Any) -> str:
-    """JSON that is YAML, too, and of a text Python: what is not printable there is written as its number."""
+    """JSON that is also YAML, and Python if it is a text: unprintable characters are written as their numbers."""
     return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in json.dumps(value, ensure_ascii=False))
 
 
 def code(text: Any) -> str:
-    """For Markdown, also in a table."""
+    """Code in Markdown, also inside a table."""
     return "`" + "".join(c if c.isprintable() and c not in "`|" else " " for c in str(text)) + "`"
 
 
 def local(text: str) -> str:
-    """A name, or a word of a command, with its absolute paths cut down to their last parts: the folders above are of one machine."""
+    """A name, or a word of a command, with its absolute paths cut down to their last parts: the folders above mean nothing elsewhere."""
     return re.sub(r"(^|[=,])(?:[A-Za-z]:)?[/\\](?:[^,]*[/\\])?(?=[^,/\\])", r"\1", text)

@@ -6,7 +6,7 @@
                         and the sha256 of the files beside it and of itself, checked on loading
     optim.pt            optimizer state, only where training can go on from here; loaded weights-only
 
-The fingerprint is a hash of the encoder's content: a delta carries that of the base it was learned on.
+The fingerprint is a hash of the encoder's content; a delta carries the fingerprint of its base.
 """
 import hashlib
 import platform
@@ -29,11 +29,12 @@ from rt.formats.tokenizer import Tokenizer, load_tokenizer
 from rt.formats.untrusted import header, is_number, is_whole, reading, shaped
 from rt.model import Encoder, EncoderConfig, MaskedLM, MLMHead
 
-# what holds of the facts in a meta.json that may be missing
-META = {"number": lambda v: is_whole(v, -1), "step": lambda v: is_whole(v, 0), "name": lambda v: isinstance(v, str),
-        **dict.fromkeys(("stage", "recipe"), lambda v: isinstance(v, dict)), "trunk": lambda v: isinstance(v, str),
+# rules for the facts in a meta.json, any of which may be missing
+META = {"number": lambda v: is_whole(v, -1), "step": lambda v: is_whole(v, 0),
+        **dict.fromkeys(("name", "trunk"), lambda v: isinstance(v, str)),
+        **dict.fromkeys(("stage", "recipe"), lambda v: isinstance(v, dict)),
         "domains": lambda v: isinstance(v, dict) and all(isinstance(place, str) for place in v.values())}
-# what holds of the settings of an encoder; each rule relies on those above it
+# rules for the settings of an encoder; each relies on the rules above it
 ENCODER = {**dict.fromkeys(("hidden_size", "num_layers", "ffn_size", "max_len", "vocab_size"), lambda v, c: is_whole(v, 1)),
            "num_heads": lambda v, c: is_whole(v, 1) and c.hidden_size % v == 0,
            "pad_id": lambda v, c: is_whole(v, 0, c.vocab_size - 1),
@@ -56,7 +57,7 @@ def versions() -> dict:
 
 
 def check_encoder(config: EncoderConfig, source: Path | str, names: dict[str, str] = {}) -> EncoderConfig:
-    """The same config. InputError names the first setting that no encoder can have, by its name in `names` if it has another there."""
+    """The same config. InputError names the first setting that no encoder can have; `names` maps ours to the file's, if they differ."""
     for name, holds in ENCODER.items():
         value = getattr(config, name)
         if not holds(value, config):
@@ -65,12 +66,11 @@ def check_encoder(config: EncoderConfig, source: Path | str, names: dict[str, st
     return config
 
 
-# --- checkpoints of ours ----------------------------------------------------------------------------------------------
+# --- our checkpoints --------------------------------------------------------------------------------------------------
 
 def save_base(folder: Path, model: MaskedLM, tokenizer: Tokenizer, meta: dict, optimizer: torch.optim.Optimizer | None = None,
               recipe: dict = {}) -> str:
-    """Write a checkpoint, with `meta` in its meta.json and the recipe's state beside the optimizer's; returns the fingerprint. InputError
-    if the disk is full; what was there stays."""
+    """Write a checkpoint, with `meta` in meta.json and the state of the `recipe` in optim.pt. Returns the fingerprint."""
     mark = fingerprint(model.encoder)
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     state = optimizer.state_dict() if optimizer is not None else {"state": {}}
@@ -109,7 +109,7 @@ def load_base(folder: Path) -> Base:
 
 
 def check_meta(meta: dict, source: Path) -> EncoderConfig:
-    """The sizes of the encoder that a meta.json tells of. Raises InputError if it is not that of a base."""
+    """The encoder's sizes in a meta.json. InputError if it is not a base's."""
     if meta.get("format") != "rt-base-1":
         raise InputError(f"{source}: not a base checkpoint of ours (format {meta.get('format')!r}, expected 'rt-base-1')")
     for name, holds in META.items():
@@ -120,7 +120,7 @@ def check_meta(meta: dict, source: Path) -> EncoderConfig:
 
 
 def build(make: Callable[[EncoderConfig], nn.Module], config: EncoderConfig, state: dict[str, Tensor], source: Path | str) -> nn.Module:
-    """make(config) with the tensors of `state`. InputError if they do not fit, before memory is taken for what `config` claims."""
+    """make(config) with the tensors of `state`. InputError if they do not fit, before memory is allocated for the sizes in `config`."""
     what = f"{source}: the tensors do not fit the model"
     try:
         with torch.device("meta"):
@@ -133,7 +133,7 @@ def build(make: Callable[[EncoderConfig], nn.Module], config: EncoderConfig, sta
     return module
 
 
-# --- files of tensors, also of strangers ------------------------------------------------------------------------------
+# --- files of tensors, ours and others' -------------------------------------------------------------------------------
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """The tensors of model.safetensors or pytorch_model.bin, in one file or in shards with an index. InputError names what is wrong."""
@@ -165,7 +165,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def read_file(file: Path) -> dict[str, Tensor]:
-    """The tensors of one safetensors or, by any other ending, weights-only PyTorch file."""
+    """The tensors of one file: safetensors, or with any other ending a weights-only PyTorch file."""
     if file.suffix == ".safetensors":
         return read_tensors(file)
     tensors = read_torch(file)
@@ -184,23 +184,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_torch(path: Path) -> Any:
-    """What torch.save wrote: tensors, numbers, texts, lists and dicts. Raises InputError for anything else, for a pickle that asks for
-    code, and for tensors or packed parts that are larger than the file."""
+    """Tensors, numbers, texts, lists and dicts that torch.save wrote. InputError for anything else, and for parts larger than the file."""
     with reading(path, "weights-only PyTorch file"):
         with path.open("rb") as file:
             is_zip, size = file.read(2) == b"PK", path.stat().st_size
         if is_zip:      # torch.save compresses nothing; mapped, because a tensor that is read may claim more than there is
-            with zipfile.ZipFile(path) as parts:
-                if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()) or \
-                        sum(part.file_size for part in parts.infolist()) > size:
-                    raise ValueError("its parts are packed, or larger than the file")
+            with zipfile.ZipFile(path) as archive:
+                parts = archive.infolist()
+            if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(part.file_size for part in parts) > size:
+                raise ValueError("its parts are packed, or larger than the file")
         value = torch.load(str(path), map_location="cpu", weights_only=True, mmap=is_zip)
         check_plain(value, 4 * size)    # tied weights are there twice
         return value
 
 
 def check_plain(value: Any, most: int) -> None:
-    """ValueError unless `value` is made of dicts, lists, numbers, texts and dense tensors that have their memory, `most` bytes in all."""
+    """ValueError unless `value` is made of dicts, lists, numbers, texts and dense tensors within their storage, `most` bytes in all."""
     todo, seen = [value], set()
     while todo:
         part = todo.pop()

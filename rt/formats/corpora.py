@@ -25,7 +25,7 @@ CHUNK = 1000            # documents that are tokenized at a time
 
 
 def read_documents(path: Path) -> Iterator[str]:
-    """The documents of one file: a line each, or the `text` of a JSON object or of a row of parquet each. Blank ones are left out."""
+    """The documents of one file: every line, or the `text` of every JSON object or row of parquet. Blank ones are left out."""
     for place, row in read_table(path, format_of(path), ("text",)):
         if not isinstance(row.get("text"), str):
             raise InputError(f"{place}: has no \"text\" string (found: {', '.join(map(str, row))})")
@@ -34,8 +34,8 @@ def read_documents(path: Path) -> Iterator[str]:
 
 
 def corpus_files(path: Path) -> dict[str, list[Path]]:
-    """{'train': files, 'heldout': files, 'unread': files}. In a folder heldout.* is held out, and without it a validation split that is
-    named as on the hub, of which the test split is left unread; other names are all to train on. 'heldout' may be empty."""
+    """{'train': files, 'heldout': files, 'unread': files}. In a folder heldout.* is held out, or else a validation split that is named as
+    on the hub; a test split named so is left unread. All other files are to train on. 'heldout' may be empty."""
     if not path.exists():
         raise InputError(f"{path}: there is no such corpus, file or folder")
     every = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.name[0] != ".")
@@ -56,14 +56,14 @@ def corpus_files(path: Path) -> dict[str, list[Path]]:
 
 
 def _split(file: Path, home: Path) -> str:
-    """train, dev or test, if the file is named as on the hub: parquet, a shard, in the folder of a split, or in the hub's own cache."""
+    """dev or test if the file is named as on the hub (parquet, a shard, in the folder of a split, or in the hub's cache), else train."""
     name = read_name(file.relative_to(home))        # None for a corpus that is one file
     from_hub = file.suffix == ".parquet" or file.parent != home or any(part.startswith("datasets--") for part in home.parts)
     return name.split if name and (from_hub or name.number is not None) else "train"
 
 
 def training_files(path: Path) -> list[Path]:
-    """A file itself; of a folder the train split of the task that it holds, or else what it has as a corpus to train on."""
+    """A file itself; in a folder the train split of its task, or else the corpus files to train on."""
     files = [] if path.is_file() else listed(path)
     home = home_of(files, str(path))
     train = [path / f for f in files if (named := read_name(f)) and (named.home, named.split) == (home, "train")]
@@ -71,7 +71,7 @@ def training_files(path: Path) -> list[Path]:
 
 
 def split_documents(path: Path) -> Iterator[tuple[str, str]]:
-    """('train' or 'heldout', document) for every document. Without a heldout file its content decides: equal ones fall on one side."""
+    """('train' or 'heldout', document) for every document. Without a heldout file the document's hash decides: equal ones stay together."""
     files = corpus_files(path)
     if files["heldout"]:
         yield from ((part, text) for part in PARTS for text in _documents(files[part]))
@@ -90,8 +90,8 @@ def _draw(text: str) -> int:
 
 
 def _smallest_draw(path: Path, files: list[Path]) -> int | None:
-    """None if holding out one document in HELDOUT_SHARE leaves some on both sides, as of all but small corpora it does. Otherwise the
-    smallest draw: what has that is held out. InputError if all documents have the same."""
+    """The smallest draw of a corpus so small that holding out one document in HELDOUT_SHARE would leave one side empty: the documents that
+    have it are held out instead. None for other corpora. InputError if all documents have the same draw."""
     draws, sides, count = set(), set(), 0
     for count, text in enumerate(_documents(files), 1):
         draws.add(draw := _draw(text))
@@ -106,8 +106,7 @@ def _smallest_draw(path: Path, files: list[Path]) -> int | None:
 
 
 def build_corpus(name: str, path: Path, tokenizer: Tokenizer, cache: Path) -> dict[str, Corpus]:
-    """{'train', 'heldout'} as memory-mapped bins under `cache`, made on the first call and when the text or the tokenizer has changed."""
-    path = Path(path)
+    """{'train', 'heldout'} as memory-mapped bins under `cache`, made on the first call and whenever the text or the tokenizer changes."""
     if not is_utf8(f"{name} {path}"):
         raise InputError(f"{path}: its name is not UTF-8, and could not be read again where it is recorded; rename it")
     files = corpus_files(path)

@@ -1,4 +1,4 @@
-"""Deltas on disk: a folder with delta.safetensors (tensors named PART.NAME) and delta.json (the config, what it was learned on, hashes)."""
+"""Deltas on disk: a folder with delta.safetensors (tensors named PART.NAME) and delta.json (config, origin, hashes)."""
 import shutil
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,46 +16,42 @@ from rt.formats.files import EVENTS, FIGURES, read_json
 from rt.formats.untrusted import check_label, is_whole, shaped
 from rt.kinds import DeltaConfig
 
-OF_THE_RUN = ("metrics.jsonl", "summary.json", EVENTS)      # of the run that learned the delta
+OF_THE_RUN = ("metrics.jsonl", "summary.json", EVENTS)      # left by the run that learned the delta
 FILES = {"delta.safetensors", "delta.json", *OF_THE_RUN, FIGURES}
 
 
 @contextmanager
-def delta_folder(folder: Path, needs: int) -> Iterator[Path]:
-    """A folder to write a delta of about `needs` bytes into, which takes the place of `folder` when it is whole, and takes over its
-    figures. Raises InputError if `folder` holds anything but a delta."""
+def delta_folder(folder: Path, needs: int, kept: tuple[str, ...] = (FIGURES,)) -> Iterator[Path]:
+    """`atomic_folder` for a delta of about `needs` bytes, with the old files `kept`. InputError if `folder` holds anything but a delta."""
     with atomic_folder(folder, FILES, needs) as new:
         yield new
-        if (folder / FIGURES).is_dir():
-            shutil.copytree(folder / FIGURES, new / FIGURES)
+        for old in (Path(folder) / name for name in kept):
+            if old.exists():
+                (shutil.copytree if old.is_dir() else shutil.copy2)(old, new / old.name)
 
 
 def seq_len_of(delta: Delta) -> int | None:
-    """The longest text in tokens that a delta was learned on; None if that is not known."""
+    """The longest text in tokens that a delta was learned on, or None if that is unknown."""
     config = delta.info.get("config")
     length = config.get("seq_len") if isinstance(config, dict) else None
     return length if is_whole(length, 8) else None
 
 
 def nbytes(delta: Delta) -> int:
-    return sum(x.nbytes for part in PARTS for x in getattr(delta, part).values())
+    return sum(x.nbytes for x in delta.tensors().values())
 
 
 def save_delta(folder: Path, delta: Delta) -> None:
-    """Write a delta, in place of one that is there; the run's files and figures stay. Raises InputError if anything else is there."""
-    with delta_folder(folder, nbytes(delta)) as new:
+    """Write a delta in place of an older one, whose run's files and figures stay. InputError if `folder` holds anything else."""
+    with delta_folder(folder, nbytes(delta), (FIGURES, *OF_THE_RUN)) as new:
         write_delta(new, delta)
-        for file in (Path(folder) / name for name in OF_THE_RUN):
-            if file.exists():
-                (shutil.copytree if file.is_dir() else shutil.copy2)(file, new / file.name)
 
 
 def write_delta(folder: Path, delta: Delta) -> None:
     """delta.safetensors and, with its hash, delta.json into a folder that is being made."""
-    tensors = {f"{part}.{k}": v.contiguous() for part in PARTS for k, v in getattr(delta, part).items()}
-    safetensors.torch.save_file(tensors, folder / "delta.safetensors")
-    seal(folder, "delta.json", {"format": "rt-delta-1", **asdict(delta.config), "info": delta.info, "versions": versions()},
-         ["delta.safetensors"])
+    safetensors.torch.save_file({name: v.contiguous() for name, v in delta.tensors().items()}, folder / "delta.safetensors")
+    facts = {"format": "rt-delta-1", **asdict(delta.config), "info": delta.info, "versions": versions()}
+    seal(folder, "delta.json", facts, ["delta.safetensors"])
 
 
 def load_delta(folder: Path) -> Delta:

@@ -1,6 +1,5 @@
-"""JSON and JSONL files of ours, written whole or not at all; what may lie in a folder that is written to. No torch here."""
+"""Our JSON and JSONL files, written whole or not at all, and checks of folders before they are written to. No torch here."""
 import errno
-import io
 import json
 import os
 import re
@@ -14,14 +13,15 @@ from typing import Any, Iterator
 from rt.errors import InputError
 from rt.formats.untrusted import JSON_BYTES, parse_json
 
-FIGURES = "figures"     # rt/report/plot.py draws into this part of a run's folder; no command minds or removes it
-EVENTS = "tensorboard"   # rt/runs/log.py writes a run's rows for TensorBoard into this part of its folder, if asked to
-LOCK = ".lock"          # rt/formats/atomic.py: the lock inside a run's folder, if it cannot lie beside it
+# in a run's folder
+FIGURES = "figures"         # rt/report/plot.py draws into it; no command refuses or removes it
+EVENTS = "tensorboard"      # rt/runs/log.py: the rows for TensorBoard, with --tensorboard
+LOCK = ".lock"              # rt/formats/atomic.py: the lock, if it cannot lie beside the folder
 
 
-@cache      # says a thing once
+@cache      # prints a text once
 def note(text: str) -> None:
-    """Tell the user, on the first rank's standard error, what is read otherwise than they may think."""
+    """Tell the user, on rank 0's standard error, what is read differently from what they may expect."""
     if os.environ.get("RANK", "0") == "0":
         print(f"note: {text}", file=sys.stderr)
 
@@ -37,19 +37,15 @@ def sync(path: Path) -> None:
 
 def is_full(error: BaseException | None) -> bool:
     """Whether an error, or one that led to it, says that a disk or quota is full. Libraries in Rust say so in words only."""
-    while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return True
-        if re.search(r"No space left|quota exceeded|File too large", str(error)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    return error is not None and (getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+                                  or re.search(r"No space left|quota exceeded|File too large", str(error)) is not None
+                                  or is_full(error.__cause__ or error.__context__))
 
 
 @contextmanager
 def write_errors(path: Path, needs: int | None = None, part: Path | None = None) -> Iterator[None]:
-    """Turn the errors of writing `path` into an InputError: no room (it `needs` so many bytes), a read-only disk, a file in the way.
-    Of other code that writes into the folder `part`, only the want of room; `part` is then removed."""
+    """Turn the errors of writing `path` into an InputError: no room (for `needs` bytes), a read-only disk, a file in the way. If other code
+    writes into the folder `part` inside, only the lack of room is turned into one, and `part` is then removed."""
     try:
         yield
     except Exception as error:
@@ -67,14 +63,8 @@ def write_errors(path: Path, needs: int | None = None, part: Path | None = None)
         raise InputError(f"{path}: cannot be made ({why}{place}); make room for it, or give another place") from None
 
 
-def write_all(file: io.RawIOBase, content: bytes) -> None:
-    """Write to an unbuffered file. OSError if not all of it fits: `write` itself takes less without an error when a disk fills up."""
-    if file.write(content) < len(content):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
 def write_whole(path: Path, text: str) -> None:
-    """Write a text beside `path`, in a folder that is made, and rename it: a reader sees the old file or the new one, never half."""
+    """Write a text beside `path`, in a folder made if needed, and rename it: a reader sees the old file or the new one, never half."""
     temporary = path.with_name(path.name + ".tmp")
     with write_errors(path, len(text.encode())):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,8 +77,10 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
-def read_json(path: Path) -> dict:
-    """The JSON object in a file. InputError if there is none, or it is longer than JSON_BYTES."""
+def read_json(path: Path, missing: dict | None = None) -> dict:
+    """The JSON object in a file, `missing` if there is no such file. InputError if that is None, or the file is longer than JSON_BYTES."""
+    if missing is not None and not path.exists():
+        return missing
     try:
         with path.open("rb") as file:
             content = file.read(JSON_BYTES + 1)
@@ -105,7 +97,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a JSONL file, if there is one. InputError for a line that is no JSON object, but the last: a killed run leaves half."""
+    """The rows of a JSONL file, if there is one. InputError for a line that is no JSON object, except the last: a kill may cut it short."""
     lines, rows = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else [], []
     for number, line in enumerate(lines, 1):
         try:

@@ -1,8 +1,8 @@
-"""Hugging Face's format, in and out: RoBERTa, XLM-R, CamemBERT and BERT as a Base, a tuned classifier as a full delta, and back.
+"""Imports and exports Hugging Face's format: RoBERTa, XLM-R, CamemBERT and BERT as a Base, a tuned classifier as a full delta, and back.
 
-Names map one to one, but for three things. Query, key and value are one matrix here. The first token type is added to the position
-table; of BERT's second type, its difference to the first is kept. The head's first layer is called pooler in BERT, where pre-training's
-next-sentence loss trains it: a fresh head on such a base begins with it.
+Names map one to one, with three exceptions. Query, key and value are one matrix here. The first token type is added to the position
+table, and BERT's second type is stored as its difference from the first. BERT calls the head's first layer pooler and trains it with the
+next-sentence loss: a fresh head on such a base begins with it.
 """
 import re
 from dataclasses import replace
@@ -23,15 +23,15 @@ from rt.formats.untrusted import check_label, is_whole
 from rt.kinds import DeltaConfig
 from rt.model import Encoder, EncoderConfig, MLMHead
 
-Names = Iterable[tuple[str, tuple[str, ...]]]       # (a tensor of ours, the tensors of theirs that it joins)
+Names = Iterable[tuple[str, tuple[str, ...]]]       # (our tensor, the tensors of theirs that it joins)
 CLASSES = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert", "bert": "Bert"}
-# the settings of a config.json: ours -> theirs, and the defaults of those that may be missing
+# the settings of a config.json (ours -> theirs), and the defaults of optional ones
 SETTINGS = {"vocab_size": "vocab_size", "hidden_size": "hidden_size", "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
             "ffn_size": "intermediate_size", "dropout": "hidden_dropout_prob", "attention_dropout": "attention_probs_dropout_prob",
             "layer_norm_eps": "layer_norm_eps"}
 DEFAULTS = {"dropout": 0.1, "attention_dropout": 0.1, "layer_norm_eps": 1e-12}
 ONLY = {"hidden_act": ("gelu", "gelu_python"), "position_embedding_type": ("absolute",), "is_decoder": (False,),
-        "add_cross_attention": (False,)}        # the only values that are computed here; the first is the default
+        "add_cross_attention": (False,)}        # the supported values; the first is the default
 # the tensors: ours -> theirs
 EMBEDDINGS = {"word.weight": "word_embeddings.weight", "position.weight": "position_embeddings.weight", "norm.weight": "LayerNorm.weight",
               "norm.bias": "LayerNorm.bias", "types": "token_type_embeddings.weight"}
@@ -45,7 +45,7 @@ HEADS = {"roberta": {"dense": "lm_head.dense", "norm": "lm_head.layer_norm", "bi
 CLASSIFIERS = {"roberta": {"dense": "classifier.dense", "out": "classifier.out_proj"},
                "bert": {"dense": "pooler.dense", "out": "classifier"}}
 POOLERS = {"roberta": {}, "bert": {"dense": "pooler.dense"}}
-# tensors with two names, of which a file may hold either: the decoder's, and the one that it is tied to
+# tied tensors, which a file may hold under either name: the decoder's, or the one that it is tied to
 TIED = {"lm_head.decoder.weight": "embeddings.word_embeddings.weight", "lm_head.decoder.bias": "lm_head.bias",
         "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight", "cls.predictions.decoder.bias": "cls.predictions.bias"}
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}    # of DDP, torch.compile, FSDP
@@ -56,12 +56,12 @@ WRITTEN = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_conf
 # --- names ------------------------------------------------------------------------------------------------------------
 
 def family(config: EncoderConfig) -> str:
-    """Whose names the tensors have: roberta or bert."""
+    """The model whose names the tensors have: roberta or bert."""
     return "bert" if config.is_bert else "roberta"
 
 
 def encoder_names(config: EncoderConfig) -> Names:
-    """The names of an encoder's tensors; `embeddings.types` is of theirs alone."""
+    """The names of an encoder's tensors; only theirs has `embeddings.types`."""
     for ours, theirs in EMBEDDINGS.items():
         yield f"embeddings.{ours}", (f"embeddings.{theirs}",)
     for i in range(config.num_layers):
@@ -78,13 +78,13 @@ def head_names(config: EncoderConfig, modules: dict[str, dict[str, str]]) -> Nam
 
 
 def plain_name(name: str) -> str:
-    """The name of a tensor without wrappers and the model's own name in front, and with BERT's old names of layer norms made new."""
+    """The name of a tensor without wrappers and the model's name in front, and with today's names for BERT's old ones of layer norms."""
     name = re.sub(r"^((base_model|model|roberta|bert)\.)+", "", ".".join(part for part in name.split(".") if part not in WRAPPERS))
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
 def plain(weights: dict[str, Tensor], source: Path | str = "the weights") -> dict[str, Tensor]:
-    """float32 tensors by their plain names, a tied one by the name in TIED's right column; one that is not equal keeps its own too."""
+    """float32 tensors by their plain names. One of TIED gets the name that it is tied to, and keeps its own as well if the two differ."""
     w, full = {}, {}
     for name, tensor in weights.items():
         if full.setdefault(plain_name(name), name) != name:
@@ -97,7 +97,7 @@ def plain(weights: dict[str, Tensor], source: Path | str = "the weights") -> dic
 
 
 def our_state(weights: dict[str, Tensor], names: Names) -> dict[str, Tensor]:
-    """Tensors of theirs, which are taken out of `weights`, under our `names`. KeyError for one that is missing."""
+    """Their tensors under our `names`; they are taken out of `weights`. KeyError for one that is missing."""
     parts = {ours: [weights.pop(name) for name in theirs] for ours, theirs in names}
     return {ours: torch.cat(tensors) if tensors[1:] else tensors[0] for ours, tensors in parts.items()}
 
@@ -112,7 +112,7 @@ def hf_state(state: dict[str, Tensor], config: EncoderConfig, names: Names) -> d
 # --- in ---------------------------------------------------------------------------------------------------------------
 
 def encoder_config(facts: dict, source: Path | str) -> EncoderConfig:
-    """Hugging Face's config.json as ours, but for sep_id, which is the tokenizer's. InputError names what is not supported."""
+    """Hugging Face's config.json as ours, without sep_id, which the tokenizer knows. InputError names what is not supported."""
     kind, facts = facts.get("model_type"), {k: v for k, v in facts.items() if v is not None}     # null: the default
     if not isinstance(kind, str) or kind not in CLASSES:
         raise InputError(f"{source}: model_type {kind!r} is not supported, only {', '.join(CLASSES)}")
@@ -125,15 +125,19 @@ def encoder_config(facts: dict, source: Path | str) -> EncoderConfig:
         max_len=positions - (0 if kind == "bert" else pad_id + 1), pad_id=pad_id, model_type=kind), source, SETTINGS)
 
 
-def check_only(facts: dict, only: dict[str, tuple], source: Path | str) -> None:
-    """Raises InputError unless each setting in `only` has one of its values there; the first is the default."""
+def check_only(facts: dict, only: dict[str, tuple], source: Path | str, free: str | None = None) -> None:
+    """InputError if a setting has a value that `only` does not allow (the default comes first). If a pattern of names, `free`, is given,
+    all other settings must be off."""
     for name, allowed in only.items():
         if facts.get(name, allowed[0]) not in allowed:
             raise InputError(f"{source}: {name} {facts[name]!r} is not supported, only {allowed[0]!r}")
+    for name, value in facts.items() if free else ():
+        if name not in only and not re.fullmatch(free, name) and value not in (None, False, {}, []):
+            raise InputError(f"{source}: {name} {value!r} is not supported")
 
 
 def encoder_state(weights: dict[str, Tensor], config: EncoderConfig, source: Path | str = "the weights") -> dict[str, Tensor]:
-    """Hugging Face's tensors -> state dict of our Encoder. InputError names the tensor that is missing, of another shape, or not ours."""
+    """Hugging Face's tensors -> state dict of our Encoder. InputError names a tensor that is missing, of another shape, or unsupported."""
     w = plain(weights, source)
     try:
         state = our_state(w, encoder_names(config))
@@ -168,7 +172,7 @@ def lacking(weights: dict[str, Tensor], config: EncoderConfig, modules: dict[str
 
 def noted_head(weights: dict[str, Tensor], config: EncoderConfig, modules: dict[str, dict[str, str]], what: str,
                needs: Iterable[str] = ()) -> dict[str, Tensor] | None:
-    """`head_state`; of a head that lacks some of its tensors, or of what else it `needs`, None and a note that names them."""
+    """`head_state`; None, and a note that names what is missing, if a head lacks some of its tensors or of what else it `needs`."""
     lost = lacking(weights, config, modules)
     if [*lost, *needs] and len(lost) < len([*head_names(config, modules)]):
         note(f"{what} is left out: it lacks {', '.join([*lost, *needs])}")
@@ -207,7 +211,7 @@ def load_hf(folder: Path) -> Base:
 
 
 def note_ids(facts: dict, config: EncoderConfig, tokenizer: Tokenizer, folder: Path) -> None:
-    """Say in what ids config.json and the tokenizer disagree."""
+    """Note the ids on which config.json and the tokenizer disagree."""
     ids = {"pad_token_id": tokenizer.pad_id, "mask_token_id": tokenizer.mask_id, **dict.fromkeys(("bos_token_id", "cls_token_id"),
            tokenizer.bos_id), **dict.fromkeys(("eos_token_id", "sep_token_id"), tokenizer.eos_id)}
     said = {"pad_token_id": config.pad_id, **{name: facts[name] for name in ids if facts.get(name) is not None}}
@@ -218,15 +222,13 @@ def note_ids(facts: dict, config: EncoderConfig, tokenizer: Tokenizer, folder: P
         note(f"{folder}: the model has {config.vocab_size} words, the tokenizer {tokenizer.vocab_size}")
 
 
-def import_tuned(folder: Path, base: Base, labels: tuple[str, ...] = (), task: str | None = None) -> Delta:
-    """A ...ForSequenceClassification checkpoint that was tuned from `base`, as a full delta. Raises InputError if the two are not of one
-    architecture and vocabulary, or there is no such head."""
-    folder = Path(folder)
+def import_tuned(folder: Path, base: Base, labels: tuple[str, ...], task: str | None) -> Delta:
+    """A ...ForSequenceClassification checkpoint that was tuned from `base`, as a full delta. InputError if it does not fit the base."""
     facts = read_json(folder / "config.json")
     config = replace(encoder_config(facts, folder / "config.json"), sep_id=base.encoder.config.sep_id)
     check_vocabulary(folder, base)
     check_sizes(base, config, f"{folder}: holds")
-    if other := re.search(r"\w+For(?:TokenClassification|MultipleChoice)\b", str(facts.get("architectures"))):     # have the same tensors
+    if other := re.search(r"\w+For(?:TokenClassification|MultipleChoice)\b", str(facts.get("architectures"))):     # with the same tensors
         raise InputError(f"{folder}: is a {other[0]}, no model for sequence classification")
     weights = plain(read_weights(folder), folder)
     encoder = build(Encoder, config, encoder_state(weights, config, folder), folder)
@@ -238,12 +240,12 @@ def import_tuned(folder: Path, base: Base, labels: tuple[str, ...] = (), task: s
     labels = class_names(facts, len(head["out.bias"]), labels, folder)
     theirs = dict(base.encoder.named_parameters())
     diffs = {name: p.detach() - theirs[name].detach().cpu() for name, p in encoder.named_parameters()}
-    return Delta(DeltaConfig("full"), diffs, {}, head, {"task": task or folder.name, "labels": list(labels), "source": str(folder),
-                                                        **origin(base)})
+    info = {"task": task or folder.name, "labels": list(labels), "source": str(folder), **origin(base)}
+    return Delta(DeltaConfig("full"), diffs, {}, head, info)
 
 
 def check_vocabulary(folder: Path, base: Base) -> None:
-    """Raises InputError if a tuned model brings a tokenizer that makes other ids of a text than the base's, or of other words."""
+    """InputError if a tuned model has a tokenizer of its own with another vocabulary than the base's, or that makes other ids of a text."""
     try:
         tokenizer = load_tokenizer(folder)
     except NoTokenizer:
@@ -256,7 +258,7 @@ def check_vocabulary(folder: Path, base: Base) -> None:
 
 
 def class_names(facts: dict, outputs: int, given: tuple[str, ...], source: Path) -> tuple[str, ...]:
-    """The labels of a classifier: `given`, or those of config.json, or numbers if those are placeholders; none for a regression."""
+    """The labels of a classifier: `given`, or config.json's, or numbers instead of placeholders; none for a regression."""
     problem, placeholders = facts.get("problem_type"), tuple(f"LABEL_{i}" for i in range(outputs))
     if problem not in (None, "regression", "single_label_classification"):
         raise InputError(f"{source}: problem_type {problem!r} is not supported: one label a text, or a regression")
@@ -278,7 +280,7 @@ def class_names(facts: dict, outputs: int, given: tuple[str, ...], source: Path)
 # --- out --------------------------------------------------------------------------------------------------------------
 
 def hf_config(config: EncoderConfig, tokenizer: Tokenizer, task: str, labels: tuple[str, ...] | None = None) -> dict:
-    """config.json of a model for `task` (MaskedLM, SequenceClassification, or nothing); `labels` () mean a regression."""
+    """config.json of a model for `task` (MaskedLM, SequenceClassification, or ""); `labels` () mean a regression."""
     names = labels or ("LABEL_0",)
     heads = {} if labels is None else {
         "id2label": dict(enumerate(names)), "label2id": {label: i for i, label in enumerate(names)},
@@ -291,9 +293,8 @@ def hf_config(config: EncoderConfig, tokenizer: Tokenizer, task: str, labels: tu
 
 
 def export_hf(folder: Path, base: Base, delta: Delta | None = None, labels: tuple[str, ...] | None = None, card: str | None = None) -> str:
-    """Write base, or base + delta merged, for transformers; returns the Auto class that loads it. `labels` are those that a base is to be
-    tuned on, if known; `card` is the text of README.md. Notes which head or pooler has no place in it. Raises InputError if the delta
-    cannot be merged (adapter, prefix) or was learned on another base."""
+    """Write base, or base + delta merged, for transformers; returns the Auto class that loads it. `labels`: what a base is to be tuned on;
+    `card`: the text of README.md. InputError if the delta cannot be merged (adapter, prefix) or was learned on another base."""
     config = base.encoder.config
     if delta is not None:
         encoder, task, labels, head, modules = merge(base, delta), "SequenceClassification", delta.labels, delta.head, CLASSIFIERS
@@ -322,7 +323,7 @@ def export_hf(folder: Path, base: Base, delta: Delta | None = None, labels: tupl
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """float32, each with memory of its own, as transformers and PEFT read them."""
+    """Write float32 tensors, each with memory of its own, as transformers and PEFT read them."""
     own = {k: v.detach().float().cpu().contiguous().clone() for k, v in tensors.items()}
     safetensors.torch.save_file(own, path, metadata={"format": "pt"})
 

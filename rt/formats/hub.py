@@ -1,5 +1,4 @@
-"""Where models and data sets come from: a folder of ours or of Hugging Face's format, or a hub id; with HF_HUB_OFFLINE=1 only what the hub
-has cached.
+"""Finds models and data sets: folders in our format or Hugging Face's, or hub ids; with HF_HUB_OFFLINE=1 only in the local cache.
 
 A hub id is OWNER/NAME, both made of letters, digits, _, - and . (not at the beginning), if nothing here is called OWNER/NAME or OWNER, and
 OWNER is not runs, the home of our own runs. Anything else is a path: runs/M9, ./OWNER/NAME, a/b/c. A data set is hub:OWNER/NAME[/CONFIG].
@@ -26,9 +25,10 @@ HUB_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "vocab.js
              "special_tokens_map.json", "adapter_config.json", "labels.json", "head_config.json", "adapter.safetensors",
              "model_head.safetensors", "adapter_model.safetensors", "model.safetensors", "model-*.safetensors",
              "model.safetensors.index.json"]
-# asked for if there are no safetensors
+# downloaded if there are no safetensors
 BIN_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin", "pytorch_adapter.bin"]
-SECONDS = 10    # that the hub has for its first answer
+HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
+SECONDS = 10    # timeout of the hub's first answer
 CONVERTED = "refs/convert/parquet"      # the branch on which the hub itself keeps data sets as CONFIG/SPLIT/0000.parquet
 NAMING = "python -m rt.runs.convert import --tuned ... --base ... --labels names,in,the,order,of,its,outputs"
 
@@ -39,14 +39,12 @@ def open_base(name: str) -> Base:
     for file, load in (("meta.json", load_base), ("config.json", load_hf)):
         if (path / file).is_file():
             return load(path)
-    raise InputError(f"{name}: no base there; expected a folder with meta.json (ours) or config.json (Hugging Face), or a "
-                     "hub id such as FacebookAI/roberta-base")
+    raise InputError(f"{name}: no base there; expected a hub id, or a folder with meta.json (ours) or config.json (Hugging Face)")
 
 
 def open_delta(name: str, base: Base, labels: tuple[str, ...] = (), task: str | None = None) -> Delta:
-    """A delta of ours, or a model that was tuned from `base` elsewhere as a delta: a ...ForSequenceClassification checkpoint, a PEFT LoRA
-    adapter or an adapter of AdapterHub or OpenDelta, folder or hub id. `labels` name its classes in the order of its outputs, `task` what
-    it was tuned on."""
+    """A delta of ours, or as a delta a model that was tuned from `base` elsewhere: a ...ForSequenceClassification checkpoint or an adapter
+    of PEFT (LoRA), AdapterHub or OpenDelta; folder or hub id. `labels` name its classes in the order of its outputs, `task` its task."""
     path = find(name)
     if (path / "delta.json").is_file():
         return load_delta(path)
@@ -58,7 +56,7 @@ def open_delta(name: str, base: Base, labels: tuple[str, ...] = (), task: str | 
 
 
 def place_of_delta(base: str, task: str, kind: str, more: str = "", seed: int = 0) -> Path:
-    """Where a delta is written and looked for unless a flag says: beside its base, or for a hub id under runs."""
+    """The default place of a delta: beside its base, or under runs if the base is a hub id."""
     home = Path(base).parent if Path(base).exists() else Path("runs")
     return home / "deltas" / f"{Path(base).name}-{task}-{kind}{more}-s{seed}"
 
@@ -66,8 +64,7 @@ def place_of_delta(base: str, task: str, kind: str, more: str = "", seed: int = 
 def is_hub_id(name: str) -> bool:
     """Whether the network may be asked for `name`; see above."""
     path = Path(name)
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not (
-        path.exists() or path.parent.exists() or path.parts[0] == "runs")
+    return bool(re.fullmatch(HUB_ID, name)) and not (path.exists() or path.parent.exists() or path.parts[0] == "runs")
 
 
 def find(name: str) -> Path:
@@ -88,7 +85,7 @@ def find(name: str) -> Path:
 
 
 def _failure(ask: Callable, name: str) -> Exception | None:
-    """Why the hub cannot be asked about `name`, if so. A download itself would wait for a connection for minutes."""
+    """Why the hub cannot be asked about `name`, or None. A download itself would wait minutes for a connection."""
     try:
         ask(name, timeout=SECONDS)
     except Exception as error:  # network, offline, authorisation, not found: the library has a class for each
@@ -101,10 +98,10 @@ def _not_to_be_had(name: str, why: Exception) -> InputError:
 
 
 def find_dataset(name: str) -> tuple[Path, str]:
-    """hub:OWNER/NAME[/CONFIG] in the local cache, downloaded if it is not there yet: (folder, a sentence for the user). Parquet
-    files of the repository are taken, or else those that the hub has made of it, or else its other tables. CONFIG is the name of their
-    folder; one without a train split is a corpus. InputError, also if there are several configs and none is named."""
-    parsed = re.fullmatch(r"hub:([\w-][\w.-]*/[\w-][\w.-]*)(?:/([\w-].*))?", name)
+    """hub:OWNER/NAME[/CONFIG] in the local cache, downloaded if it is not there yet: (folder, words for the user). The repository's parquet
+    files come first, then the hub's own conversion to parquet, then other tables. CONFIG is the name of their folder; one without a train
+    split is a corpus. InputError also if there are several configs and none is named."""
+    parsed = re.fullmatch(rf"hub:({HUB_ID})(?:/([\w-].*))?", name)
     if parsed is None:
         raise InputError(f"{name}: a data set of the hub is hub:OWNER/NAME or hub:OWNER/NAME/CONFIG")
     from huggingface_hub import HfApi, snapshot_download
@@ -133,7 +130,7 @@ def find_dataset(name: str) -> tuple[Path, str]:
 
 
 def _choose(name: str, config: str | None, ours: list[PurePath], theirs: list[PurePath]) -> tuple[str | None, PurePath, list[PurePath]]:
-    """(revision, folder, files) for a `config`, out of the tables of a repository and those that the hub has made of it."""
+    """(revision, folder, files) of a `config`, out of a repository's tables (`ours`) and the hub's conversions of them (`theirs`)."""
     parquet = [f for f in ours if f.suffix == ".parquet"]
     for revision, files in ((None, parquet), (CONVERTED, theirs), (None, ours)):
         for top in (PurePath(config), PurePath("data", config)) if config else (PurePath("."),):

@@ -1,4 +1,4 @@
-"""Parquet files row by row, a batch at a time, with the class names that the datasets library writes into them."""
+"""Reads parquet files row by row, with the class names that the datasets library writes into them."""
 import re
 from pathlib import Path
 from typing import Any, Collection, Iterator
@@ -6,14 +6,14 @@ from typing import Any, Collection, Iterator
 from rt.errors import InputError
 from rt.formats.untrusted import LINE_BYTES, parse_json, reading, shaped
 
-ROWS = 1000     # that are decoded at a time
-VALUES = r"(large_)?string(_view)?|u?int\d+|halffloat|float|double|bool|null"      # types that are read, as pyarrow writes them
+ROWS = 1000     # decoded at a time
+VALUES = r"(large_)?string(_view)?|u?int\d+|halffloat|float|double|bool|null"      # pyarrow's names of the types that are read
 READ = re.compile(rf"{VALUES}|dictionary<values=({VALUES}),.*")
 
 
 def read_parquet(path: Path, wanted: Collection[str] | None = None) -> Iterator[tuple[str, dict]]:
-    """("PATH, row N", columns) of every row. A column that is not `wanted` (None: all are), or holds neither text nor numbers, is not read
-    and has its type for a value. If the datasets library has noted names for classes, a number becomes its class's name, -1 None."""
+    """("PATH, row N", columns) of every row. The value of a column that is not `wanted` (None: all are), or holds neither text nor numbers,
+    is its type. If the datasets library has noted names of classes, a number becomes its class's name, and -1 becomes None."""
     try:
         from pyarrow.parquet import ParquetFile  # optional, and slow to import
     except ImportError:
@@ -38,7 +38,7 @@ def read_parquet(path: Path, wanted: Collection[str] | None = None) -> Iterator[
 
 
 def _value(value: Any, names: list[str] | None, place: str) -> Any:
-    """A value, or of a class its name. InputError if there is no such class, or the text is too long."""
+    """A value, or a class's name. InputError if there is no such class, or the text is too long."""
     if isinstance(value, str) and len(value) > LINE_BYTES:
         raise InputError(f"{place} is longer than {LINE_BYTES >> 20} MB; a document or an example is a row")
     if names is None or not isinstance(value, int):
@@ -49,7 +49,7 @@ def _value(value: Any, names: list[str] | None, place: str) -> Any:
 
 
 def _classes(noted: bytes | None, path: Path) -> dict[str, list[str]]:
-    """{column: names of its classes} of what the datasets library notes in a file. InputError if that is damaged."""
+    """{column: names of its classes}, which the datasets library notes in a file. InputError if the note is damaged."""
     with shaped(path, "what the datasets library has noted of its columns is damaged"):
         features = (parse_json(noted or b"{}", path).get("info") or {}).get("features") or {}
         names = {column: feature["names"] for column, feature in features.items()

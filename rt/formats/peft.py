@@ -1,8 +1,8 @@
-"""PEFT's LoRA adapters, in and out, as the delta kind lora (Hu et al., 2022): adapter_config.json and adapter_model.safetensors.
+"""Imports and exports PEFT's LoRA adapters, adapter_config.json and adapter_model.safetensors, as the delta kind lora (Hu et al., 2022).
 
 Both compute W + scaling * B A. Ours has one factor pair a target and layer, in every layer the same targets; scaling is lora_alpha / r, for
 PEFT's rank-stabilised form (rsLoRA) lora_alpha / sqrt(r). PEFT saves a task head beside the factors (modules_to_save): it is the
-delta's head. Where PEFT's target `dense` also meets a layer of the head, that update is added to the head's weights.
+delta's head. If PEFT's target `dense` also matches a layer of the head, that update is added to the head's weights.
 """
 import math
 from pathlib import Path
@@ -22,11 +22,9 @@ from rt.kinds import KINDS, TARGETS, DeltaConfig
 
 PATHS = {target: target if third is None else f"attention.self.{target}" for target, (_, third) in TARGETS.items()}     # in their layer
 ONLY = {"peft_type": ("LORA",), "task_type": ("SEQ_CLS", None), "bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
-# settings that a loaded adapter does not depend on, or that its tensors show; any other that is set is not supported
-FREE = {"auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r", "lora_alpha", "lora_dropout",
-        "use_rslora", "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "megatron_core",
-        "runtime_config", "qalora_group_size"}
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+# settings that do not change what a loaded adapter computes, or that its tensors show; any other that is set is not supported
+FREE = (r"auto_mapping|peft_version|base_model_name_or_path|revision|inference_mode|r|lora_alpha|lora_dropout|use_rslora|target_modules|"
+        r"exclude_modules|modules_to_save|layers_to_transform|layers_pattern|megatron_core|runtime_config|qalora_group_size")
 WRITTEN = {"adapter_config.json", "adapter_model.safetensors", "labels.json", "base", hf.CARD}
 
 
@@ -37,15 +35,11 @@ def factor_names(layers: int, targets: Iterable[str]) -> dict[str, str]:
             for i in range(layers) for target in targets for which in "AB"}
 
 
-def import_lora(folder: Path, base: Base, labels: tuple[str, ...] = (), task: str | None = None) -> Delta:
-    """A PEFT LoRA adapter of a classifier on `base` as a lora delta. Its labels are `labels`, those that `export_peft` left beside it, or
-    numbers. InputError names what is not supported or does not fit the base."""
-    folder = Path(folder)
+def import_lora(folder: Path, base: Base, labels: tuple[str, ...], task: str | None) -> Delta:
+    """A PEFT LoRA adapter of a classifier on `base` as a delta. Labels: `labels`, its own, or numbers. InputError if it does not fit."""
     facts = checked_settings(folder / "adapter_config.json")
     hf.check_vocabulary(folder, base)
-    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if weights is None:
-        raise InputError(f"{folder}: has neither {' nor '.join(WEIGHTS)}")
+    weights = one_of(folder, "PEFT:", "adapter_model.safetensors", "adapter_model.bin")
     factors, saved = sorted_out(read_file(weights), weights)
     r = facts["r"]
     scaling = facts["lora_alpha"] / (math.sqrt(r) if facts.get("use_rslora") else r)
@@ -59,9 +53,17 @@ def import_lora(folder: Path, base: Base, labels: tuple[str, ...] = (), task: st
     return checked(DeltaConfig("lora", r=r, lora_alpha=scaling * r, target_modules=targets), modules, head, base, folder, labels, task)
 
 
+def one_of(folder: Path, whose: str, *names: str) -> Path:
+    """The first of these files that is there."""
+    file = next((folder / name for name in names if (folder / name).is_file()), None)
+    if file is None:
+        raise InputError(f"{folder}: an adapter of {whose} there is neither {' nor '.join(names)}")
+    return file
+
+
 def checked(config: DeltaConfig, modules: dict[str, Tensor], head: dict[str, Tensor], base: Base, folder: Path, labels: tuple[str, ...],
             task: str | None, facts: dict = {}) -> Delta:
-    """A delta that changes no weight of the base, with `labels` or those of config.json's `facts`. InputError if it does not fit."""
+    """A delta made of modules and a head, with `labels` or the labels of config.json's `facts`. InputError if it does not fit the base."""
     names = hf.class_names(facts, len(head["out.bias"]), labels, folder)
     diffs = {name: torch.zeros(p.shape) for name, p in base.encoder.named_parameters() if KINDS[config.kind].trains(name)}
     delta = Delta(config, diffs, modules, head, {"task": task or folder.name, "labels": list(names), "source": str(folder), **origin(base)})
@@ -72,17 +74,14 @@ def checked(config: DeltaConfig, modules: dict[str, Tensor], head: dict[str, Ten
 def checked_settings(path: Path) -> dict:
     """adapter_config.json. InputError names the first setting that is not supported."""
     facts = read_json(path)
-    hf.check_only(facts, ONLY, path)
-    for name, value in facts.items():
-        if name not in {*FREE, *ONLY} and value not in (None, False, {}, []):
-            raise InputError(f"{path}: {name} {value!r} is not supported")
+    hf.check_only(facts, ONLY, path, FREE)
     if facts.get("peft_type") != "LORA" or not is_whole(facts.get("r"), 1) or not is_number(facts.get("lora_alpha"), -1e9, 1e9):
         raise InputError(f"{path}: is not the configuration of a LoRA adapter with peft_type, r and lora_alpha")
     return facts
 
 
 def sorted_out(weights: dict[str, Tensor], source: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(the factors, the tensors of the head), under Hugging Face's names without the model's own."""
+    """(the factors, the tensors of the head), under Hugging Face's names without the model's own name in front."""
     factors, saved = {}, {}
     for full, tensor in weights.items():
         name = hf.plain_name(full).replace(".modules_to_save", "").replace(".default", "").replace(".base_layer", "")
@@ -119,13 +118,12 @@ def head_of(base: Base, factors: dict[str, Tensor], saved: dict[str, Tensor], sc
 
 
 def layers_of(base: Base, factors: dict[str, Tensor], r: int, source: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """(modules, target_modules) of a lora delta. Raises InputError unless each layer has factors of rank `r` for the same targets."""
+    """(modules, target_modules) of a lora delta. InputError unless each layer has factors of rank `r` for the same targets."""
     layers = base.encoder.config.num_layers
     names = factor_names(layers, TARGETS)
     strange = next((name for name in factors if name not in names), None)
     if strange or not factors:
-        raise InputError(f"{source}: has {strange or 'no factors at all'}; what can have them in each of the base's {layers} layers: "
-                         f"{', '.join(PATHS.values())}")
+        raise InputError(f"{source}: has {strange or 'no factors at all'}; targets in {layers} layers can be {', '.join(PATHS.values())}")
     targets = tuple(target for target in TARGETS if factor_names(layers, [target]).keys() & factors.keys())
     if len(factors) < len(factor_names(layers, targets)):
         raise InputError(f"{source}: only some of the {layers} layers have factors for {', '.join(targets)}; what is supported is all")
@@ -136,8 +134,8 @@ def layers_of(base: Base, factors: dict[str, Tensor], r: int, source: Path) -> t
 
 
 def export_peft(folder: Path, base: Base, name: str, delta: Delta, card: str | None = None) -> Path | str:
-    """Write a lora delta of `base`, called `name`, as PeftModel loads it. Returns the base to load it on: `name`, or for one of ours the
-    folder `base` inside, in Hugging Face's format. `card` is the text of README.md. Raises InputError for another kind or base."""
+    """Write a lora delta of `base`, called `name`, for PeftModel. Returns the base to load it on: `name`, or for a base of ours the folder
+    `base` inside, in Hugging Face's format. `card` is the text of README.md. InputError for a delta of another kind or base."""
     if delta.config.kind != "lora":
         raise InputError(f"--to peft is for a delta of kind lora, this is {delta.config.kind}" +
                          ("; --to hf merges it" if delta.config.kind in ("full", "bitfit") else ""))

@@ -1,12 +1,10 @@
-"""What a teacher says, in a file: one JSON object a text, as rt.runs.predict writes it or any other program.
+"""A teacher's predictions in a file: one JSON object a text, written by rt.runs.predict or any other program, in any order.
 
     {"text": ..., "text_pair": ..., "probabilities": {"no": 0.2, "yes": 0.8}}
     {"text": ..., "no": 0.2, "yes": 0.8}
     {"text": ..., "label": "yes"}           a hard label
     {"text": ..., "value": 0.3}             of a regression
-    {"hash": "9f86d081884c7d65", ...}       in place of the text: `text_hash` of it
-
-Texts are found by content, in whatever order, and labels by name.
+    {"hash": "9f86d081884c7d65", ...}       in place of the text: its `text_hash`
 """
 import hashlib
 import math
@@ -21,7 +19,7 @@ from rt.errors import InputError
 from rt.formats.tables import format_of, read_table
 from rt.formats.untrusted import is_number
 
-FLOOR = 1e-38       # the least probability that is told from zero
+FLOOR = 1e-38       # probabilities below count as this
 
 
 def text_hash(text: str, text_pair: str | None = None) -> str:
@@ -30,8 +28,8 @@ def text_hash(text: str, text_pair: str | None = None) -> str:
 
 
 class Predictions:
-    """The answers of the file `path` for a task with these `labels` (none: a regression). A hard label gets the probability
-    1 - `smoothing`, and all C labels smoothing / C. InputError names the line that does not fit."""
+    """The answers in the file `path` for a task with these `labels` (none: a regression). A hard label gets the probability
+    1 - `smoothing`, and each of the C labels smoothing / C on top. InputError names the line that does not fit."""
     def __init__(self, path: Path, labels: tuple[str, ...], smoothing: float = 0.0):
         if not path.is_file() or format_of(path) not in ("jsonl", "json"):
             raise InputError(f"--teacher {path}: is no .jsonl file, such as python -m rt.runs.predict writes")
@@ -72,7 +70,7 @@ class Predictions:
         return values
 
     def logits(self, examples: Iterable[Example]) -> Tensor:
-        """(n, C) fp32: log p, or (n, 1) values. InputError if the file does not have all of these texts."""
+        """(n, C) fp32 log-probabilities, or (n, 1) values. InputError if the file lacks one of these texts."""
         keys = [(text_hash(e.text, e.text_pair), e) for e in examples]
         if missing := [e for key, e in keys if key not in self.found]:
             raise InputError(f"{self.path}: has no answer for {len(missing)} of {len(keys)} texts that are taught; the first is "

@@ -1,6 +1,5 @@
-"""Which files of a folder make up a task or a corpus: names of splits, shards and configs as the Hugging Face hub, GLUE and SuperGLUE have
-them. train.jsonl, Validation.csv, dev_matched.tsv, data/train-00000-of-00003.parquet, CONFIG/test-00000-of-00001.parquet and
-CONFIG/validation/0000.parquet are known names; what begins with . or _ is no data."""
+"""Finds the files of a task or a corpus by the names that the Hugging Face hub, GLUE and SuperGLUE use: train.jsonl, Validation.csv,
+dev_matched.tsv, data/train-00000-of-00003.parquet, CONFIG/validation/0000.parquet. Names that begin with . or _ are no data."""
 import re
 from pathlib import Path, PurePath
 from typing import Iterable, NamedTuple
@@ -16,7 +15,7 @@ TABLE = re.compile(rf"(.+)\.(parquet|(?:{'|'.join(t for t in TABLES if t != 'par
 
 
 class Named(NamedTuple):
-    """What the name of a file says."""
+    """What the name of a file tells."""
     file: PurePath
     home: PurePath          # the folder of its config
     split: str              # train, dev or test
@@ -26,7 +25,7 @@ class Named(NamedTuple):
 
 
 def read_name(file: PurePath) -> Named | None:
-    """What the name of a file, relative to the folder of all data, says; None if it is not that of a split."""
+    """What the name of a file, relative to the folder of all data, tells; None if it names no split."""
     table = TABLE.fullmatch(file.name.lower())
     if table is None:
         return None
@@ -48,12 +47,12 @@ def listed(folder: Path) -> list[PurePath]:
 
 
 def visible(files: Iterable[PurePath]) -> list[PurePath]:
-    """The files in order, without those whose name, or whose folder's name, begins with . or _: tools leave them behind."""
+    """The files in order, without those that tools leave behind: a name, or the name of a folder above, begins with . or _."""
     return sorted(f for f in files if not any(part[0] in "._" for part in f.parts))
 
 
 def home_of(files: Iterable[PurePath], where: str) -> PurePath | None:
-    """The folder in which a train split lies: the one at the top, or else the only one. InputError if there are several, None if none."""
+    """The folder that holds a train split: the top one, or else the only one, or None. InputError if there are several below the top."""
     homes = sorted({name.home for f in files if (name := read_name(f)) and name.split == "train"})
     if len(homes) > 1 and homes[0].parts:
         raise InputError(f"{where}: has {len(homes)} configs; give {where}/CONFIG with one of {', '.join(map(str, homes))}")
@@ -61,23 +60,22 @@ def home_of(files: Iterable[PurePath], where: str) -> PurePath | None:
 
 
 def split_files(folder: Path) -> dict[str, list[Path]]:
-    """{'train': files, 'dev': files, 'test': files} of a task, shards in order; of test there may be none. InputError if it is not clear
-    which they are, or some are missing."""
+    """{'train', 'dev', 'test': files} of a task, shards in order; test may be empty. InputError if any is missing or ambiguous."""
     files = listed(folder)
     home = home_of(files, str(folder)) or PurePath(".")
     names = [name for f in files if (name := read_name(f)) and name.home == home]
     parts = {part: _one_table(folder, part, [n for n in names if n.split == part and not n.is_other]) for part in PARTS}
-    for part in ("train", "dev"):
+    for part, also in (("train", ""), ("dev", " (or val, valid, validation)")):
         if not parts[part]:
-            names = f"{part}.jsonl, .json, .csv, .tsv or .parquet{' (or val, valid, validation)' if part == 'dev' else ''}"
-            raise InputError(f"{folder}: has no {names}, nor shards of one; found: {', '.join(map(str, files[:8])) or 'nothing'}")
+            raise InputError(f"{folder}: has no {part}.jsonl, .json, .csv, .tsv or .parquet{also}, nor shards of one; "
+                             f"found: {', '.join(map(str, files[:8])) or 'nothing'}")
     if others := [str(n.file) for n in names if n.is_other]:
         note(f"{folder}: left unread: {', '.join(others)} (dev and test are the matched ones)")
     return {part: [folder / f for f in files] for part, files in parts.items()}
 
 
 def _one_table(folder: Path, part: str, names: list[Named]) -> list[PurePath]:
-    """The files of one split in order. InputError if they are not the shards of one table, or not all of them."""
+    """The files of one split in order. InputError if they are not all the shards of one table."""
     first = {n.series: str(n.file) for n in reversed(names)}
     if len(first) > 1:
         raise InputError(f"{folder}: {' and '.join(sorted(first.values()))} could all be the {part} split; leave one of them there")

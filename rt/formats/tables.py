@@ -1,4 +1,4 @@
-"""Files row by row: lines of text, JSONL, JSON, csv and tsv, plain, .gz or .xz, and parquet. Of what has lines, one is held at a time."""
+"""Reads files row by row: lines of text, JSONL, JSON, csv and tsv, plain, .gz or .xz, and parquet. It holds one line or row at a time."""
 import csv
 import gzip
 import itertools
@@ -19,20 +19,20 @@ from rt.formats.untrusted import JSON_BYTES, LINE_BYTES, parse_json
 STDIN = Path("standard input")      # this object, not a file of that name, stands for it; errors name it so
 TABLES = ("jsonl", "csv", "tsv", "json", "parquet")
 FORMATS = ("txt", *TABLES)
-DELIMITERS = {"csv": ",;\t", "tsv": "\t,;"}     # the first that is in the header
+DELIMITERS = {"csv": ",;\t", "tsv": "\t,;"}     # the first of them that the header contains counts
 UNQUOTED = dict(quoting=csv.QUOTE_NONE)
-AHEAD = 2**20       # characters of a pipe, which cannot be read twice
+AHEAD = 2**20       # characters that are read ahead of a pipe, which cannot be read twice
 HEADER = "if line 1 is data, a header is missing: the names of the columns"
 
 
 def format_of(path: Path) -> str:
-    """What the ending of a file's name says, .gz and .xz left aside: one of FORMATS, or anything else."""
+    """The ending of a file's name without .gz and .xz: one of FORMATS, or anything else."""
     return path.name.lower().removesuffix(".gz").removesuffix(".xz").rpartition(".")[2]
 
 
 def read_table(path: Path, format: str, wanted: Collection[str] | None = None) -> Iterator[tuple[str, dict]]:
-    """("PATH, line N", columns) of every row of a file or of STDIN; `format` is one of FORMATS, a line of txt is a column `text`, and of
-    parquet only the columns `wanted` are read, if that is given. InputError names the file and line that is not a row."""
+    """("PATH, line N", columns) of every row of a file or of STDIN. `format` is one of FORMATS; a line of txt is a column `text`. `wanted`
+    limits which columns of parquet are read. InputError names the file and line that is not a row."""
     if format == "parquet":
         if path is STDIN:
             raise InputError(f"{path}: parquet cannot be read from there; name a file")
@@ -48,8 +48,8 @@ def read_table(path: Path, format: str, wanted: Collection[str] | None = None) -
 
 
 def _read_rows(path: Path, format: str) -> Iterator[tuple[str, Any]]:
-    """("PATH, line N", value) of a txt, a jsonl, or a json as the datasets library writes it, an object a line. ("PATH, row N", value) of a
-    json that is one list, as pandas writes it."""
+    """("PATH, line N", value) of a txt, a jsonl, or a json with an object a line, as the datasets library writes it; ("PATH, row N", value)
+    of a json that is one list, as pandas writes it."""
     lines = ((place, line) for place, line in _read_lines(path, JSON_BYTES if format == "json" else LINE_BYTES) if line.strip())
     if format == "json" and (first := next(lines, None)):
         lines = itertools.chain([first], lines)
@@ -72,7 +72,7 @@ def _whole(path: Path, lines: Iterable[tuple[str, str]]) -> str:
 
 
 def _read_lines(path: Path, most: int = LINE_BYTES) -> Iterator[tuple[str, str]]:
-    """("PATH, line N", line). InputError if one is too long, is not UTF-8 or holds a NUL, as UTF-16 and files that are no text do."""
+    """("PATH, line N", line). InputError if a line is too long, is not UTF-8, or holds a NUL, as UTF-16 and binary files do."""
     opener, number, place = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower(), open), 0, ""
     if path is STDIN and sys.stdin is None:
         raise InputError(f"{path}: is closed; pipe the texts in, or name a file")
@@ -92,7 +92,7 @@ def _read_lines(path: Path, most: int = LINE_BYTES) -> Iterator[tuple[str, str]]
 
 
 def _read_csv(path: Path, format: str) -> Iterator[tuple[str, dict]]:
-    """The rows of a table by the names in its first line; the delimiter is the one found there. GLUE's CoLA is known to have no names."""
+    """The rows of a table by the names in its first line, which also shows the delimiter. GLUE's CoLA has no line of names."""
     csv.field_size_limit(LINE_BYTES)    # a text may be longer than the 131,072 characters that are the default
     source, header = _read_lines(path), None
     first = next((at for at in source if at[1].strip()), ("", ""))
@@ -115,8 +115,8 @@ def _read_csv(path: Path, format: str) -> Iterator[tuple[str, dict]]:
 
 
 def _split(path: Path, source: Iterator[tuple[str, str]], delimiter: str) -> Iterator[tuple[str, list[str]]]:
-    """("PATH, line N", fields) of every row. Whether quotes enclose fields between tabs, _is_quoted says once the first quote has come: of
-    a file from all of it, of STDIN and other pipes from the AHEAD characters that follow."""
+    """("PATH, line N", fields) of every row. At the first quote between tabs, _is_quoted decides whether quotes enclose fields: from all of
+    a file, or from the next AHEAD characters of STDIN and other pipes."""
     place, held, columns, style, quote = "", 0, 0, dict(strict=True), []
 
     def lines(source: Iterable[tuple[str, str]]) -> Iterator[str]:
@@ -124,8 +124,7 @@ def _split(path: Path, source: Iterator[tuple[str, str]], delimiter: str) -> Ite
         for place, line in source:
             held += len(line)
             if held > LINE_BYTES:
-                raise InputError(f"{place}: a row that ends here or later is longer than {LINE_BYTES >> 20} MB; is there a quote that is "
-                                 "never closed?")
+                raise InputError(f"{place}: a row up to here is longer than {LINE_BYTES >> 20} MB; is there a quote that is never closed?")
             if style == UNQUOTED and re.search(r'(?:^|\t)"', line):
                 note(f"{path}: quotes around fields are read as characters of the text, as in GLUE's files")
             yield line + "\n"
@@ -153,7 +152,7 @@ def _split(path: Path, source: Iterator[tuple[str, str]], delimiter: str) -> Ite
 
 
 def _ahead(source: Iterator[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """The next AHEAD characters, to the end of a line after which no quote is open."""
+    """The next AHEAD characters, up to the end of a line after which no quote is open."""
     size = quotes = 0
     for place, line in source:
         yield place, line
@@ -163,10 +162,9 @@ def _ahead(source: Iterator[tuple[str, str]]) -> Iterator[tuple[str, str]]:
 
 
 def _is_quoted(lines: Iterable[str], columns: int) -> bool:
-    """Whether fields between tabs are quoted as in a csv. GLUE's are not: there a quote is a character. They are if all quotes enclose a
-    field or are doubled in one that is enclosed, all rows have as many columns as the first (`columns`, 0: among the lines), and it shows
-    that a program did it: doubled quotes, rows whose lines do not have that many columns by themselves, an enclosed header, or (Excel)
-    commas in all enclosed fields and in no other."""
+    """Whether fields between tabs are quoted as in a csv; in GLUE's files a quote is a character. They are if every quote encloses a field
+    or is doubled inside one, all rows have as many columns as the first (`columns`, 0: among the lines), and there is a sign of a program:
+    doubled quotes, tabs or line ends inside fields, an enclosed header, or (Excel) commas in all enclosed fields and in no other."""
     raw, shows, idle, commas, is_header = [], False, False, [0, 0], columns == 0
 
     def kept() -> Iterator[str]:

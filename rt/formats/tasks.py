@@ -1,8 +1,8 @@
 """Labelled tasks: a folder with train, dev and test as .jsonl, .json, .csv, .tsv or .parquet (rt/formats/splits.py: under which names).
 
-A row has one text or a pair, and a label: a string, an integer, true or false is a class, a float makes the task a regression. The usual
-names of columns are understood beside `text`, `text_pair` and `label`. Rows without a gold label are left out; a test part that has no
-others is none. Notes on stderr say what was left out, and what was decided although it could be otherwise.
+A row has one text or a pair, and a label: a string, an integer, true or false is a class, a float makes the task a regression. Columns may
+have the usual names instead of `text`, `text_pair` and `label`. Rows without a gold label are left out, and so is a test part that has only
+such rows. Notes on stderr say what was left out, and which guesses were made.
 """
 import functools
 import math
@@ -19,23 +19,23 @@ from rt.formats.splits import split_files
 from rt.formats.tables import DELIMITERS, FORMATS, HEADER, STDIN, format_of, read_table
 from rt.formats.untrusted import check_label
 
-# Names of columns in lower case. The first that a row has counts, so that BoolQ is question, passage; of OTHER_LABELS it may have one only.
+# Names of columns in lower case. The first one in a row counts, so that BoolQ is question, passage; two of OTHER_LABELS are an error.
 TEXTS = ("text", "sentence1", "premise", "question", "question1", "sentence", "#1 string", "sentence_a", "text1", "text_a", "query",
          "claim", "content", "review", "tweet", "utterance", "utt", "message", "comment", "passage", "context", "document", "abstract")
 PAIRS = ("text_pair", "sentence2", "hypothesis", "question2", "#2 string", "sentence_b", "text2", "text_b", "passage", "context",
          "paragraph", "document", "evidence", "answer", "response")
-PLAIN = 8       # of PAIRS, the first, can be nothing but texts
+PLAIN = 8       # the first of PAIRS, which are always texts
 LABELS = ("label", "gold_label")
 OTHER_LABELS = ("score", "relatedness_score", "labels", "class", "target", "category", "intent", "stars", "rating", "sentiment", "emotion",
                 "is_duplicate", "quality")
-# Labels that stand for none: what pandas reads as missing, and words that say it; if a part has no other and train does not have it, NAMES,
-# which are classes as well. _marks decides on -, ?, -1 and -100.
+# Labels that mean "none": what pandas reads as missing, and words for it. NAMES can be classes, too: they mean "none" only if a part has no
+# other labels and train lacks them. _marks decides on -, ?, -1 and -100.
 MISSING = {"", "nan", "-nan", "null", "n/a", "#n/a", "#na", "<na>", "hidden", "unlabeled", "unlabelled"}
 NAMES = {"na", "none", "unknown"}
-RARE = 0.02                     # of the training examples; SNLI's dev has 1.6 % without a gold label
-MOST_SEEN = 1000                # rows of a file in which texts are looked for that are left unread
+RARE = 0.02                     # share of the training examples; SNLI's dev has 1.6 % without a gold label
+MOST_SEEN = 1000                # rows of a file that are searched for unread columns of text
 UNTYPED = re.compile(r"\.[ct]sv(\.gz|\.xz)?, line \d+$", re.I)     # the end of the source of an example whose label has no type
-MOST_LABELS = 5000              # of so many, squared, a confusion matrix is held
+MOST_LABELS = 5000              # a confusion matrix holds the square of it
 
 
 def load_task(path: Path) -> Task:
@@ -61,12 +61,12 @@ def load_task(path: Path) -> Task:
 
 
 def _plain(label: str | int | float | None) -> str:
-    """A label as it is compared with those that stand for none. Where some are missing, pandas writes 1.0 for 1."""
+    """A label in the form in which it is compared. If some labels are missing, pandas writes 1.0 for 1."""
     return "" if label is None else str(label).lower().removesuffix(".0")
 
 
 def _with_gold(path: Path, parts: dict[str, list[Example]]) -> dict[str, list[Example]]:
-    """The examples that have a gold label, without test if none is left there. InputError if none is left in train or dev."""
+    """The examples that have a gold label, without test if it has none. InputError if train or dev has none."""
     kept, train = {}, Counter(_plain(e.label) for e in parts["train"])
     marks = MISSING | _marks(train, any(isinstance(e.label, float) for e in parts["train"]))
     hidden = MISSING | NAMES - train.keys() | {"-1", "-100"} - ({*train} if len(train) == 1 else set())
@@ -84,8 +84,8 @@ def _with_gold(path: Path, parts: dict[str, list[Example]]) -> dict[str, list[Ex
 
 
 def _marks(train: Counter[str], has_floats: bool) -> set[str]:
-    """Of -, ?, -1 and -100 those that stand for no gold label beside the labels of train. Beside +, - is a class. Beside 0, 1, ... n - 1,
-    -100 is none (torch ignores it), and so is -1 (SNLI); beside 0 and 1 alone, -1 may be a third class (sentiment), unless it is RARE."""
+    """Those of -, ?, -1 and -100 that mean "no gold label" beside the labels of train. Beside +, - is a class. Beside 0, 1, ... n - 1, -100
+    means none (torch ignores it), and so does -1 (SNLI); beside only 0 and 1, -1 may be a third class (sentiment), unless it is RARE."""
     names = train.keys() - MISSING - {"-", "?", "-1", "-100"}
     marks = {"-", "?"} if all(re.search(r"\w", name) for name in names) else set()
     if _are_counted(names) and not has_floats:
@@ -98,8 +98,7 @@ def _are_counted(labels: set[str]) -> bool:
 
 
 def _note_doubts(path: Path, parts: dict[str, list[Example]]) -> None:
-    """Say what may be wrong with the labels that were taken: a regression on whole numbers, one negative number (-1, -9, -999) beside
-    others that are not, one label alone."""
+    """Note what may be wrong with the labels: a regression on whole numbers, a single negative number (-1, -9, -999), a single label."""
     train, is_regression = Counter(_plain(e.label) for e in parts["train"]), isinstance(parts["train"][0].label, float)
     if is_regression and all(re.fullmatch(r"-?\d+", label) for label in train):
         note(f"{path}: whole numbers with a point are the labels of all train examples and make a regression; write classes without it")
@@ -112,7 +111,7 @@ def _note_doubts(path: Path, parts: dict[str, list[Example]]) -> None:
 
 
 def _classes(path: Path, parts: dict[str, list[Example]]) -> tuple[str, ...]:
-    """The labels of the training examples, ordered as numbers or as names. InputError if another part has others or they are of no use."""
+    """The labels of the training examples, ordered as numbers or as names. InputError if they are unusable, or another part has others."""
     sources = {e.label: e.source for e in parts["train"]}
     if len(sources) > MOST_LABELS:
         raise InputError(f"{path}: the training examples have {len(sources)} labels, and up to {MOST_LABELS} are supported: is the label "
@@ -135,7 +134,7 @@ def _classes(path: Path, parts: dict[str, list[Example]]) -> tuple[str, ...]:
 
 
 def _is_regression(examples: list[Example]) -> bool:
-    """Whether a label is a float. A csv or tsv has no types: there, whether all labels are numbers and some of them not whole."""
+    """Whether a label is a float; in a csv or tsv, which has no types, whether all labels are numbers and some of them not whole."""
     if any(isinstance(e.label, float) for e in examples):
         return True
     try:
@@ -146,12 +145,11 @@ def _is_regression(examples: list[Example]) -> bool:
 
 
 def _check_one_type(examples: list[Example]) -> None:
-    """Raises InputError if some labels are strings and some numbers: whether "1" and 1 are one class, nobody can know."""
+    """InputError if some labels are strings and some numbers: nobody can know whether "1" and 1 are one class."""
     typed = {type(e.label): e for e in reversed(examples) if not UNTYPED.search(e.source)}   # the first of each
     name, number = typed.get(str), typed.get(int)
     if name and number:
-        raise InputError(f"{name.source}: label {name.label!r} is a string, but the one of {number.source} is a number ({number.label}): "
-                         "write all of them as one or the other")
+        raise InputError(f"{name.source}: label {name.label!r} is a string, but the one of {number.source} is a number: write all alike")
 
 
 def _with_float(e: Example) -> Example:
@@ -165,8 +163,8 @@ def _with_float(e: Example) -> Example:
 
 
 def read_examples(path: Path, labelled: bool, format: str | None = None, columns: dict[str, str] | None = None) -> Iterator[Example]:
-    """The examples of a file or of STDIN, one after the other as they are read, `labelled` ones with None if there is no label. `format` is
-    one of FORMATS, txt for unlabelled ones; by default the file's ending says it, and STDIN is txt. InputError, also if there is none."""
+    """The examples of a file or of STDIN as they are read, `labelled` ones with None for a missing label. `format` is one of FORMATS, txt
+    only for unlabelled ones; the default is the file's ending, and txt for STDIN. InputError also if there are no examples."""
     if path is not STDIN and (not path.exists() or path.is_dir()):
         raise InputError(f"{path}: there is no such file")
     if format is None:
@@ -192,14 +190,14 @@ def _examples(path: Path, labelled: bool, format: str, columns: dict[str, str]) 
 
 
 def _is_text(name: str, value: object) -> bool:
-    """Whether a column that is not read seems to hold texts, two words and more: no parse tree, no name of a label; but WiC's `word`."""
+    """Whether an unread column seems to hold texts of two words or more, not parse trees or names of labels; or is WiC's `word`."""
     is_prose = isinstance(value, str) and re.search(r"[^\W\d_]\W?\s+[^\W\d_]", value) and not value.startswith("(")
     return bool(is_prose) and "label" not in name.lower() or name == "word"
 
 
 @functools.lru_cache
 def _columns(names: tuple[str, ...]) -> tuple[str | None, ...]:
-    """The columns of the text, the second text and the label, None for what is not there; the fourth may be the label as well."""
+    """The columns of the text, the second text, the label, and another that may be the label; None for what is missing."""
     known = {name.strip().lower(): name for name in reversed(names)} | {name: name for name in names}
     text = next((known[name] for name in TEXTS if name in known), None)
     pairs = PAIRS[:PLAIN] if text == "text" else PAIRS + ("sentence",) * (text in ("question", "query"))      # GLUE's QNLI
@@ -209,8 +207,8 @@ def _columns(names: tuple[str, ...]) -> tuple[str | None, ...]:
 
 
 def _example(source: str, row: dict, read: tuple[str | None, ...], labelled: bool, columns: dict[str, str]) -> Example:
-    """The example in a row, of which `_columns` are `read`; the name of the label is kept in `columns` from the first row on.
-    Raises InputError if one is missing, or of another type. If a label is asked for and there is none, the texts are not looked at."""
+    """The example in a row, whose `_columns` are `read`; `columns` keeps the name of the label from the first row on. InputError if a text
+    or label is missing or of another type. The texts of a `labelled` example without a label are not checked."""
     text, pair, label, other = read
     if text is None:
         found = ", ".join(str(name)[:40] for name in row) + f"; {HEADER}" * bool(re.search(r"\.[ct]sv|^standard input", source))

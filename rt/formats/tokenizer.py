@@ -1,8 +1,8 @@
 """Tokenizers through `tokenizers`: byte-level BPE trained on a corpus, or whatever a tokenizer.json holds (BPE, WordPiece, Unigram), with
-the settings and added tokens that lie beside it, as transformers 5 reads them.
+the settings and added tokens of the files beside it, as transformers 5 reads them.
 
-`Tokenizer` adds the ids of <s>, </s>, <pad> and <mask> ([CLS], [SEP], [PAD], [MASK]), how the texts of a pair are separated, a fingerprint
-of the content, and a hash of the vocabulary alone: if that is equal, ids mean the same words.
+`Tokenizer` adds the ids of <s>, </s>, <pad> and <mask> ([CLS], [SEP], [PAD], [MASK]), the separators between the texts of a pair, a
+fingerprint of the content, and a hash of the vocabulary alone: if two vocabularies have equal hashes, ids mean the same words.
 """
 import hashlib
 import json
@@ -35,7 +35,6 @@ class NoTokenizer(InputError):
 
 class Tokenizer:
     """Text to ids without special tokens, and back. InputError if a special token is missing."""
-
     def __init__(self, backend: tokenizers.Tokenizer, source: str = "tokenizer"):
         backend.no_padding()
         backend.no_truncation()
@@ -81,7 +80,7 @@ class Tokenizer:
     def encode(self, texts: list[str]) -> list[list[int]]:
         try:
             return [e.ids for e in self.backend.encode_batch(texts, add_special_tokens=False)]
-        except Exception as error:      # tokenizers raises bare Exception, as for an unknown word if there is no token for those
+        except Exception as error:      # tokenizers raises a bare Exception, for example for an unknown word without an unknown token
             raise InputError(f"{self.source}: the tokenizer cannot encode a text ({error})") from None
 
     def decode(self, ids: list[int]) -> str:
@@ -96,8 +95,8 @@ class Tokenizer:
 
     def frame(self, second_type: int) -> processors.TemplateProcessing:
         """The special tokens around a text or a pair, with a token type for the second text of a pair."""
-        bos, eos = ((self.backend.id_to_token(i), i) for i in (self.bos_id, self.eos_id))
-        return _template(bos, eos, self.separators, second_type)
+        first, last = map(self.backend.id_to_token, (self.bos_id, self.eos_id))
+        return _template(self.backend, first, last, self.separators, second_type)
 
     def save(self, folder: Path) -> None:
         write_whole(Path(folder) / "tokenizer.json", self.backend.to_str(pretty=True))
@@ -105,64 +104,53 @@ class Tokenizer:
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE of at most `vocab_size` tokens; the special tokens are ids 0 to 4 as in RoBERTa (but <mask>)."""
-    backend = _byte_level(models.BPE())
+    backend = pipeline(models.BPE())
+    special = [AddedToken(name, special=True, normalized=False, lstrip=name == "<mask>") for name in SPECIALS]
     backend.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, min_frequency=2, special_tokens=_special(SPECIALS), show_progress=False,
+        vocab_size=vocab_size, min_frequency=2, special_tokens=special, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return Tokenizer(backend)
 
 
-def _template(first: tuple[str, int], last: tuple[str, int], separators: int, second_type: int) -> processors.TemplateProcessing:
-    """What puts two special tokens, names and ids, around a text or a pair."""
-    (bos, _), (eos, _) = first, last
-    pair = [bos, "$A", eos, *[eos] * (separators - 1), f"$B:{second_type}", f"{eos}:{second_type}"]
-    return processors.TemplateProcessing(single=[bos, "$A", eos], pair=pair, special_tokens=[first, last])
-
-
-def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
+def pipeline(model: models.Model) -> tokenizers.Tokenizer:
+    """`model` with the normalizer, pre-tokenizer and decoder of the usual tokenizer of its type: RoBERTa's, BERT's or XLM-R's."""
     backend = tokenizers.Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
+    if isinstance(model, models.BPE):
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    elif isinstance(model, models.WordPiece):
+        backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+        backend.decoder = decoders.WordPiece()
+    else:       # Unigram
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
     return backend
 
 
-def _wordpiece(model: models.WordPiece) -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer(model)
-    backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    backend.decoder = decoders.WordPiece()
-    return backend
-
-
-def _sentencepiece(model: models.Unigram) -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
-    return backend
-
-
-def _special(names: Iterable[str]) -> list[AddedToken]:
-    return [AddedToken(name, special=True, normalized=False, lstrip=name == "<mask>") for name in names]
+def _template(backend: tokenizers.Tokenizer, first: str, last: str, separators: int, second_type: int) -> processors.TemplateProcessing:
+    """The post-processor that puts two special tokens around a text or a pair."""
+    pair = [first, "$A", last, *[last] * (separators - 1), f"$B:{second_type}", f"{last}:{second_type}"]
+    special = [(token, backend.token_to_id(token)) for token in (first, last)]
+    return processors.TemplateProcessing(single=[first, "$A", last], pair=pair, special_tokens=special)
 
 
 # --- files of others --------------------------------------------------------------------------------------------------
 
-# transformers' classes that take the model alone out of a tokenizer.json: its type, their special tokens, and what they make of it
-CLASSES = {"RobertaTokenizer": (models.BPE, OF_ROBERTA, _byte_level), "BertTokenizer": (models.WordPiece, OF_BERT, _wordpiece),
-           "XLMRobertaTokenizer": (models.Unigram, OF_ROBERTA, _sentencepiece),
-           "CamembertTokenizer": (models.Unigram, OF_ROBERTA, _sentencepiece)}
-AS_THE_FILE = ("PreTrainedTokenizer", "TokenizersBackend")      # other classes, which take all of it
+# transformers' classes that read only the model of a tokenizer.json and build the rest: the model's type, and their special tokens
+CLASSES = {"RobertaTokenizer": (models.BPE, OF_ROBERTA), "BertTokenizer": (models.WordPiece, OF_BERT),
+           "XLMRobertaTokenizer": (models.Unigram, OF_ROBERTA), "CamembertTokenizer": (models.Unigram, OF_ROBERTA)}
+AS_THE_FILE = ("PreTrainedTokenizer", "TokenizersBackend")      # classes that read all of it
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
     """A tokenizer from a `tokenizer.json`, or a folder with one, or with RoBERTa's `vocab.json` and `merges.txt`, or BERT's `vocab.txt`. As
-    in transformers, the files beside these decide on case, accents, the first space and added tokens. InputError if none can be read, or
-    not as transformers 5 does: another id of a token than a file says, other special tokens around a text than here."""
+    in transformers, the files beside these decide on case, accents, the first space and added tokens. InputError if no file can be read,
+    or transformers 5 would read it differently: with other ids of tokens, or other special tokens around a text."""
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
     for read in (file, path / "vocab.json", path / "merges.txt", path / "vocab.txt"):
         if read.is_file() and read.stat().st_size > JSON_BYTES:
             raise InputError(f"{read}: is longer than {JSON_BYTES >> 20} MB, too long for a tokenizer")
     try:
-        facts, model = (_json(path / name) for name in ("tokenizer_config.json", "config.json"))
+        facts, model = (read_json(path / name, {}) for name in ("tokenizer_config.json", "config.json"))
         if facts.get("split_special_tokens"):
             raise InputError(f"{path / 'tokenizer_config.json'}: split_special_tokens is not supported")
         name = str(facts.get("tokenizer_class") or model.get("tokenizer_class") or model.get("model_type") or "").removesuffix("Fast")
@@ -196,24 +184,20 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise InputError(f"{file if file.is_file() else path}: not a tokenizer file ({error})") from None
 
 
-def _json(file: Path) -> dict:
-    return read_json(file) if file.is_file() else {}
-
-
 def _from_vocabulary(folder: Path, name: str, facts: dict) -> tuple[Path, tokenizers.Tokenizer, str]:
     """(the file of its vocabulary, the tokenizer, its class) of a folder without a tokenizer.json."""
     vocab, merges, words = folder / "vocab.json", folder / "merges.txt", folder / "vocab.txt"
     if vocab.is_file() and merges.is_file() and name in ("", "RobertaTokenizer"):
-        return vocab, _byte_level(models.BPE.from_file(str(vocab), str(merges))), "RobertaTokenizer"
+        return vocab, pipeline(models.BPE.from_file(str(vocab), str(merges))), "RobertaTokenizer"
     if words.is_file() and name in ("", "BertTokenizer") and "word_tokenizer_type" not in facts:     # Japanese: needs other libraries
         unknown = _added(facts.get("unk_token") or "[UNK]").content
-        return words, _wordpiece(models.WordPiece.from_file(str(words), unk_token=unknown)), "BertTokenizer"
+        return words, pipeline(models.WordPiece.from_file(str(words), unk_token=unknown)), "BertTokenizer"
     raise NoTokenizer(f"{folder}: no tokenizer there; expected tokenizer.json, or vocab.json with merges.txt, or BERT's vocab.txt "
                       "(transformers' AutoTokenizer.from_pretrained and save_pretrained make a tokenizer.json of others)")
 
 
 def _as_configured(backend: tokenizers.Tokenizer, name: str, facts: dict) -> tokenizers.Tokenizer:
-    """With the settings of a tokenizer_config.json, and the class's own for those that are not there, if it is one that obeys them."""
+    """`backend` with the settings of a tokenizer_config.json, and the class's defaults for the others, if the class obeys them."""
     normalizer, splitter = backend.normalizer, backend.pre_tokenizer
     if isinstance(normalizer, normalizers.BertNormalizer) and name not in AS_THE_FILE:
         for theirs, ours, default in (("do_lower_case", "lowercase", True), ("strip_accents", "strip_accents", None),
@@ -229,18 +213,18 @@ def _as_configured(backend: tokenizers.Tokenizer, name: str, facts: dict) -> tok
 
 
 def _check_class(backend: tokenizers.Tokenizer, name: str, facts: dict, file: Path) -> None:
-    """Raises InputError if what transformers' class makes of the file's model cuts texts into other words than the file says."""
-    of_class, _, make = CLASSES[name]
-    same = isinstance(backend.model, of_class) and (make is not _sentencepiece or facts.get("add_prefix_space", True))
-    model, unknown = backend.model, facts.get("unk_token") or "[UNK]"
-    if same and isinstance(model, models.WordPiece):
+    """InputError if the tokenizer that transformers' class builds around the file's model cuts texts into other words than the file's."""
+    of_class, model, unknown = CLASSES[name][0], backend.model, facts.get("unk_token") or "[UNK]"
+    is_unigram = of_class is models.Unigram
+    same = isinstance(model, of_class) and (not is_unigram or facts.get("add_prefix_space", True))
+    if same and of_class is models.WordPiece:
         same = (model.unk_token, model.continuing_subword_prefix, model.max_input_chars_per_word) == (_added(unknown).content, "##", 100)
-    elif same and isinstance(model, models.BPE):
+    elif same and of_class is models.BPE:
         same = not (model.dropout or model.continuing_subword_prefix or model.end_of_word_suffix)
     if same:
-        theirs, parts = _as_configured(make(backend.model), name, facts), backend.normalizer
+        theirs, parts = _as_configured(pipeline(model), name, facts), backend.normalizer
         for part in parts if isinstance(parts, normalizers.Sequence) else [parts]:
-            if make is _sentencepiece and isinstance(part, normalizers.Precompiled):       # the map of characters
+            if is_unigram and isinstance(part, normalizers.Precompiled):       # the map of characters
                 theirs.normalizer = part
         same = _words(theirs) == _words(backend)
     if not same:
@@ -255,9 +239,9 @@ def _words(backend: tokenizers.Tokenizer) -> list[str]:
 
 
 def _with_added(backend: tokenizers.Tokenizer, name: str, facts: dict, folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
-    """(the tokenizer with the added tokens of all files, its special tokens by role). InputError if one has not the id that a file says."""
-    own = [(token["id"], _added(token)) for token in _json(folder / "tokenizer.json").get("added_tokens", [])]
-    known, legacy = facts.get("added_tokens_decoder"), _json(folder / "special_tokens_map.json")
+    """(the tokenizer with the added tokens of all files, its special tokens by role). InputError if the files give one token two ids."""
+    own = [(token["id"], _added(token)) for token in read_json(folder / "tokenizer.json", {}).get("added_tokens", [])]
+    known, legacy = facts.get("added_tokens_decoder"), read_json(folder / "special_tokens_map.json", {})
     legacy = legacy if known is None else {}
     extra = facts.get("extra_special_tokens") or []
     named = {**facts, **legacy, **(extra if isinstance(extra, dict) else {})}
@@ -267,7 +251,7 @@ def _with_added(backend: tokenizers.Tokenizer, name: str, facts: dict, folder: P
              *(legacy.get("extra_special_tokens") or [])]
     special = {_added(token).content for token in (*named.values(), *extra) if token}
     plain = [(i, AddedToken(token, special=token in special, normalized=token not in special))
-             for token, i in _json(folder / "added_tokens.json").items()]
+             for token, i in read_json(folder / "added_tokens.json", {}).items()]
     listed = dict([*plain, *own] if known is None else [(int(i), _added(token)) for i, token in known.items()])
     tokens = [token for _, token in own if name not in CLASSES] + [listed[i] for i in sorted(listed)]
     roles = {**dict.fromkeys(ROLES), **(CLASSES[name][1] if name in CLASSES else {}), **named}
@@ -299,8 +283,8 @@ def _of_model(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 def _checked_types(tokenizer: Tokenizer, name: str, roles: dict[str, str]) -> bool:
-    """Whether the second text of a pair has a token type of its own. Raises InputError unless the file and transformers' class frame texts
-    as rt/data.py does, and their mask token is the one found here."""
+    """Whether the second text of a pair has a token type of its own. InputError unless the file and transformers' class put the special
+    tokens of rt/data.py around texts, and have the mask token that `tokenizer` found."""
     framed, (a, b) = tokenizer.framed(), tokenizer.encode(["a", "b"])     # `framed` fails if a base could not read it again
     bos, eos, id_of, bert = tokenizer.bos_id, tokenizer.eos_id, tokenizer.backend.token_to_id, name == "BertTokenizer"
     if name in AS_THE_FILE and tokenizer.backend.num_special_tokens_to_add(True) == 0:
@@ -308,9 +292,8 @@ def _checked_types(tokenizer: Tokenizer, name: str, roles: dict[str, str]) -> bo
     frames = [framed.encode("a"), framed.encode("a", "b")]
     has_types = frames[1].type_ids[-1] > 0
     if name in CLASSES:
-        ends = ("bos_token", "eos_token") if CLASSES[name][2] is _sentencepiece else ("cls_token", "sep_token")
-        first, last = map(roles.get, ends)
-        framed.post_processor = _template((first, id_of(first)), (last, id_of(last)), 2 - bert, int(bert))
+        ends = ("bos_token", "eos_token") if CLASSES[name][0] is models.Unigram else ("cls_token", "sep_token")
+        framed.post_processor = _template(tokenizer.backend, *map(roles.get, ends), 2 - bert, int(bert))
         frames.append(framed.encode("a", "b"))
     expected = [bos, *a, eos, *[eos] * (tokenizer.separators - 1), *b, eos]
     types = [0] * (len(a) + 2) + [1] * (len(expected) - len(a) - 2)

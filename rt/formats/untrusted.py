@@ -1,4 +1,4 @@
-"""Checks on what others wrote: JSON, safetensors headers and labels are bounded before they are believed. No torch here."""
+"""Checks on input from others: the sizes of JSON and safetensors headers and the form of labels, before they are used. No torch here."""
 import json
 import math
 import re
@@ -14,13 +14,13 @@ from rt.errors import InputError
 
 JSON_BYTES = 100 * 2**20        # the longest JSON file: a summary of some 50,000 runs, or a tokenizer
 LINE_BYTES = 16 * 2**20         # the longest line of text: a document of some 3 million tokens
-# the errors of code that reads JSON of another shape than it expects
+# the errors that code raises on JSON of an unexpected shape
 MISSHAPEN = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError, StopIteration)
 
 
 @contextmanager
 def shaped(source: Path | str, what: str, also: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Turn the errors of code that reads JSON of an unexpected shape, and those of the kinds `also`, into an InputError with `what`."""
+    """Turn the errors that code raises on JSON of an unexpected shape, and errors of the kinds `also`, into an InputError with `what`."""
     try:
         yield
     except InputError:
@@ -35,7 +35,7 @@ def is_utf8(text: str) -> bool:
 
 
 def parse_json(text: str | bytes, source: Path | str) -> Any:
-    """A JSON value. InputError, which begins with `source`, if it is not valid, names a member twice or holds half a character."""
+    """A JSON value. InputError, which begins with `source`, if it is invalid, has a key twice, or holds half a surrogate pair."""
     try:
         text = text.decode() if isinstance(text, bytes) else text
         value = json.loads(text, object_pairs_hook=_unique)
@@ -49,7 +49,7 @@ def parse_json(text: str | bytes, source: Path | str) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict:
-    """A JSON object. ValueError if a name is there twice: readers differ in which value they keep."""
+    """A JSON object. ValueError if a key is there twice: readers differ in which value they keep."""
     value = dict(pairs)
     if len(value) < len(pairs):
         raise ValueError(f"{Counter(name for name, _ in pairs).most_common(1)[0][0]!r} is there twice in one object")
@@ -67,7 +67,7 @@ def is_whole(value: Any, least: int, most: int = 2**31 - 1) -> bool:
 
 
 def check_label(label: str, source: Path | str) -> None:
-    """Raises InputError for a label that no table or file name can show."""
+    """InputError for a label that no table or file name can show."""
     if not label.strip() or any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in label):
         raise InputError(f"{source}: label {label[:40]!r} is blank or holds control characters or line ends, which no table can show")
 
@@ -89,7 +89,7 @@ def reading(path: Path, kind: str) -> Iterator[None]:
 
 
 def header(path: Path) -> dict[str, dict]:
-    """{tensor: {"dtype", "shape"}} of a safetensors file, without reading a tensor. InputError unless it claims exactly what it holds."""
+    """{tensor: {"dtype", "shape"}} of a safetensors file, without reading a tensor. InputError if header and content do not match."""
     with reading(path, "readable safetensors file"), safe_open(str(path), "np") as file:
         with path.open("rb") as raw:        # safetensors takes the last of two tensors of one name
             parse_json(raw.read(int.from_bytes(raw.read(8), "little")), f"{path}: not a readable safetensors file, its header")

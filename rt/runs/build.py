@@ -1,5 +1,4 @@
-"""Scripts have train.py make a base or delta that is missing, in a process of its own. `c` is the script's config, whose device, precision,
-cache and determinism train.py gets too."""
+"""Runs train.py to make missing bases and deltas, with the device, precision, cache and determinism of the calling script's config."""
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 
 
 def build(c: Any, *jobs: tuple[str, dict]) -> None:
-    """Run train.py for each of `jobs`, (what it makes, flags), on a CPU as many at once as there are cores. InputError if one fails."""
+    """Run train.py for each of `jobs`, (what it makes, flags); on a CPU one for each core at once. InputError if one fails."""
     at_once = 1 if torch.cuda.is_available() else max(1, min(len(jobs), cores()))
     alone = environment_alone()
     if at_once > 1:

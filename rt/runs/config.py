@@ -11,13 +11,12 @@
 
     config = parse(Config, sys.argv[1:])        # --lr 3e-4, --lr=3e-4, --flag, --no_flag, --seeds 0,1
 
-A field's comment is its help line, a comment on a line of its own a heading, the annotation the type and its limits
-(rt/limits.py); a flag without a default must be given. The fields of a nested dataclass are flags of their own names, except that its field
-`kind` is the flag named by the field that holds it (--delta).
+A field's comment is its help line, a comment on a line of its own a heading, the annotation the type and its limits (rt/limits.py); a flag
+without a default must be given. The fields of a nested dataclass are flags under their own names, except its field `kind`: that flag has
+the name of the field that holds the dataclass (--delta).
 """
 import argparse
 import difflib
-import errno
 import functools
 import inspect
 import os
@@ -27,21 +26,22 @@ import traceback
 import types
 import typing
 from dataclasses import MISSING, fields, is_dataclass, replace
-from typing import Annotated, Any, Callable, Iterator, NamedTuple, NoReturn, TypeVar
+from typing import Annotated, Any, Callable, NamedTuple, NoReturn, TypeVar
 
 from rt.errors import InputError
+from rt.formats.files import is_full
 from rt.formats.untrusted import is_utf8
 from rt.runs.signals import Interrupted, handled, raise_interrupted
 
 C = TypeVar("C")        # a Config
 READER_LEFT = 141       # exit code of a process whose reader has left, as SIGPIPE gives it
-MAX_SENTENCE = 1000     # characters of an error that are shown: what it quotes from a file may be long
+MAX_SENTENCE = 1000     # characters of an error that are shown: it may quote a long text from a file
 
 
 # --- from flags to a Config --------------------------------------------------------------------------------------------
 
 class Flag(NamedTuple):
-    """One setting of a Config: `path` are the names of the fields that lead to it."""
+    """One setting of a Config; `path` holds the names of the fields that lead to it."""
     name: str
     path: tuple[str, ...]
     kind: Any
@@ -52,31 +52,28 @@ class Flag(NamedTuple):
 
 @functools.cache
 def flags_of(cls: type) -> tuple[Flag, ...]:
-    """The flags of a dataclass and those nested in it."""
-    return tuple(_flags(cls))
-
-
-def _flags(cls: type, path: tuple[str, ...] = (), values: Any = None, comment: str = "", heading: str | None = None) -> Iterator[Flag]:
-    """`values` is the nested default that the field at `path` holds, `comment` the one beside it, `heading` the one above it."""
-    source, hints = inspect.getsource(cls), typing.get_type_hints(cls, include_extras=True)
+    """The flags of a dataclass and of the dataclasses that its fields hold."""
+    source, hints, flags = inspect.getsource(cls), typing.get_type_hints(cls, include_extras=True), []
     comments = dict(re.findall(r"^    (\w+):[^#\n]*?#\s*(.*)$", source, re.M))
     headings = {name: text for text, name in re.findall(r"^    # (.*)\n    (\w+):", source, re.M)}
     for field in fields(cls):
-        here, help = (*path, field.name), comments.get(field.name, "")
+        name, help, heading = field.name, comments.get(field.name, ""), headings.get(field.name)
         default = field.default if field.default_factory is MISSING else field.default_factory()
-        value = default if values is None else getattr(values, field.name)
-        heading = heading or headings.get(field.name)
-        if is_dataclass(value):
-            yield from _flags(type(value), here, value, help, heading)
-        else:
-            name, help = (path[-1], comment or help) if path and field.name == "kind" else (field.name, help)
-            yield Flag(name, here, hints[field.name], value, help, heading)
-        heading = None
+        if not is_dataclass(default):
+            flags.append(Flag(name, (name,), hints[name], default, help, heading))
+            continue
+        for inner in flags_of(type(default)):
+            if inner.path == ("kind",):
+                inner = inner._replace(name=name, help=help or inner.help)
+            flags.append(inner._replace(path=(name, *inner.path), default=functools.reduce(getattr, inner.path, default),
+                                        heading=heading or inner.heading))
+            heading = None      # only above the first
+    return tuple(flags)
 
 
 def parse(cls: type[C], argv: list[str], words: str | None = None) -> C:
-    """`argv` (without the program's name) as an instance of the dataclass `cls`. Words without a flag are an error, or the values of
-    the field `words` (a tuple of text), which then is no flag. Raises InputError; --help prints the help and exits."""
+    """`argv` (without the program's name) as an instance of the dataclass `cls`. Words without a flag are the values of the field `words`
+    (a tuple of text), which then is no flag; without `words` they are an InputError. --help prints the help and exits."""
     flags = {flag.name: flag for flag in flags_of(cls) if flag.name != words}
     switches = {f"--{no}{name}": f"--{name}={not no}" for name, flag in flags.items() if flag.kind is bool for no in ("", "no_")}
     spelled = [re.sub("^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), argument) for argument in argv]   # --a-b as --a_b
@@ -101,7 +98,7 @@ def parse(cls: type[C], argv: list[str], words: str | None = None) -> C:
 
 
 def replace_flags(config: C, **values: Any) -> C:
-    """The config with the flags of these names set, in whatever nested dataclass each is."""
+    """The config with the flags of these names set, also those of nested dataclasses."""
     paths = {flag.name: flag.path for flag in flags_of(type(config))}
     for name, value in values.items():
         *outer, last = paths[name]
@@ -113,7 +110,7 @@ def replace_flags(config: C, **values: Any) -> C:
 
 
 def record(config: Any) -> dict:
-    """The flags and their values as plain JSON values. InputError for text that is not UTF-8, as a file's name may be."""
+    """{flag: its value} in plain JSON. InputError for text that is not UTF-8, as the name of a file may be."""
     values = {}
     for flag in flags_of(type(config)):
         value = functools.reduce(getattr, flag.path, config)
@@ -124,7 +121,7 @@ def record(config: Any) -> dict:
 
 
 def changed(config: Any) -> dict:
-    """Those of `record` that are not what they are by default."""
+    """The part of `record` that differs from the defaults."""
     return {name: value for name, value in record(config).items() if value != record(type(config)())[name]}
 
 
@@ -134,8 +131,7 @@ def _text(value: Any) -> str:
 
 
 def _parser(cls: type, words: str | None = None) -> argparse.ArgumentParser:
-    """Takes the arguments apart; `convert` makes values of their text, because argparse would put its own sentence over ours. Its help is
-    the docstring of `cls`, then every flag with its default and comment."""
+    """Splits arguments and prints the help. `convert` parses the values, because argparse would replace our error messages."""
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=inspect.cleandoc(cls.__doc__ or ""), add_help=False, allow_abbrev=False, exit_on_error=False,
         argument_default=argparse.SUPPRESS, formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=40))
@@ -161,8 +157,7 @@ def _unknown(argument: str, names: list[str]) -> InputError:
 
 
 def convert(name: str, text: str, kind: Any) -> Any:
-    """The text of the flag `name` as a value of the annotation `kind`: bool, int, float, str, Literal, a tuple of one of them, or None.
-    InputError if it is none, or beyond the limits of an Annotated."""
+    """The text of the flag `name` as a value of the annotation `kind`. InputError if it is none, or beyond the limits of an Annotated."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         value = convert(name, text, inner[0])
@@ -205,7 +200,7 @@ def _type_name(kind: Any) -> str:
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`. An InputError ends the process with one sentence on stderr and exit code 2, Ctrl-C with 130, SIGTERM with 143,
-    a reader of standard output that leaves, as `head` does, with 141 and no word, and any error of one of several ranks in one sentence."""
+    a closed pipe on standard output (`head`) silently with 141, and any other error of one of several ranks with one sentence."""
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")      # None: closed by whoever started the process
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
     if hasattr(sys.stdout, "reconfigure"):
@@ -225,7 +220,7 @@ def run(main: Callable[[], None]) -> None:
     except BrokenPipeError:
         end(READER_LEFT)
     except Exception as error:
-        if isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.filename is None and is_full(error):
             end(2, f"error: standard output: cannot be written ({error.strerror})")
         if not among_ranks():
             raise
@@ -244,7 +239,7 @@ def as_flags(text: str) -> str:
 
 
 def rank_error(error: Exception) -> str:
-    """What a rank says of an error that no InputError explains."""
+    """A rank's message about an error that is no InputError."""
     if re.search(r"gloo|NCCL|TCPStore|[Cc]onnection (closed|reset)", str(error)):
         return "another rank has ended or does not answer; the cause is what that one, or torchrun, says. --resume goes on"
     place = traceback.extract_tb(error.__traceback__)[-1]
@@ -258,8 +253,8 @@ def among_ranks() -> bool:
 
 
 def end(code: int, message: str = "") -> NoReturn:
-    """Print a line on stderr and exit; one of several ranks at once, for taking the process group down could wait for ever. A stream that
-    cannot be written loses what it holds: writing it would fail again when Python ends."""
+    """Print a line on stderr and exit. One of several ranks exits at once: closing the process group could wait for ever. A stream that
+    cannot be written loses its buffer: flushing it would fail again when Python ends."""
     for stream, text in ((sys.stderr, f"{message}\n" if message else ""), (sys.stdout, "")):
         try:
             print(end=text, file=stream, flush=True)

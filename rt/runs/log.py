@@ -1,4 +1,5 @@
-"""metrics.jsonl of a run, the same for TensorBoard, its progress bar, and tables."""
+"""A run's metrics.jsonl and TensorBoard events, its progress bar, and tables."""
+import errno
 import json
 import math
 import multiprocessing
@@ -14,19 +15,18 @@ from tqdm import tqdm
 
 from rt.data import Task
 from rt.errors import InputError
-from rt.formats.files import EVENTS, read_rows, write_all, write_errors, write_whole
+from rt.formats.files import EVENTS, read_rows, write_errors, write_whole
 from rt.formats.untrusted import is_number
 from rt.model import Batch, EncoderConfig
 from rt.speed.throughput import Throughput
 from rt.tune import score
 
-SHOWN = 10      # labels of a task that are named; of more only how many
+SHOWN = 10      # labels of a task that are named; the others are counted
 
 
 class Log:
-    """metrics.jsonl (or `name`) of a run's folder, a line a row. `keep` says which old rows stay on resuming; without it none do. Of
-    several ranks one `writes`. With `tensorboard`, Events get every row too. Raises InputError if the file cannot be written."""
-
+    """metrics.jsonl (or `name`) of a run's folder, a row a line. `keep` tells which old rows stay on resuming; by default none. Of several
+    ranks one `writes`. With `tensorboard`, Events get every row, too. InputError if the file cannot be written."""
     def __init__(self, folder: Path, keep: Callable[[dict], bool] | None = None, writes: bool = True, name: str = "metrics.jsonl",
                  tensorboard: bool = False):
         self.file, self.events, self.path = None, None, Path(folder) / name
@@ -34,7 +34,6 @@ class Log:
             return
         kept = [row for row in read_rows(self.path) if keep(row)] if keep else []
         with write_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
             self.file = self.path.open("ab", buffering=0)       # a row is one write: a killed process leaves all of it or none
             self.events = Events(self.path.parent / EVENTS, kept) if tensorboard else None
@@ -43,20 +42,19 @@ class Log:
         if self.file:
             line = (json.dumps(values) + "\n").encode()
             with write_errors(self.path, len(line)):
-                write_all(self.file, line)
+                if self.file.write(line) < len(line):       # no error: a disk that fills up takes only a part
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 if self.events:
                     self.events.row(values)
 
     def sync(self) -> None:
-        """Flush to the disk itself, before a checkpoint that the rows must not fall behind."""
+        """Flush to the disk itself, before a checkpoint is written: rows must not be older than it."""
         for file in filter(None, (self.file, self.events and self.events.file)):
             os.fsync(file.fileno())
 
 
 class Events:
-    """The numbers of rows as scalars for TensorBoard; steps count on from stage to stage. Each process writes a file of its own, which
-    makes void what the files before it hold beyond the rows that are `kept`."""
-
+    """Numbers of rows as TensorBoard scalars, with steps counted over all stages. A new file voids rows after `kept` in older files."""
     def __init__(self, folder: Path, kept: list[dict]):
         self.event, record = load_tensorboard()
         self.stage, self.before, self.step = None, 0, 0
@@ -70,7 +68,7 @@ class Events:
         self.write(step=self.step + 1, session_log={"status": "START"})
 
     def enter(self, row: dict) -> int:
-        """The step of a row, those of the stages before it counted in."""
+        """The step of a row, counted over all stages."""
         if row.get("stage") != self.stage:
             self.stage, self.before = row.get("stage"), self.step
         self.step = self.before + row["step"]
@@ -86,7 +84,7 @@ class Events:
 
 
 def scalars(row: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
-    """(tag, number) of all numbers in a row but its step; that of {"dev": {"accuracy": 0.5}} is dev/accuracy."""
+    """(tag, number) of all numbers in a row but its step; the tag of {"dev": {"accuracy": 0.5}} is dev/accuracy."""
     for name, value in row.items():
         if isinstance(value, dict):
             yield from scalars(value, f"{prefix}{name}/")
@@ -95,7 +93,7 @@ def scalars(row: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
 
 
 def load_tensorboard() -> tuple[Any, Any]:
-    """TensorBoard's classes of an event and of a file of them. InputError if it is not installed."""
+    """TensorBoard's classes for an event and for a file of events. InputError if it is not installed."""
     try:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.summary.writer.record_writer import RecordWriter
@@ -105,20 +103,16 @@ def load_tensorboard() -> tuple[Any, Any]:
 
 
 def progress(total: int, what: str, start: int = 0, unit: str = "step") -> tqdm:
-    """A bar with the time left on the first rank's terminal, and nothing elsewhere; it leaves no line behind."""
+    """A bar with the time left on rank 0's terminal, and nothing elsewhere; it leaves no line behind."""
     is_other = os.environ.get("RANK", "0") != "0" or multiprocessing.parent_process() or "TQDM_DISABLE" in os.environ
     disable = True if is_other else None    # None: unless on a terminal
     return tqdm(total=total, initial=start, desc=what, unit=unit, disable=disable, leave=False, dynamic_ncols=True)
 
 
 class StepBar:
-    """The bar of a supervised loop, for rt.tune.tune's `on_step` and `on_eval`: the loss, the best score on dev, tokens per second, the
-    time left. On a `frozen` base a step has less arithmetic."""
-
-    def __init__(self, steps: int, what: str, config: EncoderConfig, device: torch.device, precision: torch.dtype, frozen: bool = False,
-                 runs: int = 1):
-        self.throughput = Throughput(config, device, precision, frozen)
-        self.bar, self.runs, self.batches = progress(steps, what), runs, 0
+    """The bar of a supervised loop, for rt.tune.tune's `on_step` and `on_eval`. A step on a `frozen` base has less arithmetic."""
+    def __init__(self, steps: int, what: str, config: EncoderConfig, device: torch.device, precision: torch.dtype, frozen: bool):
+        self.throughput, self.bar = Throughput(config, device, precision, frozen), progress(steps, what)
         self.skipped, self.best, self.stepped = 0, -math.inf, time.perf_counter()
 
     def __enter__(self) -> "StepBar":
@@ -130,8 +124,7 @@ class StepBar:
 
     def on_step(self, batch: Batch) -> None:
         self.throughput.count(batch)
-        self.batches += 1
-        self.bar.update(self.batches // self.runs - self.bar.n)
+        self.bar.update()
         self.stepped = time.perf_counter()
 
     def on_eval(self, row: dict) -> None:
@@ -145,7 +138,6 @@ class StepBar:
 
 
 def loss_text(loss: float | None, skipped: int) -> str:
-    """A bar's words: the loss, and how many steps were skipped."""
     return ("no loss" if loss is None else f"loss {loss:.3f}") + (f", {skipped} steps skipped" if skipped else "")
 
 
@@ -158,22 +150,21 @@ def table(rows: list[list], header: list[str]) -> str:
 
 
 def score_text(value: float | None) -> str:
-    """A score; one that is None or not finite is undefined, as a correlation with a constant is."""
+    """A score, or "undefined" if it is None or not finite, as a correlation with a constant is."""
     return f"{value:.3f}" if is_number(value) else "undefined"
 
 
 def scores_text(values: dict[str, float | None]) -> str:
-    """Scores in a line of text."""
     return ", ".join(f"{k} {score_text(v)}" for k, v in values.items())
 
 
 def tested_text(scores: dict[str, float | None]) -> str:
-    """The scores on test; none if it has no labels."""
+    """The scores on test, or that it has no labels."""
     return f"test {scores_text(scores)}" if scores else "no labelled test part, so dev is what is reported"
 
 
 def task_text(task: Task) -> str:
-    """A line: the labels of train with their counts, or the range of its targets, and the sizes of all parts."""
+    """A line with the labels of train and their counts, or the range of its targets, and the sizes of all parts."""
     labels, sizes = [e.label for e in task.parts["train"]], ", ".join(f"{part} {len(found)}" for part, found in task.parts.items())
     if task.is_regression:
         return f"{task.name}: a regression: {len({*labels})} different targets from {min(labels):g} to {max(labels):g} ({sizes})"

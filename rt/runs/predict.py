@@ -32,7 +32,7 @@ from rt.speed.dist import launched
 from rt.tune import predict
 
 CHUNK = 1024    # texts that are held at once, and sorted by length
-SEQ_LEN = 128   # of a delta that was tuned elsewhere
+SEQ_LEN = 128   # for a delta that was tuned elsewhere
 
 
 @dataclass
@@ -66,7 +66,7 @@ def main() -> None:
 
 def open_tuned(c: Any, labels: tuple[str, ...] = ()) -> tuple[Base, Delta, Classifier, int, dict]:
     """(base, delta, base + delta, longest text in tokens, device and precision) of a config with base, delta_dir, seq_len, device and
-    precision, the delta's outputs in the order of `labels` if these are its own. StaleDelta if the delta is not of this base."""
+    precision. The delta's outputs are in the order of `labels` if it has those. StaleDelta if it was learned on another base."""
     device = pick_device(c.device)
     base = open_base(c.base).to(device)
     delta = open_best(c.delta_dir, base).ordered(labels)
@@ -77,8 +77,8 @@ def open_tuned(c: Any, labels: tuple[str, ...] = ()) -> tuple[Base, Delta, Class
 
 def answers(model: Classifier, examples: Iterable[Example], labels: tuple[str, ...], tokenizer: Tokenizer, max_len: int,
             device: torch.device, precision: torch.dtype) -> Iterator[tuple[list[dict], int]]:
-    """A chunk at a time: its answers, in order, and how many of its texts were cut to `max_len` tokens. An answer is the text with its
-    label and probabilities; without `labels`, with the value of a regression."""
+    """For each chunk its answers in order, and the number of texts cut to `max_len` tokens. An answer is the text with its label and
+    probabilities, or without `labels` with the value of a regression."""
     for chunk in chunks(examples):
         encoded, rows = encode(chunk, (), tokenizer, max_len), []
         for example, logits in zip(chunk, predict(model, encoded.sequences, device, precision)):
@@ -124,8 +124,7 @@ def check_out(out: Path, source: Path) -> None:
 
 
 def write_answers(answered: Iterable[tuple[list[dict], int]], out: Path | None, source: Path) -> tuple[int, int]:
-    """Write JSONL to `out`, opened with the first answers, or to standard output, flushed chunk by chunk. Returns how many texts were
-    answered and how many cut. InputError if the place cannot be written."""
+    """Write JSONL to `out`, opened with the first answers, or to standard output; returns how many texts were answered and how many cut."""
     file, count, truncated, total = None, 0, 0, 0
     has_lines = source is not STDIN and source.is_file() and source.suffix not in (".gz", ".xz", ".parquet")
     if has_lines and sys.stderr.isatty():       # for the bar alone

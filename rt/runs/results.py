@@ -1,11 +1,11 @@
-"""What recycle.py leaves in --out: under deltas/ a folder for each run, which appears whole, and in summary.json the rows of all runs.
+"""What recycle.py writes to --out: under deltas/ a folder for each run, which appears whole, and in summary.json the rows of all runs.
 
     deltas/RUN/delta.safetensors, delta.json    unless --no_save_deltas
     deltas/RUN/metrics.jsonl                    the run's evaluations
     deltas/RUN/summary.json                     the run's row
 
-Equal runs have equal names, whichever call they are of: a name is a hash of all the flags that the run depends on. What flags name by path
-(bases, deltas, tasks) is compared by content, the row's `origin`.
+Equal runs of different calls have equal names: a name holds a hash of all the flags that the run depends on. The content of what flags name
+by path (bases, deltas, tasks) is compared, too: it is hashed in the row's `origin`.
 """
 import hashlib
 import json
@@ -33,19 +33,19 @@ from rt.runs.log import Log
 from rt.runs.summary import add_steps_to_scratch, by_settings, group_by, routes
 from rt.tune import TuneResult, score
 
-# flags that do not change what a run computes, or that its row holds beside its settings
+# flags that do not change what a run computes, or that have a place of their own in its row
 NOT_SETTINGS = {"mode", "seeds", "lr", "out", "cache", "device", "resume", "save_deltas", "sweep", "side_by_side", "graphs",
                 "deterministic", "tensorboard", "workers", "threads"}
 # parts of a Config: the modes that read them
 USED_BY = {"distill": (*NEEDS_TEACHER, "project"), "project": ("project",), "teaching": NEEDS_TEACHER, "carry": CARRIES}
-LATER = ("teaching", "carry", "head", "merge")      # flags and parts of a Config that old names lack: left out at their defaults
+LATER = ("teaching", "carry", "head", "merge")      # flags and parts of a Config that old names lack: defaults are left out of names
 
 
 # --- equal names for equal runs ----------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Run:
-    """One row of the results. `c` is recycle.py's Config; in a chain, the config of one base: see `at`."""
+    """One row of the results. `c` is recycle.py's Config, in a chain for one base (see `at`)."""
     c: Any
     mode: str
     seed: int
@@ -54,8 +54,7 @@ class Run:
 
     @cached_property
     def settings(self) -> dict:
-        """The flags that the run depends on, beside its seed and learning rate. Those of a direct run are as of a call with this --base
-        and no --chain, so that it is the same run."""
+        """The flags that the run depends on, without seed and learning rate. A direct run in a chain equals one without --chain."""
         values = record(self.c if self.route == "chain" else replace(self.c, chain=()))
         off = {name for name in ("chain", "early_stop", "gamma", "itp", "project_patience") if not values[name]}
         off |= {flag.name for flag in flags_of(type(self.c)) if flag.path[0] in LATER and values[flag.name] == flag.default}
@@ -68,12 +67,12 @@ class Run:
         return f"{self.mode}-s{self.seed}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
 
     def at(self, base: str, route: str | None) -> "Run":
-        """This run on one base of --chain: its config ends there."""
+        """This run on one base of --chain, with a config whose chain ends there."""
         until = self.c.chain.index(base) + 1
         return replace(self, c=replace(self.c, base=base, chain=self.c.chain[:until]), route=route)
 
     def rows(self) -> list["Run"]:
-        """Itself, or in a chain one for each base and route."""
+        """This run, or in a chain one for each base and route."""
         return [self.at(base, route) for base in self.c.chain for route in routes(self.mode)] if self.c.chain else [self]
 
 
@@ -84,8 +83,7 @@ def unread(config: type, mode: str) -> set[str]:
 
 def origin_of(r: Recycling, sources: Iterable[tuple[Delta, TaskData | None]] = (), texts: Sequence[list[int]] = (),
               content: str = "") -> list[str]:
-    """Hashes of what settings name by path: old base, new base, old delta (with source deltas and tasks, other old deltas, the texts that
-    carry one, and the `content` of what else teaches), task."""
+    """Hashes of what settings name by path: old base, new base, old delta (with other deltas, texts, the teacher's content), task."""
     digest = hashlib.sha256(content.encode())
     for delta, data in (*([(r.old_delta, None)] if r.old_delta else []), *sources):
         for part in (delta.diffs, delta.modules, delta.head):
@@ -118,7 +116,7 @@ def save_run(out: Path, run: Run, task: Task, result: TuneResult, delta: Delta, 
 
 
 def finished_row(out: Path, run: Run, origin: list[str]) -> dict | None:
-    """The row of a run that an earlier call has left whole, of the same settings and origin; None if there is none."""
+    """The row of a run that an earlier call has finished with the same settings and origin; None if there is none."""
     folder = out / "deltas" / run.name
     try:
         row = read_json(folder / "summary.json")
@@ -133,10 +131,10 @@ def finished_row(out: Path, run: Run, origin: list[str]) -> dict | None:
 # --- all runs ----------------------------------------------------------------------------------------------------------
 
 def begin(c: Any, out: Path, runs: list[Run], origin: dict[str, list[str]], is_tested: bool = True) -> set[str]:
-    """The names of the runs that --resume or --sweep finds finished, with a score on test if the task `is_tested`. What there is of the
-    others is removed first, so that a call that is killed leaves only rows of whole runs, and of one origin."""
-    check_overwritable(out, {"metrics.jsonl", "summary.json", "deltas", FIGURES})       # metrics.jsonl: of an earlier version
-    summary_rows(out / "summary.json")      # that can be read, before anything goes
+    """The names of the runs that --resume or --sweep finds finished, with a score on test if the task `is_tested`. It first removes the
+    folders of the others, so that a call that is killed leaves only rows of whole runs, all of one origin."""
+    check_overwritable(out, {"metrics.jsonl", "summary.json", "deltas", FIGURES})       # an earlier version wrote metrics.jsonl
+    summary_rows(out / "summary.json")      # InputError, before anything is removed, if it cannot be read
     finished = set()
     for run in runs:
         row = finished_row(out, run, origin[run.name]) if c.resume or c.sweep is not None else None
@@ -149,7 +147,7 @@ def begin(c: Any, out: Path, runs: list[Run], origin: dict[str, list[str]], is_t
 
 
 def write_summary(c: Any, out: Path, runs: list[Run]) -> list[dict]:
-    """Write summary.json, the rows of other calls and then those of these runs that are done; returns the latter."""
+    """Write summary.json: the rows of other calls, then the rows of the finished ones of `runs`, which it returns."""
     paths = {run.name: out / "deltas" / run.name / "summary.json" for run in runs}
     place = {run.name: {"base": run.c.base, "route": run.route} if c.chain else {} for run in runs}
     own = [read_json(path) | place[name] for name, path in paths.items() if path.exists()]
@@ -161,8 +159,7 @@ def write_summary(c: Any, out: Path, runs: list[Run]) -> list[dict]:
 
 
 def comparable(rows: list[dict], more: set[str]) -> list[list[dict]]:
-    """The rows in groups to which the same runs of scratch are the baseline: of one origin but for the old delta, and of one set of
-    settings but for the chain and `more`, which scratch does not read."""
+    """The rows in groups that have one baseline of scratch, which reads neither the old delta nor --chain nor the flags in `more`."""
     def baseline(row: dict) -> list:
         origin = row.get("origin", [])
         return [origin[:2], origin[3:], {k: v for k, v in row["settings"].items() if k not in more | {"chain"}}]
@@ -171,14 +168,14 @@ def comparable(rows: list[dict], more: set[str]) -> list[list[dict]]:
 
 
 def summary_rows(path: Path) -> list[dict]:
-    """The rows of a summary.json of recycle.py, none if there is no file. InputError for a file of another kind."""
-    rows = read_json(path).get("rows") if path.exists() else []
+    """The rows of recycle.py's summary.json, none if there is no file. InputError for a file of another kind."""
+    rows = read_json(path, {"rows": []}).get("rows")
     check_rows(rows, path)
     return rows
 
 
 def check_rows(rows: list[dict], path: Path) -> None:
-    """InputError unless all that is read of these rows later is there, of the right type."""
+    """InputError if something that is read of these rows later is missing or of the wrong type."""
     with shaped(path, "its rows are not those of runs of recycle.py: give another --out, or move the file away"):
         for row in rows:
             if Path(row["run"]).name != row["run"] or row["run"] == ".." or not isinstance(row.get("origin", []), list):
@@ -190,9 +187,8 @@ def check_rows(rows: list[dict], path: Path) -> None:
 # --- the best delta ----------------------------------------------------------------------------------------------------
 
 def best_delta(folder: str | Path, base: str) -> Path:
-    """`folder`, or the best delta in it if recycle.py wrote it: the best seed of the mode and settings that are best on dev in the mean
-    over seeds, because each seed may draw another dev set. Of a chain, deltas for the base of fingerprint `base` count; of equal ones, one
-    that recycles is taken."""
+    """`folder`, or the best delta in it if recycle.py wrote it: the best seed of the mode and settings with the best mean dev score over
+    seeds, since each seed may draw its own dev set. In a chain, deltas for the base of fingerprint `base` count. Recycling wins a tie."""
     folder = Path(folder)
     if (folder / "delta.json").exists() or not (folder / "deltas").is_dir():
         return folder
@@ -208,7 +204,7 @@ def best_delta(folder: str | Path, base: str) -> Path:
 
 
 def open_best(folder: str, base: Base) -> Delta:
-    """The delta in `folder` (or of a hub id), or the best one for `base` of a folder of recycle.py, which is then named on stderr."""
+    """The delta in `folder` (or of a hub id), or the best one for `base` in a folder of recycle.py, which is then named on stderr."""
     best = best_delta(folder, base.fingerprint)
     if best != Path(folder):
         print(f"best on dev of {folder}: {best.name}", file=sys.stderr)

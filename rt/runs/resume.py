@@ -1,13 +1,12 @@
-"""What pre-training leaves in its folder, and how it goes on after an interruption.
+"""What pre-training writes to its folder, and how it resumes after an interruption.
 
     config.json     the settings that the run was begun with, and hashes of the content of its corpora, tokenizer and --init
     M0, M1, ...     bases; M1-t00250: the snapshot of M1 after 250 steps
-    resume/         while the run is unfinished its two newest checkpoints with the optimizer's state, such as resume/M1-t00300
+    resume/         while the run is unfinished, its two newest checkpoints with the optimizer's state, such as resume/M1-t00300
     metrics.jsonl   a row a step, and a row of held-out scores a base
     summary.json    the forgetting matrix, when all is done
 
-Every folder is written once, under another name, and renamed when it is whole. To resume is to take the newest checkpoint whose hashes are
-right.
+Every folder is written once, under another name, and renamed when it is whole. A run resumes from the newest checkpoint with right hashes.
 """
 import math
 import re
@@ -42,14 +41,13 @@ from rt.speed.dist import Ranks, gather, load_state
 from rt.speed.throughput import Throughput
 
 RESUMABLE = ("model.safetensors", "tokenizer.json", "optim.pt")
-KEPT = 2        # resumable checkpoints: one that turns out to be damaged has another before it
+KEPT = 2        # resumable checkpoints: if the newest turns out to be damaged, there is another
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 def has_work(out: Path, settings: dict, resume: bool) -> bool:
-    """Whether a run with these settings may begin in `out` or go on: False if it is complete. Raises InputError if it would overwrite
-    something, or go on with other settings."""
+    """False if the run in `out` is complete. InputError if a run with these `settings` would overwrite something or continue another."""
     if not (out / "config.json").exists():
         if unknown_names(out, {FIGURES, "config.json"}):
             raise InputError(f"{out} holds other things than a stream of bases: give another --out")
@@ -67,8 +65,8 @@ def has_work(out: Path, settings: dict, resume: bool) -> bool:
 
 
 def check_content(out: Path, content: dict) -> None:
-    """Raises InputError if a file that the run in `out` was begun with has other content by now: `content` is {what: hash}."""
-    begun = read_json(out / "config.json").get("content", {}) if (out / "config.json").exists() else {}
+    """InputError if a file that the run in `out` was begun with has changed; `content` is {what: hash}."""
+    begun = read_json(out / "config.json", {}).get("content", {})
     for what, mark in content.items():
         if isinstance(begun, dict) and mark and begun.get(what) not in (None, "", mark):
             raise InputError(f"{out}: {what} has changed since the run was begun (its content was {begun[what]}, and is {mark}): "
@@ -82,7 +80,7 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def newest_checkpoint(out: Path) -> Path | None:
-    """The newest resumable checkpoint that is as it was written; a damaged one is named on stderr. Raises InputError if all are damaged."""
+    """The newest resumable checkpoint that is intact; a damaged one is named on stderr. InputError if all are damaged."""
     damaged: list[InputError] = []
     for path in checkpoints(out):
         try:
@@ -99,7 +97,7 @@ def newest_checkpoint(out: Path) -> Path | None:
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Raises InputError unless `folder` is a resumable checkpoint as it was written; one without hashes could be anything's."""
+    """InputError unless `folder` is an intact resumable checkpoint, with hashes to show it."""
     facts = read_json(folder / "meta.json")
     check_seal(folder, "meta.json", facts)
     if not isinstance(facts.get("name"), str) or not is_whole(facts.get("step"), 1) or not {*RESUMABLE} <= facts.get("sha256", {}).keys():
@@ -107,7 +105,7 @@ def check_checkpoint(folder: Path) -> None:
 
 
 def where_to_begin_again(out: Path) -> str:
-    """From which checkpoint a training that has diverged can begin again."""
+    """The checkpoint from which a training that has diverged can begin again, in words."""
     newest = next(iter(checkpoints(out)), None)
     if newest is None:
         return f"no checkpoint of it had been written in {out}"
@@ -116,8 +114,7 @@ def where_to_begin_again(out: Path) -> str:
 
 
 def is_done_again(row: dict, out: Path, newest: dict) -> bool:
-    """Whether a row of metrics.jsonl lies past the point that training resumes at (`newest`: name and step), so that its step is done
-    again."""
+    """Whether a row of metrics.jsonl lies after the checkpoint from which training resumes (`newest`: its name and step)."""
     stage, step = row.get("stage"), row.get("step")
     if not isinstance(stage, str) or not re.fullmatch(r"M[0-9]{1,9}", stage) or not is_number(step):
         raise InputError(f"{out / 'metrics.jsonl'}: has a row that is of no step of a stage: {str(row)[:80]}")
@@ -127,7 +124,7 @@ def is_done_again(row: dict, out: Path, newest: dict) -> bool:
 
 
 def stage_of(meta: dict, folder: Path) -> dict:
-    """The stage in a base's meta.json, for summary.json. Raises InputError if the base was not the end of a stage."""
+    """The stage in a base's meta.json, for summary.json. InputError if the base was not the end of a stage."""
     stage = meta.get("stage")
     if not isinstance(stage, dict) or not isinstance(stage.get("heldout"), dict):
         raise InputError(f"{folder} is no base that a stage has ended with: move it away, and its stage is done again")
@@ -143,9 +140,7 @@ def table_of(out: Path) -> str:
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 class PretrainRun:
-    """What one command of pre-training reads and writes in `out`: a lock, rows, snapshots, resumable checkpoints and bases. It also obeys
-    SIGTERM, Ctrl-C and `stop_after`. Rank 0 writes; all ranks call everything."""
-
+    """What one command of pre-training reads and writes in `out`, and when it stops. All ranks call everything; rank 0 writes."""
     def __init__(self, out: Path, ranks: Ranks, settings: dict, *, resume: bool, snapshots: int, save_every: int, log_every: int,
                  stop_after: int | None, tensorboard: bool = False):
         self.out, self.ranks, self.settings, self.resume = out, ranks, settings, resume
@@ -165,13 +160,13 @@ class PretrainRun:
         self.stack.close()
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
-        """The first signal ends training after the step, a second one at once."""
+        """The first signal ends training after the current step, the second one at once."""
         if self.signal:
             raise Interrupted(number)
         self.signal = number
 
     def begin(self, content: dict, tokenizer: Tokenizer) -> None:
-        """Record settings and content, or check them against those of the interrupted run; open the log."""
+        """Record settings and content, or compare content with that of the interrupted run; open the log."""
         self.ranks.from_main(lambda: check_content(self.out, content))
         self.tokenizer, self.newest = tokenizer, read_json(self.checkpoint / "meta.json") if self.checkpoint else {}
         if self.ranks.is_main:
@@ -190,8 +185,8 @@ class PretrainRun:
 
     def start_stage(self, about: dict, s: PretrainSettings, rows: Rows, model: MaskedLM, optimizer: torch.optim.Optimizer,
                     precision: torch.dtype, recipe: Recipe = Recipe(), moments: Path | None = None) -> int:
-        """The first step of a stage: 0, or if it was interrupted, the step of its newest checkpoint, which is loaded. `about` is for
-        meta.json: name, domain, number and parent are among it. `moments` is the folder of an optimizer's state to begin with."""
+        """The first step of a stage: 0, or if it was interrupted, the step of its newest checkpoint, which is loaded. `about` goes into
+        meta.json, with name, domain, number and parent. `moments` is the folder of an optimizer's state to begin with."""
         self.about, self.s, self.rows, self.model, self.optimizer, self.recipe = about, s, rows, model, optimizer, recipe
         self.throughput = Throughput(model.encoder.config, self.ranks.device, precision, world=self.ranks.world)
         self.waiting: list[tuple[int, float, Tensor]] = []      # steps whose loss and norm are still on the device
@@ -213,15 +208,12 @@ class PretrainRun:
         return self.first
 
     def after_step(self, step: int, lr: float, loss: Tensor, norm: Tensor) -> bool:
-        """Note a step, write the checkpoints that are due after it, and tell whether the run stops here, before the stage's end.
-
-        Losses are fetched `log_every` at a time, for the device is not waited for in between, and whenever a checkpoint is due. Raises
-        Diverged after more than MOST_SKIPPED steps in a row without a finite loss and gradient.
-        """
+        """Note a step, write the checkpoints due after it, and tell whether the run stops before the stage's end. It waits for the device
+        only every `log_every` steps and before a checkpoint. Diverged after more than MOST_SKIPPED skipped steps in a row."""
         self.waiting.append((step, lr, torch.stack([loss, norm])))
         self.allowance -= 1
         is_last, is_look = step == self.s.steps, step % self.log_every == 0
-        agrees = self.ranks.world == 1 or is_look       # on a signal, at steps at which ranks wait for each other anyway
+        agrees = self.ranks.world == 1 or is_look       # ranks agree on a signal at steps at which they wait for each other anyway
         stops = not is_last and (self.allowance == 0 or agrees and self.ranks.any(bool(self.signal)))
         is_trunk = step == self.trunk
         is_snapshot, is_checkpoint = step in self.kept or is_trunk, not is_last and (stops or step % self.save_every == 0)
@@ -239,8 +231,7 @@ class PretrainRun:
         return stops
 
     def write_rows(self) -> None:
-        """Rows of the steps that wait, for log and bar; their numbers leave the device in one copy. JSON has no word for a number that is
-        not finite: it is None, and the step was skipped."""
+        """Log the waiting steps, whose numbers leave the device in one copy. A number that is not finite becomes None: a skipped step."""
         for (step, lr, _), pair in zip(self.waiting, torch.stack([pair for *_, pair in self.waiting]).tolist()):
             loss, norm = (x if math.isfinite(x) else None for x in pair)
             skipped = {"skipped": True} if None in (loss, norm) else {}
@@ -258,8 +249,7 @@ class PretrainRun:
         self.waiting.clear()
 
     def save(self, folder: Path, optimizer: torch.optim.Optimizer | None = None, **more: Any) -> str | None:
-        """Rank 0 writes the model, with `more` in its meta.json, once the rows before it are on the disk; returns its fingerprint. With
-        the optimizer it is a resumable checkpoint, and older ones than KEPT go."""
+        """Rank 0 writes the model, with `more` in meta.json; returns its fingerprint. With the optimizer, only KEPT of them stay."""
         if not self.ranks.is_main:
             return None
         self.log.sync()
@@ -273,8 +263,7 @@ class PretrainRun:
         return {"skipped": self.skipped} if self.skipped else {}
 
     def finish_stage(self, evaluate: Callable[[], dict], average: int = 1) -> str:
-        """Take the mean of the last `average` snapshots, the end counted, score it on every domain's held-out text and write it; returns
-        its fingerprint."""
+        """Score and write the mean of the stage's last `average` snapshots, its end counted; returns the fingerprint."""
         if average > 1:
             self.ranks.wait()       # for rank 0's snapshots
             steps = sorted(self.kept & {*range(1, self.s.steps)})[1 - average:]
@@ -295,7 +284,7 @@ class PretrainRun:
         return self.allowance == 0 or self.ranks.any(bool(self.signal))
 
     def suspended(self, where: str) -> Interrupted | None:
-        """Say where training has ended and how it goes on; if a signal asked for it, as the exception to raise."""
+        """Print where training has stopped and how it goes on; if a signal stopped it, return that as the exception to raise."""
         sentence = f"stopped {where}; the same command with --resume goes on"
         if self.signal:
             return Interrupted(self.signal, sentence)
@@ -311,7 +300,7 @@ class PretrainRun:
 
 
 def sample_of(rows: Rows, tokenizer: Tokenizer) -> str:
-    """The longest sequence of the first row that will be trained on, as it is and as the model sees it; and packing statistics."""
+    """The longest sequence of the first training row, plain and as the model sees it; and packing statistics."""
     batch, (ids, lengths) = rows.batch(0, rows.row_tokens), rows.row(0)
     longest = max(range(len(lengths)), key=lengths.__getitem__)
     span, p = slice(sum(lengths[:longest]), sum(lengths[:longest + 1])), packing(rows)
@@ -320,8 +309,7 @@ def sample_of(rows: Rows, tokenizer: Tokenizer) -> str:
 
 
 def packing(rows: Rows) -> dict:
-    """Packing statistics of an epoch: number of rows, fill rate (all of it: rows are cut out of one line), and the share of sequences that
-    are cut at a row's end."""
+    """Packing statistics of an epoch: number of rows, fill rate (rows are cut out of one line), share of sequences cut at a row's end."""
     rows.enter_epoch(max(rows.epoch, 0))
     ends = np.arange(1, rows.per_epoch + 1) * rows.row_tokens
     cut = len(ends) - np.isin(ends, rows.ends).sum()

@@ -1,5 +1,4 @@
-"""Tables over many rows: recycle.py's are dicts with mode, seed, lr, settings, dev, test and curve, one for each run; pre-training's are
-stages."""
+"""Tables over many rows, which are dicts: recycle.py's runs, with mode, seed, lr, settings, dev, test, curve; pre-training's stages."""
 import json
 from pathlib import Path
 from statistics import mean, stdev
@@ -25,14 +24,14 @@ def by_settings(row: dict) -> tuple[float | None, dict]:
 
 
 def chosen(rows: list[dict], mode: str, by: Callable[[dict], Any] = lambda row: row["lr"]) -> list[dict]:
-    """The rows of a mode, one for each seed, at the learning rate (or other key `by`) with the best mean dev score, among those that most
-    seeds have been run at: a mean over fewer seeds is of other examples."""
+    """The rows of a mode, one for each seed, at the learning rate (or key `by`) with the best mean dev score. Only learning rates with
+    the most seeds count: a mean over fewer seeds is one over other examples."""
     groups = group_by((row for row in rows if row["mode"] == mode), by)
     return max(groups, key=lambda group: (len(group), mean(score(row["dev"]) for row in group)), default=[])
 
 
 def add_steps_to_scratch(rows: list[dict]) -> None:
-    """Into each row the first step at which its dev score reaches scratch's best for the same seed; None if never."""
+    """Add to each row the first step at which its dev score reaches scratch's best for the same seed, None if it never does."""
     best = {row["seed"]: score(row["dev"]) for row in chosen(rows, "scratch", by_settings)}
     for row in rows:
         if row["seed"] in best:
@@ -41,7 +40,7 @@ def add_steps_to_scratch(rows: list[dict]) -> None:
 
 
 def spread(rows: list[dict], part: str = "test") -> str:
-    """Mean and standard deviation of the score on test, or dev; undefined if one of the scores is."""
+    """Mean and standard deviation of the score on a part, or "undefined" if one of the scores is."""
     values = [score(row[part]) for row in rows]
     return f"{mean(values):.3f} ± {stdev(values) if len(values) > 1 else 0:.3f}" if all(map(is_number, values)) else "undefined"
 
@@ -70,7 +69,7 @@ def report(rows: list[dict], modes: list[str]) -> str:
 
 
 def report_sweep(rows: list[dict], modes: list[str], settings: list[str]) -> str:
-    """A line for each mode at its best combination of `settings` and learning rate, whose rows must have a score on test if any can."""
+    """A line for each mode at its best combination of `settings` and learning rate, with the score on test if all its rows have one."""
     groups, lines = [chosen(rows, mode, by_settings) for mode in modes], []
     parts = [*dict.fromkeys(("dev", part_of(groups)))]
     for mode, group in zip(modes, groups):

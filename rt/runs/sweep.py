@@ -6,15 +6,15 @@ from rt.errors import InputError
 from rt.runs.config import C, convert, flags_of, replace_flags
 from rt.runs.summary import group_by
 
-# what runs may differ in; those of a group that is done side by side differ in SIDE_BY_SIDE, seed and learning rate
+# settings that runs may differ in; the runs of a group that is done side by side differ in SIDE_BY_SIDE, seed and learning rate
 SWEPT = ("seed", "lr", "alpha", "beta", "T", "gamma", "itp", "unlabelled_share", "steps", "batch_size", "warmup", "weight_decay",
          "early_stop")
 SIDE_BY_SIDE = ("alpha", "beta", "T")
-LISTS = {"seed": "seeds", "lr": "lr"}           # flags that hold several values
+LISTS = {"seed": "seeds", "lr": "lr"}           # setting -> its flag, which holds several values
 
 
 def swept(spec: str) -> dict[str, list[str]]:
-    """{name: its values as text} of a grid. InputError unless it is name=value,value,... of names in SWEPT."""
+    """{name: its values as text} of a grid. InputError unless `spec` is name=value,value ... with names in SWEPT."""
     grid: dict[str, list[str]] = {}
     for part in spec.split():
         name, _, text = part.partition("=")

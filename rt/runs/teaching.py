@@ -1,5 +1,4 @@
-"""What recycle.py's modes with a teacher read beside the labelled sample: a teacher's answers in a file, the texts as ids of the old
-base's own tokenizer, and texts without labels."""
+"""What a teacher needs beside the labelled sample: answers in a file, texts as ids of the old base's tokenizer, texts without labels."""
 import hashlib
 import json
 import sys
@@ -33,7 +32,7 @@ class TeacherConfig:
 
 
 def refusals(c: Any, modes: list[str]) -> Iterable[tuple[Any, str]]:
-    """(is it wrong?, sentence) for each combination of flags in recycle.py's Config `c` that makes no sense."""
+    """(whether it is wrong, sentence) for each combination of flags in recycle.py's Config `c` that could make no sense."""
     t, taught = c.teaching, {*modes} & {*NEEDS_TEACHER}
     return ((t.teacher and not taught, f"--teacher {t.teacher}: is for modes with a teacher ({', '.join(NEEDS_TEACHER)})"),
             (t.teacher and not c.old_delta and {*modes} - {*WITHOUT_OLD},
@@ -50,7 +49,7 @@ def refusals(c: Any, modes: list[str]) -> Iterable[tuple[Any, str]]:
 
 @dataclass
 class Teaching:
-    """`config` with the files that it names, for `shots` examples a label of a `task` (None: all)."""
+    """`config` and the files that it names, for a `task` with `shots` examples a label (None: all)."""
     config: TeacherConfig
     seq_len: int
     task: Task
@@ -79,11 +78,11 @@ class Teaching:
         return texts
 
     def examples(self, seed: int, texts: list[Example]) -> list[Example]:
-        """What is taught, in the order of the cache; `texts` are those without labels."""
+        """All taught examples in the order of the cache; `texts` are those without labels."""
         return self.sample(seed).parts["train"] + texts
 
     def fill(self, r: Recycling, seed: int) -> Recycling:
-        """`r`, whose data.train are the labelled examples of this seed, with what its teacher says or reads."""
+        """`r`, whose data.train holds the labelled examples of this seed, with its teacher's answers or input."""
         old, labels, texts = r.old_base, self.task.labels, self.unlabelled(seed)
         if texts:
             r = replace(r, unlabelled=encode(texts, labels, r.base.tokenizer, self.seq_len), hard=self.config.pseudo_labels == "hard")
@@ -103,8 +102,7 @@ class Teaching:
 
 def open_teaching(c: Any, modes: list[str], task: Task, open_texts: Callable[[str], list[Example]], r: Recycling,
                   seeds: list[int]) -> Teaching | None:
-    """None if no mode has a teacher; `open_texts` reads --unlabelled. InputError if the teacher cannot read the texts, or does not answer
-    for all of them."""
+    """None if no mode has a teacher; `open_texts` reads --unlabelled. InputError if the teacher cannot read or answer all texts."""
     if not {*modes} & {*NEEDS_TEACHER}:
         return None
     t = c.teaching
@@ -120,7 +118,7 @@ def open_teaching(c: Any, modes: list[str], task: Task, open_texts: Callable[[st
 
 
 def note_cut(c: Any, first: Recycling) -> None:
-    """Print to stderr how many texts of the `first` run's sample that only a teacher reads were cut."""
+    """Print to stderr how many texts that only a teacher reads were cut in the `first` run's sample."""
     for part, length, flag in ((first.unlabelled, c.seq_len, "--seq_len"), (first.old_train, c.teaching.old_seq_len, "--old_seq_len")):
         if part:
             note_truncated(part.truncated, len(part), length or c.seq_len, sys.stderr, flag)

@@ -1,5 +1,4 @@
-"""The settings of an upgrade, and what they make of a stage: its earlier domains, its recipe, and the weights that it goes on from. `c` is
-the script's config."""
+"""The settings of an upgrade, and what follows for a stage: earlier domains, recipe, first weights. `c` is the script's config."""
 import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ SAMPLE_ROWS = 16            # over which --preserve takes the variances of hidde
 
 @dataclass(frozen=True)
 class RecipeConfig:
-    """The switches that change what a stage of pre-training does; the defaults change nothing."""
+    """The switches that change a stage of pre-training; the defaults change nothing."""
     # recipes of an upgrade (docs/recipes.md)
     schedule: ScheduleConfig = ScheduleConfig()
     preserve: NonNegative = 0.0  # weight of the distance from the base before: an upgrade on which its deltas still work; try 3 to 30
@@ -80,32 +79,32 @@ class RecipeConfig:
 
     @property
     def shares(self) -> dict[str, float]:
-        """The fixed shares of `mix`; of what cannot be read as one NaN."""
+        """The fixed shares of `mix`, NaN for an unreadable one."""
         pairs = [entry.rpartition(":") for entry in self.mix]
         return {name: float(share) if share.replace(".", "", 1).isdigit() and float(share) else math.nan for name, _, share in pairs}
 
     def start_shares(self, domains: list[str], earlier: int) -> list[float]:
-        """Shares of `earlier` domains, then of the stage's own."""
+        """The shares of `earlier` domains, then of the stage's own."""
         replay = self.replay if earlier else 0.0
         own = [1 / len(domains) if self.by_need or not self.mix else self.shares[name] for name in domains]
         return [replay / earlier for _ in range(earlier)] + [(1 - replay) * share for share in own]
 
 
 def scored_rows(corpus: Corpus, tokenizer: Tokenizer, seq_len: int) -> Rows:
-    """Rows on which a masked-LM loss is taken: one sequence each, masked alike for all bases."""
+    """Rows for a masked-LM loss: one sequence each, masked in the same way for all bases."""
     return Rows(corpus, tokenizer, seq_len=seq_len, mask_rate=HELDOUT_MASK_RATE, seed=0, sequences=1)
 
 
 class Start(NamedTuple):
-    """What a base is the child of."""
-    parent: str | None = None       # fingerprint; None: of nothing
+    """The parent of a new base."""
+    parent: str | None = None       # fingerprint; None: there is no parent
     number: int = -1
-    domains: dict[str, str] = {}    # that it has been trained on, and where their texts are
+    domains: dict[str, str] = {}    # domains that it was trained on: the places of their texts
     moments: Path | None = None     # the folder of an optimizer's state to go on with
 
 
 def earlier_domains(c: Any, domains: dict[str, str], own: dict[str, str]) -> dict[str, str]:
-    """{name: place} of the domains that --replay draws from: those of the lineage of --init that are not in the stream."""
+    """{name: place} of the domains that --replay draws from: the domains of --init's lineage that are not in the stream."""
     if clash := [name for name, place in own.items() if domains.get(name, place) != place]:
         raise InputError(f"--stream: {clash[0]} ({own[clash[0]]}) has the name of an earlier domain ({domains[clash[0]]}); rename the file")
     earlier = {name: place for name, place in domains.items() if name not in own}
@@ -119,7 +118,7 @@ def earlier_domains(c: Any, domains: dict[str, str], own: dict[str, str]) -> dic
 
 def start_recipe(c: Any, model: MaskedLM, rows: Rows, corpora: list[Corpus], tokenizer: Tokenizer, ranks: Ranks, where: dict,
                  has_parent: bool) -> Recipe:
-    """The recipe of a stage on `corpora`; `rows` are of the first of them. A new base has nothing to preserve."""
+    """The recipe of a stage on `corpora`, of which `rows` has the first. A new base has nothing to preserve."""
     r, loss = c.recipe, mlm_loss
     if r.preserve and has_parent:
         loss = Preserve(model, r.preserve, r.preserve_by, rows.masked(range(min(SAMPLE_ROWS, rows.per_epoch))).to(ranks.device))
@@ -140,14 +139,12 @@ def start_recipe(c: Any, model: MaskedLM, rows: Rows, corpora: list[Corpus], tok
 
 
 def go_on_from(c: Any, folder: Path, base: Base) -> tuple[MaskedLM, str, Path | None]:
-    """(model, its fingerprint, folder of the optimizer's state) to continue the base in `folder` from: itself, or of an infinite schedule
-    the weights before it was annealed."""
+    """(model, fingerprint, folder of the optimizer's state) to continue: `base`, or its state before an infinite schedule's annealing."""
     moments = None
     if c.recipe.schedule.schedule == "infinite" and "trunk" in base.meta:
         moments = folder.parent / base.meta["trunk"]
         if moments.parent != folder.parent or not (moments / "optim.pt").is_file():
-            raise InputError(f"{folder} was annealed from {moments}, which is gone, and an infinite schedule goes on from that: restore "
-                             "it, or give another --schedule")
+            raise InputError(f"{folder} was annealed from {moments}, which is gone: restore it to go on, or give another --schedule")
         base = load_base(moments)
     model = MaskedLM(base.encoder, base.head or new_masked_lm(base.encoder.config, c.seed).head)
     set_dropout(model, c.dropout)
@@ -156,7 +153,7 @@ def go_on_from(c: Any, folder: Path, base: Base) -> tuple[MaskedLM, str, Path | 
 
 @torch.no_grad()
 def average_into(model: MaskedLM, states: Iterable[dict[str, Tensor]]) -> None:
-    """The weights of `model` become the mean of themselves and `states`."""
+    """Set the weights of `model` to the mean of themselves and `states`."""
     mean = model.state_dict()
     for n, state in enumerate(states, 2):
         for name, value in mean.items():
@@ -164,7 +161,7 @@ def average_into(model: MaskedLM, states: Iterable[dict[str, Tensor]]) -> None:
 
 
 def lengthen(model: MaskedLM, max_len: int) -> MaskedLM:
-    """The same function with positions for `max_len` tokens: the old ones over and over, after RoBERTa's rows before the first."""
+    """`model` with positions for `max_len` tokens: RoBERTa's rows before the first position, then the old positions repeated."""
     config, name = model.encoder.config, "encoder.embeddings.position.weight"
     if max_len < config.max_len:
         raise InputError(f"--max_len {max_len}: the base has positions for {config.max_len} tokens, and none are taken away")

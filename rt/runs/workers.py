@@ -1,7 +1,7 @@
-"""The cores of a CPU, shared out by whole runs: processes forked from this one, so that bases are in memory once.
+"""Shares the cores of a CPU among whole runs, in processes forked from this one, so that bases are in memory once.
 
-Two processes of one thread do about twice the work of one, where a second thread adds a third to a small model's (docs/scaling.md). How
-many threads a run has changes its last bits; how many runs go on at a time does not.
+Two processes of one thread do about twice the work of one; a second thread adds a third for a small model (docs/scaling.md). The number of
+threads of a run changes its last bits; the number of simultaneous runs does not.
 """
 import multiprocessing
 import os
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from rt.errors import InputError
 
 T, R = TypeVar("T"), TypeVar("R")
-THREADS = torch.get_num_threads()       # as torch is loaded: by affinity and OMP_NUM_THREADS
+THREADS = torch.get_num_threads()       # torch's default: by affinity and OMP_NUM_THREADS
 CGROUP = Path("/sys/fs/cgroup/cpu.max")     # "QUOTA PERIOD" in microseconds, or "max PERIOD"
 
 
@@ -30,21 +30,21 @@ def cores() -> int:
 
 
 def use_threads(asked: int) -> None:
-    """Compute with so many threads; 0: one for each core."""
+    """Compute with this many threads; 0: one for each core."""
     torch.set_num_threads(asked or cores())
 
 
 def share_cores(runs: int, threads: int, workers: int) -> int:
     """Set the threads of each of so many runs, and return how many processes share the runs. An argument of 0 is derived from the numbers
-    of runs and of cores, not from what else goes on, which would change last bits. Only Linux forks safely."""
+    of runs and cores only, since a load-dependent number of threads would change last bits. Only Linux forks safely."""
     threads = threads or max(1, cores() // runs)
     torch.set_num_threads(threads)
     return workers or (max(1, min(runs, cores() // threads)) if sys.platform == "linux" else 1)
 
 
 def spread(work: Callable[[T], Iterator[R]], items: Sequence[T], workers: int) -> Iterator[R]:
-    """What work(item) yields for all items, as it comes: by this process, item after item, or by several `workers`. What is yielded is
-    pickled. An error in a worker is raised here and ends the others; so does whatever ends this generator, such as a signal."""
+    """What work(item) yields for all items, as it comes: by this process, item after item, or by several `workers`, which pickle it. An
+    error in a worker is raised here and ends the others; so does whatever ends this generator, such as a signal."""
     workers = min(workers, len(items))
     if workers < 2:
         for item in items:
@@ -67,7 +67,7 @@ def spread(work: Callable[[T], Iterator[R]], items: Sequence[T], workers: int) -
 
 
 def _received(pipe: Connection, busy: dict[Connection, multiprocessing.Process], todo: Iterator[int]) -> Iterator:
-    """A worker's message: a value, or None if it wants the next item, or an error."""
+    """A worker's message: a value, an error, or None for both if it wants the next item."""
     try:
         value, error = pipe.recv()
         if value is None and error is None:
@@ -76,8 +76,7 @@ def _received(pipe: Connection, busy: dict[Connection, multiprocessing.Process],
                 busy.pop(pipe).join()
     except (EOFError, OSError):
         busy[pipe].join()
-        raise InputError(f"a worker process was killed (exit code {busy[pipe].exitcode}), perhaps for want of memory: "
-                         "lower `workers`") from None
+        raise InputError(f"a worker was killed (exit code {busy[pipe].exitcode}), perhaps for lack of memory: lower `workers`") from None
     if error is not None:
         raise error
     if value is not None:
@@ -85,7 +84,7 @@ def _received(pipe: Connection, busy: dict[Connection, multiprocessing.Process],
 
 
 def _serve(work: Callable[[T], Iterator[R]], items: Sequence[T], pipe: Connection) -> None:
-    """A worker's life: it asks for the number of an item until there is none."""
+    """A worker's loop: it asks for the number of an item until there is none."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # the parent gets the signal and ends this process
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_follow, daemon=True).start()
