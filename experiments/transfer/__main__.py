@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from statistics import mean
 
 import torch
 
@@ -23,6 +24,7 @@ from rt.formats.files import read_json, read_rows
 from rt.formats.hub import open_base
 from rt.limits import Positive
 from rt.model import MaskedLM
+from rt.report.rows import group
 from rt.runs.config import parse, run
 from rt.runs.log import progress
 
@@ -38,7 +40,7 @@ class Config:
     data: str | None = None  # folder with corpora/ and tasks/
     base: str = "runs/minilm/pretrained/M0"  # M0
     only: tuple[str, ...] = ()  # parts: A, B, C, D; default: all
-    bases: tuple[str, ...] = ()  # new bases: mini, ind, twin, upgrade; default: all
+    where: tuple[str, ...] = ()  # facts of the cells to do, such as base=ind,kind=full; default: all
     budget: Positive | None = None  # seconds; nothing new begins after them
     home: str = "runs/transfer"  # bases, deltas and runs
     recipes: str = "runs/recipes"  # tasks and deltas of M0, shared with experiments.recipes
@@ -58,7 +60,7 @@ def main() -> None:
     done = {json.dumps(row["cell"]) for row in read_rows(rows)} if rows.exists() else set()
     Path(c.home).mkdir(parents=True, exist_ok=True)
     todo = [(cell, arguments) for cell, arguments in cells(c) if json.dumps(cell) not in done and (not c.only or cell["part"] in c.only)
-            and (not c.bases or cell["base"] in c.bases)]
+            and all(str(cell[fact.partition("=")[0]]) == fact.partition("=")[2] for fact in c.where)]
     prepare(c, {cell[of] for cell, _ in todo for of in ("part", "base")})
     with progress(len(todo), "transfer", unit="cell") as bar:
         for cell, arguments in todo:
@@ -111,6 +113,14 @@ def predictions(c: Config, task: str, kind: str) -> Path:
     return Path(c.home, f"{task}-{kind}.jsonl")
 
 
+def rate_of_init(c: Config, task: str, kind: str) -> float | None:
+    """The best rate of part C's `init` on the upgrade by mean dev; None if it was not run yet."""
+    path, cell = Path(c.results) / "rows.jsonl", {"what": "tuned", "task": task, "kind": kind, "base": "upgrade"}
+    rows = [row for row in (read_rows(path) if path.exists() else []) if row["mode"] == "init" and cell.items() <= row["cell"].items()]
+    rates = group(rows, "lr")
+    return max(rates, key=lambda lr: mean(row["dev"]["accuracy"] for row in rates[lr]), default=None)
+
+
 def cells(c: Config) -> list[tuple[dict, list]]:
     """(facts, flags of recycle.py) of every cell of the plan."""
     home, m0, tasks, found = Path(c.home), Path(c.base), Path(c.recipes, "tasks"), []
@@ -133,7 +143,7 @@ def cells(c: Config) -> list[tuple[dict, list]]:
         for labels in ("soft", "hard"):
             add("A", f"texts, {labels}", "distill", "minilm", "mini", *taught, "--unlabelled", "rest", "--unlabelled_texts", 2000,
                 "--pseudo_labels", labels)
-        add("B", "black box", "distill", "minilm", "mini", *taught, "--teacher", predictions(c, task, kind))
+        add("B", "black box", "distill", "minilm", "mini", *taught, "--teacher", predictions(c, task, kind), "--seeds", "0,1")
         for size, new in (("minilm", "twin"), ("mini", "ind"), ("minilm", "upgrade")):
             add("C", "apply", "apply,gradmask" if kind == "full" else "apply", size, new)
             add("C", "transport", "transport", size, new)
@@ -141,8 +151,8 @@ def cells(c: Config) -> list[tuple[dict, list]]:
                 add("C", "tuned", "scratch,init", size, new)
                 add("C", "project", "project", size, new, "--source_task", tasks / other, "--source_delta",
                     delta(c, size, other, kind), "--project_steps", 100, "--seeds", "0,1", "--lr", {"full": 1e-4, "adapter": 1e-3}[kind])
-        for shots, head in product((8, 32), ("fresh", "prototype")):
-            add("D", head, "apply,init", "minilm", "upgrade", "--head", head, shots=shots, source=other)
+        for shots, head in product((8, 32), ("fresh", "prototype")) if (lr := rate_of_init(c, task, kind)) else ():
+            add("D", head, "apply,init", "minilm", "upgrade", "--head", head, "--lr", lr, shots=shots, source=other)
     return sorted(found, key=lambda one: ("ACDB".index(one[0]["part"]), one[0]["base"] == "upgrade"))
 
 
