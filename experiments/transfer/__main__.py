@@ -118,7 +118,7 @@ def rate_of_init(c: Config, task: str, kind: str) -> float | None:
     path, cell = Path(c.results) / "rows.jsonl", {"what": "tuned", "task": task, "kind": kind, "base": "upgrade"}
     rows = [row for row in (read_rows(path) if path.exists() else []) if row["mode"] == "init" and cell.items() <= row["cell"].items()]
     rates = group(rows, "lr")
-    return max(rates, key=lambda lr: mean(row["dev"]["accuracy"] for row in rates[lr]), default=None)
+    return max(rates, key=lambda lr: mean(row["dev"]["accuracy"] for row in rates[lr]), default=(None,))[0]
 
 
 def cells(c: Config) -> list[tuple[dict, list]]:
