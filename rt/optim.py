@@ -74,9 +74,9 @@ def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
 
 
 class SkipTracker:
-    """Losses and skipped steps of a loop, summed on the device until `read`."""
-    def __init__(self, device: torch.device):
-        self.sums, self.row, self.steps = torch.zeros(3, device=device), torch.zeros((), device=device), 0  # loss, skipped, longest row
+    """Losses and skipped steps of a loop, or of K loops side by side, summed on the device until `read`."""
+    def __init__(self, device: torch.device, *K: int):
+        self.sums, self.row, self.steps = torch.zeros(3, *K, device=device), torch.zeros(K, device=device), 0   # loss, skipped, longest row
 
     def count(self, loss: Tensor, norm: Tensor) -> Tensor:
         """Count one step. Returns `not_finite`: whether to skip it."""
@@ -87,11 +87,13 @@ class SkipTracker:
         self.steps += 1
         return skip
 
-    def read(self) -> tuple[float | None, int, bool]:
-        """Since the last read: mean loss of steps taken (None: none), number of skipped steps, whether over MOST_SKIPPED came in a row."""
-        loss, skipped, longest = self.sums.tolist()
-        taken, self.steps, self.sums = self.steps - skipped, 0, torch.zeros_like(self.sums)
-        return loss / taken if taken else None, int(skipped), longest > MOST_SKIPPED
+    def read(self) -> list[tuple[float | None, int, bool]]:
+        """For each loop, since the last read: mean loss of steps taken (None: none), number of skipped steps, and whether over MOST_SKIPPED
+        came in a row."""
+        sums, steps = self.sums.view(3, -1).T.tolist(), self.steps
+        self.steps, self.sums = 0, torch.zeros_like(self.sums)
+        return [(loss / (steps - skipped) if skipped < steps else None, int(skipped), longest > MOST_SKIPPED)
+                for loss, skipped, longest in sums]
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager:

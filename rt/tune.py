@@ -66,11 +66,34 @@ def training_loop(s: TuneSettings, gradient: Callable[[int], Tensor], update: Ca
             break
 
 
-class Fit:
-    """One run: its optimizer (AdamW on `trained`), its scores so far, and its best weights."""
+class Scores:
+    """The scores of one run so far, and its best weights."""
+    def __init__(self, s: TuneSettings, on_eval: Hook = ignore):
+        self.s, self.on_eval, self.result, self.best = s, on_eval, TuneResult(), {}
+
+    def add(self, step: int, dev: dict[str, float] | None, trained: dict[str, Tensor], loss: float | None, skipped: int,
+            diverged: bool) -> bool:
+        """Record an evaluation of the weights `trained`, with what SkipTracker read. Returns whether the run goes on. Raises Diverged after
+        more than MOST_SKIPPED skipped steps in a row."""
+        self.result.skipped += skipped
+        if diverged:
+            raise Diverged(f"more than {MOST_SKIPPED} steps in a row before step {step + 1} had no finite loss and gradient: "
+                           f"lower `lr` ({self.s.lr})")
+        if dev is None:
+            return True
+        self.result.curve.append((step, next(iter(dev.values()))))
+        if not self.result.dev or score(dev) > score(self.result.dev):
+            self.result.dev, self.result.best_step = dev, step
+            self.best = {k: p.detach().clone() for k, p in trained.items()}
+        self.on_eval({"step": step, "loss": loss, "dev": dev, **({"skipped": skipped} if skipped else {})})
+        return not 0 < self.s.early_stop * self.s.eval_every <= step - self.result.best_step
+
+
+class Fit(Scores):
+    """One run and its optimizer, AdamW on `trained`."""
     def __init__(self, trained: dict[str, Tensor], s: TuneSettings, on_eval: Hook = ignore):
-        self.trained, self.s, self.on_eval, self.result, self.best = trained, s, on_eval, TuneResult(), {}
-        self.optimizer = adamw(trained.values(), s.lr, s.weight_decay, betas=(0.9, 0.999))
+        super().__init__(s, on_eval)
+        self.trained, self.optimizer = trained, adamw(trained.values(), s.lr, s.weight_decay, betas=(0.9, 0.999))
         self.tracker = SkipTracker(next(iter(trained.values())).device)
 
     def update(self, step: int, loss: Tensor) -> None:
@@ -81,20 +104,8 @@ class Fit:
         self.optimizer.zero_grad(set_to_none=True)
 
     def evaluated(self, step: int, dev: dict[str, float] | None) -> bool:
-        """Record an evaluation. Returns whether the run goes on. Raises Diverged after more than MOST_SKIPPED skipped steps in a row."""
-        loss, skipped, diverged = self.tracker.read()
-        self.result.skipped += skipped
-        if diverged:
-            raise Diverged(f"more than {MOST_SKIPPED} steps in a row before step {step + 1} had no finite loss and gradient: "
-                           f"lower `lr` ({self.s.lr})")
-        if dev is None:
-            return True
-        self.result.curve.append((step, next(iter(dev.values()))))
-        if not self.result.dev or score(dev) > score(self.result.dev):
-            self.result.dev, self.result.best_step = dev, step
-            self.best = {k: p.detach().clone() for k, p in self.trained.items()}
-        self.on_eval({"step": step, "loss": loss, "dev": dev, **({"skipped": skipped} if skipped else {})})
-        return not 0 < self.s.early_stop * self.s.eval_every <= step - self.result.best_step
+        """Record an evaluation. Returns whether the run goes on. Raises Diverged as `add` does."""
+        return self.add(step, dev, self.trained, *self.tracker.read()[0])
 
 
 def minimise(trained: dict[str, Tensor], gradient: Callable[[int], Tensor], s: TuneSettings, dev_scores: Callable[[], dict] | None,

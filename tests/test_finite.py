@@ -156,12 +156,12 @@ def test_a_row_of_bad_steps_is_seen_across_looks():
     tracker, bad, good = SkipTracker(torch.device("cpu")), torch.tensor(float("nan")), torch.tensor(2.0)
     for value in (good, *[bad] * 6):
         tracker.count(value, good)
-    assert tracker.read() == (2.0, 6, False)
+    assert tracker.read() == [(2.0, 6, False)]
     for value in [bad] * 5:
         tracker.count(good, value)
-    assert tracker.read() == (None, 5, True)
+    assert tracker.read() == [(None, 5, True)]
     tracker.count(good, good)
-    assert tracker.read() == (2.0, 0, False)
+    assert tracker.read() == [(2.0, 0, False)]
 
 
 def test_what_does_not_fit_into_memory_is_named(rows, tokenizer, base, monkeypatch, tmp_path):

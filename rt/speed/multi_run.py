@@ -19,10 +19,10 @@ from rt.data import Encoded, TaskData
 from rt.errors import Diverged, InputError
 from rt.losses import AT_POINTS, TERMS, DistillConfig, Loss, Reweighted, TeacherCache, Weights, patience, task_loss, trained_weights
 from rt.model import Activations, Batch, Classifier
-from rt.optim import autocast, is_out_of_memory
+from rt.optim import SkipTracker, autocast, is_out_of_memory
 from rt.recycling import MODES, NEEDS_TEACHER, TRAINED, Recycling, check, start, teacher_of, training_data
 from rt.speed.graphs import CudaGraphs
-from rt.tune import Fit, Gradient, TuneResult, TuneSettings, evaluate, metrics, plain_gradient, training_batch, training_loop
+from rt.tune import Gradient, Scores, TuneResult, TuneSettings, evaluate, metrics, plain_gradient, training_batch, training_loop
 
 CPU_BYTES = 2**29       # of a group on a CPU: a dozen runs of the mini preset; in larger groups each run takes longer
 EVAL_TOKENS = 16384     # of a forward pass over dev, all runs together
@@ -53,20 +53,49 @@ def reweighted(model: Classifier, weights: Weights) -> Classifier:
 
 
 class Flat:
-    """The trained weights of a model as two tensors, matrices (1, M), which decay, and vectors (V,): a run's optimizer then has two."""
+    """The trained weights of a model as one vector (P,): first the matrices, `decayed` numbers, then the vectors, which do not decay."""
     def __init__(self, weights: Weights):
-        self.shapes = {"matrices": {k: w.shape for k, w in weights.items() if w.dim() >= 2},
-                       "vectors": {k: w.shape for k, w in weights.items() if w.dim() < 2}}
+        self.shapes = {k: weights[k].shape for k in sorted(weights, key=lambda k: weights[k].dim() < 2)}
+        self.decayed = sum(w.numel() for w in weights.values() if w.dim() >= 2)
 
-    def flatten(self, weights: Weights) -> Weights:
-        """Copies, which require a gradient."""
-        flat = {part: torch.cat([weights[k].detach().flatten() for k in names]) for part, names in self.shapes.items() if names}
-        return {part: (w[None] if part == "matrices" else w).requires_grad_() for part, w in flat.items()}
+    def flatten(self, weights: Weights) -> Tensor:
+        """(P,), a copy"""
+        return torch.cat([weights[k].detach().flatten() for k in self.shapes])
 
-    def weights(self, flat: Weights, *K: int) -> Weights:
-        """The weights by name, views of `flat`; of K stacked runs with a leading K. Gradients flow to `flat`."""
-        return {k: w.view(*K, *shape) for part, stacked in flat.items() for (k, shape), w in zip(
-            self.shapes[part].items(), stacked.split([shape.numel() for shape in self.shapes[part].values()], dim=-1))}
+    def weights(self, flat: Tensor) -> Weights:
+        """The weights by name, views of `flat` (P,); for K runs (K, P), with a leading K. Gradients flow to `flat`."""
+        parts = flat.split([shape.numel() for shape in self.shapes.values()], dim=-1)
+        return {k: w.view(*flat.shape[:-1], *shape) for (k, shape), w in zip(self.shapes.items(), parts)}
+
+
+class StackedAdamW:
+    """AdamW and clipping for K runs whose weights are the rows of one tensor (K, P). Each run has its own rate, gradient norm and skipped
+    steps, and gets what rt.tune.Fit would give it, to rounding. A step is as many operations for any K. The first `decayed` numbers of a row
+    decay."""
+    def __init__(self, w: Tensor, decayed: int, weight_decay: float):
+        self.w, self.decayed, self.weight_decay = w.requires_grad_(), decayed, weight_decay
+        self.m, self.v, self.taken = torch.zeros_like(w), torch.zeros_like(w), w.new_zeros(len(w), 1)
+        self.tracker = SkipTracker(w.device, len(w))
+
+    @torch.no_grad()
+    def step(self, losses: Tensor, rates: Tensor, clip: float) -> None:
+        """One step at the learning rates `rates` (K,). Runs whose loss or gradient is not finite skip it."""
+        grad, norm = self.w.grad, self.w.grad.norm(dim=1)
+        taken = 1 - self.tracker.count(losses, norm)[:, None]
+        grad.mul_(taken * (clip / (norm[:, None] + 1e-6)).clamp(max=1.0)).nan_to_num_(0.0, 0.0, 0.0)      # zero where a run skips
+        self.taken += taken
+        self.m.mul_(1 - 0.1 * taken).add_(grad, alpha=0.1)
+        self.v.mul_(1 - 0.001 * taken).addcmul_(grad, grad, value=0.001)
+        bias_m, bias_v, rates = *((1 - beta ** self.taken).clamp_min(1e-30) for beta in (0.9, 0.999)), rates[:, None] * taken
+        self.w[:, :self.decayed] *= 1 - rates * self.weight_decay
+        self.w.sub_(self.v.sqrt().div_(bias_v.sqrt()).add_(1e-6).reciprocal_().mul_(self.m).mul_(rates / bias_m))
+        self.w.grad = None
+
+    def keep(self, which: list[int]) -> None:
+        """Drop the other runs."""
+        self.w = self.w.detach()[which].requires_grad_()
+        self.m, self.v, self.taken = self.m[which], self.v[which], self.taken[which]
+        self.tracker.sums, self.tracker.row = self.tracker.sums[:, which], self.tracker.row[which]
 
 
 def side_by_side(batches: list[Batch], bucket: int = 0) -> tuple[Batch, Tensor]:
@@ -164,20 +193,17 @@ def predict(stacked: nn.Module, parts: list[Encoded], device: torch.device, prec
 
 
 class SideBySide:
-    """The functions of rt.tune.training_loop for the runs that go on: each has its own Fit; they compute gradients and scores together."""
+    """The functions of rt.tune.training_loop for the runs that go on: each has its own Scores; all else is computed together."""
     def __init__(self, runs: list[SideRun], device: torch.device, precision: torch.dtype, graphs: bool):
         self.runs, self.device, self.precision, self.graphs = runs, device, precision, graphs
-        self.fits, self.flat = [], Flat(trained_weights(runs[0].model))
+        self.flat, self.scores = Flat(trained_weights(runs[0].model)), []
         for run in runs:
             run.rows = []       # drops the rows of a try that failed
-            self.fits.append(Fit(self.flat.flatten(trained_weights(run.model)), run.settings, run.rows.append))
-        self.stacked = Reweighted(runs[0].model, self.stack)
+            self.scores.append(Scores(run.settings, run.rows.append))
+        w = torch.stack([self.flat.flatten(trained_weights(run.model)) for run in runs])
+        self.optimizer = StackedAdamW(w, self.flat.decayed, runs[0].settings.weight_decay)
+        self.stacked = Reweighted(runs[0].model, lambda: self.flat.weights(self.optimizer.w))
         self.prepare()
-
-    def stack(self) -> Weights:
-        """The weights of the runs that go on, with a leading K."""
-        flat = {part: torch.stack([fit.trained[part] for fit in self.fits]) for part in self.fits[0].trained}
-        return self.flat.weights(flat, len(self.fits))
 
     def prepare(self) -> None:
         """Make the gradient of the runs that go on: a function of a batch and its shares, both on the host; (K,) losses."""
@@ -189,8 +215,7 @@ class SideBySide:
             values.sum().backward()
             return values.detach()
 
-        leaves = [w for fit in self.fits for w in fit.trained.values()]
-        self.gradient_of = CudaGraphs(plain, leaves, self.device) if self.graphs else plain
+        self.gradient_of = CudaGraphs(plain, [self.optimizer.w], self.device) if self.graphs else plain
 
     def gradient(self, step: int) -> Tensor:
         """(K,) losses of a step."""
@@ -200,8 +225,9 @@ class SideBySide:
         return self.gradient_of(*side_by_side(own, BUCKET if self.graphs else 0))
 
     def update(self, step: int, losses: Tensor) -> None:
-        for fit, loss in zip(self.fits, losses):
-            fit.update(step, loss)
+        rates = torch.tensor([run.settings.lr_at(step) for run in self.runs])
+        rates = rates.pin_memory() if self.device.type == "cuda" else rates
+        self.optimizer.step(losses, rates.to(self.device, non_blocking=True), self.runs[0].settings.clip)
 
     def dev_scores(self, step: int) -> list[dict[str, float]]:
         """The scores of every run; before the first step, runs that share start and examples are scored once."""
@@ -215,15 +241,16 @@ class SideBySide:
     def evaluate(self, step: int) -> bool:
         """Score dev; whether a run goes on."""
         going = []
-        for run, fit, dev in zip(self.runs, self.fits, self.dev_scores(step)):
+        for i, (run, scores, dev, since) in enumerate(zip(self.runs, self.scores, self.dev_scores(step), self.optimizer.tracker.read())):
             try:
-                if fit.evaluated(step, dev):
-                    going.append((run, fit))
+                if scores.add(step, dev, {"flat": self.optimizer.w[i]}, *since):
+                    going.append(i)
             except Diverged:       # its gradient is its own: the others go on
-                fit.result.diverged = step
-            run.result, run.best = fit.result, self.flat.weights(fit.best)
+                scores.result.diverged = step
+            run.result, run.best = scores.result, self.flat.weights(scores.best["flat"])
         if going and len(going) < len(self.runs):
-            self.runs, self.fits = map(list, zip(*going))
+            self.runs, self.scores = ([all_[i] for i in going] for all_ in (self.runs, self.scores))
+            self.optimizer.keep(going)
             self.prepare()
         return bool(going)
 
