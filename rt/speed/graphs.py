@@ -30,7 +30,7 @@ T = TypeVar("T")
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 def prefetch(items: Iterable[T]) -> Iterator[T]:
-    """The same items, made on another thread up to DEPTH ahead. An error in the thread is raised here; closing the iterator ends it."""
+    """The same items, made on another thread up to DEPTH ahead. An error there is raised here; closing the iterator ends the thread."""
     items, end, pool = iter(items), object(), ThreadPoolExecutor(1, "prefetch")
     waiting = deque(pool.submit(next, items, end) for _ in range(DEPTH))
     try:
@@ -98,7 +98,7 @@ def kernels_run(device: torch.device) -> bool:
 
 def make_gradient(model: MaskedLM, s: PretrainSettings, ranks: Ranks, precision: torch.dtype, graphs: bool = False,
                   loss: Callable[[MaskedLM, Batch], Tensor] = mlm_loss) -> Callable[[Batch, int], Tensor]:
-    """Returns gradient(batch, part), which adds the gradient of `loss` on microbatch `part` of a step and returns the loss. Part 0 clears
+    """Returns gradient(batch, part), which adds the gradient of `loss` on a step's microbatch `part` and returns the loss. Part 0 clears
     the gradients first; the last part averages over the ranks. `graphs`: use CUDA graphs. Raises InputError if memory runs out."""
     share = MLMLoss(model, s.accumulation, precision, loss)
     if ranks.world > 1:     # averages gradients over the ranks, and sends rank 0's weights to all
