@@ -160,7 +160,7 @@ def rounded(values: torch.Tensor) -> list:
 
 def distance(context: StudyContext) -> Iterator[dict]:
     """The distance between the encoders of two bases, and between their deltas, by part and in total. The head is left out: a delta holds
-    the whole head, not a change, and equal seeds start heads equally, which would look like similarity. Modules are whole too, but stay."""
+    the whole head, not a change, and equal seeds start heads equally, which would look like similarity. Modules, whole too, are counted."""
     weights = [({"study": context.c.study, "task": None, "kind": None, "seed": None, "of": "bases"},
                 {name: dict(base.encoder.named_parameters()) for name, base in context.bases.items()})]
     for task, seed, facts in context.cells():
