@@ -1,4 +1,4 @@
-"""What is true of an outdated delta? The paper's studies (README, The method: 1 to 4), as rows, a table and figures.
+"""Studies of outdated deltas: those of the paper (README, The method: 1 to 4) and two more, as rows, a table and figures.
 
     python analyze.py --study connectivity                      # on the demo lineage; builds what is missing
     python analyze.py --study compatibility --bases runs/mine/M0,runs/mine/M1,runs/mine/M2 --tasks my_task --seeds 0,1,2
@@ -6,12 +6,12 @@
     python analyze.py --study recipes --old_base runs/demo/M0 --bases runs/plain/M1,runs/preserved/M1 --domains python,math
     python analyze.py --study mixture --old_base runs/demo/M0 --bases runs/replay0/M1,runs/replay20/M1 --domains python,math
 
-Studies: compatibility (the first base's delta on all later ones), connectivity (the path between two tuned models), similarity (attention
-heads and hidden states), distance (of weights); beyond the paper, of upgrades of one base: recipes (what each is worth to old deltas, and
-costs on the new domain), mixture (a power law of held-out losses over replay and steps). Deltas are looked for beside their bases, as
-deltas/BASE-TASK-KIND-sSEED. If one of a task is missing, all are tuned alike by train.py, as deltas/BASE-TASK-KIND-nSTEPS-sSEED. An
-independent base shares sizes and tokenizer with the others and nothing else: train.py --tokenizer runs/demo/tokenizer.json --seed 1
---stream python --out runs/ind.
+Studies: compatibility (the first base's delta on all later bases), connectivity (the path between two tuned models), similarity (of
+attention heads and hidden states), distance (of weights). Two studies beyond the paper compare upgrades of one base: recipes (the benefit
+to old deltas, the cost on the new domain), mixture (a power law of held-out losses over replay and steps). Deltas are looked for beside
+their bases, as deltas/BASE-TASK-KIND-sSEED. If a delta of a task is missing, train.py tunes all deltas of that task, with equal settings,
+as deltas/BASE-TASK-KIND-nSTEPS-sSEED. An independent base shares only sizes and tokenizer with the others:
+train.py --tokenizer runs/demo/tokenizer.json --seed 1 --stream python --out runs/ind.
 
 --out gets rows.jsonl, summary.json, and figures made from these rows as .png and .svg (pip install -e '.[plot]').
 """
@@ -47,31 +47,31 @@ class Config:
     """python analyze.py --study compatibility|connectivity|similarity|distance|recipes|mixture [--flag value ...]"""
     study: Literal[tuple(ROWS)] = "connectivity"  # one of these six
     bases: tuple[str, ...] = ("runs/demo/M0", "runs/demo/M1", "runs/demo/M2")  # M_0, M_1, ... in order
-    old_base: str | None = None  # recipes, mixture: the base that --bases are upgrades of; default: the first of them
-    domains: tuple[str, ...] = ()  # recipes, mixture: text whose held-out loss is taken; the last is what the upgrades learned
+    old_base: str | None = None  # recipes, mixture: the base that was upgraded to --bases; default: the first of --bases
+    domains: tuple[str, ...] = ()  # recipes, mixture: domains to take held-out loss on; the last is the one the upgrades learned
     independent: str | None = None  # M_IND: same sizes and tokenizer, another random start
     tasks: tuple[str, ...] = ("math",)  # embedded domains, folders with train, dev and test, or hub:OWNER/NAME
     delta: Literal[tuple(KINDS)] = "full"  # full, adapter, lora, bitfit or prefix
-    deltas: tuple[str, ...] = ()  # folders, one a base in order, the independent one last (one task, one seed); default: found or tuned
-    seeds: Seeds = (0,)  # of the deltas
-    neighbours: bool = False  # pair each base with the next one instead of with the first
-    points: PathPoints = 26  # connectivity: on a path, ends included
+    deltas: tuple[str, ...] = ()  # folders, one per base in order, the independent base last (one task, one seed); default: found or tuned
+    seeds: Seeds = (0,)  # seeds of the deltas
+    neighbours: bool = False  # pair each base with the next base, not with the first
+    points: PathPoints = 26  # connectivity: points per path, ends included
     curve: bool = False  # connectivity: train a curved path as well
-    curve_steps: PositiveInt = 100  # optimizer steps of its control point
-    curve_lr: Positive = 1e-3  # their peak learning rate
-    batch_size: PositiveInt = 16  # sequences of such a step
-    heads: tuple[str, ...] = ()  # similarity: LAYER.HEAD of the maps drawn, from 0; default: head 0 of first, middle and last layer
-    sentence: str | None = None  # similarity: whose maps are drawn; default: the test text nearest to 16 tokens
-    max_examples: PositiveInt = 64  # similarity: test texts compared
-    tune_steps: PositiveInt = 100  # optimizer steps of a delta that is missing, all else as in train.py; recipes: of init and scratch
-    shots: PositiveInt | None = 32  # recipes: examples a label for init and scratch; none: all
+    curve_steps: PositiveInt = 100  # optimizer steps for the curve's control point
+    curve_lr: Positive = 1e-3  # peak learning rate for the control point
+    batch_size: PositiveInt = 16  # sequences per optimizer step
+    heads: tuple[str, ...] = ()  # similarity: maps to draw, LAYER.HEAD from 0; default: head 0 of the first, middle and last layer
+    sentence: str | None = None  # similarity: the text whose maps are drawn; default: the test text closest to 16 tokens
+    max_examples: PositiveInt = 64  # similarity: number of test texts compared
+    tune_steps: PositiveInt = 100  # optimizer steps to tune a missing delta, all else as in train.py; recipes: steps of init and scratch
+    shots: PositiveInt | None = 32  # recipes: examples per label for init and scratch; none: all
     lr: Positive = 5e-4  # recipes: peak learning rate of init and scratch
-    seq_len: SeqLen = 64  # longest text in tokens, longer ones are cut
+    seq_len: SeqLen = 64  # longest text in tokens; longer texts are cut
     out: str | None = None  # folder to write; default runs/analyze/STUDY
-    cache: str = "runs/cache"  # the embedded data
+    cache: str = "runs/cache"  # folder for the embedded data
     device: str = "auto"  # auto, cpu or cuda
-    precision: str = "auto"  # bf16, fp32, or auto: bf16 where the device does it fast
-    deterministic: bool = False  # the same bits from the same command on a GPU too; on a CPU they are so anyway
+    precision: str = "auto"  # bf16, fp32, or auto: bf16 if the device is fast at it
+    deterministic: bool = False  # the same command gives the same bits on a GPU too; on a CPU it always does
 
 
 def main() -> None:
@@ -84,14 +84,14 @@ def main() -> None:
         raise InputError(f"--study {c.study}: --domains, text whose held-out loss is taken, and --old_base are for the studies "
                          f"{' and '.join(ABOUT_UPGRADES)}, which need --domains")
     if c.study in ABOUT_UPGRADES:
-        count = 1       # the old base's delta is all that is needed
+        count = 1       # only the old base's delta is needed
     if c.deltas and (len(c.deltas) != count or len(c.tasks) * len(c.seeds) > 1):
         raise InputError(f"--deltas {','.join(c.deltas)}: give one folder a base, for one task and one seed")
     if c.independent and c.study in ("compatibility", *ABOUT_UPGRADES):
         raise InputError(f"--independent: {c.study} follows one lineage; leave it out")
     if c.deterministic:
         make_deterministic()
-    record(c)       # so that a value that cannot be recorded is refused now rather than at the end
+    record(c)       # refuses a value that cannot be recorded now, not at the end
     out = Path(c.out or f"runs/analyze/{c.study}")
     drawn = {f"{name}.{ending}" for name in figures_of(c.study, []) for ending in ("png", "svg")}
     check_overwritable(out, {"rows.jsonl", "summary.json", FIGURES, *drawn})
@@ -100,7 +100,7 @@ def main() -> None:
 
 
 def run_study(c: Config, out: Path) -> None:
-    """Write rows as they come, then the numbers and figures made from them."""
+    """Write rows as they are computed, then the numbers and figures made from them."""
     context = open_study(c)
     rows = ROWS[c.study](context)
     first = next(rows)      # raises here, before anything is written, if a flag of this study is wrong
@@ -118,9 +118,9 @@ def run_study(c: Config, out: Path) -> None:
 # --- bases and deltas -------------------------------------------------------------------------------------------------
 
 def open_study(c: Config) -> StudyContext:
-    """The bases, tasks and deltas that the flags name; missing deltas are tuned. InputError if they do not fit together."""
+    """Open the bases, tasks and deltas that the flags name; tune missing deltas. Raises InputError if they do not fit together."""
     device = pick_device(c.device)
-    several = len({Path(b).name for b in c.bases}) < len(c.bases)       # runs/plain/M1 and runs/preserved/M1
+    several = len({Path(b).name for b in c.bases}) < len(c.bases)       # as in runs/plain/M1 and runs/preserved/M1
     folders = {"/".join(Path(b).parts[-1 - several:]): b for b in c.bases} | ({"IND": c.independent} if c.independent else {})
     tasks = [open_task(name, c.cache) for name in (() if c.study == "mixture" else c.tasks)]
     if len(folders) < len(c.bases) + bool(c.independent) or len({task.name for task in tasks}) < len(tasks):
@@ -149,7 +149,7 @@ def open_study(c: Config) -> StudyContext:
 
 
 def delta_folders(c: Config, folders: dict[str, str], entry: str, task: str) -> dict[tuple[str, int], Path]:
-    """The folder of each base's delta for each seed. If one is missing, all are tuned for the same number of steps."""
+    """The folder of the delta per base and seed. If a delta is missing, all are tuned for the same number of steps."""
     if c.deltas:
         return {(name, c.seeds[0]): Path(folder) for name, folder in zip(folders, c.deltas)}
     for steps in ("", f"-n{c.tune_steps}"):
@@ -163,7 +163,7 @@ def delta_folders(c: Config, folders: dict[str, str], entry: str, task: str) -> 
 
 
 def open_checked(folder: Path, base: Base, task: Task, kind: str) -> Delta:
-    """The delta in `folder`. InputError if its kind, task or base is another one."""
+    """The delta in `folder`. Raises InputError if it is of another kind, task or base."""
     delta = open_delta(str(folder), base).ordered(task.labels)
     if delta.config.kind != kind:
         raise InputError(f"{folder}: is a delta of kind {delta.config.kind}, and what is asked for is --delta {kind}")
@@ -177,7 +177,7 @@ def open_checked(folder: Path, base: Base, task: Task, kind: str) -> Delta:
 
 
 def note_unequal(c: Config, deltas: Iterable[Delta]) -> None:
-    """Print to stderr if deltas that were found were not learned alike, or not on texts as long as they are compared on."""
+    """Print a note to stderr if the deltas were tuned for unequal numbers of steps, or on texts of another length than --seq_len."""
     lengths = sorted({length for delta in deltas if (length := seq_len_of(delta))} - {c.seq_len})
     steps = {config.get("tune_steps") for delta in deltas if isinstance(config := delta.info.get("config"), dict)}
     if lengths:

@@ -1,15 +1,15 @@
-"""Recycle an outdated delta: learned on an old base, wanted on the new one that came out of continual pre-training.
+"""Recycle an outdated delta. It was learned on an old base and is now needed on the base upgraded by continual pre-training.
 
     python recycle.py --mode all                    # every mode on the demo lineage; builds what is missing
     python recycle.py --mode init+distill --old_base runs/demo/M0 --old_delta runs/demo/deltas/M0-math-full-s0 \\
                       --base runs/demo/M1 --task math --shots 16 --seeds 0,1,2
     python recycle.py --mode apply,project --source_task dl                         # a map of deltas, learned on another task
     python recycle.py --mode scratch,init+distill --chain runs/demo/M1,runs/demo/M2     # upgrade after upgrade
-    python recycle.py --mode all --delta adapter --sweep "seed=0,1,2 alpha=.7,.9 beta=0,1,10 T=5,10"    # the best of each mode by dev
+    python recycle.py --mode all --delta adapter --sweep "seed=0,1,2 alpha=.7,.9 beta=0,1,10 T=5,10"    # the best run of each mode by dev
 
-Modes: scratch (the baseline), apply, init, distill, init+distill, project, transport, gradmask; several with commas, or all. What each
-does is in rt/recycling.py; `run_alone` here is one run. Every run leaves its delta, curve and row in a folder under --out/deltas
-(rt/runs/results.py); --out/summary.json has the rows of all.
+Modes: scratch (the baseline), apply, init, distill, init+distill, project, transport, gradmask; several with commas, or all. They are
+described in rt/recycling.py; `run_alone` below does one run. Every run leaves its delta, curve and row in a folder under --out/deltas
+(rt/runs/results.py); --out/summary.json has the rows of all runs.
 """
 import sys
 import time
@@ -51,18 +51,18 @@ from rt.tune import TuneResult, TuneSettings, evaluate, plain_gradient, score
 
 @dataclass(frozen=True)
 class ProjectConfig:
-    """What a map of deltas is learned on, and its shape."""
-    source_task: tuple[str, ...] = ()  # project: the tasks that the map is learned on, all their examples
-    source_delta: tuple[str, ...] = ()  # project: their deltas for --old_base; default: as of --old_delta
-    rank: PositiveInt = 16  # project: of W1 W2 in w' = w W1 W2 + b
-    granularity: Granularity = "auto"  # project: flat (w is the whole delta), tensor (w a tensor's rows); auto: tensor for full, else flat
+    """The tasks and deltas that a map of deltas is learned on, and the shape of the map."""
+    source_task: tuple[str, ...] = ()  # project: the tasks that the map is learned on, with all their examples
+    source_delta: tuple[str, ...] = ()  # project: the deltas of these tasks for --old_base; default: tuned, as for --old_delta
+    rank: PositiveInt = 16  # project: rank of W1 W2 in w' = w W1 W2 + b
+    granularity: Granularity = "auto"  # project: flat (w: the whole delta), tensor (w: a tensor's rows); auto: tensor for full, else flat
     residual: bool = False  # project: w' = w + w W1 W2 + b
-    project_steps: PositiveInt = 200  # project: optimizer steps of the map
+    project_steps: PositiveInt = 200  # project: optimizer steps for the map
 
 
 @dataclass(frozen=True)
 class CarryConfig:
-    """A map from text that carries the old delta to the new base."""
+    """A map, found from text, that carries the old delta to the new base."""
     carry: bool = False  # init, init+distill, gradmask: start from the delta that transport gives
     carry_text: str | None = None  # transport: file of texts without labels (.txt, .jsonl, .parquet); default: the task's training texts
 
@@ -70,60 +70,60 @@ class CarryConfig:
 @dataclass
 class Config:
     """python recycle.py --mode scratch|apply|init|distill|init+distill|project|transport|gradmask|all [--flag value ...]"""
-    mode: tuple[Literal[(*MODES, "all")], ...] = ("all",)  # several with commas; all: project if --source_task, transport if --carry
+    mode: tuple[Literal[(*MODES, "all")], ...] = ("all",)  # several with commas; all: project with --source_task, transport with --carry
     old_base: str | None = "runs/demo/M0"  # M_i: the base the old delta was learned on
-    old_delta: str | None = None  # the outdated delta, ours, Hugging Face's or PEFT's: folder or hub id; default: tuned; A,B: merged
+    old_delta: str | None = None  # the outdated delta (ours, Hugging Face's or PEFT's): folder or hub id; default: tuned; A,B: merged
     base: str = "runs/demo/M1"  # M_{i+1}: the upgraded base
-    chain: tuple[str, ...] = ()  # instead of --base: the bases after --old_base, in order; deltas recycled again against Delta_0 each time
+    chain: tuple[str, ...] = ()  # instead of --base: the bases after --old_base, in order; compares recycling again with recycling Delta_0
     task: str = "math"  # embedded domain, a folder with train, dev and test, or hub:OWNER/NAME
     delta: DeltaConfig = DeltaConfig("full")  # full, adapter, lora, bitfit or prefix; same: kind and sizes of --old_delta
-    shots: PositiveInt | None = 16  # examples a label for train and for dev; none: all
-    seeds: Seeds = (0, 1, 2)  # of the few-shot sample, fresh weights, data order and dropout
+    shots: PositiveInt | None = 16  # examples per label for train and for dev; none: all
+    seeds: Seeds = (0, 1, 2)  # seeds of the few-shot sample, fresh weights, data order and dropout
     distill: DistillConfig = DistillConfig()
     teaching: TeacherConfig = TeacherConfig()
     steps: PositiveInt = 50  # optimizer steps
-    batch_size: PositiveInt = 16  # sequences a step
-    lr: tuple[Positive, ...] = ()  # peak learning rate; of several, each mode keeps the best on dev; default: that of the demo's mini bases
-    warmup: Share = 0.06  # share of the steps
-    weight_decay: NonNegative = 0.01  # on matrices only
+    batch_size: PositiveInt = 16  # sequences per step
+    lr: tuple[Positive, ...] = ()  # peak learning rate; if several, each mode keeps the best on dev; default: the demo's, for mini bases
+    warmup: Share = 0.06  # share of the steps over which the learning rate rises
+    weight_decay: NonNegative = 0.01  # weight decay, on matrices only
     eval_every: PositiveInt = 10  # steps between scores on dev
-    seq_len: SeqLen = 64  # longest text in tokens, longer ones are cut
+    seq_len: SeqLen = 64  # longest text in tokens; longer texts are cut
     project: ProjectConfig = ProjectConfig()
     carry: CarryConfig = CarryConfig()
-    head: Literal["fresh", "prototype"] = "fresh"  # of labels that the old delta lacks; prototype: nearest mean of the head's features
-    shrinkage: bool = False  # --head prototype: by Mahalanobis' distance, of a shrunk covariance
-    merge: Literal["mean", "ties"] = "mean"  # of several old deltas, the subset of them that is best on dev
-    early_stop: NonNegativeInt = 0  # end after so many scores on dev without a better one; 0: never
-    sweep: str | None = None  # grid of settings, "seed=0,1,2 lr=1e-3,5e-3 alpha=.7,.9": every combination, frozen-base deltas side by side
-    side_by_side: NonNegativeInt = 0  # of a sweep: so many runs at once; 0: as many as fit into memory
-    workers: NonNegativeInt = 0  # processes that share the runs on a CPU; 0: as many as there are cores
-    threads: NonNegativeInt = 0  # of each run on a CPU; 0: one, or more if there are more cores than runs
+    head: Literal["fresh", "prototype"] = "fresh"  # head for labels that the old delta lacks; prototype: nearest mean of its features
+    shrinkage: bool = False  # --head prototype: use the Mahalanobis distance with a shrunk covariance
+    merge: Literal["mean", "ties"] = "mean"  # how to merge several old deltas; takes the subset that is best on dev
+    early_stop: NonNegativeInt = 0  # stop after this many dev scores without a better one; 0: never
+    sweep: str | None = None  # grid of settings, "seed=0,1,2 lr=1e-3,5e-3 alpha=.7,.9": all combinations, frozen-base deltas side by side
+    side_by_side: NonNegativeInt = 0  # sweep: runs trained at once; 0: as many as fit into memory
+    workers: NonNegativeInt = 0  # processes that share the runs on a CPU; 0: one per core
+    threads: NonNegativeInt = 0  # threads per run on a CPU; 0: one, or more if there are more cores than runs
     out: str | None = None  # folder to write; default runs/recycle/BASE-TASK-DELTA[-kSHOTS][-sweep]
-    resume: bool = False  # keep the runs that an earlier call has finished, and do the others; a --sweep does so anyway
-    save_deltas: bool = True  # keep the delta of every run: MODE-sSEED-HASH under OUT/deltas
-    tensorboard: bool = False  # the curve of each run also for TensorBoard, in tensorboard/ of its folder
-    cache: str = "runs/cache"  # the embedded data
-    graphs: bool = False  # CUDA: forward and backward as one CUDA graph; small batches wait for launches otherwise
+    resume: bool = False  # keep the runs that an earlier call finished and do the others; a --sweep always does so
+    save_deltas: bool = True  # keep the delta of every run, as MODE-sSEED-HASH under OUT/deltas
+    tensorboard: bool = False  # also write the curve of each run for TensorBoard, to tensorboard/ in its folder
+    cache: str = "runs/cache"  # folder for the embedded data
+    graphs: bool = False  # CUDA: run forward and backward as one CUDA graph; otherwise small batches wait for launches
     device: str = "auto"  # auto, cpu or cuda
-    precision: str = "auto"  # bf16, fp32, or auto: bf16 where the device does it fast
-    deterministic: bool = False  # the same bits from the same command on a GPU too; on a CPU they are so anyway
+    precision: str = "auto"  # bf16, fp32, or auto: bf16 if the device is fast at it
+    deterministic: bool = False  # the same command gives the same bits on a GPU too; on a CPU it always does
 
 
-# For each mode with a full delta the best on dev of 1e-4, 2e-4, 5e-4, 1e-3 and 2e-3 (results/demo/lr_search; project: as init).
+# For full deltas, the rate per mode that is best on dev, of 1e-4, 2e-4, 5e-4, 1e-3 and 2e-3 (results/demo/lr_search; project: as init).
 FULL_LR = {"scratch": 5e-4, "init": 1e-4, "distill": 1e-3, "init+distill": 1e-4, "project": 1e-4}
 LR = {"prefix": 1e-2}     # for all modes; other kinds: 5e-3
 Projects = list[tuple[Delta, TaskData]]     # deltas of the old base and their tasks, for --mode project
-Done = tuple[Run, TuneResult, Delta, list[dict], dict]      # the list: its evaluations; the dict: more for its row
+Done = tuple[Run, TuneResult, Delta, list[dict], dict]      # the list: the run's evaluations; the dict: more fields for its row
 
 
 @dataclass
 class Sources:
-    """What all runs read."""
+    """The inputs that all runs share."""
     task: Task
-    bases: dict[str, Base]      # --base, or those of --chain
+    bases: dict[str, Base]      # --base, or the bases of --chain
     olds: list[Delta]           # of --old_delta A,B,C
     projects: Projects
-    texts: list[list[int]]      # ids, for transport
+    texts: list[list[int]]      # token ids, for transport
     teaching: Teaching | None
 
 
@@ -136,9 +136,9 @@ def main() -> None:
         load_tensorboard()      # before anything is trained
     ranks = join(c.device)
     if ranks.world == 1 and ranks.device.type == "cpu":
-        use_threads(1)      # until the runs are shared out: a forked process would wait for ever for threads that were not
+        use_threads(1)      # until the runs are shared out: a forked process would wait forever for threads that were not forked
     ranks.assert_same({f"--{k}": v for k, v in record(c).items()})
-    check_graphs(c.graphs, replace(ranks, world=1))     # of a sweep's ranks each captures its own
+    check_graphs(c.graphs, replace(ranks, world=1))     # in a sweep each rank captures its own graphs
     if ranks.world > 1 and not c.sweep:
         raise InputError("several processes share the runs of a --sweep; without one, start this script without torchrun")
     names = (c.task, *c.project.source_task)
@@ -174,10 +174,10 @@ def main() -> None:
     ranks.leave()
 
 
-# --- a run -------------------------------------------------------------------------------------------------------------
+# --- one run -----------------------------------------------------------------------------------------------------------
 
 def run_alone(r: Recycling, one: Run, sources: Sources) -> Iterator[Done]:
-    """A run by itself; in a chain, one mode along all bases by all routes."""
+    """One run by itself; in a chain, one mode along all bases, by all routes."""
     c, curves, more, started = one.c, defaultdict(list), {}, time.perf_counter()
     steps = c.project.project_steps if one.mode == "project" else c.steps * len(one.rows()) * (one.mode in TRAINED)
     with StepBar(steps, one.mode, r.base.encoder.config, r.device, r.precision, frozen=c.delta.kind != "full") as bar:
@@ -185,7 +185,7 @@ def run_alone(r: Recycling, one: Run, sources: Sources) -> Iterator[Done]:
             curves[row.get("base"), row.get("route")].append({**part, **row})
             bar.on_eval(row)
 
-        vars(r).update(settings_of(one), on_step=bar.on_step, on_eval=on_eval)     # no copy: its teacher's outputs serve later runs
+        vars(r).update(settings_of(one), on_step=bar.on_step, on_eval=on_eval)     # r itself: its teacher's outputs serve later runs
         if c.chain:
             for link in chain(r, one.mode, sources.bases):
                 place = {"base": link.base, "route": link.route}
@@ -199,8 +199,8 @@ def run_alone(r: Recycling, one: Run, sources: Sources) -> Iterator[Done]:
 
 
 def learn_map(r: Recycling, p: ProjectConfig, projects: Projects, on_eval: Callable[[dict], None]) -> dict:
-    """Learn the map of --mode project; returns what the run's row says of the map."""
-    equal = {delta.num_outputs for delta, _ in projects} == {r.old_delta.num_outputs}    # if so, heads are projected as well
+    """Learn the map of --mode project. Returns the fields about the map for the run's row."""
+    equal = {delta.num_outputs for delta, _ in projects} == {r.old_delta.num_outputs}    # if so, heads are projected too
     r.projection = learn_projection(
         r.old_base, r.base, projects, replace(r.settings, steps=p.project_steps), r.distill, r=p.rank, granularity=p.granularity,
         residual=p.residual, device=r.device, precision=r.precision, with_head=equal, on_step=r.on_step, on_eval=on_eval)
@@ -209,7 +209,7 @@ def learn_map(r: Recycling, p: ProjectConfig, projects: Projects, on_eval: Calla
 
 
 def run_group(samples: dict[int, Recycling], group: list[Run], sources: Sources) -> Iterator[Done]:
-    """Runs of one mode and equal shape, each as soon as it is done: side by side if they are of a sweep and can be."""
+    """Do runs of one mode and equal shape; yields each as soon as it is done. In a sweep, they are trained side by side if possible."""
     first = group[0]
     if first.c.sweep is None or not can_go_together(replace(samples[first.seed], distill=first.c.distill), first.mode):
         for one in group:
@@ -233,7 +233,7 @@ def settings_of(one: Run) -> dict:
 
 
 def sample(c: Config, r: Recycling, task: Task, seed: int, teaching: Teaching | None) -> Recycling:
-    """With --shots, on the few examples that `seed` draws, which the teacher has not seen yet."""
+    """`r`; with --shots, `r` on the few examples that `seed` draws, which the teacher has not seen yet."""
     if not c.shots:
         return r
     data = encode_task(few_shot(task, c.shots, seed), r.base.tokenizer, c.seq_len)
@@ -244,8 +244,8 @@ def sample(c: Config, r: Recycling, task: Task, seed: int, teaching: Teaching | 
 # --- all runs ----------------------------------------------------------------------------------------------------------
 
 def do_runs(c: Config, r: Recycling, plan: list[Run], sources: Sources, out: Path, ranks: Ranks) -> None:
-    """Do every run that is not finished yet, and print the table. In a --sweep, ranks share the runs of a group, and rank 0 scores the best
-    of each mode on test."""
+    """Do every run that is not finished yet, then print the table. In a --sweep, the ranks share the runs of a group, and rank 0 scores the
+    best run of each mode on test."""
     rows, content = [row for one in plan for row in one.rows()], sources.teaching.content if sources.teaching else ""
     others, carried = [(delta, None) for delta in sources.olds if delta is not r.old_delta], carried_modes(c, MODES)
     origins = {name: origin_of(replace(r, base=base), others, (), content) for name, base in sources.bases.items()}
@@ -263,7 +263,7 @@ def do_runs(c: Config, r: Recycling, plan: list[Run], sources: Sources, out: Pat
         start.carried, start.about = transport(r.old_base, r.base, r.old_delta, sources.texts)
 
     def done(group: list[Run]) -> Iterator[str]:
-        """Do and save runs; yields what the bar says of each."""
+        """Do and save runs; yields the progress bar's text for each run."""
         for seed in {one.seed for one in group} - samples.keys():
             samples[seed] = sample(c, start, sources.task, seed, sources.teaching)
             if len(sources.olds) > 1:
@@ -285,7 +285,7 @@ def do_runs(c: Config, r: Recycling, plan: list[Run], sources: Sources, out: Pat
 
 
 def finish(c: Config, r: Recycling, runs: list[Run], out: Path) -> None:
-    """Score the best runs by dev of each mode of a sweep on test, write summary.json and print the table."""
+    """In a sweep, score the best runs of each mode by dev on test. Write summary.json and print the table."""
     rows, modes = write_summary(c, out, runs), [*dict.fromkeys(one.mode for one in runs)]
     if c.sweep is None:
         print(report_chain(rows, modes, c.chain) if c.chain else report(rows, modes))
@@ -297,13 +297,13 @@ def finish(c: Config, r: Recycling, runs: list[Run], out: Path) -> None:
     print(f"rows in {out / 'summary.json'}, curves and deltas in {out / 'deltas'}")
 
 
-# --- what is asked for -------------------------------------------------------------------------------------------------
+# --- checks and plan ---------------------------------------------------------------------------------------------------
 
 def checked_modes(c: Config) -> list[str]:
-    """The modes that are asked for. InputError if flags make no sense together."""
+    """The modes that the flags ask for. Raises InputError if flags make no sense together."""
     if c.teaching.teacher and not c.old_delta:
         c.old_base = None
-    asked = {"project": bool(c.project.source_task), "transport": c.carry.carry, "gradmask": False}      # of `all`
+    asked = {"project": bool(c.project.source_task), "transport": c.carry.carry, "gradmask": False}      # whether `all` includes them
     modes = [mode for mode in (MODES if c.old_base else WITHOUT_OLD) if asked.get(mode, True)] if "all" in c.mode else [*c.mode]
     if c.delta.kind != "same":
         c.delta.check()
@@ -338,12 +338,12 @@ def checked_modes(c: Config) -> list[str]:
 
 
 def carried_modes(c: Config, modes: Iterable[str]) -> list[str]:
-    """Those of `modes` that start from the delta that rt.transport.transport gives."""
+    """The modes that start from the delta that rt.transport.transport gives."""
     return [mode for mode in modes if mode == "transport" or c.carry.carry and mode in CARRIES]
 
 
 def check_all(c: Config, r: Recycling, plan: list[Run], bases: dict[str, Base], projects: Projects) -> None:
-    """InputError, before anything is written, if a run cannot be done; `r` is what the first of them reads."""
+    """Raises InputError, before anything is written, if a run cannot be done; `r` holds the inputs of the first run."""
     for base in bases.values():
         base.require_length(c.seq_len)
         for one in plan:
@@ -353,7 +353,7 @@ def check_all(c: Config, r: Recycling, plan: list[Run], bases: dict[str, Base], 
 
 
 def announce(c: Config, modes: list[str], task: Task, old: Delta | None) -> list[str]:
-    """Print what is about to be done. Returns the modes; `all` leaves out those that a delta of another task does not allow."""
+    """Print what is about to be done. Returns the modes; `all` leaves out modes that are impossible with a delta of another task."""
     few = f"{c.shots} examples a label" if c.shots else f"{len(task.parts['train'])} examples"
     what = "regression" if task.is_regression else f"{len(task.labels)} labels"
     sources = filter(None, (c.old_base and f"{c.old_base} + {c.old_delta}", c.teaching.teacher))
@@ -367,11 +367,11 @@ def announce(c: Config, modes: list[str], task: Task, old: Delta | None) -> list
 
 def planned(c: Config, modes: list[str]) -> list[Run]:
     """A run for every seed, mode and learning rate of every combination of --sweep."""
-    points = expand(c, c.sweep or "")       # without a sweep `c` alone
+    points = expand(c, c.sweep or "")       # without a sweep, `c` alone
     for point in points:
         checked_modes(point)
     runs = [Run(point, mode, seed, lr) for point in points for seed in point.seeds for mode in modes for lr in learning_rates(point, mode)]
-    return [*{one.name: one for one in runs}.values()]      # many points of a sweep are one run: scratch does not read alpha
+    return [*{one.name: one for one in runs}.values()]      # several points of a sweep can be one run: scratch does not read alpha
 
 
 def learning_rates(c: Config, mode: str) -> tuple[float | None, ...]:
@@ -380,13 +380,13 @@ def learning_rates(c: Config, mode: str) -> tuple[float | None, ...]:
 
 
 def default_out(c: Config, task: Task) -> str:
-    """runs/recycle/BASE-TASK-DELTA, with shots -kSHOTS; all bases of a chain."""
+    """runs/recycle/BASE-TASK-DELTA, with --shots also -kSHOTS. For a chain, BASE names all bases."""
     first, *rest = c.chain or (c.base,)
     lineage = "-".join([*Path(first).parts[-2:], *(Path(name).name for name in rest)])
     return f"runs/recycle/{lineage}-{task.name}-{c.delta.kind}" + (f"-k{c.shots}" if c.shots else "") + ("-sweep" if c.sweep else "")
 
 
-# --- what is missing ---------------------------------------------------------------------------------------------------
+# --- missing bases and deltas ------------------------------------------------------------------------------------------
 
 def build_missing(c: Config, task: Task, source_tasks: list[Task]) -> tuple[str | None, tuple[str, ...]]:
     """Have train.py make the demo lineage and the deltas that no flag names, if they are missing. Returns (old delta, source deltas)."""
@@ -396,7 +396,7 @@ def build_missing(c: Config, task: Task, source_tasks: list[Task]) -> tuple[str 
 
 
 def tuned(c: Config, name: str, task: Task) -> str:
-    """The folder, beside the old base, of that base's delta for a task; train.py makes the delta if it is missing."""
+    """The folder of the old base's delta for a task, beside that base. train.py makes the delta if it is missing."""
     folder = place_of_delta(c.old_base, task.name, c.delta.kind)
     if not (folder / "delta.json").exists():
         sizes = {size: value for size, value in vars(c.delta).items() if size not in ("kind", "target_modules")}

@@ -1,14 +1,14 @@
-"""Pre-train a base on a stream of domains, tune a delta on a task, score it.
+"""Pre-train bases on a stream of domains, tune a delta on a task, score the delta.
 
     python train.py                                                     # M0, M1, M2 under runs/demo, on embedded text
     python train.py --mode tune --base runs/demo/M0 --task math --delta full
     python train.py --mode eval --base runs/demo/M0 --task math --delta_dir runs/demo/deltas/M0-math-full-s0
     torchrun --nproc_per_node=8 train.py ...                            # pre-training on several GPUs
 
-A stream (--stream python,math,dl) makes M0 on the first domain, M1 out of M0 on the second, and so on; --init starts from a checkpoint, a
-Hugging Face folder or a hub id instead, whose upgrade is then the first domain.
+A stream (--stream python,math,dl) trains M0 on the first domain, M1 from M0 on the second, and so on. With --init, the stream starts from a
+checkpoint, a Hugging Face folder or a hub id instead, and the first domain upgrades that base.
 """
-import rt  # noqa: F401  isort: skip  says how threads wait, before torch starts them
+import rt  # noqa: F401  isort: skip  sets how threads wait, before torch starts them
 
 import sys
 from contextlib import closing
@@ -54,57 +54,57 @@ from rt.tune import TuneSettings, evaluate, plain_gradient, tune
 class Config:
     """python train.py --mode pretrain|tune|eval [--flag value ...]"""
     mode: Literal["pretrain", "tune", "eval"] = "pretrain"  # pretrain, tune or eval
-    out: str | None = None  # folder to write: default runs/demo, tune: beside the base
-    cache: str = "runs/cache"  # tokenized corpora and the embedded data
+    out: str | None = None  # folder to write; default runs/demo, for tune a folder beside the base
+    cache: str = "runs/cache"  # folder for tokenized corpora and the embedded data
     device: str = "auto"  # auto, cpu or cuda
-    threads: NonNegativeInt = 0  # on a CPU; 0: as many as there are cores
-    precision: str = "auto"  # bf16, fp32, or auto: bf16 where the device does it fast
-    deterministic: bool = False  # the same bits from the same command on a GPU too; on a CPU they are so anyway
-    tensorboard: bool = False  # losses and scores as they come also for TensorBoard, in tensorboard/ of the folder that is written
-    seed: Seed = 0  # of weights, data order, masks and dropout
-    # pretrain (seq_len, lr, warmup, weight_decay and graphs: tune as well)
+    threads: NonNegativeInt = 0  # threads on a CPU; 0: one per core
+    precision: str = "auto"  # bf16, fp32, or auto: bf16 if the device is fast at it
+    deterministic: bool = False  # the same command gives the same bits on a GPU too; on a CPU it always does
+    tensorboard: bool = False  # also write losses and scores for TensorBoard during the run, to tensorboard/ in the output folder
+    seed: Seed = 0  # seed of weights, data order, masks and dropout
+    # pretrain (tune also uses seq_len, lr, warmup, weight_decay and graphs)
     stream: tuple[str, ...] = ("python", "math", "dl")  # domains in order: embedded names, text files or folders, hub:OWNER/NAME, task:NAME
     init: str | None = None  # continue from this base: checkpoint, Hugging Face folder or hub id
-    number: NonNegativeInt | None = None  # of the first base that is made, M<number>; default 0, with --init one more than its own
+    number: NonNegativeInt | None = None  # number of the first new base, M<number>; default 0, with --init one more than that base's number
     preset: Literal["tiny", "mini", "small", "base", "large"] = "mini"  # size of a new base: tiny, mini, small, base, large
-    tokenizer: str | None = None  # tokenizer.json, or a folder with vocab.json and merges.txt; default: trained
-    vocab_size: PositiveInt = 4096  # of a tokenizer trained on the first domain
-    steps: tuple[PositiveInt, ...] = (600, 500, 350)  # optimizer steps of each stage; the last number serves all further ones
-    batch_tokens: PositiveInt = 1024  # tokens an optimizer step, all ranks and accumulation together
-    accumulation: PositiveInt = 1  # microbatches in which each rank computes its share of a batch
-    seq_len: SeqLen | None = None  # longest sequence or text in tokens, <s> and </s> counted; default 128, to eval the delta's own
-    mask_rate: PositiveShare = 0.3  # share of tokens predicted; RoBERTa: 0.15, but more learns faster (Wettig et al., 2023)
-    lr: Positive | None = None  # peak learning rate; default 1e-3 to pretrain, by kind of delta to tune
-    warmup: Share = 0.1  # share of the steps with rising learning rate, anew in every stage
-    dropout: ShareBelowOne = 0.0  # while pre-training; 0 learns faster from few epochs (tuning uses the checkpoint's 0.1)
-    weight_decay: NonNegative = 0.01  # on matrices only
+    tokenizer: str | None = None  # tokenizer.json, or a folder with vocab.json and merges.txt; default: train one
+    vocab_size: PositiveInt = 4096  # vocabulary size of a tokenizer trained on the first domain
+    steps: tuple[PositiveInt, ...] = (600, 500, 350)  # optimizer steps per stage; the last number holds for all further stages
+    batch_tokens: PositiveInt = 1024  # tokens per optimizer step, over all ranks and microbatches
+    accumulation: PositiveInt = 1  # microbatches into which each rank splits its share of a batch
+    seq_len: SeqLen | None = None  # longest sequence or text in tokens, with <s> and </s>; default 128, for eval the delta's own
+    mask_rate: PositiveShare = 0.3  # share of tokens to predict; RoBERTa uses 0.15, but more learns faster (Wettig et al., 2023)
+    lr: Positive | None = None  # peak learning rate; default 1e-3 for pretrain, by kind of delta for tune
+    warmup: Share = 0.1  # share of the steps over which the learning rate rises, per stage
+    dropout: ShareBelowOne = 0.0  # dropout in pre-training; 0 learns faster over few epochs (tuning uses the checkpoint's 0.1)
+    weight_decay: NonNegative = 0.01  # weight decay, on matrices only
     recipe: RecipeConfig = RecipeConfig()
     # the run
-    snapshots: NonNegativeInt = 2  # checkpoints M_i(t) kept along a stage, evenly spaced
+    snapshots: NonNegativeInt = 2  # checkpoints M_i(t) kept per stage, evenly spaced
     save_every: PositiveInt = 100  # steps between resumable checkpoints
-    stop_after: PositiveInt | None = None  # end after so many steps in all, as a time limit would; --resume goes on
-    resume: bool = False  # go on from the newest resumable checkpoint in --out
-    eval_tokens: int = 16384  # held-out tokens scored a domain
-    compile: bool = False  # torch.compile of the blocks; for a GPU, on a CPU it does not pay
-    graphs: bool = False  # forward and backward as a CUDA graph; one GPU
-    zero: bool = False  # optimizer state shared out among the ranks of torchrun (ZeRO-1)
-    log_every: PositiveInt | None = None  # steps between looks at the loss (every step gets its row); default 1, on CUDA 10
+    stop_after: PositiveInt | None = None  # stop after this many steps in total, as a time limit would; --resume continues
+    resume: bool = False  # continue from the newest resumable checkpoint in --out
+    eval_tokens: int = 16384  # held-out tokens scored per domain
+    compile: bool = False  # torch.compile the blocks; worth it on a GPU, not on a CPU
+    graphs: bool = False  # run forward and backward as a CUDA graph; one GPU only
+    zero: bool = False  # shard the optimizer state over the ranks of torchrun (ZeRO-1)
+    log_every: PositiveInt | None = None  # steps between reads of the loss (every step still gets its row); default 1, on CUDA 10
     # tune, eval
     base: str | None = None  # the base: checkpoint, Hugging Face folder or hub id
     task: str | None = None  # embedded domain, a folder with train, dev and test, or hub:OWNER/NAME
     delta: DeltaConfig = DeltaConfig("adapter")  # full, adapter, lora, bitfit or prefix
-    shots: PositiveInt | None = None  # examples a label for train and for dev; default: all
+    shots: PositiveInt | None = None  # examples per label for train and for dev; default: all
     tune_steps: PositiveInt = 300  # optimizer steps of tuning
-    batch_size: PositiveInt = 16  # sequences a tuning step
+    batch_size: PositiveInt = 16  # sequences per tuning step
     eval_every: PositiveInt = 25  # steps between scores on dev
-    delta_dir: str | None = None  # eval: the delta; a folder of recycle.py: its best by dev, mean over seeds
+    delta_dir: str | None = None  # eval: the delta's folder; from a folder of recycle.py, the best on dev (mean over seeds) is taken
 
 
 NOT_SETTINGS = ("resume", "stop_after", "save_every", "cache", "device", "out", "accumulation", "compile", "graphs", "zero",
                 "log_every", "deterministic", "tensorboard", "threads")     # may differ when a run is resumed
 SEQ_LEN = 128
 PRETRAIN_LR = 1e-3
-TUNE_LR = {"full": 5e-4, "prefix": 1e-2}     # of the mini preset; other kinds: 5e-3
+TUNE_LR = {"full": 5e-4, "prefix": 1e-2}     # for the mini preset; all other kinds: 5e-3
 
 
 def main() -> None:
@@ -132,7 +132,7 @@ def main() -> None:
 # --- pretrain ---------------------------------------------------------------------------------------------------------
 
 def pretrain(c: Config) -> None:
-    """M0, M1, ... of a stream: each stage continues the last one's weights with a fresh optimizer and schedule."""
+    """Train M0, M1, ... on a stream. Each stage continues from the last stage's weights with a fresh optimizer and schedule."""
     if c.zero and launched() == 1:
         raise InputError("--zero shares the optimizer's state out among ranks, and there is one: start several with torchrun")
     ranks, out = join(c.device), Path(c.out or "runs/demo")
@@ -153,7 +153,7 @@ def pretrain(c: Config) -> None:
 
 
 def train_stages(c: Config, stream: PretrainRun, ranks: Ranks) -> Interrupted | None:
-    """The stages that are not finished yet. Returns the exception to raise if a signal has asked for the end."""
+    """Train the stages that are not finished yet. Returns the exception to raise if a signal asked the run to end."""
     r = c.recipe
     found = ranks.main_first(lambda: {domain_name(entry): open_domain(entry, c.cache, r.template, r.select, r.keep) for entry in c.stream})
     paths, own = ({name: pair[i] for name, pair in found.items()} for i in (0, 1))
@@ -171,7 +171,7 @@ def train_stages(c: Config, stream: PretrainRun, ranks: Ranks) -> Interrupted | 
     where = {"device": ranks.device, "precision": pick_precision(c.precision, ranks.device)}
     for i, (domain, rows) in enumerate(training.items()):
         name, number, domains = f"M{number + 1}", number + 1, domains | {name: own[name] for name in groups[i]}
-        if (base := stream.finished(name)):     # before an interruption
+        if (base := stream.finished(name)):     # finished before an interruption
             model, parent, moments = go_on_from(c, stream.out / name, base)
             continue
         steps = c.steps[min(i, len(c.steps) - 1)]
@@ -198,8 +198,8 @@ def train_stages(c: Config, stream: PretrainRun, ranks: Ranks) -> Interrupted | 
 
 def train_stage(model: MaskedLM, rows: Rows, optimizer: torch.optim.Optimizer, s: PretrainSettings, stream: PretrainRun, ranks: Ranks,
                 precision: torch.dtype, first: int = 0, compile: bool = False, graphs: bool = False, recipe: Recipe = Recipe()) -> bool:
-    """The loop of pre-training, from step `first` on; whether it stops before the stage's end. Data and dropout are functions of (seed,
-    step, microbatch), so a loop that is left and entered again repeats nothing and leaves nothing out."""
+    """The pre-training loop from step `first` on. Returns whether it stops before the end of the stage. Data and dropout are functions of
+    (seed, step, microbatch), so a resumed loop repeats nothing and skips nothing."""
     model.train()
     batches = prefetch(staged(microbatches(rows, s, ranks.rank, ranks.world, first), rows, ranks.device, static=compile))
     with compiled(model.encoder.layers if compile else (), ranks.device), closing(batches):
@@ -212,7 +212,7 @@ def train_stage(model: MaskedLM, rows: Rows, optimizer: torch.optim.Optimizer, s
                 loss += gradient(batch, part)
                 stream.throughput.count(batch)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
-            loss = ranks.mean(loss)                                     # all ranks skip a step or none does
+            loss = ranks.mean(loss)                                     # either all ranks skip a step or none does
             step_unless(optimizer, not_finite(loss, norm))
             recipe.after_step(step + 1)
             if stream.after_step(step + 1, lr, loss, norm):             # rows, checkpoints, signals
@@ -222,7 +222,7 @@ def train_stage(model: MaskedLM, rows: Rows, optimizer: torch.optim.Optimizer, s
 
 def rows_of(c: Config, corpora: dict[str, dict[str, Corpus]], groups: list[tuple[str, ...]], earlier: list[str], tokenizer: Tokenizer,
             number: int, ranks: Ranks) -> tuple[dict[str, Rows], dict[str, Rows]]:
-    """(training rows of every stage, held-out rows of every domain). The first stage is M`number`; `groups` are the stages' domains."""
+    """(training rows per stage, held-out rows per domain). The first stage is M`number`; `groups` lists the domains of each stage."""
     training = {}
     for i, group in enumerate(groups, number):
         names = [group[0], *earlier, *group[1:]]
@@ -238,7 +238,7 @@ def rows_of(c: Config, corpora: dict[str, dict[str, Corpus]], groups: list[tuple
 
 
 def start_model(c: Config, out: Path, first_corpus: Path, ranks: Ranks) -> tuple[MaskedLM, Tokenizer, Start]:
-    """A new base of --preset, or --init."""
+    """A new base of size --preset, or the base that --init names."""
     if c.init:
         if c.tokenizer:
             raise InputError("--tokenizer: a base of --init comes with its own")
@@ -265,7 +265,7 @@ def start_model(c: Config, out: Path, first_corpus: Path, ranks: Ranks) -> tuple
 
 
 def start_tokenizer(c: Config, out: Path, first_corpus: Path) -> Tokenizer:
-    """Loaded, or trained on the first domain only: later domains are the future."""
+    """Load the tokenizer, or train it on the first domain only: later domains are still in the future."""
     if c.tokenizer:
         return load_tokenizer(Path(c.tokenizer))
     if c.resume and (out / "tokenizer.json").exists():
@@ -276,8 +276,8 @@ def start_tokenizer(c: Config, out: Path, first_corpus: Path) -> Tokenizer:
 # --- tune, eval -------------------------------------------------------------------------------------------------------
 
 def tune_delta(c: Config) -> None:
-    """Tune a fresh delta on a task. Its folder holds the run's metrics and summary as well, and appears, or takes the place of an earlier
-    one, when all is done; until then metrics.jsonl is in OUT.part."""
+    """Tune a fresh delta on a task. Its folder also holds the run's metrics and summary. The folder appears, or replaces an earlier one,
+    when the run is complete; until then metrics.jsonl is in OUT.part."""
     device, kind = pick_device(c.device), c.delta.kind
     where = {"device": device, "precision": pick_precision(c.precision, device)}
     base, task = open_base(c.base).to(device), open_task(c.task, c.cache)
@@ -309,7 +309,7 @@ def tune_delta(c: Config) -> None:
 
 
 def eval_delta(c: Config) -> None:
-    """Score a base + delta on dev and test of a task."""
+    """Score base + delta on the dev and test parts of a task."""
     task = open_task(c.task, c.cache)
     base, delta, model, seq_len, where = open_tuned(c, task.labels)
     if task.labels != delta.labels:

@@ -1,1 +1,1 @@
-"""The embedded data and where data is found; not installed, imported by the scripts from the checkout."""
+"""The embedded data, and how names become data. Not installed: the scripts import it from the checkout."""

@@ -1,14 +1,14 @@
-"""The embedded default data: technical English from the docstrings of packages every machine with PyTorch has.
+"""The embedded default data: technical English from the docstrings of packages that every machine with PyTorch has.
 
     python -m data.docstrings --out DIR [domain ...]
 
-For each domain it writes DIR/<domain>/corpus/{train,heldout}.jsonl, a `text` a line, to pre-train on, and
-DIR/<domain>/task/{train,dev,test}.jsonl, a `text` and a `label` a line: guess the sub-package that a docstring comes from. Sources are
-parsed with `ast` and never imported. All documents of a file go to one part, and `heldout` is exactly the dev and test files, so
-pre-training never meets a test text.
+For each domain it writes DIR/<domain>/corpus/{train,heldout}.jsonl for pre-training, one `text` per line, and
+DIR/<domain>/task/{train,dev,test}.jsonl, one `text` and `label` per line. The task is to guess the sub-package that a docstring comes from.
+Sources are parsed with `ast` and never imported. All documents of a file go to the same part, and `heldout` is exactly the dev and test
+files, so pre-training never sees a test text.
 
-Caveats: the texts are of the version that is installed (meta.json says which), so numbers compare only between equal versions; documents of
-different files can still be near-duplicates (a function and its sibling); docstrings of compiled parts (numpy.random) cannot be read.
+Caveats: the texts are those of the installed version (meta.json says which), so compare numbers only between equal versions. Documents of
+different files can still be near-duplicates (a function and its sibling). Docstrings of compiled parts (numpy.random) cannot be read.
 """
 import argparse
 import ast
@@ -30,15 +30,15 @@ from rt.errors import InputError
 from rt.runs.config import run
 
 DOMAINS = {"python": "stdlib", "arrays": "numpy", "math": "sympy", "graphs": "networkx", "dl": "torch"}
-FORMAT = 1  # raise it whenever the code below would write something else
+FORMAT = 1  # increase it whenever the code below would write something else
 PARTS = ("train", "dev", "test")
-CAPS = {"train": 300, "dev": 40, "test": 40}  # documents a label; what makes chance about 1 / labels
+CAPS = {"train": 300, "dev": 40, "test": 40}  # documents per label; equal caps make chance about 1 / labels
 MAX_LABELS, MIN_FILES, MIN_DOCUMENTS = 10, 3, 40
 MIN_CHARACTERS, MIN_LETTERS = 60, 40
 MASK = "___"
 SKIPPED = {"test", "tests", "testing", "benchmarks", "site-packages", "dist-packages", "idlelib", "lib2to3", "_vendor"}
-# The label is the first folder of a path (python: email, math: polys, arrays: _core, dl: _dynamo); but networkx keeps most of itself in
-# algorithms/, and there the folder below is the label (isomorphism, tree).
+# The label is the first folder of a path (python: email, math: polys, arrays: _core, dl: _dynamo). networkx keeps most of its code in
+# algorithms/; its label is the folder below that (isomorphism, tree).
 TRANSPARENT = "algorithms"
 
 
@@ -60,7 +60,7 @@ def package_root(domain: str) -> tuple[Path, str]:
 
 
 def docstrings(source: bytes) -> list[str]:
-    """The docstrings in one file, those handed to add_docstr or add_newdoc included; none if it does not parse."""
+    """The docstrings in one file, including those passed to add_docstr or add_newdoc; none if the file does not parse."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # other people's invalid escapes
@@ -79,7 +79,7 @@ def docstrings(source: bytes) -> list[str]:
 
 
 def _literal(node: ast.AST) -> str:
-    """The text of a string expression as far as it is literal: of a `.format(...)` the template."""
+    """The literal part of a string expression; for a `.format(...)` call, the template."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.BinOp):
@@ -94,7 +94,7 @@ def _letters(text: str) -> bool:
 
 
 def read_package(root: Path) -> dict[str, list[str]]:
-    """Relative path -> its documents, in path order; a document that an earlier file has is left out."""
+    """Relative path -> its documents, in path order. A document that an earlier file also has is left out."""
     paths = []
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if name not in SKIPPED]
@@ -103,7 +103,7 @@ def read_package(root: Path) -> dict[str, list[str]]:
     for path in sorted(paths):
         source = path.read_bytes()
         if b'"""' not in source and b"'''" not in source:
-            continue  # parsing is what takes the time
+            continue  # parsing is the slow part
         fresh = [text for text in dict.fromkeys(docstrings(source)) if text not in seen]
         seen.update(fresh)
         if fresh:
@@ -112,13 +112,13 @@ def read_package(root: Path) -> dict[str, list[str]]:
 
 
 def label_of(path: str) -> str | None:
-    """The sub-package that a file belongs to, without the underscore of a private one; None at the top."""
+    """The sub-package of a file, without the leading underscore of a private sub-package; None at the top level."""
     folders = path.removeprefix(f"{TRANSPARENT}/").split("/")[:-1]
     return folders[0].lstrip("_") if folders else None
 
 
 def choose_labels(documents: dict[str, list[str]]) -> list[str]:
-    """The labels with the most documents, among those with enough documents and files for three parts."""
+    """The labels with the most documents, among labels with enough documents and files for three parts."""
     sizes, files = Counter(), Counter()
     for path, texts in documents.items():
         sizes[label_of(path)] += len(texts)
@@ -130,9 +130,9 @@ def choose_labels(documents: dict[str, list[str]]) -> list[str]:
 def split_files(sizes: dict[str, int]) -> dict[str, str]:
     """Path -> part for the files of one label, given their document counts.
 
-    Files in the order of their hash go to the emptier of dev and test until both are full, except those that would overfill it by half or
-    fill the whole test; the rest is train. Full is a tenth of the documents, or more if that makes a poor test, but never above a fifth. If
-    nothing fits (a few huge files), the smallest file goes in."""
+    Files go, in the order of their hash, to the emptier of dev and test until both are full. Files that would overfill a part by half or
+    fill the whole test are skipped. The rest is train. Full means a tenth of the documents, or more if that makes a poor test, but never
+    more than a fifth. If nothing fits (a few huge files), the part gets the smallest file."""
     total = sum(sizes.values())
     room = min(max(total / 10, 1.25 * CAPS["test"]), total / 5)
     parts, held = dict.fromkeys(sizes, "train"), {"dev": 0, "test": 0}
@@ -148,7 +148,7 @@ def split_files(sizes: dict[str, int]) -> dict[str, str]:
 
 
 def split_package(documents: dict[str, list[str]], labels: list[str]) -> dict[str, str]:
-    """Path -> part; the files of each label are split by themselves, and those without a label together."""
+    """Path -> part. The files of each label are split separately; files without a label are split together."""
     groups = defaultdict(dict)
     for path, texts in documents.items():
         label = label_of(path)
@@ -161,7 +161,7 @@ def _hash(text: str) -> str:
 
 
 def masker(package: str, labels: list[str]) -> re.Pattern:
-    """What gives a label away. Every label is masked in every text: masking only a text's own would be a give-away."""
+    """A pattern for what gives a label away. Every label is masked in every text: masking only the text's own label would reveal it."""
     variants = sorted({form for label in labels for form in _forms(label)}, key=len, reverse=True)
     words = "|".join(form.replace("_", r"[\s_-]?") for form in variants)
     titles = "|".join(form.title().replace("_", "") for form in variants)
@@ -172,13 +172,13 @@ def masker(package: str, labels: list[str]) -> re.Pattern:
         r":(?:\w+:)?(?:mod|class|func|meth|attr|obj|exc|data|ref|doc):`[^`]*\w[./]\w[^`]*`",
         rf"(?<![\w.]){package}(?:\.\w+){{2,}}",  # sympy.core.add.Add, but not torch.randn
         rf"(?<![\w.])(?:\w+\.)*_?(?:{own})(?:\.\w+)+",
-        rf"(?<![A-Za-z])(?i:{words})(?![a-z])",  # a whole word or part of snake_case, then of CamelCase
+        rf"(?<![A-Za-z])(?i:{words})(?![a-z])",  # a whole word or part of snake_case; the next line: of CamelCase
         rf"(?:{titles}|(?<![A-Z])(?:{capitals}))(?![a-z])",
     ]), re.MULTILINE)
 
 
 def _forms(label: str) -> set[str]:
-    """A label, its singular and its plural: matrices, matrix; classes, class; core, cores; centrality, centralities."""
+    """A label with its singular and plural: matrices, matrix; classes, class; core, cores; centrality, centralities."""
     endings = (("ices", "ix"), ("ies", "y"), ("sses", "ss"), ("ss", "ss"), ("s", ""))
     one = next((label.removesuffix(ending) + singular for ending, singular in endings if label.endswith(ending)), label)
     many = one[:-1] + "ies" if one.endswith("y") else one + ("es" if one.endswith("s") else "s")
@@ -186,8 +186,8 @@ def _forms(label: str) -> set[str]:
 
 
 def make_task(documents: dict[str, list[str]], parts: dict[str, str], labels: list[str], mask: re.Pattern) -> dict:
-    """Part -> its rows, labels mixed; no masked text is in two parts, has two labels or is in the train corpus. Files take turns, one
-    document each, so that under the cap of a label no large file crowds out the others."""
+    """Part -> its rows, labels mixed. No masked text is in two parts, has two labels or is in the train corpus. Files take turns, one
+    document each, so under the cap of a label no large file crowds out the others."""
     queues = {part: [] for part in PARTS}
     known = defaultdict(set)
     for path, texts in documents.items():
@@ -208,7 +208,7 @@ def make_task(documents: dict[str, list[str]], parts: dict[str, str], labels: li
 
 
 def build(domain: str, out: Path) -> dict:
-    """Write the domain's corpus and task under `out` unless they are there already; returns what meta.json says."""
+    """Write the domain's corpus and task under `out` unless they are there already. Returns the content of meta.json."""
     root, version = package_root(domain)
     stamp = {"domain": domain, "package": DOMAINS[domain], "version": version, "format": FORMAT}
     final = Path(out) / domain
@@ -227,7 +227,7 @@ def build(domain: str, out: Path) -> dict:
         "characters": sum(len(text) for texts in documents.values() for text in texts),
         "task": {part: dict(Counter(row["label"] for row in task[part]).most_common()) for part in PARTS},
     }
-    if not _ready(final, stamp):  # or another process was faster
+    if not _ready(final, stamp):  # another process may have been faster
         _publish(final, rows, meta)
     return meta
 
@@ -239,7 +239,7 @@ def _ready(final: Path, stamp: dict) -> dict | None:
 
 
 def _publish(final: Path, rows: dict[str, list[dict]], meta: dict) -> None:
-    """Write into a folder beside `final` and rename it, so that no reader sees half of it."""
+    """Write into a folder beside `final` and rename it to `final`, so no reader sees a half-written folder."""
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{final.name}.", dir=final.parent, ignore_cleanup_errors=True) as place:

@@ -1,5 +1,5 @@
-"""The documents of a corpus that are most like a task's training texts, as a folder in the cache. They are ranked by a linear classifier on
-hashed words between those texts and the corpus, in closed form (naive Bayes); BETR (2025) and Predictive Data Selection (2025) learn one.
+"""Selects the documents of a corpus that are most like a task's training texts, into a folder in the cache. A linear classifier on hashed
+words, task texts against corpus, ranks them in closed form (naive Bayes); BETR (2025) and Predictive Data Selection (2025) learn one.
 """
 import hashlib
 import json
@@ -14,8 +14,8 @@ from rt.data import Task
 from rt.formats.atomic import atomic_folder, locked
 from rt.formats.corpora import PARTS, corpus_files, split_documents
 
-BUCKETS = 2**18     # words are hashed into so many
-PRIOR = 10          # a document counts so many words of weight 0 beside its own, so that short ones are not extreme by chance
+BUCKETS = 2**18     # the number of hash buckets for words
+PRIOR = 10          # words of weight 0 added to each document, so that short documents are not extreme by chance
 
 
 def hashed(text: str) -> list[int]:
@@ -23,7 +23,7 @@ def hashed(text: str) -> list[int]:
 
 
 def word_weights(wanted: Iterable[str], documents: Iterable[str]) -> dict[int, float]:
-    """log p(word | wanted) - log p(word | documents) by bucket, each count plus one."""
+    """log p(word | wanted) - log p(word | documents) per bucket, with one added to each count."""
     ours, theirs = (Counter(word for text in texts for word in hashed(text)) for texts in (wanted, documents))
     every = ours.keys() | theirs.keys()
     offset = math.log(theirs.total() + len(every)) - math.log(ours.total() + len(every))
@@ -31,7 +31,7 @@ def word_weights(wanted: Iterable[str], documents: Iterable[str]) -> dict[int, f
 
 
 def select(corpus: Path, task: Task, keep: float, cache: Path) -> Path:
-    """The share `keep` of the training documents of a corpus, those most like the training texts of the task, and all held-out ones."""
+    """The share `keep` of a corpus's training documents that is most like the task's training texts, and all held-out documents."""
     files = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for part in PARTS for f in corpus_files(corpus)[part]]
     folder = made_of(Path(cache) / "selected", task, keep, files)
     if not folder.exists():
@@ -46,7 +46,7 @@ def select(corpus: Path, task: Task, keep: float, cache: Path) -> Path:
 
 
 def made_of(home: Path, task: Task, *what: object) -> Path:
-    """The folder in `home` for what is made of a task and `what`."""
+    """The folder in `home` for data made from a task and `what`."""
     return home / f"{task.name}-{hashlib.sha256(json.dumps([task.hash, *what]).encode()).hexdigest()[:12]}"
 
 

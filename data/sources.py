@@ -1,4 +1,4 @@
-"""Names to data: an embedded domain (data/docstrings.py, built on first use), a data set of the hub, or a path of one's own."""
+"""From names to data: an embedded domain (data/docstrings.py, built on first use), a data set of the hub, or your own path."""
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -13,19 +13,19 @@ from rt.formats.tasks import load_task, read_examples
 
 
 def corpus_path(name: str, cache: Path) -> Path:
-    """Where the corpus called `name` is: a file or folder that rt.formats.corpora.build_corpus reads."""
+    """The path of the corpus called `name`: a file or folder that rt.formats.corpora.build_corpus reads."""
     return _locate(name, cache, "corpus", "a text file, a folder of text files")
 
 
 def domain_name(entry: str) -> str:
-    """The name of a domain in tables and files: an embedded name, or the file's or folder's without endings; for a task task-NAME."""
+    """The name of a domain in tables and files: an embedded name, a file's or folder's name without endings, or for a task task-NAME."""
     name = Path(entry.removeprefix("task:")).name.split(".")[0]
     return f"task-{name}" if entry.startswith("task:") else name
 
 
 def open_domain(name: str, cache: Path, template: str, like: str | None, keep: float) -> tuple[Path, str]:
-    """A domain of a stream: (where its texts are, a name for `corpus_path` that is right from any folder). task:NAME is the texts of that
-    task, put into `template`; any other corpus is cut down to the share `keep` that is most like the texts of the task `like`, if given."""
+    """A domain of a stream: (path of its texts, a name for `corpus_path` that is valid from any folder). task:NAME means the texts of that
+    task, put into `template`. If the task `like` is given, any other corpus is cut to the share `keep` that is most like its texts."""
     if name.startswith("task:"):
         path = task_corpus(open_task(name.removeprefix("task:"), cache), template, cache)
     else:
@@ -37,7 +37,7 @@ def open_domain(name: str, cache: Path, template: str, like: str | None, keep: f
 
 
 def task_corpus(task: Task, template: str, cache: Path) -> Path:
-    """A task's training texts as documents, its dev texts held out, each put into `template`: {text}, {text_pair} and {label}."""
+    """A task's training texts as documents, with its dev texts held out. Each is put into `template`: {text}, {text_pair} and {label}."""
     if "{text}" not in template:
         raise InputError(f"`template` {template}: must say where the {{text}} goes; {{text_pair}} and {{label}} are known, too")
     folder = made_of(Path(cache) / "tasks", task, template)
@@ -52,13 +52,13 @@ def filled(template: str, e: Example) -> str:
 
 
 def open_task(name: str, cache: Path) -> Task:
-    """The task called `name`. A task of the hub gets the name of its config, or else of its repository."""
+    """The task called `name`. A task of the hub is named after its config, or else after its repository."""
     task = load_task(_locate(name, cache, "task", "a folder with train, dev and test files"))
     return replace(task, name=name.rpartition("/")[2]) if name.startswith("hub:") else task
 
 
 def open_texts(name: str, cache: str) -> list[Example]:
-    """Texts whose labels are not read: those of a file, of the training part of the task called `name`, or of a folder of text files."""
+    """Texts without their labels: of a file, of the training part of the task called `name`, or of a folder of text files."""
     path = Path(name) if Path(name).is_file() else _locate(name, cache, "task", "a file of texts, a folder of text files or of a task")
     return [example for file in training_files(path) for example in read_examples(file, labelled=False)]
 

@@ -1,11 +1,11 @@
-"""Paths between tuned models, and how alike two tuned models are inside.
+"""Paths between tuned models, and the similarity of two tuned models' heads, hidden states and weights.
 
     linear    theta(mu) = (1 - mu) a + mu b, base and delta interpolated together
-    bezier    theta(mu) = (1 - mu)^2 a + 2 mu (1 - mu) control + mu^2 b, a quadratic curve whose control point is trained to keep the task's
-              loss low along it (Garipov et al., 2018; the paper's public code)
-    barrier   the greatest height of a path's loss above the straight line between the losses of its ends
+    bezier    theta(mu) = (1 - mu)^2 a + 2 mu (1 - mu) control + mu^2 b, a quadratic curve; its control point is trained to keep the task's
+              loss low along the curve (Garipov et al., 2018; the paper's public code)
+    barrier   the maximum height of a path's loss above the straight line between the losses at its ends
 
-Attention heads are compared by the Jensen-Shannon divergence of their maps (a prefix's keys left out), hidden states by CKA, weights by
+Attention heads are compared by the Jensen-Shannon divergence of their maps (without a prefix's keys), hidden states by CKA, weights by
 distance. Head h of layer l has the number l * H + h.
 """
 import math
@@ -29,12 +29,12 @@ def linear(a: Weights, b: Weights) -> Path:
 
 
 def bezier(a: Weights, control: Weights, b: Weights) -> Path:
-    """Weights that `control` lacks are equal at both ends and stay so."""
+    """Weights that `control` lacks are equal at both ends, and stay constant."""
     return lambda mu: {k: (1 - mu) ** 2 * a[k] + 2 * mu * (1 - mu) * control[k] + mu ** 2 * b[k] if k in control else b[k] for k in b}
 
 
 def walk(model: Classifier, path: Path, points: Iterable[float], data: Encoded, device: torch.device, precision: torch.dtype) -> list[dict]:
-    """A row {'mu', 'loss', metrics...} a point: a model like `model` with the path's weights on `data`; loss in nats."""
+    """One row {'mu', 'loss', metrics...} per point, for `model` with the path's weights there on `data`; loss in nats."""
     rows = []
     for mu in points:
         weights = path(mu)
@@ -45,20 +45,20 @@ def walk(model: Classifier, path: Path, points: Iterable[float], data: Encoded, 
 
 
 def barrier(rows: Sequence[dict]) -> float:
-    """Barrier of the rows of a walk, in nats: 0 or more, NaN if a loss is not a number."""
+    """The barrier of a walk's rows, in nats: 0 or more; NaN if a loss is not a number."""
     first, last = rows[0], rows[-1]
     share = [(row["mu"] - first["mu"]) / (last["mu"] - first["mu"]) for row in rows]
     heights = [row["loss"] - (1 - s) * first["loss"] - s * last["loss"] for row, s in zip(rows, share)]
-    return math.nan if any(map(math.isnan, heights)) else max(0.0, *heights)    # max() ignores a NaN, and there would be no barrier
+    return math.nan if any(map(math.isnan, heights)) else max(0.0, *heights)    # max() ignores a NaN and would report no barrier
 
 
 def train_control(model: Classifier, a: Weights, b: Weights, data: TaskData, settings: TuneSettings, device: torch.device,
                   precision: torch.dtype, on_step: Hook = ignore) -> Weights:
-    """The control point of the curve from `a` to `b`: starts at the middle and is trained on the task's loss at one mu ~ U(0, 1) a step.
+    """The control point of the curve from `a` to `b`. It starts in the middle, trained on the task's loss at one mu ~ U(0, 1) per step.
     It holds only the weights that differ between the ends. Raises Diverged as rt.tune.minimise does."""
     control = {k: v.clone().requires_grad_() for k, v in lerp(a, b, 0.5).items() if not torch.equal(a[k], b[k])}
     if not control:
-        return {}       # equal ends: nothing to go round
+        return {}       # equal ends: there is no path to train
     path = bezier(a, control, b)
     student = Reweighted(model, lambda: path(torch.rand(()).item()))       # mu: the loop seeds it by (seed, step)
     gradient = plain_gradient(student, Loss(not data.labels), device, precision)
@@ -68,7 +68,7 @@ def train_control(model: Classifier, a: Weights, b: Weights, data: TaskData, set
 
 @torch.no_grad()
 def run_layers(model: Classifier, sequences: list[list[int]], device: torch.device) -> tuple[Tensor, list[tuple[Tensor, Tensor]], Tensor]:
-    """(hidden states (L+1, N, d) of embedding output and every layer, queries and keys (N, H, D) of each layer, cu_seqlens)."""
+    """(hidden states (L+1, N, d): embedding output and every layer; queries and keys (N, H, D) per layer; cu_seqlens)."""
     batch, encoder, qk = sequences_batch(sequences).to(device), model.eval().encoder, []
     states = [encoder.embeddings(batch.ids, batch.cu_seqlens)]
     for layer in encoder.layers:
@@ -77,14 +77,14 @@ def run_layers(model: Classifier, sequences: list[list[int]], device: torch.devi
 
 
 def attention_maps(model: Classifier, sequence: list[int], device: torch.device) -> Tensor:
-    """(L, H, n, n) fp32 without dropout: row i is the distribution of token i's attention."""
+    """(L, H, n, n) fp32, without dropout. Row i is the attention distribution of token i."""
     _, qk, _ = run_layers(model, [sequence], device)
     return torch.stack([torch.einsum("ihd,jhd->hij", q.float(), k.float()).div(math.sqrt(q.shape[-1])).softmax(-1) for q, k in qk])
 
 
 def head_divergence(a: Classifier, b: Classifier, sequences: list[list[int]], device: torch.device) -> Tensor:
-    """(heads of a, heads of b): Jensen-Shannon divergence between their attention maps in nats, 0 to ln 2, mean over all query tokens of
-    `sequences`. Memory: a few maps of all heads of one sequence."""
+    """(heads of a, heads of b): Jensen-Shannon divergence between their attention maps, in nats, 0 to ln 2; the mean over all query tokens
+    of `sequences`. Memory: a few times the maps of all heads on one sequence."""
     total, rows = 0.0, 0
     for sequence in sequences:
         P, Q = (attention_maps(model, sequence, device).flatten(0, 1) for model in (a, b))     # (L H, n, n)
@@ -96,23 +96,23 @@ def head_divergence(a: Classifier, b: Classifier, sequences: list[list[int]], de
 
 
 def match_summary(matrix: Tensor) -> dict:
-    """Of a matrix of head_divergence: means of the divergence to the same head ('own'), to the best match among the others ('best_other')
-    and among all ('best'), and the share of heads that match themselves best ('share_own_best')."""
+    """Summary of a head_divergence matrix: mean divergence to the same head ('own'), to the best match among other heads ('best_other') and
+    among all heads ('best'), and the share of heads that match themselves best ('share_own_best')."""
     own, others = matrix.diagonal(), matrix.clone().fill_diagonal_(math.inf).amin(1)
     return {"own": own.mean().item(), "best_other": others.mean().item(), "best": matrix.amin(1).mean().item(),
             "share_own_best": (own < others).double().mean().item()}
 
 
 def cka(a: Classifier, b: Classifier, sequences: list[list[int]], device: torch.device) -> Tensor:
-    """(L_a + 1, L_b + 1) linear CKA of all tokens' hidden states, embedding output and layers, 0 to 1 (Kornblith et al., 2019)."""
+    """(L_a + 1, L_b + 1): linear CKA of hidden states over all tokens, for embedding output and layers, 0 to 1 (Kornblith et al., 2019)."""
     X, Y = (states - states.mean(1, keepdim=True) for states, _, _ in (run_layers(m, sequences, device) for m in (a, b)))
     own_x, own_y = ([torch.norm(z.T @ z) for z in Z] for Z in (X, Y))
     return torch.stack([torch.stack([torch.norm(x.T @ y) ** 2 / (nx * ny) for y, ny in zip(Y, own_y)]) for x, nx in zip(X, own_x)]).cpu()
 
 
 def distances(a: Weights, b: Weights) -> list[dict]:
-    """A row for embeddings, each layer, head and all, of the weights that both have: 'l2' of b - a, 'l2_per_weight' (root mean square),
-    'cosine' of a and b, and the number of 'weights'."""
+    """One row each for embeddings, every layer, head and all, of the weights that both have: 'l2' of b - a, 'l2_per_weight' (root mean
+    square), 'cosine' of a and b, and the number of 'weights'."""
     rows, parts = [], {}
     for name in (k for k in a if k in b):
         parts.setdefault(part_of(name), []).append(name)

@@ -1,6 +1,6 @@
-"""What every report is made of: panels of lines, as a figure and as text, and heatmaps.
+"""The parts of every report: panels of lines, drawn as a figure or as text, and heatmaps.
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart; line styles and markers repeat the difference for print in black
+Colours are those of Okabe and Ito, which colour-blind readers can tell apart. Lines also differ by style and marker, for print in black
 and white. A band is the 95% t-interval of the mean over seeds. matplotlib comes with the `plot` extra and is imported only to draw.
 """
 from contextlib import contextmanager
@@ -16,35 +16,35 @@ from rt.runs.log import table
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES, MARKERS = ("-", "--", "-.", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (8, 2))), "osD^vPX"
-REFERENCE = {"color": "black", "linestyle": ":", "marker": ""}      # the look of what other lines are compared to
+REFERENCE = {"color": "black", "linestyle": ":", "marker": ""}      # the look of the line that other lines are compared to
 RC = {"font.size": 9, "axes.titlesize": 10, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False,
       "lines.markersize": 4, "image.cmap": "cividis", "legend.frameon": False, "savefig.dpi": 150, "svg.hashsalt": "rt"}
-BLOCKS, PRINTED = "▁▂▃▄▅▆▇█", 40     # the blocks of a sparkline, and how many it has at most
+BLOCKS, PRINTED = "▁▂▃▄▅▆▇█", 40     # the blocks of a sparkline, and its maximum length
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Lines over one axis. Several y at one x are seeds; a line that never leaves x = 0 is drawn as a level."""
+    """Lines over one x axis. Several y values at one x are seeds. A line with no x but 0 is drawn as a horizontal level."""
     title: str
     xlabel: str
     ylabel: str
     lines: dict[str, Points]
-    looks: dict[str, dict] = field(default_factory=dict)    # matplotlib's properties of lines that do not look like the next one in order
+    looks: dict[str, dict] = field(default_factory=dict)    # matplotlib properties, for lines that do not take the next default look
     ticks: dict[float, str] = field(default_factory=dict)
-    limits: Literal["measured", "bands", "zero"] = "bands"    # of y: all of the bands; from zero; or what was measured, cutting wide bands
+    limits: Literal["measured", "bands", "zero"] = "bands"    # of y: all of the bands; from zero; or the measured values, which cuts bands
     own_legend: bool = False    # below the panel instead of below the figure
 
 
 # --- as text ----------------------------------------------------------------------------------------------------------
 
 def thinned(points: Points, most: int) -> Points:
-    """At most `most` points, each the mean of equally many neighbours."""
+    """At most `most` points, each the mean of an equal number of neighbours."""
     size = max(1, -(-len(points) // most))
     return [tuple(map(mean, zip(*points[i:i + size]))) for i in range(0, len(points), size)]
 
 
 def sparklines(curves: list[Points], one_scale: bool = False) -> list[str]:
-    """A line of blocks for each curve, from the lowest to the highest value of the curve or, on `one_scale`, of all curves."""
+    """A line of blocks per curve, scaled from the lowest to the highest value of the curve or, with `one_scale`, of all curves."""
     values = [[y for _, y in thinned(points, PRINTED)] for points in curves]
     lines = []
     for ys in values:
@@ -55,7 +55,7 @@ def sparklines(curves: list[Points], one_scale: bool = False) -> list[str]:
 
 
 def as_text(panels: list[Panel]) -> str:
-    """A row for each line: its name, sparkline, first and last value, lowest and highest."""
+    """A row per line: its name, sparkline, first, last, lowest and highest value."""
     lines = {f"{panel.ylabel} {label}".rstrip(): points for panel in panels for label, points in panel.lines.items() if points}
     rows = []
     for (name, points), blocks in zip(lines.items(), sparklines([*lines.values()])):
@@ -67,13 +67,13 @@ def as_text(panels: list[Panel]) -> str:
 # --- as figures -------------------------------------------------------------------------------------------------------
 
 def look(i: int) -> dict[str, Any]:
-    """Colour, line style and marker of the line at place `i`; after seven, the colours come again with other line styles."""
+    """Colour, line style and marker of line `i`. After seven lines the colours repeat with other line styles."""
     other = (i + i // 7) % 7
     return {"color": COLOURS[i % 7], "linestyle": DASHES[other], "marker": MARKERS[other]}
 
 
 def draw_panels(path: Path, panels: list[Panel], columns: int = 3, width: float = 3.8, height: float = 3.0) -> None:
-    """Panels in rows of `columns`. A label looks the same in all of them."""
+    """Draw panels in rows of `columns`. A label looks the same in all panels."""
     labels = list(dict.fromkeys(label for panel in panels for label in panel.lines if label not in panel.looks))
     columns = min(columns, len(panels))
     with saved_figure(path, -(-len(panels) // columns), columns, width, height) as axes:
@@ -90,7 +90,7 @@ def draw_panels(path: Path, panels: list[Panel], columns: int = 3, width: float 
 
 
 def draw_line(ax: Any, points: Points, label: str, **look: Any) -> None:
-    """The mean of all y at each x, with its band."""
+    """Draw the mean of all y values at each x, with its band."""
     xs, ys = zip(*by_x(points).items())
     middle, half = zip(*map(interval, ys))
     if not any(xs):
@@ -111,7 +111,7 @@ def draw_axes(ax: Any, panel: Panel) -> None:
         margin = 0.1 * (max(measured) - min(measured)) + 1e-3
         ax.set_ylim(min(measured) - margin, max(measured) + margin)
     if panel.ticks:
-        ax.set_xticks([*panel.ticks], panel.ticks.values(), rotation=90 * any(x % 1 for x in panel.ticks))     # snapshots are close
+        ax.set_xticks([*panel.ticks], panel.ticks.values(), rotation=90 * any(x % 1 for x in panel.ticks))    # snapshots are close together
     elif all(float(x).is_integer() for points in panel.lines.values() for x, _ in points):
         ax.xaxis.get_major_locator().set_params(integer=True)
     if panel.own_legend:
@@ -119,7 +119,7 @@ def draw_axes(ax: Any, panel: Panel) -> None:
 
 
 def draw_heatmaps(axes: Any, matrices: list[Any], label: str, top: float = 0.0, cmap: str | None = None) -> None:
-    """A row of matrices on one scale from 0 to `top` (default: their highest value) with one colour bar."""
+    """Draw a row of matrices on one scale from 0 to `top` (default: their highest value), with one colour bar."""
     top = top or max((v for matrix in matrices for line in matrix for v in line if is_number(v)), default=1.0)
     for ax, matrix in zip(axes, matrices):
         image = ax.imshow(matrix, cmap=cmap, vmin=0, vmax=top)
@@ -128,7 +128,7 @@ def draw_heatmaps(axes: Any, matrices: list[Any], label: str, top: float = 0.0, 
 
 
 def draw_all(figures: dict[str, Callable[[Path], None]], out: Path, source: Path) -> str:
-    """Draw each figure to its name in `out`. The text says where they are, or why not: no matplotlib, or bad rows in `source`."""
+    """Draw each figure to its name in `out`. Returns where they are, or why there are none: no matplotlib, or bad rows in `source`."""
     try:
         with shaped(source, "its rows do not hold what they should"):
             for name, draw in figures.items():
@@ -140,8 +140,8 @@ def draw_all(figures: dict[str, Callable[[Path], None]], out: Path, source: Path
 
 @contextmanager
 def saved_figure(path: Path, lines: int, columns: int, width: float, height: float) -> Iterator[Any]:
-    """The axes (an array) of `lines` x `columns` panels of so many inches, written to PATH.png and PATH.svg when the block ends.
-    Equal rows give equal files. InputError without matplotlib."""
+    """The axes (an array) of `lines` x `columns` panels, each `width` x `height` inches, saved as PATH.png and PATH.svg when the block
+    ends. Equal rows give equal files. Raises InputError without matplotlib."""
     try:
         import matplotlib
         from matplotlib.figure import Figure

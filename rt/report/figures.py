@@ -1,5 +1,5 @@
-"""The studies' figures and numbers, from their rows as analyze.py and experiments/claims write them: PATH.png and PATH.svg, or the lines
-of a table. A score is accuracy, or pearson of a regression."""
+"""The studies' figures and numbers, from the rows that analyze.py and experiments/claims write. Figures are PATH.png and PATH.svg, numbers
+are lines of a table. A score is accuracy, or pearson for a regression."""
 import math
 from dataclasses import asdict, fields
 from functools import partial
@@ -21,15 +21,15 @@ COMPATIBILITY = {"apply": "old delta, no training", "tuned": "tuned on that base
 
 
 def by_task(rows: list[dict]) -> Iterator[tuple[str, str, str, list[dict]]]:
-    """(task, the part that is reported, the name of its score, its rows) of every task; each row gets its score under the name `score`. The
-    part is test, or dev if `scored_on` says so because test has no labels."""
+    """(task, the reported part, the name of its score, its rows) per task. Each row also gets its score under the name `score`. The part is
+    test, or dev if `scored_on` says so because test has no labels."""
     for (task,), found in group(rows, "task").items():
         score = next((name for name in SCORES if name in found[0]), "accuracy")
         yield task, found[0].get("scored_on", "test"), score, [row | {"score": row.get(score)} for row in found]
 
 
 def collected(rows: list[dict], names: tuple[str, ...], values: tuple[str, ...]) -> list[dict]:
-    """Lines of a table: `names` as they are, and a list over seeds of each of `values`."""
+    """Lines of a table: `names` unchanged, and a list over seeds for each of `values`."""
     return [dict(zip(names, key)) | {value: [row.get(value) for row in found] for value in values}
             for key, found in group(rows, *names).items()]
 
@@ -37,7 +37,7 @@ def collected(rows: list[dict], names: tuple[str, ...], values: tuple[str, ...])
 # --- study 1: compatibility -------------------------------------------------------------------------------------------
 
 def compatibility(rows: list[dict], path: Path) -> None:
-    """A panel for each task: Delta_0 on M_1(t) and on M_1, M_2, ..., beside M_0 + Delta_0, deltas tuned on each base itself, and chance.
+    """A panel per task: Delta_0 on M_1(t) and on M_1, M_2, ..., with M_0 + Delta_0, deltas tuned on each base itself, and chance.
     Rows: task, seed, base, stage, t (None: the stage is complete), line (a key of COMPATIBILITY) and a score."""
     place, panels = places(rows), []
     ticks = {place[row["base"]]: row["base"] if row["t"] is None else f"t {row['t']}" for row in rows}
@@ -49,11 +49,11 @@ def compatibility(rows: list[dict], path: Path) -> None:
 
 
 def places(rows: list[dict]) -> dict[str, float]:
-    """The position of each base on the axis: M_i at i, its snapshots evenly before it, as train.py keeps them."""
+    """The position of each base on the axis: M_i at i, its snapshots evenly spaced before it, as train.py keeps them."""
     place = {}
     for (stage,), found in group(rows, "stage").items():
         steps = {row["base"]: math.inf if row["t"] is None else row["t"] for row in found}
-        parts = len(steps) + (math.inf not in steps.values())       # a complete base that was not asked for keeps its place
+        parts = len(steps) + (math.inf not in steps.values())       # a complete base that is not in the rows keeps its place
         place |= {base: stage - 1 + (i + 1) / parts for i, base in enumerate(sorted(steps, key=steps.get))}
     return place
 
@@ -74,7 +74,7 @@ def compatibility_numbers(rows: list[dict]) -> list[dict]:
 # --- study 2: connectivity --------------------------------------------------------------------------------------------
 
 def connectivity(rows: list[dict], path: Path) -> None:
-    """A column for each task: loss above, score below, along the path of each pair, and the height of its barrier. Rows: task, seed,
+    """A column per task: loss above and score below, along the path of each pair, with the height of its barrier. Rows: task, seed,
     pair, path (linear, curve), mu, loss and a score."""
     above, below, pairs = [], [], list(dict.fromkeys(row["pair"] for row in rows))
     for task, part, score, found in by_task(rows):
@@ -90,18 +90,18 @@ def connectivity(rows: list[dict], path: Path) -> None:
 
 
 def walks(rows: list[dict]) -> list[list[dict]]:
-    """The rows of one pair and path: a list for each seed in the order of mu; a missing loss is NaN."""
+    """The rows of one pair and path as one list per seed, in the order of mu. A missing loss is NaN."""
     rows = sorted((row | {"loss": math.nan if row.get("loss") is None else row["loss"]} for row in rows), key=lambda row: row["mu"])
     return list(group(rows, "seed").values())
 
 
 def barriers(walks: list[list[dict]]) -> list[float]:
-    """Of the walks that reached the other end; a study that was killed may hold one that did not."""
+    """The barriers of the walks that reached the other end. A killed study may hold a walk that did not."""
     return [barrier(walk) for walk in walks if (walk[0]["mu"], walk[-1]["mu"]) == (0, 1)]
 
 
 def connectivity_numbers(rows: list[dict]) -> list[dict]:
-    """The barrier of each path, loss and score at its ends, and the lowest score on it."""
+    """The barrier of each path, the loss and score at its ends, and its lowest score."""
     numbers = []
     for task, part, score, found in by_task(rows):
         for (pair, path), line in group(found, "pair", "path").items():
@@ -117,8 +117,8 @@ def connectivity_numbers(rows: list[dict]) -> list[dict]:
 # --- study 3: similarity ----------------------------------------------------------------------------------------------
 
 def attention_heatmaps(rows: list[dict], path: Path) -> None:
-    """A line of maps for each head and a column for each model, on one sentence. Rows: task, base, layer, head, tokens (n words) and
-    map (n x n, query by key)."""
+    """Attention maps on one sentence, a line per head and a column per model. Rows: task, base, layer, head, tokens (n words) and map
+    (n x n, query by key)."""
     heads, bases = group(rows, "task", "layer", "head"), list(dict.fromkeys(row["base"] for row in rows))
     side = max(2.0, 0.15 * max(len(row["tokens"]) for row in rows))
     with saved_figure(path, len(heads), len(bases), width=side, height=side) as axes:
@@ -134,8 +134,8 @@ def attention_heatmaps(rows: list[dict], path: Path) -> None:
 
 
 def head_similarity(rows: list[dict], path: Path) -> None:
-    """A column for each task and pair: divergence of every head from every head above, CKA of the layers below; means over seeds. Rows:
-    task, pair, heads (of a layer), divergence (heads x heads), share_own_best, cka (layers + 1 squared)."""
+    """A column per task and pair: above, the divergence of every head from every head; below, the CKA of the layers; means over seeds.
+    Rows: task, pair, heads (per layer), divergence (heads x heads), share_own_best, cka (layers + 1 squared)."""
     panels = group(rows, "task", "pair")
     with saved_figure(path, 2, len(panels), width=3.0, height=2.9) as axes:
         divergence, cka = ([np.mean([row[key] for row in panel], axis=0) for panel in panels.values()] for key in ("divergence", "cka"))
@@ -158,13 +158,13 @@ def similarity_numbers(rows: list[dict]) -> list[dict]:
 # --- study 4: distance ------------------------------------------------------------------------------------------------
 
 def distance(rows: list[dict], path: Path) -> None:
-    """A column for the bases and for the deltas of each task: L2 per weight above, cosine below, by layer. Rows: task (None for bases),
-    seed, pair, of, part, l2_per_weight and cosine."""
+    """A column for the bases and one for the deltas of each task: L2 per weight above, cosine below, by layer. Rows: task (None for
+    bases), seed, pair, of, part, l2_per_weight and cosine."""
     panels = []
     for key, name, limits in (("l2_per_weight", "L2 per weight", "zero"), ("cosine", "cosine", "bands")):
         for (of, task), panel in group(rows, "of", "task").items():
             place = {part: i for i, part in enumerate(dict.fromkeys(row["part"] for row in panel))}
-            gap = [(place["all"] - 0.5, math.nan)] if "all" in place else []     # all parts together are no point of the curve over layers
+            gap = [(place["all"] - 0.5, math.nan)] if "all" in place else []     # `all` is not a point on the curve over layers
             points = {pair: [(place[row["part"]], row.get(key)) for row in line] + gap for (pair,), line in group(panel, "pair").items()}
             ticks = {i: part.replace("embeddings", "emb").replace("layers.", "") for part, i in place.items()}
             panels.append(Panel(of + (f", {task}" if task else ""), "layer", name, points, ticks=ticks, limits=limits))
@@ -180,7 +180,7 @@ def distance_numbers(rows: list[dict]) -> list[dict]:
 # --- recipes of upgrades ------------------------------------------------------------------------------------------------
 
 def pareto(points: dict[str, Points], path: Path, xlabel: str, ylabel: str) -> None:
-    """One marker a label, at the mean of its points: low and left is better on both axes."""
+    """One marker per label, at the mean of its points. Low and left is better on both axes."""
     with saved_figure(path, 1, 1, width=6.0, height=4.2) as axes:
         ax = axes[0, 0]
         for i, (label, of) in enumerate(points.items()):
@@ -191,14 +191,14 @@ def pareto(points: dict[str, Points], path: Path, xlabel: str, ylabel: str) -> N
 
 
 def recipes(rows: list[dict], path: Path) -> None:
-    """Points lost by the old deltas against held-out loss given up on the new domain, a marker an upgrade. Rows: rt/report/studies.py."""
+    """Points that old deltas lose against held-out loss given up on the new domain, one marker per upgrade. Rows: rt/report/studies.py."""
     points = {line["base"]: [(line["given up"], line["points lost"])] for line in recipes_numbers(rows)}
     pareto(points, path, "held-out loss given up on the new domain (nats)", "points lost by old deltas, as they are")
 
 
 def recipes_numbers(rows: list[dict]) -> list[dict]:
-    """A line for each upgrade: the points that `apply` loses and that `init` wins over `scratch`, means over tasks and seeds; held-out
-    losses, and how far the last one is above the best upgrade's; the distance from the old base; the share of heads that are kept."""
+    """A line per upgrade: the points that `apply` loses and the points that `init` gains over `scratch`, means over tasks and seeds;
+    held-out losses, and how far the last is above the best upgrade's; the distance from the old base; the share of heads kept."""
     bases, numbers = {row["base"]: row for row in rows if row["of"] == "base"}, []
     (first, old), *later = bases.items()
     new = [*old["heldout"]][-1]
@@ -217,7 +217,7 @@ def recipes_numbers(rows: list[dict]) -> list[dict]:
 
 
 def mixture_numbers(rows: list[dict]) -> list[dict]:
-    """The fitted law of each domain, its mean error at runs left out, and the replay from which the old domains are not forgotten."""
+    """The fitted law per domain, its mean error at left-out runs, and the least replay with which old domains are not forgotten."""
     old, *runs = rows
     last, numbers = [*old["heldout"]][-1], []
     for domain, before in old["heldout"].items():
@@ -229,7 +229,7 @@ def mixture_numbers(rows: list[dict]) -> list[dict]:
 
 
 def mixture(rows: list[dict], path: Path) -> None:
-    """A panel a domain: loss over steps, a line for each share of replay; dotted: the fitted law."""
+    """A panel per domain: loss over steps, one line per share of replay; dotted: the fitted law."""
     old, *runs = rows
     last, panels = [*old["heldout"]][-1], []
     for line in mixture_numbers(rows):
@@ -246,11 +246,11 @@ def mixture(rows: list[dict], path: Path) -> None:
 
 # --- by the name of a study -------------------------------------------------------------------------------------------
 
-# lines of a table: names, and lists with a value for each seed
+# lines of a table: names, and lists with one value per seed
 NUMBERS: dict[str, Callable[[list[dict]], list[dict]]] = {
     "compatibility": compatibility_numbers, "connectivity": connectivity_numbers, "similarity": similarity_numbers,
     "distance": distance_numbers, "recipes": recipes_numbers, "mixture": mixture_numbers}
-# by file name, which is also `what` a row is for, if it says so
+# by file name; rows with `what` go to the figure of that name only
 FIGURES: dict[str, dict[str, Callable[[list[dict], Path], None]]] = {
     "compatibility": {"compatibility": compatibility}, "connectivity": {"connectivity": connectivity},
     "similarity": {"attention": attention_heatmaps, "heads": head_similarity}, "distance": {"distance": distance},
@@ -258,12 +258,12 @@ FIGURES: dict[str, dict[str, Callable[[list[dict], Path], None]]] = {
 
 
 def numbers_table(numbers: list[dict]) -> str:
-    """Lists over seeds as mean ± 95% interval."""
+    """The table of `numbers`. A list over seeds is shown as mean ± 95% interval."""
     cells = [[with_interval(v) if isinstance(v, list) else f"{v:.3f}" if isinstance(v, float) else v for v in line.values()]
              for line in numbers]
     return table(cells, [name.replace("_", " ") for name in numbers[0]]) if numbers else "no numbers yet"
 
 
 def figures_of(study: str, rows: list[dict]) -> dict[str, Callable[[Path], None]]:
-    """{name: what draws the figure to a path}."""
+    """{name: a function that draws the figure to a path}."""
     return {name: partial(draw, [row for row in rows if row.get("what", name) == name]) for name, draw in FIGURES[study].items()}

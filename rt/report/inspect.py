@@ -1,10 +1,10 @@
-"""Tells in about ten lines what a folder is: a base or a delta of ours, a run, a Hugging Face checkpoint, a PEFT adapter.
+"""Says in about ten lines what a folder is: a base or delta of ours, a run, a Hugging Face checkpoint, a PEFT adapter.
 
     python -m rt.report.inspect PATH [PATH ...]
     python -m rt.report.inspect --verify PATH [PATH ...]
 
-It reads JSON and the headers of safetensors files, no tensor, and does not import torch, so it answers at once. It repeats what the
-files say of themselves; `--verify` checks that for every base and delta at or below PATH, reading each file once.
+It reads JSON and the headers of safetensors files but no tensors, and does not import torch, so it is fast. It prints what the files say
+about themselves; `--verify` checks this for every base and delta at or below PATH, and reads each file once.
 """
 import json
 import math
@@ -22,22 +22,22 @@ from rt.formats.files import FIGURES, read_json, read_rows
 from rt.formats.untrusted import header, shaped
 from rt.runs.config import parse, run
 
-WEIGHTS = {"meta.json": "model.safetensors", "delta.json": "delta.safetensors"}     # of a base and of a delta
+WEIGHTS = {"meta.json": "model.safetensors", "delta.json": "delta.safetensors"}     # the weights of a base and of a delta
 FORMATS, DIFFERS = ("rt-base-1", "rt-delta-1"), "DIFFERS"
-# Older delta.json files hold the settings of all kinds; these are the ones that each kind uses.
+# Older delta.json files hold the settings of all kinds; each kind uses the settings listed here.
 OLD_SETTINGS = {"adapter": ("bottleneck",), "lora": ("r", "lora_alpha", "target_modules"), "prefix": ("prefix_len",)}
-SHOWN = 8       # labels, deltas or target modules that are named; of more only how many
+SHOWN = 8       # labels, deltas or target modules listed by name; the rest are only counted
 
 
 @dataclass
 class Config:
     """python -m rt.report.inspect [--verify] PATH [PATH ...]"""
     paths: tuple[str, ...] = ()  # folders: a base, a delta, a run, a Hugging Face checkpoint or a PEFT adapter
-    verify: bool = False  # hash every base and delta there again; exit code 1 where one is not as it was written
+    verify: bool = False  # hash every base and delta there again; exit code 1 if one is not as it was written
 
 
 def inspect(path: Path) -> dict[str, str]:
-    """{name: fact} of a folder; the first fact says what it `is`. InputError if it is nothing known."""
+    """{name: fact} of a folder; the first fact says what it `is`. Raises InputError if the folder is nothing known."""
     with shaped(path, "its JSON does not hold what it should", also=(OSError,)):
         folder = path.resolve()
         names = {file.name for file in folder.iterdir() if file.is_file()} if folder.is_dir() else set()
@@ -61,7 +61,7 @@ def inspect(path: Path) -> dict[str, str]:
 
 
 def count(tensors: dict[str, dict], *prefixes: str) -> int:
-    """Numbers in the tensors whose names begin so."""
+    """The number of elements in the tensors whose names start with one of `prefixes`."""
     return sum(math.prod(t["shape"]) for name, t in tensors.items() if name.startswith(prefixes or ""))
 
 
@@ -102,7 +102,7 @@ def base(folder: Path, meta: dict) -> dict[str, str]:
 
 
 def lineage(folder: Path, meta: dict) -> str:
-    """The names of this base, its parent, and so on; the last parent's fingerprint if it is not beside them."""
+    """The names of this base, its parent, and so on; the last parent's fingerprint if that parent is not beside them."""
     beside, names = bases_in([folder.parent, folder.parent.parent]), [folder.name]      # RUN/resume/M1-t00250 is one folder below M0
     while meta.get("parent") in beside and len(names) <= len(beside):
         parent, meta = beside[meta["parent"]]
@@ -111,7 +111,7 @@ def lineage(folder: Path, meta: dict) -> str:
 
 
 def bases_in(folders: Iterable[Path]) -> dict[str, tuple[Path, dict]]:
-    """{fingerprint: (folder, meta.json)} of the bases in `folders`, without those that cannot be read."""
+    """{fingerprint: (folder, meta.json)} of the bases in `folders`. Bases that cannot be read are left out."""
     found = {}
     for path in (path for folder in folders for path in sorted(folder.glob("*/meta.json"))):
         with suppress(InputError):
@@ -148,21 +148,21 @@ def settings_of(facts: dict) -> dict:
 
 
 def encoder_count(e: dict) -> int:
-    """Numbers in the weights of rt.model.Encoder."""
+    """The number of weights of an rt.model.Encoder."""
     d, ffn, is_bert = e["hidden_size"], e["ffn_size"], e.get("model_type") == "bert"
-    rows = e["vocab_size"] + e["max_len"] + (1 if is_bert else e["pad_id"] + 1) + 2     # of BERT the second token type; the layer norm
+    rows = e["vocab_size"] + e["max_len"] + (1 if is_bert else e["pad_id"] + 1) + 2     # for BERT the second token type; the layer norm
     return rows * d + e["num_layers"] * (4 * d * d + 2 * d * ffn + 9 * d + ffn)
 
 
 def base_of(folder: Path, info: dict) -> str:
-    """The folder of the base that a delta was learned on, looked for above it and where its config says that the bases were."""
+    """The folder of the base that a delta was learned on, looked for above the delta and where its config says the bases were."""
     config = info.get("config") or {}
     named = [Path(name).parent for name in (config.get("base"), *(config.get("chain") or ())) if name]
     return str(bases_in([folder.parent, folder.parent.parent, *named]).get(info.get("base"), ("not found",))[0])
 
 
 def run_folder(folder: Path, summary: dict) -> dict[str, str]:
-    """Empty if no run has left anything in `folder`."""
+    """The facts of a run; empty if no run left anything in `folder`."""
     rows = {name: read_rows(folder / name) for name in ("metrics.jsonl", "rows.jsonl") if (folder / name).exists()}
     bases = sorted((path for path, _ in bases_in([folder]).values()), key=lambda path: path.stat().st_mtime)
     deltas = sorted(path.parent.name for pattern in ("*/delta.json", "deltas/*/delta.json") for path in folder.glob(pattern))
@@ -179,7 +179,7 @@ def run_folder(folder: Path, summary: dict) -> dict[str, str]:
             "made by": shlex.join(summary.get("argv") or ["unknown"])}
 
 
-# --- of others --------------------------------------------------------------------------------------------------------
+# --- of other libraries -----------------------------------------------------------------------------------------------
 
 def hugging_face(folder: Path, c: dict) -> dict[str, str]:
     patterns = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin")     # whole, or in shards
@@ -214,14 +214,14 @@ def peft(folder: Path, c: dict) -> dict[str, str]:
 # --- verify -----------------------------------------------------------------------------------------------------------
 
 def verified(path: Path) -> dict[Path, str]:
-    """{folder: verdict} of every base and delta of ours at or below `path`, without those that are still being written."""
+    """{folder: verdict} of every base and delta of ours at or below `path`; folders that are still being written are left out."""
     found = {(file.parent, facts) for facts, weights in WEIGHTS.items() for name in (facts, weights) for file in path.rglob(name)
              if not (file.parent / "config.json").exists() and file.parent.suffix != ".part"}       # a config.json: Hugging Face's
     return {folder: words for folder, facts in sorted(found) if (words := verdict(folder, facts))}
 
 
 def verdict(folder: Path, name: str) -> str:
-    """Whether the files beside the facts in `name` are as they were written; empty if the facts are of something else, such as tokens."""
+    """Whether the files beside the facts in `name` are as they were written; empty if the facts describe something else, such as tokens."""
     try:
         facts = read_json(folder / name)
         if facts.get("format") not in FORMATS:

@@ -1,16 +1,16 @@
-"""Held-out loss as a power law of mixture and time: how much replay an upgrade needs.
+"""Held-out loss as a power law of mixture and time. It says how much replay an upgrade needs.
 
     L(r, t) = E + A (r + eps)^-g t^b        r: the domain's share of the training text, t: steps
 
-A simple form of the laws of D-CPT (Que et al., 2024) and of critical mixture ratios (Gu et al., 2024) for one model size: b < 0 where a
-domain is learned, b > 0 where it is forgotten.
+A simple form of the laws of D-CPT (Que et al., 2024) and of critical mixture ratios (Gu et al., 2024) for one model size: b < 0 if a
+domain is learned, b > 0 if it is forgotten.
 """
 import itertools
 from dataclasses import dataclass
 
 import numpy as np
 
-EXPONENTS = np.linspace(0, 2, 21), np.linspace(-1.5, 1.5, 31), (0.003, 0.01, 0.03, 0.1, 0.3)      # g, b, eps: searched over all
+EXPONENTS = np.linspace(0, 2, 21), np.linspace(-1.5, 1.5, 31), (0.003, 0.01, 0.03, 0.1, 0.3)      # g, b, eps: all combinations are tried
 Runs = list[tuple[float, float, float]]     # share r, steps t, loss
 
 
@@ -28,7 +28,7 @@ class Law:
 
 
 def fit(runs: Runs) -> Law:
-    """Least squares: E and A in closed form for every g, b and eps of a grid. Needs at least three runs."""
+    """Least-squares fit: E and A in closed form for every g, b and eps of a grid. Needs at least three runs."""
     r, t, loss = np.array(runs, dtype=float).T
     best = None
     for g, b, eps in itertools.product(*EXPONENTS):
@@ -43,10 +43,10 @@ def fit(runs: Runs) -> Law:
 
 
 def left_out(runs: Runs) -> float:
-    """Mean absolute error of the law at each run, fitted on the others."""
+    """The mean absolute error at each run of the law fitted on the other runs."""
     return float(np.mean([abs(fit(runs[:i] + runs[i + 1:])(r, t) - loss) for i, (r, t, loss) in enumerate(runs)]))
 
 
 def critical(law: Law, t: float, before: float) -> float | None:
-    """The smallest share of old text at which the old domain's loss after `t` steps is not above `before`; None: no share is enough."""
+    """The smallest share of old text that keeps the old domain's loss after `t` steps at `before` or lower; None: no share is enough."""
     return next((share for share in np.linspace(0, 1, 101).tolist() if law(share, t) <= before), None)

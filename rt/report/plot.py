@@ -1,10 +1,10 @@
-"""Draws what a run left, or has left so far, from its rows alone: curves as text, then PNG and SVG if matplotlib is installed.
+"""Draws a finished or unfinished run from its rows alone: curves as text, then PNG and SVG if matplotlib is installed.
 
     python -m rt.report.plot RUN [RUN ...] [--out DIR]         the figures of each into RUN/figures
 
     train.py                loss (and learning rate, over all stages) and forgetting (held-out loss, stages x domains)
     train.py --mode tune    tuning: loss and score on dev
-    recycle.py              convergence: dev over steps, a line for each mode at the settings that are best on dev
+    recycle.py              convergence: dev over steps, one line per mode, at its best settings on dev
     analyze.py              the figures of its study (rt/report/figures.py)
 """
 import json
@@ -26,26 +26,26 @@ from rt.runs.config import parse, run
 from rt.runs.log import scores_text, table
 from rt.runs.summary import chosen, forgetting_table, spread
 
-DRAWN = 400     # points of the loss at most; longer curves are shown as means of neighbours
+DRAWN = 400     # maximum points of a loss curve; a longer curve is drawn as means of neighbours
 
 
 @dataclass
 class Config:
     """python -m rt.report.plot RUN [RUN ...] [--out DIR]"""
     runs: tuple[str, ...] = ()  # folders that train.py, recycle.py or analyze.py wrote, or are writing
-    out: str | None = None  # folder for the figures, of several runs each in a folder of its name; default RUN/figures
+    out: str | None = None  # folder for the figures; with several runs, one folder per run in it; default RUN/figures
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a run is, its numbers as text, and for each of its figures by name what draws it to a path."""
+    """What a run is, its numbers as text, and its figures: by name, the function that draws each to a path."""
     what: str
     text: str
     figures: dict[str, Callable[[Path], None]]
 
 
 def report(folder: Path) -> Report:
-    """InputError if `folder` is not a run, or if its rows are not as our scripts write them."""
+    """The report of a run. Raises InputError if `folder` is not a run, or if its rows are not as our scripts write them."""
     rows = [row for name in ("metrics.jsonl", "rows.jsonl") for row in read_rows(folder / name)]
     summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else {}
     with shaped(folder, "its rows do not hold what they should"):
@@ -63,19 +63,19 @@ def report(folder: Path) -> Report:
 
 
 def points_of(rows: list[dict], y: str) -> Points:
-    """(step, y) of the rows in which both are finite numbers."""
+    """(step, y) of the rows in which both values are finite numbers."""
     return [(row["step"], row[y]) for row in rows if is_number(row.get("step")) and is_number(row.get(y))]
 
 
 # --- pre-training: a stream of bases ----------------------------------------------------------------------------------
 
 def pretraining(rows: list[dict], summary: dict) -> Report:
-    """A stage is a dict: name, domain, title, rows and heldout (None before it is scored)."""
+    """The report of a stream. A stage here is a dict: name, domain, title, rows and heldout (None before it is scored)."""
     rows = rows + [{"stage": stage.get("name"), "heldout": stage.get("heldout")} for stage in summary.get("stages", [])]
     stages = [{"name": name, "rows": found, "heldout": next(filter(None, (row.get("heldout") for row in found)), None)}
               for (name,), found in group(rows, "stage").items()]
     scored = [stage for stage in stages if stage["heldout"]]
-    domains = [*scored[0]["heldout"]] if scored else []     # the stream's, in its order
+    domains = [*scored[0]["heldout"]] if scored else []     # in the order of the stream
     for stage, domain in zip(stages, domains + ["?"] * len(stages)):
         stage |= {"domain": domain, "title": f"{stage['name']} ({domain})"}
     panels, figures = loss_panels(stages), {}
@@ -87,7 +87,7 @@ def pretraining(rows: list[dict], summary: dict) -> Report:
 
 
 def loss_panels(stages: list[dict]) -> list[Panel]:
-    """Loss and learning rate over the steps of all stages, a line for each stage."""
+    """Loss and learning rate over the steps of all stages, one line per stage."""
     size, start = max(1, -(-sum(len(points_of(stage["rows"], "loss")) for stage in stages) // DRAWN)), 0
     losses, rates, looks = {}, {}, {}
     for i, stage in enumerate(stages):
@@ -101,14 +101,14 @@ def loss_panels(stages: list[dict]) -> list[Panel]:
 
 
 def draw_forgetting(stages: list[dict], path: Path) -> None:
-    """Held-out loss of every domain (columns) after every stage (rows); in bold the domain that the stage was trained on."""
+    """Held-out loss of every domain (columns) after every stage (rows). The domain that the stage was trained on is bold."""
     domains = list(stages[0]["heldout"])
     values = [[(stage["heldout"].get(domain) or {}).get("loss", math.nan) for domain in domains] for stage in stages]
     with saved_figure(path, 1, 1, width=max(3.4, 0.9 * len(domains) + 1.4), height=0.5 * len(stages) + 1) as ((ax,),):
         image = ax.imshow(values, cmap="cividis_r", aspect="auto")
         for (y, stage), (x, domain) in product(enumerate(stages), enumerate(domains)):
             value = values[y][x] if is_number(values[y][x]) else math.nan
-            color = "white" if image.norm(value) > 0.46 else "black"        # cividis_r is dark from there on
+            color = "white" if image.norm(value) > 0.46 else "black"        # cividis_r is dark above this value
             ax.text(x, y, f"{value:.3f}".replace("nan", "-"), ha="center", va="center", color=color,
                     fontweight="bold" if stage["domain"] == domain else "normal")
         ax.grid(False)
@@ -121,7 +121,7 @@ def draw_forgetting(stages: list[dict], path: Path) -> None:
 # --- tuning: a delta --------------------------------------------------------------------------------------------------
 
 def scored(rows: list[dict]) -> tuple[str, list[dict]]:
-    """(metric, {'step', 'loss', 'score'} of every evaluation on dev)."""
+    """(metric, a row {'step', 'loss', 'score'} per evaluation on dev)."""
     rows = [row for row in rows if isinstance(row.get("dev"), dict) and row["dev"]]
     metric = next(iter(rows[0]["dev"])) if rows else "score"
     return metric, [{"step": row.get("step"), "loss": row.get("loss"), "score": row["dev"].get(metric)} for row in rows]
@@ -140,24 +140,24 @@ def tuning(rows: list[dict], summary: dict) -> Report:
 # --- recycling: modes over seeds --------------------------------------------------------------------------------------
 
 def results_of(folder: Path, summary: dict) -> list[dict]:
-    """A row for each run: of summary.json, or before its rows are written, of the runs that have finished."""
+    """A row per run, from summary.json or, before that has rows, from the runs that have finished."""
     finished = [path for path in sorted(folder.glob("deltas/*/summary.json")) if path.parent.suffix not in (".part", ".old")]
     return [completed(row) for row in summary.get("rows") or map(read_json, finished) if row.get("curve") and row.get("mode")]
 
 
 def completed(row: dict) -> dict:
-    """The row with all that is read here: the numbers of its curve, the best of them as its dev score (None if all are undefined), and its
-    base."""
+    """The row with all fields that are read here: the finite points of its curve, the best score on the curve as its dev score (None if all
+    are undefined), and its base."""
     settings, metric = row.get("settings") or {}, next(iter(row.get("dev") or {}), "score")
     curve = [(step, score) for step, score in row.get("curve") or [] if is_number(step) and is_number(score)]
     return {"base": settings.get("base"), "lr": None} | row | {
         "settings": settings, "curve": curve, "metric": metric, "dev": {metric: max((y for _, y in curve), default=None)},
-        "chosen_by_base": None if "route" in row else settings.get("base")}     # the bases of a chain share one setting
+        "chosen_by_base": None if "route" in row else settings.get("base")}     # all bases of a chain share one setting
 
 
 def best_by_panel(results: list[dict]) -> dict[tuple, dict[str, list[dict]]]:
-    """{(task, delta, shots, base): {mode and route: the rows of its best setting on dev}}."""
-    def setting(row: dict) -> tuple[float | None, str]:     # equal for all bases of a chain
+    """{(task, delta, shots, base): {mode and route: the rows of their best setting on dev}}."""
+    def setting(row: dict) -> tuple[float | None, str]:     # the same for all bases of a chain
         return row["lr"], json.dumps({k: v for k, v in row["settings"].items() if k not in ("base", "chain")}, sort_keys=True)
 
     panels: dict[tuple, dict] = {}
@@ -179,8 +179,8 @@ def recycling(results: list[dict]) -> Report:
 
 
 def convergence(title: str, lines: dict[str, list[dict]]) -> tuple[str, Panel]:
-    """A table with a row for each mode (mean dev over steps, best dev and test with standard deviations), and a panel with a line for each:
-    modes without training are levels, and so is scratch's best."""
+    """A table with a row per mode (mean dev over steps, best dev and test with standard deviation), and a panel with a line per mode. Modes
+    without training and scratch's best are levels."""
     metric = next(iter(lines.values()))[0]["metric"]
     curves = {name: [point for row in rows for point in row["curve"]] for name, rows in lines.items()}
     means = [[(step, mean(ys)) for step, ys in by_x(curve).items()] for curve in curves.values()]
@@ -202,7 +202,7 @@ def main(argv: list[str]) -> None:
               for name in c.runs}
     if len({*places.values()}) < len(places):
         raise InputError(f"--out {c.out}: two of the runs have the same name; leave it out, or draw them one by one")
-    reports = [report(Path(name)) for name in places]       # all, before any is drawn
+    reports = [report(Path(name)) for name in places]       # all of them, before any figure is drawn
     for (name, out), found in zip(places.items(), reports):
         print(f"{Path(name)}: {found.what}\n{found.text}")
         try:

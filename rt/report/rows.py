@@ -1,4 +1,4 @@
-"""Rows of a run or a study: put into groups, and summed up over seeds."""
+"""Rows of a run or a study: grouped, and summarised over seeds."""
 import math
 from itertools import groupby
 from operator import itemgetter
@@ -8,11 +8,11 @@ from typing import Iterable
 from rt.formats.untrusted import is_number
 
 Points = list[tuple[float, float]]
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)     # Student's t, two-sided, for 2, 3, ... 10 values
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)     # Student's t, two-sided 95%, for 2, 3, ... 10 values
 
 
 def group(rows: list[dict], *keys: str) -> dict[tuple, list[dict]]:
-    """Rows by their values of `keys`, in order of appearance."""
+    """Rows grouped by their values of `keys`, in order of appearance."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault(tuple(row.get(k) for k in keys), []).append(row)
@@ -20,13 +20,13 @@ def group(rows: list[dict], *keys: str) -> dict[tuple, list[dict]]:
 
 
 def by_x(points: Points) -> dict[float, list[float]]:
-    """All y of each x, from the lowest x to the highest."""
+    """All y values per x, from the lowest x to the highest."""
     return {x: [y for _, y in found] for x, found in groupby(sorted(points, key=itemgetter(0)), key=itemgetter(0))}
 
 
 def interval(values: Iterable[float | None]) -> tuple[float, float]:
-    """Mean, and half the width of its 95% t-interval (0 for a single value). NaN if there is no value, or if one is missing or not
-    finite: a run that diverged is not left out."""
+    """The mean and half the width of its 95% t-interval (0 for a single value). The mean is NaN if there is no value, or if a value is
+    missing or not finite: a run that diverged is not left out."""
     values = list(values)
     if not values or not all(map(is_number, values)):
         return math.nan, 0.0

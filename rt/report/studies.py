@@ -1,4 +1,4 @@
-"""The rows of analyze.py's studies. rt/report/analysis.py computes; rt/report/figures.py makes numbers and figures of the rows."""
+"""The rows of analyze.py's studies. rt/report/analysis.py computes the values; rt/report/figures.py turns rows into numbers and figures."""
 import json
 from dataclasses import dataclass, field
 from itertools import pairwise, product
@@ -22,12 +22,12 @@ from rt.runs.log import progress
 from rt.runs.upgrade import scored_rows
 from rt.tune import TuneSettings, chance, evaluate
 
-HELDOUT_LENGTH, HELDOUT_TOKENS = 128, 16384     # of a sequence, and scored a domain
+HELDOUT_LENGTH, HELDOUT_TOKENS = 128, 16384     # tokens of the longest sequence, and tokens scored per domain
 
 
 @dataclass
 class StudyContext:
-    """What a study works on. Bases go by the names of their folders, the independent one by IND."""
+    """The inputs of a study. A base is named by its folder, the independent base is named IND."""
     c: Any      # the Config of analyze.py
     folders: dict[str, str]
     bases: dict[str, Base]
@@ -40,19 +40,19 @@ class StudyContext:
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """The first base (or the one before) with each later one; the independent one always with the first."""
+        """Each later base paired with the first base (or the base before it); the independent base always with the first."""
         names = [name for name in self.bases if name != "IND"]
         found = list(pairwise(names)) if self.c.neighbours else [(names[0], name) for name in names[1:]]
         return found + [(names[0], "IND")] * ("IND" in self.bases)
 
     def cells(self) -> Iterator[tuple[str, int, dict]]:
-        """(task, seed, the facts of them that stand in each of their rows)."""
+        """(task, seed, the fields that all rows of this task and seed share)."""
         for task, seed in product(self.data, self.c.seeds):
             part = {} if self.data[task].test else {"scored_on": "dev"}
             yield task, seed, {"study": self.c.study, "task": task, "kind": self.c.delta, "seed": seed, **part}
 
     def scored(self, task: str) -> Encoded:
-        """The test part of a task, or dev if that has no labels."""
+        """The test part of a task, or dev if test has no labels."""
         return self.data[task].test or self.data[task].dev
 
     def tuned(self, base: str, task: str, seed: int) -> Classifier:
@@ -60,7 +60,7 @@ class StudyContext:
 
 
 def compatibility(context: StudyContext) -> Iterator[dict]:
-    """Delta_0 on every later base and on the snapshots on the way there; the delta tuned on each base itself; chance."""
+    """Scores of Delta_0 on every later base and its snapshots, of the delta tuned on each base itself, and of chance."""
     first, *later = context.bases
     with progress(len(context.data) * len(context.c.seeds) * len(later), "compatibility", unit="base") as bar:
         for task, seed, facts in context.cells():
@@ -82,13 +82,13 @@ def compatibility(context: StudyContext) -> Iterator[dict]:
 
 
 def snapshots(base: Path) -> list[tuple[int, Path]]:
-    """(t, folder) of the checkpoints M_i(t) beside M_i."""
+    """(t, folder) of the checkpoints M_i(t) in the same folder as M_i."""
     folders = [meta.parent for meta in base.parent.glob(f"{base.name}-t*/meta.json")]
     return sorted((int(t), folder) for folder in folders if (t := folder.name.removeprefix(f"{base.name}-t")).isdecimal())
 
 
 def connectivity(context: StudyContext) -> Iterator[dict]:
-    """Loss and metrics on test along the path between two tuned models."""
+    """Loss and metrics on test along the paths between two tuned models."""
     c = context.c
     points = [i / (c.points - 1) for i in range(c.points)]
     with progress(len(context.data) * len(c.seeds) * len(context.pairs) * (1 + c.curve) * c.points, "paths", unit="point") as bar:
@@ -117,7 +117,7 @@ def control_point(context: StudyContext, model: Classifier, ends: tuple[Weights,
 
 
 def similarity(context: StudyContext) -> Iterator[dict]:
-    """Heads against heads and layers against layers over test texts; the maps of a few heads on one text, of the first seed."""
+    """All heads compared with all heads and layers with layers, on test texts; maps of a few heads on one text, for the first seed."""
     c, device, first = context.c, context.where["device"], next(iter(context.bases.values()))
     heads = chosen_heads(c, first)
     texts = {task: min(context.scored(task).sequences, key=lambda ids: abs(len(ids) - 16)) for task in context.data}
@@ -127,7 +127,7 @@ def similarity(context: StudyContext) -> Iterator[dict]:
     with progress(len(context.data) * len(c.seeds) * len(context.pairs), "similarity", unit="pair") as bar:
         for task, seed, facts in context.cells():
             models = {name: context.tuned(name, task, seed) for name in context.bases}
-            # as they may stand on an axis: no space around a token, line breaks written out
+            # as labels of an axis: no space around a token, line breaks escaped
             tokens = [json.dumps(first.tokenizer.decode([i]).strip(" "), ensure_ascii=False)[1:-1] for i in texts[task]]
             for name, model in models.items() if seed == c.seeds[0] else ():
                 maps = analysis.attention_maps(model, texts[task], device)
@@ -159,8 +159,8 @@ def rounded(values: torch.Tensor) -> list:
 
 
 def distance(context: StudyContext) -> Iterator[dict]:
-    """The distance between the encoders of two bases, and between their deltas, by part and in all. The head is left out: a delta holds it
-    whole, not as a change, and equal seeds start it equally, which would look like likeness. (Modules are whole too, and are counted.)"""
+    """The distance between the encoders of two bases, and between their deltas, by part and in total. The head is left out: a delta holds
+    the whole head, not a change, and equal seeds start heads equally, which would look like similarity. Modules, whole too, are counted."""
     weights = [({"study": context.c.study, "task": None, "kind": None, "seed": None, "of": "bases"},
                 {name: dict(base.encoder.named_parameters()) for name, base in context.bases.items()})]
     for task, seed, facts in context.cells():
@@ -185,8 +185,8 @@ def heldout_losses(context: StudyContext, folder: str) -> dict[str, float]:
 
 
 def recipes(context: StudyContext) -> Iterator[dict]:
-    """For the old base and each upgrade: held-out losses and the distance from the old base; then, by task and seed, the score of the old
-    delta as it is, the share of its attention heads that match themselves best, and what init and scratch reach with few labels."""
+    """For the old base and each upgrade: held-out losses and the distance from the old base. Then, by task and seed: the score of the old
+    delta as it is, the share of attention heads that match themselves best, and the scores of init and scratch with few labels."""
     c, first, where = context.c, next(iter(context.bases)), context.where
     old = dict(context.bases[first].encoder.named_parameters())
     with progress(len(context.bases) * (1 + len(context.data) * len(c.seeds)), "recipes", unit="row") as bar:
@@ -207,7 +207,7 @@ def recipes(context: StudyContext) -> Iterator[dict]:
 
 
 def few_shot_score(context: StudyContext, mode: str, name: str, task: str, seed: int) -> float | None:
-    """The test score (dev's without test) of `mode` on an upgrade."""
+    """The test score of `mode` on an upgrade; the dev score if there is no test."""
     c, first, whole = context.c, next(iter(context.bases)), context.tasks[task]
     data = encode_task(few_shot(whole, c.shots, seed) if c.shots else whole, context.bases[first].tokenizer, c.seq_len)
     delta = context.deltas[first, task, seed]
@@ -218,7 +218,7 @@ def few_shot_score(context: StudyContext, mode: str, name: str, task: str, seed:
 
 
 def mixture(context: StudyContext) -> Iterator[dict]:
-    """Held-out losses of the old base, and of every upgrade and its snapshots, with the share of replay and the steps."""
+    """Held-out losses of the old base and of every upgrade and its snapshots, with share of replay and number of steps."""
     first, *later = context.folders.values()
     yield {"study": context.c.study, "base": first, "replay": None, "steps": 0, "heldout": heldout_losses(context, first)}
     places = [Path(place) for folder in later for place in (*(each for _, each in snapshots(Path(folder))), folder)]

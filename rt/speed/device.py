@@ -1,4 +1,4 @@
-"""Devices: which one computes, in which precision, and how fast it could."""
+"""Devices: which device to use, in which precision, and its peak speed."""
 import os
 import platform
 import re
@@ -8,17 +8,17 @@ import torch
 
 from rt.errors import InputError
 
-# Dense products of bfloat16 with float32 sums, in 1e12 FLOP/s, by a word in the device's name (the first that fits): NVIDIA's data sheets
-# (half of figures with sparsity); for GeForce and RTX the whitepapers on GA102 and AD102.
+# Peak of dense bfloat16 products with float32 accumulation, in 1e12 FLOP/s, by a word in the device's name (the first match counts).
+# From NVIDIA's data sheets (half of figures with sparsity); for GeForce and RTX from the whitepapers on GA102 and AD102.
 PEAKS = (("GB200", 2500), ("B200", 2250), ("GH200", 989.5), ("H200 NVL", 835.5), ("H200", 989.5), ("H100 PCIe", 756.5), ("H100 NVL", 835.5),
          ("H100", 989.5), ("A100", 312), ("A40", 149.7), ("A30", 165), ("A10", 125), ("L40S", 362), ("L40", 181), ("L4", 121),
          ("RTX 6000 Ada", 364.2), ("RTX A6000", 154.8), ("RTX 4090", 165.2), ("RTX 3090 Ti", 80), ("RTX 3090", 71))
-OTHER = r"\b(MIG|Laptop|Max-Q|4090 D)\b"       # a share of a chip, or a slower one of the same name
+OTHER = r"\b(MIG|Laptop|Max-Q|4090 D)\b"       # part of a chip, or a slower chip with the same name
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a name; `auto` is the first CUDA device if there is one, else the CPU. A CUDA device becomes the current one, on whose
-    streams CUDA graphs are captured. Raises InputError if PyTorch cannot use it."""
+    """The device with this name; `auto` is the first CUDA device if there is one, else the CPU. A CUDA device becomes the current device,
+    because CUDA graphs are captured on the current one's streams. Raises InputError if PyTorch cannot use the device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"(cpu|cuda)(:\d+)?", name):
@@ -35,15 +35,15 @@ def pick_device(name: str) -> torch.device:
 
 
 def make_deterministic() -> None:
-    """From here on the same command gives the same bits on a GPU too (of one kind, with one version of PyTorch), at some cost. PyTorch
-    raises at an operation that has no deterministic form."""
+    """From here on the same command gives the same bits on a GPU too (with the same GPU model and PyTorch version), at some cost. PyTorch
+    raises an error at an operation that has no deterministic form."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # read when cuBLAS is first used
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False     # a debugging aid, which writes all fresh memory once
+    torch.utils.deterministic.fill_uninitialized_memory = False     # a debugging aid that writes all new memory once
 
 
 def bf16_is_fast(device: torch.device) -> bool:
-    """Whether `device` has matrix units for bfloat16 (Ampere and later; AMX or AVX512-bf16 on a CPU). Others are slower than in float32."""
+    """Whether `device` has matrix units for bfloat16 (Ampere and later; AMX or AVX512-bf16 on a CPU). On others float32 is faster."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu" or platform.system() != "Linux":
@@ -60,7 +60,7 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def peak_flops(device: torch.device, precision: torch.dtype) -> float | None:
-    """The maker's FLOP/s of dense matrix products in `precision`; None except for bfloat16 on the chips of PEAKS."""
+    """The maker's peak FLOP/s for dense matrix products in `precision`; None except for bfloat16 on the chips in PEAKS."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     if precision != torch.bfloat16 or re.search(OTHER, name):
         return None

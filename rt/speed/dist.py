@@ -1,7 +1,7 @@
-"""Several processes under torchrun, one a device (NCCL on CUDA, gloo on a CPU), and what rank 0 does for all.
+"""Several processes under torchrun, one per device (NCCL on CUDA, gloo on a CPU), and the work that rank 0 does for all.
 
-Without torchrun there is one rank, and torch.distributed is not touched. Rank 0 alone writes and prints. All ranks read the same files: on
-several nodes `out` and `cache` must be on a file system that every node sees.
+Without torchrun there is one rank, and torch.distributed is not touched. Only rank 0 writes and prints. All ranks read the same files. On
+several nodes, `out` and `cache` must be on a file system that every node sees.
 """
 import os
 import sys
@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from rt.errors import InputError
 from rt.speed.device import pick_device
 
-TIMEOUT = timedelta(minutes=10)     # for the collectives of a step: if a rank is lost, the others end after this long at the latest
-PATIENT = timedelta(hours=12)       # for what rank 0 does alone: tokenizing, evaluating
+TIMEOUT = timedelta(minutes=10)     # for the collectives of a step: if a rank is lost, the others end after this time at the latest
+PATIENT = timedelta(hours=12)       # for work that rank 0 does alone: tokenizing, evaluating
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `world`. `waiting` is the patient gloo group that objects go through."""
+    """This process as one of `world`. `waiting` is the gloo group with the PATIENT timeout; objects are sent through it."""
     device: torch.device
     rank: int = 0
     world: int = 1
@@ -39,7 +39,7 @@ class Ranks:
             dist.barrier(group=self.waiting)
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """make() of rank 0, pickled for the others, who wait for it; all raise an InputError of rank 0."""
+        """The result of make() on rank 0, sent pickled to the others, which wait for it. All ranks raise an InputError of rank 0."""
         if self.world == 1:
             return make()
         box = [None, None]
@@ -53,13 +53,13 @@ class Ranks:
         return box[0]
 
     def main_first(self, make: Callable[[], T]) -> T:
-        """make() on rank 0, then on the others, which find the files that it left."""
+        """The result of make(), run on rank 0 first, then on the other ranks, which find the files that rank 0 wrote."""
         made = []
         self.from_main(lambda: made.append(make()))
         return made[0] if self.is_main else make()
 
     def assert_same(self, what: dict) -> None:
-        """Raises InputError on all ranks, about the first difference, unless `what` (plain values by name) is the same on all."""
+        """Raises InputError on all ranks, about the first difference, unless `what` (plain values by name) is the same on all ranks."""
         if self.world == 1:
             return
         found: list = [None] * self.world
@@ -77,7 +77,7 @@ class Ranks:
         return x
 
     def any(self, mine: bool) -> bool:
-        """Whether `mine` is true on some rank. Waits for all ranks, not for the device."""
+        """Whether `mine` is true on any rank. Waits for all ranks, not for the device."""
         if self.world == 1:
             return mine
         box = torch.tensor(int(mine))
@@ -85,11 +85,11 @@ class Ranks:
         return bool(box)
 
     def leave(self) -> None:
-        """End together. gloo aborts a process that ends while another still reads from it, so each rank says in the store, which does not
-        use gloo, that it has passed the last barrier."""
+        """End all ranks together. gloo aborts a process that ends while another process still reads from it. So each rank notes in the
+        store, which does not use gloo, that it has passed the last barrier."""
         if self.world > 1:
             self.wait()
-            with suppress(RuntimeError):        # the store may end with the first rank that has passed
+            with suppress(RuntimeError):        # the store may end with the first rank that leaves
                 store = dist.distributed_c10d._get_default_store()
                 store.set(f"left by {self.rank}", "1")
                 store.wait([f"left by {rank}" for rank in range(self.world)])
@@ -102,17 +102,17 @@ def launched() -> int:
 
 
 def environment_alone() -> dict[str, str]:
-    """The environment for a process that is not to be one of torchrun's ranks."""
+    """The environment for a process that must not be one of torchrun's ranks."""
     return {k: v for k, v in os.environ.items() if k != "RANK"}
 
 
 def join(device: str) -> Ranks:
-    """This process as one of torchrun's, or as the only one; `device` as for pick_device. Raises InputError if there are too few GPUs."""
+    """This process as one of torchrun's ranks, or as the only rank; `device`: see pick_device. Raises InputError if GPUs are too few."""
     local = int(os.environ.get("LOCAL_RANK", 0)) if launched() > 1 else None
     if local is not None and torch.cuda.is_available() and device != "cpu":
         if local >= torch.cuda.device_count():
             raise InputError(f"rank {local} of this machine has none of its {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
-        torch.cuda.set_device(local)    # before anything is put on "cuda", or every rank would take some of the first GPU
+        torch.cuda.set_device(local)    # before anything is put on "cuda": otherwise every rank would use memory of the first GPU
         device = "cuda"
     where = pick_device(device)
     if local is None:
@@ -129,24 +129,24 @@ def join(device: str) -> Ranks:
 # --- the optimizer's state, sharded (ZeRO) or not ---------------------------------------------------------------------
 
 def zero(groups: list[dict], **settings: Any) -> torch.optim.Optimizer:
-    """AdamW whose state is sharded: each rank keeps and updates its share of the parameters (ZeRO stage 1, Rajbhandari et al., 2020)."""
+    """AdamW with a sharded state: each rank keeps and updates its share of the parameters (ZeRO stage 1, Rajbhandari et al., 2020)."""
     from torch.distributed.optim import ZeroRedundancyOptimizer  # not in every build of PyTorch
     return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings)
 
 
 def gather(optimizer: torch.optim.Optimizer) -> None:
-    """Fetch a sharded state to rank 0, where `state_dict` then is a plain AdamW's; call it on all ranks."""
+    """Gather a sharded state on rank 0, where `state_dict` is then that of a plain AdamW. Call it on all ranks."""
     if hasattr(optimizer, "consolidate_state_dict"):
         optimizer.consolidate_state_dict(to=0)
 
 
 def load_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load the moments of a plain AdamW's state; a rank of a sharded optimizer takes its share. Raises InputError if the state is not that
-    of the same parameters."""
+    """Load the moments of a plain AdamW's state. With a sharded optimizer, each rank takes its share. Raises InputError if the state does
+    not fit the parameters."""
     check_state(optimizer, state)
     moments = {i: {k: x.clone() for k, x in s.items()} for i, s in state["state"].items()}      # no longer mapped from a file
     if hasattr(optimizer, "consolidate_state_dict"):
-        # not by the sharded optimizer's own load_state_dict: it puts `step` on the CPU, where a fused step on CUDA cannot read it
+        # the sharded optimizer's own load_state_dict would put `step` on the CPU, where a fused step on CUDA cannot read it
         number = {p: i for i, p in enumerate(parameters(optimizer))}
         optimizer = optimizer.optim
         moments = {i: moments[number[p]] for i, p in enumerate(parameters(optimizer))}
@@ -158,7 +158,7 @@ def parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 
 def check_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Raises InputError unless `state` has moments of the shapes of all the optimizer's parameters."""
+    """Raises InputError unless `state` has moments for all parameters of the optimizer, with the same shapes."""
     shapes = [p.shape for p in parameters(optimizer)]
     found = state.get("state") if isinstance(state, dict) else None
     if not isinstance(found, dict) or found.keys() != {*range(len(shapes))} or not all(

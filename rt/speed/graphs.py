@@ -1,6 +1,6 @@
 """Faster steps: batches prepared on another thread, torch.compile of the blocks, CUDA graphs of forward and backward.
 
-A compiled or captured step needs batches of few shapes: `static_batch` in pre-training, rt.speed.multi_run.side_by_side in tuning.
+A compiled or captured step needs batches of few shapes, from `static_batch` in pre-training, rt.speed.multi_run.side_by_side in tuning.
 """
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -22,15 +22,15 @@ from rt.optim import memory_for
 from rt.pretrain import MLMLoss, PretrainSettings, mlm_loss
 from rt.speed.dist import Ranks
 
-WARM_UP = 3     # runs before a capture: by then everything is compiled, allocated or chosen
-DEPTH = 3       # batches prepared before they are asked for
+WARM_UP = 3     # runs before a capture: after them everything is compiled, allocated and chosen
+DEPTH = 3       # batches prepared ahead
 T = TypeVar("T")
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 def prefetch(items: Iterable[T]) -> Iterator[T]:
-    """The same items, made on another thread up to DEPTH ahead. An error of the thread is raised here; closing this ends the thread."""
+    """The same items, made on another thread up to DEPTH ahead. An error there is raised here; closing the iterator ends the thread."""
     items, end, pool = iter(items), object(), ThreadPoolExecutor(1, "prefetch")
     waiting = deque(pool.submit(next, items, end) for _ in range(DEPTH))
     try:
@@ -42,22 +42,22 @@ def prefetch(items: Iterable[T]) -> Iterator[T]:
 
 
 def staged(batches: Iterable[Batch], rows: Rows, device: torch.device, static: bool) -> Iterator[Batch]:
-    """The same batches, of static shapes if `static` or for a CUDA device, for which they are pinned."""
+    """The same batches. For a CUDA device, or if `static`, they have static shapes; for a CUDA device they are also pinned."""
     cuda = device.type == "cuda"
     if cuda:
-        torch.cuda.set_device(device)     # of this thread: pinning must not touch another GPU
+        torch.cuda.set_device(device)     # for this thread: pinning must not touch another GPU
     for batch in batches:
         batch = static_batch(rows, batch) if static or cuda else batch
         yield replace(batch, **{k: v.pin_memory() for k, v in tensors(batch).items()}) if cuda else batch
 
 
 def static_batch(rows: Rows, batch: Batch) -> Batch:
-    """The same batch in shapes that a compiled or captured step can rely on: max_seqlen is seq_len, and cu_seqlens ends in repeated N,
-    empty sequences. There is room for the mean number of sequences and six standard deviations more (renewal theory), which about one batch
-    in a billion exceeds; such a batch gets more, in steps of 64. A bound for all would be far higher, and each sequence costs a block."""
+    """The same batch in shapes that a compiled or captured step can rely on: max_seqlen is seq_len, and cu_seqlens is padded with N (empty
+    sequences). There is room for the mean number of sequences plus six standard deviations (renewal theory). About one batch in a billion
+    exceeds that and gets more room, in steps of 64. A bound for all batches would be far higher, and each sequence costs a block."""
     n, per_row = len(batch.ids), len(batch.ids) // rows.row_tokens
     deviation = rows.length_deviation * (n / rows.mean_length ** 3) ** 0.5
-    most = max(n / rows.mean_length + 6 * deviation + 2 * per_row, len(batch.cu_seqlens) - 1)      # a row's ends cut sequences in two
+    most = max(n / rows.mean_length + 6 * deviation + 2 * per_row, len(batch.cu_seqlens) - 1)      # the ends of a row cut sequences in two
     room = -(-int(most) // 64) * 64 + 1
     padded = torch.full((room,), n, dtype=torch.int32)
     padded[:len(batch.cu_seqlens)] = batch.cu_seqlens
@@ -72,12 +72,12 @@ def tensors(batch: Batch) -> dict[str, Tensor]:
 
 @contextmanager
 def compiled(blocks: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
-    """Inside, the blocks' forward is compiled, once for all blocks of one shape; evaluate outside, where shapes vary. If the kernels run on
-    `device`, a block is one graph, our ops inside. Otherwise attention stays out of it: its reference loops over the sequences in Python,
-    and would be compiled anew for the lengths of every batch."""
+    """Inside this context the blocks' forward is compiled, once for all blocks of one shape. Evaluate outside it: there shapes vary. If
+    the kernels run on `device`, a block is one graph, including our ops. Otherwise attention is left out of the graph: its reference loops
+    over the sequences in Python, and would be compiled again for the lengths of every batch."""
     blocks, attention, whole = list(blocks), rt.model.attention_qkv, kernels_run(device)
     if blocks:
-        torch._dynamo.config.optimize_ddp = False   # it cuts what it compiles at the gradients' buckets; blocks are small enough
+        torch._dynamo.config.optimize_ddp = False   # it splits graphs at the gradient buckets; blocks are small enough
         rt.model.attention_qkv = attention_qkv if whole else torch.compiler.disable(attention_qkv)
     for block in blocks:
         block.forward = torch.compile(block.forward, fullgraph=whole, dynamic=False)
@@ -86,11 +86,11 @@ def compiled(blocks: Iterable[nn.Module], device: torch.device) -> Iterator[None
     finally:
         rt.model.attention_qkv = attention
         for block in blocks:
-            del block.forward       # the class's own again
+            del block.forward       # back to the class's own
 
 
 def kernels_run(device: torch.device) -> bool:
-    """Whether tensors on `device` take the kernels (RT_KERNELS), not the references."""
+    """Whether tensors on `device` use the kernels (RT_KERNELS), not the references."""
     return uses_triton(torch.empty(0, device=device))
 
 
@@ -98,10 +98,10 @@ def kernels_run(device: torch.device) -> bool:
 
 def make_gradient(model: MaskedLM, s: PretrainSettings, ranks: Ranks, precision: torch.dtype, graphs: bool = False,
                   loss: Callable[[MaskedLM, Batch], Tensor] = mlm_loss) -> Callable[[Batch, int], Tensor]:
-    """gradient(batch, part) adds the gradient of `loss` on the `part`-th microbatch of a step to the model's, which part 0 clears, and
-    returns the loss; the last part averages over the ranks. `graphs`: by CUDA graphs. Raises InputError if memory runs out."""
+    """Returns gradient(batch, part), which adds the gradient of `loss` on a step's microbatch `part` and returns the loss. Part 0 clears
+    the gradients first; the last part averages over the ranks. `graphs`: use CUDA graphs. Raises InputError if memory runs out."""
     share = MLMLoss(model, s.accumulation, precision, loss)
-    if ranks.world > 1:     # gradients are averaged over the ranks, and rank 0's weights go to all
+    if ranks.world > 1:     # averages gradients over the ranks, and sends rank 0's weights to all
         share = DistributedDataParallel(share, gradient_as_bucket_view=True)
 
     def plain(batch: Batch) -> Tensor:
@@ -126,19 +126,19 @@ def make_gradient(model: MaskedLM, s: PretrainSettings, ranks: Ranks, precision:
 
 
 class CudaGraphs:
-    """gradient(batch, *more), a forward and backward pass, as a CUDA graph for each of the few shapes of its arguments: one launch in place
-    of about a thousand. A graph reads and writes at fixed addresses: arguments come from the host and are copied into its own tensors. The
-    parameters' gradients lie in the first graph's memory. Graphs of other shapes copy theirs there and reuse their own memory. With `adds`
-    each shape has a second graph that adds to the gradients."""
+    """gradient(batch, *more), a forward and backward pass, as a CUDA graph for each of the few shapes of its arguments: one launch instead
+    of about a thousand. A graph uses fixed addresses, so arguments come from the host and are copied into the graph's own tensors. The
+    parameters' gradients are in the first graph's memory. Graphs of other shapes copy their gradients there and reuse their own memory.
+    With `adds`, each shape has a second graph that adds to the gradients."""
     def __init__(self, gradient: Callable[..., Tensor], parameters: list[nn.Parameter], device: torch.device, adds: bool = False):
         self.gradient, self.parameters, self.device, self.adds = gradient, parameters, device, adds
-        self.captured: dict[tuple, tuple] = {}      # by shape: inputs, and (graph, loss) to overwrite and to add
+        self.captured: dict[tuple, tuple] = {}      # by shape: inputs, and (graph, loss) pairs: one overwrites, one adds
         self.gradients: list[Tensor | None] = []    # of the parameters, in the first graph's memory
         self.shape: tuple = ()                      # of the last call
 
     def __call__(self, batch: Batch, *more: Tensor, part: int = 0) -> Tensor:
-        """The loss, on the device until the next call. Part 0 of a step overwrites the gradients, the others add to them; one of another
-        shape than part 0 (`static_batch`: next to never) is computed without a graph, into the same memory."""
+        """The loss, on the device, valid until the next call. Part 0 of a step overwrites the gradients; the others add to them. A part of
+        another shape than part 0 (`static_batch`: next to never) is computed without a graph, into the same memory."""
         new = [*tensors(batch).values(), *more]
         shape = (batch.max_seqlen, *(x.shape for x in new))
         if part and shape != self.shape:
@@ -180,8 +180,8 @@ class CudaGraphs:
 
 
 def warm_up(run: Callable[[], object], clear: Callable[[], None], device: torch.device) -> None:
-    """`run` a few times on a stream of its own, as capturing wants it. `clear` drops the gradients before each and at the end, so that the
-    captured backward allocates them in the graph's memory."""
+    """Call `run` a few times on a separate stream, as capturing requires. `clear` drops the gradients before each call and at the end, so
+    the captured backward allocates them in the graph's memory."""
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
@@ -193,7 +193,7 @@ def warm_up(run: Callable[[], object], clear: Callable[[], None], device: torch.
 
 
 def check_graphs(wanted: bool, ranks: Ranks) -> None:
-    """Raises InputError if CUDA graphs are wanted and not possible."""
+    """Raises InputError if CUDA graphs are wanted but not possible."""
     if wanted and ranks.device.type != "cuda":
         raise InputError(f"--graphs captures CUDA graphs, and the device is {ranks.device}: leave it out, or use --device cuda")
     if wanted and ranks.world > 1:

@@ -1,8 +1,8 @@
-"""Many deltas on one frozen base, trained side by side: K runs in the time of few.
+"""Many deltas on one frozen base, trained side by side: K runs in the time of a few.
 
-The trained weights of K models are stacked with a leading K; a batch holds the rows of run k in the k-th of K equal ranges
-(`side_by_side`). So the base's matrices see one large batch, and a delta's are one batched product (rt.model.linear). Every run keeps its
-own data order, dropout seed, learning rate, loss, clipping, early stop and best-on-dev, and gets what it would get alone, to rounding.
+The trained weights of K models are stacked along a leading dimension K. A batch holds the rows of run k in the k-th of K equal ranges
+(`side_by_side`). So the base's matrices see one large batch, and the deltas' matrices make one batched product (rt.model.linear). Every run
+keeps its own data order, dropout seed, learning rate, loss, clipping, early stop and best-on-dev. Its result is as if alone, to rounding.
 """
 import copy
 import itertools
@@ -24,16 +24,16 @@ from rt.recycling import MODES, NEEDS_TEACHER, TRAINED, Recycling, check, start,
 from rt.speed.graphs import CudaGraphs
 from rt.tune import Gradient, Scores, TuneResult, TuneSettings, evaluate, metrics, plain_gradient, training_batch, training_loop
 
-CPU_BYTES = 2**29       # of a group on a CPU: a dozen runs of the mini preset; in larger groups each run takes longer
-EVAL_TOKENS = 16384     # of a forward pass over dev, all runs together
-BUCKET = 128            # tokens: batches grow in steps of this size if each shape is a CUDA graph
-PAD_SEQUENCES = 8       # about how many fill up a range: attention grows with the square of the length
+CPU_BYTES = 2**29       # for a group on a CPU: a dozen runs of the mini preset; in larger groups each run takes longer
+EVAL_TOKENS = 16384     # tokens per forward pass over dev, all runs together
+BUCKET = 128            # tokens: batches grow in steps of this size if each shape has its own CUDA graph
+PAD_SEQUENCES = 8       # padding sequences per range, about: the cost of attention grows with the square of their length
 
 
 @dataclass
 class SideRun:
-    """One of the runs; several may share `model` and `data`, which nothing here changes. The losses must be without gamma and itp, and all
-    have a teacher or none."""
+    """One of the runs. Several runs may share `model` and `data`; nothing here changes them. The losses must not use gamma or itp. Either
+    all runs have a teacher or none has."""
     model: Classifier
     data: TaskData
     settings: TuneSettings
@@ -44,7 +44,7 @@ class SideRun:
 
 
 def reweighted(model: Classifier, weights: Weights) -> Classifier:
-    """`model` with `weights` in place of its trained ones; frozen weights are shared."""
+    """A copy of `model` with `weights` in place of its trained weights; frozen weights are shared."""
     other = copy.deepcopy(model, memo={id(p): p for p in model.parameters()})
     for name, w in weights.items():
         owner, _, last = name.rpartition(".")
@@ -70,8 +70,8 @@ class Flat:
 
 class StackedAdamW:
     """AdamW and clipping for K runs whose weights are the rows of one tensor (K, P). Each run has its own rate, gradient norm and skipped
-    steps, and gets what rt.tune.Fit would give it, to rounding. A step is as many operations for any K. The first `decayed` numbers of a row
-    decay."""
+    steps, and gets what rt.tune.Fit would give it, to rounding. A step takes the same number of operations for any K. Weight decay
+    applies to the first `decayed` numbers of a row."""
     def __init__(self, w: Tensor, decayed: int, weight_decay: float):
         self.w, self.decayed, self.weight_decay = w.requires_grad_(), decayed, weight_decay
         self.m, self.v, self.taken = torch.zeros_like(w), torch.zeros_like(w), w.new_zeros(len(w), 1)
@@ -99,16 +99,16 @@ class StackedAdamW:
 
 
 def side_by_side(batches: list[Batch], bucket: int = 0) -> tuple[Batch, Tensor]:
-    """The batches of K runs as one, each in a range of its own, all ranges as long as the longest; the rest is filled with sequences that
-    nothing reads. Also (K, B) the share of each example in its run's mean: 1 / the run's batch size, and 0 for rows that fill a batch up
-    to B, the largest. With `bucket`, shapes are few, as CUDA graphs need: ranges of a multiple of so many tokens, the greatest number of
-    sequences (the last ones empty), and a bound on their length that is a multiple of 64."""
+    """The batches of K runs as one batch. Each run has its own range; all ranges are as long as the longest, padded with sequences that
+    nothing reads. Also returns (K, B), the share of each example in its run's mean: 1 / the run's batch size, and 0 for rows that pad a
+    batch to the largest size B. With `bucket`, shapes are few, as CUDA graphs need: the length of a range is a multiple of `bucket`, the
+    number of sequences is the maximum (the last ones are empty), and the bound on their length is a multiple of 64."""
     N, B, longest = (max(sizes) for sizes in zip(*((len(b.ids), len(b.index), b.max_seqlen) for b in batches)))
     N = -(-N // bucket) * bucket if bucket else N
     ids, lengths, rows, labels, index, shares = [], [], [], [], [], torch.zeros(len(batches), B)
     for k, batch in enumerate(batches):
         short, n = N - len(batch.ids), len(batch.index)
-        size = min(longest, max(16, -(-short // PAD_SEQUENCES)))       # never longer than the model may take
+        size = min(longest, max(16, -(-short // PAD_SEQUENCES)))       # never longer than the model allows
         ids += [batch.ids, batch.ids[:1].expand(short)]
         lengths += batch.cu_seqlens.diff().tolist() + [min(size, short - i) for i in range(0, short, size)]
         for parts, values in ((rows, batch.first + k * N), (labels, batch.labels), (index, batch.index)):
@@ -123,13 +123,13 @@ def side_by_side(batches: list[Batch], bucket: int = 0) -> tuple[Batch, Tensor]:
 
 
 def graphed_gradient(model: Classifier, loss: Loss, device: torch.device, precision: torch.dtype) -> Gradient:
-    """rt.tune.plain_gradient as CUDA graphs, one for each bucket of tokens."""
+    """rt.tune.plain_gradient as CUDA graphs, one per bucket of tokens."""
     graphs = CudaGraphs(plain_gradient(model, loss, device, precision), [*trained_weights(model).values()], device)
     return lambda batch: graphs(side_by_side([batch], BUCKET)[0])
 
 
 class SideLoss:
-    """The losses of K runs, with alpha, beta and T of each."""
+    """The losses of K runs, each with its own alpha, beta and T."""
     def __init__(self, runs: list[SideRun], device: torch.device):
         losses = [run.loss for run in runs]
         if not all(can_be_stacked(loss.config) for loss in losses):
@@ -138,22 +138,22 @@ class SideLoss:
         self.is_taught = None not in caches.values()
         if not self.is_taught:
             return
-        # the teachers' outputs of all runs in one cache, run k's examples from offset[k] on
+        # one cache holds the teachers' outputs for all runs; run k's examples start at offset[k]
         starts = dict(zip(caches, itertools.accumulate((len(cache.logits) for cache in caches.values()), initial=0)))
         configs = [loss.config for loss in losses]
-        self.has_patience = any(c.beta for c in configs)        # a teacher of other sizes, or a black box, has no states to compare
+        self.has_patience = any(c.beta for c in configs)        # a teacher with other sizes, or a black box, has no states to compare
         logits = torch.cat([cache.logits for cache in caches.values()])
         states = torch.cat([cache.states for cache in caches.values()]) if self.has_patience else None
         self.terms = replace(self.terms, teacher=TeacherCache(logits, states))
-        self.offset = torch.tensor([[starts[id(loss.teacher)]] for loss in losses], device=device)              # (K, 1), and so on
+        self.offset = torch.tensor([[starts[id(loss.teacher)]] for loss in losses], device=device)              # (K, 1); alpha and beta too
         self.alpha, self.beta = (torch.tensor([[getattr(c, name)] for c in configs], device=device) for name in ("alpha", "beta"))
-        # runs of one temperature together: (T, which), and where each run is then found
+        # runs with the same T are computed together: (T, which), and the place of each run in that order
         by_T = {T: [k for k, c in enumerate(configs) if c.T == T] for T in dict.fromkeys(c.T for c in configs)}
         self.by_T = [(T, torch.tensor(which, device=device)) for T, which in by_T.items()]
         self.place = torch.cat([which for _, which in self.by_T]).argsort()
 
     def __call__(self, model: Classifier, batch: Batch, shares: Tensor) -> Tensor:
-        """(K,)"""
+        """(K,) losses."""
         K, terms = len(shares), self.terms
         logits = model(batch, activations := Activations())
         rows = task_loss(logits, batch.labels, terms.is_regression).view(K, -1)
@@ -168,20 +168,20 @@ class SideLoss:
 
 
 def can_be_stacked(c: DistillConfig | None) -> bool:
-    """Whether SideLoss has all terms of a loss: neither interpolation, nor a term of the student alone, such as gamma."""
+    """Whether SideLoss covers all terms of a loss: no interpolation, and no term on the student alone, such as gamma."""
     return c is None or not c.itp and not any(getattr(c, name, 0) for name in TERMS if name not in AT_POINTS)
 
 
 @torch.no_grad()
 def predict(stacked: nn.Module, parts: list[Encoded], device: torch.device, precision: torch.dtype) -> list[Tensor]:
-    """For each run the (n, C) fp32 logits of its examples, on the CPU, as rt.tune.predict."""
+    """Per run, the (n, C) fp32 logits of its examples, on the CPU, as in rt.tune.predict."""
     stacked.eval()
     orders = [sorted(range(len(part)), key=lambda i: len(part.sequences[i])) for part in parts]
     longest = max(len(part.sequences[order[-1]]) for part, order in zip(parts, orders))
     size = max(1, EVAL_TOKENS // (longest * len(parts)))
     chunks = [[] for _ in parts]
     for first in range(0, max(map(len, parts)), size):
-        # a run whose examples are all done shows its last one again
+        # a run with no examples left repeats its last one
         picks = [order[first:first + size] or order[-1:] for order in orders]
         batch, _ = side_by_side([part.batch(pick) for part, pick in zip(parts, picks)])
         with autocast(device, precision):
@@ -193,12 +193,12 @@ def predict(stacked: nn.Module, parts: list[Encoded], device: torch.device, prec
 
 
 class SideBySide:
-    """The functions of rt.tune.training_loop for the runs that go on: each has its own Scores; all else is computed together."""
+    """The functions of rt.tune.training_loop for the active runs. Each run has its own Scores; everything else is computed together."""
     def __init__(self, runs: list[SideRun], device: torch.device, precision: torch.dtype, graphs: bool):
         self.runs, self.device, self.precision, self.graphs = runs, device, precision, graphs
         self.flat, self.scores = Flat(trained_weights(runs[0].model)), []
         for run in runs:
-            run.rows = []       # drops the rows of a try that failed
+            run.rows = []       # drops the rows of a failed attempt
             self.scores.append(Scores(run.settings, run.rows.append))
         w = torch.stack([self.flat.flatten(trained_weights(run.model)) for run in runs])
         self.optimizer = StackedAdamW(w, self.flat.decayed, runs[0].settings.weight_decay)
@@ -206,7 +206,7 @@ class SideBySide:
         self.prepare()
 
     def prepare(self) -> None:
-        """Make the gradient of the runs that go on: a function of a batch and its shares, both on the host; (K,) losses."""
+        """Make the gradient function of the active runs. It takes a batch and its shares, both on the host, and returns (K,) losses."""
         loss = SideLoss(self.runs, self.device)
 
         def plain(batch: Batch, shares: Tensor) -> Tensor:
@@ -230,7 +230,7 @@ class SideBySide:
         self.optimizer.step(losses, rates.to(self.device, non_blocking=True), self.runs[0].settings.clip)
 
     def dev_scores(self, step: int) -> list[dict[str, float]]:
-        """The scores of every run; before the first step, runs that share start and examples are scored once."""
+        """The dev scores of every run. Before the first step, runs that share start and examples are scored once."""
         if step == 0:
             alike = {(id(r.model), id(r.data)): r for r in self.runs}
             scores = {key: evaluate(r.model, r.data.dev, self.device, self.precision) for key, r in alike.items()}
@@ -239,13 +239,13 @@ class SideBySide:
         return [metrics(own, run.data.dev.targets) for own, run in zip(logits, self.runs)]
 
     def evaluate(self, step: int) -> bool:
-        """Score dev; whether a run goes on."""
+        """Score dev. Returns whether any run continues."""
         going = []
         for i, (run, scores, dev, since) in enumerate(zip(self.runs, self.scores, self.dev_scores(step), self.optimizer.tracker.read())):
             try:
                 if scores.add(step, dev, {"flat": self.optimizer.w[i]}, *since):
                     going.append(i)
-            except Diverged:       # its gradient is its own: the others go on
+            except Diverged:       # its gradient is its own: the other runs continue
                 scores.result.diverged = step
             run.result, run.best = scores.result, self.flat.weights(scores.best["flat"])
         if going and len(going) < len(self.runs):
@@ -256,8 +256,8 @@ class SideBySide:
 
 
 def tune(runs: list[SideRun], *, device: torch.device, precision: torch.dtype, graphs: bool = False) -> None:
-    """rt.tune.tune for K runs at once; fills `rows`, `result` (but for test) and `best` of each. Steps, batch size, evaluation interval and
-    decay are common. The others go on without a run that stops early or diverges (`result.diverged`)."""
+    """rt.tune.tune for K runs at once. Fills `rows`, `result` (except test) and `best` of each run. Steps, batch size, evaluation interval
+    and decay are the same for all. If a run stops early or diverges (`result.diverged`), the others continue without it."""
     started, together = time.perf_counter(), SideBySide(runs, device, precision, graphs)
     training_loop(runs[0].settings, together.gradient, together.update, together.evaluate)
     for run in runs:
@@ -266,13 +266,13 @@ def tune(runs: list[SideRun], *, device: torch.device, precision: torch.dtype, g
 
 def tune_in_groups(runs: list[SideRun], limit: int, *, device: torch.device, precision: torch.dtype,
                    graphs: bool = False) -> Iterator[SideRun]:
-    """`tune`, `limit` runs at once, or if that is 0 as many as are estimated to fit into memory; half as many if they do not. Yields the
-    runs of a group when it is done. Raises InputError if not one fits."""
+    """`tune` with `limit` runs at once; 0: as many as are estimated to fit into memory. If they do not fit, tries half as many. Yields the
+    runs of a group when the group is done. Raises InputError if not even one run fits."""
     size = limit
     while runs:
         try:
             size = size or max(1, free_bytes(device) // step_bytes(runs[0], device, precision))
-            size = -(-len(runs) // -(-len(runs) // size))      # equal groups: 7 by 4 is 4 and 3, 9 by 8 is 5 and 4
+            size = -(-len(runs) // -(-len(runs) // size))      # equal groups: 7 runs by 4 are 4 and 3; 9 by 8 are 5 and 4
             tune(runs[:size], device=device, precision=precision, graphs=graphs)
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -288,16 +288,16 @@ def tune_in_groups(runs: list[SideRun], limit: int, *, device: torch.device, pre
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that a group may take: 60 % of what is free, and on a CPU no more than keeps its working set near the caches."""
+    """Bytes that a group may use: 60 % of the free memory, on a CPU at most CPU_BYTES, to keep the working set near the caches."""
     if device.type == "cuda":
         return int(0.6 * torch.cuda.mem_get_info(device)[0])
-    known = "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {})       # not on macOS, nor on Windows
+    known = "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {})       # missing on macOS and Windows
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else CPU_BYTES
     return min(CPU_BYTES, int(0.6 * free))
 
 
 def step_bytes(run: SideRun, device: torch.device, precision: torch.dtype) -> int:
-    """What one run keeps for its backward pass, measured on its first batch, and its weights with gradients and moments."""
+    """Bytes that one run keeps for its backward pass, measured on its first batch, plus its weights with gradients and moments."""
     weights, loss, saved = {k: p[None] for k, p in trained_weights(run.model).items()}, SideLoss([run], device), {}
     own = {p.untyped_storage().data_ptr() for p in run.model.parameters()}
 
@@ -312,15 +312,15 @@ def step_bytes(run: SideRun, device: torch.device, precision: torch.dtype) -> in
 
 
 def can_go_together(r: Recycling, mode: str) -> bool:
-    """Whether runs like this one can be trained side by side: not full deltas, which share no base, nor losses that cannot be stacked."""
+    """Whether runs like this one can be trained side by side. Full deltas, which share no base, and losses that do not stack cannot."""
     return mode in TRAINED and r.config.kind != "full" and (mode not in NEEDS_TEACHER or can_be_stacked(r.distill))
 
 
 def recycle_together(rs: list[Recycling], mode: str, limit: int = 0,
                      graphs: bool = False) -> Iterator[tuple[Recycling, Classifier, TuneResult]]:
-    """rt.recycling.recycle for runs that differ in seed, examples, learning rate, alpha, beta and T alone: the same results but for test,
-    which is not scored. At most `limit` at once; 0: as many as fit into memory. Yields each with its model as soon as its group is done,
-    and calls its on_eval then; on_step is not called."""
+    """rt.recycling.recycle for runs that differ only in seed, examples, learning rate, alpha, beta and T. The results are the same, except
+    that test is not scored. At most `limit` runs at once; 0: as many as fit into memory. Yields each run with its model as soon as its
+    group is done, and calls its on_eval then; on_step is not called."""
     for r in rs:
         check(r, mode)
     if not all(can_go_together(r, mode) for r in rs):
@@ -328,7 +328,7 @@ def recycle_together(rs: list[Recycling], mode: str, limit: int = 0,
     starts = {seed: start(r, mode) for seed, r in {r.settings.seed: r for r in rs}.items()}
     teachers = {data: teacher_of(r) for data, r in {id(r.data): r for r in rs}.items()} if mode in NEEDS_TEACHER else {}
     for r in rs:
-        r.teacher = teachers.get(id(r.data), r.teacher)     # one for each sample of examples
+        r.teacher = teachers.get(id(r.data), r.teacher)     # one per sample of examples
     datas = {sample: training_data(r, mode) for sample, r in {id(r.data): r for r in rs}.items()}
     runs = [SideRun(starts[r.settings.seed], datas[id(r.data)], r.settings, MODES[mode].loss(r)) for r in rs]
     for r, run in zip(rs, tune_in_groups(runs, limit, device=rs[0].device, precision=rs[0].precision, graphs=graphs)):

@@ -1,5 +1,5 @@
-"""How fast training goes: tokens per second and MFU (model FLOPs utilisation; Chowdhery et al., 2022), the share of the device's peak that
-the algorithm's matrix products take: forward and backward on real tokens, without padding or recomputation."""
+"""Training speed: tokens per second and MFU (model FLOPs utilisation; Chowdhery et al., 2022). MFU is the share of the device's peak that
+the algorithm's matrix products use, forward and backward on real tokens, without padding or recomputation."""
 import time
 from contextlib import contextmanager
 from typing import Iterator
@@ -11,8 +11,8 @@ from rt.speed.device import peak_flops
 
 
 def step_flops(config: EncoderConfig, lengths: list[int], predicted: int = 0, frozen: bool = False) -> float:
-    """FLOPs of a training step on sequences of these lengths, `predicted` rows of which go through the masked-LM head: 2 a multiply-add
-    forward, twice that backward, without the gradients of a frozen base's matrices. Deltas and task heads are left out."""
+    """FLOPs of a training step on sequences of these lengths; `predicted` of their rows go through the masked-LM head. A multiply-add is 2
+    forward and twice that backward; a frozen base's matrices have no gradients. Deltas and task heads are left out."""
     d, V, N = config.hidden_size, config.vocab_size, sum(lengths)
     linears = 2 * N * (4 * d * d + 2 * d * config.ffn_size)
     attention = 4 * d * sum(n * n for n in lengths)
@@ -21,7 +21,7 @@ def step_flops(config: EncoderConfig, lengths: list[int], predicted: int = 0, fr
 
 
 class Throughput:
-    """The speed of a loop: count its batches, then str(throughput). `world` ranks are taken to be as fast as this one."""
+    """The speed of a loop: count its batches, then call str(throughput). All `world` ranks are assumed to be as fast as this one."""
     def __init__(self, config: EncoderConfig, device: torch.device, precision: torch.dtype, frozen: bool = False, world: int = 1):
         self.config, self.frozen, self.world, self.peak = config, frozen, world, peak_flops(device, precision)
         self.restart()
@@ -38,7 +38,7 @@ class Throughput:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Time spent inside does not count: evaluations, checkpoints."""
+        """Time spent inside is not counted: evaluations, checkpoints."""
         begun = time.perf_counter()
         yield
         self.since += time.perf_counter() - begun
