@@ -90,8 +90,8 @@ def _draw(text: str) -> int:
 
 
 def _smallest_draw(path: Path, files: list[Path]) -> int | None:
-    """The smallest draw of a corpus that is so small that holding out one document in HELDOUT_SHARE would leave one side empty. The documents
-    with this draw are held out instead. None for other corpora. InputError if all documents have the same draw."""
+    """The smallest draw of a corpus so small that holding out one document in HELDOUT_SHARE would leave one side empty. The documents with
+    this draw are held out instead. None for other corpora. InputError if all documents have the same draw."""
     draws, sides, count = set(), set(), 0
     for count, text in enumerate(_documents(files), 1):
         draws.add(draw := _draw(text))
