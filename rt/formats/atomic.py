@@ -95,7 +95,7 @@ def digest_of(facts: dict) -> str:
 
 
 def seal(folder: Path, name: str, facts: dict, files: Iterable[str]) -> None:
-    """Write `facts` to the JSON file `name`, with the hashes of `files` and of the facts. This is the last file to go into `folder`."""
+    """Write `facts` to the JSON file `name`, with the hashes of `files` and of the facts. It is the last file written to `folder`."""
     with ThreadPoolExecutor() as pool:      # hashing releases the interpreter's lock
         hashes = dict(zip(files, pool.map(sha256, [folder / file for file in files])))
     facts = json.loads(json.dumps({**facts, "sha256": hashes}))
@@ -104,8 +104,8 @@ def seal(folder: Path, name: str, facts: dict, files: Iterable[str]) -> None:
 
 
 def differing(folder: Path, name: str, facts: dict, files: Iterable[str] | None = None) -> list[str]:
-    """The files that have changed since `seal`, out of `files` (default: all with a hash) and `name`, the file that `facts` come from. None
-    have if there are no hashes. InputError if the hashes are not those of files in `folder` and of the facts."""
+    """The files that have changed since `seal`, out of `files` (default: all with a hash) and `name`, the file that `facts` come from. An
+    empty list if there are no hashes. InputError if the hashes are not those of files in `folder` and of the facts."""
     if "sha256" not in facts:       # written by a version without hashes
         return []
     hashes = facts["sha256"]
@@ -157,7 +157,7 @@ def _lock(folder: Path, stack: ExitStack) -> None:
 
 
 def holder_of(path: Path, folder: Path) -> dict | None:
-    """{"pid", "host", "since"} of the process that wrote a lock, or None without one. InputError if the file is not a lock."""
+    """{"pid", "host", "since"} of the process that wrote a lock, or None if there is none. InputError if the file is not a lock."""
     try:
         text = path.read_text(encoding="utf-8")
         holder = json.loads(text) if text else None     # empty: its process was killed, or is about to write

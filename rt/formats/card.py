@@ -17,7 +17,7 @@ METRICS = {"macro_f1": "f1", "micro_f1": "f1", "pearson": "pearsonr", "spearman"
 
 
 def card(out: str, source: str, base: Base, delta: Delta | None = None, is_adapter: bool = False) -> str:
-    """The card of the folder `out`. It holds the base that the user calls `source`, base + delta merged, or, for PEFT, only the delta."""
+    """The card of `out`, a folder with the base that the user calls `source`, base + delta merged, or, for PEFT, only the delta."""
     name, record, is_ours = Path(out).resolve().name, delta.info if delta else base.meta, "format" in base.meta
     init = None if delta else (base.meta.get("config") or {}).get("init")
     hub_id = next((each for each in (source, init) if each and is_hub_id(each)), None)

@@ -29,7 +29,7 @@ HUB_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "vocab.js
 BIN_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin", "pytorch_adapter.bin"]
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 SECONDS = 10    # timeout of the hub's first answer
-CONVERTED = "refs/convert/parquet"      # the branch in which the hub itself stores data sets as CONFIG/SPLIT/0000.parquet
+CONVERTED = "refs/convert/parquet"      # the branch where the hub itself stores data sets as CONFIG/SPLIT/0000.parquet
 NAMING = "python -m rt.runs.convert import --tuned ... --base ... --labels names,in,the,order,of,its,outputs"
 
 

@@ -29,7 +29,7 @@ def read_name(file: PurePath) -> Named | None:
     table = TABLE.fullmatch(file.name.lower())
     if table is None:
         return None
-    own, folder = SPLIT.fullmatch(table[1]), SPLIT.fullmatch(file.parent.name.lower().removesuffix(".parquet"))     # Spark writes a folder
+    own, folder = SPLIT.fullmatch(table[1]), SPLIT.fullmatch(file.parent.name.lower().removesuffix(".parquet"))     # Spark's folder
     inside = folder and not folder[3] and (own[1] == folder[1] if own else table[2] != "json")      # CONFIG/validation/0000.parquet
     name = folder if inside else own        # the datasets library leaves a train/state.json, which is not a table
     if name is None:

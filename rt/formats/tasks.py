@@ -163,8 +163,8 @@ def _with_float(e: Example) -> Example:
 
 
 def read_examples(path: Path, labelled: bool, format: str | None = None, columns: dict[str, str] | None = None) -> Iterator[Example]:
-    """Yields the examples of a file or of STDIN as they are read. If a `labelled` one lacks its label, the label is None. `format` is one of
-    FORMATS (txt only for unlabelled examples). The default is the file's ending, and txt for STDIN. InputError also without examples."""
+    """Yields the examples of a file or of STDIN as they are read. In `labelled` files, a missing label is None. `format` is one of FORMATS
+    (txt only without labels). The default is the file's ending, and txt for STDIN. InputError also if there are no examples."""
     if path is not STDIN and (not path.exists() or path.is_dir()):
         raise InputError(f"{path}: there is no such file")
     if format is None:

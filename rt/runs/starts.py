@@ -25,7 +25,7 @@ def old_names(text: str | None) -> list[str]:
 
 
 def open_old(text: str, base: Base, labels: tuple[str, ...], how: str) -> tuple[list[Delta], Delta, Delta | None]:
-    """(old deltas, teacher, merged delta). The teacher is the first with the task's labels, or else the first. Without merging: None."""
+    """(old deltas, teacher, merged delta or None for a single one). The teacher is the first with the task's labels, or else the first."""
     olds = [open_best(name, base).ordered(labels) for name in old_names(text)]
     merged = combine(olds, [1 / len(olds)] * len(olds), how, labels) if len(olds) > 1 else None
     return olds, next((delta for delta in olds if delta.labels == labels), olds[0]), merged
