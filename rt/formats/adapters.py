@@ -1,8 +1,8 @@
-"""Imports the adapters of two other libraries, AdapterHub's adapters and OpenDelta, as the delta kinds adapter and lora.
+"""Imports the adapters of two other libraries, AdapterHub's `adapters` and OpenDelta, as the delta kinds adapter and lora.
 
-Their bottlenecks compute the same as ours if the activation is the exact GELU and each layer has two, after the last matrices of attention
-and FFN, before residual and layer norm: double_seq_bn (Houlsby et al., 2019) of AdapterHub, `adapter` of OpenDelta. Their LoRA is the usual
-one. The head lies in a file of its own (AdapterHub) or among the tensors (OpenDelta).
+Their bottlenecks compute the same as ours if the activation is the exact GELU and each layer has two: after the last matrices of attention
+and FFN, before residual and layer norm. These are double_seq_bn (Houlsby et al., 2019) in AdapterHub and `adapter` in OpenDelta. Their LoRA
+is the usual one. AdapterHub stores the head in its own file, OpenDelta among the tensors.
 """
 import re
 from pathlib import Path
@@ -23,19 +23,19 @@ ONLY = {("AdapterHub", "adapter"): {
             "non_linearity": ("gelu",), "scaling": (1.0,), "use_gating": (False,), "phm_layer": (False,), "inv_adapter": (None,)},
         ("AdapterHub", "lora"): {"composition_mode": ("add",), "use_gating": (False,), "use_dora": (False,), "vera_d": (None,)},
         ("OpenDelta", "adapter"): {"non_linearity": ("gelu_orig",)}, ("OpenDelta", "lora"): {}}
-# settings that do not change what a loaded adapter computes, or that its tensors show; any other that is set is not supported
+# settings that do not change what a loaded adapter computes, or that its tensors show; no other setting may be on
 FREE = (r"architecture|reduction_factor|init_weights\w*|adapter_residual_before_ln|inv_adapter_reduction_factor|cross_adapter|dropout|"
         r"stochastic_depth|\w*phm\w*|hypercomplex_nonlinearity|attn_matrices|\w+_lora|r|alpha|leave_out|dtype|vera_b|delta_type|lora_\w+|"
         r"bottleneck_dim|\w+_modules|common_structure|\w+_version|backbone_\w+|backend")
 HEAD = {"head_type": ("classification",), "layers": (2,), "activation_function": ("tanh",), "use_pooler": (False,), "bias": (True,)}
-# their tensors -> PEFT's, or ours within a layer
+# their tensor names -> PEFT's, or ours within a layer
 RENAMED = ((r"\.(?:loras\.[^.]+|lora)\.lora_([AB])$", r".lora_\1.weight"),
            (r"(attention\.)?output\.(?:adapters\.[^.]+\.adapter|dense\.adapter\.modulelist)[._](down|up)(?:\.0|_proj)?\.",
             lambda m: f"adapter_{'attention' if m[1] else 'ffn'}.{m[2]}."))
 
 
 def import_adapter(folder: Path, base: Base, labels: tuple[str, ...], task: str | None) -> Delta:
-    """An adapter of a classifier on `base` as a delta. Labels: `labels`, its own, or numbers. InputError names what does not fit."""
+    """Import a classifier's adapter on `base` as a delta. Its labels: `labels`, its own, or numbers. InputError names what does not fit."""
     hub = (folder / "adapter_config.json").is_file()
     library, path = ("AdapterHub", folder / "adapter_config.json") if hub else ("OpenDelta", folder / "config.json")
     facts = settings(path, library)
@@ -73,7 +73,7 @@ def settings(path: Path, library: str) -> dict:
     method = isinstance(facts, dict) and str(facts.get("delta_type") or facts.get("architecture") or "adapter")
     if (library, method) not in ONLY:
         raise InputError(f"{whose}, method {method or facts!r}: not supported, only bottleneck adapters (double_seq_bn) and LoRA")
-    if library == "AdapterHub" and "version" not in outer:      # names of its first version
+    if library == "AdapterHub" and "version" not in outer:      # names in AdapterHub's first version
         facts["non_linearity"] = {"gelu": "gelu_new", "gelu_orig": "gelu"}.get(str(facts.get("non_linearity")), facts.get("non_linearity"))
     if method == "adapter":
         facts.setdefault("non_linearity", "gelu_new")       # both libraries' default

@@ -1,11 +1,11 @@
-"""Folders that appear whole or not at all, whose content can be checked, and that one process at a time writes to. No torch here.
+"""Folders that appear whole or not at all. Their content can be checked, and only one process at a time writes to them. No torch here.
 
-    NAME.part   is being written; nobody reads it
-    NAME        is read
-    NAME.old    the NAME before, while NAME.part takes its place
-    NAME.lock   names the process that writes to NAME, its host, and the time at which it began
+    NAME.part   the folder while it is written; nobody reads it
+    NAME        the folder that is read
+    NAME.old    the previous NAME, while NAME.part takes its place
+    NAME.lock   names the process that writes to NAME, its host, and the time when it began
 
-A process may be killed between any two of these steps: NAME is then the old folder or the new one, or `found` reads NAME.old.
+A process may be killed between any two steps. Then NAME is the old folder or the new one, or NAME is missing and `found` reads NAME.old.
 """
 import hashlib
 import json
@@ -27,7 +27,7 @@ from rt.formats.untrusted import MISSHAPEN, is_whole
 
 
 def slow() -> None:
-    """A pause of RT_SLOW_WRITES seconds, in which tests kill the process."""
+    """Pause for RT_SLOW_WRITES seconds. Tests kill the process in this pause."""
     time.sleep(float(os.environ.get("RT_SLOW_WRITES", 0)))
 
 
@@ -39,15 +39,15 @@ def beside(folder: Path, ending: str) -> Path:
 
 @contextmanager
 def atomic_folder(folder: Path, known: set[str] | None = None, needs: int | None = None) -> Iterator[Path]:
-    """Yields an empty folder that takes the place of `folder` when the block ends without an error. InputError if `folder`, NAME.part or
-    NAME.old holds other names than `known` (None: any), or the disk has no room for `needs` bytes; `folder` then is as it was."""
+    """Yields an empty folder that replaces `folder` when the block ends without an error. InputError if `folder`, NAME.part or NAME.old
+    holds other names than `known` (None: any), or if the disk has no room for `needs` bytes. `folder` is then unchanged."""
     folder = Path(folder)
     part, old = beside(folder, "part"), beside(folder, "old")
     if known is not None:
         check_overwritable(folder, known)
         for other in (part, old):
             names = unknown_names(other, known | {f"{name}.part" for name in known})
-            if names := [name for name in names if not name.startswith(".tmp")]:    # which a killed safetensors leaves
+            if names := [name for name in names if not name.startswith(".tmp")]:    # a killed safetensors leaves these
                 raise InputError(f"{other} holds other things ({', '.join(names[:3])}) and would be lost: move it, or give another --out")
     with write_errors(folder, needs):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def atomic_folder(folder: Path, known: set[str] | None = None, needs: int | None
 
 
 def found(folder: Path) -> Path:
-    """`folder`; or NAME.old, with a line on stderr, if a process was killed while it replaced `folder`."""
+    """`folder`, or, if a process was killed while it replaced `folder`, NAME.old with a line on stderr."""
     old = beside(folder, "old")
     if not folder.exists() and old.exists():
         print(f"{folder} was being replaced by a process that was killed: {old} is used", file=sys.stderr)
@@ -95,7 +95,7 @@ def digest_of(facts: dict) -> str:
 
 
 def seal(folder: Path, name: str, facts: dict, files: Iterable[str]) -> None:
-    """Write `facts` to the JSON file `name`, the last one of `folder`, with the hashes of `files` and of the facts themselves."""
+    """Write `facts` to the JSON file `name`, with the hashes of `files` and of the facts. It is the last file written to `folder`."""
     with ThreadPoolExecutor() as pool:      # hashing releases the interpreter's lock
         hashes = dict(zip(files, pool.map(sha256, [folder / file for file in files])))
     facts = json.loads(json.dumps({**facts, "sha256": hashes}))
@@ -104,9 +104,9 @@ def seal(folder: Path, name: str, facts: dict, files: Iterable[str]) -> None:
 
 
 def differing(folder: Path, name: str, facts: dict, files: Iterable[str] | None = None) -> list[str]:
-    """Which of `files` (default: all hashed ones) and `name`, from which `facts` were read, have changed since `seal`; none if there are no
-    hashes. InputError if the hashes are not those of files in `folder` and of the facts."""
-    if "sha256" not in facts:       # written before there were hashes
+    """The files that have changed since `seal`, out of `files` (default: all with a hash) and `name`, the file that `facts` come from. An
+    empty list if there are no hashes. InputError if the hashes are not those of files in `folder` and of the facts."""
+    if "sha256" not in facts:       # written by a version without hashes
         return []
     hashes = facts["sha256"]
     if not isinstance(hashes, dict) or name not in hashes or any(Path(f).name != f or len(f.encode()) > 255 for f in hashes):
@@ -118,7 +118,7 @@ def differing(folder: Path, name: str, facts: dict, files: Iterable[str] | None 
 
 
 def check_seal(folder: Path, name: str, facts: dict, files: Iterable[str] | None = None) -> None:
-    """InputError names the first of `files`, or `name`, that is not as it was written."""
+    """InputError if one of `files`, or `name`, has changed since it was written. The error names the first such file."""
     for file in differing(folder, name, facts, files):
         what = "its content is not what was written" if (folder / file).is_file() else "the file is gone"
         raise InputError(f"{folder / file} is damaged: {what} (by the sha256 in {name})")
@@ -128,16 +128,16 @@ def check_seal(folder: Path, name: str, facts: dict, files: Iterable[str] | None
 
 @contextmanager
 def locked(folder: Path, from_main: Callable[[Callable[[], Any]], Any] = lambda call: call()) -> Iterator[None]:
-    """Inside, this process alone writes to `folder`; of several ranks (`from_main`: rt.speed.dist.Ranks.from_main) rank 0 takes the lock.
-    InputError names the process and host that hold it. The operating system frees the lock when the process dies. A lock of another host
-    is refused as long as its file is there: a shared disk passes locks on only if it has a lock server (NFS: version 4, or lockd)."""
+    """In the block, only this process writes to `folder`. With several ranks (`from_main`: rt.speed.dist.Ranks.from_main), rank 0 takes the
+    lock. InputError names the process and host that hold it. The operating system frees the lock when the process dies. A lock file of
+    another host counts as long as it exists: a shared disk passes locks on only if it has a lock server (NFS: version 4, or lockd)."""
     with ExitStack() as stack:
         from_main(lambda: _lock(Path(folder).resolve(), stack))
         yield
 
 
 def _lock(folder: Path, stack: ExitStack) -> None:
-    """The lock lies beside `folder`, or inside if the folder above cannot be written to, as with a mounted volume."""
+    """The lock is next to `folder`, or inside it if the folder above cannot be written to, as with a mounted volume."""
     with write_errors(folder):
         if not folder.name or folder.exists() and not folder.is_dir():
             raise InputError(f"{folder} cannot be used as a folder ({'Not a directory' if folder.name else 'the root'}): give another")
@@ -146,18 +146,18 @@ def _lock(folder: Path, stack: ExitStack) -> None:
         holder, here = holder_of(path, folder), socket.gethostname()
         if holder and holder["host"] != here:
             raise being_written(folder, holder, f"if it has gone, remove {path}")
-        lock = FileLock(path, timeout=1)    # s: after a kill, until the workers have ended, too (rt/runs/workers.py)
+        lock = FileLock(path, timeout=1)    # s: after a kill, the workers need time to end, too (rt/runs/workers.py)
         try:
             lock.acquire()
         except Timeout:
             raise being_written(folder, holder_of(path, folder), "give another --out") from None
         stack.callback(lock.release)
-        stack.callback(path.unlink, missing_ok=True)    # before the release: whoever waits for it sees that the file is gone
+        stack.callback(path.unlink, missing_ok=True)    # before the release: a process that waits for the lock sees that the file is gone
         path.write_text(json.dumps({"pid": os.getpid(), "host": here, "since": time.strftime("%F %T")}), encoding="utf-8")
 
 
 def holder_of(path: Path, folder: Path) -> dict | None:
-    """{"pid", "host", "since"} of the process that wrote a lock, None if none has. Raises InputError if the file is no lock."""
+    """{"pid", "host", "since"} of the process that wrote a lock, or None if there is none. InputError if the file is not a lock."""
     try:
         text = path.read_text(encoding="utf-8")
         holder = json.loads(text) if text else None     # empty: its process was killed, or is about to write

@@ -1,4 +1,4 @@
-"""The model card (README.md) of an exported folder; its header has the form of github.com/huggingface/hub-docs, modelcard.md."""
+"""The model card (README.md) of an exported folder. Its header has the form of modelcard.md in github.com/huggingface/hub-docs."""
 import json
 import re
 import shlex
@@ -17,7 +17,7 @@ METRICS = {"macro_f1": "f1", "micro_f1": "f1", "pearson": "pearsonr", "spearman"
 
 
 def card(out: str, source: str, base: Base, delta: Delta | None = None, is_adapter: bool = False) -> str:
-    """The card of the folder `out`, which holds the base that the user calls `source`, base + delta merged, or for PEFT only the delta."""
+    """The card of `out`, a folder with the base that the user calls `source`, base + delta merged, or, for PEFT, only the delta."""
     name, record, is_ours = Path(out).resolve().name, delta.info if delta else base.meta, "format" in base.meta
     init = None if delta else (base.meta.get("config") or {}).get("init")
     hub_id = next((each for each in (source, init) if each and is_hub_id(each)), None)
@@ -54,7 +54,7 @@ def card(out: str, source: str, base: Base, delta: Delta | None = None, is_adapt
 
 
 def history(called: str, base: Base, delta: Delta | None) -> list[str]:
-    """What the base or its delta has learned, and then what the records say about how."""
+    """What the base or its delta has learned, followed by what the records say about how."""
     meta, info, own = base.meta, delta.info if delta else base.meta, base.meta.get("domain")
     line = [*((meta.get("stage") or {}).get("heldout") or [own])] if own else []        # the domains of its stream
     init = (meta.get("config") or {}).get("init")
@@ -83,15 +83,15 @@ def listed(what: str, facts: dict) -> str:
 
 
 def quoted(value: Any) -> str:
-    """JSON that is also YAML, and Python if it is a text: unprintable characters are written as their numbers."""
+    """JSON that is also valid YAML. For a string, it is valid Python, too. Unprintable characters are written as their numbers."""
     return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in json.dumps(value, ensure_ascii=False))
 
 
 def code(text: Any) -> str:
-    """Code in Markdown, also inside a table."""
+    """Code in Markdown that also works inside a table."""
     return "`" + "".join(c if c.isprintable() and c not in "`|" else " " for c in str(text)) + "`"
 
 
 def local(text: str) -> str:
-    """A name, or a word of a command, with its absolute paths cut down to their last parts: the folders above mean nothing elsewhere."""
+    """A name or a word of a command, with absolute paths cut to their last part: the folders above mean nothing on another machine."""
     return re.sub(r"(^|[=,])(?:[A-Za-z]:)?[/\\](?:[^,]*[/\\])?(?=[^,/\\])", r"\1", text)

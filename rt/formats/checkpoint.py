@@ -1,12 +1,12 @@
 """Bases on disk. A checkpoint is a folder that appears whole (rt/formats/atomic.py):
 
     model.safetensors   encoder.* and head.* tensors, float32
-    tokenizer.json      the tokenizer it was trained with
+    tokenizer.json      the tokenizer that the base was trained with
     meta.json           sizes, step, scores, fingerprint, parent's fingerprint (the lineage), config, argv, versions,
-                        and the sha256 of the files beside it and of itself, checked on loading
-    optim.pt            optimizer state, only where training can go on from here; loaded weights-only
+                        and the sha256 of the other files and of itself, checked on loading
+    optim.pt            optimizer state, only if training can continue from here; loaded weights-only
 
-The fingerprint is a hash of the encoder's content; a delta carries the fingerprint of its base.
+The fingerprint is a hash of the encoder's content. A delta carries the fingerprint of its base.
 """
 import hashlib
 import platform
@@ -29,7 +29,7 @@ from rt.formats.tokenizer import Tokenizer, load_tokenizer
 from rt.formats.untrusted import header, is_number, is_whole, reading, shaped
 from rt.model import Encoder, EncoderConfig, MaskedLM, MLMHead
 
-# rules for the facts in a meta.json, any of which may be missing
+# rules for the facts in a meta.json; each fact may be missing
 META = {"number": lambda v: is_whole(v, -1), "step": lambda v: is_whole(v, 0),
         **dict.fromkeys(("name", "trunk"), lambda v: isinstance(v, str)),
         **dict.fromkeys(("stage", "recipe"), lambda v: isinstance(v, dict)),
@@ -57,7 +57,7 @@ def versions() -> dict:
 
 
 def check_encoder(config: EncoderConfig, source: Path | str, names: dict[str, str] = {}) -> EncoderConfig:
-    """The same config. InputError names the first setting that no encoder can have; `names` maps ours to the file's, if they differ."""
+    """Returns `config`. InputError names the first setting that no encoder can have. `names` maps our names to the file's, if different."""
     for name, holds in ENCODER.items():
         value = getattr(config, name)
         if not holds(value, config):
@@ -80,7 +80,7 @@ def save_base(folder: Path, model: MaskedLM, tokenizer: Tokenizer, meta: dict, o
         safetensors.torch.save_file(weights, new / "model.safetensors")
         tokenizer.save(new)
         if optimizer is not None:
-            with (new / "optim.pt").open("wb") as file:     # Python's file: its error says that the disk is full
+            with (new / "optim.pt").open("wb") as file:     # a Python file: its error says if the disk is full
                 torch.save(state, file)
         seal(new, "meta.json", {"format": "rt-base-1", "encoder": asdict(model.encoder.config), "fingerprint": mark,
                                 "tokenizer": tokenizer.fingerprint, "versions": versions(), **meta}, sorted(f.name for f in new.iterdir()))
@@ -88,7 +88,7 @@ def save_base(folder: Path, model: MaskedLM, tokenizer: Tokenizer, meta: dict, o
 
 
 def load_base(folder: Path) -> Base:
-    """A checkpoint folder of ours, checked against the hashes in its meta.json, or the fingerprint if it is older than those."""
+    """Load a checkpoint folder of ours and check it against the hashes in its meta.json (in older checkpoints, against the fingerprint)."""
     folder = found(Path(folder))
     facts, file = folder / "meta.json", folder / "model.safetensors"
     meta = read_json(facts)
@@ -96,12 +96,12 @@ def load_base(folder: Path) -> Base:
     with ThreadPoolExecutor(1) as pool:     # the file is hashed while its tensors are read
         checked = pool.submit(check_seal, folder, "meta.json", meta, ("model.safetensors", "tokenizer.json"))
         state = read_tensors(file)
-        if config.num_layers > len(state):      # a layer takes time even without memory
+        if config.num_layers > len(state):      # building a layer takes time even without memory
             raise InputError(f"{file}: the tensors do not fit the model: {len(state)} tensors, {config.num_layers} layers")
         model = build(lambda c: MaskedLM(Encoder(c), MLMHead(c)), config, state, file)
         tokenizer = load_tokenizer(folder)
         checked.result()
-    mark = meta.get("fingerprint") if "sha256" in meta else fingerprint(model.encoder)      # checked weights have the fingerprint noted
+    mark = meta.get("fingerprint") if "sha256" in meta else fingerprint(model.encoder)      # checked weights have the noted fingerprint
     for what, seen, noted in (("weights", mark, meta.get("fingerprint")), ("tokenizer", tokenizer.fingerprint, meta.get("tokenizer"))):
         if seen != noted:
             raise InputError(f"{folder}: the {what} are not those that meta.json was written for ({seen}, not {noted})")
@@ -109,7 +109,7 @@ def load_base(folder: Path) -> Base:
 
 
 def check_meta(meta: dict, source: Path) -> EncoderConfig:
-    """The encoder's sizes in a meta.json. InputError if it is not a base's."""
+    """The encoder's sizes in a meta.json. InputError if the file does not belong to a base."""
     if meta.get("format") != "rt-base-1":
         raise InputError(f"{source}: not a base checkpoint of ours (format {meta.get('format')!r}, expected 'rt-base-1')")
     for name, holds in META.items():
@@ -165,7 +165,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def read_file(file: Path) -> dict[str, Tensor]:
-    """The tensors of one file: safetensors, or with any other ending a weights-only PyTorch file."""
+    """The tensors of one file: safetensors, or, with any other ending, a weights-only PyTorch file."""
     if file.suffix == ".safetensors":
         return read_tensors(file)
     tensors = read_torch(file)
@@ -173,37 +173,37 @@ def read_file(file: Path) -> dict[str, Tensor]:
         tensors = tensors["state_dict"]
     if not isinstance(tensors, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items()):
         raise InputError(f"{file}: holds something other than named tensors")
-    return {k: v.clone() for k, v in tensors.items()}      # memory of their own: they were mapped from the file
+    return {k: v.clone() for k, v in tensors.items()}      # copied: the tensors were mapped from the file
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, none of which is larger than the file. InputError says which file is damaged."""
+    """The tensors of a safetensors file. None is larger than the file. InputError says which file is damaged."""
     header(path)
     with reading(path, "readable safetensors file"):
         return safetensors.torch.load_file(path)
 
 
 def read_torch(path: Path) -> Any:
-    """Tensors, numbers, texts, lists and dicts that torch.save wrote. InputError for anything else, and for parts larger than the file."""
+    """Tensors, numbers, strings, lists and dicts that torch.save wrote. InputError for anything else and for parts larger than the file."""
     with reading(path, "weights-only PyTorch file"):
         with path.open("rb") as file:
             is_zip, size = file.read(2) == b"PK", path.stat().st_size
-        if is_zip:      # torch.save compresses nothing; mapped, because a tensor that is read may claim more than there is
+        if is_zip:      # torch.save compresses nothing; mapped, because a tensor may claim more memory than the file has
             with zipfile.ZipFile(path) as archive:
                 parts = archive.infolist()
             if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(part.file_size for part in parts) > size:
                 raise ValueError("its parts are packed, or larger than the file")
         value = torch.load(str(path), map_location="cpu", weights_only=True, mmap=is_zip)
-        check_plain(value, 4 * size)    # tied weights are there twice
+        check_plain(value, 4 * size)    # tied weights count twice
         return value
 
 
 def check_plain(value: Any, most: int) -> None:
-    """ValueError unless `value` is made of dicts, lists, numbers, texts and dense tensors within their storage, `most` bytes in all."""
+    """ValueError unless `value` consists of dicts, lists, numbers, strings and dense tensors within their storage, `most` bytes in all."""
     todo, seen = [value], set()
     while todo:
         part = todo.pop()
-        if id(part) in seen:    # a file of a few bytes can name one list a billion times
+        if id(part) in seen:    # a file of a few bytes can refer to one list a billion times
             continue
         seen.add(id(part))
         if isinstance(part, dict):

@@ -19,13 +19,13 @@ from rt.formats.tokenizer import Tokenizer
 from rt.formats.untrusted import is_utf8, shaped
 
 TEXT_ENDINGS = (".txt", ".txt.gz", ".txt.xz", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".json.gz", ".json.xz", ".parquet")
-HELDOUT_SHARE = 50      # one document in so many is held out of a corpus that has no heldout file
+HELDOUT_SHARE = 50      # one document in this many is held out of a corpus that has no heldout file
 PARTS = ("train", "heldout")
-CHUNK = 1000            # documents that are tokenized at a time
+CHUNK = 1000            # documents tokenized at a time
 
 
 def read_documents(path: Path) -> Iterator[str]:
-    """The documents of one file: every line, or the `text` of every JSON object or row of parquet. Blank ones are left out."""
+    """The documents of one file: each line, or the `text` of each JSON object or parquet row. Blank documents are left out."""
     for place, row in read_table(path, format_of(path), ("text",)):
         if not isinstance(row.get("text"), str):
             raise InputError(f"{place}: has no \"text\" string (found: {', '.join(map(str, row))})")
@@ -34,13 +34,13 @@ def read_documents(path: Path) -> Iterator[str]:
 
 
 def corpus_files(path: Path) -> dict[str, list[Path]]:
-    """{'train': files, 'heldout': files, 'unread': files}. In a folder heldout.* is held out, or else a validation split that is named as
-    on the hub; a test split named so is left unread. All other files are to train on. 'heldout' may be empty."""
+    """{'train': files, 'heldout': files, 'unread': files}. In a folder, heldout.* is held out, or else a validation split with a name as on
+    the hub. A test split with such a name is left unread. All other files are for training. 'heldout' may be empty."""
     if not path.exists():
         raise InputError(f"{path}: there is no such corpus, file or folder")
     every = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.name[0] != ".")
     files, home = [f for f in every if f.name.endswith(TEXT_ENDINGS)] or [f for f in every if f.suffix == ".json"], path
-    if not files and path.is_dir():     # they are in data, or in the folder of the only config
+    if not files and path.is_dir():     # the files are in data, or in the folder of the only config
         below = listed(path)
         home = path / (place := home_of(below, str(path)) or PurePath("."))
         files = [path / f for f in below
@@ -63,7 +63,7 @@ def _split(file: Path, home: Path) -> str:
 
 
 def training_files(path: Path) -> list[Path]:
-    """A file itself; in a folder the train split of its task, or else the corpus files to train on."""
+    """A file itself. In a folder, the train split of its task, or else the corpus files to train on."""
     files = [] if path.is_file() else listed(path)
     home = home_of(files, str(path))
     train = [path / f for f in files if (named := read_name(f)) and (named.home, named.split) == (home, "train")]
@@ -71,7 +71,7 @@ def training_files(path: Path) -> list[Path]:
 
 
 def split_documents(path: Path) -> Iterator[tuple[str, str]]:
-    """('train' or 'heldout', document) for every document. Without a heldout file the document's hash decides: equal ones stay together."""
+    """('train' or 'heldout', document) per document. Without a heldout file, the document's hash decides, so equal ones stay together."""
     files = corpus_files(path)
     if files["heldout"]:
         yield from ((part, text) for part in PARTS for text in _documents(files[part]))
@@ -90,8 +90,8 @@ def _draw(text: str) -> int:
 
 
 def _smallest_draw(path: Path, files: list[Path]) -> int | None:
-    """The smallest draw of a corpus so small that holding out one document in HELDOUT_SHARE would leave one side empty: the documents that
-    have it are held out instead. None for other corpora. InputError if all documents have the same draw."""
+    """The smallest draw of a corpus so small that holding out one document in HELDOUT_SHARE would leave one side empty. The documents with
+    this draw are held out instead. None for other corpora. InputError if all documents have the same draw."""
     draws, sides, count = set(), set(), 0
     for count, text in enumerate(_documents(files), 1):
         draws.add(draw := _draw(text))
@@ -106,7 +106,7 @@ def _smallest_draw(path: Path, files: list[Path]) -> int | None:
 
 
 def build_corpus(name: str, path: Path, tokenizer: Tokenizer, cache: Path) -> dict[str, Corpus]:
-    """{'train', 'heldout'} as memory-mapped bins under `cache`, made on the first call and whenever the text or the tokenizer changes."""
+    """{'train', 'heldout'} as memory-mapped bins under `cache`, made on the first call and whenever the text or tokenizer has changed."""
     if not is_utf8(f"{name} {path}"):
         raise InputError(f"{path}: its name is not UTF-8, and could not be read again where it is recorded; rename it")
     files = corpus_files(path)

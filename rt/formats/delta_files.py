@@ -22,7 +22,7 @@ FILES = {"delta.safetensors", "delta.json", *OF_THE_RUN, FIGURES}
 
 @contextmanager
 def delta_folder(folder: Path, needs: int, kept: tuple[str, ...] = (FIGURES,)) -> Iterator[Path]:
-    """`atomic_folder` for a delta of about `needs` bytes, with the old files `kept`. InputError if `folder` holds anything but a delta."""
+    """`atomic_folder` for a delta of about `needs` bytes. Old files in `kept` stay. InputError if `folder` holds anything but a delta."""
     with atomic_folder(folder, FILES, needs) as new:
         yield new
         for old in (Path(folder) / name for name in kept):
@@ -31,7 +31,7 @@ def delta_folder(folder: Path, needs: int, kept: tuple[str, ...] = (FIGURES,)) -
 
 
 def seq_len_of(delta: Delta) -> int | None:
-    """The longest text in tokens that a delta was learned on, or None if that is unknown."""
+    """The longest text, in tokens, that a delta was learned on, or None if unknown."""
     config = delta.info.get("config")
     length = config.get("seq_len") if isinstance(config, dict) else None
     return length if is_whole(length, 8) else None
@@ -42,20 +42,20 @@ def nbytes(delta: Delta) -> int:
 
 
 def save_delta(folder: Path, delta: Delta) -> None:
-    """Write a delta in place of an older one, whose run's files and figures stay. InputError if `folder` holds anything else."""
+    """Write a delta in place of an older one. The figures and the files of its run stay. InputError if `folder` holds anything else."""
     with delta_folder(folder, nbytes(delta), (FIGURES, *OF_THE_RUN)) as new:
         write_delta(new, delta)
 
 
 def write_delta(folder: Path, delta: Delta) -> None:
-    """delta.safetensors and, with its hash, delta.json into a folder that is being made."""
+    """Write delta.safetensors, and delta.json with its hash, into a folder that is being made."""
     safetensors.torch.save_file({name: v.contiguous() for name, v in delta.tensors().items()}, folder / "delta.safetensors")
     facts = {"format": "rt-delta-1", **asdict(delta.config), "info": delta.info, "versions": versions()}
     seal(folder, "delta.json", facts, ["delta.safetensors"])
 
 
 def load_delta(folder: Path) -> Delta:
-    """The delta in a folder. InputError names the file that is missing, damaged or not a delta's."""
+    """Load the delta in a folder. InputError names a file that is missing, damaged or not a delta's."""
     folder = found(Path(folder))
     source, weights = folder / "delta.json", folder / "delta.safetensors"
     facts = read_json(source)

@@ -1,4 +1,4 @@
-"""Our JSON and JSONL files, written whole or not at all, and checks of folders before they are written to. No torch here."""
+"""Our JSON and JSONL files, written whole or not at all, and checks of folders before anything is written to them. No torch here."""
 import errno
 import json
 import os
@@ -16,18 +16,18 @@ from rt.formats.untrusted import JSON_BYTES, parse_json
 # in a run's folder
 FIGURES = "figures"         # rt/report/plot.py draws into it; no command refuses or removes it
 EVENTS = "tensorboard"      # rt/runs/log.py: the rows for TensorBoard, with --tensorboard
-LOCK = ".lock"              # rt/formats/atomic.py: the lock, if it cannot lie beside the folder
+LOCK = ".lock"              # rt/formats/atomic.py: the lock, if it cannot be next to the folder
 
 
-@cache      # prints a text once
+@cache      # prints each text once
 def note(text: str) -> None:
-    """Tell the user, on rank 0's standard error, what is read differently from what they may expect."""
+    """Tell the user, on rank 0's standard error, that something is read differently from what they may expect."""
     if os.environ.get("RANK", "0") == "0":
         print(f"note: {text}", file=sys.stderr)
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk itself."""
+    """Flush a file, or the list of names in a folder, to the disk itself."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -36,7 +36,7 @@ def sync(path: Path) -> None:
 
 
 def is_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that led to it, says that a disk or quota is full. Libraries in Rust say so in words only."""
+    """Whether an error, or an error that led to it, says that a disk or quota is full. Libraries in Rust say so only in words."""
     return error is not None and (getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
                                   or re.search(r"No space left|quota exceeded|File too large", str(error)) is not None
                                   or is_full(error.__cause__ or error.__context__))
@@ -45,7 +45,7 @@ def is_full(error: BaseException | None) -> bool:
 @contextmanager
 def write_errors(path: Path, needs: int | None = None, part: Path | None = None) -> Iterator[None]:
     """Turn the errors of writing `path` into an InputError: no room (for `needs` bytes), a read-only disk, a file in the way. If other code
-    writes into the folder `part` inside, only the lack of room is turned into one, and `part` is then removed."""
+    writes into the folder `part` in the block, only lack of room becomes an InputError, and `part` is then removed."""
     try:
         yield
     except Exception as error:
@@ -64,7 +64,7 @@ def write_errors(path: Path, needs: int | None = None, part: Path | None = None)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text beside `path`, in a folder made if needed, and rename it: a reader sees the old file or the new one, never half."""
+    """Write a text next to `path`, then rename it: a reader sees the old file or the new one, never half. Makes the folder if needed."""
     temporary = path.with_name(path.name + ".tmp")
     with write_errors(path, len(text.encode())):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, missing: dict | None = None) -> dict:
-    """The JSON object in a file, `missing` if there is no such file. InputError if that is None, or the file is longer than JSON_BYTES."""
+    """The JSON object in a file, or `missing` if there is no file. InputError if `missing` is then None, or the file exceeds JSON_BYTES."""
     if missing is not None and not path.exists():
         return missing
     try:
@@ -97,7 +97,7 @@ def read_json(path: Path, missing: dict | None = None) -> dict:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a JSONL file, if there is one. InputError for a line that is no JSON object, except the last: a kill may cut it short."""
+    """The rows of a JSONL file, if it exists. InputError for a line that is not a JSON object, except the last: a kill may cut it short."""
     lines, rows = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else [], []
     for number, line in enumerate(lines, 1):
         try:
@@ -112,7 +112,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def unknown_names(folder: Path, known: set[str]) -> list[str]:
-    """Names in `folder` that are neither `known` nor left by a killed process of ours. Raises InputError if it cannot be read."""
+    """Names in `folder` that are neither `known` nor left by a killed process of ours. InputError if the folder cannot be read."""
     try:
         names = {f.name for f in folder.iterdir()}
     except FileNotFoundError:
@@ -123,7 +123,7 @@ def unknown_names(folder: Path, known: set[str]) -> list[str]:
 
 
 def check_overwritable(folder: Path, known: set[str]) -> None:
-    """Raises InputError if `folder` is the working directory, or holds other names than `known`."""
+    """InputError if `folder` is the working directory, or holds other names than `known`."""
     if folder.resolve() == Path.cwd():
         raise InputError(f"{folder} is the folder you are in: give another --out")
     if unknown := unknown_names(folder, known):

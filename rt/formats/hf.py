@@ -2,7 +2,7 @@
 
 Names map one to one, with three exceptions. Query, key and value are one matrix here. The first token type is added to the position
 table, and BERT's second type is stored as its difference from the first. BERT calls the head's first layer pooler and trains it with the
-next-sentence loss: a fresh head on such a base begins with it.
+next-sentence loss, so a fresh head on such a base starts from the pooler.
 """
 import re
 from dataclasses import replace
@@ -23,7 +23,7 @@ from rt.formats.untrusted import check_label, is_whole
 from rt.kinds import DeltaConfig
 from rt.model import Encoder, EncoderConfig, MLMHead
 
-Names = Iterable[tuple[str, tuple[str, ...]]]       # (our tensor, the tensors of theirs that it joins)
+Names = Iterable[tuple[str, tuple[str, ...]]]       # (our tensor, their tensors that it joins)
 CLASSES = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert", "bert": "Bert"}
 # the settings of a config.json (ours -> theirs), and the defaults of optional ones
 SETTINGS = {"vocab_size": "vocab_size", "hidden_size": "hidden_size", "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
@@ -45,7 +45,7 @@ HEADS = {"roberta": {"dense": "lm_head.dense", "norm": "lm_head.layer_norm", "bi
 CLASSIFIERS = {"roberta": {"dense": "classifier.dense", "out": "classifier.out_proj"},
                "bert": {"dense": "pooler.dense", "out": "classifier"}}
 POOLERS = {"roberta": {}, "bert": {"dense": "pooler.dense"}}
-# tied tensors, which a file may hold under either name: the decoder's, or the one that it is tied to
+# tied tensors: a file may store each under the decoder's name, or under the name that it is tied to
 TIED = {"lm_head.decoder.weight": "embeddings.word_embeddings.weight", "lm_head.decoder.bias": "lm_head.bias",
         "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight", "cls.predictions.decoder.bias": "cls.predictions.bias"}
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}    # of DDP, torch.compile, FSDP
@@ -56,12 +56,12 @@ WRITTEN = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_conf
 # --- names ------------------------------------------------------------------------------------------------------------
 
 def family(config: EncoderConfig) -> str:
-    """The model whose names the tensors have: roberta or bert."""
+    """The model that the tensors are named after: roberta or bert."""
     return "bert" if config.is_bert else "roberta"
 
 
 def encoder_names(config: EncoderConfig) -> Names:
-    """The names of an encoder's tensors; only theirs has `embeddings.types`."""
+    """The names of an encoder's tensors. Only Hugging Face's encoder has `embeddings.types`."""
     for ours, theirs in EMBEDDINGS.items():
         yield f"embeddings.{ours}", (f"embeddings.{theirs}",)
     for i in range(config.num_layers):
@@ -71,20 +71,20 @@ def encoder_names(config: EncoderConfig) -> Names:
 
 
 def head_names(config: EncoderConfig, modules: dict[str, dict[str, str]]) -> Names:
-    """The names of a head's tensors, by HEADS, CLASSIFIERS or POOLERS, in which `bias` is itself a tensor."""
+    """The names of a head's tensors. `modules` is HEADS, CLASSIFIERS or POOLERS, where the entry `bias` is itself a tensor."""
     for ours, theirs in modules[family(config)].items():
         for kind in ("",) if ours == "bias" else (".weight", ".bias"):
             yield ours + kind, (theirs + kind,)
 
 
 def plain_name(name: str) -> str:
-    """The name of a tensor without wrappers and the model's name in front, and with today's names for BERT's old ones of layer norms."""
+    """A tensor's name without wrappers and without the model's name in front. BERT's old names in layer norms become today's names."""
     name = re.sub(r"^((base_model|model|roberta|bert)\.)+", "", ".".join(part for part in name.split(".") if part not in WRAPPERS))
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
 def plain(weights: dict[str, Tensor], source: Path | str = "the weights") -> dict[str, Tensor]:
-    """float32 tensors by their plain names. One of TIED gets the name that it is tied to, and keeps its own as well if the two differ."""
+    """float32 tensors by plain name. A tensor in TIED gets the name that it is tied to, and also keeps its own name if the two differ."""
     w, full = {}, {}
     for name, tensor in weights.items():
         if full.setdefault(plain_name(name), name) != name:
@@ -97,22 +97,22 @@ def plain(weights: dict[str, Tensor], source: Path | str = "the weights") -> dic
 
 
 def our_state(weights: dict[str, Tensor], names: Names) -> dict[str, Tensor]:
-    """Their tensors under our `names`; they are taken out of `weights`. KeyError for one that is missing."""
+    """Their tensors under our `names`, taken out of `weights`. KeyError if a tensor is missing."""
     parts = {ours: [weights.pop(name) for name in theirs] for ours, theirs in names}
     return {ours: torch.cat(tensors) if tensors[1:] else tensors[0] for ours, tensors in parts.items()}
 
 
 def hf_state(state: dict[str, Tensor], config: EncoderConfig, names: Names) -> dict[str, Tensor]:
-    """`our_state` backwards, with the model's name in front."""
+    """The inverse of `our_state`, with the model's name in front."""
     parts = {name: part for ours, theirs in names for name, part in zip(theirs, state[ours].chunk(len(theirs)))}
     model = f"{family(config)}."
     return {model * name.startswith(("encoder.", "embeddings.", "pooler.")) + name: part for name, part in parts.items()}
 
 
-# --- in ---------------------------------------------------------------------------------------------------------------
+# --- import -----------------------------------------------------------------------------------------------------------
 
 def encoder_config(facts: dict, source: Path | str) -> EncoderConfig:
-    """Hugging Face's config.json as ours, without sep_id, which the tokenizer knows. InputError names what is not supported."""
+    """Hugging Face's config.json as an EncoderConfig, without sep_id: the tokenizer knows it. InputError names what is not supported."""
     kind, facts = facts.get("model_type"), {k: v for k, v in facts.items() if v is not None}     # null: the default
     if not isinstance(kind, str) or kind not in CLASSES:
         raise InputError(f"{source}: model_type {kind!r} is not supported, only {', '.join(CLASSES)}")
@@ -126,8 +126,8 @@ def encoder_config(facts: dict, source: Path | str) -> EncoderConfig:
 
 
 def check_only(facts: dict, only: dict[str, tuple], source: Path | str, free: str | None = None) -> None:
-    """InputError if a setting has a value that `only` does not allow (the default comes first). If a pattern of names, `free`, is given,
-    all other settings must be off."""
+    """InputError if a setting has a value that `only` does not allow (the default comes first). With `free`, a pattern of names, all
+    settings that neither `only` nor `free` names must be off."""
     for name, allowed in only.items():
         if facts.get(name, allowed[0]) not in allowed:
             raise InputError(f"{source}: {name} {facts[name]!r} is not supported, only {allowed[0]!r}")
@@ -137,12 +137,12 @@ def check_only(facts: dict, only: dict[str, tuple], source: Path | str, free: st
 
 
 def encoder_state(weights: dict[str, Tensor], config: EncoderConfig, source: Path | str = "the weights") -> dict[str, Tensor]:
-    """Hugging Face's tensors -> state dict of our Encoder. InputError names a tensor that is missing, of another shape, or unsupported."""
+    """State dict of our Encoder from Hugging Face's tensors. InputError names a tensor that is missing, unsupported or of another shape."""
     w = plain(weights, source)
     try:
         state = our_state(w, encoder_names(config))
         types, positions = state.pop("embeddings.types"), state["embeddings.position.weight"]
-        if types.shape[1:] != positions.shape[1:]:       # or their sum could be larger than both
+        if types.shape[1:] != positions.shape[1:]:       # otherwise their sum could be larger than either
             raise RuntimeError(f"token types are {tuple(types.shape)}, positions {tuple(positions.shape)}")
         state["embeddings.position.weight"] = positions + types[0]
         if config.is_bert:
@@ -160,19 +160,19 @@ def encoder_state(weights: dict[str, Tensor], config: EncoderConfig, source: Pat
 
 
 def head_state(weights: dict[str, Tensor], config: EncoderConfig, modules: dict[str, dict[str, str]]) -> dict[str, Tensor] | None:
-    """State dict of our MLMHead by HEADS, of our ClassificationHead by CLASSIFIERS; None if the checkpoint does not have all of it."""
+    """State dict of our MLMHead (by HEADS) or ClassificationHead (by CLASSIFIERS), or None if the checkpoint lacks some of its tensors."""
     weights = plain(weights)
     return None if lacking(weights, config, modules) else our_state(weights, head_names(config, modules)) or None
 
 
 def lacking(weights: dict[str, Tensor], config: EncoderConfig, modules: dict[str, dict[str, str]]) -> list[str]:
-    """Hugging Face's names of a head's tensors that plain `weights` do not have."""
+    """Hugging Face's names of the head's tensors that the plain `weights` lack."""
     return [theirs for _, (theirs,) in head_names(config, modules) if theirs not in weights]
 
 
 def noted_head(weights: dict[str, Tensor], config: EncoderConfig, modules: dict[str, dict[str, str]], what: str,
                needs: Iterable[str] = ()) -> dict[str, Tensor] | None:
-    """`head_state`; None, and a note that names what is missing, if a head lacks some of its tensors or of what else it `needs`."""
+    """`head_state`. If only part of a head is there, or if it also `needs` missing tensors, returns None and notes what is missing."""
     lost = lacking(weights, config, modules)
     if [*lost, *needs] and len(lost) < len([*head_names(config, modules)]):
         note(f"{what} is left out: it lacks {', '.join([*lost, *needs])}")
@@ -180,14 +180,14 @@ def noted_head(weights: dict[str, Tensor], config: EncoderConfig, modules: dict[
 
 
 def load_hf(folder: Path) -> Base:
-    """A checkpoint folder (config.json, weights, tokenizer files) as a Base."""
+    """Load a checkpoint folder (config.json, weights, tokenizer files) as a Base."""
     folder = Path(folder)
     facts = read_json(folder / "config.json")
     config = encoder_config(facts, folder / "config.json")
     found, tokenizer = read_weights(folder), load_tokenizer(folder)
     weights = plain(found, folder)
     note_ids(facts, config, tokenizer, folder)
-    if tokenizer.framed().encode("a", "b").type_ids[-1]:     # not in RoBERTa's framing: there both texts of a pair have one type
+    if tokenizer.framed().encode("a", "b").type_ids[-1]:     # not in RoBERTa's framing: both texts of a pair have the same type there
         if not config.is_bert and facts.get("type_vocab_size", 2) != 1:
             raise InputError(f"{folder}: its tokenizer gives the second text of a pair a token type of its own, which is supported "
                              f"for bert only, not for {config.model_type}")
@@ -223,12 +223,12 @@ def note_ids(facts: dict, config: EncoderConfig, tokenizer: Tokenizer, folder: P
 
 
 def import_tuned(folder: Path, base: Base, labels: tuple[str, ...], task: str | None) -> Delta:
-    """A ...ForSequenceClassification checkpoint that was tuned from `base`, as a full delta. InputError if it does not fit the base."""
+    """Import a ...ForSequenceClassification checkpoint, tuned from `base`, as a full delta. InputError if it does not fit the base."""
     facts = read_json(folder / "config.json")
     config = replace(encoder_config(facts, folder / "config.json"), sep_id=base.encoder.config.sep_id)
     check_vocabulary(folder, base)
     check_sizes(base, config, f"{folder}: holds")
-    if other := re.search(r"\w+For(?:TokenClassification|MultipleChoice)\b", str(facts.get("architectures"))):     # with the same tensors
+    if other := re.search(r"\w+For(?:TokenClassification|MultipleChoice)\b", str(facts.get("architectures"))):     # with equal tensors
         raise InputError(f"{folder}: is a {other[0]}, no model for sequence classification")
     weights = plain(read_weights(folder), folder)
     encoder = build(Encoder, config, encoder_state(weights, config, folder), folder)
@@ -245,7 +245,7 @@ def import_tuned(folder: Path, base: Base, labels: tuple[str, ...], task: str | 
 
 
 def check_vocabulary(folder: Path, base: Base) -> None:
-    """InputError if a tuned model has a tokenizer of its own with another vocabulary than the base's, or that makes other ids of a text."""
+    """InputError if a tuned model has its own tokenizer, and this has another vocabulary than the base's or gives other ids for a text."""
     try:
         tokenizer = load_tokenizer(folder)
     except NoTokenizer:
@@ -258,7 +258,7 @@ def check_vocabulary(folder: Path, base: Base) -> None:
 
 
 def class_names(facts: dict, outputs: int, given: tuple[str, ...], source: Path) -> tuple[str, ...]:
-    """The labels of a classifier: `given`, or config.json's, or numbers instead of placeholders; none for a regression."""
+    """The labels of a classifier: `given`, or else config.json's, with numbers in place of placeholders. A regression has none."""
     problem, placeholders = facts.get("problem_type"), tuple(f"LABEL_{i}" for i in range(outputs))
     if problem not in (None, "regression", "single_label_classification"):
         raise InputError(f"{source}: problem_type {problem!r} is not supported: one label a text, or a regression")
@@ -277,10 +277,10 @@ def class_names(facts: dict, outputs: int, given: tuple[str, ...], source: Path)
     return names if names != placeholders else tuple(map(str, range(outputs)))
 
 
-# --- out --------------------------------------------------------------------------------------------------------------
+# --- export -----------------------------------------------------------------------------------------------------------
 
 def hf_config(config: EncoderConfig, tokenizer: Tokenizer, task: str, labels: tuple[str, ...] | None = None) -> dict:
-    """config.json of a model for `task` (MaskedLM, SequenceClassification, or ""); `labels` () mean a regression."""
+    """config.json of a model for `task` (MaskedLM, SequenceClassification, or ""). Empty `labels` mean a regression."""
     names = labels or ("LABEL_0",)
     heads = {} if labels is None else {
         "id2label": dict(enumerate(names)), "label2id": {label: i for i, label in enumerate(names)},
@@ -293,8 +293,8 @@ def hf_config(config: EncoderConfig, tokenizer: Tokenizer, task: str, labels: tu
 
 
 def export_hf(folder: Path, base: Base, delta: Delta | None = None, labels: tuple[str, ...] | None = None, card: str | None = None) -> str:
-    """Write base, or base + delta merged, for transformers; returns the Auto class that loads it. `labels`: what a base is to be tuned on;
-    `card`: the text of README.md. InputError if the delta cannot be merged (adapter, prefix) or was learned on another base."""
+    """Write a base, or base + delta merged, for transformers. Returns the Auto class that loads it. `labels` are those that a base will be
+    tuned on, `card` is the text of README.md. InputError if the delta cannot be merged (adapter, prefix) or belongs to another base."""
     config = base.encoder.config
     if delta is not None:
         encoder, task, labels, head, modules = merge(base, delta), "SequenceClassification", delta.labels, delta.head, CLASSIFIERS
@@ -323,13 +323,13 @@ def export_hf(folder: Path, base: Base, delta: Delta | None = None, labels: tupl
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write float32 tensors, each with memory of its own, as transformers and PEFT read them."""
+    """Write float32 tensors, each with its own memory, in the form that transformers and PEFT read."""
     own = {k: v.detach().float().cpu().contiguous().clone() for k, v in tensors.items()}
     safetensors.torch.save_file(own, path, metadata={"format": "pt"})
 
 
 def export_tokenizer(folder: Path, tokenizer: Tokenizer, config: EncoderConfig) -> None:
-    """tokenizer.json, which frames a text as we do, and tokenizer_config.json, which makes AutoTokenizer read it as it is."""
+    """Write tokenizer.json, which frames a text as we do, and tokenizer_config.json, which makes AutoTokenizer read that file as it is."""
     tokenizer.framed().save(str(folder / "tokenizer.json"))
     token = tokenizer.backend.id_to_token
     first, last = token(tokenizer.bos_id), token(tokenizer.eos_id)

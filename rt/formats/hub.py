@@ -1,7 +1,7 @@
-"""Finds models and data sets: folders in our format or Hugging Face's, or hub ids; with HF_HUB_OFFLINE=1 only in the local cache.
+"""Finds models and data sets: folders in our format or Hugging Face's, or hub ids (with HF_HUB_OFFLINE=1, only in the local cache).
 
-A hub id is OWNER/NAME, both made of letters, digits, _, - and . (not at the beginning), if nothing here is called OWNER/NAME or OWNER, and
-OWNER is not runs, the home of our own runs. Anything else is a path: runs/M9, ./OWNER/NAME, a/b/c. A data set is hub:OWNER/NAME[/CONFIG].
+A hub id is OWNER/NAME. Both consist of letters, digits, _, - and . (not first). Nothing here may be called OWNER/NAME or OWNER, and OWNER
+may not be runs, the home of our own runs. Anything else is a path: runs/M9, ./OWNER/NAME, a/b/c. A data set is hub:OWNER/NAME[/CONFIG].
 """
 import glob
 import re
@@ -29,7 +29,7 @@ HUB_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "vocab.js
 BIN_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin", "pytorch_adapter.bin"]
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 SECONDS = 10    # timeout of the hub's first answer
-CONVERTED = "refs/convert/parquet"      # the branch on which the hub itself keeps data sets as CONFIG/SPLIT/0000.parquet
+CONVERTED = "refs/convert/parquet"      # the branch where the hub itself stores data sets as CONFIG/SPLIT/0000.parquet
 NAMING = "python -m rt.runs.convert import --tuned ... --base ... --labels names,in,the,order,of,its,outputs"
 
 
@@ -43,8 +43,8 @@ def open_base(name: str) -> Base:
 
 
 def open_delta(name: str, base: Base, labels: tuple[str, ...] = (), task: str | None = None) -> Delta:
-    """A delta of ours, or as a delta a model that was tuned from `base` elsewhere: a ...ForSequenceClassification checkpoint or an adapter
-    of PEFT (LoRA), AdapterHub or OpenDelta; folder or hub id. `labels` name its classes in the order of its outputs, `task` its task."""
+    """Open a delta of ours, or import a model that was tuned from `base` elsewhere: a ...ForSequenceClassification checkpoint or an adapter
+    of PEFT (LoRA), AdapterHub or OpenDelta; folder or hub id. `labels` names its classes in the order of its outputs, `task` its task."""
     path = find(name)
     if (path / "delta.json").is_file():
         return load_delta(path)
@@ -56,19 +56,19 @@ def open_delta(name: str, base: Base, labels: tuple[str, ...] = (), task: str | 
 
 
 def place_of_delta(base: str, task: str, kind: str, more: str = "", seed: int = 0) -> Path:
-    """The default place of a delta: beside its base, or under runs if the base is a hub id."""
+    """The default place of a delta: next to its base, or under runs if the base is a hub id."""
     home = Path(base).parent if Path(base).exists() else Path("runs")
     return home / "deltas" / f"{Path(base).name}-{task}-{kind}{more}-s{seed}"
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether the network may be asked for `name`; see above."""
+    """Whether `name` is a hub id (see above), so the network may be asked for it."""
     path = Path(name)
     return bool(re.fullmatch(HUB_ID, name)) and not (path.exists() or path.parent.exists() or path.parts[0] == "runs")
 
 
 def find(name: str) -> Path:
-    """The folder called `name`, or that of a hub id in the local cache, downloaded if it is not there yet."""
+    """The folder called `name`. For a hub id, its folder in the local cache, downloaded if it is not there yet."""
     if not is_hub_id(name):
         return found(Path(name))
     from huggingface_hub import HfApi, snapshot_download  # comes with tokenizers; slow to import, so only here
@@ -98,9 +98,9 @@ def _not_to_be_had(name: str, why: Exception) -> InputError:
 
 
 def find_dataset(name: str) -> tuple[Path, str]:
-    """hub:OWNER/NAME[/CONFIG] in the local cache, downloaded if it is not there yet: (folder, words for the user). The repository's parquet
-    files come first, then the hub's own conversion to parquet, then other tables. CONFIG is the name of their folder; one without a train
-    split is a corpus. InputError also if there are several configs and none is named."""
+    """(folder, words for the user) of hub:OWNER/NAME[/CONFIG] in the local cache, downloaded if it is not there yet. The repository's
+    parquet files come first, then the hub's own conversion to parquet, then other tables. CONFIG is the name of their folder. A CONFIG
+    without a train split is a corpus. InputError also if there are several configs and none is named."""
     parsed = re.fullmatch(rf"hub:({HUB_ID})(?:/([\w-].*))?", name)
     if parsed is None:
         raise InputError(f"{name}: a data set of the hub is hub:OWNER/NAME or hub:OWNER/NAME/CONFIG")
@@ -110,7 +110,7 @@ def find_dataset(name: str) -> tuple[Path, str]:
     ask, download = HfApi().dataset_info, partial(snapshot_download, repo, repo_type="dataset")
     first, tables = _failure(ask, repo), {}
     for revision in (None, CONVERTED):
-        with suppress(Exception):       # the hub has converted nothing; or offline, the cache has nothing of it
+        with suppress(Exception):       # the hub has converted nothing, or, offline, the cache has none of it
             if first:
                 folder = Path(download(revision=revision, local_files_only=True, allow_patterns=[]))
                 files = [f.relative_to(folder) for f in folder.rglob("*") if not f.is_dir()]
@@ -130,7 +130,7 @@ def find_dataset(name: str) -> tuple[Path, str]:
 
 
 def _choose(name: str, config: str | None, ours: list[PurePath], theirs: list[PurePath]) -> tuple[str | None, PurePath, list[PurePath]]:
-    """(revision, folder, files) of a `config`, out of a repository's tables (`ours`) and the hub's conversions of them (`theirs`)."""
+    """(revision, folder, files) of a `config`, from a repository's tables (`ours`) and the hub's conversions of them (`theirs`)."""
     parquet = [f for f in ours if f.suffix == ".parquet"]
     for revision, files in ((None, parquet), (CONVERTED, theirs), (None, ours)):
         for top in (PurePath(config), PurePath("data", config)) if config else (PurePath("."),):

@@ -6,14 +6,14 @@ from typing import Any, Collection, Iterator
 from rt.errors import InputError
 from rt.formats.untrusted import LINE_BYTES, parse_json, reading, shaped
 
-ROWS = 1000     # decoded at a time
+ROWS = 1000     # rows decoded at a time
 VALUES = r"(large_)?string(_view)?|u?int\d+|halffloat|float|double|bool|null"      # pyarrow's names of the types that are read
 READ = re.compile(rf"{VALUES}|dictionary<values=({VALUES}),.*")
 
 
 def read_parquet(path: Path, wanted: Collection[str] | None = None) -> Iterator[tuple[str, dict]]:
-    """("PATH, row N", columns) of every row. The value of a column that is not `wanted` (None: all are), or holds neither text nor numbers,
-    is its type. If the datasets library has noted names of classes, a number becomes its class's name, and -1 becomes None."""
+    """Yields ("PATH, row N", columns) per row. If a column is not `wanted` (None: all are), or holds neither text nor numbers, its value is
+    its type. If the datasets library has stored class names, a number becomes its class's name, and -1 becomes None."""
     try:
         from pyarrow.parquet import ParquetFile  # optional, and slow to import
     except ImportError:
@@ -38,7 +38,7 @@ def read_parquet(path: Path, wanted: Collection[str] | None = None) -> Iterator[
 
 
 def _value(value: Any, names: list[str] | None, place: str) -> Any:
-    """A value, or a class's name. InputError if there is no such class, or the text is too long."""
+    """A value, or the name of its class. InputError if there is no such class, or if the text is too long."""
     if isinstance(value, str) and len(value) > LINE_BYTES:
         raise InputError(f"{place} is longer than {LINE_BYTES >> 20} MB; a document or an example is a row")
     if names is None or not isinstance(value, int):
@@ -49,7 +49,7 @@ def _value(value: Any, names: list[str] | None, place: str) -> Any:
 
 
 def _classes(noted: bytes | None, path: Path) -> dict[str, list[str]]:
-    """{column: names of its classes}, which the datasets library notes in a file. InputError if the note is damaged."""
+    """{column: class names} as the datasets library stores them in a file. InputError if this record is damaged."""
     with shaped(path, "what the datasets library has noted of its columns is damaged"):
         features = (parse_json(noted or b"{}", path).get("info") or {}).get("features") or {}
         names = {column: feature["names"] for column, feature in features.items()

@@ -1,8 +1,8 @@
-"""Imports and exports PEFT's LoRA adapters, adapter_config.json and adapter_model.safetensors, as the delta kind lora (Hu et al., 2022).
+"""Imports and exports PEFT's LoRA adapters (adapter_config.json, adapter_model.safetensors) as the delta kind lora (Hu et al., 2022).
 
-Both compute W + scaling * B A. Ours has one factor pair a target and layer, in every layer the same targets; scaling is lora_alpha / r, for
-PEFT's rank-stabilised form (rsLoRA) lora_alpha / sqrt(r). PEFT saves a task head beside the factors (modules_to_save): it is the
-delta's head. If PEFT's target `dense` also matches a layer of the head, that update is added to the head's weights.
+Both compute W + scaling * B A. Our kind has one pair of factors per target and layer, with the same targets in every layer. scaling is
+lora_alpha / r, or lora_alpha / sqrt(r) in PEFT's rank-stabilised form (rsLoRA). The task head that PEFT saves with the factors
+(modules_to_save) is the delta's head. If PEFT's target `dense` also matches a layer of the head, the head's weights get that update.
 """
 import math
 from pathlib import Path
@@ -20,9 +20,9 @@ from rt.formats.files import read_json, write_json, write_whole
 from rt.formats.untrusted import is_number, is_whole
 from rt.kinds import KINDS, TARGETS, DeltaConfig
 
-PATHS = {target: target if third is None else f"attention.self.{target}" for target, (_, third) in TARGETS.items()}     # in their layer
+PATHS = {target: target if third is None else f"attention.self.{target}" for target, (_, third) in TARGETS.items()}     # within a layer
 ONLY = {"peft_type": ("LORA",), "task_type": ("SEQ_CLS", None), "bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
-# settings that do not change what a loaded adapter computes, or that its tensors show; any other that is set is not supported
+# settings that do not change what a loaded adapter computes, or that its tensors show; no other setting may be on
 FREE = (r"auto_mapping|peft_version|base_model_name_or_path|revision|inference_mode|r|lora_alpha|lora_dropout|use_rslora|target_modules|"
         r"exclude_modules|modules_to_save|layers_to_transform|layers_pattern|megatron_core|runtime_config|qalora_group_size")
 WRITTEN = {"adapter_config.json", "adapter_model.safetensors", "labels.json", "base", hf.CARD}
@@ -36,7 +36,7 @@ def factor_names(layers: int, targets: Iterable[str]) -> dict[str, str]:
 
 
 def import_lora(folder: Path, base: Base, labels: tuple[str, ...], task: str | None) -> Delta:
-    """A PEFT LoRA adapter of a classifier on `base` as a delta. Labels: `labels`, its own, or numbers. InputError if it does not fit."""
+    """Import a classifier's LoRA adapter on `base` as a delta. Its labels: `labels`, its own, or numbers. InputError if it does not fit."""
     facts = checked_settings(folder / "adapter_config.json")
     hf.check_vocabulary(folder, base)
     weights = one_of(folder, "PEFT:", "adapter_model.safetensors", "adapter_model.bin")
@@ -54,7 +54,7 @@ def import_lora(folder: Path, base: Base, labels: tuple[str, ...], task: str | N
 
 
 def one_of(folder: Path, whose: str, *names: str) -> Path:
-    """The first of these files that is there."""
+    """The first of these files that exists. InputError if none does."""
     file = next((folder / name for name in names if (folder / name).is_file()), None)
     if file is None:
         raise InputError(f"{folder}: an adapter of {whose} there is neither {' nor '.join(names)}")
@@ -72,7 +72,7 @@ def checked(config: DeltaConfig, modules: dict[str, Tensor], head: dict[str, Ten
 
 
 def checked_settings(path: Path) -> dict:
-    """adapter_config.json. InputError names the first setting that is not supported."""
+    """The settings in adapter_config.json. InputError names the first one that is not supported."""
     facts = read_json(path)
     hf.check_only(facts, ONLY, path, FREE)
     if facts.get("peft_type") != "LORA" or not is_whole(facts.get("r"), 1) or not is_number(facts.get("lora_alpha"), -1e9, 1e9):
@@ -81,7 +81,7 @@ def checked_settings(path: Path) -> dict:
 
 
 def sorted_out(weights: dict[str, Tensor], source: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(the factors, the tensors of the head), under Hugging Face's names without the model's own name in front."""
+    """(factors, head tensors), under Hugging Face's names without the model's own name in front."""
     factors, saved = {}, {}
     for full, tensor in weights.items():
         name = hf.plain_name(full).replace(".modules_to_save", "").replace(".default", "").replace(".base_layer", "")
@@ -101,7 +101,7 @@ def sorted_out(weights: dict[str, Tensor], source: Path) -> tuple[dict[str, Tens
 
 
 def head_of(base: Base, factors: dict[str, Tensor], saved: dict[str, Tensor], scaling: float, source: Path) -> dict[str, Tensor]:
-    """The adapter's head, with the base's pooler if it saved none. Updates of its layers are added to it and taken out of `factors`."""
+    """The adapter's head, with the base's pooler if the adapter saved none. Updates of the head's layers move from `factors` into it."""
     head = dict(base.pooler or {})
     for ours, theirs in hf.CLASSIFIERS[hf.family(base.encoder.config)].items():
         weight, bias = f"{ours}.weight", f"{ours}.bias"
@@ -134,15 +134,15 @@ def layers_of(base: Base, factors: dict[str, Tensor], r: int, source: Path) -> t
 
 
 def export_peft(folder: Path, base: Base, name: str, delta: Delta, card: str | None = None) -> Path | str:
-    """Write a lora delta of `base`, called `name`, for PeftModel. Returns the base to load it on: `name`, or for a base of ours the folder
-    `base` inside, in Hugging Face's format. `card` is the text of README.md. InputError for a delta of another kind or base."""
+    """Write a lora delta of `base`, called `name`, for PeftModel. Returns the base to load it on: `name`, or, for a base of ours, the
+    subfolder `base` in Hugging Face's format. `card` is the text of README.md. InputError for a delta of another kind or base."""
     if delta.config.kind != "lora":
         raise InputError(f"--to peft is for a delta of kind lora, this is {delta.config.kind}" +
                          ("; --to hf merges it" if delta.config.kind in ("full", "bitfit") else ""))
     check_fits(base, delta, stale_ok=False)
     c, config, ours = delta.config, base.encoder.config, (Path(name) / "meta.json").is_file()
     targets = list(c.target_modules)
-    if "output.dense" in targets and "attention.output.dense" not in targets:   # PEFT compares the ends of names: give the whole name
+    if "output.dense" in targets and "attention.output.dense" not in targets:   # PEFT matches the ends of names: give whole names
         targets = r".*\.layer\.\d+\.(" + "|".join(PATHS[t].replace(".", r"\.") for t in targets) + ")"
     names = [(ours, (theirs,)) for theirs, ours in factor_names(config.num_layers, c.target_modules).items()]
     weights = hf.hf_state(delta.modules | delta.head, config, [*names, *hf.head_names(config, hf.CLASSIFIERS)])

@@ -1,10 +1,10 @@
-"""A teacher's predictions in a file: one JSON object a text, written by rt.runs.predict or any other program, in any order.
+"""A teacher's predictions in a file: one JSON object per text, in any order, written by rt.runs.predict or any other program.
 
     {"text": ..., "text_pair": ..., "probabilities": {"no": 0.2, "yes": 0.8}}
     {"text": ..., "no": 0.2, "yes": 0.8}
     {"text": ..., "label": "yes"}           a hard label
-    {"text": ..., "value": 0.3}             of a regression
-    {"hash": "9f86d081884c7d65", ...}       in place of the text: its `text_hash`
+    {"text": ..., "value": 0.3}             a regression
+    {"hash": "9f86d081884c7d65", ...}       the text's `text_hash` in place of the text
 """
 import hashlib
 import math
@@ -19,22 +19,22 @@ from rt.errors import InputError
 from rt.formats.tables import format_of, read_table
 from rt.formats.untrusted import is_number
 
-FLOOR = 1e-38       # probabilities below count as this
+FLOOR = 1e-38       # smaller probabilities count as this
 
 
 def text_hash(text: str, text_pair: str | None = None) -> str:
-    """The first 16 hex digits of the SHA-256 of a text, and of a pair with a line feed between the two, in UTF-8."""
+    """The first 16 hex digits of the SHA-256 of a text in UTF-8. A line feed joins the two texts of a pair."""
     return hashlib.sha256("\n".join([text, *([text_pair] if text_pair else [])]).encode()).hexdigest()[:16]
 
 
 class Predictions:
-    """The answers in the file `path` for a task with these `labels` (none: a regression). A hard label gets the probability
-    1 - `smoothing`, and each of the C labels smoothing / C on top. InputError names the line that does not fit."""
+    """The answers in the file `path` for a task with these `labels` (none: a regression). A hard label gets probability 1 - `smoothing`,
+    and each of the C labels gets smoothing / C on top. InputError names a line that does not fit."""
     def __init__(self, path: Path, labels: tuple[str, ...], smoothing: float = 0.0):
         if not path.is_file() or format_of(path) not in ("jsonl", "json"):
             raise InputError(f"--teacher {path}: is no .jsonl file, such as python -m rt.runs.predict writes")
         self.path, self.labels, self.smoothing = path, labels, smoothing
-        self.found: dict[str, tuple[list[float], str]] = {}     # by the hash of the text: the answer, and where it is
+        self.found: dict[str, tuple[list[float], str]] = {}     # hash of the text -> (answer, its line)
         for place, row in read_table(path, format_of(path)):
             answer = self.answer(place, row)
             first, other = self.found.setdefault(self.key(place, row), (answer, place))

@@ -1,5 +1,5 @@
 """Finds the files of a task or a corpus by the names that the Hugging Face hub, GLUE and SuperGLUE use: train.jsonl, Validation.csv,
-dev_matched.tsv, data/train-00000-of-00003.parquet, CONFIG/validation/0000.parquet. Names that begin with . or _ are no data."""
+dev_matched.tsv, data/train-00000-of-00003.parquet, CONFIG/validation/0000.parquet. Names that begin with . or _ are not data."""
 import re
 from pathlib import Path, PurePath
 from typing import Iterable, NamedTuple
@@ -15,23 +15,23 @@ TABLE = re.compile(rf"(.+)\.(parquet|(?:{'|'.join(t for t in TABLES if t != 'par
 
 
 class Named(NamedTuple):
-    """What the name of a file tells."""
+    """What a file's name says."""
     file: PurePath
     home: PurePath          # the folder of its config
     split: str              # train, dev or test
-    series: tuple           # equal for the shards of one table
-    number: int | None      # which of the shards it is
-    is_other: bool          # _mismatched: dev and test are the matched ones
+    series: tuple           # equal for all shards of one table
+    number: int | None      # the shard's number
+    is_other: bool          # named _mismatched: the matched files are dev and test
 
 
 def read_name(file: PurePath) -> Named | None:
-    """What the name of a file, relative to the folder of all data, tells; None if it names no split."""
+    """What a file's name, relative to the folder of all data, says. None if it does not name a split."""
     table = TABLE.fullmatch(file.name.lower())
     if table is None:
         return None
     own, folder = SPLIT.fullmatch(table[1]), SPLIT.fullmatch(file.parent.name.lower().removesuffix(".parquet"))     # Spark's folder
     inside = folder and not folder[3] and (own[1] == folder[1] if own else table[2] != "json")      # CONFIG/validation/0000.parquet
-    name = folder if inside else own        # the datasets library leaves a train/state.json, which is no table
+    name = folder if inside else own        # the datasets library leaves a train/state.json, which is not a table
     if name is None:
         return None
     number, of = (own[3], own[4]) if own else (table[1] if table[1].isdecimal() and table[2] == "parquet" else None, None)
@@ -41,18 +41,18 @@ def read_name(file: PurePath) -> Named | None:
 
 
 def listed(folder: Path) -> list[PurePath]:
-    """The files of a folder, down to FOLDER/CONFIG/SPLIT/FILE, relative to it; also links that lead nowhere."""
+    """The files in a folder, down to FOLDER/CONFIG/SPLIT/FILE, as paths relative to it. Broken links are included."""
     every = (f for pattern in ("*", "*/*", "*/*/*") for f in folder.glob(pattern))
     return visible(f.relative_to(folder) for f in every if f.is_file() or not f.exists())
 
 
 def visible(files: Iterable[PurePath]) -> list[PurePath]:
-    """The files in order, without those that tools leave behind: a name, or the name of a folder above, begins with . or _."""
+    """The files, sorted, without those that tools leave behind: their name, or the name of a folder above, begins with . or _."""
     return sorted(f for f in files if not any(part[0] in "._" for part in f.parts))
 
 
 def home_of(files: Iterable[PurePath], where: str) -> PurePath | None:
-    """The folder that holds a train split: the top one, or else the only one, or None. InputError if there are several below the top."""
+    """The folder that holds a train split: the top folder, or else the only one, or None. InputError if there are several below the top."""
     homes = sorted({name.home for f in files if (name := read_name(f)) and name.split == "train"})
     if len(homes) > 1 and homes[0].parts:
         raise InputError(f"{where}: has {len(homes)} configs; give {where}/CONFIG with one of {', '.join(map(str, homes))}")
@@ -60,7 +60,7 @@ def home_of(files: Iterable[PurePath], where: str) -> PurePath | None:
 
 
 def split_files(folder: Path) -> dict[str, list[Path]]:
-    """{'train', 'dev', 'test': files} of a task, shards in order; test may be empty. InputError if any is missing or ambiguous."""
+    """{'train', 'dev', 'test': files} of a task, shards in order. test may be empty. InputError if a split is missing or ambiguous."""
     files = listed(folder)
     home = home_of(files, str(folder)) or PurePath(".")
     names = [name for f in files if (name := read_name(f)) and name.home == home]

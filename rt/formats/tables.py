@@ -1,4 +1,4 @@
-"""Reads files row by row: lines of text, JSONL, JSON, csv and tsv, plain, .gz or .xz, and parquet. It holds one line or row at a time."""
+"""Reads files row by row: text lines, JSONL, JSON, csv and tsv (plain, .gz or .xz), and parquet. Holds one line or row at a time."""
 import csv
 import gzip
 import itertools
@@ -16,23 +16,23 @@ from rt.formats.files import note
 from rt.formats.parquet import read_parquet
 from rt.formats.untrusted import JSON_BYTES, LINE_BYTES, parse_json
 
-STDIN = Path("standard input")      # this object, not a file of that name, stands for it; errors name it so
+STDIN = Path("standard input")      # this object, not a file of this name, stands for standard input; errors show this name
 TABLES = ("jsonl", "csv", "tsv", "json", "parquet")
 FORMATS = ("txt", *TABLES)
-DELIMITERS = {"csv": ",;\t", "tsv": "\t,;"}     # the first of them that the header contains counts
+DELIMITERS = {"csv": ",;\t", "tsv": "\t,;"}     # the first one that the header contains counts
 UNQUOTED = dict(quoting=csv.QUOTE_NONE)
-AHEAD = 2**20       # characters that are read ahead of a pipe, which cannot be read twice
+AHEAD = 2**20       # characters read ahead from a pipe, because a pipe cannot be read twice
 HEADER = "if line 1 is data, a header is missing: the names of the columns"
 
 
 def format_of(path: Path) -> str:
-    """The ending of a file's name without .gz and .xz: one of FORMATS, or anything else."""
+    """The ending of a file's name without .gz and .xz: one of FORMATS, or something else."""
     return path.name.lower().removesuffix(".gz").removesuffix(".xz").rpartition(".")[2]
 
 
 def read_table(path: Path, format: str, wanted: Collection[str] | None = None) -> Iterator[tuple[str, dict]]:
-    """("PATH, line N", columns) of every row of a file or of STDIN. `format` is one of FORMATS; a line of txt is a column `text`. `wanted`
-    limits which columns of parquet are read. InputError names the file and line that is not a row."""
+    """Yields ("PATH, line N", columns) per row of a file or of STDIN. `format` is one of FORMATS. A line of txt becomes the column `text`.
+    `wanted` limits which columns of parquet are read. InputError names the file and line that is not a row."""
     if format == "parquet":
         if path is STDIN:
             raise InputError(f"{path}: parquet cannot be read from there; name a file")
@@ -48,8 +48,8 @@ def read_table(path: Path, format: str, wanted: Collection[str] | None = None) -
 
 
 def _read_rows(path: Path, format: str) -> Iterator[tuple[str, Any]]:
-    """("PATH, line N", value) of a txt, a jsonl, or a json with an object a line, as the datasets library writes it; ("PATH, row N", value)
-    of a json that is one list, as pandas writes it."""
+    """Yields ("PATH, line N", value) for txt, jsonl, and json with one object per line, as the datasets library writes it. For json that is
+    one list, as pandas writes it, yields ("PATH, row N", value)."""
     lines = ((place, line) for place, line in _read_lines(path, JSON_BYTES if format == "json" else LINE_BYTES) if line.strip())
     if format == "json" and (first := next(lines, None)):
         lines = itertools.chain([first], lines)
@@ -61,7 +61,7 @@ def _read_rows(path: Path, format: str) -> Iterator[tuple[str, Any]]:
 
 
 def _whole(path: Path, lines: Iterable[tuple[str, str]]) -> str:
-    """All lines in one text. InputError if it is longer than JSON_BYTES."""
+    """All lines as one string. InputError if it is longer than JSON_BYTES."""
     text, size = [], 0
     for _, line in lines:
         text.append(line)
@@ -92,13 +92,13 @@ def _read_lines(path: Path, most: int = LINE_BYTES) -> Iterator[tuple[str, str]]
 
 
 def _read_csv(path: Path, format: str) -> Iterator[tuple[str, dict]]:
-    """The rows of a table by the names in its first line, which also shows the delimiter. GLUE's CoLA has no line of names."""
-    csv.field_size_limit(LINE_BYTES)    # a text may be longer than the 131,072 characters that are the default
+    """Yields a table's rows as dicts by the names in its first line, which also shows the delimiter. GLUE's CoLA has no line of names."""
+    csv.field_size_limit(LINE_BYTES)    # a text may be longer than the default of 131,072 characters
     source, header = _read_lines(path), None
     first = next((at for at in source if at[1].strip()), ("", ""))
     delimiter = next((c for c in DELIMITERS[format] if c in first[1]), DELIMITERS[format][0])
     for place, row in _split(path, itertools.chain([first], source), delimiter):
-        if header is None and row in ([], ["sep=", ""]):    # the latter tells Excel what separates columns
+        if header is None and row in ([], ["sep=", ""]):    # "sep=" tells Excel what separates columns
             continue
         if header is None:
             is_cola = delimiter == "\t" and len(row) == 4 and row[1] in ("0", "1") and not re.search(r"\w", row[2])
@@ -115,12 +115,12 @@ def _read_csv(path: Path, format: str) -> Iterator[tuple[str, dict]]:
 
 
 def _split(path: Path, source: Iterator[tuple[str, str]], delimiter: str) -> Iterator[tuple[str, list[str]]]:
-    """("PATH, line N", fields) of every row. At the first quote between tabs, _is_quoted decides whether quotes enclose fields: from all of
-    a file, or from the next AHEAD characters of STDIN and other pipes."""
+    """Yields ("PATH, line N", fields) per row. At the first quote between tabs, _is_quoted decides whether quotes enclose fields. It sees
+    all of a file, or the next AHEAD characters of STDIN and other pipes."""
     place, held, columns, style, quote = "", 0, 0, dict(strict=True), []
 
     def lines(source: Iterable[tuple[str, str]]) -> Iterator[str]:
-        nonlocal place, held    # held: characters of the row that is being read, since a quoted text may have any number of lines
+        nonlocal place, held    # held: characters of the current row so far, because a quoted text may have any number of lines
         for place, line in source:
             held += len(line)
             if held > LINE_BYTES:
@@ -152,7 +152,7 @@ def _split(path: Path, source: Iterator[tuple[str, str]], delimiter: str) -> Ite
 
 
 def _ahead(source: Iterator[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """The next AHEAD characters, up to the end of a line after which no quote is open."""
+    """The lines with the next AHEAD characters, up to a line after which no quote is open."""
     size = quotes = 0
     for place, line in source:
         yield place, line
@@ -163,7 +163,7 @@ def _ahead(source: Iterator[tuple[str, str]]) -> Iterator[tuple[str, str]]:
 
 def _is_quoted(lines: Iterable[str], columns: int) -> bool:
     """Whether fields between tabs are quoted as in a csv; in GLUE's files a quote is a character. They are if every quote encloses a field
-    or is doubled inside one, all rows have as many columns as the first (`columns`, 0: among the lines), and there is a sign of a program:
+    or is doubled inside one, if all rows have as many columns as the first (`columns`, 0: among the lines), and if a program left a sign:
     doubled quotes, tabs or line ends inside fields, an enclosed header, or (Excel) commas in all enclosed fields and in no other."""
     raw, shows, idle, commas, is_header = [], False, False, [0, 0], columns == 0
 

@@ -1,8 +1,8 @@
-"""Labelled tasks: a folder with train, dev and test as .jsonl, .json, .csv, .tsv or .parquet (rt/formats/splits.py: under which names).
+"""Labelled tasks: a folder with train, dev and test as .jsonl, .json, .csv, .tsv or .parquet. Their names: rt/formats/splits.py.
 
-A row has one text or a pair, and a label: a string, an integer, true or false is a class, a float makes the task a regression. Columns may
-have the usual names instead of `text`, `text_pair` and `label`. Rows without a gold label are left out, and so is a test part that has only
-such rows. Notes on stderr say what was left out, and which guesses were made.
+A row has one text or a pair of texts, and a label. A string, an integer, true or false is a class; a float makes the task a regression.
+Columns may have the usual names instead of `text`, `text_pair` and `label`. Rows without a gold label are left out, and so is a test part
+that has only such rows. Notes on stderr say what was left out and which guesses were made.
 """
 import functools
 import math
@@ -19,23 +19,23 @@ from rt.formats.splits import split_files
 from rt.formats.tables import DELIMITERS, FORMATS, HEADER, STDIN, format_of, read_table
 from rt.formats.untrusted import check_label
 
-# Names of columns in lower case. The first one in a row counts, so that BoolQ is question, passage; two of OTHER_LABELS are an error.
+# Column names in lower case. The first name that a row has counts, so BoolQ is (question, passage). Two of OTHER_LABELS are an error.
 TEXTS = ("text", "sentence1", "premise", "question", "question1", "sentence", "#1 string", "sentence_a", "text1", "text_a", "query",
          "claim", "content", "review", "tweet", "utterance", "utt", "message", "comment", "passage", "context", "document", "abstract")
 PAIRS = ("text_pair", "sentence2", "hypothesis", "question2", "#2 string", "sentence_b", "text2", "text_b", "passage", "context",
          "paragraph", "document", "evidence", "answer", "response")
-PLAIN = 8       # the first of PAIRS, which are always texts
+PLAIN = 8       # this many of PAIRS, from the first on, are always texts
 LABELS = ("label", "gold_label")
 OTHER_LABELS = ("score", "relatedness_score", "labels", "class", "target", "category", "intent", "stars", "rating", "sentiment", "emotion",
                 "is_duplicate", "quality")
 # Labels that mean "none": what pandas reads as missing, and words for it. NAMES can be classes, too: they mean "none" only if a part has no
-# other labels and train lacks them. _marks decides on -, ?, -1 and -100.
+# other labels and train lacks them. _marks decides about -, ?, -1 and -100.
 MISSING = {"", "nan", "-nan", "null", "n/a", "#n/a", "#na", "<na>", "hidden", "unlabeled", "unlabelled"}
 NAMES = {"na", "none", "unknown"}
 RARE = 0.02                     # share of the training examples; SNLI's dev has 1.6 % without a gold label
-MOST_SEEN = 1000                # rows of a file that are searched for unread columns of text
-UNTYPED = re.compile(r"\.[ct]sv(\.gz|\.xz)?, line \d+$", re.I)     # the end of the source of an example whose label has no type
-MOST_LABELS = 5000              # a confusion matrix holds the square of it
+MOST_SEEN = 1000                # rows per file that are searched for unread text columns
+UNTYPED = re.compile(r"\.[ct]sv(\.gz|\.xz)?, line \d+$", re.I)     # how an example's `source` ends if its label has no type
+MOST_LABELS = 5000              # a confusion matrix has this many rows and columns
 
 
 def load_task(path: Path) -> Task:
@@ -43,7 +43,7 @@ def load_task(path: Path) -> Task:
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"{path}: a task is a folder with train, dev and test files (.jsonl, .json, .csv, .tsv or .parquet)")
-    columns: dict[str, str] = {}        # of all files
+    columns: dict[str, str] = {}        # shared by all files
     parts = _with_gold(path, {part: [e for file in files for e in read_examples(file, labelled=True, columns=columns)]
                               for part, files in split_files(path).items() if files})
     if len({any(e.text_pair for e in examples) for examples in parts.values()}) > 1:
@@ -61,12 +61,12 @@ def load_task(path: Path) -> Task:
 
 
 def _plain(label: str | int | float | None) -> str:
-    """A label in the form in which it is compared. If some labels are missing, pandas writes 1.0 for 1."""
+    """A label in the form used for comparison. If some labels are missing, pandas writes 1.0 for 1."""
     return "" if label is None else str(label).lower().removesuffix(".0")
 
 
 def _with_gold(path: Path, parts: dict[str, list[Example]]) -> dict[str, list[Example]]:
-    """The examples that have a gold label, without test if it has none. InputError if train or dev has none."""
+    """The examples that have a gold label. A test part without gold labels is dropped. InputError if train or dev has none."""
     kept, train = {}, Counter(_plain(e.label) for e in parts["train"])
     marks = MISSING | _marks(train, any(isinstance(e.label, float) for e in parts["train"]))
     hidden = MISSING | NAMES - train.keys() | {"-1", "-100"} - ({*train} if len(train) == 1 else set())
@@ -84,8 +84,8 @@ def _with_gold(path: Path, parts: dict[str, list[Example]]) -> dict[str, list[Ex
 
 
 def _marks(train: Counter[str], has_floats: bool) -> set[str]:
-    """Those of -, ?, -1 and -100 that mean "no gold label" beside the labels of train. Beside +, - is a class. Beside 0, 1, ... n - 1, -100
-    means none (torch ignores it), and so does -1 (SNLI); beside only 0 and 1, -1 may be a third class (sentiment), unless it is RARE."""
+    """Those of -, ?, -1 and -100 that mean "no gold label", given the labels of train. Next to +, - is a class. Next to 0, 1, ... n - 1,
+    -100 means none (torch ignores it), and so does -1 (SNLI). Next to 0 and 1 only, -1 may be a third class (sentiment), unless RARE."""
     names = train.keys() - MISSING - {"-", "?", "-1", "-100"}
     marks = {"-", "?"} if all(re.search(r"\w", name) for name in names) else set()
     if _are_counted(names) and not has_floats:
@@ -111,7 +111,7 @@ def _note_doubts(path: Path, parts: dict[str, list[Example]]) -> None:
 
 
 def _classes(path: Path, parts: dict[str, list[Example]]) -> tuple[str, ...]:
-    """The labels of the training examples, ordered as numbers or as names. InputError if they are unusable, or another part has others."""
+    """The labels of the training examples, ordered as numbers or as names. InputError if they are unusable or another part has others."""
     sources = {e.label: e.source for e in parts["train"]}
     if len(sources) > MOST_LABELS:
         raise InputError(f"{path}: the training examples have {len(sources)} labels, and up to {MOST_LABELS} are supported: is the label "
@@ -134,7 +134,7 @@ def _classes(path: Path, parts: dict[str, list[Example]]) -> tuple[str, ...]:
 
 
 def _is_regression(examples: list[Example]) -> bool:
-    """Whether a label is a float; in a csv or tsv, which has no types, whether all labels are numbers and some of them not whole."""
+    """Whether any label is a float. In a csv or tsv, which has no types: whether all labels are numbers and some are not whole."""
     if any(isinstance(e.label, float) for e in examples):
         return True
     try:
@@ -145,8 +145,8 @@ def _is_regression(examples: list[Example]) -> bool:
 
 
 def _check_one_type(examples: list[Example]) -> None:
-    """InputError if some labels are strings and some numbers: nobody can know whether "1" and 1 are one class."""
-    typed = {type(e.label): e for e in reversed(examples) if not UNTYPED.search(e.source)}   # the first of each
+    """InputError if some labels are strings and some are numbers: it is unclear whether "1" and 1 are one class."""
+    typed = {type(e.label): e for e in reversed(examples) if not UNTYPED.search(e.source)}   # the first example of each type
     name, number = typed.get(str), typed.get(int)
     if name and number:
         raise InputError(f"{name.source}: label {name.label!r} is a string, but the one of {number.source} is a number: write all alike")
@@ -154,7 +154,7 @@ def _check_one_type(examples: list[Example]) -> None:
 
 def _with_float(e: Example) -> Example:
     try:
-        value = float(e.label)      # a whole number too
+        value = float(e.label)      # whole numbers, too
     except (ValueError, OverflowError):
         raise InputError(f"{e.source}: label {e.label!r} is not a number as other labels of this task are") from None
     if not math.isfinite(value):
@@ -163,8 +163,8 @@ def _with_float(e: Example) -> Example:
 
 
 def read_examples(path: Path, labelled: bool, format: str | None = None, columns: dict[str, str] | None = None) -> Iterator[Example]:
-    """The examples of a file or of STDIN as they are read, `labelled` ones with None for a missing label. `format` is one of FORMATS, txt
-    only for unlabelled ones; the default is the file's ending, and txt for STDIN. InputError also if there are no examples."""
+    """Yields the examples of a file or of STDIN as they are read. In `labelled` files, a missing label is None. `format` is one of FORMATS
+    (txt only without labels). The default is the file's ending, and txt for STDIN. InputError also if there are no examples."""
     if path is not STDIN and (not path.exists() or path.is_dir()):
         raise InputError(f"{path}: there is no such file")
     if format is None:
@@ -190,14 +190,14 @@ def _examples(path: Path, labelled: bool, format: str, columns: dict[str, str]) 
 
 
 def _is_text(name: str, value: object) -> bool:
-    """Whether an unread column seems to hold texts of two words or more, not parse trees or names of labels; or is WiC's `word`."""
+    """Whether an unread column seems to hold texts of two words or more, and not parse trees or label names. WiC's `word` counts, too."""
     is_prose = isinstance(value, str) and re.search(r"[^\W\d_]\W?\s+[^\W\d_]", value) and not value.startswith("(")
     return bool(is_prose) and "label" not in name.lower() or name == "word"
 
 
 @functools.lru_cache
 def _columns(names: tuple[str, ...]) -> tuple[str | None, ...]:
-    """The columns of the text, the second text, the label, and another that may be the label; None for what is missing."""
+    """The columns of the text, the second text and the label, and another column that may be the label. None for a missing one."""
     known = {name.strip().lower(): name for name in reversed(names)} | {name: name for name in names}
     text = next((known[name] for name in TEXTS if name in known), None)
     pairs = PAIRS[:PLAIN] if text == "text" else PAIRS + ("sentence",) * (text in ("question", "query"))      # GLUE's QNLI
@@ -207,15 +207,15 @@ def _columns(names: tuple[str, ...]) -> tuple[str | None, ...]:
 
 
 def _example(source: str, row: dict, read: tuple[str | None, ...], labelled: bool, columns: dict[str, str]) -> Example:
-    """The example in a row, whose `_columns` are `read`; `columns` keeps the name of the label from the first row on. InputError if a text
-    or label is missing or of another type. The texts of a `labelled` example without a label are not checked."""
+    """The example in a row. `read` is from `_columns`. `columns` keeps the name of the label column from the first row on. InputError if a
+    text or label is missing or of another type. The texts of a `labelled` example without a label are not checked."""
     text, pair, label, other = read
     if text is None:
         found = ", ".join(str(name)[:40] for name in row) + f"; {HEADER}" * bool(re.search(r"\.[ct]sv|^standard input", source))
         raise InputError(f"{source}: no text column (known names: {', '.join(TEXTS)}; found: {found})")
     if labelled and other:
         raise InputError(f"{source}: the label may be {label} or {other}: give the right one the name label")
-    value = row[label] if label else row["answer"] if isinstance(row.get("answer"), bool) else None     # the answer: BoolQ's own files
+    value = row[label] if label else row["answer"] if isinstance(row.get("answer"), bool) else None     # `answer` in BoolQ's own files
     if label and columns.setdefault("label", _plain(label.strip())) != _plain(label.strip()):   # if that is hidden, another is no label
         value = None
     if labelled and value in (None, ""):

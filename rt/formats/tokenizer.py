@@ -1,8 +1,8 @@
-"""Tokenizers through `tokenizers`: byte-level BPE trained on a corpus, or whatever a tokenizer.json holds (BPE, WordPiece, Unigram), with
-the settings and added tokens of the files beside it, as transformers 5 reads them.
+"""Tokenizers from the library `tokenizers`: byte-level BPE trained on a corpus, or the BPE, WordPiece or Unigram of a tokenizer.json, with
+the settings and added tokens of the files next to it, as transformers 5 reads them.
 
 `Tokenizer` adds the ids of <s>, </s>, <pad> and <mask> ([CLS], [SEP], [PAD], [MASK]), the separators between the texts of a pair, a
-fingerprint of the content, and a hash of the vocabulary alone: if two vocabularies have equal hashes, ids mean the same words.
+fingerprint of the content, and a hash of the vocabulary alone. If two vocabularies have equal hashes, ids mean the same words.
 """
 import hashlib
 import json
@@ -21,12 +21,12 @@ SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 OF_ROBERTA = dict(zip(ROLES, ("<s>", "</s>", "<unk>", "</s>", "<pad>", "<s>", "<mask>")))
 OF_BERT = dict(zip(ROLES, (None, None, "[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]")))
-# transformers' class for a model_type, or for another name of the same class
+# model_type, or another name of the class -> transformers' class
 CLASS_OF = {"roberta": "RobertaTokenizer", "bert": "BertTokenizer", "xlm-roberta": "XLMRobertaTokenizer", "camembert": "CamembertTokenizer",
             "BartTokenizer": "RobertaTokenizer", "LongformerTokenizer": "RobertaTokenizer", "LEDTokenizer": "RobertaTokenizer",
             **dict.fromkeys(("ElectraTokenizer", "MobileBertTokenizer", "LayoutLMTokenizer", "SqueezeBertTokenizer",
                              "DistilBertTokenizer"), "BertTokenizer")}
-PROBE = "The Été's  N°12\t½ e\u0301 中文,\n naïve ﬁn"        # tokenizers that differ make different ids of it
+PROBE = "The Été's  N°12\t½ e\u0301 中文,\n naïve ﬁn"        # different tokenizers give different ids for this text
 
 
 class NoTokenizer(InputError):
@@ -34,7 +34,7 @@ class NoTokenizer(InputError):
 
 
 class Tokenizer:
-    """Text to ids without special tokens, and back. InputError if a special token is missing."""
+    """Converts text to ids without special tokens, and back. InputError if a special token is missing."""
     def __init__(self, backend: tokenizers.Tokenizer, source: str = "tokenizer"):
         backend.no_padding()
         backend.no_truncation()
@@ -55,9 +55,9 @@ class Tokenizer:
         added = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
         self.special_ids = sorted((added | {backend.token_to_id(name) for name in (*SPECIALS, *OF_BERT.values()) if name}) - {None})
         framing = backend.num_special_tokens_to_add(True) or (3 if backend.id_to_token(self.bos_id) == "[CLS]" else 4)
-        self.separators = 1 if framing == 3 else 2      # between the texts of a pair: BERT's one, RoBERTa's two
+        self.separators = 1 if framing == 3 else 2      # between the texts of a pair: one in BERT, two in RoBERTa
         text = backend.to_str()
-        if isinstance(backend.model, models.Unigram):       # scores differ in the last digit when they are written and read again
+        if isinstance(backend.model, models.Unigram):       # writing and reading scores changes their last digit
             facts = json.loads(text)
             facts["model"]["vocab"] = [[token, f"{score:.6g}"] for token, score in facts["model"]["vocab"]]
             text = json.dumps(facts)
@@ -65,17 +65,17 @@ class Tokenizer:
 
     @cached_property
     def vocabulary(self) -> str:
-        """Hash of which token each id stands for: 16 hex digits."""
+        """Hash of the tokens and their ids: 16 hex digits."""
         return hashlib.sha256(json.dumps(sorted(self.backend.get_vocab().items())).encode()).hexdigest()[:16]
 
     @cached_property
     def pieces(self) -> list[str]:
-        """The text of each id, "" of a gap; a space before it says that it begins a word."""
+        """The text of each id, "" for a gap. A space in front means that the token begins a word."""
         tokens = [self.backend.id_to_token(i) or "" for i in range(self.vocab_size)]
         if isinstance(self.backend.model, models.WordPiece):
             return [token[2:] if token.startswith("##") else f" {token}" for token in tokens]
         bytes_of = decoders.ByteLevel() if isinstance(self.backend.model, models.BPE) else decoders.Fuse()
-        return [bytes_of.decode([token]).replace("\u2581", " ") for token in tokens]      # as SentencePiece writes a space
+        return [bytes_of.decode([token]).replace("\u2581", " ") for token in tokens]      # SentencePiece's sign for a space
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         try:
@@ -87,14 +87,14 @@ class Tokenizer:
         return self.backend.decode([max(i, ~i) for i in ids], skip_special_tokens=False)    # ~i: see rt/data.py: encode
 
     def framed(self) -> tokenizers.Tokenizer:
-        """The backend with the special tokens around a text or a pair that rt/data.py puts there; BERT's second text has type 1."""
+        """The backend, with the special tokens that rt/data.py puts around a text or a pair. BERT's second text has type 1."""
         framed = tokenizers.Tokenizer.from_str(self.backend.to_str())
         if self.backend.num_special_tokens_to_add(True) == 0:
             framed.post_processor = self.frame(second_type=int(self.separators == 1))
         return framed
 
     def frame(self, second_type: int) -> processors.TemplateProcessing:
-        """The special tokens around a text or a pair, with a token type for the second text of a pair."""
+        """A post-processor that adds the special tokens around a text or a pair. `second_type`: the token type of a pair's second text."""
         first, last = map(self.backend.id_to_token, (self.bos_id, self.eos_id))
         return _template(self.backend, first, last, self.separators, second_type)
 
@@ -103,7 +103,7 @@ class Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE of at most `vocab_size` tokens; the special tokens are ids 0 to 4 as in RoBERTa (but <mask>)."""
+    """Train byte-level BPE with at most `vocab_size` tokens. The special tokens have ids 0 to 4, as in RoBERTa (except <mask>)."""
     backend = pipeline(models.BPE())
     special = [AddedToken(name, special=True, normalized=False, lstrip=name == "<mask>") for name in SPECIALS]
     backend.train_from_iterator(texts, trainers.BpeTrainer(
@@ -113,7 +113,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def pipeline(model: models.Model) -> tokenizers.Tokenizer:
-    """`model` with the normalizer, pre-tokenizer and decoder of the usual tokenizer of its type: RoBERTa's, BERT's or XLM-R's."""
+    """`model` with the normalizer, pre-tokenizer and decoder that its type usually has: RoBERTa's, BERT's or XLM-R's."""
     backend = tokenizers.Tokenizer(model)
     if isinstance(model, models.BPE):
         backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -132,18 +132,18 @@ def _template(backend: tokenizers.Tokenizer, first: str, last: str, separators: 
     return processors.TemplateProcessing(single=[first, "$A", last], pair=pair, special_tokens=special)
 
 
-# --- files of others --------------------------------------------------------------------------------------------------
+# --- other libraries' files -------------------------------------------------------------------------------------------
 
-# transformers' classes that read only the model of a tokenizer.json and build the rest: the model's type, and their special tokens
+# transformers' classes that read only the model in a tokenizer.json and build the rest -> (type of the model, special tokens)
 CLASSES = {"RobertaTokenizer": (models.BPE, OF_ROBERTA), "BertTokenizer": (models.WordPiece, OF_BERT),
            "XLMRobertaTokenizer": (models.Unigram, OF_ROBERTA), "CamembertTokenizer": (models.Unigram, OF_ROBERTA)}
-AS_THE_FILE = ("PreTrainedTokenizer", "TokenizersBackend")      # classes that read all of it
+AS_THE_FILE = ("PreTrainedTokenizer", "TokenizersBackend")      # classes that read all of a tokenizer.json
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """A tokenizer from a `tokenizer.json`, or a folder with one, or with RoBERTa's `vocab.json` and `merges.txt`, or BERT's `vocab.txt`. As
-    in transformers, the files beside these decide on case, accents, the first space and added tokens. InputError if no file can be read,
-    or transformers 5 would read it differently: with other ids of tokens, or other special tokens around a text."""
+    """Load a tokenizer from a `tokenizer.json`, or from a folder with one, with RoBERTa's `vocab.json` and `merges.txt`, or with BERT's
+    `vocab.txt`. As in transformers, the files next to these set case, accents, the first space and added tokens. InputError if no file can
+    be read, or if transformers 5 would read it differently: with other ids of tokens, or with other special tokens around a text."""
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
     for read in (file, path / "vocab.json", path / "merges.txt", path / "vocab.txt"):
@@ -154,7 +154,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         if facts.get("split_special_tokens"):
             raise InputError(f"{path / 'tokenizer_config.json'}: split_special_tokens is not supported")
         name = str(facts.get("tokenizer_class") or model.get("tokenizer_class") or model.get("model_type") or "").removesuffix("Fast")
-        if name == "DistilBertTokenizer":       # BERT's without token types
+        if name == "DistilBertTokenizer":       # BERT's tokenizer without token types
             facts = {"model_input_names": ["input_ids", "attention_mask"], **facts}
         name = CLASS_OF.get(name, name)
         if not file.is_file():
@@ -169,7 +169,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
             _check_class(backend, name, facts, file)
         with shaped(path, "its files of added tokens do not hold what they should"):
             backend, roles = _with_added(backend, name, facts, path)
-        tokenizer = Tokenizer(backend, str(file))     # bounds the ids: to_str() takes memory for the largest
+        tokenizer = Tokenizer(backend, str(file))     # limits the ids: to_str() takes memory for the largest
         types = _checked_types(tokenizer, name, roles)
         if types and name and "token_type_ids" not in facts.get("model_input_names", ["token_type_ids"] * (name == "BertTokenizer")):
             if name in AS_THE_FILE and "model_input_names" not in facts:
@@ -180,12 +180,12 @@ def load_tokenizer(path: Path) -> Tokenizer:
         return tokenizer
     except (InputError, KeyboardInterrupt):
         raise
-    except BaseException as error:  # tokenizers raises bare Exception for what it cannot read, or panics, which is no Exception
+    except BaseException as error:  # on a file that it cannot read, tokenizers raises a bare Exception or panics; a panic is no Exception
         raise InputError(f"{file if file.is_file() else path}: not a tokenizer file ({error})") from None
 
 
 def _from_vocabulary(folder: Path, name: str, facts: dict) -> tuple[Path, tokenizers.Tokenizer, str]:
-    """(the file of its vocabulary, the tokenizer, its class) of a folder without a tokenizer.json."""
+    """(vocabulary file, tokenizer, name of its class) of a folder without a tokenizer.json."""
     vocab, merges, words = folder / "vocab.json", folder / "merges.txt", folder / "vocab.txt"
     if vocab.is_file() and merges.is_file() and name in ("", "RobertaTokenizer"):
         return vocab, pipeline(models.BPE.from_file(str(vocab), str(merges))), "RobertaTokenizer"
@@ -197,7 +197,7 @@ def _from_vocabulary(folder: Path, name: str, facts: dict) -> tuple[Path, tokeni
 
 
 def _as_configured(backend: tokenizers.Tokenizer, name: str, facts: dict) -> tokenizers.Tokenizer:
-    """`backend` with the settings of a tokenizer_config.json, and the class's defaults for the others, if the class obeys them."""
+    """`backend` with the settings of a tokenizer_config.json, or the class's defaults for missing ones, if the class obeys settings."""
     normalizer, splitter = backend.normalizer, backend.pre_tokenizer
     if isinstance(normalizer, normalizers.BertNormalizer) and name not in AS_THE_FILE:
         for theirs, ours, default in (("do_lower_case", "lowercase", True), ("strip_accents", "strip_accents", None),
@@ -213,7 +213,7 @@ def _as_configured(backend: tokenizers.Tokenizer, name: str, facts: dict) -> tok
 
 
 def _check_class(backend: tokenizers.Tokenizer, name: str, facts: dict, file: Path) -> None:
-    """InputError if the tokenizer that transformers' class builds around the file's model cuts texts into other words than the file's."""
+    """InputError if the tokenizer that transformers' class builds around the file's model splits text into other words than the file's."""
     of_class, model, unknown = CLASSES[name][0], backend.model, facts.get("unk_token") or "[UNK]"
     is_unigram = of_class is models.Unigram
     same = isinstance(model, of_class) and (not is_unigram or facts.get("add_prefix_space", True))
@@ -224,7 +224,7 @@ def _check_class(backend: tokenizers.Tokenizer, name: str, facts: dict, file: Pa
     if same:
         theirs, parts = _as_configured(pipeline(model), name, facts), backend.normalizer
         for part in parts if isinstance(parts, normalizers.Sequence) else [parts]:
-            if is_unigram and isinstance(part, normalizers.Precompiled):       # the map of characters
+            if is_unigram and isinstance(part, normalizers.Precompiled):       # the character map
                 theirs.normalizer = part
         same = _words(theirs) == _words(backend)
     if not same:
@@ -233,13 +233,13 @@ def _check_class(backend: tokenizers.Tokenizer, name: str, facts: dict, file: Pa
 
 
 def _words(backend: tokenizers.Tokenizer) -> list[str]:
-    """The probe, normalized and cut."""
+    """PROBE, normalized and split into words."""
     text = backend.normalizer.normalize_str(PROBE) if backend.normalizer else PROBE
     return [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)] if backend.pre_tokenizer else [text]
 
 
 def _with_added(backend: tokenizers.Tokenizer, name: str, facts: dict, folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
-    """(the tokenizer with the added tokens of all files, its special tokens by role). InputError if the files give one token two ids."""
+    """(tokenizer with the added tokens of all files, its special tokens by role). InputError if the files give one token two ids."""
     own = [(token["id"], _added(token)) for token in read_json(folder / "tokenizer.json", {}).get("added_tokens", [])]
     known, legacy = facts.get("added_tokens_decoder"), read_json(folder / "special_tokens_map.json", {})
     legacy = legacy if known is None else {}
@@ -268,7 +268,7 @@ def _with_added(backend: tokenizers.Tokenizer, name: str, facts: dict, folder: P
 
 
 def _added(token: str | dict, **flags: bool) -> AddedToken:
-    """An added token as the files have it: its name, or that and its flags."""
+    """An added token from its form in the files: its name, or a dict with its name and flags."""
     facts = {k: v for k, v in token.items() if k not in ("__type", "id")} if isinstance(token, dict) else {"content": token}
     return AddedToken(**{**flags, **facts})
 
@@ -283,9 +283,9 @@ def _of_model(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 def _checked_types(tokenizer: Tokenizer, name: str, roles: dict[str, str]) -> bool:
-    """Whether the second text of a pair has a token type of its own. InputError unless the file and transformers' class put the special
-    tokens of rt/data.py around texts, and have the mask token that `tokenizer` found."""
-    framed, (a, b) = tokenizer.framed(), tokenizer.encode(["a", "b"])     # `framed` fails if a base could not read it again
+    """Whether the second text of a pair has its own token type. InputError unless the file and transformers' class put the special tokens
+    of rt/data.py around texts, and have the mask token that `tokenizer` found."""
+    framed, (a, b) = tokenizer.framed(), tokenizer.encode(["a", "b"])     # `framed` fails if a base could not read the tokenizer again
     bos, eos, id_of, bert = tokenizer.bos_id, tokenizer.eos_id, tokenizer.backend.token_to_id, name == "BertTokenizer"
     if name in AS_THE_FILE and tokenizer.backend.num_special_tokens_to_add(True) == 0:
         framed = tokenizer.backend

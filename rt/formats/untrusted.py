@@ -1,4 +1,4 @@
-"""Checks on input from others: the sizes of JSON and safetensors headers and the form of labels, before they are used. No torch here."""
+"""Checks input from others before it is used: the sizes of JSON and safetensors headers, and the form of labels. No torch here."""
 import json
 import math
 import re
@@ -20,7 +20,7 @@ MISSHAPEN = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError
 
 @contextmanager
 def shaped(source: Path | str, what: str, also: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Turn the errors that code raises on JSON of an unexpected shape, and errors of the kinds `also`, into an InputError with `what`."""
+    """Turn errors that code raises on JSON of an unexpected shape, and errors of the types in `also`, into an InputError with `what`."""
     try:
         yield
     except InputError:
@@ -35,12 +35,12 @@ def is_utf8(text: str) -> bool:
 
 
 def parse_json(text: str | bytes, source: Path | str) -> Any:
-    """A JSON value. InputError, which begins with `source`, if it is invalid, has a key twice, or holds half a surrogate pair."""
+    """Parse a JSON value. InputError, with `source` in front, if it is invalid, has a key twice, or holds half a surrogate pair."""
     try:
         text = text.decode() if isinstance(text, bytes) else text
         value = json.loads(text, object_pairs_hook=_unique)
         is_text = not re.search(r"\\u[dD][89a-fA-F]", text) or is_utf8(json.dumps(value, ensure_ascii=False))
-    except (ValueError, RecursionError) as error:       # ValueError: also a whole number of thousands of digits
+    except (ValueError, RecursionError) as error:       # ValueError: also for a whole number with thousands of digits
         why = "it is nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", error)
         raise InputError(f"{source}: not valid JSON ({why})") from None
     if not is_text:
@@ -49,7 +49,7 @@ def parse_json(text: str | bytes, source: Path | str) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict:
-    """A JSON object. ValueError if a key is there twice: readers differ in which value they keep."""
+    """A JSON object. ValueError if a key occurs twice: readers differ in which value they keep."""
     value = dict(pairs)
     if len(value) < len(pairs):
         raise ValueError(f"{Counter(name for name, _ in pairs).most_common(1)[0][0]!r} is there twice in one object")
@@ -57,7 +57,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict:
 
 
 def is_number(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
-    """Whether `value` is a finite number from `least` to `most`; true and false are no numbers."""
+    """Whether `value` is a finite number from `least` to `most`. true and false are not numbers."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most and abs(value) < math.inf
 
 
@@ -74,14 +74,14 @@ def check_label(label: str, source: Path | str) -> None:
 
 @contextmanager
 def reading(path: Path, kind: str) -> Iterator[None]:
-    """Turn the errors of a library that reads `path` into an InputError: the file is not a `kind`, and why."""
+    """Turn the errors of a library that reads `path` into an InputError that says that the file is not a `kind`, and why."""
     try:
         yield
     except InputError:
         raise
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file") from None
-    except Exception as error:      # the libraries have a class each; torch and safetensors also raise bare ones
+    except Exception as error:      # each library has its own class; torch and safetensors also raise bare ones
         why = str(error).partition(". ")[0].partition("\n")[0] or type(error).__name__
         if path.is_file() and path.open("rb").read(40).startswith(b"version https://git-lfs"):      # in place of the file in a clone
             why = "it is a Git LFS pointer: git lfs pull fetches the file"
@@ -91,7 +91,7 @@ def reading(path: Path, kind: str) -> Iterator[None]:
 def header(path: Path) -> dict[str, dict]:
     """{tensor: {"dtype", "shape"}} of a safetensors file, without reading a tensor. InputError if header and content do not match."""
     with reading(path, "readable safetensors file"), safe_open(str(path), "np") as file:
-        with path.open("rb") as raw:        # safetensors takes the last of two tensors of one name
+        with path.open("rb") as raw:        # if two tensors have the same name, safetensors takes the last
             parse_json(raw.read(int.from_bytes(raw.read(8), "little")), f"{path}: not a readable safetensors file, its header")
         views = {name: file.get_slice(name) for name in file.keys()}
         return {name: {"dtype": view.get_dtype(), "shape": view.get_shape()} for name, view in views.items()}

@@ -1,4 +1,4 @@
-"""Runs train.py to make missing bases and deltas, with the device, precision, cache and determinism of the calling script's config."""
+"""Runs train.py to make missing bases and deltas. Device, precision, cache and determinism come from the calling script's config."""
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +14,11 @@ TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 
 
 def build(c: Any, *jobs: tuple[str, dict]) -> None:
-    """Run train.py for each of `jobs`, (what it makes, flags); on a CPU one for each core at once. InputError if one fails."""
+    """Run train.py for each of `jobs`, pairs (what it makes, flags). On a CPU, one job per core runs at once. InputError if a job fails."""
     at_once = 1 if torch.cuda.is_available() else max(1, min(len(jobs), cores()))
     alone = environment_alone()
     if at_once > 1:
-        alone |= {"OMP_NUM_THREADS": str(cores() // at_once), "TQDM_DISABLE": "1"}      # bars would write over each other
+        alone |= {"OMP_NUM_THREADS": str(cores() // at_once), "TQDM_DISABLE": "1"}      # progress bars would overwrite each other
     for some in (jobs[i:i + at_once] for i in range(0, len(jobs), at_once)):
         running: list[tuple[subprocess.Popen, str, list[str]]] = []
         try:
@@ -37,6 +37,6 @@ def build(c: Any, *jobs: tuple[str, dict]) -> None:
 
 
 def build_lineage(c: Any, demo: Path, bases: Iterable[str]) -> None:
-    """Make the demo lineage in the folder `demo` if one of `bases` lies there and is missing."""
+    """Make the demo lineage in the folder `demo` if one of `bases` belongs there and is missing."""
     if any(not Path(base).exists() and Path(base).parent == demo for base in bases):
         build(c, ("the demo lineage M0, M1, M2 (about 3 minutes on 2 cores)", dict(out=demo, resume=(demo / "config.json").exists())))

@@ -1,4 +1,4 @@
-"""A dataclass is a script's settings, its command line, its `--help`, and the record in what the script writes.
+"""One dataclass defines a script's settings, its command line, its `--help`, and the record in the files that the script writes.
 
     @dataclass
     class Config:
@@ -11,9 +11,9 @@
 
     config = parse(Config, sys.argv[1:])        # --lr 3e-4, --lr=3e-4, --flag, --no_flag, --seeds 0,1
 
-A field's comment is its help line, a comment on a line of its own a heading, the annotation the type and its limits (rt/limits.py); a flag
-without a default must be given. The fields of a nested dataclass are flags under their own names, except its field `kind`: that flag has
-the name of the field that holds the dataclass (--delta).
+The comment after a field is its help line. A comment on its own line is a heading. The annotation gives the type and its limits
+(rt/limits.py). A flag without a default is required. The fields of a nested dataclass are flags under their own names, except the field
+`kind`: its flag is named after the field that holds the dataclass (--delta).
 """
 import argparse
 import difflib
@@ -34,14 +34,14 @@ from rt.formats.untrusted import is_utf8
 from rt.runs.signals import Interrupted, handled, raise_interrupted
 
 C = TypeVar("C")        # a Config
-READER_LEFT = 141       # exit code of a process whose reader has left, as SIGPIPE gives it
-MAX_SENTENCE = 1000     # characters of an error that are shown: it may quote a long text from a file
+READER_LEFT = 141       # exit code if the reader of standard output has left: the same as after SIGPIPE
+MAX_SENTENCE = 1000     # longest error message that is shown, in characters: a message may quote a long text from a file
 
 
 # --- from flags to a Config --------------------------------------------------------------------------------------------
 
 class Flag(NamedTuple):
-    """One setting of a Config; `path` holds the names of the fields that lead to it."""
+    """One setting of a Config. `path` holds the names of the fields that lead to the setting."""
     name: str
     path: tuple[str, ...]
     kind: Any
@@ -67,13 +67,13 @@ def flags_of(cls: type) -> tuple[Flag, ...]:
                 inner = inner._replace(name=name, help=help or inner.help)
             flags.append(inner._replace(path=(name, *inner.path), default=functools.reduce(getattr, inner.path, default),
                                         heading=heading or inner.heading))
-            heading = None      # only above the first
+            heading = None      # the heading stands only above the first flag
     return tuple(flags)
 
 
 def parse(cls: type[C], argv: list[str], words: str | None = None) -> C:
-    """`argv` (without the program's name) as an instance of the dataclass `cls`. Words without a flag are the values of the field `words`
-    (a tuple of text), which then is no flag; without `words` they are an InputError. --help prints the help and exits."""
+    """Parse `argv` (without the program's name) into an instance of the dataclass `cls`. Arguments without a flag become the values of the
+    field `words`, a tuple of strings, which is then no flag. Without `words` they are an InputError. --help prints the help and exits."""
     flags = {flag.name: flag for flag in flags_of(cls) if flag.name != words}
     switches = {f"--{no}{name}": f"--{name}={not no}" for name, flag in flags.items() if flag.kind is bool for no in ("", "no_")}
     spelled = [re.sub("^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), argument) for argument in argv]   # --a-b as --a_b
@@ -98,11 +98,11 @@ def parse(cls: type[C], argv: list[str], words: str | None = None) -> C:
 
 
 def replace_flags(config: C, **values: Any) -> C:
-    """The config with the flags of these names set, also those of nested dataclasses."""
+    """A copy of the config with the flags of these names set, including flags of nested dataclasses."""
     paths = {flag.name: flag.path for flag in flags_of(type(config))}
     for name, value in values.items():
         *outer, last = paths[name]
-        while outer:        # the part that holds the flag with its new value, then the part around it
+        while outer:        # first replace the part that holds the flag, then the part around that one
             value = replace(functools.reduce(getattr, outer, config), **{last: value})
             last = outer.pop()
         config = replace(config, **{last: value})
@@ -110,7 +110,7 @@ def replace_flags(config: C, **values: Any) -> C:
 
 
 def record(config: Any) -> dict:
-    """{flag: its value} in plain JSON. InputError for text that is not UTF-8, as the name of a file may be."""
+    """{flag: value} in plain JSON. InputError for text that is not UTF-8: a file name can be such a text."""
     values = {}
     for flag in flags_of(type(config)):
         value = functools.reduce(getattr, flag.path, config)
@@ -121,12 +121,12 @@ def record(config: Any) -> dict:
 
 
 def changed(config: Any) -> dict:
-    """The part of `record` that differs from the defaults."""
+    """The entries of `record` that differ from the defaults."""
     return {name: value for name, value in record(config).items() if value != record(type(config)())[name]}
 
 
 def _text(value: Any) -> str:
-    """A value as it is typed."""
+    """A value as a user would type it."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
@@ -157,7 +157,7 @@ def _unknown(argument: str, names: list[str]) -> InputError:
 
 
 def convert(name: str, text: str, kind: Any) -> Any:
-    """The text of the flag `name` as a value of the annotation `kind`. InputError if it is none, or beyond the limits of an Annotated."""
+    """Convert the text of flag `name` to the annotation `kind`. InputError if that fails or the value breaks a limit of an Annotated."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         value = convert(name, text, inner[0])
@@ -179,7 +179,7 @@ def convert(name: str, text: str, kind: Any) -> Any:
         if kind is int and re.fullmatch(r"\d+e\d+", text):  # --steps 1e4 is what people type
             text = str(int(float(text)))
         value = kind(text)
-        if kind in (int, float) and not abs(value) < 2**63:     # neither infinite nor NaN, nor more than a tensor can hold
+        if kind in (int, float) and not abs(value) < 2**63:     # infinite, NaN, or more than a tensor can hold
             raise ValueError
         return value
     except (ValueError, KeyError, OverflowError):
@@ -193,18 +193,18 @@ def _type_name(kind: Any) -> str:
     if origin is typing.Literal:
         return "one of " + ", ".join(inner)
     scalars = {bool: "true or false", int: "whole number", float: "number", str: "text"}
-    return scalars[kind] if origin is None else _type_name(inner[0])        # else Annotated, or a type or None
+    return scalars[kind] if origin is None else _type_name(inner[0])        # else Annotated or optional
 
 
 # --- how a script ends -------------------------------------------------------------------------------------------------
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`. An InputError ends the process with one sentence on stderr and exit code 2, Ctrl-C with 130, SIGTERM with 143,
-    a closed pipe on standard output (`head`) silently with 141, and any other error of one of several ranks with one sentence."""
-    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")      # None: closed by whoever started the process
+    """Run a script's `main`. An InputError prints one sentence on stderr and exits with code 2. Ctrl-C exits with 130, SIGTERM with 143,
+    and a closed pipe on standard output (`head`) silently with 141. With several ranks, any other error prints one sentence, too."""
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")      # None if the parent process closed it
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")       # characters that its encoding does not have
+        sys.stdout.reconfigure(errors="backslashreplace")       # for characters that the encoding lacks
     try:
         with handled(raise_interrupted):
             try:
@@ -234,12 +234,12 @@ def sentence(error: Exception | str) -> str:
 
 
 def as_flags(text: str) -> str:
-    """`lr`, as rt/*.py names a setting, as the flag --lr."""
+    """Replace `lr`, the way rt/*.py names a setting, with the flag --lr."""
     return re.sub(r"`(\w+)`", r"--\1", text)
 
 
 def rank_error(error: Exception) -> str:
-    """A rank's message about an error that is no InputError."""
+    """A rank's message for an error that is not an InputError."""
     if re.search(r"gloo|NCCL|TCPStore|[Cc]onnection (closed|reset)", str(error)):
         return "another rank has ended or does not answer; the cause is what that one, or torchrun, says. --resume goes on"
     place = traceback.extract_tb(error.__traceback__)[-1]
@@ -247,14 +247,14 @@ def rank_error(error: Exception) -> str:
 
 
 def among_ranks() -> bool:
-    """Whether this process has joined others (rt/speed/dist.py)."""
+    """Whether this process has joined a process group (rt/speed/dist.py)."""
     distributed = sys.modules.get("torch.distributed")
     return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def end(code: int, message: str = "") -> NoReturn:
-    """Print a line on stderr and exit. One of several ranks exits at once: closing the process group could wait for ever. A stream that
-    cannot be written loses its buffer: flushing it would fail again when Python ends."""
+    """Print a line on stderr and exit. With several ranks, exit at once: closing the process group could wait for ever. If a stream cannot
+    be written, discard its buffer: flushing it would fail again when Python exits."""
     for stream, text in ((sys.stderr, f"{message}\n" if message else ""), (sys.stdout, "")):
         try:
             print(end=text, file=stream, flush=True)

@@ -1,10 +1,10 @@
-"""To and from the formats of transformers and PEFT.
+"""Converts models to and from the formats of transformers and PEFT.
 
     python -m rt.runs.convert import --tuned my-roberta-finetune --base FacebookAI/roberta-base --out runs/mine/delta
     python -m rt.runs.convert export --base runs/demo/M1 --delta_dir runs/demo/deltas/M1-math-full-s0 --to hf --out exported
 
-import makes a delta of a model that was tuned elsewhere; export writes a base, or base + delta, for the libraries to load, with a README.md
-for the hub.
+import makes a delta from a model that was tuned elsewhere. export writes a base, or base + delta, that these libraries load, with a
+README.md for the hub.
 """
 import sys
 from dataclasses import dataclass, replace
@@ -26,11 +26,11 @@ from rt.speed.dist import launched
 @dataclass
 class Import:
     """python -m rt.runs.convert import --tuned MODEL --base BASE --out FOLDER [--labels no,yes] [--task NAME]"""
-    tuned: str  # a ...ForSequenceClassification model, or an adapter of PEFT, AdapterHub or OpenDelta, tuned from --base; folder or hub id
+    tuned: str  # a ...ForSequenceClassification model, or a PEFT, AdapterHub or OpenDelta adapter, tuned from --base; folder or hub id
     base: str  # the base: checkpoint, Hugging Face folder or hub id
     out: str  # folder to write the delta to
-    labels: tuple[str, ...] = ()  # names of its classes in the order of its outputs; default: its own
-    task: str | None = None  # what it was tuned on; the name or folder of a task
+    labels: tuple[str, ...] = ()  # class names in the order of the model's outputs; default: the model's own
+    task: str | None = None  # the task that the model was tuned on: name or folder
 
 
 @dataclass
@@ -38,8 +38,8 @@ class Export:
     """python -m rt.runs.convert export --base BASE --out FOLDER [--delta_dir DELTA] [--to hf|peft]"""
     base: str  # the base: checkpoint, Hugging Face folder or hub id
     out: str  # folder to write
-    delta_dir: str | None = None  # the delta; a folder of recycle.py: its best by dev, mean over seeds
-    to: Literal["hf", "peft"] = "hf"  # Hugging Face's format, the delta merged, or a LoRA adapter
+    delta_dir: str | None = None  # the delta; for a folder of recycle.py, its best delta by dev score (mean over seeds)
+    to: Literal["hf", "peft"] = "hf"  # hf: Hugging Face's format, with the delta merged; peft: a LoRA adapter
 
 
 def import_delta(c: Import) -> None:

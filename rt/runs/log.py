@@ -21,12 +21,12 @@ from rt.model import Batch, EncoderConfig
 from rt.speed.throughput import Throughput
 from rt.tune import score
 
-SHOWN = 10      # labels of a task that are named; the others are counted
+SHOWN = 10      # a task's labels that are listed by name; the others are only counted
 
 
 class Log:
-    """metrics.jsonl (or `name`) of a run's folder, a row a line. `keep` tells which old rows stay on resuming; by default none. Of several
-    ranks one `writes`. With `tensorboard`, Events get every row, too. InputError if the file cannot be written."""
+    """Writes metrics.jsonl (or `name`) in a run's folder, one row per line. `keep` tells which old rows stay on resuming; by default none.
+    Only one rank `writes`. With `tensorboard`, Events also gets every row. InputError if the file cannot be written."""
     def __init__(self, folder: Path, keep: Callable[[dict], bool] | None = None, writes: bool = True, name: str = "metrics.jsonl",
                  tensorboard: bool = False):
         self.file, self.events, self.path = None, None, Path(folder) / name
@@ -35,26 +35,26 @@ class Log:
         kept = [row for row in read_rows(self.path) if keep(row)] if keep else []
         with write_errors(self.path):
             write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-            self.file = self.path.open("ab", buffering=0)       # a row is one write: a killed process leaves all of it or none
+            self.file = self.path.open("ab", buffering=0)       # one write per row: a killed process leaves all of a row or none
             self.events = Events(self.path.parent / EVENTS, kept) if tensorboard else None
 
     def row(self, **values: Any) -> None:
         if self.file:
             line = (json.dumps(values) + "\n").encode()
             with write_errors(self.path, len(line)):
-                if self.file.write(line) < len(line):       # no error: a disk that fills up takes only a part
+                if self.file.write(line) < len(line):       # a disk that fills up takes only a part, and gives no error
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 if self.events:
                     self.events.row(values)
 
     def sync(self) -> None:
-        """Flush to the disk itself, before a checkpoint is written: rows must not be older than it."""
+        """Flush to the disk itself. Called before a checkpoint is written: the rows on disk must not be older than the checkpoint."""
         for file in filter(None, (self.file, self.events and self.events.file)):
             os.fsync(file.fileno())
 
 
 class Events:
-    """Numbers of rows as TensorBoard scalars, with steps counted over all stages. A new file voids rows after `kept` in older files."""
+    """Writes the numbers in rows as TensorBoard scalars. Steps count over all stages. A new file voids rows after `kept` in older files."""
     def __init__(self, folder: Path, kept: list[dict]):
         self.event, record = load_tensorboard()
         self.stage, self.before, self.step = None, 0, 0
@@ -62,7 +62,7 @@ class Events:
             self.enter(row)
         folder.mkdir(exist_ok=True)
         number = max((int(f.suffix[1:]) for f in folder.glob("events.out.tfevents.*") if f.suffix[1:].isdecimal()), default=-1) + 1
-        self.file = (folder / f"events.out.tfevents.{number:05d}").open("xb")     # they are read in the order of names
+        self.file = (folder / f"events.out.tfevents.{number:05d}").open("xb")     # TensorBoard reads the files in the order of their names
         self.record = record(self.file)
         self.write(file_version="brain.Event:2")
         self.write(step=self.step + 1, session_log={"status": "START"})
@@ -84,7 +84,7 @@ class Events:
 
 
 def scalars(row: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
-    """(tag, number) of all numbers in a row but its step; the tag of {"dev": {"accuracy": 0.5}} is dev/accuracy."""
+    """(tag, number) for every number in a row except the step. The tag of {"dev": {"accuracy": 0.5}} is dev/accuracy."""
     for name, value in row.items():
         if isinstance(value, dict):
             yield from scalars(value, f"{prefix}{name}/")
@@ -93,7 +93,7 @@ def scalars(row: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
 
 
 def load_tensorboard() -> tuple[Any, Any]:
-    """TensorBoard's classes for an event and for a file of events. InputError if it is not installed."""
+    """TensorBoard's classes for an event and an event file. InputError if TensorBoard is not installed."""
     try:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.summary.writer.record_writer import RecordWriter
@@ -103,14 +103,14 @@ def load_tensorboard() -> tuple[Any, Any]:
 
 
 def progress(total: int, what: str, start: int = 0, unit: str = "step") -> tqdm:
-    """A bar with the time left on rank 0's terminal, and nothing elsewhere; it leaves no line behind."""
+    """A progress bar with the time left, on rank 0's terminal only. It disappears when it closes."""
     is_other = os.environ.get("RANK", "0") != "0" or multiprocessing.parent_process() or "TQDM_DISABLE" in os.environ
-    disable = True if is_other else None    # None: unless on a terminal
+    disable = True if is_other else None    # None: disable it unless on a terminal
     return tqdm(total=total, initial=start, desc=what, unit=unit, disable=disable, leave=False, dynamic_ncols=True)
 
 
 class StepBar:
-    """The bar of a supervised loop, for rt.tune.tune's `on_step` and `on_eval`. A step on a `frozen` base has less arithmetic."""
+    """The progress bar of a supervised loop: `on_step` and `on_eval` for rt.tune.tune. A step on a `frozen` base needs less arithmetic."""
     def __init__(self, steps: int, what: str, config: EncoderConfig, device: torch.device, precision: torch.dtype, frozen: bool):
         self.throughput, self.bar = Throughput(config, device, precision, frozen), progress(steps, what)
         self.skipped, self.best, self.stepped = 0, -math.inf, time.perf_counter()
@@ -130,7 +130,7 @@ class StepBar:
     def on_eval(self, row: dict) -> None:
         if row["step"] == 0:
             return self.throughput.restart()
-        self.throughput.since += time.perf_counter() - self.stepped     # evaluation is no training
+        self.throughput.since += time.perf_counter() - self.stepped     # do not count the time of an evaluation
         self.stepped = time.perf_counter()
         self.skipped += row.get("skipped", 0)
         self.best = max(self.best, score(row["dev"]))
@@ -142,7 +142,7 @@ def loss_text(loss: float | None, skipped: int) -> str:
 
 
 def table(rows: list[list], header: list[str]) -> str:
-    """Aligned plain text: first column left, the rest right."""
+    """An aligned table in plain text. The first column is aligned left, the others right."""
     cells = [header, *([str(c) for c in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]) for row in cells]
@@ -150,7 +150,7 @@ def table(rows: list[list], header: list[str]) -> str:
 
 
 def score_text(value: float | None) -> str:
-    """A score, or "undefined" if it is None or not finite, as a correlation with a constant is."""
+    """A score, or "undefined" if the score is None or not finite, such as a correlation with a constant."""
     return f"{value:.3f}" if is_number(value) else "undefined"
 
 
@@ -159,12 +159,12 @@ def scores_text(values: dict[str, float | None]) -> str:
 
 
 def tested_text(scores: dict[str, float | None]) -> str:
-    """The scores on test, or that it has no labels."""
+    """The scores on test, or a remark that test has no labels."""
     return f"test {scores_text(scores)}" if scores else "no labelled test part, so dev is what is reported"
 
 
 def task_text(task: Task) -> str:
-    """A line with the labels of train and their counts, or the range of its targets, and the sizes of all parts."""
+    """One line: the training labels with their counts, or the range of the training targets, and the sizes of all parts."""
     labels, sizes = [e.label for e in task.parts["train"]], ", ".join(f"{part} {len(found)}" for part, found in task.parts.items())
     if task.is_regression:
         return f"{task.name}: a regression: {len({*labels})} different targets from {min(labels):g} to {max(labels):g} ({sizes})"
@@ -174,13 +174,13 @@ def task_text(task: Task) -> str:
 
 
 def note_truncated(truncated: int, count: int, seq_len: int, file: TextIO | None = None, flag: str = "--seq_len") -> None:
-    """Print how many texts were cut, if some were."""
+    """Print how many texts were cut, if any."""
     if truncated:
         print(f"{truncated} of {count} texts are longer than {flag} {seq_len} and were cut", file=file)
 
 
 def note_changed_task(info: dict, task: Task) -> None:
-    """Print to stderr if a delta (with this `info`) was learned on a task of other content than `task`."""
+    """Print a note on stderr if the delta with this `info` was learned on a task whose content differs from that of `task`."""
     if info.get("task_hash", task.hash) != task.hash:
         print(f"note: the delta was learned on task {info.get('task')} of content {info['task_hash']}; {task.name} is of content "
               f"{task.hash}: it has other texts or labels", file=sys.stderr)

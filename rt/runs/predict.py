@@ -1,8 +1,8 @@
-"""Label texts with a base + delta, one JSON object a text, in the order of the input.
+"""Labels texts with a base + delta. Writes one JSON object per text, in the order of the input.
 
     python -m rt.runs.predict --base runs/demo/M0 --delta_dir runs/demo/deltas/M0-math-full-s0 --input texts.txt    # or -: standard input
 
-Texts are read, batched by length and answered a chunk at a time, so that memory does not grow with the input.
+Texts are read, batched by length and answered one chunk at a time, so memory does not grow with the input.
 """
 import contextlib
 import json
@@ -31,17 +31,17 @@ from rt.speed.device import make_deterministic, pick_device, pick_precision
 from rt.speed.dist import launched
 from rt.tune import predict
 
-CHUNK = 1024    # texts that are held at once, and sorted by length
-SEQ_LEN = 128   # for a delta that was tuned elsewhere
+CHUNK = 1024    # texts held in memory at once and sorted by length
+SEQ_LEN = 128   # default for a delta that was tuned elsewhere
 
 
 @dataclass
 class Config:
     """python -m rt.runs.predict --base BASE --delta_dir DELTA --input TEXTS [--flag value ...]"""
     base: str  # the base: checkpoint, Hugging Face folder or hub id
-    delta_dir: str  # the delta: a folder, or hub id; a folder of recycle.py: its best by dev, mean over seeds
-    input: str  # .txt, .jsonl, .csv or .tsv of texts, also .gz or .xz of them, or .parquet; -: standard input
-    input_format: Literal[FORMATS] | None = None  # default: what the ending says, of standard input txt
+    delta_dir: str  # the delta: folder or hub id; for a folder of recycle.py, its best delta by dev score (mean over seeds)
+    input: str  # .txt, .jsonl, .csv or .tsv of texts, also compressed (.gz or .xz), or .parquet; -: standard input
+    input_format: Literal[FORMATS] | None = None  # default: by the file's ending; txt for standard input
     out: str | None = None  # file to write; default: standard output
     seq_len: SeqLen | None = None  # longest text in tokens; default: the delta's own
     device: str = "auto"  # auto, cpu or cuda
@@ -65,8 +65,8 @@ def main() -> None:
 
 
 def open_tuned(c: Any, labels: tuple[str, ...] = ()) -> tuple[Base, Delta, Classifier, int, dict]:
-    """(base, delta, base + delta, longest text in tokens, device and precision) of a config with base, delta_dir, seq_len, device and
-    precision. The delta's outputs are in the order of `labels` if it has those. StaleDelta if it was learned on another base."""
+    """(base, delta, base + delta, longest text in tokens, {device, precision}) for a config with base, delta_dir, seq_len, device and
+    precision. If the delta has the same `labels`, its outputs follow their order. StaleDelta if it was learned on another base."""
     device = pick_device(c.device)
     base = open_base(c.base).to(device)
     delta = open_best(c.delta_dir, base).ordered(labels)
@@ -77,13 +77,13 @@ def open_tuned(c: Any, labels: tuple[str, ...] = ()) -> tuple[Base, Delta, Class
 
 def answers(model: Classifier, examples: Iterable[Example], labels: tuple[str, ...], tokenizer: Tokenizer, max_len: int,
             device: torch.device, precision: torch.dtype) -> Iterator[tuple[list[dict], int]]:
-    """For each chunk its answers in order, and the number of texts cut to `max_len` tokens. An answer is the text with its label and
-    probabilities, or without `labels` with the value of a regression."""
+    """Yields, per chunk, the answers in order and the number of texts cut to `max_len` tokens. An answer is the text with its label and
+    probabilities, or, without `labels`, with the value of the regression."""
     for chunk in chunks(examples):
         encoded, rows = encode(chunk, (), tokenizer, max_len), []
         for example, logits in zip(chunk, predict(model, encoded.sequences, device, precision)):
             pair = {"text_pair": example.text_pair} if example.text_pair else {}
-            # nine digits of each, however small: fp32 logits can be had back, for recycle.py's teacher
+            # nine significant digits, however small the number: recycle.py's teacher recovers the fp32 logits from them
             probabilities = dict(zip(labels, [float(f"{p:.9g}") for p in logits.double().softmax(-1).tolist()]))
             said = {"label": labels[int(logits.argmax())], "probabilities": probabilities} if labels else {"value": logits.item()}
             rows.append({"text": example.text, **pair, **said})
@@ -108,7 +108,7 @@ def chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
 
 
 def check_out(out: Path, source: Path) -> None:
-    """InputError if `out` is the input, lies in no folder, or is a file that does not begin as answers do."""
+    """InputError if `out` is the input, if its folder does not exist, or if it is a file that does not begin with an answer."""
     if not out.parent.is_dir():
         raise InputError(f"--out {out}: there is no folder {out.parent}")
     if not out.is_file():
@@ -119,15 +119,15 @@ def check_out(out: Path, source: Path) -> None:
         line, row = file.readline(1_000_000), None
     with contextlib.suppress(InputError):
         row = parse_json(line, out)
-    if line and not (isinstance(row, dict) and {"probabilities", "value"} & row.keys()):      # an empty file may be written to
+    if line and not (isinstance(row, dict) and {"probabilities", "value"} & row.keys()):      # an empty file may be overwritten
         raise InputError(f"--out {out}: holds something other than answers; give another, or remove the file")
 
 
 def write_answers(answered: Iterable[tuple[list[dict], int]], out: Path | None, source: Path) -> tuple[int, int]:
-    """Write JSONL to `out`, opened with the first answers, or to standard output; returns how many texts were answered and how many cut."""
+    """Write JSONL to `out` (opened at the first answers) or to standard output. Returns how many texts were answered and how many cut."""
     file, count, truncated, total = None, 0, 0, 0
     has_lines = source is not STDIN and source.is_file() and source.suffix not in (".gz", ".xz", ".parquet")
-    if has_lines and sys.stderr.isatty():       # for the bar alone
+    if has_lines and sys.stderr.isatty():       # only for the progress bar
         with source.open("rb") as texts:
             total = sum(block.count(b"\n") for block in iter(lambda: texts.read(1 << 20), b""))
     try:

@@ -1,11 +1,11 @@
-"""What recycle.py writes to --out: under deltas/ a folder for each run, which appears whole, and in summary.json the rows of all runs.
+"""What recycle.py writes to --out: one folder per run under deltas/, which appears whole, and the rows of all runs in summary.json.
 
     deltas/RUN/delta.safetensors, delta.json    unless --no_save_deltas
     deltas/RUN/metrics.jsonl                    the run's evaluations
     deltas/RUN/summary.json                     the run's row
 
-Equal runs of different calls have equal names: a name holds a hash of all the flags that the run depends on. The content of what flags name
-by path (bases, deltas, tasks) is compared, too: it is hashed in the row's `origin`.
+Equal runs of different calls have equal names: the name contains a hash of all flags that the run depends on. Flags name bases, deltas and
+tasks by path, so their content is compared as well: the row's `origin` holds hashes of it.
 """
 import hashlib
 import json
@@ -33,28 +33,28 @@ from rt.runs.log import Log
 from rt.runs.summary import add_steps_to_scratch, by_settings, group_by, routes
 from rt.tune import TuneResult, score
 
-# flags that do not change what a run computes, or that have a place of their own in its row
+# flags that do not change what a run computes, or that have their own place in its row
 NOT_SETTINGS = {"mode", "seeds", "lr", "out", "cache", "device", "resume", "save_deltas", "sweep", "side_by_side", "graphs",
                 "deterministic", "tensorboard", "workers", "threads"}
-# parts of a Config: the modes that read them
+# part of a Config -> the modes that read it
 USED_BY = {"distill": (*NEEDS_TEACHER, "project"), "project": ("project",), "teaching": NEEDS_TEACHER, "carry": CARRIES}
-LATER = ("teaching", "carry", "head", "merge")      # flags and parts of a Config that old names lack: defaults are left out of names
+LATER = ("teaching", "carry", "head", "merge")      # newer flags and parts of a Config: names leave out their defaults, as old names do
 
 
 # --- equal names for equal runs ----------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Run:
-    """One row of the results. `c` is recycle.py's Config, in a chain for one base (see `at`)."""
+    """One row of the results. `c` is recycle.py's Config; in a chain, the Config for one base (see `at`)."""
     c: Any
     mode: str
     seed: int
     lr: float | None
-    route: str | None = None    # chain or direct; None outside chains, and of scratch
+    route: str | None = None    # chain or direct; None outside chains and for scratch
 
     @cached_property
     def settings(self) -> dict:
-        """The flags that the run depends on, without seed and learning rate. A direct run in a chain equals one without --chain."""
+        """The flags that the run depends on, except seed and learning rate. A direct run in a chain equals a run without --chain."""
         values = record(self.c if self.route == "chain" else replace(self.c, chain=()))
         off = {name for name in ("chain", "early_stop", "gamma", "itp", "project_patience") if not values[name]}
         off |= {flag.name for flag in flags_of(type(self.c)) if flag.path[0] in LATER and values[flag.name] == flag.default}
@@ -67,12 +67,12 @@ class Run:
         return f"{self.mode}-s{self.seed}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
 
     def at(self, base: str, route: str | None) -> "Run":
-        """This run on one base of --chain, with a config whose chain ends there."""
+        """This run on one base of --chain. The chain in its config ends at that base."""
         until = self.c.chain.index(base) + 1
         return replace(self, c=replace(self.c, base=base, chain=self.c.chain[:until]), route=route)
 
     def rows(self) -> list["Run"]:
-        """This run, or in a chain one for each base and route."""
+        """A list of this run alone, or, in a chain, of one run per base and route."""
         return [self.at(base, route) for base in self.c.chain for route in routes(self.mode)] if self.c.chain else [self]
 
 
@@ -83,7 +83,7 @@ def unread(config: type, mode: str) -> set[str]:
 
 def origin_of(r: Recycling, sources: Iterable[tuple[Delta, TaskData | None]] = (), texts: Sequence[list[int]] = (),
               content: str = "") -> list[str]:
-    """Hashes of what settings name by path: old base, new base, old delta (with other deltas, texts, the teacher's content), task."""
+    """Content hashes of what flags name by path: old base, new base, old delta (with other deltas, texts, the teacher's content), task."""
     digest = hashlib.sha256(content.encode())
     for delta, data in (*([(r.old_delta, None)] if r.old_delta else []), *sources):
         for part in (delta.diffs, delta.modules, delta.head):
@@ -97,7 +97,7 @@ def origin_of(r: Recycling, sources: Iterable[tuple[Delta, TaskData | None]] = (
 # --- a run -------------------------------------------------------------------------------------------------------------
 
 def save_run(out: Path, run: Run, task: Task, result: TuneResult, delta: Delta, curve: list[dict], origin: list[str], more: dict) -> None:
-    """Write OUT/deltas/RUN, with `more` in its row."""
+    """Write OUT/deltas/RUN. `more` is added to the run's row."""
     c = run.c
     row = {"run": run.name, "mode": run.mode, "delta": c.delta.kind, "task": task.name, "shots": c.shots, "seed": run.seed,
            "lr": run.lr, "steps": c.steps if run.mode in TRAINED else 0, "best_step": result.best_step, "dev": result.dev,
@@ -116,7 +116,7 @@ def save_run(out: Path, run: Run, task: Task, result: TuneResult, delta: Delta, 
 
 
 def finished_row(out: Path, run: Run, origin: list[str]) -> dict | None:
-    """The row of a run that an earlier call has finished with the same settings and origin; None if there is none."""
+    """The row of a run that an earlier call finished with the same settings and origin, or None."""
     folder = out / "deltas" / run.name
     try:
         row = read_json(folder / "summary.json")
@@ -131,10 +131,10 @@ def finished_row(out: Path, run: Run, origin: list[str]) -> dict | None:
 # --- all runs ----------------------------------------------------------------------------------------------------------
 
 def begin(c: Any, out: Path, runs: list[Run], origin: dict[str, list[str]], is_tested: bool = True) -> set[str]:
-    """The names of the runs that --resume or --sweep finds finished, with a score on test if the task `is_tested`. It first removes the
-    folders of the others, so that a call that is killed leaves only rows of whole runs, all of one origin."""
+    """The names of the runs that --resume or --sweep finds finished, with a score on test if the task `is_tested`. The folders of all other
+    runs are removed first, so a killed call leaves only rows of whole runs, all of one origin."""
     check_overwritable(out, {"metrics.jsonl", "summary.json", "deltas", FIGURES})       # an earlier version wrote metrics.jsonl
-    summary_rows(out / "summary.json")      # InputError, before anything is removed, if it cannot be read
+    summary_rows(out / "summary.json")      # InputError if it cannot be read, before anything is removed
     finished = set()
     for run in runs:
         row = finished_row(out, run, origin[run.name]) if c.resume or c.sweep is not None else None
@@ -147,7 +147,7 @@ def begin(c: Any, out: Path, runs: list[Run], origin: dict[str, list[str]], is_t
 
 
 def write_summary(c: Any, out: Path, runs: list[Run]) -> list[dict]:
-    """Write summary.json: the rows of other calls, then the rows of the finished ones of `runs`, which it returns."""
+    """Write summary.json: the rows of other calls, then the rows of the finished runs in `runs`. Returns the rows of `runs`."""
     paths = {run.name: out / "deltas" / run.name / "summary.json" for run in runs}
     place = {run.name: {"base": run.c.base, "route": run.route} if c.chain else {} for run in runs}
     own = [read_json(path) | place[name] for name, path in paths.items() if path.exists()]
@@ -159,7 +159,7 @@ def write_summary(c: Any, out: Path, runs: list[Run]) -> list[dict]:
 
 
 def comparable(rows: list[dict], more: set[str]) -> list[list[dict]]:
-    """The rows in groups that have one baseline of scratch, which reads neither the old delta nor --chain nor the flags in `more`."""
+    """Group the rows that share a scratch baseline. Scratch does not read the old delta, --chain or the flags in `more`."""
     def baseline(row: dict) -> list:
         origin = row.get("origin", [])
         return [origin[:2], origin[3:], {k: v for k, v in row["settings"].items() if k not in more | {"chain"}}]
@@ -168,14 +168,14 @@ def comparable(rows: list[dict], more: set[str]) -> list[list[dict]]:
 
 
 def summary_rows(path: Path) -> list[dict]:
-    """The rows of recycle.py's summary.json, none if there is no file. InputError for a file of another kind."""
+    """The rows of recycle.py's summary.json; an empty list if there is no file. InputError if the file is something else."""
     rows = read_json(path, {"rows": []}).get("rows")
     check_rows(rows, path)
     return rows
 
 
 def check_rows(rows: list[dict], path: Path) -> None:
-    """InputError if something that is read of these rows later is missing or of the wrong type."""
+    """InputError if a value in these rows that is read later is missing or of the wrong type."""
     with shaped(path, "its rows are not those of runs of recycle.py: give another --out, or move the file away"):
         for row in rows:
             if Path(row["run"]).name != row["run"] or row["run"] == ".." or not isinstance(row.get("origin", []), list):
@@ -188,7 +188,7 @@ def check_rows(rows: list[dict], path: Path) -> None:
 
 def best_delta(folder: str | Path, base: str) -> Path:
     """`folder`, or the best delta in it if recycle.py wrote it: the best seed of the mode and settings with the best mean dev score over
-    seeds, since each seed may draw its own dev set. In a chain, deltas for the base of fingerprint `base` count. Recycling wins a tie."""
+    seeds. Each seed may draw its own dev set. In a chain, deltas for the base with fingerprint `base` count. Recycling wins a tie."""
     folder = Path(folder)
     if (folder / "delta.json").exists() or not (folder / "deltas").is_dir():
         return folder
@@ -204,7 +204,7 @@ def best_delta(folder: str | Path, base: str) -> Path:
 
 
 def open_best(folder: str, base: Base) -> Delta:
-    """The delta in `folder` (or of a hub id), or the best one for `base` in a folder of recycle.py, which is then named on stderr."""
+    """The delta in `folder` (or of a hub id). In a folder of recycle.py, it is the best delta for `base`, and stderr gets its name."""
     best = best_delta(folder, base.fingerprint)
     if best != Path(folder):
         print(f"best on dev of {folder}: {best.name}", file=sys.stderr)

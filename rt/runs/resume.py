@@ -1,12 +1,12 @@
-"""What pre-training writes to its folder, and how it resumes after an interruption.
+"""The files that pre-training writes to its folder, and how it resumes after an interruption.
 
-    config.json     the settings that the run was begun with, and hashes of the content of its corpora, tokenizer and --init
+    config.json     the settings that the run began with, and content hashes of its corpora, tokenizer and --init
     M0, M1, ...     bases; M1-t00250: the snapshot of M1 after 250 steps
     resume/         while the run is unfinished, its two newest checkpoints with the optimizer's state, such as resume/M1-t00300
-    metrics.jsonl   a row a step, and a row of held-out scores a base
-    summary.json    the forgetting matrix, when all is done
+    metrics.jsonl   one row per step, and one row of held-out scores per base
+    summary.json    the forgetting matrix, once the run is complete
 
-Every folder is written once, under another name, and renamed when it is whole. A run resumes from the newest checkpoint with right hashes.
+Every folder is written once, under another name, and renamed when complete. A run resumes from the newest checkpoint with correct hashes.
 """
 import math
 import re
@@ -41,23 +41,23 @@ from rt.speed.dist import Ranks, gather, load_state
 from rt.speed.throughput import Throughput
 
 RESUMABLE = ("model.safetensors", "tokenizer.json", "optim.pt")
-KEPT = 2        # resumable checkpoints: if the newest turns out to be damaged, there is another
+KEPT = 2        # resumable checkpoints that stay: if the newest is damaged, there is another
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 def has_work(out: Path, settings: dict, resume: bool) -> bool:
-    """False if the run in `out` is complete. InputError if a run with these `settings` would overwrite something or continue another."""
+    """False if the run in `out` is complete. InputError if a run with these `settings` would overwrite files or continue another run."""
     if not (out / "config.json").exists():
         if unknown_names(out, {FIGURES, "config.json"}):
             raise InputError(f"{out} holds other things than a stream of bases: give another --out")
         return True
     begun = read_json(out / "config.json")
     for k in settings:
-        if settings[k] != begun.get(k, settings[k]):        # a flag that there was not yet changed nothing
+        if settings[k] != begun.get(k, settings[k]):        # a flag that did not exist yet changed nothing
             raise InputError(f"{out} was begun with --{k} {begun[k]}, not {settings[k]}: give another --out, or remove the folder")
     if (out / "summary.json").exists():
-        shutil.rmtree(out / "resume", ignore_errors=True)       # a process that was killed may have left it
+        shutil.rmtree(out / "resume", ignore_errors=True)       # a killed process may have left it
         return False
     if not resume:
         raise InputError(f"{out} holds an unfinished run: add --resume to go on, or remove the folder")
@@ -65,7 +65,7 @@ def has_work(out: Path, settings: dict, resume: bool) -> bool:
 
 
 def check_content(out: Path, content: dict) -> None:
-    """InputError if a file that the run in `out` was begun with has changed; `content` is {what: hash}."""
+    """InputError if a file that the run in `out` began with has changed. `content` is {what: hash}."""
     begun = read_json(out / "config.json", {}).get("content", {})
     for what, mark in content.items():
         if isinstance(begun, dict) and mark and begun.get(what) not in (None, "", mark):
@@ -74,13 +74,13 @@ def check_content(out: Path, content: dict) -> None:
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """The resumable checkpoints in `out`, the newest first."""
+    """The resumable checkpoints in `out`, newest first."""
     found = [(match, path) for path in (out / "resume").glob("*") if (match := re.fullmatch(r"M([0-9]{1,9})-t([0-9]{5,9})", path.name))]
     return [path for match, path in sorted(found, key=lambda pair: tuple(map(int, pair[0].groups())), reverse=True)]
 
 
 def newest_checkpoint(out: Path) -> Path | None:
-    """The newest resumable checkpoint that is intact; a damaged one is named on stderr. InputError if all are damaged."""
+    """The newest intact resumable checkpoint. A newer one that is damaged is named on stderr. InputError if all are damaged."""
     damaged: list[InputError] = []
     for path in checkpoints(out):
         try:
@@ -97,7 +97,7 @@ def newest_checkpoint(out: Path) -> Path | None:
 
 
 def check_checkpoint(folder: Path) -> None:
-    """InputError unless `folder` is an intact resumable checkpoint, with hashes to show it."""
+    """InputError unless `folder` is a resumable checkpoint and its hashes show that it is intact."""
     facts = read_json(folder / "meta.json")
     check_seal(folder, "meta.json", facts)
     if not isinstance(facts.get("name"), str) or not is_whole(facts.get("step"), 1) or not {*RESUMABLE} <= facts.get("sha256", {}).keys():
@@ -105,7 +105,7 @@ def check_checkpoint(folder: Path) -> None:
 
 
 def where_to_begin_again(out: Path) -> str:
-    """The checkpoint from which a training that has diverged can begin again, in words."""
+    """A phrase that names the checkpoint from which diverged training can begin again."""
     newest = next(iter(checkpoints(out)), None)
     if newest is None:
         return f"no checkpoint of it had been written in {out}"
@@ -114,7 +114,7 @@ def where_to_begin_again(out: Path) -> str:
 
 
 def is_done_again(row: dict, out: Path, newest: dict) -> bool:
-    """Whether a row of metrics.jsonl lies after the checkpoint from which training resumes (`newest`: its name and step)."""
+    """Whether a row of metrics.jsonl comes after the checkpoint that training resumes from (`newest`: its name and step)."""
     stage, step = row.get("stage"), row.get("step")
     if not isinstance(stage, str) or not re.fullmatch(r"M[0-9]{1,9}", stage) or not is_number(step):
         raise InputError(f"{out / 'metrics.jsonl'}: has a row that is of no step of a stage: {str(row)[:80]}")
@@ -140,12 +140,12 @@ def table_of(out: Path) -> str:
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 class PretrainRun:
-    """What one command of pre-training reads and writes in `out`, and when it stops. All ranks call everything; rank 0 writes."""
+    """One pre-training command: what it reads and writes in `out`, and when it stops. All ranks call every method; rank 0 writes."""
     def __init__(self, out: Path, ranks: Ranks, settings: dict, *, resume: bool, snapshots: int, save_every: int, log_every: int,
                  stop_after: int | None, tensorboard: bool = False):
         self.out, self.ranks, self.settings, self.resume = out, ranks, settings, resume
         self.snapshots, self.save_every, self.log_every, self.tensorboard = snapshots, save_every, log_every, tensorboard
-        self.allowance = stop_after or sys.maxsize      # steps that may still be taken
+        self.allowance = stop_after or sys.maxsize      # how many more steps to take
         self.stages: list[dict] = []
         self.signal, self.stack = 0, ExitStack()
 
@@ -160,13 +160,13 @@ class PretrainRun:
         self.stack.close()
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
-        """The first signal ends training after the current step, the second one at once."""
+        """The first signal ends training after the current step. The second ends it at once."""
         if self.signal:
             raise Interrupted(number)
         self.signal = number
 
     def begin(self, content: dict, tokenizer: Tokenizer) -> None:
-        """Record settings and content, or compare content with that of the interrupted run; open the log."""
+        """Compare the content with that of an interrupted run, record settings and content, and open the log."""
         self.ranks.from_main(lambda: check_content(self.out, content))
         self.tokenizer, self.newest = tokenizer, read_json(self.checkpoint / "meta.json") if self.checkpoint else {}
         if self.ranks.is_main:
@@ -176,7 +176,7 @@ class PretrainRun:
                        tensorboard=self.tensorboard)
 
     def finished(self, name: str) -> Base | None:
-        """The base of a stage that an interrupted run has finished."""
+        """The base of a stage that an interrupted run finished, or None."""
         if not (self.out / name / "meta.json").exists():
             return None
         base = load_base(self.out / name)
@@ -185,11 +185,11 @@ class PretrainRun:
 
     def start_stage(self, about: dict, s: PretrainSettings, rows: Rows, model: MaskedLM, optimizer: torch.optim.Optimizer,
                     precision: torch.dtype, recipe: Recipe = Recipe(), moments: Path | None = None) -> int:
-        """The first step of a stage: 0, or if it was interrupted, the step of its newest checkpoint, which is loaded. `about` goes into
-        meta.json, with name, domain, number and parent. `moments` is the folder of an optimizer's state to begin with."""
+        """Returns the first step of a stage: 0, or, if it was interrupted, the step of its newest checkpoint, which is loaded. `about` goes
+        into meta.json, with name, domain, number and parent. `moments` is the folder with the optimizer's state to start from."""
         self.about, self.s, self.rows, self.model, self.optimizer, self.recipe = about, s, rows, model, optimizer, recipe
         self.throughput = Throughput(model.encoder.config, self.ranks.device, precision, world=self.ranks.world)
-        self.waiting: list[tuple[int, float, Tensor]] = []      # steps whose loss and norm are still on the device
+        self.waiting: list[tuple[int, float, Tensor]] = []      # steps with loss and norm still on the device
         self.first = self.step = self.skipped = self.in_a_row = 0
         self.started = time.perf_counter()
         if self.newest.get("name") == about["name"]:
@@ -208,12 +208,12 @@ class PretrainRun:
         return self.first
 
     def after_step(self, step: int, lr: float, loss: Tensor, norm: Tensor) -> bool:
-        """Note a step, write the checkpoints due after it, and tell whether the run stops before the stage's end. It waits for the device
-        only every `log_every` steps and before a checkpoint. Diverged after more than MOST_SKIPPED skipped steps in a row."""
+        """Record a step, write the checkpoints due after it, and return whether the run stops before the stage's end. Waits for the device
+        only every `log_every` steps and before a checkpoint. Raises Diverged after more than MOST_SKIPPED skipped steps in a row."""
         self.waiting.append((step, lr, torch.stack([loss, norm])))
         self.allowance -= 1
         is_last, is_look = step == self.s.steps, step % self.log_every == 0
-        agrees = self.ranks.world == 1 or is_look       # ranks agree on a signal at steps at which they wait for each other anyway
+        agrees = self.ranks.world == 1 or is_look       # ranks agree on a signal only at steps where they wait for each other anyway
         stops = not is_last and (self.allowance == 0 or agrees and self.ranks.any(bool(self.signal)))
         is_trunk = step == self.trunk
         is_snapshot, is_checkpoint = step in self.kept or is_trunk, not is_last and (stops or step % self.save_every == 0)
@@ -226,12 +226,12 @@ class PretrainRun:
                     gather(self.optimizer)
                 if is_snapshot:
                     self.save(self.out / name, self.optimizer if is_trunk else None)
-                if is_checkpoint and (stops or not self.in_a_row):      # else the one before is better
+                if is_checkpoint and (stops or not self.in_a_row):      # otherwise the previous one is better
                     self.save(self.out / "resume" / name, self.optimizer, seconds=time.perf_counter() - self.started)
         return stops
 
     def write_rows(self) -> None:
-        """Log the waiting steps, whose numbers leave the device in one copy. A number that is not finite becomes None: a skipped step."""
+        """Log the waiting steps. One copy brings their numbers to the host. A number that is not finite becomes None: a skipped step."""
         for (step, lr, _), pair in zip(self.waiting, torch.stack([pair for *_, pair in self.waiting]).tolist()):
             loss, norm = (x if math.isfinite(x) else None for x in pair)
             skipped = {"skipped": True} if None in (loss, norm) else {}
@@ -245,11 +245,11 @@ class PretrainRun:
             self.bar.set_postfix_str(f"{loss_text(loss, self.skipped)}, {self.throughput}", refresh=False)
             self.bar.update()
             if step == self.first + 1:
-                self.throughput.restart()      # compilation and capture are over by the first look at the loss
+                self.throughput.restart()      # by the first look at the loss, compilation and capture are over
         self.waiting.clear()
 
     def save(self, folder: Path, optimizer: torch.optim.Optimizer | None = None, **more: Any) -> str | None:
-        """Rank 0 writes the model, with `more` in meta.json; returns its fingerprint. With the optimizer, only KEPT of them stay."""
+        """Rank 0 writes the model, with `more` in meta.json, and returns its fingerprint. With an optimizer, only KEPT checkpoints stay."""
         if not self.ranks.is_main:
             return None
         self.log.sync()
@@ -263,9 +263,9 @@ class PretrainRun:
         return {"skipped": self.skipped} if self.skipped else {}
 
     def finish_stage(self, evaluate: Callable[[], dict], average: int = 1) -> str:
-        """Score and write the mean of the stage's last `average` snapshots, its end counted; returns the fingerprint."""
+        """Score and write the mean of the stage's last `average` snapshots, counting its end. Returns the fingerprint."""
         if average > 1:
-            self.ranks.wait()       # for rank 0's snapshots
+            self.ranks.wait()       # until rank 0 has written its snapshots
             steps = sorted(self.kept & {*range(1, self.s.steps)})[1 - average:]
             snapshots = (load_base(self.out / f"{self.about['name']}-t{step:05d}") for step in steps)
             average_into(self.model, (MaskedLM(base.encoder, base.head).state_dict() for base in snapshots))
@@ -284,7 +284,7 @@ class PretrainRun:
         return self.allowance == 0 or self.ranks.any(bool(self.signal))
 
     def suspended(self, where: str) -> Interrupted | None:
-        """Print where training has stopped and how it goes on; if a signal stopped it, return that as the exception to raise."""
+        """Print where training stopped and how to continue. If a signal stopped it, return the exception that says so instead."""
         sentence = f"stopped {where}; the same command with --resume goes on"
         if self.signal:
             return Interrupted(self.signal, sentence)
@@ -292,7 +292,7 @@ class PretrainRun:
         return None
 
     def complete(self) -> None:
-        """Write summary.json, remove the resumable checkpoints, print the forgetting matrix."""
+        """Write summary.json, remove the resumable checkpoints, and print the forgetting matrix."""
         if self.ranks.is_main:
             write_json(self.out / "summary.json", {"stages": self.stages, "config": self.settings, "argv": sys.argv})
             shutil.rmtree(self.out / "resume", ignore_errors=True)
@@ -300,7 +300,7 @@ class PretrainRun:
 
 
 def sample_of(rows: Rows, tokenizer: Tokenizer) -> str:
-    """The longest sequence of the first training row, plain and as the model sees it; and packing statistics."""
+    """A text with the longest sequence of the first training row, plain and as the model sees it, and with packing statistics."""
     batch, (ids, lengths) = rows.batch(0, rows.row_tokens), rows.row(0)
     longest = max(range(len(lengths)), key=lengths.__getitem__)
     span, p = slice(sum(lengths[:longest]), sum(lengths[:longest + 1])), packing(rows)
@@ -309,7 +309,7 @@ def sample_of(rows: Rows, tokenizer: Tokenizer) -> str:
 
 
 def packing(rows: Rows) -> dict:
-    """Packing statistics of an epoch: number of rows, fill rate (rows are cut out of one line), share of sequences cut at a row's end."""
+    """Packing statistics of an epoch: number of rows, fill rate (rows are cut from one line), share of sequences cut at a row's end."""
     rows.enter_epoch(max(rows.epoch, 0))
     ends = np.arange(1, rows.per_epoch + 1) * rows.row_tokens
     cut = len(ends) - np.isin(ends, rows.ends).sum()

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: raised at once as an exception, or kept until the loop asks."""
+"""SIGTERM and Ctrl-C: raised at once as an exception, or remembered until the loop asks."""
 import signal
 import threading
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal has asked for the end; rt.runs.config.run prints the sentence and exits with `code`."""
+    """A signal has asked the process to end. rt.runs.config.run prints the sentence and exits with `code`."""
     def __init__(self, number: int, sentence: str = "what was finished is kept"):
         super().__init__(f"{'interrupted' if number == signal.SIGINT else 'terminated'}: {sentence}")
         self.code = 128 + number
@@ -17,7 +17,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def handled(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Inside, `handler` gets the signals, except those that the parent process ignores (nohup). Only the main thread can have handlers."""
+    """In the block, `handler` gets the signals, except those that the parent process ignores (nohup). Only the main thread can have one."""
     before = {}
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, handler) for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN}

@@ -1,4 +1,4 @@
-"""Opens the deltas of --old_delta, merges several by their score on dev (--merge), and reads the texts of --carry."""
+"""Opens the deltas of --old_delta, merges several deltas by their dev score (--merge), and reads the texts of --carry."""
 import itertools
 from dataclasses import replace
 from functools import reduce
@@ -16,23 +16,23 @@ from rt.recycling import Recycling, start_from_old
 from rt.runs.results import open_best
 from rt.tune import evaluate, score
 
-CARRY_TEXTS = 512       # on which the activations of two bases are compared
+CARRY_TEXTS = 512       # texts on which the activations of two bases are compared
 
 
 def old_names(text: str | None) -> list[str]:
-    """The names in --old_delta A,B,C; an existing folder is one name, even if it holds commas."""
+    """The names in --old_delta A,B,C. An existing folder is one name, even if its name contains commas."""
     return text.split(",") if text and not Path(text).exists() else [text or ""]
 
 
 def open_old(text: str, base: Base, labels: tuple[str, ...], how: str) -> tuple[list[Delta], Delta, Delta | None]:
-    """(the old deltas, the one that teaches: the first with the task's labels, or else the first; several merged, or None)."""
+    """(old deltas, teacher, merged delta or None for a single one). The teacher is the first with the task's labels, or else the first."""
     olds = [open_best(name, base).ordered(labels) for name in old_names(text)]
     merged = combine(olds, [1 / len(olds)] * len(olds), how, labels) if len(olds) > 1 else None
     return olds, next((delta for delta in olds if delta.labels == labels), olds[0]), merged
 
 
 def merge_on_dev(r: Recycling, deltas: list[Delta], how: str) -> tuple[Delta, dict]:
-    """(deltas merged into one, facts for the run's record): the subset whose `apply` is best on dev; all if the head is fresh."""
+    """(merged delta, facts for the run's record). Merges the subset whose `apply` is best on dev, or all deltas if the head is fresh."""
     choices, found = sorted([*itertools.product((0.0, 1.0), repeat=len(deltas))][1:], key=sum, reverse=True), []
     if r.head == "fresh" and r.data.labels not in [delta.labels for delta in deltas]:
         choices = choices[:1]
@@ -44,9 +44,9 @@ def merge_on_dev(r: Recycling, deltas: list[Delta], how: str) -> tuple[Delta, di
 
 
 def combine(deltas: Sequence[Delta], weights: Sequence[float], how: str, labels: tuple[str, ...]) -> Delta:
-    """Deltas of one kind and base as one: "mean", the sum of w d, or "ties" (Yadav et al., 2023), which keeps the largest fifth of each
-    delta and takes at every entry the mean of the values with the sum's sign. The head is the mean of the heads with `labels`, or the first
-    one. InputError for deltas that cannot be added; with ties also for modules, whose entries do not correspond."""
+    """Merge deltas of one kind and base. "mean" is the sum of w d. "ties" (Yadav et al., 2023) keeps the largest fifth of each delta and
+    takes, per entry, the mean of the values with the sum's sign. The head is the mean of the heads with `labels`, or else the first head.
+    InputError for deltas that cannot be added; with ties also for modules, because their entries do not correspond."""
     own = [(w, d) for w, d in zip(weights, deltas) if d.labels == labels] or [(1.0, deltas[0])]
     scale = sum(w for w, _ in own)
     head = {k: sum((w / scale if scale else 1 / len(own)) * d.head[k] for w, d in own) for k in own[0][1].head}
@@ -64,7 +64,7 @@ def combine(deltas: Sequence[Delta], weights: Sequence[float], how: str, labels:
 
 
 def carry_texts(path: str | None, task: Task, base: Base, seq_len: int) -> list[list[int]]:
-    """The ids of the first CARRY_TEXTS texts of --carry_text, or else of the task's training texts."""
+    """The token ids of the first CARRY_TEXTS texts of --carry_text, or else of the task's training texts."""
     own = (f"{e.text} {e.text_pair or ''}" for e in task.parts["train"])
     texts = itertools.islice(read_documents(Path(path)) if path else own, CARRY_TEXTS)
     return encode([Example(text, None, None, "") for text in texts], (), base.tokenizer, seq_len).sequences

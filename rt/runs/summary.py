@@ -1,4 +1,4 @@
-"""Tables over many rows, which are dicts: recycle.py's runs, with mode, seed, lr, settings, dev, test, curve; pre-training's stages."""
+"""Tables over many rows. A row is a dict: a run of recycle.py (mode, seed, lr, settings, dev, test, curve) or a stage of pre-training."""
 import json
 from pathlib import Path
 from statistics import mean, stdev
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def group_by(items: Iterable[T], key: Callable[[T], Any]) -> list[list[T]]:
-    """Items of equal keys together, in order of appearance; a key may be any JSON value."""
+    """Lists of the items with equal keys, in order of appearance. A key may be any JSON value."""
     groups: dict[str, list[T]] = {}
     for item in items:
         groups.setdefault(json.dumps(key(item), sort_keys=True), []).append(item)
@@ -24,14 +24,14 @@ def by_settings(row: dict) -> tuple[float | None, dict]:
 
 
 def chosen(rows: list[dict], mode: str, by: Callable[[dict], Any] = lambda row: row["lr"]) -> list[dict]:
-    """The rows of a mode, one for each seed, at the learning rate (or key `by`) with the best mean dev score. Only learning rates with
-    the most seeds count: a mean over fewer seeds is one over other examples."""
+    """The rows of a mode, one per seed, at the learning rate (or key `by`) with the best mean dev score. Only learning rates with the most
+    seeds count: a mean over fewer seeds is a mean over other examples."""
     groups = group_by((row for row in rows if row["mode"] == mode), by)
     return max(groups, key=lambda group: (len(group), mean(score(row["dev"]) for row in group)), default=[])
 
 
 def add_steps_to_scratch(rows: list[dict]) -> None:
-    """Add to each row the first step at which its dev score reaches scratch's best for the same seed, None if it never does."""
+    """Add to each row the first step at which its dev score reaches scratch's best for the same seed, or None if it never does."""
     best = {row["seed"]: score(row["dev"]) for row in chosen(rows, "scratch", by_settings)}
     for row in rows:
         if row["seed"] in best:
@@ -40,13 +40,13 @@ def add_steps_to_scratch(rows: list[dict]) -> None:
 
 
 def spread(rows: list[dict], part: str = "test") -> str:
-    """Mean and standard deviation of the score on a part, or "undefined" if one of the scores is."""
+    """Mean and standard deviation of the score on a part, or "undefined" if one of the scores is undefined."""
     values = [score(row[part]) for row in rows]
     return f"{mean(values):.3f} ± {stdev(values) if len(values) > 1 else 0:.3f}" if all(map(is_number, values)) else "undefined"
 
 
 def steps_of(rows: list[dict]) -> str:
-    """Steps to scratch's best dev, one number for each seed."""
+    """Steps to scratch's best dev score, one number per seed."""
     return " ".join("-" if row.get("steps_to_scratch_best") is None else str(row["steps_to_scratch_best"]) for row in rows)
 
 
@@ -60,7 +60,7 @@ def metric_of(groups: list[list[dict]]) -> str:
 
 
 def report(rows: list[dict], modes: list[str]) -> str:
-    """A line for each mode at its best learning rate."""
+    """A table with one line per mode, at its best learning rate."""
     groups = [chosen(rows, mode) for mode in modes]
     part = part_of(groups)
     lines = [[mode, group[0]["lr"] or "-", spread(group, part), steps_of(group), f"{mean(row['seconds'] for row in group):.1f}"]
@@ -69,7 +69,7 @@ def report(rows: list[dict], modes: list[str]) -> str:
 
 
 def report_sweep(rows: list[dict], modes: list[str], settings: list[str]) -> str:
-    """A line for each mode at its best combination of `settings` and learning rate, with the score on test if all its rows have one."""
+    """A table with one line per mode, at its best combination of `settings` and learning rate. It has test scores if all rows have them."""
     groups, lines = [chosen(rows, mode, by_settings) for mode in modes], []
     parts = [*dict.fromkeys(("dev", part_of(groups)))]
     for mode, group in zip(modes, groups):
@@ -81,12 +81,12 @@ def report_sweep(rows: list[dict], modes: list[str], settings: list[str]) -> str
 
 
 def routes(mode: str) -> tuple[str | None, ...]:
-    """The routes by which a chain takes a mode from base to base."""
+    """The routes by which a mode gets from base to base in a chain."""
     return (None,) if mode == "scratch" else ("chain", "direct")
 
 
 def report_chain(rows: list[dict], modes: list[str], bases: tuple[str, ...]) -> str:
-    """A line for each mode and route, a column for each base: test (or dev), at the learning rate that is best on dev over all bases."""
+    """Test (or dev) scores: one line per mode and route, one column per base, at the learning rate that is best on dev over all bases."""
     groups = [chosen([row for row in rows if row["route"] == route], mode) for mode in modes for route in routes(mode)]
     part = part_of(groups)
     lines = [[group[0]["mode"], group[0]["route"] or "-", group[0]["lr"] or "-",
@@ -95,7 +95,7 @@ def report_chain(rows: list[dict], modes: list[str], bases: tuple[str, ...]) -> 
 
 
 def forgetting_table(stages: list[dict]) -> str:
-    """Held-out masked-LM loss (accuracy) of every domain after every stage of pre-training; stages are dicts with name, domain, heldout."""
+    """Held-out masked-LM loss (accuracy) of each domain after each stage of pre-training. A stage is a dict with name, domain, heldout."""
     def cell(scores: dict | None) -> str:
         return f"{scores['loss']:.3f} ({scores['accuracy']:.3f})" if scores else "-"
 

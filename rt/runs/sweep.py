@@ -1,4 +1,4 @@
-"""A grid of settings, as text: "seed=20,30,40 alpha=.7,.9 T=5,10,20" is 18 runs."""
+"""A grid of settings, written as text: "seed=20,30,40 alpha=.7,.9 T=5,10,20" is 18 runs."""
 import difflib
 import itertools
 
@@ -6,15 +6,15 @@ from rt.errors import InputError
 from rt.runs.config import C, convert, flags_of, replace_flags
 from rt.runs.summary import group_by
 
-# settings that runs may differ in; the runs of a group that is done side by side differ in SIDE_BY_SIDE, seed and learning rate
+# settings that a grid can vary; runs of one group, done side by side, differ only in SIDE_BY_SIDE, seed and learning rate
 SWEPT = ("seed", "lr", "alpha", "beta", "T", "gamma", "itp", "unlabelled_share", "steps", "batch_size", "warmup", "weight_decay",
          "early_stop")
 SIDE_BY_SIDE = ("alpha", "beta", "T")
-LISTS = {"seed": "seeds", "lr": "lr"}           # setting -> its flag, which holds several values
+LISTS = {"seed": "seeds", "lr": "lr"}           # setting -> its flag, which takes several values
 
 
 def swept(spec: str) -> dict[str, list[str]]:
-    """{name: its values as text} of a grid. InputError unless `spec` is name=value,value ... with names in SWEPT."""
+    """{name: values as text} of a grid. InputError unless `spec` is name=value,value ... with names in SWEPT."""
     grid: dict[str, list[str]] = {}
     for part in spec.split():
         name, _, text = part.partition("=")
@@ -30,7 +30,7 @@ def swept(spec: str) -> dict[str, list[str]]:
 
 
 def expand(config: C, spec: str) -> list[C]:
-    """`config` once for every combination of the grid's values, in the order in which they are written."""
+    """One copy of `config` per combination of the grid's values, in the order in which the values are written."""
     kinds = {flag.name: flag.kind for flag in flags_of(type(config))}
     choices = [[(LISTS.get(name, name), convert(f"sweep {name}", text, kinds[LISTS.get(name, name)])) for text in texts]
                for name, texts in swept(spec).items()]
@@ -38,5 +38,5 @@ def expand(config: C, spec: str) -> list[C]:
 
 
 def groups(runs: list) -> list[list]:
-    """Runs (with `mode` and `settings`) in groups that may be done side by side."""
+    """Group the runs (with `mode` and `settings`) that may be done side by side."""
     return group_by(runs, lambda run: [run.mode, {k: v for k, v in run.settings.items() if k not in SIDE_BY_SIDE}])

@@ -1,4 +1,4 @@
-"""What a teacher needs beside the labelled sample: answers in a file, texts as ids of the old base's tokenizer, texts without labels."""
+"""What a teacher needs besides the labelled sample: answers in a file, texts as ids of the old base's tokenizer, texts without labels."""
 import hashlib
 import json
 import sys
@@ -21,18 +21,18 @@ WITHOUT_OLD = ("scratch", "distill")    # modes that need neither old base nor o
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """Who teaches if --old_base + --old_delta do not, how they read, and texts without labels."""
-    teacher: str | None = None  # a file of predictions teaches (python -m rt.runs.predict writes such): no old base is needed for distill
-    label_smoothing: ShareBelowOne = 0.0  # of the hard labels in --teacher
-    old_seq_len: SeqLen | None = None  # longest text in tokens as the teacher, --old_base, reads it; default: --seq_len
-    unlabelled: str | None = None  # texts that the teacher labels: a file or folder of texts, a task, or rest: what --shots leaves over
-    unlabelled_share: PositiveShare = 0.5  # of the rows of a batch
-    unlabelled_texts: PositiveInt | None = None  # at most so many of --unlabelled, drawn by the seed; none: all
-    pseudo_labels: Literal["soft", "hard"] = "soft"  # hard: --unlabelled gets the teacher's likeliest labels, and no other loss is taken
+    """The teacher if it is not --old_base + --old_delta, how the teacher reads texts, and texts without labels."""
+    teacher: str | None = None  # file of predictions that teaches (python -m rt.runs.predict writes one); distill then needs no old base
+    label_smoothing: ShareBelowOne = 0.0  # smoothing of the hard labels in --teacher
+    old_seq_len: SeqLen | None = None  # longest text in tokens that the teacher, --old_base, reads; default: --seq_len
+    unlabelled: str | None = None  # texts that the teacher labels: a file or folder of texts, a task, or rest (what --shots leaves over)
+    unlabelled_share: PositiveShare = 0.5  # share of --unlabelled in the rows of a batch
+    unlabelled_texts: PositiveInt | None = None  # at most this many of --unlabelled, drawn by the seed; none: all
+    pseudo_labels: Literal["soft", "hard"] = "soft"  # hard: --unlabelled gets the teacher's likeliest labels; only the task loss is used
 
 
 def refusals(c: Any, modes: list[str]) -> Iterable[tuple[Any, str]]:
-    """(whether it is wrong, sentence) for each combination of flags in recycle.py's Config `c` that could make no sense."""
+    """(whether it is wrong, error message) for each combination of flags in recycle.py's Config `c` that may make no sense."""
     t, taught = c.teaching, {*modes} & {*NEEDS_TEACHER}
     return ((t.teacher and not taught, f"--teacher {t.teacher}: is for modes with a teacher ({', '.join(NEEDS_TEACHER)})"),
             (t.teacher and not c.old_delta and {*modes} - {*WITHOUT_OLD},
@@ -49,13 +49,13 @@ def refusals(c: Any, modes: list[str]) -> Iterable[tuple[Any, str]]:
 
 @dataclass
 class Teaching:
-    """`config` and the files that it names, for a `task` with `shots` examples a label (None: all)."""
+    """`config` and the files that it names, for a `task` with `shots` examples per label (None: all)."""
     config: TeacherConfig
     seq_len: int
     task: Task
     shots: int | None
     predictions: Predictions | None
-    texts: list[Example]        # of --unlabelled, if it names a place
+    texts: list[Example]        # from --unlabelled, unless that is rest
 
     @property
     def old_seq_len(self) -> int:
@@ -66,7 +66,7 @@ class Teaching:
         return few_shot(self.task, self.shots, seed) if self.shots else self.task
 
     def unlabelled(self, seed: int) -> list[Example]:
-        """The texts without labels. InputError if there are none although some are asked for."""
+        """The texts without labels. InputError if there are none although --unlabelled asks for some."""
         t, texts = self.config, self.texts
         if t.unlabelled == "rest":
             drawn = {*map(id, self.sample(seed).parts["train"])}
@@ -78,11 +78,11 @@ class Teaching:
         return texts
 
     def examples(self, seed: int, texts: list[Example]) -> list[Example]:
-        """All taught examples in the order of the cache; `texts` are those without labels."""
+        """All examples that are taught, in the order of the teacher's cache. `texts` are the ones without labels."""
         return self.sample(seed).parts["train"] + texts
 
     def fill(self, r: Recycling, seed: int) -> Recycling:
-        """`r`, whose data.train holds the labelled examples of this seed, with its teacher's answers or input."""
+        """`r` with the teacher's answers or input added. `r.data.train` holds the labelled examples of this seed."""
         old, labels, texts = r.old_base, self.task.labels, self.unlabelled(seed)
         if texts:
             r = replace(r, unlabelled=encode(texts, labels, r.base.tokenizer, self.seq_len), hard=self.config.pseudo_labels == "hard")
@@ -94,7 +94,7 @@ class Teaching:
 
     @property
     def content(self) -> str:
-        """Hash of what flags name by path."""
+        """Hash of the content of the files that flags name."""
         answers = [self.predictions.path.read_bytes()] if self.predictions else []
         read = answers + [json.dumps([e.text, e.text_pair]).encode() for e in self.texts]
         return hashlib.sha256(b"\n".join(read)).hexdigest() if read else ""
@@ -102,7 +102,7 @@ class Teaching:
 
 def open_teaching(c: Any, modes: list[str], task: Task, open_texts: Callable[[str], list[Example]], r: Recycling,
                   seeds: list[int]) -> Teaching | None:
-    """None if no mode has a teacher; `open_texts` reads --unlabelled. InputError if the teacher cannot read or answer all texts."""
+    """The Teaching, or None if no mode has a teacher. `open_texts` reads --unlabelled. InputError if the teacher cannot take all texts."""
     if not {*modes} & {*NEEDS_TEACHER}:
         return None
     t = c.teaching
@@ -118,7 +118,7 @@ def open_teaching(c: Any, modes: list[str], task: Task, open_texts: Callable[[st
 
 
 def note_cut(c: Any, first: Recycling) -> None:
-    """Print to stderr how many texts that only a teacher reads were cut in the `first` run's sample."""
+    """Print on stderr how many of the texts that only a teacher reads were cut in the sample of the `first` run."""
     for part, length, flag in ((first.unlabelled, c.seq_len, "--seq_len"), (first.old_train, c.teaching.old_seq_len, "--old_seq_len")):
         if part:
             note_truncated(part.truncated, len(part), length or c.seq_len, sys.stderr, flag)

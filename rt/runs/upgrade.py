@@ -1,4 +1,4 @@
-"""The settings of an upgrade, and what follows for a stage: earlier domains, recipe, first weights. `c` is the script's config."""
+"""The settings of an upgrade, and what a stage derives from them: earlier domains, recipe, first weights. `c` is the script's config."""
 import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -19,34 +19,34 @@ from rt.pretrain import evaluate_mlm, mlm_loss
 from rt.recipes import Preserve, PreserveBy, Recipe
 from rt.speed.dist import Ranks
 
-HELDOUT_MASK_RATE = 0.15    # whatever --mask_rate is, so that held-out losses compare
-SAMPLE_ROWS = 16            # over which --preserve takes the variances of hidden states
+HELDOUT_MASK_RATE = 0.15    # does not depend on --mask_rate, so held-out losses can be compared
+SAMPLE_ROWS = 16            # rows from which --preserve takes the variances of hidden states
 
 
 @dataclass(frozen=True)
 class RecipeConfig:
-    """The switches that change a stage of pre-training; the defaults change nothing."""
+    """The switches that change a stage of pre-training. The defaults change nothing."""
     # recipes of an upgrade (docs/recipes.md)
     schedule: ScheduleConfig = ScheduleConfig()
-    preserve: NonNegative = 0.0  # weight of the distance from the base before: an upgrade on which its deltas still work; try 3 to 30
-    preserve_by: PreserveBy = "hidden"  # what may not move: hidden states of all layers, those of the last, predictions or attention maps
-    replay: ShareBelowOne = 0.0  # share of the rows that come from earlier domains of the lineage, in equal parts
-    select: str | None = None  # of each domain only the documents most like the training texts of this task
-    keep: PositiveShare = 0.3  # select: the share of the documents that is kept
-    template: str = "{text} {text_pair}"  # how the texts of a domain task:NAME are put into words; {label} is known, too
-    mix: tuple[str, ...] = ()  # one stage on all domains of the stream: in fixed shares, wiki:0.3,bio:0.7, or by need
+    preserve: NonNegative = 0.0  # weight of the distance from the previous base, so that its deltas still work; try 3 to 30
+    preserve_by: PreserveBy = "hidden"  # what should not move: hidden states of all layers or of the last, predictions, or attention maps
+    replay: ShareBelowOne = 0.0  # share of the rows that come from earlier domains of the lineage, in equal parts per domain
+    select: str | None = None  # keep only the documents of each domain that are most like the training texts of this task
+    keep: PositiveShare = 0.3  # select: share of the documents to keep
+    template: str = "{text} {text_pair}"  # how a domain task:NAME puts its examples into words; may contain {label}, too
+    mix: tuple[str, ...] = ()  # one stage on all domains of the stream, in fixed shares (wiki:0.3,bio:0.7) or by need (need)
     mix_every: Annotated[int, Limit(lambda v: v >= 5, "--{name} {value}: must be 5 or more: batches are made ahead")] = 50  # need: steps
-    mix_eta: NonNegative = 1.0  # need: shares are multiplied by exp(eta * the loss above the reference's)
-    mix_reference: str | None = None  # need: the base whose losses are to be reached; default: the one that the stage starts from
-    objective: Objective = "mlm"  # mlm; rts: is each token the original or a random one; slm: predict what was there before a random token
+    mix_eta: NonNegative = 1.0  # need: each share is multiplied by exp(eta * its loss above the reference's)
+    mix_reference: str | None = None  # need: the base that sets the target losses; default: the base that the stage starts from
+    objective: Objective = "mlm"  # mlm; rts: tell original tokens from random ones; slm: predict the tokens that random ones replaced
     mask: MaskUnit = "token"  # what is masked: single tokens, whole words, or names and numbers first (entity)
-    max_len: PositiveInt | None = None  # longest sequence of the base that is made, in tokens; its positions repeat the old ones
-    align: NonNegativeInt = 0  # Reptile: after every so many steps the weights go back part of the way they have come
-    align_eps: Share = 0.3  # Reptile: the part of the way that is kept; 1 is plain training
-    average: PositiveInt = 1  # the published base is the mean of the stage's last so many snapshots, its end counted
+    max_len: PositiveInt | None = None  # longest sequence of the new base, in tokens; its positions repeat the old ones
+    align: NonNegativeInt = 0  # Reptile: after every N steps, the weights go back part of the way that they have come
+    align_eps: Share = 0.3  # Reptile: share of the way that is kept; 1 is plain training
+    average: PositiveInt = 1  # the published base is the mean of the last N snapshots, counting the stage's end
 
     def check(self, domains: list[str], warmup: float, steps: int, snapshots: int) -> None:
-        """Raises InputError for settings that make no sense together, or with the stage's."""
+        """InputError for settings that make no sense together or with the settings of the stage."""
         s = self.schedule
         details = {"cooldown": (s.schedule in ("wsd", "infinite"), "`schedule` wsd or infinite"), "align_eps": (self.align, "`align`"),
                    "preserve_by": (self.preserve, "`preserve`"),
@@ -79,19 +79,19 @@ class RecipeConfig:
 
     @property
     def shares(self) -> dict[str, float]:
-        """The fixed shares of `mix`, NaN for an unreadable one."""
+        """{domain: fixed share} from `mix`. An unreadable share is NaN."""
         pairs = [entry.rpartition(":") for entry in self.mix]
         return {name: float(share) if share.replace(".", "", 1).isdigit() and float(share) else math.nan for name, _, share in pairs}
 
     def start_shares(self, domains: list[str], earlier: int) -> list[float]:
-        """The shares of `earlier` domains, then of the stage's own."""
+        """The first shares: those of the earlier domains (`earlier` in number), then those of the stage's own domains."""
         replay = self.replay if earlier else 0.0
         own = [1 / len(domains) if self.by_need or not self.mix else self.shares[name] for name in domains]
         return [replay / earlier for _ in range(earlier)] + [(1 - replay) * share for share in own]
 
 
 def scored_rows(corpus: Corpus, tokenizer: Tokenizer, seq_len: int) -> Rows:
-    """Rows for a masked-LM loss: one sequence each, masked in the same way for all bases."""
+    """Rows for measuring a masked-LM loss: one sequence per row, masked in the same way for all bases."""
     return Rows(corpus, tokenizer, seq_len=seq_len, mask_rate=HELDOUT_MASK_RATE, seed=0, sequences=1)
 
 
@@ -99,8 +99,8 @@ class Start(NamedTuple):
     """The parent of a new base."""
     parent: str | None = None       # fingerprint; None: there is no parent
     number: int = -1
-    domains: dict[str, str] = {}    # domains that it was trained on: the places of their texts
-    moments: Path | None = None     # the folder of an optimizer's state to go on with
+    domains: dict[str, str] = {}    # {domain that the parent was trained on: place of its texts}
+    moments: Path | None = None     # folder with the optimizer's state to continue with
 
 
 def earlier_domains(c: Any, domains: dict[str, str], own: dict[str, str]) -> dict[str, str]:
@@ -118,7 +118,7 @@ def earlier_domains(c: Any, domains: dict[str, str], own: dict[str, str]) -> dic
 
 def start_recipe(c: Any, model: MaskedLM, rows: Rows, corpora: list[Corpus], tokenizer: Tokenizer, ranks: Ranks, where: dict,
                  has_parent: bool) -> Recipe:
-    """The recipe of a stage on `corpora`, of which `rows` has the first. A new base has nothing to preserve."""
+    """The recipe of a stage on `corpora`; `rows` come from the first corpus. A new base has nothing to preserve."""
     r, loss = c.recipe, mlm_loss
     if r.preserve and has_parent:
         loss = Preserve(model, r.preserve, r.preserve_by, rows.masked(range(min(SAMPLE_ROWS, rows.per_epoch))).to(ranks.device))
@@ -153,7 +153,7 @@ def go_on_from(c: Any, folder: Path, base: Base) -> tuple[MaskedLM, str, Path | 
 
 @torch.no_grad()
 def average_into(model: MaskedLM, states: Iterable[dict[str, Tensor]]) -> None:
-    """Set the weights of `model` to the mean of themselves and `states`."""
+    """Set the weights of `model` to the mean of these weights and `states`."""
     mean = model.state_dict()
     for n, state in enumerate(states, 2):
         for name, value in mean.items():
@@ -161,7 +161,7 @@ def average_into(model: MaskedLM, states: Iterable[dict[str, Tensor]]) -> None:
 
 
 def lengthen(model: MaskedLM, max_len: int) -> MaskedLM:
-    """`model` with positions for `max_len` tokens: RoBERTa's rows before the first position, then the old positions repeated."""
+    """`model` with positions for `max_len` tokens: RoBERTa's rows before the first position, then the old positions, repeated."""
     config, name = model.encoder.config, "encoder.embeddings.position.weight"
     if max_len < config.max_len:
         raise InputError(f"--max_len {max_len}: the base has positions for {config.max_len} tokens, and none are taken away")
