@@ -58,7 +58,7 @@ TABLE: dict[str, dict[tuple[int, int, int], tuple[int, ...]]] = {
     # rows that get a gradient (queries for dQ, keys for dK), rows summed over, warps, stages
     "attention_kd_backward": {
         **_rows({32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (128, 64, 8, 2)}, bits=16),
-        **_rows(dict.fromkeys((-32, -64, -128), (64, 64, 4, 2)), bits=16), **_rows({128: (64, 64, 4, 2)}, bits=16, arch=100),
+        **_rows(dict.fromkeys((-32, -64, -128), (64, 64, 4, 2)), bits=16), **_rows({128: (64, 64, 4, 1)}, bits=16, arch=100),
         **_rows({128: (128, 32, 8, 2), -64: (64, 64, 4, 1)}, bits=16, arch=80),
         **_rows(dict.fromkeys((32, 64, -32, -64), (64, 32, 4, 1)) | dict.fromkeys((128, -128), (64, 32, 8, 1)), bits=32)},
     # columns, warps; size: the row-length class (common.row_class)
