@@ -113,7 +113,7 @@ def main() -> None:
         raise InputError(f"--mode {c.mode} is for one process: leave torchrun out")
     for mode, wrong, right in (("tune", "steps", "tune_steps"), ("pretrain", "tune_steps", "steps")):
         if c.mode == mode and getattr(c, wrong) != getattr(Config, wrong):
-            raise InputError(f"--{wrong} says nothing to --mode {mode}: did you mean --{right}?")
+            raise InputError(f"--{wrong} has no effect with --mode {mode}: did you mean --{right}?")
     for name in {"tune": ("base", "task"), "eval": ("task", "base", "delta_dir")}.get(c.mode, ()):
         if getattr(c, name) is None:
             raise InputError(f"--mode {c.mode} needs --{name}: see --help")

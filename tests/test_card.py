@@ -121,4 +121,4 @@ def test_a_record_of_another_shape_is_one_sentence_and_nothing_is_written(base, 
         save_delta(tmp_path / "delta", type(delta)(delta.config, delta.diffs, delta.modules, delta.head, delta.info | info))
         said = here("-m", "rt.runs.convert", "export", "--base", tmp_path / "M0", "--delta_dir", tmp_path / "delta", "--out",
                     tmp_path / "out", code=2)
-        assert "delta: its records do not hold what a model card tells" in said and not (tmp_path / "out").exists()
+        assert "delta: its records lack what a model card needs" in said and not (tmp_path / "out").exists()

@@ -54,7 +54,7 @@ def test_damage_is_named(saved):
 def test_what_is_no_base(tmp_path):
     with pytest.raises(InputError, match="no base there"):
         open_base(str(tmp_path))
-    with pytest.raises(InputError, match="neither a folder here nor to be had from the hub"):
+    with pytest.raises(InputError, match="not a folder here, and not available from the hub"):
         open_base("nobody/no-such-model")       # conftest forbids the network
     (tmp_path / "config.json").write_text('{"model_type": "electra"}')
     with pytest.raises(InputError, match="model_type 'electra' is not supported"):

@@ -422,7 +422,7 @@ def test_without_a_connection_a_hub_id_is_one_sentence_at_once(call, name, tmp_p
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100,
                           env={**os.environ, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)})
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith(f"error: {name}: neither a folder here nor to be had from the hub (")
+    assert done.stderr.startswith(f"error: {name}: not a folder here, and not available from the hub (")
 
 
 def test_a_sentence_is_one_line_whatever_it_quotes():

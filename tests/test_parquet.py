@@ -337,7 +337,7 @@ def test_a_config_of_the_hub_is_a_task_of_its_name_online_and_then_from_the_cach
     with bounded(20, 4096):     # the real library, offline, with the cache
         again = open_task("hub:nyu-mll/glue/sst2", tmp_path)
         assert (again.name, again.hash) == (task.name, task.hash)
-        assert "hub:nyu-mll/cola: neither a folder here nor to be had from the hub (" in said(find_dataset, "hub:nyu-mll/cola")
+        assert "hub:nyu-mll/cola: not a folder here, and not available from the hub (" in said(find_dataset, "hub:nyu-mll/cola")
     assert load_task(tmp_path / "hub" / "datasets--nyu-mll--glue" / "snapshots" / ("1" * 40)).hash == task.hash
 
 

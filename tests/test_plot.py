@@ -296,5 +296,5 @@ def test_figures_are_in_nobodys_way(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(InputError, match="figures, thesis.tex"):
         check_overwritable(tmp_path, set())      # without a run, as in exporting, they belong to somebody
-    with pytest.raises(InputError, match="holds other things than a stream of bases"):
+    with pytest.raises(InputError, match="contains files that are not part of a stream of bases"):
         has_work(tmp_path, {}, resume=False)

@@ -118,7 +118,7 @@ def test_the_command_preserves_from_the_second_base_on(graphs, tmp_path):
     assert read_json(tmp_path / "some" / "M1" / "meta.json")["recipe"] == {"preserve": 9.0}
     words = here(*flags, "--out", tmp_path / "no", "--preserve", "1", "--preserve_by", "predictions", "--objective", "rts", code=2)
     assert "compares distributions" in words
-    assert "says nothing without" in here(*flags, "--out", tmp_path / "no", "--preserve_by", "last", code=2)
+    assert "has no effect without" in here(*flags, "--out", tmp_path / "no", "--preserve_by", "last", code=2)
 
 
 def test_what_a_switch_costs_is_measured_in_turns(graphs, tokenizer, tmp_path, monkeypatch):

@@ -145,7 +145,7 @@ def test_replay_knows_the_earlier_domains_of_init(home):
     meta = read_json(home / "new" / "M1" / "meta.json")
     assert list(meta["domains"]) == ["one", "two"] and meta["recipe"] == {"replay": 0.25} and "one" in meta["stage"]["heldout"]
     assert meta["stage"]["shares"] == {"one": 0.25, "two": 0.75} and inspect(home / "new" / "M1")["recipe"] == "replay 0.25"
-    assert "has no record of earlier domains" in train(home, "x", "--steps", "4", "--replay", "0.25", stream="one", code=2)
+    assert "has no record (in its meta.json) of domains" in train(home, "x", "--steps", "4", "--replay", "0.25", stream="one", code=2)
     (home / "moved").mkdir()
     shutil.copy(home / "two.txt", home / "moved" / "one.txt")
     assert "has the name of an earlier domain" in train(home, "z", *upgrade, stream="moved/one", code=2)
@@ -356,7 +356,7 @@ def test_a_task_s_own_texts_are_a_domain_plain_or_in_a_template(home, task, tmp_
     short = ("--steps", "2", "--seq_len", "8", "--batch_tokens", "128", "--out", home / "t", "--cache", home / "cache", "--replay", "0.5")
     here("train.py", *SMALL, "--stream", f"{home}/one.txt,task:{task}", *short, "--template", "{text} {text_pair} {text}")
     meta = read_json(home / "t" / "M1" / "meta.json")
-    assert "--template says nothing without task:NAME in --stream" in train(home, "u", "--template", "{text}.", code=2)
+    assert "--template has no effect without task:NAME in --stream" in train(home, "u", "--template", "{text}.", code=2)
     assert meta["domain"] == "task-enzymes" and meta["stage"]["shares"] == {"one": 0.5, "task-enzymes": 0.5}
 
 
@@ -392,14 +392,14 @@ def test_accumulation_changes_nothing_of_a_mixture(home):
 
 
 def test_settings_that_make_no_sense_together_are_refused_in_a_sentence(home):
-    for change, words in ((dict(align_eps=0.5), "`align_eps` says nothing without `align`"),
+    for change, words in ((dict(align_eps=0.5), "`align_eps` has no effect without `align`"),
                           (dict(mix=("need",)), "there is one domain, a"),
-                          (dict(schedule=ScheduleConfig(hold=0.1)), "`hold` says nothing without `schedule` infinite"),
-                          (dict(schedule=ScheduleConfig("cosine", cooldown=0.1)), "`cooldown` says nothing without `schedule` wsd or inf"),
+                          (dict(schedule=ScheduleConfig(hold=0.1)), "`hold` has no effect without `schedule` infinite"),
+                          (dict(schedule=ScheduleConfig("cosine", cooldown=0.1)), "`cooldown` has no effect without `schedule` wsd or inf"),
                           (dict(schedule=ScheduleConfig("infinite", cooldown=0.9)), "more than the whole stage"),
                           (dict(schedule=ScheduleConfig("infinite", cooldown=0.0, anneal=0.9)), "nothing is left of 4 steps to go on from"),
                           (dict(average=4), "`average` 4 takes 3 snapshots and the end of a stage: raise `snapshots` (2)"),
-                          (dict(mix_eta=2.0), "`mix_eta` says nothing without `mix` need")):
+                          (dict(mix_eta=2.0), "`mix_eta` has no effect without `mix` need")):
         with pytest.raises(InputError) as error:
             RecipeConfig(**change).check(["a"], 0.05, 4, 2)
         assert words in str(error.value)
@@ -408,6 +408,6 @@ def test_settings_that_make_no_sense_together_are_refused_in_a_sentence(home):
             replace(RecipeConfig(), mix=shares).check(["a", "b"], 0.1, 4, 2)
     RecipeConfig(mix=("a:0.3", "b:0.7"), replay=0.1).check(["a", "b"], 0.1, 4, 2)
     assert RecipeConfig(mix=("a:0.3", "b:0.7"), replay=0.1).start_shares(["b", "a"], 2) == pytest.approx([0.05, 0.05, 0.63, 0.27])
-    assert "--align_eps says nothing without --align" in train(home, "z", "--align_eps", "0.1", code=2)
+    assert "--align_eps has no effect without --align" in train(home, "z", "--align_eps", "0.1", code=2)
     assert "--compile would compile anew" in train(home, "z", "--mix", "need", "--compile", code=2)
     assert "recipes of an upgrade (docs/recipes.md):\n  --schedule" in here("train.py", "--help")

@@ -236,6 +236,8 @@ def test_several_deltas_and_prototypes_typed(home):
     (("--mode", "apply", "--carry"), "--carry is for modes that start from a delta: init, init+distill, transport, gradmask"),
     (("--mode", "init", "--carry", "--chain", "a,b"), "--mode transport or --carry, --chain, and several deltas"),
     (("--mode", "init", "--carry", "--carry_text", "nowhere.txt"), "nowhere.txt"),
+    (("--mode", "transport", "--carry_text", "EMPTY"), "holds no text to compare two bases on"),
     (("--mode", "gradmask"), "needs a full delta, not bitfit"), (("--mode", "init", "--old_delta", "a,b"), "a: nothing tuned there")])
 def test_what_makes_no_sense_is_one_sentence(home, more, sentence):
-    assert sentence in typed(home, *more, code=2)
+    (home / "empty.txt").write_text("")
+    assert sentence in typed(home, *(home / "empty.txt" if flag == "EMPTY" else flag for flag in more), code=2)

@@ -21,7 +21,7 @@ def test_a_run_begins_goes_on_or_is_complete_and_overwrites_nothing(tmp_path):
         has_work(out, settings | {"stream": ["a"]}, resume=True)
     write_json(out / "summary.json", {})
     assert not has_work(out, settings, resume=False) and not has_work(out, settings, resume=True)
-    with pytest.raises(InputError, match="other things than a stream"):
+    with pytest.raises(InputError, match="files that are not part of a stream"):
         has_work(tmp_path, settings, resume=True)
 
 
@@ -34,7 +34,7 @@ def test_what_a_complete_run_does_not_hold_is_said(tmp_path):
         with pytest.raises(InputError, match="does not hold the stages"):
             table_of(tmp_path)
     for meta in ({}, {"stage": 3}, {"stage": {}}):
-        with pytest.raises(InputError, match="is no base that a stage has ended with"):
+        with pytest.raises(InputError, match="is not the final base of a stage"):
             stage_of(meta, tmp_path)
 
 
@@ -47,7 +47,7 @@ def test_rows_past_the_resumable_checkpoint_are_done_again(tmp_path):
     newest = {"name": "M1", "step": 4}
     assert [is_done_again(row, tmp_path, newest) for row in rows] == [False, False, False, True, True]
     for stage in ("../x", "M" * 5000, "M0/../..", "", None, "M-1"):
-        with pytest.raises(InputError, match="a row that is of no step of a stage"):
+        with pytest.raises(InputError, match="a row that belongs to no step of a stage"):
             is_done_again({"stage": stage, "step": 1}, tmp_path, newest)
 
 

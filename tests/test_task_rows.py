@@ -139,7 +139,7 @@ def test_tables_and_their_types(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("parts, words", [
-    ({"dev": rows([-1] * 9)}, "dev.jsonl: no example has a gold label"), ({"dev": [{"text": "x"}]}, "make dev of rows of train"),
+    ({"dev": rows([-1] * 9)}, "dev.jsonl: no example has a gold label"), ({"dev": [{"text": "x"}]}, "take rows of train as dev"),
     ({"train": [{"text": "x", "lbl": 1}]}, "train.jsonl: no example has a gold label (in a column label, gold_label, score"),
     ({"train": rows([[0], [1, 2]])}, "label [0] is not a string, an integer or a float, and several labels a text are not supported"),
     ({"train": rows([True, 0])}, "label 'true' is a string, but the one of"),
@@ -406,7 +406,7 @@ def test_without_labels_in_test_dev_is_what_is_reported(tokenizer, tmp_path, cap
     tune = ("--task", task, "--delta", "bitfit", "--eval_every", "2", "--batch_size", "4", *FAST)
     said = here("train.py", "--mode", "tune", "--base", tmp_path / "M0", *tune, "--tune_steps", "2", "--out", tmp_path / "d")
     assert "sts: a regression: 20 different targets from 0 to 4.75 (train 20, dev 10)\n" in said
-    assert said.count("no labelled test part, so dev is what is reported") == 1 and "test pearson" not in said
+    assert said.count("no labelled test part, so dev is reported") == 1 and "test pearson" not in said
     assert read_json(tmp_path / "d" / "delta.json")["info"]["test"] == read_json(tmp_path / "d" / "summary.json")["test"] == {}
     assert "no labelled test part" in here("train.py", "--mode", "eval", "--base", tmp_path / "M0", *tune, "--delta_dir", tmp_path / "d")
     inspect.main([str(tmp_path / "d")])

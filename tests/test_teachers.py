@@ -275,7 +275,7 @@ def test_forms_of_answers(tmp_path):
     ({"text": "x", "probabilities": {"no": 0.5, "yes": 0.7}}, "line 2: .* are no probabilities of no, yes"),
     ({"text": "x", "no": "0.5", "yes": 0.5}, "line 2: .* are no probabilities"), ({"text": "x", "no": -0.5, "yes": 1.5}, "no probabil"),
     ({"text": "x", "label": "maybe"}, "line 2: has neither probabilities of no, yes nor one of them as its label"),
-    ({"no": 0.5, "yes": 0.5}, "line 2: has no text, and no hash"), ({"text": 3, "no": 0.5, "yes": 0.5}, "line 2: has no text"),
+    ({"no": 0.5, "yes": 0.5}, "line 2: has neither a text nor a hash"), ({"text": 3, "no": 0.5, "yes": 0.5}, "line 2: has neither a text"),
     ({"text": "first", "no": 0.4, "yes": 0.6}, "line 2: has another answer for the text of .*line 1"),
     ({"text": "x", "no": 0.5, "yes": 0.5}, r"has no answer for 2 of 3 texts that are taught; the first is t, line 8: 'second'")])
 def test_answers_that_do_not_fit_are_named(row, message, tmp_path):
@@ -292,7 +292,7 @@ def test_answers_that_do_not_fit_are_named(row, message, tmp_path):
     (("--mode", "distill", "--teacher", "p.jsonl", "--old_seq_len", "32"), "with --teacher none does"),
     (("--mode", "distill", "--label_smoothing", ".1"), "--label_smoothing is for the hard labels of a --teacher"),
     (("--mode", "scratch", "--unlabelled", "rest"), "--unlabelled rest: is for modes with a teacher"),
-    (("--mode", "distill", "--unlabelled", "rest", "--shots", "none"), "is what --shots leaves over, and none are set"),
+    (("--mode", "distill", "--unlabelled", "rest", "--shots", "none"), "rest needs --shots: rest is what --shots leaves over"),
     (("--mode", "distill", "--pseudo_labels", "hard"), "are for the texts of --unlabelled: name some")])
 def test_flags_that_make_no_sense_together(flags, message, home, tmp_path):
     assert message in here("recycle.py", "--base", home / "M1", "--task", home / "task", "--out", tmp_path / "out", *flags, code=2)

@@ -167,7 +167,8 @@ def holder_of(path: Path, folder: Path) -> dict | None:
     except FileNotFoundError:
         return None
     except (*MISSHAPEN, OSError):
-        raise InputError(f"{path} is where the lock of {folder} would be, and is none: move it away, or give another --out") from None
+        raise InputError(f"{path} is in the way: it is not a lock, and the lock of {folder} belongs there. Move it away, or give "
+                         "another --out") from None
 
 
 def being_written(folder: Path, holder: dict | None, advice: str) -> InputError:

@@ -116,7 +116,7 @@ def build_corpus(name: str, path: Path, tokenizer: Tokenizer, cache: Path) -> di
     if not (folder / "meta.json").exists():
         _tokenize(path, tokenizer, folder, name)
     meta = read_json(folder / "meta.json")
-    with shaped(folder, f"these tokens of corpus {name} are damaged; remove the folder, and they are made anew", also=(OSError, EOFError)):
+    with shaped(folder, f"these tokens of corpus {name} are damaged; remove the folder, and they are made again", also=(OSError, EOFError)):
         dtype, content = {"uint16": np.uint16, "uint32": np.uint32}[meta["dtype"]], str(meta.get("content", ""))
         corpora = {part: Corpus(name, part, np.memmap(folder / f"{part}.bin", dtype=dtype, mode="r"),
                                 np.load(folder / f"{part}.offsets.npy"), content) for part in PARTS}

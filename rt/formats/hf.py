@@ -234,7 +234,7 @@ def import_tuned(folder: Path, base: Base, labels: tuple[str, ...], task: str | 
     encoder = build(Encoder, config, encoder_state(weights, config, folder), folder)
     head = head_state(weights, config, CLASSIFIERS)
     if head is None:
-        raise InputError(f"{folder}: has no head for sequence classification, or only some of it: "
+        raise InputError(f"{folder}: has no head for sequence classification, or only part of one: "
                          f"it lacks {', '.join(lacking(weights, config, CLASSIFIERS))}")
     check_head(head, config.hidden_size, str(folder))
     labels = class_names(facts, len(head["out.bias"]), labels, folder)

@@ -94,7 +94,7 @@ def _failure(ask: Callable, name: str) -> Exception | None:
 
 
 def _not_to_be_had(name: str, why: Exception) -> InputError:
-    return InputError(f"{name}: neither a folder here nor to be had from the hub ({(str(why) or type(why).__name__).splitlines()[0]})")
+    return InputError(f"{name}: not a folder here, and not available from the hub ({(str(why) or type(why).__name__).splitlines()[0]})")
 
 
 def find_dataset(name: str) -> tuple[Path, str]:
@@ -141,5 +141,6 @@ def _choose(name: str, config: str | None, ours: list[PurePath], theirs: list[Pu
     folders = sorted({f.parent for f in parquet or ours})
     home = PurePath(config) if config else folders[0] if len(folders) == 1 else None
     if home not in folders:
-        raise InputError(f"{name}: has no train split, nor is it a folder of tables; such are {', '.join(map(str, folders)) or 'nowhere'}")
+        raise InputError(f"{name}: has no train split and is not a folder of tables; folders of tables: "
+                         f"{', '.join(map(str, folders)) or 'none'}")
     return None, home, [f for f in parquet or ours if f.parent == home]

@@ -126,7 +126,7 @@ def layers_of(base: Base, factors: dict[str, Tensor], r: int, source: Path) -> t
         raise InputError(f"{source}: has {strange or 'no factors at all'}; targets in {layers} layers can be {', '.join(PATHS.values())}")
     targets = tuple(target for target in TARGETS if factor_names(layers, [target]).keys() & factors.keys())
     if len(factors) < len(factor_names(layers, targets)):
-        raise InputError(f"{source}: only some of the {layers} layers have factors for {', '.join(targets)}; what is supported is all")
+        raise InputError(f"{source}: only some of the {layers} layers have factors for {', '.join(targets)}; all layers must have them")
     for name, factor in factors.items():
         if ".lora_A." in name and len(factor) != r:
             raise InputError(f"{source}: {name} has rank {len(factor)}, where r is {r}; ranks that differ are not supported")

@@ -47,7 +47,7 @@ class Predictions:
             return text_hash(text, pair)
         if text is None and isinstance(key, str):
             return key
-        raise InputError(f"{place}: has no text, and no hash of one, by which to find out whose answer it is")
+        raise InputError(f"{place}: has neither a text nor a hash of one, so its answer belongs to no text")
 
     def answer(self, place: str, row: dict) -> list[float]:
         """Probabilities in the order of the labels, or the value of a regression."""

@@ -76,7 +76,7 @@ def _with_gold(path: Path, parts: dict[str, list[Example]]) -> dict[str, list[Ex
         kept[part] = [e for e in examples if _plain(e.label) not in none]
         if not kept[part] and part != "test":
             raise InputError(f"{examples[0].source.rpartition(', ')[0]}: no example has a gold label (in a column "
-                             f"{', '.join(LABELS + OTHER_LABELS)})" + "; if they are hidden, make dev of rows of train" * (part == "dev"))
+                             f"{', '.join(LABELS + OTHER_LABELS)})" + "; if they are hidden, take rows of train as dev" * (part == "dev"))
         if gone := len(examples) - len(kept[part]):
             said = ", ".join(sorted({str(e.label) for e in examples if _plain(e.label) in none} - {"", "None"}))
             note(f"{path}: {gone} of {len(examples)} {part} examples have no gold label{said and f' ({said})'} and are left out")

@@ -241,7 +241,7 @@ def as_flags(text: str) -> str:
 def rank_error(error: Exception) -> str:
     """A rank's message for an error that is not an InputError."""
     if re.search(r"gloo|NCCL|TCPStore|[Cc]onnection (closed|reset)", str(error)):
-        return "another rank has ended or does not answer; the cause is what that one, or torchrun, says. --resume goes on"
+        return "another rank has ended or does not answer; that rank, or torchrun, prints the cause. --resume goes on"
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
 

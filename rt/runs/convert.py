@@ -55,7 +55,7 @@ def export_model(c: Export) -> None:
         raise InputError("--to peft needs --delta_dir: an adapter is a delta")
     base = open_base(c.base)
     delta = open_best(c.delta_dir, base) if c.delta_dir else None
-    with shaped(c.delta_dir or c.base, "its records do not hold what a model card tells"):
+    with shaped(c.delta_dir or c.base, "its records lack what a model card needs"):
         text = card(c.out, c.base, base, delta, c.to == "peft")
     if c.to == "hf":
         print(f"{export_hf(Path(c.out), base, delta, card=text)} and AutoTokenizer load {c.out}")

@@ -160,7 +160,7 @@ def scores_text(values: dict[str, float | None]) -> str:
 
 def tested_text(scores: dict[str, float | None]) -> str:
     """The scores on test, or a remark that test has no labels."""
-    return f"test {scores_text(scores)}" if scores else "no labelled test part, so dev is what is reported"
+    return f"test {scores_text(scores)}" if scores else "no labelled test part, so dev is reported"
 
 
 def task_text(task: Task) -> str:

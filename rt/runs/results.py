@@ -59,6 +59,7 @@ class Run:
         off = {name for name in ("chain", "early_stop", "gamma", "itp", "project_patience") if not values[name]}
         off |= {flag.name for flag in flags_of(type(self.c)) if flag.path[0] in LATER and values[flag.name] == flag.default}
         off |= {name for name, of in (("att_layers", "gamma"), ("shrinkage", "head")) if of in off}
+        off |= {"carry"} if self.mode == "transport" else {"carry_text"} if "carry" in off else set()      # transport carries anyway
         return {k: v for k, v in values.items() if k not in NOT_SETTINGS | unread(type(self.c), self.mode) | off}
 
     @cached_property

@@ -50,7 +50,7 @@ def has_work(out: Path, settings: dict, resume: bool) -> bool:
     """False if the run in `out` is complete. InputError if a run with these `settings` would overwrite files or continue another run."""
     if not (out / "config.json").exists():
         if unknown_names(out, {FIGURES, "config.json"}):
-            raise InputError(f"{out} holds other things than a stream of bases: give another --out")
+            raise InputError(f"{out} contains files that are not part of a stream of bases: give another --out")
         return True
     begun = read_json(out / "config.json")
     for k in settings:
@@ -117,7 +117,7 @@ def is_done_again(row: dict, out: Path, newest: dict) -> bool:
     """Whether a row of metrics.jsonl comes after the checkpoint that training resumes from (`newest`: its name and step)."""
     stage, step = row.get("stage"), row.get("step")
     if not isinstance(stage, str) or not re.fullmatch(r"M[0-9]{1,9}", stage) or not is_number(step):
-        raise InputError(f"{out / 'metrics.jsonl'}: has a row that is of no step of a stage: {str(row)[:80]}")
+        raise InputError(f"{out / 'metrics.jsonl'}: has a row that belongs to no step of a stage: {str(row)[:80]}")
     if (out / stage / "meta.json").exists():
         return False
     return stage != newest.get("name") or not is_number(newest.get("step")) or step > newest["step"] or "heldout" in row
@@ -127,7 +127,7 @@ def stage_of(meta: dict, folder: Path) -> dict:
     """The stage in a base's meta.json, for summary.json. InputError if the base was not the end of a stage."""
     stage = meta.get("stage")
     if not isinstance(stage, dict) or not isinstance(stage.get("heldout"), dict):
-        raise InputError(f"{folder} is no base that a stage has ended with: move it away, and its stage is done again")
+        raise InputError(f"{folder} is not the final base of a stage: move it away to redo the stage")
     return stage
 
 

@@ -66,5 +66,6 @@ def combine(deltas: Sequence[Delta], weights: Sequence[float], how: str, labels:
 def carry_texts(path: str | None, task: Task, base: Base, seq_len: int) -> list[list[int]]:
     """The token ids of the first CARRY_TEXTS texts of --carry_text, or else of the task's training texts."""
     own = (f"{e.text} {e.text_pair or ''}" for e in task.parts["train"])
-    texts = itertools.islice(read_documents(Path(path)) if path else own, CARRY_TEXTS)
+    if not (texts := [*itertools.islice(read_documents(Path(path)) if path else own, CARRY_TEXTS)]):
+        raise InputError(f"--carry_text {path}: holds no text to compare two bases on")
     return encode([Example(text, None, None, "") for text in texts], (), base.tokenizer, seq_len).sequences

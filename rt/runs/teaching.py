@@ -42,7 +42,7 @@ def refusals(c: Any, modes: list[str]) -> Iterable[tuple[Any, str]]:
             (t.teacher and t.old_seq_len, "--old_seq_len is for an old base that reads the texts; with --teacher none does"),
             (t.label_smoothing and not t.teacher, "--label_smoothing is for the hard labels of a --teacher"),
             (t.unlabelled and not taught, f"--unlabelled {t.unlabelled}: is for modes with a teacher ({', '.join(NEEDS_TEACHER)})"),
-            (t.unlabelled == "rest" and not c.shots, "--unlabelled rest: is what --shots leaves over, and none are set"),
+            (t.unlabelled == "rest" and not c.shots, "--unlabelled rest needs --shots: rest is what --shots leaves over"),
             (not t.unlabelled and (t.unlabelled_texts or t.pseudo_labels == "hard" or t.unlabelled_share != TeacherConfig.unlabelled_share),
              "--unlabelled_share, --unlabelled_texts and --pseudo_labels hard are for the texts of --unlabelled: name some"))
 

@@ -57,7 +57,7 @@ class RecipeConfig:
             for field in fields(part):
                 is_used, of = details.get(field.name, (True, ""))
                 if not is_used and getattr(part, field.name) != field.default:
-                    raise InputError(f"`{field.name}` says nothing without {of}")
+                    raise InputError(f"`{field.name}` has no effect without {of}")
         if self.preserve and self.preserve_by == "predictions" and self.objective == "rts":
             raise InputError("`preserve_by` predictions compares distributions over the vocabulary, and `objective` rts predicts none")
         if s.schedule == "infinite" and warmup + s.cooldown + s.anneal > 1:
@@ -109,7 +109,7 @@ def earlier_domains(c: Any, domains: dict[str, str], own: dict[str, str]) -> dic
         raise InputError(f"--stream: {clash[0]} ({own[clash[0]]}) has the name of an earlier domain ({domains[clash[0]]}); rename the file")
     earlier = {name: place for name, place in domains.items() if name not in own}
     if not earlier and (c.recipe.mix or len(own) == 1):
-        raise InputError(f"--replay: {c.init or 'a new base'} has no record of earlier domains (in its meta.json) but the stream's")
+        raise InputError(f"--replay: {c.init or 'a new base'} has no record (in its meta.json) of domains before this stream")
     for name, place in earlier.items():
         if "/" in place and not place.startswith("hub:") and not Path(place).exists():
             raise InputError(f"--replay: {name}, an earlier domain of {c.init}, was read from {place}, which is gone: restore it")

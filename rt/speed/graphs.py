@@ -166,8 +166,9 @@ class CudaGraphs:
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 loss = self.gradient(batch, *more)
                 if self.gradients and not add:
-                    own = [(g, p.grad) for g, p in zip(self.gradients, self.parameters) if g is not None]
-                    torch._foreach_copy_(*map(list, zip(*own)))
+                    own = [(g, p.grad) for g, p in zip(self.gradients, self.parameters, strict=True) if g is not None or p.grad is not None]
+                    torch._foreach_copy_(*map(list, zip(*own)))       # a parameter with a gradient for one shape alone is an error here
+                    del own     # so that later graphs reuse this memory
             self.gradients = self.gradients or [p.grad for p in self.parameters]
             self._share()
             graphs.append((graph, loss))
