@@ -74,7 +74,7 @@ def write(folder: Path) -> str:
             text.append(f"## C. {what[0].upper()}{what[1:]}\n\nNot run yet.")
             continue
         table(f"C. {what[0].upper()}{what[1:]}", {name: scores for name, scores in lines.items() if scores},
-              *(f"{name} above apply: {difference(scores, lines['apply'])}" for name, scores in lines.items() if name[:9] == "transport"))
+              *(f"{name} above apply: {difference(scores, lines['apply'])}" for name, scores in lines.items() if name[:9] == "transport" and scores))
     for shots in (8, 32):
         lines = {f"{mode}, {head}": chosen(rows, "D", head, mode, "upgrade", shots) for mode in ("apply", "init")
                  for head in ("fresh", "prototype")}
@@ -84,6 +84,9 @@ def write(folder: Path) -> str:
         table(f"D. A task with other labels, {shots} a label, on the upgrade", lines,
               *(f"{mode}, prototype above fresh: {difference(lines[f'{mode}, prototype'], lines[f'{mode}, fresh'])}"
                 for mode in ("apply", "init")))
+    e = {"transport, ridge": chosen(rows, "E", "ridge", "transport", "mini"), "init, ridge": chosen(rows, "E", "ridge", "init", "mini")}
+    table("E. Another size and tokenizer by a ridge map (looked for afterwards)",
+          e | {name: {key: a[name][key] for key in a[name].keys() & e["init, ridge"].keys()} for name in ("scratch", "distill")})
     facts = {key: ", ".join(sorted({row[key] for row in rows})) for key in ("device", "commit")}
     (folder / "README.md").write_text(
         "# Old deltas across sizes, tokenizers, black boxes and coordinates\n\nWritten by `python -m experiments.transfer --report` from "
