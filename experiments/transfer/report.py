@@ -73,8 +73,9 @@ def write(folder: Path) -> str:
         if not lines["apply"]:
             text.append(f"## C. {what[0].upper()}{what[1:]}\n\nNot run yet.")
             continue
-        table(f"C. {what[0].upper()}{what[1:]}", {name: scores for name, scores in lines.items() if scores},
-              *(f"{name} above apply: {difference(scores, lines['apply'])}" for name, scores in lines.items() if name[:9] == "transport" and scores))
+        lines = {name: scores for name, scores in lines.items() if scores}
+        table(f"C. {what[0].upper()}{what[1:]}", lines, *(f"{name} above apply: {difference(scores, lines['apply'])}"
+                                                          for name, scores in lines.items() if name[:9] == "transport"))
     for shots in (8, 32):
         lines = {f"{mode}, {head}": chosen(rows, "D", head, mode, "upgrade", shots) for mode in ("apply", "init")
                  for head in ("fresh", "prototype")}
