@@ -155,7 +155,8 @@ def cells(c: Config) -> list[tuple[dict, list]]:
                 add("C", "project", "project", size, new, "--source_task", tasks / other, "--source_delta",
                     delta(c, size, other, kind), "--project_steps", 100, "--seeds", "0,1", "--lr", {"full": 1e-4, "adapter": 1e-3}[kind])
         for shots, head in product((8, 32), ("fresh", "prototype")) if (lr := rate_of_init(c, task, kind)) else ():
-            add("D", head, "apply,init", "minilm", "upgrade", "--head", head, "--lr", lr, shots=shots, source=other)
+            add("D", head, "init" if head == "fresh" else "apply,init", "minilm", "upgrade", "--head", head, "--lr", lr, shots=shots,
+                source=other)
     return sorted(found, key=lambda one: ("ACDB".index(one[0]["part"]), one[0]["base"] == "upgrade"))
 
 
