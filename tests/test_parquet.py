@@ -331,7 +331,7 @@ def test_a_config_of_the_hub_is_a_task_of_its_name_online_and_then_from_the_cach
     assert task.parts["dev"][0].text == "sst2/validation-00000-of-00001.parquet a"
     assert capsys.readouterr().out == f"hub:nyu-mll/glue/sst2: folder sst2 of commit {'1' * 40} is read\n"
     assert said(find_dataset, "hub:nyu-mll/glue") == "hub:nyu-mll/glue: has 2 configs; give hub:nyu-mll/glue/CONFIG with one of cola, sst2"
-    assert "hub:nyu-mll/glue/mrpc: has no train split, nor" in said(find_dataset, "hub:nyu-mll/glue/mrpc")
+    assert "hub:nyu-mll/glue/mrpc: has no train split and is not a folder" in said(find_dataset, "hub:nyu-mll/glue/mrpc")
     monkeypatch.setattr(huggingface_hub, "HfApi", real[0])
     monkeypatch.setattr(huggingface_hub, "snapshot_download", real[1])
     with bounded(20, 4096):     # the real library, offline, with the cache
@@ -375,7 +375,7 @@ def test_corpora_of_the_hub(online, tmp_path, tokenizer):
     names = [f"sample/10BT/{i:03}_00000.parquet" for i in range(3)]
     fake = online(main=repository(tmp_path / "fine", *names, "data/CC/000_00000.parquet"))
     assert len(list(split_documents(corpus_path("hub:f/web/sample/10BT", tmp_path)))) == 6 and sorted(fake.asked) == names
-    assert "such are data/CC, sample/10BT" in said(find_dataset, "hub:f/web")
+    assert "folders of tables: data/CC, sample/10BT" in said(find_dataset, "hub:f/web")
     fake = online(main=repository(tmp_path / "lines", "train.jsonl", "validation.jsonl", "test.jsonl"))
     assert {part: text.split(".")[0] for part, text in split_documents(corpus_path("hub:f/lines", tmp_path))} == {
         "train": "train", "heldout": "validation"}
