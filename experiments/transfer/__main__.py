@@ -1,7 +1,7 @@
 """Old deltas across sizes, tokenizers, black boxes and coordinates: PLAN.md's runs by recycle.py, and their report.
 
     python -m experiments.minilm --data DIR         # M0, once
-    python -m experiments.transfer --data DIR       # about an hour on 2 cores; continues where it was stopped
+    python -m experiments.transfer --data DIR       # about three hours on 2 cores; continues where it was stopped
     python -m experiments.transfer --report         # results/transfer/README.md, from the rows alone
 """
 import json
