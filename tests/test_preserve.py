@@ -128,4 +128,4 @@ def test_what_a_switch_costs_is_measured_in_turns(graphs, tokenizer, tmp_path, m
     said = here("-m", "bench.recipes", "--init", tmp_path / "M0", "--stream", graphs / "corpus", "--json", tmp_path / "rows.jsonl",
                 "--steps", "2", "--rounds", "1", "--cache", tmp_path / "cache")
     plain, wrong = read_rows(tmp_path / "rows.jsonl")
-    assert plain["ms"] > 0 and plain["mb"] > 0 and "no record of earlier domains" in wrong["failed"] and "plain" in said
+    assert plain["ms"] > 0 and plain["mb"] > 0 and "no record (in its meta.json) of domains" in wrong["failed"] and "plain" in said
