@@ -31,7 +31,7 @@ from rt.formats.hub import NAMING, open_base, open_delta, place_of_delta
 from rt.kinds import DeltaConfig
 from rt.limits import NonNegative, NonNegativeInt, Positive, PositiveInt, Seeds, SeqLen, Share
 from rt.losses import DistillConfig
-from rt.recycling import CARRIES, MODES, NEEDS_TEACHER, TRAINED, Recycling, chain, check, new_delta, recycle, teacher_of
+from rt.recycling import CARRIES, MODES, NEEDS_TEACHER, TRAINED, Recycling, chain, check, is_carried, new_delta, recycle, teacher_of
 from rt.runs.build import build, build_lineage
 from rt.runs.config import parse, record, run
 from rt.runs.log import StepBar, load_tensorboard, note_changed_task, note_truncated, progress, score_text
@@ -339,7 +339,7 @@ def checked_modes(c: Config) -> list[str]:
 
 def carried_modes(c: Config, modes: Iterable[str]) -> list[str]:
     """The modes that start from the delta that rt.transport.transport gives."""
-    return [mode for mode in modes if mode == "transport" or c.carry.carry and mode in CARRIES]
+    return [mode for mode in modes if is_carried(mode, c.carry.carry)]
 
 
 def check_all(c: Config, r: Recycling, plan: list[Run], bases: dict[str, Base], projects: Projects) -> None:

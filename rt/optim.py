@@ -12,6 +12,7 @@ from torch.nn import Parameter
 from rt.errors import InputError
 from rt.limits import PositiveShare, Share
 
+TUNING_BETAS, EPS = (0.9, 0.999), 1e-6     # of AdamW
 MOST_SKIPPED = 10   # in a row: a bad batch or an overflow passes in one or two steps; lost weights never recover
 
 
@@ -21,7 +22,7 @@ def adamw(parameters: Iterable[Parameter], lr: float, weight_decay: float, betas
     trained = [p for p in parameters if p.requires_grad]
     groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
               {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
-    return make([g for g in groups if g["params"]], lr=lr, betas=betas, eps=1e-6, fused=True)
+    return make([g for g in groups if g["params"]], lr=lr, betas=betas, eps=EPS, fused=True)
 
 
 def schedule(step: int, steps: int, warmup: int, peak: float) -> float:

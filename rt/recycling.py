@@ -209,6 +209,11 @@ TRAINED = tuple(name for name, mode in MODES.items() if mode.loss)
 NEEDS_TEACHER = tuple(name for name, mode in MODES.items() if mode.loss is distillation_loss)
 
 
+def is_carried(mode: str, carry: bool) -> bool:
+    """Whether `mode` starts from the carried delta."""
+    return mode == "transport" or carry and mode in CARRIES
+
+
 def new_delta(r: Recycling, mode: str, model: Classifier) -> Delta:
     """The model that `recycle` returned, as a delta of the new base."""
     return extract(model, r.base, r.config if mode in TRAINED else (r.merged or r.old_delta).config,
@@ -276,7 +281,7 @@ def check(r: Recycling, mode: str) -> None:
     if starts_from_old:
         try:
             check_fits(r.base, old, stale_ok=True)
-            if mode == "transport" or r.carry and mode in CARRIES:
+            if is_carried(mode, r.carry):
                 check_carry(old)
         except InputError as error:
             raise InputError(f"{mode} puts the old delta on the new base, and {error}; `mode` distill needs only equal labels") from None

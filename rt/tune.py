@@ -15,7 +15,7 @@ from rt.data import Encoded, TaskData, sequences_batch
 from rt.errors import Diverged
 from rt.losses import Loss, trained_weights
 from rt.model import Batch, Classifier
-from rt.optim import MOST_SKIPPED, SkipTracker, adamw, autocast, derive_seed, memory_for, schedule, set_lr, step_unless
+from rt.optim import MOST_SKIPPED, TUNING_BETAS, SkipTracker, adamw, autocast, derive_seed, memory_for, schedule, set_lr, step_unless
 
 Gradient = Callable[[Batch], Tensor]    # takes a batch on the host, returns its loss, and leaves the gradient in the trained weights
 Hook = Callable[[Any], None]            # on_step gets the Batch of every step, on_eval the {'step', 'loss', 'dev'} of every evaluation
@@ -93,7 +93,7 @@ class Fit(Scores):
     """One run and its optimizer, AdamW on `trained`."""
     def __init__(self, trained: dict[str, Tensor], s: TuneSettings, on_eval: Hook = ignore):
         super().__init__(s, on_eval)
-        self.trained, self.optimizer = trained, adamw(trained.values(), s.lr, s.weight_decay, betas=(0.9, 0.999))
+        self.trained, self.optimizer = trained, adamw(trained.values(), s.lr, s.weight_decay, TUNING_BETAS)
         self.tracker = SkipTracker(next(iter(trained.values())).device)
 
     def update(self, step: int, loss: Tensor) -> None:

@@ -19,7 +19,7 @@ from rt.data import Encoded, TaskData
 from rt.errors import Diverged, InputError
 from rt.losses import AT_POINTS, TERMS, DistillConfig, Loss, Reweighted, TeacherCache, Weights, patience, task_loss, trained_weights
 from rt.model import Activations, Batch, Classifier
-from rt.optim import SkipTracker, autocast, is_out_of_memory
+from rt.optim import EPS, TUNING_BETAS, SkipTracker, autocast, is_out_of_memory
 from rt.recycling import MODES, NEEDS_TEACHER, TRAINED, Recycling, check, start, teacher_of, training_data
 from rt.speed.graphs import CudaGraphs
 from rt.tune import Gradient, Scores, TuneResult, TuneSettings, evaluate, metrics, plain_gradient, training_batch, training_loop
@@ -84,11 +84,13 @@ class StackedAdamW:
         taken = 1 - self.tracker.count(losses, norm)[:, None]
         grad.mul_(taken * (clip / (norm[:, None] + 1e-6)).clamp(max=1.0)).nan_to_num_(0.0, 0.0, 0.0)      # zero where a run skips
         self.taken += taken
-        self.m.mul_(1 - 0.1 * taken).add_(grad, alpha=0.1)
-        self.v.mul_(1 - 0.001 * taken).addcmul_(grad, grad, value=0.001)
-        bias_m, bias_v, rates = *((1 - beta ** self.taken).clamp_min(1e-30) for beta in (0.9, 0.999)), rates[:, None] * taken
+        beta_m, beta_v = TUNING_BETAS
+        self.m.mul_(1 - (1 - beta_m) * taken).add_(grad, alpha=1 - beta_m)
+        self.v.mul_(1 - (1 - beta_v) * taken).addcmul_(grad, grad, value=1 - beta_v)
+        bias_m, bias_v = ((1 - beta ** self.taken).clamp_min(1e-30) for beta in TUNING_BETAS)       # a run may have taken no step yet
+        rates = rates[:, None] * taken
         self.w[:, :self.decayed] *= 1 - rates * self.weight_decay
-        self.w.sub_(self.v.sqrt().div_(bias_v.sqrt()).add_(1e-6).reciprocal_().mul_(self.m).mul_(rates / bias_m))
+        self.w.sub_(self.v.sqrt().div_(bias_v.sqrt()).add_(EPS).reciprocal_().mul_(self.m).mul_(rates / bias_m))
         self.w.grad = None
 
     def keep(self, which: list[int]) -> None:
