@@ -17,10 +17,11 @@ def check_places(experiment: str, data: str | None, *others: str) -> None:
             raise InputError(f"{needed}: is not there; see python -m experiments.{experiment} --help")
 
 
-def run_script(places: dict[str, str | Path], *command: object) -> str:
-    """Run a script and return its command, with each of `places` shown by name. Paths are made absolute. InputError if it fails."""
+def run_script(places: dict[str, str | Path], *command: object, root: str | Path = ROOT) -> str:
+    """Run a script of the checkout `root` and return its command, with each of `places` shown by name. Paths are made absolute. InputError
+    if it fails."""
     command = [str(part.absolute()) if isinstance(part, Path) else str(part) for part in command]
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *command], cwd=root, capture_output=True, text=True)
     text = " ".join(command)
     for name, place in places.items():
         text = text.replace(str(Path(place).absolute()), name)

@@ -3,11 +3,17 @@
     python -m experiments.minilm --data DIR         # M0, once
     python -m experiments.transfer --data DIR       # about three hours on 2 cores; continues where it was stopped
     python -m experiments.transfer --report         # results/transfer/README.md, from the rows alone
+
+Ridge and orthogonal maps went after part C. Their cells, heads carried alone and part E need the code that had them, beside this checkout:
+
+    git worktree add --detach ../with-maps 5072baf
+    python -m experiments.transfer --data DIR --at ../with-maps     # half an hour more
 """
 import json
+import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -15,22 +21,27 @@ from statistics import mean
 import torch
 
 from bench.machine import commit, device_name
-from experiments.common import check_places, run_script
+from experiments.common import ROOT, check_places, run_script
 from experiments.recipes import runs as recipes
 from experiments.transfer import report
 from experiments.twin import permuted_twin
 from rt.formats.checkpoint import save_base
+from rt.formats.delta_files import load_delta, save_delta
 from rt.formats.files import read_json, read_rows
 from rt.formats.hub import open_base
+from rt.formats.tasks import load_task
 from rt.limits import Positive
 from rt.model import MaskedLM
 from rt.report.rows import group
 from rt.runs.config import parse, run
 from rt.runs.log import progress
 
-TASKS, KINDS = ("rotten_tomatoes", "agnews"), ("full", "adapter")
+TASKS, KINDS, MAPS = ("rotten_tomatoes", "agnews"), ("full", "adapter"), ("ridge", "orthogonal", "permutation")
+WITH_MAPS = "5072baf"       # the last commit that had all three
+LORA_TUNED = 2e-3           # rate of MiniLM's old LoRA
 MINI_TUNED = {"full": 5e-4, "adapter": 3e-3}        # rates of the old deltas of mini
-RATES = {"minilm": {"full": "5e-5,2e-4", "adapter": "1e-3,3e-3"}, "mini": {"full": "2e-4,5e-4", "adapter": "1e-3,3e-3"}}
+RATES = {"minilm": {"full": "5e-5,2e-4", "adapter": "1e-3,3e-3"},
+         "mini": {"full": "2e-4,5e-4", "adapter": "1e-3,3e-3", "lora": "1e-3,3e-3"}}
 FEW = "--seeds 0,1,2,3,4 --steps 100 --eval_every 25 --seq_len 64 --device cpu --no_save_deltas".split()
 
 
@@ -39,7 +50,8 @@ class Config:
     """python -m experiments.transfer --data DIR [--flag value ...]"""
     data: str | None = None  # folder with corpora/ and tasks/
     base: str = "runs/minilm/pretrained/M0"  # M0
-    only: tuple[str, ...] = ()  # parts: A, B, C, D; default: all
+    at: str | None = None  # checkout of commit 5072baf, for ridge and orthogonal maps, heads carried alone and part E
+    only: tuple[str, ...] = ()  # parts: A, B, C, D, E; default: all
     where: tuple[str, ...] = ()  # facts of the cells to do, such as base=ind,kind=full; default: all
     budget: Positive | None = None  # seconds; nothing new begins after them
     home: str = "runs/transfer"  # bases, deltas and runs
@@ -54,7 +66,7 @@ def main() -> None:
     if c.report:
         print(report.write(Path(c.results)))
         return
-    check_places("transfer", c.data, c.base)
+    check_places("transfer", c.data, c.base, *([c.at] if c.at else []))
     rows, end = Path(c.results) / "rows.jsonl", time.monotonic() + (c.budget or float("inf"))
     rows.parent.mkdir(parents=True, exist_ok=True)
     done = {json.dumps(row["cell"]) for row in read_rows(rows)} if rows.exists() else set()
@@ -69,9 +81,13 @@ def main() -> None:
         for cell, arguments in todo:
             if time.monotonic() > end:
                 break
-            out = Path(c.home, "runs", "-".join(str(v) for v in cell.values()))
-            command = script(c, "recycle.py", *arguments, "--out", out, *(["--resume"] if out.exists() else []))
-            facts = {"cell": cell, "device": device_name(torch.device("cpu")), "commit": commit(), "command": command}
+            if cell["what"].startswith("head, "):
+                carry_head(c, cell)
+            out, (root, made_at) = Path(c.home, "runs", "-".join(str(v) for v in cell.values())), (ROOT, commit())
+            if "--carry" in arguments:
+                root, made_at = c.at, WITH_MAPS
+            command = script(c, "recycle.py", *arguments, "--out", out, *(["--resume"] if out.exists() else []), root=root)
+            facts = {"cell": cell, "device": device_name(torch.device("cpu")), "commit": made_at, "command": command}
             found = [facts | {k: row[k] for k in ("mode", "seed", "lr", "dev", "test", "best_step", "carried") if k in row}
                      for row in read_json(out / "summary.json")["rows"]]
             with rows.open("a", encoding="utf-8") as file:
@@ -79,9 +95,9 @@ def main() -> None:
             bar.update()
 
 
-def script(c: Config, *command: object) -> str:
-    """Run a script of the checkout and return the command as it can be typed."""
-    return run_script({"DIR": c.data, "HOME": c.home, "M0": c.base, "RECIPES": c.recipes, "CACHE": c.cache}, *command)
+def script(c: Config, *command: object, root: str | Path = ROOT) -> str:
+    """Run a script of a checkout and return the command as it can be typed."""
+    return run_script({"DIR": c.data, "HOME": c.home, "M0": c.base, "RECIPES": c.recipes, "CACHE": c.cache}, *command, root=root)
 
 
 def prepare(c: Config, needed: set[str]) -> None:
@@ -101,15 +117,45 @@ def prepare(c: Config, needed: set[str]) -> None:
         if not delta(c, "minilm", task, kind).exists():
             recipes.tune_delta(shared, task, kind, 0)
         if "ind" in needed and not delta(c, "mini", task, kind).exists():
-            script(c, "train.py", "--mode", "tune", "--base", home / "mini" / "M0", "--task", recipes.task_folder(shared, task), "--delta",
-                   kind, "--lr", MINI_TUNED[kind], "--seq_len", 64, *recipes.TUNE, "--out", delta(c, "mini", task, kind))
+            tune(c, "mini", task, kind, MINI_TUNED[kind])
         if "B" in needed and not (answers := predictions(c, task, kind)).exists():
             script(c, "-m", "rt.runs.predict", "--base", Path(c.base), "--delta_dir", delta(c, "minilm", task, kind), "--input",
                    recipes.task_folder(shared, task) / "train.jsonl", "--device", "cpu", "--out", answers)
 
 
+    for task in TASKS:
+        if "E" in needed and not delta(c, "minilm", task, "lora").exists():
+            tune(c, "minilm", task, "lora", LORA_TUNED)
+        if "D" in needed and not (named := Path(c.recipes, "tasks", f"{task}-names")).exists():      # each label's name is its only text
+            shutil.copytree(Path(c.recipes, "tasks", task), named)
+            (named / "train.jsonl").write_text("".join(
+                json.dumps({"text": label, "label": label}) + "\n" for label in load_task(named).labels), encoding="utf-8")
+
+
+def tune(c: Config, base: str, task: str, kind: str, lr: float) -> None:
+    """Make an old delta of `base`."""
+    script(c, "train.py", "--mode", "tune", "--base", Path(c.base) if base == "minilm" else Path(c.home, "mini", "M0"), "--task",
+           Path(c.recipes, "tasks", task), "--delta", kind, "--lr", lr, "--seq_len", 64, *recipes.TUNE, "--out", delta(c, base, task, kind))
+
+
+def carry_head(c: Config, cell: dict) -> None:
+    """Make the old delta of a cell with a head that a map carried and a body as it was."""
+    task, kind, base, carry = cell["task"], cell["kind"], cell["base"], cell["what"].removeprefix("head, ")
+    out, old = Path(c.home, "carried", f"{base}-{carry}-{task}-{kind}"), delta(c, "mini" if base == "ind" else "minilm", task, kind)
+    _, arguments = next(one for one in cells(c) if one[0] == cell | {"what": carry})
+    if not (out / "summary.json").exists():
+        script(c, "recycle.py", *arguments, "--save_deltas", "--out", out, root=c.at)
+    [row] = read_json(out / "summary.json")["rows"]
+    save_delta(head_alone(c, cell), replace(load_delta(old), head=load_delta(out / "deltas" / row["run"]).head))
+
+
+def head_alone(c: Config, cell: dict) -> Path:
+    return Path(c.home, "heads", "-".join(cell[name] for name in ("base", "what", "task", "kind")).replace(", ", "-"))
+
+
 def delta(c: Config, base: str, task: str, kind: str) -> Path:
-    return Path(c.home, "deltas", f"mini-{task}-{kind}") if base == "mini" else Path(c.recipes, "deltas", f"{task}-{kind}-s0")
+    own = base == "mini" or kind == "lora"
+    return Path(c.home, "deltas", f"{base}-{task}-{kind}") if own else Path(c.recipes, "deltas", f"{task}-{kind}-s0")
 
 
 def predictions(c: Config, task: str, kind: str) -> Path:
@@ -128,20 +174,28 @@ def cells(c: Config) -> list[tuple[dict, list]]:
     """(facts, flags of recycle.py) of every cell of the plan."""
     home, m0, tasks, found = Path(c.home), Path(c.base), Path(c.recipes, "tasks"), []
     bases = {"mini": home / "mini" / "M0", "upgrade": home / "upgrade" / "M1", "twin": home / "twin", "ind": home / "ind" / "M0"}
-    for task, kind in product(TASKS, KINDS):
+    for task, kind in product(TASKS, (*KINDS, "lora")):
         other = TASKS[1 - TASKS.index(task)]
 
-        def add(part: str, what: str, modes: str, size: str, new: str, *flags: object, shots: int = 32, source: str = task) -> None:
-            """Add a cell: `size` is the old base's size, `source` the old delta's task."""
+        def add(part: str, what: str, modes: str, size: str, new: str, *flags: object, shots: int = 32, source: str = task,
+                folder: Path = tasks / task) -> None:
+            """Add a cell: `size` is the old base's size, `source` the old delta's task, `folder` holds the new task."""
             old = m0 if size == "minilm" else bases["mini"]
             trained = RATES["mini" if new in ("mini", "ind") else "minilm"][kind]
-            old_flags = [] if "--teacher" in flags else ["--old_base", old, "--old_delta", delta(c, size, source, kind)]
+            cell = {"part": part, "what": what, "task": task, "kind": kind, "base": new, "shots": shots}
+            old_delta = head_alone(c, cell) if what.startswith("head, ") else delta(c, size, source, kind)
+            old_flags = [] if "--teacher" in flags else ["--old_base", old, "--old_delta", old_delta]
             lr = [] if {*modes.split(",")} <= {"apply", "transport", "gradmask"} else ["--lr", trained]
-            found.append(({"part": part, "what": what, "task": task, "kind": kind, "base": new, "shots": shots}, [
-                "--mode", modes, *old_flags, "--base", bases[new], "--task", tasks / task, "--delta", kind, "--shots", shots, *FEW,
+            found.append((cell, [
+                "--mode", modes, *old_flags, "--base", bases[new], "--task", folder, "--delta", kind, "--shots", shots, *FEW,
                 *lr, *flags]))
 
         taught = ("--beta", 0)
+        if kind != "full" and c.at:
+            add("E", "ridge", "transport,init", "minilm", "mini", "--carry", "ridge")
+        if kind == "lora":
+            add("E", "plain", "scratch,distill", "minilm", "mini", *taught)
+            continue
         add("A", "plain", "scratch,distill", "minilm", "mini", *taught)
         for labels in ("soft", "hard"):
             add("A", f"texts, {labels}", "distill", "minilm", "mini", *taught, "--unlabelled", "rest", "--unlabelled_texts", 2000,
@@ -150,6 +204,9 @@ def cells(c: Config) -> list[tuple[dict, list]]:
         for size, new in (("minilm", "twin"), ("mini", "ind"), ("minilm", "upgrade")):
             add("C", "apply", "apply,gradmask" if kind == "full" else "apply", size, new)
             add("C", "transport", "transport", size, new)
+            for carry in MAPS if c.at else ():
+                add("C", carry, "transport", size, new, "--carry", carry, "--seeds", 0)
+                add("C", f"head, {carry}", "apply", size, new, "--seeds", 0)
             if new != "twin":
                 add("C", "tuned", "scratch,init", size, new)
                 add("C", "project", "project", size, new, "--source_task", tasks / other, "--source_delta",
@@ -157,7 +214,9 @@ def cells(c: Config) -> list[tuple[dict, list]]:
         for shots, head in product((8, 32), ("fresh", "prototype")) if (lr := rate_of_init(c, task, kind)) else ():
             add("D", head, "init" if head == "fresh" else "apply,init", "minilm", "upgrade", "--head", head, "--lr", lr, shots=shots,
                 source=other)
-    return sorted(found, key=lambda one: ("ACDB".index(one[0]["part"]), one[0]["base"] == "upgrade"))
+        add("D", "prototype", "apply", "minilm", "upgrade", "--head", "prototype", "--seeds", 0, shots=0, source=other,
+            folder=tasks / f"{task}-names")
+    return sorted(found, key=lambda one: ("ACDBE".index(one[0]["part"]), one[0]["base"] == "upgrade"))
 
 
 if __name__ == "__main__":
