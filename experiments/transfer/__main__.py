@@ -187,7 +187,7 @@ def cells(c: Config) -> list[tuple[dict, list]]:
             old_flags = [] if "--teacher" in flags else ["--old_base", old, "--old_delta", old_delta]
             lr = [] if {*modes.split(",")} <= {"apply", "transport", "gradmask"} else ["--lr", trained]
             found.append((cell, [
-                "--mode", modes, *old_flags, "--base", bases[new], "--task", folder, "--delta", kind, "--shots", shots, *FEW,
+                "--mode", modes, *old_flags, "--base", bases[new], "--task", folder, "--delta", kind, "--shots", shots or "none", *FEW,
                 *lr, *flags]))
 
         taught = ("--beta", 0)
