@@ -4,6 +4,7 @@
     python -m experiments.claims --data DIR --plan                # what is still to do, and about how long it takes
     python -m experiments.claims --data DIR --preset small --device cuda --budget 540     # in pieces: each call continues
     python -m experiments.claims --report                         # results/claims/README.md and its figures, from the rows alone
+    python -m experiments.claims --verify                         # is the report, and what README.md takes from it, what the rows say?
 
 DIR holds corpora/ (wiki, bio, rev, cs, ns .txt.xz, one document per line) and tasks/ (chemprot, imdb, ...: folders with train,
 dev and test). M0 is trained on wiki, and M1 to M4 on bio, rev, cs, ns in turn. IND, the independent base, is trained from another
@@ -24,7 +25,7 @@ from bench.machine import commit, device_name
 from experiments.claims import report, runs
 from experiments.claims.plan import SCALES, Run, phases, searched
 from experiments.claims.rows import GrowingRows
-from experiments.common import check_places
+from experiments.common import ROOT, check_places
 from rt.errors import InputError
 from rt.limits import Positive, PositiveInt
 from rt.runs.config import parse, run
@@ -48,10 +49,14 @@ class Config:
     results: str = "results/claims"  # rows, and the report
     plan: bool = False  # say what is to be done, and do nothing
     report: bool = False  # write the report from the rows
+    verify: bool = False  # compare the report, and the numbers that README.md takes from it, with the rows
 
 
 def main() -> None:
     c = parse(Config, sys.argv[1:])
+    if c.verify:
+        print(report.verify(Path(c.results), ROOT / "README.md"))
+        return
     if c.report:
         print(report.write(Path(c.results)))
         return

@@ -1,0 +1,211 @@
+"""The part of results/claims/README.md about MiniLM, from minilm.jsonl alone. PLAN.md defines quantities, cells, intervals and tests."""
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean
+from typing import Callable, Iterable
+
+import numpy as np
+
+from experiments.claims.minilm import SENTIMENT, cells, rows_of
+from experiments.recipes.plan import KINDS
+from experiments.recipes.report import LEARNED, holm, markdown, sign_flip
+from rt.report.rows import group
+
+Cells = dict[tuple[str, int], float]                # by task and lineage
+Scores = dict[tuple[str, str, int, int], float]     # by task, kind, lineage and seed
+MARGIN = 0.01       # of "at least as good"
+DRAWS = 10_000
+PAIRED = {"barrier (nats)": ("connectivity", "barrier"), "heads that match themselves": ("similarity", "share_own_best")}   # study, number
+
+
+def crossed(values: Cells) -> tuple[float, float]:
+    """The 95 % interval of the mean by a crossed bootstrap: tasks and lineages are drawn independently, with replacement."""
+    tasks, lineages = (sorted({key[i] for key in values}) for i in (0, 1))
+    table = np.array([[values.get((task, L), np.nan) for L in lineages] for task in tasks])
+    g = np.random.default_rng(0)
+    rows, columns = (g.integers(n, size=(DRAWS, n)) for n in table.shape)
+    means = np.nanmean(table[rows[:, :, None], columns[:, None, :]], axis=(1, 2))
+    return tuple(np.percentile(means[np.isfinite(means)], (2.5, 97.5)))
+
+
+def averaged(scores: dict[tuple, float]) -> Cells:
+    """Means over kinds and seeds, by task and lineage. Keys begin with task, kind and lineage."""
+    found = defaultdict(list)
+    for (task, _, L, *_), value in scores.items():
+        found[task, L].append(value)
+    return {key: mean(values) for key, values in found.items()}
+
+
+def less(a: dict, b: dict) -> dict:
+    return {key: a[key] - b[key] for key in a.keys() & b.keys()}
+
+
+class Rows:
+    """The rows, looked up by part; and which Delta_0 learned, by dev alone."""
+    def __init__(self, rows: list[dict]):
+        self.rows = rows
+        self.M0 = {row["cell"]["lineage"]: row for row in self.part("lineage") if row["base"] == "M0"}
+
+    def part(self, part: str, **facts) -> list[dict]:
+        return [row for row in self.rows if row["cell"]["part"] == part and facts.items() <= (row | row["cell"]).items()]
+
+    def learned(self, name: str, L: int) -> bool:
+        dev, commonest = self.M0[L]["dev"][name] if L in self.M0 else (0, 0)     # without a row for M0, nothing is reported yet
+        return dev > commonest + LEARNED
+
+    def applied(self, base: str) -> dict[tuple[str, str, int], float]:
+        """Test accuracy of `apply` by task, kind and lineage, without the deltas that did not learn."""
+        return {(*name.split("/"), row["cell"]["lineage"]): value for row in self.part("lineage", base=base)
+                for name, value in row["apply"].items() if self.learned(name, row["cell"]["lineage"])}
+
+    def best(self, part: str, mode: str, rate_by: Callable[[dict], float] = lambda row: row["dev"]["accuracy"], **facts) -> list[dict]:
+        """The rows of a mode at the rate that is best on dev in the mean over its runs, task by task and kind by kind."""
+        rows = [{"kind": "adapter"} | row["cell"] | row for row in self.part(part, mode=mode, **facts)]      # project has adapters alone
+        rows = [row for row in rows if self.learned(f"{row['task']}/{row['kind']}", row["lineage"])]
+        return [row for some in group(rows, "task", "kind").values()
+                for row in max(group(some, "lr").values(), key=lambda line: mean(map(rate_by, line)))]
+
+    def tests(self, part: str, mode: str, **more) -> Scores:
+        return {(row["task"], row["kind"], row["lineage"], row["seed"]): row["test"]["accuracy"]
+                for row in self.best(part, mode, **more)}
+
+
+def commonest(r: Rows) -> dict[tuple[str, str, int], float]:
+    return {(*name.split("/"), L): share for L, row in r.M0.items() for name, (_, share) in row["dev"].items()}
+
+
+def kept(r: Rows) -> dict[tuple, float]:
+    """The share of Delta_0's gain over the commonest label that `apply` keeps on M1."""
+    chance, own, there = commonest(r), r.applied("M0"), r.applied("M1")
+    return {key: (there[key] - chance[key]) / (own[key] - chance[key]) for key in there if own[key] > chance[key]}
+
+
+def of_pair(r: Rows, study: str, number: str, pair: str) -> Cells:
+    return {(row["cell"]["task"], row["cell"]["lineage"]): mean(np.ravel(row[number])) for row in r.part("paths", study=study, pair=pair)}
+
+
+def saved(r: Rows) -> dict[tuple, float]:
+    """The share of scratch's steps that init saves until it is as good on dev as scratch gets. Never counts as one evaluation too late."""
+    curves = {mode: {(row["task"], row["kind"], row["lineage"]): row["curve"] for row in r.best("full", mode)}
+              for mode in ("scratch", "init")}
+    found = {}
+    for key in curves["scratch"].keys() & curves["init"].keys():
+        at, best = max(curves["scratch"][key], key=lambda point: point[1])
+        never = 2 * curves["init"][key][-1][0] - curves["init"][key][-2][0]
+        found[key] = 1 - next((step for step, dev in curves["init"][key] if dev >= best), never) / max(at, 1)
+    return found
+
+
+def projected(r: Rows) -> dict[str, Cells]:
+    """C7's arms. The rate of the map is the one that is best on the source's dev."""
+    mapped = r.best("project", "project", lambda row: row["projection"]["dev"]["mean"])
+    own = r.part("project", mode="source's own")
+    return {"apply": {(t, L): v for (t, kind, L), v in r.applied("M1").items() if kind == "adapter" and t in SENTIMENT},
+            **{name: {(row["cell"]["task"], row["cell"]["lineage"]): row["test"]["accuracy"] for row in rows}
+               for name, rows in (("project", mapped), ("source's own", own))}}
+
+
+def primary(r: Rows) -> dict[str, tuple[Cells, float]]:
+    """(cells, margin) of every primary quantity of the plan, in its order."""
+    at = {base: averaged(r.applied(base)) for base in ("M1-t00050", "M1", "M4")}
+    few = {mode: averaged(r.tests("few", mode)) for mode in ("scratch", "init", "distill", "init+distill")}
+    near = {name: averaged(r.tests("order", "init", near=name)) for name in ("same", "similar", "different")}
+    full, c7 = {mode: averaged(r.tests("full", mode)) for mode in ("scratch", "init")}, projected(r)
+    barrier, share = ({base: of_pair(r, *number, f"M0-{base}") for base in ("M1", "IND")} for number in PAIRED.values())
+    return {
+        "C1: share of Delta_0's gain that apply keeps on M1, above a half": ({k: v - 0.5 for k, v in averaged(kept(r)).items()}, 0),
+        "C1: apply, first snapshot of M1 above M1": (less(at["M1-t00050"], at["M1"]), 0),
+        "C1: apply, M1 above M4": (less(at["M1"], at["M4"]), 0),
+        "C2: barrier M0 - TWIN above M0 - M1 (nats)": (less(barrier["IND"], barrier["M1"]), 0),
+        "C3: share of heads that match themselves, M1 above TWIN": (less(share["M1"], share["IND"]), 0),
+        "C4: all labels, init at least as good as scratch": (less(full["init"], full["scratch"]), MARGIN),
+        "C4: share of scratch's steps saved": (averaged(saved(r)), 0),
+        "C4: init from the same task above a similar one": (less(near["same"], near["similar"]), 0),
+        "C4: init from a similar task above a different one": (less(near["similar"], near["different"]), 0),
+        "C5: 32 a label, distill above scratch": (less(few["distill"], few["scratch"]), 0),
+        "C6: 32 a label, init+distill at least as good as init": (less(few["init+distill"], few["init"]), MARGIN),
+        "C6: 32 a label, init+distill at least as good as distill": (less(few["init+distill"], few["distill"]), MARGIN),
+        "C7: project above apply": (less(c7["project"], c7["apply"]), 0),
+        "C7: project above the source's own delta": (less(c7["project"], c7["source's own"]), 0)}
+
+
+def verdicts(found: dict[str, tuple[Cells, float]]) -> list[list[str]]:
+    """A line per primary quantity: mean, interval, cells, p, Holm's p, verdict."""
+    p = {name: sign_flip([v + margin for v in values.values()]) for name, (values, margin) in found.items() if values}
+    adjusted, lines = holm(p), []
+    for name, (values, margin) in found.items():
+        if not values:
+            lines.append([name, "not run", *[""] * 4])
+            continue
+        low, high = crossed(values)
+        word = "shown" if adjusted[name] < 0.05 else "opposite" if high < -margin else "not shown"
+        shown = f"{mean(values.values()):+.3f} [{low:+.3f}, {high:+.3f}]"
+        lines.append([name, shown, len(values), f"{p[name]:.3f}", f"{adjusted[name]:.3f}", word])
+    return lines
+
+
+def shown(values: Iterable[float]) -> str:
+    return f"{mean(values):.3f}" if (values := list(values)) else "-"
+
+
+def section(folder: Path) -> str:
+    """The text, or "" without rows."""
+    if not (rows := rows_of(folder / "minilm.jsonl")):
+        return ""
+    r, facts = Rows(rows), {key: ", ".join(sorted({row[key] for row in rows})) for key in ("device", "commit")}
+    text = ["## MiniLM, a base that was really pre-trained",
+            "`python -m experiments.claims.minilm --data DIR`; rows in `minilm.jsonl`; [the plan](../../experiments/claims/PLAN.md) was "
+            f"committed before them. {facts['device']}; commits {facts['commit']}. Intervals: crossed bootstrap over tasks and lineages "
+            "(with one lineage, over tasks alone). p: exact sign-flip over cells; then Holm's over the lines that have rows.",
+            markdown(["primary quantity", "mean [95 %]", "cells", "p", "Holm", "here"], verdicts(primary(r)))]
+    text += [table for table in (by_base(r), by_mode(r), by_part(r), by_pair(r)) if table]
+    text += ["Planned and not run: " + (missing(rows) or "nothing") + "."]
+    return "\n\n".join(text) + "\n"
+
+
+def by_base(r: Rows) -> str:
+    """C1 and question (b): every base of every lineage."""
+    lines = []
+    for row in sorted(r.part("lineage"), key=lambda row: (row["cell"]["lineage"], row["base"][:2], "-t" not in row["base"], row["base"])):
+        L, base = row["cell"]["lineage"], row["base"]
+        scores = [[v for (_, k, lineage), v in r.applied(base).items() if (k, lineage) == (kind, L)] for kind in KINDS]
+        lines.append([L, base, *map(shown, scores), *(f"{loss:.3f}" for loss in row["heldout"].values()), f"{row['l2']:.2f}"])
+    if not lines:
+        return ""
+    return "`apply` of Delta_0 (test accuracy, mean over tasks), held-out losses and distance from M0:\n\n" + markdown(
+        ["lineage", "base", *KINDS, *(f"loss {domain}" for domain in r.M0[L]["heldout"]), "L2"], lines)
+
+
+def by_mode(r: Rows) -> str:
+    """Few labels, task by task."""
+    modes = {mode: r.tests("few", mode) for mode in ("scratch", "init", "distill", "init+distill")} | {
+        "apply": {(*key, 0): v for key, v in r.applied("M1").items()}}
+    columns = sorted({key[:2] for mode, scores in modes.items() for key in scores if mode != "apply"})
+    lines = [[mode, *(shown(v for key, v in scores.items() if key[:2] == column) for column in columns)] for mode, scores in modes.items()]
+    table = markdown(["", *(", ".join(column) for column in columns)], lines)
+    return f"32 examples a label on M1, test accuracy:\n\n{table}" if columns else ""
+
+
+def by_part(r: Rows) -> str:
+    """Question (a): scales and parts of an outdated delta."""
+    lines = []
+    for (base, kind), some in group([row | row["cell"] for row in r.part("parts")], "base", "kind").items():
+        some = [row for row in some if r.learned(f"{row['task']}/{kind}", row["lineage"])]
+        whole = [v for (task, k, L), v in r.applied(base).items() if k == kind and L in {row["lineage"] for row in some}]
+        means = {name: mean(row["accuracy"][name] for row in some) for name in some[0]["accuracy"]}
+        lines.append([base, kind, f"{mean(whole):.3f}", *(f"{v:.3f}" for v in means.values())])
+    return "Parts of an outdated delta, `apply`, test accuracy, mean over tasks:\n\n" + markdown(
+        ["base", "kind", "all of it", *means], lines) if lines else ""
+
+
+def by_pair(r: Rows) -> str:
+    lines = [[f"M0-{name}", *(shown(of_pair(r, *number, f"M0-{base}").values()) for number in PAIRED.values())]
+             for base, name in (("M1", "M1"), ("M4", "M4"), ("IND", "TWIN"))]
+    return "Between tuned models, full deltas:\n\n" + markdown(["pair", *PAIRED], lines) if r.part("paths") else ""
+
+
+def missing(rows: list[dict]) -> str:
+    """The cells without rows, counted by part and lineage."""
+    done = [row["cell"] for row in rows]
+    left = group([cell for cell in cells() if cell not in done], "part", "lineage")
+    return ", ".join(f"{part}{'' if L is None else f' of lineage {L}'} ({len(some)} cells)" for (part, L), some in left.items())

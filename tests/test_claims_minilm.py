@@ -1,0 +1,108 @@
+"""The claims on MiniLM: the report's statistics on made-up rows, --verify, and a small run of every part."""
+import json
+import lzma
+import shutil
+import sys
+
+import pytest
+from conftest import ROOT, here, random_base
+from test_claims import data  # noqa: F401  (a fixture)
+
+from experiments.claims import minilm, minilm_report
+from experiments.claims.report import verify
+from experiments.recipes import runs as recipes
+from experiments.recipes.plan import TASKS
+from rt.errors import InputError
+from rt.formats.checkpoint import save_base
+from rt.formats.files import read_rows
+from rt.model import MaskedLM
+
+
+def made_rows() -> list[dict]:
+    """Two lineages; M1 keeps three quarters of the gain, M4 a quarter; imdb/adapter has not learned on dev."""
+    facts, rows = {"device": "d", "commit": "c"}, []
+    names = [f"{task}/{kind}" for task in TASKS for kind in ("full", "adapter")]
+    for L in (0, 1):
+        for base, accuracy in (("M0", 0.9), ("M1-t00050", 0.85), ("M1", 0.8), ("M4", 0.6)):
+            rows.append({"cell": {"part": "lineage", "lineage": L}, "base": base, "apply": dict.fromkeys(names, accuracy), "l2": 1.0,
+                         "heldout": {"wiki": 5.0, "bio": 4.0}} | facts)
+        rows[-4]["dev"] = {name: [0.9, 0.5] for name in names} | {"imdb/adapter": [0.54, 0.5]}
+        for task, mode, lr, dev, test in (("imdb", "scratch", 1e-3, 0.6, 0.5), ("imdb", "scratch", 3e-3, 0.5, 0.9),
+                                          ("imdb", "distill", 1e-3, 0.7, 0.7), ("agnews", "scratch", 1e-3, 0.6, 0.5),
+                                          ("agnews", "distill", 1e-3, 0.6, 0.6)):
+            rows.append({"cell": {"part": "few", "lineage": L, "task": task, "kind": "full", "mode": mode}, "mode": mode, "seed": L, "lr": lr,
+                         "dev": {"accuracy": dev}, "test": {"accuracy": test}} | facts)
+    return rows
+
+
+def test_primary_quantities_of_made_up_rows(tmp_path):
+    rows = made_rows()
+    found = minilm_report.primary(minilm_report.Rows(rows))
+    kept, _ = found["C1: share of Delta_0's gain that apply keeps on M1, above a half"]
+    assert len(kept) == 10 and [*kept.values()] == pytest.approx([0.25] * 10)
+    distill, margin = found["C5: 32 a label, distill above scratch"]     # the rate is chosen on dev: .5, not the .9 of the better test
+    assert distill == {("imdb", 0): pytest.approx(0.2), ("imdb", 1): pytest.approx(0.2), ("agnews", 0): pytest.approx(0.1),
+                       ("agnews", 1): pytest.approx(0.1)} and margin == 0
+    lines = {line[0]: line[1:] for line in minilm_report.verdicts(found)}
+    assert lines["C5: 32 a label, distill above scratch"] == ["+0.150 [+0.100, +0.200]", 4, "0.062", "0.062", "not shown"]
+    assert lines["C1: apply, M1 above M4"] == ["+0.200 [+0.200, +0.200]", 10, "0.001", "0.004", "shown"]
+    assert lines["C7: project above apply"][0] == "not run"
+    (tmp_path / "minilm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = minilm_report.section(tmp_path)
+    assert "few of lineage 0 (36 cells)" in text and "few of lineage 2 (40 cells)" in text and "| 1 | M1-t00050 | 0.850 |" in text
+
+
+def test_a_bootstrap_over_tasks_and_lineages_is_wider_than_either():
+    cells = {(task, L): a + b for task, a in (("x", 0.0), ("y", 1.0)) for L, b in ((0, 0.0), (1, 0.5))}
+    assert minilm_report.crossed(cells) == pytest.approx((0.0, 1.5))
+    assert minilm_report.crossed({key: 2.0 for key in cells}) == pytest.approx((2.0, 2.0))
+
+
+def test_verify_finds_a_digit_that_the_rows_do_not_say(tmp_path):
+    pytest.importorskip("matplotlib")
+    shutil.copytree(ROOT / "results" / "claims", copy := tmp_path / "claims")
+    assert "say what the rows say" in here("-m", "experiments.claims", "--verify", "--results", copy)
+    (tmp_path / "front.md").write_text("- The paper's claims: a gain of .98765.\n- Other: .4321\n")
+    with pytest.raises(InputError, match=r"\.98765 is not in"):
+        verify(copy, tmp_path / "front.md")
+    text = (copy / "README.md").read_text()
+    at = text.index("0.4")
+    (copy / "README.md").write_text(text[:at] + "0.5" + text[at + 3:])
+    with pytest.raises(InputError, match="line .* the rows say"):
+        verify(copy, ROOT / "README.md")
+
+
+@pytest.mark.marathon
+def test_every_part_runs_and_is_not_run_again(data, graphs, tokenizer, tmp_path, monkeypatch):      # noqa: F811
+    texts = [json.loads(line)["text"].replace("\n", " ") for line in (graphs / "corpus" / "train.jsonl").open()]
+    shutil.copytree(data / "tasks", tmp_path / "data" / "tasks")
+    (tmp_path / "data" / "corpora").mkdir()
+    for name in ("wiki", *minilm.DOMAINS):      # held-out parts of at least 128 tokens
+        with lzma.open(tmp_path / "data" / "corpora" / f"{name}.txt.xz", "wt") as file:
+            file.write("\n".join(texts[:400]))
+    base = random_base(tokenizer)
+    save_base(tmp_path / "M0", MaskedLM(base.encoder, base.head), tokenizer, {"name": "M0", "number": 0})
+    for task in TASKS:
+        monkeypatch.setitem(TASKS, task, 24)
+    short = "--steps 2 --eval_every 1 --device cpu --no_save_deltas".split()
+    tune = "--tune_steps 2 --batch_size 4 --eval_every 1 --device cpu --threads 1".split()
+    for module, name, value in ((minilm, "FEW", ["--shots", "2", *short]), (minilm, "ALL", ["--shots", "none", "--eval_every", "1", *short[4:]]),
+                                (minilm, "UPGRADE", "--steps 2 --batch_tokens 128 --seq_len 16 --lr 1e-3 --snapshots 1 --device cpu".split()),
+                                (minilm, "TUNE", tune), (recipes, "TUNE", tune)):
+        monkeypatch.setattr(module, name, value)
+    rows = tmp_path / "results" / "minilm.jsonl"
+
+    def main(only: str, *where: str) -> int:
+        places = {"data": tmp_path / "data", "base": tmp_path / "M0", "home": tmp_path / "home", "recipes": tmp_path / "recipes", "cache": tmp_path / "cache",
+                  "results": tmp_path / "results", "lineages": "0"}
+        monkeypatch.setattr(sys, "argv", ["minilm", "--only", only, *(["--where", ",".join(where)] if where else []),
+                                          *(x for k, v in places.items() for x in (f"--{k}", str(v)))])
+        minilm.main()
+        return len(read_rows(rows))
+
+    counts = [main("lineage"), main("parts", "base=M1"), main("pilot"), main("few", "task=imdb", "kind=adapter", "mode=distill"),
+              main("order", "task=imdb", "kind=adapter"), main("project", "task=imdb"), main("paths", "task=agnews"),
+              main("full", "task=chemprot", "kind=full")]
+    assert counts == sorted(set(counts)) and main("lineage") == counts[-1]
+    assert not any("test" in row for row in read_rows(rows) if row["cell"]["part"] == "pilot")
+    assert "C7: project above the source's own delta" in minilm_report.section(rows.parent)
