@@ -31,7 +31,8 @@ GPU_CASES = [
 CPU_CASES = [
     *(attention(256, 64, ragged, p) | {"H": 2} for p in (0.0, 0.1) for ragged in (False, True)),
     linear("linear_kd", 96, 211, 32), linear("linear_cross_entropy", 96, 211, 32), kd(64, 1001), kd(16, 3), kd(64, 1001, 8),
-    attention(256, 64, kernel="attention_kd") | {"H": 2}, {"kernel": "hidden_mse", "B": 8, "L": 3, "d": 48},
+    *(attention(256, 64, ragged, kernel="attention_kd") | {"H": 2} for ragged in (False, True)),
+    {"kernel": "hidden_mse", "B": 8, "L": 3, "d": 48},
     norm("add_norm", 96, 0.1, 48), norm("add_norm", 96, 0.0, 48), norm("dropout", 96, 0.1, 48),
 ]
 

@@ -129,7 +129,10 @@ def attention_kd_problem(case: dict, device: torch.device, dtype: torch.dtype, e
         qs, ks, qt, kt = (layout.pad(x) for x in (q_s, k_s, q_t, k_t))
 
         def maps(qs: Tensor, ks: Tensor) -> Tensor:
-            log_s, log_t = (F.log_softmax(wide(q @ k.mT) * q.shape[-1] ** -0.5, -1) for q, k in ((qs, ks), (qt, kt)))
+            scores = [wide(q @ k.mT) * q.shape[-1] ** -0.5 for q, k in ((qs, ks), (qt, kt))]
+            if layout.ragged:       # not -inf: kl_div would turn it into NaN
+                scores = [x.masked_fill(~layout.valid[:, None, None], -1e30) for x in scores]
+            log_s, log_t = (F.log_softmax(x, -1) for x in scores)
             return F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(-1)
 
         return Impl(maps, (leaf(qs), leaf(ks)), layout.pad(upstream, torch.zeros_like), canonical=layout.unpad)

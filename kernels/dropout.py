@@ -108,7 +108,7 @@ def kept(decides, threshold, x, y):
             setp.lt.s32 dropped, $2, $3;
             selp.f32 $0, 0f00000000, $4, dropped;
             selp.f32 $1, 0f00000000, $5, dropped;
-        }""", "=f,=f,r,r,f,f", [decides, threshold, x, y], (tl.float32, tl.float32), is_pure=True, pack=1)
+        }""", "=&f,=f,r,r,f,f", [decides, threshold, x, y], (tl.float32, tl.float32), is_pure=True, pack=1)
 
 
 @triton.jit

@@ -145,7 +145,7 @@ def _(students, teachers, weights):
 def _states_mse_backward(up: Tensor, weights: Tensor, students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
     grads, size = [torch.empty_like(s, memory_format=torch.contiguous_format) for s in students], students[0].numel()
     BLOCK, warps = configs.pick("states_mse", 4096, torch.float32, up.device)
-    launch(_states_backward, -(-size // BLOCK), up, weights, dense(students), dense(teachers), tuple(grads), size, BLOCK=BLOCK,
+    launch(_states_backward, -(-size // BLOCK), up, weights.contiguous(), dense(students), dense(teachers), tuple(grads), size, BLOCK=BLOCK,
            num_warps=warps)
     return grads
 

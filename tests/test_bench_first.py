@@ -1,6 +1,7 @@
 """bench.first in Triton's interpreter: each part runs once, an interrupted call resumes, and the table states the results."""
 import json
 import os
+import threading
 
 import pytest
 import torch
@@ -24,18 +25,21 @@ def rows_of(folder) -> list[dict]:
 def test_a_rehearsal(interpreted, tmp_path, capsys):
     first.main(["--out", str(tmp_path)])
     rows, printed = rows_of(tmp_path), capsys.readouterr().out
-    assert {r["unit"].split()[0] for r in rows[1:]} == {"check", "time", "parts", "tile", "step"}
+    assert {r["unit"].split()[0] for r in rows[1:]} == {"check", "time", "parts", "tile", "step:"}
     assert not [r for r in rows if "failed" in r and "hf" not in r["unit"]] and all(r["right"] for r in rows if "right" in r)
     assert "checks are right" in printed and "WRONG" not in printed and "step step: ours" in printed      # hf only if it is installed
     assert "best other sdpa math" in printed
 
-    # cut off in the middle of the third row: the first two rows are kept, and nothing runs twice
+    # cut off in the middle of the fourth row: what is whole is kept, and nothing runs twice, except what failed in an earlier call
     lines = (tmp_path / "first.jsonl").read_text().splitlines()
-    (tmp_path / "first.jsonl").write_text("\n".join(lines[:3]) + "\n")
-    (tmp_path / "old.jsonl").write_text("\n".join(lines[4:]) + "\n" + lines[3][:20])
-    first.main(["--out", str(tmp_path), "--have", str(tmp_path / "old.jsonl")])
-    again = rows_of(tmp_path)
-    assert [r["unit"] for r in again[3:] if "unit" in r] == [rows[3]["unit"]] and again[:3] == rows[:3]
+    (tmp_path / "first.jsonl").write_text("\n".join(lines[:3]) + "\n" + lines[3][:20])
+    wrong = json.dumps(rows[4] | {"right": False})
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "first.jsonl").write_text("\n".join([wrong, *(line for line in lines[5:] if "failed" not in line)]) + "\n")
+    first.main(["--out", str(tmp_path), "--have", str(tmp_path / "old" / "first.jsonl")])
+    again = [json.loads(line) for line in (tmp_path / "first.jsonl").read_text().splitlines() if line.endswith("}")]
+    assert [r["unit"] for r in again[3:] if "unit" in r and "hf" not in r["unit"]] == [rows[3]["unit"], rows[4]["unit"]]
+    assert again[:3] == rows[:3]
 
 
 def test_nothing_is_begun_when_the_time_is_over(interpreted, tmp_path):
@@ -58,6 +62,21 @@ def test_a_broken_context_hands_over_to_a_new_process(tmp_path, monkeypatch):
         first.run(there, tmp_path / "first.jsonl", [], 4e9, ["--out", "x"])
     assert rows_of(tmp_path)[1]["failed"].startswith("ZeroDivisionError") and started[0][1:] == ["-m", "bench.first", "--out", "x",
                                                                                               "--until", "4000000000.0"]
+
+
+def test_a_unit_that_hangs_is_left_to_a_new_process_which_does_the_rest(tmp_path, monkeypatch):
+    there, started = first.First(torch.device("cpu")), threading.Event()
+    there.units = lambda: iter([("check a", lambda: started.wait(20) and {}), ("check b", dict)])
+    monkeypatch.setattr(first, "UNIT_SECONDS", 0.1)
+    monkeypatch.setattr(first, "environment", lambda *arguments: {})
+    monkeypatch.setattr(os, "execv", lambda program, arguments: started.set())
+    (tmp_path / "begun").write_text("check a")      # as a process leaves it that was killed in check a
+    assert first.known(tmp_path / "first.jsonl") == [{"unit": "check a", "failed": "it hung, or ended the process", "hung": True}]
+    first.run(there, tmp_path / "first.jsonl", [], 4e9, [])
+    assert started.is_set() and (tmp_path / "begun").read_text() == "check b"
+    assert first.known(tmp_path / "first.jsonl")[-1]["unit"] == "check b"
+    first.run(there, tmp_path / "first.jsonl", rows := first.known(tmp_path / "first.jsonl"), 4e9, [])
+    assert [row.get("unit") for row in rows].count("check a") == 1
 
 
 def test_the_table_names_what_is_wrong_and_the_best_of_a_sweep():

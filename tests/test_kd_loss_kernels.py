@@ -405,7 +405,7 @@ def test_states_mse_takes_any_strides_launches_once_and_gives_the_teacher_no_gra
     expected = loss_and_gradients(states_mse, s, t, weights)
     loose, taught = [x.detach().T.contiguous().T.requires_grad_() for x in s], [x.requires_grad_() for x in t]
     launched = counted(monkeypatch, states_mse)
-    assert_close(loss_and_gradients(states_mse, loose, taught, weights), expected)
+    assert_close(loss_and_gradients(states_mse, loose, taught, torch.stack([weights, -weights], 1)[:, 0]), expected)
     assert launched == ["_states_forward", "_states_backward"] and all(x.grad is None for x in taught)
     for wrong in ((s[:2], t, weights), (s, [x[:4] for x in t], weights), (s, t, weights[:2]), ([], [], weights[:0])):
         with pytest.raises(ValueError, match="of one shape"):
