@@ -65,7 +65,7 @@ class Config:
     max_examples: PositiveInt = 64  # similarity: number of test texts compared
     tune_steps: PositiveInt = 100  # optimizer steps to tune a missing delta, all else as in train.py; recipes: steps of init and scratch
     shots: PositiveInt | None = 32  # recipes: examples per label for init and scratch; none: all
-    lr: Positive = 5e-4  # recipes: peak learning rate of init and scratch
+    lr: Positive | None = None  # recipes: peak learning rate of init and scratch; default 5e-4 for full deltas, else 5e-3
     seq_len: SeqLen = 64  # longest text in tokens; longer texts are cut
     out: str | None = None  # folder to write; default runs/analyze/STUDY
     cache: str = "runs/cache"  # folder for the embedded data

@@ -139,6 +139,8 @@ def pretrain(c: Config) -> None:
     ranks.assert_same({f"--{k}": v for k, v in record(c).items()})
     check_graphs(c.graphs, ranks)
     c.recipe.check([domain_name(entry) for entry in c.stream], c.warmup, min(c.steps), c.snapshots)
+    if c.recipe.preserve and not c.init and (c.recipe.mix or len(c.stream) == 1):
+        raise InputError("--preserve: a new base has no earlier one to stay near; give that one with --init")
     if c.compile and c.recipe.by_need:
         raise InputError("--mix need scores texts of all shapes between steps, and --compile would compile anew for each: leave it out")
     settings = {k: v for k, v in record(c).items() if k not in NOT_SETTINGS}
@@ -164,6 +166,8 @@ def train_stages(c: Config, stream: PretrainRun, ranks: Ranks) -> Interrupted | 
     paths = ranks.main_first(lambda: {name: corpus_path(place, c.cache) for name, place in earlier.items()}) | paths
     corpora = ranks.main_first(lambda: {name: build_corpus(name, path, tokenizer, c.cache) for name, path in paths.items()})
     content = {"tokenizer": tokenizer.fingerprint, "--init": parent, **{f"corpus {k}": v["train"].content for k, v in corpora.items()}}
+    if r.mix_reference:
+        content["--mix_reference"] = ranks.main_first(lambda: open_base(r.mix_reference)).fingerprint
     ranks.assert_same(content)
     groups = [tuple(own)] if r.mix else [(name,) for name in own]
     training, heldout = rows_of(c, corpora, groups, [*earlier], tokenizer, number + 1, ranks)
@@ -179,7 +183,8 @@ def train_stages(c: Config, stream: PretrainRun, ranks: Ranks) -> Interrupted | 
                              schedule=r.schedule, held=bool(parent) and not (r.schedule.rewarm and i == 0))
         model = model.to(ranks.device)
         optimizer = adamw(model.parameters(), 0.0, c.weight_decay, make=zero if c.zero else torch.optim.AdamW)
-        recipe = start_recipe(c, model, rows, [corpora[name]["train"] for name in groups[i]], tokenizer, ranks, where, bool(parent))
+        recipe = start_recipe(c, model, rows, [corpora[name]["train"] for name in groups[i]], tokenizer, ranks, where,
+                              stream.out / f"M{number - 1}" if i else c.init, bool(moments))
         about = {"name": name, "domain": domain, "number": number, "parent": parent, "domains": domains, "recipe": changed(r)}
         first = stream.start_stage(about, s, rows, model, optimizer, where["precision"], recipe, moments)
         if not stream.stages and first == 0:
@@ -225,15 +230,16 @@ def rows_of(c: Config, corpora: dict[str, dict[str, Corpus]], groups: list[tuple
     """(training rows per stage, held-out rows per domain). The first stage is M`number`; `groups` lists the domains of each stage."""
     training = {}
     for i, group in enumerate(groups, number):
-        names = [group[0], *earlier, *group[1:]]
+        replayed = [name for name in earlier if name not in group]
+        names = [group[0], *replayed, *group[1:]]
         first, *others = [Rows(corpora[name]["train"], tokenizer, seq_len=c.seq_len, mask_rate=c.mask_rate, objective=c.recipe.objective,
                                unit=c.recipe.mask, seed=derive_seed(c.seed, i, *([j] if j else []))) for j, name in enumerate(names)]
         first.check_batch(c.batch_tokens, ranks.world * c.accumulation)
         if others:
-            mix(first, others, c.recipe.start_shares([*group[1:], group[0]], len(earlier)),
+            mix(first, others, c.recipe.start_shares([*group[1:], group[0]], len(replayed)),
                 c.recipe.mix_every * (c.batch_tokens // first.row_tokens) if c.recipe.by_need else 0)
         training["+".join(group)] = first
-        earlier = [*earlier, *group] if c.recipe.replay else []
+        earlier = [*dict.fromkeys((*earlier, *group))] if c.recipe.replay else []
     return training, {name: scored_rows(parts["heldout"], tokenizer, c.seq_len) for name, parts in corpora.items()}
 
 

@@ -64,7 +64,7 @@ def run_teacher(teacher: Classifier, data: Encoded, device: torch.device, precis
     for i in range(0, len(data), batch_size):
         batch = data.batch(list(range(i, min(i + batch_size, len(data))))).to(device)
         what = f"the teacher's states for {len(data)} texts, with {batch_size} of up to {batch.max_seqlen} tokens at once,"
-        with memory_for(what, "`seq_len` or `shots`"), autocast(device, precision):
+        with memory_for(what, "`seq_len`, `shots` or `unlabelled_texts`"), autocast(device, precision):
             logits.append(teacher(batch, activations := Activations()).float())
         states.append(activations.states.float())
         index.append(batch.index)

@@ -219,8 +219,10 @@ class Encoder(nn.Module):
         for i, layer in enumerate(self.layers):
             if activations is not None:
                 x = activations.collect(x, first)
-            x = layer(x, batch.cu_seqlens, batch.max_seqlen, None if seeds is None else seeds[3 * i:3 * i + 3],
-                      activations.qk if activations is not None and i in activations.attention else None)
+            qk = [] if activations is not None and i in activations.attention else None     # one per layer: torch.compile sees equal layers
+            x = layer(x, batch.cu_seqlens, batch.max_seqlen, None if seeds is None else seeds[3 * i:3 * i + 3], qk)
+            if qk:
+                activations.qk += qk
         if activations is not None and activations.hidden is not None:
             activations.hidden.append(x)
         return x

@@ -298,6 +298,9 @@ def test_a_mixture_is_read_from_what_bases_record(home, domains):
     _, rows, summary = study(home, "mixture", *domains, "--bases", ",".join(str(home / "replayed" / name) for name in ("M0", "M1", "M2")))
     assert [(row["replay"], row["steps"]) for row in rows] == [(None, 0), (0.0, 5), (0.0, 10), (0.2, 10)]
     assert [line["domain"] for line in summary["numbers"]] == ["corpus", "new"] and (home / "out" / "mixture" / "mixture.png").exists()
+    one = here("analyze.py", "--study", "mixture", "--old_base", home / "replayed" / "M0", "--bases", home / "replayed" / "M2", *domains,
+               "--out", home / "out" / "few", code=2)
+    assert "a law is fitted to three or more" in one
 
 
 @pytest.mark.parametrize("law", [mixtures.Law(4.0, 0.02, 0.5, 0.6, 0.03), mixtures.Law(3.0, 9.0, 0.2, -0.4, 0.1)])
@@ -306,6 +309,11 @@ def test_the_law_of_a_mixture_is_found_again(law):
     found = mixtures.fit(runs)
     assert all(found(r, t) == pytest.approx(loss, abs=1e-6) for r, t, loss in runs) and mixtures.left_out(runs) < 1e-6
     assert found(0.35, 300) == pytest.approx(law(0.35, 300), abs=1e-4)
+
+
+def test_a_law_never_says_that_a_domain_is_forgotten_if_it_is_learned():
+    law = mixtures.fit([(1.0, 50, 5.6), (1.0, 100, 5.4), (1.0, 200, 5.0), (1.0, 400, 4.1)])       # ever faster
+    assert law.A > 0 and law.b < 0 and mixtures.fit([(1.0, 50, 4.0), (1.0, 100, 4.0), (1.0, 200, 4.0)]).A == 0
 
 
 def test_the_critical_share_is_the_first_that_forgets_nothing():

@@ -30,8 +30,8 @@ def made_rows() -> list[dict]:
         for task, mode, lr, dev, test in (("imdb", "scratch", 1e-3, 0.6, 0.5), ("imdb", "scratch", 3e-3, 0.5, 0.9),
                                           ("imdb", "distill", 1e-3, 0.7, 0.7), ("agnews", "scratch", 1e-3, 0.6, 0.5),
                                           ("agnews", "distill", 1e-3, 0.6, 0.6)):
-            rows.append({"cell": {"part": "few", "lineage": L, "task": task, "kind": "full", "mode": mode}, "mode": mode, "seed": L, "lr": lr,
-                         "dev": {"accuracy": dev}, "test": {"accuracy": test}} | facts)
+            cell = {"part": "few", "lineage": L, "task": task, "kind": "full", "mode": mode}
+            rows.append({"cell": cell, "mode": mode, "seed": L, "lr": lr, "dev": {"accuracy": dev}, "test": {"accuracy": test}} | facts)
     return rows
 
 
@@ -85,18 +85,18 @@ def test_every_part_runs_and_is_not_run_again(data, graphs, tokenizer, tmp_path,
     for task in TASKS:
         monkeypatch.setitem(TASKS, task, 24)
     short = "--steps 2 --eval_every 1 --device cpu --no_save_deltas".split()
+    every = ["--shots", "none", "--eval_every", "1", *short[4:]]
     tune = "--tune_steps 2 --batch_size 4 --eval_every 1 --device cpu --threads 1".split()
-    for module, name, value in ((minilm, "FEW", ["--shots", "2", *short]), (minilm, "ALL", ["--shots", "none", "--eval_every", "1", *short[4:]]),
-                                (minilm, "UPGRADE", "--steps 2 --batch_tokens 128 --seq_len 16 --lr 1e-3 --snapshots 1 --device cpu".split()),
+    for module, name, value in ((minilm, "FEW", ["--shots", "2", *short]), (minilm, "ALL", every),
+                                (minilm, "UPGRADE", "--steps 2 --batch_tokens 128 --seq_len 16 --snapshots 1 --device cpu".split()),
                                 (minilm, "TUNE", tune), (recipes, "TUNE", tune)):
         monkeypatch.setattr(module, name, value)
     rows = tmp_path / "results" / "minilm.jsonl"
 
     def main(only: str, *where: str) -> int:
-        places = {"data": tmp_path / "data", "base": tmp_path / "M0", "home": tmp_path / "home", "recipes": tmp_path / "recipes", "cache": tmp_path / "cache",
-                  "results": tmp_path / "results", "lineages": "0"}
+        places = {"base": "M0", **{name: name for name in ("data", "home", "recipes", "cache", "results")}}
         monkeypatch.setattr(sys, "argv", ["minilm", "--only", only, *(["--where", ",".join(where)] if where else []),
-                                          *(x for k, v in places.items() for x in (f"--{k}", str(v)))])
+                                          "--lineages", "0", *(x for k, v in places.items() for x in (f"--{k}", str(tmp_path / v)))])
         minilm.main()
         return len(read_rows(rows))
 

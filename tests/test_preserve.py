@@ -104,6 +104,13 @@ def test_a_large_weight_returns_the_old_states_and_a_small_one_learns(model, mas
     assert drift[1e-6] == pytest.approx(drift[None], rel=0.2) and loss[1e-6] == pytest.approx(loss[None], abs=0.1)
 
 
+def test_every_layer_is_called_alike_so_that_compiled_layers_share_a_graph(model, masked):
+    seen = []
+    for layer in model.encoder.layers:
+        layer.register_forward_pre_hook(lambda layer, args: seen.append(args[-1]))
+    assert len(states(model, masked.masked(range(2))).qk) == len(seen) and len({id(qk) for qk in seen}) == len(seen)
+
+
 def test_the_command_preserves_from_the_second_base_on(graphs, tmp_path):
     flags = ("train.py", "--preset", "tiny", "--vocab_size", "500", "--seq_len", "32", "--batch_tokens", "256", "--eval_tokens", "512",
              "--device", "cpu", "--stream", f"{graphs / 'corpus'},{graphs / 'corpus'}/train.jsonl", "--steps", "3", "--snapshots", "0",

@@ -16,6 +16,7 @@ from data.select import select
 from data.sources import task_corpus
 from rt.data import Masker, Rows
 from rt.errors import InputError
+from rt.formats.checkpoint import fingerprint
 from rt.formats.corpora import build_corpus, split_documents
 from rt.formats.files import read_json, read_rows
 from rt.formats.tasks import load_task
@@ -25,6 +26,7 @@ from rt.optim import ScheduleConfig, schedule
 from rt.pretrain import mlm_loss
 from rt.recipes import Mixture, Recipe, counts, mix, reweighted
 from rt.report.inspect import inspect
+from rt.runs import upgrade
 from rt.runs.upgrade import RecipeConfig, average_into, lengthen
 
 SMALL = ("--preset", "tiny", "--vocab_size", "300", "--seq_len", "16", "--batch_tokens", "256", "--eval_tokens", "256", "--device", "cpu",
@@ -67,7 +69,7 @@ def test_schedules_at_their_corners():
     assert held[:91] == [0.25] * 91 and held[95] == pytest.approx(0.125)
 
 
-def test_an_infinite_schedule_goes_on_from_before_the_annealing(home):
+def test_an_infinite_schedule_goes_on_from_before_the_annealing(home, monkeypatch):
     """A stream in one process equals, bit for bit, its stages in two processes, linked only by the trunk and its optimizer state."""
     infinite = ("--schedule", "infinite", "--steps", "10", "--anneal", "0.3")
     train(home, "inf", *infinite)
@@ -81,6 +83,10 @@ def test_an_infinite_schedule_goes_on_from_before_the_annealing(home):
     assert rates[:8] == [pytest.approx(3e-4)] * 8
     train(home, "inf3", *infinite, "--init", home / "inf1" / "M0", "--rewarm", stream="two")
     assert max(row["lr"] for row in read_rows(home / "inf3" / "metrics.jsonl") if "lr" in row) == 1e-3
+    kept = []       # deltas were tuned on M0, not on its state before the annealing: that is what --preserve stays near
+    monkeypatch.setattr(upgrade, "Preserve", lambda old, *rest: kept.append(fingerprint(old.encoder)) or mlm_loss)
+    train(home, "inf5", *infinite, "--init", home / "inf1" / "M0", "--preserve", "10")
+    assert kept == [read_json(home / folder / "meta.json")["fingerprint"] for folder in ("inf1/M0", "inf5/M1")]
     shutil.rmtree(home / "inf1" / "M0-t00007")
     assert "which is gone" in train(home, "inf4", *infinite, "--init", home / "inf1" / "M0", stream="two", code=2)
 
@@ -146,6 +152,9 @@ def test_replay_knows_the_earlier_domains_of_init(home):
     assert list(meta["domains"]) == ["one", "two"] and meta["recipe"] == {"replay": 0.25} and "one" in meta["stage"]["heldout"]
     assert meta["stage"]["shares"] == {"one": 0.25, "two": 0.75} and inspect(home / "new" / "M1")["recipe"] == "replay 0.25"
     assert "has no record (in its meta.json) of domains" in train(home, "x", "--steps", "4", "--replay", "0.25", stream="one", code=2)
+    train(home, "back", "--steps", "4", "--replay", "0.5", "--init", home / "new" / "M1", stream="one,two")     # both come back
+    shares = [read_json(home / "back" / name / "meta.json")["stage"]["shares"] for name in ("M2", "M3")]
+    assert shares == [{"two": 0.5, "one": 0.5}, {"one": 0.5, "two": 0.5}]
     (home / "moved").mkdir()
     shutil.copy(home / "two.txt", home / "moved" / "one.txt")
     assert "has the name of an earlier domain" in train(home, "z", *upgrade, stream="moved/one", code=2)
@@ -410,4 +419,16 @@ def test_settings_that_make_no_sense_together_are_refused_in_a_sentence(home):
     assert RecipeConfig(mix=("a:0.3", "b:0.7"), replay=0.1).start_shares(["b", "a"], 2) == pytest.approx([0.05, 0.05, 0.63, 0.27])
     assert "--align_eps has no effect without --align" in train(home, "z", "--align_eps", "0.1", code=2)
     assert "--compile would compile anew" in train(home, "z", "--mix", "need", "--compile", code=2)
+    assert "no earlier one to stay near" in train(home, "z", "--preserve", "3", stream="one", code=2)
+
+
+def test_the_reference_of_need_is_part_of_a_run_and_need_goes_with_preserve(home):
+    train(home, "first", "--steps", "2")
+    need = ("--init", home / "first" / "M0", "--mix", "need", "--mix_every", "5", "--preserve", "3", "--steps", "12", "--save_every", "6",
+            "--mix_reference", home / "reference")
+    shutil.copytree(home / "first" / "M1", home / "reference")
+    train(home, "need", *need, "--stop_after", "6")
+    shutil.rmtree(home / "reference")
+    shutil.copytree(home / "first" / "M0", home / "reference")
+    assert "--mix_reference" in train(home, "need", *need, "--resume", code=2)
     assert "recipes of an upgrade (docs/recipes.md):\n  --schedule" in here("train.py", "--help")

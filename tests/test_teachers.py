@@ -272,12 +272,14 @@ def test_forms_of_answers(tmp_path):
 
 @pytest.mark.parametrize("row, message", [
     ({"text": "x", "probabilities": {"no": 0.5, "maybe": 0.5}}, "line 2: has probabilities of no, maybe, and the task's labels are no, y"),
+    ({"text": "x", "probabilities": [0.5, 0.5]}, r"line 2: has probabilities of \[0.5, 0.5\], and"),
+    ({"text": "x", "probabilities": None}, "line 2: has neither probabilities"),
     ({"text": "x", "probabilities": {"no": 0.5, "yes": 0.7}}, "line 2: .* are no probabilities of no, yes"),
     ({"text": "x", "no": "0.5", "yes": 0.5}, "line 2: .* are no probabilities"), ({"text": "x", "no": -0.5, "yes": 1.5}, "no probabil"),
     ({"text": "x", "label": "maybe"}, "line 2: has neither probabilities of no, yes nor one of them as its label"),
     ({"no": 0.5, "yes": 0.5}, "line 2: has neither a text nor a hash"), ({"text": 3, "no": 0.5, "yes": 0.5}, "line 2: has neither a text"),
     ({"text": "first", "no": 0.4, "yes": 0.6}, "line 2: has another answer for the text of .*line 1"),
-    ({"text": "x", "no": 0.5, "yes": 0.5}, r"has no answer for 2 of 3 texts that are taught; the first is t, line 8: 'second'")])
+    ({"text": "x", "no": 0.5, "yes": 0.5}, r"has no answer for 2 of 3 texts that are taught; the first is t, line 8: 'second', t, line 9")])
 def test_answers_that_do_not_fit_are_named(row, message, tmp_path):
     path = lines(tmp_path / "p.jsonl", [{"text": "first", "no": 0.2, "yes": 0.8}, row])
     with pytest.raises(InputError, match=message):
@@ -293,6 +295,12 @@ def test_answers_that_do_not_fit_are_named(row, message, tmp_path):
     (("--mode", "distill", "--label_smoothing", ".1"), "--label_smoothing is for the hard labels of a --teacher"),
     (("--mode", "scratch", "--unlabelled", "rest"), "--unlabelled rest: is for modes with a teacher"),
     (("--mode", "distill", "--unlabelled", "rest", "--shots", "none"), "rest needs --shots: rest is what --shots leaves over"),
+    (("--mode", "init", "--old_seq_len", "32"), "--old_seq_len 32: is for modes with a teacher"),
+    (("--mode", "distill", "--old_seq_len", "32", "--gamma", "1"), "give the teacher the student's token ids"),
+    (("--mode", "init", "--project_patience"), "--project_patience: is for modes with a teacher"),
+    (("--mode", "init", "--shrinkage"), "--shrinkage is for --head prototype"),
+    (("--mode", "init", "--merge", "ties"), "--merge ties is for several deltas"),
+    (("--mode", "project", "--source_task", "t", "--old_delta", "a,b"), "several deltas in --old_delta: one of them at a time"),
     (("--mode", "distill", "--pseudo_labels", "hard"), "are for the texts of --unlabelled: name some")])
 def test_flags_that_make_no_sense_together(flags, message, home, tmp_path):
     assert message in here("recycle.py", "--base", home / "M1", "--task", home / "task", "--out", tmp_path / "out", *flags, code=2)

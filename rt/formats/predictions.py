@@ -56,9 +56,10 @@ class Predictions:
             if not is_number(row.get("value")):
                 raise InputError(f"{place}: has no \"value\", a number, and the task is a regression")
             return [row["value"]]
-        answer = row.get("probabilities", row)
+        answer = row if row.get("probabilities") is None else row["probabilities"]
         if not isinstance(answer, dict) or answer is not row and {*answer} != {*labels}:
-            raise InputError(f"{place}: has probabilities of {', '.join(answer)[:200]}, and the task's labels are {wanted}")
+            given = ", ".join(answer) if isinstance(answer, dict) else str(answer)
+            raise InputError(f"{place}: has probabilities of {given[:200]}, and the task's labels are {wanted}")
         if not {*labels} <= {*answer}:
             label = str(row.get("label")).lower() if isinstance(row.get("label"), bool) else str(row.get("label"))
             if label not in labels:
@@ -74,6 +75,6 @@ class Predictions:
         keys = [(text_hash(e.text, e.text_pair), e) for e in examples]
         if missing := [e for key, e in keys if key not in self.found]:
             raise InputError(f"{self.path}: has no answer for {len(missing)} of {len(keys)} texts that are taught; the first is "
-                             f"{missing[0].source}: {missing[0].text[:60]!r}")
+                             f"{missing[0].source}: {missing[0].text[:60]!r}" + "".join(f", {e.source}" for e in missing[1:8]))
         answers = torch.tensor([self.found[key][0] for key, _ in keys], dtype=torch.float64)
         return (answers.clamp_min(FLOOR).log() if self.labels else answers).float()

@@ -5,7 +5,6 @@
 A simple form of the laws of D-CPT (Que et al., 2024) and of critical mixture ratios (Gu et al., 2024) for one model size: b < 0 if a
 domain is learned, b > 0 if it is forgotten.
 """
-import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,18 +27,15 @@ class Law:
 
 
 def fit(runs: Runs) -> Law:
-    """Least-squares fit: E and A in closed form for every g, b and eps of a grid. Needs at least three runs."""
+    """Least-squares fit with A >= 0: E and A in closed form for every g, b and eps of a grid. Needs at least three runs."""
     r, t, loss = np.array(runs, dtype=float).T
-    best = None
-    for g, b, eps in itertools.product(*EXPONENTS):
-        x = (r + eps) ** -g * t ** b
-        spread = ((x - x.mean()) ** 2).sum()
-        A = ((x - x.mean()) * (loss - loss.mean())).sum() / spread if spread > 1e-12 else 0.0
-        E = loss.mean() - A * x.mean()
-        error = ((E + A * x - loss) ** 2).sum()
-        if best is None or error < best[0] - 1e-12:
-            best = error, Law(E, A, g, b, eps)
-    return best[1]
+    g, b, eps = (values.reshape(-1, 1) for values in np.meshgrid(*EXPONENTS, indexing="ij"))
+    x = (r + eps) ** -g * t ** b        # (combinations, runs)
+    dx = x - x.mean(1, keepdims=True)
+    A = (dx @ (loss - loss.mean())).clip(0) / (dx ** 2).sum(1).clip(1e-12)
+    E = loss.mean() - A * x.mean(1)
+    best = ((E[:, None] + A[:, None] * x - loss) ** 2).sum(1).argmin()
+    return Law(*(float(values.flat[best]) for values in (E, A, g, b, eps)))
 
 
 def left_out(runs: Runs) -> float:

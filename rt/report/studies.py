@@ -179,7 +179,8 @@ def heldout_losses(context: StudyContext, folder: str) -> dict[str, float]:
     if base.head is None:
         raise InputError(f"{folder}: has no masked-LM head, so no held-out loss")
     for name, path in context.corpora.items():
-        rows = scored_rows(build_corpus(name, path, base.tokenizer, context.c.cache)["heldout"], base.tokenizer, HELDOUT_LENGTH)
+        corpus = build_corpus(name, path, base.tokenizer, context.c.cache)["heldout"]
+        rows = scored_rows(corpus, base.tokenizer, min(HELDOUT_LENGTH, base.encoder.config.max_len))
         losses[name] = evaluate_mlm(MaskedLM(base.encoder, base.head), rows, tokens=HELDOUT_TOKENS, **context.where)["loss"]
     return losses
 
@@ -211,7 +212,7 @@ def few_shot_score(context: StudyContext, mode: str, name: str, task: str, seed:
     c, first, whole = context.c, next(iter(context.bases)), context.tasks[task]
     data = encode_task(few_shot(whole, c.shots, seed) if c.shots else whole, context.bases[first].tokenizer, c.seq_len)
     delta = context.deltas[first, task, seed]
-    settings = TuneSettings(c.tune_steps, c.batch_size, c.lr, max(1, c.tune_steps // 5), seed)
+    settings = TuneSettings(c.tune_steps, c.batch_size, c.lr or (5e-4 if c.delta == "full" else 5e-3), max(1, c.tune_steps // 5), seed)
     r = Recycling(context.bases[first], delta, context.bases[name], data, delta.config, settings, DistillConfig(), **context.where)
     result = recycle(r, mode)[1]
     return next(iter((result.test or result.dev).values()))
@@ -220,8 +221,10 @@ def few_shot_score(context: StudyContext, mode: str, name: str, task: str, seed:
 def mixture(context: StudyContext) -> Iterator[dict]:
     """Held-out losses of the old base and of every upgrade and its snapshots, with share of replay and number of steps."""
     first, *later = context.folders.values()
-    yield {"study": context.c.study, "base": first, "replay": None, "steps": 0, "heldout": heldout_losses(context, first)}
     places = [Path(place) for folder in later for place in (*(each for _, each in snapshots(Path(folder))), folder)]
+    if len(places) < 3:
+        raise InputError(f"--bases {','.join(later)}: are {len(places)} with their snapshots, and a law is fitted to three or more")
+    yield {"study": context.c.study, "base": first, "replay": None, "steps": 0, "heldout": heldout_losses(context, first)}
     with progress(len(places), "mixture", unit="base") as bar:
         for place in places:
             meta = read_json(place / "meta.json")

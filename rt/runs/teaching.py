@@ -27,7 +27,7 @@ class TeacherConfig:
     old_seq_len: SeqLen | None = None  # longest text in tokens that the teacher, --old_base, reads; default: --seq_len
     unlabelled: str | None = None  # texts that the teacher labels: a file or folder of texts, a task, or rest (what --shots leaves over)
     unlabelled_share: PositiveShare = 0.5  # share of --unlabelled in the rows of a batch
-    unlabelled_texts: PositiveInt | None = None  # at most this many of --unlabelled, drawn by the seed; none: all
+    unlabelled_texts: PositiveInt | None = None  # at most so many of --unlabelled, drawn by the seed (without --shots: one draw); none: all
     pseudo_labels: Literal["soft", "hard"] = "soft"  # hard: --unlabelled gets the teacher's likeliest labels; only the task loss is used
 
 
@@ -40,6 +40,10 @@ def refusals(c: Any, modes: list[str]) -> Iterable[tuple[Any, str]]:
              "--old_base too"),
             (t.teacher and c.chain, "--teacher has no --chain: from the second base on, the recycled delta would teach"),
             (t.teacher and t.old_seq_len, "--old_seq_len is for an old base that reads the texts; with --teacher none does"),
+            (t.old_seq_len and not taught, f"--old_seq_len {t.old_seq_len}: is for modes with a teacher ({', '.join(NEEDS_TEACHER)})"),
+            (t.old_seq_len and (c.distill.gamma or c.distill.itp), "--gamma and --itp give the teacher the student's token ids: leave "
+             "--old_seq_len out"),
+            (c.distill.project_patience and not taught, f"--project_patience: is for modes with a teacher ({', '.join(NEEDS_TEACHER)})"),
             (t.label_smoothing and not t.teacher, "--label_smoothing is for the hard labels of a --teacher"),
             (t.unlabelled and not taught, f"--unlabelled {t.unlabelled}: is for modes with a teacher ({', '.join(NEEDS_TEACHER)})"),
             (t.unlabelled == "rest" and not c.shots, "--unlabelled rest needs --shots: rest is what --shots leaves over"),

@@ -20,7 +20,7 @@ from rt.recipes import Preserve, PreserveBy, Recipe
 from rt.speed.dist import Ranks
 
 HELDOUT_MASK_RATE = 0.15    # does not depend on --mask_rate, so held-out losses can be compared
-SAMPLE_ROWS = 16            # rows from which --preserve takes the variances of hidden states
+SAMPLE_TOKENS = 16384       # tokens from which --preserve takes the variances of hidden states
 
 
 @dataclass(frozen=True)
@@ -104,24 +104,27 @@ class Start(NamedTuple):
 
 
 def earlier_domains(c: Any, domains: dict[str, str], own: dict[str, str]) -> dict[str, str]:
-    """{name: place} of the domains that --replay draws from: the domains of --init's lineage that are not in the stream."""
+    """{name: place} of the domains of --init's lineage, which --replay draws from in the stages that do not learn them again."""
     if clash := [name for name, place in own.items() if domains.get(name, place) != place]:
         raise InputError(f"--stream: {clash[0]} ({own[clash[0]]}) has the name of an earlier domain ({domains[clash[0]]}); rename the file")
-    earlier = {name: place for name, place in domains.items() if name not in own}
-    if not earlier and (c.recipe.mix or len(own) == 1):
+    if domains.keys() <= own.keys() and (c.recipe.mix or len(own) == 1):
         raise InputError(f"--replay: {c.init or 'a new base'} has no record (in its meta.json) of domains before this stream")
-    for name, place in earlier.items():
+    for name, place in domains.items():
         if "/" in place and not place.startswith("hub:") and not Path(place).exists():
             raise InputError(f"--replay: {name}, an earlier domain of {c.init}, was read from {place}, which is gone: restore it")
-    return earlier
+    return domains
 
 
 def start_recipe(c: Any, model: MaskedLM, rows: Rows, corpora: list[Corpus], tokenizer: Tokenizer, ranks: Ranks, where: dict,
-                 has_parent: bool) -> Recipe:
-    """The recipe of a stage on `corpora`; `rows` come from the first corpus. A new base has nothing to preserve."""
+                 published: str | Path | None, is_annealed: bool) -> Recipe:
+    """The recipe of a stage on `corpora`; `rows` come from the first corpus. `published` is the base that is continued (None: a new base,
+    with nothing to preserve). `model` is the same, or if `is_annealed`, its state before the annealing, on which no deltas were tuned."""
     r, loss = c.recipe, mlm_loss
-    if r.preserve and has_parent:
-        loss = Preserve(model, r.preserve, r.preserve_by, rows.masked(range(min(SAMPLE_ROWS, rows.per_epoch))).to(ranks.device))
+    if r.preserve and published:
+        most = min(max(1, SAMPLE_TOKENS // rows.row_tokens), rows.per_epoch, rows.mixture.every if r.by_need else rows.per_epoch)
+        base = ranks.main_first(lambda: open_base(str(published))) if is_annealed else model
+        loss = Preserve(MaskedLM(base.encoder, base.head).to(ranks.device), r.preserve, r.preserve_by,
+                        rows.masked(range(most)).to(ranks.device))       # by need, later shares are not known yet
     if not r.by_need:
         return Recipe(model, r.align, r.align_eps, loss=loss)
     probes = [scored_rows(corpus, tokenizer, c.seq_len) for corpus in (*corpora[1:], corpora[0])]
