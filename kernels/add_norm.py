@@ -141,12 +141,6 @@ def _add_norm(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, seed: Tensor |
     return y, z, stats
 
 
-@_add_norm.register_fake
-def _(x, h, weight, bias, seed, eps, p, save):
-    return (h.new_empty(h.shape), h.new_empty(h.shape if save else (0,), dtype=torch.promote_types(x.dtype, h.dtype)),
-            h.new_empty((2, len(h)) if save else (0,), dtype=torch.float32))
-
-
 @op
 def _add_norm_backward(dy: Tensor, z: Tensor, stats: Tensor, weight: Tensor, seed: Tensor | None, p: float, b_runs: int,
                        wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -165,14 +159,6 @@ def _add_norm_backward(dy: Tensor, z: Tensor, stats: Tensor, weight: Tensor, see
            BLOCK_D=triton.next_power_of_2(d), num_warps=warps)
     dw, db = (g.view(n, K * blocks // n, d).sum(1) if want else g for g, n, want in zip((dw, db), (w_runs, b_runs), wanted[2:]))
     return dx, dh, dw.view(weight.shape).to(weight.dtype) if wanted[2] else dw, db
-
-
-@_add_norm_backward.register_fake
-def _(dy, z, stats, weight, seed, p, b_runs, wanted):
-    x, h, w, b = wanted
-    return (dy.new_empty(dy.shape if x else (0,), dtype=z.dtype), dy.new_empty(dy.shape if h else (0,)),
-            weight.new_empty(weight.shape) if w else dy.new_empty((0,), dtype=torch.float32),
-            dy.new_empty((b_runs, dy.shape[1]) if b else (0,), dtype=torch.float32))
 
 
 def _save(ctx, inputs, output):

@@ -166,13 +166,6 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seed: Tensor
     return _launch_forward(q, k, v, cu_seqlens, seed, max_seqlen, scale, dropout_p, shared)
 
 
-@_attention.register_fake
-def _(q, k, v, cu_seqlens, seed, max_seqlen, scale, dropout_p, shared):
-    N, H, _ = q.shape
-    return (q.new_empty(q.shape), q.new_empty(H, N, dtype=torch.float32),
-            q.new_empty((H, N, 4) if dropout_p else (0,), dtype=torch.int32))
-
-
 @op
 def _attention_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, words: Tensor,
                         cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout_p: float, shared: bool) -> Outputs:
@@ -184,11 +177,6 @@ def _attention_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tens
     if shared:
         dk, dv = (x.view(B, P, H, D).sum(0).to(k.dtype) for x in (dk, dv))
     return dq, dk, dv
-
-
-@_attention_backward.register_fake
-def _(dout, q, k, v, out, lse, words, cu_seqlens, max_seqlen, scale, dropout_p, shared):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
 def _save(ctx, inputs, output):
@@ -212,13 +200,6 @@ def _attention_qkv(qkv: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seq
     return _launch_forward(*dense_rows(qkv)[0].unbind(1), cu_seqlens, seed, max_seqlen, scale, dropout_p, False)
 
 
-@_attention_qkv.register_fake
-def _(qkv, cu_seqlens, seed, max_seqlen, scale, dropout_p):
-    N, _, H, D = qkv.shape
-    return (qkv.new_empty(N, H, D), qkv.new_empty(H, N, dtype=torch.float32),
-            qkv.new_empty((H, N, 4) if dropout_p else (0,), dtype=torch.int32))
-
-
 @op
 def _attention_qkv_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, words: Tensor, cu_seqlens: Tensor, max_seqlen: int,
                             scale: float, dropout_p: float) -> Tensor:
@@ -226,11 +207,6 @@ def _attention_qkv_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor,
     dqkv = torch.empty(qkv.shape, device=qkv.device, dtype=qkv.dtype)
     _launch_backward(*dqkv.unbind(1), dout, *dense_rows(qkv)[0].unbind(1), out, lse, words, cu_seqlens, max_seqlen, scale, dropout_p, False)
     return dqkv
-
-
-@_attention_qkv_backward.register_fake
-def _(dout, qkv, out, lse, words, cu_seqlens, max_seqlen, scale, dropout_p):
-    return qkv.new_empty(qkv.shape)
 
 
 def _save_qkv(ctx, inputs, output):

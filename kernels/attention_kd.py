@@ -177,12 +177,6 @@ def _attention_kd(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, cu_seqlens
     return kl, lse
 
 
-@_attention_kd.register_fake
-def _(q_s, k_s, q_t, k_t, cu_seqlens, max_seqlen, scale_s, scale_t):
-    N, H, _ = q_s.shape
-    return q_s.new_empty(N, H, dtype=torch.float32), q_s.new_empty(H, 2, N, dtype=torch.float32)
-
-
 @op
 def _attention_kd_backward(g: Tensor, q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, lse: Tensor, cu_seqlens: Tensor,
                            max_seqlen: int, scale_s: float, scale_t: float) -> tuple[Tensor, Tensor]:
@@ -198,11 +192,6 @@ def _attention_kd_backward(g: Tensor, q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t
                scale_s * LOG2E, scale_t * LOG2E, D_S=D_S, D_T=q_t.shape[-1], BLOCK_X=BLOCK_X, BLOCK_Y=BLOCK_Y, X_IS_Q=x_is_q,
                num_warps=warps, num_stages=stages)
     return grads
-
-
-@_attention_kd_backward.register_fake
-def _(g, q_s, k_s, q_t, k_t, lse, cu_seqlens, max_seqlen, scale_s, scale_t):
-    return q_s.new_empty(q_s.shape), k_s.new_empty(k_s.shape)
 
 
 def _save(ctx, inputs, output):

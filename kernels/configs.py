@@ -92,7 +92,7 @@ def architecture(device: torch.device) -> int:
 
 def pick(kernel: str, size: int, dtype: torch.dtype, device: torch.device) -> tuple[int, ...]:
     """The row of `kernel` for tensors of `dtype` on `device`."""
-    key = (architecture(device), size, 8 * dtype.itemsize)
+    key = (architecture(device), int(size), 8 * dtype.itemsize)      # int: torch.compile may give a symbol
     override = os.environ.get("RT_CONFIGS")
     row = _read(override).get(kernel, {}).get(" ".join(map(str, key))) if override else None
     return tuple(row) if row else TABLE[kernel][key]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import configs
-from kernels.common import dense_rows, launch, row_class, tl, triton, uses_triton
+from kernels.common import dense_rows, launch, op, row_class, tl, triton, uses_triton
 
 
 def hidden_mse_ref(student: Tensor, teacher: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -46,7 +46,7 @@ def _mse_backward(s_ptr, t_ptr, rows_ptr, up_ptr, grad_ptr, width, tiles, s_stri
     tl.store(grad_ptr + b * width + cols, grad.to(grad_ptr.dtype.element_ty), mask=cols < width)
 
 
-@torch.library.custom_op("recyclable::hidden_mse", mutates_args=())
+@op
 def _hidden_mse(student: Tensor, teacher: Tensor, rows: Tensor | None) -> Tensor:
     s, t = dense_rows(student.flatten(1), teacher.flatten(1))
     loss = torch.empty(len(s), dtype=torch.float32, device=s.device)
@@ -55,12 +55,7 @@ def _hidden_mse(student: Tensor, teacher: Tensor, rows: Tensor | None) -> Tensor
     return loss
 
 
-@_hidden_mse.register_fake
-def _(student, teacher, rows):
-    return student.new_empty(len(student), dtype=torch.float32)
-
-
-@torch.library.custom_op("recyclable::hidden_mse_backward", mutates_args=())
+@op
 def _hidden_mse_backward(up: Tensor, student: Tensor, teacher: Tensor, rows: Tensor | None) -> Tensor:
     s, t = dense_rows(student.flatten(1), teacher.flatten(1))
     grad = torch.empty(student.shape, dtype=s.dtype, device=s.device)
@@ -69,11 +64,6 @@ def _hidden_mse_backward(up: Tensor, student: Tensor, teacher: Tensor, rows: Ten
     launch(_mse_backward, len(s) * tiles, s, t, *dense_rows(rows), up, grad, s.shape[1], tiles, s.stride(0), t.stride(0), up.stride(0),
            BLOCK=BLOCK, num_warps=warps)
     return grad
-
-
-@_hidden_mse_backward.register_fake
-def _(up, student, teacher, rows):
-    return student.new_empty(student.shape)
 
 
 _hidden_mse.register_autograd(lambda ctx, up: (_hidden_mse_backward(up, *ctx.saved_tensors), None, None),
@@ -141,18 +131,13 @@ def _(students, teachers, weights):
     return weights.new_empty(())
 
 
-@torch.library.custom_op("recyclable::states_mse_backward", mutates_args=())
+@op
 def _states_mse_backward(up: Tensor, weights: Tensor, students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
     grads, size = [torch.empty_like(s, memory_format=torch.contiguous_format) for s in students], students[0].numel()
     BLOCK, warps = configs.pick("states_mse", 4096, torch.float32, up.device)
     launch(_states_backward, -(-size // BLOCK), up, weights.contiguous(), dense(students), dense(teachers), tuple(grads), size, BLOCK=BLOCK,
            num_warps=warps)
     return grads
-
-
-@_states_mse_backward.register_fake
-def _(up, weights, students, teachers):
-    return [torch.empty_like(s, memory_format=torch.contiguous_format) for s in students]
 
 
 def dense(tensors: list[Tensor]) -> tuple[Tensor, ...]:

@@ -258,11 +258,6 @@ def _kd_loss(student: Tensor, teacher: Tensor | None, ids: Tensor | None, tail: 
     return loss, stats
 
 
-@_kd_loss.register_fake
-def _(student, teacher, ids, tail, labels, alpha, T, ignore_index):
-    return student.new_empty(len(student), dtype=torch.float32), student.new_empty(len(student), 6, dtype=torch.float32)
-
-
 @op
 def _kd_loss_backward(up: Tensor, student: Tensor, teacher: Tensor | None, ids: Tensor | None, labels: Tensor | None, stats: Tensor,
                       alpha: float, T: float, ignore_index: int) -> Tensor:
@@ -276,11 +271,6 @@ def _kd_loss_backward(up: Tensor, student: Tensor, teacher: Tensor | None, ids: 
            0 if teacher is None else teacher.stride(0), up.stride(0), ignore_index, alpha, T, LOG2E / T,
            **flags(teacher, labels, alpha, T), K=triton.next_power_of_2(k), BLOCK=BLOCK, num_warps=warps)
     return grad
-
-
-@_kd_loss_backward.register_fake
-def _(up, student, teacher, ids, labels, stats, alpha, T, ignore_index):
-    return student.new_empty(student.shape)
 
 
 def _save(ctx, inputs, output):

@@ -21,6 +21,7 @@ Limits: as for kd_loss; G is rounded to the dtype of x; GEMMs follow PyTorch's s
 in Triton's interpreter; compiled for sm_80, 90, 100.
 """
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -142,7 +143,13 @@ def _dtype_of_dx(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
-@op
+def _shapes(x, weight, bias, x_t, weight_t, bias_t, labels, alpha, T, ignore_index, need_x, need_w, need_b):
+    (R, d), V = x.shape, len(weight)
+    return (x.new_empty((), dtype=torch.float32), x.new_empty(R if need_x else 0, d, dtype=_dtype_of_dx(x)),
+            x.new_empty(V if need_w else 0, d, dtype=torch.float32), x.new_empty(V if need_b else 0, dtype=torch.float32))
+
+
+@partial(op, fake=_shapes)     # its loop over chunks would fix the number of rows
 def _linear_loss(x: Tensor, weight: Tensor, bias: Tensor | None, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None,
                  labels: Tensor | None, alpha: float, T: float, ignore_index: int, need_x: bool, need_w: bool,
                  need_b: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -179,13 +186,6 @@ def _linear_loss(x: Tensor, weight: Tensor, bias: Tensor | None, x_t: Tensor | N
     if unit != 1:
         dw, db = dw / unit, db / unit
     return loss.sum(), dx, dw[:V], db[:V]
-
-
-@_linear_loss.register_fake
-def _(x, weight, bias, x_t, weight_t, bias_t, labels, alpha, T, ignore_index, need_x, need_w, need_b):
-    (R, d), V = x.shape, len(weight)
-    return (x.new_empty((), dtype=torch.float32), x.new_empty(R if need_x else 0, d, dtype=_dtype_of_dx(x)),
-            x.new_empty(V if need_w else 0, d, dtype=torch.float32), x.new_empty(V if need_b else 0, dtype=torch.float32))
 
 
 def _save(ctx, inputs, output):

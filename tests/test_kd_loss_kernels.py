@@ -369,9 +369,9 @@ def test_hidden_mse_of_views_with_few_launches_and_no_gradient_to_the_teacher(de
 
 def test_hidden_mse_ops_are_registered_in_full(device):
     s, t, rows = states(3, 5, 2, 7, device=device)
-    torch.library.opcheck(_hidden_mse, (s, t, rows))
-    torch.library.opcheck(_hidden_mse, (s, t[:3], None))
-    torch.library.opcheck(_hidden_mse_backward, (torch.ones(3, device=device), s.detach(), t, rows))
+    torch.library.opcheck(_hidden_mse.op, (s, t, rows))
+    torch.library.opcheck(_hidden_mse.op, (s, t[:3], None))
+    torch.library.opcheck(_hidden_mse_backward.op, (torch.ones(3, device=device), s.detach(), t, rows))
 
 
 # ---------------------------------------------------------------- states_mse
@@ -415,4 +415,4 @@ def test_states_mse_takes_any_strides_launches_once_and_gives_the_teacher_no_gra
 def test_states_mse_ops_are_registered_in_full(device):
     s, t, weights = layers(2, 3, 7, device=device)
     torch.library.opcheck(_states_mse, (s, t, weights))
-    torch.library.opcheck(_states_mse_backward, (torch.ones((), device=device), weights, [x.detach() for x in s], t))
+    torch.library.opcheck(_states_mse_backward.op, (torch.ones((), device=device), weights, [x.detach() for x in s], t))
