@@ -15,12 +15,12 @@ from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 from rt.data import Example, encode, sequences_batch
 from rt.deltas import apply, attach, extract
 from rt.errors import InputError, StaleDelta
+from rt.formats.adapters import export_peft
 from rt.formats.checkpoint import load_base, save_base
 from rt.formats.corpora import read_documents
 from rt.formats.delta_files import load_delta, save_delta
 from rt.formats.hf import export_hf, load_hf
 from rt.formats.hub import open_base, open_delta
-from rt.formats.peft import export_peft
 from rt.formats.tokenizer import Tokenizer
 from rt.kinds import DeltaConfig
 from rt.model import MaskedLM
@@ -346,7 +346,7 @@ def test_an_adapter_without_a_task_type_is_a_classifiers_where_it_holds_one(base
     ({"bias": "all"}, "", None, "bias 'all' is not supported, only 'none'"),
     ({"peft_type": "IA3"}, "", None, "'IA3' is not supported, only 'LORA'"), ({"task_type": "TOKEN_CLS"}, "", None, "TOKEN_CLS"),
     ({"rank_pattern": {"query": 4}}, "", None, "rank_pattern"), ({"init_lora_weights": "pissa"}, "", None, "pissa"),
-    ({"a_new_setting": 3}, "", None, "a_new_setting 3"), ({"r": 0}, "", None, "with peft_type, r and lora_alpha"),
+    ({"a_new_setting": 3}, "", None, "a_new_setting 3"), ({"r": 0}, "", None, "has no r and alpha"),
     ({}, "layer.1.attention.self.query.", None, "only some of the 2 layers"),
     ({}, "layer.0.attention.self.query.lora_A", None, "only one of lora_A"),
     ({}, "classifier", None, "holds no classifier.dense"), ({}, "lora_", None, "no factors at all"),

@@ -12,10 +12,10 @@ import pytest
 from conftest import ROOT, here, random_base, write_task
 
 from rt.deltas import attach, extract
+from rt.formats.adapters import export_peft
 from rt.formats.checkpoint import save_base
 from rt.formats.delta_files import save_delta
 from rt.formats.hf import export_hf
-from rt.formats.peft import export_peft
 from rt.kinds import DeltaConfig
 from rt.model import MaskedLM
 from rt.runs.config import flags_of

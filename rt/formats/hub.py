@@ -18,7 +18,6 @@ from rt.formats.checkpoint import load_base
 from rt.formats.delta_files import load_delta
 from rt.formats.files import read_json
 from rt.formats.hf import import_tuned, load_hf
-from rt.formats.peft import import_lora
 from rt.formats.splits import TABLE, home_of, read_name, visible
 
 HUB_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json",
@@ -48,9 +47,10 @@ def open_delta(name: str, base: Base, labels: tuple[str, ...] = (), task: str | 
     path = find(name)
     if (path / "delta.json").is_file():
         return load_delta(path)
-    for file, load, foreign in (("adapter_config.json", import_lora, "config"), ("config.json", import_tuned, "delta_type")):
-        if (path / file).is_file():
-            return (import_adapter if foreign in read_json(path / file) else load)(path, base, labels, task)
+    if (path / "adapter_config.json").is_file() or "delta_type" in read_json(path / "config.json", {}):
+        return import_adapter(path, base, labels, task)
+    if (path / "config.json").is_file():
+        return import_tuned(path, base, labels, task)
     raise InputError(f"{name}: nothing tuned there; expected a folder with delta.json (ours), config.json (a tuned Hugging Face model) or "
                      "adapter_config.json (PEFT), or a hub id")
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Literal
 
 from rt.errors import InputError
+from rt.formats.adapters import export_peft
 from rt.formats.card import card
 from rt.formats.delta_files import save_delta
 from rt.formats.hf import export_hf
 from rt.formats.hub import open_base, open_delta
-from rt.formats.peft import export_peft
 from rt.formats.untrusted import shaped
 from rt.runs.config import parse, record, run
 from rt.runs.results import open_best
