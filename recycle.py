@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Callable, Iterable, Iterator, Literal
 
 from data.sources import open_task, open_texts
-from rt.data import Task, TaskData, encode_task, few_shot
+from rt.data import Task, TaskData, encode_task
 from rt.deltas import Base, Delta, apply
 from rt.errors import InputError
 from rt.formats.atomic import locked
@@ -39,7 +39,7 @@ from rt.runs.results import Run, begin, origin_of, save_run, write_summary
 from rt.runs.starts import carry_texts, merge_on_dev, old_names, open_old
 from rt.runs.summary import by_settings, chosen, report, report_chain, report_sweep
 from rt.runs.sweep import LISTS, expand, groups, swept
-from rt.runs.teaching import WITHOUT_OLD, TeacherConfig, Teaching, note_cut, open_teaching, refusals
+from rt.runs.teaching import WITHOUT_OLD, Samples, TeacherConfig, note_cut, open_samples, refusals
 from rt.runs.workers import share_cores, spread, use_threads
 from rt.speed.device import make_deterministic, pick_precision
 from rt.speed.dist import Ranks, join
@@ -119,12 +119,11 @@ Done = tuple[Run, TuneResult, Delta, list[dict], dict]      # the list: the run'
 @dataclass
 class Sources:
     """The inputs that all runs share."""
-    task: Task
+    samples: Samples
     bases: dict[str, Base]      # --base, or the bases of --chain
     olds: list[Delta]           # of --old_delta A,B,C
     projects: Projects
     texts: list[list[int]]      # token ids, for transport
-    teaching: Teaching | None
 
 
 def main() -> None:
@@ -159,10 +158,9 @@ def main() -> None:
     r = Recycling(old_base, old_delta, base, encode_task(task, base.tokenizer, c.seq_len), c.delta, device=ranks.device,
                   precision=pick_precision(c.precision, ranks.device), make_gradient=graphed_gradient if c.graphs else plain_gradient,
                   merged=merged, carry=c.carry.carry, head=c.head, shrinkage=c.shrinkage, **settings_of(plan[0]))
-    teaching = open_teaching(c, modes, task, lambda place: ranks.main_first(lambda: open_texts(place, c.cache)), r,
-                             [one.seed for one in plan])
-    r = r if c.shots or not teaching else teaching.fill(r, 0)
-    first = sample(c, r, task, plan[0].seed, teaching)
+    samples = open_samples(c, modes, task, lambda place: ranks.main_first(lambda: open_texts(place, c.cache)), old_base,
+                           [one.seed for one in plan])
+    first = samples.of(r, plan[0].seed if c.shots else 0)
     if ranks.is_main:
         note_changed_task(old_delta.info if old_delta else {}, task)
         note_truncated(*r.data.truncated(), c.seq_len, sys.stderr)
@@ -170,7 +168,7 @@ def main() -> None:
     check_all(c, first, plan, bases, projects)
     texts = carry_texts(c.carry.carry_text, task, base, c.seq_len) if carried_modes(c, modes) else []
     with locked(out, ranks.from_main):
-        do_runs(c, r, plan, Sources(task, bases, olds, projects, texts, teaching), out, ranks)
+        do_runs(c, r if c.shots else first, plan, Sources(samples, bases, olds, projects, texts), out, ranks)
     ranks.leave()
 
 
@@ -232,21 +230,12 @@ def settings_of(one: Run) -> dict:
             "distill": c.distill, "share": c.teaching.unlabelled_share}
 
 
-def sample(c: Config, r: Recycling, task: Task, seed: int, teaching: Teaching | None) -> Recycling:
-    """`r`; with --shots, `r` on the few examples that `seed` draws, which the teacher has not seen yet."""
-    if not c.shots:
-        return r
-    data = encode_task(few_shot(task, c.shots, seed), r.base.tokenizer, c.seq_len)
-    r = replace(r, data=replace(data, test=r.data.test), teacher=None)
-    return teaching.fill(r, seed) if teaching else r
-
-
 # --- all runs ----------------------------------------------------------------------------------------------------------
 
 def do_runs(c: Config, r: Recycling, plan: list[Run], sources: Sources, out: Path, ranks: Ranks) -> None:
     """Do every run that is not finished yet, then print the table. In a --sweep, the ranks share the runs of a group, and rank 0 scores the
     best run of each mode on test."""
-    rows, content = [row for one in plan for row in one.rows()], sources.teaching.content if sources.teaching else ""
+    rows, content = [row for one in plan for row in one.rows()], sources.samples.content
     others, carried = [(delta, None) for delta in sources.olds if delta is not r.old_delta], carried_modes(c, MODES)
     origins = {name: origin_of(replace(r, base=base), others, (), content) for name, base in sources.bases.items()}
     special = {"project": origin_of(r, [*others, *sources.projects]),
@@ -265,13 +254,13 @@ def do_runs(c: Config, r: Recycling, plan: list[Run], sources: Sources, out: Pat
     def done(group: list[Run]) -> Iterator[str]:
         """Do and save runs; yields the progress bar's text for each run."""
         for seed in {one.seed for one in group} - samples.keys():
-            samples[seed] = sample(c, start, sources.task, seed, sources.teaching)
+            samples[seed] = sources.samples.of(start, seed) if c.shots else start
             if len(sources.olds) > 1:
                 samples[seed].merged, samples[seed].about = merge_on_dev(samples[seed], sources.olds, c.merge)
         for one, result, delta, curve, more in run_group(samples, group, sources):
             if one.mode in (("apply", *CARRIES) if r.merged else carried):
                 more |= samples[one.seed].about
-            save_run(out, one, sources.task, result, delta, curve, origin[one.name], more)
+            save_run(out, one, sources.samples.task, result, delta, curve, origin[one.name], more)
             yield f"{one.mode}: dev {score_text(score(result.dev))}"
 
     with progress(sum(map(len, mine)), "recycle", unit="run") as bar, closing(spread(done, mine, workers)) as words:

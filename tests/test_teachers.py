@@ -3,6 +3,7 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from rt.recycling import Recycling, chain, check, distillation_loss, new_delta, 
 from rt.runs.config import parse
 from rt.runs.predict import answers as answers_of
 from rt.runs.results import Run
-from rt.runs.teaching import TeacherConfig, Teaching
+from rt.runs.teaching import Samples, TeacherConfig
 from rt.speed.multi_run import recycle_together
 from rt.tune import TuneSettings, predict, training_batch
 
@@ -77,8 +78,8 @@ def home(tokenizer, tmp_path_factory) -> Path:
     return home
 
 
-def teaching(task, shots=None, **config) -> Teaching:
-    return Teaching(TeacherConfig(**config), 16, task, shots, None, [])
+def teaching(task, shots=None, **config) -> Samples:
+    return Samples(SimpleNamespace(teaching=TeacherConfig(**config), seq_len=16, shots=shots), task, True)
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def taught(tokenizer, home) -> Recycling:
     old, new, task = other_base(), random_base(tokenizer, 1), load_task(home / "task")
     r = Recycling(old, tuned(old).ordered(task.labels), new, encode_task(task, tokenizer, 16), DeltaConfig("adapter"),
                   TuneSettings(6, 8, 1e-2, 3, 0), DistillConfig(beta=0.0), **CPU)
-    return teaching(task).fill(r, 0)
+    return teaching(task).of(r, 0)
 
 
 def recycled(home: Path, out: Path, *more, old: str = "other", code: int = 0) -> str:
@@ -111,7 +112,7 @@ def test_a_teacher_reads_each_text_with_its_own_tokenizer(taught, home):
     cache = teacher_of(taught)
     torch.testing.assert_close(cache.logits, predict(apply(taught.old_base, taught.old_delta), own, **CPU), atol=1e-5, rtol=1e-5)
     assert cache.states.shape == (30, 3, 48)
-    longer = teaching(load_task(home / "task"), old_seq_len=9).fill(taught, 0)
+    longer = teaching(load_task(home / "task"), old_seq_len=9).of(taught, 0)
     assert max(map(len, longer.old_train.sequences)) == 9 and longer.old_train.truncated == 30
     _, result = recycle(taught, "distill")
     assert [step for step, _ in result.curve] == [0, 3, 6]
@@ -120,7 +121,7 @@ def test_a_teacher_reads_each_text_with_its_own_tokenizer(taught, home):
 def test_one_vocabulary_and_length_are_encoded_once(taught, home):
     task = load_task(home / "task")
     same = replace(taught, old_base=taught.base, old_train=None)
-    assert teaching(task).fill(same, 0) is same and teaching(task, old_seq_len=12).fill(same, 0).old_train
+    assert teaching(task).of(same, 0) is same and teaching(task, old_seq_len=12).of(same, 0).old_train
 
 
 def test_what_another_teacher_cannot_give_is_refused_with_what_it_can(taught):
@@ -326,15 +327,13 @@ def test_a_black_box_has_no_hidden_states_and_must_answer_for_all_texts(home, an
 def mixed(taught, home) -> Recycling:
     """Two labelled examples per label, and the rest of the task as texts. The teacher is the other base."""
     task = load_task(home / "task")
-    few = teaching(task, 2, unlabelled="rest")
-    r = replace(taught, data=replace(taught.data, train=encode(few.sample(5).parts["train"], task.labels, taught.base.tokenizer, 16)))
-    return few.fill(replace(r, share=0.25), 5)
+    return teaching(task, 2, unlabelled="rest").of(replace(taught, share=0.25), 5)
 
 
 def test_what_few_shot_leaves_over_are_the_texts(home):
     task = load_task(home / "task")
     few = teaching(task, 2, unlabelled="rest")
-    drawn, rest = few.sample(5).parts["train"], few.unlabelled(5)
+    drawn, rest = few.labelled(5).parts["train"], few.unlabelled(5)
     assert len(drawn) == 6 and len(rest) == 24 and {e.label for e in rest} == {None}
     assert sorted(e.text for e in drawn + rest) == sorted(row["text"] for row in ROWS)
     some = teaching(task, 2, unlabelled="rest", unlabelled_texts=7)

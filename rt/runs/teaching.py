@@ -2,13 +2,14 @@
 import hashlib
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable, Iterable, Literal
 
 import numpy as np
 
-from rt.data import Example, Task, encode, few_shot
+from rt.data import Example, Task, encode, encode_task, few_shot
+from rt.deltas import Base
 from rt.errors import InputError
 from rt.formats.predictions import Predictions
 from rt.limits import PositiveInt, PositiveShare, SeqLen, ShareBelowOne
@@ -52,49 +53,49 @@ def refusals(c: Any, modes: list[str]) -> Iterable[tuple[Any, str]]:
 
 
 @dataclass
-class Teaching:
-    """`config` and the files that it names, for a `task` with `shots` examples per label (None: all)."""
-    config: TeacherConfig
-    seq_len: int
+class Samples:
+    """The examples that the runs of a seed train on, with what a teacher needs besides. `c` is recycle.py's Config."""
+    c: Any
     task: Task
-    shots: int | None
-    predictions: Predictions | None
-    texts: list[Example]        # from --unlabelled, unless that is rest
+    has_teacher: bool = False       # whether a mode has one
+    predictions: Predictions | None = None
+    texts: list[Example] = field(default_factory=list)      # from --unlabelled, unless that is rest
 
-    @property
-    def old_seq_len(self) -> int:
-        return self.config.old_seq_len or self.seq_len
-
-    def sample(self, seed: int) -> Task:
-        """The task with the labelled examples of a seed."""
-        return few_shot(self.task, self.shots, seed) if self.shots else self.task
+    def labelled(self, seed: int) -> Task:
+        """The task; with --shots, with the few examples that a seed draws."""
+        return few_shot(self.task, self.c.shots, seed) if self.c.shots else self.task
 
     def unlabelled(self, seed: int) -> list[Example]:
         """The texts without labels. InputError if there are none although --unlabelled asks for some."""
-        t, texts = self.config, self.texts
+        t, texts = self.c.teaching, self.texts
         if t.unlabelled == "rest":
-            drawn = {*map(id, self.sample(seed).parts["train"])}
+            drawn = {*map(id, self.labelled(seed).parts["train"])}
             texts = [replace(e, label=None) for e in self.task.parts["train"] if id(e) not in drawn]
         if t.unlabelled and not texts:
-            raise InputError(f"--unlabelled {t.unlabelled}: has no text; --shots {self.shots} may have taken all")
+            raise InputError(f"--unlabelled {t.unlabelled}: has no text; --shots {self.c.shots} may have taken all")
         if t.unlabelled_texts:
             texts = [texts[i] for i in np.random.default_rng([seed, 4]).permutation(len(texts))[:t.unlabelled_texts]]
         return texts
 
-    def examples(self, seed: int, texts: list[Example]) -> list[Example]:
-        """All examples that are taught, in the order of the teacher's cache. `texts` are the ones without labels."""
-        return self.sample(seed).parts["train"] + texts
+    def taught(self, seed: int) -> list[Example]:
+        """All examples that a teacher teaches, in the order of its cache: the labelled ones, then the texts without labels."""
+        return self.labelled(seed).parts["train"] + self.unlabelled(seed)
 
-    def fill(self, r: Recycling, seed: int) -> Recycling:
-        """`r` with the teacher's answers or input added. `r.data.train` holds the labelled examples of this seed."""
-        old, labels, texts = r.old_base, self.task.labels, self.unlabelled(seed)
-        if texts:
-            r = replace(r, unlabelled=encode(texts, labels, r.base.tokenizer, self.seq_len), hard=self.config.pseudo_labels == "hard")
-        if self.predictions:
-            return replace(r, teacher=TeacherCache(self.predictions.logits(self.examples(seed, texts)).to(r.device), None))
-        if old.tokenizer.vocabulary == r.base.tokenizer.vocabulary and self.old_seq_len == self.seq_len:
+    def of(self, r: Recycling, seed: int) -> Recycling:
+        """`r` with the examples of a seed, and with the teacher's answers or input for them."""
+        c, t, old = self.c, self.c.teaching, r.old_base
+        if c.shots:
+            data = encode_task(self.labelled(seed), r.base.tokenizer, c.seq_len)
+            r = replace(r, data=replace(data, test=r.data.test), teacher=None)
+        if not self.has_teacher:
             return r
-        return replace(r, old_train=encode(self.examples(seed, texts), labels, old.tokenizer, self.old_seq_len))
+        if texts := self.unlabelled(seed):
+            r = replace(r, unlabelled=encode(texts, self.task.labels, r.base.tokenizer, c.seq_len), hard=t.pseudo_labels == "hard")
+        if self.predictions:
+            return replace(r, teacher=TeacherCache(self.predictions.logits(self.taught(seed)).to(r.device), None))
+        if old.tokenizer.vocabulary == r.base.tokenizer.vocabulary and t.old_seq_len in (None, c.seq_len):
+            return r
+        return replace(r, old_train=encode(self.taught(seed), self.task.labels, old.tokenizer, t.old_seq_len or c.seq_len))
 
     @property
     def content(self) -> str:
@@ -104,21 +105,20 @@ class Teaching:
         return hashlib.sha256(b"\n".join(read)).hexdigest() if read else ""
 
 
-def open_teaching(c: Any, modes: list[str], task: Task, open_texts: Callable[[str], list[Example]], r: Recycling,
-                  seeds: list[int]) -> Teaching | None:
-    """The Teaching, or None if no mode has a teacher. `open_texts` reads --unlabelled. InputError if the teacher cannot take all texts."""
-    if not {*modes} & {*NEEDS_TEACHER}:
-        return None
+def open_samples(c: Any, modes: list[str], task: Task, open_texts: Callable[[str], list[Example]], old: Base | None,
+                 seeds: list[int]) -> Samples:
+    """`open_texts` reads --unlabelled, and only if a mode has a teacher. InputError if the teacher cannot take all texts."""
     t = c.teaching
+    if not {*modes} & {*NEEDS_TEACHER}:
+        return Samples(c, task)
     predictions = Predictions(Path(t.teacher), task.labels, t.label_smoothing) if t.teacher else None
-    texts = [] if t.unlabelled in (None, "rest") else open_texts(t.unlabelled)
-    teaching = Teaching(t, c.seq_len, task, c.shots, predictions, texts)
+    samples = Samples(c, task, True, predictions, [] if t.unlabelled in (None, "rest") else open_texts(t.unlabelled))
     if predictions:
         for seed in dict.fromkeys(seeds) if c.shots else (0,):
-            predictions.logits(teaching.examples(seed, teaching.unlabelled(seed)))
-    elif teaching.old_seq_len > (most := r.old_base.encoder.config.max_len):
-        raise InputError(f"--old_seq_len {teaching.old_seq_len}: the old base, which teaches, has positions for {most} tokens")
-    return teaching
+            predictions.logits(samples.taught(seed))
+    elif (length := t.old_seq_len or c.seq_len) > (most := old.encoder.config.max_len):
+        raise InputError(f"--old_seq_len {length}: the old base, which teaches, has positions for {most} tokens")
+    return samples
 
 
 def note_cut(c: Any, first: Recycling) -> None:
