@@ -21,7 +21,7 @@ from rt.kinds import DeltaConfig
 from rt.model import MaskedLM
 from rt.report import figures
 from rt.report import mixture as mixtures
-from rt.report.rows import group, interval
+from rt.runs.summary import group, interval
 
 FLAGS = ("--seq_len", "32", "--device", "cpu", "--precision", "fp32")
 

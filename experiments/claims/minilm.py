@@ -34,9 +34,9 @@ from rt.losses import DistillConfig
 from rt.model import MaskedLM
 from rt.recycling import Recycling, recycle
 from rt.report import analysis
-from rt.report.rows import group
 from rt.runs.config import parse, run
 from rt.runs.log import progress
+from rt.runs.summary import group
 from rt.speed.device import pick_precision
 from rt.tune import TuneSettings, evaluate
 

@@ -9,7 +9,7 @@ import numpy as np
 from experiments.claims.minilm import SENTIMENT, cells, rows_of
 from experiments.recipes.plan import KINDS
 from experiments.recipes.report import LEARNED, holm, markdown, sign_flip
-from rt.report.rows import group
+from rt.runs.summary import group
 
 Cells = dict[tuple[str, int], float]                # by task and lineage
 Scores = dict[tuple[str, str, int, int], float]     # by task, kind, lineage and seed

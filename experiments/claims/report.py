@@ -19,7 +19,7 @@ from experiments.claims.plan import SEEDS, UPGRADES
 from experiments.claims.rows import Key, Rows, key
 from rt.errors import InputError
 from rt.report import figures
-from rt.report.rows import interval
+from rt.runs.summary import interval
 
 AS_GOOD = 0.01      # how far below zero an interval may reach if the claim is "at least as good"
 GAIN = 0.03         # accuracy above chance from which a delta counts as learned

@@ -10,7 +10,7 @@ from experiments.recipes.plan import DELTA_SEEDS, known, upgrades
 from rt.errors import InputError
 from rt.formats.files import read_rows
 from rt.report.figures import pareto
-from rt.report.rows import group, with_interval
+from rt.runs.summary import group, with_interval
 
 LEARNED = 0.05      # dev accuracy of a delta on M0 above the share of the commonest label
 Block = tuple[str, int]     # target, seed

@@ -32,9 +32,9 @@ from rt.formats.hub import open_base
 from rt.formats.tasks import load_task
 from rt.limits import Positive
 from rt.model import MaskedLM
-from rt.report.rows import group
 from rt.runs.config import parse, run
 from rt.runs.log import progress
+from rt.runs.summary import group
 
 TASKS, KINDS, MAPS = ("rotten_tomatoes", "agnews"), ("full", "adapter"), ("ridge", "orthogonal", "permutation")
 WITH_MAPS = "5072baf"       # the last commit that had all three

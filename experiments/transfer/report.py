@@ -5,7 +5,7 @@ from statistics import mean
 from experiments.recipes.report import markdown, sign_flip
 from rt.errors import InputError
 from rt.formats.files import read_rows
-from rt.report.rows import group, interval, with_interval
+from rt.runs.summary import group, interval, with_interval
 
 Scores = dict[tuple[str, str, int], float]      # by task, kind and seed
 

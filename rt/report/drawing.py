@@ -11,8 +11,8 @@ from typing import Any, Callable, Iterator, Literal
 
 from rt.errors import InputError
 from rt.formats.untrusted import is_number, shaped
-from rt.report.rows import Points, by_x, interval
 from rt.runs.log import table
+from rt.runs.summary import Points, by_x, interval
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES, MARKERS = ("-", "--", "-.", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (8, 2))), "osD^vPX"

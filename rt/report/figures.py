@@ -12,8 +12,8 @@ from rt.formats.untrusted import is_number
 from rt.report.analysis import barrier
 from rt.report.drawing import REFERENCE, Panel, draw_heatmaps, draw_panels, look, saved_figure
 from rt.report.mixture import Law, critical, fit, left_out
-from rt.report.rows import Points, group, with_interval
 from rt.runs.log import table
+from rt.runs.summary import Points, group, with_interval
 
 SCORES = {"accuracy": "accuracy", "pearson": "Pearson's r"}
 COMPATIBILITY = {"apply": "old delta, no training", "tuned": "tuned on that base", "own": "old base + old delta",

@@ -7,7 +7,6 @@
     recycle.py              convergence: dev over steps, one line per mode, at its best settings on dev
     analyze.py              the figures of its study (rt/report/figures.py)
 """
-import json
 import math
 import sys
 from dataclasses import dataclass
@@ -21,10 +20,9 @@ from rt.formats.files import FIGURES, read_json, read_rows
 from rt.formats.untrusted import is_number, shaped
 from rt.report.drawing import REFERENCE, Panel, as_text, draw_all, draw_panels, look, saved_figure, sparklines, thinned
 from rt.report.figures import NUMBERS, figures_of, numbers_table
-from rt.report.rows import Points, by_x, group
 from rt.runs.config import parse, run
 from rt.runs.log import scores_text, table
-from rt.runs.summary import chosen, forgetting_table, spread
+from rt.runs.summary import Points, by_x, chosen, forgetting_table, group, spread
 
 DRAWN = 400     # maximum points of a loss curve; a longer curve is drawn as means of neighbours
 
@@ -157,8 +155,8 @@ def completed(row: dict) -> dict:
 
 def best_by_panel(results: list[dict]) -> dict[tuple, dict[str, list[dict]]]:
     """{(task, delta, shots, base): {mode and route: the rows of their best setting on dev}}."""
-    def setting(row: dict) -> tuple[float | None, str]:     # the same for all bases of a chain
-        return row["lr"], json.dumps({k: v for k, v in row["settings"].items() if k not in ("base", "chain")}, sort_keys=True)
+    def setting(row: dict) -> list:     # the same for all bases of a chain
+        return [row["lr"], {k: v for k, v in row["settings"].items() if k not in ("base", "chain")}]
 
     panels: dict[tuple, dict] = {}
     for (mode, route, *_), rows in group(results, "mode", "route", "task", "delta", "shots", "chosen_by_base").items():

@@ -30,7 +30,7 @@ from rt.formats.untrusted import shaped
 from rt.recycling import CARRIES, NEEDS_TEACHER, TRAINED, Recycling
 from rt.runs.config import flags_of, record
 from rt.runs.log import Log
-from rt.runs.summary import add_steps_to_scratch, by_settings, group_by, routes
+from rt.runs.summary import add_steps_to_scratch, by_settings, group, routes
 from rt.tune import TuneResult, score
 
 # flags that do not change what a run computes, or that have their own place in its row
@@ -153,8 +153,8 @@ def write_summary(c: Any, out: Path, runs: list[Run]) -> list[dict]:
     place = {run.name: {"base": run.c.base, "route": run.route} if c.chain else {} for run in runs}
     own = [read_json(path) | place[name] for name, path in paths.items() if path.exists()]
     rows = [row for row in summary_rows(out / "summary.json") if row["run"] not in paths] + own
-    for group in [own] if c.sweep is not None else comparable(rows, unread(type(c), "scratch")):
-        add_steps_to_scratch(group)
+    for some in [own] if c.sweep is not None else comparable(rows, unread(type(c), "scratch")):
+        add_steps_to_scratch(some)
     write_json(out / "summary.json", {"rows": rows, "config": record(c), "argv": sys.argv})
     return own
 
@@ -165,7 +165,7 @@ def comparable(rows: list[dict], more: set[str]) -> list[list[dict]]:
         origin = row.get("origin", [])
         return [origin[:2], origin[3:], {k: v for k, v in row["settings"].items() if k not in more | {"chain"}}]
 
-    return group_by(rows, baseline)
+    return [*group(rows, baseline).values()]
 
 
 def summary_rows(path: Path) -> list[dict]:
@@ -196,9 +196,9 @@ def best_delta(folder: str | Path, base: str) -> Path:
     rows = [row for row in summary_rows(folder / "summary.json") if (folder / "deltas" / row["run"] / "delta.json").exists()]
     with shaped(folder / "summary.json", "its rows do not hold what they should"):
         fitting = [row for row in rows if read_json(folder / "deltas" / row["run"] / "delta.json")["info"]["base"] == base]
-        groups = group_by(fitting or rows, lambda row: [row["mode"], row.get("route"), by_settings(row)])
-        group = max(groups, key=lambda g: (mean(score(row["dev"]) for row in g), g[0]["mode"] != "scratch"), default=[])
-        best = max(group, key=lambda row: score(row["dev"]), default=None)
+        groups = group(fitting or rows, "mode", "route", by_settings).values()
+        runs = max(groups, key=lambda g: (mean(score(row["dev"]) for row in g), g[0]["mode"] != "scratch"), default=[])
+        best = max(runs, key=lambda row: score(row["dev"]), default=None)
     if best is None:
         raise InputError(f"{folder / 'summary.json'}: has no row of a run whose delta is still in {folder / 'deltas'}")
     return folder / "deltas" / best["run"]

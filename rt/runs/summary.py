@@ -1,5 +1,9 @@
-"""Tables over many rows. A row is a dict: a run of recycle.py (mode, seed, lr, settings, dev, test, curve) or a stage of pre-training."""
+"""Many rows, grouped and summarised over seeds, and tables of them. A row is a dict: a run of recycle.py (mode, seed, lr, settings, dev,
+test, curve), a row of a study, or a stage of pre-training."""
 import json
+import math
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Callable, Iterable, TypeVar
@@ -9,24 +13,55 @@ from rt.runs.log import table
 from rt.tune import score
 
 T = TypeVar("T")
+Points = list[tuple[float, float]]
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)     # Student's t, two-sided 95%, for 2, 3, ... 10 values
 
 
-def group_by(items: Iterable[T], key: Callable[[T], Any]) -> list[list[T]]:
-    """Lists of the items with equal keys, in order of appearance. A key may be any JSON value."""
-    groups: dict[str, list[T]] = {}
-    for item in items:
-        groups.setdefault(json.dumps(key(item), sort_keys=True), []).append(item)
-    return list(groups.values())
+def group(rows: Iterable[T], *keys: str | Callable[[T], Any]) -> dict[tuple, list[T]]:
+    """Rows grouped by their values of `keys`, in order of appearance. A key is the name of a field, or a function of a row: its values,
+    which may be lists and dicts, become JSON."""
+    groups: dict[tuple, list[T]] = {}
+    for row in rows:
+        values = tuple(json.dumps(key(row), sort_keys=True) if callable(key) else row.get(key) for key in keys)
+        groups.setdefault(values, []).append(row)
+    return groups
 
+
+def by_x(points: Points) -> dict[float, list[float]]:
+    """All y values per x, from the lowest x to the highest."""
+    return {x: [y for _, y in found] for x, found in groupby(sorted(points, key=itemgetter(0)), key=itemgetter(0))}
+
+
+def interval(values: Iterable[float | None]) -> tuple[float, float]:
+    """The mean and half the width of its 95% t-interval (0 for a single value). The mean is NaN if there is no value, or if a value is
+    missing or not finite: a run that diverged is not left out."""
+    values = list(values)
+    if not values or not all(map(is_number, values)):
+        return math.nan, 0.0
+    if len(values) == 1:
+        return values[0], 0.0
+    return mean(values), (T95[len(values) - 2] if len(values) <= 10 else 2.1) * stdev(values) / math.sqrt(len(values))
+
+
+def with_interval(values: Iterable[float | None]) -> str:
+    """'0.123 ± 0.045', or the mean alone if there is a single value; 'undefined' for NaN."""
+    middle, half = interval(values)
+    if math.isnan(middle):
+        return "undefined"
+    digits = 5 if 0 < abs(middle) < 0.01 else 3
+    return f"{middle:.{digits}f}" + (f" ± {half:.{digits}f}" if half else "")
+
+
+# --- runs of recycle.py -----------------------------------------------------------------------------------------------
 
 def by_settings(row: dict) -> tuple[float | None, dict]:
     return row["lr"], row["settings"]
 
 
-def chosen(rows: list[dict], mode: str, by: Callable[[dict], Any] = lambda row: row["lr"]) -> list[dict]:
+def chosen(rows: list[dict], mode: str, by: str | Callable[[dict], Any] = "lr") -> list[dict]:
     """The rows of a mode, one per seed, at the learning rate (or key `by`) with the best mean dev score. Only learning rates with the most
     seeds count: a mean over fewer seeds is a mean over other examples."""
-    groups = group_by((row for row in rows if row["mode"] == mode), by)
+    groups = group((row for row in rows if row["mode"] == mode), by).values()
     return max(groups, key=lambda group: (len(group), mean(score(row["dev"]) for row in group)), default=[])
 
 

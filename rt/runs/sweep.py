@@ -4,7 +4,7 @@ import itertools
 
 from rt.errors import InputError
 from rt.runs.config import C, convert, flags_of, replace_flags
-from rt.runs.summary import group_by
+from rt.runs.summary import group
 
 # settings that a grid can vary; runs of one group, done side by side, differ only in SIDE_BY_SIDE, seed and learning rate
 SWEPT = ("seed", "lr", "alpha", "beta", "T", "gamma", "itp", "unlabelled_share", "steps", "batch_size", "warmup", "weight_decay",
@@ -39,4 +39,4 @@ def expand(config: C, spec: str) -> list[C]:
 
 def groups(runs: list) -> list[list]:
     """Group the runs (with `mode` and `settings`) that may be done side by side."""
-    return group_by(runs, lambda run: [run.mode, {k: v for k, v in run.settings.items() if k not in SIDE_BY_SIDE}])
+    return [*group(runs, lambda run: [run.mode, {k: v for k, v in run.settings.items() if k not in SIDE_BY_SIDE}]).values()]
