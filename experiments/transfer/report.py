@@ -42,10 +42,11 @@ def write(folder: Path) -> str:
     rows = read_rows(folder / "rows.jsonl") if (folder / "rows.jsonl").exists() else []
     if not rows:
         raise InputError(f"{folder}: no rows there; run python -m experiments.transfer --data DIR first")
-    columns = sorted({(row["cell"]["task"], row["cell"]["kind"]) for row in rows})
-    head, text = ["", *(f"{task}, {kind}" for task, kind in columns)], []
+    text = []
 
     def table(title: str, lines: dict[str, Scores], *sentences: str) -> None:
+        columns = sorted({key[:2] for scores in lines.values() for key in scores})
+        head = ["", *(f"{task}, {kind}" for task, kind in columns)]
         text.append(f"## {title}\n\n{markdown(head, [by_cell(name, scores, columns) for name, scores in lines.items()])}\n\n"
                     + "\n".join(f"- {sentence}" for sentence in sentences))
 
@@ -66,7 +67,9 @@ def write(folder: Path) -> str:
         f"Largest difference of a test accuracy from part A's, over {len(pairs)} runs: {max(pairs):.4f}." if pairs else "Not run yet."))
     for base, what in (("twin", "a permuted twin of M0"), ("ind", "an independent base (mini)"), ("upgrade", "an ordinary upgrade")):
         lines = {"apply": chosen(rows, "C", "apply", "apply", base)}
-        lines |= {f"transport, {what}": chosen(rows, "C", what, "transport", base) for what in ("ridge", "orthogonal", "permutation")}
+        for carry in ("ridge", "orthogonal", "permutation"):
+            lines |= {f"transport, {carry}": chosen(rows, "C", carry, "transport", base),
+                      f"head alone, {carry}": chosen(rows, "C", f"head, {carry}", "apply", base)}
         lines |= {"transport": chosen(rows, "C", "transport", "transport", base)}
         for what_, mode in (("apply", "gradmask"), ("project", "project"), ("tuned", "init"), ("tuned", "scratch")):
             lines[mode] = chosen(rows, "C", what_, mode, base)
@@ -74,8 +77,8 @@ def write(folder: Path) -> str:
             text.append(f"## C. {what[0].upper()}{what[1:]}\n\nNot run yet.")
             continue
         lines = {name: scores for name, scores in lines.items() if scores}
-        table(f"C. {what[0].upper()}{what[1:]}", lines, *(f"{name} above apply: {difference(scores, lines['apply'])}"
-                                                          for name, scores in lines.items() if name[:9] == "transport"))
+        table(f"C. {what[0].upper()}{what[1:]}", lines, *(f"{name} above apply: {difference(scores, lines['apply'])}" for name, scores in
+                                                          lines.items() if name.startswith(("transport", "head alone"))))
     for shots in (8, 32):
         title = f"D. A task with other labels, {shots} per label, on the upgrade"
         lines = {f"{mode}, {head}": chosen(rows, "D", head, mode, "upgrade", shots)
@@ -84,9 +87,13 @@ def write(folder: Path) -> str:
             text.append(f"## {title}\n\nNot run yet.")
             continue
         table(title, lines, f"init, prototype above fresh: {difference(lines['init, prototype'], lines['init, fresh'])}")
-    e = {"transport, ridge": chosen(rows, "E", "ridge", "transport", "mini"), "init, ridge": chosen(rows, "E", "ridge", "init", "mini")}
-    table("E. Another size and tokenizer by a ridge map (looked for afterwards)",
-          e | {name: {key: a[name][key] for key in a[name].keys() & e["init, ridge"].keys()} for name in ("scratch", "distill")})
+    table("D. A task with other labels, its labels' names as the only texts, on the upgrade",
+          {"apply, prototype": chosen(rows, "D", "prototype", "apply", "upgrade", 0)})
+    e = {f"{mode}, ridge": chosen(rows, "E", "ridge", mode, "mini") for mode in ("transport", "init")}
+    for mode in ("scratch", "distill"):
+        e[mode] = {key: a[mode][key] for key in a[mode].keys() & e["init, ridge"].keys()} | chosen(rows, "E", "plain", mode, "mini")
+    table("E. Another size and tokenizer by a ridge map", e,
+          f"init, ridge above scratch: {difference(e['init, ridge'], e['scratch'])}")
     facts = {key: ", ".join(sorted({row[key] for row in rows})) for key in ("device", "commit")}
     (folder / "README.md").write_text(
         "# Old deltas across sizes, tokenizers, black boxes and coordinates\n\nWritten by `python -m experiments.transfer --report` from "
