@@ -27,12 +27,12 @@ from rt.errors import InputError
 from rt.formats.atomic import locked
 from rt.formats.delta_files import load_delta
 from rt.formats.files import write_json
-from rt.formats.hub import NAMING, open_base, open_delta, place_of_delta
+from rt.formats.hub import NAMING, open_base, open_delta
 from rt.kinds import DeltaConfig
 from rt.limits import NonNegative, NonNegativeInt, Positive, PositiveInt, Seeds, SeqLen, Share
 from rt.losses import DistillConfig
 from rt.recycling import CARRIES, MODES, NEEDS_TEACHER, TRAINED, Recycling, chain, check, is_carried, new_delta, recycle, teacher_of
-from rt.runs.build import build, build_lineage
+from rt.runs.build import build_missing
 from rt.runs.config import parse, record, run
 from rt.runs.log import StepBar, load_tensorboard, note_changed_task, note_truncated, progress, score_text
 from rt.runs.results import Run, begin, origin_of, save_run, write_summary
@@ -374,26 +374,6 @@ def default_out(c: Config, task: Task) -> str:
     first, *rest = c.chain or (c.base,)
     lineage = "-".join([*Path(first).parts[-2:], *(Path(name).name for name in rest)])
     return f"runs/recycle/{lineage}-{task.name}-{c.delta.kind}" + (f"-k{c.shots}" if c.shots else "") + ("-sweep" if c.sweep else "")
-
-
-# --- missing bases and deltas ------------------------------------------------------------------------------------------
-
-def build_missing(c: Config, task: Task, source_tasks: list[Task]) -> tuple[str | None, tuple[str, ...]]:
-    """Have train.py make the demo lineage and the deltas that no flag names, if they are missing. Returns (old delta, source deltas)."""
-    build_lineage(c, Path(Config.base).parent, (*(c.chain or (c.base,)), *filter(None, [c.old_base])))
-    sources = c.project.source_delta or tuple(tuned(c, *source) for source in zip(c.project.source_task, source_tasks))
-    return c.old_delta or (tuned(c, c.task, task) if c.old_base else None), sources
-
-
-def tuned(c: Config, name: str, task: Task) -> str:
-    """The folder of the old base's delta for a task, beside that base. train.py makes the delta if it is missing."""
-    folder = place_of_delta(c.old_base, task.name, c.delta.kind)
-    if not (folder / "delta.json").exists():
-        sizes = {size: value for size, value in vars(c.delta).items() if size not in ("kind", "target_modules")}
-        flags = dict(mode="tune", base=c.old_base, task=name, out=folder, delta=c.delta.kind, seq_len=c.teaching.old_seq_len or c.seq_len,
-                     target_modules=",".join(c.delta.target_modules), **sizes)
-        build(c, (f"the old delta {folder} (under a minute for mini on 2 cores)", flags))
-    return str(folder)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ from typing import Any, Iterable
 
 import torch
 
+from rt.data import Task
 from rt.errors import InputError
+from rt.formats.hub import place_of_delta
 from rt.runs.workers import cores
 from rt.speed.dist import environment_alone
 
@@ -40,3 +42,22 @@ def build_lineage(c: Any, demo: Path, bases: Iterable[str]) -> None:
     """Make the demo lineage in the folder `demo` if one of `bases` belongs there and is missing."""
     if any(not Path(base).exists() and Path(base).parent == demo for base in bases):
         build(c, ("the demo lineage M0, M1, M2 (about 3 minutes on 2 cores)", dict(out=demo, resume=(demo / "config.json").exists())))
+
+
+def build_missing(c: Any, task: Task, source_tasks: list[Task]) -> tuple[str | None, tuple[str, ...]]:
+    """The deltas of recycle.py's Config `c`: (old delta, source deltas). train.py makes the demo lineage and the deltas that no flag names,
+    if they are missing."""
+    build_lineage(c, Path(type(c).base).parent, (*(c.chain or (c.base,)), *filter(None, [c.old_base])))
+    sources = c.project.source_delta or tuple(tuned(c, *source) for source in zip(c.project.source_task, source_tasks))
+    return c.old_delta or (tuned(c, c.task, task) if c.old_base else None), sources
+
+
+def tuned(c: Any, name: str, task: Task) -> str:
+    """The folder of the old base's delta for a task, beside that base. train.py makes the delta if it is missing."""
+    folder = place_of_delta(c.old_base, task.name, c.delta.kind)
+    if not (folder / "delta.json").exists():
+        sizes = {size: value for size, value in vars(c.delta).items() if size not in ("kind", "target_modules")}
+        flags = dict(mode="tune", base=c.old_base, task=name, out=folder, delta=c.delta.kind, seq_len=c.teaching.old_seq_len or c.seq_len,
+                     target_modules=",".join(c.delta.target_modules), **sizes)
+        build(c, (f"the old delta {folder} (under a minute for mini on 2 cores)", flags))
+    return str(folder)
