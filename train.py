@@ -111,9 +111,12 @@ def main() -> None:
     c = parse(Config, sys.argv[1:])
     if launched() > 1 and c.mode != "pretrain":
         raise InputError(f"--mode {c.mode} is for one process: leave torchrun out")
-    for mode, wrong, right in (("tune", "steps", "tune_steps"), ("pretrain", "tune_steps", "steps")):
-        if c.mode == mode and getattr(c, wrong) != getattr(Config, wrong):
-            raise InputError(f"--{wrong} has no effect with --mode {mode}: did you mean --{right}?")
+    names = [*record(Config())]
+    of_pretrain, rest = names[names.index("stream"):names.index("base")], names[names.index("base"):]      # as Config has them
+    of_others = {*rest} if c.mode == "pretrain" else {*of_pretrain} - {"seq_len", "lr", "warmup", "weight_decay", "graphs"}
+    if unread := [name for name in changed(c) if name in of_others]:
+        meant = {"steps": ": did you mean --tune_steps?", "tune_steps": ": did you mean --steps?"}.get(unread[0], "")
+        raise InputError(f"--{unread[0]} has no effect with --mode {c.mode}{meant}")
     for name in {"tune": ("base", "task"), "eval": ("task", "base", "delta_dir")}.get(c.mode, ()):
         if getattr(c, name) is None:
             raise InputError(f"--mode {c.mode} needs --{name}: see --help")

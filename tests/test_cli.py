@@ -465,6 +465,9 @@ def test_chain_reports_both_routes_over_all_bases(lineage, task, tmp_path):
     (("recycle.py", "--att_layers", "first"), "--att_layers first: not one of last, all"),
     (("recycle.py", "--mode", "scratch,project", "--source_task", "dl", "--gamma", "1"), "--gamma 1.0: a weight, for modes with a teacher"),
     (("train.py", "--mode", "tune", "--steps", "4"), "--steps has no effect with --mode tune: did you mean --tune_steps?"),
+    (("train.py", "--mode", "tune", "--lr", "1e-3", "--preserve", "3"), "--preserve has no effect with --mode tune"),
+    (("train.py", "--mode", "eval", "--stream", "python"), "--stream has no effect with --mode eval"),
+    (("train.py", "--shots", "3"), "--shots has no effect with --mode pretrain"),
     (("train.py", "--tune_steps", "4"), "did you mean --steps?"),
     (("recycle.py", "--mode", "burn"), "--mode burn: not one of"),
     (("recycle.py", "--itp", "-1"), "--itp -1: must not be negative"),
@@ -481,7 +484,7 @@ def test_chain_reports_both_routes_over_all_bases(lineage, task, tmp_path):
     (("recycle.py", "--old_base", "M0", "--base", "M0", "--task", "TASK", "--old_delta", "runs/my/typo"), "typo: nothing tuned there"),
     (("recycle.py", "--chain", "M0,M0"), "in order, each once, in place of --base"),
     (("recycle.py", "--chain", "M0", "--base", "M0"), "in order, each once, in place of --base"),
-    (("recycle.py", "--mode", "project", "--source_task", "dl", "--chain", "M0"), "--chain has no --mode project")])
+    (("recycle.py", "--mode", "project", "--source_task", "dl", "--chain", "M0"), "several deltas in --old_delta: one of them at a time")])
 def test_bad_input_is_one_sentence_and_exit_code_2(arguments, words, lineage, task, tmp_path):
     home, _ = lineage
     for name, line in (("BROKEN", '{"text": \n'), ("UNSEEN", '{"text": "x", "label": "new"}\n')):
