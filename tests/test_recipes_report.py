@@ -4,7 +4,7 @@ import json
 import pytest
 
 from experiments.recipes import report
-from experiments.recipes.plan import CHAIN, SWITCHES, upgrades
+from experiments.recipes.plan import AFTERWARDS, CHAIN, SWITCHES, upgrades
 from rt.errors import InputError
 
 
@@ -48,5 +48,5 @@ def test_the_report_counts_gain_points_and_advantage(tmp_path):
 
 def test_the_plan_has_every_arm_once_and_begins_with_what_decides():
     runs = upgrades(("bio",), (0, 1))
-    assert len({*runs}) == len(runs) == 2 * (4 + 2 * len(SWITCHES)) and [one.arm for one in runs[:5]] == ["plain"] * 4 + ["hidden 3"]
+    assert len({*runs}) == len(runs) == 2 * (4 + 2 * len(SWITCHES) + len(AFTERWARDS)) and [one.arm for one in runs[:5]] == ["plain"] * 4 + ["hidden 3"]
     assert {one.target for one in upgrades(("chain",))} == {CHAIN}

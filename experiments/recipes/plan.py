@@ -13,6 +13,7 @@ SWITCHES = {"hidden 3": "--preserve 3", "hidden 10": "--preserve 10", "hidden 30
             "last 10": "--preserve 10 --preserve_by last", "predictions 1": "--preserve 1 --preserve_by predictions",
             "hidden 1": "--preserve 1", "replay 5 %": "--replay .05", "replay 20 %": "--replay .2", "infinite": "--schedule infinite",
             "Reptile": "--align 10 --align_eps .5", "hidden 3 + replay 5 %": "--preserve 3 --replay .05"}
+AFTERWARDS = {"hidden 20 (afterwards)": "--preserve 20"}      # added when rows had been seen: PLAN.md, at its end
 FIRST = ("hidden 3", "hidden 10", "hidden 30", "last 10", "predictions 1")      # first in the plan's order
 SEEDS, TARGETS = (0, 1, 2, 3, 4), ("bio", "cs", "chain")
 CHAIN = "bio,rev,cs,ns"
@@ -40,6 +41,7 @@ def upgrades(targets: tuple[str, ...] = TARGETS, seeds: tuple[int, ...] = SEEDS)
     for target in targets:
         for some in (CHAIN_ARMS,) if target == "chain" else (first, others):
             found += [Upgrade(arm, lr, CHAIN if target == "chain" else target, seed) for seed in seeds for arm, lr in some]
+        found += [Upgrade(arm, RATES[0], target, seed) for seed in seeds for arm in AFTERWARDS if target == "bio"]
     return found
 
 

@@ -10,6 +10,7 @@ import torch
 
 from experiments.common import run_script
 from experiments.recipes.plan import (
+    AFTERWARDS,
     DELTA_SEEDS,
     DRAWN,
     HELDOUT_TOKENS,
@@ -101,7 +102,7 @@ def upgrade(c: Config, one: Upgrade) -> list[dict]:
     shutil.rmtree(out, ignore_errors=True)      # an upgrade is short: after an interruption it starts over
     stream = ",".join(str(corpora / f"{domain}.txt.xz") for domain in domains)
     command = train(c, "--init", Path(c.base), "--stream", stream, "--lr", one.lr, "--seed", one.seed, *UPGRADE,
-                    *SWITCHES.get(one.arm, "").split(), "--cache", Path(c.cache), "--out", out)
+                    *(SWITCHES | AFTERWARDS).get(one.arm, "").split(), "--cache", Path(c.cache), "--out", out)
     rows, old = [], dict(open_base(c.base).encoder.named_parameters())
     for i, domain in enumerate(domains, 1):
         folder = out / f"M{i}"
