@@ -48,5 +48,6 @@ def test_the_report_counts_gain_points_and_advantage(tmp_path):
 
 def test_the_plan_has_every_arm_once_and_begins_with_what_decides():
     runs = upgrades(("bio",), (0, 1))
-    assert len({*runs}) == len(runs) == 2 * (4 + 2 * len(SWITCHES) + len(AFTERWARDS)) and [one.arm for one in runs[:5]] == ["plain"] * 4 + ["hidden 3"]
+    assert len({*runs}) == len(runs) == 2 * (4 + 2 * len(SWITCHES) + len(AFTERWARDS))
+    assert [one.arm for one in runs[:5]] == ["plain"] * 4 + ["hidden 3"]
     assert {one.target for one in upgrades(("chain",))} == {CHAIN}
