@@ -136,7 +136,7 @@ def _launch_backward(dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor
     """Fill dq, dk, dv: heads of D contiguous numbers side by side, any stride between tokens, but the same stride for dk and dv."""
     (N, H, D), B, P, dropped = q.shape, len(cu_seqlens) - 1, len(k), "_dropout" if dropout_p else ""
     dout, rows = dout.contiguous(), torch.empty(H, N, 4 if dropout_p else 2, dtype=torch.int32, device=q.device)
-    BLOCK = 4096 // D
+    BLOCK = 8192 // (D * q.element_size())      # 8 KB per tile
     blocks = -(-N // BLOCK)
     launch(_backward_rows, blocks * H, out, dout, lse, words, rows, N, H, blocks, D=D, DROPOUT=dropout_p > 0, BLOCK=BLOCK)
     atomic = q.dtype != torch.float32 and not torch.are_deterministic_algorithms_enabled()
