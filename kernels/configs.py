@@ -60,7 +60,8 @@ TABLE: dict[str, dict[tuple[int, int, int], tuple[int, ...]]] = {
         **_rows({32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (128, 64, 8, 2)}, bits=16),
         **_rows(dict.fromkeys((-32, -64, -128), (64, 64, 4, 2)), bits=16), **_rows({128: (64, 64, 4, 1)}, bits=16, arch=100),
         **_rows({128: (128, 32, 8, 2), -64: (64, 64, 4, 1)}, bits=16, arch=80),
-        **_rows(dict.fromkeys((32, 64, -32, -64), (64, 32, 4, 1)) | dict.fromkeys((128, -128), (64, 32, 8, 1)), bits=32)},
+        **_rows(dict.fromkeys((32, 64, -32, -64), (64, 32, 4, 1)) | dict.fromkeys((128, -128), (64, 32, 8, 1)), bits=32),
+        **_rows({128: (32, 32, 4, 1), -128: (32, 32, 4, 1)}, bits=32, arch=100)},
     # columns, warps; size: the row-length class (common.row_class)
     "hidden_mse": _rows({32: (32, 1), 256: (256, 1), 1024: (1024, 4), 4096: (4096, 8)}),
     "states_mse": _rows({4096: (1024, 4)}),
