@@ -49,7 +49,7 @@ def test_primary_quantities_of_made_up_rows(tmp_path):
     assert lines["C7: project above apply"][0] == "not run"
     (tmp_path / "minilm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = minilm_report.section(tmp_path)
-    assert "few of lineage 0 (36 cells)" in text and "few of lineage 2 (40 cells)" in text and "| 1 | M1-t00050 | 0.850 |" in text
+    assert "few of lineage 0 (36)" in text and "few of lineage 2 (40)" in text and "| 1 | M1-t00050 | 0.850 |" in text
 
 
 def test_a_bootstrap_over_tasks_and_lineages_is_wider_than_either():

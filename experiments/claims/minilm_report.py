@@ -159,7 +159,7 @@ def section(folder: Path) -> str:
             "(with one lineage, over tasks alone). p: exact sign-flip over cells; then Holm's over the lines that have rows.",
             markdown(["primary quantity", "mean [95 %]", "cells", "p", "Holm", "here"], verdicts(primary(r)))]
     text += [table for table in (by_base(r), by_mode(r), by_part(r), by_pair(r)) if table]
-    text += ["Planned and not run: " + (missing(rows) or "nothing") + "."]
+    text += ["Planned and not run (number of cells): " + (missing(rows) or "nothing") + "."]
     return "\n\n".join(text) + "\n"
 
 
@@ -208,4 +208,4 @@ def missing(rows: list[dict]) -> str:
     """The cells without rows, counted by part and lineage."""
     done = [row["cell"] for row in rows]
     left = group([cell for cell in cells() if cell not in done], "part", "lineage")
-    return ", ".join(f"{part}{'' if L is None else f' of lineage {L}'} ({len(some)} cells)" for (part, L), some in left.items())
+    return ", ".join(f"{part}{'' if L is None else f' of lineage {L}'} ({len(some)})" for (part, L), some in left.items())
