@@ -423,12 +423,12 @@ def test_settings_that_make_no_sense_together_are_refused_in_a_sentence(home):
 
 
 def test_the_reference_of_need_is_part_of_a_run_and_need_goes_with_preserve(home):
-    train(home, "first", "--steps", "2")
-    need = ("--init", home / "first" / "M0", "--mix", "need", "--mix_every", "5", "--preserve", "3", "--steps", "12", "--save_every", "6",
-            "--mix_reference", home / "reference")
-    shutil.copytree(home / "first" / "M1", home / "reference")
-    train(home, "need", *need, "--stop_after", "6")
-    shutil.rmtree(home / "reference")
-    shutil.copytree(home / "first" / "M0", home / "reference")
-    assert "--mix_reference" in train(home, "need", *need, "--resume", code=2)
+    train(home, "own", "--steps", "2")
+    need = ("--init", home / "own" / "M0", "--mix", "need", "--mix_every", "5", "--preserve", "3", "--steps", "12", "--save_every", "6",
+            "--mix_reference", home / "target")
+    shutil.copytree(home / "own" / "M1", home / "target")
+    train(home, "by need", *need, "--stop_after", "6")
+    shutil.rmtree(home / "target")
+    shutil.copytree(home / "own" / "M0", home / "target")
+    assert "--mix_reference" in train(home, "by need", *need, "--resume", code=2)
     assert "recipes of an upgrade (docs/recipes.md):\n  --schedule" in here("train.py", "--help")
