@@ -22,10 +22,10 @@ def crossed(values: Cells) -> tuple[float, float]:
     """The 95 % interval of the mean by a crossed bootstrap: tasks and lineages are drawn independently, with replacement."""
     tasks, lineages = (sorted({key[i] for key in values}) for i in (0, 1))
     table = np.array([[values.get((task, L), np.nan) for L in lineages] for task in tasks])
-    g = np.random.default_rng(0)
+    g = np.random.Generator(np.random.PCG64(0))
     rows, columns = (g.integers(n, size=(DRAWS, n)) for n in table.shape)
     means = np.nanmean(table[rows[:, :, None], columns[:, None, :]], axis=(1, 2))
-    return tuple(np.percentile(means[np.isfinite(means)], (2.5, 97.5)))
+    return tuple(np.percentile(means[np.isfinite(means)], (2.5, 97.5)).round(9))    # so that no digit depends on a CPU's last bit
 
 
 def averaged(scores: dict[tuple, float]) -> Cells:
@@ -139,7 +139,7 @@ def verdicts(found: dict[str, tuple[Cells, float]]) -> list[list[str]]:
             continue
         low, high = crossed(values)
         word = "shown" if adjusted[name] < 0.05 else "opposite" if high < -margin else "not shown"
-        shown = f"{mean(values.values()):+.3f} [{low:+.3f}, {high:+.3f}]"
+        shown = f"{round(mean(values.values()), 9):+.3f} [{low:+.3f}, {high:+.3f}]"
         lines.append([name, shown, len(values), f"{p[name]:.3f}", f"{adjusted[name]:.3f}", word])
     return lines
 
