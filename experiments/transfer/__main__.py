@@ -83,9 +83,8 @@ def main() -> None:
                 break
             if cell["what"].startswith("head, "):
                 carry_head(c, cell)
-            out, (root, made_at) = Path(c.home, "runs", "-".join(str(v) for v in cell.values())), (ROOT, commit())
-            if "--carry" in arguments:
-                root, made_at = c.at, WITH_MAPS
+            out = Path(c.home, "runs", "-".join(str(v) for v in cell.values()))
+            root, made_at = (c.at, WITH_MAPS) if "--carry" in arguments else (ROOT, commit())
             command = script(c, "recycle.py", *arguments, "--out", out, *(["--resume"] if out.exists() else []), root=root)
             facts = {"cell": cell, "device": device_name(torch.device("cpu")), "commit": made_at, "command": command}
             found = [facts | {k: row[k] for k in ("mode", "seed", "lr", "dev", "test", "best_step", "carried") if k in row}
@@ -207,10 +206,9 @@ def cells(c: Config) -> list[tuple[dict, list]]:
             for carry in MAPS if c.at else ():
                 add("C", carry, "transport", size, new, "--carry", carry, "--seeds", 0)
                 add("C", f"head, {carry}", "apply", size, new, "--seeds", 0)
-            if new != "twin":
-                add("C", "tuned", "scratch,init", size, new)
-                add("C", "project", "project", size, new, "--source_task", tasks / other, "--source_delta",
-                    delta(c, size, other, kind), "--project_steps", 100, "--seeds", "0,1", "--lr", {"full": 1e-4, "adapter": 1e-3}[kind])
+            add("C", "tuned", "scratch,init", size, new)
+            add("C", "project", "project", size, new, "--source_task", tasks / other, "--source_delta",
+                delta(c, size, other, kind), "--project_steps", 100, "--seeds", "0,1", "--lr", {"full": 1e-4, "adapter": 1e-3}[kind])
         for shots, head in product((8, 32), ("fresh", "prototype")) if (lr := rate_of_init(c, task, kind)) else ():
             add("D", head, "init" if head == "fresh" else "apply,init", "minilm", "upgrade", "--head", head, "--lr", lr, shots=shots,
                 source=other)
