@@ -229,12 +229,13 @@ def words(case: dict) -> str:
 
 
 def known(path: Path) -> list[dict]:
-    """The rows of an earlier call. The last line may be half a row. The file `begun` names a unit that hung or ended the process."""
+    """The rows of an earlier call. The last line may be half a row. The file `begun` lists units as they began. A unit without a row was
+    cut off if it began once, and ends the process if it began twice."""
     rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
-    begun = path.with_name("begun")
-    if begun.exists() and (name := begun.read_text()) not in [row.get("unit") for row in rows]:
-        rows.append({"unit": name, "failed": "it hung, or ended the process", "hung": True})
-    return rows
+    begun, done = path.with_name("begun"), {row.get("unit") for row in rows}
+    names = begun.read_text().splitlines() if begun.exists() else []
+    return rows + [{"unit": name, "failed": "it ended the process twice", "hopeless": True}
+                   for name in dict.fromkeys(names) if names.count(name) > 1 and name not in done]
 
 
 def run(first: First, path: Path, rows: list[dict], end: float, argv: list[str]) -> None:
@@ -242,7 +243,7 @@ def run(first: First, path: Path, rows: list[dict], end: float, argv: list[str])
     begun = path.with_name("begun")
 
     def again() -> None:
-        """A new process does the rest. This thread may be the only one that does not hang."""
+        """A new process does the rest."""
         os.execv(sys.executable, [sys.executable, "-m", "bench.first", *argv, "--until", str(end)])
 
     cut = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
@@ -261,8 +262,14 @@ def run(first: First, path: Path, rows: list[dict], end: float, argv: list[str])
             done.add(name)
             if time.time() > end:
                 return
-            begun.write_text(name)
-            watch = threading.Timer(UNIT_SECONDS, again)
+            with begun.open("a") as names:
+                names.write(name + "\n")
+
+            def hung(name: str = name) -> None:     # in a thread, which is the only one that does not hang
+                add({"unit": name, "failed": f"longer than {UNIT_SECONDS} s", "hopeless": True})
+                again()
+
+            watch = threading.Timer(UNIT_SECONDS, hung)
             watch.daemon = True
             watch.start()
             start = time.perf_counter()
@@ -323,7 +330,8 @@ def main(argv: list[str] | None = None) -> None:
     os.environ["RT_KERNELS"] = "triton"
     asked.out.mkdir(parents=True, exist_ok=True)
     path = asked.out / "first.jsonl"
-    old = [row for row in known(asked.have) if "hung" in row or not ("failed" in row or row.get("right") is False)] if asked.have else []
+    old = [row for row in (known(asked.have) if asked.have else ())
+           if "hopeless" in row or not ("failed" in row or row.get("right") is False)]
     first, rows = First(device), old + known(path)
     if first.cuda and not path.exists():    # the shipped programs, by all cores and into Triton's cache, while the first checks run
         subprocess.Popen([sys.executable, "-m", "bench.compile_check", "--arch", str(first.arch), "--dtype", "bf16"],

@@ -1,9 +1,15 @@
-"""Shared by the experiments: the check that their data exist, and scripts of the checkout run as commands that can be typed."""
+"""Shared by the experiments: the check that their data exist, the loop over their cells, and scripts of the checkout run as commands that
+can be typed."""
+import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Callable
 
 from rt.errors import InputError
+from rt.formats.files import read_rows
+from rt.runs.log import progress
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,3 +34,28 @@ def run_script(places: dict[str, str | Path], *command: object, root: str | Path
     if done.returncode:
         raise InputError(f"{text} ended with {done.returncode}: {done.stderr.strip()[-400:]}")
     return text
+
+
+def rows_of(path: Path) -> list[dict]:
+    return read_rows(path) if path.exists() else []
+
+
+def cells_to_do(path: Path, cells: list[dict], where: tuple[str, ...]) -> list[dict]:
+    """The cells that have no rows in `path` yet and whose facts are those of `where`, such as ("base=ind", "kind=full")."""
+    wanted, done = dict(fact.partition("=")[::2] for fact in where), [row["cell"] for row in rows_of(path)]
+    return [cell for cell in cells if cell not in done and wanted.items() <= {k: str(v) for k, v in cell.items()}.items()]
+
+
+def do_cells(path: Path, cells: list[dict], budget: float | None, do: Callable[[dict], list[dict]]) -> None:
+    """Append the rows that `do` returns for each cell to `path`. Nothing new begins after `budget` seconds."""
+    end = time.monotonic() + (budget or float("inf"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with progress(len(cells), path.parent.name, unit="cell") as bar:
+        for cell in cells:
+            if time.monotonic() > end:
+                break
+            bar.set_postfix_str(" ".join(map(str, cell.values())))
+            rows = do(cell)
+            with path.open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps({"cell": cell} | row) + "\n" for row in rows))
+            bar.update()

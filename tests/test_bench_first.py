@@ -70,13 +70,17 @@ def test_a_unit_that_hangs_is_left_to_a_new_process_which_does_the_rest(tmp_path
     monkeypatch.setattr(first, "UNIT_SECONDS", 0.1)
     monkeypatch.setattr(first, "environment", lambda *arguments: {})
     monkeypatch.setattr(os, "execv", lambda program, arguments: started.set())
-    (tmp_path / "begun").write_text("check a")      # as a process leaves it that was killed in check a
-    assert first.known(tmp_path / "first.jsonl") == [{"unit": "check a", "failed": "it hung, or ended the process", "hung": True}]
     first.run(there, tmp_path / "first.jsonl", [], 4e9, [])
-    assert started.is_set() and (tmp_path / "begun").read_text() == "check b"
-    assert first.known(tmp_path / "first.jsonl")[-1]["unit"] == "check b"
-    first.run(there, tmp_path / "first.jsonl", rows := first.known(tmp_path / "first.jsonl"), 4e9, [])
-    assert [row.get("unit") for row in rows].count("check a") == 1
+    assert started.is_set() and (tmp_path / "begun").read_text() == "check a\ncheck b\n"
+    rows = rows_of(tmp_path)
+    assert rows[1] == {"unit": "check a", "failed": "longer than 0.1 s", "hopeless": True} and rows[-1]["unit"] == "check b"
+
+
+def test_a_unit_that_was_cut_off_is_tried_again_and_one_that_ends_the_process_twice_is_not(tmp_path):
+    (tmp_path / "begun").write_text("check a\n")
+    assert first.known(tmp_path / "first.jsonl") == []
+    (tmp_path / "begun").write_text("check a\ncheck a\n")
+    assert first.known(tmp_path / "first.jsonl") == [{"unit": "check a", "failed": "it ended the process twice", "hopeless": True}]
 
 
 def test_the_table_names_what_is_wrong_and_the_best_of_a_sweep():

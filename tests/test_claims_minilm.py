@@ -9,7 +9,7 @@ from conftest import ROOT, here, random_base
 from test_claims import data  # noqa: F401  (a fixture)
 
 from experiments.claims import minilm, minilm_report
-from experiments.claims.report import verify
+from experiments.claims.__main__ import verify
 from experiments.recipes import runs as recipes
 from experiments.recipes.plan import TASKS
 from rt.errors import InputError

@@ -11,12 +11,16 @@ dev and test). M0 is trained on wiki, and M1 to M4 on bio, rev, cs, ns in turn. 
 seed on all five. The learning rate of every arm is chosen on dev from the same few rates, with the first seed; test is scored once,
 with the chosen rate. A finished run is recognised by its facts (`run` in its rows) and not repeated.
 """
+import itertools
+import re
+import shutil
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
@@ -55,7 +59,7 @@ class Config:
 def main() -> None:
     c = parse(Config, sys.argv[1:])
     if c.verify:
-        print(report.verify(Path(c.results), ROOT / "README.md"))
+        print(verify(Path(c.results), ROOT / "README.md"))
         return
     if c.report:
         print(report.write(Path(c.results)))
@@ -66,6 +70,22 @@ def main() -> None:
         print(plan_table(rows, c.only))
     else:
         work(c, rows)
+
+
+def verify(folder: Path, front: Path) -> str:
+    """Write the report again from the rows, elsewhere, and compare. InputError names the first line that differs, or a number that the
+    paragraph of `front` (README.md) on these results has and the report has not."""
+    with TemporaryDirectory() as place:
+        shutil.copytree(folder, copy := Path(place) / "claims", ignore=shutil.ignore_patterns("*.png", "*.svg", "README.md"))
+        report.write(copy)
+        old, new = ((at / "README.md").read_text(encoding="utf-8").split("\n") for at in (folder, copy))
+    for number, (there, here) in enumerate(itertools.zip_longest(old, new), 1):
+        if there != here:
+            raise InputError(f"{folder / 'README.md'}: line {number}: {there!r} is there, and the rows say {here!r}")
+    paragraph, = re.findall(r"^- The paper's claims.*?(?=^- |\Z)", front.read_text(encoding="utf-8"), re.M | re.S)
+    if strange := [n for n in re.findall(r"\d*\.\d+", paragraph) if n.lstrip("0") not in re.sub(r"\b0\.", ".", "\n".join(new))]:
+        raise InputError(f"{front}: {', '.join(strange)} is not in {folder / 'README.md'}")
+    return f"{folder / 'README.md'} and {front.name} say what the rows say"
 
 
 def left(rows: GrowingRows, only: tuple[str, ...]) -> list[list[Run]]:

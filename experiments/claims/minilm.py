@@ -7,7 +7,6 @@
 """
 import json
 import sys
-import time
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
@@ -18,7 +17,7 @@ from typing import Iterator
 import torch
 
 from bench.machine import commit, device_name
-from experiments.common import check_places, run_script
+from experiments.common import cells_to_do, check_places, do_cells, rows_of, run_script
 from experiments.recipes import runs as recipes
 from experiments.recipes.plan import KINDS, TASKS, TUNE
 from experiments.twin import permuted_twin
@@ -35,12 +34,11 @@ from rt.model import MaskedLM
 from rt.recycling import Recycling, recycle
 from rt.report import analysis
 from rt.runs.config import parse, run
-from rt.runs.log import progress
 from rt.runs.summary import group
 from rt.speed.device import pick_precision
 from rt.tune import TuneSettings, evaluate
 
-DOMAINS, LINEAGES, UPGRADES = ("bio", "rev", "cs", "ns"), (0, 1, 2), ("M1", "M2", "M3", "M4")
+DOMAINS, LINEAGES, CPU = ("bio", "rev", "cs", "ns"), (0, 1, 2), torch.device("cpu")
 UPGRADE = "--steps 200 --batch_tokens 1024 --seq_len 128 --lr 5e-4 --snapshots 3 --device cpu --threads 1".split()
 RATES = {"full": ("2e-5", "5e-5", "2e-4"), "adapter": ("3e-4", "1e-3", "3e-3")}
 FEW_SEEDS, PILOT = range(8), (100, 101)
@@ -70,28 +68,11 @@ class Config:
 def main() -> None:
     c = parse(Config, sys.argv[1:])
     check_places("claims.minilm", c.data, c.base)
-    path, end = Path(c.results) / "minilm.jsonl", time.monotonic() + (c.budget or float("inf"))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path, facts = Path(c.results) / "minilm.jsonl", {"device": device_name(CPU), "commit": commit(), "torch": torch.__version__}
     recipes.draw_tasks(shared(c))
-    wanted = dict(fact.partition("=")[::2] for fact in c.where)
-    todo = [cell for cell in cells() if cell.get("lineage", c.lineages[0]) in c.lineages and (not c.only or cell["part"] in c.only)
-            and wanted.items() <= {k: str(v) for k, v in cell.items()}.items()]
-    done = [row["cell"] for row in rows_of(path)]
-    todo = [cell for cell in todo if cell not in done]
-    facts = {"device": device_name(torch.device("cpu")), "commit": commit(), "torch": torch.__version__}
-    with progress(len(todo), "claims", unit="cell") as bar:
-        for cell in todo:
-            if time.monotonic() > end:
-                break
-            bar.set_postfix_str(" ".join(map(str, cell.values())))
-            found = DO[cell["part"]](c, cell)
-            with path.open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps({"cell": cell} | facts | row) + "\n" for row in found))
-            bar.update()
-
-
-def rows_of(path: Path) -> list[dict]:
-    return read_rows(path) if path.exists() else []
+    todo = [cell for cell in cells_to_do(path, [*cells()], c.where)
+            if cell.get("lineage", c.lineages[0]) in c.lineages and (not c.only or cell["part"] in c.only)]
+    do_cells(path, todo, c.budget, lambda cell: [facts | row for row in DO[cell["part"]](c, cell)])
 
 
 def cells() -> Iterator[dict]:
@@ -187,7 +168,7 @@ def lineage(c: Config, cell: dict) -> list[dict]:
 def parts(c: Config, cell: dict) -> list[dict]:
     """`apply` of Delta_0 scaled, and of parts of Delta_0."""
     base, rows = open_base(str(base_folder(c, cell["base"], cell["lineage"]))), []
-    compute = {"device": torch.device("cpu"), "precision": pick_precision("auto", torch.device("cpu"))}
+    compute = {"device": CPU, "precision": pick_precision("auto", CPU)}
     for task, kind in product(TASKS, KINDS):
         data = recipes.data_of(task_folder(c, task), c.base, TASKS[task])
         delta = load_delta(delta_0(c, task, kind, cell["lineage"])).ordered(data.labels)
@@ -262,9 +243,9 @@ def project(c: Config, cell: dict) -> list[dict]:
                     "--source_delta", delta_0(c, source, "adapter", L), "--granularity", "flat", "--project_steps", 300, "--seeds", L,
                     "--lr", ",".join(RATES["adapter"]), *ALL)
     own = load_delta(tuned(c, "M1", source, "adapter", L))
-    data, cpu = recipes.data_of(task_folder(c, target), c.base, TASKS[target]), torch.device("cpu")
+    data = recipes.data_of(task_folder(c, target), c.base, TASKS[target])
     model = apply(open_base(str(base_folder(c, "M1", L))), own)     # both tasks sort their labels from negative to positive
-    return [*rows, {"mode": "source's own", "seed": L, "test": evaluate(model, data.test, cpu, pick_precision("auto", cpu))}]
+    return [*rows, {"mode": "source's own", "seed": L, "test": evaluate(model, data.test, CPU, pick_precision("auto", CPU))}]
 
 
 def paths(c: Config, cell: dict) -> list[dict]:

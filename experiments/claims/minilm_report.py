@@ -6,7 +6,8 @@ from typing import Callable, Iterable
 
 import numpy as np
 
-from experiments.claims.minilm import SENTIMENT, cells, rows_of
+from experiments.claims.minilm import SENTIMENT, cells
+from experiments.common import rows_of
 from experiments.recipes.plan import KINDS
 from experiments.recipes.report import LEARNED, holm, markdown, sign_flip
 from rt.runs.summary import group

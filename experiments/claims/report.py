@@ -7,12 +7,9 @@ interval above zero (for "at least as good" above -.01), "opposite" one below, e
 gets; the old delta saw the whole training set. IND had as many steps as all stages together, on all domains, under one schedule.
 """
 import itertools
-import re
-import shutil
 from collections import defaultdict
 from pathlib import Path
 from statistics import correlation, mean
-from tempfile import TemporaryDirectory
 
 from experiments.claims import minilm_report
 from experiments.claims.plan import SEEDS, UPGRADES
@@ -370,19 +367,3 @@ def write(folder: Path) -> str:
     really = minilm_report.section(folder)
     (folder / "README.md").write_text("\n".join([head, *([really] if really else []), *text]), encoding="utf-8")
     return summary
-
-
-def verify(folder: Path, front: Path) -> str:
-    """Write the report again from the rows, elsewhere, and compare. InputError names the first line that differs, or a number that the
-    paragraph of `front` (README.md) on these results has and the report has not."""
-    with TemporaryDirectory() as place:
-        shutil.copytree(folder, copy := Path(place) / "claims", ignore=shutil.ignore_patterns("*.png", "*.svg", "README.md"))
-        write(copy)
-        old, new = ((at / "README.md").read_text(encoding="utf-8").split("\n") for at in (folder, copy))
-    for number, (there, here) in enumerate(itertools.zip_longest(old, new), 1):
-        if there != here:
-            raise InputError(f"{folder / 'README.md'}: line {number}: {there!r} is there, and the rows say {here!r}")
-    paragraph, = re.findall(r"^- The paper's claims.*?(?=^- |\Z)", front.read_text(encoding="utf-8"), re.M | re.S)
-    if strange := [n for n in re.findall(r"\d*\.\d+", paragraph) if n.lstrip("0") not in re.sub(r"\b0\.", ".", "\n".join(new))]:
-        raise InputError(f"{front}: {', '.join(strange)} is not in {folder / 'README.md'}")
-    return f"{folder / 'README.md'} and {front.name} say what the rows say"

@@ -12,7 +12,6 @@ Ridge and orthogonal maps went after part C. Their cells, heads carried alone an
 import json
 import shutil
 import sys
-import time
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -21,19 +20,18 @@ from statistics import mean
 import torch
 
 from bench.machine import commit, device_name
-from experiments.common import ROOT, check_places, run_script
+from experiments.common import ROOT, cells_to_do, check_places, do_cells, rows_of, run_script
 from experiments.recipes import runs as recipes
 from experiments.transfer import report
 from experiments.twin import permuted_twin
 from rt.formats.checkpoint import save_base
 from rt.formats.delta_files import load_delta, save_delta
-from rt.formats.files import read_json, read_rows
+from rt.formats.files import read_json
 from rt.formats.hub import open_base
 from rt.formats.tasks import load_task
 from rt.limits import Positive
 from rt.model import MaskedLM
 from rt.runs.config import parse, run
-from rt.runs.log import progress
 from rt.runs.summary import group
 
 TASKS, KINDS, MAPS = ("rotten_tomatoes", "agnews"), ("full", "adapter"), ("ridge", "orthogonal", "permutation")
@@ -67,31 +65,29 @@ def main() -> None:
         print(report.write(Path(c.results)))
         return
     check_places("transfer", c.data, c.base, *([c.at] if c.at else []))
-    rows, end = Path(c.results) / "rows.jsonl", time.monotonic() + (c.budget or float("inf"))
-    rows.parent.mkdir(parents=True, exist_ok=True)
-    done = {json.dumps(row["cell"]) for row in read_rows(rows)} if rows.exists() else set()
+    rows = Path(c.results) / "rows.jsonl"
     Path(c.home).mkdir(parents=True, exist_ok=True)
-    wanted = dict(fact.partition("=")[::2] for fact in c.where)
-    todo = [(cell, arguments) for cell, arguments in cells(c) if json.dumps(cell) not in done and (not c.only or cell["part"] in c.only)
-            and wanted.items() <= {name: str(value) for name, value in cell.items()}.items()]
+    todo = [cell for cell in cells_to_do(rows, [cell for cell, _ in cells(c)], c.where) if not c.only or cell["part"] in c.only]
     if "D" in c.only and not todo:
         print("part D waits for part C's init on the upgrade, whose rate it takes, or is done")
-    prepare(c, {cell[of] for cell, _ in todo for of in ("part", "base")})
-    with progress(len(todo), "transfer", unit="cell") as bar:
-        for cell, arguments in todo:
-            if time.monotonic() > end:
-                break
-            if cell["what"].startswith("head, "):
-                carry_head(c, cell)
-            out = Path(c.home, "runs", "-".join(str(v) for v in cell.values()))
-            root, made_at = (c.at, WITH_MAPS) if "--carry" in arguments else (ROOT, commit())
-            command = script(c, "recycle.py", *arguments, "--out", out, *(["--resume"] if out.exists() else []), root=root)
-            facts = {"cell": cell, "device": device_name(torch.device("cpu")), "commit": made_at, "command": command}
-            found = [facts | {k: row[k] for k in ("mode", "seed", "lr", "dev", "test", "best_step", "carried") if k in row}
-                     for row in read_json(out / "summary.json")["rows"]]
-            with rows.open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in found))
-            bar.update()
+    prepare(c, {cell[of] for cell in todo for of in ("part", "base")})
+    do_cells(rows, todo, c.budget, lambda cell: run_cell(c, cell))
+
+
+def arguments_of(c: Config, cell: dict) -> list:
+    return next(arguments for one, arguments in cells(c) if one == cell)
+
+
+def run_cell(c: Config, cell: dict) -> list[dict]:
+    """Run recycle.py for a cell; a row per run."""
+    if cell["what"].startswith("head, "):
+        carry_head(c, cell)
+    out, arguments = Path(c.home, "runs", "-".join(str(v) for v in cell.values())), arguments_of(c, cell)
+    root, made_at = (c.at, WITH_MAPS) if "--carry" in arguments else (ROOT, commit())
+    command = script(c, "recycle.py", *arguments, "--out", out, *(["--resume"] if out.exists() else []), root=root)
+    facts = {"device": device_name(torch.device("cpu")), "commit": made_at, "command": command}
+    return [facts | {k: row[k] for k in ("mode", "seed", "lr", "dev", "test", "best_step", "carried") if k in row}
+            for row in read_json(out / "summary.json")["rows"]]
 
 
 def script(c: Config, *command: object, root: str | Path = ROOT) -> str:
@@ -141,9 +137,8 @@ def carry_head(c: Config, cell: dict) -> None:
     """Make the old delta of a cell with a head that a map carried and a body as it was."""
     task, kind, base, carry = cell["task"], cell["kind"], cell["base"], cell["what"].removeprefix("head, ")
     out, old = Path(c.home, "carried", f"{base}-{carry}-{task}-{kind}"), delta(c, "mini" if base == "ind" else "minilm", task, kind)
-    _, arguments = next(one for one in cells(c) if one[0] == cell | {"what": carry})
     if not (out / "summary.json").exists():
-        script(c, "recycle.py", *arguments, "--save_deltas", "--out", out, root=c.at)
+        script(c, "recycle.py", *arguments_of(c, cell | {"what": carry}), "--save_deltas", "--out", out, root=c.at)
     [row] = read_json(out / "summary.json")["rows"]
     save_delta(head_alone(c, cell), replace(load_delta(old), head=load_delta(out / "deltas" / row["run"]).head))
 
@@ -163,8 +158,8 @@ def predictions(c: Config, task: str, kind: str) -> Path:
 
 def rate_of_init(c: Config, task: str, kind: str) -> float | None:
     """The best rate of part C's `init` on the upgrade by mean dev; None if it was not run yet."""
-    path, cell = Path(c.results) / "rows.jsonl", {"what": "tuned", "task": task, "kind": kind, "base": "upgrade"}
-    rows = [row for row in (read_rows(path) if path.exists() else []) if row["mode"] == "init" and cell.items() <= row["cell"].items()]
+    cell = {"what": "tuned", "task": task, "kind": kind, "base": "upgrade"}
+    rows = [row for row in rows_of(Path(c.results) / "rows.jsonl") if row["mode"] == "init" and cell.items() <= row["cell"].items()]
     rates = group(rows, "lr")
     return max(rates, key=lambda lr: mean(row["dev"]["accuracy"] for row in rates[lr]), default=(None,))[0]
 
