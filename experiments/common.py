@@ -1,17 +1,20 @@
-"""Shared by the experiments: the check that their data exist, the loop over their cells, and scripts of the checkout run as commands that
-can be typed."""
+"""Shared by the experiments: the check that their data exist, the loop over their cells, scripts of the checkout run as commands that can
+be typed, and the tests and tables of their reports."""
 import json
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterable
+
+import numpy as np
 
 from rt.errors import InputError
 from rt.formats.files import read_rows
 from rt.runs.log import progress
 
 ROOT = Path(__file__).resolve().parents[1]
+LEARNED = 0.05      # dev accuracy of a delta on M0 above the share of the commonest label
 
 
 def check_places(experiment: str, data: str | None, *others: str) -> None:
@@ -59,3 +62,32 @@ def do_cells(path: Path, cells: list[dict], budget: float | None, do: Callable[[
             with path.open("a", encoding="utf-8") as file:
                 file.write("".join(json.dumps({"cell": cell} | row) + "\n" for row in rows))
             bar.update()
+
+
+def sign_flip(values: list[float]) -> float:
+    """One-sided exact p of a mean above zero: the share of sign patterns whose sum is at least as large. At most 24 values."""
+    sums = np.zeros(1)
+    for value in values:
+        sums = np.concatenate([sums + value, sums - value])
+    return float((sums >= sum(values) - 1e-9).mean())
+
+
+def holm(p: dict) -> dict:
+    """Holm's adjusted p, by key."""
+    adjusted, highest = {}, 0.0
+    for i, (key, value) in enumerate(sorted(p.items(), key=lambda item: item[1])):
+        adjusted[key] = highest = min(1.0, max(highest, (len(p) - i) * value))
+    return adjusted
+
+
+def steps_to_best(scratch: list[tuple[int, float]], init: list[tuple[int, float]]) -> tuple[int, int]:
+    """From two curves of (step, dev score): the first step at which init is as good as scratch ever gets (never: one evaluation after the
+    end), and the step at which scratch got there."""
+    at, best = max(scratch, key=lambda point: point[1])
+    never = 2 * init[-1][0] - init[-2][0]
+    return next((step for step, dev in init if dev >= best), never), max(at, 1)
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable]) -> str:
+    header = list(header)
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (header, ["---"] * len(header), *rows))

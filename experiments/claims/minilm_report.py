@@ -7,9 +7,8 @@ from typing import Callable, Iterable
 import numpy as np
 
 from experiments.claims.minilm import SENTIMENT, cells
-from experiments.common import rows_of
+from experiments.common import LEARNED, holm, markdown, rows_of, sign_flip, steps_to_best
 from experiments.recipes.plan import KINDS
-from experiments.recipes.report import LEARNED, holm, markdown, sign_flip
 from rt.runs.summary import group
 
 Cells = dict[tuple[str, int], float]                # by task and lineage
@@ -76,7 +75,7 @@ def commonest(r: Rows) -> dict[tuple[str, str, int], float]:
 
 
 def kept(r: Rows) -> dict[tuple, float]:
-    """The share of Delta_0's gain over the commonest label that `apply` keeps on M1."""
+    """The share of Delta_0's gain over the share of dev's commonest label that `apply` keeps on M1. Without a gain there is no share."""
     chance, own, there = commonest(r), r.applied("M0"), r.applied("M1")
     return {key: (there[key] - chance[key]) / (own[key] - chance[key]) for key in there if own[key] > chance[key]}
 
@@ -86,15 +85,11 @@ def of_pair(r: Rows, study: str, number: str, pair: str) -> Cells:
 
 
 def saved(r: Rows) -> dict[tuple, float]:
-    """The share of scratch's steps that init saves until it is as good on dev as scratch gets. Never counts as one evaluation too late."""
+    """The share of scratch's steps that init saves."""
     curves = {mode: {(row["task"], row["kind"], row["lineage"]): row["curve"] for row in r.best("full", mode)}
               for mode in ("scratch", "init")}
-    found = {}
-    for key in curves["scratch"].keys() & curves["init"].keys():
-        at, best = max(curves["scratch"][key], key=lambda point: point[1])
-        never = 2 * curves["init"][key][-1][0] - curves["init"][key][-2][0]
-        found[key] = 1 - next((step for step, dev in curves["init"][key] if dev >= best), never) / max(at, 1)
-    return found
+    steps = {key: steps_to_best(curves["scratch"][key], curves["init"][key]) for key in curves["scratch"].keys() & curves["init"].keys()}
+    return {key: 1 - reached / best for key, (reached, best) in steps.items()}
 
 
 def projected(r: Rows) -> dict[str, Cells]:
@@ -131,15 +126,16 @@ def primary(r: Rows) -> dict[str, tuple[Cells, float]]:
 
 
 def verdicts(found: dict[str, tuple[Cells, float]]) -> list[list[str]]:
-    """A line per primary quantity: mean, interval, cells, p, Holm's p, verdict."""
+    """A line per primary quantity: mean, interval, cells, p, Holm's p, verdict. There are too few cells if none of them could be shown."""
     p = {name: sign_flip([v + margin for v in values.values()]) for name, (values, margin) in found.items() if values}
-    adjusted, lines = holm(p), []
+    adjusted, least, lines = holm(p), holm({name: 0.5 ** len(values) for name, (values, _) in found.items() if values}), []
     for name, (values, margin) in found.items():
         if not values:
             lines.append([name, "not run", *[""] * 4])
             continue
         low, high = crossed(values)
-        word = "shown" if adjusted[name] < 0.05 else "opposite" if high < -margin else "not shown"
+        word = ("opposite" if high < -margin else "too few cells" if least[name] >= 0.05 else
+                "shown" if adjusted[name] < 0.05 and low > -margin else "not shown")
         shown = f"{round(mean(values.values()), 9):+.3f} [{low:+.3f}, {high:+.3f}]"
         lines.append([name, shown, len(values), f"{p[name]:.3f}", f"{adjusted[name]:.3f}", word])
     return lines
@@ -156,7 +152,8 @@ def section(folder: Path) -> str:
     r, facts = Rows(rows), {key: ", ".join(sorted({row[key] for row in rows})) for key in ("device", "commit")}
     text = ["## MiniLM, a base that was really pre-trained",
             "`python -m experiments.claims.minilm --data DIR`; rows in `minilm.jsonl`; [the plan](../../experiments/claims/PLAN.md) was "
-            f"committed before them. {facts['device']}; commits {facts['commit']}. Intervals: crossed bootstrap over tasks and lineages "
+            "committed before them, but M1 of lineage 0 equals the row `plain`, 0.0005, seed 0 of [recipes](../recipes/README.md), which "
+            f"was there before. {facts['device']}; commits {facts['commit']}. Intervals: crossed bootstrap over tasks and lineages "
             "(with one lineage, over tasks alone). p: exact sign-flip over cells; then Holm's over the lines that have rows.",
             markdown(["primary quantity", "mean [95 %]", "cells", "p", "Holm", "here"], verdicts(primary(r)))]
     text += [table for table in (by_base(r), by_mode(r), by_part(r), by_pair(r)) if table]

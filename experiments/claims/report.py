@@ -14,6 +14,7 @@ from statistics import correlation, mean
 from experiments.claims import minilm_report
 from experiments.claims.plan import SEEDS, UPGRADES
 from experiments.claims.rows import Key, Rows, key
+from experiments.common import markdown, steps_to_best
 from rt.errors import InputError
 from rt.report import figures
 from rt.runs.summary import interval
@@ -38,10 +39,6 @@ def verdict(values: list[float], margin: float = 0.0) -> str:
         return "not measured with enough seeds"
     m, half = interval(values)
     return "shown" if m - half > -margin else "opposite" if m + half < -margin else "not shown"
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (header, ["---"] * len(header), *rows)) + "\n"
 
 
 class PerSeed(list):
@@ -100,7 +97,7 @@ class Section:
 
 def table_of_tasks(arms: dict[str, dict[Key, float]]) -> str:
     tasks = list(dict.fromkeys(t for scores in arms.values() for t, _ in scores))
-    return markdown(["task", *arms], [[t, *(shown(by_task(scores, t)) for scores in arms.values())] for t in tasks])
+    return markdown(["task", *arms], [[t, *(shown(by_task(scores, t)) for scores in arms.values())] for t in tasks]) + "\n"
 
 
 def c1(r: Rows, folder: Path, out: Section) -> None:
@@ -152,7 +149,7 @@ def forgetting(r: Rows, at: dict[str, dict[Key, float]], out: Section) -> None:
     score = {b: mean(at[b].values()) for b in both}
     out.add("\nApply against what each base has kept of M0's domain (held-out masked-LM loss on wiki), accuracy averaged over tasks and "
             "seeds:\n\n" + markdown(["", *both], [["apply", *(f"{score[b]:.3f}" for b in both)],
-                                                   ["loss on wiki", *(f"{loss[b]:.3f}" for b in both)]]))
+                                                   ["loss on wiki", *(f"{loss[b]:.3f}" for b in both)]]) + "\n")
     if min(len({*score.values()}), len({loss[b] for b in both})) > 1:
         out.add(f"\nTheir correlation is {correlation([score[b] for b in both], [loss[b] for b in both]):.2f} "
                 f"({len(both)} bases of one lineage; looked for after the fact).\n")
@@ -204,7 +201,7 @@ def c3(r: Rows, folder: Path, out: Section) -> None:
         return
     lines = [[f"M0-{b}", *(shown(over_tasks(x[b])) for x in (share, own, other))] for b in share if share[b]]
     out.add(markdown(["pair", "share of heads whose best match is themselves", "divergence to the same head (nats)",
-                      "to the best other head"], lines) + "\n")
+                      "to the best other head"], lines) + "\n\n")
     task = r.tasks(part="similarity")[0]
     drawn = [{"task": task, "pair": f"M0-{base}", "heads": len(row["divergence"]) // (len(row["cka"]) - 1),
               **{k: row[k] for k in ("divergence", "cka", "share_own_best")}}
@@ -223,7 +220,7 @@ def distance_table(r: Rows) -> str:
         if found:
             numbers = ({key(row): row[k] for row in found} for k in ("l2_per_weight", "cosine"))
             lines.append([f"M0-{base}", of, *(shown(over_tasks(n)[:None if of == "deltas" else 1], 4) for n in numbers)])
-    return "\nDistances over all encoder weights:\n\n" + markdown(["pair", "of", "L2 per weight", "cosine"], lines) if lines else ""
+    return "\nDistances over all encoder weights:\n\n" + markdown(["pair", "of", "L2 per weight", "cosine"], lines) + "\n" if lines else ""
 
 
 def c4(r: Rows, folder: Path, out: Section) -> None:
@@ -234,7 +231,7 @@ def c4(r: Rows, folder: Path, out: Section) -> None:
         return
     saved, lines = {}, []
     for task in r.tasks(part="full", what="init"):
-        steps = {seed: steps_to_best(r, task, seed) for seed in SEEDS}
+        steps = {seed: steps_of(r, task, seed) for seed in SEEDS}
         saved |= {(task, seed): 1 - s[0] / s[1] for seed, s in steps.items() if s}
         lines.append([task, *("-" if s is None else f"{s[0]} of {s[1]}" for s in steps.values())])
     out.add("Batches drawn from all training examples, test accuracy on M1:\n\n" + table_of_tasks(full) + "\n")
@@ -242,7 +239,7 @@ def c4(r: Rows, folder: Path, out: Section) -> None:
     out.difference("init above scratch for twice the steps (as many as Delta_0 and init had together)",
                    full["init"], full["scratch, twice the steps"])
     out.add("\nFirst step at which init is as good on dev as scratch ever gets, of the step where scratch got there (never: counted as one "
-            "evaluation after the end):\n\n" + markdown(["task", *(f"seed {s}" for s in SEEDS)], lines) + "\n")
+            "evaluation after the end):\n\n" + markdown(["task", *(f"seed {s}" for s in SEEDS)], lines) + "\n\n")
     out.difference("share of scratch's steps saved", saved, decides=True)
     order = {f"init, {near}": r.tests(part="transfer", what="init", near=near) for near in ("same", "similar", "different")}
     order["scratch"] = r.tests(part="transfer", what="scratch")
@@ -255,15 +252,12 @@ def c4(r: Rows, folder: Path, out: Section) -> None:
         out.difference(f"{a} above {b}", order[a], order[b], True)
 
 
-def steps_to_best(r: Rows, task: str, seed: int) -> tuple[int, int] | None:
-    """(first evaluated step at which init's dev score reaches scratch's best, step of scratch's best)."""
+def steps_of(r: Rows, task: str, seed: int) -> tuple[int, int] | None:
     curves = {what: row["curve"] for what in ("scratch", "init")
               for row in r.select(part="full", what=what, task=task, seed=seed, variant=None) if row["chosen"]}
     if len(curves) < 2:
         return None
-    at, best = max(curves["scratch"], key=lambda point: point[1])
-    never = 2 * curves["init"][-1][0] - curves["init"][-2][0]
-    return next((step for step, dev in curves["init"] if dev >= best), never), max(at, 1)
+    return steps_to_best(curves["scratch"], curves["init"])
 
 
 def few(r: Rows, kind: str, metric: str = "accuracy") -> dict[str, dict[Key, float]]:
@@ -310,7 +304,7 @@ def chain_table(r: Rows, out: Section) -> None:
         lines.append([what, route, *(shown(over_tasks(at[b])) for b in UPGRADES)])
     if lines:
         out.add("\nChains, 32 examples a label, test accuracy averaged over " + ", ".join(r.tasks(part="chain")) + ":\n\n"
-                + markdown(["mode", "route", *UPGRADES], lines) + "\n")
+                + markdown(["mode", "route", *UPGRADES], lines) + "\n\n")
     for what in modes:
         out.difference(f"{what}: chain above direct on M4", ends[what, "chain"], ends[what, "direct"])
 
@@ -362,7 +356,7 @@ def write(folder: Path) -> str:
             text.append(f"### {name}: {claim}\n\n{out.text or 'Not run yet.' + chr(10)}{remarks}")
             decided = "; ".join(f"{what} {shown(values)}" for what, values, _ in out.deciding if values)
             lines.append([preset, f"{name}: {claim}", decided or "not run yet", out.conclusion() if decided else "-"])
-    summary = markdown(["preset", "claim", "what decides it (mean ± 95% interval over seeds)", "here"], lines)
+    summary = markdown(["preset", "claim", "what decides it (mean ± 95% interval over seeds)", "here"], lines) + "\n"
     head = f"# The claims of the paper, as they come out here\n\n{__doc__.split(chr(10) * 2)[1]}\n\n{summary}"
     really = minilm_report.section(folder)
     (folder / "README.md").write_text("\n".join([head, *([really] if really else []), *text]), encoding="utf-8")

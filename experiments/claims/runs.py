@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from experiments.claims.plan import DOMAINS, UPGRADES, Run, Scale
+from experiments.common import ROOT
 from rt import transport
 from rt.data import Encoded, Task, TaskData, encode_task, few_shot
 from rt.deltas import Base, Delta, apply, attach, extract
@@ -33,7 +34,6 @@ GAMMA, ITP = 1.0, 2                 # in the arms with more terms
 POINTS = 26                         # on a path, as in the paper
 CONTROL_LR = 3e-4                   # of a curve's control point
 TOKENIZER_SECONDS = 3600            # how long IND waits for the lineage's tokenizer
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass

@@ -4,15 +4,13 @@ import math
 from pathlib import Path
 from statistics import mean
 
-import numpy as np
-
+from experiments.common import LEARNED, holm, markdown, sign_flip
 from experiments.recipes.plan import DELTA_SEEDS, known, upgrades
 from rt.errors import InputError
 from rt.formats.files import read_rows
 from rt.report.figures import pareto
 from rt.runs.summary import group, with_interval
 
-LEARNED = 0.05      # dev accuracy of a delta on M0 above the share of the commonest label
 Block = tuple[str, int]     # target, seed
 Point = tuple[float, float]     # gain, points lost
 
@@ -47,7 +45,9 @@ def lost(own: dict, row: dict, only: str = "") -> float:
 
 
 def frontier(plain: list[Point], gain: float) -> float:
-    """Points that plain upgrades, ordered by rate, lose at this gain."""
+    """Points that plain upgrades, ordered by rate, lose at this gain. No gain costs nothing."""
+    if gain <= 0:
+        return 0.0
     line = [(0.0, 0.0), *plain]
     crossed = [a[1] + (b[1] - a[1]) * (gain - a[0]) / (b[0] - a[0]) for a, b in itertools.pairwise(line)
                if a[0] != b[0] and min(a[0], b[0]) <= gain <= max(a[0], b[0])]
@@ -59,22 +59,6 @@ def advantages(found: dict) -> dict[tuple[str, float], dict[Block, float]]:
     plain = [of for (arm, _), of in sorted(found.items()) if arm == "plain"]
     return {key: {block: frontier([of[block] for of in plain], gain) - points for block, (gain, points) in of.items()
                   if all(block in other for other in plain)} for key, of in found.items() if key[0] != "plain"}
-
-
-def sign_flip(values: list[float]) -> float:
-    """One-sided exact p of a mean above zero: the share of sign patterns whose sum is at least as large. At most 24 values."""
-    sums = np.zeros(1)
-    for value in values:
-        sums = np.concatenate([sums + value, sums - value])
-    return float((sums >= sum(values) - 1e-9).mean())
-
-
-def holm(p: dict) -> dict:
-    """Holm's adjusted p, by key."""
-    adjusted, highest = {}, 0.0
-    for i, (key, value) in enumerate(sorted(p.items(), key=lambda item: item[1])):
-        adjusted[key] = highest = min(1.0, max(highest, (len(p) - i) * value))
-    return adjusted
 
 
 HEAD = ("arm", "peak rate", "blocks", "gain, %", "points lost", "full", "adapter", "wiki loss", "advantage, points", "p / Holm", "seconds")
@@ -135,7 +119,3 @@ def missing(rows: list[dict]) -> str:
             left.setdefault((one.arm, one.lr, one.target), []).append(one.seed)
     return "\n".join(f"- {arm} at {lr:g} on {target}: seeds {', '.join(map(str, seeds))}"
                      for (arm, lr, target), seeds in left.items()) or "Nothing."
-
-
-def markdown(header: tuple[str, ...], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (header, ["---"] * len(header), *rows))

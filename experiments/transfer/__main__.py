@@ -23,14 +23,11 @@ from bench.machine import commit, device_name
 from experiments.common import ROOT, cells_to_do, check_places, do_cells, rows_of, run_script
 from experiments.recipes import runs as recipes
 from experiments.transfer import report
-from experiments.twin import permuted_twin
-from rt.formats.checkpoint import save_base
+from experiments.twin import save_twin
 from rt.formats.delta_files import load_delta, save_delta
 from rt.formats.files import read_json
-from rt.formats.hub import open_base
 from rt.formats.tasks import load_task
 from rt.limits import Positive
-from rt.model import MaskedLM
 from rt.runs.config import parse, run
 from rt.runs.summary import group
 
@@ -62,7 +59,7 @@ class Config:
 def main() -> None:
     c = parse(Config, sys.argv[1:])
     if c.report:
-        print(report.write(Path(c.results)))
+        print(report.write(Path(c.results), [cell for cell, _ in cells(c)]))
         return
     check_places("transfer", c.data, c.base, *([c.at] if c.at else []))
     rows = Path(c.results) / "rows.jsonl"
@@ -106,8 +103,7 @@ def prepare(c: Config, needed: set[str]) -> None:
         if name in needed | ({"mini"} if "ind" in needed else set()) and not (home / name / "summary.json").exists():
             script(c, "train.py", *flags, *common, "--out", home / name, *(["--resume"] if (home / name).exists() else []))
     if "twin" in needed and not (home / "twin").exists():
-        twin = permuted_twin(open_base(c.base), 1)
-        save_base(home / "twin", MaskedLM(twin.encoder, twin.head), twin.tokenizer, {"name": "twin"})
+        save_twin(c.base, home / "twin")
     for task, kind in product(TASKS, KINDS):
         if not delta(c, "minilm", task, kind).exists():
             recipes.tune_delta(shared, task, kind, 0)
@@ -116,8 +112,6 @@ def prepare(c: Config, needed: set[str]) -> None:
         if "B" in needed and not (answers := predictions(c, task, kind)).exists():
             script(c, "-m", "rt.runs.predict", "--base", Path(c.base), "--delta_dir", delta(c, "minilm", task, kind), "--input",
                    recipes.task_folder(shared, task) / "train.jsonl", "--device", "cpu", "--out", answers)
-
-
     for task in TASKS:
         if "E" in needed and not delta(c, "minilm", task, "lora").exists():
             tune(c, "minilm", task, "lora", LORA_TUNED)

@@ -2,9 +2,8 @@
 from pathlib import Path
 from statistics import mean
 
-from experiments.recipes.report import markdown, sign_flip
+from experiments.common import markdown, rows_of, sign_flip
 from rt.errors import InputError
-from rt.formats.files import read_rows
 from rt.runs.summary import group, interval, with_interval
 
 Scores = dict[tuple[str, str, int], float]      # by task, kind and seed
@@ -29,7 +28,10 @@ def difference(a: Scores, b: Scores) -> str:
     if not values:
         return "not run"
     middle, half = interval(values)
-    return f"{middle:+.1f} ± {half:.1f} points over {len(values)} cells (p {sign_flip(values):.4f})"
+    each = group([{"column": ", ".join(key[:2]), "points": 100 * (a[key] - b[key])} for key in sorted(a.keys() & b.keys())], "column")
+    columns = [f"{column} {mean(row['points'] for row in some):+.1f}" for (column,), some in each.items()]
+    return f"{middle:+.1f} ± {half:.1f} points over {len(values)} cells (p {sign_flip(values):.4f})" + (
+        f"; {', '.join(columns)}" if len(columns) < len(values) else "")
 
 
 def by_cell(name: str, scores: Scores, columns: list[tuple[str, str]]) -> list[str]:
@@ -37,10 +39,9 @@ def by_cell(name: str, scores: Scores, columns: list[tuple[str, str]]) -> list[s
     return [name, *(with_interval(values) if values else "-" for values in each)]
 
 
-def write(folder: Path) -> str:
-    """Write README.md; returns its tables. InputError if there are no rows."""
-    rows = read_rows(folder / "rows.jsonl") if (folder / "rows.jsonl").exists() else []
-    if not rows:
+def write(folder: Path, planned: list[dict]) -> str:
+    """Write README.md; returns its tables. `planned` are the cells of the plan. InputError if there are no rows."""
+    if not (rows := rows_of(folder / "rows.jsonl")):
         raise InputError(f"{folder}: no rows there; run python -m experiments.transfer --data DIR first")
     text = []
 
@@ -65,8 +66,12 @@ def write(folder: Path) -> str:
     pairs = [abs(box[key] - white[key]) for key in box.keys() & white.keys()]
     text.append("## B. A file of predictions as the teacher\n\n" + (
         f"Largest difference of a test accuracy from part A's, over {len(pairs)} runs: {max(pairs):.4f}." if pairs else "Not run yet."))
+    first = [row for row in rows_of(folder.parent / "recipes" / "minilm.jsonl") if (row["arm"], row["seed"]) == ("M0", 0)]
+    own = {(*name.split("/"), 0): score for row in first for name, score in row["apply"].items()
+           if name.split("/")[0] in {row["cell"]["task"] for row in rows}}
     for base, what in (("twin", "a permuted twin of M0"), ("ind", "an independent base (mini)"), ("upgrade", "an ordinary upgrade")):
-        lines = {"apply": chosen(rows, "C", "apply", "apply", base)}
+        lines = {} if base == "ind" else {"the old delta on M0": own}
+        lines["apply"] = chosen(rows, "C", "apply", "apply", base)
         for carry in ("ridge", "orthogonal", "permutation"):
             lines |= {f"transport, {carry}": chosen(rows, "C", carry, "transport", base),
                       f"head alone, {carry}": chosen(rows, "C", f"head, {carry}", "apply", base)}
@@ -94,9 +99,12 @@ def write(folder: Path) -> str:
         e[mode] = {key: a[mode][key] for key in a[mode].keys() & e["init, ridge"].keys()} | chosen(rows, "E", "plain", mode, "mini")
     table("E. Another size and tokenizer by a ridge map", e,
           f"init, ridge above scratch: {difference(e['init, ridge'], e['scratch'])}")
+    left = ", ".join(" ".join(map(str, cell.values())) for cell in planned if cell not in [row["cell"] for row in rows])
+    text.append(f"## Planned and not run\n\n{left or 'Nothing'}.")
     facts = {key: ", ".join(sorted({row[key] for row in rows})) for key in ("device", "commit")}
     (folder / "README.md").write_text(
         "# Old deltas across sizes, tokenizers, black boxes and coordinates\n\nWritten by `python -m experiments.transfer --report` from "
-        f"`rows.jsonl`; [the plan](../../experiments/transfer/PLAN.md). Test accuracy, mean ± 95 % t-interval over five seeds. Machine: "
-        f"{facts['device']}; commits {facts['commit']}.\n\n" + "\n\n".join(text) + "\n", encoding="utf-8")
+        "`rows.jsonl`; [the plan](../../experiments/transfer/PLAN.md). Test accuracy after 100 steps of 16, mean ± 95 % t-interval over "
+        f"five seeds (`project`: two; what does not depend on a seed has one value). Machine: {facts['device']}; commits "
+        f"{facts['commit']}.\n\n" + "\n\n".join(text) + "\n", encoding="utf-8")
     return "\n\n".join(text)

@@ -202,8 +202,8 @@ def recipes_numbers(rows: list[dict]) -> list[dict]:
     bases, numbers = {row["base"]: row for row in rows if row["of"] == "base"}, []
     (first, old), *later = bases.items()
     new = [*old["heldout"]][-1]
-    score = {(row["base"], row["task"], row["seed"]): row | {"score": next(row[s] for s in SCORES if s in row)}
-             for row in rows if row["of"] == "delta"}
+    deltas = [{k: math.nan if v is None else v for k, v in row.items()} for row in rows if row["of"] == "delta"]     # None: undefined
+    score = {(row["base"], row["task"], row["seed"]): row | {"score": next(row[s] for s in SCORES if s in row)} for row in deltas}
     cells = [(task, seed) for name, task, seed in score if name == first]
     for name, base in later:
         there = [score[name, task, seed] for task, seed in cells]

@@ -75,7 +75,7 @@ def compatibility(context: StudyContext) -> Iterator[dict]:
             for stage, name in enumerate(later, 1):
                 for t, folder in snapshots(Path(context.folders[name])):
                     base = open_base(str(folder)).to(context.where["device"])
-                    yield line("apply", folder.name, stage, t, apply(base, old, stale_ok=True))
+                    yield line("apply", f"{name}-t{t:05}", stage, t, apply(base, old, stale_ok=True))
                 yield line("apply", name, stage, None, apply(context.bases[name], old, stale_ok=True))
                 yield line("tuned", name, stage, None, context.tuned(name, task, seed))
                 bar.update()
