@@ -366,7 +366,9 @@ def planned(c: Config, modes: list[str]) -> list[Run]:
 
 def learning_rates(c: Config, mode: str) -> tuple[float | None, ...]:
     """The learning rates to try; None for a mode that does not train."""
-    return (None,) if mode not in FULL_LR else c.lr or (FULL_LR[mode] if c.delta.kind == "full" else LR.get(c.delta.kind, 5e-3),)
+    if mode not in (*TRAINED, "project"):
+        return (None,)
+    return c.lr or (FULL_LR.get(mode, 5e-4) if c.delta.kind == "full" else LR.get(c.delta.kind, 5e-3),)
 
 
 def default_out(c: Config, task: Task) -> str:

@@ -71,7 +71,8 @@ _hidden_mse.register_autograd(lambda ctx, up: (_hidden_mse_backward(up, *ctx.sav
 
 
 def hidden_mse(student: Tensor, teacher: Tensor, rows: Tensor | None = None) -> Tensor:
-    """Mean squared error between hidden rows, per example, over all layers and the width: the patience term (Sun et al., 2019).
+    """Mean squared error between hidden rows, per example, over all layers and the width: the patience term of Sun et
+    al. (2019) without its normalisation of the rows.
 
     student    (B, L, d)
     teacher    (n, L, d), a cache; example b is compared with its row `rows[b]`. It gets no gradient

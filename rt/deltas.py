@@ -3,8 +3,8 @@
 A delta has three parts: `diffs` (tuned - base, for weights that the base has), `modules` (weights that the base lacks) and the task `head`.
 The kinds are in rt/kinds.py. A freshly attached delta of any kind leaves the base's function unchanged.
 
-Deltas form an algebra: `2 * d`, `d1 + d2`, `d1 - d2`, `apply(base, d, scale=0.5)`, `merge(base, d)`. Sums and multiples act on what deltas
-compute, not on their factors: a sum concatenates LoRA factors and adapter bottlenecks. No function changes a base in place.
+Deltas form an algebra: `2 * d`, `d1 - d2`, `sum([d1, d2]) / 2`, `apply(base, d, scale=0.5)`, `merge(base, d)`. Sums and multiples act on
+what deltas compute, not on their factors: a sum concatenates LoRA factors and adapter bottlenecks. No function changes a base in place.
 """
 import copy
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -86,6 +86,10 @@ class Delta:
     head: dict[str, Tensor]
     info: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self):
+        for part in PARTS:      # one order, however a delta was made or read: sums and projections take tensors side by side
+            setattr(self, part, dict(sorted(getattr(self, part).items())))
+
     @property
     def labels(self) -> tuple[str, ...]:
         """The names of the head's outputs; empty for a regression."""
@@ -125,6 +129,9 @@ class Delta:
 
     __rmul__ = __mul__
 
+    def __truediv__(self, a: float) -> "Delta":
+        return (1 / a) * self
+
     def __neg__(self) -> "Delta":
         return -1.0 * self
 
@@ -149,6 +156,9 @@ class Delta:
             return v + theirs[name]
 
         return replace(self.map(joined), config=kind.joined(self.config, other.config))
+
+    def __radd__(self, other: int) -> "Delta":
+        return self if other == 0 else NotImplemented       # sum() begins with 0
 
 
 def extract(model: Classifier, base: Base, config: DeltaConfig, info: dict) -> Delta:

@@ -4,7 +4,8 @@
     adapter   bottleneck modules after attention and after the FFN (Houlsby et al., 2019); the LNs are trained too
     lora      low-rank updates of the projections in target_modules (Hu et al., 2022)
     bitfit    the biases (Ben Zaken et al., 2022)
-    prefix    learned keys and values in every layer (Li & Liang, 2021), behind a gate that starts closed
+    prefix    learned keys and values in every layer (Li & Liang, 2021). They are read by a softmax of their own and added through a gate
+              that starts closed (LLaMA-Adapter: Zhang et al., 2023)
 
 To add a kind, write a module class with a `reset` that makes it the identity, add a row to KINDS, and put its settings in DeltaConfig.
 """
@@ -63,6 +64,7 @@ class Kind:
     roles: dict[str, str] = field(default_factory=dict)     # substring of a tensor's name -> INPUT, OUTPUT or ADDED
     scaling: Callable[[DeltaConfig], float] = lambda config: 1.0            # the factor that a module multiplies its OUTPUT by
     joined: Callable[[DeltaConfig, DeltaConfig], DeltaConfig] | None = lambda a, b: a   # settings of a sum, with scaling 1; None: no sum
+    stacks: bool = False                                    # whether its modules take weights with a leading K (rt.model.linear)
     is_mergeable: bool = False                              # whether it merges into plain weights (by the module's `weight` if it has one)
 
 
@@ -146,13 +148,14 @@ class Prefix(nn.Module):
 KINDS = {
     "full": Kind(trains=lambda name: True, is_mergeable=True),
     "adapter": Kind(lambda b, c: {slot: Adapter(b.qkv.in_features, c.bottleneck) for slot in ("adapter_attention", "adapter_ffn")},
-                    trains=lambda name: "norm." in name, settings=("bottleneck",),
+                    trains=lambda name: "norm." in name, settings=("bottleneck",), stacks=True,
                     roles={".down.": INPUT, ".up.weight": OUTPUT, ".up.bias": ADDED},
                     joined=lambda a, b: replace(a, bottleneck=a.bottleneck + b.bottleneck)),
     "lora": Kind(loras, settings=("r", "lora_alpha", "target_modules"), roles={".lora.A.": INPUT, ".lora.B.": OUTPUT},
                  scaling=lambda c: c.lora_alpha / c.r, joined=lambda a, b: replace(a, r=a.r + b.r, lora_alpha=float(a.r + b.r)),
-                 is_mergeable=True),
-    "bitfit": Kind(trains=lambda name: name.endswith(".bias"), is_mergeable=True),
+                 stacks=True, is_mergeable=True),
+    "bitfit": Kind(trains=lambda name: name.endswith(".bias"), stacks=True, is_mergeable=True),
     "prefix": Kind(lambda b, c: {"prefix": Prefix(c.prefix_len, b.num_heads, b.qkv.in_features // b.num_heads)}, settings=("prefix_len",),
-                   roles={".prefix.k": INPUT, ".prefix.v": INPUT, ".prefix.gate": ADDED}, joined=None),     # no sum: softmax is not linear
+                   roles={".prefix.k": INPUT, ".prefix.v": INPUT, ".prefix.gate": ADDED}, stacks=True,
+                   joined=None),     # no sum: softmax is not linear
 }

@@ -60,16 +60,15 @@ class TeacherCache:
 def run_teacher(teacher: Classifier, data: Encoded, device: torch.device, precision: torch.dtype, batch_size: int = 64) -> TeacherCache:
     """The teacher's outputs on all of `data`, on `device`."""
     teacher.eval()
-    logits, states, index = [], [], []
     for i in range(0, len(data), batch_size):
         batch = data.batch(list(range(i, min(i + batch_size, len(data))))).to(device)
         what = f"the teacher's states for {len(data)} texts, with {batch_size} of up to {batch.max_seqlen} tokens at once,"
         with memory_for(what, "`seq_len`, `shots` or `unlabelled_texts`"), autocast(device, precision):
-            logits.append(teacher(batch, activations := Activations()).float())
-        states.append(activations.states.float())
-        index.append(batch.index)
-    place = torch.cat(index).argsort()      # a batch is sorted by length
-    return TeacherCache(torch.cat(logits)[place], torch.cat(states)[place])
+            found = teacher(batch, activations := Activations()).float(), activations.states.float()
+            if i == 0:
+                logits, states = (x.new_empty(len(data), *x.shape[1:]) for x in found)
+        logits[batch.index], states[batch.index] = found
+    return TeacherCache(logits, states)
 
 
 @dataclass

@@ -22,7 +22,7 @@ from rt.errors import InputError
 from rt.kinds import DeltaConfig
 from rt.losses import DistillConfig, Loss, TeacherCache, run_teacher, weights_of
 from rt.model import Classifier, Linear, prototypes
-from rt.optim import autocast
+from rt.optim import autocast, memory_for
 from rt.transport import Projection, check_carry, project
 from rt.tune import Hook, TuneResult, TuneSettings, ignore, plain_gradient, predict, tune
 
@@ -90,9 +90,8 @@ def start_fresh(r: Recycling) -> Classifier:
     return prototype_head(r, model, ()) if r.head == "prototype" else model
 
 
-def start_from_old(r: Recycling) -> Classifier:
-    """The old delta on the new base. If the task has other labels, the head is fresh or made of prototypes."""
-    delta = r.merged or r.old_delta
+def start_from(r: Recycling, delta: Delta) -> Classifier:
+    """`delta` on the new base. If the task has other labels, the head is fresh or made of prototypes."""
     model = apply(r.base, delta, stale_ok=True)
     if delta.labels == r.data.labels:
         return model
@@ -100,6 +99,11 @@ def start_from_old(r: Recycling) -> Classifier:
         return prototype_head(r, model, delta.labels)
     model.head = new_head(r.base, r.data.num_outputs, r.settings.seed)
     return model
+
+
+def start_from_old(r: Recycling) -> Classifier:
+    """The old delta, or the merged old deltas, on the new base."""
+    return start_from(r, r.merged or r.old_delta)
 
 
 def start_carried(r: Recycling) -> Classifier:
@@ -111,20 +115,22 @@ def start_transported(r: Recycling) -> Classifier:
     """The carried delta on the new base."""
     if r.carried is None:
         raise ValueError("no delta was carried: rt.transport.transport does so")
-    return start_from_old(replace(r, merged=r.carried))
+    return start_from(r, r.carried)
 
 
 def start_masked(r: Recycling) -> Classifier:
     """Like start_carried, with D * 1[D g < 0] in place of D. g is the gradient of the task loss at new base + head, without dropout."""
     delta, loss = (r.carried if r.carry else r.merged) or r.old_delta, plain_loss(r)
     model = apply(r.base, delta, scale=0.0, stale_ok=True).eval()
-    for i in range(0, len(r.data.train), 64):
-        batch = r.data.train.batch([*range(i, min(i + 64, len(r.data.train)))]).to(r.device)
-        with autocast(r.device, r.precision):
-            total = loss(model, batch) * len(batch.index)
-        total.backward()
+    size = min(64, r.settings.batch_size)
+    for i in range(0, len(r.data.train), size):
+        batch = r.data.train.batch([*range(i, min(i + size, len(r.data.train)))]).to(r.device)
+        with memory_for(f"the gradient of {size} sequences", f"`batch_size` ({r.settings.batch_size}) or `seq_len`"):
+            with autocast(r.device, r.precision):
+                total = loss(model, batch) * len(batch.index)
+            total.backward()
     masked = {k: v * (v * model.encoder.get_parameter(k).grad.cpu() < 0) for k, v in delta.diffs.items()}
-    return start_from_old(replace(r, merged=replace(delta, diffs=masked)))
+    return start_from(r, replace(delta, diffs=masked))
 
 
 def prototype_head(r: Recycling, model: Classifier, labels: tuple[str, ...]) -> Classifier:
@@ -150,7 +156,7 @@ def start_projected(r: Recycling) -> Classifier:
     """The old delta, mapped by the projection learned beforehand."""
     if r.projection is None:
         raise ValueError("project needs a projection: rt.transport.learn_projection")
-    return start_from_old(replace(r, old_delta=project(r.projection, r.old_delta)))
+    return start_from(r, project(r.projection, r.old_delta))
 
 
 def teacher_model(r: Recycling) -> Classifier:

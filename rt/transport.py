@@ -131,8 +131,8 @@ def learn_projection(old_base: Base, base: Base, sources: list[tuple[Delta, Task
         return train_step(gradients[i], datas[i].train, s, on_step, turn, " on projected weights", ", `seq_len` or `rank`")
 
     def dev_scores() -> dict[str, float]:
-        each = {data.name: next(iter(evaluate(student, data.dev, device, precision).values())) for student, data in zip(students, datas)}
-        return {"mean": None if None in each.values() else sum(each.values()) / len(each), **each}
+        each = [next(iter(evaluate(student, data.dev, device, precision).values())) for student, data in zip(students, datas)]
+        return {"mean": None if None in each else sum(each) / len(each), **{data.name: value for data, value in zip(datas, each)}}
 
     result = minimise(dict(projection.named_parameters()), gradient, s, dev_scores, on_eval)
     projection.best_step, projection.dev = result.best_step, result.dev

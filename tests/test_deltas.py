@@ -1,5 +1,6 @@
 """Every kind of delta: identity when attached, round trip through a folder, algebra, merging, and an unchanged base."""
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,6 +97,9 @@ def test_algebra(kind, base, batch):
     same(0.5 * d1 + 0.5 * d1, d1)
     same(d1 + d2 - d2, d1)
     same(-(-d1), d1)
+    same(sum([d1, d2]) / 2, 0.5 * d1 + 0.5 * d2)
+    other_order = replace(d2, **{part: dict(reversed(getattr(d2, part).items())) for part in ("diffs", "modules", "head")})
+    assert [*other_order.tensors()] == [*d2.tensors()]      # so sums and projections fit, however a delta was read
     zero = apply(base, d1 - d1)
     with torch.no_grad():
         torch.testing.assert_close(zero.encoder(batch), base.encoder(batch), atol=2e-4, rtol=1e-4)

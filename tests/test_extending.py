@@ -8,6 +8,7 @@ import torch
 from conftest import here, write_task
 from torch import Tensor, nn
 
+from recycle import Config, learning_rates
 from rt.data import Encoded, TaskData
 from rt.deltas import apply, attach, extract, merge
 from rt.errors import InputError
@@ -16,7 +17,7 @@ from rt.formats.delta_files import load_delta, save_delta
 from rt.kinds import ADDED, KINDS, DeltaConfig, Kind
 from rt.losses import TERMS, DistillConfig, Loss, TeacherCache
 from rt.model import MaskedLM
-from rt.recycling import MODES, Recycling, recycle
+from rt.recycling import MODES, TRAINED, Recycling, recycle
 from rt.report.inspect import inspect
 from rt.speed.multi_run import can_go_together
 from rt.tune import TuneSettings, tune
@@ -85,7 +86,7 @@ def test_all_modes_and_the_scripts_take_it(shift, base, other_base, tmp_path):
     for mode in MODES:
         if mode not in ("project", "transport", "gradmask"):
             assert recycle(r, mode)[1].curve
-    assert can_go_together(r, "distill")
+    assert not can_go_together(r, "distill")        # its module takes no weights with a leading K, and the row does not say `stacks`
     for name, one in (("M0", base), ("M1", other_base)):
         save_base(tmp_path / name, MaskedLM(one.encoder, one.head), one.tokenizer, {})
     rows = [{"text": f"{'good' if i % 2 else 'bad'} {i}", "label": str(i % 2)} for i in range(8)]
@@ -96,7 +97,7 @@ def test_all_modes_and_the_scripts_take_it(shift, base, other_base, tmp_path):
     assert json.loads((tmp_path / "delta" / "delta.json").read_text())["kind"] == "shift"
     said = here("recycle.py", "--mode", "scratch,init", "--old_base", tmp_path / "M0", "--old_delta", tmp_path / "delta", "--base",
                 tmp_path / "M1", "--task", tmp_path / "mood", "--delta", "shift", "--steps", "2", "--eval_every", "1", "--seq_len", "16",
-                "--shots", "2", "--seeds", "0", "--out", tmp_path / "recycled", "--device", "cpu")
+                "--shots", "2", "--sweep", "seed=0,1", "--out", tmp_path / "recycled", "--device", "cpu")
     assert said.startswith("mood (2 labels, 2 examples a label), shift") and "\ninit " in said
 
 
@@ -131,3 +132,9 @@ def test_a_loss_term_is_one_function_and_one_field(base, other_base, batch, monk
     config = DeltaConfig("adapter")
     r = Recycling(base, learned(base, config)[1], other_base, task(), config, TuneSettings(2, 4, 1e-3, 2, 0), Sharp(sharp=1.0), **CPU)
     assert recycle(r, "distill")[1].curve and not can_go_together(r, "distill")     # runs side by side refuse it instead of dropping it
+
+
+def test_a_mode_that_trains_has_learning_rates(monkeypatch):
+    monkeypatch.setattr("recycle.TRAINED", (*TRAINED, "half"))
+    assert learning_rates(Config(mode=("half",), delta=DeltaConfig("full"), lr=(1e-3, 2e-3)), "half") == (1e-3, 2e-3)
+    assert learning_rates(Config(mode=("half",), delta=DeltaConfig("full")), "half") == (5e-4,)

@@ -20,6 +20,7 @@ from rt.losses import DistillConfig, Loss, run_teacher, weights_of
 from rt.model import PRESETS, EncoderConfig, new_masked_lm
 from rt.optim import MOST_SKIPPED, SkipTracker, adamw, step_unless
 from rt.pretrain import PretrainSettings
+from rt.recycling import Recycling, recycle
 from rt.runs.resume import checkpoints
 from rt.transport import learn_projection
 from rt.tune import TuneSettings, predict, tune
@@ -193,6 +194,10 @@ def test_nor_does_a_teacher_a_projection_or_a_curve_end_with_a_traceback(base, o
     with monkeypatch.context() as patch, pytest.raises(InputError, match=r"lower `batch_size` \(4\), `seq_len` or `rank`"):
         patch.setattr(Loss, "__call__", full)
         learn_projection(base, other_base, [(delta, data)], s, DistillConfig(), r=2, granularity="flat", residual=False, **CPU)
+    whole = extract(attach(base, DeltaConfig("full"), 3, seed=0), base, DeltaConfig("full"), delta.info)
+    with monkeypatch.context() as patch, pytest.raises(InputError, match=r"gradient of 4 sequences did not fit .*`batch_size` \(4\)"):
+        patch.setattr(Loss, "__call__", full)
+        recycle(Recycling(base, whole, other_base, data, whole.config, s, DistillConfig(), **CPU), "gradmask")
     ends = [weights_of(attach(each, config, 3, seed=0)) for each in (base, other_base)]
     with monkeypatch.context() as patch, pytest.raises(InputError, match="tokens on the curve did not fit into memory: lower `batch"):
         patch.setattr(Loss, "__call__", full)

@@ -224,7 +224,7 @@ def test_what_does_not_fit_is_one_sentence(base, other_base, tokenizer):
 
 def test_the_mean_of_a_score_that_is_undefined_is_undefined(base, other_base, monkeypatch):
     found, rows = iter([None, 0.5, 0.5, 0.5, 0.5, None]), []
-    sources = [(delta, task_of(delta, base, 0)) for delta in (tuned(base, "bitfit", task, seed=i) for i, task in enumerate("ab"))]
+    sources = [(delta, task_of(delta, base, 0)) for delta in (tuned(base, "bitfit", "a", seed=i) for i in (0, 1))]     # of one name
     monkeypatch.setattr("rt.transport.evaluate", lambda *_: {"pearson": next(found)})
     projection = learn_projection(base, other_base, sources, TuneSettings(2, 8, 1e-3, 1, 0), r=2, granularity="auto", residual=False,
                                   on_eval=rows.append, **LOSS)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rt.data import Encoded, TaskData
 from rt.errors import Diverged, InputError
+from rt.kinds import KINDS
 from rt.losses import AT_POINTS, TERMS, DistillConfig, Loss, Reweighted, TeacherCache, Weights, patience, task_loss, trained_weights
 from rt.model import Activations, Batch, Classifier
 from rt.optim import EPS, TUNING_BETAS, SkipTracker, autocast, is_out_of_memory
@@ -314,8 +315,8 @@ def step_bytes(run: SideRun, device: torch.device, precision: torch.dtype) -> in
 
 
 def can_go_together(r: Recycling, mode: str) -> bool:
-    """Whether runs like this one can be trained side by side. Full deltas, which share no base, and losses that do not stack cannot."""
-    return mode in TRAINED and r.config.kind != "full" and (mode not in NEEDS_TEACHER or can_be_stacked(r.distill))
+    """Whether runs like this one can be trained side by side. Full deltas, which share no base, and what does not stack cannot."""
+    return mode in TRAINED and KINDS[r.config.kind].stacks and (mode not in NEEDS_TEACHER or can_be_stacked(r.distill))
 
 
 def recycle_together(rs: list[Recycling], mode: str, limit: int = 0,
