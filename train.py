@@ -74,7 +74,7 @@ class Config:
     accumulation: PositiveInt = 1  # microbatches into which each rank splits its share of a batch
     seq_len: SeqLen | None = None  # longest sequence or text in tokens, with <s> and </s>; default 128, for eval the delta's own
     mask_rate: PositiveShare = 0.3  # share of tokens to predict; RoBERTa uses 0.15, but more learns faster (Wettig et al., 2023)
-    lr: Positive | None = None  # peak learning rate; default 1e-3 for pretrain, by kind of delta for tune
+    lr: Positive | None = None  # peak learning rate; default, for the mini preset: pretrain 1e-3; tune: full 5e-4, prefix 1e-2, others 5e-3
     warmup: Share = 0.1  # share of the steps over which the learning rate rises, per stage
     dropout: ShareBelowOne = 0.0  # dropout in pre-training; 0 learns faster over few epochs (tuning uses the checkpoint's 0.1)
     weight_decay: NonNegative = 0.01  # weight decay, on matrices only
