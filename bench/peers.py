@@ -14,10 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.measure import captured
 from bench.problem import Draws, Impl, Problem, against_eager, compiled, deterministic, leaf, reference, wide, work
 from kernels import add_norm, dropout, linear_loss
-from kernels.attention import attention
+from kernels.attention import attention_qkv
 from kernels.attention_kd import attention_kd
 from kernels.hidden_mse import hidden_mse
-from kernels.kd_loss import TopK, kd_loss, kd_loss_ref, top_k
+from kernels.kd_loss import kd_loss
 
 ALPHA, T = 0.5, 2.0
 SMALL = 2**23       # below this many elements, launching takes as long as computing
@@ -78,7 +78,8 @@ def attention_problem(case: dict, device: torch.device, dtype: torch.dtype, exac
     seed, cu = torch.zeros(1, dtype=torch.int64, device=device), layout.cu_seqlens
 
     def ours(context: Callable = nullcontext) -> Impl:
-        return Impl(lambda q, k, v: attention(q, k, v, cu, S, dropout_p=p, seed=seed), tuple(map(leaf, (q, k, v))), upstream, context)
+        return Impl(lambda qkv: attention_qkv(qkv, cu, S, dropout_p=p, seed=seed), (leaf(torch.stack([q, k, v], 1)),), upstream, context,
+                    lambda x: x if x.ndim == 3 else x.unbind(1))
 
     def sdpa(*backends: str, wide_mask: bool = False) -> Impl:
         mask = layout.valid[:, None, None, :] if layout.ragged else None
@@ -100,7 +101,7 @@ def attention_problem(case: dict, device: torch.device, dtype: torch.dtype, exac
 
     def varlen() -> Impl:
         from torch.nn.attention.varlen import varlen_attn
-        return ours()._replace(function=lambda q, k, v: varlen_attn(q, k, v, cu, cu, S, S))
+        return Impl(lambda q, k, v: varlen_attn(q, k, v, cu, cu, S, S), tuple(map(leaf, (q, k, v))), upstream)
 
     names = {"flash": "FLASH_ATTENTION", "math": "MATH"}
     if device.type == "cuda":
@@ -156,20 +157,15 @@ def mean_kl(s: Tensor, t: Tensor) -> Tensor:
 
 
 def kd_problem(case: dict, device: torch.device, dtype: torch.dtype, exact: bool = False) -> Problem:
-    R, C, k, draws = case["R"], case["C"], case["k"], Draws(device, dtype, exact)
+    R, C, draws = case["R"], case["C"], Draws(device, dtype, exact)
     s, t = draws.normal(R, C, scale=2.0), draws.normal(R, C, scale=2.0)
     labels, upstream = draws.below(C, R), draws.upstream(R) / R
-    teacher = t
-    if k:       # chosen before widening: one sort must decide which of two equal logits is in the top
-        ids, logits, tail = top_k(t.to(dtype), k, T)
-        teacher = TopK(ids, draws.widen(logits), draws.widen(tail))
 
     def ours() -> Impl:
-        return Impl(lambda s: kd_loss(s, teacher, labels, alpha=ALPHA, T=T), (leaf(s),), upstream)
+        return Impl(lambda s: kd_loss(s, t, labels, alpha=ALPHA, T=T), (leaf(s),), upstream)
 
     def eager() -> Impl:
-        return Impl((lambda s: kd_loss_ref(s, teacher, labels, alpha=ALPHA, T=T)) if k else (lambda s: eager_kd(s, t, labels)),
-                    (leaf(s),), upstream)
+        return Impl(lambda s: eager_kd(s, t, labels), (leaf(s),), upstream)
 
     def liger() -> Impl:
         from liger_kernel.transformers.functional import liger_kl_div
@@ -182,12 +178,12 @@ def kd_problem(case: dict, device: torch.device, dtype: torch.dtype, exact: bool
         graph = captured(lambda: torch.autograd.grad(impl.function(*impl.leaves), impl.leaves, impl.upstream))
         return Impl(lambda: graph.replay(), (), passes=("both",))
 
-    more = {} if k else {"liger kl_div KL only": liger}
+    more = {"liger kl_div KL only": liger}
     if R * C < SMALL and s.is_cuda:
         more |= {"ours graph": lambda: graphed(ours), "eager graph": lambda: graphed(eager)}
-    once = R * C * s.element_size()     # the student's logits; a top-k teacher is negligible
+    once = R * C * s.element_size()     # the student's logits
     return Problem(against_eager(ours, eager, **more), {"default": eager, "mean KL": lambda: Impl(lambda s: mean_kl(s, t), (leaf(s),))},
-                   "gbps", work(once * (1 if k else 2), once * (2 if k else 3)), R * C < SMALL)
+                   "gbps", work(once * 2, once * 3), R * C < SMALL)
 
 
 def hidden_problem(case: dict, device: torch.device, dtype: torch.dtype, exact: bool = False) -> Problem:

@@ -17,7 +17,7 @@ class Impl(NamedTuple):
     leaves: tuple[Tensor, ...]                  # differentiated; if there are none, only `function` is timed
     upstream: Tensor | None = None              # gradient of the output; None if the output is a scalar
     context: Callable = nullcontext             # entered around every call
-    canonical: Callable = lambda x: x           # puts the output, or a gradient, into the truth's layout
+    canonical: Callable = lambda x: x           # puts the output, or a gradient, into the truth's layout, or into several tensors
     truth: str = "default"
     passes: tuple[str, ...] = PASSES            # timed; if there are none, only the error is measured
 

@@ -1,15 +1,15 @@
 """Fused operations, each with a plain PyTorch reference in the same file. Needs only torch (and triton); does not use rt.
 
     from kernels import (add_norm, attention, attention_kd, attention_qkv, dropout, hidden_mse, kd_loss, linear_cross_entropy,
-                         linear_kd, states_mse, top_k)
+                         linear_kd, states_mse)
 """
 from kernels.add_norm import add_norm, layer_norm
 from kernels.attention import attention, attention_qkv
 from kernels.attention_kd import attention_kd
 from kernels.dropout import dropout, site_seeds
 from kernels.hidden_mse import hidden_mse, states_mse
-from kernels.kd_loss import TopK, kd_loss, top_k
+from kernels.kd_loss import kd_loss
 from kernels.linear_loss import linear_cross_entropy, linear_kd
 
-__all__ = ["TopK", "add_norm", "attention", "attention_kd", "attention_qkv", "dropout", "hidden_mse", "kd_loss",
-           "layer_norm", "linear_cross_entropy", "linear_kd", "site_seeds", "states_mse", "top_k"]
+__all__ = ["add_norm", "attention", "attention_kd", "attention_qkv", "dropout", "hidden_mse", "kd_loss", "layer_norm",
+           "linear_cross_entropy", "linear_kd", "site_seeds", "states_mse"]

@@ -19,6 +19,7 @@ backward only); fp32 sums; within a sequence, tokens times the token stride stay
 differentiable twice. Tested in Triton's interpreter; compiled for sm_80, 90, 100.
 """
 import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,6 @@ from kernels.common import LOG2E, check_cu_seqlens, dense_rows, launch, op, uses
 from kernels.dropout import check_seed, dropout_words, threshold_of, words_ref
 
 WIDTHS = (32, 64, 128)   # head dimensions of the kernels
-PREFIX_ROWS = 512       # queries that share a partial sum of a prefix's gradients
 
 
 # ---------------------------------------------------------------- reference
@@ -114,8 +114,10 @@ def _seed(seed: Tensor | int | None, device: torch.device) -> Tensor:
 Outputs = tuple[Tensor, Tensor, Tensor]
 
 
-def _launch_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seqlen: int, scale: float,
-                    dropout_p: float, shared: bool) -> Outputs:
+@op
+def _attention(qkv: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seqlen: int, scale: float, dropout_p: float) -> Outputs:
+    """out (N, H, D), log2-sum-exp2 of the scaled scores (H, N), and the dropout words (H, N, 4) int32, empty without dropout."""
+    q, k, v = dense_rows(qkv)[0].unbind(1)
     N, H, D = q.shape
     out, lse = torch.empty(N, H, D, dtype=q.dtype, device=q.device), torch.empty(H, N, device=q.device)
     dropped = "_dropout" if dropout_p else ""
@@ -125,102 +127,53 @@ def _launch_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seed: T
     BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_forward" + dropped, size_class(D, max_seqlen), q.dtype, q.device)
     B = len(cu_seqlens) - 1
     count, blocks = programs(N, B, max_seqlen, BLOCK_Q)
-    launch(_forward, count * H, q, k, v, out, lse, cu_seqlens, words, *_strides(q, k, v), N, H, B, blocks, len(k), scale * LOG2E,
+    launch(_forward, count * H, q, k, v, out, lse, cu_seqlens, words, *_strides(q, k, v), N, H, B, blocks, scale * LOG2E,
            threshold_of(dropout_p), 1 / (1 - dropout_p), D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0,
-           SHARED=shared, num_warps=warps, num_stages=stages)
+           num_warps=warps, num_stages=stages)
     return out, lse, words
 
 
-def _launch_backward(dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-                     words: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout_p: float, shared: bool) -> None:
-    """Fill dq, dk, dv: heads of D contiguous numbers side by side, any stride between tokens, but the same stride for dk and dv."""
-    (N, H, D), B, P, dropped = q.shape, len(cu_seqlens) - 1, len(k), "_dropout" if dropout_p else ""
+@op
+def _attention_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, words: Tensor, cu_seqlens: Tensor, max_seqlen: int,
+                        scale: float, dropout_p: float) -> Tensor:
+    """dqkv (N, 3, H, D)."""
+    dqkv = torch.empty(qkv.shape, device=qkv.device, dtype=qkv.dtype)
+    (q, k, v), (dq, dk, dv) = dense_rows(qkv)[0].unbind(1), dqkv.unbind(1)
+    (N, H, D), B, dropped = q.shape, len(cu_seqlens) - 1, "_dropout" if dropout_p else ""
     dout, rows = dout.contiguous(), torch.empty(H, N, 4 if dropout_p else 2, dtype=torch.int32, device=q.device)
     BLOCK = 8192 // (D * q.element_size())      # 8 KB per tile
     blocks = -(-N // BLOCK)
     launch(_backward_rows, blocks * H, out, dout, lse, words, rows, N, H, blocks, D=D, DROPOUT=dropout_p > 0, BLOCK=BLOCK)
     atomic = q.dtype != torch.float32 and not torch.are_deterministic_algorithms_enabled()
     sums = torch.zeros(N, H, D, dtype=torch.float32, device=q.device) if atomic else dq
-    longest = P if shared else max_seqlen
-    BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_backward_keys", size_class(D, longest), q.dtype, q.device)
-    count, blocks = programs(B * P if shared else N, B, longest, BLOCK_K)
+    BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_backward_keys", size_class(D, max_seqlen), q.dtype, q.device)
+    count, blocks = programs(N, B, max_seqlen, BLOCK_K)
     scales = scale, scale * LOG2E, threshold_of(dropout_p), 1 / (1 - dropout_p)
     launch(_backward_keys, count * H, q, k, v, dout, rows, sums, dk, dv, cu_seqlens, words, *_strides(q, k, v), dk.stride(0),
-           N, H, B, blocks, P, *scales, D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0, SHARED=shared, ATOMIC=atomic,
+           N, H, B, blocks, *scales, D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0, ATOMIC=atomic,
            num_warps=warps, num_stages=stages)
     if atomic:
         dq.copy_(sums)
-        return
+        return dqkv
     BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_backward_queries" + dropped, size_class(D, max_seqlen), q.dtype, q.device)
     count, blocks = programs(N, B, max_seqlen, BLOCK_Q)
-    launch(_backward_queries, count * H, q, k, v, dout, rows, dq, cu_seqlens, words, *_strides(q, k, v), dq.stride(0), N, H, B, blocks, P,
-           *scales, D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0, SHARED=shared, num_warps=warps,
-           num_stages=stages)
-
-
-@op
-def _attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seqlen: int, scale: float,
-               dropout_p: float, shared: bool) -> Outputs:
-    """out (N, H, D), log2-sum-exp2 of the scaled scores (H, N), and the dropout words (H, N, 4) int32, empty without dropout.
-    With `shared`, k and v are (P, H, D) and all queries see them."""
-    return _launch_forward(q, k, v, cu_seqlens, seed, max_seqlen, scale, dropout_p, shared)
-
-
-@op
-def _attention_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, words: Tensor,
-                        cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout_p: float, shared: bool) -> Outputs:
-    """dq, dk, dv in the shapes and dtypes of q, k, v."""
-    (N, H, D), B, P = q.shape, len(cu_seqlens) - 1, len(k)
-    dq = torch.empty(N, H, D, device=q.device, dtype=q.dtype)
-    dk, dv = (torch.empty(B * P if shared else N, H, D, device=q.device, dtype=torch.float32 if shared else k.dtype) for _ in range(2))
-    _launch_backward(dq, dk, dv, dout, q, k, v, out, lse, words, cu_seqlens, max_seqlen, scale, dropout_p, shared)
-    if shared:
-        dk, dv = (x.view(B, P, H, D).sum(0).to(k.dtype) for x in (dk, dv))
-    return dq, dk, dv
-
-
-def _save(ctx, inputs, output):
-    q, k, v, cu_seqlens, _, *ctx.rest = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, dout, dlse, dwords):
-    if dout is None:
-        return (None,) * 9
-    return *_attention_backward(dout, *ctx.saved_tensors, *ctx.rest), *(None,) * 6
-
-
-_attention.register_autograd(_differentiate, setup_context=_save)
-
-
-@op
-def _attention_qkv(qkv: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seqlen: int, scale: float, dropout_p: float) -> Outputs:
-    """`_attention` of the three rows of qkv (N, 3, H, D)."""
-    return _launch_forward(*dense_rows(qkv)[0].unbind(1), cu_seqlens, seed, max_seqlen, scale, dropout_p, False)
-
-
-@op
-def _attention_qkv_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, words: Tensor, cu_seqlens: Tensor, max_seqlen: int,
-                            scale: float, dropout_p: float) -> Tensor:
-    """dqkv (N, 3, H, D)."""
-    dqkv = torch.empty(qkv.shape, device=qkv.device, dtype=qkv.dtype)
-    _launch_backward(*dqkv.unbind(1), dout, *dense_rows(qkv)[0].unbind(1), out, lse, words, cu_seqlens, max_seqlen, scale, dropout_p, False)
+    launch(_backward_queries, count * H, q, k, v, dout, rows, dq, cu_seqlens, words, *_strides(q, k, v), dq.stride(0), N, H, B, blocks,
+           *scales, D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0, num_warps=warps, num_stages=stages)
     return dqkv
 
 
-def _save_qkv(ctx, inputs, output):
+def _save(ctx, inputs, output):
     qkv, cu_seqlens, _, *ctx.rest = inputs
     ctx.save_for_backward(qkv, *output, cu_seqlens)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate_qkv(ctx, dout, dlse, dwords):
-    dqkv = None if dout is None else _attention_qkv_backward(dout, *ctx.saved_tensors, *ctx.rest)
+def _differentiate(ctx, dout, dlse, dwords):
+    dqkv = None if dout is None else _attention_backward(dout, *ctx.saved_tensors, *ctx.rest)
     return dqkv, *(None,) * 5
 
 
-_attention_qkv.register_autograd(_differentiate_qkv, setup_context=_save_qkv)
+_attention.register_autograd(_differentiate, setup_context=_save)
 
 
 def size_class(D: int, longest: int) -> int:
@@ -234,12 +187,20 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
 
 # ---------------------------------------------------------------- public
 
-def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, dropout_p: float = 0.0,
-              seed: Tensor | int | None = None, scale: float | None = None,
-              prefix_kv: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> Tensor:
+    """`attention_qkv` of separate q, k and v, (N, H, D) each, which are copied side by side."""
+    if q.ndim != 3 or k.shape != q.shape or v.shape != q.shape:
+        raise ValueError(f"q, k and v must be (N, H, D) and alike, not {[tuple(x.shape) for x in (q, k, v)]}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must be of one dtype, not {[x.dtype for x in (q, k, v)]}")
+    return attention_qkv(torch.stack([q, k, v], 1), *args, **options)
+
+
+def attention_qkv(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, dropout_p: float = 0.0, seed: Tensor | int | None = None,
+                  scale: float | None = None, prefix_kv: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
     """Attention within each of B sequences. Nothing waits for the device.
 
-    q, k, v      (N, H, D), any strides with a contiguous last dimension: the tokens of all sequences end to end
+    qkv          (N, 3, H, D): queries, keys and values of the tokens of all sequences end to end
     cu_seqlens   (B+1,) int32: the start of each sequence, then N; empty sequences are allowed
     max_seqlen   length of the longest sequence, or more
     dropout_p    probability that an attention weight is dropped; kept weights are scaled by 1 / (1 - p)
@@ -250,49 +211,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
                  gate means no prefix (Zhang et al., 2023, LLaMA-Adapter, without their tanh); or K prefixes, with a leading K
     Returns      (N, H, D). Raises ValueError if shapes do not fit.
     """
-    if q.ndim != 3 or k.shape != q.shape or v.shape != q.shape:
-        raise ValueError(f"q, k and v must be (N, H, D) and alike, not {[tuple(x.shape) for x in (q, k, v)]}")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k and v must be of one dtype, not {[x.dtype for x in (q, k, v)]}")
-    _check(len(q), cu_seqlens, dropout_p, seed)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if not uses_triton(q) or scale <= 0:
-        return attention_ref(q, k, v, cu_seqlens, max_seqlen, dropout_p=dropout_p, seed=seed, scale=scale, prefix_kv=prefix_kv)
-    cu_seqlens, seed = cu_seqlens.contiguous(), _seed(seed, q.device) if dropout_p else None
-    out = _widened_attention(q, k, v, cu_seqlens, seed, max_seqlen, scale, dropout_p, False)
-    if prefix_kv is not None and prefix_kv[0].ndim == 4:
-        return out + _prefix(q * scale, *prefix_kv)
-    if prefix_kv is not None:
-        k_p, v_p, gate = (x.to(q.dtype) for x in prefix_kv)
-        runs = torch.arange(0, len(q) + PREFIX_ROWS, PREFIX_ROWS, device=q.device, dtype=torch.int32).clamp_(max=len(q))
-        out = out + gate[:, None] * _widened_attention(q, k_p, v_p, runs, None, PREFIX_ROWS, scale, 0.0, True)
-    return out
-
-
-def attention_qkv(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, dropout_p: float = 0.0, seed: Tensor | int | None = None,
-                  scale: float | None = None, prefix_kv: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
-    """`attention` of the packed projection qkv (N, 3, H, D); q, k and v are its rows 0, 1 and 2. The kernels write one gradient of that
-    shape. Autograd would copy three gradients into it, and does so with a prefix or head dimensions other than 32, 64 and 128."""
     if qkv.ndim != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv must be (N, 3, H, D), not {tuple(qkv.shape)}")
     N, _, _, D = qkv.shape
-    if prefix_kv is not None or D not in WIDTHS or not uses_triton(qkv) or scale is not None and scale <= 0:
-        return attention(*qkv.unbind(1), cu_seqlens, max_seqlen, dropout_p=dropout_p, seed=seed, scale=scale, prefix_kv=prefix_kv)
-    _check(N, cu_seqlens, dropout_p, seed)
-    cu_seqlens, seed = cu_seqlens.contiguous(), _seed(seed, qkv.device) if dropout_p else None
-    return _attention_qkv(qkv, cu_seqlens, seed, max_seqlen, D ** -0.5 if scale is None else scale, dropout_p)[0]
-
-
-def _check(N: int, cu_seqlens: Tensor, dropout_p: float, seed: Tensor | int | None) -> None:
     check_cu_seqlens(cu_seqlens)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be at least 0 and below 1, not {dropout_p}")
     if dropout_p and isinstance(seed, Tensor):
         check_seed(N, seed.reshape(-1))
-
-
-def _widened_attention(q: Tensor, k: Tensor, v: Tensor, *rest) -> Tensor:
-    return _attention(*widened(q, k, v), *rest)[0][..., :q.shape[-1]]
+    scale = D ** -0.5 if scale is None else scale
+    if not uses_triton(qkv) or scale <= 0:
+        return attention_ref(*qkv.unbind(1), cu_seqlens, max_seqlen, dropout_p=dropout_p, seed=seed, scale=scale, prefix_kv=prefix_kv)
+    seed = _seed(seed, qkv.device) if dropout_p else None
+    out = _attention(*widened(qkv), cu_seqlens.contiguous(), seed, max_seqlen, scale, dropout_p)[0][..., :D]
+    return out if prefix_kv is None else out + _prefix(qkv.unbind(1)[0] * scale, *prefix_kv)
 
 
 def widened(*tensors: Tensor) -> list[Tensor]:

@@ -2,7 +2,7 @@
 from kernels.common import tl, triton
 from kernels.dropout import bits, bits_tile, column, kept
 
-RUNTIME = ["N", "H", "B", "blocks", "prefix_len", "threshold"]      # not recompiled if they are 1 or a multiple of 16
+RUNTIME = ["N", "H", "B", "blocks", "threshold"]      # not recompiled if they are 1 or a multiple of 16
 
 
 # ---------------------------------------------------------------- scheduling
@@ -74,16 +74,15 @@ def _online_softmax(acc, m, total, q, q_ptr, k_ptr, v_ptr, q_stride, k_stride, v
 @triton.jit(do_not_specialize=RUNTIME)
 def _forward(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_ptr, words_ptr,    # (N, H, D) x 4, (H, N), (B+1,), (H, N, 4)
              q_stride, q_head, k_stride, k_head, v_stride, v_head,        # strides between tokens and heads, in elements
-             N, H, B, blocks, prefix_len, qk_scale, threshold, keep_scale,
-             D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr, SHARED: tl.constexpr):
-    """One block of BLOCK_Q queries. SHARED: all sequences see the same prefix_len keys instead of their own."""
+             N, H, B, blocks, qk_scale, threshold, keep_scale,
+             D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr):
+    """One block of BLOCK_Q queries."""
     block, h, _, start, length = _locate(cu_ptr, blocks, B, H, BLOCK_Q)
     if block * BLOCK_Q >= length:
         return
-    keys, key_start = (prefix_len, start * 0) if SHARED else (length, start)
     q_ptr += start * q_stride + h * q_head
-    k_ptr += key_start * k_stride + h * k_head
-    v_ptr += key_start * v_stride + h * v_head
+    k_ptr += start * k_stride + h * k_head
+    v_ptr += start * v_stride + h * v_head
     rows, cols = block * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     q = _tile(q_ptr, q_stride, rows, length, D)
     a, b = rows, rows
@@ -93,13 +92,13 @@ def _forward(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_ptr, words_ptr,    # (N, 
     m = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
     acc = tl.zeros((BLOCK_Q, D), tl.float32)
-    full = keys // BLOCK_K * BLOCK_K
+    full = length // BLOCK_K * BLOCK_K
     for n in range(0, full, BLOCK_K):       # only the last block needs a mask
         acc, m, total = _online_softmax(acc, m, total, q, q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, rows, length, n + cols,
-                                        keys, qk_scale, a, b, words_ptr, threshold, D, DROPOUT, False)
-    if full < keys:
+                                        length, qk_scale, a, b, words_ptr, threshold, D, DROPOUT, False)
+    if full < length:
         acc, m, total = _online_softmax(acc, m, total, q, q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, rows, length, full + cols,
-                                        keys, qk_scale, a, b, words_ptr, threshold, D, DROPOUT, True)
+                                        length, qk_scale, a, b, words_ptr, threshold, D, DROPOUT, True)
     inside = rows < length
     tl.store(lse_ptr + h * N + start + rows, m + tl.log2(total), mask=inside)
     out_ptr += (start * H + h) * D
@@ -130,27 +129,25 @@ def _backward_rows(out_ptr, dout_ptr, lse_ptr, words_ptr, rows_ptr, N, H, blocks
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _backward_keys(q_ptr, k_ptr, v_ptr, dout_ptr, rows_ptr, dq_ptr, dk_ptr, dv_ptr, cu_ptr, words_ptr,
-                   q_stride, q_head, k_stride, k_head, v_stride, v_head, dk_stride, N, H, B, blocks, prefix_len, scale, qk_scale,
+                   q_stride, q_head, k_stride, k_head, v_stride, v_head, dk_stride, N, H, B, blocks, scale, qk_scale,
                    threshold, keep_scale, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr,
-                   SHARED: tl.constexpr, ATOMIC: tl.constexpr):
+                   ATOMIC: tl.constexpr):
     """dK and dV of BLOCK_K keys, stored with stride dk_stride between tokens. Tiles are keys x queries, so neither P nor dS is
-    transposed for dK and dV. With ATOMIC, also the keys' share of dQ (fp32, contiguous). SHARED: the partial sums of one run of queries;
-    the caller adds up the runs."""
-    block, h, sequence, start, length = _locate(cu_ptr, blocks, B, H, BLOCK_K)
-    keys, key_start, out_start = (prefix_len, start * 0, sequence.to(tl.int64) * prefix_len) if SHARED else (length, start, start)
-    if block * BLOCK_K >= keys:
+    transposed for dK and dV. With ATOMIC, also the keys' share of dQ (fp32, contiguous)."""
+    block, h, _, start, length = _locate(cu_ptr, blocks, B, H, BLOCK_K)
+    if block * BLOCK_K >= length:
         return
     cols = block * BLOCK_K + tl.arange(0, BLOCK_K)
-    k_ptr += key_start * k_stride + h * k_head
-    v_ptr += key_start * v_stride + h * v_head
-    k, v = _tile(k_ptr, k_stride, cols, keys, D), _tile(v_ptr, v_stride, cols, keys, D)
+    k_ptr += start * k_stride + h * k_head
+    v_ptr += start * v_stride + h * v_head
+    k, v = _tile(k_ptr, k_stride, cols, length, D), _tile(v_ptr, v_stride, cols, length, D)
     q_ptr += start * q_stride + h * q_head
     dout_ptr += (start * H + h) * D
     dq_ptr += (start * H + h) * D
     W: tl.constexpr = 4 if DROPOUT else 2
     rows_ptr += (h * N + start) * W
     if DROPOUT:
-        c = bits(words_ptr + (h * N + start) * 4, cols, keys, 2, 4)
+        c = bits(words_ptr + (h * N + start) * 4, cols, length, 2, 4)
     dk, dv = tl.zeros((BLOCK_K, D), tl.float32), tl.zeros((BLOCK_K, D), tl.float32)
     for n in range(0, length, BLOCK_Q):
         rows = n + tl.arange(0, BLOCK_Q)
@@ -158,11 +155,11 @@ def _backward_keys(q_ptr, k_ptr, v_ptr, dout_ptr, rows_ptr, dq_ptr, dk_ptr, dv_p
         dout = _tile(dout_ptr, H * D, rows, length, D)
         row = bits_tile(rows_ptr, rows, length, W)      # past the end s = lse = dout = delta = 0, so p = 1 and dS = 0 add nothing
         lse, delta = column(row, 0).to(tl.float32, bitcast=True), column(row, 1).to(tl.float32, bitcast=True)
-        s = _product(k, k_ptr, k_stride, cols, keys, q, q_ptr, q_stride, rows, length, D)      # (keys, queries)
+        s = _product(k, k_ptr, k_stride, cols, length, q, q_ptr, q_stride, rows, length, D)      # (keys, queries)
         p = tl.exp2(s * qk_scale - lse[None, :])
         if ATOMIC:      # keys past the end: their rows of dK and dV are not stored, but dQ sums over them
-            p = tl.where(cols[:, None] < keys, p, 0.0)
-        dp = _product(v, v_ptr, v_stride, cols, keys, dout, dout_ptr, H * D, rows, length, D)
+            p = tl.where(cols[:, None] < length, p, 0.0)
+        dp = _product(v, v_ptr, v_stride, cols, length, dout, dout_ptr, H * D, rows, length, D)
         p_kept = p
         if DROPOUT:
             # one number until it is broadcast: Triton converts two such vectors to the products' layout only as whole tiles
@@ -176,24 +173,22 @@ def _backward_keys(q_ptr, k_ptr, v_ptr, dout_ptr, rows_ptr, dq_ptr, dk_ptr, dv_p
         if ATOMIC:
             tl.atomic_add(dq_ptr + rows[:, None] * (H * D) + tl.arange(0, D)[None, :],
                           tl.dot(tl.trans(ds), k, input_precision="tf32x3") * scale, mask=rows[:, None] < length, sem="relaxed")
-    place = out_start * dk_stride + h * D + cols[:, None] * dk_stride + tl.arange(0, D)[None, :]
-    inside = cols[:, None] < keys
+    place = start * dk_stride + h * D + cols[:, None] * dk_stride + tl.arange(0, D)[None, :]
+    inside = cols[:, None] < length
     tl.store(dk_ptr + place, (dk * scale).to(dk_ptr.dtype.element_ty), mask=inside)
     tl.store(dv_ptr + place, (dv * keep_scale).to(dv_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _backward_queries(q_ptr, k_ptr, v_ptr, dout_ptr, rows_ptr, dq_ptr, cu_ptr, words_ptr,
-                      q_stride, q_head, k_stride, k_head, v_stride, v_head, dq_stride, N, H, B, blocks, prefix_len, scale, qk_scale,
-                      threshold, keep_scale, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-                      DROPOUT: tl.constexpr, SHARED: tl.constexpr):
+                      q_stride, q_head, k_stride, k_head, v_stride, v_head, dq_stride, N, H, B, blocks, scale, qk_scale,
+                      threshold, keep_scale, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr):
     """dQ of BLOCK_Q queries in a fixed order of summation: the deterministic path."""
     block, h, _, start, length = _locate(cu_ptr, blocks, B, H, BLOCK_Q)
     if block * BLOCK_Q >= length:
         return
-    keys, key_start = (prefix_len, start * 0) if SHARED else (length, start)
-    k_ptr += key_start * k_stride + h * k_head
-    v_ptr += key_start * v_stride + h * v_head
+    k_ptr += start * k_stride + h * k_head
+    v_ptr += start * v_stride + h * v_head
     rows = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     inside = rows < length
     q_ptr += start * q_stride + h * q_head
@@ -207,15 +202,15 @@ def _backward_queries(q_ptr, k_ptr, v_ptr, dout_ptr, rows_ptr, dq_ptr, cu_ptr, w
         words_ptr += (h * N + start) * 4
         a, b = bits(rows_ptr, rows, length, 2, W), bits(rows_ptr, rows, length, 3, W)
     dq = tl.zeros((BLOCK_Q, D), tl.float32)
-    for n in range(0, keys, BLOCK_K):
+    for n in range(0, length, BLOCK_K):
         cols = n + tl.arange(0, BLOCK_K)
-        k = _tile(k_ptr, k_stride, cols, keys, D)
-        s = _product(q, q_ptr, q_stride, rows, length, k, k_ptr, k_stride, cols, keys, D) * qk_scale
-        p = tl.where(cols[None, :] < keys, tl.exp2(s - lse[:, None]), 0.0)
-        v = _tile(v_ptr, v_stride, cols, keys, D)
-        dp = _product(dout, dout_ptr, H * D, rows, length, v, v_ptr, v_stride, cols, keys, D)
+        k = _tile(k_ptr, k_stride, cols, length, D)
+        s = _product(q, q_ptr, q_stride, rows, length, k, k_ptr, k_stride, cols, length, D) * qk_scale
+        p = tl.where(cols[None, :] < length, tl.exp2(s - lse[:, None]), 0.0)
+        v = _tile(v_ptr, v_stride, cols, length, D)
+        dp = _product(dout, dout_ptr, H * D, rows, length, v, v_ptr, v_stride, cols, length, D)
         if DROPOUT:
-            c = column(bits_tile(words_ptr, cols, keys, 4), 2)
+            c = column(bits_tile(words_ptr, cols, length, 4), 2)
             dp = kept(a[:, None] * c[None, :] + b[:, None], threshold, dp, dp)[0] * keep_scale
         dq = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, dq, input_precision="tf32x3")
     place = start * dq_stride + h * D + rows[:, None] * dq_stride + tl.arange(0, D)[None, :]

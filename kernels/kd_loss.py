@@ -13,17 +13,9 @@ t' = t - M_t, the sums D_1 = sum e^s', D_s = sum e^(s'/T), D_t = sum e^(t'/T) an
 All subtracted numbers are small: shifting a row of logits costs no digits, and equal logits give 0 up to rounding. Backward, from the
 saved maxima and sums: d row / ds = (1 - alpha) (e^s' / D_1 - onehot) + alpha T (e^(s'/T) / D_s - e^(t'/T) / D_t).
 
-If only the teacher's top k logits and the mass of the rest are known (`TopK`), the KL has k + 1 outcomes. The student's bucket is one
-class with the logit B_s = T ln sum_rest e^(s/T). Its derivative by s_j is r_j = e^((s_j - B_s)/T). For j in the rest, with q and p the
-probabilities of student and teacher, d row / ds_j = alpha T (q_rest - p_rest) r_j = alpha T (q_j - p_rest r_j). A full teacher with
-the logits t_j = s_j + B_t - B_s there, the bucket filled in the student's own shape, gives the same gradient. The rest is summed
-directly, never as 1 - top, so a small bucket loses no digits.
-
-Limits: fp32, fp16 and bf16 logits with fp32 arithmetic; k up to 4,096; a top-k teacher is sorted by id before the launch; float64 takes
-the reference. Not differentiable twice. Tested in Triton's interpreter; compiled for sm_80, 90, 100.
+Limits: fp32, fp16 and bf16 logits with fp32 arithmetic; float64 takes the reference. Not differentiable twice. Tested in Triton's
+interpreter; compiled for sm_80, 90, 100.
 """
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,41 +23,15 @@ from torch import Tensor
 from kernels import configs
 from kernels.common import LOG2E, dense_rows, launch, op, row_class, tl, triton, uses_triton
 
+# ---------------------------------------------------------------- reference
 
-class TopK(NamedTuple):
-    """A compressed teacher: its k largest logits and one bucket for all other classes, at one temperature."""
-    ids: Tensor     # (R, k) int32 or int64, distinct within a row, in any order
-    logits: Tensor  # (R, k)
-    tail: Tensor    # (R,) the bucket's logit T logsumexp(rest / T); -inf if k is C
-
-
-@torch.no_grad()
-def top_k(teacher: Tensor, k: int, T: float) -> TopK:
-    """The `TopK` of logits (R, C), for distillation at temperature T."""
-    logits, ids = teacher.topk(k, dim=-1)
-    return TopK(ids, logits, _bucket(teacher.to(torch.promote_types(teacher.dtype, torch.float32)), ids, T))
-
-
-def _bucket(logits: Tensor, ids: Tensor, T: float) -> Tensor:
-    """(R,): the logit of all classes except `ids`, taken as one class."""
-    rest = logits.scatter(-1, ids.long(), -float("inf"))
-    empty = rest.isneginf().all(-1)         # logsumexp's gradient would be NaN there
-    return torch.where(empty, -float("inf"), T * (rest.masked_fill(empty[:, None], 0.0) / T).logsumexp(-1))
-
-
-# ---------------------------------------------------------------- references
-
-def kd_loss_ref(student: Tensor, teacher: Tensor | TopK | None, labels: Tensor | None = None, *, alpha: float, T: float,
+def kd_loss_ref(student: Tensor, teacher: Tensor | None, labels: Tensor | None = None, *, alpha: float, T: float,
                 ignore_index: int = -100) -> Tensor:
     """`kd_loss` in plain PyTorch, with at least fp32 arithmetic."""
-    dtype = torch.promote_types(student.dtype, torch.float32)
-    s = student = student.to(dtype)
+    student = student.to(torch.promote_types(student.dtype, torch.float32))
     rows = student.new_zeros(len(student))
-    if isinstance(teacher, TopK):
-        s = torch.cat([student.gather(-1, teacher.ids.long()), _bucket(student, teacher.ids, T)[:, None]], -1)
-        teacher = torch.cat([teacher.logits.to(dtype), teacher.tail.to(dtype)[:, None]], -1)
     if teacher is not None and alpha:
-        log_s, log_t = F.log_softmax(s / T, -1), F.log_softmax(teacher.detach().to(dtype) / T, -1)
+        log_s, log_t = F.log_softmax(student / T, -1), F.log_softmax(teacher.detach().to(student.dtype) / T, -1)
         p = log_t.exp()
         rows = alpha * T**2 * torch.where(p > 0, p * (log_t - log_s), 0.0).sum(-1)
     if labels is not None:
@@ -157,85 +123,53 @@ def load_fp32(ptr, at, mask):
 # ---------------------------------------------------------------- kd_loss
 
 @triton.jit
-def _forward(s_ptr, t_ptr, ids_ptr, tail_ptr, labels_ptr, loss_ptr, stats_ptr,      # (R, C), (R, C or k), (R, k), (R,), (R,), (R,), (R, 6)
-             C, k, s_stride, t_stride, ignore_index, alpha, T, rate, CE: tl.constexpr, KD: tl.constexpr, UNIT_T: tl.constexpr,
-             K: tl.constexpr, BLOCK: tl.constexpr, W: tl.constexpr):
-    """Loss and statistics of one row. With ids (ascending), the loop sees only the rest, and the top k are one more tile at the end."""
+def _forward(s_ptr, t_ptr, labels_ptr, loss_ptr, stats_ptr,      # (R, C), (R, C), (R,), (R,), (R, 5)
+             C, s_stride, t_stride, ignore_index, alpha, T, rate, CE: tl.constexpr, KD: tl.constexpr, UNIT_T: tl.constexpr,
+             BLOCK: tl.constexpr, W: tl.constexpr):
+    """Loss and statistics of one row."""
     row = tl.program_id(0).to(tl.int64)
     s_ptr += row * s_stride
-    shift = 0.0
     m_s, d_1, d_s, m_t, d_t, gaps = parts(BLOCK // W)
     if KD:
         t_ptr += row * t_stride
-    if ids_ptr is not None:
-        top, met = tl.arange(0, K), 0
-        ids = tl.load(ids_ptr + row * k + top, mask=top < k, other=2**31 - 1)
     for start in range(0, C, BLOCK):
         cols = tile(start, W, BLOCK // W)
         s, t = load_fp32(s_ptr, cols, cols < C), None
-        if ids_ptr is not None:
-            end = tl.sum((ids < start + BLOCK).to(tl.int32), 0)
-            for i in range(met, end):       # an id is searched only in its own tile
-                s = tl.where(cols == tl.load(ids_ptr + row * k + i), -float("inf"), s)
-            met = end
-        elif KD:
+        if KD:
             t = load_fp32(t_ptr, cols, cols < C)
         m_s, d_1, d_s, m_t, d_t, gaps = add(s, 1.0, 1.0, t, 1.0, None, m_s, d_1, d_s, m_t, d_t, gaps, rate, CE, KD, UNIT_T)
     M_s, D_1, D_s, M_t, D_t, gap = add(m_s, d_1, d_s, m_t, d_t, gaps, -1e30, 0.0, 0.0, -1e30, 0.0, 0.0, rate, CE, KD, UNIT_T)
-    if ids_ptr is None:
-        D_k = D_s
-    else:       # the KL sees the bucket as one class with logit `bucket`; CE and gradient see all classes, with sum D_s
-        tail = tl.load(tail_ptr + row).to(tl.float32)
-        bucket = M_s + T * tl.log(tl.maximum(D_s, 1.0))         # the maximum itself adds 1 to D_s: 0 means an empty bucket, still -1e30
-        shift = tail - bucket
-        gap = tl.where(D_s > 0, 0.0, float("inf"))              # counts only if the teacher's bucket is not empty
-        s, t = load_fp32(s_ptr, ids, top < k), load_fp32(t_ptr, top, top < k)
-        _, _, D_k, M_t, D_t, gap = add(s, 1.0, 1.0, t, 1.0, None, bucket, 0.0, 1.0, tl.maximum(tail, -1e30), 1.0, gap, rate,
-                                       False, KD, UNIT_T)
-        M_s, D_1, D_s, _, _, _ = add(s, 1.0, 1.0, None, 1.0, None, M_s, D_1, D_s, M_t, D_t, gap, rate, CE, KD, UNIT_T)
     y, counts = read_label(labels_ptr, row, ignore_index)
     s_y = tl.load(s_ptr + y, mask=(y >= 0) & (y < C), other=float("nan")).to(tl.float32)    # a label that is no class gives a loss of NaN
-    tl.store(loss_ptr + row, tl.where(counts, row_loss(s_y, M_s, D_1, D_k, D_t, gap, alpha, T, CE, KD), 0.0))
-    stats_ptr += row * 6
+    tl.store(loss_ptr + row, tl.where(counts, row_loss(s_y, M_s, D_1, D_s, D_t, gap, alpha, T, CE, KD), 0.0))
+    stats_ptr += row * 5
     tl.store(stats_ptr, M_s)
     tl.store(stats_ptr + 1, D_1)
     tl.store(stats_ptr + 2, D_s)
     tl.store(stats_ptr + 3, M_t)
     tl.store(stats_ptr + 4, D_t)
-    tl.store(stats_ptr + 5, shift)
 
 
 @triton.jit
-def _backward(s_ptr, t_ptr, ids_ptr, labels_ptr, stats_ptr, up_ptr, grad_ptr,      # (R, C), (R, C or k), (R, k), (R,), (R, 6), (R,), (R, C)
-              C, k, tiles, s_stride, t_stride, up_stride, ignore_index, alpha, T, rate, CE: tl.constexpr, KD: tl.constexpr,
-              UNIT_T: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
-    """The gradient of one tile of one row. With ids: first as if all classes were the rest, then again for the top k of this tile."""
+def _backward(s_ptr, t_ptr, labels_ptr, stats_ptr, up_ptr, grad_ptr,      # (R, C), (R, C), (R,), (R, 5), (R,), (R, C)
+              C, tiles, s_stride, t_stride, up_stride, ignore_index, alpha, T, rate, CE: tl.constexpr, KD: tl.constexpr,
+              UNIT_T: tl.constexpr, BLOCK: tl.constexpr):
+    """The gradient of one tile of one row."""
     row = (tl.program_id(0) // tiles).to(tl.int64)
     start = tl.program_id(0) % tiles * BLOCK
     s_ptr += row * s_stride
     grad_ptr += row * C
-    stats_ptr += row * 6
+    stats_ptr += row * 5
     M_s, D_1, D_s = tl.load(stats_ptr), tl.load(stats_ptr + 1), tl.load(stats_ptr + 2)
-    M_t, D_t, shift = tl.load(stats_ptr + 3), tl.load(stats_ptr + 4), tl.load(stats_ptr + 5)
+    M_t, D_t = tl.load(stats_ptr + 3), tl.load(stats_ptr + 4)
     y, counts = read_label(labels_ptr, row, ignore_index)
     up = tl.where(counts, tl.load(up_ptr + row * up_stride), 0.0)
     cols = start + tl.arange(0, BLOCK)
-    s = load_fp32(s_ptr, cols, cols < C)
-    t = s + shift       # the bucket in the student's shape; unused without a teacher
+    s, t = load_fp32(s_ptr, cols, cols < C), None
     if KD:
-        t_ptr += row * t_stride
-        if ids_ptr is None:
-            t = load_fp32(t_ptr, cols, cols < C)
+        t = load_fp32(t_ptr + row * t_stride, cols, cols < C)
     grad = tile_grad(s, t, cols == y, M_s, D_1, D_s, M_t, D_t, rate, up * (1 - alpha), up * alpha * T, CE, KD, UNIT_T)
     tl.store(grad_ptr + cols, grad.to(grad_ptr.dtype.element_ty), mask=cols < C)
-    if ids_ptr is not None:
-        top = tl.arange(0, K)
-        ids = tl.load(ids_ptr + row * k + top, mask=top < k, other=C)
-        here = (ids >= start) & (ids < tl.minimum(start + BLOCK, C))
-        grad = tile_grad(load_fp32(s_ptr, ids, here), load_fp32(t_ptr, top, here), ids == y, M_s, D_1, D_s, M_t, D_t, rate,
-                         up * (1 - alpha), up * alpha * T, CE, KD, UNIT_T)
-        tl.debug_barrier()      # other threads of this program have just written these elements, as part of the rest
-        tl.store(grad_ptr + ids, grad.to(grad_ptr.dtype.element_ty), mask=here)
 
 
 def flags(teacher: Tensor | None, labels: Tensor | None, alpha: float, T: float) -> dict[str, bool]:
@@ -245,77 +179,65 @@ def flags(teacher: Tensor | None, labels: Tensor | None, alpha: float, T: float)
 
 
 @op
-def _kd_loss(student: Tensor, teacher: Tensor | None, ids: Tensor | None, tail: Tensor | None, labels: Tensor | None,
-             alpha: float, T: float, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Loss (R,) and, for the backward, statistics (R, 6). With ids (R, k), contiguous and ascending, `teacher` holds their logits."""
-    (R, C), k = student.shape, 0 if ids is None else ids.shape[1]
-    student, teacher, tail, labels = dense_rows(student, teacher, tail, labels)
-    loss, stats = (torch.empty(s, dtype=torch.float32, device=student.device) for s in ((R,), (R, 6)))
+def _kd_loss(student: Tensor, teacher: Tensor | None, labels: Tensor | None, alpha: float, T: float,
+             ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Loss (R,) and, for the backward, statistics (R, 5)."""
+    R, C = student.shape
+    student, teacher, labels = dense_rows(student, teacher, labels)
+    loss, stats = (torch.empty(s, dtype=torch.float32, device=student.device) for s in ((R,), (R, 5)))
     BLOCK, warps, W = configs.pick("kd_loss_forward", row_class(C), student.dtype, student.device)
-    launch(_forward, R, student, teacher, ids, tail, labels, loss, stats, C, k, student.stride(0),
-           0 if teacher is None else teacher.stride(0), ignore_index, alpha, T, LOG2E / T, **flags(teacher, labels, alpha, T),
-           K=triton.next_power_of_2(k), BLOCK=BLOCK, W=W, num_warps=warps)
+    launch(_forward, R, student, teacher, labels, loss, stats, C, student.stride(0), 0 if teacher is None else teacher.stride(0),
+           ignore_index, alpha, T, LOG2E / T, **flags(teacher, labels, alpha, T), BLOCK=BLOCK, W=W, num_warps=warps)
     return loss, stats
 
 
 @op
-def _kd_loss_backward(up: Tensor, student: Tensor, teacher: Tensor | None, ids: Tensor | None, labels: Tensor | None, stats: Tensor,
+def _kd_loss_backward(up: Tensor, student: Tensor, teacher: Tensor | None, labels: Tensor | None, stats: Tensor,
                       alpha: float, T: float, ignore_index: int) -> Tensor:
     """The gradient of student (R, C), given the gradient of the loss (R,)."""
-    (R, C), k = student.shape, 0 if ids is None else ids.shape[1]
+    R, C = student.shape
     student, teacher, labels = dense_rows(student, teacher, labels)
     grad = torch.empty(R, C, dtype=student.dtype, device=student.device)
     BLOCK, warps = configs.pick("kd_loss_backward", row_class(C), student.dtype, student.device)
     tiles = -(-C // BLOCK)
-    launch(_backward, R * tiles, student, teacher, ids, labels, stats, up, grad, C, k, tiles, student.stride(0),
+    launch(_backward, R * tiles, student, teacher, labels, stats, up, grad, C, tiles, student.stride(0),
            0 if teacher is None else teacher.stride(0), up.stride(0), ignore_index, alpha, T, LOG2E / T,
-           **flags(teacher, labels, alpha, T), K=triton.next_power_of_2(k), BLOCK=BLOCK, num_warps=warps)
+           **flags(teacher, labels, alpha, T), BLOCK=BLOCK, num_warps=warps)
     return grad
 
 
 def _save(ctx, inputs, output):
-    student, teacher, ids, _, labels, *ctx.rest = inputs
-    ctx.save_for_backward(student, teacher, ids, labels, output[1])
+    student, teacher, labels, *ctx.rest = inputs
+    ctx.save_for_backward(student, teacher, labels, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate(ctx, up, _):
-    return _kd_loss_backward(up, *ctx.saved_tensors, *ctx.rest), *(None,) * 7
+    return _kd_loss_backward(up, *ctx.saved_tensors, *ctx.rest), *(None,) * 5
 
 
 _kd_loss.register_autograd(_differentiate, setup_context=_save)
 
 
-def kd_loss(student: Tensor, teacher: Tensor | TopK | None, labels: Tensor | None = None, *, alpha: float, T: float,
+def kd_loss(student: Tensor, teacher: Tensor | None, labels: Tensor | None = None, *, alpha: float, T: float,
             ignore_index: int = -100) -> Tensor:
     """Cross-entropy and temperature-scaled KL to a teacher, per row.
 
     student    (R, C) raw logits
-    teacher    (R, C) raw logits; or their `TopK` at this T, with the KL over k + 1 outcomes; or None, for (1 - alpha) CE alone.
-               It gets no gradient
+    teacher    (R, C) raw logits, or None, for (1 - alpha) CE alone. It gets no gradient
     labels     (R,) classes, or None for the KL term alone (still times alpha); `ignore_index` rows give 0
     alpha, T   share of the KL term, from 0 to 1; temperature of its softmaxes
     Returns    (R,) fp32; float64 for float64 logits. Raises ValueError if shapes do not fit or T is not positive.
     """
-    if isinstance(teacher, TopK):
-        fits = teacher.ids.shape == teacher.logits.shape and teacher.ids.shape[:-1] == teacher.tail.shape == student.shape[:1]
-    else:
-        fits = teacher is None or teacher.shape == student.shape
+    fits = teacher is None or teacher.shape == student.shape
     if student.ndim != 2 or not fits or (labels is not None and labels.shape != student.shape[:1]):
-        parts = [*teacher] if isinstance(teacher, TopK) else [teacher]
-        raise ValueError("student and teacher must be (R, C) and alike, or the teacher's top k (R, k), (R, k), (R,); labels (R,); not "
-                         f"{[None if x is None else tuple(x.shape) for x in (student, *parts, labels)]}")
+        raise ValueError("student and teacher must be (R, C) and alike, labels (R,), not "
+                         f"{[None if x is None else tuple(x.shape) for x in (student, teacher, labels)]}")
     if T <= 0:
         raise ValueError(f"the temperature T must be positive, not {T}")
     if teacher is None and labels is None:
         raise ValueError("a loss needs a teacher or labels")
     if not uses_triton(student):
         return kd_loss_ref(student, teacher, labels, alpha=alpha, T=T, ignore_index=ignore_index)
-    logits, ids, tail = teacher if alpha else None, None, None
-    if isinstance(logits, TopK):
-        if teacher.ids.shape[1] > 4096:
-            raise ValueError(f"a teacher's top {teacher.ids.shape[1]}: the kernels go up to 4096; RT_KERNELS=ref takes any")
-        ids, order = teacher.ids.sort(-1)
-        ids, logits, tail = ids.contiguous(), teacher.logits.gather(-1, order), teacher.tail
-    logits, tail = (None if x is None else x.detach() for x in (logits, tail))
-    return _kd_loss(student, logits, ids, tail, labels, float(alpha), float(T), ignore_index)[0]
+    teacher = teacher.detach() if teacher is not None and alpha else None
+    return _kd_loss(student, teacher, labels, float(alpha), float(T), ignore_index)[0]

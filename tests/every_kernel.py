@@ -17,7 +17,6 @@ from kernels import (
     linear_cross_entropy,
     linear_kd,
     states_mse,
-    top_k,
 )
 
 
@@ -44,7 +43,7 @@ def step(i: dict) -> list[torch.Tensor]:
     h = add_norm(i["residual"], h, i["norm_weight"], i["norm_bias"], 1e-5, 0.1, i["seeds"])
     loss = loss + (dropout(h, 0.1, i["seeds"]) * i["residual"].detach()).sum()
     loss = loss + attention_kd(q, k, *i["teacher_qk"].unbind(1), i["cu"], 70).sum()
-    for teacher in (i["teacher"], top_k(i["teacher"].detach(), 5, 2.0), None):
+    for teacher in (i["teacher"], None):
         loss = loss + kd_loss(i["student"], teacher, i["labels"], alpha=0.5, T=2.0).mean()
     loss = loss + hidden_mse(i["states"], i["cache"], i["rows"]).mean()
     loss = loss + states_mse([i["x"], i["x"] * 2], [i["y"], i["y"]], i["w"][:2, 0].float())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels import attention, attention_qkv, configs
-from kernels.attention import _attention, _attention_backward, attention_ref, programs
+from kernels.attention import attention_ref, programs
 
 LENGTHS = (5, 0, 1, 17, 32)
 
@@ -157,8 +157,8 @@ def test_every_block_of_a_sequence_has_a_program_and_at_most_one_too_many():
 @pytest.mark.parametrize("deterministic", [False, True], indirect=True, ids=["atomic", "split"])
 @pytest.mark.parametrize("P, lengths, dtype", [(20, (500, 30), torch.bfloat16), (70, (90, 0, 1), torch.float16),
                                                (20, (40, 1), torch.float32)])
-def test_prefix_in_the_kernels(device, P, lengths, dtype, deterministic):
-    qkv, cu = inputs(dtype, lengths, H=4)     # more queries than PREFIX_ROWS; more keys than one block; fewer than either
+def test_prefix_beside_the_kernels(device, P, lengths, dtype, deterministic):
+    qkv, cu = inputs(dtype, lengths, H=4)
     assert_within_twice_the_references_error(qkv.detach().to(device).requires_grad_(), cu.to(device),
                                              prefix_of(P, 4, 32, device, torch.float32),
                                              atol=max(2e-6, torch.finfo(dtype).eps / 2))    # the gate's gradient: one number per head
@@ -283,24 +283,6 @@ def test_dropout_without_a_seed_follows_torchs_generator(device):
     first, second = attention(*arguments, dropout_p=0.5), attention(*arguments, dropout_p=0.5)
     torch.manual_seed(3)
     assert torch.equal(first, attention(*arguments, dropout_p=0.5)) and not torch.equal(first, second)
-
-
-def raw(device, dropout_p, shared):
-    """Arguments of the two ops; q, k and v require gradients."""
-    x = torch.randn(3, 12, 2, 32, device=device)
-    q, k, v = (y.clone().requires_grad_() for y in x)
-    cu = torch.tensor([0, 5, 5, 12], dtype=torch.int32, device=device)
-    rest = (7, 0.2, dropout_p, shared)
-    return (q, k[:4].detach() if shared else k, v[:4].detach() if shared else v, cu, torch.tensor([4], device=device), *rest), rest
-
-
-@pytest.mark.parametrize("dropout_p, shared", [(0.0, False), (0.2, False), (0.0, True)])
-def test_ops_are_registered_as_torch_wants_them(device, dropout_p, shared):
-    arguments, rest = raw(device, dropout_p, shared)
-    torch.library.opcheck(_attention.op, arguments)
-    q, k, v, cu = (x.detach() for x in arguments[:4])
-    out, lse, words = _attention(*arguments)
-    torch.library.opcheck(_attention_backward.op, (torch.randn_like(q), q, k, v, out.detach(), lse.detach(), words, cu, *rest))
 
 
 def test_one_graph_under_torch_compile(device):

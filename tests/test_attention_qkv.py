@@ -4,7 +4,7 @@ import torch
 from test_attention import everything, inputs, prefix_of
 
 from kernels import attention, attention_kd, attention_qkv
-from kernels.attention import _attention_qkv, _attention_qkv_backward, attention_ref
+from kernels.attention import _attention, _attention_backward, attention_ref
 
 
 @pytest.mark.parametrize("D, dtype, dropout_p, deterministic", [
@@ -49,12 +49,13 @@ def test_the_packed_projection_with_a_prefix_and_bad_shapes(device):
             attention_qkv(x, cu_bad, 7, dropout_p=p)
 
 
-def test_ops_are_registered_as_torch_wants_them(device):
-    (qkv, cu), dropout_p = inputs(torch.float32, (5, 0, 7), H=2), 0.2
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_ops_are_registered_as_torch_wants_them(device, dropout_p):
+    qkv, cu = inputs(torch.float32, (5, 0, 7), H=2)
     arguments = qkv.detach().to(device).requires_grad_(), cu.to(device), torch.tensor([4], device=device), 7, 0.2, dropout_p
-    torch.library.opcheck(_attention_qkv.op, arguments)
-    out, lse, words = (x.detach() for x in _attention_qkv(*arguments))
-    torch.library.opcheck(_attention_qkv_backward.op, (torch.randn_like(out), arguments[0].detach(), out, lse, words, cu.to(device), 7, 0.2,
+    torch.library.opcheck(_attention.op, arguments)
+    out, lse, words = (x.detach() for x in _attention(*arguments))
+    torch.library.opcheck(_attention_backward.op, (torch.randn_like(out), arguments[0].detach(), out, lse, words, cu.to(device), 7, 0.2,
                                                     dropout_p))
 
 
