@@ -129,6 +129,19 @@ def test_what_may_be_wrong_with_labels_is_said(tmp_path, capsys):
     assert "whole numbers with a point are the labels of all train examples and make a regression" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("part", ["dev", "test"])
+def test_a_missing_label_in_dev_or_test_makes_no_regression(part, tmp_path, capsys):
+    pandas = rows([0.0, 1.0, None] * 9)
+    task = load_task(write_task(tmp_path / "t", {"train": BINARY, "dev": BINARY, "test": BINARY} | {part: pandas}))
+    assert task.labels == ("0", "1") and {e.label for e in task.parts[part]} == {"0", "1"} and len(task.parts[part]) == 18
+    assert "9 of 27" in (said := capsys.readouterr().err) and "regression" not in said
+    for name, value, words in (("new", 2.0, "label '2' does not occur"), ("inf", float("inf"), "label inf is not a finite number")):
+        with pytest.raises(InputError, match=words):
+            load_task(write_task(tmp_path / name, {"train": BINARY, "dev": BINARY} | {part: pandas + rows([value])}))
+    half = load_task(write_task(tmp_path / "half", {"train": BINARY, "dev": BINARY} | {part: pandas + rows([0.5])}))
+    assert half.is_regression
+
+
 def test_tables_and_their_types(tmp_path, capsys):
     pandas = table(rows(["0.0", "1.0", ""] * 9))
     task = load_task(files(tmp_path / "ints", train_csv=pandas, dev_csv=pandas))

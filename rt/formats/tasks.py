@@ -48,6 +48,7 @@ def load_task(path: Path) -> Task:
                               for part, files in split_files(path).items() if files})
     if len({any(e.text_pair for e in examples) for examples in parts.values()}) > 1:
         note(f"{path}: only some of {', '.join(parts)} have pairs of texts")
+    parts = _with_whole(parts)
     everything = [e for examples in parts.values() for e in examples]
     if _is_regression(everything):
         labels, parts = (), {part: [_with_float(e) for e in examples] for part, examples in parts.items()}
@@ -131,6 +132,15 @@ def _classes(path: Path, parts: dict[str, list[Example]]) -> tuple[str, ...]:
     if len(labels) < 2:
         raise InputError(f"{path}: all training examples have the label {labels[0]!r}; a task needs two or more")
     return labels
+
+
+def _with_whole(parts: dict[str, list[Example]]) -> dict[str, list[Example]]:
+    """If train has no floats, and dev and test only whole ones, these as integers: pandas writes 1.0 for 1 if some labels are missing."""
+    floats = {part: [e.label for e in examples if isinstance(e.label, float)] for part, examples in parts.items()}
+    if floats["train"] or not all(map(float.is_integer, sum(floats.values(), []))):
+        return parts
+    return {part: [replace(e, label=int(e.label)) if isinstance(e.label, float) else e for e in examples]
+            for part, examples in parts.items()}
 
 
 def _is_regression(examples: list[Example]) -> bool:
