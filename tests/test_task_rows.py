@@ -221,6 +221,15 @@ def test_columns_of_text_that_are_left_unread_are_named_once(tmp_path, capsys):
     assert task.parts["dev"][0].text_pair == prose and capsys.readouterr().err.endswith("not read: 'answer'\n")
 
 
+@pytest.mark.parametrize("name, value, is_said", [
+    ("aspect", "food", True), ("Target", "Atheism", True), ("term", "soup", True), ("target", "1", False), ("target", 1, False),
+    ("idx", {"paragraph": 0, "question": 3}, False), ("word", None, False)])
+def test_one_word_that_a_row_asks_about_is_named(name, value, is_said, tmp_path, capsys):
+    load_task(write_task(tmp_path / "t", dict.fromkeys(("train", "dev"), rows([0, 1], **{name: value}))))
+    said = f"note: {tmp_path / 't'}: columns that hold text but are not read: {name!r}\n"
+    assert capsys.readouterr().err == said * is_said
+
+
 def test_a_second_column_that_holds_no_text_is_none(tmp_path):
     found = [{"text": f"t{i}", "answer": i, "evidence": [["x"]], "label": i} for i in (0, 1)]
     assert load_task(write_task(tmp_path / "t", dict.fromkeys(("train", "dev"), found))).parts["dev"][0].text_pair is None
@@ -289,6 +298,10 @@ def test_superglue_as_published(tmp_path, capsys):
     text = {"word": "place", "sentence1": "a place", "sentence2": "to place", "idx": 0, "start1": 2, "end1": 7, "start2": 3, "end2": 8}
     assert labels("WiC", text | {"label": True}, text | {"label": False}) == (("false", "true"), "a place", "to place")
     assert "not read: 'word'" in capsys.readouterr().err
+    text, spans = {"text": "Mark told Pete, and he knew", "idx": 0}, {"span1_text": "Mark", "span2_text": "he"}
+    for name, more in (("target", {"target": spans | {"span1_index": 0, "span2_index": 5}}), ("span1_text', 'span2_text", spans)):
+        assert labels(name, *(text | more | {"label": x} for x in (True, False))) == (("false", "true"), text["text"], None)
+        assert f"not read: '{name}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name, content", [("csv", '"3","Wall St. Bears","Short sellers"\n"1","A","B"\n'),

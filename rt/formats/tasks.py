@@ -32,6 +32,7 @@ OTHER_LABELS = ("score", "relatedness_score", "labels", "class", "target", "cate
 # other labels and train lacks them. _marks decides about -, ?, -1 and -100.
 MISSING = {"", "nan", "-nan", "null", "n/a", "#n/a", "#na", "<na>", "hidden", "unlabeled", "unlabelled"}
 NAMES = {"na", "none", "unknown"}
+ONE_WORD = {"word", "target", "aspect", "term", "span1_text", "span2_text"}     # what a row asks about: WiC, stance, aspects, WSC
 RARE = 0.02                     # share of the training examples; SNLI's dev has 1.6 % without a gold label
 MOST_SEEN = 1000                # rows per file that are searched for unread text columns
 UNTYPED = re.compile(r"\.[ct]sv(\.gz|\.xz)?, line \d+$", re.I)     # how an example's `source` ends if its label has no type
@@ -200,9 +201,12 @@ def _examples(path: Path, labelled: bool, format: str, columns: dict[str, str]) 
 
 
 def _is_text(name: str, value: object) -> bool:
-    """Whether an unread column seems to hold texts of two words or more, and not parse trees or label names. WiC's `word` counts, too."""
-    is_prose = isinstance(value, str) and re.search(r"[^\W\d_]\W?\s+[^\W\d_]", value) and not value.startswith("(")
-    return bool(is_prose) and "label" not in name.lower() or name == "word"
+    """Whether an unread column seems to hold texts of two words or more, and not parse trees or label names. One word is enough in a column
+    of ONE_WORD, and a string in an object."""
+    if isinstance(value, dict):
+        return any(isinstance(part, str) for part in value.values())
+    pattern = r"[^\W\d_]" if name.lower() in ONE_WORD else r"[^\W\d_]\W?\s+[^\W\d_]"
+    return isinstance(value, str) and bool(re.search(pattern, value)) and not value.startswith("(") and "label" not in name.lower()
 
 
 @functools.lru_cache
