@@ -61,7 +61,8 @@ FLOATS = rows([i / 4 for i in range(20)])
 
 
 @pytest.mark.parametrize("good, mark", [
-    *((CLASSES, mark) for mark in (None, "", "-", "?", "hidden", "N/A", "nan", "NULL", "<NA>")),
+    *((CLASSES, mark) for mark in (None, "", "-", "?", "hidden", "N/A", "nan", "NULL", "<NA>",
+                                   "#N/A N/A", "-1.#IND", "-1.#QNAN", "1.#IND", "1.#QNAN")),
     *((NUMBERS, mark) for mark in (None, -1, -100, float("nan"))), (BINARY, -100), (FLOATS, None), (FLOATS, float("nan"))])
 def test_examples_without_a_gold_label_are_left_out_and_counted(good, mark, tmp_path, capsys):
     task = load_task(write_task(tmp_path / "t", {"train": good + rows([mark] * 3), "dev": good[::-1] + rows([mark] * 2), "test": good}))

@@ -30,7 +30,8 @@ OTHER_LABELS = ("score", "relatedness_score", "labels", "class", "target", "cate
                 "is_duplicate", "quality")
 # Labels that mean "none": what pandas reads as missing, and words for it. NAMES can be classes, too: they mean "none" only if a part has no
 # other labels and train lacks them. _marks decides about -, ?, -1 and -100.
-MISSING = {"", "nan", "-nan", "null", "n/a", "#n/a", "#na", "<na>", "hidden", "unlabeled", "unlabelled"}
+MISSING = {"", "nan", "-nan", "null", "n/a", "#n/a", "#n/a n/a", "#na", "<na>", "-1.#ind", "-1.#qnan", "1.#ind", "1.#qnan",
+           "hidden", "unlabeled", "unlabelled"}
 NAMES = {"na", "none", "unknown"}
 ONE_WORD = {"word", "target", "aspect", "term", "span1_text", "span2_text"}     # what a row asks about: WiC, stance, aspects, WSC
 RARE = 0.02                     # share of the training examples; SNLI's dev has 1.6 % without a gold label
