@@ -14,7 +14,7 @@ from rt.errors import InputError
 from rt.formats.atomic import atomic_folder, locked
 from rt.formats.files import note, read_json, write_json
 from rt.formats.splits import home_of, listed, read_name
-from rt.formats.tables import format_of, read_table
+from rt.formats.tables import FORMATS, format_of, read_table
 from rt.formats.tokenizer import Tokenizer
 from rt.formats.untrusted import is_utf8, shaped
 
@@ -64,7 +64,9 @@ def _split(file: Path, home: Path) -> str:
 
 def training_files(path: Path) -> list[Path]:
     """A file itself. In a folder, the train split of its task, or else the corpus files to train on."""
-    files = [] if path.is_file() else listed(path)
+    if path.is_file() and format_of(path) in FORMATS:
+        return [path]
+    files = listed(path)
     home = home_of(files, str(path))
     train = [path / f for f in files if (named := read_name(f)) and (named.home, named.split) == (home, "train")]
     return train or corpus_files(path)["train"]
