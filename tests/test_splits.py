@@ -192,7 +192,10 @@ def kinds(folder: Path) -> dict[str, str]:
     ("c/train/0000.parquet c/validation/0000.parquet c/test/0000.parquet c/more/x.parquet",
      "c/train/0000.parquet", "c/validation/0000.parquet", "c/test/0000.parquet"),
     ("c/train/a.jsonl c/test/a.jsonl", "c/train/a.jsonl", "", "c/test/a.jsonl"), ("train.json a.json", "a.json train.json", "", ""),
-    ("a.jsonl meta.json ._a.jsonl", "a.jsonl", "", "")])
+    ("a.jsonl meta.json ._a.jsonl", "a.jsonl", "", "meta.json"), ("a.txt b.csv c.json d.md", "a.txt", "", "b.csv c.json"),
+    ("A.TXT", "A.TXT", "", ""), ("a.txt B.TXT HELDOUT.Jsonl.GZ", "B.TXT a.txt", "HELDOUT.Jsonl.GZ", ""), ("A.JSON", "A.JSON", "", ""),
+    ("Train.PARQUET TEST.PARQUET", "Train.PARQUET", "", "TEST.PARQUET"), ("train.csv b.csv", "train.csv", "", "b.csv"),
+    ("data/train.jsonl labels.tsv", "data/train.jsonl", "", "labels.tsv")])
 def test_splits_of_a_corpus_are_named_as_on_the_hub(names, train, heldout, unread, tmp_path):
     assert kinds(touch(tmp_path, *names.split())) == {"train": train, "heldout": heldout, "unread": unread}
 
