@@ -244,6 +244,6 @@ def _example(source: str, row: dict, read: tuple[str | None, ...], labelled: boo
     if not labelled:
         return Example(*texts, None, source)
     if not isinstance(value, (str, int, float)):
-        several = ", and several labels a text are not supported" * isinstance(value, list)
+        several = ", and several labels a text are not supported" * type(value).__name__.endswith(("list", "ListType"))     # parquet's
         raise InputError(f"{source}: label {value!r} is not a string, an integer or a float{several}")
     return Example(*texts, str(value).lower() if isinstance(value, bool) else value, source)
