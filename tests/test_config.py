@@ -181,6 +181,12 @@ def test_commands_teach(arguments):
     assert all(len(line) == 3 for line in lines if line and line[0].startswith("--")) and ["--base", "BASE"] in [line[:2] for line in lines]
 
 
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_convert_teaches_its_two_ways(flag):
+    said = here("-m", "rt.runs.convert", flag)
+    assert said.startswith("Converts models") and "convert import --tuned" in said and "convert export --base" in said
+
+
 def shell(line: str, code: str, unbuffered: str) -> tuple[int, str, str]:
     """(exit code, output, errors) of a shell's `line`, in which $RUN is a process that passes `code` as `main` to rt.runs.config.run."""
     main = f"import sys, time\nfrom rt.errors import InputError\nfrom rt.runs.config import run\ndef main():\n    {code}\nrun(main)"
