@@ -83,6 +83,8 @@ def main() -> None:
     if (c.study in ABOUT_UPGRADES) != bool(c.domains) or c.old_base and c.study not in ABOUT_UPGRADES:
         raise InputError(f"--study {c.study}: --domains, text whose held-out loss is taken, and --old_base are for the studies "
                          f"{' and '.join(ABOUT_UPGRADES)}, which need --domains")
+    if len({domain_name(entry) for entry in c.domains}) < len(c.domains):
+        raise InputError(f"--domains {','.join(c.domains)}: two domains have the same name; rename one of the files")
     if c.study in ABOUT_UPGRADES:
         count = 1       # only the old base's delta is needed
     if c.deltas and (len(c.deltas) != count or len(c.tasks) * len(c.seeds) > 1):

@@ -165,7 +165,7 @@ def train_stages(c: Config, stream: PretrainRun, ranks: Ranks) -> Interrupted | 
     if len(paths) < len(c.stream):
         raise InputError(f"--stream {','.join(c.stream)}: two domains have the same name; rename one of the files")
     model, tokenizer, (parent, number, domains, moments) = start_model(c, stream.out, next(iter(paths.values())), ranks)
-    earlier = earlier_domains(c, domains, own) if r.replay else {}
+    earlier = earlier_domains(c, domains, own)
     paths = ranks.main_first(lambda: {name: corpus_path(place, c.cache) for name, place in earlier.items()}) | paths
     corpora = ranks.main_first(lambda: {name: build_corpus(name, path, tokenizer, c.cache) for name, path in paths.items()})
     content = {"tokenizer": tokenizer.fingerprint, "--init": parent, **{f"corpus {k}": v["train"].content for k, v in corpora.items()}}

@@ -324,6 +324,7 @@ def test_the_critical_share_is_the_first_that_forgets_nothing():
 @pytest.mark.parametrize("flags, words", [
     (("--study", "recipes", "--bases", "a,b"), "need --domains"), (("--study", "distance", "--domains", "python"), "need --domains"),
     (("--study", "connectivity", "--old_base", "a", "--bases", "b,c"), "need --domains"),
+    (("--study", "mixture", "--bases", "a,b", "--domains", "bio/x.txt,cs/x.txt"), "two domains have the same name; rename one"),
     (("--study", "recipes", "--bases", "a,b", "--domains", "python", "--independent", "c"), "leave it out")])
 def test_flags_of_the_studies_of_upgrades(flags, words):
     assert words in here("analyze.py", *flags, code=2)

@@ -438,7 +438,7 @@ def test_chain_reports_both_routes_over_all_bases(lineage, task, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (("train.py", "--mode", "tune", "--base", "nowhere", "--task", "math"), "nowhere: no base there"),
+    (("train.py", "--mode", "tune", "--base", "nowhere", "--task", "math"), "nowhere: no base there; expected a hub id OWNER/NAME"),
     (("train.py", "--mode", "tune", "--task", "math"), "--mode tune needs --base"),
     (("train.py", "--mode", "dance"), "--mode dance: not one of"),
     (("train.py", "--preset", "huge", "--stream", "TEXT", "--out", "OUT"), "--preset huge: not one of"),

@@ -37,7 +37,8 @@ def test_values_are_converted():
     (["--learning", "1"], "there is no flag --learning"), (["--setps", "1"], "did you mean --steps"),
     (["--steps", "many"], "--steps many: not a whole number"), (["--lr"], "--lr needs a value"),
     (["--lr", "--fast"], "--lr needs a value"), (["3"], "unexpected argument '3'"), (["--seeds", "1,x"], "--seeds x"),
-    (["--fast=maybe"], "not a true or false")])
+    (["--fast=maybe"], "not a true or false"), (["3", "--fast"], "every setting is written --name value"),
+    (["--no_warm", "False"], "unexpected argument 'False': --warm is a switch, written --warm or --no_warm")])
 def test_errors_are_one_sentence(argv, words):
     with pytest.raises(InputError) as error:
         parse(Config, argv)
@@ -150,7 +151,8 @@ def test_help_has_every_flag_with_its_default_and_comment():
     text = _parser(Config).format_help()
     assert text.startswith("What it does.")
     assert "\n\nthe data:\n  --seeds" in text
-    for words in ("--lr 0.001", "peak learning rate", "--seeds 0,1", "comma-separated", "--warm True"):
+    for words in ("--lr 0.001", "peak learning rate", "--seeds 0,1", "comma-separated", "--warm True", "hurry (switch: --fast)",
+                  "up (switch: --no_warm)"):
         assert words in text
 
 
@@ -179,6 +181,12 @@ def test_commands_say_what_they_need(arguments, words):
 def test_commands_teach(arguments):
     lines = [line.split(None, 2) for line in here("-m", f"rt.runs.{arguments[0]}", *arguments[1:], "--help").splitlines()]
     assert all(len(line) == 3 for line in lines if line and line[0].startswith("--")) and ["--base", "BASE"] in [line[:2] for line in lines]
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_convert_teaches_its_two_ways(flag):
+    said = here("-m", "rt.runs.convert", flag)
+    assert said.startswith("Converts models") and "convert import --tuned" in said and "convert export --base" in said
 
 
 def shell(line: str, code: str, unbuffered: str) -> tuple[int, str, str]:

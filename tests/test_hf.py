@@ -323,7 +323,7 @@ def test_a_tuned_model_that_does_not_fit_its_base_is_named(tokenizer_of, tmp_pat
         (folder / "config.json").write_text(json.dumps(facts | change))
         with pytest.raises(InputError, match=words):
             open_delta(str(folder), base)
-    with pytest.raises(InputError, match="nothing tuned there"):
+    with pytest.raises(InputError, match="nothing tuned there.*, or a hub id OWNER/NAME"):
         open_delta(str(tmp_path), base)
 
 

@@ -157,7 +157,10 @@ def test_replay_knows_the_earlier_domains_of_init(home):
     assert shares == [{"two": 0.5, "one": 0.5}, {"one": 0.5, "two": 0.5}]
     (home / "moved").mkdir()
     shutil.copy(home / "two.txt", home / "moved" / "one.txt")
-    assert "has the name of an earlier domain" in train(home, "z", *upgrade, stream="moved/one", code=2)
+    for given in (upgrade, ("--steps", "4", *upgrade[-2:])):        # with and without --replay
+        assert "has the name of an earlier domain" in train(home, "z", *given, stream="moved/one", code=2)
+    train(home, "same", "--steps", "2", *upgrade[-2:], stream="one")
+    assert read_json(home / "same" / "M1" / "meta.json")["domains"] == {"one": str((home / "one.txt").resolve())}
     (home / "one.txt").rename(home / "gone.txt")
     try:
         assert "one.txt, which is gone: restore it" in train(home, "y", *upgrade, stream="two", code=2)

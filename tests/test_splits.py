@@ -82,7 +82,8 @@ def test_ten_shards_come_in_the_order_of_their_numbers(tmp_path):
     ("train.jsonl test.jsonl notes.txt",
      ": has no dev.jsonl, .json, .csv, .tsv or .parquet (or val, valid, validation), nor shards of one; found: notes.txt, test.jsonl"),
     ("train.tsv dev_mismatched.tsv", "has no dev.jsonl"), ("train.txt dev.txt", "has no train.jsonl"), (".DS_Store", "found: nothing"),
-    ("train/data-00000-of-00001.arrow train/state.json train/dataset_info.json dataset_dict.json", "has no train.jsonl, .*/data-00000"),
+    ("train/data-00000-of-00001.arrow train/state.json train/dataset_info.json dataset_dict.json",
+     "has no train.jsonl, .*/data-00000.*; .arrow files (save_to_disk) are not read: write each split with to_parquet$"),
     ("cola/train-00000-of-00001.parquet sst2/train-00000-of-00001.parquet ax/test-00000-of-00001.parquet",
      ": has 2 configs; give .*/CONFIG with one of cola, sst2")])
 def test_what_is_not_clear_is_refused_in_a_sentence(names, words, tmp_path):
@@ -192,7 +193,10 @@ def kinds(folder: Path) -> dict[str, str]:
     ("c/train/0000.parquet c/validation/0000.parquet c/test/0000.parquet c/more/x.parquet",
      "c/train/0000.parquet", "c/validation/0000.parquet", "c/test/0000.parquet"),
     ("c/train/a.jsonl c/test/a.jsonl", "c/train/a.jsonl", "", "c/test/a.jsonl"), ("train.json a.json", "a.json train.json", "", ""),
-    ("a.jsonl meta.json ._a.jsonl", "a.jsonl", "", "")])
+    ("a.jsonl meta.json ._a.jsonl", "a.jsonl", "", "meta.json"), ("a.txt b.csv c.json d.md", "a.txt", "", "b.csv c.json"),
+    ("A.TXT", "A.TXT", "", ""), ("a.txt B.TXT HELDOUT.Jsonl.GZ", "B.TXT a.txt", "HELDOUT.Jsonl.GZ", ""), ("A.JSON", "A.JSON", "", ""),
+    ("Train.PARQUET TEST.PARQUET", "Train.PARQUET", "", "TEST.PARQUET"), ("train.csv b.csv", "train.csv", "", "b.csv"),
+    ("data/train.jsonl labels.tsv", "data/train.jsonl", "", "labels.tsv")])
 def test_splits_of_a_corpus_are_named_as_on_the_hub(names, train, heldout, unread, tmp_path):
     assert kinds(touch(tmp_path, *names.split())) == {"train": train, "heldout": heldout, "unread": unread}
 

@@ -61,7 +61,8 @@ FLOATS = rows([i / 4 for i in range(20)])
 
 
 @pytest.mark.parametrize("good, mark", [
-    *((CLASSES, mark) for mark in (None, "", "-", "?", "hidden", "N/A", "nan", "NULL", "<NA>")),
+    *((CLASSES, mark) for mark in (None, "", "-", "?", "hidden", "N/A", "nan", "NULL", "<NA>",
+                                   "#N/A N/A", "-1.#IND", "-1.#QNAN", "1.#IND", "1.#QNAN")),
     *((NUMBERS, mark) for mark in (None, -1, -100, float("nan"))), (BINARY, -100), (FLOATS, None), (FLOATS, float("nan"))])
 def test_examples_without_a_gold_label_are_left_out_and_counted(good, mark, tmp_path, capsys):
     task = load_task(write_task(tmp_path / "t", {"train": good + rows([mark] * 3), "dev": good[::-1] + rows([mark] * 2), "test": good}))
@@ -127,6 +128,19 @@ def test_what_may_be_wrong_with_labels_is_said(tmp_path, capsys):
     assert capsys.readouterr().err == ""
     load_task(write_task(tmp_path / "whole", dict.fromkeys(("train", "dev"), rows([0.0, 1.0, None] * 9))))      # pandas; some are missing
     assert "whole numbers with a point are the labels of all train examples and make a regression" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["dev", "test"])
+def test_a_missing_label_in_dev_or_test_makes_no_regression(part, tmp_path, capsys):
+    pandas = rows([0.0, 1.0, None] * 9)
+    task = load_task(write_task(tmp_path / "t", {"train": BINARY, "dev": BINARY, "test": BINARY} | {part: pandas}))
+    assert task.labels == ("0", "1") and {e.label for e in task.parts[part]} == {"0", "1"} and len(task.parts[part]) == 18
+    assert "9 of 27" in (said := capsys.readouterr().err) and "regression" not in said
+    for name, value, words in (("new", 2.0, "label '2' does not occur"), ("inf", float("inf"), "label inf is not a finite number")):
+        with pytest.raises(InputError, match=words):
+            load_task(write_task(tmp_path / name, {"train": BINARY, "dev": BINARY} | {part: pandas + rows([value])}))
+    half = load_task(write_task(tmp_path / "half", {"train": BINARY, "dev": BINARY} | {part: pandas + rows([0.5])}))
+    assert half.is_regression
 
 
 def test_tables_and_their_types(tmp_path, capsys):
@@ -208,6 +222,15 @@ def test_columns_of_text_that_are_left_unread_are_named_once(tmp_path, capsys):
     assert task.parts["dev"][0].text_pair == prose and capsys.readouterr().err.endswith("not read: 'answer'\n")
 
 
+@pytest.mark.parametrize("name, value, is_said", [
+    ("aspect", "food", True), ("Target", "Atheism", True), ("term", "soup", True), ("target", "1", False), ("target", 1, False),
+    ("idx", {"paragraph": 0, "question": 3}, False), ("word", None, False)])
+def test_one_word_that_a_row_asks_about_is_named(name, value, is_said, tmp_path, capsys):
+    load_task(write_task(tmp_path / "t", dict.fromkeys(("train", "dev"), rows([0, 1], **{name: value}))))
+    said = f"note: {tmp_path / 't'}: columns that hold text but are not read: {name!r}\n"
+    assert capsys.readouterr().err == said * is_said
+
+
 def test_a_second_column_that_holds_no_text_is_none(tmp_path):
     found = [{"text": f"t{i}", "answer": i, "evidence": [["x"]], "label": i} for i in (0, 1)]
     assert load_task(write_task(tmp_path / "t", dict.fromkeys(("train", "dev"), found))).parts["dev"][0].text_pair is None
@@ -276,6 +299,10 @@ def test_superglue_as_published(tmp_path, capsys):
     text = {"word": "place", "sentence1": "a place", "sentence2": "to place", "idx": 0, "start1": 2, "end1": 7, "start2": 3, "end2": 8}
     assert labels("WiC", text | {"label": True}, text | {"label": False}) == (("false", "true"), "a place", "to place")
     assert "not read: 'word'" in capsys.readouterr().err
+    text, spans = {"text": "Mark told Pete, and he knew", "idx": 0}, {"span1_text": "Mark", "span2_text": "he"}
+    for name, more in (("target", {"target": spans | {"span1_index": 0, "span2_index": 5}}), ("span1_text', 'span2_text", spans)):
+        assert labels(name, *(text | more | {"label": x} for x in (True, False))) == (("false", "true"), text["text"], None)
+        assert f"not read: '{name}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name, content", [("csv", '"3","Wall St. Bears","Short sellers"\n"1","A","B"\n'),

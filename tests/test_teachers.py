@@ -418,6 +418,11 @@ def test_places_of_texts(home, tmp_path):
         (tmp_path / "texts" / name).write_text(text)
     assert [e.text for e in open_texts(str(tmp_path / "texts"), "cache")] == ["one", "two"]
     assert [e.text for e in open_texts(str(tmp_path / "texts" / "a.txt"), "cache")] == ["one", "two"]
+    (tmp_path / "a.csv").write_text("sentence,id\none,1\ntwo,2\n")
+    assert [e.text for e in open_texts(str(tmp_path / "a.csv"), "cache")] == ["one", "two"]
+    (tmp_path / "a.md").write_text("one\n")
+    with pytest.raises(InputError, match="a.md: no text there"):
+        open_texts(str(tmp_path / "a.md"), "cache")
     found = open_texts(str(home / "task"), "cache")     # train, but not dev or test
     assert [e.text for e in found] == [row["text"] for row in ROWS] and {e.label for e in found} == {None}
     with pytest.raises(InputError, match="no such task; give a file of texts, a folder"):

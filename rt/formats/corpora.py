@@ -14,7 +14,7 @@ from rt.errors import InputError
 from rt.formats.atomic import atomic_folder, locked
 from rt.formats.files import note, read_json, write_json
 from rt.formats.splits import home_of, listed, read_name
-from rt.formats.tables import format_of, read_table
+from rt.formats.tables import FORMATS, format_of, read_table
 from rt.formats.tokenizer import Tokenizer
 from rt.formats.untrusted import is_utf8, shaped
 
@@ -35,36 +35,43 @@ def read_documents(path: Path) -> Iterator[str]:
 
 def corpus_files(path: Path) -> dict[str, list[Path]]:
     """{'train': files, 'heldout': files, 'unread': files}. In a folder, heldout.* is held out, or else a validation split with a name as on
-    the hub. A test split with such a name is left unread. All other files are for training. 'heldout' may be empty."""
+    the hub. Left unread are a test split with such a name, .json beside texts of other endings, and other tables. All other files are for
+    training. 'heldout' may be empty."""
     if not path.exists():
         raise InputError(f"{path}: there is no such corpus, file or folder")
     every = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.name[0] != ".")
-    files, home = [f for f in every if f.name.endswith(TEXT_ENDINGS)] or [f for f in every if f.suffix == ".json"], path
+    files, home = [f for f in every if _is_text(f)] or [f for f in every if f.suffix.lower() == ".json"], path
     if not files and path.is_dir():     # the files are in data, or in the folder of the only config
         below = listed(path)
         home = path / (place := home_of(below, str(path)) or PurePath("."))
-        files = [path / f for f in below
-                 if f.parent == place and f.name.endswith(TEXT_ENDINGS) or (name := read_name(f)) and name.home == place]
+        files = [path / f for f in below if f.parent == place and _is_text(f) or (name := read_name(f)) and name.home == place]
     if not files:
         raise InputError(f"{path}: no text there; a corpus is {', '.join(TEXT_ENDINGS)} files, one document a line or row")
     parts: dict[str, list[Path]] = {"train": [], "dev": [], "test": [], "heldout": []}
     for f in files:
-        parts["heldout" if f.name.split(".")[0] == "heldout" else _split(f, home)].append(f)
-    below = [path / f for f in listed(path) if f.parent.name and f.name.endswith(TEXT_ENDINGS)] if home == path and path.is_dir() else []
-    spare = (parts["dev"] if parts["heldout"] else []) + below
+        parts["heldout" if f.name.lower().split(".")[0] == "heldout" else _split(f, home)].append(f)
+    below = [path / f for f in listed(path) if f.parent.name and _is_text(f)] if home == path and path.is_dir() else []
+    beside = [f for f in every if f not in files and f.is_file() and format_of(f) in FORMATS]
+    spare = (parts["dev"] if parts["heldout"] else []) + beside + below
     return {"train": parts["train"], "heldout": parts["heldout"] or parts["dev"], "unread": spare + parts["test"]}
+
+
+def _is_text(file: PurePath) -> bool:
+    return file.name.lower().endswith(TEXT_ENDINGS)
 
 
 def _split(file: Path, home: Path) -> str:
     """dev or test if the file is named as on the hub (parquet, a shard, in the folder of a split, or in the hub's cache), else train."""
     name = read_name(file.relative_to(home))        # None for a corpus that is one file
-    from_hub = file.suffix == ".parquet" or file.parent != home or any(part.startswith("datasets--") for part in home.parts)
+    from_hub = file.suffix.lower() == ".parquet" or file.parent != home or any(part.startswith("datasets--") for part in home.parts)
     return name.split if name and (from_hub or name.number is not None) else "train"
 
 
 def training_files(path: Path) -> list[Path]:
     """A file itself. In a folder, the train split of its task, or else the corpus files to train on."""
-    files = [] if path.is_file() else listed(path)
+    if path.is_file() and format_of(path) in FORMATS:
+        return [path]
+    files = listed(path)
     home = home_of(files, str(path))
     train = [path / f for f in files if (named := read_name(f)) and (named.home, named.split) == (home, "train")]
     return train or corpus_files(path)["train"]

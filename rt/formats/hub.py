@@ -27,6 +27,7 @@ HUB_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "vocab.js
 # downloaded if there are no safetensors
 BIN_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin", "pytorch_adapter.bin"]
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
+HUB_NAME = "a hub id OWNER/NAME (such as FacebookAI/roberta-base)"
 SECONDS = 10    # timeout of the hub's first answer
 CONVERTED = "refs/convert/parquet"      # the branch where the hub itself stores data sets as CONFIG/SPLIT/0000.parquet
 NAMING = "python -m rt.runs.convert import --tuned ... --base ... --labels names,in,the,order,of,its,outputs"
@@ -38,7 +39,8 @@ def open_base(name: str) -> Base:
     for file, load in (("meta.json", load_base), ("config.json", load_hf)):
         if (path / file).is_file():
             return load(path)
-    raise InputError(f"{name}: no base there; expected a hub id, or a folder with meta.json (ours) or config.json (Hugging Face)")
+    raise InputError(f"{name}: no base there; expected {HUB_NAME}, or a folder with meta.json (ours) or config.json "
+                     "(Hugging Face)")
 
 
 def open_delta(name: str, base: Base, labels: tuple[str, ...] = (), task: str | None = None) -> Delta:
@@ -52,7 +54,7 @@ def open_delta(name: str, base: Base, labels: tuple[str, ...] = (), task: str | 
     if (path / "config.json").is_file():
         return import_tuned(path, base, labels, task)
     raise InputError(f"{name}: nothing tuned there; expected a folder with delta.json (ours), config.json (a tuned Hugging Face model) or "
-                     "adapter_config.json (PEFT), or a hub id")
+                     f"adapter_config.json (PEFT), or {HUB_NAME}")
 
 
 def place_of_delta(base: str, task: str, kind: str, more: str = "", seed: int = 0) -> Path:

@@ -12,6 +12,7 @@ from rt.formats.tables import TABLES
 SPLITS = {"train": "train", "dev": "dev", "val": "dev", "valid": "dev", "validation": "dev", "test": "test"}
 SPLIT = re.compile(rf"({'|'.join(SPLITS)})((?:_(?:mis)?matched)?)(?:-(\d+)-of-(\d+)(?:-[0-9a-f]{{16}})?)?")     # some shards have a hash
 TABLE = re.compile(rf"(.+)\.(parquet|(?:{'|'.join(t for t in TABLES if t != 'parquet')})(?:\.gz|\.xz)?)")
+ARROW = "; .arrow files (save_to_disk) are not read: write each split with to_parquet"
 
 
 class Named(NamedTuple):
@@ -68,7 +69,7 @@ def split_files(folder: Path) -> dict[str, list[Path]]:
     for part, also in (("train", ""), ("dev", " (or val, valid, validation)")):
         if not parts[part]:
             raise InputError(f"{folder}: has no {part}.jsonl, .json, .csv, .tsv or .parquet{also}, nor shards of one; "
-                             f"found: {', '.join(map(str, files[:8])) or 'nothing'}")
+                             f"found: {', '.join(map(str, files[:8])) or 'nothing'}{ARROW * any(f.suffix == '.arrow' for f in files)}")
     if others := [str(n.file) for n in names if n.is_other]:
         note(f"{folder}: left unread: {', '.join(others)} (dev and test are the matched ones)")
     return {part: [folder / f for f in files] for part, files in parts.items()}

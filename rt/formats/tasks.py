@@ -30,8 +30,10 @@ OTHER_LABELS = ("score", "relatedness_score", "labels", "class", "target", "cate
                 "is_duplicate", "quality")
 # Labels that mean "none": what pandas reads as missing, and words for it. NAMES can be classes, too: they mean "none" only if a part has no
 # other labels and train lacks them. _marks decides about -, ?, -1 and -100.
-MISSING = {"", "nan", "-nan", "null", "n/a", "#n/a", "#na", "<na>", "hidden", "unlabeled", "unlabelled"}
+MISSING = {"", "nan", "-nan", "null", "n/a", "#n/a", "#n/a n/a", "#na", "<na>", "-1.#ind", "-1.#qnan", "1.#ind", "1.#qnan",
+           "hidden", "unlabeled", "unlabelled"}
 NAMES = {"na", "none", "unknown"}
+ONE_WORD = {"word", "target", "aspect", "term", "span1_text", "span2_text"}     # what a row asks about: WiC, stance, aspects, WSC
 RARE = 0.02                     # share of the training examples; SNLI's dev has 1.6 % without a gold label
 MOST_SEEN = 1000                # rows per file that are searched for unread text columns
 UNTYPED = re.compile(r"\.[ct]sv(\.gz|\.xz)?, line \d+$", re.I)     # how an example's `source` ends if its label has no type
@@ -48,6 +50,7 @@ def load_task(path: Path) -> Task:
                               for part, files in split_files(path).items() if files})
     if len({any(e.text_pair for e in examples) for examples in parts.values()}) > 1:
         note(f"{path}: only some of {', '.join(parts)} have pairs of texts")
+    parts = _with_whole(parts)
     everything = [e for examples in parts.values() for e in examples]
     if _is_regression(everything):
         labels, parts = (), {part: [_with_float(e) for e in examples] for part, examples in parts.items()}
@@ -133,6 +136,15 @@ def _classes(path: Path, parts: dict[str, list[Example]]) -> tuple[str, ...]:
     return labels
 
 
+def _with_whole(parts: dict[str, list[Example]]) -> dict[str, list[Example]]:
+    """If train has no floats, and dev and test only whole ones, these as integers: pandas writes 1.0 for 1 if some labels are missing."""
+    floats = {part: [e.label for e in examples if isinstance(e.label, float)] for part, examples in parts.items()}
+    if floats["train"] or not all(map(float.is_integer, sum(floats.values(), []))):
+        return parts
+    return {part: [replace(e, label=int(e.label)) if isinstance(e.label, float) else e for e in examples]
+            for part, examples in parts.items()}
+
+
 def _is_regression(examples: list[Example]) -> bool:
     """Whether any label is a float. In a csv or tsv, which has no types: whether all labels are numbers and some are not whole."""
     if any(isinstance(e.label, float) for e in examples):
@@ -190,9 +202,12 @@ def _examples(path: Path, labelled: bool, format: str, columns: dict[str, str]) 
 
 
 def _is_text(name: str, value: object) -> bool:
-    """Whether an unread column seems to hold texts of two words or more, and not parse trees or label names. WiC's `word` counts, too."""
-    is_prose = isinstance(value, str) and re.search(r"[^\W\d_]\W?\s+[^\W\d_]", value) and not value.startswith("(")
-    return bool(is_prose) and "label" not in name.lower() or name == "word"
+    """Whether an unread column seems to hold texts of two words or more, and not parse trees or label names. One word is enough in a column
+    of ONE_WORD, and a string in an object."""
+    if isinstance(value, dict):
+        return any(isinstance(part, str) for part in value.values())
+    pattern = r"[^\W\d_]" if name.lower() in ONE_WORD else r"[^\W\d_]\W?\s+[^\W\d_]"
+    return isinstance(value, str) and bool(re.search(pattern, value)) and not value.startswith("(") and "label" not in name.lower()
 
 
 @functools.lru_cache
@@ -229,6 +244,6 @@ def _example(source: str, row: dict, read: tuple[str | None, ...], labelled: boo
     if not labelled:
         return Example(*texts, None, source)
     if not isinstance(value, (str, int, float)):
-        several = ", and several labels a text are not supported" * isinstance(value, list)
+        several = ", and several labels a text are not supported" * type(value).__name__.endswith(("list", "ListType"))     # parquet's
         raise InputError(f"{source}: label {value!r} is not a string, an integer or a float{several}")
     return Example(*texts, str(value).lower() if isinstance(value, bool) else value, source)

@@ -84,7 +84,7 @@ def parse(cls: type[C], argv: list[str], words: str | None = None) -> C:
         raise InputError(f"--{name} needs a value: {_type_name(flags[name].kind)}") from None
     for argument in rest:
         if words is None or argument.startswith("-"):
-            raise _unknown(argument, list(flags))
+            raise _unknown(argument, list(flags), switches.get(dict(zip(spelled[1:], spelled)).get(argument)))
     values = {name: convert(name, text, flags[name].kind) for name, text in vars(given).items() if name != words}
     for name, flag in flags.items():
         if values.get(name) == () and flag.default != ():
@@ -139,7 +139,8 @@ def _parser(cls: type, words: str | None = None) -> argparse.ArgumentParser:
     group = parser.add_argument_group(None)
     for flag in flags_of(cls):
         group = parser.add_argument_group(flag.heading) if flag.heading else group
-        text = flag.help.replace("%", "%%")
+        switch = f" (switch: --{'no_' * (flag.default is True)}{flag.name})" if flag.kind is bool else ""
+        text = flag.help.replace("%", "%%") + switch
         if flag.name == words:
             group.add_argument(words, nargs="*", metavar=words.upper(), help=text)
         else:
@@ -148,9 +149,12 @@ def _parser(cls: type, words: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
-def _unknown(argument: str, names: list[str]) -> InputError:
+def _unknown(argument: str, names: list[str], switch: str | None) -> InputError:
+    """The error for an `argument` that is no flag's. `switch` is the switch before it, as --name=True or --name=False, if one is."""
     if not argument.startswith("--"):
-        return InputError(f"unexpected argument '{argument}': every setting is written --name value")
+        name = (switch or "").partition("=")[0][2:]
+        how = f"--{name} is a switch, written --{name} or --no_{name}" if switch else "every setting is written --name value"
+        return InputError(f"unexpected argument '{argument}': {how}")
     name = argument[2:].partition("=")[0]
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return InputError(f"there is no flag --{name}: " + (f"did you mean --{near[0]}?" if near else "see --help for all of them"))

@@ -71,6 +71,8 @@ def main() -> None:
             import_delta(parse(Import, argv))
         case "export", *argv:
             export_model(parse(Export, argv))
+        case ("-h" | "--help"), *_:
+            print(__doc__.strip())
         case way, *_:
             raise InputError(f"python -m rt.runs.convert import|export, not '{way}'; import --help and export --help say what each needs")
 

@@ -104,9 +104,12 @@ class Start(NamedTuple):
 
 
 def earlier_domains(c: Any, domains: dict[str, str], own: dict[str, str]) -> dict[str, str]:
-    """{name: place} of the domains of --init's lineage, which --replay draws from in the stages that do not learn them again."""
+    """{name: place} of the domains of --init's lineage, which --replay draws from in the stages that do not learn them again. Without
+    --replay, none. InputError if one of the stream's `own` domains has the name of an earlier one, which the lineage would lose."""
     if clash := [name for name, place in own.items() if domains.get(name, place) != place]:
         raise InputError(f"--stream: {clash[0]} ({own[clash[0]]}) has the name of an earlier domain ({domains[clash[0]]}); rename the file")
+    if not c.recipe.replay:
+        return {}
     if domains.keys() <= own.keys() and (c.recipe.mix or len(own) == 1):
         raise InputError(f"--replay: {c.init or 'a new base'} has no record (in its meta.json) of domains before this stream")
     for name, place in domains.items():
