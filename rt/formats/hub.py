@@ -45,12 +45,14 @@ def open_base(name: str) -> Base:
 
 def open_delta(name: str, base: Base, labels: tuple[str, ...] = (), task: str | None = None) -> Delta:
     """Open a delta of ours, or import a model that was tuned from `base` elsewhere: a ...ForSequenceClassification checkpoint or an adapter
-    of PEFT (LoRA), AdapterHub or OpenDelta; folder or hub id. `labels` names its classes in the order of its outputs, `task` its task."""
+    of PEFT (LoRA); folder or hub id. `labels` names its classes in the order of its outputs, `task` its task."""
     path = find(name)
     if (path / "delta.json").is_file():
         return load_delta(path)
-    if (path / "adapter_config.json").is_file() or "delta_type" in read_json(path / "config.json", {}):
+    if (path / "adapter_config.json").is_file():
         return import_adapter(path, base, labels, task)
+    if "delta_type" in read_json(path / "config.json", {}):
+        raise InputError(f"{name}: an adapter of OpenDelta; only LoRA adapters of PEFT are supported")
     if (path / "config.json").is_file():
         return import_tuned(path, base, labels, task)
     raise InputError(f"{name}: nothing tuned there; expected a folder with delta.json (ours), config.json (a tuned Hugging Face model) or "

@@ -26,7 +26,7 @@ from rt.speed.dist import launched
 @dataclass
 class Import:
     """python -m rt.runs.convert import --tuned MODEL --base BASE --out FOLDER [--labels no,yes] [--task NAME]"""
-    tuned: str  # a ...ForSequenceClassification model, or a PEFT, AdapterHub or OpenDelta adapter, tuned from --base; folder or hub id
+    tuned: str  # a ...ForSequenceClassification model, or a LoRA adapter of PEFT, tuned from --base; folder or hub id
     base: str  # the base: checkpoint, Hugging Face folder or hub id
     out: str  # folder to write the delta to
     labels: tuple[str, ...] = ()  # class names in the order of the model's outputs; default: the model's own
