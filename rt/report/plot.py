@@ -139,7 +139,7 @@ def tuning(rows: list[dict], summary: dict) -> Report:
 
 def results_of(folder: Path, summary: dict) -> list[dict]:
     """A row per run, from summary.json or, before that has rows, from the runs that have finished."""
-    finished = [path for path in sorted(folder.glob("deltas/*/summary.json")) if path.parent.suffix not in (".part", ".old")]
+    finished = [path for path in sorted(folder.glob("deltas/*/summary.json")) if path.parent.suffix not in (".part", ".replaced")]
     return [completed(row) for row in summary.get("rows") or map(read_json, finished) if row.get("curve") and row.get("mode")]
 
 
