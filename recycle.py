@@ -13,7 +13,7 @@ described in rt/recycling.py; `run_alone` below does one run. Every run leaves i
 """
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -46,7 +46,7 @@ from rt.speed.dist import Ranks, join
 from rt.speed.graphs import check_graphs
 from rt.speed.multi_run import can_go_together, graphed_gradient, recycle_together
 from rt.transport import Granularity, check_sources, learn_projection, transport
-from rt.tune import TuneResult, TuneSettings, evaluate, plain_gradient, score
+from rt.tune import TuneResult, TuneSettings, divergence, evaluate, plain_gradient, score
 
 
 @dataclass(frozen=True)
@@ -200,8 +200,9 @@ def learn_map(r: Recycling, p: ProjectConfig, projects: Projects, on_eval: Calla
     """Learn the map of --mode project. Returns the fields about the map for the run's row."""
     equal = {delta.num_outputs for delta, _ in projects} == {r.old_delta.num_outputs}    # if so, heads are projected too
     r.projection = learn_projection(
-        r.old_base, r.base, projects, replace(r.settings, steps=p.project_steps), r.distill, r=p.rank, granularity=p.granularity,
-        residual=p.residual, device=r.device, precision=r.precision, with_head=equal, on_step=r.on_step, on_eval=on_eval)
+        r.old_base, r.base, projects, replace(r.settings, steps=p.project_steps, keep_diverged=False), r.distill, r=p.rank,
+        granularity=p.granularity, residual=p.residual, device=r.device, precision=r.precision, with_head=equal, on_step=r.on_step,
+        on_eval=on_eval)
     about = {name: getattr(r.projection, name) for name in ("r", "granularity", "residual", "with_head", "best_step", "dev")}
     return {"sources": [data.name for _, data in projects], **about, "numbers": sum(p.numel() for p in r.projection.parameters())}
 
@@ -226,7 +227,7 @@ def settings_of(one: Run) -> dict:
     """The fields of a Recycling that differ between runs."""
     c = one.c
     return {"settings": TuneSettings(c.steps, c.batch_size, one.lr or 0.0, c.eval_every, one.seed, c.weight_decay, c.warmup,
-                                     early_stop=c.early_stop),
+                                     early_stop=c.early_stop, keep_diverged=not c.chain),      # the next link would start from it
             "distill": c.distill, "share": c.teaching.unlabelled_share}
 
 
@@ -274,16 +275,24 @@ def do_runs(c: Config, r: Recycling, plan: list[Run], sources: Sources, out: Pat
 
 
 def finish(c: Config, r: Recycling, runs: list[Run], out: Path) -> None:
-    """In a sweep, score the best runs of each mode by dev on test. Write summary.json and print the table."""
-    rows, modes = write_summary(c, out, runs), [*dict.fromkeys(one.mode for one in runs)]
-    if c.sweep is None:
+    """In a sweep, score the best runs of each mode by dev on test. Write summary.json and print the table. InputError if all runs of a
+    mode diverged."""
+    rows = write_summary(c, out, runs)
+    modes = [mode for mode in dict.fromkeys(one.mode for one in runs) if chosen(rows, mode)]
+    if c.sweep is None and modes:
         print(report_chain(rows, modes, c.chain) if c.chain else report(rows, modes))
-    else:
+    elif modes:
         for row in (row for mode in modes for row in chosen(rows, mode, by_settings) if not row["test"] and r.data.test):
             row["test"] = evaluate(apply(r.base, load_delta(out / "deltas" / row["run"])), r.data.test, r.device, r.precision)
             write_json(out / "deltas" / row["run"] / "summary.json", row)
         print(report_sweep(write_summary(c, out, runs), modes, [name for name in swept(c.sweep) if name not in LISTS]))
     print(f"rows in {out / 'summary.json'}, curves and deltas in {out / 'deltas'}")
+    if diverged := [row for row in rows if row.get("diverged")]:
+        counts = Counter(f"{row['mode']} at --lr {row['lr']:g}" for row in diverged)
+        print("diverged, and left out: " + ", ".join(f"{what} ({n} of its runs)" for what, n in counts.items()))
+    for row in diverged:
+        if row["mode"] not in modes:
+            raise divergence(row["diverged"], row["lr"])
 
 
 # --- checks and plan ---------------------------------------------------------------------------------------------------

@@ -320,6 +320,22 @@ def test_a_sweep_prints_the_best_of_every_mode_and_goes_on_where_it_was_interrup
     assert sum(path.stat().st_mtime_ns != stamp for path, stamp in stamps.items()) == 1
 
 
+def test_a_rate_at_which_runs_diverge_ends_no_grid(lineage, task, tmp_path):
+    home, _ = lineage
+    arguments = ("--old_base", home / "run" / "M0", "--old_delta", tuned(home, task, "full", tmp_path), "--base", home / "run" / "M1",
+                 "--task", task, *TUNE, "--delta", "full", "--shots", "6", "--steps", "16", "--precision", "fp32")
+    for runs, flags in ((2, ("--seeds", "0,1", "--sweep", "lr=1e-3,1e15,5e-4")), (1, ("--seeds", "0", "--lr", "1e15,5e-4"))):
+        out = tmp_path / str(runs)
+        for _ in range(2):      # the second time, everything is there
+            said = here("recycle.py", *arguments, "--mode", "scratch", *flags, "--out", out, *(["--resume"] if runs == 1 else []))
+            assert f"diverged, and left out: scratch at --lr 1e+15 ({runs} of its runs)" in said and "scratch  1e+15" not in said
+        rows = read_json(out / "summary.json")["rows"]
+        assert all((row["lr"] == 1e15) == ("diverged" in row) for row in rows) and drawn(out) == {"convergence"}
+    for flags in (("--lr", "1e15"), ("--lr", "1e15", "--delta", "lora", "--sweep", "seed=0")):
+        said = here("recycle.py", *arguments, "--mode", "apply,scratch", "--seeds", "0", *flags, "--out", tmp_path / flags[-1], code=2)
+        assert "error: more than 10 steps in a row before step 1" in said and "lower --lr (1" in said
+
+
 def test_a_sweep_is_shared_by_ranks(lineage, task, tmp_path):
     home, _ = lineage
     arguments = ("--old_base", home / "run" / "M0", "--old_delta", tuned(home, task, "lora", tmp_path), "--base", home / "run" / "M1",

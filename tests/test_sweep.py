@@ -49,4 +49,6 @@ def test_the_best_settings_are_best_on_average_over_seeds():
     rows = [{"mode": "distill", "lr": 1.0, "seed": s, "settings": {"alpha": a}, "dev": {"accuracy": dev}}
             for a, s, dev in ((0.7, 0, .9), (0.7, 1, .1), (0.9, 0, .6), (0.9, 1, .6))]
     assert [row["settings"]["alpha"] for row in chosen(rows, "distill", by_settings)] == [0.9, 0.9]
+    rows += [{**rows[1], "settings": {"alpha": 0.5}, "seed": s, "dev": {"accuracy": .8}, "diverged": 5} for s in (0, 1, 2)]
+    assert [row["settings"]["alpha"] for row in chosen(rows, "distill", by_settings)] == [0.9, 0.9]
     assert swept("T=1,2 seed=3") == {"T": ["1", "2"], "seed": ["3"]}

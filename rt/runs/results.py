@@ -14,7 +14,6 @@ import sys
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from statistics import mean
 from typing import Any, Iterable, Sequence
 
 import torch
@@ -30,7 +29,7 @@ from rt.formats.untrusted import shaped
 from rt.recycling import CARRIES, NEEDS_TEACHER, TRAINED, Recycling
 from rt.runs.config import flags_of, record
 from rt.runs.log import Log
-from rt.runs.summary import add_steps_to_scratch, by_settings, group, routes
+from rt.runs.summary import add_steps_to_scratch, best_of, by_settings, group, routes
 from rt.tune import TuneResult, score
 
 # flags that do not change what a run computes, or that have their own place in its row
@@ -188,16 +187,16 @@ def check_rows(rows: list[dict], path: Path) -> None:
 # --- the best delta ----------------------------------------------------------------------------------------------------
 
 def best_delta(folder: str | Path, base: str) -> Path:
-    """`folder`, or the best delta in it if recycle.py wrote it: the best seed of the mode and settings with the best mean dev score over
-    seeds. Each seed may draw its own dev set. In a chain, deltas for the base with fingerprint `base` count. Recycling wins a tie."""
+    """`folder`, or the best delta in it if recycle.py wrote it: the best seed of the mode and settings that `best_of` takes; each seed may
+    draw its own dev set. Runs that diverged do not count. In a chain, deltas for the base with fingerprint `base` count."""
     folder = Path(folder)
     if (folder / "delta.json").exists() or not (folder / "deltas").is_dir():
         return folder
-    rows = [row for row in summary_rows(folder / "summary.json") if (folder / "deltas" / row["run"] / "delta.json").exists()]
+    rows = [row for row in summary_rows(folder / "summary.json")
+            if (folder / "deltas" / row["run"] / "delta.json").exists() and not row.get("diverged")]
     with shaped(folder / "summary.json", "its rows do not hold what they should"):
         fitting = [row for row in rows if read_json(folder / "deltas" / row["run"] / "delta.json")["info"]["base"] == base]
-        groups = group(fitting or rows, "mode", "route", by_settings).values()
-        runs = max(groups, key=lambda g: (mean(score(row["dev"]) for row in g), g[0]["mode"] != "scratch"), default=[])
+        runs = best_of(group(fitting or rows, "mode", "route", by_settings).values())
         best = max(runs, key=lambda row: score(row["dev"]), default=None)
     if best is None:
         raise InputError(f"{folder / 'summary.json'}: has no row of a run whose delta is still in {folder / 'deltas'}")

@@ -60,9 +60,13 @@ def by_settings(row: dict) -> tuple[float | None, dict]:
 
 def chosen(rows: list[dict], mode: str, by: str | Callable[[dict], Any] = "lr") -> list[dict]:
     """The rows of a mode, one per seed, at the learning rate (or key `by`) with the best mean dev score. Only learning rates with the most
-    seeds count: a mean over fewer seeds is a mean over other examples."""
-    groups = group((row for row in rows if row["mode"] == mode), by).values()
-    return max(groups, key=lambda group: (len(group), mean(score(row["dev"]) for row in group)), default=[])
+    seeds count: a mean over fewer seeds is a mean over other examples. Runs that diverged do not count."""
+    return best_of(group((row for row in rows if row["mode"] == mode and not row.get("diverged")), by).values())
+
+
+def best_of(groups: Iterable[list[dict]]) -> list[dict]:
+    """The group of rows with the most seeds and, of these, the best mean dev score; recycling wins a tie."""
+    return max(groups, key=lambda rows: (len(rows), mean(score(row["dev"]) for row in rows), rows[0]["mode"] != "scratch"), default=[])
 
 
 def add_steps_to_scratch(rows: list[dict]) -> None:
