@@ -108,7 +108,8 @@ def test_scratch_is_the_baseline_of_rows_of_its_own_bases_task_and_settings():
     def row(mode: str, origin: list[str], *flags) -> dict:
         return {"mode": mode, "origin": origin, "settings": run(mode, *flags).settings}
 
-    same = [row("scratch", ["0", "1", "d", "t"]), row("distill", ["0", "1", "e", "t"], "--alpha", 0.5), row("init", ["0", "1", "d", "t"])]
+    same = [row("scratch", ["0", "1", "d", "t"]), row("distill", ["0", "1", "e", "t"], "--alpha", 0.5), row("init", ["0", "1", "d", "t"]),
+            row("init", ["9", "1", "e", "t"], "--old_base", "other", "--old_delta", "keep2")]
     others = [row("init", ["0", "2", "d", "t"]), row("init", ["0", "1", "d", "u"]), row("init", ["0", "1", "d", "t"], "--steps", 9)]
     assert comparable([*same, *others], unread(recycle.Config, "scratch")) == [same, *([other] for other in others)]
 

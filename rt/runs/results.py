@@ -159,10 +159,12 @@ def write_summary(c: Any, out: Path, runs: list[Run]) -> list[dict]:
 
 
 def comparable(rows: list[dict], more: set[str]) -> list[list[dict]]:
-    """Group the rows that share a scratch baseline. Scratch does not read the old delta, --chain or the flags in `more`."""
+    """Group the rows that share a scratch baseline. Scratch does not read the old base and delta, --chain or the flags in `more`."""
+    more = more | {"chain", "old_base", "old_delta"}
+
     def baseline(row: dict) -> list:
         origin = row.get("origin", [])
-        return [origin[:2], origin[3:], {k: v for k, v in row["settings"].items() if k not in more | {"chain"}}]
+        return [origin[1:2], origin[3:], {k: v for k, v in row["settings"].items() if k not in more}]
 
     return [*group(rows, baseline).values()]
 
