@@ -1,11 +1,14 @@
 """The folder of a stream: when a run may start or continue there, which rows it redoes, and its table."""
+import signal
 
 import pytest
+import torch
 
 from rt.errors import InputError
 from rt.formats.files import write_json
-from rt.runs.resume import has_work, is_done_again, stage_of, table_of
+from rt.runs.resume import PretrainRun, has_work, is_done_again, stage_of, table_of
 from rt.runs.summary import forgetting_table
+from rt.speed.dist import Ranks
 
 
 def test_a_run_begins_goes_on_or_is_complete_and_overwrites_nothing(tmp_path):
@@ -23,6 +26,16 @@ def test_a_run_begins_goes_on_or_is_complete_and_overwrites_nothing(tmp_path):
     assert not has_work(out, settings, resume=False) and not has_work(out, settings, resume=True)
     with pytest.raises(InputError, match="files that are not part of a stream"):
         has_work(tmp_path, settings, resume=True)
+
+
+def test_a_signal_is_remembered_only_once_a_loop_asks_for_it(tmp_path, tokenizer):
+    before = signal.getsignal(signal.SIGTERM)
+    with PretrainRun(tmp_path / "run", Ranks(torch.device("cpu")), {}, resume=False, snapshots=0, save_every=1, log_every=1,
+                     stop_after=None) as run:
+        assert signal.getsignal(signal.SIGTERM) is before       # while corpora are tokenized, a signal ends the process at once
+        run.begin({}, tokenizer)
+        assert signal.getsignal(signal.SIGTERM) == run.on_signal
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_what_a_complete_run_does_not_hold_is_said(tmp_path):

@@ -153,7 +153,6 @@ class PretrainRun:
         self.stack.enter_context(locked(self.out, self.ranks.from_main))
         self.has_work = self.ranks.from_main(lambda: has_work(self.out, self.settings, self.resume))
         self.checkpoint = self.ranks.from_main(lambda: newest_checkpoint(self.out) if self.has_work and self.resume else None)
-        self.stack.enter_context(handled(self.on_signal))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -174,6 +173,7 @@ class PretrainRun:
             tokenizer.save(self.out)
         self.log = Log(self.out, keep=lambda row: self.resume and not is_done_again(row, self.out, self.newest), writes=self.ranks.is_main,
                        tensorboard=self.tensorboard)
+        self.stack.enter_context(handled(self.on_signal))       # not before: until here no loop asks for the signal
 
     def finished(self, name: str) -> Base | None:
         """The base of a stage that an interrupted run finished, or None."""
