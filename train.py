@@ -148,7 +148,8 @@ def pretrain(c: Config) -> None:
         raise InputError("--mix need scores texts of all shapes between steps, and --compile would compile anew for each: leave it out")
     settings = {k: v for k, v in record(c).items() if k not in NOT_SETTINGS}
     with PretrainRun(out, ranks, settings, resume=c.resume, snapshots=c.snapshots, save_every=c.save_every, stop_after=c.stop_after,
-                     log_every=c.log_every or (10 if ranks.device.type == "cuda" else 1), tensorboard=c.tensorboard) as stream:
+                     log_every=c.log_every or (10 if ranks.device.type == "cuda" else 1), tensorboard=c.tensorboard,
+                     defaults=record(Config())) as stream:
         interrupted = train_stages(c, stream, ranks) if stream.has_work else None
         if not stream.has_work:
             print(f"{out} is complete; remove it to train anew\n{table_of(out)}")

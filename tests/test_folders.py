@@ -316,7 +316,7 @@ def test_a_file_in_the_place_of_a_folder_is_left_alone(tmp_path, base, out):
     (tmp_path / "file").write_text("precious")
     delta = lora(base)
     for write_it in (lambda path: save_delta(path, delta), lambda path: export_hf(path, base),
-                     lambda path: check_overwritable(path, set()), lambda path: has_work(path, {}, False),
+                     lambda path: check_overwritable(path, set()), lambda path: has_work(path, {}, False, {}),
                      lambda path: locked(path).__enter__()):
         with pytest.raises(InputError, match="file.* cannot be (used as a folder|made)"):
             write_it(tmp_path / out)
