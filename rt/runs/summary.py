@@ -40,7 +40,9 @@ def interval(values: Iterable[float | None]) -> tuple[float, float]:
         return math.nan, 0.0
     if len(values) == 1:
         return values[0], 0.0
-    return mean(values), (T95[len(values) - 2] if len(values) <= 10 else 2.1) * stdev(values) / math.sqrt(len(values))
+    df = len(values) - 1
+    t = T95[df - 1] if df <= len(T95) else 1.96 + 2.37 / df + 2.8 / df**2       # right to .005
+    return mean(values), t * stdev(values) / math.sqrt(len(values))
 
 
 def with_interval(values: Iterable[float | None]) -> str:
