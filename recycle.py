@@ -179,7 +179,8 @@ def main() -> None:
 def run_alone(r: Recycling, one: Run, sources: Sources) -> Iterator[Done]:
     """One run by itself; in a chain, one mode along all bases, by all routes."""
     c, curves, more, started = one.c, defaultdict(list), {}, time.perf_counter()
-    steps = c.project.project_steps if one.mode == "project" else c.steps * len(one.rows()) * (one.mode in TRAINED)
+    loops = len(one.rows()) - bool(c.chain and one.mode != "scratch")       # in a chain, both routes to the first base are one run
+    steps = c.project.project_steps if one.mode == "project" else c.steps * loops * (one.mode in TRAINED)
     with StepBar(steps, one.mode, r.base.encoder.config, r.device, r.precision, frozen=c.delta.kind != "full") as bar:
         def on_eval(row: dict, **part) -> None:
             curves[row.get("base"), row.get("route")].append({**part, **row})
@@ -266,7 +267,8 @@ def do_runs(c: Config, r: Recycling, plan: list[Run], sources: Sources, out: Pat
             save_run(out, one, sources.samples.task, result, delta, curve, origin[one.name], more)
             yield f"{one.mode}: dev {score_text(score(result.dev))}"
 
-    with progress(sum(map(len, mine)), "recycle", unit="run") as bar, closing(spread(done, mine, workers)) as words:
+    total = sum(len(one.rows()) for part in mine for one in part)
+    with progress(total, "recycle", unit="run") as bar, closing(spread(done, mine, workers)) as words:
         for word in words:
             if c.sweep is None:
                 write_summary(c, out, rows)

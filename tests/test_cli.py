@@ -1,5 +1,6 @@
 """The command line, as a user types it: tiny preset, few steps, every mode; resuming; errors with exit code 2. Each kind of call runs once
 as a real command. The rest use `here`, which is faster."""
+import io
 import json
 import shutil
 from collections import Counter
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from rt.errors import InputError
 from rt.formats.files import FIGURES, read_json, read_rows
 from rt.report import plot
+from rt.runs import log
 from rt.speed.device import pick_device
 
 SMALL = ("--preset", "tiny", "--vocab_size", "500", "--seq_len", "32", "--batch_tokens", "256", "--eval_tokens", "512",
@@ -417,14 +419,29 @@ def test_project_maps_the_delta_by_other_tasks(lineage, task, graphs, tmp_path):
     assert f"test accuracy {rows[1]['test']['accuracy']:.3f}" in scored
 
 
-def test_chain_reports_both_routes_over_all_bases(lineage, task, tmp_path):
+class Bar(log.tqdm):
+    """A progress bar that counts although it is not on a terminal, and remembers how it ended."""
+    ended = []
+
+    def __init__(self, total: int, desc: str, **_):
+        super().__init__(total=total, desc=desc, file=io.StringIO())
+
+    def close(self):
+        self.ended.append((self.desc, self.n, self.total))
+        super().close()
+
+
+def test_chain_reports_both_routes_over_all_bases(lineage, task, tmp_path, monkeypatch):
     home, _ = lineage
     here("train.py", *SMALL, "--init", home / "run" / "M1", "--stream", home / "one.txt", "--steps", "3", "--snapshots", "0",
          "--out", tmp_path / "more", "--cache", home / "cache")
     m1, m2 = home / "run" / "M1", tmp_path / "more" / "M2"
     arguments = ("recycle.py", "--old_base", home / "run" / "M0", "--task", task, "--shots", "6", "--seeds", "0,1", "--steps", "4",
                  "--delta", "adapter", "--lr", "1e-2", "--out", tmp_path / "out", "--mode", "scratch,apply,init+distill", *TUNE)
-    out = here(*arguments, "--chain", f"{m1},{m2}")
+    monkeypatch.setattr(log, "tqdm", Bar)
+    out = here(*arguments, "--chain", f"{m1},{m2}", "--workers", "1")
+    assert {*Bar.ended} == {("recycle", 20, 20), ("scratch", 8, 8), ("apply", 0, 0), ("init+distill", 12, 12)}
+    monkeypatch.undo()
     lines = [line.split() for line in out.splitlines() if "±" in line]
     assert [line[:2] for line in lines] == [["scratch", "-"], ["apply", "chain"], ["apply", "direct"], ["init+distill", "chain"],
                                             ["init+distill", "direct"]]
