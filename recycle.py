@@ -39,7 +39,7 @@ from rt.runs.results import Run, begin, origin_of, save_run, write_summary
 from rt.runs.signals import handled, raise_interrupted
 from rt.runs.starts import carry_texts, merge_on_dev, old_names, open_old
 from rt.runs.summary import by_settings, chosen, report, report_chain, report_sweep
-from rt.runs.sweep import LISTS, expand, groups, swept
+from rt.runs.sweep import LISTS, dealt, expand, swept
 from rt.runs.teaching import WITHOUT_OLD, Samples, TeacherConfig, note_cut, open_samples, refusals
 from rt.runs.workers import share_cores, spread, use_threads
 from rt.speed.device import make_deterministic, pick_precision
@@ -248,9 +248,7 @@ def do_runs(c: Config, r: Recycling, plan: list[Run], sources: Sources, out: Pat
     finished = ranks.from_main(lambda: begin(c, out, rows, origin, r.data.test is not None))
     todo = [one for one in plan if not finished.issuperset(row.name for row in one.rows())]
     workers = share_cores(len(plan), c.threads, c.workers) if ranks.world == 1 and ranks.device.type == "cpu" else 1
-    parts = ranks.world * workers
-    mine = [[one] for one in todo] if c.sweep is None else [
-        part for group in groups(todo) for k in range(ranks.rank, parts, ranks.world) if (part := group[k::parts])]
+    mine = [[one] for one in todo] if c.sweep is None else dealt(todo, ranks.rank, ranks.world, workers)
     start, samples = r if c.sweep is None else replace(r, data=replace(r.data, test=None)), {}
     if {one.mode for one in todo} & {*carried}:
         start.carried, start.about = transport(r.old_base, r.base, r.old_delta, sources.texts)

@@ -5,7 +5,7 @@ import pytest
 
 from rt.errors import InputError
 from rt.runs.summary import by_settings, chosen
-from rt.runs.sweep import expand, groups, swept
+from rt.runs.sweep import dealt, expand, groups, swept
 
 
 @dataclass
@@ -43,6 +43,13 @@ def test_runs_of_equal_shape_go_together():
     runs = [FakeRun(mode, {"alpha": a, "T": 5, "steps": s}) for mode in ("init", "distill") for a in (1, 2) for s in (10, 20)]
     assert [[(r.mode, r.settings["steps"]) for r in group] for group in groups(runs)] == [
         [("init", 10)] * 2, [("init", 20)] * 2, [("distill", 10)] * 2, [("distill", 20)] * 2]
+
+
+def test_small_groups_are_dealt_to_all_ranks():
+    runs = [FakeRun(mode, {"steps": steps, "alpha": a}) for mode in "ab" for steps in (1, 2) for a in range(4)]
+    shares = [dealt(runs, rank, 8) for rank in range(8)]
+    assert [sum(map(len, share)) for share in shares] == [2] * 8 and sum(map(len, sum(shares, []))) == len(runs)
+    assert [[len(part) for part in dealt(runs, 0, 1, workers)] for workers in (1, 2)] == [[4] * 4, [2] * 8]
 
 
 def test_the_best_settings_are_best_on_average_over_seeds():
