@@ -102,6 +102,7 @@ class Config:
 
 NOT_SETTINGS = ("resume", "stop_after", "save_every", "cache", "device", "out", "accumulation", "compile", "graphs", "zero",
                 "log_every", "deterministic", "tensorboard", "threads")     # may differ when a run is resumed
+EVAL_READS = ("mode", "cache", "device", "threads", "precision", "deterministic", "seq_len", "base", "task", "delta_dir")
 SEQ_LEN = 128
 PRETRAIN_LR = 1e-3
 TUNE_LR = {"full": 5e-4, "prefix": 1e-2}     # for the mini preset; all other kinds: 5e-3
@@ -112,9 +113,10 @@ def main() -> None:
     if launched() > 1 and c.mode != "pretrain":
         raise InputError(f"--mode {c.mode} is for one process: leave torchrun out")
     names = [*record(Config())]
-    of_pretrain, rest = names[names.index("stream"):names.index("base")], names[names.index("base"):]      # as Config has them
-    of_others = {*rest} if c.mode == "pretrain" else {*of_pretrain} - {"seq_len", "lr", "warmup", "weight_decay", "graphs"}
-    if unread := [name for name in changed(c) if name in of_others]:
+    stream, base = names.index("stream"), names.index("base")       # as Config has them; delta_dir is the last
+    read = {"pretrain": names[:base], "eval": EVAL_READS,
+            "tune": [*names[:stream], "seq_len", "lr", "warmup", "weight_decay", "graphs", *names[base:-1]]}[c.mode]
+    if unread := [name for name in changed(c) if name not in read]:
         meant = {"steps": ": did you mean --tune_steps?", "tune_steps": ": did you mean --steps?"}.get(unread[0], "")
         raise InputError(f"--{unread[0]} has no effect with --mode {c.mode}{meant}")
     for name in {"tune": ("base", "task"), "eval": ("task", "base", "delta_dir")}.get(c.mode, ()):

@@ -140,7 +140,7 @@ def test_tune_eval_and_predict(lineage, task, delta, tmp_path):
     assert [r["step"] for r in read_rows(tmp_path / "d" / "metrics.jsonl")] == [0, 2, 4]
     assert drawn(tmp_path / "d") == {"tuning"}
     tested = out.split("test accuracy ")[1].split(",")[0]
-    scored = call("train.py", "--mode", "eval", *base, "--task", task, "--delta_dir", tmp_path / "d", *TUNE)
+    scored = call("train.py", "--mode", "eval", *base, "--task", task, "--delta_dir", tmp_path / "d", *TUNE[:4])
     assert f"test accuracy {tested}" in scored
     (tmp_path / "texts.txt").write_text("Returns the complete graph.\n\nBase class for directed graphs.\n")
     answers = [json.loads(line) for line in call("-m", "rt.runs.predict", *base, "--delta_dir", tmp_path / "d",
@@ -414,7 +414,7 @@ def test_project_maps_the_delta_by_other_tasks(lineage, task, graphs, tmp_path):
     assert not about["with_head"] and set(about["dev"]) == {"mean", "three_way"} and settings["source_task"] == [str(other)]
     parts = [(r["step"], r.get("part")) for r in curve(tmp_path / "out", rows[1])]
     assert parts == [(0, "projection"), (2, "projection"), (4, "projection"), (0, None)]
-    scored = here("train.py", "--mode", "eval", "--base", home / "run" / "M1", "--task", task, *TUNE,
+    scored = here("train.py", "--mode", "eval", "--base", home / "run" / "M1", "--task", task, *TUNE[:4],
                   "--delta_dir", tmp_path / "out" / "deltas" / rows[1]["run"])       # the mapped delta is a delta of the new base
     assert f"test accuracy {rows[1]['test']['accuracy']:.3f}" in scored
 
@@ -461,7 +461,7 @@ def test_chain_reports_both_routes_over_all_bases(lineage, task, tmp_path, monke
     info = json.loads((tmp_path / "out" / "deltas" / by["init+distill", "chain", str(m2), 0]["run"] / "delta.json").read_text())["info"]
     assert info["base"] == json.loads((m2 / "meta.json").read_text())["fingerprint"]
     for base in (m1, m2):       # each base gets its own best delta from the folder
-        assert "accuracy" in here("train.py", "--mode", "eval", "--base", base, "--delta_dir", tmp_path / "out", "--task", task, *TUNE)
+        assert "accuracy" in here("train.py", "--mode", "eval", "--base", base, "--delta_dir", tmp_path / "out", "--task", task, *TUNE[:4])
     # a direct run equals that of a call with --base alone, which replaces it
     here(*arguments[:-len(TUNE) - 1], "init+distill", *TUNE, "--base", m2)
     after = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]
@@ -500,6 +500,9 @@ def test_chain_reports_both_routes_over_all_bases(lineage, task, tmp_path, monke
     (("train.py", "--mode", "tune", "--steps", "4"), "--steps has no effect with --mode tune: did you mean --tune_steps?"),
     (("train.py", "--mode", "tune", "--lr", "1e-3", "--preserve", "3"), "--preserve has no effect with --mode tune"),
     (("train.py", "--mode", "eval", "--stream", "python"), "--stream has no effect with --mode eval"),
+    (("train.py", "--mode", "eval", "--out", "nowhere", "--graphs"), "--out has no effect with --mode eval"),
+    (("train.py", "--mode", "eval", "--r", "3"), "--r has no effect with --mode eval"),
+    (("train.py", "--mode", "tune", "--delta_dir", "keep"), "--delta_dir has no effect with --mode tune"),
     (("train.py", "--shots", "3"), "--shots has no effect with --mode pretrain"),
     (("train.py", "--tune_steps", "4"), "did you mean --steps?"),
     (("recycle.py", "--mode", "burn"), "--mode burn: not one of"),
