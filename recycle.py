@@ -13,7 +13,7 @@ described in rt/recycling.py; `run_alone` below does one run. Every run leaves i
 """
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,16 +38,16 @@ from rt.runs.log import StepBar, load_tensorboard, note_changed_task, note_trunc
 from rt.runs.results import Run, begin, origin_of, save_run, write_summary
 from rt.runs.signals import handled, raise_interrupted
 from rt.runs.starts import carry_texts, merge_on_dev, old_names, open_old
-from rt.runs.summary import by_settings, chosen, report, report_chain, report_sweep
+from rt.runs.summary import by_settings, chosen, note_diverged, report, report_chain, report_sweep
 from rt.runs.sweep import LISTS, dealt, expand, swept
 from rt.runs.teaching import WITHOUT_OLD, Samples, TeacherConfig, note_cut, open_samples, refusals
 from rt.runs.workers import share_cores, spread, use_threads
-from rt.speed.device import make_deterministic, pick_precision
+from rt.speed.device import make_deterministic, pick_precision, precision_name
 from rt.speed.dist import Ranks, join
 from rt.speed.graphs import check_graphs
 from rt.speed.multi_run import can_go_together, graphed_gradient, recycle_together
 from rt.transport import Granularity, check_sources, learn_projection, transport
-from rt.tune import TuneResult, TuneSettings, divergence, evaluate, plain_gradient, score
+from rt.tune import TuneResult, TuneSettings, evaluate, plain_gradient, score
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,8 @@ def do_runs(c: Config, r: Recycling, plan: list[Run], sources: Sources, out: Pat
     special = {"project": origin_of(r, [*others, *sources.projects]),
                **dict.fromkeys(carried, origin_of(r, others, sources.texts, content))}
     origin = {row.name: special.get(row.mode, origins[row.c.base]) for row in rows}
-    finished = ranks.from_main(lambda: begin(c, out, rows, origin, r.data.test is not None))
+    precision = precision_name(r.precision)     # what auto is here
+    finished = ranks.from_main(lambda: begin(c, out, rows, origin, r.data.test is not None, precision))
     todo = [one for one in plan if not finished.issuperset(row.name for row in one.rows())]
     workers = share_cores(len(plan), c.threads, c.workers) if ranks.world == 1 and ranks.device.type == "cpu" else 1
     mine = [[one] for one in todo] if c.sweep is None else dealt(todo, ranks.rank, ranks.world, workers)
@@ -262,7 +263,7 @@ def do_runs(c: Config, r: Recycling, plan: list[Run], sources: Sources, out: Pat
         for one, result, delta, curve, more in run_group(samples, group, sources):
             if one.mode in (("apply", *CARRIES) if r.merged else carried):
                 more |= samples[one.seed].about
-            save_run(out, one, sources.samples.task, result, delta, curve, origin[one.name], more)
+            save_run(out, one, sources.samples.task, result, delta, curve, origin[one.name], {**more, "precision": precision})
             yield f"{one.mode}: dev {score_text(score(result.dev))}"
 
     total = sum(len(one.rows()) for part in mine for one in part)
@@ -289,12 +290,7 @@ def finish(c: Config, r: Recycling, runs: list[Run], out: Path) -> None:
             write_json(out / "deltas" / row["run"] / "summary.json", row)
         print(report_sweep(write_summary(c, out, runs), modes, [name for name in swept(c.sweep) if name not in LISTS]))
     print(f"rows in {out / 'summary.json'}, curves and deltas in {out / 'deltas'}")
-    if diverged := [row for row in rows if row.get("diverged")]:
-        counts = Counter(f"{row['mode']} at --lr {row['lr']:g}" for row in diverged)
-        print("diverged, and left out: " + ", ".join(f"{what} ({n} of its runs)" for what, n in counts.items()))
-    for row in diverged:
-        if row["mode"] not in modes:
-            raise divergence(row["diverged"], row["lr"])
+    note_diverged(rows, modes)
 
 
 # --- checks and plan ---------------------------------------------------------------------------------------------------

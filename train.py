@@ -43,7 +43,7 @@ from rt.runs.resume import PretrainRun, sample_of, table_of
 from rt.runs.signals import Interrupted
 from rt.runs.upgrade import RecipeConfig, Start, earlier_domains, go_on_from, lengthen, scored_rows, start_recipe
 from rt.runs.workers import use_threads
-from rt.speed.device import make_deterministic, pick_device, pick_precision
+from rt.speed.device import make_deterministic, pick_device, pick_precision, precision_name
 from rt.speed.dist import Ranks, join, launched, zero
 from rt.speed.graphs import check_graphs, compiled, make_gradient, prefetch, staged
 from rt.speed.multi_run import graphed_gradient
@@ -302,8 +302,9 @@ def tune_delta(c: Config) -> None:
     note_truncated(*data.truncated(), c.seq_len)
     model = attach(base, c.delta, data.num_outputs, c.seed)
     check_graphs(c.graphs, Ranks(device))
-    s = TuneSettings(c.tune_steps, c.batch_size, c.lr or TUNE_LR.get(kind, 5e-3), c.eval_every, c.seed, c.weight_decay, c.warmup)
-    about |= {"config": record(c), "argv": sys.argv}
+    c.lr = c.lr or TUNE_LR.get(kind, 5e-3)
+    s = TuneSettings(c.tune_steps, c.batch_size, c.lr, c.eval_every, c.seed, c.weight_decay, c.warmup)
+    about |= {"config": record(c), "argv": sys.argv, "precision": precision_name(where["precision"])}
     with locked(out), delta_folder(out, sum(p.nbytes for p in model.parameters() if p.requires_grad)) as new:
         log = Log(new, tensorboard=c.tensorboard)
         with StepBar(s.steps, f"{task.name} {kind}", model.encoder.config, **where, frozen=kind != "full") as bar:

@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 
 import pytest
+import torch
 from conftest import command, here
 from safetensors.torch import load_file
 
@@ -13,7 +14,7 @@ from rt.errors import InputError
 from rt.formats.files import FIGURES, read_json, read_rows
 from rt.report import plot
 from rt.runs import log
-from rt.speed.device import pick_device
+from rt.speed.device import pick_device, pick_precision
 
 SMALL = ("--preset", "tiny", "--vocab_size", "500", "--seq_len", "32", "--batch_tokens", "256", "--eval_tokens", "512",
          "--device", "cpu")
@@ -137,6 +138,8 @@ def test_tune_eval_and_predict(lineage, task, delta, tmp_path):
     assert {f.name for f in (tmp_path / "d").iterdir()} == {"delta.safetensors", "delta.json", "metrics.jsonl", "summary.json"}
     facts = json.loads((tmp_path / "d" / "delta.json").read_text())
     assert facts["info"]["labels"] == ["classes", "generators"] and facts["kind"] == delta
+    assert facts["info"]["config"]["lr"] == {"full": 5e-4, "prefix": 1e-2}.get(delta, 5e-3)      # the rate that was used, not null
+    assert facts["info"]["precision"] == ("bf16" if pick_precision("auto", torch.device("cpu")) == torch.bfloat16 else "fp32")
     assert [r["step"] for r in read_rows(tmp_path / "d" / "metrics.jsonl")] == [0, 2, 4]
     assert drawn(tmp_path / "d") == {"tuning"}
     tested = out.split("test accuracy ")[1].split(",")[0]

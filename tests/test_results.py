@@ -68,6 +68,11 @@ def test_a_row_is_taken_for_that_of_a_run_if_all_of_it_is_there(recycling, tmp_p
     assert finished_row(tmp_path, one, origin) is None       # no row
     write_json(home / "summary.json", row)
     assert finished_row(tmp_path, one, origin) == json.loads(json.dumps(row))
+    assert finished_row(tmp_path, one, origin, "fp32") is not None       # an older row, which does not name its precision
+    for precision, is_taken in (("fp32", True), ("bf16", False)):
+        write_json(home / "summary.json", row | {"precision": precision})
+        assert (finished_row(tmp_path, one, origin, "fp32") is not None) == is_taken
+    write_json(home / "summary.json", row)
     assert finished_row(tmp_path, one, origin_of(replace(recycling, base=recycling.old_base))) is None
     for other in ({"lr": 2e-3}, {"settings": one.settings | {"steps": 1}}, {"curve": None}, {"dev": {}}):     # two of one name, or damaged
         write_json(home / "summary.json", row | other)

@@ -106,7 +106,7 @@ def save_run(out: Path, run: Run, task: Task, result: TuneResult, delta: Delta, 
            **{name: count for name in ("skipped", "diverged") if (count := getattr(result, name))}, "origin": origin, **more}
     with delta_folder(out / "deltas" / run.name, nbytes(delta)) as new:
         if c.save_deltas:
-            facts = {k: row[k] for k in ("task", "shots", "seed", "mode", "lr", "dev", "test", "origin") if row[k] != {}}
+            facts = {k: row[k] for k in ("task", "shots", "seed", "mode", "lr", "precision", "dev", "test", "origin") if row[k] != {}}
             facts |= {"labels": list(task.labels), "task_hash": task.hash, "config": record(c), "argv": sys.argv}
             write_delta(new, replace(delta, info=facts | delta.info))
         log = Log(new, tensorboard=c.tensorboard)
@@ -115,8 +115,8 @@ def save_run(out: Path, run: Run, task: Task, result: TuneResult, delta: Delta, 
         write_json(new / "summary.json", row)
 
 
-def finished_row(out: Path, run: Run, origin: list[str]) -> dict | None:
-    """The row of a run that an earlier call finished with the same settings and origin, or None."""
+def finished_row(out: Path, run: Run, origin: list[str], precision: str | None = None) -> dict | None:
+    """The row of a run that an earlier call finished with the same settings, origin and precision (older rows do not name it), or None."""
     folder = out / "deltas" / run.name
     try:
         row = read_json(folder / "summary.json")
@@ -124,20 +124,22 @@ def finished_row(out: Path, run: Run, origin: list[str]) -> dict | None:
         is_damaged = run.c.save_deltas and differing(folder, "delta.json", read_json(folder / "delta.json"))
     except (InputError, OSError):
         return None
-    is_other = (row.get("origin"), row["lr"], row["settings"]) != (origin, run.lr, run.settings)
+    is_other = (row.get("origin"), row["lr"], row["settings"], row.get("precision", precision)) != (
+        origin, run.lr, run.settings, precision)
     return None if is_damaged or is_other else row
 
 
 # --- all runs ----------------------------------------------------------------------------------------------------------
 
-def begin(c: Any, out: Path, runs: list[Run], origin: dict[str, list[str]], is_tested: bool = True) -> set[str]:
+def begin(c: Any, out: Path, runs: list[Run], origin: dict[str, list[str]], is_tested: bool = True,
+          precision: str | None = None) -> set[str]:
     """The names of the runs that --resume or --sweep finds finished, with a score on test if the task `is_tested`. The folders of all other
     runs are removed first, so a killed call leaves only rows of whole runs, all of one origin."""
     check_overwritable(out, {"metrics.jsonl", "summary.json", "deltas", FIGURES})       # an earlier version wrote metrics.jsonl
     summary_rows(out / "summary.json")      # InputError if it cannot be read, before anything is removed
     finished = set()
     for run in runs:
-        row = finished_row(out, run, origin[run.name]) if c.resume or c.sweep is not None else None
+        row = finished_row(out, run, origin[run.name], precision) if c.resume or c.sweep is not None else None
         if row and (row["test"] or not is_tested or c.sweep is not None):
             finished.add(run.name)
         else:
