@@ -36,12 +36,13 @@ from rt.runs.build import build_missing
 from rt.runs.config import parse, record, run
 from rt.runs.log import StepBar, load_tensorboard, note_changed_task, note_truncated, progress, score_text
 from rt.runs.results import Run, begin, origin_of, save_run, write_summary
+from rt.runs.signals import handled, raise_interrupted
 from rt.runs.starts import carry_texts, merge_on_dev, old_names, open_old
-from rt.runs.summary import by_settings, chosen, report, report_chain, report_sweep
-from rt.runs.sweep import LISTS, expand, groups, swept
+from rt.runs.summary import by_settings, chosen, note_diverged, report, report_chain, report_sweep
+from rt.runs.sweep import LISTS, dealt, expand, swept
 from rt.runs.teaching import WITHOUT_OLD, Samples, TeacherConfig, note_cut, open_samples, refusals
 from rt.runs.workers import share_cores, spread, use_threads
-from rt.speed.device import make_deterministic, pick_precision
+from rt.speed.device import make_deterministic, pick_precision, precision_name
 from rt.speed.dist import Ranks, join
 from rt.speed.graphs import check_graphs
 from rt.speed.multi_run import can_go_together, graphed_gradient, recycle_together
@@ -167,7 +168,8 @@ def main() -> None:
         note_cut(c, first)
     check_all(c, first, plan, bases, projects)
     texts = carry_texts(c.carry.carry_text, task, base, c.seq_len) if carried_modes(c, modes) else []
-    with locked(out, ranks.from_main):
+    goes_on = f"what was finished is kept; the same command {'with --resume ' * (c.sweep is None)}goes on"
+    with locked(out, ranks.from_main), handled(lambda *signal: raise_interrupted(*signal, goes_on)):
         do_runs(c, r if c.shots else first, plan, Sources(samples, bases, olds, projects, texts), out, ranks)
     ranks.leave()
 
@@ -177,7 +179,8 @@ def main() -> None:
 def run_alone(r: Recycling, one: Run, sources: Sources) -> Iterator[Done]:
     """One run by itself; in a chain, one mode along all bases, by all routes."""
     c, curves, more, started = one.c, defaultdict(list), {}, time.perf_counter()
-    steps = c.project.project_steps if one.mode == "project" else c.steps * len(one.rows()) * (one.mode in TRAINED)
+    loops = len(one.rows()) - bool(c.chain and one.mode != "scratch")       # in a chain, both routes to the first base are one run
+    steps = c.project.project_steps if one.mode == "project" else c.steps * loops * (one.mode in TRAINED)
     with StepBar(steps, one.mode, r.base.encoder.config, r.device, r.precision, frozen=c.delta.kind != "full") as bar:
         def on_eval(row: dict, **part) -> None:
             curves[row.get("base"), row.get("route")].append({**part, **row})
@@ -200,8 +203,9 @@ def learn_map(r: Recycling, p: ProjectConfig, projects: Projects, on_eval: Calla
     """Learn the map of --mode project. Returns the fields about the map for the run's row."""
     equal = {delta.num_outputs for delta, _ in projects} == {r.old_delta.num_outputs}    # if so, heads are projected too
     r.projection = learn_projection(
-        r.old_base, r.base, projects, replace(r.settings, steps=p.project_steps), r.distill, r=p.rank, granularity=p.granularity,
-        residual=p.residual, device=r.device, precision=r.precision, with_head=equal, on_step=r.on_step, on_eval=on_eval)
+        r.old_base, r.base, projects, replace(r.settings, steps=p.project_steps, keep_diverged=False), r.distill, r=p.rank,
+        granularity=p.granularity, residual=p.residual, device=r.device, precision=r.precision, with_head=equal, on_step=r.on_step,
+        on_eval=on_eval)
     about = {name: getattr(r.projection, name) for name in ("r", "granularity", "residual", "with_head", "best_step", "dev")}
     return {"sources": [data.name for _, data in projects], **about, "numbers": sum(p.numel() for p in r.projection.parameters())}
 
@@ -226,7 +230,7 @@ def settings_of(one: Run) -> dict:
     """The fields of a Recycling that differ between runs."""
     c = one.c
     return {"settings": TuneSettings(c.steps, c.batch_size, one.lr or 0.0, c.eval_every, one.seed, c.weight_decay, c.warmup,
-                                     early_stop=c.early_stop),
+                                     early_stop=c.early_stop, keep_diverged=not c.chain),      # the next link would start from it
             "distill": c.distill, "share": c.teaching.unlabelled_share}
 
 
@@ -241,12 +245,11 @@ def do_runs(c: Config, r: Recycling, plan: list[Run], sources: Sources, out: Pat
     special = {"project": origin_of(r, [*others, *sources.projects]),
                **dict.fromkeys(carried, origin_of(r, others, sources.texts, content))}
     origin = {row.name: special.get(row.mode, origins[row.c.base]) for row in rows}
-    finished = ranks.from_main(lambda: begin(c, out, rows, origin, r.data.test is not None))
+    precision = precision_name(r.precision)     # what auto is here
+    finished = ranks.from_main(lambda: begin(c, out, rows, origin, r.data.test is not None, precision))
     todo = [one for one in plan if not finished.issuperset(row.name for row in one.rows())]
     workers = share_cores(len(plan), c.threads, c.workers) if ranks.world == 1 and ranks.device.type == "cpu" else 1
-    parts = ranks.world * workers
-    mine = [[one] for one in todo] if c.sweep is None else [
-        part for group in groups(todo) for k in range(ranks.rank, parts, ranks.world) if (part := group[k::parts])]
+    mine = [[one] for one in todo] if c.sweep is None else dealt(todo, ranks.rank, ranks.world, workers)
     start, samples = r if c.sweep is None else replace(r, data=replace(r.data, test=None)), {}
     if {one.mode for one in todo} & {*carried}:
         start.carried, start.about = transport(r.old_base, r.base, r.old_delta, sources.texts)
@@ -260,10 +263,11 @@ def do_runs(c: Config, r: Recycling, plan: list[Run], sources: Sources, out: Pat
         for one, result, delta, curve, more in run_group(samples, group, sources):
             if one.mode in (("apply", *CARRIES) if r.merged else carried):
                 more |= samples[one.seed].about
-            save_run(out, one, sources.samples.task, result, delta, curve, origin[one.name], more)
+            save_run(out, one, sources.samples.task, result, delta, curve, origin[one.name], {**more, "precision": precision})
             yield f"{one.mode}: dev {score_text(score(result.dev))}"
 
-    with progress(sum(map(len, mine)), "recycle", unit="run") as bar, closing(spread(done, mine, workers)) as words:
+    total = sum(len(one.rows()) for part in mine for one in part)
+    with progress(total, "recycle", unit="run") as bar, closing(spread(done, mine, workers)) as words:
         for word in words:
             if c.sweep is None:
                 write_summary(c, out, rows)
@@ -274,16 +278,19 @@ def do_runs(c: Config, r: Recycling, plan: list[Run], sources: Sources, out: Pat
 
 
 def finish(c: Config, r: Recycling, runs: list[Run], out: Path) -> None:
-    """In a sweep, score the best runs of each mode by dev on test. Write summary.json and print the table."""
-    rows, modes = write_summary(c, out, runs), [*dict.fromkeys(one.mode for one in runs)]
-    if c.sweep is None:
+    """In a sweep, score the best runs of each mode by dev on test. Write summary.json and print the table. InputError if all runs of a
+    mode diverged."""
+    rows = write_summary(c, out, runs)
+    modes = [mode for mode in dict.fromkeys(one.mode for one in runs) if chosen(rows, mode)]
+    if c.sweep is None and modes:
         print(report_chain(rows, modes, c.chain) if c.chain else report(rows, modes))
-    else:
+    elif modes:
         for row in (row for mode in modes for row in chosen(rows, mode, by_settings) if not row["test"] and r.data.test):
             row["test"] = evaluate(apply(r.base, load_delta(out / "deltas" / row["run"])), r.data.test, r.device, r.precision)
             write_json(out / "deltas" / row["run"] / "summary.json", row)
         print(report_sweep(write_summary(c, out, runs), modes, [name for name in swept(c.sweep) if name not in LISTS]))
     print(f"rows in {out / 'summary.json'}, curves and deltas in {out / 'deltas'}")
+    note_diverged(rows, modes)
 
 
 # --- checks and plan ---------------------------------------------------------------------------------------------------

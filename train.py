@@ -43,7 +43,7 @@ from rt.runs.resume import PretrainRun, sample_of, table_of
 from rt.runs.signals import Interrupted
 from rt.runs.upgrade import RecipeConfig, Start, earlier_domains, go_on_from, lengthen, scored_rows, start_recipe
 from rt.runs.workers import use_threads
-from rt.speed.device import make_deterministic, pick_device, pick_precision
+from rt.speed.device import make_deterministic, pick_device, pick_precision, precision_name
 from rt.speed.dist import Ranks, join, launched, zero
 from rt.speed.graphs import check_graphs, compiled, make_gradient, prefetch, staged
 from rt.speed.multi_run import graphed_gradient
@@ -102,6 +102,7 @@ class Config:
 
 NOT_SETTINGS = ("resume", "stop_after", "save_every", "cache", "device", "out", "accumulation", "compile", "graphs", "zero",
                 "log_every", "deterministic", "tensorboard", "threads")     # may differ when a run is resumed
+EVAL_READS = ("mode", "cache", "device", "threads", "precision", "deterministic", "seq_len", "base", "task", "delta_dir")
 SEQ_LEN = 128
 PRETRAIN_LR = 1e-3
 TUNE_LR = {"full": 5e-4, "prefix": 1e-2}     # for the mini preset; all other kinds: 5e-3
@@ -112,9 +113,10 @@ def main() -> None:
     if launched() > 1 and c.mode != "pretrain":
         raise InputError(f"--mode {c.mode} is for one process: leave torchrun out")
     names = [*record(Config())]
-    of_pretrain, rest = names[names.index("stream"):names.index("base")], names[names.index("base"):]      # as Config has them
-    of_others = {*rest} if c.mode == "pretrain" else {*of_pretrain} - {"seq_len", "lr", "warmup", "weight_decay", "graphs"}
-    if unread := [name for name in changed(c) if name in of_others]:
+    stream, base = names.index("stream"), names.index("base")       # as Config has them; delta_dir is the last
+    read = {"pretrain": names[:base], "eval": EVAL_READS,
+            "tune": [*names[:stream], "seq_len", "lr", "warmup", "weight_decay", "graphs", *names[base:-1]]}[c.mode]
+    if unread := [name for name in changed(c) if name not in read]:
         meant = {"steps": ": did you mean --tune_steps?", "tune_steps": ": did you mean --steps?"}.get(unread[0], "")
         raise InputError(f"--{unread[0]} has no effect with --mode {c.mode}{meant}")
     for name in {"tune": ("base", "task"), "eval": ("task", "base", "delta_dir")}.get(c.mode, ()):
@@ -148,7 +150,8 @@ def pretrain(c: Config) -> None:
         raise InputError("--mix need scores texts of all shapes between steps, and --compile would compile anew for each: leave it out")
     settings = {k: v for k, v in record(c).items() if k not in NOT_SETTINGS}
     with PretrainRun(out, ranks, settings, resume=c.resume, snapshots=c.snapshots, save_every=c.save_every, stop_after=c.stop_after,
-                     log_every=c.log_every or (10 if ranks.device.type == "cuda" else 1), tensorboard=c.tensorboard) as stream:
+                     log_every=c.log_every or (10 if ranks.device.type == "cuda" else 1), tensorboard=c.tensorboard,
+                     defaults=record(Config())) as stream:
         interrupted = train_stages(c, stream, ranks) if stream.has_work else None
         if not stream.has_work:
             print(f"{out} is complete; remove it to train anew\n{table_of(out)}")
@@ -299,8 +302,9 @@ def tune_delta(c: Config) -> None:
     note_truncated(*data.truncated(), c.seq_len)
     model = attach(base, c.delta, data.num_outputs, c.seed)
     check_graphs(c.graphs, Ranks(device))
-    s = TuneSettings(c.tune_steps, c.batch_size, c.lr or TUNE_LR.get(kind, 5e-3), c.eval_every, c.seed, c.weight_decay, c.warmup)
-    about |= {"config": record(c), "argv": sys.argv}
+    c.lr = c.lr or TUNE_LR.get(kind, 5e-3)
+    s = TuneSettings(c.tune_steps, c.batch_size, c.lr, c.eval_every, c.seed, c.weight_decay, c.warmup)
+    about |= {"config": record(c), "argv": sys.argv, "precision": precision_name(where["precision"])}
     with locked(out), delta_folder(out, sum(p.nbytes for p in model.parameters() if p.requires_grad)) as new:
         log = Log(new, tensorboard=c.tensorboard)
         with StepBar(s.steps, f"{task.name} {kind}", model.encoder.config, **where, frozen=kind != "full") as bar:

@@ -115,7 +115,7 @@ def learn_projection(old_base: Base, base: Base, sources: list[tuple[Delta, Task
     """A map from deltas of `old_base` to deltas of `base`, trained on the source tasks in turn: step i uses source i mod S. The loss is
     distillation without attention maps and interpolation: teacher = old base + the source's delta, student = new base + its projection.
     `with_head` requires one number of labels in all sources, and later in the target. Returns the best map by the mean dev score of the
-    sources, the first entry of dev in `on_eval`. Raises InputError if deltas and bases do not fit together, Diverged like rt.tune.Fit."""
+    sources, the first entry of dev in `on_eval`. Raises InputError if deltas and bases do not fit together, Diverged like `minimise`."""
     check_sources(old_base, base, sources)
     deltas, datas, s = [delta.map(lambda _, v: v.to(device)) for delta, _ in sources], [data for _, data in sources], settings
     projection = Projection(deltas, r, granularity, residual, with_head, s.seed)

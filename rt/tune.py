@@ -37,6 +37,7 @@ class TuneSettings:
     warmup: float = 0.06
     clip: float = 1.0
     early_stop: int = 0     # stop after this many evaluations in a row without a better one; 0: never
+    keep_diverged: bool = False     # whether a run that diverges ends with its best weights, and not with an error
 
     def lr_at(self, step: int) -> float:
         return schedule(step, self.steps, max(1, round(self.warmup * self.steps)), self.lr)
@@ -51,7 +52,11 @@ class TuneResult:
     curve: list[tuple[int, float | None]] = field(default_factory=list)
     seconds: float = 0.0
     skipped: int = 0        # steps with a non-finite loss or gradient
-    diverged: int = 0       # for runs side by side: the step after which too many in a row were not finite; 0: never
+    diverged: int = 0       # the step by which too many in a row were not finite, and the run ended; 0: never
+
+
+def divergence(step: int, lr: float) -> Diverged:
+    return Diverged(f"more than {MOST_SKIPPED} steps in a row before step {step + 1} had no finite loss and gradient: lower `lr` ({lr})")
 
 
 def training_loop(s: TuneSettings, gradient: Callable[[int], Tensor], update: Callable[[int, Tensor], None],
@@ -73,12 +78,12 @@ class Scores:
 
     def add(self, step: int, dev: dict[str, float] | None, trained: dict[str, Tensor], loss: float | None, skipped: int,
             diverged: bool) -> bool:
-        """Record an evaluation of the weights `trained`, with what SkipTracker read. Returns whether the run goes on. Raises Diverged after
-        more than MOST_SKIPPED skipped steps in a row."""
+        """Record an evaluation of the weights `trained`, with what SkipTracker read. Returns whether the run goes on: not after more
+        than MOST_SKIPPED skipped steps in a row."""
         self.result.skipped += skipped
         if diverged:
-            raise Diverged(f"more than {MOST_SKIPPED} steps in a row before step {step + 1} had no finite loss and gradient: "
-                           f"lower `lr` ({self.s.lr})")
+            self.result.diverged = step
+            return False
         if dev is None:
             return True
         self.result.curve.append((step, next(iter(dev.values()))))
@@ -104,18 +109,21 @@ class Fit(Scores):
         self.optimizer.zero_grad(set_to_none=True)
 
     def evaluated(self, step: int, dev: dict[str, float] | None) -> bool:
-        """Record an evaluation. Returns whether the run goes on. Raises Diverged as `add` does."""
+        """Record an evaluation. Returns whether the run goes on."""
         return self.add(step, dev, self.trained, *self.tracker.read()[0])
 
 
 def minimise(trained: dict[str, Tensor], gradient: Callable[[int], Tensor], s: TuneSettings, dev_scores: Callable[[], dict] | None,
              on_eval: Hook = ignore) -> TuneResult:
-    """`training_loop` for one run. `trained` ends with the best weights by `dev_scores`, without it with the last. Raises Diverged."""
+    """`training_loop` for one run. `trained` ends with the best weights by `dev_scores`, without it with the last. Raises Diverged
+    after more than MOST_SKIPPED skipped steps in a row, unless the settings say `keep_diverged`."""
     fit = Fit(trained, s, on_eval)
     training_loop(s, gradient, fit.update, lambda step: fit.evaluated(step, dev_scores() if dev_scores else None))
     with torch.no_grad():
         for k, value in fit.best.items():
             trained[k].copy_(value)
+    if fit.result.diverged and not s.keep_diverged:
+        raise divergence(fit.result.diverged, s.lr)
     return fit.result
 
 
@@ -152,7 +160,7 @@ def tune(model: Classifier, data: TaskData, loss: Loss, settings: TuneSettings, 
          on_step: Hook = ignore, on_eval: Hook = ignore, make_gradient: Callable[..., Gradient] = plain_gradient) -> TuneResult:
     """Train the weights of `model` that require a gradient. `model` ends with the weights that were best on dev. Dev is also scored before
     the first step (step 0), which measures the start. Test, if there is one, is scored once at the end. Batches and dropout are functions
-    of (seed, step). `make_gradient` may be rt.speed.multi_run.graphed_gradient. Raises Diverged like Fit, InputError if memory runs out."""
+    of (seed, step). `make_gradient` may be rt.speed.multi_run.graphed_gradient. Raises as `minimise` does; InputError without memory."""
     started, step = time.perf_counter(), partial(train_step, make_gradient(model, loss, device, precision), data.train, settings, on_step)
     result = minimise(trained_weights(model), step, settings, lambda: evaluate(model, data.dev, device, precision), on_eval)
     result.test = evaluate(model, data.test, device, precision) if data.test is not None else {}

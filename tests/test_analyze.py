@@ -5,6 +5,7 @@ import os
 import resource
 import sys
 from pathlib import Path
+from statistics import stdev
 
 import pytest
 import torch
@@ -190,7 +191,8 @@ def test_an_interval_is_that_of_students_t():
     assert interval([0.5]) == (0.5, 0.0)
     mean, half = interval([1.0, 2.0, 3.0])
     assert mean == 2.0 and half == pytest.approx(4.303 / math.sqrt(3))
-    assert interval(range(30))[1] == pytest.approx(2.1 * 8.803 / math.sqrt(30), rel=1e-3)
+    for n, t in ((10, 2.262), (11, 2.228), (12, 2.201), (30, 2.045), (1000, 1.962)):      # from tables
+        assert interval(range(n))[1] == pytest.approx(t * stdev(range(n)) / math.sqrt(n), abs=0.005 * stdev(range(n)) / math.sqrt(n))
 
 
 def test_snapshots_lie_evenly_on_the_way_to_their_base():

@@ -76,6 +76,20 @@ def test_a_recycled_delta_goes_to_both_libraries_with_its_scores_and_its_past(li
         assert made["tokenizer"]("x", "y")["input_ids"] == new.tokenizer.framed().encode("x", "y").ids
 
 
+def test_a_delta_without_an_old_one_says_what_taught_it(lineage, tmp_path):
+    rows = [{"text": f"text number {i}", "label": LABELS[i % 3]} for i in range(9)]
+    write_task(tmp_path / "nli", {"train": rows, "dev": rows, "test": rows})
+    save_delta(tmp_path / "old", trained(lineage[0], DeltaConfig("bitfit")))
+    for mode, flags in (("distill", ("--teacher", tmp_path / "nli" / "train.jsonl", "--beta", 0)),      # hard labels
+                        ("scratch", ("--old_base", tmp_path / "M0", "--old_delta", tmp_path / "old"))):
+        here("recycle.py", "--mode", mode, *flags, "--base", tmp_path / "M1", "--task", tmp_path / "nli", "--delta", "bitfit", "--shots",
+             "none", "--seeds", 7, "--steps", 2, "--seq_len", 16, "--out", tmp_path / mode, "--device", "cpu", "--precision", "fp32")
+        delta, = (tmp_path / mode / "deltas").iterdir()
+        text = card("exported", str(tmp_path / "M1"), lineage[1], load_delta(delta))
+        assert "The delta was learned on this base" in text and "Recycled from" not in text and str(tmp_path) not in text
+        assert ("teacher train.jsonl, alpha 0.7" in text) == (mode == "distill")
+
+
 def test_a_base_alone_says_what_it_was_trained_on(lineage, tmp_path, monkeypatch):
     here("-m", "rt.runs.convert", "export", "--base", tmp_path / "M1", "--out", tmp_path / "exported")
     data, results, text = read((tmp_path / "exported" / "README.md").read_text())
@@ -117,7 +131,7 @@ def test_odd_names_are_read_back_as_they_are(odd, base):
 def test_a_record_of_another_shape_is_one_sentence_and_nothing_is_written(base, tmp_path):
     save_base(tmp_path / "M0", MaskedLM(base.encoder, base.head), base.tokenizer, {})
     delta = trained(base, DeltaConfig("full"))
-    for info in ({"config": "lost"}, {"dev": [0.5]}, {"argv": 7}, {"origin": ["a"]}):
+    for info in ({"config": "lost"}, {"dev": [0.5]}, {"argv": 7}, {"origin": ["a"], "config": {"old_base": "M0"}}):
         save_delta(tmp_path / "delta", type(delta)(delta.config, delta.diffs, delta.modules, delta.head, delta.info | info))
         said = here("-m", "rt.runs.convert", "export", "--base", tmp_path / "M0", "--delta_dir", tmp_path / "delta", "--out",
                     tmp_path / "out", code=2)

@@ -86,4 +86,4 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert (tmp_path / "x" / "a").read_text() == "1"
     with atomic_folder(tmp_path / "x") as new:
         (new / "b").write_text("3")
-    assert [f.name for f in (tmp_path / "x").iterdir()] == ["b"] and not (tmp_path / "x.old").exists()
+    assert [f.name for f in (tmp_path / "x").iterdir()] == ["b"] and not (tmp_path / "x.replaced").exists()

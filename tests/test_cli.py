@@ -1,17 +1,20 @@
 """The command line, as a user types it: tiny preset, few steps, every mode; resuming; errors with exit code 2. Each kind of call runs once
 as a real command. The rest use `here`, which is faster."""
+import io
 import json
 import shutil
 from collections import Counter
 
 import pytest
+import torch
 from conftest import command, here
 from safetensors.torch import load_file
 
 from rt.errors import InputError
 from rt.formats.files import FIGURES, read_json, read_rows
 from rt.report import plot
-from rt.speed.device import pick_device
+from rt.runs import log
+from rt.speed.device import pick_device, pick_precision
 
 SMALL = ("--preset", "tiny", "--vocab_size", "500", "--seq_len", "32", "--batch_tokens", "256", "--eval_tokens", "512",
          "--device", "cpu")
@@ -135,10 +138,12 @@ def test_tune_eval_and_predict(lineage, task, delta, tmp_path):
     assert {f.name for f in (tmp_path / "d").iterdir()} == {"delta.safetensors", "delta.json", "metrics.jsonl", "summary.json"}
     facts = json.loads((tmp_path / "d" / "delta.json").read_text())
     assert facts["info"]["labels"] == ["classes", "generators"] and facts["kind"] == delta
+    assert facts["info"]["config"]["lr"] == {"full": 5e-4, "prefix": 1e-2}.get(delta, 5e-3)      # the rate that was used, not null
+    assert facts["info"]["precision"] == ("bf16" if pick_precision("auto", torch.device("cpu")) == torch.bfloat16 else "fp32")
     assert [r["step"] for r in read_rows(tmp_path / "d" / "metrics.jsonl")] == [0, 2, 4]
     assert drawn(tmp_path / "d") == {"tuning"}
     tested = out.split("test accuracy ")[1].split(",")[0]
-    scored = call("train.py", "--mode", "eval", *base, "--task", task, "--delta_dir", tmp_path / "d", *TUNE)
+    scored = call("train.py", "--mode", "eval", *base, "--task", task, "--delta_dir", tmp_path / "d", *TUNE[:4])
     assert f"test accuracy {tested}" in scored
     (tmp_path / "texts.txt").write_text("Returns the complete graph.\n\nBase class for directed graphs.\n")
     answers = [json.loads(line) for line in call("-m", "rt.runs.predict", *base, "--delta_dir", tmp_path / "d",
@@ -320,6 +325,22 @@ def test_a_sweep_prints_the_best_of_every_mode_and_goes_on_where_it_was_interrup
     assert sum(path.stat().st_mtime_ns != stamp for path, stamp in stamps.items()) == 1
 
 
+def test_a_rate_at_which_runs_diverge_ends_no_grid(lineage, task, tmp_path):
+    home, _ = lineage
+    arguments = ("--old_base", home / "run" / "M0", "--old_delta", tuned(home, task, "full", tmp_path), "--base", home / "run" / "M1",
+                 "--task", task, *TUNE, "--delta", "full", "--shots", "6", "--steps", "16", "--precision", "fp32")
+    for runs, flags in ((2, ("--seeds", "0,1", "--sweep", "lr=1e-3,1e15,5e-4")), (1, ("--seeds", "0", "--lr", "1e15,5e-4"))):
+        out = tmp_path / str(runs)
+        for _ in range(2):      # the second time, everything is there
+            said = here("recycle.py", *arguments, "--mode", "scratch", *flags, "--out", out, *(["--resume"] if runs == 1 else []))
+            assert f"diverged, and left out: scratch at --lr 1e+15 ({runs} of its runs)" in said and "scratch  1e+15" not in said
+        rows = read_json(out / "summary.json")["rows"]
+        assert all((row["lr"] == 1e15) == ("diverged" in row) for row in rows) and drawn(out) == {"convergence"}
+    for flags in (("--lr", "1e15"), ("--lr", "1e15", "--delta", "lora", "--sweep", "seed=0")):
+        said = here("recycle.py", *arguments, "--mode", "apply,scratch", "--seeds", "0", *flags, "--out", tmp_path / flags[-1], code=2)
+        assert "error: more than 10 steps in a row before step 1" in said and "lower --lr (1" in said
+
+
 def test_a_sweep_is_shared_by_ranks(lineage, task, tmp_path):
     home, _ = lineage
     arguments = ("--old_base", home / "run" / "M0", "--old_delta", tuned(home, task, "lora", tmp_path), "--base", home / "run" / "M1",
@@ -396,19 +417,34 @@ def test_project_maps_the_delta_by_other_tasks(lineage, task, graphs, tmp_path):
     assert not about["with_head"] and set(about["dev"]) == {"mean", "three_way"} and settings["source_task"] == [str(other)]
     parts = [(r["step"], r.get("part")) for r in curve(tmp_path / "out", rows[1])]
     assert parts == [(0, "projection"), (2, "projection"), (4, "projection"), (0, None)]
-    scored = here("train.py", "--mode", "eval", "--base", home / "run" / "M1", "--task", task, *TUNE,
+    scored = here("train.py", "--mode", "eval", "--base", home / "run" / "M1", "--task", task, *TUNE[:4],
                   "--delta_dir", tmp_path / "out" / "deltas" / rows[1]["run"])       # the mapped delta is a delta of the new base
     assert f"test accuracy {rows[1]['test']['accuracy']:.3f}" in scored
 
 
-def test_chain_reports_both_routes_over_all_bases(lineage, task, tmp_path):
+class Bar(log.tqdm):
+    """A progress bar that counts although it is not on a terminal, and remembers how it ended."""
+    ended = []
+
+    def __init__(self, total: int, desc: str, **_):
+        super().__init__(total=total, desc=desc, file=io.StringIO())
+
+    def close(self):
+        self.ended.append((self.desc, self.n, self.total))
+        super().close()
+
+
+def test_chain_reports_both_routes_over_all_bases(lineage, task, tmp_path, monkeypatch):
     home, _ = lineage
     here("train.py", *SMALL, "--init", home / "run" / "M1", "--stream", home / "one.txt", "--steps", "3", "--snapshots", "0",
          "--out", tmp_path / "more", "--cache", home / "cache")
     m1, m2 = home / "run" / "M1", tmp_path / "more" / "M2"
     arguments = ("recycle.py", "--old_base", home / "run" / "M0", "--task", task, "--shots", "6", "--seeds", "0,1", "--steps", "4",
                  "--delta", "adapter", "--lr", "1e-2", "--out", tmp_path / "out", "--mode", "scratch,apply,init+distill", *TUNE)
-    out = here(*arguments, "--chain", f"{m1},{m2}")
+    monkeypatch.setattr(log, "tqdm", Bar)
+    out = here(*arguments, "--chain", f"{m1},{m2}", "--workers", "1")
+    assert {*Bar.ended} == {("recycle", 20, 20), ("scratch", 8, 8), ("apply", 0, 0), ("init+distill", 12, 12)}
+    monkeypatch.undo()
     lines = [line.split() for line in out.splitlines() if "±" in line]
     assert [line[:2] for line in lines] == [["scratch", "-"], ["apply", "chain"], ["apply", "direct"], ["init+distill", "chain"],
                                             ["init+distill", "direct"]]
@@ -428,7 +464,7 @@ def test_chain_reports_both_routes_over_all_bases(lineage, task, tmp_path):
     info = json.loads((tmp_path / "out" / "deltas" / by["init+distill", "chain", str(m2), 0]["run"] / "delta.json").read_text())["info"]
     assert info["base"] == json.loads((m2 / "meta.json").read_text())["fingerprint"]
     for base in (m1, m2):       # each base gets its own best delta from the folder
-        assert "accuracy" in here("train.py", "--mode", "eval", "--base", base, "--delta_dir", tmp_path / "out", "--task", task, *TUNE)
+        assert "accuracy" in here("train.py", "--mode", "eval", "--base", base, "--delta_dir", tmp_path / "out", "--task", task, *TUNE[:4])
     # a direct run equals that of a call with --base alone, which replaces it
     here(*arguments[:-len(TUNE) - 1], "init+distill", *TUNE, "--base", m2)
     after = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]
@@ -467,6 +503,9 @@ def test_chain_reports_both_routes_over_all_bases(lineage, task, tmp_path):
     (("train.py", "--mode", "tune", "--steps", "4"), "--steps has no effect with --mode tune: did you mean --tune_steps?"),
     (("train.py", "--mode", "tune", "--lr", "1e-3", "--preserve", "3"), "--preserve has no effect with --mode tune"),
     (("train.py", "--mode", "eval", "--stream", "python"), "--stream has no effect with --mode eval"),
+    (("train.py", "--mode", "eval", "--out", "nowhere", "--graphs"), "--out has no effect with --mode eval"),
+    (("train.py", "--mode", "eval", "--r", "3"), "--r has no effect with --mode eval"),
+    (("train.py", "--mode", "tune", "--delta_dir", "keep"), "--delta_dir has no effect with --mode tune"),
     (("train.py", "--shots", "3"), "--shots has no effect with --mode pretrain"),
     (("train.py", "--tune_steps", "4"), "did you mean --steps?"),
     (("recycle.py", "--mode", "burn"), "--mode burn: not one of"),

@@ -84,14 +84,23 @@ def test_a_kill_between_any_two_steps_loses_nothing(tmp_path, monkeypatch):
 
 def test_what_a_kill_left_is_found_and_said(tmp_path, base, capsys):
     save_base(tmp_path / "M0", MaskedLM(base.encoder, base.head), base.tokenizer, {"name": "M0"})
-    (tmp_path / "M0").rename(tmp_path / "M0.old")
+    (tmp_path / "M0").rename(tmp_path / "M0.replaced")
     assert load_base(tmp_path / "M0").fingerprint == base.fingerprint
-    assert f"{tmp_path / 'M0.old'} is used" in capsys.readouterr().err
+    assert f"{tmp_path / 'M0.replaced'} is used" in capsys.readouterr().err
     delta = extract(attach(base, DeltaConfig("lora"), 2, seed=0), base, DeltaConfig("lora"), {"labels": ["a", "b"]})
     save_delta(tmp_path / "d", delta)
-    (tmp_path / "d").rename(tmp_path / "d.old")
-    assert load_delta(tmp_path / "d").labels == ("a", "b") and "d.old is used" in capsys.readouterr().err
+    (tmp_path / "d").rename(tmp_path / "d.replaced")
+    assert load_delta(tmp_path / "d").labels == ("a", "b") and "d.replaced is used" in capsys.readouterr().err
     assert open_delta(str(tmp_path / "d"), base).labels == ("a", "b")
+
+
+def test_a_backup_beside_a_folder_stays(tmp_path):
+    write(tmp_path / "x", "1")
+    (tmp_path / "x").rename(tmp_path / "x.old")     # what a user types
+    assert found(tmp_path / "x") == tmp_path / "x"
+    for version in ("2", "3"):
+        write(tmp_path / "x", version)
+        assert content(tmp_path / "x") == {version} and content(tmp_path / "x.old") == {"1"}
 
 
 def test_a_seal_names_what_is_not_as_it_was_written(tmp_path):
@@ -276,7 +285,7 @@ def lora(base):
     return extract(attach(base, DeltaConfig("lora"), 2, seed=0), base, DeltaConfig("lora"), {"labels": ["a", "b"]})
 
 
-@pytest.mark.parametrize("ending", ["old", "part"])
+@pytest.mark.parametrize("ending", ["replaced", "part"])
 def test_what_lies_beside_and_is_not_ours_stays(tmp_path, base, ending):
     delta = lora(base)
     beside = tmp_path / f"g.{ending}"
@@ -307,7 +316,7 @@ def test_a_file_in_the_place_of_a_folder_is_left_alone(tmp_path, base, out):
     (tmp_path / "file").write_text("precious")
     delta = lora(base)
     for write_it in (lambda path: save_delta(path, delta), lambda path: export_hf(path, base),
-                     lambda path: check_overwritable(path, set()), lambda path: has_work(path, {}, False),
+                     lambda path: check_overwritable(path, set()), lambda path: has_work(path, {}, False, {}),
                      lambda path: locked(path).__enter__()):
         with pytest.raises(InputError, match="file.* cannot be (used as a folder|made)"):
             write_it(tmp_path / out)

@@ -216,7 +216,7 @@ def verified(folder: Path) -> None:
 
 
 def begun(folder: Path) -> None:
-    has_work(folder, {"lr": 0.1, "stream": ["a"]}, resume=True)
+    has_work(folder, {"lr": 0.1, "stream": ["a"]}, resume=True, defaults={})
     newest = newest_checkpoint(folder)
     facts = read_json(newest / "meta.json") if newest else {}
     for row in plot.read_rows(folder / "metrics.jsonl"):

@@ -606,11 +606,12 @@ def test_a_bert_delta_survives_another_token_type(tokenizer_of, tmp_path):
 
 def test_of_recycled_runs_the_best_is_taken_and_of_equal_ones_one_that_recycles(base, other_base, tmp_path):
     rows = []
-    runs = (("scratch", base, 0.8), ("init", base, 0.8), ("distill", base, 0.9), ("init", other_base, 0.9), ("distill", base, 0.6))
-    for i, (mode, learned_on, accuracy) in enumerate(runs):     # distill: one lucky seed of two
+    runs = (("scratch", base, 0.8), ("init", base, 0.8), ("distill", base, 0.9), ("init", other_base, 0.9), ("distill", base, 0.6),
+            ("scratch", base, 0.8), ("init", base, 0.8), ("init", base, 0.95), ("transport", base, 0.99), ("transport", base, 0.99))
+    for i, (mode, learned_on, accuracy) in enumerate(runs):     # distill: one lucky seed of two; init-7: a rate with one seed, a lucky one
         save_delta(tmp_path / "deltas" / f"{mode}-{i}", trained(learned_on, DeltaConfig("bitfit")))
-        rows.append({"run": f"{mode}-{i}", "mode": mode, "seed": i, "lr": 1e-3, "settings": {}, "dev": {"accuracy": accuracy}, "test": {},
-                     "curve": [], "seconds": 1.0})
+        rows.append({"run": f"{mode}-{i}", "mode": mode, "seed": i, "lr": 1e-2 if i == 7 else 1e-3, "settings": {}, "test": {},
+                     "dev": {"accuracy": accuracy}, "curve": [], "seconds": 1.0, **({"diverged": 9} if mode == "transport" else {})})
     (tmp_path / "summary.json").write_text(json.dumps({"rows": rows}))
     assert best_delta(tmp_path, base.fingerprint).name == "init-1" and best_delta(tmp_path, other_base.fingerprint).name == "init-3"
     assert best_delta("an/id", base.fingerprint) == Path("an/id")

@@ -292,9 +292,9 @@ def test_figures_are_in_nobodys_way(tmp_path):
     """tests/test_cli.py and test_analyze.py draw figures and then continue in the same folders."""
     (tmp_path / FIGURES).mkdir()
     check_overwritable(tmp_path, {FIGURES})
-    assert has_work(tmp_path, {}, resume=False)
+    assert has_work(tmp_path, {}, resume=False, defaults={})
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(InputError, match="figures, thesis.tex"):
         check_overwritable(tmp_path, set())      # without a run, as in exporting, they belong to somebody
     with pytest.raises(InputError, match="contains files that are not part of a stream of bases"):
-        has_work(tmp_path, {}, resume=False)
+        has_work(tmp_path, {}, resume=False, defaults={})

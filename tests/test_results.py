@@ -68,6 +68,11 @@ def test_a_row_is_taken_for_that_of_a_run_if_all_of_it_is_there(recycling, tmp_p
     assert finished_row(tmp_path, one, origin) is None       # no row
     write_json(home / "summary.json", row)
     assert finished_row(tmp_path, one, origin) == json.loads(json.dumps(row))
+    assert finished_row(tmp_path, one, origin, "fp32") is not None       # an older row, which does not name its precision
+    for precision, is_taken in (("fp32", True), ("bf16", False)):
+        write_json(home / "summary.json", row | {"precision": precision})
+        assert (finished_row(tmp_path, one, origin, "fp32") is not None) == is_taken
+    write_json(home / "summary.json", row)
     assert finished_row(tmp_path, one, origin_of(replace(recycling, base=recycling.old_base))) is None
     for other in ({"lr": 2e-3}, {"settings": one.settings | {"steps": 1}}, {"curve": None}, {"dev": {}}):     # two of one name, or damaged
         write_json(home / "summary.json", row | other)
@@ -108,7 +113,8 @@ def test_scratch_is_the_baseline_of_rows_of_its_own_bases_task_and_settings():
     def row(mode: str, origin: list[str], *flags) -> dict:
         return {"mode": mode, "origin": origin, "settings": run(mode, *flags).settings}
 
-    same = [row("scratch", ["0", "1", "d", "t"]), row("distill", ["0", "1", "e", "t"], "--alpha", 0.5), row("init", ["0", "1", "d", "t"])]
+    same = [row("scratch", ["0", "1", "d", "t"]), row("distill", ["0", "1", "e", "t"], "--alpha", 0.5), row("init", ["0", "1", "d", "t"]),
+            row("init", ["9", "1", "e", "t"], "--old_base", "other", "--old_delta", "keep2")]
     others = [row("init", ["0", "2", "d", "t"]), row("init", ["0", "1", "d", "u"]), row("init", ["0", "1", "d", "t"], "--steps", 9)]
     assert comparable([*same, *others], unread(recycle.Config, "scratch")) == [same, *([other] for other in others)]
 

@@ -1,28 +1,44 @@
 """The folder of a stream: when a run may start or continue there, which rows it redoes, and its table."""
+import signal
 
 import pytest
+import torch
 
 from rt.errors import InputError
 from rt.formats.files import write_json
-from rt.runs.resume import has_work, is_done_again, stage_of, table_of
+from rt.runs.resume import PretrainRun, has_work, is_done_again, stage_of, table_of
 from rt.runs.summary import forgetting_table
+from rt.speed.dist import Ranks
 
 
 def test_a_run_begins_goes_on_or_is_complete_and_overwrites_nothing(tmp_path):
     settings = {"lr": 0.1, "stream": ["a", "b"]}
     out = tmp_path / "run"
-    assert has_work(out, settings, resume=False) and has_work(out, settings, resume=True)
+    assert has_work(out, settings, defaults={}, resume=False) and has_work(out, settings, defaults={}, resume=True)
     write_json(out / "config.json", settings)
     with pytest.raises(InputError, match="unfinished run: add --resume"):
-        has_work(out, settings, resume=False)
-    assert has_work(out, settings, resume=True)
-    assert has_work(out, settings | {"came_later": "hf"}, resume=True)      # a flag that did not exist yet changed nothing
+        has_work(out, settings, defaults={}, resume=False)
+    assert has_work(out, settings, defaults={}, resume=True)
+    later = {"came_later": "hf"}
+    assert has_work(out, settings | later, resume=True, defaults=later)      # a flag that did not exist yet had its default
+    with pytest.raises(InputError, match="begun with --came_later None, not hf"):
+        has_work(out, settings | later, resume=True, defaults={"came_later": None})
     with pytest.raises(InputError, match=r"begun with --stream \['a', 'b'\], not \['a'\]"):
-        has_work(out, settings | {"stream": ["a"]}, resume=True)
+        has_work(out, settings | {"stream": ["a"]}, resume=True, defaults={})
     write_json(out / "summary.json", {})
-    assert not has_work(out, settings, resume=False) and not has_work(out, settings, resume=True)
+    assert not has_work(out, settings, defaults={}, resume=False) and not has_work(out, settings, defaults={}, resume=True)
     with pytest.raises(InputError, match="files that are not part of a stream"):
-        has_work(tmp_path, settings, resume=True)
+        has_work(tmp_path, settings, resume=True, defaults={})
+
+
+def test_a_signal_is_remembered_only_once_a_loop_asks_for_it(tmp_path, tokenizer):
+    before = signal.getsignal(signal.SIGTERM)
+    with PretrainRun(tmp_path / "run", Ranks(torch.device("cpu")), {}, resume=False, snapshots=0, save_every=1, log_every=1,
+                     stop_after=None) as run:
+        assert signal.getsignal(signal.SIGTERM) is before       # while corpora are tokenized, a signal ends the process at once
+        run.begin({}, tokenizer)
+        assert signal.getsignal(signal.SIGTERM) == run.on_signal
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_what_a_complete_run_does_not_hold_is_said(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 
 from rt.errors import InputError
 from rt.runs.summary import by_settings, chosen
-from rt.runs.sweep import expand, groups, swept
+from rt.runs.sweep import dealt, expand, groups, swept
 
 
 @dataclass
@@ -45,8 +45,17 @@ def test_runs_of_equal_shape_go_together():
         [("init", 10)] * 2, [("init", 20)] * 2, [("distill", 10)] * 2, [("distill", 20)] * 2]
 
 
+def test_small_groups_are_dealt_to_all_ranks():
+    runs = [FakeRun(mode, {"steps": steps, "alpha": a}) for mode in "ab" for steps in (1, 2) for a in range(4)]
+    shares = [dealt(runs, rank, 8) for rank in range(8)]
+    assert [sum(map(len, share)) for share in shares] == [2] * 8 and sum(map(len, sum(shares, []))) == len(runs)
+    assert [[len(part) for part in dealt(runs, 0, 1, workers)] for workers in (1, 2)] == [[4] * 4, [2] * 8]
+
+
 def test_the_best_settings_are_best_on_average_over_seeds():
     rows = [{"mode": "distill", "lr": 1.0, "seed": s, "settings": {"alpha": a}, "dev": {"accuracy": dev}}
             for a, s, dev in ((0.7, 0, .9), (0.7, 1, .1), (0.9, 0, .6), (0.9, 1, .6))]
+    assert [row["settings"]["alpha"] for row in chosen(rows, "distill", by_settings)] == [0.9, 0.9]
+    rows += [{**rows[1], "settings": {"alpha": 0.5}, "seed": s, "dev": {"accuracy": .8}, "diverged": 5} for s in (0, 1, 2)]
     assert [row["settings"]["alpha"] for row in chosen(rows, "distill", by_settings)] == [0.9, 0.9]
     assert swept("T=1,2 seed=3") == {"T": ["1", "2"], "seed": ["3"]}

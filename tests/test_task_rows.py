@@ -435,7 +435,8 @@ def test_without_labels_in_test_dev_is_what_is_reported(tokenizer, tmp_path, cap
     assert "sts: a regression: 20 different targets from 0 to 4.75 (train 20, dev 10)\n" in said
     assert said.count("no labelled test part, so dev is reported") == 1 and "test pearson" not in said
     assert read_json(tmp_path / "d" / "delta.json")["info"]["test"] == read_json(tmp_path / "d" / "summary.json")["test"] == {}
-    assert "no labelled test part" in here("train.py", "--mode", "eval", "--base", tmp_path / "M0", *tune, "--delta_dir", tmp_path / "d")
+    assert "no labelled test part" in here(
+        "train.py", "--mode", "eval", "--base", tmp_path / "M0", *tune[:2], *FAST, "--delta_dir", tmp_path / "d")
     inspect.main([str(tmp_path / "d")])
     assert "test          not scored" in capsys.readouterr().out
     recycle = ("recycle.py", "--old_base", tmp_path / "M0", "--old_delta", tmp_path / "d", *tune, "--steps", "2", "--shots", "4")

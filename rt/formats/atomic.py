@@ -1,11 +1,12 @@
 """Folders that appear whole or not at all. Their content can be checked, and only one process at a time writes to them. No torch here.
 
-    NAME.part   the folder while it is written; nobody reads it
-    NAME        the folder that is read
-    NAME.old    the previous NAME, while NAME.part takes its place
-    NAME.lock   names the process that writes to NAME, its host, and the time when it began
+    NAME.part       the folder while it is written; nobody reads it
+    NAME            the folder that is read
+    NAME.replaced   the previous NAME, while NAME.part takes its place (not NAME.old: people call their backups that)
+    NAME.lock       names the process that writes to NAME, its host, and the time when it began
 
-A process may be killed between any two steps. Then NAME is the old folder or the new one, or NAME is missing and `found` reads NAME.old.
+A process may be killed between any two steps. Then NAME is the old folder or the new one, or NAME is missing and `found` reads
+NAME.replaced.
 """
 import hashlib
 import json
@@ -39,10 +40,10 @@ def beside(folder: Path, ending: str) -> Path:
 
 @contextmanager
 def atomic_folder(folder: Path, known: set[str] | None = None, needs: int | None = None) -> Iterator[Path]:
-    """Yields an empty folder that replaces `folder` when the block ends without an error. InputError if `folder`, NAME.part or NAME.old
-    holds other names than `known` (None: any), or if the disk has no room for `needs` bytes. `folder` is then unchanged."""
+    """Yields an empty folder that replaces `folder` when the block ends without an error. InputError if `folder`, NAME.part or
+    NAME.replaced holds other names than `known` (None: any), or if the disk has no room for `needs` bytes. `folder` is then unchanged."""
     folder = Path(folder)
-    part, old = beside(folder, "part"), beside(folder, "old")
+    part, old = beside(folder, "part"), beside(folder, "replaced")
     if known is not None:
         check_overwritable(folder, known)
         for other in (part, old):
@@ -72,8 +73,8 @@ def atomic_folder(folder: Path, known: set[str] | None = None, needs: int | None
 
 
 def found(folder: Path) -> Path:
-    """`folder`, or, if a process was killed while it replaced `folder`, NAME.old with a line on stderr."""
-    old = beside(folder, "old")
+    """`folder`, or, if a process was killed while it replaced `folder`, NAME.replaced with a line on stderr."""
+    old = beside(folder, "replaced")
     if not folder.exists() and old.exists():
         print(f"{folder} was being replaced by a process that was killed: {old} is used", file=sys.stderr)
         return old

@@ -61,17 +61,19 @@ def history(called: str, base: Base, delta: Delta | None) -> list[str]:
     trained = (f", continued from {code(local(init))}" if init else "") + (
         f", pre-trained on {', then '.join(map(code, line[:line.index(own) + 1]))} for {meta.get('step')} steps" if line else "")
     config, mode, origin, facts = info.get("config") or {}, info.get("mode"), info.get("origin"), [trained]
+    old = origin and config.get("old_base")     # None: a file taught
     if delta:
         labels = f"{len(delta.labels)} labels: {', '.join(map(code, delta.labels[:9]))}{', ...' * (len(delta.labels) > 9)}"
         how = (f"tuned elsewhere, as {code(local(config.get('tuned', info['source'])))}" if "source" in info else
-               "learned on this base" if mode in (None, "scratch") else
+               "learned on this base" if mode in (None, "scratch") or not old else
                f"learned on an older base and recycled ({code(mode)}) for this one, its upgrade")
         numbers = {"shots": info.get("shots"), "seed": info.get("seed"), "learning rate": info.get("lr") or config.get("lr"),
                    "steps": config.get("steps" if mode in TRAINED else "tune_steps")}
-        teacher = {f.name: config[f.name] for f in fields(DistillConfig) if config.get(f.name)} if mode in NEEDS_TEACHER else {}
+        teacher = {name: local(str(config[name])) for name in ("teacher", *(f.name for f in fields(DistillConfig))) if config.get(name)}
         facts = [f", for the task {code(info.get('task'))} ({labels if delta.labels else 'a regression'}). The delta was {how}",
-                 listed("Delta", delta.config.used | numbers), listed("Distillation", teacher), origin and "Recycled from: a delta (hash "
-                 f"{origin[2]}) of the base {code(local(config.get('old_base', '')))} (fingerprint {origin[0]})"]
+                 listed("Delta", delta.config.used | numbers), listed("Distillation", teacher if mode in NEEDS_TEACHER else {}),
+                 mode != "scratch" and old and f"Recycled from: a delta (hash {origin[2]}) of the base {code(local(old))} "
+                 f"(fingerprint {origin[0]})"]
     parent = f", of its parent {meta['parent']}" if meta.get("parent") else ""
     return [*facts, f"Base: {called}{trained}; fingerprint {base.fingerprint}{parent}", listed("Exported with", versions()),
             "argv" in info and f"Command: {code(shlex.join(map(local, info['argv'])))}"]

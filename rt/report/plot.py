@@ -138,9 +138,10 @@ def tuning(rows: list[dict], summary: dict) -> Report:
 # --- recycling: modes over seeds --------------------------------------------------------------------------------------
 
 def results_of(folder: Path, summary: dict) -> list[dict]:
-    """A row per run, from summary.json or, before that has rows, from the runs that have finished."""
-    finished = [path for path in sorted(folder.glob("deltas/*/summary.json")) if path.parent.suffix not in (".part", ".old")]
-    return [completed(row) for row in summary.get("rows") or map(read_json, finished) if row.get("curve") and row.get("mode")]
+    """A row per run that did not diverge, from summary.json or, before that has rows, from the runs that have finished."""
+    finished = [path for path in sorted(folder.glob("deltas/*/summary.json")) if path.parent.suffix not in (".part", ".replaced")]
+    return [completed(row) for row in summary.get("rows") or map(read_json, finished)
+            if row.get("curve") and row.get("mode") and not row.get("diverged")]
 
 
 def completed(row: dict) -> dict:

@@ -14,7 +14,6 @@ import sys
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from statistics import mean
 from typing import Any, Iterable, Sequence
 
 import torch
@@ -30,7 +29,7 @@ from rt.formats.untrusted import shaped
 from rt.recycling import CARRIES, NEEDS_TEACHER, TRAINED, Recycling
 from rt.runs.config import flags_of, record
 from rt.runs.log import Log
-from rt.runs.summary import add_steps_to_scratch, by_settings, group, routes
+from rt.runs.summary import add_steps_to_scratch, best_of, by_settings, group, routes
 from rt.tune import TuneResult, score
 
 # flags that do not change what a run computes, or that have their own place in its row
@@ -107,7 +106,7 @@ def save_run(out: Path, run: Run, task: Task, result: TuneResult, delta: Delta, 
            **{name: count for name in ("skipped", "diverged") if (count := getattr(result, name))}, "origin": origin, **more}
     with delta_folder(out / "deltas" / run.name, nbytes(delta)) as new:
         if c.save_deltas:
-            facts = {k: row[k] for k in ("task", "shots", "seed", "mode", "lr", "dev", "test", "origin") if row[k] != {}}
+            facts = {k: row[k] for k in ("task", "shots", "seed", "mode", "lr", "precision", "dev", "test", "origin") if row[k] != {}}
             facts |= {"labels": list(task.labels), "task_hash": task.hash, "config": record(c), "argv": sys.argv}
             write_delta(new, replace(delta, info=facts | delta.info))
         log = Log(new, tensorboard=c.tensorboard)
@@ -116,8 +115,8 @@ def save_run(out: Path, run: Run, task: Task, result: TuneResult, delta: Delta, 
         write_json(new / "summary.json", row)
 
 
-def finished_row(out: Path, run: Run, origin: list[str]) -> dict | None:
-    """The row of a run that an earlier call finished with the same settings and origin, or None."""
+def finished_row(out: Path, run: Run, origin: list[str], precision: str | None = None) -> dict | None:
+    """The row of a run that an earlier call finished with the same settings, origin and precision (older rows do not name it), or None."""
     folder = out / "deltas" / run.name
     try:
         row = read_json(folder / "summary.json")
@@ -125,20 +124,22 @@ def finished_row(out: Path, run: Run, origin: list[str]) -> dict | None:
         is_damaged = run.c.save_deltas and differing(folder, "delta.json", read_json(folder / "delta.json"))
     except (InputError, OSError):
         return None
-    is_other = (row.get("origin"), row["lr"], row["settings"]) != (origin, run.lr, run.settings)
+    is_other = (row.get("origin"), row["lr"], row["settings"], row.get("precision", precision)) != (
+        origin, run.lr, run.settings, precision)
     return None if is_damaged or is_other else row
 
 
 # --- all runs ----------------------------------------------------------------------------------------------------------
 
-def begin(c: Any, out: Path, runs: list[Run], origin: dict[str, list[str]], is_tested: bool = True) -> set[str]:
+def begin(c: Any, out: Path, runs: list[Run], origin: dict[str, list[str]], is_tested: bool = True,
+          precision: str | None = None) -> set[str]:
     """The names of the runs that --resume or --sweep finds finished, with a score on test if the task `is_tested`. The folders of all other
     runs are removed first, so a killed call leaves only rows of whole runs, all of one origin."""
     check_overwritable(out, {"metrics.jsonl", "summary.json", "deltas", FIGURES})       # an earlier version wrote metrics.jsonl
     summary_rows(out / "summary.json")      # InputError if it cannot be read, before anything is removed
     finished = set()
     for run in runs:
-        row = finished_row(out, run, origin[run.name]) if c.resume or c.sweep is not None else None
+        row = finished_row(out, run, origin[run.name], precision) if c.resume or c.sweep is not None else None
         if row and (row["test"] or not is_tested or c.sweep is not None):
             finished.add(run.name)
         else:
@@ -160,10 +161,12 @@ def write_summary(c: Any, out: Path, runs: list[Run]) -> list[dict]:
 
 
 def comparable(rows: list[dict], more: set[str]) -> list[list[dict]]:
-    """Group the rows that share a scratch baseline. Scratch does not read the old delta, --chain or the flags in `more`."""
+    """Group the rows that share a scratch baseline. Scratch does not read the old base and delta, --chain or the flags in `more`."""
+    more = more | {"chain", "old_base", "old_delta"}
+
     def baseline(row: dict) -> list:
         origin = row.get("origin", [])
-        return [origin[:2], origin[3:], {k: v for k, v in row["settings"].items() if k not in more | {"chain"}}]
+        return [origin[1:2], origin[3:], {k: v for k, v in row["settings"].items() if k not in more}]
 
     return [*group(rows, baseline).values()]
 
@@ -188,16 +191,16 @@ def check_rows(rows: list[dict], path: Path) -> None:
 # --- the best delta ----------------------------------------------------------------------------------------------------
 
 def best_delta(folder: str | Path, base: str) -> Path:
-    """`folder`, or the best delta in it if recycle.py wrote it: the best seed of the mode and settings with the best mean dev score over
-    seeds. Each seed may draw its own dev set. In a chain, deltas for the base with fingerprint `base` count. Recycling wins a tie."""
+    """`folder`, or the best delta in it if recycle.py wrote it: the best seed of the mode and settings that `best_of` takes; each seed may
+    draw its own dev set. Runs that diverged do not count. In a chain, deltas for the base with fingerprint `base` count."""
     folder = Path(folder)
     if (folder / "delta.json").exists() or not (folder / "deltas").is_dir():
         return folder
-    rows = [row for row in summary_rows(folder / "summary.json") if (folder / "deltas" / row["run"] / "delta.json").exists()]
+    rows = [row for row in summary_rows(folder / "summary.json")
+            if (folder / "deltas" / row["run"] / "delta.json").exists() and not row.get("diverged")]
     with shaped(folder / "summary.json", "its rows do not hold what they should"):
         fitting = [row for row in rows if read_json(folder / "deltas" / row["run"] / "delta.json")["info"]["base"] == base]
-        groups = group(fitting or rows, "mode", "route", by_settings).values()
-        runs = max(groups, key=lambda g: (mean(score(row["dev"]) for row in g), g[0]["mode"] != "scratch"), default=[])
+        runs = best_of(group(fitting or rows, "mode", "route", by_settings).values())
         best = max(runs, key=lambda row: score(row["dev"]), default=None)
     if best is None:
         raise InputError(f"{folder / 'summary.json'}: has no row of a run whose delta is still in {folder / 'deltas'}")

@@ -46,16 +46,17 @@ KEPT = 2        # resumable checkpoints that stay: if the newest is damaged, the
 
 # --- the folder -------------------------------------------------------------------------------------------------------
 
-def has_work(out: Path, settings: dict, resume: bool) -> bool:
-    """False if the run in `out` is complete. InputError if a run with these `settings` would overwrite files or continue another run."""
+def has_work(out: Path, settings: dict, resume: bool, defaults: dict) -> bool:
+    """False if the run in `out` is complete. InputError if a run with these `settings` would overwrite files or continue another run. A
+    setting that did not exist when that was begun had its value in `defaults`."""
     if not (out / "config.json").exists():
         if unknown_names(out, {FIGURES, "config.json"}):
             raise InputError(f"{out} contains files that are not part of a stream of bases: give another --out")
         return True
     begun = read_json(out / "config.json")
     for k in settings:
-        if settings[k] != begun.get(k, settings[k]):        # a flag that did not exist yet changed nothing
-            raise InputError(f"{out} was begun with --{k} {begun[k]}, not {settings[k]}: give another --out, or remove the folder")
+        if settings[k] != (was := begun.get(k, defaults.get(k))):
+            raise InputError(f"{out} was begun with --{k} {was}, not {settings[k]}: give another --out, or remove the folder")
     if (out / "summary.json").exists():
         shutil.rmtree(out / "resume", ignore_errors=True)       # a killed process may have left it
         return False
@@ -142,8 +143,8 @@ def table_of(out: Path) -> str:
 class PretrainRun:
     """One pre-training command: what it reads and writes in `out`, and when it stops. All ranks call every method; rank 0 writes."""
     def __init__(self, out: Path, ranks: Ranks, settings: dict, *, resume: bool, snapshots: int, save_every: int, log_every: int,
-                 stop_after: int | None, tensorboard: bool = False):
-        self.out, self.ranks, self.settings, self.resume = out, ranks, settings, resume
+                 stop_after: int | None, tensorboard: bool = False, defaults: dict = {}):
+        self.out, self.ranks, self.settings, self.resume, self.defaults = out, ranks, settings, resume, defaults
         self.snapshots, self.save_every, self.log_every, self.tensorboard = snapshots, save_every, log_every, tensorboard
         self.allowance = stop_after or sys.maxsize      # how many more steps to take
         self.stages: list[dict] = []
@@ -151,9 +152,8 @@ class PretrainRun:
 
     def __enter__(self) -> "PretrainRun":
         self.stack.enter_context(locked(self.out, self.ranks.from_main))
-        self.has_work = self.ranks.from_main(lambda: has_work(self.out, self.settings, self.resume))
+        self.has_work = self.ranks.from_main(lambda: has_work(self.out, self.settings, self.resume, self.defaults))
         self.checkpoint = self.ranks.from_main(lambda: newest_checkpoint(self.out) if self.has_work and self.resume else None)
-        self.stack.enter_context(handled(self.on_signal))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -174,6 +174,7 @@ class PretrainRun:
             tokenizer.save(self.out)
         self.log = Log(self.out, keep=lambda row: self.resume and not is_done_again(row, self.out, self.newest), writes=self.ranks.is_main,
                        tensorboard=self.tensorboard)
+        self.stack.enter_context(handled(self.on_signal))       # not before: until here no loop asks for the signal
 
     def finished(self, name: str) -> Base | None:
         """The base of a stage that an interrupted run finished, or None."""

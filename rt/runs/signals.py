@@ -28,5 +28,5 @@ def handled(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
             signal.signal(number, old)
 
 
-def raise_interrupted(number: int, frame: FrameType | None) -> None:
-    raise Interrupted(number)
+def raise_interrupted(number: int, frame: FrameType | None, *sentence: str) -> None:
+    raise Interrupted(number, *sentence)

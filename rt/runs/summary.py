@@ -2,6 +2,7 @@
 test, curve), a row of a study, or a stage of pre-training."""
 import json
 import math
+from collections import Counter
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Callable, Iterable, TypeVar
 
 from rt.formats.untrusted import is_number
 from rt.runs.log import table
-from rt.tune import score
+from rt.tune import divergence, score
 
 T = TypeVar("T")
 Points = list[tuple[float, float]]
@@ -40,7 +41,9 @@ def interval(values: Iterable[float | None]) -> tuple[float, float]:
         return math.nan, 0.0
     if len(values) == 1:
         return values[0], 0.0
-    return mean(values), (T95[len(values) - 2] if len(values) <= 10 else 2.1) * stdev(values) / math.sqrt(len(values))
+    df = len(values) - 1
+    t = T95[df - 1] if df <= len(T95) else 1.96 + 2.37 / df + 2.8 / df**2       # right to .005
+    return mean(values), t * stdev(values) / math.sqrt(len(values))
 
 
 def with_interval(values: Iterable[float | None]) -> str:
@@ -60,9 +63,13 @@ def by_settings(row: dict) -> tuple[float | None, dict]:
 
 def chosen(rows: list[dict], mode: str, by: str | Callable[[dict], Any] = "lr") -> list[dict]:
     """The rows of a mode, one per seed, at the learning rate (or key `by`) with the best mean dev score. Only learning rates with the most
-    seeds count: a mean over fewer seeds is a mean over other examples."""
-    groups = group((row for row in rows if row["mode"] == mode), by).values()
-    return max(groups, key=lambda group: (len(group), mean(score(row["dev"]) for row in group)), default=[])
+    seeds count: a mean over fewer seeds is a mean over other examples. Runs that diverged do not count."""
+    return best_of(group((row for row in rows if row["mode"] == mode and not row.get("diverged")), by).values())
+
+
+def best_of(groups: Iterable[list[dict]]) -> list[dict]:
+    """The group of rows with the most seeds and, of these, the best mean dev score; recycling wins a tie."""
+    return max(groups, key=lambda rows: (len(rows), mean(score(row["dev"]) for row in rows), rows[0]["mode"] != "scratch"), default=[])
 
 
 def add_steps_to_scratch(rows: list[dict]) -> None:
@@ -113,6 +120,16 @@ def report_sweep(rows: list[dict], modes: list[str], settings: list[str]) -> str
                       *(spread(group, part) for part in parts), steps_of(group)])
     scores = [f"{part} {metric_of(groups)}" for part in parts]
     return table(lines, ["mode", "best by dev", "lr", "runs", *scores, "steps to scratch's best dev, by seed"])
+
+
+def note_diverged(rows: list[dict], modes: list[str]) -> None:
+    """Print which runs diverged. Raises Diverged if one of them is of none of `modes`, those with a run that did not."""
+    diverged = [row for row in rows if row.get("diverged")]
+    if counts := Counter(f"{row['mode']} at --lr {row['lr']:g}" for row in diverged):
+        print("diverged, and left out: " + ", ".join(f"{what} ({n} of its runs)" for what, n in counts.items()))
+    for row in diverged:
+        if row["mode"] not in modes:
+            raise divergence(row["diverged"], row["lr"])
 
 
 def routes(mode: str) -> tuple[str | None, ...]:

@@ -59,6 +59,11 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if name == "bf16" or name == "auto" and bf16_is_fast(device) else torch.float32
 
 
+def precision_name(precision: torch.dtype) -> str:
+    """The name that `pick_precision` takes for a dtype of activations, for records: `auto` does not tell what was used."""
+    return "bf16" if precision == torch.bfloat16 else "fp32"
+
+
 def peak_flops(device: torch.device, precision: torch.dtype) -> float | None:
     """The maker's peak FLOP/s for dense matrix products in `precision`; None except for bfloat16 on the chips in PEAKS."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rt.data import Encoded, TaskData
-from rt.errors import Diverged, InputError
+from rt.errors import InputError
 from rt.kinds import KINDS
 from rt.losses import AT_POINTS, TERMS, DistillConfig, Loss, Reweighted, TeacherCache, Weights, patience, task_loss, trained_weights
 from rt.model import Activations, Batch, Classifier
@@ -245,11 +245,8 @@ class SideBySide:
         """Score dev. Returns whether any run continues."""
         going = []
         for i, (run, scores, dev, since) in enumerate(zip(self.runs, self.scores, self.dev_scores(step), self.optimizer.tracker.read())):
-            try:
-                if scores.add(step, dev, {"flat": self.optimizer.w[i]}, *since):
-                    going.append(i)
-            except Diverged:       # its gradient is its own: the other runs continue
-                scores.result.diverged = step
+            if scores.add(step, dev, {"flat": self.optimizer.w[i]}, *since):
+                going.append(i)     # a run that diverged does not go on; its gradient is its own, and the others continue
             run.result, run.best = scores.result, self.flat.weights(scores.best["flat"])
         if going and len(going) < len(self.runs):
             self.runs, self.scores = ([all_[i] for i in going] for all_ in (self.runs, self.scores))
