@@ -59,7 +59,7 @@ class Batch:
     index: Tensor | None = None     # (B,) indices of the examples, for the teacher cache
     predict: Tensor | None = None   # (P,) rows that the masked LM predicts
     seeds: Tensor | None = None     # (K,) int64 dropout seeds of K runs side by side with N / K rows each; None: one is drawn
-    rows: Tensor | None = None      # (B,) <s> rows of the sequences that count; None: of all sequences
+    rows: Tensor | None = None      # (B,) rows of the <s> tokens that heads and losses read; None: of all sequences
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`, copied asynchronously."""
@@ -276,7 +276,7 @@ def prototypes(f: Tensor, targets: Tensor, C: int, shrinkage: bool) -> tuple[Ten
     """A nearest-class-mean head for features (n, d): out.weight (C, d) = s mu_c, out.bias (C,) = -s |mu_c|^2 / 2, 1 / s their variance
     within classes. With `shrinkage`, s is the inverse of their covariance within classes, shrunk to a sphere (OAS: Chen et al., 2010)."""
     hot = F.one_hot(targets, C).to(f)
-    mu = hot.T @ f / hot.sum(0)[:, None]
+    mu = hot.T @ f / hot.sum(0)[:, None]        # (C, d) class means; below, S (d, d) is the covariance within classes, P its inverse
     n, d, S = max(1, len(f) - C), f.shape[1], (f - mu[targets]).T @ (f - mu[targets]) / max(1, len(f) - C)
     trace, square = S.trace(), S.square().sum()
     P = torch.eye(d).to(f) * (trace / square if trace > 0 else 1.0)

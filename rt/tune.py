@@ -45,7 +45,7 @@ class TuneSettings:
 
 @dataclass
 class TuneResult:
-    """`curve` has (step, dev score) pairs. Scores are dicts. Runs are compared by the first entry, which is None if undefined."""
+    """`curve` has (step, main dev score) pairs. `dev` and `test` have all scores by name, the main one first (None: undefined)."""
     best_step: int = 0
     dev: dict[str, float | None] = field(default_factory=dict)
     test: dict[str, float | None] = field(default_factory=dict)
