@@ -4,10 +4,14 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Callable, Iterable
+from typing import Callable, Iterable, Iterator
 
 import numpy as np
+import torch
 
 from rt.errors import InputError
 from rt.formats.files import read_rows
@@ -37,6 +41,16 @@ def run_script(places: dict[str, str | Path], *command: object, root: str | Path
     if done.returncode:
         raise InputError(f"{text} ended with {done.returncode}: {done.stderr.strip()[-400:]}")
     return text
+
+
+@contextmanager
+def processes(jobs: int, threads: int) -> Iterator[ProcessPoolExecutor]:
+    """`jobs` processes of so many threads. Whatever ends this, such as a signal, cancels the runs that have not begun."""
+    pool = ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def rows_of(path: Path) -> list[dict]:

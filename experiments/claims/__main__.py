@@ -16,9 +16,8 @@ import re
 import shutil
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -29,7 +28,7 @@ from bench.machine import commit, device_name
 from experiments.claims import report, runs
 from experiments.claims.plan import SCALES, Run, phases, searched
 from experiments.claims.rows import GrowingRows
-from experiments.common import ROOT, check_places
+from experiments.common import ROOT, check_places, processes
 from rt.errors import InputError
 from rt.limits import Positive, PositiveInt
 from rt.runs.config import parse, run
@@ -117,8 +116,7 @@ def work(c: Config, rows: GrowingRows) -> None:
     facts = {"preset": c.preset, "device": device_name(device), "precision": str(study.precision).removeprefix("torch."),
              "threads": max(1, torch.get_num_threads() // jobs), "jobs": jobs, "commit": commit(), "torch": torch.__version__}
     todo = left(rows, c.only)
-    with progress(sum(map(len, todo)), "claims", unit="run") as bar, \
-            ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (facts["threads"],)) as pool:
+    with progress(sum(map(len, todo)), "claims", unit="run") as bar, processes(jobs, facts["threads"]) as pool:
         for phase in todo:
             ready = [r for r in phase if rows.rates(r) or r.kind is None or r.what in RATELESS]
             failed = []

@@ -10,14 +10,13 @@ DIR holds corpora/ and tasks/ as for experiments.claims. Bases are removed after
 import json
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from concurrent.futures import as_completed
 from pathlib import Path
 
 import torch
 
 from bench.machine import commit, device_name
-from experiments.common import check_places
+from experiments.common import check_places, processes
 from experiments.recipes import report
 from experiments.recipes.plan import DELTA_SEEDS, KINDS, TASKS, known, upgrades
 from experiments.recipes.runs import CPU, Config, attempt, delta_folder, draw_tasks
@@ -45,8 +44,7 @@ def main() -> None:
     facts = {"device": device_name(CPU), "precision": str(pick_precision("auto", CPU)).removeprefix("torch."), "commit": commit(),
              "torch": torch.__version__}
     end, count, failed = time.monotonic() + c.budget if c.budget else None, 0, []
-    with progress(len(todo), "recipes", unit="run") as bar, ProcessPoolExecutor(
-            c.jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    with progress(len(todo), "recipes", unit="run") as bar, processes(c.jobs, 1) as pool:
         for what in ("delta", "base", "upgrade"):       # each stage needs the stages before it
             for future in as_completed([pool.submit(attempt, c, *job, end) for job in todo if job[0] == what]):
                 try:
