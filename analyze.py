@@ -21,7 +21,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, Iterable, Literal
 
-from data.sources import corpus_path, domain_name, open_task
+from data.sources import corpus_path, domain_names, open_task
 from rt.data import Task, encode_task
 from rt.deltas import Base, Delta, check_fits
 from rt.errors import InputError
@@ -83,8 +83,7 @@ def main() -> None:
     if (c.study in ABOUT_UPGRADES) != bool(c.domains) or c.old_base and c.study not in ABOUT_UPGRADES:
         raise InputError(f"--study {c.study}: --domains, text whose held-out loss is taken, and --old_base are for the studies "
                          f"{' and '.join(ABOUT_UPGRADES)}, which need --domains")
-    if len({domain_name(entry) for entry in c.domains}) < len(c.domains):
-        raise InputError(f"--domains {','.join(c.domains)}: two domains have the same name; rename one of the files")
+    domain_names("domains", c.domains)      # refused before anything is built
     if c.study in ABOUT_UPGRADES:
         count = 1       # only the old base's delta is needed
     if c.deltas and (len(c.deltas) != count or len(c.tasks) * len(c.seeds) > 1):
@@ -139,7 +138,7 @@ def open_study(c: Config) -> StudyContext:
     data = {task.name: encode_task(task, next(iter(bases.values())).tokenizer, c.seq_len) for task in tasks}
     context = StudyContext(c, folders, bases, {task.name: task for task in tasks}, data,
                            {"device": device, "precision": pick_precision(c.precision, device)},
-                           {domain_name(entry): corpus_path(entry, c.cache) for entry in c.domains})
+                           {name: corpus_path(entry, c.cache) for name, entry in zip(domain_names("domains", c.domains), c.domains)})
     with_delta = dict([*folders.items()][:1] if c.study in ABOUT_UPGRADES else folders)
     for entry, task in zip(c.tasks, tasks):
         for (name, seed), folder in delta_folders(c, with_delta, entry, task.name).items():

@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 
-from data.sources import corpus_path, domain_name, open_domain, open_task
+from data.sources import corpus_path, domain_names, open_domain, open_task
 from rt.data import Corpus, Rows, encode_task, few_shot
 from rt.deltas import attach, extract
 from rt.errors import InputError
@@ -143,7 +143,7 @@ def pretrain(c: Config) -> None:
     ranks, out = join(c.device), Path(c.out or "runs/demo")
     ranks.assert_same({f"--{k}": v for k, v in record(c).items()})
     check_graphs(c.graphs, ranks)
-    c.recipe.check([domain_name(entry) for entry in c.stream], c.warmup, min(c.steps), c.snapshots)
+    c.recipe.check(domain_names("stream", c.stream), c.warmup, min(c.steps), c.snapshots)
     if c.recipe.preserve and not c.init and (c.recipe.mix or len(c.stream) == 1):
         raise InputError("--preserve: a new base has no earlier one to stay near; give that one with --init")
     if c.compile and c.recipe.by_need:
@@ -163,10 +163,8 @@ def pretrain(c: Config) -> None:
 def train_stages(c: Config, stream: PretrainRun, ranks: Ranks) -> Interrupted | None:
     """Train the stages that are not finished yet. Returns the exception to raise if a signal asked the run to end."""
     r = c.recipe
-    found = ranks.main_first(lambda: {domain_name(entry): open_domain(entry, c.cache, r.template, r.select, r.keep) for entry in c.stream})
-    paths, own = ({name: pair[i] for name, pair in found.items()} for i in (0, 1))
-    if len(paths) < len(c.stream):
-        raise InputError(f"--stream {','.join(c.stream)}: two domains have the same name; rename one of the files")
+    found = ranks.main_first(lambda: [open_domain(entry, c.cache, r.template, r.select, r.keep) for entry in c.stream])
+    paths, own = (dict(zip(domain_names("stream", c.stream), each)) for each in zip(*found))
     model, tokenizer, (parent, number, domains, moments) = start_model(c, stream.out, next(iter(paths.values())), ranks)
     earlier = earlier_domains(c, domains, own)
     paths = ranks.main_first(lambda: {name: corpus_path(place, c.cache) for name, place in earlier.items()}) | paths

@@ -109,8 +109,8 @@ def evaluate(impl: Impl) -> list[Tensor]:
         warnings.simplefilter("ignore")
         out = impl.function(*impl.leaves)
         grads = torch.autograd.grad(out, impl.leaves, impl.upstream)
-    found = [out.detach() if out.ndim == 0 else impl.canonical(out.detach()), *(impl.canonical(g) if impl.upstream is not None else g
-                                                                                for g in grads)]
+    found = [out.detach() if out.ndim == 0 else impl.canonical(out.detach())]
+    found += grads if impl.upstream is None else map(impl.canonical, grads)
     return [part.double() for x in found for part in (x if isinstance(x, tuple) else [x])]
 
 

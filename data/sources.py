@@ -23,6 +23,14 @@ def domain_name(entry: str) -> str:
     return f"task-{name}" if entry.startswith("task:") else name
 
 
+def domain_names(flag: str, entries: tuple[str, ...]) -> list[str]:
+    """The names of the domains that --`flag` lists. InputError if two are equal."""
+    names = [domain_name(entry) for entry in entries]
+    if len({*names}) < len(names):
+        raise InputError(f"--{flag} {','.join(entries)}: two domains have the same name; rename one of the files")
+    return names
+
+
 def open_domain(name: str, cache: Path, template: str, like: str | None, keep: float) -> tuple[Path, str]:
     """A domain of a stream: (path of its texts, a name for `corpus_path` that is valid from any folder). task:NAME means the texts of that
     task, put into `template`. If the task `like` is given, any other corpus is cut to the share `keep` that is most like its texts."""

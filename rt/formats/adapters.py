@@ -15,7 +15,7 @@ from rt.errors import InputError
 from rt.formats import hf
 from rt.formats.atomic import atomic_folder
 from rt.formats.checkpoint import read_file
-from rt.formats.files import read_json, write_json, write_whole
+from rt.formats.files import other_library, read_json, write_json, write_whole
 from rt.formats.untrusted import is_number, is_whole
 from rt.kinds import TARGETS, DeltaConfig
 
@@ -37,10 +37,10 @@ def factor_names(layers: int, targets: Iterable[str]) -> dict[str, str]:
 
 def import_adapter(folder: Path, base: Base, labels: tuple[str, ...], task: str | None) -> Delta:
     """Import a classifier's adapter on `base` as a delta. Its labels: `labels`, its own, or numbers. InputError names what does not fit."""
-    facts, own, whose = (read_json(folder / "adapter_config.json"), read_json(folder / "labels.json", {}).get("labels", []),
-                         f"{folder}: an adapter of PEFT")
-    if "config" in facts:
-        raise InputError(f"{folder}: an adapter of AdapterHub; only LoRA adapters of PEFT are supported")
+    if library := other_library(folder):
+        raise InputError(f"{folder}: an adapter of {library}; only LoRA adapters of PEFT are supported")
+    facts, whose = read_json(folder / "adapter_config.json"), f"{folder}: an adapter of PEFT"
+    own = read_json(folder / "labels.json", {}).get("labels", [])
     hf.check_only(facts, ONLY, f"{folder / 'adapter_config.json'}: an adapter of PEFT", FREE)
     r, alpha = facts.get("r"), facts.get("lora_alpha")
     if not (is_whole(r, 1) and is_number(alpha, -1e9, 1e9)):

@@ -128,3 +128,10 @@ def check_overwritable(folder: Path, known: set[str]) -> None:
         raise InputError(f"{folder} is the folder you are in: give another --out")
     if unknown := unknown_names(folder, known):
         raise InputError(f"{folder} holds other things ({', '.join(unknown[:3])}): give another --out")
+
+
+def other_library(folder: Path) -> str | None:
+    """The library whose adapter a folder holds, if it is not PEFT's."""
+    if "config" in read_json(folder / "adapter_config.json", {}):
+        return "AdapterHub"
+    return "OpenDelta" if "delta_type" in read_json(folder / "config.json", {}) else None

@@ -16,16 +16,15 @@ from rt.formats.adapters import import_adapter
 from rt.formats.atomic import found
 from rt.formats.checkpoint import load_base
 from rt.formats.delta_files import load_delta
-from rt.formats.files import read_json
+from rt.formats.files import other_library
 from rt.formats.hf import import_tuned, load_hf
 from rt.formats.splits import TABLE, home_of, read_name, visible
 
 HUB_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json",
-             "special_tokens_map.json", "adapter_config.json", "labels.json", "head_config.json", "adapter.safetensors",
-             "model_head.safetensors", "adapter_model.safetensors", "model.safetensors", "model-*.safetensors",
-             "model.safetensors.index.json"]
+             "special_tokens_map.json", "adapter_config.json", "labels.json", "adapter_model.safetensors", "model.safetensors",
+             "model-*.safetensors", "model.safetensors.index.json"]
 # downloaded if there are no safetensors
-BIN_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin", "pytorch_adapter.bin"]
+BIN_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin"]
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 HUB_NAME = "a hub id OWNER/NAME (such as FacebookAI/roberta-base)"
 SECONDS = 10    # timeout of the hub's first answer
@@ -49,10 +48,8 @@ def open_delta(name: str, base: Base, labels: tuple[str, ...] = (), task: str | 
     path = find(name)
     if (path / "delta.json").is_file():
         return load_delta(path)
-    if (path / "adapter_config.json").is_file():
+    if (path / "adapter_config.json").is_file() or other_library(path):
         return import_adapter(path, base, labels, task)
-    if "delta_type" in read_json(path / "config.json", {}):
-        raise InputError(f"{name}: an adapter of OpenDelta; only LoRA adapters of PEFT are supported")
     if (path / "config.json").is_file():
         return import_tuned(path, base, labels, task)
     raise InputError(f"{name}: nothing tuned there; expected a folder with delta.json (ours), config.json (a tuned Hugging Face model) or "

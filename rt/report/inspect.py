@@ -18,7 +18,7 @@ from typing import Iterable
 
 from rt.errors import InputError
 from rt.formats.atomic import differing
-from rt.formats.files import FIGURES, read_json, read_rows
+from rt.formats.files import FIGURES, other_library, read_json, read_rows
 from rt.formats.untrusted import header, shaped
 from rt.runs.config import parse, run
 
@@ -47,9 +47,9 @@ def inspect(path: Path) -> dict[str, str]:
             return delta(folder, read_json(path / "delta.json"))
         config = read_json(path / "config.json") if "config.json" in names else {}
         adapter = read_json(path / "adapter_config.json") if "adapter_config.json" in names else {}
-        for library, settings in (("AdapterHub", adapter.get("config")), ("OpenDelta", config if "delta_type" in config else {})):
-            if settings:
-                return {"is": f"an adapter of {library}", "settings": json.dumps(settings), "size": disk(folder.iterdir())}
+        if library := other_library(folder):
+            settings = json.dumps(adapter.get("config") or config)
+            return {"is": f"an adapter of {library}", "settings": settings, "size": disk(folder.iterdir())}
         if adapter:
             return peft(folder, adapter)
         if {"model_type", "architectures"} & config.keys():
