@@ -40,7 +40,8 @@ def main() -> None:
     deltas = [(task, kind, seed) for seed in sorted({s % DELTA_SEEDS for s in c.seeds}) for task in TASKS for kind in KINDS]
     todo = [("delta", key) for key in deltas if not (delta_folder(c, *key) / "delta.json").exists()]
     todo += [("base", seed) for seed in sorted({s % DELTA_SEEDS for s in c.seeds}) if not known(done, {"arm": "M0", "seed": seed})]
-    todo += [("upgrade", one) for one in upgrades(c.targets, c.seeds) if (not c.arms or one.arm in c.arms) and not known(done, one.facts)]
+    todo += [("upgrade", one) for one in upgrades(c.targets, c.seeds) if (not c.arms or one.arm in c.arms)
+             and (not c.rates or one.lr in c.rates) and not known(done, one.facts)]
     facts = {"device": device_name(CPU), "precision": str(pick_precision("auto", CPU)).removeprefix("torch."), "commit": commit(),
              "torch": torch.__version__}
     end, count, failed = time.monotonic() + c.budget if c.budget else None, 0, []

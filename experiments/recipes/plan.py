@@ -41,7 +41,7 @@ def upgrades(targets: tuple[str, ...] = TARGETS, seeds: tuple[int, ...] = SEEDS)
     for target in targets:
         for some in (CHAIN_ARMS,) if target == "chain" else (first, others):
             found += [Upgrade(arm, lr, CHAIN if target == "chain" else target, seed) for seed in seeds for arm, lr in some]
-        found += [Upgrade(arm, RATES[0], target, seed) for seed in seeds for arm in AFTERWARDS if target == "bio"]
+        found += [Upgrade(arm, RATES[0], target, seed) for seed in seeds for arm in AFTERWARDS if target != "chain"]
     return found
 
 

@@ -49,6 +49,7 @@ class Config:
     seeds: Seeds = SEEDS  # of the upgrades
     targets: tuple[str, ...] = TARGETS  # bio, cs, chain
     arms: tuple[str, ...] = ()  # plain, hidden 3, ...; default: all
+    rates: tuple[float, ...] = ()  # peak rates; default: all
     jobs: PositiveInt = 2  # runs side by side, one thread each
     budget: Positive | None = None  # seconds; nothing new begins after them
     home: str = "runs/recipes"  # deltas and bases
