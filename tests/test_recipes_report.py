@@ -39,10 +39,16 @@ def test_the_report_counts_gain_points_and_advantage(tmp_path):
     assert key == ("hidden 3", 5e-4) and [*ahead.values()] == pytest.approx([2 + 4 * 0.48 / 0.5 - 1] * 5)
     with pytest.raises(InputError, match="no rows of upgrades"):
         report.write(tmp_path)
+    two = {("hidden 20 (afterwards)", 5e-4): dict.fromkeys([("bio", 0), ("bio", 3), ("cs", 0), ("cs", 1)], (1.0, 1.0))}
+    plain = {("plain", 5e-4): dict.fromkeys([("bio", 0), ("bio", 3), ("cs", 0), ("cs", 1)], (1.0, 2.0))}
+    assert report.lines_of([{"arm": arm, "lr": 5e-4, "target": "cs", "seed": 0, "heldout": {"wiki": 5}, "apply": made_rows()[0]["apply"],
+                             "stage_seconds": 1} for arm in ("hidden 20 (afterwards)", "plain")], report.bases(made_rows()),
+                           plain | two)[1][9] == "0.250 / 0.250"        # without the blocks that suggested the arm
     (tmp_path / "minilm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made_rows()))
     table = report.write(tmp_path)
     assert "| hidden 3 | 0.0005 | 5 | 98.000 |" in table and "0.031 / 0.031" in table
     text = (tmp_path / "README.md").read_text()
+    assert "| bio | hidden 3 | 0.0005 | 5 | 98.000 | 1.000 | 4.840 |" in text
     assert "c/full (seed 2)" in text and "- plain at 0.0005 on cs: seeds 0, 1, 2, 3, 4" in text
     assert "hidden 3 at 0.0005 on bio:" not in text and (tmp_path / "pareto.png").exists()
 

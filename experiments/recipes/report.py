@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import mean
 
 from experiments.common import LEARNED, holm, markdown, sign_flip
-from experiments.recipes.plan import DELTA_SEEDS, known, upgrades
+from experiments.recipes.plan import AFTERWARDS, DELTA_SEEDS, SEEN, known, upgrades
 from rt.errors import InputError
 from rt.formats.files import read_rows
 from rt.report.figures import pareto
@@ -67,7 +67,8 @@ HEAD = ("arm", "peak rate", "blocks", "gain, %", "points lost", "full", "adapter
 def lines_of(rows: list[dict], own: dict[int, dict], found: dict) -> list[list[str]]:
     """The table: a line per arm and rate."""
     ahead = {key: [*of.values()] for key, of in advantages(found).items() if of}
-    p = {key: sign_flip(values) for key, values in ahead.items()}
+    p = {key: sign_flip([value for block, value in of.items() if key[0] not in AFTERWARDS or block not in SEEN])
+         for key, of in advantages(found).items() if of}
     adjusted, lines = holm(p), []
     for key, of in sorted(found.items(), key=lambda item: (item[0][0] != "plain", item[0])):
         some = [row for row in rows if (row["arm"], row.get("lr")) == key and "," not in row["target"]]
@@ -78,6 +79,18 @@ def lines_of(rows: list[dict], own: dict[int, dict], found: dict) -> list[list[s
                       *(f"{v:.1f}" for v in kinds), f"{mean(row['heldout']['wiki'] for row in some):.3f}", *test,
                       f"{mean(row['stage_seconds'] for row in some):.0f}"])
     return lines
+
+
+def lines_by_target(found: dict) -> list[list]:
+    """Gain, points lost and advantage of an arm and rate on each target."""
+    ahead, lines = advantages(found), []
+    for key, of in sorted(found.items(), key=lambda item: (item[0][0] != "plain", item[0])):
+        for target in sorted({target for target, _ in of}):
+            gains, losses = zip(*(point for block, point in of.items() if block[0] == target))
+            better = [value for block, value in ahead.get(key, {}).items() if block[0] == target]
+            lines.append([target, key[0], f"{key[1]:g}", len(gains), with_interval(100 * g for g in gains), with_interval(losses),
+                          with_interval(better) if better else ""])
+    return sorted(lines, key=lambda line: line[0])
 
 
 def write(folder: Path) -> str:
@@ -96,7 +109,8 @@ def write(folder: Path) -> str:
             "what each column is. The rows come from `python -m experiments.minilm --data DIR`, then `experiments.recipes --data DIR`"
             "; seconds are of jobs that shared the cores with other work. Means with 95 % t-intervals over blocks. Machine: "
             f"{facts['device']}; commits {facts['commit']}.",
-            markdown(HEAD, lines), "![points lost against gain](pareto.png)",
+            markdown(HEAD, lines), markdown(("target", *HEAD[:5], HEAD[8]), lines_by_target(found)),
+            "![points lost against gain](pareto.png)",
             f"Test accuracy of the deltas on M0, by seed: {scores}.",
             "Left out, as dev on M0 is not 5 points above the commonest label: " + (", ".join(left_out) or "none") + ".",
             "Held-out loss of M0: " + ", ".join(f"{domain} {loss:.3f}" for domain, loss in first["heldout"].items()) + "."]
