@@ -64,15 +64,16 @@ def attention_kd_calls(dtype: torch.dtype) -> None:
 
 
 LABELS = torch.zeros(4, dtype=torch.int64)
-TERMS = [(5.0, LABELS), (1.0, LABELS), (5.0, None)]     # both terms, both with one softmax, distillation alone
+# temperature, labels and alpha: both terms, both with one softmax, distillation alone, without and with labels that may be ignored
+TERMS = [(5.0, LABELS, 0.5), (1.0, LABELS, 0.5), (5.0, None, 0.5), (5.0, LABELS, 1.0)]
 
 
 def kd_loss_calls(dtype: torch.dtype) -> None:
     teachers = [dtype] if dtype == torch.float32 else [dtype, torch.float32]
     for C, dtype_t in itertools.product((20, 200, 1000, 5000, 5008), teachers):     # rows of 5,000 are not aligned
         student, teacher = zeros(4, C, dtype=dtype), zeros(4, C, dtype=dtype_t, grad=False)
-        for T, labels in TERMS:
-            kd_loss(student, teacher, labels, alpha=0.5, T=T).sum().backward()
+        for T, labels, alpha in TERMS:
+            kd_loss(student, teacher, labels, alpha=alpha, T=T).sum().backward()
         kd_loss(student, None, LABELS, alpha=0.0, T=1.0).sum().backward()
     for width, rows, dtype_t in itertools.product((256, 768, 9216), (None, LABELS), teachers):
         hidden_mse(zeros(4, 1, width, dtype=dtype), zeros(4, 1, width, dtype=dtype_t, grad=False), rows).sum().backward()
@@ -85,16 +86,21 @@ def linear_loss_calls(dtype: torch.dtype) -> None:
     for V, with_bias, train in itertools.product((200, 1000, 5000), (False, True), (False, True)):
         x, w, bias = zeros(4, 16, dtype=dtype, grad=train), zeros(V, 16, grad=False), zeros(V, grad=False) if with_bias else None
         linear_cross_entropy(x, w, bias, LABELS)
-        for T, labels in TERMS:
-            linear_kd(x, w, bias, x, w, bias, labels, alpha=0.5, T=T)
+        for T, labels, alpha in TERMS:
+            linear_kd(x, w, bias, x, w, bias, labels, alpha=alpha, T=T)
 
 
 def norm_calls(dtype: torch.dtype) -> None:
     for d in (32, 768):
         dropout(zeros(16, d, dtype=dtype), 0.1, LABELS).sum().backward()
-    for d, p, wide in ((32, 0.1, False), (256, 0.1, False), (768, 0.0, False), (768, 0.1, False), (768, 0.1, True), (4096, 0.1, False)):
-        x = zeros(16, d, dtype=torch.float32 if wide else dtype)
-        add_norm(x, zeros(16, d, dtype=dtype), zeros(d), zeros(d), 1e-5, p, LABELS).sum().backward()
+    # the gradients that are needed: all; of a frozen base's norm (of x and h, of h alone); none: evaluation, a teacher
+    gradients = ((1, 1, 1), (1, 1, 0), (0, 1, 0), (0, 0, 0))
+    for d, p, wide, needs in itertools.product((32, 256, 768, 1024, 4096), (0.0, 0.1), (False, True), gradients):
+        x, h, w, b = (zeros(*shape, dtype=kind, grad=bool(need)) for shape, kind, need in zip(
+            ((16, d), (16, d), (d,), (d,)), (torch.float32 if wide else dtype, dtype, torch.float32, torch.float32), (*needs, needs[2])))
+        y = add_norm(x, h, w, b, 1e-5, p, LABELS)
+        if y.requires_grad:
+            y.sum().backward()
 
 
 CALLS = {"attention": attention_calls, "attention_kd": attention_kd_calls, "kd_loss": kd_loss_calls, "linear_loss": linear_loss_calls,

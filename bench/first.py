@@ -1,6 +1,6 @@
 """The first minutes on a GPU, in one call: are the kernels right, how fast are they next to their peers, which tiles are best.
 
-    PYTHONPATH=. python -m bench.first --out DIR                           needs torch, triton and numpy, nothing else
+    PYTHONPATH=. python -m bench.first --out DIR                           needs torch, triton, numpy and tqdm; transformers for some steps
     PYTHONPATH=. python -m bench.first --out DIR --have OLD/first.jsonl    continues that call: what has a row in OLD is not repeated
 
 What matters most comes first. A row goes to DIR/first.jsonl as soon as it is known, so the call may be cut off at any moment. A short
@@ -74,8 +74,8 @@ class First:
         for exact in (True, False) if self.cuda else (True,):
             yield "check every kernel" + ", deterministic" * exact, partial(self.every, exact)
         small = [cases.attention(1024, 256, ragged=True, dropout=p, D=D) | {"H": 2} for D in (64, 128, 32) for p in (0.0, 0.1)]
-        small += [cases.attention(512, 64, ragged=True, kernel="attention_kd") | {"H": 2}, cases.kd(64, 50265), cases.kd(64, 1000),
-                  cases.linear("linear_kd", 256, 5003), cases.linear("linear_cross_entropy", 256, 5003),
+        small += [cases.attention(512, 64, ragged=True, dropout=0.1) | {"H": 2}, cases.kd(64, 50265), cases.kd(64, 1000), cases.kd(64, 20),
+                  *(cases.attention(8 * S, S, ragged=True, kernel="attention_kd") | {"H": 2} for S in (64, 256)), cases.linear("linear_kd", 256, 5003), cases.linear("linear_cross_entropy", 256, 5003),
                   {"kernel": "hidden_mse", "B": 8, "L": 3, "d": 768}, cases.norm("add_norm", 256, 0.1), cases.norm("dropout", 256, 0.1)]
         for case in small if self.cuda else [cases.attention(32, 16, True, 0.1, D=32) | {"H": 1}, cases.kd(4, 33)]:
             for name in ("ours", "ours deterministic") if case["kernel"] == "attention" else ("ours",):
@@ -94,14 +94,14 @@ class First:
         return {"error_l2": off, "same": same, "right": off <= 5 * torch.finfo(self.dtype).eps and (same or not exact)}
 
     def check(self, case: dict, name: str) -> dict:
-        """The largest errors of ours and of the reference (same precision), over output and gradients. Right if ours is at most double, and
-        the reference is near the truth, so that the truth is one."""
+        """The largest errors of ours and of the reference (same precision), over output and gradients. Right if ours is at most four times
+        as large, and the reference is near the truth, so that the truth is one."""
         given, exact = (PROBLEMS[case["kernel"]](case, self.device, self.dtype, exact) for exact in (False, True))
         truth, found = evaluate(exact.truths["default"]()), {}
         for which in (name, "reference"):
             errors = zip(evaluate(given.impls[which]()), truth, strict=True)
             found[which] = [distance(*pair)[0] for pair in errors]
-        right = all(a <= 2 * b + torch.finfo(self.dtype).eps / 2 and b < 0.1 for a, b in zip(found[name], found["reference"]))
+        right = all(a <= 4 * b + 1e-5 and b < 0.1 for a, b in zip(found[name], found["reference"]))
         return {"error": worst(found[name]), "reference": worst(found["reference"]), "right": right}
 
     # ---------------------------------------------------------------- speed

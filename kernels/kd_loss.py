@@ -210,10 +210,11 @@ def _save(ctx, inputs, output):
     student, teacher, labels, *ctx.rest = inputs
     ctx.save_for_backward(student, teacher, labels, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, up, _):
-    return _kd_loss_backward(up, *ctx.saved_tensors, *ctx.rest), *(None,) * 5
+    return None if up is None else _kd_loss_backward(up, *ctx.saved_tensors, *ctx.rest), *(None,) * 5
 
 
 _kd_loss.register_autograd(_differentiate, setup_context=_save)

@@ -193,9 +193,13 @@ def _save(ctx, inputs, output):
     ctx.needs = inputs[-3:]
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)        # otherwise the outputs above get gradients of zeros, as large as the weight
 
 
 def _differentiate(ctx, up, *_):
+    if up is None:
+        return (None,) * 13
+    up = up.reshape(1)      # on CUDA, a tensor without dimensions would be rounded to the dtype of g, and with it the whole gradient's scale
     grads = [torch.mul(g, up, out=torch.empty_like(g, dtype=dtype)) if need else None      # scaled and cast in one pass
              for g, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs)]
     return *grads, *(None,) * 10

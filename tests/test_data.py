@@ -2,6 +2,8 @@
 import gzip
 import json
 import lzma
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from conftest import random_base
 
 from rt.data import ROW_SEQUENCES, Masker, Rows
 from rt.errors import InputError
+from rt.formats.atomic import locked
 from rt.formats.corpora import build_corpus, read_documents, split_documents
 from rt.formats.tokenizer import load_tokenizer
 from rt.model import MaskedLM
@@ -87,6 +90,23 @@ def test_bins_hold_the_tokens_and_are_reused_until_something_changes(tmp_path, t
     (tmp_path / "train.txt").write_text("Something else, longer than before.\n")
     again = build_corpus("x", tmp_path, tokenizer, tmp_path / "cache")
     assert tokenizer.decode(again["train"].tokens.tolist()) == "Something else, longer than before."
+
+
+def test_a_second_command_waits_for_the_bins_that_a_first_one_makes(tmp_path, tokenizer, capsys):
+    (tmp_path / "heldout.txt").write_text("held out\n")
+    (tmp_path / "train.txt").write_text("Return a graph.\n")
+    build_corpus("x", tmp_path, tokenizer, tmp_path / "c")
+    meta, = tmp_path.glob("c/*/meta.json")
+    bins = meta.parent.rename(tmp_path / "made")
+    with ThreadPoolExecutor(1) as pool:
+        with locked(meta.parent):
+            second, said = pool.submit(build_corpus, "x", tmp_path, tokenizer, tmp_path / "c"), ""
+            while "waiting" not in said:
+                assert not second.done()
+                time.sleep(0.01)
+                said += capsys.readouterr().err
+            bins.rename(meta.parent)        # the first one has ended
+        assert second.result()["train"].offsets[-1] > 0 and not [*tmp_path.glob("c/*.lock")]
 
 
 def test_an_epoch_has_every_token_once_but_for_the_cut_ones(corpus, tokenizer):

@@ -23,7 +23,7 @@ from typing import Any, Callable, Iterable, Iterator
 from filelock import FileLock, Timeout
 
 from rt.errors import InputError
-from rt.formats.files import LOCK, check_overwritable, sync, unknown_names, write_errors
+from rt.formats.files import LOCK, check_overwritable, note, sync, unknown_names, write_errors
 from rt.formats.untrusted import MISSHAPEN, is_whole
 
 
@@ -128,16 +128,17 @@ def check_seal(folder: Path, name: str, facts: dict, files: Iterable[str] | None
 # --- one process at a time --------------------------------------------------------------------------------------------
 
 @contextmanager
-def locked(folder: Path, from_main: Callable[[Callable[[], Any]], Any] = lambda call: call()) -> Iterator[None]:
+def locked(folder: Path, from_main: Callable[[Callable[[], Any]], Any] = lambda call: call(), wait: bool = False) -> Iterator[None]:
     """In the block, only this process writes to `folder`. With several ranks (`from_main`: rt.speed.dist.Ranks.from_main), rank 0 takes the
-    lock. InputError names the process and host that hold it. The operating system frees the lock when the process dies. A lock file of
-    another host counts as long as it exists: a shared disk passes locks on only if it has a lock server (NFS: version 4, or lockd)."""
+    lock. InputError names the process and host that hold it; `wait`: if it is on this host, its end is waited for. The operating system
+    frees the lock when the process dies. A lock file of another host counts as long as it exists: a shared disk passes locks on only if it
+    has a lock server (NFS: version 4, or lockd)."""
     with ExitStack() as stack:
-        from_main(lambda: _lock(Path(folder).resolve(), stack))
+        from_main(lambda: _lock(Path(folder).resolve(), stack, wait))
         yield
 
 
-def _lock(folder: Path, stack: ExitStack) -> None:
+def _lock(folder: Path, stack: ExitStack, wait: bool) -> None:
     """The lock is next to `folder`, or inside it if the folder above cannot be written to, as with a mounted volume."""
     with write_errors(folder):
         if not folder.name or folder.exists() and not folder.is_dir():
@@ -151,7 +152,10 @@ def _lock(folder: Path, stack: ExitStack) -> None:
         try:
             lock.acquire()
         except Timeout:
-            raise being_written(folder, holder_of(path, folder), "give another --out") from None
+            if not wait:
+                raise being_written(folder, holder_of(path, folder), "give another --out") from None
+            note(f"{folder} is being written to by another process; waiting for its end")
+            lock.acquire(timeout=-1)
         stack.callback(lock.release)
         stack.callback(path.unlink, missing_ok=True)    # before the release: a process that waits for the lock sees that the file is gone
         path.write_text(json.dumps({"pid": os.getpid(), "host": here, "since": time.strftime("%F %T")}), encoding="utf-8")

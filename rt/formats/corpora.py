@@ -121,7 +121,9 @@ def build_corpus(name: str, path: Path, tokenizer: Tokenizer, cache: Path) -> di
     key = hashlib.sha256(json.dumps([tokenizer.fingerprint, sources]).encode()).hexdigest()[:12]
     folder = Path(cache) / f"{name}-{key}"
     if not (folder / "meta.json").exists():
-        _tokenize(path, tokenizer, folder, name)
+        with locked(folder, wait=True):     # several commands may need one corpus at once
+            if not (folder / "meta.json").exists():
+                _tokenize(path, tokenizer, folder, name)
     meta = read_json(folder / "meta.json")
     with shaped(folder, f"these tokens of corpus {name} are damaged; remove the folder, and they are made again", also=(OSError, EOFError)):
         dtype, content = {"uint16": np.uint16, "uint32": np.uint32}[meta["dtype"]], str(meta.get("content", ""))
@@ -142,7 +144,7 @@ def _tokenize(path: Path, tokenizer: Tokenizer, folder: Path, name: str) -> None
         note(f"corpus {name}: left unread: {', '.join(f.name for f in files['unread'])}")
     if others := [f.name for f in files["train"] if (named := read_name(PurePath(f.name))) and named.split != "train"]:
         note(f"corpus {name}: {', '.join(others)} are trained on, too: only heldout.* would be held out")
-    with locked(folder), atomic_folder(folder) as new:
+    with atomic_folder(folder) as new:
         with ExitStack() as stack:
             files = {part: stack.enter_context((new / f"{part}.bin").open("wb")) for part in PARTS}
             bar = stack.enter_context(tqdm(desc=f"tokenizing {name}", unit="doc", disable=None, leave=False))
