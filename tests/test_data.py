@@ -139,6 +139,14 @@ def test_a_batch_is_a_function_of_seed_and_step(corpus, tokenizer):
     assert not torch.equal(a.ids, c.ids) and not torch.equal(a.ids, rows.batch(6, size).ids)
 
 
+def test_every_epoch_has_another_order_and_every_row_of_the_stream_its_own_mask(corpus, tokenizer):
+    rows = rows_of(corpus, tokenizer)
+    n, same = rows.per_epoch, rows.row(0)
+    assert not np.array_equal(same[0], rows.row(n)[0])
+    rows.row = lambda number: same      # one text everywhere: only the masks differ
+    assert len({tuple(rows.masked(range(r, r + 1)).predict.tolist()) for r in (0, 1, n, n + 1)}) == 4
+
+
 @pytest.mark.parametrize("world, parts", [(2, 1), (1, 2), (2, 2), (4, 1)])
 def test_ranks_and_parts_share_out_the_same_batch(corpus, tokenizer, world, parts):
     rows = rows_of(corpus, tokenizer)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import pretrained
 
 from rt.data import Rows
@@ -41,7 +42,14 @@ def trained(rows, tokenizer, steps, lr=2e-3, dropout=0.0, where=CPU, accumulatio
 
 def test_it_learns_on_held_out_text(rows, tokenizer):
     untrained = new_masked_lm(EncoderConfig(tokenizer.vocab_size, **PRESETS["tiny"]), seed=0)
-    before = evaluate_mlm(untrained, rows["heldout"], tokens=4096, **CPU)
+    before = evaluate_mlm(untrained, rows["heldout"], tokens=10 * 256, **CPU)
+    assert untrained.training       # as it was; but it is scored without dropout, and rows count alike in passes of any size
+    batch = rows["heldout"].masked(range(10))
+    with torch.no_grad():
+        logits = untrained.eval()(batch)
+    right = (logits.argmax(-1) == batch.labels).sum().item()
+    n, loss = len(batch.labels), F.cross_entropy(logits, batch.labels).item()
+    assert before == pytest.approx({"loss": loss, "accuracy": right / n, "predictions": n}, rel=1e-5)
     model, log = trained(rows, tokenizer, 40)
     after = evaluate_mlm(model, rows["heldout"], tokens=4096, **CPU)
     assert before["loss"] == pytest.approx(6.4, abs=0.3)        # ln 600
@@ -195,6 +203,7 @@ def test_the_schedule_rises_and_falls():
 def test_only_matrices_decay(tokenizer):
     model = new_masked_lm(EncoderConfig(tokenizer.vocab_size, **PRESETS["tiny"]), seed=0)
     decayed, plain = adamw(model.parameters(), 1e-3, 0.1).param_groups
+    assert decayed["betas"] == (0.9, 0.98) and decayed["eps"] == 1e-6       # RoBERTa's
     assert decayed["weight_decay"] == 0.1 and all(p.dim() == 2 for p in decayed["params"])
     assert plain["weight_decay"] == 0.0 and all(p.dim() == 1 for p in plain["params"])
 

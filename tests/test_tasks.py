@@ -1,12 +1,13 @@
 """Task folders: formats, column names, labels, one-sentence errors; few-shot samples; encoding."""
 import gzip
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import bounded, write_task
 
-from rt.data import Example, _fit, encode, few_shot, training_indices
+from rt.data import Example, Task, _fit, encode, few_shot, training_indices
 from rt.errors import InputError
 from rt.formats.tasks import load_task, read_examples
 
@@ -103,13 +104,20 @@ def test_a_quote_that_is_never_closed_is_refused_without_being_held(tmp_path):
 
 
 def test_few_shot_takes_k_a_label_by_seed_and_leaves_test(tmp_path):
-    rows = [{"text": f"t{i}", "label": "abc"[i % 3]} for i in range(60)]
-    task = load_task(folder(tmp_path, rows, rows, rows))
+    rows = {part: [{"text": f"{part} {i}", "label": "abc"[i % 3]} for i in range(60)] for part in ("train", "dev", "test")}
+    task = load_task(folder(tmp_path, **rows))
     small, again, other = few_shot(task, 4, 1), few_shot(task, 4, 1), few_shot(task, 4, 2)
     for part in ("train", "dev"):
         assert sorted(e.label for e in small.parts[part]) == list("aaaabbbbcccc")
+        assert all(e.text.startswith(part) for e in small.parts[part])
     assert small.parts == again.parts and small.parts["train"] != other.parts["train"]
     assert small.parts["test"] == task.parts["test"]
+
+
+def test_the_hash_is_of_all_that_a_task_holds():
+    one = Example("x", "y", "a", "")
+    others = ({"dev": [replace(one, **change)]} for change in ({}, {"text": "z"}, {"text_pair": None}, {"label": "b"}))
+    assert len({Task("t", ("a", "b"), {"train": [one]} | more).hash for more in (*others, {"test": [one]})}) == 5
 
 
 def test_encoding_frames_truncates_and_counts(tokenizer):
