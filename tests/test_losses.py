@@ -118,7 +118,8 @@ def distilling(tokenizer, batch):
 def test_total_loss_is_the_sum_of_method(distilling, batch, public_code):
     student, cache, s, states = distilling
     alpha, beta, T = 0.7, 10.0, 5.0
-    loss = Loss(teacher=cache, config=DistillConfig(alpha, beta, T, public_code=public_code))(student, batch)
+    config = DistillConfig(alpha, beta, T, public_code=public_code)
+    loss = Loss(teacher=cache, config=config)(student, batch)
     expected = 0.0
     for i, n in enumerate(batch.index.tolist()):
         task = -math.log(softmax(s[i])[batch.labels[i]])
@@ -126,6 +127,13 @@ def test_total_loss_is_the_sum_of_method(distilling, batch, public_code):
         patience = (states[i].float() - cache.states[n].float()).square().mean().item() * (0.5 if public_code else 1)
         expected += ((1 - alpha) * task + alpha * kd + beta * patience) / 5
     assert loss.item() == pytest.approx(expected, rel=1e-5)
+    student.encoder(batch, whole := Activations(hidden=[]))     # patience's gradient, too, by plain indexing
+    rows = torch.stack([h[batch.first] for h in whole.hidden[:-1]], 1)
+    plain = Loss(teacher=cache, config=replace(config, beta=0.0))(student, batch)
+    plain = plain + beta * (rows - cache.states[batch.index]).square().mean() * (0.5 if public_code else 1)
+    weights = [student.encoder.embeddings.word.weight, student.encoder.layers[0].qkv.weight]
+    for got, by_hand in zip(*(torch.autograd.grad(total, weights, retain_graph=True) for total in (loss, plain))):
+        torch.testing.assert_close(got, by_hand, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("att_layers", ["last", "all"])

@@ -6,13 +6,14 @@ import pytest
 import torch
 from conftest import random_base
 
+import rt.model
 from kernels import dropout
 from rt.data import Encoded, sequences_batch
 from rt.deltas import attach
 from rt.formats.hf import CLASSIFIERS, head_state, load_hf
 from rt.kinds import DeltaConfig
 from rt.losses import DistillConfig, Loss, run_teacher
-from rt.model import Activations, ClassificationHead, Classifier, MaskedLM
+from rt.model import Activations, ClassificationHead, Classifier, EncoderConfig, MaskedLM, new_masked_lm
 from rt.pretrain import mlm_loss
 
 
@@ -137,6 +138,32 @@ def test_dropout_is_active_in_training_only(tokenizer, batch):
     assert torch.equal(model(batch), model(batch))
     model.train()
     assert not torch.equal(model(batch), model(batch))
+
+
+@pytest.mark.parametrize("kind", ["full", "adapter"])
+def test_every_dropout_of_a_pass_has_a_mask_of_its_own(kind, tokenizer, batch, monkeypatch):
+    model, seen = attach(random_base(tokenizer), DeltaConfig(kind), 3, seed=0).train(), []
+    for name in ("dropout", "add_norm", "attention_qkv"):
+        def noted(*args, real=getattr(rt.model, name), **named):
+            seen.append((named["dropout_p"], named["seed"]) if named else args[-2:])
+            return real(*args, **named)
+        monkeypatch.setattr(rt.model, name, noted)
+    model(batch)
+    seen = [(p, seed.item()) for p, seed in seen if seed is not None]       # LN without dropout has none
+    assert len({seed for _, seed in seen}) == len(seen) == 1 + 3 * 2 + 2 and {p for p, _ in seen} == {0.1}     # embeddings, layers, head
+
+
+def test_an_adapter_follows_the_dropout(base, batch):
+    block, seed, (x, h) = base.encoder.layers[0], torch.tensor([3]), torch.randn(2, 9, 64)
+    ours = block.residual(block.output_norm, lambda h: h + 1, x, h, seed)
+    assert torch.equal(ours, block.output_norm(x, dropout(h, 0.1, seed) + 1))
+
+
+def test_a_new_base_is_as_wide_as_its_width_asks(tokenizer):
+    model = new_masked_lm(EncoderConfig(600, hidden_size=192, pad_id=tokenizer.pad_id), seed=0)
+    words = model.encoder.embeddings.word.weight
+    assert not words[tokenizer.pad_id].any()
+    assert words.std().item() == pytest.approx(0.04, rel=0.03) == model.head.dense.weight.std().item()
 
 
 def test_training_is_the_same_through_the_kernels(device, base, batch, tokenizer, monkeypatch):
