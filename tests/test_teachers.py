@@ -330,7 +330,7 @@ def mixed(taught, home) -> Recycling:
     return teaching(task, 2, unlabelled="rest").of(replace(taught, share=0.25), 5)
 
 
-def test_what_few_shot_leaves_over_are_the_texts(home):
+def test_what_few_shot_leaves_over_are_the_texts(home, taught):
     task = load_task(home / "task")
     few = teaching(task, 2, unlabelled="rest")
     drawn, rest = few.labelled(5).parts["train"], few.unlabelled(5)
@@ -338,8 +338,16 @@ def test_what_few_shot_leaves_over_are_the_texts(home):
     assert sorted(e.text for e in drawn + rest) == sorted(row["text"] for row in ROWS)
     some = teaching(task, 2, unlabelled="rest", unlabelled_texts=7)
     assert len({e.text for e in some.unlabelled(5)} & {e.text for e in rest}) == 7 and some.unlabelled(5) != some.unlabelled(6)
+    assert teaching(task, 2, unlabelled="rest", pseudo_labels="hard").of(taught, 5).hard and not few.of(taught, 5).hard
     with pytest.raises(InputError, match="--unlabelled rest: has no text; --shots 99 may have taken all"):
         teaching(task, 99, unlabelled="rest").unlabelled(0)
+
+
+def test_student_and_teacher_read_the_same_texts_in_the_same_order(mixed, home):
+    examples, labels = load_task(home / "task").parts["train"], mixed.data.labels
+    own, old = ([*map(tuple, encode(examples, labels, base.tokenizer, 16).sequences)] for base in (mixed.base, mixed.old_base))
+    data = training_data(mixed, "distill").train
+    assert {*zip(map(tuple, data.sequences), map(tuple, mixed.old_train.sequences))} == {*zip(own, old)}
 
 
 def test_every_batch_has_its_share_and_every_text_its_turn(mixed):
