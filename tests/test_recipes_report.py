@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from experiments.common import holm, sign_flip
+from experiments.common import holm, sign_flip, steps_to_best
 from experiments.recipes import report
 from experiments.recipes.plan import AFTERWARDS, CHAIN, SWITCHES, upgrades
 from rt.errors import InputError
@@ -18,25 +18,34 @@ def test_the_frontier_of_plain_upgrades_is_the_lowest_line(gain, lost):
 def test_tests_are_exact():
     assert sign_flip([1, 2, 3, 4, 5]) == 1 / 32 and sign_flip([-1, -2]) == 1.0 and sign_flip([1, -1]) == 0.75
     assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
+    assert holm({"a": 0.6, "b": 0.7}) == {"a": 1.0, "b": 1.0}
+    scratch = [(0, 0.1), (5, 0.5), (10, 0.5)]       # as good as it gets at step 5
+    assert steps_to_best(scratch, [(0, 0.2), (5, 0.4), (10, 0.5), (15, 0.6)]) == (10, 5)
+    assert steps_to_best(scratch, [(0, 0.2), (5, 0.4)]) == (10, 5) and steps_to_best(scratch[:1], [(0, 0.1), (5, 0.4)]) == (0, 1)
 
 
 def made_rows() -> list[dict]:
+    """M0's scores and losses differ by the seed of the deltas, and blocks by what they gain. Full deltas lose thrice what adapters lose."""
     common = {"device": "CPU", "commit": "abc", "stage_seconds": 1.0}
     dev = {"a/full": [0.8, 0.5], "b/adapter": [0.7, 0.5], "c/full": [0.54, 0.5]}
-    rows = [common | {"arm": "M0", "seed": s, "heldout": {"wiki": 5.0, "bio": 6.0}, "dev": dev,
-                      "apply": {"a/full": 0.8, "b/adapter": 0.7, "c/full": 0.5}} for s in range(3)]
-    for seed in range(5):
-        for arm, lr, fall, lost in (("plain", 5e-4, 0.5, 0.02), ("plain", 1e-3, 1.0, 0.06), ("hidden 3", 5e-4, 0.98, 0.01)):
-            rows.append(common | {"arm": arm, "lr": lr, "target": "bio", "seed": seed, "heldout": {"wiki": 5.5, "bio": 6.0 - fall},
-                                  "apply": {"a/full": 0.8 - lost, "b/adapter": 0.7 - lost, "c/full": 0.0}})
-    return rows
+
+    def apply(seed: int, lost: float = 0.0) -> dict:
+        return {"apply": {"a/full": 0.8 - 0.1 * (seed % 3) - 1.5 * lost, "b/adapter": 0.7 - 0.5 * lost, "c/full": 0.5 - 9 * lost}}
+
+    rows = [common | {"arm": "M0", "seed": s, "heldout": {"wiki": 5.0, "bio": 6.0 + s, "cs": 9.0}, "dev": dev} | apply(s) for s in range(3)]
+    for target, seed in [*(("bio", seed) for seed in range(5)), ("cs", 1)]:
+        for arm, lr, fall, lost in (("plain", 1e-3, 1.0, 0.06), ("plain", 5e-4, 0.5, 0.05), ("hidden 3", 5e-4, 0.98, 0.01)):
+            heldout = {"wiki": 5.5, target: 6.0 + seed % 3 - fall * (0.8 + 0.1 * seed) if target == "bio" else 9.0 - 2 * fall}
+            rows.append(common | {"arm": arm, "lr": lr, "target": target, "seed": seed, "heldout": heldout} | apply(seed, lost))
+    return rows + [common | {"arm": "plain", "lr": 5e-4, "target": CHAIN, "seed": 4, "stage": stage, "heldout": {"wiki": 9.0}}
+                   | apply(4, stage / 100) for stage in (1, 2)]
 
 
 def test_the_report_counts_gain_points_and_advantage(tmp_path):
     found = report.points(made_rows())
-    assert found["plain", 5e-4]["bio", 4] == pytest.approx((0.5, 2.0))      # c did not learn on dev, so it is left out of all arms
+    assert found["plain", 5e-4]["bio", 4] == pytest.approx((0.6, 5.0))      # c did not learn on dev, so it is left out of all arms
     (key, ahead), = report.advantages(found).items()
-    assert key == ("hidden 3", 5e-4) and [*ahead.values()] == pytest.approx([2 + 4 * 0.48 / 0.5 - 1] * 5)
+    assert key == ("hidden 3", 5e-4) and [*ahead.values()] == pytest.approx([5 + 1 * 0.48 / 0.5 - 1] * 6)
     with pytest.raises(InputError, match="no rows of upgrades"):
         report.write(tmp_path)
     two = {("hidden 20 (afterwards)", 5e-4): dict.fromkeys([("bio", 0), ("bio", 3), ("cs", 0), ("cs", 1)], (1.0, 1.0))}
@@ -46,10 +55,15 @@ def test_the_report_counts_gain_points_and_advantage(tmp_path):
                            plain | two)[1][9] == "0.250 / 0.250"        # without the blocks that suggested the arm
     (tmp_path / "minilm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made_rows()))
     table = report.write(tmp_path)
-    assert "| hidden 3 | 0.0005 | 5 | 98.000 |" in table and "0.031 / 0.031" in table
+    cells = {tuple(cell.strip() for cell in line.split("|")[1:3]): line.split("|")[3:] for line in table.splitlines()}
+    # blocks, gain, points lost, full, adapter, wiki, and of an arm with a switch advantage, p
+    for arm, expected in (("plain", [6, 50, 5, 7.5, 2.5, 5.5]), ("hidden 3", [6, 98, 1, 1.5, 0.5, 5.5, 4.96, 0.016])):
+        assert [float(cell.split()[0]) for cell in cells[arm, "0.0005"][:len(expected)]] == pytest.approx(expected), arm
+    assert "0.016 / 0.016" in table
     text = (tmp_path / "README.md").read_text()
-    assert "| bio | hidden 3 | 0.0005 | 5 | 98.000 | 1.000 | 4.840 |" in text
-    assert "c/full (seed 2)" in text and "- plain at 0.0005 on cs: seeds 0, 1, 2, 3, 4" in text
+    assert "| bio | hidden 3 | 0.0005 | 5 | 98.000 ±" in text and "| cs | hidden 3 | 0.0005 | 1 | 98.000 | 1.000 | 4.960 |" in text
+    assert "Chain, plain at 0.0005: points lost by Delta_0 on M1, M2, ...: 1.000, 2.000." in text
+    assert "c/full (seed 2)" in text and "- plain at 0.0005 on cs: seeds 0, 2, 3, 4" in text
     assert "hidden 3 at 0.0005 on bio:" not in text and (tmp_path / "pareto.png").exists()
 
 
