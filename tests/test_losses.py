@@ -13,7 +13,7 @@ from rt.data import Encoded
 from rt.deltas import attach
 from rt.kinds import DeltaConfig
 from rt.losses import DistillConfig, Loss, TeacherCache, run_teacher, task_loss, weights_of
-from rt.model import Activations
+from rt.model import Activations, new_masked_lm
 
 
 def logits(rows=6, C=5, seed=0, scale=3.0):
@@ -139,12 +139,15 @@ def test_total_loss_is_the_sum_of_method(distilling, batch, public_code):
 @pytest.mark.parametrize("att_layers", ["last", "all"])
 def test_gamma_adds_the_divergence_of_attention_maps(distilling, batch, att_layers, tokenizer):
     student, cache, _, _ = distilling
-    teacher = attach(random_base(tokenizer, seed=3), DeltaConfig("adapter"), 3, seed=2).double().eval()
+    old = random_base(tokenizer, seed=3)
+    if att_layers == "last":        # then the teacher may be deeper
+        old = replace(old, encoder=new_masked_lm(replace(old.encoder.config, num_layers=3), 3).encoder)
+    teacher = attach(old, DeltaConfig("adapter"), 3, seed=2).double().eval()
     plain = DistillConfig(alpha=0.7, beta=0.0, T=5.0)
     loss = Loss(False, cache, replace(plain, gamma=2.0, att_layers=att_layers), attention_teacher=teacher)(student, batch)
     traces = []
     for model in (student, teacher):
-        model(batch, activations := Activations(attention=(0, 1) if att_layers == "all" else (1,)))
+        model(batch, activations := Activations(attention=(0, 1) if att_layers == "all" else (len(model.encoder.layers) - 1,)))
         traces.append(activations.qk)
     rows = []
     for (q_s, k_s), (q_t, k_t) in zip(*traces):
@@ -154,6 +157,12 @@ def test_gamma_adds_the_divergence_of_attention_maps(distilling, batch, att_laye
                     s, t = ((q[i, h] @ k[a:b, h].T / math.sqrt(q.shape[-1])).tolist() for q, k in ((q_s, k_s), (q_t, k_t)))
                     rows.append(kl(t, s, 1.0))
     assert loss.item() == pytest.approx(Loss(False, cache, plain)(student, batch).item() + 2.0 * sum(rows) / len(rows), rel=1e-6)
+    with_points = []        # at the student alone, also beside points of interpolation
+    for gamma in (0.0, 2.0):
+        torch.manual_seed(0)
+        config = replace(plain, gamma=gamma, att_layers=att_layers, itp=1)
+        with_points.append(Loss(False, cache, config, teacher, weights_of(teacher))(student, batch).item())
+    assert with_points[1] - with_points[0] == pytest.approx(2.0 * sum(rows) / len(rows), rel=1e-5)
     loss.backward()
     assert student.encoder.layers[1].qkv.weight.grad is not None
     assert all(p.grad is None for p in teacher.parameters())

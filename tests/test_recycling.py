@@ -64,6 +64,10 @@ def test_the_teacher_is_the_old_base_with_the_old_delta_and_runs_once(recycling)
     expected = predict(apply(recycling.old_base, recycling.old_delta), recycling.data.train.sequences, **CPU)
     torch.testing.assert_close(cache.logits, expected, atol=1e-5, rtol=1e-5)
     assert teacher_of(recycling) is cache
+    loss = MODES["distill"].loss(replace(recycling, merged=2.0 * recycling.old_delta, distill=DistillConfig(gamma=1.0, itp=1)))
+    for name, weight in weights_of(apply(recycling.old_base, recycling.old_delta)).items():
+        assert torch.equal(loss.teacher_weights[name], weight) and torch.equal(loss.attention_teacher.get_parameter(name), weight)
+    assert not any(module.training for module in loss.attention_teacher.modules())      # without dropout
 
 
 def test_distillation_alone_moves_the_student_to_the_teacher(recycling):
@@ -115,11 +119,12 @@ def test_gamma_brings_the_students_attention_maps_to_the_teachers(recycling, att
 
 
 def test_other_labels_get_a_fresh_head_in_init_and_are_refused_elsewhere(recycling):
-    recycling.old_delta.info["labels"] = ["x", "y", "z"]
-    model = start_from_old(recycling)
-    assert not torch.equal(model.head.out.weight, recycling.old_delta.head["out.weight"])
-    name = next(iter(recycling.old_delta.modules))
-    assert torch.equal(dict(model.encoder.named_parameters())[name], recycling.old_delta.modules[name])
+    for labels in (["b", "a", "c"], ["x", "y", "z"]):       # in another order they are other labels, too
+        recycling.old_delta.info["labels"] = labels
+        model = start_from_old(recycling)
+        assert not torch.equal(model.head.out.weight, recycling.old_delta.head["out.weight"])
+        name = next(iter(recycling.old_delta.modules))
+        assert torch.equal(dict(model.encoder.named_parameters())[name], recycling.old_delta.modules[name])
     for mode in ("apply", "distill", "init+distill"):
         with pytest.raises(InputError, match="labels"):
             recycle(recycling, mode)
@@ -129,7 +134,8 @@ def test_init_refuses_another_kind_and_distill_does_not(recycling):
     recycling.config = DeltaConfig("lora")
     with pytest.raises(InputError, match="init continues the old delta .*adapter"):
         recycle(recycling, "init")
-    recycle(recycling, "distill")
+    for mode, config in (("distill", recycling.config), ("apply", recycling.old_delta.config)):
+        assert new_delta(recycling, mode, recycle(recycling, mode)[0]).config == config
 
 
 def test_the_old_delta_must_be_of_the_old_base(recycling, tokenizer):
