@@ -21,6 +21,7 @@ from rt.optim import adamw, schedule
 from rt.pretrain import PretrainSettings, evaluate_mlm, microbatches
 from rt.speed.dist import Ranks
 from rt.speed.graphs import check_graphs, compiled, prefetch
+from rt.tune import TuneSettings
 
 CPU = {"device": torch.device("cpu"), "precision": torch.float32}
 
@@ -198,6 +199,7 @@ def test_the_schedule_rises_and_falls():
     rates = [schedule(t, 10, 4, 1.0) for t in range(10)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4] == 1.0 and rates[-1] == pytest.approx(1 / 6)
     assert all(a > b for a, b in zip(rates[4:], rates[5:]))
+    assert [TuneSettings(10, 8, 1.0, 5, seed=0, warmup=0.4).lr_at(t) for t in range(10)] == rates
 
 
 def test_only_matrices_decay(tokenizer):

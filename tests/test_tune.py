@@ -11,7 +11,7 @@ from rt.deltas import attach
 from rt.errors import InputError
 from rt.kinds import DeltaConfig
 from rt.losses import Loss
-from rt.tune import TuneSettings, chance, evaluate, metrics, minimise, predict, score, tune
+from rt.tune import TuneSettings, chance, evaluate, metrics, minimise, predict, score, training_batch, training_loop, tune
 
 CPU = dict(device=torch.device("cpu"), precision=torch.float32)
 
@@ -21,7 +21,7 @@ def test_classification_metrics():
     predicted = torch.tensor([0, 0, 1, 1, 2, 0])
     got = metrics(torch.nn.functional.one_hot(predicted, 4).float(), targets)      # class 3 does not occur
     f1 = [2 * 2 / (3 + 3), 2 * 1 / (2 + 2), 0.0]
-    assert got == pytest.approx({"accuracy": 3 / 6, "macro_f1": sum(f1) / 3, "micro_f1": 3 / 6})
+    assert got == pytest.approx({"accuracy": 3 / 6, "macro_f1": sum(f1) / 3, "micro_f1": 3 / 6}) and score(got) == got["accuracy"]
 
 
 def test_regression_metrics():
@@ -33,7 +33,7 @@ def test_regression_metrics():
     mx, my = sum(x) / 5, sum(y) / 5
     covariance, variances = sum((a - mx) * (b - my) for a, b in zip(x, y)), sum((a - mx) ** 2 for a in x) * sum((b - my) ** 2 for b in y)
     r = covariance / math.sqrt(variances)
-    assert got["pearson"] == pytest.approx(r)
+    assert got["pearson"] == pytest.approx(r) and score(got) == got["pearson"]
     undefined = (torch.full((5, 1), 0.1), truth), (guess, torch.full((5,), 0.1)), (guess.where(guess < 20, math.inf), truth)
     for constant in (metrics(*pair) for pair in undefined):
         assert constant == {"pearson": None, "spearman": None} and score(constant) == -math.inf
@@ -140,6 +140,23 @@ def test_the_same_seed_is_bit_equal_and_another_is_not(tokenizer, toy):
     a, b, c = (run(tokenizer, toy, seed=s, steps=12)[0] for s in (0, 0, 1))
     weights = [m.encoder.layers[0].qkv.weight for m in (a, b, c)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_batches_dropout_and_points_are_functions_of_seed_and_step(toy):
+    def drawn(seed: int) -> list[tuple]:
+        s, found = TuneSettings(8, 16, 1e-3, 8, seed), []
+
+        def gradient(step: int) -> torch.Tensor:
+            batch = training_batch(toy.train, s, step)
+            found.append((tuple(batch.index.tolist()), batch.seeds.item(), torch.rand(()).item()))
+            return torch.zeros(())
+
+        training_loop(s, gradient, lambda step, loss: None, lambda step: True)
+        return found
+
+    runs = [drawn(seed) for seed in (0, 0, 1)]
+    assert runs[0] == runs[1]
+    assert all(len({*a, *b}) == 16 for a, b in zip(zip(*runs[0]), zip(*runs[2])))
 
 
 def test_predictions_come_in_the_order_of_the_texts(tokenizer, toy):
