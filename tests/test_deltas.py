@@ -11,6 +11,7 @@ from rt.formats.checkpoint import fingerprint
 from rt.formats.delta_files import load_delta, save_delta
 from rt.formats.files import FIGURES
 from rt.kinds import KINDS, DeltaConfig
+from rt.losses import weights_of
 from rt.model import ClassificationHead, Classifier, Encoder
 
 LABELS = ["a", "b", "c"]
@@ -39,6 +40,17 @@ def test_freshly_attached_is_the_identity(kind, base, batch):
     model = attach(base, CONFIGS[kind], 3, seed=0).eval()
     with torch.no_grad():
         assert torch.equal(model.encoder(batch), base.encoder(batch))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_drawn_is_a_function_of_the_seed(kind, base):
+    a, again, other = (weights_of(attach(base, CONFIGS[kind], 3, seed)) for seed in (0, 0, 1))
+    assert all(torch.equal(v, again[k]) for k, v in a.items())
+    sizes = {"head.": 0.02, ".down.": 0.02, ".lora.A.": 1 / (3 * 64) ** 0.5, ".prefix.k": 1.0, ".prefix.v": 1.0}
+    drawn = [(k, v, size) for k, v in a.items() for part, size in sizes.items() if part in k and v.ndim > 1]
+    for k, v, size in drawn:
+        assert not torch.equal(v, other[k]) and v.std().item() == pytest.approx(size, rel=0.3), k
+    assert len(drawn) == 2 + {"adapter": 4, "lora": 6, "prefix": 4}.get(kind, 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -129,11 +141,12 @@ def test_lora_sum_adds_products_and_not_factors(base, batch):
 
 @pytest.mark.parametrize("kind", ["full", "lora", "bitfit"])
 def test_merged_equals_unmerged(kind, base, batch):
-    model, delta = trained(base, kind, batch)
+    _, delta = trained(base, kind, batch)
     encoder, head = Encoder(base.encoder.config), ClassificationHead(64, 3)
-    encoder.load_state_dict(merge(base, delta))
     head.load_state_dict(delta.head)
-    torch.testing.assert_close(logits(Classifier(encoder, head), batch), logits(model, batch), atol=1e-5, rtol=1e-4)
+    for scale in (1.0, 0.5):
+        encoder.load_state_dict(merge(base, delta, scale))
+        torch.testing.assert_close(logits(Classifier(encoder, head), batch), logits(apply(base, delta, scale), batch), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["adapter", "prefix"])
