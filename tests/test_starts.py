@@ -13,9 +13,9 @@ from rt.deltas import apply
 from rt.errors import InputError
 from rt.formats.checkpoint import save_base
 from rt.formats.delta_files import save_delta
-from rt.losses import DistillConfig
+from rt.losses import DistillConfig, weights_of
 from rt.model import MaskedLM, prototypes
-from rt.recycling import MODES, Recycling, check, new_delta, recycle, start_from_old
+from rt.recycling import MODES, Recycling, check, new_delta, recycle, start, start_from_old
 from rt.runs.starts import combine, merge_on_dev
 from rt.tune import TuneSettings, evaluate, predict
 
@@ -33,6 +33,7 @@ def recycling(base, new, kind="full", labels=LABELS, **more):
 
 def test_gradmask_keeps_the_entries_that_go_down_the_gradient(base, other_base):
     r = recycling(base, other_base)
+    r.settings.batch_size = 7       # the last batch is smaller
     plain = apply(other_base, r.old_delta, scale=0.0, stale_ok=True).eval()
     torch.nn.functional.cross_entropy(plain(r.data.train.batch([*range(24)])), r.data.train.batch([*range(24)]).labels).backward()
     model, result = recycle(r, "gradmask")
@@ -46,6 +47,10 @@ def test_gradmask_keeps_the_entries_that_go_down_the_gradient(base, other_base):
         kept += (p != own[name]).sum()
     assert 0.2 < kept / sum(p.numel() for p in own.values()) < 0.8
     assert all(torch.equal(v, model.head.state_dict()[name]) for name, v in r.old_delta.head.items())
+    half = 0.5 * r.old_delta
+    given = dict(old_delta=half), dict(merged=half), dict(carry=True, carried=half)
+    first, *others = (weights_of(MODES["gradmask"].start(replace(r, **one))) for one in given)
+    assert all(torch.equal(v, first[k]) for other in others for k, v in other.items())
     with pytest.raises(InputError, match="gradmask .* needs a full delta, not lora"):
         check(recycling(base, other_base, "lora"), "gradmask")
 
@@ -86,6 +91,9 @@ def test_a_prototype_head_is_fitted_to_the_features_of_the_start(base, other_bas
         mu = torch.stack([f[r.data.train.targets == c].mean(0) for c in range(2)])
         nearest = torch.cdist(f.double(), mu.double())
         assert torch.equal(predict(model, r.data.train.sequences, **CPU).argmax(1), nearest.argmin(1)), mode
+        shrunk = MODES[mode].start(replace(r, shrinkage=True)).head.out
+        for p, expected in zip((shrunk.weight, shrunk.bias), prototypes(f.double(), r.data.train.targets, 2, shrinkage=True)):
+            torch.testing.assert_close(p, expected.float(), atol=1e-4, rtol=1e-4)
         assert model.head.out.weight.requires_grad
     with pytest.raises(InputError, match="for apply and transport `head` prototype"):
         check(replace(r, head="fresh"), "apply")
@@ -111,6 +119,17 @@ def test_a_task_that_gains_a_label_keeps_the_rows_of_the_old_ones(base, other_ba
     r.data = replace(r.data, labels=("1", "0"))         # a task that loses one label
     r.data.train.targets = r.data.train.targets.clamp(max=1)
     torch.testing.assert_close(predict(start_from_old(r), r.data.train.sequences, **CPU), said[:, [1, 0]])
+
+
+def test_what_a_start_draws_is_a_function_of_the_seed(base, other_base):
+    def drawn(seed: int) -> list[torch.Tensor]:
+        r = replace(recycling(base, other_base, "adapter"), distill=DistillConfig(project_patience=True))
+        r.settings.seed = seed
+        distill, init = start(r, "distill"), start(replace(r, old_delta=labelled(r.old_delta, "xyz", 1.0)), "init")     # a fresh head
+        return [distill.encoder.layers[0].adapter_ffn.down.weight, distill.head.out.weight, distill.patience_map, init.head.out.weight]
+
+    for a, again, other in zip(drawn(0), drawn(0), drawn(1)):
+        assert torch.equal(a, again) and not torch.equal(a, other)
 
 
 def labelled(delta, labels, size):

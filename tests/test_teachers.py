@@ -373,11 +373,15 @@ def test_a_row_without_a_label_has_no_task_term(mixed, public_code):
     torch.testing.assert_close(distillation_loss(mixed)(model, batch), (0.4 * task + 0.6 * kd).mean())
 
 
-def test_of_a_regression_too():
+def test_of_a_regression_too(mixed):
     logits = torch.tensor([[1.0], [2.0]], requires_grad=True)
     rows = task_loss(logits, torch.tensor([3.0, float("nan")]), True)
     rows.sum().backward()
     assert rows.tolist() == [4.0, 0.0] and logits.grad.tolist() == [[-4.0], [0.0]]
+    data = replace(mixed.data, labels=(), train=replace(mixed.data.train, targets=torch.full((6,), 0.5)))
+    texts, answers = replace(mixed.unlabelled, targets=torch.full((24,), float("nan"))), torch.linspace(-1, 1, 30)
+    hard = replace(mixed, hard=True, data=data, unlabelled=texts, teacher=TeacherCache(answers[:, None], None))
+    assert torch.equal(training_data(hard, "distill").train.targets, torch.cat([data.train.targets, answers[6:]]))
 
 
 def test_hard_pseudo_labels_are_training_on_the_teachers_likeliest_labels(mixed):
