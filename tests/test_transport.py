@@ -12,7 +12,7 @@ from rt.errors import InputError
 from rt.formats.checkpoint import fingerprint
 from rt.kinds import KINDS, TARGETS, DeltaConfig
 from rt.model import Encoder, MaskedLM
-from rt.transport import assignment, transport
+from rt.transport import activations, agreement, assignment, transport
 
 TEXTS = [" ".join(f"{chr(97 + (i * j + k) % 26)}{(7 * i + j * k) % 97}" for k in range(12)) for i in range(12) for j in range(1, 5)]
 
@@ -52,6 +52,30 @@ def test_a_permuted_twin_is_undone_and_identical_bases_change_nothing(base, batc
         assert about["texts"] == 48 and about["cosine"] == 1
     same, _ = carried(base, base, delta)
     assert all(torch.equal(v, delta.tensors()[k]) for k, v in same.tensors().items())
+
+
+@pytest.mark.parametrize("which, dim", [(0, 2), (1, 2), (slice(2), 1), (slice(2, 3), 1)])
+def test_orders_are_found_from_queries_keys_and_values(base, batch, which, dim):
+    """Known answers if a head's queries (or keys) are all alike, or if all heads' queries and keys (or values) are alike."""
+    with torch.no_grad():
+        for qkv in (layer.qkv for layer in base.encoder.layers):
+            for p in (qkv.weight.view(3, 2, 32, 64), qkv.bias.view(3, 2, 32, 1)):       # three, heads, dimensions of a head
+                p[which] = p.narrow(dim, 0, 1).expand_as(p)[which].clone()
+    base = replace(base, fingerprint=fingerprint(base.encoder))
+    delta, twin = tuned(base, "full"), permuted_twin(base, 3)
+    assert (logits(twin, carried(base, twin, delta)[0], batch) - logits(base, delta, batch)).abs().max() < 1e-5
+
+
+def test_agreement_is_the_cosine_over_all_texts(base, other_base):
+    sequences, kept = [[0, *range(5 + i, 25 + 2 * i), 2] for i in range(40)], ({}, {})
+    with torch.no_grad():
+        found = agreement(base.encoder, other_base.encoder, sequences)
+        for parts, one in zip(kept, (base, other_base)):
+            for part, x in activations(one.encoder, sequences):
+                parts.setdefault(part, []).append(x)
+    for part, score in found.items():
+        X, Y = (torch.nn.functional.normalize(torch.cat(parts[part], 1), dim=1) for parts in kept)
+        torch.testing.assert_close(score, Y.mT @ X, atol=1e-5, rtol=1e-4)
 
 
 def test_a_bases_second_type_is_carried(base, batch):
