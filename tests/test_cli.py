@@ -48,6 +48,7 @@ def test_pretraining_leaves_a_lineage(lineage):
     assert metas[1]["step"] == 4 and metas[1]["argv"] and metas[1]["config"]["stream"] and metas[1]["versions"]["torch"]
     rows = read_rows(run / "metrics.jsonl")
     assert [(r["stage"], r["step"]) for r in rows if "loss" in r] == [(m, s) for m in ("M0", "M1") for s in (1, 2, 3, 4)]
+    assert [r["domain"] for r in rows] == ["one"] * 5 + ["two"] * 5
     matrix = json.loads((run / "summary.json").read_text())["stages"]
     assert [set(s["heldout"]) for s in matrix] == [{"one", "two"}] * 2
     assert 0 < matrix[1]["heldout"]["one"]["loss"] < 10 and 0 <= matrix[1]["heldout"]["two"]["accuracy"] <= 1

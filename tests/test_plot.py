@@ -1,6 +1,7 @@
 """Any run folder, drawn and summarised from its rows: finished, unfinished, with non-finite numbers; without matplotlib; without a run."""
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -97,6 +98,23 @@ def test_forgetting_has_its_values_in_the_cells_and_in_the_terminal(tmp_path, ca
     table = lines[lines.index("held-out masked-LM loss (accuracy)") + 1:-1]
     assert [line.split() for line in table] == [text.split() for text in (
         "after bio rev news", "M0 (bio) 5.500 (0.100) 5.625 (0.100) 5.750 (0.100)", "M1 (rev) 5.625 (0.100) 5.500 (0.100) 5.625 (0.100)")]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_the_domain_of_a_stage_is_the_one_that_was_recorded(finished, tmp_path, capsys):
+    """With --replay the held-out domains begin with the earlier ones, and with --mix one stage learns several."""
+    pytest.importorskip("matplotlib")
+    losses = {domain: {"loss": 1.5 + i, "accuracy": 0.1} for i, domain in enumerate(("bio", "news", "mid", "new"))}
+    facts = {"M2": {"domain": "news"}, "M3": {"domain": "mid+new"}, "M4": {"domain": "x"}}
+    if finished:
+        rows, summary = [], {"stages": [{"name": name, "heldout": losses} | of for name, of in facts.items()]}
+    else:
+        rows, summary = [{"stage": name, "step": 3, "heldout": losses} | of for name, of in facts.items()][:2], None
+    steps = [{"stage": name, "step": 2, "loss": 5.0, "lr": 0.1} | ({} if finished else of) for name, of in facts.items()]
+    drawn = picture(write(tmp_path / "run", steps + rows, summary), "forgetting")
+    said = capsys.readouterr().out
+    assert all(f"loss {title} " in said for title in ("M2 (news)", "M3 (mid+new)", "M4 (x)"))
+    assert re.findall(r"<!-- ([^>]+) -->(?:(?!<!--).)*-Bold-", drawn, re.DOTALL) == ["2.500", "3.500", "4.500"]
 
 
 def test_an_unfinished_stream_has_the_stages_so_far(tmp_path, capsys):

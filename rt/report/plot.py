@@ -69,13 +69,15 @@ def points_of(rows: list[dict], y: str) -> Points:
 
 def pretraining(rows: list[dict], summary: dict) -> Report:
     """The report of a stream. A stage here is a dict: name, domain, title, rows and heldout (None before it is scored)."""
-    rows = rows + [{"stage": stage.get("name"), "heldout": stage.get("heldout")} for stage in summary.get("stages", [])]
-    stages = [{"name": name, "rows": found, "heldout": next(filter(None, (row.get("heldout") for row in found)), None)}
+    rows = rows + [{"stage": stage.get("name")} | {k: stage.get(k) for k in ("domain", "heldout")} for stage in summary.get("stages", [])]
+    stages = [{"name": name, "rows": found} | {k: next(filter(None, (row.get(k) for row in found)), None) for k in ("domain", "heldout")}
               for (name,), found in group(rows, "stage").items()]
     scored = [stage for stage in stages if stage["heldout"]]
-    domains = [*scored[0]["heldout"]] if scored else []     # in the order of the stream
-    for stage, domain in zip(stages, domains + ["?"] * len(stages)):
-        stage |= {"domain": domain, "title": f"{stage['name']} ({domain})"}
+    # unfinished runs of older versions recorded no domain: the held-out domains are in the order of the stream
+    guessed = [*scored[0]["heldout"]] if scored and not any(stage["domain"] for stage in stages) else []
+    for stage, guess in zip(stages, guessed + ["?"] * len(stages)):
+        stage["domain"] = str(stage["domain"] or guess)
+        stage["title"] = f"{stage['name']} ({stage['domain']})"
     panels, figures = loss_panels(stages), {}
     if any(points_of(rows, "loss")):
         figures["loss"] = lambda path: draw_panels(path, panels, columns=1, width=6.4, height=2.2)
@@ -99,7 +101,7 @@ def loss_panels(stages: list[dict]) -> list[Panel]:
 
 
 def draw_forgetting(stages: list[dict], path: Path) -> None:
-    """Held-out loss of every domain (columns) after every stage (rows). The domain that the stage was trained on is bold."""
+    """Held-out loss of every domain (columns) after every stage (rows). The domains that the stage was trained on are bold."""
     domains = list(stages[0]["heldout"])
     values = [[(stage["heldout"].get(domain) or {}).get("loss", math.nan) for domain in domains] for stage in stages]
     with saved_figure(path, 1, 1, width=max(3.4, 0.9 * len(domains) + 1.4), height=0.5 * len(stages) + 1) as ((ax,),):
@@ -108,7 +110,7 @@ def draw_forgetting(stages: list[dict], path: Path) -> None:
             value = values[y][x] if is_number(values[y][x]) else math.nan
             color = "white" if image.norm(value) > 0.46 else "black"        # cividis_r is dark above this value
             ax.text(x, y, f"{value:.3f}".replace("nan", "-"), ha="center", va="center", color=color,
-                    fontweight="bold" if stage["domain"] == domain else "normal")
+                    fontweight="bold" if domain in (stage["domain"], *stage["domain"].split("+")) else "normal")
         ax.grid(False)
         ax.set_xticks(range(len(domains)), domains)
         ax.set_yticks(range(len(stages)), [stage["title"] for stage in stages])

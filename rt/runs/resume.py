@@ -242,7 +242,7 @@ class PretrainRun:
                                f"{MOST_SKIPPED} steps after it: lower --lr ({self.s.lr}) or raise --warmup "
                                f"(now {self.s.warmup_steps} steps); {where_to_begin_again(self.out)}")
             self.step, self.skipped = step, self.skipped + len(skipped)
-            self.log.row(stage=self.about["name"], step=step, loss=loss, lr=lr, grad_norm=norm, **skipped)
+            self.log.row(stage=self.about["name"], domain=self.about["domain"], step=step, loss=loss, lr=lr, grad_norm=norm, **skipped)
             self.bar.set_postfix_str(f"{loss_text(loss, self.skipped)}, {self.throughput}", refresh=False)
             self.bar.update()
             if step == self.first + 1:
@@ -277,7 +277,7 @@ class PretrainRun:
         self.stages.append({"name": name, "domain": self.about["domain"], "steps": self.s.steps, "seconds": seconds, "heldout": scores,
                             "packing": packing(self.rows), "ranks": self.ranks.world, "threads": torch.get_num_threads(), **self.skips(),
                             **({"shares": {r.corpus.name: n / 10**6 for r, n in zip(mixed.sources, mixed.history[-1])}} if mixed else {})})
-        self.log.row(stage=name, step=self.s.steps, heldout=scores)
+        self.log.row(stage=name, domain=self.about["domain"], step=self.s.steps, heldout=scores)
         trunk = {"trunk": f"{name}-t{self.trunk:05d}"} if self.trunk else {}
         return self.ranks.from_main(lambda: self.save(self.out / name, stage=self.stages[-1], **trunk))
 
