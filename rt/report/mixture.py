@@ -1,6 +1,7 @@
 """Held-out loss as a power law of mixture and time. It says how much replay an upgrade needs.
 
-    L(r, t) = E + A (r + eps)^-g t^b        r: the domain's share of the training text, t: steps
+    L(r, t) = E + A (r + eps)^-g t^b        t: steps; r: share of the rows that come from all earlier domains
+                                            together, and for the domain that is learned the rest
 
 A simple form of the laws of D-CPT (Que et al., 2024) and of critical mixture ratios (Gu et al., 2024) for one model size: b < 0 if a
 domain is learned, b > 0 if it is forgotten.

@@ -224,12 +224,17 @@ def mixture(context: StudyContext) -> Iterator[dict]:
     places = [Path(place) for folder in later for place in (*(each for _, each in snapshots(Path(folder))), folder)]
     if len(places) < 3:
         raise InputError(f"--bases {','.join(later)}: are {len(places)} with their snapshots, and a law is fitted to three or more")
+    metas = {str(place): read_json(place / "meta.json") for place in places}
+    if mixed := [folder for folder in later if metas[str(Path(folder))].get("recipe", {}).get("mix")]:
+        raise InputError(f"--bases: {mixed[0]} was trained with --mix, and the share of old text is read from --replay alone: leave it out")
+    shares = {place: meta.get("recipe", {}).get("replay", 0.0) for place, meta in metas.items()}
+    if len({*shares.values()}) < 2:
+        raise InputError(f"--bases {','.join(later)}: all have one share of replay, and a law over shares needs two or more")
     yield {"study": context.c.study, "base": first, "replay": None, "steps": 0, "heldout": heldout_losses(context, first)}
     with progress(len(places), "mixture", unit="base") as bar:
-        for place in places:
-            meta = read_json(place / "meta.json")
-            yield {"study": context.c.study, "base": str(place), "replay": meta.get("recipe", {}).get("replay", 0.0), "steps": meta["step"],
-                   "heldout": heldout_losses(context, str(place))}
+        for place, share in shares.items():
+            yield {"study": context.c.study, "base": place, "replay": share, "steps": metas[place]["step"],
+                   "heldout": heldout_losses(context, place)}
             bar.update()
 
 
