@@ -324,6 +324,10 @@ def test_a_law_never_says_that_a_domain_is_forgotten_if_it_is_learned():
 def test_the_critical_share_is_the_first_that_forgets_nothing():
     law = mixtures.Law(5.0, 1.0, 1.0, 0.0, 0.1)         # 5 + 1 / (r + .1)
     assert mixtures.critical(law, 100, 7.0) == pytest.approx(0.4) and mixtures.critical(law, 100, 5.5) is None
+    rows = [{"replay": r, "steps": 100, "heldout": {"old": law(r, 100), "new": 4.0}} for r in (0.0, 0.1, 0.2, 0.5)]
+    for before, said in ((7.0, 0.4), (5.5, "none is enough")):
+        old, new = figures.mixture_numbers([{"replay": None, "steps": 0, "heldout": {"old": before, "new": 5.0}}, *rows])
+        assert old["critical replay"] == pytest.approx(said, abs=0.05) and new["critical replay"] == ""
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -223,8 +223,9 @@ def mixture_numbers(rows: list[dict]) -> list[dict]:
     for domain, before in old["heldout"].items():
         points = [(1 - row["replay"] if domain == last else row["replay"], row["steps"], row["heldout"][domain]) for row in runs]
         law, steps = fit(points), max(row["steps"] for row in runs)
+        least = "" if domain == last else critical(law, steps, before)
         numbers.append({"domain": domain, "before": before, **asdict(law), "error, left out": left_out(points), "steps": steps,
-                        "critical replay": "" if domain == last else critical(law, steps, before)})
+                        "critical replay": "none is enough" if least is None else least})
     return numbers
 
 
