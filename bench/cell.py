@@ -6,8 +6,9 @@ The product's commands are run and timed. "alone" is recycle.py without --sweep 
 the seconds in the rows, from the teacher's run to the score on test, without the start of Python or the reading of bases. The whole sweep
 is then timed by the clock, including all of that:
 
-    one at a time       --side_by_side 1: saves by scoring only the best runs on test and by sharing equal starts
-    side by side        as many at once as fit
+    one at a time       one process on all cores, --side_by_side 1: saves by scoring only the best runs on test and by sharing equal starts
+    side by side        one process on all cores, as many runs at once as fit
+    workers             side by side, as the command is typed: on a CPU, a process with one thread per core
     ranks               side by side, with the runs shared by `ranks` processes of torchrun (on a CPU, one thread each)
 
 ratio = seconds of all runs alone (mean of the sample times their number) / seconds of the sweep.
@@ -22,6 +23,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
+from typing import Literal
 
 import torch
 
@@ -30,6 +32,7 @@ from rt.errors import InputError
 from rt.runs.config import parse, run
 from rt.runs.log import table
 from rt.runs.sweep import swept
+from rt.runs.workers import cores
 from rt.speed.device import pick_device
 
 RECYCLE = str(Path(__file__).parent.parent / "recycle.py")
@@ -51,9 +54,9 @@ class Config:
     lr: float = 1e-3
     sweep: str = "seed=20,30,40 alpha=.7,.9 beta=0,1,5,10,50,100 T=5,10,20"  # 108 runs
     sample: int = 6  # runs done alone
-    ranks: int = 2  # processes of the shared sweep
+    ranks: int = 2  # processes of torchrun
     device: str = "auto"
-    ways: tuple[str, ...] = ("one at a time", "side by side", "ranks")  # of sweeping
+    ways: tuple[Literal["one at a time", "side by side", "workers", "ranks"], ...] = ("one at a time", "side by side", "workers", "ranks")
 
 
 def main() -> None:
@@ -95,7 +98,8 @@ def alone(c: Config, grid: dict[str, list[str]], common: list[str], home: Path) 
 def sweep(way: str, c: Config, common: list[str], home: Path) -> float:
     """Seconds of the whole sweep."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={c.ranks}"] if way == "ranks" else []
-    limit = ["--side_by_side", "1"] if way == "one at a time" else []
+    whole = ["--workers", "1", "--threads", str(cores())]
+    limit = {"one at a time": [*whole, "--side_by_side", "1"], "side by side": whole}.get(way, [])
     started = time.perf_counter()
     command(*torchrun, RECYCLE, *common, "--sweep", c.sweep, *limit, "--out", str(home / way.replace(" ", "-")))
     return time.perf_counter() - started

@@ -11,9 +11,11 @@ import pytest
 import torch
 from conftest import ROOT
 
-from bench import threads
+import recycle
+from bench import cell, threads
 from rt.errors import InputError
 from rt.runs import build, workers
+from rt.runs.config import parse
 from rt.runs.workers import cores, share_cores, spread
 
 
@@ -125,6 +127,20 @@ def test_threads_and_workers_follow_from_cores_and_runs(monkeypatch):
     workers.use_threads(0)
     workers.use_threads(3)
     assert counts[2:] == [4, 3]
+
+
+@pytest.mark.parametrize("way, threads, processes", [("one at a time", 4, 1), ("side by side", 4, 1), ("workers", 1, 4)])
+def test_a_way_of_sweeping_has_the_processes_that_it_says(way, threads, processes, tmp_path, monkeypatch):
+    counts, commands = [], []
+    monkeypatch.setattr(workers, "cores", lambda: 4)
+    monkeypatch.setattr(cell, "cores", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", counts.append)
+    monkeypatch.setattr(cell, "command", lambda *words: commands.append(words))
+    cell.sweep(way, cell.Config(), ["--task", "math"], tmp_path)
+    (script, *flags), = commands
+    c = parse(recycle.Config, flags)
+    assert (share_cores(108, c.threads, c.workers), counts) == (processes, [threads]) and script == cell.RECYCLE
+    assert c.side_by_side == (way == "one at a time")
 
 
 @pytest.mark.parametrize("script", ["train", "recycle", "analyze", "rt.runs.predict"])
