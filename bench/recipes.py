@@ -48,6 +48,8 @@ def measure(c: Config, name: str, out: Path) -> dict:
     error = child.stderr.read()
     _, status, usage = os.wait4(child.pid, 0)
     if status:
+        if name == "plain":
+            raise InputError(f"plain failed: {error.strip()[-2000:].removeprefix('error: ')}")
         return {"failed": error.strip()[-200:]}
     stage, = read_json(out / "summary.json")["stages"]
     return {"ms": round(1000 * stage["seconds"] / c.steps, 1), "mb": round(usage.ru_maxrss / 1024)}

@@ -137,3 +137,10 @@ def test_what_a_switch_costs_is_measured_in_turns(graphs, tokenizer, tmp_path, m
                 "--steps", "2", "--rounds", "1", "--cache", tmp_path / "cache")
     plain, wrong = read_rows(tmp_path / "rows.jsonl")
     assert plain["ms"] > 0 and plain["mb"] > 0 and "no record (in its meta.json) of domains" in wrong["failed"] and "plain" in said
+
+
+def test_a_plain_command_that_fails_ends_the_measurement(tmp_path, monkeypatch):
+    (tmp_path / "train.py").write_text("raise SystemExit('error: M9: no base there')")
+    monkeypatch.setattr(recipes, "ROOT", tmp_path)
+    said = here("-m", "bench.recipes", "--init", "M9", "--stream", "new.txt", "--json", tmp_path / "rows.jsonl", code=2)
+    assert "error: plain failed: M9: no base there" in said and not read_rows(tmp_path / "rows.jsonl")
