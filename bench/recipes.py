@@ -2,8 +2,9 @@
 
     python -m bench.recipes --init M0 --stream new.txt --json out.jsonl
 
-Each row: the switch, the round, milliseconds per step (the stage's seconds, including evaluation, over its steps) and the process's peak
-memory in MB. For --replay the base must have been trained on another domain before. If a command fails, its error replaces both numbers.
+Each row: the switch, the round, milliseconds per step (the seconds of the training loop, without start and evaluation, over its steps) and
+the peak memory of the whole command in MB. For --replay the base must have been trained on another domain before. If a command fails, its
+error replaces both numbers; if plain fails, all would, and the benchmark ends.
 """
 import json
 import os
