@@ -23,7 +23,7 @@ def expected(rows: list[dict], before: dict[str, int] = {}) -> dict[str, list]:
     """The same from rows. Stages begin after the given numbers of steps."""
     points: dict[str, list] = {}
     for row in rows:
-        todo = [((k,), v) for k, v in row.items() if k not in ("step", "stage")]
+        todo = [((k,), v) for k, v in row.items() if k not in ("step", "stage", "domain")]
         for path, value in todo:
             if isinstance(value, dict):
                 todo += [((*path, k), v) for k, v in value.items()]
