@@ -75,7 +75,8 @@ class First:
             yield "check every kernel" + ", deterministic" * exact, partial(self.every, exact)
         small = [cases.attention(1024, 256, ragged=True, dropout=p, D=D) | {"H": 2} for D in (64, 128, 32) for p in (0.0, 0.1)]
         small += [cases.attention(512, 64, ragged=True, dropout=0.1) | {"H": 2}, cases.kd(64, 50265), cases.kd(64, 1000), cases.kd(64, 20),
-                  *(cases.attention(8 * S, S, ragged=True, kernel="attention_kd") | {"H": 2} for S in (64, 256)), cases.linear("linear_kd", 256, 5003), cases.linear("linear_cross_entropy", 256, 5003),
+                  *(cases.attention(8 * S, S, ragged=True, kernel="attention_kd") | {"H": 2} for S in (64, 256)),
+                  cases.linear("linear_kd", 256, 5003), cases.linear("linear_cross_entropy", 256, 5003),
                   {"kernel": "hidden_mse", "B": 8, "L": 3, "d": 768}, cases.norm("add_norm", 256, 0.1), cases.norm("dropout", 256, 0.1)]
         for case in small if self.cuda else [cases.attention(32, 16, True, 0.1, D=32) | {"H": 1}, cases.kd(4, 33)]:
             for name in ("ours", "ours deterministic") if case["kernel"] == "attention" else ("ours",):

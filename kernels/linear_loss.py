@@ -199,7 +199,7 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, up, *_):
     if up is None:
         return (None,) * 13
-    up = up.reshape(1)      # on CUDA, a tensor without dimensions would be rounded to the dtype of g, and with it the whole gradient's scale
+    up = up.reshape(1)      # without a dimension it would be rounded to the dtype of g on CUDA: another scale of the whole gradient
     grads = [torch.mul(g, up, out=torch.empty_like(g, dtype=dtype)) if need else None      # scaled and cast in one pass
              for g, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs)]
     return *grads, *(None,) * 10

@@ -1,5 +1,6 @@
 """AdamW with decay by dimension, learning-rate schedules, skipping of non-finite steps, precision, and seeds."""
 import math
+import re
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Callable, Iterable, Iterator, Literal
@@ -114,7 +115,8 @@ def memory_for(what: str, lower: str) -> Iterator[None]:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Also of what allocates by itself: graphs, NCCL, Triton, cuBLAS, PyTorch on a CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or bool(re.search("can't allocate memory|out of memory|ALLOC_FAILED", str(error)))
 
 
 def derive_seed(*keys: int) -> int:

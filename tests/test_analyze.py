@@ -6,6 +6,7 @@ import resource
 import sys
 from pathlib import Path
 from statistics import stdev
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from rt.formats.delta_files import save_delta
 from rt.formats.files import FIGURES, read_json, read_rows, write_json
 from rt.kinds import DeltaConfig
 from rt.model import MaskedLM
-from rt.report import figures
+from rt.report import figures, studies
 from rt.report import mixture as mixtures
 from rt.runs.summary import group, interval
 
@@ -290,6 +291,14 @@ def test_recipes_are_worth_what_they_keep_and_learn(home, domains):
     assert one["init above scratch"] == pytest.approx(100 * (score["M1"]["init"] - score["M1"]["scratch"]))
     assert min(one["given up"], two["given up"]) == 0 and one["loss, new"] == m1["heldout"]["new"]
     assert (home / "out" / "recipes" / "recipes.png").exists() and "points lost" in said
+
+
+def test_the_head_is_scored_where_the_encoder_is(home, graphs, monkeypatch):
+    places, meta = [], torch.device("meta")
+    monkeypatch.setattr(studies, "evaluate_mlm", lambda model, *_, **more: (places.append({p.device for p in model.parameters()}),
+                                                                            {"loss": 1.0})[1])
+    context = SimpleNamespace(corpora={"corpus": graphs / "corpus"}, c=SimpleNamespace(cache=home / "cache"), where={"device": meta})
+    assert studies.heldout_losses(context, str(home / "run" / "M0")) == {"corpus": 1.0} and places == [{meta}]
 
 
 def test_a_mixture_is_read_from_what_bases_record(home, domains):

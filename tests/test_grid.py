@@ -1,4 +1,6 @@
 """Runs side by side equal the runs alone."""
+import gc
+import weakref
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -13,6 +15,7 @@ from rt.deltas import attach
 from rt.errors import InputError
 from rt.kinds import DeltaConfig
 from rt.losses import DistillConfig, Loss, Reweighted, TeacherCache, trained_weights
+from rt.optim import memory_for
 from rt.speed import multi_run as grid
 from rt.speed.graphs import CudaGraphs
 from rt.speed.multi_run import PAD_SEQUENCES, Flat, SideBySide, SideRun, StackedAdamW, side_by_side
@@ -162,6 +165,26 @@ def test_groups_are_halved_until_they_fit(tokenizer, monkeypatch):
     monkeypatch.setattr(grid, "tune", lambda runs, **more: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
     with pytest.raises(InputError, match="not even one run fits"):
         list(grid.tune_in_groups(runs, 0, **CPU))
+
+
+def test_a_group_is_freed_with_its_last_reference(tokenizer):
+    """A collector that comes later would leave the memory of a captured graph to a group that has ended."""
+    gc.disable()
+    try:
+        together = SideBySide(four_runs(tokenizer, "lora"), graphs=False, **CPU)
+        together.gradient(0)
+        gone = weakref.ref(together), weakref.ref(together.optimizer)
+        del together
+        assert [one() for one in gone] == [None, None]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+                                   RuntimeError("Triton Error [CUDA]: out of memory"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")])
+def test_memory_runs_out_in_several_words(error):
+    with pytest.raises(InputError, match="a batch did not fit into memory: lower `batch_size`"), memory_for("a batch", "`batch_size`"):
+        raise error
 
 
 def test_interpolation_is_not_done_side_by_side(tokenizer):

@@ -175,13 +175,14 @@ def distance(context: StudyContext) -> Iterator[dict]:
 
 def heldout_losses(context: StudyContext, folder: str) -> dict[str, float]:
     """Masked-LM loss of the base in `folder` on the held-out text of each domain."""
-    base, losses = open_base(folder).to(context.where["device"]), {}
+    base, losses = open_base(folder), {}
     if base.head is None:
         raise InputError(f"{folder}: has no masked-LM head, so no held-out loss")
+    model = MaskedLM(base.encoder, base.head).to(context.where["device"])
     for name, path in context.corpora.items():
         corpus = build_corpus(name, path, base.tokenizer, context.c.cache)["heldout"]
         rows = scored_rows(corpus, base.tokenizer, min(HELDOUT_LENGTH, base.encoder.config.max_len))
-        losses[name] = evaluate_mlm(MaskedLM(base.encoder, base.head), rows, tokens=HELDOUT_TOKENS, **context.where)["loss"]
+        losses[name] = evaluate_mlm(model, rows, tokens=HELDOUT_TOKENS, **context.where)["loss"]
     return losses
 
 

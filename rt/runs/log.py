@@ -110,10 +110,11 @@ def progress(total: int, what: str, start: int = 0, unit: str = "step") -> tqdm:
 
 
 class StepBar:
-    """The progress bar of a supervised loop: `on_step` and `on_eval` for rt.tune.tune. A step on a `frozen` base needs less arithmetic."""
+    """The progress bar of a supervised loop: `on_step` and `on_eval` for rt.tune.tune. A step on a `frozen` base needs less arithmetic. The
+    time of evaluations counts: on a GPU, they begin when the steps before them are launched, not when these are done."""
     def __init__(self, steps: int, what: str, config: EncoderConfig, device: torch.device, precision: torch.dtype, frozen: bool):
         self.throughput, self.bar = Throughput(config, device, precision, frozen), progress(steps, what)
-        self.skipped, self.best, self.stepped = 0, -math.inf, time.perf_counter()
+        self.skipped, self.best = 0, -math.inf
 
     def __enter__(self) -> "StepBar":
         self.throughput.restart()
@@ -125,13 +126,10 @@ class StepBar:
     def on_step(self, batch: Batch) -> None:
         self.throughput.count(batch)
         self.bar.update()
-        self.stepped = time.perf_counter()
 
     def on_eval(self, row: dict) -> None:
         if row["step"] == 0:
             return self.throughput.restart()
-        self.throughput.since += time.perf_counter() - self.stepped     # do not count the time of an evaluation
-        self.stepped = time.perf_counter()
         self.skipped += row.get("skipped", 0)
         self.best = max(self.best, score(row["dev"]))
         self.bar.set_postfix_str(f"{loss_text(row['loss'], self.skipped)}, best dev {score_text(self.best)}, {self.throughput}")

@@ -204,17 +204,18 @@ class SideBySide:
             run.rows = []       # drops the rows of a failed attempt
             self.scores.append(Scores(run.settings, run.rows.append))
         w = torch.stack([self.flat.flatten(trained_weights(run.model)) for run in runs])
-        self.optimizer = StackedAdamW(w, self.flat.decayed, runs[0].settings.weight_decay)
-        self.stacked = Reweighted(runs[0].model, lambda: self.flat.weights(self.optimizer.w))
+        self.optimizer = optimizer = StackedAdamW(w, self.flat.decayed, runs[0].settings.weight_decay)
+        flat = self.flat        # functions that hold no `self`: a group's memory, and a captured graph's, must be freed as soon as it ends
+        self.stacked = Reweighted(runs[0].model, lambda: flat.weights(optimizer.w))
         self.prepare()
 
     def prepare(self) -> None:
         """Make the gradient function of the active runs. It takes a batch and its shares, both on the host, and returns (K,) losses."""
-        loss = SideLoss(self.runs, self.device)
+        loss, stacked, device, precision = SideLoss(self.runs, self.device), self.stacked, self.device, self.precision
 
         def plain(batch: Batch, shares: Tensor) -> Tensor:
-            with autocast(self.device, self.precision):
-                values = loss(self.stacked.train(), batch.to(self.device), shares.to(self.device))
+            with autocast(device, precision):
+                values = loss(stacked.train(), batch.to(device), shares.to(device))
             values.sum().backward()
             return values.detach()
 
@@ -271,7 +272,8 @@ def tune_in_groups(runs: list[SideRun], limit: int, *, device: torch.device, pre
     size = limit
     while runs:
         try:
-            size = size or max(1, free_bytes(device) // step_bytes(runs[0], device, precision))
+            # a new shape's first pass runs beside what earlier graphs keep
+            size = size or max(1, free_bytes(device) // (step_bytes(runs[0], device, precision) * (1 + graphs)))
             size = -(-len(runs) // -(-len(runs) // size))      # equal groups: 7 runs by 4 are 4 and 3; 9 by 8 are 5 and 4
             tune(runs[:size], device=device, precision=precision, graphs=graphs)
         except RuntimeError as error:
@@ -280,8 +282,6 @@ def tune_in_groups(runs: list[SideRun], limit: int, *, device: torch.device, pre
             if size <= 1:
                 raise InputError(f"not even one run fits into the memory of {device}: lower `batch_size` or `seq_len`") from None
             size //= 2
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
         else:
             yield from runs[:size]
             runs = runs[size:]
@@ -290,6 +290,7 @@ def tune_in_groups(runs: list[SideRun], limit: int, *, device: torch.device, pre
 def free_bytes(device: torch.device) -> int:
     """Bytes that a group may use: 60 % of the free memory, on a CPU at most CPU_BYTES, to keep the working set near the caches."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()        # what PyTorch keeps for later counts as taken
         return int(0.6 * torch.cuda.mem_get_info(device)[0])
     known = "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {})       # missing on macOS and Windows
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else CPU_BYTES
