@@ -78,7 +78,7 @@ class Config:
     chain: tuple[str, ...] = ()  # instead of --base: the bases after --old_base, in order; compares recycling again with recycling Delta_0
     task: str = "math"  # embedded domain, a folder with train, dev and test, or hub:OWNER/NAME
     delta: DeltaConfig = DeltaConfig("full")  # full, adapter, lora, bitfit or prefix; same: kind and sizes of --old_delta
-    shots: PositiveInt | None = 16  # examples per label for train and for dev; none: all
+    shots: PositiveInt | None = 16  # examples per label (regression: in all) for train and for dev; none: all
     seeds: Seeds = (0, 1, 2)  # seeds of the few-shot sample, fresh weights, data order and dropout
     distill: DistillConfig = DistillConfig()
     teaching: TeacherConfig = TeacherConfig()
@@ -311,7 +311,7 @@ def checked_modes(c: Config) -> list[str]:
             (gamma and not taught, f"--gamma {gamma}: a weight, for modes with a teacher ({', '.join(NEEDS_TEACHER)})"),
             (itp and not taught, f"--itp {itp}: a number of points, for modes with a teacher ({', '.join(NEEDS_TEACHER)})"),
             (c.delta.kind == "same" and (not c.old_delta or tasks and not deltas),
-             "--delta same is as the --old_delta that is given, with the --source_delta where there is a --source_task"),
+             "--delta same: is as --old_delta, so give that one (and with --source_task, --source_delta), or name the kind"),
             (not project and (tasks or deltas), "--source_task and --source_delta are for --mode project"),
             (project and (not tasks or len(deltas) not in (0, len(tasks))),
              f"--mode project needs --source_task, and of --source_delta as many or none: {len(tasks)} tasks, {len(deltas)} deltas"),
@@ -351,7 +351,7 @@ def check_all(c: Config, r: Recycling, plan: list[Run], bases: dict[str, Base], 
 
 def announce(c: Config, modes: list[str], task: Task, old: Delta | None) -> list[str]:
     """Print what is about to be done. Returns the modes; `all` leaves out modes that are impossible with a delta of another task."""
-    few = f"{c.shots} examples a label" if c.shots else f"{len(task.parts['train'])} examples"
+    few = f"{c.shots} examples{' a label' * (not task.is_regression)}" if c.shots else f"{len(task.parts['train'])} examples"
     what = "regression" if task.is_regression else f"{len(task.labels)} labels"
     sources = filter(None, (c.old_base and f"{c.old_base} + {c.old_delta}", c.teaching.teacher))
     print(f"{task.name} ({what}, {few}), {c.delta.kind}: {' and '.join(sources)} -> {' -> '.join(c.chain or (c.base,))}")

@@ -82,7 +82,7 @@ class Config:
     # the run
     snapshots: NonNegativeInt = 2  # checkpoints M_i(t) kept per stage, evenly spaced
     save_every: PositiveInt = 100  # steps between resumable checkpoints
-    stop_after: PositiveInt | None = None  # stop after this many steps in total, as a time limit would; --resume continues
+    stop_after: PositiveInt | None = None  # stop after this many steps of this command, as a time limit would; --resume continues
     resume: bool = False  # continue from the newest resumable checkpoint in --out
     eval_tokens: int = 16384  # held-out tokens scored per domain
     compile: bool = False  # torch.compile the blocks; worth it on a GPU, not on a CPU
@@ -93,7 +93,7 @@ class Config:
     base: str | None = None  # the base: checkpoint, Hugging Face folder or hub id
     task: str | None = None  # embedded domain, a folder with train, dev and test, or hub:OWNER/NAME
     delta: DeltaConfig = DeltaConfig("adapter")  # full, adapter, lora, bitfit or prefix
-    shots: PositiveInt | None = None  # examples per label for train and for dev; default: all
+    shots: PositiveInt | None = None  # examples per label (regression: in all) for train and for dev; default: all
     tune_steps: PositiveInt = 300  # optimizer steps of tuning
     batch_size: PositiveInt = 16  # sequences per tuning step
     eval_every: PositiveInt = 25  # steps between scores on dev
@@ -254,6 +254,8 @@ def start_model(c: Config, out: Path, first_corpus: Path, ranks: Ranks) -> tuple
             raise InputError("--tokenizer: a base of --init comes with its own")
         base = ranks.main_first(lambda: open_base(c.init))
         config, tokenizer = base.encoder.config, base.tokenizer
+        if "preset" in changed(c) and PRESETS[c.preset]["hidden_size"] != config.hidden_size:
+            raise InputError(f"--preset {c.preset}: is for a new base, and {c.init} has hidden states of {config.hidden_size} numbers")
         if base.head is None:
             print(f"{c.init} has no complete masked-LM head; it gets a fresh one")
             if c.recipe.preserve and c.recipe.preserve_by == "predictions":

@@ -268,8 +268,11 @@ class ClassificationHead(nn.Module):
     def forward(self, h: Tensor, seeds: Tensor | None = None) -> Tensor:
         """(B, d) -> (B, C). `seeds` (2, K) are for the two dropouts; None: no dropout."""
         before, after = (None, None) if seeds is None else seeds
-        h = torch.tanh(self.dense(dropout(h, self.dropout, before)))
-        return self.out(dropout(h, self.dropout, after))
+        h = dropout(torch.tanh(self.dense(dropout(h, self.dropout, before))), self.dropout, after)
+        if self.out.out_features > 1:
+            return self.out(h)
+        with torch.autocast(h.device.type, enabled=False):      # a regression: in bf16, predictions that are close would become equal
+            return self.out(h.to(self.out.weight.dtype))
 
 
 def prototypes(f: Tensor, targets: Tensor, C: int, shrinkage: bool) -> tuple[Tensor, Tensor]:

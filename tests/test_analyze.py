@@ -303,14 +303,15 @@ def test_the_head_is_scored_where_the_encoder_is(home, graphs, monkeypatch):
 
 def test_a_mixture_is_read_from_what_bases_record(home, domains):
     for name, step, recipe in (("M0", 0, {}), ("M1-t00002", 2, {}), ("M1-t00005", 5, {}), ("M1", 10, {}), ("M2", 10, {"replay": 0.2}),
-                               ("M3", 10, {"mix": ["corpus:0.5", "new:0.5"]})):
-        base = load_base(home / "run" / {"M1-t00002": "M0", "M3": "M2"}.get(name, name))
-        facts = {"name": name, "step": step, "recipe": recipe}
+                               ("M3", 10, {"mix": ["corpus:0.5", "new:0.5"]}), ("M4", 10, {})):
+        base = load_base(home / "run" / {"M1-t00002": "M0", "M3": "M2", "M4": "M2"}.get(name, name))
+        facts = {"name": name, "step": step, "recipe": recipe} | ({"parent": "that of M2"} if name == "M4" else {})
         save_base(home / "replayed" / name, MaskedLM(base.encoder, base.head), base.tokenizer, facts)
     _, rows, summary = study(home, "mixture", *domains, "--bases", ",".join(str(home / "replayed" / name) for name in ("M0", "M1", "M2")))
     assert [(row["replay"], row["steps"]) for row in rows] == [(None, 0), (0.0, 2), (0.0, 5), (0.0, 10), (0.2, 10)]
     assert [line["domain"] for line in summary["numbers"]] == ["corpus", "new"] and (home / "out" / "mixture" / "mixture.png").exists()
     for names, words in (("M2", "a law is fitted to three or more"), ("M1", "all have one share of replay, and a law over"),
+                         ("M1 M2 M4", "M4 does not continue"),
                          ("M1 M3", "M3 was trained with --mix, and the share of old text is read from --replay alone: leave it out")):
         said = here("analyze.py", "--study", "mixture", "--old_base", home / "replayed" / "M0", *domains, "--out", home / "out" / "few",
                     "--bases", ",".join(str(home / "replayed" / name) for name in names.split()), code=2)

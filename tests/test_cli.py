@@ -476,6 +476,8 @@ def test_chain_reports_both_routes_over_all_bases(lineage, task, tmp_path, monke
 
 @pytest.mark.parametrize("arguments, words", [
     (("train.py", "--mode", "tune", "--base", "nowhere", "--task", "math"), "nowhere: no base there; expected a hub id OWNER/NAME"),
+    (("train.py", "--mode", "tune", "--base", "RUN", "--task", "math"), "is a run, not a base; give one of its bases: M0, M1"),
+    (("train.py", "--init", "M0", "--preset", "base", "--stream", "TEXT", "--out", "OUT"), "--preset base: is for a new base, and"),
     (("train.py", "--mode", "tune", "--task", "math"), "--mode tune needs --base"),
     (("train.py", "--mode", "dance"), "--mode dance: not one of"),
     (("train.py", "--preset", "huge", "--stream", "TEXT", "--out", "OUT"), "--preset huge: not one of"),
@@ -531,7 +533,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, words, lineage, ta
         shutil.copytree(task, tmp_path / name)
         good = (task / "dev.jsonl").read_text().splitlines()[0] + "\n"
         (tmp_path / name / "dev.jsonl").write_text(good + line if name == "BROKEN" else line)
-    names = {"TEXT": home / "one.txt", "OUT": tmp_path / "out", "M0": home / "run" / "M0", "TASK": task,
+    names = {"TEXT": home / "one.txt", "OUT": tmp_path / "out", "M0": home / "run" / "M0", "TASK": task, "RUN": home / "run",
              "BROKEN": tmp_path / "BROKEN", "UNSEEN": tmp_path / "UNSEEN", "TEXT,TEXT": f"{home}/one.txt,{home}/one.txt",
              "M0,M0": f"{home}/run/M0,{home}/run/M0"}
     filled = [names.get(a, a) for a in arguments]

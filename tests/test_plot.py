@@ -11,7 +11,7 @@ from conftest import ROOT
 from rt.errors import InputError
 from rt.formats.files import FIGURES, check_overwritable
 from rt.report.drawing import BLOCKS, sparklines, thinned
-from rt.report.plot import best_by_panel, main, report, results_of
+from rt.report.plot import best_by_panel, completed, convergence, main, report, results_of
 from rt.runs.config import run
 from rt.runs.resume import has_work
 
@@ -145,6 +145,14 @@ def test_convergence_takes_the_setting_that_is_best_on_dev(tmp_path, capsys):
     # dev .2 and .4 at lr 1e-3, .2 and .2 at the other; blocks on one scale, .1 to .8, of the means .1, .3, .2
     assert lines["scratch"][1:] == ["▁▃▂", "0.300", "±", "0.141", "0.200", "±", "0.141", "2"]
     assert lines["init"][1] == "▅▆█" and lines["apply"][1] == "▅"
+
+
+def test_runs_of_several_budgets_say_so():
+    lines = {"scratch": [recycled("scratch", 0, [0.1, 0.2]) | {"steps": 40}], "init": [recycled("init", 0, [0.3, 0.2]) | {"steps": 5}]}
+    lines = {name: [completed(row) for row in rows] for name, rows in lines.items()}
+    assert {"scratch, 40 steps", "init, 5 steps"} < {*convergence("t", lines)[1].lines}
+    lines["init"][0]["steps"] = 40
+    assert {"scratch", "init"} < {*convergence("t", lines)[1].lines}
 
 
 def test_a_chain_has_a_panel_a_base_and_a_line_a_route(tmp_path, capsys):

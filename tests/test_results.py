@@ -103,6 +103,7 @@ def test_an_undefined_score_is_no_number_in_tables_and_no_setting_is_chosen_for_
     said = [line.split() for line in report(rows, ["scratch", "init", "distill"]).splitlines()]
     assert said[0][:4] == ["mode", "lr", "dev", "pearson"] and said[1][2:7] == ["0.200", "±", "0.141", "5", "5"]
     assert said[2][1:7] == ["0.001", "0.200", "±", "0.000", "5", "-"] and said[3][1:5] == ["0.001", "undefined", "-", "5"]
+    assert " 0.200 ± -  " in report([row("init", 0.2)], ["init"])      # one seed has no spread
     assert "dev pearson" in report_sweep(rows, ["init"], []) and "test" not in report_sweep(rows, ["init"], [])
     rows = [row("scratch", None), row("init", 0.2)]
     add_steps_to_scratch(rows)      # no best score to reach

@@ -11,6 +11,7 @@ from rt.deltas import attach
 from rt.errors import InputError
 from rt.kinds import DeltaConfig
 from rt.losses import Loss
+from rt.model import ClassificationHead
 from rt.tune import TuneSettings, chance, evaluate, metrics, minimise, predict, score, training_batch, training_loop, tune
 
 CPU = dict(device=torch.device("cpu"), precision=torch.float32)
@@ -98,6 +99,16 @@ def test_an_undefined_score_is_never_the_best_and_never_an_end():
 
     assert kept(None, 0.1, None, -0.5) == (1, 0.1) and kept(0.1, None, 0.2, None) == (2, 0.2) and kept(-0.9, None) == (0, -0.9)
     assert kept(None, None, None) == (0, None)
+
+
+def test_predictions_of_a_regression_are_not_rounded_by_autocast():
+    """In bf16, values near 1 would lie 1/128 apart."""
+    head = ClassificationHead(8, 1)
+    with torch.no_grad():
+        head.out.weight.zero_()
+        head.out.bias.fill_(1.001)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(head(torch.randn(3, 8)), torch.full((3, 1), 1.001))
 
 
 def test_a_regression_whose_dev_targets_are_equal_is_refused(tokenizer):

@@ -127,7 +127,7 @@ def delta(folder: Path, facts: dict) -> dict[str, str]:
     settings = "".join(f", {name} {listed(v) if isinstance(v, list) else v}" for name, v in settings_of(facts).items())
     share = f", {trained / encoder_count(encoder):.2%} of the encoder's" if encoder else ""
     how = "by tuning" if info.get("mode") is None else f"by recycling, {info['mode']}"
-    few = f"{info['shots']} examples a label" if info.get("shots") else "all examples"
+    few = f"{info['shots']} examples{' a label' * bool(labels)}" if info.get("shots") else "all examples"
     dev, test = (", ".join(f"{k} {'undefined' if v is None else f'{v:.3f}'}" for k, v in (info.get(part) or {}).items()
                            if v is None or isinstance(v, float)) or "not scored" for part in ("dev", "test"))
     return {"is": f"a delta ({facts.get('format')}): {facts.get('kind')}{settings}",

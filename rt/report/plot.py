@@ -182,6 +182,8 @@ def recycling(results: list[dict]) -> Report:
 def convergence(title: str, lines: dict[str, list[dict]]) -> tuple[str, Panel]:
     """A table with a row per mode (mean dev over steps, best dev and test with standard deviation), and a panel with a line per mode. Modes
     without training and scratch's best are levels."""
+    if len({rows[0].get("steps") for rows in lines.values()} - {0, None}) > 1:      # the runs of several commands are not of one budget
+        lines = {f"{name}, {rows[0]['steps']} steps" if rows[0].get("steps") else name: rows for name, rows in lines.items()}
     metric = next(iter(lines.values()))[0]["metric"]
     curves = {name: [point for row in rows for point in row["curve"]] for name, rows in lines.items()}
     means = [[(step, mean(ys)) for step, ys in by_x(curve).items()] for curve in curves.values()]

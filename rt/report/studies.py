@@ -228,6 +228,10 @@ def mixture(context: StudyContext) -> Iterator[dict]:
     metas = {str(place): read_json(place / "meta.json") for place in places}
     if mixed := [folder for folder in later if metas[str(Path(folder))].get("recipe", {}).get("mix")]:
         raise InputError(f"--bases: {mixed[0]} was trained with --mix, and the share of old text is read from --replay alone: leave it out")
+    old = next(iter(context.bases.values()))
+    parent = old.fingerprint
+    if other := [place for place, meta in metas.items() if meta.get("parent", parent) != parent and "trunk" not in old.meta]:
+        raise InputError(f"--bases: {other[0]} does not continue {first}, so its steps are not all that there were; leave it out")
     shares = {place: meta.get("recipe", {}).get("replay", 0.0) for place, meta in metas.items()}
     if len({*shares.values()}) < 2:
         raise InputError(f"--bases {','.join(later)}: all have one share of replay, and a law over shares needs two or more")

@@ -82,9 +82,9 @@ def add_steps_to_scratch(rows: list[dict]) -> None:
 
 
 def spread(rows: list[dict], part: str = "test") -> str:
-    """Mean and standard deviation of the score on a part, or "undefined" if one of the scores is undefined."""
+    """Mean and standard deviation ("-" of one seed) of the score on a part, or "undefined" if one of the scores is undefined."""
     values = [score(row[part]) for row in rows]
-    return f"{mean(values):.3f} ± {stdev(values) if len(values) > 1 else 0:.3f}" if all(map(is_number, values)) else "undefined"
+    return f"{mean(values):.3f} ± {f'{stdev(values):.3f}' if len(values) > 1 else '-'}" if all(map(is_number, values)) else "undefined"
 
 
 def steps_of(rows: list[dict]) -> str:

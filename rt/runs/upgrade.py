@@ -107,14 +107,16 @@ def earlier_domains(c: Any, domains: dict[str, str], own: dict[str, str]) -> dic
     """{name: place} of the domains of --init's lineage, which --replay draws from in the stages that do not learn them again. Without
     --replay, none. InputError if one of the stream's `own` domains has the name of an earlier one, which the lineage would lose."""
     if clash := [name for name, place in own.items() if domains.get(name, place) != place]:
-        raise InputError(f"--stream: {clash[0]} ({own[clash[0]]}) has the name of an earlier domain ({domains[clash[0]]}); rename the file")
+        raise InputError(f"--stream: {clash[0]} ({own[clash[0]]}) has the name of an earlier domain ({domains[clash[0]]}); rename the "
+                         "file or folder (of a --select or task: give it by a link of another name)")
     if not c.recipe.replay:
         return {}
     if domains.keys() <= own.keys() and (c.recipe.mix or len(own) == 1):
         raise InputError(f"--replay: {c.init or 'a new base'} has no record (in its meta.json) of domains before this stream")
     for name, place in domains.items():
         if "/" in place and not place.startswith("hub:") and not Path(place).exists():
-            raise InputError(f"--replay: {name}, an earlier domain of {c.init}, was read from {place}, which is gone: restore it")
+            raise InputError(f"--replay: {name}, an earlier domain of {c.init}, was read from {place}, which is gone: restore it "
+                             "(texts of --select and task: are in that run's --cache)")
     return domains
 
 
