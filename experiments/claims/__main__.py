@@ -44,7 +44,7 @@ class Config:
     data: str | None = None  # folder with corpora/ and tasks/
     preset: Literal[tuple(SCALES)] = "mini"  # tiny (to try the script out), mini, small or base
     device: str = "auto"  # auto, cpu or cuda
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 if the device does it fast, else fp32
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 if the device is fast at it, else fp32
     jobs: PositiveInt | None = None  # runs side by side; default: one a core on a CPU (each on one thread), one on a GPU
     budget: Positive | None = None  # seconds; nothing new begins after them. Default: until all is done
     only: tuple[str, ...] = ()  # parts (bases, tuned, few, ...) to do; default: all

@@ -40,13 +40,13 @@ class Config:
     """python -m rt.runs.predict --base BASE --delta_dir DELTA --input TEXTS [--flag value ...]"""
     base: str  # the base: checkpoint, Hugging Face folder or hub id
     delta_dir: str  # the delta: folder or hub id; for a folder of recycle.py, its best delta by dev score (mean over seeds)
-    input: str  # .txt, .jsonl, .csv or .tsv of texts, also compressed (.gz or .xz), or .parquet; -: standard input
+    input: str  # texts: .txt, .jsonl, .json, .csv or .tsv, also as .gz or .xz, or .parquet; -: standard input
     input_format: Literal[FORMATS] | None = None  # default: by the file's ending; txt for standard input
     out: str | None = None  # file to write; default: standard output
     seq_len: SeqLen | None = None  # longest text in tokens; default: the delta's own
     device: str = "auto"  # auto, cpu or cuda
-    precision: str = "auto"  # bf16, fp32, or auto: bf16 where the device does it fast
-    deterministic: bool = False  # the same bits from the same command on a GPU too; on a CPU they are so anyway
+    precision: str = "auto"  # bf16, fp32, or auto: bf16 if the device is fast at it
+    deterministic: bool = False  # the same command gives the same bits on a GPU too; on a CPU it always does
 
 
 def main() -> None:

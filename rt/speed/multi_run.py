@@ -1,4 +1,4 @@
-"""Many deltas on one frozen base, trained side by side: K runs in the time of a few.
+"""Many deltas on one frozen base, trained side by side.
 
 The trained weights of K models are stacked along a leading dimension K. A batch holds the rows of run k in the k-th of K equal ranges
 (`side_by_side`). So the base's matrices see one large batch, and the deltas' matrices make one batched product (rt.model.linear). Every run
