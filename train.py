@@ -39,7 +39,7 @@ from rt.recipes import Recipe, mix
 from rt.runs.config import changed, parse, record, run
 from rt.runs.log import Log, StepBar, load_tensorboard, note_changed_task, note_truncated, scores_text, task_text, tested_text
 from rt.runs.predict import open_tuned
-from rt.runs.resume import PretrainRun, sample_of, table_of
+from rt.runs.resume import PretrainRun, check_content, sample_of, table_of
 from rt.runs.signals import Interrupted
 from rt.runs.upgrade import RecipeConfig, Start, earlier_domains, go_on_from, lengthen, scored_rows, start_recipe
 from rt.runs.workers import use_threads
@@ -61,7 +61,7 @@ class Config:
     precision: str = "auto"  # bf16, fp32, or auto: bf16 if the device is fast at it
     deterministic: bool = False  # the same command gives the same bits on a GPU too; on a CPU it always does
     tensorboard: bool = False  # also write losses and scores for TensorBoard during the run, to tensorboard/ in the output folder
-    seed: Seed = 0  # seed of weights, data order, masks and dropout
+    seed: Seed = 0  # seed of weights, data order, masks, dropout and the sample of --shots
     # pretrain (tune also uses seq_len, lr, warmup, weight_decay and graphs)
     stream: tuple[str, ...] = ("python", "math", "dl")  # domains in order: embedded names, text files or folders, hub:OWNER/NAME, task:NAME
     init: str | None = None  # continue from this base: checkpoint, Hugging Face folder or hub id
@@ -154,6 +154,8 @@ def pretrain(c: Config) -> None:
                      defaults=record(Config())) as stream:
         interrupted = train_stages(c, stream, ranks) if stream.has_work else None
         if not stream.has_work:
+            if c.init and Path(c.init).exists():
+                ranks.from_main(lambda: check_content(out, {"--init": go_on_from(c, Path(c.init).absolute(), open_base(c.init))[1]}))
             print(f"{out} is complete; remove it to train anew\n{table_of(out)}")
     ranks.leave()
     if interrupted:
@@ -169,14 +171,15 @@ def train_stages(c: Config, stream: PretrainRun, ranks: Ranks) -> Interrupted | 
     earlier = earlier_domains(c, domains, own)
     paths = ranks.main_first(lambda: {name: corpus_path(place, c.cache) for name, place in earlier.items()}) | paths
     corpora = ranks.main_first(lambda: {name: build_corpus(name, path, tokenizer, c.cache) for name, path in paths.items()})
-    content = {"tokenizer": tokenizer.fingerprint, "--init": parent, **{f"corpus {k}": v["train"].content for k, v in corpora.items()}}
+    where = {"device": ranks.device, "precision": pick_precision(c.precision, ranks.device)}
+    content = {"--precision": precision_name(where["precision"]), "tokenizer": tokenizer.fingerprint, "--init": parent,
+               **{f"corpus {k}": v["train"].content for k, v in corpora.items()}}
     if r.mix_reference:
         content["--mix_reference"] = ranks.main_first(lambda: open_base(r.mix_reference)).fingerprint
     ranks.assert_same(content)
     groups = [tuple(own)] if r.mix else [(name,) for name in own]
     training, heldout = rows_of(c, corpora, groups, [*earlier], tokenizer, number + 1, ranks)
     stream.begin(content, tokenizer)
-    where = {"device": ranks.device, "precision": pick_precision(c.precision, ranks.device)}
     for i, (domain, rows) in enumerate(training.items()):
         name, number, domains = f"M{number + 1}", number + 1, domains | {name: own[name] for name in groups[i]}
         if (base := stream.finished(name)):     # finished before an interruption
@@ -189,7 +192,9 @@ def train_stages(c: Config, stream: PretrainRun, ranks: Ranks) -> Interrupted | 
         optimizer = adamw(model.parameters(), 0.0, c.weight_decay, make=zero if c.zero else torch.optim.AdamW)
         recipe = start_recipe(c, model, rows, [corpora[name]["train"] for name in groups[i]], tokenizer, ranks, where,
                               stream.out / f"M{number - 1}" if i else c.init, bool(moments))
-        about = {"name": name, "domain": domain, "number": number, "parent": parent, "domains": domains, "recipe": changed(r)}
+        idle = [*["replay"] * (rows.mixture is None), *["preserve", "preserve_by"] * (parent is None)]     # nothing came before this stage
+        about = {"name": name, "domain": domain, "number": number, "parent": parent, "domains": domains,
+                 "precision": content["--precision"], "recipe": {k: v for k, v in changed(r).items() if k not in idle}}
         first = stream.start_stage(about, s, rows, model, optimizer, where["precision"], recipe, moments)
         if not stream.stages and first == 0:
             print(sample_of(rows, tokenizer))

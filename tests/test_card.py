@@ -1,5 +1,6 @@
 """The model card of an exported folder, as huggingface_hub reads it. Its code is run, and its numbers match the records."""
 import re
+from dataclasses import replace
 
 import pytest
 from conftest import here, random_base, write_task
@@ -99,6 +100,11 @@ def test_a_base_alone_says_what_it_was_trained_on(lineage, tmp_path, monkeypatch
     assert "The base `M1`, pre-trained on `math`, then `dl` for 40 steps." in text and "| `dl`, heldout |  | 1.0 |" in text
     assert "Command: `train.py --stream=math.txt,dl/ --out runs/demo`" in text
     assert type(run(text, tmp_path, monkeypatch)["model"]).__name__ == "RobertaForMaskedLM"
+
+
+def test_the_domains_of_a_mixture_are_named_together(lineage):
+    base = replace(lineage[1], meta=lineage[1].meta | {"domain": "math+dl"})
+    assert "pre-trained on `math+dl` for 40 steps" in card("exported", "M1", base, None)
 
 
 def test_a_hub_id_is_the_base_model(base, tokenizer, tmp_path, monkeypatch):

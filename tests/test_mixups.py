@@ -3,10 +3,12 @@ tokenizer or base whose content changed under its name, text longer than the mod
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import here, random_base, write_task
 
+from rt.data import Task
 from rt.deltas import attach, extract
 from rt.errors import InputError
 from rt.formats.checkpoint import load_base, save_base
@@ -16,6 +18,7 @@ from rt.formats.tasks import load_task
 from rt.formats.tokenizer import load_tokenizer, train_tokenizer
 from rt.kinds import DeltaConfig
 from rt.model import MaskedLM
+from rt.runs.build import tuned
 from rt.runs.resume import check_content
 
 ROWS = [{"text": f"a graph of {i} nodes", "label": "ab"[i % 2]} for i in range(12)]
@@ -141,7 +144,10 @@ def test_a_resumed_run_with_other_flags_corpus_or_base_is_an_error(home, tmp_pat
     assert "--init has changed since the run was begun" in here(*again, code=2)
     shutil.rmtree(tmp_path / "M0")
     shutil.copytree(home / "M0", tmp_path / "M0")
-    assert "M1 (a)" in here(*again)
+    assert "M1 (a)" in here(*again) and "is complete" in here(*again)
+    shutil.rmtree(tmp_path / "M0")
+    shutil.copytree(home / "M1", tmp_path / "M0")
+    assert "--init has changed since the run was begun" in here(*again, code=2)     # also if it is complete
 
 
 def test_a_runs_tokenizer_that_was_replaced_is_an_error(home, tmp_path):
@@ -149,6 +155,18 @@ def test_a_runs_tokenizer_that_was_replaced_is_an_error(home, tmp_path):
     shutil.copy(home / "other" / "tokenizer.json", tmp_path / "out")
     assert load_tokenizer(tmp_path / "out").fingerprint
     assert "tokenizer has changed since the run was begun" in here(*again, code=2)
+
+
+def test_an_old_delta_of_other_sizes_is_not_taken_for_the_one_that_is_asked_for(tmp_path):
+    config = {"r": 4, "lora_alpha": 16.0, "target_modules": ["query", "value"], "seq_len": 64}
+    write_json(tmp_path / "deltas" / "M0-t-lora-s0" / "delta.json", {"info": {"config": config}})
+    (tmp_path / "M0").mkdir()
+    lora, teaching = DeltaConfig("lora", r=4), SimpleNamespace(old_seq_len=None)
+    c = SimpleNamespace(old_base=str(tmp_path / "M0"), delta=lora, seq_len=64, teaching=teaching)
+    assert tuned(c, "t", Task("t", (), {})).endswith("M0-t-lora-s0")
+    for name, value, words in (("delta", DeltaConfig("lora", r=8), "r 4, not 8"), ("seq_len", 128, "seq_len 64, not 128")):
+        with pytest.raises(InputError, match=f"was tuned with --{words}; to use it as it is, name it with --old_delta"):
+            tuned(SimpleNamespace(**vars(c) | {name: value}), "t", Task("t", (), {}))
 
 
 def test_content_that_was_not_noted_is_not_compared(tmp_path):

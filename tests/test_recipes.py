@@ -142,6 +142,13 @@ def test_ranks_and_parts_share_out_a_mixed_batch(world, parts, corpora, tokenize
     assert torch.equal(rows_of_one, torch.cat([alone.masked(range(n, n + 1)).ids for n in (27, 28, 29)]).view(3, -1))
 
 
+def test_a_stage_records_what_it_ran_with(home):
+    train(home, "both", "--steps", "4", "--preserve", "3", "--replay", "0.5", stream="one,two")
+    metas = [read_json(home / "both" / name / "meta.json") for name in ("M0", "M1")]
+    assert [meta["recipe"] for meta in metas] == [{}, {"preserve": 3.0, "replay": 0.5}]      # nothing came before M0
+    assert {meta["precision"] for meta in metas} <= {"fp32", "bf16"}
+
+
 def test_replay_knows_the_earlier_domains_of_init(home):
     train(home, "old", "--steps", "4", stream="one")
     meta = read_json(home / "old" / "M0" / "meta.json")

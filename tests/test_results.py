@@ -138,3 +138,6 @@ def test_rows_that_an_earlier_version_wrote_are_read(recycling, tmp_path):
         save_delta(tmp_path / "deltas" / row["run"], recycling.old_delta)
     assert summary_rows(tmp_path / "summary.json") == rows
     assert best_delta(tmp_path, recycling.old_base.fingerprint).name == rows[1]["run"]
+    write_json(tmp_path / "summary.json", {"rows": [rows[0] | {"task": "u"}, *rows[1:]], "config": {}, "argv": []})
+    with pytest.raises(InputError, match=r"has runs on several tasks \(t, u\), so none is the best; name one of"):
+        best_delta(tmp_path, recycling.old_base.fingerprint)

@@ -57,9 +57,10 @@ def history(called: str, base: Base, delta: Delta | None) -> list[str]:
     """What the base or its delta has learned, followed by what the records say about how."""
     meta, info, own = base.meta, delta.info if delta else base.meta, base.meta.get("domain")
     line = [*((meta.get("stage") or {}).get("heldout") or [own])] if own else []        # the domains of its stream
+    line = line[:line.index(own) + 1] if own in line else [own] * len(line[:1])      # of --mix: its domains by one name
     init = (meta.get("config") or {}).get("init")
     trained = (f", continued from {code(local(init))}" if init else "") + (
-        f", pre-trained on {', then '.join(map(code, line[:line.index(own) + 1]))} for {meta.get('step')} steps" if line else "")
+        f", pre-trained on {', then '.join(map(code, line))} for {meta.get('step')} steps" if line else "")
     config, mode, origin, facts = info.get("config") or {}, info.get("mode"), info.get("origin"), [trained]
     old = origin and config.get("old_base")     # None: a file taught
     if delta:
@@ -67,7 +68,7 @@ def history(called: str, base: Base, delta: Delta | None) -> list[str]:
         how = (f"tuned elsewhere, as {code(local(config.get('tuned', info['source'])))}" if "source" in info else
                "learned on this base" if mode in (None, "scratch") or not old else
                f"learned on an older base and recycled ({code(mode)}) for this one, its upgrade")
-        numbers = {"shots": info.get("shots"), "seed": info.get("seed"), "learning rate": info.get("lr") or config.get("lr"),
+        numbers = {"shots": info.get("shots"), "seed": info.get("seed"), "learning rate": info.get("lr", config.get("lr")),
                    "steps": config.get("steps" if mode in TRAINED else "tune_steps")}
         teacher = {name: local(str(config[name])) for name in ("teacher", *(f.name for f in fields(DistillConfig))) if config.get(name)}
         facts = [f", for the task {code(info.get('task'))} ({labels if delta.labels else 'a regression'}). The delta was {how}",

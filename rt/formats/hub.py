@@ -37,7 +37,7 @@ def open_base(name: str) -> Base:
     path = find(name)
     for file, load in (("meta.json", load_base), ("config.json", load_hf)):
         if (path / file).is_file():
-            if bases := [found.parent.name for found in sorted(path.glob("*/meta.json")) if file == "config.json"]:
+            if bases := [each.name for each in sorted(path.glob("M*")) if file == "config.json" and re.fullmatch("M[0-9]+", each.name)]:
                 raise InputError(f"{name}: is a run, not a base; give one of its bases: {', '.join(bases)}")
             return load(path)
     raise InputError(f"{name}: no base there; expected {HUB_NAME}, or a folder with meta.json (ours) or config.json "

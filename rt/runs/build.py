@@ -8,6 +8,7 @@ import torch
 
 from rt.data import Task
 from rt.errors import InputError
+from rt.formats.files import read_json
 from rt.formats.hub import place_of_delta
 from rt.runs.workers import cores
 from rt.speed.dist import environment_alone
@@ -55,9 +56,16 @@ def build_missing(c: Any, task: Task, source_tasks: list[Task]) -> tuple[str | N
 def tuned(c: Any, name: str, task: Task) -> str:
     """The folder of the old base's delta for a task, beside that base. train.py makes the delta if it is missing."""
     folder = place_of_delta(c.old_base, task.name, c.delta.kind)
-    if not (folder / "delta.json").exists():
+    asked = c.delta.used | {"seq_len": c.teaching.old_seq_len or c.seq_len}
+    if (folder / "delta.json").exists():
+        was = read_json(folder / "delta.json").get("info", {}).get("config") or {}
+        was = {name: tuple(value) if isinstance(value, list) else value for name, value in was.items()}
+        if other := [name for name, value in asked.items() if was.get(name, value) != value]:
+            raise InputError(f"{folder}: was tuned with --{other[0]} {was[other[0]]}, not {asked[other[0]]}; to use it as it is, name it "
+                             "with --old_delta; for a new one, move it away")
+    else:
         sizes = {size: value for size, value in vars(c.delta).items() if size not in ("kind", "target_modules")}
-        flags = dict(mode="tune", base=c.old_base, task=name, out=folder, delta=c.delta.kind, seq_len=c.teaching.old_seq_len or c.seq_len,
+        flags = dict(mode="tune", base=c.old_base, task=name, out=folder, delta=c.delta.kind, seq_len=asked["seq_len"],
                      target_modules=",".join(c.delta.target_modules), **sizes)
         build(c, (f"the old delta {folder} (under a minute for mini on 2 cores)", flags))
     return str(folder)

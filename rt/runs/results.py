@@ -202,6 +202,9 @@ def best_delta(folder: str | Path, base: str) -> Path:
         fitting = [row for row in rows if read_json(folder / "deltas" / row["run"] / "delta.json")["info"]["base"] == base]
         runs = best_of(group(fitting or rows, "mode", "route", by_settings).values())
         best = max(runs, key=lambda row: score(row["dev"]), default=None)
+        tasks = sorted({row["task"] for row in fitting or rows if "task" in row})
+    if len(tasks) > 1:
+        raise InputError(f"{folder}: has runs on several tasks ({', '.join(tasks)}), so none is the best; name one of {folder / 'deltas'}")
     if best is None:
         raise InputError(f"{folder / 'summary.json'}: has no row of a run whose delta is still in {folder / 'deltas'}")
     return folder / "deltas" / best["run"]
