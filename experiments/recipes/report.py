@@ -110,7 +110,7 @@ def write(folder: Path) -> str:
             "; seconds are of jobs that shared the cores with other work. Means with 95 % t-intervals over blocks. Machine: "
             f"{facts['device']}; commits {facts['commit']}.",
             markdown(HEAD, lines), markdown(("target", *HEAD[:5], HEAD[8]), lines_by_target(found)),
-            "![points lost against gain](pareto.png)",
+            "![points lost against gain](pareto.png)", "In brackets: the number of blocks. *: named afterwards.",
             f"Test accuracy of the deltas on M0, by seed: {scores}.",
             "Left out, as dev on M0 is not 5 points above the commonest label: " + (", ".join(left_out) or "none") + ".",
             "Held-out loss of M0: " + ", ".join(f"{domain} {loss:.3f}" for domain, loss in first["heldout"].items()) + "."]
@@ -120,7 +120,8 @@ def write(folder: Path) -> str:
         text.append(f"Chain, {arm} at {lr:g}: points lost by Delta_0 on M1, M2, ...: {', '.join(stages)}.")
     text += ["## Planned and not run", missing(rows)]
     (folder / "README.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
-    pareto({f"{arm} {lr:g}": [(100 * (1 - gain), points) for gain, points in of.values()] for (arm, lr), of in found.items()},
+    names = {(arm, lr): f"{arm.replace(' (afterwards)', '*')}, {1e4 * lr:g}e-4 ({len(of)})" for (arm, lr), of in found.items()}
+    pareto({names[key]: [(100 * (1 - gain), points) for gain, points in of.values()] for key, of in found.items()},
            folder / "pareto", "gain given up on the new domain (% of the best plain upgrade's)", "points lost by old deltas, as they are")
     return markdown(HEAD, lines)
 

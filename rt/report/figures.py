@@ -183,10 +183,10 @@ def pareto(points: dict[str, Points], path: Path, xlabel: str, ylabel: str) -> N
     """One marker per label, at the mean of its points. Low and left is better on both axes."""
     with saved_figure(path, 1, 1, width=6.0, height=4.2) as axes:
         ax = axes[0, 0]
-        for i, (label, of) in enumerate(points.items()):
-            x, y = np.mean(of, axis=0)
+        means = sorted((*np.mean(of, axis=0), label) for label, of in points.items())
+        for i, (x, y, label) in enumerate(means):       # labels of neighbours go above and below in turn
             ax.plot([x], [y], label=label, **look(i) | {"linestyle": "", "markersize": 6})
-            ax.annotate(label, (x, y), textcoords="offset points", xytext=(5, 3), fontsize=7, parse_math=False)
+            ax.annotate(label, (x, y), textcoords="offset points", xytext=(5, 3 - 10 * (i % 2)), fontsize=6, parse_math=False)
         ax.set(xlabel=xlabel, ylabel=ylabel)
 
 
