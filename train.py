@@ -173,9 +173,8 @@ def train_stages(c: Config, stream: PretrainRun, ranks: Ranks) -> Interrupted | 
     corpora = ranks.main_first(lambda: {name: build_corpus(name, path, tokenizer, c.cache) for name, path in paths.items()})
     where = {"device": ranks.device, "precision": pick_precision(c.precision, ranks.device)}
     content = {"--precision": precision_name(where["precision"]), "tokenizer": tokenizer.fingerprint, "--init": parent,
+               "--mix_reference": r.mix_reference and ranks.main_first(lambda: open_base(r.mix_reference)).fingerprint,
                **{f"corpus {k}": v["train"].content for k, v in corpora.items()}}
-    if r.mix_reference:
-        content["--mix_reference"] = ranks.main_first(lambda: open_base(r.mix_reference)).fingerprint
     ranks.assert_same(content)
     groups = [tuple(own)] if r.mix else [(name,) for name in own]
     training, heldout = rows_of(c, corpora, groups, [*earlier], tokenizer, number + 1, ranks)

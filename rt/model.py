@@ -263,15 +263,15 @@ class ClassificationHead(nn.Module):
         super().__init__()
         self.dense = Linear(hidden_size, hidden_size)
         self.out = Linear(hidden_size, num_labels)
-        self.dropout = dropout
+        self.dropout, self.is_regression = dropout, num_labels == 1
 
     def forward(self, h: Tensor, seeds: Tensor | None = None) -> Tensor:
         """(B, d) -> (B, C). `seeds` (2, K) are for the two dropouts; None: no dropout."""
         before, after = (None, None) if seeds is None else seeds
         h = dropout(torch.tanh(self.dense(dropout(h, self.dropout, before))), self.dropout, after)
-        if self.out.out_features > 1:
+        if not self.is_regression:
             return self.out(h)
-        with torch.autocast(h.device.type, enabled=False):      # a regression: in bf16, predictions that are close would become equal
+        with torch.autocast(h.device.type, enabled=False):      # in bf16, predictions that are close would become equal
             return self.out(h.to(self.out.weight.dtype))
 
 

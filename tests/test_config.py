@@ -170,7 +170,7 @@ def test_scripts_teach_and_refuse(script):
     (("convert", "import", "--tuned", "x", "--base", "y", "--to", "hf"), "there is no flag --to"),
     (("convert", "export", "--base", "M0", "--out", "x", "--to", "onnx"), "--to onnx: not one of hf, peft"),
     (("convert", "export", "--base", "M0", "--out", "x", "--to", "peft"), "--to peft needs --delta_dir"),
-    (("predict", "--base", "M0", "--delta_dir", "x"), "--input is missing: .txt, .jsonl, .csv or .tsv of texts"),
+    (("predict", "--base", "M0", "--delta_dir", "x"), "--input is missing: texts: .txt, .jsonl, .json, .csv or .tsv"),
     (("predict", "--base", "M0", "--delta_dir", "x", "--input", "-", "--seq_len", "3"), "--seq_len 3: must be 8 or more")])
 def test_commands_say_what_they_need(arguments, words):
     error = here("-m", f"rt.runs.{arguments[0]}", *arguments[1:], code=2)
