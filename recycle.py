@@ -311,7 +311,7 @@ def checked_modes(c: Config) -> list[str]:
             (gamma and not taught, f"--gamma {gamma}: a weight, for modes with a teacher ({', '.join(NEEDS_TEACHER)})"),
             (itp and not taught, f"--itp {itp}: a number of points, for modes with a teacher ({', '.join(NEEDS_TEACHER)})"),
             (c.delta.kind == "same" and (not c.old_delta or tasks and not deltas),
-             "--delta same: is as --old_delta, so give that one (and with --source_task, --source_delta), or name the kind"),
+             "--delta same takes the kind of --old_delta: give --old_delta (with --source_task also --source_delta), or name a kind"),
             (not project and (tasks or deltas), "--source_task and --source_delta are for --mode project"),
             (project and (not tasks or len(deltas) not in (0, len(tasks))),
              f"--mode project needs --source_task, and of --source_delta as many or none: {len(tasks)} tasks, {len(deltas)} deltas"),

@@ -69,7 +69,8 @@ def lines_of(rows: list[dict], own: dict[int, dict], found: dict) -> list[list[s
     ahead = {key: [*of.values()] for key, of in advantages(found).items() if of}
     p = {key: sign_flip([value for block, value in of.items() if key[0] not in AFTERWARDS or block not in SEEN])
          for key, of in advantages(found).items() if of}
-    adjusted, lines = holm({(one.arm, one.lr): 1.0 for one in upgrades(("bio",)) if one.arm != "plain"} | p), []     # all of the plan
+    planned = {(one.arm, one.lr): 1.0 for one in upgrades(("bio",)) if one.arm != "plain"}      # those without rows count, too
+    adjusted, lines = holm(planned | p), []
     for key, of in sorted(found.items(), key=lambda item: (item[0][0] != "plain", item[0])):
         some = [row for row in rows if (row["arm"], row.get("lr")) == key and "," not in row["target"]]
         gains, losses = zip(*of.values())

@@ -130,9 +130,9 @@ def check_seal(folder: Path, name: str, facts: dict, files: Iterable[str] | None
 @contextmanager
 def locked(folder: Path, from_main: Callable[[Callable[[], Any]], Any] = lambda call: call(), wait: bool = False) -> Iterator[None]:
     """In the block, only this process writes to `folder`. With several ranks (`from_main`: rt.speed.dist.Ranks.from_main), rank 0 takes the
-    lock. InputError names the process and host that hold it; `wait`: if it is on this host, its end is waited for. The operating system
-    frees the lock when the process dies. A lock file of another host counts as long as it exists: a shared disk passes locks on only if it
-    has a lock server (NFS: version 4, or lockd)."""
+    lock. InputError names the process and host that hold it; with `wait`, a process of this host is waited for instead. The operating
+    system frees the lock when the process dies. A lock file of another host counts as long as it exists: a shared disk passes locks on only
+    if it has a lock server (NFS: version 4, or lockd)."""
     with ExitStack() as stack:
         from_main(lambda: _lock(Path(folder).resolve(), stack, wait))
         yield

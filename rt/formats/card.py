@@ -57,7 +57,7 @@ def history(called: str, base: Base, delta: Delta | None) -> list[str]:
     """What the base or its delta has learned, followed by what the records say about how."""
     meta, info, own = base.meta, delta.info if delta else base.meta, base.meta.get("domain")
     line = [*((meta.get("stage") or {}).get("heldout") or [own])] if own else []        # the domains of its stream
-    line = line[:line.index(own) + 1] if own in line else [own] * len(line[:1])      # of --mix: its domains by one name
+    line = line[:line.index(own) + 1] if own in line else [own] if own else []       # a mixture's domains have one name
     init = (meta.get("config") or {}).get("init")
     trained = (f", continued from {code(local(init))}" if init else "") + (
         f", pre-trained on {', then '.join(map(code, line))} for {meta.get('step')} steps" if line else "")

@@ -229,7 +229,7 @@ def mixture(context: StudyContext) -> Iterator[dict]:
     if mixed := [folder for folder in later if metas[str(Path(folder))].get("recipe", {}).get("mix")]:
         raise InputError(f"--bases: {mixed[0]} was trained with --mix, and the share of old text is read from --replay alone: leave it out")
     old = next(iter(context.bases.values()))
-    parent = old.fingerprint
+    parent = old.fingerprint        # an infinite schedule goes on from the trunk: not checked
     if other := [place for place, meta in metas.items() if meta.get("parent", parent) != parent and "trunk" not in old.meta]:
         raise InputError(f"--bases: {other[0]} does not continue {first}, so its steps are not all that there were; leave it out")
     shares = {place: meta.get("recipe", {}).get("replay", 0.0) for place, meta in metas.items()}

@@ -110,8 +110,8 @@ def progress(total: int, what: str, start: int = 0, unit: str = "step") -> tqdm:
 
 
 class StepBar:
-    """The progress bar of a supervised loop: `on_step` and `on_eval` for rt.tune.tune. A step on a `frozen` base needs less arithmetic. The
-    time of evaluations counts: on a GPU, they begin when the steps before them are launched, not when these are done."""
+    """The progress bar of a supervised loop: `on_step` and `on_eval` for rt.tune.tune. A step on a `frozen` base needs less arithmetic.
+    The speed includes evaluations, because on a GPU an evaluation first waits for the steps that were launched before it."""
     def __init__(self, steps: int, what: str, config: EncoderConfig, device: torch.device, precision: torch.dtype, frozen: bool):
         self.throughput, self.bar = Throughput(config, device, precision, frozen), progress(steps, what)
         self.skipped, self.best = 0, -math.inf

@@ -108,7 +108,7 @@ def earlier_domains(c: Any, domains: dict[str, str], own: dict[str, str]) -> dic
     --replay, none. InputError if one of the stream's `own` domains has the name of an earlier one, which the lineage would lose."""
     if clash := [name for name, place in own.items() if domains.get(name, place) != place]:
         raise InputError(f"--stream: {clash[0]} ({own[clash[0]]}) has the name of an earlier domain ({domains[clash[0]]}); rename the "
-                         "file or folder (of a --select or task: give it by a link of another name)")
+                         "file or folder, or give a link to it that has another name")
     if not c.recipe.replay:
         return {}
     if domains.keys() <= own.keys() and (c.recipe.mix or len(own) == 1):
