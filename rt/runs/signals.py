@@ -28,5 +28,16 @@ def handled(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
             signal.signal(number, old)
 
 
+@contextmanager
+def delayed() -> Iterator[None]:
+    """In the block, signals wait until its end. A fork needs this: an exception raised in one of its hooks, such as that of logging, is
+    printed and lost, and one raised just after it leaves a process that nobody ends."""
+    came: list[int] = []
+    with handled(lambda number, frame: came.append(number)):
+        yield
+    for number in came:
+        signal.raise_signal(number)
+
+
 def raise_interrupted(number: int, frame: FrameType | None, *sentence: str) -> None:
     raise Interrupted(number, *sentence)

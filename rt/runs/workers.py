@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from rt.errors import InputError
+from rt.runs.signals import delayed
 
 T, R = TypeVar("T"), TypeVar("R")
 THREADS = torch.get_num_threads()       # torch's default: by affinity and OMP_NUM_THREADS
@@ -55,7 +56,8 @@ def spread(work: Callable[[T], Iterator[R]], items: Sequence[T], workers: int) -
         for _ in range(workers):
             ours, theirs = context.Pipe()
             busy[ours] = context.Process(target=_serve, args=(work, items, theirs), daemon=True)
-            busy[ours].start()
+            with delayed():
+                busy[ours].start()
             theirs.close()      # otherwise the death of the worker would not close the pipe
         while busy:
             for pipe in wait(list(busy)):
