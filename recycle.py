@@ -36,7 +36,7 @@ from rt.runs.build import build_missing
 from rt.runs.config import parse, record, run
 from rt.runs.log import StepBar, load_tensorboard, note_changed_task, note_truncated, progress, score_text
 from rt.runs.results import Run, begin, origin_of, save_run, write_summary
-from rt.runs.signals import handled, raise_interrupted
+from rt.runs.signals import interruptible
 from rt.runs.starts import carry_texts, merge_on_dev, old_names, open_old
 from rt.runs.summary import by_settings, chosen, note_diverged, report, report_chain, report_sweep
 from rt.runs.sweep import LISTS, dealt, expand, swept
@@ -169,7 +169,7 @@ def main() -> None:
     check_all(c, first, plan, bases, projects)
     texts = carry_texts(c.carry.carry_text, task, base, c.seq_len) if carried_modes(c, modes) else []
     goes_on = f"what was finished is kept; the same command {'with --resume ' * (c.sweep is None)}goes on"
-    with locked(out, ranks.from_main), handled(lambda *signal: raise_interrupted(*signal, goes_on)):
+    with locked(out, ranks.from_main), interruptible(goes_on):
         do_runs(c, r if c.shots else first, plan, Sources(samples, bases, olds, projects, texts), out, ranks)
     ranks.leave()
 

@@ -16,7 +16,7 @@ from bench import cell, threads
 from rt.errors import InputError
 from rt.runs import build, workers
 from rt.runs.config import parse
-from rt.runs.signals import Interrupted, handled, raise_interrupted
+from rt.runs.signals import Interrupted, interruptible
 from rt.runs.workers import cores, share_cores, spread
 
 AT_FORK = []        # called in the next fork's hook. What a hook raises is lost.
@@ -66,9 +66,19 @@ def test_an_error_in_a_worker_is_raised_and_ends_the_others():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_during_a_fork_is_not_lost(number):
     AT_FORK.append(lambda: signal.raise_signal(number))
-    with handled(raise_interrupted), pytest.raises(Interrupted):
+    with interruptible(), pytest.raises(Interrupted):
         list(spread(squares, [1, 2], 2))
     assert not AT_FORK and not multiprocessing.active_children()
+
+
+def test_an_error_that_a_signal_caused_is_the_signal():
+    with pytest.raises(Interrupted, match="^terminated: all is well$"), interruptible("all is well"):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:       # as compiled code does
+            raise InputError("M0/model.safetensors: not a readable safetensors file") from None
+    with pytest.raises(InputError, match="^no signal$"), interruptible():
+        raise InputError("no signal")
 
 
 def test_an_error_that_cannot_be_pickled_is_told_all_the_same(capfd):

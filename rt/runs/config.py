@@ -31,7 +31,7 @@ from typing import Annotated, Any, Callable, NamedTuple, NoReturn, TypeVar
 from rt.errors import InputError
 from rt.formats.files import is_full
 from rt.formats.untrusted import is_utf8
-from rt.runs.signals import Interrupted, handled, raise_interrupted
+from rt.runs.signals import Interrupted, interruptible
 
 C = TypeVar("C")        # a Config
 READER_LEFT = 141       # exit code if the reader of standard output has left: the same as after SIGPIPE
@@ -210,7 +210,7 @@ def run(main: Callable[[], None]) -> None:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")       # for characters that the encoding lacks
     try:
-        with handled(raise_interrupted):
+        with interruptible():
             try:
                 main()
             except SystemExit:

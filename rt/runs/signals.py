@@ -39,5 +39,20 @@ def delayed() -> Iterator[None]:
         signal.raise_signal(number)
 
 
-def raise_interrupted(number: int, frame: FrameType | None, *sentence: str) -> None:
-    raise Interrupted(number, *sentence)
+@contextmanager
+def interruptible(*sentence: str) -> Iterator[None]:
+    """In the block, a signal raises Interrupted. So does any error after a signal: compiled code that a signal stops may report an error of
+    its own, such as a file that cannot be read."""
+    came: list[Interrupted] = []
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        came.append(Interrupted(number, *sentence))
+        raise came[-1]
+
+    with handled(on_signal):
+        try:
+            yield
+        except Exception:
+            if came:
+                raise came[-1] from None
+            raise
