@@ -10,6 +10,10 @@ Backward, with z' = (z - mean) rstd and g = weight dy; means are over a row, sum
     dz = rstd (g - mean(g) - z' mean(g z'))     dx = dz     dh = keep dz / (1 - p)      dweight = sum dy z'     dbias = sum dy
 
 Each program sums dweight and dbias over its own rows in fp32, and torch adds up these sums. There are no atomics and the order is fixed.
+
+A row is up to four tiles: 768 columns are three of 256, while a tile of 1,024 would leave a quarter of the lanes idle. In 16 bits a warp
+holds 256 columns of one row, so a sum over a row stays within the warp. A sum over rows crosses warps once, after the loop.
+
 Gradients that are not requested are neither computed nor stored. If nothing is dropped, dh is dx.
 
 z is saved in the wider dtype of x and h. Bytes per element if x and h are 16 bits wide: forward 8 (x, h, y, z), backward 8 (dy, z, dx,
@@ -28,7 +32,7 @@ from kernels import configs
 from kernels.common import dense_rows, launch, left_to_compiler, op, row_class, tl, triton, uses_triton
 from kernels.dropout import block_of_run, check_seed, dropout_ref, keep_tile, threshold_of
 
-PROGRAMS = 396      # programs that share the rows of a backward, each with its sums of 2 d numbers: three per SM of an H100, all at once
+PROGRAMS = 264      # programs that share the rows of a backward, each with its sums of 2 d numbers: two per SM of an H100, all at once
 RUNTIME = ["run", "N", "blocks", "seed_run", "threshold", "rows"]      # not recompiled if they are 1 or a multiple of 16
 
 
@@ -60,68 +64,100 @@ def add_norm_ref(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, eps: float,
 @triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=["seed_ptr"])
 def _norm_forward(x_ptr, h_ptr, w_ptr, b_ptr, seed_ptr, y_ptr, z_ptr, stats_ptr,     # (N, d) x 2, (K, d) x 2, (K,), (N, d) x 2, (2, N)
                   run, N, d, blocks, seed_run, x_stride, h_stride, out_stride, w_run, b_run, eps, threshold, keep_scale,
-                  BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """BLOCK_N whole rows of one run. w_run and b_run are the strides between the weights of two runs; 0 if all share them."""
+                  BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """BLOCK_N whole rows of one run, in BLOCKS tiles. w_run and b_run are the strides between the weights of two runs; 0 if all share
+    them."""
     k, start, n = block_of_run(tl.program_id(0), run, blocks, BLOCK_N)
-    cols, rows = tl.arange(0, BLOCK_D), start + n
-    inside = (n < run)[:, None] & (cols < d)[None, :]
-    h = tl.load(h_ptr + rows[:, None] * h_stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-    if seed_ptr is not None:
-        h *= keep_tile(seed_ptr, start, n, cols, seed_run, threshold, keep_scale)
-    z = h + tl.load(x_ptr + rows[:, None] * x_stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-    if z_ptr is not None:
-        tl.store(z_ptr + rows[:, None] * out_stride + cols[None, :], z.to(z_ptr.dtype.element_ty), mask=inside)
-    mean = tl.sum(z, 1) / d
-    z = tl.where(cols[None, :] < d, z - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(z * z, 1) / d + eps)
+    rows, total, squares, tiles = start + n, tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32), ()
+    for j in tl.static_range(BLOCKS):
+        cols = j * BLOCK_D + tl.arange(0, BLOCK_D)
+        inside = (n < run)[:, None] & (cols < d)[None, :]
+        h = tl.load(h_ptr + rows[:, None] * h_stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+        if seed_ptr is not None:
+            h *= keep_tile(seed_ptr, start, n, cols, seed_run, threshold, keep_scale)
+        z = h + tl.load(x_ptr + rows[:, None] * x_stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+        if z_ptr is not None:
+            tl.store(z_ptr + rows[:, None] * out_stride + cols[None, :], z.to(z_ptr.dtype.element_ty), mask=inside)
+        total += tl.sum(z, 1)
+        tiles += (z,)
+    mean = total / d
+    for j in tl.static_range(BLOCKS):
+        z = tl.where((j * BLOCK_D + tl.arange(0, BLOCK_D) < d)[None, :], tiles[j] - mean[:, None], 0.0)
+        squares += tl.sum(z * z, 1)
+    rstd = tl.rsqrt(squares / d + eps)
     if z_ptr is not None:
         tl.store(stats_ptr + rows, mean, mask=n < run)
         tl.store(stats_ptr + N.to(tl.int64) + rows, rstd, mask=n < run)
-    w = tl.load(w_ptr + k.to(tl.int64) * w_run + cols, mask=cols < d, other=0.0).to(tl.float32)
-    b = tl.load(b_ptr + k.to(tl.int64) * b_run + cols, mask=cols < d, other=0.0).to(tl.float32)
-    y = z * rstd[:, None] * w[None, :] + b[None, :]
-    tl.store(y_ptr + rows[:, None] * out_stride + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
+    for j in tl.static_range(BLOCKS):
+        cols = j * BLOCK_D + tl.arange(0, BLOCK_D)
+        inside = (n < run)[:, None] & (cols < d)[None, :]
+        w = tl.load(w_ptr + k.to(tl.int64) * w_run + cols, mask=cols < d, other=0.0).to(tl.float32)
+        b = tl.load(b_ptr + k.to(tl.int64) * b_run + cols, mask=cols < d, other=0.0).to(tl.float32)
+        y = (tiles[j] - mean[:, None]) * rstd[:, None] * w[None, :] + b[None, :]
+        tl.store(y_ptr + rows[:, None] * out_stride + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=["seed_ptr"])
 def _norm_backward(dy_ptr, z_ptr, stats_ptr, w_ptr, seed_ptr, dx_ptr, dh_ptr, dw_ptr, db_ptr,      # d weight and d bias: (programs, d)
                    run, N, d, blocks, rows, seed_run, dy_stride, out_stride, w_run, threshold, keep_scale,
-                   BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """`rows` rows of one run, BLOCK_N at a time. A gradient is not computed if its pointer is None."""
+                   BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """`rows` rows of one run, BLOCK_N at a time, in BLOCKS tiles. A gradient is not computed if its pointer is None."""
     k, start, n = block_of_run(tl.program_id(0), run, blocks, BLOCK_N)
-    first, cols = tl.program_id(0) % blocks * rows, tl.arange(0, BLOCK_D)
-    w = tl.load(w_ptr + k.to(tl.int64) * w_run + cols, mask=cols < d, other=0.0).to(tl.float32)
-    dw, db = tl.zeros((BLOCK_D,), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
-    for i in tl.range(first, tl.minimum(first + rows, run), BLOCK_N, num_stages=2):      # 3 stages take 209 registers, not 168
+    first, w, dw, db = tl.program_id(0) % blocks * rows, (), (), ()
+    for j in tl.static_range(BLOCKS):
+        cols = j * BLOCK_D + tl.arange(0, BLOCK_D)
+        w += (tl.load(w_ptr + k.to(tl.int64) * w_run + cols, mask=cols < d, other=0.0).to(tl.float32),)
+        dw += (tl.zeros((BLOCK_N, BLOCK_D), tl.float32),)
+        db += (tl.zeros((BLOCK_N, BLOCK_D), tl.float32),)
+    for i in tl.range(first, tl.minimum(first + rows, run), BLOCK_N, num_stages=2):
         n = i + tl.arange(0, BLOCK_N)
         row = start + n
-        inside = (n < run)[:, None] & (cols < d)[None, :]
-        dy = tl.load(dy_ptr + row[:, None] * dy_stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-        z = tl.load(z_ptr + row[:, None] * out_stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-        mean = tl.load(stats_ptr + row, mask=n < run, other=0.0)
-        rstd = tl.load(stats_ptr + N.to(tl.int64) + row, mask=n < run, other=0.0)
-        z = (z - mean[:, None]) * rstd[:, None]     # also past the last column, but dy is 0 there
+        mean = tl.load(stats_ptr + row, mask=n < run, other=0.0)[:, None]
+        rstd = tl.load(stats_ptr + N.to(tl.int64) + row, mask=n < run, other=0.0)[:, None]
+        dws, dbs, gs, zs = (), (), (), ()
+        mean_g, mean_gz = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
+        for j in tl.static_range(BLOCKS):
+            cols = j * BLOCK_D + tl.arange(0, BLOCK_D)
+            inside = (n < run)[:, None] & (cols < d)[None, :]
+            dy = tl.load(dy_ptr + row[:, None] * dy_stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+            z = tl.load(z_ptr + row[:, None] * out_stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+            z = (z - mean) * rstd       # also past the last column, but dy is 0 there
+            g = dy * w[j][None, :]
+            dws += (dw[j] + dy * z,)
+            dbs += (db[j] + dy,)
+            gs += (g,)
+            zs += (z,)
+            mean_g += tl.sum(g, 1) / d
+            mean_gz += tl.sum(g * z, 1) / d
+        dw, db = dws, dbs
+        for j in tl.static_range(BLOCKS):
+            cols = j * BLOCK_D + tl.arange(0, BLOCK_D)
+            inside = (n < run)[:, None] & (cols < d)[None, :]
+            dz = (gs[j] - mean_g[:, None] - zs[j] * mean_gz[:, None]) * rstd
+            place = row[:, None] * out_stride + cols[None, :]
+            if dx_ptr is not None:
+                tl.store(dx_ptr + place, dz.to(dx_ptr.dtype.element_ty), mask=inside)
+            if dh_ptr is not None:
+                if seed_ptr is not None:
+                    dz *= keep_tile(seed_ptr, start, n, cols, seed_run, threshold, keep_scale)
+                tl.store(dh_ptr + place, dz.to(dh_ptr.dtype.element_ty), mask=inside)
+    for j in tl.static_range(BLOCKS):
+        cols = j * BLOCK_D + tl.arange(0, BLOCK_D)
+        place = tl.program_id(0).to(tl.int64) * out_stride + cols
         if dw_ptr is not None:
-            dw += tl.sum(dy * z, 0)
+            tl.store(dw_ptr + place, tl.sum(dw[j], 0), mask=cols < d)
         if db_ptr is not None:
-            db += tl.sum(dy, 0)
-        g = dy * w[None, :]
-        dz = (g - (tl.sum(g, 1) / d)[:, None] - z * (tl.sum(g * z, 1) / d)[:, None]) * rstd[:, None]
-        place = row[:, None] * out_stride + cols[None, :]
-        if dx_ptr is not None:
-            tl.store(dx_ptr + place, dz.to(dx_ptr.dtype.element_ty), mask=inside)
-        if dh_ptr is not None:
-            if seed_ptr is not None:
-                dz *= keep_tile(seed_ptr, start, n, cols, seed_run, threshold, keep_scale)
-            tl.store(dh_ptr + place, dz.to(dh_ptr.dtype.element_ty), mask=inside)
-    place = tl.program_id(0).to(tl.int64) * out_stride + cols
-    if dw_ptr is not None:
-        tl.store(dw_ptr + place, dw, mask=cols < d)
-    if db_ptr is not None:
-        tl.store(db_ptr + place, db, mask=cols < d)
+            tl.store(db_ptr + place, tl.sum(db[j], 0), mask=cols < d)
 
 
 # ---------------------------------------------------------------- ops
+
+def tiling(d: int, BLOCK_N: int, BLOCK_D: int) -> dict[str, int]:
+    """At most four tiles, side by side, that hold d columns: BLOCK_N rows and BLOCK_D columns each, or 2, 4 or 8 times as high and as many
+    times narrower if that leaves fewer lanes idle."""
+    shift = min((i for i in range(4) if d <= 4 * BLOCK_D >> i), key=lambda i: -d % (BLOCK_D >> i))
+    return {"BLOCK_N": BLOCK_N << shift, "BLOCKS": -(-d // (BLOCK_D >> shift)), "BLOCK_D": BLOCK_D >> shift}
+
 
 @op
 def _add_norm(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, seed: Tensor | None, eps: float, p: float,
@@ -133,11 +169,12 @@ def _add_norm(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, seed: Tensor |
     y = torch.empty(N, d, dtype=h.dtype, device=h.device)
     z = torch.empty((N, d) if save else (0,), dtype=torch.promote_types(x.dtype, h.dtype), device=h.device)
     stats = torch.empty((2, N) if save else (0,), dtype=torch.float32, device=h.device)
-    BLOCK_N, warps = configs.pick("add_norm_forward", row_class(d), h.dtype, h.device)
-    blocks = -(-N // K // BLOCK_N)
+    *tile, warps = configs.pick("add_norm_forward", row_class(d), h.dtype, h.device)
+    tiles = tiling(d, *tile)
+    blocks = -(-N // K // tiles["BLOCK_N"])
     launch(_norm_forward, K * blocks, x, h, w, b, seed, y, z if save else None, stats, N // K, N, d, blocks, N // seeds, x.stride(0),
-           h.stride(0), d, d * (w_runs > 1), d * (b_runs > 1), eps, threshold_of(p), 1 / (1 - p), BLOCK_N=BLOCK_N,
-           BLOCK_D=triton.next_power_of_2(d), num_warps=warps)
+           h.stride(0), d, d * (w_runs > 1), d * (b_runs > 1), eps, threshold_of(p), 1 / (1 - p), **tiles,
+           num_warps=warps)
     return y, z, stats
 
 
@@ -149,14 +186,15 @@ def _add_norm_backward(dy: Tensor, z: Tensor, stats: Tensor, weight: Tensor, see
     (N, d), (w_runs,), seeds = dy.shape, _runs(weight), 1 if seed is None else len(seed)
     K = max(w_runs, b_runs, seeds)
     dy, w, seed = dense_rows(dy, weight.contiguous(), seed)
-    BLOCK_N, warps = configs.pick("add_norm_backward", row_class(d), dy.dtype, dy.device)
-    rows = max(-(-N // (PROGRAMS * BLOCK_N)), 1) * BLOCK_N
+    *tile, warps = configs.pick("add_norm_backward", row_class(d), dy.dtype, dy.device)
+    tiles = tiling(d, *tile)
+    rows = max(-(-N // (PROGRAMS * tiles["BLOCK_N"])), 1) * tiles["BLOCK_N"]
     blocks = -(-N // K // rows)
     shapes = (N, z.dtype), (N, dy.dtype), (K * blocks, torch.float32), (K * blocks, torch.float32)
     dx, dh, dw, db = (torch.empty((n, d) if want else (0,), dtype=dtype, device=dy.device) for (n, dtype), want in zip(shapes, wanted))
     launch(_norm_backward, K * blocks, dy, z, stats, w, seed, *(g if want else None for g, want in zip((dx, dh, dw, db), wanted)),
-           N // K, N, d, blocks, rows, N // seeds, dy.stride(0), d, d * (w_runs > 1), threshold_of(p), 1 / (1 - p), BLOCK_N=BLOCK_N,
-           BLOCK_D=triton.next_power_of_2(d), num_warps=warps)
+           N // K, N, d, blocks, rows, N // seeds, dy.stride(0), d, d * (w_runs > 1), threshold_of(p), 1 / (1 - p), **tiles,
+           num_warps=warps)
     dw, db = (g.view(n, K * blocks // n, d).sum(1) if want else g for g, n, want in zip((dw, db), (w_runs, b_runs), wanted[2:]))
     return dx, dh, dw.view(weight.shape).to(weight.dtype) if wanted[2] else dw, db
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import add_norm, dropout
-from kernels.add_norm import _add_norm, _add_norm_backward, add_norm_ref
+from kernels.add_norm import _add_norm, _add_norm_backward, add_norm_ref, tiling
 
 EPS, SEEDS = 1e-5, torch.tensor([7, -(2**62) + 12345, 2**40 + 5])
 
@@ -67,6 +67,14 @@ def test_more_rows_than_one_turn_of_a_program(device, p, monkeypatch):
     monkeypatch.setitem(add_norm.__globals__, "PROGRAMS", 2)
     assert_within_twice_the_references_error(inputs(90, 200, torch.float32, device=device), p, SEEDS[:1].to(device))
     assert_within_twice_the_references_error(inputs(90, 40, torch.float32, b_runs=3, device=device), p, SEEDS[:3].to(device))
+    assert_within_twice_the_references_error(inputs(30, 384, torch.float32, w_runs=3, device=device), p, SEEDS[:1].to(device))
+
+
+def test_tiles_leave_no_lane_idle_if_narrower_ones_can_help():
+    """Rows, tiles and columns of a tile."""
+    found = [tuple(tiling(d, 4, 256).values()) for d in (40, 384, 512, 768, 1000, 1024)]
+    assert found == [(16, 1, 64), (8, 3, 128), (4, 2, 256), (4, 3, 256), (4, 4, 256), (4, 4, 256)]
+    assert tiling(1536, 2, 1024) == {"BLOCK_N": 4, "BLOCKS": 3, "BLOCK_D": 512}
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (1, 3), (0, 2)], ids=str)
