@@ -155,6 +155,7 @@ def _norm_backward(dy_ptr, z_ptr, stats_ptr, w_ptr, seed_ptr, dx_ptr, dh_ptr, dw
 def tiling(d: int, BLOCK_N: int, BLOCK_D: int) -> dict[str, int]:
     """At most four tiles, side by side, that hold d columns: BLOCK_N rows and BLOCK_D columns each, or 2, 4 or 8 times as high and as many
     times narrower if that leaves fewer lanes idle."""
+    d = int(d)      # torch.compile may give a symbol
     shift = min((i for i in range(4) if d <= 4 * BLOCK_D >> i), key=lambda i: -d % (BLOCK_D >> i))
     return {"BLOCK_N": BLOCK_N << shift, "BLOCKS": -(-d // (BLOCK_D >> shift)), "BLOCK_D": BLOCK_D >> shift}
 
@@ -173,8 +174,7 @@ def _add_norm(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, seed: Tensor |
     tiles = tiling(d, *tile)
     blocks = -(-N // K // tiles["BLOCK_N"])
     launch(_norm_forward, K * blocks, x, h, w, b, seed, y, z if save else None, stats, N // K, N, d, blocks, N // seeds, x.stride(0),
-           h.stride(0), d, d * (w_runs > 1), d * (b_runs > 1), eps, threshold_of(p), 1 / (1 - p), **tiles,
-           num_warps=warps)
+           h.stride(0), d, d if w_runs > 1 else 0, d if b_runs > 1 else 0, eps, threshold_of(p), 1 / (1 - p), **tiles, num_warps=warps)
     return y, z, stats
 
 
@@ -193,7 +193,7 @@ def _add_norm_backward(dy: Tensor, z: Tensor, stats: Tensor, weight: Tensor, see
     shapes = (N, z.dtype), (N, dy.dtype), (K * blocks, torch.float32), (K * blocks, torch.float32)
     dx, dh, dw, db = (torch.empty((n, d) if want else (0,), dtype=dtype, device=dy.device) for (n, dtype), want in zip(shapes, wanted))
     launch(_norm_backward, K * blocks, dy, z, stats, w, seed, *(g if want else None for g, want in zip((dx, dh, dw, db), wanted)),
-           N // K, N, d, blocks, rows, N // seeds, dy.stride(0), d, d * (w_runs > 1), threshold_of(p), 1 / (1 - p), **tiles,
+           N // K, N, d, blocks, rows, N // seeds, dy.stride(0), d, d if w_runs > 1 else 0, threshold_of(p), 1 / (1 - p), **tiles,
            num_warps=warps)
     dw, db = (g.view(n, K * blocks // n, d).sum(1) if want else g for g, n, want in zip((dw, db), (w_runs, b_runs), wanted[2:]))
     return dx, dh, dw.view(weight.shape).to(weight.dtype) if wanted[2] else dw, db
