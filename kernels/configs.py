@@ -73,9 +73,10 @@ TABLE: dict[str, dict[tuple[int, int, int], tuple[int, ...]]] = {
     # rows, columns, warps; size as above
     "dropout": _rows({32: (64, 32, 4), 256: (16, 256, 4), 1024: (16, 256, 4), 4096: (16, 256, 4)}),
     # rows, columns of a tile, of which a row has up to four, warps; size as above
-    "add_norm_forward": _rows({32: (32, 32, 4), 256: (4, 256, 4), 1024: (4, 256, 4), 4096: (2, 1024, 8)}),
+    "add_norm_forward": {**_rows({32: (32, 32, 4), 256: (4, 256, 4), 1024: (4, 256, 4), 4096: (2, 1024, 8)}),
+                         **_rows({1024: (8, 256, 8)}, bits=16, arch=80)},
     "add_norm_backward": {**_rows({32: (32, 32, 4), 256: (8, 256, 8), 1024: (4, 256, 4), 4096: (2, 1024, 8)}),
-                          **_rows({1024: (8, 256, 8)}, bits=16, arch=100), **_rows({4096: (1, 1024, 4)}, arch=100)},
+                          **_rows({1024: (8, 256, 8)}, bits=16), **_rows({4096: (1, 1024, 4)}, arch=100)},
 }
 # the dropout words take registers, so with dropout tiles are smaller and more blocks fit on an SM
 for _name in ("attention_forward", "attention_backward_queries"):
