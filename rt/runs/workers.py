@@ -55,9 +55,10 @@ def spread(work: Callable[[T], Iterator[R]], items: Sequence[T], workers: int) -
     try:
         for _ in range(workers):
             ours, theirs = context.Pipe()
-            busy[ours] = context.Process(target=_serve, args=(work, items, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(work, items, theirs), daemon=True)
             with delayed():
-                busy[ours].start()
+                process.start()
+                busy[ours] = process
             theirs.close()      # otherwise the death of the worker would not close the pipe
         while busy:
             for pipe in wait(list(busy)):
