@@ -182,7 +182,7 @@ class First:
             yield f"time {words(case)}: {name}", partial(self.times, case, name)
         module = sys.modules["kernels.add_norm"]
         for row in self.few(*dict.fromkeys([configs.TABLE["add_norm_backward"][key], (1, 256, 1), (2, 256, 2), (4, 256, 4), (4, 256, 8)])):
-            for programs in self.few(module.PROGRAMS, 132, 396, 924):
+            for programs in self.few(module.PROGRAMS, 66, 264, 396):
                 yield f"tile add_norm_backward programs {programs}: {row}", partial(self.programs, module, programs, key, row, case)
 
     def programs(self, module: Any, programs: int, key: tuple, row: tuple, case: dict) -> dict:

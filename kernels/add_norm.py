@@ -32,7 +32,7 @@ from kernels import configs
 from kernels.common import dense_rows, launch, left_to_compiler, op, row_class, tl, triton, uses_triton
 from kernels.dropout import block_of_run, check_seed, dropout_ref, keep_tile, threshold_of
 
-PROGRAMS = 264      # programs that share the rows of a backward, each with its sums of 2 d numbers: two per SM of an H100, all at once
+PROGRAMS = 132      # programs of 8 warps that share the rows of a backward: one per SM of an H100, all at once. Each has 2 d sums
 RUNTIME = ["run", "N", "blocks", "seed_run", "threshold", "rows"]      # not recompiled if they are 1 or a multiple of 16
 
 
@@ -188,7 +188,7 @@ def _add_norm_backward(dy: Tensor, z: Tensor, stats: Tensor, weight: Tensor, see
     dy, w, seed = dense_rows(dy, weight.contiguous(), seed)
     *tile, warps = configs.pick("add_norm_backward", row_class(d), dy.dtype, dy.device)
     tiles = tiling(d, *tile)
-    rows = max(-(-N // (PROGRAMS * tiles["BLOCK_N"])), 1) * tiles["BLOCK_N"]
+    rows = max(-(-N // (PROGRAMS * 8 // warps * tiles["BLOCK_N"])), 1) * tiles["BLOCK_N"]
     blocks = -(-N // K // rows)
     shapes = (N, z.dtype), (N, dy.dtype), (K * blocks, torch.float32), (K * blocks, torch.float32)
     dx, dh, dw, db = (torch.empty((n, d) if want else (0,), dtype=dtype, device=dy.device) for (n, dtype), want in zip(shapes, wanted))

@@ -64,7 +64,7 @@ def test_runs_side_by_side(device, w_runs, b_runs, seeds):
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_more_rows_than_one_turn_of_a_program(device, p, monkeypatch):
-    monkeypatch.setitem(add_norm.__globals__, "PROGRAMS", 2)
+    monkeypatch.setitem(add_norm.__globals__, "PROGRAMS", 1)
     assert_within_twice_the_references_error(inputs(90, 200, torch.float32, device=device), p, SEEDS[:1].to(device))
     assert_within_twice_the_references_error(inputs(90, 40, torch.float32, b_runs=3, device=device), p, SEEDS[:3].to(device))
     assert_within_twice_the_references_error(inputs(30, 384, torch.float32, w_runs=3, device=device), p, SEEDS[:1].to(device))
