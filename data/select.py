@@ -7,7 +7,6 @@ import math
 import re
 import zlib
 from collections import Counter
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Iterable
 
@@ -52,13 +51,12 @@ def made_of(home: Path, task: Task, *what: object) -> Path:
 
 
 def write(folder: Path, documents: Iterable[tuple[str, str]]) -> None:
-    with ExitStack() as stack:
-        stack.enter_context(locked(folder, wait=True))      # as for the tokens of a corpus: several commands may need them at once
+    with locked(folder, wait=True):     # several commands may need one selection at once
         if folder.exists():
             return
-        new = stack.enter_context(atomic_folder(folder))
-        files = {part: (new / f"{part}.jsonl").open("w", encoding="utf-8") for part in PARTS}
-        for part, text in documents:
-            files[part].write(json.dumps({"text": text}) + "\n")
-        for file in files.values():
-            file.close()
+        with atomic_folder(folder) as new:
+            files = {part: (new / f"{part}.jsonl").open("w", encoding="utf-8") for part in PARTS}
+            for part, text in documents:
+                files[part].write(json.dumps({"text": text}) + "\n")
+            for file in files.values():
+                file.close()

@@ -31,7 +31,7 @@ def handled(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
 @contextmanager
 def delayed() -> Iterator[None]:
     """In the block, signals wait until its end. A fork needs this: an exception raised in one of its hooks, such as that of logging, is
-    printed and lost, and one raised just after it leaves a process that nobody ends."""
+    printed and lost, and one raised just after the fork leaves a process that its parent does not know."""
     came: list[int] = []
     with handled(lambda number, frame: came.append(number)):
         yield
