@@ -3,6 +3,10 @@
     PYTHONPATH=. python -m bench.first --out DIR                           needs torch, triton, numpy and tqdm; transformers for some steps
     PYTHONPATH=. python -m bench.first --out DIR --have OLD/first.jsonl    continues that call: what has a row in OLD is not repeated
 
+The first call's units take about 80 seconds on an H100. In the time that is left, by a second call if need be, come whole steps
+(bench.train), all cases of the kernels (bench.kernels), steps of deltas (bench.recycle), a sweep of deltas (bench.cell) on the demo's
+bases and, with --data, the claims. Their rows go to DIR too, what they print to DIR/NAME.log, bases and deltas to --home.
+
 What matters most comes first. A row goes to DIR/first.jsonl as soon as it is known, so the call may be cut off at any moment. A short
 table comes last. A kernel that breaks the CUDA context, hangs, or ends the process costs only its own row: a new process, or the same
 command again, does the rest. What failed or was wrong in OLD is tried again. Without a GPU, small shapes go through Triton's interpreter
@@ -12,34 +16,36 @@ import argparse
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
 import warnings
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterator
 from unittest.mock import patch
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # before the first product: some checks are deterministic
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # before the first product: it is then the same at every call
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench import cases
 from bench.machine import environment
 from bench.measure import distance, evaluate, passes, peak, sample, spread, timed, worst
 from bench.peers import PROBLEMS
-from bench.problem import deterministic, reference
+from bench.problem import reference
+from bench.steps import Step
 from kernels import configs, linear_loss
 
 TILES = {"attention_forward": ((128, 64, 8, 3), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 4), (128, 128, 8, 2), (128, 128, 8, 3),
                                (128, 64, 4, 3)),
-         "attention_backward_keys": ((64, 128, 8, 3), (64, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (32, 128, 8, 3)),
-         "attention_backward_queries": ((128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 8, 2))}
+         "attention_backward_keys": ((64, 128, 8, 3), (64, 64, 4, 3), (64, 128, 8, 4), (128, 64, 4, 2), (128, 128, 8, 2)),
+         "attention_backward_queries": ((128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 8, 4), (128, 64, 4, 3))}
 UNIT_SECONDS = 150      # a unit that takes longer hangs
+LEAST = 30              # seconds: with less time left, no other command is begun
 Units = Iterator[tuple[str, Callable[[], dict]]]
 
 
@@ -49,6 +55,7 @@ class First:
     def __init__(self, device: torch.device):
         self.device, self.cuda, self.dtype = device, device.type == "cuda", torch.bfloat16
         self.arch = configs.architecture(device)
+        self.B, self.S = (32, 512) if self.cuda else (1, 16)       # of a whole step
 
     def few(self, *items: Any) -> tuple:
         """All items on a GPU, two in a rehearsal."""
@@ -61,9 +68,10 @@ class First:
         yield from self.checks()
         for S in self.few(512, 128, 2048):
             yield from self.against_peers(S)
-        yield "parts attention", self.parts
-        for name in self.few("ours", "hf", "hf predicted rows"):
+        yield "parts attention", partial(self.parts, self.attention_step)
+        for name in self.few("ours", "hf", "hf predicted rows", "ours graphs"):
             yield f"step: {name}", partial(self.step, name)
+        yield "parts step", partial(self.parts, partial(self.masked_lm_step, "ours"))
         yield from self.tiles()
         yield from self.losses()
         yield from self.norms()
@@ -71,39 +79,36 @@ class First:
     # ---------------------------------------------------------------- correctness
 
     def checks(self) -> Units:
-        for exact in (True, False) if self.cuda else (True,):
-            yield "check every kernel" + ", deterministic" * exact, partial(self.every, exact)
+        yield "check every kernel", self.every
         small = [cases.attention(1024, 256, ragged=True, dropout=p, D=D) | {"H": 2} for D in (64, 128, 32) for p in (0.0, 0.1)]
         small += [cases.attention(512, 64, ragged=True, dropout=0.1) | {"H": 2}, cases.kd(64, 50265), cases.kd(64, 1000), cases.kd(64, 20),
                   *(cases.attention(8 * S, S, ragged=True, kernel="attention_kd") | {"H": 2} for S in (64, 256)),
                   cases.linear("linear_kd", 256, 5003), cases.linear("linear_cross_entropy", 256, 5003),
                   {"kernel": "hidden_mse", "B": 8, "L": 3, "d": 768}, cases.norm("add_norm", 256, 0.1), cases.norm("dropout", 256, 0.1)]
         for case in small if self.cuda else [cases.attention(32, 16, True, 0.1, D=32) | {"H": 1}, cases.kd(4, 33)]:
-            for name in ("ours", "ours deterministic") if case["kernel"] == "attention" else ("ours",):
-                yield f"check {words(case)}: {name}", partial(self.check, case, name)
+            yield f"check {words(case)}: ours", partial(self.check, case)
 
-    def every(self, exact: bool) -> dict:
-        """All kernels of tests/every_kernel.py against their references; deterministic kernels also against themselves, bit for bit."""
+    def every(self) -> dict:
+        """All kernels of tests/every_kernel.py against their references, and against themselves, bit for bit."""
         sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
         inputs, step = (getattr(importlib.import_module("every_kernel"), name) for name in ("inputs", "step"))
         i = inputs(self.device.type, self.dtype)
-        with deterministic() if exact else nullcontext():
-            ours, again = step(i), step(i) if self.cuda else None
+        ours, again = step(i), step(i) if self.cuda else None
         with reference():
             off = worst((a - b).norm().item() / b.norm().item() for a, b in zip(ours, step(i)))
         same = not self.cuda or all(map(torch.equal, ours, again))
-        return {"error_l2": off, "same": same, "right": off <= 5 * torch.finfo(self.dtype).eps and (same or not exact)}
+        return {"error_l2": off, "same": same, "right": off <= 5 * torch.finfo(self.dtype).eps and same}
 
-    def check(self, case: dict, name: str) -> dict:
+    def check(self, case: dict) -> dict:
         """The largest errors of ours and of the reference (same precision), over output and gradients. Right if ours is at most four times
         as large, and the reference is near the truth, so that the truth is one."""
         given, exact = (PROBLEMS[case["kernel"]](case, self.device, self.dtype, exact) for exact in (False, True))
         truth, found = evaluate(exact.truths["default"]()), {}
-        for which in (name, "reference"):
+        for which in ("ours", "reference"):
             errors = zip(evaluate(given.impls[which]()), truth, strict=True)
             found[which] = [distance(*pair)[0] for pair in errors]
-        right = all(a <= 4 * b + 1e-5 and b < 0.1 for a, b in zip(found[name], found["reference"]))
-        return {"error": worst(found[name]), "reference": worst(found["reference"]), "right": right}
+        right = all(a <= 4 * b + 1e-5 and b < 0.1 for a, b in zip(found["ours"], found["reference"]))
+        return {"error": worst(found["ours"]), "reference": worst(found["reference"]), "right": right}
 
     # ---------------------------------------------------------------- speed
 
@@ -122,41 +127,42 @@ class First:
     def against_peers(self, S: int) -> Units:
         for p in self.few(0.0, 0.1):
             case = self.attention(S, dropout=p)
-            names = ("ours", "sdpa cudnn", "sdpa flash", "sdpa efficient", "ours deterministic") if self.cuda else ("ours", "sdpa math")
+            names = ("ours", "sdpa cudnn", "sdpa flash", "sdpa efficient") if self.cuda else ("ours", "sdpa math")
             for name in names:
                 yield f"time {words(case)}: {name}", partial(self.times, case, name)
 
-    def parts(self) -> dict:
-        """Microseconds of each launch of one forward and backward, by the profiler."""
-        case = self.attention(512)
-        impl = PROBLEMS["attention"](case, self.device, self.dtype).impls["ours"]()
-        _, step = next(passes(impl._replace(passes=("both",))))
+    def parts(self, build: Callable[[], Callable]) -> dict:
+        """Microseconds of each kernel in one call of the step that `build` makes, by the profiler."""
+        step = build()
         step()
         with torch.profiler.profile() as profile:
             step()
-        events = sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)
-        return {e.key[:60]: e.self_device_time_total for e in events if e.self_device_time_total}
+        events = [e for e in profile.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+        return {e.key[:60]: e.self_device_time_total for e in sorted(events, key=lambda e: -e.self_device_time_total)}
+
+    def attention_step(self) -> Callable:
+        impl = PROBLEMS["attention"](self.attention(512), self.device, self.dtype).impls["ours"]()
+        return next(passes(impl._replace(passes=("both",))))[1]
 
     def tiles(self) -> Units:
         for kernel, rows in TILES.items():
-            name = "ours deterministic" if "queries" in kernel else "ours"
             for p in self.few(0.0, 0.1):
                 case = self.attention(512, dropout=p)
                 place = kernel + "_dropout" * (p > 0 and kernel + "_dropout" in configs.TABLE)
                 key = self.arch, case["D"] if case["S"] > 64 else -case["D"], 16
                 for row in dict.fromkeys([configs.TABLE[place][key], *rows] if self.cuda else [configs.TABLE[place][key]]):
-                    yield (f"tile {kernel} dropout {p}: {row}", partial(self.with_row, place, key, row, case, name, (
+                    yield (f"tile {kernel} dropout {p}: {row}", partial(self.with_row, place, key, row, case, (
                         "forward" if "forward" in kernel else "backward",)))
 
-    def with_row(self, table: str, key: tuple, row: tuple, case: dict, name: str, which: tuple[str, ...]) -> dict:
+    def with_row(self, table: str, key: tuple, row: tuple, case: dict, which: tuple[str, ...]) -> dict:
         """Times with another row of a tile table, and the largest error against the table's own row."""
-        shipped = evaluate(PROBLEMS[case["kernel"]](case, self.device, self.dtype).impls[name]())
+        shipped = evaluate(PROBLEMS[case["kernel"]](case, self.device, self.dtype).impls["ours"]())
         with patch.dict(configs.TABLE[table], {key: row}):
-            found = evaluate(PROBLEMS[case["kernel"]](case, self.device, self.dtype).impls[name]())
+            found = evaluate(PROBLEMS[case["kernel"]](case, self.device, self.dtype).impls["ours"]())
             off = worst(distance(*pair)[0] for pair in zip(found, shipped, strict=True))
             del found, shipped
             wrong = {} if off < 0.02 else {"failed": f"differs from the shipped tile by {off:.3f}"}
-            return self.times(case, name, which) | {"off": off} | wrong
+            return self.times(case, which=which) | {"off": off} | wrong
 
     def losses(self) -> Units:
         kd = cases.linear("linear_kd", 4096) if self.cuda else cases.linear("linear_kd", 4, 200, 16)
@@ -173,7 +179,7 @@ class First:
 
     def chunk(self, bits: int, key: tuple, row: tuple, case: dict) -> dict:
         with patch.object(linear_loss, "CHUNK_BYTES", 2**bits):
-            return self.with_row("linear_loss", key, row, case, "ours", ("both",))
+            return self.with_row("linear_loss", key, row, case, ("both",))
 
     def norms(self) -> Units:
         case = cases.norm("add_norm", 16384, 0.1) if self.cuda else cases.norm("add_norm", 8, 0.1, 32)
@@ -187,40 +193,34 @@ class First:
 
     def programs(self, module: Any, programs: int, key: tuple, row: tuple, case: dict) -> dict:
         with patch.object(module, "PROGRAMS", programs):
-            return self.with_row("add_norm_backward", key, row, case, "ours", ("backward",))
+            return self.with_row("add_norm_backward", key, row, case, ("backward",))
 
     def step(self, name: str) -> dict:
-        """A masked-LM step of the base preset, 32 sequences of 512 tokens with 15 % predicted. Hugging Face's runs as shipped, and with
-        scores of predicted rows only."""
+        """Milliseconds of `masked_lm_step`."""
+        step, turns = self.masked_lm_step(name), 5 if self.cuda else 1
+        for _ in range(turns):
+            step()
+        ms = spread([sample(step, self.cuda, turns) for _ in range(turns)])[0]
+        return {"step": ms, "tokens_per_s": self.B * self.S / ms * 1e3, "peak_mb": peak(step, 0) if self.cuda else None}
+
+    def masked_lm_step(self, name: str) -> Step:
+        """A masked-LM step of the base preset, 32 sequences of 512 tokens with 15 % predicted: ours, also with forward and backward as a
+        CUDA graph; Hugging Face's as shipped, and with scores of predicted rows only."""
         from rt.model import PRESETS, Batch, EncoderConfig, new_masked_lm
-        from rt.optim import adamw, autocast
         from rt.pretrain import mlm_loss
         config = EncoderConfig(50265, **PRESETS["base"]) if self.cuda else EncoderConfig(90, **PRESETS["tiny"])
-        B, S, turns = (32, 512, 5) if self.cuda else (1, 16, 1)
+        B, S = self.B, self.S
         ids = torch.randint(5, config.vocab_size, (B * S,), generator=torch.Generator().manual_seed(0))
         rows = torch.arange(0, B * S, 7)
         batch = Batch(ids, torch.arange(B + 1, dtype=torch.int32) * S, S, labels=ids[rows], predict=rows).to(self.device)
-        if name == "ours":
+        if name.startswith("ours"):
             model = new_masked_lm(config, 0).to(self.device).train()
             loss: Callable[[], Tensor] = partial(mlm_loss, model, batch)
         else:
             from bench.roberta import masked_lm_losses, peer
             model = peer("RobertaForMaskedLM", config).to(self.device).train()
             loss = masked_lm_losses(model, batch, config.pad_id)[name.removeprefix("hf")]
-        optimizer = adamw(model.parameters(), 1e-6, 0.01)
-
-        def step() -> None:
-            with autocast(self.device, self.dtype):
-                value = loss()
-            value.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        for _ in range(turns):
-            step()
-        ms = spread([sample(step, self.cuda, turns) for _ in range(turns)])[0]
-        return {"step": ms, "tokens_per_s": B * S / ms * 1e3, "peak_mb": peak(step, 0) if self.cuda else None}
+        return Step(model, loss, self.dtype, graph="graphs" in name)
 
 
 # ---------------------------------------------------------------- the call
@@ -289,6 +289,43 @@ def run(first: First, path: Path, rows: list[dict], end: float, argv: list[str])
                 torch.cuda.empty_cache()
 
 
+def commands(out: Path, home: Path, data: str | None) -> Iterator[tuple[str, bool, list[str]]]:
+    """What follows the units: a name, whether the command takes --budget, and its arguments."""
+    for name in ("train --sizes base --dropouts 0.1", "kernels", "recycle"):
+        script, *flags = name.split()
+        yield script, True, ["-m", f"bench.{script}", "--json", str(out / f"{script}.jsonl"), "--resume", *flags]
+    bases, old = home / "demo", home / "old-delta"
+    if not (bases / "M1").exists():
+        yield "demo", False, ["train.py", "--out", str(bases), *(["--resume"] if bases.exists() else [])]
+    if not old.exists():
+        yield "old-delta", False, ["train.py", "--mode", "tune", "--base", str(bases / "M0"), "--delta", "adapter", "--out", str(old)]
+    yield "cell", False, ["-m", "bench.cell", "--json", str(out / "cell.jsonl"), "--old_base", str(bases / "M0"), "--base",
+                          str(bases / "M1"), "--old_delta", str(old)]
+    if data:
+        yield "claims", True, ["-m", "experiments.claims", "--data", data, "--home", str(home / "claims"), "--results", str(out)]
+
+
+def follow(out: Path, home: Path, data: str | None, rows: list[dict], end: float) -> None:
+    """Run the commands in order until the time is over. One that takes no budget is not repeated after it succeeded."""
+    done = {row["command"] for row in rows if row.get("code") == 0}
+    for name, budget, arguments in commands(out, home, data):
+        left = end - time.time()
+        if left < LEAST:
+            return
+        if name in done and not budget:
+            continue
+        start, file = time.perf_counter(), out / f"{name}.log"
+        with file.open("a") as log:
+            try:
+                code = subprocess.run([sys.executable, *arguments, *(["--budget", f"{left:.0f}"] if budget else [])], stdout=log,
+                                      stderr=log, timeout=left + LEAST).returncode
+            except subprocess.TimeoutExpired:
+                code = None
+        rows.append({"command": name, "code": code, "seconds": round(time.perf_counter() - start, 2)})
+        with (out / "first.jsonl").open("a") as rows_file:
+            print(json.dumps(rows[-1]), file=rows_file)
+
+
 def shown(row: dict) -> dict:
     return {k: v for k, v in row.items() if k not in ("unit", "seconds")}
 
@@ -314,7 +351,8 @@ def table(rows: list[dict]) -> str:
                 rate = "".join(f", {v:.0f} {unit}" for unit, v in rates.items())
                 beside = f"; best other {best} {others[best]:.3f} ms = {others[best] / ours[own]:.2f}" if best else ""
                 out.append(f"{kind} {each}: {own} {ours[own]:.3f} ms{rate}{beside}")
-    out += [f"{r['unit']}: {shown(r)}" for r in rows if r.get("unit", "")[:5] == "parts"]
+    out += [f"{r['unit']}: {dict(list(shown(r).items())[:8])}" for r in rows if r.get("unit", "")[:5] == "parts"]
+    out += [f"{r['command']}: code {r['code']} after {r['seconds']:.0f} s" for r in rows if "command" in r]
     return "\n".join(out + [f"failed {r['unit']}: {r['failed']}" for r in rows if "failed" in r])
 
 
@@ -324,6 +362,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of first.jsonl")
     parser.add_argument("--have", type=Path, help="rows of an earlier call; those of --out are known anyway")
     parser.add_argument("--seconds", type=float, default=420, help="nothing is begun later")
+    parser.add_argument("--home", type=Path, default=Path("runs/first"), help="folder of the bases and deltas that later commands need")
+    parser.add_argument("--data", help="folder with corpora/ and tasks/, for the claims")
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     asked = parser.parse_args(argv)
     end = asked.until or time.time() + asked.seconds
@@ -337,7 +377,12 @@ def main(argv: list[str] | None = None) -> None:
     if first.cuda and not path.exists():    # the shipped programs, by all cores and into Triton's cache, while the first checks run
         subprocess.Popen([sys.executable, "-m", "bench.compile_check", "--arch", str(first.arch), "--dtype", "bf16"],
                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for old_file in asked.have.parent.glob("*.jsonl") if asked.have else ():     # rows that other commands continue
+        if old_file.name != path.name and not (asked.out / old_file.name).exists():
+            shutil.copy(old_file, asked.out)
     run(first, path, rows, end, argv)
+    if first.cuda:
+        follow(asked.out, asked.home, asked.data, rows, end)
     print(table(rows))
 
 

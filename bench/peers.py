@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.measure import captured
-from bench.problem import Draws, Impl, Problem, against_eager, compiled, deterministic, leaf, reference, wide, work
+from bench.problem import Draws, Impl, Problem, against_eager, compiled, leaf, reference, wide, work
 from kernels import add_norm, dropout, linear_loss
 from kernels.attention import attention_qkv
 from kernels.attention_kd import attention_kd
@@ -106,7 +106,7 @@ def attention_problem(case: dict, device: torch.device, dtype: torch.dtype, exac
     names = {"flash": "FLASH_ATTENTION", "math": "MATH"}
     if device.type == "cuda":
         names |= {"cudnn": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
-    impls = {"ours": ours, "ours deterministic": lambda: ours(deterministic)}
+    impls = {"ours": ours}
     impls |= {f"sdpa {name}": lambda backend=backend: sdpa(backend) for name, backend in names.items()}
     if layout.ragged:       # the mask that Hugging Face passes; torch then chooses
         impls["sdpa wide mask"] = lambda: sdpa(*names.values(), wide_mask=True)

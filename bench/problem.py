@@ -1,8 +1,8 @@
 """A measured problem: implementations of one job, with the same rounded inputs for all of them."""
 import os
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -40,19 +40,6 @@ def work(forward: float, backward: float) -> dict[str, float]:
 def reference() -> patch.dict:
     """Inside this context, our functions run as their plain PyTorch references."""
     return patch.dict(os.environ, RT_KERNELS="ref")
-
-
-@contextmanager
-def deterministic() -> Iterator[None]:
-    """torch.use_deterministic_algorithms without its debugging aid, which first writes NaN into every fresh tensor."""
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def compiled(function: Callable) -> Callable:

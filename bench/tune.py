@@ -24,9 +24,10 @@ def searches(cuda: bool) -> Iterator[tuple[str, int, dict, str, str]]:
     """(kernel of configs.TABLE, size of its row, and the case, implementation and pass that measure it)."""
     for D, S in ((64, 512), (128, 512), (64, 64), (32, 512)):
         for kernel, impl, which in (("attention_forward", "ours", "forward"), ("attention_backward_keys", "ours", "backward"),
-                                    ("attention_backward_queries", "ours deterministic", "backward"),
+                                    ("attention_backward_queries", "ours", "backward"),
                                     ("attention_forward_dropout", "ours", "forward"),
-                                    ("attention_backward_queries_dropout", "ours deterministic", "backward"),
+                                    ("attention_backward_keys_dropout", "ours", "backward"),
+                                    ("attention_backward_queries_dropout", "ours", "backward"),
                                     ("attention_kd_forward", "ours", "forward"), ("attention_kd_backward", "ours", "backward")):
             case = cases.attention(16384, S, D=D, dropout=0.1 * ("dropout" in kernel),
                                    kernel="attention_kd" if "kd" in kernel else "attention")

@@ -7,16 +7,15 @@ Forward: one program per block of queries of one sequence and head, with an onli
 
     dV = (keep P / (1-p))^T dout    dP = keep (dout V^T) / (1-p)    dS = P (dP - delta)    dQ = scale dS K    dK = scale dS^T Q
 
-dQ is computed in one of two ways. `_backward_keys` loops over the queries for one block of keys and adds its share of dQ in fp32 with
-atomics: five matrix products per tile. Under torch.use_deterministic_algorithms, `_backward_queries` computes dQ in a second launch that
-recomputes S and dP: seven products. For 32 x 512 tokens, H 12, D 64, this is 64 GFLOP and 0.3 GB of L2 and memory traffic against 90
-GFLOP. The atomics win if matrix products run below 0.7 PFLOP/s.
+The backward takes two launches: `_backward_queries` computes dQ and delta, `_backward_keys` dK and dV. Both compute S and dP, which makes
+seven matrix products per tile. Five are enough if each block of keys adds its share of dQ in fp32 with atomics; on an H100 that was slower
+in five cases of six (.338 against .282 ms for 32 x 512 tokens, H 12, D 64: docs/kernels.md), and its sums had no fixed order.
 
 keep is a function of the seed, the head and the two tokens (kernels/dropout.py). It is recomputed whenever it is needed.
 
-Limits: D up to 128 (32, 64 and 128 natively, others padded); fp16, bf16, and fp32 by three TF32 products (slower, and with the split
-backward only); fp32 sums; within a sequence, tokens times the token stride stay below 2^31. float64 takes the reference. Not
-differentiable twice. Tested in Triton's interpreter; compiled for sm_80, 90, 100.
+Limits: D up to 128 (32, 64 and 128 natively, others padded); fp16, bf16, and fp32 by three TF32 products (slower); fp32 sums; within a
+sequence, tokens times the token stride stay below 2^31. float64 takes the reference. Not differentiable twice. Tested in Triton's
+interpreter and on an H100; compiled for sm_80, 90, 100.
 """
 import itertools
 from typing import Any
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import configs
-from kernels.attention_kernels import _backward_keys, _backward_queries, _backward_rows, _forward, programs
+from kernels.attention_kernels import _backward_keys, _backward_queries, _forward, programs
 from kernels.common import LOG2E, check_cu_seqlens, dense_rows, launch, op, uses_triton
 from kernels.dropout import check_seed, dropout_words, threshold_of, words_ref
 
@@ -141,23 +140,14 @@ def _attention_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, wor
     (q, k, v), (dq, dk, dv) = dense_rows(qkv)[0].unbind(1), dqkv.unbind(1)
     (N, H, D), B, dropped = q.shape, len(cu_seqlens) - 1, "_dropout" if dropout_p else ""
     dout, rows = dout.contiguous(), torch.empty(H, N, 4 if dropout_p else 2, dtype=torch.int32, device=q.device)
-    BLOCK = 8192 // (D * q.element_size())      # 8 KB per tile
-    blocks = -(-N // BLOCK)
-    launch(_backward_rows, blocks * H, out, dout, lse, words, rows, N, H, blocks, D=D, DROPOUT=dropout_p > 0, BLOCK=BLOCK)
-    atomic = q.dtype != torch.float32 and not torch.are_deterministic_algorithms_enabled()
-    sums = torch.zeros(N, H, D, dtype=torch.float32, device=q.device) if atomic else dq
-    BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_backward_keys", size_class(D, max_seqlen), q.dtype, q.device)
-    count, blocks = programs(N, B, max_seqlen, BLOCK_K)
     scales = scale, scale * LOG2E, threshold_of(dropout_p), 1 / (1 - dropout_p)
-    launch(_backward_keys, count * H, q, k, v, dout, rows, sums, dk, dv, cu_seqlens, words, *_strides(q, k, v), dk.stride(0),
-           N, H, B, blocks, *scales, D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0, ATOMIC=atomic,
-           num_warps=warps, num_stages=stages)
-    if atomic:
-        dq.copy_(sums)
-        return dqkv
     BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_backward_queries" + dropped, size_class(D, max_seqlen), q.dtype, q.device)
     count, blocks = programs(N, B, max_seqlen, BLOCK_Q)
-    launch(_backward_queries, count * H, q, k, v, dout, rows, dq, cu_seqlens, words, *_strides(q, k, v), dq.stride(0), N, H, B, blocks,
+    launch(_backward_queries, count * H, q, k, v, out, dout, lse, rows, dq, cu_seqlens, words, *_strides(q, k, v), dq.stride(0), N, H, B,
+           blocks, *scales, D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0, num_warps=warps, num_stages=stages)
+    BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_backward_keys" + dropped, size_class(D, max_seqlen), q.dtype, q.device)
+    count, blocks = programs(N, B, max_seqlen, BLOCK_K)
+    launch(_backward_keys, count * H, q, k, v, dout, rows, dk, dv, cu_seqlens, words, *_strides(q, k, v), dk.stride(0), N, H, B, blocks,
            *scales, D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0, num_warps=warps, num_stages=stages)
     return dqkv
 

@@ -109,31 +109,11 @@ def _forward(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_ptr, words_ptr,    # (N, 
 # ---------------------------------------------------------------- backward
 
 @triton.jit(do_not_specialize=RUNTIME)
-def _backward_rows(out_ptr, dout_ptr, lse_ptr, words_ptr, rows_ptr, N, H, blocks,     # (N, H, D) x 2, (H, N), (H, N, 4), (H, N, 4 or 2)
-                   D: tl.constexpr, DROPOUT: tl.constexpr, BLOCK: tl.constexpr):
-    """The values the backward reads per query, side by side: the bits of lse and of delta_i = out_i . dout_i = sum_j P_ij dP_ij, which
-    the softmax's gradient subtracts from dP; then the words a and b."""
-    block, h = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
-    n = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    out = _tile(out_ptr + h * D, H * D, n, N, D).to(tl.float32)
-    dout = _tile(dout_ptr + h * D, H * D, n, N, D).to(tl.float32)
-    delta = tl.sum(out * dout, 1).to(tl.int32, bitcast=True)[:, None]
-    lse = tl.load(lse_ptr + h * N + n, mask=n < N).to(tl.int32, bitcast=True)[:, None]
-    W: tl.constexpr = 4 if DROPOUT else 2
-    j = tl.arange(0, W)[None, :]
-    row = tl.where(j == 0, lse, delta)
-    if DROPOUT:     # a and b go to columns 2 and 3
-        row = tl.where(j < 2, row, tl.load(words_ptr + (h * N + n)[:, None] * 4 + j - 2, mask=(n[:, None] < N) & (j > 1)))
-    tl.store(rows_ptr + (h * N + n)[:, None] * W + j, row, mask=n[:, None] < N)
-
-
-@triton.jit(do_not_specialize=RUNTIME)
-def _backward_keys(q_ptr, k_ptr, v_ptr, dout_ptr, rows_ptr, dq_ptr, dk_ptr, dv_ptr, cu_ptr, words_ptr,
+def _backward_keys(q_ptr, k_ptr, v_ptr, dout_ptr, rows_ptr, dk_ptr, dv_ptr, cu_ptr, words_ptr,
                    q_stride, q_head, k_stride, k_head, v_stride, v_head, dk_stride, N, H, B, blocks, scale, qk_scale,
-                   threshold, keep_scale, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr,
-                   ATOMIC: tl.constexpr):
+                   threshold, keep_scale, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr):
     """dK and dV of BLOCK_K keys, stored with stride dk_stride between tokens. Tiles are keys x queries, so neither P nor dS is
-    transposed for dK and dV. With ATOMIC, also the keys' share of dQ (fp32, contiguous)."""
+    transposed."""
     block, h, _, start, length = _locate(cu_ptr, blocks, B, H, BLOCK_K)
     if block * BLOCK_K >= length:
         return
@@ -143,7 +123,6 @@ def _backward_keys(q_ptr, k_ptr, v_ptr, dout_ptr, rows_ptr, dq_ptr, dk_ptr, dv_p
     k, v = _tile(k_ptr, k_stride, cols, length, D), _tile(v_ptr, v_stride, cols, length, D)
     q_ptr += start * q_stride + h * q_head
     dout_ptr += (start * H + h) * D
-    dq_ptr += (start * H + h) * D
     W: tl.constexpr = 4 if DROPOUT else 2
     rows_ptr += (h * N + start) * W
     if DROPOUT:
@@ -157,8 +136,6 @@ def _backward_keys(q_ptr, k_ptr, v_ptr, dout_ptr, rows_ptr, dq_ptr, dk_ptr, dv_p
         lse, delta = column(row, 0).to(tl.float32, bitcast=True), column(row, 1).to(tl.float32, bitcast=True)
         s = _product(k, k_ptr, k_stride, cols, length, q, q_ptr, q_stride, rows, length, D)      # (keys, queries)
         p = tl.exp2(s * qk_scale - lse[None, :])
-        if ATOMIC:      # keys past the end: their rows of dK and dV are not stored, but dQ sums over them
-            p = tl.where(cols[:, None] < length, p, 0.0)
         dp = _product(v, v_ptr, v_stride, cols, length, dout, dout_ptr, H * D, rows, length, D)
         p_kept = p
         if DROPOUT:
@@ -170,9 +147,6 @@ def _backward_keys(q_ptr, k_ptr, v_ptr, dout_ptr, rows_ptr, dq_ptr, dk_ptr, dv_p
         dv = tl.dot(p_kept.to(dout.dtype), dout, dv, input_precision="tf32x3")
         ds = (p * (dp - delta[None, :])).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision="tf32x3")
-        if ATOMIC:
-            tl.atomic_add(dq_ptr + rows[:, None] * (H * D) + tl.arange(0, D)[None, :],
-                          tl.dot(tl.trans(ds), k, input_precision="tf32x3") * scale, mask=rows[:, None] < length, sem="relaxed")
     place = start * dk_stride + h * D + cols[:, None] * dk_stride + tl.arange(0, D)[None, :]
     inside = cols[:, None] < length
     tl.store(dk_ptr + place, (dk * scale).to(dk_ptr.dtype.element_ty), mask=inside)
@@ -180,10 +154,11 @@ def _backward_keys(q_ptr, k_ptr, v_ptr, dout_ptr, rows_ptr, dq_ptr, dk_ptr, dv_p
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def _backward_queries(q_ptr, k_ptr, v_ptr, dout_ptr, rows_ptr, dq_ptr, cu_ptr, words_ptr,
+def _backward_queries(q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, rows_ptr, dq_ptr, cu_ptr, words_ptr,
                       q_stride, q_head, k_stride, k_head, v_stride, v_head, dq_stride, N, H, B, blocks, scale, qk_scale,
                       threshold, keep_scale, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr):
-    """dQ of BLOCK_Q queries in a fixed order of summation: the deterministic path."""
+    """dQ of BLOCK_Q queries; and, side by side in rows_ptr (H, N, 4 or 2), what `_backward_keys` reads of each query: the bits of lse and
+    of delta_i = out_i . dout_i = sum_j P_ij dP_ij, which the softmax's gradient subtracts from dP, and the words a and b."""
     block, h, _, start, length = _locate(cu_ptr, blocks, B, H, BLOCK_Q)
     if block * BLOCK_Q >= length:
         return
@@ -194,13 +169,17 @@ def _backward_queries(q_ptr, k_ptr, v_ptr, dout_ptr, rows_ptr, dq_ptr, cu_ptr, w
     q_ptr += start * q_stride + h * q_head
     dout_ptr += (start * H + h) * D
     q, dout = _tile(q_ptr, q_stride, rows, length, D), _tile(dout_ptr, H * D, rows, length, D)
+    out = _tile(out_ptr + (start * H + h) * D, H * D, rows, length, D)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    lse = tl.load(lse_ptr + h * N + start + rows, mask=inside, other=0.0)
     W: tl.constexpr = 4 if DROPOUT else 2
-    rows_ptr += (h * N + start) * W
-    lse = bits(rows_ptr, rows, length, 0, W).to(tl.float32, bitcast=True)
-    delta = bits(rows_ptr, rows, length, 1, W).to(tl.float32, bitcast=True)
+    j = tl.arange(0, W)[None, :]
+    row = tl.where(j == 0, lse.to(tl.int32, bitcast=True)[:, None], delta.to(tl.int32, bitcast=True)[:, None])
     if DROPOUT:
         words_ptr += (h * N + start) * 4
-        a, b = bits(rows_ptr, rows, length, 2, W), bits(rows_ptr, rows, length, 3, W)
+        a, b = bits(words_ptr, rows, length, 0, 4), bits(words_ptr, rows, length, 1, 4)
+        row = tl.where(j < 2, row, tl.where(j == 2, a[:, None], b[:, None]))
+    tl.store(rows_ptr + (h * N + start + rows)[:, None] * W + j, row, mask=inside[:, None])
     dq = tl.zeros((BLOCK_Q, D), tl.float32)
     for n in range(0, length, BLOCK_K):
         cols = n + tl.arange(0, BLOCK_K)

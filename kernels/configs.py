@@ -49,7 +49,8 @@ TABLE: dict[str, dict[tuple[int, int, int], tuple[int, ...]]] = {
         **_rows({32: (64, 32, 4, 2), 64: (64, 32, 8, 2), 128: (64, 16, 8, 2)}, bits=32),
         **_rows({-32: (64, 32, 4, 2), -64: (64, 32, 8, 2), -128: (64, 16, 8, 2)}, bits=32),
         **_rows({128: (64, 64, 8, 2), -128: (64, 64, 8, 2)}, bits=16, arch=80),
-        **_rows({64: (32, 32, 8, 2), -64: (32, 32, 8, 2)}, bits=32, arch=80)},
+        **_rows({64: (32, 32, 8, 2), -64: (32, 32, 8, 2)}, bits=32, arch=80),
+        **_rows({128: (64, 16, 4, 1), -128: (64, 16, 4, 1)}, bits=32, arch=90)},
     # queries, keys, warps, stages; size: the larger head dimension of student and teacher, negative as above
     "attention_kd_forward": {
         **_rows({32: (128, 64, 8, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 2)}, bits=16),
@@ -69,17 +70,19 @@ TABLE: dict[str, dict[tuple[int, int, int], tuple[int, ...]]] = {
     # columns, warps, columns that each part of the row gets at a time; the first divided by the last must fill the warps' vector loads
     "kd_loss_forward": {**_rows({32: (32, 1, 1), 256: (256, 1, 1), 1024: (1024, 4, 1), 4096: (4096, 4, 4)}),
                         **_rows({1024: (1024, 8, 1)}, arch=100)},
-    "linear_loss": _rows({32: (32, 1, 1), 256: (256, 1, 1), 1024: (1024, 4, 2), 4096: (2048, 4, 4)}),
+    "linear_loss": {**_rows({32: (32, 1, 1), 256: (256, 1, 1), 1024: (1024, 4, 2), 4096: (2048, 4, 4)}),
+                    **_rows({4096: (2048, 8, 2)}, arch=90)},
     # rows, columns, warps; size as above
     "dropout": _rows({32: (64, 32, 4), 256: (16, 256, 4), 1024: (16, 256, 4), 4096: (16, 256, 4)}),
     # rows, columns of a tile, of which a row has up to four, warps; size as above
     "add_norm_forward": {**_rows({32: (32, 32, 4), 256: (4, 256, 4), 1024: (4, 256, 4), 4096: (2, 1024, 8)}),
                          **_rows({1024: (8, 256, 8)}, bits=16, arch=80)},
     "add_norm_backward": {**_rows({32: (32, 32, 4), 256: (8, 256, 8), 1024: (4, 256, 4), 4096: (2, 1024, 8)}),
-                          **_rows({1024: (8, 256, 8)}, bits=16), **_rows({4096: (1, 1024, 4)}, arch=100)},
+                          **_rows({1024: (8, 256, 8)}, bits=16), **_rows({1024: (1, 256, 1)}, bits=16, arch=90),
+                          **_rows({4096: (1, 1024, 4)}, arch=100)},
 }
 # the dropout words take registers, so with dropout tiles are smaller and more blocks fit on an SM
-for _name in ("attention_forward", "attention_backward_queries"):
+for _name in ("attention_forward", "attention_backward_queries", "attention_backward_keys"):
     TABLE[_name + "_dropout"] = {**TABLE[_name], **_rows({32: (64, 64, 4, 3), 64: (64, 64, 4, 3)}, bits=16)}
 TABLE["attention_backward_queries_dropout"] |= _rows({64: (128, 64, 8, 2)}, bits=16, arch=80)
 _arch: int | None = None        # set by compile_check, which compiles for absent devices

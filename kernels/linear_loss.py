@@ -31,7 +31,7 @@ from kernels import configs
 from kernels.common import LOG2E, dense_rows, launch, op, row_class, tl, triton, uses_triton
 from kernels.kd_loss import add, flags, kd_loss_ref, load_fp32, parts, read_label, row_loss, tile, tile_grad
 
-CHUNK_BYTES = 2**29     # all logits of a chunk together; tests lower it
+CHUNK_BYTES = 2**30     # all logits of a chunk together; tests lower it
 
 
 # ---------------------------------------------------------------- references

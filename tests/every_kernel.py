@@ -54,7 +54,5 @@ def step(i: dict) -> list[torch.Tensor]:
 
 
 if __name__ == "__main__":
-    for deterministic in (False, True):
-        torch.use_deterministic_algorithms(deterministic, warn_only=True)
-        assert all(torch.isfinite(g).all() for g in step(inputs(sys.argv[1])))
+    assert all(torch.isfinite(g).all() for g in step(inputs(sys.argv[1])))
     print("done")

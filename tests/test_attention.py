@@ -120,10 +120,9 @@ def assert_within_twice_the_references_error(qkv, cu, prefix=None, atol=2e-6, **
         assert err <= budget, f"error {err:.2e}, budget {budget:.2e}"
 
 
-@pytest.mark.parametrize("deterministic", [False, True], indirect=True, ids=["atomic", "split"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_kernels_are_the_reference_with_every_gradient(device, dtype, dropout_p, deterministic):
+def test_kernels_are_the_reference_with_every_gradient(device, dtype, dropout_p):
     qkv, cu = inputs(dtype, (5, 0, 1, 70, 130), H=2)
     assert_within_twice_the_references_error(qkv.detach().to(device).requires_grad_(), cu.to(device), dropout_p=dropout_p, seed=2**40 + 5)
 
@@ -154,10 +153,9 @@ def test_every_block_of_a_sequence_has_a_program_and_at_most_one_too_many():
     assert programs(32 * 512, 32, 512, 128) == (128, 4) and programs(32 * 60, 32, 60, 64) == (32, 1)
 
 
-@pytest.mark.parametrize("deterministic", [False, True], indirect=True, ids=["atomic", "split"])
 @pytest.mark.parametrize("P, lengths, dtype", [(20, (500, 30), torch.bfloat16), (70, (90, 0, 1), torch.float16),
                                                (20, (40, 1), torch.float32)])
-def test_prefix_beside_the_kernels(device, P, lengths, dtype, deterministic):
+def test_prefix_beside_the_kernels(device, P, lengths, dtype):
     qkv, cu = inputs(dtype, lengths, H=4)
     assert_within_twice_the_references_error(qkv.detach().to(device).requires_grad_(), cu.to(device),
                                              prefix_of(P, 4, 32, device, torch.float32),
@@ -294,7 +292,9 @@ def test_one_graph_under_torch_compile(device):
 
     compiled = torch.compile(f, fullgraph=True, backend="inductor" if device.type == "cuda" else "aot_eager")
     torch.testing.assert_close(compiled(qkv, cu), f(qkv, cu))
-    torch.testing.assert_close(torch.autograd.grad(compiled(qkv, cu), qkv), torch.autograd.grad(f(qkv, cu), qkv))
+    (ours, expected), eps = (torch.autograd.grad(g(qkv, cu), qkv)[0] for g in (compiled, f)), torch.finfo(qkv.dtype).eps
+    # fused, the sum of the two gradients of q is rounded once; eagerly each of them is rounded before, relative to its own size
+    torch.testing.assert_close(ours, expected, atol=eps * expected.abs().max().item(), rtol=eps)
 
 
 @pytest.mark.gpu
@@ -317,9 +317,9 @@ def test_a_captured_graph_reads_new_inputs_and_draws_new_masks(device):
     torch.testing.assert_close(plain, attention(*x.unbind(1), cu, 100))
 
 
-@pytest.mark.parametrize("deterministic", [True], indirect=True)
-def test_deterministic_gradients_are_equal_bit_for_bit(device, deterministic):
-    qkv, cu = inputs(torch.float16, (130, 70), H=1)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_are_equal_bit_for_bit_at_every_call(device, dtype):
+    qkv, cu = inputs(dtype, (130, 70), H=1)
     qkv, cu = qkv.detach().to(device).requires_grad_(), cu.to(device)
     for a, b in zip(everything(attention, qkv, cu), everything(attention, qkv, cu)):
         assert torch.equal(a, b)
@@ -327,7 +327,8 @@ def test_deterministic_gradients_are_equal_bit_for_bit(device, deterministic):
 
 def test_what_the_kernels_cannot_do(device, monkeypatch):
     one = torch.randn(1, 1, 32, device=device)
-    assert torch.equal(attention(one, one, one, torch.tensor([0, 1], dtype=torch.int32, device=device), 1), one)    # one token is possible
+    alone = attention(one, one, one, torch.tensor([0, 1], dtype=torch.int32, device=device), 1)     # one token is possible
+    torch.testing.assert_close(alone, one)      # three TF32 products on a GPU: not all bits of an fp32 number
     q, cu = torch.zeros(4, 1, 160, device=device, dtype=torch.float16), torch.tensor([0, 4], dtype=torch.int32, device=device)
     with pytest.raises(ValueError, match="up to 128"):
         attention(q, q, q, cu, 4)

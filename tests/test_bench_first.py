@@ -1,12 +1,18 @@
 """bench.first in Triton's interpreter: each part runs once, an interrupted call resumes, and the table states the results."""
+import importlib
 import json
 import os
+import subprocess
 import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench import first
+from rt.runs.config import parse
 
 
 @pytest.fixture
@@ -81,6 +87,38 @@ def test_a_unit_that_was_cut_off_is_tried_again_and_one_that_ends_the_process_tw
     assert first.known(tmp_path / "first.jsonl") == []
     (tmp_path / "begun").write_text("check a\ncheck a\n")
     assert first.known(tmp_path / "first.jsonl") == [{"unit": "check a", "failed": "it ended the process twice", "hopeless": True}]
+
+
+def test_other_commands_follow_in_the_time_that_is_left(tmp_path, monkeypatch):
+    """Those with a budget continue their own rows; the others are not repeated once they succeeded."""
+    out, home, ran = tmp_path / "out", tmp_path / "home", []
+    out.mkdir()
+
+    def command(arguments, stdout, timeout, **_):
+        ran.append(arguments[1:])
+        stdout.write("said")
+        if "bench.kernels" in arguments:
+            raise subprocess.TimeoutExpired(arguments, timeout)
+        if "--out" in arguments:
+            Path(arguments[arguments.index("--out") + 1], "M1").mkdir(parents=True)
+        return SimpleNamespace(returncode=int("bench.recycle" in arguments))
+
+    monkeypatch.setattr(first.subprocess, "run", command)
+    rows: list[dict] = []
+    first.follow(out, home, "DATA", rows, time.time() + first.LEAST - 1)
+    assert not rows and not ran
+    first.follow(out, home, "DATA", rows, time.time() + 100)
+    assert rows == rows_of(out) and {r["command"]: r["code"] for r in rows} == {
+        "train": 0, "kernels": None, "recycle": 1, "demo": 0, "old-delta": 0, "cell": 0, "claims": 0}
+    assert ran[0][:6] == ["-m", "bench.train", "--json", str(out / "train.jsonl"), "--resume", "--sizes"] and ran[0][-2] == "--budget"
+    assert 95 <= int(ran[0][-1]) <= 100 and "--budget" not in ran[3] and (out / "train.log").read_text() == "said"
+    assert "train: code 0 after 0 s" in first.table(rows)
+    first.follow(out, home, None, rows, time.time() + 100)
+    assert [r["command"] for r in rows[7:]] == ["train", "kernels", "recycle"]
+    for script, arguments in ((a[0] if a[0] != "-m" else a[1], a) for a in ran):      # the flags exist
+        config = importlib.import_module(script.removesuffix(".py") if script != "experiments.claims" else script + ".__main__").Config
+        given = arguments[1 if arguments[0] != "-m" else 2:]
+        parse(config, [{"DATA": str(tmp_path)}.get(a, a) for a in given])
 
 
 def test_the_table_names_what_is_wrong_and_the_best_of_a_sweep():

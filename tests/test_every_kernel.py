@@ -49,7 +49,7 @@ def test_all_of_it_in_a_cuda_graph(device):
         captured = step(i)
     graph.replay()
     for a, b in zip(captured, expected):
-        torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)      # atomics add in another order
+        torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)
     i["seed"].add_(1)       # the mask depends on the seed at replay
     before = captured[0].clone()
     graph.replay()
