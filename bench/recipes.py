@@ -1,10 +1,10 @@
 """What a recipe of train.py costs: milliseconds per step and peak memory of each switch against plain, as whole commands in turns.
 
-    python -m bench.recipes --init M0 --stream new.txt --json out.jsonl
+    python -m bench.recipes --init M0 --stream new.txt --other other.txt --task TASK --json out.jsonl
 
-Each row: the switch, the round, milliseconds per step (the seconds of the training loop, without start and evaluation, over its steps) and
-the peak memory of the whole command in MB. For --replay the base must have been trained on another domain before. If a command fails, its
-error replaces both numbers; if plain fails, all would, and the benchmark ends.
+Each row: the switch, the round, milliseconds per step (the seconds of the training loop, without start and evaluation, over its steps), the
+seconds of the whole command (--select and --average work outside the loop) and its peak memory in MB. For --replay the base must have been
+trained on another domain before. If a command fails, its error replaces the numbers; if plain fails, all would, and the benchmark ends.
 """
 import json
 import os
@@ -12,10 +12,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench.machine import commit
+from data.sources import domain_names
 from rt.errors import InputError
 from rt.formats.files import read_json
 from rt.limits import PositiveInt
@@ -24,17 +26,21 @@ from rt.runs.log import table
 
 ROOT = Path(__file__).resolve().parents[1]
 SWITCHES = {"plain": "", "schedule infinite": "--schedule infinite", "replay .2": "--replay .2", "align 10": "--align 10",
-            "objective rts": "--objective rts", "objective slm": "--objective slm", "mask word": "--mask word",
-            "preserve 10": "--preserve 10", "preserve_by last": "--preserve 10 --preserve_by last",
+            "mix": "--stream {both} --mix {shares}", "mix need": "--stream {both} --mix need --mix_every 10",
+            "select": "--select {task} --keep .3", "objective rts": "--objective rts", "objective slm": "--objective slm",
+            "mask word": "--mask word", "mask entity": "--mask entity", "average 4": "--average 4 --snapshots 9",
+            "max_len 1024": "--max_len 1024", "preserve 10": "--preserve 10", "preserve_by last": "--preserve 10 --preserve_by last",
             "preserve_by predictions": "--preserve 1 --preserve_by predictions",
             "preserve_by attention": "--preserve 1 --preserve_by attention"}
 
 
 @dataclass
 class Config:
-    """python -m bench.recipes --init M0 --stream TEXT --json FILE"""
+    """python -m bench.recipes --init M0 --stream TEXT --other TEXT --task TASK --json FILE"""
     init: str | None = None  # the base that is continued
     stream: str | None = None  # the new text
+    other: str = "python"  # mix: another text
+    task: str = "math"  # select: a task
     json: str | None = None  # append a row for every command
     steps: PositiveInt = 40  # of a command
     rounds: PositiveInt = 3  # of all switches in turn
@@ -43,8 +49,12 @@ class Config:
 
 def measure(c: Config, name: str, out: Path) -> dict:
     """Run and measure one command."""
+    both = c.stream, c.other
+    shares = ",".join(f"{domain}:.5" for domain in domain_names("stream", both))
+    flags = [flag.format(both=",".join(both), shares=shares, task=c.task) for flag in SWITCHES[name].split()]
     command = [sys.executable, str(ROOT / "train.py"), "--init", c.init, "--stream", c.stream, "--steps", str(c.steps), "--snapshots", "0",
-               "--eval_tokens", "512", "--cache", c.cache, "--out", str(out), *SWITCHES[name].split()]
+               "--eval_tokens", "512", "--cache", c.cache, "--out", str(out), *flags]
+    start = time.perf_counter()
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     error = child.stderr.read()
     _, status, usage = os.wait4(child.pid, 0)
@@ -53,7 +63,8 @@ def measure(c: Config, name: str, out: Path) -> dict:
             raise InputError(f"plain failed: {error.strip()[-2000:].removeprefix('error: ')}")
         return {"failed": error.strip()[-200:]}
     stage, = read_json(out / "summary.json")["stages"]
-    return {"ms": round(1000 * stage["seconds"] / c.steps, 1), "mb": round(usage.ru_maxrss / 1024)}
+    return {"ms": round(1000 * stage["seconds"] / c.steps, 1), "mb": round(usage.ru_maxrss / 1024),
+            "seconds": round(time.perf_counter() - start, 1)}
 
 
 def main() -> None:
@@ -67,10 +78,10 @@ def main() -> None:
                 rows.append({"switch": name, "flags": SWITCHES[name], "round": turn, **measure(c, name, Path(folder, f"{name}-{turn}")),
                              "steps": c.steps, "commit": commit()})
                 print(json.dumps(rows[-1]), file=file, flush=True)
-    median = {name: [statistics.median(row[of] for row in rows if row["switch"] == name and of in row) for of in ("ms", "mb")]
+    median = {name: [statistics.median(row[of] for row in rows if row["switch"] == name and of in row) for of in ("ms", "mb", "seconds")]
               for name in SWITCHES if any("ms" in row for row in rows if row["switch"] == name)}
-    print(table([[name, f"{ms:.1f}", f"{ms / median['plain'][0]:.2f}", f"{mb:.0f}"] for name, (ms, mb) in median.items()],
-                ["switch", "ms a step", "of plain", "peak MB"]))
+    print(table([[name, f"{ms:.1f}", f"{ms / median['plain'][0]:.2f}", f"{mb:.0f}", f"{seconds:.1f}"] for name, (ms, mb, seconds) in
+                 median.items()], ["switch", "ms a step", "of plain", "peak MB", "seconds in all"]))
 
 
 if __name__ == "__main__":

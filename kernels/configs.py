@@ -49,8 +49,9 @@ TABLE: dict[str, dict[tuple[int, int, int], tuple[int, ...]]] = {
         **_rows({32: (64, 32, 4, 2), 64: (64, 32, 8, 2), 128: (64, 16, 8, 2)}, bits=32),
         **_rows({-32: (64, 32, 4, 2), -64: (64, 32, 8, 2), -128: (64, 16, 8, 2)}, bits=32),
         **_rows({128: (64, 64, 8, 2), -128: (64, 64, 8, 2)}, bits=16, arch=80),
-        **_rows({64: (32, 32, 8, 2), -64: (32, 32, 8, 2)}, bits=32, arch=80),
-        **_rows({128: (64, 16, 4, 1), -128: (64, 16, 4, 1)}, bits=32, arch=90)},
+        **_rows({32: (64, 16, 4, 2), 64: (32, 32, 8, 2), -32: (64, 16, 4, 2), -64: (32, 32, 8, 2)}, bits=32, arch=80),
+        **_rows({128: (64, 16, 4, 1), -128: (64, 16, 4, 1)}, bits=32, arch=90),
+        **_rows({128: (64, 16, 4, 1), -128: (64, 16, 4, 1)}, bits=32, arch=100)},
     # queries, keys, warps, stages; size: the larger head dimension of student and teacher, negative as above
     "attention_kd_forward": {
         **_rows({32: (128, 64, 8, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 2)}, bits=16),
@@ -85,6 +86,7 @@ TABLE: dict[str, dict[tuple[int, int, int], tuple[int, ...]]] = {
 for _name in ("attention_forward", "attention_backward_queries", "attention_backward_keys"):
     TABLE[_name + "_dropout"] = {**TABLE[_name], **_rows({32: (64, 64, 4, 3), 64: (64, 64, 4, 3)}, bits=16)}
 TABLE["attention_backward_queries_dropout"] |= _rows({64: (128, 64, 8, 2)}, bits=16, arch=80)
+TABLE["attention_backward_keys_dropout"] |= _rows({64: (32, 128, 8, 3)}, bits=16, arch=80)
 _arch: int | None = None        # set by compile_check, which compiles for absent devices
 
 

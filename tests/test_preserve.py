@@ -132,11 +132,13 @@ def test_the_command_preserves_from_the_second_base_on(graphs, tmp_path):
 def test_what_a_switch_costs_is_measured_in_turns(graphs, tokenizer, tmp_path, monkeypatch):
     base = random_base(tokenizer)
     save_base(tmp_path / "M0", MaskedLM(base.encoder, base.head), tokenizer, {"name": "M0"})
-    monkeypatch.setattr(recipes, "SWITCHES", {"plain": "", "wrong": "--replay .2"})         # M0 knows no earlier domain
+    some = {"plain": "", "wrong": "--replay .2", "mix": recipes.SWITCHES["mix"]}     # M0 knows no earlier domain
+    monkeypatch.setattr(recipes, "SWITCHES", some)
     said = here("-m", "bench.recipes", "--init", tmp_path / "M0", "--stream", graphs / "corpus", "--json", tmp_path / "rows.jsonl",
-                "--steps", "2", "--rounds", "1", "--cache", tmp_path / "cache")
-    plain, wrong = read_rows(tmp_path / "rows.jsonl")
-    assert plain["ms"] > 0 and plain["mb"] > 0 and "no record (in its meta.json) of domains" in wrong["failed"] and "plain" in said
+                "--other", graphs / "task" / "train.jsonl", "--steps", "2", "--rounds", "1", "--cache", tmp_path / "cache")
+    plain, wrong, mix = read_rows(tmp_path / "rows.jsonl")
+    assert plain["ms"] > 0 and plain["mb"] > 0 and plain["seconds"] > 0 and mix["ms"] > 0
+    assert "no record (in its meta.json) of domains" in wrong["failed"] and "plain" in said
 
 
 def test_a_plain_command_that_fails_ends_the_measurement(tmp_path, monkeypatch):
