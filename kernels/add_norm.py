@@ -32,7 +32,7 @@ from kernels import configs
 from kernels.common import dense_rows, launch, left_to_compiler, op, row_class, tl, triton, uses_triton
 from kernels.dropout import block_of_run, check_seed, dropout_ref, keep_tile, threshold_of
 
-PROGRAMS = 132      # programs of 8 warps, or 8 times as many of one, share the rows of a backward: all at once on an H100. Each has 2 d sums
+PROGRAMS = 132      # programs of 8 warps, or 8 times as many of one, share a backward's rows: all at once on an H100. Each has 2 d sums
 RUNTIME = ["run", "N", "blocks", "seed_run", "threshold", "rows"]      # not recompiled if they are 1 or a multiple of 16
 
 

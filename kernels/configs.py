@@ -51,7 +51,8 @@ TABLE: dict[str, dict[tuple[int, int, int], tuple[int, ...]]] = {
         **_rows({128: (64, 64, 8, 2), -128: (64, 64, 8, 2)}, bits=16, arch=80),
         **_rows({32: (64, 16, 4, 2), 64: (32, 32, 8, 2), -32: (64, 16, 4, 2), -64: (32, 32, 8, 2)}, bits=32, arch=80),
         **_rows({128: (64, 16, 4, 1), -128: (64, 16, 4, 1)}, bits=32, arch=90),
-        **_rows({128: (64, 16, 4, 1), -128: (64, 16, 4, 1)}, bits=32, arch=100)},
+        **_rows({32: (64, 32, 4, 1), 64: (64, 32, 8, 1), 128: (64, 16, 4, 1)}, bits=32, arch=100),
+        **_rows({-32: (64, 32, 4, 1), -64: (64, 32, 8, 1), -128: (64, 16, 4, 1)}, bits=32, arch=100)},
     # queries, keys, warps, stages; size: the larger head dimension of student and teacher, negative as above
     "attention_kd_forward": {
         **_rows({32: (128, 64, 8, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 2)}, bits=16),
