@@ -16,7 +16,6 @@ import argparse
 import importlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -33,6 +32,7 @@ import torch
 from torch import Tensor
 
 from bench import cases
+from bench.follow import follow
 from bench.machine import environment
 from bench.measure import distance, evaluate, passes, peak, sample, spread, timed, worst
 from bench.peers import PROBLEMS
@@ -45,7 +45,6 @@ TILES = {"attention_forward": ((128, 64, 8, 3), (64, 64, 4, 3), (64, 128, 4, 2),
          "attention_backward_keys": ((64, 128, 8, 3), (64, 64, 4, 3), (64, 128, 8, 4), (128, 64, 4, 2), (128, 128, 8, 2)),
          "attention_backward_queries": ((128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 8, 4), (128, 64, 4, 3))}
 UNIT_SECONDS = 150      # a unit that takes longer hangs
-LEAST = 30              # seconds: with less time left, no other command is begun
 Units = Iterator[tuple[str, Callable[[], dict]]]
 
 
@@ -289,43 +288,6 @@ def run(first: First, path: Path, rows: list[dict], end: float, argv: list[str])
                 torch.cuda.empty_cache()
 
 
-def commands(out: Path, home: Path, data: str | None) -> Iterator[tuple[str, bool, list[str]]]:
-    """What follows the units: a name, whether the command takes --budget, and its arguments."""
-    for name in ("train --sizes base --dropouts 0.1", "kernels", "recycle"):
-        script, *flags = name.split()
-        yield script, True, ["-m", f"bench.{script}", "--json", str(out / f"{script}.jsonl"), "--resume", *flags]
-    bases, old = home / "demo", home / "old-delta"
-    if not (bases / "M1").exists():
-        yield "demo", False, ["train.py", "--out", str(bases), *(["--resume"] if bases.exists() else [])]
-    if not old.exists():
-        yield "old-delta", False, ["train.py", "--mode", "tune", "--base", str(bases / "M0"), "--delta", "adapter", "--out", str(old)]
-    yield "cell", False, ["-m", "bench.cell", "--json", str(out / "cell.jsonl"), "--old_base", str(bases / "M0"), "--base",
-                          str(bases / "M1"), "--old_delta", str(old)]
-    if data:
-        yield "claims", True, ["-m", "experiments.claims", "--data", data, "--home", str(home / "claims"), "--results", str(out)]
-
-
-def follow(out: Path, home: Path, data: str | None, rows: list[dict], end: float) -> None:
-    """Run the commands in order until the time is over. One that takes no budget is not repeated after it succeeded."""
-    done = {row["command"] for row in rows if row.get("code") == 0}
-    for name, budget, arguments in commands(out, home, data):
-        left = end - time.time()
-        if left < LEAST:
-            return
-        if name in done and not budget:
-            continue
-        start, file = time.perf_counter(), out / f"{name}.log"
-        with file.open("a") as log:
-            try:
-                code = subprocess.run([sys.executable, *arguments, *(["--budget", f"{left:.0f}"] if budget else [])], stdout=log,
-                                      stderr=log, timeout=left + LEAST).returncode
-            except subprocess.TimeoutExpired:
-                code = None
-        rows.append({"command": name, "code": code, "seconds": round(time.perf_counter() - start, 2)})
-        with (out / "first.jsonl").open("a") as rows_file:
-            print(json.dumps(rows[-1]), file=rows_file)
-
-
 def shown(row: dict) -> dict:
     return {k: v for k, v in row.items() if k not in ("unit", "seconds")}
 
@@ -377,12 +339,9 @@ def main(argv: list[str] | None = None) -> None:
     if first.cuda and not path.exists():    # the shipped programs, by all cores and into Triton's cache, while the first checks run
         subprocess.Popen([sys.executable, "-m", "bench.compile_check", "--arch", str(first.arch), "--dtype", "bf16"],
                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    for old_file in asked.have.parent.glob("*.jsonl") if asked.have else ():     # rows that other commands continue
-        if old_file.name != path.name and not (asked.out / old_file.name).exists():
-            shutil.copy(old_file, asked.out)
     run(first, path, rows, end, argv)
     if first.cuda:
-        follow(asked.out, asked.home, asked.data, rows, end)
+        follow(asked.out, asked.home, asked.data, asked.have, rows, end)
     print(table(rows))
 
 

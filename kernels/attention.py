@@ -9,7 +9,7 @@ Forward: one program per block of queries of one sequence and head, with an onli
 
 The backward takes two launches: `_backward_queries` computes dQ and delta, `_backward_keys` dK and dV. Both compute S and dP, which makes
 seven matrix products per tile. Five are enough if each block of keys adds its share of dQ in fp32 with atomics; on an H100 that was slower
-in five cases of six (.338 against .282 ms for 32 x 512 tokens, H 12, D 64: docs/kernels.md), and its sums had no fixed order.
+in five cases of six (.338 against .282 ms for 32 x 512 tokens, H 12, D 64: results/gpu), and its sums had no fixed order.
 
 keep is a function of the seed, the head and the two tokens (kernels/dropout.py). It is recomputed whenever it is needed.
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import first
+from bench import first, follow
 from rt.runs.config import parse
 
 
@@ -103,17 +103,21 @@ def test_other_commands_follow_in_the_time_that_is_left(tmp_path, monkeypatch):
             Path(arguments[arguments.index("--out") + 1], "M1").mkdir(parents=True)
         return SimpleNamespace(returncode=int("bench.recycle" in arguments))
 
-    monkeypatch.setattr(first.subprocess, "run", command)
+    monkeypatch.setattr(follow.subprocess, "run", command)
     rows: list[dict] = []
-    first.follow(out, home, "DATA", rows, time.time() + first.LEAST - 1)
+    follow.follow(out, home, "DATA", None, rows, time.time() + follow.LEAST - 1)
     assert not rows and not ran
-    first.follow(out, home, "DATA", rows, time.time() + 100)
+    follow.follow(out, home, "DATA", None, rows, time.time() + 100)
     assert rows == rows_of(out) and {r["command"]: r["code"] for r in rows} == {
         "train": 0, "kernels": None, "recycle": 1, "demo": 0, "old-delta": 0, "cell": 0, "claims": 0}
     assert ran[0][:6] == ["-m", "bench.train", "--json", str(out / "train.jsonl"), "--resume", "--sizes"] and ran[0][-2] == "--budget"
     assert 95 <= int(ran[0][-1]) <= 100 and "--budget" not in ran[3] and (out / "train.log").read_text() == "said"
     assert "train: code 0 after 0 s" in first.table(rows)
-    first.follow(out, home, None, rows, time.time() + 100)
+    (tmp_path / "old").mkdir()
+    for name in ("first", "kernels"):
+        (tmp_path / "old" / f"{name}.jsonl").write_text("old rows")
+    follow.follow(out, home, None, tmp_path / "old" / "first.jsonl", rows, time.time() + 100)
+    assert (out / "kernels.jsonl").read_text() == "old rows" and rows == rows_of(out)
     assert [r["command"] for r in rows[7:]] == ["train", "kernels", "recycle"]
     for script, arguments in ((a[0] if a[0] != "-m" else a[1], a) for a in ran):      # the flags exist
         config = importlib.import_module(script.removesuffix(".py") if script != "experiments.claims" else script + ".__main__").Config
