@@ -28,6 +28,7 @@ class Config:
     home: str = "runs/minilm"  # what is downloaded, and M0
     cache: str = "runs/cache"  # tokenized corpora
     steps: int = 0  # other than 1,000, to try the script out
+    graphs: bool = False  # on one GPU: faster
 
 
 def main() -> None:
@@ -40,7 +41,8 @@ def main() -> None:
         unpack(download(home), source)
     out = home / "pretrained"
     command = [sys.executable, str(ROOT / "train.py"), "--init", str(source), "--stream", str(wiki), *FLAGS, "--cache", c.cache,
-               "--out", str(out), *(["--steps", str(c.steps)] if c.steps else []), *(["--resume"] if out.exists() else [])]
+               "--out", str(out), *(["--steps", str(c.steps)] if c.steps else []), *(["--graphs"] if c.graphs else []),
+               *(["--resume"] if out.exists() else [])]
     if subprocess.run(command).returncode:
         raise InputError("train.py failed; see above, and start this command again")
 

@@ -97,7 +97,7 @@ def test_every_part_runs_and_is_not_run_again(data, graphs, tokenizer, tmp_path,
         monkeypatch.setitem(TASKS, task, 24)
     short = "--steps 2 --eval_every 1 --device cpu --no_save_deltas".split()
     every = ["--shots", "none", "--eval_every", "1", *short[4:]]
-    tune = "--tune_steps 2 --batch_size 4 --eval_every 1 --device cpu --threads 1".split()
+    tune = "--tune_steps 2 --batch_size 4 --eval_every 1".split()
     for module, name, value in ((minilm, "FEW", ["--shots", "2", *short]), (minilm, "ALL", every),
                                 (minilm, "UPGRADE", "--steps 2 --batch_tokens 128 --seq_len 16 --snapshots 1 --device cpu".split()),
                                 (minilm, "TUNE", tune), (recipes, "TUNE", tune)):

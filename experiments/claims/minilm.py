@@ -19,7 +19,7 @@ import torch
 from bench.machine import commit, device_name
 from experiments.common import cells_to_do, check_places, do_cells, rows_of, run_script
 from experiments.recipes import runs as recipes
-from experiments.recipes.plan import KINDS, TASKS, TUNE
+from experiments.recipes.plan import KINDS, PLACE, TASKS, TUNE
 from experiments.twin import save_twin
 from rt.data import encode_task, few_shot
 from rt.deltas import INPUT, Base, Delta, apply
@@ -135,7 +135,7 @@ def tuned(c: Config, base: str, task: str, kind: str, lineage: int) -> Path:
     out = Path(c.home, "deltas", f"{base}-{task}-{kind}-l{lineage}").absolute()
     if not out.exists():
         script(c, "train.py", "--mode", "tune", "--base", base_folder(c, base, lineage), "--task", task_folder(c, task), "--delta", kind,
-               "--lr", KINDS[kind], "--seq_len", TASKS[task], "--seed", lineage, *TUNE, "--out", out)
+               "--lr", KINDS[kind], "--seq_len", TASKS[task], "--seed", lineage, *TUNE, *PLACE["cpu"], "--out", out)
     return out
 
 

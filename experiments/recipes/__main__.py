@@ -18,8 +18,8 @@ import torch
 from bench.machine import commit, device_name
 from experiments.common import check_places, processes
 from experiments.recipes import report
-from experiments.recipes.plan import DELTA_SEEDS, KINDS, TASKS, known, upgrades
-from experiments.recipes.runs import CPU, Config, attempt, delta_folder, draw_tasks
+from experiments.recipes.plan import DELTA_SEEDS, KINDS, STEPS, TASKS, known, upgrades
+from experiments.recipes.runs import Config, attempt, delta_folder, draw_tasks
 from rt.errors import InputError
 from rt.formats.files import read_rows
 from rt.runs.config import parse, run
@@ -30,7 +30,7 @@ from rt.speed.device import pick_precision
 def main() -> None:
     c = parse(Config, sys.argv[1:])
     if c.report:
-        print(report.write(Path(c.results)))
+        print(report.write(Path(c.results), c.steps == STEPS))
         return
     check_places("recipes", c.data, c.base)
     rows = Path(c.results) / "minilm.jsonl"
@@ -42,7 +42,8 @@ def main() -> None:
     todo += [("base", seed) for seed in sorted({s % DELTA_SEEDS for s in c.seeds}) if not known(done, {"arm": "M0", "seed": seed})]
     todo += [("upgrade", one) for one in upgrades(c.targets, c.seeds) if (not c.arms or one.arm in c.arms)
              and (not c.rates or one.lr in c.rates) and not known(done, one.facts)]
-    facts = {"device": device_name(CPU), "precision": str(pick_precision("auto", CPU)).removeprefix("torch."), "commit": commit(),
+    device = torch.device(c.device)
+    facts = {"device": device_name(device), "precision": str(pick_precision("auto", device)).removeprefix("torch."), "commit": commit(),
              "torch": torch.__version__}
     end, count, failed = time.monotonic() + c.budget if c.budget else None, 0, []
     with progress(len(todo), "recipes", unit="run") as bar, processes(c.jobs, 1) as pool:

@@ -1,8 +1,10 @@
 """The numbers of PLAN.md, and its runs in the order of the plan."""
 from dataclasses import dataclass
 
-UPGRADE = "--steps 200 --batch_tokens 1024 --seq_len 128 --snapshots 0 --device cpu --threads 1".split()
-TUNE = "--tune_steps 300 --batch_size 16 --eval_every 150 --device cpu --threads 1".split()
+STEPS = 200
+UPGRADE = "--batch_tokens 1024 --seq_len 128 --snapshots 0".split()
+TUNE = "--tune_steps 300 --batch_size 16 --eval_every 150".split()
+PLACE = {"cpu": "--device cpu --threads 1".split(), "cuda": "--device cuda --graphs".split()}
 TASKS = {"chemprot": 128, "rotten_tomatoes": 64, "agnews": 64, "acl_arc": 64, "imdb": 128}      # tokens per text
 KINDS = {"full": 1e-4, "adapter": 1e-3}     # learning rate
 DELTA_SEEDS, HELDOUT_TOKENS = 3, 16384

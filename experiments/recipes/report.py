@@ -1,10 +1,11 @@
 """results/recipes/README.md and its figure, from the rows alone. PLAN.md defines block, gain, points lost, advantage and test."""
 import itertools
 import math
+import os
 from pathlib import Path
 from statistics import mean
 
-from experiments.common import LEARNED, holm, markdown, sign_flip
+from experiments.common import LEARNED, ROOT, holm, markdown, sign_flip
 from experiments.recipes.plan import AFTERWARDS, DELTA_SEEDS, SEEN, known, upgrades
 from rt.errors import InputError
 from rt.formats.files import read_rows
@@ -94,8 +95,9 @@ def lines_by_target(found: dict) -> list[list]:
     return sorted(lines, key=lambda line: line[0])
 
 
-def write(folder: Path) -> str:
-    """Write README.md and pareto.png/.svg; returns the table. InputError if there are no rows."""
+def write(folder: Path, whole: bool = True) -> str:
+    """Write README.md and pareto.png/.svg; returns the table. With `whole`, list what the plan has and the rows lack. InputError if there
+    are no rows."""
     rows = read_rows(folder / "minilm.jsonl") if (folder / "minilm.jsonl").exists() else []
     own = bases(rows)
     found = points(rows) if own else {}
@@ -105,8 +107,9 @@ def write(folder: Path) -> str:
     first = next(iter(own.values()))
     scores = "; ".join(" ".join([name, *(f"{row['apply'][name]:.3f}" for row in own.values())]) for name in first["apply"])
     left_out = [f"{name} (seed {row['seed']})" for row in own.values() for name in row["apply"] if name not in learned(row)]
+    plan = os.path.relpath(ROOT / "experiments/recipes/PLAN.md", folder)
     text = ["# Which upgrades keep old deltas alive",
-            "Written by `python -m experiments.recipes --report` from `minilm.jsonl`; [the plan](../../experiments/recipes/PLAN.md) says "
+            f"Written by `python -m experiments.recipes --report` from `minilm.jsonl`; [the plan]({plan}) says "
             "what each column is. The rows come from `python -m experiments.minilm --data DIR`, then `experiments.recipes --data DIR`"
             "; seconds are of jobs that shared the cores with other work. Means with 95 % t-intervals over blocks. Machine: "
             f"{facts['device']}; commits {facts['commit']}.",
@@ -119,7 +122,7 @@ def write(folder: Path) -> str:
     for (arm, lr), some in chains.items():
         stages = [with_interval(lost(own[row["seed"] % DELTA_SEEDS], row) for row in line) for line in group(some, "stage").values()]
         text.append(f"Chain, {arm} at {lr:g}: points lost by Delta_0 on M1, M2, ...: {', '.join(stages)}.")
-    text += ["## Planned and not run", missing(rows)]
+    text += ["## Planned and not run", missing(rows)] if whole else []
     (folder / "README.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
     names = {(arm, lr): f"{arm.replace(' (afterwards)', '*')}, {1e4 * lr:g}e-4 ({len(of)})" for (arm, lr), of in found.items()}
     pareto({names[key]: [(100 * (1 - gain), points) for gain, points in of.values()] for key, of in found.items()},

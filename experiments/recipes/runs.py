@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,7 +16,9 @@ from experiments.recipes.plan import (
     DRAWN,
     HELDOUT_TOKENS,
     KINDS,
+    PLACE,
     SEEDS,
+    STEPS,
     SWITCHES,
     TARGETS,
     TASKS,
@@ -38,8 +41,6 @@ from rt.runs.upgrade import scored_rows
 from rt.speed.device import pick_precision
 from rt.tune import evaluate
 
-CPU = torch.device("cpu")
-
 
 @dataclass
 class Config:
@@ -50,7 +51,9 @@ class Config:
     targets: tuple[str, ...] = TARGETS  # bio, cs, chain
     arms: tuple[str, ...] = ()  # plain, hidden 3, ...; default: all
     rates: tuple[float, ...] = ()  # peak rates; default: all
-    jobs: PositiveInt = 2  # runs side by side, one thread each
+    steps: PositiveInt = STEPS  # of an upgrade
+    device: Literal["cpu", "cuda"] = "cpu"  # of all runs and scores
+    jobs: PositiveInt = 2  # runs side by side; on a CPU, one thread each
     budget: Positive | None = None  # seconds; nothing new begins after them
     home: str = "runs/recipes"  # deltas and bases
     cache: str = "runs/cache"  # tokenized corpora
@@ -79,7 +82,8 @@ def train(c: Config, *arguments: object) -> str:
 
 def tune_delta(c: Config, task: str, kind: str, seed: int) -> list[dict]:
     train(c, "--mode", "tune", "--base", Path(c.base), "--task", task_folder(c, task), "--delta", kind, "--lr", KINDS[kind], "--seq_len",
-          TASKS[task], "--seed", seed, *TUNE, "--out", delta_folder(c, task, kind, seed))
+          TASKS[task], "--seed", seed, *TUNE, *PLACE[c.device],
+          "--out", delta_folder(c, task, kind, seed))
     return []
 
 
@@ -102,8 +106,9 @@ def upgrade(c: Config, one: Upgrade) -> list[dict]:
     out = Path(c.home) / "bases" / f"{one.arm}-{one.lr}-{one.target}-s{one.seed}".replace(" ", "").replace("%", "")
     shutil.rmtree(out, ignore_errors=True)      # an upgrade is short: after an interruption it starts over
     stream = ",".join(str(corpora / f"{domain}.txt.xz") for domain in domains)
-    command = train(c, "--init", Path(c.base), "--stream", stream, "--lr", one.lr, "--seed", one.seed, *UPGRADE,
-                    *(SWITCHES | AFTERWARDS).get(one.arm, "").split(), "--cache", Path(c.cache), "--out", out)
+    command = train(c, "--init", Path(c.base), "--stream", stream, "--lr", one.lr, "--seed", one.seed, "--steps",
+                    c.steps, *UPGRADE, *PLACE[c.device], *(SWITCHES | AFTERWARDS).get(one.arm, "").split(), "--cache", Path(c.cache),
+                    "--out", out)
     rows, old = [], dict(open_base(c.base).encoder.named_parameters())
     for i, domain in enumerate(domains, 1):
         folder = out / f"M{i}"
@@ -138,12 +143,13 @@ def data_of(folder: Path, base: str, seq_len: int) -> TaskData:
 
 def scores(c: Config, folder: Path, delta_seed: int, domains: tuple[str, ...]) -> dict:
     """Held-out losses by domain, and the accuracy of every old delta, applied unchanged."""
-    base, where = open_base(str(folder)), {"device": CPU, "precision": pick_precision("auto", CPU)}
+    device = torch.device(c.device)
+    base, where = open_base(str(folder)).to(device), {"device": device, "precision": pick_precision("auto", device)}
     heldout, accuracy = {}, {}
     for domain in domains:
         corpus = build_corpus(domain, Path(c.data, "corpora", f"{domain}.txt.xz"), base.tokenizer, Path(c.cache))["heldout"]
         rows = scored_rows(corpus, base.tokenizer, 128)
-        heldout[domain] = evaluate_mlm(MaskedLM(base.encoder, base.head), rows, tokens=HELDOUT_TOKENS, **where)["loss"]
+        heldout[domain] = evaluate_mlm(MaskedLM(base.encoder, base.head).to(device), rows, tokens=HELDOUT_TOKENS, **where)["loss"]
     for task, kind in ((task, kind) for task in TASKS for kind in KINDS):
         data = data_of(task_folder(c, task), c.base, TASKS[task])
         delta = load_delta(delta_folder(c, task, kind, delta_seed)).ordered(data.labels)

@@ -124,7 +124,8 @@ def prepare(c: Config, needed: set[str]) -> None:
 def tune(c: Config, base: str, task: str, kind: str, lr: float) -> None:
     """Make an old delta of `base`."""
     script(c, "train.py", "--mode", "tune", "--base", Path(c.base) if base == "minilm" else Path(c.home, "mini", "M0"), "--task",
-           Path(c.recipes, "tasks", task), "--delta", kind, "--lr", lr, "--seq_len", 64, *recipes.TUNE, "--out", delta(c, base, task, kind))
+           Path(c.recipes, "tasks", task), "--delta", kind, "--lr", lr, "--seq_len", 64, *recipes.TUNE, *recipes.PLACE["cpu"],
+           "--out", delta(c, base, task, kind))
 
 
 def carry_head(c: Config, cell: dict) -> None:
