@@ -1,10 +1,12 @@
 """Whole training steps side by side, for bench.train and bench.recycle.
 
 A case is a dict of what is computed; the script's PROBLEMS[case["case"]] turns it into a `Problem`. All implementations that can be built
-are timed in turns, a round at a time, each round in another order, so noise hits all of them equally. A row is an implementation of a case:
+are timed in turns, a round at a time, each round in another order, so noise hits all of them equally. Those that torch.compile takes
+minutes for come afterwards, one by one, in turns with the one that they are compared with. A row is an implementation of a case:
 
     ms, p20, p80, n         median and percentiles over the rounds, and the number of rounds
-    against, ratio          the implementation compared with, and ms / its ms; ratio_p20 and ratio_p80 are of single rounds' ratios
+    against, ratio          the implementation compared with, and ms / its ms in the same turns; ratio_p20 and ratio_p80 are of single
+                            rounds' ratios
     tokens, padded_tokens   per step: real tokens, and tokens computed by an implementation that pads; tokens_per_s counts the real ones
     tflop, mfu              of the algorithm on real tokens (matrix products forward and backward, nothing twice, scores of predicted
                             rows only), and the share of the best rate at which this run multiplied matrices of that dtype
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 
 from bench.measure import MiB, captured, peak, sample, spread
 from bench.runner import DTYPES, Run, options
+from bench.tables import label
 from rt.limits import Positive, PositiveInt, ShareBelowOne
 from rt.model import PRESETS, EncoderConfig
 from rt.optim import adamw, autocast
@@ -178,10 +181,7 @@ class Bench:
     def built(self, case: dict, impls: dict[str, Impl]) -> tuple[dict[str, Callable], dict[str, dict]]:
         """The steps that could be built (each has run twice), and the memory that each takes."""
         steps, memory = {}, {}
-        known = {r["impl"] for r in self.run.of(case) if "failed" in r}
         for name, impl in impls.items():
-            if name in known:
-                continue
             try:
                 before = torch.cuda.memory_allocated() if self.platform.cuda else 0
                 step = impl.build()
@@ -195,19 +195,33 @@ class Bench:
         return steps, memory
 
     def measure(self, case: dict) -> None:
-        """All implementations of one case, unless it has been measured before."""
-        if any("ms" in r for r in self.run.of(case)):
-            return
+        """All implementations of one case that have no row yet. A run that is cut off keeps the rows of those before."""
         problem = self.problems[case["case"]](case, self.platform)
+        known = {r["impl"] for r in self.run.of(case)}
+        todo = [name for name in problem.impls if name not in known]
+        slow = [name for name in todo if "+compile" in name]
+        for names in ([name for name in todo if name not in slow], *([name] for name in slow)):
+            if names and names[0] in slow and self.run.late():
+                self.run.left.append(f"{label(case)}: {names[0]}")
+            elif names:
+                self.measure_together(case, problem, names)
+                self.run.release()
+
+    def measure_together(self, case: dict, problem: Problem, names: list[str]) -> None:
+        """A row for each of `names`, timed in turns with the implementation that all are compared with."""
         before = torch.get_float32_matmul_precision()
         if self.platform.cuda:
             torch.set_float32_matmul_precision("high")      # fp32 peers at their best: TF32; the losses were compared without it
+        failed = any("failed" in r for r in self.run.of(case | {"impl": problem.against}))      # it may have broken the CUDA context
+        beside = [problem.against] if problem.against in problem.impls and not failed else []
         try:
-            steps, memory = self.built(case, problem.impls)
+            steps, memory = self.built(case, {name: problem.impls[name] for name in dict.fromkeys(beside + names)})
             times = in_turns(steps, self.platform.cuda, self.run.quick, self.seconds)
         finally:
             torch.set_float32_matmul_precision(before)
         for name, timed in statistics_of(times, problem.against).items():
+            if name not in names:
+                continue
             _, dtype, flops = problem.impls[name]
             seconds = timed["ms"] / 1e3
             work = {"tflop": flops / 1e12, "mfu": flops / seconds / self.run.rates[dtype]} if flops else {}

@@ -169,6 +169,17 @@ def test_what_fails_is_a_row_and_the_rest_is_timed(tmp_path):
     assert "failed: dense tiny tokens 8, broken: RuntimeError" in tables.tables(rows)
 
 
+def test_compiled_ones_come_last_and_alone_so_that_a_run_that_is_cut_off_keeps_the_rest(tmp_path, monkeypatch):
+    names, turns = ("ours", "ours +compile", "hf", "hf +compile"), []
+    monkeypatch.setattr(steps, "in_turns", lambda given, *arguments: turns.append([*given]) or {name: [2.0] for name in given})
+    here = bench(tmp_path, names)
+    monkeypatch.setattr(here.run, "late", lambda seconds=0.0: len(turns) == 2)
+    measured(here, cases_of("tiny"))
+    assert turns == [["ours", "hf"], ["ours", "ours +compile"]] and here.run.left == ["dense tiny tokens 8: hf +compile"]
+    rows = measured(bench(tmp_path, names, resume=True), cases_of("tiny"))
+    assert turns[2:] == [["ours", "hf +compile"]] and sorted(r["impl"] for r in rows if "ms" in r and "bench" in r) == sorted(names)
+
+
 def test_without_the_one_that_is_held_against_there_is_no_ratio(tmp_path):
     rows = measured(bench(tmp_path, names=("hf",)), cases_of("tiny"))
     assert "ratio" not in timed(rows)["hf"] and "hf" in tables.tables(rows)
@@ -200,6 +211,14 @@ def test_what_broke_the_context_is_left_out_by_the_next_process(tmp_path, monkey
         here.run.measure_all(cases_of("tiny", "mini"), here.measure)
     assert end.value.code == 0
     assert timed(measured(bench(tmp_path, resume=True), cases_of("tiny"))).keys() == {"ours"}
+
+
+def test_what_failed_is_not_built_again_for_the_others(tmp_path):
+    names = ("broken", "hf", "hf +compile")
+    here = bench(tmp_path, names)
+    here.problems = {"dense": lambda case, where: steps.Problem(made_up(names)["dense"](case, where).impls, case["tokens"], "broken")}
+    rows = [r for r in measured(here, cases_of("tiny")) if "bench" in r]
+    assert [(r["impl"], "ms" in r) for r in rows] == [("broken", False), ("hf", True), ("hf +compile", True)]
 
 
 def test_implementations_take_turns_and_short_steps_are_timed_in_rows(monkeypatch):

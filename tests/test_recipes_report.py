@@ -5,7 +5,7 @@ import pytest
 
 from experiments.common import holm, sign_flip, steps_to_best
 from experiments.recipes import report
-from experiments.recipes.plan import AFTERWARDS, CHAIN, SWITCHES, upgrades
+from experiments.recipes.plan import AFTERWARDS, CHAIN, PLAIN, SWITCHES, upgrades
 from rt.errors import InputError
 
 
@@ -34,7 +34,8 @@ def made_rows() -> list[dict]:
 
     rows = [common | {"arm": "M0", "seed": s, "heldout": {"wiki": 5.0, "bio": 6.0 + s, "cs": 9.0}, "dev": dev} | apply(s) for s in range(3)]
     for target, seed in [*(("bio", seed) for seed in range(5)), ("cs", 1)]:
-        for arm, lr, fall, lost in (("plain", 1e-3, 1.0, 0.06), ("plain", 5e-4, 0.5, 0.05), ("hidden 3", 5e-4, 0.98, 0.01)):
+        for arm, lr, fall, lost in (("plain", 1e-3, 1.0, 0.06), ("plain", 5e-4, 0.5, 0.05), ("hidden 3", 5e-4, 0.98, 0.01),
+                                    ("plain", 2.5e-4, 0.2, 0.02), ("plain", 1.25e-4, 0.1, 0.01)):
             heldout = {"wiki": 5.5, target: 6.0 + seed % 3 - fall * (0.8 + 0.1 * seed) if target == "bio" else 9.0 - 2 * fall}
             rows.append(common | {"arm": arm, "lr": lr, "target": target, "seed": seed, "heldout": heldout} | apply(seed, lost))
     return rows + [common | {"arm": "plain", "lr": 5e-4, "target": CHAIN, "seed": 4, "stage": stage, "heldout": {"wiki": 9.0}}
@@ -46,13 +47,15 @@ def test_the_report_counts_gain_points_and_advantage(tmp_path):
     assert found["plain", 5e-4]["bio", 4] == pytest.approx((0.6, 5.0))      # c did not learn on dev, so it is left out of all arms
     (key, ahead), = report.advantages(found).items()
     assert key == ("hidden 3", 5e-4) and [*ahead.values()] == pytest.approx([5 + 1 * 0.48 / 0.5 - 1] * 6)
+    for lr in PLAIN:        # with a rate less, the plain upgrades' line would be too high
+        assert report.advantages({at: of for at, of in found.items() if at != ("plain", lr)}) == {key: {}}
     with pytest.raises(InputError, match="no rows of upgrades"):
         report.write(tmp_path)
     two = {("hidden 20 (afterwards)", 5e-4): dict.fromkeys([("bio", 0), ("bio", 3), ("cs", 0), ("cs", 1)], (1.0, 1.0))}
-    plain = {("plain", 5e-4): dict.fromkeys([("bio", 0), ("bio", 3), ("cs", 0), ("cs", 1)], (1.0, 2.0))}
-    assert report.lines_of([{"arm": arm, "lr": 5e-4, "target": "cs", "seed": 0, "heldout": {"wiki": 5}, "apply": made_rows()[0]["apply"],
-                             "stage_seconds": 1} for arm in ("hidden 20 (afterwards)", "plain")], report.bases(made_rows()),
-                           plain | two)[1][9] == "0.250 / 1.000"        # without the blocks that suggested the arm
+    plain = {("plain", lr): dict.fromkeys([("bio", 0), ("bio", 3), ("cs", 0), ("cs", 1)], (1.0, 2.0)) for lr in PLAIN}
+    assert report.lines_of([{"arm": arm, "lr": lr, "target": "cs", "seed": 0, "heldout": {"wiki": 5}, "apply": made_rows()[0]["apply"],
+                             "stage_seconds": 1} for arm, lr in plain | two], report.bases(made_rows()),
+                           plain | two)[-1][9] == "0.250 / 1.000"       # without the blocks that suggested the arm
     (tmp_path / "minilm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made_rows()))
     table = report.write(tmp_path)
     cells = {tuple(cell.strip() for cell in line.split("|")[1:3]): line.split("|")[3:] for line in table.splitlines()}

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean
 
 from experiments.common import LEARNED, ROOT, holm, markdown, sign_flip
-from experiments.recipes.plan import AFTERWARDS, DELTA_SEEDS, SEEN, known, upgrades
+from experiments.recipes.plan import AFTERWARDS, DELTA_SEEDS, PLAIN, SEEN, known, upgrades
 from rt.errors import InputError
 from rt.formats.files import read_rows
 from rt.report.figures import pareto
@@ -56,8 +56,8 @@ def frontier(plain: list[Point], gain: float) -> float:
 
 
 def advantages(found: dict) -> dict[tuple[str, float], dict[Block, float]]:
-    """The advantage of every arm with a switch, per block that has all plain rates."""
-    plain = [of for (arm, _), of in sorted(found.items()) if arm == "plain"]
+    """The advantage of every arm with a switch, per block that has all plain rates: with fewer, the frontier would lie too high."""
+    plain = [found.get(("plain", lr), {}) for lr in PLAIN]
     return {key: {block: frontier([of[block] for of in plain], gain) - points for block, (gain, points) in of.items()
                   if all(block in other for other in plain)} for key, of in found.items() if key[0] != "plain"}
 
