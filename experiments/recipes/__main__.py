@@ -3,6 +3,7 @@
     python -m experiments.minilm --data DIR                  # M0, once
     python -m experiments.recipes --data DIR                 # in the plan's order, until all is done
     python -m experiments.recipes --data DIR --seeds 0,1 --targets bio --budget 3000        # a part of it
+    python -m experiments.recipes --data DIR --device cuda --jobs 14 --results results/recipes/h100     # leave memory for 14 runs at once
     python -m experiments.recipes --report                   # results/recipes/README.md and its figure, from the rows alone
 
 DIR holds corpora/ and tasks/ as for experiments.claims. Bases are removed after scoring, unless --keep is set.
