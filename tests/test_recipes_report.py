@@ -2,10 +2,11 @@
 import json
 
 import pytest
+from conftest import here
 
 from experiments.common import holm, sign_flip, steps_to_best
 from experiments.recipes import report
-from experiments.recipes.plan import AFTERWARDS, CHAIN, PLAIN, SWITCHES, upgrades
+from experiments.recipes.plan import AFTERWARDS, CHAIN, PLAIN, SWITCHES, TASKS, upgrades
 from rt.errors import InputError
 
 
@@ -68,6 +69,18 @@ def test_the_report_counts_gain_points_and_advantage(tmp_path):
     assert "Chain, plain at 0.0005: points lost by Delta_0 on M1, M2, ...: 1.000, 2.000." in text
     assert "c/full (seed 2)" in text and "- plain at 0.0005 on cs: seeds 0, 2, 3, 4" in text
     assert "hidden 3 at 0.0005 on bio:" not in text and (tmp_path / "pareto.png").exists()
+
+
+@pytest.mark.parametrize("flags, row", [
+    (("--steps", "2000"), {"arm": "plain", "device": "CPU, x"}), (("--steps", "2000"), {"arm": "plain", "device": "CPU, x", "steps": 200}),
+    ((), {"arm": "plain", "device": "CPU, x", "steps": 2000}), ((), {"arm": "M0", "device": "NVIDIA H100"})])
+def test_rows_of_another_device_or_length_are_not_mixed(flags, row, tmp_path):
+    for place in ("data/corpora", "data/tasks", "M0", *(f"home/tasks/{task}" for task in TASKS)):
+        (tmp_path / place).mkdir(parents=True)
+    (tmp_path / "minilm.jsonl").write_text(json.dumps(row) + "\n")
+    assert "must not be mixed; give another --results" in here("-m", "experiments.recipes", "--data", tmp_path / "data", "--base",
+                                                              tmp_path / "M0", "--home", tmp_path / "home", "--results", tmp_path, *flags,
+                                                              code=2)
 
 
 def test_the_plan_has_every_arm_once_and_begins_with_what_decides():

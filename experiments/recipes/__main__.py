@@ -31,13 +31,16 @@ from rt.speed.device import pick_precision
 def main() -> None:
     c = parse(Config, sys.argv[1:])
     if c.report:
-        print(report.write(Path(c.results), c.steps == STEPS))
+        print(report.write(Path(c.results)))
         return
     check_places("recipes", c.data, c.base)
     rows = Path(c.results) / "minilm.jsonl"
     rows.parent.mkdir(parents=True, exist_ok=True)
     draw_tasks(c)
     done = read_rows(rows) if rows.exists() else []
+    if any(row["device"].startswith("CPU") != (c.device == "cpu") or row.get("steps", c.steps if row["arm"] == "M0" else STEPS) != c.steps
+           for row in done):
+        raise InputError(f"{rows}: its rows are of another --device or of other --steps, and must not be mixed; give another --results")
     deltas = [(task, kind, seed) for seed in sorted({s % DELTA_SEEDS for s in c.seeds}) for task in TASKS for kind in KINDS]
     todo = [("delta", key) for key in deltas if not (delta_folder(c, *key) / "delta.json").exists()]
     todo += [("base", seed) for seed in sorted({s % DELTA_SEEDS for s in c.seeds}) if not known(done, {"arm": "M0", "seed": seed})]

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean
 
 from experiments.common import LEARNED, ROOT, holm, markdown, sign_flip
-from experiments.recipes.plan import AFTERWARDS, DELTA_SEEDS, PLAIN, SEEN, known, upgrades
+from experiments.recipes.plan import AFTERWARDS, DELTA_SEEDS, PLAIN, SEEN, STEPS, known, upgrades
 from rt.errors import InputError
 from rt.formats.files import read_rows
 from rt.report.figures import pareto
@@ -95,9 +95,8 @@ def lines_by_target(found: dict) -> list[list]:
     return sorted(lines, key=lambda line: line[0])
 
 
-def write(folder: Path, whole: bool = True) -> str:
-    """Write README.md and pareto.png/.svg; returns the table. With `whole`, list what the plan has and the rows lack. InputError if there
-    are no rows."""
+def write(folder: Path) -> str:
+    """Write README.md and pareto.png/.svg; returns the table. InputError if there are no rows."""
     rows = read_rows(folder / "minilm.jsonl") if (folder / "minilm.jsonl").exists() else []
     own = bases(rows)
     found = points(rows) if own else {}
@@ -122,7 +121,8 @@ def write(folder: Path, whole: bool = True) -> str:
     for (arm, lr), some in chains.items():
         stages = [with_interval(lost(own[row["seed"] % DELTA_SEEDS], row) for row in line) for line in group(some, "stage").values()]
         text.append(f"Chain, {arm} at {lr:g}: points lost by Delta_0 on M1, M2, ...: {', '.join(stages)}.")
-    text += ["## Planned and not run", missing(rows)] if whole else []
+    if all(row.get("steps", STEPS) == STEPS for row in rows):
+        text += ["## Planned and not run", missing(rows)]
     (folder / "README.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
     names = {(arm, lr): f"{arm.replace(' (afterwards)', '*')}, {1e4 * lr:g}e-4 ({len(of)})" for (arm, lr), of in found.items()}
     pareto({names[key]: [(100 * (1 - gain), points) for gain, points in of.values()] for key, of in found.items()},

@@ -112,7 +112,8 @@ def upgrade(c: Config, one: Upgrade) -> list[dict]:
     rows, old = [], dict(open_base(c.base).encoder.named_parameters())
     for i, domain in enumerate(domains, 1):
         folder = out / f"M{i}"
-        rows.append(one.facts | {"stage": i, "domain": domain, **scores(c, folder, one.seed % DELTA_SEEDS, ("wiki", *domains)),
+        rows.append(one.facts | {"steps": c.steps, "stage": i, "domain": domain,
+                                 **scores(c, folder, one.seed % DELTA_SEEDS, ("wiki", *domains)),
                                  "distance": analysis.distances(old, dict(open_base(str(folder)).encoder.named_parameters()))[-1],
                                  "stage_seconds": read_json(folder / "meta.json")["stage"]["seconds"], "command": command})
     if not c.keep:
