@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -79,6 +80,17 @@ def test_an_error_that_a_signal_caused_is_the_signal():
             raise InputError("M0/model.safetensors: not a readable safetensors file") from None
     with pytest.raises(InputError, match="^no signal$"), interruptible():
         raise InputError("no signal")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_a_callback_of_a_weak_reference_comes_again(number, capsys):
+    """Python prints and drops an exception raised there. torch.compile has many such callbacks."""
+    thing, before = set(), sys.unraisablehook
+    _ = weakref.ref(thing, lambda ref: signal.raise_signal(number))
+    with pytest.raises(Interrupted) as stopped, interruptible():
+        del thing
+        time.sleep(30)
+    assert stopped.value.code == 128 + number and sys.unraisablehook is before and not capsys.readouterr().err
 
 
 def test_an_error_that_cannot_be_pickled_is_told_all_the_same(capfd):

@@ -1,5 +1,6 @@
 """SIGTERM and Ctrl-C: raised at once as an exception, or remembered until the loop asks."""
 import signal
+import sys
 import threading
 from contextlib import contextmanager
 from types import FrameType
@@ -42,13 +43,22 @@ def delayed() -> Iterator[None]:
 @contextmanager
 def interruptible(*sentence: str) -> Iterator[None]:
     """In the block, a signal raises Interrupted. So does any error after a signal: compiled code that a signal stops may report an error of
-    its own, such as a file that cannot be read."""
+    its own, such as a file that cannot be read. Python prints and drops an exception raised in a destructor or in a callback of a weak
+    reference, of which torch.compile has many; such a signal comes again a moment later."""
     came: list[Interrupted] = []
+    again: list[threading.Timer] = []
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         came.append(Interrupted(number, *sentence))
         raise came[-1]
 
+    def on_lost(lost: Any) -> None:
+        if not isinstance(lost.exc_value, Interrupted):
+            return print_lost(lost)
+        again.append(threading.Timer(0.05, signal.pthread_kill, (threading.main_thread().ident, lost.exc_value.code - 128)))
+        again[-1].start()
+
+    print_lost, sys.unraisablehook = sys.unraisablehook, on_lost
     with handled(on_signal):
         try:
             yield
@@ -56,3 +66,7 @@ def interruptible(*sentence: str) -> Iterator[None]:
             if came:
                 raise came[-1] from None
             raise
+        finally:
+            sys.unraisablehook = print_lost
+            for timer in again:
+                timer.cancel()
