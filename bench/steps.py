@@ -200,12 +200,14 @@ class Bench:
         known = {r["impl"] for r in self.run.of(case)}
         todo = [name for name in problem.impls if name not in known]
         slow = [name for name in todo if "+compile" in name]
-        for names in ([name for name in todo if name not in slow], *([name] for name in slow)):
-            if names and names[0] in slow and self.run.late():
-                self.run.left.append(f"{label(case)}: {names[0]}")
-            elif names:
-                self.measure_together(case, problem, names)
-                self.run.release()
+        if fast := [name for name in todo if name not in slow]:
+            self.measure_together(case, problem, fast)
+        for name in slow:
+            self.run.release()
+            if self.run.late():
+                self.run.left.append(f"{label(case)}: {name}")
+            else:
+                self.measure_together(case, problem, [name])
 
     def measure_together(self, case: dict, problem: Problem, names: list[str]) -> None:
         """A row for each of `names`, timed in turns with the implementation that all are compared with."""

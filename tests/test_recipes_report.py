@@ -63,6 +63,7 @@ def test_the_report_counts_gain_points_and_advantage(tmp_path):
     # blocks, gain, points lost, full, adapter, wiki, and of an arm with a switch advantage, p
     for arm, expected in (("plain", [6, 50, 5, 7.5, 2.5, 5.5]), ("hidden 3", [6, 98, 1, 1.5, 0.5, 5.5, 4.96, 0.016])):
         assert [float(cell.split()[0]) for cell in cells[arm, "0.0005"][:len(expected)]] == pytest.approx(expected), arm
+    assert float(cells["hidden 3", "0.0005"][9].split()[0]) == pytest.approx(4) and not cells["plain", "0.0005"][9].strip()
     assert "0.016 / 0.359" in table       # 23 arms and rates are planned
     text = (tmp_path / "README.md").read_text()
     assert "| bio | hidden 3 | 0.0005 | 5 | 98.000 ±" in text and "| cs | hidden 3 | 0.0005 | 1 | 98.000 | 1.000 | 4.960 |" in text

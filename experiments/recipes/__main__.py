@@ -38,7 +38,7 @@ def main() -> None:
     rows.parent.mkdir(parents=True, exist_ok=True)
     draw_tasks(c)
     done = read_rows(rows) if rows.exists() else []
-    if any(row["device"].startswith("CPU") != (c.device == "cpu") or row.get("steps", c.steps if row["arm"] == "M0" else STEPS) != c.steps
+    if any(row["device"].startswith("CPU") != (c.device == "cpu") or row["arm"] != "M0" and row.get("steps", STEPS) != c.steps
            for row in done):
         raise InputError(f"{rows}: its rows are of another --device or of other --steps, and must not be mixed; give another --results")
     deltas = [(task, kind, seed) for seed in sorted({s % DELTA_SEEDS for s in c.seeds}) for task in TASKS for kind in KINDS]
