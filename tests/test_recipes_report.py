@@ -6,7 +6,7 @@ from conftest import here
 
 from experiments.common import holm, sign_flip, steps_to_best
 from experiments.recipes import report
-from experiments.recipes.plan import AFTERWARDS, CHAIN, PLAIN, SWITCHES, TASKS, upgrades
+from experiments.recipes.plan import AFTERWARDS, CHAIN, SWITCHES, TASKS, plain_rates, upgrades
 from rt.errors import InputError
 
 
@@ -48,12 +48,12 @@ def test_the_report_counts_gain_points_and_advantage(tmp_path):
     assert found["plain", 5e-4]["bio", 4] == pytest.approx((0.6, 5.0))      # c did not learn on dev, so it is left out of all arms
     (key, ahead), = report.advantages(found).items()
     assert key == ("hidden 3", 5e-4) and [*ahead.values()] == pytest.approx([5 + 1 * 0.48 / 0.5 - 1] * 6)
-    for lr in PLAIN:        # with a rate less, the plain upgrades' line would be too high
+    for lr in plain_rates("minilm"):        # with a rate less, the plain upgrades' line would be too high
         assert report.advantages({at: of for at, of in found.items() if at != ("plain", lr)}) == {key: {}}
     with pytest.raises(InputError, match="no rows of upgrades"):
         report.write(tmp_path)
     two = {("hidden 20 (afterwards)", 5e-4): dict.fromkeys([("bio", 0), ("bio", 3), ("cs", 0), ("cs", 1)], (1.0, 1.0))}
-    plain = {("plain", lr): dict.fromkeys([("bio", 0), ("bio", 3), ("cs", 0), ("cs", 1)], (1.0, 2.0)) for lr in PLAIN}
+    plain = {("plain", lr): dict.fromkeys([("bio", 0), ("bio", 3), ("cs", 0), ("cs", 1)], (1.0, 2.0)) for lr in plain_rates("minilm")}
     assert report.lines_of([{"arm": arm, "lr": lr, "target": "cs", "seed": 0, "heldout": {"wiki": 5}, "apply": made_rows()[0]["apply"],
                              "stage_seconds": 1} for arm, lr in plain | two], report.bases(made_rows()),
                            plain | two)[-1][9] == "0.250 / 1.000"       # without the blocks that suggested the arm
@@ -89,3 +89,5 @@ def test_the_plan_has_every_arm_once_and_begins_with_what_decides():
     assert len({*runs}) == len(runs) == 2 * (4 + 2 * len(SWITCHES) + len(AFTERWARDS))
     assert [one.arm for one in runs[:5]] == ["plain"] * 4 + ["hidden 3"]
     assert {one.target for one in upgrades(("chain",))} == {CHAIN}
+    assert [one.lr for one in runs[:4]] == [1.25e-4, 2.5e-4, 5e-4, 1e-3]
+    assert [one.lr for one in upgrades(("bio",), (0,), "mini")[:4]] == [2.5e-4, 5e-4, 1e-3, 2e-3]

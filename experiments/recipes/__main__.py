@@ -34,7 +34,7 @@ def main() -> None:
         print(report.write(Path(c.results)))
         return
     check_places("recipes", c.data, c.base)
-    rows = Path(c.results) / "minilm.jsonl"
+    rows = Path(c.results) / f"{c.model}.jsonl"
     rows.parent.mkdir(parents=True, exist_ok=True)
     draw_tasks(c)
     done = read_rows(rows) if rows.exists() else []
@@ -44,7 +44,7 @@ def main() -> None:
     deltas = [(task, kind, seed) for seed in sorted({s % DELTA_SEEDS for s in c.seeds}) for task in TASKS for kind in KINDS]
     todo = [("delta", key) for key in deltas if not (delta_folder(c, *key) / "delta.json").exists()]
     todo += [("base", seed) for seed in sorted({s % DELTA_SEEDS for s in c.seeds}) if not known(done, {"arm": "M0", "seed": seed})]
-    todo += [("upgrade", one) for one in upgrades(c.targets, c.seeds) if (not c.arms or one.arm in c.arms)
+    todo += [("upgrade", one) for one in upgrades(c.targets, c.seeds, c.model) if (not c.arms or one.arm in c.arms)
              and (not c.rates or one.lr in c.rates) and not known(done, one.facts)]
     device = torch.device(c.device)
     facts = {"device": device_name(device), "precision": str(pick_precision("auto", device)).removeprefix("torch."), "commit": commit(),

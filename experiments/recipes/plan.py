@@ -6,11 +6,14 @@ UPGRADE = "--batch_tokens 1024 --seq_len 128 --snapshots 0".split()
 TUNE = "--tune_steps 300 --batch_size 16 --eval_every 150".split()
 PLACE = {"cpu": "--device cpu --threads 1".split(), "cuda": "--device cuda --graphs".split()}
 TASKS = {"chemprot": 128, "rotten_tomatoes": 64, "agnews": 64, "acl_arc": 64, "imdb": 128}      # tokens per text
-KINDS = {"full": 1e-4, "adapter": 1e-3}     # learning rate
+KINDS = ("full", "adapter")
+# peak learning rates by M0: of its own pre-training, and of its deltas
+PEAK = {"minilm": 5e-4, "mini": 1e-3}
+TUNE_LR = {"minilm": {"full": 1e-4, "adapter": 1e-3}, "mini": {"full": 5e-4, "adapter": 5e-3}}
 DELTA_SEEDS, HELDOUT_TOKENS = 3, 16384
 DRAWN = {"dev": 400, "test": 500}           # texts per task, one draw
-PLAIN = (1.25e-4, 2.5e-4, 5e-4, 1e-3)
-RATES = (5e-4, 1e-3)
+PLAIN = (0.25, 0.5, 1, 2)       # of PEAK
+RATES = (1, 2)
 SWITCHES = {"hidden 3": "--preserve 3", "hidden 10": "--preserve 10", "hidden 30": "--preserve 30",
             "last 10": "--preserve 10 --preserve_by last", "predictions 1": "--preserve 1 --preserve_by predictions",
             "hidden 1": "--preserve 1", "replay 5 %": "--replay .05", "replay 20 %": "--replay .2", "infinite": "--schedule infinite",
@@ -20,7 +23,7 @@ SEEN = (("bio", 0), ("bio", 3))     # the blocks that suggested it, which its te
 FIRST = ("hidden 3", "hidden 10", "hidden 30", "last 10", "predictions 1")      # first in the plan's order
 SEEDS, TARGETS = (0, 1, 2, 3, 4), ("bio", "cs", "chain")
 CHAIN = "bio,rev,cs,ns"
-CHAIN_ARMS = (("plain", 5e-4), ("hidden 10", 5e-4))     # the second: see PLAN.md
+CHAIN_ARMS = ("plain", "hidden 10")       # the second: see PLAN.md
 
 
 @dataclass(frozen=True)
@@ -36,16 +39,23 @@ class Upgrade:
         return {"arm": self.arm, "lr": self.lr, "target": self.target, "seed": self.seed}
 
 
-def upgrades(targets: tuple[str, ...] = TARGETS, seeds: tuple[int, ...] = SEEDS) -> list[Upgrade]:
-    """The upgrades of these targets and seeds, in the plan's order."""
-    first = [("plain", lr) for lr in PLAIN] + [(arm, lr) for arm in FIRST for lr in RATES if arm != "hidden 30" or lr == RATES[-1]]
-    others = [(arm, lr) for arm in SWITCHES for lr in RATES if (arm, lr) not in first]
+def upgrades(targets: tuple[str, ...] = TARGETS, seeds: tuple[int, ...] = SEEDS, model: str = "minilm") -> list[Upgrade]:
+    """The upgrades of the M0 called `model` with these targets and seeds, in the plan's order."""
+    rates = [peak * PEAK[model] for peak in RATES]
+    first = [("plain", lr) for lr in plain_rates(model)] + [(arm, lr) for arm in FIRST for lr in rates
+                                                            if arm != "hidden 30" or lr == rates[-1]]
+    others = [(arm, lr) for arm in SWITCHES for lr in rates if (arm, lr) not in first]
     found = []
     for target in targets:
-        for some in (CHAIN_ARMS,) if target == "chain" else (first, others):
+        chains = [(arm, rates[0]) for arm in CHAIN_ARMS]
+        for some in (chains,) if target == "chain" else (first, others):
             found += [Upgrade(arm, lr, CHAIN if target == "chain" else target, seed) for seed in seeds for arm, lr in some]
-        found += [Upgrade(arm, RATES[0], target, seed) for seed in seeds for arm in AFTERWARDS if target != "chain"]
+        found += [Upgrade(arm, rates[0], target, seed) for seed in seeds for arm in AFTERWARDS if target != "chain"]
     return found
+
+
+def plain_rates(model: str) -> list[float]:
+    return [peak * PEAK[model] for peak in PLAIN]
 
 
 def known(rows: list[dict], facts: dict) -> bool:

@@ -5,10 +5,9 @@ import os
 from pathlib import Path
 from statistics import mean
 
-from experiments.common import LEARNED, ROOT, holm, markdown, sign_flip
-from experiments.recipes.plan import AFTERWARDS, DELTA_SEEDS, PLAIN, SEEN, STEPS, known, upgrades
+from experiments.common import LEARNED, ROOT, holm, markdown, rows_of, sign_flip
+from experiments.recipes.plan import AFTERWARDS, DELTA_SEEDS, PEAK, SEEN, STEPS, known, plain_rates, upgrades
 from rt.errors import InputError
-from rt.formats.files import read_rows
 from rt.report.figures import pareto
 from rt.runs.summary import group, with_interval
 
@@ -55,9 +54,9 @@ def frontier(plain: list[Point], gain: float) -> float:
     return min(crossed) if crossed else max(line)[1]
 
 
-def advantages(found: dict) -> dict[tuple[str, float], dict[Block, float]]:
+def advantages(found: dict, model: str = "minilm") -> dict[tuple[str, float], dict[Block, float]]:
     """The advantage of every arm with a switch, per block that has all plain rates: with fewer, the frontier would lie too high."""
-    plain = [found.get(("plain", lr), {}) for lr in PLAIN]
+    plain = [found.get(("plain", lr), {}) for lr in plain_rates(model)]
     return {key: {block: frontier([of[block] for of in plain], gain) - points for block, (gain, points) in of.items()
                   if all(block in other for other in plain)} for key, of in found.items() if key[0] != "plain"}
 
@@ -66,12 +65,12 @@ HEAD = ("arm", "peak rate", "blocks", "gain, %", "points lost", "full", "adapter
         "less lost than plain at this rate")
 
 
-def lines_of(rows: list[dict], own: dict[int, dict], found: dict) -> list[list[str]]:
+def lines_of(rows: list[dict], own: dict[int, dict], found: dict, model: str = "minilm") -> list[list[str]]:
     """The table: a line per arm and rate."""
-    ahead = {key: [*of.values()] for key, of in advantages(found).items() if of}
+    ahead = {key: [*of.values()] for key, of in advantages(found, model).items() if of}
     p = {key: sign_flip([value for block, value in of.items() if key[0] not in AFTERWARDS or block not in SEEN])
-         for key, of in advantages(found).items() if of}
-    planned = {(one.arm, one.lr): 1.0 for one in upgrades(("bio",)) if one.arm != "plain"}      # those without rows count, too
+         for key, of in advantages(found, model).items() if of}
+    planned = {(one.arm, one.lr): 1.0 for one in upgrades(("bio",), model=model) if one.arm != "plain"}      # those without rows count, too
     adjusted, lines = holm(planned | p), []
     for key, of in sorted(found.items(), key=lambda item: (item[0][0] != "plain", item[0])):
         some = [row for row in rows if (row["arm"], row.get("lr")) == key and "," not in row["target"]]
@@ -87,9 +86,9 @@ def lines_of(rows: list[dict], own: dict[int, dict], found: dict) -> list[list[s
     return lines
 
 
-def lines_by_target(found: dict) -> list[list]:
+def lines_by_target(found: dict, model: str) -> list[list]:
     """Gain, points lost and advantage of an arm and rate on each target."""
-    ahead, lines = advantages(found), []
+    ahead, lines = advantages(found, model), []
     for key, of in sorted(found.items(), key=lambda item: (item[0][0] != "plain", item[0])):
         for target in sorted({target for target, _ in of}):
             gains, losses = zip(*(point for block, point in of.items() if block[0] == target))
@@ -100,24 +99,25 @@ def lines_by_target(found: dict) -> list[list]:
 
 
 def write(folder: Path) -> str:
-    """Write README.md and pareto.png/.svg; returns the table. InputError if there are no rows."""
-    rows = read_rows(folder / "minilm.jsonl") if (folder / "minilm.jsonl").exists() else []
+    """Write README.md and pareto.png/.svg; returns the table. InputError if there are no rows. The rows' file is named after M0."""
+    model = next((model for model in PEAK if (folder / f"{model}.jsonl").exists()), "minilm")
+    rows = rows_of(folder / f"{model}.jsonl")
     own = bases(rows)
     found = points(rows) if own else {}
     if not found:
         raise InputError(f"{folder}: no rows of upgrades there; run python -m experiments.recipes --data DIR first")
-    lines, facts = lines_of(rows, own, found), {key: ", ".join(sorted({row[key] for row in rows})) for key in ("device", "commit")}
+    lines, facts = lines_of(rows, own, found, model), {key: ", ".join(sorted({row[key] for row in rows})) for key in ("device", "commit")}
     first = next(iter(own.values()))
     scores = "; ".join(" ".join([name, *(f"{row['apply'][name]:.3f}" for row in own.values())]) for name in first["apply"])
     left_out = [f"{name} (seed {row['seed']})" for row in own.values() for name in row["apply"] if name not in learned(row)]
-    plan = os.path.relpath(ROOT / "experiments/recipes/PLAN.md", folder)
+    plan, commands = (os.path.relpath(ROOT / name, folder) for name in ("experiments/recipes/PLAN.md", "results/README.md"))
     text = ["# Which upgrades keep old deltas alive",
-            f"Written by `python -m experiments.recipes --report` from `minilm.jsonl`; [the plan]({plan}) says "
-            "what each column is. The rows come from `python -m experiments.minilm --data DIR`, then `experiments.recipes --data DIR`"
+            f"Written by `python -m experiments.recipes --report` from `{model}.jsonl`; [the plan]({plan}) says "
+            f"what each column is, [all results]({commands}) by which commands the rows were made"
             "; seconds are of jobs that shared the cores with other work. Means with 95 % t-intervals over blocks. The last column, which "
             "the plan does not have, pays no heed to the gain. Machine: "
             f"{facts['device']}; commits {facts['commit']}.",
-            markdown(HEAD, lines), markdown(("target", *HEAD[:5], HEAD[8]), lines_by_target(found)),
+            markdown(HEAD, lines), markdown(("target", *HEAD[:5], HEAD[8]), lines_by_target(found, model)),
             "![points lost against gain](pareto.png)", "In brackets: the number of blocks. *: named afterwards.",
             f"Test accuracy of the deltas on M0, by seed: {scores}.",
             "Left out, as dev on M0 is not 5 points above the commonest label: " + (", ".join(left_out) or "none") + ".",
@@ -127,7 +127,7 @@ def write(folder: Path) -> str:
         stages = [with_interval(lost(own[row["seed"] % DELTA_SEEDS], row) for row in line) for line in group(some, "stage").values()]
         text.append(f"Chain, {arm} at {lr:g}: points lost by Delta_0 on M1, M2, ...: {', '.join(stages)}.")
     if all(row.get("steps", STEPS) == STEPS for row in rows):
-        text += ["## Planned and not run", missing(rows)]
+        text += ["## Planned and not run", missing(rows, model)]
     (folder / "README.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
     names = {(arm, lr): f"{arm.replace(' (afterwards)', '*')}, {1e4 * lr:g}e-4 ({len(of)})" for (arm, lr), of in found.items()}
     pareto({names[key]: [(100 * (1 - gain), points) for gain, points in of.values()] for key, of in found.items()},
@@ -135,10 +135,10 @@ def write(folder: Path) -> str:
     return markdown(HEAD, lines)
 
 
-def missing(rows: list[dict]) -> str:
+def missing(rows: list[dict], model: str) -> str:
     """A line per arm, rate and target of the plan that lacks seeds."""
     left: dict[tuple, list[int]] = {}
-    for one in upgrades():
+    for one in upgrades(model=model):
         if not known(rows, one.facts):
             left.setdefault((one.arm, one.lr, one.target), []).append(one.seed)
     return "\n".join(f"- {arm} at {lr:g} on {target}: seeds {', '.join(map(str, seeds))}"

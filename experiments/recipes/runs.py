@@ -16,6 +16,7 @@ from experiments.recipes.plan import (
     DRAWN,
     HELDOUT_TOKENS,
     KINDS,
+    PEAK,
     PLACE,
     SEEDS,
     STEPS,
@@ -23,6 +24,7 @@ from experiments.recipes.plan import (
     TARGETS,
     TASKS,
     TUNE,
+    TUNE_LR,
     UPGRADE,
     Upgrade,
 )
@@ -47,6 +49,7 @@ class Config:
     """python -m experiments.recipes --data DIR [--flag value ...]"""
     data: str | None = None  # folder with corpora/ and tasks/
     base: str = "runs/minilm/pretrained/M0"  # M0
+    model: Literal[tuple(PEAK)] = "minilm"  # which M0 that is: the learning rates
     seeds: Seeds = SEEDS  # of the upgrades
     targets: tuple[str, ...] = TARGETS  # bio, cs, chain
     arms: tuple[str, ...] = ()  # plain, hidden 3, ...; default: all
@@ -81,8 +84,8 @@ def train(c: Config, *arguments: object) -> str:
 
 
 def tune_delta(c: Config, task: str, kind: str, seed: int) -> list[dict]:
-    train(c, "--mode", "tune", "--base", Path(c.base), "--task", task_folder(c, task), "--delta", kind, "--lr", KINDS[kind], "--seq_len",
-          TASKS[task], "--seed", seed, *TUNE, *PLACE[c.device],
+    train(c, "--mode", "tune", "--base", Path(c.base), "--task", task_folder(c, task), "--delta", kind, "--lr",
+          TUNE_LR[c.model][kind], "--seq_len", TASKS[task], "--seed", seed, *TUNE, *PLACE[c.device],
           "--out", delta_folder(c, task, kind, seed))
     return []
 
