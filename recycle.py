@@ -18,10 +18,10 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, Literal
+from typing import Iterator, Literal
 
 from data.sources import open_task, open_texts
-from rt.data import Task, TaskData, encode_task
+from rt.data import Task, encode_task
 from rt.deltas import Base, Delta, apply
 from rt.errors import InputError
 from rt.formats.atomic import locked
@@ -31,41 +31,24 @@ from rt.formats.hub import NAMING, open_base, open_delta
 from rt.kinds import DeltaConfig
 from rt.limits import NonNegative, NonNegativeInt, Positive, PositiveInt, Seeds, SeqLen, Share
 from rt.losses import DistillConfig
-from rt.recycling import CARRIES, MODES, NEEDS_TEACHER, TRAINED, Recycling, chain, check, is_carried, new_delta, recycle, teacher_of
+from rt.recycling import CARRIES, MODES, NEEDS_TEACHER, TRAINED, Recycling, chain, check, new_delta, recycle, teacher_of
+from rt.runs import starts, teaching
 from rt.runs.build import build_missing
 from rt.runs.config import parse, record, run
 from rt.runs.log import StepBar, load_tensorboard, note_changed_task, note_truncated, progress, score_text
 from rt.runs.results import Run, begin, origin_of, save_run, write_summary
 from rt.runs.signals import interruptible
-from rt.runs.starts import carry_texts, merge_on_dev, old_names, open_old
+from rt.runs.starts import CarryConfig, ProjectConfig, Projects, carried_modes, carry_texts, learn_map, merge_on_dev, open_old
 from rt.runs.summary import by_settings, chosen, note_diverged, report, report_chain, report_sweep
 from rt.runs.sweep import LISTS, dealt, expand, swept
-from rt.runs.teaching import WITHOUT_OLD, Samples, TeacherConfig, note_cut, open_samples, refusals
+from rt.runs.teaching import WITHOUT_OLD, Samples, TeacherConfig, note_cut, open_samples
 from rt.runs.workers import share_cores, spread, use_threads
 from rt.speed.device import make_deterministic, pick_precision, precision_name
 from rt.speed.dist import Ranks, join
 from rt.speed.graphs import check_graphs
 from rt.speed.multi_run import can_go_together, graphed_gradient, recycle_together
-from rt.transport import Granularity, check_sources, learn_projection, transport
+from rt.transport import check_sources, transport
 from rt.tune import TuneResult, TuneSettings, evaluate, plain_gradient, score
-
-
-@dataclass(frozen=True)
-class ProjectConfig:
-    """The tasks and deltas that a map of deltas is learned on, and the shape of the map."""
-    source_task: tuple[str, ...] = ()  # project: the tasks that the map is learned on, with all their examples
-    source_delta: tuple[str, ...] = ()  # project: the deltas of these tasks for --old_base; default: tuned, as for --old_delta
-    rank: PositiveInt = 16  # project: rank of W1 W2 in w' = w W1 W2 + b
-    granularity: Granularity = "auto"  # project: flat (w: the whole delta), tensor (w: a tensor's rows); auto: tensor for full, else flat
-    residual: bool = False  # project: w' = w + w W1 W2 + b
-    project_steps: PositiveInt = 200  # project: optimizer steps for the map
-
-
-@dataclass(frozen=True)
-class CarryConfig:
-    """A map, found from text, that carries the old delta to the new base."""
-    carry: bool = False  # init, init+distill, gradmask: start from the delta that transport gives
-    carry_text: str | None = None  # transport: file of texts without labels (.txt, .jsonl, .parquet); default: the task's training texts
 
 
 @dataclass
@@ -113,7 +96,6 @@ class Config:
 # For full deltas, the rate per mode that is best on dev, of 1e-4, 2e-4, 5e-4, 1e-3 and 2e-3 (results/demo/lr_search; project: as init).
 FULL_LR = {"scratch": 5e-4, "init": 1e-4, "distill": 1e-3, "init+distill": 1e-4, "project": 1e-4}
 LR = {"prefix": 1e-2}     # for all modes; other kinds: 5e-3
-Projects = list[tuple[Delta, TaskData]]     # deltas of the old base and their tasks, for --mode project
 Done = tuple[Run, TuneResult, Delta, list[dict], dict]      # the list: the run's evaluations; the dict: more fields for its row
 
 
@@ -197,17 +179,6 @@ def run_alone(r: Recycling, one: Run, sources: Sources) -> Iterator[Done]:
         model, result = recycle(r, one.mode)
         result.seconds = time.perf_counter() - started
         yield one, result, new_delta(r, one.mode, model), curves.pop((None, None)), more
-
-
-def learn_map(r: Recycling, p: ProjectConfig, projects: Projects, on_eval: Callable[[dict], None]) -> dict:
-    """Learn the map of --mode project. Returns the fields about the map for the run's row."""
-    equal = {delta.num_outputs for delta, _ in projects} == {r.old_delta.num_outputs}    # if so, heads are projected too
-    r.projection = learn_projection(
-        r.old_base, r.base, projects, replace(r.settings, steps=p.project_steps, keep_diverged=False), r.distill, r=p.rank,
-        granularity=p.granularity, residual=p.residual, device=r.device, precision=r.precision, with_head=equal, on_step=r.on_step,
-        on_eval=on_eval)
-    about = {name: getattr(r.projection, name) for name in ("r", "granularity", "residual", "with_head", "best_step", "dev")}
-    return {"sources": [data.name for _, data in projects], **about, "numbers": sum(p.numel() for p in r.projection.parameters())}
 
 
 def run_group(samples: dict[int, Recycling], group: list[Run], sources: Sources) -> Iterator[Done]:
@@ -303,28 +274,12 @@ def checked_modes(c: Config) -> list[str]:
     modes = [mode for mode in (MODES if c.old_base else WITHOUT_OLD) if asked.get(mode, True)] if "all" in c.mode else [*c.mode]
     if c.delta.kind != "same":
         c.delta.check()
-    taught, itp, gamma = {*modes} & {*NEEDS_TEACHER}, c.distill.itp, c.distill.gamma
-    project, tasks, deltas = "project" in modes, c.project.source_task, c.project.source_delta
-    line, carried = [str(Path(name or "")) for name in (c.old_base, *c.chain)], carried_modes(c, modes)
+    line = [str(Path(name or "")) for name in (c.old_base, *c.chain)]
     for is_wrong, sentence in (
-            *refusals(c, modes),
-            (gamma and not taught, f"--gamma {gamma}: a weight, for modes with a teacher ({', '.join(NEEDS_TEACHER)})"),
-            (itp and not taught, f"--itp {itp}: a number of points, for modes with a teacher ({', '.join(NEEDS_TEACHER)})"),
-            (c.delta.kind == "same" and (not c.old_delta or tasks and not deltas),
-             "--delta same takes the kind of --old_delta: give --old_delta (with --source_task also --source_delta), or name a kind"),
-            (not project and (tasks or deltas), "--source_task and --source_delta are for --mode project"),
-            (project and (not tasks or len(deltas) not in (0, len(tasks))),
-             f"--mode project needs --source_task, and of --source_delta as many or none: {len(tasks)} tasks, {len(deltas)} deltas"),
-            (c.task in tasks, f"--source_task {c.task}: is the --task itself, and a projection is for a task that it was not learned on"),
-            (c.carry.carry and not {*modes} & {*CARRIES}, f"--carry is for modes that start from a delta: {', '.join(CARRIES)}"),
-            (c.carry.carry_text and not carried, "--carry_text is for --mode transport and --carry"),
-            (bool(carried or project) + bool(c.chain) + (len(old_names(c.old_delta)) > 1) > 1,
-             "--mode project, --mode transport or --carry, --chain, and several deltas in --old_delta: one of them at a time"),
-            (c.merge != Config.merge and len(old_names(c.old_delta)) < 2, f"--merge {c.merge} is for several deltas in --old_delta"),
-            (c.shrinkage and c.head == "fresh", "--shrinkage is for --head prototype"),
-            (c.sweep is not None and (c.chain or project or not c.save_deltas),
+            *teaching.refusals(c, modes), *starts.refusals(c, modes),
+            (c.sweep is not None and (c.chain or "project" in modes or not c.save_deltas),
              "--sweep has no --chain and no --mode project, and keeps the deltas, from which it goes on when interrupted"),
-            (c.graphs and (itp or gamma),
+            (c.graphs and (c.distill.itp or c.distill.gamma),
              "--graphs repeats a step as it was captured: not with --itp, whose points are drawn anew, nor with --gamma, which would count "
              "the tokens that fill a batch up"),
             (c.chain and (c.base != Config.base or len({*line}) < len(line)),
@@ -332,11 +287,6 @@ def checked_modes(c: Config) -> list[str]:
         if is_wrong:
             raise InputError(sentence)
     return modes
-
-
-def carried_modes(c: Config, modes: Iterable[str]) -> list[str]:
-    """The modes that start from the delta that rt.transport.transport gives."""
-    return [mode for mode in modes if is_carried(mode, c.carry.carry)]
 
 
 def check_all(c: Config, r: Recycling, plan: list[Run], bases: dict[str, Base], projects: Projects) -> None:

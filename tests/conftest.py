@@ -3,13 +3,19 @@ import contextlib
 import importlib
 import io
 import json
+import multiprocessing
 import os
 import resource
 import runpy
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import traceback
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Callable
 
 import pytest
 import torch
@@ -160,6 +166,62 @@ def command(*arguments: str, code: int = 0, cwd: Path | None = None) -> str:
                           timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout if code == 0 else done.stderr
+
+
+class Fork:
+    """A command in a fork of this process: like subprocess.Popen, without the seconds that a new process takes to import torch."""
+    def __init__(self, argv: list[str], env: dict[str, str], main: Callable[[], None] | None = None, printed: str | None = None):
+        def command() -> None:
+            os.environ.clear()
+            os.environ.update(env)
+            for name, number in (("stdout", 1), ("stderr", 2)):
+                setattr(sys, name, open(f"{printed}.{name}" if printed else os.dup(number), "w"))
+            sys.argv, code = argv, 1
+            try:
+                run(main or importlib.import_module(Path(argv[0]).stem).main)
+                code = 0
+            except SystemExit as end:
+                code = end.code
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+        self.process = multiprocessing.get_context("fork").Process(target=command)
+        self.process.start()
+        self.kill = self.process.kill
+
+    def wait(self, seconds: float | None = None) -> int | None:
+        self.process.join(seconds)
+        return self.process.exitcode
+
+
+def forked(*arguments: str, code: int = 0, change: Callable[[int], None] = lambda rank: None,
+           main: Callable[[], None] | None = None) -> str:
+    """Run a script (or `main`) as the two ranks of a group, in forks of this process. Each rank may `change` itself first. Returns what
+    both print: on stdout, or on stderr if one is to end with `code`."""
+    def rank() -> None:
+        change(int(os.environ["RANK"]))
+        (main or importlib.import_module(arguments[0].removesuffix(".py")).main)()
+
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+        free.bind(("127.0.0.1", 0))
+        group = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        free.close()
+        ranks = [Fork([*map(str, arguments)], {**group, "RANK": n, "LOCAL_RANK": n}, rank, f"{folder}/{n}") for n in "01"]
+        ended = [one.wait(120) for one in ranks]
+        for one in ranks:
+            one.kill()
+        out, error = ("".join(Path(folder, f"{n}.{name}").read_text() for n in "01") for name in ("stdout", "stderr"))
+    assert None not in ended and (code in ended if code else not any(ended)), f"exit codes {ended}\n{out}\n{error}"
+    return error if code else out
+
+
+@pytest.fixture
+def forked_builds(monkeypatch) -> None:
+    """Commands that make what is missing run in forks. A test that runs recycle.py as a real command has real ones."""
+    monkeypatch.setattr("rt.runs.build.subprocess", SimpleNamespace(Popen=lambda command, env: Fork(command[1:], env)))
 
 
 def here(*arguments: str, code: int = 0) -> str:

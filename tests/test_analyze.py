@@ -25,6 +25,7 @@ from rt.report import figures, studies
 from rt.report import mixture as mixtures
 from rt.runs.summary import group, interval
 
+pytestmark = pytest.mark.usefixtures("forked_builds")
 FLAGS = ("--seq_len", "32", "--device", "cpu", "--precision", "fp32")
 
 

@@ -1,16 +1,18 @@
 """The claims script: its plan, resuming, its report on known rows, and a small run of every part."""
 import json
 import lzma
+import multiprocessing
 import shutil
 
 import pytest
 from conftest import ROOT, command, here, write_task
 
+from experiments import common
 from experiments.claims import plan
 from experiments.claims.__main__ import left
 from experiments.claims.plan import SCALES, SEEDS, Run, phases, searched
-from experiments.claims.report import per_seed, verdict, write
-from experiments.claims.rows import GrowingRows, Rows
+from experiments.claims.report import write
+from experiments.claims.rows import GrowingRows, Rows, per_seed, verdict
 from rt.errors import InputError
 from rt.formats.files import read_rows
 
@@ -122,6 +124,7 @@ def data(graphs, tmp_path_factory):
 def test_every_part_runs_and_is_not_run_again(data, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(plan, "SEEDS", SEEDS[:2])
+    monkeypatch.setattr(common, "get_context", lambda how: multiprocessing.get_context("fork"))     # saves importing torch
     arguments = ("-m", "experiments.claims", "--preset", "tiny", "--device", "cpu", "--jobs", "1", "--results", data / "results")
     work = (*arguments, "--data", data, "--home", data / "home")
     assert "train" in here(*work, "--plan")

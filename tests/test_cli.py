@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import command, here
+from conftest import command, forked, here
 from safetensors.torch import load_file
 
 from rt.errors import InputError
@@ -87,7 +87,7 @@ def test_twenty_steps_are_ten_and_resume_and_ten(lineage):
     assert "unfinished run: add --resume" in here(*arguments, "--out", home / "broken", code=2)
     assert "stopped after M0" in here(*arguments, "--out", home / "broken", "--resume", "--stop_after", "4")
     here(*arguments, "--out", home / "broken", "--resume", "--stop_after", "3", "--log_every", "2")      # stops again, inside M1
-    command(*arguments, "--out", home / "broken", "--resume")
+    here(*arguments, "--out", home / "broken", "--resume")
     for name in ("M0", "M1"):
         a, b = (load_file(home / run / name / "model.safetensors") for run in ("straight", "broken"))
         assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
@@ -322,7 +322,7 @@ def test_a_sweep_prints_the_best_of_every_mode_and_goes_on_where_it_was_interrup
     shutil.rmtree(home / "deltas" / gone["run"])
     stamps = {path: path.stat().st_mtime_ns for path in (home / "deltas").glob("*/delta.safetensors")}
     assert drawn(home) == {"convergence"} and drawn(home / "deltas" / by_mode["init"][0]["run"]) == {"tuning"}
-    assert command("recycle.py", *arguments).splitlines()[1:] == out.splitlines()[-len(lines) - 2:]
+    assert here("recycle.py", *arguments).splitlines()[1:] == out.splitlines()[-len(lines) - 2:]
     assert sum(path.stat().st_mtime_ns != stamp for path, stamp in stamps.items()) == 1
 
 
@@ -347,8 +347,7 @@ def test_a_sweep_is_shared_by_ranks(lineage, task, tmp_path):
     arguments = ("--old_base", home / "run" / "M0", "--old_delta", tuned(home, task, "lora", tmp_path), "--base", home / "run" / "M1",
                  "--task", task, *TUNE, "--delta", "lora", "--shots", "6", "--steps", "2",
                  "--mode", "init,apply", "--sweep", "seed=0,1,2", "--device", "cpu")
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "recycle.py")
-    out = [command(*torchrun, *arguments, "--out", tmp_path / "two"), here("recycle.py", *arguments, "--out", tmp_path / "one")]
+    out = [forked("recycle.py", *arguments, "--out", tmp_path / "two"), here("recycle.py", *arguments, "--out", tmp_path / "one")]
     two, one = (json.loads((tmp_path / name / "summary.json").read_text())["rows"] for name in ("two", "one"))
     assert [(r["run"], r["curve"], r["test"]) for r in two] == [(r["run"], r["curve"], r["test"]) for r in one] and len(two) == 6
     assert [line for line in out[0].splitlines() if "±" in line] == [line for line in out[1].splitlines() if "±" in line]

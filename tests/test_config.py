@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pytest
-from conftest import ROOT, command, here
+from conftest import ROOT, here
 
 from rt import limits
 from rt.errors import InputError
@@ -158,9 +158,9 @@ def test_help_has_every_flag_with_its_default_and_comment():
 
 @pytest.mark.parametrize("script", ["train.py", "recycle.py"])
 def test_scripts_teach_and_refuse(script):
-    lines = [line for line in command(script, "--help").splitlines() if line.startswith("  --")]
+    lines = [line for line in here(script, "--help").splitlines() if line.startswith("  --")]
     assert len(lines) > 20 and all(len(line.split(None, 2)) == 3 for line in lines)     # each has a comment
-    error = command(script, "--seds", "1", code=2)
+    error = here(script, "--seds", "1", code=2)
     assert error == "error: there is no flag --seds: did you mean --seed" + ("s?\n" if script == "recycle.py" else "?\n")
 
 

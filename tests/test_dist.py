@@ -1,28 +1,23 @@
 """Two processes (gloo) equal one process with the same global batch: losses, resuming with another number of ranks, the sharded optimizer
 state. What one rank does for all; an error ends all."""
+import copy
 import json
-import os
-import subprocess
-import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, command, here
+from conftest import command, forked, here
 
 from rt.errors import InputError
 from rt.formats.files import read_rows
+from rt.optim import adamw
 from rt.speed.device import pick_device
-from rt.speed.dist import Ranks, join
+from rt.speed.dist import Ranks, gather, join, load_state, zero
 
 FLAGS = ("--preset", "tiny", "--vocab_size", "500", "--seq_len", "32", "--batch_tokens", "512", "--eval_tokens", "512", "--device", "cpu",
          "--precision", "fp32", "--dropout", "0.1", "--snapshots", "1", "--steps", "20")
 TOLERANCE = 1e-5    # relative, of a loss: gradients are summed in another order
-
-
-def torchrun(*arguments, code: int = 0) -> str:
-    """Runs a script of the checkout in two processes. Returns stdout, or stderr if an error was expected."""
-    return command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *arguments, code=code)
 
 
 def losses(folder) -> list[float]:
@@ -37,7 +32,7 @@ def home(graphs, tmp_path_factory):
     home = tmp_path_factory.mktemp("dist")
     lines = [json.loads(line)["text"].replace("\n", " ") for line in (graphs / "corpus" / "train.jsonl").open()]
     (home / "one.txt").write_text("\n".join(lines[:300]))
-    command("train.py", *FLAGS, *corpus(home), "--accumulation", "2", "--out", home / "alone")
+    here("train.py", *FLAGS, *corpus(home), "--accumulation", "2", "--out", home / "alone")
     return home
 
 
@@ -46,7 +41,8 @@ def corpus(home) -> tuple:
 
 
 def test_two_ranks_are_one_with_the_same_batch(home):
-    out = torchrun("train.py", *FLAGS, "--stream", home / "one.txt", "--cache", home / "its_own_cache", "--out", home / "two")
+    out = command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *FLAGS, "--stream", home / "one.txt",
+                  "--cache", home / "its_own_cache", "--out", home / "two")
     assert losses(home / "two") == pytest.approx(losses(home / "alone"), rel=TOLERANCE)
     assert out.count("sample:") == out.count("M0 (one)") == 1       # only one rank prints
     assert {f.name for f in (home / "two").iterdir()} == {f.name for f in (home / "alone").iterdir()}
@@ -56,16 +52,16 @@ def test_two_ranks_are_one_with_the_same_batch(home):
 
 
 def test_shared_state_changes_nothing_and_one_process_goes_on_from_it(home):
-    begun = torchrun("train.py", *FLAGS, *corpus(home), "--zero", "--out", home / "zero", "--stop_after", "10")
+    begun = forked("train.py", *FLAGS, *corpus(home), "--zero", "--out", home / "zero", "--stop_after", "10")
     assert begun.count("stopped in M0 after step 10 of 20") == 1
-    command("train.py", *FLAGS, *corpus(home), "--accumulation", "2", "--out", home / "zero", "--resume")
+    here("train.py", *FLAGS, *corpus(home), "--accumulation", "2", "--out", home / "zero", "--resume")
     assert losses(home / "zero") == pytest.approx(losses(home / "alone"), rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("flags, words", [(("--batch_tokens", "256"), "multiple of 512"), (("--lr", "1e18"), "the loss at step")])
 def test_what_is_wrong_ends_all_ranks(home, flags, words, tmp_path):
-    error = torchrun("train.py", *FLAGS, *corpus(home), "--out", tmp_path / "out", *flags, code=1)
-    assert error.startswith("error: ") and words in error and 'train.py", line' not in error    # torchrun adds its own traceback
+    error = forked("train.py", *FLAGS, *corpus(home), "--out", tmp_path / "out", *flags, code=2)
+    assert error.startswith("error: ") and words in error and "Traceback" not in error
 
 
 def test_what_is_for_one_process_and_what_is_not(monkeypatch, tmp_path):
@@ -75,74 +71,56 @@ def test_what_is_for_one_process_and_what_is_not(monkeypatch, tmp_path):
     assert "--mode tune is for one process" in here("train.py", "--mode", "tune", code=2)
 
 
-WORKER = """
-import copy, sys, time, torch
-from rt.errors import InputError
-from rt.speed.dist import gather, join, load_state, zero
-from rt.optim import adamw
-
-def bad():
-    raise InputError("only rank 0 saw it")
-
-def train(optimizer, weights, steps):
-    for step in steps:
-        for i, w in enumerate(weights):
-            w.grad = torch.full_like(w, i + step) + w.detach()
-        optimizer.step()
-
-def fresh(is_shared):
-    weights = [torch.nn.Parameter(torch.ones(shape)) for shape in ((4, 3), (3,), (2, 2), (5,))]
-    return weights, adamw(weights, 0.1, 0.01, make=zero if is_shared else torch.optim.AdamW)
-
-ranks = join("cpu")
-assert ranks.from_main(lambda: ranks.rank) == 0 and ranks.mean(torch.tensor([float(ranks.rank)])).item() == 0.5
-ranks.main_first(lambda: open(sys.argv[1], "a").write(str(ranks.rank)))
-if ranks.rank == 1:                     # rank 0 does not read what rank 1 has not written
-    time.sleep(1)
-    open(sys.argv[1] + ".late", "w").close()
-ranks.wait()
-assert open(sys.argv[1] + ".late").read() == ""
-
-weights, optimizer = fresh(False)
-train(optimizer, weights, range(6))
-half, shared = fresh(True)
-train(shared, half, range(3))
-assert 0 < len(shared.optim.state) < 4
-gather(shared)
-state = ranks.from_main(shared.state_dict)
-for is_shared in (True, False):            # shared out again, and by one alone
-    again, optimizer = fresh(is_shared)
-    for new, old in zip(again, half):
-        new.data.copy_(old.data)
-    load_state(optimizer, copy.deepcopy(state))     # or its tensors would be trained
-    train(optimizer, again, range(3, 6))
-    for a, b in zip(weights, again):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
-
-ranks.assert_same({"--lr": 0.1, "corpus a": "1"})
-try:
-    ranks.assert_same({"--lr": 0.1, "corpus a": "12"[ranks.rank]})
-    raise AssertionError
-except InputError as error:
-    assert str(error) == "corpus a is 2 on rank 1 and 1 on rank 0: start all with the same flags and files"
-try:
-    ranks.from_main(bad)
-except InputError as error:
-    assert str(error) == "only rank 0 saw it"
-    ranks.leave()
-    if ranks.is_main:
-        sys.exit(3)
-    time.sleep(600)     # ended by torchrun
-"""
-
-
 def test_shares_of_a_state_fit_together_and_rank_0_goes_first_and_its_errors_are_everyones(tmp_path):
-    (tmp_path / "worker.py").write_text(WORKER)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "worker.py",
-                           tmp_path / "order"], cwd=ROOT, capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 1 and "exitcode  : 3" in done.stderr, done.stderr
-    assert (tmp_path / "order").read_text() == "01"
+    order, late = tmp_path / "order", tmp_path / "late"
+    order.touch()
+
+    def train(optimizer, weights, steps):
+        for step in steps:
+            for i, w in enumerate(weights):
+                w.grad = torch.full_like(w, i + step) + w.detach()
+            optimizer.step()
+
+    def fresh(is_shared):
+        weights = [torch.nn.Parameter(torch.ones(shape)) for shape in ((4, 3), (3,), (2, 2), (5,))]
+        return weights, adamw(weights, 0.1, 0.01, make=zero if is_shared else torch.optim.AdamW)
+
+    def bad():
+        raise InputError("only rank 0 saw it")
+
+    def work():
+        ranks = join("cpu")
+        assert ranks.from_main(lambda: ranks.rank) == 0 and ranks.mean(torch.tensor([float(ranks.rank)])).item() == 0.5
+        ranks.main_first(lambda: order.write_text(order.read_text() + str(ranks.rank)))
+        if ranks.rank == 1:                     # rank 0 does not read what rank 1 has not written
+            time.sleep(1)
+            late.touch()
+        ranks.wait()
+        assert late.exists()
+
+        weights, optimizer = fresh(False)
+        train(optimizer, weights, range(6))
+        half, shared = fresh(True)
+        train(shared, half, range(3))
+        assert 0 < len(shared.optim.state) < 4
+        gather(shared)
+        state = ranks.from_main(shared.state_dict)
+        for is_shared in (True, False):            # shared out again, and by one alone
+            again, optimizer = fresh(is_shared)
+            for new, old in zip(again, half):
+                new.data.copy_(old.data)
+            load_state(optimizer, copy.deepcopy(state))     # or its tensors would be trained
+            train(optimizer, again, range(3, 6))
+            for a, b in zip(weights, again):
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+        ranks.assert_same({"--lr": 0.1, "corpus a": "1"})
+        with pytest.raises(InputError, match="^corpus a is 2 on rank 1 and 1 on rank 0: start all with the same flags and files$"):
+            ranks.assert_same({"--lr": 0.1, "corpus a": "12"[ranks.rank]})
+        ranks.from_main(bad)
+
+    error = forked("worker", code=2, main=work)
+    assert error == 2 * "error: only rank 0 saw it\n" and order.read_text() == "01"
 
 
 def test_a_cuda_device_becomes_the_current_one(monkeypatch):

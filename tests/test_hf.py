@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
-from conftest import command, here, write_task
+from conftest import here, write_task
 from safetensors.torch import load_file, save_file
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
@@ -423,7 +423,7 @@ def test_a_fine_tune_is_recycled_on_a_continued_model_and_leaves_as_one(tokenize
     rows = [{"text": f"text number {i}", "label": ("walks", "classes")[i % 2]} for i in range(12)]
     task = write_task(tmp_path / "task", {"train": rows, "dev": rows[:4], "test": rows})
     flags = ("--seq_len", 16, "--device", "cpu", "--precision", "fp32")
-    out = command("recycle.py", "--mode", "apply,init", "--old_base", tmp_path / "old", "--old_delta", tmp_path / "tuned", "--base",
+    out = here("recycle.py", "--mode", "apply,init", "--old_base", tmp_path / "old", "--old_delta", tmp_path / "tuned", "--base",
                   tmp_path / "new", "--task", task, "--delta", "same", "--steps", 2, "--eval_every", 1, "--shots", 4, "--seeds", 0,
                   "--lr", "1e-4", "--out", tmp_path / "recycled", *flags)
     assert "init" in out and "apply" in out

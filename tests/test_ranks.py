@@ -1,5 +1,6 @@
 """Ranks (gloo) that die, raise, or start with other flags or files: all end soon, with an exit code other than 0 and the cause in one
 sentence. The run can continue from what was saved."""
+import itertools
 import json
 import os
 import signal
@@ -9,8 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, here
+from conftest import ROOT, forked, here
 
+from rt.data import Rows
+from rt.errors import InputError
+from rt.model import Batch
 from rt.runs.resume import checkpoints
 
 SOON = 60       # seconds; a fraction of one if nothing else runs
@@ -82,12 +86,26 @@ def test_a_killed_rank_ends_all_and_the_run_is_gone_on_with(home, tmp_path):
     assert rows[0][-2]["loss"] == pytest.approx(rows[1][-2]["loss"], rel=1e-4)      # two ranks sum in another order
 
 
-@pytest.mark.parametrize("other, words", [
-    ("InputError", "error: this batch is bad"), ("-- --lr 0.5", "--lr is 0.5 on rank 1 and None on rank 0")])
-def test_a_rank_that_raises_or_has_other_flags_ends_all_in_a_sentence(other, words, home, tmp_path):
-    *errors, said = ended(home, tmp_path / "out", other)
-    assert any(words in error for error in errors), said
-    assert all(words in error or "another rank has ended" in error for error in errors), said
+def raise_at_the_ninth_batch(rank: int) -> None:
+    batches, masked = itertools.count(1), Rows.masked
+
+    def bad(self: Rows, numbers: list[int]) -> Batch:
+        if next(batches) == 9:
+            raise InputError("this batch is bad")
+        return masked(self, numbers)
+
+    if rank == 1:
+        Rows.masked = bad
+
+
+@pytest.mark.parametrize("change, words", [
+    (raise_at_the_ninth_batch, "error: this batch is bad"),
+    (lambda rank: sys.argv.extend(["--lr", "0.5"] * rank), "--lr is 0.5 on rank 1 and None on rank 0")])
+def test_a_rank_that_raises_or_has_other_flags_ends_all_in_a_sentence(change, words, home, tmp_path):
+    errors = forked("train.py", *FLAGS, "--stream", home / "one.txt", "--cache", home / "cache", "--out", tmp_path / "out", "--steps", "12",
+                    code=2, change=change).splitlines()
+    assert any(words in error for error in errors), errors
+    assert all(words in error or "another rank has ended" in error for error in errors), errors
 
 
 @pytest.mark.marathon

@@ -27,8 +27,8 @@ LABELS = ("no", "yes")
 PRETRAIN = "--preset tiny --vocab_size 500 --seq_len 32 --batch_tokens 256 --steps 3 --snapshots 1 --eval_tokens 512"
 TINY = {"pretrain": PRETRAIN, "demo": PRETRAIN + " --stream papers.txt.xz,news,more.txt",
         "tune": "--tune_steps 2 --eval_every 1 --seq_len 32 --shots 4", "eval": "--seq_len 32",
-        "rt.runs.predict": ("--seq_len", "32", "--device", "cpu"),
-        "bench.cell": ("--sweep", "seed=0,1", "--ways", "side by side", "--steps", "2", "--shots", "4", "--sample", "1"),
+        "rt.runs.predict": "--seq_len 32 --device cpu",
+        "bench.cell": "--sweep seed=0,1 --ways 'side by side' --steps 2 --shots 4 --sample 1",
         "recycle.py": "--steps 2 --eval_every 1 --seq_len 32 --seeds 0,1",
         "analyze.py": "--tasks my_task --seq_len 32 --tune_steps 2 --points 3 --max_examples 4"}
 DEMO = "--task my_task --old_delta runs/demo/deltas/M0-math-full-s0 --out runs/recycle/demo-M1-math-full-k16"
@@ -57,17 +57,18 @@ def commands(code: str) -> list[list[str]]:
 def mode_of(words: list[str]) -> str:
     """The key of TINY for a command."""
     if words[1] != "train.py":
-        return words[1]
+        return words[2] if words[1] == "-m" else words[1]
     return words[words.index("--mode") + 1] if "--mode" in words else "pretrain" if "--stream" in words else "demo"
 
 
 def type_in(words: list[str], folder: Path) -> str:
     """Run one command of the README in `folder`. Returns its output."""
-    if words[1] != "-m":
+    added = shlex.split(TINY.get(mode_of(words), ""))
+    if words[1] != "-m" or words[2].startswith("rt.runs."):
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
-            return here(*words[1:], *TINY[mode_of(words)].split(), *DEVICE.get(words[1], ()))
-    words = [sys.executable, *words[1:], *TINY.get(words[2], ())]
+            return here(*words[1:], *added, *DEVICE.get(words[1], ()))
+    words = [sys.executable, *words[1:], *added]
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=300,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
@@ -94,7 +95,7 @@ def corpus(graphs) -> list[str]:
 
 @pytest.mark.parametrize("sections", [("Two commands to a result", "The method"), ("Whole steps against others",),
                                       ("Your own model, text and task",), ("Deltas from transformers and PEFT, and back",)])
-def test_the_commands_are_typed_as_they_stand(sections, corpus, tokenizer, tmp_path):
+def test_the_commands_are_typed_as_they_stand(sections, corpus, tokenizer, tmp_path, forked_builds):
     stage(tmp_path, corpus, tokenizer)
     run = [block for block in blocks() if block[0] in sections and block[1] == "run"]
     assert run

@@ -13,57 +13,15 @@ from statistics import correlation, mean
 
 from experiments.claims import minilm_report
 from experiments.claims.plan import SEEDS, UPGRADES
-from experiments.claims.rows import Key, Rows, key
+from experiments.claims.rows import Key, Rows, by_task, key, over_tasks, per_seed, shown, verdict
 from experiments.common import markdown, steps_to_best
 from rt.errors import InputError
 from rt.report import figures
-from rt.runs.summary import interval
 
 AS_GOOD = 0.01      # how far below zero an interval may reach if the claim is "at least as good"
 GAIN = 0.03         # accuracy above chance from which a delta counts as learned
 KINDS = ("full", "adapter", "lora")
 METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
-
-
-# ---------------------------------------------------------------- numbers
-
-def shown(values: list[float], digits: int = 3) -> str:
-    if not values:
-        return "-"
-    m, half = interval(values)
-    return f"{m:.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else "")
-
-
-def verdict(values: list[float], margin: float = 0.0) -> str:
-    if len(values) < 2:
-        return "not measured with enough seeds"
-    m, half = interval(values)
-    return "shown" if m - half > -margin else "opposite" if m + half < -margin else "not shown"
-
-
-class PerSeed(list):
-    """A value per seed, each the mean over `tasks` tasks."""
-
-    def __init__(self, values: list[float], tasks: int):
-        super().__init__(values)
-        self.tasks = tasks
-
-
-def per_seed(a: dict[Key, float], b: dict[Key, float]) -> PerSeed:
-    """a - b per seed, averaged over the tasks that all seeds have."""
-    both = a.keys() & b.keys()
-    seeds = sorted({seed for _, seed in both})
-    tasks = [t for t in sorted({t for t, _ in both}) if all((t, s) in both for s in seeds)]
-    return PerSeed([mean(a[t, s] - b[t, s] for t in tasks) for s in seeds] if tasks else [], len(tasks))
-
-
-def over_tasks(scores: dict[Key, float]) -> PerSeed:
-    """The mean over the tasks that all seeds have, one value per seed."""
-    return per_seed(scores, dict.fromkeys(scores, 0.0))
-
-
-def by_task(scores: dict[Key, float], task: str) -> list[float]:
-    return [v for (t, _), v in sorted(scores.items()) if t == task]
 
 
 class Section:

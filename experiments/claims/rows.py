@@ -1,4 +1,4 @@
-"""The rows of the claims, results/claims/PRESET-PART.jsonl. The report reads them; finished runs append to them."""
+"""The rows of the claims, results/claims/PRESET-PART.jsonl, and their statistics. The report reads them; finished runs append to them."""
 import json
 from collections import Counter
 from pathlib import Path
@@ -8,6 +8,7 @@ from experiments.claims.plan import SCALES, Run, searched
 from experiments.claims.runs import sizes
 from rt.errors import InputError
 from rt.formats.files import read_rows
+from rt.runs.summary import interval
 
 Key = tuple[str, int]                               # task, seed
 
@@ -84,3 +85,44 @@ class GrowingRows(Rows):
         """The mean seconds of finished runs of the same `part` and `what`, if there are any."""
         alike = {json.dumps(row["run"]): row["seconds"] for row in self.select(part=run.part, what=run.what)}
         return mean(alike.values()) if alike else None
+
+
+# ---------------------------------------------------------------- statistics
+
+def shown(values: list[float], digits: int = 3) -> str:
+    if not values:
+        return "-"
+    m, half = interval(values)
+    return f"{m:.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else "")
+
+
+def verdict(values: list[float], margin: float = 0.0) -> str:
+    if len(values) < 2:
+        return "not measured with enough seeds"
+    m, half = interval(values)
+    return "shown" if m - half > -margin else "opposite" if m + half < -margin else "not shown"
+
+
+class PerSeed(list):
+    """A value per seed, each the mean over `tasks` tasks."""
+
+    def __init__(self, values: list[float], tasks: int):
+        super().__init__(values)
+        self.tasks = tasks
+
+
+def per_seed(a: dict[Key, float], b: dict[Key, float]) -> PerSeed:
+    """a - b per seed, averaged over the tasks that all seeds have."""
+    both = a.keys() & b.keys()
+    seeds = sorted({seed for _, seed in both})
+    tasks = [t for t in sorted({t for t, _ in both}) if all((t, s) in both for s in seeds)]
+    return PerSeed([mean(a[t, s] - b[t, s] for t in tasks) for s in seeds] if tasks else [], len(tasks))
+
+
+def over_tasks(scores: dict[Key, float]) -> PerSeed:
+    """The mean over the tasks that all seeds have, one value per seed."""
+    return per_seed(scores, dict.fromkeys(scores, 0.0))
+
+
+def by_task(scores: dict[Key, float], task: str) -> list[float]:
+    return [v for (t, _), v in sorted(scores.items()) if t == task]

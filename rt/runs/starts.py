@@ -1,22 +1,67 @@
-"""Opens the deltas of --old_delta, merges several deltas by their dev score (--merge), and reads the texts of --carry."""
+"""How a run gets the delta it starts from: deltas of --old_delta, merged by their dev score (--merge); a map learned on other tasks
+(--mode project) or found from text (--mode transport, --carry)."""
 import itertools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from pathlib import Path
-from typing import Sequence
+from typing import Any, Callable, Iterable, Sequence
 
 import torch
 
-from rt.data import Example, Task, encode
+from rt.data import Example, Task, TaskData, encode
 from rt.deltas import Base, Delta
 from rt.errors import InputError
 from rt.formats.corpora import read_documents
-from rt.recycling import Recycling, start_from_old
+from rt.limits import PositiveInt
+from rt.recycling import CARRIES, Recycling, is_carried, start_from_old
 from rt.runs.results import open_best
+from rt.transport import Granularity, learn_projection
 from rt.tune import evaluate, score
 
+Projects = list[tuple[Delta, TaskData]]     # deltas of the old base and their tasks, for --mode project
 CARRY_TEXTS = 512       # texts on which the activations of two bases are compared
+
+
+@dataclass(frozen=True)
+class ProjectConfig:
+    """The tasks and deltas that a map of deltas is learned on, and the shape of the map."""
+    source_task: tuple[str, ...] = ()  # project: the tasks that the map is learned on, with all their examples
+    source_delta: tuple[str, ...] = ()  # project: the deltas of these tasks for --old_base; default: tuned, as for --old_delta
+    rank: PositiveInt = 16  # project: rank of W1 W2 in w' = w W1 W2 + b
+    granularity: Granularity = "auto"  # project: flat (w: the whole delta), tensor (w: a tensor's rows); auto: tensor for full, else flat
+    residual: bool = False  # project: w' = w + w W1 W2 + b
+    project_steps: PositiveInt = 200  # project: optimizer steps for the map
+
+
+@dataclass(frozen=True)
+class CarryConfig:
+    """A map, found from text, that carries the old delta to the new base."""
+    carry: bool = False  # init, init+distill, gradmask: start from the delta that transport gives
+    carry_text: str | None = None  # transport: file of texts without labels (.txt, .jsonl, .parquet); default: the task's training texts
+
+
+def refusals(c: Any, modes: list[str]) -> Iterable[tuple[Any, str]]:
+    """(whether it is wrong, error message) for each combination of flags in recycle.py's Config `c` that may make no sense."""
+    tasks, deltas, several = c.project.source_task, c.project.source_delta, len(old_names(c.old_delta)) > 1
+    carried = carried_modes(c, modes)
+    return ((c.delta.kind == "same" and (not c.old_delta or tasks and not deltas),
+             "--delta same takes the kind of --old_delta: give --old_delta (with --source_task also --source_delta), or name a kind"),
+            ("project" not in modes and (tasks or deltas), "--source_task and --source_delta are for --mode project"),
+            ("project" in modes and (not tasks or len(deltas) not in (0, len(tasks))),
+             f"--mode project needs --source_task, and of --source_delta as many or none: {len(tasks)} tasks, {len(deltas)} deltas"),
+            (c.task in tasks, f"--source_task {c.task}: is the --task itself, and a projection is for a task that it was not learned on"),
+            (c.carry.carry and not {*modes} & {*CARRIES}, f"--carry is for modes that start from a delta: {', '.join(CARRIES)}"),
+            (c.carry.carry_text and not carried, "--carry_text is for --mode transport and --carry"),
+            (bool(carried or "project" in modes) + bool(c.chain) + several > 1,
+             "--mode project, --mode transport or --carry, --chain, and several deltas in --old_delta: one of them at a time"),
+            (c.merge != type(c).merge and not several, f"--merge {c.merge} is for several deltas in --old_delta"),
+            (c.shrinkage and c.head == "fresh", "--shrinkage is for --head prototype"))
+
+
+def carried_modes(c: Any, modes: Iterable[str]) -> list[str]:
+    """The modes that start from the delta that rt.transport.transport gives."""
+    return [mode for mode in modes if is_carried(mode, c.carry.carry)]
 
 
 def old_names(text: str | None) -> list[str]:
@@ -69,3 +114,14 @@ def carry_texts(path: str | None, task: Task, base: Base, seq_len: int) -> list[
     if not (texts := [*itertools.islice(read_documents(Path(path)) if path else own, CARRY_TEXTS)]):
         raise InputError(f"--carry_text {path}: holds no text to compare two bases on")
     return encode([Example(text, None, None, "") for text in texts], (), base.tokenizer, seq_len).sequences
+
+
+def learn_map(r: Recycling, p: ProjectConfig, projects: Projects, on_eval: Callable[[dict], None]) -> dict:
+    """Learn the map of --mode project. Returns the fields about the map for the run's row."""
+    equal = {delta.num_outputs for delta, _ in projects} == {r.old_delta.num_outputs}    # if so, heads are projected too
+    r.projection = learn_projection(
+        r.old_base, r.base, projects, replace(r.settings, steps=p.project_steps, keep_diverged=False), r.distill, r=p.rank,
+        granularity=p.granularity, residual=p.residual, device=r.device, precision=r.precision, with_head=equal, on_step=r.on_step,
+        on_eval=on_eval)
+    about = {name: getattr(r.projection, name) for name in ("r", "granularity", "residual", "with_head", "best_step", "dev")}
+    return {"sources": [data.name for _, data in projects], **about, "numbers": sum(p.numel() for p in r.projection.parameters())}

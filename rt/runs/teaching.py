@@ -34,19 +34,21 @@ class TeacherConfig:
 
 def refusals(c: Any, modes: list[str]) -> Iterable[tuple[Any, str]]:
     """(whether it is wrong, error message) for each combination of flags in recycle.py's Config `c` that may make no sense."""
-    t, taught = c.teaching, {*modes} & {*NEEDS_TEACHER}
-    return ((t.teacher and not taught, f"--teacher {t.teacher}: is for modes with a teacher ({', '.join(NEEDS_TEACHER)})"),
+    t, d, taught, whose = c.teaching, c.distill, {*modes} & {*NEEDS_TEACHER}, f"for modes with a teacher ({', '.join(NEEDS_TEACHER)})"
+    return ((d.gamma and not taught, f"--gamma {d.gamma}: a weight, {whose}"),
+            (d.itp and not taught, f"--itp {d.itp}: a number of points, {whose}"),
+            (t.teacher and not taught, f"--teacher {t.teacher}: is {whose}"),
             (t.teacher and not c.old_delta and {*modes} - {*WITHOUT_OLD},
              f"--teacher {t.teacher}: has answers and no delta; modes other than {' and '.join(WITHOUT_OLD)} need --old_delta and its "
              "--old_base too"),
             (t.teacher and c.chain, "--teacher has no --chain: from the second base on, the recycled delta would teach"),
             (t.teacher and t.old_seq_len, "--old_seq_len is for an old base that reads the texts; with --teacher none does"),
-            (t.old_seq_len and not taught, f"--old_seq_len {t.old_seq_len}: is for modes with a teacher ({', '.join(NEEDS_TEACHER)})"),
-            (t.old_seq_len and (c.distill.gamma or c.distill.itp), "--gamma and --itp give the teacher the student's token ids: leave "
+            (t.old_seq_len and not taught, f"--old_seq_len {t.old_seq_len}: is {whose}"),
+            (t.old_seq_len and (d.gamma or d.itp), "--gamma and --itp give the teacher the student's token ids: leave "
              "--old_seq_len out"),
-            (c.distill.project_patience and not taught, f"--project_patience: is for modes with a teacher ({', '.join(NEEDS_TEACHER)})"),
+            (d.project_patience and not taught, f"--project_patience: is {whose}"),
             (t.label_smoothing and not t.teacher, "--label_smoothing is for the hard labels of a --teacher"),
-            (t.unlabelled and not taught, f"--unlabelled {t.unlabelled}: is for modes with a teacher ({', '.join(NEEDS_TEACHER)})"),
+            (t.unlabelled and not taught, f"--unlabelled {t.unlabelled}: is {whose}"),
             (t.unlabelled == "rest" and not c.shots, "--unlabelled rest needs --shots: rest is what --shots leaves over"),
             (not t.unlabelled and (t.unlabelled_texts or t.pseudo_labels == "hard" or t.unlabelled_share != TeacherConfig.unlabelled_share),
              "--unlabelled_share, --unlabelled_texts and --pseudo_labels hard are for the texts of --unlabelled: name some"))
