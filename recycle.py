@@ -34,9 +34,9 @@ from rt.losses import DistillConfig
 from rt.recycling import CARRIES, MODES, NEEDS_TEACHER, TRAINED, Recycling, chain, check, new_delta, recycle, teacher_of
 from rt.runs import starts, teaching
 from rt.runs.build import build_missing
-from rt.runs.config import parse, record, run
+from rt.runs.config import changed, parse, record, run
 from rt.runs.log import StepBar, load_tensorboard, note_changed_task, note_truncated, progress, score_text
-from rt.runs.results import Run, begin, origin_of, save_run, write_summary
+from rt.runs.results import Run, begin, origin_of, save_run, unread, write_summary
 from rt.runs.signals import interruptible
 from rt.runs.starts import CarryConfig, ProjectConfig, Projects, carried_modes, carry_texts, learn_map, merge_on_dev, open_old
 from rt.runs.summary import by_settings, chosen, note_diverged, report, report_chain, report_sweep
@@ -275,6 +275,7 @@ def checked_modes(c: Config) -> list[str]:
     if c.delta.kind != "same":
         c.delta.check()
     line = [str(Path(name or "")) for name in (c.old_base, *c.chain)]
+    idle = [name for name in changed(c) if all(name in unread(Config, mode) for mode in modes)]
     for is_wrong, sentence in (
             *teaching.refusals(c, modes), *starts.refusals(c, modes),
             (c.sweep is not None and (c.chain or "project" in modes or not c.save_deltas),
@@ -283,7 +284,8 @@ def checked_modes(c: Config) -> list[str]:
              "--graphs repeats a step as it was captured: not with --itp, whose points are drawn anew, nor with --gamma, which would count "
              "the tokens that fill a batch up"),
             (c.chain and (c.base != Config.base or len({*line}) < len(line)),
-             f"--chain {','.join(c.chain)}: the bases after --old_base {c.old_base} in order, each once, in place of --base")):
+             f"--chain {','.join(c.chain)}: the bases after --old_base {c.old_base} in order, each once, in place of --base"),
+            *((True, f"--{name} has no effect with --mode {','.join(modes)}") for name in idle)):
         if is_wrong:
             raise InputError(sentence)
     return modes
@@ -307,9 +309,10 @@ def announce(c: Config, modes: list[str], task: Task, old: Delta | None) -> list
     print(f"{task.name} ({what}, {few}), {c.delta.kind}: {' and '.join(sources)} -> {' -> '.join(c.chain or (c.base,))}")
     if old is None or old.labels == task.labels:
         return modes
-    print(f"the old delta was learned on {old.info['task']}, with other labels: init keeps the delta and starts a {c.head} head"
+    print(f"the old delta was learned on {old.info.get('task')}, with other labels: init keeps the delta and starts a {c.head} head"
           + (f" (if its {', '.join(old.labels[:4])} are those of the task: {NAMING})" if len(old.labels) == len(task.labels) else ""))
-    return ["scratch", "init", *(NEEDS_TEACHER if c.teaching.teacher else ())] if "all" in c.mode else modes
+    possible = {"scratch", "init", *["apply"] * (c.head == "prototype"), *(NEEDS_TEACHER if c.teaching.teacher else ())}
+    return [mode for mode in modes if mode in possible] if "all" in c.mode else modes
 
 
 def planned(c: Config, modes: list[str]) -> list[Run]:

@@ -190,7 +190,7 @@ def train_stages(c: Config, stream: PretrainRun, ranks: Ranks) -> Interrupted | 
         model = model.to(ranks.device)
         optimizer = adamw(model.parameters(), 0.0, c.weight_decay, make=zero if c.zero else torch.optim.AdamW)
         recipe = start_recipe(c, model, rows, [corpora[name]["train"] for name in groups[i]], tokenizer, ranks, where,
-                              stream.out / f"M{number - 1}" if i else c.init, bool(moments))
+                              stream.out / f"M{number - 1}" if i else c.init)
         idle = [*["replay"] * (rows.mixture is None), *["preserve", "preserve_by"] * (parent is None)]     # nothing came before this stage
         about = {"name": name, "domain": domain, "number": number, "parent": parent, "domains": domains,
                  "precision": content["--precision"], "recipe": {k: v for k, v in changed(r).items() if k not in idle}}
@@ -266,7 +266,7 @@ def start_model(c: Config, out: Path, first_corpus: Path, ranks: Ranks) -> tuple
                 raise InputError(f"--preserve_by predictions: {c.init} predicts nothing without its masked-LM head; use hidden")
         model, parent, moments = go_on_from(c, Path(c.init).absolute(), base)
         start = Start(parent, base.meta.get("number", 0), base.meta.get("domains", {}), moments)
-        if c.recipe.max_len:
+        if c.recipe.max_len and c.recipe.max_len != config.max_len:     # optimizer's moments do not fit a longer table
             model, start = lengthen(model, c.recipe.max_len), start._replace(moments=None)
             config = model.encoder.config
     else:

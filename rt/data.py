@@ -155,10 +155,15 @@ class TaskData:
         return sum(part.truncated for part in parts), sum(map(len, parts))
 
 
-def encode_task(task: Task, tokenizer: Tokenizer, max_len: int) -> TaskData:
-    """All parts of a task as ids, with texts cut to `max_len` tokens. InputError if dev's targets leave a regression's score undefined."""
+def check_dev(task: Task) -> None:
+    """InputError if dev's targets leave a regression's score undefined."""
     if task.is_regression and len({e.label for e in task.parts["dev"]}) == 1:
         raise InputError(f"{task.name}: dev's targets are all equal: no correlation with them is defined; give others, or more `shots`")
+
+
+def encode_task(task: Task, tokenizer: Tokenizer, max_len: int) -> TaskData:
+    """All parts of a task as ids, with texts cut to `max_len` tokens. InputError from `check_dev`."""
+    check_dev(task)
     parts = {part: encode(examples, task.labels, tokenizer, max_len) for part, examples in task.parts.items()}
     return TaskData(task.name, task.labels, **parts, hash=task.hash)
 
@@ -252,7 +257,9 @@ class Rows:
         self.corpus, self.seed, self.seq_len = corpus, seed, seq_len
         self.bos, self.eos = tokenizer.bos_id, tokenizer.eos_id
         self.row_tokens = sequences * seq_len
-        self.masker = Masker(tokenizer, round(mask_rate * self.row_tokens), objective, unit)
+        if (count := round(mask_rate * self.row_tokens)) < 1:
+            raise InputError(f"`mask_rate` {mask_rate}: predicts none of the {self.row_tokens} tokens of a row")
+        self.masker = Masker(tokenizer, count, objective, unit)
         lengths = np.diff(corpus.offsets)
         pieces = -(-lengths // (seq_len - 2))                                            # sequences per document
         nth = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)    # number of the sequence within its document

@@ -29,7 +29,7 @@ SMOOTHING = 0.1     # pulls shares by need towards equal shares, so no share die
 
 class Preserve:
     """The loss of an upgrade that stays near `old`; `weight` is w. Keeps a copy of `old` and runs it forward once per batch. The variances
-    come from `sample`, so the loss of a batch is the mean over its parts for any number of ranks and microbatches."""
+    come from `sample` and not from the batch, so the losses of its microbatches average to the same loss however it is split."""
     @torch.no_grad()
     def __init__(self, old: MaskedLM, weight: float, by: PreserveBy, sample: Batch):
         self.old, self.weight, self.by = copy.deepcopy(old).eval().requires_grad_(False), weight, by

@@ -101,26 +101,31 @@ def start_from(r: Recycling, delta: Delta) -> Classifier:
     return model
 
 
+def outdated(r: Recycling, is_carried: bool) -> Delta:
+    """The old delta, the merged old deltas, or the delta that rt.transport.transport carried over."""
+    if is_carried and r.carried is None:
+        raise ValueError("no delta was carried: rt.transport.transport does so")
+    return r.carried if is_carried else r.merged or r.old_delta
+
+
 def start_from_old(r: Recycling) -> Classifier:
     """The old delta, or the merged old deltas, on the new base."""
-    return start_from(r, r.merged or r.old_delta)
+    return start_from(r, outdated(r, False))
 
 
 def start_carried(r: Recycling) -> Classifier:
     """Like start_from_old; with `carry`, from the carried delta."""
-    return start_transported(r) if r.carry else start_from_old(r)
+    return start_from(r, outdated(r, r.carry))
 
 
 def start_transported(r: Recycling) -> Classifier:
     """The carried delta on the new base."""
-    if r.carried is None:
-        raise ValueError("no delta was carried: rt.transport.transport does so")
-    return start_from(r, r.carried)
+    return start_from(r, outdated(r, True))
 
 
 def start_masked(r: Recycling) -> Classifier:
     """Like start_carried, with D * 1[D g < 0] in place of D. g is the gradient of the task loss at new base + head, without dropout."""
-    delta, loss = (r.carried if r.carry else r.merged) or r.old_delta, plain_loss(r)
+    delta, loss = outdated(r, r.carry), plain_loss(r)
     model = apply(r.base, delta, scale=0.0, stale_ok=True).eval()
     size = min(64, r.settings.batch_size)
     for i in range(0, len(r.data.train), size):
@@ -136,7 +141,7 @@ def start_masked(r: Recycling) -> Classifier:
 def prototype_head(r: Recycling, model: Classifier, labels: tuple[str, ...]) -> Classifier:
     """`model` with a head for the task. Labels in `labels`, those of its own head, keep their rows. The other labels get prototypes of the
     training examples' features. One factor and one shift bring the prototypes to the scale of the kept rows."""
-    old, model.head.out = model.head.out, nn.Identity()
+    old, model.head.out, model.head.is_regression = model.head.out, nn.Identity(), False
     f = predict(model, r.data.train.sequences, r.device, r.precision).double()
     W, b = prototypes(f, r.data.train.targets, r.data.num_outputs, r.shrinkage)
     if stay := [(i, labels.index(label)) for i, label in enumerate(r.data.labels) if label in labels]:

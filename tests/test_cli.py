@@ -155,6 +155,17 @@ def test_tune_eval_and_predict(lineage, task, delta, tmp_path):
         assert a["label"] == max(a["probabilities"], key=a["probabilities"].get)
 
 
+def test_a_folder_may_be_called_by_a_dot(lineage, task, tmp_path, monkeypatch):
+    home, _ = lineage
+    tune = ("train.py", "--mode", "tune", "--base", home / "run" / "M0", "--task", task, "--tune_steps", "1", *TUNE, "--out")
+    here(*tune, tmp_path / "d")
+    monkeypatch.chdir(tmp_path / "d")
+    assert "is the folder you are in: give another --out" in here(*tune, ".", code=2)
+    scored = here("train.py", "--mode", "eval", "--base", home / "run" / "M0", "--task", task, "--delta_dir", ".", *TUNE[:4])
+    monkeypatch.chdir(home / "run" / "M0")
+    assert here("train.py", "--mode", "eval", "--base", ".", "--task", task, "--delta_dir", tmp_path / "d", *TUNE[:4]) == scored
+
+
 def test_rows_of_a_base_that_was_made_anew_are_told_from_its_own(lineage, task, tmp_path):
     """Equal flags, but other weights at the same place: the old scratch result is no longer a reference."""
     home, _ = lineage
@@ -365,6 +376,8 @@ def test_init_from_a_task_with_other_labels_says_so(lineage, task, tmp_path):
     out = here(*arguments, "--mode", "all")
     assert "keeps the delta and starts a fresh head" in out
     assert [line.split()[0] for line in out.splitlines() if "±" in line] == ["scratch", "init"]
+    out = here(*arguments, "--mode", "all", "--head", "prototype")
+    assert [line.split()[0] for line in out.splitlines() if "±" in line] == ["scratch", "apply", "init"]
     assert "labels" in here(*arguments, "--mode", "distill", code=2)
 
 

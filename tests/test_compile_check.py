@@ -1,4 +1,4 @@
-"""Every kernel, compiled without a GPU in bf16 in one of ten of its configurations (`-m marathon`: in all of them); and a test that the
+"""Every kernel, compiled without a GPU in bf16 in one configuration per architecture (`-m marathon`: in all of them); and a test that the
 check finds what it looks for."""
 import json
 import os

@@ -16,7 +16,7 @@ from data.select import select
 from data.sources import task_corpus
 from rt.data import Masker, Rows
 from rt.errors import InputError
-from rt.formats.checkpoint import fingerprint
+from rt.formats.checkpoint import fingerprint, load_base
 from rt.formats.corpora import build_corpus, split_documents
 from rt.formats.files import read_json, read_rows
 from rt.formats.tasks import load_task
@@ -87,6 +87,11 @@ def test_an_infinite_schedule_goes_on_from_before_the_annealing(home, monkeypatc
     monkeypatch.setattr(upgrade, "Preserve", lambda old, *rest: kept.append(fingerprint(old.encoder)) or mlm_loss)
     train(home, "inf5", *infinite, "--init", home / "inf1" / "M0", "--preserve", "10")
     assert kept == [read_json(home / folder / "meta.json")["fingerprint"] for folder in ("inf1/M0", "inf5/M1")]
+    train(home, "inf6", *infinite, "--init", home / "inf1" / "M0", "--preserve", "10", "--max_len", "150", stream="one")
+    published = load_base(home / "inf1" / "M0")
+    assert kept[2:] == [fingerprint(lengthen(MaskedLM(published.encoder, published.head), 150).encoder)]
+    train(home, "inf7", *infinite, "--init", home / "inf1" / "M0", "--max_len", "128", stream="two")        # as long as it is
+    assert same_weights(home / "inf2" / "M1", home / "inf7" / "M1")
     shutil.rmtree(home / "inf1" / "M0-t00007")
     assert "which is gone" in train(home, "inf4", *infinite, "--init", home / "inf1" / "M0", stream="two", code=2)
 
@@ -337,8 +342,10 @@ def test_a_base_is_made_longer_by_an_upgrade(home):
     assert "--max_len makes more" in train(home, "long", "--init", home / "short" / "M0", "--seq_len", "160", code=2)
     train(home, "long", "--init", home / "short" / "M0", "--max_len", "200", "--steps", "1")
     assert read_json(home / "long" / "M2" / "meta.json")["encoder"]["max_len"] == 200
-    train(home, "fresh", "--steps", "1", "--max_len", "40", stream="one")
-    assert read_json(home / "fresh" / "M0" / "meta.json")["encoder"]["max_len"] == 40
+    train(home, "fresh", "--steps", "1", "--max_len", "20", stream="one")
+    assert read_json(home / "fresh" / "M0" / "meta.json")["encoder"]["max_len"] == 20
+    need = ("--init", home / "short" / "M0", "--seq_len", "24", "--batch_tokens", "192", "--mix", "need", "--mix_reference")
+    assert "--seq_len 24: the base has positions for 20" in train(home, "no", *need, home / "fresh" / "M0", code=2)
 
 
 # --- texts for a task -------------------------------------------------------------------------------------------------
@@ -415,19 +422,22 @@ def test_settings_that_make_no_sense_together_are_refused_in_a_sentence(home):
                           (dict(mix=("need",)), "there is one domain, a"),
                           (dict(schedule=ScheduleConfig(hold=0.1)), "`hold` has no effect without `schedule` infinite"),
                           (dict(schedule=ScheduleConfig("cosine", cooldown=0.1)), "`cooldown` has no effect without `schedule` wsd or inf"),
-                          (dict(schedule=ScheduleConfig("infinite", cooldown=0.9)), "more than the whole stage"),
+                          (dict(schedule=ScheduleConfig("infinite", cooldown=0.9)), "`cooldown` 0.9 and `anneal` 0.1 are more than the"),
+                          (dict(schedule=ScheduleConfig("wsd", cooldown=0.96)), "`warmup` 0.05, `cooldown` 0.96 are more than the whole"),
                           (dict(schedule=ScheduleConfig("infinite", cooldown=0.0, anneal=0.9)), "nothing is left of 4 steps to go on from"),
                           (dict(average=4), "`average` 4 takes 3 snapshots and the end of a stage: raise `snapshots` (2)"),
                           (dict(mix_eta=2.0), "`mix_eta` has no effect without `mix` need")):
         with pytest.raises(InputError) as error:
             RecipeConfig(**change).check(["a"], 0.05, 4, 2)
         assert words in str(error.value)
-    for shares in (("a:0.5", "c:0.5"), ("a:0.5", "b:0.6"), ("a:x", "b:0.5"), ("a", "b"), ("need", "a:1"), ("a:0", "b:1"), ("a:-1", "b:2")):
+    for shares in (("a:0.5", "c:0.5"), ("a:0.5", "b:0.6"), ("a:x", "b:0.5"), ("a", "b"), ("need", "a:1"), ("a:0", "b:1"), ("a:-1", "b:2"),
+                   ("a:²", "b:1")):
         with pytest.raises(InputError, match="must be need, or shares of a, b that add up to 1, as in a:0.5,b:0.5"):
             replace(RecipeConfig(), mix=shares).check(["a", "b"], 0.1, 4, 2)
     RecipeConfig(mix=("a:0.3", "b:0.7"), replay=0.1).check(["a", "b"], 0.1, 4, 2)
     assert RecipeConfig(mix=("a:0.3", "b:0.7"), replay=0.1).start_shares(["b", "a"], 2) == pytest.approx([0.05, 0.05, 0.63, 0.27])
     assert "--align_eps has no effect without --align" in train(home, "z", "--align_eps", "0.1", code=2)
+    assert "--mask_rate 0.001: predicts none of the 128 tokens of a row" in train(home, "z", "--mask_rate", "0.001", code=2)
     assert "--compile would compile anew" in train(home, "z", "--mix", "need", "--compile", code=2)
     assert "no earlier one to stay near" in train(home, "z", "--preserve", "3", stream="one", code=2)
 

@@ -9,7 +9,7 @@ from test_transport import tuned
 
 from experiments.twin import permuted_twin
 from rt.data import Encoded, TaskData
-from rt.deltas import apply
+from rt.deltas import apply, attach, extract
 from rt.errors import InputError
 from rt.formats.checkpoint import save_base
 from rt.formats.delta_files import save_delta
@@ -48,6 +48,8 @@ def test_gradmask_keeps_the_entries_that_go_down_the_gradient(base, other_base):
     assert 0.2 < kept / sum(p.numel() for p in own.values()) < 0.8
     assert all(torch.equal(v, model.head.state_dict()[name]) for name, v in r.old_delta.head.items())
     half = 0.5 * r.old_delta
+    with pytest.raises(ValueError, match="no delta was carried"):
+        MODES["gradmask"].start(replace(r, carry=True))
     given = dict(old_delta=half), dict(merged=half), dict(carry=True, carried=half)
     first, *others = (weights_of(MODES["gradmask"].start(replace(r, **one))) for one in given)
     assert all(torch.equal(v, first[k]) for other in others for k, v in other.items())
@@ -95,6 +97,8 @@ def test_a_prototype_head_is_fitted_to_the_features_of_the_start(base, other_bas
         for p, expected in zip((shrunk.weight, shrunk.bias), prototypes(f.double(), r.data.train.targets, 2, shrinkage=True)):
             torch.testing.assert_close(p, expected.float(), atol=1e-4, rtol=1e-4)
         assert model.head.out.weight.requires_grad
+    number = extract(attach(base, r.config, 1, seed=0), base, r.config, {"labels": []})       # a delta of a regression
+    assert MODES["apply"].start(replace(r, old_delta=number))(r.data.train.batch([0, 1])).shape == (2, 2)
     with pytest.raises(InputError, match="for apply and transport `head` prototype"):
         check(replace(r, head="fresh"), "apply")
     with pytest.raises(InputError, match="a regression has none"):

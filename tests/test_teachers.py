@@ -289,22 +289,36 @@ def test_answers_that_do_not_fit_are_named(row, message, tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (("--mode", "init", "--teacher", "p.jsonl"), "is for modes with a teacher"),
+    (("--mode", "scratch", "--teacher", "p.jsonl"), "--teacher has no effect with --mode scratch"),
     (("--mode", "distill,init", "--teacher", "p.jsonl"), "modes other than scratch and distill need --old_delta"),
     (("--mode", "distill", "--teacher", "p.jsonl", "--chain", "M1,M2"), "--teacher has no --chain"),
     (("--mode", "distill", "--teacher", "p.jsonl", "--old_seq_len", "32"), "with --teacher none does"),
     (("--mode", "distill", "--label_smoothing", ".1"), "--label_smoothing is for the hard labels of a --teacher"),
-    (("--mode", "scratch", "--unlabelled", "rest"), "--unlabelled rest: is for modes with a teacher"),
+    (("--mode", "scratch", "--unlabelled", "rest"), "--unlabelled has no effect with --mode scratch"),
     (("--mode", "distill", "--unlabelled", "rest", "--shots", "none"), "rest needs --shots: rest is what --shots leaves over"),
-    (("--mode", "init", "--old_seq_len", "32"), "--old_seq_len 32: is for modes with a teacher"),
+    (("--mode", "init", "--old_seq_len", "32"), "--old_seq_len has no effect with --mode init"),
     (("--mode", "distill", "--old_seq_len", "32", "--gamma", "1"), "give the teacher the student's token ids"),
     (("--mode", "init", "--project_patience"), "--project_patience: is for modes with a teacher"),
+    (("--mode", "scratch,init", "--alpha", "0.5"), "--alpha has no effect with --mode scratch,init"),
+    (("--mode", "scratch,init", "--rank", "4"), "--rank has no effect with --mode scratch,init"),
+    (("--old_base", "none", "--mode", "distill"), "--old_base is missing"),
+    (("--old_base", "none", "--mode", "scratch", "--old_delta", "x"), "--old_base is missing"),
+    (("--old_delta", "x,"), "--old_delta x,: one of the names is empty"),
     (("--mode", "init", "--shrinkage"), "--shrinkage is for --head prototype"),
     (("--mode", "init", "--merge", "ties"), "--merge ties is for several deltas"),
     (("--mode", "project", "--source_task", "t", "--old_delta", "a,b"), "several deltas in --old_delta: one of them at a time"),
     (("--mode", "distill", "--pseudo_labels", "hard"), "are for the texts of --unlabelled: name some")])
 def test_flags_that_make_no_sense_together(flags, message, home, tmp_path):
     assert message in here("recycle.py", "--base", home / "M1", "--task", home / "task", "--out", tmp_path / "out", *flags, code=2)
+
+
+def test_the_samples_of_all_seeds_are_looked_at_before_a_run(home, tmp_path):
+    rows = [{"text": f"text {i}", "label": 0.0 if i < 5 else 1.5} for i in range(6)]
+    write_task(tmp_path / "task", {part: rows for part in ("train", "dev", "test")})
+    alike = [len({e.label for e in few_shot(load_task(tmp_path / "task"), 2, seed).parts["dev"]}) == 1 for seed in range(20)]
+    error = recycled(home, tmp_path / "out", "--mode", "scratch", "--shots", "2", "--seeds", f"{alike.index(False)},{alike.index(True)}",
+                     "--task", tmp_path / "task", code=2)
+    assert "dev's targets are all equal" in error and not (tmp_path / "out").exists()
 
 
 def test_a_black_box_has_no_hidden_states_and_must_answer_for_all_texts(home, answers, tmp_path):

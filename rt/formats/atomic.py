@@ -34,15 +34,20 @@ def slow() -> None:
 
 # --- whole or not at all ----------------------------------------------------------------------------------------------
 
+def named(folder: Path) -> Path:
+    """`folder` under its own name, if it was given as . or .."""
+    return Path(folder).resolve() if Path(folder).name in ("", "..") else Path(folder)
+
+
 def beside(folder: Path, ending: str) -> Path:
-    return folder.with_name(f"{folder.name}.{ending}")
+    return named(folder).with_name(f"{named(folder).name}.{ending}")
 
 
 @contextmanager
 def atomic_folder(folder: Path, known: set[str] | None = None, needs: int | None = None) -> Iterator[Path]:
     """Yields an empty folder that replaces `folder` when the block ends without an error. InputError if `folder`, NAME.part or
     NAME.replaced holds other names than `known` (None: any), or if the disk has no room for `needs` bytes. `folder` is then unchanged."""
-    folder = Path(folder)
+    folder = named(folder)
     part, old = beside(folder, "part"), beside(folder, "replaced")
     if known is not None:
         check_overwritable(folder, known)

@@ -16,6 +16,7 @@ from rt.formats.corpora import read_documents
 from rt.limits import PositiveInt
 from rt.recycling import CARRIES, Recycling, is_carried, start_from_old
 from rt.runs.results import open_best
+from rt.runs.teaching import WITHOUT_OLD
 from rt.transport import Granularity, learn_projection
 from rt.tune import evaluate, score
 
@@ -44,8 +45,11 @@ class CarryConfig:
 def refusals(c: Any, modes: list[str]) -> Iterable[tuple[Any, str]]:
     """(whether it is wrong, error message) for each combination of flags in recycle.py's Config `c` that may make no sense."""
     tasks, deltas, several = c.project.source_task, c.project.source_delta, len(old_names(c.old_delta)) > 1
-    carried = carried_modes(c, modes)
-    return ((c.delta.kind == "same" and (not c.old_delta or tasks and not deltas),
+    carried, alone = carried_modes(c, modes), WITHOUT_OLD if c.teaching.teacher else ("scratch",)
+    return ((not c.old_base and (c.old_delta or {*modes} - {*alone}), "--old_base is missing: only scratch, and distill from the answers "
+             "of a --teacher, do without old base and old delta"),
+            (c.old_delta and "" in old_names(c.old_delta), f"--old_delta {c.old_delta}: one of the names is empty"),
+            (c.delta.kind == "same" and (not c.old_delta or tasks and not deltas),
              "--delta same takes the kind of --old_delta: give --old_delta (with --source_task also --source_delta), or name a kind"),
             ("project" not in modes and (tasks or deltas), "--source_task and --source_delta are for --mode project"),
             ("project" in modes and (not tasks or len(deltas) not in (0, len(tasks))),

@@ -8,7 +8,7 @@ from typing import Any, Callable, Iterable, Literal
 
 import numpy as np
 
-from rt.data import Example, Task, encode, encode_task, few_shot
+from rt.data import Example, Task, check_dev, encode, encode_task, few_shot
 from rt.deltas import Base
 from rt.errors import InputError
 from rt.formats.predictions import Predictions
@@ -37,18 +37,15 @@ def refusals(c: Any, modes: list[str]) -> Iterable[tuple[Any, str]]:
     t, d, taught, whose = c.teaching, c.distill, {*modes} & {*NEEDS_TEACHER}, f"for modes with a teacher ({', '.join(NEEDS_TEACHER)})"
     return ((d.gamma and not taught, f"--gamma {d.gamma}: a weight, {whose}"),
             (d.itp and not taught, f"--itp {d.itp}: a number of points, {whose}"),
-            (t.teacher and not taught, f"--teacher {t.teacher}: is {whose}"),
+            (d.project_patience and not taught, f"--project_patience: is {whose}"),
             (t.teacher and not c.old_delta and {*modes} - {*WITHOUT_OLD},
              f"--teacher {t.teacher}: has answers and no delta; modes other than {' and '.join(WITHOUT_OLD)} need --old_delta and its "
              "--old_base too"),
             (t.teacher and c.chain, "--teacher has no --chain: from the second base on, the recycled delta would teach"),
             (t.teacher and t.old_seq_len, "--old_seq_len is for an old base that reads the texts; with --teacher none does"),
-            (t.old_seq_len and not taught, f"--old_seq_len {t.old_seq_len}: is {whose}"),
             (t.old_seq_len and (d.gamma or d.itp), "--gamma and --itp give the teacher the student's token ids: leave "
              "--old_seq_len out"),
-            (d.project_patience and not taught, f"--project_patience: is {whose}"),
             (t.label_smoothing and not t.teacher, "--label_smoothing is for the hard labels of a --teacher"),
-            (t.unlabelled and not taught, f"--unlabelled {t.unlabelled}: is {whose}"),
             (t.unlabelled == "rest" and not c.shots, "--unlabelled rest needs --shots: rest is what --shots leaves over"),
             (not t.unlabelled and (t.unlabelled_texts or t.pseudo_labels == "hard" or t.unlabelled_share != TeacherConfig.unlabelled_share),
              "--unlabelled_share, --unlabelled_texts and --pseudo_labels hard are for the texts of --unlabelled: name some"))
@@ -110,13 +107,15 @@ class Samples:
 def open_samples(c: Any, modes: list[str], task: Task, open_texts: Callable[[str], list[Example]], old: Base | None,
                  seeds: list[int]) -> Samples:
     """`open_texts` reads --unlabelled, and only if a mode has a teacher. InputError if the teacher cannot take all texts."""
-    t = c.teaching
+    t, seeds = c.teaching, [*dict.fromkeys(seeds)] if c.shots else [0]
+    for seed in seeds:
+        check_dev(Samples(c, task).labelled(seed))
     if not {*modes} & {*NEEDS_TEACHER}:
         return Samples(c, task)
     predictions = Predictions(Path(t.teacher), task.labels, t.label_smoothing) if t.teacher else None
     samples = Samples(c, task, True, predictions, [] if t.unlabelled in (None, "rest") else open_texts(t.unlabelled))
     if predictions:
-        for seed in dict.fromkeys(seeds) if c.shots else (0,):
+        for seed in seeds:
             predictions.logits(samples.taught(seed))
     elif (length := t.old_seq_len or c.seq_len) > (most := old.encoder.config.max_len):
         raise InputError(f"--old_seq_len {length}: the old base, which teaches, has positions for {most} tokens")

@@ -36,7 +36,7 @@ class RecipeConfig:
     template: str = "{text} {text_pair}"  # how a domain task:NAME puts its examples into words; may contain {label}, too
     mix: tuple[str, ...] = ()  # one stage on all domains of the stream, in fixed shares (wiki:0.3,bio:0.7) or by need (need)
     mix_every: Annotated[int, Limit(lambda v: v >= 5, "--{name} {value}: must be 5 or more: batches are made ahead")] = 50  # need: steps
-    mix_eta: NonNegative = 1.0  # need: each share is multiplied by exp(eta * its loss above the reference's)
+    mix_eta: NonNegative = 1.0  # need: a share is multiplied by exp(eta * (its loss - the reference's)), if that is positive
     mix_reference: str | None = None  # need: the base that sets the target losses; default: the base that the stage starts from
     objective: Objective = "mlm"  # mlm; rts: tell original tokens from random ones; slm: predict the tokens that random ones replaced
     mask: MaskUnit = "token"  # what is masked: single tokens, whole words, or names and numbers first (entity)
@@ -60,8 +60,10 @@ class RecipeConfig:
                     raise InputError(f"`{field.name}` has no effect without {of}")
         if self.preserve and self.preserve_by == "predictions" and self.objective == "rts":
             raise InputError("`preserve_by` predictions compares distributions over the vocabulary, and `objective` rts predicts none")
-        if s.schedule == "infinite" and warmup + s.cooldown + s.anneal > 1:
-            raise InputError(f"`warmup` {warmup}, `cooldown` {s.cooldown} and `anneal` {s.anneal} are more than the whole stage")
+        anneal = s.anneal * (s.schedule == "infinite")
+        if s.schedule in ("wsd", "infinite") and warmup + s.cooldown + anneal > 1:
+            raise InputError(f"`warmup` {warmup}, `cooldown` {s.cooldown}" + f" and `anneal` {s.anneal}" * bool(anneal)
+                             + " are more than the whole stage")
         if s.annealing(steps) >= steps:
             raise InputError(f"`anneal` {s.anneal}: nothing is left of {steps} steps to go on from")
         if self.average > min(snapshots, steps - 1) + 1:
@@ -81,7 +83,7 @@ class RecipeConfig:
     def shares(self) -> dict[str, float]:
         """{domain: fixed share} from `mix`. An unreadable share is NaN."""
         pairs = [entry.rpartition(":") for entry in self.mix]
-        return {name: float(share) if share.replace(".", "", 1).isdigit() and float(share) else math.nan for name, _, share in pairs}
+        return {name: float(share) if share.replace(".", "", 1).isdecimal() and float(share) else math.nan for name, _, share in pairs}
 
     def start_shares(self, domains: list[str], earlier: int) -> list[float]:
         """The first shares: those of the earlier domains (`earlier` in number), then those of the stage's own domains."""
@@ -91,7 +93,7 @@ class RecipeConfig:
 
 
 def scored_rows(corpus: Corpus, tokenizer: Tokenizer, seq_len: int) -> Rows:
-    """Rows for measuring a masked-LM loss: one sequence per row, masked in the same way for all bases."""
+    """Rows of `seq_len` tokens for measuring a masked-LM loss, masked in the same way for all bases."""
     return Rows(corpus, tokenizer, seq_len=seq_len, mask_rate=HELDOUT_MASK_RATE, seed=0, sequences=1)
 
 
@@ -121,15 +123,16 @@ def earlier_domains(c: Any, domains: dict[str, str], own: dict[str, str]) -> dic
 
 
 def start_recipe(c: Any, model: MaskedLM, rows: Rows, corpora: list[Corpus], tokenizer: Tokenizer, ranks: Ranks, where: dict,
-                 published: str | Path | None, is_annealed: bool) -> Recipe:
+                 published: str | Path | None) -> Recipe:
     """The recipe of a stage on `corpora`; `rows` come from the first corpus. `published` is the base that is continued (None: a new base,
-    with nothing to preserve). `model` is the same, or if `is_annealed`, its state before the annealing, on which no deltas were tuned."""
+    with nothing to preserve). `model` may hold its weights before the annealing; deltas were tuned on `published`, so that is preserved."""
     r, loss = c.recipe, mlm_loss
     if r.preserve and published:
         most = min(max(1, SAMPLE_TOKENS // rows.row_tokens), rows.per_epoch, rows.mixture.every if r.by_need else rows.per_epoch)
-        base = ranks.main_first(lambda: open_base(str(published))) if is_annealed else model
-        loss = Preserve(MaskedLM(base.encoder, base.head).to(ranks.device), r.preserve, r.preserve_by,
-                        rows.masked(range(most)).to(ranks.device))       # by need, later shares are not known yet
+        base = ranks.main_first(lambda: open_base(str(published)))
+        old = lengthen(MaskedLM(base.encoder, base.head or model.head), model.encoder.config.max_len).to(ranks.device)
+        sample = rows.masked(range(most)).to(ranks.device)       # by need, later shares are not known yet
+        loss = Preserve(old, r.preserve, r.preserve_by, sample)
     if not r.by_need:
         return Recipe(model, r.align, r.align_eps, loss=loss)
     probes = [scored_rows(corpus, tokenizer, c.seq_len) for corpus in (*corpora[1:], corpora[0])]
@@ -142,6 +145,7 @@ def start_recipe(c: Any, model: MaskedLM, rows: Rows, corpora: list[Corpus], tok
         base = ranks.main_first(lambda: open_base(r.mix_reference))
         if base.head is None or base.tokenizer.fingerprint != tokenizer.fingerprint:
             raise InputError(f"--mix_reference {r.mix_reference}: has another tokenizer than the new base, or no masked-LM head")
+        base.require_length(c.seq_len)
         reference = MaskedLM(base.encoder, base.head).to(ranks.device)
     return Recipe(model, r.align, r.align_eps, rows.mixture, r.mix_every, r.mix_eta, losses, losses(reference), loss)
 
@@ -169,8 +173,11 @@ def average_into(model: MaskedLM, states: Iterable[dict[str, Tensor]]) -> None:
 
 
 def lengthen(model: MaskedLM, max_len: int) -> MaskedLM:
-    """`model` with positions for `max_len` tokens: RoBERTa's rows before the first position, then the old positions, repeated."""
+    """`model` with positions for `max_len` tokens: RoBERTa's rows before the first position, then the old positions, repeated. `model`
+    itself if it has them."""
     config, name = model.encoder.config, "encoder.embeddings.position.weight"
+    if max_len == config.max_len:
+        return model
     if max_len < config.max_len:
         raise InputError(f"--max_len {max_len}: the base has positions for {config.max_len} tokens, and none are taken away")
     first, table = model.state_dict()[name].split([config.first_position, config.max_len])
