@@ -16,6 +16,7 @@ from rt.report import plot
 from rt.runs import log
 from rt.speed.device import pick_device, pick_precision
 
+pytestmark = pytest.mark.usefixtures("forked_builds")
 SMALL = ("--preset", "tiny", "--vocab_size", "500", "--seq_len", "32", "--batch_tokens", "256", "--eval_tokens", "512",
          "--device", "cpu")
 
