@@ -82,8 +82,8 @@ class Encoded:
     sequences: list[list[int]]
     targets: Tensor
     truncated: int      # number of sequences that were cut
-    unlabelled: int = 0     # this many examples, the last ones, have no label and fill the `share` of every training batch
-    share: float = 0.0
+    unlabelled: int = 0     # number of examples without a label, which come last
+    share: float = 0.0      # of every training batch that they fill
 
     def __len__(self) -> int:
         return len(self.sequences)

@@ -63,7 +63,7 @@ class Kind:
     settings: tuple[str, ...] = ()                          # the fields of DeltaConfig that this kind uses
     roles: dict[str, str] = field(default_factory=dict)     # substring of a tensor's name -> INPUT, OUTPUT or ADDED
     scaling: Callable[[DeltaConfig], float] = lambda config: 1.0            # the factor that a module multiplies its OUTPUT by
-    joined: Callable[[DeltaConfig, DeltaConfig], DeltaConfig] | None = lambda a, b: a   # settings of a sum, with scaling 1; None: no sum
+    joined: Callable[[DeltaConfig, DeltaConfig], DeltaConfig] | None = lambda a, b: a   # config of a sum (scaling 1); None: no sums
     stacks: bool = False                                    # whether its modules take weights with a leading K (rt.model.linear)
     is_mergeable: bool = False                              # whether it merges into plain weights (by the module's `weight` if it has one)
 

@@ -276,8 +276,8 @@ class ClassificationHead(nn.Module):
 
 
 def prototypes(f: Tensor, targets: Tensor, C: int, shrinkage: bool) -> tuple[Tensor, Tensor]:
-    """A nearest-class-mean head for features (n, d): out.weight (C, d) = s mu_c, out.bias (C,) = -s |mu_c|^2 / 2, 1 / s their variance
-    within classes. With `shrinkage`, s is the inverse of their covariance within classes, shrunk to a sphere (OAS: Chen et al., 2010)."""
+    """A nearest-class-mean head for features (n, d): out.weight (C, d) = s mu_c, out.bias (C,) = -s |mu_c|^2 / 2. With S, their
+    covariance within classes, s = tr(S) / tr(S^2); with `shrinkage`, s is the inverse of S shrunk to a sphere (OAS: Chen et al., 2010)."""
     hot = F.one_hot(targets, C).to(f)
     mu = hot.T @ f / hot.sum(0)[:, None]        # (C, d) class means; below, S (d, d) is the covariance within classes, P its inverse
     n, d, S = max(1, len(f) - C), f.shape[1], (f - mu[targets]).T @ (f - mu[targets]) / max(1, len(f) - C)

@@ -213,7 +213,7 @@ def score(values: dict[str, float | None]) -> float:
 
 
 def chance(data: TaskData) -> dict[str, float]:
-    """The score on test, else dev, without reading texts: of the commonest training label and of guessing ('uniform'); regression: 0."""
+    """Baselines that read no text: always the commonest training label, scored on test (else dev); guessing ('uniform'); regression: 0."""
     if not data.labels:
         return {"pearson": 0.0, "spearman": 0.0}
     commonest = data.train.targets.bincount().argmax()
