@@ -36,7 +36,7 @@ from rt.report.figures import NUMBERS, figures_of, numbers_table
 from rt.report.studies import ABOUT_UPGRADES, ROWS, StudyContext
 from rt.runs.build import build, build_lineage
 from rt.runs.config import parse, record, run
-from rt.runs.log import Log
+from rt.runs.log import Log, note_changed_task
 from rt.speed.device import make_deterministic, pick_device, pick_precision
 
 PathPoints = Annotated[int, Limit(lambda n: n >= 2, "`{name}` {value}: a path has two points at least")]
@@ -170,6 +170,7 @@ def open_checked(folder: Path, base: Base, task: Task, kind: str) -> Delta:
         raise InputError(f"{folder}: is a delta of kind {delta.config.kind}, and what is asked for is --delta {kind}")
     if delta.labels != task.labels:
         raise InputError(f"{folder}: tells apart {', '.join(delta.labels[:6])}, the task {task.name} {', '.join(task.labels[:6])}")
+    note_changed_task(delta.info, task)
     try:
         check_fits(base, delta, stale_ok=False)
     except InputError as error:

@@ -13,7 +13,7 @@ described in rt/recycling.py; `run_alone` below does one run. Every run leaves i
 """
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -55,7 +55,7 @@ from rt.tune import TuneResult, TuneSettings, evaluate, plain_gradient, score
 class Config:
     """python recycle.py --mode scratch|apply|init|distill|init+distill|project|transport|gradmask|all [--flag value ...]"""
     mode: tuple[Literal[(*MODES, "all")], ...] = ("all",)  # several with commas; all: project with --source_task, transport with --carry
-    old_base: str | None = "runs/demo/M0"  # M_i: the base the old delta was learned on
+    old_base: str | None = None  # M_i: the base the old delta was learned on; default: runs/demo/M0 if --base is a base of the demo
     old_delta: str | None = None  # the outdated delta (ours, Hugging Face's or PEFT's): folder or hub id; default: tuned; A,B: merged
     base: str = "runs/demo/M1"  # M_{i+1}: the upgraded base
     chain: tuple[str, ...] = ()  # instead of --base: the bases after --old_base, in order; compares recycling again with recycling Delta_0
@@ -268,24 +268,28 @@ def finish(c: Config, r: Recycling, runs: list[Run], out: Path) -> None:
 
 def checked_modes(c: Config) -> list[str]:
     """The modes that the flags ask for. Raises InputError if flags make no sense together."""
+    demo = Path(Config.base).parent
     if c.teaching.teacher and not c.old_delta:
         c.old_base = None
+    elif not c.old_base and {Path(name).parent for name in c.chain or (c.base,)} == {demo}:
+        c.old_base = str(demo / "M0")
     asked = {"project": bool(c.project.source_task), "transport": c.carry.carry, "gradmask": False}      # whether `all` includes them
     modes = [mode for mode in (MODES if c.old_base else WITHOUT_OLD) if asked.get(mode, True)] if "all" in c.mode else [*c.mode]
     if c.delta.kind != "same":
         c.delta.check()
     line = [str(Path(name or "")) for name in (c.old_base, *c.chain)]
-    idle = [name for name in changed(c) if all(name in unread(Config, mode) for mode in modes)]
+    idle = {name: f"mode {','.join(modes)}" for name in changed(c) if all(name in unread(Config, mode) for mode in modes)}
+    idle |= dict.fromkeys(c.delta.idle, f"delta {c.delta.kind}")
     for is_wrong, sentence in (
-            *teaching.refusals(c, modes), *starts.refusals(c, modes),
+            *teaching.refusals(c, modes),
+            *((True, f"--{name} has no effect with --{what}") for name, what in idle.items()), *starts.refusals(c, modes),
             (c.sweep is not None and (c.chain or "project" in modes or not c.save_deltas),
              "--sweep has no --chain and no --mode project, and keeps the deltas, from which it goes on when interrupted"),
             (c.graphs and (c.distill.itp or c.distill.gamma),
              "--graphs repeats a step as it was captured: not with --itp, whose points are drawn anew, nor with --gamma, which would count "
              "the tokens that fill a batch up"),
             (c.chain and (c.base != Config.base or len({*line}) < len(line)),
-             f"--chain {','.join(c.chain)}: the bases after --old_base {c.old_base} in order, each once, in place of --base"),
-            *((True, f"--{name} has no effect with --mode {','.join(modes)}") for name in idle)):
+             f"--chain {','.join(c.chain)}: the bases after --old_base {c.old_base} in order, each once, in place of --base")):
         if is_wrong:
             raise InputError(sentence)
     return modes
@@ -303,7 +307,9 @@ def check_all(c: Config, r: Recycling, plan: list[Run], bases: dict[str, Base], 
 
 def announce(c: Config, modes: list[str], task: Task, old: Delta | None) -> list[str]:
     """Print what is about to be done. Returns the modes; `all` leaves out modes that are impossible with a delta of another task."""
+    fewest = len(task.parts["train"]) if task.is_regression else min(Counter(e.label for e in task.parts["train"]).values())
     few = f"{c.shots} examples{' a label' * (not task.is_regression)}" if c.shots else f"{len(task.parts['train'])} examples"
+    few = "up to " * (fewest < (c.shots or 0)) + few
     what = "regression" if task.is_regression else f"{len(task.labels)} labels"
     sources = filter(None, (c.old_base and f"{c.old_base} + {c.old_delta}", c.teaching.teacher))
     print(f"{task.name} ({what}, {few}), {c.delta.kind}: {' and '.join(sources)} -> {' -> '.join(c.chain or (c.base,))}")

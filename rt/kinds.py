@@ -50,6 +50,12 @@ class DeltaConfig:
         return {name: getattr(self, name) for name in ("kind", *(KINDS[self.kind].settings if self.kind in KINDS else ()))}
 
 
+    @property
+    def idle(self) -> list[str]:
+        """The settings that differ from the defaults although the kind does not use them."""
+        return [name for name, value in vars(self).items() if name not in self.used and value != getattr(DeltaConfig, name)]
+
+
 # The role of a module's tensor in the algebra of rt/deltas.py. INPUT: a * d leaves it unchanged, d1 + d2 concatenates along dimension 0.
 # OUTPUT: a * d scales it, d1 + d2 concatenates along dimension 1. ADDED: a * d scales it, d1 + d2 adds.
 INPUT, OUTPUT, ADDED = "input", "output", "added"

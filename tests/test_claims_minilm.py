@@ -69,8 +69,9 @@ def test_a_bootstrap_over_tasks_and_lineages_is_wider_than_either():
     assert minilm_report.crossed({key: 2.0 for key in cells}) == pytest.approx((2.0, 2.0))
 
 
-def test_verify_finds_a_digit_that_the_rows_do_not_say(tmp_path):
+def test_verify_finds_a_digit_that_the_rows_do_not_say(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)      # figures are not compared, and take seconds
     shutil.copytree(ROOT / "results" / "claims", copy := tmp_path / "claims")
     assert "is what the rows say" in here("-m", "experiments.claims", "--verify", "--results", copy)
     (tmp_path / "front.md").write_text("- The paper's claims: a gain of .98765.\n- Other: .4321\n")

@@ -1,5 +1,6 @@
 """The command line: conversion, help from comments, errors that name the nearest flag."""
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -187,6 +188,17 @@ def test_commands_teach(arguments):
 def test_convert_teaches_its_two_ways(flag):
     said = here("-m", "rt.runs.convert", flag)
     assert said.startswith("Converts models") and "convert import --tuned" in said and "convert export --base" in said
+
+
+@pytest.mark.parametrize("arguments", [("train.py",), ("recycle.py",), ("-m", "rt.runs.predict")])
+def test_ctrl_c_while_a_command_imports_just_ends_it(arguments, tmp_path):
+    """Our other modules are imported before torch, for which a stand-in waits here."""
+    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == -signal.SIGINT and process.stderr.read() == ""
 
 
 def shell(line: str, code: str, unbuffered: str) -> tuple[int, str, str]:

@@ -90,6 +90,69 @@ def test_recycling_says_what_was_cut_and_what_has_changed(home, tmp_path, capsys
     assert "6 of 36 texts are longer" in capsys.readouterr().err
 
 
+def test_a_delta_that_was_tuned_otherwise_is_neither_replaced_nor_compared(home, tmp_path, capsys):
+    shutil.copytree(home / "M0", tmp_path / "M0")
+    shutil.copytree(home / "M1", tmp_path / "M1")
+    tune = ("train.py", "--mode", "tune", "--base", tmp_path / "M0", "--delta", "bitfit", *TUNE)
+    here(*tune, "--task", home / "nodes")
+    place = tmp_path / "deltas" / "M0-nodes-bitfit-s0"
+    assert f"{place}: holds a delta that was tuned with another --lr" in here(*tune, "--task", home / "nodes", "--lr", "1e-4", code=2)
+    rows = [row | {"label": "ab"[row["label"] == "a"]} for row in ROWS]
+    write_task(tmp_path / "t" / "nodes", dict.fromkeys(("train", "dev", "test"), rows))
+    assert "tuned with another --task" in here(*tune, "--task", tmp_path / "t" / "nodes", code=2)
+    here(*tune, "--task", home / "nodes")       # the same once more
+    shutil.copytree(place, tmp_path / "deltas" / "M1-nodes-bitfit-s0")
+    facts = read_json(place / "delta.json")
+    base = load_base(tmp_path / "M1")
+    save_delta(tmp_path / "deltas" / "M1-nodes-bitfit-s0", extract(attach(base, DeltaConfig("bitfit"), 2, 0), base, DeltaConfig("bitfit"),
+                                                                  facts["info"] | {"base": base.fingerprint}))
+    capsys.readouterr()
+    here("analyze.py", "--study", "distance", "--bases", f"{tmp_path / 'M0'},{tmp_path / 'M1'}", "--tasks", tmp_path / "t" / "nodes",
+         "--delta", "bitfit", "--out", tmp_path / "study", "--seq_len", "16", *FAST)
+    assert "it has other texts or labels" in capsys.readouterr().err
+
+
+def test_a_conversion_replaces_only_what_it_wrote(home, tmp_path):
+    export = ("-m", "rt.runs.convert", "export", "--base", home / "M0", "--out")
+    here(*export, tmp_path / "hf")
+    here(*export, tmp_path / "hf")
+    assert "is what is to be converted" in here(*export, home / "M0", code=2)
+    (tmp_path / "hf" / "README.md").write_text("# my own model")
+    assert "was not written by this command" in here(*export, tmp_path / "hf", code=2)
+    shutil.copytree(home / "delta", tmp_path / "delta")
+    error = here("-m", "rt.runs.convert", "import", "--base", home / "M0", "--tuned", tmp_path / "hf", "--out", tmp_path / "delta", code=2)
+    assert "was not written by this command" in error and read_json(tmp_path / "delta" / "delta.json")["kind"] == "bitfit"
+
+
+def test_a_folder_behind_a_link_is_replaced_and_the_link_stays(home, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    for _ in range(2):
+        here("train.py", "--mode", "tune", "--base", home / "M0", "--task", home / "nodes", "--delta", "bitfit", *TUNE, "--out",
+             tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "delta.json").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"real", "link"}
+
+
+def test_a_task_called_by_dots_has_its_own_name(home, tmp_path, monkeypatch):
+    write_task(tmp_path / "mine" / "task", dict.fromkeys(("train", "dev", "test"), ROWS))
+    monkeypatch.chdir(home)
+    monkeypatch.chdir(tmp_path / "mine" / "task")
+    assert load_task(Path("../task")).name == "mine"
+
+
+def test_a_base_of_ones_own_needs_its_old_base(home, tmp_path):
+    flags = ("recycle.py", "--base", home / "M1", "--task", home / "nodes", "--delta", "bitfit", "--shots", "4", "--seeds", "0",
+             "--steps", "1", "--seq_len", "16", "--out", tmp_path / "out", *FAST)
+    for more in (("--mode", "init"), ("--mode", "scratch", "--old_delta", home / "delta"), ("--mode", "all")):
+        assert "--old_base is missing" in here(*flags, *more, code=2)
+    said = here(*flags, "--mode", "scratch")
+    assert "building" not in said and "nodes (2 labels, 4 examples a label), bitfit: " in said
+    assert "up to 7 examples a label" in here(*flags, "--mode", "scratch", "--shots", "7")
+    assert "--r has no effect with --delta bitfit" in here(*flags, "--mode", "scratch", "--r", "4", code=2)
+    assert "--r has no effect with --delta adapter" in here("train.py", "--mode", "tune", "--base", "M0", "--task", "t", "--r", "4", code=2)
+
+
 def test_a_sweep_does_not_take_runs_on_another_task_for_its_own(home, tmp_path):
     task = write_task(tmp_path / "task", dict.fromkeys(("train", "dev", "test"), ROWS))
     sweep = ("--mode", "init", "--sweep", "seed=0,1 lr=1e-3")
@@ -201,6 +264,19 @@ def test_tables_that_say_two_things_or_nothing_are_an_error(name, content, words
     with pytest.raises(InputError) as error:
         load_task(tmp_path)
     assert words in str(error.value) and f"train.{name}" in str(error.value)
+
+
+def test_a_typo_among_numbers_and_whole_floats_in_a_csv_are_said(tmp_path, capsys):
+    for name, labels in (("typo", ["0.5", "1.0", "3.5*", "2.5"]), ("whole", ["0.0", "1.0", "2.0", "1.0"]),
+                         ("kinds", ["a.1", "b", "1.5", "1"])):
+        (tmp_path / name).mkdir()
+        for part in ("train", "dev"):
+            (tmp_path / name / f"{part}.csv").write_text("text,label\n" + "".join(f"t{i},{label}\n" for i, label in enumerate(labels)))
+    with pytest.raises(InputError, match=r"train.csv, line 4: label '3.5\*' is not a number as most labels of this task are"):
+        load_task(tmp_path / "typo")
+    assert load_task(tmp_path / "whole").labels == ("0.0", "1.0", "2.0")
+    assert "0.0 and the other labels are classes; a regression on whole numbers needs .jsonl" in capsys.readouterr().err
+    assert load_task(tmp_path / "kinds").labels == ("1", "1.5", "a.1", "b")
 
 
 def test_what_windows_writes_and_line_separators_inside_a_text_change_nothing(tmp_path):

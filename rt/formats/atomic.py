@@ -35,8 +35,9 @@ def slow() -> None:
 # --- whole or not at all ----------------------------------------------------------------------------------------------
 
 def named(folder: Path) -> Path:
-    """`folder` under its own name, if it was given as . or .."""
-    return Path(folder).resolve() if Path(folder).name in ("", "..") else Path(folder)
+    """`folder`, or what it stands for if it is a link, . or .."""
+    folder = Path(folder)
+    return folder.resolve() if folder.is_symlink() or folder.name in ("", "..") else folder
 
 
 def beside(folder: Path, ending: str) -> Path:

@@ -13,6 +13,7 @@ from rt.formats.untrusted import is_number
 from rt.losses import DistillConfig
 from rt.recycling import NEEDS_TEACHER, TRAINED
 
+TAG = "recyclable-tuning"       # marks a card, and its folder, as one that we wrote
 METRICS = {"macro_f1": "f1", "micro_f1": "f1", "pearson": "pearsonr", "spearman": "spearmanr"}      # ours -> the hub's, if they differ
 
 
@@ -31,7 +32,7 @@ def card(out: str, source: str, base: Base, delta: Delta | None = None, is_adapt
     results = [{"task": {"type": pipeline}, "dataset": {"type": data, "name": data, "split": part}, "metrics": [
         {"type": METRICS.get(k, k), "name": k, "value": v} for k, v in found.items()]} for (data, part), found in scores.items()]
     header = {"library_name": "peft" if is_adapter else "transformers", "pipeline_tag": pipeline,
-              "base_model": hub_id, "tags": ["recyclable-tuning", *filter(None, (delta and delta.config.kind, record.get("mode")))],
+              "base_model": hub_id, "tags": [TAG, *filter(None, (delta and delta.config.kind, record.get("mode")))],
               "model-index": [{"name": name, "results": results}] if results else None}
     columns = [*dict.fromkeys(k for found in scores.values() for k in found)]
     table = [["", *columns], ["---"] * (1 + len(columns)),

@@ -6,6 +6,7 @@ that has only such rows. Notes on stderr say what was left out and which guesses
 """
 import functools
 import math
+import os
 import re
 from collections import Counter
 from dataclasses import replace
@@ -59,7 +60,7 @@ def load_task(path: Path) -> Task:
         parts = {part: [replace(e, label=str(e.label)) for e in examples] for part, examples in parts.items()}
         labels = _classes(path, parts)
     _note_doubts(path, parts)
-    place = path.absolute()
+    place = Path(os.path.abspath(path))     # not resolved: a link keeps its name
     return Task(place.parent.name if place.name == "task" else place.name, labels, parts)
 
 
@@ -105,6 +106,8 @@ def _note_doubts(path: Path, parts: dict[str, list[Example]]) -> None:
     train, is_regression = Counter(_plain(e.label) for e in parts["train"]), isinstance(parts["train"][0].label, float)
     if is_regression and all(re.fullmatch(r"-?\d+", label) for label in train):
         note(f"{path}: whole numbers with a point are the labels of all train examples and make a regression; write classes without it")
+    if not is_regression and all(re.fullmatch(r"-?\d+\.0", e.label) for e in parts["train"]):
+        note(f"{path}: {parts['train'][0].label} and the other labels are classes; a regression on whole numbers needs .jsonl")
     if len(minus := [x for x in train if re.match(r"-\d", x)]) == 1 and (is_regression or _are_counted(train.keys() - minus)):
         note(f"{path}: {minus[0]}, the label of {train[minus[0]]} of {len(parts['train'])} train examples, is taken for a "
              f"{'number' if is_regression else 'class'} like the others; if it stands for none, take them out")
@@ -146,14 +149,18 @@ def _with_whole(parts: dict[str, list[Example]]) -> dict[str, list[Example]]:
 
 
 def _is_regression(examples: list[Example]) -> bool:
-    """Whether any label is a float. In a csv or tsv, which has no types: whether all labels are numbers and some are not whole."""
+    """Whether any label is a float. In a csv or tsv, which has no types: whether all labels are numbers and some are not whole. InputError
+    if most of its labels have a point, and some are no numbers."""
     if any(isinstance(e.label, float) for e in examples):
         return True
-    try:
-        values = [float(e.label) for e in examples if isinstance(e.label, str) and UNTYPED.search(e.source)]
-    except ValueError:
+    untyped = [e for e in examples if isinstance(e.label, str) and UNTYPED.search(e.source)]
+    numbers = [e for e in untyped if re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?\s*", e.label, re.I)]
+    if len(numbers) < len(untyped):
+        if 2 * sum("." in e.label for e in numbers) > len(untyped):
+            wrong = next(e for e in untyped if e not in numbers)
+            raise InputError(f"{wrong.source}: label {wrong.label!r} is not a number as most labels of this task are")
         return False
-    return not all(map(float.is_integer, values))
+    return not all(float(e.label).is_integer() for e in numbers)
 
 
 def _check_one_type(examples: list[Example]) -> None:
@@ -177,8 +184,8 @@ def _with_float(e: Example) -> Example:
 def read_examples(path: Path, labelled: bool, format: str | None = None, columns: dict[str, str] | None = None) -> Iterator[Example]:
     """Yields the examples of a file or of STDIN as they are read. In `labelled` files, a missing label is None. `format` is one of FORMATS
     (txt only without labels). The default is the file's ending, and txt for STDIN. InputError also if there are no examples."""
-    if path is not STDIN and (not path.exists() or path.is_dir()):
-        raise InputError(f"{path}: there is no such file")
+    if path is not STDIN and (not path.exists() or path.is_dir()):       # a pipe is no file
+        raise InputError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'there is no such file'}")
     if format is None:
         format = "txt" if path is STDIN else format_of(path)
         if format not in FORMATS:

@@ -9,13 +9,14 @@ README.md for the hub.
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Callable, Literal
 
 from rt.errors import InputError
 from rt.formats.adapters import export_peft
-from rt.formats.card import card
+from rt.formats.card import TAG, card
 from rt.formats.delta_files import save_delta
-from rt.formats.hf import export_hf
+from rt.formats.files import read_json
+from rt.formats.hf import CARD, export_hf
 from rt.formats.hub import open_base, open_delta
 from rt.formats.untrusted import shaped
 from rt.runs.config import parse, record, run
@@ -42,7 +43,17 @@ class Export:
     to: Literal["hf", "peft"] = "hf"  # hf: Hugging Face's format, with the delta merged; peft: a LoRA adapter
 
 
+def check_out(out: Path, sources: tuple[str | None, ...], is_own: Callable[[], bool]) -> None:
+    """InputError if `out` holds anything but the result of an earlier call: it may be a model of which there is no other copy."""
+    if out.resolve() in [Path(source).resolve() for source in sources if source]:
+        raise InputError(f"--out {out}: is what is to be converted; give another")
+    if (out.is_file() or out.is_dir() and any(out.iterdir())) and not is_own():
+        raise InputError(f"--out {out}: is there already, and was not written by this command; give another, or remove it")
+
+
 def import_delta(c: Import) -> None:
+    out = Path(c.out)
+    check_out(out, (c.tuned, c.base), lambda: "source" in read_json(out / "delta.json", {}).get("info", {}))
     task = Path(c.task).name.split(".")[0] if c.task else None
     delta = open_delta(c.tuned, open_base(c.base), c.labels, task)
     save_delta(Path(c.out), replace(delta, info=delta.info | {"config": record(c), "argv": sys.argv}))
@@ -53,6 +64,8 @@ def import_delta(c: Import) -> None:
 def export_model(c: Export) -> None:
     if c.to == "peft" and not c.delta_dir:
         raise InputError("--to peft needs --delta_dir: an adapter is a delta")
+    out = Path(c.out)
+    check_out(out, (c.delta_dir, c.base), lambda: (out / CARD).is_file() and TAG in (out / CARD).read_text(encoding="utf-8"))
     base = open_base(c.base)
     delta = open_best(c.delta_dir, base) if c.delta_dir else None
     with shaped(c.delta_dir or c.base, "its records lack what a model card needs"):

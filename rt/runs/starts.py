@@ -46,9 +46,7 @@ def refusals(c: Any, modes: list[str]) -> Iterable[tuple[Any, str]]:
     """(whether it is wrong, error message) for each combination of flags in recycle.py's Config `c` that may make no sense."""
     tasks, deltas, several = c.project.source_task, c.project.source_delta, len(old_names(c.old_delta)) > 1
     carried, alone = carried_modes(c, modes), WITHOUT_OLD if c.teaching.teacher else ("scratch",)
-    return ((not c.old_base and (c.old_delta or {*modes} - {*alone}), "--old_base is missing: only scratch, and distill from the answers "
-             "of a --teacher, do without old base and old delta"),
-            (c.old_delta and "" in old_names(c.old_delta), f"--old_delta {c.old_delta}: one of the names is empty"),
+    return ((c.old_delta and "" in old_names(c.old_delta), f"--old_delta {c.old_delta}: one of the names is empty"),
             (c.delta.kind == "same" and (not c.old_delta or tasks and not deltas),
              "--delta same takes the kind of --old_delta: give --old_delta (with --source_task also --source_delta), or name a kind"),
             ("project" not in modes and (tasks or deltas), "--source_task and --source_delta are for --mode project"),
@@ -60,7 +58,9 @@ def refusals(c: Any, modes: list[str]) -> Iterable[tuple[Any, str]]:
             (bool(carried or "project" in modes) + bool(c.chain) + several > 1,
              "--mode project, --mode transport or --carry, --chain, and several deltas in --old_delta: one of them at a time"),
             (c.merge != type(c).merge and not several, f"--merge {c.merge} is for several deltas in --old_delta"),
-            (c.shrinkage and c.head == "fresh", "--shrinkage is for --head prototype"))
+            (c.shrinkage and c.head == "fresh", "--shrinkage is for --head prototype"),
+            (not c.old_base and (c.old_delta or {*modes} - {*alone}),
+             "--old_base is missing: only scratch, and distill from the answers of a --teacher, do without it"))
 
 
 def carried_modes(c: Any, modes: Iterable[str]) -> list[str]:
