@@ -15,6 +15,8 @@ train.py --tokenizer runs/demo/tokenizer.json --seed 1 --stream python --out run
 
 --out gets rows.jsonl, summary.json, and figures made from these rows as .png and .svg (pip install -e '.[plot]').
 """
+import rt.runs  # noqa: F401  isort: skip  before torch: how threads wait, and Ctrl-C while it is imported
+
 import sys
 from dataclasses import asdict, dataclass
 from itertools import chain

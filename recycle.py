@@ -11,6 +11,8 @@ Modes: scratch (the baseline), apply, init, distill, init+distill, project, tran
 described in rt/recycling.py; `run_alone` below does one run. Every run leaves its delta, curve and row in a folder under --out/deltas
 (rt/runs/results.py); --out/summary.json has the rows of all runs.
 """
+import rt.runs  # noqa: F401  isort: skip  before torch: how threads wait, and Ctrl-C while it is imported
+
 import sys
 import time
 from collections import Counter, defaultdict

@@ -8,7 +8,7 @@
 A stream (--stream python,math,dl) trains M0 on the first domain, M1 from M0 on the second, and so on. With --init, the stream starts from a
 checkpoint, a Hugging Face folder or a hub id instead, and the first domain upgrades that base.
 """
-import rt  # noqa: F401  isort: skip  sets how threads wait, before torch starts them
+import rt.runs  # noqa: F401  isort: skip  before torch: how threads wait, and Ctrl-C while it is imported
 
 import sys
 from contextlib import closing
