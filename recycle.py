@@ -270,11 +270,11 @@ def finish(c: Config, r: Recycling, runs: list[Run], out: Path) -> None:
 
 def checked_modes(c: Config) -> list[str]:
     """The modes that the flags ask for. Raises InputError if flags make no sense together."""
-    demo = Path(Config.base).parent
+    demo = Path(Config.base).absolute().parent
     if c.teaching.teacher and not c.old_delta:
         c.old_base = None
-    elif not c.old_base and {Path(name).parent for name in c.chain or (c.base,)} == {demo}:
-        c.old_base = str(demo / "M0")
+    elif not c.old_base and {Path(name).absolute().parent for name in c.chain or (c.base,)} == {demo}:
+        c.old_base = str(Path(Config.base).with_name("M0"))
     asked = {"project": bool(c.project.source_task), "transport": c.carry.carry, "gradmask": False}      # whether `all` includes them
     modes = [mode for mode in (MODES if c.old_base else WITHOUT_OLD) if asked.get(mode, True)] if "all" in c.mode else [*c.mode]
     if c.delta.kind != "same":
@@ -283,15 +283,15 @@ def checked_modes(c: Config) -> list[str]:
     idle = {name: f"mode {','.join(modes)}" for name in changed(c) if all(name in unread(Config, mode) for mode in modes)}
     idle |= dict.fromkeys(c.delta.idle, f"delta {c.delta.kind}")
     for is_wrong, sentence in (
-            *teaching.refusals(c, modes),
-            *((True, f"--{name} has no effect with --{what}") for name, what in idle.items()), *starts.refusals(c, modes),
+            *teaching.refusals(c, modes), *starts.refusals(c, modes),
             (c.sweep is not None and (c.chain or "project" in modes or not c.save_deltas),
              "--sweep has no --chain and no --mode project, and keeps the deltas, from which it goes on when interrupted"),
             (c.graphs and (c.distill.itp or c.distill.gamma),
              "--graphs repeats a step as it was captured: not with --itp, whose points are drawn anew, nor with --gamma, which would count "
              "the tokens that fill a batch up"),
             (c.chain and (c.base != Config.base or len({*line}) < len(line)),
-             f"--chain {','.join(c.chain)}: the bases after --old_base {c.old_base} in order, each once, in place of --base")):
+             f"--chain {','.join(c.chain)}: the bases after --old_base {c.old_base} in order, each once, in place of --base"),
+            *((True, f"--{name} has no effect with --{what}") for name, what in idle.items())):
         if is_wrong:
             raise InputError(sentence)
     return modes

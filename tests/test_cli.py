@@ -537,8 +537,8 @@ def test_chain_reports_both_routes_over_all_bases(lineage, task, tmp_path, monke
     (("train.py", "--stop_after", "-5"), "--stop_after -5: must be above zero"),
     (("train.py", "--weight_decay", "-1"), "--weight_decay -1.0: must not be negative"),
     (("recycle.py", "--old_base", "M0", "--base", "M0", "--task", "TASK", "--old_delta", "runs/my/typo"), "typo: nothing tuned there"),
-    (("recycle.py", "--chain", "M0,M0"), "in order, each once, in place of --base"),
-    (("recycle.py", "--chain", "M0", "--base", "M0"), "in order, each once, in place of --base"),
+    (("recycle.py", "--chain", "M0,M0", "--old_base", "RUN"), "in order, each once, in place of --base"),
+    (("recycle.py", "--chain", "M0", "--base", "M0", "--old_base", "RUN"), "in order, each once, in place of --base"),
     (("recycle.py", "--mode", "project", "--source_task", "dl", "--chain", "M0"), "several deltas in --old_delta: one of them at a time")])
 def test_bad_input_is_one_sentence_and_exit_code_2(arguments, words, lineage, task, tmp_path):
     home, _ = lineage

@@ -148,7 +148,7 @@ def test_texts_that_are_cut_are_counted(flags, tmp_path, capsys):
     ("text\n", ("--input_format", "csv"), "standard input: has no examples"),
     ("x", ("--input_format", "xml"), "--input_format xml: not one of txt, jsonl, csv, tsv"),
     ("x", ("--input", "FOLDER/nothing.txt"), "nothing.txt: there is no such file"),
-    ("x", ("--input", "FOLDER"), "there is no such file"),
+    ("x", ("--input", "FOLDER"), "is a folder, not a file"),
     ("x", ("--input", "FOLDER/mine.md"), "mine.md: ends in none of .txt, .jsonl, .csv, .tsv"),
     ("x", ("--out", "FOLDER/no/out"), "there is no folder"), ("x", ("--out", "FOLDER"), "cannot be written"),
     ("x", ("--out", "FOLDER/mine.md"), "holds something other than answers"),
