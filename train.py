@@ -312,8 +312,8 @@ def tune_delta(c: Config) -> None:
     about |= {"config": record(c), "argv": sys.argv, "precision": precision_name(where["precision"])}
     if c.out is None and (out / "delta.json").exists():
         was = read_json(out / "delta.json").get("info", {})
-        asked = {k: v for k, v in about["config"].items() if k not in NOT_SETTINGS} | {"task": task.hash}
-        was = (was.get("config") or {}) | {"task": was.get("task_hash")}
+        asked = {k: v for k, v in about["config"].items() if k not in (*NOT_SETTINGS, "base")} | {"task": task.hash}
+        was = (was.get("config") or {}) | {"task": was.get("task_hash", task.hash)}
         if other := [name for name, value in asked.items() if was.get(name, value) != value]:
             raise InputError(f"{out}: holds a delta that was tuned with another --{other[0]}; give --out, or move it away")
     with locked(out), delta_folder(out, sum(p.nbytes for p in model.parameters() if p.requires_grad)) as new:
