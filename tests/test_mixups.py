@@ -117,7 +117,7 @@ def test_a_conversion_replaces_only_what_it_wrote(home, tmp_path):
     here(*export, tmp_path / "hf")
     here(*export, tmp_path / "hf")
     assert "is what is to be converted" in here(*export, home / "M0", code=2)
-    (tmp_path / "hf" / "README.md").write_text("# my own model")
+    (tmp_path / "hf" / "README.md").write_text("# my own modèle", encoding="latin-1")
     assert "was not written by this command" in here(*export, tmp_path / "hf", code=2)
     shutil.copytree(home / "delta", tmp_path / "delta")
     error = here("-m", "rt.runs.convert", "import", "--base", home / "M0", "--tuned", tmp_path / "hf", "--out", tmp_path / "delta", code=2)
