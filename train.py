@@ -33,7 +33,7 @@ from rt.kinds import DeltaConfig
 from rt.limits import NonNegative, NonNegativeInt, Positive, PositiveInt, PositiveShare, Seed, SeqLen, Share, ShareBelowOne
 from rt.losses import Loss
 from rt.model import PRESETS, EncoderConfig, MaskedLM, new_masked_lm, set_dropout
-from rt.optim import adamw, derive_seed, not_finite, set_lr, step_unless
+from rt.optim import AdamW, adamw, derive_seed, not_finite, set_lr, step_unless
 from rt.pretrain import PretrainSettings, evaluate_mlm, microbatches
 from rt.recipes import Recipe, mix
 from rt.runs.config import changed, parse, record, run
@@ -189,7 +189,7 @@ def train_stages(c: Config, stream: PretrainRun, ranks: Ranks) -> Interrupted | 
         s = PretrainSettings(steps, c.batch_tokens, c.lr or PRETRAIN_LR, max(1, round(c.warmup * steps)), rows.seed, c.accumulation,
                              schedule=r.schedule, held=bool(parent) and not (r.schedule.rewarm and i == 0))
         model = model.to(ranks.device)
-        optimizer = adamw(model.parameters(), 0.0, c.weight_decay, make=zero if c.zero else torch.optim.AdamW)
+        optimizer = adamw(model.parameters(), 0.0, c.weight_decay, make=zero if c.zero else AdamW)
         recipe = start_recipe(c, model, rows, [corpora[name]["train"] for name in groups[i]], tokenizer, ranks, where,
                               stream.out / f"M{number - 1}" if i else c.init)
         idle = [*["replay"] * (rows.mixture is None), *["preserve", "preserve_by"] * (parent is None)]     # nothing came before this stage

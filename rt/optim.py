@@ -3,6 +3,7 @@ import math
 import re
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from inspect import unwrap
 from typing import Callable, Iterable, Iterator, Literal
 
 import numpy as np
@@ -17,8 +18,15 @@ TUNING_BETAS, EPS = (0.9, 0.999), 1e-6     # of AdamW
 MOST_SKIPPED = 10   # in a row: a bad batch or an overflow passes in one or two steps; lost weights never recover
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW without the decorators for torch.compile, which import torch._dynamo: as long as importing the rest of torch takes."""
+    step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
+    add_param_group, zero_grad = unwrap(torch.optim.AdamW.add_param_group), unwrap(torch.optim.AdamW.zero_grad)
+    state_dict, load_state_dict = unwrap(torch.optim.AdamW.state_dict), unwrap(torch.optim.AdamW.load_state_dict)
+
+
 def adamw(parameters: Iterable[Parameter], lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.98),
-          make: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW) -> torch.optim.Optimizer:
+          make: Callable[..., torch.optim.Optimizer] = AdamW) -> torch.optim.Optimizer:
     """Fused AdamW (or `make`'s optimizer) for parameters that require a gradient. Matrices decay; biases, LN weights and gates do not."""
     trained = [p for p in parameters if p.requires_grad]
     groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},

@@ -130,6 +130,14 @@ def tuned(home, task, delta, tmp_path):
     return tmp_path / "d"
 
 
+def test_a_command_imports_only_what_it_uses(lineage, task, tmp_path):
+    argv = ["train.py", "--mode", "tune", "--base", f"{lineage[0]}/run/M0", "--task", str(task), "--tune_steps", "2", *TUNE, "--out",
+            str(tmp_path / "d")]
+    code = f"import sys, analyze, recycle, rt.runs.predict, train; sys.argv = {argv}; train.main(); print(*sys.modules)"
+    loaded = set(command("-c", code).splitlines()[-1].split())
+    assert "torch" in loaded and not {"matplotlib", "pyarrow", "sympy", "torch._dynamo", "transformers"} & loaded
+
+
 @pytest.mark.parametrize("delta", ["full", "adapter", "lora", "bitfit", "prefix"])
 def test_tune_eval_and_predict(lineage, task, delta, tmp_path):
     home, _ = lineage

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-from conftest import ROOT, bounded, command, here, write_task
+from conftest import ROOT, bounded, here, write_task
 from huggingface_hub import constants
 from huggingface_hub.utils import filter_repo_objects
 
@@ -224,10 +224,6 @@ def test_without_pyarrow_a_sentence_says_what_to_install(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2 and done.stderr == (f"error: {tmp_path / 'train.parquet'}: parquet is read by pyarrow, which is not "
                                                     "installed: pip install -e '.[parquet]'\n")
-
-
-def test_what_reads_no_parquet_does_not_import_pyarrow():
-    command("-c", "import sys, train, recycle, analyze, rt.runs.predict; assert 'pyarrow' not in sys.modules")
 
 
 # --- the commands ---------------------------------------------------------------------------------------------------------

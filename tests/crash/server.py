@@ -8,8 +8,6 @@ import json
 import os
 import sys
 
-import torch._dynamo  # noqa: F401, which the first optimizer imports
-
 import recycle  # noqa: F401
 import train  # noqa: F401
 from rt.runs.config import run
