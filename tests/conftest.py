@@ -41,7 +41,9 @@ from rt.speed.dist import Ranks
 from train import train_stage
 
 if os.environ.get("TRITON_INTERPRET") == "1" and HAS_TRITON:
-    importlib.import_module("interpreter").compute_in_bf16()
+    interpreter = importlib.import_module("interpreter")
+    interpreter.compute_in_bf16()
+    interpreter.save_time()
 torch.set_num_threads(int(os.environ.get("RT_TEST_THREADS", 1)))     # the models are tiny: more threads would only wait for each other
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = ROOT / "tests" / "seeds"

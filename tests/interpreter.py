@@ -1,5 +1,9 @@
 """Triton's interpreter stores bfloat16 numbers as 16 bits, multiplies these bits in tl.dot, and truncates when it converts to bfloat16.
-With these two patches (the same for triton 3.6 and 3.7) it computes what a GPU does: in fp32, rounded to nearest."""
+With the first two patches (the same for triton 3.6 and 3.7) it computes what a GPU does: in fp32, rounded to nearest. The others save half
+of its time."""
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
@@ -21,3 +25,13 @@ def compute_in_bf16() -> None:
 
     interpreter._convert_float = to_nearest
     interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
+
+
+def save_time() -> None:
+    """Patches the language at every launch instead of at every call of a function in a kernel, and looks for no overflow of integers: what
+    it finds is thrown away unless `debug` is set."""
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
+    patch, everywhere = interpreter._patch_lang, SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    interpreter._patch_lang = lambda fn: patch(everywhere)
+    interpreter.InterpretedFunction.__call__ = lambda self, *arguments, **named: self.rewrite()(*arguments, **named)
