@@ -8,7 +8,6 @@ import os
 import resource
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -170,6 +169,10 @@ def command(*arguments: str, code: int = 0, cwd: Path | None = None) -> str:
     return done.stdout if code == 0 else done.stderr
 
 
+def main_of(script: str) -> Callable[[], None]:
+    return importlib.import_module(Path(script).stem).main
+
+
 class Fork:
     """A command in a fork of this process: like subprocess.Popen, without the seconds that a new process takes to import torch."""
     def __init__(self, argv: list[str], env: dict[str, str], main: Callable[[], None] | None = None, printed: str | None = None):
@@ -180,7 +183,7 @@ class Fork:
                 setattr(sys, name, open(f"{printed}.{name}" if printed else os.dup(number), "w"))
             sys.argv, code = argv, 1
             try:
-                run(main or importlib.import_module(Path(argv[0]).stem).main)
+                run(main or main_of(argv[0]))
                 code = 0
             except SystemExit as end:
                 code = end.code
@@ -205,12 +208,12 @@ def forked(*arguments: str, code: int = 0, change: Callable[[int], None] = lambd
     both print: on stdout, or on stderr if one is to end with `code`."""
     def rank() -> None:
         change(int(os.environ["RANK"]))
-        (main or importlib.import_module(arguments[0].removesuffix(".py")).main)()
+        (main or main_of(arguments[0]))()
 
-    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
-        free.bind(("127.0.0.1", 0))
-        group = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        free.close()
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)      # as torchrun's agent has one
+    group = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+             "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    with tempfile.TemporaryDirectory() as folder:
         ranks = [Fork([*map(str, arguments)], {**group, "RANK": n, "LOCAL_RANK": n}, rank, f"{folder}/{n}") for n in "01"]
         ended = [one.wait(120) for one in ranks]
         for one in ranks:
