@@ -51,13 +51,13 @@ def load_task(path: Path) -> Task:
                               for part, files in split_files(path).items() if files})
     if len({any(e.text_pair for e in examples) for examples in parts.values()}) > 1:
         note(f"{path}: only some of {', '.join(parts)} have pairs of texts")
-    parts = _with_whole(parts)
     everything = [e for examples in parts.values() for e in examples]
-    if _is_regression(everything):
+    if _is_regression(parts["train"], everything):
         labels, parts = (), {part: [_with_float(e) for e in examples] for part, examples in parts.items()}
     else:
         _check_one_type(everything)
-        parts = {part: [replace(e, label=str(e.label)) for e in examples] for part, examples in parts.items()}
+        parts = {part: [replace(e, label=str(int(e.label) if isinstance(e.label, float) else e.label)) for e in examples]
+                 for part, examples in parts.items()}
         labels = _classes(path, parts)
     _note_doubts(path, parts)
     place = Path(os.path.abspath(path))     # not resolved: a link keeps its name
@@ -139,21 +139,14 @@ def _classes(path: Path, parts: dict[str, list[Example]]) -> tuple[str, ...]:
     return labels
 
 
-def _with_whole(parts: dict[str, list[Example]]) -> dict[str, list[Example]]:
-    """If train has no floats, and dev and test only whole ones, these as integers: pandas writes 1.0 for 1 if some labels are missing."""
-    floats = {part: [e.label for e in examples if isinstance(e.label, float)] for part, examples in parts.items()}
-    if floats["train"] or not all(map(float.is_integer, sum(floats.values(), []))):
-        return parts
-    return {part: [replace(e, label=int(e.label)) if isinstance(e.label, float) else e for e in examples]
-            for part, examples in parts.items()}
-
-
-def _is_regression(examples: list[Example]) -> bool:
-    """Whether any label is a float. In a csv or tsv, which has no types: whether all labels are numbers and some are not whole. InputError
-    if most of its labels have a point, and some are no numbers."""
-    if any(isinstance(e.label, float) for e in examples):
+def _is_regression(train: list[Example], everything: list[Example]) -> bool:
+    """Whether a label of train is a float, or a float of another part is not whole: pandas writes 1.0 for 1 if some labels are missing. In
+    a csv or tsv, which has no types: whether all labels are numbers and some are not whole. InputError if most of its labels have a point,
+    and some are no numbers."""
+    floats = [e.label for e in everything if isinstance(e.label, float)]
+    if any(isinstance(e.label, float) for e in train) or not all(map(float.is_integer, floats)):
         return True
-    untyped = [e for e in examples if isinstance(e.label, str) and UNTYPED.search(e.source)]
+    untyped = [e for e in everything if isinstance(e.label, str) and UNTYPED.search(e.source)]
     numbers = [e for e in untyped if re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?\s*", e.label, re.I)]
     if len(numbers) < len(untyped):
         if 2 * sum("." in e.label for e in numbers) > len(untyped):
@@ -165,8 +158,8 @@ def _is_regression(examples: list[Example]) -> bool:
 
 def _check_one_type(examples: list[Example]) -> None:
     """InputError if some labels are strings and some are numbers: it is unclear whether "1" and 1 are one class."""
-    typed = {type(e.label): e for e in reversed(examples) if not UNTYPED.search(e.source)}   # the first example of each type
-    name, number = typed.get(str), typed.get(int)
+    typed = {isinstance(e.label, str): e for e in reversed(examples) if not UNTYPED.search(e.source)}    # the first example of either type
+    name, number = typed.get(True), typed.get(False)
     if name and number:
         raise InputError(f"{name.source}: label {name.label!r} is a string, but the one of {number.source} is a number: write all alike")
 
