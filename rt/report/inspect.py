@@ -40,13 +40,11 @@ def inspect(path: Path) -> dict[str, str]:
     """{name: fact} of a folder; the first fact says what it `is`. Raises InputError if the folder is nothing known."""
     with shaped(path, "its JSON does not hold what it should", also=(OSError,)):
         folder = path.resolve()
-        names = {file.name for file in folder.iterdir() if file.is_file()} if folder.is_dir() else set()
-        if "meta.json" in names and "encoder" in (meta := read_json(path / "meta.json")):
+        if "encoder" in (meta := read_json(path / "meta.json", {})):
             return base(folder, meta)
-        if "delta.json" in names:
-            return delta(folder, read_json(path / "delta.json"))
-        config = read_json(path / "config.json") if "config.json" in names else {}
-        adapter = read_json(path / "adapter_config.json") if "adapter_config.json" in names else {}
+        if facts := read_json(path / "delta.json", {}):
+            return delta(folder, facts)
+        config, adapter = (read_json(path / name, {}) for name in ("config.json", "adapter_config.json"))
         if library := other_library(folder):
             settings = json.dumps(adapter.get("config") or config)
             return {"is": f"an adapter of {library}", "settings": settings, "size": disk(folder.iterdir())}
@@ -54,7 +52,7 @@ def inspect(path: Path) -> dict[str, str]:
             return peft(folder, adapter)
         if {"model_type", "architectures"} & config.keys():
             return hugging_face(folder, config)
-        if facts := run_folder(folder, read_json(path / "summary.json") if "summary.json" in names else {}):
+        if facts := run_folder(folder, read_json(path / "summary.json", {})):
             return facts
     raise InputError(f"{path}: nothing known here; expected a folder with meta.json (base), delta.json, adapter_config.json (PEFT), "
                      "config.json (Hugging Face), or one that a run left")

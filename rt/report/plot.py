@@ -45,7 +45,7 @@ class Report:
 def report(folder: Path) -> Report:
     """The report of a run. Raises InputError if `folder` is not a run, or if its rows are not as our scripts write them."""
     rows = [row for name in ("metrics.jsonl", "rows.jsonl") for row in read_rows(folder / name)]
-    summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else {}
+    summary = read_json(folder / "summary.json", {})
     with shaped(folder, "its rows do not hold what they should"):
         first = rows[0] if rows else {}
         if (study := first.get("study")) in NUMBERS:
