@@ -159,24 +159,20 @@ def encoder_state(weights: dict[str, Tensor], config: EncoderConfig, source: Pat
     return state
 
 
-def head_state(weights: dict[str, Tensor], config: EncoderConfig, modules: dict[str, dict[str, str]]) -> dict[str, Tensor] | None:
-    """State dict of our MLMHead (by HEADS) or ClassificationHead (by CLASSIFIERS), or None if the checkpoint lacks some of its tensors."""
-    weights = plain(weights)
-    return None if lacking(weights, config, modules) else our_state(weights, head_names(config, modules)) or None
+def head_state(weights: dict[str, Tensor], config: EncoderConfig, modules: dict[str, dict[str, str]], what: str = "",
+               needs: Iterable[str] = ()) -> dict[str, Tensor] | None:
+    """State dict of our MLMHead (by HEADS), ClassificationHead (by CLASSIFIERS) or pooler (by POOLERS). None if the checkpoint lacks some
+    of its tensors, or if it also `needs` missing ones. If part of it is there, a note says what is missing of `what`."""
+    weights, names = plain(weights), [*head_names(config, modules)]
+    lost = [*lacking(weights, config, modules), *needs]
+    if what and lost and any(theirs in weights for _, (theirs,) in names):
+        note(f"{what} is left out: it lacks {', '.join(lost)}")
+    return None if lost else our_state(weights, names) or None
 
 
 def lacking(weights: dict[str, Tensor], config: EncoderConfig, modules: dict[str, dict[str, str]]) -> list[str]:
     """Hugging Face's names of the head's tensors that the plain `weights` lack."""
     return [theirs for _, (theirs,) in head_names(config, modules) if theirs not in weights]
-
-
-def noted_head(weights: dict[str, Tensor], config: EncoderConfig, modules: dict[str, dict[str, str]], what: str,
-               needs: Iterable[str] = ()) -> dict[str, Tensor] | None:
-    """`head_state`. If only part of a head is there, or if it also `needs` missing tensors, returns None and notes what is missing."""
-    lost = lacking(weights, config, modules)
-    if [*lost, *needs] and len(lost) < len([*head_names(config, modules)]):
-        note(f"{what} is left out: it lacks {', '.join([*lost, *needs])}")
-    return None if [*needs] else head_state(weights, config, modules)
 
 
 def load_hf(folder: Path) -> Base:
@@ -197,8 +193,8 @@ def load_hf(folder: Path) -> Base:
         raise InputError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}")
     decoder, d = HEADS[family(config)]["bias"].replace(".bias", ".decoder."), config.hidden_size
     untied = {decoder + "weight", decoder + "bias"} if facts.get("tie_word_embeddings") is False else set()
-    head = noted_head(weights, config, HEADS, f"{folder}: its masked-LM head", sorted(untied - {*map(plain_name, found)}))
-    pooler = noted_head(weights, config, POOLERS, f"{folder}: its pooler")
+    head = head_state(weights, config, HEADS, f"{folder}: its masked-LM head", sorted(untied - {*map(plain_name, found)}))
+    pooler = head_state(weights, config, POOLERS, f"{folder}: its pooler")
     if head is not None:
         if own := sorted(TIED.keys() & weights.keys()):
             raise InputError(f"{folder}: the masked-LM head has scoring weights of its own, {own[0]}; only those tied to the word "
