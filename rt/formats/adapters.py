@@ -14,7 +14,7 @@ from rt.deltas import Base, Delta, apply, check_fits, check_head, origin
 from rt.errors import InputError
 from rt.formats import hf
 from rt.formats.atomic import atomic_folder
-from rt.formats.checkpoint import read_file
+from rt.formats.checkpoint import read_weights
 from rt.formats.files import other_library, read_json, write_json, write_whole
 from rt.formats.untrusted import is_number, is_whole
 from rt.kinds import TARGETS, DeltaConfig
@@ -48,10 +48,7 @@ def import_adapter(folder: Path, base: Base, labels: tuple[str, ...], task: str 
     if not isinstance(own, list):
         raise InputError(f"{folder / 'labels.json'}: \"labels\" is no list")
     hf.check_vocabulary(folder, base)
-    file = next((file for name in ("adapter_model.safetensors", "adapter_model.bin") if (file := folder / name).is_file()), None)
-    if file is None:
-        raise InputError(f"{whose}: there is neither adapter_model.safetensors nor adapter_model.bin")
-    factors, saved = sorted_out(read_file(file), whose)
+    factors, saved = sorted_out(read_weights(folder, ("adapter_model.safetensors", "adapter_model.bin")), whose)
     alpha *= math.sqrt(r) if facts.get("use_rslora") else 1
     head = head_of(base, factors, saved, alpha / r, whose)
     modules, targets = layers_of(base, factors, r, whose)

@@ -135,14 +135,14 @@ def build(make: Callable[[EncoderConfig], nn.Module], config: EncoderConfig, sta
 
 # --- files of tensors, ours and others' -------------------------------------------------------------------------------
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of model.safetensors or pytorch_model.bin, in one file or in shards with an index. InputError names what is wrong."""
-    for stem in ("model.safetensors", "pytorch_model.bin"):
+def read_weights(folder: Path, stems: tuple[str, str] = ("model.safetensors", "pytorch_model.bin")) -> dict[str, Tensor]:
+    """The tensors of the first of two files that is there, whole or in shards with an index. InputError names what is wrong."""
+    for stem in stems:
         if (folder / stem).is_file():
             return read_file(folder / stem)
         if (folder / f"{stem}.index.json").is_file():
             return _read_shards(folder / f"{stem}.index.json")
-    raise InputError(f"{folder}: has neither model.safetensors nor pytorch_model.bin, nor an index of either's shards")
+    raise InputError(f"{folder}: has neither {stems[0]} nor {stems[1]}, nor an index of either's shards")
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
