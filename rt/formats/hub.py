@@ -35,11 +35,12 @@ NAMING = "python -m rt.runs.convert import --tuned ... --base ... --labels names
 def open_base(name: str) -> Base:
     """A base from a checkpoint folder of ours, a Hugging Face folder, or a hub id such as FacebookAI/roberta-base."""
     path = find(name)
-    for file, load in (("meta.json", load_base), ("config.json", load_hf)):
-        if (path / file).is_file():
-            if bases := [each.name for each in sorted(path.glob("M*")) if file == "config.json" and re.fullmatch("M[0-9]+", each.name)]:
-                raise InputError(f"{name}: is a run, not a base; give one of its bases: {', '.join(bases)}")
-            return load(path)
+    if (path / "meta.json").is_file():
+        return load_base(path)
+    if (path / "config.json").is_file():
+        if bases := sorted(each.name for each in path.glob("M*") if re.fullmatch("M[0-9]+", each.name)):
+            raise InputError(f"{name}: is a run, not a base; give one of its bases: {', '.join(bases)}")
+        return load_hf(path)
     raise InputError(f"{name}: no base there; expected {HUB_NAME}, or a folder with meta.json (ours) or config.json "
                      "(Hugging Face)")
 
