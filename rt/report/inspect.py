@@ -24,7 +24,7 @@ from rt.runs.config import parse, run
 
 WEIGHTS = {"meta.json": "model.safetensors", "delta.json": "delta.safetensors"}     # the weights of a base and of a delta
 FORMATS, DIFFERS = ("rt-base-1", "rt-delta-1"), "DIFFERS"
-# Older delta.json files hold the settings of all kinds; each kind uses the settings listed here.
+# A delta.json holds the settings of all kinds; each kind uses the settings listed here (rt.kinds.KINDS, without importing torch).
 OLD_SETTINGS = {"adapter": ("bottleneck",), "lora": ("r", "lora_alpha", "target_modules"), "prefix": ("prefix_len",)}
 SHOWN = 8       # labels, deltas or target modules listed by name; the rest are only counted
 
@@ -139,10 +139,9 @@ def delta(folder: Path, facts: dict) -> dict[str, str]:
 
 
 def settings_of(facts: dict) -> dict:
-    """The settings of a delta's kind."""
-    settings = {k: v for k, v in facts.items() if k not in ("format", "kind", "info", "versions", "sha256")}
-    is_old = settings.keys() >= {name for names in OLD_SETTINGS.values() for name in names}
-    return {name: settings[name] for name in OLD_SETTINGS.get(facts.get("kind"), ())} if is_old else settings
+    """The settings of a delta's kind: all that are not another kind's."""
+    others = {name for kind, names in OLD_SETTINGS.items() if kind != facts.get("kind") for name in names}
+    return {k: v for k, v in facts.items() if k not in {"format", "kind", "info", "versions", "sha256"} | others}
 
 
 def encoder_count(e: dict) -> int:
