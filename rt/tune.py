@@ -108,17 +108,13 @@ class Fit(Scores):
         step_unless(self.optimizer, self.tracker.count(loss, norm))
         self.optimizer.zero_grad(set_to_none=True)
 
-    def evaluated(self, step: int, dev: dict[str, float] | None) -> bool:
-        """Record an evaluation. Returns whether the run goes on."""
-        return self.add(step, dev, self.trained, *self.tracker.read()[0])
 
-
-def minimise(trained: dict[str, Tensor], gradient: Callable[[int], Tensor], s: TuneSettings, dev_scores: Callable[[], dict] | None,
-             on_eval: Hook = ignore) -> TuneResult:
-    """`training_loop` for one run. `trained` ends with the best weights by `dev_scores`, without it with the last. Raises Diverged
-    after more than MOST_SKIPPED skipped steps in a row, unless the settings say `keep_diverged`."""
+def minimise(trained: dict[str, Tensor], gradient: Callable[[int], Tensor], s: TuneSettings,
+             dev_scores: Callable[[], dict | None], on_eval: Hook = ignore) -> TuneResult:
+    """`training_loop` for one run. `trained` ends with the best weights by `dev_scores`, or with the last if these are None. Raises
+    Diverged after more than MOST_SKIPPED skipped steps in a row, unless the settings say `keep_diverged`."""
     fit = Fit(trained, s, on_eval)
-    training_loop(s, gradient, fit.update, lambda step: fit.evaluated(step, dev_scores() if dev_scores else None))
+    training_loop(s, gradient, fit.update, lambda step: fit.add(step, dev_scores(), trained, *fit.tracker.read()[0]))
     with torch.no_grad():
         for k, value in fit.best.items():
             trained[k].copy_(value)

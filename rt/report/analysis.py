@@ -62,7 +62,7 @@ def train_control(model: Classifier, a: Weights, b: Weights, data: TaskData, set
     path = bezier(a, control, b)
     student = Reweighted(model, lambda: path(torch.rand(()).item()))       # mu: the loop seeds it by (seed, step)
     gradient = plain_gradient(student, Loss(not data.labels), device, precision)
-    minimise(control, partial(train_step, gradient, data.train, settings, on_step, place=" on the curve"), settings, None)
+    minimise(control, partial(train_step, gradient, data.train, settings, on_step, place=" on the curve"), settings, lambda: None)
     return {k: v.detach() for k, v in control.items()}
 
 
