@@ -108,15 +108,14 @@ def environment_alone() -> dict[str, str]:
 
 def join(device: str) -> Ranks:
     """This process as one of torchrun's ranks, or as the only rank; `device`: see pick_device. Raises InputError if GPUs are too few."""
-    local = int(os.environ.get("LOCAL_RANK", 0)) if launched() > 1 else None
-    if local is not None and torch.cuda.is_available() and device != "cpu":
-        if local >= torch.cuda.device_count():
+    if launched() == 1:
+        return Ranks(pick_device(device))
+    if torch.cuda.is_available() and device != "cpu":
+        if (local := int(os.environ.get("LOCAL_RANK", 0))) >= torch.cuda.device_count():
             raise InputError(f"rank {local} of this machine has none of its {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
         torch.cuda.set_device(local)    # before anything is put on "cuda": otherwise every rank would use memory of the first GPU
         device = "cuda"
     where = pick_device(device)
-    if local is None:
-        return Ranks(where)
     if "MASTER_ADDR" not in os.environ:
         raise InputError("RANK and WORLD_SIZE are set, but MASTER_ADDR is not: start several processes with torchrun")
     dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=TIMEOUT)
