@@ -16,7 +16,7 @@ from rt.kinds import DeltaConfig
 from rt.losses import DistillConfig
 from rt.recycling import Recycling
 from rt.runs.config import parse
-from rt.runs.results import Run, begin, best_delta, comparable, finished_row, origin_of, summary_rows, unread
+from rt.runs.results import Run, begin, best_delta, comparable, finished_row, open_best, origin_of, summary_rows, unread
 from rt.runs.summary import add_steps_to_scratch, report, report_sweep
 from rt.tune import TuneSettings
 
@@ -141,3 +141,8 @@ def test_rows_that_an_earlier_version_wrote_are_read(recycling, tmp_path):
     write_json(tmp_path / "summary.json", {"rows": [rows[0] | {"task": "u"}, *rows[1:]], "config": {}, "argv": []})
     with pytest.raises(InputError, match=r"has runs on several tasks \(t, u\), so none is the best; name one of"):
         best_delta(tmp_path, recycling.old_base.fingerprint)
+
+
+def test_a_folder_with_a_dot_in_front_is_no_hub_id(recycling):
+    with pytest.raises(InputError, match="^./OWNER/NAME: nothing tuned there"):
+        open_best("./OWNER/NAME", recycling.base)

@@ -215,4 +215,5 @@ def open_best(folder: str, base: Base) -> Delta:
     best = best_delta(folder, base.fingerprint)
     if best != Path(folder):
         print(f"best on dev of {folder}: {best.name}", file=sys.stderr)
-    return open_delta(str(best), base)
+        folder = str(best)
+    return open_delta(folder, base)     # as it was typed: ./OWNER/NAME is a folder, OWNER/NAME a hub id
