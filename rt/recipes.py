@@ -120,13 +120,13 @@ class Mixture:
     def __init__(self, sources: list[Rows], shares: list[float], every: int = 0):
         self.sources, self.every = sources, every
         self.history: list[list[int]] = []
-        self.before = [[0] * len(sources)]      # rows of each source before each period
+        self.before = [[0] * len(sources)]      # rows of each source before each period, and before the period that comes next
         self.append([round(share * 10**6) for share in shares])
 
     def append(self, parts: list[int]) -> None:
         """Set the shares of the next period, in millionths."""
-        self.before += [[b + c for b, c in zip(self.before[-1], counts(self.every, self.history[-1]))]] if self.history else []
         self.history.append(parts)
+        self.before.append([b + c for b, c in zip(self.before[-1], counts(self.every, parts))])
 
     def locate(self, number: int) -> tuple[Rows, int]:
         period, n = divmod(number, self.every) if self.every else (0, number)
