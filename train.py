@@ -26,7 +26,7 @@ from rt.formats.atomic import locked
 from rt.formats.checkpoint import load_base
 from rt.formats.corpora import build_corpus, split_documents
 from rt.formats.delta_files import delta_folder, write_delta
-from rt.formats.files import read_json, write_json
+from rt.formats.files import write_json
 from rt.formats.hub import NAMING, open_base, place_of_delta
 from rt.formats.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from rt.kinds import DeltaConfig
@@ -36,6 +36,7 @@ from rt.model import PRESETS, EncoderConfig, MaskedLM, new_masked_lm, set_dropou
 from rt.optim import AdamW, adamw, derive_seed, not_finite, set_lr, step_unless
 from rt.pretrain import PretrainSettings, evaluate_mlm, microbatches
 from rt.recipes import Recipe, mix
+from rt.runs.build import is_tuned
 from rt.runs.config import changed, parse, record, run
 from rt.runs.log import Log, StepBar, load_tensorboard, note_changed_task, note_truncated, scores_text, task_text, tested_text
 from rt.runs.predict import open_tuned
@@ -310,12 +311,9 @@ def tune_delta(c: Config) -> None:
     c.lr = c.lr or TUNE_LR.get(kind, 5e-3)
     s = TuneSettings(c.tune_steps, c.batch_size, c.lr, c.eval_every, c.seed, c.weight_decay, c.warmup)
     about |= {"config": record(c), "argv": sys.argv, "precision": precision_name(where["precision"])}
-    if c.out is None and (out / "delta.json").exists():
-        was = read_json(out / "delta.json").get("info", {})
+    if c.out is None:
         asked = {k: v for k, v in about["config"].items() if k not in (*NOT_SETTINGS, "base")} | {"task": task.hash}
-        was = (was.get("config") or {}) | {"task": was.get("task_hash", task.hash)}
-        if other := [name for name, value in asked.items() if was.get(name, value) != value]:
-            raise InputError(f"{out}: holds a delta that was tuned with another --{other[0]}; give --out, or move it away")
+        is_tuned(out, asked, "give --out, or move it away")
     with locked(out), delta_folder(out, sum(p.nbytes for p in model.parameters() if p.requires_grad)) as new:
         log = Log(new, tensorboard=c.tensorboard)
         with StepBar(s.steps, f"{task.name} {kind}", model.encoder.config, **where, frozen=kind != "full") as bar:

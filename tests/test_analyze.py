@@ -292,6 +292,7 @@ def test_recipes_are_worth_what_they_keep_and_learn(home, domains):
     assert one["init above scratch"] == pytest.approx(100 * (score["M1"]["init"] - score["M1"]["scratch"]))
     assert min(one["given up"], two["given up"]) == 0 and one["loss, new"] == m1["heldout"]["new"]
     assert (home / "out" / "recipes" / "recipes.png").exists() and "points lost" in said
+    assert [len(figures.recipes_numbers(rows[:n])) for n in range(1, len(rows))] == [0, 0, 0, 0, 1]      # of an unfinished study
 
 
 def test_the_head_is_scored_where_the_encoder_is(home, graphs, monkeypatch):

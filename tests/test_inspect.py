@@ -16,7 +16,7 @@ from rt.errors import InputError
 from rt.formats import delta_files
 from rt.formats.checkpoint import save_base
 from rt.model import PRESETS, Encoder, EncoderConfig, MaskedLM
-from rt.report.inspect import OLD_SETTINGS, encoder_count, header, inspect, main, settings_of
+from rt.report.inspect import SETTINGS, encoder_count, header, inspect, main, settings_of
 from rt.runs.config import run
 
 LABELS = [f"label{i}" for i in range(10)]
@@ -116,12 +116,13 @@ def test_an_undefined_score_is_not_called_unscored(run_home, tmp_path):
 
 
 def test_the_settings_shown_are_those_that_a_kind_uses(tokenizer):
-    assert OLD_SETTINGS == {name: kind.settings for name, kind in kinds.KINDS.items() if kind.settings}
+    assert SETTINGS == {name: kind.settings for name, kind in kinds.KINDS.items() if kind.settings}
     for kind in kinds.KINDS:
         config, more = kinds.DeltaConfig(kind), {"format": "rt-delta-1", "info": {}, "versions": {}, "sha256": {}}
         own = {k: v for k, v in config.used.items() if k != "kind"}
-        assert settings_of(asdict(config) | more) == settings_of(config.used | more) == own     # as before, and as it is written now
-    assert settings_of({"kind": "a new one", "temperature": 2} | more) == {"temperature": 2}
+        assert settings_of(asdict(config) | more) == settings_of(config.used | more) == own     # as it is written now, and as before
+    of_all = asdict(kinds.DeltaConfig()) | more
+    assert settings_of(of_all | {"kind": "a new one", "temperature": 2}) == {"temperature": 2}
     for family in ("roberta", "bert"):
         encoder = Encoder(EncoderConfig(tokenizer.vocab_size, pad_id=tokenizer.pad_id, model_type=family, sep_id=2, **PRESETS["tiny"]))
         assert encoder_count(asdict(encoder.config)) == sum(p.numel() for p in encoder.parameters())

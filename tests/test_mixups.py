@@ -96,13 +96,19 @@ def test_a_delta_that_was_tuned_otherwise_is_neither_replaced_nor_compared(home,
     tune = ("train.py", "--mode", "tune", "--base", tmp_path / "M0", "--delta", "bitfit", *TUNE)
     here(*tune, "--task", home / "nodes")
     place = tmp_path / "deltas" / "M0-nodes-bitfit-s0"
-    assert f"{place}: holds a delta that was tuned with another --lr" in here(*tune, "--task", home / "nodes", "--lr", "1e-4", code=2)
+    error = here(*tune, "--task", home / "nodes", "--lr", "1e-4", code=2)
+    assert f"{place}: was tuned with another --lr: 0.005, not 0.0001; give --out, or move it away" in error
     rows = [row | {"label": "ab"[row["label"] == "a"]} for row in ROWS]
     write_task(tmp_path / "t" / "nodes", dict.fromkeys(("train", "dev", "test"), rows))
     assert "tuned with another --task" in here(*tune, "--task", tmp_path / "t" / "nodes", code=2)
     here(*tune, "--task", home / "nodes")       # the same once more
-    shutil.copytree(place, tmp_path / "deltas" / "M1-nodes-bitfit-s0")
     facts = read_json(place / "delta.json")
+    for info, words in ((facts["info"] | {"config": {"tuned": "a"}, "source": "a"}, "another --mode: import, not tune; give --out"),
+                        ({"config": [1]}, "does not hold what a tuned delta has"), ([], "does not hold what a tuned delta has")):
+        write_json(place / "delta.json", facts | {"info": info})
+        assert words in here(*tune, "--task", home / "nodes", code=2)
+    write_json(place / "delta.json", facts)
+    shutil.copytree(place, tmp_path / "deltas" / "M1-nodes-bitfit-s0")
     base = load_base(tmp_path / "M1")
     save_delta(tmp_path / "deltas" / "M1-nodes-bitfit-s0", extract(attach(base, DeltaConfig("bitfit"), 2, 0), base, DeltaConfig("bitfit"),
                                                                   facts["info"] | {"base": base.fingerprint}))
@@ -227,8 +233,8 @@ def test_an_old_delta_of_other_sizes_is_not_taken_for_the_one_that_is_asked_for(
     lora, teaching = DeltaConfig("lora", r=4), SimpleNamespace(old_seq_len=None)
     c = SimpleNamespace(old_base=str(tmp_path / "M0"), delta=lora, seq_len=64, teaching=teaching)
     assert tuned(c, "t", Task("t", (), {})).endswith("M0-t-lora-s0")
-    for name, value, words in (("delta", DeltaConfig("lora", r=8), "r 4, not 8"), ("seq_len", 128, "seq_len 64, not 128")):
-        with pytest.raises(InputError, match=f"was tuned with --{words}; to use it as it is, name it with --old_delta"):
+    for name, value, words in (("delta", DeltaConfig("lora", r=8), "r: 4, not 8"), ("seq_len", 128, "seq_len: 64, not 128")):
+        with pytest.raises(InputError, match=f"was tuned with another --{words}; to use it as it is, name it with --old_delta"):
             tuned(SimpleNamespace(**vars(c) | {name: value}), "t", Task("t", (), {}))
 
 

@@ -227,6 +227,11 @@ def spoil(row: dict, bad) -> None:
                 row[key] = bad
 
 
+def test_a_study_without_numbers_yet(tmp_path, capsys):
+    main([str(write(tmp_path, [{"study": "mixture", "replay": None, "steps": 0, "heldout": {"old": 5.0}}], name="rows.jsonl"))])
+    assert capsys.readouterr().out.endswith("no numbers yet\nfigures come with more rows\n")
+
+
 def test_a_study_that_was_killed_has_the_numbers_so_far(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     folder = study(tmp_path / "run")

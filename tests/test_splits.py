@@ -192,6 +192,8 @@ def kinds(folder: Path) -> dict[str, str]:
      "data/train-00000-of-00001.parquet data/unsupervised-00000-of-00001.parquet", "", "data/test-00000-of-00001.parquet"),
     ("c/train/0000.parquet c/validation/0000.parquet c/test/0000.parquet c/more/x.parquet",
      "c/train/0000.parquet", "c/validation/0000.parquet", "c/test/0000.parquet"),
+    ("train.parquet/part-0.snappy.parquet test.parquet/part-0.snappy.parquet", "train.parquet/part-0.snappy.parquet", "",
+     "test.parquet/part-0.snappy.parquet"),     # Spark's folders
     ("c/train/a.jsonl c/test/a.jsonl", "c/train/a.jsonl", "", "c/test/a.jsonl"), ("train.json a.json", "a.json train.json", "", ""),
     ("a.jsonl meta.json ._a.jsonl", "a.jsonl", "", "meta.json"), ("a.txt b.csv c.json d.md", "a.txt", "", "b.csv c.json"),
     ("A.TXT", "A.TXT", "", ""), ("a.txt B.TXT HELDOUT.Jsonl.GZ", "B.TXT a.txt", "HELDOUT.Jsonl.GZ", ""), ("A.JSON", "A.JSON", "", ""),

@@ -39,7 +39,7 @@ def corpus_files(path: Path) -> dict[str, list[Path]]:
     training. 'heldout' may be empty."""
     if not path.exists():
         raise InputError(f"{path}: there is no such corpus, file or folder")
-    every = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.name[0] != ".")
+    every = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.name[0] != "." and f.is_file())
     files, home = [f for f in every if _is_text(f)] or [f for f in every if f.suffix.lower() == ".json"], path
     if not files and path.is_dir():     # the files are in data, or in the folder of the only config
         below = listed(path)
@@ -51,8 +51,8 @@ def corpus_files(path: Path) -> dict[str, list[Path]]:
     for f in files:
         parts["heldout" if f.name.lower().split(".")[0] == "heldout" else _split(f, home)].append(f)
     below = [path / f for f in listed(path) if f.parent.name and _is_text(f)] if home == path and path.is_dir() else []
-    beside = [f for f in every if f not in files and f.is_file() and format_of(f) in FORMATS]
-    spare = (parts["dev"] if parts["heldout"] else []) + beside + below
+    beside = [f for f in every if format_of(f) in FORMATS]
+    spare = (parts["dev"] if parts["heldout"] else []) + [f for f in beside + below if f not in files]
     return {"train": parts["train"], "heldout": parts["heldout"] or parts["dev"], "unread": spare + parts["test"]}
 
 

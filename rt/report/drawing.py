@@ -135,7 +135,7 @@ def draw_all(figures: dict[str, Callable[[Path], None]], out: Path, source: Path
                 draw(out / name)
     except InputError as error:
         return f"no figures: {error}"
-    return "figures " + ", ".join(str(out / f"{name}.png") for name in figures)
+    return "figures " + (", ".join(str(out / f"{name}.png") for name in figures) or "come with more rows")
 
 
 @contextmanager

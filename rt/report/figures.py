@@ -197,15 +197,18 @@ def recipes(rows: list[dict], path: Path) -> None:
 
 
 def recipes_numbers(rows: list[dict]) -> list[dict]:
-    """A line per upgrade: the points that `apply` loses and the points that `init` gains over `scratch`, means over tasks and seeds;
-    held-out losses, and how far the last is above the best upgrade's; the distance from the old base; the share of heads kept."""
+    """A line per upgrade with rows of deltas: the points that `apply` loses and the points that `init` gains over `scratch`, means over
+    tasks and seeds; held-out losses, and how far the last is above the best upgrade's; the distance from the old base; the share of heads
+    kept."""
     bases, numbers = {row["base"]: row for row in rows if row["of"] == "base"}, []
     (first, old), *later = bases.items()
     new = [*old["heldout"]][-1]
     deltas = [{k: math.nan if v is None else v for k, v in row.items()} for row in rows if row["of"] == "delta"]     # None: undefined
     score = {(row["base"], row["task"], row["seed"]): row | {"score": next(row[s] for s in SCORES if s in row)} for row in deltas}
-    cells = [(task, seed) for name, task, seed in score if name == first]
     for name, base in later:
+        cells = [(task, seed) for of, task, seed in score if of == name and (first, task, seed) in score]
+        if not cells:       # the study is not finished
+            continue
         there = [score[name, task, seed] for task, seed in cells]
         lost = [100 * (score[first, task, seed]["score"] - row["score"]) for (task, seed), row in zip(cells, there)]
         numbers.append({"base": name, "points lost": float(np.mean(lost)),
@@ -217,8 +220,11 @@ def recipes_numbers(rows: list[dict]) -> list[dict]:
 
 
 def mixture_numbers(rows: list[dict]) -> list[dict]:
-    """The fitted law per domain, its mean error at left-out runs, and the least replay with which old domains are not forgotten."""
+    """The fitted law per domain, its mean error at left-out runs, and the least replay with which old domains are not forgotten. Nothing
+    before there are three runs, which a law needs."""
     old, *runs = rows
+    if len(runs) < 3:
+        return []
     last, numbers = [*old["heldout"]][-1], []
     for domain, before in old["heldout"].items():
         points = [(1 - row["replay"] if domain == last else row["replay"], row["steps"], row["heldout"][domain]) for row in runs]

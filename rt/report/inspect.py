@@ -25,7 +25,7 @@ from rt.runs.config import parse, run
 WEIGHTS = {"meta.json": "model.safetensors", "delta.json": "delta.safetensors"}     # the weights of a base and of a delta
 FORMATS, DIFFERS = ("rt-base-1", "rt-delta-1"), "DIFFERS"
 # A delta.json holds the settings of all kinds; each kind uses the settings listed here (rt.kinds.KINDS, without importing torch).
-OLD_SETTINGS = {"adapter": ("bottleneck",), "lora": ("r", "lora_alpha", "target_modules"), "prefix": ("prefix_len",)}
+SETTINGS = {"adapter": ("bottleneck",), "lora": ("r", "lora_alpha", "target_modules"), "prefix": ("prefix_len",)}
 SHOWN = 8       # labels, deltas or target modules listed by name; the rest are only counted
 
 
@@ -140,7 +140,7 @@ def delta(folder: Path, facts: dict) -> dict[str, str]:
 
 def settings_of(facts: dict) -> dict:
     """The settings of a delta's kind: all that are not another kind's."""
-    others = {name for kind, names in OLD_SETTINGS.items() if kind != facts.get("kind") for name in names}
+    others = {name for kind, names in SETTINGS.items() if kind != facts.get("kind") for name in names}
     return {k: v for k, v in facts.items() if k not in {"format", "kind", "info", "versions", "sha256"} | others}
 
 

@@ -49,7 +49,8 @@ def report(folder: Path) -> Report:
     with shaped(folder, "its rows do not hold what they should"):
         first = rows[0] if rows else {}
         if (study := first.get("study")) in NUMBERS:
-            return Report("a study", numbers_table(NUMBERS[study](rows)), figures_of(study, rows))
+            numbers = NUMBERS[study](rows)
+            return Report("a study", numbers_table(numbers), figures_of(study, rows) if numbers else {})
         if "stages" in summary or "stage" in first:
             return pretraining(rows, summary)
         if "run" not in first and any(scored(rows)[1]):

@@ -10,6 +10,7 @@ from rt.data import Task
 from rt.errors import InputError
 from rt.formats.files import read_json
 from rt.formats.hub import place_of_delta
+from rt.formats.untrusted import shaped
 from rt.runs.workers import cores
 from rt.speed.dist import environment_alone
 
@@ -57,15 +58,24 @@ def tuned(c: Any, name: str, task: Task) -> str:
     """The folder of the old base's delta for a task, beside that base. train.py makes the delta if it is missing."""
     folder = place_of_delta(c.old_base, task.name, c.delta.kind)
     asked = c.delta.used | {"seq_len": c.teaching.old_seq_len or c.seq_len}
-    if (folder / "delta.json").exists():
-        was = read_json(folder / "delta.json").get("info", {}).get("config") or {}
-        was = {name: tuple(value) if isinstance(value, list) else value for name, value in was.items()}
-        if other := [name for name, value in asked.items() if was.get(name, value) != value]:
-            raise InputError(f"{folder}: was tuned with --{other[0]} {was[other[0]]}, not {asked[other[0]]}; to use it as it is, name it "
-                             "with --old_delta; for a new one, move it away")
-    else:
+    if not is_tuned(folder, asked, "to use it as it is, name it with --old_delta; for a new one, move it away"):
         sizes = {size: value for size, value in vars(c.delta).items() if size not in ("kind", "target_modules")}
         flags = dict(mode="tune", base=c.old_base, task=name, out=folder, delta=c.delta.kind, seq_len=asked["seq_len"],
                      target_modules=",".join(c.delta.target_modules), **sizes)
         build(c, (f"the old delta {folder} (under a minute for mini on 2 cores)", flags))
     return str(folder)
+
+
+def is_tuned(folder: Path, asked: dict[str, Any], otherwise: str) -> bool:
+    """Whether a delta is there. InputError, which says what to do `otherwise`, if train.py tuned it with other flags than `asked`, or on
+    another content of the --task. Flags that it does not record are not compared. An imported delta records that --mode import made it."""
+    if not (file := folder / "delta.json").exists():
+        return False
+    with shaped(file, "its \"info\" does not hold what a tuned delta has"):
+        info = read_json(file).get("info", {})
+        was = {"mode": "import"} | (info.get("config") or {}) | {"task": info.get("task_hash", asked.get("task"))}
+        for name, value in asked.items():
+            value = list(value) if isinstance(value, tuple) else value
+            if was.get(name, value) != value:
+                raise InputError(f"{folder}: was tuned with another --{name}: {was[name]}, not {value}; {otherwise}")
+    return True
