@@ -53,13 +53,9 @@ def processes(jobs: int, threads: int) -> Iterator[ProcessPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def rows_of(path: Path) -> list[dict]:
-    return read_rows(path) if path.exists() else []
-
-
 def cells_to_do(path: Path, cells: list[dict], where: tuple[str, ...]) -> list[dict]:
     """The cells that have no rows in `path` yet and whose facts are those of `where`, such as ("base=ind", "kind=full")."""
-    wanted, done = dict(fact.partition("=")[::2] for fact in where), [row["cell"] for row in rows_of(path)]
+    wanted, done = dict(fact.partition("=")[::2] for fact in where), [row["cell"] for row in read_rows(path)]
     return [cell for cell in cells if cell not in done and wanted.items() <= {k: str(v) for k, v in cell.items()}.items()]
 
 

@@ -17,7 +17,7 @@ from typing import Iterator
 import torch
 
 from bench.machine import commit, device_name
-from experiments.common import cells_to_do, check_places, do_cells, rows_of, run_script
+from experiments.common import cells_to_do, check_places, do_cells, run_script
 from experiments.recipes import runs as recipes
 from experiments.recipes.plan import KINDS, PLACE, TASKS, TUNE
 from experiments.twin import save_twin
@@ -205,7 +205,7 @@ def pilot(c: Config, cell: dict) -> list[dict]:
 @cache
 def distilling(results: str) -> tuple[object, ...]:
     """The flags of distillation that the pilot chose: best by mean dev over modes, kinds and seeds."""
-    found = group([{**row, **{k: row["settings"][k] for k in ("alpha", "beta", "T")}} for row in rows_of(Path(results) / "minilm.jsonl")
+    found = group([{**row, **{k: row["settings"][k] for k in ("alpha", "beta", "T")}} for row in read_rows(Path(results) / "minilm.jsonl")
                    if row["cell"]["part"] == "pilot"], "alpha", "beta", "T")
     if not found:
         raise InputError("modes with a teacher take alpha, beta and T from the pilot: run --only pilot first")

@@ -7,8 +7,9 @@ from typing import Callable, Iterable
 import numpy as np
 
 from experiments.claims.minilm import SENTIMENT, cells
-from experiments.common import LEARNED, holm, markdown, rows_of, sign_flip, steps_to_best
+from experiments.common import LEARNED, holm, markdown, sign_flip, steps_to_best
 from experiments.recipes.plan import KINDS
+from rt.formats.files import read_rows
 from rt.runs.summary import group
 
 Cells = dict[tuple[str, int], float]                # by task and lineage
@@ -147,7 +148,7 @@ def shown(values: Iterable[float]) -> str:
 
 def section(folder: Path) -> str:
     """The text, or "" without rows."""
-    if not (rows := rows_of(folder / "minilm.jsonl")):
+    if not (rows := read_rows(folder / "minilm.jsonl")):
         return ""
     r, facts = Rows(rows), {key: ", ".join(sorted({row[key] for row in rows})) for key in ("device", "commit")}
     text = ["## MiniLM, a base that was really pre-trained",

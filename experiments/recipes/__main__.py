@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 
 from bench.machine import commit, device_name
-from experiments.common import check_places, processes, rows_of
+from experiments.common import check_places, processes
 from experiments.recipes import report
 from experiments.recipes.plan import DELTA_SEEDS, KINDS, STEPS, TASKS, known, upgrades
 from experiments.recipes.runs import Config, attempt, delta_folder, draw_tasks
 from rt.errors import InputError
+from rt.formats.files import read_rows
 from rt.runs.config import parse, run
 from rt.runs.log import progress
 from rt.speed.device import pick_precision
@@ -36,7 +37,7 @@ def main() -> None:
     rows = Path(c.results) / f"{c.model}.jsonl"
     rows.parent.mkdir(parents=True, exist_ok=True)
     draw_tasks(c)
-    done = rows_of(rows)
+    done = read_rows(rows)
     if any(row["device"].startswith("CPU") != (c.device == "cpu") or row["arm"] != "M0" and row.get("steps", STEPS) != c.steps
            for row in done):
         raise InputError(f"{rows}: its rows are of another --device or of other --steps, and must not be mixed; give another --results")

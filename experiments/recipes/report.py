@@ -5,9 +5,10 @@ import os
 from pathlib import Path
 from statistics import mean
 
-from experiments.common import LEARNED, ROOT, holm, markdown, rows_of, sign_flip
+from experiments.common import LEARNED, ROOT, holm, markdown, sign_flip
 from experiments.recipes.plan import AFTERWARDS, DELTA_SEEDS, PEAK, SEEN, STEPS, known, plain_rates, upgrades
 from rt.errors import InputError
+from rt.formats.files import read_rows
 from rt.report.figures import pareto
 from rt.runs.summary import group, with_interval
 
@@ -101,7 +102,7 @@ def lines_by_target(found: dict, model: str) -> list[list]:
 def write(folder: Path) -> str:
     """Write README.md and pareto.png/.svg; returns the table. InputError if there are no rows. The rows' file is named after M0."""
     model = next((model for model in PEAK if (folder / f"{model}.jsonl").exists()), "minilm")
-    rows = rows_of(folder / f"{model}.jsonl")
+    rows = read_rows(folder / f"{model}.jsonl")
     own = bases(rows)
     found = points(rows) if own else {}
     if not found:

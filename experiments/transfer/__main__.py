@@ -20,12 +20,12 @@ from statistics import mean
 import torch
 
 from bench.machine import commit, device_name
-from experiments.common import ROOT, cells_to_do, check_places, do_cells, rows_of, run_script
+from experiments.common import ROOT, cells_to_do, check_places, do_cells, run_script
 from experiments.recipes import runs as recipes
 from experiments.transfer import report
 from experiments.twin import save_twin
 from rt.formats.delta_files import load_delta, save_delta
-from rt.formats.files import read_json
+from rt.formats.files import read_json, read_rows
 from rt.formats.tasks import load_task
 from rt.limits import Positive
 from rt.runs.config import parse, run
@@ -154,7 +154,7 @@ def predictions(c: Config, task: str, kind: str) -> Path:
 def rate_of_init(c: Config, task: str, kind: str) -> float | None:
     """The best rate of part C's `init` on the upgrade by mean dev; None if it was not run yet."""
     cell = {"what": "tuned", "task": task, "kind": kind, "base": "upgrade"}
-    rows = [row for row in rows_of(Path(c.results) / "rows.jsonl") if row["mode"] == "init" and cell.items() <= row["cell"].items()]
+    rows = [row for row in read_rows(Path(c.results) / "rows.jsonl") if row["mode"] == "init" and cell.items() <= row["cell"].items()]
     rates = group(rows, "lr")
     return max(rates, key=lambda lr: mean(row["dev"]["accuracy"] for row in rates[lr]), default=(None,))[0]
 

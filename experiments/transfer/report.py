@@ -2,8 +2,9 @@
 from pathlib import Path
 from statistics import mean
 
-from experiments.common import markdown, rows_of, sign_flip
+from experiments.common import markdown, sign_flip
 from rt.errors import InputError
+from rt.formats.files import read_rows
 from rt.runs.summary import group, interval, with_interval
 
 Scores = dict[tuple[str, str, int], float]      # by task, kind and seed
@@ -41,7 +42,7 @@ def by_cell(name: str, scores: Scores, columns: list[tuple[str, str]]) -> list[s
 
 def write(folder: Path, planned: list[dict]) -> str:
     """Write README.md; returns its tables. `planned` are the cells of the plan. InputError if there are no rows."""
-    if not (rows := rows_of(folder / "rows.jsonl")):
+    if not (rows := read_rows(folder / "rows.jsonl")):
         raise InputError(f"{folder}: no rows there; run python -m experiments.transfer --data DIR first")
     text = []
 
@@ -66,7 +67,7 @@ def write(folder: Path, planned: list[dict]) -> str:
     pairs = [abs(box[key] - white[key]) for key in box.keys() & white.keys()]
     text.append("## B. A file of predictions as the teacher\n\n" + (
         f"Largest difference of a test accuracy from part A's, over {len(pairs)} runs: {max(pairs):.4f}." if pairs else "Not run yet."))
-    first = [row for row in rows_of(folder.parent / "recipes" / "minilm.jsonl") if (row["arm"], row["seed"]) == ("M0", 0)]
+    first = [row for row in read_rows(folder.parent / "recipes" / "minilm.jsonl") if (row["arm"], row["seed"]) == ("M0", 0)]
     own = {(*name.split("/"), 0): score for row in first for name, score in row["apply"].items()
            if name.split("/")[0] in {row["cell"]["task"] for row in rows}}
     for base, what in (("twin", "a permuted twin of M0"), ("ind", "an independent base (mini)"), ("upgrade", "an ordinary upgrade")):
