@@ -161,7 +161,8 @@ def delta_folders(c: Config, folders: dict[str, str], entry: str, task: str) -> 
         if not missing:
             break
     build(c, *((f"the delta {folder}", dict(mode="tune", out=folder, base=folders[name], task=entry, seed=seed, delta=c.delta,
-                                            tune_steps=c.tune_steps, seq_len=c.seq_len)) for (name, seed), folder in missing.items()))
+                                            tune_steps=c.tune_steps, seq_len=c.seq_len)) for (name, seed), folder in missing.items()),
+          of=len(found))
     return found
 
 

@@ -210,7 +210,8 @@ sys.exit(flags["fails"] == "True")
 
     build.build(c)
     build.build(c, job("a", "b"), job("b", "a"))
-    assert (tmp_path / "a").read_text() == "1"
+    build.build(c, job("e", "e"), of=2)     # the other is not missing
+    assert (tmp_path / "a").read_text() == (tmp_path / "e").read_text() == "1"
     begun = time.monotonic()
     with pytest.raises(InputError, match="could not build the delta c"):
         build.build(c, job("c", "c", fails=True), job("d", "never"))

@@ -17,9 +17,10 @@ from rt.speed.dist import environment_alone
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 
 
-def build(c: Any, *jobs: tuple[str, dict]) -> None:
-    """Run train.py for each of `jobs`, pairs (what it makes, flags). On a CPU, one job per core runs at once. InputError if a job fails."""
-    at_once = 1 if c.device != "cpu" and torch.cuda.is_available() else max(1, min(len(jobs), cores()))
+def build(c: Any, *jobs: tuple[str, dict], of: int = 1) -> None:
+    """Run train.py for each of `jobs`, pairs (what it makes, flags). On a CPU, one job per core runs at once. InputError if a job fails.
+    `of`: how many results the command needs, missing or not, so that a job's threads, and its last bits, do not depend on what is there."""
+    at_once = 1 if c.device != "cpu" and torch.cuda.is_available() else min(max(of, len(jobs)), cores())
     alone = environment_alone()
     if at_once > 1:
         alone |= {"OMP_NUM_THREADS": str(cores() // at_once), "TQDM_DISABLE": "1"}      # progress bars would overwrite each other
