@@ -211,6 +211,10 @@ def test_another_base_is_refused_with_one_sentence(lineage, task, tmp_path):
     error = here("train.py", "--mode", "eval", "--base", home / "run" / "M1", "--task", task, "--delta_dir", tmp_path / "d",
                  code=2)
     assert error.startswith("error: the delta was learned on base") and error.count("\n") == 1
+    m1 = home / "run" / "M1"
+    error = here("recycle.py", "--old_base", m1, "--old_delta", tmp_path / "d", "--base", m1, "--task", task, "--delta", "lora", "--out",
+                 tmp_path / "out", *TUNE, code=2)
+    assert f"error: --old_delta {tmp_path / 'd'}: does not fit --old_base: the delta was learned on base" in error
 
 
 def test_recycle_all_modes_builds_the_old_delta_and_prints_the_table(lineage, task):

@@ -10,7 +10,7 @@ from typing import Any, Callable, Iterable, Sequence
 import torch
 
 from rt.data import Example, Task, TaskData, encode
-from rt.deltas import Base, Delta
+from rt.deltas import Base, Delta, check_fits
 from rt.errors import InputError
 from rt.formats.corpora import read_documents
 from rt.limits import PositiveInt
@@ -76,6 +76,11 @@ def old_names(text: str | None) -> list[str]:
 def open_old(text: str, base: Base, labels: tuple[str, ...], how: str) -> tuple[list[Delta], Delta, Delta | None]:
     """(old deltas, teacher, merged delta or None for a single one). The teacher is the first with the task's labels, or else the first."""
     olds = [open_best(name, base).ordered(labels) for name in old_names(text)]
+    for name, delta in zip(old_names(text), olds):
+        try:
+            check_fits(base, delta, stale_ok=False)
+        except InputError as error:
+            raise InputError(f"--old_delta {name}: does not fit --old_base: {error}") from None
     merged = combine(olds, [1 / len(olds)] * len(olds), how, labels) if len(olds) > 1 else None
     return olds, next((delta for delta in olds if delta.labels == labels), olds[0]), merged
 
