@@ -19,7 +19,8 @@ MOST_SKIPPED = 10   # in a row: a bad batch or an overflow passes in one or two 
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW without the decorators for torch.compile, which import torch._dynamo: as long as importing the rest of torch takes."""
+    """torch's AdamW. The decorators of its methods are taken off: they are for torch.compile, and importing torch._dynamo for them takes as
+    long as importing torch."""
     step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
     add_param_group, zero_grad = unwrap(torch.optim.AdamW.add_param_group), unwrap(torch.optim.AdamW.zero_grad)
     state_dict, load_state_dict = unwrap(torch.optim.AdamW.state_dict), unwrap(torch.optim.AdamW.load_state_dict)
