@@ -146,8 +146,8 @@ class Embeddings(nn.Module):
     def __init__(self, config: EncoderConfig):
         super().__init__()
         d = config.hidden_size
-        # zeros until `init_weights` or a file fills them: nn.Embedding's own random numbers would import torch._dynamo on the meta device
-        self.word, self.position = (nn.Embedding.from_pretrained(torch.zeros(n, d), freeze=False)
+        # not nn.Embedding(n, d): on the meta device, its normal_ imports torch._dynamo, which takes 2 seconds
+        self.word, self.position = (nn.Embedding.from_pretrained(nn.init.trunc_normal_(torch.empty(n, d)), freeze=False)
                                     for n in (config.vocab_size, config.max_len + config.first_position))
         self.second_type = nn.Parameter(torch.zeros(d)) if config.is_bert else None
         self.norm = LayerNorm(d, eps=config.layer_norm_eps)
