@@ -162,7 +162,7 @@ def encoder_state(weights: dict[str, Tensor], config: EncoderConfig, source: Pat
 def head_state(weights: dict[str, Tensor], config: EncoderConfig, modules: dict[str, dict[str, str]], what: str = "",
                needs: Iterable[str] = ()) -> dict[str, Tensor] | None:
     """State dict of our MLMHead (by HEADS), ClassificationHead (by CLASSIFIERS) or pooler (by POOLERS). None if the checkpoint lacks some
-    of its tensors, or if it also `needs` missing ones. If part of it is there, a note says what is missing of `what`."""
+    of its tensors, or if `needs` names more that are missing. If it has some of them, a note says what `what` lacks."""
     weights, names = plain(weights), [*head_names(config, modules)]
     lost = [*lacking(weights, config, modules), *needs]
     if what and lost and any(theirs in weights for _, (theirs,) in names):

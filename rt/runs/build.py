@@ -68,8 +68,8 @@ def tuned(c: Any, name: str, task: Task) -> str:
 
 
 def is_tuned(folder: Path, asked: dict[str, Any], otherwise: str) -> bool:
-    """Whether a delta is there. InputError, which says what to do `otherwise`, if train.py tuned it with other flags than `asked`, or on
-    another content of the --task. Flags that it does not record are not compared. An imported delta records that --mode import made it."""
+    """Whether a delta is in `folder`. InputError if it was tuned with other flags than `asked` (task: the hash of its content). The message
+    ends with what to do `otherwise`. Flags that it does not record are not compared, but a delta without a --mode was imported."""
     if not (file := folder / "delta.json").exists():
         return False
     with shaped(file, "its \"info\" does not hold what a tuned delta has"):
