@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean
 
 from experiments.common import LEARNED, ROOT, holm, markdown, sign_flip
-from experiments.recipes.plan import AFTERWARDS, DELTA_SEEDS, PEAK, SEEN, STEPS, known, plain_rates, upgrades
+from experiments.recipes.plan import AFTERWARDS, DELTA_SEEDS, PEAK, SEEN, STEPS, TARGETS, known, plain_rates, upgrades
 from rt.errors import InputError
 from rt.formats.files import read_rows
 from rt.report.figures import pareto
@@ -127,7 +127,7 @@ def write(folder: Path) -> str:
     for (arm, lr), some in chains.items():
         stages = [with_interval(lost(own[row["seed"] % DELTA_SEEDS], row) for row in line) for line in group(some, "stage").values()]
         text.append(f"Chain, {arm} at {lr:g}: points lost by Delta_0 on M1, M2, ...: {', '.join(stages)}.")
-    if all(row.get("steps", STEPS) == STEPS for row in rows):
+    if all(row.get("steps", STEPS) == STEPS for row in rows) and {row.get("target") for row in rows} & {*TARGETS}:
         text += ["## Planned and not run", missing(rows, model)]
     (folder / "README.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
     names = {(arm, lr): f"{arm.replace(' (afterwards)', '*')}, {1e4 * lr:g}e-4 ({len(of)})" for (arm, lr), of in found.items()}

@@ -1,4 +1,4 @@
-"""Do one run of the plan in its own process and return its rows. Bases and deltas are kept under `home`."""
+"""Do one run of the plan and return its rows. Bases and deltas are kept under `home`."""
 import shutil
 import time
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from experiments.common import run_script
+from experiments.common import run_here
 from experiments.recipes.plan import (
     AFTERWARDS,
     DELTA_SEEDS,
@@ -79,8 +79,8 @@ def delta_folder(c: Config, task: str, kind: str, seed: int) -> Path:
 
 
 def train(c: Config, *arguments: object) -> str:
-    """Run train.py and return the command as it can be typed."""
-    return run_script({"DIR": c.data, "HOME": c.home, "M0": c.base, "CACHE": c.cache}, "train.py", *arguments)
+    """Run train.py in this process and return the command as it can be typed."""
+    return run_here({"DIR": c.data, "HOME": c.home, "M0": c.base, "CACHE": c.cache}, "train.py", *arguments)
 
 
 def tune_delta(c: Config, task: str, kind: str, seed: int) -> list[dict]:
