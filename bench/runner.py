@@ -103,11 +103,15 @@ class Run:
         machine makes an implementation look better than it is. Another row gives the speed of a large copy."""
         sizes = (128, 256) if self.quick else (4096, 8192) if self.cuda else (512, 1024, 2048)
         rates: dict[torch.dtype, float] = {}
+        before = torch.get_float32_matmul_precision()
+        if self.cuda:
+            torch.set_float32_matmul_precision("high")      # fp32 is TF32 then, as in whole steps of the peers
         for dtype in self.dtypes:
             for n in sizes:
                 a, b = (torch.randn(n, n, device=self.device).to(dtype) for _ in range(2))
                 found = self.limit(f"matmul {n} {DTYPES[dtype]}", lambda: a @ b, "tflops", 2 * n**3 / 1e9)
                 rates[dtype] = max(rates.get(dtype, 0.0), found * 1e12)
+        torch.set_float32_matmul_precision(before)
         x = torch.randint(2**31, (2**28 if self.cuda else 2**20,), dtype=torch.int32, device=self.device)
         y = torch.empty_like(x)
         self.limit("copy", lambda: y.copy_(x), "gbps", 2 * x.nbytes / 1e6)

@@ -14,9 +14,9 @@ Cases. Rows have 128 tokens on a CPU and 512 on a GPU.
 
 Implementations. `ours` is the product's model, loss and optimizer in its own precision (bf16 under autocast if the device has it);
 fp32 peers are named so. "+compile": torch.compile of each block, or of the peer's whole forward. "+graphs": forward and backward replayed
-as a CUDA graph. "hf" has SDPA attention, fused AdamW and the same clipping. "predicted rows" applies the masked-LM head to those rows
-only; the library does not offer this, but anybody can write it. "eager" is the library's other attention, which is faster on a CPU if
-weights are dropped. Fields of a row: bench/steps.py.
+as a CUDA graph, the peer's as well as ours. "hf" has SDPA attention, fused AdamW and the same clipping. "predicted rows" applies the
+masked-LM head to those rows only; the library does not offer this, but anybody can write it. "eager" is the library's other attention,
+which is faster on a CPU if weights are dropped. Fields of a row: bench/steps.py.
 """
 import sys
 from contextlib import nullcontext
@@ -128,20 +128,20 @@ def peers(platform: Platform, name: str, build: Callable[[str], nn.Module], loss
           flops: float | None = None, suffixes: tuple[str, ...] = ("",), eager: bool = False) -> dict[str, Impl]:
     """A library's step, in each dtype worth having. `build` makes a model with an attention ("sdpa", "eager"). `losses` returns the model's
     loss functions by suffix of the name. With `eager`, also the library's own attention."""
-    def step(suffix: str, dtype: torch.dtype, attention: str, compile: bool) -> Step:
+    def step(suffix: str, dtype: torch.dtype, attention: str = "sdpa", compile: bool = False, graph: bool = False) -> Step:
         model = build(attention).to(platform.device)
         loss = losses(model)[suffix]
-        return Step(model, torch.compile(loss, dynamic=False) if compile else loss, dtype)
+        return Step(model, torch.compile(loss, dynamic=False) if compile else loss, dtype, graph)
 
     out: dict[str, Impl] = {}
     for dtype in platform.dtypes:
         own = dtype == platform.precision
-        for suffix in suffixes:
-            out[f"{name}{suffix}" + " fp32" * (not own)] = Impl(partial(step, suffix, dtype, "sdpa", False), dtype, flops)
+        for graph in (False, True) if own and platform.cuda else (False,):
+            for compile in (False, True) if own and platform.compile else (False,):
+                out |= {f"{name}{suffix}" + " +compile" * compile + " +graphs" * graph + " fp32" * (not own): Impl(
+                    partial(step, suffix, dtype, compile=compile, graph=graph), dtype, flops) for suffix in suffixes}
         if own and eager:
-            out[f"{name} eager"] = Impl(partial(step, "", dtype, "eager", False), dtype, flops)
-        if own and platform.compile:
-            out |= {f"{name}{suffix} +compile": Impl(partial(step, suffix, dtype, "sdpa", True), dtype, flops) for suffix in suffixes}
+            out[f"{name} eager"] = Impl(partial(step, "", dtype, "eager"), dtype, flops)
     return out
 
 

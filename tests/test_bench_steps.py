@@ -302,7 +302,8 @@ def test_on_a_gpu_base_comes_first_with_every_implementation():
     platform = SimpleNamespace(cuda=True, compile=True, fast=True, precision=torch.bfloat16, dtypes=(torch.bfloat16, torch.float32))
     assert list(train.ours(platform, None, 0.0)) == ["ours", "ours +compile", "ours +graphs", "ours +compile +graphs"]
     hf = train.transformers_peers(platform, EncoderConfig(9), None, "RobertaForMaskedLM", None, 0.0)
-    assert {"hf +compile", "hf predicted rows +compile", "hf fp32"} <= hf.keys() and "hf eager" not in hf
+    assert {"hf +compile", "hf predicted rows +compile", "hf +graphs", "hf predicted rows +compile +graphs", "hf fp32"} <= hf.keys()
+    assert "hf eager" not in hf and "hf fp32 +graphs" not in hf
     assert [case["sequences"] for case in recycle.cases(recycle.Config(), cuda=True)].count(128) == 12
 
 

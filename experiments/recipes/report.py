@@ -108,7 +108,7 @@ def write(folder: Path) -> str:
     if not found:
         raise InputError(f"{folder}: no rows of upgrades there; run python -m experiments.recipes --data DIR first")
     lines, facts = lines_of(rows, own, found, model), {key: ", ".join(sorted({row[key] for row in rows})) for key in ("device", "commit")}
-    first = next(iter(own.values()))
+    first, most = next(iter(own.values())), max(map(len, found.values()))
     scores = "; ".join(" ".join([name, *(f"{row['apply'][name]:.3f}" for row in own.values())]) for name in first["apply"])
     left_out = [f"{name} (seed {row['seed']})" for row in own.values() for name in row["apply"] if name not in learned(row)]
     plan, commands = (os.path.relpath(ROOT / name, folder) for name in ("experiments/recipes/PLAN.md", "results/README.md"))
@@ -119,7 +119,9 @@ def write(folder: Path) -> str:
             "the plan does not have, pays no heed to the gain. Machine: "
             f"{facts['device']}; commits {facts['commit']}.",
             markdown(HEAD, lines), markdown(("target", *HEAD[:5], HEAD[8]), lines_by_target(found, model)),
-            "![points lost against gain](pareto.png)", "In brackets: the number of blocks. *: named afterwards.",
+            "![points lost against gain](pareto.png)",
+            f"The line joins plain upgrades. In brackets: the number of blocks, if it is below {most}; arms with less than half are left "
+            "out. *: named afterwards.",
             f"Test accuracy of the deltas on M0, by seed: {scores}.",
             "Left out, as dev on M0 is not 5 points above the commonest label: " + (", ".join(left_out) or "none") + ".",
             "Held-out loss of M0: " + ", ".join(f"{domain} {loss:.3f}" for domain, loss in first["heldout"].items()) + "."]
@@ -130,10 +132,18 @@ def write(folder: Path) -> str:
     if all(row.get("steps", STEPS) == STEPS for row in rows) and {row.get("target") for row in rows} & {*TARGETS}:
         text += ["## Planned and not run", missing(rows, model)]
     (folder / "README.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
-    names = {(arm, lr): f"{arm.replace(' (afterwards)', '*')}, {1e4 * lr:g}e-4 ({len(of)})" for (arm, lr), of in found.items()}
-    pareto({names[key]: [(100 * (1 - gain), points) for gain, points in of.values()] for key, of in found.items()},
-           folder / "pareto", "gain given up on the new domain (% of the best plain upgrade's)", "points lost by old deltas, as they are")
+    names = {(arm, lr): f"{arm.replace(' (afterwards)', '*')}, {power(lr)}{f' ({len(of)})' * (len(of) < most)}"
+             for (arm, lr), of in found.items() if len(of) >= most / 2}
+    pareto({name: [(100 * (1 - gain), points) for gain, points in found[key].values()] for key, name in names.items()},
+           folder / "pareto", "gain given up on the new domain (% of the best plain upgrade's)", "points lost by old deltas, as they are",
+           tuple(names[key] for key in sorted(names) if key[0] == "plain"))
     return markdown(HEAD, lines)
+
+
+def power(lr: float) -> str:
+    """5e-4 for 0.0005."""
+    digits, exponent = f"{lr:e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}"
 
 
 def missing(rows: list[dict], model: str) -> str:

@@ -179,15 +179,26 @@ def distance_numbers(rows: list[dict]) -> list[dict]:
 
 # --- recipes of upgrades ------------------------------------------------------------------------------------------------
 
-def pareto(points: dict[str, Points], path: Path, xlabel: str, ylabel: str) -> None:
-    """One marker per label, at the mean of its points. Low and left is better on both axes."""
+def pareto(points: dict[str, Points], path: Path, xlabel: str, ylabel: str, line: tuple[str, ...] = ()) -> None:
+    """One marker per label, at the mean of its points; those of `line` are joined. Low and left is better on both axes."""
     with saved_figure(path, 1, 1, width=6.0, height=4.2) as axes:
         ax = axes[0, 0]
-        means = sorted((*np.mean(of, axis=0), label) for label, of in points.items())
-        for i, (x, y, label) in enumerate(means):       # labels of neighbours go above and below in turn
-            ax.plot([x], [y], label=label, **look(i) | {"linestyle": "", "markersize": 6})
-            ax.annotate(label, (x, y), textcoords="offset points", xytext=(5, 3 - 10 * (i % 2)), fontsize=6, parse_math=False)
+        means = sorted(((*np.mean(of, axis=0), label) for label, of in points.items()), key=lambda mean: mean[1])
+        for i, (x, y, label) in enumerate(means):
+            ax.plot([x], [y], **look(i) | {"linestyle": "", "markersize": 5})
+        if line:
+            ax.plot(*zip(*(np.mean(points[label], axis=0) for label in line)), color="gray", linewidth=0.8, zorder=0)
         ax.set(xlabel=xlabel, ylabel=ylabel)
+        ax.figure.draw_without_rendering()      # places are known only now
+        placed: list[tuple[float, float]] = []
+        for x, y, label in means:       # from below; a label that would cover another goes above it
+            left, place = ax.transData.transform((x, y)) * 72 / ax.figure.dpi
+            above = place
+            while any(abs(left - other) < 4 * len(label) and abs(above - height) < 7 for other, height in placed):
+                above += 1
+            placed.append((left, above))
+            ax.annotate(label, (x, y), textcoords="offset points", xytext=(5, above - place - 2), fontsize=6, parse_math=False,
+                        arrowprops={"arrowstyle": "-", "linewidth": 0.3} if above > place + 7 else None)
 
 
 def recipes(rows: list[dict], path: Path) -> None:
