@@ -42,7 +42,7 @@ class StepFlags:
     dropouts: tuple[ShareBelowOne, ...] = (0.1, 0.0)  # of embeddings, residuals, attention and head, in ours and in the peers
     vocab: PositiveInt | None = None  # words; default: 8192 for tiny and mini, 50265 for the others
     case_seconds: Positive = 20.0  # timing a case ends after so many seconds and 5 rounds, or after 25 rounds
-    compile: bool = False  # torch.compile on a CPU too, a minute or more each; on a GPU always
+    compile: bool = False  # torch.compile, a minute or more each; on a GPU always, but with --quick
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,8 @@ class Bench:
 def start(c: Any, script: str, argv: list[str], problems: dict[str, Callable]) -> Bench:
     """The run that the flags describe: `c` has RunFlags (`run`) and StepFlags (`steps`)."""
     device = pick_device(c.run.device)
-    platform = Platform(device, bf16_is_fast(device), c.steps.compile or device.type == "cuda", c.steps.vocab)
+    platform = Platform(device, bf16_is_fast(device), c.steps.compile or device.type == "cuda" and not c.run.quick,
+                        c.steps.vocab)
     return Bench(Run(c.run, script, argv, platform.dtypes), platform, problems, c.steps.case_seconds)
 
 

@@ -1,6 +1,8 @@
 """Triton's interpreter stores bfloat16 numbers as 16 bits, multiplies these bits in tl.dot, and truncates when it converts to bfloat16.
-With the first two patches (the same for triton 3.6 and 3.7) it computes what a GPU does: in fp32, rounded to nearest. The others save half
+With the first two patches (the same for triton 3.6 and 3.7) it computes what a GPU does: in fp32, rounded to nearest. The others save most
 of its time."""
+import functools
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -35,3 +37,27 @@ def save_time() -> None:
     patch, everywhere = interpreter._patch_lang, SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
     interpreter._patch_lang = lambda fn: patch(everywhere)
     interpreter.InterpretedFunction.__call__ = lambda self, *arguments, **named: self.rewrite()(*arguments, **named)
+    numpy_type = functools.cache(interpreter._get_np_dtype)
+    interpreter._get_np_dtype = lambda t: np.dtype(np.uint64) if t.scalar.is_ptr() else numpy_type(t.scalar)
+    remember_types()
+
+
+def remember_types() -> None:
+    """What an operation computes anew for the type and the shape of each result is computed once for equal ones."""
+    init, fields = tl.block_type.__init__, {}
+
+    def shapes(shape: object) -> tuple[tl.constexpr, tl.tuple]:
+        return tl.constexpr(math.prod(shape)), tl.tuple([tl.constexpr(s) for s in shape])
+
+    def init_block(self: tl.block_type, element_ty: tl.dtype, shape: object) -> None:
+        key = element_ty.name, getattr(element_ty, "const", None), *[getattr(s, "value", s) for s in shape]
+        if key not in fields:
+            init(self, element_ty, shape)
+            fields[key] = self.__dict__ | {"of_tensor": shapes(self.shape)}
+        self.__dict__.update(fields[key])
+
+    def init_tensor(self: tl.tensor, handle: object, type: tl.dtype, scalar: tuple = shapes(())) -> None:
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.numel, self.shape = type.__dict__.get("of_tensor", scalar)
+
+    tl.block_type.__init__, tl.tensor.__init__ = init_block, init_tensor

@@ -35,34 +35,35 @@ def test_all_compiles_without_spills_and_with_matrix_instructions(which, tmp_pat
         assert row["matrix"] > 0 or not row["has_dot"], row
 
 
-DROPOUT = """
+COUNTS = """
+import json
 from bench.compile_check import compile_one, launches
 if __name__ == "__main__":
-    for kernel in ("_forward", "_backward_keys"):
-        specs = [s for s in launches(90, ["attention"], ["bf16"]) if s.kernel == kernel and s.constants["D"] == 64
-                 and s.constants["num_stages"] == 3]
-        print(*(next(compile_one(90, s) for s in specs if s.constants["DROPOUT"] == d)["instructions_per_element"] for d in (False, True)))
+    attention, norm, kd = (launches(90, [name], ["bf16"]) for name in ("attention", "norm", "kd_loss"))
+    chosen = [next(s for s in attention if s.kernel == kernel and s.constants["D"] == 64 and s.constants["num_stages"] == 3
+                   and s.constants["DROPOUT"] == dropped) for kernel in ("_forward", "_backward_keys") for dropped in (False, True)]
+    chosen += [next(s for s in norm if s.kernel == kernel and s.constants["BLOCKS"] == 3 and "*i64" in s.types)
+               for kernel in ("_norm_forward", "_norm_backward")]
+    print(json.dumps({"counts": [compile_one(90, s)["instructions_per_element"] for s in chosen], "launches": len(attention + kd),
+                      "floats": [v for s in attention + kd for v in s.constants.values() if isinstance(v, float)]}))
 """
 
 
-def test_the_counts_of_attention_and_of_its_dropout():
+@pytest.fixture(scope="module")
+def counts() -> dict:
+    """Instructions per element of six programs, and what the launches hold, from one process."""
+    return json.loads(python("-c", COUNTS).stdout)
+
+
+def test_the_counts_of_attention_and_of_its_dropout(counts):
     """Per element in the loop, as docs/kernels.md says; the next compiler may differ. The two products of the forward cost 9.6."""
-    forward, keys = ([*map(float, line.split())] for line in python("-c", DROPOUT).stdout.splitlines())
+    forward, keys = counts["counts"][:2], counts["counts"][2:4]
     assert forward[0] < 10 and keys[0] < 10.5 and all(0 < dropped - plain < 6 for plain, dropped in (forward, keys)), (forward, keys)
 
 
-NORM = """
-from bench.compile_check import compile_one, launches
-if __name__ == "__main__":
-    for kernel in ("_norm_forward", "_norm_backward"):
-        spec = next(s for s in launches(90, ["norm"], ["bf16"]) if s.kernel == kernel and s.constants["BLOCKS"] == 3 and "*i64" in s.types)
-        print(compile_one(90, spec)["instructions_per_element"])
-"""
-
-
-def test_the_counts_of_add_norm_with_dropout_at_768_columns():
+def test_the_counts_of_add_norm_with_dropout_at_768_columns(counts):
     """One tile of 1,024 columns, a quarter of its lanes idle, took 52 and 48 or more."""
-    forward, backward = map(float, python("-c", NORM).stdout.split())
+    forward, backward = counts["counts"][4:]
     assert forward < 48 and backward < 34, (forward, backward)
 
 
@@ -92,16 +93,12 @@ def test_what_counts_as_a_fault():
                                    "a TF32 product of 8 columns, which sm_90 gets wrong"]
 
 
-def test_no_float_becomes_a_constant():
+def test_no_float_becomes_a_constant(counts):
     """Triton turns only integers into constants. A check of code that differs from the launched code would prove nothing."""
-    done = python("-c", """
-from bench.compile_check import launches
-specs = launches(90, ["attention", "kd_loss"], ["bf16"])
-print(len(specs) > 50, [v for s in specs for v in s.constants.values() if isinstance(v, float)])
-""")
-    assert done.stdout.strip() == "True []", done.stderr
+    assert counts["launches"] > 50 and not counts["floats"]
 
 
-def test_the_interpreter_is_refused():
-    done = python("-m", "bench.compile_check", TRITON_INTERPRET="1")
-    assert done.returncode == 2 and "unset it" in done.stderr
+def test_the_interpreter_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("sys.argv", ["compile_check"])
+    assert importlib.import_module("bench.compile_check").main() == 2 and "unset it" in capsys.readouterr().err
