@@ -1,10 +1,11 @@
 """The report of experiments/recipes: its statistics in closed form, and its output for made-up rows."""
 import json
+import sys
 
 import pytest
 from conftest import here
 
-from experiments.common import holm, sign_flip, steps_to_best
+from experiments.common import holm, run_here, sign_flip, steps_to_best
 from experiments.recipes import report
 from experiments.recipes.plan import AFTERWARDS, CHAIN, SWITCHES, TASKS, plain_rates, upgrades
 from rt.errors import InputError
@@ -69,6 +70,7 @@ def test_the_report_counts_gain_points_and_advantage(tmp_path):
     assert "| bio | hidden 3 | 0.0005 | 5 | 98.000 ±" in text and "| cs | hidden 3 | 0.0005 | 1 | 98.000 | 1.000 | 4.960 |" in text
     assert "Chain, plain at 0.0005: points lost by Delta_0 on M1, M2, ...: 1.000, 2.000." in text
     assert "c/full (seed 2)" in text and "- plain at 0.0005 on cs: seeds 0, 2, 3, 4" in text
+    assert [*map(report.power, (5e-4, 1.25e-4, 1e-3))] == ["5e-4", "1.25e-4", "1e-3"] and "if it is below 6" in text
     assert "hidden 3 at 0.0005 on bio:" not in text and (tmp_path / "pareto.png").exists()
 
 
@@ -82,6 +84,16 @@ def test_rows_of_another_device_or_length_are_not_mixed(flags, row, tmp_path):
     assert "must not be mixed; give another --results" in here("-m", "experiments.recipes", "--data", tmp_path / "data", "--base",
                                                               tmp_path / "M0", "--home", tmp_path / "home", "--results", tmp_path, *flags,
                                                               code=2)
+
+
+def test_a_script_runs_here_as_it_would_as_a_command(tmp_path, monkeypatch):
+    seen, before = [], sys.argv
+    monkeypatch.setattr("train.main", lambda: print(seen.append(sys.argv)))
+    assert run_here({"HOME": tmp_path}, "train.py", "--out", tmp_path / "x", "--lr", 1e-3) == "train.py --out HOME/x --lr 0.001"
+    assert seen == [["train.py", "--out", str(tmp_path / "x"), "--lr", "0.001"]] and sys.argv is before
+    monkeypatch.undo()
+    with pytest.raises(InputError, match=r"train.py --mode tune --base HOME/x failed: --mode tune needs --task"):
+        run_here({"HOME": tmp_path}, "train.py", "--mode", "tune", "--base", tmp_path / "x")
 
 
 def test_the_plan_has_every_arm_once_and_begins_with_what_decides():
