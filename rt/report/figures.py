@@ -183,21 +183,21 @@ def pareto(points: dict[str, Points], path: Path, xlabel: str, ylabel: str, line
     """One marker per label, at the mean of its points; those of `line` are joined. Low and left is better on both axes."""
     with saved_figure(path, 1, 1, width=6.0, height=4.2) as axes:
         ax = axes[0, 0]
-        means = sorted(((*np.mean(of, axis=0), label) for label, of in points.items()), key=lambda mean: mean[1])
-        for i, (x, y, label) in enumerate(means):
+        means = dict(sorted(((label, np.mean(of, axis=0)) for label, of in points.items()), key=lambda item: item[1][1]))
+        for i, (x, y) in enumerate(means.values()):
             ax.plot([x], [y], **look(i) | {"linestyle": "", "markersize": 5})
         if line:
-            ax.plot(*zip(*(np.mean(points[label], axis=0) for label in line)), color="gray", linewidth=0.8, zorder=0)
+            ax.plot(*zip(*map(means.get, line)), color="gray", linewidth=0.8, zorder=0)
         ax.set(xlabel=xlabel, ylabel=ylabel)
         ax.figure.draw_without_rendering()      # places are known only now
         placed: list[tuple[float, float]] = []
-        for x, y, label in means:       # from below; a label that would cover another goes above it
-            left, place = ax.transData.transform((x, y)) * 72 / ax.figure.dpi
+        for label, mean in means.items():       # from below; a label that would cover another goes above it
+            left, place = ax.transData.transform(mean) * 72 / ax.figure.dpi
             above = place
             while any(abs(left - other) < 4 * len(label) and abs(above - height) < 7 for other, height in placed):
                 above += 1
             placed.append((left, above))
-            ax.annotate(label, (x, y), textcoords="offset points", xytext=(5, above - place - 2), fontsize=6, parse_math=False,
+            ax.annotate(label, mean, textcoords="offset points", xytext=(5, above - place - 2), fontsize=6, parse_math=False,
                         arrowprops={"arrowstyle": "-", "linewidth": 0.3} if above > place + 7 else None)
 
 
