@@ -23,7 +23,7 @@ SEEN = (("bio", 0), ("bio", 3))     # the blocks that suggested it, which its te
 FIRST = ("hidden 3", "hidden 10", "hidden 30", "last 10", "predictions 1")      # first in the plan's order
 SEEDS, TARGETS = (0, 1, 2, 3, 4), ("bio", "cs", "chain")
 CHAIN = "bio,rev,cs,ns"
-CHAIN_ARMS = ("plain", "hidden 10")       # the second: see PLAN.md
+CHAIN_ARM = {"minilm": "hidden 10", "mini": "hidden 30"}     # beside plain: see PLAN.md
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def upgrades(targets: tuple[str, ...] = TARGETS, seeds: tuple[int, ...] = SEEDS,
     others = [(arm, lr) for arm in SWITCHES for lr in rates if (arm, lr) not in first]
     found = []
     for target in targets:
-        chains = [(arm, rates[0]) for arm in CHAIN_ARMS]
+        chains = [(arm, rates[0]) for arm in ("plain", CHAIN_ARM[model])]
         for some in (chains,) if target == "chain" else (first, others):
             found += [Upgrade(arm, lr, CHAIN if target == "chain" else target, seed) for seed in seeds for arm, lr in some]
         found += [Upgrade(arm, rates[0], target, seed) for seed in seeds for arm in AFTERWARDS if target != "chain"]
