@@ -165,16 +165,22 @@ def test_bad_input_is_one_sentence_and_leaves_files_alone(flags, text, arguments
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
 
 
-def test_earlier_answers_are_replaced_once_there_are_others(flags, tmp_path, monkeypatch):
+def test_earlier_answers_are_replaced_once_all_others_are_there(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "CHUNK", 1)
     out = tmp_path / "out.jsonl"
     out.touch()
     for text in ("one\ntwo\n", "three\n"):
         give(monkeypatch, text)
         assert here(*flags, "--input", "-", "--out", out) == ""
         assert [row["text"] for row in rows(out.read_text())] == text.split()
+        assert not (tmp_path / "out.jsonl.part").exists()
     give(monkeypatch, "")
     here(*flags, "--input", "-", "--out", out, code=2)
+    (tmp_path / "link").symlink_to(out)
+    give(monkeypatch, '{"text": "four"}\n{')
+    here(*flags, "--input", "-", "--input_format", "jsonl", "--out", tmp_path / "link", code=2)
     assert [row["text"] for row in rows(out.read_text())] == ["three"]
+    assert [row["text"] for row in rows((tmp_path / "out.jsonl.part").read_text())] == ["four"]
 
 
 def test_on_a_terminal_there_is_a_bar_and_how_much_is_left(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ import torch
 from rt.data import Example, encode
 from rt.deltas import Base, Delta, apply
 from rt.errors import InputError
+from rt.formats.atomic import beside, named
 from rt.formats.delta_files import seq_len_of
 from rt.formats.hub import open_base
 from rt.formats.tables import FORMATS, STDIN
@@ -42,7 +43,7 @@ class Config:
     delta_dir: str  # the delta: folder or hub id; for a folder of recycle.py, its best delta by dev score (mean over seeds)
     input: str  # texts: .txt, .jsonl, .json, .csv or .tsv, also as .gz or .xz, or .parquet; -: standard input
     input_format: Literal[FORMATS] | None = None  # default: by the file's ending; txt for standard input
-    out: str | None = None  # file to write; default: standard output
+    out: str | None = None  # file to write, over earlier answers when all are there (OUT.part until then); default: standard output
     seq_len: SeqLen | None = None  # longest text in tokens; default: the delta's own
     device: str = "auto"  # auto, cpu or cuda
     precision: str = "auto"  # bf16, fp32, or auto: bf16 if the device is fast at it
@@ -57,10 +58,13 @@ def main() -> None:
         make_deterministic()
     source, out = STDIN if c.input == "-" else Path(c.input), Path(c.out) if c.out else None
     examples = read_examples(source, labelled=False, format=c.input_format)
-    if out:
-        check_out(out, source)
+    part = beside(out, "part") if out and out.is_file() else out      # earlier answers stay until all new ones are there
+    for path in {out, part} - {None}:
+        check_out(path, source)
     base, delta, model, seq_len, where = open_tuned(c)
-    count, truncated = write_answers(answers(model, examples, delta.labels, base.tokenizer, seq_len, **where), out, source)
+    count, truncated = write_answers(answers(model, examples, delta.labels, base.tokenizer, seq_len, **where), part, source)
+    if part != out:
+        part.replace(named(out))
     note_truncated(truncated, count, seq_len, sys.stderr)
 
 
