@@ -56,7 +56,7 @@ from rt.tune import TuneResult, TuneSettings, evaluate, plain_gradient, score
 @dataclass
 class Config:
     """python recycle.py --mode scratch|apply|init|distill|init+distill|project|transport|gradmask|all [--flag value ...]"""
-    mode: tuple[Literal[(*MODES, "all")], ...] = ("all",)  # several with commas; all: project with --source_task, transport with --carry
+    mode: tuple[Literal[(*MODES, "all")], ...] = ("all",)  # comma-separated; all: with project if --source_task, transport if --carry
     old_base: str | None = None  # M_i: the base the old delta was learned on; default: runs/demo/M0 if --base is a base of the demo
     old_delta: str | None = None  # the outdated delta (ours, Hugging Face's or PEFT's): folder or hub id; default: tuned; A,B: merged
     base: str = "runs/demo/M1"  # M_{i+1}: the upgraded base

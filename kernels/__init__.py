@@ -1,4 +1,5 @@
-"""Fused operations, each with a plain PyTorch reference in the same file. Needs only torch (and triton); does not use rt.
+"""Fused operations, each with a plain PyTorch reference in the same file. Needs only torch (and triton); does not use rt. All kernels are
+tested in Triton's interpreter and on an H100, and compiled for sm_80, 90 and 100.
 
     from kernels import (add_norm, attention, attention_kd, attention_qkv, dropout, hidden_mse, kd_loss, linear_cross_entropy,
                          linear_kd, states_mse)

@@ -17,12 +17,12 @@ holds 256 columns of one row, so a sum over a row stays within the warp. A sum o
 Gradients that are not requested are neither computed nor stored. If nothing is dropped, dh is dx.
 
 z is saved in the wider dtype of x and h. Bytes per element if x and h are 16 bits wide: forward 8 (x, h, y, z), backward 8 (dy, z, dx,
-dh; 6 if nothing is dropped). Reading x and h again instead moves as many bytes (6 and 10; 6 and 8) but keeps 4 bytes per element alive
-instead of 2 if no matrix product keeps x anyway, as under every frozen base. With an fp32 x it is 24 bytes (z saved) against 22. Without
+dh; 6 if nothing is dropped). Reading x and h again instead moves as many bytes (6 and 10; 6 and 8) but keeps 4 bytes per element alive,
+not 2, unless a matrix product keeps x (under a frozen base none does). With an fp32 x it is 24 bytes (z saved) against 22. Without
 gradients z is not written.
 
 Limits: d up to 4096; wider rows and float64 take the reference. x, h, weight and bias may each be fp32, fp16 or bf16. Not differentiable
-twice. Tested in Triton's interpreter; compiled for sm_80, 90, 100.
+twice.
 """
 import torch
 import torch.nn.functional as F

@@ -14,8 +14,7 @@ in five cases of six (.338 against .282 ms for 32 x 512 tokens, H 12, D 64: resu
 keep is a function of the seed, the head and the two tokens (kernels/dropout.py). It is recomputed whenever it is needed.
 
 Limits: D up to 128 (32, 64 and 128 natively, others padded); fp16, bf16, and fp32 by three TF32 products (slower); fp32 sums; within a
-sequence, tokens times the token stride stay below 2^31. float64 takes the reference. Not differentiable twice. Tested in Triton's
-interpreter and on an H100; compiled for sm_80, 90, 100.
+sequence, tokens times the token stride stay below 2^31. float64 takes the reference. Not differentiable twice.
 """
 import itertools
 from typing import Any

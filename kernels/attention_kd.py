@@ -19,7 +19,6 @@ atomics, so the order of summation is fixed. Memory is linear in tokens.
 
 Limits: head dimensions up to 128 (32, 64 and 128 natively, others padded); fp32 (three TF32 products), fp16 and bf16. Student and teacher
 may differ in dimension and dtype. Sums are fp32; fp16 gradients need a loss scale. float64 takes the reference. Not differentiable twice.
-Tested in Triton's interpreter; compiled for sm_80, 90, 100.
 """
 import itertools
 

@@ -1,7 +1,8 @@
 """The tile sizes of every kernel, as data in one place.
 
-A row is (tile sizes ..., warps, stages); the kernel's docstring says what the sizes are. Rows are looked up by kernel name,
-then by architecture, by `size` (the head dimension, or the kernel's row-length class) and by the number of bits per element.
+A row is (tile sizes ..., warps, stages), without stages if the kernel has no pipelined loop; comments in TABLE name the sizes. Rows are
+looked up by kernel name, then by architecture, by `size` (the head dimension, or the kernel's row-length class) and by the number of
+bits per element.
 `python -m bench.compile_check` compiles every row for every architecture and shows its registers, spills and shared memory.
 
 Architectures: 90 is Hopper and 100 is data-centre Blackwell (227 KB of shared memory per block). 80 is Ampere and everything else. Its

@@ -7,8 +7,7 @@ column the values are as independent as the words (multiply-shift hashing, Dietz
 exact to 2^-32. Attention computes the words once, in `dropout_words`. The kernels for (N, d) hash their own rows and columns, and save
 only the seed for the backward. The column words of (N, d) are those of seed 0, the same for every run.
 
-The arithmetic of kept elements is fp32. Limits: N below 2^30 rows or tokens per run. Tested in Triton's interpreter; compiled for sm_80,
-90, 100.
+The arithmetic of kept elements is fp32. Limits: N below 2^30 rows or tokens per run.
 """
 import os
 

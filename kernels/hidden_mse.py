@@ -3,8 +3,7 @@
     hidden_mse     loss_b = mean over layers l and dimensions i of (s_bli - t_rli)^2        r = rows[b], the example's row in a cache
     states_mse     loss = sum over layers l of weights_l * mean((s_l - t_l)^2), over all tokens and dimensions
 
-Limits: fp32, fp16 and bf16, with fp32 arithmetic; float64 takes the reference. Not differentiable twice. Tested in Triton's interpreter;
-compiled for sm_80, 90, 100.
+Limits: fp32, fp16 and bf16, with fp32 arithmetic; float64 takes the reference. Not differentiable twice.
 """
 import torch
 from torch import Tensor

@@ -13,8 +13,7 @@ t' = t - M_t, the sums D_1 = sum e^s', D_s = sum e^(s'/T), D_t = sum e^(t'/T) an
 All subtracted numbers are small: shifting a row of logits costs no digits, and equal logits give 0 up to rounding. Backward, from the
 saved maxima and sums: d row / ds = (1 - alpha) (e^s' / D_1 - onehot) + alpha T (e^(s'/T) / D_s - e^(t'/T) / D_t).
 
-Limits: fp32, fp16 and bf16 logits with fp32 arithmetic; float64 takes the reference. Not differentiable twice. Tested in Triton's
-interpreter; compiled for sm_80, 90, 100.
+Limits: fp32, fp16 and bf16 logits with fp32 arithmetic; float64 takes the reference. Not differentiable twice.
 """
 import torch
 import torch.nn.functional as F

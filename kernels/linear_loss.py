@@ -17,8 +17,7 @@ those logits have been read, in earlier tiles or, for the first tile, in the sam
 makes that true for all threads of the program, and no other program touches the row. Read as 16-bit numbers, the row is a GEMM operand
 with twice the row stride.
 
-Limits: as for kd_loss; G is rounded to the dtype of x; GEMMs follow PyTorch's settings (TF32 for fp32). Not differentiable twice. Tested
-in Triton's interpreter; compiled for sm_80, 90, 100.
+Limits: as for kd_loss; G is rounded to the dtype of x; GEMMs follow PyTorch's settings (TF32 for fp32). Not differentiable twice.
 """
 import math
 from functools import partial

@@ -47,7 +47,7 @@ class ScheduleConfig:
     schedule: Literal["linear", "cosine", "wsd", "infinite"] = "linear"  # linear or cosine decay, warm-up-stable-decay, or infinite
     cooldown: Share = 0.2  # share of the steps spent falling; wsd: to zero; infinite: from the peak to the constant rate
     hold: PositiveShare = 0.3  # infinite: the constant rate, held from stage to stage, as a share of the peak
-    anneal: Share = 0.1  # infinite: share of the steps in which the published base is annealed; the next stage continues from before them
+    anneal: Share = 0.1  # infinite: share of the steps in which the published base is annealed; the next stage starts before it
     rewarm: bool = False  # infinite: warm up and cool down again in the first stage, although its base is not new
 
     def annealing(self, steps: int) -> int:

@@ -98,7 +98,7 @@ class Recipe:
 
 
 def reweighted(shares: list[float], excess: list[float], eta: float) -> list[float]:
-    """Shares times exp(eta * excess loss), where the excess is positive; then smoothed. As in DoReMi (Xie et al., 2023)."""
+    """Shares times exp(eta * excess loss) if the excess is positive; then smoothed. As in DoReMi (Xie et al., 2023)."""
     grown = [share * math.exp(eta * max(0.0, loss)) for share, loss in zip(shares, excess)]
     return [(1 - SMOOTHING) * share / sum(grown) + SMOOTHING / len(grown) for share in grown]
 

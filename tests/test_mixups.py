@@ -259,7 +259,8 @@ def test_labels_that_say_two_things_are_an_error(rows, words, tmp_path):
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("csv", b"text,label,text\na,b,c\n", "two columns are called 'text'"), ("csv", b"text,label\na\0b,c\n", "line 2: holds a NUL byte"),
+    ("csv", b"\ntext,label,text\na,b,c\n", "line 2: two columns are called 'text'"),
+    ("csv", b"text,label\na\0b,c\n", "line 2: holds a NUL byte"),
     ("tsv", b"text\tlabel\n\xffa\tb\n", "line 2: not valid UTF-8"), ("csv", b"text,label\n,b\n", "line 2: text is empty"),
     ("csv", b"text,label\na,\n", "train.csv: no example has a gold label"),
     ("jsonl", b'{"text": "a", "text": "b", "label": 1}\n', "'text' is there twice"),

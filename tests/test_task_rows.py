@@ -309,7 +309,7 @@ def test_superglue_as_published(tmp_path, capsys):
                                            ("csv", "the cat sat,pos\na dog,neg\n"), ("tsv", tsv("1|1|a text", "1|2|b")),
                                            ("tsv", tsv("hide new secretions|0", "a joy|1"))])
 def test_a_header_that_is_missing_is_said(name, content, tmp_path):
-    with pytest.raises(InputError, match="if line 1 is data, a header is missing"):
+    with pytest.raises(InputError, match="if the first line is data, a header is missing"):
         load_task(files(tmp_path / "t", **{f"train_{name}": content, f"dev_{name}": content}))
 
 

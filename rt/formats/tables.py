@@ -22,7 +22,7 @@ FORMATS = ("txt", *TABLES)
 DELIMITERS = {"csv": ",;\t", "tsv": "\t,;"}     # the first one that the header contains counts
 UNQUOTED = dict(quoting=csv.QUOTE_NONE)
 AHEAD = 2**20       # characters read ahead from a pipe, because a pipe cannot be read twice
-HEADER = "if line 1 is data, a header is missing: the names of the columns"
+HEADER = "if the first line is data, a header is missing: the names of the columns"
 
 
 def format_of(path: Path) -> str:
@@ -104,7 +104,7 @@ def _read_csv(path: Path, format: str) -> Iterator[tuple[str, dict]]:
             is_cola = delimiter == "\t" and len(row) == 4 and row[1] in ("0", "1") and not re.search(r"\w", row[2])
             header = ["source", "label", "mark", "sentence"] if is_cola else row
             if len({*header}) < len(header):
-                raise InputError(f"{path}, line 1: two columns are called {Counter(header).most_common(1)[0][0]!r}; {HEADER}")
+                raise InputError(f"{place}: two columns are called {Counter(header).most_common(1)[0][0]!r}; {HEADER}")
             if not is_cola:
                 continue
             note(f"{path}: has no header, and its columns are taken for {', '.join(header)}, those of GLUE's CoLA")

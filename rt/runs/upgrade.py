@@ -36,12 +36,12 @@ class RecipeConfig:
     template: str = "{text} {text_pair}"  # how a domain task:NAME puts its examples into words; may contain {label}, too
     mix: tuple[str, ...] = ()  # one stage on all domains of the stream, in fixed shares (wiki:0.3,bio:0.7) or by need (need)
     mix_every: Annotated[int, Limit(lambda v: v >= 5, "--{name} {value}: must be 5 or more: batches are made ahead")] = 50  # need: steps
-    mix_eta: NonNegative = 1.0  # need: a share is multiplied by exp(eta * (its loss - the reference's)), if that is positive
+    mix_eta: NonNegative = 1.0  # need: a share is multiplied by exp(eta * excess loss over the reference), if positive
     mix_reference: str | None = None  # need: the base that sets the target losses; default: the base that the stage starts from
     objective: Objective = "mlm"  # mlm; rts: tell original tokens from random ones; slm: predict the tokens that random ones replaced
     mask: MaskUnit = "token"  # what is masked: single tokens, whole words, or names and numbers first (entity)
     max_len: PositiveInt | None = None  # longest sequence of the new base, in tokens; its positions repeat the old ones
-    align: NonNegativeInt = 0  # Reptile: after every N steps, the weights go back part of the way that they have come
+    align: NonNegativeInt = 0  # Reptile: after every N steps, the weights move part of the way back
     align_eps: Share = 0.3  # Reptile: share of the way that is kept; 1 is plain training
     average: PositiveInt = 1  # the published base is the mean of the last N snapshots, counting the stage's end
 
