@@ -37,7 +37,7 @@ from rt.report.drawing import draw_all
 from rt.report.figures import NUMBERS, figures_of, numbers_table
 from rt.report.studies import ABOUT_UPGRADES, ROWS, StudyContext
 from rt.runs.build import build, build_lineage
-from rt.runs.config import parse, record, run
+from rt.runs.config import changed, parse, record, run
 from rt.runs.log import Log, note_changed_task
 from rt.speed.device import make_deterministic, pick_device, pick_precision
 
@@ -76,6 +76,14 @@ class Config:
     deterministic: bool = False  # the same command gives the same bits on a GPU too; on a CPU it always does
 
 
+PAIRED, TUNED = ("connectivity", "similarity", "distance"), [study for study in ROWS if study != "mixture"]
+# flag -> the studies that read it; all studies read the others
+READ_BY = {"neighbours": PAIRED, **dict.fromkeys(("points", "curve", "curve_steps", "curve_lr"), ("connectivity",)),
+           "batch_size": ("connectivity", "recipes"), **dict.fromkeys(("heads", "sentence"), ("similarity",)),
+           "max_examples": ("similarity", "recipes"), **dict.fromkeys(("shots", "lr"), ("recipes",)),
+           **dict.fromkeys(("tasks", "delta", "deltas", "seeds", "tune_steps"), TUNED)}
+
+
 def main() -> None:
     c = parse(Config, sys.argv[1:])
     if c.old_base:
@@ -85,6 +93,9 @@ def main() -> None:
     if (c.study in ABOUT_UPGRADES) != bool(c.domains) or c.old_base and c.study not in ABOUT_UPGRADES:
         raise InputError(f"--study {c.study}: --domains, text whose held-out loss is taken, and --old_base are for the studies "
                          f"{' and '.join(ABOUT_UPGRADES)}, which need --domains")
+    for name in changed(c):
+        if c.study not in READ_BY.get(name, (c.study,)):
+            raise InputError(f"--{name} has no effect with --study {c.study}")
     domain_names("domains", c.domains)      # refused before anything is built
     if c.study in ABOUT_UPGRADES:
         count = 1       # only the old base's delta is needed
@@ -97,7 +108,7 @@ def main() -> None:
     record(c)       # refuses a value that cannot be recorded now, not at the end
     out = Path(c.out or f"runs/analyze/{c.study}")
     drawn = {f"{name}.{ending}" for name in figures_of(c.study, []) for ending in ("png", "svg")}
-    check_overwritable(out, {"rows.jsonl", "summary.json", FIGURES, *drawn})
+    check_overwritable(out, {"rows.jsonl", "rows.jsonl.part", "summary.json", FIGURES, *drawn})
     with locked(out):
         run_study(c, out)
 
@@ -107,15 +118,17 @@ def run_study(c: Config, out: Path) -> None:
     context = open_study(c)
     rows = ROWS[c.study](context)
     first = next(rows)      # raises here, before anything is written, if a flag of this study is wrong
-    log = Log(out, name="rows.jsonl")
+    place = out / "rows.jsonl"
+    log = Log(out, name=place.name + ".part" * place.is_file())      # a finished study stays until its successor is finished
     for row in chain([first], rows):
         log.row(**row)
-    rows = read_rows(log.path)
+    log.path.replace(place)
+    rows = read_rows(place)
     numbers = NUMBERS[c.study](rows)
     summary = {"study": c.study, "numbers": numbers, "deltas": context.origins, "config": record(c), "argv": sys.argv}
     write_json(out / "summary.json", summary)
     print(numbers_table(numbers))
-    print(f"rows in {log.path}, {draw_all(figures_of(c.study, rows), out, log.path)}")
+    print(f"rows in {place}, {draw_all(figures_of(c.study, rows), out, place)}")
 
 
 # --- bases and deltas -------------------------------------------------------------------------------------------------

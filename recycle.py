@@ -271,9 +271,8 @@ def finish(c: Config, r: Recycling, runs: list[Run], out: Path) -> None:
 def checked_modes(c: Config) -> list[str]:
     """The modes that the flags ask for. Raises InputError if flags make no sense together."""
     demo = Path(Config.base).absolute().parent
-    if c.teaching.teacher and not c.old_delta:
-        c.old_base = None
-    elif not c.old_base and {Path(name).absolute().parent for name in c.chain or (c.base,)} == {demo}:
+    is_demo = {Path(name).absolute().parent for name in c.chain or (c.base,)} == {demo}
+    if is_demo and not c.old_base and (c.old_delta or not c.teaching.teacher):
         c.old_base = str(Path(Config.base).with_name("M0"))
     asked = {"project": bool(c.project.source_task), "transport": c.carry.carry, "gradmask": False}      # whether `all` includes them
     modes = [mode for mode in (MODES if c.old_base else WITHOUT_OLD) if asked.get(mode, True)] if "all" in c.mode else [*c.mode]
@@ -289,6 +288,7 @@ def checked_modes(c: Config) -> list[str]:
             (c.graphs and (c.distill.itp or c.distill.gamma),
              "--graphs repeats a step as it was captured: not with --itp, whose points are drawn anew, nor with --gamma, which would count "
              "the tokens that fill a batch up"),
+            (c.side_by_side and c.sweep is None, "--side_by_side is for the runs of a --sweep"),
             (c.chain and (c.base != Config.base or len({*line}) < len(line)),
              f"--chain {','.join(c.chain)}: the bases after --old_base {c.old_base} in order, each once, in place of --base"),
             *((True, f"--{name} has no effect with --{what}") for name, what in idle.items())):

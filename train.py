@@ -85,7 +85,7 @@ class Config:
     save_every: PositiveInt = 100  # steps between resumable checkpoints
     stop_after: PositiveInt | None = None  # stop after this many steps of this command, as a time limit would; --resume continues
     resume: bool = False  # continue from the newest resumable checkpoint in --out
-    eval_tokens: int = 16384  # held-out tokens scored per domain
+    eval_tokens: PositiveInt = 16384  # held-out tokens scored per domain
     compile: bool = False  # torch.compile the blocks; worth it on a GPU, not on a CPU
     graphs: bool = False  # run forward and backward as a CUDA graph; one GPU only
     zero: bool = False  # shard the optimizer state over the ranks of torchrun (ZeRO-1)
@@ -157,7 +157,7 @@ def pretrain(c: Config) -> None:
         interrupted = train_stages(c, stream, ranks) if stream.has_work else None
         if not stream.has_work:
             if c.init and Path(c.init).exists():
-                ranks.from_main(lambda: check_content(out, {"--init": go_on_from(c, Path(c.init).absolute(), open_base(c.init))[1]}))
+                ranks.from_main(lambda: check_content(out, {"--init": go_on_from(c, Path(c.init).resolve(), open_base(c.init))[1]}))
             print(f"{out} is complete; remove it to train anew\n{table_of(out)}")
     ranks.leave()
     if interrupted:
@@ -266,7 +266,7 @@ def start_model(c: Config, out: Path, first_corpus: Path, ranks: Ranks) -> tuple
             print(f"{c.init} has no complete masked-LM head; it gets a fresh one")
             if c.recipe.preserve and c.recipe.preserve_by == "predictions":
                 raise InputError(f"--preserve_by predictions: {c.init} predicts nothing without its masked-LM head; use hidden")
-        model, parent, moments = go_on_from(c, Path(c.init).absolute(), base)
+        model, parent, moments = go_on_from(c, Path(c.init).resolve(), base)
         start = Start(parent, base.meta.get("number", 0), base.meta.get("domains", {}), moments)
         if c.recipe.max_len and c.recipe.max_len != config.max_len:     # optimizer's moments do not fit a longer table
             model, start = lengthen(model, c.recipe.max_len), start._replace(moments=None)
@@ -276,6 +276,8 @@ def start_model(c: Config, out: Path, first_corpus: Path, ranks: Ranks) -> tuple
         sizes = PRESETS[c.preset] | ({"max_len": c.recipe.max_len} if c.recipe.max_len else {})
         config, start = EncoderConfig(tokenizer.vocab_size, pad_id=tokenizer.pad_id, **sizes), Start()
         model = new_masked_lm(config, c.seed)
+    if (c.init or c.tokenizer) and c.vocab_size not in (Config.vocab_size, tokenizer.vocab_size):
+        print(f"--vocab_size {c.vocab_size} has no effect: the tokenizer of {c.init or c.tokenizer} has {tokenizer.vocab_size} entries")
     if c.seq_len > config.max_len:
         raise InputError(f"--seq_len {c.seq_len}: the model has positions for {config.max_len} tokens; --max_len makes more")
     set_dropout(model, c.dropout)
@@ -284,10 +286,8 @@ def start_model(c: Config, out: Path, first_corpus: Path, ranks: Ranks) -> tuple
 
 def start_tokenizer(c: Config, out: Path, first_corpus: Path) -> Tokenizer:
     """Load the tokenizer, or train it on the first domain only: later domains are still in the future."""
-    if c.tokenizer:
-        return load_tokenizer(Path(c.tokenizer))
-    if c.resume and (out / "tokenizer.json").exists():
-        return load_tokenizer(out)
+    if c.tokenizer or c.resume and (out / "tokenizer.json").exists():
+        return load_tokenizer(Path(c.tokenizer or out))
     return train_tokenizer((text for part, text in split_documents(first_corpus) if part == "train"), c.vocab_size)
 
 
@@ -312,7 +312,8 @@ def tune_delta(c: Config) -> None:
     s = TuneSettings(c.tune_steps, c.batch_size, c.lr, c.eval_every, c.seed, c.weight_decay, c.warmup)
     about |= {"config": record(c), "argv": sys.argv, "precision": precision_name(where["precision"])}
     if c.out is None:
-        asked = {k: v for k, v in about["config"].items() if k not in (*NOT_SETTINGS, "base")} | {"task": task.hash}
+        idle = (*NOT_SETTINGS, *["base"] * Path(c.base).exists())       # hub ids of two owners share a place
+        asked = {k: v for k, v in about["config"].items() if k not in idle} | {"task": task.hash}
         is_tuned(out, asked, "give --out, or move it away")
     with locked(out), delta_folder(out, sum(p.nbytes for p in model.parameters() if p.requires_grad)) as new:
         log = Log(new, tensorboard=c.tensorboard)

@@ -12,7 +12,7 @@ from typing import Iterable
 
 from rt.data import Task
 from rt.formats.atomic import atomic_folder, locked
-from rt.formats.corpora import PARTS, corpus_files, split_documents
+from rt.formats.corpora import PARTS, split_documents, stamps
 
 BUCKETS = 2**18     # the number of hash buckets for words
 PRIOR = 10          # words of weight 0 added to each document, so that short documents are not extreme by chance
@@ -32,8 +32,7 @@ def word_weights(wanted: Iterable[str], documents: Iterable[str]) -> dict[int, f
 
 def select(corpus: Path, task: Task, keep: float, cache: Path) -> Path:
     """The share `keep` of a corpus's training documents that is most like the task's training texts, and all held-out documents."""
-    files = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for part in PARTS for f in corpus_files(corpus)[part]]
-    folder = made_of(Path(cache) / "selected", task, keep, files)
+    folder = made_of(Path(cache) / "selected", task, keep, stamps(corpus))
     if not folder.exists():
         weights = word_weights([f"{e.text} {e.text_pair or ''}" for e in task.parts["train"]],
                                (text for part, text in split_documents(corpus) if part == "train"))

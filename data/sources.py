@@ -1,4 +1,5 @@
 """From names to data: an embedded domain (data/docstrings.py, built on first use), a data set of the hub, or your own path."""
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from data.select import made_of, select, write
 from rt.data import Example, Task
 from rt.errors import InputError
 from rt.formats.corpora import training_files
+from rt.formats.files import note
 from rt.formats.hub import find_dataset
 from rt.formats.tasks import load_task, read_examples
 
@@ -19,7 +21,7 @@ def corpus_path(name: str, cache: Path) -> Path:
 
 def domain_name(entry: str) -> str:
     """The name of a domain in tables and files: an embedded name, a file's or folder's name without endings, or for a task task-NAME."""
-    name = Path(entry.removeprefix("task:")).name.split(".")[0]
+    name = Path(os.path.abspath(entry.removeprefix("task:"))).name.split(".")[0]      # the name of the folder that . is
     return f"task-{name}" if entry.startswith("task:") else name
 
 
@@ -77,6 +79,8 @@ def _locate(name: str, cache: Path, kind: str, wanted: str) -> Path:
         print(f"{name}: folder {about} is read")
         return folder
     if name in docstrings.DOMAINS:
+        if Path(name).exists():
+            note(f"{name}: the embedded domain is read; give ./{name} to read what is here under this name")
         known = (Path(cache) / "docstrings" / name / "meta.json").exists()
         meta = docstrings.build(name, Path(cache) / "docstrings")
         if not known:

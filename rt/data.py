@@ -311,9 +311,10 @@ class Rows:
             rows, number = self.mixture.locate(number) if self.mixture else (self, number)
             row, row_lengths = rows.row(number)
             masked, chosen, true = rows.masker(row, np.random.default_rng([rows.seed, 1, number]))
-            ids.append(masked)
             rts = rows.masker.objective == "rts"
             labels.append(np.where(rows.masker.is_special[row], -100, masked == row) if rts else true)
+            inner = (masked == rows.eos) & ~np.isin(np.arange(len(row)), np.cumsum(row_lengths) - 1)
+            ids.append(np.where(inner, ~masked, masked))      # as in `encode`: a separator that a text spells separates nothing
             predict.append(chosen + n * self.row_tokens)
             lengths += row_lengths
         ids, labels, predict = (torch.from_numpy(np.concatenate(arrays)) for arrays in (ids, labels, predict))

@@ -99,6 +99,11 @@ def seeds_of(batch: Batch) -> Tensor:
     return torch.randint(2**63 - 1, (1,), device=batch.ids.device) if batch.seeds is None else batch.seeds
 
 
+def spelled(ids: Tensor) -> Tensor:
+    """Token ids without marks: ~id marks a separator that a text spells, so that it separates nothing (rt.data.encode)."""
+    return ids.maximum(~ids)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear on rows (N, in). For K runs side by side, weight is (K, out, in) or bias (K, out) or both, for N / K rows each."""
     if weight.ndim == 2 and (bias is None or bias.ndim == 1):
@@ -162,9 +167,9 @@ class Embeddings(nn.Module):
         above = counted.cumsum(0) - counted.long()                        # (N,) counted tokens in the rows above
         above = above - above[first]                                      # that are in the same sequence
         if self.second_type is None:
-            x = self.word(ids) + self.position((above + 1) * counted + self.pad_id)
-        else:                                                             # ~id marks a [SEP] spelled in a text: rt.data.encode
-            x = self.word(ids.maximum(~ids)) + self.position(rows - first) + (above > 0)[:, None] * self.second_type
+            x = self.word(spelled(ids)) + self.position((above + 1) * counted + self.pad_id)
+        else:
+            x = self.word(spelled(ids)) + self.position(rows - first) + (above > 0)[:, None] * self.second_type
         return dropout(self.norm(x), self.dropout, seed)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kernels import linear_cross_entropy
 from rt.data import Rows
-from rt.model import Activations, Batch, MaskedLM
+from rt.model import Activations, Batch, MaskedLM, spelled
 from rt.optim import ScheduleConfig, autocast, derive_seed
 
 
@@ -39,10 +39,11 @@ def mlm_loss(model: MaskedLM, batch: Batch, activations: Activations | None = No
 def replaced_token_loss(model: MaskedLM, batch: Batch, activations: Activations | None = None) -> Tensor:
     """Cross-entropy of original (1) against replaced (0), summed over all tokens except special ones (-100), divided by the number of all
     tokens: microbatches add up. The logit is the token's own score in the masked-LM head (Electric: Clark et al., 2020): no new head."""
-    own = model.encoder.embeddings.word(batch.ids)
-    logits = (model.features(batch, activations).float() * own).sum(-1) + model.head.bias[batch.ids]
+    ids = spelled(batch.ids)
+    own = model.encoder.embeddings.word(ids)
+    logits = (model.features(batch, activations).float() * own).sum(-1) + model.head.bias[ids]
     losses = F.binary_cross_entropy_with_logits(logits, batch.labels.clamp(min=0).float(), reduction="none")
-    return (losses * (batch.labels >= 0)).sum() / len(batch.ids)
+    return (losses * (batch.labels >= 0)).sum() / len(ids)
 
 
 class MLMLoss(nn.Module):

@@ -60,15 +60,15 @@ def keep(folder: Path, base) -> None:
                    extract(model, base, DeltaConfig("full"), {"task": "two_way", "labels": ["classes", "generators"]}))
 
 
-def of(home: Path, *bases: str) -> tuple:
+def of(home: Path, *bases: str, tasks: bool = True) -> tuple:
     """The flags that say what to compare."""
-    return ("--bases", ",".join(str(home / "run" / b) for b in bases), "--tasks", home / "two_way", *FLAGS)
+    return ("--bases", ",".join(str(home / "run" / b) for b in bases), *(("--tasks", home / "two_way") if tasks else ()), *FLAGS)
 
 
 def study(home: Path, name: str, *more, bases: tuple[str, ...] = ("M0", "M1", "M2"), how=here) -> tuple[str, list[dict], dict]:
     """Runs a study. Returns (printed text, rows, summary)."""
     out = home / "out" / name
-    said = how("analyze.py", "--study", name, *of(home, *bases), "--out", out, *more)
+    said = how("analyze.py", "--study", name, *of(home, *bases, tasks=name != "mixture"), "--out", out, *more)
     rows, summary = read_rows(out / "rows.jsonl"), json.loads((out / "summary.json").read_text())
     assert rows and all(row["study"] == name for row in rows) and "building" not in said
     return said, rows, summary
@@ -132,6 +132,23 @@ def test_similarity_of_heads_and_one_sentence(home):
                                                                                    for e in ("png", "svg"))}
 
 
+def test_a_study_that_is_interrupted_leaves_the_finished_one(home, monkeypatch):
+    arguments = ("analyze.py", "--study", "distance", *of(home, "M0", "M1"), "--out", home / "out" / "again")
+    here(*arguments)
+    before = (home / "out" / "again" / "rows.jsonl").read_text()
+
+    def broken(context):
+        yield {"study": "distance"}
+        raise InputError("enough")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(studies.ROWS, "distance", broken)
+        here(*arguments, code=2)
+    assert (home / "out" / "again" / "rows.jsonl").read_text() == before
+    here(*arguments)
+    assert (home / "out" / "again" / "rows.jsonl").read_text() == before and not (home / "out" / "again" / "rows.jsonl.part").exists()
+
+
 def test_a_class_task_and_a_regression_in_one_study(home):
     parts = {part: [json.loads(line) for line in (home / "two_way" / f"{part}.jsonl").open()] for part in ("train", "dev", "test")}
     write_task(home / "length", {part: [r | {"label": r["text"].count("e") / 8} for r in rows] for part, rows in parts.items()})
@@ -139,8 +156,8 @@ def test_a_class_task_and_a_regression_in_one_study(home):
         base = load_base(home / "run" / name)
         save_delta(home / "run" / "deltas" / f"{name}-length-full-s0",
                    extract(attach(base, DeltaConfig("full"), 1, seed=0), base, DeltaConfig("full"), {"task": "length", "labels": []}))
-    for name in ("compatibility", "connectivity"):
-        here("analyze.py", "--study", name, *of(home, "M0", "M1"), "--tasks", f"{home / 'two_way'},{home / 'length'}", "--points", "2",
+    for name, more in (("compatibility", ()), ("connectivity", ("--points", "2"))):
+        here("analyze.py", "--study", name, *of(home, "M0", "M1"), "--tasks", f"{home / 'two_way'},{home / 'length'}", *more,
              "--out", home / "out" / f"both-{name}")
         numbers = json.loads((home / "out" / f"both-{name}" / "summary.json").read_text())["numbers"]
         assert [n["metric"] for n in numbers if n["task"] == "length"][0] == "pearson" and numbers[0]["metric"] == "accuracy"
@@ -175,7 +192,10 @@ def test_missing_deltas_are_tuned_once_and_all_alike(home, capsys):
     (("--bases", "M0,M0"), "two have the same name"), (("--deltas", "one"), "one folder a base"),
     (("--deltas", "D1,D0"), "the delta was learned on base"),
     (("--deltas", "D0,D1", "--delta", "lora"), "is a delta of kind full"), (("--out", "HOME"), "holds other things"),
-    (("--study", "compatibility", "--independent", "IND"), "follows one lineage")])
+    (("--study", "compatibility", "--independent", "IND"), "follows one lineage"),
+    (("--study", "distance", "--points", "5"), "--points has no effect with --study distance"),
+    (("--lr", "1e-5"), "--lr has no effect with --study connectivity"),
+    (("--study", "mixture", "--domains", "x"), "--tasks has no effect with --study mixture")])
 def test_bad_input_is_one_sentence_and_exit_code_2(arguments, words, home):
     bases = home / "run"
     names = {"M0": bases / "M0", "M0,M0": f"{bases / 'M0'},{bases / 'M0'}", "IND": home / "ind" / "M0", "HOME": home,

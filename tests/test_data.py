@@ -185,7 +185,7 @@ def test_static_shapes_are_the_same_for_every_batch_and_give_way_to_one_that_doe
 def test_rows_are_full_and_the_share_of_cut_sequences_is_counted(corpus, tokenizer):
     rows = rows_of(corpus, tokenizer)
     found, ids = packing(rows), np.concatenate([rows.row(r)[0] for r in range(rows.per_epoch)])
-    assert found["rows"] == rows.per_epoch and found["fill"] > 0.98 and (ids != tokenizer.pad_id).mean() > 0.98
+    assert found["rows"] == rows.per_epoch and (ids != tokenizer.pad_id).mean() > 0.98
     # a sequence cut by the end of a row counts as two, each in its own row
     parts = sum(len(rows.row(r)[1]) for r in range(rows.per_epoch))
     unread = int((rows.ends > rows.per_epoch * rows.row_tokens).sum())      # sequences after the last row of the epoch

@@ -12,19 +12,22 @@ from conftest import here, write_task
 from safetensors.torch import load_file, save_file
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
-from rt.data import Example, encode, sequences_batch
+from rt.data import Example, Rows, encode, sequences_batch
 from rt.deltas import apply, attach, extract
 from rt.errors import InputError, StaleDelta
 from rt.formats.adapters import export_peft
+from rt.formats.atomic import locked
 from rt.formats.checkpoint import load_base, save_base
-from rt.formats.corpora import read_documents
+from rt.formats.corpora import build_corpus, read_documents
 from rt.formats.delta_files import load_delta, save_delta
 from rt.formats.hf import export_hf, load_hf
 from rt.formats.hub import open_base, open_delta
 from rt.formats.tokenizer import Tokenizer
 from rt.kinds import DeltaConfig
-from rt.model import MaskedLM
+from rt.model import EncoderConfig, MaskedLM, new_masked_lm
+from rt.pretrain import mlm_loss
 from rt.runs.results import best_delta
+from rt.runs.resume import sample_of
 from rt.tune import predict
 
 transformers = pytest.importorskip("transformers")
@@ -357,6 +360,14 @@ def test_an_adapter_that_cannot_be_used_is_named(change, drop, add, words, base,
         open_delta(lora_folder(tmp_path / "a", base, change, drop, add), base)
 
 
+def test_two_exports_do_not_write_one_folder(base, tmp_path):
+    save_base(tmp_path / "M0", MaskedLM(base.encoder, base.head), base.tokenizer, {})
+    with locked(tmp_path / "out"):
+        for way in (("export",), ("import", "--tuned", tmp_path / "M0")):
+            said = here("-m", "rt.runs.convert", *way, "--base", tmp_path / "M0", "--out", tmp_path / "out", code=2)
+            assert "is being written to by process" in said and not (tmp_path / "out").exists()
+
+
 def test_what_cannot_be_exported_is_named(base, other_base, tmp_path):
     with pytest.raises(InputError, match="adapter cannot be merged"):
         export_hf(tmp_path / "out", base, trained(base, DeltaConfig("adapter")))
@@ -479,6 +490,22 @@ def test_a_separator_that_a_text_spells_begins_no_second_text(tokenizer_of, tmp_
     close(*said_by_both(saved(model, tokenizer_of["bert"], tmp_path), texts))
     ids = encode([Example(*texts[0], None, "")], (), tokenizer_of["bert"], 64).sequences[0]
     assert tokenizer_of["bert"].decode(ids).split().count("[SEP]") == 2
+
+
+def test_a_separator_in_a_corpus_or_read_by_a_roberta_separates_nothing_either(tokenizer_of, tmp_path):
+    tokenizer = tokenizer_of["bert"]
+    (tmp_path / "c.txt").write_text("".join(f"a title [SEP] and what follows it {i}\n" for i in range(99)))
+    rows = Rows(build_corpus("c", tmp_path / "c.txt", tokenizer, tmp_path)["train"], tokenizer, seq_len=32, mask_rate=0.1, seed=0)
+    for objective in ("mlm", "rts"):
+        rows.masker.objective = objective
+        batch = rows.masked(range(2))
+        ends, marked = batch.cu_seqlens[1:].long() - 1, batch.ids < 0
+        assert marked.any() and (~batch.ids[marked] == tokenizer.eos_id).all() and not marked[ends].any()
+        assert ((batch.ids == tokenizer.eos_id).nonzero()[:, None] == ends).any(-1).all()        # all others end a sequence
+        model = new_masked_lm(EncoderConfig(tokenizer.vocab_size, 16, 1, 1, 16, pad_id=tokenizer.pad_id), 0).eval()
+        plain = replace(batch, ids=batch.ids.maximum(~batch.ids))
+        assert torch.equal(model.encoder(batch), model.encoder(plain)) and mlm_loss(model, batch) == mlm_loss(model, plain)
+    assert "masked: '" in sample_of(rows, tokenizer)
 
 
 def test_what_frames_a_text_is_the_template_not_what_is_in_the_vocabulary_too(tokenizer_of, tmp_path):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import here, random_base, write_task
 
+import train
 from rt.data import Task
 from rt.deltas import attach, extract
 from rt.errors import InputError
@@ -236,6 +237,40 @@ def test_an_old_delta_of_other_sizes_is_not_taken_for_the_one_that_is_asked_for(
     for name, value, words in (("delta", DeltaConfig("lora", r=8), "r: 4, not 8"), ("seq_len", 128, "seq_len: 64, not 128")):
         with pytest.raises(InputError, match=f"was tuned with another --{words}; to use it as it is, name it with --old_delta"):
             tuned(SimpleNamespace(**vars(c) | {name: value}), "t", Task("t", (), {}))
+
+
+def test_two_tasks_of_one_name_do_not_share_a_delta_and_one_task_is_not_its_own_source(home, tmp_path):
+    rows = [row | {"label": "ba"[row["label"] == "b"]} for row in ROWS]
+    write_task(tmp_path / "nodes", dict.fromkeys(("train", "dev", "test"), rows))
+    shutil.copytree(home / "M0", tmp_path / "M0")
+    flags = ("recycle.py", "--mode", "project", "--old_base", tmp_path / "M0", "--base", home / "M1", "--delta", "bitfit", "--shots", "4",
+             "--seeds", "0", "--steps", "2", "--seq_len", "16", *FAST, "--task", home / "nodes", "--out", tmp_path / "out")
+    assert "is the --task itself" in here(*flags, "--source_task", f"{home}/./nodes", code=2)
+    (tmp_path / "deltas").mkdir()
+    shutil.copytree(home / "delta", tmp_path / "deltas" / "M0-nodes-bitfit-s0")
+    info = read_json(home / "delta" / "delta.json")["info"]
+    assert f"was tuned with another --task: {info['task_hash']}, not" in here(*flags, "--source_task", tmp_path / "nodes", code=2)
+
+
+def test_the_delta_of_a_base_of_another_owner_is_not_replaced(home, tmp_path, monkeypatch):
+    """A delta of OWNER/NAME has its place under runs/deltas, without the owner's name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "open_base", lambda name: load_base(home / "M0"))
+    tune = ("train.py", "--mode", "tune", "--task", home / "nodes", "--delta", "bitfit", *TUNE, "--base")
+    for _ in range(2):
+        here(*tune, "Anna/enc")
+    assert "was tuned with another --base: Anna/enc, not Bert/enc" in here(*tune, "Bert/enc", code=2)
+
+
+def test_a_tokenizer_that_is_given_has_the_vocabulary_it_has(home, tmp_path):
+    text = tmp_path / "new.txt"
+    text.write_text("".join(f"a graph of {i} nodes\n" for i in range(300)))
+    short = ("train.py", "--stream", text, "--preset", "tiny", "--steps", "1", "--seq_len", "16", "--batch_tokens", "128",
+             "--snapshots", "0", "--eval_tokens", "128", "--cache", tmp_path, *FAST)
+    for flag in ("--init", "--tokenizer"):
+        for size, said in ((7, True), (load_tokenizer(home / "M0").vocab_size, False)):
+            out = here(*short, flag, home / "M0", "--vocab_size", size, "--out", tmp_path / f"{flag}{size}")
+            assert (f"--vocab_size {size} has no effect: the tokenizer of {home / 'M0'} has" in out) == said
 
 
 def test_content_that_was_not_noted_is_not_compared(tmp_path):

@@ -15,6 +15,7 @@ from conftest import ROOT, here, random_base
 from rt.data import Example
 from rt.deltas import attach, extract
 from rt.errors import InputError
+from rt.formats.atomic import locked
 from rt.formats.checkpoint import save_base
 from rt.formats.delta_files import save_delta
 from rt.formats.tables import STDIN
@@ -150,6 +151,8 @@ def test_texts_that_are_cut_are_counted(flags, tmp_path, capsys):
     ("x", ("--input", "FOLDER/nothing.txt"), "nothing.txt: there is no such file"),
     ("x", ("--input", "FOLDER"), "is a folder, not a file"),
     ("x", ("--input", "FOLDER/mine.md"), "mine.md: ends in none of .txt, .jsonl, .csv, .tsv"),
+    ("x", ("--out", "FOLDER/out.csv"), "answers are written as JSONL; give a name such as out.jsonl"),
+    ("x", ("--out", "FOLDER/out.jsonl.gz"), "answers are written as JSONL"),
     ("x", ("--out", "FOLDER/no/out"), "there is no folder"), ("x", ("--out", "FOLDER"), "cannot be written"),
     ("x", ("--out", "FOLDER/mine.md"), "holds something other than answers"),
     ("x", ("--out", "FOLDER/task.jsonl"), "holds something other than answers"),
@@ -181,6 +184,13 @@ def test_earlier_answers_are_replaced_once_all_others_are_there(flags, tmp_path,
     here(*flags, "--input", "-", "--input_format", "jsonl", "--out", tmp_path / "link", code=2)
     assert [row["text"] for row in rows(out.read_text())] == ["three"]
     assert [row["text"] for row in rows((tmp_path / "out.jsonl.part").read_text())] == ["four"]
+
+
+def test_two_commands_do_not_write_one_file(flags, tmp_path, monkeypatch):
+    give(monkeypatch, "one\n")
+    with locked(tmp_path / "out.jsonl.answers"):
+        assert "is being written to by process" in here(*flags, "--input", "-", "--out", tmp_path / "out.jsonl", code=2)
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_on_a_terminal_there_is_a_bar_and_how_much_is_left(tmp_path, monkeypatch):

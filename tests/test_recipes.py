@@ -92,6 +92,12 @@ def test_an_infinite_schedule_goes_on_from_before_the_annealing(home, monkeypatc
     assert kept[2:] == [fingerprint(lengthen(MaskedLM(published.encoder, published.head), 150).encoder)]
     train(home, "inf7", *infinite, "--init", home / "inf1" / "M0", "--max_len", "128", stream="two")        # as long as it is
     assert same_weights(home / "inf2" / "M1", home / "inf7" / "M1")
+    (home / "link").symlink_to(home / "inf1" / "M0")
+    state = home / "inf1" / "M0-t00007" / "optim.pt"
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1
+    state.write_bytes(content)
+    assert "optim.pt is damaged" in train(home, "inf8", *infinite, "--init", home / "link", stream="two", code=2)
     shutil.rmtree(home / "inf1" / "M0-t00007")
     assert "which is gone" in train(home, "inf4", *infinite, "--init", home / "inf1" / "M0", stream="two", code=2)
 

@@ -1,6 +1,7 @@
 """The results of recycle.py: equal names for equal runs, rows of other calls or another origin, the best delta."""
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,7 +33,10 @@ def recycling(tokenizer):
 
 def test_origins_are_equal_for_equal_content(recycling):
     origin, old = origin_of(recycling), recycling.old_delta
-    others = [replace(recycling, old_delta=2 * old), replace(recycling, base=recycling.old_base)]
+    others = [replace(recycling, old_delta=2 * old), replace(recycling, base=recycling.old_base),
+              replace(recycling, base=replace(recycling.base, tokenizer=SimpleNamespace(fingerprint="another"))),
+              replace(recycling, old_delta=replace(old, info=old.info | {"labels": ["c", "b", "a"]})),
+              replace(recycling, old_delta=replace(old, config=DeltaConfig("lora", lora_alpha=4.0)))]
     assert origin == origin_of(replace(recycling)) and all(origin_of(other) != origin for other in others)
     assert len({tuple(origin_of(recycling, sources)) for sources in ((), [(old, recycling.data)], [(2 * old, recycling.data)],
                                                                      [(old, replace(recycling.data, hash="other"))])}) == 4
@@ -55,6 +59,7 @@ def test_equal_runs_have_equal_names_whatever_the_call_is():
     assert run("distill", "--att_layers", "all").name == run("distill").name        # without attention maps the layers do not matter
     assert run("distill", "--gamma", 1, "--att_layers", "all").name != run("distill", "--gamma", 1).name
     assert run("project", "--rank", 4).name != run("project").name and run("distill", "--rank", 4).name == run("distill").name
+    assert run("apply", "--steps", 7, "--warmup", 0.5).name == run("apply").name        # nothing is trained
     chain = run("init", "--chain", "a,b")
     assert chain.at("b", "direct").name == run("init", "--base", "b").name != chain.at("b", "chain").name
 

@@ -16,7 +16,7 @@ from rt.formats.delta_files import save_delta
 from rt.losses import DistillConfig, weights_of
 from rt.model import MaskedLM, prototypes
 from rt.recycling import MODES, Recycling, check, new_delta, recycle, start, start_from_old
-from rt.runs.starts import combine, merge_on_dev
+from rt.runs.starts import combine, merge_on_dev, old_names
 from rt.tune import TuneSettings, evaluate, predict
 
 CPU = dict(device=torch.device("cpu"), precision=torch.float32)
@@ -243,6 +243,11 @@ def test_transport_brings_a_twin_to_the_old_score_and_the_settings_are_told_apar
     assert rows_of(home)["transport"]["run"] == first["run"] and rows_of(home)["transport"]["origin"] != first["origin"]
 
 
+def test_a_list_of_deltas_may_be_longer_than_a_file_name_and_a_name_that_is_too_long_is_one_sentence(home):
+    assert old_names(",".join(["delta"] * 60)) == ["delta"] * 60
+    assert f"{'x' * 300}: cannot be used (File name too long)" in typed(home, "--mode", "apply", "--task", "x" * 300, code=2)
+
+
 def test_several_deltas_and_prototypes_typed(home):
     typed(home, "--mode", "scratch,apply,init", "--old_delta", f"{home / 'delta'},{home / 'other'}", "--head", "prototype")
     rows = rows_of(home)
@@ -250,7 +255,7 @@ def test_several_deltas_and_prototypes_typed(home):
     assert rows["scratch"]["settings"]["head"] == "prototype"
     said = typed(home, "--mode", "apply,init", "--old_delta", home / "other", "--head", "prototype", "--shrinkage")
     assert "init keeps the delta and starts a prototype head" in said
-    typed(home, "--mode", "init", "--old_delta", f"{home / 'delta'},{home / 'other'}", "--sweep", "seed=0,1")
+    typed(home, "--mode", "init", "--old_delta", f"{home / 'delta'},{home / 'other'}", "--sweep", "lr=1e-3,5e-3")
     assert "merged" in rows_of(home)["init"]
 
 
@@ -260,6 +265,9 @@ def test_several_deltas_and_prototypes_typed(home):
     (("--mode", "init", "--carry", "--chain", "a,b"), "--mode transport or --carry, --chain, and several deltas"),
     (("--mode", "init", "--carry", "--carry_text", "nowhere.txt"), "nowhere.txt"),
     (("--mode", "transport", "--carry_text", "EMPTY"), "holds no text to compare two bases on"),
+    (("--mode", "init", "--side_by_side", "2"), "--side_by_side is for the runs of a --sweep"),
+    (("--mode", "init", "--sweep", "seed=0,1"), "--sweep seed=0,1: --seeds is given as well"),
+    (("--mode", "scratch", "--base", "not/a/base"), "not/a/base: no base there"),
     (("--mode", "gradmask"), "needs a full delta, not bitfit"), (("--mode", "init", "--old_delta", "a,b"), "a: nothing tuned there")])
 def test_what_makes_no_sense_is_one_sentence(home, more, sentence):
     (home / "empty.txt").write_text("")

@@ -13,7 +13,7 @@ from rt.data import Corpus
 from rt.errors import InputError
 from rt.formats.atomic import atomic_folder, locked
 from rt.formats.files import note, read_json, write_json
-from rt.formats.splits import home_of, listed, read_name
+from rt.formats.splits import SPLIT, home_of, listed, read_name
 from rt.formats.tables import FORMATS, format_of, read_table
 from rt.formats.tokenizer import Tokenizer
 from rt.formats.untrusted import is_utf8, shaped
@@ -112,13 +112,17 @@ def _smallest_draw(path: Path, files: list[Path]) -> int | None:
     return min(draws)
 
 
+def stamps(path: Path) -> list[list]:
+    """What changes if a corpus does: [part, place, bytes, time of the last change] for each file."""
+    files = corpus_files(path)
+    return [[part, str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for part in PARTS for f in files[part]]
+
+
 def build_corpus(name: str, path: Path, tokenizer: Tokenizer, cache: Path) -> dict[str, Corpus]:
     """{'train', 'heldout'} as memory-mapped bins under `cache`, made on the first call and whenever the text or tokenizer has changed."""
     if not is_utf8(f"{name} {path}"):
         raise InputError(f"{path}: its name is not UTF-8, and could not be read again where it is recorded; rename it")
-    files = corpus_files(path)
-    sources = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for part in PARTS for f in files[part]]
-    key = hashlib.sha256(json.dumps([tokenizer.fingerprint, sources]).encode()).hexdigest()[:12]
+    key = hashlib.sha256(json.dumps([tokenizer.fingerprint, stamps(path)]).encode()).hexdigest()[:12]
     folder = Path(cache) / f"{name}-{key}"
     if not (folder / "meta.json").exists():
         with locked(folder, wait=True):     # several commands may need one corpus at once
@@ -142,7 +146,7 @@ def _tokenize(path: Path, tokenizer: Tokenizer, folder: Path, name: str) -> None
     documents, files = split_documents(path), corpus_files(path)
     if files["unread"]:
         note(f"corpus {name}: left unread: {', '.join(f.name for f in files['unread'])}")
-    if others := [f.name for f in files["train"] if (named := read_name(PurePath(f.name))) and named.split != "train"]:
+    if others := [f.name for f in files["train"] if (named := SPLIT.fullmatch(f.name.lower().split(".")[0])) and named[1] != "train"]:
         note(f"corpus {name}: {', '.join(others)} are trained on, too: only heldout.* would be held out")
     with atomic_folder(folder) as new:
         with ExitStack() as stack:

@@ -8,8 +8,9 @@ import torch
 
 from rt.data import Task
 from rt.errors import InputError
+from rt.formats.atomic import beside, locked
 from rt.formats.files import read_json
-from rt.formats.hub import place_of_delta
+from rt.formats.hub import is_hub_id, open_base, place_of_delta
 from rt.formats.untrusted import shaped
 from rt.runs.workers import cores
 from rt.speed.dist import environment_alone
@@ -50,7 +51,13 @@ def build_lineage(c: Any, demo: Path, bases: Iterable[str]) -> None:
 def build_missing(c: Any, task: Task, source_tasks: list[Task]) -> tuple[str | None, tuple[str, ...]]:
     """The deltas of recycle.py's Config `c`: (old delta, source deltas). train.py makes the demo lineage and the deltas that no flag names,
     if they are missing."""
+    for name, source in zip(c.project.source_task, source_tasks):
+        if source.hash == task.hash:
+            raise InputError(f"--source_task {name}: is the --task itself, and a projection is for a task that it was not learned on")
     build_lineage(c, Path(type(c).base).parent, (*(c.chain or (c.base,)), *filter(None, [c.old_base])))
+    for base in c.chain or (c.base,):
+        if not (Path(base).exists() or is_hub_id(base)):
+            open_base(base)     # raises: a typo is told before anything is tuned
     sources = c.project.source_delta or tuple(tuned(c, *source) for source in zip(c.project.source_task, source_tasks))
     return c.old_delta or (tuned(c, c.task, task) if c.old_base else None), sources
 
@@ -58,12 +65,13 @@ def build_missing(c: Any, task: Task, source_tasks: list[Task]) -> tuple[str | N
 def tuned(c: Any, name: str, task: Task) -> str:
     """The folder of the old base's delta for a task, beside that base. train.py makes the delta if it is missing."""
     folder = place_of_delta(c.old_base, task.name, c.delta.kind)
-    asked = c.delta.used | {"seq_len": c.teaching.old_seq_len or c.seq_len}
-    if not is_tuned(folder, asked, "to use it as it is, name it with --old_delta; for a new one, move it away"):
-        sizes = {size: value for size, value in vars(c.delta).items() if size not in ("kind", "target_modules")}
-        flags = dict(mode="tune", base=c.old_base, task=name, out=folder, delta=c.delta.kind, seq_len=asked["seq_len"],
-                     target_modules=",".join(c.delta.target_modules), **sizes)
-        build(c, (f"the old delta {folder} (under a minute for mini on 2 cores)", flags))
+    asked = c.delta.used | {"seq_len": c.teaching.old_seq_len or c.seq_len, "task": task.hash}
+    with locked(beside(folder, "making"), wait=True):       # several commands may need one delta at once
+        if not is_tuned(folder, asked, "to use it as it is, name it with --old_delta; for a new one, move it away"):
+            sizes = {size: value for size, value in vars(c.delta).items() if size not in ("kind", "target_modules")}
+            flags = dict(mode="tune", base=c.old_base, task=name, out=folder, delta=c.delta.kind, seq_len=asked["seq_len"],
+                         target_modules=",".join(c.delta.target_modules), **sizes)
+            build(c, (f"the old delta {folder} (under a minute for mini on 2 cores)", flags))
     return str(folder)
 
 

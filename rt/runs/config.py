@@ -122,7 +122,8 @@ def record(config: Any) -> dict:
 
 def changed(config: Any) -> dict:
     """The entries of `record` that differ from the defaults."""
-    return {name: value for name, value in record(config).items() if value != record(type(config)())[name]}
+    usual = record(type(config)())
+    return {name: value for name, value in record(config).items() if value != usual[name]}
 
 
 def _text(value: Any) -> str:
@@ -170,7 +171,9 @@ def convert(name: str, text: str, kind: Any) -> Any:
                 raise InputError(as_flags(limit.sentence.format(name=name, value=list(value) if isinstance(value, tuple) else value)))
         return value
     if origin in (typing.Union, types.UnionType):
-        return None if text.lower() in ("none", "") else convert(name, text, inner[0])
+        if not text:        # a variable of the shell that is not set
+            raise InputError(f"--{name} is empty: give a value, none, or leave the flag out")
+        return None if text.lower() == "none" else convert(name, text, inner[0])
     if origin is tuple:
         return tuple(convert(name, part, inner[0]) for part in text.split(",") if part)
     if origin is typing.Literal:
@@ -226,6 +229,8 @@ def run(main: Callable[[], None]) -> None:
     except Exception as error:
         if isinstance(error, OSError) and error.filename is None and is_full(error):
             end(2, f"error: standard output: cannot be written ({error.strerror})")
+        if isinstance(error, OSError) and error.filename and not among_ranks():      # no permission, a name that is too long, ...
+            end(2, f"error: {sentence(f'{error.filename}: cannot be used ({error.strerror})')}")
         if not among_ranks():
             raise
         end(1, f"error: rank {os.environ.get('RANK')}: {sentence(rank_error(error))}")

@@ -13,6 +13,7 @@ from typing import Callable, Literal
 
 from rt.errors import InputError
 from rt.formats.adapters import export_peft
+from rt.formats.atomic import locked
 from rt.formats.card import TAG, card
 from rt.formats.delta_files import save_delta
 from rt.formats.files import read_json
@@ -53,10 +54,11 @@ def check_out(out: Path, sources: tuple[str | None, ...], is_own: Callable[[], b
 
 def import_delta(c: Import) -> None:
     out = Path(c.out)
-    check_out(out, (c.tuned, c.base), lambda: "source" in (read_json(out / "delta.json", {}).get("info") or {}))
-    task = Path(c.task).name.split(".")[0] if c.task else None
-    delta = open_delta(c.tuned, open_base(c.base), c.labels, task)
-    save_delta(out, replace(delta, info=delta.info | {"config": record(c), "argv": sys.argv}))
+    with locked(out):
+        check_out(out, (c.tuned, c.base), lambda: "source" in (read_json(out / "delta.json", {}).get("info") or {}))
+        task = Path(c.task).name.split(".")[0] if c.task else None
+        delta = open_delta(c.tuned, open_base(c.base), c.labels, task)
+        save_delta(out, replace(delta, info=delta.info | {"config": record(c), "argv": sys.argv}))
     what = f"{len(delta.labels)} labels ({', '.join(delta.labels[:6])})" if delta.labels else "a regression"
     print(f"{c.tuned}: a {delta.config.kind} delta of {c.base}, {what}; in {c.out}")
 
@@ -65,15 +67,16 @@ def export_model(c: Export) -> None:
     if c.to == "peft" and not c.delta_dir:
         raise InputError("--to peft needs --delta_dir: an adapter is a delta")
     out = Path(c.out)
-    check_out(out, (c.delta_dir, c.base), lambda: (out / CARD).is_file() and TAG.encode() in (out / CARD).read_bytes())
-    base = open_base(c.base)
-    delta = open_best(c.delta_dir, base) if c.delta_dir else None
-    with shaped(c.delta_dir or c.base, "its records lack what a model card needs"):
-        text = card(c.out, c.base, base, delta, c.to == "peft")
-    if c.to == "hf":
-        print(f"{export_hf(out, base, delta, card=text)} and AutoTokenizer load {c.out}")
-    else:
-        print(f"PeftModel loads {c.out} on {export_peft(out, base, c.base, delta, text)}")
+    with locked(out):
+        check_out(out, (c.delta_dir, c.base), lambda: (out / CARD).is_file() and TAG.encode() in (out / CARD).read_bytes())
+        base = open_base(c.base)
+        delta = open_best(c.delta_dir, base) if c.delta_dir else None
+        with shaped(c.delta_dir or c.base, "its records lack what a model card needs"):
+            text = card(c.out, c.base, base, delta, c.to == "peft")
+        if c.to == "hf":
+            print(f"{export_hf(out, base, delta, card=text)} and AutoTokenizer load {c.out}")
+        else:
+            print(f"PeftModel loads {c.out} on {export_peft(out, base, c.base, delta, text)}")
 
 
 def main() -> None:

@@ -16,10 +16,10 @@ import torch
 from rt.data import Example, encode
 from rt.deltas import Base, Delta, apply
 from rt.errors import InputError
-from rt.formats.atomic import beside, named
+from rt.formats.atomic import beside, locked, named
 from rt.formats.delta_files import seq_len_of
 from rt.formats.hub import open_base
-from rt.formats.tables import FORMATS, STDIN
+from rt.formats.tables import FORMATS, STDIN, format_of
 from rt.formats.tasks import read_examples
 from rt.formats.tokenizer import Tokenizer
 from rt.formats.untrusted import parse_json
@@ -59,12 +59,14 @@ def main() -> None:
     source, out = STDIN if c.input == "-" else Path(c.input), Path(c.out) if c.out else None
     examples = read_examples(source, labelled=False, format=c.input_format)
     part = beside(out, "part") if out and out.is_file() else out      # earlier answers stay until all new ones are there
-    for path in {out, part} - {None}:
-        check_out(path, source)
-    base, delta, model, seq_len, where = open_tuned(c)
-    count, truncated = write_answers(answers(model, examples, delta.labels, base.tokenizer, seq_len, **where), part, source)
-    if part != out:
-        part.replace(named(out))
+    is_file = out and out.parent.is_dir() and (out.is_file() or not out.exists())
+    with locked(beside(out, "answers")) if is_file else contextlib.nullcontext():       # two commands may name one file
+        for path in {out, part} - {None}:
+            check_out(path, source)
+        base, delta, model, seq_len, where = open_tuned(c)
+        count, truncated = write_answers(answers(model, examples, delta.labels, base.tokenizer, seq_len, **where), part, source)
+        if part != out:
+            part.replace(named(out))
     note_truncated(truncated, count, seq_len, sys.stderr)
 
 
@@ -113,6 +115,8 @@ def chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
 
 def check_out(out: Path, source: Path) -> None:
     """InputError if `out` is the input, if its folder does not exist, or if it is a file that does not begin with an answer."""
+    if format_of(out) in {*FORMATS} - {"jsonl", "json", "txt"} or out.suffix in (".gz", ".xz"):
+        raise InputError(f"--out {out}: answers are written as JSONL; give a name such as {out.name.split('.')[0]}.jsonl")
     if not out.parent.is_dir():
         raise InputError(f"--out {out}: there is no folder {out.parent}")
     if not out.is_file():

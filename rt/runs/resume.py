@@ -29,7 +29,7 @@ from rt.formats.atomic import check_seal, locked
 from rt.formats.checkpoint import load_base, read_torch, save_base
 from rt.formats.files import FIGURES, read_json, unknown_names, write_json
 from rt.formats.untrusted import is_number, is_whole, shaped
-from rt.model import MaskedLM
+from rt.model import MaskedLM, spelled
 from rt.optim import MOST_SKIPPED
 from rt.pretrain import PretrainSettings
 from rt.recipes import Recipe
@@ -302,16 +302,16 @@ class PretrainRun:
 
 def sample_of(rows: Rows, tokenizer: Tokenizer) -> str:
     """A text with the longest sequence of the first training row, plain and as the model sees it, and with packing statistics."""
-    batch, (ids, lengths) = rows.batch(0, rows.row_tokens), rows.row(0)
+    masked, (ids, lengths) = spelled(rows.batch(0, rows.row_tokens).ids), rows.row(0)
     longest = max(range(len(lengths)), key=lengths.__getitem__)
     span, p = slice(sum(lengths[:longest]), sum(lengths[:longest + 1])), packing(rows)
-    return (f"sample: {tokenizer.decode(ids[span])!r}\nmasked: {tokenizer.decode(batch.ids[span].tolist())!r}\n"
-            f"{p['rows']} rows of {rows.row_tokens} tokens an epoch, {p['fill']:.0%} full; {p['cut']:.1%} of sequences cut at a row's end")
+    return (f"sample: {tokenizer.decode(ids[span])!r}\nmasked: {tokenizer.decode(masked[span].tolist())!r}\n"
+            f"{p['rows']} rows of {rows.row_tokens} tokens an epoch; {p['cut']:.1%} of sequences cut at a row's end")
 
 
 def packing(rows: Rows) -> dict:
-    """Packing statistics of an epoch: number of rows, fill rate (rows are cut from one line), share of sequences cut at a row's end."""
+    """Packing statistics of an epoch: number of rows, and share of sequences cut at a row's end."""
     rows.enter_epoch(max(rows.epoch, 0))
     ends = np.arange(1, rows.per_epoch + 1) * rows.row_tokens
     cut = len(ends) - np.isin(ends, rows.ends).sum()
-    return {"rows": rows.per_epoch, "fill": min(1.0, float(rows.ends[-1] / ends[-1])), "cut": round(float(cut / len(rows.lengths)), 4)}
+    return {"rows": rows.per_epoch, "cut": round(float(cut / len(rows.lengths)), 4)}

@@ -1,6 +1,7 @@
 """How a run gets the delta it starts from: deltas of --old_delta, merged by their dev score (--merge); a map learned on other tasks
 (--mode project) or found from text (--mode transport, --carry)."""
 import itertools
+import os
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
@@ -52,7 +53,6 @@ def refusals(c: Any, modes: list[str]) -> Iterable[tuple[Any, str]]:
             ("project" not in modes and (tasks or deltas), "--source_task and --source_delta are for --mode project"),
             ("project" in modes and (not tasks or len(deltas) not in (0, len(tasks))),
              f"--mode project needs --source_task, and of --source_delta as many or none: {len(tasks)} tasks, {len(deltas)} deltas"),
-            (c.task in tasks, f"--source_task {c.task}: is the --task itself, and a projection is for a task that it was not learned on"),
             (c.carry.carry and not {*modes} & {*CARRIES}, f"--carry is for modes that start from a delta: {', '.join(CARRIES)}"),
             (c.carry.carry_text and not carried, "--carry_text is for --mode transport and --carry"),
             (bool(carried or "project" in modes) + bool(c.chain) + several > 1,
@@ -70,7 +70,7 @@ def carried_modes(c: Any, modes: Iterable[str]) -> list[str]:
 
 def old_names(text: str | None) -> list[str]:
     """The names in --old_delta A,B,C. An existing folder is one name, even if its name contains commas."""
-    return text.split(",") if text and not Path(text).exists() else [text or ""]
+    return text.split(",") if text and not os.path.exists(text) else [text or ""]     # Path.exists raises an error for a long list
 
 
 def open_old(text: str, base: Base, labels: tuple[str, ...], how: str) -> tuple[list[Delta], Delta, Delta | None]:

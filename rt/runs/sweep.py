@@ -3,7 +3,7 @@ import difflib
 import itertools
 
 from rt.errors import InputError
-from rt.runs.config import C, convert, flags_of, replace_flags
+from rt.runs.config import C, changed, convert, flags_of, replace_flags
 from rt.runs.summary import group
 
 # settings that a grid can vary; runs of one group, done side by side, differ only in SIDE_BY_SIDE, seed and learning rate
@@ -32,6 +32,8 @@ def swept(spec: str) -> dict[str, list[str]]:
 def expand(config: C, spec: str) -> list[C]:
     """One copy of `config` per combination of the grid's values, in the order in which the values are written."""
     kinds = {flag.name: flag.kind for flag in flags_of(type(config))}
+    if twice := [f"--{LISTS[name]}" for name in swept(spec) if name in LISTS and LISTS[name] in changed(config)]:
+        raise InputError(f"--sweep {spec}: {twice[0]} is given as well; leave one of them out")
     choices = [[(LISTS.get(name, name), convert(f"sweep {name}", text, kinds[LISTS.get(name, name)])) for text in texts]
                for name, texts in swept(spec).items()]
     return [replace_flags(config, **dict(combination)) for combination in itertools.product(*choices)]

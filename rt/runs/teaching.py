@@ -41,6 +41,7 @@ def refusals(c: Any, modes: list[str]) -> Iterable[tuple[Any, str]]:
             (t.teacher and not c.old_delta and {*modes} - {*WITHOUT_OLD},
              f"--teacher {t.teacher}: has answers and no delta; modes other than {' and '.join(WITHOUT_OLD)} need --old_delta and its "
              "--old_base too"),
+            (t.teacher and c.old_base and not c.old_delta, "--old_base has no effect with a --teacher, unless --old_delta is given"),
             (t.teacher and c.chain, "--teacher has no --chain: from the second base on, the recycled delta would teach"),
             (t.teacher and t.old_seq_len, "--old_seq_len is for an old base that reads the texts; with --teacher none does"),
             (t.old_seq_len and (d.gamma or d.itp), "--gamma and --itp give the teacher the student's token ids: leave "

@@ -10,6 +10,7 @@ from torch import Tensor
 from rt.data import Corpus, MaskUnit, Objective, Rows, Tokenizer
 from rt.deltas import Base
 from rt.errors import InputError
+from rt.formats.atomic import check_seal
 from rt.formats.checkpoint import load_base
 from rt.formats.hub import open_base
 from rt.limits import Limit, NonNegative, NonNegativeInt, PositiveInt, PositiveShare, Share, ShareBelowOne
@@ -158,6 +159,7 @@ def go_on_from(c: Any, folder: Path, base: Base) -> tuple[MaskedLM, str, Path | 
         if moments.parent != folder.parent or not (moments / "optim.pt").is_file():
             raise InputError(f"{folder} was annealed from {moments}, which is gone: restore it to go on, or give another --schedule")
         base = load_base(moments)
+        check_seal(moments, "meta.json", base.meta, ("optim.pt",))
     model = MaskedLM(base.encoder, base.head or new_masked_lm(base.encoder.config, c.seed).head)
     set_dropout(model, c.dropout)
     return model, base.fingerprint, moments
