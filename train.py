@@ -38,11 +38,11 @@ from rt.pretrain import PretrainSettings, evaluate_mlm, microbatches
 from rt.recipes import Recipe, mix
 from rt.runs.build import is_tuned
 from rt.runs.config import changed, parse, record, run
-from rt.runs.log import Log, StepBar, load_tensorboard, note_changed_task, note_truncated, scores_text, task_text, tested_text
+from rt.runs.log import Log, StepBar, are_pairs, load_tensorboard, note_changed_task, note_truncated, scores_text, task_text, tested_text
 from rt.runs.predict import open_tuned
 from rt.runs.resume import PretrainRun, check_content, sample_of, table_of
 from rt.runs.signals import Interrupted
-from rt.runs.upgrade import RecipeConfig, Start, earlier_domains, go_on_from, lengthen, scored_rows, start_recipe
+from rt.runs.upgrade import RecipeConfig, Start, contents_of, earlier_domains, go_on_from, lengthen, scored_rows, start_recipe, used
 from rt.runs.workers import use_threads
 from rt.speed.device import make_deterministic, pick_device, pick_precision, precision_name
 from rt.speed.dist import Ranks, join, launched, zero
@@ -145,6 +145,8 @@ def pretrain(c: Config) -> None:
     ranks, out = join(c.device), Path(c.out or "runs/demo")
     ranks.assert_same({f"--{k}": v for k, v in record(c).items()})
     check_graphs(c.graphs, ranks)
+    if "steps" in changed(c) and len(c.steps) > (stages := 1 if c.recipe.mix else len(c.stream)):
+        raise InputError(f"--steps {','.join(map(str, c.steps))}: are for {len(c.steps)} stages, and --stream makes {stages}")
     c.recipe.check(domain_names("stream", c.stream), c.warmup, min(c.steps), c.snapshots)
     if c.recipe.preserve and not c.init and (c.recipe.mix or len(c.stream) == 1):
         raise InputError("--preserve: a new base has no earlier one to stay near; give that one with --init")
@@ -169,10 +171,11 @@ def train_stages(c: Config, stream: PretrainRun, ranks: Ranks) -> Interrupted | 
     r = c.recipe
     found = ranks.main_first(lambda: [open_domain(entry, c.cache, r.template, r.select, r.keep) for entry in c.stream])
     paths, own = (dict(zip(domain_names("stream", c.stream), each)) for each in zip(*found))
-    model, tokenizer, (parent, number, domains, moments) = start_model(c, stream.out, next(iter(paths.values())), ranks)
+    model, tokenizer, (parent, number, domains, moments, contents) = start_model(c, stream.out, next(iter(paths.values())), ranks)
     earlier = earlier_domains(c, domains, own)
     paths = ranks.main_first(lambda: {name: corpus_path(place, c.cache) for name, place in earlier.items()}) | paths
     corpora = ranks.main_first(lambda: {name: build_corpus(name, path, tokenizer, c.cache) for name, path in paths.items()})
+    contents = contents_of(corpora, contents, {name: earlier[name] for name in earlier.keys() - own.keys()})
     where = {"device": ranks.device, "precision": pick_precision(c.precision, ranks.device)}
     content = {"--precision": precision_name(where["precision"]), "tokenizer": tokenizer.fingerprint, "--init": parent,
                "--mix_reference": r.mix_reference and ranks.main_first(lambda: open_base(r.mix_reference)).fingerprint,
@@ -193,9 +196,8 @@ def train_stages(c: Config, stream: PretrainRun, ranks: Ranks) -> Interrupted | 
         optimizer = adamw(model.parameters(), 0.0, c.weight_decay, make=zero if c.zero else AdamW)
         recipe = start_recipe(c, model, rows, [corpora[name]["train"] for name in groups[i]], tokenizer, ranks, where,
                               stream.out / f"M{number - 1}" if i else c.init)
-        idle = [*["replay"] * (rows.mixture is None), *["preserve", "preserve_by"] * (parent is None)]     # nothing came before this stage
-        about = {"name": name, "domain": domain, "number": number, "parent": parent, "domains": domains,
-                 "precision": content["--precision"], "recipe": {k: v for k, v in changed(r).items() if k not in idle}}
+        about = {"name": name, "domain": domain, "number": number, "parent": parent, "domains": domains, "recipe": used(r, rows, parent),
+                 "contents": {k: v for k, v in contents.items() if k in domains}, "precision": content["--precision"]}
         first = stream.start_stage(about, s, rows, model, optimizer, where["precision"], recipe, moments)
         if not stream.stages and first == 0:
             print(sample_of(rows, tokenizer))
@@ -267,10 +269,9 @@ def start_model(c: Config, out: Path, first_corpus: Path, ranks: Ranks) -> tuple
             if c.recipe.preserve and c.recipe.preserve_by == "predictions":
                 raise InputError(f"--preserve_by predictions: {c.init} predicts nothing without its masked-LM head; use hidden")
         model, parent, moments = go_on_from(c, Path(c.init).resolve(), base)
-        start = Start(parent, base.meta.get("number", 0), base.meta.get("domains", {}), moments)
+        start = Start(parent, base.meta.get("number", 0), base.meta.get("domains", {}), moments, base.meta.get("contents", {}))
         if c.recipe.max_len and c.recipe.max_len != config.max_len:     # optimizer's moments do not fit a longer table
             model, start = lengthen(model, c.recipe.max_len), start._replace(moments=None)
-            config = model.encoder.config
     else:
         tokenizer = ranks.from_main(lambda: start_tokenizer(c, out, first_corpus))
         sizes = PRESETS[c.preset] | ({"max_len": c.recipe.max_len} if c.recipe.max_len else {})
@@ -278,8 +279,8 @@ def start_model(c: Config, out: Path, first_corpus: Path, ranks: Ranks) -> tuple
         model = new_masked_lm(config, c.seed)
     if (c.init or c.tokenizer) and c.vocab_size not in (Config.vocab_size, tokenizer.vocab_size):
         print(f"--vocab_size {c.vocab_size} has no effect: the tokenizer of {c.init or c.tokenizer} has {tokenizer.vocab_size} entries")
-    if c.seq_len > config.max_len:
-        raise InputError(f"--seq_len {c.seq_len}: the model has positions for {config.max_len} tokens; --max_len makes more")
+    if c.seq_len > (most := model.encoder.config.max_len):
+        raise InputError(f"--seq_len {c.seq_len}: the model has positions for {most} tokens; --max_len makes more")
     set_dropout(model, c.dropout)
     return model, tokenizer, start if c.number is None else start._replace(number=c.number - 1)
 
@@ -300,7 +301,7 @@ def tune_delta(c: Config) -> None:
     where = {"device": device, "precision": pick_precision(c.precision, device)}
     base, task = open_base(c.base).to(device), open_task(c.task, c.cache)
     base.require_length(c.seq_len)
-    about = {"task": task.name, "task_hash": task.hash, "labels": list(task.labels), "shots": c.shots, "seed": c.seed}
+    about = {"task": task.name, "task_hash": task.hash, "labels": [*task.labels], "pairs": are_pairs(task.parts["train"]), "seed": c.seed}
     few = few_shot(task, c.shots, c.seed) if c.shots else task
     data = encode_task(few, base.tokenizer, c.seq_len)
     print(task_text(few))
@@ -310,7 +311,7 @@ def tune_delta(c: Config) -> None:
     check_graphs(c.graphs, Ranks(device))
     c.lr = c.lr or TUNE_LR.get(kind, 5e-3)
     s = TuneSettings(c.tune_steps, c.batch_size, c.lr, c.eval_every, c.seed, c.weight_decay, c.warmup)
-    about |= {"config": record(c), "argv": sys.argv, "precision": precision_name(where["precision"])}
+    about |= {"shots": c.shots, "config": record(c), "argv": sys.argv, "precision": precision_name(where["precision"])}
     if c.out is None:
         idle = (*NOT_SETTINGS, *["base"] * Path(c.base).exists())       # hub ids of two owners share a place
         asked = {k: v for k, v in about["config"].items() if k not in idle} | {"task": task.hash}

@@ -273,6 +273,12 @@ def test_a_tokenizer_that_is_given_has_the_vocabulary_it_has(home, tmp_path):
             assert (f"--vocab_size {size} has no effect: the tokenizer of {home / 'M0'} has" in out) == said
 
 
+def test_steps_for_stages_that_there_are_not_are_refused():
+    for more, stages in ((("--stream", "python"), 1), (("--stream", "python,math", "--mix", "need"), 1)):
+        said = here("train.py", *more, "--steps", "4,5", code=2)
+        assert said == f"error: --steps 4,5: are for 2 stages, and --stream makes {stages}\n"
+
+
 def test_content_that_was_not_noted_is_not_compared(tmp_path):
     check_content(tmp_path, {"tokenizer": "1"})
     write_json(tmp_path / "config.json", {"lr": 1, "content": {"tokenizer": "1", "corpus a": ""}})

@@ -24,6 +24,7 @@ from rt.kinds import DeltaConfig
 from rt.model import MaskedLM
 from rt.runs import predict
 from rt.runs.config import READER_LEFT
+from rt.runs.log import are_pairs, note_pairs
 
 TEXTS = [f"Returns the {'complete ' * (i % 5)}graph number {i}, \"é\"." for i in range(23)]
 CPU = {"device": torch.device("cpu"), "precision": torch.float32}
@@ -116,6 +117,17 @@ def test_pairs_and_regressions(flags, tmp_path):
     said = rows(here(*flags[:at], flags[at].with_name("scores"), *flags[at + 1:], "--input", tmp_path / "pairs.csv"))
     assert [(row["text"], row["text_pair"]) for row in said] == [("a graph", "another one"), ("a graph", "a tree")]
     assert all(set(row) == {"text", "text_pair", "value"} for row in said) and said[0]["value"] != said[1]["value"]
+
+
+def test_single_texts_for_a_delta_of_pairs_are_said_and_the_reverse(capsys):
+    one, two = Example("a", None, None, "x, line 1"), Example("a", "b", None, "x, line 2")
+    for pairs, given, said in ((True, [two, one, one], "learned on pairs of texts, and x, line 1 is a single text"),
+                               (False, [one, two], "learned on single texts, and x, line 2 is a pair of texts"),
+                               (True, [two], ""), (None, [one, two], "")):
+        assert [*note_pairs({"pairs": pairs}, given)] == given
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == bool(said)
+    assert (are_pairs([one]), are_pairs([two]), are_pairs([one, two])) == (False, True, None)
 
 
 def test_a_pair_that_is_null_is_none_and_a_text_may_be_long(tmp_path):

@@ -163,7 +163,7 @@ def test_a_stage_records_what_it_ran_with(home):
 def test_replay_knows_the_earlier_domains_of_init(home):
     train(home, "old", "--steps", "4", stream="one")
     meta = read_json(home / "old" / "M0" / "meta.json")
-    assert meta["domains"] == {"one": str((home / "one.txt").resolve())} and meta["recipe"] == {}
+    assert meta["domains"] == {"one": str((home / "one.txt").resolve())} and meta["recipe"] == {} and [*meta["contents"]] == ["one"]
     upgrade = ("--steps", "4", "--replay", "0.25", "--init", home / "old" / "M0")
     train(home, "new", *upgrade, stream="two")
     meta = read_json(home / "new" / "M1" / "meta.json")
@@ -181,6 +181,9 @@ def test_replay_knows_the_earlier_domains_of_init(home):
     assert read_json(home / "same" / "M1" / "meta.json")["domains"] == {"one": str((home / "one.txt").resolve())}
     (home / "one.txt").rename(home / "gone.txt")
     try:
+        (home / "one.txt").write_text("another text\nabout edges\n" * 99 + "a\nb\n")
+        assert f"one ({home / 'one.txt'}) has changed since the lineage learned it" in train(home, "y", *upgrade, stream="two", code=2)
+        (home / "one.txt").unlink()
         assert "one.txt, which is gone: restore it" in train(home, "y", *upgrade, stream="two", code=2)
     finally:
         (home / "gone.txt").rename(home / "one.txt")
@@ -402,7 +405,7 @@ def test_a_recipe_resumes_bit_for_bit(recipe, home):
     train(home, "reference", "--steps", "30", "--snapshots", "0", stream="one")
     recipe = [str(home / "reference" / "M0") if word == "REFERENCE" else word for word in recipe]
     tokenizer = () if recipe[0] == "--align" else ("--tokenizer", home / "reference" / "M0")
-    arguments = ("--steps", "18,11", *recipe, *tokenizer)
+    arguments = ("--steps", "18" if recipe[0] == "--mix" else "18,11", *recipe, *tokenizer)
     straight, broken = (f"{name}{recipe[1]}" for name in ("straight", "broken"))
     train(home, straight, *arguments)
     train(home, broken, *arguments, "--stop_after", "14")

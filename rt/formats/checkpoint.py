@@ -33,7 +33,7 @@ from rt.model import Encoder, EncoderConfig, MaskedLM, MLMHead
 META = {"number": lambda v: is_whole(v, -1), "step": lambda v: is_whole(v, 0),
         **dict.fromkeys(("name", "trunk"), lambda v: isinstance(v, str)),
         **dict.fromkeys(("stage", "recipe"), lambda v: isinstance(v, dict)),
-        "domains": lambda v: isinstance(v, dict) and all(isinstance(place, str) for place in v.values())}
+        **dict.fromkeys(("domains", "contents"), lambda v: isinstance(v, dict) and all(isinstance(text, str) for text in v.values()))}
 # rules for the settings of an encoder; each relies on the rules above it
 ENCODER = {**dict.fromkeys(("hidden_size", "num_layers", "ffn_size", "max_len", "vocab_size"), lambda v, c: is_whole(v, 1)),
            "num_heads": lambda v, c: is_whole(v, 1) and c.hidden_size % v == 0,

@@ -8,12 +8,12 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any, Callable, Iterator, TextIO
+from typing import Any, Callable, Iterable, Iterator, TextIO
 
 import torch
 from tqdm import tqdm
 
-from rt.data import Task
+from rt.data import Example, Task
 from rt.errors import InputError
 from rt.formats.files import EVENTS, read_rows, write_errors, write_whole
 from rt.formats.untrusted import is_number
@@ -175,6 +175,23 @@ def note_truncated(truncated: int, count: int, seq_len: int, file: TextIO | None
     """Print how many texts were cut, if any."""
     if truncated:
         print(f"{truncated} of {count} texts are longer than {flag} {seq_len} and were cut", file=file)
+
+
+def are_pairs(examples: list[Example]) -> bool | None:
+    """Whether the texts are pairs; None if some are and some are not."""
+    kinds = {example.text_pair is not None for example in examples}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def note_pairs(info: dict, examples: Iterable[Example]) -> Iterator[Example]:
+    """Yields the examples. Prints a note on stderr at the first that is a pair although the delta learned single texts, or the reverse."""
+    pairs = info.get("pairs")
+    for example in examples:
+        if pairs is not None and (example.text_pair is not None) != pairs:
+            learned, given = ("pairs of texts", "a single text") if pairs else ("single texts", "a pair of texts")
+            print(f"note: the delta was learned on {learned}, and {example.source} is {given}", file=sys.stderr)
+            pairs = None
+        yield example
 
 
 def note_changed_task(info: dict, task: Task) -> None:

@@ -26,7 +26,7 @@ from rt.formats.untrusted import parse_json
 from rt.limits import SeqLen
 from rt.model import Classifier
 from rt.runs.config import parse, run
-from rt.runs.log import note_truncated, progress
+from rt.runs.log import note_pairs, note_truncated, progress
 from rt.runs.results import open_best
 from rt.speed.device import make_deterministic, pick_device, pick_precision
 from rt.speed.dist import launched
@@ -64,6 +64,7 @@ def main() -> None:
         for path in {out, part} - {None}:
             check_out(path, source)
         base, delta, model, seq_len, where = open_tuned(c)
+        examples = note_pairs(delta.info, examples)
         count, truncated = write_answers(answers(model, examples, delta.labels, base.tokenizer, seq_len, **where), part, source)
         if part != out:
             part.replace(named(out))

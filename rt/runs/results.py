@@ -28,7 +28,7 @@ from rt.formats.hub import open_delta
 from rt.formats.untrusted import shaped
 from rt.recycling import CARRIES, NEEDS_TEACHER, TRAINED, Recycling
 from rt.runs.config import flags_of, record
-from rt.runs.log import Log
+from rt.runs.log import Log, are_pairs
 from rt.runs.summary import add_steps_to_scratch, best_of, by_settings, group, routes
 from rt.tune import TuneResult, score
 
@@ -113,7 +113,8 @@ def save_run(out: Path, run: Run, task: Task, result: TuneResult, delta: Delta, 
     with delta_folder(out / "deltas" / run.name, nbytes(delta)) as new:
         if c.save_deltas:
             facts = {k: row[k] for k in ("task", "shots", "seed", "mode", "lr", "precision", "dev", "test", "origin") if row[k] != {}}
-            facts |= {"labels": list(task.labels), "task_hash": task.hash, "config": record(c), "argv": sys.argv}
+            facts |= {"labels": list(task.labels), "task_hash": task.hash, "pairs": are_pairs(task.parts["train"])}
+            facts |= {"config": record(c), "argv": sys.argv}
             write_delta(new, replace(delta, info=facts | delta.info))
         log = Log(new, tensorboard=c.tensorboard)
         for line in curve:

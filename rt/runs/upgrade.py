@@ -18,6 +18,7 @@ from rt.model import Encoder, MaskedLM, MLMHead, new_masked_lm, set_dropout
 from rt.optim import ScheduleConfig
 from rt.pretrain import evaluate_mlm, mlm_loss
 from rt.recipes import Preserve, PreserveBy, Recipe
+from rt.runs.config import changed
 from rt.speed.dist import Ranks
 
 HELDOUT_MASK_RATE = 0.15    # does not depend on --mask_rate, so held-out losses can be compared
@@ -104,6 +105,7 @@ class Start(NamedTuple):
     number: int = -1
     domains: dict[str, str] = {}    # {domain that the parent was trained on: place of its texts}
     moments: Path | None = None     # folder with the optimizer's state to continue with
+    contents: dict[str, str] = {}   # {domain that the parent was trained on: hash of its tokens}
 
 
 def earlier_domains(c: Any, domains: dict[str, str], own: dict[str, str]) -> dict[str, str]:
@@ -121,6 +123,22 @@ def earlier_domains(c: Any, domains: dict[str, str], own: dict[str, str]) -> dic
             raise InputError(f"--replay: {name}, an earlier domain of {c.init}, was read from {place}, which is gone: restore it "
                              "(texts of --select and task: are in that run's --cache)")
     return domains
+
+
+def contents_of(corpora: dict[str, dict[str, Corpus]], noted: dict[str, str], earlier: dict[str, str]) -> dict[str, str]:
+    """{domain: hash of its tokens} of the lineage (`noted`) and of `corpora`. InputError if a domain that is only replayed (`earlier`: its
+    place) is not what the lineage learned."""
+    found = {name: parts["train"].content for name, parts in corpora.items()}
+    for name, place in earlier.items():
+        if found[name] and noted.get(name, found[name]) != found[name]:
+            raise InputError(f"--replay: {name} ({place}) has changed since the lineage learned it: restore it, or leave --replay out")
+    return noted | found
+
+
+def used(recipe: RecipeConfig, rows: Rows, parent: str | None) -> dict:
+    """The settings of a recipe that are not the defaults, without those that have no effect because nothing came before the stage."""
+    idle = [*["replay"] * (rows.mixture is None), *["preserve", "preserve_by"] * (parent is None)]
+    return {name: value for name, value in changed(recipe).items() if name not in idle}
 
 
 def start_recipe(c: Any, model: MaskedLM, rows: Rows, corpora: list[Corpus], tokenizer: Tokenizer, ranks: Ranks, where: dict,
