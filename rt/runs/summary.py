@@ -51,7 +51,7 @@ def with_interval(values: Iterable[float | None]) -> str:
     middle, half = interval(values)
     if math.isnan(middle):
         return "undefined"
-    digits = 5 if 0 < abs(middle) < 0.01 else 3
+    digits = 5 if 0 < max(abs(middle), half) < 0.01 else 3
     return f"{middle:.{digits}f}" + (f" ± {half:.{digits}f}" if half else "")
 
 
