@@ -2,6 +2,8 @@
 tokenizer or base whose content changed under its name, text longer than the model, labels and tables with two readings."""
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +21,7 @@ from rt.formats.tasks import load_task
 from rt.formats.tokenizer import load_tokenizer, train_tokenizer
 from rt.kinds import DeltaConfig
 from rt.model import MaskedLM
+from rt.runs import build
 from rt.runs.build import tuned
 from rt.runs.resume import check_content
 
@@ -233,10 +236,26 @@ def test_an_old_delta_of_other_sizes_is_not_taken_for_the_one_that_is_asked_for(
     (tmp_path / "M0").mkdir()
     lora, teaching = DeltaConfig("lora", r=4), SimpleNamespace(old_seq_len=None)
     c = SimpleNamespace(old_base=str(tmp_path / "M0"), delta=lora, seq_len=64, teaching=teaching)
-    assert tuned(c, "t", Task("t", (), {})).endswith("M0-t-lora-s0")
+    assert tuned(c, "t", Task("t", (), {})).endswith("M0-t-lora-s0") and len([*(tmp_path / "deltas").iterdir()]) == 1      # and no lock
     for name, value, words in (("delta", DeltaConfig("lora", r=8), "r: 4, not 8"), ("seq_len", 128, "seq_len: 64, not 128")):
         with pytest.raises(InputError, match=f"was tuned with another --{words}; to use it as it is, name it with --old_delta"):
             tuned(SimpleNamespace(**vars(c) | {name: value}), "t", Task("t", (), {}))
+
+
+def test_of_two_commands_that_need_one_delta_one_makes_it(tmp_path, monkeypatch):
+    (tmp_path / "M0").mkdir()
+    c, made = SimpleNamespace(old_base=str(tmp_path / "M0"), delta=DeltaConfig("lora"), seq_len=64,
+                              teaching=SimpleNamespace(old_seq_len=None)), []
+
+    def slowly(c, job):
+        made.append(job)
+        time.sleep(0.5)
+        write_json(job[1]["out"] / "delta.json", {"info": {}})
+
+    monkeypatch.setattr(build, "build", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        assert len({*pool.map(lambda _: tuned(c, "t", Task("t", (), {})), range(2))}) == 1
+    assert len(made) == 1
 
 
 def test_two_tasks_of_one_name_do_not_share_a_delta_and_one_task_is_not_its_own_source(home, tmp_path):

@@ -1,6 +1,7 @@
 """Runs train.py to make missing bases and deltas. Device, precision, cache and determinism come from the calling script's config."""
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, Iterable
 
@@ -66,8 +67,11 @@ def tuned(c: Any, name: str, task: Task) -> str:
     """The folder of the old base's delta for a task, beside that base. train.py makes the delta if it is missing."""
     folder = place_of_delta(c.old_base, task.name, c.delta.kind)
     asked = c.delta.used | {"seq_len": c.teaching.old_seq_len or c.seq_len, "task": task.hash}
+    is_there = partial(is_tuned, folder, asked, "to use it as it is, name it with --old_delta; for a new one, move it away")
+    if is_there():
+        return str(folder)
     with locked(beside(folder, "making"), wait=True):       # several commands may need one delta at once
-        if not is_tuned(folder, asked, "to use it as it is, name it with --old_delta; for a new one, move it away"):
+        if not is_there():
             sizes = {size: value for size, value in vars(c.delta).items() if size not in ("kind", "target_modules")}
             flags = dict(mode="tune", base=c.old_base, task=name, out=folder, delta=c.delta.kind, seq_len=asked["seq_len"],
                          target_modules=",".join(c.delta.target_modules), **sizes)
