@@ -30,7 +30,7 @@ TINY = {"pretrain": PRETRAIN, "demo": PRETRAIN + " --stream papers.txt.xz,news,m
         "rt.runs.predict": "--seq_len 32 --device cpu",
         "bench.cell": "--sweep seed=0,1 --ways 'side by side' --steps 2 --shots 4 --sample 1",
         "recycle.py": "--steps 2 --eval_every 1 --seq_len 32 --seeds 0,1",
-        "analyze.py": "--tasks my_task --seq_len 32 --tune_steps 2 --points 3 --max_examples 4"}
+        "analyze.py": "--tasks my_task --seq_len 32 --tune_steps 2"}
 DEMO = "--task my_task --old_delta runs/demo/deltas/M0-math-full-s0 --out runs/recycle/demo-M1-math-full-k16"
 DEVICE = {"train.py": ("--device", "cpu"), "recycle.py": ("--device", "cpu"), "analyze.py": ("--device", "cpu")}
 LEFT = {"Two commands to a result": ("runs/demo/M2/model.safetensors", "runs/recycle/*/summary.json", "runs/analyze/*/rows.jsonl"),

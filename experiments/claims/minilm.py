@@ -254,7 +254,7 @@ def paths(c: Config, cell: dict) -> list[dict]:
         bases = ",".join(str(base_folder(c, base, L)) for base in ("M0", "M1", "M4"))
         command = script(c, "analyze.py", "--study", study, "--bases", bases, "--independent", base_folder(c, "TWIN", L), "--tasks",
                          task_folder(c, task), "--deltas", ",".join(map(str, deltas)), "--seeds", L, "--seq_len", TASKS[task], "--device",
-                         "cpu", "--points", 11, "--out", out)
+                         "cpu", *(("--points", 11) if study == "connectivity" else ()), "--out", out)
         rows += [{"study": study, "command": command} | row for row in read_json(out / "summary.json")["numbers"]]
     return rows
 
