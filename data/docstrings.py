@@ -233,9 +233,12 @@ def build(domain: str, out: Path) -> dict:
 
 
 def _ready(final: Path, stamp: dict) -> dict | None:
-    path = final / "meta.json"
-    meta = json.loads(path.read_text()) if path.exists() else {}
-    return meta if stamp.items() <= meta.items() else None
+    """The meta.json in `final`, or None if it is missing, damaged or of other data than `stamp` says."""
+    try:
+        meta = json.loads((final / "meta.json").read_text())
+        return meta if stamp.items() <= meta.items() else None
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def _publish(final: Path, rows: dict[str, list[dict]], meta: dict) -> None:

@@ -124,6 +124,9 @@ def test_a_second_build_does_nothing_and_a_new_format_builds_again(tmp_path, mon
     monkeypatch.setattr(docstrings, "FORMAT", docstrings.FORMAT + 1)
     train.write_text("")
     assert docstrings.build("kitchen", tmp_path / "out")["format"] == docstrings.FORMAT
+    for damaged in ("{", "[]", ""):
+        (tmp_path / "out" / "kitchen" / "meta.json").write_text(damaged)
+        assert docstrings.build("kitchen", tmp_path / "out")["format"] == docstrings.FORMAT
     assert train.read_text() == text and [p.name for p in (tmp_path / "out").iterdir()] == ["kitchen"]
 
 
