@@ -281,7 +281,7 @@ def test_the_delta_of_a_base_of_another_owner_is_not_replaced(home, tmp_path, mo
     assert "was tuned with another --base: Anna/enc, not Bert/enc" in here(*tune, "Bert/enc", code=2)
 
 
-def test_a_tokenizer_that_is_given_has_the_vocabulary_it_has(home, tmp_path):
+def test_a_tokenizer_that_is_given_has_the_vocabulary_it_has_and_a_first_run_may_say_resume(home, tmp_path, capsys):
     text = tmp_path / "new.txt"
     text.write_text("".join(f"a graph of {i} nodes\n" for i in range(300)))
     short = ("train.py", "--stream", text, "--preset", "tiny", "--steps", "1", "--seq_len", "16", "--batch_tokens", "128",
@@ -289,7 +289,10 @@ def test_a_tokenizer_that_is_given_has_the_vocabulary_it_has(home, tmp_path):
     for flag in ("--init", "--tokenizer"):
         for size, said in ((7, True), (load_tokenizer(home / "M0").vocab_size, False)):
             out = here(*short, flag, home / "M0", "--vocab_size", size, "--out", tmp_path / f"{flag}{size}")
+            assert capsys.readouterr().err == ""
             assert (f"--vocab_size {size} has no effect: the tokenizer of {home / 'M0'} has" in out) == said
+    here(*short, "--init", home / "M0", "--resume", "--out", tmp_path / "new")
+    assert capsys.readouterr().err == f"note: --resume: {tmp_path / 'new'} holds no run yet; one begins there\n"
 
 
 def test_steps_for_stages_that_there_are_not_are_refused():

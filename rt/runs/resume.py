@@ -27,7 +27,7 @@ from rt.deltas import Base
 from rt.errors import Diverged, InputError
 from rt.formats.atomic import check_seal, locked
 from rt.formats.checkpoint import load_base, read_torch, save_base
-from rt.formats.files import FIGURES, read_json, unknown_names, write_json
+from rt.formats.files import FIGURES, note, read_json, unknown_names, write_json
 from rt.formats.untrusted import is_number, is_whole, shaped
 from rt.model import MaskedLM, spelled
 from rt.optim import MOST_SKIPPED
@@ -170,6 +170,8 @@ class PretrainRun:
         self.ranks.from_main(lambda: check_content(self.out, content))
         self.tokenizer, self.newest = tokenizer, read_json(self.checkpoint / "meta.json") if self.checkpoint else {}
         if self.ranks.is_main:
+            if self.resume and not (self.out / "config.json").exists():
+                note(f"--resume: {self.out} holds no run yet; one begins there")
             write_json(self.out / "config.json", self.settings | {"content": content})
             tokenizer.save(self.out)
         self.log = Log(self.out, keep=lambda row: self.resume and not is_done_again(row, self.out, self.newest), writes=self.ranks.is_main,
