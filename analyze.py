@@ -29,7 +29,7 @@ from rt.deltas import Base, Delta, check_fits
 from rt.errors import InputError
 from rt.formats.atomic import locked
 from rt.formats.delta_files import seq_len_of
-from rt.formats.files import FIGURES, check_overwritable, read_rows, write_json
+from rt.formats.files import FIGURES, check_overwritable, read_rows, write_errors, write_json
 from rt.formats.hub import open_base, open_delta, place_of_delta
 from rt.kinds import KINDS
 from rt.limits import Limit, Positive, PositiveInt, Seeds, SeqLen
@@ -128,7 +128,8 @@ def run_study(c: Config, out: Path) -> None:
     summary = {"study": c.study, "numbers": numbers, "deltas": context.origins, "config": record(c), "argv": sys.argv}
     write_json(out / "summary.json", summary)
     print(numbers_table(numbers))
-    print(f"rows in {place}, {draw_all(figures_of(c.study, rows), out, place)}")
+    with write_errors(out):
+        print(f"rows in {place}, {draw_all(figures_of(c.study, rows), out, place)}")
 
 
 # --- bases and deltas -------------------------------------------------------------------------------------------------

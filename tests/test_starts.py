@@ -255,7 +255,7 @@ def test_several_deltas_and_prototypes_typed(home):
     assert rows["scratch"]["settings"]["head"] == "prototype"
     said = typed(home, "--mode", "apply,init", "--old_delta", home / "other", "--head", "prototype", "--shrinkage")
     assert "init keeps the delta and starts a prototype head" in said
-    typed(home, "--mode", "init", "--old_delta", f"{home / 'delta'},{home / 'other'}", "--sweep", "lr=1e-3,5e-3")
+    typed(home, "--mode", "init", "--old_delta", f"{home / 'delta'},{home / 'other'}", "--sweep", "seed=0,1")
     assert "merged" in rows_of(home)["init"]
 
 
@@ -266,7 +266,7 @@ def test_several_deltas_and_prototypes_typed(home):
     (("--mode", "init", "--carry", "--carry_text", "nowhere.txt"), "nowhere.txt"),
     (("--mode", "transport", "--carry_text", "EMPTY"), "holds no text to compare two bases on"),
     (("--mode", "init", "--side_by_side", "2"), "--side_by_side is for the runs of a --sweep"),
-    (("--mode", "init", "--sweep", "seed=0,1"), "--sweep seed=0,1: --seeds is given as well"),
+    (("--mode", "init", "--sweep", "seed=1,2"), "--sweep seed=1,2: leaves out --seeds 0"),
     (("--mode", "scratch", "--base", "not/a/base"), "not/a/base: no base there"),
     (("--mode", "gradmask"), "needs a full delta, not bitfit"), (("--mode", "init", "--old_delta", "a,b"), "a: nothing tuned there")])
 def test_what_makes_no_sense_is_one_sentence(home, more, sentence):

@@ -10,7 +10,6 @@ from statistics import mean
 from typing import Any, Callable, Iterator, Literal
 
 from rt.errors import InputError
-from rt.formats.files import write_errors
 from rt.formats.untrusted import is_number, shaped
 from rt.runs.log import table
 from rt.runs.summary import Points, by_x, interval
@@ -131,7 +130,7 @@ def draw_heatmaps(axes: Any, matrices: list[Any], label: str, top: float = 0.0, 
 def draw_all(figures: dict[str, Callable[[Path], None]], out: Path, source: Path) -> str:
     """Draw each figure to its name in `out`. Returns where they are, or why there are none: no matplotlib, or bad rows in `source`."""
     try:
-        with shaped(source, "its rows do not hold what they should"), write_errors(out):
+        with shaped(source, "its rows do not hold what they should"):
             for name, draw in figures.items():
                 draw(out / name)
     except InputError as error:

@@ -37,7 +37,6 @@ NOT_SETTINGS = {"mode", "seeds", "lr", "out", "cache", "device", "resume", "save
                 "deterministic", "tensorboard", "workers", "threads"}
 # part of a Config -> the modes that read it
 USED_BY = {"distill": (*NEEDS_TEACHER, "project"), "project": ("project",), "teaching": NEEDS_TEACHER, "carry": CARRIES}
-TRAINING = ("steps", "warmup", "weight_decay", "eval_every", "early_stop")      # flags that modes without training do not read
 LATER = ("teaching", "carry", "head", "merge")      # newer flags and parts of a Config: names leave out their defaults, as old names do
 
 
@@ -59,7 +58,6 @@ class Run:
         off = {name for name in ("chain", "early_stop", "gamma", "itp", "project_patience") if not values[name]}
         off |= {flag.name for flag in flags_of(type(self.c)) if flag.path[0] in LATER and values[flag.name] == flag.default}
         off |= {name for name, of in (("att_layers", "gamma"), ("shrinkage", "head")) if of in off}
-        off |= {*TRAINING} if self.mode not in (*TRAINED, "project") else set()
         off |= {"carry"} if self.mode == "transport" else {"carry_text"} if "carry" in off else set()      # transport carries anyway
         return {k: v for k, v in values.items() if k not in NOT_SETTINGS | unread(type(self.c), self.mode) | off}
 

@@ -32,10 +32,12 @@ def swept(spec: str) -> dict[str, list[str]]:
 def expand(config: C, spec: str) -> list[C]:
     """One copy of `config` per combination of the grid's values, in the order in which the values are written."""
     kinds = {flag.name: flag.kind for flag in flags_of(type(config))}
-    if twice := [f"--{LISTS[name]}" for name in swept(spec) if name in LISTS and LISTS[name] in changed(config)]:
-        raise InputError(f"--sweep {spec}: {twice[0]} is given as well; leave one of them out")
     choices = [[(LISTS.get(name, name), convert(f"sweep {name}", text, kinds[LISTS.get(name, name)])) for text in texts]
                for name, texts in swept(spec).items()]
+    lists = {flag: {v for _, values in choice for v in values} for choice in choices if (flag := choice[0][0]) in LISTS.values()}
+    for flag in lists.keys() & changed(config).keys():
+        if lost := {*getattr(config, flag)} - lists[flag]:
+            raise InputError(f"--sweep {spec}: leaves out --{flag} {min(lost)}")
     return [replace_flags(config, **dict(combination)) for combination in itertools.product(*choices)]
 
 
