@@ -127,7 +127,8 @@ def pretrained(folder: Path, model, rows, optimizer, settings, tokenizer, *, dev
     """Runs train.py's loop for one stage in `folder`, from step `first` or from the newest checkpoint there. Returns the rows of
     metrics.jsonl."""
     ranks = Ranks(device)
-    with PretrainRun(folder, ranks, {}, resume=True, snapshots=0, save_every=10**9, log_every=log_every, stop_after=stop_after) as run:
+    with PretrainRun(folder, ranks, {}, resume=(folder / "config.json").exists(), snapshots=0, save_every=10**9, log_every=log_every,
+                     stop_after=stop_after) as run:
         run.begin({}, tokenizer)
         about = {"name": "M0", "domain": "d", "number": 0, "parent": None}
         start = run.start_stage(about, settings, rows, model, optimizer, precision)
