@@ -21,7 +21,7 @@ def corpus_path(name: str, cache: Path) -> Path:
 
 def domain_name(entry: str) -> str:
     """The name of a domain in tables and files: an embedded name, a file's or folder's name without endings, or for a task task-NAME."""
-    name = Path(os.path.abspath(entry.removeprefix("task:"))).name.split(".")[0]      # the name of the folder that . is
+    name = Path(os.path.abspath(entry.removeprefix("task:"))).name.split(".")[0]      # . has no name of its own
     return f"task-{name}" if entry.startswith("task:") else name
 
 

@@ -313,7 +313,8 @@ class Rows:
             masked, chosen, true = rows.masker(row, np.random.default_rng([rows.seed, 1, number]))
             rts = rows.masker.objective == "rts"
             labels.append(np.where(rows.masker.is_special[row], -100, masked == row) if rts else true)
-            inner = (masked == rows.eos) & ~np.isin(np.arange(len(row)), np.cumsum(row_lengths) - 1)
+            inner = masked == rows.eos
+            inner[np.cumsum(row_lengths) - 1] = False
             ids.append(np.where(inner, ~masked, masked))      # as in `encode`: a separator that a text spells separates nothing
             predict.append(chosen + n * self.row_tokens)
             lengths += row_lengths

@@ -166,10 +166,10 @@ class Embeddings(nn.Module):
         counted = ids != self.pad_id if self.second_type is None else ids == self.sep_id
         above = counted.cumsum(0) - counted.long()                        # (N,) counted tokens in the rows above
         above = above - above[first]                                      # that are in the same sequence
-        if self.second_type is None:
-            x = self.word(spelled(ids)) + self.position((above + 1) * counted + self.pad_id)
-        else:
-            x = self.word(spelled(ids)) + self.position(rows - first) + (above > 0)[:, None] * self.second_type
+        places = (above + 1) * counted + self.pad_id if self.second_type is None else rows - first
+        x = self.word(spelled(ids)) + self.position(places)
+        if self.second_type is not None:
+            x = x + (above > 0)[:, None] * self.second_type
         return dropout(self.norm(x), self.dropout, seed)
 
 

@@ -40,8 +40,7 @@ def replaced_token_loss(model: MaskedLM, batch: Batch, activations: Activations 
     """Cross-entropy of original (1) against replaced (0), summed over all tokens except special ones (-100), divided by the number of all
     tokens: microbatches add up. The logit is the token's own score in the masked-LM head (Electric: Clark et al., 2020): no new head."""
     ids = spelled(batch.ids)
-    own = model.encoder.embeddings.word(ids)
-    logits = (model.features(batch, activations).float() * own).sum(-1) + model.head.bias[ids]
+    logits = (model.features(batch, activations).float() * model.encoder.embeddings.word(ids)).sum(-1) + model.head.bias[ids]
     losses = F.binary_cross_entropy_with_logits(logits, batch.labels.clamp(min=0).float(), reduction="none")
     return (losses * (batch.labels >= 0)).sum() / len(ids)
 

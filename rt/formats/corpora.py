@@ -113,7 +113,7 @@ def _smallest_draw(path: Path, files: list[Path]) -> int | None:
 
 
 def stamps(path: Path) -> list[list]:
-    """What changes if a corpus does: [part, place, bytes, time of the last change] for each file."""
+    """[part, path, bytes, time of the last change] of each file of a corpus. Caches of the corpus have these in their keys."""
     files = corpus_files(path)
     return [[part, str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for part in PARTS for f in files[part]]
 

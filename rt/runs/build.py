@@ -58,7 +58,7 @@ def build_missing(c: Any, task: Task, source_tasks: list[Task]) -> tuple[str | N
     build_lineage(c, Path(type(c).base).parent, (*(c.chain or (c.base,)), *filter(None, [c.old_base])))
     for base in c.chain or (c.base,):
         if not (Path(base).exists() or is_hub_id(base)):
-            open_base(base)     # raises: a typo is told before anything is tuned
+            open_base(base)     # raises: a typo is reported before anything is tuned
     sources = c.project.source_delta or tuple(tuned(c, *source) for source in zip(c.project.source_task, source_tasks))
     return c.old_delta or (tuned(c, c.task, task) if c.old_base else None), sources
 

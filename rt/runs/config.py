@@ -229,11 +229,11 @@ def run(main: Callable[[], None]) -> None:
     except Exception as error:
         if isinstance(error, OSError) and error.filename is None and is_full(error):
             end(2, f"error: standard output: cannot be written ({error.strerror})")
-        if isinstance(error, OSError) and error.filename and not among_ranks():      # no permission, a name that is too long, ...
+        if among_ranks():
+            end(1, f"error: rank {os.environ.get('RANK')}: {sentence(rank_error(error))}")
+        if isinstance(error, OSError) and error.filename:       # no permission, a name that is too long, ...
             end(2, f"error: {sentence(f'{error.filename}: cannot be used ({error.strerror})')}")
-        if not among_ranks():
-            raise
-        end(1, f"error: rank {os.environ.get('RANK')}: {sentence(rank_error(error))}")
+        raise
 
 
 def sentence(error: Exception | str) -> str:

@@ -4,7 +4,6 @@ import json
 import math
 import multiprocessing
 import os
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from rt.data import Example, Task
 from rt.errors import InputError
-from rt.formats.files import EVENTS, read_rows, write_errors, write_whole
+from rt.formats.files import EVENTS, note, read_rows, write_errors, write_whole
 from rt.formats.untrusted import is_number
 from rt.model import Batch, EncoderConfig
 from rt.speed.throughput import Throughput
@@ -189,7 +188,7 @@ def note_pairs(info: dict, examples: Iterable[Example]) -> Iterator[Example]:
     for example in examples:
         if pairs is not None and (example.text_pair is not None) != pairs:
             learned, given = ("pairs of texts", "a single text") if pairs else ("single texts", "a pair of texts")
-            print(f"note: the delta was learned on {learned}, and {example.source} is {given}", file=sys.stderr)
+            note(f"the delta was learned on {learned}, and {example.source} is {given}")
             pairs = None
         yield example
 
@@ -197,5 +196,5 @@ def note_pairs(info: dict, examples: Iterable[Example]) -> Iterator[Example]:
 def note_changed_task(info: dict, task: Task) -> None:
     """Print a note on stderr if the delta with this `info` was learned on a task whose content differs from that of `task`."""
     if info.get("task_hash", task.hash) != task.hash:
-        print(f"note: the delta was learned on task {info.get('task')} of content {info['task_hash']}; {task.name} is of content "
-              f"{task.hash}: it has other texts or labels", file=sys.stderr)
+        note(f"the delta was learned on task {info.get('task')} of content {info['task_hash']}; {task.name} is of content {task.hash}: "
+             "it has other texts or labels")

@@ -58,11 +58,13 @@ def main() -> None:
         make_deterministic()
     source, out = STDIN if c.input == "-" else Path(c.input), Path(c.out) if c.out else None
     examples = read_examples(source, labelled=False, format=c.input_format)
-    part = beside(out, "part") if out and out.is_file() else out      # earlier answers stay until all new ones are there
-    is_file = out and out.parent.is_dir() and (out.is_file() or not out.exists())
+    if out:
+        check_out(out, source)
+    is_file = out and (out.is_file() or not out.exists())       # not a pipe, nor /dev/null
     with locked(beside(out, "answers")) if is_file else contextlib.nullcontext():       # two commands may name one file
-        for path in {out, part} - {None}:
-            check_out(path, source)
+        part = out
+        if out and out.is_file():       # earlier answers stay until all new ones are there
+            check_out(part := beside(out, "part"), source)
         base, delta, model, seq_len, where = open_tuned(c)
         examples = note_pairs(delta.info, examples)
         count, truncated = write_answers(answers(model, examples, delta.labels, base.tokenizer, seq_len, **where), part, source)
