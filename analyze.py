@@ -29,7 +29,7 @@ from rt.deltas import Base, Delta, check_fits
 from rt.errors import InputError
 from rt.formats.atomic import locked
 from rt.formats.delta_files import seq_len_of
-from rt.formats.files import FIGURES, check_overwritable, read_rows, write_errors, write_json
+from rt.formats.files import FIGURES, check_overwritable, note, read_rows, write_errors, write_json
 from rt.formats.hub import open_base, open_delta, place_of_delta
 from rt.kinds import KINDS
 from rt.limits import Limit, Positive, PositiveInt, Seeds, SeqLen
@@ -72,7 +72,7 @@ class Config:
     out: str | None = None  # folder to write; default runs/analyze/STUDY
     cache: str = "runs/cache"  # folder for the embedded data
     device: str = "auto"  # auto, cpu or cuda
-    precision: str = "auto"  # bf16, fp32, or auto: bf16 if the device is fast at it
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16, fp32, or auto: bf16 if the device is fast at it
     deterministic: bool = False  # the same command gives the same bits on a GPU too; on a CPU it always does
 
 
@@ -97,14 +97,12 @@ def main() -> None:
         if c.study not in READ_BY.get(name, (c.study,)):
             raise InputError(f"--{name} has no effect with --study {c.study}")
     domain_names("domains", c.domains)      # refused before anything is built
-    if c.study in ABOUT_UPGRADES:
-        count = 1       # only the old base's delta is needed
-    if c.deltas and (len(c.deltas) != count or len(c.tasks) * len(c.seeds) > 1):
+    needed = 1 if c.study in ABOUT_UPGRADES else count      # of an upgrade, only the old base's delta
+    if c.deltas and (len(c.deltas) != needed or len(c.tasks) * len(c.seeds) > 1):
         raise InputError(f"--deltas {','.join(c.deltas)}: give one folder a base, for one task and one seed")
     if c.independent and c.study in ("compatibility", *ABOUT_UPGRADES):
         raise InputError(f"--independent: {c.study} follows one lineage; leave it out")
-    if c.deterministic:
-        make_deterministic()
+    make_deterministic(c.deterministic)
     record(c)       # refuses a value that cannot be recorded now, not at the end
     out = Path(c.out or f"runs/analyze/{c.study}")
     drawn = {f"{name}.{ending}" for name in figures_of(c.study, []) for ending in ("png", "svg")}
@@ -129,7 +127,8 @@ def run_study(c: Config, out: Path) -> None:
     write_json(out / "summary.json", summary)
     print(numbers_table(numbers))
     with write_errors(out):
-        print(f"rows in {place}, {draw_all(figures_of(c.study, rows), out, place)}")
+        drawn = draw_all(figures_of(c.study, rows), out, place)
+    print(f"rows in {place}, {drawn}")
 
 
 # --- bases and deltas -------------------------------------------------------------------------------------------------
@@ -200,10 +199,9 @@ def note_unequal(c: Config, deltas: Iterable[Delta]) -> None:
     lengths = sorted({length for delta in deltas if (length := seq_len_of(delta))} - {c.seq_len})
     steps = {config.get("tune_steps") for delta in deltas if isinstance(config := delta.info.get("config"), dict)}
     if lengths:
-        print(f"note: deltas learned on texts of up to {' and '.join(map(str, lengths))} tokens are compared at --seq_len {c.seq_len}",
-              file=sys.stderr)
+        note(f"deltas learned on texts of up to {' and '.join(map(str, lengths))} tokens are compared at --seq_len {c.seq_len}")
     if len(steps) > 1:
-        print(f"note: the deltas were tuned for unequal numbers of steps ({', '.join(sorted(map(str, steps)))})", file=sys.stderr)
+        note(f"the deltas were tuned for unequal numbers of steps ({', '.join(sorted(map(str, steps)))})")
 
 
 if __name__ == "__main__":

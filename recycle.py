@@ -15,10 +15,9 @@ import rt.runs  # noqa: F401  isort: skip  before torch: how threads wait, and C
 
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Iterator, Literal
 
@@ -33,15 +32,15 @@ from rt.formats.hub import NAMING, open_base, open_delta
 from rt.kinds import DeltaConfig
 from rt.limits import NonNegative, NonNegativeInt, Positive, PositiveInt, Seeds, SeqLen, Share
 from rt.losses import DistillConfig
-from rt.recycling import CARRIES, MODES, NEEDS_TEACHER, TRAINED, Recycling, chain, check, new_delta, recycle, teacher_of
+from rt.recycling import CARRIES, MODES, NEEDS_TEACHER, TRAINED, Recycling, carried_modes, chain, check, new_delta, recycle, teacher_of
 from rt.runs import starts, teaching
 from rt.runs.build import build_missing
 from rt.runs.config import changed, parse, record, run
 from rt.runs.log import StepBar, load_tensorboard, note_changed_task, note_truncated, progress, score_text
 from rt.runs.results import Run, begin, origin_of, save_run, unread, write_summary
 from rt.runs.signals import interruptible
-from rt.runs.starts import CarryConfig, ProjectConfig, Projects, carried_modes, carry_texts, learn_map, merge_on_dev, open_old
-from rt.runs.summary import by_settings, chosen, note_diverged, report, report_chain, report_sweep
+from rt.runs.starts import CarryConfig, ProjectConfig, Projects, carry_texts, learn_map, merge_on_dev, open_old
+from rt.runs.summary import by_settings, chosen, report, report_chain, report_sweep
 from rt.runs.sweep import LISTS, dealt, expand, swept
 from rt.runs.teaching import WITHOUT_OLD, Samples, TeacherConfig, note_cut, open_samples
 from rt.runs.workers import share_cores, spread, use_threads
@@ -50,7 +49,7 @@ from rt.speed.dist import Ranks, join
 from rt.speed.graphs import check_graphs
 from rt.speed.multi_run import can_go_together, graphed_gradient, recycle_together
 from rt.transport import check_sources, transport
-from rt.tune import TuneResult, TuneSettings, evaluate, plain_gradient, score
+from rt.tune import TuneResult, TuneSettings, divergence, evaluate, plain_gradient, score
 
 
 @dataclass
@@ -91,7 +90,7 @@ class Config:
     cache: str = "runs/cache"  # folder for the embedded data
     graphs: bool = False  # CUDA: run forward and backward as one CUDA graph; otherwise small batches wait for launches
     device: str = "auto"  # auto, cpu or cuda
-    precision: str = "auto"  # bf16, fp32, or auto: bf16 if the device is fast at it
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16, fp32, or auto: bf16 if the device is fast at it
     deterministic: bool = False  # the same command gives the same bits on a GPU too; on a CPU it always does
 
 
@@ -114,8 +113,7 @@ class Sources:
 def main() -> None:
     c = parse(Config, sys.argv[1:])
     modes = checked_modes(c)
-    if c.deterministic:
-        make_deterministic()
+    make_deterministic(c.deterministic)
     if c.tensorboard:
         load_tensorboard()      # before anything is trained
     ranks = join(c.device)
@@ -151,7 +149,7 @@ def main() -> None:
         note_truncated(*r.data.truncated(), c.seq_len, sys.stderr)
         note_cut(c, first)
     check_all(c, first, plan, bases, projects)
-    texts = carry_texts(c.carry.carry_text, task, base, c.seq_len) if carried_modes(c, modes) else []
+    texts = carry_texts(c.carry.carry_text, task, base, c.seq_len) if {*modes} & {*carried_modes(c.carry.carry)} else []
     goes_on = f"what was finished is kept; the same command {'with --resume ' * (c.sweep is None)}goes on"
     with locked(out, ranks.from_main), interruptible(goes_on):
         do_runs(c, r if c.shots else first, plan, Sources(samples, bases, olds, projects, texts), out, ranks)
@@ -162,25 +160,21 @@ def main() -> None:
 
 def run_alone(r: Recycling, one: Run, sources: Sources) -> Iterator[Done]:
     """One run by itself; in a chain, one mode along all bases, by all routes."""
-    c, curves, more, started = one.c, defaultdict(list), {}, time.perf_counter()
+    c, curve, more, started = one.c, [], {}, time.perf_counter()
     loops = len(one.rows()) - bool(c.chain and one.mode != "scratch")       # in a chain, both routes to the first base are one run
     steps = c.project.project_steps if one.mode == "project" else c.steps * loops * (one.mode in TRAINED)
-    with StepBar(steps, one.mode, r.base.encoder.config, r.device, r.precision, frozen=c.delta.kind != "full") as bar:
-        def on_eval(row: dict, **part) -> None:
-            curves[row.get("base"), row.get("route")].append({**part, **row})
-            bar.on_eval(row)
-
-        vars(r).update(settings_of(one), on_step=bar.on_step, on_eval=on_eval)     # r itself: its teacher's outputs serve later runs
+    with StepBar(steps, one.mode, r.base.encoder.config, r.device, r.precision, c.delta.kind != "full", curve.append) as bar:
+        vars(r).update(settings_of(one), on_step=bar.on_step, on_eval=bar.on_eval)     # r itself: its teacher's outputs serve later runs
         if c.chain:
             for link in chain(r, one.mode, sources.bases):
                 place = {"base": link.base, "route": link.route}
-                yield one.at(**place), link.result, link.delta, curves.pop((link.base, link.route)), place
+                yield one.at(**place), link.result, link.delta, [row for row in curve if place.items() <= row.items()], place
             return
         if one.mode == "project":
-            more = {"projection": learn_map(r, c.project, sources.projects, partial(on_eval, part="projection"))}
+            more = {"projection": learn_map(r, c.project, sources.projects, lambda row: bar.on_eval({"part": "projection"} | row))}
         model, result = recycle(r, one.mode)
         result.seconds = time.perf_counter() - started
-        yield one, result, new_delta(r, one.mode, model), curves.pop((None, None)), more
+        yield one, result, new_delta(r, one.mode, model), curve, more
 
 
 def run_group(samples: dict[int, Recycling], group: list[Run], sources: Sources) -> Iterator[Done]:
@@ -213,7 +207,7 @@ def do_runs(c: Config, r: Recycling, plan: list[Run], sources: Sources, out: Pat
     """Do every run that is not finished yet, then print the table. In a --sweep, the ranks share the runs of a group, and rank 0 scores the
     best run of each mode on test."""
     rows, content = [row for one in plan for row in one.rows()], sources.samples.content
-    others, carried = [(delta, None) for delta in sources.olds if delta is not r.old_delta], carried_modes(c, MODES)
+    others, carried = [(delta, None) for delta in sources.olds if delta is not r.old_delta], carried_modes(c.carry.carry)
     origins = {name: origin_of(replace(r, base=base), others, (), content) for name, base in sources.bases.items()}
     special = {"project": origin_of(r, [*others, *sources.projects]),
                **dict.fromkeys(carried, origin_of(r, others, sources.texts, content))}
@@ -263,7 +257,12 @@ def finish(c: Config, r: Recycling, runs: list[Run], out: Path) -> None:
             write_json(out / "deltas" / row["run"] / "summary.json", row)
         print(report_sweep(write_summary(c, out, runs), modes, [name for name in swept(c.sweep) if name not in LISTS]))
     print(f"rows in {out / 'summary.json'}, curves and deltas in {out / 'deltas'}")
-    note_diverged(rows, modes)
+    diverged = [row for row in rows if row.get("diverged")]
+    if counts := Counter(f"{row['mode']} at --lr {row['lr']:g}" for row in diverged):
+        print("diverged, and left out: " + ", ".join(f"{what} ({n} of its runs)" for what, n in counts.items()))
+    for row in diverged:
+        if row["mode"] not in modes:
+            raise divergence(row["diverged"], row["lr"])
 
 
 # --- checks and plan ---------------------------------------------------------------------------------------------------

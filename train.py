@@ -59,7 +59,7 @@ class Config:
     cache: str = "runs/cache"  # folder for tokenized corpora and the embedded data
     device: str = "auto"  # auto, cpu or cuda
     threads: NonNegativeInt = 0  # threads on a CPU; 0: one per core
-    precision: str = "auto"  # bf16, fp32, or auto: bf16 if the device is fast at it
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16, fp32, or auto: bf16 if the device is fast at it
     deterministic: bool = False  # the same command gives the same bits on a GPU too; on a CPU it always does
     tensorboard: bool = False  # also write losses and scores for TensorBoard during the run, to tensorboard/ in the output folder
     seed: Seed = 0  # seed of weights, data order, masks, dropout and the sample of --shots
@@ -127,8 +127,7 @@ def main() -> None:
         raise InputError(f"--{name} has no effect with --delta {c.delta.kind}")
     if c.mode != "eval":
         c.seq_len = c.seq_len or SEQ_LEN
-    if c.deterministic:
-        make_deterministic()
+    make_deterministic(c.deterministic)
     if c.tensorboard:
         load_tensorboard()      # before anything is trained
     if launched() == 1 and not (torch.cuda.is_available() and c.device != "cpu"):
@@ -318,12 +317,9 @@ def tune_delta(c: Config) -> None:
         is_tuned(out, asked, "give --out, or move it away")
     with locked(out), delta_folder(out, sum(p.nbytes for p in model.parameters() if p.requires_grad)) as new:
         log = Log(new, tensorboard=c.tensorboard)
-        with StepBar(s.steps, f"{task.name} {kind}", model.encoder.config, **where, frozen=kind != "full") as bar:
-            def on_eval(row: dict) -> None:
-                log.row(**row)
-                bar.on_eval(row)
-
-            result = tune(model, data, Loss(task.is_regression), s, **where, on_step=bar.on_step, on_eval=on_eval,
+        with StepBar(s.steps, f"{task.name} {kind}", model.encoder.config, **where, frozen=kind != "full",
+                     record=lambda row: log.row(**row)) as bar:
+            result = tune(model, data, Loss(task.is_regression), s, **where, on_step=bar.on_step, on_eval=bar.on_eval,
                           make_gradient=graphed_gradient if c.graphs else plain_gradient)
         about |= {"step": result.best_step, "dev": result.dev, "test": result.test}
         write_delta(new, extract(model, base, c.delta, about))

@@ -24,9 +24,10 @@ import sysconfig
 import warnings
 from collections import Counter, defaultdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from rt.errors import InputError
+from rt.formats.atomic import atomic_folder, locked
+from rt.formats.files import write_json
 from rt.runs.config import run
 
 DOMAINS = {"python": "stdlib", "arrays": "numpy", "math": "sympy", "graphs": "networkx", "dl": "torch"}
@@ -227,8 +228,13 @@ def build(domain: str, out: Path) -> dict:
         "characters": sum(len(text) for texts in documents.values() for text in texts),
         "task": {part: dict(Counter(row["label"] for row in task[part]).most_common()) for part in PARTS},
     }
-    if not _ready(final, stamp):  # another process may have been faster
-        _publish(final, rows, meta)
+    with locked(final, wait=True):
+        if not _ready(final, stamp):  # another process may have been faster
+            with atomic_folder(final) as new:
+                for name, items in rows.items():
+                    (new / name).parent.mkdir(exist_ok=True)
+                    (new / f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+                write_json(new / "meta.json", meta)
     return meta
 
 
@@ -239,24 +245,6 @@ def _ready(final: Path, stamp: dict) -> dict | None:
         return meta if stamp.items() <= meta.items() else None
     except (OSError, ValueError, AttributeError):
         return None
-
-
-def _publish(final: Path, rows: dict[str, list[dict]], meta: dict) -> None:
-    """Write into a folder beside `final` and rename it to `final`, so no reader sees a half-written folder."""
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{final.name}.", dir=final.parent, ignore_cleanup_errors=True) as place:
-            new = Path(place, "new")
-            for name, items in rows.items():
-                path = new / f"{name}.jsonl"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text("".join(json.dumps(item) + "\n" for item in items))
-            (new / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-            if final.exists():
-                final.rename(Path(place, "old"))  # a folder cannot be renamed onto a full one
-            new.rename(final)
-    except OSError as error:
-        raise InputError(f"{final}: cannot be written ({error.strerror}); make room for it, or give another place (--cache)") from None
 
 
 def main() -> None:

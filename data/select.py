@@ -1,7 +1,6 @@
 """Selects the documents of a corpus that are most like a task's training texts, into a folder in the cache. A linear classifier on hashed
 words, task texts against corpus, ranks them in closed form (naive Bayes); BETR (2025) and Predictive Data Selection (2025) learn one.
 """
-import hashlib
 import json
 import math
 import re
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Iterable
 
 from rt.data import Task
-from rt.formats.atomic import atomic_folder, locked
+from rt.formats.atomic import atomic_folder, digest_of, locked
 from rt.formats.corpora import PARTS, split_documents, stamps
 
 BUCKETS = 2**18     # the number of hash buckets for words
@@ -46,7 +45,7 @@ def select(corpus: Path, task: Task, keep: float, cache: Path) -> Path:
 
 def made_of(home: Path, task: Task, *what: object) -> Path:
     """The folder in `home` for data made from a task and `what`."""
-    return home / f"{task.name}-{hashlib.sha256(json.dumps([task.hash, *what]).encode()).hexdigest()[:12]}"
+    return home / f"{task.name}-{digest_of([task.hash, *what])[:12]}"
 
 
 def write(folder: Path, documents: Iterable[tuple[str, str]]) -> None:

@@ -19,15 +19,11 @@ def corpus_path(name: str, cache: Path) -> Path:
     return _locate(name, cache, "corpus", "a text file, a folder of text files")
 
 
-def domain_name(entry: str) -> str:
-    """The name of a domain in tables and files: an embedded name, a file's or folder's name without endings, or for a task task-NAME."""
-    name = Path(os.path.abspath(entry.removeprefix("task:"))).name.split(".")[0]      # . has no name of its own
-    return f"task-{name}" if entry.startswith("task:") else name
-
-
 def domain_names(flag: str, entries: tuple[str, ...]) -> list[str]:
-    """The names of the domains that --`flag` lists. InputError if two are equal."""
-    names = [domain_name(entry) for entry in entries]
+    """The names of the domains that --`flag` lists, for tables and files: an embedded name, a file's or folder's name without endings, or
+    for a task task-NAME. InputError if two are equal."""
+    paths = [os.path.abspath(entry.removeprefix("task:")) for entry in entries]       # . has no name of its own
+    names = ["task-" * entry.startswith("task:") + Path(path).name.lstrip(".").split(".")[0] for entry, path in zip(entries, paths)]
     if len({*names}) < len(names):
         raise InputError(f"--{flag} {','.join(entries)}: two domains have the same name; rename one of the files")
     return names

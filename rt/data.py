@@ -94,8 +94,7 @@ class Encoded:
                        len(other), share)
 
     def indices(self, batch_size: int, step: int, seed: int) -> list[int]:
-        """The examples of training step `step`. If some are unlabelled, both kinds are drawn without end: every batch is full and has
-        round(share * batch_size) unlabelled examples."""
+        """The examples of step `step`. If some are unlabelled, every batch is full, and round(share * batch_size) of it are unlabelled."""
         if not self.unlabelled:
             return training_indices(len(self), batch_size, step, seed)
         n, free = len(self) - self.unlabelled, round(self.share * batch_size)

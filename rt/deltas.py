@@ -62,15 +62,12 @@ def plug_in(encoder: Encoder, config: DeltaConfig) -> list[nn.Module]:
 
 
 def attach(base: Base, config: DeltaConfig, num_outputs: int, seed: int) -> Classifier:
-    """`base` with a fresh delta and head; its logits are those of base + head. The weights that the kind trains are copies that require a
-    gradient. The other weights are frozen and share the base's memory."""
+    """`base` with a fresh delta and head; its logits are those of base + head. Trained weights are copies, the others frozen and shared."""
     trains = KINDS[config.check().kind].trains
-    shared = {id(p): p for name, p in base.encoder.named_parameters() if not trains(name)}
-    encoder = copy.deepcopy(base.encoder, memo=dict(shared))
-    for module in encoder.modules():
-        for name, p in module.named_parameters(recurse=False):
-            # a new Parameter even over shared memory: setting requires_grad must not affect the base
-            setattr(module, name, nn.Parameter(p.data, requires_grad=id(p) not in shared))
+    # new Parameters, also over shared memory: setting requires_grad must not affect the base
+    own = {id(p): nn.Parameter(p.data.clone()) if trains(name) else nn.Parameter(p.data, requires_grad=False)
+           for name, p in base.encoder.named_parameters()}
+    encoder = copy.deepcopy(base.encoder, memo=own)
     generator = torch.Generator().manual_seed(seed)
     for module in plug_in(encoder, config):
         module.reset(generator)
@@ -87,7 +84,7 @@ class Delta:
     info: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        for part in PARTS:      # one order, however a delta was made or read: sums and projections take tensors side by side
+        for part in PARTS:      # one order, however a delta was made or read: sums and projections pair tensors by position
             setattr(self, part, dict(sorted(getattr(self, part).items())))
 
     @property
@@ -251,7 +248,7 @@ def check_state(found: dict[str, Tensor], expected: dict[str, Sequence[int]], wh
     """Raises InputError, starting with `what`, unless the tensors have the expected names and shapes and are floating-point."""
     for name in sorted(found.keys() | expected.keys()):
         if name not in found or name not in expected:
-            raise InputError(f"{what}: {name} is " + ("missing" if name in expected else "none of its own"))
+            raise InputError(f"{what}: {name} " + ("is missing" if name in expected else "does not belong there"))
         shape, right = tuple(found[name].shape), tuple(expected[name])
         if shape != right or not found[name].is_floating_point():
             raise InputError(f"{what}: {name} is {found[name].dtype} {shape}, not {right}")

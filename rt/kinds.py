@@ -49,7 +49,6 @@ class DeltaConfig:
         """The kind and the settings it uses. Deltas of one base with equal `used` have tensors of the same names and shapes."""
         return {name: getattr(self, name) for name in ("kind", *(KINDS[self.kind].settings if self.kind in KINDS else ()))}
 
-
     @property
     def idle(self) -> list[str]:
         """The settings that differ from the defaults although the kind does not use them."""

@@ -140,8 +140,7 @@ class Loss:
 
 
 def patience(loss: Loss, logits: Tensor, activations: Activations, batch: Batch) -> Tensor:
-    """(B,). A term may also return a scalar, the batch mean. If the teacher has another depth, student layer i is compared with layer
-    i L_old // L."""
+    """(B,); a term may also return a scalar, the batch mean. Student layer i is compared with the teacher's layer i L_old // L."""
     states, teacher, index = activations.states, loss.teacher.states, batch.index
     if (L := states.shape[1]) != (L_old := teacher.shape[1]):
         teacher, index = torch.stack([teacher[index, i * L_old // L] for i in range(L)], dim=1), None

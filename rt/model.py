@@ -111,7 +111,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if weight.ndim == 2:
         return (F.linear(x, weight).view(len(bias), -1, len(weight)) + bias[:, None]).flatten(0, 1)
     x = x.view(len(weight), -1, x.shape[-1])
-    y = x @ weight.mT if bias is None else torch.baddbmm(bias[:, None], x, weight.mT)
+    y = x @ weight.mT if bias is None else torch.baddbmm(bias.unsqueeze(-2), x, weight.mT)
     return y.view(-1, weight.shape[1])
 
 

@@ -19,8 +19,7 @@ MOST_SKIPPED = 10   # in a row: a bad batch or an overflow passes in one or two 
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW. The decorators of its methods are taken off: they are for torch.compile, and importing torch._dynamo for them takes as
-    long as importing torch."""
+    """torch's AdamW without its methods' decorators: they are for torch.compile, and importing torch._dynamo takes as long as torch."""
     step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
     add_param_group, zero_grad = unwrap(torch.optim.AdamW.add_param_group), unwrap(torch.optim.AdamW.zero_grad)
     state_dict, load_state_dict = unwrap(torch.optim.AdamW.state_dict), unwrap(torch.optim.AdamW.load_state_dict)
@@ -99,8 +98,7 @@ class SkipTracker:
         return skip
 
     def read(self) -> list[tuple[float | None, int, bool]]:
-        """For each loop, since the last read: mean loss of steps taken (None: none), number of skipped steps, and whether over MOST_SKIPPED
-        came in a row."""
+        """For each loop, since the last read: mean loss of steps taken (or None), number skipped, whether over MOST_SKIPPED in a row."""
         sums, steps = self.sums.view(3, -1).T.tolist(), self.steps
         self.steps, self.sums = 0, torch.zeros_like(self.sums)
         return [(loss / (steps - skipped) if skipped < steps else None, int(skipped), longest > MOST_SKIPPED)
@@ -124,7 +122,7 @@ def memory_for(what: str, lower: str) -> Iterator[None]:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Also of what allocates by itself: graphs, NCCL, Triton, cuBLAS, PyTorch on a CPU."""
+    """Whether memory ran out, also in code that allocates by itself: graphs, NCCL, Triton, cuBLAS, PyTorch on a CPU."""
     return isinstance(error, torch.OutOfMemoryError) or bool(re.search("can't allocate memory|out of memory|ALLOC_FAILED", str(error)))
 
 

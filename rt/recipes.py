@@ -41,8 +41,12 @@ class Preserve:
 
     def __call__(self, model: MaskedLM, batch: Batch) -> Tensor:
         """Scalar: MLM + w * distance."""
-        if self.by == "predictions":
-            return self.predictions(model, batch)
+        if self.by == "predictions":        # CE + w KL as (1 + w) ((1 - alpha) CE + alpha KL): one pass over the vocabulary
+            with torch.no_grad():
+                features = self.old.features(batch)
+            weights = [w for m in (model, self.old) for w in (m.encoder.embeddings.word.weight, m.head.bias)]
+            return (1 + self.weight) * linear_kd(model.features(batch), *weights[:2], features, *weights[2:], batch.labels,
+                                                 alpha=self.weight / (1 + self.weight), T=1.0)
         new, old = (Activations(self.layers, hidden=[]) for _ in range(2))
         loss = mlm_loss(model, batch, new)
         with torch.no_grad():
@@ -50,14 +54,6 @@ class Preserve:
         if self.by == "attention":
             return loss + self.weight * attention_divergence(new, old, batch)
         return loss + states_mse(new.hidden[self.first:], old.hidden[self.first:], self.weights)
-
-    def predictions(self, model: MaskedLM, batch: Batch) -> Tensor:
-        """CE + w KL as (1 + w) ((1 - alpha) CE + alpha KL): one pass over the vocabulary."""
-        with torch.no_grad():
-            features = self.old.features(batch)
-        weights = [w for m in (model, self.old) for w in (m.encoder.embeddings.word.weight, m.head.bias)]
-        return (1 + self.weight) * linear_kd(model.features(batch), *weights[:2], features, *weights[2:], batch.labels,
-                                             alpha=self.weight / (1 + self.weight), T=1.0)
 
 
 class Recipe:
@@ -83,7 +79,7 @@ class Recipe:
         if self.reference and step % self.every == 0:
             excess = [loss - wanted for loss, wanted in zip(self.losses(), self.reference)]
             replayed, own = self.mixture.history[-1][:-len(excess)], self.mixture.history[-1][-len(excess):]
-            shares = reweighted([part / sum(own) for part in own], excess, self.eta)
+            shares = mixed_shares([part / sum(own) for part in own], excess, self.eta)
             self.mixture.append(replayed + [round(share * sum(own)) for share in shares])
 
     def state(self) -> dict:
@@ -97,7 +93,7 @@ class Recipe:
             self.mixture.append(parts)
 
 
-def reweighted(shares: list[float], excess: list[float], eta: float) -> list[float]:
+def mixed_shares(shares: list[float], excess: list[float], eta: float) -> list[float]:
     """Shares times exp(eta * excess loss) if the excess is positive; then smoothed. As in DoReMi (Xie et al., 2023)."""
     grown = [share * math.exp(eta * max(0.0, loss)) for share, loss in zip(shares, excess)]
     return [(1 - SMOOTHING) * share / sum(grown) + SMOOTHING / len(grown) for share in grown]

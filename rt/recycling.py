@@ -108,23 +108,13 @@ def outdated(r: Recycling, is_carried: bool) -> Delta:
     return r.carried if is_carried else r.merged or r.old_delta
 
 
-def start_from_old(r: Recycling) -> Classifier:
-    """The old delta, or the merged old deltas, on the new base."""
-    return start_from(r, outdated(r, False))
-
-
-def start_carried(r: Recycling) -> Classifier:
-    """Like start_from_old; with `carry`, from the carried delta."""
-    return start_from(r, outdated(r, r.carry))
-
-
-def start_transported(r: Recycling) -> Classifier:
-    """The carried delta on the new base."""
-    return start_from(r, outdated(r, True))
+def start_from_old(r: Recycling, is_carried: bool = False) -> Classifier:
+    """The old delta, the merged old deltas or the carried delta on the new base."""
+    return start_from(r, outdated(r, is_carried))
 
 
 def start_masked(r: Recycling) -> Classifier:
-    """Like start_carried, with D * 1[D g < 0] in place of D. g is the gradient of the task loss at new base + head, without dropout."""
+    """Like init, with D * 1[D g < 0] in place of D. g is the gradient of the task loss at new base + head, without dropout."""
     delta, loss = outdated(r, r.carry), plain_loss(r)
     model = apply(r.base, delta, scale=0.0, stale_ok=True).eval()
     size = min(64, r.settings.batch_size)
@@ -212,17 +202,18 @@ class Mode:
     loss: Callable[[Recycling], Loss] | None
 
 
-MODES = {"scratch": Mode(start_fresh, plain_loss), "apply": Mode(start_from_old, None), "init": Mode(start_carried, plain_loss),
-         "distill": Mode(start_fresh, distillation_loss), "init+distill": Mode(start_carried, distillation_loss),
-         "project": Mode(start_projected, None), "transport": Mode(start_transported, None), "gradmask": Mode(start_masked, None)}
-CARRIES = tuple(name for name, mode in MODES.items() if mode.start in (start_transported, start_carried, start_masked))
+MODES = {"scratch": Mode(start_fresh, plain_loss), "apply": Mode(start_from_old, None),
+         "init": Mode(lambda r: start_from_old(r, r.carry), plain_loss), "distill": Mode(start_fresh, distillation_loss),
+         "init+distill": Mode(lambda r: start_from_old(r, r.carry), distillation_loss), "project": Mode(start_projected, None),
+         "transport": Mode(lambda r: start_from_old(r, True), None), "gradmask": Mode(start_masked, None)}
+CARRIES = ("init", "init+distill", "transport", "gradmask")     # the modes that can start from the carried delta
 TRAINED = tuple(name for name, mode in MODES.items() if mode.loss)
 NEEDS_TEACHER = tuple(name for name, mode in MODES.items() if mode.loss is distillation_loss)
 
 
-def is_carried(mode: str, carry: bool) -> bool:
-    """Whether `mode` starts from the carried delta."""
-    return mode == "transport" or carry and mode in CARRIES
+def carried_modes(carry: bool) -> tuple[str, ...]:
+    """The modes that start from the carried delta."""
+    return CARRIES if carry else ("transport",)
 
 
 def new_delta(r: Recycling, mode: str, model: Classifier) -> Delta:
@@ -292,7 +283,7 @@ def check(r: Recycling, mode: str) -> None:
     if starts_from_old:
         try:
             check_fits(r.base, old, stale_ok=True)
-            if is_carried(mode, r.carry):
+            if mode in carried_modes(r.carry):
                 check_carry(old)
         except InputError as error:
             raise InputError(f"{mode} puts the old delta on the new base, and {error}; `mode` distill needs only equal labels") from None

@@ -147,10 +147,9 @@ WRITES = {"qkv": "qkv", "attention_output": "hidden", "intermediate": "units", "
 
 @torch.no_grad()
 def transport(old_base: Base, base: Base, delta: Delta, sequences: list[list[int]]) -> tuple[Delta, dict]:
-    """`delta` in the order in which `base` holds its hidden dimensions, heads and FFN units, and facts for the run's record. The order is
-    the one in which the activations of both bases on `sequences` (ids) agree best (Git Re-Basin: Ainsworth et al., 2023). The fact `cosine`
-    is the mean cosine of matched hidden dimensions: 1 if `base` is `old_base` in another order. Raises InputError if sizes or ids differ,
-    and as check_carry does."""
+    """`delta` in the order of `base`'s hidden dimensions, heads and FFN units, and facts for the record. In this order the activations
+    of both bases on `sequences` (ids) agree best (Git Re-Basin: Ainsworth et al., 2023). The fact `cosine` is the mean cosine of the
+    matched hidden dimensions: 1 for `old_base` in another order. Raises InputError if sizes or ids differ, and as check_carry does."""
     check_fits(base, delta, stale_ok=True)
     check_carry(delta)
     orders, cosine = find_orders(old_base.encoder, base.encoder, sequences)

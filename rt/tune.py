@@ -78,8 +78,7 @@ class Scores:
 
     def add(self, step: int, dev: dict[str, float] | None, trained: dict[str, Tensor], loss: float | None, skipped: int,
             diverged: bool) -> bool:
-        """Record an evaluation of the weights `trained`, with what SkipTracker read. Returns whether the run goes on: not after more
-        than MOST_SKIPPED skipped steps in a row."""
+        """Record an evaluation of the weights `trained`, with what SkipTracker read. Returns whether the run goes on."""
         self.result.skipped += skipped
         if diverged:
             self.result.diverged = step
@@ -130,12 +129,12 @@ def training_batch(data: Encoded, s: TuneSettings, step: int) -> Batch:
 
 
 def plain_gradient(model: Classifier, loss: Loss, device: torch.device, precision: torch.dtype) -> Gradient:
-    """A Gradient of the scalar `loss` with respect to the weights of `model`, which it sets to training mode."""
-    def gradient(batch: Batch) -> Tensor:
+    """A Gradient of `loss`, or of its sum, for the weights of `model`, which it sets to training mode. `loss` gets `more`, too."""
+    def gradient(batch: Batch, *more: Tensor) -> Tensor:
         model.train()
         with autocast(device, precision):
-            value = loss(model, batch.to(device))
-        value.backward()
+            value = loss(model, batch.to(device), *(x.to(device) for x in more))
+        value.sum().backward()
         return value.detach()
 
     return gradient

@@ -44,6 +44,7 @@ if os.environ.get("TRITON_INTERPRET") == "1" and HAS_TRITON:
     interpreter.compute_in_bf16()
     interpreter.save_time()
 torch.set_num_threads(int(os.environ.get("RT_TEST_THREADS", 1)))     # the models are tiny: more threads would only wait for each other
+signal.signal(signal.SIGINT, signal.default_int_handler)    # in a shell's background it is ignored, also by the commands that tests start
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = ROOT / "tests" / "seeds"
 os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, SEEDS)))     # for the commands that tests start

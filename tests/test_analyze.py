@@ -353,6 +353,12 @@ def test_a_law_never_says_that_a_domain_is_forgotten_if_it_is_learned():
     assert law.A > 0 and law.b < 0 and mixtures.fit([(1.0, 50, 4.0), (1.0, 100, 4.0), (1.0, 200, 4.0)]).A == 0
 
 
+def test_a_bases_name_is_no_pattern(tmp_path):
+    (tmp_path / "M[1]-t00005").mkdir()
+    (tmp_path / "M[1]-t00005" / "meta.json").touch()
+    assert studies.snapshots(tmp_path / "M[1]") == [(5, tmp_path / "M[1]-t00005")]
+
+
 def test_the_critical_share_is_the_first_that_forgets_nothing():
     law = mixtures.Law(5.0, 1.0, 1.0, 0.0, 0.1)         # 5 + 1 / (r + .1)
     assert mixtures.critical(law, 100, 7.0) == pytest.approx(0.4) and mixtures.critical(law, 100, 5.5) is None
@@ -360,6 +366,7 @@ def test_the_critical_share_is_the_first_that_forgets_nothing():
     for before, said in ((7.0, 0.4), (5.5, "none is enough")):
         old, new = figures.mixture_numbers([{"replay": None, "steps": 0, "heldout": {"old": before, "new": 5.0}}, *rows])
         assert old["critical replay"] == pytest.approx(said, abs=0.05) and new["critical replay"] == ""
+    assert old["error, left out"] < 0.05 and figures.mixture_numbers([{"heldout": {"old": 7.0}}, *rows[:3]])[0]["error, left out"] == ""
 
 
 @pytest.mark.parametrize("flags, words", [

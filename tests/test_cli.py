@@ -515,6 +515,7 @@ def test_chain_reports_both_routes_over_all_bases(lineage, task, tmp_path, monke
     (("train.py", "--seed", "-1"), "seeds [-1]: must be whole numbers from 0"),
     (("train.py", "--stream", ","), "--stream: the list is empty"),
     (("train.py", "--stream", "TEXT", "--out", "OUT", "--graphs", "--device", "cpu"), "--graphs captures CUDA graphs"),
+    (("recycle.py", "--precision", "fp16"), "--precision fp16: not one of auto, bf16, fp32"),
     (("train.py", "--dropout", "1"), "--dropout 1.0: must be at least 0 and below 1"),
     (("train.py", "--mode", "tune", "--base", "M0", "--task", "TASK", "--seq_len", "999"), "--seq_len 999: the base has positions"),
     (("train.py", "--mode", "tune", "--base", "M0", "--task", "TASK", "--out", "M0"), "M0 holds other things"),

@@ -232,6 +232,7 @@ def test_too_few_tokens_to_mask_is_said(tokenizer):
 def test_tokenizer_files_round_trip(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     assert load_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
+    assert load_tokenizer(tmp_path / "tokenizer.json").fingerprint == tokenizer.fingerprint     # with its added tokens
     text = "Naïve graphs — 100% of them;\n  indented"
     assert tokenizer.decode(tokenizer.encode([text])[0]) == text
     (tmp_path / "pair").mkdir()

@@ -305,10 +305,8 @@ def checked(cls: type, argv: list[str]) -> None:
     config = parse(cls, argv)
     if cls is recycle.Config:
         recycle.checked_modes(config)
-    elif config.mode == "pretrain":
-        raise InputError("read far enough")
     else:
-        train.required(config, "base", "task")
+        config.delta.check()
 
 
 FACTS = st.sampled_from([(folder, name, key) for folder, name, keys in (

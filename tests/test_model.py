@@ -25,6 +25,14 @@ def padded(sequences, pad_id):
     return ids, mask
 
 
+def test_a_linear_layer_of_runs_side_by_side_is_each_runs_own():
+    x, w, b = torch.randn(8, 3), torch.randn(2, 4, 3), torch.randn(2, 4)
+    for weight, bias in ((w, b), (w, b[0]), (w[0], b), (w, None)):
+        parts = [(weight if weight.ndim == 2 else weight[i], bias if bias is None or bias.ndim == 1 else bias[i]) for i in range(2)]
+        expected = torch.cat([torch.nn.functional.linear(rows, *part) for rows, part in zip(x.chunk(2), parts)])
+        torch.testing.assert_close(rt.model.linear(x, weight, bias).flatten(0, -2), expected)
+
+
 @pytest.fixture(scope="module")
 def hf_models(tokenizer, tmp_path_factory):
     """Random RobertaForMaskedLM and RobertaForSequenceClassification models of transformers, saved by transformers."""

@@ -24,7 +24,7 @@ from rt.formats.tokenizer import Tokenizer, pipeline, train_tokenizer
 from rt.model import PRESETS, EncoderConfig, MaskedLM, new_masked_lm
 from rt.optim import ScheduleConfig, schedule
 from rt.pretrain import mlm_loss
-from rt.recipes import Mixture, Recipe, counts, mix, reweighted
+from rt.recipes import Mixture, Recipe, counts, mix, mixed_shares
 from rt.report.inspect import inspect
 from rt.runs import upgrade
 from rt.runs.upgrade import RecipeConfig, average_into, lengthen
@@ -197,12 +197,12 @@ def test_static_shapes_have_room_for_all_sources(corpora, tokenizer):
 
 
 def test_need_moves_shares_towards_the_domain_with_excess_loss():
-    assert reweighted([0.5, 0.5], [0.0, -3.0], eta=2.0) == [0.5, 0.5]       # neither has an excess
-    assert reweighted([0.5, 0.5], [np.log(3), 0.0], eta=1.0) == pytest.approx([0.9 * 0.75 + 0.05, 0.9 * 0.25 + 0.05])
-    assert reweighted([0.9, 0.1], [0.0, 0.0], eta=1.0) == pytest.approx([0.86, 0.14])       # slowly back to equal shares
+    assert mixed_shares([0.5, 0.5], [0.0, -3.0], eta=2.0) == [0.5, 0.5]       # neither has an excess
+    assert mixed_shares([0.5, 0.5], [np.log(3), 0.0], eta=1.0) == pytest.approx([0.9 * 0.75 + 0.05, 0.9 * 0.25 + 0.05])
+    assert mixed_shares([0.9, 0.1], [0.0, 0.0], eta=1.0) == pytest.approx([0.86, 0.14])       # slowly back to equal shares
     shares = [0.5, 0.5]
     for _ in range(50):
-        shares = reweighted(shares, [0.0, 1.0], eta=1.0)
+        shares = mixed_shares(shares, [0.0, 1.0], eta=1.0)
     assert 0.9 < shares[1] < 0.951      # no share dies out
 
 

@@ -97,7 +97,7 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def digest_of(facts: dict) -> str:
+def digest_of(facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

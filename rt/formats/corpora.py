@@ -1,8 +1,7 @@
 """Corpora: text on disk, tokenized once into memory-mapped bins."""
 import hashlib
-import json
 from contextlib import ExitStack
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path, PurePath
 from typing import Iterator
 
@@ -11,7 +10,7 @@ from tqdm import tqdm
 
 from rt.data import Corpus
 from rt.errors import InputError
-from rt.formats.atomic import atomic_folder, locked
+from rt.formats.atomic import atomic_folder, digest_of, locked
 from rt.formats.files import note, read_json, write_json
 from rt.formats.splits import SPLIT, home_of, listed, read_name
 from rt.formats.tables import FORMATS, format_of, read_table
@@ -81,15 +80,11 @@ def split_documents(path: Path) -> Iterator[tuple[str, str]]:
     """('train' or 'heldout', document) per document. Without a heldout file, the document's hash decides, so equal ones stay together."""
     files = corpus_files(path)
     if files["heldout"]:
-        yield from ((part, text) for part in PARTS for text in _documents(files[part]))
+        yield from ((part, text) for part in PARTS for text in chain.from_iterable(map(read_documents, files[part])))
         return
     smallest = _smallest_draw(path, files["train"])
-    for text in _documents(files["train"]):
+    for text in chain.from_iterable(map(read_documents, files["train"])):
         yield "heldout" if (_draw(text) % HELDOUT_SHARE == 0 if smallest is None else _draw(text) == smallest) else "train", text
-
-
-def _documents(files: list[Path]) -> Iterator[str]:
-    return (text for file in files for text in read_documents(file))
 
 
 def _draw(text: str) -> int:
@@ -100,7 +95,7 @@ def _smallest_draw(path: Path, files: list[Path]) -> int | None:
     """The smallest draw of a corpus so small that holding out one document in HELDOUT_SHARE would leave one side empty. The documents with
     this draw are held out instead. None for other corpora. InputError if all documents have the same draw."""
     draws, sides, count = set(), set(), 0
-    for count, text in enumerate(_documents(files), 1):
+    for count, text in enumerate(chain.from_iterable(map(read_documents, files)), 1):
         draws.add(draw := _draw(text))
         sides.add(draw % HELDOUT_SHARE == 0)
         if len(sides) == 2:
@@ -122,8 +117,7 @@ def build_corpus(name: str, path: Path, tokenizer: Tokenizer, cache: Path) -> di
     """{'train', 'heldout'} as memory-mapped bins under `cache`, made on the first call and whenever the text or tokenizer has changed."""
     if not is_utf8(f"{name} {path}"):
         raise InputError(f"{path}: its name is not UTF-8, and could not be read again where it is recorded; rename it")
-    key = hashlib.sha256(json.dumps([tokenizer.fingerprint, stamps(path)]).encode()).hexdigest()[:12]
-    folder = Path(cache) / f"{name}-{key}"
+    folder = Path(cache) / f"{name}-{digest_of([tokenizer.fingerprint, stamps(path)])[:12]}"
     if not (folder / "meta.json").exists():
         with locked(folder, wait=True):     # several commands may need one corpus at once
             if not (folder / "meta.json").exists():

@@ -164,15 +164,10 @@ def head_state(weights: dict[str, Tensor], config: EncoderConfig, modules: dict[
     """State dict of our MLMHead (by HEADS), ClassificationHead (by CLASSIFIERS) or pooler (by POOLERS). None if the checkpoint lacks some
     of its tensors, or if `needs` names more that are missing. If it has some of them, a note says what `what` lacks."""
     weights, names = plain(weights), [*head_names(config, modules)]
-    lost = [*lacking(weights, config, modules), *needs]
+    lost = [*(theirs for _, (theirs,) in names if theirs not in weights), *needs]
     if what and lost and any(theirs in weights for _, (theirs,) in names):
         note(f"{what} is left out: it lacks {', '.join(lost)}")
     return None if lost else our_state(weights, names) or None
-
-
-def lacking(weights: dict[str, Tensor], config: EncoderConfig, modules: dict[str, dict[str, str]]) -> list[str]:
-    """Hugging Face's names of the head's tensors that the plain `weights` lack."""
-    return [theirs for _, (theirs,) in head_names(config, modules) if theirs not in weights]
 
 
 def load_hf(folder: Path) -> Base:
@@ -228,10 +223,10 @@ def import_tuned(folder: Path, base: Base, labels: tuple[str, ...], task: str | 
         raise InputError(f"{folder}: is a {other[0]}, no model for sequence classification")
     weights = plain(read_weights(folder), folder)
     encoder = build(Encoder, config, encoder_state(weights, config, folder), folder)
-    head = head_state(weights, config, CLASSIFIERS)
-    if head is None:
-        raise InputError(f"{folder}: has no head for sequence classification, or only part of one: "
-                         f"it lacks {', '.join(lacking(weights, config, CLASSIFIERS))}")
+    names = [*head_names(config, CLASSIFIERS)]
+    if lost := [theirs for _, (theirs,) in names if theirs not in weights]:
+        raise InputError(f"{folder}: has no head for sequence classification, or only part of one: it lacks {', '.join(lost)}")
+    head = our_state(weights, names)
     check_head(head, config.hidden_size, str(folder))
     labels = class_names(facts, len(head["out.bias"]), labels, folder)
     theirs = dict(base.encoder.named_parameters())

@@ -9,7 +9,7 @@ import zlib
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Collection, Iterable, Iterator
+from typing import Collection, Iterable, Iterator
 
 from rt.errors import InputError
 from rt.formats.files import note
@@ -33,31 +33,28 @@ def format_of(path: Path) -> str:
 def read_table(path: Path, format: str, wanted: Collection[str] | None = None) -> Iterator[tuple[str, dict]]:
     """Yields ("PATH, line N", columns) per row of a file or of STDIN. `format` is one of FORMATS. A line of txt becomes the column `text`.
     `wanted` limits which columns of parquet are read. InputError names the file and line that is not a row."""
-    if format == "parquet":
-        if path is STDIN:
-            raise InputError(f"{path}: parquet cannot be read from there; name a file")
-        yield from read_parquet(path, wanted)
-        return
-    if format in DELIMITERS:
-        yield from _read_csv(path, format)
-        return
-    for place, row in _read_rows(path, format):
+    if format != "parquet":
+        return (_read_csv if format in DELIMITERS else _read_rows)(path, format)
+    if path is STDIN:
+        raise InputError(f"{path}: parquet cannot be read from there; name a file")
+    return read_parquet(path, wanted)
+
+
+def _read_rows(path: Path, format: str) -> Iterator[tuple[str, dict]]:
+    """Yields the rows of txt, jsonl, and json with one object per line, as the datasets library writes it. If json is one list, as pandas
+    writes it, the places are "PATH, row N"."""
+    lines = ((at, line) for at, line in _read_lines(path, JSON_BYTES if format == "json" else LINE_BYTES) if line.strip())
+    first = next(lines, None) if format == "json" else None
+    if first:
+        lines = itertools.chain([first], lines)
+    if first and first[1].lstrip().startswith("["):
+        rows = ((f"{path}, row {i}", row) for i, row in enumerate(parse_json(_whole(path, lines), path), 1))
+    else:
+        rows = ((at, {"text": line} if format == "txt" else parse_json(line, at)) for at, line in lines)
+    for place, row in rows:
         if not isinstance(row, dict):
             raise InputError(f"{place}: expected a JSON object, found {type(row).__name__}")
         yield place, row
-
-
-def _read_rows(path: Path, format: str) -> Iterator[tuple[str, Any]]:
-    """Yields ("PATH, line N", value) for txt, jsonl, and json with one object per line, as the datasets library writes it. For json that is
-    one list, as pandas writes it, yields ("PATH, row N", value)."""
-    lines = ((place, line) for place, line in _read_lines(path, JSON_BYTES if format == "json" else LINE_BYTES) if line.strip())
-    if format == "json" and (first := next(lines, None)):
-        lines = itertools.chain([first], lines)
-        if first[1].lstrip().startswith("["):
-            yield from ((f"{path}, row {i}", row) for i, row in enumerate(parse_json(_whole(path, lines), path), 1))
-            return
-    for place, line in lines:
-        yield place, {"text": line} if format == "txt" else parse_json(line, place)
 
 
 def _whole(path: Path, lines: Iterable[tuple[str, str]]) -> str:

@@ -90,13 +90,8 @@ class Tokenizer:
         """The backend, with the special tokens that rt/data.py puts around a text or a pair. BERT's second text has type 1."""
         framed = tokenizers.Tokenizer.from_str(self.backend.to_str())
         if self.backend.num_special_tokens_to_add(True) == 0:
-            framed.post_processor = self.frame(second_type=int(self.separators == 1))
+            framed.post_processor = _frame(self.backend, self.bos_id, self.eos_id, self.separators, int(self.separators == 1))
         return framed
-
-    def frame(self, second_type: int) -> processors.TemplateProcessing:
-        """A post-processor that adds the special tokens around a text or a pair. `second_type`: the token type of a pair's second text."""
-        first, last = map(self.backend.id_to_token, (self.bos_id, self.eos_id))
-        return _template(self.backend, first, last, self.separators, second_type)
 
     def save(self, folder: Path) -> None:
         write_whole(Path(folder) / "tokenizer.json", self.backend.to_str(pretty=True))
@@ -125,11 +120,11 @@ def pipeline(model: models.Model) -> tokenizers.Tokenizer:
     return backend
 
 
-def _template(backend: tokenizers.Tokenizer, first: str, last: str, separators: int, second_type: int) -> processors.TemplateProcessing:
-    """The post-processor that puts two special tokens around a text or a pair."""
+def _frame(backend: tokenizers.Tokenizer, bos: int, eos: int, separators: int, second_type: int) -> processors.TemplateProcessing:
+    """The post-processor that puts two special tokens around a text or a pair. `second_type`: the token type of a pair's second text."""
+    first, last = backend.id_to_token(bos), backend.id_to_token(eos)
     pair = [first, "$A", last, *[last] * (separators - 1), f"$B:{second_type}", f"{last}:{second_type}"]
-    special = [(token, backend.token_to_id(token)) for token in (first, last)]
-    return processors.TemplateProcessing(single=[first, "$A", last], pair=pair, special_tokens=special)
+    return processors.TemplateProcessing(single=[first, "$A", last], pair=pair, special_tokens=[(first, bos), (last, eos)])
 
 
 # --- other libraries' files -------------------------------------------------------------------------------------------
@@ -175,7 +170,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
             if name in AS_THE_FILE and "model_input_names" not in facts:
                 note(f"{path}: the second text of a pair has no token type of its own, as in transformers 5: tokenizer_config.json has no "
                      "model_input_names; transformers 4 gives it one")
-            backend.post_processor = tokenizer.frame(second_type=0)
+            backend.post_processor = _frame(backend, tokenizer.bos_id, tokenizer.eos_id, tokenizer.separators, second_type=0)
             tokenizer = Tokenizer(backend, str(file))
         return tokenizer
     except (InputError, KeyboardInterrupt):
@@ -240,7 +235,8 @@ def _words(backend: tokenizers.Tokenizer) -> list[str]:
 
 def _with_added(backend: tokenizers.Tokenizer, name: str, facts: dict, folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
     """(tokenizer with the added tokens of all files, its special tokens by role). InputError if the files give one token two ids."""
-    own = [(token["id"], _added(token)) for token in read_json(folder / "tokenizer.json", {}).get("added_tokens", [])]
+    file = folder / "tokenizer.json" if folder.is_dir() else folder
+    own = [(token["id"], _added(token)) for token in read_json(file, {}).get("added_tokens", [])]
     known, legacy = facts.get("added_tokens_decoder"), read_json(folder / "special_tokens_map.json", {})
     legacy = legacy if known is None else {}
     extra = facts.get("extra_special_tokens") or []
@@ -258,7 +254,10 @@ def _with_added(backend: tokenizers.Tokenizer, name: str, facts: dict, folder: P
     new = {(_added(token).content, type(token)): _added(token, special=True)       # of a role's name and another's dict, the later counts
            for token in (*roles.values(), *(extra or legacy.get("additional_special_tokens") or [])) if token}
     there = {token.content for token in tokens}
-    full = _of_model(backend)
+    full = tokenizers.Tokenizer(backend.model)      # without added tokens
+    for part in ("normalizer", "pre_tokenizer", "decoder", "post_processor"):
+        if getattr(backend, part) is not None:
+            setattr(full, part, getattr(backend, part))
     full.add_tokens(tokens + [token for (content, _), token in new.items() if content not in there])
     for i, token in (*own, *plain, *listed.items()):
         if full.token_to_id(token.content) != i:
@@ -273,15 +272,6 @@ def _added(token: str | dict, **flags: bool) -> AddedToken:
     return AddedToken(**{**flags, **facts})
 
 
-def _of_model(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """The same tokenizer without added tokens."""
-    bare = tokenizers.Tokenizer(backend.model)
-    for part in ("normalizer", "pre_tokenizer", "decoder", "post_processor"):
-        if getattr(backend, part) is not None:
-            setattr(bare, part, getattr(backend, part))
-    return bare
-
-
 def _checked_types(tokenizer: Tokenizer, name: str, roles: dict[str, str]) -> bool:
     """Whether the second text of a pair has its own token type. InputError unless the file and transformers' class put the special tokens
     of rt/data.py around texts, and have the mask token that `tokenizer` found."""
@@ -293,7 +283,7 @@ def _checked_types(tokenizer: Tokenizer, name: str, roles: dict[str, str]) -> bo
     has_types = frames[1].type_ids[-1] > 0
     if name in CLASSES:
         ends = ("bos_token", "eos_token") if CLASSES[name][0] is models.Unigram else ("cls_token", "sep_token")
-        framed.post_processor = _template(tokenizer.backend, *map(roles.get, ends), 2 - bert, int(bert))
+        framed.post_processor = _frame(tokenizer.backend, *(id_of(roles.get(end)) for end in ends), 2 - bert, int(bert))
         frames.append(framed.encode("a", "b"))
     expected = [bos, *a, eos, *[eos] * (tokenizer.separators - 1), *b, eos]
     types = [0] * (len(a) + 2) + [1] * (len(expected) - len(a) - 2)

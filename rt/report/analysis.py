@@ -18,7 +18,7 @@ from torch.special import entr
 
 from rt.data import Encoded, TaskData, sequences_batch
 from rt.losses import Loss, Reweighted, Weights, lerp, task_loss
-from rt.model import Classifier
+from rt.model import Activations, Classifier
 from rt.tune import Hook, TuneSettings, ignore, metrics, minimise, plain_gradient, predict, train_step
 
 Path = Callable[[float], Weights]
@@ -46,10 +46,9 @@ def walk(model: Classifier, path: Path, points: Iterable[float], data: Encoded, 
 
 def barrier(rows: Sequence[dict]) -> float:
     """The barrier of a walk's rows, in nats: 0 or more; NaN if a loss is not a number."""
-    first, last = rows[0], rows[-1]
-    share = [(row["mu"] - first["mu"]) / (last["mu"] - first["mu"]) for row in rows]
-    heights = [row["loss"] - (1 - s) * first["loss"] - s * last["loss"] for row, s in zip(rows, share)]
-    return math.nan if any(map(math.isnan, heights)) else max(0.0, *heights)    # max() ignores a NaN and would report no barrier
+    mu, loss = torch.tensor([(row["mu"], row["loss"]) for row in rows], dtype=torch.float64).T
+    share = (mu - mu[0]) / (mu[-1] - mu[0])
+    return (loss - (1 - share) * loss[0] - share * loss[-1]).clamp_min(0.0).max().item()    # NaN stays NaN
 
 
 def train_control(model: Classifier, a: Weights, b: Weights, data: TaskData, settings: TuneSettings, device: torch.device,
@@ -69,11 +68,9 @@ def train_control(model: Classifier, a: Weights, b: Weights, data: TaskData, set
 @torch.no_grad()
 def run_layers(model: Classifier, sequences: list[list[int]], device: torch.device) -> tuple[Tensor, list[tuple[Tensor, Tensor]], Tensor]:
     """(hidden states (L+1, N, d): embedding output and every layer; queries and keys (N, H, D) per layer; cu_seqlens)."""
-    batch, encoder, qk = sequences_batch(sequences).to(device), model.eval().encoder, []
-    states = [encoder.embeddings(batch.ids, batch.cu_seqlens)]
-    for layer in encoder.layers:
-        states.append(layer(states[-1], batch.cu_seqlens, batch.max_seqlen, qk=qk))
-    return torch.stack(states).float(), qk, batch.cu_seqlens
+    batch, kept = sequences_batch(sequences).to(device), Activations(tuple(range(len(model.encoder.layers))), hidden=[])
+    model.eval().encoder(batch, kept)
+    return torch.stack(kept.hidden).float(), kept.qk, batch.cu_seqlens
 
 
 def attention_maps(model: Classifier, sequence: list[int], device: torch.device) -> Tensor:
@@ -111,8 +108,7 @@ def cka(a: Classifier, b: Classifier, sequences: list[list[int]], device: torch.
 
 
 def distances(a: Weights, b: Weights) -> list[dict]:
-    """One row each for embeddings, every layer, head and all, of the weights that both have: 'l2' of b - a, 'l2_per_weight' (root mean
-    square), 'cosine' of a and b, and the number of 'weights'."""
+    """A row each for embeddings, layers, head and all weights that both have: 'l2' of b - a, 'l2_per_weight' (RMS), 'cosine', 'weights'."""
     rows, parts = [], {}
     for name in (k for k in a if k in b):
         parts.setdefault(part_of(name), []).append(name)

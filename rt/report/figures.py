@@ -21,8 +21,7 @@ COMPATIBILITY = {"apply": "old delta, no training", "tuned": "tuned on that base
 
 
 def by_task(rows: list[dict]) -> Iterator[tuple[str, str, str, list[dict]]]:
-    """(task, the reported part, the name of its score, its rows) per task. Each row also gets its score under the name `score`. The part is
-    test, or dev if `scored_on` says so because test has no labels."""
+    """(task, reported part, name of its score, rows with it as `score`) per task. The part is test, or dev if test has no labels."""
     for (task,), found in group(rows, "task").items():
         score = next((name for name in SCORES if name in found[0]), "accuracy")
         yield task, found[0].get("scored_on", "test"), score, [row | {"score": row.get(score)} for row in found]
@@ -208,20 +207,16 @@ def recipes(rows: list[dict], path: Path) -> None:
 
 
 def recipes_numbers(rows: list[dict]) -> list[dict]:
-    """A line per upgrade with rows of deltas: the points that `apply` loses and the points that `init` gains over `scratch`, means over
-    tasks and seeds; held-out losses, and how far the last is above the best upgrade's; the distance from the old base; the share of heads
-    kept."""
+    """A line per upgrade with rows of deltas: the points that `apply` loses and `init` gains over `scratch`, the share of heads kept (means
+    over tasks and seeds), held-out losses, how far the last is above the best upgrade's, and the distance from the old base."""
     bases, numbers = {row["base"]: row for row in rows if row["of"] == "base"}, []
     (first, old), *later = bases.items()
     new = [*old["heldout"]][-1]
     deltas = [{k: math.nan if v is None else v for k, v in row.items()} for row in rows if row["of"] == "delta"]     # None: undefined
-    score = {(row["base"], row["task"], row["seed"]): row | {"score": next(row[s] for s in SCORES if s in row)} for row in deltas}
-    for name, base in later:
-        cells = [(task, seed) for of, task, seed in score if of == name and (first, task, seed) in score]
-        if not cells:       # the study is not finished
-            continue
-        there = [score[name, task, seed] for task, seed in cells]
-        lost = [100 * (score[first, task, seed]["score"] - row["score"]) for (task, seed), row in zip(cells, there)]
+    score = {(row["base"], row["task"], row["seed"]): next(row[s] for s in SCORES if s in row) for row in deltas}
+    for (name,), there in group([row for row in deltas if row["base"] != first], "base").items():
+        base, cells = bases[name], [(row["task"], row["seed"]) for row in there]
+        lost = [100 * (score[first, task, seed] - score[name, task, seed]) for task, seed in cells]
         numbers.append({"base": name, "points lost": float(np.mean(lost)),
                         "init above scratch": float(np.mean([100 * (row["init"] - row["scratch"]) for row in there])),
                         **{f"loss, {domain}": loss for domain, loss in base["heldout"].items()},
@@ -231,8 +226,8 @@ def recipes_numbers(rows: list[dict]) -> list[dict]:
 
 
 def mixture_numbers(rows: list[dict]) -> list[dict]:
-    """The fitted law per domain, its mean error at left-out runs, and the least replay with which old domains are not forgotten. Nothing
-    before there are three runs, which a law needs."""
+    """The fitted law per domain, its mean error at left-out runs, and the least replay that forgets nothing. Nothing for fewer than three
+    runs, which a law needs, and no error for three."""
     old, *runs = rows
     if len(runs) < 3:
         return []
@@ -241,7 +236,8 @@ def mixture_numbers(rows: list[dict]) -> list[dict]:
         points = [(1 - row["replay"] if domain == last else row["replay"], row["steps"], row["heldout"][domain]) for row in runs]
         law, steps = fit(points), max(row["steps"] for row in runs)
         least = "" if domain == last else critical(law, steps, before)
-        numbers.append({"domain": domain, "before": before, **asdict(law), "error, left out": left_out(points), "steps": steps,
+        numbers.append({"domain": domain, "before": before, **asdict(law),
+                        "error, left out": left_out(points) if len(points) > 3 else "", "steps": steps,
                         "critical replay": "none is enough" if least is None else least})
     return numbers
 

@@ -131,7 +131,7 @@ def scored(rows: list[dict]) -> tuple[str, list[dict]]:
 def tuning(rows: list[dict], summary: dict) -> Report:
     metric, rows = scored(rows)
     losses, scores = points_of(rows, "loss"), points_of(rows, "score")
-    kept = "kept: {1:.3f}, step {0:g}".format(*max(scores, key=lambda point: point[1])) if scores else ""     # the first of the best
+    kept = "kept: {1:.3f}, step {0:g}".format(*max(scores, key=lambda point: point[1])) if scores else ""     # the first of equals
     panels = [Panel("", "optimizer steps", "loss since the last evaluation", {"": losses}),
               Panel(kept, "optimizer steps", f"dev {metric}", {"": scores})]
     test = scores_text(summary.get("test") or {})
@@ -148,8 +148,7 @@ def results_of(folder: Path, summary: dict) -> list[dict]:
 
 
 def completed(row: dict) -> dict:
-    """The row with all fields that are read here: the finite points of its curve, the best score on the curve as its dev score (None if all
-    are undefined), and its base."""
+    """The row with all fields read here: finite points of its curve, the best of them (or None) as its dev score, and its base."""
     settings, metric = row.get("settings") or {}, next(iter(row.get("dev") or {}), "score")
     curve = [(step, score) for step, score in row.get("curve") or [] if is_number(step) and is_number(score)]
     return {"base": settings.get("base"), "lr": None} | row | {
@@ -181,8 +180,7 @@ def recycling(results: list[dict]) -> Report:
 
 
 def convergence(title: str, lines: dict[str, list[dict]]) -> tuple[str, Panel]:
-    """A table with a row per mode (mean dev over steps, best dev and test with standard deviation), and a panel with a line per mode. Modes
-    without training and scratch's best are levels."""
+    """A table with a row and a panel with a line per mode. Modes without training and scratch's best are levels in the panel."""
     if len({rows[0].get("steps") for rows in lines.values()} - {0, None}) > 1:      # the runs of several commands are not of one budget
         lines = {f"{name}, {rows[0]['steps']} steps" if rows[0].get("steps") else name: rows for name, rows in lines.items()}
     metric = next(iter(lines.values()))[0]["metric"]

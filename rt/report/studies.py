@@ -1,4 +1,5 @@
 """The rows of analyze.py's studies. rt/report/analysis.py computes the values; rt/report/figures.py turns rows into numbers and figures."""
+import glob
 import json
 from dataclasses import dataclass, field
 from itertools import pairwise, product
@@ -83,7 +84,7 @@ def compatibility(context: StudyContext) -> Iterator[dict]:
 
 def snapshots(base: Path) -> list[tuple[int, Path]]:
     """(t, folder) of the checkpoints M_i(t) in the same folder as M_i."""
-    folders = [meta.parent for meta in base.parent.glob(f"{base.name}-t*/meta.json")]
+    folders = [meta.parent for meta in base.parent.glob(f"{glob.escape(base.name)}-t*/meta.json")]
     return sorted((int(t), folder) for folder in folders if (t := folder.name.removeprefix(f"{base.name}-t")).isdecimal())
 
 

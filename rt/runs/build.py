@@ -1,4 +1,5 @@
 """Runs train.py to make missing bases and deltas. Device, precision, cache and determinism come from the calling script's config."""
+import os
 import subprocess
 import sys
 from functools import partial
@@ -14,7 +15,6 @@ from rt.formats.files import read_json
 from rt.formats.hub import is_hub_id, open_base, place_of_delta
 from rt.formats.untrusted import shaped
 from rt.runs.workers import cores
-from rt.speed.dist import environment_alone
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 
@@ -23,7 +23,7 @@ def build(c: Any, *jobs: tuple[str, dict], of: int = 1) -> None:
     """Run train.py for each of `jobs`, pairs (what it makes, flags). On a CPU, one job per core runs at once. InputError if a job fails.
     `of`: how many results the command needs, missing or not, so that a job's threads, and its last bits, do not depend on what is there."""
     at_once = 1 if c.device != "cpu" and torch.cuda.is_available() else min(max(of, len(jobs)), cores())
-    alone = environment_alone()
+    alone = {k: v for k, v in os.environ.items() if k != "RANK"}        # not one of torchrun's ranks
     if at_once > 1:
         alone |= {"OMP_NUM_THREADS": str(cores() // at_once), "TQDM_DISABLE": "1"}      # progress bars would overwrite each other
     for some in (jobs[i:i + at_once] for i in range(0, len(jobs), at_once)):

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import time
 from collections import Counter
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, TextIO
 
@@ -18,7 +19,7 @@ from rt.formats.files import EVENTS, note, read_rows, write_errors, write_whole
 from rt.formats.untrusted import is_number
 from rt.model import Batch, EncoderConfig
 from rt.speed.throughput import Throughput
-from rt.tune import score
+from rt.tune import Hook, ignore, score
 
 SHOWN = 10      # a task's labels that are listed by name; the others are only counted
 
@@ -108,16 +109,13 @@ def progress(total: int, what: str, start: int = 0, unit: str = "step") -> tqdm:
     return tqdm(total=total, initial=start, desc=what, unit=unit, disable=disable, leave=False, dynamic_ncols=True)
 
 
-class StepBar:
-    """The progress bar of a supervised loop: `on_step` and `on_eval` for rt.tune.tune. A step on a `frozen` base needs less arithmetic.
-    The speed includes evaluations, because on a GPU an evaluation first waits for the steps that were launched before it."""
-    def __init__(self, steps: int, what: str, config: EncoderConfig, device: torch.device, precision: torch.dtype, frozen: bool):
+class StepBar(AbstractContextManager):
+    """The progress bar of a supervised loop: `on_step` and `on_eval` for rt.tune.tune. `record` also gets every row. A step on a `frozen`
+    base needs less arithmetic. The speed includes evaluations: on a GPU they first wait for the steps launched before them."""
+    def __init__(self, steps: int, what: str, config: EncoderConfig, device: torch.device, precision: torch.dtype, frozen: bool,
+                 record: Hook = ignore):
         self.throughput, self.bar = Throughput(config, device, precision, frozen), progress(steps, what)
-        self.skipped, self.best = 0, -math.inf
-
-    def __enter__(self) -> "StepBar":
-        self.throughput.restart()
-        return self
+        self.record, self.skipped, self.best = record, 0, -math.inf
 
     def __exit__(self, *error: Any) -> None:
         self.bar.close()
@@ -127,6 +125,7 @@ class StepBar:
         self.bar.update()
 
     def on_eval(self, row: dict) -> None:
+        self.record(row)
         if row["step"] == 0:
             return self.throughput.restart()
         self.skipped += row.get("skipped", 0)

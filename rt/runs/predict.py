@@ -46,7 +46,7 @@ class Config:
     out: str | None = None  # file to write, over earlier answers when all are there (OUT.part until then); default: standard output
     seq_len: SeqLen | None = None  # longest text in tokens; default: the delta's own
     device: str = "auto"  # auto, cpu or cuda
-    precision: str = "auto"  # bf16, fp32, or auto: bf16 if the device is fast at it
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16, fp32, or auto: bf16 if the device is fast at it
     deterministic: bool = False  # the same command gives the same bits on a GPU too; on a CPU it always does
 
 
@@ -54,8 +54,7 @@ def main() -> None:
     if launched() > 1:
         raise InputError("rt.runs.predict is for one process: leave torchrun out")
     c = parse(Config, sys.argv[1:])
-    if c.deterministic:
-        make_deterministic()
+    make_deterministic(c.deterministic)
     source, out = STDIN if c.input == "-" else Path(c.input), Path(c.out) if c.out else None
     examples = read_examples(source, labelled=False, format=c.input_format)
     if out:

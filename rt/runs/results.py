@@ -8,7 +8,6 @@ Equal runs of different calls have equal names: the name contains a hash of all 
 tasks by path, so their content is compared as well: the row's `origin` holds hashes of it.
 """
 import hashlib
-import json
 import shutil
 import sys
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ import torch
 from rt.data import Task, TaskData
 from rt.deltas import Base, Delta
 from rt.errors import InputError
-from rt.formats.atomic import differing
+from rt.formats.atomic import differing, digest_of
 from rt.formats.delta_files import delta_folder, nbytes, write_delta
 from rt.formats.files import FIGURES, check_overwritable, read_json, write_json
 from rt.formats.hub import open_delta
@@ -63,8 +62,7 @@ class Run:
 
     @cached_property
     def name(self) -> str:
-        content = json.dumps([self.settings, self.lr], sort_keys=True)
-        return f"{self.mode}-s{self.seed}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
+        return f"{self.mode}-s{self.seed}-{digest_of([self.settings, self.lr])[:10]}"
 
     def at(self, base: str, route: str | None) -> "Run":
         """This run on one base of --chain. The chain in its config ends at that base."""
@@ -168,12 +166,8 @@ def write_summary(c: Any, out: Path, runs: list[Run]) -> list[dict]:
 def comparable(rows: list[dict], more: set[str]) -> list[list[dict]]:
     """Group the rows that share a scratch baseline. Scratch does not read the old base and delta, --chain or the flags in `more`."""
     more = more | {"chain", "old_base", "old_delta"}
-
-    def baseline(row: dict) -> list:
-        origin = row.get("origin", [])
-        return [origin[1:2], origin[3:], {k: v for k, v in row["settings"].items() if k not in more}]
-
-    return [*group(rows, baseline).values()]
+    return [*group(rows, lambda row: row.get("origin", [])[1::2],       # new base and task
+                   lambda row: {k: v for k, v in row["settings"].items() if k not in more}).values()]
 
 
 def summary_rows(path: Path) -> list[dict]:

@@ -85,7 +85,10 @@ def newest_checkpoint(out: Path) -> Path | None:
     damaged: list[InputError] = []
     for path in checkpoints(out):
         try:
-            check_checkpoint(path)
+            facts = read_json(path / "meta.json")
+            check_seal(path, "meta.json", facts)
+            if not (isinstance(facts.get("name"), str) and is_whole(facts.get("step"), 1) and {*RESUMABLE} <= {*facts.get("sha256", ())}):
+                raise InputError(f"{path / 'meta.json'} is damaged: it does not hold name, step and hashes of a resumable checkpoint")
         except InputError as error:
             damaged.append(error)
         else:
@@ -95,14 +98,6 @@ def newest_checkpoint(out: Path) -> Path | None:
     if damaged:
         raise InputError(f"{damaged[0]}; there is none before it to resume from: remove {out / 'resume'} to begin its stage again")
     return None
-
-
-def check_checkpoint(folder: Path) -> None:
-    """InputError unless `folder` is a resumable checkpoint and its hashes show that it is intact."""
-    facts = read_json(folder / "meta.json")
-    check_seal(folder, "meta.json", facts)
-    if not isinstance(facts.get("name"), str) or not is_whole(facts.get("step"), 1) or not {*RESUMABLE} <= facts.get("sha256", {}).keys():
-        raise InputError(f"{folder / 'meta.json'} is damaged: it does not hold name, step and hashes of a resumable checkpoint")
 
 
 def where_to_begin_again(out: Path) -> str:

@@ -15,7 +15,7 @@ from rt.deltas import Base, Delta, check_fits
 from rt.errors import InputError
 from rt.formats.corpora import read_documents
 from rt.limits import PositiveInt
-from rt.recycling import CARRIES, Recycling, is_carried, start_from_old
+from rt.recycling import CARRIES, Recycling, carried_modes, start_from_old
 from rt.runs.results import open_best
 from rt.runs.teaching import WITHOUT_OLD
 from rt.transport import Granularity, learn_projection
@@ -46,7 +46,7 @@ class CarryConfig:
 def refusals(c: Any, modes: list[str]) -> Iterable[tuple[Any, str]]:
     """(whether it is wrong, error message) for each combination of flags in recycle.py's Config `c` that may make no sense."""
     tasks, deltas, several = c.project.source_task, c.project.source_delta, len(old_names(c.old_delta)) > 1
-    carried, alone = carried_modes(c, modes), WITHOUT_OLD if c.teaching.teacher else ("scratch",)
+    carried, alone = {*modes} & {*carried_modes(c.carry.carry)}, WITHOUT_OLD if c.teaching.teacher else ("scratch",)
     return ((c.old_delta and "" in old_names(c.old_delta), f"--old_delta {c.old_delta}: one of the names is empty"),
             (c.delta.kind == "same" and (not c.old_delta or tasks and not deltas),
              "--delta same takes the kind of --old_delta: give --old_delta (with --source_task also --source_delta), or name a kind"),
@@ -61,11 +61,6 @@ def refusals(c: Any, modes: list[str]) -> Iterable[tuple[Any, str]]:
             (c.shrinkage and c.head == "fresh", "--shrinkage is for --head prototype"),
             (not c.old_base and (c.old_delta or {*modes} - {*alone}),
              "--old_base is missing: only scratch, and distill from the answers of a --teacher, do without it"))
-
-
-def carried_modes(c: Any, modes: Iterable[str]) -> list[str]:
-    """The modes that start from the delta that rt.transport.transport gives."""
-    return [mode for mode in modes if is_carried(mode, c.carry.carry)]
 
 
 def old_names(text: str | None) -> list[str]:

@@ -2,7 +2,6 @@
 test, curve), a row of a study, or a stage of pre-training."""
 import json
 import math
-from collections import Counter
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Callable, Iterable, TypeVar
 
 from rt.formats.untrusted import is_number
 from rt.runs.log import table
-from rt.tune import divergence, score
+from rt.tune import score
 
 T = TypeVar("T")
 Points = list[tuple[float, float]]
@@ -120,16 +119,6 @@ def report_sweep(rows: list[dict], modes: list[str], settings: list[str]) -> str
                       *(spread(group, part) for part in parts), steps_of(group)])
     scores = [f"{part} {metric_of(groups)}" for part in parts]
     return table(lines, ["mode", "best by dev", "lr", "runs", *scores, "steps to scratch's best dev, by seed"])
-
-
-def note_diverged(rows: list[dict], modes: list[str]) -> None:
-    """Print which runs diverged. Raises Diverged if one of them is of none of `modes`, those with a run that did not."""
-    diverged = [row for row in rows if row.get("diverged")]
-    if counts := Counter(f"{row['mode']} at --lr {row['lr']:g}" for row in diverged):
-        print("diverged, and left out: " + ", ".join(f"{what} ({n} of its runs)" for what, n in counts.items()))
-    for row in diverged:
-        if row["mode"] not in modes:
-            raise divergence(row["diverged"], row["lr"])
 
 
 def routes(mode: str) -> tuple[str | None, ...]:

@@ -1,6 +1,6 @@
 """The settings of an upgrade, and what a stage derives from them: earlier domains, recipe, first weights. `c` is the script's config."""
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Iterable, NamedTuple
 
@@ -55,11 +55,10 @@ class RecipeConfig:
                    "keep": (self.select, "`select`"), "template": (any(d.startswith("task-") for d in domains), "task:NAME in `stream`"),
                    **dict.fromkeys(("hold", "anneal", "rewarm"), (s.schedule == "infinite", "`schedule` infinite")),
                    **dict.fromkeys(("mix_every", "mix_eta", "mix_reference"), (self.by_need, "`mix` need"))}
-        for part in (self, s):
-            for field in fields(part):
-                is_used, of = details.get(field.name, (True, ""))
-                if not is_used and getattr(part, field.name) != field.default:
-                    raise InputError(f"`{field.name}` has no effect without {of}")
+        for name in changed(self):
+            is_used, of = details.get(name, (True, ""))
+            if not is_used:
+                raise InputError(f"`{name}` has no effect without {of}")
         if self.preserve and self.preserve_by == "predictions" and self.objective == "rts":
             raise InputError("`preserve_by` predictions compares distributions over the vocabulary, and `objective` rts predicts none")
         anneal = s.anneal * (s.schedule == "infinite")

@@ -90,7 +90,8 @@ def _serve(work: Callable[[T], Iterator[R]], items: Sequence[T], pipe: Connectio
     """A worker's loop: ask for the number of the next item until none is left."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # the parent gets the signal and ends this process
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_follow, daemon=True).start()
+    # when the parent has ended, however that was, this process ends
+    threading.Thread(target=lambda: multiprocessing.parent_process().join() or os._exit(1), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"      # threads do not survive a fork
     tqdm.set_lock(threading.RLock())                    # a thread may have held the lock at the fork
     try:
@@ -102,9 +103,3 @@ def _serve(work: Callable[[T], Iterator[R]], items: Sequence[T], pipe: Connectio
             traceback.print_exc()
             error = RuntimeError(f"in a worker process: {error!r}")
         pipe.send((None, error))
-
-
-def _follow() -> None:
-    """End this process when its parent has ended, however the parent ended."""
-    multiprocessing.parent_process().join()
-    os._exit(1)

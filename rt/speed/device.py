@@ -1,6 +1,5 @@
 """Devices: which device to use, in which precision, and its peak speed."""
 import os
-import platform
 import re
 from pathlib import Path
 
@@ -34,29 +33,27 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def make_deterministic() -> None:
-    """From here on the same command gives the same bits on a GPU too (with the same GPU model and PyTorch version), at some cost. PyTorch
-    raises an error at an operation that has no deterministic form."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # read when cuBLAS is first used
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False     # a debugging aid that writes all new memory once
+def make_deterministic(wanted: bool) -> None:
+    """If `wanted`, the same command gives the same bits on a GPU too (with the same GPU model and PyTorch version), at some cost. PyTorch
+    then raises an error at an operation that has no deterministic form."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # read when cuBLAS is first used
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False     # a debugging aid that fills all new memory
 
 
 def bf16_is_fast(device: torch.device) -> bool:
     """Whether `device` has matrix units for bfloat16 (Ampere and later; AMX or AVX512-bf16 on a CPU). On others float32 is faster."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type != "cpu" or platform.system() != "Linux":
-        return False
-    flags = Path("/proc/cpuinfo").read_text(errors="replace")
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    flags = Path("/proc/cpuinfo")       # of Linux
+    return flags.exists() and bool(re.search("avx512_bf16|amx_bf16", flags.read_text(errors="replace")))
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """The dtype of activations for `auto`, `bf16` or `fp32`; weights are always float32."""
-    if name not in ("auto", "bf16", "fp32"):
-        raise InputError(f"--precision {name}: not one of auto, bf16, fp32")
-    return torch.bfloat16 if name == "bf16" or name == "auto" and bf16_is_fast(device) else torch.float32
+    auto = torch.bfloat16 if bf16_is_fast(device) else torch.float32
+    return {"auto": auto, "bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
 def precision_name(precision: torch.dtype) -> str:

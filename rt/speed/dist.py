@@ -101,11 +101,6 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
-def environment_alone() -> dict[str, str]:
-    """The environment for a process that must not be one of torchrun's ranks."""
-    return {k: v for k, v in os.environ.items() if k != "RANK"}
-
-
 def join(device: str) -> Ranks:
     """This process as one of torchrun's ranks, or as the only rank; `device`: see pick_device. Raises InputError if GPUs are too few."""
     if launched() == 1:
@@ -140,10 +135,14 @@ def gather(optimizer: torch.optim.Optimizer) -> None:
 
 
 def load_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load the moments of a plain AdamW's state. With a sharded optimizer, each rank takes its share. Raises InputError if the state does
-    not fit the parameters."""
-    check_state(optimizer, state)
-    moments = {i: {k: x.clone() for k, x in s.items()} for i, s in state["state"].items()}      # no longer mapped from a file
+    """Load the moments of a plain AdamW's state, each rank its share if sharded. Raises InputError unless they fit the parameters."""
+    shapes = [p.shape for p in parameters(optimizer)]
+    found = state.get("state") if isinstance(state, dict) else None
+    if not isinstance(found, dict) or found.keys() != {*range(len(shapes))} or not all(
+            isinstance(s, dict) and s.keys() == {"step", "exp_avg", "exp_avg_sq"} and all(isinstance(x, Tensor) for x in s.values())
+            and s["step"].numel() == 1 and s["exp_avg"].shape == s["exp_avg_sq"].shape == shapes[i] for i, s in found.items()):
+        raise InputError("the optimizer's state (optim.pt) is not that of this model: it is damaged, or of another run")
+    moments = {i: {k: x.clone() for k, x in s.items()} for i, s in found.items()}      # no longer mapped from a file
     if hasattr(optimizer, "consolidate_state_dict"):
         # the sharded optimizer's own load_state_dict would put `step` on the CPU, where a fused step on CUDA cannot read it
         number = {p: i for i, p in enumerate(parameters(optimizer))}
@@ -154,13 +153,3 @@ def load_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
 
 def parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def check_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Raises InputError unless `state` has moments for all parameters of the optimizer, with the same shapes."""
-    shapes = [p.shape for p in parameters(optimizer)]
-    found = state.get("state") if isinstance(state, dict) else None
-    if not isinstance(found, dict) or found.keys() != {*range(len(shapes))} or not all(
-            isinstance(s, dict) and s.keys() == {"step", "exp_avg", "exp_avg_sq"} and all(isinstance(x, Tensor) for x in s.values())
-            and s["step"].numel() == 1 and s["exp_avg"].shape == s["exp_avg_sq"].shape == shapes[i] for i, s in found.items()):
-        raise InputError("the optimizer's state (optim.pt) is not that of this model: it is damaged, or of another run")

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import rt.model
-from kernels import attention_qkv
 from kernels.common import uses_triton
 from rt.data import Rows
 from rt.errors import InputError
@@ -58,10 +57,8 @@ def static_batch(rows: Rows, batch: Batch) -> Batch:
     n, per_row = len(batch.ids), len(batch.ids) // rows.row_tokens
     deviation = rows.length_deviation * (n / rows.mean_length ** 3) ** 0.5
     most = max(n / rows.mean_length + 6 * deviation + 2 * per_row, len(batch.cu_seqlens) - 1)      # the ends of a row cut sequences in two
-    room = -(-int(most) // 64) * 64 + 1
-    padded = torch.full((room,), n, dtype=torch.int32)
-    padded[:len(batch.cu_seqlens)] = batch.cu_seqlens
-    return replace(batch, cu_seqlens=padded, max_seqlen=rows.seq_len)
+    room = -(-int(most) // 64) * 64 + 1 - len(batch.cu_seqlens)
+    return replace(batch, cu_seqlens=nn.functional.pad(batch.cu_seqlens, (0, room), value=n), max_seqlen=rows.seq_len)
 
 
 def tensors(batch: Batch) -> dict[str, Tensor]:
@@ -78,7 +75,7 @@ def compiled(blocks: Iterable[nn.Module], device: torch.device) -> Iterator[None
     blocks, attention, whole = list(blocks), rt.model.attention_qkv, kernels_run(device)
     if blocks:
         torch._dynamo.config.optimize_ddp = False   # it splits graphs at the gradient buckets; blocks are small enough
-        rt.model.attention_qkv = attention_qkv if whole else torch.compiler.disable(attention_qkv)
+        rt.model.attention_qkv = attention if whole else torch.compiler.disable(attention)
     for block in blocks:
         block.forward = torch.compile(block.forward, fullgraph=whole, dynamic=False)
     try:

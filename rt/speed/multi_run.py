@@ -21,20 +21,19 @@ from rt.kinds import KINDS
 from rt.losses import AT_POINTS, TERMS, DistillConfig, Loss, Reweighted, TeacherCache, Weights, patience, task_loss, trained_weights
 from rt.model import Activations, Batch, Classifier
 from rt.optim import EPS, TUNING_BETAS, SkipTracker, autocast, is_out_of_memory
-from rt.recycling import MODES, NEEDS_TEACHER, TRAINED, Recycling, check, start, teacher_of, training_data
+from rt.recycling import MODES, NEEDS_TEACHER, TRAINED, Recycling, check, start, training_data
 from rt.speed.graphs import CudaGraphs
 from rt.tune import Gradient, Scores, TuneResult, TuneSettings, evaluate, metrics, plain_gradient, training_batch, training_loop
 
 CPU_BYTES = 2**29       # for a group on a CPU: a dozen runs of the mini preset; in larger groups each run takes longer
 EVAL_TOKENS = 16384     # tokens per forward pass over dev, all runs together
 BUCKET = 128            # tokens: batches grow in steps of this size if each shape has its own CUDA graph
-PAD_SEQUENCES = 8       # padding sequences per range, about: the cost of attention grows with the square of their length
+PAD_SEQUENCES = 8       # roughly how many sequences pad a range: the cost of attention grows with the square of their length
 
 
 @dataclass
 class SideRun:
-    """One of the runs. Several runs may share `model` and `data`; nothing here changes them. The losses must not use gamma or itp. Either
-    all runs have a teacher or none has."""
+    """One run. Several may share `model` and `data`, which nothing changes. No loss has gamma or itp; all have a teacher or none."""
     model: Classifier
     data: TaskData
     settings: TuneSettings
@@ -46,11 +45,7 @@ class SideRun:
 
 def reweighted(model: Classifier, weights: Weights) -> Classifier:
     """A copy of `model` with `weights` in place of its trained weights; frozen weights are shared."""
-    other = copy.deepcopy(model, memo={id(p): p for p in model.parameters()})
-    for name, w in weights.items():
-        owner, _, last = name.rpartition(".")
-        setattr(other.get_submodule(owner), last, nn.Parameter(w))
-    return other
+    return copy.deepcopy(model, memo={id(p): nn.Parameter(weights[k]) if k in weights else p for k, p in model.named_parameters()})
 
 
 class Flat:
@@ -211,14 +206,7 @@ class SideBySide:
 
     def prepare(self) -> None:
         """Make the gradient function of the active runs. It takes a batch and its shares, both on the host, and returns (K,) losses."""
-        loss, stacked, device, precision = SideLoss(self.runs, self.device), self.stacked, self.device, self.precision
-
-        def plain(batch: Batch, shares: Tensor) -> Tensor:
-            with autocast(device, precision):
-                values = loss(stacked.train(), batch.to(device), shares.to(device))
-            values.sum().backward()
-            return values.detach()
-
+        plain = plain_gradient(self.stacked, SideLoss(self.runs, self.device), self.device, self.precision)
         self.gradient_of = CudaGraphs(plain, [self.optimizer.w], self.device) if self.graphs else plain
 
     def gradient(self, step: int) -> Tensor:
@@ -247,7 +235,7 @@ class SideBySide:
         going = []
         for i, (run, scores, dev, since) in enumerate(zip(self.runs, self.scores, self.dev_scores(step), self.optimizer.tracker.read())):
             if scores.add(step, dev, {"flat": self.optimizer.w[i]}, *since):
-                going.append(i)     # a run that diverged does not go on; its gradient is its own, and the others continue
+                going.append(i)     # a run that diverged ends; its gradient is separate, so the others continue
             run.result, run.best = scores.result, self.flat.weights(scores.best["flat"])
         if going and len(going) < len(self.runs):
             self.runs, self.scores = ([all_[i] for i in going] for all_ in (self.runs, self.scores))
@@ -272,7 +260,7 @@ def tune_in_groups(runs: list[SideRun], limit: int, *, device: torch.device, pre
     size = limit
     while runs:
         try:
-            # a new shape's first pass runs beside what earlier graphs keep
+            # the first pass of a new shape needs memory besides what earlier graphs keep
             size = size or max(1, free_bytes(device) // (step_bytes(runs[0], device, precision) * (1 + graphs)))
             size = -(-len(runs) // -(-len(runs) // size))      # equal groups: 7 runs by 4 are 4 and 3; 9 by 8 are 5 and 4
             tune(runs[:size], device=device, precision=precision, graphs=graphs)
@@ -313,7 +301,7 @@ def step_bytes(run: SideRun, device: torch.device, precision: torch.dtype) -> in
 
 
 def can_go_together(r: Recycling, mode: str) -> bool:
-    """Whether runs like this one can be trained side by side. Full deltas, which share no base, and what does not stack cannot."""
+    """Whether runs like this one can be trained side by side. Full deltas, which share no base, and kinds that do not stack cannot."""
     return mode in TRAINED and KINDS[r.config.kind].stacks and (mode not in NEEDS_TEACHER or can_be_stacked(r.distill))
 
 
@@ -327,9 +315,6 @@ def recycle_together(rs: list[Recycling], mode: str, limit: int = 0,
     if not all(can_go_together(r, mode) for r in rs):
         raise ValueError("full deltas, runs with gamma or itp and modes without training are not done side by side")
     starts = {seed: start(r, mode) for seed, r in {r.settings.seed: r for r in rs}.items()}
-    teachers = {data: teacher_of(r) for data, r in {id(r.data): r for r in rs}.items()} if mode in NEEDS_TEACHER else {}
-    for r in rs:
-        r.teacher = teachers.get(id(r.data), r.teacher)     # one per sample of examples
     datas = {sample: training_data(r, mode) for sample, r in {id(r.data): r for r in rs}.items()}
     runs = [SideRun(starts[r.settings.seed], datas[id(r.data)], r.settings, MODES[mode].loss(r)) for r in rs]
     for r, run in zip(rs, tune_in_groups(runs, limit, device=rs[0].device, precision=rs[0].precision, graphs=graphs)):
