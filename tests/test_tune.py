@@ -142,7 +142,7 @@ def test_a_worse_end_does_not_replace_the_best(tokenizer, toy):
             return super().__call__(model, batch)
 
     model = attach(random_base(tokenizer), DeltaConfig("full"), 2, 0)
-    result = tune(model, toy, Unlearning(), TuneSettings(150, 16, 3e-3, 10, 0), **CPU)
+    result = tune(model, toy, Unlearning(), TuneSettings(60, 16, 3e-3, 10, 0), **CPU)
     assert result.curve[-1][1] < result.dev["accuracy"] - 0.2
     assert evaluate(model, toy.dev, **CPU) == result.dev and evaluate(model, toy.test, **CPU) == result.test
 
