@@ -202,10 +202,15 @@ class Mode:
     loss: Callable[[Recycling], Loss] | None
 
 
-MODES = {"scratch": Mode(start_fresh, plain_loss), "apply": Mode(start_from_old, None),
-         "init": Mode(lambda r: start_from_old(r, r.carry), plain_loss), "distill": Mode(start_fresh, distillation_loss),
-         "init+distill": Mode(lambda r: start_from_old(r, r.carry), distillation_loss), "project": Mode(start_projected, None),
-         "transport": Mode(lambda r: start_from_old(r, True), None), "gradmask": Mode(start_masked, None)}
+MODES = {
+    "scratch": Mode(start_fresh, plain_loss),
+    "apply": Mode(start_from_old, None),
+    "init": Mode(lambda r: start_from_old(r, r.carry), plain_loss),
+    "distill": Mode(start_fresh, distillation_loss),
+    "init+distill": Mode(lambda r: start_from_old(r, r.carry), distillation_loss),
+    "project": Mode(start_projected, None),
+    "transport": Mode(lambda r: start_from_old(r, is_carried=True), None),
+    "gradmask": Mode(start_masked, None)}
 CARRIES = ("init", "init+distill", "transport", "gradmask")     # the modes that can start from the carried delta
 TRAINED = tuple(name for name, mode in MODES.items() if mode.loss)
 NEEDS_TEACHER = tuple(name for name, mode in MODES.items() if mode.loss is distillation_loss)
