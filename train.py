@@ -154,9 +154,9 @@ def pretrain(c: Config) -> None:
     settings = {k: v for k, v in record(c).items() if k not in NOT_SETTINGS}
     with PretrainRun(out, ranks, settings, resume=c.resume, snapshots=c.snapshots, save_every=c.save_every, stop_after=c.stop_after,
                      log_every=c.log_every or (10 if ranks.device.type == "cuda" else 1), tensorboard=c.tensorboard,
-                     defaults=record(Config())) as stream:
-        interrupted = train_stages(c, stream, ranks) if stream.has_work else None
-        if not stream.has_work:
+                     defaults=record(Config())) as this_run:
+        interrupted = train_stages(c, this_run, ranks) if this_run.has_work else None
+        if not this_run.has_work:
             if c.init and Path(c.init).exists():
                 ranks.from_main(lambda: check_content(out, {"--init": go_on_from(c, Path(c.init).resolve(), open_base(c.init))[1]}))
             print(f"{out} is complete; remove it to train anew\n{table_of(out)}")
@@ -165,54 +165,54 @@ def pretrain(c: Config) -> None:
         raise interrupted
 
 
-def train_stages(c: Config, stream: PretrainRun, ranks: Ranks) -> Interrupted | None:
+def train_stages(c: Config, this_run: PretrainRun, ranks: Ranks) -> Interrupted | None:
     """Train the stages that are not finished yet. Returns the exception to raise if a signal asked the run to end."""
     r = c.recipe
     found = ranks.main_first(lambda: [open_domain(entry, c.cache, r.template, r.select, r.keep) for entry in c.stream])
-    paths, own = (dict(zip(domain_names("stream", c.stream), each)) for each in zip(*found))
-    model, tokenizer, (parent, number, domains, moments, contents) = start_model(c, stream.out, next(iter(paths.values())), ranks)
-    earlier = earlier_domains(c, domains, own)
+    paths, places = (dict(zip(domain_names("stream", c.stream), column)) for column in zip(*found))     # texts; names for meta.json
+    model, tokenizer, (parent, number, domains, moments, contents) = start_model(c, this_run.out, next(iter(paths.values())), ranks)
+    earlier = earlier_domains(c, domains, places)
     paths = ranks.main_first(lambda: {name: corpus_path(place, c.cache) for name, place in earlier.items()}) | paths
     corpora = ranks.main_first(lambda: {name: build_corpus(name, path, tokenizer, c.cache) for name, path in paths.items()})
-    contents = contents_of(corpora, contents, {name: place for name, place in earlier.items() if name not in own})
+    contents = contents_of(corpora, contents, {name: place for name, place in earlier.items() if name not in places})
     where = {"device": ranks.device, "precision": pick_precision(c.precision, ranks.device)}
     content = {"--precision": precision_name(where["precision"]), "tokenizer": tokenizer.fingerprint, "--init": parent,
                "--mix_reference": r.mix_reference and ranks.main_first(lambda: open_base(r.mix_reference)).fingerprint,
                **{f"corpus {k}": v["train"].content for k, v in corpora.items()}}
     ranks.assert_same(content)
-    groups = [tuple(own)] if r.mix else [(name,) for name in own]
+    groups = [tuple(places)] if r.mix else [(name,) for name in places]
     training, heldout = rows_of(c, corpora, groups, [*earlier], tokenizer, number + 1, ranks)
-    stream.begin(content, tokenizer)
+    this_run.begin(content, tokenizer)
     for i, (domain, rows) in enumerate(training.items()):
-        name, number, domains = f"M{number + 1}", number + 1, domains | {name: own[name] for name in groups[i]}
-        if (base := stream.finished(name)):     # finished before an interruption
-            model, parent, moments = go_on_from(c, stream.out / name, base)
+        name, number, domains = f"M{number + 1}", number + 1, domains | {d: places[d] for d in groups[i]}
+        if base := this_run.finished(name):     # finished before an interruption
+            model, parent, moments = go_on_from(c, this_run.out / name, base)
             continue
         steps = c.steps[min(i, len(c.steps) - 1)]
         s = PretrainSettings(steps, c.batch_tokens, c.lr or PRETRAIN_LR, max(1, round(c.warmup * steps)), rows.seed, c.accumulation,
-                             schedule=r.schedule, held=bool(parent) and not (r.schedule.rewarm and i == 0))
+                             rates=r.rates, held=bool(parent) and not (r.rates.rewarm and i == 0))
         model = model.to(ranks.device)
         optimizer = adamw(model.parameters(), 0.0, c.weight_decay, make=zero if c.zero else AdamW)
         recipe = start_recipe(c, model, rows, [corpora[name]["train"] for name in groups[i]], tokenizer, ranks, where,
-                              stream.out / f"M{number - 1}" if i else c.init)
+                              this_run.out / f"M{number - 1}" if i else c.init)
         about = {"name": name, "domain": domain, "number": number, "parent": parent, "domains": domains, "recipe": used(r, rows, parent),
                  "contents": {k: v for k, v in contents.items() if k in domains}, "precision": content["--precision"]}
-        first = stream.start_stage(about, s, rows, model, optimizer, where["precision"], recipe, moments)
-        if not stream.stages and first == 0:
+        first = this_run.start_stage(about, s, rows, model, optimizer, where["precision"], recipe, moments)
+        if not this_run.stages and first == 0:
             print(sample_of(rows, tokenizer))
-        if train_stage(model, rows, optimizer, s, stream, ranks, where["precision"], first, c.compile, c.graphs, recipe):
-            return stream.suspended(f"in {name} after step {stream.step} of {steps}")
-        parent = stream.finish_stage(lambda: {d: evaluate_mlm(model, held, tokens=c.eval_tokens, **where) for d, held in heldout.items()},
-                                     r.average)
-        if i + 1 < len(training) and stream.stops_between_stages():
-            return stream.suspended(f"after {name}")
-        if r.schedule.schedule == "infinite":
-            model, parent, moments = go_on_from(c, stream.out / name, ranks.main_first(lambda: load_base(stream.out / name)))
-    stream.complete()
+        if train_stage(model, rows, optimizer, s, this_run, ranks, where["precision"], first, c.compile, c.graphs, recipe):
+            return this_run.suspended(f"in {name} after step {this_run.step} of {steps}")
+        parent = this_run.finish_stage(lambda: {d: evaluate_mlm(model, held, tokens=c.eval_tokens, **where) for d, held in heldout.items()},
+                                       r.average)
+        if i + 1 < len(training) and this_run.stops_between_stages():
+            return this_run.suspended(f"after {name}")
+        if r.rates.schedule == "infinite":
+            model, parent, moments = go_on_from(c, this_run.out / name, ranks.main_first(lambda: load_base(this_run.out / name)))
+    this_run.complete()
     return None
 
 
-def train_stage(model: MaskedLM, rows: Rows, optimizer: torch.optim.Optimizer, s: PretrainSettings, stream: PretrainRun, ranks: Ranks,
+def train_stage(model: MaskedLM, rows: Rows, optimizer: torch.optim.Optimizer, s: PretrainSettings, this_run: PretrainRun, ranks: Ranks,
                 precision: torch.dtype, first: int = 0, compile: bool = False, graphs: bool = False, recipe: Recipe = Recipe()) -> bool:
     """The pre-training loop from step `first` on. Returns whether it stops before the end of the stage. Data and dropout are functions of
     (seed, step, microbatch), so a resumed loop repeats nothing and skips nothing."""
@@ -226,12 +226,12 @@ def train_stage(model: MaskedLM, rows: Rows, optimizer: torch.optim.Optimizer, s
             for part in range(s.accumulation):
                 batch = next(batches)
                 loss += gradient(batch, part)
-                stream.throughput.count(batch)
+                this_run.throughput.count(batch)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
             loss = ranks.mean(loss)                                     # either all ranks skip a step or none does
             step_unless(optimizer, not_finite(loss, norm))
             recipe.after_step(step + 1)
-            if stream.after_step(step + 1, lr, loss, norm):             # rows, checkpoints, signals
+            if this_run.after_step(step + 1, lr, loss, norm):           # rows, checkpoints, signals
                 return True
     return False
 

@@ -83,7 +83,7 @@ class Encoded:
     targets: Tensor
     truncated: int      # number of sequences that were cut
     unlabelled: int = 0     # number of examples without a label, which come last
-    share: float = 0.0      # of every training batch that they fill
+    share: float = 0.0      # share of a training batch that the unlabelled examples fill
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -97,8 +97,8 @@ class Encoded:
         """The examples of step `step`. If some are unlabelled, every batch is full, and round(share * batch_size) of it are unlabelled."""
         if not self.unlabelled:
             return training_indices(len(self), batch_size, step, seed)
-        n, free = len(self) - self.unlabelled, round(self.share * batch_size)
-        own, others = endless_indices(n, batch_size - free, step, [seed, 2]), endless_indices(self.unlabelled, free, step, [seed, 3])
+        n, extra = len(self) - self.unlabelled, round(self.share * batch_size)
+        own, others = endless_indices(n, batch_size - extra, step, [seed, 2]), endless_indices(self.unlabelled, extra, step, [seed, 3])
         return own + [n + i for i in others]
 
     def batch(self, indices: list[int]) -> Batch:
@@ -250,7 +250,8 @@ class Corpus:
 class Rows:
     """Rows of exactly `row_tokens` tokens from a corpus, and masked-LM batches of rows. Documents are cut into sequences <s> ... </s> of at
     most `seq_len` tokens. Each epoch permutes and concatenates the sequences. Row r is tokens [r * row_tokens, (r+1) * row_tokens) of the
-    result, so every row is full: a sequence across a row's end is cut in two, each with an <s>. The order of rows is permuted too."""
+    result, so every row is full: a sequence across a row's end is cut in two, and the first token after the cut becomes <s>. The order of
+    rows is permuted too."""
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer, *, seq_len: int, mask_rate: float, seed: int, sequences: int = ROW_SEQUENCES,
                  objective: Objective = "mlm", unit: MaskUnit = "token"):
         self.corpus, self.seed, self.seq_len = corpus, seed, seq_len

@@ -19,11 +19,12 @@ from rt.kinds import ADDED, INPUT, KINDS, OUTPUT, DeltaConfig
 from rt.model import ClassificationHead, Classifier, Encoder, EncoderConfig, MLMHead, init_weights
 
 PARTS = ("diffs", "modules", "head")
+TRAINED = ("dev", "test", "step", "seed", "argv")       # entries of `info` that are true of the trained delta alone
 
 
 @dataclass
 class Base:
-    """An encoder with its head, tokenizer and metadata. Nothing changes a base in place."""
+    """An encoder with its head, tokenizer and metadata. No weight is changed in place; `to` moves them."""
     encoder: Encoder
     head: MLMHead | None
     tokenizer: Tokenizer
@@ -65,9 +66,9 @@ def attach(base: Base, config: DeltaConfig, num_outputs: int, seed: int) -> Clas
     """`base` with a fresh delta and head; its logits are those of base + head. Trained weights are copies, the others frozen and shared."""
     trains = KINDS[config.check().kind].trains
     # new Parameters, also over shared memory: setting requires_grad must not affect the base
-    own = {id(p): nn.Parameter(p.data.clone()) if trains(name) else nn.Parameter(p.data, requires_grad=False)
-           for name, p in base.encoder.named_parameters()}
-    encoder = copy.deepcopy(base.encoder, memo=own)
+    memo = {id(p): nn.Parameter(p.data.clone()) if trains(name) else nn.Parameter(p.data, requires_grad=False)
+            for name, p in base.encoder.named_parameters()}
+    encoder = copy.deepcopy(base.encoder, memo)
     generator = torch.Generator().manual_seed(seed)
     for module in plug_in(encoder, config):
         module.reset(generator)
@@ -109,8 +110,9 @@ class Delta:
         return {f"{part}.{k}": v for part in PARTS if with_head or part != "head" for k, v in getattr(self, part).items()}
 
     def map(self, change: Callable[[str, Tensor], Tensor]) -> "Delta":
-        """The delta with every tensor replaced by change(name, tensor). Names are those of `tensors`."""
-        return replace(self, **{part: {k: change(f"{part}.{k}", v) for k, v in getattr(self, part).items()} for part in PARTS})
+        """The delta with every tensor replaced by change(name, tensor), and without its scores. Names are those of `tensors`."""
+        info = {k: v for k, v in self.info.items() if k not in TRAINED}
+        return replace(self, info=info, **{part: {k: change(f"{part}.{k}", v) for k, v in getattr(self, part).items()} for part in PARTS})
 
     def role(self, name: str) -> str:
         """INPUT, OUTPUT or ADDED: how a tensor takes part in sums and multiples (rt/kinds.py)."""
@@ -145,14 +147,14 @@ class Delta:
         if kind.joined is None:
             raise InputError(f"{self.config.kind} deltas have no sum: what they compute is not linear in their weights")
 
-        def joined(name: str, v: Tensor) -> Tensor:
+        def add(name: str, v: Tensor) -> Tensor:
             if (role := self.role(name)) == INPUT:
                 return torch.cat([v, theirs[name]])
             if role == OUTPUT:
                 return torch.cat([kind.scaling(self.config) * v, kind.scaling(other.config) * theirs[name]], dim=1)
             return v + theirs[name]
 
-        return replace(self.map(joined), config=kind.joined(self.config, other.config))
+        return replace(self.map(add), config=kind.joined(self.config, other.config))
 
     def __radd__(self, other: int) -> "Delta":
         return self if other == 0 else NotImplemented       # sum() begins with 0

@@ -63,7 +63,7 @@ INPUT, OUTPUT, ADDED = "input", "output", "added"
 @dataclass(frozen=True)
 class Kind:
     """A row of KINDS. Modules have `reset(generator)`. A `lora` slot's module is called with (x, y) and may have `weight(linear)`."""
-    modules: Callable[[Block, DeltaConfig], dict[str, nn.Module]] = lambda block, config: {}    # by slot, before `reset`
+    modules: Callable[[Block, DeltaConfig], dict[str, nn.Module]] = lambda block, config: {}    # {slot: module}, not yet reset
     trains: Callable[[str], bool] = lambda name: False      # whether the base's weight of this name is trained
     settings: tuple[str, ...] = ()                          # the fields of DeltaConfig that this kind uses
     roles: dict[str, str] = field(default_factory=dict)     # substring of a tensor's name -> INPUT, OUTPUT or ADDED
@@ -95,12 +95,12 @@ TARGETS = {"query": ("qkv", 0), "key": ("qkv", 1), "value": ("qkv", 2), "attenti
 
 class LoRA(nn.Module):
     """Adds scaling * B A x to y on the output rows of each target of one Linear. B starts at zero."""
-    def __init__(self, linear: nn.Linear, targets: dict[str, int | None], r: int, lora_alpha: float):
+    def __init__(self, module: nn.Linear, targets: dict[str, int | None], r: int, lora_alpha: float):
         super().__init__()
-        rows = linear.out_features // (3 if None not in targets.values() else 1)
+        rows = module.out_features // (3 if None not in targets.values() else 1)
         names = {target: target.replace(".", "_") for target in targets}        # module names cannot contain a dot
         self.first_row = {names[target]: (third or 0) * rows for target, third in targets.items()}
-        self.A = nn.ParameterDict({name: torch.empty(r, linear.in_features) for name in self.first_row})
+        self.A = nn.ParameterDict({name: torch.empty(r, module.in_features) for name in self.first_row})
         self.B = nn.ParameterDict({name: torch.empty(rows, r) for name in self.first_row})
         self.scaling = lora_alpha / r
 
@@ -116,9 +116,9 @@ class LoRA(nn.Module):
             y = y + (update if update.shape == y.shape else F.pad(update, (first, y.shape[-1] - first - update.shape[-1])))
         return y
 
-    def weight(self, linear: nn.Linear) -> Tensor:
+    def weight(self, module: nn.Linear) -> Tensor:
         """The update as a matrix in the shape of the Linear's weight."""
-        full = torch.zeros_like(linear.weight)
+        full = torch.zeros_like(module.weight)
         for name, first in self.first_row.items():
             full[first:first + len(self.B[name])] += self.scaling * self.B[name] @ self.A[name]
         return full

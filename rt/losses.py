@@ -111,7 +111,7 @@ class Loss:
     def rows(self, logits: Tensor, activations: Activations, batch: Batch, labels: Tensor | None = None) -> Tensor:
         """(B,): alpha KD + beta patience, plus (1 - alpha) task if `labels` are given."""
         c, t = self.config, self.teacher.logits[batch.index]
-        if self.is_regression or c.public_code or self.has_unlabelled:      # kd_loss leaves out rows without a label
+        if self.is_regression or c.public_code or self.has_unlabelled:      # not in kd_loss
             task = 0.0 if labels is None else (1 - c.alpha) * task_loss(logits, labels, self.is_regression)
             rows = task + c.alpha * self.kd(logits, t, c.T)
         else:
@@ -140,7 +140,7 @@ class Loss:
 
 
 def patience(loss: Loss, logits: Tensor, activations: Activations, batch: Batch) -> Tensor:
-    """(B,); a term may also return a scalar, the batch mean. Student layer i is compared with the teacher's layer i L_old // L."""
+    """(B,). Student layer i is compared with the teacher's layer i L_old // L."""
     states, teacher, index = activations.states, loss.teacher.states, batch.index
     if (L := states.shape[1]) != (L_old := teacher.shape[1]):
         teacher, index = torch.stack([teacher[index, i * L_old // L] for i in range(L)], dim=1), None
@@ -160,7 +160,8 @@ def attention_divergence(student: Activations, teacher: Activations, batch: Batc
                         for s, t in zip(student.qk, teacher.qk, strict=True)]).mean()
 
 
-TERMS: dict[str, Callable[[Loss, Tensor, Activations, Batch], Tensor]] = {"beta": patience, "gamma": attention}     # by its weight's field
+# by its weight's field; a term is (B,) or a scalar, the batch mean
+TERMS: dict[str, Callable[[Loss, Tensor, Activations, Batch], Tensor]] = {"beta": patience, "gamma": attention}
 AT_POINTS = ("beta",)   # also applied at the points of interpolation; the other terms apply to the student alone
 
 

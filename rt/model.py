@@ -81,7 +81,7 @@ class Activations:
 
     @property
     def states(self) -> Tensor:
-        """(B, num_layers, d)"""
+        """`rows` as one tensor (B, num_layers, d)."""
         return torch.stack(self.rows, dim=1)
 
     def collect(self, x: Tensor, first: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Embeddings(nn.Module):
-    """Word + position, LN, dropout. The position table includes the first token type. BERT's `second_type` is second minus first."""
+    """Word + position, LN, dropout. The position table includes BERT's first token type; `second_type` is the second minus the first."""
     def __init__(self, config: EncoderConfig):
         super().__init__()
         d = config.hidden_size
@@ -163,6 +163,7 @@ class Embeddings(nn.Module):
         """(N,) and (B + 1,) -> (N, d)"""
         rows = torch.arange(len(ids), device=ids.device, dtype=cu_seqlens.dtype)
         first = cu_seqlens[torch.searchsorted(cu_seqlens, rows, right=True) - 1]    # (N,) first row of the row's sequence
+        # RoBERTa numbers the tokens that are no pads; BERT counts separators, which end the text before a pair's second
         counted = ids != self.pad_id if self.second_type is None else ids == self.sep_id
         above = counted.cumsum(0) - counted.long()                        # (N,) counted tokens in the rows above
         above = above - above[first]                                      # that are in the same sequence

@@ -34,7 +34,7 @@ def adamw(parameters: Iterable[Parameter], lr: float, weight_decay: float, betas
     return make([g for g in groups if g["params"]], lr=lr, betas=betas, eps=EPS, fused=True)
 
 
-def schedule(step: int, steps: int, warmup: int, peak: float) -> float:
+def linear_rate(step: int, steps: int, warmup: int, peak: float) -> float:
     """Learning rate of step 0 ... steps-1: linear up to `peak` over `warmup` steps, then linear down to zero at `steps`."""
     return peak * (step + 1) / warmup if step < warmup else peak * (steps - step) / max(1, steps - warmup)
 
@@ -42,7 +42,8 @@ def schedule(step: int, steps: int, warmup: int, peak: float) -> float:
 @dataclass(frozen=True)
 class ScheduleConfig:
     """The learning rate of a pre-training stage. `infinite` is one schedule over a whole lineage (Beyond Cosine Decay, 2025). Only the
-    first stage warms up. Each stage ends in a base that is annealed to zero. The next stage continues from the weights before annealing."""
+    first stage warms up. Each stage ends in a base that is annealed to zero. The next stage continues from the weights before annealing.
+    Both falls are linear."""
     schedule: Literal["linear", "cosine", "wsd", "infinite"] = "linear"  # linear or cosine decay, warm-up-stable-decay, or infinite
     cooldown: Share = 0.2  # share of the steps spent falling; wsd: to zero; infinite: from the peak to the constant rate
     hold: PositiveShare = 0.3  # infinite: the constant rate, held from stage to stage, as a share of the peak
@@ -60,10 +61,12 @@ class ScheduleConfig:
             fallen = 1.0 if held else min(1.0, (step - warmup) / max(1, cooldown))
             return peak * (1 - (1 - self.hold) * fallen) * min(1.0, (steps - step) / max(1, annealing))
         if self.schedule == "linear" or step < warmup:
-            return schedule(step, steps, warmup, peak)
+            return linear_rate(step, steps, warmup, peak)
         if self.schedule == "cosine":
             return peak * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
-        return peak * min(1.0, (steps - step) / max(1, cooldown))
+        if self.schedule == "wsd":
+            return peak * min(1.0, (steps - step) / max(1, cooldown))
+        raise ValueError(f"`schedule` {self.schedule}: has no rate here")
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
@@ -86,14 +89,15 @@ def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
 class SkipTracker:
     """Losses and skipped steps of a loop, or of K loops side by side, summed on the device until `read`."""
     def __init__(self, device: torch.device, *K: int):
-        self.sums, self.row, self.steps = torch.zeros(3, *K, device=device), torch.zeros(K, device=device), 0   # loss, skipped, longest row
+        self.sums = torch.zeros(3, *K, device=device)       # loss, skipped, longest streak of skipped steps
+        self.streak, self.steps = torch.zeros(K, device=device), 0
 
     def count(self, loss: Tensor, norm: Tensor) -> Tensor:
         """Count one step. Returns `not_finite`: whether to skip it."""
         skip = not_finite(loss, norm)
-        self.row = (self.row + 1) * skip
+        self.streak = (self.streak + 1) * skip
         total, skipped, longest = self.sums
-        self.sums = torch.stack([total + torch.where(skip > 0, 0.0, loss), skipped + skip, torch.maximum(longest, self.row)])
+        self.sums = torch.stack([total + torch.where(skip > 0, 0.0, loss), skipped + skip, torch.maximum(longest, self.streak)])
         self.steps += 1
         return skip
 

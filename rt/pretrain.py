@@ -22,11 +22,11 @@ class PretrainSettings:
     seed: int
     accumulation: int = 1   # microbatches per step and rank
     clip: float = 1.0
-    schedule: ScheduleConfig = ScheduleConfig()
+    rates: ScheduleConfig = ScheduleConfig()
     held: bool = False      # a later stage of an infinite schedule
 
     def lr_at(self, step: int) -> float:
-        return self.schedule.rate(step, self.steps, self.warmup_steps, self.lr, self.held)
+        return self.rates.rate(step, self.steps, self.warmup_steps, self.lr, self.held)
 
 
 def mlm_loss(model: MaskedLM, batch: Batch, activations: Activations | None = None) -> Tensor:

@@ -58,8 +58,8 @@ class Preserve:
 
 class Recipe:
     """The `loss` of a batch, and what happens after a step. `align` is Reptile (Nichol et al., 2018): every `align` steps, theta <-
-    theta_before + eps (theta - theta_before). `reference` turns on shares by need: every `every` steps, `losses` are measured on the last
-    sources of `mixture`, and sources above their reference get larger shares, one period later because batches are made ahead."""
+    theta_before + eps (theta - theta_before). With `reference`, losses of the last sources of `mixture`, shares go by need: after every
+    `every` steps, sources whose `losses()` are above it get larger shares, one period later because batches are made ahead."""
     def __init__(self, model: MaskedLM | None = None, align: int = 0, eps: float = 1.0, mixture: "Mixture | None" = None, every: int = 0,
                  eta: float = 0.0, losses: Callable[[], list[float]] | None = None, reference: list[float] = [],
                  loss: Callable[[MaskedLM, Batch], Tensor] = mlm_loss):

@@ -114,7 +114,7 @@ def start_from_old(r: Recycling, is_carried: bool = False) -> Classifier:
 
 
 def start_masked(r: Recycling) -> Classifier:
-    """Like init, with D * 1[D g < 0] in place of D. g is the gradient of the task loss at new base + head, without dropout."""
+    """Like init, with D * 1[D g < 0] in place of D. g is the gradient of the task loss at new base + old head, without dropout."""
     delta, loss = outdated(r, r.carry), plain_loss(r)
     model = apply(r.base, delta, scale=0.0, stale_ok=True).eval()
     size = min(64, r.settings.batch_size)
@@ -129,8 +129,8 @@ def start_masked(r: Recycling) -> Classifier:
 
 
 def prototype_head(r: Recycling, model: Classifier, labels: tuple[str, ...]) -> Classifier:
-    """`model` with a head for the task. Labels in `labels`, those of its own head, keep their rows. The other labels get prototypes of the
-    training examples' features. One factor and one shift bring the prototypes to the scale of the kept rows."""
+    """`model` with a head for the task. `labels` name the outputs of its own head; those that the task has too keep their rows. The other
+    labels get prototypes of the training examples' features. One factor and one shift bring them to the scale of the kept rows."""
     old, model.head.out, model.head.is_regression = model.head.out, nn.Identity(), False
     f = predict(model, r.data.train.sequences, r.device, r.precision).double()
     W, b = prototypes(f, r.data.train.targets, r.data.num_outputs, r.shrinkage)
@@ -246,21 +246,23 @@ def chain(r: Recycling, mode: str, bases: dict[str, Base]) -> Iterator[Link]:
     route. Raises InputError before anything is trained."""
     if len({base.tokenizer.vocabulary for base in bases.values()}) > 1:
         raise InputError("the bases of a chain must have one vocabulary: the task is encoded once")
+    if r.merged or r.carried or r.projection:
+        raise InputError("a chain has one old delta, as it is: no merged or carried delta and no projection")
     for base in bases.values():
         check(replace(r, base=base), mode)
     last = r
     for i, (name, base) in enumerate(bases.items()):
         runs = [((None,), r)] if mode == "scratch" else [(("direct", "chain"), r)] if i == 0 else [(("direct",), r), (("chain",), last)]
-        for routes, start in runs:
+        for routes, source in runs:
             def on_eval(row: dict, name=name, routes=routes) -> None:
                 for route in routes:
                     r.on_eval({"base": name, "route": route, **row})
 
-            step = replace(start, base=base, on_eval=on_eval)
-            model, result = recycle(step, mode)
-            delta = new_delta(step, mode, model)
+            here = replace(source, base=base, on_eval=on_eval)
+            model, result = recycle(here, mode)
+            delta = new_delta(here, mode, model)
             if "direct" in routes:
-                r.teacher = step.teacher    # the same for every base
+                r.teacher = here.teacher    # the same for every base
             if "chain" in routes:
                 last = replace(r, old_base=base, old_delta=delta, teacher=None, old_train=None)
             yield from (Link(name, route, delta, result) for route in routes)
@@ -268,9 +270,9 @@ def chain(r: Recycling, mode: str, bases: dict[str, Base]) -> Iterator[Link]:
 
 def check(r: Recycling, mode: str) -> None:
     """Raises InputError if `mode` does not work with this old delta or between these two bases."""
-    old, starts_from_old = r.merged or r.old_delta, mode in CARRIES or MODES[mode].start is start_from_old
-    is_told = mode in NEEDS_TEACHER and r.has_black_box     # then the old delta may have other labels
-    if old is None and mode != "scratch" and (starts_from_old or not is_told):
+    old, starts_from_old = r.merged or r.old_delta, mode in ("apply", *CARRIES)
+    answers_only = mode in NEEDS_TEACHER and r.has_black_box     # then the old delta may have other labels
+    if old is None and mode != "scratch" and (starts_from_old or not answers_only):
         raise InputError(f"{mode} needs an old delta and its base")
     if old is not None:
         check_fits(r.old_base, old, stale_ok=False)     # all modes assume that the delta was learned on the old base
@@ -278,8 +280,8 @@ def check(r: Recycling, mode: str) -> None:
         raise InputError("`head` prototype has a mean for each label: a regression has none")
     if mode == "gradmask" and old.config.kind != "full":
         raise InputError(f"gradmask keeps entries of weights that the base has: it needs a full delta, not {old.config.kind}")
-    is_open = is_told or mode in ("scratch", "init") or r.head == "prototype" and mode in ("apply", "transport")
-    if not is_open and old.labels != r.data.labels:
+    may_differ = answers_only or mode in ("scratch", "init") or r.head == "prototype" and mode in ("apply", "transport")
+    if not may_differ and old.labels != r.data.labels:
         labels = ", ".join(old.labels[:6]) or "those of a regression"
         raise InputError(f"{mode} needs an old delta with the task's labels; this one's are {labels}: use `mode` init, "
                          "or for apply and transport `head` prototype")
@@ -299,8 +301,8 @@ def check(r: Recycling, mode: str) -> None:
 def check_teacher(r: Recycling, mode: str) -> None:
     """Raises InputError if the teacher cannot give an output that a term of the loss compares."""
     c, old, B = DistillConfig(beta=0.0) if r.hard else r.distill, r.old_delta, r.settings.batch_size
-    if r.unlabelled is not None and not 0 < (free := round(r.share * B)) < B:
-        raise InputError(f"`unlabelled_share` {r.share} of `batch_size` {B} is {free} rows, and a batch needs labelled and unlabelled ones")
+    if r.unlabelled is not None and not 0 < (extra := round(r.share * B)) < B:
+        raise InputError(f"`unlabelled_share` {r.share} of `batch_size` {B} is {extra} rows; a batch needs labelled and unlabelled ones")
     if r.has_black_box:
         if c.beta or c.gamma or c.itp or c.project_patience:
             raise InputError("a teacher that is known by its answers has no hidden states, attention maps and weights: use `beta` 0, and "
@@ -322,5 +324,5 @@ def check_teacher(r: Recycling, mode: str) -> None:
         raise InputError("`gamma` compares attention maps: both bases must have as many heads, and with `att_layers` all the layers too")
     if c.itp:
         check_fits(r.base, old, stale_ok=True)
-    if c.itp and old.config.used != r.config.used:
-        raise InputError(f"`itp` draws a line to the teacher, weight by weight: use `delta` and sizes of {old.config.used}, or no `itp`")
+        if old.config.used != r.config.used:
+            raise InputError(f"`itp` draws a line to the teacher, weight by weight: use `delta` and sizes {old.config.used}, or no `itp`")

@@ -161,7 +161,8 @@ def transport(old_base: Base, base: Base, delta: Delta, sequences: list[list[int
                 rows = rows.index_select(dim, orders[part if part == "hidden" else f"{layer[0]}.{part}"])
         return rows.view(v.shape)
 
-    carried = replace(delta.map(moved), info=delta.info | origin(base))
+    carried = delta.map(moved)
+    carried.info |= origin(base)
     return carried, {"carried": {"texts": len(sequences), "tokens": sum(map(len, sequences)), "cosine": round(cosine, 3)}}
 
 

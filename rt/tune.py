@@ -15,7 +15,7 @@ from rt.data import Encoded, TaskData, sequences_batch
 from rt.errors import Diverged
 from rt.losses import Loss, trained_weights
 from rt.model import Batch, Classifier
-from rt.optim import MOST_SKIPPED, TUNING_BETAS, SkipTracker, adamw, autocast, derive_seed, memory_for, schedule, set_lr, step_unless
+from rt.optim import MOST_SKIPPED, TUNING_BETAS, SkipTracker, adamw, autocast, derive_seed, linear_rate, memory_for, set_lr, step_unless
 
 Gradient = Callable[[Batch], Tensor]    # takes a batch on the host, returns its loss, and leaves the gradient in the trained weights
 Hook = Callable[[Any], None]            # on_step gets the Batch of every step, on_eval the {'step', 'loss', 'dev'} of every evaluation
@@ -40,7 +40,7 @@ class TuneSettings:
     keep_diverged: bool = False     # whether a run that diverges ends with its best weights, and not with an error
 
     def lr_at(self, step: int) -> float:
-        return schedule(step, self.steps, max(1, round(self.warmup * self.steps)), self.lr)
+        return linear_rate(step, self.steps, max(1, round(self.warmup * self.steps)), self.lr)
 
 
 @dataclass
@@ -65,7 +65,7 @@ def training_loop(s: TuneSettings, gradient: Callable[[int], Tensor], update: Ca
     called after n = 0, `eval_every`, ... steps and after the last, and returns whether to go on."""
     evaluate(0)
     for step in range(s.steps):
-        torch.manual_seed(derive_seed(s.seed, step))    # for the points of interpolation
+        torch.manual_seed(derive_seed(s.seed, step))    # for random points: interpolation, curved paths
         update(step, gradient(step))
         if ((step + 1) % s.eval_every == 0 or step + 1 == s.steps) and not evaluate(step + 1):
             break
@@ -78,7 +78,7 @@ class Scores:
 
     def add(self, step: int, dev: dict[str, float] | None, trained: dict[str, Tensor], loss: float | None, skipped: int,
             diverged: bool) -> bool:
-        """Record an evaluation of the weights `trained`, with what SkipTracker read. Returns whether the run goes on."""
+        """Record an evaluation of the weights `trained`; the last three arguments come from SkipTracker.read. Returns whether to go on."""
         self.result.skipped += skipped
         if diverged:
             self.result.diverged = step
@@ -129,7 +129,7 @@ def training_batch(data: Encoded, s: TuneSettings, step: int) -> Batch:
 
 
 def plain_gradient(model: Classifier, loss: Loss, device: torch.device, precision: torch.dtype) -> Gradient:
-    """A Gradient of `loss`, or of its sum, for the weights of `model`, which it sets to training mode. `loss` gets `more`, too."""
+    """A Gradient of loss(model, batch, *more), summed if it is (K,), for the weights of `model`, which it sets to training mode."""
     def gradient(batch: Batch, *more: Tensor) -> Tensor:
         model.train()
         with autocast(device, precision):
@@ -156,7 +156,8 @@ def tune(model: Classifier, data: TaskData, loss: Loss, settings: TuneSettings, 
     """Train the weights of `model` that require a gradient. `model` ends with the weights that were best on dev. Dev is also scored before
     the first step (step 0), which measures the start. Test, if there is one, is scored once at the end. Batches and dropout are functions
     of (seed, step). `make_gradient` may be rt.speed.multi_run.graphed_gradient. Raises as `minimise` does; InputError without memory."""
-    started, step = time.perf_counter(), partial(train_step, make_gradient(model, loss, device, precision), data.train, settings, on_step)
+    started, gradient = time.perf_counter(), make_gradient(model, loss, device, precision)
+    step = partial(train_step, gradient, data.train, settings, on_step)
     result = minimise(trained_weights(model), step, settings, lambda: evaluate(model, data.dev, device, precision), on_eval)
     result.test = evaluate(model, data.test, device, precision) if data.test is not None else {}
     result.seconds = time.perf_counter() - started

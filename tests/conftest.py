@@ -16,12 +16,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")     # tests must not reach a network
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # deterministic tests need it; it is read once, at the first matrix product
+os.environ.setdefault("OMP_NUM_THREADS", "1")    # read with torch, also by commands that tests start: two test processes share two cores
+
 import pytest
 import torch
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")     # tests must not reach a network
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # deterministic tests need it; it is read once, at the first matrix product
-os.environ.setdefault("OMP_NUM_THREADS", "1")    # also for the commands that tests start: two test processes share two cores
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")   # read when kernels/ is imported: makes the kernels run, slowly, on the CPU
 

@@ -222,3 +222,10 @@ def test_a_frozen_base_has_no_gradient_of_a_weight_nor_below_the_lowest_trained_
     assert any(name.startswith(lowest) for name in trained)
     assert all(p.requires_grad == (p.grad is not None) for p in model.encoder.parameters())
     assert not any(name.endswith(("word.weight", "position.weight")) for name in trained)
+
+
+def test_what_algebra_makes_has_no_scores(base):
+    delta = extract(attach(base, DeltaConfig("bitfit"), 2, 0), base, DeltaConfig("bitfit"), {"labels": ["a", "b"]})
+    delta.info |= {"dev": {"accuracy": 0.9}, "test": {}, "step": 5, "seed": 0, "argv": ["train.py"], "task": "t"}
+    made = 0.5 * delta + 0.5 * delta
+    assert not {"dev", "test", "step", "seed", "argv"} & made.info.keys() and made.info["task"] == "t" and delta.info["step"] == 5

@@ -9,6 +9,7 @@ from conftest import here, write_task
 from torch import Tensor, nn
 
 from recycle import Config, learning_rates
+from rt import losses
 from rt.data import Encoded, TaskData
 from rt.deltas import apply, attach, extract, merge
 from rt.errors import InputError
@@ -131,7 +132,9 @@ def test_a_loss_term_is_one_function_and_one_field(base, other_base, batch, monk
     assert any(p.grad is not None for p in student.parameters())
     config = DeltaConfig("adapter")
     r = Recycling(base, learned(base, config)[1], other_base, task(), config, TuneSettings(2, 4, 1e-3, 2, 0), Sharp(sharp=1.0), **CPU)
-    assert recycle(r, "distill")[1].curve and not can_go_together(r, "distill")     # runs side by side refuse it instead of dropping it
+    for at_points in ((), ("sharp",)):      # runs side by side refuse it instead of dropping it
+        monkeypatch.setattr(losses, "AT_POINTS", ("beta", *at_points))
+        assert recycle(r, "distill")[1].curve and not can_go_together(r, "distill")
 
 
 def test_a_mode_that_trains_has_learning_rates(monkeypatch):

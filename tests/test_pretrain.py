@@ -17,7 +17,7 @@ from rt.data import Rows
 from rt.errors import InputError
 from rt.formats.corpora import build_corpus
 from rt.model import PRESETS, EncoderConfig, new_masked_lm, set_dropout
-from rt.optim import adamw, schedule
+from rt.optim import adamw, linear_rate
 from rt.pretrain import PretrainSettings, evaluate_mlm, microbatches
 from rt.speed.dist import Ranks
 from rt.speed.graphs import check_graphs, compiled, prefetch
@@ -196,7 +196,7 @@ def test_a_captured_step_draws_new_dropout_masks(rows, tokenizer):
 
 
 def test_the_schedule_rises_and_falls():
-    rates = [schedule(t, 10, 4, 1.0) for t in range(10)]
+    rates = [linear_rate(t, 10, 4, 1.0) for t in range(10)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4] == 1.0 and rates[-1] == pytest.approx(1 / 6)
     assert all(a > b for a, b in zip(rates[4:], rates[5:]))
     assert [TuneSettings(10, 8, 1.0, 5, seed=0, warmup=0.4).lr_at(t) for t in range(10)] == rates

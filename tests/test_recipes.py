@@ -22,7 +22,7 @@ from rt.formats.files import read_json, read_rows
 from rt.formats.tasks import load_task
 from rt.formats.tokenizer import Tokenizer, pipeline, train_tokenizer
 from rt.model import PRESETS, EncoderConfig, MaskedLM, new_masked_lm
-from rt.optim import ScheduleConfig, schedule
+from rt.optim import ScheduleConfig, linear_rate
 from rt.pretrain import mlm_loss
 from rt.recipes import Mixture, Recipe, counts, mix, mixed_shares
 from rt.report.inspect import inspect
@@ -59,7 +59,7 @@ def same_weights(a, b) -> bool:
 def test_schedules_at_their_corners():
     rates = {kind: [ScheduleConfig(kind, cooldown=0.2, hold=0.25, anneal=0.1).rate(t, 100, 10, 1.0) for t in range(100)]
              for kind in ("linear", "cosine", "wsd", "infinite")}
-    assert rates["linear"] == [schedule(t, 100, 10, 1.0) for t in range(100)]
+    assert rates["linear"] == [linear_rate(t, 100, 10, 1.0) for t in range(100)]
     assert all(rate[:10] == rates["linear"][:10] for rate in rates.values())
     assert rates["cosine"][10] == 1 and rates["cosine"][55] == pytest.approx(0.5) and rates["cosine"][99] < 1e-3
     assert rates["wsd"][10:81] == [1.0] * 71 and rates["wsd"][90] == pytest.approx(0.5) and rates["wsd"][99] == pytest.approx(0.05)
@@ -429,11 +429,11 @@ def test_accumulation_changes_nothing_of_a_mixture(home):
 def test_settings_that_make_no_sense_together_are_refused_in_a_sentence(home):
     for change, words in ((dict(align_eps=0.5), "`align_eps` has no effect without `align`"),
                           (dict(mix=("need",)), "there is one domain, a"),
-                          (dict(schedule=ScheduleConfig(hold=0.1)), "`hold` has no effect without `schedule` infinite"),
-                          (dict(schedule=ScheduleConfig("cosine", cooldown=0.1)), "`cooldown` has no effect without `schedule` wsd or inf"),
-                          (dict(schedule=ScheduleConfig("infinite", cooldown=0.9)), "`cooldown` 0.9 and `anneal` 0.1 are more than the"),
-                          (dict(schedule=ScheduleConfig("wsd", cooldown=0.96)), "`warmup` 0.05, `cooldown` 0.96 are more than the whole"),
-                          (dict(schedule=ScheduleConfig("infinite", cooldown=0.0, anneal=0.9)), "nothing is left of 4 steps to go on from"),
+                          (dict(rates=ScheduleConfig(hold=0.1)), "`hold` has no effect without `schedule` infinite"),
+                          (dict(rates=ScheduleConfig("cosine", cooldown=0.1)), "`cooldown` has no effect without `schedule` wsd or inf"),
+                          (dict(rates=ScheduleConfig("infinite", cooldown=0.9)), "`cooldown` 0.9 and `anneal` 0.1 are more than the"),
+                          (dict(rates=ScheduleConfig("wsd", cooldown=0.96)), "`warmup` 0.05, `cooldown` 0.96 are more than the whole"),
+                          (dict(rates=ScheduleConfig("infinite", cooldown=0.0, anneal=0.9)), "nothing is left of 4 steps to go on from"),
                           (dict(average=4), "`average` 4 takes 3 snapshots and the end of a stage: raise `snapshots` (2)"),
                           (dict(mix_eta=2.0), "`mix_eta` has no effect without `mix` need")):
         with pytest.raises(InputError) as error:

@@ -433,7 +433,7 @@ def test_side_by_side_with_texts_is_alone(mixed, hard):
 
 @pytest.mark.parametrize("share", [0.01, 0.99])
 def test_a_share_of_no_row_or_all_is_refused(mixed, share):
-    with pytest.raises(InputError, match="and a batch needs labelled and unlabelled ones"):
+    with pytest.raises(InputError, match="a batch needs labelled and unlabelled ones"):
         check(replace(mixed, share=share), "distill")
     check(replace(mixed, share=share), "scratch")
 

@@ -73,7 +73,7 @@ def is_hub_id(name: str) -> bool:
 
 def find(name: str) -> Path:
     """The folder called `name`. For a hub id, its folder in the local cache, downloaded if it is not there yet."""
-    if not is_hub_id(name):
+    if not is_hub_id(name := str(name)):
         return found(Path(name))
     from huggingface_hub import HfApi, snapshot_download  # comes with tokenizers; slow to import, so only here
 
@@ -98,7 +98,8 @@ def _failure(ask: Callable, name: str) -> Exception | None:
 
 
 def _not_to_be_had(name: str, why: Exception) -> InputError:
-    return InputError(f"{name}: not a folder here, and not available from the hub ({(str(why) or type(why).__name__).splitlines()[0]})")
+    reason = (str(why) or type(why).__name__).splitlines()[0].replace("`", "")      # `name` would be read as a flag of ours
+    return InputError(f"{name}: not a folder here, and not available from the hub ({reason})")
 
 
 def find_dataset(name: str) -> tuple[Path, str]:

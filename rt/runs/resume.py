@@ -201,7 +201,7 @@ class PretrainRun:
         elif moments:
             load_state(optimizer, read_torch(moments / "optim.pt"))
         self.kept = {round(s.steps * (k + 1) / (self.snapshots + 1)) for k in range(self.snapshots)}
-        self.trunk = s.steps - s.schedule.annealing(s.steps) if s.schedule.schedule == "infinite" else None
+        self.trunk = s.steps - s.rates.annealing(s.steps) if s.rates.schedule == "infinite" else None
         self.bar = self.stack.enter_context(progress(s.steps, f"{about['name']} {about['domain']}", self.first))
         return self.first
 

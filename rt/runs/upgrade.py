@@ -29,7 +29,7 @@ SAMPLE_TOKENS = 16384       # tokens from which --preserve takes the variances o
 class RecipeConfig:
     """The switches that change a stage of pre-training. The defaults change nothing."""
     # recipes of an upgrade (docs/recipes.md)
-    schedule: ScheduleConfig = ScheduleConfig()
+    rates: ScheduleConfig = ScheduleConfig()
     preserve: NonNegative = 0.0  # weight of the distance from the previous base, so that its deltas still work; try 3 to 30
     preserve_by: PreserveBy = "hidden"  # what should not move: hidden states of all layers or of the last, predictions, or attention maps
     replay: ShareBelowOne = 0.0  # share of the rows that come from earlier domains of the lineage, in equal parts per domain
@@ -49,7 +49,7 @@ class RecipeConfig:
 
     def check(self, domains: list[str], warmup: float, steps: int, snapshots: int) -> None:
         """InputError for settings that make no sense together or with the settings of the stage."""
-        s = self.schedule
+        s = self.rates
         details = {"cooldown": (s.schedule in ("wsd", "infinite"), "`schedule` wsd or infinite"), "align_eps": (self.align, "`align`"),
                    "preserve_by": (self.preserve, "`preserve`"),
                    "keep": (self.select, "`select`"), "template": (any(d.startswith("task-") for d in domains), "task:NAME in `stream`"),
@@ -171,7 +171,7 @@ def start_recipe(c: Any, model: MaskedLM, rows: Rows, corpora: list[Corpus], tok
 def go_on_from(c: Any, folder: Path, base: Base) -> tuple[MaskedLM, str, Path | None]:
     """(model, fingerprint, folder of the optimizer's state) to continue: `base`, or its state before an infinite schedule's annealing."""
     moments = None
-    if c.recipe.schedule.schedule == "infinite" and "trunk" in base.meta:
+    if c.recipe.rates.schedule == "infinite" and "trunk" in base.meta:
         moments = folder.parent / base.meta["trunk"]
         if moments.parent != folder.parent or not (moments / "optim.pt").is_file():
             raise InputError(f"{folder} was annealed from {moments}, which is gone: restore it to go on, or give another --schedule")

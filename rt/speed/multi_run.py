@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rt.data import Encoded, TaskData
 from rt.errors import InputError
 from rt.kinds import KINDS
-from rt.losses import AT_POINTS, TERMS, DistillConfig, Loss, Reweighted, TeacherCache, Weights, patience, task_loss, trained_weights
+from rt.losses import TERMS, DistillConfig, Loss, Reweighted, TeacherCache, Weights, patience, task_loss, trained_weights
 from rt.model import Activations, Batch, Classifier
 from rt.optim import EPS, TUNING_BETAS, SkipTracker, autocast, is_out_of_memory
 from rt.recycling import MODES, NEEDS_TEACHER, TRAINED, Recycling, check, start, training_data
@@ -93,7 +93,7 @@ class StackedAdamW:
         """Drop the other runs."""
         self.w = self.w.detach()[which].requires_grad_()
         self.m, self.v, self.taken = self.m[which], self.v[which], self.taken[which]
-        self.tracker.sums, self.tracker.row = self.tracker.sums[:, which], self.tracker.row[which]
+        self.tracker.sums, self.tracker.streak = self.tracker.sums[:, which], self.tracker.streak[which]
 
 
 def side_by_side(batches: list[Batch], bucket: int = 0) -> tuple[Batch, Tensor]:
@@ -166,8 +166,8 @@ class SideLoss:
 
 
 def can_be_stacked(c: DistillConfig | None) -> bool:
-    """Whether SideLoss covers all terms of a loss: no interpolation, and no term on the student alone, such as gamma."""
-    return c is None or not c.itp and not any(getattr(c, name, 0) for name in TERMS if name not in AT_POINTS)
+    """Whether SideLoss covers all terms of a loss: task, KD and patience, without interpolation."""
+    return c is None or not c.itp and not any(getattr(c, name, 0) for name in TERMS if name != "beta")
 
 
 @torch.no_grad()
