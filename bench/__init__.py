@@ -1,1 +1,1 @@
-"""Measurements against peers; imported by nothing but its tests."""
+"""Measurements against peers; imported by experiments/ and tests alone."""

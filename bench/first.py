@@ -1,6 +1,6 @@
 """The first minutes on a GPU, in one call: are the kernels right, how fast are they next to their peers, which tiles are best.
 
-    PYTHONPATH=. python -m bench.first --out DIR                           needs torch, triton, numpy and tqdm; transformers for some steps
+    PYTHONPATH=. python -m bench.first --out DIR                           needs torch, triton, numpy, safetensors, tqdm (hf: transformers)
     PYTHONPATH=. python -m bench.first --out DIR --have OLD/first.jsonl    continues that call: what has a row in OLD is not repeated
 
 The first call's units take about 80 seconds on an H100. In the time that is left, by a second call if need be, come whole steps
@@ -38,6 +38,7 @@ from bench.measure import distance, evaluate, passes, peak, sample, spread, time
 from bench.peers import PROBLEMS
 from bench.problem import reference
 from bench.steps import Step
+from bench.tables import label
 from kernels import configs, linear_loss
 
 TILES = {"attention_forward": ((128, 64, 8, 3), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 4), (128, 128, 8, 2), (128, 128, 8, 3),
@@ -85,7 +86,7 @@ class First:
                   cases.linear("linear_kd", 256, 5003), cases.linear("linear_cross_entropy", 256, 5003),
                   {"kernel": "hidden_mse", "B": 8, "L": 3, "d": 768}, cases.norm("add_norm", 256, 0.1), cases.norm("dropout", 256, 0.1)]
         for case in small if self.cuda else [cases.attention(32, 16, True, 0.1, D=32) | {"H": 1}, cases.kd(4, 33)]:
-            yield f"check {words(case)}: ours", partial(self.check, case)
+            yield f"check {label(case)}: ours", partial(self.check, case)
 
     def every(self) -> dict:
         """All kernels of tests/every_kernel.py against their references, and against themselves, bit for bit."""
@@ -128,7 +129,7 @@ class First:
             case = self.attention(S, dropout=p)
             names = ("ours", "sdpa cudnn", "sdpa flash", "sdpa efficient") if self.cuda else ("ours", "sdpa math")
             for name in names:
-                yield f"time {words(case)}: {name}", partial(self.times, case, name)
+                yield f"time {label(case)}: {name}", partial(self.times, case, name)
 
     def parts(self, build: Callable[[], Callable]) -> dict:
         """Microseconds of each kernel in one call of the step that `build` makes, by the profiler."""
@@ -166,7 +167,7 @@ class First:
     def losses(self) -> Units:
         kd = cases.linear("linear_kd", 4096) if self.cuda else cases.linear("linear_kd", 4, 200, 16)
         for name in ("ours", "eager", "gemm bound"):
-            yield f"time {words(kd)}: {name}", partial(self.times, kd, name, ("both",))
+            yield f"time {label(kd)}: {name}", partial(self.times, kd, name, ("both",))
         row_class = 4096 if self.cuda else 256
         for row in self.few(configs.TABLE["linear_loss"][self.arch, row_class, 32], (2048, 8, 2), (4096, 8, 4), (2048, 8, 1)):
             for bits in self.few(28, 29, 30):
@@ -174,7 +175,7 @@ class First:
         logits = cases.kd(4096, 50265) if self.cuda else cases.kd(4, 33)
         for case in (logits, logits | {"C": 50304}) if self.cuda else (logits,):
             for name in ("ours", "eager"):
-                yield f"time {words(case)}: {name}", partial(self.times, case, name)
+                yield f"time {label(case)}: {name}", partial(self.times, case, name)
 
     def chunk(self, bits: int, key: tuple, row: tuple, case: dict) -> dict:
         with patch.object(linear_loss, "CHUNK_BYTES", 2**bits):
@@ -184,7 +185,7 @@ class First:
         case = cases.norm("add_norm", 16384, 0.1) if self.cuda else cases.norm("add_norm", 8, 0.1, 32)
         key = self.arch, 1024 if self.cuda else 32, 16
         for name in ("ours", "eager"):
-            yield f"time {words(case)}: {name}", partial(self.times, case, name)
+            yield f"time {label(case)}: {name}", partial(self.times, case, name)
         module = sys.modules["kernels.add_norm"]
         for row in self.few(*dict.fromkeys([configs.TABLE["add_norm_backward"][key], (1, 256, 1), (2, 256, 2), (4, 256, 4), (4, 256, 8)])):
             for programs in self.few(module.PROGRAMS, 66, 264, 396):
@@ -223,10 +224,6 @@ class First:
 
 
 # ---------------------------------------------------------------- the call
-
-def words(case: dict) -> str:
-    return " ".join(k if v is True else v if isinstance(v, str) else f"{k} {v}" for k, v in case.items() if v)
-
 
 def known(path: Path) -> list[dict]:
     """The rows of an earlier call. The last line may be half a row. The file `begun` lists units as they began. A unit without a row was

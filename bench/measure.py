@@ -51,7 +51,7 @@ def event_times(step: Callable, calls: int, samples: int) -> list[float]:
     host's work would be timed. It does not spin if the host's share of several `calls` is wanted."""
     begin = time.perf_counter()
     step()
-    spin = int(2e6 * (1 + 1e3 * (time.perf_counter() - begin)))      # cycles: about a millisecond, and twice what launching takes
+    spin = int(2e6 * (1 + 1e3 * (time.perf_counter() - begin)))      # cycles: about a millisecond, and what launching takes
     flushed, pairs = torch.empty(2**28, dtype=torch.int8, device="cuda"), []
     for _ in range(samples):
         flushed.zero_()

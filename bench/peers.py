@@ -245,13 +245,13 @@ def linear_problem(case: dict, device: torch.device, dtype: torch.dtype, exact: 
         more |= {"ours KL only": kl_only(lambda x, w: linear_loss.linear_kd(x, w, None, x_t, w_t, None, alpha=1 / T**2, T=T)),
                  "eager KL only": kl_only(linear_mean_kl),
                  "eager fp32 gemm KL only": kl_only(lambda x, w: mean_kl(F.linear(wide(x), wide(w)), F.linear(wide(x_t), wide(w_t))))}
-    more |= liger_kd(x_t, w_t, b_t, labels, of) if kd else liger_ce(labels, of)
+    more |= liger(kd, x_t, w_t, b_t, labels, of)
     return Problem(against_eager(ours, eager, **more), {"default": eager, "mean KL": lambda: of(linear_mean_kl, bias=False)}, "tflops",
                    {"both": (4 if kd else 3) * 2.0 * N * V * d})
 
 
-def liger_kd(x_t: Tensor, w_t: Tensor, b_t: Tensor, labels: Tensor, of: Callable) -> dict[str, Callable[[], Impl]]:
-    """Liger's fused linear distillation losses. The first takes neither bias nor labels, so it does less; the second does everything."""
+def liger(kd: bool, x_t: Tensor, w_t: Tensor, b_t: Tensor, labels: Tensor, of: Callable) -> dict[str, Callable[[], Impl]]:
+    """Liger's fused linear losses. The first of distillation takes neither bias nor labels, so it does less; the second does everything."""
     def jsd() -> Impl:
         from liger_kernel.transformers.functional import liger_fused_linear_jsd
         return of(lambda x, w: liger_fused_linear_jsd(x, w, x_t, w_t, jsd_beta=0.0, temperature=T), bias=False, truth="mean KL")
@@ -262,14 +262,11 @@ def liger_kd(x_t: Tensor, w_t: Tensor, b_t: Tensor, labels: Tensor, of: Callable
         loss = LigerFusedLinearJSDLoss(weight_hard_loss=1 - ALPHA, weight_soft_loss=ALPHA * T**2, beta=0.0, temperature=T)
         return of(lambda x, w, b: loss(x, w, x_t, w_t, labels, b, b_t))
 
-    return {"liger jsd KL only": jsd, "liger chunked": chunked}
-
-
-def liger_ce(labels: Tensor, of: Callable) -> dict[str, Callable[[], Impl]]:
     def fused() -> Impl:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
         return of(lambda x, w, b: liger_fused_linear_cross_entropy(x, w, labels, b))
-    return {"liger fused": fused}
+
+    return {"liger jsd KL only": jsd, "liger chunked": chunked} if kd else {"liger fused": fused}
 
 
 # ---------------------------------------------------------------- norm and dropout

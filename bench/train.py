@@ -29,16 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.peers import ragged_lengths
-from bench.roberta import (
-    LABELS,
-    StandIn,
-    classifier_loss,
-    masked_lm_losses,
-    our_classifier,
-    our_masked_lm,
-    peer,
-    peer_state,
-)
+from bench.roberta import LABELS, StandIn, classifier_loss, masked_lm_losses, our_classifier, our_masked_lm, peer, peer_state
 from bench.runner import RunFlags
 from bench.steps import Impl, Platform, Problem, Step, StepFlags, agreement, main, sizes_of
 from rt.data import Corpus, Masker, Rows, sequences_batch

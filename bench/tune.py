@@ -20,23 +20,19 @@ CANDIDATES = {      # by the length of a row: two tile sizes, warps, stages; col
     3: list(itertools.product((1024, 2048, 4096), (4, 8), (1, 2, 4)))}
 
 
-def searches(cuda: bool) -> Iterator[tuple[str, int, dict, str, str]]:
-    """(kernel of configs.TABLE, size of its row, and the case, implementation and pass that measure it)."""
+def searches(cuda: bool) -> Iterator[tuple[str, int, dict, str]]:
+    """(kernel of configs.TABLE, size of its row, and the case and pass that measure it)."""
     for D, S in ((64, 512), (128, 512), (64, 64), (32, 512)):
-        for kernel, impl, which in (("attention_forward", "ours", "forward"), ("attention_backward_keys", "ours", "backward"),
-                                    ("attention_backward_queries", "ours", "backward"),
-                                    ("attention_forward_dropout", "ours", "forward"),
-                                    ("attention_backward_keys_dropout", "ours", "backward"),
-                                    ("attention_backward_queries_dropout", "ours", "backward"),
-                                    ("attention_kd_forward", "ours", "forward"), ("attention_kd_backward", "ours", "backward")):
+        for kernel in (name for name in configs.TABLE if name.startswith("attention")):
             case = cases.attention(16384, S, D=D, dropout=0.1 * ("dropout" in kernel),
                                    kernel="attention_kd" if "kd" in kernel else "attention")
-            yield kernel, D if S > 64 else -D, case if cuda else case | {"tokens": 2 * S, "H": 1}, impl, which
+            which = "forward" if "forward" in kernel else "backward"
+            yield kernel, D if S > 64 else -D, case if cuda else case | {"tokens": 2 * S, "H": 1}, which
         if D == 64:
             case = cases.kd(4096, 50265) if cuda else cases.kd(8, 5000)
-            yield "kd_loss_forward", 4096, case, "ours", "forward"
-            yield "kd_loss_backward", 4096, case, "ours", "backward"
-            yield "linear_loss", 4096, cases.linear("linear_kd", *((4096,) if cuda else (8, 5000, 16))), "ours", "both"
+            yield "kd_loss_forward", 4096, case, "forward"
+            yield "kd_loss_backward", 4096, case, "backward"
+            yield "linear_loss", 4096, cases.linear("linear_kd", *((4096,) if cuda else (8, 5000, 16))), "both"
 
 
 def fastest(impl: Impl, which: str, table: dict, key: tuple, name: str, cuda: bool, quick: bool, end: float) -> tuple[int, ...] | None:
@@ -71,14 +67,14 @@ def tune(c: RunFlags, only: tuple[str, ...], device: torch.device, dtype: torch.
     os.environ.pop("RT_CONFIGS", None)      # it would overrule the candidates
     path, cuda, end = Path(c.json), device.type == "cuda", time.monotonic() + c.budget
     out = json.loads(path.read_text()) if c.resume and path.exists() else {}
-    for kernel, size, case, name, which in searches(cuda):
+    for kernel, size, case, which in searches(cuda):
         bits = 32 if kernel == "linear_loss" else 8 * dtype.itemsize      # its logits are always fp32
         key, table = (configs.architecture(device), size, bits), configs.TABLE.get(kernel, {})
         place = " ".join(map(str, key))
         wanted = case["kernel"] in only and key in table and place not in out.get(kernel, {})
         if not wanted or time.monotonic() > end:
             continue
-        impl = PROBLEMS[case["kernel"]](case, device, dtype).impls[name]()
+        impl = PROBLEMS[case["kernel"]](case, device, dtype).impls["ours"]()
         best = fastest(impl, which, table, key, f"{kernel} {key}", cuda, c.quick, end)
         if best:
             print(f"{kernel} {key}: {best}, shipped is {table[key]}", flush=True)

@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Callable, Iterable, Iterator
+from typing import Any, Callable, Iterable, Iterator
 from unittest.mock import patch
 
 import numpy as np
@@ -34,10 +34,10 @@ def check_places(experiment: str, data: str | None, *others: str) -> None:
             raise InputError(f"{needed}: is not there; see python -m experiments.{experiment} --help")
 
 
-def run_script(places: dict[str, str | Path], *command: object, root: str | Path = ROOT) -> str:
-    """Run a script of the checkout `root` and return its command, with each of `places` shown by name. Paths are made absolute. InputError
-    if it fails."""
-    command, text = typed(places, command)
+def script(c: Any, *command: object, root: str | Path = ROOT) -> str:
+    """Run a script of the checkout `root` and return its command, with the folders of the config `c` shown by name. Paths are made
+    absolute. InputError if it fails."""
+    command, text = typed({"DIR": c.data, "HOME": c.home, "M0": c.base, "RECIPES": c.recipes, "CACHE": c.cache}, command)
     done = subprocess.run([sys.executable, *command], cwd=root, capture_output=True, text=True)
     if done.returncode:
         raise InputError(f"{text} ended with {done.returncode}: {done.stderr.strip()[-400:]}")
@@ -45,14 +45,16 @@ def run_script(places: dict[str, str | Path], *command: object, root: str | Path
 
 
 def run_here(places: dict[str, str | Path], *command: object) -> str:
-    """Like `run_script`, but in this process, which saves the seconds of a start."""
-    (script, *arguments), text = typed(places, command)
-    with patch.object(sys, "argv", [script, *arguments]), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+    """Like `script`, but in this process, which saves the seconds of a start."""
+    (file, *arguments), text = typed(places, command)
+    threads = torch.get_num_threads()
+    with patch.object(sys, "argv", [file, *arguments]), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         try:
-            importlib.import_module(script.removesuffix(".py")).main()
+            importlib.import_module(file.removesuffix(".py")).main()
         except Exception as error:      # whatever it is, as if the script had ended with it
             raise InputError(f"{text} failed: {error}") from None
         finally:
+            torch.set_num_threads(threads)      # the script may have its own --threads
             gc.collect()
             torch.cuda.empty_cache()
     return text

@@ -271,8 +271,8 @@ def test_tuning_writes_what_rt_configs_reads(monkeypatch, tmp_path, capsys):
         pytest.skip("kernels are compiled here; TRITON_INTERPRET=1 interprets them")
     monkeypatch.setenv("RT_KERNELS", "triton")
     monkeypatch.setitem(tune.CANDIDATES, 4, [(0, 32, 4, 1), (32, 32, 4, 1)])       # the first one is impossible
-    monkeypatch.setattr(tune, "searches", lambda cuda: [("attention_forward", -32, cases.attention(64, 32, D=32) | {"H": 1},
-                                                         "ours", "forward"), ("no such kernel", 32, cases.kd(8, 5), "ours", "both")])
+    monkeypatch.setattr(tune, "searches", lambda cuda: [("attention_forward", -32, cases.attention(64, 32, D=32) | {"H": 1}, "forward"),
+                                                        ("no such kernel", 32, cases.kd(8, 5), "both")])
     shipped = dict(configs.TABLE["attention_forward"])
     path = tmp_path / "configs.json"
     tune.tune(runner.RunFlags(json=str(path), quick=True), tuple(peers.PROBLEMS), torch.device("cpu"), torch.float32)
@@ -286,5 +286,5 @@ def test_tuning_writes_what_rt_configs_reads(monkeypatch, tmp_path, capsys):
 
 def test_searches_name_rows_that_exist():
     for cuda, arch in ((True, 90), (False, 80)):
-        for kernel, size, case, impl, which in tune.searches(cuda):
+        for kernel, size, case, which in tune.searches(cuda):
             assert len(configs.TABLE[kernel][arch, size, 16]) in tune.CANDIDATES and case["kernel"] in peers.PROBLEMS

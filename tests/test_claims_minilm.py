@@ -11,7 +11,7 @@ from test_claims import data  # noqa: F401  (a fixture)
 from experiments.claims import minilm, minilm_report, report
 from experiments.claims.__main__ import verify
 from experiments.recipes import runs as recipes
-from experiments.recipes.plan import TASKS
+from experiments.recipes.plan import KINDS, TASKS
 from rt.errors import InputError
 from rt.formats.checkpoint import save_base
 from rt.formats.files import read_rows
@@ -63,6 +63,14 @@ def test_modes_with_a_teacher_wait_for_the_pilot(tmp_path):
         minilm.distilling(str(tmp_path))
 
 
+def test_deltas_of_other_bases_are_tuned_at_the_rate_of_delta_0(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(minilm, "script", lambda c, *command: commands.append(command))
+    for kind in KINDS:
+        minilm.tuned(minilm.Config("data", home=str(tmp_path)), "M0", "imdb", kind, 0)
+    assert [command[command.index("--lr") + 1] for command in commands] == [1e-4, 1e-3]
+
+
 def test_a_bootstrap_over_tasks_and_lineages_is_wider_than_either():
     cells = {(task, L): a + b for task, a in (("x", 0.0), ("y", 1.0)) for L, b in ((0, 0.0), (1, 0.5))}
     assert minilm_report.crossed(cells) == pytest.approx((0.0, 1.5))
@@ -102,7 +110,7 @@ def test_every_part_runs_and_is_not_run_again(data, graphs, tokenizer, tmp_path,
     tune = "--tune_steps 2 --batch_size 4 --eval_every 1".split()
     for module, name, value in ((minilm, "FEW", ["--shots", "2", *short]), (minilm, "ALL", every),
                                 (minilm, "UPGRADE", "--steps 2 --batch_tokens 128 --seq_len 16 --snapshots 1 --device cpu".split()),
-                                (minilm, "TUNE", tune), (recipes, "TUNE", tune)):
+                                (minilm, "TUNE", tune), (recipes.plan, "TUNE", tune)):
         monkeypatch.setattr(module, name, value)
     rows = tmp_path / "results" / "minilm.jsonl"
 

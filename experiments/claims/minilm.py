@@ -12,14 +12,14 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 from statistics import mean
-from typing import Iterator
+from typing import Iterator, Literal
 
 import torch
 
 from bench.machine import commit, device_name
-from experiments.common import cells_to_do, check_places, do_cells, run_script
+from experiments.common import cells_to_do, check_places, do_cells, script
 from experiments.recipes import runs as recipes
-from experiments.recipes.plan import KINDS, PLACE, TASKS, TUNE
+from experiments.recipes.plan import KINDS, PLACE, TASKS, TUNE, TUNE_LR
 from experiments.twin import save_twin
 from rt.data import encode_task, few_shot
 from rt.deltas import INPUT, Base, Delta, apply
@@ -54,7 +54,7 @@ class Config:
     """python -m experiments.claims.minilm --data DIR [--flag value ...]"""
     data: str | None = None  # folder with corpora/ and tasks/
     base: str = "runs/minilm/pretrained/M0"  # M0
-    only: tuple[str, ...] = ()  # parts: lineage, parts, pilot, few, order, project, paths, full; default: all
+    only: tuple[Literal[PARTS], ...] = ()  # parts: lineage, parts, pilot, few, order, project, paths, full; default: all
     lineages: Seeds = LINEAGES  # those to do
     where: tuple[str, ...] = ()  # facts of the cells to do, such as task=agnews,kind=full; default: all
     budget: Positive | None = None  # seconds; nothing new begins after them
@@ -109,11 +109,6 @@ def delta_0(c: Config, task: str, kind: str, lineage: int) -> Path:
     return folder.absolute()
 
 
-def script(c: Config, *command: object) -> str:
-    """Run a script of the checkout and return the command as it can be typed."""
-    return run_script({"DIR": c.data, "HOME": c.home, "M0": c.base, "RECIPES": c.recipes, "CACHE": c.cache}, *command)
-
-
 def base_folder(c: Config, name: str, lineage: int) -> Path:
     """M0, TWIN, or a base of a lineage; made if it is missing."""
     if name == "M0":
@@ -135,7 +130,7 @@ def tuned(c: Config, base: str, task: str, kind: str, lineage: int) -> Path:
     out = Path(c.home, "deltas", f"{base}-{task}-{kind}-l{lineage}").absolute()
     if not out.exists():
         script(c, "train.py", "--mode", "tune", "--base", base_folder(c, base, lineage), "--task", task_folder(c, task), "--delta", kind,
-               "--lr", KINDS[kind], "--seq_len", TASKS[task], "--seed", lineage, *TUNE, *PLACE["cpu"], "--out", out)
+               "--lr", TUNE_LR["minilm"][kind], "--seq_len", TASKS[task], "--seed", lineage, *TUNE, *PLACE["cpu"], "--out", out)
     return out
 
 

@@ -45,7 +45,7 @@ def main() -> None:
     todo = [("delta", key) for key in deltas if not (delta_folder(c, *key) / "delta.json").exists()]
     todo += [("base", seed) for seed in sorted({s % DELTA_SEEDS for s in c.seeds}) if not known(done, {"arm": "M0", "seed": seed})]
     todo += [("upgrade", one) for one in upgrades(c.targets, c.seeds, c.model) if (not c.arms or one.arm in c.arms)
-             and (not c.rates or one.lr in c.rates) and not known(done, one.facts)]
+             and (not c.rates or one.lr in c.rates) and not known(done, one._asdict())]
     device = torch.device(c.device)
     facts = {"device": device_name(device), "precision": str(pick_precision("auto", device)).removeprefix("torch."), "commit": commit(),
              "torch": torch.__version__}

@@ -1,5 +1,5 @@
 """The numbers of PLAN.md, and its runs in the order of the plan."""
-from dataclasses import dataclass
+from typing import NamedTuple
 
 STEPS = 200
 UPGRADE = "--batch_tokens 1024 --seq_len 128 --snapshots 0".split()
@@ -26,17 +26,12 @@ CHAIN = "bio,rev,cs,ns"
 CHAIN_ARM = {"minilm": "hidden 10", "mini": "hidden 30"}     # beside plain: see PLAN.md
 
 
-@dataclass(frozen=True)
-class Upgrade:
+class Upgrade(NamedTuple):
     """One run of train.py on M0."""
     arm: str        # "plain" or a key of SWITCHES
     lr: float
     target: str     # a domain, or several separated by commas: a chain of upgrades
     seed: int
-
-    @property
-    def facts(self) -> dict:
-        return {"arm": self.arm, "lr": self.lr, "target": self.target, "seed": self.seed}
 
 
 def upgrades(targets: tuple[str, ...] = TARGETS, seeds: tuple[int, ...] = SEEDS, model: str = "minilm") -> list[Upgrade]:

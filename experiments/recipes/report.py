@@ -150,7 +150,7 @@ def missing(rows: list[dict], model: str) -> str:
     """A line per arm, rate and target of the plan that lacks seeds."""
     left: dict[tuple, list[int]] = {}
     for one in upgrades(model=model):
-        if not known(rows, one.facts):
+        if not known(rows, one._asdict()):
             left.setdefault((one.arm, one.lr, one.target), []).append(one.seed)
     return "\n".join(f"- {arm} at {lr:g} on {target}: seeds {', '.join(map(str, seeds))}"
                      for (arm, lr, target), seeds in left.items()) or "Nothing."

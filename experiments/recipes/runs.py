@@ -10,24 +10,7 @@ import numpy as np
 import torch
 
 from experiments.common import run_here
-from experiments.recipes.plan import (
-    AFTERWARDS,
-    DELTA_SEEDS,
-    DRAWN,
-    HELDOUT_TOKENS,
-    KINDS,
-    PEAK,
-    PLACE,
-    SEEDS,
-    STEPS,
-    SWITCHES,
-    TARGETS,
-    TASKS,
-    TUNE,
-    TUNE_LR,
-    UPGRADE,
-    Upgrade,
-)
+from experiments.recipes import plan
 from rt.data import TaskData, encode_task
 from rt.deltas import apply
 from rt.formats.corpora import build_corpus
@@ -49,12 +32,12 @@ class Config:
     """python -m experiments.recipes --data DIR [--flag value ...]"""
     data: str | None = None  # folder with corpora/ and tasks/
     base: str = "runs/minilm/pretrained/M0"  # M0
-    model: Literal[tuple(PEAK)] = "minilm"  # which M0 that is: the learning rates
-    seeds: Seeds = SEEDS  # of the upgrades
-    targets: tuple[str, ...] = TARGETS  # bio, cs, chain
+    model: Literal[tuple(plan.PEAK)] = "minilm"  # which M0 that is: the learning rates
+    seeds: Seeds = plan.SEEDS  # of the upgrades
+    targets: tuple[str, ...] = plan.TARGETS  # bio, cs, chain
     arms: tuple[str, ...] = ()  # plain, hidden 3, ...; default: all
     rates: tuple[float, ...] = ()  # peak rates; default: all
-    steps: PositiveInt = STEPS  # of an upgrade
+    steps: PositiveInt = plan.STEPS  # of an upgrade
     device: Literal["cpu", "cuda"] = "cpu"  # of all runs and scores
     jobs: PositiveInt = 2  # runs side by side; on a CPU, one thread each
     budget: Positive | None = None  # seconds; nothing new begins after them
@@ -85,7 +68,7 @@ def train(c: Config, *arguments: object) -> str:
 
 def tune_delta(c: Config, task: str, kind: str, seed: int) -> list[dict]:
     train(c, "--mode", "tune", "--base", Path(c.base), "--task", task_folder(c, task), "--delta", kind, "--lr",
-          TUNE_LR[c.model][kind], "--seq_len", TASKS[task], "--seed", seed, *TUNE, *PLACE[c.device],
+          plan.TUNE_LR[c.model][kind], "--seq_len", plan.TASKS[task], "--seed", seed, *plan.TUNE, *plan.PLACE[c.device],
           "--out", delta_folder(c, task, kind, seed))
     return []
 
@@ -94,29 +77,29 @@ def score_base(c: Config, seed: int) -> list[dict]:
     """M0 with its own deltas: the scores before any loss."""
     return [{"arm": "M0", "seed": seed, **scores(c, Path(c.base), seed, ("wiki", "bio", "rev", "cs", "ns")), "dev": {
         f"{task}/{kind}": [load_delta(delta_folder(c, task, kind, seed)).info["dev"]["accuracy"], majority(c, task)]
-        for task in TASKS for kind in KINDS}}]
+        for task in plan.TASKS for kind in plan.KINDS}}]
 
 
 def majority(c: Config, task: str) -> float:
     """The share of the commonest label on dev."""
-    targets = data_of(task_folder(c, task), c.base, TASKS[task]).dev.targets
+    targets = data_of(task_folder(c, task), c.base, plan.TASKS[task]).dev.targets
     return (targets.bincount().max() / len(targets)).item()
 
 
-def upgrade(c: Config, one: Upgrade) -> list[dict]:
+def upgrade(c: Config, one: plan.Upgrade) -> list[dict]:
     """Run an upgrade; a row per base that train.py makes."""
     domains, corpora = one.target.split(","), Path(c.data, "corpora").absolute()
     out = Path(c.home) / "bases" / f"{one.arm}-{one.lr}-{one.target}-s{one.seed}".replace(" ", "").replace("%", "")
     shutil.rmtree(out, ignore_errors=True)      # an upgrade is short: after an interruption it starts over
     stream = ",".join(str(corpora / f"{domain}.txt.xz") for domain in domains)
-    command = train(c, "--init", Path(c.base), "--stream", stream, "--lr", one.lr, "--seed", one.seed, "--steps",
-                    c.steps, *UPGRADE, *PLACE[c.device], *(SWITCHES | AFTERWARDS).get(one.arm, "").split(), "--cache", Path(c.cache),
-                    "--out", out)
+    switches = (plan.SWITCHES | plan.AFTERWARDS).get(one.arm, "").split()
+    command = train(c, "--init", Path(c.base), "--stream", stream, "--lr", one.lr, "--seed", one.seed, "--steps", c.steps, *plan.UPGRADE,
+                    *plan.PLACE[c.device], *switches, "--cache", Path(c.cache), "--out", out)
     rows, old = [], dict(open_base(c.base).encoder.named_parameters())
     for i, domain in enumerate(domains, 1):
         folder = out / f"M{i}"
-        rows.append(one.facts | {"steps": c.steps, "stage": i, "domain": domain,
-                                 **scores(c, folder, one.seed % DELTA_SEEDS, ("wiki", *domains)),
+        rows.append(one._asdict() | {"steps": c.steps, "stage": i, "domain": domain,
+                                 **scores(c, folder, one.seed % plan.DELTA_SEEDS, ("wiki", *domains)),
                                  "distance": analysis.distances(old, dict(open_base(str(folder)).encoder.named_parameters()))[-1],
                                  "stage_seconds": read_json(folder / "meta.json")["stage"]["seconds"], "command": command})
     if not c.keep:
@@ -130,10 +113,10 @@ def task_folder(c: Config, task: str) -> Path:
 
 def draw_tasks(c: Config) -> None:
     """Copy the tasks, with one draw of dev and test texts for all runs. Existing folders stay."""
-    for task in TASKS:
+    for task in plan.TASKS:
         if not (folder := task_folder(c, task)).exists():
             shutil.copytree(Path(c.data, "tasks", task), folder)
-            for part, most in DRAWN.items():
+            for part, most in plan.DRAWN.items():
                 lines = (folder / f"{part}.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")    # a text may hold U+0085
                 drawn = sorted(np.random.default_rng(0).permutation(len(lines))[:most])
                 (folder / f"{part}.jsonl").write_text("".join(f"{lines[i]}\n" for i in drawn), encoding="utf-8")
@@ -153,9 +136,9 @@ def scores(c: Config, folder: Path, delta_seed: int, domains: tuple[str, ...]) -
     for domain in domains:
         corpus = build_corpus(domain, Path(c.data, "corpora", f"{domain}.txt.xz"), base.tokenizer, Path(c.cache))["heldout"]
         rows = scored_rows(corpus, base.tokenizer, 128)
-        heldout[domain] = evaluate_mlm(MaskedLM(base.encoder, base.head).to(device), rows, tokens=HELDOUT_TOKENS, **where)["loss"]
-    for task, kind in ((task, kind) for task in TASKS for kind in KINDS):
-        data = data_of(task_folder(c, task), c.base, TASKS[task])
+        heldout[domain] = evaluate_mlm(MaskedLM(base.encoder, base.head).to(device), rows, tokens=plan.HELDOUT_TOKENS, **where)["loss"]
+    for task, kind in ((task, kind) for task in plan.TASKS for kind in plan.KINDS):
+        data = data_of(task_folder(c, task), c.base, plan.TASKS[task])
         delta = load_delta(delta_folder(c, task, kind, delta_seed)).ordered(data.labels)
         accuracy[f"{task}/{kind}"] = evaluate(apply(base, delta, stale_ok=True), data.test, **where)["accuracy"]
     return {"heldout": heldout, "apply": accuracy}

@@ -20,8 +20,9 @@ from statistics import mean
 import torch
 
 from bench.machine import commit, device_name
-from experiments.common import ROOT, cells_to_do, check_places, do_cells, run_script
+from experiments.common import ROOT, cells_to_do, check_places, do_cells, script
 from experiments.recipes import runs as recipes
+from experiments.recipes.plan import PLACE, TUNE
 from experiments.transfer import report
 from experiments.twin import save_twin
 from rt.formats.delta_files import load_delta, save_delta
@@ -87,11 +88,6 @@ def run_cell(c: Config, cell: dict) -> list[dict]:
             for row in read_json(out / "summary.json")["rows"]]
 
 
-def script(c: Config, *command: object, root: str | Path = ROOT) -> str:
-    """Run a script of a checkout and return the command as it can be typed."""
-    return run_script({"DIR": c.data, "HOME": c.home, "M0": c.base, "RECIPES": c.recipes, "CACHE": c.cache}, *command, root=root)
-
-
 def prepare(c: Config, needed: set[str]) -> None:
     """Make the bases, tasks and old deltas for these parts and new bases; what exists stays. M0's are those of experiments.recipes."""
     home, corpora, shared = Path(c.home), Path(c.data, "corpora"), recipes.Config(c.data, c.base, home=c.recipes)
@@ -124,7 +120,7 @@ def prepare(c: Config, needed: set[str]) -> None:
 def tune(c: Config, base: str, task: str, kind: str, lr: float) -> None:
     """Make an old delta of `base`."""
     script(c, "train.py", "--mode", "tune", "--base", Path(c.base) if base == "minilm" else Path(c.home, "mini", "M0"), "--task",
-           Path(c.recipes, "tasks", task), "--delta", kind, "--lr", lr, "--seq_len", 64, *recipes.TUNE, *recipes.PLACE["cpu"],
+           Path(c.recipes, "tasks", task), "--delta", kind, "--lr", lr, "--seq_len", 64, *TUNE, *PLACE["cpu"],
            "--out", delta(c, base, task, kind))
 
 
