@@ -19,6 +19,7 @@ from bench.machine import clocks, commit, device_name, environment, version
 from bench.measure import sample
 from bench.tables import label, read, tables
 from rt.errors import InputError
+from rt.formats.files import cut_half_row
 from rt.limits import Positive
 from rt.runs.config import parse
 from rt.speed.device import pick_device
@@ -68,6 +69,7 @@ class Run:
         self.left: list[str] = []
         if c.json:
             Path(c.json).parent.mkdir(parents=True, exist_ok=True)
+            cut_half_row(Path(c.json))
         self.file = open(c.json, "a", encoding="utf-8") if c.json else None
         self.facts = {"device": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
                       "transformers": version("transformers"), "commit": commit()}

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from rt.errors import InputError
-from rt.formats.files import read_rows
+from rt.formats.files import cut_half_row, read_rows
 from rt.runs.log import progress
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,6 +89,7 @@ def do_cells(path: Path, cells: list[dict], budget: float | None, do: Callable[[
     """Append the rows that `do` returns for each cell to `path`. Nothing new begins after `budget` seconds."""
     end = time.monotonic() + (budget or float("inf"))
     path.parent.mkdir(parents=True, exist_ok=True)
+    cut_half_row(path)
     with progress(len(cells), path.parent.name, unit="cell") as bar:
         for cell in cells:
             if time.monotonic() > end:

@@ -20,7 +20,7 @@ from rt.formats.adapters import export_peft
 from rt.formats.atomic import atomic_folder, check_seal, differing, found, locked, seal
 from rt.formats.checkpoint import load_base, save_base
 from rt.formats.delta_files import load_delta, save_delta
-from rt.formats.files import check_overwritable, read_json, read_rows, write_json
+from rt.formats.files import check_overwritable, cut_half_row, read_json, read_rows, write_json
 from rt.formats.hf import export_hf
 from rt.formats.hub import open_delta
 from rt.kinds import DeltaConfig
@@ -225,6 +225,15 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_how_much_is_needed(tmp_
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert load_base(run / "last").meta["step"] == 20 and not (run / "last.part").exists()
+
+
+def test_a_row_after_half_a_row_is_not_lost(tmp_path):
+    for before, kept in ((b'{"a": 1}\n{"a"', [{"a": 1}]), (b'{"a"', []), (b"", []), (b'{"a": 1}\n', [{"a": 1}])):
+        (tmp_path / "rows.jsonl").write_bytes(before)
+        cut_half_row(tmp_path / "rows.jsonl")
+        with (tmp_path / "rows.jsonl").open("a") as file:
+            file.write('{"a": 2}\n')
+        assert read_rows(tmp_path / "rows.jsonl") == [*kept, {"a": 2}]
 
 
 def test_a_row_that_does_not_fit_is_an_error_and_not_half_a_row(tmp_path):

@@ -187,9 +187,11 @@ def by_mode(r: Rows) -> str:
 
 def by_part(r: Rows) -> str:
     """Question (a): scales and parts of an outdated delta."""
-    lines = []
+    lines, means = [], {}
     for (base, kind), some in group([row | row["cell"] for row in r.part("parts")], "base", "kind").items():
         some = [row for row in some if r.learned(f"{row['task']}/{kind}", row["lineage"])]
+        if not some:
+            continue
         whole = [v for (task, k, L), v in r.applied(base).items() if k == kind and L in {row["lineage"] for row in some}]
         means = {name: mean(row["accuracy"][name] for row in some) for name in some[0]["accuracy"]}
         lines.append([base, kind, f"{mean(whole):.3f}", *(f"{v:.3f}" for v in means.values())])

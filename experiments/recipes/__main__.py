@@ -22,7 +22,7 @@ from experiments.recipes import report
 from experiments.recipes.plan import DELTA_SEEDS, KINDS, STEPS, TASKS, known, upgrades
 from experiments.recipes.runs import Config, attempt, delta_folder, draw_tasks
 from rt.errors import InputError
-from rt.formats.files import read_rows
+from rt.formats.files import cut_half_row, read_rows
 from rt.runs.config import parse, run
 from rt.runs.log import progress
 from rt.speed.device import pick_precision
@@ -38,6 +38,7 @@ def main() -> None:
     rows.parent.mkdir(parents=True, exist_ok=True)
     draw_tasks(c)
     done = read_rows(rows)
+    cut_half_row(rows)
     if any(row["device"].startswith("CPU") != (c.device == "cpu") or row["arm"] != "M0" and row.get("steps", STEPS) != c.steps
            for row in done):
         raise InputError(f"{rows}: its rows are of another --device or of other --steps, and must not be mixed; give another --results")

@@ -69,7 +69,7 @@ HEAD = ("arm", "peak rate", "blocks", "gain, %", "points lost", "full", "adapter
 def lines_of(rows: list[dict], own: dict[int, dict], found: dict, model: str = "minilm") -> list[list[str]]:
     """The table: a line per arm and rate."""
     ahead = {key: [*of.values()] for key, of in advantages(found, model).items() if of}
-    p = {key: sign_flip([value for block, value in of.items() if key[0] not in AFTERWARDS or block not in SEEN])
+    p = {key: sign_flip([value for block, value in of.items() if key[0] not in AFTERWARDS or model != "minilm" or block not in SEEN])
          for key, of in advantages(found, model).items() if of}
     planned = {(one.arm, one.lr): 1.0 for one in upgrades(("bio",), model=model) if one.arm != "plain"}      # those without rows count, too
     adjusted, lines = holm(planned | p), []

@@ -111,6 +111,12 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 
+def cut_half_row(path: Path) -> None:
+    """Remove a last line that a kill cut short: the row appended to it would be lost."""
+    if path.is_file() and not (content := path.read_bytes()).endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
+
+
 def unknown_names(folder: Path, known: set[str]) -> list[str]:
     """Names in `folder` that are neither `known` nor left by a killed process of ours. InputError if the folder cannot be read."""
     try:
