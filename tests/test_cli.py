@@ -543,7 +543,7 @@ def test_chain_reports_both_routes_over_all_bases(lineage, task, tmp_path, monke
     (("recycle.py", "--mode", "project"), "--mode project needs --source_task"),
     (("recycle.py", "--mode", "project", "--source_task", "dl", "--source_delta", "a,b"), "as many or none: 1 tasks, 2 deltas"),
     (("recycle.py", "--mode", "init", "--source_task", "dl"), "--source_task and --source_delta are for --mode project"),
-    (("recycle.py", "--mode", "project", "--source_task", "math"), "--source_task math: is the --task itself"),
+    (("recycle.py", "--mode", "project", "--task", "graphs", "--source_task", "graphs"), "--source_task graphs: is the --task itself"),
     (("recycle.py", "--mode", "project", "--source_task", "dl", "--granularity", "rows"), "--granularity rows: not one of auto, flat"),
     (("recycle.py", "--rank", "0"), "--rank 0: must be above zero"), (("recycle.py", "--seq_len", "3"), "--seq_len 3: must be 8 or more"),
     (("recycle.py", "--warmup", "3"), "--warmup 3.0: must lie between 0 and 1"),
