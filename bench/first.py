@@ -40,6 +40,7 @@ from bench.problem import reference
 from bench.steps import Step
 from bench.tables import label
 from kernels import configs, linear_loss
+from rt.formats.files import cut_half_row, read_rows
 
 TILES = {"attention_forward": ((128, 64, 8, 3), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 4), (128, 128, 8, 2), (128, 128, 8, 3),
                                (128, 64, 4, 3)),
@@ -226,10 +227,10 @@ class First:
 # ---------------------------------------------------------------- the call
 
 def known(path: Path) -> list[dict]:
-    """The rows of an earlier call. The last line may be half a row. The file `begun` lists units as they began. A unit without a row was
+    """The rows of an earlier call. The file `begun` lists units as they began. A unit without a row was
     cut off if it began once, and ends the process if it began twice."""
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
-    begun, done = path.with_name("begun"), {row.get("unit") for row in rows}
+    rows, begun = read_rows(path), path.with_name("begun")
+    done = {row.get("unit") for row in rows}
     names = begun.read_text().splitlines() if begun.exists() else []
     return rows + [{"unit": name, "failed": "it ended the process twice", "hopeless": True}
                    for name in dict.fromkeys(names) if names.count(name) > 1 and name not in done]
@@ -243,10 +244,8 @@ def run(first: First, path: Path, rows: list[dict], end: float, argv: list[str])
         """A new process does the rest."""
         os.execv(sys.executable, [sys.executable, "-m", "bench.first", *argv, "--until", str(end)])
 
-    cut = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+    cut_half_row(path)
     with path.open("a", encoding="utf-8") as file:
-        file.write("\n" * cut)
-
         def add(row: dict) -> None:
             rows.append(row)
             print(json.dumps(row), file=file, flush=True)

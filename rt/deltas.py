@@ -19,7 +19,7 @@ from rt.kinds import ADDED, INPUT, KINDS, OUTPUT, DeltaConfig
 from rt.model import ClassificationHead, Classifier, Encoder, EncoderConfig, MLMHead, init_weights
 
 PARTS = ("diffs", "modules", "head")
-TRAINED = ("dev", "test", "step", "seed", "argv")       # entries of `info` that are true of the trained delta alone
+OF_TRAINING = ("mode", "dev", "test", "step", "seed", "lr", "shots", "argv")     # entries of `info` that are true of a trained delta
 
 
 @dataclass
@@ -110,8 +110,8 @@ class Delta:
         return {f"{part}.{k}": v for part in PARTS if with_head or part != "head" for k, v in getattr(self, part).items()}
 
     def map(self, change: Callable[[str, Tensor], Tensor]) -> "Delta":
-        """The delta with every tensor replaced by change(name, tensor), and without its scores. Names are those of `tensors`."""
-        info = {k: v for k, v in self.info.items() if k not in TRAINED}
+        """The delta with every tensor replaced by change(name, tensor), named as in `tensors`. What its training recorded is left out."""
+        info = {k: v for k, v in self.info.items() if k not in OF_TRAINING}
         return replace(self, info=info, **{part: {k: change(f"{part}.{k}", v) for k, v in getattr(self, part).items()} for part in PARTS})
 
     def role(self, name: str) -> str:

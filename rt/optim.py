@@ -66,7 +66,7 @@ class ScheduleConfig:
             return peak * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
         if self.schedule == "wsd":
             return peak * min(1.0, (steps - step) / max(1, cooldown))
-        raise ValueError(f"`schedule` {self.schedule}: has no rate here")
+        raise ValueError(f"`schedule` {self.schedule}: is no schedule")
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:

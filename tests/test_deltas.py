@@ -13,6 +13,7 @@ from rt.formats.files import FIGURES
 from rt.kinds import KINDS, DeltaConfig
 from rt.losses import weights_of
 from rt.model import ClassificationHead, Classifier, Encoder
+from rt.report.inspect import inspect
 
 LABELS = ["a", "b", "c"]
 CONFIGS = {kind: DeltaConfig(kind, bottleneck=6, r=3, prefix_len=5,
@@ -224,8 +225,11 @@ def test_a_frozen_base_has_no_gradient_of_a_weight_nor_below_the_lowest_trained_
     assert not any(name.endswith(("word.weight", "position.weight")) for name in trained)
 
 
-def test_what_algebra_makes_has_no_scores(base):
+def test_what_algebra_makes_was_not_trained(base, tmp_path):
     delta = extract(attach(base, DeltaConfig("bitfit"), 2, 0), base, DeltaConfig("bitfit"), {"labels": ["a", "b"]})
-    delta.info |= {"dev": {"accuracy": 0.9}, "test": {}, "step": 5, "seed": 0, "argv": ["train.py"], "task": "t"}
+    trained = {"mode": "init", "dev": {"accuracy": 0.9}, "test": {}, "step": 5, "seed": 0, "lr": 1e-3, "shots": 4, "argv": ["recycle.py"]}
+    delta.info |= trained | {"task": "t"}
     made = 0.5 * delta + 0.5 * delta
-    assert not {"dev", "test", "step", "seed", "argv"} & made.info.keys() and made.info["task"] == "t" and delta.info["step"] == 5
+    assert not trained.keys() & made.info.keys() and made.info["task"] == "t" and delta.info["step"] == 5
+    save_delta(tmp_path / "made", made)
+    assert inspect(tmp_path / "made")["learned"] == "not recorded (a sum of deltas, for example)"

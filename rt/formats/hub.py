@@ -98,7 +98,7 @@ def _failure(ask: Callable, name: str) -> Exception | None:
 
 
 def _not_to_be_had(name: str, why: Exception) -> InputError:
-    reason = (str(why) or type(why).__name__).splitlines()[0].replace("`", "")      # `name` would be read as a flag of ours
+    reason = (str(why) or type(why).__name__).splitlines()[0].replace("`", "")      # rt.runs.config shows `name` as --name
     return InputError(f"{name}: not a folder here, and not available from the hub ({reason})")
 
 

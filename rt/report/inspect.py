@@ -124,14 +124,15 @@ def delta(folder: Path, facts: dict) -> dict[str, str]:
     encoder, labels, trained = info.get("encoder") or {}, info.get("labels") or [], count(tensors, "diffs.", "modules.")
     settings = "".join(f", {name} {listed(v) if isinstance(v, list) else v}" for name, v in settings_of(facts).items())
     share = f", {trained / encoder_count(encoder):.2%} of the encoder's" if encoder else ""
-    how = "by tuning" if info.get("mode") is None else f"by recycling, {info['mode']}"
     few = f"{info['shots']} examples{' a label' * bool(labels)}" if info.get("shots") else "all examples"
+    how = "by tuning" if info.get("mode") is None else f"by recycling, {info['mode']}"
+    how = f"{how}, seed {info['seed']}, {few}" if "seed" in info else "not recorded (a sum of deltas, for example)"
     dev, test = (", ".join(f"{k} {'undefined' if v is None else f'{v:.3f}'}" for k, v in (info.get(part) or {}).items()
                            if v is None or isinstance(v, float)) or "not scored" for part in ("dev", "test"))
     return {"is": f"a delta ({facts.get('format')}): {facts.get('kind')}{settings}",
             "size": f"{trained:,} parameters{share}, and a head of {count(tensors, 'head.'):,}; {disk(folder.iterdir())}",
             "task": f"{info.get('task')}: " + (f"{len(labels)} labels: {listed(labels)}" if labels else "a regression"),
-            "learned": f"elsewhere, imported from {info['source']}" if "source" in info else f"{how}, seed {info.get('seed')}, {few}",
+            "learned": f"elsewhere, imported from {info['source']}" if "source" in info else how,
             "dev": dev + (f", at step {info['step']}" if info.get("step") is not None else ""), "test": test,
             "base": f"{base_of(folder, info)}; {architecture(encoder)}",
             "fingerprints": f"of the base {info.get('base')}, of the tokenizer {info.get('tokenizer')}",
