@@ -54,6 +54,7 @@ class TeacherCache:
     """Outputs of a frozen teacher without dropout on every training example. Computed once, looked up by `batch.index`."""
     logits: Tensor  # (n, C) fp32
     states: Tensor | None  # (n, num_layers, d) fp32, the <s> rows that patience compares; None for a black box
+    sources: tuple = ()  # the base, the delta and the examples that these outputs come from; (): always valid
 
 
 @torch.no_grad()

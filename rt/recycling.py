@@ -160,9 +160,10 @@ def teacher_model(r: Recycling) -> Classifier:
 
 
 def teacher_of(r: Recycling) -> TeacherCache:
-    """The teacher's outputs on every training example, computed once."""
-    if r.teacher is None:
-        r.teacher = run_teacher(teacher_model(r), r.old_train or taught(r), r.device, r.precision)
+    """The teacher's outputs on every training example. They are computed once, and again for another teacher or other examples."""
+    sources = r.old_base, r.old_delta, r.old_train or r.data.train, r.unlabelled
+    if r.teacher is None or any(was is not now for was, now in zip(r.teacher.sources, sources)):
+        r.teacher = replace(run_teacher(teacher_model(r), r.old_train or taught(r), r.device, r.precision), sources=sources)
     return r.teacher
 
 
@@ -270,7 +271,10 @@ def chain(r: Recycling, mode: str, bases: dict[str, Base]) -> Iterator[Link]:
 
 def check(r: Recycling, mode: str) -> None:
     """Raises InputError if `mode` does not work with this old delta or between these two bases."""
-    old, starts_from_old = r.merged or r.old_delta, mode in ("apply", *CARRIES)
+    old, c, starts_from_old = r.merged or r.old_delta, r.distill, mode in ("apply", *CARRIES)
+    for name, v, known in (("mode", mode, MODES), ("head", r.head, ("fresh", "prototype")), ("att_layers", c.att_layers, ("last", "all"))):
+        if v not in known:
+            raise InputError(f"`{name}` {v}: not one of {', '.join(known)}")
     answers_only = mode in NEEDS_TEACHER and r.has_black_box     # then the old delta may have other labels
     if old is None and mode != "scratch" and (starts_from_old or not answers_only):
         raise InputError(f"{mode} needs an old delta and its base")

@@ -63,7 +63,11 @@ def test_the_teacher_is_the_old_base_with_the_old_delta_and_runs_once(recycling)
     cache = teacher_of(recycling)
     expected = predict(apply(recycling.old_base, recycling.old_delta), recycling.data.train.sequences, **CPU)
     torch.testing.assert_close(cache.logits, expected, atol=1e-5, rtol=1e-5)
-    assert teacher_of(recycling) is cache
+    assert teacher_of(recycling) is cache and teacher_of(replace(recycling, merged=2.0 * recycling.old_delta)) is cache
+    other = replace(recycling, old_delta=2.0 * recycling.old_delta)
+    assert not torch.allclose(teacher_of(other).logits, cache.logits) and recycling.teacher is cache      # never another teacher's outputs
+    few = replace(recycling, data=replace(recycling.data, train=recycling.data.dev))
+    assert len(teacher_of(few).logits) == len(recycling.data.dev)
     loss = MODES["distill"].loss(replace(recycling, merged=2.0 * recycling.old_delta, distill=DistillConfig(gamma=1.0, itp=1)))
     for name, weight in weights_of(apply(recycling.old_base, recycling.old_delta)).items():
         assert torch.equal(loss.teacher_weights[name], weight) and torch.equal(loss.attention_teacher.get_parameter(name), weight)
@@ -128,6 +132,14 @@ def test_other_labels_get_a_fresh_head_in_init_and_are_refused_elsewhere(recycli
     for mode in ("apply", "distill", "init+distill"):
         with pytest.raises(InputError, match="labels"):
             recycle(recycling, mode)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"mode": "inits"}, "`mode` inits: not one of scratch, apply"), ({"head": "prototypes"}, "`head` prototypes: not one of fresh, "),
+    ({"distill": DistillConfig(att_layers="first")}, "`att_layers` first: not one of last, all")])
+def test_a_word_that_means_nothing_is_refused(recycling, change, message):
+    with pytest.raises(InputError, match=message):
+        recycle(replace(recycling, **{k: v for k, v in change.items() if k != "mode"}), change.get("mode", "distill"))
 
 
 def test_init_refuses_another_kind_and_distill_does_not(recycling):

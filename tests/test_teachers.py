@@ -266,6 +266,8 @@ def test_forms_of_answers(tmp_path):
     logits = Predictions(path, ("false", "true"), smoothing=0.2).logits(examples)
     expected = torch.tensor([[1e-38, 1.0], [0.75, 0.25], [0.1, 0.9]], dtype=torch.float64).log().float()
     assert torch.equal(logits, expected)
+    with pytest.raises(InputError, match="--label_smoothing is for hard labels, and .*sure.jsonl has none"):
+        Predictions(lines(tmp_path / "sure.jsonl", [{"text": "e", "false": 0, "true": 1}]), ("false", "true"), smoothing=0.2)
     path = lines(tmp_path / "v.jsonl", [{"text": "e", "value": -2.5}])
     assert Predictions(path, ()).logits(examples[2:]).tolist() == [[-2.5]]
     assert text_hash("c", "d") == hashlib.sha256(b"c\nd").hexdigest()[:16]
@@ -307,7 +309,10 @@ def test_answers_that_do_not_fit_are_named(row, message, tmp_path):
     (("--mode", "init", "--shrinkage"), "--shrinkage is for --head prototype"),
     (("--mode", "init", "--merge", "ties"), "--merge ties is for several deltas"),
     (("--mode", "project", "--source_task", "t", "--old_delta", "a,b"), "several deltas in --old_delta: one of them at a time"),
-    (("--mode", "distill", "--pseudo_labels", "hard"), "are for the texts of --unlabelled: name some")])
+    (("--mode", "distill", "--pseudo_labels", "hard"), "are for the texts of --unlabelled: name some"),
+    (("--mode", "distill", "--unlabelled", "x.txt", "--pseudo_labels", "hard", "--T", "2"), "hard uses the task loss alone"),
+    (("--mode", "distill", "--project_patience", "--beta", "0"), "--beta 0 leaves that out"),
+    (("--mode", "distill", "--att_layers", "all"), "--att_layers is for --gamma")])
 def test_flags_that_make_no_sense_together(flags, message, home, tmp_path):
     assert message in here("recycle.py", "--base", home / "M1", "--task", home / "task", "--out", tmp_path / "out", *flags, code=2)
 

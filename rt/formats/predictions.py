@@ -33,13 +33,15 @@ class Predictions:
     def __init__(self, path: Path, labels: tuple[str, ...], smoothing: float = 0.0):
         if not path.is_file() or format_of(path) not in ("jsonl", "json"):
             raise InputError(f"--teacher {path}: is no .jsonl file, such as python -m rt.runs.predict writes")
-        self.path, self.labels, self.smoothing = path, labels, smoothing
+        self.path, self.labels, self.smoothing, self.has_hard = path, labels, smoothing, False
         self.found: dict[str, tuple[list[float], str]] = {}     # hash of the text -> (answer, its line)
         for place, row in read_table(path, format_of(path)):
             answer = self.answer(place, row)
             first, other = self.found.setdefault(self.key(place, row), (answer, place))
             if not all(math.isclose(a, b, rel_tol=0.01, abs_tol=0.01) for a, b in zip(answer, first)):
                 raise InputError(f"{place}: has another answer for the text of {other}")
+        if smoothing and not self.has_hard:
+            raise InputError(f"--label_smoothing is for hard labels, and {path} has none")
 
     def key(self, place: str, row: dict) -> str:
         text, pair, key = row.get("text"), row.get("text_pair"), row.get("hash")
@@ -64,6 +66,7 @@ class Predictions:
             label = str(row.get("label")).lower() if isinstance(row.get("label"), bool) else str(row.get("label"))
             if label not in labels:
                 raise InputError(f"{place}: has neither probabilities of {wanted} nor one of them as its label")
+            self.has_hard = True
             return [(label == each) * (1 - self.smoothing) + self.smoothing / len(labels) for each in labels]
         values = [answer[label] for label in labels]
         if not all(is_number(p, 0, 1.01) for p in values) or abs(sum(values) - 1) > 0.02:

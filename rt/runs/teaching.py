@@ -13,7 +13,7 @@ from rt.deltas import Base
 from rt.errors import InputError
 from rt.formats.predictions import Predictions
 from rt.limits import PositiveInt, PositiveShare, SeqLen, ShareBelowOne
-from rt.losses import TeacherCache
+from rt.losses import DistillConfig, TeacherCache
 from rt.recycling import NEEDS_TEACHER, Recycling
 from rt.runs.log import note_truncated
 
@@ -38,6 +38,10 @@ def refusals(c: Any, modes: list[str]) -> Iterable[tuple[Any, str]]:
     return ((d.gamma and not taught, f"--gamma {d.gamma}: a weight, {whose}"),
             (d.itp and not taught, f"--itp {d.itp}: a number of points, {whose}"),
             (d.project_patience and not taught, f"--project_patience: is {whose}"),
+            (c.sweep is None and d.project_patience and not d.beta, "--project_patience changes patience, and --beta 0 leaves that out"),
+            (c.sweep is None and d.att_layers != DistillConfig.att_layers and not d.gamma, "--att_layers is for --gamma"),
+            (t.pseudo_labels == "hard" and "project" not in modes and replace(d, beta=1.0) != DistillConfig(),
+             "--pseudo_labels hard uses the task loss alone: leave alpha, T and the other settings of distillation out"),
             (t.teacher and not c.old_delta and {*modes} - {*WITHOUT_OLD},
              f"--teacher {t.teacher}: has answers and no delta; modes other than {' and '.join(WITHOUT_OLD)} need --old_delta and its "
              "--old_base too"),
@@ -86,7 +90,7 @@ class Samples:
         c, t, old = self.c, self.c.teaching, r.old_base
         if c.shots:
             data = encode_task(self.labelled(seed), r.base.tokenizer, c.seq_len)
-            r = replace(r, data=replace(data, test=r.data.test), teacher=None)
+            r = replace(r, data=replace(data, test=r.data.test))
         if not self.has_teacher:
             return r
         if texts := self.unlabelled(seed):
