@@ -39,9 +39,9 @@ def moved(model):
     return other
 
 
-@pytest.fixture
-def masked(graphs, tokenizer, tmp_path):
-    corpus = build_corpus("graphs", graphs / "corpus", tokenizer, tmp_path)["train"]
+@pytest.fixture(scope="module")
+def masked(graphs, tokenizer, tmp_path_factory):
+    corpus = build_corpus("graphs", graphs / "corpus", tokenizer, tmp_path_factory.mktemp("bins"))["train"]
     return Rows(corpus, tokenizer, seq_len=32, mask_rate=0.3, seed=0)
 
 
