@@ -344,8 +344,14 @@ def test_a_mixture_is_read_from_what_bases_record(home, domains):
 def test_the_law_of_a_mixture_is_found_again(law):
     runs = [(r, t, law(r, t)) for r in (0.0, 0.05, 0.2, 0.5) for t in (50, 100, 200, 400)]
     found = mixtures.fit(runs)
-    assert all(found(r, t) == pytest.approx(loss, abs=1e-6) for r, t, loss in runs) and mixtures.left_out(runs) < 1e-6
+    assert all(found(r, t) == pytest.approx(loss, abs=1e-6) for r, t, loss in runs)
+    assert mixtures.left_out(runs, [str(r) for r, *_ in runs]) < 1e-6
     assert found(0.35, 300) == pytest.approx(law(0.35, 300), abs=1e-4)
+
+
+def test_snapshots_of_the_base_that_is_left_out_do_not_help():
+    runs = [(0.2, t, loss) for loss in (4.0, 5.0) for t in (100, 200, 400)]
+    assert mixtures.left_out(runs, [*"aaabbb"]) == pytest.approx(1) and mixtures.left_out(runs, [*"aaaabb"]) is None
 
 
 def test_a_law_never_says_that_a_domain_is_forgotten_if_it_is_learned():
@@ -362,7 +368,7 @@ def test_a_bases_name_is_no_pattern(tmp_path):
 def test_the_critical_share_is_the_first_that_forgets_nothing():
     law = mixtures.Law(5.0, 1.0, 1.0, 0.0, 0.1)         # 5 + 1 / (r + .1)
     assert mixtures.critical(law, 100, 7.0) == pytest.approx(0.4) and mixtures.critical(law, 100, 5.5) is None
-    rows = [{"replay": r, "steps": 100, "heldout": {"old": law(r, 100), "new": 4.0}} for r in (0.0, 0.1, 0.2, 0.5)]
+    rows = [{"base": f"r{r}/M1", "replay": r, "steps": 100, "heldout": {"old": law(r, 100), "new": 4.0}} for r in (0.0, 0.1, 0.2, 0.5)]
     for before, said in ((7.0, 0.4), (5.5, "none is enough")):
         old, new = figures.mixture_numbers([{"replay": None, "steps": 0, "heldout": {"old": before, "new": 5.0}}, *rows])
         assert old["critical replay"] == pytest.approx(said, abs=0.05) and new["critical replay"] == ""

@@ -70,12 +70,15 @@ def c1(r: Rows, folder: Path, out: Section) -> None:
             for t, s in at["M1"] if t in learned}
     figures.compatibility(compatibility_rows(r), folder / f"{r.preset}-compatibility")
     out.add(table_of_tasks({"chance": chance, **at}) + f"\n![Delta_0 on later bases]({r.preset}-compatibility.png)\n\n")
-    out.add(f"Learned on M0 (more than {GAIN} above the commonest label): {', '.join(learned)}; only these count below.\n\n")
+    out.add(f"Learned on M0 (test more than {GAIN} above the commonest label): {', '.join(learned)}; only these count below.\n\n")
     at, chance = ({base: only(values, learned) for base, values in at.items()}), only(chance, learned)
     out.difference("apply on M1 above chance", at.get("M1", {}), chance)
     out.difference("apply on M4 above chance", at.get("M4", {}), chance)
     out.difference("share of Delta_0's gain over chance kept on M1, above a half (far above chance)",
                    kept, dict.fromkeys(kept, 0.5), True)
+    ends = [at.get(base, {}) for base in ("M0", "M1")]
+    gains = [[sum(end[key] - chance[key] for key in ends[0].keys() & ends[1].keys() if key[1] == s) for s in SEEDS] for end in ends]
+    out.add(f"- the same of all tasks' points together (looked for afterwards): {shown([m1 / m0 for m0, m1 in zip(*gains) if m0])}\n")
     for snapshot in [b for b in at if "-t" in b][:1]:
         out.difference(f"lost from {snapshot} to M1 (falls with t)", at[snapshot], at.get("M1", {}), True)
     out.difference("lost from M1 to M4 (falls with the number of domains)", at.get("M1", {}), at.get("M4", {}), True)
@@ -142,7 +145,8 @@ def c2(r: Rows, folder: Path, out: Section) -> None:
     arms = {f"M0-{base}" + ("" if path == "linear" else ", curve"): values for (path, base), values in barriers.items()}
     good = {base: learned_ends(r, base) for _, base in barriers}
     linear = {base: {k: v for k, v in values.items() if k in good[base]} for (path, base), values in barriers.items() if path == "linear"}
-    out.add(f"Barrier of the test loss (nats):\n\n{table_of_tasks(arms)}\n![paths]({r.preset}-connectivity.png)\n\n")
+    out.add(f"Barrier of the test loss (nats), here and in the figure of all seeds:\n\n{table_of_tasks(arms)}\n"
+            f"![paths]({r.preset}-connectivity.png)\n\n")
     out.add("Both ends have learned their task in " + ", ".join(
         f"{len(good[b] & barriers['linear', b].keys())} of {len(barriers['linear', b])} paths to {b}" for b in linear)
         + "; only these count below, and a task only with all its seeds.\n\n")

@@ -18,7 +18,7 @@ Point = tuple[float, float]     # gain, points lost
 
 def bases(rows: list[dict]) -> dict[int, dict]:
     """The rows of M0 with its own deltas, by the seed of the deltas."""
-    return {row["seed"]: row for row in rows if row["arm"] == "M0"}
+    return {row["seed"]: row for row in sorted(rows, key=lambda row: row["seed"]) if row["arm"] == "M0"}
 
 
 def points(rows: list[dict]) -> dict[tuple[str, float], dict[Block, Point]]:
@@ -55,15 +55,18 @@ def frontier(plain: list[Point], gain: float) -> float:
     return min(crossed) if crossed else max(line)[1]
 
 
-def advantages(found: dict, model: str = "minilm") -> dict[tuple[str, float], dict[Block, float]]:
-    """The advantage of every arm with a switch, per block that has all plain rates: with fewer, the frontier would lie too high."""
+def advantages(found: dict, model: str = "minilm", ends_at_best: bool = False) -> dict[tuple[str, float], dict[Block, float]]:
+    """The advantage of every arm with a switch, per block that has all plain rates: with fewer, the frontier would lie too high. If the
+    frontier `ends_at_best`, the rate of the highest mean gain, then a faster rate that gains a hair more in one block does not count."""
     plain = [found.get(("plain", lr), {}) for lr in plain_rates(model)]
+    if ends_at_best and all(plain):
+        plain = plain[:1 + max(range(len(plain)), key=lambda i: mean(gain for gain, _ in plain[i].values()))]
     return {key: {block: frontier([of[block] for of in plain], gain) - points for block, (gain, points) in of.items()
                   if all(block in other for other in plain)} for key, of in found.items() if key[0] != "plain"}
 
 
 HEAD = ("arm", "peak rate", "blocks", "gain, %", "points lost", "full", "adapter", "wiki loss", "advantage, points", "p / Holm", "seconds",
-        "less lost than plain at this rate")
+        "less lost than plain at this rate", "advantage over plain up to its best rate")
 
 
 def lines_of(rows: list[dict], own: dict[int, dict], found: dict, model: str = "minilm") -> list[list[str]]:
@@ -72,7 +75,7 @@ def lines_of(rows: list[dict], own: dict[int, dict], found: dict, model: str = "
     p = {key: sign_flip([value for block, value in of.items() if key[0] not in AFTERWARDS or model != "minilm" or block not in SEEN])
          for key, of in advantages(found, model).items() if of}
     planned = {(one.arm, one.lr): 1.0 for one in upgrades(("bio",), model=model) if one.arm != "plain"}      # those without rows count, too
-    adjusted, lines = holm(planned | p), []
+    adjusted, shorter, lines = holm(planned | p), advantages(found, model, ends_at_best=True), []
     for key, of in sorted(found.items(), key=lambda item: (item[0][0] != "plain", item[0])):
         some = [row for row in rows if (row["arm"], row.get("lr")) == key and "," not in row["target"]]
         gains, losses = zip(*of.values())
@@ -83,7 +86,19 @@ def lines_of(rows: list[dict], own: dict[int, dict], found: dict, model: str = "
         lines.append([key[0], f"{key[1]:g}", len(of), with_interval(100 * g for g in gains), with_interval(losses),
                       *(f"{v:.1f}" for v in kinds), f"{mean(row['heldout']['wiki'] for row in some):.3f}", *test,
                       f"{mean(row['stage_seconds'] for row in some):.0f}",
-                      with_interval(less) if less else ""])
+                      with_interval(less) if less else "", with_interval(shorter[key].values()) if key in ahead else ""])
+    return lines
+
+
+def lines_by_task(rows: list[dict], own: dict[int, dict], found: dict) -> list[list[str]]:
+    """A header, and the mean points lost on each task by an arm and rate."""
+    tasks = [*dict.fromkeys(name.partition("/")[0] for row in own.values() for name in learned(row))]
+    lines = [["arm", "peak rate", *tasks]]
+    for arm, lr in sorted(found, key=lambda key: (key[0] != "plain", key)):
+        some = [row for row in rows if (row["arm"], row.get("lr")) == (arm, lr) and "," not in row["target"]]
+        each = [[lost(own[row["seed"] % DELTA_SEEDS], row, f"{task}/") for row in some
+                 if any(name.startswith(f"{task}/") for name in learned(own[row["seed"] % DELTA_SEEDS]))] for task in tasks]
+        lines.append([arm, f"{lr:g}", *(f"{mean(values):.1f}" if values else "" for values in each)])
     return lines
 
 
@@ -108,20 +123,24 @@ def write(folder: Path) -> str:
     if not found:
         raise InputError(f"{folder}: no rows of upgrades there; run python -m experiments.recipes --data DIR first")
     lines, facts = lines_of(rows, own, found, model), {key: ", ".join(sorted({row[key] for row in rows})) for key in ("device", "commit")}
-    first, most = next(iter(own.values())), max(map(len, found.values()))
+    first, most, by_task = next(iter(own.values())), max(map(len, found.values())), lines_by_task(rows, own, found)
     scores = "; ".join(" ".join([name, *(f"{row['apply'][name]:.3f}" for row in own.values())]) for name in first["apply"])
     left_out = [f"{name} (seed {row['seed']})" for row in own.values() for name in row["apply"] if name not in learned(row)]
     plan, commands = (os.path.relpath(ROOT / name, folder) for name in ("experiments/recipes/PLAN.md", "results/README.md"))
     text = ["# Which upgrades keep old deltas alive",
             f"Written by `python -m experiments.recipes --report` from `{model}.jsonl`; [the plan]({plan}) says "
             f"what each column is, [all results]({commands}) by which commands the rows were made"
-            "; seconds are of jobs that shared the cores with other work. Means with 95 % t-intervals over blocks. The last column, which "
-            "the plan does not have, pays no heed to the gain. Machine: "
+            "; seconds are of jobs that shared the cores with other work. Means with 95 % t-intervals over blocks; p is one-sided. Blocks "
+            f"whose seeds are equal modulo {DELTA_SEEDS} share their deltas, and all share M0 and the test texts: intervals and p speak of "
+            "other upgrades, not of other deltas or tasks. The plan does not have the last two columns. The first of them pays no heed to "
+            "the gain. In the second the frontier ends at the plain rate with the highest mean gain. The frontier's straight lines lie "
+            "above what a plain rate in between would lose, so an arm that does no more than such a rate looks ahead. Machine: "
             f"{facts['device']}; commits {facts['commit']}.",
             markdown(HEAD, lines), markdown(("target", *HEAD[:5], HEAD[8]), lines_by_target(found, model)),
+            "Points lost by task:", markdown(by_task[0], by_task[1:]),
             "![points lost against gain](pareto.png)",
-            f"The line joins plain upgrades. In brackets: the number of blocks, if it is below {most}; arms with less than half are left "
-            "out. *: named afterwards.",
+            f"The line joins plain upgrades, over all their blocks. In brackets: the number of blocks, if it is below {most}, and then "
+            "often of one target; arms with less than half are left out. *: named afterwards.",
             f"Test accuracy of the deltas on M0, by seed: {scores}.",
             "Left out, as dev on M0 is not 5 points above the commonest label: " + (", ".join(left_out) or "none") + ".",
             "Held-out loss of M0: " + ", ".join(f"{domain} {loss:.3f}" for domain, loss in first["heldout"].items()) + "."]

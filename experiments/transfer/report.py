@@ -29,9 +29,10 @@ def difference(a: Scores, b: Scores) -> str:
     if not values:
         return "not run"
     middle, half = interval(values)
-    each = group([{"column": ", ".join(key[:2]), "points": 100 * (a[key] - b[key])} for key in sorted(a.keys() & b.keys())], "column")
-    columns = [f"{column} {mean(row['points'] for row in some):+.1f}" for (column,), some in each.items()]
-    return f"{middle:+.1f} ± {half:.1f} points over {len(values)} cells (p {sign_flip(values):.4f})" + (
+    each = [{"kind": key[1], "column": ", ".join(key[:2]), "points": 100 * (a[key] - b[key])} for key in sorted(a.keys() & b.keys())]
+    parts = [(name, *interval([row["points"] for row in some])) for by in ("kind", "column") for (name,), some in group(each, by).items()]
+    columns = [f"{name} {of:+.1f}" + f" ± {about:.1f}" * (about > 0) for name, of, about in parts]
+    return f"{middle:+.1f} ± {half:.1f} points over {len(values)} cells (one-sided p {sign_flip(values):.4f})" + (
         f"; {', '.join(columns)}" if len(columns) < len(values) else "")
 
 

@@ -1,6 +1,7 @@
 """The studies' figures and numbers, from the rows that analyze.py and experiments/claims write. Figures are PATH.png and PATH.svg, numbers
 are lines of a table. A score is accuracy, or pearson for a regression."""
 import math
+import re
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -226,18 +227,18 @@ def recipes_numbers(rows: list[dict]) -> list[dict]:
 
 
 def mixture_numbers(rows: list[dict]) -> list[dict]:
-    """The fitted law per domain, its mean error at left-out runs, and the least replay that forgets nothing. Nothing for fewer than three
-    runs, which a law needs, and no error for three."""
+    """The fitted law per domain, its mean error at left-out bases, and the least replay that forgets nothing. Nothing for fewer than three
+    runs, which a law needs, and no error if a base has all but two."""
     old, *runs = rows
     if len(runs) < 3:
         return []
-    last, numbers = [*old["heldout"]][-1], []
+    last, numbers, bases = [*old["heldout"]][-1], [], [re.sub(r"-t\d+$", "", row["base"]) for row in runs]
     for domain, before in old["heldout"].items():
         points = [(1 - row["replay"] if domain == last else row["replay"], row["steps"], row["heldout"][domain]) for row in runs]
         law, steps = fit(points), max(row["steps"] for row in runs)
         least = "" if domain == last else critical(law, steps, before)
         numbers.append({"domain": domain, "before": before, **asdict(law),
-                        "error, left out": left_out(points) if len(points) > 3 else "", "steps": steps,
+                        "error, left out": "" if (error := left_out(points, bases)) is None else error, "steps": steps,
                         "critical replay": "none is enough" if least is None else least})
     return numbers
 

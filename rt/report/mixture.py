@@ -39,9 +39,13 @@ def fit(runs: Runs) -> Law:
     return Law(*(float(values.flat[best]) for values in (E, A, g, b, eps)))
 
 
-def left_out(runs: Runs) -> float:
-    """The mean absolute error at each run of the law fitted on the other runs."""
-    return float(np.mean([abs(fit(runs[:i] + runs[i + 1:])(r, t) - loss) for i, (r, t, loss) in enumerate(runs)]))
+def left_out(runs: Runs, bases: list[str]) -> float | None:
+    """The mean absolute error at each run of the law fitted on the runs of other `bases`: a base's snapshots lie too near to each other.
+    None if these are fewer than three."""
+    others = {base: [run for run, its in zip(runs, bases) if its != base] for base in bases}
+    if min(map(len, others.values())) < 3:
+        return None
+    return float(np.mean([abs(fit(others[base])(r, t) - loss) for base, (r, t, loss) in zip(bases, runs)]))
 
 
 def critical(law: Law, t: float, before: float) -> float | None:
