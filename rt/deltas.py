@@ -33,7 +33,7 @@ class Base:
     pooler: dict[str, Tensor] | None = None     # dense.weight and dense.bias of a BERT checkpoint: a fresh task head starts from them
 
     def to(self, device: torch.device) -> "Base":
-        self.encoder.to(device)
+        nn.ModuleList(filter(None, (self.encoder, self.head))).to(device)
         return self
 
     def require_length(self, seq_len: int) -> None:
@@ -48,7 +48,7 @@ def new_head(base: Base, num_outputs: int, seed: int) -> ClassificationHead:
     head = ClassificationHead(config.hidden_size, num_outputs, config.dropout)
     init_weights(head, torch.Generator().manual_seed(seed))
     head.load_state_dict({**head.state_dict(), **(base.pooler or {})})
-    return head.to(base.encoder.embeddings.word.weight.device)
+    return head.to(base.encoder.embeddings.word.weight)
 
 
 def plug_in(encoder: Encoder, config: DeltaConfig) -> list[nn.Module]:
@@ -63,7 +63,7 @@ def plug_in(encoder: Encoder, config: DeltaConfig) -> list[nn.Module]:
 
 
 def attach(base: Base, config: DeltaConfig, num_outputs: int, seed: int) -> Classifier:
-    """`base` with a fresh delta and head; its logits are those of base + head. Trained weights are copies, the others frozen and shared."""
+    """`base` with a fresh delta and head; its logits are those of base + head. Trained weights are copies, the others the base's own."""
     trains = KINDS[config.check().kind].trains
     # new Parameters, also over shared memory: setting requires_grad must not affect the base
     memo = {id(p): nn.Parameter(p.data.clone()) if trains(name) else nn.Parameter(p.data, requires_grad=False)
@@ -72,10 +72,10 @@ def attach(base: Base, config: DeltaConfig, num_outputs: int, seed: int) -> Clas
     generator = torch.Generator().manual_seed(seed)
     for module in plug_in(encoder, config):
         module.reset(generator)
-    return Classifier(encoder, new_head(base, num_outputs, seed)).to(base.encoder.embeddings.word.weight.device)
+    return Classifier(encoder, new_head(base, num_outputs, seed)).to(base.encoder.embeddings.word.weight)
 
 
-@dataclass
+@dataclass(eq=False)
 class Delta:
     """The result of tuning. `info` holds the task, labels, fingerprint and sizes of the base, tokenizer and scores."""
     config: DeltaConfig

@@ -105,7 +105,7 @@ def outdated(r: Recycling, is_carried: bool) -> Delta:
     """The old delta, the merged old deltas, or the delta that rt.transport.transport carried over."""
     if is_carried and r.carried is None:
         raise ValueError("no delta was carried: rt.transport.transport does so")
-    return r.carried if is_carried else r.merged or r.old_delta
+    return (r.carried if is_carried else r.merged or r.old_delta).ordered(r.data.labels)
 
 
 def start_from_old(r: Recycling, is_carried: bool = False) -> Classifier:
@@ -151,12 +151,12 @@ def start_projected(r: Recycling) -> Classifier:
     """The old delta, mapped by the projection learned beforehand."""
     if r.projection is None:
         raise ValueError("project needs a projection: rt.transport.learn_projection")
-    return start_from(r, project(r.projection, r.old_delta))
+    return start_from(r, project(r.projection, r.old_delta.ordered(r.data.labels)))
 
 
 def teacher_model(r: Recycling) -> Classifier:
     """old base + old delta, without dropout."""
-    return apply(r.old_base, r.old_delta).eval()
+    return apply(r.old_base, r.old_delta.ordered(r.data.labels)).eval()
 
 
 def teacher_of(r: Recycling) -> TeacherCache:
@@ -276,21 +276,22 @@ def check(r: Recycling, mode: str) -> None:
         if v not in known:
             raise InputError(f"`{name}` {v}: not one of {', '.join(known)}")
     answers_only = mode in NEEDS_TEACHER and r.has_black_box     # then the old delta may have other labels
-    if old is None and mode != "scratch" and (starts_from_old or not answers_only):
+    if (old is None or r.old_base is None) and mode != "scratch" and (starts_from_old or not answers_only):
         raise InputError(f"{mode} needs an old delta and its base")
-    if old is not None:
+    if old is not None and r.old_base is not None:
         check_fits(r.old_base, old, stale_ok=False)     # all modes assume that the delta was learned on the old base
     if r.head == "prototype" and not r.data.labels:
         raise InputError("`head` prototype has a mean for each label: a regression has none")
     if mode == "gradmask" and old.config.kind != "full":
         raise InputError(f"gradmask keeps entries of weights that the base has: it needs a full delta, not {old.config.kind}")
     may_differ = answers_only or mode in ("scratch", "init") or r.head == "prototype" and mode in ("apply", "transport")
-    if not may_differ and old.labels != r.data.labels:
-        labels = ", ".join(old.labels[:6]) or "those of a regression"
-        raise InputError(f"{mode} needs an old delta with the task's labels; this one's are {labels}: use `mode` init, "
+    if not may_differ and sorted(old.labels) != sorted(r.data.labels):
+        raise InputError(f"{mode} needs an old delta with the task's labels; this one's are "
+                         f"{', '.join(old.labels[:6]) or 'those of a regression'}: use `mode` init, "
                          "or for apply and transport `head` prototype")
     if starts_from_old and mode in TRAINED and old.config.used != r.config.used:
         raise InputError(f"{mode} continues the old delta ({old.config.used}): use the same `delta` and sizes, or `mode` distill")
+    r.base.require_length(max(len(ids) for part in (r.data.train, r.data.dev, r.data.test) if part for ids in part.sequences))
     if starts_from_old:
         try:
             check_fits(r.base, old, stale_ok=True)
@@ -312,6 +313,9 @@ def check_teacher(r: Recycling, mode: str) -> None:
             raise InputError("a teacher that is known by its answers has no hidden states, attention maps and weights: use `beta` 0, and "
                              "none of `gamma`, `itp` and `project_patience`")
         return
+    r.old_base.require_length(max(map(len, (r.old_train or taught(r)).sequences)))
+    if sorted(old.labels) != sorted(r.data.labels):
+        raise InputError(f"{mode} needs a teacher with the task's labels; the old delta's are {', '.join(old.labels[:6])}")
     was, now = r.old_base.encoder.config, r.base.encoder.config
     if r.old_base.tokenizer.vocabulary != r.base.tokenizer.vocabulary:
         if r.old_train is None:

@@ -104,9 +104,8 @@ def check_sources(old_base: Base, base: Base, sources: list[tuple[Delta, TaskDat
         if delta.labels != data.labels:
             raise InputError(f"the source delta of task {delta.info.get('task')} has other labels than the source task {data.name}")
     first, *others = [delta.config.used for delta in [*(delta for delta, _ in sources), *([target] if target else [])]]
-    for other in others:
-        if other != first:
-            raise InputError(f"a projection needs all deltas of one kind and size, not {first} and {other}")
+    if other := next((other for other in others if other != first), None):
+        raise InputError(f"a projection needs all deltas of one kind and size, not {first} and {other}")
 
 
 def learn_projection(old_base: Base, base: Base, sources: list[tuple[Delta, TaskData]], settings: TuneSettings, distill: DistillConfig, *,
@@ -150,6 +149,7 @@ def transport(old_base: Base, base: Base, delta: Delta, sequences: list[list[int
     """`delta` in the order of `base`'s hidden dimensions, heads and FFN units, and facts for the record. In this order the activations
     of both bases on `sequences` (ids) agree best (Git Re-Basin: Ainsworth et al., 2023). The fact `cosine` is the mean cosine of the
     matched hidden dimensions: 1 for `old_base` in another order. Raises InputError if sizes or ids differ, and as check_carry does."""
+    check_fits(old_base, delta, stale_ok=False)
     check_fits(base, delta, stale_ok=True)
     check_carry(delta)
     orders, cosine = find_orders(old_base.encoder, base.encoder, sequences)

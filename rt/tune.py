@@ -159,7 +159,7 @@ def tune(model: Classifier, data: TaskData, loss: Loss, settings: TuneSettings, 
     started, gradient = time.perf_counter(), make_gradient(model, loss, device, precision)
     step = partial(train_step, gradient, data.train, settings, on_step)
     result = minimise(trained_weights(model), step, settings, lambda: evaluate(model, data.dev, device, precision), on_eval)
-    result.test = evaluate(model, data.test, device, precision) if data.test is not None else {}
+    result.test = evaluate(model, data.test, device, precision) if data.test else {}
     result.seconds = time.perf_counter() - started
     return result
 
@@ -206,11 +206,3 @@ def _ranks(x: Tensor) -> Tensor:
 def score(values: dict[str, float | None]) -> float:
     """The score that runs are compared by: accuracy or Pearson's correlation, -inf if undefined."""
     return float("-inf") if (first := next(iter(values.values()))) is None else first
-
-
-def chance(data: TaskData) -> dict[str, float]:
-    """Baselines that read no text: always the commonest training label, scored on test (else dev); guessing ('uniform'); regression: 0."""
-    if not data.labels:
-        return {"pearson": 0.0, "spearman": 0.0}
-    commonest = data.train.targets.bincount().argmax()
-    return {"accuracy": ((data.test or data.dev).targets == commonest).float().mean().item(), "uniform": 1 / len(data.labels)}

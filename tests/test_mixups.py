@@ -345,7 +345,7 @@ def test_a_typo_among_numbers_and_whole_floats_in_a_csv_are_said(tmp_path, capsy
     with pytest.raises(InputError, match=r"train.csv, line 4: label '3.5\*' is not a number as most labels of this task are"):
         load_task(tmp_path / "typo")
     assert load_task(tmp_path / "whole").labels == ("0.0", "1.0", "2.0")
-    assert "0.0 and the other labels are classes; a regression on whole numbers needs .jsonl" in capsys.readouterr().err
+    assert "0.0 and the other labels are classes; a regression needs .jsonl" in capsys.readouterr().err
     assert load_task(tmp_path / "kinds").labels == ("1", "1.5", "a.1", "b")
 
 

@@ -44,7 +44,8 @@ def trained(rows, tokenizer, steps, lr=2e-3, dropout=0.0, where=CPU, accumulatio
 def test_it_learns_on_held_out_text(rows, tokenizer):
     untrained = new_masked_lm(EncoderConfig(tokenizer.vocab_size, **PRESETS["tiny"]), seed=0)
     before = evaluate_mlm(untrained, rows["heldout"], tokens=10 * 256, **CPU)
-    assert untrained.training       # as it was; but it is scored without dropout, and rows count alike in passes of any size
+    assert untrained.training and evaluate_mlm(untrained.eval(), rows["heldout"], tokens=10 * 256, **CPU) == before
+    assert not untrained.training       # as it was; but it is scored without dropout, and rows count alike in passes of any size
     batch = rows["heldout"].masked(range(10))
     with torch.no_grad():
         logits = untrained.eval()(batch)

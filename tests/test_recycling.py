@@ -13,6 +13,7 @@ from rt.kinds import DeltaConfig
 from rt.losses import DistillConfig, Loss, attention, weights_of
 from rt.model import Activations, EncoderConfig, new_masked_lm
 from rt.recycling import MODES, TRAINED, Recycling, chain, check, new_delta, recycle, start_fresh, start_from_old, teacher_model, teacher_of
+from rt.speed.multi_run import recycle_together
 from rt.transport import Projection
 from rt.tune import TuneSettings, evaluate, predict
 
@@ -140,6 +141,39 @@ def test_other_labels_get_a_fresh_head_in_init_and_are_refused_elsewhere(recycli
 def test_a_word_that_means_nothing_is_refused(recycling, change, message):
     with pytest.raises(InputError, match=message):
         recycle(replace(recycling, **{k: v for k, v in change.items() if k != "mode"}), change.get("mode", "distill"))
+
+
+def test_labels_in_another_order_are_the_same_labels(recycling):
+    other = replace(recycling, data=replace(recycling.data, labels=("c", "a", "b")))
+    for mode in ("apply", "init", "distill"):
+        head = start_from_old(other).head if mode != "distill" else teacher_model(other).head
+        assert torch.equal(head.out.weight, recycling.old_delta.head["out.weight"][[2, 0, 1]]) and check(other, mode) is None
+        assert torch.equal(head.dense.weight, recycling.old_delta.head["dense.weight"])
+    stranger = replace(recycling.old_delta, info=recycling.old_delta.info | {"labels": ["x", "y", "z"]})
+    with pytest.raises(InputError, match="needs a teacher with the task's labels; the old delta's are x, y, z"):
+        check(replace(recycling, old_delta=stranger, merged=recycling.old_delta), "distill")
+
+
+def test_what_cannot_run_is_refused_before_it_runs(recycling):
+    long = Encoded([[0, *[9] * 200, 2]] * 4, torch.arange(4) % 3, 0)
+    with pytest.raises(InputError, match="`seq_len` 202: the base has positions for 128 tokens"):
+        check(replace(recycling, data=replace(recycling.data, dev=long)), "scratch")
+    with pytest.raises(InputError, match="`seq_len` 202"):
+        check(replace(recycling, old_train=long), "distill")
+    with pytest.raises(InputError, match="apply needs an old delta and its base"):
+        check(replace(recycling, old_base=None), "apply")
+    check(replace(recycling, old_base=None), "scratch")
+    few = Encoded(recycling.data.train.sequences, torch.zeros(24, dtype=torch.long), 0)
+    with pytest.raises(ValueError, match="a label has no training example"):
+        recycle(replace(recycling, data=replace(recycling.data, train=few), head="prototype"), "scratch")
+
+
+def test_runs_of_one_seed_start_from_their_own_examples(recycling):
+    r = replace(recycling, head="prototype", config=DeltaConfig("bitfit"))
+    other = replace(r, data=replace(r.data, train=Encoded([[0, 50 + i, 2] for i in range(24)], torch.arange(24) % 3, 0)))
+    for one, (_, model, _) in zip((r, other), recycle_together([r, other], "scratch")):
+        torch.testing.assert_close(model(one.data.dev.batch([0, 1])), recycle(one, "scratch")[0](one.data.dev.batch([0, 1])),
+                                   atol=1e-4, rtol=1e-3)
 
 
 def test_init_refuses_another_kind_and_distill_does_not(recycling):

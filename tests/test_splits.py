@@ -233,6 +233,14 @@ def test_a_file_that_is_renamed_to_heldout_is_held_out_and_a_valid_txt_is_said(t
     assert [len(parts[part].offsets) - 1 for part in ("train", "heldout")] == [99, 99]
 
 
+def test_shards_of_heldout_are_held_out_and_what_cannot_be_unpacked_is_said(tmp_path, tokenizer, capsys):
+    touch(tmp_path, "train-00000-of-00001.jsonl", "heldout-00000-of-00001.jsonl", content='{"text": "graph"}\n' * 30)
+    (tmp_path / "more.jsonl.zst").write_bytes(b"zst")
+    corpora = build_corpus("x", tmp_path, tokenizer, tmp_path / "cache")
+    assert len(corpora["train"].offsets) == len(corpora["heldout"].offsets) == 31
+    assert capsys.readouterr().err == "note: corpus x: left unread: more.jsonl.zst\n"
+
+
 def parts_of(path: Path) -> dict[str, list[str]]:
     parts = {"train": [], "heldout": []}
     for part, text in split_documents(path):

@@ -62,6 +62,46 @@ def test_floats_make_a_regression(tmp_path):
     assert load_task(folder(tmp_path, strings, strings, strings)).labels == ("2", "1.5")
 
 
+def test_an_attribute_beside_the_label_is_not_taken_for_it(tmp_path):
+    rows = [{"Tweet": f"tweet {i}", "Target": "ab"[i % 2], "Stance": "FA"[i % 2]} for i in range(4)]       # the names of SemEval-2016
+    with pytest.raises(InputError, match="the label may be Target or Stance"):
+        load_task(folder(tmp_path, rows, rows, rows))
+
+
+@pytest.mark.parametrize("twins", [("caf\u00e9", "cafe\u0301"), ("a b", "a\u00a0b")])
+def test_labels_that_look_alike_are_one_typed_in_two_ways(tmp_path, twins):
+    rows = [{"text": "x", "label": label} for label in twins]
+    with pytest.raises(InputError, match="by spaces, Unicode form or .0 alone"):
+        load_task(folder(tmp_path, rows, rows, rows))
+
+
+def test_numbers_as_strings_and_a_label_under_another_name_are_noted(tmp_path, capsys):
+    rows = [{"text": "x", "score": y} for y in ("0.14", "2.50")]
+    assert load_task(folder(tmp_path, rows, rows, rows)).labels == ("0.14", "2.50")
+    assert "are classes; a regression needs .jsonl with numbers, not strings" in capsys.readouterr().err
+    load_task(folder(tmp_path / "b", test=[{"text": "x", "labels": "pos"}]))
+    assert "test.jsonl: labels is not read, because the label of the files before is label" in capsys.readouterr().err
+
+
+def test_a_space_after_each_comma_is_no_part_of_a_field(tmp_path):
+    for part in ("train", "dev"):
+        (tmp_path / f"{part}.csv").write_text('text, label\n"foo, x", "pos"\n"bar", "neg"\n')
+    task = load_task(tmp_path)
+    assert task.labels == ("neg", "pos") and task.parts["train"][0].text == "foo, x"
+
+
+def test_a_pointer_of_git_lfs_is_not_a_text(tmp_path):
+    (tmp_path / "x.txt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(InputError, match="x.txt: is a Git LFS pointer, not the file"):
+        list(read_examples(tmp_path / "x.txt", labelled=False))
+
+
+def test_a_label_that_the_task_lacks_is_not_no_label(tokenizer):
+    with pytest.raises(InputError, match="place: label 'Pos' is none of the task's: neg, pos"):
+        encode([Example("x", None, "Pos", "place")], ("neg", "pos"), tokenizer, 16)
+    assert encode([Example("x", None, None, "")], ("neg", "pos"), tokenizer, 16).targets.tolist() == [-100]
+
+
 @pytest.mark.parametrize("parts, words", [
     (dict(dev=[{"text": "x", "label": "neutral"}]), "dev.jsonl, line 1: label 'neutral' does not occur in the training"),
     (dict(train=[ROWS[0], {"text": "  ", "label": "neg"}]), "train.jsonl, line 2: text is empty"),

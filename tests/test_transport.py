@@ -8,7 +8,7 @@ import torch
 from experiments.twin import permuted_twin
 from rt.data import Example, encode
 from rt.deltas import Base, apply, attach, extract
-from rt.errors import InputError
+from rt.errors import InputError, StaleDelta
 from rt.formats.checkpoint import fingerprint
 from rt.kinds import KINDS, TARGETS, DeltaConfig
 from rt.model import Encoder, MaskedLM
@@ -89,6 +89,11 @@ def test_a_bases_second_type_is_carried(base, batch):
 
 def test_bases_that_have_nothing_to_do_with_each_other_are_known_by_their_cosine(base, other_base):
     assert carried(base, other_base, tuned(base, "bitfit"))[1]["cosine"] < 0.9
+
+
+def test_a_delta_of_another_old_base_is_refused(base, other_base):
+    with pytest.raises(StaleDelta):
+        carried(other_base, permuted_twin(base, 3), tuned(base, "bitfit"))
 
 
 @pytest.mark.parametrize("model_type", ["roberta", "bert"])

@@ -12,7 +12,8 @@ from rt.errors import InputError
 from rt.kinds import DeltaConfig
 from rt.losses import Loss
 from rt.model import ClassificationHead
-from rt.tune import TuneSettings, chance, evaluate, metrics, minimise, predict, score, training_batch, training_loop, tune
+from rt.report.analysis import chance
+from rt.tune import TuneSettings, evaluate, metrics, minimise, predict, score, training_batch, training_loop, tune
 
 CPU = dict(device=torch.device("cpu"), precision=torch.float32)
 

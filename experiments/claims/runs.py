@@ -27,7 +27,7 @@ from rt.losses import DistillConfig, Loss, weights_of
 from rt.model import Classifier
 from rt.recycling import Recycling, chain, recycle
 from rt.report import analysis
-from rt.tune import TuneResult, TuneSettings, chance, evaluate, score, tune
+from rt.tune import TuneResult, TuneSettings, evaluate, score, tune
 
 ALPHA, BETA, T = 0.7, 1.0, 5.0      # in every arm with a teacher
 GAMMA, ITP = 1.0, 2                 # in the arms with more terms
@@ -198,7 +198,7 @@ def applied(study: Study, run: Run, rates: tuple[float, ...]) -> list[dict]:
     """The old delta, unchanged, on the new base."""
     data = study.task(run, study.base(run.base))
     _, result = recycle(recycling(study, run, data, study.delta(run, run.old_base, run.source), run.base), "apply")
-    known = chance(data)
+    known = analysis.chance(data)
     return [{"lr": None, "chosen": True, **scores(result), "test": result.test, "chance": known["accuracy"], "uniform": known["uniform"]}]
 
 

@@ -48,9 +48,9 @@ def corpus_files(path: Path) -> dict[str, list[Path]]:
         raise InputError(f"{path}: no text there; a corpus is {', '.join(TEXT_ENDINGS)} files, one document a line or row")
     parts: dict[str, list[Path]] = {"train": [], "dev": [], "test": [], "heldout": []}
     for f in files:
-        parts["heldout" if f.name.lower().split(".")[0] == "heldout" else _split(f, home)].append(f)
+        parts["heldout" if f.name.lower().split(".")[0].split("-")[0] == "heldout" else _split(f, home)].append(f)
     below = [path / f for f in listed(path) if f.parent.name and _is_text(f)] if home == path and path.is_dir() else []
-    beside = [f for f in every if format_of(f) in FORMATS]
+    beside = [f for f in every if {*f.name.lower().split(".")[1:]} & {*FORMATS}]      # also .jsonl.zst
     spare = (parts["dev"] if parts["heldout"] else []) + [f for f in beside + below if f not in files]
     return {"train": parts["train"], "heldout": parts["heldout"] or parts["dev"], "unread": spare + parts["test"]}
 

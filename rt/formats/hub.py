@@ -125,10 +125,8 @@ def find_dataset(name: str) -> tuple[Path, str]:
     if first and not tables:
         raise _not_to_be_had(name, first)
     revision, home, files = _choose(name, config, tables.get(None, []), tables.get(CONVERTED, []))
-    places = {(f"{glob.escape(f.parent.as_posix())}/".removeprefix("./"), "".join(f.suffixes[-2:])) for f in files}
     try:
-        folder = Path(download(revision=revision, local_files_only=first is not None, allow_patterns=[f"{p}*{e}" for p, e in places],
-                               ignore_patterns=[f"{p}*/*" for p, _ in places]))
+        folder = Path(download(revision=revision, local_files_only=first is not None, allow_patterns=[glob.escape(str(f)) for f in files]))
     except Exception as error:
         raise _not_to_be_had(name, error) from None
     return folder / home, f"{home} of commit {folder.name}"

@@ -79,6 +79,8 @@ def _read_lines(path: Path, most: int = LINE_BYTES) -> Iterator[tuple[str, str]]
                 place = f"{path}, line {number}"
                 if len(line) > most:
                     raise InputError(f"{place}: is longer than {most >> 20} MB; a document or an example is a line")
+                if number == 1 and line.startswith(b"version https://git-lfs"):
+                    raise InputError(f"{path}: is a Git LFS pointer, not the file: git lfs pull fetches it")
                 if b"\0" in line:
                     raise InputError(f"{place}: holds a NUL byte, which no text in UTF-8 does; convert the file first")
                 yield place, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
@@ -94,7 +96,7 @@ def _read_csv(path: Path, format: str) -> Iterator[tuple[str, dict]]:
     source, header = _read_lines(path), None
     first = next((at for at in source if at[1].strip()), ("", ""))
     delimiter = next((c for c in DELIMITERS[format] if c in first[1]), DELIMITERS[format][0])
-    for place, row in _split(path, itertools.chain([first], source), delimiter):
+    for place, row in _split(path, itertools.chain([first], source), delimiter, delimiter + " " in first[1]):
         if header is None and row in ([], ["sep=", ""]):    # "sep=" tells Excel what separates columns
             continue
         if header is None:
@@ -111,10 +113,10 @@ def _read_csv(path: Path, format: str) -> Iterator[tuple[str, dict]]:
             yield place, dict(zip(header, row))
 
 
-def _split(path: Path, source: Iterator[tuple[str, str]], delimiter: str) -> Iterator[tuple[str, list[str]]]:
+def _split(path: Path, source: Iterator[tuple[str, str]], delimiter: str, spaced: bool) -> Iterator[tuple[str, list[str]]]:
     """Yields ("PATH, line N", fields) per row. At the first quote between tabs, _is_quoted decides whether quotes enclose fields. It sees
     all of a file, or the next AHEAD characters of STDIN and other pipes."""
-    place, held, columns, style, quote = "", 0, 0, dict(strict=True), []
+    place, held, columns, style, quote = "", 0, 0, dict(strict=True, skipinitialspace=spaced), []
 
     def lines(source: Iterable[tuple[str, str]]) -> Iterator[str]:
         nonlocal place, held    # held: characters of the current row so far, because a quoted text may have any number of lines

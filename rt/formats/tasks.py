@@ -8,6 +8,7 @@ import functools
 import math
 import os
 import re
+import unicodedata
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ PAIRS = ("text_pair", "sentence2", "hypothesis", "question2", "#2 string", "sent
 PLAIN = 8       # this many of PAIRS, from the first on, are always texts
 LABELS = ("label", "gold_label")
 OTHER_LABELS = ("score", "relatedness_score", "labels", "class", "target", "category", "intent", "stars", "rating", "sentiment", "emotion",
-                "is_duplicate", "quality")
+                "is_duplicate", "quality", "stance", "polarity")
 # Labels that mean "none": what pandas reads as missing, and words for it. NAMES can be classes, too: they mean "none" only if a part has no
 # other labels and train lacks them. _marks decides about -, ?, -1 and -100.
 MISSING = {"", "nan", "-nan", "null", "n/a", "#n/a", "#n/a n/a", "#na", "<na>", "-1.#ind", "-1.#qnan", "1.#ind", "1.#qnan",
@@ -106,8 +107,8 @@ def _note_doubts(path: Path, parts: dict[str, list[Example]]) -> None:
     train, is_regression = Counter(_plain(e.label) for e in parts["train"]), isinstance(parts["train"][0].label, float)
     if is_regression and all(re.fullmatch(r"-?\d+", label) for label in train):
         note(f"{path}: whole numbers with a point are the labels of all train examples and make a regression; write classes without it")
-    if not is_regression and all(re.fullmatch(r"-?\d+\.0", e.label) for e in parts["train"]):
-        note(f"{path}: {parts['train'][0].label} and the other labels are classes; a regression on whole numbers needs .jsonl")
+    if not is_regression and all(re.fullmatch(r"-?\d+\.\d+", e.label) for e in parts["train"]):
+        note(f"{path}: {parts['train'][0].label} and the other labels are classes; a regression needs .jsonl with numbers, not strings")
     if len(minus := [x for x in train if re.match(r"-\d", x)]) == 1 and (is_regression or _are_counted(train.keys() - minus)):
         note(f"{path}: {minus[0]}, the label of {train[minus[0]]} of {len(parts['train'])} train examples, is taken for a "
              f"{'number' if is_regression else 'class'} like the others; if it stands for none, take them out")
@@ -125,8 +126,8 @@ def _classes(path: Path, parts: dict[str, list[Example]]) -> tuple[str, ...]:
     alike: dict[str, str] = {}
     for label, source in sources.items():
         check_label(label, source)
-        if (other := alike.setdefault(re.sub(r"^(-?\d+)\.0$", r"\1", label.strip()), label)) != label:
-            raise InputError(f"{source}: label {label!r} differs from the label {other!r} by spaces or .0 alone")
+        if (other := alike.setdefault(re.sub(r"^(-?\d+)\.0$", r"\1", unicodedata.normalize("NFKC", label).strip()), label)) != label:
+            raise InputError(f"{source}: label {label!r} differs from the label {other!r} by spaces, Unicode form or .0 alone")
     if all(re.fullmatch(r"-?\d+(,\d+)?", label) for label in sources) and (comma := next((x for x in sources if "," in x), None)):
         raise InputError(f"{sources[comma]}: label {comma!r} is neither a number, which has a point and no comma, nor one class")
     labels = tuple(sorted(sources, key=lambda x: (0, int(x), x) if re.fullmatch(r"-?\d{1,18}", x) else (1, 0, x)))
@@ -192,6 +193,8 @@ def _examples(path: Path, labelled: bool, format: str, columns: dict[str, str]) 
         text, pair, *_ = read = _columns(tuple(row))
         if number == 1 and pair and _plain(pair.strip()) not in PAIRS[:PLAIN]:
             note(f"{path.parent if labelled else path}: {text} and {pair} are read as a pair of texts")
+        if number == 1 and labelled and read[2] and _plain(read[2].strip()) != columns.get("label", _plain(read[2].strip())):
+            note(f"{path}: {read[2]} is not read, because the label of the files before is {columns['label']}")
         if number <= MOST_SEEN:
             unread.update(name for name in row if name not in read and _is_text(name, row[name]))
         yield _example(place, row, read, labelled, columns)

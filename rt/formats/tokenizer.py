@@ -26,7 +26,7 @@ CLASS_OF = {"roberta": "RobertaTokenizer", "bert": "BertTokenizer", "xlm-roberta
             "BartTokenizer": "RobertaTokenizer", "LongformerTokenizer": "RobertaTokenizer", "LEDTokenizer": "RobertaTokenizer",
             **dict.fromkeys(("ElectraTokenizer", "MobileBertTokenizer", "LayoutLMTokenizer", "SqueezeBertTokenizer",
                              "DistilBertTokenizer"), "BertTokenizer")}
-PROBE = "The Été's  N°12\t½ e\u0301 中文,\n naïve ﬁn"        # different tokenizers give different ids for this text
+PROBE = "The Été's  N°12\t½ e\u0301 中文,\n naïve\u200b ﬁn"        # different tokenizers give different ids for this text
 
 
 class NoTokenizer(InputError):
@@ -72,7 +72,7 @@ class Tokenizer:
     def pieces(self) -> list[str]:
         """The text of each id, "" for a gap. A space in front means that the token begins a word."""
         tokens = [self.backend.id_to_token(i) or "" for i in range(self.vocab_size)]
-        if isinstance(self.backend.model, models.WordPiece):
+        if isinstance(self.backend.model, (models.WordPiece, models.WordLevel)):
             return [token[2:] if token.startswith("##") else f" {token}" for token in tokens]
         bytes_of = decoders.ByteLevel() if isinstance(self.backend.model, models.BPE) else decoders.Fuse()
         return [bytes_of.decode([token]).replace("\u2581", " ") for token in tokens]      # SentencePiece's sign for a space

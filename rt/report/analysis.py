@@ -125,3 +125,11 @@ def part_of(name: str) -> str:
     """'embeddings', 'layers.3' or 'head', from a parameter's name."""
     words = name.removeprefix("encoder.").split(".")
     return ".".join(words[:2]) if words[0] == "layers" else words[0]
+
+
+def chance(data: TaskData) -> dict[str, float]:
+    """Baselines that read no text: always the commonest training label, scored on test (else dev); guessing ('uniform'); regression: 0."""
+    if not data.labels:
+        return {"pearson": 0.0, "spearman": 0.0}
+    commonest = data.train.targets.bincount().argmax()
+    return {"accuracy": ((data.test or data.dev).targets == commonest).float().mean().item(), "uniform": 1 / len(data.labels)}

@@ -21,7 +21,7 @@ from rt.recycling import Recycling, recycle
 from rt.report import analysis
 from rt.runs.log import progress
 from rt.runs.upgrade import scored_rows
-from rt.tune import TuneSettings, chance, evaluate
+from rt.tune import TuneSettings, evaluate
 
 HELDOUT_LENGTH, HELDOUT_TOKENS = 128, 16384     # tokens of the longest sequence, and tokens scored per domain
 
@@ -71,7 +71,7 @@ def compatibility(context: StudyContext) -> Iterator[dict]:
                 return facts | {"base": base, "stage": stage, "t": t, "line": kind, **evaluate(model, data, **context.where)}
 
             own = line("own", first, 0, None, apply(context.bases[first], old))
-            guess = facts | {"base": first, "stage": 0, "t": None, "line": "chance", **chance(context.data[task])}
+            guess = facts | {"base": first, "stage": 0, "t": None, "line": "chance", **analysis.chance(context.data[task])}
             yield from (own, own | {"line": "apply"}, guess)
             for stage, name in enumerate(later, 1):
                 for t, folder in snapshots(Path(context.folders[name])):

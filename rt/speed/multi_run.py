@@ -314,9 +314,9 @@ def recycle_together(rs: list[Recycling], mode: str, limit: int = 0,
         check(r, mode)
     if not all(can_go_together(r, mode) for r in rs):
         raise ValueError("full deltas, runs with gamma or itp and modes without training are not done side by side")
-    starts = {seed: start(r, mode) for seed, r in {r.settings.seed: r for r in rs}.items()}
-    datas = {sample: training_data(r, mode) for sample, r in {id(r.data): r for r in rs}.items()}
-    runs = [SideRun(starts[r.settings.seed], datas[id(r.data)], r.settings, MODES[mode].loss(r)) for r in rs]
+    starts = {key: start(r, mode) for key, r in {(r.settings.seed, id(r.data)): r for r in rs}.items()}
+    datas = {sample: training_data(r, mode) for sample, r in {(id(r.data), id(r.unlabelled)): r for r in rs}.items()}
+    runs = [SideRun(starts[r.settings.seed, id(r.data)], datas[id(r.data), id(r.unlabelled)], r.settings, MODES[mode].loss(r)) for r in rs]
     for r, run in zip(rs, tune_in_groups(runs, limit, device=rs[0].device, precision=rs[0].precision, graphs=graphs)):
         for row in run.rows:
             r.on_eval(row)
