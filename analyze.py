@@ -86,6 +86,7 @@ READ_BY = {"neighbours": PAIRED, **dict.fromkeys(("points", "curve", "curve_step
 
 def main() -> None:
     c = parse(Config, sys.argv[1:])
+    c.seeds = (*dict.fromkeys(c.seeds),)
     if c.old_base:
         c.bases = (c.old_base, *c.bases)
     if (count := len(c.bases) + bool(c.independent)) < 2:

@@ -26,7 +26,7 @@ from rt.data import Task, encode_task
 from rt.deltas import Base, Delta, apply
 from rt.errors import InputError
 from rt.formats.atomic import locked
-from rt.formats.delta_files import load_delta
+from rt.formats.delta_files import load_delta, save_delta
 from rt.formats.files import write_json
 from rt.formats.hub import NAMING, open_base, open_delta
 from rt.kinds import DeltaConfig
@@ -245,16 +245,17 @@ def do_runs(c: Config, r: Recycling, plan: list[Run], sources: Sources, out: Pat
 
 
 def finish(c: Config, r: Recycling, runs: list[Run], out: Path) -> None:
-    """In a sweep, score the best runs of each mode by dev on test. Write summary.json and print the table. InputError if all runs of a
-    mode diverged."""
+    """In a sweep, score the best runs of each mode on test. Write summary.json, print the table. InputError if a mode has diverged."""
     rows = write_summary(c, out, runs)
     modes = [mode for mode in dict.fromkeys(one.mode for one in runs) if chosen(rows, mode)]
     if c.sweep is None and modes:
         print(report_chain(rows, modes, c.chain) if c.chain else report(rows, modes))
     elif modes:
         for row in (row for mode in modes for row in chosen(rows, mode, by_settings) if not row["test"] and r.data.test):
-            row["test"] = evaluate(apply(r.base, load_delta(out / "deltas" / row["run"])), r.data.test, r.device, r.precision)
-            write_json(out / "deltas" / row["run"] / "summary.json", row)
+            delta = load_delta(folder := out / "deltas" / row["run"])
+            row["test"] = evaluate(apply(r.base, delta), r.data.test, r.device, r.precision)
+            save_delta(folder, replace(delta, info=delta.info | {"test": row["test"]}))
+            write_json(folder / "summary.json", row)
         print(report_sweep(write_summary(c, out, runs), modes, [name for name in swept(c.sweep) if name not in LISTS]))
     print(f"rows in {out / 'summary.json'}, curves and deltas in {out / 'deltas'}")
     diverged = [row for row in rows if row.get("diverged")]

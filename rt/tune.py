@@ -189,6 +189,8 @@ def metrics(logits: Tensor, targets: Tensor) -> dict[str, float | None]:
         is_defined = pair.isfinite().all() and (pair.amin(1) < pair.amax(1)).all()      # neither logits nor targets are constant
         pairs = {"pearson": pair, "spearman": torch.stack([*map(_ranks, pair)])}
         return {name: torch.corrcoef(xy)[0, 1].item() if is_defined else None for name, xy in pairs.items()}
+    if not logits.isfinite().all():     # weights that are lost are no guess at the first class
+        return dict.fromkeys(("accuracy", "macro_f1", "micro_f1"))
     C = logits.shape[-1]
     confusion = torch.bincount(targets * C + logits.argmax(-1), minlength=C * C).view(C, C).double()    # truth x prediction
     right, truth, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)

@@ -330,6 +330,8 @@ def test_a_sweep_prints_the_best_of_every_mode_and_goes_on_where_it_was_interrup
     assert Counter(row["mode"] for row in rows) == {"scratch": 4, "init": 4, "apply": 2, "distill": 16, "init+distill": 16}
     assert lines["distill"][1] == "alpha" and lines["distill"][3] == "T" and lines["scratch"][1] == "-"
     by_mode = {mode: [row for row in rows if row["mode"] == mode and row["test"]] for mode in lines}
+    for row in sum(by_mode.values(), []):
+        assert read_json(home / "deltas" / row["run"] / "delta.json")["info"]["test"] == row["test"]
     assert all(len(best) == 2 and len({json.dumps([r["lr"], r["settings"]]) for r in best}) == 1 for best in by_mode.values())
     # a run of the sweep equals the run alone
     first = next(row for row in rows if row["mode"] == "init+distill" and row["seed"] == 1 and row["test"])

@@ -127,6 +127,8 @@ def test_a_run_that_diverges_says_where_to_begin_again(graphs, tmp_path):
     assert [row["step"] for row in seen if "skipped" in row] == list(range(step + 1, step + 1 + MOST_SKIPPED))
     assert "no checkpoint of it had been written" in here(*flags, "--out", tmp_path / "other", code=2)
     assert not list(tmp_path.glob("*.lock"))
+    few = here(*flags, "--out", tmp_path / "few", "--steps", "5", "--warmup", "0", code=2)       # fewer steps than may be skipped in a row
+    assert "the held-out loss of M0 is not finite: lower --lr" in few and not (tmp_path / "few" / "M0").exists()
 
 
 def task() -> TaskData:

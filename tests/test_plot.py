@@ -176,6 +176,9 @@ def test_an_interrupted_sweep_is_drawn_from_what_is_there(tmp_path, capsys):
     main([str(swept)])
     said = capsys.readouterr().out
     assert [line.split() for line in said.splitlines() if "±" in line] == [["init", "▁█", "0.300", "±", "0.000", "-", "2"]]
+    (swept / "summary.json").write_text(json.dumps({"rows": [recycled("init", 0, [0.1, 0.3]) | {"run": "init-s0", "test": {}}]}))
+    main([str(swept)])      # as a second call found it that was interrupted, too
+    assert capsys.readouterr().out == said
 
 
 @pytest.mark.parametrize("kind", ALL)

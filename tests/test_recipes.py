@@ -92,6 +92,10 @@ def test_an_infinite_schedule_goes_on_from_before_the_annealing(home, monkeypatc
     assert kept[2:] == [fingerprint(lengthen(MaskedLM(published.encoder, published.head), 150).encoder)]
     train(home, "inf7", *infinite, "--init", home / "inf1" / "M0", "--max_len", "128", stream="two")        # as long as it is
     assert same_weights(home / "inf2" / "M1", home / "inf7" / "M1")
+    train(home, "inf9", *infinite, "--lr", "5e-4", stream="one")        # another run, whose trunk has the same name
+    for run, name in (("inf1", "M0"), ("inf9", "M0-t00007")):
+        shutil.copytree(home / run / name, home / "mixed" / name)
+    assert "but of another run" in train(home, "inf10", *infinite, "--init", home / "mixed" / "M0", stream="two", code=2)
     (home / "link").symlink_to(home / "inf1" / "M0")
     state = home / "inf1" / "M0-t00007" / "optim.pt"
     content = bytearray(state.read_bytes())

@@ -26,6 +26,11 @@ def test_classification_metrics():
     assert got == pytest.approx({"accuracy": 3 / 6, "macro_f1": sum(f1) / 3, "micro_f1": 3 / 6}) and score(got) == got["accuracy"]
 
 
+def test_lost_weights_are_no_guess_at_the_first_class():
+    logits = torch.full((4, 2), math.nan)
+    assert metrics(logits, torch.zeros(4, dtype=torch.long)) == dict.fromkeys(("accuracy", "macro_f1", "micro_f1"))
+
+
 def test_regression_metrics():
     truth = torch.tensor([1.0, 2.0, 3.0, 4.0, 4.0])
     guess = torch.tensor([[1.0], [8.0], [27.0], [64.0], [64.0]])        # monotonic: the ranks agree, including ties

@@ -142,7 +142,7 @@ def head_similarity(rows: list[dict], path: Path) -> None:
         draw_heatmaps(axes[0], divergence, "JS divergence (nats)", cmap="cividis_r")
         draw_heatmaps(axes[1], cka, "CKA of hidden states", 1.0)
         for (above, below), ((task, pair), panel) in zip(axes.T, panels.items()):
-            (a, _, b), heads, layers = pair.partition("-"), panel[0]["heads"], range(len(panel[0]["cka"]) - 1)
+            (a, b), heads, layers = panel[0].get("bases", pair.split("-", 1)), panel[0]["heads"], range(len(panel[0]["cka"]) - 1)
             starts, states = [heads * layer - 0.5 for layer in layers], ["emb", *layers]
             above.set(title=f"{task}, {pair}\nown head best: {with_interval(row.get('share_own_best') for row in panel)}",
                       xlabel=f"head of {b}, by layer", xticks=starts, xticklabels=layers,

@@ -143,7 +143,8 @@ def tuning(rows: list[dict], summary: dict) -> Report:
 def results_of(folder: Path, summary: dict) -> list[dict]:
     """A row per run that did not diverge, from summary.json or, before that has rows, from the runs that have finished."""
     finished = [path for path in sorted(folder.glob("deltas/*/summary.json")) if path.parent.suffix not in (".part", ".replaced")]
-    return [completed(row) for row in summary.get("rows") or map(read_json, finished)
+    others = [row for row in summary.get("rows", []) if row.get("run") not in {path.parent.name for path in finished}]
+    return [completed(row) for row in [*others, *map(read_json, finished)]
             if row.get("curve") and row.get("mode") and not row.get("diverged")]
 
 

@@ -139,7 +139,7 @@ def similarity(context: StudyContext) -> Iterator[dict]:
             for pair in context.pairs:
                 a, b = (models[name] for name in pair)
                 matrix, alike = analysis.head_divergence(a, b, sequences, device), analysis.cka(a, b, sequences, device)
-                yield facts | {"what": "heads", "pair": "-".join(pair), "heads": first.encoder.config.num_heads,
+                yield facts | {"what": "heads", "pair": "-".join(pair), "bases": pair, "heads": first.encoder.config.num_heads,
                                "sequences": len(sequences), **analysis.match_summary(matrix), "own_of_head": rounded(matrix.diagonal()),
                                "best_of_head": rounded(matrix.amin(1)), "match_of_head": matrix.argmin(1).tolist(),
                                "divergence": rounded(matrix), "cka_own": alike.diagonal().mean().item(), "cka": rounded(alike)}

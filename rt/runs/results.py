@@ -199,7 +199,7 @@ def best_delta(folder: str | Path, base: str) -> Path:
             if (folder / "deltas" / row["run"] / "delta.json").exists() and not row.get("diverged")]
     with shaped(folder / "summary.json", "its rows do not hold what they should"):
         fitting = [row for row in rows if read_json(folder / "deltas" / row["run"] / "delta.json")["info"]["base"] == base]
-        runs = best_of(group(fitting or rows, "mode", "route", by_settings).values())
+        runs = best_of(group(fitting or rows, "mode", by_settings).values())
         best = max(runs, key=lambda row: score(row["dev"]), default=None)
         tasks = sorted({row["task"] for row in fitting or rows if "task" in row})
     if len(tasks) > 1:

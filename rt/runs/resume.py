@@ -271,6 +271,8 @@ class PretrainRun:
         seconds, name = round(time.perf_counter() - self.started, 1), self.about["name"]
         self.bar.close()
         scores = self.ranks.from_main(evaluate)
+        if not all(math.isfinite(s["loss"]) for s in scores.values()):
+            raise Diverged(f"the held-out loss of {name} is not finite: lower --lr ({self.s.lr}); {where_to_begin_again(self.out)}")
         self.stages.append({"name": name, "domain": self.about["domain"], "steps": self.s.steps, "seconds": seconds, "heldout": scores,
                             "packing": packing(self.rows), "ranks": self.ranks.world, "threads": torch.get_num_threads(), **self.skips(),
                             **({"shares": {r.corpus.name: n / 10**6 for r, n in zip(mixed.sources, mixed.history[-1])}} if mixed else {})})

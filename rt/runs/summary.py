@@ -114,7 +114,9 @@ def report_sweep(rows: list[dict], modes: list[str], settings: list[str]) -> str
     groups, lines = [chosen(rows, mode, by_settings) for mode in modes], []
     parts = [*dict.fromkeys(("dev", part_of(groups)))]
     for mode, group in zip(modes, groups):
-        values = [f"{name} {group[0]['settings'][name]:g}" for name in settings if name in group[0]["settings"]]
+        read = {name for row in rows if row["mode"] == mode for name in row["settings"]}       # a default of some flags is left out
+        own = group[0]["settings"]
+        values = [f"{name} {own[name]:g}" if name in own else f"{name} default" for name in settings if name in read]
         lines.append([mode, " ".join(values) or "-", group[0]["lr"] or "-", sum(row["mode"] == mode for row in rows),
                       *(spread(group, part) for part in parts), steps_of(group)])
     scores = [f"{part} {metric_of(groups)}" for part in parts]
