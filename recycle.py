@@ -245,7 +245,7 @@ def do_runs(c: Config, r: Recycling, plan: list[Run], sources: Sources, out: Pat
 
 
 def finish(c: Config, r: Recycling, runs: list[Run], out: Path) -> None:
-    """In a sweep, score the best runs of each mode on test. Write summary.json, print the table. InputError if a mode has diverged."""
+    """In a sweep, score the best runs of each mode on test. Write summary.json, print the table. InputError if all runs of one diverged."""
     rows = write_summary(c, out, runs)
     modes = [mode for mode in dict.fromkeys(one.mode for one in runs) if chosen(rows, mode)]
     if c.sweep is None and modes:

@@ -227,8 +227,8 @@ class First:
 # ---------------------------------------------------------------- the call
 
 def known(path: Path) -> list[dict]:
-    """The rows of an earlier call. The file `begun` lists units as they began. A unit without a row was
-    cut off if it began once, and ends the process if it began twice."""
+    """The rows of an earlier call. The file `begun` lists units as they began. A unit without a row was cut off if it began once, and ends
+    the process if it began twice."""
     rows, begun = read_rows(path), path.with_name("begun")
     done = {row.get("unit") for row in rows}
     names = begun.read_text().splitlines() if begun.exists() else []

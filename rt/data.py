@@ -124,7 +124,7 @@ def encode(examples: list[Example], labels: tuple[str, ...], tokenizer: Tokenize
             a = [~i if i == eos else i for i in a]
         sequences.append([bos, *a[:keep_a], eos, *([*between, *b[:keep_b], eos] if paired else [])])
     place = {label: i for i, label in enumerate(labels)}
-    if wrong := next((e for e in examples if labels and e.label not in {None, *place}), None):
+    if wrong := next((e for e in examples if labels and e.label is not None and e.label not in place), None):
         raise InputError(f"{wrong.source}: label {wrong.label!r} is none of the task's: {', '.join(labels[:8])}")
     targets = [place.get(e.label, -100) if labels else float("nan" if e.label is None else e.label) for e in examples]
     return Encoded(sequences, torch.tensor(targets), truncated)

@@ -291,7 +291,7 @@ def check(r: Recycling, mode: str) -> None:
                          "or for apply and transport `head` prototype")
     if starts_from_old and mode in TRAINED and old.config.used != r.config.used:
         raise InputError(f"{mode} continues the old delta ({old.config.used}): use the same `delta` and sizes, or `mode` distill")
-    r.base.require_length(max(len(ids) for part in (r.data.train, r.data.dev, r.data.test) if part for ids in part.sequences))
+    r.base.require_length(max(len(ids) for part in (r.data.train, r.data.dev, r.data.test, r.unlabelled) if part for ids in part.sequences))
     if starts_from_old:
         try:
             check_fits(r.base, old, stale_ok=True)

@@ -14,7 +14,7 @@ from typing import Collection, Iterable, Iterator
 from rt.errors import InputError
 from rt.formats.files import note
 from rt.formats.parquet import read_parquet
-from rt.formats.untrusted import JSON_BYTES, LINE_BYTES, parse_json
+from rt.formats.untrusted import JSON_BYTES, LFS_POINTER, LINE_BYTES, parse_json
 
 STDIN = Path("standard input")      # this object, not a file of this name, stands for standard input; errors show this name
 TABLES = ("jsonl", "csv", "tsv", "json", "parquet")
@@ -79,7 +79,7 @@ def _read_lines(path: Path, most: int = LINE_BYTES) -> Iterator[tuple[str, str]]
                 place = f"{path}, line {number}"
                 if len(line) > most:
                     raise InputError(f"{place}: is longer than {most >> 20} MB; a document or an example is a line")
-                if number == 1 and line.startswith(b"version https://git-lfs"):
+                if number == 1 and line.startswith(LFS_POINTER):
                     raise InputError(f"{path}: is a Git LFS pointer, not the file: git lfs pull fetches it")
                 if b"\0" in line:
                     raise InputError(f"{place}: holds a NUL byte, which no text in UTF-8 does; convert the file first")

@@ -14,6 +14,7 @@ from rt.errors import InputError
 
 JSON_BYTES = 100 * 2**20        # the longest JSON file: a summary of some 50,000 runs, or a tokenizer
 LINE_BYTES = 16 * 2**20         # the longest line of text: a document of some 3 million tokens
+LFS_POINTER = b"version https://git-lfs"        # how a file begins that stands for the real one in a clone without Git LFS
 # the errors that code raises on JSON of an unexpected shape
 MISSHAPEN = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError, StopIteration)
 
@@ -83,7 +84,7 @@ def reading(path: Path, kind: str) -> Iterator[None]:
         raise InputError(f"{path}: there is no such file") from None
     except Exception as error:      # each library has its own class; torch and safetensors also raise bare ones
         why = str(error).partition(". ")[0].partition("\n")[0] or type(error).__name__
-        if path.is_file() and path.open("rb").read(40).startswith(b"version https://git-lfs"):      # in place of the file in a clone
+        if path.is_file() and path.open("rb").read(40).startswith(LFS_POINTER):
             why = "it is a Git LFS pointer: git lfs pull fetches the file"
         raise InputError(f"{path}: not a {kind} ({why})") from None
 

@@ -141,9 +141,10 @@ def tuning(rows: list[dict], summary: dict) -> Report:
 # --- recycling: modes over seeds --------------------------------------------------------------------------------------
 
 def results_of(folder: Path, summary: dict) -> list[dict]:
-    """A row per run that did not diverge, from summary.json or, before that has rows, from the runs that have finished."""
+    """A row per run that did not diverge: of the runs that have finished, and of those that only summary.json still knows."""
     finished = [path for path in sorted(folder.glob("deltas/*/summary.json")) if path.parent.suffix not in (".part", ".replaced")]
-    others = [row for row in summary.get("rows", []) if row.get("run") not in {path.parent.name for path in finished}]
+    there = {path.parent.name for path in finished}
+    others = [row for row in summary.get("rows", []) if row.get("run") not in there]
     return [completed(row) for row in [*others, *map(read_json, finished)]
             if row.get("curve") and row.get("mode") and not row.get("diverged")]
 

@@ -175,8 +175,8 @@ def go_on_from(c: Any, folder: Path, base: Base) -> tuple[MaskedLM, str, Path | 
         moments = folder.parent / base.meta["trunk"]
         if moments.parent != folder.parent or not (moments / "optim.pt").is_file():
             raise InputError(f"{folder} was annealed from {moments}, which is gone: restore it to go on, or give another --schedule")
-        trunk, base = base, load_base(moments)
-        if any(trunk.meta.get(k) != base.meta.get(k) for k in ("parent", "config", "contents")):
+        published, base = base, load_base(moments)
+        if any(published.meta.get(k) != base.meta.get(k) for k in ("parent", "config", "contents")):
             raise InputError(f"{moments} is not the state that {folder} was annealed from, but of another run: put that beside it")
         check_seal(moments, "meta.json", base.meta, ("optim.pt",))
     model = MaskedLM(base.encoder, base.head or new_masked_lm(base.encoder.config, c.seed).head)
