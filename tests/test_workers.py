@@ -1,6 +1,7 @@
 """Runs distributed over processes: results and order as with one process; errors, deaths and signals end all."""
 import multiprocessing
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -191,6 +192,24 @@ import {script}
     env = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "RT_TEST_SEED")}
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env).stdout
     assert said == "2000\n"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc is what gives memory back")
+@pytest.mark.parametrize("environment, kept", [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, False)])
+def test_on_a_cpu_freed_memory_is_used_again(environment, kept):
+    """The number of new pages of the last of many large tensors, unless the user has configured malloc."""
+    code = """
+import resource, torch
+from rt.speed.device import pick_device
+pick_device("cpu")
+for _ in range(30):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(25_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))} | environment
+    pages = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env, check=True).stdout)
+    assert (pages < 20) == kept     # otherwise 24,414 small pages, or 48 huge ones
 
 
 def test_missing_deltas_are_made_as_many_at_once_as_there_are_cores(tmp_path, monkeypatch):
