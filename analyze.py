@@ -161,6 +161,8 @@ def open_study(c: Config) -> StudyContext:
             delta = context.deltas[name, task.name, seed] = open_checked(folder, bases[name], task, c.delta)
             context.origins.append({"base": name, "task": task.name, "seed": seed, "folder": str(folder),
                                     **{fact: delta.info.get(fact) for fact in ("step", "dev", "test")}})
+    if c.study in ("connectivity", "distance"):
+        check_alike(context.deltas)
     note_unequal(c, context.deltas.values())
     return context
 
@@ -193,6 +195,16 @@ def open_checked(folder: Path, base: Base, task: Task, kind: str) -> Delta:
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
     return delta
+
+
+def check_alike(deltas: dict[tuple[str, str, int], Delta]) -> None:
+    """InputError if two deltas that are compared weight by weight have other settings, such as LoRA's rank or alpha."""
+    first = {}
+    for (name, task, seed), delta in deltas.items():
+        other, used = first.setdefault((task, seed), (name, delta.config.used))
+        if used != delta.config.used:
+            raise InputError(f"the deltas of {other} and {name} for {task} have other settings, {used} and {delta.config.used}, and are "
+                             "compared weight by weight: tune them with the same flags")
 
 
 def note_unequal(c: Config, deltas: Iterable[Delta]) -> None:

@@ -115,6 +115,24 @@ def test_neighbours_are_paired_with_the_next(home):
     assert {row["part"] for row in rows if row["of"] == "deltas"} == {"embeddings", "layers.0", "layers.1", "all"}
 
 
+def test_a_base_may_be_called_like_the_independent_one():
+    context = SimpleNamespace(c=SimpleNamespace(neighbours=False, independent=None), folders={"IND": "a/IND", "M1": "a/M1"})
+    assert studies.StudyContext.pairs.fget(context) == [("IND", "M1")]
+
+
+@pytest.mark.parametrize("name", ["connectivity", "distance"])
+def test_deltas_of_other_settings_are_not_compared_weight_by_weight(name, home):
+    """alpha scales what LoRA's weights add, so a point of one path would have the other's scale."""
+    folders = []
+    for i, alpha in enumerate((16, 32)):
+        base, config, facts = load_base(home / "run" / f"M{i}"), DeltaConfig("lora", lora_alpha=alpha), {"task": "two_way"}
+        folders.append(home / "scaled" / f"M{i}")
+        save_delta(folders[-1], extract(attach(base, config, 2, seed=0), base, config, facts | {"labels": ["classes", "generators"]}))
+    error = here("analyze.py", "--study", name, *of(home, "M0", "M1"), "--delta", "lora", "--deltas", ",".join(map(str, folders)),
+                 "--out", home / "out" / "scaled", code=2)
+    assert "the deltas of M0 and M1 for two_way have other settings" in error and error.count("\n") == 1
+
+
 def test_similarity_of_heads_and_one_sentence(home):
     said, rows, _ = study(home, "similarity", "--heads", "0.1,1.0", "--sentence", "Returns the complete graph.", "--max_examples", "4",
                           "--independent", home / "ind" / "M0", bases=("M0", "M1"))
@@ -313,6 +331,20 @@ def test_recipes_are_worth_what_they_keep_and_learn(home, domains):
     assert min(one["given up"], two["given up"]) == 0 and one["loss, new"] == m1["heldout"]["new"]
     assert (home / "out" / "recipes" / "recipes.png").exists() and "points lost" in said
     assert [len(figures.recipes_numbers(rows[:n])) for n in range(1, len(rows))] == [0, 0, 0, 0, 1]      # of an unfinished study
+
+
+def test_without_a_test_all_scores_of_a_recipe_are_of_the_whole_dev(home, domains, monkeypatch):
+    write_task(home / "no_test", {part: [json.loads(line) for line in (home / "two_way" / f"{part}.jsonl").open()]
+                                  for part in ("train", "dev")})
+    for name in ("M0", "M1"):
+        base, config = load_base(home / "run" / name), DeltaConfig("full")
+        save_delta(home / "run" / "deltas" / f"{name}-no_test-full-s0",
+                   extract(attach(base, config, 2, seed=0), base, config, {"task": "no_test", "labels": ["classes", "generators"]}))
+    scored, evaluate = [], studies.evaluate
+    monkeypatch.setattr(studies, "evaluate", lambda model, data, *a, **k: scored.append(len(data)) or evaluate(model, data, *a, **k))
+    here("analyze.py", "--study", "recipes", *of(home, "M1"), *domains, "--tasks", home / "no_test", "--old_base", home / "run" / "M0",
+         "--shots", "2", "--tune_steps", "1", "--out", home / "out" / "no_test")
+    assert scored == [10] * 4       # apply to M0 and to M1; scratch and init on M1, which chose their step on 4
 
 
 def test_the_head_is_scored_where_the_encoder_is(home, graphs, monkeypatch):

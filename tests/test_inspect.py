@@ -237,6 +237,9 @@ def test_verify_hashes_a_run_again_and_names_what_differs(run_home, tmp_path, ca
         str(run_ / "deltas" / "M1-sick"): "DIFFERS: delta.json"}
     with pytest.raises(InputError, match="no base or delta of ours there"):
         main(["--verify", str(tmp_path / "nothing")])
+    with pytest.raises(InputError, match=f"^{tmp_path / 'typo'}: no base or delta"):
+        main(["--verify", str(run_), str(tmp_path / "typo")])
+    assert "DIFFERS" in capsys.readouterr().out     # of the other, all the same
 
 
 @pytest.mark.parametrize("facts", ["{}", '{"format": [1]}', '{"format": "rt-base-2"}'])

@@ -181,6 +181,21 @@ def test_an_interrupted_sweep_is_drawn_from_what_is_there(tmp_path, capsys):
     assert capsys.readouterr().out == said
 
 
+def test_of_equal_settings_the_first_that_ran_is_drawn(tmp_path):
+    """As in recycle.py. The names of the folders have another order."""
+    rows = [recycled("init", 0, [0.1, 0.3], lr) for lr in (2e-3, 1e-3)]
+    for row in rows:
+        write(tmp_path / "deltas" / row["run"].replace("/", "-"), summary=row | {"test": {}})
+    summary = {"rows": [row | {"run": row["run"].replace("/", "-")} for row in rows]}
+    (lines,) = best_by_panel(results_of(tmp_path, summary)).values()
+    assert [row["lr"] for row in lines["init"]] == [2e-3]
+
+
+def test_the_shots_of_a_regression_are_examples(tmp_path, capsys):
+    main([str(write(tmp_path, summary={"rows": [recycled("init", 0, [0.1, 0.3]) | {"dev": {"pearson": 0.3}}]}))])
+    assert "sick, full, 16 examples, on M1" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", ALL)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, None, "gone"])
 def test_a_number_that_is_none_is_passed_over(kind, bad, tmp_path, capsys):

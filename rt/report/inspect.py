@@ -238,10 +238,11 @@ def main(argv: list[str]) -> None:
     if not c.paths:
         raise InputError("what? python -m rt.report.inspect PATH, the folder of a base, a delta or a run")
     if c.verify:
-        verdicts = {folder: words for path in c.paths for folder, words in verified(Path(path)).items()}
-        if not verdicts:
-            raise InputError(f"{', '.join(c.paths)}: no base or delta of ours there")
-        print("\n".join(f"{folder}: {words}" for folder, words in verdicts.items()))
+        found = {path: verified(Path(path)) for path in c.paths}
+        verdicts = {folder: words for each in found.values() for folder, words in each.items()}
+        print("".join(f"{folder}: {words}\n" for folder, words in verdicts.items()), end="")
+        if empty := [path for path, each in found.items() if not each]:
+            raise InputError(f"{', '.join(empty)}: no base or delta of ours there")
         if any(words.startswith(DIFFERS) for words in verdicts.values()):
             sys.exit(1)
         return

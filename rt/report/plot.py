@@ -142,7 +142,9 @@ def tuning(rows: list[dict], summary: dict) -> Report:
 
 def results_of(folder: Path, summary: dict) -> list[dict]:
     """A row per run that did not diverge: of the runs that have finished, and of those that only summary.json still knows."""
+    order = {row.get("run"): i for i, row in enumerate(summary.get("rows", []))}      # the first of equals is the best, as in recycle.py
     finished = [path for path in sorted(folder.glob("deltas/*/summary.json")) if path.parent.suffix not in (".part", ".replaced")]
+    finished.sort(key=lambda path: order.get(path.parent.name, len(order)))
     there = {path.parent.name for path in finished}
     others = [row for row in summary.get("rows", []) if row.get("run") not in there]
     return [completed(row) for row in [*others, *map(read_json, finished)]
@@ -173,7 +175,8 @@ def best_by_panel(results: list[dict]) -> dict[tuple, dict[str, list[dict]]]:
 def recycling(results: list[dict]) -> Report:
     tables, panels = [], []
     for (task, delta, shots, base), lines in best_by_panel(results).items():
-        words = (task, delta, shots and f"{shots} a label", base and f"on {Path(base).name}")
+        few = "examples" if next(iter(lines.values()))[0]["metric"] == "pearson" else "a label"
+        words = (task, delta, shots and f"{shots} {few}", base and f"on {Path(base).name}")
         title = ", ".join(str(word) for word in words if word) or "runs"
         text, panel = convergence(title, lines)
         tables.append(f"{title}\n{text}")

@@ -42,9 +42,9 @@ class StudyContext:
     @property
     def pairs(self) -> list[tuple[str, str]]:
         """Each later base paired with the first base (or the base before it); the independent base always with the first."""
-        names = [name for name in self.bases if name != "IND"]
+        names = list(self.folders)[:-1] if self.c.independent else list(self.folders)
         found = list(pairwise(names)) if self.c.neighbours else [(names[0], name) for name in names[1:]]
-        return found + [(names[0], "IND")] * ("IND" in self.bases)
+        return found + [(names[0], "IND")] * bool(self.c.independent)
 
     def cells(self) -> Iterator[tuple[str, int, dict]]:
         """(task, seed, the fields that all rows of this task and seed share)."""
@@ -210,14 +210,14 @@ def recipes(context: StudyContext) -> Iterator[dict]:
 
 
 def few_shot_score(context: StudyContext, mode: str, name: str, task: str, seed: int) -> float | None:
-    """The test score of `mode` on an upgrade; the dev score if there is no test."""
+    """The test score of `mode` on an upgrade; if there is no test, the score on the whole dev, as for `apply`."""
     c, first, whole = context.c, next(iter(context.bases)), context.tasks[task]
     data = encode_task(few_shot(whole, c.shots, seed) if c.shots else whole, context.bases[first].tokenizer, c.seq_len)
     delta = context.deltas[first, task, seed]
     settings = TuneSettings(c.tune_steps, c.batch_size, c.lr or (5e-4 if c.delta == "full" else 5e-3), max(1, c.tune_steps // 5), seed)
     r = Recycling(context.bases[first], delta, context.bases[name], data, delta.config, settings, DistillConfig(), **context.where)
-    result = recycle(r, mode)[1]
-    return next(iter((result.test or result.dev).values()))
+    model, result = recycle(r, mode)
+    return next(iter((result.test or evaluate(model, context.scored(task), **context.where)).values()))
 
 
 def mixture(context: StudyContext) -> Iterator[dict]:
@@ -226,6 +226,8 @@ def mixture(context: StudyContext) -> Iterator[dict]:
     places = [Path(place) for folder in later for place in (*(each for _, each in snapshots(Path(folder))), folder)]
     if len(places) < 3:
         raise InputError(f"--bases {','.join(later)}: are {len(places)} with their snapshots, and a law is fitted to three or more")
+    if foreign := [str(place) for place in places if not (place / "meta.json").is_file()]:
+        raise InputError(f"--bases: {foreign[0]} has no meta.json with its steps and replay, as train.py writes it: leave it out")
     metas = {str(place): read_json(place / "meta.json") for place in places}
     if mixed := [folder for folder in later if metas[str(Path(folder))].get("recipe", {}).get("mix")]:
         raise InputError(f"--bases: {mixed[0]} was trained with --mix, and the share of old text is read from --replay alone: leave it out")

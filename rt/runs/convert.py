@@ -56,7 +56,7 @@ def import_delta(c: Import) -> None:
     out = Path(c.out)
     with locked(out):
         check_out(out, (c.tuned, c.base), lambda: "source" in (read_json(out / "delta.json", {}).get("info") or {}))
-        task = Path(c.task).name.split(".")[0] if c.task else None
+        task = c.task and (Path(c.task).name if Path(c.task).is_dir() else Path(c.task).name.split(".")[0])
         delta = open_delta(c.tuned, open_base(c.base), c.labels, task)
         save_delta(out, replace(delta, info=delta.info | {"config": record(c), "argv": sys.argv}))
     what = f"{len(delta.labels)} labels ({', '.join(delta.labels[:6])})" if delta.labels else "a regression"
