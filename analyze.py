@@ -64,7 +64,7 @@ class Config:
     batch_size: PositiveInt = 16  # sequences per optimizer step
     heads: tuple[str, ...] = ()  # similarity: maps to draw, LAYER.HEAD from 0; default: head 0 of the first, middle and last layer
     sentence: str | None = None  # similarity: the text whose maps are drawn; default: the test text closest to 16 tokens
-    max_examples: PositiveInt = 64  # similarity: number of test texts compared
+    max_examples: PositiveInt = 64  # similarity, recipes: number of test texts on which heads are compared
     tune_steps: PositiveInt = 100  # optimizer steps to tune a missing delta, all else as in train.py; recipes: steps of init and scratch
     shots: PositiveInt | None = 32  # recipes: examples per label for init and scratch; none: all
     lr: Positive | None = None  # recipes: peak learning rate of init and scratch; default 5e-4 for full deltas, else 5e-3

@@ -4,8 +4,8 @@
     python -m bench.compile_check --arch 90 --kernel attention --json rows.json
 
 A row: registers per thread, spilled bytes, shared memory per block, matrix instructions (HMMA; HGMMA on Hopper; UTCHMMA on Blackwell), and
-instructions per element of a tile in the longest loop. The exit code is 1 if a program spills, needs more shared memory than the chip
-has, or has a matrix product but no matrix instruction.
+instructions per element of a tile in the longest loop. The exit code is 1 if a program does not compile, spills, needs more shared memory
+than the chip has, or has a matrix product without matrix instructions or (TF32 on sm_90) of 8 columns.
 
 The public functions are called on small tensors, with every choice that changes the code. Their launches are recorded, not run.
 Triton's own launcher says which program each launch needs (`jit_cache_hook`). Its `preload` compiles that program in another process.
