@@ -34,7 +34,7 @@ class Config:
     base: str = "runs/minilm/pretrained/M0"  # M0
     model: Literal[tuple(plan.PEAK)] = "minilm"  # which M0 that is: the learning rates
     seeds: Seeds = plan.SEEDS  # of the upgrades
-    targets: tuple[str, ...] = plan.TARGETS  # names of corpora, as bio, or chain
+    targets: tuple[str, ...] = plan.TARGETS  # names of corpora (bio, cs, rev), or chain
     arms: tuple[str, ...] = ()  # plain, hidden 3, ...; default: all
     rates: tuple[float, ...] = ()  # peak rates; default: all
     steps: PositiveInt = plan.STEPS  # of an upgrade

@@ -143,8 +143,8 @@ def tuning(rows: list[dict], summary: dict) -> Report:
 def results_of(folder: Path, summary: dict) -> list[dict]:
     """A row per run that did not diverge: of the runs that have finished, and of those that only summary.json still knows."""
     order = {row.get("run"): i for i, row in enumerate(summary.get("rows", []))}      # the first of equals is the best, as in recycle.py
-    finished = [path for path in sorted(folder.glob("deltas/*/summary.json")) if path.parent.suffix not in (".part", ".replaced")]
-    finished.sort(key=lambda path: order.get(path.parent.name, len(order)))
+    finished = sorted((path for path in folder.glob("deltas/*/summary.json") if path.parent.suffix not in (".part", ".replaced")),
+                      key=lambda path: (order.get(path.parent.name, len(order)), path))
     there = {path.parent.name for path in finished}
     others = [row for row in summary.get("rows", []) if row.get("run") not in there]
     return [completed(row) for row in [*others, *map(read_json, finished)]
