@@ -67,7 +67,9 @@ class Config:
 def main() -> None:
     c = parse(Config, sys.argv[1:])
     check_places("claims.minilm", c.data, c.base)
-    path, facts = Path(c.results) / "minilm.jsonl", {"device": device_name(CPU), "commit": commit(), "torch": torch.__version__}
+    path = Path(c.results) / "minilm.jsonl"
+    facts = {"device": device_name(CPU), "precision": str(pick_precision("auto", CPU)).removeprefix("torch."), "commit": commit(),
+             "torch": torch.__version__}
     recipes.draw_tasks(shared(c))
     todo = [cell for cell in cells_to_do(path, [*cells()], c.where)
             if cell.get("lineage", c.lineages[0]) in c.lineages and (not c.only or cell["part"] in c.only)]
