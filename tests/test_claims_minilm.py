@@ -20,7 +20,7 @@ from rt.model import MaskedLM
 
 def made_rows() -> list[dict]:
     """Two lineages; M1 keeps three quarters of the gain, M4 a quarter; imdb/adapter has not learned on dev."""
-    facts, rows = {"device": "d", "commit": "c"}, []
+    facts, rows = {"device": "d", "precision": "p", "commit": "c"}, []
     names = [f"{task}/{kind}" for task in TASKS for kind in ("full", "adapter")]
     for L in (0, 1):
         for base, accuracy in (("M0", 0.9), ("M1-t00050", 0.85), ("M1", 0.8), ("M4", 0.6)):
@@ -50,6 +50,8 @@ def test_primary_quantities_of_made_up_rows(tmp_path):
     (tmp_path / "minilm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = minilm_report.section(tmp_path)
     assert "few of lineage 0 (36)" in text and "few of lineage 2 (40)" in text and "| 1 | M1-t00050 | 0.850 |" in text
+    # 5, 10 and 30 points lost after 1, 1 and 4 upgrades; a line through the other lineage errs by 2.5, 2.5 and 0 points
+    assert "| number of upgrades | +0.98 [+0.98, +0.98] | 2.04 | 22.59 |" in text and "| distance (L2) |  | 10.80 | 22.59 |" in text
 
 
 def test_what_lies_in_one_task_alone_is_not_shown():

@@ -150,14 +150,14 @@ def section(folder: Path) -> str:
     """The text, or "" without rows."""
     if not (rows := read_rows(folder / "minilm.jsonl")):
         return ""
-    r, facts = Rows(rows), {key: ", ".join(sorted({row[key] for row in rows})) for key in ("device", "commit")}
+    r, facts = Rows(rows), {key: ", ".join(sorted({row[key] for row in rows})) for key in ("device", "precision", "commit")}
     text = ["## MiniLM, a base that was really pre-trained",
             "`python -m experiments.claims.minilm --data DIR`; rows in `minilm.jsonl`; [the plan](../../experiments/claims/PLAN.md) was "
-            "committed before them, but M1 of lineage 0 equals the row `plain`, 0.0005, seed 0 of [recipes](../recipes/README.md), which "
-            f"was there before. {facts['device']}; commits {facts['commit']}. Intervals: crossed bootstrap over tasks and lineages "
+            "committed before them; C1 of lineage 0 was known from another M0, of fp32 (`minilm-fp32.jsonl`, in no line here). "
+            f"{facts['device']}; {facts['precision']}; commits {facts['commit']}. Intervals: crossed bootstrap over tasks and lineages "
             "(with one lineage, over tasks alone). p: exact sign-flip over cells; then Holm's over the lines that have rows.",
             markdown(["primary quantity", "mean [95 %]", "cells", "p", "Holm", "here"], verdicts(primary(r)))]
-    text += [table for table in (by_base(r), by_mode(r), by_part(r), by_pair(r)) if table]
+    text += [table for table in (by_base(r), by_predictor(r), by_mode(r), by_part(r), by_pair(r)) if table]
     text += ["Planned and not run (number of cells): " + (missing(rows) or "nothing") + "."]
     return "\n\n".join(text) + "\n"
 
@@ -173,6 +173,45 @@ def by_base(r: Rows) -> str:
         return ""
     return "`apply` of Delta_0 (test accuracy, mean over tasks), held-out losses and distance from M0:\n\n" + markdown(
         ["lineage", "base", *KINDS, *(f"loss {domain}" for domain in r.M0[L]["heldout"]), "L2"], lines)
+
+
+def by_predictor(r: Rows) -> str:
+    """Question (b): over all bases of all lineages, what goes with the points that `apply` loses?"""
+    bases = []
+    for row in r.part("lineage"):
+        base, L = row["base"], row["cell"]["lineage"]
+        lost = [r.applied("M0")[key] - value for key, value in r.applied(base).items() if key[-1] == L]
+        if base != "M0":
+            bases.append({"lineage": L, "domain": base[:2], "lost": 100 * mean(lost), "nothing, their mean": 0.0,
+                          "rise of the loss on wiki": row["heldout"]["wiki"] - r.M0[L]["heldout"]["wiki"], "distance (L2)": row["l2"],
+                          "number of upgrades": float(base[1])})
+    if min(len({row[key] for row in bases}) for key in ("lineage", "domain")) < 2:
+        return ""
+    lines = []
+    for name in [*bases[0]][3:]:
+        found = [correlation(name, some) for some in group(bases, "lineage").values()]
+        lines.append([name, f"{mean(found):+.2f} [{min(found):+.2f}, {max(found):+.2f}]" if any(found) else "",
+                      *(f"{error_left_out(name, bases, key):.2f}" for key in ("lineage", "domain"))])
+    return (f"Points of accuracy that `apply` loses on {len(bases)} bases. A line through the bases of the other lineages, or of the other "
+            "domains, predicts those that were left out (root mean squared error in points; no test):\n\n" + markdown(
+                ["from", "correlation, mean [lowest, highest] over lineages", "lineage left out", "domain left out"], lines))
+
+
+def correlation(name: str, bases: list[dict]) -> float:
+    """Of `name` and the points lost; 0 if one of them does not vary."""
+    x, y = (np.array([row[key] for row in bases]) - mean(row[key] for row in bases) for key in (name, "lost"))
+    return float(x @ y / (x @ x * (y @ y)) ** 0.5) if x @ x and y @ y else 0.0
+
+
+def error_left_out(name: str, bases: list[dict], key: str) -> float:
+    """Root mean squared error of the points lost, predicted from `name` by a least-squares line through the bases of other `key`."""
+    squares = []
+    for some in group(bases, key).values():
+        x, y = np.array([(row[name], row["lost"]) for row in bases if row not in some]).T
+        spread = ((x - x.mean()) ** 2).sum()
+        slope = ((x - x.mean()) * (y - y.mean())).sum() / spread if spread else 0.0
+        squares += [(y.mean() + slope * (row[name] - x.mean()) - row["lost"]) ** 2 for row in some]
+    return float(mean(squares) ** 0.5)
 
 
 def by_mode(r: Rows) -> str:
