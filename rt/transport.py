@@ -57,7 +57,6 @@ class Projection(nn.Module):
             self.W2.append(nn.Parameter(x.new_zeros(min(r, m), m)))
             # a vector, so AdamW does not decay it: most of a delta is in b
             self.b.append(nn.Parameter(x.new_zeros(x[0].numel()) if residual else x.mean(0).flatten()))
-        self.best_step, self.dev = 0, {}
 
     def rows(self, delta: Delta) -> list[Tensor]:
         """The delta as matrices (rows, m): one in all, or one per tensor. Raises InputError if its kind or sizes differ."""
@@ -148,10 +147,9 @@ WRITES = {"qkv": "qkv", "attention_output": "hidden", "intermediate": "units", "
 def transport(old_base: Base, base: Base, delta: Delta, sequences: list[list[int]]) -> tuple[Delta, dict]:
     """`delta` in the order of `base`'s hidden dimensions, heads and FFN units, and facts for the record. In this order the activations
     of both bases on `sequences` (ids) agree best (Git Re-Basin: Ainsworth et al., 2023). The fact `cosine` is the mean cosine of the
-    matched hidden dimensions: 1 for `old_base` in another order. Raises InputError if sizes or ids differ, and as check_carry does."""
+    matched hidden dimensions: 1 for `old_base` in another order. InputError as in check_fits, find_orders and check_carry."""
     check_fits(old_base, delta, stale_ok=False)
     check_fits(base, delta, stale_ok=True)
-    check_carry(delta)
     orders, cosine = find_orders(old_base.encoder, base.encoder, sequences)
 
     def moved(name: str, v: Tensor) -> Tensor:
@@ -201,8 +199,10 @@ def parts_of(name: str) -> tuple[str, ...]:
 
 def find_orders(old: Encoder, new: Encoder, sequences: list[list[int]]) -> tuple[dict[str, Tensor], float]:
     """{part: (n,) the old dimension that matches each new one} and the mean cosine of matched hidden dimensions. Heads are matched first,
-    by the best partner of each of their dimensions, then the dimensions within. Queries and keys share one order."""
+    by the best partner of each of their dimensions, then the dimensions within. Queries and keys share an order. InputError without one."""
     cosines, H, d = agreement(old, new, sequences), old.config.num_heads, old.config.hidden_size
+    if not all(score.isfinite().all() for score in cosines.values()):
+        raise InputError("no order can be found: hidden states of the old or the new base are not finite")
     orders = {part: assignment(score[0]) for part, score in cosines.items() if not part.endswith("qkv")}
     for layer in (part.removesuffix(".qkv") for part in cosines if part.endswith("qkv")):
         q, k, v = cosines[f"{layer}.qkv"].unflatten(2, (H, -1)).unflatten(1, (H, -1))      # (H, D, H, D) each

@@ -438,6 +438,7 @@ def test_settings_that_make_no_sense_together_are_refused_in_a_sentence(home):
                           (dict(rates=ScheduleConfig("infinite", cooldown=0.9)), "`cooldown` 0.9 and `anneal` 0.1 are more than the"),
                           (dict(rates=ScheduleConfig("wsd", cooldown=0.96)), "`warmup` 0.05, `cooldown` 0.96 are more than the whole"),
                           (dict(rates=ScheduleConfig("infinite", cooldown=0.0, anneal=0.9)), "nothing is left of 4 steps to go on from"),
+                          (dict(align=5), "`align` 5: has its first effect after 5 steps, and a stage has 4"),
                           (dict(average=4), "`average` 4 takes 3 snapshots and the end of a stage: raise `snapshots` (2)"),
                           (dict(mix_eta=2.0), "`mix_eta` has no effect without `mix` need")):
         with pytest.raises(InputError) as error:
@@ -447,6 +448,9 @@ def test_settings_that_make_no_sense_together_are_refused_in_a_sentence(home):
                    ("a:²", "b:1")):
         with pytest.raises(InputError, match="must be need, or shares of a, b that add up to 1, as in a:0.5,b:0.5"):
             replace(RecipeConfig(), mix=shares).check(["a", "b"], 0.1, 4, 2)
+    with pytest.raises(InputError, match="`mix_every` 5: shares change first after 10 steps, and a stage has 10"):
+        RecipeConfig(mix=("need",), mix_every=5).check(["a", "b"], 0.1, 10, 2)
+    RecipeConfig(mix=("need",), mix_every=5, align=11).check(["a", "b"], 0.1, 11, 2)
     RecipeConfig(mix=("a:0.3", "b:0.7"), replay=0.1).check(["a", "b"], 0.1, 4, 2)
     assert RecipeConfig(mix=("a:0.3", "b:0.7"), replay=0.1).start_shares(["b", "a"], 2) == pytest.approx([0.05, 0.05, 0.63, 0.27])
     assert "--align_eps has no effect without --align" in train(home, "z", "--align_eps", "0.1", code=2)

@@ -1,4 +1,5 @@
 """Deltas in another order: exact where the answer is known, one sentence where there is none."""
+import copy
 import itertools
 from dataclasses import replace
 
@@ -64,6 +65,13 @@ def test_orders_are_found_from_queries_keys_and_values(base, batch, which, dim):
     base = replace(base, fingerprint=fingerprint(base.encoder))
     delta, twin = tuned(base, "full"), permuted_twin(base, 3)
     assert (logits(twin, carried(base, twin, delta)[0], batch) - logits(base, delta, batch)).abs().max() < 1e-5
+
+
+def test_there_is_no_order_among_states_that_are_not_finite(base):
+    lost = copy.deepcopy(base)
+    lost.encoder.layers[1].output.bias.data[3] = float("nan")
+    with pytest.raises(InputError, match="no order can be found: hidden states of the old or the new base are not finite"):
+        carried(base, lost, tuned(base, "full"))
 
 
 def test_agreement_is_the_cosine_over_all_texts(base, other_base):

@@ -75,6 +75,10 @@ class RecipeConfig:
         if self.mix and not self.by_need and not (self.shares.keys() == set(domains) and abs(sum(self.shares.values()) - 1) < 1e-6):
             raise InputError(f"`mix` {','.join(self.mix)}: must be need, or shares of {', '.join(domains)} that add up to 1, as in "
                              + ",".join(f"{name}:{1 / len(domains):.3g}" for name in domains))
+        if self.align > steps:
+            raise InputError(f"`align` {self.align}: has its first effect after {self.align} steps, and a stage has {steps}")
+        if self.by_need and 2 * self.mix_every >= steps:
+            raise InputError(f"`mix_every` {self.mix_every}: shares change first after {2 * self.mix_every} steps, and a stage has {steps}")
 
     @property
     def by_need(self) -> bool:
