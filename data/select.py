@@ -11,7 +11,7 @@ from typing import Iterable
 
 from rt.data import Task
 from rt.formats.atomic import atomic_folder, digest_of, locked
-from rt.formats.corpora import PARTS, split_documents, stamps
+from rt.formats.corpora import split_documents, stamps
 
 BUCKETS = 2**18     # the number of hash buckets for words
 PRIOR = 10          # words of weight 0 added to each document, so that short documents are not extreme by chance
@@ -52,9 +52,6 @@ def write(folder: Path, documents: Iterable[tuple[str, str]]) -> None:
     with locked(folder, wait=True):     # several commands may need one selection at once
         if folder.exists():
             return
-        with atomic_folder(folder) as new:
-            files = {part: (new / f"{part}.jsonl").open("w", encoding="utf-8") for part in PARTS}
+        with atomic_folder(folder) as new, (new / "train.jsonl").open("w") as train, (new / "heldout.jsonl").open("w") as heldout:
             for part, text in documents:
-                files[part].write(json.dumps({"text": text}) + "\n")
-            for file in files.values():
-                file.close()
+                (train if part == "train" else heldout).write(json.dumps({"text": text}) + "\n")
