@@ -41,8 +41,7 @@ def open_base(name: str) -> Base:
         if bases := sorted(each.name for each in path.glob("M*") if re.fullmatch("M[0-9]+", each.name)):
             raise InputError(f"{name}: is a run, not a base; give one of its bases: {', '.join(bases)}")
         return load_hf(path)
-    raise InputError(f"{name}: no base there; expected {HUB_NAME}, or a folder with meta.json (ours) or config.json "
-                     "(Hugging Face)")
+    raise InputError(f"{name}: no base there; expected {HUB_NAME}, or a folder with meta.json (ours) or config.json (Hugging Face)")
 
 
 def open_delta(name: str, base: Base, labels: tuple[str, ...] = (), task: str | None = None) -> Delta:

@@ -24,7 +24,7 @@ FLOOR = 1e-38       # smaller probabilities count as this
 
 def text_hash(text: str, text_pair: str | None = None) -> str:
     """The first 16 hex digits of the SHA-256 of a text in UTF-8. A line feed joins the two texts of a pair."""
-    return hashlib.sha256("\n".join([text, *([text_pair] if text_pair else [])]).encode()).hexdigest()[:16]
+    return hashlib.sha256((f"{text}\n{text_pair}" if text_pair else text).encode()).hexdigest()[:16]
 
 
 class Predictions:
