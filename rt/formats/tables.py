@@ -93,20 +93,17 @@ def _read_lines(path: Path, most: int = LINE_BYTES) -> Iterator[tuple[str, str]]
 def _read_csv(path: Path, format: str) -> Iterator[tuple[str, dict]]:
     """Yields a table's rows as dicts by the names in its first line, which also shows the delimiter. GLUE's CoLA has no line of names."""
     csv.field_size_limit(LINE_BYTES)    # a text may be longer than the default of 131,072 characters
-    source, header = _read_lines(path), None
+    source = _read_lines(path)
     first = next((at for at in source if at[1].strip()), ("", ""))
     delimiter = next((c for c in DELIMITERS[format] if c in first[1]), DELIMITERS[format][0])
-    for place, row in _split(path, itertools.chain([first], source), delimiter, delimiter + " " in first[1]):
-        if header is None and row in ([], ["sep=", ""]):    # "sep=" tells Excel what separates columns
-            continue
-        if header is None:
-            is_cola = delimiter == "\t" and len(row) == 4 and row[1] in ("0", "1") and not re.search(r"\w", row[2])
-            header = ["source", "label", "mark", "sentence"] if is_cola else row
-            if len({*header}) < len(header):
-                raise InputError(f"{place}: two columns are called {Counter(header).most_common(1)[0][0]!r}; {HEADER}")
-            if not is_cola:
-                continue
-            note(f"{path}: has no header, and its columns are taken for {', '.join(header)}, those of GLUE's CoLA")
+    rows = _split(path, itertools.chain([first], source), delimiter, delimiter + " " in first[1])
+    place, header = next((at for at in rows if at[1] not in ([], ["sep=", ""])), ("", []))    # "sep=" tells Excel what separates columns
+    if delimiter == "\t" and len(header) == 4 and header[1] in ("0", "1") and not re.search(r"\w", header[2]):
+        rows, header = itertools.chain([(place, header)], rows), ["source", "label", "mark", "sentence"]
+        note(f"{path}: has no header, and its columns are taken for {', '.join(header)}, those of GLUE's CoLA")
+    if len({*header}) < len(header):
+        raise InputError(f"{place}: two columns are called {Counter(header).most_common(1)[0][0]!r}; {HEADER}")
+    for place, row in rows:
         if row and len(row) != len(header):
             raise InputError(f"{place}: {len(row)} columns where the header has {len(header)}")
         if row:
