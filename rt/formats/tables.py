@@ -44,10 +44,9 @@ def _read_rows(path: Path, format: str) -> Iterator[tuple[str, dict]]:
     """Yields the rows of txt, jsonl, and json with one object per line, as the datasets library writes it. If json is one list, as pandas
     writes it, the places are "PATH, row N"."""
     lines = ((at, line) for at, line in _read_lines(path, JSON_BYTES if format == "json" else LINE_BYTES) if line.strip())
-    first = next(lines, None) if format == "json" else None
-    if first:
-        lines = itertools.chain([first], lines)
-    if first and first[1].lstrip().startswith("["):
+    first = [*itertools.islice(lines, 1)]
+    lines = itertools.chain(first, lines)
+    if format == "json" and first and first[0][1].lstrip().startswith("["):
         rows = ((f"{path}, row {i}", row) for i, row in enumerate(parse_json(_whole(path, lines), path), 1))
     else:
         rows = ((at, {"text": line} if format == "txt" else parse_json(line, at)) for at, line in lines)
