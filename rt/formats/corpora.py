@@ -40,8 +40,8 @@ def corpus_files(path: Path) -> dict[str, list[Path]]:
         raise InputError(f"{path}: there is no such corpus, file or folder")
     every = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.name[0] != "." and f.is_file())
     files, home = [f for f in every if _is_text(f)] or [f for f in every if f.suffix.lower() == ".json"], path
-    if not files and path.is_dir():     # the files are in data, or in the folder of the only config
-        below = listed(path)
+    below = listed(path)
+    if not files:       # they are in data, or in the folder of the only config
         home = path / (place := home_of(below, str(path)) or PurePath("."))
         files = [path / f for f in below if f.parent == place and _is_text(f) or (name := read_name(f)) and name.home == place]
     if not files:
@@ -49,9 +49,9 @@ def corpus_files(path: Path) -> dict[str, list[Path]]:
     parts: dict[str, list[Path]] = {"train": [], "dev": [], "test": [], "heldout": []}
     for f in files:
         parts["heldout" if f.name.lower().split(".")[0].split("-")[0] == "heldout" else _split(f, home)].append(f)
-    below = [path / f for f in listed(path) if f.parent.name and _is_text(f)] if home == path and path.is_dir() else []
-    beside = [f for f in every if {*f.name.lower().split(".")[1:]} & {*FORMATS}]      # also .jsonl.zst
-    spare = (parts["dev"] if parts["heldout"] else []) + [f for f in beside + below if f not in files]
+    tables = [f for f in every if {*f.name.lower().split(".")[1:]} & {*FORMATS}]      # also .jsonl.zst
+    tables += [path / f for f in below if f.parent.name and _is_text(f) and home == path]
+    spare = (parts["dev"] if parts["heldout"] else []) + [f for f in tables if f not in files]
     return {"train": parts["train"], "heldout": parts["heldout"] or parts["dev"], "unread": spare + parts["test"]}
 
 
