@@ -26,7 +26,7 @@ from rt.formats.files import FIGURES, check_overwritable, read_json, write_json
 from rt.formats.hub import open_delta
 from rt.formats.untrusted import shaped
 from rt.recycling import CARRIES, NEEDS_TEACHER, TRAINED, Recycling
-from rt.runs.config import flags_of, record
+from rt.runs.config import changed, flags_of, record
 from rt.runs.log import Log, are_pairs
 from rt.runs.summary import add_steps_to_scratch, best_of, by_settings, group, routes
 from rt.tune import TuneResult, score
@@ -36,7 +36,8 @@ NOT_SETTINGS = {"mode", "seeds", "lr", "out", "cache", "device", "resume", "save
                 "deterministic", "tensorboard", "workers", "threads"}
 # part of a Config -> the modes that read it
 USED_BY = {"distill": (*NEEDS_TEACHER, "project"), "project": ("project",), "teaching": NEEDS_TEACHER, "carry": CARRIES}
-LATER = ("teaching", "carry", "head", "merge")      # newer flags and parts of a Config: names leave out their defaults, as old names do
+# newer flags and parts of a Config: a name leaves out their defaults, as the names of earlier runs do
+LATER = {"teaching", "carry", "head", "merge", "chain", "early_stop", "gamma", "itp", "project_patience"}
 
 
 # --- equal names for equal runs ----------------------------------------------------------------------------------------
@@ -53,12 +54,11 @@ class Run:
     @cached_property
     def settings(self) -> dict:
         """The flags that the run depends on, except seed and learning rate. A direct run in a chain equals a run without --chain."""
-        values = record(self.c if self.route == "chain" else replace(self.c, chain=()))
-        off = {name for name in ("chain", "early_stop", "gamma", "itp", "project_patience") if not values[name]}
-        off |= {flag.name for flag in flags_of(type(self.c)) if flag.path[0] in LATER and values[flag.name] == flag.default}
+        c = self.c if self.route == "chain" else replace(self.c, chain=())
+        off = {flag.name for flag in flags_of(type(c)) if LATER & {flag.path[0], flag.name}} - changed(c).keys()
         off |= {name for name, of in (("att_layers", "gamma"), ("shrinkage", "head")) if of in off}
         off |= {"carry"} if self.mode == "transport" else {"carry_text"} if "carry" in off else set()      # transport carries anyway
-        return {k: v for k, v in values.items() if k not in NOT_SETTINGS | unread(type(self.c), self.mode) | off}
+        return {k: v for k, v in record(c).items() if k not in NOT_SETTINGS | unread(type(c), self.mode) | off}
 
     @cached_property
     def name(self) -> str:
