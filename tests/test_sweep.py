@@ -5,7 +5,7 @@ import pytest
 
 from rt.errors import InputError
 from rt.runs.summary import by_settings, chosen
-from rt.runs.sweep import dealt, expand, groups, swept
+from rt.runs.sweep import dealt, expand, swept
 
 
 @dataclass
@@ -41,7 +41,7 @@ def test_bad_grids_are_one_sentence(spec, message):
 
 def test_runs_of_equal_shape_go_together():
     runs = [FakeRun(mode, {"alpha": a, "T": 5, "steps": s}) for mode in ("init", "distill") for a in (1, 2) for s in (10, 20)]
-    assert [[(r.mode, r.settings["steps"]) for r in group] for group in groups(runs)] == [
+    assert [[(r.mode, r.settings["steps"]) for r in group] for group in dealt(runs, 0, 1)] == [
         [("init", 10)] * 2, [("init", 20)] * 2, [("distill", 10)] * 2, [("distill", 20)] * 2]
 
 

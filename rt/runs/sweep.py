@@ -41,12 +41,9 @@ def expand(config: C, spec: str) -> list[C]:
     return [replace_flags(config, **dict(combination)) for combination in itertools.product(*choices)]
 
 
-def groups(runs: list) -> list[list]:
-    """Group the runs (with `mode` and `settings`) that may be done side by side."""
-    return [*group(runs, lambda run: [run.mode, {k: v for k, v in run.settings.items() if k not in SIDE_BY_SIDE}]).values()]
-
-
 def dealt(runs: list, rank: int, world: int, workers: int = 1) -> list[list]:
-    """The runs that one of `world` ranks does. Each list may be done side by side, and by one of the rank's `workers`."""
+    """The runs (with `mode` and `settings`) that one of `world` ranks does. The runs of a list may be done side by side, and the lists by
+    different `workers` of the rank."""
+    alike = group(runs, lambda run: [run.mode, {k: v for k, v in run.settings.items() if k not in SIDE_BY_SIDE}]).values()
     parts = world * workers
-    return [part for group in groups(runs) for k in range(parts) if (part := group[k::parts])][rank::world]
+    return [part for some in alike for k in range(parts) if (part := some[k::parts])][rank::world]
