@@ -91,35 +91,32 @@ def steps_of(rows: list[dict]) -> str:
     return " ".join("-" if row.get("steps_to_scratch_best") is None else str(row["steps_to_scratch_best"]) for row in rows)
 
 
-def part_of(groups: list[list[dict]]) -> str:
-    """The part that is reported: test, or dev if test has no labels."""
-    return "test" if all(row["test"] for group in groups for row in group) else "dev"
-
-
-def metric_of(groups: list[list[dict]]) -> str:
-    return next(iter(groups[0][0]["dev"]))
+def reported(groups: list[list[dict]]) -> tuple[str, str]:
+    """(the part whose scores are reported: test, or dev if test has no labels; the metric that runs are compared by)"""
+    return "test" if all(row["test"] for group in groups for row in group) else "dev", next(iter(groups[0][0]["dev"]))
 
 
 def report(rows: list[dict], modes: list[str]) -> str:
     """A table with one line per mode, at its best learning rate."""
     groups = [chosen(rows, mode) for mode in modes]
-    part = part_of(groups)
+    part, metric = reported(groups)
     lines = [[mode, group[0]["lr"] or "-", spread(group, part), steps_of(group), f"{mean(row['seconds'] for row in group):.1f}"]
              for mode, group in zip(modes, groups)]
-    return table(lines, ["mode", "lr", f"{part} {metric_of(groups)}", "steps to scratch's best dev, by seed", "seconds"])
+    return table(lines, ["mode", "lr", f"{part} {metric}", "steps to scratch's best dev, by seed", "seconds"])
 
 
 def report_sweep(rows: list[dict], modes: list[str], settings: list[str]) -> str:
     """A table with one line per mode, at its best combination of `settings` and learning rate. It has test scores if all rows have them."""
     groups, lines = [chosen(rows, mode, by_settings) for mode in modes], []
-    parts = [*dict.fromkeys(("dev", part_of(groups)))]
+    part, metric = reported(groups)
+    parts = [*dict.fromkeys(("dev", part))]
     for mode, group in zip(modes, groups):
         read = {name for row in rows if row["mode"] == mode for name in row["settings"]}       # a default of some flags is left out
         own = group[0]["settings"]
         values = [f"{name} {own[name]:g}" if name in own else f"{name} default" for name in settings if name in read]
         lines.append([mode, " ".join(values) or "-", group[0]["lr"] or "-", sum(row["mode"] == mode for row in rows),
                       *(spread(group, part) for part in parts), steps_of(group)])
-    scores = [f"{part} {metric_of(groups)}" for part in parts]
+    scores = [f"{part} {metric}" for part in parts]
     return table(lines, ["mode", "best by dev", "lr", "runs", *scores, "steps to scratch's best dev, by seed"])
 
 
@@ -131,10 +128,10 @@ def routes(mode: str) -> tuple[str | None, ...]:
 def report_chain(rows: list[dict], modes: list[str], bases: tuple[str, ...]) -> str:
     """Test (or dev) scores: one line per mode and route, one column per base, at the learning rate that is best on dev over all bases."""
     groups = [chosen([row for row in rows if row["route"] == route], mode) for mode in modes for route in routes(mode)]
-    part = part_of(groups)
+    part, metric = reported(groups)
     lines = [[group[0]["mode"], group[0]["route"] or "-", group[0]["lr"] or "-",
               *(spread([row for row in group if row["base"] == base], part) for base in bases)] for group in groups]
-    return f"{part} {metric_of(groups)}\n" + table(lines, ["mode", "route", "lr", *(Path(base).name for base in bases)])
+    return f"{part} {metric}\n" + table(lines, ["mode", "route", "lr", *(Path(base).name for base in bases)])
 
 
 def forgetting_table(stages: list[dict]) -> str:
