@@ -28,9 +28,9 @@ from rt.data import Task, encode_task
 from rt.deltas import Base, Delta, check_fits
 from rt.errors import InputError
 from rt.formats.atomic import locked
-from rt.formats.delta_files import seq_len_of
+from rt.formats.delta_files import open_delta, place_of_delta, seq_len_of
 from rt.formats.files import FIGURES, check_overwritable, note, read_rows, write_errors, write_json
-from rt.formats.hub import open_base, open_delta, place_of_delta
+from rt.formats.hub import open_base
 from rt.kinds import KINDS
 from rt.limits import Limit, Positive, PositiveInt, Seeds, SeqLen
 from rt.report.drawing import draw_all

@@ -7,9 +7,8 @@
     python recycle.py --mode scratch,init+distill --chain runs/demo/M1,runs/demo/M2     # upgrade after upgrade
     python recycle.py --mode all --delta adapter --sweep "seed=0,1,2 alpha=.7,.9 beta=0,1,10 T=5,10"    # the best run of each mode by dev
 
-Modes: scratch (the baseline), apply, init, distill, init+distill, project, transport, gradmask; several with commas, or all. They are
-described in rt/recycling.py; `run_alone` below does one run. Every run leaves its delta, curve and row in a folder under --out/deltas
-(rt/runs/results.py); --out/summary.json has the rows of all runs.
+The modes are described in rt/recycling.py; give several with commas, or all. `run_alone` below does one run. Every run leaves its delta,
+curve and row in a folder under --out/deltas (rt/runs/results.py); --out/summary.json has the rows of all runs.
 """
 import rt.runs  # noqa: F401  isort: skip  before torch: how threads wait, and Ctrl-C while it is imported
 
@@ -26,9 +25,9 @@ from rt.data import Task, encode_task
 from rt.deltas import Base, Delta, apply
 from rt.errors import InputError
 from rt.formats.atomic import locked
-from rt.formats.delta_files import load_delta, save_delta
+from rt.formats.delta_files import load_delta, open_delta, save_delta
 from rt.formats.files import write_json
-from rt.formats.hub import NAMING, open_base, open_delta
+from rt.formats.hub import NAMING, open_base
 from rt.kinds import DeltaConfig
 from rt.limits import NonNegative, NonNegativeInt, Positive, PositiveInt, Seeds, SeqLen, Share
 from rt.losses import DistillConfig
@@ -37,9 +36,9 @@ from rt.runs import starts, teaching
 from rt.runs.build import build_missing
 from rt.runs.config import changed, parse, record, run
 from rt.runs.log import StepBar, load_tensorboard, note_changed_task, note_truncated, progress, score_text
-from rt.runs.results import Run, begin, origin_of, save_run, unread, write_summary
+from rt.runs.results import Run, begin, open_old, origin_of, save_run, unread, write_summary
 from rt.runs.signals import interruptible
-from rt.runs.starts import CarryConfig, ProjectConfig, Projects, carry_texts, learn_map, merge_on_dev, open_old
+from rt.runs.starts import CarryConfig, ProjectConfig, Projects, carry_texts, combine, learn_map, merge_on_dev
 from rt.runs.summary import by_settings, chosen, report, report_chain, report_sweep
 from rt.runs.sweep import LISTS, dealt, expand, swept
 from rt.runs.teaching import WITHOUT_OLD, Samples, TeacherConfig, note_cut, open_samples
@@ -129,7 +128,8 @@ def main() -> None:
     c.old_delta, source_deltas = ranks.from_main(lambda: build_missing(c, task, source_tasks))
     c.project = replace(c.project, source_delta=source_deltas)
     old_base = open_base(c.old_base).to(ranks.device) if c.old_base else None
-    olds, old_delta, merged = open_old(c.old_delta, old_base, task.labels, c.merge) if c.old_base else ([], None, None)
+    olds, old_delta = open_old(c.old_delta, old_base, task.labels) if c.old_base else ([], None)
+    merged = combine(olds, [1 / len(olds)] * len(olds), c.merge, task.labels) if len(olds) > 1 else None
     if c.delta.kind == "same":
         c.delta = replace(c.delta, **(merged or old_delta).config.used)
     modes = announce(c, modes, task, old_delta)

@@ -25,9 +25,9 @@ from rt.errors import InputError
 from rt.formats.atomic import locked
 from rt.formats.checkpoint import load_base
 from rt.formats.corpora import build_corpus, split_documents
-from rt.formats.delta_files import delta_folder, write_delta
+from rt.formats.delta_files import delta_folder, place_of_delta, write_delta
 from rt.formats.files import write_json
-from rt.formats.hub import NAMING, open_base, place_of_delta
+from rt.formats.hub import NAMING, open_base
 from rt.formats.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from rt.kinds import DeltaConfig
 from rt.limits import NonNegative, NonNegativeInt, Positive, PositiveInt, PositiveShare, Seed, SeqLen, Share, ShareBelowOne

@@ -19,10 +19,9 @@ from rt.errors import InputError
 from rt.formats.adapters import export_peft
 from rt.formats.atomic import atomic_folder, check_seal, differing, found, locked, seal
 from rt.formats.checkpoint import load_base, save_base
-from rt.formats.delta_files import load_delta, save_delta
+from rt.formats.delta_files import load_delta, open_delta, save_delta
 from rt.formats.files import check_overwritable, cut_half_row, read_json, read_rows, write_json
 from rt.formats.hf import export_hf
-from rt.formats.hub import open_delta
 from rt.kinds import DeltaConfig
 from rt.model import MaskedLM
 from rt.optim import adamw

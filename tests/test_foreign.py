@@ -14,9 +14,10 @@ from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 
 from rt.data import Example, encode, sequences_batch
 from rt.errors import InputError
+from rt.formats.delta_files import open_delta
 from rt.formats.files import note
 from rt.formats.hf import export_hf, load_hf
-from rt.formats.hub import open_base, open_delta
+from rt.formats.hub import open_base
 from rt.formats.tokenizer import Tokenizer, load_tokenizer
 from rt.model import MaskedLM
 from rt.report.inspect import inspect

@@ -28,10 +28,10 @@ from rt.formats.adapters import export_peft
 from rt.formats.atomic import seal
 from rt.formats.checkpoint import load_base, read_file, save_base
 from rt.formats.corpora import split_documents
-from rt.formats.delta_files import load_delta, save_delta
+from rt.formats.delta_files import load_delta, open_delta, save_delta
 from rt.formats.files import read_json, write_json
 from rt.formats.hf import export_hf
-from rt.formats.hub import open_base, open_delta
+from rt.formats.hub import open_base
 from rt.formats.tasks import load_task, read_examples
 from rt.formats.tokenizer import load_tokenizer
 from rt.kinds import DeltaConfig

@@ -19,9 +19,9 @@ from rt.formats.adapters import export_peft
 from rt.formats.atomic import locked
 from rt.formats.checkpoint import load_base, save_base
 from rt.formats.corpora import build_corpus, read_documents
-from rt.formats.delta_files import load_delta, save_delta
+from rt.formats.delta_files import load_delta, open_delta, save_delta
 from rt.formats.hf import export_hf, load_hf
-from rt.formats.hub import open_base, open_delta
+from rt.formats.hub import open_base
 from rt.formats.tokenizer import Tokenizer
 from rt.kinds import DeltaConfig
 from rt.model import EncoderConfig, MaskedLM, new_masked_lm

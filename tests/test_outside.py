@@ -23,10 +23,10 @@ from rt.errors import InputError
 from rt.formats.adapters import export_peft
 from rt.formats.checkpoint import load_base, read_file, read_tensors, read_torch, save_base
 from rt.formats.corpora import build_corpus, read_documents
-from rt.formats.delta_files import load_delta, save_delta
+from rt.formats.delta_files import load_delta, open_delta, save_delta
 from rt.formats.files import read_json, read_rows, write_json
 from rt.formats.hf import export_hf
-from rt.formats.hub import find_dataset, is_hub_id, open_base, open_delta
+from rt.formats.hub import find_dataset, is_hub_id, open_base
 from rt.formats.tasks import load_task
 from rt.formats.tokenizer import load_tokenizer
 from rt.formats.untrusted import JSON_BYTES, LINE_BYTES, header, parse_json

@@ -16,7 +16,8 @@ from rt.formats.delta_files import save_delta
 from rt.losses import DistillConfig, weights_of
 from rt.model import MaskedLM, prototypes
 from rt.recycling import MODES, Recycling, check, new_delta, recycle, start, start_from_old
-from rt.runs.starts import combine, merge_on_dev, old_names
+from rt.runs.results import old_names
+from rt.runs.starts import combine, merge_on_dev
 from rt.tune import TuneSettings, evaluate, predict
 
 CPU = dict(device=torch.device("cpu"), precision=torch.float32)

@@ -8,16 +8,39 @@ from typing import Iterator
 import safetensors.torch
 import torch
 
-from rt.deltas import PARTS, Delta
+from rt.deltas import PARTS, Base, Delta
 from rt.errors import InputError
+from rt.formats.adapters import import_adapter
 from rt.formats.atomic import atomic_folder, check_seal, found, seal
 from rt.formats.checkpoint import read_tensors, versions
-from rt.formats.files import EVENTS, FIGURES, read_json
+from rt.formats.files import EVENTS, FIGURES, other_library, read_json
+from rt.formats.hf import import_tuned
+from rt.formats.hub import HUB_NAME, find
 from rt.formats.untrusted import check_label, is_whole, shaped
 from rt.kinds import DeltaConfig
 
 OF_THE_RUN = ("metrics.jsonl", "summary.json", EVENTS)      # left by the run that learned the delta
 FILES = {"delta.safetensors", "delta.json", *OF_THE_RUN, FIGURES}
+
+
+def open_delta(name: str, base: Base, labels: tuple[str, ...] = (), task: str | None = None) -> Delta:
+    """Open a delta of ours, or import a model that was tuned from `base` elsewhere: a ...ForSequenceClassification checkpoint or an adapter
+    of PEFT (LoRA); folder or hub id. `labels` names its classes in the order of its outputs, `task` its task."""
+    path = find(name)
+    if (path / "delta.json").is_file():
+        return load_delta(path)
+    if (path / "adapter_config.json").is_file() or other_library(path):
+        return import_adapter(path, base, labels, task)
+    if (path / "config.json").is_file():
+        return import_tuned(path, base, labels, task)
+    raise InputError(f"{name}: nothing tuned there; expected a folder with delta.json (ours), config.json (a tuned Hugging Face model) or "
+                     f"adapter_config.json (PEFT), or {HUB_NAME}")
+
+
+def place_of_delta(base: str, task: str, kind: str, more: str = "", seed: int = 0) -> Path:
+    """The default place of a delta: next to its base, or under runs if the base is a hub id."""
+    home = Path(base).parent if Path(base).exists() else Path("runs")
+    return home / "deltas" / f"{Path(base).name}-{task}-{kind}{more}-s{seed}"
 
 
 @contextmanager

@@ -10,14 +10,11 @@ from functools import partial
 from pathlib import Path, PurePath
 from typing import Callable
 
-from rt.deltas import Base, Delta
+from rt.deltas import Base
 from rt.errors import InputError
-from rt.formats.adapters import import_adapter
 from rt.formats.atomic import found
 from rt.formats.checkpoint import load_base
-from rt.formats.delta_files import load_delta
-from rt.formats.files import other_library
-from rt.formats.hf import import_tuned, load_hf
+from rt.formats.hf import load_hf
 from rt.formats.splits import TABLE, home_of, read_name, visible
 
 HUB_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json",
@@ -42,26 +39,6 @@ def open_base(name: str) -> Base:
             raise InputError(f"{name}: is a run, not a base; give one of its bases: {', '.join(bases)}")
         return load_hf(path)
     raise InputError(f"{name}: no base there; expected {HUB_NAME}, or a folder with meta.json (ours) or config.json (Hugging Face)")
-
-
-def open_delta(name: str, base: Base, labels: tuple[str, ...] = (), task: str | None = None) -> Delta:
-    """Open a delta of ours, or import a model that was tuned from `base` elsewhere: a ...ForSequenceClassification checkpoint or an adapter
-    of PEFT (LoRA); folder or hub id. `labels` names its classes in the order of its outputs, `task` its task."""
-    path = find(name)
-    if (path / "delta.json").is_file():
-        return load_delta(path)
-    if (path / "adapter_config.json").is_file() or other_library(path):
-        return import_adapter(path, base, labels, task)
-    if (path / "config.json").is_file():
-        return import_tuned(path, base, labels, task)
-    raise InputError(f"{name}: nothing tuned there; expected a folder with delta.json (ours), config.json (a tuned Hugging Face model) or "
-                     f"adapter_config.json (PEFT), or {HUB_NAME}")
-
-
-def place_of_delta(base: str, task: str, kind: str, more: str = "", seed: int = 0) -> Path:
-    """The default place of a delta: next to its base, or under runs if the base is a hub id."""
-    home = Path(base).parent if Path(base).exists() else Path("runs")
-    return home / "deltas" / f"{Path(base).name}-{task}-{kind}{more}-s{seed}"
 
 
 def is_hub_id(name: str) -> bool:

@@ -11,8 +11,9 @@ import torch
 from rt.data import Task
 from rt.errors import InputError
 from rt.formats.atomic import beside, locked
+from rt.formats.delta_files import place_of_delta
 from rt.formats.files import read_json
-from rt.formats.hub import is_hub_id, open_base, place_of_delta
+from rt.formats.hub import is_hub_id, open_base
 from rt.formats.untrusted import shaped
 from rt.runs.workers import cores
 

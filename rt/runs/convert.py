@@ -15,10 +15,10 @@ from rt.errors import InputError
 from rt.formats.adapters import export_peft
 from rt.formats.atomic import locked
 from rt.formats.card import TAG, card
-from rt.formats.delta_files import save_delta
+from rt.formats.delta_files import open_delta, save_delta
 from rt.formats.files import read_json
 from rt.formats.hf import CARD, export_hf
-from rt.formats.hub import open_base, open_delta
+from rt.formats.hub import open_base
 from rt.formats.untrusted import shaped
 from rt.runs.config import parse, record, run
 from rt.runs.results import open_best

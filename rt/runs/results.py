@@ -8,6 +8,7 @@ Equal runs of different calls have equal names: the name contains a hash of all 
 tasks by path, so their content is compared as well: the row's `origin` holds hashes of it.
 """
 import hashlib
+import os
 import shutil
 import sys
 from dataclasses import dataclass, replace
@@ -18,12 +19,11 @@ from typing import Any, Iterable, Sequence
 import torch
 
 from rt.data import Task, TaskData
-from rt.deltas import Base, Delta
+from rt.deltas import Base, Delta, check_fits
 from rt.errors import InputError
 from rt.formats.atomic import differing, digest_of
-from rt.formats.delta_files import delta_folder, nbytes, write_delta
+from rt.formats.delta_files import delta_folder, nbytes, open_delta, write_delta
 from rt.formats.files import FIGURES, check_overwritable, read_json, write_json
-from rt.formats.hub import open_delta
 from rt.formats.untrusted import shaped
 from rt.recycling import CARRIES, NEEDS_TEACHER, TRAINED, Recycling
 from rt.runs.config import changed, flags_of, record
@@ -187,7 +187,7 @@ def check_rows(rows: list[dict], path: Path) -> None:
             [0 + (value or 0) for value in row["test"].values()], [0 + step + (value or 0) for step, value in row["curve"]]
 
 
-# --- the best delta ----------------------------------------------------------------------------------------------------
+# --- old deltas --------------------------------------------------------------------------------------------------------
 
 def best_delta(folder: str | Path, base: str) -> Path:
     """`folder`, or the best delta in it if recycle.py wrote it: the best seed of the mode and settings that `best_of` takes; each seed may
@@ -216,3 +216,19 @@ def open_best(folder: str, base: Base) -> Delta:
         print(f"best on dev of {folder}: {best.name}", file=sys.stderr)
         folder = str(best)
     return open_delta(folder, base)     # as it was typed: ./OWNER/NAME is a folder, OWNER/NAME a hub id
+
+
+def old_names(text: str | None) -> list[str]:
+    """The names in --old_delta A,B,C. An existing folder is one name, even if its name contains commas."""
+    return text.split(",") if text and not os.path.exists(text) else [text or ""]     # Path.exists raises an error for a long list
+
+
+def open_old(text: str, base: Base, labels: tuple[str, ...]) -> tuple[list[Delta], Delta]:
+    """(the deltas of --old_delta, the teacher). The teacher is the first with the task's labels, or else the first."""
+    olds = [open_best(name, base).ordered(labels) for name in old_names(text)]
+    for name, delta in zip(old_names(text), olds):
+        try:
+            check_fits(base, delta, stale_ok=False)
+        except InputError as error:
+            raise InputError(f"--old_delta {name}: does not fit --old_base: {error}") from None
+    return olds, next((delta for delta in olds if delta.labels == labels), olds[0])

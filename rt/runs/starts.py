@@ -1,7 +1,6 @@
-"""How a run gets the delta it starts from: deltas of --old_delta, merged by their dev score (--merge); a map learned on other tasks
+"""What changes the old delta before a run starts from it: merging by dev score (--merge); a map learned on other tasks
 (--mode project) or found from text (--mode transport, --carry)."""
 import itertools
-import os
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
@@ -11,12 +10,12 @@ from typing import Any, Callable, Iterable, Sequence
 import torch
 
 from rt.data import Example, Task, TaskData, encode
-from rt.deltas import Base, Delta, check_fits
+from rt.deltas import Base, Delta
 from rt.errors import InputError
 from rt.formats.corpora import read_documents
 from rt.limits import PositiveInt
 from rt.recycling import CARRIES, Recycling, carried_modes, start_from_old
-from rt.runs.results import open_best
+from rt.runs.results import old_names
 from rt.runs.teaching import WITHOUT_OLD
 from rt.transport import Granularity, learn_projection
 from rt.tune import evaluate, score
@@ -61,23 +60,6 @@ def refusals(c: Any, modes: list[str]) -> Iterable[tuple[Any, str]]:
             (c.shrinkage and c.head == "fresh", "--shrinkage is for --head prototype"),
             (not c.old_base and (c.old_delta or {*modes} - {*alone}),
              "--old_base is missing: only scratch, and distill from the answers of a --teacher, do without it"))
-
-
-def old_names(text: str | None) -> list[str]:
-    """The names in --old_delta A,B,C. An existing folder is one name, even if its name contains commas."""
-    return text.split(",") if text and not os.path.exists(text) else [text or ""]     # Path.exists raises an error for a long list
-
-
-def open_old(text: str, base: Base, labels: tuple[str, ...], how: str) -> tuple[list[Delta], Delta, Delta | None]:
-    """(old deltas, teacher, merged delta or None for a single one). The teacher is the first with the task's labels, or else the first."""
-    olds = [open_best(name, base).ordered(labels) for name in old_names(text)]
-    for name, delta in zip(old_names(text), olds):
-        try:
-            check_fits(base, delta, stale_ok=False)
-        except InputError as error:
-            raise InputError(f"--old_delta {name}: does not fit --old_base: {error}") from None
-    merged = combine(olds, [1 / len(olds)] * len(olds), how, labels) if len(olds) > 1 else None
-    return olds, next((delta for delta in olds if delta.labels == labels), olds[0]), merged
 
 
 def merge_on_dev(r: Recycling, deltas: list[Delta], how: str) -> tuple[Delta, dict]:
