@@ -22,7 +22,7 @@ def bases(rows: list[dict]) -> dict[int, dict]:
 
 
 def points(rows: list[dict]) -> dict[tuple[str, float], dict[Block, Point]]:
-    """(gain, points lost) of every upgrade on one domain, by (arm, rate) and then by block."""
+    """(gain, points lost) of every upgrade on one domain, by (arm, rate) and then by block; plain upgrades come first."""
     own = bases(rows)
     done = [row for row in rows if row["arm"] != "M0" and "," not in row["target"]]
     fall = {id(row): own[row["seed"] % DELTA_SEEDS]["heldout"][row["target"]] - row["heldout"][row["target"]] for row in done}
@@ -31,18 +31,23 @@ def points(rows: list[dict]) -> dict[tuple[str, float], dict[Block, Point]]:
         plain = group([row for row in some if row["arm"] == "plain"], "lr")
         best = max((mean(fall[id(row)] for row in line) for line in plain.values()), default=math.nan)
         for row in some:
-            point = fall[id(row)] / best, lost(own[row["seed"] % DELTA_SEEDS], row)
-            found.setdefault((row["arm"], row["lr"]), {})[target, row["seed"]] = point
-    return found
+            found.setdefault((row["arm"], row["lr"]), {})[target, row["seed"]] = fall[id(row)] / best, lost(own, row)
+    return dict(sorted(found.items(), key=lambda item: (item[0][0] != "plain", item[0])))
+
+
+def of_arm(rows: list[dict], arm: str, lr: float) -> list[dict]:
+    """The rows of an arm at a rate, without chains."""
+    return [row for row in rows if (row["arm"], row.get("lr")) == (arm, lr) and "," not in row["target"]]
 
 
 def learned(own: dict) -> list[str]:
     return [name for name, (dev, commonest) in own["dev"].items() if dev > commonest + LEARNED]
 
 
-def lost(own: dict, row: dict, only: str = "") -> float:
-    """Points of accuracy lost, averaged over the deltas that learned and have `only` in their name (task/kind)."""
-    return 100 * mean(own["apply"][name] - row["apply"][name] for name in learned(own) if only in name)
+def lost(own: dict[int, dict], row: dict, only: str = "") -> float:
+    """Points of accuracy lost by an upgrade, averaged over the deltas that learned and have `only` in their name (task/kind)."""
+    before = own[row["seed"] % DELTA_SEEDS]
+    return 100 * mean(before["apply"][name] - row["apply"][name] for name in learned(before) if only in name)
 
 
 def frontier(plain: list[Point], gain: float) -> float:
@@ -71,18 +76,17 @@ HEAD = ("arm", "peak rate", "blocks", "gain, %", "points lost", "full", "adapter
 
 def lines_of(rows: list[dict], own: dict[int, dict], found: dict, model: str = "minilm") -> list[list[str]]:
     """The table: a line per arm and rate."""
-    ahead = {key: [*of.values()] for key, of in advantages(found, model).items() if of}
+    ahead = {key: of for key, of in advantages(found, model).items() if of}
     p = {key: sign_flip([value for block, value in of.items() if key[0] not in AFTERWARDS or model != "minilm" or block not in SEEN])
-         for key, of in advantages(found, model).items() if of}
+         for key, of in ahead.items()}
     planned = {(one.arm, one.lr): 1.0 for one in upgrades(("bio",), model=model) if one.arm != "plain"}      # those without rows count, too
     adjusted, shorter, lines = holm(planned | p), advantages(found, model, ends_at_best=True), []
-    for key, of in sorted(found.items(), key=lambda item: (item[0][0] != "plain", item[0])):
-        some = [row for row in rows if (row["arm"], row.get("lr")) == key and "," not in row["target"]]
-        gains, losses = zip(*of.values())
+    for key, of in found.items():
+        some, (gains, losses) = of_arm(rows, *key), zip(*of.values())
         plain = found.get(("plain", key[1]), {}) if key[0] != "plain" else {}
         less = [plain[block][1] - points for block, (_, points) in of.items() if block in plain]
-        kinds = [mean(lost(own[row["seed"] % DELTA_SEEDS], row, kind) for row in some) for kind in ("/full", "/adapter")]
-        test = [with_interval(ahead[key]), f"{p[key]:.3f} / {adjusted[key]:.3f}"] if key in ahead else ["", ""]
+        kinds = [mean(lost(own, row, kind) for row in some) for kind in ("/full", "/adapter")]
+        test = [with_interval(ahead[key].values()), f"{p[key]:.3f} / {adjusted[key]:.3f}"] if key in ahead else ["", ""]
         lines.append([key[0], f"{key[1]:g}", len(of), with_interval(100 * g for g in gains), with_interval(losses),
                       *(f"{v:.1f}" for v in kinds), f"{mean(row['heldout']['wiki'] for row in some):.3f}", *test,
                       f"{mean(row['stage_seconds'] for row in some):.0f}",
@@ -94,9 +98,8 @@ def lines_by_task(rows: list[dict], own: dict[int, dict], found: dict) -> list[l
     """A header, and the mean points lost on each task by an arm and rate."""
     tasks = [*dict.fromkeys(name.partition("/")[0] for row in own.values() for name in learned(row))]
     lines = [["arm", "peak rate", *tasks]]
-    for arm, lr in sorted(found, key=lambda key: (key[0] != "plain", key)):
-        some = [row for row in rows if (row["arm"], row.get("lr")) == (arm, lr) and "," not in row["target"]]
-        each = [[lost(own[row["seed"] % DELTA_SEEDS], row, f"{task}/") for row in some
+    for arm, lr in found:
+        each = [[lost(own, row, f"{task}/") for row in of_arm(rows, arm, lr)
                  if any(name.startswith(f"{task}/") for name in learned(own[row["seed"] % DELTA_SEEDS]))] for task in tasks]
         lines.append([arm, f"{lr:g}", *(f"{mean(values):.1f}" if values else "" for values in each)])
     return lines
@@ -105,7 +108,7 @@ def lines_by_task(rows: list[dict], own: dict[int, dict], found: dict) -> list[l
 def lines_by_target(found: dict, model: str) -> list[list]:
     """Gain, points lost and advantage of an arm and rate on each target."""
     ahead, lines = advantages(found, model), []
-    for key, of in sorted(found.items(), key=lambda item: (item[0][0] != "plain", item[0])):
+    for key, of in found.items():
         for target in sorted({target for target, _ in of}):
             gains, losses = zip(*(point for block, point in of.items() if block[0] == target))
             better = [value for block, value in ahead.get(key, {}).items() if block[0] == target]
@@ -146,7 +149,7 @@ def write(folder: Path) -> str:
             "Held-out loss of M0: " + ", ".join(f"{domain} {loss:.3f}" for domain, loss in first["heldout"].items()) + "."]
     chains = group([row for row in rows if "," in row.get("target", "")], "arm", "lr")
     for (arm, lr), some in chains.items():
-        stages = [with_interval(lost(own[row["seed"] % DELTA_SEEDS], row) for row in line) for line in group(some, "stage").values()]
+        stages = [with_interval(lost(own, row) for row in line) for line in group(some, "stage").values()]
         text.append(f"Chain, {arm} at {lr:g}: points lost by Delta_0 on M1, M2, ...: {', '.join(stages)}.")
     if all(row.get("steps", STEPS) == STEPS for row in rows) and {row.get("target") for row in rows} & {*TARGETS}:
         text += ["## Planned and not run", missing(rows, model)]
@@ -167,9 +170,6 @@ def power(lr: float) -> str:
 
 def missing(rows: list[dict], model: str) -> str:
     """A line per arm, rate and target of the plan that lacks seeds."""
-    left: dict[tuple, list[int]] = {}
-    for one in upgrades(model=model):
-        if not known(rows, one._asdict()):
-            left.setdefault((one.arm, one.lr, one.target), []).append(one.seed)
-    return "\n".join(f"- {arm} at {lr:g} on {target}: seeds {', '.join(map(str, seeds))}"
-                     for (arm, lr, target), seeds in left.items()) or "Nothing."
+    left = group([run for one in upgrades(model=model) if not known(rows, run := one._asdict())], "arm", "lr", "target")
+    return "\n".join(f"- {arm} at {lr:g} on {target}: seeds {', '.join(str(run['seed']) for run in runs)}"
+                     for (arm, lr, target), runs in left.items()) or "Nothing."
