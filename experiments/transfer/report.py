@@ -25,12 +25,12 @@ def chosen(rows: list[dict], part: str, what: str, mode: str, base: str, shots: 
 
 def difference(a: Scores, b: Scores) -> str:
     """a - b in points, over the cells that are in both, with p of the sign-flip test."""
-    values = [100 * (a[key] - b[key]) for key in sorted(a.keys() & b.keys())]
-    if not values:
-        return "not run"
-    middle, half = interval(values)
     each = [{"kind": key[1], "column": ", ".join(key[:2]), "points": 100 * (a[key] - b[key])} for key in sorted(a.keys() & b.keys())]
-    parts = [(name, *interval([row["points"] for row in some])) for by in ("kind", "column") for (name,), some in group(each, by).items()]
+    if not each:
+        return "not run"
+    values = [row["points"] for row in each]
+    middle, half = interval(values)
+    parts = [(name, *interval(row["points"] for row in some)) for by in ("kind", "column") for (name,), some in group(each, by).items()]
     columns = [f"{name} {of:+.1f}" + f" ± {about:.1f}" * (about > 0) for name, of, about in parts]
     return f"{middle:+.1f} ± {half:.1f} points over {len(values)} cells (one-sided p {sign_flip(values):.4f})" + (
         f"; {', '.join(columns)}" if len(columns) < len(values) else "")
@@ -47,7 +47,11 @@ def write(folder: Path, planned: list[dict]) -> str:
         raise InputError(f"{folder}: no rows there; run python -m experiments.transfer --data DIR first")
     text = []
 
-    def table(title: str, lines: dict[str, Scores], *sentences: str) -> None:
+    def table(title: str, lines: dict[str, Scores], *sentences: str, needs: str | None = None) -> None:
+        """Add a section: a table and `sentences` below it, or that it was not run if the line `needs` is empty."""
+        if needs and not lines[needs]:
+            text.append(f"## {title}\n\nNot run yet.")
+            return
         columns = sorted({key[:2] for scores in lines.values() for key in scores})
         head = ["", *(f"{task}, {kind}" for task, kind in columns)]
         text.append(f"## {title}\n\n{markdown(head, [by_cell(name, scores, columns) for name, scores in lines.items()])}\n\n"
@@ -71,7 +75,7 @@ def write(folder: Path, planned: list[dict]) -> str:
     first = [row for row in read_rows(folder.parent / "recipes" / "minilm.jsonl") if (row["arm"], row["seed"]) == ("M0", 0)]
     own = {(*name.split("/"), 0): score for row in first for name, score in row["apply"].items()
            if name.split("/")[0] in {row["cell"]["task"] for row in rows}}
-    for base, what in (("twin", "a permuted twin of M0"), ("ind", "an independent base (mini)"), ("upgrade", "an ordinary upgrade")):
+    for base, what in (("twin", "A permuted twin of M0"), ("ind", "An independent base (mini)"), ("upgrade", "An ordinary upgrade")):
         lines = {} if base == "ind" else {"the old delta on M0": own}
         lines["apply"] = chosen(rows, "C", "apply", "apply", base)
         for carry in ("ridge", "orthogonal", "permutation"):
@@ -80,20 +84,14 @@ def write(folder: Path, planned: list[dict]) -> str:
         lines |= {"transport": chosen(rows, "C", "transport", "transport", base)}
         for what_, mode in (("apply", "gradmask"), ("project", "project"), ("tuned", "init"), ("tuned", "scratch")):
             lines[mode] = chosen(rows, "C", what_, mode, base)
-        if not lines["apply"]:
-            text.append(f"## C. {what[0].upper()}{what[1:]}\n\nNot run yet.")
-            continue
-        lines = {name: scores for name, scores in lines.items() if scores}
-        table(f"C. {what[0].upper()}{what[1:]}", lines, *(f"{name} above apply: {difference(scores, lines['apply'])}" for name, scores in
-                                                          lines.items() if name.startswith(("transport", "head alone"))))
+        lines = {name: scores for name, scores in lines.items() if scores or name == "apply"}
+        table(f"C. {what}", lines, *(f"{name} above apply: {difference(scores, lines['apply'])}" for name, scores in lines.items()
+                                     if name.startswith(("transport", "head alone"))), needs="apply")
     for shots in (8, 32):
-        title = f"D. A task with other labels, {shots} per label, on the upgrade"
         lines = {f"{mode}, {head}": chosen(rows, "D", head, mode, "upgrade", shots)
                  for mode, head in (("apply", "prototype"), ("init", "fresh"), ("init", "prototype"))}
-        if not lines["init, fresh"]:
-            text.append(f"## {title}\n\nNot run yet.")
-            continue
-        table(title, lines, f"init, prototype above fresh: {difference(lines['init, prototype'], lines['init, fresh'])}")
+        table(f"D. A task with other labels, {shots} per label, on the upgrade", lines,
+              f"init, prototype above fresh: {difference(lines['init, prototype'], lines['init, fresh'])}", needs="init, fresh")
     table("D. A task with other labels, its labels' names as the only texts, on the upgrade",
           {"apply, prototype": chosen(rows, "D", "prototype", "apply", "upgrade", 0)})
     e = {f"{mode}, ridge": chosen(rows, "E", "ridge", mode, "mini") for mode in ("transport", "init")}
