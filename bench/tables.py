@@ -4,6 +4,7 @@ from typing import Any, Callable
 
 from bench.targets import targets
 from rt.formats.files import read_rows
+from rt.runs.summary import group
 
 
 def read(path: str) -> list[dict]:
@@ -105,8 +106,5 @@ def tables(rows: list[dict]) -> str:
                          f"commit {r['commit']}" for r in timed)
     out += [f"{r['impl']}: {number(r.get('tflops', r.get('gbps')))} {'TFLOP/s' if 'tflops' in r else 'GB/s'}"
             for r in rows if r.get("kernel") == "limits"]
-    reasons: dict[tuple[str, str], list[str]] = {}
-    for r in failed:
-        reasons.setdefault((r["impl"], r["failed"]), []).append(f"{kind_of(r)} {line_of(r)}")
-    return "\n".join(out + [f"failed: {lines[0]}{f' and {len(lines) - 1} more' if lines[1:] else ''}, {impl}: {why}"
-                            for (impl, why), lines in reasons.items()])
+    return "\n".join(out + [f"failed: {kind_of(some[0])} {line_of(some[0])}{f' and {len(some) - 1} more' * (len(some) > 1)}, {impl}: {why}"
+                            for (impl, why), some in group(failed, "impl", "failed").items()])
