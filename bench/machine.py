@@ -3,6 +3,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -41,8 +42,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] \
-        if cpuinfo.exists() else []
+    names = re.findall(r"^model name\s*: *(.*\S)", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else []
     return f"CPU, {names[0] if names else 'unknown'}, {len(names)} threads"
 
 
