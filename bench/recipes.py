@@ -23,14 +23,13 @@ import torch
 
 from bench.machine import commit, device_name
 from data.sources import domain_names
-from experiments.common import run_here
+from experiments.common import ROOT, run_here
 from rt.errors import InputError
 from rt.formats.files import read_json
 from rt.limits import PositiveInt
 from rt.runs.config import parse, run
 from rt.runs.log import table
 
-ROOT = Path(__file__).resolve().parents[1]
 SWITCHES = {"plain": "", "schedule infinite": "--schedule infinite", "replay .2": "--replay .2", "align 10": "--align 10",
             "mix": "--stream {both} --mix {shares}", "mix need": "--stream {both} --mix need --mix_every 10",
             "select": "--select {task} --keep .3", "objective rts": "--objective rts", "objective slm": "--objective slm",

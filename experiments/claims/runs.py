@@ -27,6 +27,7 @@ from rt.losses import DistillConfig, Loss, weights_of
 from rt.model import Classifier
 from rt.recycling import Recycling, chain, recycle
 from rt.report import analysis
+from rt.speed.device import precision_name
 from rt.tune import TuneResult, TuneSettings, evaluate, score, tune
 
 ALPHA, BETA, T = 0.7, 1.0, 5.0      # in every arm with a teacher
@@ -123,7 +124,7 @@ def pretrain(study: Study, run: Run, seconds: float | None) -> list[dict]:
     s, corpora = study.scale, study.data / "corpora"
     lineage, independent, failed = study.home / "bases", study.home / "independent", study.home / "bases.failed"
     flags = {"preset": study.preset, "lr": s.lr, "batch_tokens": s.batch_tokens, "seq_len": s.seq_len, "save_every": 500,
-             "cache": study.cache, "device": study.device.type, "precision": "bf16" if study.precision == torch.bfloat16 else "fp32"}
+             "cache": study.cache, "device": study.device.type, "precision": precision_name(study.precision)}
     if run.base == "IND":
         out, steps = independent, s.steps[0] + len(UPGRADES) * s.steps[1]
         flags |= {"stream": corpora, "tokenizer": lineage / "tokenizer.json", "steps": steps, "snapshots": 0, "seed": 1}
