@@ -172,15 +172,17 @@ class First:
         row_class = 4096 if self.cuda else 256
         for row in self.few(configs.TABLE["linear_loss"][self.arch, row_class, 32], (2048, 8, 2), (4096, 8, 4), (2048, 8, 1)):
             for bits in self.few(28, 29, 30):
-                yield f"tile linear_loss chunk 2^{bits}: {row}", partial(self.chunk, bits, (self.arch, row_class, 32), row, kd)
+                yield f"tile linear_loss chunk 2^{bits}: {row}", partial(
+                    self.with_constant, linear_loss, "CHUNK_BYTES", 2**bits, "linear_loss", (self.arch, row_class, 32), row, kd, ("both",))
         logits = cases.kd(4096, 50265) if self.cuda else cases.kd(4, 33)
         for case in (logits, logits | {"C": 50304}) if self.cuda else (logits,):
             for name in ("ours", "eager"):
                 yield f"time {label(case)}: {name}", partial(self.times, case, name)
 
-    def chunk(self, bits: int, key: tuple, row: tuple, case: dict) -> dict:
-        with patch.object(linear_loss, "CHUNK_BYTES", 2**bits):
-            return self.with_row("linear_loss", key, row, case, ("both",))
+    def with_constant(self, module: Any, name: str, value: int, *table_row: Any) -> dict:
+        """`with_row`, also with another value of a constant of the kernel's module."""
+        with patch.object(module, name, value):
+            return self.with_row(*table_row)
 
     def norms(self) -> Units:
         case = cases.norm("add_norm", 16384, 0.1) if self.cuda else cases.norm("add_norm", 8, 0.1, 32)
@@ -190,11 +192,8 @@ class First:
         module = sys.modules["kernels.add_norm"]
         for row in self.few(*dict.fromkeys([configs.TABLE["add_norm_backward"][key], (1, 256, 1), (2, 256, 2), (4, 256, 4), (4, 256, 8)])):
             for programs in self.few(module.PROGRAMS, 66, 264, 396):
-                yield f"tile add_norm_backward programs {programs}: {row}", partial(self.programs, module, programs, key, row, case)
-
-    def programs(self, module: Any, programs: int, key: tuple, row: tuple, case: dict) -> dict:
-        with patch.object(module, "PROGRAMS", programs):
-            return self.with_row("add_norm_backward", key, row, case, ("backward",))
+                yield f"tile add_norm_backward programs {programs}: {row}", partial(
+                    self.with_constant, module, "PROGRAMS", programs, "add_norm_backward", key, row, case, ("backward",))
 
     def step(self, name: str) -> dict:
         """Milliseconds of `masked_lm_step`."""
