@@ -210,7 +210,7 @@ def c4(r: Rows, folder: Path, out: Section) -> None:
         pairs = ", ".join(dict.fromkeys(f"{run['task']}: {run['source']} {run['near']}" for run in runs))
         out.add("\n32 examples a label; init from the old delta of the same task, of a similar or a different one "
                 f"({pairs}):\n\n{table_of_tasks(order)}\n")
-    for a, b in zip(order, list(order)[1:]):
+    for a, b in itertools.pairwise(order):
         out.difference(f"{a} above {b}", order[a], order[b], True)
 
 
