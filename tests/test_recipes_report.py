@@ -1,9 +1,11 @@
 """The report of experiments/recipes: its statistics in closed form, and its output for made-up rows."""
 import json
+import re
+import shutil
 import sys
 
 import pytest
-from conftest import here
+from conftest import ROOT, here
 
 from experiments.common import holm, run_here, sign_flip, steps_to_best
 from experiments.recipes import report
@@ -84,6 +86,25 @@ def test_rows_of_another_device_or_length_are_not_mixed(flags, row, tmp_path):
     assert "must not be mixed; give another --results" in here("-m", "experiments.recipes", "--data", tmp_path / "data", "--base",
                                                               tmp_path / "M0", "--home", tmp_path / "home", "--results", tmp_path, *flags,
                                                               code=2)
+
+
+@pytest.mark.parametrize("place", [".", "h100", "h100-rev", "h100-long", "mini", "mini-rev"])
+def test_a_committed_report_is_what_its_rows_say(place, tmp_path, monkeypatch):
+    folder = ROOT / "results" / "recipes" / place
+    for rows in folder.glob("*.jsonl"):
+        shutil.copy(rows, tmp_path)
+    monkeypatch.setattr(report, "pareto", lambda *_: None)
+    report.write(tmp_path)
+    made, committed = (re.sub(r"\((?:\.\.|/)[^)]*/(\w+\.md)\)", r"(\1)", (at / "README.md").read_text()) for at in (tmp_path, folder))
+    assert made == committed        # but for the places of links
+
+
+def test_the_committed_report_on_transfer_is_what_its_rows_say(tmp_path):
+    for name in ("transfer/rows.jsonl", "recipes/minilm.jsonl"):
+        (tmp_path / name).parent.mkdir()
+        shutil.copy(ROOT / "results" / name, tmp_path / name)
+    here("-m", "experiments.transfer", "--report", "--results", tmp_path / "transfer")
+    assert (tmp_path / "transfer/README.md").read_text() == (ROOT / "results/transfer/README.md").read_text()
 
 
 def test_a_script_runs_here_as_it_would_as_a_command(tmp_path, monkeypatch):
