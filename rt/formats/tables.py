@@ -86,7 +86,8 @@ def _read_lines(path: Path, most: int = LINE_BYTES) -> Iterator[tuple[str, str]]
     except UnicodeDecodeError as error:
         raise InputError(f"{place}: not valid UTF-8 ({error.reason}); convert the file first") from None
     except (OSError, EOFError, MemoryError, lzma.LZMAError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read after line {number} ({error})") from None
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be read" + f" after line {number}" * (number > 0) + f" ({why})") from None
 
 
 def _read_csv(path: Path, format: str) -> Iterator[tuple[str, dict]]:

@@ -96,6 +96,8 @@ def combine(deltas: Sequence[Delta], weights: Sequence[float], how: str, labels:
 
 def carry_texts(path: str | None, task: Task, base: Base, seq_len: int) -> list[list[int]]:
     """The token ids of the first CARRY_TEXTS texts of --carry_text, or else of the task's training texts."""
+    if path and (Path(path).is_dir() or not Path(path).exists()):
+        raise InputError(f"--carry_text {path}: is not a file; give a file of texts (.txt, .jsonl or .parquet)")
     own = (f"{e.text} {e.text_pair or ''}" for e in task.parts["train"])
     if not (texts := [*itertools.islice(read_documents(Path(path)) if path else own, CARRY_TEXTS)]):
         raise InputError(f"--carry_text {path}: holds no text to compare two bases on")
