@@ -153,7 +153,7 @@ def section(folder: Path) -> str:
     r, facts = Rows(rows), {key: ", ".join(sorted({row[key] for row in rows})) for key in ("device", "precision", "commit")}
     text = ["## MiniLM, a base that was really pre-trained",
             "`python -m experiments.claims.minilm --data DIR`; rows in `minilm.jsonl`; [the plan](../../experiments/claims/PLAN.md) was "
-            "committed before them; C1 of lineage 0 was known from an earlier M0 (`minilm-02aece2.jsonl`, in no line here). "
+            "committed before them; C1 of lineage 0 was known from an earlier M0 (`02aece2/minilm.jsonl`, in no line here). "
             f"{facts['device']}; {facts['precision']}; commits {facts['commit']}. Intervals: crossed bootstrap over tasks and lineages "
             "(with one lineage, over tasks alone). p: exact sign-flip over cells; then Holm's over the lines that have rows.",
             markdown(["primary quantity", "mean [95 %]", "cells", "p", "Holm", "here"], verdicts(primary(r)))]
