@@ -50,6 +50,7 @@ def test_primary_quantities_of_made_up_rows(tmp_path):
     (tmp_path / "minilm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = minilm_report.section(tmp_path)
     assert "few of lineage 0 (36)" in text and "few of lineage 2 (40)" in text and "| 1 | M1-t00050 | 0.850 |" in text
+    assert "keeps on M1: 0.750; by task: acl_arc 0.750, agnews 0.750, chemprot 0.750, imdb 0.750, rotten_tomatoes 0.750." in text
     # 5, 10 and 30 points lost after 1, 1 and 4 upgrades; a line through the other lineage errs by 2.5, 2.5 and 0 points
     assert "| number of upgrades | +0.98 [+0.98, +0.98] | 2.04 | 22.59 |" in text and "| distance (L2) |  | 10.80 | 22.59 |" in text
 

@@ -171,8 +171,11 @@ def by_base(r: Rows) -> str:
         lines.append([L, base, *map(shown, scores), *(f"{loss:.3f}" for loss in row["heldout"].values()), f"{row['l2']:.2f}"])
     if not lines:
         return ""
+    share = averaged(kept(r))
     return "`apply` of Delta_0 (test accuracy, mean over tasks), held-out losses and distance from M0:\n\n" + markdown(
-        ["lineage", "base", *KINDS, *(f"loss {domain}" for domain in r.M0[L]["heldout"]), "L2"], lines)
+        ["lineage", "base", *KINDS, *(f"loss {domain}" for domain in r.M0[L]["heldout"]), "L2"], lines) + (
+        f"\n\nShare of Delta_0's gain that `apply` keeps on M1: {shown(share.values())}; by task: "
+        + ", ".join(f"{task} {shown(v for (of, _), v in share.items() if of == task)}" for task in sorted({of for of, _ in share})) + ".")
 
 
 def by_predictor(r: Rows) -> str:
