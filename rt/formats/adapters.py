@@ -123,8 +123,8 @@ def export_peft(folder: Path, base: Base, name: str, delta: Delta, card: str | N
     targets = list(c.target_modules)
     if "output.dense" in targets and "attention.output.dense" not in targets:   # PEFT matches the ends of names: give whole names
         targets = r".*\.layer\.\d+\.(" + "|".join(PATHS[t].replace(".", r"\.") for t in targets) + ")"
-    names = {ours: (theirs,) for theirs, ours in factor_names(config.num_layers, c.target_modules).items()}
-    weights = hf.hf_state(delta.modules | delta.head, config, names | hf.head_names(config, hf.CLASSIFIERS))
+    names = [(ours, (theirs,)) for theirs, ours in factor_names(config.num_layers, c.target_modules).items()]
+    weights = hf.hf_state(delta.modules | delta.head, config, [*names, *hf.head_names(config, hf.CLASSIFIERS)])
     with atomic_folder(folder, WRITTEN) as new:
         hf.write_tensors(new / "adapter_model.safetensors", {f"base_model.model.{k}": v for k, v in weights.items()})
         write_json(new / "adapter_config.json", {

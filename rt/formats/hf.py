@@ -23,7 +23,7 @@ from rt.formats.untrusted import check_label, is_whole
 from rt.kinds import DeltaConfig
 from rt.model import Encoder, EncoderConfig, MLMHead
 
-Names = dict[str, tuple[str, ...]]      # our tensor -> their tensors that it joins
+Names = Iterable[tuple[str, tuple[str, ...]]]       # (our tensor, their tensors that it joins)
 CLASSES = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert", "bert": "Bert"}
 # the settings of a config.json (ours -> theirs), and the defaults of optional ones
 SETTINGS = {"vocab_size": "vocab_size", "hidden_size": "hidden_size", "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
@@ -61,16 +61,21 @@ def family(config: EncoderConfig) -> str:
 
 
 def encoder_names(config: EncoderConfig) -> Names:
-    """The names of an encoder's tensors. Only Hugging Face's encoder has `embeddings.types`."""
-    embeddings = {f"embeddings.{ours}": (f"embeddings.{theirs}",) for ours, theirs in EMBEDDINGS.items()}
-    return embeddings | {f"layers.{i}.{ours}.{kind}": tuple(f"encoder.layer.{i}.{name}.{kind}" for name in theirs)
-                         for i in range(config.num_layers) for ours, theirs in LAYER.items() for kind in ("weight", "bias")}
+    """Yields the names of an encoder's tensors, one by one: of a billion layers, the first that is missing ends the reading. Only Hugging
+    Face's encoder has `embeddings.types`."""
+    for ours, theirs in EMBEDDINGS.items():
+        yield f"embeddings.{ours}", (f"embeddings.{theirs}",)
+    for i in range(config.num_layers):
+        for ours, theirs in LAYER.items():
+            for kind in ("weight", "bias"):
+                yield f"layers.{i}.{ours}.{kind}", tuple(f"encoder.layer.{i}.{name}.{kind}" for name in theirs)
 
 
 def head_names(config: EncoderConfig, modules: dict[str, dict[str, str]]) -> Names:
     """The names of a head's tensors. `modules` is HEADS, CLASSIFIERS or POOLERS, where the entry `bias` is itself a tensor."""
-    return {ours + kind: (theirs + kind,) for ours, theirs in modules[family(config)].items()
-            for kind in (("",) if ours == "bias" else (".weight", ".bias"))}
+    for ours, theirs in modules[family(config)].items():
+        for kind in ("",) if ours == "bias" else (".weight", ".bias"):
+            yield ours + kind, (theirs + kind,)
 
 
 def plain_name(name: str) -> str:
@@ -94,13 +99,13 @@ def plain(weights: dict[str, Tensor], source: Path | str = "the weights") -> dic
 
 def our_state(weights: dict[str, Tensor], names: Names) -> dict[str, Tensor]:
     """Their tensors under our `names`, taken out of `weights`. KeyError if a tensor is missing."""
-    parts = {ours: [weights.pop(name) for name in theirs] for ours, theirs in names.items()}
+    parts = {ours: [weights.pop(name) for name in theirs] for ours, theirs in names}
     return {ours: torch.cat(tensors) if tensors[1:] else tensors[0] for ours, tensors in parts.items()}
 
 
 def hf_state(state: dict[str, Tensor], config: EncoderConfig, names: Names) -> dict[str, Tensor]:
     """The inverse of `our_state`, with the model's name in front."""
-    parts = {name: part for ours, theirs in names.items() for name, part in zip(theirs, state[ours].chunk(len(theirs)))}
+    parts = {name: part for ours, theirs in names for name, part in zip(theirs, state[ours].chunk(len(theirs)))}
     model = f"{family(config)}."
     return {model * name.startswith(("encoder.", "embeddings.", "pooler.")) + name: part for name, part in parts.items()}
 
@@ -159,9 +164,9 @@ def head_state(weights: dict[str, Tensor], config: EncoderConfig, modules: dict[
                needs: Iterable[str] = ()) -> dict[str, Tensor] | None:
     """State dict of our MLMHead (by HEADS), ClassificationHead (by CLASSIFIERS) or pooler (by POOLERS). None if the checkpoint lacks some
     of its tensors, or if `needs` names more that are missing. If it has some of them, a note says what `what` lacks."""
-    weights, names = plain(weights), head_names(config, modules)
-    lost = [*(theirs for (theirs,) in names.values() if theirs not in weights), *needs]
-    if what and lost and any(theirs in weights for (theirs,) in names.values()):
+    weights, names = plain(weights), [*head_names(config, modules)]
+    lost = [*(theirs for _, (theirs,) in names if theirs not in weights), *needs]
+    if what and lost and any(theirs in weights for _, (theirs,) in names):
         note(f"{what} is left out: it lacks {', '.join(lost)}")
     return None if lost else our_state(weights, names) or None
 
@@ -219,8 +224,8 @@ def import_tuned(folder: Path, base: Base, labels: tuple[str, ...], task: str | 
         raise InputError(f"{folder}: is a {other[0]}, no model for sequence classification")
     weights = plain(read_weights(folder), folder)
     encoder = build(Encoder, config, encoder_state(weights, config, folder), folder)
-    names = head_names(config, CLASSIFIERS)
-    if lost := [theirs for (theirs,) in names.values() if theirs not in weights]:
+    names = [*head_names(config, CLASSIFIERS)]
+    if lost := [theirs for _, (theirs,) in names if theirs not in weights]:
         raise InputError(f"{folder}: has no head for sequence classification, or only part of one: it lacks {', '.join(lost)}")
     head = our_state(weights, names)
     check_head(head, config.hidden_size, str(folder))
@@ -292,7 +297,7 @@ def export_hf(folder: Path, base: Base, delta: Delta | None = None, labels: tupl
     types = torch.zeros(2 if config.is_bert else 1, config.hidden_size)
     if config.is_bert:
         types[1] = encoder["embeddings.second_type"]
-    names = encoder_names(config) | (head_names(config, modules) if head else {})
+    names = [*encoder_names(config), *(head_names(config, modules) if head else ())]
     weights = hf_state(encoder | head | {"embeddings.types": types}, config, names)
     with atomic_folder(folder, WRITTEN) as new:
         write_tensors(new / "model.safetensors", weights)
