@@ -147,7 +147,7 @@ WRITES = {"qkv": "qkv", "attention_output": "hidden", "intermediate": "units", "
 def transport(old_base: Base, base: Base, delta: Delta, sequences: list[list[int]]) -> tuple[Delta, dict]:
     """`delta` in the order of `base`'s hidden dimensions, heads and FFN units, and facts for the record. In this order the activations
     of both bases on `sequences` (ids) agree best (Git Re-Basin: Ainsworth et al., 2023). The fact `cosine` is the mean cosine of the
-    matched hidden dimensions: 1 for `old_base` in another order. InputError as in check_fits, find_orders and check_carry."""
+    matched hidden dimensions: 1 for `old_base` in another order. InputError as in check_fits, find_orders and parts_of."""
     check_fits(old_base, delta, stale_ok=False)
     check_fits(base, delta, stale_ok=True)
     orders, cosine = find_orders(old_base.encoder, base.encoder, sequences)
