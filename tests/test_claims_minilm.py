@@ -55,6 +55,21 @@ def test_primary_quantities_of_made_up_rows(tmp_path):
     assert "| number of upgrades | +0.98 [+0.98, +0.98] | 2.04 | 22.59 |" in text and "| distance (L2) |  | 10.80 | 22.59 |" in text
 
 
+def test_what_predicts_the_points_lost_on_other_orders_of_the_domains():
+    """The points lost are twice the rise of the loss on wiki, in every order; heads and distance stay as they are."""
+    rows = made_rows()
+    for first, rises in (("bio", (1.0, 2.0)), ("rev", (3.0, 1.0))):
+        for base, rise in zip(("M0", "M1", "M2"), (0.0, *rises)):
+            rows.append({"cell": {"part": "domains", "first": first}, "base": base, "apply": {"agnews/full": 0.9 - 0.02 * rise},
+                         "heldout": {"wiki": 5.0 + rise}, "l2": 1.0, "heads_kept": 1.0})
+    text = minilm_report.by_first_domain(minilm_report.Rows(rows))
+    assert "loses on 4 bases" in text and "bases of the other orders" in text
+    # bio: 2 and 4 points, rev: 6 and 2. Squared errors of the mean: 4, 0 and 9, 1 by order; bio 4, rev 4 and 16, cs 4 by domain
+    assert "| nothing, their mean |  | 1.87 | 2.65 |  |" in text
+    assert "| rise of the loss on wiki | +1.00 [+1.00, +1.00] | 0.00 | 2.24 | [+1.41, +2.24] |" in text     # all rises but rev's are 1
+    assert "| heads that no longer match themselves |  |" in text
+
+
 def test_what_lies_in_one_task_alone_is_not_shown():
     cells = {(task, L): value for task, value in (("x", 1.0), ("y", 0.1), ("z", -0.1)) for L in range(4)}
     (_, _, _, p, _, word), = minilm_report.verdicts({"line": (cells, 0)})
@@ -126,7 +141,7 @@ def test_every_part_runs_and_is_not_run_again(data, graphs, tokenizer, tmp_path,
 
     counts = [main("lineage"), main("parts", "base=M1"), main("pilot"), main("few", "task=imdb", "kind=adapter", "mode=distill"),
               main("order", "task=imdb", "kind=adapter"), main("project", "task=imdb"), main("paths", "task=agnews"),
-              main("full", "task=chemprot", "kind=full")]
+              main("domains", "first=rev"), main("full", "task=chemprot", "kind=full")]
     assert counts == sorted(set(counts)) and main("lineage") == counts[-1]
     assert not any("test" in row for row in read_rows(rows) if row["cell"]["part"] == "pilot")
     assert "C7: project above the source's own delta" in minilm_report.section(rows.parent)

@@ -30,6 +30,7 @@ from rt.formats.hub import open_base
 from rt.formats.tasks import load_task
 from rt.limits import Positive, Seeds
 from rt.losses import DistillConfig
+from rt.model import MaskedLM
 from rt.recycling import Recycling, recycle
 from rt.report import analysis
 from rt.runs.config import parse, run
@@ -46,7 +47,8 @@ ALL = "--shots none --eval_every 25 --device cpu --no_save_deltas".split()
 PILOT_TASK, FULL_TASKS, TASKS_OF_PATHS = "rotten_tomatoes", ("chemprot", "rotten_tomatoes"), ("rotten_tomatoes", "agnews", "chemprot")
 SENTIMENT, OTHER = {"imdb": "rotten_tomatoes", "rotten_tomatoes": "imdb"}, "agnews"     # the similar task of each; the different one
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.25, 1.5)
-PARTS = ("lineage", "parts", "pilot", "few", "order", "project", "paths", "full")
+HEAD_TEXTS = 50     # texts on which bare bases' attention heads are compared
+PARTS = ("lineage", "parts", "pilot", "few", "order", "project", "paths", "full", "domains")
 
 
 @dataclass
@@ -54,7 +56,7 @@ class Config:
     """python -m experiments.claims.minilm --data DIR [--flag value ...]"""
     data: str | None = None  # folder with corpora/ and tasks/
     base: str = "runs/minilm/pretrained/M0"  # M0
-    only: tuple[Literal[PARTS], ...] = ()  # parts: lineage, parts, pilot, few, order, project, paths, full; default: all
+    only: tuple[Literal[PARTS], ...] = ()  # parts: lineage, parts, pilot, few, order, project, paths, full, domains; default: all
     lineages: Seeds = LINEAGES  # those to do
     where: tuple[str, ...] = ()  # facts of the cells to do, such as task=agnews,kind=full; default: all
     budget: Positive | None = None  # seconds; nothing new begins after them
@@ -79,6 +81,7 @@ def main() -> None:
 def cells() -> Iterator[dict]:
     """The facts of every cell of the plan, in its order."""
     yield {"part": "pilot"}
+    yield from ({"part": "domains", "first": first} for first in DOMAINS)
     for lineage in LINEAGES:
         def each(part: str, **choices) -> Iterator[dict]:
             yield from ({"part": part, "lineage": lineage} | dict(zip(choices, values)) for values in product(*choices.values()))
@@ -111,18 +114,23 @@ def delta_0(c: Config, task: str, kind: str, lineage: int) -> Path:
     return folder.absolute()
 
 
-def base_folder(c: Config, name: str, lineage: int) -> Path:
-    """M0, TWIN, or a base of a lineage; made if it is missing."""
+def order_from(first: str) -> tuple[str, ...]:
+    """The domains in cyclic order, from `first` on."""
+    return DOMAINS[(i := DOMAINS.index(first)):] + DOMAINS[:i]
+
+
+def base_folder(c: Config, name: str, lineage: int, first: str = DOMAINS[0]) -> Path:
+    """M0, TWIN, or a base of a lineage that begins with the domain `first`; made if it is missing."""
     if name == "M0":
         return Path(c.base).absolute()
-    out = Path(c.home, "TWIN" if name == "TWIN" else f"lineage{lineage}").absolute()
+    out = Path(c.home, "TWIN" if name == "TWIN" else f"lineage{lineage}" + f"-{first}" * (first != DOMAINS[0])).absolute()
     if name == "TWIN":
         if not out.exists():
             save_twin(c.base, out)
         return out
     if not (out / "summary.json").exists():
         script(c, "train.py", "--init", Path(c.base), "--stream", ",".join(str(Path(c.data, "corpora", f"{d}.txt.xz").absolute())
-                                                                        for d in DOMAINS),
+                                                                        for d in order_from(first)),
                "--seed", lineage, *UPGRADE, "--cache", Path(c.cache), "--out", out, *(["--resume"] if out.exists() else []))
     return out / name
 
@@ -159,6 +167,23 @@ def lineage(c: Config, cell: dict) -> list[dict]:
         rows.append({"base": folder.name, **recipes.scores(shared(c), folder, L, ("wiki", *DOMAINS)),
                      "l2": analysis.distances(old, dict(open_base(str(folder)).encoder.named_parameters()))[-1]["l2"]})
     return [{"base": "M0", "l2": 0.0, **recipes.score_base(shared(c), L)[0]}, *rows]
+
+
+def domains(c: Config, cell: dict) -> list[dict]:
+    """Every base of a lineage with seed 0 that passes the domains from `first` on: held-out losses, `apply` of the full Delta_0, distance
+    from M0, and the share of heads that match M0's same head best. Bases are compared without a delta."""
+    for task in TASKS:
+        delta_0(c, task, "full", 0)
+    M0, home = open_base(c.base), base_folder(c, "M1", 0, cell["first"]).parent
+    texts = recipes.data_of(task_folder(c, PILOT_TASK), c.base, TASKS[PILOT_TASK]).test.sequences[:HEAD_TEXTS]
+    rows = []
+    for folder in (Path(c.base), *sorted(meta.parent for meta in home.glob("M*/meta.json"))):
+        base = open_base(str(folder))
+        heads = analysis.head_divergence(*(MaskedLM(one.encoder, one.head) for one in (M0, base)), texts, CPU)
+        rows.append({"base": folder.name, **recipes.scores(shared(c), folder, 0, ("wiki", *DOMAINS), ("full",)),
+                     "heads_kept": analysis.match_summary(heads)["share_own_best"],
+                     "l2": analysis.distances(*(dict(one.encoder.named_parameters()) for one in (M0, base)))[-1]["l2"]})
+    return rows
 
 
 def parts(c: Config, cell: dict) -> list[dict]:
@@ -264,7 +289,7 @@ def full(c: Config, cell: dict) -> list[dict]:
     return recycled(c, cell, "--mode", "scratch,init", "--steps", 300, *flags) + [row | {"mode": "scratch, 600 steps"} for row in longer]
 
 
-DO = {part.__name__: part for part in (lineage, parts, pilot, few, order, project, paths, full)}
+DO = {part.__name__: part for part in (lineage, parts, pilot, few, order, project, paths, full, domains)}
 
 if __name__ == "__main__":
     run(main)

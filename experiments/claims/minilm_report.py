@@ -6,7 +6,7 @@ from typing import Callable, Iterable
 
 import numpy as np
 
-from experiments.claims.minilm import SENTIMENT, cells
+from experiments.claims.minilm import SENTIMENT, cells, order_from
 from experiments.common import LEARNED, holm, markdown, sign_flip, steps_to_best
 from experiments.recipes.plan import KINDS
 from rt.formats.files import read_rows
@@ -159,7 +159,7 @@ def section(folder: Path) -> str:
             f"{facts['device']}; {facts['precision']}; commits {facts['commit']}. Intervals: crossed bootstrap over tasks and lineages "
             "(with one lineage, over tasks alone). p: exact sign-flip over cells; then Holm's over the lines that have rows.",
             markdown(["primary quantity", "mean [95 %]", "cells", "p", "Holm", "here"], verdicts(primary(r)))]
-    text += [table for table in (by_base(r), by_predictor(r), by_mode(r), by_part(r), by_pair(r)) if table]
+    text += [table for table in (by_base(r), by_predictor(r), by_first_domain(r), by_mode(r), by_part(r), by_pair(r)) if table]
     text += ["Planned and not run (number of cells): " + (missing(rows) or "nothing") + "."]
     return "\n\n".join(text) + "\n"
 
@@ -187,19 +187,43 @@ def by_predictor(r: Rows) -> str:
         base, L = row["base"], row["cell"]["lineage"]
         lost = [r.applied("M0")[key] - value for key, value in r.applied(base).items() if key[-1] == L]
         if base != "M0":
-            bases.append({"lineage": L, "domain": base[:2], "lost": 100 * mean(lost), "nothing, their mean": 0.0,
-                          "rise of the loss on wiki": row["heldout"]["wiki"] - r.M0[L]["heldout"]["wiki"], "distance (L2)": row["l2"],
-                          "number of upgrades": float(base[1])})
-    if min(len({row[key] for row in bases}) for key in ("lineage", "domain")) < 2:
+            bases.append({"lineage": L, "domain": base[:2], "lost": 100 * mean(lost), **predictors(row, r.M0[L])})
+    return predicted("lineage", bases)
+
+
+def by_first_domain(r: Rows) -> str:
+    """Question (b) on lineages of seed 0 that pass the domains in four orders; full deltas."""
+    bases = []
+    for row in r.part("domains"):
+        first, (M0,) = row["cell"]["first"], r.part("domains", base="M0", first=row["cell"]["first"])
+        lost = [M0["apply"][name] - value for name, value in row["apply"].items() if r.learned(name, 0)]
+        if row["base"] != "M0":
+            bases.append({"order": first, "domain": order_from(first)[int(row["base"][1]) - 1], "lost": 100 * mean(lost),
+                          **predictors(row, M0), "heads that no longer match themselves": 1 - row["heads_kept"]})
+    return predicted("order", bases)
+
+
+def predictors(row: dict, M0: dict) -> dict[str, float]:
+    return {"nothing, their mean": 0.0, "rise of the loss on wiki": row["heldout"]["wiki"] - M0["heldout"]["wiki"],
+            "distance (L2)": row["l2"], "number of upgrades": float(row["base"][1])}
+
+
+def predicted(by: str, bases: list[dict]) -> str:
+    """The table of question (b): the points lost on `bases`, predicted with one lineage, order or domain left out."""
+    if min(len({row[key] for row in bases}) for key in (by, "domain")) < 2:
         return ""
-    lines = []
-    for name in [*bases[0]][3:]:
-        found = [correlation(name, some) for some in group(bases, "lineage").values()]
+    (nothing, *names), lines = [*bases[0]][3:], []
+    for name in (nothing, *names):
+        found = [correlation(name, some) for some in group(bases, by).values()]
+        errors = {key: squared_errors(name, bases, key) for key in (by, "domain")}
+        low, high = gain(squared_errors(nothing, bases, by), errors[by])
         lines.append([name, f"{mean(found):+.2f} [{min(found):+.2f}, {max(found):+.2f}]" if any(found) else "",
-                      *(f"{error_left_out(name, bases, key):.2f}" for key in ("lineage", "domain"))])
-    return (f"Points of accuracy that `apply` loses on {len(bases)} bases. A line through the bases of the other lineages, or of the other "
+                      *(f"{mean(sum(some.values(), [])) ** 0.5:.2f}" for some in errors.values()),
+                      f"[{low:+.2f}, {high:+.2f}]" if name != nothing else ""])
+    return (f"Points of accuracy that `apply` loses on {len(bases)} bases. A line through the bases of the other {by}s, or of the other "
             "domains, predicts those that were left out (root mean squared error in points; no test):\n\n" + markdown(
-                ["from", "correlation, mean [lowest, highest] over lineages", "lineage left out", "domain left out"], lines))
+                ["from", f"correlation, mean [lowest, highest] over {by}s", f"{by} left out", "domain left out",
+                 f"error below the mean's, {by} left out, 95 % over {by}s"], lines))
 
 
 def correlation(name: str, bases: list[dict]) -> float:
@@ -208,15 +232,22 @@ def correlation(name: str, bases: list[dict]) -> float:
     return float(x @ y / (x @ x * (y @ y)) ** 0.5) if x @ x and y @ y else 0.0
 
 
-def error_left_out(name: str, bases: list[dict], key: str) -> float:
-    """Root mean squared error of the points lost, predicted from `name` by a least-squares line through the bases of other `key`."""
-    squares = []
-    for some in group(bases, key).values():
+def squared_errors(name: str, bases: list[dict], key: str) -> dict[tuple, list[float]]:
+    """By `key`, the squared errors of the points lost, predicted from `name` by a least-squares line through the bases of other `key`."""
+    squares = {}
+    for at, some in group(bases, key).items():
         x, y = np.array([(row[name], row["lost"]) for row in bases if row not in some]).T
         spread = ((x - x.mean()) ** 2).sum()
         slope = ((x - x.mean()) * (y - y.mean())).sum() / spread if spread else 0.0
-        squares += [(y.mean() + slope * (row[name] - x.mean()) - row["lost"]) ** 2 for row in some]
-    return float(mean(squares) ** 0.5)
+        squares[at] = [float((y.mean() + slope * (row[name] - x.mean()) - row["lost"]) ** 2) for row in some]
+    return squares
+
+
+def gain(of_mean: dict[tuple, list[float]], errors: dict[tuple, list[float]]) -> tuple[float, float]:
+    """The 95 % interval of the mean's error minus the line's, by a bootstrap that draws whole lineages or orders (clusters)."""
+    drawn = np.random.Generator(np.random.PCG64(0)).integers(len(errors), size=(DRAWS, len(errors)))
+    rms = [np.array([mean(some) for some in squares.values()])[drawn].mean(1) ** 0.5 for squares in (of_mean, errors)]
+    return tuple(np.percentile(rms[0] - rms[1], (2.5, 97.5)).round(9))
 
 
 def by_mode(r: Rows) -> str:

@@ -128,7 +128,7 @@ def data_of(folder: Path, base: str, seq_len: int) -> TaskData:
     return encode_task(load_task(folder), open_base(base).tokenizer, seq_len)
 
 
-def scores(c: Config, folder: Path, delta_seed: int, domains: tuple[str, ...]) -> dict:
+def scores(c: Config, folder: Path, delta_seed: int, domains: tuple[str, ...], kinds: tuple[str, ...] = plan.KINDS) -> dict:
     """Held-out losses by domain, and the accuracy of every old delta, applied unchanged."""
     device = torch.device(c.device)
     base, where = open_base(str(folder)).to(device), {"device": device, "precision": pick_precision("auto", device)}
@@ -137,7 +137,7 @@ def scores(c: Config, folder: Path, delta_seed: int, domains: tuple[str, ...]) -
         corpus = build_corpus(domain, Path(c.data, "corpora", f"{domain}.txt.xz"), base.tokenizer, Path(c.cache))["heldout"]
         rows = scored_rows(corpus, base.tokenizer, 128)
         heldout[domain] = evaluate_mlm(MaskedLM(base.encoder, base.head).to(device), rows, tokens=plan.HELDOUT_TOKENS, **where)["loss"]
-    for task, kind in ((task, kind) for task in plan.TASKS for kind in plan.KINDS):
+    for task, kind in ((task, kind) for task in plan.TASKS for kind in kinds):
         data = data_of(task_folder(c, task), c.base, plan.TASKS[task])
         delta = load_delta(delta_folder(c, task, kind, delta_seed)).ordered(data.labels)
         accuracy[f"{task}/{kind}"] = evaluate(apply(base, delta, stale_ok=True), data.test, **where)["accuracy"]
