@@ -36,7 +36,7 @@ from rt.runs import starts, teaching
 from rt.runs.build import build_missing
 from rt.runs.config import changed, parse, record, run
 from rt.runs.log import StepBar, load_tensorboard, note_changed_task, note_truncated, progress, score_text
-from rt.runs.results import Run, begin, open_old, origin_of, save_run, unread, write_summary
+from rt.runs.results import Run, base_origins, begin, open_old, origin_of, save_run, unread, write_summary
 from rt.runs.signals import interruptible
 from rt.runs.starts import CarryConfig, ProjectConfig, Projects, carry_texts, combine, learn_map, merge_on_dev
 from rt.runs.summary import by_settings, chosen, report, report_chain, report_sweep
@@ -206,12 +206,12 @@ def settings_of(one: Run) -> dict:
 def do_runs(c: Config, r: Recycling, plan: list[Run], sources: Sources, out: Path, ranks: Ranks) -> None:
     """Do every run that is not finished yet, then print the table. In a --sweep, the ranks share the runs of a group, and rank 0 scores the
     best run of each mode on test."""
-    rows, content = [row for one in plan for row in one.rows()], sources.samples.content
-    others, carried = [(delta, None) for delta in sources.olds if delta is not r.old_delta], carried_modes(c.carry.carry)
-    origins = {name: origin_of(replace(r, base=base), others, (), content) for name, base in sources.bases.items()}
+    rows, carried = [row for one in plan for row in one.rows()], carried_modes(c.carry.carry)
+    others, content = [(delta, None) for delta in sources.olds if delta is not r.old_delta], sources.samples.content
+    origins = base_origins(rows, r, sources.bases, others, content)
     special = {"project": origin_of(r, [*others, *sources.projects]),
                **dict.fromkeys(carried, origin_of(r, others, sources.texts, content))}
-    origin = {row.name: special.get(row.mode, origins[row.c.base]) for row in rows}
+    origin = {row.name: special.get(row.mode, origins[row.name]) for row in rows}
     precision = precision_name(r.precision)     # what auto is here
     finished = ranks.from_main(lambda: begin(c, out, rows, origin, r.data.test is not None, precision))
     todo = [one for one in plan if not finished.issuperset(row.name for row in one.rows())]

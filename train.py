@@ -185,7 +185,7 @@ def train_stages(c: Config, this_run: PretrainRun, ranks: Ranks) -> Interrupted 
     this_run.begin(content, tokenizer)
     for i, (domain, rows) in enumerate(training.items()):
         name, number, domains = f"M{number + 1}", number + 1, domains | {d: places[d] for d in groups[i]}
-        if base := this_run.finished(name):     # finished before an interruption
+        if base := this_run.finished(name, parent):      # finished before an interruption
             model, parent, moments = go_on_from(c, this_run.out / name, base)
             continue
         steps = c.steps[min(i, len(c.steps) - 1)]

@@ -26,7 +26,7 @@ from rt.kinds import DeltaConfig
 from rt.model import MaskedLM
 from rt.optim import adamw
 from rt.runs.log import Log
-from rt.runs.resume import has_work, newest_checkpoint
+from rt.runs.resume import has_work, newest_checkpoints
 
 
 class Killed(BaseException):
@@ -171,7 +171,7 @@ def run(tmp_path, base):
 
 
 def resumed(run) -> str | None:
-    path = newest_checkpoint(run)
+    path = newest_checkpoints(run).get("M0")
     return path and path.name
 
 
@@ -204,6 +204,16 @@ def test_a_damaged_one_is_named_and_kept_and_the_one_before_is_used(run, capsys,
     with pytest.raises(InputError, match="; there is none before it to resume from"):
         resumed(run)
     assert (before / "model.safetensors").exists() and (last / "model.safetensors").exists()
+
+
+def test_each_unfinished_stage_has_its_own_checkpoint(run):
+    """M0 was moved away after M1 began, and is trained again: it resumes from its own checkpoint, though M1's are later."""
+    shutil.copytree(run / "resume" / "M0-t00010", run / "resume" / "M1-t00004")
+    shutil.copytree(run / "resume" / "M0-t00010", run / "resume" / "M1-t00006")
+    assert {name: path.name for name, path in newest_checkpoints(run).items()} == {"M0": "M0-t00020", "M1": "M1-t00006"}
+    shutil.copytree(run / "resume" / "M0-t00020", run / "M0")       # finished
+    (run / "resume" / "M0-t00020" / "optim.pt").unlink()
+    assert [*newest_checkpoints(run)] == ["M1"]
 
 
 # --- a full disk ------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from rt.kinds import DeltaConfig
 from rt.losses import DistillConfig
 from rt.recycling import Recycling
 from rt.runs.config import parse
-from rt.runs.results import Run, begin, best_delta, comparable, finished_row, open_best, origin_of, summary_rows, unread
+from rt.runs.results import Run, base_origins, begin, best_delta, comparable, finished_row, open_best, origin_of, summary_rows, unread
 from rt.runs.summary import add_steps_to_scratch, report, report_sweep
 from rt.tune import TuneSettings
 
@@ -61,6 +61,16 @@ def test_equal_runs_have_equal_names_whatever_the_call_is():
     assert run("project", "--rank", 4).name != run("project").name and run("distill", "--rank", 4).name == run("distill").name
     chain = run("init", "--chain", "a,b")
     assert chain.at("b", "direct").name == run("init", "--base", "b").name != chain.at("b", "chain").name
+
+
+def test_a_row_of_a_chain_depends_on_every_base_before_it(recycling):
+    """A retrained M1 changes what the chain makes of M2, not what is recycled to M2 directly."""
+    M1, M2, c = recycling.old_base, recycling.base, run("init", "--chain", "M1,M2")
+    rows = {(base, route): c.at(base, route) for base in ("M1", "M2") for route in ("chain", "direct")}
+    before, after = (base_origins([*rows.values()], recycling, {"M1": first, "M2": M2}, (), "") for first in (M1, M2))
+    changed = {key for key, row in rows.items() if before[row.name] != after[row.name]}
+    assert changed == {("M1", "chain"), ("M1", "direct"), ("M2", "chain")}
+    assert before[rows["M2", "direct"].name] == origin_of(replace(recycling, base=M2))
 
 
 def test_a_row_is_taken_for_that_of_a_run_if_all_of_it_is_there(recycling, tmp_path):

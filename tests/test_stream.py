@@ -1,11 +1,16 @@
 """The folder of a stream: when a run may start or continue there, which rows it redoes, and its table."""
+import json
 import signal
 
 import pytest
 import torch
 
 from rt.errors import InputError
+from rt.formats.checkpoint import save_base
 from rt.formats.files import write_json
+from rt.model import MaskedLM
+from rt.optim import adamw
+from rt.pretrain import PretrainSettings
 from rt.runs.resume import PretrainRun, has_work, is_done_again, stage_of, table_of
 from rt.runs.summary import forgetting_table
 from rt.speed.dist import Ranks
@@ -33,12 +38,58 @@ def test_a_run_begins_goes_on_or_is_complete_and_overwrites_nothing(tmp_path):
 
 def test_a_signal_is_remembered_only_once_a_loop_asks_for_it(tmp_path, tokenizer):
     before = signal.getsignal(signal.SIGTERM)
-    with PretrainRun(tmp_path / "run", Ranks(torch.device("cpu")), {}, resume=False, snapshots=0, save_every=1, log_every=1,
-                     stop_after=None) as run:
+    with pretrain_run(tmp_path / "run") as run:
         assert signal.getsignal(signal.SIGTERM) is before       # while corpora are tokenized, a signal ends the process at once
         run.begin({}, tokenizer)
         assert signal.getsignal(signal.SIGTERM) == run.on_signal
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def pretrain_run(out, resume=False) -> PretrainRun:
+    return PretrainRun(out, Ranks(torch.device("cpu")), {}, resume=resume, snapshots=0, save_every=1, log_every=1, stop_after=None)
+
+
+def test_a_refused_run_leaves_no_lock(tmp_path):
+    """With torchrun nothing unwinds after the error: a job on another node would take the lock's text for that of a run."""
+    write_json(tmp_path / "run" / "config.json", {})
+    refused = pretrain_run(tmp_path / "run")        # a name, so that it is not collected, which would free the lock
+    with pytest.raises(InputError, match="unfinished run"):
+        refused.__enter__()
+    assert not (tmp_path / "run.lock").exists()
+
+
+def test_a_stage_does_not_go_on_from_another_base(tmp_path, base, tokenizer):
+    """M0 was trained again and is another one: neither M1 nor its checkpoint belongs to it."""
+    model, out = MaskedLM(base.encoder, base.head), tmp_path / "run"
+    optimizer = adamw(model.parameters(), 1e-3, 0.0)
+    for p in model.parameters():
+        p.grad = p.detach() * 0.0
+    optimizer.step()
+    optimizer.zero_grad()
+    meta = {"name": "M1", "number": 1, "domain": "b", "parent": "old", "step": 2}
+    save_base(out / "resume" / "M1-t00002", model, tokenizer, meta, optimizer)
+    write_json(out / "config.json", {})
+    with pretrain_run(out, resume=True) as run:
+        run.begin({}, tokenizer)
+        with pytest.raises(InputError, match=r"resume was trained from another base than the present one: move it away to redo the stage"):
+            run.start_stage(meta | {"parent": "new"}, PretrainSettings(4, 64, 1e-3, 1, 0), None, model, optimizer, torch.float32)
+        assert run.start_stage(meta, PretrainSettings(4, 64, 1e-3, 1, 0), None, model, optimizer, torch.float32) == 2
+        save_base(out / "M1", model, tokenizer, meta | {"stage": {"heldout": {}}})
+        with pytest.raises(InputError, match="M1 was trained from another base"):
+            run.finished("M1", "new")
+        assert run.finished("M1", "old").meta["step"] == 2
+
+
+def test_rows_that_are_lost_are_counted(tmp_path, base, tokenizer, capsys):
+    model, out = MaskedLM(base.encoder, base.head), tmp_path / "run"
+    save_base(out / "resume" / "M0-t00003", model, tokenizer, {"name": "M0", "step": 3}, adamw(model.parameters(), 1e-3, 0.0))
+    write_json(out / "config.json", {})
+    for rows, lost in (([1, 2, 3], None), ([3], 2), ([], 3)):
+        (out / "metrics.jsonl").write_text("".join(json.dumps({"stage": "M0", "step": step}) + "\n" for step in rows))
+        with pretrain_run(out, resume=True) as run:
+            run.begin({}, tokenizer)
+        said = capsys.readouterr().err
+        assert f"lacks {lost} rows of M0" in said if lost else not said
 
 
 def test_what_a_complete_run_does_not_hold_is_said(tmp_path):
@@ -60,7 +111,7 @@ def test_rows_past_the_resumable_checkpoint_are_done_again(tmp_path):
     assert all(is_done_again(row, tmp_path, {}) for row in rows)
     (tmp_path / "M0").mkdir()
     (tmp_path / "M0" / "meta.json").touch()
-    newest = {"name": "M1", "step": 4}
+    newest = {"M1": 4}
     assert [is_done_again(row, tmp_path, newest) for row in rows] == [False, False, False, True, True]
     for stage in ("../x", "M" * 5000, "M0/../..", "", None, "M-1"):
         with pytest.raises(InputError, match="a row that belongs to no step of a stage"):

@@ -96,6 +96,14 @@ def origin_of(r: Recycling, sources: Iterable[tuple[Delta, TaskData | None]] = (
     return [r.old_base.fingerprint if r.old_base else "", r.base.fingerprint, digest.hexdigest()[:16], r.data.hash]
 
 
+def base_origins(rows: list[Run], r: Recycling, bases: dict[str, Base], sources: Iterable[tuple[Delta, None]], content: str) -> dict:
+    """{name of a row: its `origin_of`}. In a chain recycled from base to base, the bases before the row's own count as well."""
+    places = {row.name: (row.c.base, row.c.chain[:-1] if row.route == "chain" else ()) for row in rows}
+    found = {(base, before): origin_of(replace(r, base=bases[base]), sources, (), content + "".join(bases[b].fingerprint for b in before))
+             for base, before in {*places.values()}}
+    return {name: found[place] for name, place in places.items()}
+
+
 # --- a run -------------------------------------------------------------------------------------------------------------
 
 def save_run(out: Path, run: Run, task: Task, result: TuneResult, delta: Delta, curve: list[dict], origin: list[str], more: dict) -> None:

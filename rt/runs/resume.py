@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 import time
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -80,24 +81,28 @@ def checkpoints(out: Path) -> list[Path]:
     return [path for match, path in sorted(found, key=lambda pair: tuple(map(int, pair[0].groups())), reverse=True)]
 
 
-def newest_checkpoint(out: Path) -> Path | None:
-    """The newest intact resumable checkpoint. A newer one that is damaged is named on stderr. InputError if all are damaged."""
-    damaged: list[InputError] = []
+def newest_checkpoints(out: Path) -> dict[str, Path]:
+    """The newest intact resumable checkpoint of each unfinished stage, by the stage's name. A newer one that is damaged is named on stderr.
+    InputError if all of a stage are damaged."""
+    found, damaged = {}, {}
     for path in checkpoints(out):
+        name = path.name.split("-t")[0]
+        if name in found or (out / name / "meta.json").exists():
+            continue
         try:
             facts = read_json(path / "meta.json")
             check_seal(path, "meta.json", facts)
             if not (isinstance(facts.get("name"), str) and is_whole(facts.get("step"), 1) and {*RESUMABLE} <= {*facts.get("sha256", ())}):
                 raise InputError(f"{path / 'meta.json'} is damaged: it does not hold name, step and hashes of a resumable checkpoint")
         except InputError as error:
-            damaged.append(error)
+            damaged.setdefault(name, error)
         else:
-            if damaged:
-                print(f"{damaged[0]}; the checkpoint before it, {path}, is used", file=sys.stderr)
-            return path
-    if damaged:
-        raise InputError(f"{damaged[0]}; there is none before it to resume from: remove {out / 'resume'} to begin its stage again")
-    return None
+            found[name] = path
+            if name in damaged:
+                print(f"{damaged[name]}; the checkpoint before it, {path}, is used", file=sys.stderr)
+    for name in damaged.keys() - found.keys():
+        raise InputError(f"{damaged[name]}; there is none before it to resume from: remove {out / 'resume'} to begin its stage again")
+    return found
 
 
 def where_to_begin_again(out: Path) -> str:
@@ -109,14 +114,20 @@ def where_to_begin_again(out: Path) -> str:
     return f"{newest} is of step {int(step)} of {name}; --init {newest} with another --out begins there"
 
 
-def is_done_again(row: dict, out: Path, newest: dict) -> bool:
-    """Whether a row of metrics.jsonl comes after the checkpoint that training resumes from (`newest`: its name and step)."""
+def is_done_again(row: dict, out: Path, newest: dict[str, int]) -> bool:
+    """Whether a row of metrics.jsonl comes after the checkpoint that its stage resumes from (`newest`: their steps, by stage)."""
     stage, step = row.get("stage"), row.get("step")
     if not isinstance(stage, str) or not re.fullmatch(r"M[0-9]{1,9}", stage) or not is_number(step):
         raise InputError(f"{out / 'metrics.jsonl'}: has a row that belongs to no step of a stage: {str(row)[:80]}")
     if (out / stage / "meta.json").exists():
         return False
-    return stage != newest.get("name") or not is_number(newest.get("step")) or step > newest["step"] or "heldout" in row
+    return step > newest.get(stage, 0) or "heldout" in row
+
+
+def check_parent(base: Base, folder: Path, parent: str) -> None:
+    """InputError if the base or checkpoint was not trained from the base with fingerprint `parent`."""
+    if base.meta.get("parent", parent) != parent:
+        raise InputError(f"{folder} was trained from another base than the present one: move it away to redo the stage")
 
 
 def stage_of(meta: dict, folder: Path) -> dict:
@@ -143,12 +154,14 @@ class PretrainRun:
         self.snapshots, self.save_every, self.log_every, self.tensorboard = snapshots, save_every, log_every, tensorboard
         self.allowance = stop_after or sys.maxsize      # how many more steps to take
         self.stages: list[dict] = []
-        self.signal, self.stack = 0, ExitStack()
+        self.signal = 0
 
     def __enter__(self) -> "PretrainRun":
-        self.stack.enter_context(locked(self.out, self.ranks.from_main))
-        self.has_work = self.ranks.from_main(lambda: has_work(self.out, self.settings, self.resume, self.defaults))
-        self.checkpoint = self.ranks.from_main(lambda: newest_checkpoint(self.out) if self.has_work and self.resume else None)
+        with ExitStack() as stack:      # an error in here frees the lock
+            stack.enter_context(locked(self.out, self.ranks.from_main))
+            self.has_work = self.ranks.from_main(lambda: has_work(self.out, self.settings, self.resume, self.defaults))
+            self.newest = self.ranks.from_main(lambda: newest_checkpoints(self.out) if self.has_work and self.resume else {})
+            self.stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -163,21 +176,31 @@ class PretrainRun:
     def begin(self, content: dict, tokenizer: Tokenizer) -> None:
         """Compare the content with that of an interrupted run, record settings and content, and open the log."""
         self.ranks.from_main(lambda: check_content(self.out, content))
-        self.tokenizer, self.newest = tokenizer, read_json(self.checkpoint / "meta.json") if self.checkpoint else {}
+        self.tokenizer, steps = tokenizer, {name: int(path.name.split("-t")[1]) for name, path in self.newest.items()}
         if self.ranks.is_main:
             if self.resume and not (self.out / "config.json").exists():
                 note(f"--resume: {self.out} holds no run yet; one begins there")
             write_json(self.out / "config.json", self.settings | {"content": content})
             tokenizer.save(self.out)
-        self.log = Log(self.out, keep=lambda row: self.resume and not is_done_again(row, self.out, self.newest), writes=self.ranks.is_main,
-                       tensorboard=self.tensorboard)
+        kept = Counter()
+
+        def keep(row: dict) -> bool:
+            stays = self.resume and not is_done_again(row, self.out, steps)
+            kept.update([row["stage"]] * stays)
+            return stays
+
+        self.log = Log(self.out, keep=keep, writes=self.ranks.is_main, tensorboard=self.tensorboard)
+        for name, step in steps.items() if self.ranks.is_main else ():
+            if kept[name] < step:
+                note(f"{self.log.path}: lacks {step - kept[name]} rows of {name} from before {self.newest[name]}; they are lost")
         self.stack.enter_context(handled(self.on_signal))       # not before: until here no loop asks for the signal
 
-    def finished(self, name: str) -> Base | None:
-        """The base of a stage that an interrupted run finished, or None."""
+    def finished(self, name: str, parent: str) -> Base | None:
+        """The base of a stage that an interrupted run finished, or None. InputError if `parent` is not what it was trained from."""
         if not (self.out / name / "meta.json").exists():
             return None
         base = load_base(self.out / name)
+        check_parent(base, self.out / name, parent)
         self.stages.append(stage_of(base.meta, self.out / name))
         return base
 
@@ -190,10 +213,11 @@ class PretrainRun:
         self.waiting: list[tuple[int, float, Tensor]] = []      # steps with loss and norm still on the device
         self.first = self.step = self.skipped = self.in_a_row = 0
         self.started = time.perf_counter()
-        if self.newest.get("name") == about["name"]:
-            base = load_base(self.checkpoint)
+        if folder := self.newest.get(about["name"]):
+            base = load_base(folder)
+            check_parent(base, folder.parent, about["parent"])
             model.load_state_dict(MaskedLM(base.encoder, base.head).state_dict())
-            load_state(optimizer, state := read_torch(self.checkpoint / "optim.pt"))
+            load_state(optimizer, state := read_torch(folder / "optim.pt"))
             recipe.load_state(state.get("recipe", {}))
             self.first = self.step = base.meta["step"]
             self.skipped = base.meta.get("skipped", 0)
@@ -247,13 +271,15 @@ class PretrainRun:
         self.waiting.clear()
 
     def save(self, folder: Path, optimizer: torch.optim.Optimizer | None = None, **more: Any) -> str | None:
-        """Rank 0 writes the model, with `more` in meta.json, and returns its fingerprint. With an optimizer, only KEPT checkpoints stay."""
+        """Rank 0 writes the model, with `more` in meta.json, and returns its fingerprint. With an optimizer, only KEPT checkpoints of
+        this stage and those before it stay."""
         if not self.ranks.is_main:
             return None
         self.log.sync()
         meta = {**self.about, "config": self.settings, "argv": sys.argv, "step": self.step, **self.skips(), **more}
         fingerprint = save_base(folder, self.model, self.tokenizer, meta, optimizer, self.recipe.state())
-        for old in checkpoints(self.out)[KEPT:] if optimizer else ():
+        own = [path for path in checkpoints(self.out) if int(path.name[1:].split("-t")[0]) <= self.about["number"]]
+        for old in own[KEPT:] if optimizer else ():
             shutil.rmtree(old)
         return fingerprint
 
