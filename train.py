@@ -244,7 +244,7 @@ def rows_of(c: Config, corpora: dict[str, dict[str, Corpus]], groups: list[tuple
         replayed = [name for name in earlier if name not in group]
         names = [group[0], *replayed, *group[1:]]
         first, *others = [Rows(corpora[name]["train"], tokenizer, seq_len=c.seq_len, mask_rate=c.mask_rate, objective=c.recipe.objective,
-                               unit=c.recipe.mask, seed=derive_seed(c.seed, i, *([j] if j else []))) for j, name in enumerate(names)]
+                               unit=c.recipe.mask, seed=derive_seed(c.seed, i, j)) for j, name in enumerate(names)]
         first.check_batch(c.batch_tokens, ranks.world * c.accumulation)
         if others:
             mix(first, others, c.recipe.start_shares([*group[1:], group[0]], len(replayed)),

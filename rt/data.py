@@ -193,7 +193,7 @@ def sequences_batch(sequences: list[list[int]], **fields: Tensor) -> Batch:
 # --- masked language modelling ----------------------------------------------------------------------------------------
 
 class Masker:
-    """Chooses `count` tokens of a row, never special ones: 80 % become <mask>, 10 % a random token, 10 % stay (Devlin et al., 2019). For
+    """Chooses `count` tokens of a row, never special ones. Each becomes <mask> (.8) or random (.1), or stays (Devlin et al., 2019). For
     slm and rts, all become another random token (Di Liello et al., 2022). `unit` word chooses whole words and cuts the last one to fit.
     `unit` entity first chooses numbers, and capitalised words that do not begin a sentence; adjacent ones are chosen together."""
     def __init__(self, tokenizer: Tokenizer, count: int, objective: Objective = "mlm", unit: MaskUnit = "token"):

@@ -4,7 +4,7 @@ A delta has three parts: `diffs` (tuned - base, for weights that the base has), 
 The kinds are in rt/kinds.py. A freshly attached delta of any kind leaves the base's function unchanged.
 
 Deltas form an algebra: `2 * d`, `d1 - d2`, `sum([d1, d2]) / 2`, `apply(base, d, scale=0.5)`, `merge(base, d)`. Sums and multiples act on
-what deltas compute, not on their factors: a sum concatenates LoRA factors and adapter bottlenecks. No function changes a base in place.
+diffs and on what modules add, not on factors: a sum concatenates LoRA factors and adapter bottlenecks. No function changes a base in place.
 """
 import copy
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -122,8 +122,8 @@ class Delta:
         return roles[0]
 
     def __mul__(self, a: float) -> "Delta":
-        """a * d changes the base's function `a` times as much by scaling the last, linear part of each module. The head is scaled too, so
-        that 0.5 * d + 0.5 * d is d. apply(base, d, scale=a) scales the change alone."""
+        """a * d scales the diffs and what each module adds: it scales the module's last, linear part. The head is scaled too, so that
+        0.5 * d + 0.5 * d is d. apply(base, d, scale=a) scales the change alone."""
         return self.map(lambda name, v: v if self.role(name) == INPUT else a * v)
 
     __rmul__ = __mul__
@@ -145,7 +145,7 @@ class Delta:
             if a != b:
                 raise InputError(f"deltas of different {what} cannot be added: {str(a)[:80]} and {str(b)[:80]}")
         if kind.joined is None:
-            raise InputError(f"{self.config.kind} deltas have no sum: what they compute is not linear in their weights")
+            raise InputError(f"{self.config.kind} deltas have no sum: no one delta of this kind does what two do")
 
         def add(name: str, v: Tensor) -> Tensor:
             if (role := self.role(name)) == INPUT:

@@ -62,7 +62,7 @@ INPUT, OUTPUT, ADDED = "input", "output", "added"
 
 @dataclass(frozen=True)
 class Kind:
-    """A row of KINDS. Modules have `reset(generator)`. A `lora` slot's module is called with (x, y) and may have `weight(linear)`."""
+    """A row of KINDS. Modules have `reset(generator)`. In a `lora` slot they get a Linear's (x, y) and may add `weight(linear)` x."""
     modules: Callable[[Block, DeltaConfig], dict[str, nn.Module]] = lambda block, config: {}    # {slot: module}, not yet reset
     trains: Callable[[str], bool] = lambda name: False      # whether the base's weight of this name is trained
     settings: tuple[str, ...] = ()                          # the fields of DeltaConfig that this kind uses
@@ -70,7 +70,7 @@ class Kind:
     scaling: Callable[[DeltaConfig], float] = lambda config: 1.0            # the factor that a module multiplies its OUTPUT by
     joined: Callable[[DeltaConfig, DeltaConfig], DeltaConfig] | None = lambda a, b: a   # config of a sum (scaling 1); None: no sums
     stacks: bool = False                                    # whether its modules take weights with a leading K (rt.model.linear)
-    is_mergeable: bool = False                              # whether it merges into plain weights (by the module's `weight` if it has one)
+    is_mergeable: bool = False                              # whether diffs and each module's `weight` are all that it changes
 
 
 class Adapter(nn.Module):
@@ -162,5 +162,5 @@ KINDS = {
     "bitfit": Kind(trains=lambda name: name.endswith(".bias"), stacks=True, is_mergeable=True),
     "prefix": Kind(lambda b, c: {"prefix": Prefix(c.prefix_len, b.num_heads, b.qkv.in_features // b.num_heads)}, settings=("prefix_len",),
                    roles={".prefix.k": INPUT, ".prefix.v": INPUT, ".prefix.gate": ADDED}, stacks=True,
-                   joined=None),     # no sum: softmax is not linear
+                   joined=None),     # no sum: one softmax over two prefixes is not the sum of two
 }

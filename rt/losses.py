@@ -161,7 +161,7 @@ def attention_divergence(student: Activations, teacher: Activations, batch: Batc
                         for s, t in zip(student.qk, teacher.qk, strict=True)]).mean()
 
 
-# by its weight's field; a term is (B,) or a scalar, the batch mean
+# by the field of DistillConfig that is its weight; a term returns (B,), or a scalar that is the batch's mean
 TERMS: dict[str, Callable[[Loss, Tensor, Activations, Batch], Tensor]] = {"beta": patience, "gamma": attention}
 AT_POINTS = ("beta",)   # also applied at the points of interpolation; the other terms apply to the student alone
 

@@ -42,8 +42,8 @@ def linear_rate(step: int, steps: int, warmup: int, peak: float) -> float:
 @dataclass(frozen=True)
 class ScheduleConfig:
     """The learning rate of a pre-training stage. `infinite` is one schedule over a whole lineage (Beyond Cosine Decay, 2025). Only the
-    first stage warms up. Each stage ends in a base that is annealed to zero. The next stage continues from the weights before annealing.
-    Both falls are linear."""
+    first stage warms up. At the end of each stage, the rate is annealed to zero for the published base. The next stage continues from
+    the weights before annealing. Cooldown and annealing are linear."""
     schedule: Literal["linear", "cosine", "wsd", "infinite"] = "linear"  # linear or cosine decay, warm-up-stable-decay, or infinite
     cooldown: Share = 0.2  # share of the steps spent falling; wsd: to zero; infinite: from the peak to the constant rate
     hold: PositiveShare = 0.3  # infinite: the constant rate, held from stage to stage, as a share of the peak
@@ -131,6 +131,6 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def derive_seed(*keys: int) -> int:
-    """A 63-bit seed that is a function of `keys` (run seed, stage, step, rank ...), so resuming needs no generator state."""
+    """A 63-bit seed, a function of `keys` (run seed, stage, step ...) but for zeros at their end: resuming needs no generator state."""
     high, low = np.random.SeedSequence(keys).generate_state(2)
     return (int(high) << 32 | int(low)) >> 1

@@ -30,7 +30,7 @@ class PretrainSettings:
 
 
 def mlm_loss(model: MaskedLM, batch: Batch, activations: Activations | None = None) -> Tensor:
-    """Mean cross-entropy over the predicted rows. linear_cross_entropy never stores the logits over the vocabulary."""
+    """Mean cross-entropy over the predicted tokens. linear_cross_entropy never stores the logits over the vocabulary."""
     if batch.predict is None:
         return replaced_token_loss(model, batch, activations)
     return linear_cross_entropy(model.features(batch, activations), model.encoder.embeddings.word.weight, model.head.bias, batch.labels)
@@ -38,7 +38,7 @@ def mlm_loss(model: MaskedLM, batch: Batch, activations: Activations | None = No
 
 def replaced_token_loss(model: MaskedLM, batch: Batch, activations: Activations | None = None) -> Tensor:
     """Cross-entropy of original (1) against replaced (0), summed over all tokens except special ones (-100), divided by the number of all
-    tokens: microbatches add up. The logit is the token's own score in the masked-LM head (Electric: Clark et al., 2020): no new head."""
+    tokens: microbatches add up. The logit is the token's own score in the masked-LM head (Electric, Clark et al., 2020, learns its own)."""
     ids = spelled(batch.ids)
     logits = (model.features(batch, activations).float() * model.encoder.embeddings.word(ids)).sum(-1) + model.head.bias[ids]
     losses = F.binary_cross_entropy_with_logits(logits, batch.labels.clamp(min=0).float(), reduction="none")

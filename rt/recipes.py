@@ -5,7 +5,7 @@ all recipes with their sources. Schedules are in rt/optim.py, masks in rt/data.p
                   hidden       mean((h_new - h_old)^2) / var(h_old) over all tokens, mean over embedding output and layers;
                                the variance is computed once, on a sample of the new text
                   last         the same for the last layer alone
-                  predictions  KL(M_i's distribution || the new base's) on the predicted rows, T = 1
+                  predictions  KL(M_i's distribution || the new base's) on the predicted tokens, T = 1
                   attention    KL(M_i's attention map || the new base's), mean over layers, heads and query tokens
 
 A delta of M_i was learned on the hidden states of M_i. If these states do not move, the delta still works on the upgrade.

@@ -11,7 +11,7 @@ The first form keeps only what passes through r numbers per row of an unseen del
 
 There are two granularities. `flat`: all n weights are one row, m = n, as in the paper's public code: (2r + 1) n numbers. `tensor`: each
 tensor is a matrix, m its last dimension, with its own W1 and W2 (r at most m): n + 2 r x the sum of last dimensions. Training takes 16
-bytes per number. All 125 M weights of RoBERTa-base at r = 16 take 66 GB flat and 2 GB by tensor. The adapters take 1 GB flat.
+bytes per number. All 125 M weights of RoBERTa-base at r = 16 take 66 GB flat and 2 GB by tensor. The adapters take .5 GB flat.
 
 At the start, W2 = 0, W1 is random and scaled so that w W1 is about 1, and b is the mean of the sources' w, or 0 if residual. So training
 starts from `apply` of the mean source, or of the delta itself.

@@ -102,6 +102,20 @@ def test_all_modes_and_the_scripts_take_it(shift, base, other_base, tmp_path):
     assert said.startswith("mood (2 labels, 2 examples a label), shift") and "\ninit " in said
 
 
+@dataclass(frozen=True)
+class ConfigWithSlots(DeltaConfig):
+    slots: tuple[str, ...] = ("ffn",)
+
+
+def test_a_setting_of_a_new_kind_may_be_a_list(shift, base, tmp_path, monkeypatch):
+    """A file holds a list, the flag a tuple: `init` compares them."""
+    monkeypatch.setitem(KINDS, "shift", Kind(KINDS["shift"].modules, settings=("slots",), roles={".shift": ADDED}))
+    monkeypatch.setattr("rt.formats.delta_files.DeltaConfig", ConfigWithSlots)
+    config = ConfigWithSlots("shift", slots=("ffn", "attention"))
+    save_delta(tmp_path / "d", learned(base, config)[1])
+    assert load_delta(tmp_path / "d").config.used == config.used == {"kind": "shift", "slots": ("ffn", "attention")}
+
+
 def test_a_tensor_that_no_row_names_is_not_scaled_in_silence(shift, base, monkeypatch):
     delta = learned(base, shift)[1]
     monkeypatch.setitem(KINDS, "shift", Kind(KINDS["shift"].modules))

@@ -88,7 +88,7 @@ def load_delta(folder: Path) -> Delta:
     if not isinstance(info, dict) or not {"labels", "base", "tokenizer", "encoder"} <= info.keys() or not isinstance(info["labels"], list):
         raise InputError(f"{source}: does not say what base and labels the delta belongs to")
     with shaped(source, "its settings are not those of a delta"):
-        settings = {k: tuple(v) if k == "target_modules" else v for k, v in facts.items() if k in DeltaConfig.__dataclass_fields__}
+        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items() if k in DeltaConfig.__dataclass_fields__}
         config = DeltaConfig(**settings).check()
     parts: dict[str, dict] = {part: {} for part in PARTS}
     for name, tensor in read_tensors(weights).items():
