@@ -30,7 +30,7 @@ from torch import Tensor
 
 from kernels import configs
 from kernels.common import dense_rows, launch, left_to_compiler, op, row_class, tl, triton, uses_triton
-from kernels.dropout import block_of_run, check_seed, dropout_ref, keep_tile, threshold_of
+from kernels.dropout import block_of_run, check_dropout, dropout_ref, keep_tile, threshold_of
 
 PROGRAMS = 132      # programs of 8 warps, or 8 times as many of one, share a backward's rows: all at once on an H100. Each has 2 d sums
 RUNTIME = ["run", "N", "blocks", "seed_run", "threshold", "rows"]      # not recompiled if they are 1 or a multiple of 16
@@ -45,7 +45,7 @@ def layer_norm(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     if weight.ndim == bias.ndim == 1:
         return F.layer_norm(z, (d,), weight, bias, eps)
     K = max(_runs(weight, bias))
-    runs = zip(z.chunk(K), *(x.expand(K, d).unbind() for x in (weight, bias)))
+    runs = zip(z.unflatten(0, (K, -1)), *(x.expand(K, d).unbind() for x in (weight, bias)))
     return torch.cat([F.layer_norm(own, (d,), w, b, eps) for own, w, b in runs])     # a broadcast product is slower, and fp32
 
 
@@ -238,7 +238,7 @@ def add_norm(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, eps: float, p: 
                          f"{[tuple(t.shape) for t in (x, h, weight, bias)]}")
     seed = None if p == 0.0 else seed
     if seed is not None:
-        check_seed(len(x), seed)
+        check_dropout(len(x), p, seed)
     several = {n for n in (*_runs(weight, bias), 1 if seed is None else len(seed)) if n > 1}
     if len(several) > 1 or any(len(x) % n for n in several):
         raise ValueError(f"weight, bias and seed of {sorted(several)} runs for {len(x)} rows: all must be of as many, or one for all, and "

@@ -26,7 +26,7 @@ from torch import Tensor
 from kernels import configs
 from kernels.attention_kernels import _backward_keys, _backward_queries, _forward, programs
 from kernels.common import LOG2E, check_cu_seqlens, dense_rows, launch, op, uses_triton
-from kernels.dropout import check_seed, dropout_words, threshold_of, words_ref
+from kernels.dropout import check_dropout, dropout_words, threshold_of, words_ref
 
 WIDTHS = (32, 64, 128)   # head dimensions of the kernels
 
@@ -207,7 +207,7 @@ def attention_qkv(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, dropout_p
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be at least 0 and below 1, not {dropout_p}")
     if dropout_p and isinstance(seed, Tensor):
-        check_seed(N, seed.reshape(-1))
+        check_dropout(N, dropout_p, seed.reshape(-1))
     scale = D ** -0.5 if scale is None else scale
     if not uses_triton(qkv) or scale <= 0:
         return attention_ref(*qkv.unbind(1), cu_seqlens, max_seqlen, dropout_p=dropout_p, seed=seed, scale=scale, prefix_kv=prefix_kv)

@@ -219,11 +219,13 @@ def attention_kd(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, cu_seqlens:
     cu_seqlens        (B+1,) int32: the start of each sequence, then N; empty sequences are allowed
     max_seqlen        length of the longest sequence, or more
     scale_s, scale_t  scales of the scores; None is D ** -0.5. A scale that is not positive takes the reference
-    Returns           (N, H) fp32, in nats; float64 if an input is. Raises ValueError if shapes do not fit.
+    Returns           (N, H) fp32, in nats; float64 if the student's or the teacher's are. Raises ValueError if shapes or dtypes do not fit.
     """
     if q_s.ndim != 3 or k_s.shape != q_s.shape or k_t.shape != q_t.shape or q_s.shape[:2] != q_t.shape[:-1]:
         raise ValueError("q_s and k_s must be (N, H, D_s) and alike, q_t and k_t (N, H, D_t) with the same N and H, not "
                          f"{[tuple(x.shape) for x in (q_s, k_s, q_t, k_t)]}")
+    if q_s.dtype != k_s.dtype or q_t.dtype != k_t.dtype:
+        raise ValueError(f"queries and keys must be of one dtype, not {[x.dtype for x in (q_s, k_s, q_t, k_t)]}")
     check_cu_seqlens(cu_seqlens)
     q_t, k_t, scale_s, scale_t = q_t.detach(), k_t.detach(), _scale(scale_s, q_s), _scale(scale_t, q_t)
     if not (uses_triton(q_s) and uses_triton(q_t)) or min(scale_s, scale_t) <= 0:

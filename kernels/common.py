@@ -35,7 +35,7 @@ _launched: list | None = None                               # see `recording`
 
 
 def uses_triton(x: Tensor) -> bool:
-    """Whether a call on `x` takes the Triton path (module docstring). float64 always takes the reference."""
+    """Whether a call on `x` takes the Triton path (module docstring). float64 takes the reference."""
     mode = os.environ.get("RT_KERNELS", "auto")
     if mode == "auto":
         return HAS_TRITON and x.is_cuda and x.dtype in FLOATS

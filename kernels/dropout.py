@@ -46,9 +46,11 @@ def site_seeds(seed: Tensor, sites: range) -> Tensor:
     return seed + golden * torch.arange(sites.start, sites.stop, device=seed.device)[:, None]
 
 
-def check_seed(N: int, seed: Tensor) -> None:
-    """ValueError unless `seed` is (K,) and K divides the N rows."""
-    if seed.ndim != 1 or N % len(seed):
+def check_dropout(N: int, p: float, seed: Tensor) -> None:
+    """ValueError unless `p` is a probability below 1, `seed` is (K,), and K divides the N rows."""
+    if not 0 <= p < 1:
+        raise ValueError(f"the probability of dropout must be at least 0 and below 1, not {p}")
+    if seed.ndim != 1 or not len(seed) or N % len(seed):
         raise ValueError(f"dropout of {N} rows by seeds {tuple(seed.shape)}: K seeds (K,) need a multiple of K rows")
 
 
@@ -187,9 +189,11 @@ def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     function of the seed, the row and the column.
 
     seed       (K,) int64 on the device of x: K runs side by side, each with its own N / K rows; None: nothing is dropped
-    Returns    (N, d). Raises ValueError if K does not divide N.
+    Returns    (N, d). Raises ValueError if x is not (N, d), p no probability below 1, or K does not divide N.
     """
     if seed is None or p == 0.0:
         return x
-    check_seed(len(x), seed)
+    if x.ndim != 2:
+        raise ValueError(f"dropout is of rows (N, d), not {tuple(x.shape)}")
+    check_dropout(len(x), p, seed)
     return _dropout(x, p, seed) if uses_triton(x) and not left_to_compiler() else dropout_ref(x, p, seed)

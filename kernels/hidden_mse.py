@@ -75,7 +75,7 @@ def hidden_mse(student: Tensor, teacher: Tensor, rows: Tensor | None = None) -> 
 
     student    (B, L, d)
     teacher    (n, L, d), a cache; example b is compared with its row `rows[b]`. It gets no gradient
-    rows       (B,) int64 or int32, each below n; None: example b is compared with row b
+    rows       (B,) int64 or int32, each from 0 to n - 1; None: example b is compared with row b
     Returns    (B,) fp32; float64 for float64 states. Raises ValueError if sizes differ.
     """
     if student.shape[1:] != teacher.shape[1:] or len(student) != len(teacher if rows is None else rows):
@@ -145,6 +145,8 @@ def dense(tensors: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _differentiate(ctx, up):
+    if torch.is_grad_enabled():     # as kernels.common.op does
+        raise RuntimeError("recyclable.states_mse is not differentiable twice; RT_KERNELS=ref is")
     weights, *states = ctx.saved_tensors
     L = len(weights)
     return _states_mse_backward(up, weights, states[:L], states[L:]), [None] * L, None

@@ -32,7 +32,7 @@ def kd_loss_ref(student: Tensor, teacher: Tensor | None, labels: Tensor | None =
     if teacher is not None and alpha:
         log_s, log_t = F.log_softmax(student / T, -1), F.log_softmax(teacher.detach().to(student.dtype) / T, -1)
         p = log_t.exp()
-        rows = alpha * T**2 * torch.where(p > 0, p * (log_t - log_s), 0.0).sum(-1)
+        rows = alpha * T**2 * torch.where(p == 0, 0.0, p * (log_t - log_s)).sum(-1)
     if labels is not None:
         if alpha != 1:
             rows = rows + (1 - alpha) * F.cross_entropy(student, labels, ignore_index=ignore_index, reduction="none")
@@ -225,7 +225,7 @@ def kd_loss(student: Tensor, teacher: Tensor | None, labels: Tensor | None = Non
 
     student    (R, C) raw logits
     teacher    (R, C) raw logits, or None, for (1 - alpha) CE alone. It gets no gradient
-    labels     (R,) classes, or None for the KL term alone (still times alpha); `ignore_index` rows give 0
+    labels     (R,) int64 classes, or None for the KL term alone (still times alpha); `ignore_index` rows give 0
     alpha, T   share of the KL term, from 0 to 1; temperature of its softmaxes
     Returns    (R,) fp32; float64 for float64 logits. Raises ValueError if shapes do not fit or T is not positive.
     """

@@ -8,9 +8,9 @@ dX = G W and dW += G^T X (fp32 sums over the chunks). So the gradients of the pl
 backward multiplies them by (upstream gradient) / (number of rows that count); both factors stay on the device. The small G of a student
 near its teacher would underflow in fp16. There G is multiplied by a power of two, and dX stays in fp32 until the backward.
 
-A chunk has CHUNK_BYTES of logits, in a multiple of 128 rows. It is that large because each chunk reads and writes dW once: V d numbers
-for the 2 V d operations per row. W is cast to the dtype of x and copied to a multiple of 128 rows, because with an odd V (50,265) no
-vector load and no tensor-core tile is aligned with the rows of logits. The loss kernel takes the logits past V as -inf.
+A chunk has CHUNK_BYTES of logits, in a multiple of 128 rows. It is that large because each chunk reads and writes all V d numbers of
+dW, while a row adds only 2 V d operations. W is cast to the dtype of x and copied to a multiple of 128 rows, because with an odd V (50,265)
+no vector load and no tensor-core tile is aligned with the rows of logits. The loss kernel takes the logits past V as -inf.
 
 16-bit G is written over the fp32 logits it comes from: numbers [c, c + n) of a row into the bytes of the logits [c/2, (c + n)/2). By then
 those logits have been read, in earlier tiles or, for the first tile, in the same one. A barrier between a tile's loads and its stores
@@ -216,7 +216,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, labels:
     x            (R, d); cast under autocast. `weight` is always cast to the dtype of x
     weight       (V, d)
     bias         (V,) or None
-    labels       (R,) classes; `ignore_index` rows give 0
+    labels       (R,) int64 classes; `ignore_index` rows give 0
     reduction    "mean" over the rows that are not ignored (0 if none), or "sum"
     Returns      a scalar, fp32; float64 for float64 x. Raises ValueError if shapes do not fit.
     """
@@ -232,7 +232,7 @@ def linear_kd(x: Tensor, weight: Tensor, bias: Tensor | None, x_teacher: Tensor,
 
     x, weight, bias                            as in `linear_cross_entropy`
     x_teacher, weight_teacher, bias_teacher    (R, d_t), (V, d_t), (V,) or None; they get no gradient
-    labels                                     (R,) classes, or None for the KL term alone (still times alpha); `ignore_index` rows give 0
+    labels                                     (R,) int64 classes, or None for the KL term alone (times alpha); `ignore_index` rows give 0
     alpha, T                                   share of the KL term, from 0 to 1; temperature of its softmaxes
     reduction                                  "mean" over the rows that are not ignored (0 if none), or "sum"
     Returns a scalar, fp32; float64 for float64 x. Raises ValueError if shapes do not fit or T is not positive.

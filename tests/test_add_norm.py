@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import add_norm, dropout
-from kernels.add_norm import _add_norm, _add_norm_backward, add_norm_ref, tiling
+from kernels.add_norm import _add_norm, _add_norm_backward, add_norm_ref, layer_norm, tiling
 
 EPS, SEEDS = 1e-5, torch.tensor([7, -(2**62) + 12345, 2**40 + 5])
 
@@ -155,6 +155,10 @@ def test_shapes_that_do_not_fit_are_said():
         add_norm(x, h, weight.repeat(2, 1), bias.repeat(3, 1), EPS)
     with pytest.raises(ValueError, match="multiple of K rows"):
         add_norm(x, h, weight, bias, EPS, 0.5, torch.arange(4))
+    with pytest.raises(ValueError, match="at least 0 and below 1"):
+        add_norm(x, h, weight, bias, EPS, 1.0, torch.arange(3))
+    with pytest.raises(RuntimeError, match="unflatten"):
+        layer_norm(x, weight.repeat(4, 1), bias, EPS)
 
 
 @pytest.mark.parametrize("p, runs", [(0.0, 0), (0.3, 2)])

@@ -165,5 +165,7 @@ def test_shapes_that_do_not_fit_are_said(device):
             attention_kd(*wrong, cu, longest)
     with pytest.raises(ValueError, match="int32"):
         attention_kd(q_s, k_s, q_t, k_t, cu.long(), longest)
+    with pytest.raises(ValueError, match="one dtype"):
+        attention_kd(q_s, k_s, q_t, k_t.half(), cu, longest)
     with pytest.raises(ValueError, match="up to 128"):
         attention_kd(*inputs((3, 8), 160, device=device))

@@ -45,6 +45,13 @@ def test_columns_that_are_not_contiguous_and_uneven_seeds(device):
         dropout(x, 0.5, SEEDS[:2].to(device))
     with pytest.raises(ValueError, match=r"\(K,\) need"):
         dropout(x, 0.5, SEEDS[0].to(device))
+    with pytest.raises(ValueError, match=r"\(K,\) need"):
+        dropout(x, 0.5, SEEDS[:0].to(device))
+    with pytest.raises(ValueError, match=r"rows \(N, d\), not \(9, 4, 5\)"):
+        dropout(x.reshape(9, 4, 5), 0.5, SEEDS[:1].to(device))
+    for p in (-1.0, 1.0, 1.5, math.nan):
+        with pytest.raises(ValueError, match="at least 0 and below 1"):
+            dropout(x, p, SEEDS[:1].to(device))
 
 
 def test_nothing_is_dropped_without_a_seed_or_probability(device):

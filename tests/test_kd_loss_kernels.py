@@ -96,6 +96,15 @@ def test_minus_infinity(device):
     assert kd_loss(s, None, y, alpha=0.5, T=1.0)[4] == math.inf
 
 
+@pytest.mark.filterwarnings("ignore:divide by zero")
+def test_a_teacher_that_is_lost_costs_nothing_finite(device):
+    """A row without a distribution must not look like a perfect student's: the loss is printed, and step_unless looks at it."""
+    s, t, _ = logits(3, 40, device=device)
+    t[1, 2], t[2] = math.nan, -math.inf
+    for function in (kd_loss, kd_loss_ref):
+        assert function(s, t, alpha=1.0, T=2.0).isfinite().tolist() == [True, False, False]
+
+
 def test_equal_logits_have_no_divergence_and_shifted_ones_nearly_none(device):
     s, _, _ = logits(4, 5001, device=device)
     rows, gradient = rows_and_gradient(kd_loss, s, s.detach(), alpha=1.0, T=3.0)
@@ -328,6 +337,8 @@ def test_states_mse_takes_any_strides_launches_once_and_gives_the_teacher_no_gra
     for wrong in ((s[:2], t, weights), (s, [x[:4] for x in t], weights), (s, t, weights[:2]), ([], [], weights[:0])):
         with pytest.raises(ValueError, match="of one shape"):
             states_mse(*wrong)
+    with pytest.raises(RuntimeError, match="not differentiable twice"):
+        torch.autograd.grad(states_mse(s, t, weights), s, create_graph=True)
 
 
 def test_states_mse_ops_are_registered_in_full(device):
