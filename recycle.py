@@ -122,8 +122,7 @@ def main() -> None:
     check_graphs(c.graphs, replace(ranks, world=1))     # in a sweep each rank captures its own graphs
     if ranks.world > 1 and not c.sweep:
         raise InputError("several processes share the runs of a --sweep; without one, start this script without torchrun")
-    names = (c.task, *c.project.source_task)
-    task, *source_tasks = ranks.main_first(lambda: [open_task(name, c.cache) for name in names])
+    task, *source_tasks = ranks.main_first(lambda: [open_task(name, c.cache) for name in (c.task, *c.project.source_task)])
     ranks.assert_same({f"task {one.name}": one.hash for one in (task, *source_tasks)})
     c.old_delta, source_deltas = ranks.from_main(lambda: build_missing(c, task, source_tasks))
     c.project = replace(c.project, source_delta=source_deltas)
@@ -261,9 +260,8 @@ def finish(c: Config, r: Recycling, runs: list[Run], out: Path) -> None:
     diverged = [row for row in rows if row.get("diverged")]
     if counts := Counter(f"{row['mode']} at --lr {row['lr']:g}" for row in diverged):
         print("diverged, and left out: " + ", ".join(f"{what} ({n} of its runs)" for what, n in counts.items()))
-    for row in diverged:
-        if row["mode"] not in modes:
-            raise divergence(row["diverged"], row["lr"])
+    if lost := [row for row in diverged if row["mode"] not in modes]:
+        raise divergence(lost[0]["diverged"], lost[0]["lr"])
 
 
 # --- checks and plan ---------------------------------------------------------------------------------------------------
@@ -303,6 +301,8 @@ def check_all(c: Config, r: Recycling, plan: list[Run], bases: dict[str, Base], 
         base.require_length(c.seq_len)
         for one in plan:
             check(replace(r, base=base, **settings_of(one)), one.mode)
+    if c.head == "prototype" and not r.merged and {one.mode for one in plan} <= {"apply", *CARRIES} and r.old_delta.labels == r.data.labels:
+        raise InputError("--head prototype has no effect: the old delta has the task's labels, and these modes keep its head")
     if projects:
         check_sources(r.old_base, r.base, projects, r.old_delta)
 
@@ -310,8 +310,8 @@ def check_all(c: Config, r: Recycling, plan: list[Run], bases: dict[str, Base], 
 def announce(c: Config, modes: list[str], task: Task, old: Delta | None) -> list[str]:
     """Print what is about to be done. Returns the modes; `all` leaves out modes that are impossible with a delta of another task."""
     fewest = len(task.parts["train"]) if task.is_regression else min(Counter(e.label for e in task.parts["train"]).values())
-    few = f"{c.shots} examples{' a label' * (not task.is_regression)}" if c.shots else f"{len(task.parts['train'])} examples"
-    few = "up to " * (fewest < (c.shots or 0)) + few
+    few = (f"{'up to ' * (fewest < c.shots)}{c.shots} examples{' a label' * (not task.is_regression)}" if c.shots
+           else f"{len(task.parts['train'])} examples")
     what = "regression" if task.is_regression else f"{len(task.labels)} labels"
     sources = filter(None, (c.old_base and f"{c.old_base} + {c.old_delta}", c.teaching.teacher))
     print(f"{task.name} ({what}, {few}), {c.delta.kind}: {' and '.join(sources)} -> {' -> '.join(c.chain or (c.base,))}")

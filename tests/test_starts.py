@@ -256,6 +256,8 @@ def test_several_deltas_and_prototypes_typed(home):
     assert rows["scratch"]["settings"]["head"] == "prototype"
     said = typed(home, "--mode", "apply,init", "--old_delta", home / "other", "--head", "prototype", "--shrinkage")
     assert "init keeps the delta and starts a prototype head" in said
+    said = typed(home, "--mode", "apply,init", "--old_delta", home / "delta", "--head", "prototype", code=2)
+    assert "--head prototype has no effect: the old delta has the task's labels" in said
     typed(home, "--mode", "init", "--old_delta", f"{home / 'delta'},{home / 'other'}", "--sweep", "seed=0,1")
     assert "merged" in rows_of(home)["init"]
 
