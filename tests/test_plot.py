@@ -163,9 +163,19 @@ def test_a_chain_has_a_panel_a_base_and_a_line_a_route(tmp_path, capsys):
         if row["route"] == "chain":     # as in rt.runs.results.Run: a chain's settings end at their base
             row["settings"]["chain"] = ["M1"] if row["base"] == "M1" else ["M1", "M2"]
     panels = best_by_panel(results_of(tmp_path, {"rows": rows}))
-    assert [panel[-1] for panel in panels] == ["M1", "M2"]
+    assert [panel[-2] for panel in panels] == ["M1", "M2"]
     assert all(list(lines) == ["init direct", "init chain"] for lines in panels.values())
     assert {row["lr"] for lines in panels.values() for found in lines.values() for row in found} == {2e-3}     # best over both bases
+
+
+def test_rows_of_a_task_that_has_changed_have_a_panel_of_their_own(tmp_path, capsys):
+    rows = [recycled("init", s, [0.1, y]) | {"origin": ["M0", "M1", "d", task]} for s, y, task in ((0, 0.8, "was"), (1, 0.8, "was"),
+                                                                                                 (0, 0.3, "is"))]
+    main([str(write(tmp_path, summary={"rows": rows}))])
+    titles = [line for line in capsys.readouterr().out.splitlines() if line.startswith("sick, ")]
+    assert len({*titles}) == 2 and all("on M1, content " in title for title in titles)
+    panels = best_by_panel(results_of(tmp_path, {"rows": rows}))
+    assert [[row["seed"] for row in lines["init"]] for lines in panels.values()] == [[0, 1], [0]]
 
 
 def test_an_interrupted_sweep_is_drawn_from_what_is_there(tmp_path, capsys):

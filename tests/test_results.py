@@ -17,7 +17,19 @@ from rt.kinds import DeltaConfig
 from rt.losses import DistillConfig
 from rt.recycling import Recycling
 from rt.runs.config import parse
-from rt.runs.results import Run, base_origins, begin, best_delta, comparable, finished_row, open_best, origin_of, summary_rows, unread
+from rt.runs.results import (
+    Run,
+    base_origins,
+    begin,
+    best_delta,
+    comparable,
+    finished_row,
+    open_best,
+    origin_of,
+    summary_rows,
+    unread,
+    write_summary,
+)
 from rt.runs.summary import add_steps_to_scratch, report, report_sweep
 from rt.tune import TuneSettings
 
@@ -124,6 +136,14 @@ def test_an_undefined_score_is_no_number_in_tables_and_no_setting_is_chosen_for_
     assert [row["steps_to_scratch_best"] for row in rows] == [None, None]
 
 
+def test_a_sweep_without_scratch_forgets_the_scratch_of_an_earlier_one(recycling, tmp_path):
+    origin, one = origin_of(recycling), run("init", "--sweep", "seed=0", "--no_save_deltas")
+    write_json(tmp_path / "deltas" / one.name / "summary.json", {
+        "run": one.name, "mode": "init", "seed": 0, "lr": 1e-3, "settings": one.settings, "dev": {"accuracy": 0.5}, "test": {}, "curve": [],
+        "seconds": 1.0, "origin": origin, "steps_to_scratch_best": 10})
+    assert write_summary(one.c, tmp_path, [one])[0]["steps_to_scratch_best"] is None
+
+
 def test_scratch_is_the_baseline_of_rows_of_its_own_bases_task_and_settings():
     def row(mode: str, origin: list[str], *flags) -> dict:
         return {"mode": mode, "origin": origin, "settings": run(mode, *flags).settings}
@@ -154,6 +174,13 @@ def test_rows_that_an_earlier_version_wrote_are_read(recycling, tmp_path):
     assert best_delta(tmp_path, recycling.old_base.fingerprint).name == rows[1]["run"]
     write_json(tmp_path / "summary.json", {"rows": [rows[0] | {"task": "u"}, *rows[1:]], "config": {}, "argv": []})
     with pytest.raises(InputError, match=r"has runs on several tasks \(t, u\), so none is the best; name one of"):
+        best_delta(tmp_path, recycling.old_base.fingerprint)
+    of = [row | {"origin": ["0", "1", "d", task]} for row, task in zip(rows, "aab")]       # only rows whose deltas are there count
+    write_json(tmp_path / "summary.json", {"rows": of, "config": {}, "argv": []})
+    assert best_delta(tmp_path, recycling.old_base.fingerprint).name == rows[1]["run"]
+    of[1]["origin"] = ["0", "1", "d", "b"]
+    write_json(tmp_path / "summary.json", {"rows": of, "config": {}, "argv": []})
+    with pytest.raises(InputError, match=r"has runs on a task whose files have changed \(t\), so none is the best"):
         best_delta(tmp_path, recycling.old_base.fingerprint)
 
 

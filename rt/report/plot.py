@@ -9,6 +9,7 @@
 """
 import math
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -16,6 +17,7 @@ from statistics import mean
 from typing import Callable
 
 from rt.errors import InputError
+from rt.formats.atomic import digest_of
 from rt.formats.files import FIGURES, read_json, read_rows
 from rt.formats.untrusted import is_number, shaped
 from rt.report.drawing import REFERENCE, Panel, as_text, draw_all, draw_panels, look, saved_figure, sparklines, thinned
@@ -152,31 +154,37 @@ def results_of(folder: Path, summary: dict) -> list[dict]:
 
 
 def completed(row: dict) -> dict:
-    """The row with all fields read here: finite points of its curve, the best of them (or None) as its dev score, and its base."""
+    """The row with all fields read here: finite points of its curve, the best of them (or None) as its dev score, its base, and a hash of
+    the content of base and task (in a chain: of the task)."""
     settings, metric = row.get("settings") or {}, next(iter(row.get("dev") or {}), "score")
     curve = [(step, score) for step, score in row.get("curve") or [] if is_number(step) and is_number(score)]
+    content = (row.get("origin") or [])[3 if "route" in row else 1::2]
     return {"base": settings.get("base"), "lr": None} | row | {
+        "content": digest_of(content)[:6] if content else "",
         "settings": settings, "curve": curve, "metric": metric, "dev": {metric: max((y for _, y in curve), default=None)},
         "chosen_by_base": None if "route" in row else settings.get("base")}     # all bases of a chain share one setting
 
 
 def best_by_panel(results: list[dict]) -> dict[tuple, dict[str, list[dict]]]:
-    """{(task, delta, shots, base): {mode and route: the rows of their best setting on dev}}."""
+    """{(task, delta, shots, base, content): {mode and route: the rows of their best setting on dev}}."""
     def setting(row: dict) -> list:     # the same for all bases of a chain
         return [row["lr"], {k: v for k, v in row["settings"].items() if k not in ("base", "chain")}]
 
     panels: dict[tuple, dict] = {}
-    for (mode, route, *_), rows in group(results, "mode", "route", "task", "delta", "shots", "chosen_by_base").items():
-        for panel, found in group(chosen(rows, mode, setting), "task", "delta", "shots", "base").items():
+    for (mode, route, *_), rows in group(results, "mode", "route", "task", "delta", "shots", "chosen_by_base", "content").items():
+        for panel, found in group(chosen(rows, mode, setting), "task", "delta", "shots", "base", "content").items():
             panels.setdefault(panel, {})[f"{mode} {route}" if route else mode] = found
     return panels
 
 
 def recycling(results: list[dict]) -> Report:
-    tables, panels = [], []
-    for (task, delta, shots, base), lines in best_by_panel(results).items():
+    """A panel per task, kind of delta, number of examples and base. If base or task changed between runs, their content is named."""
+    tables, panels, found = [], [], best_by_panel(results)
+    several = Counter(place[:4] for place in found)
+    for (task, delta, shots, base, content), lines in found.items():
         few = "examples" if next(iter(lines.values()))[0]["metric"] == "pearson" else "a label"
-        words = (task, delta, shots and f"{shots} {few}", base and f"on {Path(base).name}")
+        words = (task, delta, shots and f"{shots} {few}", base and f"on {Path(base).name}",
+                 f"content {content}" if several[task, delta, shots, base] > 1 else "")
         title = ", ".join(str(word) for word in words if word) or "runs"
         text, panel = convergence(title, lines)
         tables.append(f"{title}\n{text}")

@@ -163,7 +163,8 @@ def write_summary(c: Any, out: Path, runs: list[Run]) -> list[dict]:
     """Write summary.json: the rows of other calls, then the rows of the finished runs in `runs`. Returns the rows of `runs`."""
     paths = {run.name: out / "deltas" / run.name / "summary.json" for run in runs}
     place = {run.name: {"base": run.c.base, "route": run.route} if c.chain else {} for run in runs}
-    own = [read_json(path) | place[name] for name, path in paths.items() if path.exists()]
+    unknown = {"steps_to_scratch_best": None} if c.sweep is not None else {}     # an earlier sweep may have had another scratch
+    own = [read_json(path) | place[name] | unknown for name, path in paths.items() if path.exists()]
     rows = [row for row in summary_rows(out / "summary.json") if row["run"] not in paths] + own
     for some in [own] if c.sweep is not None else comparable(rows, unread(type(c), "scratch")):
         add_steps_to_scratch(some)
@@ -209,9 +210,10 @@ def best_delta(folder: str | Path, base: str) -> Path:
         fitting = [row for row in rows if read_json(folder / "deltas" / row["run"] / "delta.json")["info"]["base"] == base]
         runs = best_of(group(fitting or rows, "mode", by_settings).values())
         best = max(runs, key=lambda row: score(row["dev"]), default=None)
-        tasks = sorted({row["task"] for row in fitting or rows if "task" in row})
+        tasks = sorted({(row["task"], *row.get("origin", [])[3:]) for row in fitting or rows if "task" in row})     # with its content
     if len(tasks) > 1:
-        raise InputError(f"{folder}: has runs on several tasks ({', '.join(tasks)}), so none is the best; name one of {folder / 'deltas'}")
+        what = "several tasks" if len(names := dict.fromkeys(name for name, *_ in tasks)) > 1 else "a task whose files have changed"
+        raise InputError(f"{folder}: has runs on {what} ({', '.join(names)}), so none is the best; name one of {folder / 'deltas'}")
     if best is None:
         raise InputError(f"{folder / 'summary.json'}: has no row of a run whose delta is still in {folder / 'deltas'}")
     return folder / "deltas" / best["run"]
