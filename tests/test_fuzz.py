@@ -39,7 +39,7 @@ from rt.model import MaskedLM
 from rt.report import inspect, plot
 from rt.runs.config import parse, run
 from rt.runs.results import best_delta
-from rt.runs.resume import RESUMABLE, has_work, is_done_again, newest_checkpoint
+from rt.runs.resume import RESUMABLE, has_work, is_done_again, newest_checkpoints
 from rt.runs.sweep import expand
 
 MUTATED, LONG_MUTATED = 24, 4000         # cases per target, in CI and in the long run
@@ -217,10 +217,9 @@ def verified(folder: Path) -> None:
 
 def begun(folder: Path) -> None:
     has_work(folder, {"lr": 0.1, "stream": ["a"]}, resume=True, defaults={})
-    newest = newest_checkpoint(folder)
-    facts = read_json(newest / "meta.json") if newest else {}
+    steps = {name: read_json(path / "meta.json")["step"] for name, path in newest_checkpoints(folder).items()}
     for row in plot.read_rows(folder / "metrics.jsonl"):
-        is_done_again(row, folder, facts)
+        is_done_again(row, folder, steps)
 
 
 def used(folder: Path, tokenizer) -> None:
