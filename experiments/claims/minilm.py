@@ -47,6 +47,7 @@ ALL = "--shots none --eval_every 25 --device cpu --no_save_deltas".split()
 PILOT_TASK, FULL_TASKS, TASKS_OF_PATHS = "rotten_tomatoes", ("chemprot", "rotten_tomatoes"), ("rotten_tomatoes", "agnews", "chemprot")
 SENTIMENT, OTHER = {"imdb": "rotten_tomatoes", "rotten_tomatoes": "imdb"}, "agnews"     # the similar task of each; the different one
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.25, 1.5)
+PATHS = {"old_base", "old_delta", "base", "task", "source_task", "source_delta"}    # settings of recycle.py's rows
 HEAD_TEXTS = 50     # texts on which bare bases' attention heads are compared
 PARTS = ("lineage", "parts", "pilot", "few", "order", "project", "paths", "full", "domains")
 
@@ -154,7 +155,10 @@ def recycled(c: Config, cell: dict, *flags: object) -> list[dict]:
                      "--delta", kind, "--seq_len", TASKS[task], "--cache", Path(c.cache), "--out", out, *flags,
                      *(["--resume"] if out.exists() else []))
     kept = ("mode", "seed", "lr", "dev", "test", "best_step", "steps_to_scratch_best", "settings", "projection", "curve")
-    return [{k: row[k] for k in kept if row.get(k) is not None} | {"command": command} for row in read_json(out / "summary.json")["rows"]]
+    rows = read_json(out / "summary.json")["rows"]
+    for row in rows:        # the command names these, without the machine's folders
+        row["settings"] = {k: v for k, v in row["settings"].items() if k not in PATHS}
+    return [{k: row[k] for k in kept if row.get(k) is not None} | {"command": command} for row in rows]
 
 
 def lineage(c: Config, cell: dict) -> list[dict]:
