@@ -163,30 +163,35 @@ def recycled(c: Config, cell: dict, *flags: object) -> list[dict]:
 
 def lineage(c: Config, cell: dict) -> list[dict]:
     """Every base with its snapshots: held-out losses, `apply` of all Delta_0, distance from M0. M0's row also has dev scores."""
-    L, old, rows = cell["lineage"], dict(open_base(c.base).encoder.named_parameters()), []
-    home = base_folder(c, "M1", L).parent
-    for task, kind in product(TASKS, KINDS):
-        delta_0(c, task, kind, L)
-    for folder in sorted(meta.parent for meta in home.glob("M*/meta.json")):
-        rows.append({"base": folder.name, **recipes.scores(shared(c), folder, L, ("wiki", *DOMAINS)),
-                     "l2": analysis.distances(old, dict(open_base(str(folder)).encoder.named_parameters()))[-1]["l2"]})
+    L = cell["lineage"]
+    rows = [row for _, row in measured(c, L, upgrades(c, L), KINDS)]
     return [{"base": "M0", "l2": 0.0, **recipes.score_base(shared(c), L)[0]}, *rows]
+
+
+def upgrades(c: Config, lineage: int, first: str = DOMAINS[0]) -> list[Path]:
+    """The bases of a lineage and their snapshots."""
+    return sorted(meta.parent for meta in base_folder(c, "M1", lineage, first).parent.glob("M*/meta.json"))
+
+
+def measured(c: Config, seed: int, folders: list[Path], kinds: tuple[str, ...]) -> Iterator[tuple[Base, dict]]:
+    """Each base with its held-out losses, the scores of `apply`, and its distance from M0."""
+    for task, kind in product(TASKS, kinds):
+        delta_0(c, task, kind, seed)
+    M0 = dict(open_base(c.base).encoder.named_parameters())
+    for folder in folders:
+        base = open_base(str(folder))
+        yield base, {"base": folder.name, **recipes.scores(shared(c), folder, seed, ("wiki", *DOMAINS), kinds),
+                     "l2": analysis.distances(M0, dict(base.encoder.named_parameters()))[-1]["l2"]}
 
 
 def domains(c: Config, cell: dict) -> list[dict]:
     """Every base of a lineage with seed 0 that passes the domains from `first` on: held-out losses, `apply` of the full Delta_0, distance
     from M0, and the share of heads that match M0's same head best. Bases are compared without a delta."""
-    for task in TASKS:
-        delta_0(c, task, "full", 0)
-    M0, home = open_base(c.base), base_folder(c, "M1", 0, cell["first"]).parent
+    M0, rows = open_base(c.base), []
     texts = recipes.data_of(task_folder(c, PILOT_TASK), c.base, TASKS[PILOT_TASK]).test.sequences[:HEAD_TEXTS]
-    rows = []
-    for folder in (Path(c.base), *sorted(meta.parent for meta in home.glob("M*/meta.json"))):
-        base = open_base(str(folder))
+    for base, row in measured(c, 0, [Path(c.base), *upgrades(c, 0, cell["first"])], ("full",)):
         heads = analysis.head_divergence(*(MaskedLM(one.encoder, one.head) for one in (M0, base)), texts, CPU)
-        rows.append({"base": folder.name, **recipes.scores(shared(c), folder, 0, ("wiki", *DOMAINS), ("full",)),
-                     "heads_kept": analysis.match_summary(heads)["share_own_best"],
-                     "l2": analysis.distances(*(dict(one.encoder.named_parameters()) for one in (M0, base)))[-1]["l2"]})
+        rows.append(row | {"heads_kept": analysis.match_summary(heads)["share_own_best"]})
     return rows
 
 

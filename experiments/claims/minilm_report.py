@@ -201,7 +201,7 @@ def by_first_domain(r: Rows) -> str:
             bases.append({"order": first, "domain": order_from(first)[int(row["base"][1]) - 1], "lost": 100 * mean(lost),
                           **predictors(row, M0), "heads that no longer match themselves": 1 - row["heads_kept"]})
     table = predicted("order", bases)
-    return table and f"The domains in four orders, which begin with another each, seed 0, full deltas alone. {table}"
+    return table and f"Four orders of the domains, seed 0, full deltas alone. {table}"
 
 
 def predictors(row: dict, M0: dict) -> dict[str, float]:
