@@ -44,8 +44,10 @@ def open_domain(name: str, cache: Path, template: str, like: str | None, keep: f
 
 def task_corpus(task: Task, template: str, cache: Path) -> Path:
     """A task's training texts as documents, with its dev texts held out. Each is put into `template`: {text}, {text_pair} and {label}."""
-    if "{text}" not in template:
-        raise InputError(f"`template` {template}: must say where the {{text}} goes; {{text_pair}} and {{label}} are known, too")
+    fields = {*re.findall(r"\{(\w+)\}", template)}
+    if "text" not in fields or fields - {"text", "text_pair", "label"}:
+        raise InputError(f"`template` {template}: must say where the {{text}} goes, and may hold {{text_pair}} and {{label}}; nothing else "
+                         "is known in braces")
     folder = made_of(Path(cache) / "tasks", task, template)
     if not folder.exists():
         write(folder, ((part, filled(template, e)) for part, name in (("train", "train"), ("heldout", "dev")) for e in task.parts[name]))

@@ -387,11 +387,12 @@ def test_selection_finds_planted_documents(home, task, tmp_path):
 
 def test_a_task_s_own_texts_are_a_domain_plain_or_in_a_template(home, task, tmp_path):
     plain, prompt = (list(split_documents(task_corpus(load_task(task), template, tmp_path)))
-                     for template in ("{text} {text_pair}", "{text}? {label} {other}"))
+                     for template in ("{text} {text_pair}", "{text}? {label} {}"))
     assert plain[0] == ("train", "The enzyme alpha cleaves collagen in tissue") and plain[-1][0] == "heldout" and len(plain) == 8
-    assert prompt[1] == ("train", "The enzyme beta cleaves collagen? y {other}")
-    with pytest.raises(InputError, match="must say where the {text} goes"):
-        task_corpus(load_task(task), "{txt}", tmp_path)
+    assert prompt[1] == ("train", "The enzyme beta cleaves collagen? y {}")
+    for template in ("{txt}", "it is {label}", "{text} is {lable}"):
+        with pytest.raises(InputError, match="must say where the {text} goes, and may hold {text_pair} and {label}; nothing else"):
+            task_corpus(load_task(task), template, tmp_path)
     short = ("--steps", "2", "--seq_len", "8", "--batch_tokens", "128", "--out", home / "t", "--cache", home / "cache", "--replay", "0.5")
     here("train.py", *SMALL, "--stream", f"{home}/one.txt,task:{task}", *short, "--template", "{text} {text_pair} {text}")
     meta = read_json(home / "t" / "M1" / "meta.json")

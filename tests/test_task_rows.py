@@ -160,7 +160,9 @@ def test_tables_and_their_types(tmp_path, capsys):
     (dict.fromkeys(("train", "dev", "test"), rows(["3,5", "4"])), "label '3,5' is neither a number, which has a point and no comma"),
     (dict.fromkeys(("train", "dev", "test"), rows(["1", "1.0"])), "label '1.0' differs from the label '1' by spaces, U"),
     (dict.fromkeys(("train", "dev", "test"), rows(["a ", "a"])), "label 'a' differs from the label 'a ' by spaces, U"),
-    ({"train": [{"text": "x", "category": 1, "stars": 2}]}, "the label may be category or stars: give the right one the name label")])
+    ({"train": [{"text": "x", "category": 1, "stars": 2}]}, "the label may be category or stars: give the right one the name label"),
+    ({"train": [{"sentence_A": "x", "sentence_B": "y", "entailment_label": "NEUTRAL", "relatedness_score": 3.5}]},      # SICK's own columns
+     "the label may be relatedness_score or entailment_label: give the right one the name label")])
 def test_what_has_no_label_to_learn_or_choose_by_is_refused(parts, words, tmp_path):
     with pytest.raises(InputError) as error:
         load_task(write_task(tmp_path / "t", dict.fromkeys(("train", "dev", "test"), BINARY) | parts))

@@ -443,11 +443,12 @@ def test_a_share_of_no_row_or_all_is_refused(mixed, share):
     check(replace(mixed, share=share), "scratch")
 
 
-def test_places_of_texts(home, tmp_path):
+def test_places_of_texts(home, tmp_path, capsys):
     (tmp_path / "texts").mkdir()
-    for name, text in (("a.txt", "one\n\ntwo\n"), ("heldout.txt", "three\n")):
+    for name, text in (("a.txt", "one\n\ntwo\n"), ("heldout.txt", "three\n"), ("b.csv", "text\nfour\n")):
         (tmp_path / "texts" / name).write_text(text)
     assert [e.text for e in open_texts(str(tmp_path / "texts"), "cache")] == ["one", "two"]
+    assert capsys.readouterr().err == f"note: {tmp_path / 'texts'}: left unread: heldout.txt, b.csv\n"
     assert [e.text for e in open_texts(str(tmp_path / "texts" / "a.txt"), "cache")] == ["one", "two"]
     (tmp_path / "a.csv").write_text("sentence,id\none,1\ntwo,2\n")
     assert [e.text for e in open_texts(str(tmp_path / "a.csv"), "cache")] == ["one", "two"]

@@ -67,13 +67,17 @@ def _split(file: Path, home: Path) -> str:
 
 
 def training_files(path: Path) -> list[Path]:
-    """A file itself. In a folder, the train split of its task, or else the corpus files to train on."""
+    """A file itself. In a folder, the train split of its task, or else the corpus files to train on; other files are named on stderr."""
     if path.is_file() and format_of(path) in FORMATS:
         return [path]
     files = listed(path)
     home = home_of(files, str(path))
     train = [path / f for f in files if (named := read_name(f)) and (named.home, named.split) == (home, "train")]
-    return train or corpus_files(path)["train"]
+    if not train:
+        train, *others = corpus_files(path).values()
+        if left := sum(others, []):
+            note(f"{path}: left unread: {', '.join(f.name for f in left)}")
+    return train
 
 
 def split_documents(path: Path) -> Iterator[tuple[str, str]]:

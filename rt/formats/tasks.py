@@ -28,8 +28,8 @@ PAIRS = ("text_pair", "sentence2", "hypothesis", "question2", "#2 string", "sent
          "paragraph", "document", "evidence", "answer", "response")
 PLAIN = 8       # this many of PAIRS, from the first on, are always texts
 LABELS = ("label", "gold_label")
-OTHER_LABELS = ("score", "relatedness_score", "labels", "class", "target", "category", "intent", "stars", "rating", "sentiment", "emotion",
-                "is_duplicate", "quality", "stance", "polarity")
+OTHER_LABELS = ("score", "relatedness_score", "entailment_label", "entailment_judgment", "labels", "class", "target", "category", "intent",
+                "stars", "rating", "sentiment", "emotion", "is_duplicate", "quality", "stance", "polarity")
 # Labels that mean "none": what pandas reads as missing, and words for it. NAMES can be classes, too: they mean "none" only if a part has no
 # other labels and train lacks them. _marks decides about -, ?, -1 and -100.
 MISSING = {"", "nan", "-nan", "null", "n/a", "#n/a", "#n/a n/a", "#na", "<na>", "-1.#ind", "-1.#qnan", "1.#ind", "1.#qnan",

@@ -75,10 +75,16 @@ def check_content(out: Path, content: dict) -> None:
                              "restore it, or give another --out")
 
 
+def stage_and_step(checkpoint: Path) -> tuple[int, int]:
+    """(1, 300) of a resumable checkpoint with the name M1-t00300."""
+    number, step = checkpoint.name[1:].split("-t")
+    return int(number), int(step)
+
+
 def checkpoints(out: Path) -> list[Path]:
     """The resumable checkpoints in `out`, newest first."""
-    found = [(match, path) for path in (out / "resume").glob("*") if (match := re.fullmatch(r"M([0-9]{1,9})-t([0-9]{5,9})", path.name))]
-    return [path for match, path in sorted(found, key=lambda pair: tuple(map(int, pair[0].groups())), reverse=True)]
+    found = (path for path in (out / "resume").glob("*") if re.fullmatch("M[0-9]{1,9}-t[0-9]{5,9}", path.name))
+    return sorted(found, key=stage_and_step, reverse=True)
 
 
 def newest_checkpoints(out: Path) -> dict[str, Path]:
@@ -86,7 +92,7 @@ def newest_checkpoints(out: Path) -> dict[str, Path]:
     InputError if all of a stage are damaged."""
     found, damaged = {}, {}
     for path in checkpoints(out):
-        name = path.name.split("-t")[0]
+        name = f"M{stage_and_step(path)[0]}"
         if name in found or (out / name / "meta.json").exists():
             continue
         try:
@@ -110,8 +116,8 @@ def where_to_begin_again(out: Path) -> str:
     newest = next(iter(checkpoints(out)), None)
     if newest is None:
         return f"no checkpoint of it had been written in {out}"
-    name, step = newest.name.split("-t")
-    return f"{newest} is of step {int(step)} of {name}; --init {newest} with another --out begins there"
+    number, step = stage_and_step(newest)
+    return f"{newest} is of step {step} of M{number}; --init {newest} with another --out begins there"
 
 
 def is_done_again(row: dict, out: Path, newest: dict[str, int]) -> bool:
@@ -176,7 +182,7 @@ class PretrainRun:
     def begin(self, content: dict, tokenizer: Tokenizer) -> None:
         """Compare the content with that of an interrupted run, record settings and content, and open the log."""
         self.ranks.from_main(lambda: check_content(self.out, content))
-        self.tokenizer, steps = tokenizer, {name: int(path.name.split("-t")[1]) for name, path in self.newest.items()}
+        self.tokenizer, steps = tokenizer, {name: stage_and_step(path)[1] for name, path in self.newest.items()}
         if self.ranks.is_main:
             if self.resume and not (self.out / "config.json").exists():
                 note(f"--resume: {self.out} holds no run yet; one begins there")
@@ -278,7 +284,7 @@ class PretrainRun:
         self.log.sync()
         meta = {**self.about, "config": self.settings, "argv": sys.argv, "step": self.step, **self.skips(), **more}
         fingerprint = save_base(folder, self.model, self.tokenizer, meta, optimizer, self.recipe.state())
-        own = [path for path in checkpoints(self.out) if int(path.name[1:].split("-t")[0]) <= self.about["number"]]
+        own = [path for path in checkpoints(self.out) if stage_and_step(path)[0] <= self.about["number"]]
         for old in own[KEPT:] if optimizer else ():
             shutil.rmtree(old)
         return fingerprint
