@@ -33,7 +33,7 @@ from rt.kinds import DeltaConfig
 from rt.limits import NonNegative, NonNegativeInt, Positive, PositiveInt, PositiveShare, Seed, SeqLen, Share, ShareBelowOne
 from rt.losses import Loss
 from rt.model import PRESETS, EncoderConfig, MaskedLM, new_masked_lm, set_dropout
-from rt.optim import AdamW, adamw, derive_seed, not_finite, set_lr, step_unless
+from rt.optim import AdamW, adamw, derive_seed, memory_for, not_finite, set_lr, step_unless
 from rt.pretrain import PretrainSettings, evaluate_mlm, microbatches
 from rt.recipes import Recipe, mix
 from rt.runs.build import is_tuned
@@ -144,11 +144,14 @@ def pretrain(c: Config) -> None:
     ranks, out = join(c.device), Path(c.out or "runs/demo")
     ranks.assert_same({f"--{k}": v for k, v in record(c).items()})
     check_graphs(c.graphs, ranks)
-    if "steps" in changed(c) and len(c.steps) > (stages := 1 if c.recipe.mix else len(c.stream)):
+    stages = 1 if c.recipe.mix else len(c.stream)
+    if "steps" in changed(c) and len(c.steps) > stages:
         raise InputError(f"--steps {','.join(map(str, c.steps))}: are for {len(c.steps)} stages, and --stream makes {stages}")
-    c.recipe.check(domain_names("stream", c.stream), c.warmup, min(c.steps), c.snapshots)
+    c.recipe.check(domain_names("stream", c.stream), c.warmup, min(c.steps[:stages]), c.snapshots)
     if c.recipe.preserve and not c.init and (c.recipe.mix or len(c.stream) == 1):
         raise InputError("--preserve: a new base has no earlier one to stay near; give that one with --init")
+    if c.recipe.rates.rewarm and not c.init:
+        raise InputError("--rewarm has no effect without --init: the rate of a new base rises anyway")
     if c.compile and c.recipe.by_need:
         raise InputError("--mix need scores texts of all shapes between steps, and --compile would compile anew for each: leave it out")
     settings = {k: v for k, v in record(c).items() if k not in NOT_SETTINGS}
@@ -174,13 +177,13 @@ def train_stages(c: Config, this_run: PretrainRun, ranks: Ranks) -> Interrupted 
     earlier = earlier_domains(c, domains, places)
     paths = ranks.main_first(lambda: {name: corpus_path(place, c.cache) for name, place in earlier.items()}) | paths
     corpora = ranks.main_first(lambda: {name: build_corpus(name, path, tokenizer, c.cache) for name, path in paths.items()})
-    contents = contents_of(corpora, contents, {name: place for name, place in earlier.items() if name not in places})
+    groups = [tuple(places)] if r.mix else [(name,) for name in places]
+    contents = contents_of(corpora, contents, {name: place for name, place in earlier.items() if name not in groups[0]})
     where = {"device": ranks.device, "precision": pick_precision(c.precision, ranks.device)}
     content = {"--precision": precision_name(where["precision"]), "tokenizer": tokenizer.fingerprint, "--init": parent,
                "--mix_reference": r.mix_reference and ranks.main_first(lambda: open_base(r.mix_reference)).fingerprint,
                **{f"corpus {k}": v["train"].content for k, v in corpora.items()}}
     ranks.assert_same(content)
-    groups = [tuple(places)] if r.mix else [(name,) for name in places]
     training, heldout = rows_of(c, corpora, groups, [*earlier], tokenizer, number + 1, ranks)
     this_run.begin(content, tokenizer)
     for i, (domain, rows) in enumerate(training.items()):
@@ -254,6 +257,7 @@ def rows_of(c: Config, corpora: dict[str, dict[str, Corpus]], groups: list[tuple
     return training, {name: scored_rows(parts["heldout"], tokenizer, c.seq_len) for name, parts in corpora.items()}
 
 
+@memory_for("the model", "`preset` or `max_len`")
 def start_model(c: Config, out: Path, first_corpus: Path, ranks: Ranks) -> tuple[MaskedLM, Tokenizer, Start]:
     """A new base of size --preset, or the base that --init names."""
     if c.init:

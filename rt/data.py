@@ -195,15 +195,15 @@ def sequences_batch(sequences: list[list[int]], **fields: Tensor) -> Batch:
 class Masker:
     """Chooses `count` tokens of a row, never special ones. Each becomes <mask> (.8) or random (.1), or stays (Devlin et al., 2019). For
     slm and rts, all become another random token (Di Liello et al., 2022). `unit` word chooses whole words and cuts the last one to fit.
-    `unit` entity first chooses numbers, and capitalised words that do not begin a sentence; adjacent ones are chosen together."""
+    `unit` entity first chooses numbers, and capitalised words that do not begin a sentence; adjacent ones together. U+FFFD is a letter."""
     def __init__(self, tokenizer: Tokenizer, count: int, objective: Objective = "mlm", unit: MaskUnit = "token"):
         self.count, self.mask_id, self.objective, self.unit = count, tokenizer.mask_id, objective, unit
         self.is_special = np.zeros(tokenizer.vocab_size, dtype=bool)
         self.is_special[tokenizer.special_ids] = True
         self.regular = np.flatnonzero(~self.is_special)
         if unit != "token":
-            looks = [(not p[:1].isalnum(), not p[-1:].isalnum(), p.strip() in (".", "!", "?", ":"), p.strip()[:1].isdigit(),
-                      p.strip()[:1].isupper()) for p in tokenizer.pieces]
+            looks = [(not p[:1].isalnum(), not p[-1:].isalnum(), p.strip().rstrip("\"'”’)]")[-1:] in tuple(".!?:"), p.strip()[:1].isdigit(),
+                      p.strip()[:1].isupper()) for p in (piece.replace("\ufffd", "a") for piece in tokenizer.pieces)]
             self.opens, self.closes, self.ends_sentence, self.is_number, self.is_capital = np.array(looks).T
             for table in (self.opens, self.closes, self.ends_sentence):
                 table |= self.is_special

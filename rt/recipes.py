@@ -95,7 +95,7 @@ class Recipe:
 
 def mixed_shares(shares: list[float], excess: list[float], eta: float) -> list[float]:
     """Shares times exp(eta * excess loss) if the excess is positive; then smoothed. As in DoReMi (Xie et al., 2023)."""
-    grown = [share * math.exp(eta * max(0.0, loss)) for share, loss in zip(shares, excess)]
+    grown = [share * math.exp(eta * (max(0.0, loss) - max(0.0, *excess))) for share, loss in zip(shares, excess)]     # no overflow
     return [(1 - SMOOTHING) * share / sum(grown) + SMOOTHING / len(grown) for share in grown]
 
 
@@ -110,25 +110,25 @@ def mix(rows: Rows, others: list[Rows], shares: list[float], every: int = 0) -> 
 
 class Mixture:
     """Maps row `number` of a mixture to a row of a source. The map is a function of the number and the shares, so there is no state.
-    Sources take turns. In the first n rows, each source has its share to within as many rows as there are sources, and exactly if all
-    shares of n are whole. A period is `every` rows (0: endless). `history[i]` holds the shares of period i."""
+    Sources take turns. While shares stay the same, each source has its share of the first n rows to within as many rows as there are
+    sources, and exactly if all shares of n are whole. A period is `every` rows (0: endless). `history[i]` holds the shares of period i."""
 
     def __init__(self, sources: list[Rows], shares: list[float], every: int = 0):
         self.sources, self.every = sources, every
-        self.history: list[list[int]] = []
-        self.before = [[0] * len(sources)]      # rows of each source before each period, and before the period that comes next
+        self.history, self.before = [], [[0] * len(sources)]    # before: rows of each source before each period, and before the next one
         self.append([round(share * 10**6) for share in shares])
 
     def append(self, parts: list[int]) -> None:
         """Set the shares of the next period, in millionths."""
+        first, end = (counts(n * self.every, parts) for n in (len(self.history), len(self.history) + 1))     # small shares add up
         self.history.append(parts)
-        self.before.append([b + c for b, c in zip(self.before[-1], counts(self.every, parts))])
+        self.before.append([b + e - f for b, e, f in zip(self.before[-1], end, first)])
 
     def locate(self, number: int) -> tuple[Rows, int]:
-        period, n = divmod(number, self.every) if self.every else (0, number)
-        before, after = (counts(k, self.history[period]) for k in (n, n + 1))
+        period = number // self.every if self.every else 0
+        first, before, after = (counts(n, self.history[period]) for n in (period * self.every, number, number + 1))
         i = next(i for i in range(len(self.sources)) if after[i] > before[i])
-        return self.sources[i], self.before[period][i] + before[i]
+        return self.sources[i], self.before[period][i] + before[i] - first[i]
 
 
 def counts(n: int, shares: list[int]) -> list[int]:

@@ -69,6 +69,11 @@ def test_schedules_at_their_corners():
     assert held[:91] == [0.25] * 91 and held[95] == pytest.approx(0.125)
 
 
+def older(base):
+    del base.meta["config"]["average"]
+    return base
+
+
 def test_an_infinite_schedule_goes_on_from_before_the_annealing(home, monkeypatch):
     """A stream in one process equals, bit for bit, its stages in two processes, linked only by the trunk and its optimizer state."""
     infinite = ("--schedule", "infinite", "--steps", "10", "--anneal", "0.3")
@@ -92,6 +97,12 @@ def test_an_infinite_schedule_goes_on_from_before_the_annealing(home, monkeypatc
     assert kept[2:] == [fingerprint(lengthen(MaskedLM(published.encoder, published.head), 150).encoder)]
     train(home, "inf7", *infinite, "--init", home / "inf1" / "M0", "--max_len", "128", stream="two")        # as long as it is
     assert same_weights(home / "inf2" / "M1", home / "inf7" / "M1")
+    train(home, "inf11", *infinite, "--init", home / "inf1" / "M0-t00007", stream="two")        # the state before the annealing itself
+    assert same_weights(home / "inf2" / "M1", home / "inf11" / "M1")
+    monkeypatch.setattr("train.open_base", lambda place: older(load_base(place)))       # as written by a commit that lacks a setting
+    train(home, "inf12", *infinite, "--init", home / "inf1" / "M0", stream="two")
+    assert same_weights(home / "inf2" / "M1", home / "inf12" / "M1")
+    monkeypatch.undo()
     train(home, "inf9", *infinite, "--lr", "5e-4", stream="one")        # another run, whose trunk has the same name
     for run, name in (("inf1", "M0"), ("inf9", "M0-t00007")):
         shutil.copytree(home / run / name, home / "mixed" / name)
@@ -143,6 +154,18 @@ def test_each_source_is_read_from_its_first_row_on_and_none_is_left_out(corpora,
     assert seen == {one: [*range(6 + 4)], two: [*range(2 + 4)]}
 
 
+def test_shares_of_less_than_a_row_per_period_add_up():
+    sources = ["replayed", "own", "other"]
+    mixture = Mixture(sources, [0.01, 0.005, 0.985], every=50)
+    for _ in range(19):
+        mixture.append(mixture.history[0])
+    seen = {source: [] for source in sources}
+    for number in range(1000):
+        source, n = mixture.locate(number)
+        seen[source].append(n)
+    assert seen == {"replayed": [*range(10)], "own": [*range(5)], "other": [*range(985)]}
+
+
 @pytest.mark.parametrize("world, parts", [(2, 1), (1, 2), (2, 2)])
 def test_ranks_and_parts_share_out_a_mixed_batch(world, parts, corpora, tokenizer):
     (one, _), (again, _), (alone, _) = rows_of(corpora, tokenizer, 0.25, 0.75), rows_of(corpora, tokenizer, 0.25, 0.75), \
@@ -186,7 +209,8 @@ def test_replay_knows_the_earlier_domains_of_init(home):
     (home / "one.txt").rename(home / "gone.txt")
     try:
         (home / "one.txt").write_text("another text\nabout edges\n" * 99 + "a\nb\n")
-        assert f"one ({home / 'one.txt'}) has changed since the lineage learned it" in train(home, "y", *upgrade, stream="two", code=2)
+        for stream in ("two", "two,one"):       # also if the changed text is learned afterwards
+            assert f"one ({home / 'one.txt'}) has changed since the lineage learned it" in train(home, "y", *upgrade, stream=stream, code=2)
         (home / "one.txt").unlink()
         assert "one.txt, which is gone: restore it" in train(home, "y", *upgrade, stream="two", code=2)
     finally:
@@ -208,6 +232,7 @@ def test_need_moves_shares_towards_the_domain_with_excess_loss():
     for _ in range(50):
         shares = mixed_shares(shares, [0.0, 1.0], eta=1.0)
     assert 0.9 < shares[1] < 0.951      # no share dies out
+    assert mixed_shares([0.5, 0.5], [1.0, 2.0], eta=1e6) == pytest.approx([0.05, 0.95])
 
 
 def test_need_applies_a_period_later_and_leaves_replay_alone(corpora, tokenizer):
@@ -324,6 +349,15 @@ def test_words_are_masked_whole_and_names_and_numbers_first():
         Masker(lower, 3, unit="entity")
 
 
+def test_a_stop_before_a_closing_quote_ends_a_sentence_and_a_part_of_a_letter_is_in_a_word():
+    pieces = ["<s>", "He", " saw", " Ann", '."', " Then", ").", " She", " na", "\ufffd", "\ufffd", "ve", "?"]
+    made = SimpleNamespace(vocab_size=13, mask_id=0, special_ids=[0], pieces=pieces)
+    keys = Masker(made, 1, unit="entity").order(np.arange(13), np.random.default_rng(0))
+    assert [pieces[i] for i in np.flatnonzero(keys < 1)] == [" Ann"]
+    keys = Masker(made, 1, unit="word").order(np.arange(13), np.random.default_rng(0))
+    assert len({*keys[8:12]}) == 1 and len({*keys}) == 10
+
+
 def test_pieces_tell_where_a_word_begins(tokenizer):
     """Also for WordPiece and Unigram."""
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "bind", "##ing", "."])}
@@ -397,6 +431,8 @@ def test_a_task_s_own_texts_are_a_domain_plain_or_in_a_template(home, task, tmp_
     here("train.py", *SMALL, "--stream", f"{home}/one.txt,task:{task}", *short, "--template", "{text} {text_pair} {text}")
     meta = read_json(home / "t" / "M1" / "meta.json")
     assert "--template has no effect without task:NAME in --stream" in train(home, "u", "--template", "{text}.", code=2)
+    selected = here("train.py", *SMALL, "--stream", f"task:{task}", "--select", task, *short, code=2)
+    assert "--select has no effect without a corpus in --stream" in selected
     assert meta["domain"] == "task-enzymes" and meta["stage"]["shares"] == {"one": 0.5, "task-enzymes": 0.5}
 
 
@@ -454,10 +490,18 @@ def test_settings_that_make_no_sense_together_are_refused_in_a_sentence(home):
     RecipeConfig(mix=("need",), mix_every=5, align=11).check(["a", "b"], 0.1, 11, 2)
     RecipeConfig(mix=("a:0.3", "b:0.7"), replay=0.1).check(["a", "b"], 0.1, 4, 2)
     assert RecipeConfig(mix=("a:0.3", "b:0.7"), replay=0.1).start_shares(["b", "a"], 2) == pytest.approx([0.05, 0.05, 0.63, 0.27])
+    (thirds := RecipeConfig(mix=("a:0.333", "b:0.333", "c:0.333"))).check(["a", "b", "c"], 0.1, 4, 2)      # what the refusal suggests
+    assert thirds.start_shares(["a", "b", "c"], 0) == pytest.approx([1 / 3] * 3)
     assert "--align_eps has no effect without --align" in train(home, "z", "--align_eps", "0.1", code=2)
     assert "--mask_rate 0.001: predicts none of the 128 tokens of a row" in train(home, "z", "--mask_rate", "0.001", code=2)
     assert "--compile would compile anew" in train(home, "z", "--mix", "need", "--compile", code=2)
     assert "no earlier one to stay near" in train(home, "z", "--preserve", "3", stream="one", code=2)
+    said = train(home, "z", "--schedule", "infinite", "--rewarm", stream="one", code=2)
+    assert "--rewarm has no effect without --init: the rate of a new base rises anyway" in said
+    for stream, steps in (("one", 600), ("one,two", 500)):      # the default steps of the stages that there are
+        said = train(home, "z", "--align", "601", stream=stream, code=2)
+        assert f"--align 601: has its first effect after 601 steps, and a stage has {steps}" in said
+    assert "the model did not fit into memory: lower --preset or --max_len" in train(home, "z", "--max_len", str(10**12), code=2)
 
 
 def test_the_reference_of_need_is_part_of_a_run_and_need_goes_with_preserve(home):

@@ -203,9 +203,10 @@ def test_splits_of_a_corpus_are_named_as_on_the_hub(names, train, heldout, unrea
     assert kinds(touch(tmp_path, *names.split())) == {"train": train, "heldout": heldout, "unread": unread}
 
 
-def test_a_file_that_is_named_is_read_whatever_its_name(tmp_path):
-    touch(tmp_path, "test.parquet")
-    assert corpus_files(tmp_path / "test.parquet")["train"] == [tmp_path / "test.parquet"]
+@pytest.mark.parametrize("name", ["test.parquet", "heldout.txt"])
+def test_a_file_that_is_named_is_read_whatever_its_name(name, tmp_path):
+    touch(tmp_path, name)
+    assert corpus_files(tmp_path / name)["train"] == [tmp_path / name]
 
 
 def test_in_the_hubs_cache_plain_names_are_splits_too(tmp_path):

@@ -48,7 +48,8 @@ def corpus_files(path: Path) -> dict[str, list[Path]]:
         raise InputError(f"{path}: no text there; a corpus is {', '.join(TEXT_ENDINGS)} files, one document a line or row")
     parts: dict[str, list[Path]] = {"train": [], "dev": [], "test": [], "heldout": []}
     for f in files:
-        parts["heldout" if f.name.lower().split(".")[0].split("-")[0] == "heldout" else _split(f, home)].append(f)
+        is_heldout = f != path and f.name.lower().split(".")[0].split("-")[0] == "heldout"
+        parts["heldout" if is_heldout else _split(f, home)].append(f)
     tables = [f for f in every if {*f.name.lower().split(".")[1:]} & {*FORMATS}]      # also .jsonl.zst
     tables += [path / f for f in below if f.parent.name and _is_text(f) and home == path]
     spare = (parts["dev"] if parts["heldout"] else []) + [f for f in tables if f not in files]

@@ -52,6 +52,7 @@ class RecipeConfig:
         s = self.rates
         details = {"cooldown": (s.schedule in ("wsd", "infinite"), "`schedule` wsd or infinite"), "align_eps": (self.align, "`align`"),
                    "preserve_by": (self.preserve, "`preserve`"),
+                   "select": (not all(d.startswith("task-") for d in domains), "a corpus in `stream`"),
                    "keep": (self.select, "`select`"), "template": (any(d.startswith("task-") for d in domains), "task:NAME in `stream`"),
                    **dict.fromkeys(("hold", "anneal", "rewarm"), (s.schedule == "infinite", "`schedule` infinite")),
                    **dict.fromkeys(("mix_every", "mix_eta", "mix_reference"), (self.by_need, "`mix` need"))}
@@ -72,7 +73,7 @@ class RecipeConfig:
                              f"({snapshots})" + f" and `steps` ({steps})" * (snapshots >= steps))
         if self.mix and len(domains) < 2:
             raise InputError(f"`mix` {','.join(self.mix)}: there is one domain, {domains[0]}; name all of them in `stream`")
-        if self.mix and not self.by_need and not (self.shares.keys() == set(domains) and abs(sum(self.shares.values()) - 1) < 1e-6):
+        if self.mix and not self.by_need and not (self.shares.keys() == set(domains) and abs(sum(self.shares.values()) - 1) < 0.01):
             raise InputError(f"`mix` {','.join(self.mix)}: must be need, or shares of {', '.join(domains)} that add up to 1, as in "
                              + ",".join(f"{name}:{1 / len(domains):.3g}" for name in domains))
         if self.align > steps:
@@ -93,7 +94,8 @@ class RecipeConfig:
     def start_shares(self, domains: list[str], earlier: int) -> list[float]:
         """The first shares: those of the earlier domains (`earlier` in number), then those of the stage's own domains."""
         replay = self.replay if earlier else 0.0
-        own = [1 / len(domains) if self.by_need or not self.mix else self.shares[name] for name in domains]
+        total = sum(self.shares.values())       # of shares such as .333 not quite 1
+        own = [1 / len(domains) if self.by_need or not self.mix else self.shares[name] / total for name in domains]
         return [replay / earlier for _ in range(earlier)] + [(1 - replay) * share for share in own]
 
 
@@ -175,12 +177,13 @@ def start_recipe(c: Any, model: MaskedLM, rows: Rows, corpora: list[Corpus], tok
 def go_on_from(c: Any, folder: Path, base: Base) -> tuple[MaskedLM, str, Path | None]:
     """(model, fingerprint, folder of the optimizer's state) to continue: `base`, or its state before an infinite schedule's annealing."""
     moments = None
-    if c.recipe.rates.schedule == "infinite" and "trunk" in base.meta:
-        moments = folder.parent / base.meta["trunk"]
+    if c.recipe.rates.schedule == "infinite" and ("trunk" in base.meta or (folder / "optim.pt").is_file()):     # or it is such a state
+        moments = folder.parent / base.meta.get("trunk", folder.name)
         if moments.parent != folder.parent or not (moments / "optim.pt").is_file():
             raise InputError(f"{folder} was annealed from {moments}, which is gone: restore it to go on, or give another --schedule")
         published, base = base, load_base(moments)
-        if any(published.meta.get(k) != base.meta.get(k) for k in ("parent", "config", "contents")):
+        ours, theirs = ({k: b.meta.get(k) for k in ("parent", "contents")} | b.meta.get("config", {}) for b in (published, base))
+        if any(ours[k] != theirs[k] for k in ours.keys() & theirs.keys()):      # a later version of the code has more settings
             raise InputError(f"{moments} is not the state that {folder} was annealed from, but of another run: put that beside it")
         check_seal(moments, "meta.json", base.meta, ("optim.pt",))
     model = MaskedLM(base.encoder, base.head or new_masked_lm(base.encoder.config, c.seed).head)
