@@ -233,3 +233,12 @@ def test_what_algebra_makes_was_not_trained(base, tmp_path):
     assert not trained.keys() & made.info.keys() and made.info["task"] == "t" and delta.info["step"] == 5
     save_delta(tmp_path / "made", made)
     assert inspect(tmp_path / "made")["learned"] == "not recorded (a sum of deltas, for example)"
+
+
+def test_deltas_of_other_labels_or_tensors_have_no_sum(base, batch):
+    _, lora = trained(base, "lora", batch)
+    config = replace(CONFIGS["lora"], target_modules=("query",))
+    fewer = extract(attach(base, config, 3, 0), base, config, {"task": "t", "labels": LABELS})
+    for other, word in ((replace(lora, info=lora.info | {"labels": ["c", "b", "a"]}), "labels"), (fewer, "tensors")):
+        with pytest.raises(InputError, match=f"deltas of different {word}"):
+            lora + other

@@ -1,8 +1,10 @@
 """Runs side by side equal the runs alone."""
 import gc
+import time
 import weakref
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -272,3 +274,16 @@ def test_the_stacked_optimizer_is_each_runs_own():
             assert together.tracker.read() == [(1.0, 0, False), (1.0, 1, False), (1.0, 0, False)]
             together.keep([1, 2])
             fits = fits[1:]
+
+
+def test_full_deltas_and_modes_without_training_do_not_go_together():
+    def r(kind, **more):
+        return SimpleNamespace(config=DeltaConfig(kind), distill=DistillConfig(**more))
+    assert [grid.can_go_together(r(kind), "init") for kind in ("lora", "full")] == [True, False]
+    assert [grid.can_go_together(r("lora", itp=1), mode) for mode in ("init", "distill", "apply")] == [True, False, False]
+
+
+def test_runs_side_by_side_share_the_seconds(tokenizer):
+    runs, started = four_runs(tokenizer, "bitfit"), time.perf_counter()
+    grid.tune(runs, **CPU)
+    assert 0 < sum(run.result.seconds for run in runs) <= time.perf_counter() - started

@@ -13,7 +13,7 @@ from rt.formats.checkpoint import fingerprint
 from rt.kinds import KINDS, DeltaConfig
 from rt.losses import DistillConfig, Loss, run_teacher
 from rt.model import new_masked_lm, set_dropout
-from rt.transport import Projection, learn_projection, project, student_weights
+from rt.transport import Projection, check_sources, learn_projection, project, student_weights
 from rt.tune import TuneSettings, evaluate, predict, score
 
 CPU = dict(device=torch.device("cpu"), precision=torch.float32)
@@ -244,3 +244,44 @@ def test_the_mean_of_a_score_that_is_undefined_is_undefined(base, other_base, mo
     projection = learn_projection(base, other_base, sources, TuneSettings(2, 8, 1e-3, 1, 0), r=2, granularity="auto", residual=False,
                                   on_eval=rows.append, **LOSS)
     assert [row["dev"]["mean"] for row in rows] == [None, 0.5, None] and projection.best_step == 1
+
+
+def test_a_map_is_learned_without_attention_maps_and_interpolation(base, other_base):
+    delta = tuned(base, "bitfit", "a")
+    sources, losses = [(delta, task_of(delta, base, 0))], []
+    for more in ({}, {"gamma": 3.0, "itp": 2}):
+        rows: list[dict] = []
+        learn_projection(base, other_base, sources, TuneSettings(2, 8, 1e-3, 2, 0), DistillConfig(1.0, 1.0, 2.0, **more), r=2,
+                         granularity="flat", residual=True, on_eval=rows.append, **CPU)
+        losses.append(rows)
+    assert losses[0] == losses[1]
+
+
+def test_the_target_of_a_map_has_the_sources_kind(base, other_base):
+    delta = tuned(base, "lora", "a")
+    data = task_of(delta, base, 0)
+    check_sources(base, other_base, [(delta, data)], tuned(base, "lora", "b"))
+    with pytest.raises(InputError, match="deltas of one kind and size"):
+        check_sources(base, other_base, [(delta, data)], tuned(base, "bitfit", "b"))
+
+
+def test_sources_that_are_zero_have_a_finite_map(base):
+    zero = 0.0 * tuned(base, "bitfit", "a")
+    mapped = project(Projection([zero], 2, "tensor", residual=True, with_head=True, seed=0), tuned(base, "bitfit", "b", seed=1))
+    assert all(v.isfinite().all() for v in mapped.tensors().values())
+
+
+def test_the_score_of_a_map_is_the_mean_over_its_sources(base, other_base, monkeypatch):
+    found, rows = iter([0.2, 0.6, 0.5, 0.1]), []
+    sources = [(delta, task_of(delta, base, 0)) for delta in (tuned(base, "bitfit", "ab"[i], seed=i) for i in (0, 1))]
+    monkeypatch.setattr("rt.transport.evaluate", lambda *_: {"accuracy": next(found)})
+    learn_projection(base, other_base, sources, TuneSettings(1, 8, 1e-3, 1, 0), r=2, granularity="flat", residual=True,
+                     on_eval=rows.append, **LOSS)
+    assert [row["dev"]["mean"] for row in rows] == pytest.approx([0.4, 0.3])
+
+
+def test_a_map_to_a_base_of_other_sizes_is_refused(base):
+    model = new_masked_lm(replace(base.encoder.config, ffn_size=32), 0)
+    other, delta = Base(model.encoder.eval(), None, base.tokenizer, {}, fingerprint(model.encoder)), tuned(base, "bitfit", "a")
+    with pytest.raises(InputError, match="other sizes: ffn_size"):
+        check_sources(base, other, [(delta, task_of(delta, base, 0))])

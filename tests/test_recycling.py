@@ -300,3 +300,61 @@ def test_bases_of_other_sizes_are_refused_before_anything_is_trained(recycling, 
     if mode == "distill":
         check(replace(recycling, base=wider, distill=DistillConfig(beta=0.0)), mode)
     check(replace(recycling, base=wider), "scratch")
+
+
+def test_a_chain_trains_nothing_if_one_of_its_bases_does_not_fit(recycling, bases):
+    config, seen = replace(recycling.base.encoder.config, num_layers=3), []
+    bases["M3"] = replace(bases["M3"], encoder=new_masked_lm(config, 0).encoder)
+    recycling.on_eval = seen.append
+    with pytest.raises(InputError, match="num_layers"):
+        list(chain(recycling, "init", bases))
+    assert not seen
+
+
+@pytest.mark.parametrize("name", ["merged", "carried", "projection"])
+def test_a_chain_has_one_old_delta_as_it_is(recycling, bases, name):
+    value = recycling.old_delta if name != "projection" else Projection([recycling.old_delta], 2, "auto", False, True, seed=0)
+    with pytest.raises(InputError, match="a chain has one old delta, as it is"):
+        next(chain(replace(recycling, **{name: value}), "project" if name == "projection" else "apply", bases))
+
+
+@pytest.mark.parametrize("part", ["train", "dev", "test", "unlabelled"])
+def test_a_text_that_is_too_long_is_refused_in_every_part(recycling, part):
+    long = Encoded([[0, *[9] * 200, 2]] * 4, torch.arange(4) % 3, 0)
+    r = replace(recycling, unlabelled=long) if part == "unlabelled" else replace(recycling, data=replace(recycling.data, **{part: long}))
+    with pytest.raises(InputError, match="`seq_len` 202: the base has positions for 128 tokens"):
+        check(r, "scratch")
+
+
+def test_attention_maps_of_other_numbers_of_heads_are_not_compared(recycling):
+    config = replace(recycling.base.encoder.config, num_heads=4)
+    other = replace(recycling.base, encoder=new_masked_lm(config, 0).encoder)
+    with pytest.raises(InputError, match="as many heads"):
+        check(replace(recycling, base=other, distill=DistillConfig(gamma=1.0)), "distill")
+    check(replace(recycling, base=other), "distill")
+
+
+def test_hidden_states_of_another_width_are_not_compared(recycling):
+    wider = replace(recycling.base, encoder=new_masked_lm(replace(recycling.base.encoder.config, hidden_size=96), 0).encoder)
+    with pytest.raises(InputError, match="`beta` compares hidden states"):
+        check(replace(recycling, base=wider), "distill")
+    check(replace(recycling, base=wider, distill=DistillConfig(beta=0.0)), "distill")
+
+
+def test_the_bias_of_a_label_moves_with_it(recycling):
+    other = replace(recycling, data=replace(recycling.data, labels=("c", "a", "b")))
+    assert torch.equal(start_from_old(other).head.out.bias, recycling.old_delta.head["out.bias"][[2, 0, 1]])
+
+
+def test_a_teacher_is_run_again_for_other_texts(recycling):
+    texts = [Encoded([[0, 40 + i + k, 2] for i in range(8)], torch.full((8,), -100), 0) for k in (0, 9)]
+    first = replace(recycling, unlabelled=texts[0])
+    cache = teacher_of(first)
+    assert teacher_of(replace(first)) is cache and not torch.equal(teacher_of(replace(first, unlabelled=texts[1])).logits, cache.logits)
+
+
+def test_texts_that_are_too_long_for_the_teacher_alone_are_refused(recycling):
+    longer = replace(recycling.base, encoder=new_masked_lm(replace(recycling.base.encoder.config, max_len=256), 0).encoder)
+    long = Encoded([[0, *[9] * 200, 2]] * 4, torch.full((4,), -100), 0)
+    with pytest.raises(InputError, match="`seq_len` 202: the base has positions for 128 tokens"):
+        check(replace(recycling, base=longer, unlabelled=long), "distill")

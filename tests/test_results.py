@@ -25,12 +25,13 @@ from rt.runs.results import (
     comparable,
     finished_row,
     open_best,
+    open_old,
     origin_of,
     summary_rows,
     unread,
     write_summary,
 )
-from rt.runs.summary import add_steps_to_scratch, report, report_sweep
+from rt.runs.summary import add_steps_to_scratch, report, report_chain, report_sweep
 from rt.tune import TuneSettings
 
 
@@ -187,3 +188,46 @@ def test_rows_that_an_earlier_version_wrote_are_read(recycling, tmp_path):
 def test_a_folder_with_a_dot_in_front_is_no_hub_id(recycling):
     with pytest.raises(InputError, match="^./OWNER/NAME: nothing tuned there"):
         open_best("./OWNER/NAME", recycling.base)
+
+
+def test_the_best_delta_of_a_folder_is_the_best_seed_on_the_right_base_and_whole(recycling, tmp_path):
+    elsewhere = replace(recycling.old_delta, info=recycling.old_delta.info | {"base": "another"})
+    rows = [{"run": f"init-s{i}-0123456789", "mode": "init", "task": "t", "seed": i, "lr": lr, "dev": {"accuracy": dev}, "test": {},
+             "seconds": 0.2, "curve": [], "settings": {}, **more}
+            for i, (lr, dev, more) in enumerate(((1e-3, .2, {}), (1e-3, .4, {}), (2e-3, .8, {"diverged": 5}), (2e-3, .9, {"diverged": 5})))]
+    rows += [rows[0] | {"run": f"init-s{i}-abcdefghij", "seed": i, "lr": 5e-3, "dev": {"accuracy": .95}} for i in (0, 1, 2)]
+    for row in rows:
+        save_delta(tmp_path / "deltas" / row["run"], elsewhere if row["lr"] == 5e-3 else recycling.old_delta)
+    write_json(tmp_path / "summary.json", {"rows": rows})
+    assert best_delta(tmp_path, recycling.old_base.fingerprint).name == rows[1]["run"]
+
+
+def test_a_setting_that_is_not_read_is_in_no_name():
+    assert run("init", "--shrinkage").name == run("init").name != run("init", "--head", "prototype").name
+    assert run("init", "--head", "prototype", "--shrinkage").name != run("init", "--head", "prototype").name
+    assert run("transport", "--carry").name == run("transport").name != run("transport", "--carry_text", "x").name
+    assert run("init", "--carry_text", "x").name == run("init").name
+
+
+def test_the_teacher_is_the_first_delta_with_the_tasks_labels(recycling, tmp_path):
+    other = replace(recycling.old_delta, info=recycling.old_delta.info | {"labels": ["x", "y", "z"]})
+    for name, delta in (("a", other), ("b", recycling.old_delta), ("c", recycling.old_delta)):
+        save_delta(tmp_path / name, delta)
+    olds, teacher = open_old(",".join(str(tmp_path / name) for name in "abc"), recycling.old_base, ("a", "b", "c"))
+    assert teacher is olds[1]
+    assert open_old(",".join(str(tmp_path / name) for name in "ab"), recycling.old_base, ("u", "v"))[1].labels == ("x", "y", "z")
+
+
+def test_a_chains_table_has_a_column_of_each_bases_own_scores():
+    rows = [{"mode": "init", "route": "direct", "base": base, "seed": s, "lr": 1e-3, "dev": {"accuracy": .5}, "test": {"accuracy": score}}
+            for base, score in (("M1", .3), ("M2", .7)) for s in (0, 1)]
+    rows += [row | {"route": "chain"} for row in rows]
+    said = report_chain(rows, ["init"], ("M1", "M2"))
+    assert "0.300 ± 0.000" in said and "0.700 ± 0.000" in said
+
+
+def test_a_sweeps_table_counts_all_runs_of_a_mode():
+    rows = [{"mode": "init", "seed": s, "lr": lr, "settings": {}, "dev": {"accuracy": 0.5}, "test": {}, "curve": [], "seconds": 1.0}
+            for lr in (1e-3, 2e-3) for s in (0, 1)]
+    line = report_sweep(rows, ["init"], []).splitlines()[1].split()
+    assert line[line.index("0.001") + 1] == "4"

@@ -8,16 +8,16 @@ from conftest import here, random_base, write_task
 from test_transport import tuned
 
 from experiments.twin import permuted_twin
-from rt.data import Encoded, TaskData
+from rt.data import Encoded, Example, Task, TaskData, encode
 from rt.deltas import apply, attach, extract
 from rt.errors import InputError
 from rt.formats.checkpoint import save_base
-from rt.formats.delta_files import save_delta
+from rt.formats.delta_files import load_delta, save_delta
 from rt.losses import DistillConfig, weights_of
 from rt.model import MaskedLM, prototypes
 from rt.recycling import MODES, Recycling, check, new_delta, recycle, start, start_from_old
 from rt.runs.results import old_names
-from rt.runs.starts import combine, merge_on_dev
+from rt.runs.starts import carry_texts, combine, merge_on_dev
 from rt.tune import TuneSettings, evaluate, predict
 
 CPU = dict(device=torch.device("cpu"), precision=torch.float32)
@@ -276,3 +276,70 @@ def test_several_deltas_and_prototypes_typed(home):
 def test_what_makes_no_sense_is_one_sentence(home, more, sentence):
     (home / "empty.txt").write_text("")
     assert sentence in typed(home, *(home / "empty.txt" if flag == "EMPTY" else flag for flag in more), code=2)
+
+
+def test_gradmask_reads_the_training_examples_alone(base, other_base):
+    r = recycling(base, other_base)
+    first, other = weights_of(MODES["gradmask"].start(r)), replace(r.data.train, targets=(r.data.train.targets + 1) % 3)
+    for part, same in (("train", False), ("dev", True), ("test", True)):
+        again = weights_of(MODES["gradmask"].start(replace(r, data=replace(r.data, **{part: other}))))
+        assert all(torch.equal(v, first[k]) for k, v in again.items()) == same, part
+
+
+def test_one_kept_label_keeps_its_row_and_prototypes_their_scale(base, other_base):
+    r = recycling(base, other_base, "adapter", ("2", "x", "y"), head="prototype")
+    said = predict(apply(other_base, r.old_delta, stale_ok=True), r.data.train.sequences, **CPU)
+    logits = predict(start_from_old(r), r.data.train.sequences, **CPU)
+    assert logits.isfinite().all()
+    torch.testing.assert_close(logits[:, 0], said[:, 2])
+
+
+@pytest.mark.parametrize("kind", ["adapter", "lora"])
+def test_a_merged_delta_is_applied_saved_and_continued_in_its_own_size(base, other_base, kind, tmp_path):
+    r = recycling(base, other_base, kind)
+    r.merged = combine([r.old_delta, labelled(r.old_delta, LABELS, 0.5)], [0.5, 0.5], "mean", LABELS)
+    model, result = recycle(r, "apply")
+    save_delta(tmp_path / "d", new_delta(r, "apply", model))
+    assert evaluate(apply(other_base, load_delta(tmp_path / "d")), r.data.test, **CPU) == result.test
+    with pytest.raises(InputError, match="init continues the old delta"):
+        check(r, "init")
+    check(replace(r, config=r.merged.config), "init")
+
+
+def test_a_delta_that_cannot_be_carried_is_refused_before_anything_runs(base, other_base):
+    r = recycling(base, other_base, "adapter")
+    r.old_delta.modules["layers.0.adapter_ffn.shift"] = torch.zeros(64)
+    for mode, carry in (("transport", False), ("init", True)):
+        with pytest.raises(InputError, match="shift cannot be carried"):
+            check(replace(r, carry=carry), mode)
+
+
+def test_ties_leaves_a_delta_of_weight_zero_out(base):
+    one = tuned(base, "bitfit")
+    two, three = (replace(one, diffs={k: torch.randn(v.shape, generator=torch.Generator().manual_seed(s)) for k, v in one.diffs.items()})
+                  for s in (1, 2))
+    some, all_ = combine([one, two], [0.5, 0.5], "ties", LABELS), combine([one, two, three], [0.5, 0.5, 0.0], "ties", LABELS)
+    assert all(torch.equal(v, all_.diffs[k]) for k, v in some.diffs.items())
+
+
+@pytest.mark.parametrize("how", ["mean", "ties"])
+def test_heads_with_the_tasks_labels_are_averaged_by_their_weights(base, how):
+    one = tuned(base, "bitfit")
+    others = [replace(one, head={k: v * size for k, v in one.head.items()}) for size in (3.0, 100.0)]
+    merged = combine([one, *others], [0.25, 0.75, 0.0], how, LABELS)
+    for k, v in one.head.items():
+        torch.testing.assert_close(merged.head[k], 0.25 * v + 0.75 * 3 * v)
+
+
+def test_texts_to_compare_bases_on_are_the_training_texts(base):
+    part = {name: [Example(f"{name} {i}", None, None, "") for i in range(600)] for name in ("train", "dev", "test")}
+    expected = encode([replace(e, text=f"{e.text} ") for e in part["train"][:512]], (), base.tokenizer, 16).sequences
+    assert carry_texts(None, Task("t", (), part), base, 16) == expected
+
+
+def test_subsets_are_scored_on_dev_and_not_on_the_training_examples(base, other_base):
+    r = recycling(base, other_base)
+    harmful, sequences = labelled(r.old_delta, LABELS, -3.0), r.data.dev.sequences
+    said = [predict(apply(other_base, d, stale_ok=True), sequences, **CPU).argmax(1) for d in (r.old_delta, harmful)]
+    r.data = replace(r.data, dev=replace(r.data.dev, targets=said[0]), train=replace(r.data.train, targets=said[1]))
+    assert merge_on_dev(r, [harmful, r.old_delta], "mean")[1]["merged"]["weights"] == [0.0, 1.0]

@@ -59,3 +59,13 @@ def test_the_best_settings_are_best_on_average_over_seeds():
     rows += [{**rows[1], "settings": {"alpha": 0.5}, "seed": s, "dev": {"accuracy": .8}, "diverged": 5} for s in (0, 1, 2)]
     assert [row["settings"]["alpha"] for row in chosen(rows, "distill", by_settings)] == [0.9, 0.9]
     assert swept("T=1,2 seed=3") == {"T": ["1", "2"], "seed": ["3"]}
+
+
+def test_a_grid_that_leaves_out_a_value_of_its_flag_is_refused():
+    with pytest.raises(InputError, match="leaves out --seeds 1"):
+        expand(Config(seeds=(0, 1)), "seed=0")
+
+
+@pytest.mark.parametrize("name", ["gamma", "itp", "unlabelled_share", "steps", "batch_size", "warmup", "weight_decay", "early_stop"])
+def test_runs_that_differ_in_more_than_alpha_beta_and_T_do_not_go_together(name):
+    assert len(dealt([FakeRun("distill", {name: value}) for value in (1, 2)], 0, 1)) == 2

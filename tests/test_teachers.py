@@ -28,7 +28,7 @@ from rt.recycling import Recycling, chain, check, distillation_loss, new_delta, 
 from rt.runs.config import parse
 from rt.runs.predict import answers as answers_of
 from rt.runs.results import Run
-from rt.runs.teaching import Samples, TeacherConfig
+from rt.runs.teaching import Samples, TeacherConfig, open_samples
 from rt.speed.multi_run import recycle_together
 from rt.tune import TuneSettings, predict, training_batch
 
@@ -498,3 +498,34 @@ def test_runs_that_use_none_of_this_keep_their_names():
     assert {name("scratch", *flags) for flags in used} == {name("scratch")}
     settings = Run(recycle_script.Config(), "distill", 0, 1e-3).settings
     assert not {flag[0].lstrip("-") for flag in used} & settings.keys()
+
+
+def test_a_sample_keeps_the_test_part_that_it_was_given(taught, home):
+    blind = replace(taught, data=replace(taught.data, test=None))
+    assert teaching(load_task(home / "task"), 2).of(blind, 0).data.test is None
+
+
+def test_hard_labels_are_smoothed_as_the_flag_says(home, tmp_path):
+    task = load_task(home / "task")
+    path = lines(tmp_path / "hard.jsonl", [{"text": e.text, "label": e.label} for e in task.parts["train"]])
+    c = SimpleNamespace(teaching=TeacherConfig(teacher=str(path), label_smoothing=0.3), seq_len=16, shots=None)
+    logits = open_samples(c, ["distill"], task, None, None, [0]).predictions.logits(task.parts["train"])
+    torch.testing.assert_close(logits.exp().min(-1).values, torch.full((30,), 0.1))
+
+
+def test_a_samples_content_is_that_of_answers_texts_and_pairs(home, tmp_path):
+    task, found = load_task(home / "task"), []
+    for label, pair in (("no", None), ("yes", None), ("yes", "b"), ("yes", "c")):
+        path = lines(tmp_path / "hard.jsonl", [{"text": "a", "label": label}])
+        found.append(Samples(None, task, True, Predictions(path, task.labels), [Example("a", pair, None, "")]).content)
+    assert len({*found}) == 4
+
+
+def test_a_teacher_is_run_again_for_its_texts_cut_elsewhere(taught, home):
+    shorter = teaching(load_task(home / "task"), old_seq_len=9).of(taught, 0)
+    assert not torch.equal(teacher_of(taught).logits, teacher_of(replace(shorter, teacher=taught.teacher)).logits)
+
+
+def test_a_map_of_patience_begins_at_the_scale_of_the_states(taught):
+    maps = start(replace(taught, distill=DistillConfig(project_patience=True)), "distill").patience_map
+    assert maps.std().item() == pytest.approx(64**-0.5, rel=0.1)

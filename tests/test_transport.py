@@ -142,3 +142,18 @@ def test_assignment_is_the_best_of_all(n):
         best = max(sum(score[i, j].item() for i, j in enumerate(order)) for order in itertools.permutations(range(n)))
         assert score[torch.arange(n), columns].sum().item() == pytest.approx(best, abs=1e-5)
     assert sorted(assignment(torch.zeros(n, n)).tolist()) == [*range(n)]
+
+
+def test_the_cosine_is_of_matched_dimensions(base, other_base):
+    sequences = [[0, *range(5 + i, 25 + i), 2] for i in range(20)]
+    score = agreement(base.encoder, other_base.encoder, sequences)["hidden"][0].detach()
+    _, about = transport(base, other_base, tuned(base, "bitfit"), sequences)
+    assert about["carried"]["cosine"] == pytest.approx(score[torch.arange(64), assignment(score)].mean().item(), abs=6e-4)
+
+
+def test_a_dimension_that_is_always_zero_hides_no_order(base, batch):
+    with torch.no_grad():
+        base.encoder.layers[0].intermediate.weight[3], base.encoder.layers[0].intermediate.bias[3] = 0.0, 0.0
+    base = replace(base, fingerprint=fingerprint(base.encoder))
+    delta, twin = tuned(base, "bitfit"), permuted_twin(base, 3)
+    assert carried(base, twin, delta)[1]["cosine"] == 1

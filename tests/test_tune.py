@@ -181,3 +181,14 @@ def test_predictions_come_in_the_order_of_the_texts(tokenizer, toy):
     together = predict(model, toy.dev.sequences, **CPU, batch_size=5)
     alone = torch.cat([predict(model, [s], **CPU) for s in toy.dev.sequences])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_a_class_that_is_only_predicted_counts_in_macro_f1():
+    got = metrics(torch.nn.functional.one_hot(torch.tensor([0, 0, 1, 2]), 3).float(), torch.tensor([0, 0, 1, 1]))
+    assert got["macro_f1"] == pytest.approx((1 + 2 / 3 + 0) / 3)       # as in scikit-learn
+
+
+def test_ties_share_their_mean_rank():
+    got = metrics(torch.tensor([[1.0], [2.0], [3.0], [4.0]]), torch.tensor([1.0, 1.0, 2.0, 3.0]))
+    x, y = [-1.5, -0.5, 0.5, 1.5], [-1.0, -1.0, 0.5, 1.5]       # ranks 1 2 3 4 and 1.5 1.5 3 4, without their means
+    assert got["spearman"] == pytest.approx(sum(a * b for a, b in zip(x, y)) / math.sqrt(sum(a * a for a in x) * sum(b * b for b in y)))
