@@ -36,7 +36,7 @@ from rt.limits import Limit, Positive, PositiveInt, Seeds, SeqLen
 from rt.report.drawing import draw_all
 from rt.report.figures import NUMBERS, figures_of, numbers_table
 from rt.report.studies import ABOUT_UPGRADES, ROWS, StudyContext
-from rt.runs.build import build, build_lineage
+from rt.runs.build import build, build_lineage, is_tuned, making
 from rt.runs.config import changed, parse, record, run
 from rt.runs.log import Log, note_changed_task
 from rt.speed.device import make_deterministic, pick_device, pick_precision
@@ -76,6 +76,7 @@ class Config:
     deterministic: bool = False  # the same command gives the same bits on a GPU too; on a CPU it always does
 
 
+OF_CURVE = ("curve_steps", "curve_lr", "batch_size")
 PAIRED, TUNED = ("connectivity", "similarity", "distance"), [study for study in ROWS if study != "mixture"]
 # flag -> the studies that read it; all studies read the others
 READ_BY = {"neighbours": PAIRED, **dict.fromkeys(("points", "curve", "curve_steps", "curve_lr"), ("connectivity",)),
@@ -97,6 +98,8 @@ def main() -> None:
     for name in changed(c):
         if c.study not in READ_BY.get(name, (c.study,)):
             raise InputError(f"--{name} has no effect with --study {c.study}")
+        if name in OF_CURVE and c.study == "connectivity" and not c.curve:
+            raise InputError(f"--{name} has no effect without --curve")
     domain_names("domains", c.domains)      # refused before anything is built
     needed = 1 if c.study in ABOUT_UPGRADES else count      # of an upgrade, only the old base's delta
     if c.deltas and (len(c.deltas) != needed or len(c.tasks) * len(c.seeds) > 1):
@@ -106,10 +109,14 @@ def main() -> None:
     make_deterministic(c.deterministic)
     record(c)       # refuses a value that cannot be recorded now, not at the end
     out = Path(c.out or f"runs/analyze/{c.study}")
-    drawn = {f"{name}.{ending}" for name in figures_of(c.study, []) for ending in ("png", "svg")}
-    check_overwritable(out, {"rows.jsonl", "rows.jsonl.part", "summary.json", FIGURES, *drawn})
+    check_overwritable(out, {"rows.jsonl", "rows.jsonl.part", "summary.json", FIGURES, *drawn_by(c.study)})
     with locked(out):
         run_study(c, out)
+
+
+def drawn_by(study: str) -> set[str]:
+    """The names of the figures' files."""
+    return {f"{name}.{ending}" for name in figures_of(study, []) for ending in ("png", "svg")}
 
 
 def run_study(c: Config, out: Path) -> None:
@@ -121,6 +128,8 @@ def run_study(c: Config, out: Path) -> None:
     log = Log(out, name=place.name + ".part" * place.is_file())      # a finished study stays until its successor is finished
     for row in chain([first], rows):
         log.row(**row)
+    for name in ("summary.json", *drawn_by(c.study)):       # of the rows before: without matplotlib, or after a kill, they would stay
+        (out / name).unlink(missing_ok=True)
     log.path.replace(place)
     rows = read_rows(place)
     numbers = NUMBERS[c.study](rows)
@@ -157,7 +166,7 @@ def open_study(c: Config) -> StudyContext:
                            {name: corpus_path(entry, c.cache) for name, entry in zip(domain_names("domains", c.domains), c.domains)})
     with_delta = dict([*folders.items()][:1] if c.study in ABOUT_UPGRADES else folders)
     for entry, task in zip(c.tasks, tasks):
-        for (name, seed), folder in delta_folders(c, with_delta, entry, task.name).items():
+        for (name, seed), folder in delta_folders(c, with_delta, entry, task).items():
             delta = context.deltas[name, task.name, seed] = open_checked(folder, bases[name], task, c.delta)
             context.origins.append({"base": name, "task": task.name, "seed": seed, "folder": str(folder),
                                     **{fact: delta.info.get(fact) for fact in ("step", "dev", "test")}})
@@ -167,18 +176,22 @@ def open_study(c: Config) -> StudyContext:
     return context
 
 
-def delta_folders(c: Config, folders: dict[str, str], entry: str, task: str) -> dict[tuple[str, int], Path]:
-    """The folder of the delta per base and seed. If a delta is missing, all are tuned for the same number of steps."""
+def delta_folders(c: Config, folders: dict[str, str], entry: str, task: Task) -> dict[tuple[str, int], Path]:
+    """The folder of the delta per base and seed. If a delta is missing, all are tuned with equal settings. InputError if one is there that
+    was tuned with others."""
     if c.deltas:
         return {(name, c.seeds[0]): Path(folder) for name, folder in zip(folders, c.deltas)}
     for steps in ("", f"-n{c.tune_steps}"):
-        found = {(name, seed): place_of_delta(folders[name], task, c.delta, steps, seed) for name in folders for seed in c.seeds}
+        found = {(name, seed): place_of_delta(folders[name], task.name, c.delta, steps, seed) for name in folders for seed in c.seeds}
         missing = {key: folder for key, folder in found.items() if not (folder / "delta.json").exists()}
         if not missing:
             break
-    build(c, *((f"the delta {folder}", dict(mode="tune", out=folder, base=folders[name], task=entry, seed=seed, delta=c.delta,
-                                            tune_steps=c.tune_steps, seq_len=c.seq_len)) for (name, seed), folder in missing.items()),
-          of=len(found))
+    with making(*missing.values()):
+        for folder in found.values() if missing else ():
+            is_tuned(folder, {"task": task.hash, "seq_len": c.seq_len}, "move it away, so that all are tuned anew")
+        build(c, *((f"the delta {folder}", dict(mode="tune", out=folder, base=folders[name], task=entry, seed=seed, delta=c.delta,
+                                                tune_steps=c.tune_steps, seq_len=c.seq_len))
+                   for (name, seed), folder in missing.items() if not (folder / "delta.json").exists()), of=len(found))
     return found
 
 
@@ -208,13 +221,14 @@ def check_alike(deltas: dict[tuple[str, str, int], Delta]) -> None:
 
 
 def note_unequal(c: Config, deltas: Iterable[Delta]) -> None:
-    """Print a note to stderr if the deltas were tuned for unequal numbers of steps, or on texts of another length than --seq_len."""
+    """Print a note to stderr if the deltas were tuned with unequal settings, or on texts of another length than --seq_len."""
     lengths = sorted({length for delta in deltas if (length := seq_len_of(delta))} - {c.seq_len})
-    steps = {config.get("tune_steps") for delta in deltas if isinstance(config := delta.info.get("config"), dict)}
+    configs = [config for delta in deltas if isinstance(config := delta.info.get("config"), dict)]
     if lengths:
         note(f"deltas learned on texts of up to {' and '.join(map(str, lengths))} tokens are compared at --seq_len {c.seq_len}")
-    if len(steps) > 1:
-        note(f"the deltas were tuned for unequal numbers of steps ({', '.join(sorted(map(str, steps)))})")
+    for name in ("tune_steps", "lr", "batch_size", "warmup", "weight_decay"):
+        if len(values := sorted({str(config.get(name)) for config in configs})) > 1:
+            note(f"the deltas were tuned with unequal --{name} ({', '.join(values)})")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,10 @@ import json
 import math
 import os
 import resource
+import shutil
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import stdev
 from types import SimpleNamespace
@@ -23,6 +26,7 @@ from rt.kinds import DeltaConfig
 from rt.model import MaskedLM
 from rt.report import figures, studies
 from rt.report import mixture as mixtures
+from rt.runs.build import making
 from rt.runs.summary import group, interval
 
 pytestmark = pytest.mark.usefixtures("forked_builds")
@@ -199,7 +203,47 @@ def test_missing_deltas_are_tuned_once_and_all_alike(home, capsys):
     facts["info"]["config"]["tune_steps"] = 5
     write_json(home / "run" / "deltas" / names[0] / "delta.json", {k: v for k, v in facts.items() if k != "sha256"})
     here(*arguments[:-2], "--out", home / "out" / "unequal")
-    assert "note: the deltas were tuned for unequal numbers of steps (2, 5)" in capsys.readouterr().err
+    assert "note: the deltas were tuned with unequal --tune_steps (2, 5)" in capsys.readouterr().err
+    facts["info"]["config"] |= {"tune_steps": 2, "lr": 1e-7}
+    write_json(home / "run" / "deltas" / names[0] / "delta.json", {k: v for k, v in facts.items() if k != "sha256"})
+    here(*arguments[:-2], "--out", home / "out" / "unequal")
+    assert "note: the deltas were tuned with unequal --lr (0.0005, 1e-07)" in capsys.readouterr().err
+
+
+def test_deltas_of_another_task_or_length_are_not_put_beside_new_ones(home, capsys):
+    shutil.copytree(home / "two_way", home / "changing")
+
+    def distance(*bases: str, more: tuple = (), code: int = 0) -> str:
+        return here("analyze.py", "--study", "distance", *of(home, *bases), "--tasks", home / "changing", "--tune_steps", "1", "--out",
+                    home / "out" / "changing", *more, code=code)
+
+    distance("M0", "M1")
+    first = home / "run" / "deltas" / "M0-changing-full-n1-s0"
+    said = distance("M0", "M1", "M2", more=("--seq_len", "16"), code=2)
+    assert f"{first}: was tuned with another --seq_len: 32, not 16; move it away, so that all are tuned anew" in said
+    train = home / "changing" / "train.jsonl"
+    train.write_text("".join([*train.open()][1:]))
+    assert f"{first}: was tuned with another --task" in distance("M0", "M1", "M2", code=2)
+    capsys.readouterr()
+    distance("M0", "M1")        # nothing is missing
+    assert "it has other texts or labels" in capsys.readouterr().err
+
+
+def test_a_delta_that_another_command_makes_is_waited_for(tmp_path, capsys):
+    folder = tmp_path / "deltas" / "d"
+
+    def make() -> None:
+        with making(tmp_path / "deltas" / "c", folder):
+            pass
+
+    with ThreadPoolExecutor(1) as pool:
+        with locked(folder):        # train.py, whose command was killed
+            second, said = pool.submit(make), ""
+            while "waiting" not in said:
+                assert not second.done()
+                time.sleep(0.01)
+                said += capsys.readouterr().err
+        second.result()
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -213,6 +257,7 @@ def test_missing_deltas_are_tuned_once_and_all_alike(home, capsys):
     (("--study", "compatibility", "--independent", "IND"), "follows one lineage"),
     (("--study", "distance", "--points", "5"), "--points has no effect with --study distance"),
     (("--lr", "1e-5"), "--lr has no effect with --study connectivity"),
+    (("--curve_steps", "7"), "--curve_steps has no effect without --curve"),
     (("--study", "mixture", "--domains", "x"), "--tasks has no effect with --study mixture")])
 def test_bad_input_is_one_sentence_and_exit_code_2(arguments, words, home):
     bases = home / "run"
@@ -259,6 +304,19 @@ def test_figures_say_what_the_rows_say(tmp_path):
     assert (tmp_path / "again.png").read_bytes() == first and (tmp_path / "again.svg").read_text() == picture
 
 
+def test_a_walk_that_was_cut_off_has_no_other_end():
+    line, = figures.connectivity_numbers(walk_rows("t", 0, 0.1) + walk_rows("t", 1, 0.3)[:2])
+    assert line["loss at 0"] == [0.5, 0.5] and line["loss at 1"] == [0.5, None] and line["at 1"] == line["lowest"] == [0.8, None]
+
+
+def test_upgrades_are_compared_on_what_all_were_scored_on():
+    rows = [{"of": "base", "base": base, "heldout": {"new": 4.0}, "l2": 1.0} for base in ("M0", "A", "B")]
+    rows += [{"of": "delta", "base": base, "task": task, "seed": 0, "accuracy": high - (base != "M0") * 0.02, "init": 0.5, "scratch": 0.5,
+              "heads_kept": 1.0} for task, high, bases in (("easy", 0.9, "M0 A B"), ("hard", 0.5, "M0 A")) for base in bases.split()]
+    rows[-1]["accuracy"] = 0.2      # the study was cut off before B's row of this task
+    assert [line["points lost"] for line in figures.recipes_numbers(rows)] == pytest.approx([2, 2])
+
+
 def test_a_regression_is_drawn_by_its_correlation(tmp_path):
     pytest.importorskip("matplotlib")
     rows = [{"task": "scores", "kind": "lora", "seed": s, "base": b, "stage": i, "t": None, "line": "apply", "pearson": 0.5 - 0.1 * i}
@@ -280,6 +338,8 @@ def test_without_matplotlib_the_rows_stay_and_a_sentence_says_so(home, tmp_path,
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(InputError, match="matplotlib is not installed: pip install"):
         figures.connectivity(walk_rows("t", 0, 0.1), tmp_path / "p")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "distance.png").touch()     # of an earlier study: a figure of other rows
     said = here("analyze.py", "--study", "distance", *of(home, "M0", "M1"), "--out", tmp_path / "out")
     assert "M0-M1" in said and "no figures: matplotlib is not installed" in said
     assert {f.name for f in (tmp_path / "out").iterdir()} == {"rows.jsonl", "summary.json"}
@@ -355,6 +415,32 @@ def test_the_head_is_scored_where_the_encoder_is(home, graphs, monkeypatch):
     assert studies.heldout_losses(context, str(home / "run" / "M0")) == {"corpus": 1.0} and places == [{meta}]
 
 
+def test_a_snapshot_that_is_named_is_counted_once(home):
+    here("analyze.py", "--study", "compatibility", *of(home, "M0", "M1-t00005", "M1"), "--tune_steps", "1", "--out", home / "out" / "named")
+    numbers = read_json(home / "out" / "named" / "summary.json")["numbers"]
+    assert [(line["base"], len(line["apply"])) for line in numbers] == [("M0", 1), ("M1-t00005", 1), ("M1", 1)]
+
+
+def test_a_mixture_of_infinite_schedules_continues_from_one_trunk(home, domains, capsys):
+    def put(name: str, base: str, **facts) -> str:
+        base = load_base(home / "run" / base)
+        return save_base(home / "infinite" / name, MaskedLM(base.encoder, base.head), base.tokenizer, {"name": name} | facts)
+
+    trunk = put("M0-t00007", "M0", step=7)
+    put("M0", "M1-t00005", step=10, trunk="M0-t00007")
+    for name, replay, parent in (("A", 0.0, trunk), ("B", 0.1, trunk), ("C", 0.2, trunk), ("D", 0.3, "that of A's trunk")):
+        put(name, "M1", step=6, domain="corpus", recipe={"replay": replay} | ({"preserve": 3.0} if name == "B" else {}), parent=parent)
+    put("E", "M2", recipe={"replay": 0.3})      # as save_base writes it without facts
+    arguments = ("analyze.py", "--study", "mixture", "--old_base", home / "infinite" / "M0", *FLAGS, *domains, "--out", home / "inf")
+    places = {name: str(home / "infinite" / name) for name in "ABCDE"}
+    here(*arguments, "--bases", ",".join(places[name] for name in "ABC"))
+    said = capsys.readouterr().err
+    assert f"{places['A']} learned corpus; what is said of the new domain is said of new, the last of --domains" in said
+    assert "the upgrades differ in more than replay and steps" in said
+    for name, words in (("D", f"{places['D']} does not continue"), ("E", f"{places['E']} has no meta.json with its steps")):
+        assert words in here(*arguments, "--bases", ",".join(places[each] for each in "AB" + name), code=2)
+
+
 def test_a_mixture_is_read_from_what_bases_record(home, domains):
     for name, step, recipe in (("M0", 0, {}), ("M1-t00002", 2, {}), ("M1-t00005", 5, {}), ("M1", 10, {}), ("M2", 10, {"replay": 0.2}),
                                ("M3", 10, {"mix": ["corpus:0.5", "new:0.5"]}), ("M4", 10, {})):
@@ -379,6 +465,12 @@ def test_the_law_of_a_mixture_is_found_again(law):
     assert all(found(r, t) == pytest.approx(loss, abs=1e-6) for r, t, loss in runs)
     assert mixtures.left_out(runs, [str(r) for r, *_ in runs]) < 1e-6
     assert found(0.35, 300) == pytest.approx(law(0.35, 300), abs=1e-4)
+
+
+def test_a_law_of_very_long_upgrades_is_found_too():
+    law = mixtures.Law(3.0, 250000.0**1.5, 0.2, -1.5, 0.1)
+    runs = [(r, t, law(r, t)) for r in (0.0, 0.05, 0.2, 0.5) for t in (250000, 500000, 1000000)]
+    assert all(mixtures.fit(runs)(r, t) == pytest.approx(loss, abs=1e-6) for r, t, loss in runs)
 
 
 def test_snapshots_of_the_base_that_is_left_out_do_not_help():

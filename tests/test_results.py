@@ -190,6 +190,16 @@ def test_a_folder_with_a_dot_in_front_is_no_hub_id(recycling):
         open_best("./OWNER/NAME", recycling.base)
 
 
+def test_runs_of_another_old_delta_are_not_averaged(recycling, tmp_path):
+    rows = [{"run": f"init-s{i}-{delta}", "mode": "init", "task": "t", "seed": i, "lr": 1e-3, "dev": {"accuracy": dev}, "test": {},
+             "seconds": 0.2, "curve": [], "settings": {}, "origin": ["M0", "M1", delta, "t"]}
+            for i, delta, dev in ((0, "was", 0.9), (1, "was", 0.1), (2, "is", 0.6), (3, "is", 0.7))]
+    for row in rows:
+        save_delta(tmp_path / "deltas" / row["run"], recycling.old_delta)
+    write_json(tmp_path / "summary.json", {"rows": rows})
+    assert best_delta(tmp_path, recycling.old_base.fingerprint).name == "init-s3-is"
+
+
 def test_the_best_delta_of_a_folder_is_the_best_seed_on_the_right_base_and_whole(recycling, tmp_path):
     elsewhere = replace(recycling.old_delta, info=recycling.old_delta.info | {"base": "another"})
     rows = [{"run": f"init-s{i}-0123456789", "mode": "init", "task": "t", "seed": i, "lr": lr, "dev": {"accuracy": dev}, "test": {},

@@ -115,6 +115,7 @@ def test_the_summary_of_a_matrix():
     matrix = torch.tensor([[0.1, 0.2, 0.3], [0.1, 0.4, 0.5], [0.3, 0.3, 0.3]])
     assert similarity.match_summary(matrix) == pytest.approx(
         {"own": 0.8 / 3, "best_other": 0.6 / 3, "best": 0.5 / 3, "share_own_best": 1 / 3})      # a tie is not a match
+    assert all(map(math.isnan, similarity.match_summary(matrix * math.nan).values()))       # of lost weights nothing is known
 
 
 def test_cka_against_its_definition(tokenizer):

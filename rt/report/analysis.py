@@ -97,7 +97,7 @@ def match_summary(matrix: Tensor) -> dict:
     among all heads ('best'), and the share of heads that match themselves best ('share_own_best')."""
     own, others = matrix.diagonal(), matrix.clone().fill_diagonal_(math.inf).amin(1)
     return {"own": own.mean().item(), "best_other": others.mean().item(), "best": matrix.amin(1).mean().item(),
-            "share_own_best": (own < others).double().mean().item()}
+            "share_own_best": (own < others).double().where(~(own + others).isnan(), math.nan).mean().item()}
 
 
 def cka(a: Classifier, b: Classifier, sequences: list[list[int]], device: torch.device) -> Tensor:

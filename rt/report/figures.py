@@ -106,9 +106,10 @@ def connectivity_numbers(rows: list[dict]) -> list[dict]:
     for task, part, score, found in by_task(rows):
         for (pair, path), line in group(found, "pair", "path").items():
             seeds = walks(line)
-            ends = {f"{name}at {end}": [walk[-end][key] for walk in seeds]       # walk[-0] is the first, walk[-1] the last
+            ends = {f"{name}at {end}": [walk[-end][key] if walk[-end]["mu"] == end else None for walk in seeds]     # walk[-0]: the first
                     for name, key in (("loss ", "loss"), ("", "score")) for end in (0, 1)}
-            lowest = [min(filter(is_number, (row["score"] for row in walk)), default=None) for walk in seeds]
+            lowest = [min(filter(is_number, (row["score"] for row in walk)), default=None) if walk[-1]["mu"] == 1 else None
+                      for walk in seeds]
             numbers.append({"task": task, "pair": pair, "path": path, "barrier": barriers(seeds)} | ends
                            | {"lowest": lowest, "metric": score if part == "test" else f"{part} {score}"})
     return numbers
@@ -215,7 +216,10 @@ def recipes_numbers(rows: list[dict]) -> list[dict]:
     new = [*old["heldout"]][-1]
     deltas = [{k: math.nan if v is None else v for k, v in row.items()} for row in rows if row["of"] == "delta"]     # None: undefined
     score = {(row["base"], row["task"], row["seed"]): next(row[s] for s in SCORES if s in row) for row in deltas}
-    for (name,), there in group([row for row in deltas if row["base"] != first], "base").items():
+    groups = group([row for row in deltas if row["base"] != first], "base")
+    common = [{(row["task"], row["seed"]) for row in there} for there in groups.values()]       # an unfinished study lacks some
+    for (name,), there in groups.items():
+        there = [row for row in there if (row["task"], row["seed"]) in set.intersection(*common)]
         base, cells = bases[name], [(row["task"], row["seed"]) for row in there]
         lost = [100 * (score[first, task, seed] - score[name, task, seed]) for task, seed in cells]
         numbers.append({"base": name, "points lost": float(np.mean(lost)),

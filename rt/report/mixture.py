@@ -32,11 +32,12 @@ def fit(runs: Runs) -> Law:
     r, t, loss = np.array(runs, dtype=float).T
     g, b, eps = (values.reshape(-1, 1) for values in np.meshgrid(*EXPONENTS, indexing="ij"))
     x = (r + eps) ** -g * t ** b        # (combinations, runs)
+    x = x / (size := x.max(1, keepdims=True))       # after many steps, all are small
     dx = x - x.mean(1, keepdims=True)
     A = (dx @ (loss - loss.mean())).clip(0) / (dx ** 2).sum(1).clip(1e-12)
     E = loss.mean() - A * x.mean(1)
     best = ((E[:, None] + A[:, None] * x - loss) ** 2).sum(1).argmin()
-    return Law(*(float(values.flat[best]) for values in (E, A, g, b, eps)))
+    return Law(*(float(values.flat[best]) for values in (E, A / size[:, 0], g, b, eps)))
 
 
 def left_out(runs: Runs, bases: list[str]) -> float | None:

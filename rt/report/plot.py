@@ -24,7 +24,7 @@ from rt.report.drawing import REFERENCE, Panel, as_text, draw_all, draw_panels, 
 from rt.report.figures import NUMBERS, figures_of, numbers_table
 from rt.runs.config import parse, run
 from rt.runs.log import scores_text, table
-from rt.runs.summary import Points, by_x, chosen, forgetting_table, group, spread
+from rt.runs.summary import Points, by_x, chosen, forgetting_table, group, source_of, spread
 
 DRAWN = 400     # maximum points of a loss curve; a longer curve is drawn as means of neighbours
 
@@ -160,20 +160,23 @@ def completed(row: dict) -> dict:
     curve = [(step, score) for step, score in row.get("curve") or [] if is_number(step) and is_number(score)]
     content = (row.get("origin") or [])[3 if "route" in row else 1::2]
     return {"base": settings.get("base"), "lr": None} | row | {
-        "content": digest_of(content)[:6] if content else "",
+        "content": digest_of(content)[:6] if content else "", "source": digest_of(source_of(row))[:6],
         "settings": settings, "curve": curve, "metric": metric, "dev": {metric: max((y for _, y in curve), default=None)},
         "chosen_by_base": None if "route" in row else settings.get("base")}     # all bases of a chain share one setting
 
 
 def best_by_panel(results: list[dict]) -> dict[tuple, dict[str, list[dict]]]:
-    """{(task, delta, shots, base, content): {mode and route: the rows of their best setting on dev}}."""
+    """{(task, delta, shots, base, content): {mode and route: the rows of their best setting on dev}}. If what was recycled changed between
+    runs, the rows of each old delta have their own line."""
     def setting(row: dict) -> list:     # the same for all bases of a chain
         return [row["lr"], {k: v for k, v in row["settings"].items() if k not in ("base", "chain")}]
 
     panels: dict[tuple, dict] = {}
-    for (mode, route, *_), rows in group(results, "mode", "route", "task", "delta", "shots", "chosen_by_base", "content").items():
+    keys = ("mode", "route", "task", "delta", "shots", "chosen_by_base", "content", "source")
+    for (mode, route, *_, source), rows in group(results, *keys).items():
         for panel, found in group(chosen(rows, mode, setting), "task", "delta", "shots", "base", "content").items():
-            panels.setdefault(panel, {})[f"{mode} {route}" if route else mode] = found
+            name, lines = f"{mode} {route}" if route else mode, panels.setdefault(panel, {})
+            lines[f"{name}, old delta {source}" if name in lines else name] = found
     return panels
 
 

@@ -12,7 +12,7 @@ from rt.data import Encoded, Example, Task, TaskData, encode, encode_task, few_s
 from rt.deltas import Base, Delta, apply
 from rt.errors import Diverged, InputError
 from rt.formats.corpora import build_corpus
-from rt.formats.files import read_json
+from rt.formats.files import note, read_json
 from rt.formats.hub import open_base
 from rt.losses import DistillConfig, Weights, weights_of
 from rt.model import Classifier, MaskedLM
@@ -63,6 +63,7 @@ class StudyContext:
 def compatibility(context: StudyContext) -> Iterator[dict]:
     """Scores of Delta_0 on every later base and its snapshots, of the delta tuned on each base itself, and of chance."""
     first, *later = context.bases
+    given = {Path(folder).resolve() for folder in context.folders.values()}     # a snapshot may be one of --bases
     with progress(len(context.data) * len(context.c.seeds) * len(later), "compatibility", unit="base") as bar:
         for task, seed, facts in context.cells():
             old, data = context.deltas[first, task, seed], context.scored(task)
@@ -75,6 +76,8 @@ def compatibility(context: StudyContext) -> Iterator[dict]:
             yield from (own, own | {"line": "apply"}, guess)
             for stage, name in enumerate(later, 1):
                 for t, folder in snapshots(Path(context.folders[name])):
+                    if folder.resolve() in given:
+                        continue
                     base = open_base(str(folder)).to(context.where["device"])
                     yield line("apply", f"{name}-t{t:05}", stage, t, apply(base, old, stale_ok=True))
                 yield line("apply", name, stage, None, apply(context.bases[name], old, stale_ok=True))
@@ -187,11 +190,19 @@ def heldout_losses(context: StudyContext, folder: str) -> dict[str, float]:
     return losses
 
 
+def note_learned(context: StudyContext, domains: dict[str, str | None]) -> None:
+    """Note on stderr if an upgrade learned another domain than the last of --domains, by their names. `domains`: {base: domain}."""
+    last = [*context.corpora][-1]
+    if other := [name for name, domain in domains.items() if domain and last not in (domain, *domain.split("+"))]:
+        note(f"{other[0]} learned {domains[other[0]]}; what is said of the new domain is said of {last}, the last of --domains")
+
+
 def recipes(context: StudyContext) -> Iterator[dict]:
     """For the old base and each upgrade: held-out losses and the distance from the old base. Then, by task and seed: the score of the old
     delta as it is, the share of attention heads that match themselves best, and the scores of init and scratch with few labels."""
     c, first, where = context.c, next(iter(context.bases)), context.where
     old = dict(context.bases[first].encoder.named_parameters())
+    note_learned(context, {name: base.meta.get("domain") for name, base in context.bases.items() if name != first})
     with progress(len(context.bases) * (1 + len(context.data) * len(c.seeds)), "recipes", unit="row") as bar:
         for name, base in context.bases.items():
             whole = analysis.distances(old, dict(base.encoder.named_parameters()))[-1]
@@ -226,18 +237,23 @@ def mixture(context: StudyContext) -> Iterator[dict]:
     places = [Path(place) for folder in later for place in (*(each for _, each in snapshots(Path(folder))), folder)]
     if len(places) < 3:
         raise InputError(f"--bases {','.join(later)}: are {len(places)} with their snapshots, and a law is fitted to three or more")
-    if foreign := [str(place) for place in places if not (place / "meta.json").is_file()]:
+    if foreign := [str(place) for place in places if "step" not in read_json(place / "meta.json", {})]:
         raise InputError(f"--bases: {foreign[0]} has no meta.json with its steps and replay, as train.py writes it: leave it out")
     metas = {str(place): read_json(place / "meta.json") for place in places}
     if mixed := [folder for folder in later if metas[str(Path(folder))].get("recipe", {}).get("mix")]:
         raise InputError(f"--bases: {mixed[0]} was trained with --mix, and the share of old text is read from --replay alone: leave it out")
     old = next(iter(context.bases.values()))
-    parent = old.fingerprint        # an infinite schedule goes on from the trunk: not checked
-    if other := [place for place, meta in metas.items() if meta.get("parent", parent) != parent and "trunk" not in old.meta]:
+    parents = {old.fingerprint}
+    if "trunk" in old.meta:     # an infinite schedule goes on from there
+        parents.add(read_json(Path(first).parent / old.meta["trunk"] / "meta.json", {}).get("fingerprint"))
+    if other := [place for place, meta in metas.items() if meta.get("parent", old.fingerprint) not in parents]:
         raise InputError(f"--bases: {other[0]} does not continue {first}, so its steps are not all that there were; leave it out")
     shares = {place: meta.get("recipe", {}).get("replay", 0.0) for place, meta in metas.items()}
     if len({*shares.values()}) < 2:
         raise InputError(f"--bases {','.join(later)}: all have one share of replay, and a law over shares needs two or more")
+    note_learned(context, {place: meta.get("domain") for place, meta in metas.items()})
+    if len({json.dumps(meta.get("recipe", {}) | {"replay": None}, sort_keys=True) for meta in metas.values()}) > 1:
+        note("the upgrades differ in more than replay and steps, which is all that the law knows of (python -m rt.report.inspect FOLDER)")
     yield {"study": context.c.study, "base": first, "replay": None, "steps": 0, "heldout": heldout_losses(context, first)}
     with progress(len(places), "mixture", unit="base") as bar:
         for place, share in shares.items():

@@ -2,9 +2,10 @@
 import os
 import subprocess
 import sys
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any, Iterable, Iterator
 
 import torch
 
@@ -44,6 +45,17 @@ def build(c: Any, *jobs: tuple[str, dict], of: int = 1) -> None:
                 process.wait()
 
 
+@contextmanager
+def making(*folders: Path) -> Iterator[None]:
+    """In the block, no other command makes one of `folders`. One that does is waited for, and so is a train.py whose command was killed."""
+    with ExitStack() as stack:
+        for folder in sorted(folders):      # two commands with one order never wait for each other
+            stack.enter_context(locked(beside(folder, "making"), wait=True))
+            with locked(folder, wait=True):
+                pass
+        yield
+
+
 def build_lineage(c: Any, demo: Path, bases: Iterable[str]) -> None:
     """Make the demo lineage in the folder `demo` if one of `bases` belongs there and is missing."""
     if any(not Path(base).exists() and Path(base).parent == demo for base in bases):
@@ -71,7 +83,7 @@ def tuned(c: Any, name: str, task: Task) -> str:
     is_there = partial(is_tuned, folder, asked, "to use it as it is, name it with --old_delta; for a new one, move it away")
     if is_there():
         return str(folder)
-    with locked(beside(folder, "making"), wait=True):       # several commands may need one delta at once
+    with making(folder):
         if not is_there():
             sizes = {size: value for size, value in vars(c.delta).items() if size not in ("kind", "target_modules")}
             flags = dict(mode="tune", base=c.old_base, task=name, out=folder, delta=c.delta.kind, seq_len=asked["seq_len"],

@@ -28,7 +28,7 @@ from rt.formats.untrusted import shaped
 from rt.recycling import CARRIES, NEEDS_TEACHER, TRAINED, Recycling
 from rt.runs.config import changed, flags_of, record
 from rt.runs.log import Log, are_pairs
-from rt.runs.summary import add_steps_to_scratch, best_of, by_settings, group, routes
+from rt.runs.summary import add_steps_to_scratch, best_of, by_settings, group, routes, source_of
 from rt.tune import TuneResult, score
 
 # flags that do not change what a run computes, or that have their own place in its row
@@ -208,7 +208,7 @@ def best_delta(folder: str | Path, base: str) -> Path:
             if (folder / "deltas" / row["run"] / "delta.json").exists() and not row.get("diverged")]
     with shaped(folder / "summary.json", "its rows do not hold what they should"):
         fitting = [row for row in rows if read_json(folder / "deltas" / row["run"] / "delta.json")["info"]["base"] == base]
-        runs = best_of(group(fitting or rows, "mode", by_settings).values())
+        runs = best_of(group(fitting or rows, "mode", by_settings, source_of).values())
         best = max(runs, key=lambda row: score(row["dev"]), default=None)
         tasks = sorted({(row["task"], *row.get("origin", [])[3:]) for row in fitting or rows if "task" in row})     # with its content
     if len(tasks) > 1:

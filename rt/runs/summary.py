@@ -71,6 +71,11 @@ def best_of(groups: Iterable[list[dict]]) -> list[dict]:
     return max(groups, key=lambda rows: (len(rows), mean(score(row["dev"]) for row in rows), rows[0]["mode"] != "scratch"), default=[])
 
 
+def source_of(row: dict) -> list[str]:
+    """Content hashes of what a run recycled: old base and old delta. Empty for scratch, and for a chain, which recycles its own deltas."""
+    return [] if row["mode"] == "scratch" or "route" in row else (row.get("origin") or [])[0::2]
+
+
 def add_steps_to_scratch(rows: list[dict]) -> None:
     """Add to each row the first step at which its dev score reaches scratch's best for the same seed, or None if it never does."""
     best = {row["seed"]: score(row["dev"]) for row in chosen(rows, "scratch", by_settings)}
