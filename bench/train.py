@@ -131,8 +131,8 @@ def peers(platform: Platform, name: str, build: Callable[[str], nn.Module], loss
             for compile in (False, True) if own and platform.compile else (False,):
                 out |= {f"{name}{suffix}" + " +compile" * compile + " +graphs" * graph + " fp32" * (not own): Impl(
                     partial(step, suffix, dtype, compile=compile, graph=graph), dtype, flops) for suffix in suffixes}
-        if own and eager:
-            out[f"{name} eager"] = Impl(partial(step, "", dtype, "eager"), dtype, flops)
+        out |= {f"{name}{suffix} eager" + " fp32" * (not own): Impl(partial(step, suffix, dtype, "eager"), dtype, flops)
+                for suffix in suffixes if eager}
     return out
 
 
