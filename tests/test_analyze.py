@@ -393,6 +393,16 @@ def test_recipes_are_worth_what_they_keep_and_learn(home, domains):
     assert [len(figures.recipes_numbers(rows[:n])) for n in range(1, len(rows))] == [0, 0, 0, 0, 1]      # of an unfinished study
 
 
+def test_a_sample_that_cannot_be_drawn_ends_recipes_before_the_first_row(home, domains):
+    for name in ("two_way", "lengths"):
+        write_task(home / "samples" / name, {part: [json.loads(line) | ({"label": i / 8} if name == "lengths" else {})
+                                                    for i, line in enumerate((home / "two_way" / f"{part}.jsonl").open())]
+                                             for part in ("train", "dev", "test")})
+    said = here("analyze.py", "--study", "recipes", *of(home, "M1"), *domains, "--old_base", home / "run" / "M0", "--shots", "1",
+                "--tasks", f"{home}/samples/two_way,{home}/samples/lengths", "--tune_steps", "1", "--out", home / "out" / "samples", code=2)
+    assert "lengths: dev's targets are all equal" in said and not (home / "out" / "samples").exists()
+
+
 def test_without_a_test_all_scores_of_a_recipe_are_of_the_whole_dev(home, domains, monkeypatch):
     write_task(home / "no_test", {part: [json.loads(line) for line in (home / "two_way" / f"{part}.jsonl").open()]
                                   for part in ("train", "dev")})

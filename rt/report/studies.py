@@ -201,7 +201,10 @@ def recipes(context: StudyContext) -> Iterator[dict]:
     """For the old base and each upgrade: held-out losses and the distance from the old base. Then, by task and seed: the score of the old
     delta as it is, the share of attention heads that match themselves best, and the scores of init and scratch with few labels."""
     c, first, where = context.c, next(iter(context.bases)), context.where
-    old = dict(context.bases[first].encoder.named_parameters())
+    old, tokenizer = dict(context.bases[first].encoder.named_parameters()), context.bases[first].tokenizer
+    drawn = {(task, seed): few_shot(context.tasks[task], c.shots, seed) if c.shots else context.tasks[task]
+             for task, seed, _ in context.cells()}
+    samples = {cell: encode_task(few, tokenizer, c.seq_len) for cell, few in drawn.items()}     # all, so one that fails ends it at once
     note_learned(context, {name: base.meta.get("domain") for name, base in context.bases.items() if name != first})
     with progress(len(context.bases) * (1 + len(context.data) * len(c.seeds)), "recipes", unit="row") as bar:
         for name, base in context.bases.items():
@@ -214,16 +217,16 @@ def recipes(context: StudyContext) -> Iterator[dict]:
             there = apply(base, delta, stale_ok=True).eval()
             matrix = analysis.head_divergence(context.tuned(first, task, seed), there, context.scored(task).sequences[:c.max_examples],
                                               where["device"])
-            trained = {} if name == first else {mode: few_shot_score(context, mode, name, task, seed) for mode in ("scratch", "init")}
+            trained = {} if name == first else {mode: few_shot_score(context, mode, name, task, seed, samples[task, seed])
+                                                   for mode in ("scratch", "init")}
             yield facts | {"of": "delta", "base": name, **evaluate(there, context.scored(task), **where),
                            "heads_kept": analysis.match_summary(matrix)["share_own_best"], **trained}
             bar.update()
 
 
-def few_shot_score(context: StudyContext, mode: str, name: str, task: str, seed: int) -> float | None:
+def few_shot_score(context: StudyContext, mode: str, name: str, task: str, seed: int, data: TaskData) -> float | None:
     """The test score of `mode` on an upgrade; if there is no test, the score on the whole dev, as for `apply`."""
-    c, first, whole = context.c, next(iter(context.bases)), context.tasks[task]
-    data = encode_task(few_shot(whole, c.shots, seed) if c.shots else whole, context.bases[first].tokenizer, c.seq_len)
+    c, first = context.c, next(iter(context.bases))
     delta = context.deltas[first, task, seed]
     settings = TuneSettings(c.tune_steps, c.batch_size, c.lr or (5e-4 if c.delta == "full" else 5e-3), max(1, c.tune_steps // 5), seed)
     r = Recycling(context.bases[first], delta, context.bases[name], data, delta.config, settings, DistillConfig(), **context.where)
