@@ -243,3 +243,11 @@ def test_tokenizer_files_round_trip(tokenizer, tmp_path):
         load_tokenizer(tmp_path)
     with pytest.raises(InputError, match="no tokenizer there"):
         load_tokenizer(tmp_path / "nowhere")
+
+
+def test_the_rows_of_an_epoch_come_in_another_order_than_they_were_cut(corpus, tokenizer):
+    rows = rows_of(corpus, tokenizer)
+    drawn = [rows.row(r)[0].tolist() for r in range(rows.per_epoch)]
+    rows.row_order = np.arange(rows.per_epoch)
+    cut = [rows.row(r)[0].tolist() for r in range(rows.per_epoch)]
+    assert drawn != cut and sorted(drawn) == sorted(cut)

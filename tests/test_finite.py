@@ -14,7 +14,7 @@ from rt.deltas import attach, extract
 from rt.errors import Diverged, InputError
 from rt.formats.checkpoint import load_base
 from rt.formats.corpora import build_corpus
-from rt.formats.files import read_rows
+from rt.formats.files import read_json, read_rows
 from rt.kinds import DeltaConfig
 from rt.losses import DistillConfig, Loss, run_teacher, weights_of
 from rt.model import PRESETS, EncoderConfig, new_masked_lm
@@ -204,3 +204,27 @@ def test_nor_does_a_teacher_a_projection_or_a_curve_end_with_a_traceback(base, o
     with monkeypatch.context() as patch, pytest.raises(InputError, match="tokens on the curve did not fit into memory: lower `batch"):
         patch.setattr(Loss, "__call__", full)
         rt.report.analysis.train_control(teacher, *ends, data, s, **CPU)
+
+
+def test_the_loss_of_a_skipped_step_is_not_in_the_mean():
+    tracker, good = SkipTracker(torch.device("cpu")), torch.tensor(2.0)
+    for loss, norm in ((2.0, 1.0), (9.0, float("nan")), (float("inf"), 1.0), (4.0, 1.0)):
+        tracker.count(good * 0 + loss, good * norm)
+    assert tracker.read() == [(3.0, 2, False)]
+
+
+def test_skipped_steps_are_counted_across_an_interruption(rows, tokenizer, tmp_path):
+    s, (model, optimizer) = PretrainSettings(8, 512, 2e-3, 3, 0), start(tokenizer)
+    poisoned(model, {2, 5}, "loss")
+    for _ in range(2):
+        pretrained(tmp_path / "run", model, rows, optimizer, s, tokenizer, stop_after=3)
+    newest = read_json(checkpoints(tmp_path / "run")[0] / "meta.json")
+    assert newest["step"] == 6 and newest["skipped"] == 2
+
+
+def test_bad_steps_that_are_not_in_a_row_do_not_end_it(rows, tokenizer, tmp_path):
+    model, optimizer = start(tokenizer)
+    bad = {*range(1, 2 * MOST_SKIPPED + 4, 2)}
+    poisoned(model, bad, "loss")
+    found = pretrained(tmp_path / "run", model, rows, optimizer, PretrainSettings(max(bad) + 1, 512, 2e-3, 3, 0), tokenizer)
+    assert {row["step"] for row in found if "skipped" in row} == bad and len(bad) > MOST_SKIPPED

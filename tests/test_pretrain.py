@@ -1,5 +1,6 @@
 """The masked-LM loop: it learns, accumulation changes nothing, evaluation is repeatable, a non-finite loss ends it. Batches made ahead,
 rows fetched late, compiled and captured steps equal the plain ones."""
+import copy
 import functools
 import itertools
 import shutil
@@ -219,3 +220,10 @@ def test_a_gpu_gives_the_same_bits_twice_where_asked(rows, tokenizer, precision,
     where = {"device": torch.device("cuda", 0), "precision": precision}
     (one, a), (two, b) = (trained(rows, tokenizer, 20, where=where, dropout=0.1) for _ in range(2))
     assert a == b and all(x.equal(y) for x, y in zip(one.state_dict().values(), two.state_dict().values()))
+
+
+def test_held_out_rows_are_scored_once_however_many_tokens_are_asked_for(rows, tokenizer):
+    model, held = new_masked_lm(EncoderConfig(tokenizer.vocab_size, **PRESETS["tiny"]), seed=0), copy.copy(rows["heldout"])
+    held.per_epoch = 3      # a small corpus
+    whole = held.per_epoch * held.row_tokens
+    assert evaluate_mlm(model, held, tokens=whole, **CPU) == evaluate_mlm(model, held, tokens=2 * whole, **CPU)

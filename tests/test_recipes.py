@@ -27,7 +27,7 @@ from rt.pretrain import mlm_loss
 from rt.recipes import Mixture, Recipe, counts, mix, mixed_shares
 from rt.report.inspect import inspect
 from rt.runs import upgrade
-from rt.runs.upgrade import RecipeConfig, average_into, lengthen
+from rt.runs.upgrade import RecipeConfig, average_into, contents_of, lengthen
 
 SMALL = ("--preset", "tiny", "--vocab_size", "300", "--seq_len", "16", "--batch_tokens", "256", "--eval_tokens", "256", "--device", "cpu",
          "--precision", "fp32", "--dropout", "0.2", "--snapshots", "0")      # a stage that forgets --dropout has .1
@@ -514,3 +514,63 @@ def test_the_reference_of_need_is_part_of_a_run_and_need_goes_with_preserve(home
     shutil.copytree(home / "own" / "M0", home / "target")
     assert "--mix_reference" in train(home, "by need", *need, "--resume", code=2)
     assert "recipes of an upgrade (docs/recipes.md):\n  --schedule" in here("train.py", "--help")
+
+
+def test_a_number_may_begin_a_sentence_and_neighbours_are_one_entity():
+    pieces = ["<s>", "7", " mice", " saw", " Ann", " Smith", ".", " 1993", " went", " by", ".", " Then", " Bob"]
+    made = SimpleNamespace(vocab_size=13, mask_id=0, special_ids=[0], pieces=pieces)
+    keys = Masker(made, 1, unit="entity").order(np.arange(13), np.random.default_rng(0))
+    named = np.flatnonzero(keys < 1)
+    assert [pieces[i] for i in named] == ["7", " Ann", " Smith", " 1993", " Bob"]
+    assert keys[4] == keys[5] and len({*keys[named]}) == 4
+
+
+def test_preserve_takes_its_variances_from_many_rows_of_the_new_text(home, monkeypatch):
+    seen = []
+    monkeypatch.setattr(upgrade, "Preserve", lambda old, weight, by, sample: seen.append(len(sample.ids)) or mlm_loss)
+    train(home, "sampled", "--steps", "2", "--preserve", "3")
+    rows = read_json(home / "sampled" / "M1" / "meta.json")["stage"]["packing"]["rows"]
+    assert seen == [min(upgrade.SAMPLE_TOKENS // 128, rows) * 128] and rows > 1
+
+
+def test_bases_are_scored_on_15_percent_of_the_tokens_of_the_same_rows(corpora, tokenizer):
+    one, two = (upgrade.scored_rows(corpora[0], tokenizer, 40).masked(range(4)) for _ in range(2))
+    assert one.predict.equal(two.predict) and one.ids.equal(two.ids) and len(one.ids) == 4 * 40
+    assert len(one.predict) == 4 * 6        # whatever --mask_rate is
+
+
+def test_no_more_snapshots_are_averaged_than_a_stage_has_steps():
+    RecipeConfig(average=3).check(["a"], 0.1, 3, 5)
+    with pytest.raises(InputError, match=r"`average` 4 takes 3 snapshots .*: raise `snapshots` \(5\) and `steps` \(3\)"):
+        RecipeConfig(average=4).check(["a"], 0.1, 3, 5)
+
+
+def test_a_snapshot_of_the_last_step_does_not_count_twice_in_the_mean(home):
+    for name, average in (("last", "1"), ("mean of last", "3")):
+        train(home, name, "--steps", "3", "--snapshots", "20", "--average", average, stream="one")
+    states = [load_file(home / "last" / name / "model.safetensors") for name in ("M0-t00001", "M0-t00002", "M0")]
+    for k, v in load_file(home / "mean of last" / "M0" / "model.safetensors").items():
+        torch.testing.assert_close(v, sum(state[k] for state in states) / 3)
+
+
+def test_a_domain_that_is_learned_again_is_noted_as_it_is_now():
+    corpora = {"a": {"train": SimpleNamespace(content="new")}}
+    assert contents_of(corpora, {"a": "old", "b": "kept"}, {}) == {"a": "new", "b": "kept"}
+    with pytest.raises(InputError, match=r"--replay: a \(a.txt\) has changed since the lineage learned it"):
+        contents_of(corpora, {"a": "old", "b": "kept"}, {"a": "a.txt"})
+
+
+def test_shares_by_need_go_on_from_the_last_ones(corpora, tokenizer):
+    one, two = rows_of(corpora, tokenizer)
+    mixture = Mixture([two, one], [0.5, 0.5], every=10)
+    recipe = Recipe(None, 0, 1.0, mixture, 5, 1.0, lambda: [2.0, 2.0 + np.log(3)], [2.0, 2.0])
+    for step in range(1, 11):
+        recipe.after_step(step)
+    assert mixture.history[2:] == [[275_000, 725_000], [151_020, 848_980]]     # 0.9 * 0.275 / (0.275 + 3 * 0.725) + 0.05
+
+
+def test_a_complete_run_has_no_resumable_checkpoints(home):
+    train(home, "whole", "--steps", "3", "--save_every", "1", "--stop_after", "2", stream="one")
+    assert len([*(home / "whole" / "resume").iterdir()]) == 2
+    train(home, "whole", "--steps", "3", "--save_every", "1", "--resume", stream="one")
+    assert (home / "whole" / "M0").exists() and not (home / "whole" / "resume").exists()

@@ -1,6 +1,7 @@
 """The folder of a stream: when a run may start or continue there, which rows it redoes, and its table."""
 import json
 import signal
+import time
 
 import pytest
 import torch
@@ -123,3 +124,37 @@ def test_the_table_has_a_line_a_base_and_a_column_a_domain():
     lines = forgetting_table(stages).splitlines()
     assert [line.split() for line in lines[1:]] == [["after", "a", "b"], ["M0", "(a)", *["1.500", "(0.250)"] * 2],
                                                     ["M1", "(b)", *["2.500", "(0.250)"] * 2]]
+
+
+def test_a_stage_that_is_done_again_keeps_its_own_checkpoints_and_those_of_later_stages(tmp_path, base, tokenizer):
+    model, later = MaskedLM(base.encoder, base.head), ["M1-t00004", "M1-t00006"]
+    optimizer, about = adamw(model.parameters(), 1e-3, 0.0), {"name": "M0", "number": 0, "domain": "a", "parent": None}
+    with pretrain_run(tmp_path / "run") as run:
+        run.begin({}, tokenizer)
+        run.start_stage(about, PretrainSettings(4, 64, 1e-3, 1, 0), None, model, optimizer, torch.float32)
+        for name in later:
+            (tmp_path / "run" / "resume" / name).mkdir(parents=True)
+        for step in (1, 2, 3):
+            run.save(tmp_path / "run" / "resume" / f"M0-t{step:05d}", optimizer)
+    assert sorted(path.name for path in (tmp_path / "run" / "resume").iterdir()) == ["M0-t00002", "M0-t00003", *later]
+
+
+def test_what_a_killed_process_left_beside_a_complete_run_is_removed(tmp_path):
+    for name in ("config.json", "summary.json"):
+        write_json(tmp_path / "run" / name, {})
+    (tmp_path / "run" / "resume" / "M0-t00001").mkdir(parents=True)
+    assert not has_work(tmp_path / "run", {}, resume=True, defaults={}) and not (tmp_path / "run" / "resume").exists()
+
+
+def test_the_seconds_before_an_interruption_count(tmp_path, base, tokenizer):
+    model, out = MaskedLM(base.encoder, base.head), tmp_path / "run"
+    optimizer, meta = adamw(model.parameters(), 1e-3, 0.0), {"name": "M0", "number": 0, "domain": "a", "parent": None, "step": 2}
+    for p in model.parameters():
+        p.grad = p.detach() * 0.0
+    optimizer.step()
+    save_base(out / "resume" / "M0-t00002", model, tokenizer, meta | {"seconds": 10**6}, optimizer)
+    write_json(out / "config.json", {})
+    with pretrain_run(out, resume=True) as run:
+        run.begin({}, tokenizer)
+        run.start_stage(meta, PretrainSettings(4, 64, 1e-3, 1, 0), None, model, optimizer, torch.float32)
+        assert time.perf_counter() - run.started >= 10**6

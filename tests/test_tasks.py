@@ -197,3 +197,10 @@ def test_training_order_visits_everything_once_an_epoch():
     assert sorted(sum(steps[:3], [])) == sorted(sum(steps[3:], [])) == list(range(10))
     assert steps[0] != steps[3] and steps == [training_indices(10, 4, t, seed=5) for t in range(6)]
     assert steps[0] != training_indices(10, 4, 0, seed=6)
+
+
+def test_a_text_that_just_fits_does_not_count_as_cut(tokenizer):
+    for pair in (None, "node"):
+        example = Example("graph node edge", pair, "a", "")
+        whole = len(encode([example], ("a",), tokenizer, 64).sequences[0])
+        assert [encode([example], ("a",), tokenizer, most).truncated for most in (whole, whole - 1)] == [0, 1]

@@ -12,7 +12,7 @@ from conftest import here, random_base, write_task
 import recycle as recycle_script
 from data.sources import open_texts
 from kernels import kd_loss
-from rt.data import Example, encode, encode_task, endless_indices, few_shot
+from rt.data import Encoded, Example, encode, encode_task, endless_indices, few_shot
 from rt.deltas import apply, attach, extract
 from rt.errors import InputError
 from rt.formats.checkpoint import save_base
@@ -529,3 +529,8 @@ def test_a_teacher_is_run_again_for_its_texts_cut_elsewhere(taught, home):
 def test_a_map_of_patience_begins_at_the_scale_of_the_states(taught):
     maps = start(replace(taught, distill=DistillConfig(project_patience=True)), "distill").patience_map
     assert maps.std().item() == pytest.approx(64**-0.5, rel=0.1)
+
+
+def test_the_unlabelled_share_of_a_batch_is_rounded():
+    own, others = (Encoded([[0, 2]] * 4, torch.full((4,), target), 0) for target in (1, -100))
+    assert sum(i >= 4 for i in own.beside(others, 0.7).indices(4, 0, seed=0)) == 3      # 2.8
