@@ -516,3 +516,44 @@ def test_the_critical_share_is_the_first_that_forgets_nothing():
     (("--study", "recipes", "--bases", "a,b", "--domains", "python", "--independent", "c"), "leave it out")])
 def test_flags_of_the_studies_of_upgrades(flags, words):
     assert words in here("analyze.py", *flags, code=2)
+
+
+def test_heatmaps_have_the_first_model_and_the_query_on_the_left(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    seen = []
+    monkeypatch.setattr(figures, "draw_heatmaps", lambda axes, matrices, *_, **__: seen.extend(zip(axes, matrices)))
+    figures.head_similarity([{"task": "t", "pair": "M0-M1", "heads": 1, "divergence": [[x]], "cka": [[1.0, x], [0.0, 1.0]]}
+                             for x in (0.2, 0.4)], tmp_path / "h")
+    for (ax, matrix), what, mean in zip(seen, ("head", "layer"), ([[0.3]], [[1.0, 0.3], [0.0, 1.0]])):
+        assert ax.get_ylabel().startswith(f"{what} of M0") and ax.get_xlabel().startswith(f"{what} of M1")
+        assert matrix.tolist() == [pytest.approx(line) for line in mean]      # over seeds
+    figures.attention_heatmaps([{"task": "t", "base": "M0", "layer": 0, "head": 0, "tokens": ["a"], "map": [[1.0]]}], tmp_path / "a")
+    assert (seen[-1][0].get_ylabel(), seen[-1][0].get_xlabel()) == ("t: query", "key")
+
+
+def test_the_numbers_of_compatibility_and_of_a_walk():
+    facts = [("apply", "M0", 0.7), ("apply", "M1", 0.5), ("own", "M0", 0.8), ("tuned", "M1", 0.9), ("chance", "M0", 0.1)]
+    lines = figures.compatibility_numbers([{"task": "t", "line": line, "base": base, "accuracy": x} for line, base, x in facts])
+    assert [(line["base"], line["apply"], line["tuned on that base"], line["chance"]) for line in lines] == [
+        ("M0", [0.7], [0.8], [0.1]), ("M1", [0.5], [0.9], [0.1])]
+    line, = figures.connectivity_numbers([row | {"accuracy": 0.9 - 0.1 * row["mu"]} for row in walk_rows("t", 0, 0.1)])
+    assert line["barrier"] == pytest.approx([0.1]) and (line["at 0"], line["at 1"], line["lowest"]) == ([0.9], [0.8], [0.8])
+
+
+def test_all_weights_together_are_no_point_on_the_curve_over_layers(tmp_path, monkeypatch):
+    drawn, parts = [], ("embeddings", "layers.0", "all")
+    monkeypatch.setattr(figures, "draw_panels", lambda path, panels, columns: drawn.extend(panels))
+    rows = [{"of": "bases", "pair": "M0-M1", "part": part, "weights": 8, "l2": 1.0, "l2_per_weight": 0.5, "cosine": 0.1} for part in parts]
+    figures.distance(rows, tmp_path / "d")
+    places = [x for x, y in drawn[0].lines["M0-M1"] if math.isnan(y)]
+    assert places == [1.5] and drawn[0].ticks == {0: "emb", 1: "0", 2: "all"}
+    assert [line["l2"] for line in figures.distance_numbers(rows)] == [[1.0]]
+
+
+def test_what_is_given_up_is_measured_from_the_upgrade_that_learned_most():
+    rows = [{"of": "base", "base": base, "heldout": {"old": 3.0, "new": loss}, "l2": 1.0} for base, loss in (("M0", 5), ("A", 4), ("B", 2))]
+    rows += [{"of": "delta", "base": base, "task": "t", "seed": 0, "accuracy": x, "init": 0.6, "scratch": 0.5, "heads_kept": 1.0}
+             for base, x in (("M0", 0.9), ("A", 0.8), ("B", 0.5))]
+    lines = figures.recipes_numbers(rows)
+    assert [line["given up"] for line in lines] == [2, 0] and [line["points lost"] for line in lines] == pytest.approx([10, 40])
+    assert [line["init above scratch"] for line in lines] == pytest.approx([10, 10])

@@ -4,8 +4,10 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from rt.errors import InputError
+from rt.formats import checkpoint
 from rt.formats.atomic import atomic_folder
 from rt.formats.checkpoint import fingerprint, load_base, save_base
 from rt.formats.hub import open_base
@@ -87,3 +89,29 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     with atomic_folder(tmp_path / "x") as new:
         (new / "b").write_text("3")
     assert [f.name for f in (tmp_path / "x").iterdir()] == ["b"] and not (tmp_path / "x.replaced").exists()
+
+
+def test_the_fingerprint_is_of_names_and_shapes_too():
+    found = {fingerprint(torch.nn.ParameterDict({name: torch.ones(shape)})) for name, shape in (("a", (2, 2)), ("b", (2, 2)), ("a", (4,)))}
+    assert len(found) == 3
+
+
+def test_weights_of_a_checkpoint_without_hashes_are_checked_by_the_fingerprint(tmp_path, base):
+    save_base(tmp_path / "M0", MaskedLM(base.encoder, base.head), base.tokenizer, {})
+    meta, file = tmp_path / "M0" / "meta.json", tmp_path / "M0" / "model.safetensors"
+    meta.write_text(json.dumps({k: v for k, v in json.loads(meta.read_text()).items() if k != "sha256"}))
+    assert load_base(tmp_path / "M0").fingerprint == base.fingerprint
+    save_file({k: v + 0.5 for k, v in load_file(file).items()}, file)
+    with pytest.raises(InputError, match="the weights are not those that meta.json was written for"):
+        load_base(tmp_path / "M0")
+
+
+def test_the_room_that_a_checkpoint_needs_is_for_the_optimizers_state_too(tmp_path, base, monkeypatch):
+    asked, model = [], MaskedLM(base.encoder, base.head)
+    monkeypatch.setattr(checkpoint, "atomic_folder", lambda folder, needs: asked.append(needs) or atomic_folder(folder, needs=needs))
+    optimizer = torch.optim.AdamW(model.parameters())
+    sum(p.sum() for p in model.parameters()).backward()
+    optimizer.step()
+    for state in ((), (optimizer,), (optimizer, {"before": [torch.zeros(1000)]})):
+        save_base(tmp_path / "M0", model, base.tokenizer, {}, *state)
+    assert asked[1] >= asked[0] + 2 * sum(p.nbytes for p in model.parameters()) and asked[2] == asked[1] + 4000

@@ -2,8 +2,10 @@
 import gzip
 import json
 import lzma
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from rt.data import ROW_SEQUENCES, Masker, Rows
 from rt.errors import InputError
 from rt.formats.atomic import locked
 from rt.formats.corpora import build_corpus, read_documents, split_documents
-from rt.formats.tokenizer import load_tokenizer
+from rt.formats.tokenizer import load_tokenizer, train_tokenizer
 from rt.model import MaskedLM
 from rt.pretrain import mlm_loss
 from rt.runs.resume import packing
@@ -251,3 +253,32 @@ def test_the_rows_of_an_epoch_come_in_another_order_than_they_were_cut(corpus, t
     rows.row_order = np.arange(rows.per_epoch)
     cut = [rows.row(r)[0].tolist() for r in range(rows.per_epoch)]
     assert drawn != cut and sorted(drawn) == sorted(cut)
+
+
+def test_bins_are_of_one_tokenizer_and_of_the_text_as_it_was_last_changed(tmp_path, tokenizer):
+    (tmp_path / "heldout.txt").write_text("held out\n")
+    (tmp_path / "train.txt").write_text("a graph\n")
+    build_corpus("x", tmp_path, tokenizer, tmp_path / "cache")
+    other = train_tokenizer(["a graph held out"] * 9, 300)
+    assert other.decode(build_corpus("x", tmp_path, other, tmp_path / "cache")["train"].tokens.tolist()) == "a graph"
+    (tmp_path / "train.txt").write_text("a paths\n")        # as many bytes
+    os.utime(tmp_path / "train.txt", ns=(1, 1))
+    assert tokenizer.decode(build_corpus("x", tmp_path, tokenizer, tmp_path / "cache")["train"].tokens.tolist()) == "a paths"
+
+
+def test_the_content_of_a_corpus_says_which_documents_are_held_out(tmp_path, tokenizer):
+    documents, found = ["one graph\n", "two paths\n", "three nodes\n"], []
+    for held in (1, 2, 1):
+        (tmp_path / "train.txt").write_text("".join(documents[:-held]))
+        (tmp_path / "heldout.txt").write_text("".join(documents[-held:]))
+        found.append(build_corpus("x", tmp_path, tokenizer, tmp_path / f"bins{len(found)}")["train"].content)
+    assert found[0] == found[2] != found[1]
+
+
+def test_ids_that_16_bits_cannot_hold_are_kept(tmp_path):
+    (tmp_path / "heldout.txt").write_text("b\n")
+    (tmp_path / "train.txt").write_text("a\n")
+    for size, dtype in ((65536, "uint16"), (65537, "uint32")):
+        large = SimpleNamespace(vocab_size=size, fingerprint=dtype, encode=lambda texts: [[size - 1] for _ in texts])
+        tokens = build_corpus("x", tmp_path, large, tmp_path / "cache")["train"].tokens
+        assert tokens.tolist() == [size - 1] and tokens.dtype == dtype

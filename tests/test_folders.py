@@ -19,8 +19,8 @@ from rt.errors import InputError
 from rt.formats.adapters import export_peft
 from rt.formats.atomic import atomic_folder, check_seal, differing, found, locked, seal
 from rt.formats.checkpoint import load_base, save_base
-from rt.formats.delta_files import load_delta, open_delta, save_delta
-from rt.formats.files import check_overwritable, cut_half_row, read_json, read_rows, write_json
+from rt.formats.delta_files import OF_THE_RUN, load_delta, open_delta, place_of_delta, save_delta
+from rt.formats.files import FIGURES, check_overwritable, cut_half_row, read_json, read_rows, write_json
 from rt.formats.hf import export_hf
 from rt.kinds import DeltaConfig
 from rt.model import MaskedLM
@@ -479,3 +479,26 @@ def test_a_file_that_is_no_lock_is_left_alone(tmp_path, content):
     with pytest.raises(InputError, match="run.lock is in the way: it is not a lock, and the lock of"), locked(tmp_path / "run"):
         pass
     assert lock.exists()
+
+
+def test_a_linked_folder_is_replaced_where_it_is_and_the_link_stays(tmp_path):
+    write(tmp_path / "disk" / "x", "1")
+    (tmp_path / "x").symlink_to(tmp_path / "disk" / "x")
+    write(tmp_path / "x", "2")
+    assert (tmp_path / "x").is_symlink() and content(tmp_path / "disk" / "x") == {"2"}
+    assert [f.name for f in tmp_path.iterdir() if f.name != "disk"] == ["x"]
+
+
+def test_a_delta_that_is_saved_again_keeps_its_figures_and_the_records_of_its_run(tmp_path, base):
+    save_delta(tmp_path / "d", lora(base))
+    for name in (*OF_THE_RUN, f"{FIGURES}/convergence.png"):
+        (tmp_path / "d" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "d" / name).write_text(name)
+    save_delta(tmp_path / "d", lora(base))
+    assert all((tmp_path / "d" / name).read_text() == name for name in (*OF_THE_RUN, f"{FIGURES}/convergence.png"))
+
+
+def test_a_delta_is_put_beside_its_base_or_under_runs_if_that_is_a_hub_id(tmp_path):
+    (tmp_path / "M0").mkdir()
+    assert place_of_delta(str(tmp_path / "M0"), "sick", "lora", "-r4", 2) == tmp_path / "deltas" / "M0-sick-lora-r4-s2"
+    assert place_of_delta("an/id", "sick", "full") == Path("runs/deltas/id-sick-full-s0")

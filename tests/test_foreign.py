@@ -13,12 +13,14 @@ from test_hf import FAMILIES, LABELS, close, logits_of, our_logits, our_sequence
 from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 
 from rt.data import Example, encode, sequences_batch
+from rt.deltas import attach, extract
 from rt.errors import InputError
 from rt.formats.delta_files import open_delta
 from rt.formats.files import note
 from rt.formats.hf import export_hf, load_hf
 from rt.formats.hub import open_base
 from rt.formats.tokenizer import Tokenizer, load_tokenizer
+from rt.kinds import DeltaConfig
 from rt.model import MaskedLM
 from rt.report.inspect import inspect
 from rt.speed.multi_run import side_by_side
@@ -451,3 +453,11 @@ def test_a_template_whose_first_text_has_the_second_type_is_refused(tokenizer_of
     (folder / "tokenizer.json").write_text(json.dumps(facts))
     with pytest.raises(InputError, match="of token types"):
         load_tokenizer(folder)
+
+
+def test_a_head_or_pooler_that_is_left_behind_is_said(base, tmp_path, capsys):
+    model = attach(base, DeltaConfig("full"), 2, seed=0)
+    export_hf(tmp_path / "out", base, extract(model, base, DeltaConfig("full"), {"labels": ["a", "b"]}))
+    said = capsys.readouterr().err
+    assert "out is without the base's masked-LM head: AutoModelForSequenceClassification has no place" in said
+    assert "the base's pooler" not in said

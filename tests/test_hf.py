@@ -642,3 +642,34 @@ def test_of_recycled_runs_the_best_is_taken_and_of_equal_ones_one_that_recycles(
     (tmp_path / "summary.json").write_text(json.dumps({"rows": rows}))
     assert best_delta(tmp_path, base.fingerprint).name == "init-1" and best_delta(tmp_path, other_base.fingerprint).name == "init-3"
     assert best_delta("an/id", base.fingerprint) == Path("an/id")
+
+
+def test_what_another_command_made_is_not_replaced_by_a_conversion(base, tmp_path):
+    save_base(tmp_path / "M0", MaskedLM(base.encoder, base.head), base.tokenizer, {})
+    export_hf(tmp_path / "tuned", base, trained(base, DeltaConfig("full")))
+    save_delta(tmp_path / "learned", trained(base, DeltaConfig("lora")))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "README.md").write_text("My model")
+    for way in (("import", "--tuned", tmp_path / "tuned", "--out", tmp_path / "learned"), ("export", "--out", tmp_path / "model")):
+        said = here("-m", "rt.runs.convert", *way, "--base", tmp_path / "M0", code=2)
+        assert "is there already, and was not written by this command" in said
+
+
+def test_an_imported_delta_says_which_task_and_command_it_comes_from(base, tmp_path):
+    save_base(tmp_path / "M0", MaskedLM(base.encoder, base.head), base.tokenizer, {})
+    export_hf(tmp_path / "tuned", base, trained(base, DeltaConfig("full")))
+    here("-m", "rt.runs.convert", "import", "--base", tmp_path / "M0", "--tuned", tmp_path / "tuned", "--out", tmp_path / "d", "--task",
+         "data/sick.jsonl")
+    info = load_delta(tmp_path / "d").info
+    assert info["task"] == "sick" and "--tuned" in info["argv"] and info["config"]["base"] == str(tmp_path / "M0")
+
+
+def test_labels_that_are_given_come_before_those_beside_an_adapter(base, tmp_path):
+    own = open_delta(path := lora_folder(tmp_path / "a", base), base).labels
+    assert open_delta(path, base, own[::-1]).labels == own[::-1] != own
+
+
+def test_biases_that_peft_cannot_load_can_be_merged(base, tmp_path):
+    with pytest.raises(InputError, match="for a delta of kind lora, this is bitfit; --to hf merges it"):
+        export_peft(tmp_path / "out", base, "x", trained(base, DeltaConfig("bitfit")))
+    assert export_hf(tmp_path / "out", base, trained(base, DeltaConfig("bitfit"))) == "AutoModelForSequenceClassification"

@@ -263,3 +263,22 @@ def test_verify_reports_facts_that_are_of_no_known_format(run_home, facts, tmp_p
     said = capsys.readouterr().out
     assert said.count("DIFFERS") == 2 and said.count("as it was written") == 3
     assert all(f"{path.parent}: DIFFERS: {path.name} is not of a base or delta (format " in said for path in broken)
+
+
+def test_bases_are_listed_in_the_order_in_which_they_were_made_and_a_chain_leads_to_one(run_home, tmp_path):
+    run_ = shutil.copytree(run_home, tmp_path / "run")
+    for time, name in enumerate(("M2", "M0", "M1", "M1-t00002")):
+        os.utime(run_ / name, (time, time))
+    assert inspect(run_)["bases"] == "M2, M0, M1, M1-t00002"
+    folder = shutil.copytree(run_home / "deltas" / "M1-sick", tmp_path / "a" / "b" / "d")
+    facts = json.loads((folder / "delta.json").read_text())
+    facts["info"]["config"] = {"chain": [str(run_ / "M0"), str(run_ / "M1")]}
+    (folder / "delta.json").write_text(json.dumps(facts))
+    assert inspect(folder)["base"].startswith(str(run_ / "M1"))
+
+
+def test_shots_of_a_regression_are_examples_not_examples_a_label(run_home, tmp_path):
+    folder = shutil.copytree(run_home / "deltas" / "M1-sick", tmp_path / "d")
+    facts = json.loads((folder / "delta.json").read_text())
+    (folder / "delta.json").write_text(json.dumps(facts | {"info": facts["info"] | {"labels": []}}))
+    assert inspect(folder)["learned"] == "by tuning, seed 3, 16 examples"

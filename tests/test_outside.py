@@ -13,6 +13,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, bounded, random_base, write_task
@@ -429,3 +430,13 @@ def test_a_sentence_is_one_line_whatever_it_quotes():
     assert sentence(InputError("a\nb\x1b[31m\ud800\u2028ü")) == "a\\nb\\x1b[31m\\ud800\\u2028ü"
     assert len(sentence(InputError("x" * 10**6))) < 1100
     assert parse_json("[1, NaN]", "x")[0] == 1
+
+
+def test_offsets_in_the_cache_that_do_not_rise_are_named(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("".join(f"document {i}\n" for i in range(300)))
+    build_corpus("a", tmp_path / "a.txt", tokenizer, tmp_path / "cache")
+    (file,) = tmp_path.glob("cache/*/train.offsets.npy")
+    offsets = np.load(file)
+    offsets[1] = offsets[-1]        # the last one, the number of tokens, stays right
+    np.save(file, offsets)
+    assert "are damaged; remove the folder" in said(build_corpus, "a", tmp_path / "a.txt", tokenizer, tmp_path / "cache")

@@ -16,7 +16,7 @@ from rt.data import Example
 from rt.deltas import attach, extract
 from rt.errors import InputError
 from rt.formats.atomic import locked
-from rt.formats.checkpoint import save_base
+from rt.formats.checkpoint import load_base, save_base
 from rt.formats.delta_files import save_delta
 from rt.formats.tables import STDIN
 from rt.formats.tasks import read_examples
@@ -241,3 +241,42 @@ def test_a_reader_that_leaves_ends_it_quietly(flags, tmp_path):
 def test_standard_input_that_is_closed_is_one_sentence(flags, monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
     assert here(*flags, "--input", "-", code=2) == "error: standard input: is closed; pipe the texts in, or name a file\n"
+
+
+def test_a_link_to_earlier_answers_stays_a_link(flags, tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "out.jsonl").touch()
+    (tmp_path / "out.jsonl").symlink_to(tmp_path / "disk" / "out.jsonl")
+    give(monkeypatch, "one\n")
+    here(*flags, "--input", "-", "--out", tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").is_symlink() and [row["text"] for row in rows((tmp_path / "disk" / "out.jsonl").read_text())] == ["one"]
+
+
+def test_the_longest_text_is_the_flags_or_the_deltas_or_what_the_base_can_read(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "SEQ_LEN", 1000)
+    base = load_base(flags[3])
+    config = DeltaConfig("bitfit")
+    save_delta(tmp_path / "d", extract(attach(base, config, 2, seed=0), base, config, {"labels": ["a", "b"], "config": {"seq_len": 24}}))
+    longest = base.encoder.config.max_len
+
+    def length(delta, seq_len):
+        c = SimpleNamespace(base=str(flags[3]), delta_dir=str(delta), seq_len=seq_len, device="cpu", precision="fp32")
+        return predict.open_tuned(c)[3]
+    assert (length(tmp_path / "d", 16), length(tmp_path / "d", None)) == (16, 24)
+    assert length(flags[5], None) == longest == 128
+    with pytest.raises(InputError, match=str(longest)):
+        length(flags[5], longest + 1)
+
+
+def test_a_standard_output_that_has_no_umlauts_gets_them_escaped(monkeypatch):
+    for encoding, said in (("ascii", b'{"text": "\\u00fc"}\n'), ("utf-8", '{"text": "ü"}\n'.encode())):
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+        assert predict.write_answers([([{"text": "ü"}], 0)], None, STDIN) == (1, 0)
+        assert sys.stdout.buffer.getvalue() == said
+
+
+def test_outputs_follow_the_order_of_the_labels_that_are_asked_for(flags):
+    c = SimpleNamespace(base=str(flags[3]), delta_dir=str(flags[5]), seq_len=16, device="cpu", precision="fp32")
+    own, asked = (predict.open_tuned(c, labels)[1] for labels in ((), ("yes", "no", "perhaps")))
+    assert own.labels == ("no", "yes", "perhaps") and asked.labels == ("yes", "no", "perhaps")
+    assert torch.equal(asked.head["out.weight"], own.head["out.weight"][[1, 0, 2]])

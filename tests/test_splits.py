@@ -11,7 +11,7 @@ from conftest import ROOT, bounded
 from rt.errors import InputError
 from rt.formats import tables
 from rt.formats.corpora import build_corpus, corpus_files, read_documents, split_documents
-from rt.formats.splits import split_files
+from rt.formats.splits import listed, read_name, split_files
 from rt.formats.tasks import load_task, read_examples
 
 CASES = ROOT.parent / "shared" / "cases"
@@ -273,3 +273,12 @@ def test_the_corpus_of_which_chance_held_out_nothing(tokenizer, tmp_path):
         pytest.skip("no shared data beside the checkout")
     corpora = build_corpus("few0", CASES / "few-documents" / "few0.jsonl", tokenizer, tmp_path)
     assert [len(c.offsets) - 1 for c in corpora.values()] == [19, 1]
+
+
+def test_what_lies_in_a_hidden_folder_is_no_data(tmp_path):
+    touch(tmp_path, "train.jsonl", "dev.jsonl", ".cache/c/train.jsonl", "_old/dev.jsonl", "__pycache__/train/0000.parquet")
+    assert [str(f) for f in listed(tmp_path)] == ["dev.jsonl", "train.jsonl"]
+
+
+def test_a_folder_that_is_named_like_a_shard_is_no_folder_of_a_split():
+    assert read_name(Path("train/0000.parquet")) and read_name(Path("train-00000-of-00002/0000.parquet")) is None

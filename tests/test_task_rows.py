@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rt.errors import InputError
+from rt.formats import tables
 from rt.formats.checkpoint import save_base
 from rt.formats.files import read_json, read_rows
 from rt.formats.tables import STDIN, _is_quoted
@@ -507,3 +508,44 @@ def test_a_blank_line_above_the_header_and_files_called_by_years(tmp_path):
         for year in (2023, 2024):
             (tmp_path / part / f"{year}.csv").write_text("\ntext;label\na, b;0\nc;1\n")
     assert [len(examples) for examples in load_task(tmp_path).parts.values()] == [4, 4]
+
+
+def test_of_two_delimiters_in_a_header_a_csvs_semicolon_counts_before_its_tab(tmp_path):
+    path = files(tmp_path, x_csv='text;"on\ttopic"\na b, c;yes\n') / "x.csv"
+    assert texts(path) == [("a b, c", None)]
+
+
+def test_a_pipe_is_read_ahead_until_the_quote_is_closed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "AHEAD", 5)
+    content = table([("text", "label"), ("one\nof many\nlines", 0), ("b", 1)], delimiter="\t")
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(content.encode())))
+    assert [e.text for e in read_examples(STDIN, labelled=False, format="tsv")] == ["one\nof many\nlines", "b"]
+
+
+def test_a_name_as_it_is_written_comes_before_one_in_capitals_and_the_first_before_the_second(tmp_path):
+    path = files(tmp_path, x_csv="Text,text,Label\nno,yes,a\n", y_csv="TEXT,Text,Label\nyes,no,a\n")
+    assert texts(path / "x.csv") == texts(path / "y.csv") == [("yes", None)]
+
+
+def test_minus_one_alone_in_train_is_no_hidden_label(tmp_path):
+    task = write_task(tmp_path / "t", {"train": rows([-1] * 9), "dev": rows([-1] * 9)})
+    with pytest.raises(InputError, match="all training examples have the label '-1'"):
+        load_task(task)
+
+
+def test_a_link_to_a_task_keeps_its_own_name(tmp_path):
+    write_task(tmp_path / "sick", dict.fromkeys(("train", "dev"), BINARY))
+    (tmp_path / "mine").symlink_to(tmp_path / "sick")
+    assert load_task(tmp_path / "mine").name == "mine"
+
+
+def test_in_a_table_a_class_may_be_a_number_with_a_point_among_names_and_numbers_may_have_a_capital_e(tmp_path):
+    few = table(rows(["low", "1.5", "high"] * 4))
+    assert load_task(files(tmp_path / "classes", train_csv=few, dev_csv=few)).labels == ("1.5", "high", "low")
+    numbers = table(rows(["1E-3", "2e-3", "4"] * 4))
+    assert load_task(files(tmp_path / "numbers", train_csv=numbers, dev_csv=numbers)).is_regression
+
+
+def test_a_dev_part_of_one_label_is_said(tmp_path, capsys):
+    load_task(write_task(tmp_path / "t", {"train": BINARY, "dev": rows([1] * 10)}))
+    assert "all 10 dev examples have the label 1: are their true labels hidden?" in capsys.readouterr().err

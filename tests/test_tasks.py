@@ -204,3 +204,8 @@ def test_a_text_that_just_fits_does_not_count_as_cut(tokenizer):
         example = Example("graph node edge", pair, "a", "")
         whole = len(encode([example], ("a",), tokenizer, 64).sequences[0])
         assert [encode([example], ("a",), tokenizer, most).truncated for most in (whole, whole - 1)] == [0, 1]
+
+
+def test_a_text_about_git_lfs_is_a_text(tmp_path):
+    (tmp_path / "x.txt").write_text("What a pointer holds:\nversion https://git-lfs.github.com/spec/v1\n")
+    assert len(list(read_examples(tmp_path / "x.txt", labelled=False))) == 2

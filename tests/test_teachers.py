@@ -534,3 +534,9 @@ def test_a_map_of_patience_begins_at_the_scale_of_the_states(taught):
 def test_the_unlabelled_share_of_a_batch_is_rounded():
     own, others = (Encoded([[0, 2]] * 4, torch.full((4,), target), 0) for target in (1, -100))
     assert sum(i >= 4 for i in own.beside(others, 0.7).indices(4, 0, seed=0)) == 3      # 2.8
+
+
+def test_an_answer_that_has_one_label_more_is_of_another_task(tmp_path):
+    path = lines(tmp_path / "p.jsonl", [{"text": "x", "probabilities": {"no": 0.5, "yes": 0.495, "maybe": 0.005}}])
+    with pytest.raises(InputError, match="line 1: has probabilities of no, yes, maybe, and the task's labels are no, yes"):
+        Predictions(path, ("no", "yes"))
