@@ -76,7 +76,7 @@ class Config:
     deterministic: bool = False  # the same command gives the same bits on a GPU too; on a CPU it always does
 
 
-OF_CURVE = ("curve_steps", "curve_lr", "batch_size")
+OF_CURVE = ("curve_steps", "curve_lr", "batch_size")     # read by connectivity only with --curve
 PAIRED, TUNED = ("connectivity", "similarity", "distance"), [study for study in ROWS if study != "mixture"]
 # flag -> the studies that read it; all studies read the others
 READ_BY = {"neighbours": PAIRED, **dict.fromkeys(("points", "curve", "curve_steps", "curve_lr"), ("connectivity",)),
@@ -186,12 +186,13 @@ def delta_folders(c: Config, folders: dict[str, str], entry: str, task: Task) ->
         missing = {key: folder for key, folder in found.items() if not (folder / "delta.json").exists()}
         if not missing:
             break
-    with making(*missing.values()):
-        for folder in found.values() if missing else ():
-            is_tuned(folder, {"task": task.hash, "seq_len": c.seq_len}, "move it away, so that all are tuned anew")
-        build(c, *((f"the delta {folder}", dict(mode="tune", out=folder, base=folders[name], task=entry, seed=seed, delta=c.delta,
-                                                tune_steps=c.tune_steps, seq_len=c.seq_len))
-                   for (name, seed), folder in missing.items() if not (folder / "delta.json").exists()), of=len(found))
+    else:
+        asked, otherwise = {"task": task.hash, "seq_len": c.seq_len}, "move it away, so that all are tuned anew"
+        with making(*missing.values()):
+            missing = {key: folder for key, folder in found.items() if not is_tuned(folder, asked, otherwise)}
+            build(c, *((f"the delta {folder}", dict(mode="tune", out=folder, base=folders[name], task=entry, seed=seed, delta=c.delta,
+                                                    tune_steps=c.tune_steps, seq_len=c.seq_len))
+                       for (name, seed), folder in missing.items()), of=len(found))
     return found
 
 

@@ -90,7 +90,7 @@ def peft(case: dict, platform: Platform) -> Problem:
 
     found = problem(case, platform, batch, {"ours": (mine, Loss())}, "ours")
     found.impls |= peers(platform, "peft", theirs, lambda model: {"": classifier_loss(model, batch, config.pad_id)},
-                         eager=not platform.cuda and config.dropout > 0)
+                         dropout=config.dropout)
     try:
         reference = theirs("sdpa").to(platform.device).eval()
     except ImportError:

@@ -116,9 +116,9 @@ def ours(platform: Platform, build: Callable[[], tuple[nn.Module, Callable[[], T
 
 
 def peers(platform: Platform, name: str, build: Callable[[str], nn.Module], losses: Callable[[nn.Module], dict[str, Callable[[], Tensor]]],
-          flops: float | None = None, suffixes: tuple[str, ...] = ("",), eager: bool = False) -> dict[str, Impl]:
+          flops: float | None = None, suffixes: tuple[str, ...] = ("",), dropout: float = 0.0) -> dict[str, Impl]:
     """A library's step, in each dtype worth having. `build` makes a model with an attention ("sdpa", "eager"). `losses` returns the model's
-    loss functions by suffix of the name. With `eager`, also the library's own attention."""
+    loss functions by suffix of the name. On a CPU with `dropout`, also the library's own attention, which may then be faster."""
     def step(suffix: str, dtype: torch.dtype, attention: str = "sdpa", compile: bool = False, graph: bool = False) -> Step:
         model = build(attention).to(platform.device)
         loss = losses(model)[suffix]
@@ -132,7 +132,7 @@ def peers(platform: Platform, name: str, build: Callable[[str], nn.Module], loss
                 out |= {f"{name}{suffix}" + " +compile" * compile + " +graphs" * graph + " fp32" * (not own): Impl(
                     partial(step, suffix, dtype, compile=compile, graph=graph), dtype, flops) for suffix in suffixes}
         out |= {f"{name}{suffix} eager" + " fp32" * (not own): Impl(partial(step, suffix, dtype, "eager"), dtype, flops)
-                for suffix in suffixes if eager}
+                for suffix in suffixes if dropout and not platform.cuda}
     return out
 
 
@@ -140,8 +140,7 @@ def transformers_peers(platform: Platform, config: EncoderConfig, state: dict[st
                        losses: Callable[[nn.Module], dict], flops: float) -> dict[str, Impl]:
     """RobertaForMaskedLM or RobertaForSequenceClassification with the weights of `state`."""
     suffixes = ("", " predicted rows") if name == "RobertaForMaskedLM" else ("",)
-    return peers(platform, "hf", lambda attention: peer(name, config, attention, state), losses, flops, suffixes,
-                 eager=not platform.cuda and config.dropout > 0)
+    return peers(platform, "hf", lambda attention: peer(name, config, attention, state), losses, flops, suffixes, config.dropout)
 
 
 # ---------------------------------------------------------------- cases

@@ -120,7 +120,7 @@ class Mixture:
 
     def append(self, parts: list[int]) -> None:
         """Set the shares of the next period, in millionths."""
-        first, end = (counts(n * self.every, parts) for n in (len(self.history), len(self.history) + 1))     # small shares add up
+        first, end = (counts(n * self.every, parts) for n in (len(self.history), len(self.history) + 1))     # so small shares add up
         self.history.append(parts)
         self.before.append([b + e - f for b, e, f in zip(self.before[-1], end, first)])
 

@@ -445,7 +445,7 @@ def test_a_mixture_of_infinite_schedules_continues_from_one_trunk(home, domains,
     places = {name: str(home / "infinite" / name) for name in "ABCDE"}
     here(*arguments, "--bases", ",".join(places[name] for name in "ABC"))
     said = capsys.readouterr().err
-    assert f"{places['A']} learned corpus; what is said of the new domain is said of new, the last of --domains" in said
+    assert f"{places['A']} learned corpus, and the study takes new, the last of --domains, for the new domain" in said
     assert "the upgrades differ in more than replay and steps" in said
     for name, words in (("D", f"{places['D']} does not continue"), ("E", f"{places['E']} has no meta.json with its steps")):
         assert words in here(*arguments, "--bases", ",".join(places[each] for each in "AB" + name), code=2)

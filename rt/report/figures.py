@@ -217,9 +217,10 @@ def recipes_numbers(rows: list[dict]) -> list[dict]:
     deltas = [{k: math.nan if v is None else v for k, v in row.items()} for row in rows if row["of"] == "delta"]     # None: undefined
     score = {(row["base"], row["task"], row["seed"]): next(row[s] for s in SCORES if s in row) for row in deltas}
     groups = group([row for row in deltas if row["base"] != first], "base")
-    common = [{(row["task"], row["seed"]) for row in there} for there in groups.values()]       # an unfinished study lacks some
+    scored = [{(row["task"], row["seed"]) for row in there} for there in groups.values()]
+    common = set.intersection(*scored) if scored else set()     # all, unless the study is unfinished
     for (name,), there in groups.items():
-        there = [row for row in there if (row["task"], row["seed"]) in set.intersection(*common)]
+        there = [row for row in there if (row["task"], row["seed"]) in common]
         base, cells = bases[name], [(row["task"], row["seed"]) for row in there]
         lost = [100 * (score[first, task, seed] - score[name, task, seed]) for task, seed in cells]
         numbers.append({"base": name, "points lost": float(np.mean(lost)),

@@ -191,10 +191,10 @@ def heldout_losses(context: StudyContext, folder: str) -> dict[str, float]:
 
 
 def note_learned(context: StudyContext, domains: dict[str, str | None]) -> None:
-    """Note on stderr if an upgrade learned another domain than the last of --domains, by their names. `domains`: {base: domain}."""
+    """Note on stderr if an upgrade learned a domain of another name than the last of --domains. `domains`: {base: domain it learned}."""
     last = [*context.corpora][-1]
     if other := [name for name, domain in domains.items() if domain and last not in (domain, *domain.split("+"))]:
-        note(f"{other[0]} learned {domains[other[0]]}; what is said of the new domain is said of {last}, the last of --domains")
+        note(f"{other[0]} learned {domains[other[0]]}, and the study takes {last}, the last of --domains, for the new domain")
 
 
 def recipes(context: StudyContext) -> Iterator[dict]:

@@ -177,7 +177,7 @@ def start_recipe(c: Any, model: MaskedLM, rows: Rows, corpora: list[Corpus], tok
 def go_on_from(c: Any, folder: Path, base: Base) -> tuple[MaskedLM, str, Path | None]:
     """(model, fingerprint, folder of the optimizer's state) to continue: `base`, or its state before an infinite schedule's annealing."""
     moments = None
-    if c.recipe.rates.schedule == "infinite" and ("trunk" in base.meta or (folder / "optim.pt").is_file()):     # or it is such a state
+    if c.recipe.rates.schedule == "infinite" and ("trunk" in base.meta or (folder / "optim.pt").is_file()):     # `folder` may be that state
         moments = folder.parent / base.meta.get("trunk", folder.name)
         if moments.parent != folder.parent or not (moments / "optim.pt").is_file():
             raise InputError(f"{folder} was annealed from {moments}, which is gone: restore it to go on, or give another --schedule")
