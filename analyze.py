@@ -54,7 +54,7 @@ class Config:
     independent: str | None = None  # M_IND: same sizes and tokenizer, another random start
     tasks: tuple[str, ...] = ("math",)  # embedded domains, folders with train, dev and test, or hub:OWNER/NAME
     delta: Literal[tuple(KINDS)] = "full"  # full, adapter, lora, bitfit or prefix
-    deltas: tuple[str, ...] = ()  # folders, one per base in order, the independent base last (one task, one seed); default: found or tuned
+    deltas: tuple[str, ...] = ()  # one folder per base, the independent base last (recipes: the old base's alone); default: found or tuned
     seeds: Seeds = (0,)  # seeds of the deltas
     neighbours: bool = False  # pair each base with the next base, not with the first
     points: PathPoints = 26  # connectivity: points per path, ends included
@@ -64,10 +64,10 @@ class Config:
     batch_size: PositiveInt = 16  # sequences per optimizer step
     heads: tuple[str, ...] = ()  # similarity: maps to draw, LAYER.HEAD from 0; default: head 0 of the first, middle and last layer
     sentence: str | None = None  # similarity: the text whose maps are drawn; default: the test text closest to 16 tokens
-    max_examples: PositiveInt = 64  # similarity, recipes: number of test texts on which heads are compared
+    max_examples: PositiveInt = 64  # similarity, recipes: at most this many test texts, on which heads are compared
     tune_steps: PositiveInt = 100  # optimizer steps to tune a missing delta, all else as in train.py; recipes: steps of init and scratch
     shots: PositiveInt | None = 32  # recipes: examples per label for init and scratch; none: all
-    lr: Positive | None = None  # recipes: peak learning rate of init and scratch; default 5e-4 for full deltas, else 5e-3
+    lr: Positive | None = None  # recipes: peak learning rate of init and scratch; default as in train.py
     seq_len: SeqLen = 64  # longest text in tokens; longer texts are cut
     out: str | None = None  # folder to write; default runs/analyze/STUDY
     cache: str = "runs/cache"  # folder for the embedded data
@@ -103,7 +103,7 @@ def main() -> None:
     domain_names("domains", c.domains)      # refused before anything is built
     needed = 1 if c.study in ABOUT_UPGRADES else count      # of an upgrade, only the old base's delta
     if c.deltas and (len(c.deltas) != needed or len(c.tasks) * len(c.seeds) > 1):
-        raise InputError(f"--deltas {','.join(c.deltas)}: give one folder a base, for one task and one seed")
+        raise InputError(f"--deltas {','.join(c.deltas)}: give one folder a base ({needed} here), for one task and one seed")
     if c.independent and c.study in ("compatibility", *ABOUT_UPGRADES):
         raise InputError(f"--independent: {c.study} follows one lineage; leave it out")
     make_deterministic(c.deterministic)
@@ -185,14 +185,13 @@ def delta_folders(c: Config, folders: dict[str, str], entry: str, task: Task) ->
         found = {(name, seed): place_of_delta(folders[name], task.name, c.delta, steps, seed) for name in folders for seed in c.seeds}
         missing = {key: folder for key, folder in found.items() if not (folder / "delta.json").exists()}
         if not missing:
-            break
-    else:
-        asked, otherwise = {"task": task.hash, "seq_len": c.seq_len}, "move it away, so that all are tuned anew"
-        with making(*missing.values()):
-            missing = {key: folder for key, folder in found.items() if not is_tuned(folder, asked, otherwise)}
-            build(c, *((f"the delta {folder}", dict(mode="tune", out=folder, base=folders[name], task=entry, seed=seed, delta=c.delta,
-                                                    tune_steps=c.tune_steps, seq_len=c.seq_len))
-                       for (name, seed), folder in missing.items()), of=len(found))
+            return found
+    asked, otherwise = {"task": task.hash, "seq_len": c.seq_len}, "move it away, so that all are tuned anew"
+    with making(*missing.values()):
+        missing = {key: folder for key, folder in found.items() if not is_tuned(folder, asked, otherwise)}
+        build(c, *((f"the delta {folder}", dict(mode="tune", out=folder, base=folders[name], task=entry, seed=seed, delta=c.delta,
+                                                tune_steps=c.tune_steps, seq_len=c.seq_len))
+                   for (name, seed), folder in missing.items()), of=len(found))
     return found
 
 
@@ -200,9 +199,10 @@ def open_checked(folder: Path, base: Base, task: Task, kind: str) -> Delta:
     """The delta in `folder`. Raises InputError if it is of another kind, task or base."""
     delta = open_delta(str(folder), base).ordered(task.labels)
     if delta.config.kind != kind:
-        raise InputError(f"{folder}: is a delta of kind {delta.config.kind}, and what is asked for is --delta {kind}")
+        raise InputError(f"{folder}: is a delta of kind {delta.config.kind}, but --delta is {kind}")
     if delta.labels != task.labels:
-        raise InputError(f"{folder}: tells apart {', '.join(delta.labels[:6])}, the task {task.name} {', '.join(task.labels[:6])}")
+        raise InputError(f"{folder}: predicts {', '.join(delta.labels[:6]) or 'a number'}, but the labels of {task.name} are "
+                         f"{', '.join(task.labels[:6]) or 'numbers'}")
     note_changed_task(delta.info, task)
     try:
         check_fits(base, delta, stale_ok=False)

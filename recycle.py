@@ -31,9 +31,9 @@ from rt.formats.hub import NAMING, open_base
 from rt.kinds import DeltaConfig
 from rt.limits import NonNegative, NonNegativeInt, Positive, PositiveInt, Seeds, SeqLen, Share
 from rt.losses import DistillConfig
-from rt.recycling import CARRIES, MODES, NEEDS_TEACHER, TRAINED, Recycling, carried_modes, chain, check, new_delta, recycle, teacher_of
+from rt.recycling import FROM_OLD, MODES, NEEDS_TEACHER, TRAINED, Recycling, carried_modes, chain, check, new_delta, recycle, teacher_of
 from rt.runs import starts, teaching
-from rt.runs.build import build_missing
+from rt.runs.build import build_missing, default_rate
 from rt.runs.config import changed, parse, record, run
 from rt.runs.log import StepBar, load_tensorboard, note_changed_task, note_truncated, progress, score_text
 from rt.runs.results import Run, base_origins, begin, open_old, origin_of, save_run, unread, write_summary
@@ -74,7 +74,7 @@ class Config:
     seq_len: SeqLen = 64  # longest text in tokens; longer texts are cut
     project: ProjectConfig = ProjectConfig()
     carry: CarryConfig = CarryConfig()
-    head: Literal["fresh", "prototype"] = "fresh"  # head for labels that the old delta lacks; prototype: nearest mean of its features
+    head: Literal["fresh", "prototype"] = "fresh"  # for labels that the old delta lacks (scratch, distill: for all); prototype: class means
     shrinkage: bool = False  # --head prototype: use the Mahalanobis distance with a shrunk covariance
     merge: Literal["mean", "ties"] = "mean"  # how to merge several old deltas; takes the subset that is best on dev
     early_stop: NonNegativeInt = 0  # stop after this many dev scores without a better one; 0: never
@@ -95,7 +95,6 @@ class Config:
 
 # For full deltas, the rate per mode that is best on dev, of 1e-4, 2e-4, 5e-4, 1e-3 and 2e-3 (results/demo/lr_search; project: as init).
 FULL_LR = {"scratch": 5e-4, "init": 1e-4, "distill": 1e-3, "init+distill": 1e-4, "project": 1e-4}
-LR = {"prefix": 1e-2}     # for all modes; other kinds: 5e-3
 Done = tuple[Run, TuneResult, Delta, list[dict], dict]      # the list: the run's evaluations; the dict: more fields for its row
 
 
@@ -121,7 +120,7 @@ def main() -> None:
     ranks.assert_same({f"--{k}": v for k, v in record(c).items()})
     check_graphs(c.graphs, replace(ranks, world=1))     # in a sweep each rank captures its own graphs
     if ranks.world > 1 and not c.sweep:
-        raise InputError("several processes share the runs of a --sweep; without one, start this script without torchrun")
+        raise InputError("torchrun shares out the runs of a --sweep; without --sweep, start this script without torchrun")
     task, *source_tasks = ranks.main_first(lambda: [open_task(name, c.cache) for name in (c.task, *c.project.source_task)])
     ranks.assert_same({f"task {one.name}": one.hash for one in (task, *source_tasks)})
     c.old_delta, source_deltas = ranks.from_main(lambda: build_missing(c, task, source_tasks))
@@ -227,7 +226,7 @@ def do_runs(c: Config, r: Recycling, plan: list[Run], sources: Sources, out: Pat
             if len(sources.olds) > 1:
                 samples[seed].merged, samples[seed].about = merge_on_dev(samples[seed], sources.olds, c.merge)
         for one, result, delta, curve, more in run_group(samples, group, sources):
-            if one.mode in (("apply", *CARRIES) if r.merged else carried):
+            if one.mode in (FROM_OLD if r.merged else carried):
                 more |= samples[one.seed].about
             save_run(out, one, sources.samples.task, result, delta, curve, origin[one.name], {**more, "precision": precision})
             yield f"{one.mode}: dev {score_text(score(result.dev))}"
@@ -267,7 +266,7 @@ def finish(c: Config, r: Recycling, runs: list[Run], out: Path) -> None:
 # --- checks and plan ---------------------------------------------------------------------------------------------------
 
 def checked_modes(c: Config) -> list[str]:
-    """The modes that the flags ask for. Raises InputError if flags make no sense together."""
+    """The modes that the flags ask for. Sets --old_base for the demo. Raises InputError if flags make no sense together."""
     demo = Path(Config.base).absolute().parent
     is_demo = {Path(name).absolute().parent for name in c.chain or (c.base,)} == {demo}
     if is_demo and not c.old_base and (c.old_delta or not c.teaching.teacher):
@@ -301,14 +300,14 @@ def check_all(c: Config, r: Recycling, plan: list[Run], bases: dict[str, Base], 
         base.require_length(c.seq_len)
         for one in plan:
             check(replace(r, base=base, **settings_of(one)), one.mode)
-    if c.head == "prototype" and not r.merged and {one.mode for one in plan} <= {"apply", *CARRIES} and r.old_delta.labels == r.data.labels:
+    if c.head == "prototype" and not r.merged and {one.mode for one in plan} <= {*FROM_OLD} and r.old_delta.labels == r.data.labels:
         raise InputError("--head prototype has no effect: the old delta has the task's labels, and these modes keep its head")
     if projects:
         check_sources(r.old_base, r.base, projects, r.old_delta)
 
 
 def announce(c: Config, modes: list[str], task: Task, old: Delta | None) -> list[str]:
-    """Print what is about to be done. Returns the modes; `all` leaves out modes that are impossible with a delta of another task."""
+    """Print what is about to be done. Returns `modes`, for --mode all without those that a delta with other labels rules out."""
     fewest = len(task.parts["train"]) if task.is_regression else min(Counter(e.label for e in task.parts["train"]).values())
     few = (f"{'up to ' * (fewest < c.shots)}{c.shots} examples{' a label' * (not task.is_regression)}" if c.shots
            else f"{len(task.parts['train'])} examples")
@@ -336,7 +335,7 @@ def learning_rates(c: Config, mode: str) -> tuple[float | None, ...]:
     """The learning rates to try; None for a mode that does not train."""
     if mode not in (*TRAINED, "project"):
         return (None,)
-    return c.lr or (FULL_LR.get(mode, 5e-4) if c.delta.kind == "full" else LR.get(c.delta.kind, 5e-3),)
+    return c.lr or (FULL_LR.get(mode, 5e-4) if c.delta.kind == "full" else default_rate(c.delta.kind),)
 
 
 def default_out(c: Config, task: Task) -> str:

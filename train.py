@@ -36,9 +36,9 @@ from rt.model import PRESETS, EncoderConfig, MaskedLM, new_masked_lm, set_dropou
 from rt.optim import AdamW, adamw, derive_seed, memory_for, not_finite, set_lr, step_unless
 from rt.pretrain import PretrainSettings, evaluate_mlm, microbatches
 from rt.recipes import Recipe, mix
-from rt.runs.build import is_tuned
+from rt.runs.build import default_rate, is_tuned
 from rt.runs.config import changed, parse, record, run
-from rt.runs.log import Log, StepBar, are_pairs, load_tensorboard, note_changed_task, note_truncated, scores_text, task_text, tested_text
+from rt.runs.log import Log, StepBar, facts_of, load_tensorboard, note_changed_task, note_truncated, scores_text, task_text, tested_text
 from rt.runs.predict import open_tuned
 from rt.runs.resume import PretrainRun, check_content, sample_of, table_of
 from rt.runs.signals import Interrupted
@@ -106,13 +106,12 @@ NOT_SETTINGS = ("resume", "stop_after", "save_every", "cache", "device", "out", 
 EVAL_READS = ("mode", "cache", "device", "threads", "precision", "deterministic", "seq_len", "base", "task", "delta_dir")
 SEQ_LEN = 128
 PRETRAIN_LR = 1e-3
-TUNE_LR = {"full": 5e-4, "prefix": 1e-2}     # for the mini preset; all other kinds: 5e-3
 
 
 def main() -> None:
     c = parse(Config, sys.argv[1:])
     if launched() > 1 and c.mode != "pretrain":
-        raise InputError(f"--mode {c.mode} is for one process: leave torchrun out")
+        raise InputError(f"--mode {c.mode} is for one process: start it without torchrun")
     names = [*record(Config())]
     stream, base = names.index("stream"), names.index("base")       # as Config has them; delta_dir is the last
     read = {"pretrain": names[:base], "eval": EVAL_READS,
@@ -140,7 +139,7 @@ def main() -> None:
 def pretrain(c: Config) -> None:
     """Train M0, M1, ... on a stream. Each stage continues from the last stage's weights with a fresh optimizer and schedule."""
     if c.zero and launched() == 1:
-        raise InputError("--zero shares the optimizer's state out among ranks, and there is one: start several with torchrun")
+        raise InputError("--zero shares the optimizer state out among the ranks, and there is only one: start several with torchrun")
     ranks, out = join(c.device), Path(c.out or "runs/demo")
     ranks.assert_same({f"--{k}": v for k, v in record(c).items()})
     check_graphs(c.graphs, ranks)
@@ -153,7 +152,7 @@ def pretrain(c: Config) -> None:
     if c.recipe.rates.rewarm and not c.init:
         raise InputError("--rewarm has no effect without --init: the rate of a new base rises anyway")
     if c.compile and c.recipe.by_need:
-        raise InputError("--mix need scores texts of all shapes between steps, and --compile would compile anew for each: leave it out")
+        raise InputError("--mix need evaluates batches of many shapes, and --compile would recompile for each: leave --compile out")
     settings = {k: v for k, v in record(c).items() if k not in NOT_SETTINGS}
     with PretrainRun(out, ranks, settings, resume=c.resume, snapshots=c.snapshots, save_every=c.save_every, stop_after=c.stop_after,
                      log_every=c.log_every or (10 if ranks.device.type == "cuda" else 1), tensorboard=c.tensorboard,
@@ -259,10 +258,10 @@ def rows_of(c: Config, corpora: dict[str, dict[str, Corpus]], groups: list[tuple
 
 @memory_for("the model", "`preset` or `max_len`")
 def start_model(c: Config, out: Path, first_corpus: Path, ranks: Ranks) -> tuple[MaskedLM, Tokenizer, Start]:
-    """A new base of size --preset, or the base that --init names."""
+    """(model, tokenizer, lineage so far): a new base of size --preset, or the base that --init names. InputError if they do not fit."""
     if c.init:
         if c.tokenizer:
-            raise InputError("--tokenizer: a base of --init comes with its own")
+            raise InputError("--tokenizer has no effect with --init: that base has its own tokenizer")
         base = ranks.main_first(lambda: open_base(c.init))
         config, tokenizer = base.encoder.config, base.tokenizer
         if "preset" in changed(c) and PRESETS[c.preset]["hidden_size"] != config.hidden_size:
@@ -273,7 +272,7 @@ def start_model(c: Config, out: Path, first_corpus: Path, ranks: Ranks) -> tuple
                 raise InputError(f"--preserve_by predictions: {c.init} predicts nothing without its masked-LM head; use hidden")
         model, parent, moments = go_on_from(c, Path(c.init).resolve(), base)
         start = Start(parent, base.meta.get("number", 0), base.meta.get("domains", {}), moments, base.meta.get("contents", {}))
-        if c.recipe.max_len and c.recipe.max_len != config.max_len:     # optimizer's moments do not fit a longer table
+        if c.recipe.max_len and c.recipe.max_len != config.max_len:     # the optimizer's moments do not fit a longer table
             model, start = lengthen(model, c.recipe.max_len), start._replace(moments=None)
     else:
         tokenizer = ranks.from_main(lambda: start_tokenizer(c, out, first_corpus))
@@ -304,7 +303,7 @@ def tune_delta(c: Config) -> None:
     where = {"device": device, "precision": pick_precision(c.precision, device)}
     base, task = open_base(c.base).to(device), open_task(c.task, c.cache)
     base.require_length(c.seq_len)
-    about = {"task": task.name, "task_hash": task.hash, "labels": [*task.labels], "pairs": are_pairs(task.parts["train"]), "seed": c.seed}
+    about = facts_of(task) | {"seed": c.seed}
     few = few_shot(task, c.shots, c.seed) if c.shots else task
     data = encode_task(few, base.tokenizer, c.seq_len)
     print(task_text(few))
@@ -312,7 +311,7 @@ def tune_delta(c: Config) -> None:
     note_truncated(*data.truncated(), c.seq_len)
     model = attach(base, c.delta, data.num_outputs, c.seed)
     check_graphs(c.graphs, Ranks(device))
-    c.lr = c.lr or TUNE_LR.get(kind, 5e-3)
+    c.lr = c.lr or default_rate(kind)
     s = TuneSettings(c.tune_steps, c.batch_size, c.lr, c.eval_every, c.seed, c.weight_decay, c.warmup)
     about |= {"shots": c.shots, "config": record(c), "argv": sys.argv, "precision": precision_name(where["precision"])}
     if c.out is None:
@@ -337,8 +336,8 @@ def eval_delta(c: Config) -> None:
     task = open_task(c.task, c.cache)
     base, delta, model, seq_len, where = open_tuned(c, task.labels)
     if task.labels != delta.labels:
-        raise InputError(f"{c.delta_dir} has the labels {', '.join(delta.labels[:6]) or 'of a regression'}, but {c.task} "
-                         f"{', '.join(task.labels[:6]) or 'those of a regression'}: if they are the same under other names, {NAMING}")
+        raise InputError(f"{c.delta_dir} has the labels {', '.join(delta.labels[:6]) or '(none: a regression)'}, but {c.task} has "
+                         f"{', '.join(task.labels[:6]) or 'numbers'}: if only the names differ, {NAMING}")
     note_changed_task(delta.info, task)
     data = encode_task(task, base.tokenizer, seq_len)
     note_truncated(*data.truncated(), seq_len, sys.stderr)

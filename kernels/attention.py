@@ -8,8 +8,8 @@ Forward: one program per block of queries of one sequence and head, with an onli
     dV = (keep P / (1-p))^T dout    dP = keep (dout V^T) / (1-p)    dS = P (dP - delta)    dQ = scale dS K    dK = scale dS^T Q
 
 The backward takes two launches: `_backward_queries` computes dQ and delta, `_backward_keys` dK and dV. Both compute S and dP, which makes
-seven matrix products per tile. Five are enough if each block of keys adds its share of dQ in fp32 with atomics; on an H100 that was slower
-in five cases of six (.338 against .282 ms for 32 x 512 tokens, H 12, D 64: results/gpu), and its sums had no fixed order.
+seven matrix products per tile. A single launch needs five if each block of keys adds its share of dQ in fp32 with atomics. On an H100 it
+was slower in five cases of six (.338 against .282 ms for 32 x 512 tokens, H 12, D 64: results/gpu), and the order of its sums varied.
 
 keep is a function of the seed, the head and the two tokens (kernels/dropout.py). It is recomputed whenever it is needed.
 
@@ -36,8 +36,8 @@ WIDTHS = (32, 64, 128)   # head dimensions of the kernels
 def attention_ref(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, dropout_p: float = 0.0,
                   seed: Tensor | int | None = None, scale: float | None = None,
                   prefix_kv: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
-    """`attention`, one group of sequences of equal length at a time. On a CPU this beats padding, whose masks and dead rows cost more. If
-    the sequences are not sorted by length, they are sorted first and the result is put back in order."""
+    """`attention` in plain PyTorch, one group of sequences of equal length at a time. On a CPU this is faster than padding, which computes
+    masks and unused rows. Sequences that are not sorted by length are sorted first, and the result is put back in order."""
     N, H, D = q.shape
     scale = D ** -0.5 if scale is None else scale
     lengths = [n for n in cu_seqlens.diff().tolist() if n] or [0]      # empty sequences at the end must not make a sorted batch unsorted
@@ -109,11 +109,9 @@ def _seed(seed: Tensor | int | None, device: torch.device) -> Tensor:
 
 # ---------------------------------------------------------------- ops
 
-Outputs = tuple[Tensor, Tensor, Tensor]
-
-
 @op
-def _attention(qkv: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seqlen: int, scale: float, dropout_p: float) -> Outputs:
+def _attention(qkv: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seqlen: int, scale: float,
+               dropout_p: float) -> tuple[Tensor, Tensor, Tensor]:
     """out (N, H, D), log2-sum-exp2 of the scaled scores (H, N), and the dropout words (H, N, 4) int32, empty without dropout."""
     q, k, v = dense_rows(qkv)[0].unbind(1)
     N, H, D = q.shape

@@ -43,7 +43,7 @@ class Tokenizer(Protocol):
 class Example:
     text: str
     text_pair: str | None
-    label: str | int | float | None     # a whole number only until it becomes a class of a Task; None: to be predicted, or no gold label
+    label: str | int | float | None     # int only while files are read (a Task has str or float); None: to be predicted, or no gold label
     source: str                 # file and line, for error messages
 
 
@@ -78,7 +78,7 @@ def few_shot(task: Task, shots: int, seed: int) -> Task:
 
 @dataclass
 class Encoded:
-    """Examples as token ids, <s> and </s> included; `targets` are (n,) classes or floats."""
+    """Examples as token ids, <s> and </s> included; `targets` are (n,) int64 classes (-100: none) or float32 numbers (NaN: none)."""
     sequences: list[list[int]]
     targets: Tensor
     truncated: int      # number of sequences that were cut
@@ -110,7 +110,7 @@ class Encoded:
 
 def encode(examples: list[Example], labels: tuple[str, ...], tokenizer: Tokenizer, max_len: int) -> Encoded:
     """<s> text </s>, or <s> text </s></s> pair </s> (BERT: [CLS] text [SEP] pair [SEP]), cut to `max_len`, the longer text of a pair first.
-    A [SEP] spelled in a BERT text becomes ~id, which separates nothing. Without `labels` (class names) targets are floats."""
+    A [SEP] inside BERT's first text becomes ~id, which separates nothing. Without `labels` (class names) targets are floats."""
     texts = tokenizer.encode([e.text for e in examples])
     pairs = tokenizer.encode([e.text_pair or "" for e in examples])
     bos, eos, between = tokenizer.bos_id, tokenizer.eos_id, [tokenizer.eos_id] * (tokenizer.separators - 1)
@@ -195,7 +195,8 @@ def sequences_batch(sequences: list[list[int]], **fields: Tensor) -> Batch:
 class Masker:
     """Chooses `count` tokens of a row, never special ones. Each becomes <mask> (.8) or random (.1), or stays (Devlin et al., 2019). For
     slm and rts, all become another random token (Di Liello et al., 2022). `unit` word chooses whole words and cuts the last one to fit.
-    `unit` entity first chooses numbers, and capitalised words that do not begin a sentence; adjacent ones together. U+FFFD is a letter."""
+    `unit` entity first chooses numbers, and capitalised words that do not begin a sentence; adjacent ones together. A piece that
+    holds part of a character (U+FFFD) counts as letters there."""
     def __init__(self, tokenizer: Tokenizer, count: int, objective: Objective = "mlm", unit: MaskUnit = "token"):
         self.count, self.mask_id, self.objective, self.unit = count, tokenizer.mask_id, objective, unit
         self.is_special = np.zeros(tokenizer.vocab_size, dtype=bool)
@@ -299,21 +300,19 @@ class Rows:
         pieces.sort(key=len)    # neighbours of equal length are cheaper in attention_ref
         return np.concatenate(pieces).astype(np.int64), list(map(len, pieces))
 
-    def batch(self, step: int, batch_tokens: int, rank: int = 0, world: int = 1, part: int = 0, parts: int = 1) -> Batch:
-        """A masked microbatch of optimizer step `step`: part `part` of `parts` of this rank's share of the step's rows."""
+    def batch(self, step: int, batch_tokens: int, part: int = 0, parts: int = 1) -> Batch:
+        """Part `part` of `parts` of the rows of optimizer step `step`, masked: one microbatch of one rank."""
         count = batch_tokens // self.row_tokens
-        share = count // (world * parts)
-        first = step * count + (rank * parts + part) * share
-        return self.masked(range(first, first + share))
+        first = step * count + part * (count // parts)
+        return self.masked(range(first, first + count // parts))
 
     def masked(self, numbers: range) -> Batch:
         """The rows `numbers` as one masked batch. For rts: `predict` is None, and labels (N,) are 1 original, 0 replaced, -100 special."""
-        ids, labels, predict, lengths = [], [], [], [0]
+        ids, labels, predict, lengths, rts = [], [], [], [0], self.masker.objective == "rts"
         for n, number in enumerate(numbers):
             rows, number = self.mixture.locate(number) if self.mixture else (self, number)
             row, row_lengths = rows.row(number)
             masked, chosen, true = rows.masker(row, np.random.default_rng([rows.seed, 1, number]))
-            rts = rows.masker.objective == "rts"
             labels.append(np.where(rows.masker.is_special[row], -100, masked == row) if rts else true)
             inner = masked == rows.eos
             inner[np.cumsum(row_lengths) - 1] = False

@@ -19,7 +19,7 @@ from rt.kinds import ADDED, INPUT, KINDS, OUTPUT, DeltaConfig
 from rt.model import ClassificationHead, Classifier, Encoder, EncoderConfig, MLMHead, init_weights
 
 PARTS = ("diffs", "modules", "head")
-OF_TRAINING = ("mode", "dev", "test", "step", "seed", "lr", "shots", "argv")     # entries of `info` that are true of a trained delta
+OF_TRAINING = ("mode", "dev", "test", "step", "seed", "lr", "shots", "argv")     # entries of `info` about one training; sums drop them
 
 
 @dataclass
@@ -63,7 +63,7 @@ def plug_in(encoder: Encoder, config: DeltaConfig) -> list[nn.Module]:
 
 
 def attach(base: Base, config: DeltaConfig, num_outputs: int, seed: int) -> Classifier:
-    """`base` with a fresh delta and head; its logits are those of base + head. Trained weights are copies, the others the base's own."""
+    """`base` with a fresh delta, which changes no output yet, and a fresh head. Trained weights are copies, the others the base's own."""
     trains = KINDS[config.check().kind].trains
     # new Parameters, also over shared memory: setting requires_grad must not affect the base
     memo = {id(p): nn.Parameter(p.data.clone()) if trains(name) else nn.Parameter(p.data, requires_grad=False)
@@ -145,7 +145,7 @@ class Delta:
             if a != b:
                 raise InputError(f"deltas of different {what} cannot be added: {str(a)[:80]} and {str(b)[:80]}")
         if kind.joined is None:
-            raise InputError(f"{self.config.kind} deltas have no sum: no one delta of this kind does what two do")
+            raise InputError(f"{self.config.kind} deltas have no sum: no single delta of this kind computes what two add together")
 
         def add(name: str, v: Tensor) -> Tensor:
             if (role := self.role(name)) == INPUT:
@@ -207,13 +207,13 @@ def check_fits(base: Base, delta: Delta, stale_ok: bool) -> None:
     """Raises InputError if `delta` does not fit `base`. Raises StaleDelta if it fits but was learned on another base, unless `stale_ok`."""
     try:
         theirs = EncoderConfig(**delta.info["encoder"])
-    except TypeError:
+    except (KeyError, TypeError):
         raise InputError("the delta does not hold the sizes of the encoder that it was learned on") from None
     check_sizes(base, theirs, "the delta was learned on")
-    if delta.info["tokenizer"] != base.tokenizer.fingerprint and delta.info.get("vocabulary") != base.tokenizer.vocabulary:
-        raise InputError("the delta was learned with another tokenizer than the base's, of another vocabulary: its ids mean other words")
-    if delta.info["base"] != base.fingerprint and not stale_ok:
-        raise StaleDelta(f"the delta was learned on base {delta.info['base']}, this is {base.fingerprint}: "
+    if delta.info.get("tokenizer") != base.tokenizer.fingerprint and delta.info.get("vocabulary") != base.tokenizer.vocabulary:
+        raise InputError("the delta was learned with another tokenizer, of another vocabulary than the base's: its ids mean other words")
+    if delta.info.get("base") != base.fingerprint and not stale_ok:
+        raise StaleDelta(f"the delta was learned on base {delta.info.get('base')}, this is {base.fingerprint}: "
                          "recycle it with recycle.py, or give the base it belongs to")
 
 

@@ -39,9 +39,11 @@ class DeltaConfig:
                 raise InputError(f"{what} {wrong[0]!r}: not one of {', '.join(table)}")
         for name in ("bottleneck", "r", "prefix_len"):
             if type(value := getattr(self, name)) is not int or not 0 < value < 2**31:
-                raise InputError(f"{name} {value!r} of a delta: must be a whole number above zero")
-        if type(self.lora_alpha) not in (int, float) or not math.isfinite(self.lora_alpha):
-            raise InputError(f"lora_alpha {self.lora_alpha!r} of a delta: must be a number")
+                raise InputError(f"{name} {value!r} of a delta: must be a whole number from 1 to 2147483647")
+        if type(self.lora_alpha) not in (int, float) or not math.isfinite(self.lora_alpha) or self.lora_alpha == 0:
+            raise InputError(f"lora_alpha {self.lora_alpha!r} of a delta: must be a finite number other than zero")
+        if self.kind == "lora" and not self.target_modules:
+            raise InputError(f"a lora delta without target_modules changes nothing: name some of {', '.join(TARGETS)}")
         return self
 
     @property
@@ -62,7 +64,8 @@ INPUT, OUTPUT, ADDED = "input", "output", "added"
 
 @dataclass(frozen=True)
 class Kind:
-    """A row of KINDS. Modules have `reset(generator)`. In a `lora` slot they get a Linear's (x, y) and may add `weight(linear)` x."""
+    """A row of KINDS. A module has `reset(generator)`. In a `lora` slot its forward maps a Linear's (input, output) to the new output; if
+    it is mergeable, `weight(linear)` is the update of the Linear's weight."""
     modules: Callable[[Block, DeltaConfig], dict[str, nn.Module]] = lambda block, config: {}    # {slot: module}, not yet reset
     trains: Callable[[str], bool] = lambda name: False      # whether the base's weight of this name is trained
     settings: tuple[str, ...] = ()                          # the fields of DeltaConfig that this kind uses
@@ -162,5 +165,5 @@ KINDS = {
     "bitfit": Kind(trains=lambda name: name.endswith(".bias"), stacks=True, is_mergeable=True),
     "prefix": Kind(lambda b, c: {"prefix": Prefix(c.prefix_len, b.num_heads, b.qkv.in_features // b.num_heads)}, settings=("prefix_len",),
                    roles={".prefix.k": INPUT, ".prefix.v": INPUT, ".prefix.gate": ADDED}, stacks=True,
-                   joined=None),     # no sum: one softmax over two prefixes is not the sum of two
+                   joined=None),     # no sum: one softmax over both prefixes is not the sum of a softmax over each
 }

@@ -77,19 +77,16 @@ class Loss:
     """The loss of one batch. Without a teacher it is the task loss alone."""
     is_regression: bool = False
     teacher: TeacherCache | None = None
-    config: DistillConfig | None = None             # required with a teacher: the scripts own the defaults
-    attention_teacher: Classifier | None = None     # for gamma: the teacher itself, because its queries and keys are too large to cache
-    teacher_weights: Weights | None = None          # for itp: weights_of(teacher), with the student's names and sizes
-    has_unlabelled: bool = False                    # whether some rows have no label, and so no task term
+    config: DistillConfig | None = None         # required with a teacher: the scripts own the defaults
+    teacher_model: Classifier | None = None     # the teacher itself: for gamma, as its maps are too large to cache; for itp, its weights
+    has_unlabelled: bool = False                # whether some rows have no label, and so no task term
 
     def __post_init__(self):
         c = self.config
         if self.teacher is not None and c is None:
             raise ValueError("a loss with a teacher needs its DistillConfig")
-        if c and c.gamma and self.attention_teacher is None:
-            raise ValueError("gamma needs the teacher itself, as attention_teacher")
-        if c and c.itp and (self.teacher is None or self.teacher_weights is None):
-            raise ValueError("itp needs a teacher and its weights, as teacher_weights")
+        if c and (c.gamma or c.itp) and (self.teacher is None or self.teacher_model is None):
+            raise ValueError("gamma and itp need a teacher, and the teacher itself as teacher_model")
 
     def __call__(self, model: Classifier, batch: Batch) -> Tensor:
         """Scalar; runs the student on `batch`."""
@@ -99,17 +96,17 @@ class Loss:
         points = torch.rand(c.itp).tolist()     # on the CPU: the loop seeds its generator by (seed, step)
         logits = model(batch, activations)
         if points:
-            parts = [self.rows(logits, activations, batch), *(self.at(mu, model, batch) for mu in points)]
+            parts = [self.per_example(logits, activations, batch), *(self.at(mu, model, batch) for mu in points)]
             rows = (1 - c.alpha) * task_loss(logits, batch.labels, self.is_regression) + torch.stack(parts).mean(0)
         else:
-            rows = self.rows(logits, activations, batch, batch.labels)
+            rows = self.per_example(logits, activations, batch, batch.labels)
         total = rows.mean()
         for name, term in TERMS.items():
-            if name not in AT_POINTS and (weight := getattr(c, name, 0.0)):
+            if name not in AT_POINTS and (weight := getattr(c, name)):
                 total = total + weight * term(self, logits, activations, batch).mean()
         return total
 
-    def rows(self, logits: Tensor, activations: Activations, batch: Batch, labels: Tensor | None = None) -> Tensor:
+    def per_example(self, logits: Tensor, activations: Activations, batch: Batch, labels: Tensor | None = None) -> Tensor:
         """(B,): alpha KD + beta patience, plus (1 - alpha) task if `labels` are given."""
         c, t = self.config, self.teacher.logits[batch.index]
         if self.is_regression or c.public_code or self.has_unlabelled:      # not in kd_loss
@@ -130,9 +127,9 @@ class Loss:
 
     def at(self, mu: float, model: Classifier, batch: Batch) -> Tensor:
         """(B,): alpha KD + beta patience at point `mu` between teacher and `model`. Frozen weights and the head are interpolated too."""
-        weights = lerp(self.teacher_weights, dict(model.named_parameters()), mu)
+        weights = lerp(weights_of(self.teacher_model), dict(model.named_parameters()), mu)
         logits = functional_call(model, weights, (batch, activations := Activations()))
-        return self.rows(logits, activations, batch)
+        return self.per_example(logits, activations, batch)
 
     def layers(self, model: Classifier) -> tuple[int, ...]:
         """The layers of student or teacher whose attention maps are compared."""
@@ -151,7 +148,7 @@ def patience(loss: Loss, logits: Tensor, activations: Activations, batch: Batch)
 def attention(loss: Loss, logits: Tensor, activations: Activations, batch: Batch) -> Tensor:
     """Scalar; runs the teacher on `batch`."""
     with torch.no_grad():
-        loss.attention_teacher.encoder(batch, teacher := Activations(attention=loss.layers(loss.attention_teacher)))
+        loss.teacher_model.encoder(batch, teacher := Activations(attention=loss.layers(loss.teacher_model)))
     return attention_divergence(activations, teacher, batch)
 
 
@@ -161,7 +158,7 @@ def attention_divergence(student: Activations, teacher: Activations, batch: Batc
                         for s, t in zip(student.qk, teacher.qk, strict=True)]).mean()
 
 
-# by the field of DistillConfig that is its weight; a term returns (B,), or a scalar that is the batch's mean
+# {field of DistillConfig that weights the term: the term}; a term returns (B,), or a scalar, the batch's mean
 TERMS: dict[str, Callable[[Loss, Tensor, Activations, Batch], Tensor]] = {"beta": patience, "gamma": attention}
 AT_POINTS = ("beta",)   # also applied at the points of interpolation; the other terms apply to the student alone
 

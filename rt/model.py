@@ -28,7 +28,7 @@ class EncoderConfig:
     attention_dropout: float = 0.1
     layer_norm_eps: float = 1e-5
     model_type: str = "roberta"  # Hugging Face's name: roberta, xlm-roberta, camembert (one function) or bert
-    sep_id: int | None = None  # bert: the first of these in a sequence ends the first text; None: both texts have the first token type
+    sep_id: int | None = None  # bert: where this id first occurs, the first text of a pair ends; None: all tokens have the first type
 
     @property
     def is_bert(self) -> bool:
@@ -55,9 +55,9 @@ class Batch:
     ids: Tensor                     # (N,) int64
     cu_seqlens: Tensor              # (B+1,) int32
     max_seqlen: int                 # length of the longest sequence, kept on the host: reading it never waits for the device
-    labels: Tensor | None = None    # (B,) classes or float targets of a task; (P,) true tokens of masked-LM predictions
+    labels: Tensor | None = None    # (B,) of a task: classes or floats; of a masked LM: (P,) true tokens, for rts (N,) 1, 0, -100
     index: Tensor | None = None     # (B,) indices of the examples, for the teacher cache
-    predict: Tensor | None = None   # (P,) rows that the masked LM predicts
+    predict: Tensor | None = None   # (P,) rows that the masked LM predicts; None: all N (rts)
     seeds: Tensor | None = None     # (K,) int64 dropout seeds of K runs side by side with N / K rows each; None: one is drawn
     rows: Tensor | None = None      # (B,) rows of the <s> tokens that heads and losses read; None: of all sequences
 
@@ -88,9 +88,9 @@ class Activations:
         """Store the wanted rows of a layer's input (N, d), or all of it. Returns the tensor to use in place of `x`."""
         if self.hidden is not None:
             self.hidden.append(x)
-            return x
-        x, rows = SelectRows.apply(x, first)
-        self.rows.append(rows)
+        else:
+            x, rows = SelectRows.apply(x, first)
+            self.rows.append(rows)
         return x
 
 
@@ -100,12 +100,12 @@ def seeds_of(batch: Batch) -> Tensor:
 
 
 def spelled(ids: Tensor) -> Tensor:
-    """Token ids without marks: ~id marks a separator that a text spells, so that it separates nothing (rt.data.encode)."""
+    """Token ids (N,) with every ~id as id again. rt.data writes ~id for a separator that is part of a text and separates nothing."""
     return ids.maximum(~ids)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear on rows (N, in). For K runs side by side, weight is (K, out, in) or bias (K, out) or both, for N / K rows each."""
+    """F.linear: (N, in) -> (N, out). K runs side by side have N / K rows each, and weight (K, out, in), bias (K, out), or both."""
     if weight.ndim == 2 and (bias is None or bias.ndim == 1):
         return F.linear(x, weight, bias)
     if weight.ndim == 2:
@@ -116,7 +116,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class SelectRows(torch.autograd.Function):
-    """x -> (x, x[rows]). The backward adds the gradient of x[rows] to that of x. Plain indexing would fill a second (N, d) with zeros."""
+    """x -> (x, x[rows]). The backward adds the gradient of x[rows] into the gradient of x. Plain indexing would need a second (N, d)."""
     @staticmethod
     def forward(ctx, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(rows)
@@ -157,20 +157,19 @@ class Embeddings(nn.Module):
         self.second_type = nn.Parameter(torch.zeros(d)) if config.is_bert else None
         self.norm = LayerNorm(d, eps=config.layer_norm_eps)
         self.dropout = config.dropout
-        self.pad_id, self.sep_id = config.pad_id, -1 if config.sep_id is None else config.sep_id
+        self.pad_id, self.sep_id = config.pad_id, config.vocab_size if config.sep_id is None else config.sep_id     # no token's id
 
     def forward(self, ids: Tensor, cu_seqlens: Tensor, seed: Tensor | None = None) -> Tensor:
         """(N,) and (B + 1,) -> (N, d)"""
         rows = torch.arange(len(ids), device=ids.device, dtype=cu_seqlens.dtype)
         first = cu_seqlens[torch.searchsorted(cu_seqlens, rows, right=True) - 1]    # (N,) first row of the row's sequence
-        # RoBERTa numbers the tokens that are no pads; BERT counts separators, which end the text before a pair's second
-        counted = ids != self.pad_id if self.second_type is None else ids == self.sep_id
-        above = counted.cumsum(0) - counted.long()                        # (N,) counted tokens in the rows above
-        above = above - above[first]                                      # that are in the same sequence
-        places = (above + 1) * counted + self.pad_id if self.second_type is None else rows - first
-        x = self.word(spelled(ids)) + self.position(places)
-        if self.second_type is not None:
-            x = x + (above > 0)[:, None] * self.second_type
+        is_bert = self.second_type is not None
+        counted = ids == self.sep_id if is_bert else ids != self.pad_id
+        above = counted.cumsum(0) - counted.long()
+        above = above - above[first]            # (N,) counted tokens above a row in its sequence
+        # RoBERTa numbers the tokens that are not pads. BERT numbers all, and what follows a separator is a pair's second text
+        x = self.word(spelled(ids)) + self.position(rows - first if is_bert else (above + 1) * counted + self.pad_id)
+        x = x + (above > 0)[:, None] * self.second_type if is_bert else x
         return dropout(self.norm(x), self.dropout, seed)
 
 
@@ -190,7 +189,7 @@ class Block(nn.Module):
         self.adapter_attention = self.adapter_ffn = self.prefix = None     # slots: rt/kinds.py
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, seeds: Tensor | None = None, qk: list | None = None) -> Tensor:
-        """(N, d) -> (N, d). `seeds` (3, K) seed dropout on attention map and both halves; None: no dropout. Appends (q, k) to `qk`."""
+        """(N, d) -> (N, d). `seeds` (3, K): dropout on attention map, attention output, FFN output; None: none. Appends (q, k) to `qk`."""
         N, d = x.shape
         seed_map, seed_attention, seed_output = (None,) * 3 if seeds is None else seeds
         qkv = self.qkv(x).view(N, 3, self.num_heads, d // self.num_heads)
@@ -283,11 +282,13 @@ class ClassificationHead(nn.Module):
 
 
 def prototypes(f: Tensor, targets: Tensor, C: int, shrinkage: bool) -> tuple[Tensor, Tensor]:
-    """A nearest-class-mean head for features (n, d): out.weight (C, d) = s mu_c, out.bias (C,) = -s |mu_c|^2 / 2. With S, their
-    covariance within classes, s = tr(S) / tr(S^2); with `shrinkage`, s is the inverse of S shrunk to a sphere (OAS: Chen et al., 2010)."""
+    """A nearest-class-mean head: out.weight (C, d) = s mu_c, out.bias (C,) = -s |mu_c|^2 / 2, for features (n, d) and classes (n,) with
+    means mu_c and covariance S within classes. Every class needs an example. s = tr(S) / tr(S^2), or with `shrinkage` the inverse of S
+    shrunk towards a sphere (OAS: Chen et al., 2010)."""
     hot = F.one_hot(targets, C).to(f)
-    mu = hot.T @ f / hot.sum(0)[:, None]        # (C, d) class means; below, S (d, d) is the covariance within classes, P its inverse
-    n, d, S = max(1, len(f) - C), f.shape[1], (f - mu[targets]).T @ (f - mu[targets]) / max(1, len(f) - C)
+    mu = hot.T @ f / hot.sum(0)[:, None]
+    n, d, residual = max(1, len(f) - C), f.shape[1], f - mu[targets]
+    S = residual.T @ residual / n
     trace, square = S.trace(), S.square().sum()
     P = torch.eye(d).to(f) * (trace / square if trace > 0 else 1.0)
     if shrinkage and trace > 0:
@@ -325,7 +326,7 @@ def init_weights(module: nn.Module, generator: torch.Generator, std: float = 0.0
 def new_masked_lm(config: EncoderConfig, seed: int) -> MaskedLM:
     """A freshly initialised base."""
     model = MaskedLM(Encoder(config), MLMHead(config))
-    # RoBERTa's 0.02 at width 768, scaled. Otherwise narrow post-LN encoders stay at the loss of word frequencies for a long time
+    # RoBERTa's 0.02 at width 768, scaled. With 0.02, narrow post-LN encoders predict only word frequencies for a long time
     init_weights(model, torch.Generator().manual_seed(seed), std=0.02 * (768 / config.hidden_size) ** 0.5)
     model.encoder.embeddings.word.weight.data[config.pad_id] = 0.0      # as in RoBERTa
     return model

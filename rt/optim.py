@@ -131,6 +131,6 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def derive_seed(*keys: int) -> int:
-    """A 63-bit seed, a function of `keys` (run seed, stage, step ...) but for zeros at their end: resuming needs no generator state."""
+    """A 63-bit seed computed from `keys` (run seed, stage, step ...), so that resuming needs no state. Trailing zeros do not count."""
     high, low = np.random.SeedSequence(keys).generate_state(2)
     return (int(high) << 32 | int(low)) >> 1

@@ -37,8 +37,8 @@ def mlm_loss(model: MaskedLM, batch: Batch, activations: Activations | None = No
 
 
 def replaced_token_loss(model: MaskedLM, batch: Batch, activations: Activations | None = None) -> Tensor:
-    """Cross-entropy of original (1) against replaced (0), summed over all tokens except special ones (-100), divided by the number of all
-    tokens: microbatches add up. The logit is the token's own score in the masked-LM head (Electric, Clark et al., 2020, learns its own)."""
+    """Cross-entropy of original (1) against replaced (0), summed over all tokens but special ones (-100) and divided by the number of all
+    tokens, so that microbatches add up. The logit is the masked-LM head's score of the token (Electric, Clark et al., 2020, learns one)."""
     ids = spelled(batch.ids)
     logits = (model.features(batch, activations).float() * model.encoder.embeddings.word(ids)).sum(-1) + model.head.bias[ids]
     losses = F.binary_cross_entropy_with_logits(logits, batch.labels.clamp(min=0).float(), reduction="none")
@@ -59,9 +59,9 @@ class MLMLoss(nn.Module):
 def microbatches(rows: Rows, s: PretrainSettings, rank: int = 0, world: int = 1, start: int = 0) -> Iterator[Batch]:
     """A rank's batches from step `start` on, `accumulation` per step, with dropout seeds: functions of (seed, step, microbatch)."""
     for step in range(start, s.steps):
-        for part in range(s.accumulation):
-            batch = rows.batch(step, s.batch_tokens, rank, world, part, s.accumulation)
-            batch.seeds = torch.tensor([derive_seed(s.seed, step, rank * s.accumulation + part)])
+        for part in range(rank * s.accumulation, (rank + 1) * s.accumulation):
+            batch = rows.batch(step, s.batch_tokens, part, world * s.accumulation)
+            batch.seeds = torch.tensor([derive_seed(s.seed, step, part)])
             yield batch
 
 

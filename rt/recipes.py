@@ -12,7 +12,7 @@ A delta of M_i was learned on the hidden states of M_i. If these states do not m
 """
 import copy
 import math
-from typing import Callable, Literal
+from typing import Callable, Literal, Sequence
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class Preserve:
         self.first = -1 if by == "last" else 0
         self.old.encoder(sample, activations := Activations(hidden=[]))
         variances = torch.stack([h.float().var(correction=0) for h in activations.hidden[self.first:]])
-        self.weights = weight / len(variances) / variances      # (L,) weights of the squared errors
+        self.layer_weights = weight / len(variances) / variances      # (L,) weights of the squared errors
 
     def __call__(self, model: MaskedLM, batch: Batch) -> Tensor:
         """Scalar: MLM + w * distance."""
@@ -53,19 +53,19 @@ class Preserve:
             self.old.encoder(batch, old)
         if self.by == "attention":
             return loss + self.weight * attention_divergence(new, old, batch)
-        return loss + states_mse(new.hidden[self.first:], old.hidden[self.first:], self.weights)
+        return loss + states_mse(new.hidden[self.first:], old.hidden[self.first:], self.layer_weights)
 
 
 class Recipe:
     """The `loss` of a batch, and what happens after a step. `align` is Reptile (Nichol et al., 2018): every `align` steps, theta <-
-    theta_before + eps (theta - theta_before). With `reference`, losses of the last sources of `mixture`, shares go by need: after every
-    `every` steps, sources whose `losses()` are above it get larger shares, one period later because batches are made ahead."""
+    theta_before + eps (theta - theta_before). `reference` makes shares follow need. It holds the target losses of the last sources of
+    `mixture`. Every `every` steps, sources with `losses()` above target get larger shares, one period later (batches are made ahead)."""
     def __init__(self, model: MaskedLM | None = None, align: int = 0, eps: float = 1.0, mixture: "Mixture | None" = None, every: int = 0,
-                 eta: float = 0.0, losses: Callable[[], list[float]] | None = None, reference: list[float] = [],
+                 eta: float = 0.0, losses: Callable[[], list[float]] | None = None, reference: Sequence[float] = (),
                  loss: Callable[[MaskedLM, Batch], Tensor] = mlm_loss):
         self.align, self.eps, self.mixture, self.every, self.eta, self.losses, self.reference, self.loss = \
             align, eps, mixture, every, eta, losses, reference, loss
-        self.weights = [*model.parameters()] if align and model else []
+        self.weights = [*model.parameters()] if align else []
         self.before = [p.detach().clone() for p in self.weights]
         if reference:
             mixture.append(mixture.history[0])
@@ -110,8 +110,8 @@ def mix(rows: Rows, others: list[Rows], shares: list[float], every: int = 0) -> 
 
 class Mixture:
     """Maps row `number` of a mixture to a row of a source. The map is a function of the number and the shares, so there is no state.
-    Sources take turns. While shares stay the same, each source has its share of the first n rows to within as many rows as there are
-    sources, and exactly if all shares of n are whole. A period is `every` rows (0: endless). `history[i]` holds the shares of period i."""
+    Sources take turns. While shares stay the same, the count of each source among the first n rows differs from its share of n by less
+    than the number of sources, and by 0 if all shares of n are whole. A period has `every` rows (0: endless), and shares `history[i]`."""
 
     def __init__(self, sources: list[Rows], shares: list[float], every: int = 0):
         self.sources, self.every = sources, every

@@ -20,7 +20,7 @@ from rt.data import Encoded, TaskData
 from rt.deltas import Base, Delta, apply, attach, check_fits, extract, new_head
 from rt.errors import InputError
 from rt.kinds import DeltaConfig
-from rt.losses import DistillConfig, Loss, TeacherCache, run_teacher, weights_of
+from rt.losses import DistillConfig, Loss, TeacherCache, run_teacher
 from rt.model import Classifier, Linear, prototypes
 from rt.optim import autocast, memory_for
 from rt.transport import Projection, check_carry, project
@@ -30,7 +30,7 @@ from rt.tune import Hook, TuneResult, TuneSettings, ignore, plain_gradient, pred
 @dataclass
 class Recycling:
     """The input of every mode: Delta_i was learned on M_i (`old_base`) and is wanted on M_{i+1} (`base`)."""
-    old_base: Base | None               # None, like old_delta, if the teacher is a black box: then `teacher` is given from the start
+    old_base: Base | None               # None, like old_delta, for scratch alone, or if a black box teaches: then `teacher` is given
     old_delta: Delta | None
     base: Base
     data: TaskData
@@ -76,7 +76,11 @@ def recycle(r: Recycling, mode: str) -> tuple[Classifier, TuneResult]:
 def start(r: Recycling, mode: str) -> Classifier:
     """The model that `mode` starts from. With `project_patience`, maps take its hidden states to the teacher's width (FitNets: Romero et
     al., 2015). The maps are trained with the model and are not part of its delta."""
-    model = MODES[mode].start(r)
+    is_carried = mode in carried_modes(r.carry)
+    if is_carried and r.carried is None:
+        raise ValueError("no delta was carried: rt.transport.transport does so")
+    old = r.carried if is_carried else r.merged or r.old_delta
+    model = MODES[mode].start(r, old and old.ordered(r.data.labels))
     if mode in NEEDS_TEACHER and r.distill.project_patience and not r.hard:
         d_old, d = r.old_base.encoder.config.hidden_size, r.base.encoder.config.hidden_size
         maps = torch.randn(r.base.encoder.config.num_layers, d_old, d, generator=torch.Generator().manual_seed(r.settings.seed)) / d**0.5
@@ -84,7 +88,7 @@ def start(r: Recycling, mode: str) -> Classifier:
     return model
 
 
-def start_fresh(r: Recycling) -> Classifier:
+def start_fresh(r: Recycling, _: Delta | None = None) -> Classifier:
     """A fresh delta and head on the new base."""
     model = attach(r.base, r.config, r.data.num_outputs, r.settings.seed)
     return prototype_head(r, model, ()) if r.head == "prototype" else model
@@ -101,21 +105,9 @@ def start_from(r: Recycling, delta: Delta) -> Classifier:
     return model
 
 
-def outdated(r: Recycling, is_carried: bool) -> Delta:
-    """The old delta, the merged old deltas, or the delta that rt.transport.transport carried over."""
-    if is_carried and r.carried is None:
-        raise ValueError("no delta was carried: rt.transport.transport does so")
-    return (r.carried if is_carried else r.merged or r.old_delta).ordered(r.data.labels)
-
-
-def start_from_old(r: Recycling, is_carried: bool = False) -> Classifier:
-    """The old delta, the merged old deltas or the carried delta on the new base."""
-    return start_from(r, outdated(r, is_carried))
-
-
-def start_masked(r: Recycling) -> Classifier:
+def start_masked(r: Recycling, delta: Delta) -> Classifier:
     """Like init, with D * 1[D g < 0] in place of D. g is the gradient of the task loss at new base + old head, without dropout."""
-    delta, loss = outdated(r, r.carry), plain_loss(r)
+    loss = plain_loss(r)
     model = apply(r.base, delta, scale=0.0, stale_ok=True).eval()
     size = min(64, r.settings.batch_size)
     for i in range(0, len(r.data.train), size):
@@ -129,8 +121,8 @@ def start_masked(r: Recycling) -> Classifier:
 
 
 def prototype_head(r: Recycling, model: Classifier, labels: tuple[str, ...]) -> Classifier:
-    """`model` with a head for the task. `labels` name the outputs of its own head; those that the task has too keep their rows. The other
-    labels get prototypes of the training examples' features. One factor and one shift bring them to the scale of the kept rows."""
+    """`model` with a head for the task. `labels` names the outputs of its present head. Labels that the task shares keep their rows. The
+    others get prototypes of the training examples' features, brought to the scale of the kept rows by one factor and one shift."""
     old, model.head.out, model.head.is_regression = model.head.out, nn.Identity(), False
     f = predict(model, r.data.train.sequences, r.device, r.precision).double()
     W, b = prototypes(f, r.data.train.targets, r.data.num_outputs, r.shrinkage)
@@ -147,11 +139,11 @@ def prototype_head(r: Recycling, model: Classifier, labels: tuple[str, ...]) -> 
     return model
 
 
-def start_projected(r: Recycling) -> Classifier:
+def start_projected(r: Recycling, delta: Delta) -> Classifier:
     """The old delta, mapped by the projection learned beforehand."""
     if r.projection is None:
         raise ValueError("project needs a projection: rt.transport.learn_projection")
-    return start_from(r, project(r.projection, r.old_delta.ordered(r.data.labels)))
+    return start_from(r, project(r.projection, delta))
 
 
 def teacher_model(r: Recycling) -> Classifier:
@@ -192,27 +184,28 @@ def distillation_loss(r: Recycling) -> Loss:
     """The total loss with old base + old delta, or a black box, as the teacher. With `hard` pseudo-labels, the task loss alone."""
     if r.hard:
         return plain_loss(r)
-    return Loss(not r.data.labels, teacher_of(r), r.distill, attention_teacher=teacher_model(r) if r.distill.gamma else None,
-                teacher_weights=weights_of(teacher_model(r)) if r.distill.itp else None, has_unlabelled=r.unlabelled is not None)
+    model = teacher_model(r) if r.distill.gamma or r.distill.itp else None
+    return Loss(not r.data.labels, teacher_of(r), r.distill, model, has_unlabelled=r.unlabelled is not None)
 
 
 @dataclass(frozen=True)
 class Mode:
     """The start and the loss of a mode. Without a loss, nothing is trained."""
-    start: Callable[[Recycling], Classifier]
+    start: Callable[[Recycling, Delta | None], Classifier]      # of the old delta: as it is, merged or carried
     loss: Callable[[Recycling], Loss] | None
 
 
 MODES = {
     "scratch": Mode(start_fresh, plain_loss),
-    "apply": Mode(start_from_old, None),
-    "init": Mode(lambda r: start_from_old(r, r.carry), plain_loss),
+    "apply": Mode(start_from, None),
+    "init": Mode(start_from, plain_loss),
     "distill": Mode(start_fresh, distillation_loss),
-    "init+distill": Mode(lambda r: start_from_old(r, r.carry), distillation_loss),
+    "init+distill": Mode(start_from, distillation_loss),
     "project": Mode(start_projected, None),
-    "transport": Mode(lambda r: start_from_old(r, is_carried=True), None),
+    "transport": Mode(start_from, None),
     "gradmask": Mode(start_masked, None)}
 CARRIES = ("init", "init+distill", "transport", "gradmask")     # the modes that can start from the carried delta
+FROM_OLD = ("apply", *CARRIES)                                  # the modes that start from the old delta, whole or in part
 TRAINED = tuple(name for name, mode in MODES.items() if mode.loss)
 NEEDS_TEACHER = tuple(name for name, mode in MODES.items() if mode.loss is distillation_loss)
 
@@ -271,7 +264,7 @@ def chain(r: Recycling, mode: str, bases: dict[str, Base]) -> Iterator[Link]:
 
 def check(r: Recycling, mode: str) -> None:
     """Raises InputError if `mode` does not work with this old delta or between these two bases."""
-    old, c, starts_from_old = r.merged or r.old_delta, r.distill, mode in ("apply", *CARRIES)
+    old, c, starts_from_old = r.merged or r.old_delta, r.distill, mode in FROM_OLD
     for name, v, known in (("mode", mode, MODES), ("head", r.head, ("fresh", "prototype")), ("att_layers", c.att_layers, ("last", "all"))):
         if v not in known:
             raise InputError(f"`{name}` {v}: not one of {', '.join(known)}")
@@ -298,7 +291,8 @@ def check(r: Recycling, mode: str) -> None:
             if mode in carried_modes(r.carry):
                 check_carry(old)
         except InputError as error:
-            raise InputError(f"{mode} puts the old delta on the new base, and {error}; `mode` distill needs only equal labels") from None
+            raise InputError(f"{mode} puts the old delta on the new base, and {error}; `mode` distill needs equal labels (and "
+                             "`beta` 0 if sizes differ)") from None
     if mode in NEEDS_TEACHER:
         check_teacher(r, mode)
 
@@ -321,15 +315,15 @@ def check_teacher(r: Recycling, mode: str) -> None:
         if r.old_train is None:
             raise InputError(f"{mode} needs old and new base to have one vocabulary, or the texts as the teacher's tokenizer reads them")
         if c.gamma or c.itp:
-            raise InputError("`gamma` and `itp` give teacher and student the same ids, and the bases have two vocabularies: leave both 0; "
-                             "`alpha` and `beta` do without")
+            raise InputError("`gamma` and `itp` need one vocabulary, because teacher and student read the same ids: leave both 0; "
+                             "`alpha` and `beta` work with two vocabularies")
     if c.beta and not c.project_patience and (was.num_layers, was.hidden_size) != (now.num_layers, now.hidden_size):
-        raise InputError("`beta` compares hidden states: both bases must have as many layers and one hidden size; use `beta` 0, or "
-                         "`project_patience`")
+        raise InputError("`beta` compares hidden states: both bases must have the same number of layers and hidden size; use "
+                         "`beta` 0, or `project_patience`")
     if c.itp and c.project_patience:
-        raise InputError("`itp` draws a line through all weights, and `project_patience` has weights at one end alone: use one of them")
+        raise InputError("`itp` interpolates all weights, and only the student has the maps of `project_patience`: use one of them")
     if c.gamma and (was.num_heads != now.num_heads or c.att_layers == "all" and was.num_layers != now.num_layers):
-        raise InputError("`gamma` compares attention maps: both bases must have as many heads, and with `att_layers` all the layers too")
+        raise InputError("`gamma` compares attention maps: both bases must have the same number of heads (`att_layers` all: and layers)")
     if c.itp:
         check_fits(r.base, old, stale_ok=True)
         if old.config.used != r.config.used:

@@ -37,7 +37,7 @@ Granularity = Literal["auto", "flat", "tensor"]     # auto: flat, as in the publ
 
 class Projection(nn.Module):
     """The map, initialised. b and the scale of W1 come from `sources`. Every projected delta must have their kind and sizes. Without
-    `with_head`, the map leaves out heads, and tasks may have different numbers of labels."""
+    `with_head`, heads are left as they are, and tasks may have different numbers of labels."""
     def __init__(self, sources: list[Delta], r: int, granularity: Granularity, residual: bool, with_head: bool, seed: int):
         super().__init__()
         if granularity not in get_args(Granularity):
@@ -49,7 +49,7 @@ class Projection(nn.Module):
         self.shapes = {k: v.shape for k, v in sources[0].tensors(with_head).items()}
         self.W1, self.W2, self.b = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()   # one of each per matrix
         generator = torch.Generator().manual_seed(seed)
-        for same in zip(*(self.rows(delta) for delta in sources)):
+        for same in zip(*(self.matrices(delta) for delta in sources)):
             x = torch.stack(same)       # (sources, rows, m)
             m, size = x.shape[-1], x.norm(dim=-1).square().mean().sqrt()     # size: root mean square norm of a row
             W1 = torch.randn(m, min(r, m), generator=generator).to(x)
@@ -58,7 +58,7 @@ class Projection(nn.Module):
             # a vector, so AdamW does not decay it: most of a delta is in b
             self.b.append(nn.Parameter(x.new_zeros(x[0].numel()) if residual else x.mean(0).flatten()))
 
-    def rows(self, delta: Delta) -> list[Tensor]:
+    def matrices(self, delta: Delta) -> list[Tensor]:
         """The delta as matrices (rows, m): one in all, or one per tensor. Raises InputError if its kind or sizes differ."""
         tensors = delta.tensors(self.with_head)
         if delta.config.used != self.used or {k: v.shape for k, v in tensors.items()} != self.shapes:
@@ -71,7 +71,7 @@ class Projection(nn.Module):
         """w' by the names of `Delta.tensors`, in fp32. The delta must be on the map's device."""
         mapped = []
         with torch.autocast(self.b[0].device.type, enabled=False):
-            for x, W1, W2, b in zip(self.rows(delta), self.W1, self.W2, self.b, strict=True):
+            for x, W1, W2, b in zip(self.matrices(delta), self.W1, self.W2, self.b, strict=True):
                 y = x @ W1 @ W2 + b.view_as(x)
                 mapped.append(x + y if self.residual else y)
         if self.granularity == "flat":

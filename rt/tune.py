@@ -18,7 +18,7 @@ from rt.model import Batch, Classifier
 from rt.optim import MOST_SKIPPED, TUNING_BETAS, SkipTracker, adamw, autocast, derive_seed, linear_rate, memory_for, set_lr, step_unless
 
 Gradient = Callable[[Batch], Tensor]    # takes a batch on the host, returns its loss, and leaves the gradient in the trained weights
-Hook = Callable[[Any], None]            # on_step gets the Batch of every step, on_eval the {'step', 'loss', 'dev'} of every evaluation
+Hook = Callable[[Any], None]            # on_step gets each step's Batch; on_eval gets {'step', 'loss', 'dev'}, and 'skipped' if not 0
 
 
 def ignore(_: Any) -> None:
@@ -37,7 +37,7 @@ class TuneSettings:
     warmup: float = 0.06
     clip: float = 1.0
     early_stop: int = 0     # stop after this many evaluations in a row without a better one; 0: never
-    keep_diverged: bool = False     # whether a run that diverges ends with its best weights, and not with an error
+    keep_diverged: bool = False     # whether a run that diverges returns its best weights instead of raising Diverged
 
     def lr_at(self, step: int) -> float:
         return linear_rate(step, self.steps, max(1, round(self.warmup * self.steps)), self.lr)
@@ -189,7 +189,7 @@ def metrics(logits: Tensor, targets: Tensor) -> dict[str, float | None]:
         is_defined = pair.isfinite().all() and (pair.amin(1) < pair.amax(1)).all()      # neither logits nor targets are constant
         pairs = {"pearson": pair, "spearman": torch.stack([*map(_ranks, pair)])}
         return {name: torch.corrcoef(xy)[0, 1].item() if is_defined else None for name, xy in pairs.items()}
-    if not logits.isfinite().all():     # weights that are lost are no guess at the first class
+    if not logits.isfinite().all():     # argmax would take NaN for an answer
         return dict.fromkeys(("accuracy", "macro_f1", "micro_f1"))
     C = logits.shape[-1]
     confusion = torch.bincount(targets * C + logits.argmax(-1), minlength=C * C).view(C, C).double()    # truth x prediction

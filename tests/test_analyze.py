@@ -329,7 +329,7 @@ def test_tokens_are_no_formulas(tmp_path):
     pytest.importorskip("matplotlib")
     tokens = ["$x", "_{", "y$", "$\\bogus$"]
     rows = [{"task": "t", "base": "M0", "layer": 0, "head": 1, "tokens": tokens, "map": [[0.25] * 4] * 4}]
-    figures.attention_heatmaps(rows, tmp_path / "a")
+    figures.attention(rows, tmp_path / "a")
     assert "M0, layer 0, head 1" in (tmp_path / "a.svg").read_text()
 
 
@@ -522,12 +522,12 @@ def test_heatmaps_have_the_first_model_and_the_query_on_the_left(tmp_path, monke
     pytest.importorskip("matplotlib")
     seen = []
     monkeypatch.setattr(figures, "draw_heatmaps", lambda axes, matrices, *_, **__: seen.extend(zip(axes, matrices)))
-    figures.head_similarity([{"task": "t", "pair": "M0-M1", "heads": 1, "divergence": [[x]], "cka": [[1.0, x], [0.0, 1.0]]}
+    figures.heads([{"task": "t", "pair": "M0-M1", "heads": 1, "divergence": [[x]], "cka": [[1.0, x], [0.0, 1.0]]}
                              for x in (0.2, 0.4)], tmp_path / "h")
     for (ax, matrix), what, mean in zip(seen, ("head", "layer"), ([[0.3]], [[1.0, 0.3], [0.0, 1.0]])):
         assert ax.get_ylabel().startswith(f"{what} of M0") and ax.get_xlabel().startswith(f"{what} of M1")
         assert matrix.tolist() == [pytest.approx(line) for line in mean]      # over seeds
-    figures.attention_heatmaps([{"task": "t", "base": "M0", "layer": 0, "head": 0, "tokens": ["a"], "map": [[1.0]]}], tmp_path / "a")
+    figures.attention([{"task": "t", "base": "M0", "layer": 0, "head": 0, "tokens": ["a"], "map": [[1.0]]}], tmp_path / "a")
     assert (seen[-1][0].get_ylabel(), seen[-1][0].get_xlabel()) == ("t: query", "key")
 
 

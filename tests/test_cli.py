@@ -543,7 +543,7 @@ def test_chain_reports_both_routes_over_all_bases(lineage, task, tmp_path, monke
     (("recycle.py", "--itp", "-1"), "--itp -1: must not be negative"),
     (("recycle.py", "--mode", "scratch,apply", "--itp", "2"), "for modes with a teacher (distill, init+distill)"),
     (("recycle.py", "--mode", "project"), "--mode project needs --source_task"),
-    (("recycle.py", "--mode", "project", "--source_task", "dl", "--source_delta", "a,b"), "as many or none: 1 tasks, 2 deltas"),
+    (("recycle.py", "--mode", "project", "--source_task", "dl", "--source_delta", "a,b"), "or one per task: 1 tasks, 2 deltas"),
     (("recycle.py", "--mode", "init", "--source_task", "dl"), "--source_task and --source_delta are for --mode project"),
     (("recycle.py", "--mode", "project", "--task", "graphs", "--source_task", "graphs"), "--source_task graphs: is the --task itself"),
     (("recycle.py", "--mode", "project", "--source_task", "dl", "--granularity", "rows"), "--granularity rows: not one of auto, flat"),

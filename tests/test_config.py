@@ -38,8 +38,9 @@ def test_values_are_converted():
     (["--learning", "1"], "there is no flag --learning"), (["--setps", "1"], "did you mean --steps"),
     (["--steps", "many"], "--steps many: not a whole number"), (["--lr"], "--lr needs a value"),
     (["--lr", "--fast"], "--lr needs a value"), (["3"], "unexpected argument '3'"), (["--seeds", "1,x"], "--seeds x"),
+    (["--help=1"], "--help takes no value"), (["-help"], "--help takes no value"),
     (["--name", ""], "--name is empty"), (["--name="], "--name is empty"),
-    (["--fast=maybe"], "not a true or false"), (["3", "--fast"], "every setting is written --name value"),
+    (["--fast=maybe"], "not a switch (true or false)"), (["3", "--fast"], "every setting is written --name value"),
     (["--no_warm", "False"], "unexpected argument 'False': --warm is a switch, written --warm or --no_warm")])
 def test_errors_are_one_sentence(argv, words):
     with pytest.raises(InputError) as error:

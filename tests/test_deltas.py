@@ -183,11 +183,14 @@ def test_another_tokenizer_or_size_is_refused_even_in_recycling(base, batch):
     encoder = info["encoder"]
     for change, words in (({"tokenizer": "0" * 16, "vocabulary": "0" * 16}, "another tokenizer"),
                           ({"encoder": {**encoder, "num_layers": 9}}, "num_layers 9"),
-                          ({"encoder": {"depth": 9}}, "does not hold the sizes"),
+                          ({"encoder": {"depth": 9}}, "does not hold the sizes"), ({"encoder": None}, "does not hold the sizes"),
                           ({"encoder": {**encoder, "model_type": "bert"}}, "is_bert True")):
         delta.info = info | change
         with pytest.raises(InputError, match=words):
             apply(base, delta, stale_ok=True)
+    delta.info = {}
+    with pytest.raises(InputError, match="does not hold the sizes"):
+        apply(base, delta, stale_ok=True)
     delta.info = info | {"tokenizer": "0" * 16}     # saved in another format, as by transformers: the ids mean the same words
     apply(base, delta, stale_ok=True)
     del info["vocabulary"], encoder["model_type"], encoder["sep_id"]    # a delta from before these were recorded

@@ -123,7 +123,7 @@ def test_a_seal_names_what_is_not_as_it_was_written(tmp_path):
     assert differing(tmp_path, "meta.json", other) == ["t", "meta.json"]
     for hashes in ("ab", 5, None, {}, {"w": facts["sha256"]["w"]}, {**facts["sha256"], "../w": "0"},
                    {**facts["sha256"], "w" * 300: "0"}):
-        with pytest.raises(InputError, match="its sha256 are not the hashes of the files beside it"):
+        with pytest.raises(InputError, match="\"sha256\" does not hold the hashes of the files beside it"):
             differing(tmp_path, "meta.json", {**facts, "sha256": hashes})
     del facts["sha256"]
     assert differing(tmp_path, "meta.json", facts) == []        # written before there were hashes
@@ -266,7 +266,7 @@ from rt.errors import InputError
 from rt.model import EncoderConfig, PRESETS, new_masked_lm
 from rt.optim import adamw
 from rt.formats.tokenizer import load_tokenizer
-tokenizer, out = load_tokenizer(sys.argv[1]), Path(sys.argv[2])
+tokenizer, out = load_tokenizer(Path(sys.argv[1])), Path(sys.argv[2])
 model = new_masked_lm(EncoderConfig(tokenizer.vocab_size, **PRESETS["tiny"]), 0)
 optimizer = adamw(model.parameters(), 1e-3, 0.0)
 for p in model.parameters():

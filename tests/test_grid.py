@@ -191,7 +191,7 @@ def test_memory_runs_out_in_several_words(error):
 
 def test_interpolation_is_not_done_side_by_side(tokenizer):
     runs = four_runs(tokenizer, "adapter")
-    runs[1].loss = replace(runs[1].loss, config=replace(runs[1].loss.config, itp=1), teacher_weights={})
+    runs[1].loss = replace(runs[1].loss, config=replace(runs[1].loss.config, itp=1), teacher_model=runs[1].model)
     with pytest.raises(ValueError, match="itp"):
         grid.tune(runs, **CPU)
 

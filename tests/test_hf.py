@@ -349,7 +349,7 @@ def test_an_adapter_without_a_task_type_is_a_classifiers_where_it_holds_one(base
     ({"bias": "all"}, "", None, "bias 'all' is not supported, only 'none'"),
     ({"peft_type": "IA3"}, "", None, "'IA3' is not supported, only 'LORA'"), ({"task_type": "TOKEN_CLS"}, "", None, "TOKEN_CLS"),
     ({"rank_pattern": {"query": 4}}, "", None, "rank_pattern"), ({"init_lora_weights": "pissa"}, "", None, "pissa"),
-    ({"a_new_setting": 3}, "", None, "a_new_setting 3"), ({"r": 0}, "", None, "has no r and alpha"),
+    ({"a_new_setting": 3}, "", None, "a_new_setting 3"), ({"r": 0}, "", None, "its r or lora_alpha is not a number"),
     ({}, "layer.1.attention.self.query.", None, "only some of the 2 layers"),
     ({}, "layer.0.attention.self.query.lora_A", None, "only one of lora_A"),
     ({}, "classifier", None, "holds no classifier.dense"), ({}, "lora_", None, "no factors at all"),
@@ -548,13 +548,13 @@ def test_a_tuned_model_or_adapter_whose_tokenizer_makes_other_ids_is_refused(tok
         plain = open_base(str(saved(theirs(family, "MaskedLM", changed), tokenizer_of[family], tmp_path / f"{family}-base")))
         folder = saved(theirs(family, "SequenceClassification", changed), changed, tmp_path / f"{family}-tuned")
         (folder / "tokenizer_config.json").write_text('{"add_prefix_space": true, "do_lower_case": false}')
-        with pytest.raises(InputError, match="makes other ids of a text"):
+        with pytest.raises(InputError, match="gives other ids for a text"):
             open_delta(str(folder), plain)
     folder = lora_folder(tmp_path / "lora", base)
     base.tokenizer.save(folder)
     assert open_delta(folder, base).labels == LABELS
     prefixed(base.tokenizer).save(folder)
-    with pytest.raises(InputError, match="makes other ids of a text"):
+    with pytest.raises(InputError, match="gives other ids for a text"):
         open_delta(folder, base)
 
 
@@ -601,7 +601,7 @@ def test_settings_that_config_json_leaves_out_or_null_are_transformers_defaults(
             assert (config.layer_norm_eps, config.pad_id, config.dropout, config.attention_dropout) == (
                 plain.layer_norm_eps, plain.pad_token_id, plain.hidden_dropout_prob, plain.attention_probs_dropout_prob)
         (folder / "config.json").write_text(json.dumps(facts | {"layer_norm_eps": "1e-5"}))
-        with pytest.raises(InputError, match="layer_norm_eps '1e-5' is not what an encoder can have"):
+        with pytest.raises(InputError, match="layer_norm_eps '1e-5' is not possible for an encoder"):
             load_hf(folder)
 
 
@@ -642,6 +642,9 @@ def test_of_recycled_runs_the_best_is_taken_and_of_equal_ones_one_that_recycles(
     (tmp_path / "summary.json").write_text(json.dumps({"rows": rows}))
     assert best_delta(tmp_path, base.fingerprint).name == "init-1" and best_delta(tmp_path, other_base.fingerprint).name == "init-3"
     assert best_delta("an/id", base.fingerprint) == Path("an/id")
+    (tmp_path / "summary.json").write_text(json.dumps({"stages": []}))      # of train.py, whose deltas are in the same place
+    with pytest.raises(InputError, match="is not a folder of recycle.py, of which the best delta is taken; give one of .*deltas"):
+        best_delta(tmp_path, base.fingerprint)
 
 
 def test_what_another_command_made_is_not_replaced_by_a_conversion(base, tmp_path):
@@ -653,6 +656,9 @@ def test_what_another_command_made_is_not_replaced_by_a_conversion(base, tmp_pat
     for way in (("import", "--tuned", tmp_path / "tuned", "--out", tmp_path / "learned"), ("export", "--out", tmp_path / "model")):
         said = here("-m", "rt.runs.convert", *way, "--base", tmp_path / "M0", code=2)
         assert "is there already, and was not written by this command" in said
+    (tmp_path / "learned" / "delta.json").write_text('{"info": 5}')
+    assert 'its "info" is not that of a delta' in here("-m", "rt.runs.convert", "import", "--tuned", tmp_path / "tuned", "--out",
+                                                       tmp_path / "learned", "--base", tmp_path / "M0", code=2)
 
 
 def test_an_imported_delta_says_which_task_and_command_it_comes_from(base, tmp_path):

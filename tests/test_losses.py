@@ -12,7 +12,7 @@ from kernels.linear_loss import linear_kd
 from rt.data import Encoded
 from rt.deltas import attach
 from rt.kinds import DeltaConfig
-from rt.losses import DistillConfig, Loss, TeacherCache, run_teacher, task_loss, weights_of
+from rt.losses import DistillConfig, Loss, TeacherCache, run_teacher, task_loss
 from rt.model import Activations, new_masked_lm
 
 
@@ -144,7 +144,7 @@ def test_gamma_adds_the_divergence_of_attention_maps(distilling, batch, att_laye
         old = replace(old, encoder=new_masked_lm(replace(old.encoder.config, num_layers=3), 3).encoder)
     teacher = attach(old, DeltaConfig("adapter"), 3, seed=2).double().eval()
     plain = DistillConfig(alpha=0.7, beta=0.0, T=5.0)
-    loss = Loss(False, cache, replace(plain, gamma=2.0, att_layers=att_layers), attention_teacher=teacher)(student, batch)
+    loss = Loss(False, cache, replace(plain, gamma=2.0, att_layers=att_layers), teacher_model=teacher)(student, batch)
     traces = []
     for model in (student, teacher):
         model(batch, activations := Activations(attention=(0, 1) if att_layers == "all" else (len(model.encoder.layers) - 1,)))
@@ -161,7 +161,7 @@ def test_gamma_adds_the_divergence_of_attention_maps(distilling, batch, att_laye
     for gamma in (0.0, 2.0):
         torch.manual_seed(0)
         config = replace(plain, gamma=gamma, att_layers=att_layers, itp=1)
-        with_points.append(Loss(False, cache, config, teacher, weights_of(teacher))(student, batch).item())
+        with_points.append(Loss(False, cache, config, teacher)(student, batch).item())
     assert with_points[1] - with_points[0] == pytest.approx(2.0 * sum(rows) / len(rows), rel=1e-5)
     loss.backward()
     assert student.encoder.layers[1].qkv.weight.grad is not None
@@ -205,13 +205,13 @@ def test_itp_is_the_mean_over_points_by_two_plain_forwards(tokenizer, batch, kin
     cache = TeacherCache(torch.randn(5, outputs).double(), torch.randn(5, 2, 64).double())
     if regression:
         batch.labels = torch.tensor([0.5, 1.0, -2.0, 0.0, 3.0])
-    loss = Loss(regression, cache, DistillConfig(alpha, beta, T, itp=2), teacher_weights=weights_of(teacher))
+    loss = Loss(regression, cache, DistillConfig(alpha, beta, T, itp=2), teacher_model=teacher)
     torch.manual_seed(9)
     points = torch.rand(2).tolist()
     torch.manual_seed(9)
     value = loss(student, batch)
     value.backward()
-    assert all(p.grad is None for p in teacher.parameters()) and not any(w.requires_grad for w in loss.teacher_weights.values())
+    assert all(p.grad is None for p in teacher.parameters())
 
     expected, grads = 0.0, {k: torch.zeros_like(p) for k, p in student.named_parameters()}
     theirs = dict(teacher.named_parameters())
@@ -241,11 +241,11 @@ def test_itp_is_the_mean_over_points_by_two_plain_forwards(tokenizer, batch, kin
 
 def test_itp_repeats_with_the_generator_and_none_draws_nothing(distilling, batch, tokenizer):
     student, cache, _, _ = distilling
-    with pytest.raises(ValueError, match="itp needs a teacher and its weights"):
+    with pytest.raises(ValueError, match="itp need a teacher, and the teacher itself"):
         Loss(teacher=cache, config=DistillConfig(0.7, 0.0, 5.0, itp=1))
     plain = DistillConfig(alpha=0.7, beta=0.0, T=5.0)
     teacher = attach(random_base(tokenizer, 3), DeltaConfig("full"), 3, seed=2).double()
-    itp = Loss(False, cache, replace(plain, itp=1), teacher_weights=weights_of(teacher))
+    itp = Loss(False, cache, replace(plain, itp=1), teacher_model=teacher)
     values = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)

@@ -13,7 +13,7 @@ from rt.deltas import attach
 from rt.formats.hf import CLASSIFIERS, head_state, load_hf
 from rt.kinds import DeltaConfig
 from rt.losses import DistillConfig, Loss, run_teacher
-from rt.model import Activations, ClassificationHead, Classifier, EncoderConfig, MaskedLM, new_masked_lm
+from rt.model import PRESETS, Activations, ClassificationHead, Classifier, Encoder, EncoderConfig, MaskedLM, new_masked_lm
 from rt.pretrain import mlm_loss
 
 
@@ -93,6 +93,14 @@ def test_weights_only_bin_gives_the_same_base(hf_models, tmp_path, tokenizer):
     torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
     tokenizer.save(tmp_path)
     assert load_hf(tmp_path).fingerprint == load_hf(folder).fingerprint
+
+
+def test_a_bert_without_separator_has_one_token_type():
+    """Whatever ids a text holds, also ~0 = -1, the mark of a separator of id 0 that is part of a text."""
+    embeddings = Encoder(EncoderConfig(9, model_type="bert", sep_id=None, **PRESETS["tiny"])).embeddings.eval()
+    embeddings.second_type.data.fill_(9.0)
+    given = torch.tensor([[3, 0, 5, 6], [3, -1, 5, 6]]), torch.tensor([0, 4], dtype=torch.int32)
+    assert torch.equal(*(embeddings(ids, given[1]) for ids in given[0]))
 
 
 def test_a_sequence_does_not_depend_on_its_neighbours(base, batch):
@@ -180,7 +188,7 @@ def test_training_is_the_same_through_the_kernels(device, base, batch, tokenizer
     cache = run_teacher(teacher, Encoded([[0, 5 + i, 2] for i in range(5)], torch.arange(5) % 3, 0), device, torch.float32)
     student = attach(base, DeltaConfig("prefix"), 3, seed=1).to(device).eval()
     torch.nn.init.constant_(student.encoder.layers[0].prefix.gate, 0.5)
-    loss = Loss(teacher=cache, config=DistillConfig(0.7, 2.0, 3.0, gamma=1.5, att_layers="all"), attention_teacher=teacher)
+    loss = Loss(teacher=cache, config=DistillConfig(0.7, 2.0, 3.0, gamma=1.5, att_layers="all"), teacher_model=teacher)
     masked = MaskedLM(copy.deepcopy(base.encoder), base.head).to(device).train()
     batch = batch.to(device)
     predicting = replace(batch, predict=torch.tensor([1, 4, 9, 20], device=device), labels=torch.tensor([7, 8, 9, 7], device=device))

@@ -119,7 +119,7 @@ def test_strings_stay_names_and_floats_make_a_regression(tmp_path):
 def test_names_in_one_part_and_numbers_in_another_are_refused(tmp_path):
     for part, names in (("train", ["no", "yes"]), ("dev", None)):
         write(tmp_path / f"{part}.parquet", {"text": ["x", "y"], "label": [0, 1]}, names)
-    assert "train.parquet, row 1: label 'no' is a string, but the one of" in said(load_task, tmp_path)
+    assert "train.parquet, row 1: label 'no' is a string, but the label of" in said(load_task, tmp_path)
 
 
 def test_columns_that_are_not_wanted_are_not_read_but_named(tmp_path):

@@ -47,7 +47,7 @@ def said_by(model: Classifier, n: int = 48, seed: int = 0) -> Encoded:
 
 
 def losses(model: Classifier, path, data: Encoded) -> list[dict]:
-    return paths.walk(model, path, POINTS, data, **CPU)
+    return [*paths.walk(model, path, POINTS, data, **CPU)]
 
 
 @pytest.mark.parametrize("mu", [0.0, 0.3, 1.0])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, here, random_base
 
-from rt.data import Example
+from rt.data import Example, Task
 from rt.deltas import attach, extract
 from rt.errors import InputError
 from rt.formats.atomic import locked
@@ -24,7 +24,7 @@ from rt.kinds import DeltaConfig
 from rt.model import MaskedLM
 from rt.runs import predict
 from rt.runs.config import READER_LEFT
-from rt.runs.log import are_pairs, note_pairs
+from rt.runs.log import facts_of, note_pairs
 
 TEXTS = [f"Returns the {'complete ' * (i % 5)}graph number {i}, \"é\"." for i in range(23)]
 CPU = {"device": torch.device("cpu"), "precision": torch.float32}
@@ -127,7 +127,8 @@ def test_single_texts_for_a_delta_of_pairs_are_said_and_the_reverse(capsys):
         assert [*note_pairs({"pairs": pairs}, given)] == given
         error = capsys.readouterr().err
         assert said in error and error.count("\n") == bool(said)
-    assert (are_pairs([one]), are_pairs([two]), are_pairs([one, two])) == (False, True, None)
+    for train, pairs in (([one], False), ([two], True), ([one, two], None)):
+        assert facts_of(Task("t", (), {"train": train}))["pairs"] is pairs
 
 
 def test_a_pair_that_is_null_is_none_and_a_text_may_be_long(tmp_path):
@@ -147,7 +148,7 @@ def test_what_comes_before_a_bad_line_is_written(flags, tmp_path, monkeypatch):
     (tmp_path / "bad.txt").write_bytes(b"one\ntwo\xff\n")
     assert "bad.txt, line 2: not valid UTF-8" in here(*flags, "--input", tmp_path / "bad.txt", code=2)
     give(monkeypatch, "text,id\none,1\ntwo\n")
-    assert "standard input, line 3: 1 columns where" in here(*flags, "--input", "-", "--input_format", "csv", code=2)
+    assert "standard input, line 3: 1 columns, but" in here(*flags, "--input", "-", "--input_format", "csv", code=2)
 
 
 def test_texts_that_are_cut_are_counted(flags, tmp_path, capsys):

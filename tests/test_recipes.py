@@ -173,7 +173,7 @@ def test_ranks_and_parts_share_out_a_mixed_batch(world, parts, corpora, tokenize
     size = 4 * one.row_tokens
     again.batch(70, size)       # reading elsewhere first must not matter
     whole = again.batch(9, size)
-    shares = [one.batch(9, size, rank, world, part, parts) for rank in range(world) for part in range(parts)]
+    shares = [one.batch(9, size, part, world * parts) for part in range(world * parts)]
     assert torch.equal(torch.cat([s.ids for s in shares]), whole.ids) and not torch.equal(whole.ids, alone.batch(9, size).ids)
     assert torch.equal(torch.cat([s.labels for s in shares]), whole.labels)
     rows_of_one = whole.ids.view(4, -1)[:3]     # the fourth row is from the other corpus
@@ -473,8 +473,8 @@ def test_settings_that_make_no_sense_together_are_refused_in_a_sentence(home):
                           (dict(mix=("need",)), "there is one domain, a"),
                           (dict(rates=ScheduleConfig(hold=0.1)), "`hold` has no effect without `schedule` infinite"),
                           (dict(rates=ScheduleConfig("cosine", cooldown=0.1)), "`cooldown` has no effect without `schedule` wsd or inf"),
-                          (dict(rates=ScheduleConfig("infinite", cooldown=0.9)), "`cooldown` 0.9 and `anneal` 0.1 are more than the"),
-                          (dict(rates=ScheduleConfig("wsd", cooldown=0.96)), "`warmup` 0.05, `cooldown` 0.96 are more than the whole"),
+                          (dict(rates=ScheduleConfig("infinite", cooldown=0.9)), "`cooldown` 0.9 and `anneal` 0.1 add up to more than the"),
+                          (dict(rates=ScheduleConfig("wsd", cooldown=0.96)), "`warmup` 0.05, `cooldown` 0.96 add up to more"),
                           (dict(rates=ScheduleConfig("infinite", cooldown=0.0, anneal=0.9)), "nothing is left of 4 steps to go on from"),
                           (dict(align=5), "`align` 5: has its first effect after 5 steps, and a stage has 4"),
                           (dict(average=4), "`average` 4 takes 3 snapshots and the end of a stage: raise `snapshots` (2)"),
@@ -482,6 +482,7 @@ def test_settings_that_make_no_sense_together_are_refused_in_a_sentence(home):
         with pytest.raises(InputError) as error:
             RecipeConfig(**change).check(["a"], 0.05, 4, 2)
         assert words in str(error.value)
+    RecipeConfig(rates=ScheduleConfig("infinite", cooldown=0.34, anneal=0.1)).check(["a"], 0.56, 100, 2)      # as floats, above 1
     for shares in (("a:0.5", "c:0.5"), ("a:0.5", "b:0.6"), ("a:x", "b:0.5"), ("a", "b"), ("need", "a:1"), ("a:0", "b:1"), ("a:-1", "b:2"),
                    ("a:²", "b:1")):
         with pytest.raises(InputError, match="must be need, or shares of a, b that add up to 1, as in a:0.5,b:0.5"):
@@ -495,7 +496,7 @@ def test_settings_that_make_no_sense_together_are_refused_in_a_sentence(home):
     assert thirds.start_shares(["a", "b", "c"], 0) == pytest.approx([1 / 3] * 3)
     assert "--align_eps has no effect without --align" in train(home, "z", "--align_eps", "0.1", code=2)
     assert "--mask_rate 0.001: predicts none of the 128 tokens of a row" in train(home, "z", "--mask_rate", "0.001", code=2)
-    assert "--compile would compile anew" in train(home, "z", "--mix", "need", "--compile", code=2)
+    assert "--compile would recompile for each" in train(home, "z", "--mix", "need", "--compile", code=2)
     assert "no earlier one to stay near" in train(home, "z", "--preserve", "3", stream="one", code=2)
     said = train(home, "z", "--schedule", "infinite", "--rewarm", stream="one", code=2)
     assert "--rewarm has no effect without --init: the rate of a new base rises anyway" in said

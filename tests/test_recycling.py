@@ -12,7 +12,7 @@ from rt.formats.checkpoint import fingerprint
 from rt.kinds import DeltaConfig
 from rt.losses import DistillConfig, Loss, attention, weights_of
 from rt.model import Activations, EncoderConfig, new_masked_lm
-from rt.recycling import MODES, TRAINED, Recycling, chain, check, new_delta, recycle, start_fresh, start_from_old, teacher_model, teacher_of
+from rt.recycling import MODES, TRAINED, Recycling, chain, check, new_delta, recycle, start, start_fresh, teacher_model, teacher_of
 from rt.speed.multi_run import recycle_together
 from rt.transport import Projection
 from rt.tune import TuneSettings, evaluate, predict
@@ -55,7 +55,7 @@ def test_apply_is_new_base_plus_old_delta(recycling):
 
 def test_init_starts_at_apply_and_scratch_at_the_plain_base(recycling, batch):
     with torch.no_grad():
-        a, b = start_from_old(recycling).eval(), apply(recycling.base, recycling.old_delta, stale_ok=True).eval()
+        a, b = start(recycling, "apply").eval(), apply(recycling.base, recycling.old_delta, stale_ok=True).eval()
         assert torch.equal(a(batch), b(batch))
         assert torch.equal(start_fresh(recycling).eval().encoder(batch), recycling.base.encoder(batch))
 
@@ -71,8 +71,8 @@ def test_the_teacher_is_the_old_base_with_the_old_delta_and_runs_once(recycling)
     assert len(teacher_of(few).logits) == len(recycling.data.dev)
     loss = MODES["distill"].loss(replace(recycling, merged=2.0 * recycling.old_delta, distill=DistillConfig(gamma=1.0, itp=1)))
     for name, weight in weights_of(apply(recycling.old_base, recycling.old_delta)).items():
-        assert torch.equal(loss.teacher_weights[name], weight) and torch.equal(loss.attention_teacher.get_parameter(name), weight)
-    assert not any(module.training for module in loss.attention_teacher.modules())      # without dropout
+        assert torch.equal(loss.teacher_model.get_parameter(name), weight)
+    assert not any(module.training for module in loss.teacher_model.modules())      # without dropout
 
 
 def test_distillation_alone_moves_the_student_to_the_teacher(recycling):
@@ -104,7 +104,7 @@ def test_gamma_brings_the_students_attention_maps_to_the_teachers(recycling, att
 
     def divergence(gamma):
         student = start_fresh(recycling)
-        loss = Loss(False, teacher_of(recycling), replace(distill, gamma=1.0), attention_teacher=teacher_model(recycling))
+        loss = Loss(False, teacher_of(recycling), replace(distill, gamma=1.0), teacher_model=teacher_model(recycling))
         for step in range(20):
             student.zero_grad()
             replace(loss, config=replace(distill, gamma=gamma))(student, batch).backward()
@@ -119,14 +119,14 @@ def test_gamma_brings_the_students_attention_maps_to_the_teachers(recycling, att
     recycle(recycling, "distill")       # and through the mode itself
     recycling.base.encoder.config = EncoderConfig(600, num_layers=3, num_heads=2)
     if att_layers == "all":
-        with pytest.raises(InputError, match="`att_layers` all the layers too"):
+        with pytest.raises(InputError, match="`att_layers` all: and layers"):
             recycle(recycling, "distill")
 
 
 def test_other_labels_get_a_fresh_head_in_init_and_are_refused_elsewhere(recycling):
     for labels in (["b", "a", "c"], ["x", "y", "z"]):       # in another order they are other labels, too
         recycling.old_delta.info["labels"] = labels
-        model = start_from_old(recycling)
+        model = start(recycling, "apply")
         assert not torch.equal(model.head.out.weight, recycling.old_delta.head["out.weight"])
         name = next(iter(recycling.old_delta.modules))
         assert torch.equal(dict(model.encoder.named_parameters())[name], recycling.old_delta.modules[name])
@@ -146,7 +146,7 @@ def test_a_word_that_means_nothing_is_refused(recycling, change, message):
 def test_labels_in_another_order_are_the_same_labels(recycling):
     other = replace(recycling, data=replace(recycling.data, labels=("c", "a", "b")))
     for mode in ("apply", "init", "distill"):
-        head = start_from_old(other).head if mode != "distill" else teacher_model(other).head
+        head = start(other, "apply").head if mode != "distill" else teacher_model(other).head
         assert torch.equal(head.out.weight, recycling.old_delta.head["out.weight"][[2, 0, 1]]) and check(other, mode) is None
         assert torch.equal(head.dense.weight, recycling.old_delta.head["dense.weight"])
     stranger = replace(recycling.old_delta, info=recycling.old_delta.info | {"labels": ["x", "y", "z"]})
@@ -329,7 +329,7 @@ def test_a_text_that_is_too_long_is_refused_in_every_part(recycling, part):
 def test_attention_maps_of_other_numbers_of_heads_are_not_compared(recycling):
     config = replace(recycling.base.encoder.config, num_heads=4)
     other = replace(recycling.base, encoder=new_masked_lm(config, 0).encoder)
-    with pytest.raises(InputError, match="as many heads"):
+    with pytest.raises(InputError, match="the same number of heads"):
         check(replace(recycling, base=other, distill=DistillConfig(gamma=1.0)), "distill")
     check(replace(recycling, base=other), "distill")
 
@@ -343,7 +343,7 @@ def test_hidden_states_of_another_width_are_not_compared(recycling):
 
 def test_the_bias_of_a_label_moves_with_it(recycling):
     other = replace(recycling, data=replace(recycling.data, labels=("c", "a", "b")))
-    assert torch.equal(start_from_old(other).head.out.bias, recycling.old_delta.head["out.bias"][[2, 0, 1]])
+    assert torch.equal(start(other, "apply").head.out.bias, recycling.old_delta.head["out.bias"][[2, 0, 1]])
 
 
 def test_a_teacher_is_run_again_for_other_texts(recycling):

@@ -15,7 +15,7 @@ from rt.formats.checkpoint import save_base
 from rt.formats.delta_files import load_delta, save_delta
 from rt.losses import DistillConfig, weights_of
 from rt.model import MaskedLM, prototypes
-from rt.recycling import MODES, Recycling, check, new_delta, recycle, start, start_from_old
+from rt.recycling import Recycling, check, new_delta, recycle, start
 from rt.runs.results import old_names
 from rt.runs.starts import carry_texts, combine, merge_on_dev
 from rt.tune import TuneSettings, evaluate, predict
@@ -50,9 +50,9 @@ def test_gradmask_keeps_the_entries_that_go_down_the_gradient(base, other_base):
     assert all(torch.equal(v, model.head.state_dict()[name]) for name, v in r.old_delta.head.items())
     half = 0.5 * r.old_delta
     with pytest.raises(ValueError, match="no delta was carried"):
-        MODES["gradmask"].start(replace(r, carry=True))
+        start(replace(r, carry=True), "gradmask")
     given = dict(old_delta=half), dict(merged=half), dict(carry=True, carried=half)
-    first, *others = (weights_of(MODES["gradmask"].start(replace(r, **one))) for one in given)
+    first, *others = (weights_of(start(replace(r, **one), "gradmask")) for one in given)
     assert all(torch.equal(v, first[k]) for other in others for k, v in other.items())
     with pytest.raises(InputError, match="gradmask .* needs a full delta, not lora"):
         check(recycling(base, other_base, "lora"), "gradmask")
@@ -85,8 +85,8 @@ def test_a_prototype_head_is_fitted_to_the_features_of_the_start(base, other_bas
     r = recycling(base, other_base, "adapter", ("x", "y"), head="prototype")
     for mode in ("scratch", "apply", "init"):
         check(r, mode)
-        model = MODES[mode].start(r)
-        plain = MODES[mode].start(replace(r, head="fresh"))
+        model = start(r, mode)
+        plain = start(replace(r, head="fresh"), mode)
         if mode != "scratch":
             plain.head.dense.load_state_dict({k[6:]: v for k, v in r.old_delta.head.items() if k.startswith("dense")})
         plain.head.out = torch.nn.Identity()
@@ -94,12 +94,12 @@ def test_a_prototype_head_is_fitted_to_the_features_of_the_start(base, other_bas
         mu = torch.stack([f[r.data.train.targets == c].mean(0) for c in range(2)])
         nearest = torch.cdist(f.double(), mu.double())
         assert torch.equal(predict(model, r.data.train.sequences, **CPU).argmax(1), nearest.argmin(1)), mode
-        shrunk = MODES[mode].start(replace(r, shrinkage=True)).head.out
+        shrunk = start(replace(r, shrinkage=True), mode).head.out
         for p, expected in zip((shrunk.weight, shrunk.bias), prototypes(f.double(), r.data.train.targets, 2, shrinkage=True)):
             torch.testing.assert_close(p, expected.float(), atol=1e-4, rtol=1e-4)
         assert model.head.out.weight.requires_grad
     number = extract(attach(base, r.config, 1, seed=0), base, r.config, {"labels": []})       # a delta of a regression
-    assert MODES["apply"].start(replace(r, old_delta=number))(r.data.train.batch([0, 1])).shape == (2, 2)
+    assert start(replace(r, old_delta=number), "apply")(r.data.train.batch([0, 1])).shape == (2, 2)
     with pytest.raises(InputError, match="for apply and transport `head` prototype"):
         check(replace(r, head="fresh"), "apply")
     with pytest.raises(InputError, match="a regression has none"):
@@ -118,12 +118,12 @@ def test_a_task_that_gains_a_label_keeps_the_rows_of_the_old_ones(base, other_ba
     r.old_delta.head["out.weight"][[2, 0]] = (3 * W[:2] + torch.linspace(-2, 2, 64)).float()
     r.old_delta.head["out.bias"][[2, 0]] = (3 * b[:2] - 7).float()
     said = predict(apply(other_base, r.old_delta, stale_ok=True), r.data.train.sequences, **CPU)
-    logits = predict(start_from_old(r), r.data.train.sequences, **CPU)
+    logits = predict(start(r, "apply"), r.data.train.sequences, **CPU)
     torch.testing.assert_close(logits[:, :2], said[:, [2, 0]])
     torch.testing.assert_close(logits.log_softmax(1), (3 * (f @ W.T + b)).log_softmax(1).float(), atol=1e-3, rtol=1e-3)
     r.data = replace(r.data, labels=("1", "0"))         # a task that loses one label
     r.data.train.targets = r.data.train.targets.clamp(max=1)
-    torch.testing.assert_close(predict(start_from_old(r), r.data.train.sequences, **CPU), said[:, [1, 0]])
+    torch.testing.assert_close(predict(start(r, "apply"), r.data.train.sequences, **CPU), said[:, [1, 0]])
 
 
 def test_what_a_start_draws_is_a_function_of_the_seed(base, other_base):
@@ -190,15 +190,15 @@ def test_the_subset_that_is_best_on_dev_is_merged(base, other_base):
 def test_init_and_transport_start_from_the_carried_delta_and_apply_does_not(base, other_base, batch):
     r = recycling(base, other_base, "adapter", carry=True)
     with pytest.raises(ValueError, match="no delta was carried"):
-        MODES["transport"].start(r)
+        start(r, "transport")
     r.carried = 0.5 * r.old_delta
     with torch.no_grad():
         for mode, delta in (("apply", r.old_delta), ("transport", r.carried), ("init", r.carried), ("init+distill", r.carried)):
-            assert torch.equal(MODES[mode].start(r).eval()(batch), apply(other_base, delta, stale_ok=True).eval()(batch)), mode
+            assert torch.equal(start(r, mode).eval()(batch), apply(other_base, delta, stale_ok=True).eval()(batch)), mode
     r.carry = False
     with torch.no_grad():
         for mode, delta in (("transport", r.carried), ("init", r.old_delta)):
-            assert torch.equal(MODES[mode].start(r).eval()(batch), apply(other_base, delta, stale_ok=True).eval()(batch)), mode
+            assert torch.equal(start(r, mode).eval()(batch), apply(other_base, delta, stale_ok=True).eval()(batch)), mode
 
 
 @pytest.fixture
@@ -280,16 +280,16 @@ def test_what_makes_no_sense_is_one_sentence(home, more, sentence):
 
 def test_gradmask_reads_the_training_examples_alone(base, other_base):
     r = recycling(base, other_base)
-    first, other = weights_of(MODES["gradmask"].start(r)), replace(r.data.train, targets=(r.data.train.targets + 1) % 3)
+    first, other = weights_of(start(r, "gradmask")), replace(r.data.train, targets=(r.data.train.targets + 1) % 3)
     for part, same in (("train", False), ("dev", True), ("test", True)):
-        again = weights_of(MODES["gradmask"].start(replace(r, data=replace(r.data, **{part: other}))))
+        again = weights_of(start(replace(r, data=replace(r.data, **{part: other})), "gradmask"))
         assert all(torch.equal(v, first[k]) for k, v in again.items()) == same, part
 
 
 def test_one_kept_label_keeps_its_row_and_prototypes_their_scale(base, other_base):
     r = recycling(base, other_base, "adapter", ("2", "x", "y"), head="prototype")
     said = predict(apply(other_base, r.old_delta, stale_ok=True), r.data.train.sequences, **CPU)
-    logits = predict(start_from_old(r), r.data.train.sequences, **CPU)
+    logits = predict(start(r, "apply"), r.data.train.sequences, **CPU)
     assert logits.isfinite().all()
     torch.testing.assert_close(logits[:, 0], said[:, 2])
 

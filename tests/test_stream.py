@@ -12,7 +12,7 @@ from rt.formats.files import write_json
 from rt.model import MaskedLM
 from rt.optim import adamw
 from rt.pretrain import PretrainSettings
-from rt.runs.resume import PretrainRun, has_work, is_done_again, stage_of, table_of
+from rt.runs.resume import PretrainRun, has_work, is_done_again, table_of
 from rt.runs.summary import forgetting_table
 from rt.speed.dist import Ranks
 
@@ -75,10 +75,14 @@ def test_a_stage_does_not_go_on_from_another_base(tmp_path, base, tokenizer):
         with pytest.raises(InputError, match=r"resume was trained from another base than the present one: move it away to redo the stage"):
             run.start_stage(meta | {"parent": "new"}, PretrainSettings(4, 64, 1e-3, 1, 0), None, model, optimizer, torch.float32)
         assert run.start_stage(meta, PretrainSettings(4, 64, 1e-3, 1, 0), None, model, optimizer, torch.float32) == 2
+        for stage in ({}, {"stage": {}}):
+            save_base(out / "M1", model, tokenizer, meta | stage)
+            with pytest.raises(InputError, match="M1 is not the final base of a stage: move it away"):
+                run.finished("M1", "old")
         save_base(out / "M1", model, tokenizer, meta | {"stage": {"heldout": {}}})
         with pytest.raises(InputError, match="M1 was trained from another base"):
             run.finished("M1", "new")
-        assert run.finished("M1", "old").meta["step"] == 2
+        assert run.finished("M1", "old").meta["step"] == 2 and run.stages == [{"heldout": {}}]
 
 
 def test_rows_that_are_lost_are_counted(tmp_path, base, tokenizer, capsys):
@@ -96,14 +100,11 @@ def test_rows_that_are_lost_are_counted(tmp_path, base, tokenizer, capsys):
 def test_what_a_complete_run_does_not_hold_is_said(tmp_path):
     stage = {"name": "M0", "domain": "a", "heldout": {"a": {"loss": 2.0, "accuracy": 0.5}}}
     write_json(tmp_path / "summary.json", {"stages": [stage]})
-    assert "2.000 (0.500)" in table_of(tmp_path) and stage_of({"stage": stage}, tmp_path) == stage
+    assert "2.000 (0.500)" in table_of(tmp_path)
     for stages in (3, [], [3], [{"heldout": {"a": {"loss": "x"}}}], [stage | {"heldout": {"a": {"loss": "x", "accuracy": 1}}}], None):
         write_json(tmp_path / "summary.json", {"stages": stages})
         with pytest.raises(InputError, match="does not hold the stages"):
             table_of(tmp_path)
-    for meta in ({}, {"stage": 3}, {"stage": {}}):
-        with pytest.raises(InputError, match="is not the final base of a stage"):
-            stage_of(meta, tmp_path)
 
 
 def test_rows_past_the_resumable_checkpoint_are_done_again(tmp_path):

@@ -80,7 +80,7 @@ def test_numbers_as_strings_and_a_label_under_another_name_are_noted(tmp_path, c
     assert load_task(folder(tmp_path, rows, rows, rows)).labels == ("0.14", "2.50")
     assert "are classes; a regression needs .jsonl with numbers, not strings" in capsys.readouterr().err
     load_task(folder(tmp_path / "b", test=[{"text": "x", "labels": "pos"}]))
-    assert "test.jsonl: labels is not read, because the label of the files before is label" in capsys.readouterr().err
+    assert "test.jsonl: labels is not read, because the files before it have their label in label" in capsys.readouterr().err
 
 
 def test_a_space_after_each_comma_is_no_part_of_a_field(tmp_path):
@@ -111,6 +111,7 @@ def test_a_label_that_the_task_lacks_is_not_no_label(tokenizer):
     (dict(train=[{"text": "x", "label": ""}]), "train.jsonl: no example has a gold label"),
     (dict(train=[{"text": "x", "label": 0.5}, {"text": "x", "label": "a"}]), "label 'a' is not a number as other labels"),
     (dict(train=[{"text": "x", "label": float("inf")}]), "not a finite number"),
+    (dict(train=[{"text": "x", "label": 1e39}]), "label 1e+39 is not a finite number"),      # infinite in float32
     (dict(train=ROWS[:1], dev=ROWS[:1], test=ROWS[:1]), "have the label 'pos'"),
     (dict(dev=[]), "dev.jsonl: has no examples")])
 def test_what_does_not_fit_is_named_with_file_and_line(tmp_path, parts, words):
@@ -126,7 +127,7 @@ def test_wrong_folders_and_broken_tables(tmp_path):
     with pytest.raises(InputError, match="has no dev.jsonl, .*found: train.jsonl"):
         load_task(tmp_path)
     (tmp_path / "x.csv").write_text("text,label\na,1\nb,2,3\n")
-    with pytest.raises(InputError, match="x.csv, line 3: 3 columns where the header has 2"):
+    with pytest.raises(InputError, match="x.csv, line 3: 3 columns, but the header has 2"):
         list(read_examples(tmp_path / "x.csv", labelled=True))
     (tmp_path / "x.csv").write_text('text,label\n"never closed,1\n')
     with pytest.raises(InputError, match="x.csv, line 2: not a readable table"):

@@ -133,7 +133,7 @@ def test_what_another_teacher_cannot_give_is_refused_with_what_it_can(taught):
     with pytest.raises(InputError, match="one vocabulary, or the texts as the teacher's tokenizer reads them"):
         check(replace(taught, old_train=None), "distill")
     for mode in ("init", "apply", "init+distill"):
-        with pytest.raises(InputError, match="puts the old delta on the new base, and .* `mode` distill needs only equal labels"):
+        with pytest.raises(InputError, match="puts the old delta on the new base, and .* `mode` distill needs equal labels"):
             check(taught, mode)
     check(replace(taught, distill=DistillConfig(project_patience=True)), "distill")
 
@@ -270,6 +270,9 @@ def test_forms_of_answers(tmp_path):
         Predictions(lines(tmp_path / "sure.jsonl", [{"text": "e", "false": 0, "true": 1}]), ("false", "true"), smoothing=0.2)
     path = lines(tmp_path / "v.jsonl", [{"text": "e", "value": -2.5}])
     assert Predictions(path, ()).logits(examples[2:]).tolist() == [[-2.5]]
+    for value in (None, "2", True, 10**400, 1e39):      # the last is infinite in float32
+        with pytest.raises(InputError, match='line 1: its "value" is not a number, and the task is a regression'):
+            Predictions(lines(path, [{"text": "e", "value": value}]), ())
     assert text_hash("c", "d") == hashlib.sha256(b"c\nd").hexdigest()[:16]
 
 
@@ -277,11 +280,11 @@ def test_forms_of_answers(tmp_path):
     ({"text": "x", "probabilities": {"no": 0.5, "maybe": 0.5}}, "line 2: has probabilities of no, maybe, and the task's labels are no, y"),
     ({"text": "x", "probabilities": [0.5, 0.5]}, r"line 2: has probabilities of \[0.5, 0.5\], and"),
     ({"text": "x", "probabilities": None}, "line 2: has neither probabilities"),
-    ({"text": "x", "probabilities": {"no": 0.5, "yes": 0.7}}, "line 2: .* are no probabilities of no, yes"),
-    ({"text": "x", "no": "0.5", "yes": 0.5}, "line 2: .* are no probabilities"), ({"text": "x", "no": -0.5, "yes": 1.5}, "no probabil"),
+    ({"text": "x", "probabilities": {"no": 0.5, "yes": 0.7}}, "line 2: .* are not probabilities of no, yes"),
+    ({"text": "x", "no": "0.5", "yes": 0.5}, "line 2: .* are not probabilities"), ({"text": "x", "no": -0.5, "yes": 1.5}, "not probabil"),
     ({"text": "x", "label": "maybe"}, "line 2: has neither probabilities of no, yes nor one of them as its label"),
     ({"no": 0.5, "yes": 0.5}, "line 2: has neither a text nor a hash"), ({"text": 3, "no": 0.5, "yes": 0.5}, "line 2: has neither a text"),
-    ({"text": "first", "no": 0.4, "yes": 0.6}, "line 2: has another answer for the text of .*line 1"),
+    ({"text": "first", "no": 0.4, "yes": 0.6}, "line 2: answers the text of .*line 1 differently"),
     ({"text": "x", "no": 0.5, "yes": 0.5}, r"has no answer for 2 of 3 texts that are taught; the first is t, line 8: 'second', t, line 9")])
 def test_answers_that_do_not_fit_are_named(row, message, tmp_path):
     path = lines(tmp_path / "p.jsonl", [{"text": "first", "no": 0.2, "yes": 0.8}, row])
@@ -336,7 +339,7 @@ def test_a_black_box_has_no_hidden_states_and_must_answer_for_all_texts(home, an
     path = lines(tmp_path / "two.jsonl", [{"text": e.text, "label": e.label} for e in two])
     assert "texts that are taught" in recycled(home, tmp_path / "out", "--mode", "distill", "--beta", "0", "--shots", "2", "--seeds", "0,1",
                                                "--teacher", path, old="", code=2)       # seed 1 draws other examples, and no run starts
-    assert "is no .jsonl file" in recycled(home, tmp_path / "out", *call, home / "M1", "--beta", "0", old="", code=2)
+    assert "is not a .jsonl file" in recycled(home, tmp_path / "out", *call, home / "M1", "--beta", "0", old="", code=2)
     assert not (tmp_path / "out").exists()
 
 

@@ -168,7 +168,7 @@ def c3(r: Rows, folder: Path, out: Section) -> None:
     drawn = [{"task": task, "pair": f"M0-{base}", "heads": len(row["divergence"]) // (len(row["cka"]) - 1),
               **{k: row[k] for k in ("divergence", "cka", "share_own_best")}}
              for base in ("M1", "M4", "IND") for row in r.select(part="similarity", task=task, base=base)]
-    figures.head_similarity(drawn, folder / f"{r.preset}-heads")
+    figures.heads(drawn, folder / f"{r.preset}-heads")
     out.add(f"![heads against heads, layers against layers]({r.preset}-heads.png)\n\n")
     out.difference("share, M1 above IND", share["M1"], share["IND"], True)
     out.difference("divergence to the same head, IND above M1", own["IND"], own["M1"], True)

@@ -230,7 +230,7 @@ def walk(study: Study, run: Run) -> list[dict]:
         settings = replace(study.settings(run, CONTROL_LR), steps=study.scale.project_steps)
         path = analysis.bezier(ends[0], analysis.train_control(b, *ends, data, settings, **study.compute), ends[1])
     few = Encoded(data.test.sequences[:study.scale.max_path], data.test.targets[:study.scale.max_path], 0)
-    rows = analysis.walk(b, path, np.linspace(0, 1, POINTS).tolist(), few, **study.compute)
+    rows = [*analysis.walk(b, path, np.linspace(0, 1, POINTS).tolist(), few, **study.compute)]
     return [{**row, "barrier": analysis.barrier(rows), "path": run.variant or "linear"} for row in rows]
 
 

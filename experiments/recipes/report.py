@@ -157,7 +157,7 @@ def write(folder: Path) -> str:
     names = {(arm, lr): f"{arm.replace(' (afterwards)', '*')}, {power(lr)}{f' ({len(of)})' * (len(of) < most)}"
              for (arm, lr), of in found.items() if len(of) >= most / 2}
     pareto({name: [(100 * (1 - gain), points) for gain, points in found[key].values()] for key, name in names.items()},
-           folder / "pareto", "gain given up on the new domain (% of the best plain upgrade's)", "points lost by old deltas, as they are",
+           folder / "pareto", "gain given up on the new domain (% of the best plain upgrade's)",
            tuple(names[key] for key in sorted(names) if key[0] == "plain"))
     return markdown(HEAD, lines)
 

@@ -10,7 +10,7 @@ from typing import Iterable
 
 from torch import Tensor
 
-from rt.deltas import Base, Delta, apply, check_fits, check_head, origin
+from rt.deltas import Base, Delta, check_fits, check_head, check_tensors, origin
 from rt.errors import InputError
 from rt.formats import hf
 from rt.formats.atomic import atomic_folder
@@ -44,9 +44,9 @@ def import_adapter(folder: Path, base: Base, labels: tuple[str, ...], task: str 
     hf.check_only(facts, ONLY, f"{folder / 'adapter_config.json'}: an adapter of PEFT", FREE)
     r, alpha = facts.get("r"), facts.get("lora_alpha")
     if not (is_whole(r, 1) and is_number(alpha, -1e9, 1e9)):
-        raise InputError(f"{whose}: has no r and alpha that are numbers")
+        raise InputError(f"{whose}: its r or lora_alpha is not a number in range")
     if not isinstance(own, list):
-        raise InputError(f"{folder / 'labels.json'}: \"labels\" is no list")
+        raise InputError(f"{folder / 'labels.json'}: \"labels\" is not a list")
     hf.check_vocabulary(folder, base)
     factors, saved = sorted_out(read_weights(folder, ("adapter_model.safetensors", "adapter_model.bin")), whose)
     alpha *= math.sqrt(r) if facts.get("use_rslora") else 1
@@ -55,7 +55,7 @@ def import_adapter(folder: Path, base: Base, labels: tuple[str, ...], task: str 
     names = hf.class_names({}, len(head["out.bias"]), labels or tuple(map(str, own)), folder)
     config = DeltaConfig("lora", r=r, lora_alpha=float(alpha), target_modules=targets)
     delta = Delta(config, {}, modules, head, {"task": task or folder.name, "labels": list(names), "source": str(folder), **origin(base)})
-    apply(base, delta)      # checks that all shapes fit
+    check_tensors(base, delta)
     return delta
 
 
@@ -75,7 +75,7 @@ def sorted_out(weights: dict[str, Tensor], source: str) -> tuple[dict[str, Tenso
         if not {f"{module}.lora_A.weight", f"{module}.lora_B.weight"} <= factors.keys():
             raise InputError(f"{source}: {module} has only one of lora_A and lora_B")
         if factor.dim() != 2:
-            raise InputError(f"{source}: lora_A and lora_B of {module} are no matrices")
+            raise InputError(f"{source}: lora_A and lora_B of {module} are not matrices")
     return factors, saved
 
 
@@ -90,7 +90,7 @@ def head_of(base: Base, factors: dict[str, Tensor], saved: dict[str, Tensor], sc
         a, b = (factors.pop(f"{theirs}.lora_{which}.weight", None) for which in "AB")
         if a is not None:
             if head[weight].shape != (len(b), a.shape[1]) or len(a) != b.shape[1]:
-                raise InputError(f"{source}: lora_A and lora_B of {theirs} do not make a matrix of its size")
+                raise InputError(f"{source}: lora_B times lora_A does not have the shape of {theirs}")
             head[weight] = head[weight] + scaling * b @ a
     check_head(head, base.encoder.config.hidden_size, source)
     return head
@@ -108,7 +108,7 @@ def layers_of(base: Base, factors: dict[str, Tensor], r: int, source: str) -> tu
         raise InputError(f"{source}: only some of the {layers} layers have factors for {', '.join(targets)}; all layers must have them")
     for name, factor in factors.items():
         if ".lora_A." in name and len(factor) != r:
-            raise InputError(f"{source}: {name} has rank {len(factor)}, where r is {r}; ranks that differ are not supported")
+            raise InputError(f"{source}: {name} has rank {len(factor)}, but r is {r}; ranks that differ are not supported")
     return {names[name]: factor for name, factor in factors.items()}, targets
 
 
@@ -124,11 +124,12 @@ def export_peft(folder: Path, base: Base, name: str, delta: Delta, card: str | N
     if "output.dense" in targets and "attention.output.dense" not in targets:   # PEFT matches the ends of names: give whole names
         targets = r".*\.layer\.\d+\.(" + "|".join(PATHS[t].replace(".", r"\.") for t in targets) + ")"
     names = [(ours, (theirs,)) for theirs, ours in factor_names(config.num_layers, c.target_modules).items()]
+    place = folder / "base" if ours else name
     weights = hf.hf_state(delta.modules | delta.head, config, [*names, *hf.head_names(config, hf.CLASSIFIERS)])
     with atomic_folder(folder, WRITTEN) as new:
         hf.write_tensors(new / "adapter_model.safetensors", {f"base_model.model.{k}": v for k, v in weights.items()})
         write_json(new / "adapter_config.json", {
-            "peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": str(Path(folder) / "base") if ours else name,
+            "peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": str(place),
             "r": c.r, "lora_alpha": c.lora_alpha, "lora_dropout": 0.0, "bias": "none", "target_modules": targets, "inference_mode": True,
             "modules_to_save": sorted({theirs.split(".")[0] for theirs in hf.CLASSIFIERS[hf.family(config)].values()})})
         write_json(new / "labels.json", {"labels": list(delta.labels)})
@@ -136,4 +137,4 @@ def export_peft(folder: Path, base: Base, name: str, delta: Delta, card: str | N
             write_whole(new / hf.CARD, card)
         if ours:
             hf.export_hf(new / "base", base, labels=delta.labels)
-    return Path(folder) / "base" if ours else name
+    return place

@@ -35,8 +35,7 @@ def slow() -> None:
 # --- whole or not at all ----------------------------------------------------------------------------------------------
 
 def named(folder: Path) -> Path:
-    """`folder`, or what it stands for if it is a link, . or .."""
-    folder = Path(folder)
+    """`folder`, resolved if it is a symbolic link, . or .."""
     return folder.resolve() if folder.is_symlink() or folder.name in ("", "..") else folder
 
 
@@ -79,10 +78,10 @@ def atomic_folder(folder: Path, known: set[str] | None = None, needs: int | None
 
 
 def found(folder: Path) -> Path:
-    """`folder`, or, if a process was killed while it replaced `folder`, NAME.replaced with a line on stderr."""
+    """The path to read: `folder`, or NAME.replaced, with a line on stderr, if `folder` is missing because it is being replaced."""
     old = beside(folder, "replaced")
     if not folder.exists() and old.exists():
-        print(f"{folder} was being replaced by a process that was killed: {old} is used", file=sys.stderr)
+        print(f"{folder} is being replaced, or was when a process was killed: {old} is used", file=sys.stderr)
         return old
     return folder
 
@@ -117,7 +116,7 @@ def differing(folder: Path, name: str, facts: dict, files: Iterable[str] | None 
         return []
     hashes = facts["sha256"]
     if not isinstance(hashes, dict) or name not in hashes or any(Path(f).name != f or len(f.encode()) > 255 for f in hashes):
-        raise InputError(f"{folder / name}: its sha256 are not the hashes of the files beside it")
+        raise InputError(f"{folder / name}: its \"sha256\" does not hold the hashes of the files beside it")
     content = {file: noted for file, noted in hashes.items() if file != name}
     wrong = [file for file, noted in content.items() if (files is None or file in files)
              and not ((folder / file).is_file() and sha256(folder / file) == noted)]
@@ -145,7 +144,7 @@ def locked(folder: Path, from_main: Callable[[Callable[[], Any]], Any] = lambda 
 
 
 def _lock(folder: Path, stack: ExitStack, wait: bool) -> None:
-    """The lock is next to `folder`, or inside it if the folder above cannot be written to, as with a mounted volume."""
+    """Take the lock. Its file is next to `folder`, or inside it if the parent folder is not writable, as with a mounted volume."""
     with write_errors(folder):
         if not folder.name or folder.exists() and not folder.is_dir():
             raise InputError(f"{folder} cannot be used as a folder ({'Not a directory' if folder.name else 'the root'}): give another")

@@ -48,7 +48,7 @@ def fingerprint(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 
@@ -61,8 +61,8 @@ def check_encoder(config: EncoderConfig, source: Path | str, names: dict[str, st
     for name, holds in ENCODER.items():
         value = getattr(config, name)
         if not holds(value, config):
-            raise InputError(f"{source}: {names.get(name, name)} {value!r} is not what an encoder can have"
-                             + (f" whose hidden_size is {config.hidden_size!r}" if name == "num_heads" else ""))
+            raise InputError(f"{source}: {names.get(name, name)} {value!r} is not possible for an encoder"
+                             + (f" with hidden_size {config.hidden_size!r}" if name == "num_heads" else ""))
     return config
 
 
@@ -72,7 +72,7 @@ def save_base(folder: Path, model: MaskedLM, tokenizer: Tokenizer, meta: dict, o
               recipe: dict = {}) -> str:
     """Write a checkpoint, with `meta` in meta.json and the state of the `recipe` in optim.pt. Returns the fingerprint."""
     mark = fingerprint(model.encoder)
-    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    weights = {k: v.cpu().contiguous() for k, v in model.state_dict().items()}
     state = optimizer.state_dict() if optimizer is not None else {"state": {}}
     state |= {"recipe": recipe} if recipe else {}
     moments = [*recipe.get("before", ()), *(x for values in state["state"].values() for x in values.values() if isinstance(x, Tensor))]
@@ -102,9 +102,10 @@ def load_base(folder: Path) -> Base:
         tokenizer = load_tokenizer(folder)
         checked.result()
     mark = meta.get("fingerprint") if "sha256" in meta else fingerprint(model.encoder)      # checked weights have the noted fingerprint
-    for what, seen, noted in (("weights", mark, meta.get("fingerprint")), ("tokenizer", tokenizer.fingerprint, meta.get("tokenizer"))):
+    for what, seen, noted in (("other weights", mark, meta.get("fingerprint")),
+                              ("another tokenizer", tokenizer.fingerprint, meta.get("tokenizer"))):
         if seen != noted:
-            raise InputError(f"{folder}: the {what} are not those that meta.json was written for ({seen}, not {noted})")
+            raise InputError(f"{folder}: meta.json was written for {what} ({noted}, not {seen})")
     return Base(model.encoder, model.head, tokenizer, meta, mark)
 
 
@@ -115,7 +116,7 @@ def check_meta(meta: dict, source: Path) -> EncoderConfig:
     for name, holds in META.items():
         if name in meta and not holds(meta[name]):
             raise InputError(f"{source}: its {name} is {meta[name]!r}, which no base has")
-    with shaped(source, "its \"encoder\" does not hold the sizes of one"):
+    with shaped(source, "its \"encoder\" does not hold the sizes of an encoder"):
         return check_encoder(EncoderConfig(**meta["encoder"]), source)
 
 

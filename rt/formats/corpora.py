@@ -1,7 +1,7 @@
 """Corpora: text on disk, tokenized once into memory-mapped bins."""
 import hashlib
 from contextlib import ExitStack
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path, PurePath
 from typing import Iterator
 
@@ -23,9 +23,9 @@ PARTS = ("train", "heldout")
 CHUNK = 1000            # documents tokenized at a time
 
 
-def read_documents(path: Path) -> Iterator[str]:
-    """The documents of one file: each line, or the `text` of each JSON object or parquet row. Blank documents are left out."""
-    for place, row in read_table(path, format_of(path), ("text",)):
+def read_documents(*paths: Path) -> Iterator[str]:
+    """The documents of files: each line, or the `text` of each JSON object or parquet row. Blank documents are left out."""
+    for place, row in (found for path in paths for found in read_table(path, format_of(path), ("text",))):
         if not isinstance(row.get("text"), str):
             raise InputError(f"{place}: has no \"text\" string (found: {', '.join(map(str, row))})")
         if row["text"].strip():
@@ -85,10 +85,10 @@ def split_documents(path: Path) -> Iterator[tuple[str, str]]:
     """('train' or 'heldout', document) per document. Without a heldout file, the document's hash decides, so equal ones stay together."""
     files = corpus_files(path)
     if files["heldout"]:
-        yield from ((part, text) for part in PARTS for text in chain.from_iterable(map(read_documents, files[part])))
+        yield from ((part, text) for part in PARTS for text in read_documents(*files[part]))
         return
     smallest = _smallest_draw(path, files["train"])
-    for text in chain.from_iterable(map(read_documents, files["train"])):
+    for text in read_documents(*files["train"]):
         yield "heldout" if (_draw(text) % HELDOUT_SHARE == 0 if smallest is None else _draw(text) == smallest) else "train", text
 
 
@@ -100,7 +100,7 @@ def _smallest_draw(path: Path, files: list[Path]) -> int | None:
     """The smallest draw of a corpus so small that holding out one document in HELDOUT_SHARE would leave one side empty. The documents with
     this draw are held out instead. None for other corpora. InputError if all documents have the same draw."""
     draws, sides, count = set(), set(), 0
-    for count, text in enumerate(chain.from_iterable(map(read_documents, files)), 1):
+    for count, text in enumerate(read_documents(*files), 1):
         draws.add(draw := _draw(text))
         sides.add(draw % HELDOUT_SHARE == 0)
         if len(sides) == 2:

@@ -120,7 +120,8 @@ def encoder_config(facts: dict, source: Path | str) -> EncoderConfig:
     check_only(facts, ONLY, source)
     pad_id, positions = facts.get("pad_token_id", 0 if kind == "bert" else 1), facts.get("max_position_embeddings")
     if not is_whole(pad_id, 0) or not is_whole(positions, pad_id + 2):
-        raise InputError(f"{source}: pad_token_id {pad_id!r} is no token, or leaves none of max_position_embeddings {positions!r}")
+        raise InputError(f"{source}: pad_token_id {pad_id!r} is not a token, or leaves no positions out of "
+                         f"max_position_embeddings {positions!r}")
     return check_encoder(EncoderConfig(
         **{ours: facts.get(theirs, DEFAULTS.get(ours)) for ours, theirs in SETTINGS.items()},
         max_len=positions - (0 if kind == "bert" else pad_id + 1), pad_id=pad_id, model_type=kind), source, SETTINGS)
@@ -173,7 +174,6 @@ def head_state(weights: dict[str, Tensor], config: EncoderConfig, modules: dict[
 
 def load_hf(folder: Path) -> Base:
     """Load a checkpoint folder (config.json, weights, tokenizer files) as a Base."""
-    folder = Path(folder)
     facts = read_json(folder / "config.json")
     config = encoder_config(facts, folder / "config.json")
     found, tokenizer = read_weights(folder), load_tokenizer(folder)
@@ -204,8 +204,8 @@ def load_hf(folder: Path) -> Base:
 
 def note_ids(facts: dict, config: EncoderConfig, tokenizer: Tokenizer, folder: Path) -> None:
     """Note the ids on which config.json and the tokenizer disagree."""
-    ids = {"pad_token_id": tokenizer.pad_id, "mask_token_id": tokenizer.mask_id, **dict.fromkeys(("bos_token_id", "cls_token_id"),
-           tokenizer.bos_id), **dict.fromkeys(("eos_token_id", "sep_token_id"), tokenizer.eos_id)}
+    ids = {"pad_token_id": tokenizer.pad_id, "mask_token_id": tokenizer.mask_id, "bos_token_id": tokenizer.bos_id,
+           "cls_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "sep_token_id": tokenizer.eos_id}
     said = {"pad_token_id": config.pad_id, **{name: facts[name] for name in ids if facts.get(name) is not None}}
     if wrong := [f"{name} {said[name]} and {i}" for name, i in ids.items() if said.get(name, i) != i]:
         note(f"{folder}: config.json and the tokenizer disagree: {', '.join(wrong)}; RoBERTa's positions go by the first, "
@@ -221,7 +221,7 @@ def import_tuned(folder: Path, base: Base, labels: tuple[str, ...], task: str | 
     check_vocabulary(folder, base)
     check_sizes(base, config, f"{folder}: holds")
     if other := re.search(r"\w+For(?:TokenClassification|MultipleChoice)\b", str(facts.get("architectures"))):     # with equal tensors
-        raise InputError(f"{folder}: is a {other[0]}, no model for sequence classification")
+        raise InputError(f"{folder}: is a {other[0]}, not a model for sequence classification")
     weights = plain(read_weights(folder), folder)
     encoder = build(Encoder, config, encoder_state(weights, config, folder), folder)
     names = [*head_names(config, CLASSIFIERS)]
@@ -237,7 +237,7 @@ def import_tuned(folder: Path, base: Base, labels: tuple[str, ...], task: str | 
 
 
 def check_vocabulary(folder: Path, base: Base) -> None:
-    """InputError if a tuned model has its own tokenizer, and this has another vocabulary than the base's or gives other ids for a text."""
+    """InputError if a tuned model's own tokenizer has another vocabulary than the base's, or gives other ids for a text."""
     try:
         tokenizer = load_tokenizer(folder)
     except NoTokenizer:
@@ -245,7 +245,7 @@ def check_vocabulary(folder: Path, base: Base) -> None:
     if tokenizer.vocabulary != base.tokenizer.vocabulary:
         raise InputError(f"{folder}: its tokenizer has another vocabulary than the base's; give the base that it was tuned from")
     if tokenizer.framed().encode(PROBE, PROBE).ids != base.tokenizer.framed().encode(PROBE, PROBE).ids:
-        raise InputError(f"{folder}: its tokenizer has the base's vocabulary but makes other ids of a text (case, accents, first space, "
+        raise InputError(f"{folder}: its tokenizer has the base's vocabulary but gives other ids for a text (case, accents, first space, "
                          "special tokens around it); give a copy of the base with this tokenizer")
 
 
@@ -256,7 +256,7 @@ def class_names(facts: dict, outputs: int, given: tuple[str, ...], source: Path)
         raise InputError(f"{source}: problem_type {problem!r} is not supported: one label a text, or a regression")
     if problem == "regression" or outputs == 1:
         if outputs > 1 or given:
-            raise InputError(f"{source}: a regression with {outputs} outputs and {len(given)} labels is not supported, only one and none")
+            raise InputError(f"{source}: a regression has one output and no labels, not {outputs} and {len(given)}")
         return ()
     named = facts.get("id2label") or {}
     if not isinstance(named, dict):
@@ -285,8 +285,8 @@ def hf_config(config: EncoderConfig, tokenizer: Tokenizer, task: str, labels: tu
 
 
 def export_hf(folder: Path, base: Base, delta: Delta | None = None, labels: tuple[str, ...] | None = None, card: str | None = None) -> str:
-    """Write a base, or base + delta merged, for transformers. Returns the Auto class that loads it. `labels` are those that a base will be
-    tuned on, `card` is the text of README.md. InputError if the delta cannot be merged (adapter, prefix) or belongs to another base."""
+    """Write a base, or base + delta merged, for transformers. Returns the Auto class that loads it. `labels` are the labels that a base
+    will be tuned on, `card` is the text of README.md. InputError if the delta cannot be merged (adapter, prefix) or is of another base."""
     config = base.encoder.config
     if delta is not None:
         encoder, task, labels, head, modules = merge(base, delta), "SequenceClassification", delta.labels, delta.head, CLASSIFIERS
@@ -316,7 +316,7 @@ def export_hf(folder: Path, base: Base, delta: Delta | None = None, labels: tupl
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write float32 tensors, each with its own memory, in the form that transformers and PEFT read."""
-    own = {k: v.detach().float().cpu().contiguous().clone() for k, v in tensors.items()}
+    own = {k: v.float().cpu().contiguous().clone() for k, v in tensors.items()}
     safetensors.torch.save_file(own, path, metadata={"format": "pt"})
 
 

@@ -50,7 +50,7 @@ def _value(value: Any, names: list[str] | None, place: str) -> Any:
 
 def _classes(noted: bytes | None, path: Path) -> dict[str, list[str]]:
     """{column: class names} as the datasets library stores them in a file. InputError if this record is damaged."""
-    with shaped(path, "what the datasets library has noted of its columns is damaged"):
+    with shaped(path, "the datasets library's record of its columns is damaged"):
         features = (parse_json(noted or b"{}", path).get("info") or {}).get("features") or {}
         names = {column: feature["names"] for column, feature in features.items()
                  if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names")}

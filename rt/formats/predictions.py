@@ -32,14 +32,14 @@ class Predictions:
     and each of the C labels gets smoothing / C on top. InputError names a line that does not fit."""
     def __init__(self, path: Path, labels: tuple[str, ...], smoothing: float = 0.0):
         if not path.is_file() or format_of(path) not in ("jsonl", "json"):
-            raise InputError(f"--teacher {path}: is no .jsonl file, such as python -m rt.runs.predict writes")
+            raise InputError(f"--teacher {path}: is not a .jsonl file such as python -m rt.runs.predict writes")
         self.path, self.labels, self.smoothing, self.has_hard = path, labels, smoothing, False
         self.found: dict[str, tuple[list[float], str]] = {}     # hash of the text -> (answer, its line)
         for place, row in read_table(path, format_of(path)):
             answer = self.answer(place, row)
             first, other = self.found.setdefault(self.key(place, row), (answer, place))
             if not all(math.isclose(a, b, rel_tol=0.01, abs_tol=0.01) for a, b in zip(answer, first)):
-                raise InputError(f"{place}: has another answer for the text of {other}")
+                raise InputError(f"{place}: answers the text of {other} differently")
         if smoothing and not self.has_hard:
             raise InputError(f"--label_smoothing is for hard labels, and {path} has none")
 
@@ -55,8 +55,8 @@ class Predictions:
         """Probabilities in the order of the labels, or the value of a regression."""
         labels, wanted = self.labels, ", ".join(self.labels[:8])
         if not labels:
-            if not is_number(row.get("value")):
-                raise InputError(f"{place}: has no \"value\", a number, and the task is a regression")
+            if not is_number(row.get("value"), -3e38, 3e38):
+                raise InputError(f"{place}: its \"value\" is not a number, and the task is a regression")
             return [row["value"]]
         answer = row if row.get("probabilities") is None else row["probabilities"]
         if not isinstance(answer, dict) or answer is not row and {*answer} != {*labels}:
@@ -70,7 +70,7 @@ class Predictions:
             return [(label == each) * (1 - self.smoothing) + self.smoothing / len(labels) for each in labels]
         values = [answer[label] for label in labels]
         if not all(is_number(p, 0, 1.01) for p in values) or abs(sum(values) - 1) > 0.02:
-            raise InputError(f"{place}: {str(values)[:200]} are no probabilities of {wanted}: numbers from 0 to 1 with the sum 1")
+            raise InputError(f"{place}: {str(values)[:200]} are not probabilities of {wanted}: numbers from 0 to 1 with the sum 1")
         return values
 
     def logits(self, examples: Iterable[Example]) -> Tensor:

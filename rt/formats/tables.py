@@ -1,4 +1,5 @@
-"""Reads files row by row: text lines, JSONL, JSON, csv and tsv (plain, .gz or .xz), and parquet. Holds one line or row at a time."""
+"""Reads files row by row: text lines, JSONL, JSON, csv and tsv (plain, .gz or .xz), and parquet. Holds one line or row at a time,
+except a .json list (whole), parquet (1,000 rows) and the first part of a piped table."""
 import csv
 import gzip
 import itertools
@@ -22,7 +23,7 @@ FORMATS = ("txt", *TABLES)
 DELIMITERS = {"csv": ",;\t", "tsv": "\t,;"}     # the first one that the header contains counts
 UNQUOTED = dict(quoting=csv.QUOTE_NONE)
 AHEAD = 2**20       # characters read ahead from a pipe, because a pipe cannot be read twice
-HEADER = "if the first line is data, a header is missing: the names of the columns"
+HEADER = "if the first line is data, the header (the names of the columns) is missing"
 
 
 def format_of(path: Path) -> str:
@@ -105,7 +106,7 @@ def _read_csv(path: Path, format: str) -> Iterator[tuple[str, dict]]:
         raise InputError(f"{place}: two columns are called {Counter(header).most_common(1)[0][0]!r}; {HEADER}")
     for place, row in rows:
         if row and len(row) != len(header):
-            raise InputError(f"{place}: {len(row)} columns where the header has {len(header)}")
+            raise InputError(f"{place}: {len(row)} columns, but the header has {len(header)}")
         if row:
             yield place, dict(zip(header, row))
 

@@ -5,7 +5,6 @@ Columns may have the usual names instead of `text`, `text_pair` and `label`. Row
 that has only such rows. Notes on stderr say what was left out and which guesses were made.
 """
 import functools
-import math
 import os
 import re
 import unicodedata
@@ -44,7 +43,6 @@ MOST_LABELS = 5000              # a confusion matrix has this many rows and colu
 
 def load_task(path: Path) -> Task:
     """Read a task folder. InputError names the file and line that does not fit."""
-    path = Path(path)
     if not path.is_dir():
         raise InputError(f"{path}: a task is a folder with train, dev and test files (.jsonl, .json, .csv, .tsv or .parquet)")
     columns: dict[str, str] = {}        # shared by all files
@@ -106,12 +104,12 @@ def _note_doubts(path: Path, parts: dict[str, list[Example]]) -> None:
     """Note what may be wrong with the labels: a regression on whole numbers, a single negative number (-1, -9, -999), a single label."""
     train, is_regression = Counter(_plain(e.label) for e in parts["train"]), isinstance(parts["train"][0].label, float)
     if is_regression and all(re.fullmatch(r"-?\d+", label) for label in train):
-        note(f"{path}: whole numbers with a point are the labels of all train examples and make a regression; write classes without it")
+        note(f"{path}: all train labels are whole numbers with a decimal point, which makes this a regression; write classes without it")
     if not is_regression and all(re.fullmatch(r"-?\d+\.\d+", e.label) for e in parts["train"]):
         note(f"{path}: {parts['train'][0].label} and the other labels are classes; a regression needs .jsonl with numbers, not strings")
     if len(minus := [x for x in train if re.match(r"-\d", x)]) == 1 and (is_regression or _are_counted(train.keys() - minus)):
         note(f"{path}: {minus[0]}, the label of {train[minus[0]]} of {len(parts['train'])} train examples, is taken for a "
-             f"{'number' if is_regression else 'class'} like the others; if it stands for none, take them out")
+             f"{'number' if is_regression else 'class'} like the others; if it means that there is no label, take these examples out")
     for part, examples in parts.items():
         if len({e.label for e in examples}) == 1 and len(examples) >= 10:
             note(f"{path}: all {len(examples)} {part} examples have the label {examples[0].label}: are their true labels hidden?")
@@ -129,7 +127,7 @@ def _classes(path: Path, parts: dict[str, list[Example]]) -> tuple[str, ...]:
         if (other := alike.setdefault(re.sub(r"^(-?\d+)\.0$", r"\1", unicodedata.normalize("NFKC", label).strip()), label)) != label:
             raise InputError(f"{source}: label {label!r} differs from the label {other!r} by spaces, Unicode form or .0 alone")
     if all(re.fullmatch(r"-?\d+(,\d+)?", label) for label in sources) and (comma := next((x for x in sources if "," in x), None)):
-        raise InputError(f"{sources[comma]}: label {comma!r} is neither a number, which has a point and no comma, nor one class")
+        raise InputError(f"{sources[comma]}: label {comma!r} is neither a number ({comma.replace(',', '.')} would be one) nor one class")
     labels = tuple(sorted(sources, key=lambda x: (0, int(x), x) if re.fullmatch(r"-?\d{1,18}", x) else (1, 0, x)))
     for e in (e for examples in parts.values() for e in examples):
         if e.label not in sources:
@@ -162,7 +160,8 @@ def _check_one_type(examples: list[Example]) -> None:
     typed = {isinstance(e.label, str): e for e in reversed(examples) if not UNTYPED.search(e.source)}    # the first example of either type
     name, number = typed.get(True), typed.get(False)
     if name and number:
-        raise InputError(f"{name.source}: label {name.label!r} is a string, but the one of {number.source} is a number: write all alike")
+        raise InputError(f"{name.source}: label {name.label!r} is a string, but the label of {number.source} is a number: "
+                         "write all labels alike")
 
 
 def _with_float(e: Example) -> Example:
@@ -170,7 +169,7 @@ def _with_float(e: Example) -> Example:
         value = float(e.label)      # whole numbers, too
     except (ValueError, OverflowError):
         raise InputError(f"{e.source}: label {e.label!r} is not a number as other labels of this task are") from None
-    if not math.isfinite(value):
+    if not abs(value) < 3e38:       # also NaN; targets are float32
         raise InputError(f"{e.source}: label {value} is not a finite number")
     return replace(e, label=value)
 
@@ -194,7 +193,7 @@ def _examples(path: Path, labelled: bool, format: str, columns: dict[str, str]) 
         if number == 1 and pair and _plain(pair.strip()) not in PAIRS[:PLAIN]:
             note(f"{path.parent if labelled else path}: {text} and {pair} are read as a pair of texts")
         if number == 1 and labelled and read[2] and _plain(read[2].strip()) != columns.get("label", _plain(read[2].strip())):
-            note(f"{path}: {read[2]} is not read, because the label of the files before is {columns['label']}")
+            note(f"{path}: {read[2]} is not read, because the files before it have their label in {columns['label']}")
         if number <= MOST_SEEN:
             unread.update(name for name in row if name not in read and _is_text(name, row[name]))
         yield _example(place, row, read, labelled, columns)

@@ -139,7 +139,6 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """Load a tokenizer from a `tokenizer.json`, or from a folder with one, with RoBERTa's `vocab.json` and `merges.txt`, or with BERT's
     `vocab.txt`. As in transformers, the files next to these set case, accents, the first space and added tokens. InputError if no file can
     be read, or if transformers 5 would read it differently: with other ids of tokens, or with other special tokens around a text."""
-    path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
     for read in (file, path / "vocab.json", path / "merges.txt", path / "vocab.txt"):
         if read.is_file() and read.stat().st_size > JSON_BYTES:
@@ -290,8 +289,8 @@ def _checked_types(tokenizer: Tokenizer, name: str, roles: dict[str, str]) -> bo
     for frame in frames:
         typed = not has_types or frame.type_ids == types[:len(frame)]
         if frame.ids not in ([bos, *a, eos], expected) or bert and not has_types or not typed:
-            raise InputError(f"{tokenizer.source}: transformers makes {' '.join(frame.tokens)} of the texts a and b, of token types "
-                             f"{frame.type_ids}; supported is <s> a </s> </s> b </s>, or [CLS] a [SEP] b [SEP] of two types")
+            raise InputError(f"{tokenizer.source}: transformers turns the texts a and b into {' '.join(frame.tokens)}, with token types "
+                             f"{frame.type_ids}; supported are <s> a </s> </s> b </s>, or [CLS] a [SEP] b [SEP] of two types")
     if roles.get("mask_token") and id_of(roles["mask_token"]) != tokenizer.mask_id:
-        raise InputError(f"{tokenizer.source}: its mask_token is {roles['mask_token']!r}; what is supported is <mask> or [MASK]")
+        raise InputError(f"{tokenizer.source}: its mask_token is {roles['mask_token']!r}; supported are <mask> and [MASK]")
     return has_types

@@ -1,4 +1,4 @@
-"""Checks input from others before it is used: the sizes of JSON and safetensors headers, and the form of labels. No torch here."""
+"""Checks input from others before it is used: JSON, numbers, labels, and the headers of safetensors files. No torch here."""
 import json
 import math
 import re
@@ -14,7 +14,7 @@ from rt.errors import InputError
 
 JSON_BYTES = 100 * 2**20        # the longest JSON file: a summary of some 50,000 runs, or a tokenizer
 LINE_BYTES = 16 * 2**20         # the longest line of text: a document of some 3 million tokens
-LFS_POINTER = b"version https://git-lfs"        # how a file begins that stands for the real one in a clone without Git LFS
+LFS_POINTER = b"version https://git-lfs"        # the first bytes of the file that a clone without Git LFS has in place of the real one
 # the errors that code raises on JSON of an unexpected shape
 MISSHAPEN = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError, StopIteration)
 

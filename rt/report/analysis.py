@@ -10,7 +10,7 @@ distance. Head h of layer l has the number l * H + h.
 """
 import math
 from functools import partial
-from typing import Callable, Iterable, Sequence
+from typing import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -33,15 +33,14 @@ def bezier(a: Weights, control: Weights, b: Weights) -> Path:
     return lambda mu: {k: (1 - mu) ** 2 * a[k] + 2 * mu * (1 - mu) * control[k] + mu ** 2 * b[k] if k in control else b[k] for k in b}
 
 
-def walk(model: Classifier, path: Path, points: Iterable[float], data: Encoded, device: torch.device, precision: torch.dtype) -> list[dict]:
+def walk(model: Classifier, path: Path, points: Iterable[float], data: Encoded, device: torch.device,
+         precision: torch.dtype) -> Iterator[dict]:
     """One row {'mu', 'loss', metrics...} per point, for `model` with the path's weights there on `data`; loss in nats."""
-    rows = []
     for mu in points:
         weights = path(mu)
         logits = predict(Reweighted(model, lambda: weights), data.sequences, device, precision)
         loss = task_loss(logits, data.targets, data.targets.is_floating_point()).mean().item()
-        rows.append({"mu": mu, "loss": loss, **metrics(logits, data.targets)})
-    return rows
+        yield {"mu": mu, "loss": loss, **metrics(logits, data.targets)}
 
 
 def barrier(rows: Sequence[dict]) -> float:

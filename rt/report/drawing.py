@@ -24,14 +24,14 @@ BLOCKS, PRINTED = "▁▂▃▄▅▆▇█", 40     # the blocks of a sparkline
 
 @dataclass(frozen=True)
 class Panel:
-    """Lines over one x axis. Several y values at one x are seeds. A line with no x but 0 is drawn as a horizontal level."""
+    """Lines over one x axis. Several y values at one x are seeds. A line whose only x is 0 is drawn as a horizontal level."""
     title: str
     xlabel: str
     ylabel: str
     lines: dict[str, Points]
     looks: dict[str, dict] = field(default_factory=dict)    # matplotlib properties, for lines that do not take the next default look
     ticks: dict[float, str] = field(default_factory=dict)
-    limits: Literal["measured", "bands", "zero"] = "bands"    # of y: all of the bands; from zero; or the measured values, which cuts bands
+    limits: Literal["measured", "bands", "zero"] = "bands"    # of y: the measured values (cuts bands), all of the bands, or from zero up
     own_legend: bool = False    # below the panel instead of below the figure
 
 

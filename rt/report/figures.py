@@ -117,7 +117,7 @@ def connectivity_numbers(rows: list[dict]) -> list[dict]:
 
 # --- study 3: similarity ----------------------------------------------------------------------------------------------
 
-def attention_heatmaps(rows: list[dict], path: Path) -> None:
+def attention(rows: list[dict], path: Path) -> None:
     """Attention maps on one sentence, a line per head and a column per model. Rows: task, base, layer, head, tokens (n words) and map
     (n x n, query by key)."""
     heads, bases = group(rows, "task", "layer", "head"), list(dict.fromkeys(row["base"] for row in rows))
@@ -134,7 +134,7 @@ def attention_heatmaps(rows: list[dict], path: Path) -> None:
                 ax.label_outer()
 
 
-def head_similarity(rows: list[dict], path: Path) -> None:
+def heads(rows: list[dict], path: Path) -> None:
     """A column per task and pair: above, the divergence of every head from every head; below, the CKA of the layers; means over seeds.
     Rows: task, pair, heads (per layer), divergence (heads x heads), share_own_best, cka (layers + 1 squared)."""
     panels = group(rows, "task", "pair")
@@ -180,7 +180,7 @@ def distance_numbers(rows: list[dict]) -> list[dict]:
 
 # --- recipes of upgrades ------------------------------------------------------------------------------------------------
 
-def pareto(points: dict[str, Points], path: Path, xlabel: str, ylabel: str, line: tuple[str, ...] = ()) -> None:
+def pareto(points: dict[str, Points], path: Path, xlabel: str, line: tuple[str, ...] = ()) -> None:
     """One marker per label, at the mean of its points; those of `line` are joined. Low and left is better on both axes."""
     with saved_figure(path, 1, 1, width=6.0, height=4.2) as axes:
         ax = axes[0, 0]
@@ -189,7 +189,7 @@ def pareto(points: dict[str, Points], path: Path, xlabel: str, ylabel: str, line
             ax.plot([x], [y], **look(i) | {"linestyle": "", "markersize": 5})
         if line:
             ax.plot(*zip(*map(means.get, line)), color="gray", linewidth=0.8, zorder=0)
-        ax.set(xlabel=xlabel, ylabel=ylabel)
+        ax.set(xlabel=xlabel, ylabel="points lost by old deltas, as they are")
         ax.figure.draw_without_rendering()      # places are known only now
         placed: list[tuple[float, float]] = []
         for label, mean in means.items():       # from below; a label that would cover another goes above it
@@ -205,12 +205,12 @@ def pareto(points: dict[str, Points], path: Path, xlabel: str, ylabel: str, line
 def recipes(rows: list[dict], path: Path) -> None:
     """Points that old deltas lose against held-out loss given up on the new domain, one marker per upgrade. Rows: rt/report/studies.py."""
     points = {line["base"]: [(line["given up"], line["points lost"])] for line in recipes_numbers(rows)}
-    pareto(points, path, "held-out loss given up on the new domain (nats)", "points lost by old deltas, as they are")
+    pareto(points, path, "held-out loss given up on the new domain (nats)")
 
 
 def recipes_numbers(rows: list[dict]) -> list[dict]:
     """A line per upgrade with rows of deltas: the points that `apply` loses and `init` gains over `scratch`, the share of heads kept (means
-    over tasks and seeds), held-out losses, how far the last is above the best upgrade's, and the distance from the old base."""
+    over tasks and seeds), held-out losses, the new domain's loss above the best upgrade's, and the distance from the old base."""
     bases, numbers = {row["base"]: row for row in rows if row["of"] == "base"}, []
     (first, old), *later = bases.items()
     new = [*old["heldout"]][-1]
@@ -232,8 +232,8 @@ def recipes_numbers(rows: list[dict]) -> list[dict]:
 
 
 def mixture_numbers(rows: list[dict]) -> list[dict]:
-    """The fitted law per domain, its mean error at left-out bases, and the least replay that forgets nothing. Nothing for fewer than three
-    runs, which a law needs, and no error if a base has all but two."""
+    """The fitted law per domain, its mean error at left-out bases, and the least replay that forgets nothing. No lines for fewer than
+    three runs, which a law needs. The error is empty if leaving out one base leaves fewer than three runs."""
     old, *runs = rows
     if len(runs) < 3:
         return []
@@ -270,11 +270,10 @@ def mixture(rows: list[dict], path: Path) -> None:
 NUMBERS: dict[str, Callable[[list[dict]], list[dict]]] = {
     "compatibility": compatibility_numbers, "connectivity": connectivity_numbers, "similarity": similarity_numbers,
     "distance": distance_numbers, "recipes": recipes_numbers, "mixture": mixture_numbers}
-# by file name; rows with `what` go to the figure of that name only
-FIGURES: dict[str, dict[str, Callable[[list[dict], Path], None]]] = {
-    "compatibility": {"compatibility": compatibility}, "connectivity": {"connectivity": connectivity},
-    "similarity": {"attention": attention_heatmaps, "heads": head_similarity}, "distance": {"distance": distance},
-    "recipes": {"recipes": recipes}, "mixture": {"mixture": mixture}}
+# a function has the name of its file; rows with `what` go to the figure of that name only
+FIGURES: dict[str, tuple[Callable[[list[dict], Path], None], ...]] = {
+    "compatibility": (compatibility,), "connectivity": (connectivity,), "similarity": (attention, heads), "distance": (distance,),
+    "recipes": (recipes,), "mixture": (mixture,)}
 
 
 def numbers_table(numbers: list[dict]) -> str:
@@ -286,4 +285,4 @@ def numbers_table(numbers: list[dict]) -> str:
 
 def figures_of(study: str, rows: list[dict]) -> dict[str, Callable[[Path], None]]:
     """{name: a function that draws the figure to a path}."""
-    return {name: partial(draw, [row for row in rows if row.get("what", name) == name]) for name, draw in FIGURES[study].items()}
+    return {(name := draw.__name__): partial(draw, [row for row in rows if row.get("what", name) == name]) for draw in FIGURES[study]}

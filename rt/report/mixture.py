@@ -41,8 +41,8 @@ def fit(runs: Runs) -> Law:
 
 
 def left_out(runs: Runs, bases: list[str]) -> float | None:
-    """The mean absolute error at each run of the law fitted on the runs of other `bases`: a base's snapshots lie too near to each other.
-    None if these are fewer than three."""
+    """The mean absolute error of the law at each run, fitted on the runs of the other `bases`: snapshots of one base lie too near to each
+    other. None if a fit would have fewer than three runs."""
     others = {base: [run for run, its in zip(runs, bases) if its != base] for base in bases}
     if min(map(len, others.values())) < 3:
         return None

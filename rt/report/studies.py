@@ -19,6 +19,7 @@ from rt.model import Classifier, MaskedLM
 from rt.pretrain import evaluate_mlm
 from rt.recycling import Recycling, recycle
 from rt.report import analysis
+from rt.runs.build import default_rate
 from rt.runs.log import progress
 from rt.runs.upgrade import scored_rows
 from rt.tune import TuneSettings, evaluate
@@ -102,10 +103,10 @@ def connectivity(context: StudyContext) -> Iterator[dict]:
             paths = {"linear": analysis.linear(*ends)}
             if c.curve:
                 paths["curve"] = analysis.bezier(ends[0], control_point(context, b, ends, task, seed), ends[1])
-            for (name, path), mu in product(paths.items(), points):
-                row, = analysis.walk(b, path, [mu], context.scored(task), **context.where)
-                yield facts | {"pair": "-".join(pair), "path": name, **row}
-                bar.update()
+            for name, path in paths.items():
+                for row in analysis.walk(b, path, points, context.scored(task), **context.where):
+                    yield facts | {"pair": "-".join(pair), "path": name, **row}
+                    bar.update()
 
 
 def control_point(context: StudyContext, model: Classifier, ends: tuple[Weights, Weights], task: str, seed: int) -> Weights:
@@ -202,9 +203,8 @@ def recipes(context: StudyContext) -> Iterator[dict]:
     delta as it is, the share of attention heads that match themselves best, and the scores of init and scratch with few labels."""
     c, first, where = context.c, next(iter(context.bases)), context.where
     old, tokenizer = dict(context.bases[first].encoder.named_parameters()), context.bases[first].tokenizer
-    drawn = {(task, seed): few_shot(context.tasks[task], c.shots, seed) if c.shots else context.tasks[task]
-             for task, seed, _ in context.cells()}
-    samples = {cell: encode_task(few, tokenizer, c.seq_len) for cell, few in drawn.items()}     # all, so one that fails ends it at once
+    samples = {(task, seed): encode_task(few_shot(whole, c.shots, seed) if c.shots else whole, tokenizer, c.seq_len)
+               for task, whole in context.tasks.items() for seed in c.seeds}        # all, so one that fails ends it at once
     note_learned(context, {name: base.meta.get("domain") for name, base in context.bases.items() if name != first})
     with progress(len(context.bases) * (1 + len(context.data) * len(c.seeds)), "recipes", unit="row") as bar:
         for name, base in context.bases.items():
@@ -228,7 +228,7 @@ def few_shot_score(context: StudyContext, mode: str, name: str, task: str, seed:
     """The test score of `mode` on an upgrade; if there is no test, the score on the whole dev, as for `apply`."""
     c, first = context.c, next(iter(context.bases))
     delta = context.deltas[first, task, seed]
-    settings = TuneSettings(c.tune_steps, c.batch_size, c.lr or (5e-4 if c.delta == "full" else 5e-3), max(1, c.tune_steps // 5), seed)
+    settings = TuneSettings(c.tune_steps, c.batch_size, c.lr or default_rate(c.delta), max(1, c.tune_steps // 5), seed)
     r = Recycling(context.bases[first], delta, context.bases[name], data, delta.config, settings, DistillConfig(), **context.where)
     model, result = recycle(r, mode)
     return next(iter((result.test or evaluate(model, context.scored(task), **context.where)).values()))
@@ -240,9 +240,9 @@ def mixture(context: StudyContext) -> Iterator[dict]:
     places = [Path(place) for folder in later for place in (*(each for _, each in snapshots(Path(folder))), folder)]
     if len(places) < 3:
         raise InputError(f"--bases {','.join(later)}: are {len(places)} with their snapshots, and a law is fitted to three or more")
-    if foreign := [str(place) for place in places if "step" not in read_json(place / "meta.json", {})]:
+    metas = {str(place): read_json(place / "meta.json", {}) for place in places}
+    if foreign := [place for place, meta in metas.items() if "step" not in meta]:
         raise InputError(f"--bases: {foreign[0]} has no meta.json with its steps and replay, as train.py writes it: leave it out")
-    metas = {str(place): read_json(place / "meta.json") for place in places}
     if mixed := [folder for folder in later if metas[str(Path(folder))].get("recipe", {}).get("mix")]:
         raise InputError(f"--bases: {mixed[0]} was trained with --mix, and the share of old text is read from --replay alone: leave it out")
     old = next(iter(context.bases.values()))

@@ -21,9 +21,14 @@ from rt.runs.workers import cores
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 
 
+def default_rate(kind: str) -> float:
+    """The default peak learning rate for tuning a delta of this kind, for the mini preset."""
+    return {"full": 5e-4, "prefix": 1e-2}.get(kind, 5e-3)
+
+
 def build(c: Any, *jobs: tuple[str, dict], of: int = 1) -> None:
     """Run train.py for each of `jobs`, pairs (what it makes, flags). On a CPU, one job per core runs at once. InputError if a job fails.
-    `of`: how many results the command needs, missing or not, so that a job's threads, and its last bits, do not depend on what is there."""
+    `of`: how many results the command needs, missing or not. Threads per job, and so a job's last bits, must not depend on what exists."""
     at_once = 1 if c.device != "cpu" and torch.cuda.is_available() else min(max(of, len(jobs)), cores())
     alone = {k: v for k, v in os.environ.items() if k != "RANK"}        # not one of torchrun's ranks
     if at_once > 1:
@@ -47,7 +52,7 @@ def build(c: Any, *jobs: tuple[str, dict], of: int = 1) -> None:
 
 @contextmanager
 def making(*folders: Path) -> Iterator[None]:
-    """In the block, no other command makes one of `folders`. One that does is waited for, and so is a train.py whose command was killed."""
+    """In the block, no other command makes one of `folders`. Waits for one that does, and for a train.py whose command was killed."""
     with ExitStack() as stack:
         for folder in sorted(folders):      # two commands with one order never wait for each other
             stack.enter_context(locked(beside(folder, "making"), wait=True))

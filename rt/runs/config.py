@@ -80,8 +80,8 @@ def parse(cls: type[C], argv: list[str], words: str | None = None) -> C:
     try:
         given, rest = _parser(cls, words).parse_known_args([switches.get(argument, argument) for argument in spelled])
     except argparse.ArgumentError as error:
-        name = (error.argument_name or "").lstrip("-")
-        raise InputError(f"--{name} needs a value: {_type_name(flags[name].kind)}") from None
+        flag = flags.get((error.argument_name or "").lstrip("-"))
+        raise InputError(f"--{flag.name} needs a value: {_type_name(flag.kind)}" if flag else "--help takes no value") from None
     for argument in rest:
         if words is None or argument.startswith("-"):
             raise _unknown(argument, list(flags), switches.get(dict(zip(spelled[1:], spelled)).get(argument)))
@@ -199,7 +199,7 @@ def _type_name(kind: Any) -> str:
         return f"comma-separated list of {_type_name(inner[0])}"
     if origin is typing.Literal:
         return "one of " + ", ".join(inner)
-    scalars = {bool: "true or false", int: "whole number", float: "number", str: "text"}
+    scalars = {bool: "switch (true or false)", int: "whole number", float: "number", str: "text"}
     return scalars[kind] if origin is None else _type_name(inner[0])        # else Annotated or optional
 
 

@@ -9,7 +9,7 @@ README.md for the hub.
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable, Literal
+from typing import Literal
 
 from rt.errors import InputError
 from rt.formats.adapters import export_peft
@@ -44,18 +44,19 @@ class Export:
     to: Literal["hf", "peft"] = "hf"  # hf: Hugging Face's format, with the delta merged; peft: a LoRA adapter
 
 
-def check_out(out: Path, sources: tuple[str | None, ...], is_own: Callable[[], bool]) -> None:
+def check_out(out: Path, sources: tuple[str | None, ...], is_own: bool) -> None:
     """InputError if `out` holds anything but the result of an earlier call: it may be a model of which there is no other copy."""
     if out.resolve() in [Path(source).resolve() for source in sources if source]:
         raise InputError(f"--out {out}: is what is to be converted; give another")
-    if (out.is_file() or out.is_dir() and any(out.iterdir())) and not is_own():
+    if (out.is_file() or out.is_dir() and any(out.iterdir())) and not is_own:
         raise InputError(f"--out {out}: is there already, and was not written by this command; give another, or remove it")
 
 
 def import_delta(c: Import) -> None:
     out = Path(c.out)
     with locked(out):
-        check_out(out, (c.tuned, c.base), lambda: "source" in (read_json(out / "delta.json", {}).get("info") or {}))
+        with shaped(out / "delta.json", "its \"info\" is not that of a delta"):
+            check_out(out, (c.tuned, c.base), "source" in (read_json(out / "delta.json", {}).get("info") or {}))
         task = c.task and (Path(c.task).name if Path(c.task).is_dir() else Path(c.task).name.split(".")[0])
         delta = open_delta(c.tuned, open_base(c.base), c.labels, task)
         save_delta(out, replace(delta, info=delta.info | {"config": record(c), "argv": sys.argv}))
@@ -68,7 +69,7 @@ def export_model(c: Export) -> None:
         raise InputError("--to peft needs --delta_dir: an adapter is a delta")
     out = Path(c.out)
     with locked(out):
-        check_out(out, (c.delta_dir, c.base), lambda: (out / CARD).is_file() and TAG.encode() in (out / CARD).read_bytes())
+        check_out(out, (c.delta_dir, c.base), (out / CARD).is_file() and TAG.encode() in (out / CARD).read_bytes())
         base = open_base(c.base)
         delta = open_best(c.delta_dir, base) if c.delta_dir else None
         with shaped(c.delta_dir or c.base, "its records lack what a model card needs"):

@@ -175,10 +175,10 @@ def note_truncated(truncated: int, count: int, seq_len: int, file: TextIO | None
         print(f"{truncated} of {count} texts are longer than {flag} {seq_len} and were cut", file=file)
 
 
-def are_pairs(examples: list[Example]) -> bool | None:
-    """Whether the texts are pairs; None if some are and some are not."""
-    kinds = {example.text_pair is not None for example in examples}
-    return kinds.pop() if len(kinds) == 1 else None
+def facts_of(task: Task) -> dict:
+    """The entries of a delta's `info` that describe its task. `pairs`: whether the texts are pairs; None if some are and some are not."""
+    kinds = {example.text_pair is not None for example in task.parts["train"]}
+    return {"task": task.name, "task_hash": task.hash, "labels": list(task.labels), "pairs": kinds.pop() if len(kinds) == 1 else None}
 
 
 def note_pairs(info: dict, examples: Iterable[Example]) -> Iterator[Example]:

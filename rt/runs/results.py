@@ -27,7 +27,7 @@ from rt.formats.files import FIGURES, check_overwritable, read_json, write_json
 from rt.formats.untrusted import shaped
 from rt.recycling import CARRIES, NEEDS_TEACHER, TRAINED, Recycling
 from rt.runs.config import changed, flags_of, record
-from rt.runs.log import Log, are_pairs
+from rt.runs.log import Log, facts_of
 from rt.runs.summary import add_steps_to_scratch, best_of, by_settings, group, routes, source_of
 from rt.tune import TuneResult, score
 
@@ -116,9 +116,8 @@ def save_run(out: Path, run: Run, task: Task, result: TuneResult, delta: Delta, 
            **{name: count for name in ("skipped", "diverged") if (count := getattr(result, name))}, "origin": origin, **more}
     with delta_folder(out / "deltas" / run.name, nbytes(delta)) as new:
         if c.save_deltas:
-            facts = {k: row[k] for k in ("task", "shots", "seed", "mode", "lr", "precision", "dev", "test", "origin") if row[k] != {}}
-            facts |= {"labels": list(task.labels), "task_hash": task.hash, "pairs": are_pairs(task.parts["train"])}
-            facts |= {"config": record(c), "argv": sys.argv}
+            facts = {k: row[k] for k in ("shots", "seed", "mode", "lr", "precision", "dev", "test", "origin") if row[k] != {}}
+            facts |= facts_of(task) | {"config": record(c), "argv": sys.argv}
             write_delta(new, replace(delta, info=facts | delta.info))
         log = Log(new, tensorboard=c.tensorboard)
         for line in curve:
@@ -135,9 +134,8 @@ def finished_row(out: Path, run: Run, origin: list[str], precision: str | None =
         is_damaged = run.c.save_deltas and differing(folder, "delta.json", read_json(folder / "delta.json"))
     except (InputError, OSError):
         return None
-    is_other = (row.get("origin"), row["lr"], row["settings"], row.get("precision", precision)) != (
-        origin, run.lr, run.settings, precision)
-    return None if is_damaged or is_other else row
+    same = (row.get("origin"), row["lr"], row["settings"], row.get("precision", precision)) == (origin, run.lr, run.settings, precision)
+    return row if same and not is_damaged else None
 
 
 # --- all runs ----------------------------------------------------------------------------------------------------------
@@ -204,6 +202,8 @@ def best_delta(folder: str | Path, base: str) -> Path:
     folder = Path(folder)
     if (folder / "delta.json").exists() or not (folder / "deltas").is_dir():
         return folder
+    if "rows" not in read_json(folder / "summary.json", {}):
+        raise InputError(f"{folder}: is not a folder of recycle.py, of which the best delta is taken; give one of {folder / 'deltas'}")
     rows = [row for row in summary_rows(folder / "summary.json")
             if (folder / "deltas" / row["run"] / "delta.json").exists() and not row.get("diverged")]
     with shaped(folder / "summary.json", "its rows do not hold what they should"):

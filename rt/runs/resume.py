@@ -49,7 +49,7 @@ KEPT = 2        # resumable checkpoints that stay: if the newest is damaged, the
 
 def has_work(out: Path, settings: dict, resume: bool, defaults: dict) -> bool:
     """False if the run in `out` is complete. InputError if a run with these `settings` would overwrite files or continue another run. A
-    setting that did not exist when that was begun had its value in `defaults`."""
+    setting that did not exist when the run was begun had its value in `defaults`."""
     if not (out / "config.json").exists():
         if unknown_names(out, {FIGURES, "config.json"}):
             raise InputError(f"{out} contains files that are not part of a stream of bases: give another --out")
@@ -98,8 +98,8 @@ def newest_checkpoints(out: Path) -> dict[str, Path]:
         try:
             facts = read_json(path / "meta.json")
             check_seal(path, "meta.json", facts)
-            if not (isinstance(facts.get("name"), str) and is_whole(facts.get("step"), 1) and {*RESUMABLE} <= {*facts.get("sha256", ())}):
-                raise InputError(f"{path / 'meta.json'} is damaged: it does not hold name, step and hashes of a resumable checkpoint")
+            if not (is_whole(facts.get("step"), 1) and {*RESUMABLE} <= {*facts.get("sha256", ())}):
+                raise InputError(f"{path / 'meta.json'} is damaged: it does not hold step and hashes of a resumable checkpoint")
         except InputError as error:
             damaged.setdefault(name, error)
         else:
@@ -134,14 +134,6 @@ def check_parent(base: Base, folder: Path, parent: str) -> None:
     """InputError if the base or checkpoint was not trained from the base with fingerprint `parent`."""
     if base.meta.get("parent", parent) != parent:
         raise InputError(f"{folder} was trained from another base than the present one: move it away to redo the stage")
-
-
-def stage_of(meta: dict, folder: Path) -> dict:
-    """The stage in a base's meta.json, for summary.json. InputError if the base was not the end of a stage."""
-    stage = meta.get("stage")
-    if not isinstance(stage, dict) or not isinstance(stage.get("heldout"), dict):
-        raise InputError(f"{folder} is not the final base of a stage: move it away to redo the stage")
-    return stage
 
 
 def table_of(out: Path) -> str:
@@ -207,7 +199,9 @@ class PretrainRun:
             return None
         base = load_base(self.out / name)
         check_parent(base, self.out / name, parent)
-        self.stages.append(stage_of(base.meta, self.out / name))
+        if not isinstance(base.meta.get("stage", {}).get("heldout"), dict):
+            raise InputError(f"{self.out / name} is not the final base of a stage: move it away to redo the stage")
+        self.stages.append(base.meta["stage"])
         return base
 
     def start_stage(self, about: dict, s: PretrainSettings, rows: Rows, model: MaskedLM, optimizer: torch.optim.Optimizer,
@@ -278,7 +272,7 @@ class PretrainRun:
 
     def save(self, folder: Path, optimizer: torch.optim.Optimizer | None = None, **more: Any) -> str | None:
         """Rank 0 writes the model, with `more` in meta.json, and returns its fingerprint. With an optimizer, only KEPT checkpoints of
-        this stage and those before it stay."""
+        this stage and earlier stages stay."""
         if not self.ranks.is_main:
             return None
         self.log.sync()
@@ -299,8 +293,7 @@ class PretrainRun:
             steps = sorted(self.kept & {*range(1, self.s.steps)})[1 - average:]
             snapshots = (load_base(self.out / f"{self.about['name']}-t{step:05d}") for step in steps)
             average_into(self.model, (MaskedLM(base.encoder, base.head).state_dict() for base in snapshots))
-        mixed = self.rows.mixture
-        seconds, name = round(time.perf_counter() - self.started, 1), self.about["name"]
+        mixed, seconds, name = self.rows.mixture, round(time.perf_counter() - self.started, 1), self.about["name"]
         self.bar.close()
         scores = self.ranks.from_main(evaluate)
         if not all(math.isfinite(s["loss"]) for s in scores.values()):

@@ -14,7 +14,7 @@ from rt.deltas import Base, Delta
 from rt.errors import InputError
 from rt.formats.corpora import read_documents
 from rt.limits import PositiveInt
-from rt.recycling import CARRIES, Recycling, carried_modes, start_from_old
+from rt.recycling import CARRIES, Recycling, carried_modes, start
 from rt.runs.results import old_names
 from rt.runs.teaching import WITHOUT_OLD
 from rt.transport import Granularity, learn_projection
@@ -51,7 +51,7 @@ def refusals(c: Any, modes: list[str]) -> Iterable[tuple[Any, str]]:
              "--delta same takes the kind of --old_delta: give --old_delta (with --source_task also --source_delta), or name a kind"),
             ("project" not in modes and (tasks or deltas), "--source_task and --source_delta are for --mode project"),
             ("project" in modes and (not tasks or len(deltas) not in (0, len(tasks))),
-             f"--mode project needs --source_task, and of --source_delta as many or none: {len(tasks)} tasks, {len(deltas)} deltas"),
+             f"--mode project needs --source_task, and either no --source_delta or one per task: {len(tasks)} tasks, {len(deltas)} deltas"),
             (c.carry.carry and not {*modes} & {*CARRIES}, f"--carry is for modes that start from a delta: {', '.join(CARRIES)}"),
             (c.carry.carry_text and not carried, "--carry_text is for --mode transport and --carry"),
             (bool(carried or "project" in modes) + bool(c.chain) + several > 1,
@@ -63,13 +63,14 @@ def refusals(c: Any, modes: list[str]) -> Iterable[tuple[Any, str]]:
 
 
 def merge_on_dev(r: Recycling, deltas: list[Delta], how: str) -> tuple[Delta, dict]:
-    """(merged delta, facts for the run's record). Merges the subset whose `apply` is best on dev, or all deltas if the head is fresh."""
+    """(merged delta, facts for the run's record). Merges the subset whose `apply` is best on dev, or all deltas if the head is
+    fresh and none of them has the task's labels."""
     choices, found = sorted([*itertools.product((0.0, 1.0), repeat=len(deltas))][1:], key=sum, reverse=True), []
     if r.head == "fresh" and r.data.labels not in [delta.labels for delta in deltas]:
         choices = choices[:1]
     for choice in choices:
         merged = combine(deltas, weights := [w / sum(choice) for w in choice], how, r.data.labels)
-        dev = evaluate(start_from_old(replace(r, merged=merged)), r.data.dev, r.device, r.precision) if len(choices) > 1 else {"": None}
+        dev = evaluate(start(replace(r, merged=merged), "apply"), r.data.dev, r.device, r.precision) if len(choices) > 1 else {"": None}
         found.append((score(dev), merged, {"merged": {"how": how, "weights": weights, "tried": len(choices)}}))
     return max(found, key=lambda one: one[0])[1:]
 

@@ -15,7 +15,7 @@ from rt.formats.predictions import Predictions
 from rt.limits import PositiveInt, PositiveShare, SeqLen, ShareBelowOne
 from rt.losses import DistillConfig, TeacherCache
 from rt.recycling import NEEDS_TEACHER, Recycling
-from rt.runs.log import are_pairs, note_pairs, note_truncated
+from rt.runs.log import facts_of, note_pairs, note_truncated
 
 WITHOUT_OLD = ("scratch", "distill")    # modes that need neither old base nor old delta if a file teaches
 
@@ -119,7 +119,7 @@ def open_samples(c: Any, modes: list[str], task: Task, open_texts: Callable[[str
         return Samples(c, task)
     predictions = Predictions(Path(t.teacher), task.labels, t.label_smoothing) if t.teacher else None
     samples = Samples(c, task, True, predictions, [] if t.unlabelled in (None, "rest") else
-                      [*note_pairs({"pairs": are_pairs(task.parts["train"])}, open_texts(t.unlabelled))])
+                      [*note_pairs(facts_of(task), open_texts(t.unlabelled))])
     if predictions:
         for seed in seeds:
             predictions.logits(samples.taught(seed))

@@ -63,9 +63,9 @@ class RecipeConfig:
         if self.preserve and self.preserve_by == "predictions" and self.objective == "rts":
             raise InputError("`preserve_by` predictions compares distributions over the vocabulary, and `objective` rts predicts none")
         anneal = s.anneal * (s.schedule == "infinite")
-        if s.schedule in ("wsd", "infinite") and warmup + s.cooldown + anneal > 1:
+        if s.schedule in ("wsd", "infinite") and warmup + s.cooldown + anneal > 1 + 1e-9:     # .56 + .34 + .1 is above 1
             raise InputError(f"`warmup` {warmup}, `cooldown` {s.cooldown}" + f" and `anneal` {s.anneal}" * bool(anneal)
-                             + " are more than the whole stage")
+                             + " add up to more than the whole stage")
         if s.annealing(steps) >= steps:
             raise InputError(f"`anneal` {s.anneal}: nothing is left of {steps} steps to go on from")
         if self.average > min(snapshots, steps - 1) + 1:

@@ -107,7 +107,7 @@ def join(device: str) -> Ranks:
         return Ranks(pick_device(device))
     if torch.cuda.is_available() and device != "cpu":
         if (local := int(os.environ.get("LOCAL_RANK", 0))) >= torch.cuda.device_count():
-            raise InputError(f"rank {local} of this machine has none of its {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+            raise InputError(f"no GPU for rank {local} of this machine, which has {torch.cuda.device_count()}: lower --nproc_per_node")
         torch.cuda.set_device(local)    # before anything is put on "cuda": otherwise every rank would use memory of the first GPU
         device = "cuda"
     where = pick_device(device)

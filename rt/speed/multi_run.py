@@ -280,7 +280,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()        # what PyTorch keeps for later counts as taken
         return int(0.6 * torch.cuda.mem_get_info(device)[0])
-    known = "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {})       # missing on macOS and Windows
+    known = "SC_AVPHYS_PAGES" in os.sysconf_names       # missing on macOS
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else CPU_BYTES
     return min(CPU_BYTES, int(0.6 * free))
 
