@@ -226,8 +226,8 @@ class First:
 # ---------------------------------------------------------------- the call
 
 def known(path: Path) -> list[dict]:
-    """The rows of an earlier call. The file `begun` lists units as they began. A unit without a row was cut off if it began once, and ends
-    the process if it began twice."""
+    """The rows of an earlier call. The file `begun` lists units as they began. A unit that began once and has no row was cut
+    off; one that began twice ends the process."""
     rows, begun = read_rows(path), path.with_name("begun")
     done = {row.get("unit") for row in rows}
     names = begun.read_text().splitlines() if begun.exists() else []
@@ -274,13 +274,13 @@ def run(first: First, path: Path, rows: list[dict], end: float, argv: list[str])
                 row = {"failed": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
             watch.cancel()
             add({"unit": name} | row | {"seconds": round(time.perf_counter() - start, 2)})
-            try:
-                torch.cuda.synchronize() if first.cuda else None
-            except RuntimeError:        # the context is gone: this process can measure nothing more
-                file.close()
-                again()
             if first.cuda:
-                torch.cuda.empty_cache()
+                try:
+                    torch.cuda.synchronize()
+                    torch.cuda.empty_cache()
+                except RuntimeError:        # the context is gone: this process can measure nothing more
+                    file.close()
+                    again()
 
 
 def shown(row: dict) -> dict:

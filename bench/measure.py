@@ -104,7 +104,7 @@ def passes(impl: Impl) -> Iterator[tuple[str, Callable]]:
 def evaluate(impl: Impl) -> list[Tensor]:
     """Output and gradients in float64, in the truth's layout."""
     stale = [torch.full_like(x, math.nan) for x in (*impl.leaves, *impl.leaves, impl.upstream) if x is not None]
-    del stale       # this memory is handed out next: an element that is never written then does not look like the last right answer
+    del stale       # the allocator hands out this memory next, so an output element that is never written is NaN, not the last right answer
     with warnings.catch_warnings(), impl.context():
         warnings.simplefilter("ignore")
         out = impl.function(*impl.leaves)

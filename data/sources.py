@@ -21,7 +21,7 @@ def corpus_path(name: str, cache: Path) -> Path:
 
 def domain_names(flag: str, entries: tuple[str, ...]) -> list[str]:
     """The names of the domains that --`flag` lists, for tables and files: an embedded name, a file's or folder's name without endings, or
-    for a task task-NAME. InputError if two are equal."""
+    task-NAME for a task. InputError if two are equal."""
     paths = [os.path.abspath(entry.removeprefix("task:")) for entry in entries]       # . has no name of its own
     names = ["task-" * entry.startswith("task:") + Path(path).name.lstrip(".").split(".")[0] for entry, path in zip(entries, paths)]
     if len({*names}) < len(names):

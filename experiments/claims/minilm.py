@@ -88,7 +88,7 @@ def cells() -> Iterator[dict]:
             yield from ({"part": part, "lineage": lineage} | dict(zip(choices, values)) for values in product(*choices.values()))
 
         yield from each("lineage")
-        if lineage < 3:     # the fourth lineage is for the lines that have two tasks alone
+        if lineage < 3:     # the fourth lineage serves C1 and the quantities that have only two tasks
             yield from each("parts", base=("M1", "M4"))
             yield from each("few", task=(PILOT_TASK, *(task for task in TASKS if task != PILOT_TASK)), kind=KINDS,
                             mode=("scratch", "init", "distill", "init+distill"))
@@ -124,11 +124,11 @@ def base_folder(c: Config, name: str, lineage: int, first: str = DOMAINS[0]) -> 
     """M0, TWIN, or a base of a lineage that begins with the domain `first`; made if it is missing."""
     if name == "M0":
         return Path(c.base).absolute()
-    out = Path(c.home, "TWIN" if name == "TWIN" else f"lineage{lineage}" + f"-{first}" * (first != DOMAINS[0])).absolute()
     if name == "TWIN":
-        if not out.exists():
+        if not (out := Path(c.home, "TWIN").absolute()).exists():
             save_twin(c.base, out)
         return out
+    out = Path(c.home, f"lineage{lineage}" + f"-{first}" * (first != DOMAINS[0])).absolute()
     if not (out / "summary.json").exists():
         script(c, "train.py", "--init", Path(c.base), "--stream", ",".join(str(Path(c.data, "corpora", f"{d}.txt.xz").absolute())
                                                                         for d in order_from(first)),

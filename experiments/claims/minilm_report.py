@@ -224,7 +224,7 @@ def predicted(by: str, bases: list[dict]) -> str:
     return (f"Points of accuracy that `apply` loses on {len(bases)} bases. A line through the bases of the other {by}s, or of the other "
             "domains, predicts those that were left out (root mean squared error in points; no test):\n\n" + markdown(
                 ["from", f"correlation, mean [lowest, highest] over {by}s", f"{by} left out", "domain left out",
-                 f"error below the mean's, {by} left out, 95 % over {by}s"], lines))
+                 f"error of the mean minus the line's, {by} left out, 95 % over {by}s"], lines))
 
 
 def correlation(name: str, bases: list[dict]) -> float:

@@ -1,10 +1,11 @@
 """results/claims/README.md and its figures, from the rows alone: the numbers and one sentence per claim.
 
 An interval is a 95% t-interval over seeds of tuning: of the few-shot sample, fresh weights, data order and dropout. There is one lineage
-of bases and one independent base, so what pre-training's chance adds is in no interval. A difference is paired: within one seed (equal
-fresh heads and data order) it is taken task by task and averaged over the tasks, and the interval is over the seeds. "shown" is an
-interval above zero (for "at least as good" above -.01), "opposite" one below, else "not shown". 32 examples a label are what the new base
-gets; the old delta saw the whole training set. IND had as many steps as all stages together, on all domains, under one schedule.
+of bases and one independent base, so no interval covers the variation between pre-training runs. A difference is paired: within one seed
+(equal fresh heads and data order) it is taken task by task and averaged over the tasks, and the interval is over the seeds. "shown" means
+that the interval is above zero (for "at least as good": above -.01), "opposite" that it is below, "not shown" neither. 32 examples a label
+are what the new base gets; the old delta saw the whole training set. IND had as many steps as all stages together, on all domains, under
+one schedule.
 """
 import itertools
 from collections import defaultdict
@@ -217,9 +218,7 @@ def c4(r: Rows, folder: Path, out: Section) -> None:
 def steps_of(r: Rows, task: str, seed: int) -> tuple[int, int] | None:
     curves = {what: row["curve"] for what in ("scratch", "init")
               for row in r.select(part="full", what=what, task=task, seed=seed, variant=None) if row["chosen"]}
-    if len(curves) < 2:
-        return None
-    return steps_to_best(curves["scratch"], curves["init"])
+    return steps_to_best(curves["scratch"], curves["init"]) if len(curves) == 2 else None
 
 
 def few(r: Rows, kind: str, metric: str = "accuracy") -> dict[str, dict[Key, float]]:

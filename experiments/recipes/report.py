@@ -135,15 +135,16 @@ def write(folder: Path) -> str:
             f"what each column is, [all results]({commands}) by which commands the rows were made"
             "; seconds are of jobs that shared the cores with other work. Means with 95 % t-intervals over blocks; p is one-sided. Blocks "
             f"whose seeds are equal modulo {DELTA_SEEDS} share their deltas, and all share M0 and the test texts: intervals and p speak of "
-            "other upgrades, not of other deltas or tasks. The plan does not have the last two columns. The first of them pays no heed to "
-            "the gain. In the second the frontier ends at the plain rate with the highest mean gain. The frontier's straight lines lie "
-            "above what a plain rate in between would lose, so an arm that does no more than such a rate looks ahead. Machine: "
+            "other upgrades, not of other deltas or tasks. The last two columns are not in the plan. The first compares at equal rate and "
+            "ignores the gain. In the second, the frontier ends at the plain rate with the highest mean gain. Between two rates the "
+            "frontier is a straight line, and a real plain rate there would lose less. So an arm that only equals such a rate seems ahead. "
+            "Machine: "
             f"{facts['device']}; commits {facts['commit']}.",
             markdown(HEAD, lines), markdown(("target", *HEAD[:5], HEAD[8]), lines_by_target(found, model)),
             "Points lost by task:", markdown(by_task[0], by_task[1:]),
             "![points lost against gain](pareto.png)",
-            f"The line joins plain upgrades, over all their blocks. In brackets: the number of blocks, if it is below {most}, and then "
-            "often of one target; arms with less than half are left out. *: named afterwards.",
+            f"The line joins plain upgrades, over all their blocks. In brackets: the number of blocks if it is below {most} (then "
+            "often of one target only). Arms with fewer than half of the blocks are left out. *: added after rows had been seen.",
             f"Test accuracy of the deltas on M0, by seed: {scores}.",
             "Left out, as dev on M0 is not 5 points above the commonest label: " + (", ".join(left_out) or "none") + ".",
             "Held-out loss of M0: " + ", ".join(f"{domain} {loss:.3f}" for domain, loss in first["heldout"].items()) + "."]
