@@ -81,6 +81,12 @@ def deterministic(request):
     torch.use_deterministic_algorithms(False)
 
 
+def far_apart(x: torch.Tensor, stride: int) -> torch.Tensor:
+    """x with `stride` elements from x[i] to x[i + 1]. On a CPU only the pages with numbers in them take memory, not those between."""
+    size = stride * (len(x) - 1) + x[0].numel()
+    return torch.empty(size, dtype=x.dtype, device=x.device).as_strided(x.shape, (stride, *x[0].contiguous().stride())).copy_(x.detach())
+
+
 @pytest.fixture(scope="session")
 def graphs(tmp_path_factory) -> Path:
     """The embedded `graphs` domain: corpus/ and task/."""

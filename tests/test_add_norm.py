@@ -2,6 +2,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import far_apart
 
 from kernels import add_norm, dropout
 from kernels.add_norm import _add_norm, _add_norm_backward, add_norm_ref, layer_norm, tiling
@@ -39,6 +40,8 @@ def test_the_reference_is_plain_pytorch():
     torch.testing.assert_close(add_norm(x, h, weight, bias, EPS), F.layer_norm(x + h, (5,), weight, bias, EPS))
     expected = F.layer_norm(x + dropout(h, 0.5, SEEDS[:1]), (5,), weight, bias, EPS)
     torch.testing.assert_close(add_norm(x, h, weight, bias, EPS, 0.5, SEEDS[:1]), expected)
+    x, h, weight, bias = inputs(6, 5, torch.float16, torch.float32)
+    assert torch.equal(add_norm_ref(x, h, weight, bias, EPS, 0.0, None), add_norm_ref(x, h.float(), weight, bias, EPS, 0.0, None).half())
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -125,6 +128,21 @@ def test_strides_that_are_not_rows(device):
     torch.testing.assert_close(one, torch.autograd.grad(add_norm_ref(x, h, weight, bias, EPS, 0.0, None).sum(), [x, bias]))
 
 
+def test_weights_and_seeds_of_runs_in_any_strides(device):
+    tensors, seed = inputs(6, 24, torch.float32, w_runs=3, b_runs=3, device=device), SEEDS.to(device)
+    loose = tensors[:2] + [torch.stack([t, -t], 1)[:, 0].detach().requires_grad_() for t in tensors[2:]]
+    seeds = torch.stack([seed, -seed], 1)[:, 0]
+    assert not any(t.is_contiguous() for t in (*loose[2:], seeds))
+    for a, b in zip(everything(add_norm, loose, 0.3, seeds), everything(add_norm, tensors, 0.3, seed), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_rows_further_than_2_to_the_31_elements_apart(device):
+    x, h, weight, bias = inputs(3, 40, torch.float16, device=device)
+    expected = add_norm(x, h, weight, bias, EPS)
+    assert torch.equal(add_norm(far_apart(x, 2**30), far_apart(h, 2**30), weight, bias, EPS), expected)
+
+
 def test_gradients_are_equal_bit_for_bit(device):
     tensors = inputs(70, 200, torch.float16, device=device)
     for a, b in zip(everything(add_norm, tensors, 0.2, SEEDS[:1].to(device)), everything(add_norm, tensors, 0.2, SEEDS[:1].to(device))):
@@ -141,14 +159,18 @@ def test_wider_rows_and_float64_take_the_reference(device):
     for d, dtype in ((5000, torch.float32), (8, torch.float64)):
         tensors = [t.to(dtype) for t in inputs(2, d, dtype, device=device)]
         assert torch.equal(add_norm(*tensors, EPS), add_norm_ref(*tensors, EPS, 0.0, None))
+    x, *others = inputs(2, 8, torch.float64, torch.float32, device=device)
+    others = [t.double() for t in others]
+    assert torch.equal(add_norm(x, *others, EPS), add_norm_ref(x, *others, EPS, 0.0, None))
 
 
 def test_shapes_that_do_not_fit_are_said():
     x, h, weight, bias = inputs(6, 8, torch.float32)
     with pytest.raises(ValueError, match=r"\(N, d\)"):
         add_norm(x, h[:3], weight, bias, EPS)
-    with pytest.raises(ValueError, match=r"\(d,\) or \(K, d\)"):
-        add_norm(x, h, weight[:4], bias, EPS)
+    for wrong in (weight[:4], weight[None, None]):
+        with pytest.raises(ValueError, match=r"\(d,\) or \(K, d\)"):
+            add_norm(x, h, wrong, bias, EPS)
     with pytest.raises(ValueError, match="equally many rows"):
         add_norm(x, h, weight, bias.repeat(4, 1), EPS)
     with pytest.raises(ValueError, match="one for all"):
@@ -177,6 +199,15 @@ def test_one_graph_under_torch_compile(device, p):
     compiled = torch.compile(lambda *a: 2 * add_norm(*a), fullgraph=True, backend="inductor" if device.type == "cuda" else "aot_eager")
     for a, b in zip(everything(compiled, tensors, p, seed), everything(lambda *a: 2 * add_norm(*a), tensors, p, seed)):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("fuse", ["kernel", "compiler"])
+def test_the_compiler_gets_it_to_fuse_only_if_asked(device, monkeypatch, fuse):
+    monkeypatch.setenv("RT_FUSE", fuse)
+    tensors, graphs = inputs(6, 8, torch.float32, device=device), []
+    compiled = torch.compile(lambda *a: add_norm(*a, EPS), fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph)
+    torch.testing.assert_close(compiled(*tensors), add_norm(*tensors, EPS))
+    assert sum("recyclable" in str(node.target) for node in graphs[0].graph.nodes) == (fuse == "kernel")
 
 
 @pytest.mark.gpu

@@ -79,14 +79,18 @@ def test_views_of_a_fused_projection_are_read_in_place():
 def test_shapes_that_do_not_fit_are_said():
     q = torch.zeros(4, 2, 8)
     cu = torch.tensor([0, 4], dtype=torch.int32)
-    with pytest.raises(ValueError, match=r"\(N, H, D\)"):
-        attention(q, q[:3], q, cu, 4)
-    with pytest.raises(ValueError, match="int32"):
-        attention(q, q, q, cu.long(), 4)
-    with pytest.raises(ValueError, match="one dtype"):
-        attention(q, q.half(), q, cu, 4)
-    with pytest.raises(ValueError, match="below 1"):
-        attention(q, q, q, cu, 4, dropout_p=1.0)
+    for wrong in ((q, q[:3], q), (q, q, q[:, :1]), (q[0], q[0], q[0])):
+        with pytest.raises(ValueError, match=r"\(N, H, D\)"):
+            attention(*wrong, cu, 4)
+    for bounds in (cu.long(), cu[None]):
+        with pytest.raises(ValueError, match="int32"):
+            attention(q, q, q, bounds, 4)
+    for wrong in ((q, q.half(), q), (q, q, q.half())):
+        with pytest.raises(ValueError, match="one dtype"):
+            attention(*wrong, cu, 4)
+    for p in (1.0, -0.1):
+        with pytest.raises(ValueError, match="below 1"):
+            attention(q, q, q, cu, 4, dropout_p=p)
 
 
 # ---------------------------------------------------------------- the kernels
@@ -202,7 +206,7 @@ def test_any_strides_with_a_contiguous_last_dimension_and_a_longer_max_seqlen(de
     views = [y.transpose(0, 1) for y in x]                                      # (N, H, D) with heads far apart in memory
     expected = attention_ref(*views, cu, 33)
     torch.testing.assert_close(attention(*views, cu, 512), expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(attention(*views, torch.stack([cu, cu], 1)[:, 0], 512), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(attention(*views, torch.stack([cu, cu.flip(0)], 1)[:, 0], 512), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_finite_differences(device):
@@ -235,6 +239,14 @@ def test_dropout_masks_of_kernel_and_reference_are_equal(device, monkeypatch):
     theirs = weights(torch.device("cpu"), 96, 0.25, seed, H=2)
     assert torch.equal(ours.cpu() != 0, theirs != 0)
     torch.testing.assert_close(ours.cpu(), theirs)
+
+
+def test_dropout_of_more_tokens_than_one_program_hashes(device):
+    """`dropout_words` takes 256 tokens of a head at a time; here the last takes one."""
+    qkv, cu = inputs(torch.float32, (257,), H=2)
+    arguments = *qkv.detach().to(device).unbind(1), cu.to(device), 257
+    ours, theirs = (f(*arguments, dropout_p=0.5, seed=5) for f in (attention, attention_ref))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_runs_side_by_side_drop_what_each_would_alone(device, monkeypatch):
@@ -350,4 +362,16 @@ def test_rows_of_the_table_can_be_replaced_by_a_file(device, monkeypatch, tmp_pa
     (tmp_path / "tuned.json").write_text(json.dumps({"attention_forward": {f"{arch} 32 16": [16, 32, 4, 1]}}))
     monkeypatch.setenv("RT_CONFIGS", str(tmp_path / "tuned.json"))
     assert configs.pick("attention_forward", 32, torch.float16, device) == (16, 32, 4, 1)
+    for name, size, dtype in (("attention_forward", 32, torch.float32), ("attention_forward", -32, torch.float16),
+                              ("attention_backward_keys", 32, torch.float16)):      # and no other row
+        assert configs.pick(name, size, dtype, device) == configs.TABLE[name][arch, size, 8 * dtype.itemsize]
     torch.testing.assert_close(attention(*arguments), usual, atol=1e-3, rtol=1e-2)
+
+
+def test_every_architecture_has_a_row_for_every_size_and_dtype(monkeypatch):
+    for name, rows in configs.TABLE.items():
+        sizes = {size for _, size, _ in rows}
+        assert set(rows) == {(arch, size, bits) for arch in configs.ARCHS for size in sizes for bits in (16, 32)}, name
+    for capability, arch in (((7, 5), 80), ((8, 0), 80), ((8, 9), 80), ((9, 0), 90), ((10, 3), 100), ((12, 0), 80)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        assert configs.architecture(torch.device("cuda")) == arch

@@ -1,6 +1,7 @@
 """attention_kd against softmaxes written out in float64: forward, gradients, ragged sequences, equal maps, both paths."""
 import pytest
 import torch
+from conftest import far_apart
 
 from kernels import attention_kd
 from kernels.attention_kd import _attention_kd, _attention_kd_backward, attention_kd_ref
@@ -59,12 +60,32 @@ def test_forward_and_gradients(device, dtype, lengths, D_s, D_t):
 
 def test_scales_and_head_dimensions_between_those_of_the_kernels(device, dtype):
     assert_within_budget(inputs(SHORT, 48, 20, dtype, device), scale_t=0.3)
-    assert_within_budget(inputs((9, 40), 48, 20, dtype, device), scale_s=-0.1)
+    for scales in (dict(scale_s=-0.1), dict(scale_t=-0.1)):
+        assert_within_budget(inputs((9, 40), 48, 20, dtype, device), **scales)
 
 
 def test_teacher_of_another_dtype(device):
     q_s, k_s, q_t, k_t, *rest = inputs(LONG, 32, 64, device=device)
     assert_within_budget((q_s, k_s, q_t.half(), k_t.half(), *rest))
+    wide = q_s, k_s, q_t.double(), k_t.double(), *rest         # in float64, by the reference
+    out = attention_kd(*wide)
+    assert out.dtype == torch.float64 and torch.equal(out, attention_kd(*(x.double() for x in wide[:4]), *rest))
+
+
+def test_the_gradient_of_queries_is_not_rounded_before_the_upstream_gradient(device):
+    """A power of two changes no digit but those below fp16's smallest number, 2^-24."""
+    q_s, k_s, *rest = inputs((70,), 32, dtype=torch.float16, device=device)
+    args = (q_s.detach() / 64).requires_grad_(), (k_s.detach() * 64).requires_grad_(), *rest
+    whole, small = (gradients(attention_kd, args, torch.full((70, 2), up, device=device))[1].double() for up in (1.0, 2**-18))
+    assert (2**18 * small - whole).abs().max() <= 2**-7 < whole.abs().max() / 64
+
+
+def test_strides_that_are_not_those_of_a_projection(device):
+    *args, cu, longest = inputs((5, 33), 32, device=device)
+    loose = [x.detach().mT.contiguous().mT for x in args]
+    assert loose[0].stride(-1) != 1
+    bounds = torch.stack([cu, cu.flip(0)], 1)[:, 0]
+    assert torch.equal(attention_kd(*loose, bounds, longest), attention_kd(*args, cu, longest))
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")
@@ -151,10 +172,8 @@ def test_one_graph_under_torch_compile(device):
 
 
 def test_heads_further_than_2_to_the_31_elements_apart(device):
-    if device.type == "cpu":
-        pytest.skip("a tensor of 4 GB, for a GPU")
     q, k, q_t, k_t, *rest = inputs((5, 33), 32, dtype=torch.float16, device=device, H=3)
-    far = torch.zeros(2**31 + 38 * 32, dtype=torch.float16, device=device).as_strided((38, 3, 32), (32, 2**30, 1)).copy_(k)
+    far = far_apart(k.transpose(0, 1), 2**30).transpose(0, 1)
     assert torch.equal(attention_kd(q, k, q_t, k_t, *rest), attention_kd(q, far, q_t, k_t, *rest))
 
 
@@ -165,7 +184,8 @@ def test_shapes_that_do_not_fit_are_said(device):
             attention_kd(*wrong, cu, longest)
     with pytest.raises(ValueError, match="int32"):
         attention_kd(q_s, k_s, q_t, k_t, cu.long(), longest)
-    with pytest.raises(ValueError, match="one dtype"):
-        attention_kd(q_s, k_s, q_t, k_t.half(), cu, longest)
+    for wrong in ((q_s, k_s, q_t, k_t.half()), (q_s, k_s.half(), q_t, k_t)):
+        with pytest.raises(ValueError, match="one dtype"):
+            attention_kd(*wrong, cu, longest)
     with pytest.raises(ValueError, match="up to 128"):
         attention_kd(*inputs((3, 8), 160, device=device))

@@ -1,7 +1,8 @@
 """attention_qkv: the packed projection with one gradient, and the empty sequences that pad cu_seqlens to a fixed length."""
 import pytest
 import torch
-from test_attention import everything, inputs, prefix_of
+from conftest import far_apart
+from test_attention import everything, formula, inputs, prefix_of
 
 from kernels import attention, attention_kd, attention_qkv
 from kernels.attention import _attention, _attention_backward, attention_ref
@@ -45,6 +46,27 @@ def test_the_packed_projection_with_a_prefix_and_bad_shapes(device):
     for cu_bad, p, what in ((cu.long(), 0.0, "int32"), (cu, 1.0, "below 1")):
         with pytest.raises(ValueError, match=what):
             attention_qkv(x, cu_bad, 7, dropout_p=p)
+
+
+@pytest.mark.parametrize("path", ["triton", "ref"])
+def test_every_run_has_its_own_prefix_and_a_prefix_has_the_scale(device, path, monkeypatch):
+    monkeypatch.setenv("RT_KERNELS", path)
+    qkv, cu = inputs(torch.float32, (2, 1, 3), H=2)
+    prefixes = [prefix_of(4, 2, 32, "cpu", torch.float32), [x.flip(0) for x in prefix_of(4, 2, 32, "cpu", torch.float32)]]
+    stacked = tuple(torch.stack(x).detach().to(device) for x in zip(*prefixes))
+    out = attention_qkv(qkv.detach().to(device), cu.to(device), 3, scale=0.3, prefix_kv=stacked).cpu().double()
+    for rows, bounds, prefix in zip((slice(0, 3), slice(3, 6)), (cu[:3], cu[2:] - 3), prefixes):
+        expected = formula(*qkv.detach().double()[rows].unbind(1), bounds, 0.3, [x.detach().double() for x in prefix])
+        torch.testing.assert_close(out[rows], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_sequences_and_heads_further_than_2_to_the_31_elements_apart(device):
+    qkv, cu = inputs(torch.float16, (1, 1, 1, 2), H=3)
+    qkv, cu = qkv.detach().to(device), cu.to(device)
+    expected = attention_qkv(qkv, cu, 2)
+    assert torch.equal(attention_qkv(far_apart(qkv, 2**30 - 64), cu, 2), expected)      # sequence 3 starts at 3 * 2^30
+    far = far_apart(qkv.permute(2, 0, 1, 3), 2**30).permute(1, 2, 0, 3)                 # (H, N, 3, D) in memory
+    assert torch.equal(attention_qkv(far, cu, 2), expected)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
@@ -107,3 +129,6 @@ def test_nothing_but_empty_sequences(device, path, monkeypatch):
     cu = torch.zeros(5, dtype=torch.int32, device=device)
     out = attention_qkv(qkv, cu, 8, dropout_p=0.1, seed=1)
     assert out.shape == (0, 1, 32) and torch.autograd.grad(out.sum(), qkv)[0].shape == qkv.shape
+    q, k, _ = qkv.unbind(1)
+    rows = attention_kd(q, k, q.detach(), k.detach(), cu, 8)
+    assert rows.shape == (0, 1) and torch.autograd.grad(rows.sum(), qkv)[0].shape == qkv.shape

@@ -9,6 +9,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+from kernels import common
+
 triton = pytest.importorskip("triton")
 # These limits hold for triton 3.6 and 3.7 (torch 2.11 and 2.13). One of the earlier kernels spilt 16 bytes with 3.8 on sm_100.
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
@@ -96,6 +98,14 @@ def test_what_counts_as_a_fault():
 def test_no_float_becomes_a_constant(counts):
     """Triton turns only integers into constants. A check of code that differs from the launched code would prove nothing."""
     assert counts["launches"] > 50 and not counts["floats"]
+
+
+def test_an_error_ends_the_recording():
+    """Otherwise no kernel would run from then on."""
+    with pytest.raises(ZeroDivisionError), common.recording():
+        assert common._launched == []
+        1 / 0
+    assert common._launched is None
 
 
 def test_the_interpreter_is_refused(monkeypatch, capsys):

@@ -3,9 +3,10 @@ import math
 
 import pytest
 import torch
+from conftest import far_apart
 
 from kernels import dropout, site_seeds
-from kernels.dropout import _dropout, dropout_ref
+from kernels.dropout import _dropout, dropout_ref, threshold_of, words_ref
 
 SEEDS = torch.tensor([7, -(2**62) + 12345, 2**40 + 5, 0])
 SHAPES = [(7, 5, 1), (40, 300, 4), (33, 768, 3), (70, 20, 2), (2, 1100, 2)]      # rows, width, runs: blocks are never full
@@ -30,7 +31,8 @@ def test_kernel_and_reference_drop_the_same(device, dtype, N, d, K):
         assert torch.equal(a == 0, b == 0) and a.dtype == dtype
         torch.testing.assert_close(a, b)
     kept = ours[0] != 0
-    torch.testing.assert_close(ours[0][kept], (x[kept].double() / 0.7).to(dtype), rtol=2e-7, atol=0)     # one rounding
+    for y in (ours[0], theirs[0]):
+        torch.testing.assert_close(y[kept], (x[kept].double() / 0.7).to(dtype), rtol=2e-7, atol=0)     # one rounding
     N_k = N // K
     alone = [dropout(x[k * N_k:(k + 1) * N_k], 0.3, SEEDS[k:k + 1].to(device)) for k in range(K)]
     assert torch.equal(torch.cat(alone), ours[0])
@@ -58,6 +60,23 @@ def test_nothing_is_dropped_without_a_seed_or_probability(device):
     x = torch.randn(3, 4, device=device)
     assert dropout(x, 0.5, None) is x and dropout(x, 0.0, SEEDS.to(device)) is x
     assert dropout(x[:0], 0.5, SEEDS.to(device)).shape == (0, 4)
+
+
+def test_words_differ_between_streams_and_follow_both_halves_of_a_seed():
+    """Of 2^15 random words some would be equal; a stream is a bijection of its place, and the streams share no place. a is odd."""
+    a, b, c = (words_ref(SEEDS[:1], stream, 1, 2**14)[0] for stream in range(3))
+    assert (a % 2 == 1).all() and torch.cat([b, c]).unique().numel() == 2**15
+    assert torch.cat([a & ~1, b & ~1, c & ~1]).unique().numel() > 3 * 2**14 - 8
+    for other in (SEEDS[:1] + 1, SEEDS[:1] + 2**32, SEEDS[:1] - 2**63):
+        assert (words_ref(other, 1, 1, 2**14)[0] == b).sum() <= 1
+    sites = site_seeds(torch.arange(100), range(-2, 40))        # no two runs meet at different places
+    assert sites.shape == (42, 100) and sites.unique().numel() == 4200
+    assert [threshold_of(p) for p in (0.0, 0.5, 1 - 2**-40)] == [-2**31, 0, 2**31 - 1]      # all fit into an int32
+
+
+def test_rows_further_than_2_to_the_31_elements_apart(device):
+    x, seed = torch.randn(3, 40, device=device, dtype=torch.float16), SEEDS[:3].to(device)
+    assert torch.equal(dropout(far_apart(x, 2**30), 0.3, seed), dropout(x, 0.3, seed))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -89,6 +108,10 @@ def test_one_graph_under_torch_compile(device, monkeypatch, fuse):
     torch.testing.assert_close(compiled(x), 2 * dropout(x, 0.3, SEEDS[:2].to(device)))
     ours = [node for node in graphs[0].graph.nodes if "recyclable" in str(node.target)]
     assert len(ours) == (1 if fuse == "kernel" else 0)      # the compiler gets the op to fuse only if asked
+    asked = []
+    monkeypatch.setitem(dropout.__globals__, "_dropout", lambda *a: asked.append(a) or _dropout(*a))
+    dropout(x, 0.3, SEEDS[:2].to(device))
+    assert asked        # without torch.compile it is the kernel
 
 
 def test_what_rt_fuse_may_be(device, monkeypatch):

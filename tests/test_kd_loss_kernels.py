@@ -3,8 +3,10 @@ import math
 
 import pytest
 import torch
+from conftest import far_apart
 
 from kernels import hidden_mse, kd_loss, states_mse
+from kernels.common import launch
 from kernels.hidden_mse import _hidden_mse, _hidden_mse_backward, _states_mse, _states_mse_backward, hidden_mse_ref, states_mse_ref
 from kernels.kd_loss import _kd_loss, _kd_loss_backward, kd_loss_ref
 
@@ -121,8 +123,9 @@ def test_ignored_rows(device):
         y[0] = ignored
         rows, gradient = rows_and_gradient(lambda *a: kd_loss(*a, alpha=0.5, T=2.0, ignore_index=ignored), s, t, y)
         assert rows[0] == 0 and rows[1] > 0 and not gradient[0].any() and gradient[1].all()
-    y[0] = 50       # neither a class nor ignored
-    assert kd_loss(s, None, y, alpha=0.5, T=2.0).isnan().tolist() == [True, False, False, False]
+    for wrong in (50, -1):      # neither a class nor ignored
+        y[2] = wrong
+        assert kd_loss(s, None, y, alpha=0.5, T=2.0, ignore_index=7).isnan().tolist() == [False, False, True, False]
 
 
 def test_a_term_that_vanishes_is_not_looked_at(device):
@@ -132,6 +135,11 @@ def test_a_term_that_vanishes_is_not_looked_at(device):
     assert torch.equal(rows, kd_loss(s, None, y, alpha=0.0, T=7.0))
     only = kd_loss(s, t, y, alpha=1.0, T=2.0)
     assert torch.equal(only[2:], kd_loss(s, t, alpha=1.0, T=2.0)[2:]) and only[1] == 0
+    assert kd_loss_ref(s, t * math.nan, y, alpha=0.0, T=2.0).isfinite().all()
+    with torch.no_grad():
+        s[2, y[2]], t[2, y[2]] = -math.inf, -math.inf       # its cross-entropy is infinite
+    for function in (kd_loss, kd_loss_ref):
+        assert function(s, t, y, alpha=1.0, T=2.0).isfinite().all()
 
 
 def test_views_are_read_in_place_and_copied_where_that_cannot_be(device):
@@ -147,8 +155,9 @@ def test_views_are_read_in_place_and_copied_where_that_cannot_be(device):
             assert_close(rows_and_gradient(kd_loss, leaf, teacher, y2, alpha=0.7, T=2.0), expected)
     one = t[:1].expand(6, -1)
     assert_close([kd_loss(s, one, y, alpha=0.7, T=2.0)], [kd_loss(s, one.contiguous(), y, alpha=0.7, T=2.0)])
-    mean, = torch.autograd.grad(kd_loss(s, t, y, alpha=0.7, T=2.0).mean(), s)       # an expanded upstream gradient
-    torch.testing.assert_close(mean, torch.autograd.grad(kd_loss_ref(s, t, y, alpha=0.7, T=2.0).mean(), s)[0])
+    for up in (torch.ones(1, device=device).expand(6), torch.arange(12.0, device=device)[::2]):     # an upstream gradient, also expanded
+        gradient, plain = (torch.autograd.grad(f(s, t, y, alpha=0.7, T=2.0), s, up)[0] for f in (kd_loss, kd_loss_ref))
+        torch.testing.assert_close(gradient, plain)
 
 
 def test_no_gradient_reaches_the_teacher(device):
@@ -183,6 +192,7 @@ def test_no_rows(device):
     rows = kd_loss(s, t, y, alpha=0.5, T=2.0)
     gradient, = torch.autograd.grad(rows.sum(), s)
     assert rows.shape == (0,) and gradient.shape == (0, 20)
+    launch(None, 0, s)      # CUDA refuses a grid of no programs
 
 
 def test_finite_differences(device):
@@ -226,15 +236,13 @@ def test_one_graph_under_torch_compile(device):
 
 
 def test_rows_further_than_2_to_the_31_elements_apart(device):
-    if device.type == "cpu":
-        pytest.skip("a tensor of 4 GB, for a GPU")
     s, t, y = logits(3, 300, torch.float16, device)
-    far = torch.zeros(2**31 + 300, dtype=torch.float16, device=device).as_strided((3, 300), (2**30, 1)).copy_(t)
     expected = rows_and_gradient(kd_loss, s, t, y, alpha=0.5, T=2.0)
-    assert_close(rows_and_gradient(kd_loss, s, far, y, alpha=0.5, T=2.0), expected)
-    far.copy_(s.detach())
-    rows = kd_loss(far, t, y, alpha=0.5, T=2.0)
-    assert_close([rows], expected)
+    assert_close(rows_and_gradient(kd_loss, s, far_apart(t, 2**30), y, alpha=0.5, T=2.0), expected)
+    assert_close(rows_and_gradient(kd_loss, far_apart(s, 2**30).requires_grad_(), t, y, alpha=0.5, T=2.0), expected)
+    s, t, rows = states(3, 3, 2, 40, torch.float16, device)
+    expected = rows_and_gradient(hidden_mse, s, t, rows)
+    assert_close(rows_and_gradient(hidden_mse, far_apart(s, 2**30).requires_grad_(), far_apart(t, 2**30), rows.int()), expected)
 
 
 def test_shapes_that_do_not_fit_are_said(device):
@@ -246,6 +254,22 @@ def test_shapes_that_do_not_fit_are_said(device):
         kd_loss(s, t, y[:2], alpha=0.5, T=2.0)
     with pytest.raises(ValueError, match="teacher or labels"):
         kd_loss(s, None, alpha=0.5, T=2.0)
+    with pytest.raises(ValueError, match="positive"):
+        kd_loss(s, t, y, alpha=0.5, T=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_references_compute_in_fp32_and_give_the_teacher_no_gradient(monkeypatch, dtype):
+    """Equal to the last bit to the same 16-bit numbers in fp32. On a CPU they are what runs."""
+    monkeypatch.setenv("RT_KERNELS", "ref")
+    (s, t, y), (a, b, rows), (students, teachers, weights) = logits(4, 50, dtype), states(3, 5, 2, 40, dtype), layers(3, 5, 40, dtype)
+    for function, student, teacher in ((lambda *x: kd_loss(*x, y, alpha=0.5, T=2.0), s, t), (lambda *x: hidden_mse(*x, rows), a, b),
+                                       (lambda *x: states_mse([x[0]], [x[1]], weights[2:]), students[0], teachers[0])):
+        weights.requires_grad_()
+        loss = function(student, teacher.requires_grad_())
+        assert loss.dtype == torch.float32 and torch.equal(loss, function(student.float(), teacher.float()))
+        loss.sum().backward()
+        assert student.grad is not None and teacher.grad is None and weights.grad is None
 
 
 @pytest.mark.gpu
@@ -287,11 +311,15 @@ def test_hidden_mse_of_views_with_few_launches_and_no_gradient_to_the_teacher(de
         mine, plain = (rows_and_gradient(f, view.requires_grad_(), t, rows) for f in (hidden_mse, hidden_mse_ref))
         assert_close(mine, plain)
     launched = counted(monkeypatch, hidden_mse)
-    assert_close(rows_and_gradient(hidden_mse, loose, cache, torch.stack([rows, rows], 1)[:, 0]), expected)
+    assert_close(rows_and_gradient(hidden_mse, loose, cache, torch.stack([rows, -rows], 1)[:, 0]), expected)
     assert launched == ["_mse_forward", "_mse_backward"] and cache.grad is None
+    for up in (torch.ones(1, device=device).expand(3), torch.arange(6.0, device=device)[::2]):
+        gradient, plain = (torch.autograd.grad(f(s, t, rows), s, up)[0] for f in (hidden_mse, hidden_mse_ref))
+        torch.testing.assert_close(gradient, plain)
     assert hidden_mse(s[:0], t, rows[:0]).shape == (0,)
-    with pytest.raises(ValueError, match="equal size"):
-        hidden_mse(s, t)
+    for wrong in ((s, t), (s, t, rows[:2]), (s, t[:, :1], rows), (s, t[..., :39], rows)):
+        with pytest.raises(ValueError, match="equal size"):
+            hidden_mse(*wrong)
 
 
 def test_hidden_mse_ops_are_registered_in_full(device):
@@ -334,7 +362,8 @@ def test_states_mse_takes_any_strides_launches_once_and_gives_the_teacher_no_gra
     launched = counted(monkeypatch, states_mse)
     assert_close(loss_and_gradients(states_mse, loose, taught, torch.stack([weights, -weights], 1)[:, 0]), expected)
     assert launched == ["_states_forward", "_states_backward"] and all(x.grad is None for x in taught)
-    for wrong in ((s[:2], t, weights), (s, [x[:4] for x in t], weights), (s, t, weights[:2]), ([], [], weights[:0])):
+    for wrong in ((s[:2], t, weights), (s, [x[:4] for x in t], weights), (s, [x.T for x in t], weights), (s, t, weights[:2]),
+                  ([], [], weights[:0])):
         with pytest.raises(ValueError, match="of one shape"):
             states_mse(*wrong)
     with pytest.raises(RuntimeError, match="not differentiable twice"):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from kernels import linear_loss
+from kernels.kd_loss import kd_loss_ref
 from kernels.linear_loss import _linear_loss, _padded, linear_cross_entropy, linear_cross_entropy_ref, linear_kd, linear_kd_ref
 
 EPS = torch.finfo(torch.float32).eps
@@ -134,6 +135,8 @@ def test_where_no_row_counts_there_is_zero_and_no_nan(device, R):
         for results in (loss_and_gradients(linear_cross_entropy, student, [], y, reduction=reduction),
                         loss_and_gradients(linear_kd, student, teacher, y, alpha=0.5, T=2.0, reduction=reduction)):
             assert all(torch.equal(x, torch.zeros_like(x)) for x in results) and results[2].shape == student[1].shape
+        if R == 0:      # without labels, all of no rows count
+            assert linear_kd(*student, *teacher, alpha=0.5, T=2.0, reduction=reduction) == 0
 
 
 def test_other_ignore_indices_and_labels_that_are_no_class(device):
@@ -141,8 +144,9 @@ def test_other_ignore_indices_and_labels_that_are_no_class(device):
     y[:] = torch.tensor([7, 7, 3, 19])
     loss = linear_cross_entropy(*student, y, ignore_index=7)
     assert_close([loss], [linear_cross_entropy(student[0][2:], *student[1:], y[2:])])
-    y[0] = 20       # there are 128 columns
-    assert linear_cross_entropy(*student, y).isnan()
+    for wrong in (20, -1):      # there are 128 columns
+        y[2] = wrong
+        assert linear_cross_entropy(*student, y, ignore_index=7).isnan()
 
 
 def test_columns_past_the_vocabulary_take_no_part(device):
@@ -183,6 +187,7 @@ def test_views_and_weights_of_other_dtypes(device):
     half = student[0].detach().half().requires_grad_(), *student[1:]       # x decides; each gradient has the dtype of its input
     results = loss_and_gradients(linear_cross_entropy, half, [], y)
     assert [x.dtype for x in results] == [torch.float32, torch.float16, torch.float32, torch.float32]
+    assert not any(torch.equal(x, x.half().float()) for x in results[2:])      # nor is it rounded on the way
     rounded = [p.detach().half().float().requires_grad_() for p in student[:2]] + student[2:]
     for x, z in zip(results, loss_and_gradients(linear_cross_entropy_ref, rounded, [], y)):
         torch.testing.assert_close(x.float(), z, rtol=2e-3, atol=2e-4)
@@ -202,6 +207,29 @@ def test_a_student_near_its_teacher_keeps_its_small_fp16_gradients(device, T, no
     truth = gradients(linear_kd_ref, double(student), double(teacher))
     for ours, plain, z in zip(*(gradients(f, student, teacher) for f in (linear_kd, linear_kd_ref)), truth):
         assert (ours - z).norm() <= 2 * (plain - z).norm() + 1e-3 * z.norm()
+
+
+def test_fp16_gradients_that_are_large_or_add_up_do_not_overflow(device):
+    """G reaches alpha T, 20, which leaves fp16 after 11 doublings. Its sums over rows leave it sooner."""
+    student, _, _ = inputs(8, 3, dtype=torch.float16, device=device)
+    with torch.no_grad():
+        student[1].mul_(64)
+    teacher = [student[0].detach(), *(-p.detach() for p in student[1:])]
+    assert_within_budget(student, teacher, None, alpha=1.0, T=20.0, reduction="sum")
+    x, bias = torch.zeros(8, 8, dtype=torch.float16, device=device), torch.zeros(3, device=device, requires_grad=True)
+    loss = linear_cross_entropy(x, student[1].detach(), bias, torch.zeros(8, dtype=torch.int64, device=device), reduction="sum")
+    expected = torch.tensor([-16.0, 8.0, 8.0], device=device) / 3       # 8 rows of 1 / 3 in each class
+    torch.testing.assert_close(torch.autograd.grad(loss, bias)[0], expected, rtol=2e-3, atol=0)
+
+
+def test_a_bias_in_fp32_is_added_in_fp32(device):
+    """All other logits are 0. In 16 bits, 1 + 2^-12 would be 1."""
+    x, weight = torch.zeros(2, 8, dtype=torch.bfloat16, device=device), torch.zeros(3, 8, device=device)
+    bias, other = torch.tensor([[1 + 2**-12, -2.0, 0.0], [3 + 2**-11, 0.0, 1.0]], device=device)
+    y = torch.tensor([0, 1], device=device)
+    s, t = (b.double().expand(2, 3) for b in (bias, other))
+    exact = kd_loss_ref(s, t, y, alpha=0.5, T=2.0).mean()
+    assert abs(linear_kd(x, weight, bias, x, weight, other, y, alpha=0.5, T=2.0) - exact) <= 1e-6
 
 
 def test_a_second_derivative_is_refused(device):
@@ -247,6 +275,12 @@ def test_both_paths_agree_and_the_cpu_takes_the_reference(device, monkeypatch):
     ours, plain = (f(*student, *teacher, y, alpha=0.5, T=2.0) for f in (linear_kd, linear_kd_ref))
     torch.testing.assert_close(ours, plain)
     assert linear_kd(*double(student), *double(teacher), y, alpha=0.5, T=2.0).dtype == torch.float64
+    assert torch.equal(*(f(*student, *double(teacher), y, alpha=0.5, T=2.0) for f in (linear_kd, linear_kd_ref)))
+    with monkeypatch.context() as patch:        # and gives the teacher no gradient
+        patch.setenv("RT_KERNELS", "ref")
+        taught = [p.detach().requires_grad_() for p in teacher]
+        linear_kd(*student, *taught, y, alpha=0.5, T=2.0).backward()
+        assert all(p.grad is None for p in taught)
     monkeypatch.delenv("RT_KERNELS")
     assert torch.equal(linear_kd(*student, *teacher, y, alpha=0.5, T=2.0), plain if device.type == "cpu" else ours)
     if device.type == "cpu":
@@ -282,5 +316,7 @@ def test_shapes_that_do_not_fit_are_said(device):
         linear_cross_entropy(x, w, b, y, reduction="none")
     with pytest.raises(ValueError, match="equally many"):
         linear_kd(x, w, b, teacher[0], teacher[1][:9], None, y, alpha=0.5, T=2.0)
+    with pytest.raises(ValueError, match="do not fit"):
+        linear_kd(x, w, b, *teacher[:2], teacher[2][:9], y, alpha=0.5, T=2.0)
     with pytest.raises(ValueError, match="positive"):
         linear_kd(x, w, b, *teacher, y, alpha=0.5, T=0.0)
