@@ -40,8 +40,9 @@ RUNTIME = ["run", "N", "blocks", "seed_run", "threshold", "rows"]      # not rec
 
 def layer_norm(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Layer norm of (N, d) with weight and bias (d,) or (K, d)."""
-    d = z.shape[-1]
-    z = z.to(torch.promote_types(z.dtype, weight.dtype)) if z.is_cuda else z        # on CUDA torch has no layer norm of mixed dtypes
+    d, wide = z.shape[-1], torch.promote_types(torch.promote_types(z.dtype, weight.dtype), bias.dtype)
+    # torch has no layer norm of mixed dtypes, but for a z that is narrower than both parameters on a CPU
+    z, weight, bias = z.to(wide) if z.is_cuda else z, weight.to(wide), bias.to(wide)
     if weight.ndim == bias.ndim == 1:
         return F.layer_norm(z, (d,), weight, bias, eps)
     K = max(_runs(weight, bias))

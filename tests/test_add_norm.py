@@ -40,6 +40,9 @@ def test_the_reference_is_plain_pytorch():
     torch.testing.assert_close(add_norm(x, h, weight, bias, EPS), F.layer_norm(x + h, (5,), weight, bias, EPS))
     expected = F.layer_norm(x + dropout(h, 0.5, SEEDS[:1]), (5,), weight, bias, EPS)
     torch.testing.assert_close(add_norm(x, h, weight, bias, EPS, 0.5, SEEDS[:1]), expected)
+    halves = [t.half() for t in (weight, bias)]
+    for narrow in (halves, [weight, halves[1]]):
+        assert torch.equal(add_norm_ref(x, h, *narrow, EPS, 0.0, None), add_norm_ref(x, h, *(t.float() for t in narrow), EPS, 0.0, None))
     x, h, weight, bias = inputs(6, 5, torch.float16, torch.float32)
     assert torch.equal(add_norm_ref(x, h, weight, bias, EPS, 0.0, None), add_norm_ref(x, h.float(), weight, bias, EPS, 0.0, None).half())
 

@@ -60,7 +60,7 @@ def test_forward_and_gradients(device, dtype, lengths, D_s, D_t):
 
 def test_scales_and_head_dimensions_between_those_of_the_kernels(device, dtype):
     assert_within_budget(inputs(SHORT, 48, 20, dtype, device), scale_t=0.3)
-    for scales in (dict(scale_s=-0.1), dict(scale_t=-0.1)):
+    for scales in (dict(scale_s=-0.1), dict(scale_t=-0.1), dict(scale_s=0.0), dict(scale_t=0.0)):
         assert_within_budget(inputs((9, 40), 48, 20, dtype, device), **scales)
 
 
