@@ -1,4 +1,4 @@
-"""Compile every kernel in every configuration the code can launch, without a GPU, and inspect the machine code.
+"""Compile every kernel with every row of the table of tiles, for the dtypes of the calls below, and inspect the code. It needs no GPU.
 
     python -m bench.compile_check                  sm_80, sm_90 and sm_100
     python -m bench.compile_check --arch 90 --kernel attention --json rows.json
@@ -7,7 +7,8 @@ A row: registers per thread, spilled bytes, shared memory per block, matrix inst
 instructions per element of a tile in the longest loop. The exit code is 1 if a program does not compile, spills, needs more shared memory
 than the chip has, or has a matrix product without matrix instructions or (TF32 on sm_90) of 8 columns.
 
-The public functions are called on small tensors, with every choice that changes the code. Their launches are recorded, not run.
+The public functions are called on small tensors, with the choices that change the code: sizes, dtypes, dropout, terms of a loss, gradients.
+Their launches are recorded, not run.
 Triton's own launcher says which program each launch needs (`jit_cache_hook`). Its `preload` compiles that program in another process.
 """
 import argparse

@@ -11,8 +11,9 @@ Backward, with z' = (z - mean) rstd and g = weight dy; means are over a row, sum
 
 Each program sums dweight and dbias over its own rows in fp32, and torch adds up these sums. There are no atomics and the order is fixed.
 
-A row is up to four tiles: 768 columns are three of 256, while a tile of 1,024 would leave a quarter of the lanes idle. In 16 bits a warp
-holds 256 columns of one row, so a sum over a row stays within the warp. A sum over rows crosses warps once, after the loop.
+A row is up to four tiles: 768 columns are three of 256, while a tile of 1,024 would leave a quarter of the lanes idle. For d up
+to 1,024 a tile has at most 256 columns, which one warp holds in 16 bits, so a sum over a row stays within a warp. A sum over rows crosses
+warps once, after the loop.
 
 Gradients that are not requested are neither computed nor stored. If nothing is dropped, dh is dx.
 
@@ -32,14 +33,15 @@ from kernels import configs
 from kernels.common import dense_rows, launch, left_to_compiler, op, row_class, tl, triton, uses_triton
 from kernels.dropout import block_of_run, check_dropout, dropout_ref, keep_tile, threshold_of
 
-PROGRAMS = 132      # programs of 8 warps, or 8 times as many of one, share a backward's rows: all at once on an H100. Each has 2 d sums
+PROGRAMS = 132      # programs of 8 warps (of one: 8 times as many) that share the rows of a backward: one wave on an H100's 132 SMs
 RUNTIME = ["run", "N", "blocks", "seed_run", "threshold", "rows"]      # not recompiled if they are 1 or a multiple of 16
 
 
 # ---------------------------------------------------------------- reference
 
 def layer_norm(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Layer norm of (N, d) with weight and bias (d,) or (K, d)."""
+    """Layer norm of (N, d) with weight and bias (d,) or (K, d), on CUDA in the widest of their dtypes, on a CPU in the dtype of z.
+    RuntimeError if K does not divide N."""
     d, wide = z.shape[-1], torch.promote_types(torch.promote_types(z.dtype, weight.dtype), bias.dtype)
     # torch has no layer norm of mixed dtypes, but for a z that is narrower than both parameters on a CPU
     z, weight, bias = z.to(wide) if z.is_cuda else z, weight.to(wide), bias.to(wide)
@@ -231,13 +233,13 @@ def add_norm(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, eps: float, p: 
 
     x, h           (N, d); x may have a wider dtype than h
     weight, bias   (d,), or (K, d): row n is normalised with their row n // (N / K)
-    p, seed        probability and seed of the dropout, as in kernels.dropout; seed None: nothing is dropped
+    p, seed        probability and int64 seeds (K,) of the dropout, as in kernels.dropout; seed None: nothing is dropped
     Returns        (N, d) in the dtype of h. Raises ValueError if shapes do not fit.
     """
     if x.ndim != 2 or x.shape != h.shape or any(t.ndim > 2 or t.shape[-1] != x.shape[1] for t in (weight, bias)):
         raise ValueError(f"x and h must be (N, d) and alike, weight and bias (d,) or (K, d), not "
                          f"{[tuple(t.shape) for t in (x, h, weight, bias)]}")
-    seed = None if p == 0.0 else seed
+    p, seed = (0.0, None) if seed is None or p == 0.0 else (p, seed)
     if seed is not None:
         check_dropout(len(x), p, seed)
     several = {n for n in (*_runs(weight, bias), 1 if seed is None else len(seed)) if n > 1}

@@ -9,7 +9,7 @@ Forward: one program per block of queries of one sequence and head, with an onli
 
 The backward takes two launches: `_backward_queries` computes dQ and delta, `_backward_keys` dK and dV. Both compute S and dP, which makes
 seven matrix products per tile. A single launch needs five if each block of keys adds its share of dQ in fp32 with atomics. On an H100 it
-was slower in five cases of six (.338 against .282 ms for 32 x 512 tokens, H 12, D 64: results/gpu), and the order of its sums varied.
+was slower in all six cases (.338 against .271 ms for 32 x 512 tokens, H 12, D 64: results/gpu), and the order of its sums varied.
 
 keep is a function of the seed, the head and the two tokens (kernels/dropout.py). It is recomputed whenever it is needed.
 
@@ -185,18 +185,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> Te
 
 def attention_qkv(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, dropout_p: float = 0.0, seed: Tensor | int | None = None,
                   scale: float | None = None, prefix_kv: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
-    """Attention within each of B sequences. Nothing waits for the device.
+    """Attention within each of B sequences. Nothing waits for the device, unless the seed is a tensor on the CPU.
 
     qkv          (N, 3, H, D): queries, keys and values of the tokens of all sequences end to end
     cu_seqlens   (B+1,) int32: the start of each sequence, then N; empty sequences are allowed
     max_seqlen   length of the longest sequence, or more
     dropout_p    probability that an attention weight is dropped; kept weights are scaled by 1 / (1 - p)
-    seed         seed of the dropout mask, an int or an int64 tensor (1,); None draws from torch's default generator. (K,): for K runs
-                 side by side, each with its own N / K tokens
+    seed         seed of the dropout mask: an int, or int64 (1,), or (K,) for K runs side by side, each with its own N / K tokens; None
+                 draws one on the device. A captured CUDA graph repeats an int
     scale        scale of the scores; None is D ** -0.5. A scale that is not positive takes the reference
     prefix_kv    learned keys (P, H, D), values (P, H, D) and gate (H,): adds gate_h * softmax(scale q k_p^T) v_p, so a zero
                  gate means no prefix (Zhang et al., 2023, LLaMA-Adapter, without their tanh); or K prefixes, with a leading K
-    Returns      (N, H, D). Raises ValueError if shapes do not fit.
+    Returns      (N, H, D). Raises ValueError if qkv, cu_seqlens, dropout_p or seed do not fit, or if D > 128 for the kernels, and
+                 RuntimeError if prefix_kv does not fit.
     """
     if qkv.ndim != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv must be (N, 3, H, D), not {tuple(qkv.shape)}")

@@ -18,7 +18,8 @@ Each gradient is one launch of the same kernel, with rows and columns swapped. T
 atomics, so the order of summation is fixed. Memory is linear in tokens.
 
 Limits: head dimensions up to 128 (32, 64 and 128 natively, others padded); fp32 (three TF32 products), fp16 and bf16. Student and teacher
-may differ in dimension and dtype. Sums are fp32; fp16 gradients need a loss scale. float64 takes the reference. Not differentiable twice.
+may differ in dimension and dtype. Sums are fp32. In fp16, scale the loss: small gradients would become 0. Within a sequence, tokens times
+the token stride stay below 2^31. float64 takes the reference. Not differentiable twice.
 """
 import itertools
 
@@ -136,7 +137,7 @@ def _kd_backward(x_s_ptr, y_s_ptr, x_t_ptr, y_t_ptr,        # (N, H, D_S) x 2, (
     for n in range(0, length, BLOCK_Y):
         ys = n + tl.arange(0, BLOCK_Y)
         if not X_IS_Q:
-            row = bits_tile(rows_ptr, ys, length, 4)        # past the end all is 0: P is finite, and g = 0 removes it
+            row = bits_tile(rows_ptr, ys, length, 4)        # for queries past the end lse = g = 0: P is finite, and g removes it
             lse_s, lse_t, g = column(row, 0), column(row, 1), column(row, 2)
             lse_s, lse_t = lse_s[None, :], lse_t[None, :]
         p_s = tl.exp2(_scores(x_s, x_s_ptr, y_s_ptr, x_s_stride, y_s_stride, xs, ys, length, D_S) * scale_s - lse_s)
@@ -225,7 +226,7 @@ def attention_kd(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, cu_seqlens:
         raise ValueError("q_s and k_s must be (N, H, D_s) and alike, q_t and k_t (N, H, D_t) with the same N and H, not "
                          f"{[tuple(x.shape) for x in (q_s, k_s, q_t, k_t)]}")
     if q_s.dtype != k_s.dtype or q_t.dtype != k_t.dtype:
-        raise ValueError(f"queries and keys must be of one dtype, not {[x.dtype for x in (q_s, k_s, q_t, k_t)]}")
+        raise ValueError(f"q_s and k_s must be of one dtype, and so must q_t and k_t, not {[x.dtype for x in (q_s, k_s, q_t, k_t)]}")
     check_cu_seqlens(cu_seqlens)
     q_t, k_t, scale_s, scale_t = q_t.detach(), k_t.detach(), _scale(scale_s, q_s), _scale(scale_t, q_t)
     if not (uses_triton(q_s) and uses_triton(q_t)) or min(scale_s, scale_t) <= 0:

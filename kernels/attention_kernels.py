@@ -9,8 +9,8 @@ RUNTIME = ["N", "H", "B", "blocks", "threshold"]      # not recompiled if they a
 
 def programs(N: int, B: int, longest: int, BLOCK: int) -> tuple[int, int]:
     """The number of programs per head for blocks of BLOCK tokens (B sequences, N tokens in total, at most `longest` in one), and the
-    number per sequence. The second is 0 if equal shares would waste too many programs on short sequences. Sequence b then gets the
-    programs from cu_seqlens[b] // BLOCK + b on: never too few, and at most one too many."""
+    number per sequence. The second is 0 if that would be more programs than N // BLOCK + B. Then sequence b gets the programs from
+    cu_seqlens[b] // BLOCK + b on: never too few, and at most one too many."""
     blocks, packed = -(-longest // BLOCK), N // BLOCK + B
     return (B * blocks, blocks) if B * blocks <= packed else (packed, 0)
 
@@ -39,8 +39,8 @@ def _tile(ptr, stride, rows, length, D: tl.constexpr):
 
 @triton.jit
 def _product(x, x_ptr, x_stride, xs, x_length, y, y_ptr, y_stride, ys, y_length, D: tl.constexpr):
-    """x y^T of two tiles. TF32 splits fp32 rows into parts that do not fit in registers. So fp32 rows are loaded again, 32 dimensions
-    at a time, and the compiler drops the tiles passed in if nothing else uses them."""
+    """x y^T of two tiles. An fp32 product by three TF32 products keeps two parts of every number, too many for the registers at D 128.
+    So fp32 tiles are loaded again, 32 dimensions at a time; the compiler drops the tiles passed in if nothing else uses them."""
     if x.dtype == tl.float32:
         s = tl.zeros((xs.shape[0], ys.shape[0]), tl.float32)
         for d in range(0, D, 32):
@@ -85,7 +85,7 @@ def _forward(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_ptr, words_ptr,    # (N, 
     v_ptr += start * v_stride + h * v_head
     rows, cols = block * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     q = _tile(q_ptr, q_stride, rows, length, D)
-    a, b = rows, rows
+    a, b = rows, rows       # placeholders: without dropout nothing reads them
     if DROPOUT:
         words_ptr += (h * N + start) * 4
         a, b = bits(words_ptr, rows, length, 0, 4), bits(words_ptr, rows, length, 1, 4)
@@ -139,7 +139,7 @@ def _backward_keys(q_ptr, k_ptr, v_ptr, dout_ptr, rows_ptr, dk_ptr, dv_ptr, cu_p
         dp = _product(v, v_ptr, v_stride, cols, length, dout, dout_ptr, H * D, rows, length, D)
         p_kept = p
         if DROPOUT:
-            # one number until it is broadcast: Triton converts two such vectors to the products' layout only as whole tiles
+            # a and b as one int64 until they are broadcast: as two vectors, Triton would convert two whole tiles to the products' layout
             ab = (column(row, 2).to(tl.int64) << 32 | column(row, 3).to(tl.uint32, bitcast=True).to(tl.int64))[None, :]
             ab = tl.broadcast_to(ab, (BLOCK_K, BLOCK_Q))
             p_kept, dp = kept((ab >> 32).to(tl.int32) * c[:, None] + ab.to(tl.int32), threshold, p, dp)
@@ -157,8 +157,9 @@ def _backward_keys(q_ptr, k_ptr, v_ptr, dout_ptr, rows_ptr, dk_ptr, dv_ptr, cu_p
 def _backward_queries(q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, rows_ptr, dq_ptr, cu_ptr, words_ptr,
                       q_stride, q_head, k_stride, k_head, v_stride, v_head, dq_stride, N, H, B, blocks, scale, qk_scale,
                       threshold, keep_scale, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr):
-    """dQ of BLOCK_Q queries; and, side by side in rows_ptr (H, N, 4 or 2), what `_backward_keys` reads of each query: the bits of lse and
-    of delta_i = out_i . dout_i = sum_j P_ij dP_ij, which the softmax's gradient subtracts from dP, and the words a and b."""
+    """dQ of BLOCK_Q queries. It also stores in rows_ptr, (H, N, 4) with dropout or (H, N, 2) without, what `_backward_keys` reads of each
+    query: the bits of lse and of delta_i = out_i . dout_i = sum_j P_ij dP_ij, which the softmax's gradient subtracts from dP, and the
+    words a and b."""
     block, h, _, start, length = _locate(cu_ptr, blocks, B, H, BLOCK_Q)
     if block * BLOCK_Q >= length:
         return

@@ -3,13 +3,14 @@
 A row is (tile sizes ..., warps, stages), without stages if the kernel has no pipelined loop; comments in TABLE name the sizes. Rows are
 looked up by kernel name, then by architecture, by `size` (the head dimension, or the kernel's row-length class) and by the number of
 bits per element.
-`python -m bench.compile_check` compiles the rows that models use for every architecture and shows registers, spills and shared memory.
+`python -m bench.compile_check` compiles these rows for every architecture and shows registers, spills and shared memory.
 
-Architectures: 90 is Hopper and 100 is data-centre Blackwell (227 KB of shared memory per block). 80 is Ampere and everything else. Its
-rows stay under 99 KB, the limit of the consumer chips of sm_86, 89 and 120 (an A100 has 163).
+Architectures: 90 is Hopper and 100 is data-centre Blackwell (227 KB of shared memory per block). 80 is Ampere, Ada,
+consumer Blackwell and every chip not named here (none before Ampere was tried). Its rows stay under 99 KB, the limit of the consumer
+chips of sm_86, 89 and 120 (an A100 has 163).
 
 RT_CONFIGS=FILE replaces rows by those of a JSON file {kernel: {"ARCH SIZE BITS": [..]}}. `python -m bench.kernels --tune` writes one.
-This is for the curious: nothing is tuned behind the caller's back.
+No call tunes anything by itself.
 """
 import functools
 import json

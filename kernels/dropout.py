@@ -36,22 +36,22 @@ def words_ref(seed: Tensor, stream: int, heads: int, tokens: int) -> Tensor:
 
 
 def threshold_of(p: float) -> int:
-    """A weight is dropped if the int32 a c + b is below this threshold: a share p of all weights."""
+    """An element is dropped if its int32 a c + b is below this threshold, as a share p of all int32 is."""
     return min(round(p * 2**32), 2**32 - 1) - 2**31
 
 
 def site_seeds(seed: Tensor, sites: range) -> Tensor:
     """(len(sites), K): a separate seed for each place where a model uses dropout and each of K seeds."""
     golden = -0x61C8864680B583EB     # 2^64 / golden ratio as int64; the product wraps around
-    return seed + golden * torch.arange(sites.start, sites.stop, device=seed.device)[:, None]
+    return seed + golden * torch.arange(sites.start, sites.stop, sites.step, device=seed.device)[:, None]
 
 
 def check_dropout(N: int, p: float, seed: Tensor) -> None:
-    """ValueError unless `p` is a probability below 1, `seed` is (K,), and K divides the N rows."""
+    """ValueError unless `p` is a probability below 1, `seed` is (K,) int64, and K divides the N rows."""
     if not 0 <= p < 1:
         raise ValueError(f"the probability of dropout must be at least 0 and below 1, not {p}")
-    if seed.ndim != 1 or not len(seed) or N % len(seed):
-        raise ValueError(f"dropout of {N} rows by seeds {tuple(seed.shape)}: K seeds (K,) need a multiple of K rows")
+    if seed.dtype != torch.int64 or seed.ndim != 1 or not len(seed) or N % len(seed):
+        raise ValueError(f"dropout of {N} rows by seeds {tuple(seed.shape)} {seed.dtype}: K seeds (K,) int64 need a multiple of K rows")
 
 
 def dropout_ref(x: Tensor, p: float, seed: Tensor) -> Tensor:
@@ -99,8 +99,8 @@ def dropout_words(seed_ptr, words_ptr, N, H, run, blocks, BLOCK: tl.constexpr): 
 
 @triton.jit
 def kept(decides, threshold, x, y):
-    """x and y if a weight is kept, else 0. In PTX, because LLVM packs the comparisons into bits and unpacks them: 5 to 9 instructions per
-    element instead of 3."""
+    """x and y where `decides` is at least `threshold`, else 0. In PTX: from Triton's `where`, LLVM packs the comparisons into bits and
+    unpacks them, 5 to 9 instructions per element instead of 3."""
     if INTERPRETED:
         return tl.where(decides < threshold, 0.0, x), tl.where(decides < threshold, 0.0, y)
     else:
@@ -120,8 +120,8 @@ def bits(ptr, n, length, j: tl.constexpr, W: tl.constexpr):
 
 @triton.jit
 def bits_tile(ptr, n, length, W: tl.constexpr):
-    """(len(n), W) all W numbers in one load. For use in a loop: Triton 3.6 turns the load of a short vector into 16 loads per thread, in
-    the layout of the matrix product that uses it."""
+    """(len(n), W) all W numbers in one load. In a loop, use this and not `bits`: Triton 3.6 loads a short vector in the layout of the
+    matrix product that uses it, which is 16 loads per thread."""
     return tl.load(ptr + n[:, None] * W + tl.arange(0, W)[None, :], mask=n[:, None] < length, other=0)
 
 
@@ -141,8 +141,8 @@ def block_of_run(pid, run, blocks, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def keep_tile(seed_ptr, start, n, cols, seed_run, threshold, keep_scale):
-    """(len(n), len(cols)) keep_scale if an element is kept, else 0, in the rows start + n. A seed is for seed_run rows, and the rows must
-    not cross into those of the next seed."""
+    """(len(n), len(cols)) keep_scale if an element is kept, else 0, in the rows start + n. Each seed covers seed_run
+    rows; all rows of the tile must be rows of one seed."""
     key, n = key_of(tl.load(seed_ptr + start // seed_run), 0), (start % seed_run).to(tl.int32) + n
     decides = hashed(n, 0, key)[:, None] * hashed(cols, 2, 0)[None, :] + hashed(n, 1, key)[:, None]
     return tl.where(decides < threshold, 0.0, keep_scale)
@@ -189,7 +189,7 @@ def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     function of the seed, the row and the column.
 
     seed       (K,) int64 on the device of x: K runs side by side, each with its own N / K rows; None: nothing is dropped
-    Returns    (N, d). Raises ValueError if x is not (N, d), p no probability below 1, or K does not divide N.
+    Returns    (N, d). Raises ValueError if x is not (N, d), p is not in [0, 1), or K does not divide N.
     """
     if seed is None or p == 0.0:
         return x

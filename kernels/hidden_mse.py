@@ -76,11 +76,11 @@ def hidden_mse(student: Tensor, teacher: Tensor, rows: Tensor | None = None) -> 
     student    (B, L, d)
     teacher    (n, L, d), a cache; example b is compared with its row `rows[b]`. It gets no gradient
     rows       (B,) int64 or int32, each from 0 to n - 1; None: example b is compared with row b
-    Returns    (B,) fp32; float64 for float64 states. Raises ValueError if sizes differ.
+    Returns    (B,) fp32; float64 if the student's states are. Raises ValueError if sizes differ.
     """
-    if student.shape[1:] != teacher.shape[1:] or len(student) != len(teacher if rows is None else rows):
-        raise ValueError(f"patience needs teacher and student of equal size, not {tuple(teacher.shape)} and "
-                         f"{tuple(student.shape)} (examples, layers, width)")
+    if student.ndim != 3 or student.shape[1:] != teacher.shape[1:] or len(student) != len(teacher if rows is None else rows):
+        raise ValueError(f"student (B, L, d) and teacher, or its rows, must be of equal size, not {tuple(student.shape)} and "
+                         f"{tuple(teacher.shape)}")
     if not uses_triton(student):
         return hidden_mse_ref(student, teacher, rows)
     return _hidden_mse(student, teacher.detach(), rows)
@@ -117,30 +117,29 @@ def _states_backward(up_ptr, weights_ptr, s_ptrs, t_ptrs, grad_ptrs, size, BLOCK
         tl.store(grad_ptrs[i] + cols, (d * (tl.load(weights_ptr + i) * up)).to(grad_ptrs[i].dtype.element_ty), mask=cols < size)
 
 
+# not kernels.common.op: autograd.Function, which it uses, sees no tensors inside lists
 @torch.library.custom_op("recyclable::states_mse", mutates_args=())
 def _states_mse(students: list[Tensor], teachers: list[Tensor], weights: Tensor) -> Tensor:
     size = students[0].numel()
     BLOCK, warps = configs.pick("states_mse", 4096, torch.float32, weights.device)
     sums = torch.empty(-(-size // BLOCK), len(students), dtype=torch.float32, device=weights.device)
-    launch(_states_forward, len(sums), sums, dense(students), dense(teachers), size, BLOCK=BLOCK, num_warps=warps)
+    launch(_states_forward, len(sums), sums, _contiguous(students), _contiguous(teachers), size, BLOCK=BLOCK, num_warps=warps)
     return (sums.sum(0) / size * weights).sum()
 
 
-@_states_mse.register_fake
-def _(students, teachers, weights):
-    return weights.new_empty(())
+_states_mse.register_fake(lambda students, teachers, weights: weights.new_empty(()))
 
 
 @op
 def _states_mse_backward(up: Tensor, weights: Tensor, students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
     grads, size = [torch.empty_like(s, memory_format=torch.contiguous_format) for s in students], students[0].numel()
     BLOCK, warps = configs.pick("states_mse", 4096, torch.float32, up.device)
-    launch(_states_backward, -(-size // BLOCK), up, weights.contiguous(), dense(students), dense(teachers), tuple(grads), size, BLOCK=BLOCK,
-           num_warps=warps)
+    launch(_states_backward, -(-size // BLOCK), up, weights.contiguous(), _contiguous(students), _contiguous(teachers), tuple(grads), size,
+           BLOCK=BLOCK, num_warps=warps)
     return grads
 
 
-def dense(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+def _contiguous(tensors: list[Tensor]) -> tuple[Tensor, ...]:
     return tuple(x.contiguous() for x in tensors)
 
 
@@ -162,7 +161,7 @@ def states_mse(students: list[Tensor], teachers: list[Tensor], weights: Tensor) 
     students   L tensors (N, d) of one shape, for example the outputs of an encoder's embedding and of every layer
     teachers   L tensors of the same shape; they get no gradient
     weights    (L,) fp32; they get no gradient
-    Returns    a scalar, fp32; float64 for float64 states. Raises ValueError if sizes differ.
+    Returns    a scalar, fp32; float64 if the student's states are. Raises ValueError if sizes differ.
     """
     if len({x.shape for x in (*students, *teachers)}) != 1 or not len(students) == len(teachers) == len(weights):
         raise ValueError(f"states of one shape are compared, layer by layer, with a weight each, not {[tuple(x.shape) for x in students]}, "

@@ -2,8 +2,8 @@
 
     row = (1 - alpha) * CE(s, y) + alpha * T^2 * KL(softmax(t / T) || softmax(s / T))
 
-T^2 keeps the gradient's size when T grows (Hinton et al., 2015). One loss per row is returned, so the mean over the batch,
-as KL's "batchmean" defines it, is the caller's `.mean()`.
+T^2 keeps the gradient's size when T grows (Hinton et al., 2015). One loss per row is returned; the
+caller's `.mean()` is what torch.nn.KLDivLoss calls "batchmean".
 
 Forward: one program per row, an online softmax of student and teacher together. With the running maxima M_s and M_t, s' = s - M_s and
 t' = t - M_t, the sums D_1 = sum e^s', D_s = sum e^(s'/T), D_t = sum e^(t'/T) and gap = sum e^(t'/T) (t' - s') give
@@ -44,11 +44,12 @@ def kd_loss_ref(student: Tensor, teacher: Tensor | None, labels: Tensor | None =
 
 @triton.jit
 def add(s, n_1, n_s, t, n_t, gaps, M_s, D_1, D_s, M_t, D_t, gap, rate, CE: tl.constexpr, KD: tl.constexpr, UNIT_T: tl.constexpr):
-    """Add to the statistics of a row (module docstring), or of many parts of it, along the first axis. The input is either logits s and t
-    (-inf past the end; each counts 1 in n_1, n_s, n_t and has no gap, None) or parts with their own statistics. t None: s alone. Maxima
-    start at -1e30, because differences of -inf would be NaN. `rate` is log2(e) / T, because the hardware has exp2.
+    """Add to the statistics of a row (module docstring), or of many parts of it, along the first axis. Either s and t are logits (-inf past
+    the end): then n_1 = n_s = n_t = 1, and gaps is None. Or they are the maxima of parts, and n_1, n_s, n_t and gaps are the parts' sums.
+    If t is None there is no teacher. Maxima start at -1e30, because differences of -inf would be NaN. `rate` is log2(e) / T, because the
+    hardware has exp2.
 
-    New maxima scale the sums by e^(old - new). They also shift every t' - s' in `gap` by the same number, so D_t times it is added."""
+    New maxima scale the sums by e^(old - new). They also shift t' - s' of every column by one number; D_t times it is added to `gap`."""
     new = tl.maximum(M_s, tl.max(s, 0))
     s, step_s, M_s = s - new, M_s - new, new
     if KD:
@@ -61,7 +62,7 @@ def add(s, n_1, n_s, t, n_t, gaps, M_s, D_1, D_s, M_t, D_t, gap, rate, CE: tl.co
         e, shrink = tl.exp2(t * rate), tl.exp2(step_t * rate)
         gap = tl.where(shrink > 0, shrink * (gap + D_t * (step_t - step_s)), 0.0)
         more = t - s if gaps is None else gaps + n_t * (t - s)
-        gap += tl.sum(tl.where(e > 0, e * more, 0.0), 0)     # if the teacher is 0, a student of -inf costs nothing
+        gap += tl.sum(tl.where(e > 0, e * more, 0.0), 0)     # where the teacher's probability is 0, a student's -inf adds nothing
         D_t = D_t * shrink + tl.sum(n_t * e, 0)
     return M_s, D_1, D_s, M_t, D_t, gap
 
@@ -225,9 +226,10 @@ def kd_loss(student: Tensor, teacher: Tensor | None, labels: Tensor | None = Non
 
     student    (R, C) raw logits
     teacher    (R, C) raw logits, or None, for (1 - alpha) CE alone. It gets no gradient
-    labels     (R,) int64 classes, or None for the KL term alone (still times alpha); `ignore_index` rows give 0
+    labels     (R,) int64 classes, or None for the KL term alone (still times alpha); `ignore_index` rows give 0. Another label outside
+               [0, C) gives a loss of NaN (the reference raises)
     alpha, T   share of the KL term, from 0 to 1; temperature of its softmaxes
-    Returns    (R,) fp32; float64 for float64 logits. Raises ValueError if shapes do not fit or T is not positive.
+    Returns    (R,) fp32; float64 if the student's logits are float64. Raises ValueError if shapes do not fit or T is not positive.
     """
     fits = teacher is None or teacher.shape == student.shape
     if student.ndim != 2 or not fits or (labels is not None and labels.shape != student.shape[:1]):

@@ -5,12 +5,12 @@
 
 A chunk of rows takes one GEMM (fp32 out), one kernel that reads the logits twice and overwrites them with G = d rows / ds, and the GEMMs
 dX = G W and dW += G^T X (fp32 sums over the chunks). So the gradients of the plain sum of rows exist when the forward is done. The
-backward multiplies them by (upstream gradient) / (number of rows that count); both factors stay on the device. The small G of a student
-near its teacher would underflow in fp16. There G is multiplied by a power of two, and dX stays in fp32 until the backward.
+backward multiplies them by (upstream gradient) / (number of rows that count); both factors stay on the device. In fp16 the small G of a
+student near its teacher would underflow. So if x is fp16, G is multiplied by a power of two, and dX stays in fp32 until the backward.
 
-A chunk has CHUNK_BYTES of logits, in a multiple of 128 rows. It is that large because each chunk reads and writes all V d numbers of
-dW, while a row adds only 2 V d operations. W is cast to the dtype of x and copied to a multiple of 128 rows, because with an odd V (50,265)
-no vector load and no tensor-core tile is aligned with the rows of logits. The loss kernel takes the logits past V as -inf.
+A chunk has CHUNK_BYTES of logits, in a multiple of 128 rows. Small chunks would be slow: every chunk reads and writes all V d numbers of
+dW, and a row does only 2 V d operations on them. W is cast to the dtype of x and copied to a multiple of 128 rows, because with an odd V
+(50,265) no vector load and no tensor-core tile is aligned with the rows of logits. The loss kernel takes the logits past V as -inf.
 
 16-bit G is written over the fp32 logits it comes from: numbers [c, c + n) of a row into the bytes of the logits [c/2, (c + n)/2). By then
 those logits have been read, in earlier tiles or, for the first tile, in the same one. A barrier between a tile's loads and its stores
@@ -30,7 +30,7 @@ from kernels import configs
 from kernels.common import LOG2E, dense_rows, launch, op, row_class, tl, triton, uses_triton
 from kernels.kd_loss import add, flags, kd_loss_ref, load_fp32, parts, read_label, row_loss, tile, tile_grad
 
-CHUNK_BYTES = 2**30     # all logits of a chunk together; tests lower it
+CHUNK_BYTES = 2**30     # of a chunk's fp32 logits, student's and teacher's together; tests lower it
 
 
 # ---------------------------------------------------------------- references
@@ -38,7 +38,7 @@ CHUNK_BYTES = 2**30     # all logits of a chunk together; tests lower it
 def linear_cross_entropy_ref(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, ignore_index: int = -100,
                              reduction: str = "mean") -> Tensor:
     """`linear_cross_entropy` in plain PyTorch: logits stored in the dtype of `x`, loss in at least fp32."""
-    rows = kd_loss_ref(F.linear(x, weight, bias), None, labels, alpha=0.0, T=1.0, ignore_index=ignore_index)
+    rows = kd_loss_ref(_linear_ref(x, weight, bias), None, labels, alpha=0.0, T=1.0, ignore_index=ignore_index)
     return _reduce(rows.sum(), len(x), labels, ignore_index, reduction)
 
 
@@ -46,9 +46,13 @@ def linear_kd_ref(x: Tensor, weight: Tensor, bias: Tensor | None, x_teacher: Ten
                   labels: Tensor | None = None, *, alpha: float, T: float, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
     """`linear_kd` in plain PyTorch: logits stored in the dtype of `x`, loss in at least fp32."""
     with torch.no_grad():
-        teacher = F.linear(x_teacher, weight_teacher, bias_teacher)
-    rows = kd_loss_ref(F.linear(x, weight, bias), teacher, labels, alpha=alpha, T=T, ignore_index=ignore_index)
+        teacher = _linear_ref(x_teacher, weight_teacher, bias_teacher)
+    rows = kd_loss_ref(_linear_ref(x, weight, bias), teacher, labels, alpha=alpha, T=T, ignore_index=ignore_index)
     return _reduce(rows.sum(), len(x), labels, ignore_index, reduction)
+
+
+def _linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def _reduce(total: Tensor, R: int, labels: Tensor | None, ignore_index: int, reduction: str) -> Tensor:
@@ -116,19 +120,20 @@ def _padded(x: Tensor | None, rows: int, dtype: torch.dtype) -> Tensor | None:
 
 
 def _chunk_rows(R: int, width: int, buffers: int) -> int:
-    """Rows per chunk, about equal: as many of R rows of `buffers` fp32 logits as CHUNK_BYTES hold, in whole GEMM tiles if one fits."""
+    """The rows of a chunk: R rows are split into about equal chunks of at most CHUNK_BYTES, with `buffers` fp32 numbers per row and column;
+    in multiples of 128 if so many fit."""
     rows = CHUNK_BYTES // (4 * width * buffers)
     most, unit = (rows - rows % 128, 128) if rows > 128 else (max(rows, 1), 1)
     alike = -(-R // max(1, -(-R // most)))
     return max(1, -(-alike // unit) * unit)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
     """a b in fp32."""
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype != torch.float32 else a.float() @ b.float()
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
+def _add_matmul(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
     """total = beta total + a b, with fp32 sums; with beta = 0 the old total is not read."""
     if not a.is_cuda or a.dtype == torch.float32:
         total.addmm_(a.float(), b.float(), beta=beta)
@@ -148,7 +153,7 @@ def _shapes(x, weight, bias, x_t, weight_t, bias_t, labels, alpha, T, ignore_ind
             x.new_empty(V if need_w else 0, d, dtype=torch.float32), x.new_empty(V if need_b else 0, dtype=torch.float32))
 
 
-@partial(op, fake=_shapes)     # its loop over chunks would fix the number of rows
+@partial(op, fake=_shapes)     # not itself: torch.compile would specialise on the number of rows in its loop over chunks
 def _linear_loss(x: Tensor, weight: Tensor, bias: Tensor | None, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None,
                  labels: Tensor | None, alpha: float, T: float, ignore_index: int, need_x: bool, need_w: bool,
                  need_b: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -159,16 +164,15 @@ def _linear_loss(x: Tensor, weight: Tensor, bias: Tensor | None, x_t: Tensor | N
     w_t, b_t = None if x_t is None else _padded(weight_t, width, x_t.dtype), _padded(bias_t, width, torch.float32)
     labels, loss = *dense_rows(labels), torch.empty(R, device=x.device)
     dx = torch.empty(R if need_x else 0, d, dtype=_dtype_of_dx(x), device=x.device)
-    dw, db = torch.empty(width if need_w else 0, d, device=x.device), torch.zeros(width if need_b else 0, device=x.device)
-    if R == 0:
-        dw.zero_()
+    dw = (torch.empty if R else torch.zeros)(width if need_w else 0, d, device=x.device)
+    db = torch.zeros(width if need_b else 0, device=x.device)
     BLOCK, warps, W = configs.pick("linear_loss", row_class(width), torch.float32, x.device)
     unit = 2.0 ** math.floor(15 - math.log2(max(1.0, 1 - alpha + alpha * T))) if x.dtype == torch.float16 else 1.0     # |G| < 2^15
     chunk = _chunk_rows(R, width, 1 if x_t is None else 2)
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, R, chunk):
             part = slice(start, start + chunk)
-            s, t = _product(x[part], w.T), None if x_t is None else _product(x_t[part], w_t.T)      # (n, width) fp32
+            s, t = _matmul(x[part], w.T), None if x_t is None else _matmul(x_t[part], w_t.T)      # (n, width) fp32
             g = s.view(x.dtype)[:, :width]
             launch(_row, len(s), s, t, b, b_t, None if labels is None else labels[part], loss[part], g, V, width, g.stride(0),
                    ignore_index, alpha, T, LOG2E / T, unit, **flags(t, labels, alpha, T), GRAD=need_x or need_w or need_b,
@@ -176,9 +180,9 @@ def _linear_loss(x: Tensor, weight: Tensor, bias: Tensor | None, x_t: Tensor | N
             if need_x and unit == 1:
                 torch.mm(g, w, out=dx[part])
             elif need_x:
-                torch.div(_product(g, w), unit, out=dx[part])
+                torch.div(_matmul(g, w), unit, out=dx[part])
             if need_w:
-                _add_product(dw, g.T, x[part], int(start > 0))
+                _add_matmul(dw, g.T, x[part], int(start > 0))
             if need_b:
                 db += g.sum(0, dtype=torch.float32)
             del s, t, g         # otherwise the next chunk's would be allocated on top
@@ -198,7 +202,7 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, up, *_):
     if up is None:
         return (None,) * 13
-    up = up.reshape(1)      # without a dimension it would be rounded to the dtype of g on CUDA: another scale of the whole gradient
+    up = up.reshape(1)      # CUDA rounds a factor without dimensions to the dtype of g, which scales the whole gradient by up to .2 %
     grads = [torch.mul(g, up, out=torch.empty_like(g, dtype=dtype)) if need else None      # scaled and cast in one pass
              for g, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs)]
     return *grads, *(None,) * 10
@@ -213,10 +217,10 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, labels:
                          reduction: str = "mean") -> Tensor:
     """Cross-entropy of `x @ weight.T + bias`.
 
-    x            (R, d); cast under autocast. `weight` is always cast to the dtype of x
+    x            (R, d); cast to autocast's dtype under autocast. `weight` is cast to the dtype of x
     weight       (V, d)
     bias         (V,) or None
-    labels       (R,) int64 classes; `ignore_index` rows give 0
+    labels       (R,) int64 classes; `ignore_index` rows give 0. Another label outside [0, V) gives NaN (the reference raises)
     reduction    "mean" over the rows that are not ignored (0 if none), or "sum"
     Returns      a scalar, fp32; float64 for float64 x. Raises ValueError if shapes do not fit.
     """

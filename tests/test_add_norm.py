@@ -38,6 +38,7 @@ def assert_within_twice_the_references_error(tensors, p=0.0, seed=None):
 def test_the_reference_is_plain_pytorch():
     x, h, weight, bias = (t.double() for t in inputs(6, 5))
     torch.testing.assert_close(add_norm(x, h, weight, bias, EPS), F.layer_norm(x + h, (5,), weight, bias, EPS))
+    assert torch.equal(add_norm(x, h, weight, bias, EPS, 1.0, None), add_norm(x, h, weight, bias, EPS))      # without seeds p has no effect
     expected = F.layer_norm(x + dropout(h, 0.5, SEEDS[:1]), (5,), weight, bias, EPS)
     torch.testing.assert_close(add_norm(x, h, weight, bias, EPS, 0.5, SEEDS[:1]), expected)
     halves = [t.half() for t in (weight, bias)]

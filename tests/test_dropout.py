@@ -45,10 +45,12 @@ def test_columns_that_are_not_contiguous_and_uneven_seeds(device):
     assert torch.equal(dropout(x, 0.5, seed), dropout_ref(x, 0.5, seed))
     with pytest.raises(ValueError, match="multiple of K rows"):
         dropout(x, 0.5, SEEDS[:2].to(device))
-    with pytest.raises(ValueError, match=r"\(K,\) need"):
+    with pytest.raises(ValueError, match=r"\(K,\) int64 need"):
         dropout(x, 0.5, SEEDS[0].to(device))
-    with pytest.raises(ValueError, match=r"\(K,\) need"):
+    with pytest.raises(ValueError, match=r"\(K,\) int64 need"):
         dropout(x, 0.5, SEEDS[:0].to(device))
+    with pytest.raises(ValueError, match="torch.int32"):
+        dropout(x, 0.5, SEEDS[:1].int().to(device))
     with pytest.raises(ValueError, match=r"rows \(N, d\), not \(9, 4, 5\)"):
         dropout(x.reshape(9, 4, 5), 0.5, SEEDS[:1].to(device))
     for p in (-1.0, 1.0, 1.5, math.nan):
@@ -70,6 +72,7 @@ def test_words_differ_between_streams_and_follow_both_halves_of_a_seed():
     for other in (SEEDS[:1] + 1, SEEDS[:1] + 2**32, SEEDS[:1] - 2**63):
         assert (words_ref(other, 1, 1, 2**14)[0] == b).sum() <= 1
     sites = site_seeds(torch.arange(100), range(-2, 40))        # no two runs meet at different places
+    assert torch.equal(site_seeds(torch.arange(100), range(-2, 40, 2)), sites[::2])
     assert sites.shape == (42, 100) and sites.unique().numel() == 4200
     assert [threshold_of(p) for p in (0.0, 0.5, 1 - 2**-40)] == [-2**31, 0, 2**31 - 1]      # all fit into an int32
 

@@ -317,7 +317,7 @@ def test_hidden_mse_of_views_with_few_launches_and_no_gradient_to_the_teacher(de
         gradient, plain = (torch.autograd.grad(f(s, t, rows), s, up)[0] for f in (hidden_mse, hidden_mse_ref))
         torch.testing.assert_close(gradient, plain)
     assert hidden_mse(s[:0], t, rows[:0]).shape == (0,)
-    for wrong in ((s, t), (s, t, rows[:2]), (s, t[:, :1], rows), (s, t[..., :39], rows)):
+    for wrong in ((s, t), (s[0], s[0]), (s, t, rows[:2]), (s, t[:, :1], rows), (s, t[..., :39], rows)):
         with pytest.raises(ValueError, match="equal size"):
             hidden_mse(*wrong)
 

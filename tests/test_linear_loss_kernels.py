@@ -191,6 +191,9 @@ def test_views_and_weights_of_other_dtypes(device):
     rounded = [p.detach().half().float().requires_grad_() for p in student[:2]] + student[2:]
     for x, z in zip(results, loss_and_gradients(linear_cross_entropy_ref, rounded, [], y)):
         torch.testing.assert_close(x.float(), z, rtol=2e-3, atol=2e-4)
+    plain = loss_and_gradients(linear_cross_entropy_ref, half, [], y)       # the reference casts, too
+    assert [x.dtype for x in plain] == [x.dtype for x in results] and torch.isclose(plain[0], results[0], rtol=1e-2)
+    linear_kd_ref(*half, *(p.detach() for p in half), y, alpha=0.5, T=2.0).backward()
 
 
 @pytest.mark.parametrize("T, noise", [(1.0, 0.003), (2.0, 0.03), (20.0, 0.3)])

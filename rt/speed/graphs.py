@@ -1,7 +1,9 @@
 """Faster steps: batches prepared on another thread, torch.compile of the blocks, CUDA graphs of forward and backward.
 
-A compiled or captured step needs batches of few shapes, from `static_batch` in pre-training, rt.speed.multi_run.side_by_side in tuning.
+A compiled or captured step needs batches of few shapes. `static_batch` makes them in pre-training, rt.speed.multi_run.side_by_side in
+tuning.
 """
+import itertools
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -29,7 +31,7 @@ T = TypeVar("T")
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 def prefetch(items: Iterable[T]) -> Iterator[T]:
-    """The same items, made on another thread up to DEPTH ahead. An error there is raised here; closing the iterator ends the thread."""
+    """The same items, made on another thread up to DEPTH ahead. An error there is raised in the caller's; closing ends the thread."""
     items, end, pool = iter(items), object(), ThreadPoolExecutor(1, "prefetch")
     waiting = deque(pool.submit(next, items, end) for _ in range(DEPTH))
     try:
@@ -41,7 +43,7 @@ def prefetch(items: Iterable[T]) -> Iterator[T]:
 
 
 def staged(batches: Iterable[Batch], rows: Rows, device: torch.device, static: bool) -> Iterator[Batch]:
-    """The same batches. For a CUDA device, or if `static`, they have static shapes; for a CUDA device they are also pinned."""
+    """The same batches, through `static_batch` for a CUDA device or if `static`. For a CUDA device their tensors are pinned, too."""
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)     # for this thread: pinning must not touch another GPU
@@ -123,10 +125,10 @@ def make_gradient(model: MaskedLM, s: PretrainSettings, ranks: Ranks, precision:
 
 
 class CudaGraphs:
-    """gradient(batch, *more), a forward and backward pass, as a CUDA graph for each of the few shapes of its arguments: one launch instead
-    of about a thousand. A graph uses fixed addresses, so arguments come from the host and are copied into the graph's own tensors. The
-    parameters' gradients are in the first graph's memory. Graphs of other shapes copy their gradients there and reuse their own memory.
-    With `adds`, each shape has a second graph that adds to the gradients."""
+    """gradient(batch, *more), a forward and backward pass, as a CUDA graph for each of the few shapes of its arguments: one launch
+    instead of about a thousand. A graph reads fixed addresses, so every call copies its arguments, which are on the host, into the
+    graph's own tensors. The parameters' gradients are in the first graph's memory. Graphs of other shapes copy their gradients there and
+    reuse their own memory. With `adds`, each shape has a second graph that adds to the gradients."""
     def __init__(self, gradient: Callable[..., Tensor], parameters: list[nn.Parameter], device: torch.device, adds: bool = False):
         self.gradient, self.parameters, self.device, self.adds = gradient, parameters, device, adds
         self.captured: dict[tuple, tuple] = {}      # by shape: inputs, and (graph, loss) pairs: one overwrites, one adds
@@ -135,9 +137,9 @@ class CudaGraphs:
 
     def __call__(self, batch: Batch, *more: Tensor, part: int = 0) -> Tensor:
         """The loss, on the device, valid until the next call. Part 0 of a step overwrites the gradients; the others add to them. A part of
-        another shape than part 0 (`static_batch`: next to never) is computed without a graph, into the same memory."""
+        another shape than part 0 (after `static_batch`, about one batch in a billion) is computed without a graph, into the same memory."""
         new = [*tensors(batch).values(), *more]
-        shape = (batch.max_seqlen, *(x.shape for x in new))
+        shape = (batch.max_seqlen, *tensors(batch), *((x.shape, x.dtype) for x in new))
         if part and shape != self.shape:
             return self.gradient(batch, *more)
         if shape not in self.captured:
@@ -145,17 +147,13 @@ class CudaGraphs:
         self.shape, (inputs, graphs) = shape, self.captured[shape]
         for own, x in zip(inputs, new):
             own.copy_(x, non_blocking=True)
-        self._share()
+        self._share(self.gradients)
         graph, loss = graphs[part > 0]
         graph.replay()
         return loss
 
     def _capture(self, batch: Batch, *more: Tensor) -> tuple:
-        def clear() -> None:
-            for p in self.parameters:
-                p.grad = None
-
-        warm_up(lambda: self.gradient(batch, *more), clear, self.device)
+        warm_up(lambda: self.gradient(batch, *more), lambda: self._share(itertools.repeat(None)), self.device)
         graphs, pool = [], next((graphs[0][0].pool() for _, graphs in self.captured.values()), None)
         for add in range(1 + self.adds):
             graph = torch.cuda.CUDAGraph()
@@ -164,16 +162,16 @@ class CudaGraphs:
                 loss = self.gradient(batch, *more)
                 if self.gradients and not add:
                     own = [(g, p.grad) for g, p in zip(self.gradients, self.parameters, strict=True) if g is not None or p.grad is not None]
-                    torch._foreach_copy_(*map(list, zip(*own)))       # a parameter with a gradient for one shape alone is an error here
+                    torch._foreach_copy_(*map(list, zip(*own)))       # raises if a parameter has a gradient for one of the shapes only
                     del own     # so that later graphs reuse this memory
             self.gradients = self.gradients or [p.grad for p in self.parameters]
-            self._share()
+            self._share(self.gradients)
             graphs.append((graph, loss))
             pool = graph.pool()
         return [*tensors(batch).values(), *more], graphs
 
-    def _share(self) -> None:
-        for p, g in zip(self.parameters, self.gradients):
+    def _share(self, gradients: Iterable[Tensor | None]) -> None:
+        for p, g in zip(self.parameters, gradients):
             p.grad = g
 
 
