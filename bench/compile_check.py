@@ -77,9 +77,9 @@ def kd_loss_calls(dtype: torch.dtype) -> None:
         kd_loss(student, None, LABELS, alpha=0.0, T=1.0).sum().backward()
     for width, rows, dtype_t in itertools.product((256, 768, 9216), (None, LABELS), teachers):
         hidden_mse(zeros(4, 1, width, dtype=dtype), zeros(4, 1, width, dtype=dtype_t, grad=False), rows).sum().backward()
-    for L, dtype_t in itertools.product((5, 13), teachers):
-        states_mse([zeros(4, 16, dtype=dtype) for _ in range(L)], [zeros(4, 16, dtype=dtype_t) for _ in range(L)],
-                   zeros(L, grad=False)).backward()
+    for L, dtype_t, first in itertools.product((5, 13), teachers, teachers):        # under autocast, an embedding's output is fp32
+        students, taught = ([zeros(4, 16, dtype=kind if i else first) for i in range(L)] for kind in (dtype, dtype_t))
+        states_mse(students, taught, zeros(L, grad=False)).backward()
 
 
 def linear_loss_calls(dtype: torch.dtype) -> None:
