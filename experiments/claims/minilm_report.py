@@ -129,18 +129,20 @@ def primary(r: Rows) -> dict[str, tuple[Cells, float]]:
 
 
 def verdicts(found: dict[str, tuple[Cells, float]]) -> list[list[str]]:
-    """A line per primary quantity: mean, interval, cells, p, Holm's p, verdict. There are too few cells if none of them could be shown."""
+    """A line per primary quantity: mean, interval, cells, p, Holm's p over the lines with rows, which decides, and over all lines (p = 1
+    without rows), verdict. There are too few cells if none of them could be shown."""
     p = {name: sign_flip([v + margin for v in values.values()]) for name, (values, margin) in found.items() if values}
-    adjusted, least, lines = holm(p), holm({name: 0.5 ** len(values) for name, (values, _) in found.items() if values}), []
+    adjusted, strict, lines = holm(p), holm(dict.fromkeys(found, 1.0) | p), []
+    least = holm({name: 0.5 ** len(values) for name, (values, _) in found.items() if values})
     for name, (values, margin) in found.items():
         if not values:
-            lines.append([name, "not run", *[""] * 4])
+            lines.append([name, "not run", *[""] * 5])
             continue
         low, high = crossed(values)
         word = ("opposite" if high < -margin else "too few cells" if least[name] >= 0.05 else
                 "shown" if adjusted[name] < 0.05 and low > -margin else "not shown")
         shown = f"{round(mean(values.values()), 9):+.3f} [{low:+.3f}, {high:+.3f}]"
-        lines.append([name, shown, len(values), f"{p[name]:.3f}", f"{adjusted[name]:.3f}", word])
+        lines.append([name, shown, len(values), f"{p[name]:.3f}", f"{adjusted[name]:.3f}", f"{strict[name]:.3f}", word])
     return lines
 
 
@@ -157,8 +159,9 @@ def section(folder: Path) -> str:
             "`python -m experiments.claims.minilm --data DIR`; rows in `minilm.jsonl`; [the plan](../../experiments/claims/PLAN.md) was "
             "committed before them; C1 of lineage 0 was known from an earlier M0 (`02aece2/minilm.jsonl`, in no line here). "
             f"{facts['device']}; {facts['precision']}; commits {facts['commit']}. Intervals: crossed bootstrap over tasks and lineages "
-            "(with one lineage, over tasks alone). p: exact sign-flip over cells; then Holm's over the lines that have rows.",
-            markdown(["primary quantity", "mean [95 %]", "cells", "p", "Holm", "here"], verdicts(primary(r)))]
+            "(with one lineage, over tasks alone). p: exact sign-flip over cells; then Holm's over the lines that have rows, by which the "
+            "plan decides; the column after it counts all lines, those without rows as p = 1.",
+            markdown(["primary quantity", "mean [95 %]", "cells", "p", "Holm", "Holm, all lines", "here"], verdicts(primary(r)))]
     text += [table for table in (by_base(r), by_predictor(r), by_first_domain(r), by_mode(r), by_part(r), by_pair(r)) if table]
     text += ["Planned and not run (number of cells): " + (missing(rows) or "nothing") + "."]
     return "\n\n".join(text) + "\n"
