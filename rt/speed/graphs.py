@@ -31,7 +31,7 @@ T = TypeVar("T")
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 def prefetch(items: Iterable[T]) -> Iterator[T]:
-    """The same items, made on another thread up to DEPTH ahead. An error there is raised in the caller's; closing ends the thread."""
+    """The same items, made up to DEPTH ahead on another thread, whose errors are raised in the caller's. Closing ends the thread."""
     items, end, pool = iter(items), object(), ThreadPoolExecutor(1, "prefetch")
     waiting = deque(pool.submit(next, items, end) for _ in range(DEPTH))
     try:
