@@ -43,7 +43,7 @@ def layer_norm(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Layer norm of (N, d) with weight and bias (d,) or (K, d), on CUDA in the widest of their dtypes, on a CPU in the dtype of z.
     RuntimeError if K does not divide N."""
     d, wide = z.shape[-1], torch.promote_types(torch.promote_types(z.dtype, weight.dtype), bias.dtype)
-    # torch has no layer norm of mixed dtypes, but for a z that is narrower than both parameters on a CPU
+    # torch has no layer norm of mixed dtypes, except for a z that is narrower than both parameters on a CPU
     z, weight, bias = z.to(wide) if z.is_cuda else z, weight.to(wide), bias.to(wide)
     if weight.ndim == bias.ndim == 1:
         return F.layer_norm(z, (d,), weight, bias, eps)

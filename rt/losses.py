@@ -87,6 +87,7 @@ class Loss:
             raise ValueError("a loss with a teacher needs its DistillConfig")
         if c and (c.gamma or c.itp) and (self.teacher is None or self.teacher_model is None):
             raise ValueError("gamma and itp need a teacher, and the teacher itself as teacher_model")
+        self.teacher_weights = weights_of(self.teacher_model) if c and c.itp else {}
 
     def __call__(self, model: Classifier, batch: Batch) -> Tensor:
         """Scalar; runs the student on `batch`."""
@@ -127,7 +128,7 @@ class Loss:
 
     def at(self, mu: float, model: Classifier, batch: Batch) -> Tensor:
         """(B,): alpha KD + beta patience at point `mu` between teacher and `model`. Frozen weights and the head are interpolated too."""
-        weights = lerp(weights_of(self.teacher_model), dict(model.named_parameters()), mu)
+        weights = lerp(self.teacher_weights, dict(model.named_parameters()), mu)
         logits = functional_call(model, weights, (batch, activations := Activations()))
         return self.per_example(logits, activations, batch)
 
