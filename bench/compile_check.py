@@ -57,7 +57,8 @@ def attention_calls(dtype: torch.dtype) -> None:
 
 def attention_kd_calls(dtype: torch.dtype) -> None:
     equal = [(D, D, longest, dtype) for D in (32, 64, 128) for longest in (64, 512)]
-    for D_s, D_t, longest, dtype_t in [*equal, (64, 128, 512, torch.bfloat16), (128, 32, 512, torch.bfloat16)]:
+    other = [(64, 64, 512, torch.float32), (64, 128, 512, torch.bfloat16), (128, 32, 512, torch.bfloat16)]
+    for D_s, D_t, longest, dtype_t in equal + other:
         q_s, k_s = zeros(2, 4, 16, D_s, dtype=dtype).unbind()
         q_t, k_t = zeros(2, 4, 16, D_t, dtype=dtype_t, grad=False).unbind()
         attention_kd(q_s, k_s, q_t, k_t, torch.tensor([0, 4], dtype=torch.int32), longest).sum().backward()
@@ -69,13 +70,13 @@ TERMS = [(5.0, LABELS, 0.5), (1.0, LABELS, 0.5), (5.0, None, 0.5), (5.0, LABELS,
 
 
 def kd_loss_calls(dtype: torch.dtype) -> None:
-    teachers = [dtype] if dtype == torch.float32 else [dtype, torch.float32]
+    teachers = [dtype, torch.bfloat16 if dtype == torch.float32 else torch.float32]
     for C, dtype_t in itertools.product((20, 200, 1000, 5000, 5008), teachers):     # rows of 5,000 are not aligned
         student, teacher = zeros(4, C, dtype=dtype), zeros(4, C, dtype=dtype_t, grad=False)
         for T, labels, alpha in TERMS:
             kd_loss(student, teacher, labels, alpha=alpha, T=T).sum().backward()
         kd_loss(student, None, LABELS, alpha=0.0, T=1.0).sum().backward()
-    for width, rows, dtype_t in itertools.product((256, 768, 9216), (None, LABELS), teachers):
+    for width, rows, dtype_t in itertools.product((32, 256, 768, 9216), (None, LABELS), teachers):
         hidden_mse(zeros(4, 1, width, dtype=dtype), zeros(4, 1, width, dtype=dtype_t, grad=False), rows).sum().backward()
     for L, dtype_t, first in itertools.product((5, 13), teachers, teachers):        # under autocast, an embedding's output is fp32
         students, taught = ([zeros(4, 16, dtype=kind if i else first) for i in range(L)] for kind in (dtype, dtype_t))
@@ -101,6 +102,7 @@ def norm_calls(dtype: torch.dtype) -> None:
         y = add_norm(x, h, w, b, 1e-5, p, LABELS)
         if y.requires_grad:
             y.sum().backward()
+    add_norm(*(zeros(*shape, dtype=dtype) for shape in ((16, 768), (16, 768), (768,), (768,))), 1e-5, 0.1, LABELS).sum().backward()
 
 
 CALLS = {"attention": attention_calls, "attention_kd": attention_kd_calls, "kd_loss": kd_loss_calls, "linear_loss": linear_loss_calls,

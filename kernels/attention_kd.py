@@ -84,7 +84,7 @@ def _kd_forward(q_s_ptr, k_s_ptr, q_t_ptr, k_t_ptr,     # (N, H, D_S) x 2, (N, H
                 q_s_stride, q_s_head, k_s_stride, k_s_head, q_t_stride, q_t_head, k_t_stride, k_t_head, N, H, B, blocks,
                 scale_s, scale_t, D_S: tl.constexpr, D_T: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
     """KL and both log2-sum-exp2 of BLOCK_Q queries. Both scales include the factor log2(e)."""
-    block, h, _, start, length = _locate(cu_ptr, blocks, B, H, BLOCK_Q)
+    block, h, start, length = _locate(cu_ptr, blocks, B, H, BLOCK_Q)
     if block * BLOCK_Q >= length:
         return
     q_s_ptr += start * q_s_stride + h * q_s_head
@@ -121,7 +121,7 @@ def _kd_backward(x_s_ptr, y_s_ptr, x_t_ptr, y_t_ptr,        # (N, H, D_S) x 2, (
                  X_IS_Q: tl.constexpr):
     """The gradient of BLOCK_X rows of x, summed over all rows of y. X_IS_Q: x holds the queries and y the keys; otherwise the reverse.
     `scale` is the student's; scale_s and scale_t include the factor log2(e)."""
-    block, h, _, start, length = _locate(cu_ptr, blocks, B, H, BLOCK_X)
+    block, h, start, length = _locate(cu_ptr, blocks, B, H, BLOCK_X)
     if block * BLOCK_X >= length:
         return
     x_s_ptr += start * x_s_stride + h * x_s_head

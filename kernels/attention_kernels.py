@@ -17,7 +17,7 @@ def programs(N: int, B: int, longest: int, BLOCK: int) -> tuple[int, int]:
 
 @triton.jit
 def _locate(cu_ptr, blocks, B, H, BLOCK: tl.constexpr):
-    """The block, head and sequence a program works on (see `programs`), the sequence's first token and its length."""
+    """The block and head a program works on (see `programs`), the first token of its sequence, and the sequence's length."""
     i, h = tl.program_id(0) // H, tl.program_id(0) % H
     if blocks > 0:
         b, block = i // blocks, i % blocks
@@ -28,7 +28,7 @@ def _locate(cu_ptr, blocks, B, H, BLOCK: tl.constexpr):
             b += tl.sum(((n < B) & (tl.load(cu_ptr + n, mask=n < B, other=0) // BLOCK + n <= i)).to(tl.int32))
         block = i - tl.load(cu_ptr + b) // BLOCK - b
     start = tl.load(cu_ptr + b).to(tl.int64)
-    return block, h.to(tl.int64), b, start, (tl.load(cu_ptr + b + 1) - start).to(tl.int32)
+    return block, h.to(tl.int64), start, (tl.load(cu_ptr + b + 1) - start).to(tl.int32)
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def _forward(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_ptr, words_ptr,    # (N, 
              N, H, B, blocks, qk_scale, threshold, keep_scale,
              D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr):
     """One block of BLOCK_Q queries."""
-    block, h, _, start, length = _locate(cu_ptr, blocks, B, H, BLOCK_Q)
+    block, h, start, length = _locate(cu_ptr, blocks, B, H, BLOCK_Q)
     if block * BLOCK_Q >= length:
         return
     q_ptr += start * q_stride + h * q_head
@@ -114,7 +114,7 @@ def _backward_keys(q_ptr, k_ptr, v_ptr, dout_ptr, rows_ptr, dk_ptr, dv_ptr, cu_p
                    threshold, keep_scale, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr):
     """dK and dV of BLOCK_K keys, stored with stride dk_stride between tokens. Tiles are keys x queries, so neither P nor dS is
     transposed."""
-    block, h, _, start, length = _locate(cu_ptr, blocks, B, H, BLOCK_K)
+    block, h, start, length = _locate(cu_ptr, blocks, B, H, BLOCK_K)
     if block * BLOCK_K >= length:
         return
     cols = block * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -160,7 +160,7 @@ def _backward_queries(q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, rows_ptr,
     """dQ of BLOCK_Q queries. It also stores in rows_ptr, (H, N, 4) with dropout or (H, N, 2) without, what `_backward_keys` reads of each
     query: the bits of lse and of delta_i = out_i . dout_i = sum_j P_ij dP_ij, which the softmax's gradient subtracts from dP, and the
     words a and b."""
-    block, h, _, start, length = _locate(cu_ptr, blocks, B, H, BLOCK_Q)
+    block, h, start, length = _locate(cu_ptr, blocks, B, H, BLOCK_Q)
     if block * BLOCK_Q >= length:
         return
     k_ptr += start * k_stride + h * k_head

@@ -123,9 +123,9 @@ def load_fp32(ptr, at, mask):
 # ---------------------------------------------------------------- kd_loss
 
 @triton.jit
-def _forward(s_ptr, t_ptr, labels_ptr, loss_ptr, stats_ptr,      # (R, C), (R, C), (R,), (R,), (R, 5)
-             C, s_stride, t_stride, ignore_index, alpha, T, rate, CE: tl.constexpr, KD: tl.constexpr, UNIT_T: tl.constexpr,
-             BLOCK: tl.constexpr, W: tl.constexpr):
+def _loss_forward(s_ptr, t_ptr, labels_ptr, loss_ptr, stats_ptr,      # (R, C), (R, C), (R,), (R,), (R, 5)
+                  C, s_stride, t_stride, ignore_index, alpha, T, rate, CE: tl.constexpr, KD: tl.constexpr, UNIT_T: tl.constexpr,
+                  BLOCK: tl.constexpr, W: tl.constexpr):
     """Loss and statistics of one row."""
     row = tl.program_id(0).to(tl.int64)
     s_ptr += row * s_stride
@@ -151,9 +151,9 @@ def _forward(s_ptr, t_ptr, labels_ptr, loss_ptr, stats_ptr,      # (R, C), (R, C
 
 
 @triton.jit
-def _backward(s_ptr, t_ptr, labels_ptr, stats_ptr, up_ptr, grad_ptr,      # (R, C), (R, C), (R,), (R, 5), (R,), (R, C)
-              C, tiles, s_stride, t_stride, up_stride, ignore_index, alpha, T, rate, CE: tl.constexpr, KD: tl.constexpr,
-              UNIT_T: tl.constexpr, BLOCK: tl.constexpr):
+def _loss_backward(s_ptr, t_ptr, labels_ptr, stats_ptr, up_ptr, grad_ptr,      # (R, C), (R, C), (R,), (R, 5), (R,), (R, C)
+                   C, tiles, s_stride, t_stride, up_stride, ignore_index, alpha, T, rate, CE: tl.constexpr, KD: tl.constexpr,
+                   UNIT_T: tl.constexpr, BLOCK: tl.constexpr):
     """The gradient of one tile of one row."""
     row = (tl.program_id(0) // tiles).to(tl.int64)
     start = tl.program_id(0) % tiles * BLOCK
@@ -186,7 +186,7 @@ def _kd_loss(student: Tensor, teacher: Tensor | None, labels: Tensor | None, alp
     student, teacher, labels = dense_rows(student, teacher, labels)
     loss, stats = (torch.empty(s, dtype=torch.float32, device=student.device) for s in ((R,), (R, 5)))
     BLOCK, warps, W = configs.pick("kd_loss_forward", row_class(C), student.dtype, student.device)
-    launch(_forward, R, student, teacher, labels, loss, stats, C, student.stride(0), 0 if teacher is None else teacher.stride(0),
+    launch(_loss_forward, R, student, teacher, labels, loss, stats, C, student.stride(0), 0 if teacher is None else teacher.stride(0),
            ignore_index, alpha, T, LOG2E / T, **flags(teacher, labels, alpha, T), BLOCK=BLOCK, W=W, num_warps=warps)
     return loss, stats
 
@@ -200,7 +200,7 @@ def _kd_loss_backward(up: Tensor, student: Tensor, teacher: Tensor | None, label
     grad = torch.empty(R, C, dtype=student.dtype, device=student.device)
     BLOCK, warps = configs.pick("kd_loss_backward", row_class(C), student.dtype, student.device)
     tiles = -(-C // BLOCK)
-    launch(_backward, R * tiles, student, teacher, labels, stats, up, grad, C, tiles, student.stride(0),
+    launch(_loss_backward, R * tiles, student, teacher, labels, stats, up, grad, C, tiles, student.stride(0),
            0 if teacher is None else teacher.stride(0), up.stride(0), ignore_index, alpha, T, LOG2E / T,
            **flags(teacher, labels, alpha, T), BLOCK=BLOCK, num_warps=warps)
     return grad

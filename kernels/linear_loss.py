@@ -224,6 +224,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, labels:
     reduction    "mean" over the rows that are not ignored (0 if none), or "sum"
     Returns      a scalar, fp32; float64 for float64 x. Raises ValueError if shapes do not fit.
     """
+    if labels is None:
+        raise ValueError("cross-entropy needs labels")
     _check(x, weight, bias, labels, reduction)
     if not uses_triton(x):
         return linear_cross_entropy_ref(x, weight, bias, labels, ignore_index=ignore_index, reduction=reduction)

@@ -11,7 +11,7 @@ from conftest import ROOT, here
 
 from rt import limits
 from rt.errors import InputError
-from rt.runs.config import _parser, parse, record, replace_flags
+from rt.runs.config import _parser, convert, parse, record, replace_flags
 
 
 @dataclass
@@ -31,7 +31,7 @@ def test_values_are_converted():
     assert c == Config(1.0, 10000, "a=b", (3, 4), True, False)
     assert isinstance(c.lr, float)
     assert parse(Config, ["--name", "none", "--lr", "-2"]) == Config(lr=-2.0)
-    assert record(c)["seeds"] == [3, 4]
+    assert record(c)["seeds"] == [3, 4] and convert("labels", " no, not yes,", tuple[str, ...]) == ("no", "not yes")
 
 
 @pytest.mark.parametrize("argv, words", [

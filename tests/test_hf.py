@@ -278,6 +278,10 @@ def test_a_lora_learned_here_goes_to_peft_with_its_base(base, targets, tmp_path)
     close(logits_of(model, base.tokenizer), our_logits(base, delta))
     assert model.config.id2label == dict(enumerate(LABELS))
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out" / "base")(*TEXTS[2])["input_ids"] == our_sequences(base.tokenizer)[2]
+    assert open_delta(str(tmp_path / "out"), open_base(str(tmp_path / "out" / "base"))).info["base"] == base.fingerprint
+    other = replace(base, fingerprint="that of an upgrade")
+    with pytest.raises(InputError, match=f"exported for the base with fingerprint {base.fingerprint}, and this base has that of an up"):
+        open_delta(str(tmp_path / "out"), other)
 
 
 def test_what_is_not_supported_is_named(tokenizer_of, tmp_path):

@@ -184,7 +184,7 @@ def test_a_class_head_is_one_launch_each_way(device, monkeypatch, C):
     s, t, y = logits(16, C, device=device)
     launched = counted(monkeypatch, kd_loss)
     rows_and_gradient(kd_loss, s, t, y, alpha=0.7, T=5.0)
-    assert launched == ["_forward", "_backward"]
+    assert launched == ["_loss_forward", "_loss_backward"]
 
 
 def test_no_rows(device):

@@ -315,6 +315,8 @@ def test_shapes_that_do_not_fit_are_said(device):
             linear_cross_entropy(*wrong)
     with pytest.raises(ValueError, match="labels"):
         linear_cross_entropy(x, w, b, y[:2])
+    with pytest.raises(ValueError, match="needs labels"):
+        linear_cross_entropy(x, w, b, None)
     with pytest.raises(ValueError, match="reduction"):
         linear_cross_entropy(x, w, b, y, reduction="none")
     with pytest.raises(ValueError, match="equally many"):

@@ -245,7 +245,7 @@ def test_transport_brings_a_twin_to_the_old_score_and_the_settings_are_told_apar
 
 
 def test_a_list_of_deltas_may_be_longer_than_a_file_name_and_a_name_that_is_too_long_is_one_sentence(home):
-    assert old_names(",".join(["delta"] * 60)) == ["delta"] * 60
+    assert old_names(", ".join(["delta"] * 60)) == ["delta"] * 60
     assert f"{'x' * 300}: cannot be used (File name too long)" in typed(home, "--mode", "apply", "--task", "x" * 300, code=2)
 
 

@@ -40,7 +40,8 @@ def import_adapter(folder: Path, base: Base, labels: tuple[str, ...], task: str 
     if library := other_library(folder):
         raise InputError(f"{folder}: an adapter of {library}; only LoRA adapters of PEFT are supported")
     facts, whose = read_json(folder / "adapter_config.json"), f"{folder}: an adapter of PEFT"
-    own = read_json(folder / "labels.json", {}).get("labels", [])
+    ours = read_json(folder / "labels.json", {})        # written by export_peft
+    own, noted = ours.get("labels", []), ours.get("base", base.fingerprint)
     hf.check_only(facts, ONLY, f"{folder / 'adapter_config.json'}: an adapter of PEFT", FREE)
     r, alpha = facts.get("r"), facts.get("lora_alpha")
     if not (is_whole(r, 1) and is_number(alpha, -1e9, 1e9)):
@@ -48,6 +49,9 @@ def import_adapter(folder: Path, base: Base, labels: tuple[str, ...], task: str 
     if not isinstance(own, list):
         raise InputError(f"{folder / 'labels.json'}: \"labels\" is not a list")
     hf.check_vocabulary(folder, base)
+    if noted != base.fingerprint:
+        raise InputError(f"{whose}: was exported for the base with fingerprint {noted}, and this base has {base.fingerprint}; name that "
+                         "base, recycle.py carries the delta from it to another")
     factors, saved = sorted_out(read_weights(folder, ("adapter_model.safetensors", "adapter_model.bin")), whose)
     alpha *= math.sqrt(r) if facts.get("use_rslora") else 1
     head = head_of(base, factors, saved, alpha / r, whose)
@@ -132,7 +136,7 @@ def export_peft(folder: Path, base: Base, name: str, delta: Delta, card: str | N
             "peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": str(place),
             "r": c.r, "lora_alpha": c.lora_alpha, "lora_dropout": 0.0, "bias": "none", "target_modules": targets, "inference_mode": True,
             "modules_to_save": sorted({theirs.split(".")[0] for theirs in hf.CLASSIFIERS[hf.family(config)].values()})})
-        write_json(new / "labels.json", {"labels": list(delta.labels)})
+        write_json(new / "labels.json", {"labels": list(delta.labels), "base": base.fingerprint})
         if card:
             write_whole(new / hf.CARD, card)
         if ours:

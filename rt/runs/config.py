@@ -175,7 +175,7 @@ def convert(name: str, text: str, kind: Any) -> Any:
             raise InputError(f"--{name} is empty: give a value, none, or leave the flag out")
         return None if text.lower() == "none" else convert(name, text, inner[0])
     if origin is tuple:
-        return tuple(convert(name, part, inner[0]) for part in text.split(",") if part)
+        return tuple(convert(name, part, inner[0]) for part in map(str.strip, text.split(",")) if part)
     if origin is typing.Literal:
         if text not in inner:
             raise InputError(f"--{name} {text}: not one of {', '.join(inner)}")

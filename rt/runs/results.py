@@ -230,7 +230,8 @@ def open_best(folder: str, base: Base) -> Delta:
 
 def old_names(text: str | None) -> list[str]:
     """The names in --old_delta A,B,C. An existing folder is one name, even if its name contains commas."""
-    return text.split(",") if text and not os.path.exists(text) else [text or ""]     # Path.exists raises an error for a long list
+    is_list = text and not os.path.exists(text)     # Path.exists raises an error for a long list
+    return [*map(str.strip, text.split(","))] if is_list else [text or ""]
 
 
 def open_old(text: str, base: Base, labels: tuple[str, ...]) -> tuple[list[Delta], Delta]:
