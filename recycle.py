@@ -195,7 +195,7 @@ def settings_of(one: Run) -> dict:
     """The fields of a Recycling that differ between runs."""
     c = one.c
     return {"settings": TuneSettings(c.steps, c.batch_size, one.lr or 0.0, c.eval_every, one.seed, c.weight_decay, c.warmup,
-                                     early_stop=c.early_stop, keep_diverged=not c.chain),      # the next link would start from it
+                                     early_stop=c.early_stop, keep_diverged=True),
             "distill": c.distill, "share": c.teaching.unlabelled_share}
 
 

@@ -244,7 +244,7 @@ def chain(r: Recycling, mode: str, bases: dict[str, Base]) -> Iterator[Link]:
         raise InputError("a chain has one old delta, as it is: no merged or carried delta and no projection")
     for base in bases.values():
         check(replace(r, base=base), mode)
-    last = r
+    last, diverged = r, 0
     for i, (name, base) in enumerate(bases.items()):
         runs = [((None,), r)] if mode == "scratch" else [(("direct", "chain"), r)] if i == 0 else [(("direct",), r), (("chain",), last)]
         for routes, source in runs:
@@ -258,6 +258,7 @@ def chain(r: Recycling, mode: str, bases: dict[str, Base]) -> Iterator[Link]:
             if "direct" in routes:
                 r.teacher = here.teacher    # the same for every base
             if "chain" in routes:
+                result.diverged = diverged = diverged or result.diverged     # so does what starts from a run that diverged
                 last = replace(r, old_base=base, old_delta=delta, teacher=None, old_train=None)
             yield from (Link(name, route, delta, result) for route in routes)
 

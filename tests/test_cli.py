@@ -363,6 +363,11 @@ def test_a_rate_at_which_runs_diverge_ends_no_grid(lineage, task, tmp_path):
             assert f"diverged, and left out: scratch at --lr 1e+15 ({runs} of its runs)" in said and "scratch  1e+15" not in said
         rows = read_json(out / "summary.json")["rows"]
         assert all((row["lr"] == 1e15) == ("diverged" in row) for row in rows) and drawn(out) == {"convergence"}
+    bases, chained = f"{home / 'run' / 'M1-t00002'},{home / 'run' / 'M1'}", arguments[:4] + arguments[6:]
+    for _ in range(2):
+        said = here("recycle.py", *chained, "--chain", bases, "--mode", "init", "--seeds", "0", "--lr", "1e15,5e-4",
+                    "--out", tmp_path / "chain", "--resume")
+        assert "diverged, and left out: init at --lr 1e+15 (4 of its runs)" in said and said.count("  0.0005  ") == 2
     for flags in (("--lr", "1e15"), ("--lr", "1e15", "--delta", "lora", "--sweep", "seed=0")):
         said = here("recycle.py", *arguments, "--mode", "apply,scratch", "--seeds", "0", *flags, "--out", tmp_path / flags[-1], code=2)
         assert "error: more than 10 steps in a row before step 1" in said and "lower --lr (1" in said

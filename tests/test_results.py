@@ -234,6 +234,12 @@ def test_a_chains_table_has_a_column_of_each_bases_own_scores():
     rows += [row | {"route": "chain"} for row in rows]
     said = report_chain(rows, ["init"], ("M1", "M2"))
     assert "0.300 ± 0.000" in said and "0.700 ± 0.000" in said
+    for row in rows:
+        if row["route"] == "chain" and row["base"] == "M2":
+            row["diverged"] = 5
+    assert [line.split()[-3:] for line in report_chain(rows, ["init"], ("M1", "M2")).splitlines()[2:]] == [
+        ["±", "0.000", "-"], ["0.700", "±", "0.000"]]
+    assert len(report_chain([row for row in rows if row["route"] == "direct"], ["init"], ("M1", "M2")).splitlines()) == 3
 
 
 def test_a_sweeps_table_counts_all_runs_of_a_mode():

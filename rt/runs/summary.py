@@ -131,11 +131,13 @@ def routes(mode: str) -> tuple[str | None, ...]:
 
 
 def report_chain(rows: list[dict], modes: list[str], bases: tuple[str, ...]) -> str:
-    """Test (or dev) scores: one line per mode and route, one column per base, at the learning rate that is best on dev over all bases."""
+    """Test (or dev) scores: one line per mode and route, one column per base, at the learning rate that is best on dev over all bases. "-":
+    all runs diverged."""
     groups = [chosen([row for row in rows if row["route"] == route], mode) for mode in modes for route in routes(mode)]
-    part, metric = reported(groups)
+    part, metric = reported(groups := [group for group in groups if group])
     lines = [[group[0]["mode"], group[0]["route"] or "-", group[0]["lr"] or "-",
-              *(spread([row for row in group if row["base"] == base], part) for base in bases)] for group in groups]
+              *(spread(there, part) if (there := [row for row in group if row["base"] == base]) else "-" for base in bases)]
+             for group in groups]
     return f"{part} {metric}\n" + table(lines, ["mode", "route", "lr", *(Path(base).name for base in bases)])
 
 
