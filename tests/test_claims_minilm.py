@@ -72,6 +72,24 @@ def test_what_predicts_the_points_lost_on_other_orders_of_the_domains():
     assert "| heads that no longer match themselves |  |" in text
 
 
+def test_what_predicts_the_points_lost_on_several_mini_bases(tmp_path):
+    """The points lost are twice the rise of the loss on wiki, for one M0 with 10 points more: a line through the other M0 misses them."""
+    rows = []
+    for M0, first, more in ((1, "bio", 0), (1, "rev", 0), (2, "bio", 10), (2, "rev", 10)):
+        for base, rise in (("M0", 0.0), ("M1", 1.0), ("M2", 2.0)):
+            lost = 2 * rise + more * (base != "M0")
+            rows.append({"cell": {"part": "domains", "first": first, "M0": M0}, "base": base, "heldout": {"wiki": 5.0 + rise}, "l2": 1.0,
+                         "apply": {"agnews/full": 0.9 - 0.01 * lost, "imdb/full": 0.5}, "heads_kept": 1.0, "commit": "c"})
+            if base == "M0":
+                rows[-1]["dev"] = {"agnews/full": [0.9, 0.3], "imdb/full": [0.5, 0.5]}      # imdb has not learned
+    (tmp_path / "mini.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = minilm_report.on_mini(tmp_path)
+    assert "2 bases M0 of the mini preset" in text and "loses on 8 bases" in text and "the other lineages, of the other M0s, or" in text
+    line, = (line for line in text.splitlines() if line.startswith("| rise of the loss on wiki"))
+    assert line.split("|")[2].split() == ["+1.00", "[+1.00,", "+1.00]"] and line.split("|")[4].strip() == "10.00"
+    assert float(line.split("|")[3]) == pytest.approx(20 / 3, abs=.01)      # of three other lineages, two have the other M0
+
+
 def test_what_lies_in_one_task_alone_is_not_shown():
     cells = {(task, L): value for task, value in (("x", 1.0), ("y", 0.1), ("z", -0.1)) for L in range(4)}
     (_, _, _, p, *_, word), = minilm_report.verdicts({"line": (cells, 0)})
@@ -122,7 +140,7 @@ def test_every_part_runs_and_is_not_run_again(data, graphs, tokenizer, tmp_path,
         with lzma.open(tmp_path / "data" / "corpora" / f"{name}.txt.xz", "wt") as file:
             file.write("\n".join(texts[:400]))
     base = random_base(tokenizer)
-    save_base(tmp_path / "M0", MaskedLM(base.encoder, base.head), tokenizer, {"name": "M0", "number": 0})
+    save_base(tmp_path / "M0", MaskedLM(base.encoder, base.head), tokenizer, {"name": "M0", "number": 0, "config": {"seed": 1}})
     for task in TASKS:
         monkeypatch.setitem(TASKS, task, 24)
     short = "--steps 2 --eval_every 1 --device cpu --no_save_deltas".split()
@@ -134,9 +152,9 @@ def test_every_part_runs_and_is_not_run_again(data, graphs, tokenizer, tmp_path,
         monkeypatch.setattr(module, name, value)
     rows = tmp_path / "results" / "minilm.jsonl"
 
-    def main(only: str, *where: str) -> int:
+    def main(only: str, *where: str, model: str = "minilm") -> int:
         places = {"base": "M0", **{name: name for name in ("data", "home", "recipes", "cache", "results")}}
-        monkeypatch.setattr(sys, "argv", ["minilm", "--only", only, *(["--where", ",".join(where)] if where else []),
+        monkeypatch.setattr(sys, "argv", ["minilm", "--only", only, "--model", model, *(["--where", ",".join(where)] if where else []),
                                           "--lineages", "0", *(x for k, v in places.items() for x in (f"--{k}", str(tmp_path / v)))])
         minilm.main()
         return len(read_rows(rows))
@@ -145,5 +163,10 @@ def test_every_part_runs_and_is_not_run_again(data, graphs, tokenizer, tmp_path,
               main("order", "task=imdb", "kind=adapter"), main("project", "task=imdb"), main("paths", "task=agnews"),
               main("domains", "first=rev"), main("full", "task=chemprot", "kind=full")]
     assert counts == sorted(set(counts)) and main("lineage") == counts[-1]
+    main("domains", "first=rev", model="mini")
+    mini = read_rows(tmp_path / "results" / "mini.jsonl")
+    assert [row["base"][:2] for row in mini] == ["M0", *(f"M{i}" for i in (1, 1, 2, 2, 3, 3, 4, 4))]
+    assert {row["cell"]["M0"] for row in mini} == {1} and mini[0]["dev"].keys() == mini[0]["apply"].keys()
+    assert json.loads((tmp_path / "home" / "lineage1-rev" / "summary.json").read_text())["config"]["seed"] == 1
     assert not any("test" in row for row in read_rows(rows) if row["cell"]["part"] == "pilot")
     assert "C7: project above the source's own delta" in minilm_report.section(rows.parent)

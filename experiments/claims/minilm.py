@@ -57,6 +57,7 @@ class Config:
     """python -m experiments.claims.minilm --data DIR [--flag value ...]"""
     data: str | None = None  # folder with corpora/ and tasks/
     base: str = "runs/minilm/pretrained/M0"  # M0
+    model: Literal["minilm", "mini"] = "minilm"  # mini: only the part domains, on an M0 of the mini preset, whose seed is that of all runs
     only: tuple[Literal[PARTS], ...] = ()  # parts: lineage, parts, pilot, few, order, project, paths, full, domains; default: all
     lineages: Seeds = LINEAGES  # those to do
     where: tuple[str, ...] = ()  # facts of the cells to do, such as task=agnews,kind=full; default: all
@@ -64,17 +65,18 @@ class Config:
     home: str = "runs/claims/minilm"  # bases, deltas and runs
     recipes: str = "runs/recipes"  # tasks and deltas of M0, shared with experiments.recipes
     cache: str = "runs/cache"  # tokenized corpora
-    results: str = "results/claims"  # minilm.jsonl
+    results: str = "results/claims"  # minilm.jsonl, mini.jsonl
 
 
 def main() -> None:
     c = parse(Config, sys.argv[1:])
     check_places("claims.minilm", c.data, c.base)
-    path = Path(c.results) / "minilm.jsonl"
+    path = Path(c.results) / f"{c.model}.jsonl"
     facts = {"device": device_name(CPU), "precision": str(pick_precision("auto", CPU)).removeprefix("torch."), "commit": commit(),
              "torch": torch.__version__}
     recipes.draw_tasks(shared(c))
-    todo = [cell for cell in cells_to_do(path, [*cells()], c.where)
+    every = cells() if c.model == "minilm" else orders(M0=read_json(Path(c.base) / "meta.json")["config"]["seed"])
+    todo = [cell for cell in cells_to_do(path, [*every], c.where)
             if cell.get("lineage", c.lineages[0]) in c.lineages and (not c.only or cell["part"] in c.only)]
     do_cells(path, todo, c.budget, lambda cell: [facts | row for row in DO[cell["part"]](c, cell)])
 
@@ -82,7 +84,7 @@ def main() -> None:
 def cells() -> Iterator[dict]:
     """The facts of every cell of the plan, in its order."""
     yield {"part": "pilot"}
-    yield from ({"part": "domains", "first": first} for first in DOMAINS)
+    yield from orders()
     for lineage in LINEAGES:
         def each(part: str, **choices) -> Iterator[dict]:
             yield from ({"part": part, "lineage": lineage} | dict(zip(choices, values)) for values in product(*choices.values()))
@@ -98,10 +100,14 @@ def cells() -> Iterator[dict]:
         yield from each("full", task=FULL_TASKS, kind=KINDS)
 
 
+def orders(**facts: int) -> Iterator[dict]:
+    return ({"part": "domains", "first": first} | facts for first in DOMAINS)
+
+
 # --- places -----------------------------------------------------------------------------------------------------------
 
 def shared(c: Config) -> recipes.Config:
-    return recipes.Config(c.data, c.base, home=c.recipes, cache=c.cache)
+    return recipes.Config(c.data, c.base, c.model, home=c.recipes, cache=c.cache)
 
 
 def task_folder(c: Config, task: str) -> Path:
@@ -185,13 +191,16 @@ def measured(c: Config, seed: int, folders: list[Path], kinds: tuple[str, ...]) 
 
 
 def domains(c: Config, cell: dict) -> list[dict]:
-    """Every base of a lineage with seed 0 that passes the domains from `first` on: held-out losses, `apply` of the full Delta_0, distance
-    from M0, and the share of heads that match M0's same head best. Bases are compared without a delta."""
-    M0, rows = open_base(c.base), []
+    """Every base of a lineage that passes the domains from `first` on: held-out losses, `apply` of the full Delta_0, distance from M0, and
+    the share of heads that match M0's same head best. Bases are compared without a delta. M0's row also has dev scores, each with the share
+    of the commonest label. The seed is 0, or that of the mini preset's M0."""
+    M0, rows, seed = open_base(c.base), [], cell.get("M0", 0)
     texts = recipes.data_of(task_folder(c, PILOT_TASK), c.base, TASKS[PILOT_TASK]).test.sequences[:HEAD_TEXTS]
-    for base, row in measured(c, 0, [Path(c.base), *upgrades(c, 0, cell["first"])], ("full",)):
+    for base, row in measured(c, seed, [Path(c.base), *upgrades(c, seed, cell["first"])], ("full",)):
         heads = analysis.head_divergence(*(MaskedLM(one.encoder, one.head) for one in (M0, base)), texts, CPU)
         rows.append(row | {"heads_kept": analysis.match_summary(heads)["share_own_best"]})
+    rows[0]["dev"] = {f"{task}/full": [load_delta(delta_0(c, task, "full", seed)).info["dev"]["accuracy"],
+                                       recipes.majority(shared(c), task)] for task in TASKS}
     return rows
 
 

@@ -47,7 +47,8 @@ class Rows:
     """The rows, looked up by part; and which Delta_0 learned, by dev alone."""
     def __init__(self, rows: list[dict]):
         self.rows = rows
-        self.M0 = {row["cell"]["lineage"]: row for row in self.part("lineage") if row["base"] == "M0"}
+        self.M0 = {row["cell"].get("lineage", row["cell"].get("M0")): row     # of mini rows, by the seed of M0
+                   for row in self.part("lineage") or self.part("domains") if row["base"] == "M0"}
 
     def part(self, part: str, **facts) -> list[dict]:
         return [row for row in self.rows if row["cell"]["part"] == part and facts.items() <= (row | row["cell"]).items()]
@@ -162,7 +163,8 @@ def section(folder: Path) -> str:
             "(with one lineage, over tasks alone). p: exact sign-flip over cells; then Holm's over the lines that have rows, by which the "
             "plan decides; the column after it counts all lines, those without rows as p = 1.",
             markdown(["primary quantity", "mean [95 %]", "cells", "p", "Holm", "Holm, all lines", "here"], verdicts(primary(r)))]
-    text += [table for table in (by_base(r), by_predictor(r), by_first_domain(r), by_mode(r), by_part(r), by_pair(r)) if table]
+    tables = by_base(r), by_predictor(r), by_first_domain(r), on_mini(folder), by_mode(r), by_part(r), by_pair(r)
+    text += [table for table in tables if table]
     text += ["Planned and not run (number of cells): " + (missing(rows) or "nothing") + "."]
     return "\n\n".join(text) + "\n"
 
@@ -196,15 +198,30 @@ def by_predictor(r: Rows) -> str:
 
 def by_first_domain(r: Rows) -> str:
     """Question (b) on lineages of seed 0 that pass the domains in four orders; full deltas."""
+    table = predicted("order", bases_by_order(r))
+    return table and f"Four orders of the domains, seed 0, full deltas alone. {table}"
+
+
+def on_mini(folder: Path) -> str:
+    """The same on M0s of the mini preset."""
+    r = Rows(read_rows(folder / "mini.jsonl"))
+    bases = [{"lineage": f"{base['order']} {base['M0']}", **base} for base in bases_by_order(r)]
+    table = predicted("lineage", [{k: v for k, v in base.items() if k != "order"} for base in bases])
+    return table and (f"The same on {len(r.M0)} bases M0 of the mini preset (`--model mini`, `mini.jsonl`), four orders each, full deltas "
+                      f"alone; commits {', '.join(sorted({row['commit'] for row in r.rows}))}. {table}")
+
+
+def bases_by_order(r: Rows) -> list[dict]:
+    """The bases of the part `domains`, with the points that `apply` loses and what might predict them."""
     bases = []
     for row in r.part("domains"):
-        first, (M0,) = row["cell"]["first"], r.part("domains", base="M0", first=row["cell"]["first"])
-        lost = [M0["apply"][name] - value for name, value in row["apply"].items() if r.learned(name, 0)]
+        first, (M0,) = row["cell"]["first"], r.part(**row["cell"], base="M0")
+        lost = [M0["apply"][name] - value for name, value in row["apply"].items() if r.learned(name, row["cell"].get("M0", 0))]
         if row["base"] != "M0":
-            bases.append({"order": first, "domain": order_from(first)[int(row["base"][1]) - 1], "lost": 100 * mean(lost),
-                          **predictors(row, M0), "heads that no longer match themselves": 1 - row["heads_kept"]})
-    table = predicted("order", bases)
-    return table and f"Four orders of the domains, seed 0, full deltas alone. {table}"
+            bases.append({"order": first, **{k: v for k, v in row["cell"].items() if k == "M0"},
+                          "domain": order_from(first)[int(row["base"][1]) - 1], "lost": 100 * mean(lost), **predictors(row, M0),
+                          "heads that no longer match themselves": 1 - row["heads_kept"]})
+    return bases
 
 
 def predictors(row: dict, M0: dict) -> dict[str, float]:
@@ -213,20 +230,22 @@ def predictors(row: dict, M0: dict) -> dict[str, float]:
 
 
 def predicted(by: str, bases: list[dict]) -> str:
-    """The table of question (b): the points lost on `bases`, predicted with one lineage, order or domain left out."""
-    if min(len({row[key] for row in bases}) for key in (by, "domain")) < 2:
+    """The table of question (b): the points lost on `bases`, predicted with one lineage, order, M0 or domain left out."""
+    left_out = [key for key in (by, "M0", "domain") if any(key in row for row in bases)]
+    if not bases or min(len({row[key] for row in bases}) for key in left_out) < 2:
         return ""
-    (nothing, *names), lines = [*bases[0]][3:], []
+    (nothing, *names), lines = [key for key in bases[0] if key not in (*left_out, "lost")], []
     for name in (nothing, *names):
         found = [correlation(name, some) for some in group(bases, by).values()]
-        errors = {key: squared_errors(name, bases, key) for key in (by, "domain")}
+        errors = {key: squared_errors(name, bases, key) for key in left_out}
         low, high = gain(squared_errors(nothing, bases, by), errors[by])
         lines.append([name, f"{mean(found):+.2f} [{min(found):+.2f}, {max(found):+.2f}]" if any(found) else "",
                       *(f"{mean(sum(some.values(), [])) ** 0.5:.2f}" for some in errors.values()),
                       f"[{low:+.2f}, {high:+.2f}]" if name != nothing else ""])
-    return (f"Points of accuracy that `apply` loses on {len(bases)} bases. A line through the bases of the other {by}s, or of the other "
+    others = ", ".join(f"of the other {key}s" for key in left_out[:-1])
+    return (f"Points of accuracy that `apply` loses on {len(bases)} bases. A line through the bases {others}, or of the other "
             "domains, predicts those that were left out (root mean squared error in points; no test):\n\n" + markdown(
-                ["from", f"correlation, mean [lowest, highest] over {by}s", f"{by} left out", "domain left out",
+                ["from", f"correlation, mean [lowest, highest] over {by}s", *(f"{key} left out" for key in left_out),
                  f"error of the mean minus the line's, {by} left out, 95 % over {by}s"], lines))
 
 
