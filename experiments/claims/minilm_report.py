@@ -217,7 +217,7 @@ def bases_by_order(r: Rows) -> list[dict]:
     for row in r.part("domains"):
         first, (M0,) = row["cell"]["first"], r.part(**row["cell"], base="M0")
         lost = [M0["apply"][name] - value for name, value in row["apply"].items() if r.learned(name, row["cell"].get("M0", 0))]
-        if row["base"] != "M0":
+        if lost and row["base"] != "M0":
             bases.append({"order": first, **{k: v for k, v in row["cell"].items() if k == "M0"},
                           "domain": order_from(first)[int(row["base"][1]) - 1], "lost": 100 * mean(lost), **predictors(row, M0),
                           "heads that no longer match themselves": 1 - row["heads_kept"]})
