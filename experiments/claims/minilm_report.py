@@ -275,9 +275,10 @@ def gain(of_mean: dict[tuple, list[float]], errors: dict[tuple, list[float]]) ->
 
 def by_mode(r: Rows) -> str:
     """Few labels, task by task."""
-    modes = {mode: r.tests("few", mode) for mode in ("scratch", "init", "distill", "init+distill")} | {
-        "apply": {(*key, 0): v for key, v in r.applied("M1").items()}}
-    columns = sorted({key[:2] for mode, scores in modes.items() for key in scores if mode != "apply"})
+    modes = {mode: r.tests("few", mode) for mode in ("scratch", "init", "distill", "init+distill")}
+    cells_there = {key[:3] for scores in modes.values() for key in scores}
+    modes["apply"] = {key: v for key, v in r.applied("M1").items() if key in cells_there}
+    columns = sorted({key[:2] for key in cells_there})
     lines = [[mode, *(shown(v for key, v in scores.items() if key[:2] == column) for column in columns)] for mode, scores in modes.items()]
     table = markdown(["", *(", ".join(column) for column in columns)], lines)
     return f"32 examples a label on M1, test accuracy:\n\n{table}" if columns else ""
