@@ -39,6 +39,7 @@ from rt.report.studies import ABOUT_UPGRADES, ROWS, StudyContext
 from rt.runs.build import build, build_lineage, is_tuned, making
 from rt.runs.config import changed, parse, record, run
 from rt.runs.log import Log, note_changed_task
+from rt.runs.workers import use_threads
 from rt.speed.device import make_deterministic, pick_device, pick_precision
 
 PathPoints = Annotated[int, Limit(lambda n: n >= 2, "`{name}` {value}: a path has two points at least")]
@@ -107,6 +108,7 @@ def main() -> None:
     if c.independent and c.study in ("compatibility", *ABOUT_UPGRADES):
         raise InputError(f"--independent: {c.study} follows one lineage; leave it out")
     make_deterministic(c.deterministic)
+    use_threads(0)
     record(c)       # refuses a value that cannot be recorded now, not at the end
     out = Path(c.out or f"runs/analyze/{c.study}")
     check_overwritable(out, {"rows.jsonl", "rows.jsonl.part", "summary.json", FIGURES, *drawn_by(c.study)})

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, here
 
 import recycle
 from bench import cell, threads
@@ -162,6 +162,19 @@ def test_threads_and_workers_follow_from_cores_and_runs(monkeypatch):
     workers.use_threads(0)
     workers.use_threads(3)
     assert counts[2:] == [4, 3]
+
+
+@pytest.mark.parametrize("command", ["analyze.py", "-m rt.runs.predict --base B --delta_dir D --input /none"])
+def test_commands_without_runs_to_share_use_the_cores_of_the_quota_too(command, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(workers, "cores", lambda: 3)
+    counts = []
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: counts.append(count) or stop())
+
+    def stop() -> None:
+        raise InputError("far enough")
+
+    assert "far enough" in here(*command.split(), code=2) and counts == [3]
 
 
 @pytest.mark.parametrize("way, threads, processes", [("one at a time", 4, 1), ("side by side", 4, 1), ("workers", 1, 4)])

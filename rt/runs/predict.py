@@ -28,6 +28,7 @@ from rt.model import Classifier
 from rt.runs.config import parse, run
 from rt.runs.log import note_pairs, note_truncated, progress
 from rt.runs.results import open_best
+from rt.runs.workers import use_threads
 from rt.speed.device import make_deterministic, pick_device, pick_precision
 from rt.speed.dist import launched
 from rt.tune import predict
@@ -55,6 +56,7 @@ def main() -> None:
         raise InputError("rt.runs.predict is for one process: leave torchrun out")
     c = parse(Config, sys.argv[1:])
     make_deterministic(c.deterministic)
+    use_threads(0)
     source, out = STDIN if c.input == "-" else Path(c.input), Path(c.out) if c.out else None
     examples = read_examples(source, labelled=False, format=c.input_format)
     if out:
