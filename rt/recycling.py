@@ -258,7 +258,7 @@ def chain(r: Recycling, mode: str, bases: dict[str, Base]) -> Iterator[Link]:
             if "direct" in routes:
                 r.teacher = here.teacher    # the same for every base
             if "chain" in routes:
-                result.diverged = diverged = diverged or result.diverged     # so does what starts from a run that diverged
+                result.diverged = diverged = diverged or result.diverged     # what starts from a run that diverged counts as diverged
                 last = replace(r, old_base=base, old_delta=delta, teacher=None, old_train=None)
             yield from (Link(name, route, delta, result) for route in routes)
 

@@ -292,6 +292,7 @@ def test_what_is_not_supported_is_named(tokenizer_of, tmp_path):
     for change, words in (({"model_type": "electra"}, "'electra' is not supported, only roberta, xlm-roberta, camembert, bert"),
                           ({"hidden_act": "relu"}, "hidden_act 'relu'"), ({"position_embedding_type": "relative_key"}, "relative_key"),
                           ({"is_decoder": True}, "is_decoder True"), ({"vocab_size": None}, "vocab_size"),
+                          ({"max_position_embeddings": 2}, "leaves no positions out of"),
                           ({"num_hidden_layers": 1}, "encoder.layer.1")):
         (folder / "config.json").write_text(json.dumps(facts | change))
         with pytest.raises(InputError, match=words):
@@ -300,6 +301,9 @@ def test_what_is_not_supported_is_named(tokenizer_of, tmp_path):
     weights = load_file(folder / "model.safetensors")
     save_file(weights | {"lm_head.decoder.weight": torch.zeros(tokenizer.vocab_size, 48)}, folder / "model.safetensors")
     with pytest.raises(InputError, match="scoring weights of its own"):
+        load_hf(folder)
+    save_file(weights | {"roberta.embeddings.token_type_embeddings.weight": torch.ones(1, 1)}, folder / "model.safetensors")
+    with pytest.raises(InputError, match="token types are \\(1, 1\\)"):       # their sum with the positions would have a fitting shape
         load_hf(folder)
     del weights["roberta.encoder.layer.1.output.dense.bias"]
     save_file(weights, folder / "model.safetensors")
