@@ -96,6 +96,13 @@ def test_what_lies_in_one_task_alone_is_not_shown():
     assert float(p) < 0.05 and word == "not shown"
 
 
+def test_a_mini_m0_does_not_get_the_bases_and_deltas_of_minilm(tmp_path):
+    for name in ("corpora", "tasks", "M0"):
+        (tmp_path / name).mkdir()
+    said = here("-m", "experiments.claims.minilm", "--model", "mini", "--data", tmp_path, "--base", tmp_path / "M0", "--home", "x", code=2)
+    assert "give it a --home and a --recipes of its own" in said
+
+
 def test_modes_with_a_teacher_wait_for_the_pilot(tmp_path):
     with pytest.raises(InputError, match="run --only pilot first"):
         minilm.distilling(str(tmp_path))

@@ -311,6 +311,15 @@ def test_what_is_not_supported_is_named(tokenizer_of, tmp_path):
         load_hf(folder)
 
 
+def test_a_bert_with_one_token_type_has_no_second(tokenizer_of, tmp_path):
+    tokenizer = tokenizer_of["bert"]
+    folder, name = saved(theirs("bert", "MaskedLM", tokenizer), tokenizer, tmp_path), "bert.embeddings.token_type_embeddings.weight"
+    weights = load_file(folder / "model.safetensors")
+    assert load_hf(folder).encoder.state_dict()["embeddings.second_type"].any()
+    save_file(weights | {name: weights[name][:1].clone()}, folder / "model.safetensors")
+    assert not load_hf(folder).encoder.state_dict()["embeddings.second_type"].any()
+
+
 def test_a_tuned_model_that_does_not_fit_its_base_is_named(tokenizer_of, tmp_path):
     tokenizer = tokenizer_of["roberta"]
     base = open_base(str(saved(theirs("roberta", "MaskedLM", tokenizer), tokenizer, tmp_path / "base")))

@@ -33,7 +33,7 @@ from rt.losses import DistillConfig
 from rt.model import MaskedLM
 from rt.recycling import Recycling, recycle
 from rt.report import analysis
-from rt.runs.config import parse, run
+from rt.runs.config import changed, parse, run
 from rt.runs.summary import group
 from rt.speed.device import pick_precision
 from rt.tune import TuneSettings, evaluate
@@ -57,7 +57,7 @@ class Config:
     """python -m experiments.claims.minilm --data DIR [--flag value ...]"""
     data: str | None = None  # folder with corpora/ and tasks/
     base: str = "runs/minilm/pretrained/M0"  # M0
-    model: Literal["minilm", "mini"] = "minilm"  # mini: only the part domains, on an M0 of the mini preset, whose seed is that of all runs
+    model: Literal["minilm", "mini"] = "minilm"  # mini: M0 is of the mini preset, and the part domains is done with the seed of M0
     only: tuple[Literal[PARTS], ...] = ()  # parts: lineage, parts, pilot, few, order, project, paths, full, domains; default: all
     lineages: Seeds = LINEAGES  # those to do
     where: tuple[str, ...] = ()  # facts of the cells to do, such as task=agnews,kind=full; default: all
@@ -71,6 +71,8 @@ class Config:
 def main() -> None:
     c = parse(Config, sys.argv[1:])
     check_places("claims.minilm", c.data, c.base)
+    if c.model != "minilm" and not {"home", "recipes"} <= changed(c).keys():
+        raise InputError(f"--model {c.model}: give it a --home and a --recipes of its own; those by default are for MiniLM")
     path = Path(c.results) / f"{c.model}.jsonl"
     facts = {"device": device_name(CPU), "precision": str(pick_precision("auto", CPU)).removeprefix("torch."), "commit": commit(),
              "torch": torch.__version__}
@@ -101,6 +103,7 @@ def cells() -> Iterator[dict]:
 
 
 def orders(**facts: int) -> Iterator[dict]:
+    """The cells of the part `domains`, each with `facts`."""
     return ({"part": "domains", "first": first} | facts for first in DOMAINS)
 
 
@@ -192,15 +195,13 @@ def measured(c: Config, seed: int, folders: list[Path], kinds: tuple[str, ...]) 
 
 def domains(c: Config, cell: dict) -> list[dict]:
     """Every base of a lineage that passes the domains from `first` on: held-out losses, `apply` of the full Delta_0, distance from M0, and
-    the share of heads that match M0's same head best. Bases are compared without a delta. M0's row also has dev scores, each with the share
-    of the commonest label. The seed is 0, or that of the mini preset's M0."""
+    the share of heads that match M0's same head best. Bases are compared without a delta. M0's row also has the deltas' dev scores."""
     M0, rows, seed = open_base(c.base), [], cell.get("M0", 0)
     texts = recipes.data_of(task_folder(c, PILOT_TASK), c.base, TASKS[PILOT_TASK]).test.sequences[:HEAD_TEXTS]
     for base, row in measured(c, seed, [Path(c.base), *upgrades(c, seed, cell["first"])], ("full",)):
         heads = analysis.head_divergence(*(MaskedLM(one.encoder, one.head) for one in (M0, base)), texts, CPU)
         rows.append(row | {"heads_kept": analysis.match_summary(heads)["share_own_best"]})
-    rows[0]["dev"] = {f"{task}/full": [load_delta(delta_0(c, task, "full", seed)).info["dev"]["accuracy"],
-                                       recipes.majority(shared(c), task)] for task in TASKS}
+    rows[0]["dev"] = recipes.dev_scores(shared(c), seed, ("full",))
     return rows
 
 

@@ -192,21 +192,20 @@ def by_predictor(r: Rows) -> str:
         base, L = row["base"], row["cell"]["lineage"]
         lost = [r.applied("M0")[key] - value for key, value in r.applied(base).items() if key[-1] == L]
         if base != "M0":
-            bases.append({"lineage": L, "domain": base[:2], "lost": 100 * mean(lost), **predictors(row, r.M0[L])})
-    return predicted("lineage", bases)
+            bases.append({"lineage": L, "domain": base[:2], "lost": 100 * mean(lost), "from": predictors(row, r.M0[L])})
+    return predicted(("lineage", "domain"), bases)
 
 
 def by_first_domain(r: Rows) -> str:
     """Question (b) on lineages of seed 0 that pass the domains in four orders; full deltas."""
-    table = predicted("order", bases_by_order(r))
+    table = predicted(("order", "domain"), bases_by_order(r))
     return table and f"Four orders of the domains, seed 0, full deltas alone. {table}"
 
 
 def on_mini(folder: Path) -> str:
     """The same on M0s of the mini preset."""
     r = Rows(read_rows(folder / "mini.jsonl"))
-    bases = [{"lineage": f"{base['order']} {base['M0']}", **base} for base in bases_by_order(r)]
-    table = predicted("lineage", [{k: v for k, v in base.items() if k != "order"} for base in bases])
+    table = predicted(("lineage", "M0", "domain"), bases_by_order(r))
     return table and (f"The same on {len(r.M0)} bases M0 of the mini preset (`--model mini`, `mini.jsonl`), four orders each, full deltas "
                       f"alone; commits {', '.join(sorted({row['commit'] for row in r.rows}))}. {table}")
 
@@ -215,12 +214,12 @@ def bases_by_order(r: Rows) -> list[dict]:
     """The bases of the part `domains`, with the points that `apply` loses and what might predict them."""
     bases = []
     for row in r.part("domains"):
-        first, (M0,) = row["cell"]["first"], r.part(**row["cell"], base="M0")
-        lost = [M0["apply"][name] - value for name, value in row["apply"].items() if r.learned(name, row["cell"].get("M0", 0))]
+        first, seed, (M0,) = row["cell"]["first"], row["cell"].get("M0", 0), r.part(**row["cell"], base="M0")
+        lost = [M0["apply"][name] - value for name, value in row["apply"].items() if r.learned(name, seed)]
         if lost and row["base"] != "M0":
-            bases.append({"order": first, **{k: v for k, v in row["cell"].items() if k == "M0"},
-                          "domain": order_from(first)[int(row["base"][1]) - 1], "lost": 100 * mean(lost), **predictors(row, M0),
-                          "heads that no longer match themselves": 1 - row["heads_kept"]})
+            bases.append({"order": first, "M0": seed, "lineage": (first, seed), "domain": order_from(first)[int(row["base"][1]) - 1],
+                          "lost": 100 * mean(lost),
+                          "from": predictors(row, M0) | {"heads that no longer match themselves": 1 - row["heads_kept"]}})
     return bases
 
 
@@ -229,12 +228,12 @@ def predictors(row: dict, M0: dict) -> dict[str, float]:
             "distance (L2)": row["l2"], "number of upgrades": float(row["base"][1])}
 
 
-def predicted(by: str, bases: list[dict]) -> str:
-    """The table of question (b): the points lost on `bases`, predicted with one lineage, order, M0 or domain left out."""
-    left_out = [key for key in (by, "M0", "domain") if any(key in row for row in bases)]
-    if not bases or min(len({row[key] for row in bases}) for key in left_out) < 2:
+def predicted(left_out: tuple[str, ...], bases: list[dict]) -> str:
+    """The table of question (b): the points lost on `bases`, predicted with one value of a key in `left_out` left out. The bootstrap draws
+    values of the first key."""
+    if min(len({row[key] for row in bases}) for key in left_out) < 2:
         return ""
-    (nothing, *names), lines = [key for key in bases[0] if key not in (*left_out, "lost")], []
+    by, (nothing, *names), lines = left_out[0], bases[0]["from"], []
     for name in (nothing, *names):
         found = [correlation(name, some) for some in group(bases, by).values()]
         errors = {key: squared_errors(name, bases, key) for key in left_out}
@@ -251,7 +250,7 @@ def predicted(by: str, bases: list[dict]) -> str:
 
 def correlation(name: str, bases: list[dict]) -> float:
     """Of `name` and the points lost; 0 if one of them does not vary."""
-    x, y = (np.array([row[key] for row in bases]) - mean(row[key] for row in bases) for key in (name, "lost"))
+    x, y = (values - values.mean() for values in np.array([(row["from"][name], row["lost"]) for row in bases]).T)
     return float(x @ y / (x @ x * (y @ y)) ** 0.5) if x @ x and y @ y else 0.0
 
 
@@ -259,10 +258,10 @@ def squared_errors(name: str, bases: list[dict], key: str) -> dict[tuple, list[f
     """By `key`, the squared errors of the points lost, predicted from `name` by a least-squares line through the bases of other `key`."""
     squares = {}
     for at, some in group(bases, key).items():
-        x, y = np.array([(row[name], row["lost"]) for row in bases if row not in some]).T
+        x, y = np.array([(row["from"][name], row["lost"]) for row in bases if row not in some]).T
         spread = ((x - x.mean()) ** 2).sum()
         slope = ((x - x.mean()) * (y - y.mean())).sum() / spread if spread else 0.0
-        squares[at] = [float((y.mean() + slope * (row[name] - x.mean()) - row["lost"]) ** 2) for row in some]
+        squares[at] = [float((y.mean() + slope * (row["from"][name] - x.mean()) - row["lost"]) ** 2) for row in some]
     return squares
 
 

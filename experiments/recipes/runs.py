@@ -75,9 +75,13 @@ def tune_delta(c: Config, task: str, kind: str, seed: int) -> list[dict]:
 
 def score_base(c: Config, seed: int) -> list[dict]:
     """M0 with its own deltas: the scores before any loss."""
-    return [{"arm": "M0", "seed": seed, **scores(c, Path(c.base), seed, ("wiki", "bio", "rev", "cs", "ns")), "dev": {
-        f"{task}/{kind}": [load_delta(delta_folder(c, task, kind, seed)).info["dev"]["accuracy"], majority(c, task)]
-        for task in plan.TASKS for kind in plan.KINDS}}]
+    return [{"arm": "M0", "seed": seed, **scores(c, Path(c.base), seed, ("wiki", "bio", "rev", "cs", "ns")), "dev": dev_scores(c, seed)}]
+
+
+def dev_scores(c: Config, seed: int, kinds: tuple[str, ...] = plan.KINDS) -> dict[str, list[float]]:
+    """{"task/kind": [dev accuracy of M0's own delta, share of the commonest label on dev]}."""
+    return {f"{task}/{kind}": [load_delta(delta_folder(c, task, kind, seed)).info["dev"]["accuracy"], majority(c, task)]
+            for task in plan.TASKS for kind in kinds}
 
 
 def majority(c: Config, task: str) -> float:
