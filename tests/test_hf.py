@@ -193,6 +193,8 @@ def test_a_regression_goes_both_ways(tokenizer_of, tmp_path):
     model = theirs("bert", "SequenceClassification", tokenizer, num_labels=1)
     delta = open_delta(str(saved(model, tokenizer, tmp_path / "tuned")), base)
     assert delta.labels == ()
+    with pytest.raises(InputError, match="a regression has one output and no labels, not 1 and 1"):
+        open_delta(str(tmp_path / "tuned"), base, ("a",))
     export_hf(tmp_path / "out", base, delta)
     again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     close(logits_of(again, tokenizer), logits_of(model, tokenizer))
@@ -302,12 +304,28 @@ def test_what_is_not_supported_is_named(tokenizer_of, tmp_path):
     save_file(weights | {"lm_head.decoder.weight": torch.zeros(tokenizer.vocab_size, 48)}, folder / "model.safetensors")
     with pytest.raises(InputError, match="scoring weights of its own"):
         load_hf(folder)
+    save_file(weights | {"roberta.encoder.layer.0.attention.self.scale": torch.ones(1)}, folder / "model.safetensors")
+    with pytest.raises(InputError, match="has a tensor that is not supported, encoder.layer.0.attention.self.scale"):
+        load_hf(folder)
     save_file(weights | {"roberta.embeddings.token_type_embeddings.weight": torch.ones(1, 1)}, folder / "model.safetensors")
     with pytest.raises(InputError, match="token types are \\(1, 1\\)"):       # their sum with the positions would have a fitting shape
         load_hf(folder)
     del weights["roberta.encoder.layer.1.output.dense.bias"]
     save_file(weights, folder / "model.safetensors")
     with pytest.raises(InputError, match="no tensor encoder.layer.1.output.dense.bias"):
+        load_hf(folder)
+    larger = Tokenizer(tokenizer.framed())
+    larger.backend.add_tokens(["NewWord"])
+    folder = saved(model, larger, tmp_path / "larger")
+    with pytest.raises(InputError, match=f"the tokenizer has {tokenizer.vocab_size + 1} tokens, the model only {tokenizer.vocab_size}$"):
+        load_hf(folder)
+
+
+def test_a_berts_pooler_of_another_shape_is_named(tokenizer_of, tmp_path):
+    folder = saved(theirs("bert", "PreTraining", tokenizer_of["bert"]), tokenizer_of["bert"], tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"bert.pooler.dense.weight": torch.zeros(3, 48)}, folder / "model.safetensors")
+    with pytest.raises(InputError, match="do not fit the model: the pooler"):
         load_hf(folder)
 
 
@@ -339,6 +357,8 @@ def test_a_tuned_model_that_does_not_fit_its_base_is_named(tokenizer_of, tmp_pat
     facts = json.loads((folder / "config.json").read_text())
     for change, words in (({"problem_type": "multi_label_classification"}, "multi_label_classification"),
                           ({"id2label": ["a", "b"]}, "id2label is not an object"),
+                          ({"problem_type": "regression"}, "a regression has one output and no labels, not 2 and 0"),
+                          ({"id2label": {"0": "a", "1": "b\nc"}}, "is blank or holds"),
                           ({"num_attention_heads": 4}, "num_heads 4, the base has 3")):
         (folder / "config.json").write_text(json.dumps(facts | change))
         with pytest.raises(InputError, match=words):
