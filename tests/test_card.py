@@ -142,3 +142,16 @@ def test_a_record_of_another_shape_is_one_sentence_and_nothing_is_written(base, 
         said = here("-m", "rt.runs.convert", "export", "--base", tmp_path / "M0", "--delta_dir", tmp_path / "delta", "--out",
                     tmp_path / "out", code=2)
         assert "delta: its records lack what a model card needs" in said and not (tmp_path / "out").exists()
+
+
+def test_cards_of_a_regression_tuned_elsewhere_of_many_labels_and_of_a_continued_base(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    delta = trained(base, DeltaConfig("full"), labels=())
+    delta.info |= {"test": {"pearson": 0.5, "spearman": 0.25}, "source": "/a/my-model"}
+    _, results, text = read(card("out", "M1", base, delta))
+    assert [result[3:5] for result in results] == [("pearsonr", "pearson"), ("spearmanr", "spearman")]
+    assert "(a regression). The delta was tuned elsewhere, as `my-model`" in text
+    many = trained(base, DeltaConfig("full"), labels=tuple("abcdefghijk"))
+    assert "11 labels: `a`, `b`, `c`, `d`, `e`, `f`, `g`, `h`, `i`, ...)" in card("out", "M1", base, many)
+    data, _, text = read(card("out", "M1", replace(base, meta=base.meta | {"config": {"init": "FacebookAI/roberta-base"}})))
+    assert data.base_model == "FacebookAI/roberta-base" and "continued from `FacebookAI/roberta-base`" in text

@@ -238,3 +238,11 @@ def test_a_setting_in_backticks_is_printed_as_a_flag():
 
 def test_an_error_is_said_though_output_is_lost():
     assert shell("$RUN | true", "time.sleep(0.3); print('a'); raise InputError('b')", "") == (2, "", "error: b\n")
+
+
+def test_hyphens_in_flags_and_numbers_that_are_none():
+    assert parse(Config, ["--no-warm", "--name=a-b"]) == Config(name="a-b", warm=False)
+    for argv, words in ((["--lr", "inf"], "--lr inf: not a number"), (["--lr", "nan"], "--lr nan: not a number"),
+                        (["--steps", "1e30"], "not a whole number"), (["--steps", "9" * 30], "not a whole number")):
+        with pytest.raises(InputError, match=words):
+            parse(Config, argv)

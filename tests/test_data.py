@@ -282,3 +282,24 @@ def test_ids_that_16_bits_cannot_hold_are_kept(tmp_path):
         large = SimpleNamespace(vocab_size=size, fingerprint=dtype, encode=lambda texts: [[size - 1] for _ in texts])
         tokens = build_corpus("x", tmp_path, large, tmp_path / "cache")["train"].tokens
         assert tokens.tolist() == [size - 1] and tokens.dtype == dtype
+
+
+def test_a_packed_file_that_is_cut_short_says_where(tmp_path):
+    packed = gzip.compress(b"".join(b"%d some text\n" % i for i in range(50_000)))
+    (tmp_path / "x.txt.gz").write_bytes(packed[:-len(packed) // 4])
+    with pytest.raises(InputError, match=r"x.txt.gz: cannot be read after line [1-9]\d* \(Compressed file ended"):
+        list(read_documents(tmp_path / "x.txt.gz"))
+
+
+def test_a_document_of_no_tokens_is_left_out(tmp_path):
+    (tmp_path / "heldout.txt").write_text("b\n")
+    (tmp_path / "train.txt").write_text("a\n\u200b.\na\n")
+    cleaning = SimpleNamespace(vocab_size=9, fingerprint="x", encode=lambda texts: [[8] * (text in "ab") for text in texts])
+    assert build_corpus("x", tmp_path, cleaning, tmp_path / "cache")["train"].offsets.tolist() == [0, 1, 2]
+
+
+def test_a_part_without_documents_is_named(tmp_path, tokenizer):
+    (tmp_path / "heldout.txt").write_text("\n\n")
+    (tmp_path / "train.txt").write_text("a graph\n")
+    with pytest.raises(InputError, match="no heldout documents in this corpus; it is empty or far too small"):
+        build_corpus("x", tmp_path, tokenizer, tmp_path / "cache")

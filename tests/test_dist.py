@@ -142,3 +142,10 @@ def test_without_torchrun_there_is_one_rank(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="with torchrun"):
         join("cpu")
+
+
+def test_commands_for_one_process_say_so(monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    for name in ("predict", "convert"):
+        assert f"rt.runs.{name} is for one process: leave torchrun out" in here("-m", f"rt.runs.{name}", code=2)

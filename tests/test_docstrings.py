@@ -144,3 +144,32 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="kitchen: cannot be made .a file is in its way"):
         docstrings.build("kitchen", tmp_path / "file" / "cache")
     assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_tests_are_no_documents(tmp_path):
+    for name in ("a/b.py", "a/tests/c.py", "a/test_d.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f'"""{TEXT.format(name)}"""\n')
+    assert [*docstrings.read_package(tmp_path)] == ["a/b.py"]
+
+
+def test_short_texts_are_no_documents_and_async_functions_have_some():
+    assert docstrings.docstrings(b'"""' + b"x" * 59 + b'"""') == docstrings.docstrings(b'"""' + b"- 0 " * 30 + b'"""') == []
+    assert docstrings.docstrings(f'async def f():\n    """{TEXT}"""'.encode()) == [TEXT]
+
+
+def test_labels_are_sub_packages():
+    files = ("x.py", "_core/x.py", "algorithms/tree/sub/x.py", "algorithms/x.py")
+    assert [docstrings.label_of(file) for file in files] == [None, "core", "tree", None]
+
+
+def test_a_label_has_a_cap():
+    documents = {"ovens/a.py": [TEXT.format(i) for i in range(50)]}
+    task = docstrings.make_task(documents, {"ovens/a.py": "test"}, ["ovens"], docstrings.masker("p", ["ovens"]))
+    assert len(task["test"]) == docstrings.CAPS["test"] == 40
+
+
+def test_the_largest_ten_labels_are_taken():
+    many = {f"l{i:02}/{file}.py": ["x"] * (20 + i) for i in range(12) for file in range(3)}
+    others = {f"few/{file}.py": ["x"] * 50 for file in range(2)} | {f"short/{file}.py": ["x"] * 13 for file in range(3)}
+    assert docstrings.choose_labels(many | others | {"top.py": ["x"] * 999}) == [f"l{i:02}" for i in range(11, 1, -1)]

@@ -20,7 +20,7 @@ from rt.formats.adapters import export_peft
 from rt.formats.atomic import atomic_folder, check_seal, differing, found, locked, seal
 from rt.formats.checkpoint import load_base, save_base
 from rt.formats.delta_files import OF_THE_RUN, load_delta, open_delta, place_of_delta, save_delta
-from rt.formats.files import FIGURES, check_overwritable, cut_half_row, read_json, read_rows, write_json
+from rt.formats.files import FIGURES, LOCK, check_overwritable, cut_half_row, read_json, read_rows, write_json
 from rt.formats.hf import export_hf
 from rt.kinds import DeltaConfig
 from rt.model import MaskedLM
@@ -502,3 +502,21 @@ def test_a_delta_is_put_beside_its_base_or_under_runs_if_that_is_a_hub_id(tmp_pa
     (tmp_path / "M0").mkdir()
     assert place_of_delta(str(tmp_path / "M0"), "sick", "lora", "-r4", 2) == tmp_path / "deltas" / "M0-sick-lora-r4-s2"
     assert place_of_delta("an/id", "sick", "full") == Path("runs/deltas/id-sick-full-s0")
+
+
+def test_a_file_is_on_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypatch):
+    done = []
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, lambda *a, name=name, call=getattr(os, name): (done.append(name), call(*a))[1])
+    write_json(tmp_path / "x.json", {})
+    assert done == ["fsync", "replace"]
+
+
+def test_a_lock_is_inside_a_folder_beside_which_nothing_can_be_made(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    run.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with locked(run):
+        assert (run / LOCK).exists() and not (tmp_path / "run.lock").exists()
+        check_overwritable(run, set())      # it is not somebody else's
+    assert not [*run.iterdir()]

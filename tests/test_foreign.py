@@ -10,16 +10,16 @@ import torch
 from conftest import here
 from safetensors.torch import load_file, save_file
 from test_hf import FAMILIES, LABELS, close, logits_of, our_logits, our_sequences, said_by_both, saved, sentencepiece, theirs
-from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors
 
 from rt.data import Example, encode, sequences_batch
 from rt.deltas import attach, extract
 from rt.errors import InputError
 from rt.formats.delta_files import open_delta
-from rt.formats.files import note
+from rt.formats.files import note, write_json
 from rt.formats.hf import export_hf, load_hf
 from rt.formats.hub import open_base
-from rt.formats.tokenizer import Tokenizer, load_tokenizer
+from rt.formats.tokenizer import Tokenizer, load_tokenizer, pipeline
 from rt.kinds import DeltaConfig
 from rt.model import MaskedLM
 from rt.report.inspect import inspect
@@ -414,7 +414,6 @@ def test_adapters_of_other_libraries_are_named(library, file, settings, base, tm
         open_delta(str(tmp_path), base)
 
 
-
 def test_our_exports_first_space_stays_in_transformers(base, tmp_path):
     """Also as a setting, which transformers 4 uses instead of the value in tokenizer.json."""
     base.tokenizer = test_hf.prefixed(base.tokenizer)
@@ -461,3 +460,56 @@ def test_a_head_or_pooler_that_is_left_behind_is_said(base, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "out is without the base's masked-LM head: AutoModelForSequenceClassification has no place" in said
     assert "the base's pooler" not in said
+
+
+def test_every_file_of_a_vocabulary_is_bounded(tmp_path):
+    for name in ("vocab.json", "merges.txt", "vocab.txt"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(101 * 2**20)
+        with pytest.raises(InputError, match=f"{name}: is longer than 100 MB, too long for a tokenizer"):
+            load_tokenizer(tmp_path)
+        (tmp_path / name).unlink()
+
+
+def test_config_json_may_name_the_tokenizers_class(tokenizer, tmp_path):
+    backend = tokenizer.framed()
+    backend.normalizer = normalizers.Lowercase()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    write_json(tmp_path / "config.json", {"model_type": "roberta", "tokenizer_class": "PreTrainedTokenizerFast"})
+    assert load_tokenizer(tmp_path).encode(["A"]) == load_tokenizer(tmp_path).encode(["a"])
+
+
+def test_a_vocabulary_of_another_class_is_not_read_as_robertas_or_berts(tokenizer, tmp_path):
+    for name in ("GPT2Tokenizer", "RoFormerTokenizer"):
+        (tmp_path / name).mkdir()
+    tokenizer.backend.model.save(str(tmp_path / "GPT2Tokenizer"))
+    (tmp_path / "RoFormerTokenizer" / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nb\n")
+    for folder in tmp_path.iterdir():
+        load_tokenizer(folder)
+        write_json(folder / "tokenizer_config.json", {"tokenizer_class": folder.name})
+        with pytest.raises(InputError, match="no tokenizer there"):
+            load_tokenizer(folder)
+
+
+def test_settings_of_a_tokenizers_model_that_its_class_would_drop_are_refused(tokenizer_of, tmp_path):
+    for family, change, of in (("roberta", {"end_of_word_suffix": "</w>"}, "Roberta"), ("bert", {"unk_token": "[MASK]"}, "Bert")):
+        (folder := tmp_path / family).mkdir()
+        tokenizer_of[family].save(folder)
+        write_json(folder / "config.json", {"model_type": family})
+        load_tokenizer(folder)
+        facts = json.loads((folder / "tokenizer.json").read_text())
+        write_json(folder / "tokenizer.json", facts | {"model": facts["model"] | change})
+        with pytest.raises(InputError, match=f"{of}Tokenizer makes another model"):
+            load_tokenizer(folder)
+
+
+def test_a_unigram_without_its_first_space_is_refused(tmp_path):
+    backend = pipeline(models.Unigram([(t, 0.0) for t in ("<s>", "<pad>", "</s>", "<unk>", "<mask>")] + [("\u2581a", -1.0), ("b", -2.0),
+                                                                                                    ("a", -2.0), ("\u2581", -3.0)], 3))
+    backend.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    Tokenizer(backend).save(tmp_path)
+    write_json(tmp_path / "config.json", {"model_type": "xlm-roberta"})
+    load_tokenizer(tmp_path)
+    write_json(tmp_path / "tokenizer_config.json", {"add_prefix_space": False})
+    with pytest.raises(InputError, match="XLMRobertaTokenizer makes another model"):
+        load_tokenizer(tmp_path)

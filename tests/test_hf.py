@@ -389,6 +389,7 @@ def test_an_adapter_without_a_task_type_is_a_classifiers_where_it_holds_one(base
     ({"a_new_setting": 3}, "", None, "a_new_setting 3"), ({"r": 0}, "", None, "its r or lora_alpha is not a number"),
     ({}, "layer.1.attention.self.query.", None, "only some of the 2 layers"),
     ({}, "layer.0.attention.self.query.lora_A", None, "only one of lora_A"),
+    ({}, "", {f"base_model.model.classifier.dense.lora_{x}.weight": torch.zeros(2) for x in "AB"}, "classifier.dense are not matrices"),
     ({}, "classifier", None, "holds no classifier.dense"), ({}, "lora_", None, "no factors at all"),
     ({}, "", {"base_model.model.roberta.embeddings.word_embeddings.weight": torch.zeros(2, 2)}, "word_embeddings.weight is not supported"),
     ({}, "", {f"base_model.model.roberta.encoder.layer.9.output.dense.lora_{x}.weight": torch.zeros(2, 2) for x in "AB"}, "layer.9")])
@@ -716,3 +717,13 @@ def test_biases_that_peft_cannot_load_can_be_merged(base, tmp_path):
     with pytest.raises(InputError, match="for a delta of kind lora, this is bitfit; --to hf merges it"):
         export_peft(tmp_path / "out", base, "x", trained(base, DeltaConfig("bitfit")))
     assert export_hf(tmp_path / "out", base, trained(base, DeltaConfig("bitfit"))) == "AutoModelForSequenceClassification"
+
+
+def test_an_empty_folder_is_written_to_and_a_task_folder_keeps_the_dots_of_its_name(base, tmp_path):
+    save_base(tmp_path / "M0", MaskedLM(base.encoder, base.head), base.tokenizer, {})
+    export_hf(tmp_path / "tuned", base, trained(base, DeltaConfig("full")))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "sick.v2").mkdir()
+    here("-m", "rt.runs.convert", "import", "--base", tmp_path / "M0", "--tuned", tmp_path / "tuned", "--out", tmp_path / "out", "--task",
+         tmp_path / "sick.v2")
+    assert load_delta(tmp_path / "out").info["task"] == "sick.v2"

@@ -231,7 +231,8 @@ def test_absurd_settings_of_an_encoder_are_named(home, name, value, tmp_path):
     assert f"meta.json: {name} {value!r} is not possible for an encoder" in said(load_base, folder)
 
 
-@pytest.mark.parametrize("name, value", [("number", "../.."), ("number", 2.5), ("step", -1), ("step", "9"), ("name", ["M0"]), ("stage", 5)])
+@pytest.mark.parametrize("name, value", [("number", "../.."), ("number", 2.5), ("step", -1), ("step", "9"), ("name", ["M0"]), ("stage", 5),
+                                         ("domains", ["a"]), ("contents", {"a": 1}), ("trunk", 3), ("recipe", 5)])
 def test_absurd_facts_of_a_base_are_named(home, name, value, tmp_path):
     folder = changed(home, "M0", tmp_path)
     edit(folder / "meta.json", {name: value})
@@ -441,3 +442,9 @@ def test_offsets_in_the_cache_that_do_not_rise_are_named(tmp_path, tokenizer):
     offsets[1] = offsets[-1]        # the last one, the number of tokens, stays right
     np.save(file, offsets)
     assert "are damaged; remove the folder" in said(build_corpus, "a", tmp_path / "a.txt", tokenizer, tmp_path / "cache")
+
+
+def test_a_tensor_of_no_part_of_a_delta_is_named(home, tmp_path):
+    file = changed(home, "lora", tmp_path) / "delta.safetensors"
+    save_file(load_file(file) | {"strange.x": torch.zeros(2)}, file)
+    assert "delta.safetensors: unexpected tensor strange.x" in said(load_delta, file.parent)

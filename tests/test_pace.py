@@ -118,3 +118,10 @@ def test_a_bar_on_a_terminal_and_nothing_elsewhere(loop, tokenizer, toy, rows, t
     assert not cleared.strip() and not end      # it leaves no line behind
     for words in ("4/4 [", "<00:00", "loss ", " tok/s, MFU "):     # steps, time left, ...
         assert words in last
+
+
+def test_the_bar_shows_the_best_score_so_far(base):
+    with StepBar(4, "x", base.encoder.config, CPU, torch.float32, False) as bar:
+        for step, dev in ((0, 0.1), (1, 0.8), (2, 0.5)):
+            bar.on_eval({"step": step, "loss": 1.0, "dev": {"accuracy": dev}})
+        assert "best dev 0.800" in bar.bar.postfix

@@ -1,5 +1,6 @@
-"""Parquet as tasks, corpora and texts to predict; class names as the datasets library writes them; data sets of the hub."""
+"""Parquet as tasks, corpora and texts to predict; class names as the datasets library writes them; data sets and models of the hub."""
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -390,3 +391,24 @@ def test_a_whole_repository_is_not_fetched_for_the_tables_at_its_top(online, tmp
 def test_names_that_are_none_of_a_data_set(name, online, tmp_path):
     online(main=repository(tmp_path / "repo", "train.parquet", "dev.parquet", ".git/train.parquet"))
     assert said(find_dataset, name).startswith(f"{name}: ")
+
+
+def test_bin_files_of_a_model_are_fetched_only_if_it_has_no_safetensors(tmp_path, monkeypatch):
+    def model_info(name, timeout):
+        if not online:
+            raise OSError("no network")
+
+    def snapshot_download(name, allow_patterns, local_files_only):
+        assert local_files_only is not online
+        for file in filter_repo_objects(there, allow_patterns=allow_patterns):
+            (tmp_path / "cache" / file).touch()
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(model_info=model_info))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    for online in (True, False):
+        for there, fetched in ((["model.safetensors", "pytorch_model.bin", "tf_model.h5"], ["model.safetensors"]),
+                               (["pytorch_model.bin", "tf_model.h5"], ["pytorch_model.bin"])):
+            (tmp_path / "cache").mkdir()
+            assert hub.find("owner/name") == tmp_path / "cache" and [file.name for file in (tmp_path / "cache").iterdir()] == fetched
+            shutil.rmtree(tmp_path / "cache")

@@ -3,6 +3,7 @@ bit, and gives the same result for ranks and accumulation as for one process."""
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from conftest import here, random_base, write_task
 from safetensors.torch import load_file
 from tokenizers import models
 
+from data import docstrings, sources
 from data.select import select
 from data.sources import task_corpus
 from rt.data import Masker, Rows
@@ -568,3 +570,27 @@ def test_a_complete_run_has_no_resumable_checkpoints(home):
     assert len([*(home / "whole" / "resume").iterdir()]) == 2
     train(home, "whole", "--steps", "3", "--save_every", "1", "--resume", stream="one")
     assert (home / "whole" / "M0").exists() and not (home / "whole" / "resume").exists()
+
+
+@pytest.mark.parametrize("word", ["ENZYME", "collagen"])
+def test_one_document_is_selected_at_least_by_words_of_either_text_in_any_case(word, tmp_path):
+    rows = [{"text": "The Enzyme", "text_pair": "of collagen", "label": label} for label in "xy"]
+    task = load_task(write_task(tmp_path / "task", dict.fromkeys(("train", "dev"), rows)))
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "train.txt").write_text("".join(f"x{i}\n" for i in range(9)) + f"{word}\n")
+    (tmp_path / "corpus" / "heldout.txt").write_text("nothing of the kind\n")
+    folder = select(tmp_path / "corpus", task, 1e-3, tmp_path / "cache")
+    assert [*split_documents(folder)] == [("train", word), ("heldout", "nothing of the kind")]
+
+
+def test_a_dot_has_a_name_and_an_embedded_domain_comes_before_a_folder(tmp_path, monkeypatch, capsys):
+    (tmp_path / "math.v2").mkdir()
+    monkeypatch.chdir(tmp_path / "math.v2")
+    assert sources.domain_names("stream", (".", "task:../x.jsonl")) == ["math", "task-x"]
+    Path("graphs").mkdir()
+    counts = {"corpus": {"train": 9, "heldout": 1}, "task": dict.fromkeys(docstrings.PARTS, {"a": 2, "b": 1})}
+    monkeypatch.setattr(docstrings, "build", lambda domain, out: {"package": "networkx", "version": "3", **counts})
+    sources.corpus_path("graphs", tmp_path)
+    said = capsys.readouterr()
+    assert said.err == "note: graphs: the embedded domain is read; give ./graphs to read what is here under this name\n"
+    assert said.out == "embedded domain graphs: docstrings of networkx 3, 9 documents and 1 held out; task of 2 labels, 3/3/3\n"

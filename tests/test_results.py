@@ -247,3 +247,15 @@ def test_a_sweeps_table_counts_all_runs_of_a_mode():
             for lr in (1e-3, 2e-3) for s in (0, 1)]
     line = report_sweep(rows, ["init"], []).splitlines()[1].split()
     assert line[line.index("0.001") + 1] == "4"
+
+
+def test_the_best_delta_is_named_and_one_that_is_gone_is_said(recycling, tmp_path, capsys):
+    row = {"run": "init-s0", "mode": "init", "task": "t", "seed": 0, "lr": 1e-3, "dev": {"accuracy": 0.5}, "test": {}, "seconds": 1.0,
+           "curve": [], "settings": {}}
+    (tmp_path / "deltas").mkdir()
+    write_json(tmp_path / "summary.json", {"rows": [row]})
+    with pytest.raises(InputError, match="has no row of a run whose delta is still in"):
+        best_delta(tmp_path, recycling.old_base.fingerprint)
+    save_delta(tmp_path / "deltas" / "init-s0", recycling.old_delta)
+    open_best(str(tmp_path), recycling.old_base)
+    assert capsys.readouterr().err == f"best on dev of {tmp_path}: init-s0\n"

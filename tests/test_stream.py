@@ -1,5 +1,6 @@
 """The folder of a stream: when a run may start or continue there, which rows it redoes, and its table."""
 import json
+import os
 import signal
 import time
 
@@ -12,7 +13,10 @@ from rt.formats.files import write_json
 from rt.model import MaskedLM
 from rt.optim import adamw
 from rt.pretrain import PretrainSettings
-from rt.runs.resume import PretrainRun, has_work, is_done_again, table_of
+from rt.recipes import Recipe
+from rt.runs import resume
+from rt.runs.resume import PretrainRun, checkpoints, has_work, is_done_again, table_of
+from rt.runs.signals import Interrupted
 from rt.runs.summary import forgetting_table
 from rt.speed.dist import Ranks
 
@@ -159,3 +163,30 @@ def test_the_seconds_before_an_interruption_count(tmp_path, base, tokenizer):
         run.begin({}, tokenizer)
         run.start_stage(meta, PretrainSettings(4, 64, 1e-3, 1, 0), None, model, optimizer, torch.float32)
         assert time.perf_counter() - run.started >= 10**6
+
+
+def test_rows_are_on_the_disk_before_a_checkpoint(tmp_path, tokenizer, base, monkeypatch):
+    model, order, synced = MaskedLM(base.encoder, base.head), [], []
+    with pretrain_run(tmp_path / "run") as run:
+        run.begin({}, tokenizer)
+        run.about, run.model, run.optimizer, run.recipe, run.step, run.skipped = {"number": 0}, model, None, Recipe(), 1, 0
+        with monkeypatch.context() as patch:
+            patch.setattr(run.log, "sync", lambda: order.append("rows"))
+            patch.setattr(resume, "save_base", lambda *_: order.append("checkpoint"))
+            run.save(tmp_path / "run" / "M0")
+        monkeypatch.setattr(os, "fsync", synced.append)
+        run.log.sync()
+        assert order == ["rows", "checkpoint"] and synced == [run.log.file.fileno()]
+
+
+def test_the_second_signal_ends_it_at_once(tmp_path):
+    run = pretrain_run(tmp_path / "run")
+    run.on_signal(signal.SIGINT, None)
+    with pytest.raises(Interrupted, match="^interrupted: what was finished is kept$"):
+        run.on_signal(signal.SIGINT, None)
+
+
+def test_checkpoints_are_ordered_by_numbers_not_names(tmp_path):
+    for name in ("M9-t00300", "M10-t99999", "M10-t100000"):
+        (tmp_path / "resume" / name).mkdir(parents=True)
+    assert [path.name for path in checkpoints(tmp_path)] == ["M10-t100000", "M10-t99999", "M9-t00300"]

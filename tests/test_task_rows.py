@@ -342,6 +342,7 @@ def test_a_quoted_tsv_is_read_as_it_was_written(quoting, ending, pack, opener, t
 @pytest.mark.parametrize("content, note", [
     (tsv("text|label", '" A lone one|0', "b|1"), True), (tsv("text|label", 'a "b" c|0', "d|1"), False),
     (tsv("text|label", '"All of it"|0', "b|1"), True),                      # speech; pandas would not have quoted it
+    (tsv("text|label", '"Yes, it is."|0', "no|1"), True),
     (tsv("text|label", '"It begins.|0', 'It ends."|1'), True),              # might be one text with a tab and a newline inside
     (tsv("text|label", '"He said ""no"" ."|0', 'a "b|1'), True),            # a bare quote is evidence against quoting
     (tsv("text|label", '"He said" no|0', "b|1"), True), ("text\n\"one\ntwo\"\n", True)])
@@ -549,3 +550,14 @@ def test_in_a_table_a_class_may_be_a_number_with_a_point_among_names_and_numbers
 def test_a_dev_part_of_one_label_is_said(tmp_path, capsys):
     load_task(write_task(tmp_path / "t", {"train": BINARY, "dev": rows([1] * 10)}))
     assert "all 10 dev examples have the label 1: are their true labels hidden?" in capsys.readouterr().err
+
+
+def test_unread_text_is_named_in_a_large_file_too(tmp_path, capsys):
+    load_task(write_task(tmp_path / "t", dict.fromkeys(("train", "dev"), rows([0, 1] * 1100, reason="this is said about it"))))
+    assert capsys.readouterr().err == f"note: {tmp_path / 't'}: columns that hold text but are not read: 'reason'\n"
+
+
+def test_a_number_in_a_table_may_begin_with_its_point(tmp_path):
+    for part in ("train", "dev"):
+        (tmp_path / f"{part}.csv").write_text("text,label\na,.5\nb,1\nc,-.25\n")
+    assert [e.label for e in load_task(tmp_path).parts["dev"]] == [0.5, 1.0, -0.25]

@@ -281,6 +281,7 @@ def test_forms_of_answers(tmp_path):
     ({"text": "x", "probabilities": [0.5, 0.5]}, r"line 2: has probabilities of \[0.5, 0.5\], and"),
     ({"text": "x", "probabilities": None}, "line 2: has neither probabilities"),
     ({"text": "x", "probabilities": {"no": 0.5, "yes": 0.7}}, "line 2: .* are not probabilities of no, yes"),
+    ({"text": "x", "no": 0.5, "yes": 0.4}, "line 2: .* are not probabilities of no, yes"),
     ({"text": "x", "no": "0.5", "yes": 0.5}, "line 2: .* are not probabilities"), ({"text": "x", "no": -0.5, "yes": 1.5}, "not probabil"),
     ({"text": "x", "label": "maybe"}, "line 2: has neither probabilities of no, yes nor one of them as its label"),
     ({"no": 0.5, "yes": 0.5}, "line 2: has neither a text nor a hash"), ({"text": 3, "no": 0.5, "yes": 0.5}, "line 2: has neither a text"),
