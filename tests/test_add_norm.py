@@ -230,3 +230,8 @@ def test_more_than_2_to_31_elements(device):
     expected = add_norm_ref(last, last, weight, bias, EPS, 0.0, None)
     torch.testing.assert_close(y[-8:], expected, atol=2e-2, rtol=2e-2)
     torch.testing.assert_close(grad[-8:], torch.autograd.grad(expected, last, up[-8:])[0], atol=2e-2, rtol=2e-2)
+
+
+def test_eps_is_the_one_given(device):
+    x, h, weight, bias = inputs(5, 20, torch.float32, device=device)
+    torch.testing.assert_close(add_norm(x, h, weight, bias, 0.5), add_norm_ref(x, h, weight, bias, 0.5, 0.0, None))

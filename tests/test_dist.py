@@ -11,7 +11,7 @@ from conftest import command, forked, here
 
 from rt.errors import InputError
 from rt.formats.files import read_rows
-from rt.optim import adamw
+from rt.optim import adamw, step_unless
 from rt.speed.device import pick_device
 from rt.speed.dist import Ranks, gather, join, load_state, zero
 
@@ -149,3 +149,44 @@ def test_commands_for_one_process_say_so(monkeypatch):
         monkeypatch.setenv(name, value)
     for name in ("predict", "convert"):
         assert f"rt.runs.{name} is for one process: leave torchrun out" in here("-m", f"rt.runs.{name}", code=2)
+
+
+def test_a_loaded_state_is_a_copy():
+    def optimizer():
+        w = torch.nn.Parameter(torch.ones(2, 3))
+        w.grad = torch.ones_like(w)
+        found = adamw([w], 1e-3, 0.0)
+        found.step()
+        return found
+
+    mine, state = optimizer(), optimizer().state_dict()
+    kept = state["state"][0]["exp_avg"].clone()
+    load_state(mine, state)
+    mine.step()
+    assert state["state"][0]["exp_avg"].equal(kept)
+
+
+def test_any_rank_counts_and_a_shared_optimizer_skips():
+    def work():
+        ranks = join("cpu")
+        assert ranks.any(ranks.rank == 1) and not ranks.any(False)
+        weights = [torch.nn.Parameter(torch.ones(shape)) for shape in ((4, 3), (3,))]
+        shared = adamw(weights, 0.1, 0.01, make=zero)
+        for skip in (0.0, 1.0):
+            before = [w.detach().clone() for w in weights]
+            for w in weights:
+                w.grad = torch.full_like(w, float("nan") if skip else 1.0)
+            step_unless(shared, torch.tensor(skip))
+            assert all(map(torch.equal, before, weights)) == bool(skip)
+        ranks.leave()
+
+    forked("worker", main=work)
+
+
+def test_more_ranks_than_gpus(monkeypatch):
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(InputError, match="no GPU for rank 1 of this machine, which has 1: lower --nproc_per_node"):
+        join("auto")

@@ -158,7 +158,6 @@ def test_groups_are_halved_until_they_fit(tokenizer, monkeypatch):
         runs[0].rows.append("of a try that failed")
         if len(runs) > 1:
             raise torch.OutOfMemoryError("no room")
-        runs[0].rows.clear()
         real(runs, **more)
 
     monkeypatch.setattr(grid, "tune", small_memory)
@@ -287,3 +286,70 @@ def test_runs_side_by_side_share_the_seconds(tokenizer):
     runs, started = four_runs(tokenizer, "bitfit"), time.perf_counter()
     grid.tune(runs, **CPU)
     assert 0 < sum(run.result.seconds for run in runs) <= time.perf_counter() - started
+
+
+def test_what_fills_a_range_up_is_no_longer_than_the_longest_sequence():
+    data = Encoded([[0, 5, 2]] * 16, torch.zeros(16, dtype=torch.long), 0)
+    batch, _ = side_by_side([data.batch([*range(16)]), data.batch([0])])
+    assert len(batch.ids) == 96 and batch.cu_seqlens.diff().max() <= batch.max_seqlen == 3
+
+
+def test_a_part_of_another_shape_adds_to_the_same_gradients_without_a_graph(tokenizer, monkeypatch):
+    class Graph:
+        pool = replay = lambda self: None
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: nullcontext())
+    monkeypatch.setattr(rt.speed.graphs, "warm_up", lambda *_: None)
+    run = four_runs(tokenizer, "adapter")[0]
+    parameters, plain = [*trained_weights(run.model).values()], plain_gradient(run.model, run.loss, **CPU)
+    batches = [replace(run.data.train.batch(indices), seeds=torch.tensor([1])) for indices in ([0, 1], [2, 3, 4])]
+    for batch in batches:
+        plain(batch)
+    expected = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    graphed = CudaGraphs(plain, parameters, CPU["device"])
+    for part, batch in enumerate(batches):
+        graphed(batch, part=part)
+    assert len(graphed.captured) == 1 and all(map(torch.equal, expected, (p.grad for p in parameters)))
+
+
+@pytest.mark.parametrize("count, limit, sizes", [(7, 4, [4, 3]), (9, 8, [5, 4])])
+def test_groups_are_of_equal_size(count, limit, sizes, monkeypatch):
+    found = []
+    monkeypatch.setattr(grid, "tune", lambda runs, **more: found.append(len(runs)))
+    list(grid.tune_in_groups([*range(count)], limit, **CPU))
+    assert found == sizes
+
+
+@pytest.mark.parametrize("pages, free", [(1000, 2_457_600), (10**9, grid.CPU_BYTES)])
+def test_a_group_gets_a_share_of_the_free_memory(pages, free, monkeypatch):
+    known = {"SC_AVPHYS_PAGES": pages, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(grid, "os", SimpleNamespace(sysconf_names=known, sysconf=known.get))
+    assert grid.free_bytes(CPU["device"]) == free
+
+
+def test_the_memory_of_a_run_is_its_moments_and_what_its_batch_keeps(tokenizer):
+    run = four_runs(tokenizer, "bitfit")[0]
+    small, large = (grid.step_bytes(replace(run, settings=replace(run.settings, batch_size=size)), **CPU) for size in (1, 8))
+    assert 20 * sum(p.numel() for p in trained_weights(run.model).values()) < small < large
+
+
+def test_a_run_shares_the_frozen_weights(tokenizer):
+    run = four_runs(tokenizer, "lora")[0]
+    for (name, p), q in zip(run.model.named_parameters(), stack_of_one(run.model).parameters(), strict=True):
+        assert (p is q) == (not p.requires_grad), name
+
+
+def test_gradients_are_clipped_at_the_norm_that_the_settings_say(tokenizer):
+    fit = Fit({"w": torch.nn.Parameter(torch.ones(4))}, TuneSettings(1, 1, 1e-3, 1, 0, clip=0.5))
+    fit.trained["w"].grad = torch.full((4,), 3.0)
+    fit.update(0, torch.ones(()))
+    assert fit.optimizer.state[fit.trained["w"]]["exp_avg"].norm().item() == pytest.approx(0.1 * 0.5, rel=1e-3)
+    runs = four_runs(tokenizer, "lora")
+    for run in runs:
+        run.settings = replace(run.settings, clip=1e-3)
+    together = SideBySide(runs, graphs=False, **CPU)
+    together.update(0, together.gradient(0))
+    assert together.optimizer.m.norm(dim=1).tolist() == pytest.approx([0.1 * 1e-3] * 4, rel=1e-2)

@@ -325,3 +325,9 @@ def test_shapes_that_do_not_fit_are_said(device):
         linear_kd(x, w, b, *teacher[:2], teacher[2][:9], y, alpha=0.5, T=2.0)
     with pytest.raises(ValueError, match="positive"):
         linear_kd(x, w, b, *teacher, y, alpha=0.5, T=0.0)
+
+
+def test_a_teacher_without_weight_is_not_looked_at(device):
+    student, teacher, y = inputs(4, 50, device=device)
+    for function in (linear_kd, linear_kd_ref):
+        assert function(*student, *(p * math.nan for p in teacher), y, alpha=0.0, T=2.0).isfinite()

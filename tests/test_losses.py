@@ -254,3 +254,11 @@ def test_itp_repeats_with_the_generator_and_none_draws_nothing(distilling, batch
     before = torch.get_rng_state()
     Loss(False, cache, plain)(student, batch)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_loss_without_what_it_needs_is_refused():
+    cache = TeacherCache(torch.zeros(5, 3), torch.zeros(5, 2, 64))
+    with pytest.raises(ValueError, match="needs its DistillConfig"):
+        Loss(teacher=cache)
+    with pytest.raises(ValueError, match="gamma and itp need a teacher"):
+        Loss(teacher=cache, config=DistillConfig(gamma=1.0))

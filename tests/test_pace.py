@@ -20,7 +20,7 @@ from rt.pretrain import PretrainSettings, mlm_loss
 from rt.runs import log
 from rt.runs.log import StepBar
 from rt.speed import throughput as pace
-from rt.speed.device import peak_flops
+from rt.speed.device import make_deterministic, peak_flops, pick_precision
 from rt.speed.throughput import Throughput, step_flops
 from rt.tune import TuneSettings, tune
 
@@ -125,3 +125,37 @@ def test_the_bar_shows_the_best_score_so_far(base):
         for step, dev in ((0, 0.1), (1, 0.8), (2, 0.5)):
             bar.on_eval({"step": step, "loss": 1.0, "dev": {"accuracy": dev}})
         assert "best dev 0.800" in bar.bar.postfix
+
+
+@pytest.mark.parametrize("capability, fast", [((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True)])
+def test_bf16_is_for_gpus_with_matrix_units_for_it(capability, fast, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert pick_precision("auto", CUDA) == (torch.bfloat16 if fast else torch.float32)
+    assert (pick_precision("bf16", CUDA), pick_precision("fp32", CUDA)) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("flags, fast", [("fma avx2 avx512f", False), ("avx512f avx512_bf16", True), ("amx_tile amx_bf16", True)])
+def test_bf16_is_for_cpus_with_matrix_units_for_it(flags, fast, monkeypatch, tmp_path):
+    (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
+    monkeypatch.setattr("rt.speed.device.Path", lambda path: tmp_path / "cpuinfo")
+    assert pick_precision("auto", CPU) == (torch.bfloat16 if fast else torch.float32)
+
+
+def test_determinism_only_where_asked(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    make_deterministic(False)
+    assert asked == [] and torch.utils.deterministic.fill_uninitialized_memory
+    make_deterministic(True)
+    assert asked == [True] and not torch.utils.deterministic.fill_uninitialized_memory
+
+
+def test_a_batch_counts_with_its_predicted_rows_and_as_frozen(tokenizer, batch, monkeypatch):
+    monkeypatch.setattr(pace, "peak_flops", lambda device, precision: 1.0)
+    config, lengths = random_base(tokenizer).encoder.config, batch.cu_seqlens.diff().tolist()
+    batch.predict = torch.tensor([3, 9, 20])
+    for frozen in (False, True):
+        p = Throughput(config, CPU, torch.float32, frozen)
+        p.count(batch)
+        assert p.flops == step_flops(config, lengths, 3, frozen)

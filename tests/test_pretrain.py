@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from conftest import pretrained
 
+import rt.model
+import rt.speed.graphs
 from rt.data import Rows
 from rt.errors import InputError
 from rt.formats.corpora import build_corpus
@@ -21,7 +24,7 @@ from rt.model import PRESETS, EncoderConfig, new_masked_lm, set_dropout
 from rt.optim import adamw, linear_rate
 from rt.pretrain import PretrainSettings, evaluate_mlm, microbatches
 from rt.speed.dist import Ranks
-from rt.speed.graphs import check_graphs, compiled, prefetch
+from rt.speed.graphs import check_graphs, compiled, prefetch, staged, static_batch
 from rt.tune import TuneSettings
 
 CPU = {"device": torch.device("cpu"), "precision": torch.float32}
@@ -227,3 +230,25 @@ def test_held_out_rows_are_scored_once_however_many_tokens_are_asked_for(rows, t
     held.per_epoch = 3      # a small corpus
     whole = held.per_epoch * held.row_tokens
     assert evaluate_mlm(model, held, tokens=whole, **CPU) == evaluate_mlm(model, held, tokens=2 * whole, **CPU)
+
+
+def test_batches_are_static_where_blocks_are_compiled(rows):
+    corpus, s = rows["train"], PretrainSettings(2, 512, 0.0, 1, 0)
+    for static in (False, True):
+        for ours, plain in zip(staged(microbatches(corpus, s), corpus, CPU["device"], static), microbatches(corpus, s), strict=True):
+            wanted = static_batch(corpus, plain) if static else plain
+            assert ours.max_seqlen == wanted.max_seqlen and ours.cu_seqlens.equal(wanted.cu_seqlens) and ours.ids.equal(plain.ids)
+
+
+def test_attention_is_put_back_after_compiled_blocks():
+    attention = rt.model.attention_qkv
+    with compiled([torch.nn.Linear(2, 2)], CPU["device"]):
+        assert rt.model.attention_qkv is not attention
+    assert rt.model.attention_qkv is attention
+
+
+def test_graphs_need_the_kernels(monkeypatch):
+    for run in (True, False):
+        monkeypatch.setattr(rt.speed.graphs, "kernels_run", lambda device: run)
+        with nullcontext() if run else pytest.raises(InputError, match="the references would run"):
+            check_graphs(True, Ranks(torch.device("cuda", 0)))

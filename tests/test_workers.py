@@ -146,6 +146,9 @@ def test_a_quota_of_the_cgroup_and_omp_num_threads_bound_the_cores(tmp_path, mon
     assert cores() == 2
     (tmp_path / "cpu.max").write_text("max 100000\n")
     assert cores() == 8
+    for quota, count in (("50000 100000", 1), ("1600000 100000", 8)):       # half a core is one; no more than torch would take
+        (tmp_path / "cpu.max").write_text(quota + "\n")
+        assert cores() == count
     affinity = "import os; os.sched_setaffinity(0, [*os.sched_getaffinity(0)][:1])"
     count = "from rt.runs.workers import cores; print(cores())"
     for code, omp, said in ((f"{affinity}; {count}", {}, "1\n"), (count, {"OMP_NUM_THREADS": "1"}, "1\n")):
@@ -162,6 +165,8 @@ def test_threads_and_workers_follow_from_cores_and_runs(monkeypatch):
     workers.use_threads(0)
     workers.use_threads(3)
     assert counts[2:] == [4, 3]
+    monkeypatch.setattr(workers, "sys", SimpleNamespace(platform="darwin"))
+    assert share_cores(9, 0, 0) == 1        # only Linux forks safely
 
 
 @pytest.mark.parametrize("command", ["analyze.py", "-m rt.runs.predict --base B --delta_dir D --input /none"])
