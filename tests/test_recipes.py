@@ -594,3 +594,56 @@ def test_a_dot_has_a_name_and_an_embedded_domain_comes_before_a_folder(tmp_path,
     said = capsys.readouterr()
     assert said.err == "note: graphs: the embedded domain is read; give ./graphs to read what is here under this name\n"
     assert said.out == "embedded domain graphs: docstrings of networkx 3, 9 documents and 1 held out; task of 2 labels, 3/3/3\n"
+
+
+def test_need_goes_with_preserve_and_align(home, monkeypatch):
+    train(home, "z own", "--steps", "2", stream="one")
+    need = ("--init", home / "z own" / "M0", "--mix", "need", "--mix_every", "5", "--steps", "11")
+    calls = []
+    monkeypatch.setattr(upgrade, "Preserve", lambda *_: lambda model, batch: calls.append(1) or mlm_loss(model, batch))
+    train(home, "z plain", *need, "--preserve", "3")
+    assert len(calls) == 11
+    train(home, "z align", *need, "--align", "11", "--align_eps", "0")
+    assert not same_weights(home / "z plain" / "M1", home / "z align" / "M1")
+
+
+def test_warmup_and_weight_decay_are_those_of_the_flags(home):
+    for name, decay in (("warm", "0"), ("decay", "1")):
+        train(home, name, "--steps", "8", "--warmup", ".5", "--weight_decay", decay, stream="one")
+    rates = [row["lr"] for row in read_rows(home / "warm" / "metrics.jsonl") if "lr" in row]
+    assert rates == pytest.approx([linear_rate(t, 8, 4, 1e-3) for t in range(8)])
+    assert not same_weights(home / "warm" / "M0", home / "decay" / "M0")
+
+
+def test_bases_that_cannot_serve_as_reference_or_be_preserved_are_refused(home, monkeypatch):
+    train(home, "words", "--steps", "1", "--vocab_size", "280", stream="one")
+    train(home, "start", "--steps", "1", stream="one")
+    said = train(home, "no", "--init", home / "start" / "M0", "--mix", "need", "--mix_every", "5", "--steps", "11", "--mix_reference",
+                 home / "words" / "M0", code=2)
+    assert "words/M0: has another tokenizer than the new base, or no masked-LM head" in said
+    monkeypatch.setattr("train.open_base", lambda place: replace(load_base(place), head=None))
+    said = train(home, "no head", "--init", home / "start" / "M0", "--steps", "1", "--preserve", "3", "--preserve_by", "predictions",
+                 stream="two", code=2)
+    assert "predicts nothing without its masked-LM head; use hidden" in said
+
+
+def test_a_domain_of_the_hub_is_not_looked_for_on_the_disk_and_idle_settings_are_not_recorded():
+    c = SimpleNamespace(recipe=RecipeConfig(replay=0.1), init="M0")
+    assert upgrade.earlier_domains(c, {"a": "hub:owner/a"}, {"b": "b.txt"}) == {"a": "hub:owner/a"}
+    mixed = SimpleNamespace(recipe=RecipeConfig(replay=0.1, mix=("a:0.5", "b:0.5")), init=None)
+    with pytest.raises(InputError, match="has no record"):
+        upgrade.earlier_domains(mixed, {}, {"a": "a.txt", "b": "b.txt"})
+    assert upgrade.used(RecipeConfig(preserve=3.0, preserve_by="last", replay=0.1), SimpleNamespace(mixture=None), None) == {}
+
+
+def test_a_cache_that_predates_hashes_changes_none_and_contradicts_none():
+    corpora = {"a": {"train": SimpleNamespace(content="")}, "b": {"train": SimpleNamespace(content="new")}}
+    assert contents_of(corpora, {"a": "old", "b": ""}, {"a": "a.txt", "b": "b.txt"}) == {"a": "old", "b": "new"}
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(keep=0.5), "`keep` has no effect without `select`"), (dict(rates=ScheduleConfig(anneal=0.2)), "`anneal` has no effect without"),
+    (dict(mix_every=9), "`mix_every` has no effect without `mix` need"), (dict(mix_reference="M0"), "`mix_reference` has no effect")])
+def test_more_settings_without_effect(change, words):
+    with pytest.raises(InputError, match=words):
+        RecipeConfig(**change).check(["a"], 0.05, 4, 2)

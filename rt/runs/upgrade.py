@@ -135,9 +135,9 @@ def contents_of(corpora: dict[str, dict[str, Corpus]], noted: dict[str, str], ea
     place) is not what the lineage learned."""
     found = {name: parts["train"].content for name, parts in corpora.items()}
     for name, place in earlier.items():
-        if found[name] and noted.get(name, found[name]) != found[name]:
+        if found[name] and noted.get(name, "") not in ("", found[name]):
             raise InputError(f"--replay: {name} ({place}) has changed since the lineage learned it: restore it, or leave --replay out")
-    return noted | found
+    return noted | {name: content for name, content in found.items() if content}      # a cache that predates hashes says nothing
 
 
 def used(recipe: RecipeConfig, rows: Rows, parent: str | None) -> dict:
