@@ -318,7 +318,7 @@ def announce(c: Config, modes: list[str], task: Task, old: Delta | None) -> list
         return modes
     print(f"the old delta was learned on {old.info.get('task')}, with other labels: init keeps the delta and starts a {c.head} head"
           + (f" (if its {', '.join(old.labels[:4])} are those of the task: {NAMING})" if len(old.labels) == len(task.labels) else ""))
-    possible = {"scratch", "init", *["apply"] * (c.head == "prototype"), *(NEEDS_TEACHER if c.teaching.teacher else ())}
+    possible = {"scratch", "init", *["apply", "transport"] * (c.head == "prototype"), *(NEEDS_TEACHER if c.teaching.teacher else ())}
     return [mode for mode in modes if mode in possible] if "all" in c.mode else modes
 
 

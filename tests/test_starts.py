@@ -17,7 +17,7 @@ from rt.losses import DistillConfig, weights_of
 from rt.model import MaskedLM, prototypes
 from rt.recycling import Recycling, check, new_delta, recycle, start
 from rt.runs.results import old_names
-from rt.runs.starts import carry_texts, combine, merge_on_dev
+from rt.runs.starts import ProjectConfig, carry_texts, combine, learn_map, merge_on_dev
 from rt.tune import TuneSettings, evaluate, predict
 
 CPU = dict(device=torch.device("cpu"), precision=torch.float32)
@@ -258,6 +258,8 @@ def test_several_deltas_and_prototypes_typed(home):
     assert "init keeps the delta and starts a prototype head" in said
     said = typed(home, "--mode", "apply,init", "--old_delta", home / "delta", "--head", "prototype", code=2)
     assert "--head prototype has no effect: the old delta has the task's labels" in said
+    typed(home, "--mode", "all", "--carry", "--old_delta", home / "other", "--head", "prototype")
+    assert {*rows_of(home)} == {"scratch", "apply", "init", "transport"}        # the modes that other labels allow
     typed(home, "--mode", "init", "--old_delta", f"{home / 'delta'},{home / 'other'}", "--sweep", "seed=0,1")
     assert "merged" in rows_of(home)["init"]
 
@@ -343,3 +345,23 @@ def test_subsets_are_scored_on_dev_and_not_on_the_training_examples(base, other_
     said = [predict(apply(other_base, d, stale_ok=True), sequences, **CPU).argmax(1) for d in (r.old_delta, harmful)]
     r.data = replace(r.data, dev=replace(r.data.dev, targets=said[0]), train=replace(r.data.train, targets=said[1]))
     assert merge_on_dev(r, [harmful, r.old_delta], "mean")[1]["merged"]["weights"] == [0.0, 1.0]
+
+
+def test_transport_too_may_have_a_prototype_head(base, other_base):
+    r = recycling(base, other_base, "adapter", ("x", "y"), head="prototype")
+    check(r, "transport")
+    r.carried = r.old_delta
+    assert start(r, "transport")(r.data.train.batch([0, 1])).shape == (2, 2)
+
+
+def test_a_map_is_learned_as_the_flags_say(base, other_base):
+    r = recycling(base, other_base, "bitfit")
+    p = ProjectConfig(rank=2, granularity="tensor", residual=True, project_steps=1)
+    about = learn_map(r, p, [(r.old_delta, r.data)], lambda _: None)
+    assert (about["r"], about["granularity"], about["residual"], about["with_head"]) == (2, "tensor", True, True)
+
+
+def test_both_texts_of_a_pair_are_compared(base):
+    pairs = [Example("a graph", "of nodes", None, "")]
+    expected = encode([Example("a graph of nodes", None, None, "")], (), base.tokenizer, 16).sequences
+    assert carry_texts(None, Task("t", (), {"train": pairs}), base, 16) == expected
