@@ -103,6 +103,7 @@ def test_connectivity_walks_to_every_later_base_and_to_the_independent_one(home)
     for pair in ("M0-M1", "M0-IND"):
         assert paths[pair, "linear"][-1]["loss"] == pytest.approx(paths[pair, "curve"][-1]["loss"], rel=1e-4)
     line = paths["M0-IND", "linear"]
+    assert paths["M0-IND", "curve"][2]["loss"] != line[2]["loss"]
     height = max(row["loss"] - (1 - row["mu"]) * line[0]["loss"] - row["mu"] * line[-1]["loss"] for row in line)
     assert summary["numbers"][4]["barrier"] == [pytest.approx(max(height, 0))] and f"{max(height, 0):.3f}"[:4] in said
     assert {Path(d["folder"]).name for d in summary["deltas"]} == {f"M{i}-two_way-full-s0" for i in range(3)}
@@ -557,3 +558,59 @@ def test_what_is_given_up_is_measured_from_the_upgrade_that_learned_most():
     lines = figures.recipes_numbers(rows)
     assert [line["given up"] for line in lines] == [2, 0] and [line["points lost"] for line in lines] == pytest.approx([10, 40])
     assert [line["init above scratch"] for line in lines] == pytest.approx([10, 10])
+
+
+def test_the_law_of_the_new_domain_is_over_the_share_that_is_new():
+    law = mixtures.Law(5.0, 1.0, 1.0, 0.0, 0.1)
+    rows = [{"base": f"r{r}/M1", "replay": r, "steps": 100, "heldout": {"old": 4.0, "new": law(1 - r, 100)}} for r in (0.0, 0.2, 0.5, 0.8)]
+    _, new = figures.mixture_numbers([{"replay": None, "steps": 0, "heldout": {"old": 7.0, "new": 9.0}}, *rows])
+    found = mixtures.Law(*(new[name] for name in ("E", "A", "g", "b", "eps")))
+    assert [found(1 - r, 100) for r in (0.0, 0.8)] == pytest.approx([law(1.0, 100), law(0.2, 100)], abs=1e-4)
+
+
+def test_the_critical_share_is_that_of_the_longest_upgrade():
+    law = mixtures.Law(4.0, 0.02, 0.5, 0.6, 0.03)      # forgets more with every step
+    rows = [{"base": f"r{r}/M1", "replay": r, "steps": t, "heldout": {"old": law(r, t), "new": 4.0}}
+            for r in (0.0, 0.1, 0.2, 0.5) for t in (50, 400)]
+    old, _ = figures.mixture_numbers([{"replay": None, "steps": 0, "heldout": {"old": law(0.2, 400), "new": 5.0}}, *rows])
+    assert old["steps"] == 400 and old["critical replay"] == pytest.approx(0.2, abs=0.011)
+
+
+def test_the_figure_of_recipes_has_the_loss_given_up_on_its_x_axis(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(figures, "pareto", lambda points, *_: seen.update(points))
+    rows = [{"of": "base", "base": base, "heldout": {"old": 3.0, "new": loss}, "l2": 1.0} for base, loss in (("M0", 5), ("A", 4), ("B", 2))]
+    rows += [{"of": "delta", "base": base, "task": "t", "seed": 0, "accuracy": x, "init": 0.6, "scratch": 0.5, "heads_kept": 1.0}
+             for base, x in (("M0", 0.9), ("A", 0.8), ("B", 0.5))]
+    figures.recipes(rows, tmp_path / "r")
+    assert seen == {"A": [pytest.approx((2, 10))], "B": [pytest.approx((0, 40))]}
+
+
+def test_a_study_trains_as_its_flags_say(base, monkeypatch):
+    seen = []
+    monkeypatch.setattr(studies.analysis, "train_control", lambda model, a, b, data, settings, **_: seen.append(settings))
+    monkeypatch.setattr(studies, "recycle", lambda r, mode: seen.append(r.settings) or (None, SimpleNamespace(test={"accuracy": 0.5})))
+    c = SimpleNamespace(curve_steps=7, batch_size=5, curve_lr=0.5, tune_steps=7, lr=0.5, delta="full")
+    studies.control_point(SimpleNamespace(c=c, data={"t": None}, where={}), None, ({}, {}), "t", 3)
+    context = SimpleNamespace(c=c, bases={"M0": base, "M1": base}, deltas={("M0", "t", 3): SimpleNamespace(config=DeltaConfig("full"))},
+                              where={"device": torch.device("cpu"), "precision": torch.float32})
+    assert studies.few_shot_score(context, "init", "M1", "t", 3, None) == 0.5
+    assert [(s.steps, s.batch_size, s.lr, s.seed) for s in seen] == [(7, 5, 0.5, 3)] * 2
+
+
+def test_modules_count_in_the_distance_of_deltas(base):
+    config = DeltaConfig("adapter")
+    delta = extract(attach(base, config, 2, 0), base, config, {"labels": ["a", "b"]})
+    context = SimpleNamespace(c=SimpleNamespace(study="distance"), bases=dict.fromkeys(("M0", "M1"), base), pairs=[("M0", "M1")],
+                              cells=lambda: [("t", 0, {})], deltas={(name, "t", 0): delta for name in ("M0", "M1")})
+    whole = [row for row in studies.distance(context) if row["part"] == "all"][-1]
+    assert whole["of"] == "deltas" and whole["weights"] == sum(v.numel() for v in delta.tensors(with_head=False).values())
+
+
+def test_bases_of_equal_names_are_told_apart_by_their_folders(home):
+    for name in ("M1", "deltas"):
+        shutil.copytree(home / "run" / name, home / "other" / name)
+    out = home / "out" / "equal names"
+    here("analyze.py", "--study", "distance", "--bases", f"{home}/run/M0,{home}/run/M1,{home}/other/M1", "--tasks", home / "two_way",
+         "--out", out, *FLAGS)
+    assert {row["pair"] for row in read_rows(out / "rows.jsonl")} == {"run/M0-run/M1", "run/M0-other/M1"}

@@ -362,3 +362,12 @@ def test_what_windows_writes_and_line_separators_inside_a_text_change_nothing(tm
     for part in ("train", "dev", "test"):
         (tmp_path / f"{part}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     assert load_task(tmp_path).parts["train"][0].text == "a \u2028 b"
+
+
+def test_a_missing_old_delta_is_tuned_at_the_teachers_length(tmp_path):
+    (tmp_path / "M0").mkdir()
+    (tmp_path / "deltas" / "M0-t-lora-s0").mkdir(parents=True)
+    write_json(tmp_path / "deltas" / "M0-t-lora-s0" / "delta.json", {"info": {"config": {"seq_len": 64}}})
+    c = SimpleNamespace(old_base=str(tmp_path / "M0"), delta=DeltaConfig("lora"), seq_len=64, teaching=SimpleNamespace(old_seq_len=32))
+    with pytest.raises(InputError, match="another --seq_len: 64, not 32"):
+        tuned(c, "t", Task("t", (), {}))

@@ -10,8 +10,8 @@ from conftest import ROOT
 
 from rt.errors import InputError
 from rt.formats.files import FIGURES, check_overwritable
-from rt.report.drawing import BLOCKS, sparklines, thinned
-from rt.report.plot import best_by_panel, completed, convergence, main, report, results_of
+from rt.report.drawing import BLOCKS, Panel, as_text, sparklines, thinned
+from rt.report.plot import best_by_panel, completed, convergence, loss_panels, main, report, results_of
 from rt.runs.config import run
 from rt.runs.resume import has_work
 
@@ -365,3 +365,14 @@ def test_figures_are_in_nobodys_way(tmp_path):
         check_overwritable(tmp_path, set())      # without a run, as in exporting, they belong to somebody
     with pytest.raises(InputError, match="contains files that are not part of a stream of bases"):
         has_work(tmp_path, {}, resume=False, defaults={})
+
+
+def test_the_steps_of_a_stage_follow_those_of_the_stage_before():
+    stages = [{"title": name, "rows": [{"step": t, "loss": 5.0, "lr": 0.1} for t in (1, 2, 3)]} for name in ("M0", "M1")]
+    for panel in loss_panels(stages):
+        assert [[x for x, _ in line] for line in panel.lines.values()] == [[1, 2, 3], [4, 5, 6]]
+
+
+def test_a_line_as_text_has_first_last_lowest_and_highest():
+    said = as_text([Panel("", "", "loss", {"M0": [(0, 3.0), (1, 1.0), (2, 4.0), (3, 2.0)]})]).splitlines()
+    assert said[-1].split()[-4:] == ["3", "2", "1", "4"]

@@ -124,3 +124,11 @@ def test_the_plan_has_every_arm_once_and_begins_with_what_decides():
     assert {one.target for one in upgrades(("chain",))} == {CHAIN}
     assert [one.lr for one in runs[:4]] == [1.25e-4, 2.5e-4, 5e-4, 1e-3]
     assert [one.lr for one in upgrades(("bio",), (0,), "mini")[:4]] == [2.5e-4, 5e-4, 1e-3, 2e-3]
+
+
+def test_the_figure_has_the_gain_given_up_and_the_points_lost(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report, "pareto", lambda *arguments: drawn.extend(arguments))
+    (tmp_path / "minilm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made_rows()))
+    report.write(tmp_path)
+    assert [sum(column) / 6 for column in zip(*drawn[0]["hidden 3, 5e-4"])] == pytest.approx([2, 1])

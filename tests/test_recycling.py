@@ -10,7 +10,7 @@ from rt.deltas import apply, attach, extract
 from rt.errors import InputError, StaleDelta
 from rt.formats.checkpoint import fingerprint
 from rt.kinds import DeltaConfig
-from rt.losses import DistillConfig, Loss, attention, weights_of
+from rt.losses import DistillConfig, Loss, TeacherCache, attention, weights_of
 from rt.model import Activations, EncoderConfig, new_masked_lm
 from rt.recycling import MODES, TRAINED, Recycling, chain, check, new_delta, recycle, start, start_fresh, teacher_model, teacher_of
 from rt.speed.multi_run import recycle_together
@@ -358,3 +358,23 @@ def test_texts_that_are_too_long_for_the_teacher_alone_are_refused(recycling):
     long = Encoded([[0, *[9] * 200, 2]] * 4, torch.full((4,), -100), 0)
     with pytest.raises(InputError, match="`seq_len` 202: the base has positions for 128 tokens"):
         check(replace(recycling, base=longer, unlabelled=long), "distill")
+
+
+def test_what_goes_on_from_a_run_that_diverged_counts_as_diverged(recycling, bases, monkeypatch):
+    def some(r, mode, ends=iter((5, 0, 0, 0, 0))):
+        model, result = recycle(r, mode)
+        result.diverged = next(ends)
+        return model, result
+
+    monkeypatch.setattr("rt.recycling.recycle", some)
+    found = {(s.base, s.route): s.result.diverged for s in chain(recycling, "apply", bases)}
+    assert found == {(name, route): 5 if route == "chain" or name == "M1" else 0 for name in bases for route in ("direct", "chain")}
+
+
+def test_terms_that_a_teacher_cannot_serve_are_refused(recycling):
+    with pytest.raises(InputError, match="only the student has the maps of `project_patience`"):
+        check(replace(recycling, distill=DistillConfig(itp=2, project_patience=True)), "distill")
+    answers = replace(recycling, teacher=TeacherCache(torch.zeros(24, 3), None))
+    for more in ({"gamma": 1.0}, {"itp": 1}, {"project_patience": True}):
+        with pytest.raises(InputError, match="known by its answers"):
+            check(replace(answers, distill=DistillConfig(beta=0.0, **more)), "distill")

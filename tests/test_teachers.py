@@ -316,6 +316,8 @@ def test_answers_that_do_not_fit_are_named(row, message, tmp_path):
     (("--mode", "distill", "--pseudo_labels", "hard"), "are for the texts of --unlabelled: name some"),
     (("--mode", "distill", "--unlabelled", "x.txt", "--pseudo_labels", "hard", "--T", "2"), "hard uses the task loss alone"),
     (("--mode", "distill", "--project_patience", "--beta", "0"), "--beta 0 leaves that out"),
+    (("--mode", "distill", "--teacher", "p.jsonl", "--old_base", "M0"), "--old_base has no effect with a --teacher"),
+    (("--mode", "init", "--itp", "2"), "--itp 2: a number of points, for modes with a teacher"),
     (("--mode", "distill", "--att_layers", "all"), "--att_layers is for --gamma")])
 def test_flags_that_make_no_sense_together(flags, message, home, tmp_path):
     assert message in here("recycle.py", "--base", home / "M1", "--task", home / "task", "--out", tmp_path / "out", *flags, code=2)
@@ -544,3 +546,9 @@ def test_an_answer_that_has_one_label_more_is_of_another_task(tmp_path):
     path = lines(tmp_path / "p.jsonl", [{"text": "x", "probabilities": {"no": 0.5, "yes": 0.495, "maybe": 0.005}}])
     with pytest.raises(InputError, match="line 1: has probabilities of no, yes, maybe, and the task's labels are no, yes"):
         Predictions(path, ("no", "yes"))
+
+
+def test_warmup_and_weight_decay_reach_the_runs():
+    c = parse(recycle_script.Config, ["--warmup", ".5", "--weight_decay", ".2", "--early_stop", "3"])
+    s = recycle_script.settings_of(Run(c, "scratch", 0, 1e-3))["settings"]
+    assert (s.warmup, s.weight_decay, s.early_stop) == (0.5, 0.2, 3)
