@@ -62,7 +62,9 @@ class Bench:
         return self.run.cuda or not any(word in name for word in SLOW_ON_CPU)
 
     def done(self, case: dict, name: str, check: bool) -> bool:
-        return any(r["pass"].startswith("check") == check for r in self.run.of(case | {"impl": name}))
+        """Whether the last pass has a row, or one failed. The first passes alone are what a kill leaves."""
+        rows = [r for r in self.run.of(case | {"impl": name}) if r["pass"].startswith("check") == check]
+        return any("failed" in r or r["pass"] in ("check backward", "both") for r in rows)
 
     def measure(self, case: dict) -> None:
         """Errors and times of all implementations of one case."""
@@ -92,7 +94,8 @@ class Bench:
         """The fields of a row that follow from its time."""
         scale = {"tflops": 1e9, "gbps": 1e6}[problem.unit]
         rate = {problem.unit: problem.work[which] / ms / scale} if which in problem.work else {}
-        ours = ms if name == "ours" else next((r["ms"] for r in self.run.of(case | {"impl": "ours", "pass": which}) if "ms" in r), None)
+        known = [r["ms"] for r in self.run.of(case | {"impl": "ours", "pass": which}) if "ms" in r]
+        ours = ms if name == "ours" else known[-1] if known else None
         return rate | {"against": "ours"} | ({"ratio": ms / ours} if ours else {})
 
     def check(self, case: dict) -> None:

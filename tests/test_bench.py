@@ -288,3 +288,16 @@ def test_searches_name_rows_that_exist():
     for cuda, arch in ((True, 90), (False, 80)):
         for kernel, size, case, which in tune.searches(cuda):
             assert len(configs.TABLE[kernel][arch, size, 16]) in tune.CANDIDATES and case["kernel"] in peers.PROBLEMS
+
+
+def test_what_a_kill_cut_off_is_measured_again(tmp_path):
+    path, todo = tmp_path / "rows.jsonl", [cases.kd(16, 3)]
+    first = bench(path)
+    first.run.measure_all(todo, first.measure)
+    lines = path.read_text().splitlines(keepends=True)
+    cut = next(i for i, line in enumerate(lines) if '"pass": "forward"' in line)
+    path.write_text("".join(lines[:cut + 1]))
+    second = bench(path, resume=True)
+    second.run.measure_all(todo, second.measure)
+    times = {(r["impl"], r["pass"]): r.get("ratio") for r in tables.latest(tables.read(path)) if "ms" in r}
+    assert len(times) == 6 and None not in times.values()

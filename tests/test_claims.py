@@ -160,3 +160,4 @@ def test_a_lineage_that_fails_ends_the_call_at_once(data, tmp_path):
 def test_missing_data_is_one_sentence(tmp_path):
     assert "not a folder with corpora/ and tasks/" in here("-m", "experiments.claims", "--data", tmp_path, code=2)
     assert "no rows there" in here("-m", "experiments.claims", "--report", "--results", tmp_path, code=2)
+    assert "--only" in here("-m", "experiments.claims", "--plan", "--only", "tunde", code=2)

@@ -12,9 +12,11 @@ from experiments.claims import minilm, minilm_report, report
 from experiments.claims.__main__ import verify
 from experiments.recipes import runs as recipes
 from experiments.recipes.plan import KINDS, TASKS
+from rt.deltas import attach, extract
 from rt.errors import InputError
 from rt.formats.checkpoint import save_base
 from rt.formats.files import read_rows
+from rt.kinds import DeltaConfig
 from rt.model import MaskedLM
 
 
@@ -177,3 +179,18 @@ def test_every_part_runs_and_is_not_run_again(data, graphs, tokenizer, tmp_path,
     assert json.loads((tmp_path / "home" / "lineage1-rev" / "summary.json").read_text())["config"]["seed"] == 1
     assert not any("test" in row for row in read_rows(rows) if row["cell"]["part"] == "pilot")
     assert "C7: project above the source's own delta" in minilm_report.section(rows.parent)
+
+
+def test_the_pilot_chooses_what_is_best_on_dev(tmp_path):
+    rows = [{"cell": {"part": "pilot"}, "settings": {"alpha": alpha, "beta": 0, "T": 5}, "dev": {"accuracy": dev}}
+            for alpha, dev in ((0.7, 0.2), (0.9, 0.6), (0.7, 0.7))]
+    (tmp_path / "minilm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert minilm.distilling(str(tmp_path)) == ("--alpha", 0.9, "--beta", 0, "--T", 5)
+
+
+def test_parts_of_a_delta_are_what_their_names_say(base, monkeypatch):
+    config, seen = DeltaConfig("full"), []
+    delta = extract(attach(base, config, 2, 0), base, config, {"labels": ["a", "b"]}).map(lambda name, v: v + 1)
+    monkeypatch.setattr(minilm, "apply", lambda base, kept, scale, stale_ok: seen.append(kept))
+    minilm.partial_apply(base, delta, 1.0, "norm")
+    assert seen[0].diffs and all(bool(v.any()) == ("norm" in name) for name, v in seen[0].diffs.items())

@@ -133,6 +133,12 @@ def test_a_run_lists_what_it_holds(run_home, tmp_path):
     assert facts["is"] == "a run" and facts["deltas"] == "M1-sick" and facts["stages"] == "M0 (bio)" and facts["made by"] == "train.py"
     assert sorted(facts["bases"].split(", ")) == ["M0", "M1", "M1-t00002", "M2"] and facts["rows"] == "3 in metrics.jsonl"
     assert inspect(run_home / "deltas")["is"] == "a run, unfinished or part of one"
+    for name in ("M1", "deltas/M1-sick"):       # half written, and about to be replaced
+        for suffix in (".part", ".replaced"):
+            shutil.copytree(run_home / name, tmp_path / "run" / f"{name}{suffix}")
+    shutil.copytree(run_home / "deltas" / "M1-sick", tmp_path / "run" / "deltas" / "b")
+    facts = inspect(tmp_path / "run")
+    assert facts["deltas"] == "b" and "bases" not in facts
     rows = [{"mode": mode} for mode in ("scratch", "init", "init")]
     (tmp_path / "summary.json").write_text(json.dumps({"rows": rows, "argv": ["recycle.py"]}))
     assert inspect(tmp_path)["runs"] == "1 scratch, 2 init"

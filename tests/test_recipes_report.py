@@ -7,9 +7,10 @@ import sys
 import pytest
 from conftest import ROOT, here
 
-from experiments.common import holm, run_here, sign_flip, steps_to_best
+from experiments.common import cells_to_do, holm, run_here, sign_flip, steps_to_best
 from experiments.recipes import report
 from experiments.recipes.plan import AFTERWARDS, CHAIN, SWITCHES, TASKS, plain_rates, upgrades
+from experiments.transfer import __main__ as transfer
 from rt.errors import InputError
 
 
@@ -132,3 +133,28 @@ def test_the_figure_has_the_gain_given_up_and_the_points_lost(tmp_path, monkeypa
     (tmp_path / "minilm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made_rows()))
     report.write(tmp_path)
     assert [sum(column) / 6 for column in zip(*drawn[0]["hidden 3, 5e-4"])] == pytest.approx([2, 1])
+
+
+def test_no_adapter_that_learned_leaves_a_cell_empty(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "pareto", lambda *_: None)
+    rows = made_rows()
+    for row in rows[:3]:
+        row["dev"]["b/adapter"] = [0.52, 0.5]
+    (tmp_path / "minilm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report.write(tmp_path)
+    cells = next(line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("| hidden 3 ")).split(" | ")
+    assert cells[5:7] == ["1.5", ""]
+
+
+def test_part_d_is_planned_before_part_c_has_its_rate(tmp_path):
+    cells = [cell for cell, _ in transfer.cells(transfer.Config(results=str(tmp_path), report=True)) if cell["part"] == "D"]
+    assert len(cells) == 2 * 2 * (2 * 2 + 1)        # tasks, kinds; examples, heads; and no example
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({
+        "cell": {"what": "tuned", "task": "agnews", "kind": "full", "base": "upgrade"}, "mode": "init", "lr": lr, "dev": {"accuracy": dev}})
+        + "\n" for lr, dev in ((1.0, 0.5), (2.0, 0.7), (3.0, 0.6))))
+    assert transfer.rate_of_init(transfer.Config(results=str(tmp_path)), "agnews", "full") == 2.0
+
+
+def test_finished_cells_are_not_done_again(tmp_path):
+    (tmp_path / "r.jsonl").write_text('{"cell": {"base": "a"}}\n')
+    assert cells_to_do(tmp_path / "r.jsonl", [{"base": "a"}, {"base": "b"}], ()) == [{"base": "b"}]

@@ -1,6 +1,7 @@
 """Attention maps, their divergences, CKA and distances: a model with itself, heads in another order, numbers by hand."""
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from rt.kinds import DeltaConfig
 from rt.losses import weights_of
 from rt.model import Classifier
 from rt.report import analysis as similarity
+from rt.report import studies
 
 CPU = torch.device("cpu")
 TEXTS = [[0, 17, 45, 200, 33, 2], [0, 9, 2], [0, 51, 52, 53, 54, 55, 56, 57, 300, 2]]
@@ -152,3 +154,8 @@ def test_distances_by_hand():
                                         ("embeddings.norm.bias", "embeddings"), ("head.dense.weight", "head")])
 def test_the_part_of_a_name(name, part):
     assert similarity.part_of(name) == part
+
+
+def test_by_default_heads_of_the_first_middle_and_last_layer_are_drawn():
+    base = SimpleNamespace(encoder=SimpleNamespace(config=SimpleNamespace(num_layers=6, num_heads=4)))
+    assert studies.chosen_heads(SimpleNamespace(heads=()), base) == [(0, 0), (3, 0), (5, 0)]

@@ -64,6 +64,9 @@ def test_the_best_settings_are_best_on_average_over_seeds():
 def test_a_grid_that_leaves_out_a_value_of_its_flag_is_refused():
     with pytest.raises(InputError, match="leaves out --seeds 1"):
         expand(Config(seeds=(0, 1)), "seed=0")
+    with pytest.raises(InputError, match="leaves out --alpha 0.5"):
+        expand(Config(alpha=0.5), "alpha=.7,.9 T=5")
+    assert [c.alpha for c in expand(Config(alpha=0.9), "alpha=.7,.9")] == [0.7, 0.9]
 
 
 @pytest.mark.parametrize("name", ["gamma", "itp", "unlabelled_share", "steps", "batch_size", "warmup", "weight_decay", "early_stop"])

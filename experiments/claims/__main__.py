@@ -35,6 +35,7 @@ from rt.runs.config import parse, run
 from rt.runs.log import progress, table
 from rt.speed.device import pick_device, pick_precision
 
+PARTS = tuple(dict.fromkeys(r.part for phase in phases(SCALES["mini"]) for r in phase))
 RATELESS = ("apply", "walk", "heads", "distance")       # nothing is trained, or the rate is fixed
 
 
@@ -47,7 +48,7 @@ class Config:
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 if the device is fast at it, else fp32
     jobs: PositiveInt | None = None  # runs side by side; default: one a core on a CPU (each on one thread), one on a GPU
     budget: Positive | None = None  # seconds; nothing new begins after them. Default: until all is done
-    only: tuple[str, ...] = ()  # parts (bases, tuned, few, ...) to do; default: all
+    only: tuple[Literal[PARTS], ...] = ()  # parts (bases, tuned, few, ...) to do; default: all
     home: str = "runs/claims"  # bases and deltas
     results: str = "results/claims"  # rows, and the report
     plan: bool = False  # say what is to be done, and do nothing

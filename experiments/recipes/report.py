@@ -85,11 +85,12 @@ def lines_of(rows: list[dict], own: dict[int, dict], found: dict, model: str = "
         some, (gains, losses) = of_arm(rows, *key), zip(*of.values())
         plain = found.get(("plain", key[1]), {}) if key[0] != "plain" else {}
         less = [plain[block][1] - points for block, (_, points) in of.items() if block in plain]
-        kinds = [mean(lost(own, row, kind) for row in some) for kind in ("/full", "/adapter")]
+        kinds = [[lost(own, row, kind) for row in some if any(kind in name for name in learned(own[row["seed"] % DELTA_SEEDS]))]
+                 for kind in ("/full", "/adapter")]
         test = [with_interval(ahead[key].values()), f"{p[key]:.3f} / {adjusted[key]:.3f}"] if key in ahead else ["", ""]
         lines.append([key[0], f"{key[1]:g}", len(of), with_interval(100 * g for g in gains), with_interval(losses),
-                      *(f"{v:.1f}" for v in kinds), f"{mean(row['heldout']['wiki'] for row in some):.3f}", *test,
-                      f"{mean(row['stage_seconds'] for row in some):.0f}",
+                      *(f"{mean(values):.1f}" if values else "" for values in kinds),
+                      f"{mean(row['heldout']['wiki'] for row in some):.3f}", *test, f"{mean(row['stage_seconds'] for row in some):.0f}",
                       with_interval(less) if less else "", with_interval(shorter[key].values()) if key in ahead else ""])
     return lines
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import mean
+from typing import Literal
 
 import torch
 
@@ -47,7 +48,7 @@ class Config:
     data: str | None = None  # folder with corpora/ and tasks/
     base: str = "runs/minilm/pretrained/M0"  # M0
     at: str | None = None  # checkout of commit 5072baf, for ridge and orthogonal maps, heads carried alone and part E
-    only: tuple[str, ...] = ()  # parts: A, B, C, D, E; default: all
+    only: tuple[Literal["A", "B", "C", "D", "E"], ...] = ()  # parts: A, B, C, D, E; default: all
     where: tuple[str, ...] = ()  # facts of the cells to do, such as base=ind,kind=full; default: all
     budget: Positive | None = None  # seconds; nothing new begins after them
     home: str = "runs/transfer"  # bases, deltas and runs
@@ -195,7 +196,7 @@ def cells(c: Config) -> list[tuple[dict, list]]:
             add("C", "tuned", "scratch,init", size, new)
             add("C", "project", "project", size, new, "--source_task", tasks / other, "--source_delta",
                 delta(c, size, other, kind), "--project_steps", 100, "--seeds", "0,1", "--lr", {"full": 1e-4, "adapter": 1e-3}[kind])
-        for shots, head in product((8, 32), ("fresh", "prototype")) if (lr := rate_of_init(c, task, kind)) else ():
+        for shots, head in product((8, 32), ("fresh", "prototype")) if (lr := rate_of_init(c, task, kind)) or c.report else ():
             add("D", head, "init" if head == "fresh" else "apply,init", "minilm", "upgrade", "--head", head, "--lr", lr, shots=shots,
                 source=other)
         add("D", "prototype", "apply", "minilm", "upgrade", "--head", "prototype", "--seeds", 0, shots=0, source=other,

@@ -26,6 +26,8 @@ from rt.errors import InputError
 from rt.formats.files import LOCK, check_overwritable, note, sync, unknown_names, write_errors
 from rt.formats.untrusted import MISSHAPEN, is_whole
 
+UNFINISHED = (".part", ".replaced")
+
 
 def slow() -> None:
     """Pause for RT_SLOW_WRITES seconds. Tests kill the process in this pause."""

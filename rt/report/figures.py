@@ -13,7 +13,7 @@ from rt.formats.untrusted import is_number
 from rt.report.analysis import barrier
 from rt.report.drawing import REFERENCE, Panel, draw_heatmaps, draw_panels, look, saved_figure
 from rt.report.mixture import Law, critical, fit, left_out
-from rt.runs.log import table
+from rt.runs.log import score_text, table
 from rt.runs.summary import Points, group, with_interval
 
 SCORES = {"accuracy": "accuracy", "pearson": "Pearson's r"}
@@ -278,8 +278,8 @@ FIGURES: dict[str, tuple[Callable[[list[dict], Path], None], ...]] = {
 
 def numbers_table(numbers: list[dict]) -> str:
     """The table of `numbers`. A list over seeds is shown as mean ± 95% interval."""
-    cells = [[with_interval(v) if isinstance(v, list) else f"{v:.3f}" if isinstance(v, float) else v for v in line.values()]
-             for line in numbers]
+    cells = [[with_interval(v) if isinstance(v, list) else score_text(v) if isinstance(v, float) else v
+              for v in line.values()] for line in numbers]
     return table(cells, [name.replace("_", " ") for name in numbers[0]]) if numbers else "no numbers yet"
 
 

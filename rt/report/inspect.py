@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Iterable
 
 from rt.errors import InputError
-from rt.formats.atomic import differing
+from rt.formats.atomic import UNFINISHED, differing
 from rt.formats.files import FIGURES, other_library, read_json, read_rows
 from rt.formats.untrusted import header, shaped
 from rt.runs.config import parse, run
@@ -111,7 +111,7 @@ def lineage(folder: Path, meta: dict) -> str:
 def bases_in(folders: Iterable[Path]) -> dict[str, tuple[Path, dict]]:
     """{fingerprint: (folder, meta.json)} of the bases in `folders`. Bases that cannot be read are left out."""
     found = {}
-    for path in (path for folder in folders for path in sorted(folder.glob("*/meta.json"))):
+    for path in (path for folder in folders for path in sorted(folder.glob("*/meta.json")) if path.parent.suffix not in UNFINISHED):
         with suppress(InputError):
             meta = read_json(path)
             if meta.get("format") == "rt-base-1":
@@ -163,7 +163,8 @@ def run_folder(folder: Path, summary: dict) -> dict[str, str]:
     """The facts of a run; empty if no run left anything in `folder`."""
     rows = {name: read_rows(folder / name) for name in ("metrics.jsonl", "rows.jsonl") if (folder / name).exists()}
     bases = sorted((path for path, _ in bases_in([folder]).values()), key=lambda path: path.stat().st_mtime)
-    deltas = sorted(path.parent.name for pattern in ("*/delta.json", "deltas/*/delta.json") for path in folder.glob(pattern))
+    deltas = sorted(path.parent.name for pattern in ("*/delta.json", "deltas/*/delta.json") for path in folder.glob(pattern)
+                    if path.parent.suffix not in UNFINISHED)
     if not (summary or rows or bases or deltas):
         return {}
     modes = Counter(row.get("mode") for row in summary.get("rows", []))

@@ -17,7 +17,7 @@ from statistics import mean
 from typing import Callable
 
 from rt.errors import InputError
-from rt.formats.atomic import digest_of
+from rt.formats.atomic import UNFINISHED, digest_of
 from rt.formats.files import FIGURES, read_json, read_rows
 from rt.formats.untrusted import is_number, shaped
 from rt.report.drawing import REFERENCE, Panel, as_text, draw_all, draw_panels, look, saved_figure, sparklines, thinned
@@ -145,7 +145,7 @@ def tuning(rows: list[dict], summary: dict) -> Report:
 def results_of(folder: Path, summary: dict) -> list[dict]:
     """A row per run that did not diverge: of the runs that have finished, and of those that only summary.json still knows."""
     order = {row.get("run"): i for i, row in enumerate(summary.get("rows", []))}      # the first of equals is the best, as in recycle.py
-    finished = sorted((path for path in folder.glob("deltas/*/summary.json") if path.parent.suffix not in (".part", ".replaced")),
+    finished = sorted((path for path in folder.glob("deltas/*/summary.json") if path.parent.suffix not in UNFINISHED),
                       key=lambda path: (order.get(path.parent.name, len(order)), path))
     there = {path.parent.name for path in finished}
     others = [row for row in summary.get("rows", []) if row.get("run") not in there]

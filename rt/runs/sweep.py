@@ -38,6 +38,10 @@ def expand(config: C, spec: str) -> list[C]:
     for flag in lists.keys() & changed(config).keys():
         if lost := {*getattr(config, flag)} - lists[flag]:
             raise InputError(f"--sweep {spec}: leaves out --{flag} {min(lost)}")
+    given = changed(config)
+    for (flag, _), *_ in choices:
+        if flag in given and flag not in lists and all((flag, given[flag]) != choice for values in choices for choice in values):
+            raise InputError(f"--sweep {spec}: leaves out --{flag} {given[flag]}")
     return [replace_flags(config, **dict(combination)) for combination in itertools.product(*choices)]
 
 
