@@ -189,3 +189,14 @@ def test_shapes_that_do_not_fit_are_said(device):
             attention_kd(*wrong, cu, longest)
     with pytest.raises(ValueError, match="up to 128"):
         attention_kd(*inputs((3, 8), 160, device=device))
+
+
+def test_each_of_the_four_tensors_has_strides_of_its_own(device):
+    *args, cu, longest = inputs((5, 70), 32, device=device, H=3)
+    wide = [torch.stack([x.detach()] * n, 1)[:, 0] for n, x in enumerate(args, 1)]
+    far = [x.detach().transpose(0, 1).contiguous().transpose(0, 1) for x in args]       # (H, N, D) in memory
+    upstream = torch.linspace(-1, 2, 75, device=device)[:, None]
+    for loose in ([wide[0], far[1], far[2], wide[3]], [far[0], wide[1], wide[2], far[3]]):
+        loose = [x.requires_grad_() for x in loose[:2]] + loose[2:]
+        for ours, plain in zip(*(gradients(attention_kd, (*x, cu, longest), upstream) for x in (loose, args))):
+            torch.testing.assert_close(ours, plain, atol=1e-3, rtol=1e-3)

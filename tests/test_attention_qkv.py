@@ -132,3 +132,25 @@ def test_nothing_but_empty_sequences(device, path, monkeypatch):
     q, k, _ = qkv.unbind(1)
     rows = attention_kd(q, k, q.detach(), k.detach(), cu, 8)
     assert rows.shape == (0, 1) and torch.autograd.grad(rows.sum(), qkv)[0].shape == qkv.shape
+
+
+@pytest.mark.parametrize("places, D", [((2, 0, 1, 3), 32), ((0, 2, 3, 1), 48)])
+def test_gradients_of_layouts_that_are_not_a_projections(device, places, D):
+    """In memory (H, N, 3, D), and (N, H, D, 3), of which F.pad makes a tensor whose last dimension is not contiguous."""
+    qkv, cu = inputs(torch.float32, (5, 33), H=2, D=D)
+    back = [places.index(i) for i in range(4)]
+    x, cu = qkv.detach().to(device).permute(places).contiguous().permute(back).requires_grad_(), cu.to(device)
+    up, found = torch.randn(38, 2, D, generator=torch.Generator().manual_seed(5)).to(device), []
+    assert not x.is_contiguous()
+    for out in (attention_qkv(x, cu, 33), attention_ref(*x.unbind(1), cu, 33)):
+        found.append([out, *torch.autograd.grad(out, x, up)])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+
+def test_seeds_in_any_strides_and_where_the_sum_with_the_head_wraps(device):
+    qkv, cu = inputs(torch.float32, (3, 3, 3), H=2)
+    qkv, cu, seed = qkv.detach().to(device), cu.to(device), torch.tensor([5, 2**32 - 1, -1], device=device)
+    ours, spread = attention_qkv(qkv, cu, 3, dropout_p=0.4, seed=seed), torch.stack([seed, -seed], 1)[:, 0]
+    assert torch.equal(attention_qkv(qkv, cu, 3, dropout_p=0.4, seed=spread), ours)
+    torch.testing.assert_close(ours, attention_ref(*qkv.unbind(1), cu, 3, dropout_p=0.4, seed=seed), atol=1e-3, rtol=1e-3)

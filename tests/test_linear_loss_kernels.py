@@ -331,3 +331,20 @@ def test_a_teacher_without_weight_is_not_looked_at(device):
     student, teacher, y = inputs(4, 50, device=device)
     for function in (linear_kd, linear_kd_ref):
         assert function(*student, *(p * math.nan for p in teacher), y, alpha=0.0, T=2.0).isfinite()
+
+
+def test_a_teacher_of_a_wider_dtype_is_not_rounded(device):
+    student, _, y = inputs(5, 300, dtype=torch.float16, device=device)
+    teacher = inputs(5, 300, device=device)[1]
+    exact = linear_kd_ref(*double(student), *double(teacher), y, alpha=1.0, T=2.0)
+    assert abs(linear_kd(*student, *teacher, y, alpha=1.0, T=2.0) - exact) <= 5e-5      # 3e-4 if it is
+
+
+def test_without_gradients_none_is_computed(device, monkeypatch):
+    student, _, y = inputs(4, 300, device=device)
+    asked = []
+    monkeypatch.setattr(linear_loss, "_linear_loss", lambda *a: asked.append(a[-3:]) or _linear_loss(*a))
+    linear_cross_entropy(*student, y)
+    with torch.no_grad():
+        linear_cross_entropy(*student, y)
+    assert asked == [(True,) * 3, (False,) * 3]
