@@ -146,7 +146,8 @@ def pretrain(c: Config) -> None:
     stages = 1 if c.recipe.mix else len(c.stream)
     if "steps" in changed(c) and len(c.steps) > stages:
         raise InputError(f"--steps {','.join(map(str, c.steps))}: are for {len(c.steps)} stages, and --stream makes {stages}")
-    c.recipe.check(domain_names("stream", c.stream), c.warmup, min(c.steps[:stages]), c.snapshots)
+    c.recipe.check(domain_names("stream", c.stream), c.warmup, min(c.steps[:stages]), c.snapshots,
+                   sum(entry.startswith("task:") for entry in c.stream))
     if c.recipe.preserve and not c.init and (c.recipe.mix or len(c.stream) == 1):
         raise InputError("--preserve: a new base has no earlier one to stay near; give that one with --init")
     if c.recipe.rates.rewarm and not c.init:
@@ -177,7 +178,7 @@ def train_stages(c: Config, this_run: PretrainRun, ranks: Ranks) -> Interrupted 
     paths = ranks.main_first(lambda: {name: corpus_path(place, c.cache) for name, place in earlier.items()}) | paths
     corpora = ranks.main_first(lambda: {name: build_corpus(name, path, tokenizer, c.cache) for name, path in paths.items()})
     groups = [tuple(places)] if r.mix else [(name,) for name in places]
-    contents = contents_of(corpora, contents, {name: place for name, place in earlier.items() if name not in groups[0]})
+    contents = contents_of(corpora, contents, {name: place for name, place in earlier.items() if name not in groups[0]}, groups)
     where = {"device": ranks.device, "precision": pick_precision(c.precision, ranks.device)}
     content = {"--precision": precision_name(where["precision"]), "tokenizer": tokenizer.fingerprint, "--init": parent,
                "--mix_reference": r.mix_reference and ranks.main_first(lambda: open_base(r.mix_reference)).fingerprint,
@@ -198,7 +199,7 @@ def train_stages(c: Config, this_run: PretrainRun, ranks: Ranks) -> Interrupted 
         recipe = start_recipe(c, model, rows, [corpora[name]["train"] for name in groups[i]], tokenizer, ranks, where,
                               this_run.out / f"M{number - 1}" if i else c.init)
         about = {"name": name, "domain": domain, "number": number, "parent": parent, "domains": domains, "recipe": used(r, rows, parent),
-                 "contents": {k: v for k, v in contents.items() if k in domains}, "precision": content["--precision"]}
+                 "contents": {k: v for k, v in contents[i].items() if k in domains}, "precision": content["--precision"]}
         first = this_run.start_stage(about, s, rows, model, optimizer, where["precision"], recipe, moments)
         if not this_run.stages and first == 0:
             print(sample_of(rows, tokenizer))

@@ -13,6 +13,7 @@ from conftest import here, random_base, write_task
 from safetensors.torch import load_file
 from tokenizers import models
 
+import train as script
 from data import docstrings, sources
 from data.select import select
 from data.sources import task_corpus
@@ -551,9 +552,9 @@ def test_no_more_snapshots_are_averaged_than_a_stage_has_steps():
 
 def test_a_domain_that_is_learned_again_is_noted_as_it_is_now():
     corpora = {"a": {"train": SimpleNamespace(content="new")}}
-    assert contents_of(corpora, {"a": "old", "b": "kept"}, {}) == {"a": "new", "b": "kept"}
+    assert contents_of(corpora, {"a": "old", "b": "kept"}, {}, [("a",)]) == [{"a": "new", "b": "kept"}]
     with pytest.raises(InputError, match=r"--replay: a \(a.txt\) has changed since the lineage learned it"):
-        contents_of(corpora, {"a": "old", "b": "kept"}, {"a": "a.txt"})
+        contents_of(corpora, {"a": "old", "b": "kept"}, {"a": "a.txt"}, [("b",)])
 
 
 def test_shares_by_need_go_on_from_the_last_ones(corpora, tokenizer):
@@ -618,8 +619,8 @@ def test_warmup_and_weight_decay_are_those_of_the_flags(home):
 def test_bases_that_cannot_serve_as_reference_or_be_preserved_are_refused(home, monkeypatch):
     train(home, "words", "--steps", "1", "--vocab_size", "280", stream="one")
     train(home, "start", "--steps", "1", stream="one")
-    said = train(home, "no", "--init", home / "start" / "M0", "--mix", "need", "--mix_every", "5", "--steps", "11", "--mix_reference",
-                 home / "words" / "M0", code=2)
+    said = train(home, "no reference", "--init", home / "start" / "M0", "--mix", "need", "--mix_every", "5", "--steps", "11",
+                 "--mix_reference", home / "words" / "M0", code=2)
     assert "words/M0: has another tokenizer than the new base, or no masked-LM head" in said
     monkeypatch.setattr("train.open_base", lambda place: replace(load_base(place), head=None))
     said = train(home, "no head", "--init", home / "start" / "M0", "--steps", "1", "--preserve", "3", "--preserve_by", "predictions",
@@ -638,7 +639,7 @@ def test_a_domain_of_the_hub_is_not_looked_for_on_the_disk_and_idle_settings_are
 
 def test_a_cache_that_predates_hashes_changes_none_and_contradicts_none():
     corpora = {"a": {"train": SimpleNamespace(content="")}, "b": {"train": SimpleNamespace(content="new")}}
-    assert contents_of(corpora, {"a": "old", "b": ""}, {"a": "a.txt", "b": "b.txt"}) == {"a": "old", "b": "new"}
+    assert contents_of(corpora, {"a": "old", "b": ""}, {"a": "a.txt", "b": "b.txt"}, [("c",)]) == [{"a": "old", "b": "new"}]
 
 
 @pytest.mark.parametrize("change, words", [
@@ -647,3 +648,46 @@ def test_a_cache_that_predates_hashes_changes_none_and_contradicts_none():
 def test_more_settings_without_effect(change, words):
     with pytest.raises(InputError, match=words):
         RecipeConfig(**change).check(["a"], 0.05, 4, 2)
+
+
+def test_a_domain_of_a_later_stage_is_noted_as_the_lineage_learned_it_until_then(home):
+    train(home, "before", "--steps", "2", stream="one")
+    was, text = read_json(home / "before" / "M0" / "meta.json")["contents"]["one"], (home / "one.txt").read_text()
+    (home / "one.txt").write_text("another text\nabout edges\n" * 99 + "a\nb\n")
+    try:
+        train(home, "changed", "--steps", "2", "--init", home / "before" / "M0", stream="two,one")
+    finally:
+        (home / "one.txt").write_text(text)
+    noted = [read_json(home / "changed" / name / "meta.json")["contents"]["one"] for name in ("M1", "M2")]
+    assert noted[0] == was != noted[1]
+
+
+def test_a_file_whose_name_begins_like_a_tasks_is_a_corpus():
+    RecipeConfig(select="t").check(["task-notes"], 0.1, 4, 2)
+    with pytest.raises(InputError, match="`template` has no effect without task:NAME"):
+        RecipeConfig(template="{text}!").check(["task-notes"], 0.1, 4, 2)
+
+
+def test_weights_and_rows_are_functions_of_the_seed_and_scores_of_eval_tokens(home):
+    still = ("--steps", "1", "--lr", "1e-30")
+    train(home, "s0", *still, "--eval_tokens", "32", stream="one")
+    train(home, "s1", *still, "--seed", "1", "--tokenizer", home / "s0" / "M0", stream="one")
+    assert not same_weights(home / "s0" / "M0", home / "s1" / "M0")
+    for seed in "01":
+        train(home, f"d{seed}", "--steps", "1", "--dropout", "0", "--seed", seed, "--init", home / "s0" / "M0", stream="one")
+    assert not same_weights(home / "d0" / "M1", home / "d1" / "M1")
+    assert read_json(home / "s0" / "M0" / "meta.json")["stage"]["heldout"]["one"]["predictions"] == 2 * 2      # rows of 16 tokens
+
+
+def test_a_tokenizer_has_not_seen_the_held_out_text(tmp_path):
+    (tmp_path / "train.txt").write_text("nodes and edges\n" * 30)
+    (tmp_path / "heldout.txt").write_text("zqzqzq\n" * 30)
+    c = SimpleNamespace(tokenizer=None, resume=False, vocab_size=300)
+    assert not any("zq" in piece for piece in script.start_tokenizer(c, tmp_path / "out", tmp_path).pieces)
+
+
+def test_a_base_without_a_head_gets_one_by_the_seed(base):
+    c = SimpleNamespace(seed=3, dropout=0.0, recipe=RecipeConfig())
+    model, *_ = upgrade.go_on_from(c, Path("M0"), replace(base, head=None))
+    drawn = new_masked_lm(base.encoder.config, 3).head.state_dict()
+    assert all(torch.equal(v, drawn[name]) for name, v in model.head.state_dict().items())

@@ -1,6 +1,8 @@
 """The settings of an upgrade, and what a stage derives from them: earlier domains, recipe, first weights. `c` is the script's config."""
 import math
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from operator import or_
 from pathlib import Path
 from typing import Annotated, Any, Iterable, NamedTuple
 
@@ -47,13 +49,13 @@ class RecipeConfig:
     align_eps: Share = 0.3  # Reptile: share of the way that is kept; 1 is plain training
     average: PositiveInt = 1  # the published base is the mean of the last N snapshots, counting the stage's end
 
-    def check(self, domains: list[str], warmup: float, steps: int, snapshots: int) -> None:
-        """InputError for settings that make no sense together or with the settings of the stage."""
+    def check(self, domains: list[str], warmup: float, steps: int, snapshots: int, tasks: int = 0) -> None:
+        """InputError for settings that make no sense together or with those of the stage. `tasks`: how many of `domains` are tasks."""
         s = self.rates
         details = {"cooldown": (s.schedule in ("wsd", "infinite"), "`schedule` wsd or infinite"), "align_eps": (self.align, "`align`"),
                    "preserve_by": (self.preserve, "`preserve`"),
-                   "select": (not all(d.startswith("task-") for d in domains), "a corpus in `stream`"),
-                   "keep": (self.select, "`select`"), "template": (any(d.startswith("task-") for d in domains), "task:NAME in `stream`"),
+                   "select": (tasks < len(domains), "a corpus in `stream`"),
+                   "keep": (self.select, "`select`"), "template": (tasks, "task:NAME in `stream`"),
                    **dict.fromkeys(("hold", "anneal", "rewarm"), (s.schedule == "infinite", "`schedule` infinite")),
                    **dict.fromkeys(("mix_every", "mix_eta", "mix_reference"), (self.by_need, "`mix` need"))}
         for name in changed(self):
@@ -130,14 +132,16 @@ def earlier_domains(c: Any, domains: dict[str, str], own: dict[str, str]) -> dic
     return domains
 
 
-def contents_of(corpora: dict[str, dict[str, Corpus]], noted: dict[str, str], earlier: dict[str, str]) -> dict[str, str]:
-    """{domain: hash of its tokens} of the lineage (`noted`) and of `corpora`. InputError if a domain that is only replayed (`earlier`: its
-    place) is not what the lineage learned."""
-    found = {name: parts["train"].content for name, parts in corpora.items()}
+def contents_of(corpora: dict[str, dict[str, Corpus]], noted: dict[str, str], earlier: dict[str, str],
+                groups: list[tuple[str, ...]]) -> list[dict[str, str]]:
+    """After each stage, {domain: hash of its tokens} as the lineage learned it: `noted` before, and `corpora` of the stages so far (their
+    `groups`). InputError if a domain that is only replayed (`earlier`: its place) is not what the lineage learned."""
+    found = {name: parts["train"].content for name, parts in corpora.items() if parts["train"].content}     # old caches have none
     for name, place in earlier.items():
-        if found[name] and noted.get(name, "") not in ("", found[name]):
+        if name in found and noted.get(name, "") not in ("", found[name]):
             raise InputError(f"--replay: {name} ({place}) has changed since the lineage learned it: restore it, or leave --replay out")
-    return noted | {name: content for name, content in found.items() if content}      # a cache that predates hashes says nothing
+    learned = ({name: found[name] for name in some if name in found} for some in (earlier, *groups))
+    return [*accumulate(learned, or_, initial=noted)][2:]
 
 
 def used(recipe: RecipeConfig, rows: Rows, parent: str | None) -> dict:
