@@ -271,8 +271,8 @@ def checked_modes(c: Config) -> list[str]:
     is_demo = {Path(name).absolute().parent for name in c.chain or (c.base,)} == {demo}
     if is_demo and not c.old_base and (c.old_delta or not c.teaching.teacher):
         c.old_base = str(Path(Config.base).with_name("M0"))
-    asked = {"project": bool(c.project.source_task), "transport": c.carry.carry, "gradmask": False}      # whether `all` includes them
-    modes = [mode for mode in (MODES if c.old_base else WITHOUT_OLD) if asked.get(mode, True)] if "all" in c.mode else [*c.mode]
+    asked = {"project": bool(c.project.source_task), "transport": c.carry.carry, "gradmask": False} | dict.fromkeys(c.mode, True)
+    modes = [mode for mode in MODES if asked.get(mode, c.old_base or mode in WITHOUT_OLD)] if "all" in c.mode else [*c.mode]
     if c.delta.kind != "same":
         c.delta.check()
     line = [str(Path(name or "")) for name in (c.old_base, *c.chain)]
@@ -300,7 +300,7 @@ def check_all(c: Config, r: Recycling, plan: list[Run], bases: dict[str, Base], 
         base.require_length(c.seq_len)
         for one in plan:
             check(replace(r, base=base, **settings_of(one)), one.mode)
-    if c.head == "prototype" and not r.merged and {one.mode for one in plan} <= {*FROM_OLD} and r.old_delta.labels == r.data.labels:
+    if c.head == "prototype" and {one.mode for one in plan} <= {*FROM_OLD, "project"} and (r.merged or r.old_delta).labels == r.data.labels:
         raise InputError("--head prototype has no effect: the old delta has the task's labels, and these modes keep its head")
     if projects:
         check_sources(r.old_base, r.base, projects, r.old_delta)
@@ -319,7 +319,7 @@ def announce(c: Config, modes: list[str], task: Task, old: Delta | None) -> list
     print(f"the old delta was learned on {old.info.get('task')}, with other labels: init keeps the delta and starts a {c.head} head"
           + (f" (if its {', '.join(old.labels[:4])} are those of the task: {NAMING})" if len(old.labels) == len(task.labels) else ""))
     possible = {"scratch", "init", *["apply", "transport"] * (c.head == "prototype"), *(NEEDS_TEACHER if c.teaching.teacher else ())}
-    return [mode for mode in modes if mode in possible] if "all" in c.mode else modes
+    return [mode for mode in modes if mode in (*possible, *c.mode)] if "all" in c.mode else modes
 
 
 def planned(c: Config, modes: list[str]) -> list[Run]:

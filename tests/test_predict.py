@@ -121,8 +121,8 @@ def test_pairs_and_regressions(flags, tmp_path):
 
 def test_single_texts_for_a_delta_of_pairs_are_said_and_the_reverse(capsys):
     one, two = Example("a", None, None, "x, line 1"), Example("a", "b", None, "x, line 2")
-    for pairs, given, said in ((True, [two, one, one], "learned on pairs of texts, and x, line 1 is a single text"),
-                               (False, [one, two], "learned on single texts, and x, line 2 is a pair of texts"),
+    for pairs, given, said in ((True, [two, one, one], "the task has pairs of texts, and x, line 1 is a single text"),
+                               (False, [one, two], "the task has single texts, and x, line 2 is a pair of texts"),
                                (True, [two], ""), (None, [one, two], "")):
         assert [*note_pairs({"pairs": pairs}, given)] == given
         error = capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Where a mode starts: gradient-masked deltas, prototype heads, several old deltas, a carried delta; in the core and as commands."""
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,17 +9,20 @@ from conftest import here, random_base, write_task
 from test_transport import tuned
 
 from experiments.twin import permuted_twin
-from rt.data import Encoded, Example, Task, TaskData, encode
+from rt.data import Encoded, Example, Task, TaskData, encode, encode_task, few_shot
 from rt.deltas import apply, attach, extract
-from rt.errors import InputError
-from rt.formats.checkpoint import save_base
+from rt.errors import Diverged, InputError
+from rt.formats.checkpoint import load_base, save_base
 from rt.formats.delta_files import load_delta, save_delta
+from rt.formats.tasks import load_task
+from rt.kinds import DeltaConfig
 from rt.losses import DistillConfig, weights_of
 from rt.model import MaskedLM, prototypes
 from rt.recycling import Recycling, check, new_delta, recycle, start
+from rt.runs import build
 from rt.runs.results import old_names
 from rt.runs.starts import ProjectConfig, carry_texts, combine, learn_map, merge_on_dev
-from rt.tune import TuneSettings, evaluate, predict
+from rt.tune import TuneResult, TuneSettings, evaluate, predict
 
 CPU = dict(device=torch.device("cpu"), precision=torch.float32)
 LABELS = ("0", "1", "2")
@@ -365,3 +369,56 @@ def test_both_texts_of_a_pair_are_compared(base):
     pairs = [Example("a graph", "of nodes", None, "")]
     expected = encode([Example("a graph of nodes", None, None, "")], (), base.tokenizer, 16).sequences
     assert carry_texts(None, Task("t", (), {"train": pairs}), base, 16) == expected
+
+
+def test_a_mode_that_is_named_beside_all_is_done_or_refused(home):
+    typed(home, "--mode", "all,transport")
+    assert {*rows_of(home)} == {"scratch", "apply", "init", "distill", "init+distill", "transport"}
+    assert "needs a full delta, not bitfit" in typed(home, "--mode", "all,gradmask", code=2)
+    assert "apply needs an old delta with the task's labels" in typed(home, "--mode", "all,apply", "--old_delta", home / "other", code=2)
+
+
+def test_a_prototype_head_without_effect_is_refused_for_merged_and_projected_deltas_too(home):
+    rows = [{"text": f"{'good' if i % 2 else 'bad'} {i} other thing", "label": str(i % 3)} for i in range(24)]
+    write_task(home / "s", {part: rows for part in ("train", "dev", "test")})
+    for more in (("--mode", "apply", "--old_delta", f"{home / 'delta'},{home / 'other'}"),
+                 ("--mode", "apply,project", "--source_task", home / "s", "--source_delta", home / "delta", "--lr", "1e-3")):
+        assert "--head prototype has no effect" in typed(home, *more, "--head", "prototype", code=2)
+
+
+def test_modes_without_a_teacher_are_not_done_again_for_other_texts(home):
+    folders = {}
+    for text in ("a b c\nd e f\n", "a b c\nd e f\ng h\n"):
+        (home / "u.txt").write_text(text)
+        typed(home, "--mode", "scratch,init,distill", "--unlabelled", home / "u.txt", "--resume")
+        for mode, row in rows_of(home).items():
+            folders.setdefault(mode, set()).add((home / "out" / "deltas" / row["run"]).stat().st_ino)
+    assert {mode: len(found) for mode, found in folders.items()} == {"scratch": 1, "init": 1, "distill": 2}
+
+
+def test_the_flags_of_train_py_reach_the_tuning(home, monkeypatch):
+    seen = []
+    monkeypatch.setattr("train.tune", lambda *given, **_: seen.append(given) or TuneResult(dev={"accuracy": 0.0}))
+    here("train.py", "--mode", "tune", "--base", home / "M0", "--task", home / "t", "--delta", "adapter", "--shots", "2", "--seed", "3",
+         "--tune_steps", "7", "--batch_size", "5", "--lr", ".02", "--eval_every", "2", "--weight_decay", ".2", "--warmup", ".5",
+         "--seq_len", "16", "--device", "cpu", "--out", home / "d")
+    (model, data, _, settings), base = seen[0], load_base(home / "M0")
+    assert settings == TuneSettings(7, 5, 0.02, 2, 3, 0.2, 0.5)
+    assert data.train.sequences == encode_task(few_shot(load_task(home / "t"), 2, 3), base.tokenizer, 16).train.sequences
+    drawn = dict(attach(base, DeltaConfig("adapter"), 3, 3).named_parameters())
+    assert all(torch.equal(p, drawn[name]) for name, p in model.named_parameters())
+
+
+def test_a_map_that_diverges_is_an_error(base, other_base):
+    r = recycling(base, other_base, "bitfit")
+    r.settings = replace(r.settings, lr=1e30, keep_diverged=True)
+    with pytest.raises(Diverged):
+        learn_map(r, ProjectConfig(rank=2, project_steps=40), [(r.old_delta, r.data)], lambda _: None)
+
+
+def test_what_is_built_is_built_as_the_command_runs(monkeypatch):
+    given = []
+    process = SimpleNamespace(wait=lambda: 0, kill=lambda: None)
+    monkeypatch.setattr(build, "subprocess", SimpleNamespace(Popen=lambda command, env: given.append(command[2:]) or process))
+    build.build(SimpleNamespace(device="cpu", precision="fp32", cache="there", deterministic=True), ("a delta", {"mode": "tune"}))
+    assert given == [["--mode=tune", "--device=cpu", "--precision=fp32", "--cache=there", "--deterministic=True"]]

@@ -182,12 +182,12 @@ def facts_of(task: Task) -> dict:
 
 
 def note_pairs(info: dict, examples: Iterable[Example]) -> Iterator[Example]:
-    """Yields the examples. Prints a note on stderr at the first that is a pair although the delta learned single texts, or the reverse."""
+    """Yields the examples. Prints a note on stderr at the first that is a pair although the task has single texts, or the reverse."""
     pairs = info.get("pairs")
     for example in examples:
         if pairs is not None and (example.text_pair is not None) != pairs:
-            learned, given = ("pairs of texts", "a single text") if pairs else ("single texts", "a pair of texts")
-            note(f"the delta was learned on {learned}, and {example.source} is {given}")
+            known, given = ("pairs of texts", "a single text") if pairs else ("single texts", "a pair of texts")
+            note(f"the task has {known}, and {example.source} is {given}")
             pairs = None
         yield example
 

@@ -97,10 +97,14 @@ def origin_of(r: Recycling, sources: Iterable[tuple[Delta, TaskData | None]] = (
 
 
 def base_origins(rows: list[Run], r: Recycling, bases: dict[str, Base], sources: Iterable[tuple[Delta, None]], content: str) -> dict:
-    """{name of a row: its `origin_of`}. In a chain recycled from base to base, the bases before the row's own count as well."""
-    places = {row.name: (row.c.base, row.c.chain[:-1] if row.route == "chain" else ()) for row in rows}
-    found = {(base, before): origin_of(replace(r, base=bases[base]), sources, (), content + "".join(bases[b].fingerprint for b in before))
-             for base, before in {*places.values()}}
+    """{name of a row: its `origin_of`}. In a chain recycled from base to base, the bases before the row's own count as well. The
+    `content` of files counts for modes with a teacher, which alone read them."""
+    def others(row: Run) -> str:
+        before = row.c.chain[:-1] if row.route == "chain" else ()
+        return (content if row.mode in NEEDS_TEACHER else "") + "".join(bases[b].fingerprint for b in before)
+
+    places = {row.name: (row.c.base, others(row)) for row in rows}
+    found = {(base, more): origin_of(replace(r, base=bases[base]), sources, (), more) for base, more in {*places.values()}}
     return {name: found[place] for name, place in places.items()}
 
 
