@@ -64,6 +64,8 @@ def main() -> None:
     grid = swept(c.sweep)
     if "seed" not in grid:
         raise InputError(f"--sweep {c.sweep}: give the seeds, seed=0,1,2")
+    if c.mode == "all" or "," in c.mode:
+        raise InputError(f"--mode {c.mode}: give one mode; what is timed is the grid of its runs")
     common = [text for name in PASSED_ON if getattr(c, name) is not None for text in (f"--{name}", str(getattr(c, name)))]
     total, rows = math.prod(map(len, grid.values())), []
     facts = {"config": {k: v for k, v in asdict(c).items() if k != "json"}, "device": device_name(pick_device(c.device)),
