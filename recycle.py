@@ -271,7 +271,8 @@ def checked_modes(c: Config) -> list[str]:
     is_demo = {Path(name).absolute().parent for name in c.chain or (c.base,)} == {demo}
     if is_demo and not c.old_base and (c.old_delta or not c.teaching.teacher):
         c.old_base = str(Path(Config.base).with_name("M0"))
-    asked = {"project": bool(c.project.source_task), "transport": c.carry.carry, "gradmask": False} | dict.fromkeys(c.mode, True)
+    asked = {"project": bool(c.project.source_task), "transport": c.carry.carry, "gradmask": False}      # whether `all` includes them
+    asked |= dict.fromkeys(c.mode, True)
     modes = [mode for mode in MODES if asked.get(mode, c.old_base or mode in WITHOUT_OLD)] if "all" in c.mode else [*c.mode]
     if c.delta.kind != "same":
         c.delta.check()

@@ -26,7 +26,7 @@ from rt.errors import InputError
 from rt.formats.files import LOCK, check_overwritable, note, sync, unknown_names, write_errors
 from rt.formats.untrusted import MISSHAPEN, is_whole
 
-UNFINISHED = (".part", ".replaced")
+UNFINISHED = (".part", ".replaced")     # suffixes of folders that are not listed
 
 
 def slow() -> None:

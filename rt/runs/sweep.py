@@ -34,15 +34,16 @@ def expand(config: C, spec: str) -> list[C]:
     kinds = {flag.name: flag.kind for flag in flags_of(type(config))}
     choices = [[(LISTS.get(name, name), convert(f"sweep {name}", text, kinds[LISTS.get(name, name)])) for text in texts]
                for name, texts in swept(spec).items()]
-    lists = {flag: {v for _, values in choice for v in values} for choice in choices if (flag := choice[0][0]) in LISTS.values()}
-    for flag in lists.keys() & changed(config).keys():
-        if lost := {*getattr(config, flag)} - lists[flag]:
-            raise InputError(f"--sweep {spec}: leaves out --{flag} {min(lost)}")
     given = changed(config)
-    for (flag, _), *_ in choices:
-        if flag in given and flag not in lists and all((flag, given[flag]) != choice for values in choices for choice in values):
-            raise InputError(f"--sweep {spec}: leaves out --{flag} {given[flag]}")
+    for choice in choices:
+        flag = choice[0][0]
+        if lost := {*several(given.get(flag, ()))} - {v for _, value in choice for v in several(value)}:
+            raise InputError(f"--sweep {spec}: leaves out --{flag} {min(lost)}")
     return [replace_flags(config, **dict(combination)) for combination in itertools.product(*choices)]
+
+
+def several(value: object) -> tuple:
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
 def dealt(runs: list, rank: int, world: int, workers: int = 1) -> list[list]:
