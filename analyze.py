@@ -1,4 +1,4 @@
-"""Studies of outdated deltas: those of the paper (README, The method) and two more, as rows, a table and figures.
+"""Studies of outdated deltas: the paper's (README, The method) and two more, as rows, a table and figures.
 
     python analyze.py --study connectivity                      # on the demo lineage; builds what is missing
     python analyze.py --study compatibility --bases runs/mine/M0,runs/mine/M1,runs/mine/M2 --tasks my_task --seeds 0,1,2

@@ -9,7 +9,7 @@ Architectures: 90 is Hopper and 100 is data-centre Blackwell (227 KB of shared m
 consumer Blackwell and every chip not named here (none before Ampere was tried). Its rows stay under 99 KB, the limit of the consumer
 chips of sm_86, 89 and 120 (an A100 has 163).
 
-RT_CONFIGS=FILE replaces rows by those of a JSON file {kernel: {"ARCH SIZE BITS": [..]}}. `python -m bench.kernels --tune` writes one.
+RT_CONFIGS=FILE replaces rows by the rows of a JSON file {kernel: {"ARCH SIZE BITS": [..]}}. `python -m bench.kernels --tune` writes one.
 No call tunes anything by itself.
 """
 import functools
@@ -94,7 +94,7 @@ _arch: int | None = None        # set by compile_check, which compiles for absen
 
 
 def architecture(device: torch.device) -> int:
-    """The table's architecture for `device`; a CPU (in the interpreter) gets that of an A100."""
+    """The table's architecture for `device`; a CPU (in the interpreter) gets the A100's."""
     if _arch is not None:
         return _arch
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8

@@ -5,7 +5,7 @@ Row i has hashed words a_i (odd) and b_i, and column j has c_j. An element is dr
 multiply-add, one comparison and one select per element, compared with about 58 instructions for Philox. Along a row and along a
 column the values are as independent as the words (multiply-shift hashing, Dietzfelbinger et al., 1997). 32 bits decide, so p is
 exact to 2^-32. Attention computes the words once, in `dropout_words`. The kernels for (N, d) hash their own rows and columns, and save
-only the seed for the backward. The column words of (N, d) are those of seed 0, the same for every run.
+only the seed for the backward. The column words of (N, d) come from seed 0, for every run.
 
 The arithmetic of kept elements is fp32. Limits: N below 2^30 rows or tokens per run.
 """

@@ -3,7 +3,7 @@ import os
 
 __version__ = "0.1.0"
 
-# Waiting OpenMP threads release their core after about 30 microseconds instead of milliseconds. Otherwise steps take several times as long,
-# or do not end, as soon as other programs use the CPU (docs/scaling.md). OpenMP reads the variable when torch is loaded, so it is set here.
+# Waiting OpenMP threads release their core after about 30 microseconds instead of milliseconds. Otherwise a step takes several times as
+# long as soon as other programs use the CPU (docs/scaling.md). OpenMP reads the variable when torch is loaded, so it is set here.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")

@@ -94,7 +94,7 @@ class Encoded:
                        len(other), share)
 
     def indices(self, batch_size: int, step: int, seed: int) -> list[int]:
-        """The examples of step `step`. If some are unlabelled, every batch is full, and round(share * batch_size) of it are unlabelled."""
+        """The examples of step `step`. If some are unlabelled, every batch is full, and round(share * batch_size) of its rows are."""
         if not self.unlabelled:
             return training_indices(len(self), batch_size, step, seed)
         n, extra = len(self) - self.unlabelled, round(self.share * batch_size)

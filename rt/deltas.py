@@ -110,7 +110,7 @@ class Delta:
         return {f"{part}.{k}": v for part in PARTS if with_head or part != "head" for k, v in getattr(self, part).items()}
 
     def map(self, change: Callable[[str, Tensor], Tensor]) -> "Delta":
-        """The delta with every tensor replaced by change(name, tensor), named as in `tensors`. What its training recorded is left out."""
+        """The delta with every tensor replaced by change(name, tensor), named as in `tensors`. The records of its training are left out."""
         info = {k: v for k, v in self.info.items() if k not in OF_TRAINING}
         return replace(self, info=info, **{part: {k: change(f"{part}.{k}", v) for k, v in getattr(self, part).items()} for part in PARTS})
 

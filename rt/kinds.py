@@ -145,7 +145,7 @@ class Prefix(nn.Module):
         self.gate = nn.Parameter(torch.empty(num_heads))
 
     def reset(self, generator: torch.Generator) -> None:
-        nn.init.normal_(self.k, generator=generator)  # unit scale, about that of keys and values in a trained layer:
+        nn.init.normal_(self.k, generator=generator)  # unit scale, as keys and values have in a trained layer:
         nn.init.normal_(self.v, generator=generator)  # the gate's first gradient is proportional to v
         nn.init.zeros_(self.gate)
 

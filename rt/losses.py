@@ -77,7 +77,7 @@ class Loss:
     """The loss of one batch. Without a teacher it is the task loss alone."""
     is_regression: bool = False
     teacher: TeacherCache | None = None
-    config: DistillConfig | None = None         # required with a teacher: the scripts own the defaults
+    config: DistillConfig | None = None         # required with a teacher: no setting is chosen here
     teacher_model: Classifier | None = None     # the teacher itself: for gamma, as its maps are too large to cache; for itp, its weights
     has_unlabelled: bool = False                # whether some rows have no label, and so no task term
 
