@@ -8,10 +8,9 @@ GEMMs dX = G W and dW += G^T X (fp32 sums over the chunks). So the gradients of 
 backward multiplies them by (upstream gradient) / (number of rows that count); both factors stay on the device. In fp16 the small G of a
 student near its teacher would underflow. So if x is fp16, G is multiplied by a power of two, and dX stays in fp32 until the backward.
 
-A chunk has up to CHUNK_BYTES of logits, in a multiple of 128 rows if possible. Small chunks would be slow: every chunk reads and writes all
-V d numbers of dW, and a row does only 2 V d operations on them. W is cast to the dtype of x and copied to a multiple of 128 rows, because
-with an odd V (50,265) no vector load and no tensor-core tile is aligned with the rows of logits. The loss kernel takes the logits past V as
--inf.
+A chunk has up to CHUNK_BYTES of logits, in a multiple of 128 rows if possible. Small chunks would be slow: a chunk reads and writes the V d
+numbers of dW, and a row does only 2 V d operations on them. W is cast to the dtype of x and copied to a multiple of 128 rows: with an odd V
+(50,265) no vector load and no tensor-core tile is aligned with the rows of logits. The loss kernel takes the logits past V as -inf.
 
 16-bit G is written over the fp32 logits it comes from: numbers [c, c + n) of a row into the bytes of the logits [c/2, (c + n)/2). By then
 those logits have been read, in earlier tiles or, for the first tile, in the same one. A barrier between a tile's loads and its stores
