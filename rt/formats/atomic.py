@@ -29,11 +29,6 @@ from rt.formats.untrusted import MISSHAPEN, is_whole
 UNFINISHED = (".part", ".replaced")     # suffixes of folders that are not listed
 
 
-def slow() -> None:
-    """Pause for RT_SLOW_WRITES seconds. Tests kill the process in this pause."""
-    time.sleep(float(os.environ.get("RT_SLOW_WRITES", 0)))
-
-
 # --- whole or not at all ----------------------------------------------------------------------------------------------
 
 def named(folder: Path) -> Path:
@@ -64,17 +59,13 @@ def atomic_folder(folder: Path, known: set[str] | None = None, needs: int | None
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
     with write_errors(folder, needs, part):
-        slow()
         yield part
-        slow()
         for path in (part, *part.rglob("*")):
             sync(path)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
-        slow()
     part.rename(folder)
-    slow()
     shutil.rmtree(old, ignore_errors=True)
     sync(folder.parent)
 

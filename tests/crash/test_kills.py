@@ -23,7 +23,7 @@ from rt.formats.files import read_rows
 KILLS = {"ci": {"pretrain": 5, "tune": 2, "recycle": 2, "recycle, resumed": 2, "sweep": 2},
          "marathon": {"pretrain": 100, "tune": 30, "recycle": 20, "recycle, resumed": 20, "sweep": 30}}
 IN_A_ROW = 3        # kills until a command may end
-SLOW = ("0", "0.03")        # RT_SLOW_WRITES, in turn: with it a third or more of the time is spent writing
+SLOW = (0, 0.03)        # seconds of pause at each step of writing a folder, in turn: with it a third or more of the time is spent writing
 TIMES = {"seconds", "argv", "config"}     # what may differ; the config names the folder
 CPU = ("--device", "cpu", "--precision", "fp32")
 PRETRAIN = ("train.py", "--preset", "tiny", "--vocab_size", "400", "--seq_len", "32", "--batch_tokens", "256", "--eval_tokens", "512", *CPU,
@@ -42,11 +42,11 @@ class Commands:
             [sys.executable, Path(__file__).with_name("server.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})
 
-    def __call__(self, *argv, send: int = 0, after: float = 60.0, slow: str = "0", until: Path | None = None) -> tuple[int, str]:
+    def __call__(self, *argv, send: int = 0, after: float = 60.0, slow: float = 0, until: Path | None = None) -> tuple[int, str]:
         """(exit code, what was printed) of a command that gets the signal `send` after so many seconds, or when the file `until` is there,
         unless it has ended before. Without one it must end by itself within `after` seconds."""
         log = self.home / "log"
-        asked = {"argv": list(map(str, argv)), "env": {"RT_SLOW_WRITES": slow}, "log": str(log)}
+        asked = {"argv": list(map(str, argv)), "slow": slow, "log": str(log)}
         self.server.stdin.write((json.dumps(asked) + "\n").encode())
         pid, end = int(self.server.stdout.readline()), time.monotonic() + after
         assert pid > 1, "not a process of ours to kill"
@@ -157,7 +157,7 @@ def killed_and_given_again(name: str, kills: int, seed: int, home: dict, command
         out, slow = home["home"] / "again" / f"{name}-{seed}-{runs}", SLOW[runs % 2]
         again = ()
         far = reached(out)
-        span = home["seconds"][name] * (1 if slow == "0" else 2)
+        span = home["seconds"][name] * (1 if slow == 0 else 2)
         for _ in range(min(IN_A_ROW, kills - done)):
             code, said = commands(*argv, "--out", out, *again, send=signal.SIGKILL, after=draw.uniform(0, span), slow=slow)
             assert code in (0, -signal.SIGKILL), said
@@ -206,7 +206,7 @@ def test_the_same_command_twice_and_another_seed(home, commands, tmp_path):
 def test_a_signal_leaves_a_resumable_checkpoint(number, code, word, home, commands, tmp_path):
     argv = (*home["given"]["pretrain"], "--out", tmp_path / "run", "--save_every", "1000")
     # which is followed by a pause, or on a busy machine all steps may be done before the signal is sent
-    ended, said = commands(*argv, send=number, until=tmp_path / "run" / "M0-t00004", slow="0.3")
+    ended, said = commands(*argv, send=number, until=tmp_path / "run" / "M0-t00004", slow=0.3)
     assert ended == code and said.splitlines()[-1].startswith(f"{word}: stopped in M0 after step "), said
     assert "Traceback" not in said and said.splitlines()[-1].endswith("the same command with --resume goes on")
     step = int(said.split("after step ")[1].split()[0])
@@ -220,7 +220,7 @@ def test_a_signal_leaves_a_resumable_checkpoint(number, code, word, home, comman
 def test_a_signal_ends_the_others_with_a_sentence(name, home, commands, tmp_path):
     out = tmp_path / name
     begun = {"tune": out.with_name("tune.part"), "sweep": out / "deltas"}.get(name, out / "summary.json")
-    code, said = commands(*home["given"][name], "--out", out, send=signal.SIGTERM, until=begun, slow="0.1")
+    code, said = commands(*home["given"][name], "--out", out, send=signal.SIGTERM, until=begun, slow=0.1)
     how = {"tune": "", "sweep": "; the same command goes on"}.get(name, "; the same command with --resume goes on")
     assert code == 143 and said.splitlines()[-1] == "terminated: what was finished is kept" + how and "Traceback" not in said, said
     assert commands(*home["given"][name], "--out", out)[0] == 0
@@ -230,7 +230,7 @@ def test_a_signal_ends_the_others_with_a_sentence(name, home, commands, tmp_path
 def test_a_second_process_on_the_run_is_refused(home, commands, tmp_path):
     """A process that stands still in its writing; the second one, a command as typed, is told of it."""
     argv = (*home["given"]["pretrain"], "--out", tmp_path / "run")
-    asked = {"argv": list(map(str, argv)), "env": {"RT_SLOW_WRITES": "60"}, "log": str(tmp_path / "log")}
+    asked = {"argv": list(map(str, argv)), "slow": 60, "log": str(tmp_path / "log")}
     commands.server.stdin.write((json.dumps(asked) + "\n").encode())
     pid = int(commands.server.stdout.readline())
     try:
