@@ -134,7 +134,7 @@ def run_study(c: Config, out: Path) -> None:
         (out / name).unlink(missing_ok=True)
     log.path.replace(place)
     rows = read_rows(place)
-    numbers = NUMBERS[c.study](rows)
+    numbers = [*NUMBERS[c.study](rows)]
     summary = {"study": c.study, "numbers": numbers, "deltas": context.origins, "config": record(c), "argv": sys.argv}
     write_json(out / "summary.json", summary)
     print(numbers_table(numbers))

@@ -5,7 +5,7 @@ import re
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -58,17 +58,15 @@ def places(rows: list[dict]) -> dict[str, float]:
     return place
 
 
-def compatibility_numbers(rows: list[dict]) -> list[dict]:
+def compatibility_numbers(rows: list[dict]) -> Iterator[dict]:
     """The score of Delta_0 on each base, of the delta tuned there, and of chance."""
-    numbers = []
     for task, part, score, found in by_task(rows):
         at = {key: [row["score"] for row in line] for key, line in group(found, "line", "base").items()}
         chance = [row["score"] for row in found if row["line"] == "chance"]
         for base in [base for line, base in at if line == "apply"]:
             tuned = at.get(("tuned", base)) or at.get(("own", base), "-")
-            numbers.append({"task": task, "base": base, "apply": at["apply", base], "tuned on that base": tuned, "chance": chance,
-                            "metric": score if part == "test" else f"{part} {score}"})
-    return numbers
+            yield {"task": task, "base": base, "apply": at["apply", base], "tuned on that base": tuned, "chance": chance,
+                   "metric": score if part == "test" else f"{part} {score}"}
 
 
 # --- study 2: connectivity --------------------------------------------------------------------------------------------
@@ -100,9 +98,8 @@ def barriers(walks: list[list[dict]]) -> list[float]:
     return [barrier(walk) for walk in walks if (walk[0]["mu"], walk[-1]["mu"]) == (0, 1)]
 
 
-def connectivity_numbers(rows: list[dict]) -> list[dict]:
+def connectivity_numbers(rows: list[dict]) -> Iterator[dict]:
     """The barrier of each path, the loss and score at its ends, and its lowest score."""
-    numbers = []
     for task, part, score, found in by_task(rows):
         for (pair, path), line in group(found, "pair", "path").items():
             seeds = walks(line)
@@ -110,9 +107,8 @@ def connectivity_numbers(rows: list[dict]) -> list[dict]:
                     for name, key in (("loss ", "loss"), ("", "score")) for end in (0, 1)}
             lowest = [min(filter(is_number, (row["score"] for row in walk)), default=None) if walk[-1]["mu"] == 1 else None
                       for walk in seeds]
-            numbers.append({"task": task, "pair": pair, "path": path, "barrier": barriers(seeds)} | ends
-                           | {"lowest": lowest, "metric": score if part == "test" else f"{part} {score}"})
-    return numbers
+            yield {"task": task, "pair": pair, "path": path, "barrier": barriers(seeds), **ends, "lowest": lowest,
+                   "metric": score if part == "test" else f"{part} {score}"}
 
 
 # --- study 3: similarity ----------------------------------------------------------------------------------------------
@@ -208,44 +204,40 @@ def recipes(rows: list[dict], path: Path) -> None:
     pareto(points, path, "held-out loss given up on the new domain (nats)")
 
 
-def recipes_numbers(rows: list[dict]) -> list[dict]:
+def recipes_numbers(rows: list[dict]) -> Iterator[dict]:
     """A line per upgrade with rows of deltas: the points that `apply` loses and `init` gains over `scratch`, the share of heads kept (means
     over tasks and seeds), held-out losses, the new domain's loss above the best upgrade's, and the distance from the old base."""
-    bases, numbers = {row["base"]: row for row in rows if row["of"] == "base"}, []
+    bases = {row["base"]: row for row in rows if row["of"] == "base"}
     (first, old), *later = bases.items()
     new = [*old["heldout"]][-1]
     deltas = [{k: math.nan if v is None else v for k, v in row.items()} for row in rows if row["of"] == "delta"]     # None: undefined
-    score = {(row["base"], row["task"], row["seed"]): next(row[s] for s in SCORES if s in row) for row in deltas}
-    groups = group([row for row in deltas if row["base"] != first], "base")
-    scored = [{(row["task"], row["seed"]) for row in there} for there in groups.values()]
-    common = set.intersection(*scored) if scored else set()     # all, unless the study is unfinished
-    for (name,), there in groups.items():
-        there = [row for row in there if (row["task"], row["seed"]) in common]
-        base, cells = bases[name], [(row["task"], row["seed"]) for row in there]
-        lost = [100 * (score[first, task, seed] - score[name, task, seed]) for task, seed in cells]
-        numbers.append({"base": name, "points lost": float(np.mean(lost)),
-                        "init above scratch": float(np.mean([100 * (row["init"] - row["scratch"]) for row in there])),
-                        **{f"loss, {domain}": loss for domain, loss in base["heldout"].items()},
-                        "given up": base["heldout"][new] - min(row["heldout"][new] for _, row in later), "l2": base["l2"],
-                        "heads kept": float(np.mean([row["heads_kept"] for row in there]))})
-    return numbers
+    deltas = [row | {"score": next(row[s] for s in SCORES if s in row)} for row in deltas]
+    cells = {name: {(row["task"], row["seed"]): row for row in found} for (name,), found in group(deltas, "base").items()}
+    own = cells.pop(first, {})
+    common = set.intersection(*map(set, cells.values())) if cells else set()     # all, unless the study is unfinished
+    for name, found in cells.items():
+        base, there = bases[name], {cell: row for cell, row in found.items() if cell in common}
+        yield {"base": name, "points lost": float(np.mean([100 * (own[cell]["score"] - row["score"]) for cell, row in there.items()])),
+               "init above scratch": float(np.mean([100 * (row["init"] - row["scratch"]) for row in there.values()])),
+               **{f"loss, {domain}": loss for domain, loss in base["heldout"].items()},
+               "given up": base["heldout"][new] - min(row["heldout"][new] for _, row in later), "l2": base["l2"],
+               "heads kept": float(np.mean([row["heads_kept"] for row in there.values()]))}
 
 
-def mixture_numbers(rows: list[dict]) -> list[dict]:
+def mixture_numbers(rows: list[dict]) -> Iterator[dict]:
     """The fitted law per domain, its mean error at left-out bases, and the least replay that forgets nothing. No lines for fewer than
     three runs, which a law needs. The error is empty if leaving out one base leaves fewer than three runs."""
     old, *runs = rows
     if len(runs) < 3:
-        return []
-    last, numbers, bases = [*old["heldout"]][-1], [], [re.sub(r"-t\d+$", "", row["base"]) for row in runs]
+        return
+    last, bases = [*old["heldout"]][-1], [re.sub(r"-t\d+$", "", row["base"]) for row in runs]
     for domain, before in old["heldout"].items():
         points = [(1 - row["replay"] if domain == last else row["replay"], row["steps"], row["heldout"][domain]) for row in runs]
         law, steps = fit(points), max(row["steps"] for row in runs)
         least = "" if domain == last else critical(law, steps, before)
-        numbers.append({"domain": domain, "before": before, **asdict(law),
-                        "error, left out": "" if (error := left_out(points, bases)) is None else error, "steps": steps,
-                        "critical replay": "none is enough" if least is None else least})
-    return numbers
+        yield {"domain": domain, "before": before, **asdict(law),
+               "error, left out": "" if (error := left_out(points, bases)) is None else error, "steps": steps,
+               "critical replay": "none is enough" if least is None else least}
 
 
 def mixture(rows: list[dict], path: Path) -> None:
@@ -267,7 +259,7 @@ def mixture(rows: list[dict], path: Path) -> None:
 # --- by the name of a study -------------------------------------------------------------------------------------------
 
 # lines of a table: names, and lists with one value per seed
-NUMBERS: dict[str, Callable[[list[dict]], list[dict]]] = {
+NUMBERS: dict[str, Callable[[list[dict]], Iterable[dict]]] = {
     "compatibility": compatibility_numbers, "connectivity": connectivity_numbers, "similarity": similarity_numbers,
     "distance": distance_numbers, "recipes": recipes_numbers, "mixture": mixture_numbers}
 # a function has the name of its file; rows with `what` go to the figure of that name only

@@ -51,7 +51,7 @@ def report(folder: Path) -> Report:
     with shaped(folder, "its rows do not hold what they should"):
         first = rows[0] if rows else {}
         if (study := first.get("study")) in NUMBERS:
-            numbers = NUMBERS[study](rows)
+            numbers = [*NUMBERS[study](rows)]
             return Report("a study", numbers_table(numbers), figures_of(study, rows) if numbers else {})
         if "stages" in summary or "stage" in first:
             return pretraining(rows, summary)
