@@ -23,11 +23,12 @@ import re
 import sysconfig
 import warnings
 from collections import Counter, defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 from rt.errors import InputError
 from rt.formats.atomic import atomic_folder, locked
-from rt.formats.files import write_json
+from rt.formats.files import read_json, write_json
 from rt.runs.config import run
 
 DOMAINS = {"python": "stdlib", "arrays": "numpy", "math": "sympy", "graphs": "networkx", "dl": "torch"}
@@ -120,12 +121,11 @@ def label_of(path: str) -> str | None:
 
 def choose_labels(documents: dict[str, list[str]]) -> list[str]:
     """The labels with the most documents, among labels with enough documents and files for three parts."""
-    sizes, files = Counter(), Counter()
+    sizes = defaultdict(list)       # of the files of each label
     for path, texts in documents.items():
-        sizes[label_of(path)] += len(texts)
-        files[label_of(path)] += 1
-    enough = [x for x in sizes if x and files[x] >= MIN_FILES and sizes[x] >= MIN_DOCUMENTS]
-    return sorted(enough, key=lambda label: (-sizes[label], label))[:MAX_LABELS]
+        sizes[label_of(path)].append(len(texts))
+    enough = [x for x in sizes if x and len(sizes[x]) >= MIN_FILES and sum(sizes[x]) >= MIN_DOCUMENTS]
+    return sorted(enough, key=lambda label: (-sum(sizes[label]), label))[:MAX_LABELS]
 
 
 def split_files(sizes: dict[str, int]) -> dict[str, str]:
@@ -240,11 +240,9 @@ def build(domain: str, out: Path) -> dict:
 
 def _ready(final: Path, stamp: dict) -> dict | None:
     """The meta.json in `final`, or None if it is missing, damaged or of other data than `stamp` says."""
-    try:
-        meta = json.loads((final / "meta.json").read_text())
+    with suppress(InputError):
+        meta = read_json(final / "meta.json")
         return meta if stamp.items() <= meta.items() else None
-    except (OSError, ValueError, AttributeError):
-        return None
 
 
 def main() -> None:

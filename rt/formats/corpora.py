@@ -99,11 +99,10 @@ def _draw(text: str) -> int:
 def _smallest_draw(path: Path, files: list[Path]) -> int | None:
     """The smallest draw of a corpus so small that holding out one document in HELDOUT_SHARE would leave one side empty. The documents with
     this draw are held out instead. None for other corpora. InputError if all documents have the same draw."""
-    draws, sides, count = set(), set(), 0
+    draws, count = set(), 0
     for count, text in enumerate(read_documents(*files), 1):
-        draws.add(draw := _draw(text))
-        sides.add(draw % HELDOUT_SHARE == 0)
-        if len(sides) == 2:
+        draws.add(_draw(text))
+        if len({draw % HELDOUT_SHARE == 0 for draw in draws}) == 2:
             return None
     if len(draws) < 2:
         same = ", all of them equal" if count > 1 else ""
