@@ -22,6 +22,7 @@ TABLES = ("jsonl", "csv", "tsv", "json", "parquet")
 FORMATS = ("txt", *TABLES)
 DELIMITERS = {"csv": ",;\t", "tsv": "\t,;"}     # the first one that the header contains counts
 UNQUOTED = dict(quoting=csv.QUOTE_NONE)
+FIELD = re.compile(r'(?:^|\t)("[^"]*(?:""[^"]*)*"|[^"\t]*)')     # between tabs: enclosed, with quotes inside doubled, or without quotes
 AHEAD = 2**20       # characters read ahead from a pipe, because a pipe cannot be read twice
 HEADER = "if the first line is data, the header (the names of the columns) is missing"
 
@@ -162,7 +163,7 @@ def _is_quoted(lines: Iterable[str], columns: int) -> bool:
     """Whether fields between tabs are quoted as in a csv; in GLUE's files a quote is a character. They are if every quote encloses a field
     or is doubled inside one, if all rows have as many columns as the first (`columns`, 0: among the lines), and if a program left a sign:
     doubled quotes, tabs or line ends inside fields, an enclosed header, or (Excel) commas in all enclosed fields and in no other."""
-    raw, shows, idle, commas, is_header = [], False, False, [0, 0], columns == 0
+    raw, shows, idle, is_header, commas = [], False, False, columns == 0, Counter()      # commas: in fields with and without quotes
 
     def kept() -> Iterator[str]:
         for line in lines:
@@ -171,21 +172,17 @@ def _is_quoted(lines: Iterable[str], columns: int) -> bool:
 
     try:
         for row in csv.reader(kept(), delimiter="\t"):
-            record, at, enclosed, columns = "\n".join(raw), 0, [], columns or len(row)
-            if row and len(row) != columns:
+            record, columns = "\n".join(raw), columns or len(row)
+            fields = FIELD.findall(record)
+            if row and len(row) != columns or "\t".join(fields) != record:
                 return False
-            shows |= any(line.count("\t") != columns - 1 for line in raw if row)
+            enclosed = [field for field in fields if field.startswith('"')]
+            shows |= any(line.count("\t") != columns - 1 for line in raw if row) or any('""' in field[1:-1] for field in enclosed)
+            shows |= is_header and 0 < len(row) == len(enclosed)
+            idle |= any("," not in field or "\n" in field for field in enclosed)
+            commas.update(field.startswith('"') for field in fields if "," in field)
+            is_header &= not row
             raw.clear()
-            for field in row:
-                written = '"' + field.replace('"', '""') + '"'
-                enclosed.append(record.startswith(written, at))
-                if not enclosed[-1] and ('"' in field or not record.startswith(field, at)):
-                    return False
-                at += len(written if enclosed[-1] else field) + 1
-                shows |= '"' in field
-                idle |= enclosed[-1] and ("," not in field or "\n" in field)
-                commas[enclosed[-1]] += "," in field
-            shows, is_header = shows or is_header and bool(row) and all(enclosed), is_header and not row
     except csv.Error:
         return False
     return shows or not idle and not commas[False] and commas[True] > 1
