@@ -144,13 +144,10 @@ def tuning(rows: list[dict], summary: dict) -> Report:
 
 def results_of(folder: Path, summary: dict) -> list[dict]:
     """A row per run that did not diverge: of the runs that have finished, and of those that only summary.json still knows."""
-    order = {row.get("run"): i for i, row in enumerate(summary.get("rows", []))}      # the first of equals is the best, as in recycle.py
-    finished = sorted((path for path in folder.glob("deltas/*/summary.json") if path.parent.suffix not in UNFINISHED),
-                      key=lambda path: (order.get(path.parent.name, len(order)), path))
-    there = {path.parent.name for path in finished}
-    others = [row for row in summary.get("rows", []) if row.get("run") not in there]
-    return [completed(row) for row in [*others, *map(read_json, finished)]
-            if row.get("curve") and row.get("mode") and not row.get("diverged")]
+    finished = {path.parent.name: read_json(path) for path in sorted(folder.glob("deltas/*/summary.json"))
+                if path.parent.suffix not in UNFINISHED}
+    rows = [finished.pop(row.get("run"), row) for row in summary.get("rows", [])]      # the first of equals is the best, as in recycle.py
+    return [completed(row) for row in [*rows, *finished.values()] if row.get("curve") and row.get("mode") and not row.get("diverged")]
 
 
 def completed(row: dict) -> dict:
