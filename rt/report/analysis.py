@@ -108,12 +108,11 @@ def cka(a: Classifier, b: Classifier, sequences: list[list[int]], device: torch.
 
 def distances(a: Weights, b: Weights) -> list[dict]:
     """A row each for embeddings, layers, head and all weights that both have: 'l2' of b - a, 'l2_per_weight' (RMS), 'cosine', 'weights'."""
-    rows, parts = [], {}
-    for name in (k for k in a if k in b):
+    rows, parts = [], {"all": [name for name in a if name in b]}
+    for name in parts["all"]:
         parts.setdefault(part_of(name), []).append(name)
-    order = sorted(parts, key=lambda part: (part != "embeddings", part == "head", len(part), part))
-    for part, names in [*((part, parts[part]) for part in order), ("all", sum(parts.values(), []))]:
-        x, y = (torch.cat([w[k].detach().double().flatten().cpu() for k in names]) for w in (a, b))
+    for part in sorted(parts, key=lambda part: (part == "all", part != "embeddings", part == "head", len(part), part)):
+        x, y = (torch.cat([w[k].detach().double().flatten().cpu() for k in parts[part]]) for w in (a, b))
         l2, norms = (y - x).norm().item(), (x.norm() * y.norm()).item()
         rows.append({"part": part, "l2": l2, "l2_per_weight": l2 / math.sqrt(len(x)), "cosine": (x @ y).item() / norms if norms else 0.0,
                      "weights": len(x)})
