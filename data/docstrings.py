@@ -24,6 +24,7 @@ import sysconfig
 import warnings
 from collections import Counter, defaultdict
 from contextlib import suppress
+from operator import itemgetter
 from pathlib import Path
 
 from rt.errors import InputError
@@ -199,7 +200,7 @@ def make_task(documents: dict[str, list[str]], parts: dict[str, str], labels: li
     seen, task = set(), {part: [] for part in PARTS}
     for part in PARTS:
         counts = Counter()
-        for _, _, text, label in sorted(queues[part]):
+        for _, _, text, label in sorted(queues[part], key=itemgetter(0, 1)):      # not by label, which may be None
             usable = label in labels and len(known[text]) == 1 and text not in seen and _letters(text)
             if usable and counts[label] < CAPS[part]:
                 counts[label] += 1
