@@ -199,14 +199,12 @@ def convergence(title: str, lines: dict[str, list[dict]]) -> tuple[str, Panel]:
     metric = next(iter(lines.values()))[0]["metric"]
     curves = {name: [point for row in rows for point in row["curve"]] for name, rows in lines.items()}
     means = [[(step, mean(ys)) for step, ys in by_x(curve).items()] for curve in curves.values()]
-    points, cells = {}, []
-    for (name, rows), blocks in zip(lines.items(), sparklines(means, one_scale=True)):
-        cells.append([name, blocks, spread(rows, "dev"), spread(rows) if all(row.get("test") for row in rows) else "-", len(rows)])
-        points[name] = curves[name]
-        if rows[0]["mode"] == "scratch":
-            points["scratch's best"] = [(0, row["dev"][row["metric"]]) for row in rows]
-    return (table(cells, ["mode", "dev over steps".ljust(len(blocks)), f"best dev {metric}", "test", "seeds"]),
-            Panel(title, "optimizer steps", f"dev {metric}", points, {"scratch's best": REFERENCE}, limits="measured"))
+    blocks = sparklines(means, one_scale=True)
+    cells = [[name, line, spread(rows, "dev"), spread(rows) if all(row.get("test") for row in rows) else "-", len(rows)]
+             for (name, rows), line in zip(lines.items(), blocks)]
+    levels = {"scratch's best": [(0, row["dev"][row["metric"]]) for row in rows] for rows in lines.values() if rows[0]["mode"] == "scratch"}
+    return (table(cells, ["mode", "dev over steps".ljust(len(blocks[0])), f"best dev {metric}", "test", "seeds"]),
+            Panel(title, "optimizer steps", f"dev {metric}", curves | levels, {"scratch's best": REFERENCE}, limits="measured"))
 
 
 def main(argv: list[str]) -> None:
