@@ -65,16 +65,16 @@ def train_control(model: Classifier, a: Weights, b: Weights, data: TaskData, set
 
 
 @torch.no_grad()
-def run_layers(model: Classifier, sequences: list[list[int]], device: torch.device) -> tuple[Tensor, list[tuple[Tensor, Tensor]], Tensor]:
-    """(hidden states (L+1, N, d): embedding output and every layer; queries and keys (N, H, D) per layer; cu_seqlens)."""
+def run_layers(model: Classifier, sequences: list[list[int]], device: torch.device) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """(hidden states (L+1, N, d): embedding output and every layer; queries and keys (N, H, D) per layer)."""
     batch, kept = sequences_batch(sequences).to(device), Activations(tuple(range(len(model.encoder.layers))), hidden=[])
     model.eval().encoder(batch, kept)
-    return torch.stack(kept.hidden).float(), kept.qk, batch.cu_seqlens
+    return torch.stack(kept.hidden).float(), kept.qk
 
 
 def attention_maps(model: Classifier, sequence: list[int], device: torch.device) -> Tensor:
     """(L, H, n, n) fp32, without dropout. Row i is the attention distribution of token i."""
-    _, qk, _ = run_layers(model, [sequence], device)
+    _, qk = run_layers(model, [sequence], device)
     return torch.stack([torch.einsum("ihd,jhd->hij", q.float(), k.float()).div(math.sqrt(q.shape[-1])).softmax(-1) for q, k in qk])
 
 
@@ -101,7 +101,7 @@ def match_summary(matrix: Tensor) -> dict:
 
 def cka(a: Classifier, b: Classifier, sequences: list[list[int]], device: torch.device) -> Tensor:
     """(L_a + 1, L_b + 1): linear CKA of hidden states over all tokens, for embedding output and layers, 0 to 1 (Kornblith et al., 2019)."""
-    X, Y = (states - states.mean(1, keepdim=True) for states, _, _ in (run_layers(m, sequences, device) for m in (a, b)))
+    X, Y = (states - states.mean(1, keepdim=True) for states, _ in (run_layers(m, sequences, device) for m in (a, b)))
     own_x, own_y = ([torch.norm(z.T @ z) for z in Z] for Z in (X, Y))
     return torch.stack([torch.stack([torch.norm(x.T @ y) ** 2 / (nx * ny) for y, ny in zip(Y, own_y)]) for x, nx in zip(X, own_x)]).cpu()
 
