@@ -196,7 +196,7 @@ def test_no_tensor_is_read_and_torch_not_imported(run_home, tmp_path):
 def test_a_damaged_file_is_one_sentence(damage, run_home, tokenizer, tmp_path):
     shutil.copytree(run_home / "M0", tmp_path / "M0")
     path = tmp_path / "M0" / "model.safetensors"
-    assert header(path)["head.bias"] == {"dtype": "F32", "shape": [tokenizer.vocab_size]}
+    assert header(path)["head.bias"].items() > {"dtype": "F32", "shape": [tokenizer.vocab_size]}.items()
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(InputError, match="M0/model.safetensors: not a readable safetensors file"):
         inspect(tmp_path / "M0")

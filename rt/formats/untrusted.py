@@ -90,9 +90,8 @@ def reading(path: Path, kind: str) -> Iterator[None]:
 
 
 def header(path: Path) -> dict[str, dict]:
-    """{tensor: {"dtype", "shape"}} of a safetensors file, without reading a tensor. InputError if header and content do not match."""
-    with reading(path, "readable safetensors file"), safe_open(str(path), "np") as file:
-        with path.open("rb") as raw:        # if two tensors have the same name, safetensors takes the last
-            parse_json(raw.read(int.from_bytes(raw.read(8), "little")), f"{path}: not a readable safetensors file, its header")
-        views = {name: file.get_slice(name) for name in file.keys()}
-        return {name: {"dtype": view.get_dtype(), "shape": view.get_shape()} for name, view in views.items()}
+    """{tensor: {"dtype", "shape", ...}} of a safetensors file, without reading a tensor. InputError if header and content do not match, or
+    if two tensors have the same name: safe_open takes the last."""
+    with reading(path, "readable safetensors file"), safe_open(str(path), "np"), path.open("rb") as raw:
+        facts = parse_json(raw.read(int.from_bytes(raw.read(8), "little")), f"{path}: not a readable safetensors file, its header")
+    return {name: tensor for name, tensor in facts.items() if name != "__metadata__"}
