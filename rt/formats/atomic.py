@@ -15,7 +15,6 @@ import shutil
 import socket
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
@@ -95,9 +94,7 @@ def digest_of(facts: Any) -> str:
 
 def seal(folder: Path, name: str, facts: dict, files: Iterable[str]) -> None:
     """Write `facts` to the JSON file `name`, with the hashes of `files` and of the facts. It is the last file written to `folder`."""
-    with ThreadPoolExecutor() as pool:      # hashing releases the interpreter's lock
-        hashes = dict(zip(files, pool.map(sha256, [folder / file for file in files])))
-    facts = json.loads(json.dumps({**facts, "sha256": hashes}))
+    facts = json.loads(json.dumps({**facts, "sha256": {file: sha256(folder / file) for file in files}}))
     facts["sha256"][name] = digest_of(facts)
     (folder / name).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 

@@ -11,7 +11,6 @@ The fingerprint is a hash of the encoder's content. A delta carries the fingerpr
 import hashlib
 import platform
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Callable
@@ -93,14 +92,12 @@ def load_base(folder: Path) -> Base:
     facts, file = folder / "meta.json", folder / "model.safetensors"
     meta = read_json(facts)
     config = check_meta(meta, facts)
-    with ThreadPoolExecutor(1) as pool:     # the file is hashed while its tensors are read
-        checked = pool.submit(check_seal, folder, "meta.json", meta, ("model.safetensors", "tokenizer.json"))
-        state = read_tensors(file)
-        if config.num_layers > len(state):      # building a layer takes time even without memory
-            raise InputError(f"{file}: the tensors do not fit the model: {len(state)} tensors, {config.num_layers} layers")
-        model = build(lambda c: MaskedLM(Encoder(c), MLMHead(c)), config, state, file)
-        tokenizer = load_tokenizer(folder)
-        checked.result()
+    state = read_tensors(file)
+    if config.num_layers > len(state):      # building a layer takes time even without memory
+        raise InputError(f"{file}: the tensors do not fit the model: {len(state)} tensors, {config.num_layers} layers")
+    model = build(lambda c: MaskedLM(Encoder(c), MLMHead(c)), config, state, file)
+    tokenizer = load_tokenizer(folder)
+    check_seal(folder, "meta.json", meta, ("model.safetensors", "tokenizer.json"))
     mark = meta.get("fingerprint") if "sha256" in meta else fingerprint(model.encoder)      # checked weights have the noted fingerprint
     for what, seen, noted in (("other weights", mark, meta.get("fingerprint")),
                               ("another tokenizer", tokenizer.fingerprint, meta.get("tokenizer"))):
