@@ -37,15 +37,14 @@ class Panel:
 
 # --- as text ----------------------------------------------------------------------------------------------------------
 
-def thinned(points: Points, most: int) -> Points:
-    """At most `most` points, each the mean of an equal number of neighbours."""
-    size = max(1, -(-len(points) // most))
+def thinned(points: Points, size: int) -> Points:
+    """Means of `size` neighbours each, the last perhaps of fewer."""
     return [tuple(map(mean, zip(*points[i:i + size]))) for i in range(0, len(points), size)]
 
 
 def sparklines(curves: list[Points], one_scale: bool = False) -> list[str]:
     """A line of blocks per curve, scaled from the lowest to the highest value of the curve or, with `one_scale`, of all curves."""
-    values = [[y for _, y in thinned(points, PRINTED)] for points in curves]
+    values = [[y for _, y in thinned(points, max(1, -(-len(points) // PRINTED)))] for points in curves]
     lines = []
     for ys in values:
         scale = sum(values, []) if one_scale else ys

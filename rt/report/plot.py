@@ -95,8 +95,7 @@ def loss_panels(stages: list[dict]) -> list[Panel]:
     losses, rates, looks = {}, {}, {}
     for i, stage in enumerate(stages):
         for lines, key in ((losses, "loss"), (rates, "lr")):
-            points = [(start + step, y) for step, y in points_of(stage["rows"], key)]
-            lines[stage["title"]] = thinned(points, max(1, -(-len(points) // size)))
+            lines[stage["title"]] = thinned([(start + step, y) for step, y in points_of(stage["rows"], key)], size)
         looks[stage["title"]] = look(i) | {"linestyle": "-", "marker": ""}
         start += max((step for step, _ in points_of(stage["rows"], "step")), default=0)
     return [Panel("", "", "training loss" + (f", mean of {size} steps" if size > 1 else ""), losses, looks),
