@@ -1,6 +1,5 @@
 """Corpora: text on disk, tokenized once into memory-mapped bins."""
 import hashlib
-from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path, PurePath
 from typing import Iterator
@@ -147,13 +146,13 @@ def _tokenize(path: Path, tokenizer: Tokenizer, folder: Path, name: str) -> None
     if others := [f.name for f in files["train"] if (named := SPLIT.fullmatch(f.name.lower().split(".")[0])) and named[1] != "train"]:
         note(f"corpus {name}: {', '.join(others)} are trained on, too: only heldout.* would be held out")
     with atomic_folder(folder) as new:
-        with ExitStack() as stack:
-            files = {part: stack.enter_context((new / f"{part}.bin").open("wb")) for part in PARTS}
-            bar = stack.enter_context(tqdm(desc=f"tokenizing {name}", unit="doc", disable=None, leave=False))
+        with (new / "train.bin").open("wb") as train, (new / "heldout.bin").open("wb") as heldout, \
+                tqdm(desc=f"tokenizing {name}", unit="doc", disable=None, leave=False) as bar:
+            bins = {"train": train, "heldout": heldout}
             while chunk := list(islice(documents, CHUNK)):
                 for (part, _), ids in zip(chunk, tokenizer.encode([text for _, text in chunk])):
                     if ids:
-                        files[part].write(np.asarray(ids, dtype=dtype).tobytes())
+                        bins[part].write(np.asarray(ids, dtype=dtype).tobytes())
                         digest.update(np.asarray([part == "heldout", *ids], dtype=dtype).tobytes())
                         lengths[part].append(len(ids))
                 bar.update(len(chunk))
