@@ -92,6 +92,12 @@ def test_texts_that_masking_makes_equal_stay_in_one_part_and_have_one_label():
     assert found == {"train": [{"text": f"___ {same}", "label": "ovens"}], "dev": [], "test": []}
 
 
+def test_a_masked_text_may_be_in_a_file_with_a_label_and_in_one_without():
+    documents = {"top.py": [TEXT.format("table")], "ovens/a.py": [TEXT.format("oven")]}
+    parts, mask = dict.fromkeys(documents, "train"), docstrings.masker("p", ["ovens", "tables"])
+    assert docstrings.make_task(documents, parts, ["ovens", "tables"], mask) == {"train": [], "dev": [], "test": []}
+
+
 def test_no_text_is_in_two_parts_or_under_two_labels(graphs):
     parts = task(graphs)
     labels = {part: {row["label"] for row in found} for part, found in parts.items()}
