@@ -40,7 +40,7 @@ from rt.runs.build import default_rate, is_tuned
 from rt.runs.config import changed, parse, record, run
 from rt.runs.log import Log, StepBar, facts_of, load_tensorboard, note_changed_task, note_truncated, scores_text, task_text, tested_text
 from rt.runs.predict import open_tuned
-from rt.runs.resume import PretrainRun, check_content, sample_of, table_of
+from rt.runs.resume import PretrainRun, check_content, has_work, sample_of, table_of
 from rt.runs.signals import Interrupted
 from rt.runs.upgrade import RecipeConfig, Start, contents_of, earlier_domains, go_on_from, lengthen, scored_rows, start_recipe, used
 from rt.runs.workers import use_threads
@@ -155,11 +155,12 @@ def pretrain(c: Config) -> None:
     if c.compile and c.recipe.by_need:
         raise InputError("--mix need evaluates batches of many shapes, and --compile would recompile for each: leave --compile out")
     settings = {k: v for k, v in record(c).items() if k not in NOT_SETTINGS}
-    with PretrainRun(out, ranks, settings, resume=c.resume, snapshots=c.snapshots, save_every=c.save_every, stop_after=c.stop_after,
-                     log_every=c.log_every or (10 if ranks.device.type == "cuda" else 1), tensorboard=c.tensorboard,
-                     defaults=record(Config())) as this_run:
-        interrupted = train_stages(c, this_run, ranks) if this_run.has_work else None
-        if not this_run.has_work:
+    interrupted = None
+    with locked(out, ranks.from_main):
+        if ranks.from_main(lambda: has_work(out, settings, c.resume, record(Config()))):
+            with PretrainRun(c, out, ranks, settings) as this_run:
+                interrupted = train_stages(c, this_run, ranks)
+        else:
             if c.init and Path(c.init).exists():
                 ranks.from_main(lambda: check_content(out, {"--init": go_on_from(c, Path(c.init).resolve(), open_base(c.init))[1]}))
             print(f"{out} is complete; remove it to train anew\n{table_of(out)}")
@@ -205,8 +206,7 @@ def train_stages(c: Config, this_run: PretrainRun, ranks: Ranks) -> Interrupted 
             print(sample_of(rows, tokenizer))
         if train_stage(model, rows, optimizer, s, this_run, ranks, where["precision"], first, c.compile, c.graphs, recipe):
             return this_run.suspended(f"in {name} after step {this_run.step} of {steps}")
-        parent = this_run.finish_stage(lambda: {d: evaluate_mlm(model, held, tokens=c.eval_tokens, **where) for d, held in heldout.items()},
-                                       r.average)
+        parent = this_run.finish_stage(lambda: {d: evaluate_mlm(model, held, tokens=c.eval_tokens, **where) for d, held in heldout.items()})
         if i + 1 < len(training) and this_run.stops_between_stages():
             return this_run.suspended(f"after {name}")
         if r.rates.schedule == "infinite":

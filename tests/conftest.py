@@ -38,7 +38,7 @@ from rt.model import PRESETS, EncoderConfig, new_masked_lm
 from rt.runs.config import run
 from rt.runs.resume import PretrainRun
 from rt.speed.dist import Ranks
-from train import train_stage
+from train import Config, train_stage
 
 if os.environ.get("TRITON_INTERPRET") == "1" and HAS_TRITON:
     interpreter = importlib.import_module("interpreter")
@@ -138,8 +138,8 @@ def pretrained(folder: Path, model, rows, optimizer, settings, tokenizer, *, dev
     """Runs train.py's loop for one stage in `folder`, from step `first` or from the newest checkpoint there. Returns the rows of
     metrics.jsonl."""
     ranks = Ranks(device)
-    with PretrainRun(folder, ranks, {}, resume=(folder / "config.json").exists(), snapshots=0, save_every=10**9, log_every=log_every,
-                     stop_after=stop_after) as run:
+    c = Config(resume=(folder / "config.json").exists(), snapshots=0, save_every=10**9, log_every=log_every, stop_after=stop_after)
+    with PretrainRun(c, folder, ranks, {}) as run:
         run.begin({}, tokenizer)
         about = {"name": "M0", "domain": "d", "number": 0, "parent": None}
         start = run.start_stage(about, settings, rows, model, optimizer, precision)

@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+import train
 from rt.errors import InputError
 from rt.formats.checkpoint import save_base
 from rt.formats.files import write_json
@@ -51,15 +52,14 @@ def test_a_signal_is_remembered_only_once_a_loop_asks_for_it(tmp_path, tokenizer
 
 
 def pretrain_run(out, resume=False) -> PretrainRun:
-    return PretrainRun(out, Ranks(torch.device("cpu")), {}, resume=resume, snapshots=0, save_every=1, log_every=1, stop_after=None)
+    return PretrainRun(train.Config(resume=resume, snapshots=0, save_every=1), out, Ranks(torch.device("cpu")), {})
 
 
 def test_a_refused_run_leaves_no_lock(tmp_path):
     """With torchrun nothing unwinds after the error: a job on another node would take the lock's text for that of a run."""
     write_json(tmp_path / "run" / "config.json", {})
-    refused = pretrain_run(tmp_path / "run")        # a name, so that it is not collected, which would free the lock
     with pytest.raises(InputError, match="unfinished run"):
-        refused.__enter__()
+        train.pretrain(train.Config(out=str(tmp_path / "run"), device="cpu"))
     assert not (tmp_path / "run.lock").exists()
 
 

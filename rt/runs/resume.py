@@ -26,9 +26,9 @@ from torch import Tensor
 from rt.data import Rows, Tokenizer
 from rt.deltas import Base
 from rt.errors import Diverged, InputError
-from rt.formats.atomic import check_seal, locked
+from rt.formats.atomic import check_seal
 from rt.formats.checkpoint import load_base, read_torch, save_base
-from rt.formats.files import FIGURES, note, read_json, unknown_names, write_json
+from rt.formats.files import FIGURES, note, read_json, read_rows, unknown_names, write_json
 from rt.formats.untrusted import is_number, is_whole, shaped
 from rt.model import MaskedLM, spelled
 from rt.optim import MOST_SKIPPED
@@ -144,26 +144,17 @@ def table_of(out: Path) -> str:
 
 # --- a run ------------------------------------------------------------------------------------------------------------
 
-class PretrainRun:
-    """One pre-training command: what it reads and writes in `out`, and when it stops. All ranks call every method; rank 0 writes."""
-    def __init__(self, out: Path, ranks: Ranks, settings: dict, *, resume: bool, snapshots: int, save_every: int, log_every: int,
-                 stop_after: int | None, tensorboard: bool = False, defaults: dict = {}):
-        self.out, self.ranks, self.settings, self.resume, self.defaults = out, ranks, settings, resume, defaults
-        self.snapshots, self.save_every, self.log_every, self.tensorboard = snapshots, save_every, log_every, tensorboard
-        self.allowance = stop_after or sys.maxsize      # how many more steps to take
+class PretrainRun(ExitStack):
+    """One pre-training command: what it reads and writes in `out`, which the caller has locked, and when it stops. `c` is train.py's
+    Config; a resumed run has the same `settings`. All ranks call every method; rank 0 writes."""
+    def __init__(self, c: Any, out: Path, ranks: Ranks, settings: dict):
+        super().__init__()
+        self.c, self.out, self.ranks, self.settings = c, out, ranks, settings
+        self.newest = ranks.from_main(lambda: newest_checkpoints(out) if c.resume else {})
+        self.log_every = c.log_every or (10 if ranks.device.type == "cuda" else 1)
+        self.allowance = c.stop_after or sys.maxsize      # how many more steps to take
         self.stages: list[dict] = []
         self.signal = 0
-
-    def __enter__(self) -> "PretrainRun":
-        with ExitStack() as stack:      # an error in here frees the lock
-            stack.enter_context(locked(self.out, self.ranks.from_main))
-            self.has_work = self.ranks.from_main(lambda: has_work(self.out, self.settings, self.resume, self.defaults))
-            self.newest = self.ranks.from_main(lambda: newest_checkpoints(self.out) if self.has_work and self.resume else {})
-            self.stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.stack.close()
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """The first signal ends training after the current step. The second ends it at once."""
@@ -176,22 +167,17 @@ class PretrainRun:
         self.ranks.from_main(lambda: check_content(self.out, content))
         self.tokenizer, steps = tokenizer, {name: stage_and_step(path)[1] for name, path in self.newest.items()}
         if self.ranks.is_main:
-            if self.resume and not (self.out / "config.json").exists():
+            if self.c.resume and not (self.out / "config.json").exists():
                 note(f"--resume: {self.out} holds no run yet; one begins there")
             write_json(self.out / "config.json", self.settings | {"content": content})
             tokenizer.save(self.out)
-        kept = Counter()
-
-        def keep(row: dict) -> bool:
-            stays = self.resume and not is_done_again(row, self.out, steps)
-            kept.update([row["stage"]] * stays)
-            return stays
-
-        self.log = Log(self.out, keep=keep, writes=self.ranks.is_main, tensorboard=self.tensorboard)
-        for name, step in steps.items() if self.ranks.is_main else ():
+        self.log = Log(self.out, keep=lambda row: not is_done_again(row, self.out, steps), writes=self.ranks.is_main,
+                       tensorboard=self.c.tensorboard)
+        kept = Counter(row["stage"] for row in (read_rows(self.log.path) if self.ranks.is_main else ()))
+        for name, step in steps.items():
             if kept[name] < step:
                 note(f"{self.log.path}: lacks {step - kept[name]} rows of {name} from before {self.newest[name]}; they are lost")
-        self.stack.enter_context(handled(self.on_signal))       # not before: until here no loop asks for the signal
+        self.enter_context(handled(self.on_signal))     # not before: until here no loop asks for the signal
 
     def finished(self, name: str, parent: str) -> Base | None:
         """The base of a stage that an interrupted run finished, or None. InputError if `parent` is not what it was trained from."""
@@ -224,9 +210,9 @@ class PretrainRun:
             self.started -= base.meta.get("seconds", 0.0)
         elif moments:
             load_state(optimizer, read_torch(moments / "optim.pt"))
-        self.kept = {round(s.steps * (k + 1) / (self.snapshots + 1)) for k in range(self.snapshots)}
+        self.kept = {round(s.steps * (k + 1) / (self.c.snapshots + 1)) for k in range(self.c.snapshots)}
         self.trunk = s.steps - s.rates.annealing(s.steps) if s.rates.schedule == "infinite" else None
-        self.bar = self.stack.enter_context(progress(s.steps, f"{about['name']} {about['domain']}", self.first))
+        self.bar = self.enter_context(progress(s.steps, f"{about['name']} {about['domain']}", self.first))
         return self.first
 
     def after_step(self, step: int, lr: float, loss: Tensor, norm: Tensor) -> bool:
@@ -238,7 +224,7 @@ class PretrainRun:
         agrees = self.ranks.world == 1 or is_look       # ranks agree on a signal only at steps where they wait for each other anyway
         stops = not is_last and (self.allowance == 0 or agrees and self.ranks.any(bool(self.signal)))
         is_trunk = step == self.trunk
-        is_snapshot, is_checkpoint = step in self.kept or is_trunk, not is_last and (stops or step % self.save_every == 0)
+        is_snapshot, is_checkpoint = step in self.kept or is_trunk, not is_last and (stops or step % self.c.save_every == 0)
         if is_look or is_last or is_snapshot or is_checkpoint:
             self.write_rows()
         if is_snapshot or is_checkpoint:
@@ -286,9 +272,9 @@ class PretrainRun:
     def skips(self) -> dict:
         return {"skipped": self.skipped} if self.skipped else {}
 
-    def finish_stage(self, evaluate: Callable[[], dict], average: int = 1) -> str:
-        """Score and write the mean of the stage's last `average` snapshots, counting its end. Returns the fingerprint."""
-        if average > 1:
+    def finish_stage(self, evaluate: Callable[[], dict]) -> str:
+        """Score and write the mean of the stage's last --average snapshots, counting its end. Returns the fingerprint."""
+        if (average := self.c.recipe.average) > 1:
             self.ranks.wait()       # until rank 0 has written its snapshots
             steps = sorted(self.kept & {*range(1, self.s.steps)})[1 - average:]
             snapshots = (load_base(self.out / f"{self.about['name']}-t{step:05d}") for step in steps)
