@@ -102,19 +102,19 @@ def answers(model: Classifier, examples: Iterable[Example], labels: tuple[str, .
 
 def chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
     """Lists of CHUNK examples. If reading fails, the examples before the bad line come first, then the InputError."""
-    chunk, failure = [], None
+    chunk = []
     try:
         for example in examples:
             chunk.append(example)
             if len(chunk) == CHUNK:
                 yield chunk
                 chunk = []
-    except InputError as error:
-        failure = error
+    except InputError:
+        if chunk:
+            yield chunk
+        raise
     if chunk:
         yield chunk
-    if failure:
-        raise failure
 
 
 def check_out(out: Path, source: Path) -> None:
