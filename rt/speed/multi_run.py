@@ -143,12 +143,8 @@ class SideLoss:
         logits = torch.cat([cache.logits for cache in caches.values()])
         states = torch.cat([cache.states for cache in caches.values()]) if self.has_patience else None
         self.terms = replace(self.terms, teacher=TeacherCache(logits, states))
-        self.offset = torch.tensor([[starts[id(loss.teacher)]] for loss in losses], device=device)              # (K, 1); alpha and beta too
-        self.alpha, self.beta = (torch.tensor([[getattr(c, name)] for c in configs], device=device) for name in ("alpha", "beta"))
-        # runs with the same T are computed together: (T, which), and the place of each run in that order
-        by_T = {T: [k for k, c in enumerate(configs) if c.T == T] for T in dict.fromkeys(c.T for c in configs)}
-        self.by_T = [(T, torch.tensor(which, device=device)) for T, which in by_T.items()]
-        self.place = torch.cat([which for _, which in self.by_T]).argsort()
+        self.offset = torch.tensor([[starts[id(loss.teacher)]] for loss in losses], device=device)              # (K, 1), as below
+        self.alpha, self.beta, self.T = (torch.tensor([[getattr(c, k)] for c in configs], device=device) for k in ("alpha", "beta", "T"))
 
     def __call__(self, model: Classifier, batch: Batch, shares: Tensor) -> Tensor:
         """(K,) losses."""
@@ -157,9 +153,9 @@ class SideLoss:
         rows = task_loss(logits, batch.labels, terms.is_regression).view(K, -1)
         if self.is_taught:
             index = (batch.index.view(K, -1) + self.offset).flatten()
-            s, t = (x.view(K, -1, x.shape[-1]) for x in (logits, terms.teacher.logits[index]))
-            kd = [terms.kd(s[which].flatten(0, 1), t[which].flatten(0, 1), T).view(len(which), -1) for T, which in self.by_T]
-            rows = (1 - self.alpha) * rows + self.alpha * torch.cat(kd)[self.place]
+            s, t = (x.view(K, -1, x.shape[-1]) / self.T[..., None] for x in (logits, terms.teacher.logits[index]))
+            kd = self.T**2 * terms.kd(s.flatten(0, 1), t.flatten(0, 1), 1.0).view(K, -1)        # logits over T at temperature 1
+            rows = (1 - self.alpha) * rows + self.alpha * kd
             if self.has_patience:
                 rows = rows + self.beta * patience(terms, logits, activations, replace(batch, index=index)).view(K, -1)
         return (rows * shares).sum(1)
