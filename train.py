@@ -206,11 +206,10 @@ def train_stages(c: Config, this_run: PretrainRun, ranks: Ranks) -> Interrupted 
             print(sample_of(rows, tokenizer))
         if train_stage(model, rows, optimizer, s, this_run, ranks, where["precision"], first, c.compile, c.graphs, recipe):
             return this_run.suspended(f"in {name} after step {this_run.step} of {steps}")
-        parent = this_run.finish_stage(lambda: {d: evaluate_mlm(model, held, tokens=c.eval_tokens, **where) for d, held in heldout.items()})
+        this_run.finish_stage(lambda: {d: evaluate_mlm(model, held, tokens=c.eval_tokens, **where) for d, held in heldout.items()})
         if i + 1 < len(training) and this_run.stops_between_stages():
             return this_run.suspended(f"after {name}")
-        if r.rates.schedule == "infinite":
-            model, parent, moments = go_on_from(c, this_run.out / name, ranks.main_first(lambda: load_base(this_run.out / name)))
+        model, parent, moments = go_on_from(c, this_run.out / name, ranks.main_first(lambda: load_base(this_run.out / name)))
     this_run.complete()
     return None
 

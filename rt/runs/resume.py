@@ -256,24 +256,23 @@ class PretrainRun(ExitStack):
                 self.throughput.restart()      # by the first look at the loss, compilation and capture are over
         self.waiting.clear()
 
-    def save(self, folder: Path, optimizer: torch.optim.Optimizer | None = None, **more: Any) -> str | None:
-        """Rank 0 writes the model, with `more` in meta.json, and returns its fingerprint. With an optimizer, only KEPT checkpoints of
-        this stage and earlier stages stay."""
+    def save(self, folder: Path, optimizer: torch.optim.Optimizer | None = None, **more: Any) -> None:
+        """Rank 0 writes the model, with `more` in meta.json. With an optimizer, only KEPT checkpoints of this stage and earlier stages
+        stay."""
         if not self.ranks.is_main:
-            return None
+            return
         self.log.sync()
         meta = {**self.about, "config": self.settings, "argv": sys.argv, "step": self.step, **self.skips(), **more}
-        fingerprint = save_base(folder, self.model, self.tokenizer, meta, optimizer, self.recipe.state())
+        save_base(folder, self.model, self.tokenizer, meta, optimizer, self.recipe.state())
         own = [path for path in checkpoints(self.out) if stage_and_step(path)[0] <= self.about["number"]]
         for old in own[KEPT:] if optimizer else ():
             shutil.rmtree(old)
-        return fingerprint
 
     def skips(self) -> dict:
         return {"skipped": self.skipped} if self.skipped else {}
 
-    def finish_stage(self, evaluate: Callable[[], dict]) -> str:
-        """Score and write the mean of the stage's last --average snapshots, counting its end. Returns the fingerprint."""
+    def finish_stage(self, evaluate: Callable[[], dict]) -> None:
+        """Score and write the mean of the stage's last --average snapshots, counting its end."""
         if (average := self.c.recipe.average) > 1:
             self.ranks.wait()       # until rank 0 has written its snapshots
             steps = sorted(self.kept & {*range(1, self.s.steps)})[1 - average:]
@@ -289,7 +288,7 @@ class PretrainRun(ExitStack):
                             **({"shares": {r.corpus.name: n / 10**6 for r, n in zip(mixed.sources, mixed.history[-1])}} if mixed else {})})
         self.log.row(stage=name, domain=self.about["domain"], step=self.s.steps, heldout=scores)
         trunk = {"trunk": f"{name}-t{self.trunk:05d}"} if self.trunk else {}
-        return self.ranks.from_main(lambda: self.save(self.out / name, stage=self.stages[-1], **trunk))
+        self.ranks.from_main(lambda: self.save(self.out / name, stage=self.stages[-1], **trunk))
 
     def stops_between_stages(self) -> bool:
         return self.allowance == 0 or self.ranks.any(bool(self.signal))
