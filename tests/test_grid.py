@@ -20,7 +20,7 @@ from rt.losses import DistillConfig, Loss, Reweighted, TeacherCache, trained_wei
 from rt.optim import memory_for
 from rt.speed import multi_run as grid
 from rt.speed.graphs import CudaGraphs
-from rt.speed.multi_run import PAD_SEQUENCES, Flat, SideBySide, SideRun, StackedAdamW, side_by_side
+from rt.speed.multi_run import PAD_SEQUENCES, SideBySide, SideRun, StackedAdamW, side_by_side
 from rt.tune import Fit, TuneSettings, plain_gradient, predict, tune
 
 CPU = dict(device=torch.device("cpu"), precision=torch.float32)
@@ -252,14 +252,13 @@ def test_the_stacked_optimizer_is_each_runs_own():
         return {name: 3 * torch.randn(shape, generator=g, dtype=torch.float64) for name, shape in (("vector", (4,)), ("matrix", (6, 5)))}
 
     weights = [random() for _ in range(3)]
-    flat, rates = Flat(weights[0]), (1e-2, 3e-2, 1e-1)
-    together = StackedAdamW(torch.stack([flat.flatten(w) for w in weights]), flat.decayed, 0.1)
+    together, rates = StackedAdamW(weights, 0.1), (1e-2, 3e-2, 1e-1)
     fits = [Fit({k: v.clone().requires_grad_() for k, v in w.items()}, TuneSettings(5, 2, lr, 5, 0, 0.1)) for w, lr in zip(weights, rates)]
     for step in range(5):
         grads = [random() for _ in fits]
         if step == 2:
             grads[1]["vector"][0] = float("inf")
-        together.w.grad = torch.stack([flat.flatten(own) for own in grads])
+        together.w.grad = torch.stack([grid.flatten(own.values()) for own in grads])
         losses = torch.ones(len(fits))
         together.step(losses, torch.tensor([fit.s.lr_at(step) for fit in fits]), 1.0)
         for fit, own, loss in zip(fits, grads, losses):
@@ -267,7 +266,7 @@ def test_the_stacked_optimizer_is_each_runs_own():
                 p.grad = own[k].clone()
             fit.update(step, loss)
         for fit, w in zip(fits, together.w):
-            for k, v in flat.weights(w).items():
+            for k, v in grid.unflatten(w, weights[0]).items():
                 torch.testing.assert_close(v, fit.trained[k], atol=1e-6, rtol=1e-6)
         if step == 3:
             assert together.tracker.read() == [(1.0, 0, False), (1.0, 1, False), (1.0, 0, False)]

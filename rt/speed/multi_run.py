@@ -9,7 +9,7 @@ import itertools
 import os
 import time
 from dataclasses import dataclass, field, replace
-from typing import Iterator
+from typing import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -48,28 +48,23 @@ def reweighted(model: Classifier, weights: Weights) -> Classifier:
     return copy.deepcopy(model, memo={id(p): nn.Parameter(weights[k]) if k in weights else p for k, p in model.named_parameters()})
 
 
-class Flat:
-    """The trained weights of a model as one vector (P,): first the matrices, `decayed` numbers, then the vectors, which do not decay."""
-    def __init__(self, weights: Weights):
-        self.shapes = {k: weights[k].shape for k in sorted(weights, key=lambda k: weights[k].dim() < 2)}
-        self.decayed = sum(w.numel() for w in weights.values() if w.dim() >= 2)
+def flatten(weights: Iterable[Tensor]) -> Tensor:
+    """(P,), a copy."""
+    return torch.cat([w.detach().flatten() for w in weights])
 
-    def flatten(self, weights: Weights) -> Tensor:
-        """(P,), a copy"""
-        return torch.cat([weights[k].detach().flatten() for k in self.shapes])
 
-    def weights(self, flat: Tensor) -> Weights:
-        """The weights by name, views of `flat` (P,); for K runs (K, P), with a leading K. Gradients flow to `flat`."""
-        parts = flat.split([shape.numel() for shape in self.shapes.values()], dim=-1)
-        return {k: w.view(*flat.shape[:-1], *shape) for (k, shape), w in zip(self.shapes.items(), parts)}
+def unflatten(flat: Tensor, like: Weights) -> Weights:
+    """`flat` (P,) as weights like these; (K, P), of K runs, with a leading K. They are views, through which gradients flow to `flat`."""
+    parts = flat.split([w.numel() for w in like.values()], dim=-1)
+    return {k: part.view(*flat.shape[:-1], *w.shape) for (k, w), part in zip(like.items(), parts)}
 
 
 class StackedAdamW:
-    """AdamW and clipping for K runs whose weights are the rows of one tensor (K, P). Each run has its own rate, gradient norm and skipped
-    steps, and gets what rt.tune.Fit would give it, to rounding. A step takes the same number of operations for any K. Weight decay
-    applies to the first `decayed` numbers of a row."""
-    def __init__(self, w: Tensor, decayed: int, weight_decay: float):
-        self.w, self.decayed, self.weight_decay = w.requires_grad_(), decayed, weight_decay
+    """AdamW and clipping for the weights of K runs, the rows of `w` (K, P). Each run has its own rate, gradient norm and skipped steps, and
+    gets what rt.tune.Fit would give it, to rounding. A step takes the same number of operations for any K. Only matrices decay."""
+    def __init__(self, runs: list[Weights], weight_decay: float):
+        self.w = w = torch.stack([flatten(weights.values()) for weights in runs]).requires_grad_()
+        self.decay = flatten(torch.full_like(x, weight_decay if x.dim() >= 2 else 0.0) for x in runs[0].values())     # (P,)
         self.m, self.v, self.taken = torch.zeros_like(w), torch.zeros_like(w), w.new_zeros(len(w), 1)
         self.tracker = SkipTracker(w.device, len(w))
 
@@ -85,7 +80,7 @@ class StackedAdamW:
         self.v.mul_(1 - (1 - beta_v) * taken).addcmul_(grad, grad, value=1 - beta_v)
         bias_m, bias_v = ((1 - beta ** self.taken).clamp_min(1e-30) for beta in TUNING_BETAS)       # a run may have taken no step yet
         rates = rates[:, None] * taken
-        self.w[:, :self.decayed] *= 1 - rates * self.weight_decay
+        self.w *= 1 - rates * self.decay
         self.w.sub_(self.v.sqrt().div_(bias_v.sqrt()).add_(EPS).reciprocal_().mul_(self.m).mul_(rates / bias_m))
         self.w.grad = None
 
@@ -190,14 +185,13 @@ class SideBySide:
     """The functions of rt.tune.training_loop for the active runs. Each run has its own Scores; everything else is computed together."""
     def __init__(self, runs: list[SideRun], device: torch.device, precision: torch.dtype, graphs: bool):
         self.runs, self.device, self.precision, self.graphs = runs, device, precision, graphs
-        self.flat, self.scores = Flat(trained_weights(runs[0].model)), []
+        self.like, self.scores = trained_weights(runs[0].model), []
         for run in runs:
             run.rows = []       # drops the rows of a failed attempt
             self.scores.append(Scores(run.settings, run.rows.append))
-        w = torch.stack([self.flat.flatten(trained_weights(run.model)) for run in runs])
-        self.optimizer = optimizer = StackedAdamW(w, self.flat.decayed, runs[0].settings.weight_decay)
-        flat = self.flat        # functions that hold no `self`: a group's memory, and a captured graph's, must be freed as soon as it ends
-        self.stacked = Reweighted(runs[0].model, lambda: flat.weights(optimizer.w))
+        self.optimizer = optimizer = StackedAdamW([trained_weights(run.model) for run in runs], runs[0].settings.weight_decay)
+        like = self.like        # functions that hold no `self`: a group's memory, and a captured graph's, must be freed as soon as it ends
+        self.stacked = Reweighted(runs[0].model, lambda: unflatten(optimizer.w, like))
         self.prepare()
 
     def prepare(self) -> None:
@@ -232,7 +226,7 @@ class SideBySide:
         for i, (run, scores, dev, since) in enumerate(zip(self.runs, self.scores, self.dev_scores(step), self.optimizer.tracker.read())):
             if scores.add(step, dev, {"flat": self.optimizer.w[i]}, *since):
                 going.append(i)     # a run that diverged ends; its gradient is separate, so the others continue
-            run.result, run.best = scores.result, self.flat.weights(scores.best["flat"])
+            run.result, run.best = scores.result, unflatten(scores.best["flat"], self.like)
         if going and len(going) < len(self.runs):
             self.runs, self.scores = ([all_[i] for i in going] for all_ in (self.runs, self.scores))
             self.optimizer.keep(going)
