@@ -8,14 +8,14 @@ import time
 from collections import Counter
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, TextIO
+from typing import Any, Iterable, Iterator, TextIO
 
 import torch
 from tqdm import tqdm
 
 from rt.data import Example, Task
 from rt.errors import InputError
-from rt.formats.files import EVENTS, note, read_rows, write_errors, write_whole
+from rt.formats.files import EVENTS, note, write_errors, write_whole
 from rt.formats.untrusted import is_number
 from rt.model import Batch, EncoderConfig
 from rt.speed.throughput import Throughput
@@ -25,14 +25,12 @@ SHOWN = 10      # a task's labels that are listed by name; the others are only c
 
 
 class Log:
-    """Writes metrics.jsonl (or `name`) in a run's folder, one row per line. `keep` tells which old rows stay on resuming; by default none.
-    Only one rank `writes`. With `tensorboard`, Events also gets every row. InputError if the file cannot be written."""
-    def __init__(self, folder: Path, keep: Callable[[dict], bool] | None = None, writes: bool = True, name: str = "metrics.jsonl",
-                 tensorboard: bool = False):
+    """Writes metrics.jsonl (or `name`) in a run's folder, one row per line, after the rows `kept` on resuming. Only one rank `writes`. With
+    `tensorboard`, Events also gets every row. InputError if the file cannot be written."""
+    def __init__(self, folder: Path, kept: list[dict] = [], writes: bool = True, name: str = "metrics.jsonl", tensorboard: bool = False):
         self.file, self.events, self.path = None, None, Path(folder) / name
         if not writes:
             return
-        kept = [row for row in read_rows(self.path) if keep(row)] if keep else []
         with write_errors(self.path):
             write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
             self.file = self.path.open("ab", buffering=0)       # one write per row: a killed process leaves all of a row or none

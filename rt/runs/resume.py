@@ -171,12 +171,13 @@ class PretrainRun(ExitStack):
                 note(f"--resume: {self.out} holds no run yet; one begins there")
             write_json(self.out / "config.json", self.settings | {"content": content})
             tokenizer.save(self.out)
-        self.log = Log(self.out, keep=lambda row: not is_done_again(row, self.out, steps), writes=self.ranks.is_main,
-                       tensorboard=self.c.tensorboard)
-        kept = Counter(row["stage"] for row in (read_rows(self.log.path) if self.ranks.is_main else ()))
+        rows = read_rows(self.out / "metrics.jsonl") if self.ranks.is_main else []
+        kept = [row for row in rows if not is_done_again(row, self.out, steps)]
+        self.log = Log(self.out, kept, self.ranks.is_main, tensorboard=self.c.tensorboard)
+        counts = Counter(row["stage"] for row in kept)
         for name, step in steps.items():
-            if kept[name] < step:
-                note(f"{self.log.path}: lacks {step - kept[name]} rows of {name} from before {self.newest[name]}; they are lost")
+            if counts[name] < step:
+                note(f"{self.log.path}: lacks {step - counts[name]} rows of {name} from before {self.newest[name]}; they are lost")
         self.enter_context(handled(self.on_signal))     # not before: until here no loop asks for the signal
 
     def finished(self, name: str, parent: str) -> Base | None:
