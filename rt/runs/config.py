@@ -57,8 +57,7 @@ def flags_of(cls: type) -> tuple[Flag, ...]:
     comments = dict(re.findall(r"^    (\w+):[^#\n]*?#\s*(.*)$", source, re.M))
     headings = {name: text for text, name in re.findall(r"^    # (.*)\n    (\w+):", source, re.M)}
     for field in fields(cls):
-        name, help, heading = field.name, comments.get(field.name, ""), headings.get(field.name)
-        default = field.default if field.default_factory is MISSING else field.default_factory()
+        name, default, help, heading = field.name, field.default, comments.get(field.name, ""), headings.get(field.name)
         if not is_dataclass(default):
             flags.append(Flag(name, (name,), hints[name], default, help, heading))
             continue

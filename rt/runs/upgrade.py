@@ -52,16 +52,14 @@ class RecipeConfig:
     def check(self, domains: list[str], warmup: float, steps: int, snapshots: int, tasks: int = 0) -> None:
         """InputError for settings that make no sense together or with those of the stage. `tasks`: how many of `domains` are tasks."""
         s = self.rates
-        details = {"cooldown": (s.schedule in ("wsd", "infinite"), "`schedule` wsd or infinite"), "align_eps": (self.align, "`align`"),
-                   "preserve_by": (self.preserve, "`preserve`"),
-                   "select": (tasks < len(domains), "a corpus in `stream`"),
-                   "keep": (self.select, "`select`"), "template": (tasks, "task:NAME in `stream`"),
-                   **dict.fromkeys(("hold", "anneal", "rewarm"), (s.schedule == "infinite", "`schedule` infinite")),
-                   **dict.fromkeys(("mix_every", "mix_eta", "mix_reference"), (self.by_need, "`mix` need"))}
-        for name in changed(self):
-            is_used, of = details.get(name, (True, ""))
-            if not is_used:
-                raise InputError(f"`{name}` has no effect without {of}")
+        for of, is_there, *names in (
+                ("`schedule` wsd or infinite", s.schedule in ("wsd", "infinite"), "cooldown"),
+                ("`schedule` infinite", s.schedule == "infinite", "hold", "anneal", "rewarm"),
+                ("`mix` need", self.by_need, "mix_every", "mix_eta", "mix_reference"),
+                ("`preserve`", self.preserve, "preserve_by"), ("`align`", self.align, "align_eps"), ("`select`", self.select, "keep"),
+                ("a corpus in `stream`", tasks < len(domains), "select"), ("task:NAME in `stream`", tasks, "template")):
+            if not is_there and (idle := [name for name in names if name in changed(self)]):
+                raise InputError(f"`{idle[0]}` has no effect without {of}")
         if self.preserve and self.preserve_by == "predictions" and self.objective == "rts":
             raise InputError("`preserve_by` predictions compares distributions over the vocabulary, and `objective` rts predicts none")
         anneal = s.anneal * (s.schedule == "infinite")
