@@ -23,7 +23,6 @@ from rt.data import Corpus, Rows, encode_task, few_shot
 from rt.deltas import attach, extract
 from rt.errors import InputError
 from rt.formats.atomic import locked
-from rt.formats.checkpoint import load_base
 from rt.formats.corpora import build_corpus, split_documents
 from rt.formats.delta_files import delta_folder, place_of_delta, write_delta
 from rt.formats.files import write_json
@@ -209,7 +208,7 @@ def train_stages(c: Config, this_run: PretrainRun, ranks: Ranks) -> Interrupted 
         this_run.finish_stage(lambda: {d: evaluate_mlm(model, held, tokens=c.eval_tokens, **where) for d, held in heldout.items()})
         if i + 1 < len(training) and this_run.stops_between_stages():
             return this_run.suspended(f"after {name}")
-        model, parent, moments = go_on_from(c, this_run.out / name, ranks.main_first(lambda: load_base(this_run.out / name)))
+        model, parent, moments = go_on_from(c, this_run.out / name, this_run.finished(name, parent))
     this_run.complete()
     return None
 

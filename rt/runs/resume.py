@@ -181,7 +181,7 @@ class PretrainRun(ExitStack):
         self.enter_context(handled(self.on_signal))     # not before: until here no loop asks for the signal
 
     def finished(self, name: str, parent: str) -> Base | None:
-        """The base of a stage that an interrupted run finished, or None. InputError if `parent` is not what it was trained from."""
+        """The base of a stage that is finished, or None. InputError if `parent` is not what it was trained from."""
         if not (self.out / name / "meta.json").exists():
             return None
         base = load_base(self.out / name)
@@ -284,12 +284,12 @@ class PretrainRun(ExitStack):
         scores = self.ranks.from_main(evaluate)
         if not all(math.isfinite(s["loss"]) for s in scores.values()):
             raise Diverged(f"the held-out loss of {name} is not finite: lower --lr ({self.s.lr}); {where_to_begin_again(self.out)}")
-        self.stages.append({"name": name, "domain": self.about["domain"], "steps": self.s.steps, "seconds": seconds, "heldout": scores,
-                            "packing": packing(self.rows), "ranks": self.ranks.world, "threads": torch.get_num_threads(), **self.skips(),
-                            **({"shares": {r.corpus.name: n / 10**6 for r, n in zip(mixed.sources, mixed.history[-1])}} if mixed else {})})
+        stage = {"name": name, "domain": self.about["domain"], "steps": self.s.steps, "seconds": seconds, "heldout": scores,
+                 "packing": packing(self.rows), "ranks": self.ranks.world, "threads": torch.get_num_threads(), **self.skips(),
+                 **({"shares": {r.corpus.name: n / 10**6 for r, n in zip(mixed.sources, mixed.history[-1])}} if mixed else {})}
         self.log.row(stage=name, domain=self.about["domain"], step=self.s.steps, heldout=scores)
         trunk = {"trunk": f"{name}-t{self.trunk:05d}"} if self.trunk else {}
-        self.ranks.from_main(lambda: self.save(self.out / name, stage=self.stages[-1], **trunk))
+        self.ranks.from_main(lambda: self.save(self.out / name, stage=stage, **trunk))
 
     def stops_between_stages(self) -> bool:
         return self.allowance == 0 or self.ranks.any(bool(self.signal))
