@@ -109,7 +109,6 @@ def main() -> None:
         raise InputError(f"--independent: {c.study} follows one lineage; leave it out")
     make_deterministic(c.deterministic)
     use_threads(0)
-    record(c)       # refuses a value that cannot be recorded now, not at the end
     out = Path(c.out or f"runs/analyze/{c.study}")
     check_overwritable(out, {"rows.jsonl", "rows.jsonl.part", "summary.json", FIGURES, *drawn_by(c.study)})
     with locked(out):
