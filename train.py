@@ -178,7 +178,7 @@ def train_stages(c: Config, this_run: PretrainRun, ranks: Ranks) -> Interrupted 
     paths = ranks.main_first(lambda: {name: corpus_path(place, c.cache) for name, place in earlier.items()}) | paths
     corpora = ranks.main_first(lambda: {name: build_corpus(name, path, tokenizer, c.cache) for name, path in paths.items()})
     groups = [tuple(places)] if r.mix else [(name,) for name in places]
-    contents = contents_of(corpora, contents, {name: place for name, place in earlier.items() if name not in groups[0]}, groups)
+    contents = contents_of(corpora, contents, earlier, groups)
     where = {"device": ranks.device, "precision": pick_precision(c.precision, ranks.device)}
     content = {"--precision": precision_name(where["precision"]), "tokenizer": tokenizer.fingerprint, "--init": parent,
                "--mix_reference": r.mix_reference and ranks.main_first(lambda: open_base(r.mix_reference)).fingerprint,

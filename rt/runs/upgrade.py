@@ -133,10 +133,10 @@ def earlier_domains(c: Any, domains: dict[str, str], own: dict[str, str]) -> dic
 def contents_of(corpora: dict[str, dict[str, Corpus]], noted: dict[str, str], earlier: dict[str, str],
                 groups: list[tuple[str, ...]]) -> list[dict[str, str]]:
     """After each stage, {domain: hash of its tokens} as the lineage learned it: `noted` before, and `corpora` of the stages so far (their
-    `groups`). InputError if a domain that is only replayed (`earlier`: its place) is not what the lineage learned."""
+    `groups`). InputError if a domain (`earlier`: its place) that the first stage only replays is not what the lineage learned."""
     found = {name: parts["train"].content for name, parts in corpora.items() if parts["train"].content}     # old caches have none
     for name, place in earlier.items():
-        if name in found and noted.get(name, "") not in ("", found[name]):
+        if name in found and name not in groups[0] and noted.get(name, "") not in ("", found[name]):
             raise InputError(f"--replay: {name} ({place}) has changed since the lineage learned it: restore it, or leave --replay out")
     learned = ({name: found[name] for name in some if name in found} for some in (earlier, *groups))
     return [*accumulate(learned, or_, initial=noted)][2:]
