@@ -208,7 +208,7 @@ def do_runs(c: Config, r: Recycling, plan: list[Run], sources: Sources, out: Pat
     others, content = [(delta, None) for delta in sources.olds if delta is not r.old_delta], sources.samples.content
     origins = base_origins(rows, r, sources.bases, others, content)
     special = {"project": origin_of(r, [*others, *sources.projects]),
-               **dict.fromkeys(carried, origin_of(r, others, sources.texts, content))}
+               **{mode: origin_of(r, others, sources.texts, content * (mode in NEEDS_TEACHER)) for mode in carried}}
     origin = {row.name: special.get(row.mode, origins[row.name]) for row in rows}
     precision = precision_name(r.precision)     # what auto is here
     finished = ranks.from_main(lambda: begin(c, out, rows, origin, r.data.test is not None, precision))
