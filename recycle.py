@@ -216,11 +216,11 @@ def do_runs(c: Config, r: Recycling, plan: list[Run], sources: Sources, out: Pat
     workers = share_cores(len(plan), c.threads, c.workers) if ranks.world == 1 and ranks.device.type == "cpu" else 1
     mine = [[one] for one in todo] if c.sweep is None else dealt(todo, ranks.rank, ranks.world, workers)
     start, samples = r if c.sweep is None else replace(r, data=replace(r.data, test=None)), {}
-    if {one.mode for one in todo} & {*carried}:
-        start.carried, start.about = transport(r.old_base, r.base, r.old_delta, sources.texts)
 
     def done(group: list[Run]) -> Iterator[str]:
         """Do and save runs; yields the progress bar's text for each run."""
+        if start.carried is None and {one.mode for one in todo} & {*carried}:       # here: a process that has used threads cannot be forked
+            start.carried, start.about = transport(r.old_base, r.base, r.old_delta, sources.texts)
         for seed in {one.seed for one in group} - samples.keys():
             samples[seed] = sources.samples.of(start, seed) if c.shots else start
             if len(sources.olds) > 1:

@@ -1,5 +1,6 @@
 """Where a mode starts: gradient-masked deltas, prototype heads, several old deltas, a carried delta; in the core and as commands."""
 import json
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from rt.recycling import Recycling, check, new_delta, recycle, start
 from rt.runs import build
 from rt.runs.results import old_names
 from rt.runs.starts import ProjectConfig, carry_texts, combine, learn_map, merge_on_dev
+from rt.transport import transport
 from rt.tune import TuneResult, TuneSettings, evaluate, predict
 
 CPU = dict(device=torch.device("cpu"), precision=torch.float32)
@@ -395,6 +397,18 @@ def test_modes_without_a_teacher_are_not_done_again_for_other_texts(home, more):
         for mode, row in rows_of(home).items():
             folders.setdefault(mode, set()).add((home / "out" / "deltas" / row["run"]).stat().st_ino)
     assert {mode for mode, found in folders.items() if len(found) > 1} == {"distill", "init+distill"}
+
+
+def test_no_order_is_sought_in_a_process_that_is_forked_afterwards(home, monkeypatch):
+    """A fork has none of its parent's threads, and would wait for them for ever."""
+    def noted(*given):
+        (home / "pids").open("a").write(f"{os.getpid()}\n")
+        return transport(*given)
+
+    monkeypatch.setattr("recycle.transport", noted)
+    typed(home, "--mode", "transport,init", "--carry", "--workers", "2")
+    pids = (home / "pids").read_text().split()
+    assert pids and str(os.getpid()) not in pids and {*rows_of(home)} == {"transport", "init"}
 
 
 def test_the_flags_of_train_py_reach_the_tuning(home, monkeypatch):
