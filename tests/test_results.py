@@ -150,7 +150,8 @@ def test_scratch_is_the_baseline_of_rows_of_its_own_bases_task_and_settings():
         return {"mode": mode, "origin": origin, "settings": run(mode, *flags).settings}
 
     same = [row("scratch", ["0", "1", "d", "t"]), row("distill", ["0", "1", "e", "t"], "--alpha", 0.5), row("init", ["0", "1", "d", "t"]),
-            row("init", ["9", "1", "e", "t"], "--old_base", "other", "--old_delta", "keep2")]
+            row("init", ["9", "1", "e", "t"], "--old_base", "other", "--old_delta", "keep2"),
+            row("init", ["0", "1", "f", "t"], "--old_delta", "a,b", "--merge", "ties")]
     others = [row("init", ["0", "2", "d", "t"]), row("init", ["0", "1", "d", "u"]), row("init", ["0", "1", "d", "t"], "--steps", 9)]
     assert comparable([*same, *others], unread(recycle.Config, "scratch")) == [same, *([other] for other in others)]
 

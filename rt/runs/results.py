@@ -25,7 +25,7 @@ from rt.formats.atomic import differing, digest_of
 from rt.formats.delta_files import delta_folder, nbytes, open_delta, write_delta
 from rt.formats.files import FIGURES, check_overwritable, read_json, write_json
 from rt.formats.untrusted import shaped
-from rt.recycling import CARRIES, NEEDS_TEACHER, TRAINED, Recycling
+from rt.recycling import CARRIES, FROM_OLD, NEEDS_TEACHER, TRAINED, Recycling
 from rt.runs.config import changed, flags_of, record
 from rt.runs.log import Log, facts_of
 from rt.runs.summary import add_steps_to_scratch, best_of, by_settings, group, routes, source_of
@@ -35,7 +35,7 @@ from rt.tune import TuneResult, score
 NOT_SETTINGS = {"mode", "seeds", "lr", "out", "cache", "device", "resume", "save_deltas", "sweep", "side_by_side", "graphs",
                 "deterministic", "tensorboard", "workers", "threads"}
 # part of a Config -> the modes that read it
-USED_BY = {"distill": (*NEEDS_TEACHER, "project"), "project": ("project",), "teaching": NEEDS_TEACHER, "carry": CARRIES}
+USED_BY = {"distill": (*NEEDS_TEACHER, "project"), "project": ("project",), "teaching": NEEDS_TEACHER, "carry": CARRIES, "merge": FROM_OLD}
 # newer flags and parts of a Config: a name leaves out their defaults, as the names of earlier runs do
 LATER = {"teaching", "carry", "head", "merge", "chain", "early_stop", "gamma", "itp", "project_patience"}
 
