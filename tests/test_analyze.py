@@ -379,7 +379,7 @@ def domains(home, graphs) -> tuple:
 
 def test_recipes_are_worth_what_they_keep_and_learn(home, domains):
     said, rows, summary = study(home, "recipes", *domains, "--old_base", home / "run" / "M0", "--shots", "4", "--tune_steps", "2",
-                                bases=("M1", "M2"))
+                                bases=("M0", "M1", "M2"))       # M0 is among them, as by default
     m0, m1, m2 = (row for row in rows if row["of"] == "base")
     assert set(m0["heldout"]) == {"corpus", "new"} and m0["l2"] == 0 and m1["l2"] < m2["l2"] and m0["cosine"] == pytest.approx(1)
     score = {row["base"]: row for row in rows if row["of"] == "delta"}
