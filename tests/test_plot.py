@@ -182,7 +182,7 @@ def test_rows_of_another_old_delta_have_a_line_of_their_own(tmp_path):
     rows = [recycled(mode, s, [0.1, y]) | {"origin": ["M0", "M1", delta, "task"]}
             for s, y, delta in ((0, 0.8, "was"), (1, 0.8, "was"), (0, 0.3, "is")) for mode in ("init", "scratch")]
     (lines,) = best_by_panel(results_of(tmp_path, {"rows": rows})).values()
-    other = next(name for name in lines if name.startswith("init, old delta "))
+    other = next(name for name in lines if name.startswith("init, sources "))
     assert {name: [row["seed"] for row in found] for name, found in lines.items()} == {"init": [0, 1], other: [0], "scratch": [0, 1, 0]}
 
 

@@ -162,8 +162,8 @@ def completed(row: dict) -> dict:
 
 
 def best_by_panel(results: list[dict]) -> dict[tuple, dict[str, list[dict]]]:
-    """{(task, delta, shots, base, content): {mode and route: the rows of their best setting on dev}}. If what was recycled changed between
-    runs, the rows of each old delta have their own line."""
+    """{(task, delta, shots, base, content): {mode and route: the rows of their best setting on dev}}. If old deltas, texts or a
+    teacher's answers changed between runs, the rows of each have their own line."""
     def setting(row: dict) -> list:     # the same for all bases of a chain
         return [row["lr"], {k: v for k, v in row["settings"].items() if k not in ("base", "chain")}]
 
@@ -172,7 +172,7 @@ def best_by_panel(results: list[dict]) -> dict[tuple, dict[str, list[dict]]]:
     for (mode, route, *_, source), rows in group(results, *keys).items():
         for panel, found in group(chosen(rows, mode, setting), "task", "delta", "shots", "base", "content").items():
             name, lines = f"{mode} {route}" if route else mode, panels.setdefault(panel, {})
-            lines[f"{name}, old delta {source}" if name in lines else name] = found
+            lines[f"{name}, sources {source}" if name in lines else name] = found
     return panels
 
 
