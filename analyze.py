@@ -90,7 +90,7 @@ def main() -> None:
     c = parse(Config, sys.argv[1:])
     c.seeds = (*dict.fromkeys(c.seeds),)
     if c.old_base:
-        c.bases = (c.old_base, *(base for base in c.bases if base != c.old_base))
+        c.bases = (c.old_base, *(base for base in c.bases if Path(base) != Path(c.old_base)))
     if (count := len(c.bases) + bool(c.independent)) < 2:
         raise InputError(f"--bases {','.join(c.bases)}: a study needs two bases at least")
     if (c.study in ABOUT_UPGRADES) != bool(c.domains) or c.old_base and c.study not in ABOUT_UPGRADES:
