@@ -498,8 +498,11 @@ def test_a_delta_that_is_saved_again_keeps_its_figures_and_the_records_of_its_ru
     assert all((tmp_path / "d" / name).read_text() == name for name in (*OF_THE_RUN, f"{FIGURES}/convergence.png"))
 
 
-def test_a_delta_is_put_beside_its_base_or_under_runs_if_that_is_a_hub_id(tmp_path):
-    (tmp_path / "M0").mkdir()
+def test_a_delta_is_put_beside_its_base_or_under_runs_if_that_is_a_hub_id(tmp_path, monkeypatch):
+    (tmp_path / "M0" / "resume").mkdir(parents=True)
+    for place, name in (("M0", "."), ("M0/resume", "..")):
+        monkeypatch.chdir(tmp_path / place)
+        assert place_of_delta(name, "sick", "full") == tmp_path / "deltas" / "M0-sick-full-s0"
     assert place_of_delta(str(tmp_path / "M0"), "sick", "lora", "-r4", 2) == tmp_path / "deltas" / "M0-sick-lora-r4-s2"
     assert place_of_delta("an/id", "sick", "full") == Path("runs/deltas/id-sick-full-s0")
 

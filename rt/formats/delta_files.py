@@ -1,4 +1,5 @@
 """Deltas on disk: a folder with delta.safetensors (tensors named PART.NAME) and delta.json (config, origin, hashes)."""
+import os
 import shutil
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -39,6 +40,7 @@ def open_delta(name: str, base: Base, labels: tuple[str, ...] = (), task: str | 
 
 def place_of_delta(base: str, task: str, kind: str, more: str = "", seed: int = 0) -> Path:
     """The default place of a delta: next to its base, or under runs if the base is a hub id."""
+    base = base if Path(base).name.strip(".") else os.path.abspath(base)      # . and .. have no name of their own
     home = Path(base).parent if Path(base).exists() else Path("runs")
     return home / "deltas" / f"{Path(base).name}-{task}-{kind}{more}-s{seed}"
 
