@@ -146,11 +146,7 @@ def pretrain(c: Config) -> None:
     if "steps" in changed(c) and len(c.steps) > stages:
         raise InputError(f"--steps {','.join(map(str, c.steps))}: are for {len(c.steps)} stages, and --stream makes {stages}")
     c.recipe.check(domain_names("stream", c.stream), c.warmup, min(c.steps[:stages]), c.snapshots,
-                   sum(entry.startswith("task:") for entry in c.stream))
-    if c.recipe.preserve and not c.init and (c.recipe.mix or len(c.stream) == 1):
-        raise InputError("--preserve: a new base has no earlier one to stay near; give that one with --init")
-    if c.recipe.rates.rewarm and not c.init:
-        raise InputError("--rewarm has no effect without --init: the rate of a new base rises anyway")
+                   sum(entry.startswith("task:") for entry in c.stream), is_new=not c.init)
     if c.compile and c.recipe.by_need:
         raise InputError("--mix need evaluates batches of many shapes, and --compile would recompile for each: leave --compile out")
     settings = {k: v for k, v in record(c).items() if k not in NOT_SETTINGS}

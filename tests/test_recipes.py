@@ -499,7 +499,8 @@ def test_settings_that_make_no_sense_together_are_refused_in_a_sentence(home):
     assert thirds.start_shares(["a", "b", "c"], 0) == pytest.approx([1 / 3] * 3)
     assert "--align_eps has no effect without --align" in train(home, "z", "--align_eps", "0.1", code=2)
     assert "--mask_rate 0.001: predicts none of the 128 tokens of a row" in train(home, "z", "--mask_rate", "0.001", code=2)
-    assert "--compile would recompile for each" in train(home, "z", "--mix", "need", "--compile", code=2)
+    assert "--compile would recompile for each" in train(home, "z", "--mix", "need", "--mix_reference", "M0", "--compile", code=2)
+    assert "--mix need: no loss of a new base rises above that of its random start" in train(home, "z", "--mix", "need", code=2)
     assert "no earlier one to stay near" in train(home, "z", "--preserve", "3", stream="one", code=2)
     said = train(home, "z", "--schedule", "infinite", "--rewarm", stream="one", code=2)
     assert "--rewarm has no effect without --init: the rate of a new base rises anyway" in said

@@ -49,8 +49,9 @@ class RecipeConfig:
     align_eps: Share = 0.3  # Reptile: share of the way that is kept; 1 is plain training
     average: PositiveInt = 1  # the published base is the mean of the last N snapshots, counting the stage's end
 
-    def check(self, domains: list[str], warmup: float, steps: int, snapshots: int, tasks: int = 0) -> None:
-        """InputError for settings that make no sense together or with those of the stage. `tasks`: how many of `domains` are tasks."""
+    def check(self, domains: list[str], warmup: float, steps: int, snapshots: int, tasks: int = 0, is_new: bool = False) -> None:
+        """InputError for settings that make no sense together or with those of the stage. `tasks`: how many of `domains` are tasks.
+        `is_new`: nothing is continued."""
         s = self.rates
         for of, is_there, *names in (
                 ("`schedule` wsd or infinite", s.schedule in ("wsd", "infinite"), "cooldown"),
@@ -80,6 +81,13 @@ class RecipeConfig:
             raise InputError(f"`align` {self.align}: has its first effect after {self.align} steps, and a stage has {steps}")
         if self.by_need and 2 * self.mix_every >= steps:
             raise InputError(f"`mix_every` {self.mix_every}: shares change first after {2 * self.mix_every} steps, and a stage has {steps}")
+        if is_new and self.preserve and (self.mix or len(domains) == 1):
+            raise InputError("`preserve`: a new base has no earlier one to stay near; give that one with `init`")
+        if is_new and s.rewarm:
+            raise InputError("`rewarm` has no effect without `init`: the rate of a new base rises anyway")
+        if is_new and self.by_need and not self.mix_reference:
+            raise InputError("`mix` need: no loss of a new base rises above that of its random start, so the shares would stay equal; give "
+                             "a base that sets the losses to reach as `mix_reference`, or continue one with `init`")
 
     @property
     def by_need(self) -> bool:
