@@ -105,6 +105,8 @@ def test_a_delta_and_the_base_it_was_learned_on(run_home, tokenizer, tmp_path):
     assert facts["base"].startswith(str(run_home / "M1"))
     path.write_text(json.dumps(about | {"info": {**about["info"], "source": "my-finetune"}}))
     assert inspect(tmp_path / "a" / "b")["learned"] == "elsewhere, imported from my-finetune"
+    path.write_text(json.dumps(about | {"info": {**about["info"], "config": {"base": "FacebookAI/roberta-base"}}}))
+    assert inspect(tmp_path / "a" / "b")["base"].startswith("not found among our bases (learned on FacebookAI/roberta-base); roberta, 2")
 
 
 def test_an_undefined_score_is_not_called_unscored(run_home, tmp_path):

@@ -155,8 +155,10 @@ def encoder_count(e: dict) -> int:
 def base_of(folder: Path, info: dict) -> str:
     """The folder of the base that a delta was learned on, looked for above the delta and where its config says the bases were."""
     config = info.get("config") or {}
-    named = [Path(name).parent for name in (config.get("base"), *(config.get("chain") or ())) if name]
-    return str(bases_in([folder.parent, folder.parent.parent, *named]).get(info.get("base"), ("not found",))[0])
+    names = [name for name in (config.get("base"), *(config.get("chain") or ())) if name]
+    unknown = "not found among our bases" + "".join(f" (learned on {name})" for name in names[-1:])      # such as one of Hugging Face's
+    near = [folder.parent, folder.parent.parent, *(Path(name).parent for name in names)]
+    return str(bases_in(near).get(info.get("base"), (unknown,))[0])
 
 
 def run_folder(folder: Path, summary: dict) -> dict[str, str]:
