@@ -149,6 +149,10 @@ def test_what_a_killed_process_left_beside_a_complete_run_is_removed(tmp_path):
         write_json(tmp_path / "run" / name, {})
     (tmp_path / "run" / "resume" / "M0-t00001").mkdir(parents=True)
     assert not has_work(tmp_path / "run", {}, resume=True, defaults={}) and not (tmp_path / "run" / "resume").exists()
+    for name in ("M0-t00001", "M0-t00002.part", "deltas/M0-t00001-math-full-s0"):      # tuned on a checkpoint of the unfinished run
+        (tmp_path / "run" / "resume" / name).mkdir(parents=True)
+    assert not has_work(tmp_path / "run", {}, resume=True, defaults={})
+    assert [path.name for path in (tmp_path / "run" / "resume").glob("**/*")] == ["deltas", "M0-t00001-math-full-s0"]
 
 
 def test_the_seconds_before_an_interruption_count(tmp_path, base, tokenizer):

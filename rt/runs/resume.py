@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, Callable
@@ -59,7 +59,7 @@ def has_work(out: Path, settings: dict, resume: bool, defaults: dict) -> bool:
         if settings[k] != (was := begun.get(k, defaults.get(k))):
             raise InputError(f"{out} was begun with --{k} {was}, not {settings[k]}: give another --out, or remove the folder")
     if (out / "summary.json").exists():
-        shutil.rmtree(out / "resume", ignore_errors=True)       # a killed process may have left it
+        remove_checkpoints(out)     # a killed process may have left them
         return False
     if not resume:
         raise InputError(f"{out} holds an unfinished run: add --resume to go on, or remove the folder")
@@ -85,6 +85,15 @@ def checkpoints(out: Path) -> list[Path]:
     """The resumable checkpoints in `out`, newest first."""
     found = (path for path in (out / "resume").glob("*") if re.fullmatch("M[0-9]{1,9}-t[0-9]{5,9}", path.name))
     return sorted(found, key=stage_and_step, reverse=True)
+
+
+def remove_checkpoints(out: Path) -> None:
+    """Remove the resumable checkpoints in `out`, whole or half written. What else is beside them stays, such as deltas tuned on one."""
+    for path in (out / "resume").glob("*"):
+        if re.fullmatch(r"M[0-9]{1,9}-t[0-9]{5,9}(\.part|\.replaced)?", path.name):
+            shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):     # something else is there, or nothing was
+        (out / "resume").rmdir()
 
 
 def newest_checkpoints(out: Path) -> dict[str, Path]:
@@ -306,7 +315,7 @@ class PretrainRun(ExitStack):
         """Write summary.json, remove the resumable checkpoints, and print the forgetting matrix."""
         if self.ranks.is_main:
             write_json(self.out / "summary.json", {"stages": self.stages, "config": self.settings, "argv": sys.argv})
-            shutil.rmtree(self.out / "resume", ignore_errors=True)
+            remove_checkpoints(self.out)
         print(forgetting_table(self.stages))
 
 
