@@ -41,7 +41,7 @@ from rt.runs.log import Log, StepBar, facts_of, load_tensorboard, note_changed_t
 from rt.runs.predict import open_tuned
 from rt.runs.resume import PretrainRun, check_content, has_work, sample_of, table_of
 from rt.runs.signals import Interrupted
-from rt.runs.upgrade import RecipeConfig, Start, contents_of, earlier_domains, go_on_from, lengthen, scored_rows, start_recipe, used
+from rt.runs.upgrade import RecipeConfig, Start, contents_of, earlier_domains, go_on_from, lengthen, scored_rows, start_recipe, target, used
 from rt.runs.workers import use_threads
 from rt.speed.device import make_deterministic, pick_device, pick_precision, precision_name
 from rt.speed.dist import Ranks, join, launched, zero
@@ -177,7 +177,7 @@ def train_stages(c: Config, this_run: PretrainRun, ranks: Ranks) -> Interrupted 
     contents = contents_of(corpora, contents, earlier, groups)
     where = {"device": ranks.device, "precision": pick_precision(c.precision, ranks.device)}
     content = {"--precision": precision_name(where["precision"]), "tokenizer": tokenizer.fingerprint, "--init": parent,
-               "--mix_reference": r.mix_reference and ranks.main_first(lambda: open_base(r.mix_reference)).fingerprint,
+               "--mix_reference": r.mix_reference and target(c, tokenizer, ranks).fingerprint,
                **{f"corpus {k}": v["train"].content for k, v in corpora.items()}}
     ranks.assert_same(content)
     training, heldout = rows_of(c, corpora, groups, [*earlier], tokenizer, number + 1, ranks)

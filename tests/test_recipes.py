@@ -623,6 +623,7 @@ def test_bases_that_cannot_serve_as_reference_or_be_preserved_are_refused(home, 
     said = train(home, "no reference", "--init", home / "start" / "M0", "--mix", "need", "--mix_every", "5", "--steps", "11",
                  "--mix_reference", home / "words" / "M0", code=2)
     assert "words/M0: has another tokenizer than the new base, or no masked-LM head" in said
+    assert not (home / "no reference" / "config.json").exists()     # the command with another reference can begin there
     monkeypatch.setattr("train.open_base", lambda place: replace(load_base(place), head=None))
     said = train(home, "no head", "--init", home / "start" / "M0", "--steps", "1", "--preserve", "3", "--preserve_by", "predictions",
                  stream="two", code=2)

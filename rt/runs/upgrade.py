@@ -125,8 +125,8 @@ def earlier_domains(c: Any, domains: dict[str, str], own: dict[str, str]) -> dic
     """{name: place} of the domains of --init's lineage, which --replay draws from in the stages that do not learn them again. Without
     --replay, none. InputError if one of the stream's `own` domains has the name of an earlier one, which the lineage would lose."""
     if clash := [name for name, place in own.items() if domains.get(name, place) != place]:
-        raise InputError(f"--stream: {clash[0]} ({own[clash[0]]}) has the name of an earlier domain ({domains[clash[0]]}); rename the "
-                         "file or folder, or give a link to it that has another name")
+        raise InputError(f"--stream: {clash[0]} ({own[clash[0]]}) has the name of an earlier domain ({domains[clash[0]]}); rename what "
+                         "--stream names, or give a link to it that has another name")
     if not c.recipe.replay:
         return {}
     if domains.keys() <= own.keys() and (c.recipe.mix or len(own) == 1):
@@ -156,6 +156,15 @@ def used(recipe: RecipeConfig, rows: Rows, parent: str | None) -> dict:
     return {name: value for name, value in changed(recipe).items() if name not in idle}
 
 
+def target(c: Any, tokenizer: Tokenizer, ranks: Ranks) -> Base:
+    """The base that sets the target losses of --mix need. InputError if it cannot score the texts as the new base does."""
+    base = ranks.main_first(lambda: open_base(c.recipe.mix_reference))
+    if base.head is None or base.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise InputError(f"--mix_reference {c.recipe.mix_reference}: has another tokenizer than the new base, or no masked-LM head")
+    base.require_length(c.seq_len)
+    return base
+
+
 def start_recipe(c: Any, model: MaskedLM, rows: Rows, corpora: list[Corpus], tokenizer: Tokenizer, ranks: Ranks, where: dict,
                  published: str | Path | None) -> Recipe:
     """The recipe of a stage on `corpora`; `rows` come from the first corpus. `published` is the base that is continued (None: a new base,
@@ -176,10 +185,7 @@ def start_recipe(c: Any, model: MaskedLM, rows: Rows, corpora: list[Corpus], tok
 
     reference = model
     if r.mix_reference:
-        base = ranks.main_first(lambda: open_base(r.mix_reference))
-        if base.head is None or base.tokenizer.fingerprint != tokenizer.fingerprint:
-            raise InputError(f"--mix_reference {r.mix_reference}: has another tokenizer than the new base, or no masked-LM head")
-        base.require_length(c.seq_len)
+        base = target(c, tokenizer, ranks)
         reference = MaskedLM(base.encoder, base.head).to(ranks.device)
     return Recipe(model, r.align, r.align_eps, rows.mixture, r.mix_every, r.mix_eta, losses, losses(reference), loss)
 
