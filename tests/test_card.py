@@ -105,6 +105,8 @@ def test_a_base_alone_says_what_it_was_trained_on(lineage, tmp_path, monkeypatch
 def test_the_domains_of_a_mixture_are_named_together(lineage):
     base = replace(lineage[1], meta=lineage[1].meta | {"domain": "math+dl"})
     assert "pre-trained on `math+dl` for 40 steps" in card("exported", "M1", base, None)
+    replayed = replace(lineage[1], meta=lineage[1].meta | {"recipe": {"replay": 0.1}, "config": {"init": "M0"}})
+    assert "continued from `M0`, pre-trained on `dl` for 40 steps" in card("exported", "M1", replayed, None)
 
 
 def test_a_hub_id_is_the_base_model(base, tokenizer, tmp_path, monkeypatch):

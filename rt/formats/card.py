@@ -57,9 +57,10 @@ def card(out: str, source: str, base: Base, delta: Delta | None = None, is_adapt
 def history(called: str, base: Base, delta: Delta | None) -> list[str]:
     """What the base or its delta has learned, followed by what the records say about how."""
     meta, info, own = base.meta, delta.info if delta else base.meta, base.meta.get("domain")
-    line = [*((meta.get("stage") or {}).get("heldout") or [own])] if own else []        # the domains of its stream
-    line = line[:line.index(own) + 1] if own in line else [own] if own else []       # a mixture's domains have one name
-    init = (meta.get("config") or {}).get("init")
+    init, line = (meta.get("config") or {}).get("init"), [*((meta.get("stage") or {}).get("heldout") or ())]     # the domains of its stream
+    if own not in line or init and "replay" in (meta.get("recipe") or {}):      # a mixture's domains have one name; some were only replayed
+        line = [own] if own else []
+    line = line[:line.index(own) + 1] if line else []
     trained = (f", continued from {code(local(init))}" if init else "") + (
         f", pre-trained on {', then '.join(map(code, line))} for {meta.get('step')} steps" if line else "")
     config, mode, origin, facts = info.get("config") or {}, info.get("mode"), info.get("origin"), [trained]
