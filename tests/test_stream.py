@@ -11,6 +11,7 @@ import train
 from rt.errors import InputError
 from rt.formats.checkpoint import save_base
 from rt.formats.files import write_json
+from rt.formats.hub import open_base
 from rt.model import MaskedLM
 from rt.optim import adamw
 from rt.pretrain import PretrainSettings
@@ -194,3 +195,9 @@ def test_checkpoints_are_ordered_by_numbers_not_names(tmp_path):
     for name in ("M9-t00300", "M10-t99999", "M10-t100000"):
         (tmp_path / "resume" / name).mkdir(parents=True)
     assert [path.name for path in checkpoints(tmp_path)] == ["M10-t100000", "M10-t99999", "M9-t00300"]
+
+
+def test_a_run_without_a_finished_base_is_said_to_be_one(tmp_path):
+    write_json(tmp_path / "run" / "config.json", {"stream": ["python"]})
+    with pytest.raises(InputError, match="run: is a run, not a base; give one of its bases: none is finished yet"):
+        open_base(str(tmp_path / "run"))

@@ -14,6 +14,7 @@ from rt.deltas import Base
 from rt.errors import InputError
 from rt.formats.atomic import found
 from rt.formats.checkpoint import load_base
+from rt.formats.files import read_json
 from rt.formats.hf import load_hf
 from rt.formats.splits import TABLE, home_of, read_name, visible
 
@@ -35,8 +36,9 @@ def open_base(name: str) -> Base:
     if (path / "meta.json").is_file():
         return load_base(path)
     if (path / "config.json").is_file():
-        if bases := sorted(each.name for each in path.glob("M*") if re.fullmatch("M[0-9]+", each.name)):
-            raise InputError(f"{name}: is a run, not a base; give one of its bases: {', '.join(bases)}")
+        bases = sorted(each.name for each in path.glob("M*") if re.fullmatch("M[0-9]+", each.name))
+        if bases or "stream" in read_json(path / "config.json"):
+            raise InputError(f"{name}: is a run, not a base; give one of its bases: {', '.join(bases) or 'none is finished yet'}")
         return load_hf(path)
     raise InputError(f"{name}: no base there; expected {HUB_NAME}, or a folder with meta.json (ours) or config.json (Hugging Face)")
 
