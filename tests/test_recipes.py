@@ -200,6 +200,8 @@ def test_replay_knows_the_earlier_domains_of_init(home):
     assert list(meta["domains"]) == ["one", "two"] and meta["recipe"] == {"replay": 0.25} and "one" in meta["stage"]["heldout"]
     assert meta["stage"]["shares"] == {"one": 0.25, "two": 0.75} and inspect(home / "new" / "M1")["recipe"] == "replay 0.25"
     assert "has no record (in its meta.json) of domains" in train(home, "x", "--steps", "4", "--replay", "0.25", stream="one", code=2)
+    said = train(home, "x", *upgrade, stream="one", code=2)
+    assert "M0 has no record (in its meta.json) of domains other than those of this stream" in said
     train(home, "back", "--steps", "4", "--replay", "0.5", "--init", home / "new" / "M1", stream="one,two")     # both come back
     shares = [read_json(home / "back" / name / "meta.json")["stage"]["shares"] for name in ("M2", "M3")]
     assert shares == [{"two": 0.5, "one": 0.5}, {"one": 0.5, "two": 0.5}]

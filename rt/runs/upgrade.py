@@ -130,7 +130,7 @@ def earlier_domains(c: Any, domains: dict[str, str], own: dict[str, str]) -> dic
     if not c.recipe.replay:
         return {}
     if domains.keys() <= own.keys() and (c.recipe.mix or len(own) == 1):
-        raise InputError(f"--replay: {c.init or 'a new base'} has no record (in its meta.json) of domains before this stream")
+        raise InputError(f"--replay: {c.init or 'a new base'} has no record (in its meta.json) of domains other than those of this stream")
     for name, place in domains.items():
         if "/" in place and not place.startswith("hub:") and not Path(place).exists():
             raise InputError(f"--replay: {name}, an earlier domain of {c.init}, was read from {place}, which is gone: restore it "
