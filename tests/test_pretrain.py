@@ -247,6 +247,14 @@ def test_attention_is_put_back_after_compiled_blocks():
     assert rt.model.attention_qkv is attention
 
 
+def test_attention_is_put_back_if_blocks_cannot_be_compiled(monkeypatch):
+    attention, block = rt.model.attention_qkv, torch.nn.Linear(2, 2)
+    monkeypatch.setattr(torch, "compile", lambda *args, **flags: 1 / 0)
+    with pytest.raises(ZeroDivisionError), compiled([block], CPU["device"]):
+        pass
+    assert rt.model.attention_qkv is attention and "forward" not in vars(block)
+
+
 def test_graphs_need_the_kernels(monkeypatch):
     for run in (True, False):
         monkeypatch.setattr(rt.speed.graphs, "kernels_run", lambda device: run)

@@ -75,17 +75,17 @@ def compiled(blocks: Iterable[nn.Module], device: torch.device) -> Iterator[None
     the kernels run on `device`, a block is one graph, including our ops. Otherwise attention is left out of the graph: its reference loops
     over the sequences in Python, and would be compiled again for the lengths of every batch."""
     blocks, attention, whole = list(blocks), rt.model.attention_qkv, kernels_run(device)
-    if blocks:
-        torch._dynamo.config.optimize_ddp = False   # it splits graphs at the gradient buckets; blocks are small enough
-        rt.model.attention_qkv = attention if whole else torch.compiler.disable(attention)
-    for block in blocks:
-        block.forward = torch.compile(block.forward, fullgraph=whole, dynamic=False)
     try:
+        if blocks:
+            torch._dynamo.config.optimize_ddp = False   # it splits graphs at the gradient buckets; blocks are small enough
+            rt.model.attention_qkv = attention if whole else torch.compiler.disable(attention)
+        for block in blocks:
+            block.forward = torch.compile(block.forward, fullgraph=whole, dynamic=False)
         yield
     finally:
         rt.model.attention_qkv = attention
         for block in blocks:
-            del block.forward       # back to the class's own
+            vars(block).pop("forward", None)        # back to the class's own
 
 
 def kernels_run(device: torch.device) -> bool:
