@@ -1,4 +1,5 @@
 """The embedded data: what is read, how it is split, what is masked, and that a second build does nothing."""
+import ast
 import json
 import re
 from pathlib import Path
@@ -179,3 +180,28 @@ def test_the_largest_ten_labels_are_taken():
     many = {f"l{i:02}/{file}.py": ["x"] * (20 + i) for i in range(12) for file in range(3)}
     others = {f"few/{file}.py": ["x"] * 50 for file in range(2)} | {f"short/{file}.py": ["x"] * 13 for file in range(3)}
     assert docstrings.choose_labels(many | others | {"top.py": ["x"] * 999}) == [f"l{i:02}" for i in range(11, 1, -1)]
+
+
+def test_what_is_walked_without_expressions_is_in_the_order_of_all_nodes():
+    tree = ast.parse(Path(ast.__file__).read_text() + """
+class A:
+    for x in []:
+        def loop(): pass
+    else:
+        def loop_else(): pass
+    try:
+        def tried(): pass
+    except ValueError:
+        def handler(): pass
+    else:
+        async def try_else(): pass
+    finally:
+        class Final: pass
+    with open("") as f:
+        match f:
+            case 1:
+                def case(): pass
+""")
+    found, kinds = [*docstrings.statements(tree)], (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    assert [x for x in found if isinstance(x, kinds)] == [x for x in ast.walk(tree) if isinstance(x, kinds)]
+    assert not any(isinstance(x, ast.expr) for x in found)
