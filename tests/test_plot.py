@@ -303,7 +303,7 @@ def test_the_demos_own_rows(tmp_path, capsys):
     said = capsys.readouterr().out
     rows = {line.split()[0]: line for line in said.splitlines() if "±" in line}
     stages = json.loads((DEMO / "pretrain" / "summary.json").read_text())["stages"]
-    assert list(rows) == ["scratch", "apply", "init", "distill", "init+distill"] and "0.492 ± 0.011" in rows["init"]
+    assert list(rows) == ["scratch", "apply", "init", "distill", "init+distill"] and "0.492 ± 0.009" in rows["init"]
     assert f"{stages[1]['heldout']['math']['loss']:.3f}" in said
 
 
