@@ -20,53 +20,51 @@ import torch
 
 ARCHS = (80, 90, 100)
 
-def _rows(by_size: dict[int, tuple[int, ...]], arch: int = 0, bits: int = 0) -> dict[tuple[int, int, int], tuple[int, ...]]:
-    return {(a, size, b): row for size, row in by_size.items() for a in ARCHS if arch in (0, a) for b in (16, 32) if bits in (0, b)}
+def _rows(by_size: dict[int, tuple[int, ...]], arch: int = 0, bits: int = 0,
+          both: bool = False) -> dict[tuple[int, int, int], tuple[int, ...]]:
+    """{(architecture, size, bits): row}; 0 stands for all. `both`: short sequences, the sizes below zero, have the same rows."""
+    sizes = by_size | {-size: row for size, row in by_size.items() if both}
+    return {(a, size, b): row for size, row in sizes.items() for a in ARCHS if arch in (0, a) for b in (16, 32) if bits in (0, b)}
 
 
 TABLE: dict[str, dict[tuple[int, int, int], tuple[int, ...]]] = {
     # queries, keys, warps, stages; size: the head dimension, negative if the longest sequence has at most 64 tokens
     "attention_forward": {
         **_rows({32: (128, 64, 4, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 2)}, bits=16),
-        **_rows({-32: (64, 64, 4, 2), -64: (64, 64, 4, 2), -128: (64, 64, 4, 2)}, bits=16),
-        **_rows({32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (64, 16, 4, 2)}, bits=32),
-        **_rows({-32: (64, 32, 4, 2), -64: (64, 32, 4, 2), -128: (64, 16, 4, 2)}, bits=32),
+        **_rows(dict.fromkeys((-32, -64, -128), (64, 64, 4, 2)), bits=16),
+        **_rows({32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (64, 16, 4, 2)}, bits=32, both=True),
         **_rows({32: (128, 64, 8, 3), 128: (128, 32, 8, 2), -128: (128, 32, 8, 2)}, bits=16, arch=80),
-        **_rows({64: (64, 16, 4, 2), -64: (64, 16, 4, 2)}, bits=32, arch=80),
+        **_rows({64: (64, 16, 4, 2)}, bits=32, arch=80, both=True),
         **_rows({32: (128, 64, 8, 3), -32: (64, 64, 4, 3)}, bits=16, arch=100),
-        **_rows({64: (64, 32, 8, 2), -64: (64, 32, 8, 2)}, bits=32, arch=100)},
+        **_rows({64: (64, 32, 8, 2)}, bits=32, arch=100, both=True)},
     "attention_backward_keys": {
         **_rows({32: (64, 128, 8, 3), 64: (64, 128, 8, 3), 128: (32, 64, 8, 2)}, bits=16),
         **_rows({-32: (64, 64, 4, 2), -64: (64, 64, 4, 2), -128: (32, 64, 8, 2)}, bits=16),
         **_rows({128: (64, 64, 8, 3), -128: (64, 64, 8, 2)}, bits=16, arch=90),
-        **_rows({32: (32, 64, 4, 2), 64: (32, 64, 8, 2), 128: (16, 32, 4, 1)}, bits=32),
-        **_rows({-32: (32, 64, 4, 2), -64: (32, 64, 8, 2), -128: (16, 32, 4, 1)}, bits=32),
+        **_rows({32: (32, 64, 4, 2), 64: (32, 64, 8, 2), 128: (16, 32, 4, 1)}, bits=32, both=True),
         **_rows({32: (64, 128, 8, 2), 64: (32, 128, 8, 3), -32: (32, 64, 4, 2), -64: (32, 64, 4, 1)}, bits=16, arch=80),
         **_rows({32: (32, 128, 8, 2), -64: (64, 64, 8, 2)}, bits=16, arch=100),
-        **_rows({32: (16, 32, 4, 2), 64: (32, 32, 8, 2), 128: (16, 32, 8, 1)}, bits=32, arch=80),
-        **_rows({-32: (16, 32, 4, 2), -64: (32, 32, 8, 2), -128: (16, 32, 8, 1)}, bits=32, arch=80)},
+        **_rows({32: (16, 32, 4, 2), 64: (32, 32, 8, 2), 128: (16, 32, 8, 1)}, bits=32, arch=80, both=True)},
     "attention_backward_queries": {
         **_rows({32: (128, 64, 8, 3), 64: (128, 64, 8, 3), 128: (64, 64, 4, 2)}, bits=16),
-        **_rows({-32: (64, 64, 4, 2), -64: (64, 64, 4, 2), -128: (64, 64, 4, 2)}, bits=16),
-        **_rows({32: (64, 32, 4, 2), 64: (64, 32, 8, 2), 128: (64, 16, 8, 2)}, bits=32),
-        **_rows({-32: (64, 32, 4, 2), -64: (64, 32, 8, 2), -128: (64, 16, 8, 2)}, bits=32),
-        **_rows({128: (64, 64, 8, 2), -128: (64, 64, 8, 2)}, bits=16, arch=80),
-        **_rows({32: (64, 16, 4, 2), 64: (32, 32, 8, 2), -32: (64, 16, 4, 2), -64: (32, 32, 8, 2)}, bits=32, arch=80),
-        **_rows({128: (64, 16, 4, 1), -128: (64, 16, 4, 1)}, bits=32, arch=90),
-        **_rows({32: (64, 32, 4, 1), 64: (64, 32, 8, 1), 128: (64, 16, 4, 1)}, bits=32, arch=100),
-        **_rows({-32: (64, 32, 4, 1), -64: (64, 32, 8, 1), -128: (64, 16, 4, 1)}, bits=32, arch=100)},
+        **_rows(dict.fromkeys((-32, -64, -128), (64, 64, 4, 2)), bits=16),
+        **_rows({32: (64, 32, 4, 2), 64: (64, 32, 8, 2), 128: (64, 16, 8, 2)}, bits=32, both=True),
+        **_rows({128: (64, 64, 8, 2)}, bits=16, arch=80, both=True),
+        **_rows({32: (64, 16, 4, 2), 64: (32, 32, 8, 2)}, bits=32, arch=80, both=True),
+        **_rows({128: (64, 16, 4, 1)}, bits=32, arch=90, both=True),
+        **_rows({32: (64, 32, 4, 1), 64: (64, 32, 8, 1), 128: (64, 16, 4, 1)}, bits=32, arch=100, both=True)},
     # queries, keys, warps, stages; size: the larger head dimension of student and teacher, negative as above
     "attention_kd_forward": {
         **_rows({32: (128, 64, 8, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 2)}, bits=16),
         **_rows(dict.fromkeys((-32, -64, -128), (64, 64, 4, 2)), bits=16), **_rows({-128: (64, 32, 4, 2)}, bits=16, arch=80),
-        **_rows(dict.fromkeys((32, 64, 128, -32, -64, -128), (64, 32, 4, 1)), bits=32)},
+        **_rows(dict.fromkeys((32, 64, 128), (64, 32, 4, 1)), bits=32, both=True)},
     # rows that get a gradient (queries for dQ, keys for dK), rows summed over, warps, stages
     "attention_kd_backward": {
         **_rows({32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (128, 64, 8, 2)}, bits=16),
         **_rows(dict.fromkeys((-32, -64, -128), (64, 64, 4, 2)), bits=16), **_rows({128: (64, 64, 4, 1)}, bits=16, arch=100),
         **_rows({128: (128, 32, 8, 2), -64: (64, 64, 4, 1)}, bits=16, arch=80),
-        **_rows(dict.fromkeys((32, 64, -32, -64), (64, 32, 4, 1)) | dict.fromkeys((128, -128), (64, 32, 8, 1)), bits=32),
-        **_rows({128: (32, 32, 4, 1), -128: (32, 32, 4, 1)}, bits=32, arch=100)},
+        **_rows({32: (64, 32, 4, 1), 64: (64, 32, 4, 1), 128: (64, 32, 8, 1)}, bits=32, both=True),
+        **_rows({128: (32, 32, 4, 1)}, bits=32, arch=100, both=True)},
     # columns, warps; size: the row-length class (common.row_class)
     "hidden_mse": _rows({32: (32, 1), 256: (256, 1), 1024: (1024, 4), 4096: (4096, 8)}),
     "states_mse": _rows({4096: (1024, 4)}),
