@@ -93,25 +93,22 @@ class op:
     def register_autograd(self, backward: Callable, setup_context: Callable) -> None:
         """Like custom_op's. Differentiating a gradient again raises RuntimeError."""
         torch.library.register_autograd(self.op, backward, setup_context=setup_context, lib=LIBRARY)
-        self.eager = _function(self.op, backward, setup_context).apply
 
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, *inputs):
+                with torch._C._AutoDispatchBelowAutograd():
+                    output = self.op(*inputs)
+                setup_context(ctx, inputs, output)
+                return output
 
-def _function(operator: Callable, backward: Callable, setup_context: Callable) -> type[torch.autograd.Function]:
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *inputs):
-            with torch._C._AutoDispatchBelowAutograd():
-                output = operator(*inputs)
-            setup_context(ctx, inputs, output)
-            return output
+            @staticmethod
+            def backward(ctx, *up):
+                if torch.is_grad_enabled():     # create_graph: our gradients build no graph of their own
+                    raise RuntimeError(f"{self.op} is not differentiable twice; RT_KERNELS=ref is")
+                return backward(ctx, *up)
 
-        @staticmethod
-        def backward(ctx, *up):
-            if torch.is_grad_enabled():     # create_graph: our gradients build no graph of their own
-                raise RuntimeError(f"{operator} is not differentiable twice; RT_KERNELS=ref is")
-            return backward(ctx, *up)
-
-    return Function
+        self.eager = Function.apply
 
 
 def launch(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
