@@ -195,9 +195,8 @@ def _attention_kd_backward(g: Tensor, q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t
 
 
 def _save(ctx, inputs, output):
-    *qk, cu_seqlens, max_seqlen, scale_s, scale_t = inputs
-    ctx.save_for_backward(*qk, output[1], cu_seqlens)
-    ctx.rest = max_seqlen, scale_s, scale_t
+    q_s, k_s, q_t, k_t, cu_seqlens, *ctx.rest = inputs
+    ctx.save_for_backward(q_s, k_s, q_t, k_t, output[1], cu_seqlens)
     ctx.set_materialize_grads(False)
 
 
