@@ -103,7 +103,7 @@ def _seed(seed: Tensor | int | None, device: torch.device) -> Tensor:
     if seed is None:
         return torch.randint(2**63 - 1, (1,), device=device)
     if isinstance(seed, Tensor):
-        return seed.to(device, torch.int64).reshape(-1).contiguous()
+        return seed.to(device).reshape(-1).contiguous()
     return torch.full((1,), seed, device=device, dtype=torch.int64)
 
 
@@ -203,14 +203,12 @@ def attention_qkv(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, dropout_p
         raise ValueError(f"qkv must be (N, 3, H, D), not {tuple(qkv.shape)}")
     N, _, _, D = qkv.shape
     check_cu_seqlens(cu_seqlens)
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be at least 0 and below 1, not {dropout_p}")
-    if dropout_p and isinstance(seed, Tensor):
-        check_dropout(N, dropout_p, seed.reshape(-1))
+    seed = _seed(seed, qkv.device) if dropout_p else None
+    if seed is not None:
+        check_dropout(N, dropout_p, seed)
     scale = D ** -0.5 if scale is None else scale
     if not uses_triton(qkv) or scale <= 0:
         return attention_ref(*qkv.unbind(1), cu_seqlens, max_seqlen, dropout_p=dropout_p, seed=seed, scale=scale, prefix_kv=prefix_kv)
-    seed = _seed(seed, qkv.device) if dropout_p else None
     out = _attention(*widened(qkv), cu_seqlens.contiguous(), seed, max_seqlen, scale, dropout_p)[0][..., :D]
     return out if prefix_kv is None else out + _prefix(qkv.unbind(1)[0] * scale, *prefix_kv)
 
