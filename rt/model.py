@@ -219,12 +219,11 @@ class Encoder(nn.Module):
 
     def forward(self, batch: Batch, activations: Activations | None = None) -> Tensor:
         """(N, d); fills `activations` if given. In training, `batch.seeds` determine the dropout masks."""
-        first = batch.first
         seeds = site_seeds(seeds_of(batch), range(3 * len(self.layers) + 1)) if self.training else None
         x = self.embeddings(batch.ids, batch.cu_seqlens, None if seeds is None else seeds[-1])
         for i, layer in enumerate(self.layers):
             if activations is not None:
-                x = activations.collect(x, first)
+                x = activations.collect(x, batch.first)
             qk = [] if activations is not None and i in activations.attention else None     # one per layer: torch.compile sees equal layers
             x = layer(x, batch.cu_seqlens, batch.max_seqlen, None if seeds is None else seeds[3 * i:3 * i + 3], qk)
             if qk:
