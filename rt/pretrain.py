@@ -1,10 +1,10 @@
 """Masked-language-model pre-training: the objective, the microbatches of a step, and evaluation. The loop is in train.py."""
 from dataclasses import dataclass
-from typing import Callable, Iterator
+from typing import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels import linear_cross_entropy
 from rt.data import Rows
@@ -43,17 +43,6 @@ def replaced_token_loss(model: MaskedLM, batch: Batch, activations: Activations 
     logits = (model.features(batch, activations).float() * model.encoder.embeddings.word(ids)).sum(-1) + model.head.bias[ids]
     losses = F.binary_cross_entropy_with_logits(logits, batch.labels.clamp(min=0).float(), reduction="none")
     return (losses * (batch.labels >= 0)).sum() / len(ids)
-
-
-class MLMLoss(nn.Module):
-    """One microbatch's share of the loss of a step with `parts` microbatches. A module, because DistributedDataParallel wraps a forward."""
-    def __init__(self, model: MaskedLM, parts: int, precision: torch.dtype, loss: Callable[[MaskedLM, Batch], Tensor] = mlm_loss):
-        super().__init__()
-        self.model, self.parts, self.precision, self.loss = model, parts, precision, loss
-
-    def forward(self, batch: Batch) -> Tensor:
-        with autocast(batch.ids.device, self.precision):
-            return self.loss(self.model, batch) / self.parts
 
 
 def microbatches(rows: Rows, s: PretrainSettings, rank: int = 0, world: int = 1, start: int = 0) -> Iterator[Batch]:

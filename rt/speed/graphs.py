@@ -19,8 +19,8 @@ from kernels.common import uses_triton
 from rt.data import Rows
 from rt.errors import InputError
 from rt.model import Batch, MaskedLM
-from rt.optim import memory_for
-from rt.pretrain import MLMLoss, PretrainSettings, mlm_loss
+from rt.optim import autocast, memory_for
+from rt.pretrain import PretrainSettings, mlm_loss
 from rt.speed.dist import Ranks
 
 WARM_UP = 3     # runs before a capture: after them everything is compiled, allocated and chosen
@@ -95,11 +95,22 @@ def kernels_run(device: torch.device) -> bool:
 
 # --- gradients --------------------------------------------------------------------------------------------------------
 
+class LossShare(nn.Module):
+    """One microbatch's share of the loss of a step with `parts` microbatches. A module, because DistributedDataParallel wraps a forward."""
+    def __init__(self, model: MaskedLM, parts: int, precision: torch.dtype, loss: Callable[[MaskedLM, Batch], Tensor]):
+        super().__init__()
+        self.model, self.parts, self.precision, self.loss = model, parts, precision, loss
+
+    def forward(self, batch: Batch) -> Tensor:
+        with autocast(batch.ids.device, self.precision):
+            return self.loss(self.model, batch) / self.parts
+
+
 def make_gradient(model: MaskedLM, s: PretrainSettings, ranks: Ranks, precision: torch.dtype, graphs: bool = False,
                   loss: Callable[[MaskedLM, Batch], Tensor] = mlm_loss) -> Callable[[Batch, int], Tensor]:
     """Returns gradient(batch, part), which adds the gradient of `loss` on a step's microbatch `part` and returns the loss. Part 0 clears
     the gradients first; the last part averages over the ranks. `graphs`: use CUDA graphs. Raises InputError if memory runs out."""
-    share = MLMLoss(model, s.accumulation, precision, loss)
+    share = LossShare(model, s.accumulation, precision, loss)
     if ranks.world > 1:     # averages gradients over the ranks, and sends rank 0's weights to all
         share = DistributedDataParallel(share, gradient_as_bucket_view=True)
 
