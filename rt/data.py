@@ -16,7 +16,6 @@ from torch import Tensor
 from rt.errors import InputError
 from rt.model import Batch
 
-PARTS = ("train", "dev", "test")
 Objective = Literal["mlm", "rts", "slm"]
 MaskUnit = Literal["token", "word", "entity"]
 ROW_SEQUENCES = 8      # a row of a corpus has room for this many sequences of maximum length

@@ -4,7 +4,6 @@ import re
 from pathlib import Path, PurePath
 from typing import Iterable, NamedTuple
 
-from rt.data import PARTS
 from rt.errors import InputError
 from rt.formats.files import note
 from rt.formats.tables import TABLES
@@ -65,7 +64,7 @@ def split_files(folder: Path) -> dict[str, list[Path]]:
     files = listed(folder)
     home = home_of(files, str(folder)) or PurePath(".")
     names = [name for f in files if (name := read_name(f)) and name.home == home]
-    parts = {part: _one_table(folder, part, [n for n in names if n.split == part and not n.is_other]) for part in PARTS}
+    parts = {part: _one_table(folder, part, [n for n in names if n.split == part and not n.is_other]) for part in ("train", "dev", "test")}
     for part, also in (("train", ""), ("dev", " (or val, valid, validation)")):
         if not parts[part]:
             raise InputError(f"{folder}: has no {part}.jsonl, .json, .csv, .tsv or .parquet{also}, nor shards of one; "
