@@ -173,8 +173,7 @@ def predict(model: Classifier, sequences: list[list[int]], device: torch.device,
         batch = sequences_batch([sequences[j] for j in order[i:i + batch_size]]).to(device)
         with memory_for(f"{len(batch.cu_seqlens) - 1} texts of up to {batch.max_seqlen} tokens", "`seq_len`"), autocast(device, precision):
             chunks.append(model(batch).float().cpu())
-    logits = torch.cat(chunks)
-    return torch.empty_like(logits).index_copy_(0, torch.tensor(order), logits)
+    return torch.cat(chunks)[torch.tensor(order).argsort()]
 
 
 def evaluate(model: Classifier, data: Encoded, device: torch.device, precision: torch.dtype) -> dict[str, float | None]:
