@@ -216,4 +216,4 @@ def widened(*tensors: Tensor) -> list[Tensor]:
     wide = next((size for size in WIDTHS if size >= D), None)
     if wide is None:
         raise ValueError(f"heads of {D} dimensions: the kernels go up to 128; RT_KERNELS=ref takes any")
-    return [F.pad(x, (0, wide - D)) if D < wide else x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+    return dense_rows(*(F.pad(x, (0, wide - D)) if D < wide else x for x in tensors))
