@@ -23,7 +23,7 @@ from rt.kinds import DeltaConfig
 from rt.losses import DistillConfig, Loss, TeacherCache, run_teacher
 from rt.model import Classifier, Linear, prototypes
 from rt.optim import autocast, memory_for
-from rt.transport import Projection, check_carry, project
+from rt.transport import Projection, parts_of, project
 from rt.tune import Hook, TuneResult, TuneSettings, ignore, plain_gradient, predict, tune
 
 
@@ -290,7 +290,8 @@ def check(r: Recycling, mode: str) -> None:
         try:
             check_fits(r.base, old, stale_ok=True)
             if mode in carried_modes(r.carry):
-                check_carry(old)
+                for name in old.tensors():
+                    parts_of(name)      # raises if the tensor cannot be carried to another base
         except InputError as error:
             raise InputError(f"{mode} puts the old delta on the new base, and {error}; `mode` distill needs equal labels (and "
                              "`beta` 0 if sizes differ)") from None

@@ -164,12 +164,6 @@ def transport(old_base: Base, base: Base, delta: Delta, sequences: list[list[int
     return carried, {"carried": {"texts": len(sequences), "tokens": sum(map(len, sequences)), "cosine": round(cosine, 3)}}
 
 
-def check_carry(delta: Delta) -> None:
-    """Raises InputError if the delta has a tensor that cannot be carried to another base."""
-    for name in delta.tensors():
-        parts_of(name)
-
-
 def parts_of(name: str) -> tuple[str, ...]:
     """For each dimension of a delta's tensor, the part of the base that it runs over: "hidden", or "units", "qkv", "query", "key", "value"
     or "heads" of its layer; "" if it is the delta's own, such as a rank. Raises InputError if the tensor is unknown."""
