@@ -7,11 +7,11 @@ import json
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator
+from typing import Any, Callable, Iterable, Iterator, TypeVar
 from unittest.mock import patch
 
 import numpy as np
@@ -22,6 +22,7 @@ from rt.formats.files import cut_half_row, read_rows
 from rt.runs.log import progress
 
 ROOT = Path(__file__).resolve().parents[1]
+T = TypeVar("T")
 LEARNED = 0.05      # dev accuracy of a delta on M0 above the share of the commonest label
 
 
@@ -77,6 +78,21 @@ def processes(jobs: int, threads: int) -> Iterator[ProcessPoolExecutor]:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def finished(pool: ProcessPoolExecutor, do: Callable[..., T], jobs: list[tuple]) -> Iterator[T]:
+    """What `do` returns for the arguments in each of `jobs`, as soon as it is known. If runs fail, the others continue, so their rows are
+    kept; then InputError."""
+    failed = []
+    for future in as_completed([pool.submit(do, *job) for job in jobs]):
+        try:
+            found = future.result()
+        except InputError as error:
+            failed.append(error)
+        else:
+            yield found
+    if failed:
+        raise InputError(f"{len(failed)} of {len(jobs)} runs failed, the first: {failed[0]}")
 
 
 def cells_to_do(path: Path, cells: list[dict], where: tuple[str, ...]) -> list[dict]:

@@ -16,7 +16,6 @@ import re
 import shutil
 import sys
 import time
-from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,7 +27,7 @@ from bench.machine import commit, device_name
 from experiments.claims import report, runs
 from experiments.claims.plan import SCALES, Run, phases, searched
 from experiments.claims.rows import GrowingRows
-from experiments.common import ROOT, check_places, processes
+from experiments.common import ROOT, check_places, finished, processes
 from rt.errors import InputError
 from rt.limits import Positive, PositiveInt
 from rt.runs.config import parse, run
@@ -120,19 +119,11 @@ def work(c: Config, rows: GrowingRows) -> None:
     with progress(sum(map(len, todo)), "claims", unit="run") as bar, processes(jobs, facts["threads"]) as pool:
         for phase in todo:
             ready = [r for r in phase if rows.rates(r) or r.kind is None or r.what in RATELESS]
-            failed = []
-            for done in as_completed([pool.submit(runs.attempt, study, r, rows.rates(r), end) for r in ready]):
-                try:
-                    r, found, seconds = done.result()
-                except InputError as error:     # the other runs of the phase continue, and their rows are kept
-                    failed.append(error)
-                    continue
+            for r, found, seconds in finished(pool, runs.attempt, [(study, r, rows.rates(r), end) for r in ready]):
                 if found:
                     rows.add(r, found, {"seconds": round(seconds, 1), **facts})
                 bar.set_postfix_str(" ".join(str(v) for v in r.facts.values())[:60])
                 bar.update()
-            if failed:
-                raise InputError(f"{len(failed)} of {len(ready)} runs failed, the first: {failed[0]}")
     count = sum(map(len, left(rows, c.only)))
     print(f"{count} runs are left; the same command goes on" if count else "all runs are done: python -m experiments.claims --report")
 

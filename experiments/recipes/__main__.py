@@ -11,13 +11,12 @@ DIR holds corpora/ and tasks/ as for experiments.claims. Bases are removed after
 import json
 import sys
 import time
-from concurrent.futures import as_completed
 from pathlib import Path
 
 import torch
 
 from bench.machine import commit, device_name
-from experiments.common import check_places, processes
+from experiments.common import check_places, finished, processes
 from experiments.recipes import report
 from experiments.recipes.plan import DELTA_SEEDS, KINDS, STEPS, TASKS, known, upgrades
 from experiments.recipes.runs import Config, attempt, delta_folder, draw_tasks
@@ -50,21 +49,14 @@ def main() -> None:
     device = torch.device(c.device)
     facts = {"device": device_name(device), "precision": str(pick_precision("auto", device)).removeprefix("torch."), "commit": commit(),
              "torch": torch.__version__}
-    end, count, failed = time.monotonic() + c.budget if c.budget else None, 0, []
+    end, count = time.monotonic() + c.budget if c.budget else None, 0
     with progress(len(todo), "recipes", unit="run") as bar, processes(c.jobs, 1) as pool:
         for what in ("delta", "base", "upgrade"):       # each stage needs the stages before it
-            for future in as_completed([pool.submit(attempt, c, *job, end) for job in todo if job[0] == what]):
-                try:
-                    found = future.result()
-                except InputError as error:     # the other runs continue, and their rows are kept
-                    failed.append(error)
-                    continue
+            for found in finished(pool, attempt, [(c, *job, end) for job in todo if job[0] == what]):
                 with rows.open("a", encoding="utf-8") as file:
                     file.write("".join(json.dumps(row | facts) + "\n" for row in found or ()))
                 count += found is not None
                 bar.update(found is not None)
-            if failed:
-                raise InputError(f"{len(failed)} runs failed, the first: {failed[0]}")
     print(f"{len(todo) - count} of {len(todo)} runs are left" + ("; the same command goes on" if len(todo) > count else ""))
 
 
