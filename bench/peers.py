@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.measure import captured
-from bench.problem import Draws, Impl, Problem, against_eager, compiled, leaf, reference, wide, work
+from bench.problem import Draws, Impl, Problem, against_eager, compiled, leaf, on, reference, wide, work
 from kernels import add_norm, dropout, linear_loss
 from kernels.attention import attention_qkv
 from kernels.attention_kd import attention_kd
@@ -123,8 +123,7 @@ def attention_kd_problem(case: dict, device: torch.device, dtype: torch.dtype, e
     q_s, k_s, q_t, k_t = (draws.normal(case["tokens"], case["H"], case["D"]) for _ in range(4))
     upstream = draws.upstream(case["tokens"], case["H"])
 
-    def ours() -> Impl:
-        return Impl(lambda q, k: attention_kd(q, k, q_t, k_t, layout.cu_seqlens, case["S"]), (leaf(q_s), leaf(k_s)), upstream)
+    ours = on((q_s, k_s), lambda q, k: attention_kd(q, k, q_t, k_t, layout.cu_seqlens, case["S"]), upstream)
 
     def dense() -> Impl:
         qs, ks, qt, kt = (layout.pad(x) for x in (q_s, k_s, q_t, k_t))
@@ -161,11 +160,8 @@ def kd_problem(case: dict, device: torch.device, dtype: torch.dtype, exact: bool
     s, t = draws.normal(R, C, scale=2.0), draws.normal(R, C, scale=2.0)
     labels, upstream = draws.below(C, R), draws.upstream(R) / R
 
-    def ours() -> Impl:
-        return Impl(lambda s: kd_loss(s, t, labels, alpha=ALPHA, T=T), (leaf(s),), upstream)
-
-    def eager() -> Impl:
-        return Impl(lambda s: eager_kd(s, t, labels), (leaf(s),), upstream)
+    ours = on((s,), lambda s: kd_loss(s, t, labels, alpha=ALPHA, T=T), upstream)
+    eager = on((s,), lambda s: eager_kd(s, t, labels), upstream)
 
     def liger() -> Impl:
         from liger_kernel.transformers.functional import liger_kl_div
@@ -182,7 +178,7 @@ def kd_problem(case: dict, device: torch.device, dtype: torch.dtype, exact: bool
     if R * C < SMALL and s.is_cuda:
         more |= {"ours graph": lambda: graphed(ours), "eager graph": lambda: graphed(eager)}
     once = R * C * s.element_size()     # the student's logits
-    return Problem(against_eager(ours, eager, **more), {"default": eager, "mean KL": lambda: Impl(lambda s: mean_kl(s, t), (leaf(s),))},
+    return Problem(against_eager(ours, eager, **more), {"default": eager, "mean KL": on((s,), lambda s: mean_kl(s, t))},
                    "gbps", work(once * 2, once * 3), R * C < SMALL)
 
 
@@ -191,13 +187,8 @@ def hidden_problem(case: dict, device: torch.device, dtype: torch.dtype, exact: 
     draws = Draws(device, dtype, exact)
     s, t, rows, upstream = draws.normal(B, L, d), draws.normal(4 * B, L, d), draws.below(4 * B, B), draws.upstream(B)
     once = s.numel() * s.element_size()
-
-    def ours() -> Impl:
-        return Impl(lambda s: hidden_mse(s, t, rows), (leaf(s),), upstream)
-
-    def eager() -> Impl:
-        return Impl(lambda s: (wide(s) - wide(t[rows])).square().mean((1, 2)), (leaf(s),), upstream)
-
+    ours = on((s,), lambda s: hidden_mse(s, t, rows), upstream)
+    eager = on((s,), lambda s: (wide(s) - wide(t[rows])).square().mean((1, 2)), upstream)
     return Problem(against_eager(ours, eager), {"default": eager}, "gbps", work(2 * once, 3 * once), B * L * d < SMALL)
 
 
@@ -277,14 +268,8 @@ def norm_problem(case: dict, device: torch.device, dtype: torch.dtype, exact: bo
     N, d, p, draws = case["N"], case["d"], case["dropout"], Draws(device, dtype, exact)
     (x, h, upstream), (weight, bias) = (draws.normal(N, d) for _ in range(3)), (draws.normal(d) for _ in range(2))
     seed = torch.zeros(1, dtype=torch.int64, device=device)
-
-    def ours() -> Impl:
-        return Impl(lambda x, h, w, b: add_norm(x, h, w, b, 1e-5, p, seed), tuple(map(leaf, (x, h, wide(weight), wide(bias)))), upstream)
-
-    def eager() -> Impl:
-        leaves = tuple(map(leaf, (x, h, weight, bias)))
-        return Impl(lambda x, h, w, b: F.layer_norm(x + F.dropout(h, p), (d,), w, b, 1e-5), leaves, upstream)
-
+    ours = on((x, h, wide(weight), wide(bias)), lambda x, h, w, b: add_norm(x, h, w, b, 1e-5, p, seed), upstream)
+    eager = on((x, h, weight, bias), lambda x, h, w, b: F.layer_norm(x + F.dropout(h, p), (d,), w, b, 1e-5), upstream)
     once = N * d * x.element_size()     # x, h and y; dy, one saved tensor, dx, and dh if it differs from dx
     return Problem(against_eager(ours, eager), {"default": ours if p else eager}, "gbps", work(3 * once, (4 if p else 3) * once),
                    N * d < SMALL)
@@ -295,13 +280,8 @@ def dropout_problem(case: dict, device: torch.device, dtype: torch.dtype, exact:
     N, d, p, draws = case["N"], case["d"], case["dropout"], Draws(device, dtype, exact)
     x, upstream, seed = draws.normal(N, d), draws.normal(N, d), torch.zeros(1, dtype=torch.int64, device=device)
     once = N * d * x.element_size()
-
-    def ours() -> Impl:
-        return Impl(lambda x: dropout(x, p, seed), (leaf(x),), upstream)
-
-    def eager() -> Impl:
-        return Impl(lambda x: F.dropout(x, p), (leaf(x),), upstream)
-
+    ours = on((x,), lambda x: dropout(x, p, seed), upstream)
+    eager = on((x,), lambda x: F.dropout(x, p), upstream)
     return Problem(against_eager(ours, eager), {"default": ours}, "gbps", work(2 * once, 2 * once), N * d < SMALL)
 
 

@@ -90,6 +90,11 @@ def leaf(x: Tensor) -> Tensor:
     return x.detach().requires_grad_()
 
 
+def on(leaves: tuple[Tensor, ...], function: Callable[..., Tensor], upstream: Tensor | None = None) -> Callable[[], Impl]:
+    """Builds an implementation, with leaves of its own each time."""
+    return lambda: Impl(function, tuple(map(leaf, leaves)), upstream)
+
+
 def wide(x: Tensor) -> Tensor:
     """x in at least fp32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
