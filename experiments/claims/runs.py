@@ -188,31 +188,31 @@ def tuned(study: Study, run: Run, rates: tuple[float, ...]) -> list[dict]:
     return rows
 
 
-def recycling(study: Study, run: Run, data: TaskData, old_delta: Delta, base: str) -> Recycling:
-    """The old delta, its own base and `base`, put together as in recycle.py. The caller sets the learning rate."""
+def recycling(study: Study, run: Run) -> Recycling:
+    """The old delta, its own base, the new base and the task, as in recycle.py. The caller sets the learning rate."""
     beyond = {"gamma": {"gamma": GAMMA, "att_layers": "all"}, "itp": {"itp": ITP}}.get(run.variant, {})
-    return Recycling(study.base(run.old_base), old_delta, study.base(base), data, DeltaConfig(run.kind), study.settings(run, 0.0),
-                     DistillConfig(ALPHA, BETA, T, **beyond), **study.compute)
+    base = study.base(run.base)
+    return Recycling(study.base(run.old_base), study.delta(run, run.old_base, run.source), base, study.task(run, base),
+                     DeltaConfig(run.kind), study.settings(run, 0.0), DistillConfig(ALPHA, BETA, T, **beyond), **study.compute)
 
 
 def applied(study: Study, run: Run, rates: tuple[float, ...]) -> list[dict]:
     """The old delta, unchanged, on the new base."""
-    data = study.task(run, study.base(run.base))
-    _, result = recycle(recycling(study, run, data, study.delta(run, run.old_base, run.source), run.base), "apply")
-    known = analysis.chance(data)
+    r = recycling(study, run)
+    _, result = recycle(r, "apply")
+    known = analysis.chance(r.data)
     return [{"lr": None, "chosen": True, **scores(result), "test": result.test, "chance": known["accuracy"], "uniform": known["uniform"]}]
 
 
 def recycled(study: Study, run: Run, rates: tuple[float, ...]) -> list[dict]:
     """A mode of recycle.py that trains."""
-    data = study.task(run, study.base(run.base))
-    r = recycling(study, run, data, study.delta(run, run.old_base, run.source), run.base)
+    r = recycling(study, run)
 
     def train(lr: float, blind: TaskData) -> tuple[Classifier, TuneResult]:
         r.settings, r.data = study.settings(run, lr), blind
         return recycle(r, run.what)
 
-    return best_of(study, data, rates, train)[1]
+    return best_of(study, r.data, rates, train)[1]
 
 
 def pair(study: Study, run: Run) -> tuple[Classifier, Classifier]:
@@ -280,12 +280,11 @@ def projected(study: Study, run: Run, rates: tuple[float, ...]) -> list[dict]:
 
 def chained(study: Study, run: Run, rates: tuple[float, ...]) -> list[dict]:
     """M0 to M4, starting each time from the recycled delta (chain) or from Delta_0 (direct): a row per base, route and rate."""
-    data = study.task(run, study.base("M0"))
-    bases = {name: study.base(name) for name in UPGRADES}
+    r, bases = recycling(study, run), {name: study.base(name) for name in UPGRADES}
+    data = r.data
 
     def go(lr: float, data: TaskData) -> list[dict]:
-        r = recycling(study, run, data, study.delta(run, "M0"), "M1")
-        r.settings = study.settings(run, lr)
+        r.settings, r.data = study.settings(run, lr), data
         return [{"lr": lr, "at": step.base, "route": step.route, **scores(step.result), "test": step.result.test}
                 for step in chain(r, run.what, bases)]
 
