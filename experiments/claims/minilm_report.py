@@ -259,8 +259,7 @@ def squared_errors(name: str, bases: list[dict], key: str) -> dict[tuple, list[f
     squares = {}
     for at, some in group(bases, key).items():
         x, y = np.array([(row["from"][name], row["lost"]) for row in bases if row not in some]).T
-        spread = ((x - x.mean()) ** 2).sum()
-        slope = ((x - x.mean()) * (y - y.mean())).sum() / spread if spread else 0.0
+        (slope,), *_ = np.linalg.lstsq((x - x.mean())[:, None], y - y.mean(), rcond=None)     # 0 if x does not vary
         squares[at] = [float((y.mean() + slope * (row["from"][name] - x.mean()) - row["lost"]) ** 2) for row in some]
     return squares
 
