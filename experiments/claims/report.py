@@ -274,9 +274,8 @@ def c7(r: Rows, folder: Path, out: Section) -> None:
     """Projection. "Of zeros" is the map of a delta of zeros. In the public code's form this is b, which was learned on the source alone."""
     arms = {"apply": r.tests(part="project", what="apply")}
     for variant, name in ((None, "project"), ("residual", "project, residual")):
-        found = [row for row in r.select(part="project", what="project", variant=variant) if row["chosen"]]
-        arms[name] = {key(row): row["test"]["accuracy"] for row in found}
-        arms[f"{name}, of zeros"] = {key(row): row["test_of_zeros"]["accuracy"] for row in found}
+        for scored, of in (("test", ""), ("test_of_zeros", ", of zeros")):
+            arms[name + of] = r.tests(scored=scored, part="project", what="project", variant=variant)
     if arms["project"]:
         sources = dict.fromkeys((row["run"]["task"], row["run"]["source"]) for row in r.select(part="project", what="project"))
         out.add("Learned on " + ", ".join(f"{s} for {t}" for t, s in sources) + "; test accuracy on M1:\n\n" + table_of_tasks(arms) + "\n")

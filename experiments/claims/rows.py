@@ -35,9 +35,9 @@ class Rows:
         """A number from the rows by (task, seed)."""
         return {key(row): row[name] for row in self.select(**facts)}
 
-    def tests(self, metric: str = "accuracy", **facts) -> dict[Key, float]:
+    def tests(self, metric: str = "accuracy", scored: str = "test", **facts) -> dict[Key, float]:
         """Test score of the chosen rows by (task, seed)."""
-        return {key(row): row["test"][metric] for row in self.select(**facts) if row.get("chosen") and row.get("test")}
+        return {key(row): row[scored][metric] for row in self.select(**facts) if row.get("chosen") and row.get(scored)}
 
     def tasks(self, **facts) -> list[str]:
         return list(dict.fromkeys(row["run"]["task"] for row in self.select(**facts)))
