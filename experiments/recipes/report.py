@@ -50,6 +50,12 @@ def lost(own: dict[int, dict], row: dict, only: str = "") -> float:
     return 100 * mean(before["apply"][name] - row["apply"][name] for name in learned(before) if only in name)
 
 
+def mean_lost(own: dict[int, dict], rows: list[dict], only: str) -> str:
+    """The mean of `lost` over rows; "" if no such delta learned."""
+    values = [lost(own, row, only) for row in rows if any(only in name for name in learned(own[row["seed"] % DELTA_SEEDS]))]
+    return f"{mean(values):.1f}" if values else ""
+
+
 def frontier(plain: list[Point], gain: float) -> float:
     """Points that plain upgrades, ordered by rate, lose at this gain. No gain costs nothing."""
     if gain <= 0:
@@ -85,11 +91,9 @@ def lines_of(rows: list[dict], own: dict[int, dict], found: dict, model: str = "
         some, (gains, losses) = of_arm(rows, *key), zip(*of.values())
         plain = found.get(("plain", key[1]), {}) if key[0] != "plain" else {}
         less = [plain[block][1] - points for block, (_, points) in of.items() if block in plain]
-        kinds = [[lost(own, row, kind) for row in some if any(kind in name for name in learned(own[row["seed"] % DELTA_SEEDS]))]
-                 for kind in ("/full", "/adapter")]
         test = [with_interval(ahead[key].values()), f"{p[key]:.3f} / {adjusted[key]:.3f}"] if key in ahead else ["", ""]
         lines.append([key[0], f"{key[1]:g}", len(of), with_interval(100 * g for g in gains), with_interval(losses),
-                      *(f"{mean(values):.1f}" if values else "" for values in kinds),
+                      *(mean_lost(own, some, kind) for kind in ("/full", "/adapter")),
                       f"{mean(row['heldout']['wiki'] for row in some):.3f}", *test, f"{mean(row['stage_seconds'] for row in some):.0f}",
                       with_interval(less) if less else "", with_interval(shorter[key].values()) if key in ahead else ""])
     return lines
@@ -100,9 +104,7 @@ def lines_by_task(rows: list[dict], own: dict[int, dict], found: dict) -> list[l
     tasks = [*dict.fromkeys(name.partition("/")[0] for row in own.values() for name in learned(row))]
     lines = [["arm", "peak rate", *tasks]]
     for arm, lr in found:
-        each = [[lost(own, row, f"{task}/") for row in of_arm(rows, arm, lr)
-                 if any(name.startswith(f"{task}/") for name in learned(own[row["seed"] % DELTA_SEEDS]))] for task in tasks]
-        lines.append([arm, f"{lr:g}", *(f"{mean(values):.1f}" if values else "" for values in each)])
+        lines.append([arm, f"{lr:g}", *(mean_lost(own, of_arm(rows, arm, lr), f"{task}/") for task in tasks)])
     return lines
 
 
