@@ -15,7 +15,6 @@ import sys
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from statistics import mean
 from typing import Literal
 
 import torch
@@ -31,7 +30,7 @@ from rt.formats.files import read_json, read_rows
 from rt.formats.tasks import load_task
 from rt.limits import Positive
 from rt.runs.config import parse, run
-from rt.runs.summary import group
+from rt.runs.summary import chosen
 
 TASKS, KINDS, MAPS = ("rotten_tomatoes", "agnews"), ("full", "adapter"), ("ridge", "orthogonal", "permutation")
 WITH_MAPS = "5072baf"       # the last commit that had all three
@@ -151,9 +150,8 @@ def predictions(c: Config, task: str, kind: str) -> Path:
 def rate_of_init(c: Config, task: str, kind: str) -> float | None:
     """The best rate of part C's `init` on the upgrade by mean dev; None if it was not run yet."""
     cell = {"what": "tuned", "task": task, "kind": kind, "base": "upgrade"}
-    rows = [row for row in read_rows(Path(c.results) / "rows.jsonl") if row["mode"] == "init" and cell.items() <= row["cell"].items()]
-    rates = group(rows, "lr")
-    return max(rates, key=lambda lr: mean(row["dev"]["accuracy"] for row in rates[lr]), default=(None,))[0]
+    best = chosen([row for row in read_rows(Path(c.results) / "rows.jsonl") if cell.items() <= row["cell"].items()], "init")
+    return best[0]["lr"] if best else None
 
 
 def cells(c: Config) -> list[tuple[dict, list]]:

@@ -1,10 +1,10 @@
 """results/transfer/README.md, from the rows alone. PLAN.md says what is compared."""
 from pathlib import Path
-from statistics import mean
 
 from experiments.common import markdown, sign_flip
 from rt.errors import InputError
 from rt.formats.files import read_rows
+from rt.runs.summary import chosen as at_best_rate
 from rt.runs.summary import group, interval, with_interval
 
 Scores = dict[tuple[str, str, int], float]      # by task, kind and seed
@@ -14,11 +14,9 @@ def chosen(rows: list[dict], part: str, what: str, mode: str, base: str, shots: 
     """Test accuracy of a mode, at the rate with the best mean dev over seeds, per task and kind. In part C, `apply` and `transport` do
     not read the sample, so they have one value instead of one per seed."""
     facts, found = {"part": part, "what": what, "base": base, "shots": shots}, {}
-    some = [row for row in rows if facts.items() <= row["cell"].items() and row["mode"] == mode]
-    for key in dict.fromkeys((row["cell"]["task"], row["cell"]["kind"]) for row in some):
-        rates = group([row for row in some if (row["cell"]["task"], row["cell"]["kind"]) == key], "lr")
-        best = max(rates.values(), key=lambda line: mean(row["dev"]["accuracy"] for row in line))
-        best = best[:1] if part == "C" and mode in ("apply", "transport") else best
+    some = [row | row["cell"] for row in rows if facts.items() <= row["cell"].items()]
+    for key, line in group(some, "task", "kind").items():
+        best = at_best_rate(line, mode)[:1 if part == "C" and mode in ("apply", "transport") else None]
         found |= {(*key, row["seed"]): row["test"]["accuracy"] for row in best}
     return found
 
