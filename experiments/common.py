@@ -17,9 +17,11 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
+from bench.machine import commit, device_name
 from rt.errors import InputError
 from rt.formats.files import cut_half_row, read_rows
 from rt.runs.log import progress
+from rt.speed.device import pick_precision
 
 ROOT = Path(__file__).resolve().parents[1]
 T = TypeVar("T")
@@ -35,9 +37,17 @@ def check_places(experiment: str, data: str | None, *others: str) -> None:
             raise InputError(f"{needed}: is not there; see python -m experiments.{experiment} --help")
 
 
-def script(c: Any, *command: object, root: str | Path = ROOT) -> str:
+def made_on(device: torch.device) -> dict[str, str]:
+    """The fields of a row that say where it was made."""
+    return {"device": device_name(device), "precision": str(pick_precision("auto", device)).removeprefix("torch."), "commit": commit(),
+            "torch": torch.__version__}
+
+
+def script(c: Any, *command: object, out: Path | None = None, root: str | Path = ROOT) -> str:
     """Run a script of the checkout `root` and return its command, with the folders of the config `c` shown by name. Paths are made
-    absolute. InputError if it fails."""
+    absolute. A run into the folder `out` goes on if it was begun. InputError if it fails."""
+    if out:
+        command = *command, "--out", out, *(["--resume"] if out.exists() else [])
     command, text = typed({"DIR": c.data, "HOME": c.home, "M0": c.base, "RECIPES": c.recipes, "CACHE": c.cache}, command)
     done = subprocess.run([sys.executable, *command], cwd=root, capture_output=True, text=True)
     if done.returncode:

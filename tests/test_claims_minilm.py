@@ -157,7 +157,7 @@ def test_every_part_runs_and_is_not_run_again(data, graphs, tokenizer, tmp_path,
     tune = "--tune_steps 2 --batch_size 4 --eval_every 1".split()
     for module, name, value in ((minilm, "FEW", ["--shots", "2", *short]), (minilm, "ALL", every),
                                 (minilm, "UPGRADE", "--steps 2 --batch_tokens 128 --seq_len 16 --snapshots 1 --device cpu".split()),
-                                (minilm, "TUNE", tune), (recipes.plan, "TUNE", tune)):
+                                (recipes.plan, "TUNE", tune)):
         monkeypatch.setattr(module, name, value)
     rows = tmp_path / "results" / "minilm.jsonl"
 

@@ -16,10 +16,9 @@ from typing import Iterator, Literal
 
 import torch
 
-from bench.machine import commit, device_name
-from experiments.common import cells_to_do, check_places, do_cells, script
+from experiments.common import cells_to_do, check_places, do_cells, made_on, script
 from experiments.recipes import runs as recipes
-from experiments.recipes.plan import KINDS, PLACE, TASKS, TUNE, TUNE_LR
+from experiments.recipes.plan import KINDS, TASKS
 from experiments.twin import save_twin
 from rt.data import encode_task, few_shot
 from rt.deltas import INPUT, Base, Delta, apply
@@ -74,8 +73,7 @@ def main() -> None:
     if c.model != "minilm" and not {"home", "recipes"} <= changed(c).keys():
         raise InputError(f"--model {c.model}: give it a --home and a --recipes of its own; those by default are for MiniLM")
     path = Path(c.results) / f"{c.model}.jsonl"
-    facts = {"device": device_name(CPU), "precision": str(pick_precision("auto", CPU)).removeprefix("torch."), "commit": commit(),
-             "torch": torch.__version__}
+    facts = made_on(CPU)
     recipes.draw_tasks(shared(c))
     every = cells() if c.model == "minilm" else orders(M0=read_json(Path(c.base) / "meta.json")["config"]["seed"])
     todo = [cell for cell in cells_to_do(path, [*every], c.where)
@@ -141,7 +139,7 @@ def base_folder(c: Config, name: str, lineage: int, first: str = DOMAINS[0]) -> 
     if not (out / "summary.json").exists():
         script(c, "train.py", "--init", Path(c.base), "--stream", ",".join(str(Path(c.data, "corpora", f"{d}.txt.xz").absolute())
                                                                         for d in order_from(first)),
-               "--seed", lineage, *UPGRADE, "--cache", Path(c.cache), "--out", out, *(["--resume"] if out.exists() else []))
+               "--seed", lineage, *UPGRADE, "--cache", Path(c.cache), out=out)
     return out / name
 
 
@@ -149,20 +147,20 @@ def tuned(c: Config, base: str, task: str, kind: str, lineage: int) -> Path:
     """A delta of a base other than M0, tuned like Delta_0 if it is missing."""
     out = Path(c.home, "deltas", f"{base}-{task}-{kind}-l{lineage}").absolute()
     if not out.exists():
-        script(c, "train.py", "--mode", "tune", "--base", base_folder(c, base, lineage), "--task", task_folder(c, task), "--delta", kind,
-               "--lr", TUNE_LR["minilm"][kind], "--seq_len", TASKS[task], "--seed", lineage, *TUNE, *PLACE["cpu"], "--out", out)
+        script(c, "train.py", *recipes.tuning(shared(c), base_folder(c, base, lineage), task, kind, lineage, out))
     return out
 
 
 # --- one cell ---------------------------------------------------------------------------------------------------------
 
-def recycled(c: Config, cell: dict, *flags: object) -> list[dict]:
-    """Run recycle.py on M1 of the cell's lineage; a row per run."""
+def recycled(c: Config, cell: dict, mode: str, *flags: object, source: str | None = None) -> list[dict]:
+    """Run recycle.py on M1 of the cell's lineage, from Delta_0 of the cell's task or of `source`, at the rates of the cell's kind; a row
+    per run. `flags` overrule."""
     lineage, task, kind = cell.get("lineage", 0), cell.get("task", PILOT_TASK), cell.get("kind", "adapter")
     out = Path(c.home, "runs", "-".join(map(str, cell.values()))).absolute()
-    command = script(c, "recycle.py", "--old_base", Path(c.base), "--base", base_folder(c, "M1", lineage), "--task", task_folder(c, task),
-                     "--delta", kind, "--seq_len", TASKS[task], "--cache", Path(c.cache), "--out", out, *flags,
-                     *(["--resume"] if out.exists() else []))
+    command = script(c, "recycle.py", "--mode", mode, "--old_base", Path(c.base), "--old_delta", delta_0(c, source or task, kind, lineage),
+                     "--base", base_folder(c, "M1", lineage), "--task", task_folder(c, task), "--delta", kind, "--lr",
+                     ",".join(RATES[kind]), "--seq_len", TASKS[task], "--cache", Path(c.cache), *flags, out=out)
     kept = ("mode", "seed", "lr", "dev", "test", "best_step", "steps_to_scratch_best", "settings", "projection", "curve")
     rows = read_json(out / "summary.json")["rows"]
     for row in rows:        # the command names these, without the machine's folders
@@ -238,8 +236,8 @@ def pilot(c: Config, cell: dict) -> list[dict]:
     for kind in KINDS:
         grid = f"seed={','.join(map(str, PILOT))} alpha=.7,.9 beta=0,10 T=5,10"
         rows += [{"kind": kind} | row for row in recycled(
-            c, cell | {"kind": kind}, "--mode", "distill,init+distill", "--old_delta", delta_0(c, PILOT_TASK, kind, 0), "--lr",
-            RATES[kind][1], "--shots", 32, "--steps", 100, "--eval_every", 25, "--device", "cpu", "--sweep", grid)]
+            c, cell | {"kind": kind}, "distill,init+distill", "--lr", RATES[kind][1], "--shots", 32, "--steps", 100, "--eval_every", 25,
+            "--device", "cpu", "--sweep", grid)]
     return [{k: v for k, v in row.items() if k != "test"} for row in rows]
 
 
@@ -256,8 +254,7 @@ def distilling(results: str) -> tuple[object, ...]:
 
 def few(c: Config, cell: dict) -> list[dict]:
     taught = distilling(c.results) if "distill" in cell["mode"] else ()
-    return recycled(c, cell, "--mode", cell["mode"], "--old_delta", delta_0(c, cell["task"], cell["kind"], cell["lineage"]), *FEW,
-                    "--lr", ",".join(RATES[cell["kind"]]), "--seeds", FEW_SEEDS[cell["lineage"]], *taught)
+    return recycled(c, cell, cell["mode"], *FEW, "--seeds", FEW_SEEDS[cell["lineage"]], *taught)
 
 
 def order(c: Config, cell: dict) -> list[dict]:
@@ -270,16 +267,14 @@ def order(c: Config, cell: dict) -> list[dict]:
         for file in task_folder(c, cell["task"]).glob("*.jsonl"):
             rows = [row | {"label": f"new {row['label']}"} for row in read_rows(file)]
             (task / file.name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return recycled(c, cell, "--mode", "init", "--old_delta", delta_0(c, source, cell["kind"], cell["lineage"]), *FEW, "--lr",
-                    ",".join(RATES[cell["kind"]]), "--seeds", FEW_SEEDS[cell["lineage"]], "--task", task)
+    return recycled(c, cell, "init", *FEW, "--seeds", FEW_SEEDS[cell["lineage"]], "--task", task, source=source)
 
 
 def project(c: Config, cell: dict) -> list[dict]:
     """The flat map of adapters, and the control: the source's own delta, tuned on M1, put on the target."""
     L, target, source = cell["lineage"], cell["task"], SENTIMENT[cell["task"]]
-    rows = recycled(c, cell, "--mode", "project", "--old_delta", delta_0(c, target, "adapter", L), "--source_task", task_folder(c, source),
-                    "--source_delta", delta_0(c, source, "adapter", L), "--granularity", "flat", "--project_steps", 300, "--seeds", L,
-                    "--lr", ",".join(RATES["adapter"]), *ALL)
+    rows = recycled(c, cell, "project", "--source_task", task_folder(c, source), "--source_delta", delta_0(c, source, "adapter", L),
+                    "--granularity", "flat", "--project_steps", 300, "--seeds", L, *ALL)
     own = load_delta(tuned(c, "M1", source, "adapter", L))
     data = recipes.data_of(task_folder(c, target), c.base, TASKS[target])
     model = apply(open_base(str(base_folder(c, "M1", L))), own)     # both tasks sort their labels from negative to positive
@@ -302,10 +297,9 @@ def paths(c: Config, cell: dict) -> list[dict]:
 
 def full(c: Config, cell: dict) -> list[dict]:
     """All labels: scratch and init for 300 steps, scratch for 600."""
-    flags = ("--old_delta", delta_0(c, cell["task"], cell["kind"], cell["lineage"]), *ALL, "--lr", ",".join(RATES[cell["kind"]]),
-             "--seeds", cell["lineage"])
-    longer = recycled(c, cell | {"steps": 600}, "--mode", "scratch", "--steps", 600, *flags)
-    return recycled(c, cell, "--mode", "scratch,init", "--steps", 300, *flags) + [row | {"mode": "scratch, 600 steps"} for row in longer]
+    flags = (*ALL, "--seeds", cell["lineage"])
+    longer = recycled(c, cell | {"steps": 600}, "scratch", "--steps", 600, *flags)
+    return recycled(c, cell, "scratch,init", "--steps", 300, *flags) + [row | {"mode": "scratch, 600 steps"} for row in longer]
 
 
 DO = {part.__name__: part for part in (lineage, parts, pilot, few, order, project, paths, full, domains)}

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import torch
 
-from bench.machine import commit, device_name
-from experiments.common import check_places, finished, processes
+from experiments.common import check_places, finished, made_on, processes
 from experiments.recipes import report
 from experiments.recipes.plan import DELTA_SEEDS, KINDS, STEPS, TASKS, known, upgrades
 from experiments.recipes.runs import Config, attempt, delta_folder, draw_tasks
@@ -24,7 +23,6 @@ from rt.errors import InputError
 from rt.formats.files import cut_half_row, read_rows
 from rt.runs.config import parse, run
 from rt.runs.log import progress
-from rt.speed.device import pick_precision
 
 
 def main() -> None:
@@ -46,10 +44,7 @@ def main() -> None:
     todo += [("base", seed) for seed in sorted({s % DELTA_SEEDS for s in c.seeds}) if not known(done, {"arm": "M0", "seed": seed})]
     todo += [("upgrade", one) for one in upgrades(c.targets, c.seeds, c.model) if (not c.arms or one.arm in c.arms)
              and (not c.rates or one.lr in c.rates) and not known(done, one._asdict())]
-    device = torch.device(c.device)
-    facts = {"device": device_name(device), "precision": str(pick_precision("auto", device)).removeprefix("torch."), "commit": commit(),
-             "torch": torch.__version__}
-    end, count = time.monotonic() + c.budget if c.budget else None, 0
+    facts, end, count = made_on(torch.device(c.device)), time.monotonic() + c.budget if c.budget else None, 0
     with progress(len(todo), "recipes", unit="run") as bar, processes(c.jobs, 1) as pool:
         for what in ("delta", "base", "upgrade"):       # each stage needs the stages before it
             for found in finished(pool, attempt, [(c, *job, end) for job in todo if job[0] == what]):

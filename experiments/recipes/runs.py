@@ -66,10 +66,14 @@ def train(c: Config, *arguments: object) -> str:
     return run_here({"DIR": c.data, "HOME": c.home, "M0": c.base, "CACHE": c.cache}, "train.py", *arguments)
 
 
+def tuning(c: Config, base: Path, task: str, kind: str, seed: int, out: Path) -> list[object]:
+    """The flags of train.py that tune a delta of `base`."""
+    return ["--mode", "tune", "--base", base, "--task", task_folder(c, task), "--delta", kind, "--lr", plan.TUNE_LR[c.model][kind],
+            "--seq_len", plan.TASKS[task], "--seed", seed, *plan.TUNE, *plan.PLACE[c.device], "--out", out]
+
+
 def tune_delta(c: Config, task: str, kind: str, seed: int) -> list[dict]:
-    train(c, "--mode", "tune", "--base", Path(c.base), "--task", task_folder(c, task), "--delta", kind, "--lr",
-          plan.TUNE_LR[c.model][kind], "--seq_len", plan.TASKS[task], "--seed", seed, *plan.TUNE, *plan.PLACE[c.device],
-          "--out", delta_folder(c, task, kind, seed))
+    train(c, *tuning(c, Path(c.base), task, kind, seed, delta_folder(c, task, kind, seed)))
     return []
 
 

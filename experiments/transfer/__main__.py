@@ -82,7 +82,7 @@ def run_cell(c: Config, cell: dict) -> list[dict]:
         carry_head(c, cell)
     out, arguments = Path(c.home, "runs", "-".join(str(v) for v in cell.values())), arguments_of(c, cell)
     root, made_at = (c.at, WITH_MAPS) if "--carry" in arguments else (ROOT, commit())
-    command = script(c, "recycle.py", *arguments, "--out", out, *(["--resume"] if out.exists() else []), root=root)
+    command = script(c, "recycle.py", *arguments, out=out, root=root)
     facts = {"device": device_name(torch.device("cpu")), "commit": made_at, "command": command}
     return [facts | {k: row[k] for k in ("mode", "seed", "lr", "dev", "test", "best_step", "carried") if k in row}
             for row in read_json(out / "summary.json")["rows"]]
@@ -97,7 +97,7 @@ def prepare(c: Config, needed: set[str]) -> None:
     for name, flags in (("mini", (*mini, "--vocab_size", 8192)), ("ind", (*mini, "--tokenizer", home / "mini", "--seed", 1)),
                         ("upgrade", ("--init", Path(c.base), "--stream", corpora / "bio.txt.xz", "--steps", 200, "--lr", 5e-4))):
         if name in needed | ({"mini"} if "ind" in needed else set()) and not (home / name / "summary.json").exists():
-            script(c, "train.py", *flags, *common, "--out", home / name, *(["--resume"] if (home / name).exists() else []))
+            script(c, "train.py", *flags, *common, out=home / name)
     if "twin" in needed and not (home / "twin").exists():
         save_twin(c.base, home / "twin")
     for task, kind in product(TASKS, KINDS):
