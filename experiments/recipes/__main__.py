@@ -18,7 +18,7 @@ import torch
 from experiments.common import check_places, finished, made_on, processes
 from experiments.recipes import report
 from experiments.recipes.plan import DELTA_SEEDS, KINDS, STEPS, TASKS, known, upgrades
-from experiments.recipes.runs import Config, attempt, delta_folder, draw_tasks
+from experiments.recipes.runs import Config, attempt, delta_folder, draw_tasks, score_base, tune_delta, upgrade
 from rt.errors import InputError
 from rt.formats.files import cut_half_row, read_rows
 from rt.runs.config import parse, run
@@ -39,20 +39,22 @@ def main() -> None:
     if any(row["device"].startswith("CPU") != (c.device == "cpu") or row["arm"] != "M0" and row.get("steps", STEPS) != c.steps
            for row in done):
         raise InputError(f"{rows}: its rows are of another --device or of other --steps, and must not be mixed; give another --results")
-    deltas = [(task, kind, seed) for seed in sorted({s % DELTA_SEEDS for s in c.seeds}) for task in TASKS for kind in KINDS]
-    todo = [("delta", key) for key in deltas if not (delta_folder(c, *key) / "delta.json").exists()]
-    todo += [("base", seed) for seed in sorted({s % DELTA_SEEDS for s in c.seeds}) if not known(done, {"arm": "M0", "seed": seed})]
-    todo += [("upgrade", one) for one in upgrades(c.targets, c.seeds, c.model) if (not c.arms or one.arm in c.arms)
-             and (not c.rates or one.lr in c.rates) and not known(done, one._asdict())]
+    seeds = sorted({s % DELTA_SEEDS for s in c.seeds})
+    deltas = [(task, kind, seed) for seed in seeds for task in TASKS for kind in KINDS]
+    stages = ([(tune_delta, *key) for key in deltas if not (delta_folder(c, *key) / "delta.json").exists()],    # needed by those below
+              [(score_base, seed) for seed in seeds if not known(done, {"arm": "M0", "seed": seed})],
+              [(upgrade, one) for one in upgrades(c.targets, c.seeds, c.model) if (not c.arms or one.arm in c.arms)
+               and (not c.rates or one.lr in c.rates) and not known(done, one._asdict())])
     facts, end, count = made_on(torch.device(c.device)), time.monotonic() + c.budget if c.budget else None, 0
-    with progress(len(todo), "recipes", unit="run") as bar, processes(c.jobs, 1) as pool:
-        for what in ("delta", "base", "upgrade"):       # each stage needs the stages before it
-            for found in finished(pool, attempt, [(c, *job, end) for job in todo if job[0] == what]):
+    total = sum(map(len, stages))
+    with progress(total, "recipes", unit="run") as bar, processes(c.jobs, 1) as pool:
+        for stage in stages:
+            for found in finished(pool, attempt, [(c, end, *job) for job in stage]):
                 with rows.open("a", encoding="utf-8") as file:
                     file.write("".join(json.dumps(row | facts) + "\n" for row in found or ()))
                 count += found is not None
                 bar.update(found is not None)
-    print(f"{len(todo) - count} of {len(todo)} runs are left" + ("; the same command goes on" if len(todo) > count else ""))
+    print(f"{total - count} of {total} runs are left" + ("; the same command goes on" if total > count else ""))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Callable, Literal
 
 import numpy as np
 import torch
@@ -48,13 +48,9 @@ class Config:
     report: bool = False  # write the report from the rows
 
 
-def attempt(c: Config, what: str, job: object, end: float | None) -> list[dict] | None:
+def attempt(c: Config, end: float | None, do: Callable[..., list[dict]], *job: object) -> list[dict] | None:
     """In a worker: a job's rows; None if `end` (by time.monotonic) has passed."""
-    if end and time.monotonic() > end:
-        return None
-    if what == "delta":
-        return tune_delta(c, *job)
-    return score_base(c, job) if what == "base" else upgrade(c, job)
+    return None if end and time.monotonic() > end else do(c, *job)
 
 
 def delta_folder(c: Config, task: str, kind: str, seed: int) -> Path:
