@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from bench.measure import MiB, captured, peak, sample, spread
 from bench.runner import DTYPES, Run, options
 from bench.tables import label
-from rt.limits import Positive, PositiveInt, ShareBelowOne
+from rt.limits import Positive, ShareBelowOne
 from rt.model import PRESETS, EncoderConfig
 from rt.optim import adamw, autocast
 from rt.speed.device import bf16_is_fast, pick_device
@@ -41,7 +41,6 @@ class StepFlags:
     """The flags that bench.train and bench.recycle share."""
     sizes: tuple[Literal[tuple(PRESETS)], ...] = ()  # presets; default: small and mini; on a GPU base before them
     dropouts: tuple[ShareBelowOne, ...] = (0.1, 0.0)  # of embeddings, residuals, attention and head, in ours and in the peers
-    vocab: PositiveInt | None = None  # words; default: 8192 for tiny and mini, 50265 for the others
     case_seconds: Positive = 20.0  # timing a case ends after so many seconds and 5 rounds, or after 25 rounds
     compile: bool = False  # torch.compile, a minute or more each; on a GPU always, but with --quick
 
@@ -52,7 +51,6 @@ class Platform:
     device: torch.device
     fast: bool      # whether the device multiplies bfloat16 faster than float32
     compile: bool
-    vocab: int | None = None
 
     @property
     def cuda(self) -> bool:
@@ -68,7 +66,7 @@ class Platform:
         return (torch.bfloat16, torch.float32) if self.fast else (torch.float32,)
 
     def encoder_config(self, case: dict) -> EncoderConfig:
-        vocab = self.vocab or (8192 if case["size"] in ("tiny", "mini") else 50265)
+        vocab = 8192 if case["size"] in ("tiny", "mini") else 50265
         return EncoderConfig(vocab, dropout=case["dropout"], attention_dropout=case["dropout"], **PRESETS[case["size"]])
 
 
@@ -235,8 +233,7 @@ class Bench:
 def start(c: Any, script: str, argv: list[str], problems: dict[str, Callable]) -> Bench:
     """The run that the flags describe: `c` has RunFlags (`run`) and StepFlags (`steps`)."""
     device = pick_device(c.run.device)
-    platform = Platform(device, bf16_is_fast(device), c.steps.compile or device.type == "cuda" and not c.run.quick,
-                        c.steps.vocab)
+    platform = Platform(device, bf16_is_fast(device), c.steps.compile or device.type == "cuda" and not c.run.quick)
     return Bench(Run(c.run, script, argv, platform.dtypes), platform, problems, c.steps.case_seconds)
 
 
