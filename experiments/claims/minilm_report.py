@@ -6,7 +6,7 @@ from typing import Callable, Iterable
 
 import numpy as np
 
-from experiments.claims.minilm import SENTIMENT, cells, order_from
+from experiments.claims.minilm import DOMAINS, SENTIMENT, cells, order_from
 from experiments.common import LEARNED, holm, markdown, sign_flip, steps_to_best
 from experiments.recipes.plan import KINDS
 from rt.formats.files import read_rows
@@ -187,45 +187,38 @@ def by_base(r: Rows) -> str:
 
 def by_predictor(r: Rows) -> str:
     """Question (b): over all bases of all lineages, what goes with the points that `apply` loses?"""
-    bases = []
-    for row in r.part("lineage"):
-        base, L = row["base"], row["cell"]["lineage"]
-        lost = [r.applied("M0")[key] - value for key, value in r.applied(base).items() if key[-1] == L]
-        if base != "M0":
-            bases.append({"lineage": L, "domain": base[:2], "lost": 100 * mean(lost), "from": predictors(row, r.M0[L])})
-    return predicted(("lineage", "domain"), bases)
+    return predicted(("lineage", "domain"), bases_of(r, "lineage"))
 
 
 def by_first_domain(r: Rows) -> str:
     """Question (b) on lineages of seed 0 that pass the domains in four orders; full deltas."""
-    table = predicted(("order", "domain"), bases_by_order(r))
+    table = predicted(("order", "domain"), bases_of(r, "domains"))
     return table and f"Four orders of the domains, seed 0, full deltas alone. {table}"
 
 
 def on_mini(folder: Path) -> str:
     """The same on M0s of the mini preset."""
     r = Rows(read_rows(folder / "mini.jsonl"))
-    table = predicted(("lineage", "M0", "domain"), bases_by_order(r))
+    table = predicted(("lineage", "M0", "domain"), bases_of(r, "domains"))
     return table and (f"The same on {len(r.M0)} bases M0 of the mini preset (`--model mini`, `mini.jsonl`), four orders each, full deltas "
                       f"alone; commits {', '.join(sorted({row['commit'] for row in r.rows}))}. {table}")
 
 
-def bases_by_order(r: Rows) -> list[dict]:
-    """The bases of the part `domains`, with the points that `apply` loses and what might predict them."""
+def bases_of(r: Rows, part: str) -> list[dict]:
+    """The upgrades of the part `lineage` or `domains`, with the points that `apply` loses and what might predict them."""
     bases = []
-    for row in r.part("domains"):
-        first, seed, (M0,) = row["cell"]["first"], row["cell"].get("M0", 0), r.part(**row["cell"], base="M0")
+    for row in r.part(part):
+        cell, (M0,) = row["cell"], r.part(**row["cell"], base="M0")
+        first, seed = cell.get("first", DOMAINS[0]), cell.get("lineage", cell.get("M0", 0))
         lost = [M0["apply"][name] - value for name, value in row["apply"].items() if r.learned(name, seed)]
         if lost and row["base"] != "M0":
+            predictors = {"nothing, their mean": 0.0, "rise of the loss on wiki": row["heldout"]["wiki"] - M0["heldout"]["wiki"],
+                          "distance (L2)": row["l2"], "number of upgrades": float(row["base"][1])}
+            if part == "domains":
+                predictors["heads that no longer match themselves"] = 1 - row["heads_kept"]
             bases.append({"order": first, "M0": seed, "lineage": (first, seed), "domain": order_from(first)[int(row["base"][1]) - 1],
-                          "lost": 100 * mean(lost),
-                          "from": predictors(row, M0) | {"heads that no longer match themselves": 1 - row["heads_kept"]}})
+                          "lost": 100 * mean(lost), "from": predictors})
     return bases
-
-
-def predictors(row: dict, M0: dict) -> dict[str, float]:
-    return {"nothing, their mean": 0.0, "rise of the loss on wiki": row["heldout"]["wiki"] - M0["heldout"]["wiki"],
-            "distance (L2)": row["l2"], "number of upgrades": float(row["base"][1])}
 
 
 def predicted(left_out: tuple[str, ...], bases: list[dict]) -> str:
