@@ -45,11 +45,9 @@ def latest(rows: list[dict]) -> list[dict]:
     return list(found.values())
 
 
-def number(x: float | None, digits: int = 3) -> str:
-    """x with `digits` significant digits, without an exponent."""
-    if x is None:
-        return ""
-    return f"{x:,.0f}" if abs(x) >= 10**(digits - 1) else f"{x:.{digits}g}"
+def number(x: float) -> str:
+    """x with three significant digits, without an exponent."""
+    return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
 
 
 def markdown(rows: list[list], header: list[str]) -> list[str]:
