@@ -8,8 +8,6 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-PASSES = ("forward", "backward", "both")
-
 
 class Impl(NamedTuple):
     """One implementation, ready to be called."""
@@ -19,7 +17,7 @@ class Impl(NamedTuple):
     context: Callable = nullcontext             # entered around every call
     canonical: Callable = lambda x: x           # puts the output, or a gradient, into the truth's layout, or into several tensors
     truth: str = "default"
-    passes: tuple[str, ...] = PASSES            # timed; if there are none, only the error is measured
+    passes: tuple[str, ...] = ("forward", "backward", "both")       # timed; if there are none, only the error is measured
 
 
 @dataclass

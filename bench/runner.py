@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Callable, NoReturn, TypeVar
+from typing import Callable, TypeVar
 
 import torch
 
@@ -146,8 +146,10 @@ class Run:
                 print(f"{label(case)}: {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
         except Broken as error:
             print(f"the CUDA context broke: {error}", file=sys.stderr, flush=True)
-            if self.file and not self.late(20):
-                self.hand_over()
+            if self.file and not self.late(20):     # a new process measures the rest
+                self.file.close()
+                budget = str(self.deadline - time.monotonic())
+                sys.exit(subprocess.call([sys.executable, "-m", self.script, *self.argv, "--resume", "--budget", budget]))
         if self.cuda:
             self.add({"kernel": "environment after"} | clocks())
         print(tables(self.rows))
@@ -161,9 +163,3 @@ class Run:
             torch._dynamo.reset()       # another case must not count as a recompilation of the last one
         if self.cuda:
             torch.cuda.empty_cache()
-
-    def hand_over(self) -> NoReturn:
-        """Let a new process measure the rest."""
-        self.file.close()
-        budget = str(self.deadline - time.monotonic())
-        sys.exit(subprocess.call([sys.executable, "-m", self.script, *self.argv, "--resume", "--budget", budget]))

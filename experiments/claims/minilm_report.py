@@ -74,13 +74,10 @@ class Rows:
                 for row in self.best(part, mode, **more)}
 
 
-def commonest(r: Rows) -> dict[tuple[str, str, int], float]:
-    return {(*name.split("/"), L): share for L, row in r.M0.items() for name, (_, share) in row["dev"].items()}
-
-
 def kept(r: Rows) -> dict[tuple, float]:
     """The share of Delta_0's gain over the share of dev's commonest label that `apply` keeps on M1. Without a gain there is no share."""
-    chance, own, there = commonest(r), r.applied("M0"), r.applied("M1")
+    chance = {(*name.split("/"), L): share for L, row in r.M0.items() for name, (_, share) in row["dev"].items()}
+    own, there = r.applied("M0"), r.applied("M1")
     return {key: (there[key] - chance[key]) / (own[key] - chance[key]) for key in there if own[key] > chance[key]}
 
 

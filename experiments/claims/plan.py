@@ -101,7 +101,8 @@ def phases(s: Scale) -> list[list[Run]]:
     full = few("full") | {"part": "full", "task": s.full_tasks}
     full_data = each(**full, what=("scratch", "init", "init+distill")) + each(**full, what="scratch", variant="longer")
     # C1: Delta_0 on every snapshot of the first upgrade, and on every upgrade
-    snapshots = tuple(f"M1-t{t:05d}" for t in snapshot_steps(s))
+    kept = (round(s.steps[1] * (k + 1) / (s.snapshots + 1)) for k in range(s.snapshots))      # as train.py --snapshots does
+    snapshots = tuple(f"M1-t{t:05d}" for t in kept)
     compatibility = each(part="compatibility", what="apply", kind="full", task=s.tasks, base=("M0", *snapshots, *UPGRADES), seed=SEEDS,
                          old_base="M0", source=OWN)
     # deltas tuned on the other bases at the rate chosen on M0: the ends of the paths and the upper line of compatibility
@@ -143,11 +144,6 @@ def few_shot(tasks: tuple[str, ...], kind: str | tuple[str, ...] = "full") -> li
     """C5 and C6: 32 examples per label on M1 for each mode, and the old delta unchanged."""
     return each(**few(kind), task=tasks, what="apply") \
         + each(**few(kind), task=tasks, what=("scratch", "init", "distill", "init+distill"), shots=32)
-
-
-def snapshot_steps(s: Scale) -> list[int]:
-    """The steps t of M_1(t), as train.py --snapshots keeps them."""
-    return [round(s.steps[1] * (k + 1) / (s.snapshots + 1)) for k in range(s.snapshots)]
 
 
 def searched(run: Run) -> Run:

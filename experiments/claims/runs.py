@@ -89,13 +89,10 @@ def _base(folder: Path, device: torch.device) -> Base:
 
 @lru_cache(maxsize=8)
 def _task(folder: Path, max_dev: int, max_test: int) -> Task:
-    task = load_task(folder)
-    return replace(task, parts={part: examples if part == "train" else _draw(examples, {"dev": max_dev, "test": max_test}[part])
-                                for part, examples in task.parts.items()})
-
-
-def _draw(examples: list, most: int) -> list:
-    return [examples[i] for i in np.random.default_rng(0).permutation(len(examples))[:most]]
+    task, most = load_task(folder), {"dev": max_dev, "test": max_test}
+    drawn = {part: [examples[i] for i in np.random.default_rng(0).permutation(len(examples))[:most[part]]]
+             for part, examples in task.parts.items() if part in most}
+    return replace(task, parts=task.parts | drawn)
 
 
 def attempt(study: Study, run: Run, rates: tuple[float, ...], end: float | None) -> tuple[Run, list[dict], float]:

@@ -80,14 +80,12 @@ def score_base(c: Config, seed: int) -> list[dict]:
 
 def dev_scores(c: Config, seed: int, kinds: tuple[str, ...] = plan.KINDS) -> dict[str, list[float]]:
     """{"task/kind": [dev accuracy of M0's own delta, share of the commonest label on dev]}."""
-    return {f"{task}/{kind}": [load_delta(delta_folder(c, task, kind, seed)).info["dev"]["accuracy"], majority(c, task)]
-            for task in plan.TASKS for kind in kinds}
-
-
-def majority(c: Config, task: str) -> float:
-    """The share of the commonest label on dev."""
-    targets = data_of(task_folder(c, task), c.base, plan.TASKS[task]).dev.targets
-    return (targets.bincount().max() / len(targets)).item()
+    found = {}
+    for task in plan.TASKS:
+        targets = data_of(task_folder(c, task), c.base, plan.TASKS[task]).dev.targets
+        commonest = (targets.bincount().max() / len(targets)).item()
+        found |= {f"{task}/{kind}": [load_delta(delta_folder(c, task, kind, seed)).info["dev"]["accuracy"], commonest] for kind in kinds}
+    return found
 
 
 def upgrade(c: Config, one: plan.Upgrade) -> list[dict]:
