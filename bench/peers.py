@@ -4,6 +4,7 @@ A `Problem` is built from a case, a dict such as {"kernel": "attention", "S": 51
 inputs come in float64, and `truths` compute the right results.
 """
 from contextlib import nullcontext
+from functools import partial
 from typing import Callable
 
 import torch
@@ -201,26 +202,21 @@ def linear_problem(case: dict, device: torch.device, dtype: torch.dtype, exact: 
     x_t, w_t, b_t = draws.near(x), draws.near(w), draws.near(b)
     labels = draws.below(V, N)
 
-    def of(function: Callable, bias: bool = True, **more) -> Impl:      # ours computes gradients in the forward: only "both" is comparable
-        return Impl(function, tuple(map(leaf, (x, w, b) if bias else (x, w))), **{"passes": ("both",)} | more)
+    whole = partial(on, (x, w, b), passes=("both",))        # ours computes gradients in the forward: only "both" is comparable
+    kl_only = partial(on, (x, w), truth="mean KL", passes=())
 
-    def ours() -> Impl:
+    def ours(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         if kd:
-            return of(lambda x, w, b: linear_loss.linear_kd(x, w, b, x_t, w_t, b_t, labels, alpha=ALPHA, T=T))
-        return of(lambda x, w, b: linear_loss.linear_cross_entropy(x, w, b, labels))
+            return linear_loss.linear_kd(x, w, b, x_t, w_t, b_t, labels, alpha=ALPHA, T=T)
+        return linear_loss.linear_cross_entropy(x, w, b, labels)
 
-    def eager(raise_to: Callable = lambda x: x) -> Impl:
-        def loss(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-            s = F.linear(raise_to(x), raise_to(w), raise_to(b))
-            if not kd:
-                return F.cross_entropy(wide(s), labels)
-            with torch.no_grad():
-                t = F.linear(raise_to(x_t), raise_to(w_t), raise_to(b_t))
-            return eager_kd(s, t, labels).mean()
-        return of(loss)
-
-    def kl_only(function: Callable) -> Callable[[], Impl]:
-        return lambda: of(function, bias=False, truth="mean KL", passes=())
+    def eager(x: Tensor, w: Tensor, b: Tensor, raise_to: Callable = lambda x: x) -> Tensor:
+        s = F.linear(raise_to(x), raise_to(w), raise_to(b))
+        if not kd:
+            return F.cross_entropy(wide(s), labels)
+        with torch.no_grad():
+            t = F.linear(raise_to(x_t), raise_to(w_t), raise_to(b_t))
+        return eager_kd(s, t, labels).mean()
 
     def gemms() -> Impl:
         """The matrix products alone, with the vocabulary rounded up to the size at which they are fastest."""
@@ -231,31 +227,31 @@ def linear_problem(case: dict, device: torch.device, dtype: torch.dtype, exact: 
     def linear_mean_kl(x: Tensor, w: Tensor) -> Tensor:
         return mean_kl(F.linear(x, w), F.linear(x_t, w_t))
 
-    more = {"gemm bound": gemms, "eager fp32 gemm": lambda: eager(wide)._replace(passes=())}
+    more = {"gemm bound": gemms, "eager fp32 gemm": on((x, w, b), partial(eager, raise_to=wide), passes=())}
     if kd:
         more |= {"ours KL only": kl_only(lambda x, w: linear_loss.linear_kd(x, w, None, x_t, w_t, None, alpha=1 / T**2, T=T)),
                  "eager KL only": kl_only(linear_mean_kl),
                  "eager fp32 gemm KL only": kl_only(lambda x, w: mean_kl(F.linear(wide(x), wide(w)), F.linear(wide(x_t), wide(w_t))))}
-    more |= liger(kd, x_t, w_t, b_t, labels, of)
-    return Problem(against_eager(ours, eager, **more), {"default": eager, "mean KL": lambda: of(linear_mean_kl, bias=False)}, "tflops",
-                   {"both": (4 if kd else 3) * 2.0 * N * V * d})
+    more |= liger(kd, x_t, w_t, b_t, labels, whole, kl_only)
+    return Problem(against_eager(whole(ours), whole(eager), **more), {"default": whole(eager), "mean KL": kl_only(linear_mean_kl)},
+                   "tflops", {"both": (4 if kd else 3) * 2.0 * N * V * d})
 
 
-def liger(kd: bool, x_t: Tensor, w_t: Tensor, b_t: Tensor, labels: Tensor, of: Callable) -> dict[str, Callable[[], Impl]]:
+def liger(kd: bool, x_t: Tensor, w_t: Tensor, b_t: Tensor, labels: Tensor, whole: Callable, kl_only: Callable) -> dict[str, Callable]:
     """Liger's fused linear losses. The first of distillation takes neither bias nor labels, so it does less; the second does everything."""
     def jsd() -> Impl:
         from liger_kernel.transformers.functional import liger_fused_linear_jsd
-        return of(lambda x, w: liger_fused_linear_jsd(x, w, x_t, w_t, jsd_beta=0.0, temperature=T), bias=False, truth="mean KL")
+        return kl_only(lambda x, w: liger_fused_linear_jsd(x, w, x_t, w_t, jsd_beta=0.0, temperature=T), passes=("both",))()
 
     def chunked() -> Impl:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
         torch._dynamo.reset()
         loss = LigerFusedLinearJSDLoss(weight_hard_loss=1 - ALPHA, weight_soft_loss=ALPHA * T**2, beta=0.0, temperature=T)
-        return of(lambda x, w, b: loss(x, w, x_t, w_t, labels, b, b_t))
+        return whole(lambda x, w, b: loss(x, w, x_t, w_t, labels, b, b_t))()
 
     def fused() -> Impl:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-        return of(lambda x, w, b: liger_fused_linear_cross_entropy(x, w, labels, b))
+        return whole(lambda x, w, b: liger_fused_linear_cross_entropy(x, w, labels, b))()
 
     return {"liger jsd KL only": jsd, "liger chunked": chunked} if kd else {"liger fused": fused}
 

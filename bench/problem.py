@@ -88,9 +88,9 @@ def leaf(x: Tensor) -> Tensor:
     return x.detach().requires_grad_()
 
 
-def on(leaves: tuple[Tensor, ...], function: Callable[..., Tensor], upstream: Tensor | None = None) -> Callable[[], Impl]:
-    """Builds an implementation, with leaves of its own each time."""
-    return lambda: Impl(function, tuple(map(leaf, leaves)), upstream)
+def on(leaves: tuple[Tensor, ...], function: Callable[..., Tensor], upstream: Tensor | None = None, **more) -> Callable[[], Impl]:
+    """Builds an implementation, with leaves of its own each time; `more` are fields of Impl."""
+    return lambda: Impl(function, tuple(map(leaf, leaves)), upstream, **more)
 
 
 def wide(x: Tensor) -> Tensor:
