@@ -232,13 +232,10 @@ def partial_apply(base: Base, delta: Delta, scale: float, *parts: str):
 
 def pilot(c: Config, cell: dict) -> list[dict]:
     """alpha, beta and T of the modes with a teacher, on dev; test is scored by the sweep and not kept."""
-    rows = []
-    for kind in KINDS:
-        grid = f"seed={','.join(map(str, PILOT))} alpha=.7,.9 beta=0,10 T=5,10"
-        rows += [{"kind": kind} | row for row in recycled(
-            c, cell | {"kind": kind}, "distill,init+distill", "--lr", RATES[kind][1], "--shots", 32, "--steps", 100, "--eval_every", 25,
-            "--device", "cpu", "--sweep", grid)]
-    return [{k: v for k, v in row.items() if k != "test"} for row in rows]
+    grid = f"seed={','.join(map(str, PILOT))} alpha=.7,.9 beta=0,10 T=5,10"
+    flags = ("--shots", 32, "--steps", 100, "--eval_every", 25, "--device", "cpu", "--sweep", grid)
+    return [{"kind": kind} | {k: v for k, v in row.items() if k != "test"} for kind in KINDS
+            for row in recycled(c, cell | {"kind": kind}, "distill,init+distill", "--lr", RATES[kind][1], *flags)]
 
 
 @cache

@@ -160,7 +160,8 @@ def section(folder: Path) -> str:
             "(with one lineage, over tasks alone). p: exact sign-flip over cells; then Holm's over the lines that have rows, by which the "
             "plan decides; the column after it counts all lines, those without rows as p = 1.",
             markdown(["primary quantity", "mean [95 %]", "cells", "p", "Holm", "Holm, all lines", "here"], verdicts(primary(r)))]
-    tables = by_base(r), by_predictor(r), by_first_domain(r), on_mini(folder), by_mode(r), by_part(r), by_pair(r)
+    tables = (by_base(r), predicted(("lineage", "domain"), bases_of(r, "lineage")), by_first_domain(r), on_mini(folder), by_mode(r),
+              by_part(r), by_pair(r))
     text += [table for table in tables if table]
     text += ["Planned and not run (number of cells): " + (missing(rows) or "nothing") + "."]
     return "\n\n".join(text) + "\n"
@@ -180,11 +181,6 @@ def by_base(r: Rows) -> str:
         ["lineage", "base", *KINDS, *(f"loss {domain}" for domain in r.M0[L]["heldout"]), "L2"], lines) + (
         f"\n\nShare of Delta_0's gain that `apply` keeps on M1: {shown(share.values())}; by task: "
         + ", ".join(f"{task} {shown(v for (of, _), v in share.items() if of == task)}" for task in sorted({of for of, _ in share})) + ".")
-
-
-def by_predictor(r: Rows) -> str:
-    """Question (b): over all bases of all lineages, what goes with the points that `apply` loses?"""
-    return predicted(("lineage", "domain"), bases_of(r, "lineage"))
 
 
 def by_first_domain(r: Rows) -> str:
