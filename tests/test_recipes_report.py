@@ -73,7 +73,7 @@ def test_the_report_counts_gain_points_and_advantage(tmp_path):
     assert "| bio | hidden 3 | 0.0005 | 5 | 98.000 ±" in text and "| cs | hidden 3 | 0.0005 | 1 | 98.000 | 1.000 | 4.960 |" in text
     assert "Chain, plain at 0.0005: points lost by Delta_0 on M1, M2, ...: 1.000, 2.000." in text
     assert "c/full (seed 2)" in text and "- plain at 0.0005 on cs: seeds 0, 2, 3, 4" in text
-    assert [*map(report.power, (5e-4, 1.25e-4, 1e-3))] == ["5e-4", "1.25e-4", "1e-3"] and "if it is below 6" in text
+    assert "if it is below 6" in text
     assert "hidden 3 at 0.0005 on bio:" not in text and (tmp_path / "pareto.png").exists()
 
 

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from statistics import mean
 
+import numpy as np
+
 from experiments.common import LEARNED, ROOT, holm, markdown, sign_flip
 from experiments.recipes.plan import AFTERWARDS, DELTA_SEEDS, PEAK, SEEN, STEPS, TARGETS, known, plain_rates, upgrades
 from rt.errors import InputError
@@ -158,18 +160,13 @@ def write(folder: Path) -> str:
     if all(row.get("steps", STEPS) == STEPS for row in rows) and {row.get("target") for row in rows} & {*TARGETS}:
         text += ["## Planned and not run", missing(rows, model)]
     (folder / "README.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
-    names = {(arm, lr): f"{arm.replace(' (afterwards)', '*')}, {power(lr)}{f' ({len(of)})' * (len(of) < most)}"
+    rates = {lr: np.format_float_scientific(lr, trim="-", exp_digits=1) for _, lr in found}      # 5e-4 for 0.0005
+    names = {(arm, lr): f"{arm.replace(' (afterwards)', '*')}, {rates[lr]}{f' ({len(of)})' * (len(of) < most)}"
              for (arm, lr), of in found.items() if len(of) >= most / 2}
     pareto({name: [(100 * (1 - gain), points) for gain, points in found[key].values()] for key, name in names.items()},
            folder / "pareto", "gain given up on the new domain (% of the best plain upgrade's)",
            tuple(names[key] for key in sorted(names) if key[0] == "plain"))
     return markdown(HEAD, lines)
-
-
-def power(lr: float) -> str:
-    """5e-4 for 0.0005."""
-    digits, exponent = f"{lr:e}".split("e")
-    return f"{float(digits):g}e{int(exponent)}"
 
 
 def missing(rows: list[dict], model: str) -> str:
