@@ -236,8 +236,8 @@ def predicted(left_out: tuple[str, ...], bases: list[dict]) -> str:
 
 def correlation(name: str, bases: list[dict]) -> float:
     """Of `name` and the points lost; 0 if one of them does not vary."""
-    x, y = (values - values.mean() for values in np.array([(row["from"][name], row["lost"]) for row in bases]).T)
-    return float(x @ y / (x @ x * (y @ y)) ** 0.5) if x @ x and y @ y else 0.0
+    x, y = np.array([(row["from"][name], row["lost"]) for row in bases]).T
+    return float(np.corrcoef(x, y)[0, 1]) if np.ptp(x) and np.ptp(y) else 0.0
 
 
 def squared_errors(name: str, bases: list[dict], key: str) -> dict[tuple, list[float]]:
