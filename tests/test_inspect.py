@@ -144,7 +144,7 @@ def test_a_run_lists_what_it_holds(run_home, tmp_path):
     rows = [{"mode": mode} for mode in ("scratch", "init", "init")]
     (tmp_path / "summary.json").write_text(json.dumps({"rows": rows, "argv": ["recycle.py"]}))
     assert inspect(tmp_path)["runs"] == "1 scratch, 2 init"
-    for place in (tmp_path / "recipes.png", tmp_path / "figures" / "convergence.png"):    # of a study, of plot
+    for place in (tmp_path / "recipes.png", *(tmp_path / "figures" / name for name in ("convergence.png", "recipes.png"))):    # by plot
         place.parent.mkdir(exist_ok=True)
         place.touch()
     assert inspect(tmp_path)["figures"] == "convergence.png, recipes.png"

@@ -174,7 +174,7 @@ def run_folder(folder: Path, summary: dict) -> dict[str, str]:
              "stages": [f"{stage.get('name')} ({stage.get('domain')})" for stage in summary.get("stages", [])],
              "runs": [f"{number} {mode}" for mode, number in modes.items()],
              "rows": [f"{len(lines)} in {name}" for name, lines in rows.items()],
-             "figures": sorted(path.name for home in (folder, folder / FIGURES) for path in home.glob("*.png"))}
+             "figures": sorted({path.name for home in (folder, folder / FIGURES) for path in home.glob("*.png")})}
     return {"is": "a run" + (f" of study {summary['study']}" if "study" in summary else "" if summary else ", unfinished or part of one"),
             "size": disk(folder.rglob("*")), **{name: listed(values) for name, values in found.items() if values},
             "made by": shlex.join(summary.get("argv") or ["unknown"])}
