@@ -169,9 +169,12 @@ def test_texts_that_are_cut_are_counted(flags, tmp_path, capsys):
     ("x", ("--out", "FOLDER/no/out"), "there is no folder"), ("x", ("--out", "FOLDER"), "cannot be written"),
     ("x", ("--out", "FOLDER/mine.md"), "holds something other than answers"),
     ("x", ("--out", "FOLDER/task.jsonl"), "holds something other than answers"),
+    ("x", ("--out", "FOLDER/sales.jsonl"), "holds something other than answers"),
+    ("x", ("--out", "FOLDER/more.jsonl"), "holds something other than answers"),
     ("x", ("--input", "FOLDER/said.jsonl", "--out", "FOLDER/said.jsonl"), "is the --input")])
 def test_bad_input_is_one_sentence_and_leaves_files_alone(flags, text, arguments, words, tmp_path, monkeypatch):
-    files = {"mine.md": "# My notes\n", "task.jsonl": '{"text": "x", "label": "y"}\n', "said.jsonl": '{"text": "x", "value": 1.0}\n'}
+    files = {"mine.md": "# My notes\n", "task.jsonl": '{"text": "x", "label": "y"}\n', "said.jsonl": '{"text": "x", "value": 1.0}\n',
+             "sales.jsonl": '{"item": "x", "value": 1.0}\n', "more.jsonl": '{"text": "x", "value": 1.0, "author": "y"}\n'}
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     give(monkeypatch, text)

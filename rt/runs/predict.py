@@ -131,7 +131,8 @@ def check_out(out: Path, source: Path) -> None:
         line, row = file.readline(1_000_000), None
     with contextlib.suppress(InputError):
         row = parse_json(line, out)
-    if line and not (isinstance(row, dict) and {"probabilities", "value"} & row.keys()):      # an empty file may be overwritten
+    answer = {"text", "value"}, {"text", "label", "probabilities"}
+    if line and not (isinstance(row, dict) and row.keys() - {"text_pair"} in answer):      # an empty file may be overwritten
         raise InputError(f"--out {out}: holds something other than answers; give another, or remove the file")
 
 
