@@ -4,6 +4,7 @@ from dataclasses import dataclass
 import pytest
 
 from rt.errors import InputError
+from rt.runs.config import parse
 from rt.runs.summary import by_settings, chosen
 from rt.runs.sweep import dealt, expand, swept
 
@@ -67,6 +68,9 @@ def test_a_grid_that_leaves_out_a_value_of_its_flag_is_refused():
     with pytest.raises(InputError, match="leaves out --alpha 0.5"):
         expand(Config(alpha=0.5), "alpha=.7,.9 T=5")
     assert [c.alpha for c in expand(Config(alpha=0.9), "alpha=.7,.9")] == [0.7, 0.9]
+    with pytest.raises(InputError, match="leaves out --alpha 0.7"):     # typed, though it is the default
+        expand(parse(Config, ["--alpha", ".7"]), "alpha=.5,.9")
+    assert len(expand(parse(Config, ["--T", "5"]), "alpha=.5,.9 T=1,5")) == 4
 
 
 @pytest.mark.parametrize("name", ["gamma", "itp", "unlabelled_share", "steps", "batch_size", "warmup", "weight_decay", "early_stop"])

@@ -93,7 +93,9 @@ def parse(cls: type[C], argv: list[str], words: str | None = None) -> C:
     if words:
         values[words] = (*getattr(given, words, ()), *rest)
     required = {name: values[name] for name, flag in flags.items() if flag.default is MISSING}
-    return replace_flags(cls(**required), **values)
+    config = replace_flags(cls(**required), **values)
+    config.typed = {*values}        # no field: a flag may be typed with its default
+    return config
 
 
 def replace_flags(config: C, **values: Any) -> C:

@@ -3,7 +3,7 @@ import difflib
 import itertools
 
 from rt.errors import InputError
-from rt.runs.config import C, changed, convert, flags_of, replace_flags
+from rt.runs.config import C, changed, convert, flags_of, record, replace_flags
 from rt.runs.summary import group
 
 # settings that a grid can vary; runs of one group, done side by side, differ only in SIDE_BY_SIDE, seed and learning rate
@@ -34,7 +34,8 @@ def expand(config: C, spec: str) -> list[C]:
     kinds = {flag.name: flag.kind for flag in flags_of(type(config))}
     choices = [[(LISTS.get(name, name), convert(f"sweep {name}", text, kinds[LISTS.get(name, name)])) for text in texts]
                for name, texts in swept(spec).items()]
-    given = changed(config)
+    typed = getattr(config, "typed", changed(config))       # also a flag whose value is the default
+    given = {name: value for name, value in record(config).items() if name in typed}
     for choice in choices:
         flag = choice[0][0]
         if lost := {*several(given.get(flag, ()))} - {v for _, value in choice for v in several(value)}:
