@@ -90,6 +90,12 @@ def test_a_space_after_each_comma_is_no_part_of_a_field(tmp_path):
     assert task.labels == ("neg", "pos") and task.parts["train"][0].text == "foo, x"
 
 
+def test_columns_without_a_name_as_spreadsheets_add_them_are_left_out(tmp_path):
+    for part in ("train", "dev"):
+        (tmp_path / f"{part}.csv").write_text("text,label,,\na film,good,,\nanother,bad,,\n,,,\n")
+    assert [(e.text, e.label) for e in load_task(tmp_path).parts["train"]] == [("a film", "good"), ("another", "bad")]
+
+
 def test_a_pointer_of_git_lfs_is_not_a_text(tmp_path):
     (tmp_path / "x.txt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
     with pytest.raises(InputError, match="x.txt: is a Git LFS pointer, not the file"):

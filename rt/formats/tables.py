@@ -103,8 +103,8 @@ def _read_csv(path: Path, format: str) -> Iterator[tuple[str, dict]]:
     if delimiter == "\t" and len(header) == 4 and header[1] in ("0", "1") and not re.search(r"\w", header[2]):
         rows, header = itertools.chain([(place, header)], rows), ["source", "label", "mark", "sentence"]
         note(f"{path}: has no header, and its columns are taken for {', '.join(header)}, those of GLUE's CoLA")
-    if len({*header}) < len(header):
-        raise InputError(f"{place}: two columns are called {Counter(header).most_common(1)[0][0]!r}; {HEADER}")
+    if len({*(names := [name for name in header if name])}) < len(names):      # spreadsheets add columns without a name
+        raise InputError(f"{place}: two columns are called {Counter(names).most_common(1)[0][0]!r}; {HEADER}")
     for place, row in rows:
         if row and len(row) != len(header):
             raise InputError(f"{place}: {len(row)} columns, but the header has {len(header)}")
