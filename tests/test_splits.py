@@ -224,14 +224,14 @@ def test_what_is_left_unread_is_said_when_the_bins_are_made(tmp_path, tokenizer,
 
 def test_a_file_that_is_renamed_to_heldout_is_held_out_and_a_valid_txt_is_said(tokenizer, tmp_path, capsys):
     (tmp_path / "c").mkdir()
-    for name in ("train", "valid"):
+    for name in ("train", "valid", "ptb.test"):
         (tmp_path / f"{name}.text").write_text("".join(f"{name} {i} of a graph\n" for i in range(99)))
         (tmp_path / "c" / f"{name}.txt").symlink_to(tmp_path / f"{name}.text")
     build_corpus("c", tmp_path / "c", tokenizer, tmp_path)
-    assert capsys.readouterr().err == "note: corpus c: valid.txt are trained on, too: only heldout.* would be held out\n"
+    assert capsys.readouterr().err == "note: corpus c: ptb.test.txt, valid.txt are trained on, too: only heldout.* would be held out\n"
     (tmp_path / "c" / "valid.txt").rename(tmp_path / "c" / "heldout.txt")
     parts = build_corpus("c", tmp_path / "c", tokenizer, tmp_path)
-    assert [len(parts[part].offsets) - 1 for part in ("train", "heldout")] == [99, 99]
+    assert [len(parts[part].offsets) - 1 for part in ("train", "heldout")] == [198, 99]
 
 
 def test_shards_of_heldout_are_held_out_and_what_cannot_be_unpacked_is_said(tmp_path, tokenizer, capsys):

@@ -143,7 +143,8 @@ def _tokenize(path: Path, tokenizer: Tokenizer, folder: Path, name: str) -> None
     documents, files = split_documents(path), corpus_files(path)
     if files["unread"]:
         note(f"corpus {name}: left unread: {', '.join(f.name for f in files['unread'])}")
-    if others := [f.name for f in files["train"] if (named := SPLIT.fullmatch(f.name.lower().split(".")[0])) and named[1] != "train"]:
+    names = {f.name: map(SPLIT.fullmatch, f.name.lower().split(".")) for f in files["train"]}      # valid.txt, wiki.valid.txt
+    if others := [name for name, parts in names.items() if any(part and part[1] != "train" for part in parts)]:
         note(f"corpus {name}: {', '.join(others)} are trained on, too: only heldout.* would be held out")
     with atomic_folder(folder) as new:
         with (new / "train.bin").open("wb") as train, (new / "heldout.bin").open("wb") as heldout, \
