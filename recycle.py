@@ -169,7 +169,7 @@ def run_alone(r: Recycling, one: Run, sources: Sources) -> Iterator[Done]:
                 yield one.at(**place), link.result, link.delta, [row for row in curve if place.items() <= row.items()], place
             return
         if one.mode == "project":
-            more = {"projection": learn_map(r, c.project, sources.projects, lambda row: bar.on_eval({"part": "projection"} | row))}
+            more = learn_map(r, c.project, sources.projects, lambda row: bar.on_eval({"part": "projection"} | row))
         model, result = recycle(r, one.mode)
         result.seconds = time.perf_counter() - started
         yield one, result, new_delta(r, one.mode, model), curve, more

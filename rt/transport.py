@@ -133,7 +133,7 @@ def learn_projection(old_base: Base, base: Base, sources: list[tuple[Delta, Task
         return {"mean": None if None in each else sum(each) / len(each), **{data.name: value for data, value in zip(datas, each)}}
 
     result = minimise(dict(projection.named_parameters()), gradient, s, dev_scores, on_eval)
-    projection.best_step, projection.dev = result.best_step, result.dev
+    projection.best_step, projection.dev, projection.diverged = result.best_step, result.dev, result.diverged
     return projection
 
 

@@ -368,6 +368,11 @@ def test_a_rate_at_which_runs_diverge_ends_no_grid(lineage, task, tmp_path):
         said = here("recycle.py", *chained, "--chain", bases, "--mode", "init", "--seeds", "0", "--lr", "1e15,5e-4",
                     "--out", tmp_path / "chain", "--resume")
         assert "diverged, and left out: init at --lr 1e+15 (4 of its runs)" in said and said.count("  0.0005  ") == 2
+    shutil.copytree(task, other := tmp_path / "other")
+    (other / "train.jsonl").write_text("".join((task / "train.jsonl").read_text().splitlines(True)[:20]))
+    said = here("recycle.py", *arguments, "--mode", "apply,project", "--source_task", other, "--source_delta", tmp_path / "d",
+                "--project_steps", "16", "--seeds", "0", "--lr", "1e15,5e-4", "--out", tmp_path / "project")
+    assert "diverged, and left out: project at --lr 1e+15 (1 of its runs)" in said and "\nproject  0.0005  " in said
     for flags in (("--lr", "1e15"), ("--lr", "1e15", "--delta", "lora", "--sweep", "seed=0")):
         said = here("recycle.py", *arguments, "--mode", "apply,scratch", "--seeds", "0", *flags, "--out", tmp_path / flags[-1], code=2)
         assert "error: more than 10 steps in a row before step 1" in said and "lower --lr (1" in said

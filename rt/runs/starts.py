@@ -106,11 +106,12 @@ def carry_texts(path: str | None, task: Task, base: Base, seq_len: int) -> list[
 
 
 def learn_map(r: Recycling, p: ProjectConfig, projects: Projects, on_eval: Callable[[dict], None]) -> dict:
-    """Learn the map of --mode project. Returns the fields about the map for the run's row."""
+    """Learn the map of --mode project. Returns fields for the run's row. A map that diverged is the best one before that."""
     equal = {delta.num_outputs for delta, _ in projects} == {r.old_delta.num_outputs}    # if so, heads are projected too
     r.projection = learn_projection(
-        r.old_base, r.base, projects, replace(r.settings, steps=p.project_steps, keep_diverged=False), r.distill, r=p.rank,
+        r.old_base, r.base, projects, replace(r.settings, steps=p.project_steps), r.distill, r=p.rank,
         granularity=p.granularity, residual=p.residual, device=r.device, precision=r.precision, with_head=equal, on_step=r.on_step,
         on_eval=on_eval)
     about = {name: getattr(r.projection, name) for name in ("r", "granularity", "residual", "with_head", "best_step", "dev")}
-    return {"sources": [data.name for _, data in projects], **about, "numbers": sum(p.numel() for p in r.projection.parameters())}
+    about |= {"sources": [data.name for _, data in projects], "numbers": sum(p.numel() for p in r.projection.parameters())}
+    return {"projection": about, **({"diverged": r.projection.diverged} if r.projection.diverged else {})}
