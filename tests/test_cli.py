@@ -433,6 +433,20 @@ def test_itp_is_a_run_of_its_own_beside_the_plain_one(lineage, task, tmp_path):
     assert losses[0] != losses[2]
 
 
+def test_a_row_names_the_kind_of_the_delta_that_it_used(lineage, task, tmp_path):
+    home, _ = lineage
+    arguments = ("recycle.py", "--old_base", home / "run" / "M0", "--old_delta", tuned(home, task, "lora", tmp_path), "--base",
+                 home / "run" / "M1", "--task", task, "--seeds", "0", "--steps", "2", *TUNE)
+    said = here(*arguments, "--mode", "apply", "--out", tmp_path / "one")
+    one, = read_json(tmp_path / "one" / "summary.json")["rows"]
+    assert "), lora: " in said and one["delta"] == one["settings"]["delta"] == "lora"
+    here(*arguments, "--mode", "apply", "--delta", "adapter", "--bottleneck", "4", "--out", tmp_path / "one")
+    assert read_json(tmp_path / "one" / "summary.json")["rows"][0]["run"] == one["run"]     # apply learns no adapter
+    here(*arguments, "--mode", "scratch,apply", "--out", tmp_path / "two")
+    assert [row["delta"] for row in read_json(tmp_path / "two" / "summary.json")["rows"]] == ["full", "lora"]
+    assert plot.report(tmp_path / "two").text.count("two_way, ") == 1       # one panel
+
+
 def test_project_maps_the_delta_by_other_tasks(lineage, task, graphs, tmp_path):
     home, _ = lineage
     other = tmp_path / "three_way"

@@ -113,7 +113,7 @@ def base_origins(rows: list[Run], r: Recycling, bases: dict[str, Base], sources:
 def save_run(out: Path, run: Run, task: Task, result: TuneResult, delta: Delta, curve: list[dict], origin: list[str], more: dict) -> None:
     """Write OUT/deltas/RUN. `more` is added to the run's row."""
     c = run.c
-    row = {"run": run.name, "mode": run.mode, "delta": c.delta.kind, "task": task.name, "shots": c.shots, "seed": run.seed,
+    row = {"run": run.name, "mode": run.mode, "delta": delta.config.kind, "task": task.name, "shots": c.shots, "seed": run.seed,
            "lr": run.lr, "steps": c.steps if run.mode in TRAINED else 0, "best_step": result.best_step, "dev": result.dev,
            "test": result.test, "steps_to_scratch_best": None, "seconds": round(result.seconds, 1), "curve": result.curve,
            "settings": run.settings,
