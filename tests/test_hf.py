@@ -727,3 +727,16 @@ def test_an_empty_folder_is_written_to_and_a_task_folder_keeps_the_dots_of_its_n
     here("-m", "rt.runs.convert", "import", "--base", tmp_path / "M0", "--tuned", tmp_path / "tuned", "--out", tmp_path / "out", "--task",
          tmp_path / "sick.v2")
     assert load_delta(tmp_path / "out").info["task"] == "sick.v2"
+
+
+def test_a_task_that_is_written_as_a_dot_has_the_name_that_it_has_elsewhere(base, tmp_path, monkeypatch):
+    save_base(tmp_path / "M0", MaskedLM(base.encoder, base.head), base.tokenizer, {})
+    export_hf(tmp_path / "tuned", base, trained(base, DeltaConfig("full")))
+    for name in ("sick", "rev/task"):
+        (tmp_path / name).mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / name)
+        here("-m", "rt.runs.convert", "import", "--base", tmp_path / "M0", "--tuned", tmp_path / "tuned", "--out", tmp_path / "out",
+             "--task", ".")
+        assert load_delta(tmp_path / "out").info["task"] == name.split("/")[0]
+    monkeypatch.chdir(tmp_path / "tuned")
+    assert open_delta(".", base).info["task"] == "tuned"

@@ -35,7 +35,7 @@ def factor_names(layers: int, targets: Iterable[str]) -> dict[str, str]:
             for i in range(layers) for target in targets for which in "AB"}
 
 
-def import_adapter(folder: Path, base: Base, labels: tuple[str, ...], task: str | None) -> Delta:
+def import_adapter(folder: Path, base: Base, labels: tuple[str, ...], task: str) -> Delta:
     """Import a classifier's adapter on `base` as a delta. Its labels: `labels`, its own, or numbers. InputError names what does not fit."""
     if library := other_library(folder):
         raise InputError(f"{folder}: an adapter of {library}; only LoRA adapters of PEFT are supported")
@@ -58,7 +58,7 @@ def import_adapter(folder: Path, base: Base, labels: tuple[str, ...], task: str 
     modules, targets = layers_of(base, factors, r, whose)
     names = hf.class_names({}, len(head["out.bias"]), labels or tuple(map(str, own)), folder)
     config = DeltaConfig("lora", r=r, lora_alpha=float(alpha), target_modules=targets)
-    delta = Delta(config, {}, modules, head, {"task": task or folder.name, "labels": list(names), "source": str(folder), **origin(base)})
+    delta = Delta(config, {}, modules, head, {"task": task, "labels": list(names), "source": str(folder), **origin(base)})
     check_tensors(base, delta)
     return delta
 

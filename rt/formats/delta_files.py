@@ -27,13 +27,13 @@ FILES = {"delta.safetensors", "delta.json", *OF_THE_RUN, FIGURES}
 def open_delta(name: str, base: Base, labels: tuple[str, ...] = (), task: str | None = None) -> Delta:
     """Open a delta of ours, or import a model that was tuned from `base` elsewhere: a ...ForSequenceClassification checkpoint or an adapter
     of PEFT (LoRA); folder or hub id. `labels` names its classes in the order of its outputs, `task` its task."""
-    path = find(name)
+    path, called = find(name), task or Path(os.path.abspath(name)).name     # . has no name, and the hub's cache has names of commits
     if (path / "delta.json").is_file():
         return load_delta(path)
     if (path / "adapter_config.json").is_file() or other_library(path):
-        return import_adapter(path, base, labels, task)
+        return import_adapter(path, base, labels, called)
     if (path / "config.json").is_file():
-        return import_tuned(path, base, labels, task)
+        return import_tuned(path, base, labels, called)
     raise InputError(f"{name}: nothing tuned there; expected a folder with delta.json (ours), config.json (a tuned Hugging Face model) or "
                      f"adapter_config.json (PEFT), or {HUB_NAME}")
 

@@ -214,7 +214,7 @@ def note_ids(facts: dict, config: EncoderConfig, tokenizer: Tokenizer, folder: P
         note(f"{folder}: the model has {config.vocab_size} words, the tokenizer {tokenizer.vocab_size}")
 
 
-def import_tuned(folder: Path, base: Base, labels: tuple[str, ...], task: str | None) -> Delta:
+def import_tuned(folder: Path, base: Base, labels: tuple[str, ...], task: str) -> Delta:
     """Import a ...ForSequenceClassification checkpoint, tuned from `base`, as a full delta. InputError if it does not fit the base."""
     facts = read_json(folder / "config.json")
     config = replace(encoder_config(facts, folder / "config.json"), sep_id=base.encoder.config.sep_id)
@@ -232,7 +232,7 @@ def import_tuned(folder: Path, base: Base, labels: tuple[str, ...], task: str | 
     labels = class_names(facts, len(head["out.bias"]), labels, folder)
     theirs = dict(base.encoder.named_parameters())
     diffs = {name: p.detach() - theirs[name].detach().cpu() for name, p in encoder.named_parameters()}
-    info = {"task": task or folder.name, "labels": list(labels), "source": str(folder), **origin(base)}
+    info = {"task": task, "labels": list(labels), "source": str(folder), **origin(base)}
     return Delta(DeltaConfig("full"), diffs, {}, head, info)
 
 

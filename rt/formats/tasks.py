@@ -59,8 +59,13 @@ def load_task(path: Path) -> Task:
                  for part, examples in parts.items()}
         labels = _classes(path, parts)
     _note_doubts(path, parts)
+    return Task(name_of(path), labels, parts)
+
+
+def name_of(path: Path) -> str:
+    """The name of the task in a folder, which may be written . or be called task."""
     place = Path(os.path.abspath(path))     # not resolved: a link keeps its name
-    return Task(place.parent.name if place.name == "task" else place.name, labels, parts)
+    return place.parent.name if place.name == "task" else place.name
 
 
 def _plain(label: str | int | float | None) -> str:

@@ -19,6 +19,7 @@ from rt.formats.delta_files import open_delta, save_delta
 from rt.formats.files import read_json
 from rt.formats.hf import CARD, export_hf
 from rt.formats.hub import open_base
+from rt.formats.tasks import name_of
 from rt.formats.untrusted import shaped
 from rt.runs.config import parse, record, run
 from rt.runs.results import open_best
@@ -57,7 +58,7 @@ def import_delta(c: Import) -> None:
     with locked(out):
         with shaped(out / "delta.json", "its \"info\" is not that of a delta"):
             check_out(out, (c.tuned, c.base), "source" in (read_json(out / "delta.json", {}).get("info") or {}))
-        task = c.task and (Path(c.task).name if Path(c.task).is_dir() else Path(c.task).name.split(".")[0])
+        task = c.task and (name_of(Path(c.task)) if Path(c.task).is_dir() else Path(c.task).name.split(".")[0])
         delta = open_delta(c.tuned, open_base(c.base), c.labels, task)
         save_delta(out, replace(delta, info=delta.info | {"config": record(c), "argv": sys.argv}))
     what = f"{len(delta.labels)} labels ({', '.join(delta.labels[:6])})" if delta.labels else "a regression"
