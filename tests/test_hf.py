@@ -740,3 +740,20 @@ def test_a_task_that_is_written_as_a_dot_has_the_name_that_it_has_elsewhere(base
         assert load_delta(tmp_path / "out").info["task"] == name.split("/")[0]
     monkeypatch.chdir(tmp_path / "tuned")
     assert open_delta(".", base).info["task"] == "tuned"
+
+
+def test_a_delta_of_ours_gets_other_names_for_its_labels(base, other_base, tmp_path):
+    """As recycle.py advises if a task has the same labels under other names."""
+    save_base(tmp_path / "M0", MaskedLM(base.encoder, base.head), base.tokenizer, {})
+    own = replace(old := trained(base, DeltaConfig("lora")), info=old.info | {"config": {"seq_len": 40}, "dev": {"accuracy": 0.5}})
+    save_delta(tmp_path / "learned", own)
+    command = ("-m", "rt.runs.convert", "import", "--base", tmp_path / "M0", "--tuned", tmp_path / "learned", "--out", tmp_path / "named")
+    names = [f"class {i}" for i in range(len(LABELS))]
+    for _ in range(2):      # the second time it replaces its own
+        here(*command, "--labels", ",".join(names), "--task", "other")
+    delta = load_delta(tmp_path / "named")
+    assert delta.labels == (*names,) and delta.info["task"] == "other" and delta.info["config"] == {"seq_len": 40}
+    assert torch.equal(delta.head["out.bias"], own.head["out.bias"]) and delta.info["dev"] == {"accuracy": 0.5}
+    assert "different labels (a, b) for a head of" in here(*command, "--labels", "a,b", code=2)
+    save_base(tmp_path / "M1", MaskedLM(other_base.encoder, other_base.head), other_base.tokenizer, {})
+    assert "the delta was learned on base" in here(*command, "--base", tmp_path / "M1", code=2)

@@ -2,7 +2,7 @@
 import os
 import shutil
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Iterator
 
@@ -15,7 +15,7 @@ from rt.formats.adapters import import_adapter
 from rt.formats.atomic import atomic_folder, check_seal, found, seal
 from rt.formats.checkpoint import read_tensors, versions
 from rt.formats.files import EVENTS, FIGURES, other_library, read_json
-from rt.formats.hf import import_tuned
+from rt.formats.hf import class_names, import_tuned
 from rt.formats.hub import HUB_NAME, find
 from rt.formats.untrusted import check_label, is_whole, shaped
 from rt.kinds import DeltaConfig
@@ -29,7 +29,9 @@ def open_delta(name: str, base: Base, labels: tuple[str, ...] = (), task: str | 
     of PEFT (LoRA); folder or hub id. `labels` names its classes in the order of its outputs, `task` its task."""
     path, called = find(name), task or Path(os.path.abspath(name)).name     # . has no name, and the hub's cache has names of commits
     if (path / "delta.json").is_file():
-        return load_delta(path)
+        delta = load_delta(path)
+        names = {"labels": [*class_names({}, delta.num_outputs, labels, path)]} if labels else {}
+        return replace(delta, info=delta.info | names | ({"task": task} if task else {}))
     if (path / "adapter_config.json").is_file() or other_library(path):
         return import_adapter(path, base, labels, called)
     if (path / "config.json").is_file():

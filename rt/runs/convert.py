@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from rt.deltas import check_fits
 from rt.errors import InputError
 from rt.formats.adapters import export_peft
 from rt.formats.atomic import locked
@@ -29,7 +30,7 @@ from rt.speed.dist import launched
 @dataclass
 class Import:
     """python -m rt.runs.convert import --tuned MODEL --base BASE --out FOLDER [--labels no,yes] [--task NAME]"""
-    tuned: str  # a ...ForSequenceClassification model, or a LoRA adapter of PEFT, tuned from --base; folder or hub id
+    tuned: str  # a ...ForSequenceClassification model, a LoRA adapter of PEFT or a delta of ours, tuned from --base; folder or hub id
     base: str  # the base: checkpoint, Hugging Face folder or hub id
     out: str  # folder to write the delta to
     labels: tuple[str, ...] = ()  # class names in the order of the model's outputs; default: the model's own
@@ -57,10 +58,12 @@ def import_delta(c: Import) -> None:
     out = Path(c.out)
     with locked(out):
         with shaped(out / "delta.json", "its \"info\" is not that of a delta"):
-            check_out(out, (c.tuned, c.base), "source" in (read_json(out / "delta.json", {}).get("info") or {}))
+            was = read_json(out / "delta.json", {}).get("info") or {}
+            check_out(out, (c.tuned, c.base), "source" in was or "import" in (was.get("argv") or [])[1:2])
         task = c.task and (name_of(Path(c.task)) if Path(c.task).is_dir() else Path(c.task).name.split(".")[0])
-        delta = open_delta(c.tuned, open_base(c.base), c.labels, task)
-        save_delta(out, replace(delta, info=delta.info | {"config": record(c), "argv": sys.argv}))
+        delta = open_delta(c.tuned, base := open_base(c.base), c.labels, task)
+        check_fits(base, delta, stale_ok=False)     # a delta of ours may be of another base
+        save_delta(out, replace(delta, info={"config": record(c)} | delta.info | {"argv": sys.argv}))
     what = f"{len(delta.labels)} labels ({', '.join(delta.labels[:6])})" if delta.labels else "a regression"
     print(f"{c.tuned}: a {delta.config.kind} delta of {c.base}, {what}; in {c.out}")
 
