@@ -4,6 +4,7 @@ from dataclasses import dataclass
 import pytest
 
 from rt.errors import InputError
+from rt.limits import Share
 from rt.runs.config import parse
 from rt.runs.summary import by_settings, chosen
 from rt.runs.sweep import dealt, expand, swept
@@ -13,7 +14,7 @@ from rt.runs.sweep import dealt, expand, swept
 class Config:
     seeds: tuple[int, ...] = (0,)
     lr: tuple[float, ...] = ()
-    alpha: float = 0.7
+    alpha: Share = 0.7
     T: float = 5.0
     steps: int = 50
 
@@ -34,7 +35,7 @@ def test_every_combination_in_the_order_written():
 @pytest.mark.parametrize("spec, message", [
     ("alfa=1", "did you mean alpha"), ("bottleneck=3", "cannot be swept; what can: seed, lr"), ("alpha", "no values"),
     ("alpha=", "no values"), ("T=1 T=2", "T is there twice"), ("T=warm", "--sweep T warm: not a number"),
-    ("seed=1.5", "not a whole number"), ("=3", "cannot be swept")])
+    ("seed=1.5", "not a whole number"), ("=3", "cannot be swept"), ("alpha=2", "^--sweep alpha 2.0: must lie between 0 and 1")])
 def test_bad_grids_are_one_sentence(spec, message):
     with pytest.raises(InputError, match=message):
         expand(Config(), spec)

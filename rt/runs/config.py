@@ -244,8 +244,8 @@ def sentence(error: Exception | str) -> str:
 
 
 def as_flags(text: str) -> str:
-    """Replace `lr`, the way rt/*.py names a setting, with the flag --lr."""
-    return re.sub(r"`(\w+)`", r"--\1", text)
+    """Replace `lr`, the way rt/*.py names a setting, with the flag --lr, and a sweep's `sweep lr` with --sweep lr."""
+    return re.sub(r"`((sweep )?\w+)`", r"--\1", text)
 
 
 def rank_error(error: Exception) -> str:
