@@ -90,6 +90,18 @@ def test_a_space_after_each_comma_is_no_part_of_a_field(tmp_path):
     assert task.labels == ("neg", "pos") and task.parts["train"][0].text == "foo, x"
 
 
+def test_a_second_text_that_is_empty_is_none_as_a_csv_cannot_say_null(tmp_path):
+    for name, rows in (("csv", "text,text_pair,label\na,,x\nb,c,y\n"), ("jsonl", '{"text": "a", "text_pair": "", "label": "x"}\n'
+                                                                              '{"text": "b", "text_pair": "c", "label": "y"}\n')):
+        for part in ("train", "dev"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / f"{part}.{name}").write_text(rows)
+        assert [e.text_pair for e in load_task(tmp_path / name).parts["train"]] == [None, "c"]
+        (tmp_path / name / f"dev.{name}").write_text(rows.replace("c", " "))
+        with pytest.raises(InputError, match="text_pair is empty"):     # a blank is a text that got lost
+            load_task(tmp_path / name)
+
+
 def test_columns_without_a_name_as_spreadsheets_add_them_are_left_out(tmp_path):
     for part in ("train", "dev"):
         (tmp_path / f"{part}.csv").write_text("text,label,,\na film,good,,\nanother,bad,,\n,,,\n")

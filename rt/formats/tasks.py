@@ -242,8 +242,8 @@ def _example(source: str, row: dict, read: tuple[str | None, ...], labelled: boo
         value = None
     if labelled and value in (None, ""):
         return Example("", None, None, source)
-    if pair and (row[pair] is None or _plain(pair.strip()) not in PAIRS[:PLAIN] and (row[pair] == "" or not isinstance(row[pair], str))):
-        pair = None     # null; an answer may also be a number, or empty
+    if pair and (row[pair] is None or row[pair] == "" or _plain(pair.strip()) not in PAIRS[:PLAIN] and not isinstance(row[pair], str)):
+        pair = None     # null, which is an empty cell in a csv; an answer may also be a number
     for name in filter(None, (text, pair)):
         if not isinstance(row[name], str) or not row[name].strip():
             raise InputError(f"{source}: {name} is empty or not a string")
