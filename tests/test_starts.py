@@ -12,7 +12,7 @@ from test_transport import tuned
 from experiments.twin import permuted_twin
 from rt.data import Encoded, Example, Task, TaskData, encode, encode_task, few_shot
 from rt.deltas import apply, attach, extract
-from rt.errors import Diverged, InputError
+from rt.errors import InputError
 from rt.formats.checkpoint import load_base, save_base
 from rt.formats.delta_files import load_delta, save_delta
 from rt.formats.tasks import load_task
@@ -363,7 +363,7 @@ def test_transport_too_may_have_a_prototype_head(base, other_base):
 def test_a_map_is_learned_as_the_flags_say(base, other_base):
     r = recycling(base, other_base, "bitfit")
     p = ProjectConfig(rank=2, granularity="tensor", residual=True, project_steps=1)
-    about = learn_map(r, p, [(r.old_delta, r.data)], lambda _: None)
+    about = learn_map(r, p, [(r.old_delta, r.data)], lambda _: None)["projection"]
     assert (about["r"], about["granularity"], about["residual"], about["with_head"]) == (2, "tensor", True, True)
 
 
@@ -424,11 +424,12 @@ def test_the_flags_of_train_py_reach_the_tuning(home, monkeypatch):
     assert all(torch.equal(p, drawn[name]) for name, p in model.named_parameters())
 
 
-def test_a_map_that_diverges_is_an_error(base, other_base):
+def test_a_map_that_diverges_is_its_start_and_the_row_says_so(base, other_base):
     r = recycling(base, other_base, "bitfit")
     r.settings = replace(r.settings, lr=1e30, keep_diverged=True)
-    with pytest.raises(Diverged):
-        learn_map(r, ProjectConfig(rank=2, project_steps=40), [(r.old_delta, r.data)], lambda _: None)
+    row = learn_map(r, ProjectConfig(rank=2, project_steps=40), [(r.old_delta, r.data)], lambda _: None)
+    assert row["diverged"] > 10 and row["projection"]["best_step"] < row["diverged"]
+    assert all(p.isfinite().all() for p in r.projection.parameters())
 
 
 def test_what_is_built_is_built_as_the_command_runs(monkeypatch):
