@@ -128,7 +128,7 @@ def main() -> None:
     old_base = open_base(c.old_base).to(ranks.device) if c.old_base else None
     olds, old_delta = open_old(c.old_delta, old_base, task.labels) if c.old_base else ([], None)
     merged = combine(olds, [1 / len(olds)] * len(olds), c.merge, task.labels) if len(olds) > 1 else None
-    if c.delta.kind == "same" or not {*modes} & {*TRAINED}:      # where nothing is trained, no other delta is made
+    if c.delta.kind == "same" or not {*modes} & {*TRAINED}:      # if nothing is trained, no other delta is made
         c.delta = DeltaConfig(**(merged or old_delta).config.used)
     modes = announce(c, modes, task, old_delta)
     bases = {name: open_base(name).to(ranks.device) for name in c.chain or (c.base,)}

@@ -258,7 +258,7 @@ def test_the_stacked_optimizer_is_each_runs_own():
         grads = [random() for _ in fits]
         if step == 2:
             grads[1]["vector"][0] = float("inf")
-        together.w.grad = torch.stack([grid.flatten(own.values()) for own in grads])
+        together.w.grad = torch.stack([grid.flatten(own) for own in grads])
         losses = torch.ones(len(fits))
         together.step(losses, torch.tensor([fit.s.lr_at(step) for fit in fits]), 1.0)
         for fit, own, loss in zip(fits, grads, losses):

@@ -9,7 +9,7 @@ import itertools
 import os
 import time
 from dataclasses import dataclass, field, replace
-from typing import Iterable, Iterator
+from typing import Iterator
 
 import numpy as np
 import torch
@@ -48,23 +48,29 @@ def reweighted(model: Classifier, weights: Weights) -> Classifier:
     return copy.deepcopy(model, memo={id(p): nn.Parameter(weights[k]) if k in weights else p for k, p in model.named_parameters()})
 
 
-def flatten(weights: Iterable[Tensor]) -> Tensor:
+def matrices_first(weights: Weights) -> list[str]:
+    """Names in the order in which weights are flattened: only matrices decay, so weight decay is one operation on one slice."""
+    return sorted(weights, key=lambda k: weights[k].dim() < 2)
+
+
+def flatten(weights: Weights) -> Tensor:
     """(P,), a copy."""
-    return torch.cat([w.detach().flatten() for w in weights])
+    return torch.cat([weights[k].detach().flatten() for k in matrices_first(weights)])
 
 
 def unflatten(flat: Tensor, like: Weights) -> Weights:
     """`flat` (P,) as weights like these; (K, P), of K runs, with a leading K. They are views, through which gradients flow to `flat`."""
-    parts = flat.split([w.numel() for w in like.values()], dim=-1)
-    return {k: part.view(*flat.shape[:-1], *w.shape) for (k, w), part in zip(like.items(), parts)}
+    names = matrices_first(like)
+    parts = flat.split([like[k].numel() for k in names], dim=-1)
+    return {k: part.view(*flat.shape[:-1], *like[k].shape) for k, part in zip(names, parts)}
 
 
 class StackedAdamW:
     """AdamW and clipping for the weights of K runs, the rows of `w` (K, P). Each run has its own rate, gradient norm and skipped steps, and
     gets what rt.tune.Fit would give it, to rounding. A step takes the same number of operations for any K. Only matrices decay."""
     def __init__(self, runs: list[Weights], weight_decay: float):
-        self.w = w = torch.stack([flatten(weights.values()) for weights in runs]).requires_grad_()
-        self.decay = flatten(torch.full_like(x, weight_decay if x.dim() >= 2 else 0.0) for x in runs[0].values())     # (P,)
+        self.w = w = torch.stack([flatten(weights) for weights in runs]).requires_grad_()
+        self.decayed, self.weight_decay = sum(x.numel() for x in runs[0].values() if x.dim() >= 2), weight_decay
         self.m, self.v, self.taken = torch.zeros_like(w), torch.zeros_like(w), w.new_zeros(len(w), 1)
         self.tracker = SkipTracker(w.device, len(w))
 
@@ -80,7 +86,7 @@ class StackedAdamW:
         self.v.mul_(1 - (1 - beta_v) * taken).addcmul_(grad, grad, value=1 - beta_v)
         bias_m, bias_v = ((1 - beta ** self.taken).clamp_min(1e-30) for beta in TUNING_BETAS)       # a run may have taken no step yet
         rates = rates[:, None] * taken
-        self.w *= 1 - rates * self.decay
+        self.w[:, :self.decayed] *= 1 - rates * self.weight_decay
         self.w.sub_(self.v.sqrt().div_(bias_v.sqrt()).add_(EPS).reciprocal_().mul_(self.m).mul_(rates / bias_m))
         self.w.grad = None
 
