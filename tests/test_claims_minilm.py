@@ -15,7 +15,7 @@ from experiments.recipes.plan import KINDS, TASKS
 from rt.deltas import attach, extract
 from rt.errors import InputError
 from rt.formats.checkpoint import save_base
-from rt.formats.files import read_rows
+from rt.formats.files import read_json, read_rows
 from rt.kinds import DeltaConfig
 from rt.model import MaskedLM
 
@@ -178,7 +178,24 @@ def test_every_part_runs_and_is_not_run_again(data, graphs, tokenizer, tmp_path,
     assert {row["cell"]["M0"] for row in mini} == {1} and mini[0]["dev"].keys() == mini[0]["apply"].keys()
     assert json.loads((tmp_path / "home" / "lineage1-rev" / "summary.json").read_text())["config"]["seed"] == 1
     assert not any("test" in row for row in read_rows(rows) if row["cell"]["part"] == "pilot")
+    order, full = ([row for row in read_rows(rows) if row["cell"]["part"] == part] for part in ("order", "full"))
+    dev = read_rows(rows)[0]["dev"]     # of M0's own deltas
+    assert {row["cell"]["near"]: row["old_dev"] for row in order} == {
+        "same": dev["imdb/adapter"], "similar": dev["rotten_tomatoes/adapter"], "different": dev["agnews/adapter"]}
+    assert {row["M0"] for row in order + full} == {read_json(tmp_path / "M0" / "meta.json")["fingerprint"]}
     assert "C7: project above the source's own delta" in minilm_report.section(rows.parent)
+
+
+def test_an_old_delta_that_did_not_learn_is_left_out_by_its_own_dev_score():
+    """The row's own score counts, not that of another M0's delta of the same name."""
+    rows = made_rows()
+    for near, test in (("same", 0.8), ("similar", 0.6)):
+        for task, old_dev in (("imdb", [0.54, 0.5]), ("rotten_tomatoes", [0.9, 0.5])):
+            cell = {"part": "order", "lineage": 0, "task": task, "kind": "full", "near": near}
+            rows.append({"cell": cell, "mode": "init", "seed": 0, "lr": 1e-3, "dev": {"accuracy": 0.6}, "test": {"accuracy": test},
+                         "old_dev": old_dev})
+    values, _ = minilm_report.primary(minilm_report.Rows(rows))["C4: init from the same task above a similar one"]
+    assert values == {("rotten_tomatoes", 0): pytest.approx(0.2)}
 
 
 def test_the_pilot_chooses_what_is_best_on_dev(tmp_path):

@@ -155,7 +155,7 @@ def tuned(c: Config, base: str, task: str, kind: str, lineage: int) -> Path:
 
 def recycled(c: Config, cell: dict, mode: str, *flags: object, source: str | None = None) -> list[dict]:
     """Run recycle.py on M1 of the cell's lineage, from Delta_0 of the cell's task or of `source`, at the rates of the cell's kind; a row
-    per run. `flags` overrule."""
+    per run, with M0's fingerprint and the dev score of Delta_0. `flags` overrule."""
     lineage, task, kind = cell.get("lineage", 0), cell.get("task", PILOT_TASK), cell.get("kind", "adapter")
     out = Path(c.home, "runs", "-".join(map(str, cell.values()))).absolute()
     command = script(c, "recycle.py", "--mode", mode, "--old_base", Path(c.base), "--old_delta", delta_0(c, source or task, kind, lineage),
@@ -165,7 +165,9 @@ def recycled(c: Config, cell: dict, mode: str, *flags: object, source: str | Non
     rows = read_json(out / "summary.json")["rows"]
     for row in rows:        # the command names these, without the machine's folders
         row["settings"] = {k: v for k, v in row["settings"].items() if k not in PATHS}
-    return [{k: row[k] for k in kept if row.get(k) is not None} | {"command": command} for row in rows]
+    old = {"M0": read_json(Path(c.base) / "meta.json")["fingerprint"],
+           "old_dev": recipes.dev_score(shared(c), source or task, kind, lineage)}
+    return [{k: row[k] for k in kept if row.get(k) is not None} | old | {"command": command} for row in rows]
 
 
 def lineage(c: Config, cell: dict) -> list[dict]:

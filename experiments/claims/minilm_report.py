@@ -53,8 +53,9 @@ class Rows:
     def part(self, part: str, **facts) -> list[dict]:
         return [row for row in self.rows if row["cell"]["part"] == part and facts.items() <= (row | row["cell"]).items()]
 
-    def learned(self, name: str, L: int) -> bool:
-        dev, commonest = self.M0[L]["dev"][name] if L in self.M0 else (0, 0)     # without a row for M0, nothing is reported yet
+    def learned(self, name: str, L: int, scores: list[float] | None = None) -> bool:
+        """`scores`: on dev, of this Delta_0 and of the commonest label, if the row has them."""
+        dev, commonest = scores or (self.M0[L]["dev"][name] if L in self.M0 else (0, 0))     # without M0, nothing is reported yet
         return dev > commonest + LEARNED
 
     def applied(self, base: str) -> dict[tuple[str, str, int], float]:
@@ -65,7 +66,7 @@ class Rows:
     def best(self, part: str, mode: str, rate_by: Callable[[dict], float] = lambda row: row["dev"]["accuracy"], **facts) -> list[dict]:
         """The rows of a mode at the rate that is best on dev in the mean over its runs, task by task and kind by kind."""
         rows = [{"kind": "adapter"} | row["cell"] | row for row in self.part(part, mode=mode, **facts)]      # project has adapters alone
-        rows = [row for row in rows if self.learned(f"{row['task']}/{row['kind']}", row["lineage"])]
+        rows = [row for row in rows if self.learned(f"{row['task']}/{row['kind']}", row["lineage"], row.get("old_dev"))]
         return [row for some in group(rows, "task", "kind").values()
                 for row in max(group(some, "lr").values(), key=lambda line: mean(map(rate_by, line)))]
 

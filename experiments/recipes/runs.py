@@ -3,6 +3,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Callable, Literal
 
@@ -79,13 +80,15 @@ def score_base(c: Config, seed: int) -> list[dict]:
 
 
 def dev_scores(c: Config, seed: int, kinds: tuple[str, ...] = plan.KINDS) -> dict[str, list[float]]:
-    """{"task/kind": [dev accuracy of M0's own delta, share of the commonest label on dev]}."""
-    found = {}
-    for task in plan.TASKS:
-        targets = data_of(task_folder(c, task), c.base, plan.TASKS[task]).dev.targets
-        commonest = (targets.bincount().max() / len(targets)).item()
-        found |= {f"{task}/{kind}": [load_delta(delta_folder(c, task, kind, seed)).info["dev"]["accuracy"], commonest] for kind in kinds}
-    return found
+    """dev_score by "task/kind"."""
+    return {f"{task}/{kind}": dev_score(c, task, kind, seed) for task, kind in product(plan.TASKS, kinds)}
+
+
+def dev_score(c: Config, task: str, kind: str, seed: int) -> list[float]:
+    """[dev accuracy of M0's own delta, share of the commonest label on dev]."""
+    targets = data_of(task_folder(c, task), c.base, plan.TASKS[task]).dev.targets
+    accuracy = load_delta(delta_folder(c, task, kind, seed)).info["dev"]["accuracy"]
+    return [accuracy, (targets.bincount().max() / len(targets)).item()]
 
 
 def upgrade(c: Config, one: plan.Upgrade) -> list[dict]:
