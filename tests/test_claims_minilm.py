@@ -53,6 +53,10 @@ def test_primary_quantities_of_made_up_rows(tmp_path):
     assert lines["C7: project above apply"][0] == "not run"
     (tmp_path / "minilm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = minilm_report.section(tmp_path)
+    assert "](minilm-compatibility.png)" in text and (tmp_path / "minilm-compatibility.png").exists()
+    drawn = {(row["task"], row["seed"], row["base"], row["line"]): row["accuracy"] for row in
+             minilm_report.rows_of_figure(minilm_report.Rows(rows))}
+    assert len(drawn) == 5 * 2 * (4 + 2) and drawn["imdb", 1, "M1-t00050", "apply"] == 0.85 and drawn["imdb", 0, "M0", "chance"] == 0.5
     assert "few of lineage 0 (36)" in text and "few of lineage 2 (40)" in text and "| 1 | M1-t00050 | 0.850 |" in text
     assert "keeps on M1: 0.750; by task: acl_arc 0.750, agnews 0.750, chemprot 0.750, imdb 0.750, rotten_tomatoes 0.750." in text
     # 5, 10 and 30 points lost after 1, 1 and 4 upgrades; a line through the other lineage errs by 2.5, 2.5 and 0 points

@@ -10,6 +10,7 @@ from experiments.claims.minilm import DOMAINS, SENTIMENT, cells, order_from
 from experiments.common import LEARNED, holm, markdown, sign_flip, steps_to_best
 from experiments.recipes.plan import KINDS
 from rt.formats.files import read_rows
+from rt.report import figures
 from rt.runs.summary import group
 
 Cells = dict[tuple[str, int], float]                # by task and lineage
@@ -164,8 +165,26 @@ def section(folder: Path) -> str:
     tables = (by_base(r), predicted(("lineage", "domain"), bases_of(r, "lineage")), by_first_domain(r), on_mini(folder), by_mode(r),
               by_part(r), by_pair(r))
     text += [table for table in tables if table]
+    if drawn := rows_of_figure(r):
+        figures.compatibility(drawn, folder / "minilm-compatibility")
+        text.insert(3, "Full deltas on every base: means over lineages with 95 % t-intervals; chance is the commonest label of dev.\n\n"
+                    "![Delta_0 on later bases](minilm-compatibility.png)")
     text += ["Planned and not run (number of cells): " + (missing(rows) or "nothing") + "."]
     return "\n\n".join(text) + "\n"
+
+
+def rows_of_figure(r: Rows) -> list[dict]:
+    """The rows that figures.compatibility draws: full deltas on every base of every lineage."""
+    drawn = []
+    for row in r.part("lineage"):
+        L, (stage, _, t) = row["cell"]["lineage"], row["base"].partition("-t")
+        for task in (name.removesuffix("/full") for name in row["apply"] if name.endswith("/full")):
+            facts = {"task": task, "seed": L, "base": row["base"], "stage": int(stage[1:]), "t": int(t) if t else None}
+            drawn.append(facts | {"line": "apply", "accuracy": row["apply"][f"{task}/full"]})
+            if row["base"] == "M0":
+                drawn += [facts | {"line": "own", "accuracy": row["apply"][f"{task}/full"]},
+                          facts | {"line": "chance", "accuracy": row["dev"][f"{task}/full"][1]}]
+    return drawn
 
 
 def by_base(r: Rows) -> str:
