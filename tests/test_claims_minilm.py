@@ -29,11 +29,12 @@ def made_rows() -> list[dict]:
             rows.append({"cell": {"part": "lineage", "lineage": L}, "base": base, "apply": dict.fromkeys(names, accuracy), "l2": 1.0,
                          "heldout": {"wiki": 5.0, "bio": 4.0}} | facts)
         rows[-4]["dev"] = {name: [0.9, 0.5] for name in names} | {"imdb/adapter": [0.54, 0.5]}
-        for task, mode, lr, dev, test in (("imdb", "scratch", 1e-3, 0.6, 0.5), ("imdb", "scratch", 3e-3, 0.5, 0.9),
-                                          ("imdb", "distill", 1e-3, 0.7, 0.7), ("agnews", "scratch", 1e-3, 0.6, 0.5),
-                                          ("agnews", "distill", 1e-3, 0.6, 0.6)):
+        for task, mode, lr, dev, test in (("imdb", "scratch", 2e-5, 0.6, 0.5), ("imdb", "scratch", 2e-4, 0.5, 0.9),
+                                          ("imdb", "distill", 2e-5, 0.7, 0.7), ("agnews", "scratch", 2e-5, 0.6, 0.5),
+                                          ("agnews", "distill", 2e-5, 0.6, 0.6)):
             cell = {"part": "few", "lineage": L, "task": task, "kind": "full", "mode": mode}
-            rows.append({"cell": cell, "mode": mode, "seed": L, "lr": lr, "dev": {"accuracy": dev}, "test": {"accuracy": test}} | facts)
+            rows.append({"cell": cell, "mode": mode, "seed": L, "lr": lr, "dev": {"accuracy": dev}, "test": {"accuracy": test},
+                         "best_step": 100, "curve": [[0, 0.1], [100, dev]]} | facts)
     return rows
 
 
@@ -52,11 +53,14 @@ def test_primary_quantities_of_made_up_rows(tmp_path):
     assert lines["C1: apply, M1 above M4"] == ["+0.200 [+0.200, +0.200]", 10, "0.001", "0.004", "0.014", "shown"]
     assert lines["C7: project above apply"][0] == "not run"
     (tmp_path / "minilm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text = minilm_report.section(tmp_path)
+    text, by_claim = minilm_report.section(tmp_path)
     assert "](minilm-compatibility.png)" in text and (tmp_path / "minilm-compatibility.png").exists()
     drawn = {(row["task"], row["seed"], row["base"], row["line"]): row["accuracy"] for row in
              minilm_report.rows_of_figure(minilm_report.Rows(rows))}
     assert len(drawn) == 5 * 2 * (4 + 2) and drawn["imdb", 1, "M1-t00050", "apply"] == 0.85 and drawn["imdb", 0, "M0", "chance"] == 0.5
+    assert by_claim["C5"] == ("32 a label, distill above scratch +0.150 [+0.100, +0.200]", "too few cells")
+    assert by_claim["C1"][1] == "shown" and by_claim["C7"] == minilm_report.NOT_RUN
+    assert "scratch: 2 lowest, 0 highest of 2 rates; 4 of 4 runs" in text
     assert "few of lineage 0 (36)" in text and "few of lineage 2 (40)" in text and "| 1 | M1-t00050 | 0.850 |" in text
     assert "keeps on M1: 0.750; by task: acl_arc 0.750, agnews 0.750, chemprot 0.750, imdb 0.750, rotten_tomatoes 0.750." in text
     # 5, 10 and 30 points lost after 1, 1 and 4 upgrades; a line through the other lineage errs by 2.5, 2.5 and 0 points
@@ -135,13 +139,16 @@ def test_verify_finds_a_digit_that_the_rows_do_not_say(tmp_path, monkeypatch):
     assert "is what the rows say" in here("-m", "experiments.claims", "--verify", "--results", copy)
     text = (copy / "README.md").read_text()
     monkeypatch.setattr(report, "write", lambda folder: (folder / "README.md").write_text(text))     # as just seen, but at once
-    (tmp_path / "front.md").write_text("- The paper's claims: a gain of .98765.\n- Other: .4321\n")
-    with pytest.raises(InputError, match=r"\.98765 is not in"):
-        verify(copy, tmp_path / "front.md")
+    (tmp_path / "docs").mkdir()
+    for front, page in ((".98765", ""), ("", ".98765")):
+        (tmp_path / "README.md").write_text(f"- The paper's claims: a gain of {front}.\n- Other: .4321\n")
+        (tmp_path / "docs" / "claims.md").write_text(page)
+        with pytest.raises(InputError, match=r"\.98765 is not in"):
+            verify(copy, tmp_path)
     at = text.index("0.4")
     (copy / "README.md").write_text(text[:at] + "0.5" + text[at + 3:])
     with pytest.raises(InputError, match="line .* the rows say"):
-        verify(copy, ROOT / "README.md")
+        verify(copy, ROOT)
 
 
 @pytest.mark.marathon
@@ -187,7 +194,7 @@ def test_every_part_runs_and_is_not_run_again(data, graphs, tokenizer, tmp_path,
     assert {row["cell"]["near"]: row["old_dev"] for row in order} == {
         "same": dev["imdb/adapter"], "similar": dev["rotten_tomatoes/adapter"], "different": dev["agnews/adapter"]}
     assert {row["M0"] for row in order + full} == {read_json(tmp_path / "M0" / "meta.json")["fingerprint"]}
-    assert "C7: project above the source's own delta" in minilm_report.section(rows.parent)
+    assert "C7: project above the source's own delta" in minilm_report.section(rows.parent)[0]
 
 
 def test_an_old_delta_that_did_not_learn_is_left_out_by_its_own_dev_score():

@@ -4,7 +4,7 @@
     python -m experiments.claims --data DIR --plan                # what is still to do, and about how long it takes
     python -m experiments.claims --data DIR --preset small --device cuda --budget 540     # in pieces: each call continues
     python -m experiments.claims --report                         # results/claims/README.md and its figures, from the rows alone
-    python -m experiments.claims --verify                         # is the report what the rows say, and has it README.md's numbers?
+    python -m experiments.claims --verify                         # is the report what the rows say? Has it the numbers of README.md and docs/claims.md?
 
 DIR holds corpora/ (wiki, bio, rev, cs, ns .txt.xz, one document per line) and tasks/ (chemprot, imdb, ...: folders with train,
 dev and test). M0 is trained on wiki, and M1 to M4 on bio, rev, cs, ns in turn. IND, the independent base, is trained from another
@@ -52,13 +52,13 @@ class Config:
     results: str = "results/claims"  # rows, and the report
     plan: bool = False  # say what is to be done, and do nothing
     report: bool = False  # write the report from the rows
-    verify: bool = False  # compare the report with the rows, and look up README.md's numbers in it
+    verify: bool = False  # compare the report with the rows, and look up the numbers of README.md and docs/claims.md in it
 
 
 def main() -> None:
     c = parse(Config, sys.argv[1:])
     if c.verify:
-        print(verify(Path(c.results), ROOT / "README.md"))
+        print(verify(Path(c.results), ROOT))
         return
     if c.report:
         print(report.write(Path(c.results)))
@@ -71,9 +71,9 @@ def main() -> None:
         work(c, rows)
 
 
-def verify(folder: Path, front: Path) -> str:
-    """Write the report again from the rows, elsewhere, and compare. InputError names the first line that differs, or a number in the
-    paragraph of `front` (README.md) on these results that occurs nowhere in the report. Which number means what is not checked."""
+def verify(folder: Path, root: Path) -> str:
+    """Write the report again from the rows, elsewhere, and compare. InputError names the first line that differs, or a number that occurs
+    nowhere in the report: of docs/claims.md, or of the paragraph of README.md on these results. Which number means what is not checked."""
     with TemporaryDirectory() as place:
         shutil.copytree(folder, copy := Path(place) / "claims", ignore=shutil.ignore_patterns("*.png", "*.svg", "README.md"))
         report.write(copy)
@@ -81,10 +81,13 @@ def verify(folder: Path, front: Path) -> str:
     for number, (there, here) in enumerate(itertools.zip_longest(old, new), 1):
         if there != here:
             raise InputError(f"{folder / 'README.md'}: line {number}: {there!r} is there, and the rows say {here!r}")
-    paragraph, = re.findall(r"^- The paper's claims.*?(?=^- |\Z)", front.read_text(encoding="utf-8"), re.M | re.S)
-    if strange := [n for n in re.findall(r"\d*\.\d+", paragraph) if n.lstrip("0") not in re.sub(r"\b0\.", ".", "\n".join(new))]:
-        raise InputError(f"{front}: {', '.join(strange)} is not in {folder / 'README.md'}")
-    return f"{folder / 'README.md'} is what the rows say, and has every number of {front.name}'s paragraph on it"
+    front, page = ((root / name).read_text(encoding="utf-8") for name in ("README.md", "docs/claims.md"))
+    paragraph, = re.findall(r"^- The paper's claims.*?(?=^- |\Z)", front, re.M | re.S)
+    known = re.sub(r"\b0\.", ".", "\n".join(new))
+    for name, text in (("README.md", paragraph), ("docs/claims.md", page)):
+        if strange := [n for n in re.findall(r"\d*\.\d+", text) if n.lstrip("0") not in known]:
+            raise InputError(f"{root / name}: {', '.join(strange)} is not in {folder / 'README.md'}")
+    return f"{folder / 'README.md'} is what the rows say, and has every number of docs/claims.md and of README.md's paragraph on it"
 
 
 def left(rows: GrowingRows, only: tuple[str, ...]) -> list[list[Run]]:

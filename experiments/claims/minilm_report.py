@@ -6,7 +6,8 @@ from typing import Callable, Iterable
 
 import numpy as np
 
-from experiments.claims.minilm import DOMAINS, SENTIMENT, cells, order_from
+from experiments.claims.minilm import DOMAINS, RATES, SENTIMENT, cells, order_from
+from experiments.claims.rows import conclusion
 from experiments.common import LEARNED, holm, markdown, sign_flip, steps_to_best
 from experiments.recipes.plan import KINDS
 from rt.formats.files import read_rows
@@ -17,6 +18,7 @@ Cells = dict[tuple[str, int], float]                # by task and lineage
 Scores = dict[tuple[str, str, int, int], float]     # by task, kind, lineage and seed
 MARGIN = 0.01       # of "at least as good"
 DRAWS = 10_000
+NOT_RUN = ("not run yet", "-")
 PAIRED = {"barrier (nats)": ("connectivity", "barrier"), "heads that match themselves": ("similarity", "share_own_best")}   # study, number
 
 
@@ -150,18 +152,19 @@ def shown(values: Iterable[float]) -> str:
     return f"{mean(values):.3f}" if (values := list(values)) else "-"
 
 
-def section(folder: Path) -> str:
-    """The text, or "" without rows."""
+def section(folder: Path) -> tuple[str, dict[str, tuple[str, str]]]:
+    """The text, and by claim what decides it and the conclusion. ("", {}) without rows."""
     if not (rows := read_rows(folder / "minilm.jsonl")):
-        return ""
+        return "", {}
     r, facts = Rows(rows), {key: ", ".join(sorted({row[key] for row in rows})) for key in ("device", "precision", "commit")}
+    lines = verdicts(primary(r))
     text = ["## MiniLM, a base that was really pre-trained",
             "`python -m experiments.claims.minilm --data DIR`; rows in `minilm.jsonl`; [the plan](../../experiments/claims/PLAN.md) was "
             "committed before them; C1 of lineage 0 was known from an earlier M0 (`02aece2/minilm.jsonl`, in no line here). "
             f"{facts['device']}; {facts['precision']}; commits {facts['commit']}. Intervals: crossed bootstrap over tasks and lineages "
             "(with one lineage, over tasks alone). p: exact sign-flip over cells; then Holm's over the lines that have rows, by which the "
             "plan decides; the column after it counts all lines, those without rows as p = 1.",
-            markdown(["primary quantity", "mean [95 %]", "cells", "p", "Holm", "Holm, all lines", "here"], verdicts(primary(r)))]
+            markdown(["primary quantity", "mean [95 %]", "cells", "p", "Holm", "Holm, all lines", "here"], lines)]
     tables = (by_base(r), predicted(("lineage", "domain"), bases_of(r, "lineage")), by_first_domain(r), on_mini(folder), by_mode(r),
               by_part(r), by_pair(r))
     text += [table for table in tables if table]
@@ -170,7 +173,18 @@ def section(folder: Path) -> str:
         text.insert(3, "Full deltas on every base: means over lineages with 95 % t-intervals; chance is the commonest label of dev.\n\n"
                     "![Delta_0 on later bases](minilm-compatibility.png)")
     text += ["Planned and not run (number of cells): " + (missing(rows) or "nothing") + "."]
-    return "\n\n".join(text) + "\n"
+    return "\n\n".join(text) + "\n", by_claim(lines)
+
+
+def by_claim(lines: list[list[str]]) -> dict[str, tuple[str, str]]:
+    """What decides each claim, and its conclusion, from the lines of `verdicts`."""
+    found = defaultdict(list)
+    for name, value, *_, word in lines:
+        claim, _, quantity = name.partition(": ")
+        found[claim].append((quantity, value, word))
+    return {claim: ("; ".join(f"{quantity} {value}" for quantity, value, word in parts if word),
+                    conclusion([word or "not run" for *_, word in parts], all(word for *_, word in parts)))
+            if any(word for *_, word in parts) else NOT_RUN for claim, parts in found.items()}
 
 
 def rows_of_figure(r: Rows) -> list[dict]:
@@ -248,8 +262,9 @@ def predicted(left_out: tuple[str, ...], bases: list[dict]) -> str:
                       *(f"{mean(sum(some.values(), [])) ** 0.5:.2f}" for some in errors.values()),
                       f"[{low:+.2f}, {high:+.2f}]" if name != nothing else ""])
     others = ", ".join(f"of the other {key}s" for key in left_out[:-1])
-    return (f"Points of accuracy that `apply` loses on {len(bases)} bases. A line through the bases {others}, or of the other "
-            "domains, predicts those that were left out (root mean squared error in points; no test):\n\n" + markdown(
+    lost = mean(row["lost"] for row in bases)
+    return (f"Points of accuracy that `apply` loses on {len(bases)} bases ({lost:.1f} on average). A line through the bases {others}, or "
+            "of the other domains, predicts those that were left out (root mean squared error in points; no test):\n\n" + markdown(
                 ["from", f"correlation, mean [lowest, highest] over {by}s", *(f"{key} left out" for key in left_out),
                  f"error of the mean minus the line's, {by} left out, 95 % over {by}s"], lines))
 
@@ -285,7 +300,19 @@ def by_mode(r: Rows) -> str:
     columns = sorted({key[:2] for key in cells_there})
     lines = [[mode, *(shown(v for key, v in scores.items() if key[:2] == column) for column in columns)] for mode, scores in modes.items()]
     table = markdown(["", *(", ".join(column) for column in columns)], lines)
-    return f"32 examples a label on M1, test accuracy:\n\n{table}" if columns else ""
+    return f"32 examples a label on M1, test accuracy:\n\n{table}\n\n{at_an_end(r)}" if columns else ""
+
+
+def at_an_end(r: Rows) -> str:
+    """How often the chosen rate is the lowest or highest of its grid, and the last step the best: the mode might gain from more."""
+    found = []
+    for mode in ("scratch", "init", "distill", "init+distill"):
+        best = r.best("few", mode)
+        rates = [(float(key[1]), [float(lr) for lr in RATES[key[0]]]) for key in group(best, "kind", "lr", "task")]
+        low, high = (sum(lr == grid[end] for lr, grid in rates) for end in (0, -1))
+        last = sum(row["best_step"] == row["curve"][-1][0] for row in best)
+        found.append(f"{mode}: {low} lowest, {high} highest of {len(rates)} rates; {last} of {len(best)} runs")
+    return "The rate that dev chose is an end of its grid, and the step that dev chose the last, in: " + "; ".join(found) + "."
 
 
 def by_part(r: Rows) -> str:

@@ -103,6 +103,14 @@ def verdict(values: list[float], margin: float = 0.0) -> str:
     return "shown" if m - half > -margin else "opposite" if m + half < -margin else "not shown"
 
 
+def conclusion(words: list[str], whole: bool = True) -> str:
+    """One phrase from the verdicts on the parts of a claim: shown if all parts are shown. `whole`: all parts have rows."""
+    parts = f"{words.count('shown')} of {len(words)} parts shown" + f", {words.count('opposite')} opposite" * ("opposite" in words)
+    if not whole:
+        return f"incomplete ({parts})"
+    return words[0] if len(set(words)) == 1 else parts
+
+
 class PerSeed(list):
     """A value per seed, each the mean over `tasks` tasks."""
 
