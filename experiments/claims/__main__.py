@@ -4,7 +4,7 @@
     python -m experiments.claims --data DIR --plan                # what is still to do, and about how long it takes
     python -m experiments.claims --data DIR --preset small --device cuda --budget 540     # in pieces: each call continues
     python -m experiments.claims --report                         # results/claims/README.md and its figures, from the rows alone
-    python -m experiments.claims --verify                         # is the report what the rows say? Has it the numbers of README.md and docs/claims.md?
+    python -m experiments.claims --verify                         # is the report what the rows say? Has it the numbers of the docs?
 
 DIR holds corpora/ (wiki, bio, rev, cs, ns .txt.xz, one document per line) and tasks/ (chemprot, imdb, ...: folders with train,
 dev and test). M0 is trained on wiki, and M1 to M4 on bio, rev, cs, ns in turn. IND, the independent base, is trained from another
