@@ -638,6 +638,8 @@ def test_a_domain_of_the_hub_is_not_looked_for_on_the_disk_and_idle_settings_are
     mixed = SimpleNamespace(recipe=RecipeConfig(replay=0.1, mix=("a:0.5", "b:0.5")), init=None)
     with pytest.raises(InputError, match="has no record"):
         upgrade.earlier_domains(mixed, {}, {"a": "a.txt", "b": "b.txt"})
+    with pytest.raises(InputError, match="--stream: b .* is not UTF-8, and could not be read again"):
+        upgrade.earlier_domains(c, {}, {"b": "/here/\udcff/b.txt"})
     assert upgrade.used(RecipeConfig(preserve=3.0, preserve_by="last", replay=0.1), SimpleNamespace(mixture=None), None) == {}
 
 

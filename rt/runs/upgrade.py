@@ -15,6 +15,7 @@ from rt.errors import InputError
 from rt.formats.atomic import check_seal
 from rt.formats.checkpoint import load_base
 from rt.formats.hub import open_base
+from rt.formats.untrusted import is_utf8
 from rt.limits import Limit, NonNegative, NonNegativeInt, PositiveInt, PositiveShare, Share, ShareBelowOne
 from rt.model import Encoder, MaskedLM, MLMHead, new_masked_lm, set_dropout
 from rt.optim import ScheduleConfig
@@ -123,7 +124,11 @@ class Start(NamedTuple):
 
 def earlier_domains(c: Any, domains: dict[str, str], own: dict[str, str]) -> dict[str, str]:
     """{name: place} of the domains of --init's lineage, which --replay draws from in the stages that do not learn them again. Without
-    --replay, none. InputError if one of the stream's `own` domains has the name of an earlier one, which the lineage would lose."""
+    --replay, none. InputError if one of the stream's `own` domains has the name of an earlier one, which the lineage would lose, or a place
+    that meta.json could not give back."""
+    for name, place in own.items():
+        if not is_utf8(place):      # a path typed as UTF-8 may resolve to one that is not
+            raise InputError(f"--stream: {name} ({place}) is not UTF-8, and could not be read again from a record; rename the folder")
     if clash := [name for name, place in own.items() if domains.get(name, place) != place]:
         raise InputError(f"--stream: {clash[0]} ({own[clash[0]]}) has the name of an earlier domain ({domains[clash[0]]}); rename what "
                          "--stream names, or give a link to it that has another name")
