@@ -31,8 +31,8 @@ class Log:
         self.file, self.events, self.path = None, None, Path(folder) / name
         if not writes:
             return
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         with write_errors(self.path):
-            write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
             self.file = self.path.open("ab", buffering=0)       # one write per row: a killed process leaves all of a row or none
             self.events = Events(self.path.parent / EVENTS, kept) if tensorboard else None
 
