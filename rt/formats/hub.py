@@ -55,15 +55,15 @@ def find(name: str) -> Path:
         return found(Path(name))
     from huggingface_hub import HfApi, snapshot_download  # comes with tokenizers; slow to import, so only here
 
-    first = _failure(HfApi().model_info, name)
+    failure = _failure(HfApi().model_info, name)
     try:
         for patterns in (HUB_FILES, HUB_FILES + BIN_FILES):
-            folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=first is not None))
+            folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=failure is not None))
             if any(folder.glob("*.safetensors")):
                 break
         return folder
     except Exception as error:
-        raise _not_to_be_had(name, first or error) from None
+        raise _not_to_be_had(name, failure or error) from None
 
 
 def _failure(ask: Callable, name: str) -> Exception | None:
@@ -91,20 +91,20 @@ def find_dataset(name: str) -> tuple[Path, str]:
 
     repo, config = parsed.groups()
     ask, download = HfApi().dataset_info, partial(snapshot_download, repo, repo_type="dataset")
-    first, tables = _failure(ask, repo), {}
+    failure, tables = _failure(ask, repo), {}
     for revision in (None, CONVERTED):
         with suppress(Exception):       # the hub has converted nothing, or, offline, the cache has none of it
-            if first:
+            if failure:
                 folder = Path(download(revision=revision, local_files_only=True, allow_patterns=[]))
                 files = [f.relative_to(folder) for f in folder.rglob("*") if not f.is_dir()]
             else:
                 files = [PurePath(f.rfilename) for f in ask(repo, revision=revision, timeout=SECONDS).siblings]
             tables[revision] = [f for f in visible(files) if TABLE.fullmatch(f.name.lower())]
-    if first and not tables:
-        raise _not_to_be_had(name, first)
+    if failure and not tables:
+        raise _not_to_be_had(name, failure)
     revision, home, files = _choose(name, config, tables.get(None, []), tables.get(CONVERTED, []))
     try:
-        folder = Path(download(revision=revision, local_files_only=first is not None, allow_patterns=[glob.escape(str(f)) for f in files]))
+        folder = Path(download(revision=revision, local_files_only=failure is not None, allow_patterns=[glob.escape(str(f)) for f in files]))
     except Exception as error:
         raise _not_to_be_had(name, error) from None
     return folder / home, f"{home} of commit {folder.name}"
