@@ -104,7 +104,8 @@ def find_dataset(name: str) -> tuple[Path, str]:
         raise _not_to_be_had(name, failure)
     revision, home, files = _choose(name, config, tables.get(None, []), tables.get(CONVERTED, []))
     try:
-        folder = Path(download(revision=revision, local_files_only=failure is not None, allow_patterns=[glob.escape(str(f)) for f in files]))
+        patterns = [glob.escape(str(f)) for f in files]
+        folder = Path(download(revision=revision, local_files_only=failure is not None, allow_patterns=patterns))
     except Exception as error:
         raise _not_to_be_had(name, error) from None
     return folder / home, f"{home} of commit {folder.name}"
