@@ -107,12 +107,13 @@ def tile_grad(s, t, at_label, M_s, D_1, D_s, M_t, D_t, rate, g_ce, g_kd, CE: tl.
 
 @triton.jit
 def read_label(labels_ptr, row, ignore_index):
-    """The row's label (-1 without labels), and whether the row counts."""
+    """The row's label (-1 without labels, or if the label does not fit into 32 bits), and whether the row counts."""
     y, counts = row * 0 - 1, row >= 0
     if labels_ptr is not None:
         y = tl.load(labels_ptr + row)
         counts = y != ignore_index
-    return y.to(tl.int32), counts
+    narrow = y.to(tl.int32)
+    return tl.where(narrow == y, narrow, -1), counts
 
 
 @triton.jit

@@ -123,7 +123,7 @@ def test_ignored_rows(device):
         y[0] = ignored
         rows, gradient = rows_and_gradient(lambda *a: kd_loss(*a, alpha=0.5, T=2.0, ignore_index=ignored), s, t, y)
         assert rows[0] == 0 and rows[1] > 0 and not gradient[0].any() and gradient[1].all()
-    for wrong in (50, -1):      # neither a class nor ignored
+    for wrong in (50, -1, 2**32 + 5, 5 - 2**32):      # neither a class nor ignored
         y[2] = wrong
         assert kd_loss(s, None, y, alpha=0.5, T=2.0, ignore_index=7).isnan().tolist() == [False, False, True, False]
 

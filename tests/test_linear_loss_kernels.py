@@ -144,7 +144,7 @@ def test_other_ignore_indices_and_labels_that_are_no_class(device):
     y[:] = torch.tensor([7, 7, 3, 19])
     loss = linear_cross_entropy(*student, y, ignore_index=7)
     assert_close([loss], [linear_cross_entropy(student[0][2:], *student[1:], y[2:])])
-    for wrong in (20, -1):      # there are 128 columns
+    for wrong in (20, -1, 2**32 + 5):      # there are 128 columns
         y[2] = wrong
         assert linear_cross_entropy(*student, y, ignore_index=7).isnan()
 
