@@ -150,6 +150,13 @@ def test_wrong_folders_and_broken_tables(tmp_path):
     (tmp_path / "x.csv").write_text('text,label\n"never closed,1\n')
     with pytest.raises(InputError, match="x.csv, line 2: not a readable table"):
         list(read_examples(tmp_path / "x.csv", labelled=True))
+    (tmp_path / "x.csv").write_text('text,label\na,1\n"never closed,1\n' + "b,1\n" * 20)    # the last line is not where the fault is
+    with pytest.raises(InputError, match="x.csv, line 23: not a readable table .*is a quote never closed in the row that begins in line 3"):
+        list(read_examples(tmp_path / "x.csv", labelled=True))
+    for text in (b"text,label\ra,1\rb,2\r", b"text,label\na\rb,1\n"):      # line ends of an old Mac; a text of such lines
+        (tmp_path / "x.csv").write_bytes(text)
+        with pytest.raises(InputError, match="line [12]: not a readable table .a carriage return .*lines must end with a line feed"):
+            list(read_examples(tmp_path / "x.csv", labelled=True))
 
 
 def test_a_quote_that_is_never_closed_is_refused_without_being_held(tmp_path):

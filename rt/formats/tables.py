@@ -24,6 +24,7 @@ DELIMITERS = {"csv": ",;\t", "tsv": "\t,;"}     # the first one that the header 
 UNQUOTED = dict(quoting=csv.QUOTE_NONE)
 FIELD = re.compile(r'(?:^|\t)("[^"]*(?:""[^"]*)*"|[^"\t]*)')     # between tabs: enclosed, with quotes inside doubled, or without quotes
 AHEAD = 2**20       # characters read ahead from a pipe, because a pipe cannot be read twice
+BARE_CR = "a carriage return inside a row that no quotes enclose: lines must end with a line feed, convert the file first"
 HEADER = "if the first line is data, the header (the names of the columns) is missing"
 
 
@@ -115,12 +116,12 @@ def _read_csv(path: Path, format: str) -> Iterator[tuple[str, dict]]:
 def _split(path: Path, source: Iterator[tuple[str, str]], delimiter: str, spaced: bool) -> Iterator[tuple[str, list[str]]]:
     """Yields ("PATH, line N", fields) per row. At the first quote between tabs, _is_quoted decides whether quotes enclose fields. It sees
     all of a file, or the next AHEAD characters of STDIN and other pipes."""
-    place, held, columns, style, quote = "", 0, 0, dict(strict=True, skipinitialspace=spaced), []
+    place, begun, held, columns, style, quote = "", "", 0, 0, dict(strict=True, skipinitialspace=spaced), []
 
     def lines(source: Iterable[tuple[str, str]]) -> Iterator[str]:
-        nonlocal place, held    # held: characters of the current row so far, because a quoted text may have any number of lines
+        nonlocal place, begun, held     # held: characters of the current row so far, because a quoted text may have any number of lines
         for place, line in source:
-            held += len(line)
+            begun, held = begun if held else place, held + len(line)
             if held > LINE_BYTES:
                 raise InputError(f"{place}: a row up to here is longer than {LINE_BYTES >> 20} MB; is there a quote that is never closed?")
             if style == UNQUOTED and re.search(r'(?:^|\t)"', line):
@@ -134,7 +135,8 @@ def _split(path: Path, source: Iterator[tuple[str, str]], delimiter: str, spaced
                 columns, held = columns or len(row), 0
                 yield place, row
         except csv.Error as error:
-            raise InputError(f"{place}: not a readable table ({error})") from None
+            is_open = f"; is a quote never closed in the row that begins in {begun.rpartition(', ')[2]}?" * (begun != place)
+            raise InputError(f"{place}: not a readable table ({BARE_CR if 'new-line' in str(error) else error}){is_open}") from None
 
     if delimiter == "\t":
         style = UNQUOTED
