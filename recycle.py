@@ -128,8 +128,7 @@ def main() -> None:
     old_base = open_base(c.old_base).to(ranks.device) if c.old_base else None
     olds, old_delta = open_old(c.old_delta, old_base, task.labels) if c.old_base else ([], None)
     merged = combine(olds, [1 / len(olds)] * len(olds), c.merge, task.labels) if len(olds) > 1 else None
-    if c.delta.kind == "same" or not {*modes} & {*TRAINED}:      # if nothing is trained, no other delta is made
-        c.delta = DeltaConfig(**(merged or old_delta).config.used)
+    c.delta = starts.new_kind(c, modes, merged or old_delta)
     modes = announce(c, modes, task, old_delta)
     bases = {name: open_base(name).to(ranks.device) for name in c.chain or (c.base,)}
     base = next(iter(bases.values()))
@@ -288,7 +287,7 @@ def checked_modes(c: Config) -> list[str]:
              "the tokens that fill a batch up"),
             (c.side_by_side and c.sweep is None, "--side_by_side is for the runs of a --sweep"),
             (c.chain and (c.base != Config.base or len({*line}) < len(line)),
-             f"--chain {','.join(c.chain)}: the bases after --old_base {c.old_base} in order, each once, in place of --base"),
+             f"--chain {','.join(c.chain)}: give the bases after --old_base {c.old_base} in order, each once, and leave out --base"),
             *((True, f"--{name} has no effect with --{what}") for name, what in idle.items())):
         if is_wrong:
             raise InputError(sentence)
@@ -314,7 +313,8 @@ def announce(c: Config, modes: list[str], task: Task, old: Delta | None) -> list
            else f"{len(task.parts['train'])} examples")
     what = "regression" if task.is_regression else f"{len(task.labels)} labels"
     sources = filter(None, (c.old_base and f"{c.old_base} + {c.old_delta}", c.teaching.teacher))
-    print(f"{task.name} ({what}, {few}), {c.delta.kind}: {' and '.join(sources)} -> {' -> '.join(c.chain or (c.base,))}")
+    line = filter(None, (" and ".join(sources), *(c.chain or (c.base,))))
+    print(f"{task.name} ({what}, {few}), {c.delta.kind}: {' -> '.join(line)}")
     if old is None or old.labels == task.labels:
         return modes
     print(f"the old delta was learned on {old.info.get('task')}, with other labels: init keeps the delta and starts a {c.head} head"

@@ -440,8 +440,10 @@ def test_a_row_names_the_kind_of_the_delta_that_it_used(lineage, task, tmp_path)
     said = here(*arguments, "--mode", "apply", "--out", tmp_path / "one")
     one, = read_json(tmp_path / "one" / "summary.json")["rows"]
     assert "), lora: " in said and one["delta"] == one["settings"]["delta"] == "lora"
-    here(*arguments, "--mode", "apply", "--delta", "adapter", "--bottleneck", "4", "--out", tmp_path / "one")
-    assert read_json(tmp_path / "one" / "summary.json")["rows"][0]["run"] == one["run"]     # apply learns no adapter
+    error = here(*arguments, "--mode", "apply", "--delta", "adapter", "--bottleneck", "4", "--out", tmp_path / "one", code=2)
+    assert "--delta adapter has no effect with --mode apply, which keeps the old delta (lora)" in error
+    here(*arguments, "--mode", "apply", "--delta", "lora", "--out", tmp_path / "one")
+    assert read_json(tmp_path / "one" / "summary.json")["rows"][0]["run"] == one["run"]
     here(*arguments, "--mode", "scratch,apply", "--out", tmp_path / "two")
     assert [row["delta"] for row in read_json(tmp_path / "two" / "summary.json")["rows"]] == ["full", "lora"]
     assert plot.report(tmp_path / "two").text.count("two_way, ") == 1       # one panel
@@ -576,8 +578,8 @@ def test_chain_reports_both_routes_over_all_bases(lineage, task, tmp_path, monke
     (("train.py", "--stop_after", "-5"), "--stop_after -5: must be above zero"),
     (("train.py", "--weight_decay", "-1"), "--weight_decay -1.0: must not be negative"),
     (("recycle.py", "--old_base", "M0", "--base", "M0", "--task", "TASK", "--old_delta", "runs/my/typo"), "typo: nothing tuned there"),
-    (("recycle.py", "--chain", "M0,M0", "--old_base", "RUN"), "in order, each once, in place of --base"),
-    (("recycle.py", "--chain", "M0", "--base", "M0", "--old_base", "RUN"), "in order, each once, in place of --base"),
+    (("recycle.py", "--chain", "M0,M0", "--old_base", "RUN"), "in order, each once, and leave out --base"),
+    (("recycle.py", "--chain", "M0", "--base", "M0", "--old_base", "RUN"), "in order, each once, and leave out --base"),
     (("recycle.py", "--mode", "project", "--source_task", "dl", "--chain", "M0"), "several deltas in --old_delta: one of them at a time")])
 def test_bad_input_is_one_sentence_and_exit_code_2(arguments, words, lineage, task, tmp_path):
     home, _ = lineage

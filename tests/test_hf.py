@@ -742,7 +742,7 @@ def test_a_task_that_is_written_as_a_dot_has_the_name_that_it_has_elsewhere(base
     assert open_delta(".", base).info["task"] == "tuned"
 
 
-def test_a_delta_of_ours_gets_other_names_for_its_labels(base, other_base, tmp_path):
+def test_a_delta_of_ours_gets_other_names_for_its_labels(base, other_base, tmp_path, capsys):
     """As recycle.py advises if a task has the same labels under other names."""
     save_base(tmp_path / "M0", MaskedLM(base.encoder, base.head), base.tokenizer, {})
     own = replace(old := trained(base, DeltaConfig("lora")), info=old.info | {"config": {"seq_len": 40}, "dev": {"accuracy": 0.5}})
@@ -751,6 +751,10 @@ def test_a_delta_of_ours_gets_other_names_for_its_labels(base, other_base, tmp_p
     names = [f"class {i}" for i in range(len(LABELS))]
     for _ in range(2):      # the second time it replaces its own
         here(*command, "--labels", ",".join(names), "--task", "other")
+    assert "note" not in capsys.readouterr().err
+    here(*command, "--labels", ",".join(LABELS[::-1]))
+    assert f"names its outputs {', '.join(LABELS)}, in this order, and not {', '.join(LABELS[::-1])} as given" in capsys.readouterr().err
+    here(*command, "--labels", ",".join(names), "--task", "other")
     delta = load_delta(tmp_path / "named")
     assert delta.labels == (*names,) and delta.info["task"] == "other" and delta.info["config"] == {"seq_len": 40}
     assert torch.equal(delta.head["out.bias"], own.head["out.bias"]) and delta.info["dev"] == {"accuracy": 0.5}

@@ -35,7 +35,8 @@ def test_every_combination_in_the_order_written():
 @pytest.mark.parametrize("spec, message", [
     ("alfa=1", "did you mean alpha"), ("bottleneck=3", "cannot be swept; what can: seed, lr"), ("alpha", "no values"),
     ("alpha=", "no values"), ("T=1 T=2", "T is there twice"), ("T=warm", "--sweep T warm: not a number"),
-    ("seed=1.5", "not a whole number"), ("=3", "cannot be swept"), ("alpha=2", "^--sweep alpha 2.0: must lie between 0 and 1")])
+    ("seed=1.5", "not a whole number"), ("=3", "cannot be swept"),
+    ("lr=1e-3;seed=1", "separate settings by spaces"), ("alpha=2", "^--sweep alpha 2.0: must lie between 0 and 1")])
 def test_bad_grids_are_one_sentence(spec, message):
     with pytest.raises(InputError, match=message):
         expand(Config(), spec)

@@ -156,6 +156,7 @@ def test_tables_and_their_types(tmp_path, capsys):
 @pytest.mark.parametrize("parts, words", [
     ({"dev": rows([-1] * 9)}, "dev.jsonl: no example has a gold label"), ({"dev": [{"text": "x"}]}, "take rows of train as dev"),
     ({"train": [{"text": "x", "lbl": 1}]}, "train.jsonl: no example has a gold label (in a column label, gold_label, score"),
+    ({"train": [{"text": "x", "lbl": 1}]}, "polarity; found: text, lbl)"),
     ({"train": rows([[0], [1, 2]])}, "label [0] is not a string, an integer or a float, and several labels a text are not supported"),
     ({"train": rows([True, 0])}, "label 'true' is a string, but the label of"),
     (dict.fromkeys(("train", "dev", "test"), rows(["3,5", "4"])), "label '3,5' is neither a number (3.5 would be one) nor"),

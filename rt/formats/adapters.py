@@ -56,7 +56,7 @@ def import_adapter(folder: Path, base: Base, labels: tuple[str, ...], task: str)
     alpha *= math.sqrt(r) if facts.get("use_rslora") else 1
     head = head_of(base, factors, saved, alpha / r, whose)
     modules, targets = layers_of(base, factors, r, whose)
-    names = hf.class_names({}, len(head["out.bias"]), labels or tuple(map(str, own)), folder)
+    names = hf.class_names({"id2label": hf.numbered(own)}, len(head["out.bias"]), labels, folder)
     config = DeltaConfig("lora", r=r, lora_alpha=float(alpha), target_modules=targets)
     delta = Delta(config, {}, modules, head, {"task": task, "labels": list(names), "source": str(folder), **origin(base)})
     check_tensors(base, delta)

@@ -15,7 +15,7 @@ from rt.formats.adapters import import_adapter
 from rt.formats.atomic import atomic_folder, check_seal, found, seal
 from rt.formats.checkpoint import read_tensors, versions
 from rt.formats.files import EVENTS, FIGURES, other_library, read_json
-from rt.formats.hf import class_names, import_tuned
+from rt.formats.hf import class_names, import_tuned, numbered
 from rt.formats.hub import HUB_NAME, find
 from rt.formats.untrusted import check_label, is_whole, shaped
 from rt.kinds import DeltaConfig
@@ -30,7 +30,7 @@ def open_delta(name: str, base: Base, labels: tuple[str, ...] = (), task: str | 
     path, called = find(name), task or Path(os.path.abspath(name)).name     # . has no name, and the hub's cache has names of commits
     if (path / "delta.json").is_file():
         delta = load_delta(path)
-        names = {"labels": [*class_names({}, delta.num_outputs, labels, path)]} if labels else {}
+        names = {"labels": [*class_names({"id2label": numbered(delta.labels)}, delta.num_outputs, labels, path)]} if labels else {}
         return replace(delta, info=delta.info | names | ({"task": task} if task else {}))
     if (path / "adapter_config.json").is_file() or other_library(path):
         return import_adapter(path, base, labels, called)

@@ -249,6 +249,11 @@ def check_vocabulary(folder: Path, base: Base) -> None:
                          "special tokens around it); give a copy of the base with this tokenizer")
 
 
+def numbered(labels: Iterable[str]) -> dict[str, str]:
+    """Labels by their number, as in config.json."""
+    return {str(i): str(label) for i, label in enumerate(labels)}
+
+
 def class_names(facts: dict, outputs: int, given: tuple[str, ...], source: Path) -> tuple[str, ...]:
     """The labels of a classifier: `given`, or else config.json's, with numbers in place of placeholders. A regression has none."""
     problem, placeholders = facts.get("problem_type"), tuple(f"LABEL_{i}" for i in range(outputs))
@@ -261,7 +266,10 @@ def class_names(facts: dict, outputs: int, given: tuple[str, ...], source: Path)
     named = facts.get("id2label") or {}
     if not isinstance(named, dict):
         raise InputError(f"{source}: id2label is not an object of names by numbers")
-    names = given or tuple(str(named.get(str(i), f"LABEL_{i}")) for i in range(len(named) or outputs))
+    own = tuple(str(named.get(str(i), f"LABEL_{i}")) for i in range(len(named) or outputs))
+    if given and given != own and {*given} == {*own}:
+        note(f"{source}: names its outputs {', '.join(own[:6])}, in this order, and not {', '.join(given[:6])} as given")
+    names = given or own
     if len(names) != outputs or len({*names}) < outputs:
         raise InputError(f"{source}: {len({*names})} different labels ({', '.join(names[:6])}) for a head of {outputs} outputs")
     for name in names:

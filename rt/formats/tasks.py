@@ -45,9 +45,9 @@ def load_task(path: Path) -> Task:
     """Read a task folder. InputError names the file and line that does not fit."""
     if not path.is_dir():
         raise InputError(f"{path}: a task is a folder with train, dev and test files (.jsonl, .json, .csv, .tsv or .parquet)")
-    columns: dict[str, str] = {}        # shared by all files
+    columns: dict[str, str] = {}        # shared by all files: the name of the label column, and by file the columns of one without
     parts = _with_gold(path, {part: [e for file in files for e in read_examples(file, labelled=True, columns=columns)]
-                              for part, files in split_files(path).items() if files})
+                              for part, files in split_files(path).items() if files}, columns)
     if len({any(e.text_pair for e in examples) for examples in parts.values()}) > 1:
         note(f"{path}: only some of {', '.join(parts)} have pairs of texts")
     everything = [e for examples in parts.values() for e in examples]
@@ -73,7 +73,7 @@ def _plain(label: str | int | float | None) -> str:
     return "" if label is None else str(label).lower().removesuffix(".0")
 
 
-def _with_gold(path: Path, parts: dict[str, list[Example]]) -> dict[str, list[Example]]:
+def _with_gold(path: Path, parts: dict[str, list[Example]], columns: dict[str, str]) -> dict[str, list[Example]]:
     """The examples that have a gold label. A test part without gold labels is dropped. InputError if train or dev has none."""
     kept, train = {}, Counter(_plain(e.label) for e in parts["train"])
     marks = MISSING | _marks(train, any(isinstance(e.label, float) for e in parts["train"]))
@@ -83,8 +83,10 @@ def _with_gold(path: Path, parts: dict[str, list[Example]]) -> dict[str, list[Ex
         none = marks | (found if found <= hidden else set())
         kept[part] = [e for e in examples if _plain(e.label) not in none]
         if not kept[part] and part != "test":
-            raise InputError(f"{examples[0].source.rpartition(', ')[0]}: no example has a gold label (in a column "
-                             f"{', '.join(LABELS + OTHER_LABELS)})" + "; if they are hidden, take rows of train as dev" * (part == "dev"))
+            file = examples[0].source.rpartition(", ")[0]
+            found = f"; found: {columns[file]}" if file in columns else ""
+            raise InputError(f"{file}: no example has a gold label (in a column {', '.join(LABELS + OTHER_LABELS)}{found})"
+                             + "; if they are hidden, take rows of train as dev" * (part == "dev"))
         if gone := len(examples) - len(kept[part]):
             said = ", ".join(sorted({str(e.label) for e in examples if _plain(e.label) in none} - {"", "None"}))
             note(f"{path}: {gone} of {len(examples)} {part} examples have no gold label{said and f' ({said})'} and are left out")
@@ -238,6 +240,8 @@ def _example(source: str, row: dict, read: tuple[str | None, ...], labelled: boo
     if labelled and other:
         raise InputError(f"{source}: the label may be {label} or {other}: give the right one the name label")
     value = row[label] if label else row["answer"] if isinstance(row.get("answer"), bool) else None     # `answer` in BoolQ's own files
+    if label is None:
+        columns.setdefault(source.rpartition(", ")[0], ", ".join(str(name)[:40] for name in row))
     if label and columns.setdefault("label", _plain(label.strip())) != _plain(label.strip()):   # if that is hidden, another is no label
         value = None
     if labelled and value in (None, ""):

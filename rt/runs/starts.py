@@ -13,8 +13,9 @@ from rt.data import Example, Task, TaskData, encode
 from rt.deltas import Base, Delta
 from rt.errors import InputError
 from rt.formats.corpora import read_documents
+from rt.kinds import DeltaConfig
 from rt.limits import PositiveInt
-from rt.recycling import CARRIES, Recycling, carried_modes, start
+from rt.recycling import CARRIES, TRAINED, Recycling, carried_modes, start
 from rt.runs.results import old_names
 from rt.runs.teaching import WITHOUT_OLD
 from rt.transport import Granularity, learn_projection
@@ -73,6 +74,17 @@ def merge_on_dev(r: Recycling, deltas: list[Delta], how: str) -> tuple[Delta, di
         dev = evaluate(start(replace(r, merged=merged), "apply"), r.data.dev, r.device, r.precision) if len(choices) > 1 else {"": None}
         found.append((score(dev), merged, {"merged": {"how": how, "weights": weights, "tried": len(choices)}}))
     return max(found, key=lambda one: one[0])[1:]
+
+
+def new_kind(c: Any, modes: list[str], old: Delta | None) -> DeltaConfig:
+    """The kind and sizes of the deltas that the runs make: if nothing is trained, those of `old`. InputError if --delta asks for others."""
+    trained = {*modes} & {*TRAINED}
+    if trained and c.delta.kind != "same":
+        return c.delta
+    kept = DeltaConfig(**old.config.used)
+    if c.delta.kind not in ("same", kept.kind) and "delta" in c.typed:
+        raise InputError(f"--delta {c.delta.kind} has no effect with --mode {','.join(modes)}, which keeps the old delta ({kept.kind})")
+    return kept
 
 
 def combine(deltas: Sequence[Delta], weights: Sequence[float], how: str, labels: tuple[str, ...]) -> Delta:

@@ -25,6 +25,8 @@ def swept(spec: str) -> dict[str, list[str]]:
                              + (f"did you mean {near[0]}?" if near else f"what can: {', '.join(SWEPT)}"))
         if not values or name in grid:
             raise InputError(f"--sweep {part}: " + (f"{name} is there twice" if name in grid else "no values; write name=value,value"))
+        if "=" in text:
+            raise InputError(f"--sweep {part}: separate settings by spaces: name=value,value name=value")
         grid[name] = values
     return grid
 
