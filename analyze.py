@@ -182,8 +182,8 @@ def delta_folders(c: Config, folders: dict[str, str], entry: str, task: Task) ->
     was tuned with others."""
     if c.deltas:
         return {(name, c.seeds[0]): Path(folder) for name, folder in zip(folders, c.deltas)}
-    for steps in ("", f"-n{c.tune_steps}"):
-        found = {(name, seed): place_of_delta(folders[name], task.name, c.delta, steps, seed) for name in folders for seed in c.seeds}
+    for suffix in ("", f"-n{c.tune_steps}"):
+        found = {(name, seed): place_of_delta(folders[name], task.name, c.delta, suffix, seed) for name in folders for seed in c.seeds}
         missing = {key: folder for key, folder in found.items() if not (folder / "delta.json").exists()}
         if not missing:
             return found

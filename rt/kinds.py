@@ -100,7 +100,7 @@ class LoRA(nn.Module):
     """Adds scaling * B A x to y on the output rows of each target of one Linear. B starts at zero."""
     def __init__(self, module: nn.Linear, targets: dict[str, int | None], r: int, lora_alpha: float):
         super().__init__()
-        rows = module.out_features // (3 if None not in targets.values() else 1)
+        rows = module.out_features // (1 if None in targets.values() else 3)
         self.first_row = {target.replace(".", "_"): (third or 0) * rows for target, third in targets.items()}   # no module name has a dot
         self.A = nn.ParameterDict({name: torch.empty(r, module.in_features) for name in self.first_row})
         self.B = nn.ParameterDict({name: torch.empty(rows, r) for name in self.first_row})

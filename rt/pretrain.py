@@ -57,7 +57,8 @@ def microbatches(rows: Rows, s: PretrainSettings, rank: int = 0, world: int = 1,
 @torch.no_grad()
 def evaluate_mlm(model: MaskedLM, rows: Rows, *, tokens: int, device: torch.device, precision: torch.dtype) -> dict:
     """Loss and accuracy on up to `tokens` tokens of `rows`, with the same masks at every call."""
-    was_training, _ = model.training, model.eval()
+    was_training = model.training
+    model.eval()
     wanted = max(1, min(tokens // rows.row_tokens, rows.per_epoch))
     loss = right = count = 0.0
     for first in range(0, wanted, 8):

@@ -43,10 +43,9 @@ class Preserve:
         """Scalar: MLM + w * distance."""
         if self.by == "predictions":        # CE + w KL as (1 + w) ((1 - alpha) CE + alpha KL): one pass over the vocabulary
             with torch.no_grad():
-                features = self.old.features(batch)
-            weights = [w for m in (model, self.old) for w in (m.encoder.embeddings.word.weight, m.head.bias)]
-            return (1 + self.weight) * linear_kd(model.features(batch), *weights[:2], features, *weights[2:], batch.labels,
-                                                 alpha=self.weight / (1 + self.weight), T=1.0)
+                teacher = self.old.features(batch), self.old.encoder.embeddings.word.weight, self.old.head.bias
+            student = model.features(batch), model.encoder.embeddings.word.weight, model.head.bias
+            return (1 + self.weight) * linear_kd(*student, *teacher, batch.labels, alpha=self.weight / (1 + self.weight), T=1.0)
         new, old = (Activations(self.layers, hidden=[]) for _ in range(2))
         loss = mlm_loss(model, batch, new)
         with torch.no_grad():

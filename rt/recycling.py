@@ -74,8 +74,8 @@ def recycle(r: Recycling, mode: str) -> tuple[Classifier, TuneResult]:
 
 
 def start(r: Recycling, mode: str) -> Classifier:
-    """The model that `mode` starts from. With `project_patience`, maps take its hidden states to the teacher's width (FitNets: Romero et
-    al., 2015). The maps are trained with the model and are not part of its delta."""
+    """The model that `mode` starts from. Its old delta is the carried one, else the merged one, else `old_delta`. With `project_patience`,
+    maps take its hidden states to the teacher's width (FitNets: Romero et al., 2015). They are trained, but are no part of the delta."""
     is_carried = mode in carried_modes(r.carry)
     if is_carried and r.carried is None:
         raise ValueError("no delta was carried: rt.transport.transport does so")
@@ -246,7 +246,12 @@ def chain(r: Recycling, mode: str, bases: dict[str, Base]) -> Iterator[Link]:
         check(replace(r, base=base), mode)
     last, diverged = r, 0
     for i, (name, base) in enumerate(bases.items()):
-        runs = [((None,), r)] if mode == "scratch" else [(("direct", "chain"), r)] if i == 0 else [(("direct",), r), (("chain",), last)]
+        if mode == "scratch":
+            runs = [((None,), r)]
+        elif i == 0:
+            runs = [(("direct", "chain"), r)]
+        else:
+            runs = [(("direct",), r), (("chain",), last)]
         for routes, source in runs:
             def on_eval(row: dict, name=name, routes=routes) -> None:
                 for route in routes:

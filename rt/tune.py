@@ -90,7 +90,8 @@ class Scores:
             self.result.dev, self.result.best_step = dev, step
             self.best = {k: p.detach().clone() for k, p in trained.items()}
         self.on_eval({"step": step, "loss": loss, "dev": dev, **({"skipped": skipped} if skipped else {})})
-        return not 0 < self.s.early_stop * self.s.eval_every <= step - self.result.best_step
+        patience = self.s.early_stop * self.s.eval_every        # in steps; 0: no end
+        return not patience or step - self.result.best_step < patience
 
 
 class Fit(Scores):
