@@ -51,6 +51,20 @@ def test_two_ranks_are_one_with_the_same_batch(home):
     assert summaries[0]["heldout"]["one"]["loss"] == pytest.approx(summaries[1]["heldout"]["one"]["loss"], rel=TOLERANCE)
 
 
+def test_two_ranks_are_one_with_a_recipe(home):
+    """Replay, Reptile and hidden states that stay near the previous base's."""
+    lines = (home / "one.txt").read_text().splitlines()
+    (home / "other.txt").write_text("\n".join(line[::-1] for line in lines[:200]))
+    flags = (*FLAGS[4:], "--init", home / "alone" / "M0", "--stream", home / "other.txt", "--cache", home / "cache",
+             "--replay", "0.25", "--align", "4", "--preserve", "3")
+    here("train.py", *flags, "--accumulation", "2", "--out", home / "recipe")
+    forked("train.py", *flags, "--out", home / "recipe_of_two")
+    assert losses(home / "recipe_of_two") == pytest.approx(losses(home / "recipe"), rel=TOLERANCE)
+    plain = [flag for flag in flags if flag not in ("--replay", "0.25", "--align", "4", "--preserve", "3")]
+    here("train.py", *plain, "--accumulation", "2", "--out", home / "plain")
+    assert losses(home / "plain") != pytest.approx(losses(home / "recipe"), rel=100 * TOLERANCE)
+
+
 def test_shared_state_changes_nothing_and_one_process_goes_on_from_it(home):
     begun = forked("train.py", *FLAGS, *corpus(home), "--zero", "--out", home / "zero", "--stop_after", "10")
     assert begun.count("stopped in M0 after step 10 of 20") == 1

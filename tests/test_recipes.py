@@ -447,7 +447,9 @@ def test_a_task_s_own_texts_are_a_domain_plain_or_in_a_template(home, task, tmp_
 @pytest.mark.parametrize("recipe", [
     ("--align", "4", "--replay", "0.25", "--schedule", "infinite", "--average", "2", "--snapshots", "2"),
     ("--mix", "need", "--mix_every", "5", "--mix_reference", "REFERENCE", "--mix_eta", "3", "--align", "3"),
-    ("--objective", "rts", "--mask", "word", "--schedule", "cosine", "--preserve", "3")], ids=lambda r: r[0])
+    ("--objective", "rts", "--mask", "word", "--schedule", "cosine", "--preserve", "3"),
+    ("--objective", "slm", "--mask", "entity", "--schedule", "wsd", "--preserve", "3", "--preserve_by", "attention"),
+    ("--preserve", "1", "--preserve_by", "predictions", "--replay", "0.2")], ids=" ".join)
 def test_a_recipe_resumes_bit_for_bit(recipe, home):
     train(home, "reference", "--steps", "30", "--snapshots", "0", stream="one")
     recipe = [str(home / "reference" / "M0") if word == "REFERENCE" else word for word in recipe]
