@@ -176,8 +176,9 @@ def train_stages(c: Config, this_run: PretrainRun, ranks: Ranks) -> Interrupted 
     groups = [tuple(places)] if r.mix else [(name,) for name in places]
     contents = contents_of(corpora, contents, earlier, groups)
     where = {"device": ranks.device, "precision": pick_precision(c.precision, ranks.device)}
+    targets = {f"--{name}": target(c, name, tokenizer, model.encoder.config, ranks) for name in ("mix_reference", "preserve_to")}
     content = {"--precision": precision_name(where["precision"]), "tokenizer": tokenizer.fingerprint, "--init": parent,
-               "--mix_reference": r.mix_reference and target(c, tokenizer, ranks).fingerprint,
+               **{flag: base.fingerprint for flag, base in targets.items() if base},
                **{f"corpus {k}": v["train"].content for k, v in corpora.items()}}
     ranks.assert_same(content)
     training, heldout = rows_of(c, corpora, groups, [*earlier], tokenizer, number + 1, ranks)

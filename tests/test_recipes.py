@@ -19,7 +19,7 @@ from data.select import select
 from data.sources import task_corpus
 from rt.data import Masker, Rows
 from rt.errors import InputError
-from rt.formats.checkpoint import fingerprint, load_base
+from rt.formats.checkpoint import fingerprint, load_base, save_base
 from rt.formats.corpora import build_corpus, split_documents
 from rt.formats.files import read_json, read_rows
 from rt.formats.tasks import load_task
@@ -541,6 +541,27 @@ def test_preserve_takes_its_variances_from_many_rows_of_the_new_text(home, monke
     train(home, "sampled", "--steps", "2", "--preserve", "3")
     rows = read_json(home / "sampled" / "M1" / "meta.json")["stage"]["packing"]["rows"]
     assert seen == [min(upgrade.SAMPLE_TOKENS // 128, rows) * 128] and rows > 1
+
+
+def test_a_chain_can_stay_near_its_first_base(home, monkeypatch):
+    train(home, "first", "--steps", "2", stream="one")
+    first, olds = home / "first" / "M0", []
+    base = load_base(first)
+    larger = new_masked_lm(replace(base.encoder.config, ffn_size=256), seed=0)
+    save_base(home / "larger", larger, base.tokenizer, {})
+    chain = ("--init", first, "--steps", "2", "--preserve", "3", "--preserve_to")
+    said = train(home, "near larger", *chain, home / "larger", code=2)
+    assert "--preserve_to" in said and "the new base has an encoder of other sizes: ffn_size" in said
+    assert not (home / "near larger" / "config.json").exists()
+    train(home, "near itself", *chain, first, stream="two")
+    train(home, "near the last", *chain[:-1], stream="two")
+    assert same_weights(home / "near itself" / "M1", home / "near the last" / "M1")
+    assert read_json(home / "near itself" / "M1" / "meta.json")["recipe"] == {"preserve": 3.0, "preserve_to": str(first)}
+    monkeypatch.setattr(upgrade, "Preserve", lambda old, weight, by, sample: olds.append(fingerprint(old.encoder)) or mlm_loss)
+    train(home, "near the first", *chain, first)
+    train(home, "near each", *chain[:-1])
+    M0, M1 = (load_base(folder).fingerprint for folder in (first, home / "near each" / "M1"))
+    assert olds == [M0, M0, M0, M1]
 
 
 def test_bases_are_scored_on_15_percent_of_the_tokens_of_the_same_rows(corpora, tokenizer):

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from rt.data import Corpus, MaskUnit, Objective, Rows, Tokenizer
-from rt.deltas import Base
+from rt.deltas import Base, check_sizes
 from rt.errors import InputError
 from rt.formats.atomic import check_seal
 from rt.formats.checkpoint import load_base
 from rt.formats.hub import open_base
 from rt.formats.untrusted import is_utf8
 from rt.limits import Limit, NonNegative, NonNegativeInt, PositiveInt, PositiveShare, Share, ShareBelowOne
-from rt.model import Encoder, MaskedLM, MLMHead, new_masked_lm, set_dropout
+from rt.model import Encoder, EncoderConfig, MaskedLM, MLMHead, new_masked_lm, set_dropout
 from rt.optim import ScheduleConfig
 from rt.pretrain import evaluate_mlm, mlm_loss
 from rt.recipes import Preserve, PreserveBy, Recipe
@@ -35,6 +35,7 @@ class RecipeConfig:
     rates: ScheduleConfig = ScheduleConfig()
     preserve: NonNegative = 0.0  # weight of the distance from the previous base, so that its deltas still work; try 3 to 30
     preserve_by: PreserveBy = "hidden"  # what should not move: hidden states of all layers or of the last, predictions, or attention maps
+    preserve_to: str | None = None  # the base to stay near, such as M0 along a chain of upgrades; default: the previous base
     replay: ShareBelowOne = 0.0  # share of the rows that come from earlier domains of the lineage, in equal parts per domain
     select: str | None = None  # keep only the documents of each domain that are most like the training texts of this task
     keep: PositiveShare = 0.3  # select: share of the documents to keep
@@ -58,7 +59,8 @@ class RecipeConfig:
                 ("`schedule` wsd or infinite", s.schedule in ("wsd", "infinite"), "cooldown"),
                 ("`schedule` infinite", s.schedule == "infinite", "hold", "anneal", "rewarm"),
                 ("`mix` need", self.by_need, "mix_every", "mix_eta", "mix_reference"),
-                ("`preserve`", self.preserve, "preserve_by"), ("`align`", self.align, "align_eps"), ("`select`", self.select, "keep"),
+                ("`preserve`", self.preserve, "preserve_by", "preserve_to"), ("`align`", self.align, "align_eps"),
+                ("`select`", self.select, "keep"),
                 ("a corpus in `stream`", tasks < len(domains), "select"), ("task:NAME in `stream`", tasks, "template")):
             if not is_there and (idle := [name for name in names if name in changed(self)]):
                 raise InputError(f"`{idle[0]}` has no effect without {of}")
@@ -157,28 +159,34 @@ def contents_of(corpora: dict[str, dict[str, Corpus]], noted: dict[str, str], ea
 
 def used(recipe: RecipeConfig, rows: Rows, parent: str | None) -> dict:
     """The settings of a recipe that are not the defaults, without those that have no effect because nothing came before the stage."""
-    idle = [*["replay"] * (rows.mixture is None), *["preserve", "preserve_by"] * (parent is None)]
+    idle = [*["replay"] * (rows.mixture is None), *["preserve", "preserve_by", "preserve_to"] * (parent is None)]
     return {name: value for name, value in changed(recipe).items() if name not in idle}
 
 
-def target(c: Any, tokenizer: Tokenizer, ranks: Ranks) -> Base:
-    """The base that sets the target losses of --mix need. InputError if it cannot score the texts as the new base does."""
-    base = ranks.main_first(lambda: open_base(c.recipe.mix_reference))
+def target(c: Any, flag: str, tokenizer: Tokenizer, sizes: EncoderConfig, ranks: Ranks) -> Base | None:
+    """The base that --mix_reference or --preserve_to names, if it does. InputError if that base cannot score the texts as the new base
+    does, or if hidden states of `sizes` cannot stay near its own."""
+    if not (place := getattr(c.recipe, flag)):
+        return None
+    base = ranks.main_first(lambda: open_base(place))
     if base.head is None or base.tokenizer.fingerprint != tokenizer.fingerprint:
-        raise InputError(f"--mix_reference {c.recipe.mix_reference}: has another tokenizer than the new base, or no masked-LM head")
+        raise InputError(f"--{flag} {place}: has another tokenizer than the new base, or no masked-LM head")
     base.require_length(c.seq_len)
+    if flag == "preserve_to":
+        check_sizes(base, replace(sizes, max_len=base.encoder.config.max_len), f"--{flag} {place}: the new base has")
     return base
 
 
 def start_recipe(c: Any, model: MaskedLM, rows: Rows, corpora: list[Corpus], tokenizer: Tokenizer, ranks: Ranks, where: dict,
                  published: str | Path | None) -> Recipe:
     """The recipe of a stage on `corpora`; `rows` come from the first corpus. `published` is the base that is continued (None: a new base,
-    with nothing to preserve). `model` may hold its weights before the annealing; deltas were tuned on `published`, so that is preserved."""
-    r, loss = c.recipe, mlm_loss
+    with nothing to preserve). `model` may hold its weights before the annealing; deltas were tuned on `published`, so that is preserved,
+    unless --preserve_to names another base."""
+    r, loss, sizes = c.recipe, mlm_loss, model.encoder.config
     if r.preserve and published:
         most = min(max(1, SAMPLE_TOKENS // rows.row_tokens), rows.per_epoch, rows.mixture.every if r.by_need else rows.per_epoch)
-        base = ranks.main_first(lambda: open_base(str(published)))
-        old = lengthen(MaskedLM(base.encoder, base.head or model.head), model.encoder.config.max_len).to(ranks.device)
+        base = target(c, "preserve_to", tokenizer, sizes, ranks) or ranks.main_first(lambda: open_base(str(published)))
+        old = lengthen(MaskedLM(base.encoder, base.head or model.head), sizes.max_len).to(ranks.device)
         sample = rows.masked(range(most)).to(ranks.device)       # by need, later shares are not known yet
         loss = Preserve(old, r.preserve, r.preserve_by, sample)
     if not r.by_need:
@@ -189,8 +197,7 @@ def start_recipe(c: Any, model: MaskedLM, rows: Rows, corpora: list[Corpus], tok
         return ranks.from_main(lambda: [evaluate_mlm(model, probe, tokens=c.eval_tokens, **where)["loss"] for probe in probes])
 
     reference = model
-    if r.mix_reference:
-        base = target(c, tokenizer, ranks)
+    if base := target(c, "mix_reference", tokenizer, sizes, ranks):
         reference = MaskedLM(base.encoder, base.head).to(ranks.device)
     return Recipe(model, r.align, r.align_eps, rows.mixture, r.mix_every, r.mix_eta, losses, losses(reference), loss)
 
