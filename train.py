@@ -176,10 +176,10 @@ def train_stages(c: Config, this_run: PretrainRun, ranks: Ranks) -> Interrupted 
     groups = [tuple(places)] if r.mix else [(name,) for name in places]
     contents = contents_of(corpora, contents, earlier, groups)
     where = {"device": ranks.device, "precision": pick_precision(c.precision, ranks.device)}
-    targets = {f"--{name}": target(c, name, tokenizer, model.encoder.config, ranks) for name in ("mix_reference", "preserve_to")}
+    targets = {f"--{flag}": base.fingerprint for flag in ("mix_reference", "preserve_to")
+               if (base := target(c, flag, tokenizer, model.encoder.config, ranks))}
     content = {"--precision": precision_name(where["precision"]), "tokenizer": tokenizer.fingerprint, "--init": parent,
-               **{flag: base.fingerprint for flag, base in targets.items() if base},
-               **{f"corpus {k}": v["train"].content for k, v in corpora.items()}}
+               **targets, **{f"corpus {k}": v["train"].content for k, v in corpora.items()}}
     ranks.assert_same(content)
     training, heldout = rows_of(c, corpora, groups, [*earlier], tokenizer, number + 1, ranks)
     this_run.begin(content, tokenizer)

@@ -555,6 +555,7 @@ def test_a_chain_can_stay_near_its_first_base(home, monkeypatch):
     assert not (home / "near larger" / "config.json").exists()
     train(home, "near itself", *chain, first, stream="two")
     train(home, "near the last", *chain[:-1], stream="two")
+    train(home, "near a shorter one", *chain, first, "--max_len", "150", "--seq_len", "130", "--batch_tokens", "1040", stream="two")
     assert same_weights(home / "near itself" / "M1", home / "near the last" / "M1")
     assert read_json(home / "near itself" / "M1" / "meta.json")["recipe"] == {"preserve": 3.0, "preserve_to": str(first)}
     monkeypatch.setattr(upgrade, "Preserve", lambda old, weight, by, sample: olds.append(fingerprint(old.encoder)) or mlm_loss)

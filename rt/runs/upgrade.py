@@ -171,8 +171,9 @@ def target(c: Any, flag: str, tokenizer: Tokenizer, sizes: EncoderConfig, ranks:
     base = ranks.main_first(lambda: open_base(place))
     if base.head is None or base.tokenizer.fingerprint != tokenizer.fingerprint:
         raise InputError(f"--{flag} {place}: has another tokenizer than the new base, or no masked-LM head")
-    base.require_length(c.seq_len)
-    if flag == "preserve_to":
+    if flag == "mix_reference":
+        base.require_length(c.seq_len)
+    else:       # of any length: lengthened as the new base was
         check_sizes(base, replace(sizes, max_len=base.encoder.config.max_len), f"--{flag} {place}: the new base has")
     return base
 
