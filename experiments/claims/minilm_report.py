@@ -164,9 +164,9 @@ def section(folder: Path) -> tuple[str, dict[str, tuple[str, str]]]:
     text = ["## MiniLM, a base that was really pre-trained",
             "`python -m experiments.claims.minilm --data DIR`; rows in `minilm.jsonl`; [the plan](../../experiments/claims/PLAN.md) was "
             "committed before them; C1 of lineage 0 was known from an earlier M0 (`02aece2/minilm.jsonl`, in no line here). "
-            f"{facts['device']}; {facts['precision']}; commits {facts['commit']}. {second}Intervals: crossed bootstrap over tasks and "
-            "lineages (with one lineage, over tasks alone). p: exact sign-flip over cells; then Holm's over the lines that have rows, by which the "
-            "plan decides; the column after it counts all lines, those without rows as p = 1.",
+            f"{facts['device']}; {facts['precision']}; commits {facts['commit']}. {second}Intervals: crossed bootstrap over tasks "
+            "and lineages (with one lineage, over tasks alone). p: exact sign-flip over cells; then Holm's over the lines that have rows, "
+            "by which the plan decides; the column after it counts all lines, those without rows as p = 1.",
             markdown(["primary quantity", "mean [95 %]", "cells", "p", "Holm", "Holm, all lines", "here"], lines)]
     tables = (by_base(r), predicted(("lineage", "domain"), bases_of(r, "lineage")), by_first_domain(r), on_mini(folder), by_mode(r),
               by_part(r), by_pair(r))
