@@ -283,7 +283,7 @@ def hf_config(config: EncoderConfig, tokenizer: Tokenizer, task: str, labels: tu
     """config.json of a model for `task` (MaskedLM, SequenceClassification, or ""). Empty `labels` mean a regression."""
     names = labels or ("LABEL_0",)
     heads = {} if labels is None else {
-        "id2label": dict(enumerate(names)), "label2id": {label: i for i, label in enumerate(names)},
+        "id2label": numbered(names), "label2id": {label: i for i, label in enumerate(names)},
         "problem_type": "single_label_classification" if labels else "regression"}
     return {"architectures": [CLASSES[config.model_type] + (f"For{task}" if task else "Model")], "model_type": config.model_type,
             **{theirs: getattr(config, ours) for ours, theirs in SETTINGS.items()},
