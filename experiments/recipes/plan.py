@@ -24,6 +24,8 @@ FIRST = ("hidden 3", "hidden 10", "hidden 30", "last 10", "predictions 1")      
 SEEDS, TARGETS = (0, 1, 2, 3, 4), ("bio", "cs", "chain")
 CHAIN = "bio,rev,cs,ns"
 CHAIN_ARM = {"minilm": "hidden 10", "mini": "hidden 30"}     # beside plain: see PLAN.md
+TO_M0 = {"hidden 10 to M0": "--preserve 10 --preserve_to M0"}     # of the target "chains" alone, which came later
+CHAINS = (("hidden 10", 1), ("hidden 10 to M0", 1), ("plain", 0.5), ("plain", 0.25), ("plain", 1))      # its arms and peaks
 
 
 class Upgrade(NamedTuple):
@@ -42,10 +44,11 @@ def upgrades(targets: tuple[str, ...] = TARGETS, seeds: tuple[int, ...] = SEEDS,
     others = [(arm, lr) for arm in SWITCHES for lr in rates if (arm, lr) not in first]
     found = []
     for target in targets:
-        chains = [(arm, rates[0]) for arm in ("plain", CHAIN_ARM[model])]
-        for some in (chains,) if target == "chain" else (first, others):
-            found += [Upgrade(arm, lr, CHAIN if target == "chain" else target, seed) for seed in seeds for arm, lr in some]
-        found += [Upgrade(arm, rates[0], target, seed) for seed in seeds for arm in AFTERWARDS if target != "chain"]
+        chains = {"chain": [(arm, rates[0]) for arm in ("plain", CHAIN_ARM[model])],
+                  "chains": [(arm, peak * PEAK[model]) for arm, peak in CHAINS]}
+        for some in (chains[target],) if target in chains else (first, others):
+            found += [Upgrade(arm, lr, CHAIN if target in chains else target, seed) for seed in seeds for arm, lr in some]
+        found += [Upgrade(arm, rates[0], target, seed) for seed in seeds for arm in AFTERWARDS if target not in chains]
     return found
 
 

@@ -35,7 +35,7 @@ class Config:
     base: str = "runs/minilm/pretrained/M0"  # M0
     model: Literal[tuple(plan.PEAK)] = "minilm"  # which M0 that is: the learning rates
     seeds: Seeds = plan.SEEDS  # of the upgrades
-    targets: tuple[str, ...] = plan.TARGETS  # names of corpora (bio, cs, rev), or chain
+    targets: tuple[str, ...] = plan.TARGETS  # names of corpora (bio, cs, rev), chain, or chains
     arms: tuple[str, ...] = ()  # plain, hidden 3, ...; default: all
     rates: tuple[float, ...] = ()  # peak rates; default: all
     steps: PositiveInt = plan.STEPS  # of an upgrade
@@ -97,7 +97,8 @@ def upgrade(c: Config, one: plan.Upgrade) -> list[dict]:
     out = Path(c.home) / "bases" / f"{one.arm}-{one.lr}-{one.target}-s{one.seed}".replace(" ", "").replace("%", "")
     shutil.rmtree(out, ignore_errors=True)      # an upgrade is short: after an interruption it starts over
     stream = ",".join(str(corpora / f"{domain}.txt.xz") for domain in domains)
-    switches = (plan.SWITCHES | plan.AFTERWARDS).get(one.arm, "").split()
+    switches = (plan.SWITCHES | plan.AFTERWARDS | plan.TO_M0).get(one.arm, "").split()
+    switches = [Path(c.base) if word == "M0" else word for word in switches]
     command = train(c, "--init", Path(c.base), "--stream", stream, "--lr", one.lr, "--seed", one.seed, "--steps", c.steps, *plan.UPGRADE,
                     *plan.PLACE[c.device], *switches, "--cache", Path(c.cache), "--out", out)
     rows, old = [], dict(open_base(c.base).encoder.named_parameters())
