@@ -37,14 +37,14 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqle
                   seed: Tensor | int | None = None, scale: float | None = None,
                   prefix_kv: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
     """`attention` in plain PyTorch, one group of sequences of equal length at a time. On a CPU this is faster than padding, which computes
-    masks and unused rows. Sequences that are not sorted by length are sorted first, and the result is put back in order."""
+    masks and unused rows. Unless sequences of equal length are neighbours, they are sorted first, and the result is put back in order."""
     N, H, D = q.shape
     scale = D ** -0.5 if scale is None else scale
-    lengths = [n for n in cu_seqlens.diff().tolist() if n] or [0]      # empty sequences at the end must not make a sorted batch unsorted
+    lengths = [n for n in cu_seqlens.diff().tolist() if n] or [0]
     inputs = [q * scale, k, v]
     seed = _seed(seed, q.device) if dropout_p else None     # drawn once: all three streams share one seed
     words = [words_ref(seed, stream, H, N) for stream in range(3)] if dropout_p else []
-    order = None if lengths == sorted(lengths) else _by_length(cu_seqlens)
+    order = None if len([*itertools.groupby(lengths)]) == len({*lengths}) else _by_length(cu_seqlens)
     if order is not None:
         back = torch.empty_like(order).index_copy_(0, order, torch.arange(N, device=order.device))
         lengths, inputs, words = sorted(lengths), [_Permute.apply(x, order, back) for x in inputs], [w[:, order] for w in words]

@@ -189,6 +189,16 @@ def sequences_batch(sequences: list[list[int]], **fields: Tensor) -> Batch:
     return Batch(ids, torch.tensor(np.cumsum([0] + lengths), dtype=torch.int32), max(lengths), **fields)
 
 
+def rounded(batch: Batch, device: torch.device, precision: torch.dtype) -> Batch:
+    """The same batch, or for bf16 on a CPU, one with a multiple of 64 tokens: sequences of one token follow, which `rows` leaves out. For
+    every new number of tokens, oneDNN compiles a step's products anew (docs/scaling.md). A batch that has `rows` stays as it is."""
+    short, ends = -len(batch.ids) % 64, batch.cu_seqlens
+    if device.type != "cpu" or precision != torch.bfloat16 or not short or batch.rows is not None:
+        return batch
+    added = ends[-1] + torch.arange(1, short + 1, dtype=ends.dtype)
+    return replace(batch, ids=torch.cat([batch.ids, batch.ids[:1].expand(short)]), cu_seqlens=torch.cat([ends, added]), rows=batch.first)
+
+
 # --- masked language modelling ----------------------------------------------------------------------------------------
 
 class Masker:

@@ -10,7 +10,7 @@ from rt.data import Encoded, Example, Task, TaskData, encode_task, few_shot
 from rt.deltas import attach
 from rt.errors import InputError
 from rt.kinds import DeltaConfig
-from rt.losses import Loss
+from rt.losses import Loss, run_teacher
 from rt.model import ClassificationHead
 from rt.report.analysis import chance
 from rt.tune import TuneSettings, evaluate, metrics, minimise, predict, score, training_batch, training_loop, tune
@@ -174,6 +174,19 @@ def test_batches_dropout_and_points_are_functions_of_seed_and_step(toy):
     runs = [drawn(seed) for seed in (0, 0, 1)]
     assert runs[0] == runs[1]
     assert all(len({*a, *b}) == 16 for a, b in zip(zip(*runs[0]), zip(*runs[2])))
+
+
+@pytest.mark.parametrize("precision, unit", [(torch.bfloat16, 64), (torch.float32, 1)])
+def test_in_bf16_the_model_sees_few_numbers_of_tokens(tokenizer, toy, precision, unit):
+    """In training, predictions and a teacher's run: every new number costs oneDNN new kernels."""
+    model, seen = attach(random_base(tokenizer), DeltaConfig("full"), 2, 0), set()
+    model.encoder.register_forward_pre_hook(lambda _, inputs: seen.add(len(inputs[0].ids)))
+    toy.train, toy.dev, toy.test = (Encoded(part.sequences[:40], part.targets[:40], 0) for part in (toy.train, toy.dev, toy.test))
+    kinds = dict(device=torch.device("cpu"), precision=precision)
+    result = tune(model, toy, Loss(), TuneSettings(6, 8, 1e-3, 3, 0), **kinds)
+    run_teacher(model, toy.train, **kinds, batch_size=8)
+    predict(model, toy.test.sequences, **kinds, batch_size=8)
+    assert result.dev and math.gcd(*seen) == unit
 
 
 def test_predictions_come_in_the_order_of_the_texts(tokenizer, toy):
