@@ -43,8 +43,11 @@ def made_rows() -> list[dict]:
                                     ("plain", 2.5e-4, 0.2, 0.02), ("plain", 1.25e-4, 0.1, 0.01)):
             heldout = {"wiki": 5.5, target: 6.0 + seed % 3 - fall * (0.8 + 0.1 * seed) if target == "bio" else 9.0 - 2 * fall}
             rows.append(common | {"arm": arm, "lr": lr, "target": target, "seed": seed, "heldout": heldout} | apply(seed, lost))
-    return rows + [common | {"arm": "plain", "lr": 5e-4, "target": CHAIN, "seed": 4, "stage": stage, "heldout": {"wiki": 9.0}}
-                   | apply(4, stage / 100) for stage in (1, 2)]
+    return rows + [common | {"arm": arm, "lr": lr, "target": "bio,cs", "seed": 4, "stage": stage, "domain": domain, "heldout": heldout}
+                   | apply(4, stage / 100)
+                   for arm, lr, more in (("plain", 5e-4, 0.0), ("plain", 1e-3, -0.5), ("hidden 10 to M0", 5e-4, 0.25))
+                   for stage, domain, heldout in ((1, "bio", {"wiki": 9.0, "bio": 6.5 - more, "cs": 8.9}),
+                                                  (2, "cs", {"wiki": 9.5, "bio": 6.75, "cs": 8.5 - more}))]
 
 
 def test_the_report_counts_gain_points_and_advantage(tmp_path):
@@ -71,7 +74,10 @@ def test_the_report_counts_gain_points_and_advantage(tmp_path):
     assert "0.016 / 0.359" in table       # 23 arms and rates are planned
     text = (tmp_path / "README.md").read_text()
     assert "| bio | hidden 3 | 0.0005 | 5 | 98.000 ±" in text and "| cs | hidden 3 | 0.0005 | 1 | 98.000 | 1.000 | 4.960 |" in text
-    assert "Chain, plain at 0.0005: points lost by Delta_0 on M1, M2, ...: 1.000, 2.000." in text
+    # M0 of these deltas has 7 on bio, 9 on cs: each link of plain gains .5, of the arm .75, and the last base keeps (.25 + .5) / 2
+    assert "| chain | peak rate | seeds | gain, % | lost on M1 | lost on M2 | kept, nats | wiki loss |" in text
+    assert "| plain | 0.0005 | 1 | 100.000 | 1.000 | 2.000 | 0.375 | 9.500 |" in text
+    assert "| plain | 0.001 | 1 | 0.000 |" in text and "| hidden 10 to M0 | 0.0005 | 1 | 150.000 | 1.000 | 2.000 | 0.500 |" in text
     assert "c/full (seed 2)" in text and "- plain at 0.0005 on cs: seeds 0, 2, 3, 4" in text
     assert "if it is below 6" in text
     assert "hidden 3 at 0.0005 on bio:" not in text and (tmp_path / "pareto.png").exists()
@@ -123,8 +129,18 @@ def test_the_plan_has_every_arm_once_and_begins_with_what_decides():
     assert len({*runs}) == len(runs) == 2 * (4 + 2 * len(SWITCHES) + len(AFTERWARDS))
     assert [one.arm for one in runs[:5]] == ["plain"] * 4 + ["hidden 3"]
     assert {one.target for one in upgrades(("chain",))} == {CHAIN}
+    assert [(one.arm, one.lr) for one in upgrades(("chains",), (0,))] == [
+        ("hidden 10", 5e-4), ("hidden 10 to M0", 5e-4), ("plain", 2.5e-4), ("plain", 1.25e-4), ("plain", 5e-4)]
     assert [one.lr for one in runs[:4]] == [1.25e-4, 2.5e-4, 5e-4, 1e-3]
     assert [one.lr for one in upgrades(("bio",), (0,), "mini")[:4]] == [2.5e-4, 5e-4, 1e-3, 2e-3]
+
+
+def test_a_report_on_chains_alone_has_their_table(tmp_path):
+    rows = [row for row in made_rows() if row["arm"] == "M0" or "," in row["target"]]
+    (tmp_path / "minilm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert report.write(tmp_path).startswith("| chain | peak rate |")
+    text = (tmp_path / "README.md").read_text()
+    assert "pareto" not in text and "not in the plan" not in text and not (tmp_path / "pareto.png").exists()
 
 
 def test_the_figure_has_the_gain_given_up_and_the_points_lost(tmp_path, monkeypatch):

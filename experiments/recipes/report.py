@@ -122,51 +122,75 @@ def lines_by_target(found: dict, model: str) -> list[list]:
     return sorted(lines, key=lambda line: line[0])
 
 
-def write(folder: Path) -> str:
-    """Write README.md and pareto.png/.svg; returns the table. InputError if there are no rows. The rows' file is named after M0."""
-    model = next((model for model in PEAK if (folder / f"{model}.jsonl").exists()), "minilm")
-    rows = read_rows(folder / f"{model}.jsonl")
-    own = bases(rows)
-    found = points(rows) if own else {}
-    if not found:
-        raise InputError(f"{folder}: no rows of upgrades there; run python -m experiments.recipes --data DIR first")
-    lines, facts = lines_of(rows, own, found, model), {key: ", ".join(sorted({row[key] for row in rows})) for key in ("device", "commit")}
-    first, most, by_task = next(iter(own.values())), max(map(len, found.values())), lines_by_task(rows, own, found)
-    scores = "; ".join(" ".join([name, *(f"{row['apply'][name]:.3f}" for row in own.values())]) for name in first["apply"])
-    left_out = [f"{name} (seed {row['seed']})" for row in own.values() for name in row["apply"] if name not in learned(row)]
-    plan, commands = (os.path.relpath(ROOT / name, folder) for name in ("experiments/recipes/PLAN.md", "results/README.md"))
-    text = ["# Which upgrades keep old deltas alive",
-            f"Written by `python -m experiments.recipes --report` from `{model}.jsonl`; [the plan]({plan}) says "
-            f"what each column is, [all results]({commands}) by which commands the rows were made"
-            "; seconds are of jobs that shared the cores with other work. Means with 95 % t-intervals over blocks; p is one-sided. Blocks "
-            f"whose seeds are equal modulo {DELTA_SEEDS} share their deltas, and all share M0 and the test texts: intervals and p speak of "
-            "other upgrades, not of other deltas or tasks. The last two columns are not in the plan. The first compares at equal rate and "
-            "ignores the gain. In the second, the frontier ends at the plain rate with the highest mean gain. Between two rates the "
-            "frontier is a straight line, and a real plain rate there would lose less. So an arm that only equals such a rate seems ahead. "
-            "Machine: "
-            f"{facts['device']}; commits {facts['commit']}.",
-            markdown(HEAD, lines), markdown(("target", *HEAD[:5], HEAD[8]), lines_by_target(found, model)),
-            "Points lost by task:", markdown(by_task[0], by_task[1:]),
-            "![points lost against gain](pareto.png)",
-            f"The line joins plain upgrades, over all their blocks. In brackets: the number of blocks if it is below {most} (then "
-            "often of one target only). Arms with fewer than half of the blocks are left out. *: added after rows had been seen.",
-            f"Test accuracy of the deltas on M0, by seed: {scores}.",
-            "Left out, as dev on M0 is not 5 points above the commonest label: " + (", ".join(left_out) or "none") + ".",
-            "Held-out loss of M0: " + ", ".join(f"{domain} {loss:.3f}" for domain, loss in first["heldout"].items()) + "."]
-    chains = group([row for row in rows if "," in row.get("target", "")], "arm", "lr")
+def lines_of_chains(rows: list[dict], own: dict[int, dict]) -> list[list]:
+    """A header and a line per arm and rate, for several upgrades in a row. PLAN.md, "Chains that stay near M0", defines the columns."""
+    def fall(row: dict, domain: str) -> float:
+        return own[row["seed"] % DELTA_SEEDS]["heldout"][domain] - row["heldout"][domain]
+
+    chains = {key: [*group(some, "seed").values()] for key, some in
+              group([row for row in rows if "," in row.get("target", "")], "arm", "lr").items()}
+    gains = {key: [mean(fall(row, row["domain"]) for row in links) for links in some] for key, some in chains.items()}
+    best, lines = max((mean(of) for (arm, _), of in gains.items() if arm == "plain"), default=math.nan), []
     for (arm, lr), some in chains.items():
-        stages = [with_interval(lost(own, row) for row in line) for line in group(some, "stage").values()]
-        text.append(f"Chain, {arm} at {lr:g}: points lost by Delta_0 on M1, M2, ...: {', '.join(stages)}.")
-    if all(row.get("steps", STEPS) == STEPS for row in rows) and {row.get("target") for row in rows} & {*TARGETS}:
-        text += ["## Planned and not run", missing(rows, model)]
-    (folder / "README.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+        ends = [links[-1] for links in some]
+        lines.append([arm, f"{lr:g}", len(some), with_interval(100 * gain / best for gain in gains[arm, lr]),
+                      *(with_interval(lost(own, row) for row in stage) for stage in zip(*some)),
+                      with_interval(mean(fall(row, domain) for domain in row["target"].split(",")) for row in ends),
+                      f"{mean(row['heldout']['wiki'] for row in ends):.3f}"])
+    return [["chain", "peak rate", "seeds", "gain, %", *(f"lost on M{i + 1}" for i in range(len(lines[0]) - 6)), "kept, nats", "wiki loss"],
+            *lines] if lines else []
+
+
+LAST_COLUMNS = ("The last two columns are not in the plan. The first compares at equal rate and ignores the gain. In the second, the "
+                "frontier ends at the plain rate with the highest mean gain. Between two rates the frontier is a straight line, and a real "
+                "plain rate there would lose less. So an arm that only equals such a rate seems ahead. ")
+
+
+def on_one_domain(rows: list[dict], own: dict[int, dict], found: dict, model: str, folder: Path) -> list[str]:
+    """The report's tables and figure on upgrades on one domain; draws pareto.png/.svg. The first is the main table."""
+    most, by_task = max(map(len, found.values())), lines_by_task(rows, own, found)
     rates = {lr: np.format_float_scientific(lr, trim="-", exp_digits=1) for _, lr in found}      # 5e-4 for 0.0005
     names = {(arm, lr): f"{arm.replace(' (afterwards)', '*')}, {rates[lr]}{f' ({len(of)})' * (len(of) < most)}"
              for (arm, lr), of in found.items() if len(of) >= most / 2}
     pareto({name: [(100 * (1 - gain), points) for gain, points in found[key].values()] for key, name in names.items()},
            folder / "pareto", "gain given up on the new domain (% of the best plain upgrade's)",
            tuple(names[key] for key in sorted(names) if key[0] == "plain"))
-    return markdown(HEAD, lines)
+    return [markdown(HEAD, lines_of(rows, own, found, model)), markdown(("target", *HEAD[:5], HEAD[8]), lines_by_target(found, model)),
+            "Points lost by task:", markdown(by_task[0], by_task[1:]),
+            "![points lost against gain](pareto.png)",
+            f"The line joins plain upgrades, over all their blocks. In brackets: the number of blocks if it is below {most} (then "
+            "often of one target only). Arms with fewer than half of the blocks are left out. *: added after rows had been seen."]
+
+
+def write(folder: Path) -> str:
+    """Write README.md, and pareto.png/.svg if there are upgrades on one domain; returns the first table. InputError if there are no
+    rows. The rows' file is named after M0."""
+    model = next((model for model in PEAK if (folder / f"{model}.jsonl").exists()), "minilm")
+    rows = read_rows(folder / f"{model}.jsonl")
+    own = bases(rows)
+    found, chains = (points(rows), lines_of_chains(rows, own)) if own else ({}, [])
+    if not found and not chains:
+        raise InputError(f"{folder}: no rows of upgrades there; run python -m experiments.recipes --data DIR first")
+    facts, first = {key: ", ".join(sorted({row[key] for row in rows})) for key in ("device", "commit")}, next(iter(own.values()))
+    scores = "; ".join(" ".join([name, *(f"{row['apply'][name]:.3f}" for row in own.values())]) for name in first["apply"])
+    left_out = [f"{name} (seed {row['seed']})" for row in own.values() for name in row["apply"] if name not in learned(row)]
+    plan, commands = (os.path.relpath(ROOT / name, folder) for name in ("experiments/recipes/PLAN.md", "results/README.md"))
+    tables = [*(on_one_domain(rows, own, found, model, folder) if found else []),
+              *(["Chains, over the domains of the plan in its order:", markdown(chains[0], chains[1:])] if chains else [])]
+    text = ["# Which upgrades keep old deltas alive",
+            f"Written by `python -m experiments.recipes --report` from `{model}.jsonl`; [the plan]({plan}) says "
+            f"what each column is, [all results]({commands}) by which commands the rows were made"
+            "; seconds are of jobs that shared the cores with other work. Means with 95 % t-intervals over blocks; p is one-sided. Blocks "
+            f"whose seeds are equal modulo {DELTA_SEEDS} share their deltas, and all share M0 and the test texts: intervals and p speak of "
+            f"other upgrades, not of other deltas or tasks. {LAST_COLUMNS if found else ''}Machine: {facts['device']}; commits "
+            f"{facts['commit']}.",
+            *tables, f"Test accuracy of the deltas on M0, by seed: {scores}.",
+            "Left out, as dev on M0 is not 5 points above the commonest label: " + (", ".join(left_out) or "none") + ".",
+            "Held-out loss of M0: " + ", ".join(f"{domain} {loss:.3f}" for domain, loss in first["heldout"].items()) + "."]
+    if all(row.get("steps", STEPS) == STEPS for row in rows) and {row.get("target") for row in rows} & {*TARGETS}:
+        text += ["## Planned and not run", missing(rows, model)]
+    (folder / "README.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    return tables[0] if found else tables[1]
 
 
 def missing(rows: list[dict], model: str) -> str:
