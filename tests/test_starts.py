@@ -406,9 +406,10 @@ def test_no_order_is_sought_in_a_process_that_is_forked_afterwards(home, monkeyp
         return transport(*given)
 
     monkeypatch.setattr("recycle.transport", noted)
-    typed(home, "--mode", "transport,init", "--carry", "--workers", "2")
-    pids = (home / "pids").read_text().split()
-    assert pids and str(os.getpid()) not in pids and {*rows_of(home)} == {"transport", "init"}
+    typed(home, "--mode", "transport,init", "--carry", "--workers", "2", "--threads", "2")
+    pids, rows = (home / "pids").read_text().split(), rows_of(home)
+    assert pids and str(os.getpid()) not in pids and {*rows} == {"transport", "init"}
+    assert [row["threads"] for row in rows.values()] == [2, 2]
 
 
 def test_the_flags_of_train_py_reach_the_tuning(home, monkeypatch):

@@ -116,7 +116,7 @@ def save_run(out: Path, run: Run, task: Task, result: TuneResult, delta: Delta, 
     row = {"run": run.name, "mode": run.mode, "delta": delta.config.kind, "task": task.name, "shots": c.shots, "seed": run.seed,
            "lr": run.lr, "steps": c.steps if run.mode in TRAINED else 0, "best_step": result.best_step, "dev": result.dev,
            "test": result.test, "steps_to_scratch_best": None, "seconds": round(result.seconds, 1), "curve": result.curve,
-           "settings": run.settings,
+           "settings": run.settings, "threads": torch.get_num_threads(),    # their number changes last bits
            **{name: count for name in ("skipped", "diverged") if (count := getattr(result, name))}, "origin": origin, **more}
     with delta_folder(out / "deltas" / run.name, nbytes(delta)) as new:
         if c.save_deltas:
