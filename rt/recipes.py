@@ -12,6 +12,7 @@ A delta of M_i was learned on the hidden states of M_i. If these states do not m
 """
 import copy
 import math
+from dataclasses import dataclass
 from typing import Callable, Literal, Sequence
 
 import torch
@@ -55,19 +56,24 @@ class Preserve:
         return loss + states_mse(new.hidden[self.first:], old.hidden[self.first:], self.layer_weights)
 
 
+@dataclass(eq=False)
 class Recipe:
-    """The `loss` of a batch, and what happens after a step. `align` is Reptile (Nichol et al., 2018): every `align` steps, theta <-
-    theta_before + eps (theta - theta_before). `reference` makes shares follow need. It holds the target losses of the last sources of
-    `mixture`. Every `every` steps, sources with `losses()` above target get larger shares, one period later (batches are made ahead)."""
-    def __init__(self, model: MaskedLM | None = None, align: int = 0, eps: float = 1.0, mixture: "Mixture | None" = None, every: int = 0,
-                 eta: float = 0.0, losses: Callable[[], list[float]] | None = None, reference: Sequence[float] = (),
-                 loss: Callable[[MaskedLM, Batch], Tensor] = mlm_loss):
-        self.align, self.eps, self.mixture, self.every, self.eta, self.losses, self.reference, self.loss = \
-            align, eps, mixture, every, eta, losses, reference, loss
-        self.weights = [*model.parameters()] if align else []
+    """The loss of a batch, and what happens after a step."""
+    model: MaskedLM | None = None
+    align: int = 0      # Reptile (Nichol et al., 2018): every `align` steps, theta <- theta_before + eps (theta - theta_before)
+    eps: float = 1.0
+    mixture: "Mixture | None" = None
+    every: int = 0      # after so many steps, the shares of `mixture` follow need; they change one period later, as batches are made ahead
+    eta: float = 0.0
+    losses: Callable[[], list[float]] | None = None     # measures the losses of the last sources of `mixture`
+    reference: Sequence[float] = ()     # their target losses; a source above its target gets a larger share; (): shares stay
+    loss: Callable[[MaskedLM, Batch], Tensor] = mlm_loss
+
+    def __post_init__(self):
+        self.weights = [*self.model.parameters()] if self.align else []
         self.before = [p.detach().clone() for p in self.weights]
-        if reference:
-            mixture.append(mixture.history[0])
+        if self.reference:
+            self.mixture.append(self.mixture.history[0])
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
