@@ -173,8 +173,8 @@ def target(c: Any, flag: str, tokenizer: Tokenizer, sizes: EncoderConfig, ranks:
         raise InputError(f"--{flag} {place}: has another tokenizer than the new base, or no masked-LM head")
     if flag == "mix_reference":
         base.require_length(c.seq_len)
-    else:       # of any length: lengthened as the new base was
-        check_sizes(base, replace(sizes, max_len=base.encoder.config.max_len), f"--{flag} {place}: the new base has")
+    else:       # a shorter base is lengthened as the new base was
+        check_sizes(base, replace(sizes, max_len=min(sizes.max_len, base.encoder.config.max_len)), f"--{flag} {place}: the new base has")
     return base
 
 
