@@ -109,7 +109,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if weight.ndim == 2 and (bias is None or bias.ndim == 1):
         return F.linear(x, weight, bias)
     if weight.ndim == 2:
-        return (F.linear(x, weight).view(len(bias), -1, len(weight)) + bias[:, None]).flatten(0, 1)
+        y = F.linear(x, weight).view(len(bias), -1, len(weight))
+        return (y + bias[:, None].to(y.dtype)).flatten(0, 1)        # under autocast, y is bf16
     x = x.view(len(weight), -1, x.shape[-1])
     y = x @ weight.mT if bias is None else torch.baddbmm(bias.unsqueeze(-2), x, weight.mT)
     return y.view(-1, weight.shape[1])
@@ -268,22 +269,20 @@ class ClassificationHead(nn.Module):
         super().__init__()
         self.dense = Linear(hidden_size, hidden_size)
         self.out = Linear(hidden_size, num_labels)
-        self.dropout, self.is_regression = dropout, num_labels == 1
+        self.dropout = dropout
 
     def forward(self, h: Tensor, seeds: Tensor | None = None) -> Tensor:
         """(B, d) -> (B, C). `seeds` (2, K) are for the two dropouts; None: no dropout."""
         before, after = (None, None) if seeds is None else seeds
         h = dropout(torch.tanh(self.dense(dropout(h, self.dropout, before))), self.dropout, after)
-        if not self.is_regression:
-            return self.out(h)
-        with torch.autocast(h.device.type, enabled=False):      # in bf16, predictions that are close would become equal
-            return self.out(h.to(self.out.weight.dtype))
+        with torch.autocast(h.device.type, enabled=False):      # in bf16, outputs that are close would become equal
+            return self.out(h.to(self.dense.weight.dtype))
 
 
 def prototypes(f: Tensor, targets: Tensor, C: int, shrinkage: bool) -> tuple[Tensor, Tensor]:
     """A nearest-class-mean head: out.weight (C, d) = s mu_c, out.bias (C,) = -s |mu_c|^2 / 2, for features (n, d) and classes (n,) with
     means mu_c and covariance S within classes. Every class needs an example. s = tr(S) / tr(S^2), or with `shrinkage` the inverse of S
-    shrunk towards a sphere (OAS: Chen et al., 2010)."""
+    shrunk towards a sphere (OAS: Chen et al., 2010). What all rows share is taken off: it answers nothing, and is large."""
     hot = F.one_hot(targets, C).to(f)
     mu = hot.T @ f / hot.sum(0)[:, None]
     n, d, residual = max(1, len(f) - C), f.shape[1], f - mu[targets]
@@ -294,7 +293,8 @@ def prototypes(f: Tensor, targets: Tensor, C: int, shrinkage: bool) -> tuple[Ten
         rho = ((1 - 2 / d) * square + trace ** 2) / ((n + 1 - 2 / d) * (square - trace ** 2 / d))
         P = torch.linalg.inv(S.lerp(torch.eye(d).to(f) * trace / d, rho.clamp(0, 1)))
     W = mu @ P
-    return W, -(W * mu).sum(1) / 2
+    b = -(W * mu).sum(1) / 2
+    return W - W.mean(0), b - b.mean()
 
 
 class Classifier(nn.Module):

@@ -123,7 +123,7 @@ def start_masked(r: Recycling, delta: Delta) -> Classifier:
 def prototype_head(r: Recycling, model: Classifier, labels: tuple[str, ...]) -> Classifier:
     """`model` with a head for the task. `labels` names the outputs of its present head. Labels that the task shares keep their rows. The
     others get prototypes of the training examples' features, brought to the scale of the kept rows by one factor and one shift."""
-    old, model.head.out, model.head.is_regression = model.head.out, nn.Identity(), False
+    old, model.head.out = model.head.out, nn.Identity()
     f = predict(model, r.data.train.sequences, r.device, r.precision).double()
     W, b = prototypes(f, r.data.train.targets, r.data.num_outputs, r.shrinkage)
     if stay := [(i, labels.index(label)) for i, label in enumerate(r.data.labels) if label in labels]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import random_base
 
+import rt.model
 import rt.optim
 import rt.speed.graphs
 from rt.data import Encoded, TaskData
@@ -88,6 +89,16 @@ def test_four_runs_side_by_side_are_four_runs_alone(tokenizer, kind, taught):
         for name, weight in single.best.items():
             torch.testing.assert_close(run.best[name], weight, atol=1e-4, rtol=1e-4)
     assert len({run.rows[-1]["loss"] for run in runs}) == 4
+
+
+@pytest.mark.parametrize("kind", FROZEN)
+def test_runs_side_by_side_compute_in_the_precision_of_one(tokenizer, kind, monkeypatch):
+    runs, seen, attention = four_runs(tokenizer, kind), set(), rt.model.attention_qkv
+    monkeypatch.setattr(rt.model, "attention_qkv", lambda qkv, *given, **more: seen.add(qkv.dtype) or attention(qkv, *given, **more))
+    for run in runs:
+        run.settings = replace(run.settings, steps=2)
+    grid.tune(runs, **CPU | {"precision": torch.bfloat16})
+    assert seen == {torch.bfloat16}
 
 
 def test_a_run_that_stops_early_leaves_the_others_to_themselves(tokenizer):

@@ -18,7 +18,7 @@ from rt.formats.delta_files import load_delta, save_delta
 from rt.formats.tasks import load_task
 from rt.kinds import DeltaConfig
 from rt.losses import DistillConfig, weights_of
-from rt.model import MaskedLM, prototypes
+from rt.model import ClassificationHead, MaskedLM, prototypes
 from rt.recycling import Recycling, check, new_delta, recycle, start
 from rt.runs import build
 from rt.runs.results import old_names
@@ -69,22 +69,38 @@ def test_prototypes_are_the_nearest_mean():
     f, targets = torch.randn(60, 5, generator=g).double(), torch.arange(60) % 3
     f[:, 0] += 3 * targets
     mu = torch.stack([f[targets == c].mean(0) for c in range(3)])
-    W, b = prototypes(f, targets, 3, shrinkage=False)
-    s = (W / mu).mean()
-    torch.testing.assert_close(W, s * mu)
-    torch.testing.assert_close(b, -s * mu.square().sum(1) / 2)
-    x = 3 * torch.randn(200, 5, generator=g).double()
-    assert torch.equal((x @ W.T + b).argmax(1), torch.cdist(x, mu).argmin(1))
     within = torch.cat([f[targets == c] - mu[c] for c in range(3)])
     S = within.T @ within / 57
-    torch.testing.assert_close(s, S.trace() / S.square().sum())
-    W, b = prototypes(f, targets, 3, shrinkage=True)
+
+    def centred(W):
+        b = -(W * mu).sum(1) / 2
+        return W - W.mean(0), b - b.mean()
+
+    W, b = prototypes(f, targets, 3, shrinkage=False)
+    torch.testing.assert_close((W, b), centred(S.trace() / S.square().sum() * mu))
+    x = 3 * torch.randn(200, 5, generator=g).double()
+    assert torch.equal((x @ W.T + b).argmax(1), torch.cdist(x, mu).argmin(1))
     sphere, a, t = torch.eye(5).double() * S.trace() / 5, (S @ S).trace(), S.trace() ** 2
     rho = min(1.0, ((1 - 2 / 5) * a + t) / ((57 + 1 - 2 / 5) * (a - t / 5)))        # OAS; the Mahalanobis distance of that covariance
-    torch.testing.assert_close(W, mu @ torch.linalg.inv((1 - rho) * S + rho * sphere))
-    torch.testing.assert_close(b, -(W * mu).sum(1) / 2)
+    torch.testing.assert_close(prototypes(f, targets, 3, shrinkage=True), centred(mu @ torch.linalg.inv((1 - rho) * S + rho * sphere)))
     W, b = prototypes(mu, torch.arange(3), 3, shrinkage=True)        # one example per label: the spread is unknown
-    assert torch.allclose(W, mu)
+    torch.testing.assert_close((W, b), centred(mu))
+
+
+@pytest.mark.parametrize("shrinkage", [False, True])
+def test_a_prototype_head_answers_in_bf16_as_in_fp32(shrinkage):
+    """The features of texts are nearly alike, so logits that are not centred are in the thousands and differ by less than bf16's steps."""
+    g, head = torch.Generator().manual_seed(0), ClassificationHead(64, 4).eval()
+    targets = torch.arange(400) % 4
+    x = 0.5 + 0.05 * torch.randn(400, 64, generator=g) + 0.02 * torch.randn(4, 64, generator=g)[targets]
+    head.dense.load_state_dict({"weight": torch.eye(64), "bias": torch.zeros(64)})
+    W, b = prototypes(x.tanh().double(), targets, 4, shrinkage)
+    head.out.load_state_dict({"weight": W, "bias": b})
+    answers = head(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = head(x)
+    right, agree = ((a.argmax(1) == other).float().mean() for a, other in ((answers, targets), (rounded, answers.argmax(1))))
+    assert right > 0.8 and agree > 0.97 and answers.abs().max() < 50
 
 
 def test_a_prototype_head_is_fitted_to_the_features_of_the_start(base, other_base):
