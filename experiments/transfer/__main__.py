@@ -47,7 +47,7 @@ class Config:
     data: str | None = None  # folder with corpora/ and tasks/
     base: str = "runs/minilm/pretrained/M0"  # M0
     at: str | None = None  # checkout of commit 5072baf, for ridge and orthogonal maps, heads carried alone and part E
-    only: tuple[Literal["A", "B", "C", "D", "E"], ...] = ()  # parts: A, B, C, D, E; default: all
+    only: tuple[Literal["A", "B", "C", "D", "E", "F"], ...] = ()  # parts: A, B, C, D, E, F; default: all
     where: tuple[str, ...] = ()  # facts of the cells to do, such as base=ind,kind=full; default: all
     budget: Positive | None = None  # seconds; nothing new begins after them
     home: str = "runs/transfer"  # bases, deltas and runs
@@ -66,8 +66,8 @@ def main() -> None:
     rows = Path(c.results) / "rows.jsonl"
     Path(c.home).mkdir(parents=True, exist_ok=True)
     todo = [cell for cell in cells_to_do(rows, [cell for cell, _ in cells(c)], c.where) if not c.only or cell["part"] in c.only]
-    if "D" in c.only and not todo:
-        print("part D waits for part C's init on the upgrade, whose rate it takes, or is done")
+    if {"D", "F"} & {*c.only} and not todo:
+        print("parts D and F wait for part C's init on the upgrade, whose rate they take, or are done")
     prepare(c, {cell[of] for cell in todo for of in ("part", "base")})
     do_cells(rows, todo, c.budget, lambda cell: run_cell(c, cell))
 
@@ -111,7 +111,7 @@ def prepare(c: Config, needed: set[str]) -> None:
     for task in TASKS:
         if "E" in needed and not delta(c, "minilm", task, "lora").exists():
             tune(c, "minilm", task, "lora", LORA_TUNED)
-        if "D" in needed and not (named := Path(c.recipes, "tasks", f"{task}-names")).exists():      # each label's name is its only text
+        if needed & {"D", "F"} and not (named := Path(c.recipes, "tasks", f"{task}-names")).exists():  # each label's name is its only text
             shutil.copytree(Path(c.recipes, "tasks", task), named)
             (named / "train.jsonl").write_text("".join(
                 json.dumps({"text": label, "label": label}) + "\n" for label in load_task(named).labels), encoding="utf-8")
@@ -194,12 +194,13 @@ def cells(c: Config) -> list[tuple[dict, list]]:
             add("C", "tuned", "scratch,init", size, new)
             add("C", "project", "project", size, new, "--source_task", tasks / other, "--source_delta",
                 delta(c, size, other, kind), "--project_steps", 100, "--seeds", "0,1", "--lr", {"full": 1e-4, "adapter": 1e-3}[kind])
-        for shots, head in product((8, 32), ("fresh", "prototype")) if (lr := rate_of_init(c, task, kind)) or c.report else ():
-            add("D", head, "init" if head == "fresh" else "apply,init", "minilm", "upgrade", "--head", head, "--lr", lr, shots=shots,
-                source=other)
-        add("D", "prototype", "apply", "minilm", "upgrade", "--head", "prototype", "--seeds", 0, shots=0, source=other,
-            folder=tasks / f"{task}-names")
-    return sorted(found, key=lambda one: ("ACDBE".index(one[0]["part"]), one[0]["base"] == "upgrade"))
+        for part in ("D", "F"):
+            for shots, head in product((8, 32), ("fresh", "prototype")) if (lr := rate_of_init(c, task, kind)) or c.report else ():
+                add(part, head, "init" if head == "fresh" else "apply,init", "minilm", "upgrade", "--head", head, "--lr", lr, shots=shots,
+                    source=other)
+            add(part, "prototype", "apply", "minilm", "upgrade", "--head", "prototype", "--seeds", 0, shots=0, source=other,
+                folder=tasks / f"{task}-names")
+    return sorted(found, key=lambda one: ("ACDBEF".index(one[0]["part"]), one[0]["base"] == "upgrade"))
 
 
 if __name__ == "__main__":
