@@ -82,7 +82,7 @@ def write(folder: Path, planned: list[dict]) -> str:
         lines = {name: scores for name, scores in lines.items() if scores or name == "apply"}
         table(f"C. {what}", lines, *(f"{name} above apply: {difference(scores, lines['apply'])}" for name, scores in lines.items()
                                      if name.startswith(("transport", "head alone"))), needs="apply")
-    for part, note in (("D", "; wrong: in bf16 these prototype heads answered near chance, see F"), ("F", "; D with the mended head")):
+    for part, note in (("D", "; prototypes not centred, see F"), ("F", "; part D again, prototypes centred")):
         for shots in (8, 32):
             lines = {f"{mode}, {head}": chosen(rows, part, head, mode, "upgrade", shots)
                      for mode, head in (("apply", "prototype"), ("init", "fresh"), ("init", "prototype"))}
