@@ -105,9 +105,10 @@ def test_empty_sequences_at_the_end_change_nothing(device, path, monkeypatch):
 def test_the_reference_puts_nothing_in_order_for_them(monkeypatch):
     qkv, cu = inputs(torch.float32, (3, 3, 7), H=1)
     monkeypatch.setitem(attention.__globals__, "_by_length", None)
-    attention(*qkv.unbind(1), filled(cu, 4), 7)
+    for grouped in (filled(cu, 4), torch.tensor([0, 7, 10, 13], dtype=torch.int32)):
+        attention(*qkv.unbind(1), grouped, 7)
     with pytest.raises(TypeError):
-        attention(*qkv.unbind(1), torch.tensor([0, 7, 10, 13], dtype=torch.int32), 7)
+        attention(*qkv.unbind(1), torch.tensor([0, 3, 10, 13], dtype=torch.int32), 7)
 
 
 @pytest.mark.parametrize("path", ["triton", "ref"])
