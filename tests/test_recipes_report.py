@@ -95,7 +95,7 @@ def test_rows_of_another_device_or_length_are_not_mixed(flags, row, tmp_path):
                                                               code=2)
 
 
-@pytest.mark.parametrize("place", [".", "h100", "h100-rev", "h100-long", "mini", "mini-rev"])
+@pytest.mark.parametrize("place", [".", "h100", "h100-rev", "h100-long", "mini", "mini-rev", "chains"])
 def test_a_committed_report_is_what_its_rows_say(place, tmp_path, monkeypatch):
     folder = ROOT / "results" / "recipes" / place
     for rows in folder.glob("*.jsonl"):
