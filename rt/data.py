@@ -189,9 +189,9 @@ def sequences_batch(sequences: list[list[int]], **fields: Tensor) -> Batch:
     return Batch(ids, torch.tensor(np.cumsum([0] + lengths), dtype=torch.int32), max(lengths), **fields)
 
 
-def rounded(batch: Batch, device: torch.device, precision: torch.dtype) -> Batch:
-    """The same batch, or for bf16 on a CPU, one with a multiple of 64 tokens: sequences of one token follow, which `rows` leaves out. For
-    every new number of tokens, oneDNN compiles a step's products anew (docs/scaling.md). A batch that has `rows` stays as it is."""
+def pad_to_multiple(batch: Batch, device: torch.device, precision: torch.dtype) -> Batch:
+    """The same batch. For bf16 on a CPU, it is padded to a multiple of 64 tokens by sequences of one token that `rows` leaves out: oneDNN
+    compiles a step's products anew for every new number of tokens (docs/scaling.md). A batch that has `rows` stays as it is."""
     short, ends = -len(batch.ids) % 64, batch.cu_seqlens
     if device.type != "cpu" or precision != torch.bfloat16 or not short or batch.rows is not None:
         return batch

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from kernels import attention_kd, hidden_mse, kd_loss
-from rt.data import Encoded, rounded
+from rt.data import Encoded, pad_to_multiple
 from rt.limits import NonNegative, NonNegativeInt, Positive, Share
 from rt.model import Activations, Batch, Classifier
 from rt.optim import autocast, memory_for
@@ -62,7 +62,7 @@ def run_teacher(teacher: Classifier, data: Encoded, device: torch.device, precis
     """The teacher's outputs on all of `data`, on `device`."""
     teacher.eval()
     for i in range(0, len(data), batch_size):
-        batch = rounded(data.batch(list(range(i, min(i + batch_size, len(data))))), device, precision).to(device)
+        batch = pad_to_multiple(data.batch(list(range(i, min(i + batch_size, len(data))))), device, precision).to(device)
         what = f"the teacher's states for {len(data)} texts, with {batch_size} of up to {batch.max_seqlen} tokens at once,"
         with memory_for(what, "`seq_len`, `shots` or `unlabelled_texts`"), autocast(device, precision):
             found = teacher(batch, activations := Activations()).float(), activations.states.float()
@@ -154,7 +154,7 @@ def attention(loss: Loss, logits: Tensor, activations: Activations, batch: Batch
 
 
 def attention_divergence(student: Activations, teacher: Activations, batch: Batch) -> Tensor:
-    """Scalar: KL(teacher's map || student's), mean over collected layers, heads and query tokens, without those of rt.data.rounded."""
+    """Scalar: KL(teacher's map || student's), mean over collected layers, heads and query tokens, but not the padding."""
     n = len(batch.ids) if batch.rows is None else int(batch.cu_seqlens[len(batch.rows)])
     return torch.stack([attention_kd(*s, *t, batch.cu_seqlens, batch.max_seqlen)[:n].mean()
                         for s, t in zip(student.qk, teacher.qk, strict=True)]).mean()

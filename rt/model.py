@@ -282,7 +282,7 @@ class ClassificationHead(nn.Module):
 def prototypes(f: Tensor, targets: Tensor, C: int, shrinkage: bool) -> tuple[Tensor, Tensor]:
     """A nearest-class-mean head: out.weight (C, d) = s mu_c, out.bias (C,) = -s |mu_c|^2 / 2, for features (n, d) and classes (n,) with
     means mu_c and covariance S within classes. Every class needs an example. s = tr(S) / tr(S^2), or with `shrinkage` the inverse of S
-    shrunk towards a sphere (OAS: Chen et al., 2010). What all rows share is taken off: it answers nothing, and is large."""
+    shrunk towards a sphere (OAS: Chen et al., 2010). The mean over labels is subtracted, as bf16 rounds large logits."""
     hot = F.one_hot(targets, C).to(f)
     mu = hot.T @ f / hot.sum(0)[:, None]
     n, d, residual = max(1, len(f) - C), f.shape[1], f - mu[targets]

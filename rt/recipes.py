@@ -12,7 +12,7 @@ A delta of M_i was learned on the hidden states of M_i. If these states do not m
 """
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Callable, Literal, Sequence
 
 import torch
@@ -59,7 +59,7 @@ class Preserve:
 @dataclass(eq=False)
 class Recipe:
     """The loss of a batch, and what happens after a step."""
-    model: MaskedLM | None = None
+    model: InitVar[MaskedLM | None] = None
     align: int = 0      # Reptile (Nichol et al., 2018): every `align` steps, theta <- theta_before + eps (theta - theta_before)
     eps: float = 1.0
     mixture: "Mixture | None" = None
@@ -69,8 +69,8 @@ class Recipe:
     reference: Sequence[float] = ()     # their target losses; a source above its target gets a larger share; (): shares stay
     loss: Callable[[MaskedLM, Batch], Tensor] = mlm_loss
 
-    def __post_init__(self):
-        self.weights = [*self.model.parameters()] if self.align else []
+    def __post_init__(self, model: MaskedLM | None):
+        self.weights = [*model.parameters()] if self.align else []
         self.before = [p.detach().clone() for p in self.weights]
         if self.reference:
             self.mixture.append(self.mixture.history[0])

@@ -11,7 +11,7 @@ from typing import Any, Callable
 import torch
 from torch import Tensor
 
-from rt.data import Encoded, TaskData, rounded, sequences_batch
+from rt.data import Encoded, TaskData, pad_to_multiple, sequences_batch
 from rt.errors import Diverged
 from rt.losses import Loss, trained_weights
 from rt.model import Batch, Classifier
@@ -134,7 +134,7 @@ def plain_gradient(model: Classifier, loss: Loss, device: torch.device, precisio
     def gradient(batch: Batch, *more: Tensor) -> Tensor:
         model.train()
         with autocast(device, precision):
-            value = loss(model, rounded(batch, device, precision).to(device), *(x.to(device) for x in more))
+            value = loss(model, pad_to_multiple(batch, device, precision).to(device), *(x.to(device) for x in more))
         value.sum().backward()
         return value.detach()
 
@@ -171,7 +171,7 @@ def predict(model: Classifier, sequences: list[list[int]], device: torch.device,
     model.eval()
     order, chunks = sorted(range(len(sequences)), key=lambda i: len(sequences[i])), []
     for i in range(0, len(order), batch_size):
-        batch = rounded(sequences_batch([sequences[j] for j in order[i:i + batch_size]]), device, precision).to(device)
+        batch = pad_to_multiple(sequences_batch([sequences[j] for j in order[i:i + batch_size]]), device, precision).to(device)
         with memory_for(f"{len(batch.first)} texts of up to {batch.max_seqlen} tokens", "`seq_len`"), autocast(device, precision):
             chunks.append(model(batch).float().cpu())
     return torch.cat(chunks)[torch.tensor(order).argsort()]

@@ -9,7 +9,7 @@ from conftest import random_base
 
 from kernels import hidden_mse, kd_loss, linear_cross_entropy
 from kernels.linear_loss import linear_kd
-from rt.data import Encoded, rounded
+from rt.data import Encoded, pad_to_multiple
 from rt.deltas import attach
 from rt.kinds import DeltaConfig
 from rt.losses import DistillConfig, Loss, TeacherCache, run_teacher, task_loss
@@ -136,13 +136,14 @@ def test_total_loss_is_the_sum_of_method(distilling, batch, public_code):
         torch.testing.assert_close(got, by_hand, rtol=1e-4, atol=1e-6)
 
 
-def test_rounding_a_batch_up_changes_no_loss_and_no_gradient(distilling, batch, tokenizer):
+def test_padding_a_batch_changes_no_loss_and_no_gradient(distilling, batch, tokenizer):
     student, cache, _, _ = distilling
     n = int(batch.cu_seqlens[4])
     batch = replace(batch, ids=batch.ids[:n], cu_seqlens=batch.cu_seqlens[:5], labels=batch.labels[:4], index=batch.index[:4])
     teacher = attach(random_base(tokenizer, seed=3), DeltaConfig("adapter"), 3, seed=2).double().eval()
     loss = Loss(False, cache, DistillConfig(alpha=0.7, beta=10.0, gamma=2.0, T=5.0), teacher_model=teacher)
-    both = batch, rounded(batch, torch.device("cpu"), torch.bfloat16)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    both = batch, pad_to_multiple(batch, cpu, torch.bfloat16)
     assert len(both[1].ids) == 64 > n and both[1].cu_seqlens.tolist() == [*batch.cu_seqlens.tolist(), *range(n + 1, 65)]
     values, gradients = [], []
     for one in both:
@@ -152,8 +153,8 @@ def test_rounding_a_batch_up_changes_no_loss_and_no_gradient(distilling, batch, 
         gradients.append({k: p.grad.clone() for k, p in student.named_parameters() if p.grad is not None})
     torch.testing.assert_close(*values)
     torch.testing.assert_close(*gradients)
-    assert rounded(both[1], torch.device("cpu"), torch.bfloat16) is both[1]
-    assert all(rounded(batch, torch.device(device), dtype) is batch for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)))
+    assert pad_to_multiple(both[1], cpu, torch.bfloat16) is both[1]
+    assert all(pad_to_multiple(batch, device, dtype) is batch for device, dtype in ((cpu, torch.float32), (cuda, torch.bfloat16)))
 
 
 @pytest.mark.parametrize("att_layers", ["last", "all"])
