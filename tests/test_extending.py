@@ -20,6 +20,7 @@ from rt.losses import TERMS, DistillConfig, Loss, TeacherCache
 from rt.model import MaskedLM
 from rt.recycling import MODES, TRAINED, Recycling, recycle
 from rt.report.inspect import inspect
+from rt.runs.results import Run
 from rt.speed.multi_run import can_go_together
 from rt.tune import TuneSettings, tune
 
@@ -149,6 +150,20 @@ def test_a_loss_term_is_one_function_and_one_field(base, other_base, batch, monk
     for at_points in ((), ("sharp",)):      # runs side by side refuse it instead of dropping it
         monkeypatch.setattr(losses, "AT_POINTS", ("beta", *at_points))
         assert recycle(r, "distill")[1].curve and not can_go_together(r, "distill")
+
+
+@dataclass
+class SharpConfig(Config):
+    """recycle.py's Config with the term's weight as a flag."""
+    distill: Sharp = Sharp()
+
+
+def test_runs_keep_their_names_when_a_loss_term_comes():
+    def name(distill: DistillConfig, config: type = SharpConfig, mode: str = "distill") -> str:
+        return Run(config(distill=distill), mode, 0, 1e-3).name
+
+    assert name(Sharp()) == name(DistillConfig(), Config) != name(Sharp(sharp=1.0))
+    assert name(Sharp(sharp=1.0), mode="init") == name(DistillConfig(), Config, "init")
 
 
 def test_a_mode_that_trains_has_learning_rates(monkeypatch):

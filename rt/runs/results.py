@@ -36,8 +36,10 @@ NOT_SETTINGS = {"mode", "seeds", "lr", "out", "cache", "device", "resume", "save
                 "deterministic", "tensorboard", "workers", "threads"}
 # part of a Config -> the modes that read it
 USED_BY = {"distill": (*NEEDS_TEACHER, "project"), "project": ("project",), "teaching": NEEDS_TEACHER, "carry": CARRIES, "merge": FROM_OLD}
-# newer flags and parts of a Config: a name leaves out their defaults, as the names of earlier runs do
-LATER = {"teaching", "carry", "head", "merge", "chain", "early_stop", "gamma", "itp", "project_patience"}
+# the first version's flags, which are in the name of every run; the default of any other flag is not, so earlier runs keep their names
+FIRST = {"old_base", "old_delta", "base", "task", "delta", "bottleneck", "r", "lora_alpha", "target_modules", "prefix_len", "shots",
+         "alpha", "beta", "T", "att_layers", "public_code", "steps", "batch_size", "warmup", "weight_decay", "eval_every", "seq_len",
+         "source_task", "source_delta", "rank", "granularity", "residual", "project_steps", "shrinkage", "precision"}
 
 
 # --- equal names for equal runs ----------------------------------------------------------------------------------------
@@ -55,7 +57,7 @@ class Run:
     def settings(self) -> dict:
         """The flags that the run depends on, except seed and learning rate. A direct run in a chain equals a run without --chain."""
         c = self.c if self.route == "chain" else replace(self.c, chain=())
-        off = {flag.name for flag in flags_of(type(c)) if LATER & {flag.path[0], flag.name}} - changed(c).keys()
+        off = {flag.name for flag in flags_of(type(c))} - FIRST - changed(c).keys()
         off |= {name for name, of in (("att_layers", "gamma"), ("shrinkage", "head")) if of in off}
         off |= {"carry"} if self.mode == "transport" else {"carry_text"} if "carry" in off else set()      # transport carries anyway
         return {k: v for k, v in record(c).items() if k not in NOT_SETTINGS | unread(type(c), self.mode) | off}

@@ -3,12 +3,13 @@ import difflib
 import itertools
 
 from rt.errors import InputError
+from rt.losses import DistillConfig
 from rt.runs.config import C, changed, convert, flags_of, record, replace_flags
 from rt.runs.summary import group
 
 # settings that a grid can vary; runs of one group, done side by side, differ only in SIDE_BY_SIDE, seed and learning rate
-SWEPT = ("seed", "lr", "alpha", "beta", "T", "gamma", "itp", "unlabelled_share", "steps", "batch_size", "warmup", "weight_decay",
-         "early_stop")
+SWEPT = ("seed", "lr", *(flag.name for flag in flags_of(DistillConfig) if type(flag.default) in (int, float)), "unlabelled_share",
+         "steps", "batch_size", "warmup", "weight_decay", "early_stop")
 SIDE_BY_SIDE = ("alpha", "beta", "T")
 LISTS = {"seed": "seeds", "lr": "lr"}           # setting -> its flag, which takes several values
 
