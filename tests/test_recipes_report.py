@@ -141,6 +141,7 @@ def test_a_report_on_chains_alone_has_their_table(tmp_path):
     assert report.write(tmp_path).startswith("| chain | peak rate |")
     text = (tmp_path / "README.md").read_text()
     assert "pareto" not in text and "not in the plan" not in text and not (tmp_path / "pareto.png").exists()
+    assert "- plain at 0.000125 on bio,rev,cs,ns: seeds 0, 1, 2, 3, 4\n" in text
 
 
 def test_the_figure_has_the_gain_given_up_and_the_points_lost(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from statistics import mean
 import numpy as np
 
 from experiments.common import LEARNED, ROOT, holm, markdown, sign_flip
-from experiments.recipes.plan import AFTERWARDS, DELTA_SEEDS, PEAK, SEEN, STEPS, TARGETS, known, plain_rates, upgrades
+from experiments.recipes.plan import AFTERWARDS, DELTA_SEEDS, PEAK, SEEN, STEPS, TARGETS, TO_M0, known, plain_rates, upgrades
 from rt.errors import InputError
 from rt.formats.files import read_rows
 from rt.report.figures import pareto
@@ -187,14 +187,16 @@ def write(folder: Path) -> str:
             *tables, f"Test accuracy of the deltas on M0, by seed: {scores}.",
             "Left out, as dev on M0 is not 5 points above the commonest label: " + (", ".join(left_out) or "none") + ".",
             "Held-out loss of M0: " + ", ".join(f"{domain} {loss:.3f}" for domain, loss in first["heldout"].items()) + "."]
-    if all(row.get("steps", STEPS) == STEPS for row in rows) and {row.get("target") for row in rows} & {*TARGETS}:
-        text += ["## Planned and not run", missing(rows, model)]
+    arms, targets = ({row.get(name) for row in rows} for name in ("arm", "target"))
+    planned = TARGETS if targets & {*TARGETS} else ("chains",) if arms & {*TO_M0} else ()
+    if planned and all(row.get("steps", STEPS) == STEPS for row in rows):
+        text += ["## Planned and not run", missing(rows, planned, model)]
     (folder / "README.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
     return tables[0] if found else tables[1]
 
 
-def missing(rows: list[dict], model: str) -> str:
+def missing(rows: list[dict], targets: tuple[str, ...], model: str) -> str:
     """A line per arm, rate and target of the plan that lacks seeds."""
-    left = group([run for one in upgrades(model=model) if not known(rows, run := one._asdict())], "arm", "lr", "target")
+    left = group([run for one in upgrades(targets, model=model) if not known(rows, run := one._asdict())], "arm", "lr", "target")
     return "\n".join(f"- {arm} at {lr:g} on {target}: seeds {', '.join(str(run['seed']) for run in runs)}"
                      for (arm, lr, target), runs in left.items()) or "Nothing."
