@@ -2,7 +2,8 @@
 
 The same claims on two bases: MiniLM, which was really pre-trained (mean [95 % bootstrap interval]), and a base of the mini preset (mean ±
 95 % t-interval over seeds), which is weak and was studied first, without a plan of its tests. "shown": the number is above zero (for "at
-least as good": above -.01), by the test of its section; "opposite": it is below; "not shown": neither.
+least as good": above -.01), on MiniLM by its interval and its p after Holm, on mini by its interval alone, without a correction for the
+number of tests; "opposite": it is below; "not shown": neither.
 """
 import itertools
 import re
@@ -28,8 +29,9 @@ within one seed (equal fresh heads and data order) it is taken task by task and 
 seeds. "shown" means that the interval is above zero (for "at least as good": above -.01), "opposite" that it is below, "not shown"
 neither. 32 examples a label are what the new base gets; the old delta saw the whole training set. IND had as many steps as all stages
 together, on all domains, under one schedule."""
-CROSSED = """What decides the claims, by the test of MiniLM's section, which was chosen long after these rows. A cell is a task with a
-seed; the bootstrap is crossed over tasks and seeds; p is exact sign-flip over cells; Holm's is over all these lines."""
+CROSSED = """The numbers that decide the claims, here by the test of MiniLM's section, which was chosen long after these rows; no other
+table uses it for mini. A cell is a task with a seed; the bootstrap is crossed over tasks and seeds; p is exact sign-flip over cells; Holm's
+is over all these lines."""
 
 
 class Section:
