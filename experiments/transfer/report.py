@@ -101,6 +101,8 @@ def write(folder: Path, planned: list[dict]) -> str:
     (folder / "README.md").write_text(
         "# Old deltas across sizes, tokenizers, black boxes and coordinates\n\nWritten by `python -m experiments.transfer --report` from "
         "`rows.jsonl`; [the plan](../../experiments/transfer/PLAN.md). Test accuracy after 100 steps of 16, mean ± 95 % t-interval over "
-        f"five seeds (`project`: two; what does not depend on a seed has one value). Machine: {facts['device']}; commits "
-        f"{facts['commit']}.\n\n" + "\n\n".join(text) + "\n", encoding="utf-8")
+        "five seeds (`project`: two; what does not depend on a seed has one value). Intervals and p over cells (task, kind, and seed where "
+        "one is drawn) take cells for independent. But there are two tasks, one old delta for each kind of each, and one base of each sort "
+        "(part F has its own M0): other tasks, deltas and bases may differ by more. "
+        f"Machine: {facts['device']}; commits {facts['commit']}.\n\n" + "\n\n".join(text) + "\n", encoding="utf-8")
     return "\n\n".join(text)
