@@ -180,10 +180,10 @@ def write(folder: Path) -> str:
     text = ["# Which upgrades keep old deltas alive",
             f"Written by `python -m experiments.recipes --report` from `{model}.jsonl`; [the plan]({plan}) says "
             f"what each column is, [all results]({commands}) by which commands the rows were made"
-            "; seconds are of jobs that shared the cores with other work. Means with 95 % t-intervals over blocks; p is one-sided. Blocks "
+            "; seconds are of jobs that shared the machine with others. Means with 95 % t-intervals over blocks; p is one-sided. Blocks "
             f"whose seeds are equal modulo {DELTA_SEEDS} share their deltas, and all share M0 and the test texts: intervals and p speak of "
             f"other upgrades, not of other deltas or tasks. {LAST_COLUMNS if found else ''}Machine: {facts['device']}; commits "
-            f"{facts['commit']}.",
+            f"{facts['commit']}{' (+: with edited files)' * ('+' in facts['commit'])}.",
             *tables, f"Test accuracy of the deltas on M0, by seed: {scores}.",
             "Left out, as dev on M0 is not 5 points above the commonest label: " + (", ".join(left_out) or "none") + ".",
             "Held-out loss of M0: " + ", ".join(f"{domain} {loss:.3f}" for domain, loss in first["heldout"].items()) + "."]
