@@ -103,8 +103,7 @@ class Config:
 NOT_SETTINGS = ("resume", "stop_after", "save_every", "cache", "device", "out", "accumulation", "compile", "graphs", "zero",
                 "log_every", "deterministic", "tensorboard", "threads")     # may differ when a run is resumed
 EVAL_READS = ("mode", "cache", "device", "threads", "precision", "deterministic", "seq_len", "base", "task", "delta_dir")
-SEQ_LEN = 128
-PRETRAIN_LR = 1e-3
+SEQ_LEN, PRETRAIN_LR = 128, 1e-3      # defaults of --seq_len and of pre-training's --lr
 
 
 def main() -> None:
@@ -112,9 +111,9 @@ def main() -> None:
     if launched() > 1 and c.mode != "pretrain":
         raise InputError(f"--mode {c.mode} is for one process: start it without torchrun")
     names = [*record(Config())]
-    stream, base = names.index("stream"), names.index("base")       # as Config has them; delta_dir is the last
-    read = {"pretrain": names[:base], "eval": EVAL_READS,
-            "tune": [*names[:stream], "seq_len", "lr", "warmup", "weight_decay", "graphs", *names[base:-1]]}[c.mode]
+    of_pretrain, of_tune = names.index("stream"), names.index("base")      # where their flags begin in Config; eval's delta_dir is last
+    read = {"pretrain": names[:of_tune], "eval": EVAL_READS,
+            "tune": [*names[:of_pretrain], "seq_len", "lr", "warmup", "weight_decay", "graphs", *names[of_tune:-1]]}[c.mode]
     if unread := [name for name in changed(c) if name not in read]:
         meant = {"steps": ": did you mean --tune_steps?", "tune_steps": ": did you mean --steps?"}.get(unread[0], "")
         raise InputError(f"--{unread[0]} has no effect with --mode {c.mode}{meant}")
@@ -168,7 +167,7 @@ def train_stages(c: Config, this_run: PretrainRun, ranks: Ranks) -> Interrupted 
     """Train the stages that are not finished yet. Returns the exception to raise if a signal asked the run to end."""
     r = c.recipe
     found = ranks.main_first(lambda: [open_domain(entry, c.cache, r.template, r.select, r.keep) for entry in c.stream])
-    paths, places = (dict(zip(domain_names("stream", c.stream), column)) for column in zip(*found))     # texts; names for meta.json
+    paths, places = (dict(zip(domain_names("stream", c.stream), column)) for column in zip(*found))     # places: for meta.json
     model, tokenizer, (parent, number, domains, moments, contents) = start_model(c, this_run.out, next(iter(paths.values())), ranks)
     earlier = earlier_domains(c, domains, places)
     paths = ranks.main_first(lambda: {name: corpus_path(place, c.cache) for name, place in earlier.items()}) | paths
@@ -202,7 +201,7 @@ def train_stages(c: Config, this_run: PretrainRun, ranks: Ranks) -> Interrupted 
             print(sample_of(rows, tokenizer))
         if train_stage(model, rows, optimizer, s, this_run, ranks, where["precision"], first, c.compile, c.graphs, recipe):
             return this_run.suspended(f"in {name} after step {this_run.step} of {steps}")
-        this_run.finish_stage(lambda: {d: evaluate_mlm(model, held, tokens=c.eval_tokens, **where) for d, held in heldout.items()})
+        this_run.finish_stage(lambda: {d: evaluate_mlm(model, unseen, tokens=c.eval_tokens, **where) for d, unseen in heldout.items()})
         if i + 1 < len(training) and this_run.stops_between_stages():
             return this_run.suspended(f"after {name}")
         model, parent, moments = go_on_from(c, this_run.out / name, this_run.finished(name, parent))
@@ -217,7 +216,7 @@ def train_stage(model: MaskedLM, rows: Rows, optimizer: torch.optim.Optimizer, s
     model.train()
     batches = prefetch(staged(microbatches(rows, s, ranks.rank, ranks.world, first), rows, ranks.device, static=compile))
     with compiled(model.encoder.layers if compile else (), ranks.device), closing(batches):
-        gradient = make_gradient(model, s, ranks, precision, graphs, recipe.loss)     # plain, compiled, or a CUDA graph
+        gradient = make_gradient(model, s, ranks, precision, graphs, recipe.loss)     # gradient(batch, 0) first clears the old gradients
         for step in range(first, s.steps):
             lr = set_lr(optimizer, s.lr_at(step))
             loss = torch.zeros((), device=ranks.device)
@@ -311,9 +310,9 @@ def tune_delta(c: Config) -> None:
     s = TuneSettings(c.tune_steps, c.batch_size, c.lr, c.eval_every, c.seed, c.weight_decay, c.warmup)
     about |= {"shots": c.shots, "config": record(c), "argv": sys.argv, "precision": precision_name(where["precision"])}
     if c.out is None:
-        idle = (*NOT_SETTINGS, *["base"] * Path(c.base).exists())       # hub ids of two owners share a place
+        idle = (*NOT_SETTINGS, *["base"] * Path(c.base).exists())       # a hub id is compared: those of two owners share a place
         asked = {k: v for k, v in about["config"].items() if k not in idle} | {"task": task.hash}
-        is_tuned(out, asked, "give --out, or move it away")
+        is_tuned(out, asked, "give --out, or move it away")     # InputError rather than overwriting a delta of other flags
     with locked(out), delta_folder(out, sum(p.nbytes for p in model.parameters() if p.requires_grad)) as new:
         log = Log(new, tensorboard=c.tensorboard)
         with StepBar(s.steps, f"{task.name} {kind}", model.encoder.config, **where, frozen=kind != "full",
