@@ -48,11 +48,11 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqle
     if order is not None:
         back = torch.empty_like(order).index_copy_(0, order, torch.arange(N, device=order.device))
         lengths, inputs, words = sorted(lengths), [_Permute.apply(x, order, back) for x in inputs], [w[:, order] for w in words]
-    runs = [(S, len(list(group))) for S, group in itertools.groupby(lengths)]
-    parts = [S * B for S, B in runs]
-    out = []
-    # split, not slices: its backward is one concatenation instead of a zero-filled (N, H, D) per run
-    for (S, B), abc, *qkv in zip(runs, zip(*(w.split(parts, 1) for w in words)) if words else runs, *(x.split(parts) for x in inputs)):
+    groups = [(S, len(list(same))) for S, same in itertools.groupby(lengths)]     # B sequences of length S each
+    parts, out = [S * B for S, B in groups], []
+    # split, not slices: its backward is one concatenation instead of a zero-filled (N, H, D) per group
+    abcs = zip(*(w.split(parts, 1) for w in words)) if words else itertools.repeat(None)
+    for (S, B), abc, *qkv in zip(groups, abcs, *(x.split(parts) for x in inputs)):
         q_r, k_r, v_r = (x.reshape(B, S, H, D).transpose(1, 2) for x in qkv)              # (B, H, S, D)
         p = (q_r @ k_r.mT).softmax(-1)                                                    # (B, H, S, S)
         if dropout_p:
@@ -113,11 +113,11 @@ def _attention(qkv: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seqlen:
     q, k, v = dense_rows(qkv)[0].unbind(1)
     N, H, D = q.shape
     out, lse = torch.empty(N, H, D, dtype=q.dtype, device=q.device), torch.empty(H, N, device=q.device)
-    dropped = "_dropout" if dropout_p else ""
+    variant = "_dropout" if dropout_p else ""
     words = torch.empty((H, N, 4) if dropout_p else (0,), dtype=torch.int32, device=q.device)
     if dropout_p:
         launch(dropout_words, -(-N // 256) * H, seed, words, N, H, N // len(seed), -(-N // 256), BLOCK=256)
-    BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_forward" + dropped, size_class(D, max_seqlen), q.dtype, q.device)
+    BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_forward" + variant, size_class(D, max_seqlen), q.dtype, q.device)
     B = len(cu_seqlens) - 1
     count, blocks = programs(N, B, max_seqlen, BLOCK_Q)
     launch(_forward, count * H, q, k, v, out, lse, cu_seqlens, words, *_strides(q, k, v), N, H, B, blocks, scale * LOG2E,
@@ -132,14 +132,14 @@ def _attention_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, wor
     """dqkv (N, 3, H, D)."""
     dqkv = torch.empty(qkv.shape, device=qkv.device, dtype=qkv.dtype)
     (q, k, v), (dq, dk, dv) = dense_rows(qkv)[0].unbind(1), dqkv.unbind(1)
-    (N, H, D), B, dropped = q.shape, len(cu_seqlens) - 1, "_dropout" if dropout_p else ""
-    dout, rows = dout.contiguous(), torch.empty(H, N, 4 if dropout_p else 2, dtype=torch.int32, device=q.device)
+    (N, H, D), B, variant = q.shape, len(cu_seqlens) - 1, "_dropout" if dropout_p else ""
+    dout, rows = dout.contiguous(), torch.empty(H, N, 4 if dropout_p else 2, dtype=torch.int32, device=q.device)     # for _backward_keys
     scales = scale, scale * LOG2E, threshold_of(dropout_p), 1 / (1 - dropout_p)
-    BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_backward_queries" + dropped, size_class(D, max_seqlen), q.dtype, q.device)
+    BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_backward_queries" + variant, size_class(D, max_seqlen), q.dtype, q.device)
     count, blocks = programs(N, B, max_seqlen, BLOCK_Q)
     launch(_backward_queries, count * H, q, k, v, out, dout, lse, rows, dq, cu_seqlens, words, *_strides(q, k, v), dq.stride(0), N, H, B,
            blocks, *scales, D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0, num_warps=warps, num_stages=stages)
-    BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_backward_keys" + dropped, size_class(D, max_seqlen), q.dtype, q.device)
+    BLOCK_Q, BLOCK_K, warps, stages = configs.pick("attention_backward_keys" + variant, size_class(D, max_seqlen), q.dtype, q.device)
     count, blocks = programs(N, B, max_seqlen, BLOCK_K)
     launch(_backward_keys, count * H, q, k, v, dout, rows, dk, dv, cu_seqlens, words, *_strides(q, k, v), dk.stride(0), N, H, B, blocks,
            *scales, D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, DROPOUT=dropout_p > 0, num_warps=warps, num_stages=stages)
