@@ -98,10 +98,10 @@ class Loss:
         logits = model(batch, activations)
         if points:
             parts = [self.per_example(logits, activations, batch), *(self.at(mu, model, batch) for mu in points)]
-            rows = (1 - c.alpha) * task_loss(logits, batch.labels, self.is_regression) + torch.stack(parts).mean(0)
+            losses = (1 - c.alpha) * task_loss(logits, batch.labels, self.is_regression) + torch.stack(parts).mean(0)
         else:
-            rows = self.per_example(logits, activations, batch, batch.labels)
-        total = rows.mean()
+            losses = self.per_example(logits, activations, batch, batch.labels)
+        total = losses.mean()
         for name, term in TERMS.items():
             if name not in AT_POINTS and (weight := getattr(c, name)):
                 total = total + weight * term(self, logits, activations, batch).mean()
@@ -110,15 +110,15 @@ class Loss:
     def per_example(self, logits: Tensor, activations: Activations, batch: Batch, labels: Tensor | None = None) -> Tensor:
         """(B,): alpha KD + beta patience, plus (1 - alpha) task if `labels` are given."""
         c, t = self.config, self.teacher.logits[batch.index]
-        if self.is_regression or c.public_code or self.has_unlabelled:      # not in kd_loss
+        if self.is_regression or c.public_code or self.has_unlabelled:      # kd_loss covers none of these
             task = 0.0 if labels is None else (1 - c.alpha) * task_loss(logits, labels, self.is_regression)
-            rows = task + c.alpha * self.kd(logits, t, c.T)
+            losses = task + c.alpha * self.kd(logits, t, c.T)
         else:
-            rows = kd_loss(logits, t, labels, alpha=c.alpha, T=c.T)
+            losses = kd_loss(logits, t, labels, alpha=c.alpha, T=c.T)
         for name in AT_POINTS:
             if weight := getattr(c, name):
-                rows = rows + weight * TERMS[name](self, logits, activations, batch)
-        return rows
+                losses = losses + weight * TERMS[name](self, logits, activations, batch)
+        return losses
 
     def kd(self, logits: Tensor, t: Tensor, T: float) -> Tensor:
         """(B,): KD of the student's and the teacher's logits (B, C)."""
@@ -155,7 +155,7 @@ def attention(loss: Loss, logits: Tensor, activations: Activations, batch: Batch
 
 def attention_divergence(student: Activations, teacher: Activations, batch: Batch) -> Tensor:
     """Scalar: KL(teacher's map || student's), mean over collected layers, heads and query tokens, but not the padding."""
-    n = len(batch.ids) if batch.rows is None else int(batch.cu_seqlens[len(batch.rows)])
+    n = len(batch.ids) if batch.rows is None else int(batch.cu_seqlens[len(batch.rows)])     # tokens before the padding
     return torch.stack([attention_kd(*s, *t, batch.cu_seqlens, batch.max_seqlen)[:n].mean()
                         for s, t in zip(student.qk, teacher.qk, strict=True)]).mean()
 

@@ -126,7 +126,7 @@ def learn_projection(old_base: Base, base: Base, sources: list[tuple[Delta, Task
 
     def gradient(step: int) -> Tensor:
         turn, i = divmod(step, len(sources))
-        return train_step(gradients[i], datas[i].train, s, on_step, turn, " on projected weights", ", `seq_len` or `rank`")
+        return train_step(gradients[i], datas[i].train, s, on_step, turn, place=" on projected weights", lower=", `seq_len` or `rank`")
 
     def dev_scores() -> dict[str, float]:
         each = [next(iter(evaluate(student, data.dev, device, precision).values())) for student, data in zip(students, datas)]
@@ -212,8 +212,8 @@ def agreement(old: Encoder, new: Encoder, sequences: list[list[int]]) -> dict[st
     sums: dict[str, list[Tensor]] = {}
     for some in (sequences[i:i + 32] for i in range(0, len(sequences), 32)):
         for (part, Y), (_, X) in zip(activations(new, some), activations(old, some), strict=True):
-            own = Y.mT @ X, Y.square().sum(1), X.square().sum(1)
-            sums[part] = [a + b for a, b in zip(sums.get(part, [0.0] * 3), own)]
+            products = Y.mT @ X, Y.square().sum(1), X.square().sum(1)
+            sums[part] = [a + b for a, b in zip(sums.get(part, [0.0] * 3), products)]
     return {part: YX / (YY[:, :, None] * XX[:, None]).sqrt().clamp_min(1e-30) for part, (YX, YY, XX) in sums.items()}
 
 

@@ -90,8 +90,8 @@ class Scores:
             self.result.dev, self.result.best_step = dev, step
             self.best = {k: p.detach().clone() for k, p in trained.items()}
         self.on_eval({"step": step, "loss": loss, "dev": dev, **({"skipped": skipped} if skipped else {})})
-        patience = self.s.early_stop * self.s.eval_every        # in steps; 0: no end
-        return not patience or step - self.result.best_step < patience
+        most = self.s.early_stop * self.s.eval_every        # steps without a better score; 0: no limit
+        return not most or step - self.result.best_step < most
 
 
 class Fit(Scores):
@@ -130,7 +130,7 @@ def training_batch(data: Encoded, s: TuneSettings, step: int) -> Batch:
 
 
 def plain_gradient(model: Classifier, loss: Loss, device: torch.device, precision: torch.dtype) -> Gradient:
-    """A Gradient of loss(model, batch, *more), summed if it is (K,), for the weights of `model`, which it sets to training mode."""
+    """A Gradient of loss(model, batch, *more), which is summed if it is (K,). The function sets `model` to training mode."""
     def gradient(batch: Batch, *more: Tensor) -> Tensor:
         model.train()
         with autocast(device, precision):

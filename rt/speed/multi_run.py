@@ -133,7 +133,7 @@ class SideLoss:
         losses = [run.loss for run in runs]
         if not all(can_be_stacked(loss.config) for loss in losses):
             raise ValueError("runs with gamma or itp are not trained side by side")
-        self.terms, caches = losses[0], {id(loss.teacher): loss.teacher for loss in losses}
+        self.loss, caches = losses[0], {id(loss.teacher): loss.teacher for loss in losses}
         self.is_taught = None not in caches.values()
         if not self.is_taught:
             return
@@ -143,22 +143,22 @@ class SideLoss:
         self.has_patience = any(c.beta for c in configs)        # a teacher with other sizes, or a black box, has no states to compare
         logits = torch.cat([cache.logits for cache in caches.values()])
         states = torch.cat([cache.states for cache in caches.values()]) if self.has_patience else None
-        self.terms = replace(self.terms, teacher=TeacherCache(logits, states))
+        self.loss = replace(self.loss, teacher=TeacherCache(logits, states))
         self.offset = torch.tensor([[starts[id(loss.teacher)]] for loss in losses], device=device)              # (K, 1), as below
         self.alpha, self.beta, self.T = (torch.tensor([[getattr(c, k)] for c in configs], device=device) for k in ("alpha", "beta", "T"))
 
     def __call__(self, model: Classifier, batch: Batch, shares: Tensor) -> Tensor:
         """(K,) losses."""
-        K, terms = len(shares), self.terms
+        K, loss = len(shares), self.loss
         logits = model(batch, activations := Activations())
-        rows = task_loss(logits, batch.labels, terms.is_regression).view(K, -1)
+        rows = task_loss(logits, batch.labels, loss.is_regression).view(K, -1)
         if self.is_taught:
             index = (batch.index.view(K, -1) + self.offset).flatten()
-            s, t = (x.view(K, -1, x.shape[-1]) / self.T[..., None] for x in (logits, terms.teacher.logits[index]))
-            kd = self.T**2 * terms.kd(s.flatten(0, 1), t.flatten(0, 1), 1.0).view(K, -1)        # logits over T at temperature 1
+            s, t = (x.view(K, -1, x.shape[-1]) / self.T[..., None] for x in (logits, loss.teacher.logits[index]))
+            kd = self.T**2 * loss.kd(s.flatten(0, 1), t.flatten(0, 1), 1.0).view(K, -1)        # logits over T at temperature 1
             rows = (1 - self.alpha) * rows + self.alpha * kd
             if self.has_patience:
-                rows = rows + self.beta * patience(terms, logits, activations, replace(batch, index=index)).view(K, -1)
+                rows = rows + self.beta * patience(loss, logits, activations, replace(batch, index=index)).view(K, -1)
         return (rows * shares).sum(1)
 
 
