@@ -140,7 +140,7 @@ def main() -> None:
                   merged=merged, carry=c.carry.carry, head=c.head, shrinkage=c.shrinkage, **settings_of(plan[0]))
     samples = open_samples(c, modes, task, lambda place: ranks.main_first(lambda: open_texts(place, c.cache)), old_base,
                            [one.seed for one in plan])
-    first = samples.of(r, plan[0].seed if c.shots else 0)
+    first = samples.of(r, plan[0].seed if c.shots else 0)       # the first run's inputs; without --shots, those of all runs
     if ranks.is_main:
         note_changed_task(old_delta.info if old_delta else {}, task)
         note_truncated(*r.data.truncated(), c.seq_len, sys.stderr)
@@ -174,17 +174,17 @@ def run_alone(r: Recycling, one: Run, sources: Sources) -> Iterator[Done]:
         yield one, result, new_delta(r, one.mode, model), curve, more
 
 
-def run_group(samples: dict[int, Recycling], group: list[Run], sources: Sources) -> Iterator[Done]:
-    """Do runs of one mode and equal shape; yields each as soon as it is done. In a sweep, they are trained side by side if possible."""
+def run_group(inputs: dict[int, Recycling], group: list[Run], sources: Sources) -> Iterator[Done]:
+    """Do runs of one mode and equal shape (`inputs` by seed); yields each when it is done. A sweep trains them together if possible."""
     first = group[0]
-    if first.c.sweep is None or not can_go_together(replace(samples[first.seed], distill=first.c.distill), first.mode):
+    if first.c.sweep is None or not can_go_together(replace(inputs[first.seed], distill=first.c.distill), first.mode):
         for one in group:
-            yield from run_alone(samples[one.seed], one, sources)
+            yield from run_alone(inputs[one.seed], one, sources)
         return
     for seed in {one.seed for one in group} if first.mode in NEEDS_TEACHER else ():
-        teacher_of(samples[seed])       # once for all runs on this sample
+        teacher_of(inputs[seed])        # once for all runs on this sample
     curves = [[] for _ in group]
-    rs = [replace(samples[one.seed], on_eval=curve.append, **settings_of(one)) for one, curve in zip(group, curves)]
+    rs = [replace(inputs[one.seed], on_eval=curve.append, **settings_of(one)) for one, curve in zip(group, curves)]
     found = recycle_together(rs, first.mode, first.c.side_by_side, first.c.graphs)
     for one, curve, (r, model, result) in zip(group, curves, found):
         yield one, result, new_delta(r, one.mode, model), curve, {}
@@ -214,19 +214,19 @@ def do_runs(c: Config, r: Recycling, plan: list[Run], sources: Sources, out: Pat
     todo = [one for one in plan if not finished.issuperset(row.name for row in one.rows())]
     workers = share_cores(len(plan), c.threads, c.workers) if ranks.world == 1 and ranks.device.type == "cpu" else 1
     mine = [[one] for one in todo] if c.sweep is None else dealt(todo, ranks.rank, ranks.world, workers)
-    start, samples = r if c.sweep is None else replace(r, data=replace(r.data, test=None)), {}
+    shared, inputs = r if c.sweep is None else replace(r, data=replace(r.data, test=None)), {}     # a sweep scores test at its end
 
     def done(group: list[Run]) -> Iterator[str]:
         """Do and save runs; yields the progress bar's text for each run."""
-        if start.carried is None and {one.mode for one in todo} & {*carried}:       # here: a process that has used threads cannot be forked
-            start.carried, start.about = transport(r.old_base, r.base, r.old_delta, sources.texts)
-        for seed in {one.seed for one in group} - samples.keys():
-            samples[seed] = sources.samples.of(start, seed) if c.shots else start
+        if shared.carried is None and {one.mode for one in todo} & {*carried}:     # here: a process that has used threads cannot be forked
+            shared.carried, shared.about = transport(r.old_base, r.base, r.old_delta, sources.texts)
+        for seed in {one.seed for one in group} - inputs.keys():
+            inputs[seed] = sources.samples.of(shared, seed) if c.shots else shared
             if len(sources.olds) > 1:
-                samples[seed].merged, samples[seed].about = merge_on_dev(samples[seed], sources.olds, c.merge)
-        for one, result, delta, curve, more in run_group(samples, group, sources):
+                inputs[seed].merged, inputs[seed].about = merge_on_dev(inputs[seed], sources.olds, c.merge)
+        for one, result, delta, curve, more in run_group(inputs, group, sources):
             if one.mode in (FROM_OLD if r.merged else carried):
-                more |= samples[one.seed].about
+                more |= inputs[one.seed].about
             save_run(out, one, sources.samples.task, result, delta, curve, origin[one.name], {**more, "precision": precision})
             yield f"{one.mode}: dev {score_text(score(result.dev))}"
 

@@ -47,7 +47,7 @@ class Recycling:
     projection: Projection | None = None    # for project, learned beforehand
     carry: bool = False                     # whether init, init+distill and gradmask start from `carried`, as transport does
     carried: Delta | None = None            # the old delta in the order of the new base's dimensions (rt.transport.transport)
-    merged: Delta | None = None             # several old deltas merged into one (`merge`): starts use it instead of old_delta
+    merged: Delta | None = None             # several old deltas merged into one: starts use it instead of old_delta
     about: dict = field(default_factory=dict)       # facts about `carried` or `merged` for the run's record
     head: str = "fresh"                     # head for a task with other labels: fresh or prototype
     shrinkage: bool = False                 # whether prototypes use shrinkage
@@ -106,7 +106,7 @@ def start_from(r: Recycling, delta: Delta) -> Classifier:
 
 
 def start_masked(r: Recycling, delta: Delta) -> Classifier:
-    """Like init, with D * 1[D g < 0] in place of D. g is the gradient of the task loss at new base + old head, without dropout."""
+    """Like init, with d * 1[d g < 0] for each entry d of `delta`. g is the task loss's gradient at new base + old head, without dropout."""
     loss = plain_loss(r)
     model = apply(r.base, delta, scale=0.0, stale_ok=True).eval()
     size = min(64, r.settings.batch_size)
@@ -191,7 +191,7 @@ def distillation_loss(r: Recycling) -> Loss:
 @dataclass(frozen=True)
 class Mode:
     """The start and the loss of a mode. Without a loss, nothing is trained."""
-    start: Callable[[Recycling, Delta | None], Classifier]      # of the old delta: as it is, merged or carried
+    start: Callable[[Recycling, Delta | None], Classifier]      # gets the old delta: as it is, merged or carried
     loss: Callable[[Recycling], Loss] | None
 
 
