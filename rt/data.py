@@ -214,7 +214,7 @@ class Masker:
         if unit != "token":
             looks = [(not p[:1].isalnum(), not p[-1:].isalnum(), p.strip().rstrip("\"'”’)]")[-1:] in tuple(".!?:"), p.strip()[:1].isdigit(),
                       p.strip()[:1].isupper()) for p in (piece.replace("\ufffd", "a") for piece in tokenizer.pieces)]
-            self.opens, self.closes, self.ends_sentence, self.is_number, self.is_capital = np.array(looks).T
+            self.opens, self.closes, self.ends_sentence, self.is_number, self.is_capital = np.array(looks).T     # by id
             for table in (self.opens, self.closes, self.ends_sentence):
                 table |= self.is_special
             if unit == "entity" and not self.is_capital[self.regular].any():

@@ -176,7 +176,7 @@ def origin(base: Base) -> dict:
 
 
 def apply(base: Base, delta: Delta, scale: float = 1.0, stale_ok: bool = False) -> Classifier:
-    """`base` changed by `scale` times `delta`, with the delta's head unscaled: the mode apply. Trainable like the result of `attach`."""
+    """`base` changed by `scale` times `delta`, with the delta's head unscaled. It can be trained like the result of `attach`."""
     check_fits(base, delta, stale_ok)
     check_tensors(base, delta)
     model = attach(base, delta.config, delta.num_outputs, seed=0)

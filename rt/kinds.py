@@ -71,9 +71,9 @@ class Kind:
     settings: tuple[str, ...] = ()                          # the fields of DeltaConfig that this kind uses
     roles: dict[str, str] = field(default_factory=dict)     # substring of a tensor's name -> INPUT, OUTPUT or ADDED
     scaling: Callable[[DeltaConfig], float] = lambda config: 1.0            # the factor that a module multiplies its OUTPUT by
-    joined: Callable[[DeltaConfig, DeltaConfig], DeltaConfig] | None = lambda a, b: a   # config of a sum (scaling 1); None: no sums
+    joined: Callable[[DeltaConfig, DeltaConfig], DeltaConfig] | None = lambda a, b: a   # a sum's config, of scaling 1; None: no sums
     stacks: bool = False                                    # whether its modules take weights with a leading K (rt.model.linear)
-    is_mergeable: bool = False                              # whether diffs and each module's `weight` are all that it changes
+    is_mergeable: bool = False                              # whether base + delta is a plain encoder: base + diffs + each `weight`
 
 
 class Adapter(nn.Module):
@@ -101,7 +101,7 @@ class LoRA(nn.Module):
     def __init__(self, module: nn.Linear, targets: dict[str, int | None], r: int, lora_alpha: float):
         super().__init__()
         rows = module.out_features // (1 if None in targets.values() else 3)
-        self.first_row = {target.replace(".", "_"): (third or 0) * rows for target, third in targets.items()}   # no module name has a dot
+        self.first_row = {target.replace(".", "_"): (third or 0) * rows for target, third in targets.items()}   # a name in A has no dot
         self.A = nn.ParameterDict({name: torch.empty(r, module.in_features) for name in self.first_row})
         self.B = nn.ParameterDict({name: torch.empty(rows, r) for name in self.first_row})
         self.scaling = lora_alpha / r

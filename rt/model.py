@@ -59,7 +59,7 @@ class Batch:
     index: Tensor | None = None     # (B,) indices of the examples, for the teacher cache
     predict: Tensor | None = None   # (P,) rows that the masked LM predicts; None: all N (rts)
     seeds: Tensor | None = None     # (K,) int64 dropout seeds of K runs side by side with N / K rows each; None: one is drawn
-    rows: Tensor | None = None      # (B,) rows of the <s> tokens that heads and losses read; None: of all sequences
+    rows: Tensor | None = None      # (B,) rows of the <s> tokens of all sequences that are not padding; None: none is padding
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`, copied asynchronously."""
@@ -310,7 +310,7 @@ class Classifier(nn.Module):
         h = self.encoder(batch, activations).index_select(0, batch.first)
         if activations is not None and self.patience_map is not None:
             activations.rows = [linear(x, W) for x, W in zip(activations.rows, self.patience_map.unbind(-3), strict=True)]
-        return self.head(h, site_seeds(batch.seeds, range(-2, 0)) if self.training else None)
+        return self.head(h, site_seeds(batch.seeds, range(-2, 0)) if self.training else None)     # the encoder's sites count from 0
 
 
 def init_weights(module: nn.Module, generator: torch.Generator, std: float = 0.02) -> None:

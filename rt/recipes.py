@@ -35,7 +35,7 @@ class Preserve:
     def __init__(self, old: MaskedLM, weight: float, by: PreserveBy, sample: Batch):
         self.old, self.weight, self.by = copy.deepcopy(old).eval().requires_grad_(False), weight, by
         self.layers = tuple(range(len(old.encoder.layers))) if by == "attention" else ()        # layers whose attention maps are compared
-        self.first = -1 if by == "last" else 0
+        self.first = -1 if by == "last" else 0      # of the states to compare
         self.old.encoder(sample, activations := Activations(hidden=[]))
         variances = torch.stack([h.float().var(correction=0) for h in activations.hidden[self.first:]])
         self.layer_weights = weight / len(variances) / variances      # (L,) weights of the squared errors
@@ -63,7 +63,7 @@ class Recipe:
     align: int = 0      # Reptile (Nichol et al., 2018): every `align` steps, theta <- theta_before + eps (theta - theta_before)
     eps: float = 1.0
     mixture: "Mixture | None" = None
-    every: int = 0      # after so many steps, the shares of `mixture` follow need; they change one period later, as batches are made ahead
+    every: int = 0      # new shares of `mixture` are computed every so many steps and hold one period later, as batches are made ahead
     eta: float = 0.0
     losses: Callable[[], list[float]] | None = None     # measures the losses of the last sources of `mixture`
     reference: Sequence[float] = ()     # their target losses; a source above its target gets a larger share; (): shares stay
