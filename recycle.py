@@ -203,15 +203,15 @@ def settings_of(one: Run) -> dict:
 def do_runs(c: Config, r: Recycling, plan: list[Run], sources: Sources, out: Path, ranks: Ranks) -> None:
     """Do every run that is not finished yet, then print the table. In a --sweep, the ranks share the runs of a group, and rank 0 scores the
     best run of each mode on test."""
-    rows, carried = [row for one in plan for row in one.rows()], carried_modes(c.carry.carry)
+    runs, carried = [each for one in plan for each in one.rows()], carried_modes(c.carry.carry)
     others, content = [(delta, None) for delta in sources.olds if delta is not r.old_delta], sources.samples.content
-    origins = base_origins(rows, r, sources.bases, others, content)
+    origins = base_origins(runs, r, sources.bases, others, content)
     special = {"project": origin_of(r, [*others, *sources.projects]),
                **{mode: origin_of(r, others, sources.texts, content * (mode in NEEDS_TEACHER)) for mode in carried}}
-    origin = {row.name: special.get(row.mode, origins[row.name]) for row in rows}
+    origin = {each.name: special.get(each.mode, origins[each.name]) for each in runs}
     precision = precision_name(r.precision)     # what auto is here
-    finished = ranks.from_main(lambda: begin(c, out, rows, origin, r.data.test is not None, precision))
-    todo = [one for one in plan if not finished.issuperset(row.name for row in one.rows())]
+    finished = ranks.from_main(lambda: begin(c, out, runs, origin, r.data.test is not None, precision))
+    todo = [one for one in plan if not finished.issuperset(each.name for each in one.rows())]
     workers = share_cores(len(plan), c.threads, c.workers) if ranks.world == 1 and ranks.device.type == "cpu" else 1
     mine = [[one] for one in todo] if c.sweep is None else dealt(todo, ranks.rank, ranks.world, workers)
     shared, inputs = r if c.sweep is None else replace(r, data=replace(r.data, test=None)), {}     # a sweep scores test at its end
@@ -234,11 +234,11 @@ def do_runs(c: Config, r: Recycling, plan: list[Run], sources: Sources, out: Pat
     with progress(total, "recycle", unit="run") as bar, closing(spread(done, mine, workers)) as words:
         for word in words:
             if c.sweep is None:
-                write_summary(c, out, rows)
+                write_summary(c, out, runs)
             bar.set_postfix_str(word, refresh=False)
             bar.update()
     ranks.wait()
-    ranks.from_main(lambda: finish(c, r, rows, out))
+    ranks.from_main(lambda: finish(c, r, runs, out))
 
 
 def finish(c: Config, r: Recycling, runs: list[Run], out: Path) -> None:

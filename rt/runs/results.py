@@ -98,14 +98,14 @@ def origin_of(r: Recycling, sources: Iterable[tuple[Delta, TaskData | None]] = (
     return [r.old_base.fingerprint if r.old_base else "", r.base.fingerprint, digest.hexdigest()[:16], r.data.hash]
 
 
-def base_origins(rows: list[Run], r: Recycling, bases: dict[str, Base], sources: Iterable[tuple[Delta, None]], content: str) -> dict:
-    """{name of a row: its `origin_of`}. In a chain recycled from base to base, the bases before the row's own count as well. The
+def base_origins(runs: list[Run], r: Recycling, bases: dict[str, Base], sources: Iterable[tuple[Delta, None]], content: str) -> dict:
+    """{name of a run: its `origin_of`}. In a chain recycled from base to base, the bases before the run's own count as well. The
     `content` of files counts for modes with a teacher, which alone read them."""
-    def others(row: Run) -> str:
-        before = row.c.chain[:-1] if row.route == "chain" else ()
-        return (content if row.mode in NEEDS_TEACHER else "") + "".join(bases[b].fingerprint for b in before)
+    def others(run: Run) -> str:
+        before = run.c.chain[:-1] if run.route == "chain" else ()
+        return (content if run.mode in NEEDS_TEACHER else "") + "".join(bases[b].fingerprint for b in before)
 
-    places = {row.name: (row.c.base, others(row)) for row in rows}
+    places = {run.name: (run.c.base, others(run)) for run in runs}
     found = {(base, more): origin_of(replace(r, base=bases[base]), sources, (), more) for base, more in {*places.values()}}
     return {name: found[place] for name, place in places.items()}
 
