@@ -177,11 +177,11 @@ def train_stages(c: Config, this_run: PretrainRun, ranks: Ranks) -> Interrupted 
     where = {"device": ranks.device, "precision": pick_precision(c.precision, ranks.device)}
     targets = {f"--{flag}": base.fingerprint for flag in ("mix_reference", "preserve_to")
                if (base := target(c, flag, tokenizer, model.encoder.config, ranks))}
-    content = {"--precision": precision_name(where["precision"]), "tokenizer": tokenizer.fingerprint, "--init": parent,
-               **targets, **{f"corpus {k}": v["train"].content for k, v in corpora.items()}}
-    ranks.assert_same(content)
+    inputs = {"--precision": precision_name(where["precision"]), "tokenizer": tokenizer.fingerprint, "--init": parent,
+              **targets, **{f"corpus {k}": v["train"].content for k, v in corpora.items()}}
+    ranks.assert_same(inputs)
     training, heldout = rows_of(c, corpora, groups, [*earlier], tokenizer, number + 1, ranks)
-    this_run.begin(content, tokenizer)
+    this_run.begin(inputs, tokenizer)
     for i, (domain, rows) in enumerate(training.items()):
         name, number, domains = f"M{number + 1}", number + 1, domains | {d: places[d] for d in groups[i]}
         if base := this_run.finished(name, parent):      # finished before an interruption
@@ -195,7 +195,7 @@ def train_stages(c: Config, this_run: PretrainRun, ranks: Ranks) -> Interrupted 
         recipe = start_recipe(c, model, rows, [corpora[name]["train"] for name in groups[i]], tokenizer, ranks, where,
                               this_run.out / f"M{number - 1}" if i else c.init)
         about = {"name": name, "domain": domain, "number": number, "parent": parent, "domains": domains, "recipe": used(r, rows, parent),
-                 "contents": {k: v for k, v in contents[i].items() if k in domains}, "precision": content["--precision"]}
+                 "contents": {k: v for k, v in contents[i].items() if k in domains}, "precision": inputs["--precision"]}
         first = this_run.start_stage(about, s, rows, model, optimizer, where["precision"], recipe, moments)
         if not this_run.stages and first == 0:
             print(sample_of(rows, tokenizer))

@@ -218,7 +218,7 @@ def check_fits(base: Base, delta: Delta, stale_ok: bool) -> None:
 
 
 def check_sizes(base: Base, theirs: EncoderConfig, what: str) -> None:
-    """Raises InputError unless an encoder of sizes `theirs` has the base's tensors and computes the same function with them."""
+    """Raises InputError (`what` ...) unless an encoder of sizes `theirs` has the base's tensors and computes the same function."""
     mine = base.encoder.config
     for name in ("is_bert", *(f.name for f in fields(mine) if "dropout" not in f.name and f.name != "model_type")):
         if getattr(mine, name) != getattr(theirs, name):

@@ -166,11 +166,11 @@ class Embeddings(nn.Module):
         first = cu_seqlens[torch.searchsorted(cu_seqlens, rows, right=True) - 1]    # (N,) first row of the row's sequence
         is_bert = self.second_type is not None
         counted = ids == self.sep_id if is_bert else ids != self.pad_id
-        above = counted.cumsum(0) - counted.long()
-        above = above - above[first]            # (N,) counted tokens above a row in its sequence
+        before = counted.cumsum(0) - counted.long()
+        before = before - before[first]       # (N,) counted tokens before a row in its sequence
         # RoBERTa numbers the tokens that are not pads. BERT numbers all, and what follows a separator is a pair's second text
-        x = self.word(spelled(ids)) + self.position(rows - first if is_bert else (above + 1) * counted + self.pad_id)
-        x = x + (above > 0)[:, None] * self.second_type if is_bert else x
+        x = self.word(spelled(ids)) + self.position(rows - first if is_bert else (before + 1) * counted + self.pad_id)
+        x = x + (before > 0)[:, None] * self.second_type if is_bert else x
         return dropout(self.norm(x), self.dropout, seed)
 
 

@@ -23,7 +23,7 @@ class PretrainSettings:
     accumulation: int = 1   # microbatches per step and rank
     clip: float = 1.0
     rates: ScheduleConfig = ScheduleConfig()
-    held: bool = False      # a later stage of an infinite schedule
+    held: bool = False      # whether this is a later stage of an infinite schedule, whose rate is held
 
     def lr_at(self, step: int) -> float:
         return self.rates.rate(step, self.steps, self.warmup_steps, self.lr, self.held)

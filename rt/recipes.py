@@ -100,7 +100,7 @@ class Recipe:
 
 def mixed_shares(shares: list[float], excess: list[float], eta: float) -> list[float]:
     """Shares times exp(eta * excess loss) if the excess is positive; then smoothed. As in DoReMi (Xie et al., 2023)."""
-    grown = [share * math.exp(eta * (max(0.0, loss) - max(0.0, *excess))) for share, loss in zip(shares, excess)]     # no overflow
+    grown = [share * math.exp(eta * (max(0.0, above) - max(0.0, *excess))) for share, above in zip(shares, excess)]     # no overflow
     return [(1 - SMOOTHING) * share / sum(grown) + SMOOTHING / len(grown) for share in grown]
 
 
