@@ -282,7 +282,7 @@ def checked_modes(c: Config) -> list[str]:
             *teaching.refusals(c, modes), *starts.refusals(c, modes),
             (c.sweep is not None and (c.chain or "project" in modes or not c.save_deltas),
              "--sweep has no --chain and no --mode project, and keeps the deltas, from which it goes on when interrupted"),
-            (c.graphs and (c.distill.itp or c.distill.gamma),
+            (c.graphs and c.distill.runs_teacher,
              "--graphs repeats a step as it was captured: not with --itp, whose points are drawn anew, nor with --gamma, which would count "
              "the tokens that fill a batch up"),
             (c.side_by_side and c.sweep is None, "--side_by_side is for the runs of a --sweep"),

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 
 from data.sources import corpus_path, domain_names, open_domain, open_task
-from rt.data import Corpus, Rows, encode_task, few_shot
+from rt.data import Rows, encode_task, few_shot
 from rt.deltas import attach, extract
 from rt.errors import InputError
 from rt.formats.atomic import locked
@@ -31,17 +31,18 @@ from rt.formats.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from rt.kinds import DeltaConfig
 from rt.limits import NonNegative, NonNegativeInt, Positive, PositiveInt, PositiveShare, Seed, SeqLen, Share, ShareBelowOne
 from rt.losses import Loss
-from rt.model import PRESETS, EncoderConfig, MaskedLM, new_masked_lm, set_dropout
-from rt.optim import AdamW, adamw, derive_seed, memory_for, not_finite, set_lr, step_unless
+from rt.model import PRESETS, EncoderConfig, MaskedLM, new_masked_lm
+from rt.optim import AdamW, adamw, memory_for, not_finite, set_lr, step_unless
 from rt.pretrain import PretrainSettings, evaluate_mlm, microbatches
-from rt.recipes import Recipe, mix
+from rt.recipes import Recipe
+from rt.runs import upgrade
 from rt.runs.build import default_rate, is_tuned
 from rt.runs.config import changed, parse, record, run
 from rt.runs.log import Log, StepBar, facts_of, load_tensorboard, note_changed_task, note_truncated, scores_text, task_text, tested_text
 from rt.runs.predict import open_tuned
 from rt.runs.resume import PretrainRun, check_content, has_work, sample_of, table_of
 from rt.runs.signals import Interrupted
-from rt.runs.upgrade import RecipeConfig, Start, contents_of, earlier_domains, go_on_from, lengthen, scored_rows, start_recipe, target, used
+from rt.runs.upgrade import RecipeConfig, Start
 from rt.runs.workers import use_threads
 from rt.speed.device import make_deterministic, pick_device, pick_precision, precision_name
 from rt.speed.dist import Ranks, join, launched, zero
@@ -156,7 +157,7 @@ def pretrain(c: Config) -> None:
                 interrupted = train_stages(c, this_run, ranks)
         else:
             if c.init and Path(c.init).exists():
-                ranks.from_main(lambda: check_content(out, {"--init": go_on_from(c, Path(c.init).resolve(), open_base(c.init))[1]}))
+                ranks.from_main(lambda: check_content(out, {"--init": upgrade.go_on_from(c, Path(c.init).resolve(), open_base(c.init))[1]}))
             print(f"{out} is complete; remove it to train anew\n{table_of(out)}")
     ranks.leave()
     if interrupted:
@@ -169,33 +170,34 @@ def train_stages(c: Config, this_run: PretrainRun, ranks: Ranks) -> Interrupted 
     found = ranks.main_first(lambda: [open_domain(entry, c.cache, r.template, r.select, r.keep) for entry in c.stream])
     paths, places = (dict(zip(domain_names("stream", c.stream), column)) for column in zip(*found))     # places: for meta.json
     model, tokenizer, (parent, number, domains, moments, contents) = start_model(c, this_run.out, next(iter(paths.values())), ranks)
-    earlier = earlier_domains(c, domains, places)
+    earlier = upgrade.earlier_domains(c, domains, places)
     paths = ranks.main_first(lambda: {name: corpus_path(place, c.cache) for name, place in earlier.items()}) | paths
     corpora = ranks.main_first(lambda: {name: build_corpus(name, path, tokenizer, c.cache) for name, path in paths.items()})
     groups = [tuple(places)] if r.mix else [(name,) for name in places]
-    contents = contents_of(corpora, contents, earlier, groups)
+    contents = upgrade.contents_of(corpora, contents, earlier, groups)
     where = {"device": ranks.device, "precision": pick_precision(c.precision, ranks.device)}
     targets = {f"--{flag}": base.fingerprint for flag in ("mix_reference", "preserve_to")
-               if (base := target(c, flag, tokenizer, model.encoder.config, ranks))}
+               if (base := upgrade.target(c, flag, tokenizer, model.encoder.config, ranks))}
     inputs = {"--precision": precision_name(where["precision"]), "tokenizer": tokenizer.fingerprint, "--init": parent,
               **targets, **{f"corpus {k}": v["train"].content for k, v in corpora.items()}}
     ranks.assert_same(inputs)
-    training, heldout = rows_of(c, corpora, groups, [*earlier], tokenizer, number + 1, ranks)
+    training, heldout = upgrade.rows_of(c, corpora, groups, [*earlier], tokenizer, number + 1, ranks)
     this_run.begin(inputs, tokenizer)
     for i, (domain, rows) in enumerate(training.items()):
         name, number, domains = f"M{number + 1}", number + 1, domains | {d: places[d] for d in groups[i]}
         if base := this_run.finished(name, parent):      # finished before an interruption
-            model, parent, moments = go_on_from(c, this_run.out / name, base)
+            model, parent, moments = upgrade.go_on_from(c, this_run.out / name, base)
             continue
         steps = c.steps[min(i, len(c.steps) - 1)]
         s = PretrainSettings(steps, c.batch_tokens, c.lr or PRETRAIN_LR, max(1, round(c.warmup * steps)), rows.seed, c.accumulation,
                              rates=r.rates, held=bool(parent) and not (r.rates.rewarm and i == 0))
-        model = model.to(ranks.device)
+        upgrade.set_dropout(model := model.to(ranks.device), c.dropout)
         optimizer = adamw(model.parameters(), 0.0, c.weight_decay, make=zero if c.zero else AdamW)
-        recipe = start_recipe(c, model, rows, [corpora[name]["train"] for name in groups[i]], tokenizer, ranks, where,
+        recipe = upgrade.start_recipe(c, model, rows, [corpora[name]["train"] for name in groups[i]], tokenizer, ranks, where,
                               this_run.out / f"M{number - 1}" if i else c.init)
-        about = {"name": name, "domain": domain, "number": number, "parent": parent, "domains": domains, "recipe": used(r, rows, parent),
-                 "contents": {k: v for k, v in contents[i].items() if k in domains}, "precision": inputs["--precision"]}
+        about = {"name": name, "domain": domain, "number": number, "parent": parent, "domains": domains,
+                 "recipe": upgrade.used(r, rows, parent), "contents": {k: v for k, v in contents[i].items() if k in domains},
+                 "precision": inputs["--precision"]}
         first = this_run.start_stage(about, s, rows, model, optimizer, where["precision"], recipe, moments)
         if not this_run.stages and first == 0:
             print(sample_of(rows, tokenizer))
@@ -204,7 +206,7 @@ def train_stages(c: Config, this_run: PretrainRun, ranks: Ranks) -> Interrupted 
         this_run.finish_stage(lambda: {d: evaluate_mlm(model, unseen, tokens=c.eval_tokens, **where) for d, unseen in heldout.items()})
         if i + 1 < len(training) and this_run.stops_between_stages():
             return this_run.suspended(f"after {name}")
-        model, parent, moments = go_on_from(c, this_run.out / name, this_run.finished(name, parent))
+        model, parent, moments = upgrade.go_on_from(c, this_run.out / name, this_run.finished(name, parent))
     this_run.complete()
     return None
 
@@ -216,10 +218,11 @@ def train_stage(model: MaskedLM, rows: Rows, optimizer: torch.optim.Optimizer, s
     model.train()
     batches = prefetch(staged(microbatches(rows, s, ranks.rank, ranks.world, first), rows, ranks.device, static=compile))
     with compiled(model.encoder.layers if compile else (), ranks.device), closing(batches):
-        gradient = make_gradient(model, s, ranks, precision, graphs, recipe.loss)     # gradient(batch, 0) first clears the old gradients
+        gradient = make_gradient(model, s, ranks, precision, graphs, recipe.loss)     # recipe.loss and its backward pass
         for step in range(first, s.steps):
             lr = set_lr(optimizer, s.lr_at(step))
             loss = torch.zeros((), device=ranks.device)
+            model.zero_grad(set_to_none=True)
             for part in range(s.accumulation):
                 batch = next(batches)
                 loss += gradient(batch, part)
@@ -231,24 +234,6 @@ def train_stage(model: MaskedLM, rows: Rows, optimizer: torch.optim.Optimizer, s
             if this_run.after_step(step + 1, lr, loss, norm):           # rows, checkpoints, signals
                 return True
     return False
-
-
-def rows_of(c: Config, corpora: dict[str, dict[str, Corpus]], groups: list[tuple[str, ...]], earlier: list[str], tokenizer: Tokenizer,
-            number: int, ranks: Ranks) -> tuple[dict[str, Rows], dict[str, Rows]]:
-    """(training rows per stage, held-out rows per domain). The first stage is M`number`; `groups` lists the domains of each stage."""
-    training = {}
-    for i, group in enumerate(groups, number):
-        replayed = [name for name in earlier if name not in group]
-        names = [group[0], *replayed, *group[1:]]
-        first, *others = [Rows(corpora[name]["train"], tokenizer, seq_len=c.seq_len, mask_rate=c.mask_rate, objective=c.recipe.objective,
-                               unit=c.recipe.mask, seed=derive_seed(c.seed, i, j)) for j, name in enumerate(names)]
-        first.check_batch(c.batch_tokens, ranks.world * c.accumulation)
-        if others:
-            mix(first, others, c.recipe.start_shares([*group[1:], group[0]], len(replayed)),
-                c.recipe.mix_every * (c.batch_tokens // first.row_tokens) if c.recipe.by_need else 0)
-        training["+".join(group)] = first
-        earlier = [*dict.fromkeys((*earlier, *group))] if c.recipe.replay else []
-    return training, {name: scored_rows(parts["heldout"], tokenizer, c.seq_len) for name, parts in corpora.items()}
 
 
 @memory_for("the model", "`preset` or `max_len`")
@@ -265,10 +250,10 @@ def start_model(c: Config, out: Path, first_corpus: Path, ranks: Ranks) -> tuple
             print(f"{c.init} has no complete masked-LM head; it gets a fresh one")
             if c.recipe.preserve and c.recipe.preserve_by == "predictions":
                 raise InputError(f"--preserve_by predictions: {c.init} predicts nothing without its masked-LM head; use hidden")
-        model, parent, moments = go_on_from(c, Path(c.init).resolve(), base)
+        model, parent, moments = upgrade.go_on_from(c, Path(c.init).resolve(), base)
         start = Start(parent, base.meta.get("number", 0), base.meta.get("domains", {}), moments, base.meta.get("contents", {}))
         if c.recipe.max_len and c.recipe.max_len != config.max_len:     # the optimizer's moments do not fit a longer table
-            model, start = lengthen(model, c.recipe.max_len), start._replace(moments=None)
+            model, start = upgrade.lengthen(model, c.recipe.max_len), start._replace(moments=None)
     else:
         tokenizer = ranks.from_main(lambda: start_tokenizer(c, out, first_corpus))
         sizes = PRESETS[c.preset] | ({"max_len": c.recipe.max_len} if c.recipe.max_len else {})
@@ -278,7 +263,6 @@ def start_model(c: Config, out: Path, first_corpus: Path, ranks: Ranks) -> tuple
         print(f"--vocab_size {c.vocab_size} has no effect: the tokenizer of {c.init or c.tokenizer} has {tokenizer.vocab_size} entries")
     if c.seq_len > (most := model.encoder.config.max_len):
         raise InputError(f"--seq_len {c.seq_len}: the model has positions for {most} tokens; --max_len makes more")
-    set_dropout(model, c.dropout)
     return model, tokenizer, start if c.number is None else start._replace(number=c.number - 1)
 
 

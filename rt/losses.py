@@ -40,6 +40,11 @@ class DistillConfig:
     project_patience: bool = False  # patience through one learned linear map per layer, for a teacher of another width or depth
     public_code: bool = False  # KD divided by the number of labels, patience halved, as in the paper's code
 
+    @property
+    def runs_teacher(self) -> bool:
+        """Whether the loss needs the teacher itself, on the student's token ids, and not only its cached outputs."""
+        return bool(self.itp) or any(getattr(self, name, 0) for name in RUN_TEACHER)
+
 
 def task_loss(logits: Tensor, labels: Tensor, is_regression: bool) -> Tensor:
     """(B,): CE of (B, C) logits and (B,) classes, or squared error of (B, 1) and (B,) floats; 0 for rows without a label (-100, NaN)."""
@@ -85,7 +90,7 @@ class Loss:
         c = self.config
         if self.teacher is not None and c is None:
             raise ValueError("a loss with a teacher needs its DistillConfig")
-        if c and (c.gamma or c.itp) and (self.teacher is None or self.teacher_model is None):
+        if c and c.runs_teacher and (self.teacher is None or self.teacher_model is None):
             raise ValueError("gamma and itp need a teacher, and the teacher itself as teacher_model")
         self.teacher_weights = weights_of(self.teacher_model) if c and c.itp else {}
 
@@ -162,7 +167,8 @@ def attention_divergence(student: Activations, teacher: Activations, batch: Batc
 
 # {field of DistillConfig that weights the term: the term}; a term returns (B,), or a scalar, the batch's mean
 TERMS: dict[str, Callable[[Loss, Tensor, Activations, Batch], Tensor]] = {"beta": patience, "gamma": attention}
-AT_POINTS = ("beta",)   # also applied at the points of interpolation; the other terms apply to the student alone
+AT_POINTS = ("beta",)       # also applied at the points of interpolation; the other terms apply to the student alone
+RUN_TEACHER = ("gamma",)    # compare what is too large for the teacher's cache; the teacher runs at every step
 
 
 def weights_of(model: Classifier) -> Weights:

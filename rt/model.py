@@ -329,10 +329,3 @@ def new_masked_lm(config: EncoderConfig, seed: int) -> MaskedLM:
     init_weights(model, torch.Generator().manual_seed(seed), std=0.02 * (768 / config.hidden_size) ** 0.5)
     model.encoder.embeddings.word.weight.data[config.pad_id] = 0.0      # as in RoBERTa
     return model
-
-
-def set_dropout(model: nn.Module, p: float) -> None:
-    """Use dropout `p` everywhere in `model`. The config, and so the checkpoints, keep their own values."""
-    for module in model.modules():
-        for name in {"dropout", "attention_dropout"} & set(vars(module)):
-            setattr(module, name, p)

@@ -184,7 +184,7 @@ def distillation_loss(r: Recycling) -> Loss:
     """The total loss with old base + old delta, or a black box, as the teacher. With `hard` pseudo-labels, the task loss alone."""
     if r.hard:
         return plain_loss(r)
-    model = teacher_model(r) if r.distill.gamma or r.distill.itp else None
+    model = teacher_model(r) if r.distill.runs_teacher else None
     return Loss(not r.data.labels, teacher_of(r), r.distill, model, has_unlabelled=r.unlabelled is not None)
 
 
@@ -310,7 +310,7 @@ def check_teacher(r: Recycling, mode: str) -> None:
     if r.unlabelled is not None and not 0 < (extra := round(r.share * B)) < B:
         raise InputError(f"`unlabelled_share` {r.share} of `batch_size` {B} is {extra} rows; a batch needs labelled and unlabelled ones")
     if r.has_black_box:
-        if c.beta or c.gamma or c.itp or c.project_patience:
+        if c.beta or c.runs_teacher or c.project_patience:
             raise InputError("a teacher that is known by its answers has no hidden states, attention maps and weights: use `beta` 0, and "
                              "none of `gamma`, `itp` and `project_patience`")
         return
@@ -321,7 +321,7 @@ def check_teacher(r: Recycling, mode: str) -> None:
     if r.old_base.tokenizer.vocabulary != r.base.tokenizer.vocabulary:
         if r.old_train is None:
             raise InputError(f"{mode} needs old and new base to have one vocabulary, or the texts as the teacher's tokenizer reads them")
-        if c.gamma or c.itp:
+        if c.runs_teacher:
             raise InputError("`gamma` and `itp` need one vocabulary, because teacher and student read the same ids: leave both 0; "
                              "`alpha` and `beta` work with two vocabularies")
     if c.beta and not c.project_patience and (was.num_layers, was.hidden_size) != (now.num_layers, now.hidden_size):

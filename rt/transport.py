@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from rt.data import TaskData, sequences_batch
 from rt.deltas import Base, Delta, apply, attach, check_fits, origin
 from rt.errors import InputError
-from rt.losses import DistillConfig, Loss, Reweighted, Weights, run_teacher
+from rt.losses import RUN_TEACHER, DistillConfig, Loss, Reweighted, Weights, run_teacher
 from rt.model import Encoder, LayerNorm
 from rt.tune import Hook, TuneSettings, evaluate, ignore, minimise, plain_gradient, train_step
 
@@ -120,7 +120,8 @@ def learn_projection(old_base: Base, base: Base, sources: list[tuple[Delta, Task
     # one skeleton for all sources: every weight it trains is replaced, and the head too, whatever its number of labels
     model, own = attach(base, deltas[0].config, 1, s.seed), {k: p.detach() for k, p in base.encoder.named_parameters()}
     students = [Reweighted(model, partial(student_weights, own, delta, projection)) for delta in deltas]
-    losses = [Loss(not data.labels, run_teacher(apply(old_base, delta), data.train, device, precision), replace(distill, gamma=0.0, itp=0))
+    distill = replace(distill, itp=0, **dict.fromkeys(RUN_TEACHER, 0.0))
+    losses = [Loss(not data.labels, run_teacher(apply(old_base, delta), data.train, device, precision), distill)
               for delta, data in zip(deltas, datas)]
     gradients = [plain_gradient(student, loss, device, precision) for student, loss in zip(students, losses)]
 

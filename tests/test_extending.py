@@ -1,7 +1,7 @@
 """What a reader can add: a kind of delta takes one class and one row of KINDS, a loss term one function and one field. Both are added here,
 in the test file, and everything derived from the tables works with them."""
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -150,6 +150,12 @@ def test_a_loss_term_is_one_function_and_one_field(base, other_base, batch, monk
     for at_points in ((), ("sharp",)):      # runs side by side refuse it instead of dropping it
         monkeypatch.setattr(losses, "AT_POINTS", ("beta", *at_points))
         assert recycle(r, "distill")[1].curve and not can_go_together(r, "distill")
+    monkeypatch.setattr(losses, "RUN_TEACHER", ("gamma", "sharp"))
+    with pytest.raises(ValueError, match="teacher_model"):
+        Loss(False, cache, Sharp(sharp=1.0))
+    assert recycle(replace(r, teacher=None), "distill")[1].curve        # recycling hands over the teacher itself
+    with pytest.raises(InputError, match="known by its answers"):
+        recycle(replace(r, teacher=TeacherCache(torch.randn(6, 3), None), distill=Sharp(beta=0.0, sharp=1.0)), "distill")
 
 
 @dataclass

@@ -12,10 +12,11 @@ from rt.formats.checkpoint import save_base
 from rt.formats.corpora import build_corpus
 from rt.formats.files import read_json, read_rows
 from rt.losses import attention_divergence
-from rt.model import Activations, MaskedLM, set_dropout
+from rt.model import Activations, MaskedLM
 from rt.optim import adamw
 from rt.pretrain import PretrainSettings, microbatches, mlm_loss
 from rt.recipes import Preserve
+from rt.runs.upgrade import set_dropout
 from rt.speed.dist import Ranks
 from rt.speed.graphs import make_gradient
 
@@ -96,6 +97,7 @@ def test_a_large_weight_returns_the_old_states_and_a_small_one_learns(model, mas
         optimizer, preserve = adamw(new.parameters(), 2e-3, 0.0), Preserve(model, w, "hidden", batch) if w else mlm_loss
         gradient = make_gradient(new, s, Ranks(torch.device("cpu")), torch.float32, loss=preserve)
         for part in microbatches(masked, s):
+            new.zero_grad()
             gradient(part, 0)
             optimizer.step()
         with torch.no_grad():

@@ -20,9 +20,10 @@ import rt.speed.graphs
 from rt.data import Rows
 from rt.errors import InputError
 from rt.formats.corpora import build_corpus
-from rt.model import PRESETS, EncoderConfig, new_masked_lm, set_dropout
+from rt.model import PRESETS, EncoderConfig, new_masked_lm
 from rt.optim import adamw, linear_rate
 from rt.pretrain import PretrainSettings, evaluate_mlm, microbatches
+from rt.runs.upgrade import set_dropout
 from rt.speed.dist import Ranks
 from rt.speed.graphs import check_graphs, compiled, prefetch, staged, static_batch
 from rt.tune import TuneSettings

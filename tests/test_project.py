@@ -12,7 +12,8 @@ from rt.errors import InputError, StaleDelta
 from rt.formats.checkpoint import fingerprint
 from rt.kinds import KINDS, DeltaConfig
 from rt.losses import DistillConfig, Loss, run_teacher
-from rt.model import new_masked_lm, set_dropout
+from rt.model import new_masked_lm
+from rt.runs.upgrade import set_dropout
 from rt.transport import Projection, check_sources, learn_projection, project, student_weights
 from rt.tune import TuneSettings, evaluate, predict, score
 

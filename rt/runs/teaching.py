@@ -48,7 +48,7 @@ def refusals(c: Any, modes: list[str]) -> Iterable[tuple[Any, str]]:
             (t.teacher and c.old_base and not c.old_delta, "--old_base has no effect with a --teacher, unless --old_delta is given"),
             (t.teacher and c.chain, "--teacher has no --chain: from the second base on, the recycled delta would teach"),
             (t.teacher and t.old_seq_len, "--old_seq_len is for an old base that reads the texts; with --teacher none does"),
-            (t.old_seq_len and (d.gamma or d.itp), "--gamma and --itp give the teacher the student's token ids: leave "
+            (t.old_seq_len and d.runs_teacher, "--gamma and --itp give the teacher the student's token ids: leave "
              "--old_seq_len out"),
             (t.label_smoothing and not t.teacher, "--label_smoothing is for the hard labels of a --teacher"),
             (t.unlabelled == "rest" and not c.shots, "--unlabelled rest needs --shots: rest is what --shots leaves over"),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Iterable, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rt.data import Corpus, MaskUnit, Objective, Rows, Tokenizer
 from rt.deltas import Base, check_sizes
@@ -17,10 +17,10 @@ from rt.formats.checkpoint import load_base
 from rt.formats.hub import open_base
 from rt.formats.untrusted import is_utf8
 from rt.limits import Limit, NonNegative, NonNegativeInt, PositiveInt, PositiveShare, Share, ShareBelowOne
-from rt.model import Encoder, EncoderConfig, MaskedLM, MLMHead, new_masked_lm, set_dropout
-from rt.optim import ScheduleConfig
+from rt.model import Encoder, EncoderConfig, MaskedLM, MLMHead, new_masked_lm
+from rt.optim import ScheduleConfig, derive_seed
 from rt.pretrain import evaluate_mlm, mlm_loss
-from rt.recipes import Preserve, PreserveBy, Recipe
+from rt.recipes import Preserve, PreserveBy, Recipe, mix
 from rt.runs.config import changed
 from rt.speed.dist import Ranks
 
@@ -113,6 +113,24 @@ class RecipeConfig:
 def scored_rows(corpus: Corpus, tokenizer: Tokenizer, seq_len: int) -> Rows:
     """Rows of `seq_len` tokens for measuring a masked-LM loss, masked in the same way for all bases."""
     return Rows(corpus, tokenizer, seq_len=seq_len, mask_rate=HELDOUT_MASK_RATE, seed=0, sequences=1)
+
+
+def rows_of(c: Any, corpora: dict[str, dict[str, Corpus]], groups: list[tuple[str, ...]], earlier: list[str], tokenizer: Tokenizer,
+            number: int, ranks: Ranks) -> tuple[dict[str, Rows], dict[str, Rows]]:
+    """(training rows per stage, held-out rows per domain). The first stage is M`number`; `groups` lists the domains of each stage."""
+    training = {}
+    for i, group in enumerate(groups, number):
+        replayed = [name for name in earlier if name not in group]
+        names = [group[0], *replayed, *group[1:]]
+        first, *others = [Rows(corpora[name]["train"], tokenizer, seq_len=c.seq_len, mask_rate=c.mask_rate, objective=c.recipe.objective,
+                               unit=c.recipe.mask, seed=derive_seed(c.seed, i, j)) for j, name in enumerate(names)]
+        first.check_batch(c.batch_tokens, ranks.world * c.accumulation)
+        if others:
+            mix(first, others, c.recipe.start_shares([*group[1:], group[0]], len(replayed)),
+                c.recipe.mix_every * (c.batch_tokens // first.row_tokens) if c.recipe.by_need else 0)
+        training["+".join(group)] = first
+        earlier = [*dict.fromkeys((*earlier, *group))] if c.recipe.replay else []
+    return training, {name: scored_rows(parts["heldout"], tokenizer, c.seq_len) for name, parts in corpora.items()}
 
 
 class Start(NamedTuple):
@@ -216,8 +234,14 @@ def go_on_from(c: Any, folder: Path, base: Base) -> tuple[MaskedLM, str, Path | 
             raise InputError(f"{moments} is not the state that {folder} was annealed from, but of another run: put that beside it")
         check_seal(moments, "meta.json", base.meta, ("optim.pt",))
     model = MaskedLM(base.encoder, base.head or new_masked_lm(base.encoder.config, c.seed).head)
-    set_dropout(model, c.dropout)
     return model, base.fingerprint, moments
+
+
+def set_dropout(model: nn.Module, p: float) -> None:
+    """Use dropout `p` everywhere in `model`. The config, and so the checkpoints, keep their own values."""
+    for module in model.modules():
+        for name in {"dropout", "attention_dropout"} & set(vars(module)):
+            setattr(module, name, p)
 
 
 @torch.no_grad()

@@ -108,8 +108,8 @@ class LossShare(nn.Module):
 
 def make_gradient(model: MaskedLM, s: PretrainSettings, ranks: Ranks, precision: torch.dtype, graphs: bool = False,
                   loss: Callable[[MaskedLM, Batch], Tensor] = mlm_loss) -> Callable[[Batch, int], Tensor]:
-    """Returns gradient(batch, part), which adds the gradient of `loss` on a step's microbatch `part` and returns the loss. Part 0 clears
-    the gradients first; the last part averages over the ranks. `graphs`: use CUDA graphs. Raises InputError if memory runs out."""
+    """Returns gradient(batch, part), which adds the gradient of `loss` on a step's microbatch `part` and returns the loss. The last part
+    averages over the ranks. With `graphs`, it uses CUDA graphs, and part 0 overwrites the gradients. InputError if memory runs out."""
     share = LossShare(model, s.accumulation, precision, loss)
     if ranks.world > 1:     # averages gradients over the ranks, and sends rank 0's weights to all
         share = DistributedDataParallel(share, gradient_as_bucket_view=True)
@@ -120,8 +120,6 @@ def make_gradient(model: MaskedLM, s: PretrainSettings, ranks: Ranks, precision:
         return value.detach()
 
     def eager(batch: Batch, part: int) -> Tensor:
-        if part == 0:
-            model.zero_grad(set_to_none=True)
         with share.no_sync() if ranks.world > 1 and part < s.accumulation - 1 else nullcontext():
             return plain(batch)
 
