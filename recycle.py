@@ -158,7 +158,7 @@ def main() -> None:
 def run_alone(r: Recycling, one: Run, sources: Sources) -> Iterator[Done]:
     """One run by itself; in a chain, one mode along all bases, by all routes."""
     c, curve, more, started = one.c, [], {}, time.perf_counter()
-    loops = len(one.rows()) - bool(c.chain and one.mode != "scratch")       # in a chain, both routes to the first base are one run
+    loops = len(one.links()) - bool(c.chain and one.mode != "scratch")       # in a chain, both routes to the first base are one run
     steps = c.project.project_steps if one.mode == "project" else c.steps * loops * (one.mode in TRAINED)
     with StepBar(steps, one.mode, r.base.encoder.config, r.device, r.precision, c.delta.kind != "full", curve.append) as bar:
         vars(r).update(settings_of(one), on_step=bar.on_step, on_eval=bar.on_eval)     # r itself: its teacher's outputs serve later runs
@@ -203,7 +203,7 @@ def settings_of(one: Run) -> dict:
 def do_runs(c: Config, r: Recycling, plan: list[Run], sources: Sources, out: Path, ranks: Ranks) -> None:
     """Do every run that is not finished yet, then print the table. In a --sweep, the ranks share the runs of a group, and rank 0 scores the
     best run of each mode on test."""
-    runs, carried = [each for one in plan for each in one.rows()], carried_modes(c.carry.carry)
+    runs, carried = [each for one in plan for each in one.links()], carried_modes(c.carry.carry)
     others, content = [(delta, None) for delta in sources.olds if delta is not r.old_delta], sources.samples.content
     origins = base_origins(runs, r, sources.bases, others, content)
     special = {"project": origin_of(r, [*others, *sources.projects]),
@@ -211,7 +211,7 @@ def do_runs(c: Config, r: Recycling, plan: list[Run], sources: Sources, out: Pat
     origin = {each.name: special.get(each.mode, origins[each.name]) for each in runs}
     precision = precision_name(r.precision)     # what auto is here
     finished = ranks.from_main(lambda: begin(c, out, runs, origin, r.data.test is not None, precision))
-    todo = [one for one in plan if not finished.issuperset(each.name for each in one.rows())]
+    todo = [one for one in plan if not finished.issuperset(each.name for each in one.links())]
     workers = share_cores(len(plan), c.threads, c.workers) if ranks.world == 1 and ranks.device.type == "cpu" else 1
     mine = [[one] for one in todo] if c.sweep is None else dealt(todo, ranks.rank, ranks.world, workers)
     shared, inputs = r if c.sweep is None else replace(r, data=replace(r.data, test=None)), {}     # a sweep scores test at its end
@@ -230,7 +230,7 @@ def do_runs(c: Config, r: Recycling, plan: list[Run], sources: Sources, out: Pat
             save_run(out, one, sources.samples.task, result, delta, curve, origin[one.name], {**more, "precision": precision})
             yield f"{one.mode}: dev {score_text(score(result.dev))}"
 
-    total = sum(len(one.rows()) for part in mine for one in part)
+    total = sum(len(one.links()) for part in mine for one in part)
     with progress(total, "recycle", unit="run") as bar, closing(spread(done, mine, workers)) as words:
         for word in words:
             if c.sweep is None:

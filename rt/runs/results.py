@@ -71,7 +71,7 @@ class Run:
         until = self.c.chain.index(base) + 1
         return replace(self, c=replace(self.c, base=base, chain=self.c.chain[:until]), route=route)
 
-    def rows(self) -> list["Run"]:
+    def links(self) -> list["Run"]:
         """A list of this run alone, or, in a chain, of one run per base and route."""
         return [self.at(base, route) for base in self.c.chain for route in routes(self.mode)] if self.c.chain else [self]
 
