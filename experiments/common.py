@@ -4,6 +4,7 @@ import gc
 import importlib
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ import torch
 
 from bench.machine import commit, device_name
 from rt.errors import InputError
-from rt.formats.files import cut_half_row, read_rows
+from rt.formats.files import read_rows
 from rt.runs.log import progress
 from rt.speed.device import pick_precision
 
@@ -105,8 +106,19 @@ def finished(pool: ProcessPoolExecutor, do: Callable[..., T], jobs: list[tuple])
         raise InputError(f"{len(failed)} of {len(jobs)} runs failed, the first: {failed[0]}")
 
 
+def cut_half_cell(path: Path) -> None:
+    """Remove half a row that a kill or a full disk left at the end of `path`, and the rows of the same cell before it, which would count as
+    the whole cell."""
+    *rows, half = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    while half and rows and (cell := json.dumps({"cell": json.loads(rows[-1])["cell"]})[:-1].encode())[:len(half)] == half[:len(cell)]:
+        rows.pop()
+    if half:
+        os.truncate(path, sum(len(row) + 1 for row in rows))
+
+
 def cells_to_do(path: Path, cells: list[dict], where: tuple[str, ...]) -> list[dict]:
     """The cells that have no rows in `path` yet and whose facts are those of `where`, such as ("base=ind", "kind=full")."""
+    cut_half_cell(path)
     wanted, done = dict(fact.partition("=")[::2] for fact in where), [row["cell"] for row in read_rows(path)]
     return [cell for cell in cells if cell not in done and wanted.items() <= {k: str(v) for k, v in cell.items()}.items()]
 
@@ -115,7 +127,6 @@ def do_cells(path: Path, cells: list[dict], budget: float | None, do: Callable[[
     """Append the rows that `do` returns for each cell to `path`. Nothing new begins after `budget` seconds."""
     end = time.monotonic() + (budget or float("inf"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    cut_half_row(path)
     with progress(len(cells), path.parent.name, unit="cell") as bar:
         for cell in cells:
             if time.monotonic() > end:

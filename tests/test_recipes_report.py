@@ -175,3 +175,14 @@ def test_part_d_is_planned_before_part_c_has_its_rate(tmp_path):
 def test_finished_cells_are_not_done_again(tmp_path):
     (tmp_path / "r.jsonl").write_text('{"cell": {"base": "a"}}\n')
     assert cells_to_do(tmp_path / "r.jsonl", [{"base": "a"}, {"base": "b"}], ()) == [{"base": "b"}]
+
+
+def test_a_cell_whose_rows_were_cut_short_is_done_again(tmp_path):
+    """A whole cell before it stays."""
+    a, b, rows = {"base": "a"}, {"base": "b"}, tmp_path / "r.jsonl"
+    whole = "".join(json.dumps({"cell": cell, "seed": seed}) + "\n" for cell in (a, b) for seed in (0, 1))
+    for text, todo, kept in ((whole[:-3], [b], 2), (whole[:-40], [b], 2), (whole, [], 4), (whole[:3], [a, b], 0)):
+        rows.write_text(text)
+        assert cells_to_do(rows, [a, b], ()) == todo and rows.read_text() == "".join(whole.splitlines(keepends=True)[:kept])
+    rows.write_text(whole + '{"cell": {"base": "c"}, "s')
+    assert cells_to_do(rows, [a, b], ()) == [] and rows.read_text() == whole
