@@ -184,6 +184,10 @@ def test_rows_of_another_old_delta_have_a_line_of_their_own(tmp_path):
     (lines,) = best_by_panel(results_of(tmp_path, {"rows": rows})).values()
     other = next(name for name in lines if name.startswith("init, sources "))
     assert {name: [row["seed"] for row in found] for name, found in lines.items()} == {"init": [0, 1], other: [0], "scratch": [0, 1, 0]}
+    for row in rows:
+        row |= {"base": "M1", "route": "direct" if row["mode"] == "init" else None}
+    (lines,) = best_by_panel(results_of(tmp_path, {"rows": rows})).values()
+    assert sorted([row["seed"] for row in found] for found in lines.values()) == [[0], [0, 1], [0, 1, 0]]
 
 
 def test_an_interrupted_sweep_is_drawn_from_what_is_there(tmp_path, capsys):

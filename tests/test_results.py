@@ -191,9 +191,10 @@ def test_a_folder_with_a_dot_in_front_is_no_hub_id(recycling):
         open_best("./OWNER/NAME", recycling.base)
 
 
-def test_runs_of_another_old_delta_are_not_averaged(recycling, tmp_path):
+@pytest.mark.parametrize("place", [{}, {"base": "M1", "route": "direct"}, {"base": "M1", "route": "chain"}])
+def test_runs_of_another_old_delta_are_not_averaged(recycling, tmp_path, place):
     rows = [{"run": f"init-s{i}-{delta}", "mode": "init", "task": "t", "seed": i, "lr": 1e-3, "dev": {"accuracy": dev}, "test": {},
-             "seconds": 0.2, "curve": [], "settings": {}, "origin": ["M0", "M1", delta, "t"]}
+             "seconds": 0.2, "curve": [], "settings": {}, "origin": ["M0", "M1", delta, "t"], **place}
             for i, delta, dev in ((0, "was", 0.9), (1, "was", 0.1), (2, "is", 0.6), (3, "is", 0.7))]
     for row in rows:
         save_delta(tmp_path / "deltas" / row["run"], recycling.old_delta)

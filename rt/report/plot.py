@@ -155,9 +155,10 @@ def completed(row: dict) -> dict:
     settings, metric = row.get("settings") or {}, next(iter(row.get("dev") or {}), "score")
     curve = [(step, score) for step, score in row.get("curve") or [] if is_number(step) and is_number(score)]
     content = (row.get("origin") or [])[3 if "route" in row else 1::2]
+    source = source_of(row)[:1 if row.get("route") == "chain" else None]     # of a chain, without the bases between: one line has all bases
     return {"base": settings.get("base"), "lr": None} | row | {
         "delta": settings.get("delta", row.get("delta")),       # as asked for: apply of an old delta of another kind stays beside scratch
-        "content": digest_of(content)[:6] if content else "", "source": digest_of(source_of(row))[:6],
+        "content": digest_of(content)[:6] if content else "", "source": digest_of(source)[:6],
         "settings": settings, "curve": curve, "metric": metric, "dev": {metric: max((y for _, y in curve), default=None)},
         "chosen_by_base": None if "route" in row else settings.get("base")}     # all bases of a chain share one setting
 

@@ -72,8 +72,8 @@ def best_of(groups: Iterable[list[dict]]) -> list[dict]:
 
 
 def source_of(row: dict) -> list[str]:
-    """Content hashes of what a run recycled: old base and old delta. Empty for scratch, and for a chain, which recycles its own deltas."""
-    return [] if row["mode"] == "scratch" or "route" in row else (row.get("origin") or [])[0::2]
+    """Content hashes of what a run recycled: old base, and old delta (along a chain: with the bases between). Empty for scratch."""
+    return [] if row["mode"] == "scratch" else (row.get("origin") or [])[0::2]
 
 
 def add_steps_to_scratch(rows: list[dict]) -> None:
