@@ -38,7 +38,7 @@ from rt.report.figures import NUMBERS, figures_of, numbers_table
 from rt.report.studies import ABOUT_UPGRADES, ROWS, StudyContext
 from rt.runs.build import build, build_lineage, is_tuned, making
 from rt.runs.config import changed, parse, record, run
-from rt.runs.log import Log, note_changed_task
+from rt.runs.log import Log, note_changed_task, texts_of
 from rt.runs.workers import use_threads
 from rt.speed.device import make_deterministic, pick_device, pick_precision
 
@@ -154,14 +154,15 @@ def open_study(c: Config) -> StudyContext:
         raise InputError(f"--bases {','.join(c.bases)}, --tasks {','.join(c.tasks)}: two have the same name; rename one of the folders")
     build_lineage(c, Path(Config.bases[0]).parent, c.bases)
     bases, shapes = {name: open_base(folder).to(device) for name, folder in folders.items()}, []
+    first, texts = bases[next(iter(bases))].tokenizer, [text for task in tasks for text in texts_of(task)]
     for name, base in bases.items():
         base.require_length(c.seq_len)
         sizes = {k: v for k, v in asdict(base.encoder.config).items() if "dropout" not in k}
         shapes.append(sizes | {"vocabulary": base.tokenizer.vocabulary})
-        if shapes[-1] != shapes[0]:
+        if shapes[-1] != shapes[0] or not base.tokenizer.reads_as(first, texts):
             raise InputError(f"{folders[name]}: other sizes or another tokenizer than {c.bases[0]}; models are compared weight by weight, "
                              "on the same tokens")
-    data = {task.name: encode_task(task, next(iter(bases.values())).tokenizer, c.seq_len) for task in tasks}
+    data = {task.name: encode_task(task, first, c.seq_len) for task in tasks}
     context = StudyContext(c, folders, bases, {task.name: task for task in tasks}, data,
                            {"device": device, "precision": pick_precision(c.precision, device)},
                            {name: corpus_path(entry, c.cache) for name, entry in zip(domain_names("domains", c.domains), c.domains)})

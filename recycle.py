@@ -38,7 +38,7 @@ from rt.runs.config import changed, parse, record, run
 from rt.runs.log import StepBar, load_tensorboard, note_changed_task, note_truncated, progress, score_text
 from rt.runs.results import Run, base_origins, begin, open_old, origin_of, save_run, unread, write_summary
 from rt.runs.signals import interruptible
-from rt.runs.starts import CarryConfig, ProjectConfig, Projects, carry_texts, combine, learn_map, merge_on_dev
+from rt.runs.starts import CarryConfig, ProjectConfig, Projects, carry_texts, combine, learn_map, merge_on_dev, open_bases
 from rt.runs.summary import by_settings, chosen, report, report_chain, report_sweep
 from rt.runs.sweep import LISTS, dealt, expand, swept
 from rt.runs.teaching import WITHOUT_OLD, Samples, TeacherConfig, note_cut, open_samples
@@ -130,7 +130,7 @@ def main() -> None:
     merged = combine(olds, [1 / len(olds)] * len(olds), c.merge, task.labels) if len(olds) > 1 else None
     c.delta = starts.new_kind(c, modes, merged or old_delta)
     modes = announce(c, modes, task, old_delta)
-    bases = {name: open_base(name).to(ranks.device) for name in c.chain or (c.base,)}
+    bases = open_bases(c, task, ranks.device)
     base = next(iter(bases.values()))
     projects = [(open_delta(folder, old_base).ordered(t.labels), encode_task(t, base.tokenizer, c.seq_len))
                 for folder, t in zip(source_deltas, source_tasks)]

@@ -6,9 +6,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tokenizers
 import torch
 from conftest import here, random_base, write_task
 
+import analyze
 import recycle as recycle_script
 from data.sources import open_texts
 from kernels import kd_loss
@@ -20,7 +22,7 @@ from rt.formats.delta_files import save_delta
 from rt.formats.files import read_json
 from rt.formats.predictions import Predictions, text_hash
 from rt.formats.tasks import load_task
-from rt.formats.tokenizer import train_tokenizer
+from rt.formats.tokenizer import Tokenizer, train_tokenizer
 from rt.kinds import DeltaConfig
 from rt.losses import DistillConfig, Loss, TeacherCache, patience, task_loss, trained_weights
 from rt.model import PRESETS, Activations, EncoderConfig, MaskedLM, new_masked_lm
@@ -28,6 +30,7 @@ from rt.recycling import Recycling, chain, check, distillation_loss, new_delta, 
 from rt.runs.config import parse
 from rt.runs.predict import answers as answers_of
 from rt.runs.results import Run
+from rt.runs.starts import open_bases
 from rt.runs.teaching import Samples, TeacherConfig, open_samples
 from rt.speed.multi_run import recycle_together
 from rt.tune import TuneSettings, predict, training_batch
@@ -122,6 +125,26 @@ def test_one_vocabulary_and_length_are_encoded_once(taught, home):
     task = load_task(home / "task")
     same = replace(taught, old_base=taught.base, old_train=None)
     assert teaching(task).of(same, 0) is same and teaching(task, old_seq_len=12).of(same, 0).old_train
+
+
+def test_a_teacher_of_the_same_vocabulary_that_changes_texts_reads_its_own_ids(taught, home):
+    """A chain of two such bases would read the task's texts as the first does, and so would a study."""
+    task, old = load_task(home / "task"), taught.base.tokenizer
+    backend = tokenizers.Tokenizer.from_str(old.backend.to_str())
+    backend.normalizer = tokenizers.normalizers.Replace("the", "The")
+    other = replace(taught.base, tokenizer=Tokenizer(backend))
+    assert other.tokenizer.vocabulary == old.vocabulary
+    r = teaching(task).of(replace(taught, old_base=other, old_train=None), 0)
+    own = encode(task.parts["train"], task.labels, other.tokenizer, 16).sequences
+    assert r.old_train.sequences == own != r.data.train.sequences
+    written(home / "changes", other)
+    c = SimpleNamespace(chain=(str(home / "M1"), str(home / "changes")))
+    with pytest.raises(InputError, match=r"--chain: the tokenizer of \S+changes gives other ids for the texts of teachers"):
+        open_bases(c, task, CPU["device"])
+    with pytest.raises(InputError, match="changes: other sizes or another tokenizer"):
+        analyze.open_study(analyze.Config(bases=c.chain, tasks=(str(home / "task"),), device="cpu", seq_len=16))
+    c.chain = (str(home / "M0"), str(home / "M1"))
+    assert [*open_bases(c, task, CPU["device"])] == [*c.chain]
 
 
 def test_what_another_teacher_cannot_give_is_refused_with_what_it_can(taught):

@@ -83,6 +83,10 @@ class Tokenizer:
         except Exception as error:      # tokenizers raises a bare Exception, for example for an unknown word without an unknown token
             raise InputError(f"{self.source}: the tokenizer cannot encode a text ({error})") from None
 
+    def reads_as(self, other: "Tokenizer", texts: list[str]) -> bool:
+        """Whether both give the same ids for `texts`. With one vocabulary they may still differ in case, accents or spaces."""
+        return self.fingerprint == other.fingerprint or self.encode(texts) == other.encode(texts)
+
     def decode(self, ids: list[int]) -> str:
         return self.backend.decode([max(i, ~i) for i in ids], skip_special_tokens=False)    # ~i: see rt/data.py: encode
 

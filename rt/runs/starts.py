@@ -13,9 +13,11 @@ from rt.data import Example, Task, TaskData, encode
 from rt.deltas import Base, Delta
 from rt.errors import InputError
 from rt.formats.corpora import read_documents
+from rt.formats.hub import open_base
 from rt.kinds import DeltaConfig
 from rt.limits import PositiveInt
 from rt.recycling import CARRIES, TRAINED, Recycling, carried_modes, start
+from rt.runs.log import texts_of
 from rt.runs.results import old_names
 from rt.runs.teaching import WITHOUT_OLD
 from rt.transport import Granularity, learn_projection
@@ -105,6 +107,17 @@ def combine(deltas: Sequence[Delta], weights: Sequence[float], how: str, labels:
         merged = ((agree * flat).sum(0) / agree.sum(0).clamp_min(1e-12)).split([v.numel() for v in total.diffs.values()])
         total = replace(total, diffs={k: v.view_as(total.diffs[k]) for k, v in zip(total.diffs, merged)})
     return replace(total, head=head, info=own[0][1].info)
+
+
+def open_bases(c: Any, task: Task, device: torch.device) -> dict[str, Base]:
+    """--base, or the bases of --chain, by name. InputError if one gives other ids for the task's texts, which are encoded once."""
+    bases = {name: open_base(name).to(device) for name in c.chain or (c.base,)}
+    first, texts = next(iter(bases)), texts_of(task)
+    for name, base in bases.items():
+        if not base.tokenizer.reads_as(bases[first].tokenizer, texts):
+            raise InputError(f"--chain: the tokenizer of {name} gives other ids for the texts of {task.name} than that of {first}, and all "
+                             "bases of a chain must read them alike: recycle to each with --base")
+    return bases
 
 
 def carry_texts(path: str | None, task: Task, base: Base, seq_len: int) -> list[list[int]]:

@@ -97,8 +97,8 @@ class Samples:
             r = replace(r, unlabelled=encode(texts, self.task.labels, r.base.tokenizer, c.seq_len), hard=t.pseudo_labels == "hard")
         if self.predictions:
             return replace(r, teacher=TeacherCache(self.predictions.logits(self.taught(seed)).to(r.device), None))
-        if old.tokenizer.vocabulary == r.base.tokenizer.vocabulary and t.old_seq_len in (None, c.seq_len):
-            return r
+        if old.tokenizer.fingerprint == r.base.tokenizer.fingerprint and t.old_seq_len in (None, c.seq_len):
+            return r        # with one vocabulary, a teacher may still read case, accents or spaces in another way
         return replace(r, old_train=encode(self.taught(seed), self.task.labels, old.tokenizer, t.old_seq_len or c.seq_len))
 
     @property
