@@ -77,7 +77,9 @@ class Limited:
 @pytest.mark.parametrize("argument, words", [
     ("part=all", "--part all: not one of dev, test"), ("parts=dev,all", "--parts all: not one of dev, test"),
     ("parts=,", "--parts: the list is empty"), ("rate=0", "--rate 0.0: must be above zero"), ("rate=x", "--rate x: not a number"),
-    ("rates=1,-1", "--rates -1.0: must be above zero"), ("shots=0", "--shots 0: must be above zero"),
+    ("rates=", "--rates is empty: give a value, or leave the flag out"), ("rate=", "--rate is empty: give a value, none, or leave"),
+    ("part=", "--part is empty"), ("seeds=", "--seeds is empty"), ("rates=1,-1", "--rates -1.0: must be above zero"),
+    ("shots=0", "--shots 0: must be above zero"),
     ("mask=0", "--mask 0.0: must be above zero"), ("mask=1.5", "--mask 1.5: must lie between 0 and 1"),
     ("size=0", "--size 0: must be above zero"), ("kind=x", "there is no flag --kind"),
     ("seed=-1", "seeds [-1]: must be whole numbers from 0 on, at least one"), ("seeds=,", "seeds []: must be whole numbers from 0"),

@@ -171,9 +171,10 @@ def convert(name: str, text: str, kind: Any) -> Any:
             if not limit.holds(value):
                 raise InputError(as_flags(limit.sentence.format(name=name, value=list(value) if isinstance(value, tuple) else value)))
         return value
-    if origin in (typing.Union, types.UnionType):
-        if not text:        # a variable of the shell that is not set
-            raise InputError(f"--{name} is empty: give a value, none, or leave the flag out")
+    is_optional = origin in (typing.Union, types.UnionType)
+    if not text:        # a variable of the shell that is not set; an empty list is written as a comma
+        raise InputError(f"--{name} is empty: give a value, {'none, ' * is_optional}or leave the flag out")
+    if is_optional:
         return None if text.lower() == "none" else convert(name, text, inner[0])
     if origin is tuple:
         return tuple(convert(name, part, inner[0]) for part in map(str.strip, text.split(",")) if part)
