@@ -44,8 +44,9 @@ def made_rows() -> list[dict]:
             heldout = {"wiki": 5.5, target: 6.0 + seed % 3 - fall * (0.8 + 0.1 * seed) if target == "bio" else 9.0 - 2 * fall}
             rows.append(common | {"arm": arm, "lr": lr, "target": target, "seed": seed, "heldout": heldout} | apply(seed, lost))
     return rows + [common | {"arm": arm, "lr": lr, "target": "bio,cs", "seed": 4, "stage": stage, "domain": domain, "heldout": heldout}
-                   | apply(4, stage / 100)
-                   for arm, lr, more in (("plain", 5e-4, 0.0), ("plain", 1e-3, -0.5), ("hidden 10 to M0", 5e-4, 0.25))
+                   | apply(4, stage / 100 * (1 + (arm == "hidden 10")))
+                   for arm, lr, more in (("plain", 5e-4, 0.0), ("plain", 1e-3, -0.5), ("hidden 10 to M0", 5e-4, 0.25),
+                                         ("hidden 10", 5e-4, 0.1))
                    for stage, domain, heldout in ((1, "bio", {"wiki": 9.0, "bio": 6.5 - more, "cs": 8.9}),
                                                   (2, "cs", {"wiki": 9.5, "bio": 6.75, "cs": 8.5 - more}))]
 
@@ -78,6 +79,8 @@ def test_the_report_counts_gain_points_and_advantage(tmp_path):
     assert "| chain | peak rate | seeds | gain, % | lost on M1 | lost on M2 | kept, nats | wiki loss |" in text
     assert "| plain | 0.0005 | 1 | 100.000 | 1.000 | 2.000 | 0.375 | 9.500 |" in text
     assert "| plain | 0.001 | 1 | 0.000 |" in text and "| hidden 10 to M0 | 0.0005 | 1 | 150.000 | 1.000 | 2.000 | 0.500 |" in text
+    assert "| hidden 10 to M0, 0.0005 | hidden 10 | 1 | 2.000 |" in text and "than | seeds | points |" in text
+    assert "| hidden 10 to M0, 0.0005 | plain at equal gain | 1 | 0.000 |" in text      # at the largest gain of plain
     assert "c/full (seed 2)" in text and "- plain at 0.0005 on cs: seeds 0, 2, 3, 4" in text
     assert "if it is below 6" in text
     assert "hidden 3 at 0.0005 on bio:" not in text and (tmp_path / "pareto.png").exists()

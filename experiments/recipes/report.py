@@ -122,23 +122,48 @@ def lines_by_target(found: dict, model: str) -> list[list]:
     return sorted(lines, key=lambda line: line[0])
 
 
-def lines_of_chains(rows: list[dict], own: dict[int, dict]) -> list[list]:
-    """A header and a line per arm and rate, for several upgrades in a row. PLAN.md, "Chains that stay near M0", defines the columns."""
-    def fall(row: dict, domain: str) -> float:
-        return own[row["seed"] % DELTA_SEEDS]["heldout"][domain] - row["heldout"][domain]
+def fall(own: dict[int, dict], row: dict, domain: str) -> float:
+    """How far the held-out loss on a domain lies below M0's."""
+    return own[row["seed"] % DELTA_SEEDS]["heldout"][domain] - row["heldout"][domain]
 
-    chains = {key: [*group(some, "seed").values()] for key, some in
-              group([row for row in rows if "," in row.get("target", "")], "arm", "lr").items()}
-    gains = {key: [mean(fall(row, row["domain"]) for row in links) for links in some] for key, some in chains.items()}
-    best, lines = max((mean(of) for (arm, _), of in gains.items() if arm == "plain"), default=math.nan), []
-    for (arm, lr), some in chains.items():
+
+def chains_of(rows: list[dict], own: dict[int, dict]) -> dict[tuple[str, float], dict[int, tuple[float, list[dict]]]]:
+    """(gain, links) of several upgrades in a row, by (arm, rate), then by seed. PLAN.md, "Chains that stay near M0", defines the gain."""
+    found = {key: {links[0]["seed"]: links for links in group(some, "seed").values()} for key, some in
+             group([row for row in rows if "," in row.get("target", "")], "arm", "lr").items()}
+    gains = {key: {seed: mean(fall(own, row, row["domain"]) for row in links) for seed, links in of.items()} for key, of in found.items()}
+    best = max((mean(of.values()) for (arm, _), of in gains.items() if arm == "plain"), default=math.nan)
+    return {key: {seed: (gains[key][seed] / best, links) for seed, links in of.items()} for key, of in found.items()}
+
+
+def lines_of_chains(chains: dict, own: dict[int, dict]) -> tuple[list[str], list[list]]:
+    """A header and a line per arm and rate of `chains_of`. PLAN.md defines the columns."""
+    lines = []
+    for (arm, lr), of in chains.items():
+        gains, some = zip(*of.values())
         ends = [links[-1] for links in some]
-        lines.append([arm, f"{lr:g}", len(some), with_interval(100 * gain / best for gain in gains[arm, lr]),
+        lines.append([arm, f"{lr:g}", len(some), with_interval(100 * gain for gain in gains),
                       *(with_interval(lost(own, row) for row in stage) for stage in zip(*some)),
-                      with_interval(mean(fall(row, domain) for domain in row["target"].split(",")) for row in ends),
+                      with_interval(mean(fall(own, row, domain) for domain in row["target"].split(",")) for row in ends),
                       f"{mean(row['heldout']['wiki'] for row in ends):.3f}"])
-    return [["chain", "peak rate", "seeds", "gain, %", *(f"lost on M{i + 1}" for i in range(len(lines[0]) - 6)), "kept, nats", "wiki loss"],
-            *lines] if lines else []
+    losses = (f"lost on M{i + 1}" for i in range(len(lines[0]) - 6))
+    return ["chain", "peak rate", "seeds", "gain, %", *losses, "kept, nats", "wiki loss"], lines
+
+
+def less_lost(chains: dict, own: dict[int, dict]) -> list[list]:
+    """How many points a chain near M0 loses less on its last base, paired by seed: less than the same arm near the base before, the plan's
+    primary quantity, and less than plain at equal gain. A line per rival."""
+    ends, lines = {key: {seed: (gain, lost(own, links[-1])) for seed, (gain, links) in of.items()} for key, of in chains.items()}, []
+    plain = [of for (arm, _), of in sorted(ends.items()) if arm == "plain"]
+    for (arm, lr), of in ends.items():
+        before = arm.removesuffix(" to M0")
+        rivals = {before: {seed: loss for seed, (_, loss) in ends.get((before, lr), {}).items()},
+                  "plain at equal gain": {seed: frontier([one[seed] for one in plain], gain) for seed, (gain, _) in of.items()
+                                          if plain and all(seed in one for one in plain)}}
+        for rival, losses in rivals.items() if arm in TO_M0 else ():
+            if less := [losses[seed] - loss for seed, (_, loss) in of.items() if seed in losses]:
+                lines.append([f"{arm}, {lr:g}", rival, len(less), with_interval(less)])
+    return lines
 
 
 LAST_COLUMNS = ("The last two columns are not in the plan. The first compares at equal rate and ignores the gain. In the second, the "
@@ -168,7 +193,7 @@ def write(folder: Path) -> str:
     model = next((model for model in PEAK if (folder / f"{model}.jsonl").exists()), "minilm")
     rows = read_rows(folder / f"{model}.jsonl")
     own = bases(rows)
-    found, chains = (points(rows), lines_of_chains(rows, own)) if own else ({}, [])
+    found, chains = (points(rows), chains_of(rows, own)) if own else ({}, {})
     if not found and not chains:
         raise InputError(f"{folder}: no rows of upgrades there; run python -m experiments.recipes --data DIR first")
     facts, first = {key: ", ".join(sorted({row[key] for row in rows})) for key in ("device", "commit")}, next(iter(own.values()))
@@ -176,7 +201,9 @@ def write(folder: Path) -> str:
     left_out = [f"{name} (seed {row['seed']})" for row in own.values() for name in row["apply"] if name not in learned(row)]
     plan, commands = (os.path.relpath(ROOT / name, folder) for name in ("experiments/recipes/PLAN.md", "results/README.md"))
     tables = [*(on_one_domain(rows, own, found, model, folder) if found else []),
-              *(["Chains, over the domains of the plan in its order:", markdown(chains[0], chains[1:])] if chains else [])]
+              *(["Chains, over the domains of the plan in its order:", markdown(*lines_of_chains(chains, own))] if chains else [])]
+    if less := less_lost(chains, own):
+        tables += ["Points lost less on the last base:", markdown(("chain", "than", "seeds", "points"), less)]
     text = ["# Which upgrades keep old deltas alive",
             f"Written by `python -m experiments.recipes --report` from `{model}.jsonl`; [the plan]({plan}) says "
             f"what each column is, [all results]({commands}) by which commands the rows were made"
