@@ -355,10 +355,13 @@ def test_heads_with_the_tasks_labels_are_averaged_by_their_weights(base, how):
         torch.testing.assert_close(merged.head[k], 0.25 * v + 0.75 * 3 * v)
 
 
-def test_texts_to_compare_bases_on_are_the_training_texts(base):
+def test_texts_to_compare_bases_on_are_the_training_texts(base, tmp_path):
     part = {name: [Example(f"{name} {i}", None, None, "") for i in range(600)] for name in ("train", "dev", "test")}
     expected = encode([replace(e, text=f"{e.text} ") for e in part["train"][:512]], (), base.tokenizer, 16).sequences
     assert carry_texts(None, Task("t", (), part), base, 16) == expected
+    (tmp_path / "texts.md").write_text("a text\n")
+    with pytest.raises(InputError, match="texts.md: does not end in .txt, .jsonl or .parquet"):
+        carry_texts(str(tmp_path / "texts.md"), Task("t", (), part), base, 16)
 
 
 def test_subsets_are_scored_on_dev_and_not_on_the_training_examples(base, other_base):

@@ -14,6 +14,7 @@ from rt.deltas import Base, Delta
 from rt.errors import InputError
 from rt.formats.corpora import read_documents
 from rt.formats.hub import open_base
+from rt.formats.tables import FORMATS, format_of
 from rt.kinds import DeltaConfig
 from rt.limits import PositiveInt
 from rt.recycling import CARRIES, TRAINED, Recycling, carried_modes, start
@@ -124,6 +125,8 @@ def carry_texts(path: str | None, task: Task, base: Base, seq_len: int) -> list[
     """The token ids of the first CARRY_TEXTS texts of --carry_text, or else of the task's training texts."""
     if path and (Path(path).is_dir() or not Path(path).exists()):
         raise InputError(f"--carry_text {path}: is not a file; give a file of texts (.txt, .jsonl or .parquet)")
+    if path and format_of(Path(path)) not in FORMATS:       # it would be read as JSON
+        raise InputError(f"--carry_text {path}: does not end in .txt, .jsonl or .parquet, so it is not known how to read it; rename it")
     own = (f"{e.text} {e.text_pair or ''}" for e in task.parts["train"])
     if not (texts := [*itertools.islice(read_documents(Path(path)) if path else own, CARRY_TEXTS)]):
         raise InputError(f"--carry_text {path}: holds no text to compare two bases on")
