@@ -129,7 +129,7 @@ def main() -> None:
     olds, old_delta = open_old(c.old_delta, old_base, task.labels) if c.old_base else ([], None)
     merged = combine(olds, [1 / len(olds)] * len(olds), c.merge, task.labels) if len(olds) > 1 else None
     c.delta = starts.new_kind(c, modes, merged or old_delta)
-    modes = announce(c, modes, task, old_delta)
+    modes = c.mode = announce(c, modes, task, old_delta)     # without all: `planned` refuses flags that none of them reads
     bases = open_bases(c, task, ranks.device)
     base = next(iter(bases.values()))
     projects = [(open_delta(folder, old_base).ordered(t.labels), encode_task(t, base.tokenizer, c.seq_len))

@@ -282,6 +282,8 @@ def test_several_deltas_and_prototypes_typed(home):
     assert "--head prototype has no effect: the old delta has the task's labels" in said
     typed(home, "--mode", "all", "--carry", "--old_delta", home / "other", "--head", "prototype")
     assert {*rows_of(home)} == {"scratch", "apply", "init", "transport"}        # the modes that other labels allow
+    said = typed(home, "--mode", "all", "--old_delta", home / "other", "--gamma", "1", code=2)      # they leave no mode with a teacher
+    assert "--gamma 1.0: a weight, for modes with a teacher" in said
     typed(home, "--mode", "init", "--old_delta", f"{home / 'delta'},{home / 'other'}", "--sweep", "seed=0,1")
     assert "merged" in rows_of(home)["init"]
 
