@@ -21,34 +21,35 @@ from pathlib import Path
 from typing import Iterator, Literal
 
 from data.sources import open_task, open_texts
-from rt.data import Task, encode_task
+from rt.data import encode_task
 from rt.deltas import Base, Delta, apply
 from rt.errors import InputError
 from rt.formats.atomic import locked
 from rt.formats.delta_files import load_delta, open_delta, save_delta
 from rt.formats.files import write_json
-from rt.formats.hub import NAMING, open_base
+from rt.formats.hub import open_base
 from rt.kinds import DeltaConfig
 from rt.limits import NonNegative, NonNegativeInt, Positive, PositiveInt, Seeds, SeqLen, Share
 from rt.losses import DistillConfig
-from rt.recycling import FROM_OLD, MODES, NEEDS_TEACHER, TRAINED, Recycling, carried_modes, chain, check, new_delta, recycle, teacher_of
-from rt.runs import starts, teaching
-from rt.runs.build import build_missing, default_rate
-from rt.runs.config import changed, parse, record, run
+from rt.recycling import FROM_OLD, MODES, NEEDS_TEACHER, TRAINED, Recycling, carried_modes, chain, new_delta, recycle, teacher_of
+from rt.runs import starts
+from rt.runs.build import build_missing
+from rt.runs.config import parse, record, run
 from rt.runs.log import StepBar, load_tensorboard, note_changed_task, note_truncated, progress, score_text
-from rt.runs.results import Run, base_origins, begin, open_old, origin_of, save_run, unread, write_summary
+from rt.runs.plan import announce, check_all, checked_modes, default_out, planned, possible, settings_of
+from rt.runs.results import Run, base_origins, begin, open_old, origin_of, save_run, write_summary
 from rt.runs.signals import interruptible
 from rt.runs.starts import CarryConfig, ProjectConfig, Projects, carry_texts, combine, learn_map, merge_on_dev, open_bases
 from rt.runs.summary import by_settings, chosen, report, report_chain, report_sweep
-from rt.runs.sweep import LISTS, dealt, expand, swept
-from rt.runs.teaching import WITHOUT_OLD, Samples, TeacherConfig, note_cut, open_samples
+from rt.runs.sweep import LISTS, dealt, swept
+from rt.runs.teaching import Samples, TeacherConfig, note_cut, open_samples
 from rt.runs.workers import share_cores, spread, use_threads
 from rt.speed.device import make_deterministic, pick_precision, precision_name
 from rt.speed.dist import Ranks, join
 from rt.speed.graphs import check_graphs
 from rt.speed.multi_run import can_go_together, graphed_gradient, recycle_together
-from rt.transport import check_sources, transport
-from rt.tune import TuneResult, TuneSettings, divergence, evaluate, plain_gradient, score
+from rt.transport import transport
+from rt.tune import TuneResult, divergence, evaluate, plain_gradient, score
 
 
 @dataclass
@@ -93,8 +94,6 @@ class Config:
     deterministic: bool = False  # the same command gives the same bits on a GPU too; on a CPU it always does
 
 
-# For full deltas, the rate per mode that is best on dev, of 1e-4, 2e-4, 5e-4, 1e-3 and 2e-3 (results/demo/lr_search; project: as init).
-FULL_LR = {"scratch": 5e-4, "init": 1e-4, "distill": 1e-3, "init+distill": 1e-4, "project": 1e-4}
 Done = tuple[Run, TuneResult, Delta, list[dict], dict]      # the list: the run's evaluations; the dict: more fields for its row
 
 
@@ -129,7 +128,8 @@ def main() -> None:
     olds, old_delta = open_old(c.old_delta, old_base, task.labels) if c.old_base else ([], None)
     merged = combine(olds, [1 / len(olds)] * len(olds), c.merge, task.labels) if len(olds) > 1 else None
     c.delta = starts.new_kind(c, modes, merged or old_delta)
-    modes = c.mode = announce(c, modes, task, old_delta)     # without all: `planned` refuses flags that none of them reads
+    modes = c.mode = possible(c, modes, task, old_delta)     # without all: `planned` refuses flags that none of them reads
+    announce(c, task, old_delta)
     bases = open_bases(c, task, ranks.device)
     base = next(iter(bases.values()))
     projects = [(open_delta(folder, old_base).ordered(t.labels), encode_task(t, base.tokenizer, c.seq_len))
@@ -188,14 +188,6 @@ def run_group(inputs: dict[int, Recycling], group: list[Run], sources: Sources) 
     found = recycle_together(rs, first.mode, first.c.side_by_side, first.c.graphs)
     for one, curve, (r, model, result) in zip(group, curves, found):
         yield one, result, new_delta(r, one.mode, model), curve, {}
-
-
-def settings_of(one: Run) -> dict:
-    """The fields of a Recycling that differ between runs."""
-    c = one.c
-    return {"settings": TuneSettings(c.steps, c.batch_size, one.lr or 0.0, c.eval_every, one.seed, c.weight_decay, c.warmup,
-                                     early_stop=c.early_stop, keep_diverged=True),
-            "distill": c.distill, "share": c.teaching.unlabelled_share}
 
 
 # --- all runs ----------------------------------------------------------------------------------------------------------
@@ -260,90 +252,6 @@ def finish(c: Config, r: Recycling, runs: list[Run], out: Path) -> None:
         print("diverged, and left out: " + ", ".join(f"{what} ({n} of its runs)" for what, n in counts.items()))
     if lost := [row for row in diverged if row["mode"] not in modes]:
         raise divergence(lost[0]["diverged"], lost[0]["lr"])
-
-
-# --- checks and plan ---------------------------------------------------------------------------------------------------
-
-def checked_modes(c: Config) -> list[str]:
-    """The modes that the flags ask for. Sets --old_base for the demo. Raises InputError if flags make no sense together."""
-    demo = Path(Config.base).absolute().parent
-    is_demo = {Path(name).absolute().parent for name in c.chain or (c.base,)} == {demo}
-    if is_demo and not c.old_base and (c.old_delta or not c.teaching.teacher):
-        c.old_base = str(Path(Config.base).with_name("M0"))
-    asked = {"project": bool(c.project.source_task), "transport": c.carry.carry, "gradmask": False}      # whether `all` includes them
-    asked |= dict.fromkeys(c.mode, True)
-    modes = [mode for mode in MODES if asked.get(mode, c.old_base or mode in WITHOUT_OLD)] if "all" in c.mode else [*c.mode]
-    if c.delta.kind != "same":
-        c.delta.check()
-    line = [str(Path(name or "")) for name in (c.old_base, *c.chain)]
-    idle = {name: f"mode {','.join(modes)}" for name in changed(c) if all(name in unread(Config, mode) for mode in modes)}
-    idle |= dict.fromkeys(c.delta.idle, f"delta {c.delta.kind}")
-    for is_wrong, sentence in (
-            *teaching.refusals(c, modes), *starts.refusals(c, modes),
-            (c.sweep is not None and (c.chain or "project" in modes or not c.save_deltas),
-             "--sweep has no --chain and no --mode project, and keeps the deltas, from which it goes on when interrupted"),
-            (c.graphs and c.distill.runs_teacher,
-             "--graphs repeats a step as it was captured: not with --itp, whose points are drawn anew, nor with --gamma, which would count "
-             "the tokens that fill a batch up"),
-            (c.side_by_side and c.sweep is None, "--side_by_side is for the runs of a --sweep"),
-            (c.chain and (c.base != Config.base or len({*line}) < len(line)),
-             f"--chain {','.join(c.chain)}: give the bases after --old_base {c.old_base} in order, each once, and leave out --base"),
-            *((True, f"--{name} has no effect with --{what}") for name, what in idle.items())):
-        if is_wrong:
-            raise InputError(sentence)
-    return modes
-
-
-def check_all(c: Config, r: Recycling, plan: list[Run], bases: dict[str, Base], projects: Projects) -> None:
-    """Raises InputError, before anything is written, if a run cannot be done; `r` holds the inputs of the first run."""
-    for base in bases.values():
-        base.require_length(c.seq_len)
-        for one in plan:
-            check(replace(r, base=base, **settings_of(one)), one.mode)
-    if c.head == "prototype" and {one.mode for one in plan} <= {*FROM_OLD, "project"} and (r.merged or r.old_delta).labels == r.data.labels:
-        raise InputError("--head prototype has no effect: the old delta has the task's labels, and these modes keep its head")
-    if projects:
-        check_sources(r.old_base, r.base, projects, r.old_delta)
-
-
-def announce(c: Config, modes: list[str], task: Task, old: Delta | None) -> list[str]:
-    """Print what is about to be done. Returns `modes`, for --mode all without those that a delta with other labels rules out."""
-    fewest = len(task.parts["train"]) if task.is_regression else min(Counter(e.label for e in task.parts["train"]).values())
-    few = (f"{'up to ' * (fewest < c.shots)}{c.shots} examples{' a label' * (not task.is_regression)}" if c.shots
-           else f"{len(task.parts['train'])} examples")
-    what = "regression" if task.is_regression else f"{len(task.labels)} labels"
-    sources = filter(None, (c.old_base and f"{c.old_base} + {c.old_delta}", c.teaching.teacher))
-    line = filter(None, (" and ".join(sources), *(c.chain or (c.base,))))
-    print(f"{task.name} ({what}, {few}), {c.delta.kind}: {' -> '.join(line)}")
-    if old is None or old.labels == task.labels:
-        return modes
-    print(f"the old delta was learned on {old.info.get('task')}, with other labels: init keeps the delta and starts a {c.head} head"
-          + (f" (if its {', '.join(old.labels[:4])} are those of the task: {NAMING})" if len(old.labels) == len(task.labels) else ""))
-    possible = {"scratch", "init", *["apply", "transport"] * (c.head == "prototype"), *(NEEDS_TEACHER if c.teaching.teacher else ())}
-    return [mode for mode in modes if mode in (*possible, *c.mode)] if "all" in c.mode else modes
-
-
-def planned(c: Config, modes: list[str]) -> list[Run]:
-    """A run for every seed, mode and learning rate of every combination of --sweep."""
-    points = expand(c, c.sweep or "")       # without a sweep, `c` alone
-    for point in points:
-        checked_modes(point)
-    runs = [Run(point, mode, seed, lr) for point in points for seed in point.seeds for mode in modes for lr in learning_rates(point, mode)]
-    return [*{one.name: one for one in runs}.values()]      # several points of a sweep can be one run: scratch does not read alpha
-
-
-def learning_rates(c: Config, mode: str) -> tuple[float | None, ...]:
-    """The learning rates to try; None for a mode that does not train."""
-    if mode not in (*TRAINED, "project"):
-        return (None,)
-    return c.lr or (FULL_LR.get(mode, 5e-4) if c.delta.kind == "full" else default_rate(c.delta.kind),)
-
-
-def default_out(c: Config, task: Task) -> str:
-    """runs/recycle/BASE-TASK-DELTA, with --shots also -kSHOTS. For a chain, BASE names all bases."""
-    first, *rest = c.chain or (c.base,)
-    lineage = "-".join([*Path(first).parts[-2:], *(Path(name).name for name in rest)])
-    return f"runs/recycle/{lineage}-{task.name}-{c.delta.kind}" + (f"-k{c.shots}" if c.shots else "") + ("-sweep" if c.sweep else "")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 from conftest import here, write_task
 from torch import Tensor, nn
 
-from recycle import Config, learning_rates
+from recycle import Config
 from rt import losses
 from rt.data import Encoded, TaskData
 from rt.deltas import apply, attach, extract, merge
@@ -20,6 +20,7 @@ from rt.losses import TERMS, DistillConfig, Loss, TeacherCache
 from rt.model import MaskedLM
 from rt.recycling import MODES, TRAINED, Recycling, recycle
 from rt.report.inspect import inspect
+from rt.runs.plan import learning_rates
 from rt.runs.results import Run
 from rt.speed.multi_run import can_go_together
 from rt.tune import TuneSettings, tune
@@ -173,6 +174,6 @@ def test_runs_keep_their_names_when_a_loss_term_comes():
 
 
 def test_a_mode_that_trains_has_learning_rates(monkeypatch):
-    monkeypatch.setattr("recycle.TRAINED", (*TRAINED, "half"))
+    monkeypatch.setattr("rt.runs.plan.TRAINED", (*TRAINED, "half"))
     assert learning_rates(Config(mode=("half",), delta=DeltaConfig("full"), lr=(1e-3, 2e-3)), "half") == (1e-3, 2e-3)
     assert learning_rates(Config(mode=("half",), delta=DeltaConfig("full")), "half") == (5e-4,)

@@ -38,6 +38,7 @@ from rt.kinds import DeltaConfig
 from rt.model import MaskedLM
 from rt.report import inspect, plot
 from rt.runs.config import parse, run
+from rt.runs.plan import checked_modes
 from rt.runs.results import best_delta
 from rt.runs.resume import RESUMABLE, has_work, is_done_again, newest_checkpoints
 from rt.runs.sweep import expand
@@ -303,7 +304,7 @@ GRID = st.lists(st.builds("{}={}".format, st.sampled_from(["seed", "lr", "alpha"
 def checked(cls: type, argv: list[str]) -> None:
     config = parse(cls, argv)
     if cls is recycle.Config:
-        recycle.checked_modes(config)
+        checked_modes(config)
     else:
         config.delta.check()
 
@@ -328,7 +329,7 @@ def flags_are_read(argv: list[str], **_) -> None:
 
 
 def grid_is_read(spec: str, **_) -> None:
-    outcome(lambda: [recycle.checked_modes(c) for c in expand(recycle.Config(sweep=spec), spec)])
+    outcome(lambda: [checked_modes(c) for c in expand(recycle.Config(sweep=spec), spec)])
 
 
 def facts_are_read(place: tuple[str, str, str], value: object, home: Path, tmp_path: Path, tokenizer) -> None:
