@@ -31,6 +31,7 @@ from rt.formats.atomic import locked
 from rt.formats.delta_files import open_delta, place_of_delta, seq_len_of
 from rt.formats.files import FIGURES, check_overwritable, note, read_rows, write_errors, write_json
 from rt.formats.hub import open_base
+from rt.formats.tasks import texts_of
 from rt.kinds import KINDS
 from rt.limits import Limit, Positive, PositiveInt, Seeds, SeqLen
 from rt.report.drawing import draw_all
@@ -38,7 +39,7 @@ from rt.report.figures import NUMBERS, figures_of, numbers_table
 from rt.report.studies import ABOUT_UPGRADES, ROWS, StudyContext
 from rt.runs.build import build, build_lineage, is_tuned, making
 from rt.runs.config import changed, parse, record, run
-from rt.runs.log import Log, note_changed_task, texts_of
+from rt.runs.log import Log, note_changed_task
 from rt.runs.workers import use_threads
 from rt.speed.device import make_deterministic, pick_device, pick_precision
 

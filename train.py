@@ -191,7 +191,7 @@ def train_stages(c: Config, this_run: PretrainRun, ranks: Ranks) -> Interrupted 
         steps = c.steps[min(i, len(c.steps) - 1)]
         s = PretrainSettings(steps, c.batch_tokens, c.lr or PRETRAIN_LR, max(1, round(c.warmup * steps)), rows.seed, c.accumulation,
                              rates=r.rates, held=bool(parent) and not (r.rates.rewarm and i == 0))
-        upgrade.set_dropout(model := model.to(ranks.device), c.dropout)
+        upgrade.set_dropout(model.to(ranks.device), c.dropout)      # a module is moved in place
         optimizer = adamw(model.parameters(), 0.0, c.weight_decay, make=zero if c.zero else AdamW)
         recipe = upgrade.start_recipe(c, model, rows, [corpora[name]["train"] for name in groups[i]], tokenizer, ranks, where,
                               this_run.out / f"M{number - 1}" if i else c.init)

@@ -155,13 +155,13 @@ def less_lost(chains: dict, own: dict[int, dict]) -> list[list]:
     primary quantity, and less than plain at equal gain. A line per rival."""
     ends, lines = {key: {seed: (gain, lost(own, links[-1])) for seed, (gain, links) in of.items()} for key, of in chains.items()}, []
     plain = [of for (arm, _), of in sorted(ends.items()) if arm == "plain"]
-    for (arm, lr), of in ends.items():
-        before = arm.removesuffix(" to M0")
-        rivals = {before: {seed: loss for seed, (_, loss) in ends.get((before, lr), {}).items()},
-                  "plain at equal gain": {seed: frontier([one[seed] for one in plain], gain) for seed, (gain, _) in of.items()
-                                          if plain and all(seed in one for one in plain)}}
-        for rival, losses in rivals.items() if arm in TO_M0 else ():
-            if less := [losses[seed] - loss for seed, (_, loss) in of.items() if seed in losses]:
+    for arm, lr in (key for key in ends if key[0] in TO_M0):
+        of, before = ends[arm, lr], arm.removesuffix(" to M0")
+        other = ends.get((before, lr), {})
+        frontiers = {seed: [one[seed] for one in plain] for seed in of if plain and all(seed in one for one in plain)}
+        for rival, less in ((before, [other[seed][1] - loss for seed, (_, loss) in of.items() if seed in other]),
+                            ("plain at equal gain", [frontier(points, of[seed][0]) - of[seed][1] for seed, points in frontiers.items()])):
+            if less:
                 lines.append([f"{arm}, {lr:g}", rival, len(less), with_interval(less)])
     return lines
 

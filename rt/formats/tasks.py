@@ -258,3 +258,8 @@ def _example(source: str, row: dict, read: tuple[str | None, ...], labelled: boo
         several = ", and several labels a text are not supported" * type(value).__name__.endswith(("list", "ListType"))     # parquet's
         raise InputError(f"{source}: label {value!r} is not a string, an integer or a float{several}")
     return Example(*texts, str(value).lower() if isinstance(value, bool) else value, source)
+
+
+def texts_of(task: Task) -> list[str]:
+    """All texts of a task."""
+    return [text for examples in task.parts.values() for e in examples for text in (e.text, e.text_pair) if text]

@@ -179,11 +179,6 @@ def facts_of(task: Task) -> dict:
     return {"task": task.name, "task_hash": task.hash, "labels": list(task.labels), "pairs": kinds.pop() if len(kinds) == 1 else None}
 
 
-def texts_of(task: Task) -> list[str]:
-    """All texts of a task."""
-    return [text for examples in task.parts.values() for e in examples for text in (e.text, e.text_pair) if text]
-
-
 def note_pairs(info: dict, examples: Iterable[Example]) -> Iterator[Example]:
     """Yields the examples. Prints a note on stderr at the first that is a pair although the task has single texts, or the reverse."""
     pairs = info.get("pairs")

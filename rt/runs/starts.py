@@ -15,10 +15,10 @@ from rt.errors import InputError
 from rt.formats.corpora import read_documents
 from rt.formats.hub import open_base
 from rt.formats.tables import FORMATS, format_of
+from rt.formats.tasks import texts_of
 from rt.kinds import DeltaConfig
 from rt.limits import PositiveInt
 from rt.recycling import CARRIES, TRAINED, Recycling, carried_modes, start
-from rt.runs.log import texts_of
 from rt.runs.results import old_names
 from rt.runs.teaching import WITHOUT_OLD
 from rt.transport import Granularity, learn_projection
